@@ -1,0 +1,69 @@
+# Everything here sets itself up: `make demo` and `make test` work on a fresh checkout.
+#
+#   PYTHON=python3.12                                         another interpreter (>= 3.10)
+#   TORCH_INDEX_URL=https://download.pytorch.org/whl/cu128    another build of torch
+
+PYTHON ?= python3
+TORCH_INDEX_URL ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup
+TORCH_STAMP := $(VENV)/.torch-index
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format hh clean
+
+help:
+	@echo "make demo     SFT, preference pairs, reward model, PPO and DPO on the built-in data, compared"
+	@echo "make test     the tests"
+	@echo "make lint     ruff's checks      make format   ruff's formatting and fixes"
+	@echo "make hh       the experiment of configs/hh on real pairs: make hh HH=FILE"
+	@echo "make setup    a virtual environment in $(VENV), at the versions of constraints.txt"
+	@echo "make clean    remove caches and build outputs (models and $(VENV) stay)"
+
+setup: $(STAMP)
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+# Rewritten only when the chosen index changes, so that another choice sets up again.
+ifneq ($(TORCH_INDEX_URL),$(if $(TORCH_INDEX_URL),$(shell cat $(TORCH_STAMP) 2>/dev/null)))
+.PHONY: $(TORCH_STAMP)
+endif
+$(TORCH_STAMP): | $(BIN)/python
+ifneq ($(TORCH_INDEX_URL),)
+	$(BIN)/python -m pip install --quiet --force-reinstall --no-deps --index-url $(TORCH_INDEX_URL) \
+		"$$(grep -E '^torch==' constraints.txt)"
+endif
+	@echo "$(TORCH_INDEX_URL)" > $@
+
+# pip keeps a torch that is there already at the pinned version, whatever its build.
+$(STAMP): pyproject.toml constraints.txt $(TORCH_STAMP) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,peft]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/rlhf run configs/demo/experiment.yaml
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# HH names the preference pairs; each stage reads them through its `dataset_name`.
+hh: $(STAMP)
+	@test -n "$(HH)" || { echo "make hh HH=FILE: a JSONL file (or hub id) with the columns chosen and rejected"; exit 2; }
+	$(BIN)/rlhf run configs/hh/experiment.yaml $(foreach stage,sft reward ppo dpo,"$(stage).dataset_name=$(HH)")
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find rlhf_pipeline tests -name __pycache__ -type d -prune -exec rm -rf {} +

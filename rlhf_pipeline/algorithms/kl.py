@@ -1,0 +1,29 @@
+"""Estimators of KL(pi || pi_ref) from log-probabilities of sampled tokens.
+
+Source: J. Schulman, "Approximating KL divergence" (2020). With log-ratio d = log pi - log pi_ref under samples
+of pi: k1 = d and k3 = exp(-d) - 1 + d are unbiased for the KL, k2 = d^2 / 2 is not. Only k1 belongs into the
+reward: the policy gradient of E[k2] or E[k3] in the reward is not that of the KL.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """log pi - log pi_ref, elementwise; unbiased, may be negative."""
+    assert logprobs.shape == ref_logprobs.shape
+    return logprobs - ref_logprobs
+
+
+def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """(log pi - log pi_ref)^2 / 2, elementwise; biased (used for the approximate KL between updates)."""
+    assert logprobs.shape == ref_logprobs.shape
+    return 0.5 * (logprobs - ref_logprobs) ** 2
+
+
+def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """pi_ref / pi - 1 - log(pi_ref / pi), elementwise; unbiased and never negative."""
+    assert logprobs.shape == ref_logprobs.shape
+    log_ratio = ref_logprobs - logprobs
+    return log_ratio.exp() - 1 - log_ratio

@@ -1,0 +1,188 @@
+"""Every config class shares this: the field function, value types, lengths, what moves the optimum."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from rlhf_pipeline.errors import ConfigError, Fault
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+DEFAULT_MAX_LENGTH = 1024
+DEFAULT_SPLITS = {"train": 0.8, "judge": 0.08, "validation": 0.04, "test": 0.08}
+STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+_NO_NEUTRAL = object()
+
+
+def option(
+    default: Any, description: str, *, moves_optimum: bool = False, neutral: Any = _NO_NEUTRAL, **limits: Any
+) -> Any:
+    """Return a pydantic field with a description; `neutral` (else the default) moves no optimum."""
+    extra: dict[str, Any] = {}
+    if moves_optimum:
+        extra = {"moves_optimum": True, "neutral": default if neutral is _NO_NEUTRAL else neutral}
+        description = f"{description}; moves the optimum"
+    return Field(default, description=description, json_schema_extra=extra or None, **limits)
+
+
+def wrong(expected: str, fix: str = "") -> PydanticCustomError:
+    """Return the error that a validator raises: what was expected, and what to do."""
+    return PydanticCustomError("wrong_value", "expected {expected}", {"expected": expected, "fix": fix})
+
+
+def takes_bool(annotation: Any) -> bool:
+    """Return whether true and false are values of this annotation."""
+    if get_origin(annotation) in (Union, types.UnionType, Annotated):
+        return any(takes_bool(part) for part in get_args(annotation))
+    return annotation in (bool, Any)
+
+
+def reject_bool(cls: type[BaseModel], value: Any, info: Any) -> Any:
+    """Refuse true and false where a number or text is meant: pydantic would read them as 1 and 0."""
+    if isinstance(value, bool) and not takes_bool(cls.model_fields[info.field_name].annotation):
+        raise wrong("a number or text, not true or false")
+    return value
+
+
+def _warmup(value: float) -> float:
+    if value >= 1 and not float(value).is_integer():
+        raise wrong("a whole number of steps, or a fraction below 1 of all steps")
+    return int(value) if float(value).is_integer() else value
+
+
+def _steps(value: Any) -> Any:
+    if value is None:
+        return value
+    entries = list(value) if isinstance(value, list | tuple) else [value]
+    if not entries or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in entries):
+        raise wrong("a whole number >= 1 (every n steps) or a list of them (at these steps)")
+    return tuple(sorted(set(entries))) if isinstance(value, list | tuple) else value
+
+
+def _report_to(value: Any) -> Any:
+    return "none" if value in (None, [], ["none"]) else value
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    return [value] if isinstance(value, int) else value
+
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Text = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Warmup = Annotated[float, Field(ge=0), AfterValidator(_warmup)]
+Steps = Annotated[int | tuple[int, ...] | None, BeforeValidator(_steps)]
+ReportTo = Annotated[Literal["none"], BeforeValidator(_report_to)]
+Counts = Annotated[tuple[Count, ...], BeforeValidator(_listed)]
+Texts = Annotated[tuple[Text, ...], BeforeValidator(_listed)]
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The longest prompt, response (its EOS included) and sum of both, in tokens."""
+
+    prompt: int
+    response: int
+    total: int
+
+
+def resolve_lengths(prompt: int | None, response: int | None, total: int | None) -> Lengths:
+    """Return all three lengths from those that are given.
+
+    Given two the third follows. `total` alone is halved, the odd token going to the prompt. With `prompt`
+    or `response` alone, or none, `total` is TRL's default of 1024.
+
+    Raises:
+        ConfigError: the three disagree, or leave no token for the prompt or the response.
+    """
+    if prompt is not None and response is not None:
+        if total is not None and prompt + response != total:
+            raise ConfigError(
+                Fault(
+                    "max_length",
+                    f"max_prompt_length {prompt} + response_length {response} is not max_length {total}",
+                    f"max_length {prompt + response}",
+                    "give two of the three: the third follows",
+                )
+            )
+        total = prompt + response
+    source = "the default max_length" if total is None else "max_length"
+    total = DEFAULT_MAX_LENGTH if total is None else total
+    if response is None:
+        response = total - prompt if prompt is not None else total // 2
+    if prompt is None:
+        prompt = total - response
+    if prompt < 1 or response < 1:
+        raise ConfigError(
+            Fault(
+                "max_length",
+                f"{source} {total} leaves {prompt} tokens for the prompt and {response} for the response",
+                "at least 1 for each",
+                "raise max_length",
+            )
+        )
+    return Lengths(prompt, response, total)
+
+
+def check_lengths(config: Any) -> Iterator[Fault]:
+    """Yield the fault of lengths that contradict each other."""
+    try:
+        resolve_lengths(config.max_prompt_length, config.response_length, config.max_length)
+    except ConfigError as error:
+        yield from error.faults
+
+
+def check_fractions(config: Any) -> Iterator[Fault]:
+    """Yield the faults of `split_fractions`: negative ones, or a sum that is not 1."""
+    fractions = config.split_fractions
+    for name, value in fractions.items():
+        if value < 0:
+            yield Fault(f"split_fractions.{name}", f"found {value:g}", "a number >= 0")
+    total = math.fsum(fractions.values())
+    if not math.isclose(total, 1.0, abs_tol=1e-6):
+        yield Fault("split_fractions", f"the fractions sum to {total:g}", "a sum of 1")
+
+
+def check_world(config: Any, key: str = "dataset_name") -> Iterator[Fault]:
+    """Yield the faults of a built-in world that does not exist, or of a part of it that does not."""
+    source = getattr(config, key)
+    if source is None or not source.startswith("world:"):
+        return
+    if source != "world:verdicts":
+        yield Fault(key, f"found {source!r}", "'world:verdicts', the one built-in world")
+    part, parts = config.dataset_config, ("demonstrations", "prompts")
+    if part == "population":
+        found = "'population' is not available yet in this version"
+        yield Fault("dataset_config", found, " or ".join(repr(name) for name in parts))
+    elif part is not None and part not in parts:
+        yield Fault("dataset_config", f"found {part!r}", " or ".join(repr(name) for name in parts))
+
+
+def moves_optimum(config: BaseModel) -> dict[str, Any]:
+    """Return the fields whose values move the optimum of the regularised reward, with these values."""
+    moved = {}
+    for name, field in type(config).model_fields.items():
+        extra = field.json_schema_extra
+        if not isinstance(extra, dict) or not extra.get("moves_optimum"):
+            continue
+        value, neutral = getattr(config, name), extra["neutral"]
+        if value != neutral and not (value == 0 and neutral is None):
+            moved[name] = value
+    weights = [source.weight for source in getattr(config, "reward_functions", None) or ()]
+    if any(weight != 1 for weight in weights):
+        moved["reward_functions"] = [source.model_dump() for source in config.reward_functions]
+    return moved

@@ -1,0 +1,90 @@
+"""Keys of `rlhf evaluate` and `rlhf compare`: the same prompts and the same sampling for every model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, field_validator
+
+from rlhf_pipeline.config.base import (
+    DEFAULT_SPLITS,
+    STRICT,
+    Count,
+    Counts,
+    Dtype,
+    Name,
+    Positive,
+    Seed,
+    Text,
+    Texts,
+    check_fractions,
+    check_world,
+    option,
+    reject_bool,
+)
+from rlhf_pipeline.errors import Fault
+
+
+def check_prompts(config: Any) -> Iterator[Fault]:
+    """Yield the faults of prompts from a built-in world that does not exist."""
+    return check_world(config, "prompts")
+
+
+def check_arms(config: Any) -> Iterator[Fault]:
+    """Yield the faults of arms named twice, or of a single model with nothing to compare it to."""
+    seen: set[str] = set()
+    for index, arm in enumerate(config.arms):
+        if arm in seen:
+            yield Fault(f"arms.{index}", f"{arm!r} is named twice", "each model once")
+        seen.add(arm)
+    if config.baseline in seen:
+        yield Fault("baseline", f"{config.baseline!r} is an arm as well", "another model, or no baseline")
+    elif len(seen) + (config.baseline is not None) < 2:
+        yield Fault("arms", f"{config.arms[0]!r} has nothing to be compared to", "two models or a baseline")
+
+
+class EvaluateConfig(BaseModel):
+    """Config of `rlhf evaluate`."""
+
+    model_config = STRICT
+    stage: ClassVar[str] = "evaluate"
+    checks: ClassVar[tuple[Callable[[Any], Iterator[Fault]], ...]] = (check_prompts, check_fractions)
+
+    split: Text = option("test", "split of the prompts (ours)")
+    prompts: Text | None = option(None, "source of the prompts (default: the models' training data)")
+    dataset_config: Text | None = option(None, "configuration of the prompts' source (default: its own)")
+    max_prompts: Count = option(256, "most prompts, by hash order (ours)")
+    samples: Count = option(4, "responses sampled per prompt (ours)")
+    temperature: Positive = option(1.0, "divides the logits of the sampler (ours: the policy itself)")
+    max_new_tokens: Count | None = option(None, "longest response with its EOS, tokens (default: as trained)")
+    max_prompt_length: Count | None = option(None, "longest prompt, tokens (default: as trained)")
+    seed: Seed = option(0, "seed of sampling (ours)")
+    reward_model: Text | None = option(None, "who scores: world or a reward model (default: as trained)")
+    reference: Text | None = option(None, "model that KL is measured to (default: the manifest's, else SFT)")
+    best_of: Counts = option((), "numbers of samples n to report best-of-n for (ours: none)")
+    split_fractions: dict[str, float] = option(
+        DEFAULT_SPLITS, "share of prompts in each split of a source without splits, by hash", min_length=1
+    )
+    skip_bad_rows: bool = option(False, "drop and count rows with faults instead of stopping (ours: stop)")
+    per_device_eval_batch_size: Count = option(256, "responses sampled at once on one device (ours)")
+    dtype: Dtype = option("float32", "number type of the weights (TRL)")
+    attn_implementation: Text | None = option(None, "attention kernel (default: the model's own choice)")
+    trust_remote_code: bool = option(False, "run code that the model's repository brings (transformers: off)")
+    use_cpu: bool = option(False, "stay on the CPU where there is a GPU (transformers)")
+    num_threads: Count | None = option(None, "CPU threads (default: torch's choice)")
+
+    _no_bools = field_validator("*", mode="before")(reject_bool)
+
+
+class CompareConfig(EvaluateConfig):
+    """Config of `rlhf compare`."""
+
+    stage: ClassVar[str] = "compare"
+    checks: ClassVar = (*EvaluateConfig.checks, check_arms)
+
+    name: Name = option("compare", "name of the report (ours)")
+    arms: Texts = option(
+        ..., "models to compare: registry names, directories or hub ids", min_length=1, examples=[["a", "b"]]
+    )
+    baseline: Text | None = option(None, "model that the arms are set against (default: the first arm)")

@@ -1,0 +1,180 @@
+"""The raw values of one config before validation, with the place that each came from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf_pipeline.config import keys
+from rlhf_pipeline.config.yaml import Document, KeyPath, parse_value
+from rlhf_pipeline.errors import Fault
+
+Place = Callable[[KeyPath], str]
+
+
+@dataclass(frozen=True)
+class Override:
+    """One `key=value` of a command line."""
+
+    path: KeyPath
+    value: Any
+    where: str
+
+    def place(self, path: KeyPath) -> str:
+        """Return where a value of this override stands."""
+        return self.where
+
+
+def parse_overrides(overrides: Iterable[str] | Mapping[str, Any]) -> tuple[list[Override], list[Fault]]:
+    """Return the overrides and the faults of those that are not `key=value`."""
+    parsed: list[Override] = []
+    faults: list[Fault] = []
+    if isinstance(overrides, Mapping):
+        parsed = [Override(_split(key), value, f"override {key}={value}") for key, value in overrides.items()]
+        return parsed, faults
+    for text in [overrides] if isinstance(overrides, str) else overrides:
+        key, equals, value = text.partition("=")
+        where, path = f"override {text}", _split(key.strip())
+        if not equals or "" in path:
+            fix = f"write {text.lstrip('-')}=VALUE" if not equals and text.strip("-") else ""
+            faults.append(Fault(where, "not an override", "key=value", fix))
+            continue
+        try:
+            parsed.append(Override(path, parse_value(value), where))
+        except ValueError as error:
+            fix = f"quote it: '{key}=\"...\"'"
+            faults.append(Fault(where, f"the value is not YAML: {error}", "key=value", fix))
+    return parsed, faults
+
+
+def _split(key: str) -> KeyPath:
+    return tuple(int(part) if part.isdigit() and i else part for i, part in enumerate(key.split(".")))
+
+
+@dataclass
+class Draft:
+    """Raw values of a config of `stage`; layers added later win."""
+
+    stage: str
+    label: str
+    values: dict[str, Any] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    folders: dict[str, Path | None] = field(default_factory=dict)
+    unreadable: bool = False
+    _places: dict[KeyPath, tuple[Place, KeyPath]] = field(default_factory=dict)
+
+    def where(self, path: KeyPath) -> str:
+        """Return the place that the value at `path` came from, and its key."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self._places:
+                place, written = self._places[path[:length]]
+                return place(written + path[length:])
+        return f"{self.label}: {'.'.join(map(str, path))}"
+
+    def fault(self, path: KeyPath, found: str, expected: str = "", fix: str = "") -> None:
+        """Record a fault of the value at `path`."""
+        self.faults.append(Fault(self.where(path), found, expected, fix))
+
+    def add_document(self, document: Document, folder: Path) -> None:
+        """Add the values of a YAML file, and its faults."""
+        self.faults.extend(document.faults)
+        self.unreadable = bool(document.faults) and not document.values
+        self.add(document.values, document.where, folder)
+
+    def add(self, values: Mapping[str, Any], place: Place, folder: Path | None = None) -> None:
+        """Add a layer of values: `place` tells where a key stands, `folder` what paths are relative to."""
+        given = self._canonical_names(values, place)
+        for key, (written, value) in given.items():
+            self._put(key, copy.deepcopy(value), place, written, folder)
+
+    def override(self, overrides: Iterable[Override]) -> None:
+        """Add overrides, dotted keys into mappings included."""
+        written: dict[KeyPath, str] = {}
+        for override in overrides:
+            given = str(override.path[0])
+            alias = keys.ALIASES[self.stage].get(given)
+            path = (alias.canonical if alias else given, *override.path[1:])
+            if written.setdefault(path, given) != given:
+                found = f"{written[path]} and {given} are the same key"
+                self.faults.append(Fault(override.where, found, "one of the two", "remove one"))
+            elif len(path) == 1:
+                self.add({given: override.value}, override.place)
+            else:
+                self._override_inside(path, override)
+
+    def settle(self) -> None:
+        """Take out the keys that do not reach the config: refused with a fault, or without effect."""
+        for key, value in list(self.values.items()):
+            entry = keys.later(self.stage, key)
+            if key in keys.REFUSED:
+                self.fault((key,), "this key is not used", fix=keys.REFUSED[key])
+            elif entry is not None and not keys.same(value, entry.neutral):
+                found = f"{keys.shown((value,))} is not available yet in this version"
+                self.fault((key,), found, keys.shown(entry.neutral), "remove it")
+            elif keys.has_no_effect(self.stage, key, value):
+                self.notes.append(f"{self.where((key,))}: has no effect here, left out")
+            elif entry is None or key in keys.SCHEMAS[self.stage].model_fields:
+                continue
+            del self.values[key]
+
+    def _override_inside(self, path: KeyPath, override: Override) -> None:
+        top, last = str(path[0]), path[-1]
+        schema_field = keys.SCHEMAS[self.stage].model_fields.get(top)
+        if schema_field is None:
+            self.add({str(override.path[0]): {last: override.value}}, override.place)
+            return
+        if self.values.get(top) is None:
+            default = schema_field.default
+            start = copy.deepcopy(default) if isinstance(default, dict) else {}
+            self._put(top, start, override.place, top, None)
+        inner = self.values[top]
+        for part in path[1:-1]:
+            inner = inner.setdefault(part, {}) if isinstance(inner, dict) else _entry(inner, part)
+        if isinstance(inner, dict) or _entry(inner, last) is not None:
+            inner[last] = override.value
+            self._places[path] = (override.place, path)
+        else:
+            found = f"{'.'.join(map(str, path[:-1]))} has no {last!r}"
+            self.faults.append(Fault(override.where, found, "the key of a mapping or the index of a list"))
+
+    def _put(self, key: str, value: Any, place: Place, written: str, folder: Path | None) -> None:
+        self._places = {path: origin for path, origin in self._places.items() if path[0] != key}
+        self._places[(key,)] = (place, (written,))
+        self.values[key] = value
+        self.folders[key] = folder
+
+    def _canonical_names(self, values: Mapping[str, Any], place: Place) -> dict[str, tuple[str, Any]]:
+        """Return {canonical key: (key as written, value)}; one key by two names is a fault."""
+        given: dict[str, tuple[str, Any]] = {}
+        for key, value in values.items():
+            if not isinstance(key, str):
+                self.faults.append(Fault(place((key,)), f"{key!r} is not the name of a key", "a name"))
+                continue
+            alias = keys.ALIASES[self.stage].get(key)
+            canonical = alias.canonical if alias else key
+            if canonical in given:
+                found = f"the same key as {given[canonical][0]}, which is given as well"
+                self.faults.append(Fault(place((key,)), found, "one of the two", "remove one"))
+                continue
+            if alias:
+                note = f"{place((key,))}: {alias.note}"
+                if note not in self.notes:
+                    self.notes.append(note)
+                if key == "warmup_ratio" and not _is_ratio(value):
+                    found = f"found {value!r}"
+                    self.faults.append(Fault(place((key,)), found, "a fraction of all steps, 0 <= ratio < 1"))
+                    continue
+            given[canonical] = (key, value)
+        return given
+
+
+def _entry(inner: Any, part: str | int) -> Any:
+    return inner[part] if isinstance(inner, list) and isinstance(part, int) and part < len(inner) else None
+
+
+def _is_ratio(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1

@@ -1,0 +1,26 @@
+"""A config as YAML text, and its digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from pydantic import BaseModel
+
+from rlhf_pipeline.config import yaml
+
+# Keys that change how a run is watched, kept or paced, and not what comes out of it.
+RUN_ONLY = frozenset({"logging_steps", "save_steps", "save_total_limit", "num_threads", "report_to"})
+
+
+def dump_yaml(config: BaseModel) -> str:
+    """Return the config as YAML text that `load_config` reads back as an equal config."""
+    return yaml.dump(config.model_dump(mode="json"))
+
+
+def config_digest(config: BaseModel) -> str:
+    """Return the SHA-256 of the config, without the keys that only concern how a run is watched."""
+    values = {key: value for key, value in config.model_dump(mode="json").items() if key not in RUN_ONLY}
+    stage = getattr(type(config), "stage", type(config).__name__)
+    text = json.dumps({"stage": stage, "config": values}, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()

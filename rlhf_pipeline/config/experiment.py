@@ -1,0 +1,237 @@
+"""Read an experiment and every config it names, and check all of them before the first stage runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from rlhf_pipeline.config.draft import Draft, Override, parse_overrides
+from rlhf_pipeline.config.links import Links
+from rlhf_pipeline.config.load import in_order, validate
+from rlhf_pipeline.config.plan import ExperimentConfig
+from rlhf_pipeline.config.references import references, set_value
+from rlhf_pipeline.config.stages import STAGES, TRAINING
+from rlhf_pipeline.config.yaml import KeyPath, read_document
+from rlhf_pipeline.errors import ConfigError, Fault, did_you_mean
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage of an experiment, or its comparison: a valid config in which links still name stages."""
+
+    name: str
+    stage: str
+    config_path: Path | None
+    config: Any
+    links: Mapping[KeyPath, str] = field(default_factory=dict)
+
+    def resolved(self, outputs: Mapping[str, str]) -> Any:
+        """Return the config with each linked stage's name replaced by its output's reference.
+
+        Raises:
+            KeyError: a stage that this one is linked to has no output in `outputs`.
+        """
+        values = self.config.model_dump()
+        for path, earlier in self.links.items():
+            set_value(values, path, outputs[earlier])
+        return type(self.config).model_validate(values)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A whole experiment, checked."""
+
+    name: str
+    path: Path
+    seeds: tuple[int, ...]
+    stages: tuple[StageSpec, ...]
+    compare: StageSpec | None = None
+    notes: tuple[str, ...] = ()
+
+
+def load_experiment(
+    path: Path | str,
+    overrides: Iterable[str] | Mapping[str, Any] = (),
+    *,
+    known_models: Collection[str] = (),
+) -> Experiment:
+    """Return the experiment of a YAML file, with the configs of all its stages.
+
+    Args:
+        path: the experiment's file; the configs it names are relative to its folder.
+        overrides: `stage.key=value` for a stage, `compare.key=value`, or `key=value` for the experiment.
+        known_models: the registry's model names; a bare name that is neither a stage nor one of these
+            is a fault.
+
+    Raises:
+        ConfigError: the faults of the experiment and of all configs together.
+    """
+    reader = _Reader(Path(path), known_models)
+    experiment = reader.read(overrides)
+    if experiment is None or reader.faults:
+        raise ConfigError(in_order(dict.fromkeys(reader.faults)))
+    return experiment
+
+
+class _Reader:
+    """Gathers the drafts of one experiment, and their faults."""
+
+    def __init__(self, path: Path, known_models: Collection[str]):
+        self.path, self.folder = path, path.parent
+        self.faults: list[Fault] = []
+        self.notes: list[str] = []
+        self.plan = Draft("experiment", str(path))
+        self.known_models = known_models
+
+    def read(self, overrides: Iterable[str] | Mapping[str, Any]) -> Experiment | None:
+        """Return the experiment, or None where its own file is faulty."""
+        self.plan.add_document(read_document(self.path), self.folder)
+        parsed, faults = parse_overrides(overrides)
+        self.plan.faults.extend(faults)
+        own, inner = self._share_out(parsed, self._entries())
+        self.plan.override(own)
+        config: ExperimentConfig | None = validate(self.plan)
+        self.faults.extend(self.plan.faults)
+
+        entries = self._entries()
+        commands = {name: str(entry.get("stage")) for name, entry in entries.items()}
+        commands = {name: command for name, command in commands.items() if command in STAGES}
+        seed = self.plan.values.get("seeds") if config is None else config.seeds
+        links = Links(commands, self.known_models)
+        specs = []
+        for name, command in commands.items():
+            draft, source = self._draft(("stages", name), command, entries[name], {"output_name": name})
+            if isinstance(seed, list | tuple) and len(seed) == 1:
+                draft.add({"seed": seed[0]}, lambda _: self.plan.where(("seeds",)))
+            specs.append(self._spec(name, draft, source, entries[name], inner.get(name, []), links))
+            links.done(name)
+        compare = self._compare(inner.get("compare", []), links)
+        stages = [spec for spec in specs if spec is not None]
+        self.faults.extend(_across(stages, compare, self.path))
+        if config is None:
+            return None
+        seeds = config.seeds or ()
+        return Experiment(config.name, self.path, seeds, tuple(stages), compare, tuple(self.notes))
+
+    def _entries(self) -> dict[str, dict[str, Any]]:
+        stages = self.plan.values.get("stages")
+        entries = stages.items() if isinstance(stages, dict) else ()
+        return {str(name): entry for name, entry in entries if isinstance(entry, dict)}
+
+    def _compare(self, overrides: list[Override], links: Links) -> StageSpec | None:
+        entry = self.plan.values.get("compare")
+        if not isinstance(entry, dict):
+            for override in overrides:
+                self.faults.append(Fault(override.where, "the experiment has no compare section"))
+            return None
+        name = self.plan.values.get("name")
+        draft, source = self._draft(("compare",), "compare", entry, {"name": name} if name else {})
+        return self._spec("compare", draft, source, entry, overrides, links)
+
+    def _draft(
+        self, path: KeyPath, command: str, entry: Mapping[str, Any], default: Mapping[str, Any]
+    ) -> tuple[Draft, Path | None]:
+        draft = Draft(command, f"{self.plan.where(path)}")
+        draft.add(default, lambda key: f"{self.plan.where(path)}.{'.'.join(map(str, key))}")
+        name = entry.get("config")
+        if name is None:
+            return draft, None
+        if not isinstance(name, str) or not name:
+            where = self.plan.where((*path, "config"))
+            self.faults.append(Fault(where, f"found {name!r}", "a YAML file, relative to this one"))
+            draft.unreadable = True
+            return draft, None
+        source = self.folder / name
+        document = read_document(source)
+        if not source.is_file():
+            where = self.plan.where((*path, "config"))
+            document.faults = [
+                dataclasses.replace(fault, where=f"{where}: {fault.where}") for fault in document.faults
+            ]
+        draft.label = str(source)
+        draft.add_document(document, source.parent)
+        return draft, source
+
+    def _spec(
+        self,
+        name: str,
+        draft: Draft,
+        source: Path | None,
+        entry: Mapping[str, Any],
+        overrides: list[Override],
+        links: Links,
+    ) -> StageSpec | None:
+        """Add what the experiment itself says about a stage, then check and link it."""
+        path: KeyPath = ("compare",) if draft.stage == "compare" else ("stages", name)
+        values = {key: value for key, value in entry.items() if key not in ("stage", "config")}
+        if draft.stage == "compare":
+            values = {key: value for key, value in entry.items() if key != "config"}
+        draft.add(values, lambda key: self.plan.where((*path, *key)), self.folder)
+        draft.override(overrides)
+        linked = links.find(name, draft)
+        config: BaseModel | None = validate(draft)
+        self.faults.extend(draft.faults)
+        self.notes.extend(draft.notes)
+        if config is None:
+            return None
+        places = {found.path: found.text for found in references(config) if found.text in linked}
+        return StageSpec(name, draft.stage, source, config, places)
+
+    def _share_out(
+        self, overrides: Iterable[Override], entries: Mapping[str, Any]
+    ) -> tuple[list[Override], dict[str, list[Override]]]:
+        """Return the experiment's own overrides, and those of each stage."""
+        own: list[Override] = []
+        inner: dict[str, list[Override]] = {}
+        for override in overrides:
+            top, rest = str(override.path[0]), override.path[1:]
+            if rest and (top in entries or top == "compare"):
+                if rest[0] in ("stage", "config"):
+                    path = (top, *rest) if top == "compare" else ("stages", top, *rest)
+                    own.append(dataclasses.replace(override, path=path))
+                else:
+                    inner.setdefault(top, []).append(dataclasses.replace(override, path=rest))
+            elif top in ExperimentConfig.model_fields:
+                own.append(override)
+            else:
+                self.faults.append(_unknown_override(override, entries))
+        return own, inner
+
+
+def _unknown_override(override: Override, entries: Mapping[str, Any]) -> Fault:
+    top, rest = str(override.path[0]), override.path[1:]
+    if top in entries:
+        return Fault(override.where, f"{top} is a stage", f"{top}.key=value")
+    if top == "seed" and not rest:
+        return Fault(override.where, "an experiment has seeds", "seeds=[N]")
+    owners = [
+        name
+        for name, entry in entries.items()
+        if top in getattr(STAGES.get(str(entry.get("stage"))), "model_fields", ())
+    ]
+    near = did_you_mean(top, [*entries, *ExperimentConfig.model_fields])
+    if owners and not rest:
+        near = f"write {owners[0]}.{top}=VALUE for the stage {owners[0]}"
+    return Fault(override.where, f"the experiment has no {top!r}", "stage.key=value", near)
+
+
+def _across(stages: list[StageSpec], compare: StageSpec | None, path: Path) -> Iterator[Fault]:
+    """Yield the faults of stages that each are right, and not together."""
+    published: dict[tuple[bool, str], str] = {}
+    for spec in stages:
+        key = (spec.stage in TRAINING, spec.config.output_name)
+        if key in published:
+            found = f"the stages {published[key]} and {spec.name} both publish {spec.config.output_name!r}"
+            yield Fault(f"{path}: stages.{spec.name}", found, "another output_name")
+        published.setdefault(key, spec.name)
+    everything = [*stages, compare] if compare else stages
+    for spec in everything[1:]:
+        first = everything[0]
+        if spec.config.split_fractions != first.config.split_fractions:
+            found = f"split_fractions differ from those of {first.name}: prompts would change their split"
+            yield Fault(f"{path}: {spec.name}", found, "the same split_fractions in every stage")

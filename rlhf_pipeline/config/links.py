@@ -1,0 +1,68 @@
+"""Values of a stage's config that name another stage of the experiment."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from rlhf_pipeline.config.draft import Draft
+from rlhf_pipeline.config.references import DATA_SUFFIXES, Reference, references
+from rlhf_pipeline.errors import did_you_mean
+
+_PRODUCERS = {"policy": ("sft", "ppo", "dpo"), "reward": ("train-rm",), "data": ("collect",)}
+_MEANT = {"policy": "a policy", "reward": "a reward model", "data": "data"}
+
+
+class Links:
+    """Tells which values name an earlier stage, and refuses those that name none, a later or a wrong one."""
+
+    def __init__(self, commands: Mapping[str, str], known_models: Collection[str]):
+        self._commands, self._known = commands, set(known_models)
+        self._earlier: set[str] = set()
+
+    def done(self, name: str) -> None:
+        """Take note that the stages read from now on come after this one."""
+        self._earlier.add(name)
+
+    def find(self, name: str, draft: Draft) -> set[str]:
+        """Return the earlier stages that a draft names; other names of stages are faults of it."""
+        links: set[str] = set()
+        for reference in references(draft.values):
+            if reference.text not in self._commands:
+                self._check_outside(draft, reference)
+            elif reference.text not in self._earlier:
+                when = "this stage itself" if reference.text == name else "a later stage"
+                expected, fix = self._expected(reference.role), "change the order of the stages"
+                draft.fault(reference.path, f"{reference.text!r} is {when}", expected, fix)
+            elif self._commands[reference.text] not in _PRODUCERS[reference.role]:
+                command, meant = self._commands[reference.text], _MEANT[reference.role]
+                found = f"the stage {reference.text!r} is a {command} stage, which does not make {meant}"
+                draft.fault(reference.path, found, self._expected(reference.role))
+            else:
+                links.add(reference.text)
+        return links
+
+    def _expected(self, role: str) -> str:
+        producers = _PRODUCERS[role]
+        fitting = [name for name, command in self._commands.items() if command in producers]
+        fitting = [name for name in fitting if name in self._earlier]
+        text = f"an earlier stage of kind {' or '.join(producers)}"
+        return f"{text} ({', '.join(fitting)})" if fitting else text
+
+    def _check_outside(self, draft: Draft, reference: Reference) -> None:
+        """Refuse a bare name that nothing bears; paths and hub ids are left to whoever loads them."""
+        text = reference.text
+        bare = re.split("[@#]", text, maxsplit=1)[0]
+        if "/" in text or text.startswith((".", "~")) or Path(text).exists():
+            return
+        if reference.role == "data":
+            near = did_you_mean(text, self._commands)
+            if near and ":" not in text and not text.endswith(DATA_SUFFIXES):
+                draft.fault(reference.path, f"{text!r} names no stage", self._expected("data"), near)
+        elif bare not in self._known:
+            near = did_you_mean(bare, [*self._commands, *sorted(self._known)])
+            if bare in self._commands:
+                near = f"write {bare} for the output of the stage"
+            found = f"{text!r} names no stage of the experiment and no model of the registry"
+            draft.fault(reference.path, found, self._expected(reference.role), near)

@@ -1,0 +1,211 @@
+"""Keys of `rlhf ppo`: proximal policy optimisation against a reward model or reward functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, field_validator, model_validator
+
+from rlhf_pipeline.config.base import (
+    STRICT,
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    Text,
+    option,
+    reject_bool,
+)
+from rlhf_pipeline.config.training import COMMON_CHECKS, TrainingConfig, check_model
+from rlhf_pipeline.errors import Fault
+
+
+class RewardFunction(BaseModel):
+    """One term of the reward."""
+
+    model_config = STRICT
+    source: Text = option(..., "world, a reward model, or module:function")
+    weight: float = option(1.0, "factor of this score in the sum (ours); other than 1 moves the optimum")
+
+    _no_bools = field_validator("*", mode="before")(reject_bool)
+
+
+def _reward_functions(value: Any) -> Any:
+    if isinstance(value, str | dict):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        return value
+    return [{"source": entry} if isinstance(entry, str) else entry for entry in value]
+
+
+RewardFunctions = Annotated[tuple[RewardFunction, ...] | None, BeforeValidator(_reward_functions)]
+
+
+def _stop_token(value: Any) -> Any:
+    return None if value == "eos" else value
+
+
+def check_reward(config: Any) -> Iterator[Fault]:
+    """Yield the faults of no reward, of two ways to name it, or of a critic without its reward model."""
+    if config.value_init == "reward_model" and config.reward_model_path is None:
+        found = "value_init is reward_model and there is no reward_model_path"
+        yield Fault("value_init", found, "sft or shared, or reward_model_path")
+    if config.reward_model_path is None and config.reward_functions is None:
+        yield Fault("reward_model_path", "missing", "reward_model_path or reward_functions")
+    if config.reward_model_path is not None and config.reward_functions is not None:
+        yield Fault("reward_functions", "reward_model_path is given as well", "one of the two", "remove one")
+
+
+def check_reward_sources(config: Any) -> Iterator[Fault]:
+    """Yield the faults of reward sources that cannot be what their key asks for."""
+    path = config.reward_model_path
+    if path is not None and (path == "world" or ":" in path):
+        fix = f"write reward_functions: [{{source: {path}}}]"
+        yield Fault("reward_model_path", f"{path!r} is no reward model", "name, directory or hub id", fix)
+    for index, entry in enumerate(config.reward_functions or ()):
+        module, colon, function = entry.source.partition(":")
+        named = all(part.isidentifier() for part in module.split(".")) and function.isidentifier()
+        if colon and not named:
+            where = f"reward_functions.{index}.source"
+            yield Fault(where, f"found {entry.source!r}", "world, a reward model, or module:function")
+
+
+def check_episodes(config: Any) -> Iterator[Fault]:
+    """Yield the faults of a run whose length is unknown, or shorter than one rollout."""
+    if config.total_episodes is None:
+        if config.max_steps == -1:
+            expected = "the number of sampled responses in the run (or max_steps, in updates)"
+            yield Fault("total_episodes", "missing", expected)
+    elif config.total_episodes < config.rollout_batch_size:
+        found = f"{config.total_episodes} episodes do not fill one rollout of {config.rollout_batch_size}"
+        yield Fault("total_episodes", found, "total_episodes >= rollout_batch_size")
+
+
+def check_epochs(config: Any) -> Iterator[Fault]:
+    """Yield the faults of keys that count passes over the data, which PPO does not make."""
+    if config.num_train_epochs != 1:
+        found = f"found {config.num_train_epochs:g}, and ppo counts episodes"
+        yield Fault("num_train_epochs", found, "total_episodes, or max_steps in updates", "remove it")
+    if config.eval_strategy == "epoch":
+        yield Fault("eval_strategy", "found 'epoch', and ppo counts updates", "'no' or 'steps'")
+
+
+def check_batches(config: Any) -> Iterator[Fault]:
+    """Yield the fault of batch sizes that do not divide each other."""
+    rollout, parts = config.rollout_batch_size, config.num_mini_batches
+    micro = config.per_device_train_batch_size
+    if rollout % parts:
+        found = f"rollout_batch_size {rollout} is not a multiple of num_mini_batches {parts}"
+        yield Fault("num_mini_batches", found, "a divisor of rollout_batch_size")
+        return
+    minibatch = rollout // parts
+    if minibatch % micro:
+        found = f"a minibatch of {minibatch} (rollout_batch_size {rollout} / num_mini_batches {parts})"
+        found += f" is not a multiple of per_device_train_batch_size {micro}"
+        divisors = [str(n) for n in range(1, min(minibatch, 64) + 1) if minibatch % n == 0]
+        yield Fault("per_device_train_batch_size", found, f"one of {', '.join(divisors)}")
+        return
+    given, follows = config.gradient_accumulation_steps, minibatch // micro
+    if given not in (None, follows):
+        found = f"found {given}, and a minibatch of {minibatch} is {follows} micro-batches of {micro}"
+        yield Fault("gradient_accumulation_steps", found, str(follows), "leave it out: it follows")
+
+
+def check_schedule(config: Any) -> Iterator[Fault]:
+    """Yield the faults of warm-ups that are longer than the run."""
+    if config.max_steps == -1 and config.total_episodes is not None:
+        updates = config.total_episodes // config.rollout_batch_size
+        limit = "total_episodes / rollout_batch_size"
+        if 1 <= updates < config.warmup_steps:
+            found = f"warm-up of {config.warmup_steps} updates in a run of {updates}"
+            yield Fault("warmup_steps", found, f"at most {limit}")
+        if 1 <= updates <= config.critic_warmup_steps:
+            found = f"the actor is frozen for {config.critic_warmup_steps} updates in a run of {updates}"
+            yield Fault("critic_warmup_steps", found, f"less than {limit}")
+    elif 1 <= config.max_steps <= config.critic_warmup_steps:
+        found = f"the actor is frozen for {config.critic_warmup_steps} updates in a run of {config.max_steps}"
+        yield Fault("critic_warmup_steps", found, "less than max_steps")
+
+
+class PpoConfig(TrainingConfig):
+    """Config of `rlhf ppo`; steps are updates, one rollout each."""
+
+    stage: ClassVar[str] = "ppo"
+    checks: ClassVar = (
+        check_model,
+        *COMMON_CHECKS,
+        check_reward,
+        check_reward_sources,
+        check_episodes,
+        check_epochs,
+        check_batches,
+        check_schedule,
+    )
+
+    learning_rate: Positive = option(3e-6, "peak step size of AdamW (N+ implementation details)")
+    adam_epsilon: Positive = option(1e-5, "AdamW's floor of the denominator (N+ implementation details)")
+    gradient_accumulation_steps: Count | None = option(
+        None, "micro-batches in one optimizer step; follows from the minibatch and the micro-batch"
+    )
+    max_steps: int = option(-1, "updates, instead of total_episodes; -1: count episodes (TRL)")
+
+    reward_model_path: Text | None = option(None, "reward model: registry name, directory or hub id")
+    reward_functions: RewardFunctions = option(
+        None, "rewards to add up, instead of reward_model_path: list of {source, weight}", min_length=1
+    )
+    value_init: Literal["reward_model", "sft", "shared"] | None = option(
+        None, "start of the critic (InstructGPT: reward_model; without one: sft); shared: a head on the actor"
+    )
+    total_episodes: Count | None = option(None, "sampled responses in the run; required unless max_steps")
+    rollout_batch_size: Count = option(64, "responses sampled for one update, on all devices together (ours)")
+    num_ppo_epochs: Count = option(4, "passes over each rollout (TRL)")
+    num_mini_batches: Count = option(4, "optimizer steps in one pass over a rollout (PPO's code; TRL: 1)")
+    kl_coef: NonNegative = option(0.05, "price of one nat of KL to the reference, in units of reward (TRL)")
+    cliprange: Positive = option(0.2, "largest change of the probability ratio that gains (PPO paper)")
+    cliprange_value: Positive = option(0.2, "largest change of a value that gains, in units of reward (TRL)")
+    vf_coef: NonNegative = option(0.1, "weight of the value loss (TRL)")
+    gamma: Fraction = option(1.0, "discount per token (TRL)", moves_optimum=True, neutral=1.0)
+    lam: Fraction = option(0.95, "GAE's lambda: 1 is unbiased, less lowers the variance (TRL)")
+    whiten_advantages: bool = option(True, "advantages to mean 0, variance 1 over the rollout (TRL)")
+    whiten_rewards: bool = option(False, "rewards per token to variance 1 (TRL: off)", moves_optimum=True)
+    missing_eos_penalty: NonNegative | None = option(
+        None, "taken off the score of a response that was cut (TRL: none)", moves_optimum=True
+    )
+    stop_token: Annotated[Text | None, BeforeValidator(_stop_token)] = option(
+        None, "token that ends a response; null or 'eos': the tokenizer's EOS (TRL)"
+    )
+    temperature: Positive = option(
+        1.0, "divides the logits of sampler, policy and reference (ours; TRL: .7)", moves_optimum=True
+    )
+    critic_warmup_steps: int = option(0, "first updates that train the critic alone (TRL: none)", ge=0)
+    loss_normalization: Literal["tokens", "sequences"] = option(
+        "tokens", "divide the loss by the tokens (TRL), or by sequences x response_length (unbiased)"
+    )
+
+    @model_validator(mode="after")
+    def _fill_what_follows(self) -> PpoConfig:
+        if self.value_init is None:
+            critic = "sft" if self.reward_model_path is None else "reward_model"
+            object.__setattr__(self, "value_init", critic)
+        if self.gradient_accumulation_steps is None:
+            steps = self.minibatch_size // self.per_device_train_batch_size
+            object.__setattr__(self, "gradient_accumulation_steps", max(1, steps))
+        return self
+
+    @property
+    def minibatch_size(self) -> int:
+        """Responses in one optimizer step, on all devices together."""
+        return self.rollout_batch_size // self.num_mini_batches
+
+    @property
+    def updates(self) -> int:
+        """Updates in the whole run, one rollout each."""
+        return self.max_steps if self.max_steps > 0 else (self.total_episodes or 0) // self.rollout_batch_size
+
+    @property
+    def rewards(self) -> tuple[RewardFunction, ...]:
+        """The terms of the reward: those of reward_functions, or the reward model with weight 1."""
+        if self.reward_functions is not None:
+            return self.reward_functions
+        return (RewardFunction(source=self.reward_model_path),) if self.reward_model_path else ()

@@ -1,0 +1,28 @@
+"""Keys of `rlhf train-rm`: a reward model from preference pairs or rankings."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from rlhf_pipeline.config.base import Count, NonNegative, Positive, option
+from rlhf_pipeline.config.training import COMMON_CHECKS, TrainingConfig, check_model
+
+
+class RewardConfig(TrainingConfig):
+    """Config of `rlhf train-rm`."""
+
+    stage: ClassVar[str] = "train-rm"
+    checks: ClassVar = (check_model, *COMMON_CHECKS)
+
+    learning_rate: Positive = option(1e-5, "peak step size of AdamW (ours: TRL's 1e-4 suits LoRA)")
+    reward_centering: Literal["reference_samples", "chosen", "none"] = option(
+        "reference_samples",
+        "whose mean score becomes 0: samples of the parent (InstructGPT), or the chosen responses",
+    )
+    reward_centering_samples: Count = option(512, "responses whose mean score is taken as the shift (ours)")
+    center_rewards_coefficient: NonNegative | None = option(
+        None, "weight of mean((r_w + r_l)^2) in the loss; null: none (TRL, arXiv 2312.09244)"
+    )
+    score_pooling: Literal["last", "mean"] = option(
+        "last", "score at the response's last token, or its mean over the response (InstructGPT: last)"
+    )

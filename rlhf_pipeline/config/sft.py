@@ -1,0 +1,80 @@
+"""Keys of `rlhf sft`: supervised fine-tuning, of a model or of one from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator
+
+from rlhf_pipeline.config.base import Positive, check_lengths, option, resolve_lengths, wrong
+from rlhf_pipeline.config.training import COMMON_CHECKS, TrainingConfig
+from rlhf_pipeline.errors import Fault
+
+# 256 bytes, the end-of-text and the padding token.
+SMALLEST_BYTE_VOCABULARY = 258
+_TOKENIZERS = "{type: byte_level_bpe, vocab_size: N} or {type: world}"
+
+
+def _model_init(value: Any) -> Any:
+    if isinstance(value, dict) and not isinstance(value.get("model_type"), str):
+        raise wrong("a mapping with model_type and values of its config", "add model_type: llama")
+    return value
+
+
+def _tokenizer_init(value: Any) -> Any:
+    if value in ("world", "world:verdicts"):
+        return {"type": "world"}
+    if value is None or value == {"type": "world"}:
+        return value
+    if isinstance(value, str):
+        value = {"type": value}
+    if not isinstance(value, dict) or value.get("type") != "byte_level_bpe" or len(value) > 2:
+        raise wrong(_TOKENIZERS)
+    size = value.get("vocab_size")
+    if isinstance(size, bool) or not isinstance(size, int) or size < SMALLEST_BYTE_VOCABULARY:
+        raise wrong(f"{_TOKENIZERS} with vocab_size >= {SMALLEST_BYTE_VOCABULARY}")
+    return value
+
+
+def check_start(config: Any) -> Iterator[Fault]:
+    """Yield the faults of no start, of two, or of a model from scratch without its tokenizer."""
+    existing, fresh, tokenizer = config.model_name_or_path, config.model_init, config.tokenizer_init
+    if existing is None and fresh is None:
+        yield Fault("model_name_or_path", "missing", "model_name_or_path, or model_init to start fresh")
+    if existing is not None and fresh is not None:
+        yield Fault("model_init", "model_name_or_path is given as well", "one of the two", "remove one")
+    if fresh is not None and tokenizer is None:
+        yield Fault("tokenizer_init", "missing", f"{_TOKENIZERS}, since model_init starts from scratch")
+    if existing is not None and fresh is None and tokenizer is not None:
+        found = "the model of model_name_or_path brings its own tokenizer"
+        yield Fault("tokenizer_init", found, "tokenizer_init only with model_init", "remove it")
+
+
+def check_positions(config: Any) -> Iterator[Fault]:
+    """Yield the fault of a model from scratch with fewer positions than the longest sequence."""
+    if any(check_lengths(config)):
+        return
+    total = resolve_lengths(config.max_prompt_length, config.response_length, config.max_length).total
+    for key in ("max_position_embeddings", "n_positions"):
+        positions = (config.model_init or {}).get(key)
+        if isinstance(positions, int) and positions < total:
+            found = f"{positions} positions for sequences of up to {total} tokens"
+            yield Fault(f"model_init.{key}", found, f"at least {total}", "raise it, or lower max_length")
+
+
+class SftConfig(TrainingConfig):
+    """Config of `rlhf sft`."""
+
+    stage: ClassVar[str] = "sft"
+    checks: ClassVar = (check_start, *COMMON_CHECKS, check_positions)
+
+    learning_rate: Positive = option(2e-5, "peak step size of AdamW (TRL)")
+    completion_only_loss: bool = option(True, "loss on the completion alone, not on the prompt (TRL)")
+    model_init: Annotated[dict[str, Any] | None, BeforeValidator(_model_init)] = option(
+        None, "start from random weights: model_type and values of the model's config"
+    )
+    tokenizer_init: Annotated[dict[str, Any] | None, BeforeValidator(_tokenizer_init)] = option(
+        None, f"tokenizer of a model from random weights: {_TOKENIZERS}"
+    )
+    dropout: bool = option(False, "keep the model's own dropout while training (ours: off in every stage)")

@@ -1,0 +1,193 @@
+"""The keys that `sft`, `train-rm`, `ppo` and `dpo` have in common, and the checks between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, field_validator, model_validator
+
+from rlhf_pipeline.config.base import (
+    DEFAULT_SPLITS,
+    STRICT,
+    Count,
+    Dtype,
+    Lengths,
+    Name,
+    NonNegative,
+    Positive,
+    ReportTo,
+    Seed,
+    Steps,
+    Text,
+    Warmup,
+    check_fractions,
+    check_lengths,
+    check_world,
+    option,
+    reject_bool,
+    resolve_lengths,
+)
+from rlhf_pipeline.errors import Fault
+
+
+class DatasetEntry(BaseModel):
+    """One source of a weighted mixture."""
+
+    model_config = STRICT
+    dataset_name: Text = option(..., "source: hub id, directory, file, world:verdicts or collected:NAME")
+    dataset_config: Text | None = option(None, "configuration of the source (default: its own)")
+    weight: Positive = option(1.0, "share of the mixture, relative to the other weights (ours: equal)")
+
+    _no_bools = field_validator("*", mode="before")(reject_bool)
+
+
+class TrainingConfig(BaseModel):
+    """Keys that every training stage has, in the names of Hugging Face and TRL."""
+
+    model_config = STRICT
+    stage: ClassVar[str]
+    checks: ClassVar[tuple[Callable[[Any], Iterator[Fault]], ...]]
+
+    model_name_or_path: Text | None = option(None, "model to start from: registry name, directory or hub id")
+    model_revision: Text | None = option(None, "hub revision of the model (default: the hub's main)")
+    dtype: Dtype = option("float32", "number type of the weights (TRL)")
+    attn_implementation: Text | None = option(None, "attention kernel (default: the model's own choice)")
+    trust_remote_code: bool = option(False, "run code that the model's repository brings (transformers: off)")
+
+    dataset_name: Text | None = option(
+        None, "source: hub id, directory, .jsonl[.gz], .json, .csv, .parquet, world:verdicts, collected:NAME"
+    )
+    dataset_config: Text | None = option(None, "configuration of the source (default: its own)")
+    dataset_train_split: Text = option("train", "split to train on, or 'all' (TRL)")
+    dataset_test_split: Text = option("test", "split to evaluate on (TRL)")
+    datasets: tuple[DatasetEntry, ...] | None = option(
+        None, "weighted mixture of sources, instead of dataset_name", min_length=1
+    )
+    max_train_samples: Count | None = option(None, "most examples to train on, by hash order (default: all)")
+    skip_bad_rows: bool = option(False, "drop and count rows with faults instead of stopping (ours: stop)")
+    split_fractions: dict[str, float] = option(
+        DEFAULT_SPLITS, "share of prompts in each split of a source without splits, by hash", min_length=1
+    )
+    max_prompt_length: Count | None = option(None, "longest prompt, tokens; longer ones are cut on the left")
+    response_length: Count | None = option(None, "longest response with its EOS, tokens; longer is dropped")
+    max_length: Count | None = option(None, "longest prompt and response together, tokens (TRL: 1024)")
+
+    learning_rate: Positive = option(..., "peak step size of AdamW", examples=[1e-5])
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
+        "linear", "shape of the learning rate over all steps; linear to 0 lowers the floor (transformers)"
+    )
+    warmup_steps: Warmup = option(0, "steps of linear warm-up; below 1: a fraction of all steps (TRL)")
+    weight_decay: NonNegative = option(0.0, "AdamW's decoupled decay per step, times the rate (TRL)")
+    max_grad_norm: NonNegative = option(1.0, "longest gradient, L2 norm; 0 does not clip (TRL)")
+    adam_beta1: float = option(0.9, "decay of the gradient's average (AdamW)", ge=0, lt=1)
+    adam_beta2: float = option(0.999, "decay of the squared gradient's average (AdamW)", ge=0, lt=1)
+    adam_epsilon: Positive = option(1e-8, "AdamW's floor of the denominator (AdamW)")
+    per_device_train_batch_size: Count = option(8, "examples in one micro-batch of one device (TRL)")
+    per_device_eval_batch_size: Count = option(8, "examples in one evaluation batch of one device (TRL)")
+    gradient_accumulation_steps: Count | None = option(1, "micro-batches in one optimizer step (TRL)")
+    num_train_epochs: Positive = option(1.0, "passes over the training data (InstructGPT, DPO paper: 1)")
+    max_steps: int = option(-1, "optimizer steps, instead of epochs; -1: count epochs (TRL)")
+    bf16: bool = option(False, "autocast to bfloat16, weights stay in dtype (ours: off, CPUs differ)")
+    gradient_checkpointing: bool = option(False, "recompute activations to save memory (ours: off)")
+    seed: Seed = option(0, "seed of initialisation, data order and sampling (ours)")
+    use_cpu: bool = option(False, "stay on the CPU where there is a GPU (transformers)")
+    num_threads: Count | None = option(None, "CPU threads (default: torch's choice)")
+
+    output_name: Name = option(..., "name of the model in the registry", examples=["model"])
+    logging_steps: Count = option(10, "steps between two logged lines (TRL)")
+    eval_strategy: Literal["no", "steps", "epoch"] = option(
+        "no", "when to evaluate on the test split (transformers); eval_steps implies 'steps'"
+    )
+    eval_steps: Count | None = option(None, "steps between evaluations (transformers: logging_steps)")
+    save_steps: Count | None = option(None, "steps between checkpoints (ours: only at the end)")
+    save_total_limit: Count | None = option(2, "checkpoints kept, the newest ones; null keeps all (ours)")
+    snapshot_steps: Steps = option(
+        None, "keep weights as name@vN#step: every n steps, or at a list of steps (ours: none)"
+    )
+    report_to: ReportTo = option("none", "tracker of the metrics (ours: the run's own files)")
+    engine: Literal["native"] = option("native", "training loop (ours)")
+
+    _no_bools = field_validator("*", mode="before")(reject_bool)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _eval_steps_imply_strategy(cls, values: Any) -> Any:
+        implied = isinstance(values, dict) and values.get("eval_steps") is not None
+        return {"eval_strategy": "steps", **values} if implied else values
+
+    @model_validator(mode="after")
+    def _fill_eval_steps(self) -> TrainingConfig:
+        if self.eval_strategy == "steps" and self.eval_steps is None:
+            object.__setattr__(self, "eval_steps", self.logging_steps)
+        return self
+
+    def lengths(self) -> Lengths:
+        """Return the longest prompt, response and sum, in tokens; see `resolve_lengths`."""
+        return resolve_lengths(self.max_prompt_length, self.response_length, self.max_length)
+
+
+def check_model(config: Any) -> Iterator[Fault]:
+    """Yield the fault of a stage without a model to start from."""
+    if config.model_name_or_path is None:
+        yield Fault("model_name_or_path", "missing", "the model to start from: name, directory or hub id")
+
+
+def check_data(config: Any) -> Iterator[Fault]:
+    """Yield the fault of no source, or of two ways to name it."""
+    if config.datasets is None and config.dataset_name is None:
+        yield Fault("dataset_name", "missing", "dataset_name: SOURCE, or datasets: for a mixture")
+    if config.datasets is not None and config.dataset_name is not None:
+        yield Fault("datasets", "dataset_name is given as well", "one of the two", "remove one")
+    if config.datasets is not None and config.dataset_config is not None:
+        fix = "write dataset_config into the entries of datasets"
+        yield Fault("dataset_config", "it belongs to dataset_name, and datasets is given", fix=fix)
+
+
+def check_mixture(config: Any) -> Iterator[Fault]:
+    """Yield the faults of the built-in world inside a mixture."""
+    for index, entry in enumerate(config.datasets or ()):
+        for fault in check_world(entry):
+            yield Fault(f"datasets.{index}.{fault.where}", fault.found, fault.expected, fault.fix)
+
+
+def check_precision(config: Any) -> Iterator[Fault]:
+    """Yield the fault of bfloat16 autocast over float16 weights."""
+    if config.bf16 and config.dtype == "float16":
+        yield Fault("bf16", "bf16 is on and dtype is float16", "dtype float32 or bfloat16 with bf16")
+
+
+def check_max_steps(config: Any) -> Iterator[Fault]:
+    """Yield the fault of a number of steps that is neither positive nor -1."""
+    if config.max_steps < 1 and config.max_steps != -1:
+        yield Fault("max_steps", f"found {config.max_steps}", "a number >= 1, or -1 to count epochs")
+
+
+def check_warmup(config: Any) -> Iterator[Fault]:
+    """Yield the faults of a warm-up that the schedule does not have, or that is longer than the run."""
+    if config.warmup_steps and config.lr_scheduler_type == "constant":
+        expected = "warmup_steps 0, or lr_scheduler_type constant_with_warmup"
+        yield Fault("warmup_steps", "lr_scheduler_type constant has no warm-up", expected)
+    if 1 <= config.max_steps < config.warmup_steps:
+        found = f"warm-up of {config.warmup_steps} steps in a run of {config.max_steps}"
+        yield Fault("warmup_steps", found, "at most max_steps")
+
+
+def check_eval(config: Any) -> Iterator[Fault]:
+    """Yield the fault of steps between evaluations that a strategy does not use."""
+    if config.eval_steps is not None and config.eval_strategy != "steps":
+        found = f"eval_strategy {config.eval_strategy!r} does not use eval_steps"
+        yield Fault("eval_steps", found, "eval_strategy 'steps', or no eval_steps")
+
+
+COMMON_CHECKS = (
+    check_data,
+    check_world,
+    check_mixture,
+    check_lengths,
+    check_fractions,
+    check_precision,
+    check_max_steps,
+    check_warmup,
+    check_eval,
+)

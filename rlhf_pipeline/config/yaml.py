@@ -1,0 +1,202 @@
+"""YAML with line numbers, and without YAML 1.1's surprises.
+
+Plain scalars follow YAML 1.2: `1e-5` is a number, `no`, `010` and dates are text or decimal numbers. A key
+given twice is a fault, not a silent overwrite.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from rlhf_pipeline.errors import Fault
+
+KeyPath = tuple[str | int, ...]
+
+_MERGE = "tag:yaml.org,2002:merge"
+_FLOAT = re.compile(
+    r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
+    r"|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
+)
+_PLAIN: dict[str, tuple[re.Pattern[str], str]] = {
+    "null": (re.compile(r"^(?:~|null|Null|NULL|)$"), "~nN\0"),
+    "bool": (re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF"),
+    "int": (re.compile(r"^[-+]?[0-9][0-9_]*$"), "-+0123456789"),
+    "float": (_FLOAT, "-+0123456789."),
+    "merge": (re.compile(r"^<<$"), "<"),
+}
+# A config has tens of nodes; more than this is an alias bomb.
+_MOST_NODES = 20_000
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader whose plain scalars follow YAML 1.2."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+
+    def construct_decimal(self, node: yaml.ScalarNode) -> int:
+        """Read an integer in base ten, with leading zeros or not."""
+        return int(self.construct_scalar(node).replace("_", ""))
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that also quotes text which only our loader would read as a number."""
+
+
+for _name, (_pattern, _first) in _PLAIN.items():
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_name}", _pattern, [c.replace("\0", "") for c in _first]
+    )
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_decimal)
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+@dataclass
+class Document:
+    """A YAML mapping, the line of each of its keys, and what is wrong with it."""
+
+    source: str
+    values: dict[str, Any] = field(default_factory=dict)
+    lines: dict[KeyPath, int] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+
+    def where(self, path: KeyPath) -> str:
+        """Return `file:line: key` of the value at `path`."""
+        dotted = ".".join(map(str, path))
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.lines:
+                return f"{self.source}:{self.lines[path[:length]]}: {dotted}"
+        return f"{self.source}: {dotted}" if dotted else self.source
+
+
+def parse_value(text: str) -> Any:
+    """Return the value of one YAML expression, as in `key=value`.
+
+    Raises:
+        ValueError: the text is not YAML.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(getattr(error, "problem", None) or str(error)) from error
+
+
+def dump(values: dict[str, Any]) -> str:
+    """Return YAML text that this module, and any other YAML reader, reads back as `values`."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def read_document(path: Path) -> Document:
+    """Read a YAML file; what cannot be read becomes the document's faults."""
+    document = Document(str(path))
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        document.faults.append(Fault(str(path), "there is no such file", "a YAML file", _neighbours(path)))
+    except UnicodeDecodeError as error:
+        found = f"byte {error.start + 1} is not UTF-8"
+        document.faults.append(Fault(str(path), found, "UTF-8 text"))
+    except OSError as error:
+        document.faults.append(Fault(str(path), f"cannot be read: {error.strerror}", "a YAML file"))
+    else:
+        _parse(text, document)
+    return document
+
+
+def _neighbours(path: Path) -> str:
+    found = sorted(other.name for other in path.parent.glob("*.y*ml"))[:8] if path.parent.is_dir() else []
+    return f"{path.parent} has {', '.join(found)}" if found else ""
+
+
+def _parse(text: str, document: Document) -> None:
+    try:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        if root is None:
+            return
+        if not isinstance(root, yaml.MappingNode):
+            found = f"found a {root.id}"
+            document.faults.append(Fault(f"{document.source}:{_line(root)}", found, "lines of `key: value`"))
+            return
+        nodes = _Walk(document)
+        nodes.mapping(root, ())
+        if not document.faults:
+            document.values = loader.construct_document(root)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{document.source}:{mark.line + 1}" if mark else document.source
+        problem = " ".join(str(error.problem or error.context).split())
+        document.faults.append(Fault(place, f"not YAML: {problem}", "lines of `key: value`"))
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        found = f"a character that YAML does not allow: {error.reason}"
+        document.faults.append(Fault(f"{document.source}:{line}", found))
+    except (ValueError, RecursionError, _TooManyError) as error:
+        found = str(error) if isinstance(error, _TooManyError) else "cannot be read as YAML"
+        document.faults.append(Fault(document.source, found))
+
+
+class _TooManyError(Exception):
+    """The document unfolds to more nodes than a config has."""
+
+
+@dataclass
+class _Walk:
+    """Collects the line of each key, and the keys given twice."""
+
+    document: Document
+    count: int = 0
+
+    def mapping(self, node: yaml.MappingNode, path: KeyPath) -> None:
+        """Visit a mapping: what it merges first, so that its own keys win."""
+        for key, value in node.value:
+            if key.tag == _MERGE:
+                parts = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                for part in parts:
+                    if isinstance(part, yaml.MappingNode):
+                        self.mapping(part, path)
+        first: dict[str, int] = {}
+        for name, key, value in self._keys(node, path):
+            where = f"{self.document.source}:{_line(key)}: {'.'.join(map(str, (*path, name)))}"
+            if name in first:
+                found = f"given twice, first on line {first[name]}"
+                fault = Fault(where, found, "each key once", "remove one")
+                if fault not in self.document.faults:
+                    self.document.faults.append(fault)
+            first.setdefault(name, _line(key))
+            self.document.lines[(*path, name)] = _line(key)
+            self.value(value, (*path, name))
+
+    def value(self, node: yaml.Node, path: KeyPath) -> None:
+        """Visit a value."""
+        self.count += 1
+        if self.count > _MOST_NODES or len(path) > 50:
+            raise _TooManyError(f"aliases unfold to more than {_MOST_NODES} values, or into themselves")
+        if isinstance(node, yaml.MappingNode):
+            self.mapping(node, path)
+        elif isinstance(node, yaml.SequenceNode):
+            for index, entry in enumerate(node.value):
+                self.document.lines[(*path, index)] = _line(entry)
+                self.value(entry, (*path, index))
+
+    def _keys(self, node: yaml.MappingNode, path: KeyPath) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
+        for key, value in node.value:
+            if key.tag == _MERGE:
+                continue
+            if not isinstance(key, yaml.ScalarNode):
+                where = f"{self.document.source}:{_line(key)}"
+                self.document.faults.append(Fault(where, f"a key that is a {key.id}", "a name"))
+            elif not path and not key.tag.endswith(":str"):
+                where = f"{self.document.source}:{_line(key)}"
+                self.document.faults.append(Fault(where, f"{key.value!r} is not the name of a key", "a name"))
+            else:
+                yield key.value, key, value
+
+
+def _line(node: yaml.Node) -> int:
+    return node.start_mark.line + 1

@@ -1,0 +1,189 @@
+"""Packed batches: the one form in which every stage hands examples to a model.
+
+A row holds one or more trees. A tree is a prompt followed by K >= 1 completions; each completion attends to the
+prompt and to itself, not to its siblings, and continues the prompt's positions. So a pair costs one forward pass
+over prompt + chosen + rejected, and rows hold next to no padding.
+
+The layout "rows" is the fallback for models whose attention cannot take such a mask: one plain, right-padded row
+per completion. The index vectors mean the same in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlhf_pipeline.data.tokenize import Example
+
+Layout = Literal["trees", "rows"]
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Examples as tensors. B rows, T positions, C completions, N completion tokens; flat positions are b * T + t.
+
+    Completions are numbered in the order of the examples, whatever row they stand in.
+    """
+
+    input_ids: Tensor  # (B, T)
+    position_ids: Tensor  # (B, T)
+    tree: Tensor  # (B, T) number of the tree within its row, -1 at padding
+    branch: Tensor  # (B, T) 0 in the prompt, i in the tree's i-th completion
+    predict_index: Tensor  # (N,) flat position whose hidden state predicts the token
+    token_index: Tensor  # (N,) flat position of the token itself
+    target_ids: Tensor  # (N,)
+    completion_index: Tensor  # (N,) completion that the token belongs to
+    offset: Tensor  # (N,) place of the token in its completion
+    lengths: Tensor  # (C,) tokens of each completion
+    last_index: Tensor  # (C,) flat position of each completion's last token
+    layout: Layout
+    active_tokens: int  # positions that are not padding
+    context_tokens: int  # sum over active positions of the tokens that each one attends to, itself included
+
+    @property
+    def num_completions(self) -> int:
+        return self.lengths.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.target_ids.shape[0]
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch on another device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device) for k, v in moved.items() if isinstance(v, Tensor)})
+
+    def per_completion(self, values: Tensor) -> Tensor:
+        """Sum (N,) token values into (C,) completion values."""
+        return values.new_zeros(self.num_completions).index_add(0, self.completion_index, values)
+
+    def padded(self, values: Tensor, width: int | None = None) -> Tensor:
+        """Spread (N,) token values over a (C, R) matrix, zero where there is no token."""
+        width = width or int(self.lengths.max())
+        flat = values.new_zeros(self.num_completions * width)
+        return flat.index_copy(0, self.completion_index * width + self.offset, values).view(-1, width)
+
+    def mask(self, width: int | None = None) -> Tensor:
+        """(C, R) bool: true where a completion has a token."""
+        width = width or int(self.lengths.max())
+        return torch.arange(width, device=self.lengths.device) < self.lengths[:, None]
+
+
+def tree_length(example: Example) -> int:
+    """Positions that an example takes in the layout "trees"."""
+    return len(example.prompt_ids) + sum(len(ids) for ids in example.completions)
+
+
+def micro_batches(examples: Sequence[Example], size: int) -> list[list[int]]:
+    """Cut the examples of an optimizer step into groups of at most `size`, of similar length; returns indices."""
+    order = sorted(range(len(examples)), key=lambda index: (-tree_length(examples[index]), index))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _assign_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """First fit, longest first: rows of segment numbers, none longer than `capacity`."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    shortest = min(lengths)
+    open_rows: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        for row in open_rows:
+            if room[row] >= lengths[index]:
+                break
+        else:
+            row = len(rows)
+            rows.append([])
+            room.append(capacity)
+            open_rows.append(row)
+        rows[row].append(index)
+        room[row] -= lengths[index]
+        if room[row] < shortest:
+            open_rows.remove(row)
+    return rows
+
+
+def pack(
+    examples: Sequence[Example], pad_id: int, *, layout: Layout = "trees", row_length: int | None = None
+) -> PackedBatch:
+    """Pack examples into rows.
+
+    Args:
+        examples: each with a prompt of at least one token and at least one completion of at least one token.
+        pad_id: fills unused positions; nothing reads them.
+        row_length: positions of a row; the longest tree if None, and never less.
+    """
+    # A segment is what stands contiguously in a row: (example, completions in it).
+    segments: list[tuple[int, list[int]]] = []
+    for index, example in enumerate(examples):
+        if not example.prompt_ids or not example.completions or not all(example.completions):
+            raise ValueError(f"{example.where}: a packed example needs a prompt and completions that are not empty")
+        branches = list(range(len(example.completions)))
+        segments.extend([(index, branches)] if layout == "trees" else [(index, [branch]) for branch in branches])
+    lengths = [
+        len(examples[index].prompt_ids) + sum(len(examples[index].completions[k]) for k in branches)
+        for index, branches in segments
+    ]
+    width = max(max(lengths), row_length or 0)
+    rows = _assign_rows(lengths, width) if layout == "trees" else [[number] for number in range(len(segments))]
+    first_completion = [0]
+    for example in examples:
+        first_completion.append(first_completion[-1] + len(example.completions))
+
+    total = first_completion[-1]
+    spans: list[tuple[int, int, int]] = [(0, 0, 0)] * total  # flat start, length, flat position before it
+    ids_rows, position_rows, tree_rows, branch_rows = [], [], [], []
+    padding_total = 0
+    for row, members in enumerate(rows):
+        ids: list[int] = []
+        positions: list[int] = []
+        trees: list[int] = []
+        branch_of: list[int] = []
+        for tree, number in enumerate(members):
+            index, branches = segments[number]
+            example = examples[index]
+            prompt = len(example.prompt_ids)
+            ids += example.prompt_ids
+            positions += range(prompt)
+            branch_of += [0] * prompt
+            before = row * width + len(ids) - 1
+            for k in branches:
+                completion = example.completions[k]
+                spans[first_completion[index] + k] = (row * width + len(ids), len(completion), before)
+                ids += completion
+                positions += range(prompt, prompt + len(completion))
+                branch_of += [k + 1] * len(completion)
+            trees += [tree] * (len(ids) - len(trees))
+        padding = width - len(ids)
+        padding_total += padding
+        ids_rows.append(ids + [pad_id] * padding)
+        position_rows.append(positions + [0] * padding)
+        tree_rows.append(trees + [-1] * padding)
+        branch_rows.append(branch_of + [0] * padding)
+
+    span = torch.tensor(spans, dtype=torch.long).view(-1, 3)
+    start, count, before = span.unbind(1)
+    completion_index = torch.repeat_interleave(torch.arange(total), count)
+    offset = torch.arange(int(count.sum())) - torch.repeat_interleave(count.cumsum(0) - count, count)
+    token_index = start[completion_index] + offset
+    predict_index = torch.where(offset == 0, before[completion_index], token_index - 1)
+    input_ids = torch.tensor(ids_rows, dtype=torch.long)
+    return PackedBatch(
+        input_ids=input_ids,
+        position_ids=torch.tensor(position_rows, dtype=torch.long),
+        tree=torch.tensor(tree_rows, dtype=torch.long),
+        branch=torch.tensor(branch_rows, dtype=torch.long),
+        predict_index=predict_index,
+        token_index=token_index,
+        target_ids=input_ids.view(-1).index_select(0, token_index),
+        completion_index=completion_index,
+        offset=offset,
+        lengths=count,
+        last_index=start + count - 1,
+        layout=layout,
+        active_tokens=sum(lengths),
+        context_tokens=sum(position + 1 for row in position_rows for position in row) - padding_total,
+    )

@@ -1,0 +1,186 @@
+"""Reading one row's columns, with every fault noted and none raised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rlhf_pipeline.data.files import RowFault, row_fault
+from rlhf_pipeline.data.records import Messages, Text
+
+IDENTICAL = "identical_pair"
+
+
+class Row:
+    """One row of a source; its readers return None where they noted a fault."""
+
+    def __init__(self, where: str, values: Mapping[str, Any]):
+        self.where = where
+        self.values = values
+        self.faults: list[RowFault] = []
+
+    def fault(self, reason: str, found: str, expected: str = "", fix: str = "") -> None:
+        """Note one fault of this row."""
+        self.faults.append(row_fault(self.where, reason, found, expected, fix))
+
+    def has(self, column: str) -> bool:
+        """Whether the column is there and not null."""
+        return self.values.get(column) is not None
+
+    def value(self, column: str) -> Any:
+        """Read a required column."""
+        if column not in self.values:
+            there = ", ".join(sorted(map(str, self.values))) or "none"
+            self.fault("missing_column", f"no column {column!r}, only {there}", f"a column {column!r}")
+        elif self.values[column] is None:
+            self.fault("null", f"{column!r} is null", "a value")
+        return self.values.get(column)
+
+    def text(self, column: str) -> Text | None:
+        """Read a required column of text or messages."""
+        value = self.value(column)
+        return None if value is None else self.as_text(column, value)
+
+    def string(self, column: str) -> str | None:
+        """Read a required column of plain text."""
+        text = self.text(column)
+        if text is None or isinstance(text, str):
+            return text
+        self.fault("wrong_type", f"{column!r} is a list", "text")
+        return None
+
+    def as_text(self, name: str, value: Any) -> Text | None:
+        """Check that `value` is text or a list of messages."""
+        if isinstance(value, str):
+            return value if self._encodable(name, value) else None
+        if isinstance(value, (list, tuple)) and value and all(isinstance(item, Mapping) for item in value):
+            return self._messages(name, value)
+        self.fault("wrong_type", f"{name!r} is {_kind(value)}", "text or a list of messages")
+        return None
+
+    def _encodable(self, name: str, value: str) -> bool:
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            self.fault("not_utf8", f"{name!r} is not UTF-8 at character {error.start + 1}", "UTF-8")
+            return False
+        return True
+
+    def _messages(self, name: str, value: Any) -> Messages | None:
+        messages = []
+        for number, item in enumerate(value, 1):
+            message = {key: cell for key, cell in item.items() if cell is not None}
+            for key in ("role", "content"):
+                if key not in item:
+                    self.fault(
+                        "missing_column", f"message {number} of {name!r} has no {key!r}", "role and content"
+                    )
+                    return None
+                if item[key] is None:
+                    self.fault("null", f"{key!r} of message {number} of {name!r} is null", "text")
+                    return None
+                if not isinstance(item[key], str):
+                    self.fault(
+                        "wrong_type", f"{key!r} of message {number} of {name!r} is {_kind(item[key])}", "text"
+                    )
+                    return None
+                if not self._encodable(name, item[key]):
+                    return None
+            messages.append(message)
+        return tuple(messages)
+
+    def completion(self, name: str, value: Text | None, empty: bool = False) -> Text | None:
+        """Check that a completion says something and, as messages, ends in an assistant's turn."""
+        if value is None:
+            return None
+        if isinstance(value, str):
+            last = value
+        elif value[-1]["role"] != "assistant":
+            self.fault(
+                "no_assistant_turn", f"{name!r} ends in a turn of {value[-1]['role']!r}", "an assistant's"
+            )
+            return None
+        else:
+            last = value[-1]["content"]
+        if not empty and not last.strip():
+            self.fault("empty_completion", f"{name!r} is empty", "a response", "drop the row")
+            return None
+        return value
+
+    def flag(self, column: str) -> bool:
+        """Read an optional `ended` column; true where it is absent."""
+        return True if not self.has(column) else self.as_flag(column, self.values[column])
+
+    def as_flag(self, name: str, value: Any) -> bool:
+        """Check that `value` is true or false."""
+        if not isinstance(value, bool):
+            self.fault("wrong_type", f"{name!r} is {_kind(value)}", "true or false")
+        return value is True
+
+    def ids(self, column: str) -> tuple[int, ...] | None:
+        """Read a required column of token ids."""
+        value = self.value(column)
+        return None if value is None else self.as_ids(column, value)
+
+    def as_ids(self, name: str, value: Any) -> tuple[int, ...] | None:
+        """Check that `value` is a list of token ids."""
+        if isinstance(value, (list, tuple)) and all(type(item) is int and item >= 0 for item in value):
+            return tuple(value)
+        self.fault("wrong_type", f"{name!r} is not a list of token ids", "integers from 0 up")
+        return None
+
+    def number(self, name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float | None:
+        """Check that `value` is a finite number from `low` to `high`."""
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if math.isfinite(value) and low <= value <= high:
+                return value
+            self.fault("wrong_type", f"{name!r} is out of range", f"a number from {low:g} to {high:g}")
+        else:
+            self.fault("wrong_type", f"{name!r} is {_kind(value)}", "a number")
+        return None
+
+    def split(self) -> str | None:
+        """Read the optional split that the row names itself."""
+        value = self.values.get("split")
+        if value is not None and not isinstance(value, str):
+            self.fault("wrong_type", f"'split' is {_kind(value)}", "text")
+        return value or None
+
+    def check_prompt(self, prompt: Text) -> None:
+        """Check that a prompt of messages is one that a response can follow."""
+        if not isinstance(prompt, str) and prompt[-1]["role"] not in ("user", "tool", "assistant"):
+            self.fault(
+                "empty_prompt", f"the prompt ends in a turn of {prompt[-1]['role']!r}", "a user's turn"
+            )
+
+    def all_ids(self, *columns: str) -> tuple[tuple[int, ...], ...] | None:
+        """Read columns of token ids, of which a row has all or none."""
+        if not any(self.has(column) for column in columns):
+            return None
+        ids = tuple(self.ids(column) for column in columns)
+        return None if None in ids else ids
+
+
+def alike(prompt: Text, completions: tuple[Text, ...]) -> tuple[Text, tuple[Text, ...]]:
+    """Turn text into messages where the other part is messages already."""
+    if not isinstance(prompt, str) or any(not isinstance(text, str) for text in completions):
+        prompt = _message("user", prompt)
+        completions = tuple(_message("assistant", text) for text in completions)
+    return prompt, completions
+
+
+def _message(role: str, text: Text) -> Messages:
+    return ({"role": role, "content": text},) if isinstance(text, str) else text
+
+
+def _kind(value: Any) -> str:
+    names = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "an object",
+    }
+    return "an empty list" if value == [] else names.get(type(value), f"a {type(value).__name__}")

@@ -1,0 +1,107 @@
+"""From the kind of record that a source holds to the kind that a stage needs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from itertools import combinations
+
+from rlhf_pipeline.data.records import Record, plain
+from rlhf_pipeline.errors import DataError, Fault
+
+# What can be made of what: everything else is refused.
+MAKES = {
+    "text": ("text", "demonstration"),
+    "prompt": ("prompt",),
+    "demonstration": ("text", "prompt", "demonstration"),
+    "pair": ("text", "prompt", "demonstration", "pair"),
+    "ranking": ("text", "prompt", "demonstration", "pair", "ranking"),
+}
+
+
+def as_kind(records: list[Record], kind: str, source: str = "") -> tuple[list[Record], Counter[str]]:
+    """Turn records into those of `kind`; also return how many were left out, by reason.
+
+    Pairs and rankings give their best completion as a demonstration, and a ranking all its untied pairs.
+    Prompts come once each. A text stays a text where a demonstration is asked for: it is trained on whole.
+
+    Raises:
+        DataError: the records do not hold what `kind` needs.
+    """
+    wrong = sorted({record.kind for record in records if kind not in MAKES[record.kind]})
+    if wrong:
+        able = ", ".join(name for name, made in MAKES.items() if kind in made)
+        found = f"{source or records[0].where} holds records of kind {', '.join(wrong)}"
+        raise DataError(Fault("", found, f"for this stage: {able}", "choose another source"))
+    dropped: Counter[str] = Counter()
+    if kind == "prompt":
+        return _prompts(records, dropped), dropped
+    made: list[Record] = []
+    for record in records:
+        if record.kind == kind or record.kind == "text":
+            made.append(record)
+        elif kind == "pair":
+            pairs = _pairs(record)
+            made += pairs
+            dropped["tied_ranking"] += not pairs
+        else:
+            demonstration = record if record.kind == "demonstration" else _best(record)
+            made.append(demonstration if kind == "demonstration" else _as_text(demonstration))
+    return made, +dropped
+
+
+def _prompts(records: list[Record], dropped: Counter[str]) -> list[Record]:
+    prompts: dict[str, Record] = {}
+    for record in records:
+        if record.prompt_key in prompts:
+            dropped["duplicate_prompt"] += 1
+        else:
+            prompts[record.prompt_key] = replace(
+                record, kind="prompt", completions=(), ended=(), completion_ids=None, extra={}
+            )
+    return list(prompts.values())
+
+
+def _goodness(record: Record) -> list[float]:
+    """Return one number per completion, higher for better: a score as it is, a rank (1 is best) negated."""
+    if "scores" in record.extra:
+        return list(record.extra["scores"])
+    return [-rank for rank in record.extra["ranks"]]
+
+
+def _pick(record: Record, kind: str, *indices: int) -> Record:
+    ids = record.completion_ids
+    return replace(
+        record,
+        kind=kind,
+        completions=tuple(record.completions[i] for i in indices),
+        ended=tuple(record.ended[i] for i in indices),
+        completion_ids=None if ids is None else tuple(ids[i] for i in indices),
+        extra={},
+    )
+
+
+def _best(record: Record) -> Record:
+    if record.kind == "pair":
+        return _pick(record, "demonstration", 0)
+    goodness = _goodness(record)
+    return _pick(record, "demonstration", goodness.index(max(goodness)))
+
+
+def _pairs(record: Record) -> list[Record]:
+    goodness = _goodness(record)
+    pairs = combinations(range(len(goodness)), 2)
+    ordered = [
+        (i, j) if goodness[i] > goodness[j] else (j, i) for i, j in pairs if goodness[i] != goodness[j]
+    ]
+    return [_pick(record, "pair", winner, loser) for winner, loser in ordered]
+
+
+def _as_text(record: Record) -> Record:
+    """Join prompt and completion; messages stay messages, for the chat template to render as a whole."""
+    prompt, completion = record.prompt, record.completions[0]
+    joined = prompt + plain(completion) if isinstance(prompt, str) else (*prompt, *completion)
+    ids = None if record.completion_ids is None else (record.prompt_ids + record.completion_ids[0],)
+    return replace(
+        record, kind="text", prompt=None, completions=(joined,), prompt_ids=None, completion_ids=ids
+    )

@@ -1,0 +1,284 @@
+"""From the name of a source to the examples of a stage, with a report of what became of its rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_pipeline.data.columns import IDENTICAL
+from rlhf_pipeline.data.files import RowFault
+from rlhf_pipeline.data.formats import count_reasons, is_identical, parse
+from rlhf_pipeline.data.kinds import as_kind
+from rlhf_pipeline.data.records import Record
+from rlhf_pipeline.data.sources import read_source
+from rlhf_pipeline.data.splits import FRACTIONS, in_split
+from rlhf_pipeline.data.tokenize import Example, tokenize
+from rlhf_pipeline.errors import DataError, Fault
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rlhf_pipeline.config.base import Lengths
+
+
+@dataclass
+class RecordSet:
+    """Every usable record of a source, and the rows that are none."""
+
+    source: str
+    format: str
+    rows: int  # rows read, whatever became of them
+    records: list[Record]
+    faults: list[RowFault] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)  # rows that are not wrong but say nothing
+    tokenizer_digest: str | None = None
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """What became of one source's rows. A row with two faults counts under both reasons in `dropped`."""
+
+    source: str
+    format: str
+    split: str
+    digest: str  # SHA-256 of the split's records: their content and order, not the file's name
+    source_rows: int  # in the whole source
+    rows: int  # usable ones in the split
+    kept: int  # examples
+    dropped: dict[str, int]  # faulty or skipped rows of the whole source, and what was left out of the split
+    truncated: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data, for a manifest."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """Return one line for the log."""
+        parts = [
+            f"{self.source} ({self.format}), split {self.split}: {self.kept} examples of {self.rows} rows"
+        ]
+        for name, counts in (("dropped", self.dropped), ("cut", self.truncated)):
+            if counts:
+                parts.append(f"{name}: " + ", ".join(f"{reason} {count}" for reason, count in counts.items()))
+        return "; ".join(parts)
+
+
+@dataclass
+class ExampleSet:
+    """Tokenised examples, with one report for each source that they came from."""
+
+    examples: list[Example]
+    reports: tuple[SourceReport, ...]
+
+    @property
+    def report(self) -> SourceReport:
+        """The report of the first, normally the only, source."""
+        return self.reports[0]
+
+
+def read_records(
+    source: str,
+    *,
+    config: str | None = None,
+    split: str | None = None,
+    home: Path | None = None,
+    base_dir: Path | None = None,
+    skip_bad_rows: bool = False,
+) -> RecordSet:
+    """Read a source and turn its rows into records.
+
+    Args:
+        source, config, split, home, base_dir: as for `read_source`.
+        skip_bad_rows: leave out and count rows with faults instead of refusing the source.
+
+    Raises:
+        DataError: rows have faults (all of them are listed), or none is left.
+    """
+    read = read_source(source, config=config, split=split, home=home, base_dir=base_dir)
+    if read.records is not None:
+        records = [record for record in read.records if not is_identical(record)]
+        skipped = Counter({IDENTICAL: len(read.records) - len(records)})
+        kinds = ", ".join(sorted({record.kind for record in records}))
+        found = RecordSet(read.name, kinds, len(read.records), records, [], +skipped, read.tokenizer_digest)
+    else:
+        faults, rows = list(read.faults), len(read.rows) + len({item.fault.where for item in read.faults})
+        if faults and not read.rows:
+            raise DataError([Fault(read.name, "no row can be read"), *(item.fault for item in faults)])
+        parsed = parse(read.rows, read.name)
+        faults += parsed.faults
+        found = RecordSet(
+            read.name, parsed.format, rows, parsed.records, faults, parsed.skipped, read.tokenizer_digest
+        )
+    if not skip_bad_rows:
+        refuse_faults(found.faults, found.source, found.rows)
+    if not found.records:
+        reasons = {**count_reasons(found.faults), **found.skipped}
+        raise DataError(
+            [
+                Fault(
+                    found.source,
+                    f"no rows left of {found.rows} ({_list(reasons)})",
+                    "at least one usable row",
+                ),
+                *(item.fault for item in found.faults),
+            ]
+        )
+    return found
+
+
+def refuse_faults(faults: Sequence[RowFault], source: str, rows: int) -> None:
+    """Raise all faults of a source at once, with a count of each reason first.
+
+    Raises:
+        DataError: there are faults.
+    """
+    if faults:
+        wrong = len({item.fault.where for item in faults})
+        summary = Fault(
+            source,
+            f"{wrong} of {rows} rows cannot be used ({_list(count_reasons(list(faults)))})",
+            "",
+            "mend them, or set `skip_bad_rows: true` to leave them out",
+        )
+        raise DataError([summary, *(item.fault for item in faults)])
+
+
+def load_examples(
+    source: str,
+    *,
+    kind: str,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: Lengths,
+    config: str | None = None,
+    home: Path | None = None,
+    skip_bad_rows: bool = False,
+    fractions: Mapping[str, float] = FRACTIONS,
+    max_samples: int | None = None,
+    base_dir: Path | None = None,
+) -> ExampleSet:
+    """Load one split of a source as tokenised examples.
+
+    Args:
+        source, config, home, base_dir: as for `read_source`.
+        kind: what the stage needs: text, prompt, demonstration or pair.
+        split: name of a split, or "all".
+        tokenizer, lengths: as for `tokenize`.
+        skip_bad_rows: leave out and count rows with faults instead of refusing the source.
+        fractions: share of each split where the source carries none.
+        max_samples: keep at most so many records, those with the lowest hashes.
+
+    Raises:
+        DataError: rows have faults, the split is not there, its records do not suit, or none is left.
+    """
+    found = read_records(source, config=config, home=home, base_dir=base_dir, skip_bad_rows=skip_bad_rows)
+    return examples_of(
+        found,
+        kind=kind,
+        split=split,
+        tokenizer=tokenizer,
+        lengths=lengths,
+        skip_bad_rows=skip_bad_rows,
+        fractions=fractions,
+        max_samples=max_samples,
+    )
+
+
+def examples_of(
+    found: RecordSet,
+    *,
+    kind: str,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: Lengths,
+    skip_bad_rows: bool = False,
+    fractions: Mapping[str, float] = FRACTIONS,
+    max_samples: int | None = None,
+) -> ExampleSet:
+    """Tokenise one split of records that are read already; arguments and errors as for `load_examples`."""
+    in_it = in_split(found.records, split, fractions, found.source)
+    records, left_out = as_kind(in_it, kind, found.source)
+    records = lowest_hashes(records, max_samples)
+    examples, counts = tokenize(records, tokenizer, lengths, source_tokenizer_digest=found.tokenizer_digest)
+    if not skip_bad_rows:
+        refuse_faults(counts.faults, found.source, len(records))
+    dropped = Counter(count_reasons(found.faults)) + found.skipped + left_out + counts.dropped
+    dropped += Counter(count_reasons(counts.faults))
+    if not examples:
+        raise DataError(
+            Fault(
+                found.source,
+                f"split {split!r}: no example left of {len(in_it)} rows ({_list(dropped)})",
+                f"prompts of at most {lengths.prompt} and responses of at most {lengths.response} tokens",
+            )
+        )
+    report = SourceReport(
+        source=found.source,
+        format=found.format,
+        split=split,
+        digest=records_digest(in_it),
+        source_rows=found.rows,
+        rows=len(in_it),
+        kept=len(examples),
+        dropped=dict(sorted(dropped.items())),
+        truncated=dict(sorted((+counts.truncated).items())),
+    )
+    return ExampleSet(examples, (report,))
+
+
+def load_mixture(
+    datasets: Sequence[Mapping[str, Any]], *, max_samples: int | None = None, **options: Any
+) -> ExampleSet:
+    """Load several sources in the proportion of their weights.
+
+    The mixture is the largest one in which no example comes twice: a source that has more than its share
+    gives the examples with the lowest hashes.
+
+    Args:
+        datasets: of each source `dataset_name`, optional `dataset_config`, and `weight` (default 1).
+        max_samples: upper limit of the whole mixture.
+        options: as for `load_examples`.
+    """
+    sets = [
+        load_examples(entry["dataset_name"], config=entry.get("dataset_config"), **options)
+        for entry in datasets
+    ]
+    weights = [float(entry.get("weight", 1)) for entry in datasets]
+    total = min(len(item.examples) * sum(weights) / weight for item, weight in zip(sets, weights))
+    total = total if max_samples is None else min(total, max_samples)
+    # A small excess, so that a share that is whole but for rounding is not cut by one.
+    shares = [int(total * weight / sum(weights) + 1e-9) for weight in weights]
+    examples = [
+        example for item, share in zip(sets, shares) for example in lowest_hashes(item.examples, share)
+    ]
+    return ExampleSet(examples, tuple(report for item in sets for report in item.reports))
+
+
+def lowest_hashes(items: list, limit: int | None) -> list:
+    """Return, in their order, the `limit` records or examples whose prompts have the lowest hashes."""
+    if limit is None or len(items) <= limit:
+        return items
+    place = partial(_sampling_hash, items)
+    return [items[i] for i in sorted(sorted(range(len(items)), key=place)[:limit])]
+
+
+def _sampling_hash(items: list, index: int) -> tuple[str, int]:
+    # Hashed once more: the hash of the prompt itself decides its split.
+    return sha256(f"sample {items[index].prompt_key}".encode()).hexdigest(), index
+
+
+def records_digest(records: Sequence[Record]) -> str:
+    """Return the SHA-256 of records: what they say and their order."""
+    digest = sha256()
+    for record in records:
+        digest.update(record.canonical().encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _list(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in counts.items()) or "none"

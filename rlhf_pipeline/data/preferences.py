@@ -1,0 +1,148 @@
+"""Layouts of rows that say which response is preferred: pairs and rankings."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from rlhf_pipeline.data.columns import IDENTICAL, Row, alike
+from rlhf_pipeline.data.records import Record, Text
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+STRAY_HUMAN = re.compile(r"(?<!\n\n)\bHuman:")
+
+
+def is_transcript(value: Any) -> bool:
+    """Whether `value` is a conversation in one text, as in Anthropic's HH-RLHF data."""
+    return isinstance(value, str) and value.lstrip().startswith("Human:") and ASSISTANT in value
+
+
+def pair(row: Row) -> Record | None:
+    """Read a pair whose prompt has its own column."""
+    prompt, chosen, rejected = row.text("prompt"), row.text("chosen"), row.text("rejected")
+    if prompt is None or chosen is None or rejected is None:
+        return None
+    if isinstance(prompt, str) and all(
+        not isinstance(side, str) and len(side) > 1 for side in (chosen, rejected)
+    ):
+        return _common(row, chosen, rejected)  # whole conversations that repeat the prompt beside them
+    if not isinstance(prompt, str):
+        repeats = all(
+            not isinstance(side, str) and side[: len(prompt)] == prompt for side in (chosen, rejected)
+        )
+        if repeats and min(len(chosen), len(rejected)) > len(prompt):
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    return _finish_pair(row, prompt, chosen, rejected)
+
+
+def implicit(row: Row) -> Record | None:
+    """Read a pair whose prompt is the common beginning of both sides."""
+    chosen, rejected = row.text("chosen"), row.text("rejected")
+    if chosen is None or rejected is None:
+        return None
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        row.fault("wrong_type", "'chosen' and 'rejected' are text and a list", "two of a kind")
+        return None
+    return _common(row, chosen, rejected)
+
+
+def _common(row: Row, chosen: Text, rejected: Text) -> Record | None:
+    if chosen == rejected:
+        row.fault(IDENTICAL, "'chosen' equals 'rejected'", "two different responses", "drop the row")
+        return None
+    shared = _shared_length(chosen, rejected)
+    if isinstance(chosen, str):
+        # Back to the last word boundary, so that no word is torn; a space belongs to the word after it.
+        boundary = re.search(r"\s\S*\Z", chosen[:shared])
+        cut = 0 if boundary is None else boundary.start() + (chosen[boundary.start()] != " ")
+    else:
+        cut = min(shared, len(chosen) - 1, len(rejected) - 1)
+    if not cut or (isinstance(chosen, str) and not chosen[:cut].strip()):
+        row.fault("prompts_differ", "'chosen' and 'rejected' have no common beginning", "one prompt for both")
+        return None
+    return _finish_pair(row, chosen[:cut], chosen[cut:], rejected[cut:])
+
+
+def _shared_length(first: Text, second: Text) -> int:
+    shorter = min(len(first), len(second))
+    return next((i for i in range(shorter) if first[i] != second[i]), shorter)
+
+
+def hh(row: Row) -> Record | None:
+    """Read a pair of HH transcripts, whose prompt ends with the last "Assistant:"."""
+    sides = {name: row.string(name) for name in ("chosen", "rejected")}
+    if None in sides.values():
+        return None
+    prompts, replies = [], []
+    for name, text in sides.items():
+        end = text.rfind(ASSISTANT)
+        if end < text.rfind(HUMAN) or end < 0:
+            row.fault(
+                "no_assistant_turn", f"{name!r} does not end in a turn of Assistant", "an Assistant turn"
+            )
+            return None
+        prompts.append(text[: end + len(ASSISTANT)])
+        replies.append(text[end + len(ASSISTANT) :])
+        if STRAY_HUMAN.search(text.lstrip(), 1):
+            # A turn of Human within a paragraph: nobody can say where the reply before it ends.
+            row.fault("no_assistant_turn", f"{name!r} has a 'Human:' that begins no paragraph", "whole turns")
+    if prompts[0] != prompts[1]:
+        row.fault(
+            "prompts_differ", "'chosen' and 'rejected' differ before the last reply", "one prompt for both"
+        )
+        return None
+    return _finish_pair(row, prompts[0], *replies)
+
+
+def _finish_pair(row: Row, prompt: Text, chosen: Text, rejected: Text) -> Record | None:
+    ids = row.all_ids("prompt_ids", "chosen_ids", "rejected_ids")
+    prompt, (chosen, rejected) = alike(prompt, (chosen, rejected))
+    ended = (row.flag("chosen_ended"), row.flag("rejected_ended"))
+    row.completion("chosen", chosen, empty=ids is not None)
+    row.completion("rejected", rejected, empty=ids is not None)
+    if ids is None and chosen == rejected and ended[0] == ended[1]:
+        row.fault(IDENTICAL, "'chosen' equals 'rejected'", "two different responses", "drop the row")
+    row.check_prompt(prompt)
+    extra = {}
+    if row.has("label_probability"):
+        extra["label_probability"] = row.number("label_probability", row.values["label_probability"], 0, 1)
+    prompt_ids, completion_ids = (ids[0], ids[1:]) if ids else (None, None)
+    return Record("pair", prompt, (chosen, rejected), ended, "", None, prompt_ids, completion_ids, extra)
+
+
+def ranking(row: Row) -> Record | None:
+    """Read a ranking of two or more completions by their ranks or scores."""
+    prompt, values = row.text("prompt"), row.value("completions")
+    if prompt is None or values is None:
+        return None
+    if not isinstance(values, (list, tuple)) or len(values) < 2:
+        row.fault("wrong_type", "'completions' is not a list of two or more", "a list of responses")
+        return None
+    texts = [row.as_text(f"completions[{i}]", value) for i, value in enumerate(values)]
+    measure = "ranks" if row.has("ranks") else "scores"
+    measures = row.value(measure)
+    ended = row.values.get("ended")
+    flags = [True if ended is None else ended] * len(values) if not isinstance(ended, list) else ended
+    if measures is None or None in texts:
+        return None
+    if not isinstance(measures, list) or len(measures) != len(values) or len(flags) != len(values):
+        row.fault(
+            "wrong_type",
+            f"{measure!r} or 'ended' has another length than 'completions'",
+            "one per completion",
+        )
+        return None
+    numbers = tuple(row.number(f"{measure}[{i}]", value) for i, value in enumerate(measures))
+    prompt, completions = alike(prompt, tuple(texts))
+    ids = None
+    if row.has("completion_ids") or row.has("prompt_ids"):
+        prompt_ids, lists = row.ids("prompt_ids"), row.value("completion_ids")
+        if prompt_ids is None or not isinstance(lists, list) or len(lists) != len(values):
+            row.fault("wrong_type", "'completion_ids' is not one list per completion", "lists of token ids")
+            return None
+        ids = (prompt_ids, tuple(row.as_ids(f"completion_ids[{i}]", value) for i, value in enumerate(lists)))
+    for i, text in enumerate(completions):
+        row.completion(f"completions[{i}]", text, empty=ids is not None)
+    row.check_prompt(prompt)
+    ended = tuple(row.as_flag(f"ended[{i}]", flag) for i, flag in enumerate(flags))
+    return Record("ranking", prompt, completions, ended, "", None, *(ids or (None, None)), {measure: numbers})

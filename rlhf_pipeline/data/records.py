@@ -1,0 +1,79 @@
+"""What every source is turned into: one record per row, whatever the row looked like."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any
+
+Messages = tuple[dict[str, str], ...]
+Text = str | Messages
+
+KINDS = ("text", "prompt", "demonstration", "pair", "ranking")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of a source: a prompt and its completions, as text or messages, with token ids where known.
+
+    A `text` has no prompt and one completion; a `prompt` has no completion; a `demonstration` has one;
+    a `pair` has two, the preferred one first; a `ranking` has two or more, in the order of the row.
+    """
+
+    kind: str
+    prompt: Text | None
+    completions: tuple[Text, ...] = ()
+    ended: tuple[bool, ...] = ()  # per completion: false where it was cut, so that it gets no EOS
+    where: str = ""  # file:line, for messages
+    split: str | None = None  # the split that the source itself gives this row
+    prompt_ids: tuple[int, ...] | None = None
+    completion_ids: tuple[tuple[int, ...], ...] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)  # ranks, scores, label_probability
+
+    @property
+    def conversational(self) -> bool:
+        """Whether prompt and completions are messages, which need a chat template."""
+        texts = self.completions if self.prompt is None else (self.prompt, *self.completions)
+        return any(not isinstance(text, str) for text in texts)
+
+    @property
+    def key(self) -> str:
+        """The text that names the prompt: NFC-normalised, stripped; of a text record its text."""
+        if self.prompt is None and self.completions:
+            return normalise(plain(self.completions[0]))
+        if not self.prompt and self.prompt_ids is not None:
+            return "ids " + " ".join(map(str, self.prompt_ids))
+        return normalise(plain(self.prompt or ""))
+
+    @property
+    def prompt_key(self) -> str:
+        """The SHA-256 of `key`: equal for two records exactly if they have the same prompt."""
+        return sha256(self.key.encode()).hexdigest()
+
+    def canonical(self) -> str:
+        """Return the content as one line of JSON, without where it came from; digests are made of it."""
+        content = {
+            "kind": self.kind,
+            "prompt": self.prompt,
+            "completions": self.completions,
+            "ended": self.ended,
+            "prompt_ids": self.prompt_ids,
+            "completion_ids": self.completion_ids,
+            "extra": dict(self.extra),
+        }
+        return json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def plain(text: Text) -> str:
+    """Return a text as it is, and messages as `role: content` paragraphs."""
+    if isinstance(text, str):
+        return text
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in text)
+
+
+def normalise(text: str) -> str:
+    """Return `text` in Unicode NFC without white space at its ends."""
+    return unicodedata.normalize("NFC", text).strip()

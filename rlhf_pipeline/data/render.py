@@ -1,0 +1,86 @@
+"""Records to the texts that are tokenised; messages go through the tokenizer's chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rlhf_pipeline.data.records import Record, Text
+from rlhf_pipeline.errors import DataError, Fault
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A record as text. A text record has an empty prompt."""
+
+    prompt: str
+    completions: tuple[str, ...]
+    templated: bool  # by a chat template, which writes BOS itself
+
+    def texts(self) -> list[str]:
+        """Return what is tokenised: the prompt, and the prompt with each completion."""
+        return [self.prompt, *(self.prompt + completion for completion in self.completions)]
+
+
+def render(record: Record, tokenizer: PreTrainedTokenizerBase) -> Rendered:
+    """Return the record as text.
+
+    Raises:
+        DataError: the record has messages and the tokenizer no chat template, or the template refuses them.
+    """
+    if not record.conversational:
+        return Rendered(record.prompt or "", record.completions, False)
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            Fault(
+                record.where,
+                "messages, and the tokenizer has no chat template",
+                "plain text, or a tokenizer with `chat_template`",
+                "use a chat model's tokenizer, or give the data as text",
+            )
+        )
+    from jinja2 import TemplateError
+    from trl.data_utils import apply_chat_template
+
+    try:
+        return _templated(record, tokenizer, apply_chat_template)
+    except (TemplateError, ValueError) as error:
+        raise DataError(Fault(record.where, f"the chat template refuses these messages: {error}")) from error
+
+
+def _templated(
+    record: Record, tokenizer: PreTrainedTokenizerBase, apply: Callable[..., dict[str, str]]
+) -> Rendered:
+    if record.prompt is None:
+        text = apply({"messages": _plain_list(record.completions[0])}, tokenizer)["text"]
+        return Rendered("", (_closed(text, record.ended[0], tokenizer.eos_token),), True)
+    prompt = _plain_list(record.prompt)
+    if not record.completions:
+        return Rendered(apply({"prompt": prompt}, tokenizer)["prompt"], (), True)
+    parts = [
+        apply({"prompt": prompt, "completion": _plain_list(completion)}, tokenizer)
+        for completion in record.completions
+    ]
+    # A template may write the prompt differently before different completions; what all share is the prompt.
+    shared = min((part["prompt"] for part in parts), key=len)
+    completions = tuple(
+        _closed((part["prompt"] + part["completion"])[len(shared) :], ended, tokenizer.eos_token)
+        for part, ended in zip(parts, record.ended)
+    )
+    return Rendered(shared, completions, True)
+
+
+def _closed(text: str, ended: bool, eos: str) -> str:
+    """Cut what a template writes after its EOS, and the EOS as well where the response did not end."""
+    stripped = text.rstrip()
+    if not stripped.endswith(eos):
+        return text
+    return stripped if ended else stripped.removesuffix(eos)
+
+
+def _plain_list(text: Text) -> list[dict[str, str]]:
+    return [dict(message) for message in text]

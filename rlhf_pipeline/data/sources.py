@@ -1,0 +1,209 @@
+"""Where rows come from: the hub, saved data sets, local files, the world, collected data.
+
+A source is read as it is; `formats` decides what its rows mean. Rows of a local file keep `file:line`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf_pipeline.data.files import FILE_SUFFIXES, RowFault, read_file
+from rlhf_pipeline.data.records import Record
+from rlhf_pipeline.errors import DamagedFile, DataError, Fault, UnknownReference, did_you_mean
+
+WORLDS = ("world:verdicts",)
+COLLECTED = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,63})(@v(?P<version>[0-9]+))?")
+
+
+@dataclass
+class Source:
+    """The rows of one source, or its records where it has them ready."""
+
+    name: str  # as it is reported: `collected:` names carry their version
+    kind: str  # file, saved, hub, collected, world
+    rows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # (where, row)
+    faults: list[RowFault] = field(default_factory=list)  # rows that could not be read
+    records: list[Record] | None = None
+    tokenizer_digest: str | None = None  # of the tokenizer that the rows' token ids belong to
+    path: Path | None = None
+
+
+def read_source(
+    source: str,
+    *,
+    config: str | None = None,
+    split: str | None = None,
+    home: Path | None = None,
+    base_dir: Path | None = None,
+) -> Source:
+    """Read every row of `source`.
+
+    Args:
+        source: hub id, directory saved by `datasets`, local file, `world:verdicts` or `collected:NAME[@vN]`.
+        config: configuration of a hub data set, or what is read of the world.
+        split: of a hub or saved data set, only this split is read, if it has one of that name.
+        home: home directory with collected data; default `$RLHF_HOME`, else `./rlhf_home`.
+        base_dir: where relative paths are looked for after the working directory.
+
+    Raises:
+        DataError: the source cannot be read at all.
+        UnknownReference: a collected data set, world or local file that is not there.
+        DamagedFile: collected data that are not what their manifest says.
+    """
+    source = str(source)
+    if source.startswith("world:"):
+        return _world(source, config)
+    if source.startswith("collected:"):
+        return _collected(source, home)
+    path = local_path(source, base_dir)
+    if path is None:
+        return _hub(source, config, split)
+    if path.is_dir():
+        return _saved(source, path, split)
+    rows, faults = read_file(path)
+    return Source(source, "file", rows, faults, path=path)
+
+
+def local_path(source: str, base_dir: Path | None = None) -> Path | None:
+    """Return the file or directory that `source` names, or None where it is a hub id.
+
+    Raises:
+        UnknownReference: it looks like a path and nothing is there.
+    """
+    given = Path(source).expanduser()
+    for candidate in (given, base_dir / given if base_dir else given):
+        if candidate.exists():
+            return candidate
+    if source.startswith((".", "/", "~")) or source.lower().endswith(FILE_SUFFIXES):
+        folder = given.parent if given.parent.is_dir() else Path()
+        near = did_you_mean(given.name, [entry.name for entry in folder.iterdir()])
+        raise UnknownReference(f"{source}: no such file or directory{'; ' + near if near else ''}")
+    return None
+
+
+def _world(source: str, config: str | None) -> Source:
+    if source not in WORLDS:
+        raise UnknownReference(f"{source}: no such world; known: {', '.join(WORLDS)}")
+    from rlhf_pipeline.data import world
+    from rlhf_pipeline.data.tokenizers import tokenizer_digest
+
+    return Source(
+        source,
+        "world",
+        records=list(world.records(config)),
+        tokenizer_digest=tokenizer_digest(world.tokenizer()),
+    )
+
+
+def home_directory(home: Path | None) -> Path:
+    """Return `home`, else `$RLHF_HOME`, else `./rlhf_home`."""
+    return Path(home if home is not None else os.environ.get("RLHF_HOME") or "rlhf_home")
+
+
+def _collected(source: str, home: Path | None) -> Source:
+    text = source.removeprefix("collected:")
+    match = COLLECTED.fullmatch(text)
+    if not match:
+        raise UnknownReference(f"{source}: not a name; expected collected:NAME or collected:NAME@vN")
+    data = home_directory(home) / "data"
+    folder = data / match["name"]
+    versions = sorted(
+        int(entry.name[1:])
+        for entry in (folder.iterdir() if folder.is_dir() else ())
+        if re.fullmatch(r"v[0-9]+", entry.name)
+    )
+    if not versions:
+        names = [entry.name for entry in data.iterdir()] if data.is_dir() else []
+        near = did_you_mean(match["name"], names)
+        raise UnknownReference(
+            f"{source}: no collected data of this name in {data}{'; ' + near if near else ''}"
+        )
+    version = int(match["version"]) if match["version"] else versions[-1]
+    if version not in versions:
+        there = ", ".join(f"v{number}" for number in versions)
+        raise UnknownReference(f"{source}: no such version in {folder}; there are {there}")
+    path = folder / f"v{version}" / "records.jsonl"
+    name = f"collected:{match['name']}@v{version}"
+    manifest = _checked_manifest(path)
+    rows, faults = read_file(path, name=name)
+    return Source(
+        name, "collected", rows, faults, tokenizer_digest=manifest.get("tokenizer_digest"), path=path
+    )
+
+
+def _checked_manifest(records: Path) -> dict[str, Any]:
+    path = records.with_name("manifest.json")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        content = records.read_bytes()
+    except FileNotFoundError as error:
+        raise DamagedFile(f"{error.filename}: missing; collect the data again") from None
+    except ValueError:
+        raise DamagedFile(f"{path}: not JSON; collect the data again") from None
+    expected = manifest.get("files", {}).get(records.name, {}).get("sha256")
+    found = hashlib.sha256(content).hexdigest()
+    if expected and expected != found:
+        raise DamagedFile(
+            f"{records}: found sha256 {found[:12]}..., expected {expected[:12]}... as in manifest.json; "
+            "collect the data again"
+        )
+    return manifest
+
+
+def _saved(source: str, path: Path, split: str | None) -> Source:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as error:  # the library raises whatever its readers raise
+        raise DataError(
+            Fault(
+                source,
+                f"not a directory saved by `datasets` ({_first_line(error)})",
+                "Dataset.save_to_disk output",
+            )
+        ) from error
+    return Source(source, "saved", list(_dataset_rows(source, loaded, split)), path=path)
+
+
+def _hub(source: str, config: str | None, split: str | None) -> Source:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        raise UnknownReference(
+            f"{source}: no such file, and not a hub id; "
+            "expected a path, org/name, world:verdicts or collected:NAME"
+        )
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(source, config)
+    except Exception as error:  # connection, missing repository, config or credentials: all end here
+        raise DataError(
+            Fault(
+                source,
+                f"no such local file, and the hub did not give it ({_first_line(error)})",
+                "a local file, a saved directory, or a hub data set that can be reached",
+                "offline, save it elsewhere with `save_to_disk` and give the directory",
+            )
+        ) from error
+    return Source(source, "hub", list(_dataset_rows(source, loaded, split)))
+
+
+def _dataset_rows(source: str, loaded: Any, split: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    if not hasattr(loaded, "keys"):
+        yield from ((f"{source}:{number}", dict(row)) for number, row in enumerate(loaded, 1))
+        return
+    several = len(loaded) > 1
+    for name in [split] if split in loaded else list(loaded):
+        for number, row in enumerate(loaded[name], 1):
+            yield f"{source}[{name}]:{number}", {**row, "split": name} if several else dict(row)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,83 @@
+"""Which split a record belongs to: what the source says, else the hash of its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
+
+from rlhf_pipeline.data.records import Record, normalise
+from rlhf_pipeline.errors import DataError, Fault, did_you_mean
+
+SPLITS = ("train", "judge", "validation", "test")
+FRACTIONS = {"train": 0.8, "judge": 0.08, "validation": 0.04, "test": 0.08}
+ALL = "all"
+
+
+def split_of(prompt: str, fractions: Mapping[str, float] = FRACTIONS) -> str:
+    """Return the split of a prompt, the same for every source and stage.
+
+    The first 64 bits of the SHA-256 of the prompt (NFC-normalised, stripped) are a number in [0, 1); the
+    splits divide that range in the order train, judge, validation, test, then any others by name.
+    """
+    place = int.from_bytes(sha256(normalise(prompt).encode()).digest()[:8], "big") / 2**64
+    names = [name for name in SPLITS if name in fractions] + sorted(set(fractions) - set(SPLITS))
+    names = [name for name in names if fractions[name] > 0]
+    end = 0.0
+    for name in names:
+        end += fractions[name]
+        if place < end:
+            return name
+    return names[-1]  # the fractions sum to 1 up to rounding
+
+
+def carries_splits(records: Iterable[Record]) -> bool:
+    """Whether a source names its splits itself: it has rows of more than one."""
+    return len({record.split for record in records} - {None}) > 1
+
+
+def assign_splits(
+    records: list[Record], fractions: Mapping[str, float] = FRACTIONS, source: str = ""
+) -> list[str]:
+    """Return the split of each record.
+
+    Raises:
+        DataError: some rows of a source that carries splits name none.
+    """
+    if not carries_splits(records):
+        return [split_of(record.key, fractions) for record in records]
+    nameless = [record for record in records if record.split is None]
+    if nameless:
+        raise DataError(
+            [Fault(record.where, "no split", "a split in each row or in none of them") for record in nameless]
+        )
+    return [record.split or "" for record in records]
+
+
+def in_split(
+    records: list[Record], split: str, fractions: Mapping[str, float] = FRACTIONS, source: str = ""
+) -> list[Record]:
+    """Return the records of one split; of the split "all", every record.
+
+    Raises:
+        DataError: there is no split of that name, or it is empty.
+    """
+    if split == ALL:
+        return records
+    assigned = assign_splits(records, fractions, source)
+    chosen = [record for record, name in zip(records, assigned) if name == split]
+    if chosen:
+        return chosen
+    carried = carries_splits(records)
+    names = sorted(set(assigned)) if carried else list(fractions)
+    if split in names:
+        raise DataError(
+            Fault(
+                source, f"split {split!r} is empty: none of {len(records)} records falls into it", "more rows"
+            )
+        )
+    origin = "the source carries" if carried else "there are"
+    raise DataError(
+        Fault(
+            source, f"no split {split!r}", f"{origin} {', '.join(names)} (or all)", did_you_mean(split, names)
+        )
+    )

@@ -1,0 +1,231 @@
+"""Records to token ids under one length policy for all stages.
+
+A prompt longer than `lengths.prompt` is cut from the left; an example with a completion longer than
+`lengths.response`, its EOS included, is left out and counted. A completion gets EOS exactly where it ended.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from rlhf_pipeline.data.files import RowFault, row_fault
+from rlhf_pipeline.data.kinds import as_kind
+from rlhf_pipeline.data.records import Record, plain
+from rlhf_pipeline.data.render import render
+from rlhf_pipeline.data.tokenizers import tokenizer_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rlhf_pipeline.config.base import Lengths
+
+BATCH = 2048  # texts handed to the tokenizer at once
+
+
+@dataclass
+class Example:
+    """One prompt and its K completions as token ids, masks by length, EOS included where `ended`."""
+
+    prompt_ids: list[int]
+    completions: list[list[int]]
+    ended: list[bool]
+    prompt_key: str
+    where: str
+    label_probability: float | None = None  # P(first preferred over second); None: a hard label
+    prompt_text: str = ""
+    completion_texts: tuple[str, ...] = ()
+
+
+@dataclass
+class Counts:
+    """What tokenisation left out or cut, by reason, and the rows that cannot be tokenised."""
+
+    dropped: Counter[str] = field(default_factory=Counter)
+    truncated: Counter[str] = field(default_factory=Counter)
+    faults: list[RowFault] = field(default_factory=list)
+
+
+@dataclass
+class _Encoded:
+    """One record's ids before the length policy."""
+
+    record: Record
+    prompt_text: str
+    completion_texts: tuple[str, ...]
+    prompt_ids: list[int]
+    completions: list[list[int]]
+
+
+def tokenize(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: Lengths,
+    *,
+    source_tokenizer_digest: str | None = None,
+    kind: str | None = None,
+) -> tuple[list[Example], Counts]:
+    """Turn records into examples, in their order.
+
+    Args:
+        records: of one kind, or of any kinds that `kind` can be made of.
+        tokenizer: with an EOS token.
+        lengths: limits in tokens: `prompt`, `response` (with EOS) and `total`.
+        source_tokenizer_digest: of the tokenizer that the records' own token ids belong to; they are used as
+            they are where it is that of `tokenizer`, else the texts are tokenised anew.
+        kind: what the records are turned into first; default: nothing else.
+    """
+    counts = Counts()
+    if kind is not None:
+        records, left_out = as_kind(list(records), kind)
+        counts.dropped += left_out
+    own_ids = source_tokenizer_digest is not None and source_tokenizer_digest == tokenizer_digest(tokenizer)
+    examples: list[Example] = []
+    for encoded in _encode(records, tokenizer, own_ids, counts):
+        if encoded.record.kind == "text":
+            examples += _chunks(encoded, tokenizer.eos_token_id, lengths.total, counts)
+        else:
+            example = _fit(encoded, tokenizer, lengths, counts)
+            examples += [] if example is None else [example]
+    return examples, counts
+
+
+def whole_sequence(example: Example) -> Example:
+    """Return the example with all but its first prompt token moved into its one completion.
+
+    Raises:
+        ValueError: it has not exactly one completion.
+    """
+    if len(example.completions) != 1:
+        raise ValueError(f"{example.where}: expected one completion, found {len(example.completions)}")
+    joined = example.prompt_ids[1:] + example.completions[0]
+    return replace(example, prompt_ids=example.prompt_ids[:1], completions=[joined])
+
+
+def _encode(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, own_ids: bool, counts: Counts
+) -> Iterator[_Encoded]:
+    prefix = _prefix(tokenizer)
+    for start in range(0, len(records), BATCH):
+        batch = records[start : start + BATCH]
+        ready = [own_ids and _has_ids(record) for record in batch]
+        rendered = [None if done else render(record, tokenizer) for done, record in zip(ready, batch)]
+        texts = [text for item in rendered if item is not None for text in item.texts()]
+        ids = iter(_ids(tokenizer, texts))
+        for record, item in zip(batch, rendered):
+            if item is None:
+                prompt = list(record.prompt_ids or ())
+                completions = [list(tokens) for tokens in record.completion_ids or ()]
+                readable = tuple(map(plain, record.completions))
+                yield _Encoded(record, plain(record.prompt or ""), readable, prompt, completions)
+                continue
+            prompt, *wholes = [next(ids) for _ in item.texts()]
+            if prompt is None or None in wholes:
+                counts.faults.append(
+                    row_fault(
+                        record.where,
+                        "unknown_token",
+                        "text that the tokenizer has no token for",
+                        "text of its vocabulary",
+                    )
+                )
+                continue
+            # One shared prompt: as far as every completion's own tokenisation agrees with it.
+            shared = min([_agreement(prompt, whole) for whole in wholes], default=len(prompt))
+            completions = [whole[shared:] for whole in wholes]
+            start_ids = [] if item.templated else prefix
+            yield _Encoded(record, item.prompt, item.completions, start_ids + prompt[:shared], completions)
+
+
+def _has_ids(record: Record) -> bool:
+    return (record.prompt_ids if record.kind == "prompt" else record.completion_ids) is not None
+
+
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the BOS that the tokenizer sets before a text of its own accord, if it does."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int] | None]:
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    if not texts:
+        return []
+    try:
+        return tokenizer(texts, **options)["input_ids"]
+    except Exception:  # a word-level tokenizer without an unknown token raises a bare Exception
+        if len(texts) == 1:
+            return [None]
+        return [ids for text in texts for ids in _ids(tokenizer, [text])]
+
+
+def _agreement(prompt: list[int], whole: list[int]) -> int:
+    """Return how many ids from the start are the same in both."""
+    if whole[: len(prompt)] == prompt:
+        return len(prompt)
+    return next((i for i, (a, b) in enumerate(zip(prompt, whole)) if a != b), min(len(prompt), len(whole)))
+
+
+def _fit(
+    encoded: _Encoded, tokenizer: PreTrainedTokenizerBase, lengths: Lengths, counts: Counts
+) -> Example | None:
+    record, prompt, bos = encoded.record, encoded.prompt_ids, tokenizer.bos_token_id
+    completions = [
+        _closed(ids, ended, tokenizer.eos_token_id) for ids, ended in zip(encoded.completions, record.ended)
+    ]
+    if not prompt and bos is None:
+        fix = "give a prompt, or a tokenizer with a BOS token"
+        counts.faults.append(
+            row_fault(record.where, "empty_prompt", "the prompt has no token", "a prompt", fix)
+        )
+        return None
+    if not all(completions):
+        counts.faults.append(
+            row_fault(record.where, "empty_completion", "a completion has no token", "a response")
+        )
+        return None
+    if any(len(ids) > lengths.response for ids in completions):
+        counts.dropped["completion_too_long"] += 1
+        return None
+    if record.kind == "pair" and completions[0] == completions[1]:
+        counts.dropped["identical_pair"] += 1
+        return None
+    prompt = prompt or [bos]
+    if len(prompt) > lengths.prompt:
+        counts.truncated["prompt_truncated"] += 1
+        keeps_bos = prompt[0] == bos and lengths.prompt > 1  # models that begin with BOS need it there
+        prompt = [bos, *prompt[1 - lengths.prompt :]] if keeps_bos else prompt[-lengths.prompt :]
+    return Example(
+        prompt,
+        completions,
+        list(record.ended),
+        record.prompt_key,
+        record.where,
+        record.extra.get("label_probability"),
+        encoded.prompt_text,
+        encoded.completion_texts,
+    )
+
+
+def _closed(ids: list[int], ended: bool, eos: int) -> list[int]:
+    return [*ids, eos] if ended and ids[-1:] != [eos] else ids
+
+
+def _chunks(encoded: _Encoded, eos: int, total: int, counts: Counts) -> list[Example]:
+    """Cut a text into sequences of at most `total` tokens; the first token of each is its prompt."""
+    record = encoded.record
+    ended = record.ended[0]
+    ids = _closed(encoded.prompt_ids + encoded.completions[0], ended, eos)
+    starts = range(0, len(ids), total)
+    counts.truncated["text_cut_into_chunks"] += len(starts) > 1
+    examples = []
+    for start in starts:
+        chunk = ids[start : start + total]
+        if len(chunk) < 2:
+            counts.dropped["chunk_too_short"] += 1
+            continue
+        last = start + total >= len(ids)
+        examples.append(Example(chunk[:1], [chunk[1:]], [ended and last], record.prompt_key, record.where))
+    return examples

@@ -1,0 +1,98 @@
+"""Tokenizers: loading with a PAD that is not EOS, training, and digests that name them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+from rlhf_pipeline.errors import BadInput, ConfigError, Fault
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+EOS, PAD = "<|endoftext|>", "<|pad|>"
+BYTES = 256
+
+
+def load_tokenizer(
+    path: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model directory or hub id; where PAD is absent or EOS, a new one is added.
+
+    The added PAD may be one id beyond the model's embedding, which then has to grow by a row.
+
+    Raises:
+        BadInput: there is no tokenizer, or it has no EOS token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path), revision=revision, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # missing files, unreachable hub, bad JSON: each library layer has its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadInput(
+            f"{path}: no tokenizer can be loaded ({reason}); expected a Hugging Face one"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise BadInput(
+            f"{path}: the tokenizer has no EOS token, so that no response could end; set `eos_token`"
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": PAD})
+    return tokenizer
+
+
+def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE: any text round-trips, and the same texts give the same tokenizer.
+
+    Raises:
+        ConfigError: `vocab_size` is too small for the bytes and the two special tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    least = BYTES + len((EOS, PAD))
+    if vocab_size < least:
+        raise ConfigError(Fault("tokenizer_init.vocab_size", f"{vocab_size}", f"at least {least}"))
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
+    )
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the SHA-256 of what decides ids: vocabulary, merges, normalisation, special tokens.
+
+    The chat template has its own digest; truncation and padding are left out, since calls change them.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        content = {"vocabulary": tokenizer.get_vocab(), "class": type(tokenizer).__name__}
+    else:
+        content = json.loads(backend.to_str())
+        content = {name: value for name, value in content.items() if name not in ("truncation", "padding")}
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")}
+    return _digest({"tokenizer": content, "special": ids})
+
+
+def chat_template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the SHA-256 of the chat template, or None where there is none."""
+    template = getattr(tokenizer, "chat_template", None)
+    return None if template is None else _digest(template)
+
+
+def _digest(content: object) -> str:
+    return sha256(json.dumps(content, sort_keys=True, ensure_ascii=True).encode()).hexdigest()

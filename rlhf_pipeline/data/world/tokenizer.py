@@ -1,0 +1,25 @@
+"""The word-level tokenizer of `world:verdicts`, as an ordinary transformers tokenizer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rlhf_pipeline.data.world.vocabulary import EOS, PAD, TOKEN_ID
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Build the tokenizer: one token a word, no unknown-word token, no beginning-of-text token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel(vocab=dict(TOKEN_ID)))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS, padding_side="left")
+
+
+def is_world_tokenizer(candidate: object) -> bool:
+    """Whether a tokenizer has exactly this world's words, so that the true reward can judge its responses."""
+    return candidate.get_vocab() == TOKEN_ID

@@ -1,0 +1,81 @@
+"""The words of `world:verdicts`, its prompts and its splits.
+
+A prompt is "the ASPECT of this GENRE was"; a response has at most `RESPONSE_LENGTH` tokens, the end token
+included. Every token string up to that length is a possible response: 954,305 per prompt.
+"""
+
+from __future__ import annotations
+
+from rlhf_pipeline.errors import DataError, Fault, did_you_mean
+
+NAME = "world:verdicts"
+PAD, EOS = "<pad>", "<eos>"
+GENRES = ("comedy", "horror", "thriller", "romance", "drama", "western")
+ASPECTS = ("plot", "pacing", "acting", "ending", "music", "dialogue")
+MODIFIERS = ("very", "quite", "not")
+CONJUNCTION = "and"
+ADJECTIVES = ("great", "fine", "dull", "awful", "funny", "scary", "tender", "slow", "tense", "loud")
+FRAME = ("the", "of", "this", "was")
+
+VOCABULARY = (PAD, EOS, *FRAME, *GENRES, *ASPECTS, *MODIFIERS, CONJUNCTION, *ADJECTIVES)
+TOKEN_ID = {word: index for index, word in enumerate(VOCABULARY)}
+PAD_ID, EOS_ID = TOKEN_ID[PAD], TOKEN_ID[EOS]
+RESPONSE_LENGTH = 4
+PROMPT_LENGTH = 6
+
+
+def prompt_text(genre: str, aspect: str) -> str:
+    """Return the prompt about one aspect of a film of one genre."""
+    return f"the {aspect} of this {genre} was"
+
+
+def encode(text: str) -> list[int]:
+    """Token ids of a text of known words.
+
+    Raises:
+        DataError: for a word that the world does not have.
+    """
+    unknown = [word for word in text.split() if word not in TOKEN_ID]
+    if unknown:
+        faults = [
+            Fault(f"{text!r}", f"unknown word {word!r}", "words of world:verdicts", did_you_mean(word, VOCABULARY))
+            for word in unknown
+        ]
+        raise DataError(faults)
+    return [TOKEN_ID[word] for word in text.split()]
+
+
+def decode(ids: list[int]) -> str:
+    """The text of token ids, special tokens included."""
+    return " ".join(VOCABULARY[index] for index in ids)
+
+
+def parse_prompt(ids: list[int]) -> tuple[int, int]:
+    """Return (genre index, aspect index) of a prompt's token ids.
+
+    Raises:
+        DataError: when the ids are not a prompt of this world.
+    """
+    words = [VOCABULARY[index] if 0 <= index < len(VOCABULARY) else "?" for index in ids]
+    if len(words) == PROMPT_LENGTH and words[1] in ASPECTS and words[4] in GENRES:
+        genre, aspect = words[4], words[1]
+        if " ".join(words) == prompt_text(genre, aspect):
+            return GENRES.index(genre), ASPECTS.index(aspect)
+    raise DataError(Fault(" ".join(words), "not a prompt of world:verdicts", "'the ASPECT of this GENRE was'"))
+
+
+def _split(genre: int, aspect: int) -> str:
+    # Diagonals of the 6 x 6 square hold each genre and each aspect once, so that whatever is held out, every
+    # genre and aspect is seen in training at least three times.
+    diagonal = (genre + aspect) % 6
+    if diagonal == 5 or (diagonal == 4 and genre < 2):
+        return "test"
+    if diagonal == 4:
+        return "validation"
+    return "judge" if diagonal == 3 and genre < 4 else "train"
+
+
+SPLITS: dict[tuple[str, str], str] = {
+    (genre, aspect): _split(g, a) for g, genre in enumerate(GENRES) for a, aspect in enumerate(ASPECTS)
+}
+"""The split of each (genre, aspect): train 20, test 8, validation 4, judge 4."""

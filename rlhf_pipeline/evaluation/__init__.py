@@ -1,0 +1,1 @@
+"""Sampled metrics, reward-model quality, baselines and statistics."""

@@ -1,0 +1,55 @@
+"""Build PPO's actor-critic."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from rlhf_pipeline.models.forward import Reader, trunk_of
+from rlhf_pipeline.models.roles import ActorCritic, RewardModel, ValueInit, sequence_head
+
+
+def make_actor_critic(
+    actor: nn.Module,
+    reader: Reader,
+    value_init: ValueInit,
+    *,
+    reward_model: RewardModel | None = None,
+    temperature: float = 1.0,
+) -> ActorCritic:
+    """Give the actor a critic.
+
+    * reward_model: a trunk of its own, copied from the reward model; the value head is the reward head with bias
+      -reward_shift, so that read at the last response token it gives the reward model's score.
+    * sft: a trunk of its own, copied from the actor before training; the head starts at 0.
+    * shared: a head on the actor's trunk, starting at 0, so the critic says 0 at step 0.
+    """
+    if value_init == "reward_model":
+        if reward_model is None:
+            raise ValueError("value_init 'reward_model' needs a reward model")
+        source = reward_model.model
+        critic = copy.deepcopy(trunk_of(source))
+        weight, bias = sequence_head(source).weight.detach().clone(), -reward_model.reward_shift
+    else:
+        critic = copy.deepcopy(trunk_of(actor)) if value_init == "sft" else None
+        parameter = next(actor.parameters())
+        width = actor.get_output_embeddings().weight.shape[1]
+        weight, bias = torch.zeros(1, width, dtype=parameter.dtype, device=parameter.device), 0.0
+    value_head = nn.Linear(weight.shape[1], 1).to(weight.device, weight.dtype)
+    with torch.no_grad():
+        value_head.weight.copy_(weight)
+        value_head.bias.fill_(bias)
+    if critic is not None:
+        critic.requires_grad_(True)
+    return ActorCritic(actor, reader, critic, value_head, temperature)
+
+
+def describe_critic(value_init: ValueInit, reward_model_label: str | None = None) -> str:
+    """One line for the log: what the critic is and where it came from."""
+    return {
+        "reward_model": f"critic: a trunk of its own, initialised from the reward model {reward_model_label}",
+        "sft": "critic: a trunk of its own, initialised from the SFT model; value head at 0",
+        "shared": "critic: a value head on the actor's trunk, starting at 0",
+    }[value_init]

@@ -1,0 +1,128 @@
+"""The one forward pass: hidden states of a packed batch, and the head that reads them.
+
+A `Reader` knows how to read one architecture. Most causal models of transformers take a 4-D mask with position
+ids, and their logits are a linear map of the last hidden state; where either does not hold, `inspect_model`
+(selfcheck.py) finds out at load time and a slower, equally correct way is taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_pipeline.algorithms.logprobs import OutputHead, token_logprobs
+from rlhf_pipeline.data.batch import Layout, PackedBatch
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How to read an architecture.
+
+    layout: "trees" where the attention takes a 4-D mask, else "rows".
+    head: "linear" where logits = W h + b, else "own" (the model's own forward computes the logits).
+    """
+
+    layout: Layout = "trees"
+    head: Literal["linear", "own"] = "linear"
+
+
+def _allowed(batch: PackedBatch, window: int | None) -> Tensor:
+    """(B, 1, T, T) bool: query q may see key k when both stand in one tree, k is not later, and k is in the
+    prompt or in q's own completion; with a sliding window also position(q) - position(k) < window."""
+    tree, branch, position = batch.tree, batch.branch, batch.position_ids
+    steps = torch.arange(tree.shape[1], device=tree.device)
+    allowed = (tree[:, :, None] == tree[:, None, :]) & (steps[:, None] >= steps)
+    allowed &= (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
+    if window is not None:
+        allowed &= position[:, :, None] - position[:, None, :] < window
+    return allowed[:, None]
+
+
+def _as_kind(allowed: Tensor, attention: str, dtype: torch.dtype) -> Tensor:
+    if attention != "eager":
+        return allowed
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
+        ~allowed, torch.finfo(dtype).min
+    )
+
+
+def attention_mask(batch: PackedBatch, config: object, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    """The mask of a packed batch in the form that a model with this config takes.
+
+    A dict by layer type where full and sliding layers alternate; a 2-D mask in the layout "rows".
+    """
+    if batch.layout == "rows":
+        return (batch.tree >= 0).long()
+    attention = getattr(config, "_attn_implementation", "sdpa")
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if window is not None and getattr(config, "use_sliding_window", True) is False:
+        window = None
+    full = _allowed(batch, None)
+    if kinds == {"full_attention", "sliding_attention"}:
+        sliding = _allowed(batch, window)
+        return {
+            "full_attention": _as_kind(full, attention, dtype),
+            "sliding_attention": _as_kind(sliding, attention, dtype),
+        }
+    only_full = kinds == {"full_attention"} or window is None
+    return _as_kind(full if only_full else _allowed(batch, window), attention, dtype)
+
+
+def trunk_of(model: nn.Module) -> nn.Module:
+    """The decoder below the head of a transformers model."""
+    return model.base_model
+
+
+def hidden_states(trunk: nn.Module, batch: PackedBatch) -> Tensor:
+    """Last hidden states of a packed batch, flat: (B * T, D)."""
+    dtype = next(trunk.parameters()).dtype
+    output = trunk(
+        input_ids=batch.input_ids,
+        attention_mask=attention_mask(batch, trunk.config, dtype),
+        position_ids=batch.position_ids,
+        use_cache=False,
+    )
+    return output.last_hidden_state.flatten(0, 1)
+
+
+def output_head(model: nn.Module, temperature: float = 1.0) -> OutputHead:
+    """The output head of a causal language model."""
+    head = model.get_output_embeddings()
+    return OutputHead(head.weight, getattr(head, "bias", None), temperature)
+
+
+def predicting_logits(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """(N, V) logits at the predicting positions by the model's own forward pass, in at least fp32."""
+    dtype = next(model.parameters()).dtype
+    logits = model(
+        input_ids=batch.input_ids,
+        attention_mask=attention_mask(batch, model.config, dtype),
+        position_ids=batch.position_ids,
+        use_cache=False,
+    ).logits
+    logits = logits.flatten(0, 1).index_select(0, batch.predict_index)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def completion_logprobs(
+    model: nn.Module, reader: Reader, batch: PackedBatch, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probability of every completion token, entropy of its distribution, and the trunk's hidden states.
+
+    Returns:
+        logprobs (N,) differentiable; entropy (N,) detached; hidden (B * T, D), or None where the model's own
+        forward was used.
+    """
+    if reader.head == "linear":
+        hidden = hidden_states(trunk_of(model), batch)
+        picked = hidden.index_select(0, batch.predict_index)
+        logprobs, entropy = token_logprobs(output_head(model, temperature), picked, batch.target_ids)
+        return logprobs, entropy, hidden
+    all_logprobs = torch.log_softmax(predicting_logits(model, batch) / temperature, dim=-1)
+    with torch.no_grad():
+        entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)
+    return all_logprobs.gather(-1, batch.target_ids[:, None]).squeeze(-1), entropy, None

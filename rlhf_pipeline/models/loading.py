@@ -1,0 +1,231 @@
+"""Models from a path, a hub id or a config alone; always with dropout off unless asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from rlhf_pipeline.errors import BadInput, ConfigError, Fault, MismatchError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def without_dropout(config: Any) -> Any:
+    """Set every dropout probability of a transformers config to 0, in place; returns the config."""
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for key, value in list(vars(part).items()):
+            if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
+                setattr(part, key, 0.0)
+    return config
+
+
+def _config(path: str, revision: str | None, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def _from_pretrained(auto_class: Any, path: str | Path, *, dtype: str, revision: str | None, **options) -> nn.Module:
+    try:
+        return auto_class.from_pretrained(
+            str(path), revision=revision, dtype=DTYPES.get(dtype, dtype), use_safetensors=True, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadInput(
+            f"{path}: cannot load it as a model ({first_line}); expected a directory or hub id with config.json "
+            "and safetensors weights"
+        ) from error
+
+
+def load_causal_lm(
+    path: str | Path,
+    *,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dropout: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> nn.Module:
+    """Load a causal language model; with `tokenizer`, make room in the embedding for tokens it has added."""
+    from transformers import AutoModelForCausalLM
+
+    config = _config(str(path), revision, trust_remote_code)
+    model = _from_pretrained(
+        AutoModelForCausalLM,
+        path,
+        dtype=dtype,
+        revision=revision,
+        config=config if dropout else without_dropout(config),
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
+    if tokenizer is not None:
+        adopt_tokenizer(model, tokenizer)
+    return model
+
+
+def adopt_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the model the tokenizer's special ids, and embedding rows for every token."""
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+    for config in (model.config, getattr(model, "generation_config", None)):
+        if config is not None:
+            config.pad_token_id = tokenizer.pad_token_id
+            config.eos_token_id = tokenizer.eos_token_id
+            config.bos_token_id = tokenizer.bos_token_id
+
+
+def init_causal_lm(
+    model_init: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+) -> nn.Module:
+    """Make a model with random weights from `model_type` and config keys of transformers.
+
+    Raises:
+        ConfigError: for an unknown `model_type` or config key.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    settings = dict(model_init)
+    model_type = settings.pop("model_type")
+    if model_type not in CONFIG_MAPPING_NAMES:
+        raise ConfigError(
+            Fault(
+                "model_init: model_type",
+                f"unknown architecture {model_type!r}",
+                "a model_type of transformers, such as llama or gpt2",
+                did_you_mean(model_type, CONFIG_MAPPING_NAMES),
+            )
+        )
+    known = set(vars(AutoConfig.for_model(model_type))) | set(
+        getattr(type(AutoConfig.for_model(model_type)), "attribute_map", {})
+    )
+    faults = [
+        Fault(f"model_init: {key}", f"{model_type} has no such key", "a key of its config", did_you_mean(key, known))
+        for key in settings
+        if key not in known
+    ]
+    if faults:
+        raise ConfigError(faults)
+    special = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+    }
+    config = AutoConfig.for_model(model_type, **{**special, **settings})
+    if settings.get("dropout") is None:
+        without_dropout(config)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=DTYPES.get(dtype, torch.float32), attn_implementation=attn_implementation
+    )
+    adopt_tokenizer(model, tokenizer)
+    return model
+
+
+def init_reward_model(
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    score_pooling: str = "last",
+) -> nn.Module:
+    """A reward model on the trunk of a language model: a new scalar head without bias, std 1 / sqrt(d + 1).
+
+    Source of the initialisation: Stiennon et al. 2020, as kept by Huang et al. 2024 (N+ details), detail 11.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    from rlhf_pipeline.models.roles import sequence_head
+
+    config = without_dropout(_config(str(path), revision, trust_remote_code))
+    config.num_labels = 1
+    config.pad_token_id = tokenizer.pad_token_id
+    model = _from_pretrained(
+        AutoModelForSequenceClassification,
+        path,
+        dtype=dtype,
+        revision=revision,
+        config=config,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
+    adopt_tokenizer(model, tokenizer)
+    head = sequence_head(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        values = torch.empty(head.weight.shape).normal_(0.0, 1 / math.sqrt(head.in_features + 1), generator=generator)
+        head.weight.copy_(values)
+    model.config.score_pooling = score_pooling
+    model.config.reward_shift = 0.0
+    return model
+
+
+def load_sequence_classifier(
+    path: str | Path,
+    *,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Load a trained reward model (a sequence classifier with one label).
+
+    Raises:
+        MismatchError: when it has another number of labels, or a head with a bias (which would be dropped).
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    config = without_dropout(_config(str(path), revision, trust_remote_code))
+    if config.num_labels != 1:
+        raise MismatchError(f"{path}: found a classifier with {config.num_labels} labels, expected a reward model with 1")
+    return _from_pretrained(
+        AutoModelForSequenceClassification,
+        path,
+        dtype=dtype,
+        revision=revision,
+        config=config,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def store_reward_shift(model: nn.Module, mean_score: float) -> None:
+    """Keep the constant that makes reference samples score 0 on average: our score = plain score - shift.
+
+    Raises:
+        ValueError: when the model has one already (a second normalisation would hide the first).
+    """
+    if getattr(model.config, "reward_shift", 0.0):
+        raise ValueError(f"this reward model is normalised already (reward_shift {model.config.reward_shift})")
+    model.config.reward_shift = float(mean_score)
+
+
+def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write weights (safetensors), config and tokenizer in the Hugging Face layout."""
+    model.save_pretrained(directory, safe_serialization=True)
+    tokenizer.save_pretrained(directory)
+    config = json.loads((directory / "config.json").read_text())
+    if "auto_map" in config:  # never hand on a pointer to code that somebody would run unasked
+        del config["auto_map"]
+        (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

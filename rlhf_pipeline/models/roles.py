@@ -1,0 +1,138 @@
+"""The modules that are trained and asked: policy, reward model, actor-critic.
+
+Every forward goes through `__call__`, so that a wrapped module (DDP, FSDP) sees it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_pipeline.data.batch import PackedBatch
+from rlhf_pipeline.models.forward import Reader, completion_logprobs, hidden_states, trunk_of
+
+ValueInit = Literal["reward_model", "sft", "shared"]
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """logprobs: (N,); entropy: (N,), detached; values: (N,) or None."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    values: Tensor | None = None
+
+
+class Policy(nn.Module):
+    """A causal language model read through packed batches; logits are divided by `temperature` everywhere."""
+
+    def __init__(self, model: nn.Module, reader: Reader, temperature: float = 1.0):
+        super().__init__()
+        self.model, self.reader, self.temperature = model, reader, temperature
+
+    @property
+    def language_model(self) -> nn.Module:
+        return self.model
+
+    def forward(self, batch: PackedBatch | None = None, **decode) -> TokenScores:
+        """Score a packed batch; without one, pass `decode` (ids, mask, cache) to the model for generation."""
+        if batch is None:
+            return self.model(**decode)
+        logprobs, entropy, _ = completion_logprobs(self.model, self.reader, batch, self.temperature)
+        return TokenScores(logprobs, entropy)
+
+
+def sequence_head(model: nn.Module) -> nn.Linear:
+    """The scalar head of a sequence classifier."""
+    return model.score if hasattr(model, "score") else model.classifier
+
+
+class RewardModel(nn.Module):
+    """A sequence classifier with one label, read at each completion's last token.
+
+    score = head(hidden at the last token) - reward_shift; with pooling "mean" the hidden states of all
+    completion tokens are averaged first. `reward_shift` comes from the config of the model.
+    """
+
+    def __init__(self, model: nn.Module, reader: Reader):
+        super().__init__()
+        self.model, self.reader = model, reader
+
+    @property
+    def reward_shift(self) -> float:
+        return float(getattr(self.model.config, "reward_shift", 0.0) or 0.0)
+
+    @property
+    def pooling(self) -> str:
+        return getattr(self.model.config, "score_pooling", None) or "last"
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Scores (C,) in at least fp32."""
+        hidden = hidden_states(trunk_of(self.model), batch)
+        if self.pooling == "mean":
+            tokens = hidden.index_select(0, batch.token_index)
+            total = tokens.new_zeros(batch.num_completions, tokens.shape[1])
+            picked = total.index_add(0, batch.completion_index, tokens) / batch.lengths[:, None].to(tokens.dtype)
+        else:
+            picked = hidden.index_select(0, batch.last_index)
+        scores = sequence_head(self.model)(picked).squeeze(-1)
+        return scores.to(torch.promote_types(scores.dtype, torch.float32)) - self.reward_shift
+
+
+class ActorCritic(nn.Module):
+    """Actor and critic in one module: FSDP and DeepSpeed accept one trainable module.
+
+    The critic is a value head on its own trunk, or (`shared`) on the actor's. values[n] is read at the position
+    that predicts token n: it is V of the prefix before that token.
+    """
+
+    def __init__(
+        self, actor: nn.Module, reader: Reader, critic: nn.Module | None, value_head: nn.Linear, temperature: float
+    ):
+        super().__init__()
+        self.actor, self.reader, self.critic, self.value_head = actor, reader, critic, value_head
+        self.temperature = temperature
+        self.actor_frozen = False
+
+    @property
+    def language_model(self) -> nn.Module:
+        return self.actor
+
+    def forward(self, batch: PackedBatch | None = None, **decode) -> TokenScores:
+        """Score a packed batch; without one, pass `decode` to the actor for generation."""
+        if batch is None:
+            return self.actor(**decode)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.actor_frozen):
+            logprobs, entropy, hidden = completion_logprobs(self.actor, self.reader, batch, self.temperature)
+            if self.critic is None and hidden is None:
+                hidden = hidden_states(trunk_of(self.actor), batch)
+        if self.critic is not None:
+            hidden = hidden_states(self.critic, batch)
+        values = self.value_head(hidden.index_select(0, batch.predict_index)).squeeze(-1)
+        return TokenScores(logprobs, entropy, values.to(logprobs.dtype))
+
+
+def shared_storage(one: nn.Module, other: nn.Module) -> list[str]:
+    """Names of parameters of `other` that live in the same memory as a parameter of `one`."""
+    mine = {parameter.untyped_storage().data_ptr() for parameter in one.parameters() if parameter.numel()}
+    return [
+        name for name, parameter in other.named_parameters() if parameter.untyped_storage().data_ptr() in mine
+    ]
+
+
+def assert_independent(policy: nn.Module, frozen: nn.Module) -> None:
+    """Check that a frozen model is really another model than the one in training.
+
+    Raises:
+        RuntimeError: when they share memory or when `frozen` computes with a forward bound to another object
+            (a library that patches `forward` in place leaves such a method on a deep copy).
+    """
+    if shared := shared_storage(policy, frozen):
+        raise RuntimeError(f"the frozen model shares memory with the policy: {', '.join(shared[:3])}")
+    for name, module in frozen.named_modules():
+        bound = getattr(module.__dict__.get("forward"), "__self__", module)
+        if bound is not module:
+            raise RuntimeError(f"the frozen model's {name or 'forward'} is bound to another module")

@@ -1,0 +1,121 @@
+"""Find out, at load time, how an architecture can be read: packed log-probabilities against plain ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from rlhf_pipeline.data.batch import pack
+from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.errors import BadInput
+from rlhf_pipeline.models.forward import Reader, completion_logprobs, hidden_states, trunk_of
+from rlhf_pipeline.models.roles import RewardModel, sequence_head
+
+READERS = (Reader("trees", "linear"), Reader("trees", "own"), Reader("rows", "linear"), Reader("rows", "own"))
+
+
+def _probe_examples(vocab_size: int) -> list[Example]:
+    """Two trees of different lengths, two completions each, of arbitrary tokens."""
+    draw = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(0, vocab_size, (count,), generator=draw).tolist()
+
+    return [
+        Example(tokens(5), [tokens(3), tokens(6)], [True, True], prompt_key="a", where="self-check"),
+        Example(tokens(2), [tokens(4), tokens(1)], [True, True], prompt_key="b", where="self-check"),
+    ]
+
+
+def _agree(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
+    relative = {torch.float64: 1e-10, torch.float32: 1e-5}.get(dtype, 2e-2)
+    return bool((found - expected).abs().max() <= relative * expected.abs().max().clamp_min(1.0))
+
+
+@torch.no_grad()
+def _plain_logprobs(model: nn.Module, examples: list[Example]) -> torch.Tensor:
+    """Token log-probabilities by the model's own forward, one unpadded sequence at a time."""
+    device = next(model.parameters()).device
+    pieces = []
+    for example in examples:
+        for completion in example.completions:
+            ids = torch.tensor([example.prompt_ids + completion], device=device)
+            logits = model(input_ids=ids, use_cache=False).logits[0]
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            start = len(example.prompt_ids) - 1
+            chosen = torch.log_softmax(logits[start:-1], -1)
+            pieces.append(chosen.gather(-1, ids[0, start + 1 :, None]).squeeze(-1))
+    return torch.cat(pieces)
+
+
+@torch.no_grad()
+def inspect_model(model: nn.Module) -> Reader:
+    """Return the fastest way of reading a causal language model that agrees with its own forward pass.
+
+    Raises:
+        BadInput: when none does.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        parameter = next(model.parameters())
+        # The first ids are safe in every vocabulary, also where the embedding has rows that no token uses.
+        examples = _probe_examples(min(model.get_output_embeddings().weight.shape[0], 512))
+        plain = _plain_logprobs(model, examples)
+        # A soft cap is invisible at the small logits of an untrained model, so it is asked for, not probed.
+        capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None) is not None
+        for reader in READERS:
+            if capped and reader.head == "linear":
+                continue
+            batch = pack(examples, pad_id=0, layout=reader.layout, row_length=24).to(parameter.device)
+            try:
+                logprobs, _, _ = completion_logprobs(model, reader, batch)
+            except (RuntimeError, ValueError, TypeError, AttributeError):
+                continue  # an architecture that rejects this form of input: the next way is tried
+            if _agree(logprobs, plain, parameter.dtype):
+                return reader
+    finally:
+        model.train(was_training)
+    raise BadInput(
+        f"{type(model).__name__}: packed log-probabilities do not agree with the model's own in any layout; "
+        "expected a decoder-only causal language model"
+    )
+
+
+@torch.no_grad()
+def inspect_reward_model(model: nn.Module) -> Reader:
+    """The same for a sequence classifier with one label, against its own pooled score.
+
+    Raises:
+        BadInput: when no layout agrees.
+    """
+    model.eval()
+    parameter = next(model.parameters())
+    examples = _probe_examples(min(model.get_input_embeddings().weight.shape[0], 512))
+    plain = []
+    for example in examples:
+        for completion in example.completions:
+            ids = torch.tensor([example.prompt_ids + completion], device=parameter.device)
+            # The plain trunk and the head: HF's own pooling would skip a final PAD id, which a probe may hold.
+            hidden = trunk_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+            plain.append(sequence_head(model)(hidden[-1]).squeeze(-1))
+    expected = torch.stack(plain).float()
+    for layout in ("trees", "rows"):
+        reader = Reader(layout)
+        batch = pack(examples, pad_id=0, layout=layout, row_length=24).to(parameter.device)
+        try:
+            hidden = hidden_states(trunk_of(model), batch).index_select(0, batch.last_index)
+        except (RuntimeError, ValueError, TypeError, AttributeError):
+            continue
+        scores = sequence_head(model)(hidden).squeeze(-1).float()
+        if _agree(scores, expected, parameter.dtype):
+            return reader
+    raise BadInput(
+        f"{type(model).__name__}: packed scores do not agree with the model's own; "
+        "expected a decoder-only sequence classifier with num_labels=1"
+    )
+
+
+def read_reward_model(model: nn.Module) -> RewardModel:
+    """Wrap a sequence classifier as a reward model."""
+    return RewardModel(model, inspect_reward_model(model))

@@ -1,0 +1,110 @@
+"""The model card: README.md in a version's folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import yaml
+
+from rlhf_pipeline.registry.manifest import Manifest, plain
+
+_WHAT = {
+    "sft": "A language model after supervised fine-tuning.",
+    "reward": "A reward model: one score per prompt and response, trained on preference pairs.",
+    "ppo": "A policy trained by PPO against a reward.",
+    "dpo": "A policy trained by direct preference optimisation on preference pairs.",
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$-])")
+
+
+def model_card(manifest: Manifest) -> str:
+    """Return the model card of a version as markdown."""
+    title = f"# {escape(manifest.label)}"
+    sections = [
+        _front_matter(manifest),
+        f"{title}\n\n{_WHAT.get(manifest.stage, '')}",
+        _use(manifest),
+        _table("Parents", ("role", "model", "digest"), _parents(manifest)),
+        _table("Data", ("source", "split", "rows", "dropped", "digest"), _data(manifest)),
+        _table("Metrics", ("metric", "value"), _flat(manifest.metrics)),
+        _table("Cost", ("what", "value"), _flat(manifest.cost)),
+        _table("Made with", ("what", "version"), _flat({**manifest.code, **manifest.environment})),
+        f"## Config\n\n{fence(json.dumps(plain(manifest.config), indent=2, ensure_ascii=False), 'json')}",
+        "The full record, with the digest of every file, is `manifest.json`.",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def escape(text: Any) -> str:
+    """Return a text that markdown shows as it is, on one line and within a table cell."""
+    line = " ".join(str(text).split())
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _SPECIAL.sub(r"\\\1", line)
+
+
+def fence(text: str, language: str = "") -> str:
+    """Return a code block whose fence is longer than any run of backticks in the text."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    marks = "`" * max(3, longest + 1)
+    return f"{marks}{language}\n{text}\n{marks}"
+
+
+def _front_matter(manifest: Manifest) -> str:
+    task = "text-classification" if manifest.stage == "reward" else "text-generation"
+    fields: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": task,
+        "tags": ["rlhf", manifest.stage],
+    }
+    bases = {parent.ref.split("@")[0] for parent in manifest.parents.values() if _HUB_ID.match(parent.ref)}
+    bases = {base for base in bases if _HUB_ID.fullmatch(base)}
+    if bases:
+        fields["base_model"] = sorted(bases)
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
+
+
+def _use(manifest: Manifest) -> str:
+    if manifest.stage == "reward":
+        auto = "AutoModelForSequenceClassification"
+        note = (
+            "\n\nThe score of a prompt and response is the single logit minus `reward_shift` of "
+            "`config.json` (0 where it is absent); plain transformers gives the logit."
+        )
+    else:
+        auto, note = "AutoModelForCausalLM", ""
+    code = (
+        f"from transformers import AutoTokenizer, {auto}\n\n"
+        f"model = {auto}.from_pretrained(folder)\n"
+        "tokenizer = AutoTokenizer.from_pretrained(folder)"
+    )
+    return f"## Use\n\n{fence(code, 'python')}{note}"
+
+
+def _parents(manifest: Manifest) -> Iterable[tuple]:
+    for role, parent in manifest.parents.items():
+        yield role, parent.ref, (parent.digest or "")[:12]
+
+
+def _data(manifest: Manifest) -> Iterable[tuple]:
+    for entry in manifest.data:
+        dropped = ", ".join(f"{reason}: {count}" for reason, count in entry.dropped.items())
+        yield entry.source, entry.split or "", entry.rows, dropped or 0, entry.digest[:12]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield f"{prefix}{key}", f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _table(title: str, head: tuple[str, ...], rows: Iterable[tuple]) -> str:
+    lines = [f"| {' | '.join(escape(cell) for cell in row)} |" for row in rows]
+    if not lines:
+        return ""
+    return "\n".join([f"## {title}", "", f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *lines])

@@ -1,0 +1,86 @@
+"""SHA-256 digests of files and of whole models."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MANIFEST = "manifest.json"
+CARD = "README.md"
+SNAPSHOTS = "snapshots"
+
+# Left behind by trainers next to a model; no part of it.
+_TRAINER_FOLDER = re.compile(r"checkpoint-\d+|runs")
+_CHUNK = 1 << 20
+
+
+class FileEntry(BaseModel):
+    """Size in bytes and SHA-256 of one file."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    size: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Return the entry of a file as it is now."""
+    return FileEntry(size=path.stat().st_size, sha256=file_sha256(path))
+
+
+def list_files(folder: Path) -> dict[str, Path]:
+    """Return every file below a folder by its path there, without the manifest and hidden files."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if any(part.startswith(".") for part in relative.parts) or relative.as_posix() == MANIFEST:
+            continue
+        if path.is_file():
+            found[relative.as_posix()] = path
+    return found
+
+
+def files_digest(files: Mapping[str, FileEntry]) -> str:
+    """Return the digest of a model: the SHA-256 over the sorted paths and digests of its files.
+
+    The model card and snapshots are no part of it, so that the same weights, tokenizer and config have
+    the same digest wherever they lie.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        if path != CARD and not path.startswith(f"{SNAPSHOTS}/"):
+            digest.update(f"{path}\0{files[path].sha256}\n".encode())
+    return digest.hexdigest()
+
+
+def snapshot_folder(step: int) -> str:
+    """Return where a version keeps the weights of a step: a complete folder in Hugging Face's format."""
+    return f"{SNAPSHOTS}/step-{step}"
+
+
+def snapshot_files(files: Mapping[str, FileEntry], step: int) -> dict[str, FileEntry]:
+    """Return the files of one snapshot by their path within its folder."""
+    prefix = snapshot_folder(step) + "/"
+    return {path[len(prefix) :]: entry for path, entry in files.items() if path.startswith(prefix)}
+
+
+def folder_files(folder: Path) -> dict[str, FileEntry]:
+    """Return the entries of a model folder that has no manifest, without what trainers leave beside it."""
+    return {
+        relative: file_entry(path)
+        for relative, path in list_files(folder).items()
+        if not _TRAINER_FOLDER.fullmatch(relative.split("/")[0])
+    }

@@ -1,0 +1,50 @@
+"""Whether files are what their manifest says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rlhf_pipeline.errors import DamagedFile, Fault
+from rlhf_pipeline.registry.digests import CARD, SNAPSHOTS, file_sha256, list_files
+from rlhf_pipeline.registry.references import Resolved
+
+_FIX = "restore it from a copy, or remove this version and make it again"
+
+
+def verify_files(resolved: Resolved) -> None:
+    """Check a model or data set before it is loaded; without a manifest there is nothing to check.
+
+    Raises:
+        DamagedFile: a file is missing, changed, or not of this version.
+    """
+    # Neither the card nor the snapshots beside a model change what is loaded.
+    faults = list(_problems(resolved, skip=(CARD, f"{SNAPSHOTS}/")))
+    if faults:
+        raise DamagedFile("\n".join(str(fault) for fault in faults))
+
+
+def problems(resolved: Resolved) -> list[Fault]:
+    """Return everything about a version's files that its manifest contradicts."""
+    return list(_problems(resolved))
+
+
+def _problems(resolved: Resolved, skip: tuple[str, ...] = ()) -> Iterator[Fault]:
+    if resolved.manifest is None or resolved.path is None:
+        return
+    fix = _FIX
+    if resolved.kind == "directory":
+        fix = "restore it, or delete manifest.json to use the folder as a plain model of its own"
+    present = {path: file for path, file in list_files(resolved.path).items() if not path.startswith(skip)}
+    listed = {path: entry for path, entry in resolved.files.items() if not path.startswith(skip)}
+    for path, entry in sorted(listed.items()):
+        where = f"{resolved.label}: {path}"
+        file = present.pop(path, None)
+        if file is None:
+            yield Fault(where, "missing", f"{entry.size} bytes", fix)
+        elif (size := file.stat().st_size) != entry.size:
+            yield Fault(where, f"{size} bytes", f"{entry.size} bytes (manifest.json)", fix)
+        elif (found := file_sha256(file)) != entry.sha256:
+            yield Fault(where, f"sha256 {found}", f"sha256 {entry.sha256} (manifest.json)", fix)
+    for path in present:
+        # A file that nobody listed, such as an adapter's config, can change what is loaded.
+        yield Fault(f"{resolved.label}: {path}", "not in manifest.json", "", "move it elsewhere")

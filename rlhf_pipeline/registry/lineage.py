@@ -1,0 +1,117 @@
+"""Where a version comes from: its parents by role, theirs, and the data of each."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlhf_pipeline.errors import DamagedFile, UnknownReference
+from rlhf_pipeline.registry.manifest import DataEntry, Parent
+from rlhf_pipeline.registry.references import Resolved
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
+
+    from rlhf_pipeline.registry.store import Registry
+
+COLLECTED = "collected:"
+
+Status = Literal["present", "missing", "changed", "damaged", "outside"]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A model or data source in a lineage.
+
+    `status`: present; missing; changed (it is there with another digest than the one recorded);
+    damaged (its manifest cannot be read); outside (hub models and data sources, which are not looked up).
+    """
+
+    role: str
+    ref: str
+    digest: str | None
+    status: Status
+    stage: str | None = None
+    split: str | None = None
+    rows: int | None = None
+    origins: list[Node] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the tree as plain dicts."""
+        return asdict(self)
+
+
+def lineage_of(registry: Registry, resolved: Resolved, role: str = "model") -> Node:
+    """Return the tree of everything that went into a model or data set."""
+    return _node(registry, resolved, role, resolved.digest, "present", ())
+
+
+def render(node: Node) -> Tree:
+    """Return a lineage as a tree for the terminal."""
+    from rich.text import Text
+    from rich.tree import Tree
+
+    def label(item: Node) -> Text:
+        text = Text(f"{item.role}: ", style="dim")
+        text.append(item.ref, style="bold")
+        details = [item.stage, item.split, None if item.rows is None else f"{item.rows} rows"]
+        details.append((item.digest or "")[:12])
+        details.append(None if item.status in ("present", "outside") else item.status)
+        text.append("".join(f"  {detail}" for detail in details if detail))
+        return text
+
+    def grow(tree: Tree, item: Node) -> Tree:
+        for origin in item.origins:
+            grow(tree.add(label(origin)), origin)
+        return tree
+
+    return grow(Tree(label(node)), node)
+
+
+def _node(
+    registry: Registry,
+    resolved: Resolved,
+    role: str,
+    recorded: str | None,
+    status: Status,
+    above: tuple[str, ...],
+) -> Node:
+    manifest = resolved.manifest
+    origins: list[Node] = []
+    # A folder's manifest is anybody's: it may name itself among its parents.
+    if manifest is not None and resolved.label not in above:
+        above = (*above, resolved.label)
+        for parent_role, parent in manifest.parents.items():
+            origins.append(_parent(registry, parent_role, parent, above))
+        for entry in manifest.data:
+            origins.append(_data(registry, entry, above))
+    return Node(role, resolved.label, recorded, status, stage=resolved.stage, origins=origins)
+
+
+def _parent(registry: Registry, role: str, parent: Parent, above: tuple[str, ...]) -> Node:
+    try:
+        resolved = registry.resolve(parent.ref)
+    except UnknownReference:
+        return Node(role, parent.ref, parent.digest, "missing")
+    except DamagedFile:
+        return Node(role, parent.ref, parent.digest, "damaged")
+    if resolved.kind == "hub":
+        return Node(role, parent.ref, parent.digest, "outside")
+    changed = parent.digest is not None and parent.digest != resolved.digest
+    return _node(registry, resolved, role, parent.digest, "changed" if changed else "present", above)
+
+
+def _data(registry: Registry, entry: DataEntry, above: tuple[str, ...]) -> Node:
+    status: Status = "outside"
+    stage, origins = None, []
+    if entry.source.startswith(COLLECTED):
+        try:
+            resolved = registry.resolve_data(entry.source.removeprefix(COLLECTED))
+        except UnknownReference:
+            status = "missing"
+        except DamagedFile:
+            status = "damaged"
+        else:
+            node = _node(registry, resolved, "data", entry.digest, "present", above)
+            status, stage, origins = node.status, node.stage, node.origins
+    return Node("data", entry.source, entry.digest, status, stage, entry.split, entry.rows, origins)

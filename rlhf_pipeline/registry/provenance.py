@@ -1,0 +1,67 @@
+"""Which code and which environment made a version."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import rlhf_pipeline
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "accelerate",
+    "datasets",
+    "trl",
+    "peft",
+    "numpy",
+)
+
+
+def code_state() -> dict[str, Any]:
+    """Return the package's version and, in a git checkout, its commit and whether files differ from it."""
+    state: dict[str, Any] = {"package": rlhf_pipeline.__version__, "commit": None, "modified": None}
+    package = Path(rlhf_pipeline.__file__).resolve().parent
+    top = _git(package, "rev-parse", "--show-toplevel")
+    # An installed copy may lie inside somebody else's checkout: that commit would say nothing.
+    if top is None or Path(top).resolve() != package.parent:
+        return state
+    state["commit"] = _git(package, "rev-parse", "--verify", "HEAD")
+    changes = _git(package, "status", "--porcelain", "--", str(package))
+    state["modified"] = None if changes is None else bool(changes)
+    return state
+
+
+def environment() -> dict[str, Any]:
+    """Return the versions, platform and thread count that a run used, without importing torch."""
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": None,
+    }
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        found["threads"] = torch.get_num_threads()
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

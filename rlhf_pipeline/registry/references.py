@@ -1,0 +1,132 @@
+"""References to models: `name`, `name@vN`, `name@alias`, `name@vN#step`, a folder, `org/name[@revision]`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from rlhf_pipeline.errors import UnknownReference
+from rlhf_pipeline.registry.digests import FileEntry, files_digest, folder_files, snapshot_files
+from rlhf_pipeline.registry.manifest import Manifest, Parent
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NAME_RULE = "a letter or digit, then up to 63 letters, digits, '.', '_' or '-'"
+_VERSION = re.compile(r"v([0-9]+)")
+_REGISTRY = re.compile(rf"(?P<name>{NAME.pattern})(?:@(?P<pick>{NAME.pattern}))?(?:#(?P<step>[0-9]+))?")
+_HUB = re.compile(
+    r"(?P<id>[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)(?:@(?P<revision>[A-Za-z0-9][\w./-]*))?"
+)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a reference says, before anything is looked up; a text can be read in several ways.
+
+    `name` is set where the text may name a model of the registry, `hub_id` where it may name one on the
+    hub; any text may be a folder.
+    """
+
+    text: str
+    name: str | None = None
+    version: int | None = None
+    alias: str | None = None
+    step: int | None = None
+    hub_id: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A model or data set that exists: where it lies and what it says about itself.
+
+    `kind` is which reading of the reference was taken; `data` is collected data of the registry.
+    """
+
+    kind: Literal["registry", "directory", "hub", "data"]
+    text: str
+    path: Path | None
+    name: str | None = None
+    version: int | None = None
+    step: int | None = None
+    revision: str | None = None
+    manifest: Manifest | None = None
+
+    @property
+    def label(self) -> str:
+        """The reference in full: `name@vN[#step]`, the folder, or the hub id with its revision."""
+        if self.kind in ("registry", "data"):
+            step = "" if self.step is None else f"#{self.step}"
+            return f"{self.name}@v{self.version}{step}"
+        if self.kind == "directory":
+            return str(self.path)
+        return f"{self.name}@{self.revision}" if self.revision else str(self.name)
+
+    @property
+    def location(self) -> str:
+        """What `from_pretrained` takes: the folder or the hub id (its revision is apart)."""
+        return str(self.name if self.path is None else self.path)
+
+    @property
+    def stage(self) -> str | None:
+        """The stage that made it, where a manifest says so."""
+        return None if self.manifest is None else self.manifest.stage
+
+    @property
+    def files(self) -> Mapping[str, FileEntry]:
+        """The files that the manifest lists below `path`."""
+        if self.manifest is None:
+            return {}
+        if self.step is not None:
+            return snapshot_files(self.manifest.files, self.step)
+        return self.manifest.files
+
+    @cached_property
+    def digest(self) -> str | None:
+        """The digest of its files: the manifest's, else that of the folder as it is; none on the hub."""
+        if self.manifest is not None:
+            return files_digest(self.files)
+        return None if self.path is None else files_digest(folder_files(self.path))
+
+    @property
+    def parent(self) -> Parent:
+        """How a manifest refers to it."""
+        return Parent(ref=self.label, digest=self.digest)
+
+    @property
+    def taken(self) -> str:
+        """One line for the log: which reading of the reference was taken."""
+        what = {"registry": "the registry's", "directory": "the folder", "hub": "the hub's"}
+        return f"{self.text!r} is {what.get(self.kind, 'the data')} {self.label}"
+
+
+def parse_reference(text: str) -> Reference:
+    """Return the ways in which a text can be read as a reference.
+
+    Raises:
+        UnknownReference: the text is empty.
+    """
+    text = text.strip()
+    if not text:
+        raise UnknownReference("an empty reference; expected a registry name, a folder, or org/name")
+    if match := _REGISTRY.fullmatch(text):
+        pick = match["pick"]
+        version = _VERSION.fullmatch(pick) if pick else None
+        return Reference(
+            text,
+            name=match["name"],
+            version=int(version[1]) if version else None,
+            alias=None if version else pick,
+            step=int(match["step"]) if match["step"] else None,
+        )
+    if match := _HUB.fullmatch(text):
+        return Reference(text, hub_id=match["id"], revision=match["revision"])
+    return Reference(text)
+
+
+def is_version_word(word: str) -> bool:
+    """Tell whether a word reads as a version (`v3`), which no alias may."""
+    return _VERSION.fullmatch(word) is not None

@@ -1,0 +1,93 @@
+"""Whether a model can play a role: policies generate, reward models score."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from rlhf_pipeline.errors import DamagedFile, MismatchError
+from rlhf_pipeline.registry.references import Resolved
+
+Role = Literal["policy", "reward_model"]
+
+_ROLE_OF_STAGE: dict[str, Role] = {
+    "sft": "policy",
+    "ppo": "policy",
+    "dpo": "policy",
+    "reward": "reward_model",
+}
+_ARCHITECTURES: dict[Role, tuple[str, ...]] = {
+    "policy": ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"),
+    "reward_model": ("ForSequenceClassification",),
+}
+_ROLE_OF_TASK: dict[str, Role] = {"CAUSAL_LM": "policy", "SEQ_CLS": "reward_model"}
+_EXPECTED: dict[Role, str] = {
+    "policy": "a policy: a model of the stage sft, ppo or dpo, or a causal language model",
+    "reward_model": "a reward model: a model of the stage reward, or one for sequence classification",
+}
+_FIX: dict[Role, str] = {
+    "policy": "name a language model here (rlhf models list shows the stages)",
+    "reward_model": "name the output of rlhf train-rm here (rlhf models list shows the stages)",
+}
+
+
+def check_role(resolved: Resolved, role: Role) -> None:
+    """Check that a model can play a role, as far as can be told before it is loaded.
+
+    A model on the hub, or one whose config names no architecture, passes: loading it tells.
+
+    Raises:
+        MismatchError: it plays another role.
+        DamagedFile: its config cannot be read.
+    """
+    found, evidence = role_of(resolved)
+    if evidence and found != role:
+        raise MismatchError(f"{resolved.label}: {evidence}; expected {_EXPECTED[role]}; {_FIX[role]}")
+
+
+def role_of(resolved: Resolved) -> tuple[Role | None, str]:
+    """Return the role that a model plays and what says so; the latter is empty where nothing does."""
+    if resolved.stage in _ROLE_OF_STAGE:
+        role = _ROLE_OF_STAGE[resolved.stage]
+        kind = "policy" if role == "policy" else "reward model"
+        return role, f"a {kind} of the stage {resolved.stage}"
+    if resolved.kind == "data":
+        return None, "collected data"
+    if resolved.path is None:
+        return None, ""
+    task = _read(resolved.path / "adapter_config.json").get("task_type")
+    if task:
+        return _ROLE_OF_TASK.get(task), f"an adapter for the task {task}"
+    architectures = _read(resolved.path / "config.json").get("architectures") or []
+    for role, endings in _ARCHITECTURES.items():
+        if any(name.endswith(endings) for name in architectures):
+            return role, f"a model of the architecture {', '.join(architectures)}"
+    return None, f"a model of the architecture {', '.join(architectures)}" if architectures else ""
+
+
+def check_same_tokenizer(policy: Resolved, reward_model: Resolved) -> None:
+    """Check that a reward model reads the policy's token ids, where both manifests name their tokenizer.
+
+    Raises:
+        MismatchError: their tokenizers differ.
+    """
+    ours = policy.manifest.tokenizer_digest if policy.manifest else None
+    theirs = reward_model.manifest.tokenizer_digest if reward_model.manifest else None
+    if ours and theirs and ours != theirs:
+        raise MismatchError(
+            f"reward model {reward_model.label}: tokenizer {theirs[:12]}; expected {ours[:12]}, that "
+            f"of the policy {policy.label}; train the reward model from that policy's SFT model"
+        )
+
+
+def _read(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise DamagedFile(f"{path}: not valid JSON ({error}); restore the file") from None
+    if not isinstance(content, dict):
+        raise DamagedFile(f"{path}: {type(content).__name__}, expected a JSON object; restore the file")
+    return content

@@ -1,0 +1,297 @@
+"""The registry: models and collected data of a home, by reference."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_pipeline.errors import BadInput, DamagedFile, Fault, UnknownReference, did_you_mean
+from rlhf_pipeline.registry import storage
+from rlhf_pipeline.registry.digests import MANIFEST, SNAPSHOTS, FileEntry, snapshot_files, snapshot_folder
+from rlhf_pipeline.registry.integrity import problems, verify_files
+from rlhf_pipeline.registry.lineage import Node, lineage_of
+from rlhf_pipeline.registry.manifest import DATA_STAGE, MODEL_STAGES, plain, read_manifest
+from rlhf_pipeline.registry.references import Reference, Resolved, is_version_word, parse_reference
+from rlhf_pipeline.registry.shelf import Shelf, check_name
+
+RECORDS = "records.jsonl"
+
+log = logging.getLogger(__name__)
+
+
+class Registry:
+    """Everything under a home's `models/` and `data/`."""
+
+    def __init__(self, home: Path | str):
+        self.home = Path(home)
+        self.models = Shelf(self.home / "models", "registry")
+        self.data = Shelf(self.home / "data", "data")
+
+    def publish(self, name: str, stage: str, write: Callable[[Path], None], **fields: Any) -> Resolved:
+        """Publish a model as the next version of `name`: `write` saves its files into the folder it is given.
+
+        Snapshots go into `snapshots/step-<n>/` of that folder. `fields` are the manifest's: config,
+        config_digest, parents {role: Resolved or Parent}, data, tokenizer_digest, chat_template_digest,
+        seed, metrics, cost. Nothing appears where `write` fails.
+
+        Raises:
+            BadInput: the name is not allowed.
+            RunFailed: the disk is full.
+        """
+        if stage not in MODEL_STAGES:
+            raise ValueError(f"stage {stage!r}; expected one of {', '.join(MODEL_STAGES)}")
+        return self.models.publish(name, stage, write, **fields)
+
+    def publish_data(self, name: str, rows: Iterable[Mapping[str, Any]], **fields: Any) -> Resolved:
+        """Publish collected records as the next version of `name`; fields as for `publish`."""
+
+        def write(folder: Path) -> None:
+            with (folder / RECORDS).open("w", encoding="utf-8") as file:
+                for row in rows:
+                    file.write(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n")
+
+        return self.data.publish(name, DATA_STAGE, write, **fields)
+
+    def resolve(self, text: str | Path, *, revision: str | None = None) -> Resolved:
+        """Return what a reference names: a model of the registry, else a folder, else a model on the hub.
+
+        `revision` is that of a hub model whose reference names none.
+
+        Raises:
+            UnknownReference: it names nothing; the message lists near names, versions and aliases.
+            DamagedFile: the version's manifest is missing or not valid.
+        """
+        reference = parse_reference(str(text))
+        if reference.name is not None and self.models.numbers(reference.name):
+            resolved = self._version(reference)
+        elif os.path.isdir(folder := os.path.expanduser(reference.text)):
+            resolved = _directory(reference, Path(folder))
+        elif reference.hub_id is not None:
+            revision = reference.revision or revision
+            resolved = Resolved("hub", reference.text, None, reference.hub_id, revision=revision)
+        else:
+            raise self._unknown(reference)
+        log.info("%s", resolved.taken)
+        return resolved
+
+    def resolve_data(self, text: str) -> Resolved:
+        """Return collected data by `NAME` (its latest version) or `NAME@vN`.
+
+        Raises:
+            UnknownReference: there is none; the message lists near names and versions.
+            DamagedFile: the version's manifest is missing or not valid.
+        """
+        reference = parse_reference(text)
+        name = reference.name or ""
+        numbers = self.data.numbers(name)
+        if not numbers or reference.alias or reference.step is not None:
+            hint = did_you_mean(name or text, self.data.names()) or "rlhf data list shows what there is"
+            raise UnknownReference(
+                f"no collected data {text!r} in {self.data.base}; expected NAME or NAME@vN; {hint}"
+            )
+        version = numbers[-1] if reference.version is None else reference.version
+        if version not in numbers:
+            raise UnknownReference(f"{name} (collected data) has no version v{version}; {_said(numbers)}")
+        path = self.data.folder(name, version)
+        return Resolved("data", text, path, name, version, manifest=read_manifest(path))
+
+    def find(
+        self,
+        stage: str,
+        config_digest: str,
+        parents: Mapping[str, str | None],
+        data: Iterable[str],
+        name: str | None = None,
+    ) -> Resolved | None:
+        """Return the latest version with this stage, config, parents' digests and data digests, if any."""
+        wanted = (stage, config_digest, dict(parents), sorted(data))
+        shelf = self.data if stage == DATA_STAGE else self.models
+        for item in reversed(shelf.all()):
+            made = item.manifest
+            if made is None or (name is not None and item.name != name):
+                continue
+            digests = {role: parent.digest for role, parent in made.parents.items()}
+            sources = sorted(entry.digest for entry in made.data)
+            if wanted == (made.stage, made.config_digest, digests, sources):
+                return item
+        return None
+
+    def lineage(self, reference: str | Resolved) -> Node:
+        """Return the tree of a model's parents by role, theirs, and the data of each."""
+        return lineage_of(self, self._resolved(reference))
+
+    def alias(self, reference: str, alias: str) -> Resolved:
+        """Let `name@alias` name a version of that name from now on; what it named before is replaced.
+
+        Raises:
+            BadInput: the alias is not allowed, or the reference is no version of the registry.
+        """
+        check_name(alias, "alias")
+        if is_version_word(alias):
+            raise BadInput(f"alias {alias!r} reads as a version; choose a word")
+        resolved = self._own(reference, "an alias")
+        with storage.locked(self.models.base / resolved.name):
+            # Looked at again under the lock: the version may have been removed meanwhile.
+            if resolved.version not in self.models.numbers(resolved.name):
+                raise UnknownReference(f"{resolved.label} has just been removed")
+            aliases = self.models.aliases(resolved.name)
+            self.models.set_aliases(resolved.name, {**aliases, alias: resolved.version})
+        return resolved
+
+    def remove(self, reference: str, *, force: bool = False) -> Resolved:
+        """Remove a version; its number is not used again.
+
+        Raises:
+            BadInput: something comes from it or an alias names it (`force` removes it all the same, and
+                the aliases), or the reference is no version of the registry.
+        """
+        resolved = self._own(reference, "removing")
+        with storage.locked(self.models.base / resolved.name):
+            aliases = self.models.aliases(resolved.name)
+            pointing = sorted(alias for alias, version in aliases.items() if version == resolved.version)
+            users = self._users(resolved)
+            reasons = [f"it is a parent of {', '.join(users)}"] if users else []
+            reasons += [f"the alias {', '.join(pointing)} names it"] if pointing else []
+            if reasons and not force:
+                found = f"{resolved.label} is in use: {' and '.join(reasons)}"
+                raise BadInput(f"{found}; remove what needs it first, or use --force")
+            if pointing:
+                rest = {alias: version for alias, version in aliases.items() if alias not in pointing}
+                self.models.set_aliases(resolved.name, rest)
+            self.models.remove(resolved.name, resolved.version)
+        return resolved
+
+    def export(self, reference: str, target: Path | str) -> Path:
+        """Copy a model's files and manifest into a new or empty folder, ready for plain transformers.
+
+        Raises:
+            BadInput: the folder is not empty, or the reference is no model of the registry.
+            DamagedFile: a file is not what the manifest says.
+        """
+        resolved = self._resolved(reference)
+        if resolved.kind != "registry":
+            raise BadInput(f"{resolved.label} is not in the registry; only its models are exported")
+        target = Path(target).expanduser().absolute()
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise BadInput(f"{target}: exists and is not empty; export into a new or empty folder")
+        verify_files(resolved)
+        files = {path: item for path, item in resolved.files.items() if not path.startswith(f"{SNAPSHOTS}/")}
+        with storage.staging(target.parent, target.name) as staged:
+            for path in files:
+                (staged / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(resolved.path / path, staged / path)
+            manifest = resolved.manifest.model_copy(update={"files": files})
+            storage.replace_text(staged / MANIFEST, manifest.to_json())
+            storage.sync_tree(staged)
+            if not storage.claim(staged, target):
+                raise BadInput(f"{target}: was filled meanwhile; export into a new or empty folder")
+        return target
+
+    def verify(self, reference: str | None = None) -> list[Fault]:
+        """Return everything that is wrong with the files of one model, or of all models and data."""
+        if reference is not None:
+            return problems(self._resolved(reference))
+        faults = []
+        for item in [*self.models.all(), *self.data.all()]:
+            try:
+                manifest = read_manifest(item.path)
+            except DamagedFile as error:
+                faults.append(Fault(item.label, str(error)))
+                continue
+            if manifest.label != item.label:
+                where = f"{item.label}: {MANIFEST}"
+                faults.append(Fault(where, f"names {manifest.label}", item.label, "move the folder back"))
+            faults += problems(item)
+        for name in self.models.names():
+            faults += self._alias_faults(name)
+        return faults
+
+    def _alias_faults(self, name: str) -> list[Fault]:
+        numbers = self.models.numbers(name)
+        try:
+            aliases = self.models.aliases(name)
+        except DamagedFile as error:
+            return [Fault(name, str(error))]
+        return [
+            Fault(f"{name}@{alias}", f"names v{version}; {_said(numbers)}", "", "set the alias again")
+            for alias, version in aliases.items()
+            if version not in numbers
+        ]
+
+    def _users(self, resolved: Resolved) -> list[str]:
+        return [
+            item.label
+            for item in [*self.models.all(), *self.data.all()]
+            if item.manifest is not None
+            and any(p.ref.partition("#")[0] == resolved.label for p in item.manifest.parents.values())
+        ]
+
+    def _resolved(self, reference: str | Resolved) -> Resolved:
+        return reference if isinstance(reference, Resolved) else self.resolve(reference)
+
+    def _own(self, reference: str, purpose: str) -> Resolved:
+        resolved = self._resolved(reference)
+        if resolved.kind != "registry" or resolved.step is not None:
+            raise BadInput(f"{resolved.label}: {purpose} takes a version of the registry: name@vN")
+        return resolved
+
+    def _version(self, reference: Reference) -> Resolved:
+        name, step, alias = reference.name, reference.step, reference.alias
+        numbers = self.models.numbers(name)
+        version = numbers[-1] if reference.version is None else reference.version
+        # Aliases are read only where one may be meant: a damaged file of aliases stops nothing else.
+        if alias is not None:
+            version = self.models.aliases(name).get(alias)
+        if version not in numbers:
+            aliases = self.models.aliases(name)
+            what = f"version v{version}" if alias is None else f"alias {alias!r}"
+            hint = "" if alias is None else did_you_mean(alias, aliases)
+            raise UnknownReference(
+                "; ".join(filter(None, [f"{name} has no {what}", _said(numbers, aliases), hint]))
+            )
+        path = self.models.folder(name, version)
+        manifest = read_manifest(path)
+        if step is not None:
+            if not snapshot_files(manifest.files, step):
+                found = f"{name}@v{version} has no snapshot of step {step}"
+                raise UnknownReference(f"{found}; {_steps(manifest.files)}")
+            path = path / snapshot_folder(step)
+        return Resolved("registry", reference.text, path, name, version, step, manifest=manifest)
+
+    def _unknown(self, reference: Reference) -> UnknownReference:
+        names = self.models.names()
+        hint = did_you_mean(reference.name or reference.text, names)
+        if not hint:
+            hint = f"there are {', '.join(names[:10])}" if names else "the registry has no models yet"
+        return UnknownReference(
+            f"no model {reference.text!r}: not in {self.models.base}, not a folder, "
+            f"and not a hub id (org/name); {hint}"
+        )
+
+
+def _directory(reference: Reference, folder: Path) -> Resolved:
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise UnknownReference(
+            f"{folder}: a folder without config.json; expected a model in Hugging Face's format there"
+        )
+    path = folder.resolve()
+    manifest = read_manifest(path) if (path / MANIFEST).is_file() else None
+    return Resolved("directory", reference.text, path, manifest=manifest)
+
+
+def _said(numbers: Iterable[int], aliases: Mapping[str, int] | None = None) -> str:
+    words = [f"v{number}" for number in numbers]
+    words += [f"{alias} (v{number})" for alias, number in (aliases or {}).items()]
+    return f"there are {', '.join(words)}"
+
+
+def _steps(files: Mapping[str, FileEntry]) -> str:
+    pattern = re.compile(rf"{SNAPSHOTS}/step-([0-9]+)/")
+    steps = sorted({int(match[1]) for path in files if (match := pattern.match(path))})
+    return f"there are the steps {', '.join(map(str, steps))}" if steps else "it has no snapshots"

@@ -1,0 +1,66 @@
+"""Sample K responses for each prompt of a set, as examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.models.roles import ActorCritic, Policy
+from rlhf_pipeline.rollout.sampler import Response, draw_uniforms, sample_grouped
+
+
+def sample_for_prompts(
+    policy: Policy | ActorCritic,
+    prompts: Sequence[Example],
+    *,
+    samples: int,
+    response_length: int,
+    stop_id: int,
+    pad_id: int,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    module: Any = None,
+) -> tuple[list[Example], list[list[Response]]]:
+    """Sample `samples` responses for each prompt.
+
+    The uniform numbers depend on the generator's seed, the number of prompts, `samples` and `response_length`
+    only: policies sampled with the same ones share their random numbers.
+
+    Args:
+        prompts: examples whose completions, if any, are ignored. module: what to call, if not `policy` itself
+            (the wrapped module).
+
+    Returns:
+        the prompts as examples with the sampled completions, and the responses with their log-probabilities.
+    """
+    uniforms = draw_uniforms(len(prompts) * samples, response_length, generator)
+    ids = [prompt.prompt_ids for prompt in prompts for _ in range(samples)]
+    drawn = sample_grouped(
+        module if module is not None else policy,
+        ids,
+        uniforms,
+        batch_size=batch_size,
+        stop_id=stop_id,
+        pad_id=pad_id,
+        temperature=temperature,
+        device=device,
+        cache_config=policy.language_model.config,
+    )
+    groups = [drawn[start : start + samples] for start in range(0, len(drawn), samples)]
+    sampled = [
+        replace(
+            prompt,
+            completions=[response.ids for response in group],
+            ended=[response.ended for response in group],
+            label_probability=None,
+            completion_texts=(),
+        )
+        for prompt, group in zip(prompts, groups, strict=True)
+    ]
+    return sampled, groups

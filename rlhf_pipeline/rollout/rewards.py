@@ -1,0 +1,145 @@
+"""Reward sources: the world's true reward, a reward model, a Python function; and weighted sums of them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from rlhf_pipeline.data import world
+from rlhf_pipeline.data.batch import PackedBatch, pack
+from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.errors import ConfigError, Fault, RunFailed
+from rlhf_pipeline.models.roles import RewardModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class RewardSource(Protocol):
+    """Scores completions. `packed` holds the same examples, for sources that read tensors; it may be None."""
+
+    label: str
+
+    def score(self, examples: Sequence[Example], packed: PackedBatch | None = None) -> Tensor:
+        """Scores (C,) in fp32, completions in the order of the examples."""
+        ...
+
+
+@dataclass(frozen=True)
+class WorldReward:
+    """The true reward of `world:verdicts`."""
+
+    label: str = "world"
+
+    def score(self, examples: Sequence[Example], packed: PackedBatch | None = None) -> Tensor:
+        return torch.tensor(world_verdicts(examples).reward, dtype=torch.float32)
+
+
+def world_verdicts(examples: Sequence[Example]) -> world.Verdicts:
+    """Reward and well-formedness of all completions of examples of `world:verdicts`."""
+    prompts = [example.prompt_ids for example in examples for _ in example.completions]
+    completions = [ids for example in examples for ids in example.completions]
+    ended = [flag for example in examples for flag in example.ended]
+    return world.verdicts(prompts, completions, ended)
+
+
+@dataclass(frozen=True)
+class ModelReward:
+    """The score of a reward model that reads the policy's token ids."""
+
+    label: str
+    model: RewardModel
+    pad_id: int
+    device: torch.device | str = "cpu"
+
+    @torch.no_grad()
+    def score(self, examples: Sequence[Example], packed: PackedBatch | None = None) -> Tensor:
+        if packed is None or packed.layout != self.model.reader.layout:
+            packed = pack(examples, self.pad_id, layout=self.model.reader.layout).to(self.device)
+        return self.model(packed).float()
+
+
+@dataclass(frozen=True)
+class FunctionReward:
+    """A Python function f(prompts, completions, **columns) -> list of floats, in TRL's signature.
+
+    Columns: completion_ids, ended. Texts are decoded without the stop token.
+    """
+
+    label: str
+    function: Callable[..., Sequence[float]]
+    tokenizer: PreTrainedTokenizerBase
+
+    def score(self, examples: Sequence[Example], packed: PackedBatch | None = None) -> Tensor:
+        prompts, completions, ids, ended = [], [], [], []
+        for example in examples:
+            prompt = example.prompt_text or self.tokenizer.decode(example.prompt_ids)
+            for completion, end in zip(example.completions, example.ended, strict=True):
+                prompts.append(prompt)
+                completions.append(self.tokenizer.decode(completion[:-1] if end else completion))
+                ids.append(list(completion))
+                ended.append(bool(end))
+        values = self.function(prompts, completions, completion_ids=ids, ended=ended)
+        if len(values) != len(prompts) or any(not isinstance(value, int | float) for value in values):
+            raise RunFailed(
+                f"reward function {self.label}: expected {len(prompts)} numbers, one per completion, "
+                f"found {len(values)} values of {sorted({type(value).__name__ for value in values})}"
+            )
+        return torch.tensor([float(value) for value in values], dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class WeightedReward:
+    """sum_i weight_i * score_i."""
+
+    parts: tuple[tuple[float, RewardSource], ...]
+
+    @property
+    def label(self) -> str:
+        if len(self.parts) == 1 and self.parts[0][0] == 1.0:
+            return self.parts[0][1].label
+        return " + ".join(f"{weight:g} x {source.label}" for weight, source in self.parts)
+
+    def score(self, examples: Sequence[Example], packed: PackedBatch | None = None) -> Tensor:
+        total = torch.zeros(sum(len(example.completions) for example in examples))
+        for weight, source in self.parts:
+            total = total + weight * source.score(examples, packed).cpu()
+        return total
+
+
+def is_function_name(source: str) -> bool:
+    """Whether a reward source is named as module:function."""
+    module, _, function = source.partition(":")
+    return function.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def load_function(source: str) -> Callable[..., Sequence[float]]:
+    """Import a reward function named `module:function`, also from the current directory.
+
+    Raises:
+        ConfigError: when there is no such module or function.
+    """
+    module_name, _, name = source.partition(":")
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:
+        sys.path.insert(0, here)
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            Fault(source, f"cannot import it ({error})", "module:function, importable from here")
+        ) from error
+    finally:
+        if added:
+            sys.path.remove(here)
+    if not callable(function):
+        raise ConfigError(Fault(source, f"found a {type(function).__name__}", "a function"))
+    return function

@@ -1,0 +1,113 @@
+"""A rollout: sampled responses with everything that PPO needs to know about them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf_pipeline.algorithms.advantages import gae, token_rewards
+from rlhf_pipeline.algorithms.kl import k1, k3
+from rlhf_pipeline.algorithms.masked import masked_sum, whiten
+from rlhf_pipeline.data.tokenize import Example
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """C responses of at most R tokens; matrices are (C, R), zero where there is no token."""
+
+    examples: list[Example]  # one completion each
+    mask: Tensor  # (C, R) bool
+    ended: Tensor  # (C,) bool
+    scores: Tensor  # (C,) what the reward source said, penalties included
+    logprobs: Tensor  # of the policy that sampled, recomputed with the training forward
+    ref_logprobs: Tensor
+    values: Tensor  # of the critic, at the positions that predict each token
+    entropy: Tensor
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """Per token, (C, R): advantages (whitened if asked for) and returns."""
+
+    advantages: Tensor
+    returns: Tensor
+    rewards: Tensor
+
+
+def estimate(
+    rollout: Rollout,
+    *,
+    kl_coef: float,
+    gamma: float,
+    lam: float,
+    whiten_advantages: bool,
+    whiten_rewards: bool,
+    reduce=lambda sums: sums,
+) -> Estimates:
+    """Token rewards, advantages and returns of a whole rollout.
+
+    Whitening the rewards (variance only) adds a constant to every token's KL term and so moves the optimum;
+    whitening the advantages only changes the step's scale.
+    """
+    rewards = token_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coef=kl_coef)
+    if whiten_rewards:
+        rewards = whiten(rewards, rollout.mask, shift_mean=False, reduce=reduce)
+    advantages, returns = gae(rewards, rollout.values, rollout.mask, gamma=gamma, lam=lam)
+    if whiten_advantages:
+        advantages = whiten(advantages, rollout.mask, reduce=reduce)
+    return Estimates(advantages, returns, rewards)
+
+
+def apply_missing_eos_penalty(scores: Tensor, ended: Tensor, penalty: float | None) -> Tensor:
+    """Subtract `penalty` from the score of each response that was cut; this moves the optimum."""
+    return scores if not penalty else scores - penalty * (~ended).to(scores.dtype)
+
+
+def rollout_metrics(
+    rollout: Rollout, estimates: Estimates, *, kl_coef: float, reduce=lambda sums: sums
+) -> dict[str, float]:
+    """Figures of a rollout in TRL's names: means per sequence of sums over its tokens.
+
+    explained_variance = 1 - var(return - value) / var(return), over active tokens.
+    """
+    mask, double = rollout.mask, torch.float64
+    kl = masked_sum(k1(rollout.logprobs, rollout.ref_logprobs), mask, 1).to(double)
+    kl3 = masked_sum(k3(rollout.logprobs, rollout.ref_logprobs), mask, 1).to(double)
+    surprise = masked_sum(-rollout.logprobs, mask, 1).to(double)
+    error = (estimates.returns - rollout.values).to(double)
+    returns = estimates.returns.to(double)
+    scores, ended = rollout.scores.to(double), rollout.ended.to(double)
+    totals = [
+        torch.ones_like(scores).sum(),
+        mask.sum().to(double),
+        kl.sum(),
+        kl3.sum(),
+        surprise.sum(),
+        scores.sum(),
+        (scores**2).sum(),
+        ended.sum(),
+        masked_sum(error, mask),
+        masked_sum(error**2, mask),
+        masked_sum(returns, mask),
+        masked_sum(returns**2, mask),
+    ]
+    sums = reduce(torch.stack(totals)).tolist()
+    count, tokens, kl_sum, kl3_sum, surprise_sum, score_sum, score_square, ended_sum, e1, e2, g1, g2 = sums
+    variance = max(g2 / tokens - (g1 / tokens) ** 2, 0.0)
+    unexplained = max(e2 / tokens - (e1 / tokens) ** 2, 0.0)
+    mean_kl, mean_score = kl_sum / count, score_sum / count
+    return {
+        "objective/kl": mean_kl,
+        "objective/kl_k3": kl3_sum / count,
+        "objective/entropy": surprise_sum / count,
+        "objective/scores": mean_score,
+        "objective/scores_std": max(score_square / count - mean_score**2, 0.0) ** 0.5,
+        "objective/non_score_reward": -kl_coef * mean_kl,
+        "objective/rlhf_reward": mean_score - kl_coef * mean_kl,
+        "val/num_eos_tokens": ended_sum,
+        "val/ended": ended_sum / count,
+        "val/response_length": tokens / count,
+        "val/explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
+    }

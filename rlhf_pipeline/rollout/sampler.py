@@ -1,0 +1,130 @@
+"""Sample responses with a KV cache.
+
+Each response draws from its own row of uniform numbers by inverting the cumulative distribution, so what is sampled
+does not depend on how prompts are batched, nor on which neighbours have finished. Two policies that are given the
+same uniforms are compared with common random numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled response. ids: its tokens, with the stop token if it ended; ended: false where it was cut."""
+
+    ids: list[int]
+    ended: bool
+    logprobs: list[float]  # of each token under the sampler, at its temperature
+
+
+def draw_uniforms(count: int, response_length: int, generator: torch.Generator) -> Tensor:
+    """(count, response_length) uniform numbers in [0, 1), float64."""
+    return torch.rand(count, response_length, generator=generator, dtype=torch.float64)
+
+
+def pick(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Sample by inversion: the first token whose cumulative probability exceeds u.
+
+    Args:
+        logits: (S, V), divided by the temperature already. uniforms: (S,) float64 in [0, 1).
+
+    Returns:
+        token ids (S,) and their log-probabilities (S,).
+    """
+    logprobs = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+    cumulative = logprobs.double().exp().cumsum(-1)
+    # Scaled to its own total, so that u < 1 always falls inside; a token of probability 0 spans no interval.
+    threshold = uniforms[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
+    return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+
+
+@torch.no_grad()
+def sample(
+    model: Callable[..., Any],
+    prompts: Sequence[Sequence[int]],
+    uniforms: Tensor,
+    *,
+    stop_id: int,
+    pad_id: int,
+    temperature: float = 1.0,
+    device: torch.device | str = "cpu",
+    cache_config: Any = None,
+) -> list[Response]:
+    """Sample one response per prompt, until `stop_id` or the width of `uniforms`.
+
+    Args:
+        model: called as model(input_ids, attention_mask, position_ids, past_key_values, ...) -> .logits; a wrapped
+            module is called through its own `__call__`.
+        prompts: token ids; padded on the left here, positions counted from each prompt's first token.
+        uniforms: (len(prompts), R).
+        stop_id: ends a response and belongs to it. A stop token in the prompt ends nothing.
+        cache_config: the model's config, which says what each layer's cache must hold.
+    """
+    from transformers import DynamicCache
+
+    count, limit = uniforms.shape
+    width = max(len(ids) for ids in prompts)
+    input_ids = torch.full((count, width), pad_id, dtype=torch.long)
+    attention = torch.zeros((count, width), dtype=torch.long)
+    for row, ids in enumerate(prompts):
+        input_ids[row, width - len(ids) :] = torch.tensor(ids, dtype=torch.long)
+        attention[row, width - len(ids) :] = 1
+    input_ids, attention = input_ids.to(device), attention.to(device)
+    uniforms = uniforms.to(device)
+    positions = (attention.cumsum(-1) - 1).clamp_min(0)
+    cache = DynamicCache(config=cache_config) if cache_config is not None else DynamicCache()
+    alive = torch.arange(count, device=device)
+    tokens_out = torch.zeros((count, limit), dtype=torch.long, device=device)
+    logprobs_out = torch.zeros((count, limit), dtype=torch.float32, device=device)
+    lengths = torch.full((count,), limit, dtype=torch.long, device=device)
+    ended = torch.zeros(count, dtype=torch.bool, device=device)
+
+    for step in range(limit):
+        logits = model(
+            input_ids=input_ids,
+            attention_mask=attention,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        tokens, logprobs = pick(logits if temperature == 1.0 else logits / temperature, uniforms[alive, step])
+        tokens_out[alive, step] = tokens
+        logprobs_out[alive, step] = logprobs.float()
+        stopped = tokens == stop_id
+        ended[alive[stopped]] = True
+        lengths[alive[stopped]] = step + 1
+        if step + 1 == limit or bool(stopped.all()):
+            break
+        keep = (~stopped).nonzero().squeeze(-1)
+        positions = positions[:, -1:] + 1
+        input_ids = tokens[:, None]
+        if keep.numel() < alive.numel():  # finished sequences leave the batch
+            cache.batch_select_indices(keep)
+            alive, input_ids, positions, attention = alive[keep], input_ids[keep], positions[keep], attention[keep]
+        attention = torch.cat([attention, attention.new_ones(attention.shape[0], 1)], dim=1)
+
+    rows = zip(tokens_out.tolist(), logprobs_out.tolist(), lengths.tolist(), ended.tolist(), strict=True)
+    return [Response(ids[:n], end, logs[:n]) for ids, logs, n, end in rows]
+
+
+def sample_grouped(
+    model: Callable[..., Any], prompts: Sequence[Sequence[int]], uniforms: Tensor, *, batch_size: int, **options
+) -> list[Response]:
+    """`sample` in batches of prompts of similar length; the responses come back in the order of the prompts."""
+    order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))
+    responses: list[Response | None] = [None] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        drawn = sample(model, [prompts[row] for row in rows], uniforms[rows], **options)
+        for row, response in zip(rows, drawn, strict=True):
+            responses[row] = response
+    return responses  # type: ignore[return-value]

@@ -1,0 +1,176 @@
+"""Collect preference data: sample K responses per prompt from a policy and let a judge label them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rlhf_pipeline.config.dump import config_digest
+from rlhf_pipeline.data.load import RecordSet, examples_of, read_records
+from rlhf_pipeline.data.splits import assign_splits
+from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.data.tokenizers import chat_template_digest, tokenizer_digest
+from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.rollout.responses import sample_for_prompts
+from rlhf_pipeline.stages.common import StageResult, find_model, load_policy, tokenizer_of
+from rlhf_pipeline.stages.rewards import load_reward
+from rlhf_pipeline.training.cost import CostMeter, ModelShape
+from rlhf_pipeline.training.run import make_accelerator, seed_everything
+from rlhf_pipeline.training.tracking import console, progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DRAWS_AT_ONCE = 2048
+
+
+def order_by_judge(scores: Tensor, labels: str, generator: torch.Generator) -> Tensor:
+    """The order, best first, of K responses per prompt.
+
+    "bradley-terry": by score plus Gumbel noise, which is a draw from the Plackett-Luce model at unit scale; for
+    K = 2 the first wins with probability sigma(r_1 - r_2). "rank": by score alone, ties in the order of sampling.
+
+    Args:
+        scores: (P, K).
+    """
+    if labels == "rank":
+        return torch.argsort(scores, dim=1, descending=True, stable=True)
+    uniform = torch.rand(scores.shape, generator=generator, dtype=torch.float64)
+    gumbel = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
+    return torch.argsort(scores.double() + gumbel, dim=1, descending=True, stable=True)
+
+
+def to_row(
+    example: Example, split: str, scores: Sequence[float], order: Sequence[int], labels: str, tokenizer: Any
+) -> dict[str, Any]:
+    """One labelled prompt as a row: a pair for K = 2, a ranking for more. Token ids stand beside the text."""
+
+    def text(k: int) -> str:
+        ids = example.completions[k]
+        return tokenizer.decode(ids[: len(ids) - int(example.ended[k])])
+
+    row: dict[str, Any] = {"prompt": example.prompt_text, "prompt_ids": example.prompt_ids, "split": split}
+    if len(order) == 2:
+        best, worst = order
+        for name, k in (("chosen", best), ("rejected", worst)):
+            row[name] = text(k)
+            row[f"{name}_ids"] = example.completions[k]
+            row[f"{name}_ended"] = example.ended[k]
+            row[f"{name}_score"] = scores[k]
+        if labels == "bradley-terry":
+            row["label_probability"] = 1 / (1 + math.exp(-(scores[best] - scores[worst])))
+        return row
+    ranks = [0] * len(order)
+    for rank, k in enumerate(order, start=1):
+        ranks[k] = rank
+    row["completions"] = [text(k) for k in range(len(order))]
+    row["completion_ids"] = example.completions
+    row["ended"] = list(example.ended)
+    return row | {"ranks": ranks, "scores": list(scores)}
+
+
+def prompts_by_split(
+    found: RecordSet, config: Any, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[tuple[Example, str]], tuple]:
+    """Every distinct prompt with the split it belongs to."""
+    prompts: list[tuple[Example, str]] = []
+    reports: tuple = ()
+    for split in config.splits or sorted(set(assign_splits(found.records, config.split_fractions, found.source))):
+        loaded = examples_of(
+            found,
+            kind="prompt",
+            split=split,
+            tokenizer=tokenizer,
+            lengths=config.lengths(),
+            skip_bad_rows=config.skip_bad_rows,
+            fractions=config.split_fractions,
+        )
+        prompts += [(example, split) for example in loaded.examples]
+        reports += loaded.reports
+    return prompts, reports
+
+
+def run_collect(config: Any, home: Path, *, notes: Sequence[str] = (), quiet: bool = False, **_options) -> StageResult:
+    """Sample, judge, label and publish `num` records; those whose two responses are identical say nothing."""
+
+    def say(text: str) -> None:
+        if not quiet:
+            console.print(text, markup=False)
+
+    for note in notes:
+        say(f"note: {note}")
+    # 1. Policy, judge, prompts.
+    meter, registry = CostMeter(), Registry(home)
+    device = make_accelerator(config).device
+    seed_everything(config.seed)
+    parent = find_model(registry, config.policy, "policy", say=say)
+    tokenizer = tokenizer_of(parent, config.trust_remote_code)
+    policy = load_policy(parent, config, tokenizer, device, frozen=True)
+    judge = load_reward(registry, config.judge, config, parent, tokenizer, device)
+    part = config.dataset_config or ("prompts" if config.prompts.startswith("world:") else None)
+    found = read_records(config.prompts, config=part, home=home, skip_bad_rows=config.skip_bad_rows)
+    prompts, reports = prompts_by_split(found, config, tokenizer)
+    say(f"collecting {config.num} x {config.k} responses of {parent.label} to {len(prompts)} prompts, judge {config.judge}")
+
+    # 2. Sample and label, in blocks; each prompt in turn.
+    generator = torch.Generator().manual_seed(config.seed)
+    shape = ModelShape.of(policy.model)
+    dropped = {"identical_pair": 0}
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for start in progress(range(0, config.num, DRAWS_AT_ONCE), "collecting"):
+            block = [prompts[i % len(prompts)] for i in range(start, min(start + DRAWS_AT_ONCE, config.num))]
+            sampled, _ = sample_for_prompts(
+                policy,
+                [example for example, _ in block],
+                samples=config.k,
+                response_length=config.lengths().response,
+                stop_id=tokenizer.eos_token_id,
+                pad_id=tokenizer.pad_token_id,
+                generator=generator,
+                temperature=config.temperature,
+                batch_size=config.per_device_eval_batch_size,
+                device=device,
+            )
+            meter.generate(
+                shape,
+                [len(e.prompt_ids) for e in sampled for _ in e.completions],
+                [len(ids) for e in sampled for ids in e.completions],
+            )
+            scores = judge.source.score(sampled).view(len(sampled), config.k)
+            orders = order_by_judge(scores, config.labels, generator).tolist()
+            values = scores.tolist()
+            for (_, split), example, score, order in zip(block, sampled, values, orders, strict=True):
+                if config.k == 2 and example.completions[0] == example.completions[1]:
+                    dropped["identical_pair"] += 1
+                    continue
+                yield to_row(example, split, score, order, config.labels, tokenizer)
+
+    records = list(rows())
+    # 3. Publish.
+    parents = {"policy": parent} | ({"judge": judge.resolved} if judge.resolved is not None else {})
+    counts: dict[str, int] = {}
+    for row in records:
+        counts[row["split"]] = counts.get(row["split"], 0) + 1
+    metrics = {"records": len(records), "dropped": dropped, "by_split": counts, "judge": config.judge}
+    cost = meter.report()
+    published = registry.publish_data(
+        config.output_name,
+        records,
+        config=config.model_dump(mode="json"),
+        config_digest=config_digest(config),
+        parents=parents,
+        data=[report.to_dict() for report in reports],
+        tokenizer_digest=tokenizer_digest(tokenizer),
+        chat_template_digest=chat_template_digest(tokenizer),
+        seed=config.seed,
+        metrics=metrics,
+        cost=cost,
+    )
+    say(f"published {published.label}: {len(records)} records, {dropped['identical_pair']} identical pairs left out")
+    return StageResult("collect", published.label, str(published.path), "", metrics, cost)

@@ -1,0 +1,192 @@
+"""What the stages share: finding models, loading them, publishing results."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlhf_pipeline.data.batch import Layout
+from rlhf_pipeline.data.load import SourceReport
+from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.data.tokenizers import chat_template_digest, load_tokenizer, tokenizer_digest
+from rlhf_pipeline.errors import MismatchError
+from rlhf_pipeline.models.loading import load_causal_lm, load_sequence_classifier, save_model
+from rlhf_pipeline.models.roles import Policy, RewardModel
+from rlhf_pipeline.models.selfcheck import inspect_model, read_reward_model
+from rlhf_pipeline.registry.integrity import verify_files
+from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.registry.roles import Role, check_role, check_same_tokenizer
+from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.training.run import Run
+from rlhf_pipeline.training.tracking import jsonable
+from rlhf_pipeline.training.windows import Window, example_windows, total_steps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage command prints: the model (or data), where it is, its figures and its cost."""
+
+    stage: str
+    model: str
+    path: str
+    run: str
+    metrics: dict[str, Any]
+    cost: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        return jsonable(asdict(self))
+
+
+def find_model(
+    registry: Registry, text: str, role: Role, *, revision: str | None = None, say: Callable[[str], None] = lambda _: None
+) -> Resolved:
+    """Resolve a reference, check that it plays `role` and that its files are what its manifest says.
+
+    Raises:
+        UnknownReference, MismatchError, DamagedFile.
+    """
+    resolved = registry.resolve(text, revision=revision)
+    say(resolved.taken)
+    check_role(resolved, role)
+    verify_files(resolved)
+    return resolved
+
+
+def tokenizer_of(resolved: Resolved, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside a model."""
+    return load_tokenizer(resolved.location, revision=resolved.revision, trust_remote_code=trust_remote_code)
+
+
+def load_language_model(resolved: Resolved, config: Any, tokenizer: PreTrainedTokenizerBase, **options) -> torch.nn.Module:
+    """Load a causal language model as a config asks for it."""
+    return load_causal_lm(
+        resolved.location,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        revision=resolved.revision,
+        trust_remote_code=config.trust_remote_code,
+        tokenizer=tokenizer,
+        **options,
+    )
+
+
+def load_policy(
+    resolved: Resolved,
+    config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    *,
+    temperature: float = 1.0,
+    frozen: bool = False,
+    **options,
+) -> Policy:
+    """Load a policy onto a device and find out how to read it; `frozen` takes its gradients away."""
+    model = load_language_model(resolved, config, tokenizer, **options).to(device)
+    policy = Policy(model, inspect_model(model), temperature)
+    policy.train(not frozen)
+    return policy.requires_grad_(False) if frozen else policy
+
+
+def load_reward_model(resolved: Resolved, config: Any, device: torch.device) -> RewardModel:
+    """Load a frozen reward model onto a device."""
+    model = load_sequence_classifier(
+        resolved.location,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        revision=resolved.revision,
+        trust_remote_code=config.trust_remote_code,
+    ).to(device)
+    return read_reward_model(model).eval().requires_grad_(False)
+
+
+def require_same_tokenizer(
+    policy: Resolved, reward_model: Resolved, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False
+) -> None:
+    """Check that a reward model reads the policy's token ids, by the tokenizer files themselves.
+
+    Raises:
+        MismatchError: naming both.
+    """
+    check_same_tokenizer(policy, reward_model)
+    theirs = tokenizer_digest(tokenizer_of(reward_model, trust_remote_code))
+    ours = tokenizer_digest(tokenizer)
+    if ours != theirs:
+        raise MismatchError(
+            f"reward model {reward_model.label}: tokenizer {theirs[:12]}; expected {ours[:12]}, the tokenizer of "
+            f"the policy {policy.label}; train the reward model from that policy's SFT model"
+        )
+
+
+def example_schedule(
+    run: Run, examples: Sequence[Example], *, layout: Layout, pad_id: int, count: Callable[[Example], dict[str, float]]
+) -> tuple[Callable[[Any, int], Iterator[Window]], int]:
+    """The windows of a stage that draws from fixed examples, and how many updates they make."""
+    config, ranks = run.config, run.accelerator.num_processes
+    size = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks
+    total = total_steps(len(examples), size, config.num_train_epochs, config.max_steps)
+
+    def windows(_prepared: Any, start: int) -> Iterator[Window]:
+        return example_windows(
+            examples,
+            steps=total,
+            micro_batch_size=config.per_device_train_batch_size,
+            accumulation=config.gradient_accumulation_steps,
+            seed=config.seed,
+            pad_id=pad_id,
+            layout=layout,
+            count=count,
+            start=start,
+            rank=run.accelerator.process_index,
+            world_size=ranks,
+            device=run.device,
+        )
+
+    return windows, total
+
+
+def publish(
+    run: Run,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    parents: Mapping[str, Resolved],
+    reports: Sequence[SourceReport],
+    metrics: dict[str, Any],
+) -> StageResult:
+    """Register the model with its snapshots, end the run, and say what came out."""
+    run.accelerator.wait_for_everyone()
+    if not run.accelerator.is_main_process:
+        return StageResult(run.stage, "", "", str(run.directory), metrics, {})
+    snapshots = run.directory / "snapshots"
+
+    def write(directory: Path) -> None:
+        save_model(model, tokenizer, directory)
+        if snapshots.is_dir():
+            shutil.copytree(snapshots, directory / "snapshots")
+
+    cost = run.meter.report()
+    published = run.registry.publish(
+        run.config.output_name,
+        run.stage,
+        write,
+        config=run.config.model_dump(mode="json"),
+        config_digest=run.config_digest,
+        parents=dict(parents),
+        data=[report.to_dict() for report in reports],
+        tokenizer_digest=tokenizer_digest(tokenizer),
+        chat_template_digest=chat_template_digest(tokenizer),
+        seed=run.config.seed,
+        metrics=metrics,
+        cost=cost,
+    )
+    run.finish(published.label)
+    run.log.say(f"registered {published.label}")
+    return StageResult(run.stage, published.label, str(published.path), str(run.directory), metrics, cost)

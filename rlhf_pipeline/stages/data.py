@@ -1,0 +1,94 @@
+"""The examples of a stage: its config's sources, read once, under one length policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_pipeline.data.load import ExampleSet, RecordSet, SourceReport, examples_of, load_mixture, read_records
+from rlhf_pipeline.data.records import plain
+from rlhf_pipeline.data.splits import in_split
+from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class StageData:
+    """The data of one config (`dataset_name` or a mixture), by split and kind.
+
+    Args:
+        config: a training config. home: where collected data lie. say: takes a line for the log.
+    """
+
+    def __init__(self, config: Any, home: Path, say: Callable[[str], None], *, default_part: str | None = None):
+        self.config, self.home, self.say = config, home, say
+        self.default_part = default_part
+        self._read: RecordSet | None = None
+
+    def _records(self) -> RecordSet:
+        if self._read is None:
+            part = self.config.dataset_config
+            if part is None and self.config.dataset_name.startswith("world:"):
+                part = self.default_part
+            self._read = read_records(
+                self.config.dataset_name, config=part, home=self.home, skip_bad_rows=self.config.skip_bad_rows
+            )
+        return self._read
+
+    def split(
+        self,
+        kind: str,
+        split: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        limit: int | None = None,
+        required: bool = True,
+    ) -> tuple[list[Example], tuple[SourceReport, ...]]:
+        """Examples of one split, and a report per source.
+
+        Raises:
+            DataError: rows have faults, or nothing is left and the split is `required`.
+        """
+        config = self.config
+        options = {
+            "kind": kind,
+            "split": split,
+            "tokenizer": tokenizer,
+            "lengths": config.lengths(),
+            "skip_bad_rows": config.skip_bad_rows,
+            "fractions": config.split_fractions,
+            "max_samples": limit,
+        }
+        try:
+            if config.datasets:
+                entries = [entry.model_dump() for entry in config.datasets]
+                loaded: ExampleSet = load_mixture(entries, home=self.home, **options)
+            else:
+                loaded = examples_of(self._records(), **options)
+        except DataError as error:
+            if required:
+                raise
+            self.say(f"no examples of the split {split!r}: {str(error).splitlines()[0]}")
+            return [], ()
+        for report in loaded.reports:
+            self.say("data: " + report.summary())
+        return loaded.examples, loaded.reports
+
+    def texts(self, split: str) -> list[str]:
+        """All texts of a split, for training a tokenizer."""
+        config = self.config
+        sets = [self._records()] if not config.datasets else [
+            read_records(
+                entry.dataset_name, config=entry.dataset_config, home=self.home, skip_bad_rows=config.skip_bad_rows
+            )
+            for entry in config.datasets
+        ]
+        texts: list[str] = []
+        for found in sets:
+            for record in in_split(found.records, split, config.split_fractions, found.source):
+                pieces = [*([record.prompt] if record.prompt is not None else []), *record.completions]
+                texts.extend(plain(piece) for piece in pieces)
+        return texts

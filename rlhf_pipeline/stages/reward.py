@@ -1,0 +1,236 @@
+"""The reward model: Bradley-Terry on preference pairs, normalised afterwards, set against two baselines."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlhf_pipeline.algorithms.preference import bradley_terry_loss, centering_loss, correct
+from rlhf_pipeline.data.batch import micro_batches, pack
+from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.evaluation.preferences import (
+    accuracy,
+    bayes_accuracy,
+    longer_wins,
+    preference_metrics,
+    tfidf_bradley_terry,
+)
+from rlhf_pipeline.models.loading import init_reward_model, save_model, store_reward_shift
+from rlhf_pipeline.models.roles import RewardModel
+from rlhf_pipeline.models.selfcheck import read_reward_model
+from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.rollout.responses import sample_for_prompts
+from rlhf_pipeline.stages.common import StageResult, example_schedule, find_model, load_policy, publish, tokenizer_of
+from rlhf_pipeline.stages.data import StageData
+from rlhf_pipeline.training.cost import CostMeter, ModelShape
+from rlhf_pipeline.training.pairs import count_pairs, split_pairs
+from rlhf_pipeline.training.run import Run, open_run
+from rlhf_pipeline.training.session import Plan, train
+from rlhf_pipeline.training.windows import ExampleBatch, Loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EVAL_PAIRS = 4096
+
+
+def reward_step(
+    model: RewardModel,
+    micro_batch: ExampleBatch,
+    *,
+    meter: CostMeter,
+    shape: ModelShape,
+    center_rewards_coefficient: float | None = None,
+) -> Loss:
+    """Bradley-Terry loss of a micro-batch; denominator: pairs."""
+    scores = model(micro_batch.batch)
+    meter.train(shape, micro_batch.batch)
+    meter.tokens_trained += micro_batch.batch.active_tokens
+    chosen, rejected = split_pairs(scores)
+    weight = micro_batch.weight
+    terms = {"bradley_terry": (bradley_terry_loss(chosen, rejected) * weight, "pairs", 1.0)}
+    if center_rewards_coefficient:
+        terms["centering"] = (centering_loss(chosen, rejected) * weight, "pairs", center_rewards_coefficient)
+    with torch.no_grad():
+        metrics = {
+            "accuracy": correct(chosen, rejected).sum(),
+            "margin": (chosen - rejected).sum(),
+            "chosen_score": chosen.sum(),
+            "rejected_score": rejected.sum(),
+        }
+    return Loss(terms, {name: (value * weight, "pairs") for name, value in metrics.items()})
+
+
+@torch.no_grad()
+def score_examples(
+    model: RewardModel, examples: Sequence[Example], *, batch_size: int, pad_id: int, device: torch.device
+) -> list[list[float]]:
+    """Scores of all completions of each example, in fp32."""
+    scores: list[list[float]] = [[] for _ in examples]
+    for group in micro_batches(examples, batch_size):
+        batch = pack([examples[i] for i in group], pad_id, layout=model.reader.layout).to(device)
+        values = iter(model(batch).tolist())
+        for i in group:
+            scores[i] = [next(values) for _ in examples[i].completions]
+    return scores
+
+
+def baselines(train: Sequence[Example], held_out: Sequence[Example]) -> dict[str, dict[str, float]]:
+    """Held-out accuracy, with interval, of "longer wins" and of TF-IDF with Bradley-Terry fitted on `train`."""
+    clusters = [example.prompt_key for example in held_out]
+
+    def texts(examples: Sequence[Example]) -> list[tuple[str, str]]:
+        return [(e.completion_texts[0], e.completion_texts[1]) for e in examples]
+
+    longer = longer_wins([e.completions[0] for e in held_out], [e.completions[1] for e in held_out])
+    scored = {"longer_wins": longer, "tfidf": tfidf_bradley_terry(texts(train), texts(held_out))}
+    return {
+        name: {"accuracy": estimate.mean, "accuracy_low": estimate.low, "accuracy_high": estimate.high}
+        for name, estimate in ((name, accuracy(values, clusters)) for name, values in scored.items())
+    }
+
+
+def evaluate_pairs(
+    model: RewardModel, held_out: Sequence[Example], *, batch_size: int, pad_id: int, device: torch.device
+) -> dict[str, Any]:
+    """Accuracy, calibration and the labels' ceiling on held-out pairs; cut responses apart."""
+    scores = score_examples(model, held_out, batch_size=batch_size, pad_id=pad_id, device=device)
+    differences = [chosen - rejected for chosen, rejected in scores]
+    clusters = [example.prompt_key for example in held_out]
+    metrics: dict[str, Any] = preference_metrics(differences, clusters)
+    ceiling = bayes_accuracy([example.label_probability for example in held_out], clusters)
+    if ceiling is not None:
+        metrics["bayes_accuracy"] = ceiling
+    for name, wanted in (("ended", True), ("cut", False)):
+        values = [
+            score
+            for example, row in zip(held_out, scores, strict=True)
+            for score, ended in zip(row, example.ended, strict=True)
+            if ended is wanted
+        ]
+        if values:
+            metrics[f"mean_score_{name}"] = sum(values) / len(values)
+    return metrics
+
+
+def center(run: Run, model: RewardModel, parent: Resolved, examples: Sequence[Example], tokenizer: Any) -> float:
+    """Store the shift that makes the parent's samples (or the chosen responses) score 0 on average."""
+    config = run.config
+    options = {"batch_size": config.per_device_eval_batch_size, "pad_id": tokenizer.pad_token_id, "device": run.device}
+    if config.reward_centering == "none":
+        return 0.0
+    if config.reward_centering == "chosen":
+        scores = score_examples(model, examples, **options)
+        mean = sum(row[0] for row in scores) / len(scores)
+    else:
+        policy = load_policy(parent, config, tokenizer, run.device, frozen=True)
+        count = config.reward_centering_samples
+        distinct = list({example.prompt_key: example for example in examples}.values())
+        prompts = [distinct[i % len(distinct)] for i in range(count)]
+        sampled, _ = sample_for_prompts(
+            policy,
+            prompts,
+            samples=1,
+            response_length=config.lengths().response,
+            stop_id=tokenizer.eos_token_id,
+            pad_id=tokenizer.pad_token_id,
+            generator=torch.Generator().manual_seed(config.seed),
+            batch_size=max(64, config.per_device_eval_batch_size),
+            device=run.device,
+        )
+        scores = score_examples(model, sampled, **options)
+        mean = sum(row[0] for row in scores) / count
+        shape = ModelShape.of(policy.model)
+        run.meter.generate(shape, [len(e.prompt_ids) for e in sampled], [len(e.completions[0]) for e in sampled])
+    store_reward_shift(model.model, mean)
+    return mean
+
+
+def run_reward(config: Any, home: Path, **options) -> StageResult:
+    """Train a reward model on preference pairs and register it."""
+    with open_run("reward", config, home, **options) as run:
+        # 1. The trunk of a language model with a new scalar head.
+        parent = find_model(
+            run.registry, config.model_name_or_path, "policy", revision=config.model_revision, say=run.log.say
+        )
+        tokenizer: PreTrainedTokenizerBase = tokenizer_of(parent, config.trust_remote_code)
+        network = init_reward_model(
+            parent.location,
+            tokenizer,
+            seed=config.seed,
+            dtype=config.dtype,
+            attn_implementation=config.attn_implementation,
+            revision=parent.revision,
+            trust_remote_code=config.trust_remote_code,
+            score_pooling=config.score_pooling,
+        ).to(run.device)
+        model = read_reward_model(network).train()
+        if config.score_pooling == "mean":
+            run.log.say("score_pooling mean: plain transformers reads the last token only and scores differently")
+
+        # 2. The pairs.
+        data = StageData(config, run.registry.home, run.log.say)
+        examples, reports = data.split("pair", config.dataset_train_split, tokenizer, limit=config.max_train_samples)
+        held_out, _ = data.split("pair", config.dataset_test_split, tokenizer, limit=EVAL_PAIRS, required=False)
+
+        # 3. Train.
+        shape = ModelShape.of(network, head=False)
+        windows, total = example_schedule(
+            run, examples, layout=model.reader.layout, pad_id=tokenizer.pad_token_id, count=count_pairs
+        )
+
+        eval_options = {
+            "batch_size": config.per_device_eval_batch_size,
+            "pad_id": tokenizer.pad_token_id,
+            "device": run.device,
+        }
+
+        def evaluate() -> dict[str, float]:
+            if not held_out:
+                return {}
+            return {f"eval_{k}": v for k, v in evaluate_pairs(model, held_out, **eval_options).items()}
+
+        step = functools.partial(
+            reward_step,
+            meter=run.meter,
+            shape=shape,
+            center_rewards_coefficient=config.center_rewards_coefficient,
+        )
+        plan = Plan(
+            windows,
+            step,
+            total,
+            shown=("loss/bradley_terry", "accuracy", "margin", "learning_rate"),
+            evaluate=evaluate,
+            save=lambda directory: save_model(network, tokenizer, directory),
+        )
+        last = train(run, model, plan)
+
+        # 4. Normalise, evaluate against the baselines, register.
+        shift = center(run, model, parent, examples, tokenizer)
+        metrics: dict[str, Any] = {"train": last, "reward_shift": shift, "train_pairs": len(examples)}
+        if held_out:
+            metrics |= evaluate_pairs(model, held_out, **eval_options)
+            metrics["baselines"] = baselines(examples, held_out)
+            describe_quality(run, metrics)
+        return publish(run, network, tokenizer, parents={"base": parent}, reports=reports, metrics=metrics)
+
+
+def describe_quality(run: Run, metrics: dict[str, Any]) -> None:
+    """Say how the reward model stands against its baselines; one that beats neither is no reward model."""
+    best = max(metrics["baselines"].items(), key=lambda item: item[1]["accuracy"])
+    line = f"held-out accuracy {metrics['accuracy']:.3f} [{metrics['accuracy_low']:.3f}, {metrics['accuracy_high']:.3f}]"
+    if "bayes_accuracy" in metrics:
+        line += f", ceiling of the labels {metrics['bayes_accuracy']:.3f}"
+    for name, value in metrics["baselines"].items():
+        line += f", {name} {value['accuracy']:.3f}"
+    run.log.say(line)
+    if metrics["accuracy"] <= best[1]["accuracy"]:
+        run.log.say(
+            f"WARNING: this reward model does not beat the baseline {best[0]!r}; more or cleaner pairs, a larger "
+            "model or another learning_rate are needed before PPO on it means anything"
+        )

@@ -1,0 +1,136 @@
+"""Supervised fine-tuning: from a language model, or from random weights (pretraining included)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlhf_pipeline.algorithms.language_model import negative_log_likelihood
+from rlhf_pipeline.data import world
+from rlhf_pipeline.data.batch import Layout, pack
+from rlhf_pipeline.data.tokenize import Example, whole_sequence
+from rlhf_pipeline.data.tokenizers import train_byte_level_bpe
+from rlhf_pipeline.models.loading import init_causal_lm, save_model
+from rlhf_pipeline.models.roles import Policy
+from rlhf_pipeline.models.selfcheck import inspect_model
+from rlhf_pipeline.stages.common import StageResult, example_schedule, find_model, load_policy, publish, tokenizer_of
+from rlhf_pipeline.stages.data import StageData
+from rlhf_pipeline.training.cost import CostMeter, ModelShape
+from rlhf_pipeline.training.run import Run, open_run
+from rlhf_pipeline.training.session import Plan, train
+from rlhf_pipeline.training.windows import ExampleBatch, Loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EVAL_EXAMPLES = 1024
+
+
+def sft_step(model: Policy, micro_batch: ExampleBatch, *, meter: CostMeter, shape: ModelShape) -> Loss:
+    """Negative log-likelihood of the completion tokens; denominator: tokens."""
+    batch = micro_batch.batch
+    scores = model(batch)
+    meter.train(shape, batch)
+    meter.tokens_trained += batch.num_tokens
+    loss = negative_log_likelihood(scores.logprobs) * micro_batch.weight
+    entropy = scores.entropy.sum() * micro_batch.weight
+    return Loss({"nll": (loss, "tokens", 1.0)}, {"entropy": (entropy, "tokens")})
+
+
+def count_tokens(example: Example) -> dict[str, float]:
+    """An example's share of the denominators."""
+    return {"tokens": float(sum(len(ids) for ids in example.completions))}
+
+
+@torch.no_grad()
+def mean_nll(
+    policy: Policy, examples: Sequence[Example], *, batch_size: int, pad_id: int, device: torch.device
+) -> dict[str, float]:
+    """Mean negative log-likelihood per completion token, and per whole completion, in nats."""
+    layout: Layout = policy.reader.layout
+    total, tokens = 0.0, 0
+    for start in range(0, len(examples), batch_size):
+        batch = pack(examples[start : start + batch_size], pad_id, layout=layout).to(device)
+        total += float(negative_log_likelihood(policy(batch).logprobs.double()))
+        tokens += batch.num_tokens
+    return {"eval_nll": total / tokens, "eval_nll_per_sequence": total / len(examples)}
+
+
+def make_tokenizer(run: Run, data: StageData) -> PreTrainedTokenizerBase:
+    """The tokenizer that `tokenizer_init` describes: the world's, or byte-level BPE trained on the train split."""
+    settings = run.config.tokenizer_init
+    if settings["type"] == "world":
+        return world.tokenizer()
+    texts = data.texts(run.config.dataset_train_split)
+    tokenizer = train_byte_level_bpe(texts, settings["vocab_size"])
+    run.log.say(f"tokenizer: byte-level BPE of {len(tokenizer)} tokens, trained on {len(texts)} texts")
+    return tokenizer
+
+
+def run_sft(config: Any, home: Path, **options) -> StageResult:
+    """Train on demonstrations (or plain text) and register the model."""
+    with open_run("sft", config, home, **options) as run:
+        data = StageData(config, run.registry.home, run.log.say)
+
+        # 1. The model: an existing one, or a new one with its tokenizer.
+        parents = {}
+        if config.model_name_or_path is not None:
+            base = find_model(
+                run.registry, config.model_name_or_path, "policy", revision=config.model_revision, say=run.log.say
+            )
+            parents["base"] = base
+            tokenizer = tokenizer_of(base, config.trust_remote_code)
+            policy = load_policy(base, config, tokenizer, run.device, dropout=config.dropout)
+        else:
+            tokenizer = make_tokenizer(run, data)
+            model = init_causal_lm(
+                config.model_init,
+                tokenizer,
+                seed=config.seed,
+                dtype=config.dtype,
+                attn_implementation=config.attn_implementation,
+            ).to(run.device)
+            policy = Policy(model, inspect_model(model)).train()
+        run.log.say(f"model: {sum(p.numel() for p in policy.parameters()):,} parameters, {policy.reader}")
+
+        # 2. The data.
+        examples, reports = data.split(
+            "demonstration", config.dataset_train_split, tokenizer, limit=config.max_train_samples
+        )
+        held_out, _ = data.split(
+            "demonstration", config.dataset_test_split, tokenizer, limit=EVAL_EXAMPLES, required=False
+        )
+        if not config.completion_only_loss:
+            examples, held_out = ([whole_sequence(e) for e in part] for part in (examples, held_out))
+
+        # 3. Train.
+        shape = ModelShape.of(policy.model)
+        windows, total = example_schedule(
+            run, examples, layout=policy.reader.layout, pad_id=tokenizer.pad_token_id, count=count_tokens
+        )
+
+        def evaluate() -> dict[str, float]:
+            if not held_out:
+                return {}
+            batch_size = config.per_device_eval_batch_size
+            return mean_nll(
+                policy, held_out, batch_size=batch_size, pad_id=tokenizer.pad_token_id, device=run.device
+            )
+
+        plan = Plan(
+            windows,
+            functools.partial(sft_step, meter=run.meter, shape=shape),
+            total,
+            shown=("loss/nll", "entropy", "learning_rate"),
+            evaluate=evaluate,
+            save=lambda directory: save_model(policy.model, tokenizer, directory),
+        )
+        last = train(run, policy, plan)
+
+        # 4. Evaluate and register.
+        metrics = {"train": last, **evaluate(), "train_examples": len(examples), "eval_examples": len(held_out)}
+        return publish(run, policy.model, tokenizer, parents=parents, reports=reports, metrics=metrics)

@@ -1,0 +1,128 @@
+"""What a run costs: time, floating-point operations, tokens, optimizer steps, peak memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlhf_pipeline.data.batch import PackedBatch
+from rlhf_pipeline.models.forward import trunk_of
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the FLOP formula needs. matmul, head: weights in matrix products; attention: layers x query width."""
+
+    matmul: int
+    head: int
+    attention: int
+
+    @staticmethod
+    def of(model: nn.Module, *, head: bool = True) -> ModelShape:
+        """Read the shape off a transformers model, or off a bare trunk with head=False."""
+        trunk = trunk_of(model)
+        embeddings = {id(module.weight) for module in trunk.modules() if isinstance(module, nn.Embedding)}
+        matmul = sum(p.numel() for p in trunk.parameters() if p.ndim == 2 and id(p) not in embeddings)
+        config: Any = trunk.config.get_text_config()
+        heads = getattr(config, "num_attention_heads", 1)
+        width = (getattr(config, "head_dim", None) or config.hidden_size // heads) * heads
+        output = model.get_output_embeddings() if head and hasattr(model, "get_output_embeddings") else None
+        return ModelShape(matmul, output.weight.numel() if output is not None else 0, config.num_hidden_layers * width)
+
+    def forward_flops(self, tokens: int, context_tokens: int, head_tokens: int) -> float:
+        """FLOPs of a forward pass: 2 N_matmul tokens + 4 layers d_attn sum(context) + 2 N_head head_tokens.
+
+        Source: Kaplan et al. 2020, table 1, with the attention term counted over the context really attended to
+        and the output head only where it is computed.
+        """
+        return 2.0 * self.matmul * tokens + 4.0 * self.attention * context_tokens + 2.0 * self.head * head_tokens
+
+    def batch_flops(self, batch: PackedBatch) -> float:
+        """FLOPs of a forward pass over a packed batch."""
+        return self.forward_flops(batch.active_tokens, batch.context_tokens, batch.num_tokens)
+
+    def decode_flops(self, prompt_lengths: list[int], response_lengths: list[int]) -> float:
+        """FLOPs of cached sampling: the prompt once, then one token at a time over its real context."""
+        total = 0.0
+        for prompt, response in zip(prompt_lengths, response_lengths, strict=True):
+            tokens = prompt + response - 1  # the last sampled token is never fed back
+            total += self.forward_flops(tokens, tokens * (tokens + 1) // 2, response)
+        return total
+
+
+TRAIN_FACTOR = 3.0
+"""Forward and backward of a trained model cost three forwards."""
+
+
+def peak_memory_bytes() -> int:
+    """Peak resident memory of this process, or peak allocated memory of the accelerator if there is one."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+@dataclass
+class CostMeter:
+    """Running totals; `seconds` keeps the wall time of named parts."""
+
+    flops: float = 0.0
+    tokens_trained: int = 0
+    tokens_generated: int = 0
+    optimizer_steps: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+    earlier_seconds: float = 0.0
+
+    def train(self, shape: ModelShape, batch: PackedBatch) -> None:
+        """Count a training pass (forward and backward) of one model."""
+        self.flops += TRAIN_FACTOR * shape.batch_flops(batch)
+
+    def score(self, shape: ModelShape, batch: PackedBatch) -> None:
+        """Count a forward pass of a frozen model."""
+        self.flops += shape.batch_flops(batch)
+
+    def generate(self, shape: ModelShape, prompt_lengths: list[int], response_lengths: list[int]) -> None:
+        """Count sampled responses."""
+        self.flops += shape.decode_flops(prompt_lengths, response_lengths)
+        self.tokens_generated += sum(response_lengths)
+
+    def part(self, name: str) -> _Part:
+        """A context manager that adds its wall time to a named part."""
+        return _Part(self, name)
+
+    def wall_seconds(self) -> float:
+        """Seconds since the start, those before a resume included."""
+        return self.earlier_seconds + time.perf_counter() - self.started
+
+    def report(self) -> dict[str, Any]:
+        """The `cost` of a manifest."""
+        cost: dict[str, Any] = {
+            "wall_seconds": round(self.wall_seconds(), 3),
+            "flops": self.flops,
+            "tokens_trained": self.tokens_trained,
+            "tokens_generated": self.tokens_generated,
+            "optimizer_steps": self.optimizer_steps,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        if self.seconds:
+            cost["seconds"] = {name: round(value, 3) for name, value in self.seconds.items()}
+        return cost
+
+
+class _Part:
+    def __init__(self, meter: CostMeter, name: str):
+        self.meter, self.name = meter, name
+
+    def __enter__(self) -> None:
+        self.begin = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        spent = time.perf_counter() - self.begin
+        self.meter.seconds[self.name] = self.meter.seconds.get(self.name, 0.0) + spent

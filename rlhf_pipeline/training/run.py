@@ -1,0 +1,164 @@
+"""One run: its directory, log, accelerator, cost meter and signals."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlhf_pipeline.config.dump import config_digest, dump_yaml
+from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.training.checkpoint import Checkpoint, newest_checkpoint
+from rlhf_pipeline.training.cost import CostMeter
+from rlhf_pipeline.training.tracking import RunLog
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+STATUS = "run.json"
+
+
+@dataclass
+class Run:
+    """Everything that a stage needs around its own work."""
+
+    stage: str
+    config: Any
+    config_digest: str
+    registry: Registry
+    directory: Path
+    accelerator: Accelerator
+    log: RunLog
+    checkpoint: Checkpoint | None
+    meter: CostMeter = field(default_factory=CostMeter)
+    stopped_by: int | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def id(self) -> str:
+        return self.directory.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
+
+    def finish(self, model: str) -> None:
+        """Mark the run as finished: the next one with this config starts a new version."""
+        _write_status(self.directory, {"status": "finished", "model": model})
+
+
+def _write_status(directory: Path, status: dict[str, Any]) -> None:
+    temporary = directory / f".{STATUS}.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(status) + "\n")
+    os.replace(temporary, directory / STATUS)
+
+
+def _is_finished(directory: Path) -> bool:
+    try:
+        return json.loads((directory / STATUS).read_text())["status"] == "finished"
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def run_directory(home: Path, name: str, digest: str, *, resume: bool) -> Path:
+    """runs/<name>-<digest>[-k]: the newest unfinished one if `resume`, else the first that does not exist yet."""
+    base = home / "runs" / f"{name}-{digest[:10]}"
+    candidate, number = base, 1
+    unfinished = None
+    while candidate.exists():
+        if not _is_finished(candidate):
+            unfinished = candidate
+        number += 1
+        candidate = base.with_name(f"{base.name}-{number}")
+    return unfinished if resume and unfinished is not None else candidate
+
+
+def make_accelerator(config: Any) -> Accelerator:
+    """Accelerate with this config's device and precision; threads pinned if asked for."""
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
+    from accelerate import Accelerator
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # one bar of our own is enough
+    transformers_logging.set_verbosity_error()
+
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    return Accelerator(cpu=config.use_cpu, mixed_precision="bf16" if getattr(config, "bf16", False) else "no")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators of Python, NumPy and torch."""
+    import numpy as np
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def open_run(
+    stage: str, config: Any, home: Path, *, resume: bool = True, quiet: bool = False, notes: Sequence[str] = ()
+):
+    """Open the run of a config: resume an unfinished one, else start a new one.
+
+    Yields:
+        Run. On leaving, signals and the log are put back; the run counts as finished only after `finish`.
+    """
+    started = time.perf_counter()
+    digest = config_digest(config)
+    accelerator = make_accelerator(config)
+    seed_everything(config.seed)
+    directory = run_directory(home, config.output_name, digest, resume=resume)
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_status(directory, {"status": "running", "pid": os.getpid()})
+    (directory / "config.yaml").write_text(dump_yaml(config))
+    quiet = quiet or not accelerator.is_main_process
+    log = RunLog(directory, title=config.output_name, total=0, shown=(), logging_steps=config.logging_steps, quiet=quiet)
+    try:
+        for note in notes:
+            log.say(f"note: {note}")
+        checkpoint = newest_checkpoint(directory / "checkpoints", warn=log.say)
+        log.rewind(checkpoint.step if checkpoint else 0)
+        run = Run(stage, config, digest, Registry(home), directory, accelerator, log, checkpoint)
+        run.meter.started = started
+        log.say(f"{stage}: run {run.id}, {accelerator.device}, {torch.get_num_threads()} threads, seed {config.seed}")
+        with _signals(run):
+            yield run
+    finally:
+        log.close()
+
+
+@contextmanager
+def _signals(run: Run):
+    """SIGINT and SIGTERM let the current update finish; a second one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, _frame: Any) -> None:
+        if run.stopped_by is not None:
+            os._exit(128 + number)
+        run.stopped_by = number
+        run.log.say(f"signal {number}: finishing this update, then writing a checkpoint (again to stop at once)")
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

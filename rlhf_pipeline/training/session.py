@@ -1,0 +1,146 @@
+"""Around the loop: prepare, restore, log, evaluate, save, stop on a signal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from rlhf_pipeline.errors import Interrupted
+from rlhf_pipeline.training.checkpoint import restore, save_checkpoint
+from rlhf_pipeline.training.loop import Step, fit
+from rlhf_pipeline.training.optimizer import make_optimizer, make_scheduler
+from rlhf_pipeline.training.run import Run
+from rlhf_pipeline.training.windows import Window
+
+Metrics = dict[str, float]
+
+
+@dataclass
+class Plan:
+    """What a stage hands to `train`.
+
+    windows: called with (the prepared model, updates done before); yields the windows that are left.
+    total: updates in all. shown: names of the metrics for the live line.
+    derive: turns the metrics of an update into what is logged.
+    evaluate: figures at an evaluation. save: writes a snapshot of the model into a directory.
+    """
+
+    windows: Callable[[nn.Module, int], Iterable[Window]]
+    step: Step
+    total: int
+    shown: Sequence[str]
+    derive: Callable[[Metrics], Metrics] = lambda metrics: metrics
+    evaluate: Callable[[], Metrics] | None = None
+    save: Callable[[Path], None] | None = None
+
+
+def _every(setting: int | tuple[int, ...] | None, step: int) -> bool:
+    if setting is None:
+        return False
+    return step in setting if isinstance(setting, tuple) else step % setting == 0
+
+
+def _evaluates(config: Any, step: int, epochs: tuple[float, float]) -> bool:
+    if config.eval_strategy == "epoch":
+        return int(epochs[0] + 1e-9) < int(epochs[1] + 1e-9)
+    return config.eval_strategy == "steps" and step % config.eval_steps == 0
+
+
+def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
+    """Train `model` in place by a plan, from the run's checkpoint if it has one.
+
+    Returns:
+        the metrics of the last update.
+
+    Raises:
+        Interrupted: after a signal; a checkpoint was written.
+        RunFailed: when a loss or gradient is not finite.
+    """
+    config = run.config
+    optimizer = make_optimizer(
+        model.parameters(),
+        learning_rate=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
+    scheduler = make_scheduler(
+        optimizer, config.lr_scheduler_type, warmup_steps=config.warmup_steps, total=plan.total
+    )
+    start = 0
+    if run.checkpoint is not None:
+        extra = restore(run.checkpoint, model=model, optimizer=optimizer, scheduler=scheduler)
+        start = run.checkpoint.step
+        _restore_meter(run, extra["cost"])
+        run.log.say(f"resumed at step {start} of {plan.total}")
+    run.log.total, run.log.shown = plan.total, plan.shown
+    prepared, prepared_optimizer = run.accelerator.prepare(model, optimizer)
+    last: Metrics = {}
+    epoch_before = 0.0
+    steps_before = run.meter.optimizer_steps
+    taken = 0
+
+    def save(step: int) -> None:
+        if not run.accelerator.is_main_process:
+            return
+        counted = asdict(run.meter) | {"wall": run.meter.wall_seconds()}
+        counted["optimizer_steps"] = steps_before + taken + 1  # the window of this update is not counted yet
+        save_checkpoint(
+            run.checkpoints,
+            step,
+            model=model,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            extra={"cost": counted},
+            keep=config.save_total_limit,
+        )
+
+    def on_update(step: int, metrics: Metrics, window: Window) -> None:
+        nonlocal last, epoch_before
+        last = plan.derive(metrics)
+        run.log.update(step, last)
+        if plan.evaluate is not None and _evaluates(config, step, (epoch_before, window.epoch)):
+            run.log.record(step, plan.evaluate())
+        epoch_before = window.epoch
+        if plan.save is not None and _every(config.snapshot_steps, step) and run.accelerator.is_main_process:
+            plan.save(run.directory / "snapshots" / f"step-{step}")
+        if run.stopped_by is not None:
+            save(step)
+            raise Interrupted(
+                f"stopped by signal {run.stopped_by} at step {step} of {plan.total}; the same command resumes it",
+                run.stopped_by,
+            )
+        if config.save_steps and step % config.save_steps == 0 and step < plan.total:
+            save(step)
+
+    def counted(windows: Iterable[Window]) -> Iterable[Window]:
+        nonlocal taken
+        for window in windows:
+            yield window
+            taken += 1  # the loop comes back for the next window once it has stepped
+
+    with run.meter.part("training"):
+        fit(
+            prepared,
+            counted(plan.windows(prepared, start)),
+            plan.step,
+            optimizer=prepared_optimizer,
+            scheduler=scheduler,
+            accelerator=run.accelerator,
+            max_grad_norm=config.max_grad_norm,
+            on_update=on_update,
+            start=start,
+        )
+    run.meter.optimizer_steps = steps_before + taken
+    return last
+
+
+def _restore_meter(run: Run, cost: dict[str, Any]) -> None:
+    meter = run.meter
+    meter.flops, meter.tokens_trained = cost["flops"], cost["tokens_trained"]
+    meter.tokens_generated, meter.optimizer_steps = cost["tokens_generated"], cost["optimizer_steps"]
+    meter.seconds, meter.earlier_seconds = dict(cost["seconds"]), cost["wall"]

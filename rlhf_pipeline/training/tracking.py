@@ -1,0 +1,141 @@
+"""Metrics to metrics.jsonl, log lines to log.txt, and progress to stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def jsonable(value: Any) -> Any:
+    """Replace NaN and infinities, which JSON does not have, by None, at any depth."""
+    if isinstance(value, dict):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def format_metric(name: str, value: float) -> str:
+    """`name value` with four significant digits."""
+    return f"{name} {value:.4g}"
+
+
+def _step_of(row: str) -> float:
+    try:
+        return json.loads(row)["step"]
+    except (ValueError, KeyError, TypeError):  # the last line of a killed process may be cut
+        return math.inf
+
+
+class RunLog:
+    """The files of one run directory and the live line of a training run.
+
+    Args:
+        directory: runs/<run-id>, exists.
+        total: updates in all. shown: names of the metrics that matter, for the live line.
+        quiet: no progress (ranks other than the first, tests).
+    """
+
+    def __init__(
+        self, directory: Path, *, title: str, total: int, shown: Sequence[str], logging_steps: int, quiet: bool = False
+    ):
+        self.directory, self.title, self.total, self.shown = directory, title, total, shown
+        self.logging_steps = max(1, logging_steps)
+        self.quiet = quiet
+        self._metrics: IO[str] = (directory / "metrics.jsonl").open("a", encoding="utf-8")
+        self._log: IO[str] = (directory / "log.txt").open("a", encoding="utf-8")
+        self._live = sys.stderr.isatty() and not quiet
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._started = time.perf_counter()
+        self._first: int | None = None
+        self.last: dict[str, float] = {}
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after `step`: a resumed run writes it again."""
+        path = self.directory / "metrics.jsonl"
+        self._metrics.close()
+        rows = path.read_text(encoding="utf-8").splitlines()
+        kept = [row for row in rows if _step_of(row) <= step]
+        path.write_text("".join(row + "\n" for row in kept), encoding="utf-8")
+        self._metrics = path.open("a", encoding="utf-8")
+
+    def say(self, text: str, *, style: str | None = None) -> None:
+        """One line to log.txt and to stderr."""
+        self._log.write(text + "\n")
+        self._log.flush()
+        if not self.quiet:
+            console.print(text, style=style, markup=False)
+
+    def update(self, step: int, metrics: dict[str, float]) -> None:
+        """Log an update; every `logging_steps` updates, and the first and the last, to metrics.jsonl."""
+        if self._first is None:
+            self._first = step - 1
+        due = step % self.logging_steps == 0 or step in (1, self.total)
+        line = "  ".join(format_metric(name, metrics[name]) for name in self.shown if name in metrics)
+        if due:
+            self.last = metrics
+            self._metrics.write(json.dumps(jsonable({"step": step, **metrics})) + "\n")
+            self._metrics.flush()
+        if self._live:
+            self._show(step, line)
+        elif due and not self.quiet and self._heartbeat(step):
+            rate = (step - self._first) / max(time.perf_counter() - self._started, 1e-9)
+            left = (self.total - step) / max(rate, 1e-9)
+            console.print(f"{self.title} {step}/{self.total}  {rate:.3g}/s  {left:.0f} s left  {line}", markup=False)
+
+    def _heartbeat(self, step: int) -> bool:
+        """Without a terminal about twenty lines a run are enough."""
+        every = max(self.logging_steps, -(-self.total // 20))
+        return step in (1, self.total) or step % every < self.logging_steps
+
+    def _show(self, step: int, line: str) -> None:
+        if self._progress is None:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[line]}"),
+            )
+            self._progress = Progress(*columns, console=console, transient=True)
+            self._progress.start()
+            self._task = self._progress.add_task(self.title, total=self.total, rate="", line="")
+        rate = (step - (self._first or 0)) / max(time.perf_counter() - self._started, 1e-9)
+        self._progress.update(self._task, completed=step, rate=f"{rate:.3g}/s", line=line)
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        """Write figures that are not of an update (evaluations) to metrics.jsonl."""
+        self._metrics.write(json.dumps(jsonable({"step": step, **metrics})) + "\n")
+        self._metrics.flush()
+
+    def close(self) -> None:
+        """Stop the live line and close the files."""
+        if self._progress is not None:
+            self._progress.stop()
+        self._metrics.close()
+        self._log.close()
+
+
+def progress(items: Sequence[Any], title: str):
+    """Iterate over long work with a bar on stderr (rate, remaining time), where stderr is a terminal."""
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    from rich.progress import track
+
+    yield from track(items, description=title, console=console, transient=True)

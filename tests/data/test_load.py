@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from rlhf_pipeline.data.load import load_examples, load_mixture, read_records
+from rlhf_pipeline.errors import DataError
+
+LENGTHS = SimpleNamespace(prompt=8, response=4, total=12)
+GOOD = {"prompt": "abc", "chosen": "a", "rejected": "b"}  # in train by the hash of its prompt
+
+
+def load(source: str, tokenizer, kind="pair", split="all", **options):
+    return load_examples(source, kind=kind, split=split, tokenizer=tokenizer, lengths=LENGTHS, **options)
+
+
+def test_all_faults_are_raised_at_once_and_counted(jsonl):
+    source = jsonl(GOOD, {**GOOD, "chosen": None}, "{", {**GOOD, "chosen": "b"}, {**GOOD, "rejected": None})
+    with pytest.raises(DataError) as caught:
+        read_records(source)
+    summary, *faults = caught.value.faults
+    assert "4 of 5 rows cannot be used (bad_json 1, identical_pair 1, null 2)" in str(summary)
+    assert "skip_bad_rows" in str(summary)
+    assert sorted(fault.where.rpartition(":")[2] for fault in faults) == ["2", "3", "4", "5"]
+
+
+def test_bad_rows_are_skipped_and_counted_on_request(jsonl, letters):
+    source = jsonl(GOOD, {**GOOD, "chosen": None}, "{", {**GOOD, "prompt": "d", "chosen": "aaaaa"})
+    report = load(source, letters, skip_bad_rows=True).report
+    assert (report.source_rows, report.rows, report.kept, report.format) == (4, 2, 1, "pair")
+    assert report.dropped == {"bad_json": 1, "completion_too_long": 1, "null": 1}
+    assert "1 examples of 2 rows; dropped: bad_json 1" in report.summary()
+
+
+def test_no_rows_left_is_an_error_also_when_skipping(jsonl, letters):
+    with pytest.raises(DataError, match=r"no rows left of 2 \(identical_pair 2\)"):
+        read_records(jsonl(*[{**GOOD, "chosen": "b"}] * 2), skip_bad_rows=True)
+    with pytest.raises(
+        DataError, match=r"no example left of 1 rows \(completion_too_long 1\).*at most 4 tokens"
+    ):
+        load(jsonl({**GOOD, "chosen": "aaaaa"}), letters)
+    with pytest.raises(DataError, match="no row can be read"):
+        read_records(jsonl("{"), skip_bad_rows=True)
+
+
+def test_faults_of_tokenisation_are_raised_or_counted(jsonl, letters):
+    source = jsonl(GOOD, {**GOOD, "prompt": ""})
+    with pytest.raises(DataError, match=r"1 of 2 rows cannot be used \(empty_prompt 1\)"):
+        load(source, letters)
+    assert load(source, letters, skip_bad_rows=True).report.dropped == {"empty_prompt": 1}
+
+
+def test_the_digest_names_the_content_of_the_split_and_not_the_file(jsonl, letters):
+    other = {**GOOD, "prompt": "a"}
+    first = load(jsonl(GOOD, other, name="a.jsonl"), letters).report.digest
+    assert load(jsonl(GOOD, other, name="b.jsonl.gz"), letters, kind="prompt").report.digest == first
+    assert load(jsonl(other, GOOD), letters).report.digest != first
+    assert load(jsonl(GOOD), letters).report.digest != first
+    assert load(jsonl(GOOD, {**other, "chosen_ended": False}), letters).report.digest != first
+
+
+def test_a_sample_is_the_same_whatever_the_order_of_the_rows(jsonl, letters):
+    prompts = ["a", "b", "c", "d", "aa", "ab", "ac", "ad"]
+    rows = [{"prompt": prompt} for prompt in prompts]
+    chosen = load(jsonl(*rows), letters, kind="prompt", max_samples=3).examples
+    again = load(jsonl(*reversed(rows)), letters, kind="prompt", max_samples=3).examples
+    assert len(chosen) == 3
+    assert [example.prompt_text for example in again] == [example.prompt_text for example in reversed(chosen)]
+    larger = load(jsonl(*rows), letters, kind="prompt", max_samples=5).examples
+    assert {example.prompt_text for example in chosen} < {example.prompt_text for example in larger}
+
+
+def test_a_mixture_keeps_the_proportion_of_its_weights(jsonl, letters):
+    letters_of = [a + b for a in "abcd" for b in "abcd"]
+    many = jsonl(*({"prompt": prompt} for prompt in letters_of), name="many.jsonl")
+    few = jsonl({"prompt": "d"}, {"prompt": "a"}, name="few.jsonl")
+    sources = [{"dataset_name": many, "weight": 3}, {"dataset_name": few}]
+    options = {"kind": "prompt", "split": "all", "tokenizer": letters, "lengths": LENGTHS}
+    mixture = load_mixture(sources, **options)
+    assert [len(example.prompt_text) for example in mixture.examples] == [2] * 6 + [1] * 2
+    assert [report.kept for report in mixture.reports] == [16, 2]
+    assert len(load_mixture(sources, max_samples=4, **options).examples) == 4
+
+
+def test_the_world_is_loaded_by_its_own_ids():
+    from rlhf_pipeline.data import world
+
+    tokenizer = world.tokenizer()
+    found = load_examples(
+        "world:verdicts", kind="prompt", split="train", tokenizer=tokenizer, lengths=LENGTHS, config="prompts"
+    )
+    assert found.report.kept == sum(split == "train" for split in world.SPLITS.values())
+    example = found.examples[0]
+    assert example.prompt_ids == world.encode(example.prompt_text)
+
+
+def test_the_faults_of_the_hh_file_are_named_and_counted(hh_file):
+    with pytest.raises(DataError) as caught:
+        read_records(hh_file)
+    assert (
+        "53 of 2312 rows cannot be used (empty_completion 4, no_assistant_turn 48, prompts_differ 5)"
+        in str(caught.value.faults[0])
+    )
+
+
+def test_the_hh_file_is_loaded_and_tokenised(hh_file):
+    from rlhf_pipeline.data.load import examples_of
+    from rlhf_pipeline.data.tokenizers import train_byte_level_bpe
+
+    found = read_records(hh_file, skip_bad_rows=True)
+    assert (found.format, found.rows, len(found.records)) == ("pair, HH transcripts", 2312, 2259)
+    texts = [record.prompt + completion for record in found.records for completion in record.completions]
+    tokenizer = train_byte_level_bpe(texts, 4096)
+    lengths = SimpleNamespace(prompt=256, response=256, total=512)
+    options = {"split": "all", "tokenizer": tokenizer, "lengths": lengths}
+    pairs = examples_of(found, kind="pair", **options)
+    assert pairs.report.kept + pairs.report.dropped.get("completion_too_long", 0) == 2259
+    for example in pairs.examples[::100]:
+        for completion, text in zip(example.completions, example.completion_texts):
+            tail = tokenizer(example.prompt_text + text)["input_ids"] + [tokenizer.eos_token_id]
+            assert (example.prompt_ids + completion)[-len(completion) - 1 :] == tail[-len(completion) - 1 :]
+    prompts = examples_of(found, kind="prompt", **options)
+    assert (prompts.report.kept, prompts.report.dropped["duplicate_prompt"]) == (2257, 2)

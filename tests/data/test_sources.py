@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import gzip
+import json
+from hashlib import sha256
+
+import pytest
+
+from rlhf_pipeline.data.sources import local_path, read_source
+from rlhf_pipeline.errors import DamagedFile, DataError, UnknownReference
+
+
+def values(source) -> list[dict]:
+    return [row for _, row in source.rows]
+
+
+def places(source) -> list[str]:
+    return [where.rpartition("/")[2] for where, _ in source.rows]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_json_lines_keep_their_line_numbers(jsonl, name):
+    source = read_source(jsonl({"text": "a"}, "", {"text": "b"}, name=name))
+    assert values(source) == [{"text": "a"}, {"text": "b"}]
+    assert places(source) == [f"{name}:1", f"{name}:3"]
+
+
+def test_every_unreadable_line_is_reported_with_its_line(jsonl):
+    deep = "[" * 100_000
+    lines = ['{"text": "a"', "3", '{"text": "\udcff"}', '{"text": "b"}', deep, '{"n": ' + "9" * 5000 + "}"]
+    source = read_source(jsonl(*lines))
+    found = [(item.fault.where.rpartition(":")[2], item.reason) for item in source.faults]
+    assert found == [
+        ("1", "bad_json"),
+        ("2", "wrong_type"),
+        ("3", "not_utf8"),
+        ("5", "bad_json"),
+        ("6", "bad_json"),
+    ]
+    assert values(source) == [{"text": "b"}]
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}')
+    assert values(read_source(str(tmp_path / "rows.jsonl"))) == [{"text": "a"}]
+
+
+def test_a_cut_archive_is_refused_with_its_line(tmp_path):
+    rows = "".join(json.dumps({"text": sha256(bytes([i])).hexdigest()}) + "\n" for i in range(200))
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(rows.encode())[:-2000])
+    with pytest.raises(DataError, match=r"rows\.jsonl\.gz:\d+: damaged or cut gzip"):
+        read_source(str(path))
+
+
+def test_a_json_array_keeps_lines_and_notes_what_is_no_object(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('[\n  {"text":\n   "a"},\n  7,\n  {"text": "b"}\n]\n')
+    source = read_source(str(path))
+    assert places(source) == ["rows.json:2", "rows.json:5"]
+    assert [str(item.fault).rpartition("/")[2] for item in source.faults] == [
+        "rows.json:4: wrong_type: a int; expected a JSON object"
+    ]
+
+
+@pytest.mark.parametrize("text", ['[{"a": 1}', '[{"a": 1} {"a": 2}]', '[{"a": 1}] x', "[{]"])
+def test_a_broken_json_array_is_refused(tmp_path, text):
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(DataError, match=r"rows\.json:1: bad_json"):
+        read_source(str(tmp_path / "rows.json"))
+
+
+def test_csv_reads_lists_and_flags_and_counts_lines_within_quotes(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(
+        'prompt,completions,scores,ended\n"two\nlines","[""a"", ""b""]","[1, 2]",true\nb,,,\nc,d\n'
+    )
+    source = read_source(str(path))
+    assert places(source) == ["rows.csv:2", "rows.csv:4", "rows.csv:5"]
+    first, second, third = values(source)
+    assert first == {"prompt": "two\nlines", "completions": ["a", "b"], "scores": [1, 2], "ended": True}
+    assert second == {"prompt": "b", "completions": None, "scores": None, "ended": None}
+    assert third["scores"] is None
+
+
+def test_parquet_and_saved_data_sets_are_read(tmp_path):
+    import datasets
+
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": None}]
+    data = datasets.Dataset.from_list(rows)
+    data.to_parquet(tmp_path / "rows.parquet")
+    data.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(tmp_path / "two")
+    assert values(read_source(str(tmp_path / "rows.parquet"))) == rows
+    assert values(read_source(str(tmp_path / "one"))) == rows
+    two = read_source(str(tmp_path / "two"))
+    assert [row["split"] for row in values(two)] == ["train", "train", "test"]
+    assert places(two)[-1] == "two[test]:1"
+    assert values(read_source(str(tmp_path / "two"), split="test")) == [{**rows[0], "split": "test"}]
+
+
+def test_what_is_no_source_is_said(tmp_path, monkeypatch, jsonl):
+    jsonl({"text": "a"}, name="pairs.jsonl")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UnknownReference, match=r"pears\.jsonl: no such file.*did you mean 'pairs\.jsonl'"):
+        read_source("pears.jsonl")
+    with pytest.raises(UnknownReference, match="no such world"):
+        read_source("world:nowhere")
+    with pytest.raises(UnknownReference, match="not a hub id"):
+        read_source("two words")
+    (tmp_path / "rows.parquet").write_bytes(b"not parquet")
+    with pytest.raises(DataError, match="not a Parquet file"):
+        read_source("rows.parquet")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="not a directory saved by `datasets`"):
+        read_source("empty")
+    (tmp_path / "rows.txt").write_text("a")
+    with pytest.raises(DataError, match="unknown kind of file"):
+        read_source("rows.txt")
+
+
+def test_a_hub_that_cannot_be_reached_is_said_in_one_fault(monkeypatch):
+    import datasets
+
+    def unreachable(name, config):
+        raise ConnectionError(f"Couldn't reach {name}")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(DataError, match="org/name: no such local file, and the hub did not give it"):
+        read_source("org/name")
+
+
+def test_relative_paths_are_found_beside_the_config(tmp_path, jsonl, monkeypatch):
+    jsonl({"text": "a"})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert local_path("rows.jsonl", tmp_path) == tmp_path / "rows.jsonl"
+    assert local_path("org/name", tmp_path) is None
+
+
+def collect(home, version: int, text: str, digest: str | None = None) -> None:
+    folder = home / "data" / "pairs" / f"v{version}"
+    folder.mkdir(parents=True)
+    content = (json.dumps({"text": text}) + "\n").encode()
+    (folder / "records.jsonl").write_bytes(content)
+    files = {"records.jsonl": {"size": len(content), "sha256": digest or sha256(content).hexdigest()}}
+    (folder / "manifest.json").write_text(json.dumps({"tokenizer_digest": "t0", "files": files}))
+
+
+def test_collected_data_are_found_by_name_and_version(tmp_path, monkeypatch):
+    for version in (2, 9, 10):
+        collect(tmp_path, version, f"text {version}")
+    latest = read_source("collected:pairs", home=tmp_path)
+    assert (latest.name, latest.tokenizer_digest) == ("collected:pairs@v10", "t0")
+    assert latest.rows == [("collected:pairs@v10:1", {"text": "text 10"})]
+    monkeypatch.setenv("RLHF_HOME", str(tmp_path))
+    assert values(read_source("collected:pairs@v2")) == [{"text": "text 2"}]
+    with pytest.raises(UnknownReference, match="there are v2, v9, v10"):
+        read_source("collected:pairs@v3")
+    with pytest.raises(UnknownReference, match="did you mean 'pairs'"):
+        read_source("collected:pears")
+
+
+def test_collected_data_that_changed_are_refused(tmp_path):
+    collect(tmp_path, 1, "text", digest="0" * 64)
+    with pytest.raises(DamagedFile, match=r"records\.jsonl: found sha256 .* expected 0000"):
+        read_source("collected:pairs", home=tmp_path)
+    (tmp_path / "data" / "pairs" / "v1" / "manifest.json").unlink()
+    with pytest.raises(DamagedFile, match="missing"):
+        read_source("collected:pairs", home=tmp_path)

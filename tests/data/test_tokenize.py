@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from rlhf_pipeline.data.records import Record
+from rlhf_pipeline.data.tokenize import Example, tokenize, whole_sequence
+from rlhf_pipeline.data.tokenizers import tokenizer_digest
+from rlhf_pipeline.errors import DataError
+
+WIDE = SimpleNamespace(prompt=10, response=10, total=20)
+EOS, A, B, C, D, BC = 0, 2, 3, 4, 5, 7
+
+
+def limits(prompt: int, response: int) -> SimpleNamespace:
+    return SimpleNamespace(prompt=prompt, response=response, total=prompt + response)
+
+
+def ids(record: Record, tokenizer, lengths=WIDE, **options) -> tuple[list[int], list[list[int]]]:
+    (example,), counts = tokenize([record], tokenizer, lengths, **options)
+    assert not counts.dropped and not counts.faults
+    return example.prompt_ids, example.completions
+
+
+def test_eos_stands_where_the_completion_ended_and_once(letters, pair):
+    assert ids(pair("a", "b", "c", (True, False)), letters) == ([A], [[B, EOS], [C]])
+    assert ids(pair("a", "b<eos>", "c"), letters) == ([A], [[B, EOS], [C, EOS]])
+
+
+def test_where_tokens_reach_over_the_border_the_common_prefix_decides(letters, pair):
+    demonstration = Record("demonstration", "ab", ("cd",), (False,))
+    assert ids(demonstration, letters) == ([A], [[BC, D]])
+    assert ids(pair("ab", "cd", "dd", (False, False)), letters) == ([A], [[BC, D], [B, D, D]])
+    assert ids(pair("ab", "dd", "cd", (False, False)), letters) == ([A], [[B, D, D], [BC, D]])
+    assert ids(pair("ab", "dd", "da", (False, False)), letters) == ([A, B], [[D, D], [D, A]])
+
+
+def test_a_long_prompt_is_cut_from_the_left(letters):
+    examples, counts = tokenize(
+        [Record("prompt", "aaabd"), Record("prompt", "bd")], letters, limits(prompt=2, response=1)
+    )
+    assert [example.prompt_ids for example in examples] == [[B, D], [B, D]]
+    assert counts.truncated == {"prompt_truncated": 1}
+
+
+def test_a_completion_that_does_not_fit_with_its_eos_drops_the_example(letters, pair):
+    records = [pair("a", "bb", "b"), pair("a", "b", "bb"), pair("a", "bb", "b", (False, True)), pair()]
+    examples, counts = tokenize(records, letters, limits(prompt=1, response=2))
+    assert [example.completions for example in examples] == [[[B, B], [B, EOS]], [[B, EOS], [C, EOS]]]
+    assert counts.dropped == {"completion_too_long": 2}
+
+
+def test_own_ids_are_used_as_they_are_with_the_same_tokenizer_only(letters, pair):
+    record = pair("a", "", "b", (True, False), prompt_ids=(B, C), completion_ids=((EOS,), (C,)))
+    digest = tokenizer_digest(letters)
+    assert ids(record, letters, source_tokenizer_digest=digest) == ([B, C], [[EOS], [C]])
+    assert ids(record, letters, source_tokenizer_digest="another") == ([A], [[EOS], [B]])
+    assert ids(record, letters) == ([A], [[EOS], [B]])
+
+
+def test_own_ids_without_eos_get_it_where_they_ended(letters):
+    record = Record("demonstration", "a", ("",), (True,), prompt_ids=(A,), completion_ids=((),))
+    assert ids(record, letters, source_tokenizer_digest=tokenizer_digest(letters)) == ([A], [[EOS]])
+
+
+def test_pairs_that_are_equal_as_tokens_are_dropped(letters, pair):
+    examples, counts = tokenize([pair("a", "b", "b<eos>")], letters, WIDE)
+    assert (examples, counts.dropped) == ([], {"identical_pair": 1})
+
+
+def test_an_empty_prompt_needs_a_bos(letters):
+    record = Record("demonstration", "", ("b",), (True,), "f:1")
+    examples, counts = tokenize([record], letters, WIDE)
+    assert examples == []
+    assert [(item.reason, item.fault.where) for item in counts.faults] == [("empty_prompt", "f:1")]
+    letters.bos_token = "d"
+    assert ids(record, letters) == ([D], [[B, EOS]])
+
+
+def test_a_bos_that_the_tokenizer_sets_itself_is_kept_at_the_front(letters):
+    from tokenizers.processors import TemplateProcessing
+
+    letters.bos_token = "d"
+    letters.backend_tokenizer.post_processor = TemplateProcessing(single="d $A", special_tokens=[("d", D)])
+    record = Record("demonstration", "aab", ("b",), (True,))
+    assert ids(record, letters) == ([D, A, A, B], [[B, EOS]])
+    assert ids(record, letters, limits(prompt=3, response=2)) == ([D, A, B], [[B, EOS]])
+
+
+def test_a_completion_without_tokens_is_a_fault(letters):
+    _, counts = tokenize([Record("demonstration", "a", ("",), (False,), "f:1")], letters, WIDE)
+    assert [item.reason for item in counts.faults] == ["empty_completion"]
+
+
+def test_text_that_has_no_token_is_a_fault_of_its_row():
+    from rlhf_pipeline.data.world import tokenizer
+
+    records = [Record("prompt", "xylophone", where="f:1"), Record("prompt", "plot", where="f:2")]
+    examples, counts = tokenize(records, tokenizer(), WIDE)
+    assert [(item.reason, item.fault.where) for item in counts.faults] == [("unknown_token", "f:1")]
+    assert [example.where for example in examples] == ["f:2"]
+
+
+def test_texts_are_cut_into_chunks(letters):
+    examples, counts = tokenize(
+        [Record("text", None, ("aabda",), (True,)), Record("text", None, ("aaa",), (True,))],
+        letters,
+        limits(prompt=2, response=2),
+    )
+    assert [(example.prompt_ids, example.completions, example.ended) for example in examples] == [
+        ([A], [[A, B, D]], [False]),
+        ([A], [[EOS]], [True]),
+        ([A], [[A, A, EOS]], [True]),
+    ]
+    _, counts = tokenize([Record("text", None, ("aaaa",), (True,))], letters, limits(prompt=2, response=2))
+    assert (counts.dropped, counts.truncated) == ({"chunk_too_short": 1}, {"text_cut_into_chunks": 1})
+
+
+def test_records_are_turned_into_the_kind_that_is_asked_for(letters, pair):
+    examples, counts = tokenize([pair("a"), pair("a", "d", "b")], letters, WIDE, kind="prompt")
+    assert [example.completions for example in examples] == [[]]
+    assert counts.dropped == {"duplicate_prompt": 1}
+
+
+def test_an_example_knows_its_texts_its_prompt_and_its_label(letters, pair):
+    record = pair("a", "b", "c", where="f:7", extra={"label_probability": 0.75})
+    (example,), _ = tokenize([record], letters, WIDE)
+    assert (example.prompt_text, example.completion_texts) == ("a", ("b", "c"))
+    assert (example.prompt_key, example.where, example.label_probability) == (record.prompt_key, "f:7", 0.75)
+
+
+def test_messages_go_through_the_chat_template(chat):
+    user, bot, other = (
+        {"role": role, "content": text}
+        for role, text in (("user", "b"), ("assistant", "a"), ("assistant", "d"))
+    )
+    record = Record("pair", (user,), ((bot,), (other,)), (True, False))
+    assert ids(record, chat) == ([A, B, D], [[A, EOS], [D]])
+    assert ids(Record("prompt", (user,)), chat) == ([A, B, D], [])
+    assert ids(Record("text", None, ((user, bot),), (True,)), chat) == ([A], [[B, D, A, EOS]])
+
+
+def test_messages_without_a_chat_template_are_refused(letters):
+    with pytest.raises(DataError, match="f:1: messages, and the tokenizer has no chat template"):
+        tokenize([Record("prompt", ({"role": "user", "content": "b"},), where="f:1")], letters, WIDE)
+
+
+def test_whole_sequence_moves_the_prompt_into_the_completion():
+    example = Example([1, 2, 3], [[4, 5]], [True], "key", "f:1")
+    assert whole_sequence(example) == Example([1], [[2, 3, 4, 5]], [True], "key", "f:1")
+    with pytest.raises(ValueError, match="f:1: expected one completion, found 2"):
+        whole_sequence(Example([1], [[2], [3]], [True, True], "key", "f:1"))

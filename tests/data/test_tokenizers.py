@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+
+from rlhf_pipeline.data.tokenizers import (
+    chat_template_digest,
+    load_tokenizer,
+    tokenizer_digest,
+    train_byte_level_bpe,
+)
+from rlhf_pipeline.errors import BadInput, ConfigError
+
+TEXTS = ["the cat sat on the mat", "the dog sat on the log"] * 5
+
+
+def test_a_trained_tokenizer_round_trips_and_is_reproducible():
+    first, second = train_byte_level_bpe(TEXTS, 270), train_byte_level_bpe(TEXTS, 270)
+    assert len(first) == 270
+    assert (first.eos_token, first.pad_token) == ("<|endoftext|>", "<|pad|>")
+    assert first.pad_token_id != first.eos_token_id
+    text = "the cat  saw\n\n\u00e9\U0001f600 !"
+    assert first.decode(first(text)["input_ids"]) == text
+    assert tokenizer_digest(first) == tokenizer_digest(second)
+    assert tokenizer_digest(first) != tokenizer_digest(train_byte_level_bpe(TEXTS, 260))
+
+
+def test_a_vocabulary_too_small_for_all_bytes_is_refused():
+    with pytest.raises(ConfigError, match="at least 258"):
+        train_byte_level_bpe(TEXTS, 257)
+
+
+def test_digests_survive_saving_and_use(tmp_path, chat):
+    digest, template = tokenizer_digest(chat), chat_template_digest(chat)
+    chat(["a", "abc"], padding=True, truncation=True, max_length=2)
+    assert tokenizer_digest(chat) == digest
+    chat.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert (tokenizer_digest(loaded), chat_template_digest(loaded)) == (digest, template)
+    loaded.chat_template = None
+    assert (tokenizer_digest(loaded), chat_template_digest(loaded)) == (digest, None)
+
+
+@pytest.mark.parametrize("pad", [None, "<eos>"])
+def test_pad_is_added_and_never_eos(tmp_path, letters, pad):
+    letters.pad_token = pad
+    letters.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert (loaded.pad_token, loaded.pad_token_id, loaded.eos_token_id) == ("<|pad|>", 8, 0)
+
+
+def test_a_tokenizer_that_cannot_end_or_is_not_there_is_refused(tmp_path, letters):
+    with pytest.raises(BadInput, match="no tokenizer can be loaded"):
+        load_tokenizer(str(tmp_path))
+    letters.eos_token = None
+    letters.save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match="has no EOS token"):
+        load_tokenizer(str(tmp_path))

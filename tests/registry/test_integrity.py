@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from rlhf_pipeline.errors import DamagedFile
+from rlhf_pipeline.registry import verify_files
+
+# sha256 of "weights" and of "WEIGHTS", from `printf weights | sha256sum`
+WEIGHTS = "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"
+CHANGED = "14422b042349bd2e1e537c361c780005f69282015a7d8c36312293ab017b0b36"
+
+
+@pytest.fixture
+def made(registry, model):
+    return registry.publish("demo", "sft", model(steps=(5,)))
+
+
+def test_untouched_version_passes(registry, made):
+    verify_files(made)
+    assert registry.verify() == registry.verify("demo@v1") == []
+
+
+def test_changed_file_of_the_same_size_names_both_digests(registry, made):
+    (made.path / "model.safetensors").write_text("WEIGHTS")
+    with pytest.raises(DamagedFile) as error:
+        verify_files(made)
+    for word in ("demo@v1", "model.safetensors", WEIGHTS, CHANGED):
+        assert word in str(error.value)
+    assert [fault.where for fault in registry.verify()] == ["demo@v1: model.safetensors"]
+
+
+def test_cut_missing_and_added_files_are_all_named(registry, made):
+    (made.path / "model.safetensors").write_text("wei")
+    (made.path / "config.json").unlink()
+    (made.path / "adapter_config.json").write_text("{}")
+    with pytest.raises(DamagedFile) as error:
+        verify_files(made)
+    text = str(error.value)
+    assert "model.safetensors: 3 bytes; expected 7 bytes" in text
+    assert "config.json: missing" in text
+    assert "adapter_config.json: not in manifest.json" in text
+    assert len(registry.verify("demo")) == 3
+
+
+def test_card_and_snapshots_do_not_stop_loading_but_are_reported(registry, made):
+    (made.path / "README.md").write_text("edited")
+    (made.path / "snapshots/step-5/model.safetensors").write_text("edited")
+    verify_files(made)
+    assert len(registry.verify()) == 2
+    with pytest.raises(DamagedFile, match=r"demo@v1#5: model\.safetensors"):
+        verify_files(registry.resolve("demo@v1#5"))
+
+
+def test_damaged_manifest_is_reported_and_refused_and_listed(registry, made):
+    (made.path / "manifest.json").write_text("{}")
+    assert "manifest.json: not a valid manifest" in str(registry.verify()[0])
+    assert [(item.label, item.manifest) for item in registry.models.all()] == [("demo@v1", None)]
+    with pytest.raises(DamagedFile):
+        registry.resolve("demo")
+
+
+def test_moved_version_and_dangling_alias_are_reported(registry, made):
+    registry.alias("demo@v1", "best")
+    shutil.move(made.path, made.path.with_name("v7"))
+    assert [fault.where for fault in registry.verify()] == ["demo@v7: manifest.json", "demo@best"]
+
+
+def test_data_are_checked_too(registry):
+    made = registry.publish_data("pairs", [{"prompt": "x"}])
+    verify_files(made)
+    (made.path / "records.jsonl").write_text("{}\n")
+    with pytest.raises(DamagedFile, match=r"records\.jsonl: 3 bytes; expected 16 bytes"):
+        verify_files(made)
+    assert len(registry.verify()) == 1

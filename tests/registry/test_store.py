@@ -1,0 +1,309 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from rlhf_pipeline.errors import BadInput, DamagedFile, UnknownReference
+from rlhf_pipeline.registry import DataEntry, Parent, verify_files
+
+
+def everything_under(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+# Publishing
+
+
+def test_version_lies_where_the_contract_says(registry, model):
+    made = registry.publish("demo", "sft", model(), config={"seed": 1}, seed=1)
+    folder = registry.home / "models" / "demo" / "v1"
+    assert made.path == folder
+    assert sorted(os.listdir(folder)) == ["README.md", "config.json", "manifest.json", "model.safetensors"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["name"], manifest["version"], manifest["stage"], manifest["seed"]) == (
+        "demo",
+        1,
+        "sft",
+        1,
+    )
+    assert set(manifest["files"]) == {"README.md", "config.json", "model.safetensors"}
+    assert manifest["files"]["model.safetensors"]["size"] == len("weights")
+    assert manifest["code"]["package"]
+    assert manifest["environment"]["python"].count(".") == 2
+    assert made.manifest == registry.resolve("demo").manifest
+
+
+def test_digest_depends_on_files_alone(registry, model):
+    first = registry.publish("a", "sft", model("w"))
+    again = registry.publish("b", "dpo", model("w"), seed=5)
+    other = registry.publish("a", "sft", model("x"))
+    assert first.digest == again.digest != other.digest
+    assert (first.label, again.label, other.label) == ("a@v1", "b@v1", "a@v2")
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "a/b", "../a", "x" * 65, "a b", "ä"])
+def test_names_outside_the_rule_are_refused(registry, model, name):
+    with pytest.raises(BadInput, match="not allowed"):
+        registry.publish(name, "sft", model())
+    assert not registry.home.exists()
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_nothing_appears_where_writing_fails(registry, model, error):
+    def write(folder):
+        model()(folder)
+        raise error
+
+    with pytest.raises(error):
+        registry.publish("demo", "sft", write)
+    assert everything_under(registry.home / "models") == []
+    assert registry.models.all() == []
+
+
+def test_nothing_appears_where_the_process_is_killed(registry):
+    code = f"""
+        import os, signal
+        from rlhf_pipeline.registry import Registry
+
+        def write(folder):
+            (folder / "model.safetensors").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        Registry({str(registry.home)!r}).publish("demo", "sft", write)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert registry.models.names() == []
+    with pytest.raises(UnknownReference):
+        registry.resolve("demo")
+
+
+def test_concurrent_publishers_get_a_version_each(registry, model):
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda i: registry.publish("demo", "sft", model(f"w{i}")), range(8)))
+    assert sorted(item.version for item in made) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert registry.verify() == []
+    for i, item in enumerate(made):
+        assert (item.path / "model.safetensors").read_text() == f"w{i}"
+    assert not [path for path in everything_under(registry.home) if path.endswith(".tmp")]
+
+
+def test_collected_data_are_rows_with_a_manifest(registry, model):
+    judge = registry.publish("judge", "reward", model())
+    rows = [{"prompt": "é", "chosen": "a\nb", "rejected": "c"}, {"prompt": "p", "label_probability": 0.75}]
+    made = registry.publish_data("pairs", rows, parents={"judge": judge}, tokenizer_digest="t")
+    folder = registry.home / "data" / "pairs" / "v1"
+    assert sorted(os.listdir(folder)) == ["manifest.json", "records.jsonl"]
+    assert [json.loads(line) for line in (folder / "records.jsonl").read_text("utf-8").splitlines()] == rows
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["tokenizer_digest"] == "t"
+    assert manifest["parents"]["judge"] == {"ref": "judge@v1", "digest": judge.digest}
+    assert registry.resolve_data("pairs").label == made.label == "pairs@v1"
+
+
+# Looking up
+
+
+def test_name_version_alias_and_snapshot(registry, model):
+    for weights in ("one", "two"):
+        registry.publish("demo", "sft", model(weights, steps=(10, 20)))
+    registry.alias("demo@v1", "best")
+    assert registry.resolve("demo").label == "demo@v2"
+    assert registry.resolve("demo@v1").version == registry.resolve("demo@best").version == 1
+    snapshot = registry.resolve("demo@best#20")
+    assert snapshot.label == "demo@v1#20"
+    assert (snapshot.path / "model.safetensors").read_text() == "one step-20"
+    assert snapshot.digest not in (None, registry.resolve("demo@v1").digest)
+    verify_files(snapshot)
+
+
+def test_versions_are_ordered_by_number(registry, model):
+    for _ in range(11):
+        registry.publish("demo", "sft", model())
+    assert registry.resolve("demo").version == 11
+
+
+def test_order_is_registry_then_folder_then_hub(registry, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", "org/name"):
+        (tmp_path / name).mkdir(parents=True)
+        model("folder")(tmp_path / name)
+    assert registry.resolve("demo").kind == "directory"
+    registry.publish("demo", "sft", model())
+    assert registry.resolve("demo").kind == "registry"
+    assert registry.resolve("./demo").kind == "directory"
+    assert registry.resolve("org/name").kind == "directory"
+    hub = registry.resolve("org/other", revision="main")
+    assert (hub.kind, hub.label) == ("hub", "org/other@main")
+    assert registry.resolve("org/other@abc", revision="main").revision == "abc"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("dmeo", "did you mean 'demo'"),
+        ("unlike", "there are demo"),
+        ("demo@v9", "no version v9; there are v1, best \\(v1\\)"),
+        ("demo@bset", "no alias 'bset'.*did you mean 'best'"),
+        ("demo@v1#5", "no snapshot of step 5; there are the steps 10, 20"),
+        ("./nowhere", "not a folder"),
+        ("a/b/c", "not a hub id"),
+    ],
+)
+def test_unknown_references_say_what_there_is(registry, model, text, said):
+    registry.publish("demo", "sft", model(steps=(10, 20)))
+    registry.alias("demo", "best")
+    with pytest.raises(UnknownReference, match=said):
+        registry.resolve(text)
+
+
+def test_folder_without_a_config_is_no_model(registry, tmp_path):
+    with pytest.raises(UnknownReference, match=r"without config\.json"):
+        registry.resolve(tmp_path)
+
+
+def test_unknown_data(registry):
+    registry.publish_data("pairs", [{"prompt": "x"}])
+    with pytest.raises(UnknownReference, match="did you mean 'pairs'"):
+        registry.resolve_data("pars")
+    with pytest.raises(UnknownReference, match="no version v2; there are v1"):
+        registry.resolve_data("pairs@v2")
+
+
+def test_finished_stage_is_found_by_config_parents_and_data(registry, model):
+    base = registry.publish("sft", "sft", model("base"))
+    data = [DataEntry(source="x", digest="d1", rows=2), DataEntry(source="y", digest="d2", rows=2)]
+    fields = {"config_digest": "c", "parents": {"policy": base}, "data": data}
+    for _ in range(2):
+        registry.publish("dpo", "dpo", model("w"), **fields)
+    same = ("dpo", "c", {"policy": base.digest}, ["d2", "d1"])
+    assert registry.find(*same).label == "dpo@v2"
+    assert registry.find(*same, name="dpo").label == "dpo@v2"
+    assert registry.find(*same, name="other") is None
+    assert registry.find("ppo", *same[1:]) is None
+    assert registry.find("dpo", "c2", *same[2:]) is None
+    assert registry.find("dpo", "c", {"policy": "other"}, ["d1", "d2"]) is None
+    assert registry.find("dpo", "c", {}, ["d1", "d2"]) is None
+    assert registry.find("dpo", "c", {"policy": base.digest}, ["d1"]) is None
+
+
+def test_collected_data_are_found_too(registry, model):
+    policy = registry.publish("sft", "sft", model())
+    made = registry.publish_data("pairs", [{"prompt": "x"}], config_digest="c", parents={"policy": policy})
+    assert registry.find("collect", "c", {"policy": policy.digest}, []).label == made.label
+
+
+# Changing
+
+
+def test_alias_moves_and_others_stay(registry, model):
+    for _ in range(2):
+        registry.publish("demo", "sft", model())
+    registry.alias("demo@v1", "best")
+    registry.alias("demo@v1", "first")
+    registry.alias("demo@v2", "best")
+    assert json.loads((registry.home / "models/demo/aliases.json").read_text()) == {
+        "best": "v2",
+        "first": "v1",
+    }
+
+
+def test_concurrent_aliases_all_stay(registry, model):
+    registry.publish("demo", "sft", model())
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: registry.alias("demo@v1", f"a{i}"), range(8)))
+    assert registry.models.aliases("demo") == {f"a{i}": 1 for i in range(8)}
+
+
+@pytest.mark.parametrize("alias", ["v3", "a b", "", "a@b"])
+def test_aliases_outside_the_rule_are_refused(registry, model, alias):
+    registry.publish("demo", "sft", model())
+    with pytest.raises(BadInput, match="alias"):
+        registry.alias("demo", alias)
+
+
+def test_damaged_aliases_stop_only_aliases(registry, model):
+    registry.publish("demo", "sft", model())
+    (registry.home / "models/demo/aliases.json").write_text("{")
+    assert registry.resolve("demo@v1").version == 1
+    with pytest.raises(DamagedFile, match=r"aliases\.json"):
+        registry.resolve("demo@best")
+    assert "aliases.json" in str(registry.verify()[0])
+
+
+def test_what_is_in_use_is_not_removed(registry, model):
+    base = registry.publish("sft", "sft", model(steps=(5,)))
+    registry.publish("dpo", "dpo", model(), parents={"policy": registry.resolve("sft@v1#5")})
+    registry.publish_data("pairs", [{"prompt": "x"}], parents={"policy": base})
+    registry.alias("sft", "best")
+    with pytest.raises(BadInput, match=r"a parent of dpo@v1, pairs@v1 and the alias best names it.*--force"):
+        registry.remove("sft@v1")
+    assert registry.resolve("sft").version == 1
+    registry.remove("sft@v1", force=True)
+    assert registry.models.names() == ["dpo"]
+    assert registry.models.aliases("sft") == {}
+
+
+def test_number_of_a_removed_version_is_not_used_again(registry, model):
+    for _ in range(2):
+        registry.publish("demo", "sft", model())
+    assert registry.remove("demo").label == "demo@v2"
+    assert registry.publish("demo", "sft", model()).label == "demo@v3"
+    registry.remove("demo@v1")
+    registry.remove("demo@v3")
+    assert registry.publish("demo", "sft", model()).label == "demo@v4"
+
+
+@pytest.mark.parametrize("text", ["org/name", "demo@v1#5"])
+def test_only_versions_are_removed_or_named(registry, model, text):
+    registry.publish("demo", "sft", model(steps=(5,)))
+    with pytest.raises(BadInput, match="takes a version of the registry"):
+        registry.remove(text)
+    with pytest.raises(BadInput, match="takes a version of the registry"):
+        registry.alias(text, "best")
+
+
+def test_export_is_a_plain_model_with_its_origin(registry, model, tmp_path):
+    made = registry.publish("demo", "sft", model(steps=(5,)), parents={"init": Parent(ref="org/x")})
+    target = registry.export("demo", tmp_path / "out" / "demo")
+    assert everything_under(target) == ["README.md", "config.json", "manifest.json", "model.safetensors"]
+    exported = registry.resolve(target)
+    assert (exported.kind, exported.digest, exported.stage) == ("directory", made.digest, "sft")
+    assert exported.manifest.parents == made.manifest.parents
+    verify_files(exported)
+    (target / "model.safetensors").write_text("changed")
+    with pytest.raises(DamagedFile, match=r"delete manifest\.json"):
+        verify_files(exported)
+
+
+def test_export_of_a_snapshot(registry, model, tmp_path):
+    registry.publish("demo", "sft", model("w", steps=(5,)))
+    target = registry.export("demo@v1#5", tmp_path / "out")
+    assert (target / "model.safetensors").read_text() == "w step-5"
+    assert registry.resolve(target).digest == registry.resolve("demo@v1#5").digest
+
+
+def test_export_overwrites_nothing(registry, model, tmp_path):
+    registry.publish("demo", "sft", model())
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    registry.export("demo", empty)
+    with pytest.raises(BadInput, match="not empty"):
+        registry.export("demo", empty)
+    with pytest.raises(BadInput, match="not in the registry"):
+        registry.export(str(empty), tmp_path / "other")
+
+
+def test_damaged_version_is_not_exported(registry, model, tmp_path):
+    made = registry.publish("demo", "sft", model())
+    (made.path / "model.safetensors").write_text("WEIGHTS")
+    with pytest.raises(DamagedFile, match=r"model\.safetensors"):
+        registry.export("demo", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
