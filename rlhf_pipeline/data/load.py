@@ -171,7 +171,7 @@ def load_examples(
         tokenizer, lengths: as for `tokenize`.
         skip_bad_rows: leave out and count rows with faults instead of refusing the source.
         fractions: share of each split where the source carries none.
-        max_samples: keep at most so many records, those with the lowest hashes.
+        max_samples: keep at most so many records, drawn by hash.
 
     Raises:
         DataError: rows have faults, the split is not there, its records do not suit, or none is left.
@@ -268,8 +268,9 @@ def lowest_hashes(items: list, limit: int | None) -> list:
 
 
 def _sampling_hash(items: list, index: int) -> tuple[str, int]:
-    # Hashed once more: the hash of the prompt itself decides its split.
-    return sha256(f"sample {items[index].prompt_key}".encode()).hexdigest(), index
+    # Hashed once more, with the place: the hash of the prompt itself decides its split, and a source with many
+    # rows per prompt should not lose whole prompts.
+    return sha256(f"sample {items[index].prompt_key} {index}".encode()).hexdigest(), index
 
 
 def records_digest(records: Sequence[Record]) -> str:

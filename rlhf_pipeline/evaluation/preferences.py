@@ -20,7 +20,7 @@ def accuracy(differences: Sequence[float], clusters: Sequence[str]) -> Estimate:
 def expected_calibration_error(differences: Sequence[float], bins: int = CALIBRATION_BINS) -> float:
     """ECE of the confidence max(p, 1 - p), p = sigma(difference), against correctness, in equal-mass bins.
 
-        ECE = sum_b |b| / n * |mean correctness_b - mean confidence_b|        (Guo et al. 2017, eq. 3)
+    ECE = sum_b |b| / n * |mean correctness_b - mean confidence_b|        (Guo et al. 2017, eq. 3)
     """
     difference = np.asarray(differences, dtype=np.float64)
     confidence = 1 / (1 + np.exp(-np.abs(difference)))

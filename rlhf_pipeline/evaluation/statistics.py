@@ -30,7 +30,12 @@ class Estimate:
 
 
 def cluster_mean(
-    values: Sequence[float], clusters: Sequence[Hashable], *, level: float = 0.95, seed: int = 0, resamples: int = 2000
+    values: Sequence[float],
+    clusters: Sequence[Hashable],
+    *,
+    level: float = 0.95,
+    seed: int = 0,
+    resamples: int = 2000,
 ) -> Estimate:
     """Mean of `values` with an interval that treats values of one prompt as dependent.
 
@@ -41,7 +46,9 @@ def cluster_mean(
         ValueError: without values, or with lists of different length.
     """
     if len(values) != len(clusters) or not len(values):
-        raise ValueError(f"found {len(values)} values and {len(clusters)} clusters, expected equally many, at least one")
+        raise ValueError(
+            f"found {len(values)} values and {len(clusters)} clusters, expected equally many, at least one"
+        )
     numbers: dict[Hashable, int] = {}
     codes = np.array([numbers.setdefault(cluster, len(numbers)) for cluster in clusters])
     sums = np.bincount(codes, weights=np.asarray(values, dtype=np.float64))
@@ -60,4 +67,6 @@ def cluster_mean(
     drawn = rng.integers(0, groups, (resamples, groups))
     replicates = sums[drawn].sum(1) / counts[drawn].sum(1)
     low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(float(sums.sum() / counts.sum()), float(low), float(high), len(values), groups, "bootstrap")
+    return Estimate(
+        float(sums.sum() / counts.sum()), float(low), float(high), len(values), groups, "bootstrap"
+    )

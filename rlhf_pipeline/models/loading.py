@@ -15,7 +15,12 @@ from rlhf_pipeline.errors import BadInput, ConfigError, Fault, MismatchError, di
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 
 def without_dropout(config: Any) -> Any:
@@ -33,7 +38,9 @@ def _config(path: str, revision: str | None, trust_remote_code: bool) -> Any:
     return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
 
 
-def _from_pretrained(auto_class: Any, path: str | Path, *, dtype: str, revision: str | None, **options) -> nn.Module:
+def _from_pretrained(
+    auto_class: Any, path: str | Path, *, dtype: str, revision: str | None, **options
+) -> nn.Module:
     try:
         return auto_class.from_pretrained(
             str(path), revision=revision, dtype=DTYPES.get(dtype, dtype), use_safetensors=True, **options
@@ -116,7 +123,12 @@ def init_causal_lm(
         getattr(type(AutoConfig.for_model(model_type)), "attribute_map", {})
     )
     faults = [
-        Fault(f"model_init: {key}", f"{model_type} has no such key", "a key of its config", did_you_mean(key, known))
+        Fault(
+            f"model_init: {key}",
+            f"{model_type} has no such key",
+            "a key of its config",
+            did_you_mean(key, known),
+        )
         for key in settings
         if key not in known
     ]
@@ -174,7 +186,9 @@ def init_reward_model(
     head = sequence_head(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        values = torch.empty(head.weight.shape).normal_(0.0, 1 / math.sqrt(head.in_features + 1), generator=generator)
+        values = torch.empty(head.weight.shape).normal_(
+            0.0, 1 / math.sqrt(head.in_features + 1), generator=generator
+        )
         head.weight.copy_(values)
     model.config.score_pooling = score_pooling
     model.config.reward_shift = 0.0
@@ -198,7 +212,9 @@ def load_sequence_classifier(
 
     config = without_dropout(_config(str(path), revision, trust_remote_code))
     if config.num_labels != 1:
-        raise MismatchError(f"{path}: found a classifier with {config.num_labels} labels, expected a reward model with 1")
+        raise MismatchError(
+            f"{path}: found a classifier with {config.num_labels} labels, expected a reward model with 1"
+        )
     return _from_pretrained(
         AutoModelForSequenceClassification,
         path,
@@ -217,7 +233,9 @@ def store_reward_shift(model: nn.Module, mean_score: float) -> None:
         ValueError: when the model has one already (a second normalisation would hide the first).
     """
     if getattr(model.config, "reward_shift", 0.0):
-        raise ValueError(f"this reward model is normalised already (reward_shift {model.config.reward_shift})")
+        raise ValueError(
+            f"this reward model is normalised already (reward_shift {model.config.reward_shift})"
+        )
     model.config.reward_shift = float(mean_score)
 
 

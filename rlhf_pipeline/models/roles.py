@@ -75,7 +75,9 @@ class RewardModel(nn.Module):
         if self.pooling == "mean":
             tokens = hidden.index_select(0, batch.token_index)
             total = tokens.new_zeros(batch.num_completions, tokens.shape[1])
-            picked = total.index_add(0, batch.completion_index, tokens) / batch.lengths[:, None].to(tokens.dtype)
+            picked = total.index_add(0, batch.completion_index, tokens) / batch.lengths[:, None].to(
+                tokens.dtype
+            )
         else:
             picked = hidden.index_select(0, batch.last_index)
         scores = sequence_head(self.model)(picked).squeeze(-1)
@@ -90,7 +92,12 @@ class ActorCritic(nn.Module):
     """
 
     def __init__(
-        self, actor: nn.Module, reader: Reader, critic: nn.Module | None, value_head: nn.Linear, temperature: float
+        self,
+        actor: nn.Module,
+        reader: Reader,
+        critic: nn.Module | None,
+        value_head: nn.Linear,
+        temperature: float,
     ):
         super().__init__()
         self.actor, self.reader, self.critic, self.value_head = actor, reader, critic, value_head

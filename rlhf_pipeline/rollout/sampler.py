@@ -109,7 +109,12 @@ def sample(
         input_ids = tokens[:, None]
         if keep.numel() < alive.numel():  # finished sequences leave the batch
             cache.batch_select_indices(keep)
-            alive, input_ids, positions, attention = alive[keep], input_ids[keep], positions[keep], attention[keep]
+            alive, input_ids, positions, attention = (
+                alive[keep],
+                input_ids[keep],
+                positions[keep],
+                attention[keep],
+            )
         attention = torch.cat([attention, attention.new_ones(attention.shape[0], 1)], dim=1)
 
     rows = zip(tokens_out.tolist(), logprobs_out.tolist(), lengths.tolist(), ended.tolist(), strict=True)
@@ -117,7 +122,12 @@ def sample(
 
 
 def sample_grouped(
-    model: Callable[..., Any], prompts: Sequence[Sequence[int]], uniforms: Tensor, *, batch_size: int, **options
+    model: Callable[..., Any],
+    prompts: Sequence[Sequence[int]],
+    uniforms: Tensor,
+    *,
+    batch_size: int,
+    **options,
 ) -> list[Response]:
     """`sample` in batches of prompts of similar length; the responses come back in the order of the prompts."""
     order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))

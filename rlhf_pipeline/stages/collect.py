@@ -80,7 +80,9 @@ def prompts_by_split(
     """Every distinct prompt with the split it belongs to."""
     prompts: list[tuple[Example, str]] = []
     reports: tuple = ()
-    for split in config.splits or sorted(set(assign_splits(found.records, config.split_fractions, found.source))):
+    for split in config.splits or sorted(
+        set(assign_splits(found.records, config.split_fractions, found.source))
+    ):
         loaded = examples_of(
             found,
             kind="prompt",
@@ -95,7 +97,9 @@ def prompts_by_split(
     return prompts, reports
 
 
-def run_collect(config: Any, home: Path, *, notes: Sequence[str] = (), quiet: bool = False, **_options) -> StageResult:
+def run_collect(
+    config: Any, home: Path, *, notes: Sequence[str] = (), quiet: bool = False, **_options
+) -> StageResult:
     """Sample, judge, label and publish `num` records; those whose two responses are identical say nothing."""
 
     def say(text: str) -> None:
@@ -115,7 +119,9 @@ def run_collect(config: Any, home: Path, *, notes: Sequence[str] = (), quiet: bo
     part = config.dataset_config or ("prompts" if config.prompts.startswith("world:") else None)
     found = read_records(config.prompts, config=part, home=home, skip_bad_rows=config.skip_bad_rows)
     prompts, reports = prompts_by_split(found, config, tokenizer)
-    say(f"collecting {config.num} x {config.k} responses of {parent.label} to {len(prompts)} prompts, judge {config.judge}")
+    say(
+        f"collecting {config.num} x {config.k} responses of {parent.label} to {len(prompts)} prompts, judge {config.judge}"
+    )
 
     # 2. Sample and label, in blocks; each prompt in turn.
     generator = torch.Generator().manual_seed(config.seed)
@@ -172,5 +178,7 @@ def run_collect(config: Any, home: Path, *, notes: Sequence[str] = (), quiet: bo
         metrics=metrics,
         cost=cost,
     )
-    say(f"published {published.label}: {len(records)} records, {dropped['identical_pair']} identical pairs left out")
+    say(
+        f"published {published.label}: {len(records)} records, {dropped['identical_pair']} identical pairs left out"
+    )
     return StageResult("collect", published.label, str(published.path), "", metrics, cost)

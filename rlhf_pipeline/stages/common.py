@@ -46,7 +46,12 @@ class StageResult:
 
 
 def find_model(
-    registry: Registry, text: str, role: Role, *, revision: str | None = None, say: Callable[[str], None] = lambda _: None
+    registry: Registry,
+    text: str,
+    role: Role,
+    *,
+    revision: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Resolved:
     """Resolve a reference, check that it plays `role` and that its files are what its manifest says.
 
@@ -65,7 +70,9 @@ def tokenizer_of(resolved: Resolved, trust_remote_code: bool = False) -> PreTrai
     return load_tokenizer(resolved.location, revision=resolved.revision, trust_remote_code=trust_remote_code)
 
 
-def load_language_model(resolved: Resolved, config: Any, tokenizer: PreTrainedTokenizerBase, **options) -> torch.nn.Module:
+def load_language_model(
+    resolved: Resolved, config: Any, tokenizer: PreTrainedTokenizerBase, **options
+) -> torch.nn.Module:
     """Load a causal language model as a config asks for it."""
     return load_causal_lm(
         resolved.location,
@@ -108,7 +115,10 @@ def load_reward_model(resolved: Resolved, config: Any, device: torch.device) -> 
 
 
 def require_same_tokenizer(
-    policy: Resolved, reward_model: Resolved, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False
+    policy: Resolved,
+    reward_model: Resolved,
+    tokenizer: PreTrainedTokenizerBase,
+    trust_remote_code: bool = False,
 ) -> None:
     """Check that a reward model reads the policy's token ids, by the tokenizer files themselves.
 
@@ -126,7 +136,12 @@ def require_same_tokenizer(
 
 
 def example_schedule(
-    run: Run, examples: Sequence[Example], *, layout: Layout, pad_id: int, count: Callable[[Example], dict[str, float]]
+    run: Run,
+    examples: Sequence[Example],
+    *,
+    layout: Layout,
+    pad_id: int,
+    count: Callable[[Example], dict[str, float]],
 ) -> tuple[Callable[[Any, int], Iterator[Window]], int]:
     """The windows of a stage that draws from fixed examples, and how many updates they make."""
     config, ranks = run.config, run.accelerator.num_processes

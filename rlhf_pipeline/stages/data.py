@@ -6,7 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_pipeline.data.load import ExampleSet, RecordSet, SourceReport, examples_of, load_mixture, read_records
+from rlhf_pipeline.data.load import (
+    ExampleSet,
+    RecordSet,
+    SourceReport,
+    examples_of,
+    load_mixture,
+    read_records,
+)
 from rlhf_pipeline.data.records import plain
 from rlhf_pipeline.data.splits import in_split
 from rlhf_pipeline.data.tokenize import Example
@@ -23,7 +30,9 @@ class StageData:
         config: a training config. home: where collected data lie. say: takes a line for the log.
     """
 
-    def __init__(self, config: Any, home: Path, say: Callable[[str], None], *, default_part: str | None = None):
+    def __init__(
+        self, config: Any, home: Path, say: Callable[[str], None], *, default_part: str | None = None
+    ):
         self.config, self.home, self.say = config, home, say
         self.default_part = default_part
         self._read: RecordSet | None = None
@@ -80,12 +89,19 @@ class StageData:
     def texts(self, split: str) -> list[str]:
         """All texts of a split, for training a tokenizer."""
         config = self.config
-        sets = [self._records()] if not config.datasets else [
-            read_records(
-                entry.dataset_name, config=entry.dataset_config, home=self.home, skip_bad_rows=config.skip_bad_rows
-            )
-            for entry in config.datasets
-        ]
+        sets = (
+            [self._records()]
+            if not config.datasets
+            else [
+                read_records(
+                    entry.dataset_name,
+                    config=entry.dataset_config,
+                    home=self.home,
+                    skip_bad_rows=config.skip_bad_rows,
+                )
+                for entry in config.datasets
+            ]
+        )
         texts: list[str] = []
         for found in sets:
             for record in in_split(found.records, split, config.split_fractions, found.source):

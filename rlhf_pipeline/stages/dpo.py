@@ -15,7 +15,14 @@ from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.evaluation.preferences import preference_metrics
 from rlhf_pipeline.models.loading import save_model
 from rlhf_pipeline.models.roles import Policy, assert_independent
-from rlhf_pipeline.stages.common import StageResult, example_schedule, find_model, load_policy, publish, tokenizer_of
+from rlhf_pipeline.stages.common import (
+    StageResult,
+    example_schedule,
+    find_model,
+    load_policy,
+    publish,
+    tokenizer_of,
+)
 from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.pairs import count_pairs, split_pairs
@@ -26,8 +33,6 @@ from rlhf_pipeline.training.windows import ExampleBatch, Loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-EVAL_PAIRS = 4096
 
 
 def dpo_step(
@@ -72,7 +77,13 @@ def dpo_step(
 
 
 def implicit_reward_metrics(
-    policy: Policy, reference: Tensor, examples: Sequence[Example], *, beta: float, batch_size: int, pad_id: int,
+    policy: Policy,
+    reference: Tensor,
+    examples: Sequence[Example],
+    *,
+    beta: float,
+    batch_size: int,
+    pad_id: int,
     device: torch.device,
 ) -> dict[str, float]:
     """How well the implicit reward beta log(pi / pi_ref) orders held-out pairs, and the DPO loss on them."""
@@ -97,8 +108,10 @@ def run_dpo(config: Any, home: Path, **options) -> StageResult:
 
         # 2. The pairs, and what the reference thinks of them.
         data = StageData(config, run.registry.home, run.log.say)
-        examples, reports = data.split("pair", config.dataset_train_split, tokenizer, limit=config.max_train_samples)
-        held_out, _ = data.split("pair", config.dataset_test_split, tokenizer, limit=EVAL_PAIRS, required=False)
+        examples, reports = data.split(
+            "pair", config.dataset_train_split, tokenizer, limit=config.max_train_samples
+        )
+        held_out, _ = data.split("pair", config.dataset_test_split, tokenizer, required=False)
         eval_options = {
             "batch_size": config.per_device_eval_batch_size,
             "pad_id": tokenizer.pad_token_id,
@@ -112,7 +125,9 @@ def run_dpo(config: Any, home: Path, **options) -> StageResult:
             if config.precompute_ref_log_probs:
                 found = cached_logprobs(frozen, examples, cache, key, **eval_options)
                 reference = found.logprobs
-                run.log.say(f"reference log-probabilities: {'from the cache' if found.hit else 'computed and cached'}")
+                run.log.say(
+                    f"reference log-probabilities: {'from the cache' if found.hit else 'computed and cached'}"
+                )
                 # On the bill whether or not an earlier run has paid it: the cost of an arm must not depend on luck.
                 shape = ModelShape.of(frozen.model)
                 run.meter.flops += found.flops(shape, examples) if run.checkpoint is None else 0.0
@@ -126,7 +141,9 @@ def run_dpo(config: Any, home: Path, **options) -> StageResult:
         def evaluate() -> dict[str, float]:
             if not held_out:
                 return {}
-            return implicit_reward_metrics(policy, held_out_reference, held_out, beta=config.beta, **eval_options)
+            return implicit_reward_metrics(
+                policy, held_out_reference, held_out, beta=config.beta, **eval_options
+            )
 
         plan = Plan(
             windows,

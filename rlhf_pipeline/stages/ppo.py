@@ -90,7 +90,9 @@ def stop_id_of(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
         return tokenizer.eos_token_id
     found = tokenizer.get_vocab().get(config.stop_token)
     if found is None:
-        raise ConfigError(Fault("stop_token", f"{config.stop_token!r} is not a token of the policy's tokenizer"))
+        raise ConfigError(
+            Fault("stop_token", f"{config.stop_token!r} is not a token of the policy's tokenizer")
+        )
     return found
 
 
@@ -123,7 +125,9 @@ def settings_of(config: Any, tokenizer: PreTrainedTokenizerBase, ranks: int) -> 
     )
 
 
-def load_rewards(run: Run, policy: Any, tokenizer: PreTrainedTokenizerBase) -> list[tuple[float, LoadedReward]]:
+def load_rewards(
+    run: Run, policy: Any, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[float, LoadedReward]]:
     """All reward sources of the config with their weights."""
     config = run.config
     return [
@@ -172,7 +176,9 @@ def run_ppo(config: Any, home: Path, **options) -> StageResult:
 
         # 2. Prompts.
         data = StageData(config, run.registry.home, run.log.say, default_part="prompts")
-        prompts, reports = data.split("prompt", config.dataset_train_split, tokenizer, limit=config.max_train_samples)
+        prompts, reports = data.split(
+            "prompt", config.dataset_train_split, tokenizer, limit=config.max_train_samples
+        )
 
         # 3. Train.
         shapes = {"actor": ModelShape.of(actor.model), "reference": ModelShape.of(reference.model)}
@@ -207,7 +213,13 @@ def run_ppo(config: Any, home: Path, **options) -> StageResult:
             lambda prepared, start: collector.windows(prepared, start, config.updates),
             step,
             config.updates,
-            shown=("objective/scores", "objective/kl", "objective/rlhf_reward", "val/ended", "val/explained_variance"),
+            shown=(
+                "objective/scores",
+                "objective/kl",
+                "objective/rlhf_reward",
+                "val/ended",
+                "val/explained_variance",
+            ),
             derive=derive,
             save=lambda directory: save_model(model.actor, tokenizer, directory),
         )

@@ -24,7 +24,14 @@ from rlhf_pipeline.models.roles import RewardModel
 from rlhf_pipeline.models.selfcheck import read_reward_model
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.rollout.responses import sample_for_prompts
-from rlhf_pipeline.stages.common import StageResult, example_schedule, find_model, load_policy, publish, tokenizer_of
+from rlhf_pipeline.stages.common import (
+    StageResult,
+    example_schedule,
+    find_model,
+    load_policy,
+    publish,
+    tokenizer_of,
+)
 from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.pairs import count_pairs, split_pairs
@@ -34,8 +41,6 @@ from rlhf_pipeline.training.windows import ExampleBatch, Loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-EVAL_PAIRS = 4096
 
 
 def reward_step(
@@ -117,10 +122,16 @@ def evaluate_pairs(
     return metrics
 
 
-def center(run: Run, model: RewardModel, parent: Resolved, examples: Sequence[Example], tokenizer: Any) -> float:
+def center(
+    run: Run, model: RewardModel, parent: Resolved, examples: Sequence[Example], tokenizer: Any
+) -> float:
     """Store the shift that makes the parent's samples (or the chosen responses) score 0 on average."""
     config = run.config
-    options = {"batch_size": config.per_device_eval_batch_size, "pad_id": tokenizer.pad_token_id, "device": run.device}
+    options = {
+        "batch_size": config.per_device_eval_batch_size,
+        "pad_id": tokenizer.pad_token_id,
+        "device": run.device,
+    }
     if config.reward_centering == "none":
         return 0.0
     if config.reward_centering == "chosen":
@@ -145,7 +156,9 @@ def center(run: Run, model: RewardModel, parent: Resolved, examples: Sequence[Ex
         scores = score_examples(model, sampled, **options)
         mean = sum(row[0] for row in scores) / count
         shape = ModelShape.of(policy.model)
-        run.meter.generate(shape, [len(e.prompt_ids) for e in sampled], [len(e.completions[0]) for e in sampled])
+        run.meter.generate(
+            shape, [len(e.prompt_ids) for e in sampled], [len(e.completions[0]) for e in sampled]
+        )
     store_reward_shift(model.model, mean)
     return mean
 
@@ -170,12 +183,16 @@ def run_reward(config: Any, home: Path, **options) -> StageResult:
         ).to(run.device)
         model = read_reward_model(network).train()
         if config.score_pooling == "mean":
-            run.log.say("score_pooling mean: plain transformers reads the last token only and scores differently")
+            run.log.say(
+                "score_pooling mean: plain transformers reads the last token only and scores differently"
+            )
 
         # 2. The pairs.
         data = StageData(config, run.registry.home, run.log.say)
-        examples, reports = data.split("pair", config.dataset_train_split, tokenizer, limit=config.max_train_samples)
-        held_out, _ = data.split("pair", config.dataset_test_split, tokenizer, limit=EVAL_PAIRS, required=False)
+        examples, reports = data.split(
+            "pair", config.dataset_train_split, tokenizer, limit=config.max_train_samples
+        )
+        held_out, _ = data.split("pair", config.dataset_test_split, tokenizer, required=False)
 
         # 3. Train.
         shape = ModelShape.of(network, head=False)

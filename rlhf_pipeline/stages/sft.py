@@ -17,7 +17,14 @@ from rlhf_pipeline.data.tokenizers import train_byte_level_bpe
 from rlhf_pipeline.models.loading import init_causal_lm, save_model
 from rlhf_pipeline.models.roles import Policy
 from rlhf_pipeline.models.selfcheck import inspect_model
-from rlhf_pipeline.stages.common import StageResult, example_schedule, find_model, load_policy, publish, tokenizer_of
+from rlhf_pipeline.stages.common import (
+    StageResult,
+    example_schedule,
+    find_model,
+    load_policy,
+    publish,
+    tokenizer_of,
+)
 from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.run import Run, open_run
@@ -80,7 +87,11 @@ def run_sft(config: Any, home: Path, **options) -> StageResult:
         parents = {}
         if config.model_name_or_path is not None:
             base = find_model(
-                run.registry, config.model_name_or_path, "policy", revision=config.model_revision, say=run.log.say
+                run.registry,
+                config.model_name_or_path,
+                "policy",
+                revision=config.model_revision,
+                say=run.log.say,
             )
             parents["base"] = base
             tokenizer = tokenizer_of(base, config.trust_remote_code)
@@ -132,5 +143,10 @@ def run_sft(config: Any, home: Path, **options) -> StageResult:
         last = train(run, policy, plan)
 
         # 4. Evaluate and register.
-        metrics = {"train": last, **evaluate(), "train_examples": len(examples), "eval_examples": len(held_out)}
+        metrics = {
+            "train": last,
+            **evaluate(),
+            "train_examples": len(examples),
+            "eval_examples": len(held_out),
+        }
         return publish(run, policy.model, tokenizer, parents=parents, reports=reports, metrics=metrics)

@@ -1,10 +1,10 @@
 """Checkpoints of a run: safetensors and JSON, whole or not at all, enough to go on bit for bit.
 
-    checkpoints/step-<n>/
-        model.safetensors       trainable weights
-        optimizer.safetensors   optimizer state
-        rng.safetensors         random-number state of torch (used only where dropout is on)
-        state.json              counters, schedule, optimizer settings; sizes and digests of the other files; last
+checkpoints/step-<n>/
+    model.safetensors       trainable weights
+    optimizer.safetensors   optimizer state
+    rng.safetensors         random-number state of torch (used only where dropout is on)
+    state.json              counters, schedule, optimizer settings; sizes and digests of the other files; last
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def unshared(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], d
     return tensors, aliases
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+def _optimizer_tensors(
+    optimizer: torch.optim.Optimizer,
+) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     state = optimizer.state_dict()
     tensors = {
         f"{index}.{name}": value.detach().cpu().contiguous()
@@ -107,7 +109,8 @@ def save_checkpoint(
         "scheduler": {key: value for key, value in scheduler.state_dict().items() if key != "lr_lambdas"},
         "extra": extra,
         "files": {
-            name: {"size": (temporary / name).stat().st_size, "sha256": _digest(temporary / name)} for name in FILES
+            name: {"size": (temporary / name).stat().st_size, "sha256": _digest(temporary / name)}
+            for name in FILES
         },
     }
     (temporary / "state.json").write_text(json.dumps(state))
@@ -142,7 +145,9 @@ def verify_checkpoint(directory: Path) -> Checkpoint:
         if not path.is_file():
             raise DamagedFile(f"{path}: missing")
         if path.stat().st_size != expected["size"] or _digest(path) != expected["sha256"]:
-            raise DamagedFile(f"{path}: its content is not what was written (sha256 {expected['sha256'][:12]} expected)")
+            raise DamagedFile(
+                f"{path}: its content is not what was written (sha256 {expected['sha256'][:12]} expected)"
+            )
     return Checkpoint(directory, state["step"], state)
 
 
@@ -172,7 +177,9 @@ def restore(
         model.load_state_dict(weights)
     except RuntimeError as error:
         first_lines = " ".join(str(error).split())[:200]
-        raise MismatchError(f"{checkpoint.directory}: not a checkpoint of this model: {first_lines}") from error
+        raise MismatchError(
+            f"{checkpoint.directory}: not a checkpoint of this model: {first_lines}"
+        ) from error
     entries: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in load_file(checkpoint.directory / FILES[1]).items():
         index, name = key.split(".", 1)

@@ -112,7 +112,13 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def open_run(
-    stage: str, config: Any, home: Path, *, resume: bool = True, quiet: bool = False, notes: Sequence[str] = ()
+    stage: str,
+    config: Any,
+    home: Path,
+    *,
+    resume: bool = True,
+    quiet: bool = False,
+    notes: Sequence[str] = (),
 ):
     """Open the run of a config: resume an unfinished one, else start a new one.
 
@@ -128,7 +134,14 @@ def open_run(
     _write_status(directory, {"status": "running", "pid": os.getpid()})
     (directory / "config.yaml").write_text(dump_yaml(config))
     quiet = quiet or not accelerator.is_main_process
-    log = RunLog(directory, title=config.output_name, total=0, shown=(), logging_steps=config.logging_steps, quiet=quiet)
+    log = RunLog(
+        directory,
+        title=config.output_name,
+        total=0,
+        shown=(),
+        logging_steps=config.logging_steps,
+        quiet=quiet,
+    )
     try:
         for note in notes:
             log.say(f"note: {note}")
@@ -136,7 +149,9 @@ def open_run(
         log.rewind(checkpoint.step if checkpoint else 0)
         run = Run(stage, config, digest, Registry(home), directory, accelerator, log, checkpoint)
         run.meter.started = started
-        log.say(f"{stage}: run {run.id}, {accelerator.device}, {torch.get_num_threads()} threads, seed {config.seed}")
+        log.say(
+            f"{stage}: run {run.id}, {accelerator.device}, {torch.get_num_threads()} threads, seed {config.seed}"
+        )
         with _signals(run):
             yield run
     finally:
@@ -154,7 +169,9 @@ def _signals(run: Run):
         if run.stopped_by is not None:
             os._exit(128 + number)
         run.stopped_by = number
-        run.log.say(f"signal {number}: finishing this update, then writing a checkpoint (again to stop at once)")
+        run.log.say(
+            f"signal {number}: finishing this update, then writing a checkpoint (again to stop at once)"
+        )
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

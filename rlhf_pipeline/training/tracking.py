@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -49,7 +56,14 @@ class RunLog:
     """
 
     def __init__(
-        self, directory: Path, *, title: str, total: int, shown: Sequence[str], logging_steps: int, quiet: bool = False
+        self,
+        directory: Path,
+        *,
+        title: str,
+        total: int,
+        shown: Sequence[str],
+        logging_steps: int,
+        quiet: bool = False,
     ):
         self.directory, self.title, self.total, self.shown = directory, title, total, shown
         self.logging_steps = max(1, logging_steps)
@@ -94,7 +108,9 @@ class RunLog:
         elif due and not self.quiet and self._heartbeat(step):
             rate = (step - self._first) / max(time.perf_counter() - self._started, 1e-9)
             left = (self.total - step) / max(rate, 1e-9)
-            console.print(f"{self.title} {step}/{self.total}  {rate:.3g}/s  {left:.0f} s left  {line}", markup=False)
+            console.print(
+                f"{self.title} {step}/{self.total}  {rate:.3g}/s  {left:.0f} s left  {line}", markup=False
+            )
 
     def _heartbeat(self, step: int) -> bool:
         """Without a terminal about twenty lines a run are enough."""

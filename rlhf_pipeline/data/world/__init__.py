@@ -58,14 +58,25 @@ def records(config: str | None = None) -> list[Record]:
     """
     config = config or "demonstrations"
     if config not in CONFIGS:
-        raise ConfigError(Fault(f"dataset_config: {config}", f"{NAME} has no such part", " or ".join(CONFIGS)))
+        raise ConfigError(
+            Fault(f"dataset_config: {config}", f"{NAME} has no such part", " or ".join(CONFIGS))
+        )
     rows = []
     for (genre, aspect), split in SPLITS.items():
         text = prompt_text(genre, aspect)
         ids = tuple(encode(text))
         if config == "prompts":
             rows.append(
-                Record("prompt", text, (), (), f"{NAME}:{len(rows) + 1}", split, prompt_ids=ids, completion_ids=())
+                Record(
+                    "prompt",
+                    text,
+                    (),
+                    (),
+                    f"{NAME}:{len(rows) + 1}",
+                    split,
+                    prompt_ids=ids,
+                    completion_ids=(),
+                )
             )
             continue
         for completion, ended in demonstrations(genre, aspect):

@@ -38,7 +38,12 @@ def encode(text: str) -> list[int]:
     unknown = [word for word in text.split() if word not in TOKEN_ID]
     if unknown:
         faults = [
-            Fault(f"{text!r}", f"unknown word {word!r}", "words of world:verdicts", did_you_mean(word, VOCABULARY))
+            Fault(
+                f"{text!r}",
+                f"unknown word {word!r}",
+                "words of world:verdicts",
+                did_you_mean(word, VOCABULARY),
+            )
             for word in unknown
         ]
         raise DataError(faults)
@@ -61,7 +66,9 @@ def parse_prompt(ids: list[int]) -> tuple[int, int]:
         genre, aspect = words[4], words[1]
         if " ".join(words) == prompt_text(genre, aspect):
             return GENRES.index(genre), ASPECTS.index(aspect)
-    raise DataError(Fault(" ".join(words), "not a prompt of world:verdicts", "'the ASPECT of this GENRE was'"))
+    raise DataError(
+        Fault(" ".join(words), "not a prompt of world:verdicts", "'the ASPECT of this GENRE was'")
+    )
 
 
 def _split(genre: int, aspect: int) -> str:

@@ -1,0 +1,129 @@
+"""What a policy's samples are like: reward, KL to the reference, length, end tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlhf_pipeline.data.batch import micro_batches, pack
+from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.evaluation.statistics import Estimate, cluster_mean
+from rlhf_pipeline.models.divergence import divergence
+from rlhf_pipeline.models.roles import Policy
+from rlhf_pipeline.rollout.responses import sample_for_prompts
+from rlhf_pipeline.rollout.rewards import RewardSource, world_verdicts
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """The same prompts and the same random numbers for every policy that is given the same plan."""
+
+    prompts: list[Example]
+    samples: int
+    response_length: int
+    temperature: float
+    seed: int
+    stop_id: int
+    pad_id: int
+    batch_size: int
+    device: torch.device | str = "cpu"
+
+
+@dataclass
+class Samples:
+    """Sampled responses of one policy and their figures, one array entry per response, prompts in order."""
+
+    examples: list[Example]
+    clusters: list[str]  # prompt of each response
+    values: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def estimate(self, name: str) -> Estimate:
+        """Mean of one figure with an interval clustered by prompt."""
+        return cluster_mean(self.values[name], self.clusters)
+
+    def table(self) -> dict[str, dict[str, Any]]:
+        """All figures with their intervals."""
+        return {name: self.estimate(name).as_dict() for name in self.values}
+
+
+def draw(policy: Policy, plan: SamplingPlan) -> Samples:
+    """Sample by a plan; the figures so far: length (tokens with the end token) and ended."""
+    examples, _ = sample_for_prompts(
+        policy,
+        plan.prompts,
+        samples=plan.samples,
+        response_length=plan.response_length,
+        stop_id=plan.stop_id,
+        pad_id=plan.pad_id,
+        generator=torch.Generator().manual_seed(plan.seed),
+        temperature=plan.temperature,
+        batch_size=plan.batch_size,
+        device=plan.device,
+    )
+    found = Samples(examples, [example.prompt_key for example in examples for _ in example.completions])
+    found.values["length"] = np.array([len(ids) for e in examples for ids in e.completions], dtype=np.float64)
+    found.values["ended"] = np.array([flag for e in examples for flag in e.ended], dtype=np.float64)
+    return found
+
+
+def add_true_reward(samples: Samples) -> None:
+    """Add `true_reward` and `well_formed` of responses in the built-in world."""
+    judged = world_verdicts(samples.examples)
+    samples.values["true_reward"] = judged.reward
+    samples.values["well_formed"] = judged.well_formed.astype(np.float64)
+
+
+@torch.no_grad()
+def add_score(samples: Samples, source: RewardSource, name: str, *, batch_size: int) -> None:
+    """Add the score of a reward source to each response."""
+    scores: list[list[float]] = [[] for _ in samples.examples]
+    for group in micro_batches(samples.examples, batch_size):
+        values = iter(source.score([samples.examples[i] for i in group]).tolist())
+        for i in group:
+            scores[i] = [next(values) for _ in samples.examples[i].completions]
+    samples.values[name] = np.array([value for row in scores for value in row], dtype=np.float64)
+
+
+@torch.no_grad()
+def add_kl(samples: Samples, policy: Policy, reference: Policy, plan: SamplingPlan) -> None:
+    """Add, per response and in nats: `kl` (sum over its positions of the exact KL over the vocabulary, the unbiased
+    estimate with the least noise), `kl_k1` (log-ratio of the response) and `entropy` (summed likewise)."""
+    rows: list[list[tuple[float, float, float]]] = [[] for _ in samples.examples]
+    for group in micro_batches(samples.examples, plan.batch_size):
+        members = [samples.examples[i] for i in group]
+        batch = pack(members, plan.pad_id, layout=policy.reader.layout).to(plan.device)
+        found = divergence(policy, reference, batch)
+        columns = [found.kl, found.logprobs - found.ref_logprobs, found.entropy]
+        sums = torch.stack([batch.per_completion(column.double()) for column in columns], dim=1).tolist()
+        values = iter(sums)
+        for i in group:
+            rows[i] = [tuple(next(values)) for _ in samples.examples[i].completions]
+    flat = np.array([value for row in rows for value in row], dtype=np.float64)
+    samples.values["kl"], samples.values["kl_k1"], samples.values["entropy"] = flat.T
+
+
+def win_rate(mine: Samples, theirs: Samples, name: str) -> Estimate:
+    """P(a response of mine beats one of theirs to the same prompt), ties one half, clustered by prompt.
+
+    Each response is set against all of the other's responses to its prompt.
+    """
+    a = mine.values[name].reshape(len(mine.examples), -1)
+    b = theirs.values[name].reshape(len(theirs.examples), -1)
+    wins = (a[:, :, None] > b[:, None, :]) + 0.5 * (a[:, :, None] == b[:, None, :])
+    return cluster_mean(wins.mean((1, 2)), [example.prompt_key for example in mine.examples])
+
+
+def paired_difference(mine: Samples, theirs: Samples, name: str) -> Estimate:
+    """Mean of mine minus theirs, prompt by prompt."""
+    a = mine.values[name].reshape(len(mine.examples), -1).mean(1)
+    b = theirs.values[name].reshape(len(theirs.examples), -1).mean(1)
+    return cluster_mean(a - b, [example.prompt_key for example in mine.examples])
+
+
+def distinct_prompts(prompts: Sequence[Example]) -> int:
+    """Number of different prompts."""
+    return len({example.prompt_key for example in prompts})

@@ -1,0 +1,1 @@
+"""Experiments: run stages in order, evaluate models, compare them."""

@@ -1,0 +1,151 @@
+"""Compare policies: same prompts, same random numbers, one table."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf_pipeline.evaluation.best_of_n import best_of_n, kl_bound
+from rlhf_pipeline.evaluation.sampled import Samples, paired_difference, win_rate
+from rlhf_pipeline.evaluation.statistics import cluster_mean
+from rlhf_pipeline.experiment.evaluate import measure
+from rlhf_pipeline.experiment.subjects import Bench, find_policies, reference_of, reward_model_of, set_up
+from rlhf_pipeline.models.roles import Policy
+from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.training.run import make_accelerator
+from rlhf_pipeline.training.tracking import console, jsonable
+
+COST_KEYS = ("wall_seconds", "flops", "tokens_trained", "tokens_generated", "optimizer_steps")
+
+
+def bill(registry: Registry, resolved: Resolved) -> dict[str, float]:
+    """What an arm cost: its own run and, for PPO, that of its reward model. Shared stages are on neither bill."""
+    if resolved.manifest is None:
+        return {}
+    total = {key: float(resolved.manifest.cost.get(key, 0)) for key in COST_KEYS}
+    parent = resolved.manifest.parents.get("reward_model")
+    if parent is not None:
+        reward_model = registry.resolve(parent.ref)
+        for key, value in bill(registry, reward_model).items():
+            total[key] += value
+    return total
+
+
+def _primary(samples: Samples) -> str | None:
+    """The figure that says how good a response is: the truth where it is known, else the score."""
+    return next((name for name in ("true_reward", "score") if name in samples.values), None)
+
+
+def _best_of_n_rows(
+    bench: Bench, baseline: Samples, label: str, sizes: tuple[int, ...]
+) -> list[dict[str, Any]]:
+    """Best-of-n of the baseline: chosen by the reward model where there is one, judged by the truth."""
+    chooser_name = "score" if "score" in baseline.values else _primary(baseline)
+    if chooser_name is None:
+        return []
+    keys = [example.prompt_key for example in baseline.examples]
+    chooser = baseline.values[chooser_name].reshape(len(keys), -1)
+    rows = []
+    for n in sizes:
+        figures = {}
+        for name, values in baseline.values.items():
+            if name.startswith("kl") or name == "entropy":
+                continue
+            figures[name] = cluster_mean(best_of_n(chooser, values.reshape(len(keys), -1), n), keys).as_dict()
+        rows.append(
+            {
+                "name": f"best of {n} of {label}",
+                "model": label,
+                "stage": "best-of-n",
+                "n": n,
+                "chosen_by": bench.judge.label if chooser_name == "score" and bench.judge else "world",
+                "metrics": figures,
+                "kl_bound": kl_bound(n),
+                "cost": {},
+            }
+        )
+    return rows
+
+
+def run_compare(config: Any, home: Path, *, quiet: bool = False) -> dict[str, Any]:
+    """Compare arms with a baseline; writes reports/<name>/results.json and returns its content."""
+
+    def say(text: str) -> None:
+        if not quiet:
+            console.print(text, markup=False)
+
+    # 1. Models, prompts, reference, judge: the same for all.
+    registry = Registry(home)
+    device = make_accelerator(config).device
+    arms = find_policies(registry, list(config.arms), say)
+    baseline = find_policies(registry, [config.baseline], say)[0] if config.baseline else None
+    reference = find_policies(registry, [config.reference], say)[0] if config.reference else None
+    if reference is None:
+        known = [found for arm in arms if (found := reference_of(registry, arm)) is not None]
+        reference = baseline or (known[0] if known else None)
+        for arm, found in zip(arms, [reference_of(registry, arm) for arm in arms], strict=True):
+            if found is not None and reference is not None and found.digest != reference.digest:
+                say(
+                    f"note: {arm.label} was trained against {found.label}; KL is measured to {reference.label} for all"
+                )
+    models = ([baseline] if baseline is not None else []) + arms
+    if config.reward_model is None and (trained_on := reward_model_of(registry, models)):
+        config = config.model_copy(update={"reward_model": trained_on})
+    samples = max([config.samples, *config.best_of])
+    bench = set_up(registry, config, models[0], device, reference=reference, samples=samples, say=say)
+
+    # 2. Sample and score every model with the same plan.
+    measured: list[tuple[Resolved, Samples]] = []
+    for resolved in models:
+        policy: Policy = bench.policy(resolved)
+        measured.append((resolved, measure(bench, policy)))
+        say(f"measured {resolved.label}")
+
+    # 3. Rows: figures with intervals, differences to the first row paired by prompt, cost.
+    first = measured[0][1]
+    primary = _primary(first)
+    rows = []
+    for number, (resolved, found) in enumerate(measured):
+        row: dict[str, Any] = {
+            "name": resolved.label,
+            "model": resolved.label,
+            "stage": resolved.stage,
+            "digest": resolved.digest,
+            "metrics": found.table(),
+            "cost": bill(registry, resolved),
+        }
+        if number and primary is not None:
+            row["win_rate"] = win_rate(found, first, primary).as_dict()
+            row["difference"] = paired_difference(found, first, primary).as_dict()
+            spread = float(np.std(first.values[primary]))
+            row["gain_in_sd"] = row["difference"]["mean"] / spread if spread > 0 else None
+        rows.append(row)
+    rows += _best_of_n_rows(bench, first, measured[0][0].label, config.best_of)
+
+    # 4. Write.
+    directory = home / "reports" / config.name
+    results = {
+        "name": config.name,
+        "primary": primary,
+        "baseline": models[0].label,
+        "reference": reference.label if reference is not None else None,
+        "reward_model": bench.judge.label if bench.judge is not None else None,
+        "prompts": len(bench.plan.prompts),
+        "samples": samples,
+        "split": config.split,
+        "temperature": config.temperature,
+        "seed": config.seed,
+        "data": bench.data,
+        "rows": rows,
+        "path": str(directory / "results.json"),
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = directory / f".results.json.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(jsonable(results), indent=2) + "\n")
+    os.replace(temporary, directory / "results.json")
+    return jsonable(results)

@@ -1,0 +1,104 @@
+"""Evaluate one model: a policy by its samples, a reward model by held-out pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rlhf_pipeline.config.load import load_config
+from rlhf_pipeline.errors import ConfigError, Fault
+from rlhf_pipeline.evaluation.sampled import Samples, add_kl, add_score, add_true_reward, draw
+from rlhf_pipeline.experiment.subjects import Bench, reference_of, reward_model_of, set_up
+from rlhf_pipeline.models.roles import Policy
+from rlhf_pipeline.registry.integrity import verify_files
+from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.registry.roles import role_of
+from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.stages.common import find_model, load_reward_model, tokenizer_of
+from rlhf_pipeline.stages.data import StageData
+from rlhf_pipeline.stages.reward import baselines, evaluate_pairs
+from rlhf_pipeline.training.run import make_accelerator
+from rlhf_pipeline.training.tracking import console
+
+
+def measure(bench: Bench, policy: Policy) -> Samples:
+    """Sample a policy by the bench's plan and add every figure that is known."""
+    samples = draw(policy, bench.plan)
+    if bench.knows_truth:
+        add_true_reward(samples)
+    if bench.judge is not None:
+        add_score(samples, bench.judge, "score", batch_size=bench.plan.batch_size)
+    reference = bench.reference_policy()
+    if reference is not None:
+        add_kl(samples, policy, reference, bench.plan)
+    return samples
+
+
+def run_evaluate(reference_text: str, config: Any, home: Path, *, quiet: bool = False) -> dict[str, Any]:
+    """Figures of one model, as a dict that JSON can hold."""
+
+    def say(text: str) -> None:
+        if not quiet:
+            console.print(text, markup=False)
+
+    registry = Registry(home)
+    device = make_accelerator(config).device
+    resolved = registry.resolve(reference_text)
+    say(resolved.taken)
+    role, _ = role_of(resolved)
+    if role == "reward_model":
+        return _evaluate_reward_model(registry, resolved, config, device, say)
+    resolved = find_model(registry, reference_text, "policy")
+    reference = (
+        find_model(registry, config.reference, "policy")
+        if config.reference
+        else reference_of(registry, resolved)
+    )
+    if config.reward_model is None and (trained_on := reward_model_of(registry, [resolved])):
+        config = config.model_copy(update={"reward_model": trained_on})
+    bench = set_up(registry, config, resolved, device, reference=reference, samples=config.samples, say=say)
+    samples = measure(bench, bench.policy(resolved))
+    return {
+        "model": resolved.label,
+        "stage": resolved.stage,
+        "reference": reference.label if reference is not None else None,
+        "reward_model": bench.judge.label if bench.judge is not None else None,
+        "prompts": len(bench.plan.prompts),
+        "samples": bench.plan.samples,
+        "data": bench.data,
+        "metrics": samples.table(),
+    }
+
+
+def _evaluate_reward_model(
+    registry: Registry, resolved: Resolved, config: Any, device: Any, say: Any
+) -> dict[str, Any]:
+    verify_files(resolved)
+    if resolved.manifest is None or not resolved.manifest.config.get("dataset_name"):
+        raise ConfigError(
+            Fault(resolved.label, "its preference data are not known", "a reward model of the registry")
+        )
+    trained = {k: v for k, v in resolved.manifest.config.items() if v is not None}
+    if config.prompts:
+        trained |= {"dataset_name": config.prompts, "dataset_config": config.dataset_config}
+    training = load_config("train-rm", None, extra=trained).config
+    tokenizer = tokenizer_of(resolved, config.trust_remote_code)
+    data = StageData(training, registry.home, say)
+    train, _ = data.split("pair", training.dataset_train_split, tokenizer, required=False)
+    held_out, reports = data.split("pair", config.split, tokenizer)
+    model = load_reward_model(resolved, config, device)
+    metrics = evaluate_pairs(
+        model,
+        held_out,
+        batch_size=config.per_device_eval_batch_size,
+        pad_id=tokenizer.pad_token_id,
+        device=device,
+    )
+    metrics["baselines"] = baselines(train, held_out)
+    return {
+        "model": resolved.label,
+        "stage": "reward",
+        "reward_shift": model.reward_shift,
+        "data": [report.to_dict() for report in reports],
+        "metrics": metrics,
+    }

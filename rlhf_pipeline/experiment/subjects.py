@@ -1,0 +1,178 @@
+"""The models of an evaluation, their prompts, their reference and their judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlhf_pipeline.config.base import Lengths
+from rlhf_pipeline.data import world
+from rlhf_pipeline.data.load import examples_of, lowest_hashes, read_records
+from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.data.tokenizers import tokenizer_digest
+from rlhf_pipeline.errors import ConfigError, Fault, MismatchError
+from rlhf_pipeline.evaluation.sampled import SamplingPlan
+from rlhf_pipeline.models.roles import Policy
+from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.rollout.rewards import RewardSource
+from rlhf_pipeline.stages.common import find_model, load_policy, tokenizer_of
+from rlhf_pipeline.stages.rewards import load_reward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class Bench:
+    """What one or more policies are evaluated with."""
+
+    registry: Registry
+    config: Any
+    device: torch.device
+    tokenizer: PreTrainedTokenizerBase
+    plan: SamplingPlan
+    knows_truth: bool
+    reference: Resolved | None
+    judge: RewardSource | None
+    say: Callable[[str], None]
+    _reference: Policy | None = None
+    data: list[dict[str, Any]] = field(default_factory=list)
+
+    def policy(self, resolved: Resolved) -> Policy:
+        """Load a policy, after checking that it reads the same token ids as the others.
+
+        Raises:
+            MismatchError: when its tokenizer is another.
+        """
+        theirs = tokenizer_of(resolved, self.config.trust_remote_code)
+        if tokenizer_digest(theirs) != tokenizer_digest(self.tokenizer):
+            raise MismatchError(
+                f"{resolved.label}: found another tokenizer than that of the first model; expected models that read "
+                "the same token ids; compare only models of one family"
+            )
+        return load_policy(
+            resolved,
+            self.config,
+            self.tokenizer,
+            self.device,
+            frozen=True,
+            temperature=self.config.temperature,
+        )
+
+    def reference_policy(self) -> Policy | None:
+        """The reference, loaded once."""
+        if self._reference is None and self.reference is not None:
+            self._reference = self.policy(self.reference)
+        return self._reference
+
+
+def reference_of(registry: Registry, resolved: Resolved) -> Resolved | None:
+    """The reference of a policy: its manifest's, else its nearest SFT ancestor, else none."""
+    manifest = resolved.manifest
+    if manifest is None:
+        return None
+    if "reference" in manifest.parents:
+        return registry.resolve(manifest.parents["reference"].ref)
+    if manifest.stage == "sft":
+        return resolved
+    base = manifest.parents.get("base")
+    return reference_of(registry, registry.resolve(base.ref)) if base is not None else None
+
+
+def _setting(resolved: Resolved, key: str) -> Any:
+    return (resolved.manifest.config if resolved.manifest is not None else {}).get(key)
+
+
+def _lengths(config: Any, resolved: Resolved) -> Lengths:
+    """Prompt and response lengths: asked for, else as trained."""
+    from rlhf_pipeline.config.base import resolve_lengths
+
+    trained = resolve_lengths(
+        *(_setting(resolved, k) for k in ("max_prompt_length", "response_length", "max_length"))
+    )
+    prompt = config.max_prompt_length or trained.prompt
+    response = config.max_new_tokens or trained.response
+    return Lengths(prompt, response, prompt + response)
+
+
+def load_prompts(
+    registry: Registry, config: Any, resolved: Resolved, tokenizer: PreTrainedTokenizerBase, lengths: Lengths
+) -> tuple[list[Example], list[dict[str, Any]]]:
+    """The prompts of an evaluation: those asked for, else the chosen split of the model's own data.
+
+    Raises:
+        ConfigError: when none are named and the model does not know its data.
+    """
+    source = config.prompts or _setting(resolved, "dataset_name")
+    if source is None:
+        where = f"prompts of {resolved.label}"
+        raise ConfigError(Fault(where, "not known", "a source of prompts", "give --prompts SOURCE"))
+    part = config.dataset_config
+    if part is None and source.startswith("world:"):
+        part = "prompts"
+    elif part is None and config.prompts is None:
+        part = _setting(resolved, "dataset_config")
+    fractions = config.split_fractions if config.prompts else _setting(resolved, "split_fractions")
+    skip = config.skip_bad_rows or bool(not config.prompts and _setting(resolved, "skip_bad_rows"))
+    found = read_records(source, config=part, home=registry.home, skip_bad_rows=skip)
+    loaded = examples_of(
+        found,
+        kind="prompt",
+        split=config.split,
+        tokenizer=tokenizer,
+        lengths=lengths,
+        skip_bad_rows=skip,
+        fractions=fractions or config.split_fractions,
+    )
+    return lowest_hashes(loaded.examples, config.max_prompts), [report.to_dict() for report in loaded.reports]
+
+
+def set_up(
+    registry: Registry,
+    config: Any,
+    first: Resolved,
+    device: torch.device,
+    *,
+    reference: Resolved | None,
+    samples: int,
+    say: Callable[[str], None],
+) -> Bench:
+    """Prepare the evaluation of `first` and of models like it."""
+    tokenizer = tokenizer_of(first, config.trust_remote_code)
+    lengths = _lengths(config, first)
+    prompts, data = load_prompts(registry, config, first, tokenizer, lengths)
+    stop = _setting(first, "stop_token")
+    plan = SamplingPlan(
+        prompts=prompts,
+        samples=samples,
+        response_length=lengths.response,
+        temperature=config.temperature,
+        seed=config.seed,
+        stop_id=tokenizer.get_vocab()[stop] if stop else tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+        batch_size=config.per_device_eval_batch_size,
+        device=device,
+    )
+    say(f"{len(prompts)} prompts of the split {config.split!r}, {samples} samples each, seed {config.seed}")
+    truth = world.is_world_tokenizer(tokenizer)
+    judge = None
+    if config.reward_model is not None and not (truth and config.reward_model in ("world", world.NAME)):
+        judge = load_reward(registry, config.reward_model, config, first, tokenizer, device).source
+    return Bench(registry, config, device, tokenizer, plan, truth, reference, judge, say, data=data)
+
+
+def reward_model_of(registry: Registry, models: list[Resolved]) -> str | None:
+    """The reward model that one of the models was trained on, if a manifest names one."""
+    for resolved in models:
+        if resolved.manifest is not None and "reward_model" in resolved.manifest.parents:
+            return resolved.manifest.parents["reward_model"].ref
+    return None
+
+
+def find_policies(registry: Registry, references: list[str], say: Callable[[str], None]) -> list[Resolved]:
+    """Resolve policies, checking role and files."""
+    return [find_model(registry, text, "policy", say=say) for text in references]
