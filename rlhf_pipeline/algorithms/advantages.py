@@ -8,9 +8,7 @@ from torch import Tensor
 from rlhf_pipeline.algorithms.kl import k1
 
 
-def token_rewards(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, kl_coef: float
-) -> Tensor:
+def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
     """Reward of each response token: r_t = -beta (log pi - log pi_ref)_t, plus the score at the last token.
 
     So that sum_t r_t = R - beta sum_t k1_t. Source: Ouyang et al. 2022 (InstructGPT), eq. 2; Ziegler et al.

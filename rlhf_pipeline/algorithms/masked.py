@@ -40,9 +40,7 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True, reduce=lamb
         reduce: adds a (3,) float64 vector of sums over all ranks.
     """
     active = torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device)).double()
-    count, total, square = reduce(
-        torch.stack([mask.sum().double(), active.sum(), (active**2).sum()])
-    ).unbind()
+    count, total, square = reduce(torch.stack([mask.sum().double(), active.sum(), (active**2).sum()])).unbind()
     mean, var = moments(count, total, square)
     # Two passes would be safer for huge means; in float64 one is exact enough for advantages and rewards.
     scaled = (active - mean) * torch.rsqrt(var + 1e-8)

@@ -9,9 +9,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 
-def bradley_terry_loss(
-    chosen_scores: Tensor, rejected_scores: Tensor, margin: Tensor | None = None
-) -> Tensor:
+def bradley_terry_loss(chosen_scores: Tensor, rejected_scores: Tensor, margin: Tensor | None = None) -> Tensor:
     """Negative log-likelihood of the preferences: sum over pairs of -log sigma(r_w - r_l - margin).
 
     Source: Ouyang et al. 2022 (InstructGPT), eq. 1, with K = 2; the margin: Touvron et al. 2023 (Llama 2), eq. 2.

@@ -150,9 +150,7 @@ class _Reader:
         document = read_document(source)
         if not source.is_file():
             where = self.plan.where((*path, "config"))
-            document.faults = [
-                dataclasses.replace(fault, where=f"{where}: {fault.where}") for fault in document.faults
-            ]
+            document.faults = [dataclasses.replace(fault, where=f"{where}: {fault.where}") for fault in document.faults]
         draft.label = str(source)
         draft.add_document(document, source.parent)
         return draft, source

@@ -49,9 +49,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 for _name, (_pattern, _first) in _PLAIN.items():
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_name}", _pattern, [c.replace("\0", "") for c in _first]
-    )
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _pattern, [c.replace("\0", "") for c in _first])
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_decimal)
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 

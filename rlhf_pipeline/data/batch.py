@@ -120,21 +120,15 @@ def pack(
     segments: list[tuple[int, list[int]]] = []
     for index, example in enumerate(examples):
         if not example.prompt_ids or not example.completions or not all(example.completions):
-            raise ValueError(
-                f"{example.where}: a packed example needs a prompt and completions that are not empty"
-            )
+            raise ValueError(f"{example.where}: a packed example needs a prompt and completions that are not empty")
         branches = list(range(len(example.completions)))
-        segments.extend(
-            [(index, branches)] if layout == "trees" else [(index, [branch]) for branch in branches]
-        )
+        segments.extend([(index, branches)] if layout == "trees" else [(index, [branch]) for branch in branches])
     lengths = [
         len(examples[index].prompt_ids) + sum(len(examples[index].completions[k]) for k in branches)
         for index, branches in segments
     ]
     width = max(max(lengths), row_length or 0)
-    rows = (
-        _assign_rows(lengths, width) if layout == "trees" else [[number] for number in range(len(segments))]
-    )
+    rows = _assign_rows(lengths, width) if layout == "trees" else [[number] for number in range(len(segments))]
     first_completion = [0]
     for example in examples:
         first_completion.append(first_completion[-1] + len(example.completions))

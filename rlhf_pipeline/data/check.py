@@ -112,9 +112,7 @@ def _overlap(records: Sequence[Record], splits: Sequence[str]) -> dict[str, int]
     return {f"{a}/{b}": len(prompts[a] & prompts[b]) for a, b in combinations(sorted(prompts), 2)}
 
 
-def _lengths(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[str, dict[str, list[int]]]:
+def _lengths(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, dict[str, list[int]]]:
     lengths: dict[str, list[int]] = {name: [] for name in ("prompt", "completion", "chosen", "rejected")}
     has_ids = all((record.prompt_ids or record.completion_ids) is not None for record in records)
     for record in records:
@@ -129,9 +127,7 @@ def _lengths(
     return "tokens" if has_ids or tokenizer else "characters", lengths
 
 
-def _measure(
-    record: Record, tokenizer: PreTrainedTokenizerBase | None, has_ids: bool
-) -> tuple[int, list[int]]:
+def _measure(record: Record, tokenizer: PreTrainedTokenizerBase | None, has_ids: bool) -> tuple[int, list[int]]:
     if has_ids:
         return len(record.prompt_ids or ()), [len(ids) for ids in record.completion_ids or ()]
     if tokenizer is None:
@@ -150,8 +146,7 @@ def _quantiles(values: list[int]) -> dict[str, int]:
     """Return quantiles by the nearest rank."""
     ordered = sorted(values)
     return {
-        name: ordered[max(0, -(-int(share * 1000) * len(ordered) // 1000) - 1)]
-        for name, share in QUANTILES.items()
+        name: ordered[max(0, -(-int(share * 1000) * len(ordered) // 1000) - 1)] for name, share in QUANTILES.items()
     }
 
 

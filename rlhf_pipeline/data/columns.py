@@ -73,17 +73,13 @@ class Row:
             message = {key: cell for key, cell in item.items() if cell is not None}
             for key in ("role", "content"):
                 if key not in item:
-                    self.fault(
-                        "missing_column", f"message {number} of {name!r} has no {key!r}", "role and content"
-                    )
+                    self.fault("missing_column", f"message {number} of {name!r} has no {key!r}", "role and content")
                     return None
                 if item[key] is None:
                     self.fault("null", f"{key!r} of message {number} of {name!r} is null", "text")
                     return None
                 if not isinstance(item[key], str):
-                    self.fault(
-                        "wrong_type", f"{key!r} of message {number} of {name!r} is {_kind(item[key])}", "text"
-                    )
+                    self.fault("wrong_type", f"{key!r} of message {number} of {name!r} is {_kind(item[key])}", "text")
                     return None
                 if not self._encodable(name, item[key]):
                     return None
@@ -97,9 +93,7 @@ class Row:
         if isinstance(value, str):
             last = value
         elif value[-1]["role"] != "assistant":
-            self.fault(
-                "no_assistant_turn", f"{name!r} ends in a turn of {value[-1]['role']!r}", "an assistant's"
-            )
+            self.fault("no_assistant_turn", f"{name!r} ends in a turn of {value[-1]['role']!r}", "an assistant's")
             return None
         else:
             last = value[-1]["content"]
@@ -150,9 +144,7 @@ class Row:
     def check_prompt(self, prompt: Text) -> None:
         """Check that a prompt of messages is one that a response can follow."""
         if not isinstance(prompt, str) and prompt[-1]["role"] not in ("user", "tool", "assistant"):
-            self.fault(
-                "empty_prompt", f"the prompt ends in a turn of {prompt[-1]['role']!r}", "a user's turn"
-            )
+            self.fault("empty_prompt", f"the prompt ends in a turn of {prompt[-1]['role']!r}", "a user's turn")
 
     def all_ids(self, *columns: str) -> tuple[tuple[int, ...], ...] | None:
         """Read columns of token ids, of which a row has all or none."""

@@ -46,9 +46,7 @@ def read_file(path: Path, name: str | None = None) -> tuple[Rows, list[RowFault]
         return _parquet(path, name)
     readers = {"jsonl": _json_lines, "json": _json, "csv": _csv}
     if suffix not in readers:
-        raise DataError(
-            Fault(name, f"unknown kind of file {path.name!r}", "one of .jsonl[.gz], .json, .csv, .parquet")
-        )
+        raise DataError(Fault(name, f"unknown kind of file {path.name!r}", "one of .jsonl[.gz], .json, .csv, .parquet"))
     return readers[suffix](_content(path, name), name)
 
 
@@ -89,9 +87,7 @@ def _json_lines(content: bytes, name: str) -> tuple[Rows, list[RowFault]]:
         except UnicodeDecodeError as error:
             faults.append(row_fault(where, "not_utf8", f"byte {error.start + 1} is not UTF-8", "UTF-8"))
         except json.JSONDecodeError as error:
-            faults.append(
-                row_fault(where, "bad_json", f"{error.msg} at column {error.colno}", "one JSON object")
-            )
+            faults.append(row_fault(where, "bad_json", f"{error.msg} at column {error.colno}", "one JSON object"))
         except (ValueError, RecursionError) as error:  # a number of too many digits; nested too deeply
             faults.append(row_fault(where, "bad_json", type(error).__name__, "one JSON object"))
         else:
@@ -165,15 +161,11 @@ def _csv(content: bytes, name: str) -> tuple[Rows, list[RowFault]]:
         for row in reader:
             where, line = f"{name}:{line}", reader.line_num + 1
             if None in row:
-                faults.append(
-                    row_fault(where, "wrong_type", "more fields than the header has", "one per column")
-                )
+                faults.append(row_fault(where, "wrong_type", "more fields than the header has", "one per column"))
             else:
                 rows.append((where, {column: _cell(column, cell) for column, cell in row.items()}))
     except csv.Error as error:
-        raise DataError(
-            Fault(f"{name}:{reader.line_num}", f"not CSV: {error}", "CSV with a header")
-        ) from error
+        raise DataError(Fault(f"{name}:{reader.line_num}", f"not CSV: {error}", "CSV with a header")) from error
     return rows, faults
 
 
@@ -203,9 +195,7 @@ def _parquet(path: Path, name: str) -> tuple[Rows, list[RowFault]]:
     try:
         table = pyarrow.parquet.ParquetFile(path).read()
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(
-            Fault(name, f"not a Parquet file ({str(error).splitlines()[0]})", "Parquet")
-        ) from error
+        raise DataError(Fault(name, f"not a Parquet file ({str(error).splitlines()[0]})", "Parquet")) from error
     rows: Rows = []
     faults: list[RowFault] = []
     for number in range(table.num_rows):

@@ -83,9 +83,7 @@ def parse(rows: list[tuple[str, dict[str, Any]]], name: str) -> Parsed:
 def is_identical(record: Record) -> bool:
     """Whether a record is a pair of equal token sequences, which carries no preference."""
     ids = record.completion_ids
-    return (
-        record.kind == "pair" and ids is not None and ids[0] == ids[1] and record.ended[0] == record.ended[1]
-    )
+    return record.kind == "pair" and ids is not None and ids[0] == ids[1] and record.ended[0] == record.ended[1]
 
 
 def detect(rows: list[tuple[str, dict[str, Any]]], name: str) -> tuple[Callable[[Row], Record | None], str]:
@@ -102,9 +100,7 @@ def detect(rows: list[tuple[str, dict[str, Any]]], name: str) -> tuple[Callable[
     if not any(counts):
         known = "; ".join(", ".join(required) for required, _, _ in LAYOUTS)
         there = ", ".join(sorted(map(str, columns))) or "none"
-        raise DataError(
-            Fault(name, f"columns {there}", f"one of the column sets: {known}", "rename the columns")
-        )
+        raise DataError(Fault(name, f"columns {there}", f"one of the column sets: {known}", "rename the columns"))
     chosen = next((i for i, count in enumerate(counts) if 2 * count >= len(rows)), counts.index(max(counts)))
     _, layout, label = LAYOUTS[chosen]
     if layout is preferences.pair and "prompt" not in columns:
@@ -129,9 +125,7 @@ def _demonstration(row: Row) -> Record | None:
     row.completion("completion", completion, empty=ids is not None)
     row.check_prompt(prompt)
     prompt_ids, completion_ids = (ids[0], ids[1:]) if ids else (None, None)
-    return Record(
-        "demonstration", prompt, (completion,), (row.flag("ended"),), "", None, prompt_ids, completion_ids
-    )
+    return Record("demonstration", prompt, (completion,), (row.flag("ended"),), "", None, prompt_ids, completion_ids)
 
 
 def _messages(row: Row) -> Record | None:

@@ -91,9 +91,7 @@ def _best(record: Record) -> Record:
 def _pairs(record: Record) -> list[Record]:
     goodness = _goodness(record)
     pairs = combinations(range(len(goodness)), 2)
-    ordered = [
-        (i, j) if goodness[i] > goodness[j] else (j, i) for i, j in pairs if goodness[i] != goodness[j]
-    ]
+    ordered = [(i, j) if goodness[i] > goodness[j] else (j, i) for i, j in pairs if goodness[i] != goodness[j]]
     return [_pick(record, "pair", winner, loser) for winner, loser in ordered]
 
 
@@ -102,6 +100,4 @@ def _as_text(record: Record) -> Record:
     prompt, completion = record.prompt, record.completions[0]
     joined = prompt + plain(completion) if isinstance(prompt, str) else (*prompt, *completion)
     ids = None if record.completion_ids is None else (record.prompt_ids + record.completion_ids[0],)
-    return replace(
-        record, kind="text", prompt=None, completions=(joined,), prompt_ids=None, completion_ids=ids
-    )
+    return replace(record, kind="text", prompt=None, completions=(joined,), prompt_ids=None, completion_ids=ids)

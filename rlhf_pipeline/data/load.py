@@ -59,9 +59,7 @@ class SourceReport:
 
     def summary(self) -> str:
         """Return one line for the log."""
-        parts = [
-            f"{self.source} ({self.format}), split {self.split}: {self.kept} examples of {self.rows} rows"
-        ]
+        parts = [f"{self.source} ({self.format}), split {self.split}: {self.kept} examples of {self.rows} rows"]
         for name, counts in (("dropped", self.dropped), ("cut", self.truncated)):
             if counts:
                 parts.append(f"{name}: " + ", ".join(f"{reason} {count}" for reason, count in counts.items()))
@@ -111,9 +109,7 @@ def read_records(
             raise DataError([Fault(read.name, "no row can be read"), *(item.fault for item in faults)])
         parsed = parse(read.rows, read.name)
         faults += parsed.faults
-        found = RecordSet(
-            read.name, parsed.format, rows, parsed.records, faults, parsed.skipped, read.tokenizer_digest
-        )
+        found = RecordSet(read.name, parsed.format, rows, parsed.records, faults, parsed.skipped, read.tokenizer_digest)
     if not skip_bad_rows:
         refuse_faults(found.faults, found.source, found.rows)
     if not found.records:
@@ -244,18 +240,13 @@ def load_mixture(
         max_samples: upper limit of the whole mixture.
         options: as for `load_examples`.
     """
-    sets = [
-        load_examples(entry["dataset_name"], config=entry.get("dataset_config"), **options)
-        for entry in datasets
-    ]
+    sets = [load_examples(entry["dataset_name"], config=entry.get("dataset_config"), **options) for entry in datasets]
     weights = [float(entry.get("weight", 1)) for entry in datasets]
     total = min(len(item.examples) * sum(weights) / weight for item, weight in zip(sets, weights))
     total = total if max_samples is None else min(total, max_samples)
     # A small excess, so that a share that is whole but for rounding is not cut by one.
     shares = [int(total * weight / sum(weights) + 1e-9) for weight in weights]
-    examples = [
-        example for item, share in zip(sets, shares) for example in lowest_hashes(item.examples, share)
-    ]
+    examples = [example for item, share in zip(sets, shares) for example in lowest_hashes(item.examples, share)]
     return ExampleSet(examples, tuple(report for item in sets for report in item.reports))
 
 

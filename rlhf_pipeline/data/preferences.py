@@ -22,14 +22,10 @@ def pair(row: Row) -> Record | None:
     prompt, chosen, rejected = row.text("prompt"), row.text("chosen"), row.text("rejected")
     if prompt is None or chosen is None or rejected is None:
         return None
-    if isinstance(prompt, str) and all(
-        not isinstance(side, str) and len(side) > 1 for side in (chosen, rejected)
-    ):
+    if isinstance(prompt, str) and all(not isinstance(side, str) and len(side) > 1 for side in (chosen, rejected)):
         return _common(row, chosen, rejected)  # whole conversations that repeat the prompt beside them
     if not isinstance(prompt, str):
-        repeats = all(
-            not isinstance(side, str) and side[: len(prompt)] == prompt for side in (chosen, rejected)
-        )
+        repeats = all(not isinstance(side, str) and side[: len(prompt)] == prompt for side in (chosen, rejected))
         if repeats and min(len(chosen), len(rejected)) > len(prompt):
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     return _finish_pair(row, prompt, chosen, rejected)
@@ -77,9 +73,7 @@ def hh(row: Row) -> Record | None:
     for name, text in sides.items():
         end = text.rfind(ASSISTANT)
         if end < text.rfind(HUMAN) or end < 0:
-            row.fault(
-                "no_assistant_turn", f"{name!r} does not end in a turn of Assistant", "an Assistant turn"
-            )
+            row.fault("no_assistant_turn", f"{name!r} does not end in a turn of Assistant", "an Assistant turn")
             return None
         prompts.append(text[: end + len(ASSISTANT)])
         replies.append(text[end + len(ASSISTANT) :])
@@ -87,9 +81,7 @@ def hh(row: Row) -> Record | None:
             # A turn of Human within a paragraph: nobody can say where the reply before it ends.
             row.fault("no_assistant_turn", f"{name!r} has a 'Human:' that begins no paragraph", "whole turns")
     if prompts[0] != prompts[1]:
-        row.fault(
-            "prompts_differ", "'chosen' and 'rejected' differ before the last reply", "one prompt for both"
-        )
+        row.fault("prompts_differ", "'chosen' and 'rejected' differ before the last reply", "one prompt for both")
         return None
     return _finish_pair(row, prompts[0], *replies)
 

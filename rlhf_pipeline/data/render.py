@@ -52,9 +52,7 @@ def render(record: Record, tokenizer: PreTrainedTokenizerBase) -> Rendered:
         raise DataError(Fault(record.where, f"the chat template refuses these messages: {error}")) from error
 
 
-def _templated(
-    record: Record, tokenizer: PreTrainedTokenizerBase, apply: Callable[..., dict[str, str]]
-) -> Rendered:
+def _templated(record: Record, tokenizer: PreTrainedTokenizerBase, apply: Callable[..., dict[str, str]]) -> Rendered:
     if record.prompt is None:
         text = apply({"messages": _plain_list(record.completions[0])}, tokenizer)["text"]
         return Rendered("", (_closed(text, record.ended[0], tokenizer.eos_token),), True)
@@ -62,8 +60,7 @@ def _templated(
     if not record.completions:
         return Rendered(apply({"prompt": prompt}, tokenizer)["prompt"], (), True)
     parts = [
-        apply({"prompt": prompt, "completion": _plain_list(completion)}, tokenizer)
-        for completion in record.completions
+        apply({"prompt": prompt, "completion": _plain_list(completion)}, tokenizer) for completion in record.completions
     ]
     # A template may write the prompt differently before different completions; what all share is the prompt.
     shared = min((part["prompt"] for part in parts), key=len)

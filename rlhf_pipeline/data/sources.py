@@ -122,9 +122,7 @@ def _collected(source: str, home: Path | None) -> Source:
     if not versions:
         names = [entry.name for entry in data.iterdir()] if data.is_dir() else []
         near = did_you_mean(match["name"], names)
-        raise UnknownReference(
-            f"{source}: no collected data of this name in {data}{'; ' + near if near else ''}"
-        )
+        raise UnknownReference(f"{source}: no collected data of this name in {data}{'; ' + near if near else ''}")
     version = int(match["version"]) if match["version"] else versions[-1]
     if version not in versions:
         there = ", ".join(f"v{number}" for number in versions)
@@ -133,9 +131,7 @@ def _collected(source: str, home: Path | None) -> Source:
     name = f"collected:{match['name']}@v{version}"
     manifest = _checked_manifest(path)
     rows, faults = read_file(path, name=name)
-    return Source(
-        name, "collected", rows, faults, tokenizer_digest=manifest.get("tokenizer_digest"), path=path
-    )
+    return Source(name, "collected", rows, faults, tokenizer_digest=manifest.get("tokenizer_digest"), path=path)
 
 
 def _checked_manifest(records: Path) -> dict[str, Any]:
@@ -176,8 +172,7 @@ def _saved(source: str, path: Path, split: str | None) -> Source:
 def _hub(source: str, config: str | None, split: str | None) -> Source:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise UnknownReference(
-            f"{source}: no such file, and not a hub id; "
-            "expected a path, org/name, world:verdicts or collected:NAME"
+            f"{source}: no such file, and not a hub id; expected a path, org/name, world:verdicts or collected:NAME"
         )
     import datasets
 

@@ -35,9 +35,7 @@ def carries_splits(records: Iterable[Record]) -> bool:
     return len({record.split for record in records} - {None}) > 1
 
 
-def assign_splits(
-    records: list[Record], fractions: Mapping[str, float] = FRACTIONS, source: str = ""
-) -> list[str]:
+def assign_splits(records: list[Record], fractions: Mapping[str, float] = FRACTIONS, source: str = "") -> list[str]:
     """Return the split of each record.
 
     Raises:
@@ -71,13 +69,9 @@ def in_split(
     names = sorted(set(assigned)) if carried else list(fractions)
     if split in names:
         raise DataError(
-            Fault(
-                source, f"split {split!r} is empty: none of {len(records)} records falls into it", "more rows"
-            )
+            Fault(source, f"split {split!r} is empty: none of {len(records)} records falls into it", "more rows")
         )
     origin = "the source carries" if carried else "there are"
     raise DataError(
-        Fault(
-            source, f"no split {split!r}", f"{origin} {', '.join(names)} (or all)", did_you_mean(split, names)
-        )
+        Fault(source, f"no split {split!r}", f"{origin} {', '.join(names)} (or all)", did_you_mean(split, names))
     )

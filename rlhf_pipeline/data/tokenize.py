@@ -168,23 +168,15 @@ def _agreement(prompt: list[int], whole: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(prompt, whole)) if a != b), min(len(prompt), len(whole)))
 
 
-def _fit(
-    encoded: _Encoded, tokenizer: PreTrainedTokenizerBase, lengths: Lengths, counts: Counts
-) -> Example | None:
+def _fit(encoded: _Encoded, tokenizer: PreTrainedTokenizerBase, lengths: Lengths, counts: Counts) -> Example | None:
     record, prompt, bos = encoded.record, encoded.prompt_ids, tokenizer.bos_token_id
-    completions = [
-        _closed(ids, ended, tokenizer.eos_token_id) for ids, ended in zip(encoded.completions, record.ended)
-    ]
+    completions = [_closed(ids, ended, tokenizer.eos_token_id) for ids, ended in zip(encoded.completions, record.ended)]
     if not prompt and bos is None:
         fix = "give a prompt, or a tokenizer with a BOS token"
-        counts.faults.append(
-            row_fault(record.where, "empty_prompt", "the prompt has no token", "a prompt", fix)
-        )
+        counts.faults.append(row_fault(record.where, "empty_prompt", "the prompt has no token", "a prompt", fix))
         return None
     if not all(completions):
-        counts.faults.append(
-            row_fault(record.where, "empty_completion", "a completion has no token", "a response")
-        )
+        counts.faults.append(row_fault(record.where, "empty_completion", "a completion has no token", "a response"))
         return None
     if any(len(ids) > lengths.response for ids in completions):
         counts.dropped["completion_too_long"] += 1

@@ -16,9 +16,7 @@ EOS, PAD = "<|endoftext|>", "<|pad|>"
 BYTES = 256
 
 
-def load_tokenizer(
-    path: str, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model directory or hub id; where PAD is absent or EOS, a new one is added.
 
     The added PAD may be one id beyond the model's embedding, which then has to grow by a row.
@@ -29,18 +27,12 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(path), revision=revision, trust_remote_code=trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # missing files, unreachable hub, bad JSON: each library layer has its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadInput(
-            f"{path}: no tokenizer can be loaded ({reason}); expected a Hugging Face one"
-        ) from error
+        raise BadInput(f"{path}: no tokenizer can be loaded ({reason}); expected a Hugging Face one") from error
     if tokenizer.eos_token_id is None:
-        raise BadInput(
-            f"{path}: the tokenizer has no EOS token, so that no response could end; set `eos_token`"
-        )
+        raise BadInput(f"{path}: the tokenizer has no EOS token, so that no response could end; set `eos_token`")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": PAD})
     return tokenizer

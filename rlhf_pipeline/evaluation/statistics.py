@@ -67,6 +67,4 @@ def cluster_mean(
     drawn = rng.integers(0, groups, (resamples, groups))
     replicates = sums[drawn].sum(1) / counts[drawn].sum(1)
     low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(
-        float(sums.sum() / counts.sum()), float(low), float(high), len(values), groups, "bootstrap"
-    )
+    return Estimate(float(sums.sum() / counts.sum()), float(low), float(high), len(values), groups, "bootstrap")

@@ -41,9 +41,7 @@ def _primary(samples: Samples) -> str | None:
     return next((name for name in ("true_reward", "score") if name in samples.values), None)
 
 
-def _best_of_n_rows(
-    bench: Bench, baseline: Samples, label: str, sizes: tuple[int, ...]
-) -> list[dict[str, Any]]:
+def _best_of_n_rows(bench: Bench, baseline: Samples, label: str, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
     """Best-of-n of the baseline: chosen by the reward model where there is one, judged by the truth."""
     chooser_name = "score" if "score" in baseline.values else _primary(baseline)
     if chooser_name is None:
@@ -90,9 +88,7 @@ def run_compare(config: Any, home: Path, *, quiet: bool = False) -> dict[str, An
         reference = baseline or (known[0] if known else None)
         for arm, found in zip(arms, [reference_of(registry, arm) for arm in arms], strict=True):
             if found is not None and reference is not None and found.digest != reference.digest:
-                say(
-                    f"note: {arm.label} was trained against {found.label}; KL is measured to {reference.label} for all"
-                )
+                say(f"note: {arm.label} was trained against {found.label}; KL is measured to {reference.label} for all")
     models = ([baseline] if baseline is not None else []) + arms
     if config.reward_model is None and (trained_on := reward_model_of(registry, models)):
         config = config.model_copy(update={"reward_model": trained_on})

@@ -50,9 +50,7 @@ def run_evaluate(reference_text: str, config: Any, home: Path, *, quiet: bool = 
         return _evaluate_reward_model(registry, resolved, config, device, say)
     resolved = find_model(registry, reference_text, "policy")
     reference = (
-        find_model(registry, config.reference, "policy")
-        if config.reference
-        else reference_of(registry, resolved)
+        find_model(registry, config.reference, "policy") if config.reference else reference_of(registry, resolved)
     )
     if config.reward_model is None and (trained_on := reward_model_of(registry, [resolved])):
         config = config.model_copy(update={"reward_model": trained_on})
@@ -75,9 +73,7 @@ def _evaluate_reward_model(
 ) -> dict[str, Any]:
     verify_files(resolved)
     if resolved.manifest is None or not resolved.manifest.config.get("dataset_name"):
-        raise ConfigError(
-            Fault(resolved.label, "its preference data are not known", "a reward model of the registry")
-        )
+        raise ConfigError(Fault(resolved.label, "its preference data are not known", "a reward model of the registry"))
     trained = {k: v for k, v in resolved.manifest.config.items() if v is not None}
     if config.prompts:
         trained |= {"dataset_name": config.prompts, "dataset_config": config.dataset_config}

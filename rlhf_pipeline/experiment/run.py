@@ -44,9 +44,7 @@ def expected_parents(stage: str, config: Any, registry: Registry) -> dict[str, s
 
     if stage == "collect":
         parents = {"policy": digest(config.policy)}
-        judged_by_model = config.judge not in ("world", "world:verdicts") and not is_function_name(
-            config.judge
-        )
+        judged_by_model = config.judge not in ("world", "world:verdicts") and not is_function_name(config.judge)
         return parents | ({"judge": digest(config.judge)} if judged_by_model else {})
     if config.model_name_or_path is None:
         return {}
@@ -67,9 +65,7 @@ def expected_data(stage: str, config: Any, home: Path) -> list[str]:
         part = config.dataset_config or ("prompts" if config.prompts.startswith("world:") else None)
         found = read_records(config.prompts, config=part, home=home, skip_bad_rows=config.skip_bad_rows)
         fractions = config.split_fractions
-        splits: Sequence[str] = config.splits or sorted(
-            set(assign_splits(found.records, fractions, found.source))
-        )
+        splits: Sequence[str] = config.splits or sorted(set(assign_splits(found.records, fractions, found.source)))
         return [records_digest(in_split(found.records, split, fractions, found.source)) for split in splits]
     digests = []
     for name, part in _sources(stage, config):
@@ -196,9 +192,7 @@ def _run_stage(
     done = find_done(spec.stage, config, registry)
     if done is not None and done.manifest is not None:
         say(f"{place} {spec.name}: done already, {done.label}")
-        return StageOutcome(
-            spec.name, spec.stage, done.label, True, done.manifest.metrics, done.manifest.cost
-        )
+        return StageOutcome(spec.name, spec.stage, done.label, True, done.manifest.metrics, done.manifest.cost)
     say(f"{place} {spec.name}: {spec.stage}")
     result = stage_function(spec.stage)(config, registry.home, resume=resume, quiet=quiet)
     return StageOutcome(spec.name, spec.stage, result.model, False, result.metrics, result.cost)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlhf_pipeline.config.base import Lengths
+from rlhf_pipeline.config.base import Lengths, resolve_lengths
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.load import examples_of, lowest_hashes, read_records
-from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.data.records import Record
+from rlhf_pipeline.data.tokenize import Example, tokenize
 from rlhf_pipeline.data.tokenizers import tokenizer_digest
-from rlhf_pipeline.errors import ConfigError, Fault, MismatchError
+from rlhf_pipeline.errors import ConfigError, DataError, Fault, MismatchError
 from rlhf_pipeline.evaluation.sampled import SamplingPlan
 from rlhf_pipeline.models.roles import Policy
 from rlhf_pipeline.registry.references import Resolved
@@ -89,11 +90,7 @@ def _setting(resolved: Resolved, key: str) -> Any:
 
 def _lengths(config: Any, resolved: Resolved) -> Lengths:
     """Prompt and response lengths: asked for, else as trained."""
-    from rlhf_pipeline.config.base import resolve_lengths
-
-    trained = resolve_lengths(
-        *(_setting(resolved, k) for k in ("max_prompt_length", "response_length", "max_length"))
-    )
+    trained = resolve_lengths(*(_setting(resolved, k) for k in ("max_prompt_length", "response_length", "max_length")))
     prompt = config.max_prompt_length or trained.prompt
     response = config.max_new_tokens or trained.response
     return Lengths(prompt, response, prompt + response)
@@ -140,11 +137,15 @@ def set_up(
     reference: Resolved | None,
     samples: int,
     say: Callable[[str], None],
+    texts: Sequence[str] = (),
 ) -> Bench:
-    """Prepare the evaluation of `first` and of models like it."""
+    """Prepare the evaluation of `first` and of models like it, on typed `texts` or on a split's prompts."""
     tokenizer = tokenizer_of(first, config.trust_remote_code)
     lengths = _lengths(config, first)
-    prompts, data = load_prompts(registry, config, first, tokenizer, lengths)
+    if texts:
+        prompts, data = prompts_of_texts(texts, tokenizer, lengths), []
+    else:
+        prompts, data = load_prompts(registry, config, first, tokenizer, lengths)
     stop = _setting(first, "stop_token")
     plan = SamplingPlan(
         prompts=prompts,
@@ -163,6 +164,19 @@ def set_up(
     if config.reward_model is not None and not (truth and config.reward_model in ("world", world.NAME)):
         judge = load_reward(registry, config.reward_model, config, first, tokenizer, device).source
     return Bench(registry, config, device, tokenizer, plan, truth, reference, judge, say, data=data)
+
+
+def prompts_of_texts(texts: Sequence[str], tokenizer: Any, lengths: Lengths) -> list[Example]:
+    """Prompts that were typed.
+
+    Raises:
+        DataError: when one cannot be tokenised (a word that a word-level vocabulary does not have).
+    """
+    records = [Record("prompt", text, where=f"--prompt {text!r}") for text in texts]
+    examples, counts = tokenize(records, tokenizer, lengths)
+    if counts.faults:
+        raise DataError([item.fault for item in counts.faults])
+    return examples
 
 
 def reward_model_of(registry: Registry, models: list[Resolved]) -> str | None:

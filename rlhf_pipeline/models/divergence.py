@@ -36,8 +36,7 @@ def divergence(policy: Policy, reference: Policy, batch: PackedBatch) -> Diverge
         (head, hidden, logprobs, entropy), (ref_head, ref_hidden, ref_logprobs, _) = scored
         return Divergence(logprobs, ref_logprobs, entropy, token_kl(head, hidden, ref_head, ref_hidden))
     mine, theirs = (
-        torch.log_softmax(predicting_logits(one.model, batch) / one.temperature, -1)
-        for one in (policy, reference)
+        torch.log_softmax(predicting_logits(one.model, batch) / one.temperature, -1) for one in (policy, reference)
     )
     target = batch.target_ids[:, None]
     return Divergence(

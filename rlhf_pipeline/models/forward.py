@@ -44,9 +44,7 @@ def _allowed(batch: PackedBatch, window: int | None) -> Tensor:
 def _as_kind(allowed: Tensor, attention: str, dtype: torch.dtype) -> Tensor:
     if attention != "eager":
         return allowed
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
-        ~allowed, torch.finfo(dtype).min
-    )
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
 def attention_mask(batch: PackedBatch, config: object, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:

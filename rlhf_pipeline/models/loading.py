@@ -38,9 +38,7 @@ def _config(path: str, revision: str | None, trust_remote_code: bool) -> Any:
     return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
 
 
-def _from_pretrained(
-    auto_class: Any, path: str | Path, *, dtype: str, revision: str | None, **options
-) -> nn.Module:
+def _from_pretrained(auto_class: Any, path: str | Path, *, dtype: str, revision: str | None, **options) -> nn.Module:
     try:
         return auto_class.from_pretrained(
             str(path), revision=revision, dtype=DTYPES.get(dtype, dtype), use_safetensors=True, **options
@@ -186,9 +184,7 @@ def init_reward_model(
     head = sequence_head(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        values = torch.empty(head.weight.shape).normal_(
-            0.0, 1 / math.sqrt(head.in_features + 1), generator=generator
-        )
+        values = torch.empty(head.weight.shape).normal_(0.0, 1 / math.sqrt(head.in_features + 1), generator=generator)
         head.weight.copy_(values)
     model.config.score_pooling = score_pooling
     model.config.reward_shift = 0.0
@@ -233,9 +229,7 @@ def store_reward_shift(model: nn.Module, mean_score: float) -> None:
         ValueError: when the model has one already (a second normalisation would hide the first).
     """
     if getattr(model.config, "reward_shift", 0.0):
-        raise ValueError(
-            f"this reward model is normalised already (reward_shift {model.config.reward_shift})"
-        )
+        raise ValueError(f"this reward model is normalised already (reward_shift {model.config.reward_shift})")
     model.config.reward_shift = float(mean_score)
 
 

@@ -75,9 +75,7 @@ class RewardModel(nn.Module):
         if self.pooling == "mean":
             tokens = hidden.index_select(0, batch.token_index)
             total = tokens.new_zeros(batch.num_completions, tokens.shape[1])
-            picked = total.index_add(0, batch.completion_index, tokens) / batch.lengths[:, None].to(
-                tokens.dtype
-            )
+            picked = total.index_add(0, batch.completion_index, tokens) / batch.lengths[:, None].to(tokens.dtype)
         else:
             picked = hidden.index_select(0, batch.last_index)
         scores = sequence_head(self.model)(picked).squeeze(-1)
@@ -125,9 +123,7 @@ class ActorCritic(nn.Module):
 def shared_storage(one: nn.Module, other: nn.Module) -> list[str]:
     """Names of parameters of `other` that live in the same memory as a parameter of `one`."""
     mine = {parameter.untyped_storage().data_ptr() for parameter in one.parameters() if parameter.numel()}
-    return [
-        name for name, parameter in other.named_parameters() if parameter.untyped_storage().data_ptr() in mine
-    ]
+    return [name for name, parameter in other.named_parameters() if parameter.untyped_storage().data_ptr() in mine]
 
 
 def assert_independent(policy: nn.Module, frozen: nn.Module) -> None:

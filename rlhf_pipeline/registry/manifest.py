@@ -119,8 +119,7 @@ def parse_manifest(text: str, where: str) -> Manifest:
         return Manifest.model_validate(fields)
     except ValidationError as error:
         faults = "; ".join(
-            f"{'.'.join(str(part) for part in fault['loc']) or 'top level'}: {fault['msg']}"
-            for fault in error.errors()
+            f"{'.'.join(str(part) for part in fault['loc']) or 'top level'}: {fault['msg']}" for fault in error.errors()
         )
     except ValueError as error:
         faults = str(error)

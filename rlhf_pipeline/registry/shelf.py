@@ -83,8 +83,7 @@ class Shelf:
         fields = {"code": code_state(), "environment": environment(), **fields}
         fields["created"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         fields["parents"] = {
-            role: parent.parent if isinstance(parent, Resolved) else parent
-            for role, parent in (parents or {}).items()
+            role: parent.parent if isinstance(parent, Resolved) else parent for role, parent in (parents or {}).items()
         }
         with storage.staging(self.base, name) as staged:
             write(staged)

@@ -92,9 +92,7 @@ class Registry:
         numbers = self.data.numbers(name)
         if not numbers or reference.alias or reference.step is not None:
             hint = did_you_mean(name or text, self.data.names()) or "rlhf data list shows what there is"
-            raise UnknownReference(
-                f"no collected data {text!r} in {self.data.base}; expected NAME or NAME@vN; {hint}"
-            )
+            raise UnknownReference(f"no collected data {text!r} in {self.data.base}; expected NAME or NAME@vN; {hint}")
         version = numbers[-1] if reference.version is None else reference.version
         if version not in numbers:
             raise UnknownReference(f"{name} (collected data) has no version v{version}; {_said(numbers)}")
@@ -252,9 +250,7 @@ class Registry:
             aliases = self.models.aliases(name)
             what = f"version v{version}" if alias is None else f"alias {alias!r}"
             hint = "" if alias is None else did_you_mean(alias, aliases)
-            raise UnknownReference(
-                "; ".join(filter(None, [f"{name} has no {what}", _said(numbers, aliases), hint]))
-            )
+            raise UnknownReference("; ".join(filter(None, [f"{name} has no {what}", _said(numbers, aliases), hint])))
         path = self.models.folder(name, version)
         manifest = read_manifest(path)
         if step is not None:
@@ -270,8 +266,7 @@ class Registry:
         if not hint:
             hint = f"there are {', '.join(names[:10])}" if names else "the registry has no models yet"
         return UnknownReference(
-            f"no model {reference.text!r}: not in {self.models.base}, not a folder, "
-            f"and not a hub id (org/name); {hint}"
+            f"no model {reference.text!r}: not in {self.models.base}, not a folder, and not a hub id (org/name); {hint}"
         )
 
 

@@ -51,9 +51,7 @@ def estimate(
     Whitening the rewards (variance only) adds a constant to every token's KL term and so moves the optimum;
     whitening the advantages only changes the step's scale.
     """
-    rewards = token_rewards(
-        rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coef=kl_coef
-    )
+    rewards = token_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coef=kl_coef)
     if whiten_rewards:
         rewards = whiten(rewards, rollout.mask, shift_mean=False, reduce=reduce)
     advantages, returns = gae(rewards, rollout.values, rollout.mask, gamma=gamma, lam=lam)

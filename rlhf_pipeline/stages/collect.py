@@ -80,9 +80,7 @@ def prompts_by_split(
     """Every distinct prompt with the split it belongs to."""
     prompts: list[tuple[Example, str]] = []
     reports: tuple = ()
-    for split in config.splits or sorted(
-        set(assign_splits(found.records, config.split_fractions, found.source))
-    ):
+    for split in config.splits or sorted(set(assign_splits(found.records, config.split_fractions, found.source))):
         loaded = examples_of(
             found,
             kind="prompt",
@@ -97,9 +95,7 @@ def prompts_by_split(
     return prompts, reports
 
 
-def run_collect(
-    config: Any, home: Path, *, notes: Sequence[str] = (), quiet: bool = False, **_options
-) -> StageResult:
+def run_collect(config: Any, home: Path, *, notes: Sequence[str] = (), quiet: bool = False, **_options) -> StageResult:
     """Sample, judge, label and publish `num` records; those whose two responses are identical say nothing."""
 
     def say(text: str) -> None:
@@ -178,7 +174,5 @@ def run_collect(
         metrics=metrics,
         cost=cost,
     )
-    say(
-        f"published {published.label}: {len(records)} records, {dropped['identical_pair']} identical pairs left out"
-    )
+    say(f"published {published.label}: {len(records)} records, {dropped['identical_pair']} identical pairs left out")
     return StageResult("collect", published.label, str(published.path), "", metrics, cost)

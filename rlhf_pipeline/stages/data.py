@@ -30,9 +30,7 @@ class StageData:
         config: a training config. home: where collected data lie. say: takes a line for the log.
     """
 
-    def __init__(
-        self, config: Any, home: Path, say: Callable[[str], None], *, default_part: str | None = None
-    ):
+    def __init__(self, config: Any, home: Path, say: Callable[[str], None], *, default_part: str | None = None):
         self.config, self.home, self.say = config, home, say
         self.default_part = default_part
         self._read: RecordSet | None = None

@@ -108,9 +108,7 @@ def run_dpo(config: Any, home: Path, **options) -> StageResult:
 
         # 2. The pairs, and what the reference thinks of them.
         data = StageData(config, run.registry.home, run.log.say)
-        examples, reports = data.split(
-            "pair", config.dataset_train_split, tokenizer, limit=config.max_train_samples
-        )
+        examples, reports = data.split("pair", config.dataset_train_split, tokenizer, limit=config.max_train_samples)
         held_out, _ = data.split("pair", config.dataset_test_split, tokenizer, required=False)
         eval_options = {
             "batch_size": config.per_device_eval_batch_size,
@@ -125,9 +123,7 @@ def run_dpo(config: Any, home: Path, **options) -> StageResult:
             if config.precompute_ref_log_probs:
                 found = cached_logprobs(frozen, examples, cache, key, **eval_options)
                 reference = found.logprobs
-                run.log.say(
-                    f"reference log-probabilities: {'from the cache' if found.hit else 'computed and cached'}"
-                )
+                run.log.say(f"reference log-probabilities: {'from the cache' if found.hit else 'computed and cached'}")
                 # On the bill whether or not an earlier run has paid it: the cost of an arm must not depend on luck.
                 shape = ModelShape.of(frozen.model)
                 run.meter.flops += found.flops(shape, examples) if run.checkpoint is None else 0.0
@@ -141,9 +137,7 @@ def run_dpo(config: Any, home: Path, **options) -> StageResult:
         def evaluate() -> dict[str, float]:
             if not held_out:
                 return {}
-            return implicit_reward_metrics(
-                policy, held_out_reference, held_out, beta=config.beta, **eval_options
-            )
+            return implicit_reward_metrics(policy, held_out_reference, held_out, beta=config.beta, **eval_options)
 
         plan = Plan(
             windows,

@@ -47,9 +47,7 @@ def ppo_step(
             meter.train(shapes[name], batch)
     width = mask.shape[1]
     logprobs, values = batch.padded(scores.logprobs, width), batch.padded(scores.values, width)
-    policy = clipped_policy_loss(
-        logprobs, micro_batch.old_logprobs, micro_batch.advantages, mask, cliprange=cliprange
-    )
+    policy = clipped_policy_loss(logprobs, micro_batch.old_logprobs, micro_batch.advantages, mask, cliprange=cliprange)
     value_loss, value_clipped = clipped_value_loss(
         values, micro_batch.old_values, micro_batch.returns, mask, cliprange_value=cliprange_value
     )
@@ -90,9 +88,7 @@ def stop_id_of(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
         return tokenizer.eos_token_id
     found = tokenizer.get_vocab().get(config.stop_token)
     if found is None:
-        raise ConfigError(
-            Fault("stop_token", f"{config.stop_token!r} is not a token of the policy's tokenizer")
-        )
+        raise ConfigError(Fault("stop_token", f"{config.stop_token!r} is not a token of the policy's tokenizer"))
     return found
 
 
@@ -125,9 +121,7 @@ def settings_of(config: Any, tokenizer: PreTrainedTokenizerBase, ranks: int) -> 
     )
 
 
-def load_rewards(
-    run: Run, policy: Any, tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[float, LoadedReward]]:
+def load_rewards(run: Run, policy: Any, tokenizer: PreTrainedTokenizerBase) -> list[tuple[float, LoadedReward]]:
     """All reward sources of the config with their weights."""
     config = run.config
     return [
@@ -176,9 +170,7 @@ def run_ppo(config: Any, home: Path, **options) -> StageResult:
 
         # 2. Prompts.
         data = StageData(config, run.registry.home, run.log.say, default_part="prompts")
-        prompts, reports = data.split(
-            "prompt", config.dataset_train_split, tokenizer, limit=config.max_train_samples
-        )
+        prompts, reports = data.split("prompt", config.dataset_train_split, tokenizer, limit=config.max_train_samples)
 
         # 3. Train.
         shapes = {"actor": ModelShape.of(actor.model), "reference": ModelShape.of(reference.model)}

@@ -122,9 +122,7 @@ def evaluate_pairs(
     return metrics
 
 
-def center(
-    run: Run, model: RewardModel, parent: Resolved, examples: Sequence[Example], tokenizer: Any
-) -> float:
+def center(run: Run, model: RewardModel, parent: Resolved, examples: Sequence[Example], tokenizer: Any) -> float:
     """Store the shift that makes the parent's samples (or the chosen responses) score 0 on average."""
     config = run.config
     options = {
@@ -156,9 +154,7 @@ def center(
         scores = score_examples(model, sampled, **options)
         mean = sum(row[0] for row in scores) / count
         shape = ModelShape.of(policy.model)
-        run.meter.generate(
-            shape, [len(e.prompt_ids) for e in sampled], [len(e.completions[0]) for e in sampled]
-        )
+        run.meter.generate(shape, [len(e.prompt_ids) for e in sampled], [len(e.completions[0]) for e in sampled])
     store_reward_shift(model.model, mean)
     return mean
 
@@ -183,15 +179,11 @@ def run_reward(config: Any, home: Path, **options) -> StageResult:
         ).to(run.device)
         model = read_reward_model(network).train()
         if config.score_pooling == "mean":
-            run.log.say(
-                "score_pooling mean: plain transformers reads the last token only and scores differently"
-            )
+            run.log.say("score_pooling mean: plain transformers reads the last token only and scores differently")
 
         # 2. The pairs.
         data = StageData(config, run.registry.home, run.log.say)
-        examples, reports = data.split(
-            "pair", config.dataset_train_split, tokenizer, limit=config.max_train_samples
-        )
+        examples, reports = data.split("pair", config.dataset_train_split, tokenizer, limit=config.max_train_samples)
         held_out, _ = data.split("pair", config.dataset_test_split, tokenizer, required=False)
 
         # 3. Train.
@@ -240,7 +232,9 @@ def run_reward(config: Any, home: Path, **options) -> StageResult:
 def describe_quality(run: Run, metrics: dict[str, Any]) -> None:
     """Say how the reward model stands against its baselines; one that beats neither is no reward model."""
     best = max(metrics["baselines"].items(), key=lambda item: item[1]["accuracy"])
-    line = f"held-out accuracy {metrics['accuracy']:.3f} [{metrics['accuracy_low']:.3f}, {metrics['accuracy_high']:.3f}]"
+    line = (
+        f"held-out accuracy {metrics['accuracy']:.3f} [{metrics['accuracy_low']:.3f}, {metrics['accuracy_high']:.3f}]"
+    )
     if "bayes_accuracy" in metrics:
         line += f", ceiling of the labels {metrics['bayes_accuracy']:.3f}"
     for name, value in metrics["baselines"].items():

@@ -128,9 +128,7 @@ def run_sft(config: Any, home: Path, **options) -> StageResult:
             if not held_out:
                 return {}
             batch_size = config.per_device_eval_batch_size
-            return mean_nll(
-                policy, held_out, batch_size=batch_size, pad_id=tokenizer.pad_token_id, device=run.device
-            )
+            return mean_nll(policy, held_out, batch_size=batch_size, pad_id=tokenizer.pad_token_id, device=run.device)
 
         plan = Plan(
             windows,

@@ -109,8 +109,7 @@ def save_checkpoint(
         "scheduler": {key: value for key, value in scheduler.state_dict().items() if key != "lr_lambdas"},
         "extra": extra,
         "files": {
-            name: {"size": (temporary / name).stat().st_size, "sha256": _digest(temporary / name)}
-            for name in FILES
+            name: {"size": (temporary / name).stat().st_size, "sha256": _digest(temporary / name)} for name in FILES
         },
     }
     (temporary / "state.json").write_text(json.dumps(state))
@@ -177,9 +176,7 @@ def restore(
         model.load_state_dict(weights)
     except RuntimeError as error:
         first_lines = " ".join(str(error).split())[:200]
-        raise MismatchError(
-            f"{checkpoint.directory}: not a checkpoint of this model: {first_lines}"
-        ) from error
+        raise MismatchError(f"{checkpoint.directory}: not a checkpoint of this model: {first_lines}") from error
     entries: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in load_file(checkpoint.directory / FILES[1]).items():
         index, name = key.split(".", 1)

@@ -33,9 +33,7 @@ class ModelShape:
         heads = getattr(config, "num_attention_heads", 1)
         width = (getattr(config, "head_dim", None) or config.hidden_size // heads) * heads
         output = model.get_output_embeddings() if head and hasattr(model, "get_output_embeddings") else None
-        return ModelShape(
-            matmul, output.weight.numel() if output is not None else 0, config.num_hidden_layers * width
-        )
+        return ModelShape(matmul, output.weight.numel() if output is not None else 0, config.num_hidden_layers * width)
 
     def forward_flops(self, tokens: int, context_tokens: int, head_tokens: int) -> float:
         """FLOPs of a forward pass: 2 N_matmul tokens + 4 layers d_attn sum(context) + 2 N_head head_tokens.
@@ -43,9 +41,7 @@ class ModelShape:
         Source: Kaplan et al. 2020, table 1, with the attention term counted over the context really attended to
         and the output head only where it is computed.
         """
-        return (
-            2.0 * self.matmul * tokens + 4.0 * self.attention * context_tokens + 2.0 * self.head * head_tokens
-        )
+        return 2.0 * self.matmul * tokens + 4.0 * self.attention * context_tokens + 2.0 * self.head * head_tokens
 
     def batch_flops(self, batch: PackedBatch) -> float:
         """FLOPs of a forward pass over a packed batch."""

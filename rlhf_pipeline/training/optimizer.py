@@ -33,9 +33,7 @@ def resolve_warmup(warmup_steps: float, total: int) -> int:
     return round(warmup_steps * total) if 0 < warmup_steps < 1 else int(warmup_steps)
 
 
-def make_scheduler(
-    optimizer: torch.optim.Optimizer, name: str, *, warmup_steps: float, total: int
-) -> LambdaLR:
+def make_scheduler(optimizer: torch.optim.Optimizer, name: str, *, warmup_steps: float, total: int) -> LambdaLR:
     """The schedule of transformers with this name, over `total` steps."""
     from transformers import get_scheduler
 

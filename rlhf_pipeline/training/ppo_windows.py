@@ -120,9 +120,7 @@ class RolloutCollector:
                 module=module,
             )
             prompt_lengths = [len(example.prompt_ids) for example in sampled]
-            self.meter.generate(
-                self.shapes["actor"], prompt_lengths, [len(e.completions[0]) for e in sampled]
-            )
+            self.meter.generate(self.shapes["actor"], prompt_lengths, [len(e.completions[0]) for e in sampled])
         # 2. Cut into minibatches; the first epoch's micro-batches are packed once, scored, and trained on.
         shuffle = self._generator(update, 1)
         epochs = [self._minibatches(sampled, shuffle) for _ in range(s.num_ppo_epochs)]
@@ -137,9 +135,7 @@ class RolloutCollector:
         with self.meter.part("update"):
             for epoch, minibatches in enumerate(epochs):
                 for number, minibatch in enumerate(minibatches):
-                    packed = (
-                        first[number] if epoch == 0 else [self._pack(sampled, micro) for micro in minibatch]
-                    )
+                    packed = first[number] if epoch == 0 else [self._pack(sampled, micro) for micro in minibatch]
                     opening = epoch == 0 and number == 0
                     last = epoch == s.num_ppo_epochs - 1 and number == len(minibatches) - 1
                     window = self._window(minibatch, packed, rollout, estimates, opening, last)
@@ -249,9 +245,7 @@ class RolloutCollector:
             )
             tokens += batch.num_tokens
             sequences += len(rows)
-        sums = self.reduce(
-            torch.tensor([tokens, sequences, len(batches)], dtype=torch.float64, device=self.device)
-        )
+        sums = self.reduce(torch.tensor([tokens, sequences, len(batches)], dtype=torch.float64, device=self.device))
         total_tokens, total_sequences, total_batches = sums.tolist()
         counts = {
             "tokens": total_tokens,

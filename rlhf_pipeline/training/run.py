@@ -149,9 +149,7 @@ def open_run(
         log.rewind(checkpoint.step if checkpoint else 0)
         run = Run(stage, config, digest, Registry(home), directory, accelerator, log, checkpoint)
         run.meter.started = started
-        log.say(
-            f"{stage}: run {run.id}, {accelerator.device}, {torch.get_num_threads()} threads, seed {config.seed}"
-        )
+        log.say(f"{stage}: run {run.id}, {accelerator.device}, {torch.get_num_threads()} threads, seed {config.seed}")
         with _signals(run):
             yield run
     finally:
@@ -169,9 +167,7 @@ def _signals(run: Run):
         if run.stopped_by is not None:
             os._exit(128 + number)
         run.stopped_by = number
-        run.log.say(
-            f"signal {number}: finishing this update, then writing a checkpoint (again to stop at once)"
-        )
+        run.log.say(f"signal {number}: finishing this update, then writing a checkpoint (again to stop at once)")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -68,9 +68,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
     )
-    scheduler = make_scheduler(
-        optimizer, config.lr_scheduler_type, warmup_steps=config.warmup_steps, total=plan.total
-    )
+    scheduler = make_scheduler(optimizer, config.lr_scheduler_type, warmup_steps=config.warmup_steps, total=plan.total)
     start = 0
     if run.checkpoint is not None:
         extra = restore(run.checkpoint, model=model, optimizer=optimizer, scheduler=scheduler)

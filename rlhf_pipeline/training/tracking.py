@@ -108,9 +108,7 @@ class RunLog:
         elif due and not self.quiet and self._heartbeat(step):
             rate = (step - self._first) / max(time.perf_counter() - self._started, 1e-9)
             left = (self.total - step) / max(rate, 1e-9)
-            console.print(
-                f"{self.title} {step}/{self.total}  {rate:.3g}/s  {left:.0f} s left  {line}", markup=False
-            )
+            console.print(f"{self.title} {step}/{self.total}  {rate:.3g}/s  {left:.0f} s left  {line}", markup=False)
 
     def _heartbeat(self, step: int) -> bool:
         """Without a terminal about twenty lines a run are enough."""

@@ -98,16 +98,12 @@ def test_tokenizers_from_scratch_that_do_not_exist(faults, tokenizer):
 
 def test_a_model_from_scratch_needs_a_type_a_tokenizer_and_positions(faults):
     scratch = {"model_name_or_path": None, "tokenizer_init": "world"}
-    assert (
-        faults("sft", **scratch, model_init={"hidden_size": 64})["model_init"].fix == "add model_type: llama"
-    )
+    assert faults("sft", **scratch, model_init={"hidden_size": 64})["model_init"].fix == "add model_type: llama"
     refused = faults("sft", model_name_or_path=None, model_init={"model_type": "llama"})
     assert refused["tokenizer_init"].found == "missing"
     init = {"model_type": "llama", "max_position_embeddings": 30}
     refused = faults("sft", **scratch, model_init=init, max_length=31)
-    assert (
-        refused["model_init.max_position_embeddings"].found == "30 positions for sequences of up to 31 tokens"
-    )
+    assert refused["model_init.max_position_embeddings"].found == "30 positions for sequences of up to 31 tokens"
 
 
 def test_the_divisors_of_a_minibatch_are_named(faults):

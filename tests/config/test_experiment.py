@@ -249,9 +249,7 @@ def test_a_stage_without_a_file_and_an_experiment_without_a_comparison(write):
     experiment = load_experiment(path)
     assert (experiment.stages[0].config.beta, experiment.stages[0].config_path) == (2, None)
     assert (experiment.compare, experiment.seeds) == (None, ())
-    assert refused(path, "compare.samples=3") == [
-        "override compare.samples=3: the experiment has no compare section"
-    ]
+    assert refused(path, "compare.samples=3") == ["override compare.samples=3: the experiment has no compare section"]
 
 
 def test_a_missing_experiment_is_one_fault(tmp_path):

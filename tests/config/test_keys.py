@@ -48,10 +48,7 @@ def test_an_override_by_alias_wins_over_the_canonical_key_of_the_file(valid):
 
 @pytest.mark.parametrize("ratio", [1, 1.5, -0.1, "x", True])
 def test_a_warmup_ratio_is_a_fraction(faults, ratio):
-    assert (
-        faults("sft", warmup_ratio=ratio)["warmup_ratio"].expected
-        == "a fraction of all steps, 0 <= ratio < 1"
-    )
+    assert faults("sft", warmup_ratio=ratio)["warmup_ratio"].expected == "a fraction of all steps, 0 <= ratio < 1"
 
 
 def test_max_new_tokens_is_a_key_of_evaluate_itself(load):
@@ -91,9 +88,7 @@ def test_keys_of_later_versions_are_refused_by_name(faults, stage, key, value):
 def test_keys_of_later_versions_may_say_off(valid, key):
     for stage in LATER[key].stages:
         for neutral in LATER[key].neutral:
-            load_config(
-                stage, None, extra={**valid[stage], key: neutral} if neutral is not None else valid[stage]
-            )
+            load_config(stage, None, extra={**valid[stage], key: neutral} if neutral is not None else valid[stage])
 
 
 def test_an_override_can_turn_a_later_key_off_again(valid):

@@ -19,9 +19,7 @@ def refused(*args, **kwargs) -> list[str]:
 
 def test_file_then_extra_then_overrides(write):
     path = write("dpo.yaml", DPO)
-    config = load_config(
-        "dpo", path, ["beta=.4", "seed=3"], extra={"seed": 2, "model_name_or_path": "sft@v2"}
-    ).config
+    config = load_config("dpo", path, ["beta=.4", "seed=3"], extra={"seed": 2, "model_name_or_path": "sft@v2"}).config
     assert (config.beta, config.seed, config.model_name_or_path, config.dataset_name) == (
         0.4,
         3,
@@ -39,9 +37,7 @@ def test_overrides_reach_into_mappings_and_lists(load, valid):
     config = load_config("dpo", None, overrides, extra=valid["dpo"]).config
     assert config.split_fractions == {"train": 0.7, "judge": 0.08, "validation": 0.04, "test": 0.18}
     overrides = {"model_init.model_type": "llama", "tokenizer_init": "world", "model_name_or_path": None}
-    assert load_config("sft", None, overrides, extra=valid["sft"]).config.model_init == {
-        "model_type": "llama"
-    }
+    assert load_config("sft", None, overrides, extra=valid["sft"]).config.model_init == {"model_type": "llama"}
 
 
 def test_an_override_inside_does_not_change_the_defaults(valid):

@@ -49,9 +49,7 @@ def test_given_two_lengths_the_third_follows(given, expected):
     assert resolve_lengths(*given) == Lengths(*expected)
 
 
-@pytest.mark.parametrize(
-    "given", [(11, 20, 30), (None, None, 1), (1024, None, None), (None, 31, 31), (40, None, 31)]
-)
+@pytest.mark.parametrize("given", [(11, 20, 30), (None, None, 1), (1024, None, None), (None, 31, 31), (40, None, 31)])
 def test_lengths_that_contradict_each_other(given):
     with pytest.raises(ConfigError):
         resolve_lengths(*given)
@@ -82,9 +80,7 @@ def test_eval_steps_imply_the_strategy_and_default_to_logging_steps(load):
 
 @pytest.mark.parametrize("tokenizer", ["world", "world:verdicts", {"type": "world"}])
 def test_the_world_tokenizer_by_all_its_names(load, tokenizer):
-    config = load(
-        "sft", model_name_or_path=None, model_init={"model_type": "llama"}, tokenizer_init=tokenizer
-    )
+    config = load("sft", model_name_or_path=None, model_init={"model_type": "llama"}, tokenizer_init=tokenizer)
     assert config.tokenizer_init == {"type": "world"}
 
 
@@ -93,9 +89,7 @@ def test_snapshots_every_n_steps_or_at_steps(load, value):
     assert load("sft", snapshot_steps=value).snapshot_steps == (5 if value == 5 else (2, 4))
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"), [("1,4,16", (1, 4, 16)), (4, (4,)), ([1, 2], (1, 2)), ([], ())]
-)
+@pytest.mark.parametrize(("value", "expected"), [("1,4,16", (1, 4, 16)), (4, (4,)), ([1, 2], (1, 2)), ([], ())])
 def test_best_of_as_a_list_or_as_text(load, value, expected):
     assert load("evaluate", best_of=value).best_of == expected
 

@@ -50,9 +50,7 @@ def test_a_value_that_is_not_yaml_is_refused():
 
 
 def test_lines_of_keys_inside_mappings_and_lists(write):
-    path = write(
-        "a.yaml", "# comment\nseed: 1\nouter:\n  inner: 2\nitems:\n  - {source: x,\n     weight: 2}\n"
-    )
+    path = write("a.yaml", "# comment\nseed: 1\nouter:\n  inner: 2\nitems:\n  - {source: x,\n     weight: 2}\n")
     document = read_document(path)
     assert document.values == {"seed": 1, "outer": {"inner": 2}, "items": [{"source": "x", "weight": 2}]}
     assert document.where(("seed",)) == f"{path}:2: seed"

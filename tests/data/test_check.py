@@ -54,9 +54,7 @@ def test_ties_of_rankings_are_counted(jsonl):
 def test_a_preview_shows_records_as_they_were_understood(jsonl):
     first, second = preview(jsonl(*ROWS), 2)
     assert first["where"].endswith(":1")
-    assert {
-        name: second[name] for name in ("kind", "split", "prompt", "completions", "label_probability")
-    } == {
+    assert {name: second[name] for name in ("kind", "split", "prompt", "completions", "label_probability")} == {
         "kind": "pair",
         "split": "test",
         "prompt": "a",

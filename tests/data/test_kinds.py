@@ -54,7 +54,5 @@ def test_texts_stay_texts_where_demonstrations_are_asked_for():
 
 
 def test_what_cannot_be_made_is_refused():
-    with pytest.raises(
-        DataError, match="f holds records of kind prompt; expected for this stage: pair, ranking"
-    ):
+    with pytest.raises(DataError, match="f holds records of kind prompt; expected for this stage: pair, ranking"):
         as_kind([Record("prompt", "p")], "pair", "f")

@@ -36,9 +36,7 @@ def test_bad_rows_are_skipped_and_counted_on_request(jsonl, letters):
 def test_no_rows_left_is_an_error_also_when_skipping(jsonl, letters):
     with pytest.raises(DataError, match=r"no rows left of 2 \(identical_pair 2\)"):
         read_records(jsonl(*[{**GOOD, "chosen": "b"}] * 2), skip_bad_rows=True)
-    with pytest.raises(
-        DataError, match=r"no example left of 1 rows \(completion_too_long 1\).*at most 4 tokens"
-    ):
+    with pytest.raises(DataError, match=r"no example left of 1 rows \(completion_too_long 1\).*at most 4 tokens"):
         load(jsonl({**GOOD, "chosen": "aaaaa"}), letters)
     with pytest.raises(DataError, match="no row can be read"):
         read_records(jsonl("{"), skip_bad_rows=True)
@@ -98,9 +96,8 @@ def test_the_world_is_loaded_by_its_own_ids():
 def test_the_faults_of_the_hh_file_are_named_and_counted(hh_file):
     with pytest.raises(DataError) as caught:
         read_records(hh_file)
-    assert (
-        "53 of 2312 rows cannot be used (empty_completion 4, no_assistant_turn 48, prompts_differ 5)"
-        in str(caught.value.faults[0])
+    assert "53 of 2312 rows cannot be used (empty_completion 4, no_assistant_turn 48, prompts_differ 5)" in str(
+        caught.value.faults[0]
     )
 
 

@@ -72,9 +72,7 @@ def test_a_broken_json_array_is_refused(tmp_path, text):
 
 def test_csv_reads_lists_and_flags_and_counts_lines_within_quotes(tmp_path):
     path = tmp_path / "rows.csv"
-    path.write_text(
-        'prompt,completions,scores,ended\n"two\nlines","[""a"", ""b""]","[1, 2]",true\nb,,,\nc,d\n'
-    )
+    path.write_text('prompt,completions,scores,ended\n"two\nlines","[""a"", ""b""]","[1, 2]",true\nb,,,\nc,d\n')
     source = read_source(str(path))
     assert places(source) == ["rows.csv:2", "rows.csv:4", "rows.csv:5"]
     first, second, third = values(source)

@@ -37,9 +37,7 @@ def test_carried_splits_win_where_there_is_more_than_one():
 
 def test_splits_that_are_not_there_are_named():
     hashed = [Record("prompt", "abc")]
-    with pytest.raises(
-        DataError, match=r"f: no split 'tests'; expected there are train, .* did you mean 'test'"
-    ):
+    with pytest.raises(DataError, match=r"f: no split 'tests'; expected there are train, .* did you mean 'test'"):
         in_split(hashed, "tests", source="f")
     with pytest.raises(DataError, match="split 'test' is empty"):
         in_split(hashed, "test")

@@ -132,8 +132,7 @@ def test_an_example_knows_its_texts_its_prompt_and_its_label(letters, pair):
 
 def test_messages_go_through_the_chat_template(chat):
     user, bot, other = (
-        {"role": role, "content": text}
-        for role, text in (("user", "b"), ("assistant", "a"), ("assistant", "d"))
+        {"role": role, "content": text} for role, text in (("user", "b"), ("assistant", "a"), ("assistant", "d"))
     )
     record = Record("pair", (user,), ((bot,), (other,)), (True, False))
     assert ids(record, chat) == ([A, B, D], [[A, EOS], [D]])

@@ -22,9 +22,7 @@ def model():
             for place in [folder, *(folder / "snapshots" / f"step-{step}" for step in steps)]:
                 place.mkdir(parents=True, exist_ok=True)
                 (place / "config.json").write_text(json.dumps({"architectures": [architecture]}))
-                (place / "model.safetensors").write_text(
-                    weights if place == folder else f"{weights} {place.name}"
-                )
+                (place / "model.safetensors").write_text(weights if place == folder else f"{weights} {place.name}")
 
         return write
 

@@ -8,9 +8,7 @@ from rlhf_pipeline.registry.manifest import build_manifest
 
 def card(**fields):
     files = {"model.safetensors": {"size": 3, "sha256": "a" * 64}}
-    return model_card(
-        build_manifest(**{"name": "demo", "version": 2, "stage": "sft", "files": files, **fields})
-    )
+    return model_card(build_manifest(**{"name": "demo", "version": 2, "stage": "sft", "files": files, **fields}))
 
 
 def test_escaping_keeps_text_on_its_line_and_out_of_the_markup():
@@ -35,9 +33,7 @@ def test_front_matter_is_yaml_with_hub_bases_alone():
 def test_tables_hold_parents_data_and_metrics():
     text = card(
         parents={"policy": {"ref": "sft@v1", "digest": "0123456789abcdef"}},
-        data=[
-            {"source": "a|b.jsonl", "split": "train", "digest": "d" * 64, "rows": 5, "dropped": {"null": 2}}
-        ],
+        data=[{"source": "a|b.jsonl", "split": "train", "digest": "d" * 64, "rows": 5, "dropped": {"null": 2}}],
         metrics={"test": {"accuracy": 0.5}, "none": None},
     )
     assert "| policy | sft@v1 | 0123456789ab |" in text

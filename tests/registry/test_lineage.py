@@ -46,9 +46,7 @@ def test_removed_and_changed_parents_are_marked(registry, model, tmp_path):
     demo(registry, model)
     model("folder")(tmp_path)
     folder = registry.resolve(tmp_path)
-    registry.publish(
-        "dpo", "dpo", model("d"), parents={"policy": registry.resolve("sft"), "reference": folder}
-    )
+    registry.publish("dpo", "dpo", model("d"), parents={"policy": registry.resolve("sft"), "reference": folder})
     registry.remove("sft", force=True)
     (tmp_path / "model.safetensors").write_text("other")
     shutil.rmtree(registry.home / "data")

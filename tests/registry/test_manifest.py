@@ -38,9 +38,7 @@ def test_round_trip_keeps_every_field():
 
 
 def test_values_become_strict_json():
-    assert plain(
-        {1: (float("nan"), np.float32(0.5), np.arange(2)), "inf": float("inf"), "s": {"b", "a"}}
-    ) == {
+    assert plain({1: (float("nan"), np.float32(0.5), np.arange(2)), "inf": float("inf"), "s": {"b", "a"}}) == {
         "1": [None, 0.5, [0, 1]],
         "inf": None,
         "s": ["a", "b"],

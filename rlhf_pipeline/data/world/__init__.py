@@ -58,9 +58,7 @@ def records(config: str | None = None) -> list[Record]:
     """
     config = config or "demonstrations"
     if config not in CONFIGS:
-        raise ConfigError(
-            Fault(f"dataset_config: {config}", f"{NAME} has no such part", " or ".join(CONFIGS))
-        )
+        raise ConfigError(Fault(f"dataset_config: {config}", f"{NAME} has no such part", " or ".join(CONFIGS)))
     rows = []
     for (genre, aspect), split in SPLITS.items():
         text = prompt_text(genre, aspect)

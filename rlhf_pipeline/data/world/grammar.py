@@ -26,9 +26,7 @@ SHAPES = {"A": 0.32, "MA": 0.32, "A&A": 0.16, "MA&A": 0.07, "A&MA": 0.07, "noise
 _RESPONSE_WORDS = [TOKEN_ID[word] for word in (*MODIFIERS, CONJUNCTION, *ADJECTIVES)]
 
 
-def _completion(
-    rng: np.random.Generator, shape: str, adjective_weights: np.ndarray
-) -> tuple[list[int], bool]:
+def _completion(rng: np.random.Generator, shape: str, adjective_weights: np.ndarray) -> tuple[list[int], bool]:
     if shape == "noise":
         words = [int(word) for word in rng.choice(_RESPONSE_WORDS, size=rng.integers(0, RESPONSE_LENGTH + 1))]
     else:
@@ -45,9 +43,7 @@ def _completion(
     return words + [EOS_ID] * ended, ended
 
 
-def demonstrations(
-    genre: str, aspect: str, count: int = PER_PROMPT, seed: int = 0
-) -> list[tuple[list[int], bool]]:
+def demonstrations(genre: str, aspect: str, count: int = PER_PROMPT, seed: int = 0) -> list[tuple[list[int], bool]]:
     """Sample `count` completions (token ids, ended) for one prompt; the same ones for the same seed."""
     g, a = GENRES.index(genre), ASPECTS.index(aspect)
     rng = np.random.default_rng([seed, g, a])

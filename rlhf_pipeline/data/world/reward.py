@@ -129,16 +129,12 @@ def true_reward(
     return Verdicts(np.where(well_formed, reward, ILL_FORMED), well_formed)
 
 
-def verdicts(
-    prompts: Sequence[list[int]], completions: Sequence[list[int]], ended: Sequence[bool]
-) -> Verdicts:
+def verdicts(prompts: Sequence[list[int]], completions: Sequence[list[int]], ended: Sequence[bool]) -> Verdicts:
     """Reward of completions (token ids, with their end token where `ended`) of prompts of this world."""
     count = len(prompts)
     parsed = {tuple(ids): parse_prompt(list(ids)) for ids in {tuple(ids) for ids in prompts}}
     pairs = np.array([parsed[tuple(ids)] for ids in prompts], dtype=np.int64).reshape(count, 2)
-    words = np.array(
-        [len(ids) - bool(end) for ids, end in zip(completions, ended, strict=True)], dtype=np.int64
-    )
+    words = np.array([len(ids) - bool(end) for ids, end in zip(completions, ended, strict=True)], dtype=np.int64)
     responses = np.zeros((count, RESPONSE_LENGTH), dtype=np.int64)
     for row, ids in enumerate(completions):
         if len(ids) > RESPONSE_LENGTH:

@@ -66,9 +66,7 @@ def parse_prompt(ids: list[int]) -> tuple[int, int]:
         genre, aspect = words[4], words[1]
         if " ".join(words) == prompt_text(genre, aspect):
             return GENRES.index(genre), ASPECTS.index(aspect)
-    raise DataError(
-        Fault(" ".join(words), "not a prompt of world:verdicts", "'the ASPECT of this GENRE was'")
-    )
+    raise DataError(Fault(" ".join(words), "not a prompt of world:verdicts", "'the ASPECT of this GENRE was'"))
 
 
 def _split(genre: int, aspect: int) -> str:

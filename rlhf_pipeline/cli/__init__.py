@@ -1,0 +1,1 @@
+"""The command line: parse -> validate -> run. Nothing heavy is imported before a command runs."""

@@ -1,0 +1,208 @@
+"""`rlhf data ...`: sources, collected preference data, the built-in world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf_pipeline.cli.options import (
+    ConfigOption,
+    DebugOption,
+    DryRunOption,
+    HomeOption,
+    JsonOption,
+    common_of,
+)
+from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_table, flat_metrics, number
+
+app = typer.Typer(no_args_is_help=True, help="Check, preview, collect, list and export data.")
+
+SourceArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="Hub id, directory, .jsonl[.gz], .json, .csv, .parquet, world:verdicts or collected:NAME.",
+        show_default=False,
+    ),
+]
+PartOption = Annotated[str | None, typer.Option("--dataset-config", help="Configuration of the source.")]
+
+
+@app.command("check")
+def check(
+    context: typer.Context,
+    source: SourceArgument,
+    dataset_config: PartOption = None,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="Model whose tokenizer measures lengths (else characters).")
+    ] = None,
+    home: HomeOption = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Format, faults, splits, duplicates, overlap and lengths of a source; exit 2 when rows are faulty."""
+    common = common_of(context, home, json, debug=debug)
+    from rlhf_pipeline.data.check import check_source
+
+    reader = None
+    if tokenizer is not None:
+        from rlhf_pipeline.data.tokenizers import load_tokenizer
+        from rlhf_pipeline.registry import Registry
+
+        resolved = Registry(common.home_path).resolve(tokenizer)
+        reader = load_tokenizer(resolved.location, revision=resolved.revision)
+    result = check_source(source, config=dataset_config, home=common.home_path, tokenizer=reader)
+    if common.json:
+        emit_json(result)
+    else:
+        emit_table(result["source"], ("what", "value"), flat_metrics(result))
+        faults = result["fault_list"]
+        more = result["faulty_rows"] - len(faults)
+        emit_lines([*faults, *([f"... and {more} more"] if more > 0 else [])])
+    if result["faulty_rows"]:
+        raise typer.Exit(2)
+
+
+@app.command("preview")
+def preview(
+    context: typer.Context,
+    source: SourceArgument,
+    rows: Annotated[int, typer.Option("--rows", "-n", help="How many.", min=1)] = 3,
+    dataset_config: PartOption = None,
+    home: HomeOption = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """The first rows, as they were understood."""
+    common = common_of(context, home, json, debug=debug)
+    from rlhf_pipeline.data.check import preview as first_rows
+
+    found = first_rows(source, rows, config=dataset_config, home=common.home_path)
+    if common.json:
+        emit_json({"source": source, "rows": found})
+        return
+    for row in found:
+        lines = [f"{row['where']}  {row['kind']}" + (f"  split {row['split']}" if row["split"] else "")]
+        if row["prompt"] is not None:
+            lines.append(f"  prompt      {row['prompt']!r}")
+        for completion, ended in zip(row["completions"], row["ended"], strict=True):
+            lines.append(f"  completion  {completion!r}{'' if ended else '  (cut)'}")
+        emit_lines(lines)
+
+
+@app.command("list")
+def list_data(
+    context: typer.Context, home: HomeOption = None, json: JsonOption = False, debug: DebugOption = False
+) -> None:
+    """Collected data sets and the built-in world."""
+    common = common_of(context, home, json, debug=debug)
+    from rlhf_pipeline.registry import Registry
+
+    entries = []
+    for item in Registry(common.home_path).data.all():
+        made = item.manifest
+        parents = {role: parent.ref for role, parent in made.parents.items()} if made else {}
+        entries.append(
+            {
+                "data": f"collected:{item.label}",
+                "records": made.metrics.get("records") if made else None,
+                "judge": made.metrics.get("judge") if made else "damaged",
+                "policy": parents.get("policy"),
+                "created": made.created if made else None,
+                "digest": item.digest,
+                "path": str(item.path),
+            }
+        )
+    if common.json:
+        emit_json({"home": str(common.home_path), "built_in": ["world:verdicts"], "data": entries})
+        return
+    rows = [("world:verdicts", "-", "-", "-", "built in", "-")]
+    for entry in entries:
+        records, digest = number(entry["records"]), (entry["digest"] or "-")[:12]
+        created = entry["created"] or "-"
+        rows.append((entry["data"], records, entry["judge"] or "-", entry["policy"] or "-", created, digest))
+    emit_table(str(common.home_path), ("data", "records", "judge", "policy", "created", "digest"), rows)
+
+
+@app.command("export-world")
+def export_world(
+    context: typer.Context,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty directory.", show_default=False)],
+    home: HomeOption = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write the built-in world as JSONL files (demonstrations, prompts) and its tokenizer."""
+    common = common_of(context, home, json, debug=debug)
+    import json as json_module
+
+    from rlhf_pipeline.data import world
+    from rlhf_pipeline.errors import BadInput
+
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise BadInput(f"{directory}: exists and is not empty; expected a new or empty directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    counts = {}
+    for part in world.CONFIGS:
+        records = world.records(part)
+        counts[part] = len(records)
+        with (directory / f"{part}.jsonl").open("w", encoding="utf-8") as file:
+            for record in records:
+                row = {"prompt": record.prompt, "split": record.split}
+                if record.completions:
+                    row |= {"completion": record.completions[0], "ended": record.ended[0]}
+                file.write(json_module.dumps(row) + "\n")
+    world.tokenizer().save_pretrained(directory / "tokenizer")
+    if common.json:
+        emit_json({"path": str(directory), **counts})
+    else:
+        emit_lines([f"wrote {counts} and the tokenizer to {directory}"])
+
+
+@app.command("collect")
+def collect(
+    context: typer.Context,
+    policy: Annotated[
+        str | None, typer.Argument(metavar="[REF]", help="Policy that responds.", show_default=False)
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides.")] = None,
+    config: ConfigOption = None,
+    prompts: Annotated[str | None, typer.Option("--prompts", help="Source of the prompts.")] = None,
+    k: Annotated[int | None, typer.Option("--k", help="Responses per prompt (2).")] = None,
+    judge: Annotated[str | None, typer.Option("--judge", help="world, a reward model, or module:function.")] = None,
+    num: Annotated[int | None, typer.Option("--num", help="Records to collect.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the data.")] = None,
+    home: HomeOption = None,
+    json: JsonOption = False,
+    dry_run: DryRunOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Sample K responses per prompt from a policy, let a judge label them, publish the pairs."""
+    common = common_of(context, home, json, dry_run, debug)
+    from rlhf_pipeline.config.load import load_config
+
+    words = list(overrides or [])
+    if policy is not None and "=" in policy:
+        words, policy = [policy, *words], None
+    given = {"policy": policy, "prompts": prompts, "k": k, "judge": judge, "num": num, "output_name": name}
+    extra = {key: value for key, value in given.items() if value is not None}
+    loaded = load_config("collect", config, words, extra=extra)
+    if common.dry_run:
+        from rlhf_pipeline.experiment.estimate import estimate_stage
+
+        estimate = estimate_stage("collect", loaded.config, common.home_path)
+        if common.json:
+            emit_json(estimate)
+        else:
+            emit_table("dry run: nothing was collected", ("what", "value"), flat_metrics(estimate))
+        return
+    from rlhf_pipeline.stages.collect import run_collect
+
+    result = run_collect(loaded.config, common.home_path, notes=loaded.notes)
+    if common.json:
+        emit_json(result.as_dict())
+        return
+    emit_table(f"collected:{result.model}", ("what", "value"), flat_metrics(result.metrics))
+    emit_lines([f"data   collected:{result.model}", f"path   {result.path}"])

@@ -1,0 +1,104 @@
+"""The `rlhf` command: the app, and how errors end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from rlhf_pipeline import __version__
+from rlhf_pipeline.cli import data, evaluate, models, train
+from rlhf_pipeline.cli.options import Common, DebugOption, DryRunOption, HomeOption, JsonOption
+from rlhf_pipeline.errors import RlhfError
+
+app = typer.Typer(
+    name="rlhf",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train a language model by RLHF (SFT, reward model, PPO) and by DPO on the same preference data, and compare.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"rlhf {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    home: HomeOption = None,
+    json: JsonOption = False,
+    dry_run: DryRunOption = False,
+    debug: DebugOption = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options before the subcommand; the same ones work after it."""
+    context.obj = Common(home, json, dry_run, debug)
+
+
+train.register(app)
+evaluate.register(app)
+app.add_typer(models.app, name="models")
+app.add_typer(data.app, name="data")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 done, 1 failed, 2 bad input, 130 / 143 interrupted."""
+    # Progress bars and advice of libraries do not belong into the result; the user's own settings win.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    words = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in words
+    try:
+        result = app(args=words, standalone_mode=False, prog_name="rlhf")
+        return result if isinstance(result, int) else 0
+    except RlhfError as error:
+        if debug:
+            raise
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted before the run had anything to keep", 130)
+    except MemoryError:
+        return _fail("out of memory: lower per_device_train_batch_size or max_length", 1)
+    except Exception as error:
+        # Usage errors of the argument parser know how to show themselves.
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            error.show(file=sys.stderr)
+            return int(error.exit_code)
+        if type(error).__name__ == "Abort":
+            return _fail("aborted", 1)
+        if debug:
+            raise
+        return _unexpected(error)
+
+
+def _unexpected(error: Exception) -> int:
+    if isinstance(error, OSError) and error.errno is not None:
+        place = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{place}{error.strerror or error}; nothing that was registered is damaged", 1)
+    if "OutOfMemory" in type(error).__name__:
+        return _fail("out of accelerator memory: lower per_device_train_batch_size or max_length", 1)
+    return _fail(f"unexpected {type(error).__name__}: {error}; run it again with --debug for the traceback", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    for line in message.splitlines() or [""]:
+        sys.stderr.write(f"error: {line}\n")
+    return code
+
+
+def entry() -> None:
+    """Console script: `main`, then exit with its code."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

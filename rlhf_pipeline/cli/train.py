@@ -1,0 +1,110 @@
+"""`rlhf sft | train-rm | ppo | dpo` and `rlhf run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf_pipeline.cli.options import (
+    Common,
+    ConfigOption,
+    DebugOption,
+    DryRunOption,
+    HomeOption,
+    JsonOption,
+    OverridesArgument,
+    ResumeOption,
+    common_of,
+)
+from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_table, flat_metrics
+
+
+def run_stage(stage: str, config: Path | None, overrides: list[str] | None, common: Common, resume: bool) -> None:
+    """Load the config of a stage, run it, and print its result."""
+    from rlhf_pipeline.config.load import load_config
+
+    loaded = load_config(stage, config, overrides or [])
+    if common.dry_run:
+        from rlhf_pipeline.experiment.estimate import estimate_stage
+
+        _print_estimate(estimate_stage(stage, loaded.config, common.home_path) | {"notes": list(loaded.notes)}, common)
+        return
+    from rlhf_pipeline.experiment.run import stage_function
+
+    result = stage_function(stage)(loaded.config, common.home_path, resume=resume, notes=loaded.notes)
+    if common.json:
+        emit_json(result.as_dict())
+        return
+    rows = [(name, value) for name, value in flat_metrics(result.metrics)]
+    emit_table(f"{stage}: {result.model}", ("metric", "value"), rows)
+    emit_lines([f"model  {result.model}", f"path   {result.path}", f"run    {result.run}"])
+
+
+def _print_estimate(estimate: dict, common: Common) -> None:
+    if common.json:
+        emit_json(estimate)
+        return
+    emit_table("dry run: nothing was trained", ("what", "value"), flat_metrics(estimate))
+
+
+def _command(stage: str, help_text: str):
+    def command(
+        context: typer.Context,
+        overrides: OverridesArgument = None,
+        config: ConfigOption = None,
+        resume: ResumeOption = True,
+        home: HomeOption = None,
+        json: JsonOption = False,
+        dry_run: DryRunOption = False,
+        debug: DebugOption = False,
+    ) -> None:
+        run_stage(stage, config, overrides, common_of(context, home, json, dry_run, debug), resume)
+
+    command.__doc__ = help_text
+    return command
+
+
+def run(
+    context: typer.Context,
+    experiment: Annotated[Path, typer.Argument(help="Experiment YAML.", show_default=False)],
+    overrides: OverridesArgument = None,
+    resume: ResumeOption = True,
+    home: HomeOption = None,
+    json: JsonOption = False,
+    dry_run: DryRunOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Run the stages of an experiment in order, then compare; what is done is skipped."""
+    common = common_of(context, home, json, dry_run, debug)
+    if common.dry_run:
+        from rlhf_pipeline.experiment.estimate import estimate_experiment
+
+        _print_estimate(estimate_experiment(experiment, overrides or [], common.home_path), common)
+        return
+    from rlhf_pipeline.experiment.run import run_experiment
+
+    result = run_experiment(experiment, overrides or [], common.home_path, resume=resume)
+    if common.json:
+        emit_json(result)
+        return
+    if result["comparison"] is not None:
+        from rlhf_pipeline.cli.evaluate import print_comparison
+
+        print_comparison(result["comparison"])
+        return
+    rows = [
+        (name, entry["model"], "done already" if entry["skipped"] else "done")
+        for name, entry in result["stages"].items()
+    ]
+    emit_table(result["experiment"], ("stage", "model", "state"), rows)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the app."""
+    app.command("sft")(_command("sft", "Supervised fine-tuning, or pretraining from random weights."))
+    app.command("train-rm")(_command("train-rm", "Train a reward model on preference pairs."))
+    app.command("ppo")(_command("ppo", "PPO with actor, frozen reference, critic and reward."))
+    app.command("dpo")(_command("dpo", "Direct preference optimisation on preference pairs."))
+    app.command("run")(run)

@@ -1,0 +1,149 @@
+"""What a run would do, without training: `--dry-run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rlhf_pipeline.config.experiment import load_experiment
+from rlhf_pipeline.data.load import read_records
+from rlhf_pipeline.data.splits import in_split
+from rlhf_pipeline.experiment.run import check_inputs, find_done
+from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.registry.roles import check_role
+from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.rollout.rewards import is_function_name, load_function
+from rlhf_pipeline.training.windows import total_steps
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}
+MIB = 2**20
+
+
+def _parameters(resolved: Resolved) -> int | None:
+    """Number of parameters, from the headers of the weight files."""
+    from safetensors import safe_open
+
+    if resolved.path is None:
+        return None
+    count = 0
+    for path in resolved.path.glob("*.safetensors"):
+        with safe_open(path, framework="np") as weights:
+            for name in weights.keys():  # noqa: SIM118 (not a dict)
+                size = 1
+                for dimension in weights.get_slice(name).get_shape():
+                    size *= dimension
+                count += size
+    return count or None
+
+
+def _new_parameters(config: Any) -> int:
+    """Number of parameters of a model from scratch, made without memory."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = dict(config.model_init)
+    vocabulary = config.tokenizer_init.get("vocab_size")
+    if vocabulary is None:
+        from rlhf_pipeline.data.world import VOCABULARY
+
+        vocabulary = len(VOCABULARY)
+    model_config = AutoConfig.for_model(settings.pop("model_type"), **{"vocab_size": vocabulary, **settings})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _training_memory(parameters: int, config: Any, stage: str) -> int:
+    """Bytes of weights, gradients and AdamW's two moments, and of the frozen models; activations come on top."""
+    width = BYTES[config.dtype]
+    trained, frozen = parameters * 4 * width, 0
+    if stage == "dpo":
+        frozen = parameters * width
+    if stage == "ppo":
+        frozen = parameters * width * (2 if config.reward_model_path or config.reward_functions else 1)
+        trained *= 1 if config.value_init == "shared" else 2
+    return trained + frozen
+
+
+def estimate_stage(stage: str, config: Any, home: Path) -> dict[str, Any]:
+    """Resolve the models, read the data and count updates, parameters and memory.
+
+    Raises:
+        BadInput: whatever the run itself would refuse before training.
+    """
+    registry = Registry(home)
+    result: dict[str, Any] = {"stage": stage, "output_name": config.output_name}
+    if stage == "collect":
+        policy = registry.resolve(config.policy)
+        check_role(policy, "policy")
+        part = config.dataset_config or ("prompts" if config.prompts.startswith("world:") else None)
+        found = read_records(config.prompts, config=part, home=home, skip_bad_rows=config.skip_bad_rows)
+        prompts = len({record.prompt_key for record in found.records})
+        return result | {"policy": policy.label, "prompts": prompts, "records": config.num, "responses_each": config.k}
+    parameters = None
+    if config.model_name_or_path is not None:
+        parent = registry.resolve(config.model_name_or_path, revision=config.model_revision)
+        check_role(parent, "policy")
+        result["model"] = parent.label
+        parameters = _parameters(parent)
+    else:
+        parameters = _new_parameters(config)
+    for reward in getattr(config, "rewards", ()):
+        if is_function_name(reward.source):
+            load_function(reward.source)
+        elif reward.source not in ("world", "world:verdicts"):
+            resolved = registry.resolve(reward.source)
+            check_role(resolved, "reward_model")
+            result["reward_model"] = resolved.label
+    rows = _training_rows(stage, config, home)
+    result |= {"rows": rows, "lengths": vars(config.lengths())}
+    if stage == "ppo":
+        result |= {
+            "updates": config.updates,
+            "episodes": config.updates * config.rollout_batch_size,
+            "optimizer_steps": config.updates * config.num_ppo_epochs * config.num_mini_batches,
+        }
+    else:
+        size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        result["optimizer_steps"] = total_steps(rows, size, config.num_train_epochs, config.max_steps)
+    if parameters is not None:
+        result["parameters"] = parameters
+        result["memory_mib_without_activations"] = round(_training_memory(parameters, config, stage) / MIB, 1)
+    return result
+
+
+def _training_rows(stage: str, config: Any, home: Path) -> int:
+    """Rows of the training split, before the length policy; for PPO distinct prompts."""
+    entries = [(e.dataset_name, e.dataset_config) for e in config.datasets or ()]
+    if not entries:
+        part = config.dataset_config
+        if part is None and stage == "ppo" and config.dataset_name.startswith("world:"):
+            part = "prompts"
+        entries = [(config.dataset_name, part)]
+    count = 0
+    for name, part in entries:
+        found = read_records(name, config=part, home=home, skip_bad_rows=config.skip_bad_rows)
+        rows = in_split(found.records, config.dataset_train_split, config.split_fractions, found.source)
+        count += len({record.prompt_key for record in rows}) if stage == "ppo" else len(rows)
+    return min(count, config.max_train_samples or count)
+
+
+def estimate_experiment(path: Path, overrides: list[str], home: Path) -> dict[str, Any]:
+    """Check an experiment as `rlhf run` would, and say which stages are done already.
+
+    Stages behind one that is not done cannot be looked up: their inputs do not exist yet.
+    """
+    registry = Registry(home)
+    experiment = load_experiment(path, overrides, known_models=registry.models.names())
+    check_inputs(experiment, registry)
+    outputs: dict[str, str] = {}
+    stages: dict[str, Any] = {}
+    for spec in experiment.stages:
+        state = f"{spec.stage}: to run"
+        if set(spec.links.values()) <= set(outputs):
+            done = find_done(spec.stage, spec.resolved(outputs), registry)
+            if done is not None:
+                outputs[spec.name] = f"collected:{done.label}" if spec.stage == "collect" else done.label
+                state = f"{spec.stage}: done already, {done.label}"
+        stages[spec.name] = state
+    return {"experiment": experiment.name, "stages": stages}

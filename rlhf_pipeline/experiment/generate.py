@@ -1,0 +1,48 @@
+"""Sample responses of one policy to read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_pipeline.evaluation.sampled import add_score, draw
+from rlhf_pipeline.experiment.subjects import set_up
+from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.rollout.rewards import WorldReward
+from rlhf_pipeline.stages.common import find_model
+from rlhf_pipeline.training.run import make_accelerator
+from rlhf_pipeline.training.tracking import console
+
+
+def run_generate(reference_text: str, config: Any, home: Path, *, texts: Sequence[str] = ()) -> dict[str, Any]:
+    """Responses of a policy to typed prompts, or to those of a source."""
+    registry = Registry(home)
+    device = make_accelerator(config).device
+    resolved = find_model(registry, reference_text, "policy", say=lambda line: console.print(line, markup=False))
+    bench = set_up(
+        registry, config, resolved, device, reference=None, samples=config.samples, say=lambda _: None, texts=texts
+    )
+    samples = draw(bench.policy(resolved), bench.plan)
+    judge = bench.judge or (WorldReward() if bench.knows_truth and config.reward_model else None)
+    if judge is not None:
+        add_score(samples, judge, "score", batch_size=bench.plan.batch_size)
+    scores = iter(samples.values["score"].tolist()) if judge is not None else None
+    responses = []
+    for example in samples.examples:
+        rows = []
+        for ids, ended in zip(example.completions, example.ended, strict=True):
+            text = bench.tokenizer.decode(ids[: len(ids) - int(ended)])
+            row: dict[str, Any] = {"text": text, "ended": ended, "tokens": len(ids)}
+            if scores is not None:
+                row["score"] = next(scores)
+            rows.append(row)
+        prompt = example.prompt_text or bench.tokenizer.decode(example.prompt_ids)
+        responses.append({"prompt": prompt, "responses": rows})
+    return {
+        "model": resolved.label,
+        "temperature": config.temperature,
+        "seed": config.seed,
+        "judge": judge.label if judge is not None else None,
+        "responses": responses,
+    }
