@@ -62,7 +62,7 @@ format: $(STAMP)
 # HH names the preference pairs; each stage reads them through its `dataset_name`.
 hh: $(STAMP)
 	@test -n "$(HH)" || { echo "make hh HH=FILE: a JSONL file (or hub id) with the columns chosen and rejected"; exit 2; }
-	$(BIN)/rlhf run configs/hh/experiment.yaml $(foreach stage,sft reward ppo dpo,"$(stage).dataset_name=$(HH)")
+	$(BIN)/rlhf run configs/hh/experiment.yaml $(foreach stage,base sft reward ppo dpo,"$(stage).dataset_name=$(HH)")
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -150,9 +150,11 @@ def export_world(
         counts[part] = len(records)
         with (directory / f"{part}.jsonl").open("w", encoding="utf-8") as file:
             for record in records:
-                row = {"prompt": record.prompt, "split": record.split}
+                # The token ids stand beside the text: a response of the end token alone has no text.
+                row = {"prompt": record.prompt, "prompt_ids": record.prompt_ids, "split": record.split}
                 if record.completions:
-                    row |= {"completion": record.completions[0], "ended": record.ended[0]}
+                    row |= {"completion": record.completions[0], "completion_ids": record.completion_ids[0]}
+                    row["ended"] = record.ended[0]
                 file.write(json_module.dumps(row) + "\n")
     world.tokenizer().save_pretrained(directory / "tokenizer")
     if common.json:

@@ -44,9 +44,9 @@ BestOfOption = Annotated[
 NAMES = {
     "true_reward": "true reward",
     "score": "RM score",
-    "kl": "KL to reference",
+    "kl": "KL",
     "length": "tokens",
-    "ended": "ended by EOS",
+    "ended": "EOS",
     "well_formed": "well-formed",
     "entropy": "entropy",
 }
@@ -115,9 +115,7 @@ def compare(
     context: typer.Context,
     references: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[REF|KEY=VALUE]...", help="Models to compare; overrides of the config.", show_default=False
-        ),
+        typer.Argument(metavar="[REF|KEY=VALUE]...", help="Models; overrides of the config.", show_default=False),
     ] = None,
     config: ConfigOption = None,
     baseline: Annotated[str | None, typer.Option("--baseline", help="Model to set the arms against.")] = None,
@@ -192,15 +190,16 @@ def _dry_run(what: str, config: Any, models: list[str], common: Any) -> None:
 
 def print_comparison(result: dict[str, Any]) -> None:
     """The table of a comparison, and where its results are."""
-    names = [
-        n for n in ("true_reward", "score", "kl", "well_formed", "ended", "length") if n in result["rows"][0]["metrics"]
-    ]
+    shown = ("true_reward", "score", "kl", "well_formed", "ended", "length")
+    names = [name for name in shown if name in result["rows"][0]["metrics"]]
     primary = result["primary"]
     columns = ["model", *(NAMES[name] for name in names)]
-    columns += [f"win rate vs {result['baseline']}", "gain in sd"] if primary else []
-    columns += ["train s", "TFLOP"]
-    rows = []
+    columns += ["win rate", "gain/sd"] if primary else []
+    rows, costs = [], []
     for row in result["rows"]:
+        if cost := row.get("cost"):
+            counts = (number(int(cost[key])) for key in ("tokens_trained", "tokens_generated", "optimizer_steps"))
+            costs.append((row["name"], number(cost["wall_seconds"], 0), number(cost["flops"] / 1e12, 2), *counts))
         cells = [row["name"]]
         for name in names:
             if name == "kl" and "kl_bound" in row:
@@ -209,16 +208,19 @@ def print_comparison(result: dict[str, Any]) -> None:
                 cells.append(interval(row["metrics"].get(name)))
         if primary:
             cells += [interval(row.get("win_rate")), number(row.get("gain_in_sd"), 2)]
-        cost = row.get("cost") or {}
-        flops = cost.get("flops")
-        cells += [number(cost.get("wall_seconds"), 0), number(flops / 1e12 if flops else None, 2)]
         rows.append(cells)
-    title = f"{result['prompts']} prompts of the split {result['split']!r} x {result['samples']} samples; mean ± 95 %, clustered by prompt"
+    title = (
+        f"{result['name']}: {result['prompts']} prompts of the split {result['split']!r} x {result['samples']} samples"
+    )
     emit_table(title, columns, rows)
+    emit_table("cost", ("model", "seconds", "TFLOP", "tokens trained", "tokens generated", "optimizer steps"), costs)
+    judge = result["reward_model"] or "-"
     emit_lines(
         [
-            f"KL to {result['reference'] or '-'} in nats per response; RM score by {result['reward_model'] or '-'}",
-            "train s and TFLOP: the arm's own run and, for PPO, its reward model; the shared stages are on neither bill",
+            "figures: mean ± half of the 95 % interval, clustered by prompt",
+            f"KL to {result['reference'] or '-'}, nats per response; RM score by {judge}; <= marks an upper bound",
+            f"win rate and gain (in standard deviations of its responses) against {result['baseline']}",
+            "cost: the arm's own run and, for PPO, that of its reward model; stages that arms share are on no bill",
             f"results  {result['path']}",
         ]
     )

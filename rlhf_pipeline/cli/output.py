@@ -27,7 +27,7 @@ def printer():
     """A rich console on stdout, wide enough for tables where there is no terminal."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else max(140, shutil.get_terminal_size().columns)
+    width = None if sys.stdout.isatty() else max(200, shutil.get_terminal_size().columns)
     return Console(width=width, highlight=False)
 
 
@@ -39,7 +39,7 @@ def emit_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     for number, name in enumerate(columns):
-        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
+        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     printer().print(table)

@@ -115,9 +115,8 @@ def run_collect(config: Any, home: Path, *, notes: Sequence[str] = (), quiet: bo
     part = config.dataset_config or ("prompts" if config.prompts.startswith("world:") else None)
     found = read_records(config.prompts, config=part, home=home, skip_bad_rows=config.skip_bad_rows)
     prompts, reports = prompts_by_split(found, config, tokenizer)
-    say(
-        f"collecting {config.num} x {config.k} responses of {parent.label} to {len(prompts)} prompts, judge {config.judge}"
-    )
+    amount = f"{config.num} x {config.k} responses of {parent.label} to {len(prompts)} prompts"
+    say(f"collecting {amount}, judge {config.judge}")
 
     # 2. Sample and label, in blocks; each prompt in turn.
     generator = torch.Generator().manual_seed(config.seed)

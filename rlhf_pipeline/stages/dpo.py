@@ -52,7 +52,7 @@ def dpo_step(
     batch, weight = micro_batch.batch, micro_batch.weight
     scores = model(batch)
     meter.train(shape, batch)
-    meter.tokens_trained += batch.num_tokens
+    meter.tokens_trained += batch.active_tokens
     chosen, rejected = split_pairs(batch.per_completion(scores.logprobs))
     if isinstance(reference, Tensor):
         ref_chosen, ref_rejected = reference[micro_batch.indices].to(chosen.device).unbind(1)

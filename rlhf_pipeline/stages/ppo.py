@@ -41,7 +41,7 @@ def ppo_step(
     """Clipped policy loss and clipped value loss of a micro-batch; denominator: tokens, or sequences x R."""
     batch, mask = micro_batch.batch, micro_batch.mask
     scores = model(batch)
-    meter.tokens_trained += batch.num_tokens
+    meter.tokens_trained += batch.active_tokens
     for name in ("actor", "critic"):
         if name in shapes:
             meter.train(shapes[name], batch)

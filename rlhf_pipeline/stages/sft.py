@@ -42,7 +42,7 @@ def sft_step(model: Policy, micro_batch: ExampleBatch, *, meter: CostMeter, shap
     batch = micro_batch.batch
     scores = model(batch)
     meter.train(shape, batch)
-    meter.tokens_trained += batch.num_tokens
+    meter.tokens_trained += batch.active_tokens
     loss = negative_log_likelihood(scores.logprobs) * micro_batch.weight
     entropy = scores.entropy.sum() * micro_batch.weight
     return Loss({"nll": (loss, "tokens", 1.0)}, {"entropy": (entropy, "tokens")})

@@ -182,7 +182,9 @@ def restore(
         index, name = key.split(".", 1)
         entries.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": entries, "param_groups": checkpoint.state["param_groups"]})
-    scheduler.load_state_dict(checkpoint.state["scheduler"])
+    # The lambdas follow from the config: None keeps those that the scheduler has.
+    kept = [None] * len(scheduler.lr_lambdas)
+    scheduler.load_state_dict({**checkpoint.state["scheduler"], "lr_lambdas": kept})
     rng = load_file(checkpoint.directory / FILES[2])
     torch.set_rng_state(rng.pop("torch"))
     if rng and torch.cuda.is_available():

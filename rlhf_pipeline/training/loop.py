@@ -83,6 +83,7 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         sums.count(window.counts)
         last = len(window.micro_batches) - 1
+        window_loss = torch.zeros((), device=accelerator.device)
         for number, micro_batch in enumerate(window.micro_batches):
             sync = contextlib.nullcontext() if number == last else accelerator.no_sync(model)
             with sync:
@@ -94,8 +95,9 @@ def fit(
                 for name, (value, denominator) in loss.metrics.items():
                     sums.add(name, value, denominator)
                 accelerator.backward(total * ranks)
+                window_loss += total.detach()
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
-        _require_finite(grad_norm, total, updates)
+        _require_finite(grad_norm, window_loss, updates)
         optimizer.step()
         steps += 1
         if not window.ends_update:

@@ -44,9 +44,10 @@ def _every(setting: int | tuple[int, ...] | None, step: int) -> bool:
     return step in setting if isinstance(setting, tuple) else step % setting == 0
 
 
-def _evaluates(config: Any, step: int, epochs: tuple[float, float]) -> bool:
+def _evaluates(config: Any, step: int, epoch: float) -> bool:
     if config.eval_strategy == "epoch":
-        return int(epochs[0] + 1e-9) < int(epochs[1] + 1e-9)
+        before = epoch * (step - 1) / step  # epochs grow evenly with steps
+        return int(before + 1e-9) < int(epoch + 1e-9)
     return config.eval_strategy == "steps" and step % config.eval_steps == 0
 
 
@@ -70,15 +71,14 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
     )
     scheduler = make_scheduler(optimizer, config.lr_scheduler_type, warmup_steps=config.warmup_steps, total=plan.total)
     start = 0
+    last: Metrics = {}
     if run.checkpoint is not None:
         extra = restore(run.checkpoint, model=model, optimizer=optimizer, scheduler=scheduler)
-        start = run.checkpoint.step
+        start, last = run.checkpoint.step, extra["last"]
         _restore_meter(run, extra["cost"])
         run.log.say(f"resumed at step {start} of {plan.total}")
     run.log.total, run.log.shown = plan.total, plan.shown
     prepared, prepared_optimizer = run.accelerator.prepare(model, optimizer)
-    last: Metrics = {}
-    epoch_before = 0.0
     steps_before = run.meter.optimizer_steps
     taken = 0
 
@@ -93,17 +93,16 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
             model=model,
             optimizer=optimizer,
             scheduler=scheduler,
-            extra={"cost": counted},
+            extra={"cost": counted, "last": last},
             keep=config.save_total_limit,
         )
 
     def on_update(step: int, metrics: Metrics, window: Window) -> None:
-        nonlocal last, epoch_before
+        nonlocal last
         last = plan.derive(metrics)
         run.log.update(step, last)
-        if plan.evaluate is not None and _evaluates(config, step, (epoch_before, window.epoch)):
+        if plan.evaluate is not None and _evaluates(config, step, window.epoch):
             run.log.record(step, plan.evaluate())
-        epoch_before = window.epoch
         if plan.save is not None and _every(config.snapshot_steps, step) and run.accelerator.is_main_process:
             plan.save(run.directory / "snapshots" / f"step-{step}")
         if run.stopped_by is not None:

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +20,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+RATE_OVER = 50
+"""Updates that the shown rate looks back on."""
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -73,8 +77,7 @@ class RunLog:
         self._live = sys.stderr.isatty() and not quiet
         self._progress: Progress | None = None
         self._task: Any = None
-        self._started = time.perf_counter()
-        self._first: int | None = None
+        self._times: deque[tuple[float, int]] = deque([(time.perf_counter(), -1)], maxlen=RATE_OVER)
         self.last: dict[str, float] = {}
 
     def rewind(self, step: int) -> None:
@@ -95,8 +98,9 @@ class RunLog:
 
     def update(self, step: int, metrics: dict[str, float]) -> None:
         """Log an update; every `logging_steps` updates, and the first and the last, to metrics.jsonl."""
-        if self._first is None:
-            self._first = step - 1
+        if self._times[-1][1] < 0:  # the first update: count the time since the log was opened from here
+            self._times[-1] = (self._times[-1][0], step - 1)
+        self._times.append((time.perf_counter(), step))
         due = step % self.logging_steps == 0 or step in (1, self.total)
         line = "  ".join(format_metric(name, metrics[name]) for name in self.shown if name in metrics)
         if due:
@@ -106,9 +110,14 @@ class RunLog:
         if self._live:
             self._show(step, line)
         elif due and not self.quiet and self._heartbeat(step):
-            rate = (step - self._first) / max(time.perf_counter() - self._started, 1e-9)
+            rate = self._rate()
             left = (self.total - step) / max(rate, 1e-9)
             console.print(f"{self.title} {step}/{self.total}  {rate:.3g}/s  {left:.0f} s left  {line}", markup=False)
+
+    def _rate(self) -> float:
+        """Updates per second over the last ones."""
+        (before, first), (now, last) = self._times[0], self._times[-1]
+        return (last - first) / max(now - before, 1e-9)
 
     def _heartbeat(self, step: int) -> bool:
         """Without a terminal about twenty lines a run are enough."""
@@ -129,7 +138,7 @@ class RunLog:
             self._progress = Progress(*columns, console=console, transient=True)
             self._progress.start()
             self._task = self._progress.add_task(self.title, total=self.total, rate="", line="")
-        rate = (step - (self._first or 0)) / max(time.perf_counter() - self._started, 1e-9)
+        rate = self._rate()
         self._progress.update(self._task, completed=step, rate=f"{rate:.3g}/s", line=line)
 
     def record(self, step: int, metrics: dict[str, float]) -> None:

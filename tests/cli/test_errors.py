@@ -1,0 +1,154 @@
+"""A user's mistake is a short error with exit code 2 and no traceback, and stdout stays empty."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf_pipeline.cli.main import main
+
+DPO = "model_name_or_path: sft\noutput_name: x\nmax_prompt_length: 6\nresponse_length: 4\nuse_cpu: true\n"
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write_file(name: str, text: str) -> str:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write_file
+
+
+def refused(capsys: pytest.CaptureFixture, *words: str) -> str:
+    """Run, expect exit code 2, nothing on stdout, no traceback; return stderr."""
+    code = main(list(words))
+    captured = capsys.readouterr()
+    assert code == 2, captured.err
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def pairs(*rows: dict) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+GOOD = {"prompt": "the plot of this drama was", "chosen": "great", "rejected": "dull"}
+
+
+def test_a_misspelt_key(capsys, write, tiny) -> None:
+    config = write("dpo.yaml", DPO + "dataset_name: collected:pairs\nlerning_rate: 1e-4\n")
+    error = refused(capsys, "dpo", "--config", config, "--home", str(tiny.home))
+    assert "dpo.yaml:7" in error and "lerning_rate" in error and "did you mean 'learning_rate'" in error
+
+
+def test_a_negative_beta(capsys, write, tiny) -> None:
+    config = write("dpo.yaml", DPO + "dataset_name: collected:pairs\nbeta: -0.1\n")
+    error = refused(capsys, "dpo", "--config", config, "--home", str(tiny.home))
+    assert "dpo.yaml:7: beta: found -0.1; expected a number > 0" in error
+
+
+def test_a_missing_config_file(capsys, tmp_path) -> None:
+    error = refused(capsys, "dpo", "--config", str(tmp_path / "nowhere.yaml"))
+    assert "nowhere.yaml" in error
+
+
+def test_a_missing_data_file(capsys, write, tiny) -> None:
+    config = write("dpo.yaml", DPO + "dataset_name: nowhere.jsonl\n")
+    error = refused(capsys, "dpo", "--config", config, "--home", str(tiny.home))
+    assert "nowhere.jsonl" in error
+
+
+def test_a_reward_model_as_the_policy(capsys, write, tiny) -> None:
+    config = write("dpo.yaml", DPO + "dataset_name: collected:pairs\n")
+    error = refused(capsys, "dpo", "--config", config, "model_name_or_path=reward", "--home", str(tiny.home))
+    assert "reward@v1" in error and "expected a policy" in error
+
+
+def test_a_policy_as_the_reward_model(capsys, write, tiny) -> None:
+    config = write("ppo.yaml", DPO + "dataset_name: collected:pairs\nreward_model_path: sft\ntotal_episodes: 64\n")
+    error = refused(capsys, "ppo", "--config", config, "--home", str(tiny.home))
+    assert "sft@v1" in error and "expected a reward model" in error
+
+
+def test_a_null_on_line_7(capsys, write, tiny) -> None:
+    rows = [GOOD] * 6 + [GOOD | {"rejected": None}] + [GOOD] * 3
+    data = write("pairs.jsonl", pairs(*rows))
+    config = write("dpo.yaml", DPO + f"dataset_name: {data}\n")
+    error = refused(capsys, "dpo", "--config", config, "--home", str(tiny.home))
+    assert "pairs.jsonl:7" in error and "null" in error
+
+
+def test_chosen_equal_to_rejected_throughout(capsys, write, tiny) -> None:
+    data = write("pairs.jsonl", pairs(*[GOOD | {"rejected": "great"}] * 5))
+    config = write("dpo.yaml", DPO + f"dataset_name: {data}\n")
+    error = refused(capsys, "dpo", "--config", config, "--home", str(tiny.home))
+    assert "pairs.jsonl:1" in error and "pairs.jsonl:5" in error
+    error = refused(capsys, "dpo", "--config", config, "skip_bad_rows=true", "--home", str(tiny.home))
+    assert "no rows left" in error
+
+
+def test_an_unknown_registry_name_with_near_matches(capsys, write, tiny) -> None:
+    config = write("dpo.yaml", DPO + "dataset_name: collected:pairs\n")
+    error = refused(capsys, "dpo", "--config", config, "model_name_or_path=stf", "--home", str(tiny.home))
+    assert "'stf'" in error and "did you mean 'sft'" in error
+    error = refused(capsys, "models", "show", "rewrad", "--home", str(tiny.home))
+    assert "did you mean 'reward'" in error
+
+
+def test_several_faults_at_once(capsys, write, tiny) -> None:
+    config = write("dpo.yaml", DPO + "dataset_name: collected:pairs\nbeta: 0\nlearning_rate: fast\nbta: 1\n")
+    error = refused(capsys, "dpo", "--config", config, "--home", str(tiny.home))
+    assert all(word in error for word in ("beta", "learning_rate", "bta"))
+    assert len(error.splitlines()) == 3
+
+
+def test_an_unknown_word_in_a_prompt_of_the_world(capsys, tiny) -> None:
+    error = refused(capsys, "generate", "sft", "--prompt", "the blot of this drama was", "--home", str(tiny.home))
+    assert "blot" in error
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["dpo", "--no-such-option"],
+        ["no-such-command"],
+        ["models", "show"],
+        ["evaluate", "sft", "--samples", "many"],
+        ["evaluate", "sft", "--temperature", "0"],
+        ["compare", "sft"],
+    ],
+)
+def test_wrong_arguments(capsys, tiny, words: list[str]) -> None:
+    assert refused(capsys, "--home", str(tiny.home), *words)
+
+
+def test_a_damaged_model_is_named(capsys, lab) -> None:
+    weights = lab.home / "models/sft/v1/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(bytes(content))
+    error = refused(capsys, "generate", "sft", "--prompt", "the plot of this drama was", "--home", str(lab.home))
+    assert "model.safetensors" in error
+    assert main(["models", "verify", "--home", str(lab.home)]) == 2
+    assert "model.safetensors" in capsys.readouterr().out
+
+
+def test_debug_raises(write, tiny) -> None:
+    from rlhf_pipeline.errors import ConfigError
+
+    config = write("dpo.yaml", DPO + "dataset_name: collected:pairs\nbeta: -1\n")
+    with pytest.raises(ConfigError):
+        main(["dpo", "--config", config, "--debug"])
+
+
+def test_a_read_only_home_is_one_line_and_exit_1(capsys, monkeypatch, tiny) -> None:
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device", "somewhere")
+
+    monkeypatch.setattr("rlhf_pipeline.registry.store.Registry.alias", full)
+    assert main(["models", "alias", "sft", "best", "--home", str(tiny.home)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and "No space left" in captured.err

@@ -1,0 +1,134 @@
+"""A small laboratory: a home with tiny models of the built-in world, made once and copied for each test."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LENGTHS = {"max_prompt_length": 6, "response_length": 4}
+CPU = {"use_cpu": True, "num_threads": 1}
+TRAINING = {
+    **LENGTHS,
+    **CPU,
+    "model_name_or_path": "sft",
+    "dataset_name": "collected:pairs",
+    "learning_rate": 1e-2,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 512,
+    "max_steps": 4,
+    "logging_steps": 1,
+}
+TINY_LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.25,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "sft": {**TRAINING, "output_name": "tuned"},
+    "train-rm": {**TRAINING, "output_name": "scored", "reward_centering_samples": 64},
+    "dpo": {**TRAINING, "output_name": "dpo", "beta": 0.5},
+    "ppo": {
+        **TRAINING,
+        "output_name": "ppo",
+        "reward_model_path": "reward",
+        "kl_coef": 0.5,
+        "rollout_batch_size": 16,
+        "num_ppo_epochs": 2,
+        "num_mini_batches": 2,
+    },
+    "collect": {
+        **LENGTHS,
+        **CPU,
+        "output_name": "collected",
+        "policy": "sft",
+        "prompts": "world:verdicts",
+        "judge": "world",
+        "num": 60,
+    },
+    "evaluate": {**CPU},
+    "compare": {**CPU},
+}
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A home and the short way to run stages in it."""
+
+    home: Path
+
+    def config(self, stage: str, **changes: Any) -> Any:
+        """The config of a stage; a value of None takes a key out of the defaults."""
+        from rlhf_pipeline.config.load import load_config
+
+        values = {key: value for key, value in {**DEFAULTS[stage], **changes}.items() if value is not None}
+        return load_config(stage, None, extra=values).config
+
+    def run(self, stage: str, *, resume: bool = True, **changes: Any) -> Any:
+        """Run a stage quietly and return its result."""
+        from rlhf_pipeline.experiment.run import stage_function
+
+        return stage_function(stage)(self.config(stage, **changes), self.home, resume=resume, quiet=True)
+
+    @property
+    def registry(self) -> Any:
+        from rlhf_pipeline.registry.store import Registry
+
+        return Registry(self.home)
+
+    def weights(self, reference: str) -> dict[str, Any]:
+        """The weights of a registered model."""
+        from safetensors.torch import load_file
+
+        return load_file(self.registry.resolve(reference).path / "model.safetensors")
+
+    def rows(self, run: str) -> list[dict[str, Any]]:
+        """The lines of a run's metrics.jsonl."""
+        return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+    def copy(self, target: Path) -> Lab:
+        """The same laboratory in another folder."""
+        shutil.copytree(self.home, target)
+        return Lab(target)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """sft@v1, reward@v1 and the collected pairs; for reading only."""
+    import torch
+
+    torch.set_num_threads(1)
+    lab = Lab(tmp_path_factory.mktemp("tiny") / "home")
+    lab.run(
+        "sft",
+        output_name="sft",
+        model_name_or_path=None,
+        model_init=TINY_LLAMA,
+        tokenizer_init={"type": "world"},
+        dataset_name="world:verdicts",
+        max_train_samples=2000,
+        per_device_train_batch_size=64,
+        max_steps=40,
+    )
+    lab.run("collect", output_name="pairs", num=300)
+    lab.run("train-rm", output_name="reward", max_steps=20)
+    shutil.rmtree(lab.home / "runs")
+    return lab
+
+
+@pytest.fixture
+def lab(tiny: Lab, tmp_path: Path) -> Lab:
+    """A copy of the tiny laboratory, to write into."""
+    import torch
+
+    torch.set_num_threads(1)
+    return tiny.copy(tmp_path / "home")

@@ -1,0 +1,100 @@
+"""What the project ships: every YAML parses, the contract's files are there, the README's commands exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from rlhf_pipeline.config import SCHEMAS, load_config, load_experiment
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+EXPERIMENTS = [path for path in CONFIGS if path.name == "experiment.yaml"]
+STAGE_OF_FILE = {
+    "base": "sft",
+    "sft": "sft",
+    "reward": "train-rm",
+    "ppo": "ppo",
+    "dpo": "dpo",
+    "pairs": "collect",
+    "compare": "compare",
+}
+FILES = (
+    "pyproject.toml",
+    "README.md",
+    "Makefile",
+    "LICENSE",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "constraints.txt",
+    ".ci/run",
+    "docs/architecture.md",
+    "docs/log.md",
+)
+
+
+@pytest.fixture
+def beside_hh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The HH configs name a file that the user hands over: an empty stand-in in the working directory."""
+    (tmp_path / "hh.jsonl.gz").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in CONFIGS if p not in EXPERIMENTS], ids=lambda p: f"{p.parent.name}/{p.name}"
+)
+def test_every_stage_config_is_valid(path: Path, beside_hh: None) -> None:
+    stage = STAGE_OF_FILE[path.stem]
+    extra = {"arms": ["ppo", "dpo"], "baseline": "sft"} if stage == "compare" else None
+    loaded = load_config(stage, path, extra=extra)
+    assert isinstance(loaded.config, SCHEMAS[stage]) and not loaded.notes
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.parent.name)
+def test_every_experiment_is_valid(path: Path, beside_hh: None) -> None:
+    experiment = load_experiment(path)
+    assert [spec.name for spec in experiment.stages][-2:] == ["ppo", "dpo"]
+    assert experiment.compare is not None
+
+
+def test_ppo_and_dpo_have_one_beta_and_no_option_that_moves_the_optimum(beside_hh: None) -> None:
+    from rlhf_pipeline.config import moves_optimum
+
+    for folder in ("demo", "hh"):
+        ppo = load_config("ppo", ROOT / "configs" / folder / "ppo.yaml").config
+        dpo = load_config("dpo", ROOT / "configs" / folder / "dpo.yaml").config
+        assert ppo.kl_coef == dpo.beta
+        assert ppo.lengths() == dpo.lengths()
+        assert not moves_optimum(ppo) and not moves_optimum(dpo)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_files_are_there(name: str) -> None:
+    assert (ROOT / name).is_file()
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    assert "make test" in (ROOT / ".ci/run").read_text()
+    assert "make test" in (ROOT / "README.md").read_text() and "make demo" in (ROOT / "README.md").read_text()
+
+
+def test_the_readmes_commands_exist() -> None:
+    from typer.main import get_command
+
+    from rlhf_pipeline.cli.main import app
+
+    root = get_command(app)
+    used = re.findall(r"^(?:\$ )?rlhf ([a-z-]+)(?: ([a-z-]+))?", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert used
+    for name, inner in used:
+        assert name in root.commands, f"rlhf {name}"
+        if name in ("models", "data"):
+            assert inner in root.commands[name].commands, f"rlhf {name} {inner}"
+
+
+def test_the_readmes_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for name in re.findall(r"`?make ([a-z]+)", (ROOT / "README.md").read_text()):
+        assert name in targets or name == "it", f"make {name}"

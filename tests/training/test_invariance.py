@@ -1,0 +1,77 @@
+"""How a window is cut, packed or padded changes no gradient and no weight, in any stage."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from rlhf_pipeline.data import batch as batches
+from rlhf_pipeline.models.forward import Reader
+from rlhf_pipeline.training import ppo_windows, windows
+
+STAGES = ("sft", "train-rm", "dpo", "ppo")
+
+# A large epsilon keeps AdamW's step proportional to small gradients, so that weights show gradients as they are.
+SETTINGS = {"adam_epsilon": 1e-1, "max_steps": 3, "learning_rate": 1e-1, "max_grad_norm": 0}
+
+
+def options(stage: str, size: int) -> dict:
+    if stage == "ppo":  # the number of micro-batches follows from the minibatch of 8
+        return {"per_device_train_batch_size": size, **SETTINGS}
+    return {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size, **SETTINGS}
+
+
+def assert_same(found: dict, expected: dict, start: dict | None = None) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=1e-5)
+    if start is not None:
+        shared = [name for name in start if name in expected and start[name].shape == expected[name].shape]
+        assert max(float((start[name] - expected[name]).abs().max()) for name in shared) > 1e-3
+
+
+@pytest.fixture(scope="module", params=STAGES)
+def plain(request, tiny, tmp_path_factory):
+    """A stage run with one micro-batch of 8 per step."""
+    lab = tiny.copy(tmp_path_factory.mktemp("plain") / "home")
+    result = lab.run(request.param, output_name="plain", **options(request.param, 8))
+    return request.param, lab, result
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_micro_batches(plain, size):
+    stage, lab, reference = plain
+    result = lab.run(stage, output_name=f"cut{size}", **options(stage, size))
+    assert_same(lab.weights(result.model), lab.weights(reference.model), lab.weights("sft"))
+    for found, expected in zip(lab.rows(result.run), lab.rows(reference.run), strict=True):
+        for name in ("grad_norm", "loss/nll", "loss/bradley_terry", "loss/dpo", "loss/policy_avg", "loss/value_avg"):
+            assert found.get(name, 0.0) == pytest.approx(expected.get(name, 0.0), abs=2e-6, rel=1e-5)
+
+
+def test_plain_rows_instead_of_trees(plain, monkeypatch):
+    stage, lab, reference = plain
+    rows = Reader("rows", "linear")
+    monkeypatch.setattr("rlhf_pipeline.stages.common.inspect_model", lambda model: rows)
+    monkeypatch.setattr("rlhf_pipeline.models.selfcheck.inspect_reward_model", lambda model: rows)
+    result = lab.run(stage, output_name="rows", **options(stage, 8))
+    assert_same(lab.weights(result.model), lab.weights(reference.model))
+
+
+def test_padding(plain, monkeypatch):
+    stage, lab, reference = plain
+    padded = functools.partial(batches.pack, row_length=45)
+    monkeypatch.setattr(windows, "pack", padded)
+    monkeypatch.setattr(ppo_windows, "pack", padded)
+    result = lab.run(stage, output_name="padded", **options(stage, 8))
+    assert_same(lab.weights(result.model), lab.weights(reference.model))
+    if stage != "ppo":
+        assert lab.rows(result.run)[0]["grad_norm"] == pytest.approx(lab.rows(reference.run)[0]["grad_norm"], rel=1e-5)
+
+
+def test_padding_and_cutting_change_no_bill(plain):
+    stage, lab, reference = plain
+    result = lab.run(stage, output_name="bill", **options(stage, 2))
+    for name in ("flops", "tokens_trained", "tokens_generated", "optimizer_steps"):
+        assert result.cost[name] == reference.cost[name]

@@ -1,0 +1,151 @@
+"""A run that was stopped or killed and then resumed is bit-equal to one that was not, in every stage."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_pipeline.errors import Interrupted
+from rlhf_pipeline.training import session
+
+STAGES = ("sft", "train-rm", "dpo", "ppo")
+SETTINGS = {"max_steps": 6, "logging_steps": 1, "save_steps": 2, "weight_decay": 0.01, "warmup_steps": 2}
+WITH_EVALUATION = {"eval_strategy": "steps", "eval_steps": 2}
+
+
+class Killed(Exception):
+    """Stands for a process that ends without a word."""
+
+
+def interrupt(monkeypatch, step, action):
+    """Call `action` when update `step` ends, before anything is done about it."""
+    fit = session.fit
+
+    def wrapped(*args, on_update, **options):
+        def hook(number, metrics, window):
+            if number == step:
+                action()
+            on_update(number, metrics, window)
+
+        return fit(*args, on_update=hook, **options)
+
+    monkeypatch.setattr(session, "fit", wrapped)
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def die():
+    raise Killed
+
+
+def settings(stage):
+    return SETTINGS if stage == "ppo" else {**SETTINGS, **WITH_EVALUATION}
+
+
+@pytest.fixture(scope="module", params=STAGES)
+def whole(request, tiny, tmp_path_factory):
+    """A run that nothing disturbed, in a home of its own."""
+    lab = tiny.copy(tmp_path_factory.mktemp("whole") / "home")
+    return request.param, lab, lab.run(request.param, **settings(request.param))
+
+
+def assert_equal_runs(whole_lab, whole_result, lab, result):
+    expected, found = whole_lab.weights(whole_result.model), lab.weights(result.model)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert (Path(result.run) / "metrics.jsonl").read_text() == (Path(whole_result.run) / "metrics.jsonl").read_text()
+    assert result.metrics == whole_result.metrics
+    for name in ("flops", "tokens_trained", "tokens_generated", "optimizer_steps"):
+        assert result.cost[name] == whole_result.cost[name]
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 6])
+def test_stopped_by_a_signal(whole, lab, monkeypatch, step):
+    stage, whole_lab, whole_result = whole
+    with monkeypatch.context() as patch:
+        interrupt(patch, step, terminate)
+        with pytest.raises(Interrupted, match=f"step {step} of 6") as caught:
+            lab.run(stage, **settings(stage))
+    assert caught.value.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert not lab.registry.models.numbers(Path(whole_result.path).parent.name)
+    assert_equal_runs(whole_lab, whole_result, lab, lab.run(stage, **settings(stage)))
+
+
+@pytest.mark.parametrize("step", [1, 4, 5])
+def test_killed(whole, lab, monkeypatch, step):
+    stage, whole_lab, whole_result = whole
+    with monkeypatch.context() as patch:
+        interrupt(patch, step, die)
+        with pytest.raises(Killed):
+            lab.run(stage, **settings(stage))
+    assert_equal_runs(whole_lab, whole_result, lab, lab.run(stage, **settings(stage)))
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(whole, lab, monkeypatch):
+    stage, whole_lab, whole_result = whole
+    with monkeypatch.context() as patch:
+        interrupt(patch, 5, terminate)
+        with pytest.raises(Interrupted):
+            lab.run(stage, **settings(stage))
+    (run,) = (lab.home / "runs").iterdir()
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-4", "step-5"]
+    with (run / "checkpoints" / "step-5" / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xa5")
+    assert_equal_runs(whole_lab, whole_result, lab, lab.run(stage, **settings(stage)))
+    assert "step-5" in (run / "log.txt").read_text()
+
+
+def test_save_total_limit(whole):
+    _, _, result = whole
+    kept = sorted(path.name for path in (Path(result.run) / "checkpoints").iterdir())
+    assert kept == ["step-2", "step-4"]  # the last update's weights are in the registry
+
+
+def test_evaluation_by_epoch_is_not_repeated_after_a_resume(lab, monkeypatch):
+    # 16 examples in windows of 4: epochs end at steps 4 and 8. The run stops in the second one.
+    options = {
+        "max_train_samples": 16,
+        "per_device_train_batch_size": 4,
+        "max_steps": None,
+        "num_train_epochs": 2,
+        "eval_strategy": "epoch",
+    }
+    with monkeypatch.context() as patch:
+        interrupt(patch, 6, terminate)
+        with pytest.raises(Interrupted):
+            lab.run("sft", **options)
+    rows = lab.rows(lab.run("sft", **options).run)
+    assert [row["step"] for row in rows if "eval_nll" in row] == [4, 8]
+    assert [row["step"] for row in rows if "loss/nll" in row] == list(range(1, 9))
+
+
+def test_a_model_with_tied_weights_resumes(lab, monkeypatch):
+    llama = {**lab.registry.resolve("sft").manifest.config["model_init"], "tie_word_embeddings": True}
+    start = {"model_name_or_path": None, "model_init": llama, "tokenizer_init": {"type": "world"}}
+    expected = lab.weights(lab.run("sft", output_name="whole", **start).model)
+    assert "lm_head.weight" not in expected
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2, terminate)
+        with pytest.raises(Interrupted):
+            lab.run("sft", output_name="stopped", **start)
+    found = lab.weights(lab.run("sft", output_name="stopped", **start).model)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_state_of_an_interrupted_run(lab, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2, terminate)
+        with pytest.raises(Interrupted):
+            lab.run("sft")
+    (run,) = (lab.home / "runs").iterdir()
+    assert json.loads((run / "run.json").read_text())["status"] == "running"
+    lab.run("sft")
+    assert json.loads((run / "run.json").read_text()) == {"status": "finished", "model": "tuned@v1"}

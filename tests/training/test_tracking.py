@@ -1,0 +1,46 @@
+"""metrics.jsonl: which updates are written, and what a resumed run takes back."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from rlhf_pipeline.training.tracking import RunLog, jsonable
+
+
+def open_log(directory, logging_steps=1, total=10):
+    return RunLog(directory, title="t", total=total, shown=("a",), logging_steps=logging_steps, quiet=True)
+
+
+def steps(directory):
+    return [json.loads(line)["step"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_first_the_last_and_every_nth_update_are_written(tmp_path):
+    log = open_log(tmp_path, logging_steps=4, total=10)
+    for step in range(1, 11):
+        log.update(step, {"a": 1.0})
+    log.close()
+    assert steps(tmp_path) == [1, 4, 8, 10]
+
+
+def test_rewind_drops_what_comes_after_the_checkpoint_and_a_cut_last_line(tmp_path):
+    log = open_log(tmp_path)
+    for step in range(1, 6):
+        log.update(step, {"a": 1.0})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "a"')
+    log = open_log(tmp_path)
+    log.rewind(3)
+    log.update(4, {"a": 2.0})
+    log.close()
+    assert steps(tmp_path) == [1, 2, 3, 4]
+
+
+def test_numbers_that_json_does_not_have_become_null():
+    assert jsonable({"a": math.nan, "b": [math.inf, 1.0], "c": {"d": -math.inf}}) == {
+        "a": None,
+        "b": [None, 1.0],
+        "c": {"d": None},
+    }

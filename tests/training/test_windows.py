@@ -1,0 +1,89 @@
+"""Windows: what they hold depends on seed and step alone, and their denominators are global."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.training.windows import epoch_order, example_windows, steps_per_epoch, total_steps
+
+
+def examples(count: int) -> list[Example]:
+    """Examples whose completion has 1 + i % 3 tokens."""
+    return [Example([2, 3], [[4] * (1 + i % 3)], [True], str(i), str(i)) for i in range(count)]
+
+
+def members(windows) -> list[list[int]]:
+    return [sorted(i for batch in window.micro_batches for i in batch.indices if batch.weight) for window in windows]
+
+
+def windows(count=10, steps=6, size=4, accumulation=1, **options):
+    options = {"seed": 0, "pad_id": 0, "count": lambda e: {"tokens": float(len(e.completions[0]))}, **options}
+    return list(
+        example_windows(examples(count), steps=steps, micro_batch_size=size, accumulation=accumulation, **options)
+    )
+
+
+def test_epoch_order_is_a_permutation_that_seed_and_epoch_decide():
+    assert sorted(epoch_order(20, 3, 1)) == list(range(20))
+    assert epoch_order(20, 3, 1) == epoch_order(20, 3, 1)
+    assert len({tuple(epoch_order(20, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "epochs", "limit", "expected"),
+    [
+        (10, 4, 1, -1, 3),
+        (10, 4, 2, -1, 6),
+        (10, 4, 0.5, -1, 2),
+        (8, 4, 1.5, -1, 3),
+        (10, 4, 9, 2, 2),
+        (1, 8, 0.1, -1, 1),
+    ],
+)
+def test_total_steps(count, size, epochs, limit, expected):
+    assert total_steps(count, size, epochs, limit) == expected
+
+
+def test_each_epoch_holds_every_example_once_and_its_last_window_the_rest():
+    found = members(windows(count=10, steps=6, size=4))
+    assert [len(window) for window in found] == [4, 4, 2, 4, 4, 2]
+    for epoch in (found[:3], found[3:]):
+        assert sorted(sum(epoch, [])) == list(range(10))
+    assert found[:3] != found[3:]
+    assert steps_per_epoch(10, 4) == 3
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(1, 8), (8, 1), (2, 4), (4, 2)])
+def test_members_do_not_depend_on_how_a_window_is_cut(size, accumulation):
+    found = windows(count=21, steps=5, size=size, accumulation=accumulation)
+    assert members(found) == members(windows(count=21, steps=5, size=8))
+    assert all(len(batch.indices) <= size for window in found for batch in window.micro_batches)
+
+
+def test_members_are_the_same_after_a_resume():
+    assert members(windows(count=10, steps=7, start=4)) == members(windows(count=10, steps=7))[4:]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_a_window_and_agree_on_its_denominators(ranks):
+    whole = windows(count=13, steps=6, size=6)
+    shares = [windows(count=13, steps=6, size=6 // ranks, rank=rank, world_size=ranks) for rank in range(ranks)]
+    for step, window in enumerate(whole):
+        together = sorted(sum((members([share[step]])[0] for share in shares), []))
+        assert together == members([window])[0]
+        assert all(share[step].counts == window.counts for share in shares)
+        assert all(share[step].epoch == window.epoch for share in shares)
+
+
+def test_a_rank_without_an_example_gets_a_stand_in_of_weight_0():
+    # 5 examples in windows of 4: the second window has one, which rank 0 trains on.
+    second = [windows(count=5, steps=2, size=2, rank=rank, world_size=2)[1] for rank in (0, 1)]
+    assert [batch.weight for window in second for batch in window.micro_batches] == [1.0, 0.0]
+    assert second[0].counts == second[1].counts
+
+
+def test_counts_add_up_over_the_window():
+    (window,) = windows(count=6, steps=1, size=2, accumulation=3)
+    assert window.counts == {"tokens": 2 * (1 + 2 + 3)}
+    assert window.epoch == 1.0
