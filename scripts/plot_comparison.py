@@ -52,7 +52,8 @@ def draw(results: dict) -> str:
         f"{results['prompts']} {results['split']} prompts x {results['samples']} samples, 95 % intervals over prompts"
     )
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="13">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}"',
+        ' font-family="sans-serif" font-size="13">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
         f'<text x="{LEFT}" y="24" fill="#111827" font-size="14">{escape(results["name"])}: {escape(title)}</text>',
     ]
@@ -87,7 +88,8 @@ def draw(results: dict) -> str:
             )
         fill = "#ffffff" if is_bound else colour
         parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="5" fill="{fill}" stroke="{colour}" stroke-width="2"/>')
-        parts.append(f'<text x="{cx + 10:.1f}" y="{cy - 8:.1f}" fill="{colour}">{escape(name)}</text>')
+        below = 18 if is_bound else -8
+        parts.append(f'<text x="{cx + 10:.1f}" y="{cy + below:.1f}" fill="{colour}">{escape(name)}</text>')
     return "\n".join([*parts, "</svg>", ""])
 
 

@@ -34,6 +34,8 @@ def run_stage(stage: str, config: Path | None, overrides: list[str] | None, comm
     from rlhf_pipeline.experiment.run import stage_function
 
     result = stage_function(stage)(loaded.config, common.home_path, resume=resume, notes=loaded.notes)
+    if not result.model:  # one of several processes, and not the one that registers
+        return
     if common.json:
         emit_json(result.as_dict())
         return

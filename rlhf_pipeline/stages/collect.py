@@ -15,6 +15,7 @@ from rlhf_pipeline.data.load import RecordSet, examples_of, read_records
 from rlhf_pipeline.data.splits import assign_splits
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import chat_template_digest, tokenizer_digest
+from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.responses import sample_for_prompts
 from rlhf_pipeline.stages.common import StageResult, find_model, load_policy, tokenizer_of
@@ -106,7 +107,12 @@ def run_collect(config: Any, home: Path, *, notes: Sequence[str] = (), quiet: bo
         say(f"note: {note}")
     # 1. Policy, judge, prompts.
     meter, registry = CostMeter(), Registry(home)
-    device = make_accelerator(config).device
+    accelerator = make_accelerator(config)
+    if accelerator.num_processes > 1:
+        raise BadInput(
+            f"collecting data: found {accelerator.num_processes} processes, expected one; start it without a launcher"
+        )
+    device = accelerator.device
     seed_everything(config.seed)
     parent = find_model(registry, config.policy, "policy", say=say)
     tokenizer = tokenizer_of(parent, config.trust_remote_code)

@@ -90,7 +90,7 @@ def run_directory(home: Path, name: str, digest: str, *, resume: bool) -> Path:
 def make_accelerator(config: Any) -> Accelerator:
     """Accelerate with this config's device and precision; threads pinned if asked for."""
     logging.getLogger("accelerate").setLevel(logging.WARNING)
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # one bar of our own is enough
@@ -98,7 +98,13 @@ def make_accelerator(config: Any) -> Accelerator:
 
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    return Accelerator(cpu=config.use_cpu, mixed_precision="bf16" if getattr(config, "bf16", False) else "no")
+    # While the critic warms up the actor has no gradient, which DDP takes for a fault unless it is told.
+    frozen_actor = bool(getattr(config, "critic_warmup_steps", 0))
+    return Accelerator(
+        cpu=config.use_cpu,
+        mixed_precision="bf16" if getattr(config, "bf16", False) else "no",
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)] if frozen_actor else None,
+    )
 
 
 def seed_everything(seed: int) -> None:
@@ -108,6 +114,22 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def _agree_on_directory(accelerator: Accelerator, home: Path, config: Any, digest: str, resume: bool) -> Path:
+    """Make the run's directory; with several processes the first one chooses it for all."""
+    chosen: list[Any] = [None]
+    if accelerator.is_main_process:
+        directory = run_directory(home, config.output_name, digest, resume=resume)
+        directory.mkdir(parents=True, exist_ok=True)
+        _write_status(directory, {"status": "running", "pid": os.getpid()})
+        (directory / "config.yaml").write_text(dump_yaml(config))
+        chosen = [str(directory)]
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(chosen)
+    return Path(chosen[0])
 
 
 @contextmanager
@@ -129,10 +151,7 @@ def open_run(
     digest = config_digest(config)
     accelerator = make_accelerator(config)
     seed_everything(config.seed)
-    directory = run_directory(home, config.output_name, digest, resume=resume)
-    directory.mkdir(parents=True, exist_ok=True)
-    _write_status(directory, {"status": "running", "pid": os.getpid()})
-    (directory / "config.yaml").write_text(dump_yaml(config))
+    directory = _agree_on_directory(accelerator, home, config, digest, resume)
     quiet = quiet or not accelerator.is_main_process
     log = RunLog(
         directory,
@@ -141,12 +160,14 @@ def open_run(
         shown=(),
         logging_steps=config.logging_steps,
         quiet=quiet,
+        writes=accelerator.is_main_process,
     )
     try:
         for note in notes:
             log.say(f"note: {note}")
         checkpoint = newest_checkpoint(directory / "checkpoints", warn=log.say)
-        log.rewind(checkpoint.step if checkpoint else 0)
+        if accelerator.is_main_process:
+            log.rewind(checkpoint.step if checkpoint else 0)
         run = Run(stage, config, digest, Registry(home), directory, accelerator, log, checkpoint)
         run.meter.started = started
         log.say(f"{stage}: run {run.id}, {accelerator.device}, {torch.get_num_threads()} threads, seed {config.seed}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -56,7 +57,7 @@ class RunLog:
     Args:
         directory: runs/<run-id>, exists.
         total: updates in all. shown: names of the metrics that matter, for the live line.
-        quiet: no progress (ranks other than the first, tests).
+        quiet: no progress (tests, ranks other than the first). writes: false on these ranks.
     """
 
     def __init__(
@@ -68,12 +69,14 @@ class RunLog:
         shown: Sequence[str],
         logging_steps: int,
         quiet: bool = False,
+        writes: bool = True,
     ):
         self.directory, self.title, self.total, self.shown = directory, title, total, shown
         self.logging_steps = max(1, logging_steps)
         self.quiet = quiet
-        self._metrics: IO[str] = (directory / "metrics.jsonl").open("a", encoding="utf-8")
-        self._log: IO[str] = (directory / "log.txt").open("a", encoding="utf-8")
+        metrics, log = (directory / name if writes else Path(os.devnull) for name in ("metrics.jsonl", "log.txt"))
+        self._metrics: IO[str] = metrics.open("a", encoding="utf-8")
+        self._log: IO[str] = log.open("a", encoding="utf-8")
         self._live = sys.stderr.isatty() and not quiet
         self._progress: Progress | None = None
         self._task: Any = None

@@ -1,0 +1,124 @@
+"""Two processes (DDP over gloo) take the same steps as one, in every stage."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = {"adam_epsilon": 1e-1, "learning_rate": 1e-1, "max_grad_norm": 1.0, "num_train_epochs": 2, "max_steps": None}
+# 9 pairs in windows of 4: the last window of an epoch has one, fewer than there are processes.
+SHARES = {stage: {**SETTINGS, "max_train_samples": 9} for stage in ("sft", "train-rm", "dpo")}
+PPO = {"adam_epsilon": 1e-1, "learning_rate": 1e-1, "max_grad_norm": 1.0, "max_steps": 3, "critic_warmup_steps": 1}
+
+WORKER = """
+import json, sys
+from pathlib import Path
+from rlhf_pipeline.config.load import load_config
+from rlhf_pipeline.experiment.run import stage_function
+
+home, configs = Path(sys.argv[1]), json.loads(sys.argv[2])
+for stage, values, resume in configs:
+    stage_function(stage)(load_config(stage, None, extra=values).config, home, quiet=True, resume=resume)
+"""
+
+
+def in_two_processes(lab, configs) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    values = json.dumps([(stage, config.model_dump(mode="json"), resume) for stage, config, resume in configs])
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(lab.home), values],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        outputs = [worker.communicate(timeout=120)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
+
+
+@pytest.fixture(scope="module")
+def both(tiny, tmp_path_factory):
+    """A home with each stage trained by one process and by two."""
+    lab = tiny.copy(tmp_path_factory.mktemp("both") / "home")
+    one, two = {}, []
+    for stage, changes in SHARES.items():
+        whole = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        half = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+        one[stage] = lab.run(stage, output_name=f"one-{stage}", **changes, **whole)
+        two.append((stage, lab.config(stage, output_name=f"two-{stage}", **changes, **half), True))
+    # PPO's processes draw other samples than one process would, so only its mechanics can be compared.
+    two.append(("ppo", lab.config("ppo", output_name="two-ppo", per_device_train_batch_size=2, **PPO), True))
+    two.append(("sft", lab.config("sft", output_name="again", max_steps=1), False))
+    two.append(("sft", lab.config("sft", output_name="again", max_steps=1), False))
+    in_two_processes(lab, two)
+    return lab, one
+
+
+def run_of(lab, name: str) -> Path:
+    (run,) = (lab.home / "runs").glob(f"{name}-*")
+    return run
+
+
+@pytest.mark.parametrize("stage", list(SHARES))
+def test_the_same_weights(both, stage):
+    lab, one = both
+    expected, found, start = lab.weights(one[stage].model), lab.weights(f"two-{stage}"), lab.weights("sft")
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=1e-5)
+    assert max(float((start[name] - expected[name]).abs().max()) for name in start if name in expected) > 1e-3
+
+
+@pytest.mark.parametrize("stage", list(SHARES))
+def test_the_same_metrics_each_written_once(both, stage):
+    lab, one = both
+    expected, found = lab.rows(one[stage].run), lab.rows(run_of(lab, f"two-{stage}"))
+    assert [row["step"] for row in found] == [row["step"] for row in expected] == list(range(1, 7))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine == pytest.approx(theirs, abs=2e-5)
+
+
+@pytest.mark.parametrize("stage", ["sft", "train-rm", "dpo", "ppo"])
+def test_one_version_and_one_run(both, stage):
+    lab, _ = both
+    assert lab.registry.models.numbers(f"two-{stage}") == [1]
+    assert json.loads((run_of(lab, f"two-{stage}") / "run.json").read_text())["model"] == f"two-{stage}@v1"
+
+
+def test_two_runs_without_resuming_are_two_versions_in_two_directories(both):
+    lab, _ = both
+    assert lab.registry.models.numbers("again") == [1, 2]
+    first, second = sorted(path.name for path in (lab.home / "runs").glob("again-*"))
+    assert second == f"{first}-2"
+    assert torch.equal(lab.weights("again@v1")["lm_head.weight"], lab.weights("again@v2")["lm_head.weight"])
+
+
+def test_ppo(both):
+    lab, _ = both
+    rows = lab.rows(run_of(lab, "two-ppo"))
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [row["episodes"] for row in rows] == [16, 32, 48]
+    assert rows[0]["objective/kl"] == 0
+    assert max(row["first_minibatch/ratio_error"] for row in rows) <= 1e-5
+    assert max(row["first_minibatch/clipfrac"] for row in rows) == 0
+    assert lab.registry.resolve("two-ppo").manifest.cost["optimizer_steps"] == 3 * 2 * 2
