@@ -57,7 +57,7 @@ def check_source(
         "duplicate_prompts": len(records) - len({record.prompt_key for record in records}),
         "duplicate_rows": len(records) - len({record.canonical() for record in records}),
         "not_ended": sum(not flag for record in records for flag in record.ended),
-        "splits_from": "source" if carries_splits(records) else "prompt hash",
+        "splits_from": "source" if carries_splits(records, found.source) else "prompt hash",
         "splits": dict(Counter(splits)),
         "prompt_overlap": _overlap(records, splits),
         "length_unit": unit,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -254,14 +253,15 @@ def lowest_hashes(items: list, limit: int | None) -> list:
     """Return, in their order, the `limit` records or examples whose prompts have the lowest hashes."""
     if limit is None or len(items) <= limit:
         return items
-    place = partial(_sampling_hash, items)
-    return [items[i] for i in sorted(sorted(range(len(items)), key=place)[:limit])]
-
-
-def _sampling_hash(items: list, index: int) -> tuple[str, int]:
-    # Hashed once more, with the place: the hash of the prompt itself decides its split, and a source with many
-    # rows per prompt should not lose whole prompts.
-    return sha256(f"sample {items[index].prompt_key} {index}".encode()).hexdigest(), index
+    # Hashed once more, with the number of the row among those of its prompt: the hash of the prompt itself decides
+    # its split, and a source with many rows per prompt should not lose whole prompts.
+    seen: Counter[str] = Counter()
+    places = []
+    for index, item in enumerate(items):
+        number = seen[item.prompt_key]
+        seen[item.prompt_key] += 1
+        places.append((sha256(f"sample {item.prompt_key} {number}".encode()).hexdigest(), index))
+    return [items[index] for index in sorted(index for _, index in sorted(places)[:limit])]
 
 
 def records_digest(records: Sequence[Record]) -> str:

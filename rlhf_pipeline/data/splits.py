@@ -30,9 +30,11 @@ def split_of(prompt: str, fractions: Mapping[str, float] = FRACTIONS) -> str:
     return names[-1]  # the fractions sum to 1 up to rounding
 
 
-def carries_splits(records: Iterable[Record]) -> bool:
-    """Whether a source names its splits itself: it has rows of more than one."""
-    return len({record.split for record in records} - {None}) > 1
+def carries_splits(records: Iterable[Record], source: str = "") -> bool:
+    """Whether a source names its splits itself: it has rows of more than one, or is data that we collected, whose
+    rows say where their prompts belong even if all come from one split."""
+    named = {record.split for record in records} - {None}
+    return len(named) > 1 or (bool(named) and source.startswith("collected:"))
 
 
 def assign_splits(records: list[Record], fractions: Mapping[str, float] = FRACTIONS, source: str = "") -> list[str]:
@@ -41,7 +43,7 @@ def assign_splits(records: list[Record], fractions: Mapping[str, float] = FRACTI
     Raises:
         DataError: some rows of a source that carries splits name none.
     """
-    if not carries_splits(records):
+    if not carries_splits(records, source):
         return [split_of(record.key, fractions) for record in records]
     nameless = [record for record in records if record.split is None]
     if nameless:
@@ -65,7 +67,7 @@ def in_split(
     chosen = [record for record, name in zip(records, assigned) if name == split]
     if chosen:
         return chosen
-    carried = carries_splits(records)
+    carried = carries_splits(records, source)
     names = sorted(set(assigned)) if carried else list(fractions)
     if split in names:
         raise DataError(

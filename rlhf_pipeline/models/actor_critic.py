@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -31,6 +32,8 @@ def make_actor_critic(
             raise ValueError("value_init 'reward_model' needs a reward model")
         source = reward_model.model
         critic = copy.deepcopy(trunk_of(source))
+        if reward_model.reader.layout == "rows":  # both read the same batch, and plain rows suit every actor
+            reader = replace(reader, layout="rows")
         weight, bias = sequence_head(source).weight.detach().clone(), -reward_model.reward_shift
     else:
         critic = copy.deepcopy(trunk_of(actor)) if value_init == "sft" else None

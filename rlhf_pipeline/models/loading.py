@@ -38,7 +38,7 @@ def _config(path: str, revision: str | None, trust_remote_code: bool) -> Any:
     return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
 
 
-def _from_pretrained(auto_class: Any, path: str | Path, *, dtype: str, revision: str | None, **options) -> nn.Module:
+def _from_pretrained(auto_class: Any, path: str | Path, *, dtype: str, revision: str | None, **options) -> Any:
     try:
         return auto_class.from_pretrained(
             str(path), revision=revision, dtype=DTYPES.get(dtype, dtype), use_safetensors=True, **options
@@ -202,7 +202,7 @@ def load_sequence_classifier(
     """Load a trained reward model (a sequence classifier with one label).
 
     Raises:
-        MismatchError: when it has another number of labels, or a head with a bias (which would be dropped).
+        MismatchError: when it has another number of labels, no head, or one with a bias (which would be dropped).
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -211,7 +211,7 @@ def load_sequence_classifier(
         raise MismatchError(
             f"{path}: found a classifier with {config.num_labels} labels, expected a reward model with 1"
         )
-    return _from_pretrained(
+    model, report = _from_pretrained(
         AutoModelForSequenceClassification,
         path,
         dtype=dtype,
@@ -219,7 +219,14 @@ def load_sequence_classifier(
         config=config,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
+        output_loading_info=True,
     )
+    heads = ("score.", "classifier.")
+    if dropped := sorted(key for key in report["unexpected_keys"] if key.startswith(heads)):
+        raise MismatchError(f"{path}: found {dropped[0]}, which transformers would drop; expected a head without bias")
+    if absent := sorted(key for key in report["missing_keys"] if key.startswith(heads)):
+        raise MismatchError(f"{path}: found no {absent[0]}, expected a trained reward model")
+    return model
 
 
 def store_reward_shift(model: nn.Module, mean_score: float) -> None:

@@ -49,6 +49,15 @@ def _plain_logprobs(model: nn.Module, examples: list[Example]) -> torch.Tensor:
 
 
 @torch.no_grad()
+def _sees_the_future(model: nn.Module, ids: list[int]) -> bool:
+    """Whether the last token of a sequence changes what the model predicts before it."""
+    sequence = torch.tensor([ids], device=next(model.parameters()).device)
+    whole = model(input_ids=sequence, use_cache=False).logits[0, :-1]
+    cut = model(input_ids=sequence[:, :-1], use_cache=False).logits[0]
+    return not _agree(whole, cut, whole.dtype)
+
+
+@torch.no_grad()
 def inspect_model(model: nn.Module) -> Reader:
     """Return the fastest way of reading a causal language model that agrees with its own forward pass.
 
@@ -62,6 +71,11 @@ def inspect_model(model: nn.Module) -> Reader:
         # The first ids are safe in every vocabulary, also where the embedding has rows that no token uses.
         examples = _probe_examples(min(model.get_output_embeddings().weight.shape[0], 512))
         plain = _plain_logprobs(model, examples)
+        if _sees_the_future(model, examples[0].prompt_ids):
+            raise BadInput(
+                f"{type(model).__name__}: a later token changes what it predicts before it; "
+                "expected a decoder-only causal language model"
+            )
         # A soft cap is invisible at the small logits of an untrained model, so it is asked for, not probed.
         capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None) is not None
         for reader in READERS:

@@ -18,7 +18,7 @@ from rlhf_pipeline.data.tokenizers import chat_template_digest, tokenizer_digest
 from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.responses import sample_for_prompts
-from rlhf_pipeline.stages.common import StageResult, find_model, load_policy, tokenizer_of
+from rlhf_pipeline.stages.common import StageResult, find_model, load_policy, tokenizer_of, with_lengths
 from rlhf_pipeline.stages.rewards import load_reward
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.run import make_accelerator, seed_everything
@@ -115,6 +115,8 @@ def run_collect(config: Any, home: Path, *, notes: Sequence[str] = (), quiet: bo
     device = accelerator.device
     seed_everything(config.seed)
     parent = find_model(registry, config.policy, "policy", say=say)
+    digest = config_digest(config)
+    config = with_lengths(config, parent, say)
     tokenizer = tokenizer_of(parent, config.trust_remote_code)
     policy = load_policy(parent, config, tokenizer, device, frozen=True)
     judge = load_reward(registry, config.judge, config, parent, tokenizer, device)
@@ -170,7 +172,7 @@ def run_collect(config: Any, home: Path, *, notes: Sequence[str] = (), quiet: bo
         config.output_name,
         records,
         config=config.model_dump(mode="json"),
-        config_digest=config_digest(config),
+        config_digest=digest,
         parents=parents,
         data=[report.to_dict() for report in reports],
         tokenizer_digest=tokenizer_digest(tokenizer),

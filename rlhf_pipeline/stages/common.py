@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from rlhf_pipeline.data.batch import Layout
 from rlhf_pipeline.data.load import SourceReport
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import chat_template_digest, load_tokenizer, tokenizer_digest
-from rlhf_pipeline.errors import MismatchError
+from rlhf_pipeline.errors import ConfigError, Fault, MismatchError
 from rlhf_pipeline.models.loading import load_causal_lm, load_sequence_classifier, save_model
 from rlhf_pipeline.models.roles import Policy, RewardModel
 from rlhf_pipeline.models.selfcheck import inspect_model, read_reward_model
@@ -63,6 +64,42 @@ def find_model(
     check_role(resolved, role)
     verify_files(resolved)
     return resolved
+
+
+def with_lengths(config: Any, parent: Resolved, say: Callable[[str], None] = lambda _: None) -> Any:
+    """The config with its parent's length policy where it names none of its own, checked against the positions.
+
+    Raises:
+        ConfigError: when prompt and response together are longer than what the parent was made for.
+    """
+    names = ("max_prompt_length", "response_length", "max_length")
+    if parent.manifest is not None and all(getattr(config, name) is None for name in names):
+        trained = {name: parent.manifest.config.get(name) for name in names}
+        if any(value is not None for value in trained.values()):
+            config = config.model_copy(update=trained)
+            lengths = config.lengths()
+            say(f"lengths as {parent.label} was trained with: prompt {lengths.prompt}, response {lengths.response}")
+    positions = _positions(parent)
+    if positions is not None and config.lengths().total > positions:
+        raise ConfigError(
+            Fault(
+                "max_length",
+                f"prompt and response of up to {config.lengths().total} tokens",
+                f"at most {positions}, the positions of {parent.label}",
+                "set max_prompt_length and response_length, or max_length",
+            )
+        )
+    return config
+
+
+def _positions(resolved: Resolved) -> int | None:
+    """The number of positions of a model, where a local config names it."""
+    if resolved.path is None or not (resolved.path / "config.json").is_file():
+        return None
+    values = json.loads((resolved.path / "config.json").read_text(encoding="utf-8"))
+    return next(
+        (values[key] for key in ("max_position_embeddings", "n_positions") if isinstance(values.get(key), int)), None
+    )
 
 
 def tokenizer_of(resolved: Resolved, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from rlhf_pipeline.algorithms.preference import PreferenceLoss, correct, dpo_sigmoid_loss
+from rlhf_pipeline.data.batch import PackedBatch
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.evaluation.preferences import preference_metrics
 from rlhf_pipeline.models.loading import save_model
-from rlhf_pipeline.models.roles import Policy, assert_independent
+from rlhf_pipeline.models.roles import Policy, TokenScores, assert_independent
 from rlhf_pipeline.stages.common import (
     StageResult,
     example_schedule,
@@ -22,6 +23,7 @@ from rlhf_pipeline.stages.common import (
     load_policy,
     publish,
     tokenizer_of,
+    with_lengths,
 )
 from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
@@ -40,14 +42,14 @@ def dpo_step(
     micro_batch: ExampleBatch,
     *,
     beta: float,
-    reference: Tensor | Policy,
+    reference: Tensor | Callable[[PackedBatch], TokenScores],
     meter: CostMeter,
     shape: ModelShape,
 ) -> Loss:
     """DPO loss of a micro-batch; denominator: pairs.
 
     Args:
-        reference: (examples, 2) log-probabilities of all pairs, or the frozen reference itself.
+        reference: (examples, 2) log-probabilities of all pairs, or what scores a batch under the frozen reference.
     """
     batch, weight = micro_batch.batch, micro_batch.weight
     scores = model(batch)
@@ -101,6 +103,7 @@ def run_dpo(config: Any, home: Path, **options) -> StageResult:
             run.registry, config.model_name_or_path, "policy", revision=config.model_revision, say=run.log.say
         )
         ref_parent = find_model(run.registry, config.ref_model, "policy") if config.ref_model else parent
+        config = run.settle(with_lengths(config, parent, run.log.say))
         tokenizer: PreTrainedTokenizerBase = tokenizer_of(parent, config.trust_remote_code)
         policy = load_policy(parent, config, tokenizer, run.device)
         frozen = load_policy(ref_parent, config, tokenizer, run.device, frozen=True)
@@ -116,10 +119,15 @@ def run_dpo(config: Any, home: Path, **options) -> StageResult:
             "device": run.device,
         }
         cache = run.registry.home / "cache"
-        key = {"model": ref_parent.digest, "dtype": config.dtype}
-        with run.meter.part("reference"):
+        key = {"model": ref_parent.digest, "dtype": config.dtype, "bf16": config.bf16}
+
+        def score_reference(batch: PackedBatch) -> TokenScores:
+            with run.accelerator.autocast():  # in the precision that the policy is trained in
+                return frozen(batch)
+
+        with run.meter.part("reference"), run.accelerator.autocast():
             held_out_reference = cached_logprobs(frozen, held_out, cache, key, **eval_options).logprobs
-            reference: Tensor | Policy = frozen
+            reference: Tensor | Callable[[PackedBatch], TokenScores] = score_reference
             if config.precompute_ref_log_probs:
                 found = cached_logprobs(frozen, examples, cache, key, **eval_options)
                 reference = found.logprobs

@@ -14,7 +14,7 @@ from rlhf_pipeline.errors import ConfigError, Fault
 from rlhf_pipeline.models.actor_critic import describe_critic, make_actor_critic
 from rlhf_pipeline.models.loading import save_model
 from rlhf_pipeline.models.roles import ActorCritic, assert_independent
-from rlhf_pipeline.stages.common import StageResult, find_model, load_policy, publish, tokenizer_of
+from rlhf_pipeline.stages.common import StageResult, find_model, load_policy, publish, tokenizer_of, with_lengths
 from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.stages.rewards import LoadedReward, load_reward, weighted
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
@@ -146,6 +146,7 @@ def run_ppo(config: Any, home: Path, **options) -> StageResult:
         parent = find_model(
             run.registry, config.model_name_or_path, "policy", revision=config.model_revision, say=run.log.say
         )
+        config = run.settle(with_lengths(config, parent, run.log.say))
         tokenizer = tokenizer_of(parent, config.trust_remote_code)
         settings = settings_of(config, tokenizer, run.accelerator.num_processes)
         rewards = load_rewards(run, parent, tokenizer)
@@ -188,6 +189,7 @@ def run_ppo(config: Any, home: Path, **options) -> StageResult:
             run.meter,
             shapes,
             reduce=lambda sums: accelerator.reduce(sums, "sum") if accelerator.num_processes > 1 else sums,
+            autocast=accelerator.autocast,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             device=run.device,

@@ -31,6 +31,7 @@ from rlhf_pipeline.stages.common import (
     load_policy,
     publish,
     tokenizer_of,
+    with_lengths,
 )
 from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
@@ -166,6 +167,7 @@ def run_reward(config: Any, home: Path, **options) -> StageResult:
         parent = find_model(
             run.registry, config.model_name_or_path, "policy", revision=config.model_revision, say=run.log.say
         )
+        config = run.settle(with_lengths(config, parent, run.log.say))
         tokenizer: PreTrainedTokenizerBase = tokenizer_of(parent, config.trust_remote_code)
         network = init_reward_model(
             parent.location,

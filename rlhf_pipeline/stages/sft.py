@@ -24,6 +24,7 @@ from rlhf_pipeline.stages.common import (
     load_policy,
     publish,
     tokenizer_of,
+    with_lengths,
 )
 from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
@@ -81,21 +82,16 @@ def make_tokenizer(run: Run, data: StageData) -> PreTrainedTokenizerBase:
 def run_sft(config: Any, home: Path, **options) -> StageResult:
     """Train on demonstrations (or plain text) and register the model."""
     with open_run("sft", config, home, **options) as run:
-        data = StageData(config, run.registry.home, run.log.say)
-
         # 1. The model: an existing one, or a new one with its tokenizer.
         parents = {}
         if config.model_name_or_path is not None:
-            base = find_model(
-                run.registry,
-                config.model_name_or_path,
-                "policy",
-                revision=config.model_revision,
-                say=run.log.say,
-            )
-            parents["base"] = base
-            tokenizer = tokenizer_of(base, config.trust_remote_code)
-            policy = load_policy(base, config, tokenizer, run.device, dropout=config.dropout)
+            reference, revision = config.model_name_or_path, config.model_revision
+            parents["base"] = find_model(run.registry, reference, "policy", revision=revision, say=run.log.say)
+            config = run.settle(with_lengths(config, parents["base"], run.log.say))
+        data = StageData(config, run.registry.home, run.log.say)
+        if parents:
+            tokenizer = tokenizer_of(parents["base"], config.trust_remote_code)
+            policy = load_policy(parents["base"], config, tokenizer, run.device, dropout=config.dropout)
         else:
             tokenizer = make_tokenizer(run, data)
             model = init_causal_lm(

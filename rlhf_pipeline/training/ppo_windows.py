@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +76,7 @@ class RolloutCollector:
     meter: CostMeter
     shapes: dict[str, ModelShape]
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums
+    autocast: Callable[[], AbstractContextManager] = nullcontext  # the precision that the policy is trained in
     rank: int = 0
     world_size: int = 1
     device: torch.device | str = "cpu"
@@ -126,9 +128,9 @@ class RolloutCollector:
         epochs = [self._minibatches(sampled, shuffle) for _ in range(s.num_ppo_epochs)]
         first = [[self._pack(sampled, micro) for micro in minibatch] for minibatch in epochs[0]]
         # 3. Score with the training forward, the same micro-batches and precision.
-        with self.meter.part("scoring"):
+        with self.meter.part("scoring"), self.autocast():
             rollout = self._score(module, sampled, epochs[0], first)
-            estimates = self._estimate(rollout)
+        estimates = self._estimate(rollout)
         metrics = rollout_metrics(rollout, estimates, kl_coef=s.kl_coef, reduce=self.reduce)
         metrics["episodes"] = float((update + 1) * s.rollout_size * self.world_size)
         # 4. Train: epochs x minibatches windows, the last of which ends the update.

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlhf_pipeline.config.dump import config_digest, dump_yaml
+from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.training.checkpoint import Checkpoint, newest_checkpoint
 from rlhf_pipeline.training.cost import CostMeter
@@ -51,6 +53,13 @@ class Run:
     @property
     def id(self) -> str:
         return self.directory.name
+
+    def settle(self, config: Any) -> Any:
+        """Replace the config by one in which what follows from the models is filled in; keeps the run's name."""
+        self.config = config
+        if self.accelerator.is_main_process:
+            (self.directory / "config.yaml").write_text(dump_yaml(config))
+        return config
 
     @property
     def checkpoints(self) -> Path:
@@ -173,8 +182,20 @@ def open_run(
         log.say(f"{stage}: run {run.id}, {accelerator.device}, {torch.get_num_threads()} threads, seed {config.seed}")
         with _signals(run):
             yield run
+    except BadInput:
+        # What the user has to mend first has left nothing to go on with.
+        if accelerator.is_main_process and run_is_empty(directory):
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
     finally:
         log.close()
+
+
+def run_is_empty(directory: Path) -> bool:
+    """Whether a run has neither metrics nor checkpoints nor snapshots."""
+    metrics = directory / "metrics.jsonl"
+    kept = [directory / "checkpoints", directory / "snapshots"]
+    return not any(path.exists() for path in kept) and not (metrics.exists() and metrics.stat().st_size)
 
 
 @contextmanager

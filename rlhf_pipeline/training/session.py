@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from rlhf_pipeline.errors import Interrupted
@@ -51,6 +52,13 @@ def _evaluates(config: Any, step: int, epoch: float) -> bool:
     return config.eval_strategy == "steps" and step % config.eval_steps == 0
 
 
+def _agree_to_stop(run: Run) -> None:
+    """Let a signal to one process stop all of them after the same update."""
+    if run.accelerator.num_processes > 1:
+        signals = run.accelerator.gather(torch.tensor([run.stopped_by or 0], device=run.device))
+        run.stopped_by = int(signals.max()) or None
+
+
 def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
     """Train `model` in place by a plan, from the run's checkpoint if it has one.
 
@@ -82,10 +90,22 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
     steps_before = run.meter.optimizer_steps
     taken = 0
 
+    counts = ("flops", "tokens_trained", "tokens_generated")
+    before = {name: getattr(run.meter, name) for name in counts}
+
+    def over_ranks() -> Metrics:
+        """The meter's counts, with those of the other ranks' shares of the training."""
+        grown = [getattr(run.meter, name) - before[name] for name in counts]
+        if run.accelerator.num_processes > 1:
+            here = torch.tensor(grown, dtype=torch.float64, device=run.device)
+            grown = run.accelerator.reduce(here, "sum").tolist()
+        totals = [before[name] + value for name, value in zip(counts, grown, strict=True)]
+        return dict(zip(counts, (totals[0], *map(int, totals[1:])), strict=True))
+
     def save(step: int) -> None:
+        counted = asdict(run.meter) | over_ranks() | {"wall": run.meter.wall_seconds()}
         if not run.accelerator.is_main_process:
             return
-        counted = asdict(run.meter) | {"wall": run.meter.wall_seconds()}
         counted["optimizer_steps"] = steps_before + taken + 1  # the window of this update is not counted yet
         save_checkpoint(
             run.checkpoints,
@@ -105,6 +125,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
             run.log.record(step, plan.evaluate())
         if plan.save is not None and _every(config.snapshot_steps, step) and run.accelerator.is_main_process:
             plan.save(run.directory / "snapshots" / f"step-{step}")
+        _agree_to_stop(run)
         if run.stopped_by is not None:
             save(step)
             raise Interrupted(
@@ -133,6 +154,8 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
             start=start,
         )
     run.meter.optimizer_steps = steps_before + taken
+    for name, value in over_ranks().items():
+        setattr(run.meter, name, value)
     return last
 
 

@@ -36,11 +36,11 @@ def test_k2_is_biased_and_has_its_own_mean(distributions):
     mean = (logprobs.exp() * k2(logprobs, ref)).sum().item()
     expected = math.fsum(math.exp(p) * (p - q) ** 2 / 2 for p, q in zip(logprobs.tolist(), ref.tolist()))
     assert mean == pytest.approx(expected, abs=1e-14)
-    assert abs(mean - kl) > 0.05
+    assert abs(mean - kl) > 1e-3
 
 
 def test_k3_and_k2_are_never_negative_and_zero_only_at_equality():
-    difference = torch.linspace(-6, 6, 241, dtype=torch.float64)
+    difference = torch.arange(-60, 61, dtype=torch.float64) / 10
     zero = torch.zeros_like(difference)
     for estimator in (k2, k3):
         values = estimator(difference, zero)

@@ -130,6 +130,4 @@ def test_gradcheck_away_from_the_kinks(rows):
     new, old, advantages, mask = rows
     one = new.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: clipped_policy_loss(x, old, advantages, mask, cliprange=EPS).loss, one)
-    assert torch.autograd.gradcheck(
-        lambda x: clipped_value_loss(x, old, advantages, mask, cliprange_value=EPS)[0], one
-    )
+    assert torch.autograd.gradcheck(lambda x: clipped_value_loss(x, old, advantages, mask, cliprange_value=EPS)[0], one)

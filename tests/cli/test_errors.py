@@ -152,3 +152,9 @@ def test_a_read_only_home_is_one_line_and_exit_1(capsys, monkeypatch, tiny) -> N
     assert main(["models", "alias", "sft", "best", "--home", str(tiny.home)]) == 1
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and "No space left" in captured.err
+
+
+def test_a_refused_run_leaves_nothing_behind(capsys, write, lab) -> None:
+    config = write("dpo.yaml", DPO + "dataset_name: collected:pairs\n")
+    refused(capsys, "dpo", "--config", config, "model_name_or_path=reward", "--home", str(lab.home))
+    assert not any((lab.home / "runs").glob("*"))

@@ -30,7 +30,7 @@ def test_what_a_manifest_says(lab, stage):
     assert manifest.parents["base"].digest == lab.registry.resolve("sft").digest
     roles = {"sft": {"base"}, "train-rm": {"base"}, "dpo": {"base", "reference"}}
     assert set(manifest.parents) == roles.get(stage, {"base", "reference", "reward_model"})
-    assert [entry.source for entry in manifest.data] == ["collected:pairs"]
+    assert [entry.source for entry in manifest.data] == ["collected:pairs@v1"]
     assert manifest.seed == 0
     assert manifest.tokenizer_digest == lab.registry.resolve("sft").manifest.tokenizer_digest
     assert manifest.cost["optimizer_steps"] == (4 * 2 * 2 if stage == "ppo" else 4)

@@ -54,10 +54,10 @@ def test_the_reference_is_the_model_that_is_asked_for(lab):
 
 
 def test_the_margin_grows_and_evaluation_uses_the_implicit_reward(lab):
-    result = lab.run("dpo", max_steps=30, dataset_test_split="train", beta=0.1, learning_rate=1e-2)
+    result = lab.run("dpo", max_steps=30, per_device_train_batch_size=512, dataset_test_split="train", beta=0.1)
     rows = lab.rows(result.run)
-    assert rows[-1]["rewards/margins"] > 0.05
-    assert result.metrics["eval_accuracy"] > 0.6
+    assert rows[-1]["rewards/margins"] > 0.02
+    assert result.metrics["eval_accuracy"] > 0.55
     # The DPO loss on all training pairs is below that of a policy that has not moved.
     assert result.metrics["eval_nll"] < math.log(2)
 

@@ -21,23 +21,43 @@ SHARES = {stage: {**SETTINGS, "max_train_samples": 9} for stage in ("sft", "trai
 PPO = {"adam_epsilon": 1e-1, "learning_rate": 1e-1, "max_grad_norm": 1.0, "max_steps": 3, "critic_warmup_steps": 1}
 
 WORKER = """
-import json, sys
+import json, os, signal, sys
 from pathlib import Path
 from rlhf_pipeline.config.load import load_config
+from rlhf_pipeline.errors import Interrupted
 from rlhf_pipeline.experiment.run import stage_function
+from rlhf_pipeline.training import session
 
-home, configs = Path(sys.argv[1]), json.loads(sys.argv[2])
-for stage, values, resume in configs:
-    stage_function(stage)(load_config(stage, None, extra=values).config, home, quiet=True, resume=resume)
+home, runs = Path(sys.argv[1]), json.loads(sys.argv[2])
+fit = session.fit
+
+def stopping(at):
+    def wrapped(*args, on_update, **options):
+        def hook(step, metrics, window):
+            if step == at and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGTERM)
+            on_update(step, metrics, window)
+        return fit(*args, on_update=hook, **options)
+    return wrapped
+
+for stage, values, resume, stop_at in runs:
+    session.fit = stopping(stop_at)
+    try:
+        stage_function(stage)(load_config(stage, None, extra=values).config, home, quiet=True, resume=resume)
+    except Interrupted:
+        assert stop_at
+    else:
+        assert not stop_at
 """
 
 
 def in_two_processes(lab, configs) -> None:
+    """Run (stage, config, resume, step at which the second process gets a signal or 0) one after another."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    values = json.dumps([(stage, config.model_dump(mode="json"), resume) for stage, config, resume in configs])
+    values = json.dumps([(stage, config.model_dump(mode="json"), *how) for stage, config, *how in configs])
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, str(lab.home), values],
@@ -65,11 +85,13 @@ def both(tiny, tmp_path_factory):
         whole = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
         half = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
         one[stage] = lab.run(stage, output_name=f"one-{stage}", **changes, **whole)
-        two.append((stage, lab.config(stage, output_name=f"two-{stage}", **changes, **half), True))
+        two.append((stage, lab.config(stage, output_name=f"two-{stage}", **changes, **half), True, 0))
     # PPO's processes draw other samples than one process would, so only its mechanics can be compared.
-    two.append(("ppo", lab.config("ppo", output_name="two-ppo", per_device_train_batch_size=2, **PPO), True))
-    two.append(("sft", lab.config("sft", output_name="again", max_steps=1), False))
-    two.append(("sft", lab.config("sft", output_name="again", max_steps=1), False))
+    two.append(("ppo", lab.config("ppo", output_name="two-ppo", per_device_train_batch_size=2, **PPO), True, 0))
+    two.append(("sft", lab.config("sft", output_name="again", max_steps=1), False, 0))
+    two.append(("sft", lab.config("sft", output_name="again", max_steps=1), False, 0))
+    for stop_at in (3, 0):  # stopped and resumed
+        two.append(("dpo", lab.config("dpo", output_name="stopped", **SHARES["dpo"], **half), True, stop_at))
     in_two_processes(lab, two)
     return lab, one
 
@@ -105,12 +127,34 @@ def test_one_version_and_one_run(both, stage):
     assert json.loads((run_of(lab, f"two-{stage}") / "run.json").read_text())["model"] == f"two-{stage}@v1"
 
 
+@pytest.mark.parametrize("stage", list(SHARES))
+def test_the_bill_is_that_of_both(both, stage):
+    """A little above that of one process: packing differs, and a rank without an example computes a stand-in."""
+    lab, one = both
+    found, expected = lab.registry.resolve(f"two-{stage}").manifest.cost, one[stage].cost
+    assert found["optimizer_steps"] == expected["optimizer_steps"]
+    for name in ("flops", "tokens_trained"):
+        assert expected[name] <= found[name] <= 1.2 * expected[name]
+
+
 def test_two_runs_without_resuming_are_two_versions_in_two_directories(both):
     lab, _ = both
     assert lab.registry.models.numbers("again") == [1, 2]
     first, second = sorted(path.name for path in (lab.home / "runs").glob("again-*"))
     assert second == f"{first}-2"
     assert torch.equal(lab.weights("again@v1")["lm_head.weight"], lab.weights("again@v2")["lm_head.weight"])
+
+
+def test_a_signal_to_one_process_stops_both_and_the_run_resumes_bit_equal(both):
+    lab, _ = both
+    expected, found = lab.weights("two-dpo"), lab.weights("stopped")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    whole, resumed = run_of(lab, "two-dpo"), run_of(lab, "stopped")
+    assert lab.rows(resumed) == lab.rows(whole)
+    assert "resumed at step 3" in (resumed / "log.txt").read_text()
+    costs = [lab.registry.resolve(name).manifest.cost for name in ("two-dpo", "stopped")]
+    for name in ("flops", "tokens_trained", "optimizer_steps"):
+        assert costs[0][name] == costs[1][name]
 
 
 def test_ppo(both):
@@ -122,3 +166,5 @@ def test_ppo(both):
     assert max(row["first_minibatch/ratio_error"] for row in rows) <= 1e-5
     assert max(row["first_minibatch/clipfrac"] for row in rows) == 0
     assert lab.registry.resolve("two-ppo").manifest.cost["optimizer_steps"] == 3 * 2 * 2
+    cost = lab.registry.resolve("two-ppo").manifest.cost
+    assert cost["tokens_trained"] == 2 * (cost["tokens_generated"] + 6 * 16 * 3)  # two epochs, prompts of 6 tokens

@@ -49,7 +49,7 @@ def test_each_epoch_holds_every_example_once_and_its_last_window_the_rest():
     found = members(windows(count=10, steps=6, size=4))
     assert [len(window) for window in found] == [4, 4, 2, 4, 4, 2]
     for epoch in (found[:3], found[3:]):
-        assert sorted(sum(epoch, [])) == list(range(10))
+        assert sorted(index for window in epoch for index in window) == list(range(10))
     assert found[:3] != found[3:]
     assert steps_per_epoch(10, 4) == 3
 
@@ -70,7 +70,7 @@ def test_ranks_share_a_window_and_agree_on_its_denominators(ranks):
     whole = windows(count=13, steps=6, size=6)
     shares = [windows(count=13, steps=6, size=6 // ranks, rank=rank, world_size=ranks) for rank in range(ranks)]
     for step, window in enumerate(whole):
-        together = sorted(sum((members([share[step]])[0] for share in shares), []))
+        together = sorted(index for share in shares for index in members([share[step]])[0])
         assert together == members([window])[0]
         assert all(share[step].counts == window.counts for share in shares)
         assert all(share[step].epoch == window.epoch for share in shares)

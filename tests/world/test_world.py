@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rlhf_pipeline.data import world
-from rlhf_pipeline.errors import ConfigError, DataError
+from rlhf_pipeline.errors import ConfigError, DataError, MismatchError
 
 LEAVES = 954_305  # 1 + 31 + 31^2 + 31^3 that ended and 31^4 that were cut
 
@@ -94,8 +94,9 @@ def test_the_vectorised_reward_equals_a_slow_one_over_all_responses_of_a_prompt(
         expected = np.array([known.get(string, -2.5) for string in strings])
         tokens = np.full((len(strings), 4), world.EOS_ID)
         tokens[:, :length] = np.array(strings).reshape(len(strings), length)
-        genre, aspect = (np.full(len(strings), i) for i in (world.GENRES.index("horror"), world.ASPECTS.index("pacing")))
-        found = world.true_reward(genre, aspect, tokens, np.full(len(strings), length), np.full(len(strings), length < 4))
+        prompt = world.GENRES.index("horror"), world.ASPECTS.index("pacing")
+        columns = [np.full(len(strings), value) for value in (*prompt, length, length < 4)]
+        found = world.true_reward(columns[0], columns[1], tokens, columns[2], columns[3])
         np.testing.assert_allclose(found.reward, expected, rtol=0, atol=1e-12)
         total += len(strings)
         well_formed += int(found.well_formed.sum())
@@ -129,10 +130,11 @@ def test_every_prompt_has_its_own_values_and_batches_equal_single_calls():
 
 def test_responses_that_are_too_long_are_refused():
     prompt = world.encode(world.prompt_text("drama", "plot"))
-    with pytest.raises(ValueError, match="5 tokens"):
+    with pytest.raises(MismatchError, match=r"5 tokens.*at most 4"):
         world.verdicts([prompt], [world.encode("very great and very great")], [False])
     with pytest.raises(ValueError, match="5 tokens"):
-        world.true_reward(*(np.zeros(1, dtype=int),) * 2, np.zeros((1, 5), dtype=int), np.ones(1), np.ones(1, dtype=bool))
+        zero = np.zeros(1, dtype=int)
+        world.true_reward(zero, zero, np.zeros((1, 5), dtype=int), zero, zero == 0)
 
 
 def test_splits_hold_20_8_4_4_prompts_and_training_sees_everything_three_times():
@@ -187,7 +189,7 @@ def test_an_unknown_id_is_no_prompt():
 
 
 def test_an_unknown_word_is_named_with_a_suggestion():
-    with pytest.raises(DataError, match="unknown word 'grate'.*did you mean 'great'"):
+    with pytest.raises(DataError, match=r"unknown word 'grate'.*did you mean 'great'"):
         world.encode("very grate")
 
 

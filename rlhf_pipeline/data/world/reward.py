@@ -26,6 +26,7 @@ from rlhf_pipeline.data.world.vocabulary import (
     VOCABULARY,
     parse_prompt,
 )
+from rlhf_pipeline.errors import MismatchError
 
 ILL_FORMED = -2.5
 SECOND_PHRASE = 0.6
@@ -138,6 +139,9 @@ def verdicts(prompts: Sequence[list[int]], completions: Sequence[list[int]], end
     responses = np.zeros((count, RESPONSE_LENGTH), dtype=np.int64)
     for row, ids in enumerate(completions):
         if len(ids) > RESPONSE_LENGTH:
-            raise ValueError(f"a response of {len(ids)} tokens; world:verdicts has at most {RESPONSE_LENGTH}")
+            raise MismatchError(
+                f"a response of {len(ids)} tokens; responses of world:verdicts have at most {RESPONSE_LENGTH}; "
+                f"set response_length: {RESPONSE_LENGTH} (--max-new-tokens {RESPONSE_LENGTH})"
+            )
         responses[row, : len(ids)] = ids
     return true_reward(pairs[:, 0], pairs[:, 1], responses, words, np.asarray(ended, dtype=bool))

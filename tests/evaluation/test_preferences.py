@@ -1,0 +1,142 @@
+"""Accuracy, calibration and baselines, by hand."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+
+from rlhf_pipeline.evaluation.preferences import (
+    accuracy,
+    bayes_accuracy,
+    expected_calibration_error,
+    longer_wins,
+    preference_metrics,
+    tfidf_bradley_terry,
+)
+
+
+def logit(p: float) -> float:
+    return math.log(p / (1 - p))
+
+
+def test_ties_are_half_right():
+    found = accuracy([1.0, -2.0, 0.0, 3.0], ["a", "b", "c", "d"])
+    assert found.mean == pytest.approx(2.5 / 4)
+    assert found.clusters == 4
+
+
+def test_accuracy_is_clustered_by_prompt():
+    found = accuracy([1.0, 1.0, -1.0], ["a", "a", "b"])
+    assert found.mean == pytest.approx(0.5)  # prompt means 1 and 0
+    # t(.975, 1) = 12.7062; sd of 0 and 1 is sqrt(.5)
+    assert found.high == pytest.approx(0.5 + 12.7062 * math.sqrt(0.5) / math.sqrt(2), abs=1e-4)
+
+
+def test_ece_by_hand_with_one_value_a_bin():
+    # Confidences .6, .7, .9; right, wrong, right.
+    found = expected_calibration_error([logit(0.6), -logit(0.7), logit(0.9)])
+    assert found == pytest.approx((0.4 + 0.7 + 0.1) / 3, abs=1e-12)
+
+
+def test_ece_by_hand_with_two_bins():
+    # Sorted by confidence: .55 right, .65 wrong | .75 right, .95 right.
+    differences = [logit(0.95), -logit(0.65), logit(0.75), logit(0.55)]
+    expected = 0.5 * abs(0.5 - 0.6) + 0.5 * abs(1.0 - 0.85)
+    assert expected_calibration_error(differences, bins=2) == pytest.approx(expected, abs=1e-12)
+
+
+def test_ece_bins_hold_equally_many():
+    # 30 values in 15 bins: two each. All at .8 in confidence; in each pair of neighbours one is right.
+    differences = [logit(0.8) * (1 if k % 2 else -1) for k in range(30)]
+    assert expected_calibration_error(differences) == pytest.approx(0.3, abs=1e-12)
+
+
+def test_perfect_calibration_has_ece_0():
+    differences = [logit(0.75)] * 75 + [-logit(0.75)] * 25
+    assert expected_calibration_error(differences, bins=1) == pytest.approx(0.0, abs=1e-12)
+    assert expected_calibration_error([0.0] * 10) == 0.0  # ties: confidence one half, half right
+
+
+def test_ece_does_not_ask_which_side_was_confident():
+    assert expected_calibration_error([-logit(0.9)], bins=1) == pytest.approx(0.9, abs=1e-12)
+
+
+def test_all_figures_by_hand():
+    differences = [logit(0.8), -logit(0.6), 0.0]
+    found = preference_metrics(differences, ["a", "b", "c"])
+    assert found["accuracy"] == pytest.approx(0.5)
+    assert (found["pairs"], found["prompts"]) == (3, 3)
+    assert found["nll"] == pytest.approx(-(math.log(0.8) + math.log(0.4) + math.log(0.5)) / 3, abs=1e-12)
+    assert found["brier"] == pytest.approx((0.2**2 + 0.6**2 + 0.5**2) / 3, abs=1e-12)
+    assert found["ece"] == pytest.approx((0.2 + 0.6 + 0.0) / 3, abs=1e-12)
+    assert found["accuracy_low"] < 0.5 < found["accuracy_high"]
+
+
+def test_an_uninformed_scorer():
+    found = preference_metrics([0.0] * 6, list("abcdef"))
+    assert (found["accuracy"], found["nll"]) == pytest.approx((0.5, math.log(2)))
+    assert (found["brier"], found["ece"]) == (0.25, 0.0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_huge_differences_stay_finite():
+    found = preference_metrics([500.0, -500.0], ["a", "b"])
+    assert found["nll"] == pytest.approx(250.0)
+    assert found["brier"] == pytest.approx(0.5)
+
+
+def test_the_labels_own_ceiling():
+    assert bayes_accuracy([0.9, 0.3, 0.5], ["a", "b", "c"]) == pytest.approx((0.9 + 0.7 + 0.5) / 3)
+    assert bayes_accuracy([0.9, 0.5, 0.6], ["a", "a", "b"]) == pytest.approx((0.7 + 0.6) / 2)
+    assert bayes_accuracy([0.9, None], ["a", "b"]) is None
+    assert bayes_accuracy([], []) is None
+
+
+def test_longer_wins_counts_tokens():
+    assert longer_wins([[1, 2, 3], [1], [5, 5]], [[1], [1, 2], [6, 6]]) == [2.0, -1.0, 0.0]
+    with pytest.raises(ValueError):
+        longer_wins([[1]], [])
+
+
+def pairs(count: int, seed: int, good: str = "kind", bad: str = "rude") -> list[tuple[str, str]]:
+    draw = random.Random(seed)
+
+    def text(word: str) -> str:
+        words = [draw.choice(["a", "fair", "plain", "long", "odd", "tale"]) for _ in range(6)]
+        words.insert(draw.randrange(7), word)
+        return " ".join(words)
+
+    return [(text(good), text(bad)) for _ in range(count)]
+
+
+def test_tfidf_learns_a_separable_set():
+    found = tfidf_bradley_terry(pairs(80, 0), pairs(40, 1))
+    assert len(found) == 40 and min(found) > 0
+
+
+def test_tfidf_is_antisymmetric_and_says_0_of_equal_texts():
+    test = pairs(10, 1)
+    forth = tfidf_bradley_terry(pairs(80, 0), test)
+    back = tfidf_bradley_terry(pairs(80, 0), [(b, a) for a, b in test])
+    assert back == pytest.approx([-value for value in forth], abs=1e-12)
+    assert tfidf_bradley_terry(pairs(80, 0), [("a kind tale", "a kind tale")]) == [0.0]
+
+
+def test_tfidf_learns_signs_that_are_no_letters():
+    found = tfidf_bradley_terry(pairs(80, 0, "!!", "??"), pairs(40, 1, "!!", "??"))
+    assert np.mean(np.array(found) > 0) > 0.9
+
+
+def test_tfidf_of_random_labels_is_chance():
+    draw = random.Random(5)
+    shuffled = [pair if draw.random() < 0.5 else pair[::-1] for pair in pairs(400, 2)]
+    found = np.array(tfidf_bradley_terry(shuffled[:200], shuffled[200:]))
+    assert abs((found > 0).mean() - 0.5) < 4 * math.sqrt(0.25 / 200)
+
+
+@pytest.mark.parametrize("train, test", [([], [("a", "b")]), ([("a", "b")], []), ([(" ", "")], [("a", "b")])])
+def test_without_anything_to_learn_from_all_differences_are_0(train, test):
+    assert tfidf_bradley_terry(train, test) == [0.0] * len(test)

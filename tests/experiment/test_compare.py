@@ -1,0 +1,195 @@
+"""Comparison and evaluation: what stands in results.json, and figures known beforehand."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from rlhf_pipeline.errors import ConfigError, MismatchError
+from rlhf_pipeline.experiment.compare import COST_KEYS, bill, run_compare
+from rlhf_pipeline.experiment.evaluate import run_evaluate
+
+
+@pytest.fixture(scope="module")
+def arms(tiny, tmp_path_factory):
+    """A laboratory with a PPO and a DPO model."""
+    lab = tiny.copy(tmp_path_factory.mktemp("arms") / "home")
+    lab.run("ppo", max_steps=2)
+    lab.run("dpo", max_steps=6)
+    return lab
+
+
+def compare(lab, **changes):
+    return run_compare(lab.config("compare", **changes), lab.home, quiet=True)
+
+
+def evaluate(lab, reference, **changes):
+    return run_evaluate(reference, lab.config("evaluate", **changes), lab.home, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def results(arms):
+    return compare(arms, name="first", arms=["ppo", "dpo"], baseline="sft", samples=4, best_of=[1, 2, 4])
+
+
+def test_what_results_say(arms, results):
+    assert json.loads((arms.home / "reports" / "first" / "results.json").read_text()) == results
+    assert results["baseline"] == results["reference"] == "sft@v1"
+    assert results["reward_model"] == "reward@v1"
+    assert (results["prompts"], results["samples"], results["split"]) == (8, 4, "test")
+    names = [row["name"] for row in results["rows"]]
+    assert names == ["sft@v1", "ppo@v1", "dpo@v1", *(f"best of {n} of sft@v1" for n in (1, 2, 4))]
+    for row in results["rows"][:3]:
+        assert {"true_reward", "score", "kl", "kl_k1", "entropy", "length", "ended", "well_formed"} <= set(
+            row["metrics"]
+        )
+        for figure in row["metrics"].values():
+            assert figure["low"] <= figure["mean"] <= figure["high"]
+            assert (figure["n"], figure["clusters"], figure["method"]) == (32, 8, "t")
+    assert "win_rate" not in results["rows"][0]
+    assert all(0 <= row["win_rate"]["mean"] <= 1 for row in results["rows"][1:3])
+
+
+def test_the_baseline_is_its_own_reference(results):
+    baseline = results["rows"][0]["metrics"]
+    assert baseline["kl"]["mean"] == pytest.approx(0, abs=1e-6)
+    assert baseline["kl_k1"]["mean"] == pytest.approx(0, abs=1e-5)
+    assert results["rows"][2]["metrics"]["kl"]["mean"] > 1e-3
+
+
+def test_differences_are_those_of_the_means(results):
+    first = results["rows"][0]["metrics"][results["primary"]]["mean"]
+    for row in results["rows"][1:3]:
+        assert row["difference"]["mean"] == pytest.approx(row["metrics"][results["primary"]]["mean"] - first)
+
+
+def test_a_model_ties_with_itself(arms):
+    found = compare(arms, arms=["sft@v1"], baseline="sft", samples=8)
+    row = found["rows"][1]
+    assert row["win_rate"]["mean"] == 0.5
+    assert (row["difference"]["mean"], row["gain_in_sd"]) == (0, 0)
+    assert row["metrics"]["true_reward"] == found["rows"][0]["metrics"]["true_reward"]
+
+
+def test_best_of_n_rows(results):
+    rows = {row["n"]: row for row in results["rows"] if row["stage"] == "best-of-n"}
+    assert [rows[n]["kl_bound"] for n in (1, 2, 4)] == pytest.approx([0, math.log(2) - 0.5, math.log(4) - 0.75])
+    baseline = results["rows"][0]["metrics"]
+    for name in ("score", "true_reward", "length"):
+        assert rows[1]["metrics"][name]["mean"] == pytest.approx(baseline[name]["mean"])
+    scores = [rows[n]["metrics"]["score"]["mean"] for n in (1, 2, 4)]
+    assert scores == sorted(scores) and scores[0] < scores[2]
+    assert {row["chosen_by"] for row in rows.values()} == {"reward@v1"}
+
+
+def test_best_of_all_samples_is_the_maximum(arms):
+    from rlhf_pipeline.evaluation.sampled import draw
+    from rlhf_pipeline.experiment.subjects import find_policies, set_up
+    from rlhf_pipeline.training.run import make_accelerator
+
+    config = arms.config("compare", arms=["dpo"], baseline="sft", samples=4, best_of=[4], reward_model="reward")
+    registry = arms.registry
+    first = find_policies(registry, ["sft"], lambda _: None)[0]
+    bench = set_up(
+        registry, config, first, make_accelerator(config).device, reference=None, samples=4, say=lambda _: None
+    )
+    samples = draw(bench.policy(first), bench.plan)
+    scores = bench.judge.score(samples.examples).numpy().reshape(8, 4)
+    row = compare(arms, arms=["dpo"], baseline="sft", samples=4, best_of=[4], reward_model="reward")["rows"][2]
+    assert row["metrics"]["score"]["mean"] == pytest.approx(float(scores.max(1).mean()), abs=1e-5)
+
+
+def test_more_samples_are_drawn_where_best_of_n_needs_them(arms):
+    assert compare(arms, arms=["dpo"], baseline="sft", samples=2, best_of=[6])["samples"] == 6
+
+
+def test_ppos_bill_holds_its_reward_model(arms):
+    registry = arms.registry
+    ppo, reward, dpo = (registry.resolve(name) for name in ("ppo", "reward", "dpo"))
+    for key in COST_KEYS:
+        assert bill(registry, ppo)[key] == pytest.approx(ppo.manifest.cost[key] + reward.manifest.cost[key])
+        assert bill(registry, dpo)[key] == pytest.approx(dpo.manifest.cost[key])
+    rows = {row["name"]: row for row in compare(arms, arms=["ppo"], baseline="sft", samples=1)["rows"]}
+    assert rows["ppo@v1"]["cost"]["flops"] == bill(registry, ppo)["flops"]
+
+
+def test_a_comparison_is_a_function_of_its_seed(arms):
+    one, again, other = (compare(arms, arms=["ppo"], baseline="sft", seed=seed)["rows"][1] for seed in (0, 0, 1))
+    assert one == again
+    assert one["metrics"] != other["metrics"]
+
+
+def test_a_snapshot_or_a_folder_can_be_an_arm(arms):
+    trained = arms.run("dpo", output_name="steps", max_steps=2, snapshot_steps=[1])
+    found = compare(arms, arms=["steps@v1#1", trained.path], baseline="sft", samples=1)
+    assert [row["model"] for row in found["rows"]] == ["sft@v1", "steps@v1#1", trained.path]
+
+
+def test_a_reward_model_is_no_arm(arms):
+    with pytest.raises(MismatchError, match="reward@v1"):
+        compare(arms, arms=["reward"], baseline="sft")
+
+
+def test_evaluating_a_policy(arms):
+    found = evaluate(arms, "dpo", samples=4)
+    assert (found["model"], found["reference"], found["prompts"], found["samples"]) == ("dpo@v1", "sft@v1", 8, 4)
+    assert found["reward_model"] is None
+    assert found["metrics"]["kl"]["mean"] > 0
+    with_judge = evaluate(arms, "ppo", samples=4)
+    assert with_judge["reward_model"] == "reward@v1"
+    assert "score" in with_judge["metrics"]
+
+
+def test_evaluation_and_comparison_draw_the_same_samples(arms, results):
+    found = evaluate(arms, "ppo", samples=4)
+    assert found["metrics"] == results["rows"][1]["metrics"]
+
+
+def test_true_rewards_by_hand(arms):
+    """The mean over prompts of the world's verdicts on the very samples that the plan draws."""
+    from rlhf_pipeline.data import world
+    from rlhf_pipeline.evaluation.sampled import draw
+    from rlhf_pipeline.experiment.subjects import find_policies, set_up
+
+    config = arms.config("evaluate", samples=3, seed=4)
+    policy = find_policies(arms.registry, ["dpo"], lambda _: None)[0]
+    bench = set_up(arms.registry, config, policy, "cpu", reference=None, samples=3, say=lambda _: None)
+    sampled = draw(bench.policy(policy), bench.plan)
+    rewards = [
+        world.verdicts([example.prompt_ids], [ids], [ended]).reward[0]
+        for example in sampled.examples
+        for ids, ended in zip(example.completions, example.ended, strict=True)
+    ]
+    assert evaluate(arms, "dpo", samples=3, seed=4)["metrics"]["true_reward"]["mean"] == pytest.approx(np.mean(rewards))
+
+
+def test_evaluating_a_reward_model(arms):
+    found = evaluate(arms, "reward")
+    manifest = arms.registry.resolve("reward").manifest
+    assert (found["model"], found["stage"]) == ("reward@v1", "reward")
+    assert found["reward_shift"] == manifest.metrics["reward_shift"]
+    for name in ("accuracy", "nll", "brier", "ece", "pairs", "bayes_accuracy"):
+        assert found["metrics"][name] == pytest.approx(manifest.metrics[name], abs=1e-6)
+    for name, baseline in manifest.metrics["baselines"].items():
+        assert found["metrics"]["baselines"][name] == pytest.approx(baseline)
+    assert evaluate(arms, "reward", split="train")["metrics"]["pairs"] > found["metrics"]["pairs"]
+
+
+def test_a_reward_model_without_its_data_cannot_be_evaluated(arms, tmp_path):
+    folder = arms.registry.export("reward", tmp_path / "exported")
+    assert evaluate(arms, str(folder))["metrics"]["pairs"] > 0
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match="preference data"):
+        evaluate(arms, str(folder))
+
+
+@pytest.mark.parametrize("split", ["validation", "train"])
+def test_prompts_come_from_the_split_that_is_asked_for(arms, split):
+    assert evaluate(arms, "sft", split=split, samples=1)["prompts"] == {"validation": 4, "train": 20}[split]
+
+
+def test_at_most_so_many_prompts(arms):
+    assert evaluate(arms, "sft", split="train", samples=1, max_prompts=5)["prompts"] == 5

@@ -1,0 +1,155 @@
+"""Experiments: what is done is skipped, what depends on a change is run again, faults come first."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from rlhf_pipeline.errors import ConfigError
+from rlhf_pipeline.experiment.run import run_experiment
+
+SHARED = {
+    "max_prompt_length": 6,
+    "response_length": 4,
+    "use_cpu": True,
+    "num_threads": 1,
+}
+TRAINING = {**SHARED, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "max_steps": 2}
+CONFIGS = {
+    "start": {**TRAINING, "model_name_or_path": "sft", "dataset_name": "collected:pairs"},
+    "chosen": {**SHARED, "prompts": "world:verdicts", "judge": "world", "num": 60, "policy": "start"},
+    "scorer": {**TRAINING, "reward_centering_samples": 16},
+    "ppo": {**TRAINING, "rollout_batch_size": 8, "num_ppo_epochs": 1, "num_mini_batches": 1, "kl_coef": 0.5},
+    "dpo": {**TRAINING, "beta": 0.5},
+    "compare": {"use_cpu": True, "num_threads": 1, "samples": 2},
+}
+STAGES = {
+    "start": {"stage": "sft"},
+    "chosen": {"stage": "collect", "policy": "start"},
+    "scorer": {"stage": "train-rm", "model_name_or_path": "start", "dataset_name": "chosen"},
+    "ppo": {
+        "stage": "ppo",
+        "model_name_or_path": "start",
+        "reward_model_path": "scorer",
+        "dataset_name": "chosen",
+    },
+    "dpo": {"stage": "dpo", "model_name_or_path": "start", "dataset_name": "chosen"},
+}
+
+
+@pytest.fixture
+def experiment(lab, tmp_path):
+    """Write an experiment of five stages; changes are {stage: {key: value}}."""
+    folder = tmp_path / "experiment"
+    folder.mkdir()
+
+    def write(compare: bool = True, **changes):
+        for name, values in CONFIGS.items():
+            (folder / f"{name}.yaml").write_text(yaml.safe_dump({**values, **changes.get(name, {})}))
+        stages = {name: {**entry, "config": f"{name}.yaml"} for name, entry in STAGES.items()}
+        content = {"name": "trial", "seeds": [0], "stages": stages}
+        if compare:
+            content["compare"] = {"arms": ["ppo", "dpo"], "baseline": "start", "config": "compare.yaml"}
+        path = folder / "experiment.yaml"
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        return path
+
+    return write
+
+
+def run(lab, path, *overrides):
+    return run_experiment(path, overrides, lab.home, quiet=True)
+
+
+def skipped(result):
+    return {name for name, stage in result["stages"].items() if stage["skipped"]}
+
+
+def test_the_second_time_everything_is_skipped(lab, experiment):
+    path = experiment()
+    first = run(lab, path)
+    assert skipped(first) == set()
+    assert {name: stage["model"] for name, stage in first["stages"].items()} == {name: f"{name}@v1" for name in STAGES}
+    manifest = lab.registry.resolve("ppo").manifest
+    assert manifest.parents["reward_model"].ref == "scorer@v1"
+    assert manifest.config["dataset_name"] == "collected:chosen@v1"
+    second = run(lab, path)
+    assert skipped(second) == set(STAGES)
+    assert second["comparison"]["rows"] == first["comparison"]["rows"]
+    assert lab.registry.models.names() == ["dpo", "ppo", "reward", "scorer", "sft", "start"]
+    written = json.loads((lab.home / "reports" / "trial" / "results.json").read_text())
+    assert written == second["comparison"]
+
+
+@pytest.mark.parametrize(
+    ("override", "again"),
+    [
+        ("dpo.beta=0.3", {"dpo"}),
+        ("scorer.learning_rate=0.02", {"scorer", "ppo"}),
+        ("chosen.num=61", {"chosen", "scorer", "ppo", "dpo"}),
+        ("start.max_steps=3", set(STAGES)),
+        ("compare.samples=3", set()),
+    ],
+)
+def test_an_override_runs_again_what_depends_on_it(lab, experiment, override, again):
+    path = experiment(compare=override.startswith("compare"))
+    run(lab, path)
+    result = run(lab, path, override)
+    assert set(STAGES) - skipped(result) == again
+    # And back: the first versions are still there.
+    assert skipped(run(lab, path)) == set(STAGES)
+
+
+def test_other_data_of_the_same_name_run_again_what_was_trained_on_them(lab, experiment):
+    path = experiment(compare=False)
+    run(lab, path)
+    lab.run("collect", output_name="pairs", num=90)  # a second version of what `start` is trained on
+    result = run(lab, path)
+    assert "start" not in skipped(result)
+    assert result["stages"]["start"]["model"] == "start@v2"
+
+
+def test_a_stage_that_failed_is_taken_up_again(lab, experiment, monkeypatch):
+    from rlhf_pipeline.stages import dpo
+
+    path = experiment(compare=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo, "train", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(lab, path)
+    result = run(lab, path)
+    assert skipped(result) == set(STAGES) - {"dpo"}
+    (directory,) = (lab.home / "runs").glob("dpo-*")
+    assert json.loads((directory / "run.json").read_text())["model"] == "dpo@v1"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"start": {"dataset_name": "collected:nowhere"}}, "nowhere"),
+        ({"start": {"dataset_name": "missing.jsonl"}}, "missing.jsonl"),
+        ({"chosen": {"judge": "nobody"}}, "nobody"),
+        ({"chosen": {"judge": "sft"}}, "sft@v1"),
+        ({"start": {"model_name_or_path": "reward"}}, "reward@v1"),
+    ],
+)
+def test_what_is_missing_is_found_before_the_first_stage(lab, experiment, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        run(lab, experiment(**changes))
+    assert lab.registry.models.names() == ["reward", "sft"]
+    assert not any((lab.home / "runs").glob("*"))
+
+
+def test_all_faults_come_at_once(lab, experiment):
+    path = experiment(start={"dataset_name": "collected:nowhere"}, chosen={"judge": "sft"})
+    with pytest.raises(ConfigError) as caught:
+        run(lab, path)
+    text = str(caught.value)
+    assert "start.dataset_name" in text and "chosen.judge" in text
+
+
+def test_seeds_of_the_experiment_are_those_of_its_stages(lab, experiment):
+    run(lab, experiment(compare=False), "seeds=[5]")
+    assert lab.registry.resolve("dpo").manifest.seed == 5

@@ -1,0 +1,295 @@
+"""Sampling: by inversion, one response at a time, with the probabilities of the training forward."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rlhf_pipeline.data.batch import pack
+from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.models.forward import Reader
+from rlhf_pipeline.models.roles import Policy
+from rlhf_pipeline.models.selfcheck import inspect_model
+from rlhf_pipeline.rollout.responses import sample_for_prompts
+from rlhf_pipeline.rollout.sampler import draw_uniforms, pick, sample, sample_grouped
+
+PAD, EOS = 0, 1
+JUST_BELOW_1 = 1 - 2.0**-53
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def logits_of(*probabilities: float) -> torch.Tensor:
+    return torch.tensor([probabilities], dtype=torch.float64).log()
+
+
+@pytest.mark.parametrize(
+    "u, token",
+    [(0.0, 0), (0.0999, 0), (0.1001, 1), (0.2999, 1), (0.3001, 2), (0.5999, 2), (0.6001, 3), (JUST_BELOW_1, 3)],
+)
+def test_pick_inverts_the_cumulative_distribution(u, token):
+    probabilities = (0.1, 0.2, 0.3, 0.4)
+    tokens, logprobs = pick(logits_of(*probabilities), torch.tensor([u], dtype=torch.float64))
+    assert tokens.item() == token
+    assert logprobs.item() == pytest.approx(math.log(probabilities[token]), abs=1e-12)
+
+
+@pytest.mark.parametrize("u, token", [(0.0, 1), (0.4999, 1), (0.5, 3), (JUST_BELOW_1, 3)])
+def test_a_token_of_probability_0_is_never_picked(u, token):
+    tokens, logprobs = pick(logits_of(0.0, 0.5, 0.0, 0.5, 0.0), torch.tensor([u], dtype=torch.float64))
+    assert tokens.item() == token
+    assert logprobs.item() == pytest.approx(math.log(0.5), abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_both_ends_of_a_large_vocabulary_are_reached_and_not_left(dtype):
+    logits = torch.randn(64, 50_000, generator=generator()).to(dtype)
+    logits[:, -1] = logits[:, 0] = -math.inf
+    ends = torch.tensor([0.0, JUST_BELOW_1], dtype=torch.float64).repeat(32)
+    tokens, logprobs = pick(logits, ends)
+    assert tokens.tolist() == [1, 49_998] * 32
+    assert logprobs.isfinite().all()
+
+
+def test_logits_far_from_0_change_nothing():
+    u = torch.tensor([0.35], dtype=torch.float64)
+    for shift in (-1e4, 0.0, 1e4):
+        tokens, logprobs = pick(logits_of(0.1, 0.2, 0.3, 0.4) + shift, u)
+        assert tokens.item() == 2 and logprobs.item() == pytest.approx(math.log(0.3), abs=1e-9)
+
+
+def test_picked_frequencies_are_the_probabilities():
+    probabilities, count = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05]), 20_000
+    tokens, _ = pick(probabilities.log().expand(count, 5), draw_uniforms(count, 1, generator()).squeeze(1))
+    for token, p in enumerate(probabilities.tolist()):
+        assert abs((tokens == token).double().mean().item() - p) < 4 * math.sqrt(p * (1 - p) / count)
+
+
+def test_uniforms_depend_on_the_seed_only():
+    assert torch.equal(draw_uniforms(3, 4, generator(1)), draw_uniforms(3, 4, generator(1)))
+    drawn = draw_uniforms(100, 100, generator())
+    assert drawn.dtype == torch.float64 and drawn.min() >= 0 and drawn.max() < 1
+
+
+class Script:
+    """A model that always gives the same distribution, and keeps what it was called with."""
+
+    def __init__(self, *probabilities: float):
+        self.logits, self.calls = logits_of(*probabilities), []
+
+    def __call__(self, **call):
+        self.calls.append({key: value.clone() for key, value in call.items() if isinstance(value, torch.Tensor)})
+        return SimpleNamespace(logits=self.logits.expand(call["input_ids"].shape[0], 1, -1))
+
+
+HALVES = (0.25, 0.25, 0.25, 0.25)  # u in [0, .25) PAD, [.25, .5) EOS, then 2 and 3
+
+
+def uniforms(*rows: list[float]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def scripted(model, prompts, draws, **options):
+    return sample(model, prompts, draws, stop_id=EOS, pad_id=PAD, **options)
+
+
+def test_a_response_ends_at_its_stop_token_which_belongs_to_it():
+    found = scripted(Script(*HALVES), [[2]] * 3, uniforms([0.6, 0.3, 0.9], [0.3, 0.6, 0.6], [0.6, 0.9, 0.6]))
+    assert [r.ids for r in found] == [[2, EOS], [EOS], [2, 3, 2]]
+    assert [r.ended for r in found] == [True, True, False]
+    for response in found:
+        assert response.logprobs == pytest.approx([math.log(0.25)] * len(response.ids), abs=1e-6)
+
+
+def test_a_stop_token_at_the_last_index_counts_as_ended():
+    (response,) = scripted(Script(*HALVES), [[2]], uniforms([0.6, 0.9, 0.3]))
+    assert (response.ids, response.ended) == ([2, 3, EOS], True)
+
+
+@pytest.mark.parametrize("prompt", [[EOS], [2, EOS], [EOS, EOS, 3], [PAD, EOS, PAD]])
+def test_stop_and_pad_tokens_in_the_prompt_end_and_hide_nothing(prompt):
+    model = Script(*HALVES)
+    (response,) = scripted(model, [prompt], uniforms([0.6, 0.9, 0.6]))
+    assert (response.ids, response.ended) == ([2, 3, 2], False)
+    assert model.calls[0]["attention_mask"].tolist() == [[1] * len(prompt)]
+    assert model.calls[0]["position_ids"].tolist() == [list(range(len(prompt)))]
+
+
+def test_a_sampled_pad_is_an_ordinary_token():
+    model = Script(*HALVES)
+    (response,) = scripted(model, [[2]], uniforms([0.1, 0.1, 0.6]))
+    assert (response.ids, response.ended) == ([PAD, PAD, 2], False)
+    assert model.calls[2]["attention_mask"].tolist() == [[1, 1, 1]]
+
+
+def test_prompts_are_padded_on_the_left_and_positions_start_at_the_first_token():
+    model = Script(*HALVES)
+    scripted(model, [[2, 3, 2], [3]], uniforms([0.6, 0.6], [0.9, 0.9]))
+    first, second = model.calls
+    assert first["input_ids"].tolist() == [[2, 3, 2], [PAD, PAD, 3]]
+    assert first["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert first["position_ids"][0].tolist() == [0, 1, 2] and first["position_ids"][1, -1].item() == 0
+    assert second["input_ids"].tolist() == [[2], [3]]
+    assert second["position_ids"].tolist() == [[3], [1]]
+    assert second["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+
+
+def test_finished_sequences_leave_the_batch():
+    model = Script(*HALVES)
+    draws = uniforms([0.3, 0.6, 0.6], [0.6, 0.6, 0.6], [0.6, 0.3, 0.6])
+    found = scripted(model, [[2], [3], [2]], draws)
+    assert [call["input_ids"].shape[0] for call in model.calls] == [3, 2, 1]
+    assert [r.ids for r in found] == [[EOS], [2, 2, 2], [2, EOS]]
+    model = Script(*HALVES)
+    scripted(model, [[2], [3]], uniforms([0.3, 0.6], [0.3, 0.6]))
+    assert len(model.calls) == 1  # all have ended: no further step
+
+
+def test_temperature_divides_the_logits():
+    p = [x**2 for x in (0.1, 0.2, 0.3, 0.4)]  # T = 1/2 squares the probabilities: 1/30, 4/30, 9/30, 16/30
+    model = Script(0.1, 0.2, 0.3, 0.4)
+    found = scripted(model, [[2]] * 2, uniforms([0.46], [0.48]), temperature=0.5)  # 14/30 = .4667
+    assert [r.ids for r in found] == [[2], [3]]
+    assert found[0].logprobs[0] == pytest.approx(math.log(p[2] / sum(p)), abs=1e-6)
+
+
+def build(name: str):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    common = {"vocab_size": 24, "hidden_size": 16, "initializer_range": 0.3, "num_hidden_layers": 2}
+    wide = {"intermediate_size": 32, "num_attention_heads": 2, "max_position_embeddings": 64}
+    grouped = {**wide, "num_key_value_heads": 1, "head_dim": 8}
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 3}
+    special = {
+        "llama": grouped,
+        "qwen3": grouped,
+        "mistral": {**grouped, "sliding_window": 3},
+        "gemma3_text": {**grouped, **layers, "query_pre_attn_scalar": 8},
+        "gemma2": {**grouped, **layers, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
+        "gpt_neox": wide,
+        "gpt2": {"n_head": 2, "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+        "bloom": {"n_head": 2},
+    }[name]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **{**common, **special})
+    config.pad_token_id, config.eos_token_id, config.bos_token_id = PAD, EOS, None
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def prompts_of(count: int, seed: int = 0) -> list[Example]:
+    """Prompts of 1 to 8 tokens, EOS and PAD among them."""
+    draw = random.Random(seed)
+    ids = [[draw.randrange(24) for _ in range(draw.randint(1, 8))] for _ in range(count)]
+    return [Example(row, [], [], prompt_key=str(k), where=f"row {k}") for k, row in enumerate(ids)]
+
+
+ARCHITECTURES = ["llama", "qwen3", "mistral", "gemma3_text", "gemma2", "gpt2", "gpt_neox", "bloom"]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_samplers_logprobs_equal_recomputed_ones(name, temperature):
+    model = build(name)
+    policy = Policy(model, inspect_model(model), temperature)
+    sampled, responses = sample_for_prompts(
+        policy,
+        prompts_of(12),
+        samples=3,
+        response_length=7,
+        stop_id=EOS,
+        pad_id=PAD,
+        generator=generator(),
+        temperature=temperature,
+        batch_size=16,
+    )
+    batch = pack(sampled, PAD, layout=policy.reader.layout)
+    with torch.no_grad():
+        recomputed = policy(batch).logprobs
+    drawn = torch.tensor([x for group in responses for r in group for x in r.logprobs])
+    assert drawn.std() > 0.2
+    torch.testing.assert_close(drawn, recomputed, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "bloom"])
+def test_batching_and_the_order_of_prompts_change_no_sample(name):
+    model = build(name)
+    policy, prompts = Policy(model, inspect_model(model)), [e.prompt_ids for e in prompts_of(20)]
+    draws = draw_uniforms(20, 6, generator(1))
+    options = {"pad_id": PAD, "cache_config": model.config}
+    endless = sample_grouped(policy, prompts, draws, batch_size=20, stop_id=-1, **options)
+    tokens = Counter(token for response in endless for token in response.ids)
+    options["stop_id"] = tokens.most_common(1)[0][0]  # so that some responses end early
+    one_by_one = sample_grouped(policy, prompts, draws, batch_size=1, **options)
+    assert {r.ended for r in one_by_one} == {True, False}
+    order = list(range(20))
+    random.Random(2).shuffle(order)
+    for size in (3, 7, 64):
+        found = sample_grouped(policy, prompts, draws, batch_size=size, **options)
+        assert [r.ids for r in found] == [r.ids for r in one_by_one]
+        shuffled = sample_grouped(policy, [prompts[i] for i in order], draws[order], batch_size=size, **options)
+        assert [r.ids for r in shuffled] == [one_by_one[i].ids for i in order]
+
+
+def test_the_same_seed_gives_the_same_samples_and_another_seed_others(make_llama):
+    policy = Policy(make_llama(vocab=24), Reader())
+    options = {"samples": 4, "response_length": 5, "stop_id": EOS, "pad_id": PAD}
+
+    def draw(seed: int, **changes):
+        examples, _ = sample_for_prompts(policy, prompts_of(6), generator=generator(seed), **{**options, **changes})
+        return [e.completions for e in examples]
+
+    assert draw(0) == draw(0) == draw(0, batch_size=5)
+    assert draw(0) != draw(1)
+
+
+def test_sampled_examples_keep_their_prompt_and_lose_what_belonged_to_old_completions(make_llama):
+    policy = Policy(make_llama(), Reader())
+    old = Example([2, 3], [[2, 1]], [True], "key", "row 7", 0.8, "text", ("old",))
+    examples, responses = sample_for_prompts(
+        policy, [old], samples=5, response_length=3, stop_id=EOS, pad_id=PAD, generator=generator()
+    )
+    (example,) = examples
+    assert (example.prompt_ids, example.prompt_key, example.where) == ([2, 3], "key", "row 7")
+    assert (example.label_probability, example.completion_texts) == (None, ())
+    assert example.completions == [r.ids for r in responses[0]] and len(example.completions) == 5
+    assert example.ended == [ids[-1] == EOS for ids in example.completions]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("prompt", [(2, 3, 2), (3,), (2, EOS, PAD)])
+def test_the_mass_of_all_responses_is_1(make_tree, prompt, temperature):
+    tree = make_tree(prompt=prompt, temperature=temperature)
+    # 1 + 3 + 9 that ended, 27 that were cut; a sampled PAD counts like any other token.
+    assert len(tree.example.completions) == 40
+    with torch.no_grad():
+        assert tree.logprobs().exp().sum().item() == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_responses_come_as_often_as_their_enumerated_probability(make_tree, temperature):
+    tree, count = make_tree(temperature=temperature), 20_000
+    _, (responses,) = sample_for_prompts(
+        tree.policy,
+        [tree.example],
+        samples=count,
+        response_length=3,
+        stop_id=EOS,
+        pad_id=PAD,
+        generator=generator(5),
+        temperature=temperature,
+        batch_size=count,
+    )
+    found = Counter((tuple(r.ids), r.ended) for r in responses)
+    with torch.no_grad():
+        probabilities = tree.logprobs().exp().tolist()
+    leaves = list(zip(tree.example.completions, tree.example.ended))
+    assert set(found) <= {(tuple(ids), end) for ids, end in leaves}
+    for (ids, end), p in zip(leaves, probabilities):
+        assert abs(found[tuple(ids), end] / count - p) < 4 * math.sqrt(p * (1 - p) / count)

@@ -1,0 +1,178 @@
+"""Collected preference data: labels, what is left out, and what is read back."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from rlhf_pipeline.data.load import read_records
+from rlhf_pipeline.data.splits import assign_splits
+from rlhf_pipeline.data.world import SPLITS, encode, parse_prompt, verdicts
+from rlhf_pipeline.data.world.vocabulary import ASPECTS, GENRES
+from rlhf_pipeline.stages.collect import order_by_judge
+
+DRAWS = 20_000
+
+
+def rows_of(lab, name="collected"):
+    path = lab.registry.resolve_data(name).path / "records.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("difference", [0.0, 1.0, -2.0, 40.0])
+def test_pairs_are_labelled_by_bradley_terry(difference):
+    scores = torch.tensor([[difference, 0.0]]).expand(DRAWS, 2)
+    order = order_by_judge(scores, "bradley-terry", torch.Generator().manual_seed(0))
+    p = 1 / (1 + math.exp(-difference))
+    found = float((order[:, 0] == 0).double().mean())
+    assert abs(found - p) <= 4 * math.sqrt(p * (1 - p) / DRAWS) + 1e-9
+
+
+def test_rankings_are_draws_of_plackett_luce():
+    scores = torch.tensor([1.0, 0.0, -0.5])
+    drawn = order_by_judge(scores.expand(DRAWS, 3), "bradley-terry", torch.Generator().manual_seed(1)).tolist()
+    weights = scores.exp().tolist()
+    for first in range(3):
+        for second in {0, 1, 2} - {first}:
+            third = 3 - first - second
+            p = weights[first] / sum(weights) * weights[second] / (weights[second] + weights[third])
+            found = sum(order == [first, second, third] for order in drawn) / DRAWS
+            assert abs(found - p) <= 4 * math.sqrt(p * (1 - p) / DRAWS)
+
+
+def test_labels_by_rank_are_the_order_of_the_scores():
+    scores = torch.tensor([[0.0, 2.0, 1.0], [1.0, 1.0, 3.0]])
+    order = order_by_judge(scores, "rank", torch.Generator())
+    assert order.tolist() == [[1, 2, 0], [2, 0, 1]]  # ties in the order of sampling
+
+
+def test_every_row_says_what_the_judge_and_the_draw_were(lab):
+    result = lab.run("collect", num=120)
+    rows = rows_of(lab)
+    assert len(rows) == result.metrics["records"]
+    for row in rows:
+        ids = [row["chosen_ids"], row["rejected_ids"]]
+        ended = [row["chosen_ended"], row["rejected_ended"]]
+        scores = [row["chosen_score"], row["rejected_score"]]
+        expected = verdicts([row["prompt_ids"]] * 2, ids, ended).reward.tolist()
+        assert scores == pytest.approx(expected, abs=1e-6)
+        odds = 1 / (1 + math.exp(scores[1] - scores[0]))
+        assert row["label_probability"] == pytest.approx(odds, abs=1e-9)
+        assert encode(row["prompt"]) == row["prompt_ids"]
+        assert ids[0] != ids[1]
+    flipped = sum(row["label_probability"] < 0.5 for row in rows)
+    assert 0 < flipped < len(rows) / 2
+
+
+def test_the_share_of_surprising_labels_is_what_the_probabilities_say(tiny):
+    rows = rows_of(tiny, "pairs")
+    favourites = [max(row["label_probability"], 1 - row["label_probability"]) for row in rows]
+    found = sum(row["label_probability"] > 0.5 for row in rows if row["label_probability"] != 0.5)
+    free = [p for p, row in zip(favourites, rows, strict=True) if row["label_probability"] != 0.5]
+    sigma = math.sqrt(sum(p * (1 - p) for p in free))
+    assert abs(found - sum(free)) <= 4 * sigma
+
+
+def test_identical_pairs_are_left_out_and_counted(lab):
+    result = lab.run("collect", num=150, temperature=0.05)  # nearly greedy: most pairs are identical
+    rows = rows_of(lab)
+    dropped = result.metrics["dropped"]["identical_pair"]
+    assert dropped > 30
+    assert len(rows) + dropped == 150
+    assert all(row["chosen_ids"] != row["rejected_ids"] for row in rows)
+
+
+def test_prompts_take_turns_and_keep_their_split(lab):
+    result = lab.run("collect", num=72)
+    rows = rows_of(lab)
+    for row in rows:
+        genre, aspect = parse_prompt(row["prompt_ids"])
+        assert row["split"] == SPLITS[GENRES[genre], ASPECTS[aspect]]
+    counts = [[row["prompt"] for row in rows].count(prompt) for prompt in {row["prompt"] for row in rows}]
+    assert len(counts) == 36 and max(counts) == 2
+    assert sum(result.metrics["by_split"].values()) == len(rows)
+
+
+def test_rows_are_read_back_as_pairs_with_their_ids_and_splits(lab):
+    lab.run("collect", num=80)
+    found = read_records("collected:collected", home=lab.home)
+    rows = rows_of(lab)
+    assert found.tokenizer_digest == lab.registry.resolve("sft").manifest.tokenizer_digest
+    assert len(found.records) == len(rows)
+    assert assign_splits(found.records, source=found.source) == [row["split"] for row in rows]
+    for record, row in zip(found.records, rows, strict=True):
+        assert record.kind == "pair"
+        assert list(record.prompt_ids) == row["prompt_ids"]
+        assert [list(ids) for ids in record.completion_ids] == [row["chosen_ids"], row["rejected_ids"]]
+        assert list(record.ended) == [row["chosen_ended"], row["rejected_ended"]]
+        assert record.extra["label_probability"] == row["label_probability"]
+
+
+def test_a_single_split_stays_that_split(lab):
+    """Only the judge's prompts: all rows are of that split, whatever the hash of their prompts says."""
+    result = lab.run("collect", splits=["judge"], num=40)
+    assert set(result.metrics["by_split"]) == {"judge"}
+    found = read_records("collected:collected", home=lab.home)
+    assert set(assign_splits(found.records, source=found.source)) == {"judge"}
+    trained = lab.run("train-rm", dataset_name="collected:collected", dataset_train_split="judge", max_steps=1)
+    assert trained.metrics["train_pairs"] == len(found.records)
+
+
+@pytest.mark.parametrize("labels", ["rank", "bradley-terry"])
+def test_more_than_two_responses_make_rankings(lab, labels):
+    lab.run("collect", k=3, num=36, labels=labels)
+    rows = rows_of(lab)
+    assert len(rows) == 36
+    for row in rows:
+        assert sorted(row["ranks"]) == [1, 2, 3]
+        assert len(row["completions"]) == len(row["completion_ids"]) == len(row["ended"]) == len(row["scores"]) == 3
+        if labels == "rank":
+            by_rank = [score for _, score in sorted(zip(row["ranks"], row["scores"], strict=True))]
+            assert by_rank == sorted(by_rank, reverse=True)
+    found = read_records("collected:collected", home=lab.home)
+    assert {record.kind for record in found.records} == {"ranking"}
+    assert [list(map(list, record.completion_ids)) for record in found.records] == [
+        row["completion_ids"] for row in rows
+    ]
+
+
+def test_pairs_of_a_ranking_follow_its_ranks(lab):
+    """The ranks are the labels that were drawn; the scores beside them only say what the judge thought."""
+    lab.run("collect", k=3, num=36, labels="bradley-terry")
+    result = lab.run("dpo", dataset_name="collected:collected", dataset_train_split="all", max_steps=1)
+    distinct = 0
+    for row in rows_of(lab):
+        ids = [tuple(value) for value in row["completion_ids"]]
+        distinct += sum(ids[i] != ids[j] for i in range(3) for j in range(i))
+    assert result.metrics["train_pairs"] == distinct
+    from rlhf_pipeline.data.kinds import as_kind
+
+    found = read_records("collected:collected", home=lab.home)
+    for record, row in zip(found.records, rows_of(lab), strict=True):
+        place = {tuple(ids): rank for ids, rank in zip(row["completion_ids"], row["ranks"], strict=True)}
+        if len(place) < 3:
+            continue
+        for pair in as_kind([record], "pair")[0]:
+            better, worse = (place[tuple(ids)] for ids in pair.completion_ids)
+            assert better < worse
+
+
+def test_a_function_or_a_reward_model_may_judge(lab, function):
+    name = function(lambda prompts, completions, **_: [float(len(text.split())) for text in completions])
+    lab.run("collect", judge=name, labels="rank")
+    for row in rows_of(lab):
+        assert len(row["chosen"].split()) >= len(row["rejected"].split())
+        assert "label_probability" not in row
+    result = lab.run("collect", output_name="by-model", judge="reward")
+    assert set(lab.registry.resolve_data("by-model").manifest.parents) == {"policy", "judge"}
+    assert result.metrics["judge"] == "reward"
+
+
+def test_one_seed_gives_one_data_set(lab):
+    lab.run("collect", output_name="a")
+    lab.run("collect", output_name="b")
+    lab.run("collect", output_name="c", seed=1)
+    assert rows_of(lab, "a") == rows_of(lab, "b") != rows_of(lab, "c")
