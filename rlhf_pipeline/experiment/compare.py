@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.evaluation.best_of_n import best_of_n, kl_bound
 from rlhf_pipeline.evaluation.sampled import Samples, paired_difference, win_rate
 from rlhf_pipeline.evaluation.statistics import cluster_mean
@@ -70,6 +71,22 @@ def _best_of_n_rows(bench: Bench, baseline: Samples, label: str, sizes: tuple[in
     return rows
 
 
+def _require_one_stop_token(models: list[Resolved]) -> None:
+    """Refuse models whose responses end in different tokens: one rule cuts all of them.
+
+    Raises:
+        MismatchError: naming two of them.
+    """
+    tokens = {m.label: m.manifest.config.get("stop_token") for m in models if m.manifest is not None}
+    first = next(iter(tokens.items()), None)
+    for label, token in tokens.items():
+        if first is not None and token != first[1]:
+            raise MismatchError(
+                f"{label} was trained with stop_token {token!r}; expected {first[1]!r}, that of {first[0]}; "
+                "compare models whose responses end in the same token"
+            )
+
+
 def run_compare(config: Any, home: Path, *, quiet: bool = False) -> dict[str, Any]:
     """Compare arms with a baseline; writes reports/<name>/results.json and returns its content."""
 
@@ -90,6 +107,7 @@ def run_compare(config: Any, home: Path, *, quiet: bool = False) -> dict[str, An
             if found is not None and reference is not None and found.digest != reference.digest:
                 say(f"note: {arm.label} was trained against {found.label}; KL is measured to {reference.label} for all")
     models = ([baseline] if baseline is not None else []) + arms
+    _require_one_stop_token(models)
     if config.reward_model is None and (trained_on := reward_model_of(registry, models)):
         config = config.model_copy(update={"reward_model": trained_on})
     samples = max([config.samples, *config.best_of])

@@ -97,6 +97,7 @@ def init_causal_lm(
     seed: int,
     dtype: str = "float32",
     attn_implementation: str | None = None,
+    dropout: bool = False,
 ) -> nn.Module:
     """Make a model with random weights from `model_type` and config keys of transformers.
 
@@ -130,6 +131,11 @@ def init_causal_lm(
         for key in settings
         if key not in known
     ]
+    faults += [
+        Fault(f"model_init: {key}", f"found {value}, and dropout is off", "0", "set dropout: true to train with it")
+        for key, value in settings.items()
+        if not dropout and ("dropout" in key or "pdrop" in key) and value
+    ]
     if faults:
         raise ConfigError(faults)
     special = {
@@ -139,7 +145,7 @@ def init_causal_lm(
         "bos_token_id": tokenizer.bos_token_id,
     }
     config = AutoConfig.for_model(model_type, **{**special, **settings})
-    if settings.get("dropout") is None:
+    if not dropout:
         without_dropout(config)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(

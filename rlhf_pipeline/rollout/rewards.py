@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -87,12 +88,23 @@ class FunctionReward:
                 ids.append(list(completion))
                 ended.append(bool(end))
         values = self.function(prompts, completions, completion_ids=ids, ended=ended)
-        if len(values) != len(prompts) or any(not isinstance(value, int | float) for value in values):
+        try:
+            numbers = [] if any(isinstance(value, str) for value in values) else [float(value) for value in values]
+        except (TypeError, ValueError):
+            numbers = []
+        if len(numbers) != len(prompts):
+            kinds = sorted({type(value).__name__ for value in values}) if isinstance(values, list | tuple) else ""
             raise RunFailed(
-                f"reward function {self.label}: expected {len(prompts)} numbers, one per completion, "
-                f"found {len(values)} values of {sorted({type(value).__name__ for value in values})}"
+                f"reward function {self.label}: expected {len(prompts)} numbers, one per completion, found "
+                f"{len(values) if hasattr(values, '__len__') else type(values).__name__} values {kinds}"
             )
-        return torch.tensor([float(value) for value in values], dtype=torch.float32)
+        for index, number in enumerate(numbers):
+            if not math.isfinite(number):
+                raise RunFailed(
+                    f"reward function {self.label}: found {number} for the completion {completions[index]!r} of the "
+                    f"prompt {prompts[index]!r}, expected a finite number"
+                )
+        return torch.tensor(numbers, dtype=torch.float32)
 
 
 @dataclass(frozen=True)

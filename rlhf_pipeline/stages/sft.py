@@ -61,10 +61,13 @@ def mean_nll(
     """Mean negative log-likelihood per completion token, and per whole completion, in nats."""
     layout: Layout = policy.reader.layout
     total, tokens = 0.0, 0
+    was_training = policy.training
+    policy.eval()  # where dropout was asked for, it is for training alone
     for start in range(0, len(examples), batch_size):
         batch = pack(examples[start : start + batch_size], pad_id, layout=layout).to(device)
         total += float(negative_log_likelihood(policy(batch).logprobs.double()))
         tokens += batch.num_tokens
+    policy.train(was_training)
     return {"eval_nll": total / tokens, "eval_nll_per_sequence": total / len(examples)}
 
 
@@ -100,6 +103,7 @@ def run_sft(config: Any, home: Path, **options) -> StageResult:
                 seed=config.seed,
                 dtype=config.dtype,
                 attn_implementation=config.attn_implementation,
+                dropout=config.dropout,
             ).to(run.device)
             policy = Policy(model, inspect_model(model)).train()
         run.log.say(f"model: {sum(p.numel() for p in policy.parameters()):,} parameters, {policy.reader}")

@@ -158,3 +158,9 @@ def test_a_refused_run_leaves_nothing_behind(capsys, write, lab) -> None:
     config = write("dpo.yaml", DPO + "dataset_name: collected:pairs\n")
     refused(capsys, "dpo", "--config", config, "model_name_or_path=reward", "--home", str(lab.home))
     assert not any((lab.home / "runs").glob("*"))
+
+
+def test_arms_with_different_stop_tokens_are_not_compared(capsys, lab) -> None:
+    lab.run("ppo", output_name="cut", stop_token="great", max_steps=1)
+    error = refused(capsys, "compare", "cut", "--baseline", "sft", "--home", str(lab.home))
+    assert "cut@v1" in error and "'great'" in error and "sft@v1" in error
