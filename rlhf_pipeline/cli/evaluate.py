@@ -106,6 +106,9 @@ def evaluate(
         emit_table(f"reward model {result['model']}", ("metric", "value"), flat_metrics(result["metrics"]))
         return
     rows = [(NAMES.get(name, name), interval(value, 3)) for name, value in result["metrics"].items()]
+    for row in result["best_of_n"]:
+        best = row["metrics"].get("true_reward") or row["metrics"].get("score")
+        rows.append((f"best of {row['n']} by {row['chosen_by']}", interval(best, 3)))
     title = f"{result['model']}: {result['prompts']} prompts x {result['samples']} samples"
     emit_table(title, ("metric", "mean ± 95 %"), rows)
     emit_lines([f"KL to {result['reference'] or '-'}; score by {result['reward_model'] or '-'}"])

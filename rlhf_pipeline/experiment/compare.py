@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 
 from rlhf_pipeline.errors import MismatchError
-from rlhf_pipeline.evaluation.best_of_n import best_of_n, kl_bound
 from rlhf_pipeline.evaluation.sampled import Samples, paired_difference, win_rate
-from rlhf_pipeline.evaluation.statistics import cluster_mean
+from rlhf_pipeline.experiment.best_of import best_of_n_rows, primary_figure
 from rlhf_pipeline.experiment.evaluate import measure
-from rlhf_pipeline.experiment.subjects import Bench, find_policies, reference_of, reward_model_of, set_up
+from rlhf_pipeline.experiment.subjects import find_policies, reference_of, reward_model_of, set_up
 from rlhf_pipeline.models.roles import Policy
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
@@ -35,40 +34,6 @@ def bill(registry: Registry, resolved: Resolved) -> dict[str, float]:
         for key, value in bill(registry, reward_model).items():
             total[key] += value
     return total
-
-
-def _primary(samples: Samples) -> str | None:
-    """The figure that says how good a response is: the truth where it is known, else the score."""
-    return next((name for name in ("true_reward", "score") if name in samples.values), None)
-
-
-def _best_of_n_rows(bench: Bench, baseline: Samples, label: str, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Best-of-n of the baseline: chosen by the reward model where there is one, judged by the truth."""
-    chooser_name = "score" if "score" in baseline.values else _primary(baseline)
-    if chooser_name is None:
-        return []
-    keys = [example.prompt_key for example in baseline.examples]
-    chooser = baseline.values[chooser_name].reshape(len(keys), -1)
-    rows = []
-    for n in sizes:
-        figures = {}
-        for name, values in baseline.values.items():
-            if name.startswith("kl") or name == "entropy":
-                continue
-            figures[name] = cluster_mean(best_of_n(chooser, values.reshape(len(keys), -1), n), keys).as_dict()
-        rows.append(
-            {
-                "name": f"best of {n} of {label}",
-                "model": label,
-                "stage": "best-of-n",
-                "n": n,
-                "chosen_by": bench.judge.label if chooser_name == "score" and bench.judge else "world",
-                "metrics": figures,
-                "kl_bound": kl_bound(n),
-                "cost": {},
-            }
-        )
-    return rows
 
 
 def _require_one_stop_token(models: list[Resolved]) -> None:
@@ -122,7 +87,7 @@ def run_compare(config: Any, home: Path, *, quiet: bool = False) -> dict[str, An
 
     # 3. Rows: figures with intervals, differences to the first row paired by prompt, cost.
     first = measured[0][1]
-    primary = _primary(first)
+    primary = primary_figure(first)
     rows = []
     for number, (resolved, found) in enumerate(measured):
         row: dict[str, Any] = {
@@ -139,7 +104,7 @@ def run_compare(config: Any, home: Path, *, quiet: bool = False) -> dict[str, An
             spread = float(np.std(first.values[primary]))
             row["gain_in_sd"] = row["difference"]["mean"] / spread if spread > 0 else None
         rows.append(row)
-    rows += _best_of_n_rows(bench, first, measured[0][0].label, config.best_of)
+    rows += best_of_n_rows(bench, first, measured[0][0].label, config.best_of)
 
     # 4. Write.
     directory = home / "reports" / config.name

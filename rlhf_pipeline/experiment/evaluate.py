@@ -8,6 +8,7 @@ from typing import Any
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.errors import ConfigError, Fault
 from rlhf_pipeline.evaluation.sampled import Samples, add_kl, add_score, add_true_reward, draw
+from rlhf_pipeline.experiment.best_of import best_of_n_rows
 from rlhf_pipeline.experiment.subjects import Bench, reference_of, reward_model_of, set_up
 from rlhf_pipeline.models.roles import Policy
 from rlhf_pipeline.registry.integrity import verify_files
@@ -54,7 +55,8 @@ def run_evaluate(reference_text: str, config: Any, home: Path, *, quiet: bool = 
     )
     if config.reward_model is None and (trained_on := reward_model_of(registry, [resolved])):
         config = config.model_copy(update={"reward_model": trained_on})
-    bench = set_up(registry, config, resolved, device, reference=reference, samples=config.samples, say=say)
+    drawn = max([config.samples, *config.best_of])
+    bench = set_up(registry, config, resolved, device, reference=reference, samples=drawn, say=say)
     samples = measure(bench, bench.policy(resolved))
     return {
         "model": resolved.label,
@@ -65,6 +67,7 @@ def run_evaluate(reference_text: str, config: Any, home: Path, *, quiet: bool = 
         "samples": bench.plan.samples,
         "data": bench.data,
         "metrics": samples.table(),
+        "best_of_n": best_of_n_rows(bench, samples, resolved.label, config.best_of),
     }
 
 

@@ -224,7 +224,7 @@ def test_the_worlds_reward_by_hand(lab, function):
     [
         (lambda prompts, completions, **_: [0.0], "one per completion"),
         (lambda prompts, completions, **_: ["good"] * len(prompts), "numbers"),
-        (lambda prompts, completions, **_: [math.nan] * len(prompts), "not finite"),
+        (lambda prompts, completions, **_: [math.nan] * len(prompts), "expected a finite number"),
     ],
 )
 def test_a_reward_function_that_answers_nonsense_ends_the_run(lab, function, answer, message):

@@ -1,0 +1,44 @@
+"""Best-of-n of a policy whose samples are measured already."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlhf_pipeline.evaluation.best_of_n import best_of_n, kl_bound
+from rlhf_pipeline.evaluation.sampled import Samples
+from rlhf_pipeline.evaluation.statistics import cluster_mean
+from rlhf_pipeline.experiment.subjects import Bench
+
+
+def primary_figure(samples: Samples) -> str | None:
+    """The figure that says how good a response is: the truth where it is known, else the score."""
+    return next((name for name in ("true_reward", "score") if name in samples.values), None)
+
+
+def best_of_n_rows(bench: Bench, baseline: Samples, label: str, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Best-of-n of the baseline: chosen by the reward model where there is one, judged by the truth."""
+    chooser_name = "score" if "score" in baseline.values else primary_figure(baseline)
+    if chooser_name is None:
+        return []
+    keys = [example.prompt_key for example in baseline.examples]
+    chooser = baseline.values[chooser_name].reshape(len(keys), -1)
+    rows = []
+    for n in sizes:
+        figures = {}
+        for name, values in baseline.values.items():
+            if name.startswith("kl") or name == "entropy":
+                continue
+            figures[name] = cluster_mean(best_of_n(chooser, values.reshape(len(keys), -1), n), keys).as_dict()
+        rows.append(
+            {
+                "name": f"best of {n} of {label}",
+                "model": label,
+                "stage": "best-of-n",
+                "n": n,
+                "chosen_by": bench.judge.label if chooser_name == "score" and bench.judge else "world",
+                "metrics": figures,
+                "kl_bound": kl_bound(n),
+                "cost": {},
+            }
+        )
+    return rows
