@@ -254,20 +254,22 @@ def generate(
     options = given(
         split=split,
         prompts=prompts,
-        max_prompts=max_prompts if max_prompts is not None else 8,
-        samples=samples if samples is not None else 1,
+        max_prompts=max_prompts,
+        samples=samples,
         temperature=temperature,
         max_new_tokens=max_new_tokens,
         seed=seed,
         reward_model=reward_model,
     )
-    loaded = load_config("evaluate", config, options)
+    settings = load_config("evaluate", config, options).config
+    few = {"max_prompts": 8, "samples": 1}  # to read, not to measure, where nothing else is asked for
+    settings = settings.model_copy(update={k: v for k, v in few.items() if k not in settings.model_fields_set})
     if common.dry_run:
-        _dry_run("generate", loaded.config, [reference_text], common)
+        _dry_run("generate", settings, [reference_text], common)
         return
     from rlhf_pipeline.experiment.generate import run_generate
 
-    result = run_generate(reference_text, loaded.config, common.home_path, texts=prompt or [])
+    result = run_generate(reference_text, settings, common.home_path, texts=prompt or [])
     if common.json:
         emit_json(result)
         return

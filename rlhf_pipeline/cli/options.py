@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from rlhf_pipeline.errors import BadInput
+
 HOME_VARIABLE = "RLHF_HOME"
 DEFAULT_HOME = "rlhf_home"
 
@@ -25,7 +27,10 @@ class Common:
     @property
     def home_path(self) -> Path:
         """The home directory: --home, else $RLHF_HOME, else ./rlhf_home."""
-        return self.home or Path(os.environ.get(HOME_VARIABLE) or DEFAULT_HOME)
+        home = self.home or Path(os.environ.get(HOME_VARIABLE) or DEFAULT_HOME)
+        if home.exists() and not home.is_dir():
+            raise BadInput(f"--home {home}: found a file, expected a directory (or a path where one can be made)")
+        return home
 
 
 HomeOption = Annotated[

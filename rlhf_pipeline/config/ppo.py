@@ -87,8 +87,9 @@ def check_epochs(config: Any) -> Iterator[Fault]:
     if config.num_train_epochs != 1:
         found = f"found {config.num_train_epochs:g}, and ppo counts episodes"
         yield Fault("num_train_epochs", found, "total_episodes, or max_steps in updates", "remove it")
-    if config.eval_strategy == "epoch":
-        yield Fault("eval_strategy", "found 'epoch', and ppo counts updates", "'no' or 'steps'")
+    if config.eval_strategy != "no":
+        found = f"found {config.eval_strategy!r}, and every update of ppo measures fresh samples already"
+        yield Fault("eval_strategy", found, "'no'", "remove eval_strategy and eval_steps")
 
 
 def check_batches(config: Any) -> Iterator[Fault]:

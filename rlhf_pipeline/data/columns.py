@@ -127,7 +127,11 @@ class Row:
     def number(self, name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float | None:
         """Check that `value` is a finite number from `low` to `high`."""
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if math.isfinite(value) and low <= value <= high:
+            try:
+                finite = math.isfinite(value)
+            except OverflowError:  # an integer beyond every float
+                finite = False
+            if finite and low <= value <= high:
                 return value
             self.fault("wrong_type", f"{name!r} is out of range", f"a number from {low:g} to {high:g}")
         else:

@@ -246,6 +246,13 @@ def load_mixture(
     # A small excess, so that a share that is whole but for rounding is not cut by one.
     shares = [int(total * weight / sum(weights) + 1e-9) for weight in weights]
     examples = [example for item, share in zip(sets, shares) for example in lowest_hashes(item.examples, share)]
+    if options.get("kind") == "prompt":  # a prompt that two sources share comes once
+        examples = list({example.prompt_key: example for example in examples}.values())
+    if not examples:
+        names = ", ".join(entry["dataset_name"] for entry in datasets)
+        raise DataError(
+            Fault(f"datasets: {names}", "no example is left at these weights", "at least one", "more samples")
+        )
     return ExampleSet(examples, tuple(report for item in sets for report in item.reports))
 
 

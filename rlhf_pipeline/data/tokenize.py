@@ -202,7 +202,10 @@ def _fit(encoded: _Encoded, tokenizer: PreTrainedTokenizerBase, lengths: Lengths
 
 
 def _closed(ids: list[int], ended: bool, eos: int) -> list[int]:
-    return [*ids, eos] if ended and ids[-1:] != [eos] else ids
+    closed = ids[-1:] == [eos]
+    if ended:
+        return ids if closed else [*ids, eos]
+    return ids[:-1] if closed and len(ids) > 1 else ids  # a cut response has no end token, whatever its text says
 
 
 def _chunks(encoded: _Encoded, eos: int, total: int, counts: Counts) -> list[Example]:

@@ -15,7 +15,7 @@ from rlhf_pipeline.evaluation.statistics import Estimate, cluster_mean
 from rlhf_pipeline.models.divergence import divergence
 from rlhf_pipeline.models.roles import Policy
 from rlhf_pipeline.rollout.responses import sample_for_prompts
-from rlhf_pipeline.rollout.rewards import RewardSource, world_verdicts
+from rlhf_pipeline.rollout.rewards import RewardSource, score_in_batches, world_verdicts
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,7 @@ def add_true_reward(samples: Samples) -> None:
 @torch.no_grad()
 def add_score(samples: Samples, source: RewardSource, name: str, *, batch_size: int) -> None:
     """Add the score of a reward source to each response."""
-    scores: list[list[float]] = [[] for _ in samples.examples]
-    for group in micro_batches(samples.examples, batch_size):
-        values = iter(source.score([samples.examples[i] for i in group]).tolist())
-        for i in group:
-            scores[i] = [next(values) for _ in samples.examples[i].completions]
+    scores = score_in_batches(source, samples.examples, batch_size)
     samples.values[name] = np.array([value for row in scores for value in row], dtype=np.float64)
 
 

@@ -24,15 +24,17 @@ COST_KEYS = ("wall_seconds", "flops", "tokens_trained", "tokens_generated", "opt
 
 
 def bill(registry: Registry, resolved: Resolved) -> dict[str, float]:
-    """What an arm cost: its own run and, for PPO, that of its reward model. Shared stages are on neither bill."""
-    if resolved.manifest is None:
+    """What an arm cost: its own run and, for PPO, those of its reward models. Shared stages are on no bill.
+
+    Empty where it is not known: outside the registry, and for a snapshot in the middle of a run.
+    """
+    if resolved.manifest is None or resolved.step is not None:
         return {}
     total = {key: float(resolved.manifest.cost.get(key, 0)) for key in COST_KEYS}
-    parent = resolved.manifest.parents.get("reward_model")
-    if parent is not None:
-        reward_model = registry.resolve(parent.ref)
-        for key, value in bill(registry, reward_model).items():
-            total[key] += value
+    for role, parent in resolved.manifest.parents.items():
+        if role.startswith("reward_model"):
+            for key, value in bill(registry, registry.resolve(parent.ref)).items():
+                total[key] += value
     return total
 
 
@@ -67,7 +69,7 @@ def run_compare(config: Any, home: Path, *, quiet: bool = False) -> dict[str, An
     reference = find_policies(registry, [config.reference], say)[0] if config.reference else None
     if reference is None:
         known = [found for arm in arms if (found := reference_of(registry, arm)) is not None]
-        reference = baseline or (known[0] if known else None)
+        reference = known[0] if known else baseline
         for arm, found in zip(arms, [reference_of(registry, arm) for arm in arms], strict=True):
             if found is not None and reference is not None and found.digest != reference.digest:
                 say(f"note: {arm.label} was trained against {found.label}; KL is measured to {reference.label} for all")

@@ -39,17 +39,17 @@ def _parameters(resolved: Resolved) -> int | None:
 def _new_parameters(config: Any) -> int:
     """Number of parameters of a model from scratch, made without memory."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = dict(config.model_init)
+    from rlhf_pipeline.models.loading import model_of_config, new_config
+
     vocabulary = config.tokenizer_init.get("vocab_size")
     if vocabulary is None:
         from rlhf_pipeline.data.world import VOCABULARY
 
         vocabulary = len(VOCABULARY)
-    model_config = AutoConfig.for_model(settings.pop("model_type"), **{"vocab_size": vocabulary, **settings})
+    described = new_config(config.model_init, dropout=config.dropout, vocab_size=vocabulary)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
+        model = model_of_config(described)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -16,7 +16,7 @@ from rlhf_pipeline.errors import BadInput, ConfigError, Fault
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import check_role
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.rollout.rewards import is_function_name
+from rlhf_pipeline.rollout.rewards import is_function_name, load_function
 from rlhf_pipeline.stages.common import StageResult
 from rlhf_pipeline.training.tracking import console
 
@@ -107,6 +107,13 @@ def check_inputs(experiment: Experiment, registry: Registry) -> None:
     """
     faults: list[Fault] = []
     for spec in (*experiment.stages, *([experiment.compare] if experiment.compare else [])):
+        named = [reward.source for reward in getattr(spec.config, "rewards", ())] + [getattr(spec.config, "judge", "")]
+        for source in named:
+            if is_function_name(source) and source not in ("world", "world:verdicts"):
+                try:
+                    load_function(source)
+                except ConfigError as error:
+                    faults += error.faults
         handed_over = set(spec.links)
         for reference in references(spec.config):
             if reference.path in handed_over:

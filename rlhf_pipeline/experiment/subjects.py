@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlhf_pipeline.config.base import Lengths, resolve_lengths
+from rlhf_pipeline.config.base import DEFAULT_MAX_LENGTH, Lengths, resolve_lengths
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.load import examples_of, lowest_hashes, read_records
 from rlhf_pipeline.data.records import Record
@@ -20,7 +20,7 @@ from rlhf_pipeline.models.roles import Policy
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.rewards import RewardSource
-from rlhf_pipeline.stages.common import find_model, load_policy, tokenizer_of
+from rlhf_pipeline.stages.common import find_model, load_policy, positions_of, tokenizer_of
 from rlhf_pipeline.stages.rewards import load_reward
 
 if TYPE_CHECKING:
@@ -89,10 +89,26 @@ def _setting(resolved: Resolved, key: str) -> Any:
 
 
 def _lengths(config: Any, resolved: Resolved) -> Lengths:
-    """Prompt and response lengths: asked for, else as trained."""
-    trained = resolve_lengths(*(_setting(resolved, k) for k in ("max_prompt_length", "response_length", "max_length")))
-    prompt = config.max_prompt_length or trained.prompt
+    """Prompt and response lengths: asked for, else as trained, else what the model's positions allow.
+
+    Raises:
+        ConfigError: when more is asked for than the model has positions.
+    """
+    positions = positions_of(resolved)
+    named = [_setting(resolved, key) for key in ("max_prompt_length", "response_length", "max_length")]
+    if positions is not None and not any(named):
+        named[2] = min(positions, DEFAULT_MAX_LENGTH)
+    trained = resolve_lengths(*named)
     response = config.max_new_tokens or trained.response
+    prompt = config.max_prompt_length or trained.prompt
+    if positions is not None and prompt + response > positions:
+        raise ConfigError(
+            Fault(
+                "--max-new-tokens" if config.max_new_tokens else "max_prompt_length",
+                f"a prompt of up to {prompt} and a response of up to {response} tokens",
+                f"together at most {positions}, the positions of {resolved.label}",
+            )
+        )
     return Lengths(prompt, response, prompt + response)
 
 

@@ -23,10 +23,12 @@ class Reader:
 
     layout: "trees" where the attention takes a 4-D mask, else "rows".
     head: "linear" where logits = W h + b, else "own" (the model's own forward computes the logits).
+    decodes: whether left-padded, cached decoding gives the same logits, so that the model can be sampled from.
     """
 
     layout: Layout = "trees"
     head: Literal["linear", "own"] = "linear"
+    decodes: bool = True
 
 
 def _allowed(batch: PackedBatch, window: int | None) -> Tensor:

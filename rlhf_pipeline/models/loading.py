@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from rlhf_pipeline.errors import BadInput, ConfigError, Fault, MismatchError, did_you_mean
@@ -35,7 +36,10 @@ def without_dropout(config: Any) -> Any:
 def _config(path: str, revision: str | None, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"{path}: its config.json cannot be used ({_first_line(error)})") from error
 
 
 def _from_pretrained(auto_class: Any, path: str | Path, *, dtype: str, revision: str | None, **options) -> Any:
@@ -43,12 +47,15 @@ def _from_pretrained(auto_class: Any, path: str | Path, *, dtype: str, revision:
         return auto_class.from_pretrained(
             str(path), revision=revision, dtype=DTYPES.get(dtype, dtype), use_safetensors=True, **options
         )
-    except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise BadInput(
-            f"{path}: cannot load it as a model ({first_line}); expected a directory or hub id with config.json "
-            "and safetensors weights"
+            f"{path}: cannot load it as a model ({_first_line(error)}); expected a directory or hub id with "
+            "config.json and safetensors weights"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 def load_causal_lm(
@@ -90,6 +97,67 @@ def adopt_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Non
             config.bos_token_id = tokenizer.bos_token_id
 
 
+def new_config(model_init: dict[str, Any], *, dropout: bool = False, **special: Any) -> Any:
+    """The transformers config that `model_init` describes: `model_type`, and values of that config.
+
+    Raises:
+        ConfigError: for an unknown `model_type` or key, or values that the architecture refuses.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    settings = dict(model_init)
+    model_type = settings.pop("model_type")
+    if model_type not in CONFIG_MAPPING_NAMES:
+        raise ConfigError(
+            Fault(
+                "model_init: model_type",
+                f"unknown architecture {model_type!r}",
+                "a model_type of transformers, such as llama or gpt2",
+                did_you_mean(str(model_type), CONFIG_MAPPING_NAMES),
+            )
+        )
+    example = AutoConfig.for_model(model_type)
+    known = set(vars(example)) | set(getattr(type(example), "attribute_map", {}))
+    faults = [
+        Fault(f"model_init: {key}", f"{model_type} has no such key", "a key of its config", did_you_mean(key, known))
+        for key in settings
+        if key not in known
+    ]
+    faults += [
+        Fault(f"model_init: {key}", f"found {value}, and dropout is off", "0", "set dropout: true to train with it")
+        for key, value in settings.items()
+        if not dropout and ("dropout" in key or "pdrop" in key) and value
+    ]
+    if faults:
+        raise ConfigError(faults)
+    try:
+        config = AutoConfig.for_model(model_type, **{**special, **settings})
+    except Exception as error:  # each architecture checks its values in its own way
+        raise ConfigError(Fault("model_init", f"{model_type} refuses these values: {_first_line(error)}")) from error
+    return config if dropout else without_dropout(config)
+
+
+def model_of_config(config: Any, **options: Any) -> nn.Module:
+    """A causal language model with random weights.
+
+    Raises:
+        ConfigError: when the architecture has none, or its sizes do not fit together.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_config(config, **options)
+    except Exception as error:
+        raise ConfigError(
+            Fault(
+                "model_init",
+                f"no causal language model can be made of {config.model_type}: {_first_line(error)[:200]}",
+                "a decoder-only architecture with sizes that fit together",
+            )
+        ) from error
+
+
 def init_causal_lm(
     model_init: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
@@ -102,55 +170,18 @@ def init_causal_lm(
     """Make a model with random weights from `model_type` and config keys of transformers.
 
     Raises:
-        ConfigError: for an unknown `model_type` or config key.
+        ConfigError: for an unknown `model_type` or config key, or values that do not fit.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    settings = dict(model_init)
-    model_type = settings.pop("model_type")
-    if model_type not in CONFIG_MAPPING_NAMES:
-        raise ConfigError(
-            Fault(
-                "model_init: model_type",
-                f"unknown architecture {model_type!r}",
-                "a model_type of transformers, such as llama or gpt2",
-                did_you_mean(model_type, CONFIG_MAPPING_NAMES),
-            )
-        )
-    known = set(vars(AutoConfig.for_model(model_type))) | set(
-        getattr(type(AutoConfig.for_model(model_type)), "attribute_map", {})
+    config = new_config(
+        model_init,
+        dropout=dropout,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
     )
-    faults = [
-        Fault(
-            f"model_init: {key}",
-            f"{model_type} has no such key",
-            "a key of its config",
-            did_you_mean(key, known),
-        )
-        for key in settings
-        if key not in known
-    ]
-    faults += [
-        Fault(f"model_init: {key}", f"found {value}, and dropout is off", "0", "set dropout: true to train with it")
-        for key, value in settings.items()
-        if not dropout and ("dropout" in key or "pdrop" in key) and value
-    ]
-    if faults:
-        raise ConfigError(faults)
-    special = {
-        "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-    }
-    config = AutoConfig.for_model(model_type, **{**special, **settings})
-    if not dropout:
-        without_dropout(config)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=DTYPES.get(dtype, torch.float32), attn_implementation=attn_implementation
-    )
+    model = model_of_config(config, dtype=DTYPES.get(dtype, torch.float32), attn_implementation=attn_implementation)
     adopt_tokenizer(model, tokenizer)
     return model
 

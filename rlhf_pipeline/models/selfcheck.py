@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -58,6 +60,34 @@ def _sees_the_future(model: nn.Module, ids: list[int]) -> bool:
 
 
 @torch.no_grad()
+def _decodes_with_a_cache(model: nn.Module, examples: list[Example]) -> bool:
+    """Whether left-padded, cached decoding gives the logits of the plain forward pass: what sampling relies on."""
+    from transformers import DynamicCache
+
+    device = next(model.parameters()).device
+    rows = [example.prompt_ids + example.completions[0] for example in examples]
+    width = max(len(ids) for ids in rows)
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    expected = torch.stack([model(input_ids=torch.tensor([row], device=device)).logits[0, -1] for row in rows])
+    try:
+        cache = DynamicCache(config=model.config)
+        parts = (slice(None, -1), slice(-1, None))
+        for part, seen in zip(parts, (width - 1, width), strict=True):
+            logits = model(
+                input_ids=ids[:, part],
+                attention_mask=mask[:, :seen],
+                position_ids=positions[:, part],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+    except (RuntimeError, ValueError, TypeError, AttributeError):
+        return False
+    return _agree(logits.float(), expected.float(), next(model.parameters()).dtype)
+
+
+@torch.no_grad()
 def inspect_model(model: nn.Module) -> Reader:
     """Return the fastest way of reading a causal language model that agrees with its own forward pass.
 
@@ -87,7 +117,7 @@ def inspect_model(model: nn.Module) -> Reader:
             except (RuntimeError, ValueError, TypeError, AttributeError):
                 continue  # an architecture that rejects this form of input: the next way is tried
             if _agree(logprobs, plain, parameter.dtype):
-                return reader
+                return replace(reader, decodes=_decodes_with_a_cache(model, examples))
     finally:
         model.train(was_training)
     raise BadInput(

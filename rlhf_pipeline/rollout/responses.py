@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.models.roles import ActorCritic, Policy
 from rlhf_pipeline.rollout.sampler import Response, draw_uniforms, sample_grouped
 
@@ -36,9 +37,17 @@ def sample_for_prompts(
         prompts: examples whose completions, if any, are ignored. module: what to call, if not `policy` itself
             (the wrapped module).
 
+    Raises:
+        BadInput: for an architecture that cannot be decoded in batches.
+
     Returns:
         the prompts as examples with the sampled completions, and the responses with their log-probabilities.
     """
+    if not policy.reader.decodes:
+        raise BadInput(
+            f"{type(policy.language_model).__name__}: left-padded decoding with a cache does not give the model's own "
+            "logits, so it cannot be sampled from; expected a model with attention and a key-value cache"
+        )
     uniforms = draw_uniforms(len(prompts) * samples, response_length, generator)
     ids = [prompt.prompt_ids for prompt in prompts for _ in range(samples)]
     drawn = sample_grouped(

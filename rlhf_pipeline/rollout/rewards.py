@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import math
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhf_pipeline.data import world
-from rlhf_pipeline.data.batch import PackedBatch, pack
+from rlhf_pipeline.data.batch import PackedBatch, micro_batches, pack
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import ConfigError, Fault, RunFailed
 from rlhf_pipeline.models.roles import RewardModel
@@ -87,7 +88,16 @@ class FunctionReward:
                 completions.append(self.tokenizer.decode(completion[:-1] if end else completion))
                 ids.append(list(completion))
                 ended.append(bool(end))
-        values = self.function(prompts, completions, completion_ids=ids, ended=ended)
+        try:
+            # stdout carries the result of the command: what the function prints goes to stderr.
+            with contextlib.redirect_stdout(sys.stderr):
+                values = self.function(prompts, completions, completion_ids=ids, ended=ended)
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise RunFailed(
+                f"reward function {self.label}: {type(error).__name__}: {error} ({place.filename}:{place.lineno}); "
+                "it is called as f(prompts, completions, completion_ids=..., ended=...)"
+            ) from error
         try:
             numbers = [] if any(isinstance(value, str) for value in values) else [float(value) for value in values]
         except (TypeError, ValueError):
@@ -98,13 +108,13 @@ class FunctionReward:
                 f"reward function {self.label}: expected {len(prompts)} numbers, one per completion, found "
                 f"{len(values) if hasattr(values, '__len__') else type(values).__name__} values {kinds}"
             )
-        for index, number in enumerate(numbers):
-            if not math.isfinite(number):
-                raise RunFailed(
-                    f"reward function {self.label}: found {number} for the completion {completions[index]!r} of the "
-                    f"prompt {prompts[index]!r}, expected a finite number"
-                )
-        return torch.tensor(numbers, dtype=torch.float32)
+        scores = torch.tensor(numbers, dtype=torch.float32)
+        for index in (~torch.isfinite(scores)).nonzero().flatten().tolist()[:1]:
+            raise RunFailed(
+                f"reward function {self.label}: found {numbers[index]} for the completion {completions[index]!r} of "
+                f"the prompt {prompts[index]!r}, expected a finite number in the range of fp32"
+            )
+        return scores
 
 
 @dataclass(frozen=True)
@@ -126,6 +136,16 @@ class WeightedReward:
         return total
 
 
+def score_in_batches(source: RewardSource, examples: Sequence[Example], batch_size: int) -> list[list[float]]:
+    """Scores of all completions of each example, at most `batch_size` examples at a time, of similar length."""
+    scores: list[list[float]] = [[] for _ in examples]
+    for group in micro_batches(examples, batch_size):
+        values = iter(source.score([examples[i] for i in group]).tolist())
+        for i in group:
+            scores[i] = [next(values) for _ in examples[i].completions]
+    return scores
+
+
 def is_function_name(source: str) -> bool:
     """Whether a reward source is named as module:function."""
     module, _, function = source.partition(":")
@@ -144,10 +164,13 @@ def load_function(source: str) -> Callable[..., Sequence[float]]:
     if added:
         sys.path.insert(0, here)
     try:
-        function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
+        with contextlib.redirect_stdout(sys.stderr):
+            function = getattr(importlib.import_module(module_name), name)
+    except Exception as error:  # whatever the user's module does when it is imported
         raise ConfigError(
-            Fault(source, f"cannot import it ({error})", "module:function, importable from here")
+            Fault(
+                source, f"cannot import it ({type(error).__name__}: {error})", "module:function, importable from here"
+            )
         ) from error
     finally:
         if added:

@@ -18,6 +18,7 @@ from rlhf_pipeline.data.tokenizers import chat_template_digest, tokenizer_digest
 from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.responses import sample_for_prompts
+from rlhf_pipeline.rollout.rewards import score_in_batches
 from rlhf_pipeline.stages.common import StageResult, find_model, load_policy, tokenizer_of, with_lengths
 from rlhf_pipeline.stages.rewards import load_reward
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
@@ -151,9 +152,8 @@ def run_collect(config: Any, home: Path, *, notes: Sequence[str] = (), quiet: bo
                 [len(e.prompt_ids) for e in sampled for _ in e.completions],
                 [len(ids) for e in sampled for ids in e.completions],
             )
-            scores = judge.source.score(sampled).view(len(sampled), config.k)
-            orders = order_by_judge(scores, config.labels, generator).tolist()
-            values = scores.tolist()
+            values = score_in_batches(judge.source, sampled, config.per_device_eval_batch_size)
+            orders = order_by_judge(torch.tensor(values), config.labels, generator).tolist()
             for (_, split), example, score, order in zip(block, sampled, values, orders, strict=True):
                 if config.k == 2 and example.completions[0] == example.completions[1]:
                     dropped["identical_pair"] += 1

@@ -21,7 +21,7 @@ from rlhf_pipeline.models.roles import Policy, RewardModel
 from rlhf_pipeline.models.selfcheck import inspect_model, read_reward_model
 from rlhf_pipeline.registry.integrity import verify_files
 from rlhf_pipeline.registry.references import Resolved
-from rlhf_pipeline.registry.roles import Role, check_role, check_same_tokenizer
+from rlhf_pipeline.registry.roles import Role, check_role
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.training.run import Run
 from rlhf_pipeline.training.tracking import jsonable
@@ -79,7 +79,7 @@ def with_lengths(config: Any, parent: Resolved, say: Callable[[str], None] = lam
             config = config.model_copy(update=trained)
             lengths = config.lengths()
             say(f"lengths as {parent.label} was trained with: prompt {lengths.prompt}, response {lengths.response}")
-    positions = _positions(parent)
+    positions = positions_of(parent)
     if positions is not None and config.lengths().total > positions:
         raise ConfigError(
             Fault(
@@ -92,7 +92,7 @@ def with_lengths(config: Any, parent: Resolved, say: Callable[[str], None] = lam
     return config
 
 
-def _positions(resolved: Resolved) -> int | None:
+def positions_of(resolved: Resolved) -> int | None:
     """The number of positions of a model, where a local config names it."""
     if resolved.path is None or not (resolved.path / "config.json").is_file():
         return None
@@ -152,23 +152,19 @@ def load_reward_model(resolved: Resolved, config: Any, device: torch.device) -> 
 
 
 def require_same_tokenizer(
-    policy: Resolved,
-    reward_model: Resolved,
-    tokenizer: PreTrainedTokenizerBase,
-    trust_remote_code: bool = False,
+    policy: Resolved, other: Resolved, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False
 ) -> None:
-    """Check that a reward model reads the policy's token ids, by the tokenizer files themselves.
+    """Check that a reward model or reference reads the policy's token ids, by the tokenizer files themselves.
 
     Raises:
         MismatchError: naming both.
     """
-    check_same_tokenizer(policy, reward_model)
-    theirs = tokenizer_digest(tokenizer_of(reward_model, trust_remote_code))
+    theirs = tokenizer_digest(tokenizer_of(other, trust_remote_code))
     ours = tokenizer_digest(tokenizer)
     if ours != theirs:
         raise MismatchError(
-            f"reward model {reward_model.label}: tokenizer {theirs[:12]}; expected {ours[:12]}, the tokenizer of "
-            f"the policy {policy.label}; train the reward model from that policy's SFT model"
+            f"{other.label}: tokenizer {theirs[:12]}; expected {ours[:12]}, that of the policy {policy.label}; "
+            "use models that come from one SFT model"
         )
 
 
@@ -202,6 +198,12 @@ def example_schedule(
         )
 
     return windows, total
+
+
+def inputs_of(parents: Mapping[str, Resolved], reports: Sequence[SourceReport]) -> dict[str, str | None]:
+    """Digests of what a run is made of: its parents by role, and its data."""
+    data = {f"data {report.source} [{report.split}]": report.digest for report in reports}
+    return {role: resolved.digest for role, resolved in parents.items()} | data
 
 
 def publish(

@@ -20,8 +20,10 @@ from rlhf_pipeline.stages.common import (
     StageResult,
     example_schedule,
     find_model,
+    inputs_of,
     load_policy,
     publish,
+    require_same_tokenizer,
     tokenizer_of,
     with_lengths,
 )
@@ -105,6 +107,8 @@ def run_dpo(config: Any, home: Path, **options) -> StageResult:
         ref_parent = find_model(run.registry, config.ref_model, "policy") if config.ref_model else parent
         config = run.settle(with_lengths(config, parent, run.log.say))
         tokenizer: PreTrainedTokenizerBase = tokenizer_of(parent, config.trust_remote_code)
+        if config.ref_model:
+            require_same_tokenizer(parent, ref_parent, tokenizer, config.trust_remote_code)
         policy = load_policy(parent, config, tokenizer, run.device)
         frozen = load_policy(ref_parent, config, tokenizer, run.device, frozen=True)
         assert_independent(policy, frozen)
@@ -137,6 +141,7 @@ def run_dpo(config: Any, home: Path, **options) -> StageResult:
                 run.meter.flops += found.flops(shape, examples) if run.checkpoint is None else 0.0
 
         # 3. Train.
+        parents = {"base": parent, "reference": ref_parent}
         shape = ModelShape.of(policy.model)
         windows, total = example_schedule(
             run, examples, layout=policy.reader.layout, pad_id=tokenizer.pad_token_id, count=count_pairs
@@ -152,12 +157,13 @@ def run_dpo(config: Any, home: Path, **options) -> StageResult:
             functools.partial(dpo_step, beta=config.beta, reference=reference, meter=run.meter, shape=shape),
             total,
             shown=("loss/dpo", "rewards/accuracies", "rewards/margins", "logps/chosen", "learning_rate"),
+            inputs=inputs_of(parents, reports),
             evaluate=evaluate,
             save=lambda directory: save_model(policy.model, tokenizer, directory),
         )
         last = train(run, policy, plan)
         fall = last.get("logps/chosen_minus_reference", 0.0)
-        if fall < 0:
+        if fall < -1e-4:
             run.log.say(
                 f"the chosen responses' log-probability fell by {-fall:.3g} nats against the reference: DPO raises the "
                 "margin, not the chosen response itself (no fault by itself)"
@@ -165,5 +171,4 @@ def run_dpo(config: Any, home: Path, **options) -> StageResult:
 
         # 4. Evaluate and register.
         metrics = {"train": last, **evaluate(), "train_pairs": len(examples)}
-        parents = {"base": parent, "reference": ref_parent}
         return publish(run, policy.model, tokenizer, parents=parents, reports=reports, metrics=metrics)

@@ -14,7 +14,15 @@ from rlhf_pipeline.errors import ConfigError, Fault
 from rlhf_pipeline.models.actor_critic import describe_critic, make_actor_critic
 from rlhf_pipeline.models.loading import save_model
 from rlhf_pipeline.models.roles import ActorCritic, assert_independent
-from rlhf_pipeline.stages.common import StageResult, find_model, load_policy, publish, tokenizer_of, with_lengths
+from rlhf_pipeline.stages.common import (
+    StageResult,
+    find_model,
+    inputs_of,
+    load_policy,
+    publish,
+    tokenizer_of,
+    with_lengths,
+)
 from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.stages.rewards import LoadedReward, load_reward, weighted
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
@@ -174,11 +182,14 @@ def run_ppo(config: Any, home: Path, **options) -> StageResult:
         prompts, reports = data.split("prompt", config.dataset_train_split, tokenizer, limit=config.max_train_samples)
 
         # 3. Train.
+        parents = {"base": parent, "reference": parent}
         shapes = {"actor": ModelShape.of(actor.model), "reference": ModelShape.of(reference.model)}
         if model.critic is not None:
             shapes["critic"] = ModelShape.of(model.critic, head=False)
-        if models:
-            shapes["reward_model"] = ModelShape.of(models[0].model.model, head=False)
+        for number, loaded in enumerate(models):
+            role = "reward_model" if number == 0 else f"reward_model_{number + 1}"
+            parents[role] = loaded.resolved
+            shapes[role] = ModelShape.of(loaded.model.model, head=False)
         accelerator = run.accelerator
         collector = RolloutCollector(
             settings,
@@ -215,13 +226,11 @@ def run_ppo(config: Any, home: Path, **options) -> StageResult:
                 "val/explained_variance",
             ),
             derive=derive,
+            inputs=inputs_of(parents, reports),
             save=lambda directory: save_model(model.actor, tokenizer, directory),
         )
         last = train(run, model, plan)
 
         # 4. Register the actor.
         metrics = {"train": last, "prompts": len(prompts), "moved_optimum": moved}
-        parents = {"base": parent, "reference": parent}
-        for number, loaded in enumerate(models):
-            parents["reward_model" if number == 0 else f"reward_model_{number + 1}"] = loaded.resolved
         return publish(run, model.actor, tokenizer, parents=parents, reports=reports, metrics=metrics)

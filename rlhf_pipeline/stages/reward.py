@@ -28,6 +28,7 @@ from rlhf_pipeline.stages.common import (
     StageResult,
     example_schedule,
     find_model,
+    inputs_of,
     load_policy,
     publish,
     tokenizer_of,
@@ -216,6 +217,7 @@ def run_reward(config: Any, home: Path, **options) -> StageResult:
             step,
             total,
             shown=("loss/bradley_terry", "accuracy", "margin", "learning_rate"),
+            inputs=inputs_of({"base": parent}, reports),
             evaluate=evaluate,
             save=lambda directory: save_model(network, tokenizer, directory),
         )

@@ -21,6 +21,7 @@ from rlhf_pipeline.stages.common import (
     StageResult,
     example_schedule,
     find_model,
+    inputs_of,
     load_policy,
     publish,
     tokenizer_of,
@@ -135,6 +136,7 @@ def run_sft(config: Any, home: Path, **options) -> StageResult:
             functools.partial(sft_step, meter=run.meter, shape=shape),
             total,
             shown=("loss/nll", "entropy", "learning_rate"),
+            inputs=inputs_of(parents, reports),
             evaluate=evaluate,
             save=lambda directory: save_model(policy.model, tokenizer, directory),
         )

@@ -191,9 +191,8 @@ class RolloutCollector:
                     matrices[name][index] = batch.padded(value, width).to(matrices[name].dtype)
                 scores[index] = self.reward.score([sampled[i] for i in rows], batch).to(scores)
                 lengths[index] = batch.lengths
-                for name in ("actor", "reference", "critic", "reward_model"):
-                    if name in self.shapes:
-                        self.meter.score(self.shapes[name], batch)
+                for shape in self.shapes.values():
+                    self.meter.score(shape, batch)
         ended = torch.tensor([example.ended[0] for example in sampled], device=self.device)
         return Rollout(
             examples=sampled,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from rlhf_pipeline.errors import Interrupted
+from rlhf_pipeline.errors import Interrupted, MismatchError
 from rlhf_pipeline.training.checkpoint import restore, save_checkpoint
 from rlhf_pipeline.training.loop import Step, fit
 from rlhf_pipeline.training.optimizer import make_optimizer, make_scheduler
@@ -27,6 +27,7 @@ class Plan:
     windows: called with (the prepared model, updates done before); yields the windows that are left.
     total: updates in all. shown: names of the metrics for the live line.
     derive: turns the metrics of an update into what is logged.
+    inputs: digests of the models and data that the run is made of; a checkpoint of other ones is refused.
     evaluate: figures at an evaluation. save: writes a snapshot of the model into a directory.
     """
 
@@ -35,6 +36,7 @@ class Plan:
     total: int
     shown: Sequence[str]
     derive: Callable[[Metrics], Metrics] = lambda metrics: metrics
+    inputs: Mapping[str, str | None] = field(default_factory=dict)
     evaluate: Callable[[], Metrics] | None = None
     save: Callable[[Path], None] | None = None
 
@@ -59,6 +61,24 @@ def _agree_to_stop(run: Run) -> None:
         run.stopped_by = int(signals.max()) or None
 
 
+def _require_same_inputs(run: Run, inputs: Mapping[str, str | None]) -> None:
+    """Refuse to go on from a checkpoint that other models or data have made.
+
+    Raises:
+        MismatchError: naming what differs.
+    """
+    before = run.checkpoint.state["extra"].get("inputs", {})
+    changed = sorted(name for name in {*before, *inputs} if before.get(name) != inputs.get(name))
+    if changed:
+        listed = ", ".join(
+            f"{name} (found {str(inputs.get(name))[:12]}, the checkpoint has {str(before.get(name))[:12]})"
+            for name in changed
+        )
+        raise MismatchError(
+            f"run {run.id} was begun with other inputs: {listed}; put them back, or start afresh with --no-resume"
+        )
+
+
 def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
     """Train `model` in place by a plan, from the run's checkpoint if it has one.
 
@@ -81,6 +101,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
     start = 0
     last: Metrics = {}
     if run.checkpoint is not None:
+        _require_same_inputs(run, plan.inputs)
         extra = restore(run.checkpoint, model=model, optimizer=optimizer, scheduler=scheduler)
         start, last = run.checkpoint.step, extra["last"]
         _restore_meter(run, extra["cost"])
@@ -113,7 +134,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
             model=model,
             optimizer=optimizer,
             scheduler=scheduler,
-            extra={"cost": counted, "last": last},
+            extra={"cost": counted, "last": last, "inputs": dict(plan.inputs)},
             keep=config.save_total_limit,
         )
 

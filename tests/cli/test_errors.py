@@ -164,3 +164,46 @@ def test_arms_with_different_stop_tokens_are_not_compared(capsys, lab) -> None:
     lab.run("ppo", output_name="cut", stop_token="great", max_steps=1)
     error = refused(capsys, "compare", "cut", "--baseline", "sft", "--home", str(lab.home))
     assert "cut@v1" in error and "'great'" in error and "sft@v1" in error
+
+
+def test_values_that_an_architecture_refuses(capsys, write, tmp_path) -> None:
+    base = "output_name: x\ntokenizer_init: world\ndataset_name: world:verdicts\nmax_length: 10\nuse_cpu: true\n"
+    for values, word in (
+        ("{model_type: nope}", "nope"),
+        ("{model_type: t5}", "t5"),
+        ("{model_type: llama, hiden_size: 4}", "hidden_size"),
+        ("{model_type: llama, hidden_size: abc}", "llama"),
+        ("{model_type: gpt2, resid_pdrop: 0.1}", "dropout: true"),
+    ):
+        config = write("sft.yaml", base + f"model_init: {values}\n")
+        for dry in ([], ["--dry-run"]):
+            assert word in refused(capsys, "sft", "--config", config, "--home", str(tmp_path / "home"), *dry)
+
+
+def test_a_home_that_is_a_file(capsys, write) -> None:
+    assert "found a file" in refused(capsys, "models", "list", "--home", write("file", "x"))
+
+
+def test_more_tokens_than_positions(capsys, tiny) -> None:
+    error = refused(capsys, "evaluate", "sft", "--max-new-tokens", "100", "--home", str(tiny.home))
+    assert "at most 32" in error
+
+
+def test_a_reward_function_that_fails_names_its_place(capsys, lab, tmp_path, monkeypatch) -> None:
+    (tmp_path / "bad_reward.py").write_text("def f(prompts, completions, **columns):\n    return 1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    words = ["data", "collect", "sft", "--prompts", "world:verdicts", "--num", "4", "--name", "x"]
+    assert main([*words, "--judge", "bad_reward:f", "--home", str(lab.home)]) == 1
+    error = capsys.readouterr().err
+    assert "ZeroDivisionError" in error and "bad_reward.py:2" in error and "Traceback" not in error
+    assert "no_such" in refused(capsys, *words, "--judge", "no_such:f", "--home", str(lab.home))
+
+
+def test_what_a_reward_function_prints_is_not_on_stdout(capsys, lab, tmp_path, monkeypatch) -> None:
+    text = "def f(prompts, completions, **columns):\n    print('hello')\n    return [0.0] * len(prompts)\n"
+    (tmp_path / "loud_reward.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    words = ["data", "collect", "sft", "--prompts", "world:verdicts", "--num", "4", "--name", "x", "--json"]
+    assert main([*words, "--judge", "loud_reward:f", "--home", str(lab.home)]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["model"] == "x@v1" and "hello" in captured.err
