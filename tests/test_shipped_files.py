@@ -98,3 +98,12 @@ def test_the_readmes_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for name in re.findall(r"`?make ([a-z]+)", (ROOT / "README.md").read_text()):
         assert name in targets or name == "it", f"make {name}"
+
+
+def test_the_page_of_config_keys_is_up_to_date() -> None:
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    spec = spec_from_file_location("config_reference", ROOT / "scripts/config_reference.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.reference() == (ROOT / "docs/config.md").read_text()

@@ -32,7 +32,12 @@ MaxNewTokensOption = Annotated[
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of sampling (0).", show_default=False)]
 RewardModelOption = Annotated[
-    str | None, typer.Option("--reward-model", help="Who scores: REF or world (as trained).", show_default=False)
+    str | None,
+    typer.Option(
+        "--reward-model",
+        help="Who scores: REF, world or module:function (the reward model it was trained on).",
+        show_default=False,
+    ),
 ]
 ReferenceOption = Annotated[
     str | None, typer.Option("--reference", help="Model that KL is measured to (as trained).", show_default=False)
@@ -196,14 +201,14 @@ def print_comparison(result: dict[str, Any]) -> None:
     shown = ("true_reward", "score", "kl", "well_formed", "ended", "length")
     names = [name for name in shown if name in result["rows"][0]["metrics"]]
     primary = result["primary"]
-    columns = ["model", *(NAMES[name] for name in names)]
+    columns = ["model", "beta", *(NAMES[name] for name in names)]
     columns += ["win rate", "gain/sd"] if primary else []
     rows, costs = [], []
     for row in result["rows"]:
         if cost := row.get("cost"):
             counts = (number(int(cost[key])) for key in ("tokens_trained", "tokens_generated", "optimizer_steps"))
             costs.append((row["name"], number(cost["wall_seconds"], 0), number(cost["flops"] / 1e12, 2), *counts))
-        cells = [row["name"]]
+        cells = [row["name"], "-" if row.get("beta") is None else f"{row['beta']:g}"]
         for name in names:
             if name == "kl" and "kl_bound" in row:
                 cells.append(f"<= {row['kl_bound']:.2f}")

@@ -55,6 +55,8 @@ def number(value: Any, digits: int = 3) -> str:
     """A figure for a table: a dash where there is none."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "-"
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, float):
         return f"{value:.{digits}f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
@@ -77,5 +79,5 @@ def flat_metrics(metrics: Mapping[str, Any], prefix: str = "") -> list[tuple[str
         if isinstance(value, Mapping):
             rows += flat_metrics(value, f"{prefix}{name} ")
         elif not isinstance(value, list | tuple):
-            rows.append((f"{prefix}{name}", number(value, 4)))
+            rows.append((f"{prefix}{name}", f"{value:.4g}" if isinstance(value, float) else number(value)))
     return rows

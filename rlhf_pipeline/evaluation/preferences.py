@@ -14,7 +14,7 @@ CALIBRATION_BINS = 15
 def accuracy(differences: Sequence[float], clusters: Sequence[str]) -> Estimate:
     """Share of pairs with score(chosen) > score(rejected), ties one half, interval clustered by prompt."""
     difference = np.asarray(differences, dtype=np.float64)
-    return cluster_mean((difference > 0) + 0.5 * (difference == 0), clusters)
+    return cluster_mean((difference > 0) + 0.5 * (difference == 0), clusters, share=True)
 
 
 def expected_calibration_error(differences: Sequence[float], bins: int = CALIBRATION_BINS) -> float:

@@ -17,6 +17,8 @@ from rlhf_pipeline.models.roles import Policy
 from rlhf_pipeline.rollout.responses import sample_for_prompts
 from rlhf_pipeline.rollout.rewards import RewardSource, score_in_batches, world_verdicts
 
+SHARES = frozenset({"ended", "well_formed"})
+
 
 @dataclass(frozen=True)
 class SamplingPlan:
@@ -43,7 +45,7 @@ class Samples:
 
     def estimate(self, name: str) -> Estimate:
         """Mean of one figure with an interval clustered by prompt."""
-        return cluster_mean(self.values[name], self.clusters)
+        return cluster_mean(self.values[name], self.clusters, share=name in SHARES)
 
     def table(self) -> dict[str, dict[str, Any]]:
         """All figures with their intervals."""
@@ -110,7 +112,7 @@ def win_rate(mine: Samples, theirs: Samples, name: str) -> Estimate:
     a = mine.values[name].reshape(len(mine.examples), -1)
     b = theirs.values[name].reshape(len(theirs.examples), -1)
     wins = (a[:, :, None] > b[:, None, :]) + 0.5 * (a[:, :, None] == b[:, None, :])
-    return cluster_mean(wins.mean((1, 2)), [example.prompt_key for example in mine.examples])
+    return cluster_mean(wins.mean((1, 2)), [example.prompt_key for example in mine.examples], share=True)
 
 
 def paired_difference(mine: Samples, theirs: Samples, name: str) -> Estimate:

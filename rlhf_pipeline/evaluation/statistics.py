@@ -36,11 +36,13 @@ def cluster_mean(
     level: float = 0.95,
     seed: int = 0,
     resamples: int = 2000,
+    share: bool = False,
 ) -> Estimate:
     """Mean of `values` with an interval that treats values of one prompt as dependent.
 
     Fewer than 50 prompts: Student t over prompt means (each prompt counts the same; where all have equally many
     values this is the mean of all). Otherwise: percentile bootstrap over prompts of sum(values) / sum(counts).
+    The interval of a `share` ends at 0 and 1.
 
     Raises:
         ValueError: without values, or with lists of different length.
@@ -62,7 +64,10 @@ def cluster_mean(
             from scipy.stats import t
 
             half = float(t.ppf((1 + level) / 2, groups - 1) * means.std(ddof=1) / math.sqrt(groups))
-        return Estimate(mean, mean - half, mean + half, len(values), groups, "t")
+        low, high = mean - half, mean + half
+        if share:
+            low, high = max(low, 0.0), min(high, 1.0)
+        return Estimate(mean, low, high, len(values), groups, "t")
     rng = np.random.default_rng(seed)
     drawn = rng.integers(0, groups, (resamples, groups))
     replicates = sums[drawn].sum(1) / counts[drawn].sum(1)

@@ -38,6 +38,12 @@ def bill(registry: Registry, resolved: Resolved) -> dict[str, float]:
     return total
 
 
+def _beta(resolved: Resolved) -> float | None:
+    """The price of KL that a model was trained at, if it was."""
+    config = resolved.manifest.config if resolved.manifest is not None else {}
+    return config.get("kl_coef", config.get("beta"))
+
+
 def _require_one_stop_token(models: list[Resolved]) -> None:
     """Refuse models whose responses end in different tokens: one rule cuts all of them.
 
@@ -97,6 +103,7 @@ def run_compare(config: Any, home: Path, *, quiet: bool = False) -> dict[str, An
             "model": resolved.label,
             "stage": resolved.stage,
             "digest": resolved.digest,
+            "beta": _beta(resolved),
             "metrics": found.table(),
             "cost": bill(registry, resolved),
         }

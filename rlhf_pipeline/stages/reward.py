@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+FEW_PROMPTS = 5
+
+
 def reward_step(
     model: RewardModel,
     micro_batch: ExampleBatch,
@@ -244,7 +247,9 @@ def describe_quality(run: Run, metrics: dict[str, Any]) -> None:
     for name, value in metrics["baselines"].items():
         line += f", {name} {value['accuracy']:.3f}"
     run.log.say(line)
-    if metrics["accuracy"] <= best[1]["accuracy"]:
+    if metrics["prompts"] < FEW_PROMPTS:
+        run.log.say(f"only {metrics['prompts']} held-out prompts: these figures say little")
+    elif metrics["accuracy"] <= best[1]["accuracy"]:
         run.log.say(
             f"WARNING: this reward model does not beat the baseline {best[0]!r}; more or cleaner pairs, a larger "
             "model or another learning_rate are needed before PPO on it means anything"

@@ -80,7 +80,7 @@ class RunLog:
         self._live = sys.stderr.isatty() and not quiet
         self._progress: Progress | None = None
         self._task: Any = None
-        self._times: deque[tuple[float, int]] = deque([(time.perf_counter(), -1)], maxlen=RATE_OVER)
+        self._times: deque[tuple[float, int]] = deque(maxlen=RATE_OVER)
         self.last: dict[str, float] = {}
 
     def rewind(self, step: int) -> None:
@@ -101,8 +101,6 @@ class RunLog:
 
     def update(self, step: int, metrics: dict[str, float]) -> None:
         """Log an update; every `logging_steps` updates, and the first and the last, to metrics.jsonl."""
-        if self._times[-1][1] < 0:  # the first update: count the time since the log was opened from here
-            self._times[-1] = (self._times[-1][0], step - 1)
         self._times.append((time.perf_counter(), step))
         due = step % self.logging_steps == 0 or step in (1, self.total)
         line = "  ".join(format_metric(name, metrics[name]) for name in self.shown if name in metrics)
@@ -114,11 +112,11 @@ class RunLog:
             self._show(step, line)
         elif due and not self.quiet and self._heartbeat(step):
             rate = self._rate()
-            left = (self.total - step) / max(rate, 1e-9)
-            console.print(f"{self.title} {step}/{self.total}  {rate:.3g}/s  {left:.0f} s left  {line}", markup=False)
+            pace = f"{rate:.3g}/s  {(self.total - step) / rate:.0f} s left  " if rate else ""
+            console.print(f"{self.title} {step}/{self.total}  {pace}{line}", markup=False)
 
     def _rate(self) -> float:
-        """Updates per second over the last ones."""
+        """Updates per second over the last ones; 0 after the first, whose time is mostly that of starting up."""
         (before, first), (now, last) = self._times[0], self._times[-1]
         return (last - first) / max(now - before, 1e-9)
 

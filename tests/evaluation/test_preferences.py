@@ -31,8 +31,13 @@ def test_ties_are_half_right():
 def test_accuracy_is_clustered_by_prompt():
     found = accuracy([1.0, 1.0, -1.0], ["a", "a", "b"])
     assert found.mean == pytest.approx(0.5)  # prompt means 1 and 0
-    # t(.975, 1) = 12.7062; sd of 0 and 1 is sqrt(.5)
-    assert found.high == pytest.approx(0.5 + 12.7062 * math.sqrt(0.5) / math.sqrt(2), abs=1e-4)
+    assert (found.low, found.high) == (0.0, 1.0)  # t(.975, 1) = 12.7 reaches far out: a share ends at 0 and 1
+    prompts = [1.0, 1.0, -1.0, 1.0, -1.0, 1.0, 1.0, -1.0]
+    found = accuracy(prompts, list("abcdefgh"))
+    # Five of eight: sd = sqrt(8/7 x 5/8 x 3/8); t(.975, 7) = 2.364624.
+    half = 2.364624 * math.sqrt(8 / 7 * 15 / 64) / math.sqrt(8)
+    assert (found.low, found.high) == pytest.approx((0.625 - half, min(1.0, 0.625 + half)), abs=1e-6)
+    assert 0.625 + half > 1.0
 
 
 def test_ece_by_hand_with_one_value_a_bin():

@@ -14,7 +14,8 @@ PROMPTS = ("the plot of this drama was", "the music of this western was", "the a
 
 
 def write_pairs(path, chosen: str, rejected: str) -> None:
-    rows = [{"prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"} for prompt in PROMPTS for _ in range(20)]
+    pair = {"chosen": f" {chosen}", "rejected": f" {rejected}"}
+    rows = [{"prompt": prompt, **pair} for prompt in PROMPTS for _ in range(20)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
