@@ -3,7 +3,7 @@
 from rlhf_pipeline.registry.integrity import verify_files
 from rlhf_pipeline.registry.manifest import DataEntry, Manifest, Parent
 from rlhf_pipeline.registry.references import Reference, Resolved, parse_reference
-from rlhf_pipeline.registry.roles import check_role, check_same_tokenizer
+from rlhf_pipeline.registry.roles import check_role
 from rlhf_pipeline.registry.store import RECORDS, Registry
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "Registry",
     "Resolved",
     "check_role",
-    "check_same_tokenizer",
     "parse_reference",
     "verify_files",
 ]

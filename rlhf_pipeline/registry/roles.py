@@ -66,21 +66,6 @@ def role_of(resolved: Resolved) -> tuple[Role | None, str]:
     return None, f"a model of the architecture {', '.join(architectures)}" if architectures else ""
 
 
-def check_same_tokenizer(policy: Resolved, reward_model: Resolved) -> None:
-    """Check that a reward model reads the policy's token ids, where both manifests name their tokenizer.
-
-    Raises:
-        MismatchError: their tokenizers differ.
-    """
-    ours = policy.manifest.tokenizer_digest if policy.manifest else None
-    theirs = reward_model.manifest.tokenizer_digest if reward_model.manifest else None
-    if ours and theirs and ours != theirs:
-        raise MismatchError(
-            f"reward model {reward_model.label}: tokenizer {theirs[:12]}; expected {ours[:12]}, that "
-            f"of the policy {policy.label}; train the reward model from that policy's SFT model"
-        )
-
-
 def _read(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rlhf_pipeline.errors import DamagedFile, MismatchError
-from rlhf_pipeline.registry import check_role, check_same_tokenizer
+from rlhf_pipeline.registry import check_role
 
 
 @pytest.mark.parametrize(
@@ -65,13 +65,3 @@ def test_unreadable_config_is_damaged(registry, tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(DamagedFile, match=r"config\.json: not valid JSON"):
         check_role(registry.resolve(tmp_path), "policy")
-
-
-def test_tokenizers_are_compared_where_both_are_known(registry, model):
-    policy = registry.publish("sft", "sft", model(), tokenizer_digest="aaa")
-    same = registry.publish("r1", "reward", model(), tokenizer_digest="aaa")
-    other = registry.publish("r2", "reward", model(), tokenizer_digest="bbb")
-    check_same_tokenizer(policy, same)
-    check_same_tokenizer(policy, registry.resolve("org/name"))
-    with pytest.raises(MismatchError, match=r"r2@v1: tokenizer bbb; expected aaa, that of the policy sft@v1"):
-        check_same_tokenizer(policy, other)
