@@ -22,6 +22,11 @@ WORLDS = ("world:verdicts",)
 COLLECTED = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,63})(@v(?P<version>[0-9]+))?")
 
 
+def part_of(source: str, config: str | None, kind: str) -> str | None:
+    """The part of a source to read: `config`, else of a built-in world its prompts where prompts are asked for."""
+    return "prompts" if config is None and kind == "prompt" and source.startswith("world:") else config
+
+
 @dataclass
 class Source:
     """The rows of one source, or its records where it has them ready."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,8 +119,3 @@ def paired_difference(mine: Samples, theirs: Samples, name: str) -> Estimate:
     a = mine.values[name].reshape(len(mine.examples), -1).mean(1)
     b = theirs.values[name].reshape(len(theirs.examples), -1).mean(1)
     return cluster_mean(a - b, [example.prompt_key for example in mine.examples])
-
-
-def distinct_prompts(prompts: Sequence[Example]) -> int:
-    """Number of different prompts."""
-    return len({example.prompt_key for example in prompts})

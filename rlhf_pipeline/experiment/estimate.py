@@ -7,12 +7,13 @@ from typing import Any
 
 from rlhf_pipeline.config.experiment import load_experiment
 from rlhf_pipeline.data.load import read_records
+from rlhf_pipeline.data.sources import part_of
 from rlhf_pipeline.data.splits import in_split
 from rlhf_pipeline.experiment.run import check_inputs, find_done
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import check_role
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.rollout.rewards import is_function_name, load_function
+from rlhf_pipeline.rollout.rewards import is_function_name, load_function, names_a_model
 from rlhf_pipeline.training.windows import total_steps
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}
@@ -76,7 +77,7 @@ def estimate_stage(stage: str, config: Any, home: Path) -> dict[str, Any]:
     if stage == "collect":
         policy = registry.resolve(config.policy)
         check_role(policy, "policy")
-        part = config.dataset_config or ("prompts" if config.prompts.startswith("world:") else None)
+        part = part_of(config.prompts, config.dataset_config, "prompt")
         found = read_records(config.prompts, config=part, home=home, skip_bad_rows=config.skip_bad_rows)
         prompts = len({record.prompt_key for record in found.records})
         return result | {"policy": policy.label, "prompts": prompts, "records": config.num, "responses_each": config.k}
@@ -91,7 +92,7 @@ def estimate_stage(stage: str, config: Any, home: Path) -> dict[str, Any]:
     for reward in getattr(config, "rewards", ()):
         if is_function_name(reward.source):
             load_function(reward.source)
-        elif reward.source not in ("world", "world:verdicts"):
+        elif names_a_model(reward.source):
             resolved = registry.resolve(reward.source)
             check_role(resolved, "reward_model")
             result["reward_model"] = resolved.label
@@ -116,10 +117,8 @@ def _training_rows(stage: str, config: Any, home: Path) -> int:
     """Rows of the training split, before the length policy; for PPO distinct prompts."""
     entries = [(e.dataset_name, e.dataset_config) for e in config.datasets or ()]
     if not entries:
-        part = config.dataset_config
-        if part is None and stage == "ppo" and config.dataset_name.startswith("world:"):
-            part = "prompts"
-        entries = [(config.dataset_name, part)]
+        kind = "prompt" if stage == "ppo" else "row"
+        entries = [(config.dataset_name, part_of(config.dataset_name, config.dataset_config, kind))]
     count = 0
     for name, part in entries:
         found = read_records(name, config=part, home=home, skip_bad_rows=config.skip_bad_rows)

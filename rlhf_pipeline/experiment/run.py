@@ -11,12 +11,13 @@ from rlhf_pipeline.config.dump import config_digest
 from rlhf_pipeline.config.experiment import Experiment, StageSpec, load_experiment
 from rlhf_pipeline.config.references import references
 from rlhf_pipeline.data.load import read_records, records_digest
+from rlhf_pipeline.data.sources import part_of
 from rlhf_pipeline.data.splits import assign_splits, in_split
 from rlhf_pipeline.errors import BadInput, ConfigError, Fault
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import check_role
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.rollout.rewards import is_function_name, load_function
+from rlhf_pipeline.rollout.rewards import is_function_name, load_function, names_a_model
 from rlhf_pipeline.stages.common import StageResult
 from rlhf_pipeline.training.tracking import console
 
@@ -44,8 +45,7 @@ def expected_parents(stage: str, config: Any, registry: Registry) -> dict[str, s
 
     if stage == "collect":
         parents = {"policy": digest(config.policy)}
-        judged_by_model = config.judge not in ("world", "world:verdicts") and not is_function_name(config.judge)
-        return parents | ({"judge": digest(config.judge)} if judged_by_model else {})
+        return parents | ({"judge": digest(config.judge)} if names_a_model(config.judge) else {})
     if config.model_name_or_path is None:
         return {}
     parents = {"base": digest(config.model_name_or_path)}
@@ -53,8 +53,7 @@ def expected_parents(stage: str, config: Any, registry: Registry) -> dict[str, s
         parents["reference"] = digest(config.ref_model or config.model_name_or_path)
     if stage == "ppo":
         parents["reference"] = parents["base"]
-        models = [r.source for r in config.rewards if r.source not in ("world", "world:verdicts")]
-        for number, source in enumerate(source for source in models if not is_function_name(source)):
+        for number, source in enumerate(r.source for r in config.rewards if names_a_model(r.source)):
             parents["reward_model" if number == 0 else f"reward_model_{number + 1}"] = digest(source)
     return parents
 
@@ -62,7 +61,7 @@ def expected_parents(stage: str, config: Any, registry: Registry) -> dict[str, s
 def expected_data(stage: str, config: Any, home: Path) -> list[str]:
     """Digests of the data that a stage with this config would train on (or take prompts from)."""
     if stage == "collect":
-        part = config.dataset_config or ("prompts" if config.prompts.startswith("world:") else None)
+        part = part_of(config.prompts, config.dataset_config, "prompt")
         found = read_records(config.prompts, config=part, home=home, skip_bad_rows=config.skip_bad_rows)
         fractions = config.split_fractions
         splits: Sequence[str] = config.splits or sorted(set(assign_splits(found.records, fractions, found.source)))
@@ -78,10 +77,8 @@ def expected_data(stage: str, config: Any, home: Path) -> list[str]:
 def _sources(stage: str, config: Any) -> list[tuple[str, str | None]]:
     if config.datasets:
         return [(entry.dataset_name, entry.dataset_config) for entry in config.datasets]
-    part = config.dataset_config
-    if part is None and stage == "ppo" and config.dataset_name.startswith("world:"):
-        part = "prompts"
-    return [(config.dataset_name, part)]
+    kind = "prompt" if stage == "ppo" else "row"
+    return [(config.dataset_name, part_of(config.dataset_name, config.dataset_config, kind))]
 
 
 def find_done(stage: str, config: Any, registry: Registry) -> Resolved | None:
@@ -109,7 +106,7 @@ def check_inputs(experiment: Experiment, registry: Registry) -> None:
     for spec in (*experiment.stages, *([experiment.compare] if experiment.compare else [])):
         named = [reward.source for reward in getattr(spec.config, "rewards", ())] + [getattr(spec.config, "judge", "")]
         for source in named:
-            if is_function_name(source) and source not in ("world", "world:verdicts"):
+            if is_function_name(source):
                 try:
                     load_function(source)
                 except ConfigError as error:

@@ -12,6 +12,7 @@ from rlhf_pipeline.config.base import DEFAULT_MAX_LENGTH, Lengths, resolve_lengt
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.load import examples_of, lowest_hashes, read_records
 from rlhf_pipeline.data.records import Record
+from rlhf_pipeline.data.sources import part_of
 from rlhf_pipeline.data.tokenize import Example, tokenize
 from rlhf_pipeline.data.tokenizers import tokenizer_digest
 from rlhf_pipeline.errors import ConfigError, DataError, Fault, MismatchError
@@ -124,10 +125,8 @@ def load_prompts(
     if source is None:
         where = f"prompts of {resolved.label}"
         raise ConfigError(Fault(where, "not known", "a source of prompts", "give --prompts SOURCE"))
-    part = config.dataset_config
-    if part is None and source.startswith("world:"):
-        part = "prompts"
-    elif part is None and config.prompts is None:
+    part = part_of(source, config.dataset_config, "prompt")
+    if part is None and config.prompts is None:
         part = _setting(resolved, "dataset_config")
     fractions = config.split_fractions if config.prompts else _setting(resolved, "split_fractions")
     skip = config.skip_bad_rows or bool(not config.prompts and _setting(resolved, "skip_bad_rows"))

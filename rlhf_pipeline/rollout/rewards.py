@@ -146,8 +146,18 @@ def score_in_batches(source: RewardSource, examples: Sequence[Example], batch_si
     return scores
 
 
+WORLD_NAMES = ("world", world.NAME)
+
+
+def names_a_model(source: str) -> bool:
+    """Whether a reward source is a reference to a model: neither the world nor a function."""
+    return source not in WORLD_NAMES and not is_function_name(source)
+
+
 def is_function_name(source: str) -> bool:
     """Whether a reward source is named as module:function."""
+    if source in WORLD_NAMES:
+        return False
     module, _, function = source.partition(":")
     return function.isidentifier() and all(part.isidentifier() for part in module.split("."))
 

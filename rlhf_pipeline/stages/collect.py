@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlhf_pipeline.config.dump import config_digest
 from rlhf_pipeline.data.load import RecordSet, examples_of, read_records
+from rlhf_pipeline.data.sources import part_of
 from rlhf_pipeline.data.splits import assign_splits
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import chat_template_digest, tokenizer_digest
@@ -121,7 +122,7 @@ def run_collect(config: Any, home: Path, *, notes: Sequence[str] = (), quiet: bo
     tokenizer = tokenizer_of(parent, config.trust_remote_code)
     policy = load_policy(parent, config, tokenizer, device, frozen=True)
     judge = load_reward(registry, config.judge, config, parent, tokenizer, device)
-    part = config.dataset_config or ("prompts" if config.prompts.startswith("world:") else None)
+    part = part_of(config.prompts, config.dataset_config, "prompt")
     found = read_records(config.prompts, config=part, home=home, skip_bad_rows=config.skip_bad_rows)
     prompts, reports = prompts_by_split(found, config, tokenizer)
     amount = f"{config.num} x {config.k} responses of {parent.label} to {len(prompts)} prompts"

@@ -15,6 +15,7 @@ from rlhf_pipeline.data.load import (
     read_records,
 )
 from rlhf_pipeline.data.records import plain
+from rlhf_pipeline.data.sources import part_of
 from rlhf_pipeline.data.splits import in_split
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import DataError
@@ -30,16 +31,13 @@ class StageData:
         config: a training config. home: where collected data lie. say: takes a line for the log.
     """
 
-    def __init__(self, config: Any, home: Path, say: Callable[[str], None], *, default_part: str | None = None):
+    def __init__(self, config: Any, home: Path, say: Callable[[str], None]):
         self.config, self.home, self.say = config, home, say
-        self.default_part = default_part
         self._read: RecordSet | None = None
 
-    def _records(self) -> RecordSet:
+    def _records(self, kind: str) -> RecordSet:
         if self._read is None:
-            part = self.config.dataset_config
-            if part is None and self.config.dataset_name.startswith("world:"):
-                part = self.default_part
+            part = part_of(self.config.dataset_name, self.config.dataset_config, kind)
             self._read = read_records(
                 self.config.dataset_name, config=part, home=self.home, skip_bad_rows=self.config.skip_bad_rows
             )
@@ -74,7 +72,7 @@ class StageData:
                 entries = [entry.model_dump() for entry in config.datasets]
                 loaded: ExampleSet = load_mixture(entries, home=self.home, **options)
             else:
-                loaded = examples_of(self._records(), **options)
+                loaded = examples_of(self._records(kind), **options)
         except DataError as error:
             if required:
                 raise
@@ -88,7 +86,7 @@ class StageData:
         """All texts of a split, for training a tokenizer."""
         config = self.config
         sets = (
-            [self._records()]
+            [self._records("text")]
             if not config.datasets
             else [
                 read_records(

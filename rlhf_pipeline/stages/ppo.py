@@ -178,7 +178,7 @@ def run_ppo(config: Any, home: Path, **options) -> StageResult:
         moved = say_moved(run)
 
         # 2. Prompts.
-        data = StageData(config, run.registry.home, run.log.say, default_part="prompts")
+        data = StageData(config, run.registry.home, run.log.say)
         prompts, reports = data.split("prompt", config.dataset_train_split, tokenizer, limit=config.max_train_samples)
 
         # 3. Train.

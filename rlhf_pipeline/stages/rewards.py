@@ -14,6 +14,7 @@ from rlhf_pipeline.models.roles import RewardModel
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.rewards import (
+    WORLD_NAMES,
     FunctionReward,
     ModelReward,
     RewardSource,
@@ -51,7 +52,7 @@ def load_reward(
         MismatchError: the world asked to judge a policy with another vocabulary, a policy passed as a reward model,
             or a reward model with another tokenizer.
     """
-    if text in ("world", world.NAME):
+    if text in WORLD_NAMES:
         if not world.is_world_tokenizer(tokenizer):
             raise MismatchError(
                 f"reward 'world': found the tokenizer of {policy.label} with {len(tokenizer)} tokens, expected that of "

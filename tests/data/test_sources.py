@@ -166,3 +166,12 @@ def test_collected_data_that_changed_are_refused(tmp_path):
     (tmp_path / "data" / "pairs" / "v1" / "manifest.json").unlink()
     with pytest.raises(DamagedFile, match="missing"):
         read_source("collected:pairs", home=tmp_path)
+
+
+def test_prompts_are_the_part_of_a_world_where_prompts_are_asked_for():
+    from rlhf_pipeline.data.sources import part_of
+
+    assert part_of("world:verdicts", None, "prompt") == "prompts"
+    assert part_of("world:verdicts", None, "row") is None
+    assert part_of("world:verdicts", "demonstrations", "prompt") == "demonstrations"
+    assert part_of("rows.jsonl", None, "prompt") is None

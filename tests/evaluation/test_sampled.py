@@ -18,7 +18,6 @@ from rlhf_pipeline.evaluation.sampled import (
     add_kl,
     add_score,
     add_true_reward,
-    distinct_prompts,
     draw,
     paired_difference,
     win_rate,
@@ -157,8 +156,3 @@ def test_kl_rows_return_to_the_order_of_the_responses():
         add_kl(samples, policy, reference, sampling)
         tables.append(np.stack([samples.values[name] for name in ("kl", "kl_k1", "entropy")]))
     np.testing.assert_allclose(*tables, rtol=0, atol=1e-5)
-
-
-def test_prompts_are_counted_once():
-    examples = [Example([2], [], [], key, "w") for key in "abab"]
-    assert distinct_prompts(examples) == 2
