@@ -1,0 +1,249 @@
+"""This package's side of parity_ppo.py: the same rollouts through the project's own functions, and the comparison.
+
+The peer gives a response that ended before the length limit one slot more: an absorbing step behind the stop token
+that carries the score, a value (read at the stop token) and no log-probability. "On the peer's slots" means: this
+package's functions, unchanged, on masks that have this slot too.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from rlhf_pipeline.algorithms.policy import clipped_value_loss
+from rlhf_pipeline.data.batch import pack
+from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.models.actor_critic import make_actor_critic
+from rlhf_pipeline.models.roles import ActorCritic, Policy, RewardModel
+from rlhf_pipeline.models.selfcheck import inspect_model, inspect_reward_model
+from rlhf_pipeline.rollout.rewards import ModelReward
+from rlhf_pipeline.rollout.rollout import Estimates, Rollout, estimate
+from rlhf_pipeline.stages.ppo import ppo_step
+from rlhf_pipeline.training import ppo_windows
+from rlhf_pipeline.training.cost import CostMeter, ModelShape
+from rlhf_pipeline.training.ppo_windows import PpoBatch, PpoSettings, RolloutCollector
+from rlhf_pipeline.training.windows import Loss, Window
+
+FP32 = 1e-5
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One quantity of both sides. tolerance: of the largest absolute difference; None where it differs on purpose."""
+
+    case: str
+    quantity: str
+    peer: Tensor
+    ours: Tensor
+    tolerance: float | None = FP32
+    why: str = ""
+
+    def __post_init__(self) -> None:
+        assert self.peer.shape == self.ours.shape, (self.case, self.quantity, self.peer.shape, self.ours.shape)
+
+    @property
+    def difference(self) -> float:
+        return float((self.ours.double() - self.peer.double()).abs().max())
+
+    @property
+    def agrees(self) -> bool:
+        return self.tolerance is None or self.difference <= self.tolerance
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row of the report, with both sides' figures where they are few."""
+        row = {"case": self.case, "quantity": self.quantity, "difference": float(f"{self.difference:.3g}")}
+        row |= {"tolerance": self.tolerance, "why": self.why}
+        if self.ours.numel() > (8 if self.tolerance is not None else 64):
+            return row
+        sides = {"peer": self.peer, "ours": self.ours}
+        numbers = {side: [float(f"{x:.9g}") for x in value.flatten().tolist()] for side, value in sides.items()}
+        return {**row, **{side: found if self.ours.ndim else found[0] for side, found in numbers.items()}}
+
+
+def bessel(mask: Tensor) -> float:
+    """sqrt((n - 1) / n) of n active entries: what a factor 1 / std becomes with the unbiased variance."""
+    count = int(mask.sum())
+    return math.sqrt((count - 1) / count)
+
+
+class Case:
+    """One setting: the models, our rollout and our losses, and the peer's figures as tensors."""
+
+    def __init__(self, document: dict[str, Any], weights: Weights, name: str, **changes: Any):
+        self.inputs, self.weights, self.name = document["inputs"], weights, name
+        self.setting = {**self.inputs["cases"][name], **changes}
+        self.arguments = self.setting["arguments"]
+        self.width = self.inputs["response_length"]
+        figures = document["peer"]["cases"][name]
+        self.peer = {key: torch.tensor(value) for key, value in figures["rollout"].items()}
+        self.peer_micro_batches, self.peer_metrics = figures["micro_batches"], figures["metrics"]
+
+    def _load(self, auto_class: Any, prefix: str, **extra: Any) -> torch.nn.Module:
+        from transformers import AutoConfig
+
+        model = auto_class.from_config(AutoConfig.for_model(**self.inputs["model"], **extra), dtype=torch.float32)
+        found = {key[len(prefix) + 1 :]: value for key, value in self.weights.items() if key.startswith(f"{prefix}/")}
+        model.load_state_dict(found)
+        return model.eval()
+
+    def _policy(self, prefix: str) -> Policy:
+        from transformers import AutoModelForCausalLM
+
+        model = self._load(AutoModelForCausalLM, prefix)
+        return Policy(model, inspect_model(model), self.arguments["temperature"])
+
+    def _classifier(self, prefix: str) -> RewardModel:
+        from transformers import AutoModelForSequenceClassification
+
+        model = self._load(AutoModelForSequenceClassification, prefix, num_labels=1)
+        return RewardModel(model, inspect_reward_model(model))
+
+    def actor_critic(self, step: int = 0) -> ActorCritic:
+        """Actor and critic with the weights that the peer has before its optimizer step number `step`."""
+        prefix, critic = (f"{self.name}/{step}/", "critic") if step else ("", self.setting["critic"])
+        actor, critic = self._policy(f"{prefix}actor"), self._classifier(f"{prefix}{critic}")
+        temperature = self.arguments["temperature"]
+        return make_actor_critic(
+            actor.model, actor.reader, "reward_model", reward_model=critic, temperature=temperature
+        )
+
+    @cached_property
+    def examples(self) -> list[Example]:
+        rows = self.inputs["rollouts"][self.setting["rollouts"]]
+        return [
+            Example(row["prompt"], [row["response"]], [row["ended"]], prompt_key=str(i), where=f"rollout {i}")
+            for i, row in enumerate(rows)
+        ]
+
+    @cached_property
+    def _run(self) -> tuple[Rollout, Estimates, list[Window]]:
+        """The project's own collector with nothing replaced but the sampler; rows in the order of the file."""
+        model, seen = self.actor_critic(), {}
+        names = ("num_ppo_epochs", "num_mini_batches", "temperature", "kl_coef", "gamma", "lam", "whiten_rewards")
+        settings = PpoSettings(
+            rollout_size=len(self.examples),
+            micro_batch_size=self.arguments["per_device_train_batch_size"],
+            response_length=self.width,
+            whiten_advantages=True,
+            missing_eos_penalty=self.arguments["missing_eos_penalty"],
+            critic_warmup_steps=0,
+            seed=self.inputs["seed"],
+            stop_id=self.inputs["stop_id"],
+            pad_id=self.inputs["pad_id"],
+            **{name: self.arguments[name] for name in names},
+        )
+        collector = RolloutCollector(
+            settings,
+            model,
+            self._policy("reference"),
+            ModelReward("reward", self._classifier("reward"), self.inputs["pad_id"]),
+            [replace(example, completions=[], ended=[]) for example in self.examples],
+            CostMeter(),
+            {"actor": ModelShape.of(model.actor)},
+        )
+
+        def fixed(_, prompts, **__):
+            return [self.examples[int(prompt.prompt_key)] for prompt in prompts], []
+
+        def watched(rollout, **options):
+            seen["rollout"], seen["estimates"] = rollout, estimate(rollout, **options)
+            return seen["estimates"]
+
+        with (
+            mock.patch.object(ppo_windows, "sample_for_prompts", fixed),
+            mock.patch.object(ppo_windows, "estimate", watched),
+        ):
+            windows = list(collector.windows(model, 0, 1))
+        rollout, estimates = seen["rollout"], seen["estimates"]
+        place = {example.prompt_key: number for number, example in enumerate(rollout.examples)}
+        order = torch.tensor([place[example.prompt_key] for example in self.examples])
+
+        def sort(part: Any) -> Any:
+            return replace(part, **{k: v[order] for k, v in vars(part).items() if isinstance(v, Tensor)})
+
+        return replace(sort(rollout), examples=self.examples), sort(estimates), windows
+
+    @property
+    def rollout(self) -> Rollout:
+        return self._run[0]
+
+    @property
+    def estimates(self) -> Estimates:
+        return self._run[1]
+
+    @property
+    def windows(self) -> list[Window]:
+        return self._run[2]
+
+    @property
+    def mask(self) -> Tensor:
+        return self.rollout.mask
+
+    @property
+    def bessel(self) -> float:
+        """sqrt((n - 1) / n): the peer whitens with the unbiased variance, this package with that of the tokens."""
+        return bessel(self.mask)
+
+    def raw(self, rollout: Rollout, **changes: Any) -> Estimates:
+        """Estimates before the advantages are whitened."""
+        options = {key: self.arguments[key] for key in ("kl_coef", "gamma", "lam")}
+        return estimate(rollout, **{**options, "whiten_advantages": False, "whiten_rewards": False, **changes})
+
+    def slot_values(self, model: ActorCritic) -> Tensor:
+        """(C, R) values of the critic, also behind the last token of a response that is not full."""
+        pad_id = self.inputs["pad_id"]
+        # A filler token makes the packed forward pass read the critic at the last real token as well.
+        longer = [replace(e, completions=[(e.completions[0] + [pad_id])[: self.width]]) for e in self.examples]
+        batch = pack(longer, pad_id, layout=model.reader.layout)
+        return batch.padded(model(batch).values, self.width)
+
+    @cached_property
+    def slots(self) -> Rollout:
+        """Our rollout on the peer's slots."""
+        mask = torch.arange(self.width) < self.mask.sum(1, keepdim=True) + 1
+        return replace(self.rollout, mask=mask, values=self.slot_values(self.actor_critic()).detach())
+
+    def losses(self, micro_batch: PpoBatch, model: ActorCritic) -> Loss:
+        """`ppo_step` of this package: sums."""
+        names = ("cliprange", "cliprange_value", "vf_coef")
+        options = {name: self.arguments[name] for name in names}
+        return ppo_step(model, micro_batch, **options, loss_normalization="tokens", meter=CostMeter(), shapes={})
+
+    def part(self, rows: list[int]) -> PpoBatch:
+        """Some rows as a micro-batch."""
+        batch, (rollout, estimates, _) = pack([self.examples[i] for i in rows], self.inputs["pad_id"]), self._run
+        fixed = (rollout.mask, rollout.logprobs, rollout.values, estimates.advantages, estimates.returns)
+        return PpoBatch(batch, *(matrix[rows] for matrix in fixed), first=True)
+
+    def slot_value_loss(self, model: ActorCritic, rows: list[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Mean value loss and fraction of clipped tokens on the peer's slots, of some rows or all."""
+        rows = list(range(len(self.examples))) if rows is None else rows
+        matrices = (self.slot_values(model), self.slots.values, self.raw(self.slots).returns, self.slots.mask)
+        limit, count = self.arguments["cliprange_value"], self.slots.mask[rows].sum()
+        loss, clipped = clipped_value_loss(*(matrix[rows] for matrix in matrices), cliprange_value=limit)
+        return loss / count, clipped / count
+
+    def gradient(self, loss: Tensor, model: ActorCritic, role: str) -> Tensor:
+        """The gradient of `loss`, flat, in the order of the peer's parameter names."""
+        if role == "actor":
+            named = dict(model.actor.named_parameters())
+        else:
+            named = {f"model.{name}": parameter for name, parameter in model.critic.named_parameters()}
+            named["score.weight"] = model.value_head.weight
+        names = [key.rpartition("/")[2] for key in self._gradient_keys(0, role)]
+        parts = torch.autograd.grad(loss, [named[name] for name in names], retain_graph=True)
+        return torch.cat([part.flatten() for part in parts])
+
+    def _gradient_keys(self, step: int, role: str) -> list[str]:
+        return sorted(key for key in self.weights if key.startswith(f"{self.name}/{step}/grad/{role}/"))
+
+    def peer_gradient(self, step: int, role: str) -> Tensor:
+        """The peer's gradient at an optimizer step, flat."""
+        return torch.cat([self.weights[key].flatten() for key in self._gradient_keys(step, role)])
