@@ -95,8 +95,8 @@ def output_head(model: nn.Module, temperature: float = 1.0) -> OutputHead:
     return OutputHead(head.weight, getattr(head, "bias", None), temperature)
 
 
-def predicting_logits(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """(N, V) logits at the predicting positions by the model's own forward pass, in at least fp32."""
+def predicting_logits(model: nn.Module, batch: PackedBatch, index: Tensor | None = None) -> Tensor:
+    """(N, V) logits at the predicting positions (or at `index`) by the model's own forward, in at least fp32."""
     dtype = next(model.parameters()).dtype
     logits = model(
         input_ids=batch.input_ids,
@@ -104,8 +104,18 @@ def predicting_logits(model: nn.Module, batch: PackedBatch) -> Tensor:
         position_ids=batch.position_ids,
         use_cache=False,
     ).logits
-    logits = logits.flatten(0, 1).index_select(0, batch.predict_index)
+    logits = logits.flatten(0, 1).index_select(0, batch.predict_index if index is None else index)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def next_token_logprobs(
+    model: nn.Module, reader: Reader, batch: PackedBatch, index: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Log-probabilities of every next token at flat positions `index` (K,): (K, V), in at least fp32."""
+    if reader.head == "linear":
+        hidden = hidden_states(trunk_of(model), batch).index_select(0, index)
+        return torch.log_softmax(output_head(model, temperature).logits(hidden), dim=-1)
+    return torch.log_softmax(predicting_logits(model, batch, index) / temperature, dim=-1)
 
 
 def completion_logprobs(

@@ -78,7 +78,11 @@ class RewardModel(nn.Module):
             picked = total.index_add(0, batch.completion_index, tokens) / batch.lengths[:, None].to(tokens.dtype)
         else:
             picked = hidden.index_select(0, batch.last_index)
-        scores = sequence_head(self.model)(picked).squeeze(-1)
+        return self.read(picked)
+
+    def read(self, hidden: Tensor) -> Tensor:
+        """Scores of (pooled) hidden states: head(hidden) - reward_shift, in at least fp32."""
+        scores = sequence_head(self.model)(hidden).squeeze(-1)
         return scores.to(torch.promote_types(scores.dtype, torch.float32)) - self.reward_shift
 
 
@@ -130,12 +134,12 @@ def assert_independent(policy: nn.Module, frozen: nn.Module) -> None:
     """Check that a frozen model is really another model than the one in training.
 
     Raises:
-        RuntimeError: when they share memory or when `frozen` computes with a forward bound to another object
-            (a library that patches `forward` in place leaves such a method on a deep copy).
+        RuntimeError: when they share memory, or when a module of `frozen` has a `forward` of its own instead of its
+            class's (a library that patches `forward` in place leaves one, and a deep copy of such a model computes
+            with the original's weights, held in a closure).
     """
     if shared := shared_storage(policy, frozen):
         raise RuntimeError(f"the frozen model shares memory with the policy: {', '.join(shared[:3])}")
     for name, module in frozen.named_modules():
-        bound = getattr(module.__dict__.get("forward"), "__self__", module)
-        if bound is not module:
-            raise RuntimeError(f"the frozen model's {name or 'forward'} is bound to another module")
+        if "forward" in vars(module):
+            raise RuntimeError(f"the frozen model's {name or 'top module'} has a patched forward")

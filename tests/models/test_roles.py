@@ -154,22 +154,23 @@ def test_shared_weights_are_found(make_model, name):
         assert_independent(policy, view)
 
 
-def test_a_forward_bound_to_another_model_is_found(make_model):
+def test_a_patched_forward_of_the_frozen_model_is_found(make_model):
     policy = make_model("llama")
+    assert_independent(policy, make_model("llama"))
+    original = policy.forward
 
     def patched(self, *args, **options):
-        return type(self).forward(self, *args, **options)
+        return original(*args, **options)  # the original's weights, wherever this method is bound
 
     policy.forward = types.MethodType(patched, policy)
     frozen = make_model("llama")
-    frozen.forward = types.MethodType(patched, frozen)
-    assert_independent(policy, frozen)
-    frozen.forward = policy.forward
-    with pytest.raises(RuntimeError, match="bound to another module"):
-        assert_independent(policy, frozen)
+    assert_independent(policy, frozen)  # what was done to the policy is not the frozen model's matter
+    copied = copy.deepcopy(policy)
+    with pytest.raises(RuntimeError, match="top module has a patched forward"):
+        assert_independent(policy, copied)
     inner = make_model("llama")
     inner.model.forward = types.MethodType(lambda self, **_: None, policy.model)
-    with pytest.raises(RuntimeError, match="model is bound to another module"):
+    with pytest.raises(RuntimeError, match="model has a patched forward"):
         assert_independent(policy, inner)
 
 

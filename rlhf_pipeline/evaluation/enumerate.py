@@ -1,0 +1,94 @@
+"""What a model makes of every response to a prompt: log-probabilities, or scores.
+
+A policy's probability of a response is a product of next-token distributions at its prefixes, so only the inner nodes
+of the tree need a forward pass; a reward model is read once per leaf. Nodes are read a family at a time: one row of
+a packed batch holds a prefix and all its children, so each prefix is computed once for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from rlhf_pipeline.data.batch import PackedBatch
+from rlhf_pipeline.data.enumeration import ResponseTree, pack_siblings
+from rlhf_pipeline.models.forward import Reader, hidden_states, next_token_logprobs, trunk_of
+from rlhf_pipeline.models.roles import Policy, RewardModel
+
+ROWS = 256
+"""Families that are read at once."""
+
+
+def _families(
+    prompt_ids: Sequence[int], tree: ResponseTree, depth: int, children: Tensor, reader: Reader, device: object
+) -> Iterator[PackedBatch]:
+    """Packed batches of the nodes of one depth with the given children, in order."""
+    prompt = torch.tensor(list(prompt_ids), dtype=torch.long)
+    nodes = tree.prefixes(depth)
+    rows = ROWS if reader.layout == "trees" else max(1, ROWS // len(children))
+    for start in range(0, len(nodes), rows):
+        part = nodes[start : start + rows]
+        prefixes = torch.cat([prompt.expand(len(part), -1), part], 1)
+        yield pack_siblings(prefixes, children, reader.layout).to(device)
+
+
+@torch.no_grad()
+def leaf_logprobs(
+    policy: Policy, prompt_ids: Sequence[int], tree: ResponseTree, *, device: torch.device | str = "cpu"
+) -> Tensor:
+    """log pi(y | x) of every leaf y: (L,) float64 on the CPU.
+
+    log pi(y | x) = sum_t log pi(y_t | x, y_<t), summed in float64; exp of it sums to 1 over the leaves up to the
+    rounding of the model's own number type.
+    """
+    prompt, root = torch.tensor([list(prompt_ids)]), tree.words[:1]
+    batch = pack_siblings(prompt, root, policy.reader.layout).to(device)
+    steps = [_distributions(policy, batch, batch.predict_index)]
+    for depth in range(1, tree.horizon):  # the nodes of one depth are the children of the nodes above
+        families = _families(prompt_ids, tree, depth - 1, tree.words, policy.reader, device)
+        steps.append(torch.cat([_distributions(policy, batch, batch.last_index) for batch in families]))
+
+    ended, here = [], torch.zeros(1, dtype=torch.float64)
+    for step in steps:
+        ended.append(here + step[:, tree.stop_id])
+        here = (here[:, None] + step[:, tree.words]).flatten()
+    return torch.cat([*ended, here])
+
+
+def _distributions(policy: Policy, batch: PackedBatch, index: Tensor) -> Tensor:
+    """(K, V) next-token log-probabilities at flat positions, float64 on the CPU."""
+    return next_token_logprobs(policy.model, policy.reader, batch, index, policy.temperature).double().cpu()
+
+
+@torch.no_grad()
+def leaf_scores(
+    model: RewardModel, prompt_ids: Sequence[int], tree: ResponseTree, *, device: torch.device | str = "cpu"
+) -> Tensor:
+    """r(x, y) of every leaf y: (L,) fp32 on the CPU; reads `score_pooling` as the model itself does."""
+    stop = torch.tensor([tree.stop_id])
+    ended = [_child_scores(model, prompt_ids, tree, depth, stop, device).flatten() for depth in range(tree.horizon - 1)]
+    deepest = _child_scores(model, prompt_ids, tree, tree.horizon - 1, torch.arange(tree.vocabulary), device)
+    return torch.cat([*ended, deepest[:, tree.stop_id], deepest[:, tree.words].flatten()])
+
+
+def _child_scores(
+    model: RewardModel,
+    prompt_ids: Sequence[int],
+    tree: ResponseTree,
+    depth: int,
+    children: Tensor,
+    device: torch.device | str,
+) -> Tensor:
+    """(W^depth, C) scores of the responses that end in a child of a node of one depth."""
+    scores = []
+    for batch in _families(prompt_ids, tree, depth, children, model.reader, device):
+        hidden = hidden_states(trunk_of(model.model), batch)
+        picked = hidden.index_select(0, batch.last_index)
+        if model.pooling == "mean":
+            for back in range(depth):
+                picked = picked + hidden.index_select(0, batch.predict_index - back)
+            picked = picked / (depth + 1)
+        scores.append(model.read(picked).float().view(-1, len(children)).cpu())
+    return torch.cat(scores)
