@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,11 +31,35 @@ def centering_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PreferenceLoss:
-    """Sums over pairs and, per completion, the implicit rewards (detached, (P,))."""
+    """Sum over pairs and, per completion, the implicit rewards beta x log-ratio (detached, (P,))."""
 
     loss: Tensor
     chosen_rewards: Tensor
     rejected_rewards: Tensor
+
+
+def smoothed_target(target: Tensor | None, label_smoothing: float) -> Tensor | None:
+    """Probability of the label that a labeller who errs at rate eps would give: p (1 - eps) + (1 - p) eps.
+
+    Args:
+        target: (P,) p, the probability that the chosen response is preferred; None: the label is certain.
+        label_smoothing: eps in [0, .5).
+    """
+    if label_smoothing == 0.0:
+        return target
+    target = torch.ones((), dtype=torch.float64) if target is None else target  # no dimension: it widens no dtype
+    return target * (1.0 - label_smoothing) + (1.0 - target) * label_smoothing
+
+
+def _log_ratios(
+    chosen_logprobs: Tensor,
+    rejected_logprobs: Tensor,
+    ref_chosen_logprobs: Tensor,
+    ref_rejected_logprobs: Tensor,
+) -> tuple[Tensor, Tensor]:
+    assert chosen_logprobs.ndim == 1 and chosen_logprobs.shape == rejected_logprobs.shape
+    assert chosen_logprobs.shape == ref_chosen_logprobs.shape == ref_rejected_logprobs.shape
+    return chosen_logprobs - ref_chosen_logprobs, rejected_logprobs - ref_rejected_logprobs
 
 
 def dpo_sigmoid_loss(
@@ -44,20 +69,72 @@ def dpo_sigmoid_loss(
     ref_rejected_logprobs: Tensor,
     *,
     beta: float,
+    target: Tensor | None = None,
 ) -> PreferenceLoss:
-    """DPO: sum over pairs of -log sigma(h), h = beta [(log pi - log pi_ref)(y_w) - (log pi - log pi_ref)(y_l)].
+    """DPO: sum over pairs of -p log sigma(h) - (1 - p) log sigma(-h).
 
-    Its gradient is -beta sigma(-h) [grad log pi(y_w) - grad log pi(y_l)]. Source: Rafailov et al. 2023, eq. 7.
+        h = beta [(log pi - log pi_ref)(y_w) - (log pi - log pi_ref)(y_l)]
+
+    Its gradient is (sigma(h) - p) grad h. Source: Rafailov et al. 2023, eq. 7, with p = 1; with p = 1 - eps it is
+    the conservative loss of Mitchell 2023 ("A note on DPO with noisy preferences & relationship to IPO").
 
     Args:
         each (P,): log-probabilities of whole responses, summed over their tokens, in at least fp32.
         beta: > 0, strength of the KL term of the objective that this loss optimises.
+        target: (P,) or a scalar, the probability p that the chosen response is preferred; None: 1.
     """
-    assert chosen_logprobs.ndim == 1
-    assert chosen_logprobs.shape == rejected_logprobs.shape == ref_chosen_logprobs.shape
-    chosen = beta * (chosen_logprobs - ref_chosen_logprobs)
-    rejected = beta * (rejected_logprobs - ref_rejected_logprobs)
-    return PreferenceLoss(-logsigmoid(chosen - rejected).sum(), chosen.detach(), rejected.detach())
+    chosen, rejected = _log_ratios(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
+    chosen, rejected = beta * chosen, beta * rejected
+    h = chosen - rejected
+    losses = -logsigmoid(h) if target is None else -target * logsigmoid(h) - (1.0 - target) * logsigmoid(-h)
+    return PreferenceLoss(losses.sum(), chosen.detach(), rejected.detach())
+
+
+def ipo_loss(
+    chosen_logprobs: Tensor,
+    rejected_logprobs: Tensor,
+    ref_chosen_logprobs: Tensor,
+    ref_rejected_logprobs: Tensor,
+    *,
+    beta: float,
+    target: Tensor | None = None,
+) -> PreferenceLoss:
+    """IPO: sum over pairs of p (h - 1 / (2 tau))^2 + (1 - p) (h + 1 / (2 tau))^2, tau = beta.
+
+        h = (log pi - log pi_ref)(y_w) - (log pi - log pi_ref)(y_l),    free of beta
+
+    Its minimiser, with both responses drawn from mu, is pi_ref exp(E_{y' ~ mu} p(y > y') / tau) / Z: it is bounded
+    however certain the labels are. Source: Azar et al. 2023, eq. 17, with p = 1. The paper's log-probabilities are
+    sums over a response's tokens; the loss that TRL calls ipo takes means over them.
+
+    Args: as of `dpo_sigmoid_loss`. The implicit rewards are beta x log-ratio as there, for comparison: the loss
+        itself does not see them.
+    """
+    chosen, rejected = _log_ratios(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
+    h, aim = chosen - rejected, 1.0 / (2.0 * beta)
+    losses = (h - aim) ** 2 if target is None else target * (h - aim) ** 2 + (1.0 - target) * (h + aim) ** 2
+    return PreferenceLoss(losses.sum(), (beta * chosen).detach(), (beta * rejected).detach())
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A preference loss, and what it has to be given.
+
+    loss: (chosen, rejected, ref_chosen, ref_rejected, *, beta, target) -> PreferenceLoss.
+    needs_reference: whether it reads the reference's log-probabilities.
+    length_normalised: whether its log-probabilities are means over a response's tokens instead of sums.
+    """
+
+    loss: Callable[..., PreferenceLoss]
+    needs_reference: bool = True
+    length_normalised: bool = False
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "sigmoid": Objective(dpo_sigmoid_loss),
+    "ipo": Objective(ipo_loss),
+    "ipo_mean": Objective(ipo_loss, length_normalised=True),
+}
 
 
 def correct(chosen: Tensor, rejected: Tensor) -> Tensor:

@@ -48,12 +48,25 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class PairFacts:
+    """What is known exactly of P pairs. ref_logprobs: (P, 2) of chosen and rejected; target: (P,) the probability
+    that the chosen response is preferred."""
+
+    ref_logprobs: Tensor
+    target: Tensor
+
+
+@dataclass(frozen=True)
 class ExampleBatch:
-    """Packed examples and their numbers in the data set (for cached reference log-probabilities)."""
+    """Packed examples and their numbers in the data set (for cached reference log-probabilities).
+
+    facts: what the source of pairs that are drawn anew at every step knows about them, in place of numbers.
+    """
 
     batch: PackedBatch
     indices: list[int]
     weight: float = 1.0  # 0 for a stand-in on a rank that has no example in this window
+    facts: PairFacts | None = None
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:

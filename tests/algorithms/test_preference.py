@@ -7,7 +7,15 @@ import math
 import pytest
 import torch
 
-from rlhf_pipeline.algorithms.preference import bradley_terry_loss, centering_loss, correct, dpo_sigmoid_loss
+from rlhf_pipeline.algorithms.preference import (
+    OBJECTIVES,
+    bradley_terry_loss,
+    centering_loss,
+    correct,
+    dpo_sigmoid_loss,
+    ipo_loss,
+    smoothed_target,
+)
 
 
 def vector(*values: float) -> torch.Tensor:
@@ -95,25 +103,116 @@ def test_dpo_gradient_is_minus_beta_sigma_of_minus_h(logps):
     assert torch.autograd.gradcheck(lambda a, b: dpo_sigmoid_loss(a, b, *logps[2:], beta=beta).loss, inputs[:2])
 
 
-def test_the_population_gradient_of_dpo_is_0_at_the_optimum_and_not_at_the_reference():
-    beta, count = 0.5, 7
-    draw = torch.Generator().manual_seed(0)
-    ref = torch.log_softmax(torch.randn(count, generator=draw, dtype=torch.float64), -1)
-    reward = torch.randn(count, generator=draw, dtype=torch.float64)
+LOG_RATIOS = (1.5, -1.5, 1.0)  # of `logps`: differences of the log-ratios, free of beta
 
-    def gradient(logits: torch.Tensor) -> torch.Tensor:
-        logits = logits.clone().requires_grad_()
-        logprobs = torch.log_softmax(logits, -1)
+
+@pytest.mark.parametrize("tau", [0.1, 0.5, 2.0])
+def test_ipo_by_hand(logps, tau):
+    found = ipo_loss(*logps, beta=tau)
+    assert found.loss.item() == pytest.approx(sum((d - 1 / (2 * tau)) ** 2 for d in LOG_RATIOS), abs=1e-12)
+    assert found.chosen_rewards.tolist() == pytest.approx([0.5 * tau, -tau, 0.0], abs=1e-12)
+    assert found.rejected_rewards.tolist() == pytest.approx([-tau, 0.5 * tau, -tau], abs=1e-12)
+    assert ipo_loss(*(x.requires_grad_() for x in logps), beta=tau).chosen_rewards.requires_grad is False
+
+
+def test_ipo_is_at_rest_at_its_margin_and_1_over_4_tau_squared_at_the_reference():
+    one = vector(1 / (2 * 0.25)).requires_grad_()
+    zero = vector(0.0)
+    (slope,) = torch.autograd.grad(ipo_loss(one, zero, zero, zero, beta=0.25).loss, one)
+    assert slope.item() == 0.0
+    assert ipo_loss(zero, zero, zero, zero, beta=0.25).loss.item() == pytest.approx(4.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("targets", [(1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (0.3, 0.9, 0.5)])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_gradient_of_each_loss_by_hand(logps, name, targets):
+    beta = 0.4
+    inputs = [x.clone().requires_grad_() for x in logps]
+    loss = OBJECTIVES[name].loss(*inputs, beta=beta, target=vector(*targets)).loss
+    chosen, rejected, ref_chosen, ref_rejected = torch.autograd.grad(loss, inputs)
+    if name == "sigmoid":
+        expected = [beta * (sigmoid(beta * d) - p) for d, p in zip(LOG_RATIOS, targets)]
+    else:
+        expected = [2 * d - (2 * p - 1) / beta for d, p in zip(LOG_RATIOS, targets)]
+    assert chosen.tolist() == pytest.approx(expected, abs=1e-12)
+    assert torch.equal(rejected, -chosen) and torch.equal(ref_chosen, -chosen) and torch.equal(ref_rejected, chosen)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_soft_label_is_the_average_over_hard_ones(logps, name):
+    """p x loss(a preferred) + (1 - p) x loss(b preferred), in value and gradient; 1 is no target at all."""
+    chosen, rejected, ref_chosen, ref_rejected = logps
+    p = vector(0.2, 0.75, 1.0)
+
+    def slopes(evaluate):
+        inputs = [chosen.clone().requires_grad_(), rejected.clone().requires_grad_()]
+        loss = evaluate(*inputs)
+        return loss, torch.autograd.grad(loss, inputs)
+
+    loss_of = OBJECTIVES[name].loss
+
+    def hard(a, b):
         total = 0.0
-        for i in range(count):
-            for j in range(count):
-                if i != j:
-                    # Both drawn from the reference, i preferred with probability sigma(r_i - r_j).
-                    weight = (ref[i] + ref[j]).exp() * torch.sigmoid(reward[i] - reward[j])
-                    pair = [x[None] for x in (logprobs[i], logprobs[j], ref[i], ref[j])]
-                    total = total + weight * dpo_sigmoid_loss(*pair, beta=beta).loss
-        return torch.autograd.grad(total, logits)[0]
+        for i in range(3):
+            won = loss_of(a[i : i + 1], b[i : i + 1], ref_chosen[i : i + 1], ref_rejected[i : i + 1], beta=0.5).loss
+            lost = loss_of(b[i : i + 1], a[i : i + 1], ref_rejected[i : i + 1], ref_chosen[i : i + 1], beta=0.5).loss
+            total = total + p[i] * won + (1 - p[i]) * lost
+        return total
 
-    assert gradient(ref + reward / beta).abs().max().item() < 1e-15
-    assert gradient(ref).abs().max().item() > 1e-3
-    assert gradient(ref + reward / (2 * beta)).abs().max().item() > 1e-3
+    soft, soft_slopes = slopes(lambda a, b: loss_of(a, b, ref_chosen, ref_rejected, beta=0.5, target=p).loss)
+    average, average_slopes = slopes(hard)
+    assert soft.item() == pytest.approx(average.item(), abs=1e-12)
+    for one, other in zip(soft_slopes, average_slopes):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    certain = loss_of(*logps, beta=0.5, target=torch.ones(3, dtype=torch.float64)).loss
+    assert certain.item() == pytest.approx(loss_of(*logps, beta=0.5).loss.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("target", [None, 0.0, 0.3, 1.0])
+def test_at_h_0_the_sigmoid_loss_is_log_2_whatever_the_label(logps, target):
+    chosen, rejected, *_ = logps
+    target = None if target is None else vector(*[target] * 3)
+    found = dpo_sigmoid_loss(chosen, rejected, chosen, rejected, beta=0.7, target=target)
+    assert found.loss.item() == pytest.approx(3 * math.log(2), abs=1e-12)
+
+
+def test_smoothing_by_hand():
+    assert smoothed_target(None, 0.0) is None
+    assert smoothed_target(None, 0.1).item() == pytest.approx(0.9, abs=1e-15)
+    p = vector(0.0, 0.2, 0.5, 1.0)
+    assert smoothed_target(p, 0.1).tolist() == pytest.approx([0.1, 0.26, 0.5, 0.9], abs=1e-15)
+    assert torch.equal(smoothed_target(p, 0.0), p)
+
+
+@pytest.mark.parametrize("eps", [0.01, 0.1, 0.4])
+def test_the_smoothed_loss_is_mitchells_and_at_rest_where_sigma_is_1_minus_eps(logps, eps):
+    target = smoothed_target(None, eps)
+    found = dpo_sigmoid_loss(*logps, beta=0.5, target=target).loss.item()
+    h = [0.5 * d for d in LOG_RATIOS]
+    expected = sum(-(1 - eps) * math.log(sigmoid(x)) - eps * math.log(sigmoid(-x)) for x in h)
+    assert found == pytest.approx(expected, abs=1e-12)
+    rest, zero = vector(math.log((1 - eps) / eps) / 0.5).requires_grad_(), vector(0.0)
+    (slope,) = torch.autograd.grad(dpo_sigmoid_loss(rest, zero, zero, zero, beta=0.5, target=target).loss, rest)
+    assert abs(slope.item()) < 1e-15
+
+
+def test_smoothing_keeps_single_precision():
+    single = [vector(-4.0, -7.0).float() for _ in range(4)]
+    assert dpo_sigmoid_loss(*single, beta=0.5, target=smoothed_target(None, 0.1)).loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_table_says_what_a_loss_reads(logps, name):
+    chosen, rejected, *_ = logps
+    objective = OBJECTIVES[name]
+    losses = {objective.loss(*inputs, beta=0.5).loss.item() for inputs in (logps, (chosen, rejected, chosen, rejected))}
+    assert (len(losses) == 2) == objective.needs_reference
+    assert objective.length_normalised == name.endswith("_mean")
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("odd", range(4))
+def test_inputs_of_another_shape_are_refused(logps, name, odd):
+    inputs = [x[:2] if place == odd else x for place, x in enumerate(logps)]
+    with pytest.raises(AssertionError):
+        OBJECTIVES[name].loss(*inputs, beta=0.5)

@@ -12,6 +12,7 @@ from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.models.forward import Reader
 from rlhf_pipeline.models.roles import Policy
+from tests.rollout.tree import Table, World, network
 
 PAD, EOS, VOCAB, HORIZON = 0, 1, 4, 3
 
@@ -73,3 +74,10 @@ def make_tree(make_llama):
         return Tree(policy, Example(list(prompt), ids, ended, prompt_key="p", where="tree"))
 
     return make
+
+
+@pytest.fixture(scope="module", params=[Table, network], ids=["table", "network"])
+def tree(request) -> World:
+    """The tree of 31 responses under a policy and a reference: a table of logits, or a tiny GPT-2."""
+    torch.set_num_threads(1)
+    return World(request.param(1), request.param(2))

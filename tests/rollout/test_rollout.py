@@ -69,17 +69,43 @@ def test_figures_by_hand(rollout):
     )
 
 
-def test_padding_changes_no_figure_and_no_advantage(rollout):
-    def wider(value):
-        return torch.nn.functional.pad(value, (0, 3)) if value.ndim == 2 else value
-
+def padded(rollout) -> Rollout:
+    """The same rollout with three more columns."""
     fields = ("mask", "logprobs", "ref_logprobs", "values", "entropy")
-    wide = replace(rollout, **{name: wider(getattr(rollout, name)) for name in fields})
+    wider = {name: torch.nn.functional.pad(getattr(rollout, name), (0, 3)) for name in fields}
+    return replace(rollout, **wider)
+
+
+def test_padding_changes_no_figure_and_no_advantage(rollout):
+    wide = padded(rollout)
     options = {**PLAIN, "whiten_advantages": True, "lam": 0.95}
     one, other = estimate(rollout, **options), estimate(wide, **options)
     torch.testing.assert_close(other.advantages[:, :2], one.advantages)
     expected = rollout_metrics(rollout, one, kl_coef=0.5)
     assert rollout_metrics(wide, other, kl_coef=0.5) == pytest.approx(expected, abs=1e-9)
+
+
+def moments(rollout) -> tuple[float, float]:
+    """Mean and variance of the whitened advantages of the three tokens."""
+    active = estimate(rollout, **{**PLAIN, "whiten_advantages": True}).advantages[rollout.mask].double()
+    return active.mean().item(), active.var(correction=0).item()
+
+
+def test_whitened_advantages_have_mean_0_and_variance_1_over_the_tokens(rollout):
+    assert moments(rollout) == pytest.approx((0.0, 1.0), abs=1e-6)
+
+
+def test_whitening_over_padding_as_well_is_caught_by_the_moments_and_by_more_padding(rollout, monkeypatch):
+    """It only scales the step, up to a baseline, so the gradient identity cannot catch it."""
+
+    def unmasked(values, mask, **_):
+        white = (values - values.mean()) / values.std(correction=0)
+        return torch.where(mask, white, 0.0)
+
+    monkeypatch.setattr("rlhf_pipeline.rollout.rollout.whiten", unmasked)
+    mean, variance = moments(rollout)
+    assert abs(mean) > 1e-2 and abs(variance - 1) > 1e-2
+    assert abs(moments(padded(rollout))[0] - mean) > 1e-2
 
 
 def test_a_critic_that_knows_the_returns_explains_everything(rollout):

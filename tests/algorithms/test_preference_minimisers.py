@@ -1,0 +1,146 @@
+"""Where the preference losses come to rest over a whole population of pairs, against closed forms and a solver."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_pipeline.algorithms.preference import OBJECTIVES, smoothed_target
+
+BETA, COUNT = 0.5, 7
+DRAW = torch.Generator().manual_seed(0)
+LOG_REF = torch.log_softmax(torch.randn(COUNT, generator=DRAW, dtype=torch.float64), -1)
+LOG_MU = torch.log_softmax(torch.randn(COUNT, generator=DRAW, dtype=torch.float64), -1)
+REWARD = torch.randn(COUNT, generator=DRAW, dtype=torch.float64)
+LENGTHS = torch.tensor([1.0, 2.0, 3.0, 4.0, 2.0, 3.0, 5.0], dtype=torch.float64)
+PREFERENCE = torch.sigmoid(REWARD[:, None] - REWARD)  # p(y > y')
+
+
+def population_gradient(
+    name: str, log_pi: Tensor, *, soft: bool = False, eps: float = 0.0, lengths: Tensor | None = None
+) -> Tensor:
+    """Gradient in the logits of a policy over COUNT responses, of the loss over pairs drawn i.i.d. from mu.
+
+    With `soft` each pair comes once with its probability as target, else once for each of its two labels.
+    """
+    logits = log_pi.clone().requires_grad_()
+    size = torch.ones(COUNT, dtype=torch.float64) if lengths is None else lengths
+    logprobs, ref = torch.log_softmax(logits, -1) / size, LOG_REF / size
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(COUNT):
+        for j in range(COUNT):
+            pair = [x[None] for x in (logprobs[i], logprobs[j], ref[i], ref[j])]
+            target = smoothed_target(PREFERENCE[i, j] if soft else None, eps)
+            loss = OBJECTIVES[name].loss(*pair, beta=BETA, target=target).loss
+            # Hard labels: i is drawn as chosen and j as rejected, or in the other order, and i wins.
+            weight = 1.0 if soft else 2 * PREFERENCE[i, j]
+            total = total + (LOG_MU[i] + LOG_MU[j]).exp() * weight * loss
+    return torch.autograd.grad(total, logits)[0]
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_dpo_rests_at_the_optimum_of_the_regularised_reward(soft):
+    def slope(log_pi):
+        return population_gradient("sigmoid", log_pi, soft=soft).abs().max().item()
+
+    assert slope(LOG_REF + REWARD / BETA) < 1e-15
+    assert slope(LOG_REF) > 1e-2
+    assert slope(LOG_REF + REWARD / (2 * BETA)) > 1e-3
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_soft_labels_have_the_gradient_of_drawn_ones_on_average(name):
+    log_pi = LOG_REF + 0.3 * REWARD
+    hard, soft = (population_gradient(name, log_pi, soft=soft) for soft in (False, True))
+    torch.testing.assert_close(hard, soft, rtol=0, atol=1e-14)
+    assert hard.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("p", [0.5, 0.7, 0.99, 1.0])
+@pytest.mark.parametrize("eps", [0.05, 0.3])
+def test_over_two_responses_cdpo_rests_at_the_smoothed_preference(p, eps):
+    """sigma(h) = eps + (1 - 2 eps) p: finite however certain the label is."""
+    smoothed = eps + (1 - 2 * eps) * p
+    ratio = math.log(smoothed / (1 - smoothed)) / BETA
+    zero = torch.zeros(1, dtype=torch.float64)
+
+    def slope(ratio: float) -> float:
+        # The policy's logits are (x, 0) and the reference's (0, 0): the log-ratio difference is x.
+        x = torch.tensor(ratio, dtype=torch.float64, requires_grad=True)
+        one, two = torch.log_softmax(torch.stack([x, zero[0]]), 0)[:, None]
+        half = zero - math.log(2)
+        target = smoothed_target(None, eps)
+        won = OBJECTIVES["sigmoid"].loss(one, two, half, half, beta=BETA, target=target).loss
+        lost = OBJECTIVES["sigmoid"].loss(two, one, half, half, beta=BETA, target=target).loss
+        return torch.autograd.grad(p * won + (1 - p) * lost, x)[0].item()
+
+    assert abs(slope(ratio)) < 1e-15
+    assert slope(ratio + 0.5) > 1e-3 and slope(ratio - 0.5) < -1e-3
+
+
+def test_over_more_responses_cdpo_is_the_bradley_terry_projection_of_the_smoothed_preferences():
+    """No r has sigma(r_i - r_j) = eps + (1 - 2 eps) p_ij for all pairs: the convex cross-entropy decides."""
+    from scipy.optimize import root
+
+    eps, mu = 0.2, LOG_MU.exp().numpy()
+    q = eps + (1 - 2 * eps) * PREFERENCE.numpy()
+
+    def slope(r):
+        """Of sum_ij mu_i mu_j [-q_ij log sigma(r_i - r_j) - (1 - q_ij) log sigma(r_j - r_i)], convex in r."""
+        off = mu[:, None] * mu * (1 / (1 + np.exp(r - r[:, None])) - q)
+        return off.sum(1) - off.sum(0)
+
+    # Only differences count: the first response keeps r = 0, and where a convex function is flat it is least.
+    found = root(lambda rest: slope(np.append(0.0, rest))[1:], np.zeros(COUNT - 1), tol=1e-14)
+    rewards = np.append(0.0, found.x)
+    assert np.abs(slope(rewards)).max() < 1e-14
+    projection = LOG_REF + torch.from_numpy(rewards) / BETA
+    assert population_gradient("sigmoid", projection, eps=eps).abs().max() < 1e-13
+    assert population_gradient("sigmoid", projection, eps=eps, soft=True).abs().max() < 1e-13
+    assert population_gradient("sigmoid", LOG_REF + REWARD / BETA, eps=eps).abs().max() > 1e-3
+    fitted = 1 / (1 + np.exp(rewards - rewards[:, None]))
+    assert np.abs(fitted - q).max() > 1e-2  # a projection, not a solution
+
+
+def mean_preference() -> Tensor:
+    """(COUNT,) E p(y > y') over y' from mu."""
+    return PREFERENCE @ LOG_MU.exp()
+
+
+def test_ipo_rests_at_the_mean_preference():
+    """pi = ref exp(E_{y' ~ mu} p(y > y') / tau) / Z, tau = beta."""
+    best = LOG_REF + mean_preference() / BETA
+    assert population_gradient("ipo", best).abs().max() < 1e-10
+    assert population_gradient("ipo", LOG_REF).abs().max() > 1e-2
+    assert population_gradient("ipo", LOG_REF + REWARD / BETA).abs().max() > 1e-2
+    assert population_gradient("ipo", LOG_REF + 2 * mean_preference() / BETA).abs().max() > 1e-2  # 1 / tau in the loss
+
+
+def test_ipo_over_means_weighs_the_mean_preference_by_length():
+    """pi = ref exp(L (E p / tau + c)), c such that the sum is 1."""
+    from scipy.optimize import brentq
+
+    def log_pi(c):
+        return LOG_REF + LENGTHS * (mean_preference() / BETA + c)
+
+    best = log_pi(brentq(lambda c: torch.logsumexp(log_pi(c), 0).item(), -50, 50, xtol=1e-15))
+    assert population_gradient("ipo_mean", best, lengths=LENGTHS).abs().max() < 1e-10
+    summed = LOG_REF + mean_preference() / BETA
+    assert population_gradient("ipo_mean", summed, lengths=LENGTHS).abs().max() > 1e-2
+    assert (torch.softmax(summed, 0) - best.exp()).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("length", [1, 4])
+def test_ipo_over_means_of_one_length_is_ipo_at_another_scale(length):
+    """(h / L - 1 / (2 tau))^2 = (h - 1 / (2 tau / L))^2 / L^2: IPO with tau / L, ref exp(L E p / tau) / Z."""
+    same = torch.full((COUNT,), float(length), dtype=torch.float64)
+    best = LOG_REF + length * mean_preference() / BETA
+    assert population_gradient("ipo_mean", best, lengths=same).abs().max() < 1e-10
+    one, two, ref_one, ref_two = (torch.tensor([x], dtype=torch.float64) for x in (-3.0, -5.0, -4.0, -4.5))
+    means = OBJECTIVES["ipo_mean"].loss(*(x / length for x in (one, two, ref_one, ref_two)), beta=BETA).loss
+    sums = OBJECTIVES["ipo"].loss(one, two, ref_one, ref_two, beta=BETA / length).loss
+    assert means.item() == pytest.approx(sums.item() / length**2, abs=1e-12)

@@ -1,0 +1,236 @@
+"""A tree of 31 responses that can be listed, two policies on it, and what is exact about them.
+
+The oracles (next-token distributions by plain forward passes, objective, values) are written down here and use
+nothing of the package; the steps (`ppo_steps`, `dpo_gradient`) are the package's own, from the rollout's windows to
+the loss terms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_pipeline.data.batch import PackedBatch
+from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.models.actor_critic import make_actor_critic
+from rlhf_pipeline.models.forward import Reader
+from rlhf_pipeline.models.roles import ActorCritic, TokenScores
+from rlhf_pipeline.stages.ppo import ppo_step
+from rlhf_pipeline.training.cost import CostMeter, ModelShape
+from rlhf_pipeline.training.ppo_windows import PpoBatch, PpoSettings, RolloutCollector
+from rlhf_pipeline.training.windows import Loss, Window
+
+BETA, HORIZON, WORDS, EOS = 0.5, 4, 3, 0
+PROMPT = [1, 2]
+RESPONSES = [[*s, EOS] for n in range(HORIZON) for s in product((1, 2), repeat=n)]
+RESPONSES += [list(s) for s in product((1, 2), repeat=HORIZON)]
+ENDED = [ids[-1] == EOS for ids in RESPONSES]
+LENGTHS = torch.tensor([len(ids) for ids in RESPONSES])
+# The 15 prefixes that have a next token, and the 16 cut responses, where only an EOS put behind them is predicted.
+PREFIXES = [s for n in range(HORIZON + 1) for s in product((1, 2), repeat=n)]
+INNER = 15
+NUMBER = {prefix: number for number, prefix in enumerate(PREFIXES)}
+MASK = torch.arange(HORIZON) < LENGTHS[:, None]
+NODE = torch.tensor([[NUMBER[tuple(ids[:t])] if t < len(ids) else 0 for t in range(HORIZON)] for ids in RESPONSES])
+TOKEN = torch.tensor([ids + [0] * (HORIZON - len(ids)) for ids in RESPONSES])
+EXAMPLES = [Example(PROMPT, [ids], [ended], "p", "tree") for ids, ended in zip(RESPONSES, ENDED)]
+FREE = ModelShape(0, 0, 0)
+
+
+def numbers(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+REWARD = 2 * numbers(31, seed=10)
+
+
+@contextlib.contextmanager
+def float64() -> Iterator[None]:
+    """Make float64 the type of new tensors: rollouts are kept in the default one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def nodes(batch: PackedBatch) -> Tensor:
+    """(N,) number of the prefix that each completion token of a batch follows."""
+    found: list[int] = []
+    prefix: tuple[int, ...] = ()
+    for token, offset in zip(batch.target_ids.tolist(), batch.offset.tolist()):
+        prefix = prefix if offset else ()
+        found.append(NUMBER[prefix])
+        prefix = (*prefix, token)
+    return torch.tensor(found)
+
+
+class Table(nn.Module):
+    """A policy with logits of its own at each prefix, read through packed batches."""
+
+    reader, actor_frozen = Reader(), False
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.logits = nn.Parameter(numbers(len(PREFIXES), WORDS, seed=seed))
+
+    def forward(self, batch: PackedBatch) -> TokenScores:
+        table = torch.log_softmax(self.logits, -1)
+        logprobs = table[nodes(batch), batch.target_ids]
+        return TokenScores(logprobs, torch.zeros_like(logprobs).detach(), torch.zeros_like(logprobs).detach())
+
+
+def network(seed: int, width: int = 8) -> ActorCritic:
+    """A tiny GPT-2 with a critic of its own that says something different at every prefix."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = {"n_embd": width, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": WORDS}
+    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = AutoConfig.for_model("gpt2", **sizes, **off, initializer_range=0.5)
+    module = make_actor_critic(AutoModelForCausalLM.from_config(config, dtype=torch.float64), Reader(), "sft")
+    module.value_head.weight.data = numbers(1, width, seed=seed + 100)
+    return module
+
+
+class WithValues(nn.Module):
+    """A policy whose critic is a table of 15 values, one for each prefix."""
+
+    actor_frozen = False
+
+    def __init__(self, policy: nn.Module, values: Tensor):
+        super().__init__()
+        self.policy, self.values, self.reader = policy, values, policy.reader
+
+    def forward(self, batch: PackedBatch) -> TokenScores:
+        return replace(self.policy(batch), values=self.values[nodes(batch)])
+
+
+@dataclass
+class World:
+    """A policy and its reference on the tree."""
+
+    policy: nn.Module
+    reference: nn.Module
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return list(getattr(self.policy, "actor", self.policy).parameters())
+
+    @staticmethod
+    def logprobs(policy: nn.Module) -> Tensor:
+        """(31, 4) log-probabilities of the responses' tokens, by plain forward passes over the prefixes."""
+        if isinstance(policy, Table):
+            table = policy.logits
+        else:
+            levels = [[PROMPT + list(s) for s in product((1, 2), repeat=n)] for n in range(HORIZON)]
+            table = torch.cat([policy.actor(input_ids=torch.tensor(ids)).logits[:, -1] for ids in levels])
+        return torch.log_softmax(table, -1)[NODE, TOKEN]
+
+    @classmethod
+    def response_logprobs(cls, policy: nn.Module) -> Tensor:
+        return torch.where(MASK, cls.logprobs(policy), 0.0).sum(1)
+
+    def probabilities(self) -> Tensor:
+        return self.response_logprobs(self.policy).exp().detach()
+
+    def gradient(self, value: Tensor) -> Tensor:
+        slopes = torch.autograd.grad(value, self.parameters, allow_unused=True, materialize_grads=True)
+        return torch.cat([slope.flatten() for slope in slopes])
+
+    def objective_gradient(self) -> Tensor:
+        """grad of J = sum pi (R - beta log pi / pi_ref), written down directly."""
+        logp, ref = self.response_logprobs(self.policy), self.response_logprobs(self.reference).detach()
+        return self.gradient((logp.exp() * (REWARD - BETA * (logp - ref))).sum())
+
+    def exact_values(self) -> Tensor:
+        """(15,) V^pi of the KL-regularised return, by summing over the responses below each prefix."""
+        logprobs, ref = self.logprobs(self.policy).detach(), self.logprobs(self.reference).detach()
+        p, spent = self.probabilities(), torch.where(MASK, logprobs - ref, 0.0)
+        values = torch.zeros(INNER, dtype=torch.float64)
+        for number, prefix in enumerate(PREFIXES[:INNER]):
+            depth = len(prefix)
+            below = [i for i, ids in enumerate(RESPONSES) if tuple(ids[:depth]) == prefix and len(ids) > depth]
+            future = REWARD[below] - BETA * spent[below, depth:].sum(1)
+            values[number] = (p[below] * future).sum() / p[below].sum()
+        return values
+
+
+class Reward:
+    """The table of rewards as a reward source."""
+
+    label = "tree"
+
+    def score(self, examples: Sequence[Example], packed: PackedBatch | None = None) -> Tensor:
+        return REWARD[[RESPONSES.index(ids) for example in examples for ids in example.completions]]
+
+
+def ppo_windows(
+    module: nn.Module, reference: nn.Module, responses: Sequence[Example] = EXAMPLES, **changes
+) -> list[Window]:
+    """The windows of one update of the package's own rollout collector, had it sampled these responses."""
+    settings = {
+        "rollout_size": len(responses),
+        "num_ppo_epochs": 1,
+        "num_mini_batches": 1,
+        "micro_batch_size": 1,
+        "response_length": HORIZON,
+        "temperature": 1.0,
+        "kl_coef": BETA,
+        "gamma": 1.0,
+        "lam": 1.0,
+        "whiten_advantages": False,
+        "whiten_rewards": False,
+        "missing_eos_penalty": None,
+        "critic_warmup_steps": 0,
+        "seed": 0,
+        "stop_id": EOS,
+        "pad_id": EOS,
+    }
+    collector = RolloutCollector(
+        PpoSettings(**{**settings, **changes}),
+        module,
+        reference,
+        Reward(),
+        responses,
+        CostMeter(),
+        {"actor": FREE},
+    )
+    sampled = mock.patch(
+        "rlhf_pipeline.training.ppo_windows.sample_for_prompts", lambda *_, **__: (list(responses), [])
+    )
+    with sampled, float64():
+        return list(collector.windows(module, 0, 1))
+
+
+def step(module: nn.Module, micro_batch: PpoBatch, **changes) -> Loss:
+    """The package's own step on a micro-batch."""
+    options = {"cliprange": 0.2, "cliprange_value": 1e6, "vf_coef": 0.1, "loss_normalization": "tokens"}
+    return ppo_step(module, micro_batch, **{**options, **changes}, meter=CostMeter(), shapes={"actor": FREE})
+
+
+def expected_step(world: World, module: nn.Module | None = None, **changes) -> Tensor:
+    """sum over y of pi_old(y) grad S(y), S the policy-loss SUM over y's tokens that the package's step returns.
+
+    Args:
+        module: the actor-critic, if not the policy itself. changes: of the settings.
+    """
+    module = module or world.policy
+    p, total = world.probabilities(), torch.zeros((), dtype=torch.float64)
+    (window,) = ppo_windows(module, world.reference, **changes)
+    assert len(window.micro_batches) == len(RESPONSES)
+    for micro_batch in window.micro_batches:
+        value, _, weight = step(module, micro_batch).terms["loss/policy_avg"]
+        total = total + p[RESPONSES.index(micro_batch.batch.target_ids.tolist())] * weight * value
+    return world.gradient(total)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
