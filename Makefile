@@ -13,11 +13,13 @@ TORCH_STAMP := $(VENV)/.torch-index
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format hh clean
+.PHONY: help setup demo test exact mutants parity lint format hh clean
 
 help:
 	@echo "make demo     SFT, preference pairs, reward model, PPO and DPO on the built-in data, compared"
 	@echo "make test     the tests"
+	@echo "make exact    PPO and DPO against the closed-form optimum on three seeds, with bounds"
+	@echo "make mutants  break the losses one detail at a time and see a test fail    make parity   PPO against TRL 1.12"
 	@echo "make lint     ruff's checks      make format   ruff's formatting and fixes"
 	@echo "make hh       the experiment of configs/hh on real pairs: make hh HH=FILE"
 	@echo "make setup    a virtual environment in $(VENV), at the versions of constraints.txt"
@@ -50,6 +52,15 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+exact: $(STAMP)
+	$(BIN)/python scripts/exact.py --output docs/exact.md
+
+mutants: $(STAMP)
+	$(BIN)/python scripts/mutants.py
+
+parity: $(STAMP)
+	$(BIN)/python scripts/parity_ppo.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

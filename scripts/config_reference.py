@@ -20,6 +20,7 @@ TITLES = {
     "collect": "rlhf data collect",
     "evaluate": "rlhf evaluate, generate",
     "compare": "rlhf compare",
+    "exact": "rlhf exact",
 }
 
 

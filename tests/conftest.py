@@ -56,7 +56,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "num": 60,
     },
     "evaluate": {**CPU},
-    "compare": {**CPU},
+    "compare": {**CPU, "exact": False},
+    "exact": {**CPU},
 }
 
 

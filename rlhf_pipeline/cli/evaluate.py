@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rlhf_pipeline.cli.exact_table import print_exact
 from rlhf_pipeline.cli.options import (
     ConfigOption,
     DebugOption,
@@ -99,7 +100,7 @@ def evaluate(
     )
     loaded = load_config("evaluate", config, options)
     if common.dry_run:
-        _dry_run("evaluate", loaded.config, [reference_text], common)
+        dry_run_of("evaluate", loaded.config, [reference_text], common)
         return
     from rlhf_pipeline.experiment.evaluate import run_evaluate
 
@@ -168,7 +169,7 @@ def compare(
     loaded = load_config("compare", config, overrides, extra=options)
     if common.dry_run:
         models = [*loaded.config.arms, *([loaded.config.baseline] if loaded.config.baseline else [])]
-        _dry_run("compare", loaded.config, models, common)
+        dry_run_of("compare", loaded.config, models, common)
         return
     from rlhf_pipeline.experiment.compare import run_compare
 
@@ -179,7 +180,8 @@ def compare(
         print_comparison(result)
 
 
-def _dry_run(what: str, config: Any, models: list[str], common: Any) -> None:
+def dry_run_of(what: str, config: Any, models: list[str], common: Any) -> None:
+    """Resolve the models and print what would be done."""
     from rlhf_pipeline.registry import Registry, check_role
 
     registry = Registry(common.home_path)
@@ -193,7 +195,7 @@ def _dry_run(what: str, config: Any, models: list[str], common: Any) -> None:
     if common.json:
         emit_json(result)
     else:
-        emit_table("dry run: nothing was sampled", ("what", "value"), flat_metrics(result))
+        emit_table("dry run: nothing was measured", ("what", "value"), flat_metrics(result))
 
 
 def print_comparison(result: dict[str, Any]) -> None:
@@ -221,6 +223,8 @@ def print_comparison(result: dict[str, Any]) -> None:
         f"{result['name']}: {result['prompts']} prompts of the split {result['split']!r} x {result['samples']} samples"
     )
     emit_table(title, columns, rows)
+    if result.get("exact"):
+        print_exact(result["exact"] | {"split": result["split"]})
     emit_table("cost", ("model", "seconds", "TFLOP", "tokens trained", "tokens generated", "optimizer steps"), costs)
     judge = result["reward_model"] or "-"
     emit_lines(
@@ -270,7 +274,7 @@ def generate(
     few = {"max_prompts": 8, "samples": 1}  # to read, not to measure, where nothing else is asked for
     settings = settings.model_copy(update={k: v for k, v in few.items() if k not in settings.model_fields_set})
     if common.dry_run:
-        _dry_run("generate", settings, [reference_text], common)
+        dry_run_of("generate", settings, [reference_text], common)
         return
     from rlhf_pipeline.experiment.generate import run_generate
 

@@ -164,12 +164,12 @@ def check_world(config: Any, key: str = "dataset_name") -> Iterator[Fault]:
         return
     if source != "world:verdicts":
         yield Fault(key, f"found {source!r}", "'world:verdicts', the one built-in world")
-    part, parts = config.dataset_config, ("demonstrations", "prompts")
-    if part == "population":
-        found = "'population' is not available yet in this version"
-        yield Fault("dataset_config", found, " or ".join(repr(name) for name in parts))
-    elif part is not None and part not in parts:
-        yield Fault("dataset_config", f"found {part!r}", " or ".join(repr(name) for name in parts))
+    part, parts = config.dataset_config, ["demonstrations", "prompts"]
+    if getattr(config, "stage", None) == "dpo":
+        parts = ["population"]  # fresh pairs: the world has no others, `rlhf data collect` makes them
+    if part is not None and part not in parts:
+        fix = "population is a source of `rlhf dpo` alone" if part == "population" else ""
+        yield Fault("dataset_config", f"found {part!r}", " or ".join(repr(name) for name in parts), fix)
 
 
 def moves_optimum(config: BaseModel) -> dict[str, Any]:

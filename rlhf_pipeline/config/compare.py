@@ -1,4 +1,4 @@
-"""Keys of `rlhf evaluate` and `rlhf compare`: the same prompts and the same sampling for every model."""
+"""Keys of `rlhf evaluate`, `rlhf compare` and `rlhf exact`: the same prompts, read the same way, for every model."""
 
 from __future__ import annotations
 
@@ -44,30 +44,26 @@ def check_arms(config: Any) -> Iterator[Fault]:
         yield Fault("arms", f"{config.arms[0]!r} has nothing to be compared to", "two models or a baseline")
 
 
-class EvaluateConfig(BaseModel):
-    """Config of `rlhf evaluate`."""
+class PromptsConfig(BaseModel):
+    """What every evaluation needs: prompts, a reference, and how to load models."""
 
     model_config = STRICT
-    stage: ClassVar[str] = "evaluate"
     checks: ClassVar[tuple[Callable[[Any], Iterator[Fault]], ...]] = (check_prompts, check_fractions)
 
     split: Text = option("test", "split of the prompts (ours)")
     prompts: Text | None = option(None, "source of the prompts (default: the models' training data)")
     dataset_config: Text | None = option(None, "configuration of the prompts' source (default: its own)")
     max_prompts: Count = option(256, "most prompts, by hash order (ours)")
-    samples: Count = option(4, "responses sampled per prompt (ours)")
-    temperature: Positive = option(1.0, "divides the logits of the sampler (ours: the policy itself)")
+    temperature: Positive = option(1.0, "divides the logits of the policy (ours: the policy itself)")
     max_new_tokens: Count | None = option(None, "longest response with its EOS, tokens (default: as trained)")
     max_prompt_length: Count | None = option(None, "longest prompt, tokens (default: as trained)")
-    seed: Seed = option(0, "seed of sampling (ours)")
     reward_model: Text | None = option(None, "who scores: world or a reward model (default: as trained)")
     reference: Text | None = option(None, "model that KL is measured to (default: the manifest's, else SFT)")
-    best_of: Counts = option((), "numbers of samples n to report best-of-n for (ours: none)")
     split_fractions: dict[str, float] = option(
         DEFAULT_SPLITS, "share of prompts in each split of a source without splits, by hash", min_length=1
     )
     skip_bad_rows: bool = option(False, "drop and count rows with faults instead of stopping (ours: stop)")
-    per_device_eval_batch_size: Count = option(256, "responses sampled at once on one device (ours)")
+    per_device_eval_batch_size: Count = option(256, "responses handled at once on one device (ours)")
     dtype: Dtype = option("float32", "number type of the weights (TRL)")
     attn_implementation: Text | None = option(None, "attention kernel (default: the model's own choice)")
     trust_remote_code: bool = option(False, "run code that the model's repository brings (transformers: off)")
@@ -75,6 +71,16 @@ class EvaluateConfig(BaseModel):
     num_threads: Count | None = option(None, "CPU threads (default: torch's choice)")
 
     _no_bools = field_validator("*", mode="before")(reject_bool)
+
+
+class EvaluateConfig(PromptsConfig):
+    """Config of `rlhf evaluate`."""
+
+    stage: ClassVar[str] = "evaluate"
+
+    samples: Count = option(4, "responses sampled per prompt (ours)")
+    seed: Seed = option(0, "seed of sampling (ours)")
+    best_of: Counts = option((), "numbers of samples n to report best-of-n for (ours: none)")
 
 
 class CompareConfig(EvaluateConfig):
@@ -88,3 +94,16 @@ class CompareConfig(EvaluateConfig):
         ..., "models to compare: registry names, directories or hub ids", min_length=1, examples=[["a", "b"]]
     )
     baseline: Text | None = option(None, "model that the arms are set against (default: the first arm)")
+    exact: bool = option(True, "add exact figures where every response can be listed: the built-in world (ours)")
+    reward_model_prompts: Count = option(4, "most prompts for exact figures that need a reward model")
+
+
+class ExactConfig(PromptsConfig):
+    """Config of `rlhf exact`."""
+
+    stage: ClassVar[str] = "exact"
+
+    beta: Positive | None = option(None, "price of KL in the objective (default: each model's own)")
+    reward: Text = option("world", "reward of the objective: world or a reward model (ours: the true reward)")
+    reward_model_prompts: Count = option(4, "most prompts for figures that need a reward model's score of every leaf")
+    long_run: Text | None = option(None, "DPO model whose training loss counts as the best (default: the best listed)")

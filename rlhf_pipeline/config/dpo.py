@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator
 
 from rlhf_pipeline.config.base import Positive, Text, option
+from rlhf_pipeline.config.engine import check_dpo_engine
 from rlhf_pipeline.config.training import COMMON_CHECKS, TrainingConfig, check_model
+from rlhf_pipeline.errors import Fault
 
 
 def _single(value: Any) -> Any:
@@ -15,21 +18,54 @@ def _single(value: Any) -> Any:
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
+def check_smoothing(config: Any) -> Iterator[Fault]:
+    """Yield the fault of label smoothing with a loss that it is not defined for."""
+    if config.label_smoothing and config.loss_type != "sigmoid":
+        found = f"label_smoothing {config.label_smoothing:g} with loss_type {config.loss_type}"
+        yield Fault("label_smoothing", found, "label_smoothing 0, or loss_type sigmoid")
+
+
+def check_population(config: Any) -> Iterator[Fault]:
+    """Yield the faults of a run on fresh pairs: it has no epochs, and no lists of pairs to cache."""
+    if config.population and config.max_steps < 1:
+        yield Fault("max_steps", f"found {config.max_steps}", "a number >= 1: pairs drawn anew have no epochs")
+
+
 class DpoConfig(TrainingConfig):
     """Config of `rlhf dpo`."""
 
     stage: ClassVar[str] = "dpo"
-    checks: ClassVar = (check_model, *COMMON_CHECKS)
+    checks: ClassVar = (check_model, *COMMON_CHECKS, check_smoothing, check_population, check_dpo_engine)
 
     learning_rate: Positive = option(1e-6, "peak step size of AdamW (TRL)")
-    beta: Positive = option(0.1, "strength of the KL term: larger stays nearer to the reference (DPO paper)")
+    beta: Positive = option(0.1, "strength of the KL term, ipo's tau: larger stays nearer to the reference (DPO paper)")
     ref_model: Text | None = option(None, "frozen reference model (DPO paper: the start of training)")
     precompute_ref_log_probs: bool = option(
         True, "compute the reference's log-probabilities once and cache them (ours: epochs share them)"
     )
-    loss_type: Annotated[Literal["sigmoid"], BeforeValidator(_single)] = option(
-        "sigmoid", "preference loss (DPO paper)"
+    loss_type: Annotated[Literal["sigmoid", "ipo", "ipo_mean"], BeforeValidator(_single)] = option(
+        "sigmoid",
+        "preference loss (DPO paper); ipo: log-probabilities summed (IPO paper), ipo_mean: averaged (TRL's ipo)",
+        moves_optimum=True,
     )
     label_smoothing: float = option(
-        0.0, "assumed share of flipped labels (DPO paper: 0)", moves_optimum=True, ge=0, lt=0.5
+        0.0, "assumed share of flipped labels, with sigmoid (cDPO; DPO paper: 0)", moves_optimum=True, ge=0, lt=0.5
     )
+    soft_labels: bool = option(
+        False, "train on the recorded label_probability, not on the label drawn from it; same optimum (ours: off)"
+    )
+    population_proposal: Literal["mixture", "reference"] = option(
+        "mixture",
+        "where both responses of world:verdicts' fresh pairs come from; mixture: half reference, half exact optimum; "
+        "same optimum (ours)",
+    )
+
+    @property
+    def population(self) -> bool:
+        """Whether the pairs are drawn anew at every step from the built-in world."""
+        return self.dataset_name == "world:verdicts"
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether the stage takes nothing but prompts from its data."""
+        return self.population

@@ -49,6 +49,7 @@ ALIASES: dict[str, dict[str, Alias]] = {
     "experiment": {},
     "evaluate": _SAMPLING_ALIASES,
     "compare": _SAMPLING_ALIASES,
+    "exact": {**_SAMPLING_ALIASES, "kl_coef": _other("beta")},
 }
 ALIASES["ppo"] |= {
     "sft_model_path": _other("model_name_or_path"),
@@ -66,7 +67,6 @@ class Later:
 
 
 LATER: dict[str, Later] = {
-    "engine": Later(("native",)),
     "rollout_engine": Later((None, "native"), ("ppo",)),
     "use_peft": Later((None, False)),
     "lora_r": Later((None,)),
@@ -75,8 +75,6 @@ LATER: dict[str, Later] = {
     "lora_target_modules": Later((None,)),
     "load_in_4bit": Later((None, False)),
     "load_in_8bit": Later((None, False)),
-    "loss_type": Later(("sigmoid", ["sigmoid"]), ("dpo",)),
-    "label_smoothing": Later((0,), ("dpo",)),
     "kl_target": Later((None,), ("ppo",)),
     "gradient_checkpointing": Later((False,)),
     "load_best_model_at_end": Later((None, False)),
@@ -141,7 +139,7 @@ def same(value: Any, values: tuple[Any, ...]) -> bool:
 
 def shown(values: tuple[Any, ...]) -> str:
     """Return the values as a YAML file would have them, the empty ones left out."""
-    told = [value for value in values if value is not None and value not in ([], ["none"], ["sigmoid"])]
+    told = [value for value in values if value is not None and value not in ([], ["none"])]
     texts = [str(value).lower() if isinstance(value, bool) else str(value) for value in told]
     return " or ".join(texts) or "no value"
 

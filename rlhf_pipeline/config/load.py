@@ -36,7 +36,7 @@ def load_config(
     """Return the config of a stage command from a YAML file, extra values, and `key=value` overrides.
 
     Args:
-        stage: sft, train-rm, ppo, dpo, collect, evaluate or compare.
+        stage: sft, train-rm, ppo, dpo, collect, evaluate, compare or exact.
         path: the YAML file, or None.
         overrides: `key=value` texts, or a mapping of (dotted) keys to values; they win over everything.
         extra: values handed over by a caller; they win over the file.

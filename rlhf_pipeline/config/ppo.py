@@ -195,6 +195,11 @@ class PpoConfig(TrainingConfig):
         return self
 
     @property
+    def reads_prompts(self) -> bool:
+        """Whether the stage takes nothing but prompts from its data."""
+        return True
+
+    @property
     def minibatch_size(self) -> int:
         """Responses in one optimizer step, on all devices together."""
         return self.rollout_batch_size // self.num_mini_batches

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from rlhf_pipeline.config.base import Count, NonNegative, Positive, option
+from rlhf_pipeline.config.engine import check_reward_engine
 from rlhf_pipeline.config.training import COMMON_CHECKS, TrainingConfig, check_model
 
 
@@ -12,7 +13,7 @@ class RewardConfig(TrainingConfig):
     """Config of `rlhf train-rm`."""
 
     stage: ClassVar[str] = "train-rm"
-    checks: ClassVar = (check_model, *COMMON_CHECKS)
+    checks: ClassVar = (check_model, *COMMON_CHECKS, check_reward_engine)
 
     learning_rate: Positive = option(1e-5, "peak step size of AdamW (ours: TRL's 1e-4 suits LoRA)")
     reward_centering: Literal["reference_samples", "chosen", "none"] = option(

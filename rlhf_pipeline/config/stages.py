@@ -6,7 +6,7 @@ from pydantic import BaseModel
 
 from rlhf_pipeline.config.base import Lengths, moves_optimum
 from rlhf_pipeline.config.collect import CollectConfig
-from rlhf_pipeline.config.compare import CompareConfig, EvaluateConfig
+from rlhf_pipeline.config.compare import CompareConfig, EvaluateConfig, ExactConfig
 from rlhf_pipeline.config.dpo import DpoConfig
 from rlhf_pipeline.config.plan import ExperimentConfig
 from rlhf_pipeline.config.ppo import PpoConfig, RewardFunction
@@ -25,6 +25,7 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     **STAGES,
     "evaluate": EvaluateConfig,
     "compare": CompareConfig,
+    "exact": ExactConfig,
     "experiment": ExperimentConfig,
 }
 TRAINING = ("sft", "train-rm", "ppo", "dpo")
@@ -38,6 +39,7 @@ __all__ = [
     "DatasetEntry",
     "DpoConfig",
     "EvaluateConfig",
+    "ExactConfig",
     "ExperimentConfig",
     "Lengths",
     "PpoConfig",

@@ -28,6 +28,7 @@ from rlhf_pipeline.config.base import (
     reject_bool,
     resolve_lengths,
 )
+from rlhf_pipeline.config.engine import check_engine
 from rlhf_pipeline.errors import Fault
 
 
@@ -106,7 +107,9 @@ class TrainingConfig(BaseModel):
         None, "keep weights as name@vN#step: every n steps, or at a list of steps (ours: none)"
     )
     report_to: ReportTo = option("none", "tracker of the metrics (ours: the run's own files)")
-    engine: Literal["native"] = option("native", "training loop (ours)")
+    engine: Literal["native", "trl"] = option(
+        "native", "training loop: ours, or TRL's trainer on the same examples in the same order (not ppo)"
+    )
 
     _no_bools = field_validator("*", mode="before")(reject_bool)
 
@@ -121,6 +124,11 @@ class TrainingConfig(BaseModel):
         if self.eval_strategy == "steps" and self.eval_steps is None:
             object.__setattr__(self, "eval_steps", self.logging_steps)
         return self
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether the stage takes nothing but prompts from its data."""
+        return False
 
     def lengths(self) -> Lengths:
         """Return the longest prompt, response and sum, in tokens; see `resolve_lengths`."""
@@ -190,4 +198,5 @@ COMMON_CHECKS = (
     check_max_steps,
     check_warmup,
     check_eval,
+    check_engine,
 )

@@ -23,8 +23,11 @@ COLLECTED = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,63})(@v(?P<version
 
 
 def part_of(source: str, config: str | None, kind: str) -> str | None:
-    """The part of a source to read: `config`, else of a built-in world its prompts where prompts are asked for."""
-    return "prompts" if config is None and kind == "prompt" and source.startswith("world:") else config
+    """The part of a source to read: `config`, else of a built-in world its prompts where prompts are asked for.
+
+    A world's population is made of its prompts (stages/population.py).
+    """
+    return "prompts" if config in (None, "population") and kind == "prompt" and source.startswith("world:") else config
 
 
 @dataclass

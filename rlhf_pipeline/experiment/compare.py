@@ -13,10 +13,13 @@ from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.evaluation.sampled import Samples, paired_difference, win_rate
 from rlhf_pipeline.experiment.best_of import best_of_n_rows, primary_figure
 from rlhf_pipeline.experiment.evaluate import measure
-from rlhf_pipeline.experiment.subjects import find_policies, reference_of, reward_model_of, set_up
+from rlhf_pipeline.experiment.exact import Judge, beta_of, exact_figures
+from rlhf_pipeline.experiment.leaves import TRUTH, Leaves
+from rlhf_pipeline.experiment.subjects import Bench, find_policies, reference_of, reward_model_of, set_up
 from rlhf_pipeline.models.roles import Policy
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.rollout.rewards import names_a_model
 from rlhf_pipeline.training.run import make_accelerator
 from rlhf_pipeline.training.tracking import console, jsonable
 
@@ -38,10 +41,15 @@ def bill(registry: Registry, resolved: Resolved) -> dict[str, float]:
     return total
 
 
-def _beta(resolved: Resolved) -> float | None:
-    """The price of KL that a model was trained at, if it was."""
-    config = resolved.manifest.config if resolved.manifest is not None else {}
-    return config.get("kl_coef", config.get("beta"))
+def _exact(bench: Bench, config: Any, models: list[Resolved]) -> dict[str, Any] | None:
+    """Exact figures of the models, where every response can be listed and a price of KL is known."""
+    betas = [beta for model in models if (beta := beta_of(model)) is not None]
+    if not (config.exact and bench.knows_truth and bench.reference is not None and betas):
+        return None
+    learned = config.reward_model if config.reward_model and names_a_model(config.reward_model) else None
+    leaves = Leaves.of(bench)
+    judge = Judge(leaves, TRUTH, None, usual_beta=betas[0], reward_model=learned, few=config.reward_model_prompts)
+    return exact_figures(judge, models)
 
 
 def _require_one_stop_token(models: list[Resolved]) -> None:
@@ -84,7 +92,7 @@ def run_compare(config: Any, home: Path, *, quiet: bool = False) -> dict[str, An
     if config.reward_model is None and (trained_on := reward_model_of(registry, models)):
         config = config.model_copy(update={"reward_model": trained_on})
     samples = max([config.samples, *config.best_of])
-    bench = set_up(registry, config, models[0], device, reference=reference, samples=samples, say=say)
+    bench = set_up(registry, config, models[0], device, reference=reference, samples=samples, seed=config.seed, say=say)
 
     # 2. Sample and score every model with the same plan.
     measured: list[tuple[Resolved, Samples]] = []
@@ -103,7 +111,7 @@ def run_compare(config: Any, home: Path, *, quiet: bool = False) -> dict[str, An
             "model": resolved.label,
             "stage": resolved.stage,
             "digest": resolved.digest,
-            "beta": _beta(resolved),
+            "beta": beta_of(resolved),
             "metrics": found.table(),
             "cost": bill(registry, resolved),
         }
@@ -130,6 +138,7 @@ def run_compare(config: Any, home: Path, *, quiet: bool = False) -> dict[str, An
         "seed": config.seed,
         "data": bench.data,
         "rows": rows,
+        "exact": _exact(bench, config, models),
         "path": str(directory / "results.json"),
     }
     directory.mkdir(parents=True, exist_ok=True)

@@ -97,7 +97,7 @@ def estimate_stage(stage: str, config: Any, home: Path) -> dict[str, Any]:
             check_role(resolved, "reward_model")
             result["reward_model"] = resolved.label
     rows = _training_rows(stage, config, home)
-    result |= {"rows": rows, "lengths": vars(config.lengths())}
+    result |= {"prompts" if config.reads_prompts else "rows": rows, "lengths": vars(config.lengths())}
     if stage == "ppo":
         result |= {
             "updates": config.updates,
@@ -117,13 +117,13 @@ def _training_rows(stage: str, config: Any, home: Path) -> int:
     """Rows of the training split, before the length policy; for PPO distinct prompts."""
     entries = [(e.dataset_name, e.dataset_config) for e in config.datasets or ()]
     if not entries:
-        kind = "prompt" if stage == "ppo" else "row"
+        kind = "prompt" if config.reads_prompts else "row"
         entries = [(config.dataset_name, part_of(config.dataset_name, config.dataset_config, kind))]
     count = 0
     for name, part in entries:
         found = read_records(name, config=part, home=home, skip_bad_rows=config.skip_bad_rows)
         rows = in_split(found.records, config.dataset_train_split, config.split_fractions, found.source)
-        count += len({record.prompt_key for record in rows}) if stage == "ppo" else len(rows)
+        count += len({record.prompt_key for record in rows}) if config.reads_prompts else len(rows)
     return min(count, config.max_train_samples or count)
 
 

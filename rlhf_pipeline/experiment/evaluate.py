@@ -56,7 +56,8 @@ def run_evaluate(reference_text: str, config: Any, home: Path, *, quiet: bool = 
     if config.reward_model is None and (trained_on := reward_model_of(registry, [resolved])):
         config = config.model_copy(update={"reward_model": trained_on})
     drawn = max([config.samples, *config.best_of])
-    bench = set_up(registry, config, resolved, device, reference=reference, samples=drawn, say=say)
+    options = {"samples": drawn, "seed": config.seed, "say": say}
+    bench = set_up(registry, config, resolved, device, reference=reference, **options)
     samples = measure(bench, bench.policy(resolved))
     return {
         "model": resolved.label,

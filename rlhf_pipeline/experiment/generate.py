@@ -20,9 +20,8 @@ def run_generate(reference_text: str, config: Any, home: Path, *, texts: Sequenc
     registry = Registry(home)
     device = make_accelerator(config).device
     resolved = find_model(registry, reference_text, "policy", say=lambda line: console.print(line, markup=False))
-    bench = set_up(
-        registry, config, resolved, device, reference=None, samples=config.samples, say=lambda _: None, texts=texts
-    )
+    options = {"samples": config.samples, "seed": config.seed, "say": lambda _: None, "texts": texts}
+    bench = set_up(registry, config, resolved, device, reference=None, **options)
     samples = draw(bench.policy(resolved), bench.plan)
     judge = bench.judge or (WorldReward() if bench.knows_truth and config.reward_model else None)
     if judge is not None:

@@ -77,7 +77,7 @@ def expected_data(stage: str, config: Any, home: Path) -> list[str]:
 def _sources(stage: str, config: Any) -> list[tuple[str, str | None]]:
     if config.datasets:
         return [(entry.dataset_name, entry.dataset_config) for entry in config.datasets]
-    kind = "prompt" if stage == "ppo" else "row"
+    kind = "prompt" if config.reads_prompts else "row"
     return [(config.dataset_name, part_of(config.dataset_name, config.dataset_config, kind))]
 
 

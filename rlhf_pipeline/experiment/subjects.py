@@ -151,6 +151,7 @@ def set_up(
     *,
     reference: Resolved | None,
     samples: int,
+    seed: int,
     say: Callable[[str], None],
     texts: Sequence[str] = (),
 ) -> Bench:
@@ -167,13 +168,14 @@ def set_up(
         samples=samples,
         response_length=lengths.response,
         temperature=config.temperature,
-        seed=config.seed,
+        seed=seed,
         stop_id=tokenizer.get_vocab()[stop] if stop else tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
         batch_size=config.per_device_eval_batch_size,
         device=device,
     )
-    say(f"{len(prompts)} prompts of the split {config.split!r}, {samples} samples each, seed {config.seed}")
+    drawn = f", {samples} samples each, seed {seed}" if samples else ""
+    say(f"{len(prompts)} prompts of the split {config.split!r}{drawn}")
     truth = world.is_world_tokenizer(tokenizer)
     judge = None
     if config.reward_model is not None and not (truth and config.reward_model in ("world", world.NAME)):

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from rlhf_pipeline.algorithms.preference import PreferenceLoss, correct, dpo_sigmoid_loss
-from rlhf_pipeline.data.batch import PackedBatch
-from rlhf_pipeline.data.tokenize import Example
-from rlhf_pipeline.evaluation.preferences import preference_metrics
+from rlhf_pipeline.algorithms.preference import OBJECTIVES, PreferenceLoss, correct, smoothed_target
+from rlhf_pipeline.config.base import moves_optimum
 from rlhf_pipeline.models.loading import save_model
-from rlhf_pipeline.models.roles import Policy, TokenScores, assert_independent
+from rlhf_pipeline.models.roles import Policy, assert_independent
 from rlhf_pipeline.stages.common import (
     StageResult,
-    example_schedule,
     find_model,
     inputs_of,
     load_policy,
@@ -27,12 +23,12 @@ from rlhf_pipeline.stages.common import (
     tokenizer_of,
     with_lengths,
 )
-from rlhf_pipeline.stages.data import StageData
+from rlhf_pipeline.stages.preference_pairs import ReferenceScores, fresh_pairs, recorded_pairs
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
-from rlhf_pipeline.training.pairs import count_pairs, split_pairs
-from rlhf_pipeline.training.reference_cache import cached_logprobs, completion_logprob_sums
+from rlhf_pipeline.training.pairs import split_pairs
 from rlhf_pipeline.training.run import open_run
 from rlhf_pipeline.training.session import Plan, train
+from rlhf_pipeline.training.trl_engine import train_with_trl
 from rlhf_pipeline.training.windows import ExampleBatch, Loss
 
 if TYPE_CHECKING:
@@ -44,33 +40,54 @@ def dpo_step(
     micro_batch: ExampleBatch,
     *,
     beta: float,
-    reference: Tensor | Callable[[PackedBatch], TokenScores],
+    reference: ReferenceScores | None,
     meter: CostMeter,
     shape: ModelShape,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    targets: Tensor | None = None,
 ) -> Loss:
-    """DPO loss of a micro-batch; denominator: pairs.
+    """Preference loss of a micro-batch; denominator: pairs. rewards/*: beta x summed log-ratio, whatever the loss.
 
     Args:
         reference: (examples, 2) log-probabilities of all pairs, or what scores a batch under the frozen reference.
+        targets: (examples,) probability that the chosen response of each pair is preferred; None: the label is certain.
+        Both are passed over where the micro-batch brings facts of its own.
     """
+    objective = OBJECTIVES[loss_type]
     batch, weight = micro_batch.batch, micro_batch.weight
     scores = model(batch)
     meter.train(shape, batch)
     meter.tokens_trained += batch.active_tokens
     chosen, rejected = split_pairs(batch.per_completion(scores.logprobs))
-    if isinstance(reference, Tensor):
+    known = micro_batch.facts
+    if known is not None:
+        ref_chosen, ref_rejected = known.ref_logprobs.to(chosen).unbind(1)
+    elif isinstance(reference, Tensor):
         ref_chosen, ref_rejected = reference[micro_batch.indices].to(chosen.device).unbind(1)
     else:
         with torch.no_grad():
             ref_chosen, ref_rejected = split_pairs(batch.per_completion(reference(batch).logprobs))
         meter.score(shape, batch)
-    result: PreferenceLoss = dpo_sigmoid_loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta)
-    margins = result.chosen_rewards - result.rejected_rewards
+    if known is not None:
+        target = known.target.to(chosen)
+    else:
+        target = None if targets is None else targets[micro_batch.indices].to(chosen)
+    sizes = split_pairs(batch.lengths) if objective.length_normalised else (1, 1)
+    result: PreferenceLoss = objective.loss(
+        chosen / sizes[0],
+        rejected / sizes[1],
+        ref_chosen / sizes[0],
+        ref_rejected / sizes[1],
+        beta=beta,
+        target=smoothed_target(target, label_smoothing),
+    )
+    chosen_rewards, rejected_rewards = result.chosen_rewards * sizes[0], result.rejected_rewards * sizes[1]
     pairs = {
-        "rewards/chosen": result.chosen_rewards.sum(),
-        "rewards/rejected": result.rejected_rewards.sum(),
-        "rewards/margins": margins.sum(),
-        "rewards/accuracies": correct(result.chosen_rewards, result.rejected_rewards).sum(),
+        "rewards/chosen": chosen_rewards.sum(),
+        "rewards/rejected": rejected_rewards.sum(),
+        "rewards/margins": (chosen_rewards - rejected_rewards).sum(),
+        "rewards/accuracies": correct(chosen_rewards, rejected_rewards).sum(),
         "logps/chosen": chosen.detach().sum(),
         "logps/rejected": rejected.detach().sum(),
         "logps/chosen_minus_reference": (chosen.detach() - ref_chosen).sum(),
@@ -78,23 +95,6 @@ def dpo_step(
     metrics = {name: (value * weight, "pairs") for name, value in pairs.items()}
     metrics["entropy"] = (scores.entropy.sum() * weight, "tokens")
     return Loss({"dpo": (result.loss * weight, "pairs", 1.0)}, metrics)
-
-
-def implicit_reward_metrics(
-    policy: Policy,
-    reference: Tensor,
-    examples: Sequence[Example],
-    *,
-    beta: float,
-    batch_size: int,
-    pad_id: int,
-    device: torch.device,
-) -> dict[str, float]:
-    """How well the implicit reward beta log(pi / pi_ref) orders held-out pairs, and the DPO loss on them."""
-    logprobs = completion_logprob_sums(policy, examples, batch_size=batch_size, pad_id=pad_id, device=device)
-    rewards = beta * (logprobs - reference)
-    metrics = preference_metrics((rewards[:, 0] - rewards[:, 1]).tolist(), [e.prompt_key for e in examples])
-    return {f"eval_{name}": value for name, value in metrics.items()}
 
 
 def run_dpo(config: Any, home: Path, **options) -> StageResult:
@@ -114,54 +114,46 @@ def run_dpo(config: Any, home: Path, **options) -> StageResult:
         assert_independent(policy, frozen)
 
         # 2. The pairs, and what the reference thinks of them.
-        data = StageData(config, run.registry.home, run.log.say)
-        examples, reports = data.split("pair", config.dataset_train_split, tokenizer, limit=config.max_train_samples)
-        held_out, _ = data.split("pair", config.dataset_test_split, tokenizer, required=False)
-        eval_options = {
-            "batch_size": config.per_device_eval_batch_size,
-            "pad_id": tokenizer.pad_token_id,
-            "device": run.device,
-        }
-        cache = run.registry.home / "cache"
-        key = {"model": ref_parent.digest, "dtype": config.dtype, "bf16": config.bf16}
-
-        def score_reference(batch: PackedBatch) -> TokenScores:
-            with run.accelerator.autocast():  # in the precision that the policy is trained in
-                return frozen(batch)
-
-        with run.meter.part("reference"), run.accelerator.autocast():
-            held_out_reference = cached_logprobs(frozen, held_out, cache, key, **eval_options).logprobs
-            reference: Tensor | Callable[[PackedBatch], TokenScores] = score_reference
-            if config.precompute_ref_log_probs:
-                found = cached_logprobs(frozen, examples, cache, key, **eval_options)
-                reference = found.logprobs
-                run.log.say(f"reference log-probabilities: {'from the cache' if found.hit else 'computed and cached'}")
-                # On the bill whether or not an earlier run has paid it: the cost of an arm must not depend on luck.
-                shape = ModelShape.of(frozen.model)
-                run.meter.flops += found.flops(shape, examples) if run.checkpoint is None else 0.0
+        source = fresh_pairs if config.population else recorded_pairs
+        pairs = source(run, policy, frozen, ref_parent.digest, tokenizer)
+        moved = moves_optimum(config)
+        if moved:
+            listed = ", ".join(f"{name}={value}" for name, value in moved.items())
+            run.log.say(f"these options move the optimum away from pi_ref exp(r / beta): {listed}")
 
         # 3. Train.
         parents = {"base": parent, "reference": ref_parent}
         shape = ModelShape.of(policy.model)
-        windows, total = example_schedule(
-            run, examples, layout=policy.reader.layout, pad_id=tokenizer.pad_token_id, count=count_pairs
-        )
-
-        def evaluate() -> dict[str, float]:
-            if not held_out:
-                return {}
-            return implicit_reward_metrics(policy, held_out_reference, held_out, beta=config.beta, **eval_options)
-
         plan = Plan(
-            windows,
-            functools.partial(dpo_step, beta=config.beta, reference=reference, meter=run.meter, shape=shape),
-            total,
+            pairs.windows,
+            functools.partial(
+                dpo_step,
+                beta=config.beta,
+                reference=pairs.reference,
+                meter=run.meter,
+                shape=shape,
+                loss_type=config.loss_type,
+                label_smoothing=config.label_smoothing,
+                targets=pairs.targets,
+            ),
+            pairs.total,
             shown=("loss/dpo", "rewards/accuracies", "rewards/margins", "logps/chosen", "learning_rate"),
-            inputs=inputs_of(parents, reports),
-            evaluate=evaluate,
+            inputs=inputs_of(parents, pairs.reports),
+            evaluate=pairs.evaluate,
             save=lambda directory: save_model(policy.model, tokenizer, directory),
         )
-        last = train(run, policy, plan)
+        if config.engine == "trl":
+            last = train_with_trl(
+                run,
+                plan,
+                model=policy.model,
+                tokenizer=tokenizer,
+                examples=pairs.examples,
+                shape=shape,
+                reference=frozen.model,
+            )
+        else:
+            last = train(run, policy, plan)
         fall = last.get("logps/chosen_minus_reference", 0.0)
         if fall < -1e-4:
             run.log.say(
@@ -170,5 +162,10 @@ def run_dpo(config: Any, home: Path, **options) -> StageResult:
             )
 
         # 4. Evaluate and register.
-        metrics = {"train": last, **evaluate(), "train_pairs": len(examples)}
-        return publish(run, policy.model, tokenizer, parents=parents, reports=reports, metrics=metrics)
+        metrics = {
+            "train": last,
+            **pairs.evaluate(),
+            "train_pairs": sum(r.kept for r in pairs.reports),
+            "moved_optimum": moved,
+        }
+        return publish(run, policy.model, tokenizer, parents=parents, reports=pairs.reports, metrics=metrics)

@@ -39,6 +39,7 @@ from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.pairs import count_pairs, split_pairs
 from rlhf_pipeline.training.run import Run, open_run
 from rlhf_pipeline.training.session import Plan, train
+from rlhf_pipeline.training.trl_engine import train_with_trl
 from rlhf_pipeline.training.windows import ExampleBatch, Loss
 
 if TYPE_CHECKING:
@@ -224,7 +225,10 @@ def run_reward(config: Any, home: Path, **options) -> StageResult:
             evaluate=evaluate,
             save=lambda directory: save_model(network, tokenizer, directory),
         )
-        last = train(run, model, plan)
+        if config.engine == "trl":
+            last = train_with_trl(run, plan, model=network, tokenizer=tokenizer, examples=examples, shape=shape)
+        else:
+            last = train(run, model, plan)
 
         # 4. Normalise, evaluate against the baselines, register.
         shift = center(run, model, parent, examples, tokenizer)

@@ -31,6 +31,7 @@ from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.run import Run, open_run
 from rlhf_pipeline.training.session import Plan, train
+from rlhf_pipeline.training.trl_engine import train_with_trl
 from rlhf_pipeline.training.windows import ExampleBatch, Loss
 
 if TYPE_CHECKING:
@@ -140,7 +141,10 @@ def run_sft(config: Any, home: Path, **options) -> StageResult:
             evaluate=evaluate,
             save=lambda directory: save_model(policy.model, tokenizer, directory),
         )
-        last = train(run, policy, plan)
+        if config.engine == "trl":
+            last = train_with_trl(run, plan, model=policy.model, tokenizer=tokenizer, examples=examples, shape=shape)
+        else:
+            last = train(run, policy, plan)
 
         # 4. Evaluate and register.
         metrics = {

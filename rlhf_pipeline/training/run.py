@@ -107,13 +107,23 @@ def make_accelerator(config: Any) -> Accelerator:
 
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
+    precision = "bf16" if getattr(config, "bf16", False) else "no"
+    _forget_other_precision(precision)
     # While the critic warms up the actor has no gradient, which DDP takes for a fault unless it is told.
     frozen_actor = bool(getattr(config, "critic_warmup_steps", 0))
     return Accelerator(
         cpu=config.use_cpu,
-        mixed_precision="bf16" if getattr(config, "bf16", False) else "no",
+        mixed_precision=precision,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)] if frozen_actor else None,
     )
+
+
+def _forget_other_precision(precision: str) -> None:
+    """Let a run in this process have another precision than the one before it: Accelerate keeps it per process."""
+    from accelerate.state import AcceleratorState
+
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state(reset_partial_state=False)
 
 
 def seed_everything(seed: int) -> None:
@@ -209,7 +219,8 @@ def _signals(run: Run):
         if run.stopped_by is not None:
             os._exit(128 + number)
         run.stopped_by = number
-        run.log.say(f"signal {number}: finishing this update, then writing a checkpoint (again to stop at once)")
+        then = "writing a checkpoint" if getattr(run.config, "engine", "native") == "native" else "stopping"
+        run.log.say(f"signal {number}: finishing this update, then {then} (again to stop at once)")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -47,7 +47,8 @@ def _every(setting: int | tuple[int, ...] | None, step: int) -> bool:
     return step in setting if isinstance(setting, tuple) else step % setting == 0
 
 
-def _evaluates(config: Any, step: int, epoch: float) -> bool:
+def evaluates_at(config: Any, step: int, epoch: float) -> bool:
+    """Whether a run evaluates after a step, with which `epoch` epochs are done."""
     if config.eval_strategy == "epoch":
         before = epoch * (step - 1) / step  # epochs grow evenly with steps
         return int(before + 1e-9) < int(epoch + 1e-9)
@@ -142,7 +143,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
         nonlocal last
         last = plan.derive(metrics)
         run.log.update(step, last)
-        if plan.evaluate is not None and _evaluates(config, step, window.epoch):
+        if plan.evaluate is not None and evaluates_at(config, step, window.epoch):
             run.log.record(step, plan.evaluate())
         if plan.save is not None and _every(config.snapshot_steps, step) and run.accelerator.is_main_process:
             plan.save(run.directory / "snapshots" / f"step-{step}")

@@ -179,6 +179,34 @@ def test_compare_by_references(capsys, lab) -> None:
     assert "dpo@v1" in out and "true reward" in out and result["path"] in out
 
 
+def test_exact(capsys, lab) -> None:
+    lab.run("dpo", max_steps=2)
+    short = ["--max-new-tokens", "2", "--max-prompts", "3"]
+    result = json_of(capsys, "exact", "sft", "reward", "dpo", *short, "--home", str(lab.home))
+    rows = {row["name"]: row for row in result["rows"]}
+    assert list(rows) == ["sft@v1", "reward@v1", "dpo@v1", "optimum"]
+    assert (result["responses"], result["prompts"], rows["dpo@v1"]["beta"]) == (993, 3, 0.5)
+    assert main(["exact", "sft", "reward", "dpo", *short, "--home", str(lab.home), "--beta", "0.25"]) == 0
+    out = capsys.readouterr().out
+    assert "all 993 responses to 3 prompts" in out and "optimum under reward@v1" in out and "0.25" in out
+    planned = json_of(capsys, "exact", "sft", "--beta", "1", "--dry-run", "--home", str(lab.home))
+    assert planned["models"] == "sft@v1" and planned["config"]["beta"] == 1.0
+
+
+def test_mistakes_of_exact(capsys, lab) -> None:
+    home = ["--home", str(lab.home)]
+    for words, said in (
+        (["sft"], "--beta"),
+        (["sft", "--beta", "-1"], "a number > 0"),
+        (["nobody", "--beta", "1"], "nobody"),
+        (["sft", "--beta", "1", "--max-new-tokens", "5"], "can be enumerated"),
+        (["sft", "--beta", "1", "--reward", "sft"], "expected a reward model"),
+    ):
+        assert main(["exact", *words, *home]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == "" and said in printed.err and "Traceback" not in printed.err
+
+
 def test_models(capsys, lab, tmp_path: Path) -> None:
     home = ("--home", str(lab.home))
     listed = json_of(capsys, "models", "list", *home)

@@ -25,6 +25,7 @@ VALID = {
     },
     "evaluate": {},
     "compare": {"arms": ["a", "b"]},
+    "exact": {},
     "experiment": {"name": "demo", "stages": {"sft": {"stage": "sft"}}},
 }
 

@@ -62,14 +62,10 @@ def test_output_dir_is_refused_with_what_to_use(faults):
 @pytest.mark.parametrize(
     ("stage", "key", "value"),
     [
-        ("sft", "engine", "trl"),
-        ("ppo", "engine", "trl"),
         ("dpo", "use_peft", True),
         ("dpo", "lora_r", 16),
         ("dpo", "lora_whatever", 1),
         ("dpo", "load_in_4bit", True),
-        ("dpo", "loss_type", "ipo"),
-        ("dpo", "label_smoothing", 0.1),
         ("ppo", "kl_target", 6),
         ("ppo", "rollout_engine", "vllm"),
         ("sft", "gradient_checkpointing", True),
@@ -96,9 +92,12 @@ def test_an_override_can_turn_a_later_key_off_again(valid):
     assert load_config("dpo", None, ["use_peft=false"], extra=extra).config.beta == 0.1
 
 
-def test_the_population_of_the_world_comes_later(faults):
-    changes = {"dataset_name": "world:verdicts", "dataset_config": "population"}
-    assert "not available yet" in faults("dpo", **changes)["dataset_config"].found
+def test_the_population_of_the_world_is_a_source_of_dpo_alone(faults, load):
+    changes = {"dataset_name": "world:verdicts", "dataset_config": "population", "max_steps": 5}
+    assert load("dpo", **changes).population
+    for stage in ("sft", "train-rm", "ppo"):
+        assert "of `rlhf dpo` alone" in faults(stage, **changes)["dataset_config"].fix
+    assert "no epochs" in faults("dpo", **{**changes, "max_steps": -1})["max_steps"].expected
 
 
 def test_keys_of_trl_that_change_nothing_are_left_out_with_a_note(valid):

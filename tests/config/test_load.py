@@ -166,7 +166,7 @@ def test_local_paths_that_do_not_exist(valid, key, value):
 
 @pytest.mark.parametrize("source", ["imdb", "org/name", "collected:pairs@v1", "world:verdicts"])
 def test_sources_that_are_not_local_paths_are_left_alone(load, source):
-    assert load("dpo", dataset_name=source).dataset_name == source
+    assert load("ppo", dataset_name=source).dataset_name == source
 
 
 def test_an_error_is_bad_input():

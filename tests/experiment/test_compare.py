@@ -94,7 +94,7 @@ def test_best_of_all_samples_is_the_maximum(arms):
     registry = arms.registry
     first = find_policies(registry, ["sft"], lambda _: None)[0]
     bench = set_up(
-        registry, config, first, make_accelerator(config).device, reference=None, samples=4, say=lambda _: None
+        registry, config, first, make_accelerator(config).device, reference=None, seed=0, samples=4, say=lambda _: None
     )
     samples = draw(bench.policy(first), bench.plan)
     scores = bench.judge.score(samples.examples).numpy().reshape(8, 4)
@@ -156,7 +156,7 @@ def test_true_rewards_by_hand(arms):
 
     config = arms.config("evaluate", samples=3, seed=4)
     policy = find_policies(arms.registry, ["dpo"], lambda _: None)[0]
-    bench = set_up(arms.registry, config, policy, "cpu", reference=None, samples=3, say=lambda _: None)
+    bench = set_up(arms.registry, config, policy, "cpu", reference=None, samples=3, seed=4, say=lambda _: None)
     sampled = draw(bench.policy(policy), bench.plan)
     rewards = [
         world.verdicts([example.prompt_ids], [ids], [ended]).reward[0]

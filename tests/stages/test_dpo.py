@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
+
+from rlhf_pipeline.errors import DataError
 
 SMOOTH = {"adam_epsilon": 1e-1, "learning_rate": 1e-1, "max_grad_norm": 0}
 
@@ -62,20 +65,115 @@ def test_the_margin_grows_and_evaluation_uses_the_implicit_reward(lab):
     assert result.metrics["eval_nll"] < math.log(2)
 
 
-def test_the_gradient_of_the_first_step(lab):
-    """At h = 0 the gradient is -beta / 2 [grad log pi(y_w) - grad log pi(y_l)], averaged over the pairs."""
+def first_window(lab, config):
+    """The eight examples of the first step, a policy at the start, and its summed log-probabilities (8, 2)."""
     from rlhf_pipeline.data.batch import pack
     from rlhf_pipeline.stages.common import load_policy, tokenizer_of
     from rlhf_pipeline.stages.data import StageData
     from rlhf_pipeline.training.windows import epoch_order
 
-    config = lab.config("dpo", max_grad_norm=0)
     tokenizer = tokenizer_of(lab.registry.resolve("sft"))
     examples, _ = StageData(config, lab.home, lambda _: None).split("pair", "train", tokenizer)
     window = [examples[i] for i in epoch_order(len(examples), 0, 0)[:8]]
     policy = load_policy(lab.registry.resolve("sft"), config, tokenizer, torch.device("cpu"))
     batch = pack(window, tokenizer.pad_token_id)
-    logprobs = batch.per_completion(policy(batch).logprobs).view(-1, 2)
-    (-0.5 * config.beta * (logprobs[:, 0] - logprobs[:, 1]).mean()).backward()
-    norm = math.sqrt(sum(float((p.grad**2).sum()) for p in policy.parameters()))
-    assert lab.rows(lab.run("dpo", max_grad_norm=0).run)[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    return window, policy, batch.per_completion(policy(batch).logprobs).view(-1, 2)
+
+
+@pytest.mark.parametrize(
+    "changes, loss",
+    [
+        ({}, math.log(2)),
+        ({"label_smoothing": 0.1}, math.log(2)),
+        ({"soft_labels": True}, math.log(2)),
+        ({"soft_labels": True, "label_smoothing": 0.1}, math.log(2)),
+        ({"loss_type": "ipo"}, 1.0),  # (1 / (2 tau))^2 at tau = .5
+        ({"loss_type": "ipo", "soft_labels": True}, 1.0),
+        ({"loss_type": "ipo_mean"}, 1.0),
+    ],
+    ids=["sigmoid", "cdpo", "soft", "soft-cdpo", "ipo", "soft-ipo", "ipo-mean"],
+)
+def test_loss_and_gradient_of_the_first_step(lab, changes, loss):
+    """At h = 0 the slope in the log-ratio difference is beta (1/2 - p), of IPO (1 - 2 p) / tau; p = 1 if hard."""
+    changes = {"max_grad_norm": 0, **changes}
+    config = lab.config("dpo", **changes)
+    window, policy, logprobs = first_window(lab, config)
+    p = torch.tensor([example.label_probability if config.soft_labels else 1.0 for example in window])
+    p = p * (1 - config.label_smoothing) + (1 - p) * config.label_smoothing
+    lengths = torch.tensor([[float(len(ids)) for ids in example.completions] for example in window])
+    if config.soft_labels:
+        assert p.unique().numel() > 4
+    if config.loss_type == "ipo_mean":
+        assert lengths.unique().numel() > 1
+        logprobs = logprobs / lengths
+    slope = config.beta * (0.5 - p) if config.loss_type == "sigmoid" else (1 - 2 * p) / config.beta
+    (slope * (logprobs[:, 0] - logprobs[:, 1])).mean().backward()
+    norm = math.sqrt(sum(float((parameter.grad**2).sum()) for parameter in policy.parameters()))
+    first = lab.rows(lab.run("dpo", **changes).run)[0]
+    assert first["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert first["loss/dpo"] == pytest.approx(loss, abs=1e-5)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
+
+
+def test_soft_labels_train_towards_the_probabilities(lab):
+    """The fitted margins come closer to log p / (1 - p) than those fitted to the labels that were drawn."""
+    from rlhf_pipeline.data.batch import pack
+    from rlhf_pipeline.stages.common import load_policy, tokenizer_of
+    from rlhf_pipeline.stages.data import StageData
+
+    settings = {"dataset_train_split": "all", "per_device_train_batch_size": 512, "max_steps": 80}
+    config = lab.config("dpo", **settings)
+    tokenizer = tokenizer_of(lab.registry.resolve("sft"))
+    examples, _ = StageData(config, lab.home, lambda _: None).split("pair", "all", tokenizer)
+    batch = pack(examples, tokenizer.pad_token_id)
+    p = torch.tensor([example.label_probability for example in examples])
+
+    def log_odds(name: str) -> torch.Tensor:
+        policy = load_policy(lab.registry.resolve(name), config, tokenizer, torch.device("cpu"))
+        with torch.no_grad():
+            logprobs = batch.per_completion(policy(batch).logprobs).view(-1, 2)
+        return config.beta * (logprobs[:, 0] - logprobs[:, 1])
+
+    def distance(soft: bool) -> float:
+        """Mean KL of the fitted label distribution from the recorded one."""
+        model = lab.run("dpo", **settings, soft_labels=soft).model
+        q = torch.sigmoid(log_odds(model) - log_odds("sft"))
+        return (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean().item()
+
+    assert distance(soft=True) < 0.02
+    assert distance(soft=False) > 0.2  # 300 drawn labels, learnt by heart
+
+
+def test_soft_labels_need_recorded_probabilities(lab):
+    lab.run("collect", output_name="ranked", labels="rank")
+    with pytest.raises(DataError) as caught:
+        lab.run("dpo", dataset_name="collected:ranked", soft_labels=True)
+    fault = caught.value.faults[0]
+    assert re.fullmatch(r"collected:ranked@v1:\d+", fault.where)
+    assert "no label_probability" in fault.found and "rlhf data collect" in fault.expected
+    assert "soft_labels: false" in fault.fix
+
+
+@pytest.mark.parametrize("changes", [{"loss_type": "ipo"}, {"loss_type": "ipo_mean"}, {"label_smoothing": 0.2}])
+def test_a_loss_with_another_optimum_says_so(lab, changes):
+    result = lab.run("dpo", max_steps=1, **changes)
+    (name, value) = next(iter(changes.items()))
+    assert f"{name}={value}" in (Path(result.run) / "log.txt").read_text()
+    assert result.metrics["moved_optimum"] == changes
+
+
+def test_soft_labels_have_the_same_optimum(lab):
+    assert lab.run("dpo", max_steps=1, soft_labels=True).metrics["moved_optimum"] == {}
+
+
+def test_rewards_are_beta_times_the_summed_log_ratio_whatever_the_loss(lab):
+    """One step apart from the reference: reward margins of all losses are measured alike."""
+    other = lab.run("sft", max_steps=8)
+    rows = [
+        lab.rows(lab.run("dpo", ref_model=other.model, max_steps=1, output_name=name, loss_type=loss).run)[0]
+        for name, loss in (("a", "sigmoid"), ("b", "ipo"), ("c", "ipo_mean"))
+    ]
+    assert abs(rows[0]["rewards/margins"]) > 1e-3
+    for row in rows[1:]:
+        for key in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen"):
+            assert row[key] == pytest.approx(rows[0][key], abs=1e-6)

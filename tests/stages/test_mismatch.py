@@ -94,4 +94,4 @@ def test_damaged_weights_are_refused(lab):
 
 def test_prompts_alone_are_no_pairs(lab):
     with pytest.raises(DataError, match="prompt"):
-        lab.run("dpo", dataset_name="world:verdicts", dataset_config="prompts")
+        lab.run("train-rm", dataset_name="world:verdicts", dataset_config="prompts")

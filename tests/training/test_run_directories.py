@@ -62,3 +62,11 @@ def test_the_resolved_config_lies_beside_the_run(lab):
     written = yaml.safe_load((Path(result.run) / "config.yaml").read_text())
     assert (written["max_steps"], written["output_name"], written["adam_beta1"]) == (1, "tuned", 0.9)
     assert (Path(result.run) / "log.txt").read_text().startswith("sft: run tuned-")
+
+
+def test_runs_of_different_precision_in_one_process(tiny):
+    from rlhf_pipeline.training.run import make_accelerator
+
+    for bf16 in (False, True, False):
+        found = make_accelerator(tiny.config("dpo", bf16=bf16))
+        assert found.mixed_precision == ("bf16" if bf16 else "no")

@@ -1,0 +1,149 @@
+"""The tables behind exact figures: what the reference and each reward say of every response to every prompt."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlhf_pipeline.data import world
+from rlhf_pipeline.data.enumeration import ResponseTree
+from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.errors import MismatchError
+from rlhf_pipeline.evaluation.enumerate import leaf_logprobs, leaf_scores
+from rlhf_pipeline.evaluation.exact import require_mass, world_reward
+from rlhf_pipeline.experiment.subjects import Bench
+from rlhf_pipeline.models.roles import Policy, RewardModel
+from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.rollout.rewards import WORLD_NAMES, is_function_name
+from rlhf_pipeline.stages.common import find_model, load_reward_model, require_same_tokenizer
+
+Reward = tuple[tuple[float, str], ...]
+"""A weighted sum of sources: "world", or references to reward models."""
+
+TRUTH: Reward = ((1.0, "world"),)
+
+
+def trained_reward(resolved: Resolved) -> Reward | None:
+    """The reward that a PPO policy was trained on; None when it was not, or on a Python function."""
+    manifest = resolved.manifest
+    if manifest is None or manifest.stage != "ppo":
+        return None
+    config = manifest.config
+    parts = config.get("reward_functions") or [{"source": config.get("reward_model_path"), "weight": 1.0}]
+    models = iter(sorted((role for role in manifest.parents if role.startswith("reward_model")), key=_number))
+    reward = []
+    for part in parts:
+        source = part["source"]
+        if source is None or is_function_name(source):
+            return None
+        source = "world" if source in WORLD_NAMES else manifest.parents[next(models)].ref
+        reward.append((float(part.get("weight", 1.0)), source))
+    return tuple(reward)
+
+
+def _number(role: str) -> int:
+    """The place of a role like reward_model_2 among a policy's reward models."""
+    last = role.rpartition("_")[2]
+    return int(last) if last.isdigit() else 1
+
+
+@dataclass
+class Leaves:
+    """Tables of one bench: made when they are first asked for, scores of reward models kept on disk by digest."""
+
+    bench: Bench
+    tree: ResponseTree
+    reference: list[Tensor] = field(default_factory=list)  # per prompt (L,) float64
+    _truth: dict[int, Tensor] = field(default_factory=dict)
+    _models: dict[str, RewardModel] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, bench: Bench) -> Leaves:
+        """Walk the reference's tree for every prompt of the bench.
+
+        Raises:
+            MismatchError: when the model's responses are not those of the built-in world.
+        """
+        if not bench.knows_truth or bench.reference is None:
+            raise MismatchError(
+                f"exact figures need models of {world.NAME} with a known reference: its responses can be listed; use "
+                "`rlhf evaluate` or `rlhf compare` for sampled figures"
+            )
+        policy = bench.reference_policy()
+        outputs = policy.model.get_output_embeddings().weight.shape[0]
+        if outputs != len(world.VOCABULARY):
+            raise MismatchError(
+                f"{bench.reference.label}: found {outputs} outputs, expected {len(world.VOCABULARY)}, the words of "
+                f"{world.NAME}"
+            )
+        tree = ResponseTree(outputs, bench.plan.stop_id, bench.plan.response_length)
+        leaves = cls(bench, tree)
+        leaves.reference = [leaves.logprobs(policy, index) for index in range(len(bench.plan.prompts))]
+        return leaves
+
+    @property
+    def prompts(self) -> list[Example]:
+        return self.bench.plan.prompts
+
+    def logprobs(self, policy: Policy, index: int) -> Tensor:
+        """(L,) log-probabilities of a policy for one prompt, checked to be those of a distribution."""
+        found = leaf_logprobs(policy, self.prompts[index].prompt_ids, self.tree, device=self.bench.device)
+        require_mass(found, f"prompt {index + 1}")
+        return found
+
+    def reward(self, reward: Reward, index: int) -> Tensor:
+        """(L,) float64 values of a weighted reward for one prompt."""
+        total = torch.zeros(self.tree.num_leaves, dtype=torch.float64)
+        for weight, source in reward:
+            table = self._world(index) if source == "world" else self._scores(source, index).double()
+            total = total + weight * table
+        return total
+
+    def _world(self, index: int) -> Tensor:
+        if index not in self._truth:
+            self._truth[index] = world_reward(self.prompts[index].prompt_ids, self.tree)
+        return self._truth[index]
+
+    def _scores(self, text: str, index: int) -> Tensor:
+        """Scores of one reward model, from the cache where its files, the prompt and the tree are the same."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file, save_file
+
+        bench = self.bench
+        resolved = find_model(bench.registry, text, "reward_model")
+        key = {
+            "model": resolved.digest,
+            "dtype": bench.config.dtype,
+            "prompt": self.prompts[index].prompt_ids,
+            "tree": [self.tree.vocabulary, self.tree.stop_id, self.tree.horizon],
+        }
+        name = sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        path: Path = bench.registry.home / "cache" / f"leaves-{name[:32]}.safetensors"
+        if resolved.digest is not None and path.is_file():
+            try:
+                stored = load_file(path)["scores"]
+                if stored.shape == (self.tree.num_leaves,):
+                    return stored
+            except (SafetensorError, KeyError, OSError):
+                pass  # a damaged entry is as good as none
+        scores = leaf_scores(self._model(resolved), self.prompts[index].prompt_ids, self.tree, device=bench.device)
+        if resolved.digest is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            save_file({"scores": scores}, temporary)
+            os.replace(temporary, path)
+        return scores
+
+    def _model(self, resolved: Resolved) -> RewardModel:
+        if resolved.label not in self._models:
+            bench = self.bench
+            require_same_tokenizer(bench.reference, resolved, bench.tokenizer, bench.config.trust_remote_code)
+            bench.say(f"scoring every response with {resolved.label}: {self.tree.num_leaves:,} a prompt")
+            self._models[resolved.label] = load_reward_model(resolved, bench.config, bench.device)
+        return self._models[resolved.label]

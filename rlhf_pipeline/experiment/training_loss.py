@@ -1,0 +1,113 @@
+"""How far DPO models are from the best training loss that is known on their data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rlhf_pipeline.algorithms.preference import OBJECTIVES, smoothed_target
+from rlhf_pipeline.config.load import load_config
+from rlhf_pipeline.data import world
+from rlhf_pipeline.experiment.subjects import Bench
+from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.stages.common import find_model
+from rlhf_pipeline.stages.data import StageData
+from rlhf_pipeline.stages.population import Population
+from rlhf_pipeline.stages.preference_pairs import label_probabilities
+from rlhf_pipeline.training.reference_cache import cached_logprobs, completion_logprob_sums
+
+POPULATION_PAIRS = 4096
+
+
+def trained_by_dpo(resolved: Resolved) -> bool:
+    """Whether a model of the registry comes from `rlhf dpo`."""
+    return resolved.manifest is not None and resolved.manifest.stage == "dpo"
+
+
+def dpo_config(resolved: Resolved) -> Any:
+    """The config that a DPO model was trained by."""
+    values = {key: value for key, value in resolved.manifest.config.items() if value is not None}
+    return load_config("dpo", None, extra=values).config
+
+
+def problem_of(resolved: Resolved) -> tuple[Any, ...]:
+    """What defines a DPO model's training loss: two models with the same one can be set against each other."""
+    manifest, config = resolved.manifest, dpo_config(resolved)
+    keys = ("beta", "loss_type", "label_smoothing", "soft_labels", "population_proposal", "max_train_samples")
+    data = tuple(entry.digest for entry in manifest.data)
+    return (manifest.parents["reference"].digest, data, *(getattr(config, key) for key in keys))
+
+
+@torch.no_grad()
+def training_loss(bench: Bench, resolved: Resolved) -> float:
+    """Mean loss of a DPO model over its training pairs.
+
+    On the built-in world's population: over 4,096 pairs of it, drawn from a fixed seed, as the mean of
+    KL(Bernoulli(p) || Bernoulli(sigma(h))) for the sigmoid loss without smoothing, which is the excess over the
+    minimum, 0 at the exact optimum.
+    """
+    config = dpo_config(resolved)
+    reference = find_model(bench.registry, resolved.manifest.parents["reference"].ref, "policy")
+    policy, frozen = bench.policy(resolved), bench.policy(reference)
+    options = {"batch_size": 512, "pad_id": bench.tokenizer.pad_token_id, "device": bench.device}
+    data = StageData(config, bench.registry.home, lambda _: None)
+    if config.population:
+        prompts, _ = data.split("prompt", config.dataset_train_split, bench.tokenizer, limit=config.max_train_samples)
+        population = Population(
+            frozen,
+            prompts,
+            stop_id=bench.tokenizer.eos_token_id,
+            response_length=config.lengths().response,
+            beta=config.beta,
+            proposal=config.population_proposal,
+            device=bench.device,
+        )
+        examples, facts = population.draw(POPULATION_PAIRS, torch.Generator().manual_seed(0))
+        ref_logprobs, target = facts.ref_logprobs, facts.target
+    else:
+        examples, _ = data.split("pair", config.dataset_train_split, bench.tokenizer, limit=config.max_train_samples)
+        key = {"model": reference.digest, "dtype": config.dtype, "bf16": False}
+        ref_logprobs = cached_logprobs(frozen, examples, bench.registry.home / "cache", key, **options).logprobs
+        target = label_probabilities(examples) if config.soft_labels else None
+    logprobs = completion_logprob_sums(policy, examples, **options).double()
+    ref_logprobs = ref_logprobs.double()
+    objective = OBJECTIVES[config.loss_type]
+    if objective.length_normalised:
+        lengths = torch.tensor([[len(ids) for ids in example.completions] for example in examples])
+        logprobs, ref_logprobs = logprobs / lengths, ref_logprobs / lengths
+    target = smoothed_target(target, config.label_smoothing)
+    total = objective.loss(*logprobs.unbind(1), *ref_logprobs.unbind(1), beta=config.beta, target=target).loss
+    loss = float(total) / len(examples)
+    if config.population and config.loss_type == "sigmoid":
+        loss -= float(torch.special.entr(torch.stack([target, 1 - target])).sum()) / len(examples)
+    return loss
+
+
+def excess_training_losses(
+    bench: Bench, models: Sequence[Resolved], long_run: Resolved | None
+) -> dict[str, dict[str, Any]]:
+    """For each DPO model its training loss and what it lies above the best that is known, by label.
+
+    best: of the models with the same data, reference, beta and loss, `long_run` included; a model that stands alone
+    has no excess (None). On the world's population the best is the exact optimum.
+    """
+    candidates = [model for model in models if trained_by_dpo(model)]
+    if long_run is not None and long_run.label not in {model.label for model in candidates}:
+        candidates.append(long_run)
+    losses = {model.label: training_loss(bench, model) for model in candidates}
+    result: dict[str, dict[str, Any]] = {}
+    for model in models:
+        if not trained_by_dpo(model):
+            continue
+        peers = [other for other in candidates if problem_of(other) == problem_of(model)]
+        best = min(peers, key=lambda other: losses[other.label])
+        exact = model.manifest.config.get("dataset_name") == world.NAME and dpo_config(model).loss_type == "sigmoid"
+        known = exact or len(peers) > 1
+        result[model.label] = {
+            "training_loss": losses[model.label],
+            "best": "exact optimum" if exact else best.label,
+            "excess": (losses[model.label] - (0.0 if exact else losses[best.label])) if known else None,
+        }
+    return result

@@ -1,0 +1,140 @@
+"""The population of preference pairs of `world:verdicts`: fresh pairs at every step, with their exact labels.
+
+Both responses of a pair are drawn independently from one proposal mu(. | x), and the label is not drawn but given as
+its probability p = sigma(R(y_1) - R(y_2)). With the Bradley-Terry model true and mu of full support, the minimiser of
+DPO's expected loss is pi_ref exp(R / beta) / Z, whatever mu is: what keeps a run from it is optimisation alone
+(Rafailov et al. 2023, section 4 and theorem 1). Proposals:
+
+* mixture: one half pi_ref, one half the exact optimum, so that the responses that matter are seen;
+* reference: pi_ref alone, as when pairs are collected from the SFT model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlhf_pipeline.data import world
+from rlhf_pipeline.data.batch import Layout, micro_batches, pack
+from rlhf_pipeline.data.enumeration import ResponseTree
+from rlhf_pipeline.data.load import SourceReport
+from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.evaluation.enumerate import leaf_logprobs
+from rlhf_pipeline.evaluation.exact import optimum, require_mass, world_reward
+from rlhf_pipeline.models.roles import Policy
+from rlhf_pipeline.training.windows import ExampleBatch, PairFacts, Window
+
+Proposal = Literal["mixture", "reference"]
+
+
+@dataclass(frozen=True)
+class PromptTable:
+    """All responses to one prompt. ref_logprobs, reward, cumulative (of the proposal): (L,) float64."""
+
+    prompt: Example
+    ref_logprobs: Tensor
+    reward: Tensor
+    cumulative: Tensor
+
+
+class Population:
+    """Draws pairs and knows their reference log-probabilities and labels.
+
+    Args:
+        reference: the frozen reference; every response is scored under it once.
+        prompts: of the world. beta: of the optimum that the mixture holds.
+    """
+
+    def __init__(
+        self,
+        reference: Policy,
+        prompts: Sequence[Example],
+        *,
+        stop_id: int,
+        response_length: int,
+        beta: float,
+        proposal: Proposal = "mixture",
+        device: torch.device | str = "cpu",
+    ):
+        self.tree = ResponseTree(len(world.VOCABULARY), stop_id, response_length)
+        self.beta, self.proposal = beta, proposal
+        self.tables = []
+        for prompt in prompts:
+            logprobs = leaf_logprobs(reference, prompt.prompt_ids, self.tree, device=device)
+            require_mass(logprobs, "the reference")
+            reward = world_reward(prompt.prompt_ids, self.tree)
+            mass = logprobs.exp()
+            if proposal == "mixture":
+                mass = (mass + optimum(logprobs, reward, beta).exp()) / 2
+            self.tables.append(PromptTable(prompt, logprobs, reward, mass.cumsum(0)))
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[list[Example], PairFacts]:
+        """Draw pairs: prompts in equal shares (up to one), both responses from the proposal, the label by its law."""
+        start = int(torch.randint(len(self.tables), (), generator=generator))
+        numbers = torch.rand(count, 3, dtype=torch.float64, generator=generator)
+        examples: list[Example | None] = [None] * count
+        logprobs, targets = torch.empty(count, 2, dtype=torch.float64), torch.empty(count, dtype=torch.float64)
+        for offset, table in enumerate(self.tables):
+            rows = torch.tensor(range((offset - start) % len(self.tables), count, len(self.tables)), dtype=torch.long)
+            drawn = numbers[rows]
+            leaves = torch.searchsorted(table.cumulative, drawn[:, :2] * table.cumulative[-1], right=True)
+            leaves = leaves.clamp_max(self.tree.num_leaves - 1)
+            reward = table.reward[leaves]
+            first_wins = torch.sigmoid(reward[:, 0] - reward[:, 1])
+            flip = drawn[:, 2] >= first_wins
+            leaves = torch.where(flip[:, None], leaves.flip(1), leaves)
+            logprobs[rows], targets[rows] = table.ref_logprobs[leaves], torch.where(flip, 1 - first_wins, first_wins)
+            for row, pair in zip(rows.tolist(), leaves.tolist(), strict=True):
+                examples[row] = Example(
+                    table.prompt.prompt_ids,
+                    [self.tree.completion(leaf) for leaf in pair],
+                    [bool(self.tree.ended[leaf]) for leaf in pair],
+                    table.prompt.prompt_key,
+                    f"{world.NAME} population",
+                    label_probability=float(targets[row]),
+                )
+        return examples, PairFacts(logprobs, targets)  # type: ignore[return-value]
+
+    def windows(
+        self,
+        *,
+        steps: int,
+        micro_batch_size: int,
+        accumulation: int,
+        seed: int,
+        pad_id: int,
+        layout: Layout,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> Iterator[Window]:
+        """Windows of fresh pairs: a function of seed and step alone, so resuming needs no state."""
+        size = micro_batch_size * accumulation * world_size
+        for step in range(start, steps):
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+            examples, facts = self.draw(size, generator)
+            mine = list(range(rank, size, world_size))
+            tokens = [[len(ids) for ids in example.completions] for example in examples]
+            counts = {
+                "pairs": float(size),
+                "tokens": float(sum(map(sum, tokens))),
+                "chosen_tokens": float(sum(chosen for chosen, _ in tokens)),
+                "rejected_tokens": float(sum(rejected for _, rejected in tokens)),
+            }
+            batches = []
+            for group in micro_batches([examples[i] for i in mine], micro_batch_size):
+                members = [mine[i] for i in group]
+                batch = pack([examples[i] for i in members], pad_id, layout=layout).to(device)
+                known = PairFacts(facts.ref_logprobs[members].to(device), facts.target[members].to(device))
+                batches.append(ExampleBatch(batch, members, facts=known))
+            yield Window(batches, counts, epoch=float(step + 1))
+
+    def report(self, prompts: SourceReport, pairs: int) -> SourceReport:
+        """What a manifest says about the pairs; the digest is that of their prompts, the one thing that was read."""
+        name = f"{prompts.source} population ({self.proposal})"
+        return replace(prompts, source=name, format="pair", source_rows=pairs, rows=pairs, kept=pairs)

@@ -1,0 +1,161 @@
+"""Where DPO's pairs come from: a source's rows, or the built-in world's population; and their held-out figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_pipeline.data import world
+from rlhf_pipeline.data.batch import PackedBatch
+from rlhf_pipeline.data.load import SourceReport
+from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.errors import DataError, Fault, MismatchError
+from rlhf_pipeline.evaluation.preferences import preference_metrics
+from rlhf_pipeline.models.roles import Policy, TokenScores
+from rlhf_pipeline.stages.common import example_schedule
+from rlhf_pipeline.stages.data import StageData
+from rlhf_pipeline.stages.population import Population
+from rlhf_pipeline.training.cost import ModelShape
+from rlhf_pipeline.training.pairs import count_pairs
+from rlhf_pipeline.training.reference_cache import cached_logprobs, completion_logprob_sums
+from rlhf_pipeline.training.run import Run
+from rlhf_pipeline.training.windows import Window
+
+ReferenceScores = Tensor | Callable[[PackedBatch], TokenScores]
+
+
+def label_probabilities(examples: Sequence[Example]) -> Tensor:
+    """(examples,) recorded probability that the first response is preferred, float64.
+
+    Raises:
+        DataError: examples without one.
+    """
+    lacking = [example for example in examples if example.label_probability is None]
+    if lacking:
+        expected = "label_probability, as `rlhf data collect` records it for pairs with labels: bradley-terry"
+        found, fix = "no label_probability, which soft_labels trains on", "or soft_labels: false"
+        raise DataError([Fault(example.where, found, expected, fix) for example in lacking])
+    return torch.tensor([example.label_probability for example in examples], dtype=torch.float64)
+
+
+def implicit_reward_metrics(
+    policy: Policy,
+    reference: Tensor,
+    examples: Sequence[Example],
+    *,
+    beta: float,
+    batch_size: int,
+    pad_id: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """How well the implicit reward beta log(pi / pi_ref) orders held-out pairs, and the DPO loss on them."""
+    logprobs = completion_logprob_sums(policy, examples, batch_size=batch_size, pad_id=pad_id, device=device)
+    rewards = beta * (logprobs - reference)
+    metrics = preference_metrics((rewards[:, 0] - rewards[:, 1]).tolist(), [e.prompt_key for e in examples])
+    return {f"eval_{name}": value for name, value in metrics.items()}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Where the windows of a run come from, and what is known of its pairs besides their tokens.
+
+    examples: empty where pairs are drawn anew. reference, targets: see `dpo_step`. evaluate: figures on held-out pairs.
+    """
+
+    examples: list[Example]
+    reports: tuple[SourceReport, ...]
+    windows: Callable[[Any, int], Iterator[Window]]
+    total: int
+    reference: ReferenceScores | None = None
+    targets: Tensor | None = None
+    evaluate: Callable[[], dict[str, float]] = dict
+
+
+def recorded_pairs(run: Run, policy: Policy, frozen: Policy, frozen_digest: str | None, tokenizer: Any) -> Pairs:
+    """The pairs of the config's sources, with the reference's log-probabilities from the cache."""
+    config = run.config
+    data = StageData(config, run.registry.home, run.log.say)
+    examples, reports = data.split("pair", config.dataset_train_split, tokenizer, limit=config.max_train_samples)
+    held_out, _ = data.split("pair", config.dataset_test_split, tokenizer, required=False)
+    targets = label_probabilities(examples) if config.soft_labels else None
+    options = {
+        "batch_size": config.per_device_eval_batch_size,
+        "pad_id": tokenizer.pad_token_id,
+        "device": run.device,
+    }
+    cache = run.registry.home / "cache"
+    key = {"model": frozen_digest, "dtype": config.dtype, "bf16": config.bf16}
+
+    def score_reference(batch: PackedBatch) -> TokenScores:
+        with run.accelerator.autocast():  # in the precision that the policy is trained in
+            return frozen(batch)
+
+    with run.meter.part("reference"), run.accelerator.autocast():
+        held_out_reference = cached_logprobs(frozen, held_out, cache, key, **options).logprobs
+        reference: ReferenceScores = score_reference
+        if config.precompute_ref_log_probs and config.engine == "native":  # TRL's trainer computes its own
+            found = cached_logprobs(frozen, examples, cache, key, **options)
+            reference = found.logprobs
+            run.log.say(f"reference log-probabilities: {'from the cache' if found.hit else 'computed and cached'}")
+            # On the bill whether or not an earlier run has paid it: the cost of an arm must not depend on luck.
+            shape = ModelShape.of(frozen.model)
+            run.meter.flops += found.flops(shape, examples) if run.checkpoint is None else 0.0
+    windows, total = example_schedule(
+        run, examples, layout=policy.reader.layout, pad_id=tokenizer.pad_token_id, count=count_pairs
+    )
+
+    def evaluate() -> dict[str, float]:
+        if not held_out:
+            return {}
+        return implicit_reward_metrics(policy, held_out_reference, held_out, beta=config.beta, **options)
+
+    return Pairs(examples, reports, windows, total, reference, targets, evaluate)
+
+
+def fresh_pairs(run: Run, policy: Policy, frozen: Policy, frozen_digest: str | None, tokenizer: Any) -> Pairs:
+    """Pairs of the built-in world, drawn anew at every step with their exact label probabilities.
+
+    Raises:
+        MismatchError: when the policy has other words than the world.
+    """
+    config, size = run.config, run.config.per_device_train_batch_size * run.config.gradient_accumulation_steps
+    if not world.is_world_tokenizer(tokenizer):
+        raise MismatchError(
+            f"{config.model_name_or_path}: found a tokenizer of {len(tokenizer)} tokens, expected that of "
+            f"{world.NAME}, whose responses are enumerated"
+        )
+    data = StageData(config, run.registry.home, run.log.say)
+    prompts, reports = data.split("prompt", config.dataset_train_split, tokenizer, limit=config.max_train_samples)
+    with run.meter.part("population"):
+        population = Population(
+            frozen,
+            prompts,
+            stop_id=tokenizer.eos_token_id,
+            response_length=config.lengths().response,
+            beta=config.beta,
+            proposal=config.population_proposal,
+            device=run.device,
+        )
+    ranks = run.accelerator.num_processes
+    report = population.report(reports[0], config.max_steps * size * ranks)
+    run.log.say(f"pairs: fresh at every step, from {len(prompts)} prompts, proposal {config.population_proposal}")
+
+    def windows(_prepared: Any, start: int) -> Iterator[Window]:
+        return population.windows(
+            steps=config.max_steps,
+            micro_batch_size=config.per_device_train_batch_size,
+            accumulation=config.gradient_accumulation_steps,
+            seed=config.seed,
+            pad_id=tokenizer.pad_token_id,
+            layout=policy.reader.layout,
+            start=start,
+            rank=run.accelerator.process_index,
+            world_size=ranks,
+            device=run.device,
+        )
+
+    return Pairs([], (report,), windows, config.max_steps)

@@ -1,0 +1,41 @@
+"""TRL's metrics under the names that the native loop logs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_SAME = ("learning_rate", "grad_norm")
+_SHARED = {
+    "sft": ("entropy",),
+    "reward": ("accuracy", "margin"),
+    "dpo": (
+        "entropy",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+    ),
+}
+_LOSS = {"sft": "loss/nll", "reward": "loss/bradley_terry", "dpo": "loss/dpo"}
+_NOT_OURS = ("epoch", "loss", "step")
+
+
+def native_names(stage: str, logs: dict[str, float], config: Any) -> dict[str, float]:
+    """One line of TRL's log as the native loop would name it; what has no native counterpart is under `trl/`.
+
+    TRL reports Bradley-Terry and the centering term as one sum, which is logged as `loss`. Scores of chosen and
+    rejected responses follow from its mean m over both and its margin d: m + d/2 and m - d/2.
+    """
+    loss = "loss" if stage == "reward" and config.center_rewards_coefficient else _LOSS[stage]
+    metrics = {loss: logs["loss"]}
+    shared = (*_SHARED[stage], *_SAME)
+    metrics |= {name: float(logs[name]) for name in shared if name in logs}
+    if stage == "reward":
+        metrics["chosen_score"] = logs["mean_reward"] + logs["margin"] / 2
+        metrics["rejected_score"] = logs["mean_reward"] - logs["margin"] / 2
+    if stage == "dpo":
+        metrics["logps/chosen_minus_reference"] = logs["rewards/chosen"] / config.beta
+    rest = {name: value for name, value in logs.items() if name not in (*shared, *_NOT_OURS)}
+    return metrics | {f"trl/{name}": float(value) for name, value in rest.items()}

@@ -1,0 +1,79 @@
+"""Which examples TRL's trainer sees, in which columns and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rlhf_pipeline.data.batch import micro_batches
+from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.training.windows import epoch_order
+
+IGNORED = -100
+"""The label that TRL's losses leave out."""
+
+
+def sft_columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
+    """input_ids and labels: prompt and completion, the loss on the completion alone."""
+    rows = [(e.prompt_ids + e.completions[0], [IGNORED] * len(e.prompt_ids) + e.completions[0]) for e in examples]
+    return {"input_ids": [ids for ids, _ in rows], "labels": [labels for _, labels in rows]}
+
+
+def reward_columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
+    """chosen_ids and rejected_ids: each the prompt and a response."""
+    return {
+        name: [e.prompt_ids + e.completions[k] for e in examples]
+        for k, name in enumerate(("chosen_ids", "rejected_ids"))
+    }
+
+
+def dpo_columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
+    """prompt_ids, and the responses alone as chosen_ids and rejected_ids."""
+    return {
+        "prompt_ids": [e.prompt_ids for e in examples],
+        "chosen_ids": [e.completions[0] for e in examples],
+        "rejected_ids": [e.completions[1] for e in examples],
+    }
+
+
+COLUMNS = {"sft": sft_columns, "reward": reward_columns, "dpo": dpo_columns}
+
+
+class WindowSampler:
+    """Indices in the order of `example_windows`, for a data loader that cuts them into micro-batches.
+
+    Every window but an epoch's last one holds whole micro-batches, and an epoch begins with a new one: a loader that
+    takes `micro_batch_size` indices at a time, and a trainer that steps after `accumulation` batches and at the end
+    of the epoch, so make the same windows of the same micro-batches as the native loop.
+    """
+
+    def __init__(self, examples: Sequence[Example], *, micro_batch_size: int, accumulation: int, seed: int):
+        self.examples, self.micro_batch_size, self.seed = examples, micro_batch_size, seed
+        self.size = micro_batch_size * accumulation
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __iter__(self) -> Iterator[int]:
+        for window in self.windows(self.epoch):
+            yield from window
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader before each pass."""
+        self.epoch = epoch
+
+    def windows(self, epoch: int) -> Iterator[list[int]]:
+        """The windows of one epoch, each with its members in the order of its micro-batches."""
+        order = epoch_order(len(self.examples), self.seed, epoch)
+        for start in range(0, len(order), self.size):
+            members = order[start : start + self.size]
+            groups = micro_batches([self.examples[index] for index in members], self.micro_batch_size)
+            yield [members[place] for group in groups for place in group]
+
+    def all_windows(self) -> Iterator[list[int]]:
+        """The windows of one epoch after the other, without end."""
+        epoch = 0
+        while True:
+            yield from self.windows(epoch)
+            epoch += 1

@@ -1,0 +1,155 @@
+"""Train a stage's model in place with TRL's trainer, on the examples and in the order of the native loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.errors import BadInput, Interrupted
+from rlhf_pipeline.training.cost import TRAIN_FACTOR, CostMeter, ModelShape
+from rlhf_pipeline.training.optimizer import make_optimizer, make_scheduler
+from rlhf_pipeline.training.run import Run
+from rlhf_pipeline.training.session import Metrics, Plan, evaluates_at
+from rlhf_pipeline.training.trl_engine.names import native_names
+from rlhf_pipeline.training.trl_engine.order import COLUMNS, WindowSampler
+from rlhf_pipeline.training.trl_engine.trainers import make_trainer
+from rlhf_pipeline.training.trl_engine.untouched import contained, untouched
+from rlhf_pipeline.training.windows import steps_per_epoch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def train_with_trl(
+    run: Run,
+    plan: Plan,
+    *,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    shape: ModelShape,
+    reference: nn.Module | None = None,
+) -> Metrics:
+    """Train `model` in place with TRL's trainer of this stage; the counterpart of `train`.
+
+    Data order, optimizer and schedule are ours; forward pass, loss, accumulation, clipping and step are TRL's. Every
+    optimizer step sees the examples that the native loop gives it, in the same micro-batches. The losses agree but
+    in an epoch's last window where its micro-batches have different sizes: reward model and DPO average the means of
+    the micro-batches there, the native loop averages over pairs.
+
+    Args:
+        plan: `total`, `shown` and `evaluate` of it are used. TRL's trainer gets no checkpoint and takes no snapshot.
+        model: the plain transformers model, of which only the weights are different afterwards.
+        reference: the frozen model of DPO.
+
+    Returns:
+        the metrics of the last update.
+
+    Raises:
+        BadInput: with several processes or GPUs. Interrupted: after a signal. RunFailed: a loss is not finite.
+    """
+    import trl
+    from datasets import Dataset
+
+    _require_one_device(run)
+    config = run.config
+    run.log.say(
+        f"engine: TRL {trl.__version__} on transformers; it writes no checkpoints: a run that is cut short begins anew"
+    )
+    _warn_of_final_padding(run, tokenizer.pad_token_id, examples)
+    sampler = WindowSampler(
+        examples,
+        micro_batch_size=config.per_device_train_batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        seed=config.seed,
+    )
+    per_epoch = steps_per_epoch(len(examples), sampler.size)
+    windows = sampler.all_windows()
+    optimizer = make_optimizer(
+        model.parameters(),
+        learning_rate=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
+    scheduler = make_scheduler(optimizer, config.lr_scheduler_type, warmup_steps=config.warmup_steps, total=plan.total)
+    run.log.total, run.log.shown = plan.total, plan.shown
+    precomputes = reference is not None and config.precompute_ref_log_probs
+    last: Metrics = {}
+
+    def on_update(step: int, logs: dict[str, float]) -> None:
+        nonlocal last
+        epoch = step / per_epoch
+        members = [examples[index] for index in next(windows)]
+        scored = reference is not None and not precomputes
+        _count(run.meter, shape, members, TRAIN_FACTOR + (1.0 if scored else 0.0))
+        run.meter.optimizer_steps += 1
+        last = native_names(run.stage, logs, config) | {"epoch": epoch}
+        run.log.update(step, last)
+        if plan.evaluate is not None and evaluates_at(config, step, epoch):
+            run.log.record(step, plan.evaluate())
+        if run.stopped_by is not None:
+            raise Interrupted(
+                f"stopped by signal {run.stopped_by} at step {step} of {plan.total}; engine trl keeps no checkpoint: "
+                "the same command begins anew",
+                run.stopped_by,
+            )
+
+    frozen = [] if reference is None else [reference]
+    with contained(), untouched(model, *frozen), run.meter.part("training"):
+        if precomputes:
+            _count(run.meter, shape, examples, 1.0, trained=False)
+        trainer = make_trainer(
+            run,
+            plan.total,
+            model=model,
+            reference=reference,
+            train_dataset=Dataset.from_dict(COLUMNS[run.stage](examples)),
+            processing_class=tokenizer,
+            optimizers=(optimizer, scheduler),
+        )
+        trainer.sampler, trainer.on_update = sampler, on_update
+        trainer.train()
+    return last
+
+
+def _require_one_device(run: Run) -> None:
+    if run.accelerator.num_processes > 1:
+        raise BadInput(
+            f"engine: trl in {run.accelerator.num_processes} processes; expected one; "
+            "start it without a launcher, or use engine: native"
+        )
+    if run.device.type == "cuda" and torch.cuda.device_count() > 1:
+        raise BadInput(
+            f"engine: trl sees {torch.cuda.device_count()} GPUs; expected one; "
+            "name one with CUDA_VISIBLE_DEVICES, or use engine: native"
+        )
+
+
+def _warn_of_final_padding(run: Run, pad_id: int, examples: Sequence[Example]) -> None:
+    """The sequence classifiers of transformers, which TRL trains, read the score at the last token that is not PAD."""
+    if run.stage != "reward":
+        return
+    ends = [ids[-1] == pad_id for example in examples for ids in example.completions]
+    if any(ends):
+        found = f"{sum(ends)} of {len(ends)} responses end in the padding token"
+        run.log.say(f"{found}: TRL reads their score at an earlier token, and is not the native loop there")
+
+
+def _count(
+    meter: CostMeter, shape: ModelShape, examples: Sequence[Example], passes: float, *, trained: bool = True
+) -> None:
+    """Put examples on the bill as TRL computes them: a row for each prompt with a completion, padding left out."""
+    tokens = context = head = 0
+    for example in examples:
+        for ids in example.completions:
+            length = len(example.prompt_ids) + len(ids)
+            tokens += length
+            context += length * (length + 1) // 2
+            head += len(ids)
+    meter.flops += passes * shape.forward_flops(tokens, context, head)
+    meter.tokens_trained += tokens if trained else 0

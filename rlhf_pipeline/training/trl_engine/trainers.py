@@ -1,0 +1,119 @@
+"""TRL's trainers with our data, order and log; losses and steps are theirs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlhf_pipeline.errors import RunFailed
+from rlhf_pipeline.training.trl_engine.order import WindowSampler
+
+if TYPE_CHECKING:
+    from rlhf_pipeline.training.run import Run
+
+DPO_LOSSES = {"sigmoid": "sigmoid", "ipo_mean": "ipo"}
+"""Our `loss_type` -> TRL's."""
+
+
+class Driven:
+    """Mixed into a trainer of TRL's: what it trains on, in which order, and who hears of it."""
+
+    sampler: WindowSampler
+    on_update: Callable[[int, dict[str, float]], None]
+    state: Any  # of the trainer, as the next one is
+    _tr_loss: Any
+
+    def _prepare_dataset(self, dataset: Any, *_args: Any, **_options: Any) -> Any:
+        """The ids as they are: nothing is rendered, closed with EOS, truncated, filtered or shuffled."""
+        return dataset
+
+    def _get_train_sampler(self, *_args: Any) -> WindowSampler:
+        return self.sampler
+
+    def _send_telemetry(self) -> None:
+        """Nothing is sent."""
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Refuse to step on a loss or gradient that is not finite, as the native loop does."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        loss = float(self._tr_loss)  # of this step alone, since every step is logged
+        if not (math.isfinite(loss) and math.isfinite(float(norm))):
+            raise RunFailed(
+                f"update {self.state.global_step + 1}: the loss or the gradient is not finite (loss {loss}, gradient "
+                f"norm {float(norm)}); nothing of this step was applied. Try a smaller learning_rate, a smaller "
+                "max_grad_norm, or fp32"
+            )
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)  # type: ignore[misc]  # adds TRL's own metrics to `logs`
+        if "loss" in logs:
+            self.on_update(self.state.global_step, logs)
+
+
+def common_arguments(run: Run, total: int) -> dict[str, Any]:
+    """What the three configs of TRL have in common."""
+    config = run.config
+    return {
+        "output_dir": str(run.directory),
+        "max_steps": total,
+        "per_device_train_batch_size": config.per_device_train_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "learning_rate": config.learning_rate,
+        "max_grad_norm": config.max_grad_norm,
+        "seed": config.seed,
+        "bf16": config.bf16,
+        "use_cpu": run.device.type == "cpu",
+        "max_length": None,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
+        # The Accelerate of this run is there already: the trainer must not reset what it shares.
+        "accelerator_config": {"use_configured_state": True},
+    }
+
+
+def make_trainer(
+    run: Run,
+    total: int,
+    *,
+    model: torch.nn.Module,
+    reference: torch.nn.Module | None,
+    **options: Any,
+) -> Any:
+    """TRL's trainer of this stage, not yet given its sampler.
+
+    Args:
+        options: for the trainer itself: train_dataset, processing_class, optimizers.
+    """
+    import trl
+    from transformers import PrinterCallback
+
+    config, common = run.config, common_arguments(run, total)
+    if run.stage == "sft":
+        # Without a coefficient TRL adds the load-balancing loss that a mixture-of-experts config names.
+        base, arguments = trl.SFTTrainer, trl.SFTConfig(**common, router_aux_loss_coef=0.0)
+    elif run.stage == "reward":
+        base = trl.RewardTrainer
+        arguments = trl.RewardConfig(**common, center_rewards_coefficient=config.center_rewards_coefficient or None)
+    else:
+        base, options = trl.DPOTrainer, {**options, "ref_model": reference}
+        arguments = trl.DPOConfig(
+            **common,
+            router_aux_loss_coef=0.0,
+            beta=config.beta,
+            loss_type=[DPO_LOSSES[config.loss_type]],
+            precompute_ref_log_probs=config.precompute_ref_log_probs,
+        )
+    trainer = type(f"Driven{base.__name__}", (Driven, base), {})(model=model, args=arguments, **options)
+    trainer.remove_callback(PrinterCallback)  # the log is ours
+    return trainer
