@@ -48,7 +48,7 @@ def run_seed(seed: int, home: str, overrides: list[str]) -> dict[str, dict[str, 
     models = {arm: stages[arm]["model"] for arm in ARMS}
     found: dict[str, dict[str, Any]] = {arm: {"seed": seed, "model": model} for arm, model in models.items()}
     for split in ("train", "test"):
-        result = call("exact", *models.values(), "--split", split, "--home", home)
+        result = call("exact", *models.values(), "--split", split, "--no-training-loss", "--home", home)
         rows = {row["name"]: row for row in result["rows"]}
         for arm, model in models.items():
             row = rows[model]

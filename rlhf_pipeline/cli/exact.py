@@ -44,6 +44,9 @@ def exact(
     long_run: Annotated[
         str | None, typer.Option("--long-run", help="DPO model with the best training loss.", show_default=False)
     ] = None,
+    training_loss: Annotated[
+        bool, typer.Option("--training-loss/--no-training-loss", help="Excess training loss of DPO models.")
+    ] = True,
     split: SplitOption = None,
     max_prompts: MaxPromptsOption = None,
     max_new_tokens: MaxNewTokensOption = None,
@@ -63,6 +66,7 @@ def exact(
         reward_model=reward_model,
         reward_model_prompts=reward_model_prompts,
         long_run=long_run,
+        training_loss=None if training_loss else False,
         split=split,
         max_prompts=max_prompts,
         max_new_tokens=max_new_tokens,

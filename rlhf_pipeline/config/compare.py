@@ -106,4 +106,5 @@ class ExactConfig(PromptsConfig):
     beta: Positive | None = option(None, "price of KL in the objective (default: each model's own)")
     reward: Text = option("world", "reward of the objective: world or a reward model (ours: the true reward)")
     reward_model_prompts: Count = option(4, "most prompts for figures that need a reward model's score of every leaf")
+    training_loss: bool = option(True, "add the excess training loss of DPO models (ours)")
     long_run: Text | None = option(None, "DPO model whose training loss counts as the best (default: the best listed)")

@@ -207,7 +207,7 @@ def run_exact(references: list[str], config: Any, home: Path, *, quiet: bool = F
         few=config.reward_model_prompts,
     )
     long_run = find_model(registry, config.long_run, "policy") if config.long_run else None
-    excess = excess_training_losses(bench, models, long_run)
+    excess = excess_training_losses(bench, models, long_run) if config.training_loss else None
     return jsonable({"split": config.split, **exact_figures(judge, models, excess)})
 
 
