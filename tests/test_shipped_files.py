@@ -11,11 +11,12 @@ from rlhf_pipeline.config import SCHEMAS, load_config, load_experiment
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-EXPERIMENTS = [path for path in CONFIGS if path.name == "experiment.yaml"]
+EXPERIMENTS = [path for path in CONFIGS if path.name in ("experiment.yaml", "frontier.yaml")]
 STAGE_OF_FILE = {
     "base": "sft",
     "sft": "sft",
     "reward": "train-rm",
+    "judge": "train-rm",
     "ppo": "ppo",
     "dpo": "dpo",
     "pairs": "collect",
@@ -52,7 +53,7 @@ def test_every_stage_config_is_valid(path: Path, beside_hh: None) -> None:
     assert isinstance(loaded.config, SCHEMAS[stage]) and not loaded.notes
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.parent.name)
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_every_experiment_is_valid(path: Path, beside_hh: None) -> None:
     experiment = load_experiment(path)
     arms = {spec.stage for spec in experiment.stages}

@@ -1,4 +1,4 @@
-"""`rlhf evaluate | compare | generate`."""
+"""`rlhf evaluate | generate`, and what the commands that measure models share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import typer
 
-from rlhf_pipeline.cli.exact_table import print_exact
 from rlhf_pipeline.cli.options import (
     ConfigOption,
     DebugOption,
@@ -15,7 +14,7 @@ from rlhf_pipeline.cli.options import (
     JsonOption,
     common_of,
 )
-from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_table, flat_metrics, interval, number
+from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_table, flat_metrics, interval
 
 SplitOption = Annotated[str | None, typer.Option("--split", help="Split of the prompts (test).", show_default=False)]
 PromptsOption = Annotated[
@@ -46,9 +45,14 @@ ReferenceOption = Annotated[
 BestOfOption = Annotated[
     str | None, typer.Option("--best-of", help="Sizes n of best-of-n, as in 1,4,16.", show_default=False)
 ]
+JudgeOption = Annotated[
+    str | None,
+    typer.Option("--judge", help="Held-out reward model, trained on pairs that no arm has seen.", show_default=False),
+]
 
 NAMES = {
     "true_reward": "true reward",
+    "judge": "judge",
     "score": "RM score",
     "kl": "KL",
     "length": "tokens",
@@ -77,6 +81,7 @@ def evaluate(
     reward_model: RewardModelOption = None,
     reference: ReferenceOption = None,
     best_of: BestOfOption = None,
+    judge: JudgeOption = None,
     home: HomeOption = None,
     json: JsonOption = False,
     dry_run: DryRunOption = False,
@@ -97,6 +102,7 @@ def evaluate(
         reward_model=reward_model,
         reference=reference,
         best_of=best_of,
+        judge=judge,
     )
     loaded = load_config("evaluate", config, options)
     if common.dry_run:
@@ -120,66 +126,6 @@ def evaluate(
     emit_lines([f"KL to {result['reference'] or '-'}; score by {result['reward_model'] or '-'}"])
 
 
-def compare(
-    context: typer.Context,
-    references: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[REF|KEY=VALUE]...", help="Models; overrides of the config.", show_default=False),
-    ] = None,
-    config: ConfigOption = None,
-    baseline: Annotated[str | None, typer.Option("--baseline", help="Model to set the arms against.")] = None,
-    name: Annotated[str | None, typer.Option("--name", help="Name of the report.")] = None,
-    split: SplitOption = None,
-    prompts: PromptsOption = None,
-    max_prompts: MaxPromptsOption = None,
-    samples: SamplesOption = None,
-    temperature: TemperatureOption = None,
-    max_new_tokens: MaxNewTokensOption = None,
-    seed: SeedOption = None,
-    reward_model: RewardModelOption = None,
-    reference: ReferenceOption = None,
-    best_of: BestOfOption = None,
-    home: HomeOption = None,
-    json: JsonOption = False,
-    dry_run: DryRunOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Compare policies on the same prompts with the same random numbers; writes reports/NAME/results.json."""
-    common = common_of(context, home, json, dry_run, debug)
-    from rlhf_pipeline.config.load import load_config
-
-    words = references or []
-    overrides = [word for word in words if "=" in word]
-    arms = [word for word in words if "=" not in word]
-    options = given(
-        baseline=baseline,
-        name=name,
-        split=split,
-        prompts=prompts,
-        max_prompts=max_prompts,
-        samples=samples,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        reward_model=reward_model,
-        reference=reference,
-        best_of=best_of,
-        arms=arms or None,
-    )
-    loaded = load_config("compare", config, overrides, extra=options)
-    if common.dry_run:
-        models = [*loaded.config.arms, *([loaded.config.baseline] if loaded.config.baseline else [])]
-        dry_run_of("compare", loaded.config, models, common)
-        return
-    from rlhf_pipeline.experiment.compare import run_compare
-
-    result = run_compare(loaded.config, common.home_path)
-    if common.json:
-        emit_json(result)
-    else:
-        print_comparison(result)
-
-
 def dry_run_of(what: str, config: Any, models: list[str], common: Any) -> None:
     """Resolve the models and print what would be done."""
     from rlhf_pipeline.registry import Registry, check_role
@@ -196,46 +142,6 @@ def dry_run_of(what: str, config: Any, models: list[str], common: Any) -> None:
         emit_json(result)
     else:
         emit_table("dry run: nothing was measured", ("what", "value"), flat_metrics(result))
-
-
-def print_comparison(result: dict[str, Any]) -> None:
-    """The table of a comparison, and where its results are."""
-    shown = ("true_reward", "score", "kl", "well_formed", "ended", "length")
-    names = [name for name in shown if name in result["rows"][0]["metrics"]]
-    primary = result["primary"]
-    columns = ["model", "beta", *(NAMES[name] for name in names)]
-    columns += ["win rate", "gain/sd"] if primary else []
-    rows, costs = [], []
-    for row in result["rows"]:
-        if cost := row.get("cost"):
-            counts = (number(int(cost[key])) for key in ("tokens_trained", "tokens_generated", "optimizer_steps"))
-            costs.append((row["name"], number(cost["wall_seconds"], 0), number(cost["flops"] / 1e12, 2), *counts))
-        cells = [row["name"], "-" if row.get("beta") is None else f"{row['beta']:g}"]
-        for name in names:
-            if name == "kl" and "kl_bound" in row:
-                cells.append(f"<= {row['kl_bound']:.2f}")
-            else:
-                cells.append(interval(row["metrics"].get(name)))
-        if primary:
-            cells += [interval(row.get("win_rate")), number(row.get("gain_in_sd"), 2)]
-        rows.append(cells)
-    title = (
-        f"{result['name']}: {result['prompts']} prompts of the split {result['split']!r} x {result['samples']} samples"
-    )
-    emit_table(title, columns, rows)
-    if result.get("exact"):
-        print_exact(result["exact"] | {"split": result["split"]})
-    emit_table("cost", ("model", "seconds", "TFLOP", "tokens trained", "tokens generated", "optimizer steps"), costs)
-    judge = result["reward_model"] or "-"
-    emit_lines(
-        [
-            "figures: mean ± half of the 95 % interval, clustered by prompt",
-            f"KL to {result['reference'] or '-'}, nats per response; RM score by {judge}; <= marks an upper bound",
-            f"win rate and gain (in standard deviations of its responses) against {result['baseline']}",
-            "cost: the arm's own run and, for PPO, that of its reward model; stages that arms share are on no bill",
-            f"results  {result['path']}",
-        ]
-    )
 
 
 def generate(
@@ -293,6 +199,5 @@ def generate(
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the app."""
-    app.command("compare")(compare)
     app.command("evaluate")(evaluate)
     app.command("generate")(generate)

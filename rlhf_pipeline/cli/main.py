@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from rlhf_pipeline import __version__
-from rlhf_pipeline.cli import data, evaluate, exact, models, train
+from rlhf_pipeline.cli import compare, data, evaluate, exact, models, report, train
 from rlhf_pipeline.cli.options import Common, DebugOption, DryRunOption, HomeOption, JsonOption
 from rlhf_pipeline.errors import RlhfError
 
@@ -46,7 +46,9 @@ def root(
 
 train.register(app)
 evaluate.register(app)
+compare.register(app)
 exact.register(app)
+report.register(app)
 app.add_typer(models.app, name="models")
 app.add_typer(data.app, name="data")
 

@@ -83,6 +83,8 @@ def show(
         return
     shown = {key: content[key] for key in ("stage", "parents", "seed", "created", "config", "metrics", "cost")}
     emit_table(f"{resolved.label}  {resolved.path}", ("what", "value"), flat_metrics(shown))
+    findings = resolved.manifest.metrics.get("health") or []
+    emit_lines([f"health: {one['cause']} since step {one['since_step']}: {one['message']}" for one in findings])
 
 
 @app.command("lineage")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -78,7 +79,7 @@ def run(
     dry_run: DryRunOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Run the stages of an experiment in order, then compare; what is done is skipped."""
+    """Run the stages of an experiment, for every seed and setting, then compare; what is done is skipped."""
     common = common_of(context, home, json, dry_run, debug)
     if common.dry_run:
         from rlhf_pipeline.experiment.estimate import estimate_experiment
@@ -87,20 +88,34 @@ def run(
         return
     from rlhf_pipeline.experiment.run import run_experiment
 
-    result = run_experiment(experiment, overrides or [], common.home_path, resume=resume)
+    again = shlex.join(["rlhf", "run", str(experiment), *(overrides or [])])
+    result = run_experiment(experiment, overrides or [], common.home_path, resume=resume, command=again)
     if common.json:
         emit_json(result)
         return
     if result["comparison"] is not None:
-        from rlhf_pipeline.cli.evaluate import print_comparison
+        from rlhf_pipeline.cli.compare import print_comparison
 
         print_comparison(result["comparison"])
         return
-    rows = [
-        (name, entry["model"], "done already" if entry["skipped"] else "done")
-        for name, entry in result["stages"].items()
-    ]
-    emit_table(result["experiment"], ("stage", "model", "state"), rows)
+    _print_runs(result)
+
+
+def _print_runs(result: dict[str, Any]) -> None:
+    """The models of an experiment without a comparison: a line for each stage, or for each seed and setting of it."""
+    if "points" not in result:
+        rows = [(name, entry["model"], _state(entry)) for name, entry in result["stages"].items()]
+        emit_table(result["experiment"], ("stage", "model", "state"), rows)
+        return
+    rows = []
+    for entry in result["points"]:
+        setting = " ".join(f"{key}={value}" for key, value in entry["setting"].items()) or "-"
+        rows.append((entry["stage_name"], setting, str(entry["seed"]), entry["model"], _state(entry)))
+    emit_table(result["experiment"], ("stage", "setting", "seed", "model", "state"), rows)
+
+
+def _state(entry: dict[str, Any]) -> str:
+    return "done already" if entry["skipped"] else "done"
 
 
 def register(app: typer.Typer) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, field_validator
 
@@ -81,6 +81,7 @@ class EvaluateConfig(PromptsConfig):
     samples: Count = option(4, "responses sampled per prompt (ours)")
     seed: Seed = option(0, "seed of sampling (ours)")
     best_of: Counts = option((), "numbers of samples n to report best-of-n for (ours: none)")
+    judge: Text | None = option(None, "held-out reward model: trained on pairs that no arm has seen (ours: none)")
 
 
 class CompareConfig(EvaluateConfig):
@@ -94,6 +95,14 @@ class CompareConfig(EvaluateConfig):
         ..., "models to compare: registry names, directories or hub ids", min_length=1, examples=[["a", "b"]]
     )
     baseline: Text | None = option(None, "model that the arms are set against (default: the first arm)")
+    validation_split: Text | None = option(
+        "validation", "split of the prompts on which settings of a sweep are chosen (ours)"
+    )
+    allow_mismatch: bool = option(False, "compare arms that differ in more than their training, and say so (ours)")
+    primary_contrast: Literal["auto", "as_trained", "matched_kl", "selected"] = option(
+        "auto", "the contrast that is declared beforehand; auto: matched_kl in a sweep, else as_trained (ours)"
+    )
+    shown_prompts: Count = option(4, "prompts whose responses stand side by side in the report (ours)")
     exact: bool = option(True, "add exact figures where every response can be listed: the built-in world (ours)")
     reward_model_prompts: Count = option(4, "most prompts for exact figures that need a reward model")
 

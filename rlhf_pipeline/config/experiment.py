@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,45 +14,13 @@ from pydantic import BaseModel
 from rlhf_pipeline.config.draft import Draft, Override, parse_overrides
 from rlhf_pipeline.config.links import Links
 from rlhf_pipeline.config.load import in_order, validate
-from rlhf_pipeline.config.plan import ExperimentConfig
-from rlhf_pipeline.config.references import references, set_value
+from rlhf_pipeline.config.plan import ExperimentConfig, resampled
+from rlhf_pipeline.config.references import references
+from rlhf_pipeline.config.spec import Experiment, StageSpec
 from rlhf_pipeline.config.stages import STAGES, TRAINING
+from rlhf_pipeline.config.sweep import Axis, at, read_sweep, repeated, spelling, swept
 from rlhf_pipeline.config.yaml import KeyPath, read_document
 from rlhf_pipeline.errors import ConfigError, Fault, did_you_mean
-
-
-@dataclass(frozen=True)
-class StageSpec:
-    """One stage of an experiment, or its comparison: a valid config in which links still name stages."""
-
-    name: str
-    stage: str
-    config_path: Path | None
-    config: Any
-    links: Mapping[KeyPath, str] = field(default_factory=dict)
-
-    def resolved(self, outputs: Mapping[str, str]) -> Any:
-        """Return the config with each linked stage's name replaced by its output's reference.
-
-        Raises:
-            KeyError: a stage that this one is linked to has no output in `outputs`.
-        """
-        values = self.config.model_dump()
-        for path, earlier in self.links.items():
-            set_value(values, path, outputs[earlier])
-        return type(self.config).model_validate(values)
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A whole experiment, checked."""
-
-    name: str
-    path: Path
-    seeds: tuple[int, ...]
-    stages: tuple[StageSpec, ...]
-    compare: StageSpec | None = None
-    notes: tuple[str, ...] = ()
 
 
 def load_experiment(
@@ -96,27 +65,47 @@ class _Reader:
         own, inner = self._share_out(parsed, self._entries())
         self.plan.override(own)
         config: ExperimentConfig | None = validate(self.plan)
-        self.faults.extend(self.plan.faults)
-
         entries = self._entries()
         commands = {name: str(entry.get("stage")) for name, entry in entries.items()}
         commands = {name: command for name, command in commands.items() if command in STAGES}
-        seed = self.plan.values.get("seeds") if config is None else config.seeds
+        axes, notes = read_sweep(self.plan, commands, inner)
+        self.faults.extend(self.plan.faults)
+        self.notes.extend(notes)
+
+        seeds = (config.seeds or ()) if config is not None else ()
         links = Links(commands, self.known_models)
-        specs = []
+        stages: list[StageSpec] = []
+        every: dict[str, tuple[StageSpec, ...]] = {}
         for name, command in commands.items():
-            draft, source = self._draft(("stages", name), command, entries[name], {"output_name": name})
-            if isinstance(seed, list | tuple) and len(seed) == 1:
-                draft.add({"seed": seed[0]}, lambda _: self.plan.where(("seeds",)))
-            specs.append(self._spec(name, draft, source, entries[name], inner.get(name, []), links))
+            path: KeyPath = ("stages", name)
+            draft, source = self._draft(path, command, entries[name], {"output_name": name})
+            if seeds:
+                draft.add({"seed": seeds[0]}, lambda _: self.plan.where(("seeds",)))
+            self._complete(draft, path, entries[name], inner.get(name, []))
+            points = self._points(name, draft, source, [axis for axis in axes if axis.stage == name], links)
+            stages += points[:1]
+            every[name] = tuple(points)
             links.done(name)
         compare = self._compare(inner.get("compare", []), links)
-        stages = [spec for spec in specs if spec is not None]
-        self.faults.extend(_across(stages, compare, self.path))
+        self.faults.extend(_across(stages, every, compare, self.path))
         if config is None:
             return None
-        seeds = config.seeds or ()
-        return Experiment(config.name, self.path, seeds, tuple(stages), compare, tuple(self.notes))
+        pinned = frozenset(
+            name
+            for name in commands
+            if "seed" in entries[name] or any(override.path == ("seed",) for override in inner.get(name, ()))
+        )
+        return Experiment(
+            config.name,
+            self.path,
+            seeds,
+            tuple(stages),
+            compare,
+            tuple(dict.fromkeys(self.notes)),
+            {name: points for name, points in every.items() if any(axis.stage == name for axis in axes)},
+            resampled(config, commands, pinned),
+            pinned,
+        )
 
     def _entries(self) -> dict[str, dict[str, Any]]:
         stages = self.plan.values.get("stages")
@@ -131,7 +120,8 @@ class _Reader:
             return None
         name = self.plan.values.get("name")
         draft, source = self._draft(("compare",), "compare", entry, {"name": name} if name else {})
-        return self._spec("compare", draft, source, entry, overrides, links)
+        self._complete(draft, ("compare",), entry, overrides)
+        return self._spec("compare", draft, source, links)
 
     def _draft(
         self, path: KeyPath, command: str, entry: Mapping[str, Any], default: Mapping[str, Any]
@@ -155,22 +145,32 @@ class _Reader:
         draft.add_document(document, source.parent)
         return draft, source
 
-    def _spec(
-        self,
-        name: str,
-        draft: Draft,
-        source: Path | None,
-        entry: Mapping[str, Any],
-        overrides: list[Override],
-        links: Links,
-    ) -> StageSpec | None:
-        """Add what the experiment itself says about a stage, then check and link it."""
-        path: KeyPath = ("compare",) if draft.stage == "compare" else ("stages", name)
-        values = {key: value for key, value in entry.items() if key not in ("stage", "config")}
-        if draft.stage == "compare":
-            values = {key: value for key, value in entry.items() if key != "config"}
+    def _complete(self, draft: Draft, path: KeyPath, entry: Mapping[str, Any], overrides: Iterable[Override]) -> None:
+        """Add what the experiment itself says about a stage or the comparison."""
+        spoken_for = ("config",) if draft.stage == "compare" else ("stage", "config")
+        values = {key: value for key, value in entry.items() if key not in spoken_for}
         draft.add(values, lambda key: self.plan.where((*path, *key)), self.folder)
         draft.override(overrides)
+
+    def _points(
+        self, name: str, draft: Draft, source: Path | None, axes: Sequence[Axis], links: Links
+    ) -> list[StageSpec]:
+        """Return a stage at all points of its sweep, the values of the last key changing fastest."""
+        found: dict[tuple[int, ...], StageSpec] = {}
+        for point in itertools.product(*(range(len(axis.overrides)) for axis in axes)):
+            here = copy.deepcopy(draft)
+            before = len(here.notes)
+            here.override(at(axes, point))
+            del here.notes[before:]  # a note for each value would say the same
+            spec = self._spec(name, here, source, links)
+            if spec is not None:
+                setting = {axis.name: swept(axis, spec.config) for axis in axes}
+                found[point] = dataclasses.replace(spec, setting=setting)
+        self.faults.extend(repeated(axes, {point: spec.config for point, spec in found.items()}))
+        return list(found.values())
+
+    def _spec(self, name: str, draft: Draft, source: Path | None, links: Links) -> StageSpec | None:
+        """Check and link a stage or the comparison."""
         linked = links.find(name, draft)
         config: BaseModel | None = validate(draft)
         self.faults.extend(draft.faults)
@@ -194,6 +194,10 @@ class _Reader:
                     own.append(dataclasses.replace(override, path=path))
                 else:
                     inner.setdefault(top, []).append(dataclasses.replace(override, path=rest))
+            elif top == "sweep" and len(rest) > 1:
+                command = str(entries.get(str(rest[0]), {}).get("stage"))
+                key = spelling(self.plan.values.get("sweep"), str(rest[0]), command, rest[1:])
+                own.append(dataclasses.replace(override, path=("sweep", key)))
             elif top in ExperimentConfig.model_fields:
                 own.append(override)
             else:
@@ -218,7 +222,9 @@ def _unknown_override(override: Override, entries: Mapping[str, Any]) -> Fault:
     return Fault(override.where, f"the experiment has no {top!r}", "stage.key=value", near)
 
 
-def _across(stages: list[StageSpec], compare: StageSpec | None, path: Path) -> Iterator[Fault]:
+def _across(
+    stages: Sequence[StageSpec], points: Mapping[str, Sequence[StageSpec]], compare: StageSpec | None, path: Path
+) -> Iterator[Fault]:
     """Yield the faults of stages that each are right, and not together."""
     published: dict[tuple[bool, str], str] = {}
     for spec in stages:
@@ -227,7 +233,7 @@ def _across(stages: list[StageSpec], compare: StageSpec | None, path: Path) -> I
             found = f"the stages {published[key]} and {spec.name} both publish {spec.config.output_name!r}"
             yield Fault(f"{path}: stages.{spec.name}", found, "another output_name")
         published.setdefault(key, spec.name)
-    everything = [*stages, compare] if compare else stages
+    everything = [spec for one in stages for spec in points[one.name]] + ([compare] if compare else [])
     for spec in everything[1:]:
         first = everything[0]
         if spec.config.split_fractions != first.config.split_fractions:

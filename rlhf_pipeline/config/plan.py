@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 
-from rlhf_pipeline.config.base import STRICT, Name, Seed, option
+from rlhf_pipeline.config.base import STRICT, Name, Seed, option, wrong
 from rlhf_pipeline.errors import Fault, did_you_mean
 
 COMMANDS = ("sft", "train-rm", "ppo", "dpo", "collect")
+# What `seed_resamples: arms` means: what is compared, and the reward models that it is trained on.
+ARMS = ("train-rm", "ppo", "dpo")
 # A dot would read as a key inside a stage in `stage.key=value`.
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-_RESERVED = ("name", "seeds", "stages", "compare", "sweep", "world")
+_RESERVED = ("name", "seeds", "seed_resamples", "stages", "compare", "sweep", "world")
+
+
+def _resamples(value: Any) -> Any:
+    if isinstance(value, str):
+        if value not in ("arms", "all"):
+            raise wrong("arms, all, or a list of stages", f"write [{value}] for that stage alone")
+        return value
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(name, str) for name in value):
+        raise wrong("arms, all, or a list of stages")
+    return tuple(value)
 
 
 def check_stages(config: Any) -> Iterator[Fault]:
@@ -35,13 +47,23 @@ def check_stages(config: Any) -> Iterator[Fault]:
             yield Fault(f"{where}.stage", f"found {command!r}", f"one of {', '.join(COMMANDS)}", near)
 
 
-def check_later(config: Any) -> Iterator[Fault]:
-    """Yield the faults of keys that belong to a later version."""
-    if config.seeds is not None and len(config.seeds) > 1:
-        found = f"{len(config.seeds)} seeds are not available yet in this version"
-        yield Fault("seeds", found, "one seed", f"write seeds: [{config.seeds[0]}]")
-    if config.sweep:
-        yield Fault("sweep", "a sweep is not available yet in this version", "no sweep", "remove it")
+def check_seeds(config: Any) -> Iterator[Fault]:
+    """Yield the faults of seeds that are given twice."""
+    seeds = config.seeds or ()
+    for index, seed in enumerate(seeds):
+        if seed in seeds[:index]:
+            yield Fault(f"seeds.{index}", f"{seed} is given twice", "each seed once", "remove one")
+
+
+def check_resampled(config: Any) -> Iterator[Fault]:
+    """Yield the faults of resampled stages that do not exist."""
+    if isinstance(config.seed_resamples, str):
+        return
+    for index, name in enumerate(config.seed_resamples):
+        if name not in config.stages:
+            expected = f"stages of this experiment: {', '.join(config.stages)}"
+            near = did_you_mean(name, config.stages)
+            yield Fault(f"seed_resamples.{index}", f"there is no stage {name!r}", expected, near)
 
 
 class ExperimentConfig(BaseModel):
@@ -49,14 +71,37 @@ class ExperimentConfig(BaseModel):
 
     model_config = STRICT
     stage: ClassVar[str] = "experiment"
-    checks: ClassVar[tuple[Callable[[Any], Iterator[Fault]], ...]] = (check_stages, check_later)
+    checks: ClassVar[tuple[Callable[[Any], Iterator[Fault]], ...]] = (check_stages, check_seeds, check_resampled)
 
     name: Name = option(..., "name of the experiment and of its report", examples=["experiment"])
     seeds: tuple[Seed, ...] | None = option(
-        None, "seeds of all stages, one run each (default: each stage's own seed)", min_length=1
+        None,
+        "seeds of the stages, the first for those that run once (default: each stage's own seed)",
+        min_length=1,
+    )
+    seed_resamples: Annotated[str | tuple[str, ...], BeforeValidator(_resamples)] = option(
+        "arms", "what each further seed runs again: arms (train-rm, ppo and dpo), all, or a list of stages (ours)"
     )
     stages: dict[str, dict[str, Any]] = option(
         ..., "stages in order: name: {stage, config, key: value}", examples=[{"sft": {"stage": "sft"}}]
     )
-    compare: dict[str, Any] | None = option(None, "comparison at the end: {arms, baseline, config}")
-    sweep: dict[str, Any] | None = option(None, "values of stage.key to try: not available yet")
+    compare: dict[str, Any] | None = option(None, "comparison at the end: {arms, baseline, judge, config}")
+    sweep: dict[str, Any] | None = option(
+        None, "values to try: {stage.key: [value, ...]}; two keys of one stage are crossed (ours: none)"
+    )
+
+
+def resampled(config: ExperimentConfig, commands: Mapping[str, str], pinned: Collection[str]) -> tuple[str, ...]:
+    """Return the stages that each seed draws anew by themselves, in order; what depends on them follows.
+
+    Args:
+        commands: the command of each stage.
+        pinned: stages that set a seed of their own; they keep it unless they are listed by name.
+    """
+    chosen = config.seed_resamples
+    if len(config.seeds or ()) < 2:
+        return ()
+    if not isinstance(chosen, str):
+        return tuple(name for name in commands if name in chosen)
+    kinds = ARMS if chosen == "arms" else COMMANDS
+    return tuple(name for name, command in commands.items() if command in kinds and name not in pinned)

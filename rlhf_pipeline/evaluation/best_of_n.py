@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import comb, log
 
 import numpy as np
+
+MASS_TOLERANCE = 1e-5
 
 
 def best_of_n(chooser: np.ndarray, judged: np.ndarray, n: int) -> np.ndarray:
@@ -42,3 +45,62 @@ def kl_bound(n: int) -> float:
     A bound, not the value: it is loose where responses repeat (Beirami et al. 2024).
     """
     return log(n) - (n - 1) / n
+
+
+@dataclass(frozen=True)
+class ChooserLaw:
+    """The distribution of a chooser's values under the reference, where every response can be listed.
+
+    log_mass: (U,) log-probability of each distinct value, rising. log_below: (U,) log F of the values up to and with
+    it. judged: (U,) mean of the judged figure among the responses of that value.
+    """
+
+    log_mass: np.ndarray
+    log_below: np.ndarray
+    judged: np.ndarray
+
+    @classmethod
+    def of(cls, chooser: np.ndarray, judged: np.ndarray, ref_logprobs: np.ndarray) -> ChooserLaw:
+        """From three arrays over all responses of one prompt, (L,) each.
+
+        Raises:
+            ValueError: for different lengths, or probabilities that do not sum to 1 within 1e-5.
+        """
+        values, figure, logs = (np.asarray(x, dtype=np.float64) for x in (chooser, judged, ref_logprobs))
+        probability = np.exp(logs)
+        if not (values.shape == figure.shape == logs.shape) or not abs(probability.sum() - 1) <= MASS_TOLERANCE:
+            raise ValueError(
+                f"found arrays of shape {values.shape}, {figure.shape}, {logs.shape} and a probability of "
+                f"{probability.sum():.7f} in all, expected equal shapes and 1"
+            )
+        probability = probability / probability.sum()
+        distinct, place = np.unique(values, return_inverse=True)
+        mass = np.bincount(place, weights=probability, minlength=len(distinct))
+        total = np.bincount(place, weights=probability * figure, minlength=len(distinct))
+        kept = mass > 0
+        mass, total = mass[kept], total[kept]
+        # F near 1 is 1 less the mass above it, without loss of digits; so is its logarithm.
+        above = np.append(np.cumsum(mass[:0:-1])[::-1], 0.0)
+        below = np.cumsum(mass)
+        log_below = np.where(above < 0.5, np.log1p(-np.minimum(above, 0.5)), np.log(below))
+        return cls(np.log(mass), log_below, total / mass)
+
+    def best_of(self, n: int) -> tuple[float, float]:
+        """(expected judged figure, KL to the reference in nats) of the best of n independent samples, exactly.
+
+            P(best <= v) = F(v)^n,  P(best = v) = F(v)^n - F(v-)^n
+
+        Responses with the same value share its probability in proportion to the reference, so that
+        KL = sum_v P(best = v) log(P(best = v) / P(v))            (Beirami et al. 2024, lemma 1, with ties)
+
+        Raises:
+            ValueError: for n below 1.
+        """
+        if n < 1:
+            raise ValueError(f"best of {n}: expected n of at least 1")
+        before = np.append(-np.inf, self.log_below[:-1])
+        # F(v)^n - F(v-)^n = -F(v)^n expm1(n log(F(v-) / F(v)))
+        log_best = n * self.log_below + np.log(-np.expm1(n * (before - self.log_below)))
+        best = np.exp(log_best)
+        terms = np.where(best > 0, best * (log_best - self.log_mass), 0.0)
+        return float(best @ self.judged), max(0.0, float(terms.sum()))

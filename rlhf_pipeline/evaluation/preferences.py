@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from rlhf_pipeline.evaluation.resampling import clustered
 from rlhf_pipeline.evaluation.statistics import Estimate, cluster_mean
 
 CALIBRATION_BINS = 15
 
 
+def _correctness(differences: Sequence[float]) -> np.ndarray:
+    difference = np.asarray(differences, dtype=np.float64)
+    return (difference > 0) + 0.5 * (difference == 0)
+
+
 def accuracy(differences: Sequence[float], clusters: Sequence[str]) -> Estimate:
     """Share of pairs with score(chosen) > score(rejected), ties one half, interval clustered by prompt."""
-    difference = np.asarray(differences, dtype=np.float64)
-    return cluster_mean((difference > 0) + 0.5 * (difference == 0), clusters, share=True)
+    return cluster_mean(_correctness(differences), clusters, share=True)
 
 
 def expected_calibration_error(differences: Sequence[float], bins: int = CALIBRATION_BINS) -> float:
@@ -22,13 +28,53 @@ def expected_calibration_error(differences: Sequence[float], bins: int = CALIBRA
 
     ECE = sum_b |b| / n * |mean correctness_b - mean confidence_b|        (Guo et al. 2017, eq. 3)
     """
+    found = reliability_bins(differences, bins)
+    return float(sum(count * abs(right - sure) for sure, right, count in found) / len(differences))
+
+
+def reliability_bins(differences: Sequence[float], bins: int = CALIBRATION_BINS) -> list[tuple[float, float, int]]:
+    """(mean confidence, mean correctness, pairs) of bins of equal mass, by rising confidence max(p, 1 - p).
+
+    A calibrated scorer's bins lie on the diagonal of a plot of correctness against confidence; ties are half right.
+    """
     difference = np.asarray(differences, dtype=np.float64)
     confidence = 1 / (1 + np.exp(-np.abs(difference)))
-    correct = (difference > 0) + 0.5 * (difference == 0)
+    correct = _correctness(difference)
     order = np.argsort(confidence, kind="stable")
     groups = [group for group in np.array_split(order, bins) if len(group)]
-    gaps = [len(group) * abs(correct[group].mean() - confidence[group].mean()) for group in groups]
-    return float(sum(gaps) / len(difference))
+    return [(float(confidence[group].mean()), float(correct[group].mean()), len(group)) for group in groups]
+
+
+def compare_scorers(differences: Sequence[float], others: Sequence[float], clusters: Sequence[str]) -> dict[str, Any]:
+    """Accuracy of one scorer minus that of another on the same pairs, with a two-sided p-value.
+
+    With one pair per prompt p is McNemar's, exact: of the pairs on which the two differ in correctness, the number on
+    which the first does better is binomial(., 1/2) if they are equally good (McNemar 1947; a tie counts as half right,
+    so that this is the sign test). With several, pairs of one prompt depend on each other, and p is of the clustered
+    interval. The interval is clustered by prompt in either case and need not agree with McNemar's p at the border.
+
+    Args:
+        differences, others: score(chosen) - score(rejected) by each of the two, (pairs,). clusters: prompt of each.
+
+    Returns:
+        {"method": "mcnemar" or "clustered bootstrap", "difference": estimate as a dict, "p": number or None}; the
+        method is "t over prompts" below 50 prompts.
+
+    Raises:
+        ValueError: for lists of different length, or without pairs.
+    """
+    if len(differences) != len(others):
+        raise ValueError(f"found {len(differences)} and {len(others)} pairs, expected the same pairs in both")
+    better = _correctness(differences) - _correctness(others)
+    estimate, p = clustered(better, clusters)
+    method = "clustered bootstrap" if estimate.method == "bootstrap" else "t over prompts"
+    if len(set(clusters)) == len(clusters):
+        from scipy.stats import binomtest
+
+        ahead, behind = int((better > 0).sum()), int((better < 0).sum())
+        p = float(binomtest(ahead, ahead + behind).pvalue) if ahead + behind else 1.0
+        method = "mcnemar"
+    return {"method": method, "difference": estimate.as_dict(), "p": p}
 
 
 def preference_metrics(differences: Sequence[float], clusters: Sequence[str]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlhf_pipeline.algorithms.kl import k1, k3
 from rlhf_pipeline.data.batch import micro_batches, pack
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.evaluation.statistics import Estimate, cluster_mean
@@ -88,19 +89,22 @@ def add_score(samples: Samples, source: RewardSource, name: str, *, batch_size: 
 @torch.no_grad()
 def add_kl(samples: Samples, policy: Policy, reference: Policy, plan: SamplingPlan) -> None:
     """Add, per response and in nats: `kl` (sum over its positions of the exact KL over the vocabulary, the unbiased
-    estimate with the least noise), `kl_k1` (log-ratio of the response) and `entropy` (summed likewise)."""
-    rows: list[list[tuple[float, float, float]]] = [[] for _ in samples.examples]
+    estimate with the least noise), `kl_k1` (log-ratio of the response), `kl_k3` (sum of k3 over its positions) and
+    `entropy` (summed likewise)."""
+    rows: list[list[tuple[float, ...]]] = [[] for _ in samples.examples]
     for group in micro_batches(samples.examples, plan.batch_size):
         members = [samples.examples[i] for i in group]
         batch = pack(members, plan.pad_id, layout=policy.reader.layout).to(plan.device)
         found = divergence(policy, reference, batch)
-        columns = [found.kl, found.logprobs - found.ref_logprobs, found.entropy]
+        ratios = k1(found.logprobs, found.ref_logprobs), k3(found.logprobs, found.ref_logprobs)
+        columns = [found.kl, *ratios, found.entropy]
         sums = torch.stack([batch.per_completion(column.double()) for column in columns], dim=1).tolist()
         values = iter(sums)
         for i in group:
             rows[i] = [tuple(next(values)) for _ in samples.examples[i].completions]
     flat = np.array([value for row in rows for value in row], dtype=np.float64)
-    samples.values["kl"], samples.values["kl_k1"], samples.values["entropy"] = flat.T
+    for name, column in zip(("kl", "kl_k1", "kl_k3", "entropy"), flat.T, strict=True):
+        samples.values[name] = column
 
 
 def win_rate(mine: Samples, theirs: Samples, name: str) -> Estimate:

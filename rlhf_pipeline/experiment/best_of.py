@@ -11,8 +11,8 @@ from rlhf_pipeline.experiment.subjects import Bench
 
 
 def primary_figure(samples: Samples) -> str | None:
-    """The figure that says how good a response is: the truth where it is known, else the score."""
-    return next((name for name in ("true_reward", "score") if name in samples.values), None)
+    """The figure that says how good a response is: the truth where it is known, else the judge's score."""
+    return next((name for name in ("true_reward", "judge", "score") if name in samples.values), None)
 
 
 def best_of_n_rows(bench: Bench, baseline: Samples, label: str, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -35,7 +35,7 @@ def best_of_n_rows(bench: Bench, baseline: Samples, label: str, sizes: tuple[int
                 "model": label,
                 "stage": "best-of-n",
                 "n": n,
-                "chosen_by": bench.judge.label if chooser_name == "score" and bench.judge else "world",
+                "chosen_by": bench.scorer.label if chooser_name == "score" and bench.scorer else "world",
                 "metrics": figures,
                 "kl_bound": kl_bound(n),
                 "cost": {},

@@ -1,58 +1,33 @@
-"""Compare policies: same prompts, same random numbers, one table."""
+"""Compare ways of training: same prompts, same random numbers, one answer."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rlhf_pipeline.errors import MismatchError
-from rlhf_pipeline.evaluation.sampled import Samples, paired_difference, win_rate
 from rlhf_pipeline.experiment.best_of import best_of_n_rows, primary_figure
-from rlhf_pipeline.experiment.evaluate import measure
+from rlhf_pipeline.experiment.contrasts import compare_arms
 from rlhf_pipeline.experiment.exact import Judge, beta_of, exact_figures
 from rlhf_pipeline.experiment.leaves import TRUTH, Leaves
+from rlhf_pipeline.experiment.matching import differences, require_comparable
+from rlhf_pipeline.experiment.points import Point
+from rlhf_pipeline.experiment.preference_quality import preference_quality
+from rlhf_pipeline.experiment.readings import configs, curves, lineage, prompt_texts, shown_samples
+from rlhf_pipeline.experiment.rows import Measured, add_diversity, measure_points, row_of
 from rlhf_pipeline.experiment.subjects import Bench, find_policies, reference_of, reward_model_of, set_up
-from rlhf_pipeline.models.roles import Policy
+from rlhf_pipeline.experiment.verdict import verdict
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.rewards import names_a_model
 from rlhf_pipeline.training.run import make_accelerator
 from rlhf_pipeline.training.tracking import console, jsonable
 
-COST_KEYS = ("wall_seconds", "flops", "tokens_trained", "tokens_generated", "optimizer_steps")
 
-
-def bill(registry: Registry, resolved: Resolved) -> dict[str, float]:
-    """What an arm cost: its own run and, for PPO, those of its reward models. Shared stages are on no bill.
-
-    Empty where it is not known: outside the registry, and for a snapshot in the middle of a run.
-    """
-    if resolved.manifest is None or resolved.step is not None:
-        return {}
-    total = {key: float(resolved.manifest.cost.get(key, 0)) for key in COST_KEYS}
-    for role, parent in resolved.manifest.parents.items():
-        if role.startswith("reward_model"):
-            for key, value in bill(registry, registry.resolve(parent.ref)).items():
-                total[key] += value
-    return total
-
-
-def _exact(bench: Bench, config: Any, models: list[Resolved]) -> dict[str, Any] | None:
-    """Exact figures of the models, where every response can be listed and a price of KL is known."""
-    betas = [beta for model in models if (beta := beta_of(model)) is not None]
-    if not (config.exact and bench.knows_truth and bench.reference is not None and betas):
-        return None
-    learned = config.reward_model if config.reward_model and names_a_model(config.reward_model) else None
-    leaves = Leaves.of(bench)
-    judge = Judge(leaves, TRUTH, None, usual_beta=betas[0], reward_model=learned, few=config.reward_model_prompts)
-    return exact_figures(judge, models)
-
-
-def _require_one_stop_token(models: list[Resolved]) -> None:
+def _require_one_stop_token(models: Sequence[Resolved]) -> None:
     """Refuse models whose responses end in different tokens: one rule cuts all of them.
 
     Raises:
@@ -68,81 +43,150 @@ def _require_one_stop_token(models: list[Resolved]) -> None:
             )
 
 
-def run_compare(config: Any, home: Path, *, quiet: bool = False) -> dict[str, Any]:
-    """Compare arms with a baseline; writes reports/<name>/results.json and returns its content."""
+def _reference(registry: Registry, config: Any, arms: Sequence[Resolved], baseline: Resolved | None, say) -> Any:
+    """The model that KL is measured to: the one asked for, else the first that an arm was trained against."""
+    if config.reference:
+        return find_policies(registry, [config.reference], say)[0]
+    known = [found for arm in arms if (found := reference_of(registry, arm)) is not None]
+    reference = known[0] if known else baseline
+    for arm in arms:
+        found = reference_of(registry, arm)
+        if found is not None and reference is not None and found.digest != reference.digest:
+            say(f"note: {arm.label} was trained against {found.label}; KL is measured to {reference.label} for all")
+    return reference
+
+
+def _exact(bench: Bench, config: Any, models: list[Resolved]) -> dict[str, Any] | None:
+    """Exact figures of the models, where every response can be listed and a price of KL is known."""
+    betas = [beta for model in models if (beta := beta_of(model)) is not None]
+    if not (config.exact and bench.knows_truth and bench.reference is not None and betas):
+        return None
+    learned = config.reward_model if config.reward_model and names_a_model(config.reward_model) else None
+    leaves = Leaves.of(bench)
+    judge = Judge(leaves, TRUTH, None, usual_beta=betas[0], reward_model=learned, few=config.reward_model_prompts)
+    return exact_figures(judge, models, best_of=config.best_of)
+
+
+def _find_points(
+    registry: Registry, config: Any, points: Sequence[Point] | None, say: Any
+) -> list[tuple[Point, Resolved]]:
+    """The points with their models; without an experiment every reference is an arm of one point."""
+    if points is None:
+        models = find_policies(registry, list(config.arms), say)
+        return [(Point(model.label, None, {}, model.label), model) for model in models]
+    return [(point, find_policies(registry, [point.model], say)[0]) for point in points]
+
+
+def run_compare(
+    config: Any,
+    home: Path,
+    *,
+    quiet: bool = False,
+    points: Sequence[Point] | None = None,
+    resampled: Sequence[str] = (),
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Compare arms with a baseline; writes reports/<name>/results.json and returns its content.
+
+    Args:
+        points: every trained model of every arm, from an experiment; without them the arms are the references of
+            the config. resampled: stages that a seed draws anew. command: how to run this again.
+
+    Raises:
+        MismatchError: the arms differ in more than the way they were trained, and `allow_mismatch` is not set.
+    """
 
     def say(text: str) -> None:
         if not quiet:
             console.print(text, markup=False)
 
-    # 1. Models, prompts, reference, judge: the same for all.
+    # 1. Models, and whether they can be compared; prompts, reference, scorers: the same for all.
     registry = Registry(home)
     device = make_accelerator(config).device
-    arms = find_policies(registry, list(config.arms), say)
+    trained = _find_points(registry, config, points, say)
+    arms: dict[str, list[Resolved]] = {}
+    for point, model in trained:
+        arms.setdefault(point.arm, []).append(model)
+    found_differences = differences(registry, arms)
+    if not config.allow_mismatch:
+        require_comparable(found_differences)
+    for difference in found_differences:
+        say(f"note: not alike in {difference}")
     baseline = find_policies(registry, [config.baseline], say)[0] if config.baseline else None
-    reference = find_policies(registry, [config.reference], say)[0] if config.reference else None
-    if reference is None:
-        known = [found for arm in arms if (found := reference_of(registry, arm)) is not None]
-        reference = known[0] if known else baseline
-        for arm, found in zip(arms, [reference_of(registry, arm) for arm in arms], strict=True):
-            if found is not None and reference is not None and found.digest != reference.digest:
-                say(f"note: {arm.label} was trained against {found.label}; KL is measured to {reference.label} for all")
-    models = ([baseline] if baseline is not None else []) + arms
+    models = ([baseline] if baseline is not None else []) + [model for _, model in trained]
+    reference = _reference(registry, config, [model for _, model in trained], baseline, say)
     _require_one_stop_token(models)
-    if config.reward_model is None and (trained_on := reward_model_of(registry, models)):
+    asked_for = config.reward_model is not None
+    if not asked_for and (trained_on := reward_model_of(registry, models)):
         config = config.model_copy(update={"reward_model": trained_on})
     samples = max([config.samples, *config.best_of])
-    bench = set_up(registry, config, models[0], device, reference=reference, samples=samples, seed=config.seed, say=say)
+    options: dict[str, Any] = {"reference": reference, "samples": samples, "seed": config.seed, "say": say}
+    bench = set_up(registry, config, models[0], device, **options)
+    swept = any(len({str(point.setting) for point, _ in trained if point.arm == arm}) > 1 for arm in arms)
+    validation = None
+    if swept and config.validation_split and config.prompts is None:
+        validation = set_up(
+            registry, config.model_copy(update={"split": config.validation_split}), models[0], device, **options
+        )
 
-    # 2. Sample and score every model with the same plan.
-    measured: list[tuple[Resolved, Samples]] = []
-    for resolved in models:
-        policy: Policy = bench.policy(resolved)
-        measured.append((resolved, measure(bench, policy)))
-        say(f"measured {resolved.label}")
+    # 2. Sample and score every model by the same plan.
+    first = [(Point(models[0].label, None, {}, models[0].label), models[0])] if baseline is not None else []
+    measured: list[Measured] = measure_points([*first, *trained], bench, validation, asked_for=asked_for)
+    rows = [row_of(registry, one, measured[0], bench) for one in measured]
+    add_diversity(rows, measured, bench)
+    best = best_of_n_rows(bench, measured[0].test, measured[0].name, config.best_of)
+    primary = primary_figure(measured[0].test)
 
-    # 3. Rows: figures with intervals, differences to the first row paired by prompt, cost.
-    first = measured[0][1]
-    primary = primary_figure(first)
-    rows = []
-    for number, (resolved, found) in enumerate(measured):
-        row: dict[str, Any] = {
-            "name": resolved.label,
-            "model": resolved.label,
-            "stage": resolved.stage,
-            "digest": resolved.digest,
-            "beta": beta_of(resolved),
-            "metrics": found.table(),
-            "cost": bill(registry, resolved),
-        }
-        if number and primary is not None:
-            row["win_rate"] = win_rate(found, first, primary).as_dict()
-            row["difference"] = paired_difference(found, first, primary).as_dict()
-            spread = float(np.std(first.values[primary]))
-            row["gain_in_sd"] = row["difference"]["mean"] / spread if spread > 0 else None
-        rows.append(row)
-    rows += best_of_n_rows(bench, first, measured[0][0].label, config.best_of)
-
-    # 4. Write.
-    directory = home / "reports" / config.name
-    results = {
+    # 3. What follows from the figures.
+    exact = _exact(bench, config, list({model.digest: model for model in models}.values()))
+    results: dict[str, Any] = {
         "name": config.name,
+        "command": command,
         "primary": primary,
         "baseline": models[0].label,
         "reference": reference.label if reference is not None else None,
-        "reward_model": bench.judge.label if bench.judge is not None else None,
+        "reward_model": bench.scorer.label if bench.scorer is not None else None,
+        "judge": bench.judge.label if bench.judge is not None else None,
         "prompts": len(bench.plan.prompts),
+        "prompt_texts": prompt_texts(bench),
         "samples": samples,
         "split": config.split,
+        "validation_split": config.validation_split if validation is not None else None,
         "temperature": config.temperature,
+        "response_length": bench.plan.response_length,
         "seed": config.seed,
+        "seeds": sorted({point.seed for point, _ in trained if point.seed is not None}),
+        "resampled": list(resampled),
         "data": bench.data,
-        "rows": rows,
-        "exact": _exact(bench, config, models),
-        "path": str(directory / "results.json"),
+        "comparable": {
+            "ok": not found_differences,
+            "differences": [difference.as_dict() for difference in found_differences],
+            "allowed": bool(config.allow_mismatch),
+        },
+        "rows": [*rows, *best],
+        "exact": exact,
+        "preferences": preference_quality(bench, config, trained),
     }
+    results |= compare_arms(measured[len(first) :], measured[0], results, config, registry)
+    results["verdict"] = verdict(results)
+    results |= {
+        "samples_shown": shown_samples(bench, {one.name: one.test for one in measured}, config.shown_prompts),
+        "curves": curves(registry, models),
+        "lineage": lineage(registry, models),
+        "configs": configs(models),
+    }
+    return _write(results, home / "reports" / config.name)
+
+
+def _write(results: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """results.json beside its target, then renamed; then the report, which needs nothing else."""
+    from rlhf_pipeline.experiment.report import write_report
+
     directory.mkdir(parents=True, exist_ok=True)
+    paths = {"path": str(directory / "results.json"), "report": str(directory / "index.html")}
+    results = jsonable(results | paths)
     temporary = directory / f".results.json.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(jsonable(results), indent=2) + "\n")
+    temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, directory / "results.json")
-    return jsonable(results)
+    write_report(results, directory)
+    return results

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.config.experiment import load_experiment
+from rlhf_pipeline.config.grid import expand
 from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.data.sources import part_of
 from rlhf_pipeline.data.splits import in_split
-from rlhf_pipeline.experiment.run import check_inputs, find_done
+from rlhf_pipeline.experiment.done import survey
+from rlhf_pipeline.experiment.run import check_inputs
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import check_role
 from rlhf_pipeline.registry.store import Registry
@@ -128,21 +130,21 @@ def _training_rows(stage: str, config: Any, home: Path) -> int:
 
 
 def estimate_experiment(path: Path, overrides: list[str], home: Path) -> dict[str, Any]:
-    """Check an experiment as `rlhf run` would, and say which stages are done already.
+    """Check an experiment as `rlhf run` would, and say which of its runs are done already.
 
-    Stages behind one that is not done cannot be looked up: their inputs do not exist yet.
+    Runs behind one that is not done cannot be looked up: their inputs do not exist yet.
     """
     registry = Registry(home)
     experiment = load_experiment(path, overrides, known_models=registry.models.names())
     check_inputs(experiment, registry)
-    outputs: dict[str, str] = {}
-    stages: dict[str, Any] = {}
-    for spec in experiment.stages:
-        state = f"{spec.stage}: to run"
-        if set(spec.links.values()) <= set(outputs):
-            done = find_done(spec.stage, spec.resolved(outputs), registry)
-            if done is not None:
-                outputs[spec.name] = f"collected:{done.label}" if spec.stage == "collect" else done.label
-                state = f"{spec.stage}: done already, {done.label}"
-        stages[spec.name] = state
-    return {"experiment": experiment.name, "stages": stages}
+    nodes = expand(experiment)
+    done = survey(nodes, registry)
+    states = ["to run" if found is None else f"done already, {found.label}" for found in done]
+    finished = sum(found is not None for found in done)
+    return {
+        "experiment": experiment.name,
+        "runs": len(nodes),
+        "done": finished,
+        "to_run": len(nodes) - finished,
+        "stages": {node.label: f"{node.spec.stage}: {state}" for node, state in zip(nodes, states, strict=True)},
+    }

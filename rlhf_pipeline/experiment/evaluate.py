@@ -15,6 +15,7 @@ from rlhf_pipeline.registry.integrity import verify_files
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import role_of
 from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.rollout.rewards import RewardSource
 from rlhf_pipeline.stages.common import find_model, load_reward_model, tokenizer_of
 from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.stages.reward import baselines, evaluate_pairs
@@ -22,13 +23,14 @@ from rlhf_pipeline.training.run import make_accelerator
 from rlhf_pipeline.training.tracking import console
 
 
-def measure(bench: Bench, policy: Policy) -> Samples:
-    """Sample a policy by the bench's plan and add every figure that is known."""
+def measure(bench: Bench, policy: Policy, scorer: RewardSource | None = None) -> Samples:
+    """Sample a policy by the bench's plan and add every figure that is known; `scorer` in place of the bench's."""
     samples = draw(policy, bench.plan)
     if bench.knows_truth:
         add_true_reward(samples)
-    if bench.judge is not None:
-        add_score(samples, bench.judge, "score", batch_size=bench.plan.batch_size)
+    for name, source in (("score", scorer or bench.scorer), ("judge", bench.judge)):
+        if source is not None:
+            add_score(samples, source, name, batch_size=bench.plan.batch_size)
     reference = bench.reference_policy()
     if reference is not None:
         add_kl(samples, policy, reference, bench.plan)
@@ -63,7 +65,7 @@ def run_evaluate(reference_text: str, config: Any, home: Path, *, quiet: bool = 
         "model": resolved.label,
         "stage": resolved.stage,
         "reference": reference.label if reference is not None else None,
-        "reward_model": bench.judge.label if bench.judge is not None else None,
+        "reward_model": bench.scorer.label if bench.scorer is not None else None,
         "prompts": len(bench.plan.prompts),
         "samples": bench.plan.samples,
         "data": bench.data,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_pipeline.errors import ConfigError, Fault, RunFailed
+from rlhf_pipeline.evaluation.best_of_n import ChooserLaw
 from rlhf_pipeline.evaluation.exact import (
     Frontier,
     RewardLaw,
@@ -143,7 +145,28 @@ def optimum_row(judge: Judge, beta: float) -> dict[str, Any]:
     return objective_row(judge, logprobs, beta) | {"gap_true": gap_to(judge, logprobs, TRUTH, beta)}
 
 
-def exact_figures(judge: Judge, models: list[Resolved], excess: dict[str, Any] | None = None) -> dict[str, Any]:
+def best_of_n_exactly(judge: Judge, sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """Best-of-n of the reference, without sampling: chosen by the reward model where there is one, judged by the
+    objective's reward."""
+    chooser: Reward = TRUTH if judge.reward_model is None else ((1.0, judge.reward_model),)
+    count, leaves = min(judge.count(chooser), judge.count(judge.reward)), judge.leaves
+    laws = [
+        ChooserLaw.of(
+            leaves.reward(chooser, i).numpy(), leaves.reward(judge.reward, i).numpy(), leaves.reference[i].numpy()
+        )
+        for i in range(count)
+    ]
+    rows = []
+    for n in sizes:
+        found = [law.best_of(n) for law in laws]
+        row = {"n": n, "chosen_by": chooser[0][1], "prompts": count}
+        rows.append(row | {"reward": _mean([value for value, _ in found]), "kl": _mean([kl for _, kl in found])})
+    return rows
+
+
+def exact_figures(
+    judge: Judge, models: list[Resolved], excess: dict[str, Any] | None = None, best_of: Sequence[int] = ()
+) -> dict[str, Any]:
     """One row for each model, one for the optimum at each beta that occurs, and the frontier that none may cross."""
     bench, rows = judge.leaves.bench, []
     for model in models:
@@ -165,6 +188,7 @@ def exact_figures(judge: Judge, models: list[Resolved], excess: dict[str, Any] |
         "responses": judge.leaves.tree.num_leaves,
         "temperature": bench.config.temperature,
         "rows": rows,
+        "best_of_n": best_of_n_exactly(judge, best_of),
         "frontier": {"beta": curve.betas.tolist(), "reward": curve.reward.tolist(), "kl": curve.kl.tolist()},
     }
 

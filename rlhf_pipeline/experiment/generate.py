@@ -23,7 +23,7 @@ def run_generate(reference_text: str, config: Any, home: Path, *, texts: Sequenc
     options = {"samples": config.samples, "seed": config.seed, "say": lambda _: None, "texts": texts}
     bench = set_up(registry, config, resolved, device, reference=None, **options)
     samples = draw(bench.policy(resolved), bench.plan)
-    judge = bench.judge or (WorldReward() if bench.knows_truth and config.reward_model else None)
+    judge = bench.scorer or (WorldReward() if bench.knows_truth and config.reward_model else None)
     if judge is not None:
         add_score(samples, judge, "score", batch_size=bench.plan.batch_size)
     scores = iter(samples.values["score"].tolist()) if judge is not None else None

@@ -1,4 +1,4 @@
-"""Run an experiment: its stages in order, what is done skipped, then the comparison."""
+"""Run an experiment: its stages for every seed and setting, what is done skipped, then the comparison."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.config.dump import config_digest
-from rlhf_pipeline.config.experiment import Experiment, StageSpec, load_experiment
-from rlhf_pipeline.config.references import references
-from rlhf_pipeline.data.load import read_records, records_digest
-from rlhf_pipeline.data.sources import part_of
-from rlhf_pipeline.data.splits import assign_splits, in_split
-from rlhf_pipeline.errors import BadInput, ConfigError, Fault
-from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.config.experiment import load_experiment
+from rlhf_pipeline.config.grid import Node, expand, resampled
+from rlhf_pipeline.config.references import Reference, references
+from rlhf_pipeline.config.spec import Experiment
+from rlhf_pipeline.data.load import read_records
+from rlhf_pipeline.errors import BadInput, ConfigError, Fault, Interrupted
+from rlhf_pipeline.experiment.done import find_done, output_of, survey
+from rlhf_pipeline.experiment.points import points_of
+from rlhf_pipeline.experiment.progress import Progress
 from rlhf_pipeline.registry.roles import check_role
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.rollout.rewards import is_function_name, load_function, names_a_model
+from rlhf_pipeline.rollout.rewards import is_function_name, load_function
 from rlhf_pipeline.stages.common import StageResult
 from rlhf_pipeline.training.tracking import console
-
-REGISTRY_STAGE = {"sft": "sft", "train-rm": "reward", "ppo": "ppo", "dpo": "dpo", "collect": "collect"}
 
 
 def stage_function(stage: str) -> Callable[..., StageResult]:
@@ -37,65 +36,6 @@ def stage_function(stage: str) -> Callable[..., StageResult]:
     }[stage]
 
 
-def expected_parents(stage: str, config: Any, registry: Registry) -> dict[str, str | None]:
-    """Digests of the models that a stage with this config would come from, by role."""
-
-    def digest(text: str) -> str | None:
-        return registry.resolve(text).digest
-
-    if stage == "collect":
-        parents = {"policy": digest(config.policy)}
-        return parents | ({"judge": digest(config.judge)} if names_a_model(config.judge) else {})
-    if config.model_name_or_path is None:
-        return {}
-    parents = {"base": digest(config.model_name_or_path)}
-    if stage == "dpo":
-        parents["reference"] = digest(config.ref_model or config.model_name_or_path)
-    if stage == "ppo":
-        parents["reference"] = parents["base"]
-        for number, source in enumerate(r.source for r in config.rewards if names_a_model(r.source)):
-            parents["reward_model" if number == 0 else f"reward_model_{number + 1}"] = digest(source)
-    return parents
-
-
-def expected_data(stage: str, config: Any, home: Path) -> list[str]:
-    """Digests of the data that a stage with this config would train on (or take prompts from)."""
-    if stage == "collect":
-        part = part_of(config.prompts, config.dataset_config, "prompt")
-        found = read_records(config.prompts, config=part, home=home, skip_bad_rows=config.skip_bad_rows)
-        fractions = config.split_fractions
-        splits: Sequence[str] = config.splits or sorted(set(assign_splits(found.records, fractions, found.source)))
-        return [records_digest(in_split(found.records, split, fractions, found.source)) for split in splits]
-    digests = []
-    for name, part in _sources(stage, config):
-        found = read_records(name, config=part, home=home, skip_bad_rows=config.skip_bad_rows)
-        chosen = in_split(found.records, config.dataset_train_split, config.split_fractions, found.source)
-        digests.append(records_digest(chosen))
-    return digests
-
-
-def _sources(stage: str, config: Any) -> list[tuple[str, str | None]]:
-    if config.datasets:
-        return [(entry.dataset_name, entry.dataset_config) for entry in config.datasets]
-    kind = "prompt" if config.reads_prompts else "row"
-    return [(config.dataset_name, part_of(config.dataset_name, config.dataset_config, kind))]
-
-
-def find_done(stage: str, config: Any, registry: Registry) -> Resolved | None:
-    """The latest version that this very config has made from the same parents and data, if there is one."""
-    digest = config_digest(config)
-    shelf = registry.data if stage == "collect" else registry.models
-    if not any(item.manifest is not None and item.manifest.config_digest == digest for item in shelf.all()):
-        return None  # the cheap answer first: reading the data takes a moment
-    return registry.find(
-        REGISTRY_STAGE[stage],
-        digest,
-        expected_parents(stage, config, registry),
-        expected_data(stage, config, registry.home),
-        name=config.output_name,
-    )
-
-
 def check_inputs(experiment: Experiment, registry: Registry) -> None:
     """Check every model and data source that exists already, before the first stage runs.
 
@@ -103,100 +43,169 @@ def check_inputs(experiment: Experiment, registry: Registry) -> None:
         BadInput: with all faults of all stages.
     """
     faults: list[Fault] = []
-    for spec in (*experiment.stages, *([experiment.compare] if experiment.compare else [])):
-        named = [reward.source for reward in getattr(spec.config, "rewards", ())] + [getattr(spec.config, "judge", "")]
-        for source in named:
+    checked: dict[tuple[Any, ...], str | None] = {}  # a source is read once, however many points name it
+    for spec in experiment.everything():
+        named = [reward.source for reward in getattr(spec.config, "rewards", ())]
+        for source in (*named, getattr(spec.config, "judge", None) or ""):
             if is_function_name(source):
                 try:
                     load_function(source)
                 except ConfigError as error:
                     faults += error.faults
-        handed_over = set(spec.links)
         for reference in references(spec.config):
-            if reference.path in handed_over:
+            if reference.path in spec.links:
                 continue
-            where = f"{spec.name}.{'.'.join(map(str, reference.path))}"
-            try:
-                if reference.role == "data":
-                    read_records(
-                        reference.text,
-                        config=getattr(spec.config, "dataset_config", None),
-                        home=registry.home,
-                        skip_bad_rows=getattr(spec.config, "skip_bad_rows", False),
-                    )
-                else:
-                    check_role(
-                        registry.resolve(reference.text),
-                        "policy" if reference.role == "policy" else "reward_model",
-                    )
-            except BadInput as error:
-                faults.append(Fault(where, str(error)))
+            part = getattr(spec.config, "dataset_config", None) if reference.role == "data" else None
+            skip_bad_rows = getattr(spec.config, "skip_bad_rows", False)
+            key = (reference.role, reference.text, part, skip_bad_rows)
+            if key not in checked:
+                checked[key] = _problem(reference, registry, part, skip_bad_rows)
+            if (problem := checked[key]) is not None:
+                faults.append(Fault(f"{spec.name}.{'.'.join(map(str, reference.path))}", problem))
     if faults:
-        raise ConfigError(faults)
+        raise ConfigError(list(dict.fromkeys(faults)))
+
+
+def _problem(reference: Reference, registry: Registry, part: str | None, skip_bad_rows: bool) -> str | None:
+    """What is wrong with what a config names, or None."""
+    try:
+        if reference.role == "data":
+            read_records(reference.text, config=part, home=registry.home, skip_bad_rows=skip_bad_rows)
+        else:
+            role = "policy" if reference.role == "policy" else "reward_model"
+            check_role(registry.resolve(reference.text), role)
+    except BadInput as error:
+        return str(error)
+    return None
 
 
 @dataclass(frozen=True)
-class StageOutcome:
-    """What became of one stage of an experiment."""
+class Outcome:
+    """What became of one node of an experiment."""
 
-    name: str
-    stage: str
+    node: Node
     model: str
     skipped: bool
-    metrics: Mapping[str, Any]
-    cost: Mapping[str, Any]
+    seconds: float | None
+
+    def as_point(self) -> dict[str, Any]:
+        """Its line in the result of an experiment with several seeds or settings."""
+        return {
+            "stage_name": self.node.name,
+            "seed": self.node.spec.config.seed if self.node.seed is None else self.node.seed,
+            "setting": dict(self.node.setting),
+            "model": self.model,
+            "skipped": self.skipped,
+            "seconds": self.seconds,
+        }
 
 
 def run_experiment(
-    path: Path, overrides: Sequence[str], home: Path, *, resume: bool = True, quiet: bool = False
+    path: Path,
+    overrides: Sequence[str],
+    home: Path,
+    *,
+    resume: bool = True,
+    quiet: bool = False,
+    command: str | None = None,
 ) -> dict[str, Any]:
-    """Run what is missing of an experiment and compare; returns the outcome of each stage and the comparison."""
+    """Run what is missing of an experiment and compare; returns the outcome of each stage and the comparison.
+
+    Args:
+        command: how to run this again, for the report.
+    """
 
     def say(text: str) -> None:
         if not quiet:
             console.print(text, markup=False, style="bold")
 
+    # 1. Everything that can be wrong, and what is done already.
     registry = Registry(home)
     experiment = load_experiment(path, overrides, known_models=registry.models.names())
     for note in experiment.notes:
         say(f"note: {note}")
     check_inputs(experiment, registry)
-    outputs: dict[str, str] = {}
-    outcomes: list[StageOutcome] = []
-    count = len(experiment.stages)
-    for number, spec in enumerate(experiment.stages, start=1):
-        outcome = _run_stage(spec, outputs, registry, f"[{number}/{count}]", say, resume=resume, quiet=quiet)
-        outputs[spec.name] = f"collected:{outcome.model}" if spec.stage == "collect" else outcome.model
-        outcomes.append(outcome)
-    comparison = None
-    if experiment.compare is not None:
-        from rlhf_pipeline.experiment.compare import run_compare
+    nodes = expand(experiment)
+    drawn = resampled(nodes)
+    for line in _about(experiment, nodes, drawn):
+        say(line)
+    done = survey(nodes, registry)
 
-        config = experiment.compare.resolved(outputs)
-        say(f"comparing {', '.join(config.arms)}" + (f" with {config.baseline}" if config.baseline else ""))
-        comparison = run_compare(config, home, quiet=quiet)
+    # 2. The rest, in order. A node whose input has just been made may turn out to be done: it is looked up again.
+    outputs: dict[int, str] = {}
+    outcomes: list[Outcome] = []
+    progress = Progress([node.name for node in nodes], [found is not None for found in done])
+    for place, node in enumerate(nodes):
+        config = node.resolved(outputs)
+        found = done[place] or find_done(node.spec.stage, config, registry)
+        if found is not None:
+            outcomes.append(Outcome(node, found.label, True, _seconds(found.manifest.cost if found.manifest else {})))
+            say(f"[{place + 1}/{len(nodes)}] {node.label}: done already, {found.label}")
+        else:
+            say(f"[{place + 1}/{len(nodes)}] {node.label} ({progress.told(place)})")
+            try:
+                result = stage_function(node.spec.stage)(config, home, resume=resume, quiet=quiet)
+            except Interrupted:
+                finished = place + sum(later is not None for later in done[place:])
+                say(f"stopped in {node.label}: {finished} of {len(nodes)} are done; the same command goes on from here")
+                raise
+            outcomes.append(Outcome(node, result.model, False, _seconds(result.cost)))
+        progress.ended(place, outcomes[-1].skipped, outcomes[-1].seconds)
+        outputs[place] = output_of(node, outcomes[-1].model)
+
+    # 3. The result: a stage's own line is that of its first node.
+    first: dict[str, Outcome] = {}
+    for outcome in outcomes:
+        first.setdefault(outcome.node.name, outcome)
+    several = len(experiment.seeds) > 1 or bool(experiment.swept)
     return {
         "experiment": experiment.name,
-        "stages": {o.name: {"stage": o.stage, "model": o.model, "skipped": o.skipped} for o in outcomes},
-        "comparison": comparison,
+        "stages": {
+            name: {"stage": outcome.node.spec.stage, "model": outcome.model, "skipped": outcome.skipped}
+            for name, outcome in first.items()
+        },
+        **({"points": [o.as_point() for o in outcomes], "resampled": list(drawn)} if several else {}),
+        "comparison": _compared(experiment, outcomes, registry, say, drawn, quiet=quiet, command=command),
     }
 
 
-def _run_stage(
-    spec: StageSpec,
-    outputs: Mapping[str, str],
+def _about(experiment: Experiment, nodes: Sequence[Node], drawn: Sequence[str]) -> list[str]:
+    """What an experiment with several seeds or settings comes to, in words; nothing for a plain one."""
+    lines = []
+    if len(experiment.seeds) > 1:
+        shared = [spec.name for spec in experiment.stages if spec.name not in drawn]
+        seeds = ", ".join(map(str, experiment.seeds))
+        once = f"; run once: {', '.join(shared)}" if shared else ""
+        lines.append(f"seeds {seeds}: each draws {', '.join(drawn) or 'nothing'} anew{once}")
+    for name, points in experiment.swept.items():
+        count = len(points)
+        lines.append(f"sweep of {name}: {count} setting{'s' if count > 1 else ''} of {', '.join(points[0].setting)}")
+    return [*lines, f"{len(nodes)} runs in all"] if lines else []
+
+
+def _seconds(cost: Mapping[str, Any]) -> float | None:
+    seconds = cost.get("wall_seconds")
+    return None if seconds is None else float(seconds)
+
+
+def _compared(
+    experiment: Experiment,
+    outcomes: Sequence[Outcome],
     registry: Registry,
-    place: str,
     say: Callable[[str], None],
-    *,
-    resume: bool,
-    quiet: bool,
-) -> StageOutcome:
-    config = spec.resolved(outputs)
-    done = find_done(spec.stage, config, registry)
-    if done is not None and done.manifest is not None:
-        say(f"{place} {spec.name}: done already, {done.label}")
-        return StageOutcome(spec.name, spec.stage, done.label, True, done.manifest.metrics, done.manifest.cost)
-    say(f"{place} {spec.name}: {spec.stage}")
-    result = stage_function(spec.stage)(config, registry.home, resume=resume, quiet=quiet)
-    return StageOutcome(spec.name, spec.stage, result.model, False, result.metrics, result.cost)
+    drawn: Sequence[str],
+    **options: Any,
+) -> dict[str, Any] | None:
+    """The experiment's comparison: the config names the first node of each stage, the points are all of them."""
+    if experiment.compare is None:
+        return None
+    from rlhf_pipeline.experiment.compare import run_compare
+
+    models: dict[str, str] = {}
+    for outcome in outcomes:
+        models.setdefault(outcome.node.name, output_of(outcome.node, outcome.model))
+    config = experiment.compare.resolved(models)
+    points = points_of(experiment.compare, [(o.node, o.model) for o in outcomes], registry)
+    against = f" with {config.baseline}" if config.baseline else ""
+    say(f"comparing {', '.join(point.model for point in points)}{against}")
+    return run_compare(config, registry.home, points=points, resampled=drawn, **options)

@@ -1,4 +1,4 @@
-"""The models of an evaluation, their prompts, their reference and their judge."""
+"""The models of an evaluation, their prompts, their reference and who scores them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlhf_pipeline.evaluation.sampled import SamplingPlan
 from rlhf_pipeline.models.roles import Policy
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.rollout.rewards import RewardSource
+from rlhf_pipeline.rollout.rewards import WORLD_NAMES, RewardSource
 from rlhf_pipeline.stages.common import find_model, load_policy, positions_of, tokenizer_of
 from rlhf_pipeline.stages.rewards import load_reward
 
@@ -39,7 +39,8 @@ class Bench:
     plan: SamplingPlan
     knows_truth: bool
     reference: Resolved | None
-    judge: RewardSource | None
+    scorer: RewardSource | None  # the reward model of training, or what was asked for
+    judge: RewardSource | None  # a reward model trained on pairs that no arm has seen
     say: Callable[[str], None]
     _reference: Policy | None = None
     data: list[dict[str, Any]] = field(default_factory=list)
@@ -177,10 +178,14 @@ def set_up(
     drawn = f", {samples} samples each, seed {seed}" if samples else ""
     say(f"{len(prompts)} prompts of the split {config.split!r}{drawn}")
     truth = world.is_world_tokenizer(tokenizer)
-    judge = None
-    if config.reward_model is not None and not (truth and config.reward_model in ("world", world.NAME)):
-        judge = load_reward(registry, config.reward_model, config, first, tokenizer, device).source
-    return Bench(registry, config, device, tokenizer, plan, truth, reference, judge, say, data=data)
+
+    def source(text: str | None) -> RewardSource | None:
+        if text is None or (truth and text in WORLD_NAMES):
+            return None  # the truth is a figure of its own
+        return load_reward(registry, text, config, first, tokenizer, device).source
+
+    scorer, judge = source(config.reward_model), source(getattr(config, "judge", None))
+    return Bench(registry, config, device, tokenizer, plan, truth, reference, scorer, judge, say, data=data)
 
 
 def prompts_of_texts(texts: Sequence[str], tokenizer: Any, lengths: Lengths) -> list[Example]:

@@ -30,7 +30,8 @@ def model_card(manifest: Manifest) -> str:
         _use(manifest),
         _table("Parents", ("role", "model", "digest"), _parents(manifest)),
         _table("Data", ("source", "split", "rows", "dropped", "digest"), _data(manifest)),
-        _table("Metrics", ("metric", "value"), _flat(manifest.metrics)),
+        _table("Metrics", ("metric", "value"), _flat({k: v for k, v in manifest.metrics.items() if k != "health"})),
+        _table("Health", ("cause", "since step", "until step", "seen", "meaning", "to try"), _health(manifest)),
         _table("Cost", ("what", "value"), _flat(manifest.cost)),
         _table("Made with", ("what", "version"), _flat({**manifest.code, **manifest.environment})),
         f"## Config\n\n{fence(json.dumps(plain(manifest.config), indent=2, ensure_ascii=False), 'json')}",
@@ -93,6 +94,13 @@ def _data(manifest: Manifest) -> Iterable[tuple]:
     for entry in manifest.data:
         dropped = ", ".join(f"{reason}: {count}" for reason, count in entry.dropped.items())
         yield entry.source, entry.split or "", entry.rows, dropped or 0, entry.digest[:12]
+
+
+def _health(manifest: Manifest) -> Iterable[tuple]:
+    for found in manifest.metrics.get("health", ()):
+        until = found["until_step"] or "the end"
+        seen = f"{found['figure']} {found['value']:.4g}"
+        yield found["cause"], found["since_step"], until, seen, found["message"], found["knob"]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple]:

@@ -23,7 +23,7 @@ from rlhf_pipeline.stages.common import (
     tokenizer_of,
     with_lengths,
 )
-from rlhf_pipeline.stages.preference_pairs import ReferenceScores, fresh_pairs, recorded_pairs
+from rlhf_pipeline.stages.preference_pairs import Pairs, ReferenceScores, fresh_pairs, recorded_pairs
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.pairs import split_pairs
 from rlhf_pipeline.training.run import open_run
@@ -97,6 +97,12 @@ def dpo_step(
     return Loss({"dpo": (result.loss * weight, "pairs", 1.0)}, metrics)
 
 
+def chosen_tokens(pairs: Pairs, config: Any) -> float:
+    """Mean length of the chosen responses; of pairs that are yet to be drawn, the longest that it can be."""
+    lengths = [len(example.completions[0]) for example in pairs.examples]
+    return sum(lengths) / len(lengths) if lengths else float(config.lengths().response)
+
+
 def run_dpo(config: Any, home: Path, **options) -> StageResult:
     """Train a policy on preference pairs with DPO and register it."""
     with open_run("dpo", config, home, **options) as run:
@@ -141,6 +147,7 @@ def run_dpo(config: Any, home: Path, **options) -> StageResult:
             inputs=inputs_of(parents, pairs.reports),
             evaluate=pairs.evaluate,
             save=lambda directory: save_model(policy.model, tokenizer, directory),
+            known={"tokens": chosen_tokens(pairs, config)},
         )
         if config.engine == "trl":
             last = train_with_trl(
@@ -164,6 +171,7 @@ def run_dpo(config: Any, home: Path, **options) -> StageResult:
         # 4. Evaluate and register.
         metrics = {
             "train": last,
+            "health": plan.health,
             **pairs.evaluate(),
             "train_pairs": sum(r.kept for r in pairs.reports),
             "moved_optimum": moved,

@@ -24,6 +24,7 @@ from rlhf_pipeline.stages.common import (
     with_lengths,
 )
 from rlhf_pipeline.stages.data import StageData
+from rlhf_pipeline.stages.gate import repeat_gates
 from rlhf_pipeline.stages.rewards import LoadedReward, load_reward, weighted
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.ppo_windows import PpoBatch, PpoSettings, RolloutCollector
@@ -162,6 +163,7 @@ def run_ppo(config: Any, home: Path, **options) -> StageResult:
         actor = load_policy(parent, config, tokenizer, run.device, **options_)
         reference = load_policy(parent, config, tokenizer, run.device, frozen=True, **options_)
         models = [loaded for _, loaded in rewards if loaded.model is not None]
+        repeat_gates([loaded.resolved for loaded in models], run.log.say)
         model = make_actor_critic(
             actor.model,
             actor.reader,
@@ -232,5 +234,5 @@ def run_ppo(config: Any, home: Path, **options) -> StageResult:
         last = train(run, model, plan)
 
         # 4. Register the actor.
-        metrics = {"train": last, "prompts": len(prompts), "moved_optimum": moved}
+        metrics = {"train": last, "health": plan.health, "prompts": len(prompts), "moved_optimum": moved}
         return publish(run, model.actor, tokenizer, parents=parents, reports=reports, metrics=metrics)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ from rlhf_pipeline.stages.common import (
     with_lengths,
 )
 from rlhf_pipeline.stages.data import StageData
+from rlhf_pipeline.stages.gate import judge_gate
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.pairs import count_pairs, split_pairs
 from rlhf_pipeline.training.run import Run, open_run
@@ -44,9 +45,6 @@ from rlhf_pipeline.training.windows import ExampleBatch, Loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-FEW_PROMPTS = 5
 
 
 def reward_step(
@@ -90,26 +88,43 @@ def score_examples(
     return scores
 
 
-def baselines(train: Sequence[Example], held_out: Sequence[Example]) -> dict[str, dict[str, float]]:
-    """Held-out accuracy, with interval, of "longer wins" and of TF-IDF with Bradley-Terry fitted on `train`."""
-    clusters = [example.prompt_key for example in held_out]
+def baseline_differences(train: Sequence[Example], held_out: Sequence[Example]) -> dict[str, list[float]]:
+    """Score differences on held-out pairs of "longer wins" and of TF-IDF with Bradley-Terry fitted on `train`."""
 
     def texts(examples: Sequence[Example]) -> list[tuple[str, str]]:
         return [(e.completion_texts[0], e.completion_texts[1]) for e in examples]
 
     longer = longer_wins([e.completions[0] for e in held_out], [e.completions[1] for e in held_out])
-    scored = {"longer_wins": longer, "tfidf": tfidf_bradley_terry(texts(train), texts(held_out))}
+    return {"longer_wins": longer, "tfidf": tfidf_bradley_terry(texts(train), texts(held_out))}
+
+
+def baseline_accuracies(
+    differences: Mapping[str, Sequence[float]], held_out: Sequence[Example]
+) -> dict[str, dict[str, float]]:
+    """Held-out accuracy of baselines, with interval."""
+    clusters = [example.prompt_key for example in held_out]
     return {
         name: {"accuracy": estimate.mean, "accuracy_low": estimate.low, "accuracy_high": estimate.high}
-        for name, estimate in ((name, accuracy(values, clusters)) for name, values in scored.items())
+        for name, estimate in ((name, accuracy(values, clusters)) for name, values in differences.items())
     }
+
+
+def baselines(train: Sequence[Example], held_out: Sequence[Example]) -> dict[str, dict[str, float]]:
+    """Held-out accuracy, with interval, of both baselines."""
+    return baseline_accuracies(baseline_differences(train, held_out), held_out)
 
 
 def evaluate_pairs(
     model: RewardModel, held_out: Sequence[Example], *, batch_size: int, pad_id: int, device: torch.device
 ) -> dict[str, Any]:
     """Accuracy, calibration and the labels' ceiling on held-out pairs; cut responses apart."""
-    scores = score_examples(model, held_out, batch_size=batch_size, pad_id=pad_id, device=device)
+    return describe_pairs(
+        score_examples(model, held_out, batch_size=batch_size, pad_id=pad_id, device=device), held_out
+    )
+
+
+def describe_pairs(scores: Sequence[Sequence[float]], held_out: Sequence[Example]) -> dict[str, Any]:
+    """`evaluate_pairs` of scores that are known."""
     differences = [chosen - rejected for chosen, rejected in scores]
     clusters = [example.prompt_key for example in held_out]
     metrics: dict[str, Any] = preference_metrics(differences, clusters)
@@ -232,17 +247,25 @@ def run_reward(config: Any, home: Path, **options) -> StageResult:
 
         # 4. Normalise, evaluate against the baselines, register.
         shift = center(run, model, parent, examples, tokenizer)
-        metrics: dict[str, Any] = {"train": last, "reward_shift": shift, "train_pairs": len(examples)}
+        metrics: dict[str, Any] = {
+            "train": last,
+            "health": plan.health,
+            "reward_shift": shift,
+            "train_pairs": len(examples),
+        }
         if held_out:
-            metrics |= evaluate_pairs(model, held_out, **eval_options)
-            metrics["baselines"] = baselines(examples, held_out)
+            scores = score_examples(model, held_out, **eval_options)
+            metrics |= describe_pairs(scores, held_out)
+            rivals = baseline_differences(examples, held_out)
+            metrics["baselines"] = baseline_accuracies(rivals, held_out)
+            differences = [chosen - rejected for chosen, rejected in scores]
+            metrics["gate"] = judge_gate(differences, rivals, [example.prompt_key for example in held_out])
             describe_quality(run, metrics)
         return publish(run, network, tokenizer, parents={"base": parent}, reports=reports, metrics=metrics)
 
 
 def describe_quality(run: Run, metrics: dict[str, Any]) -> None:
-    """Say how the reward model stands against its baselines; one that beats neither is no reward model."""
-    best = max(metrics["baselines"].items(), key=lambda item: item[1]["accuracy"])
+    """Say how the reward model stands against its baselines and whether it passed its gate."""
     line = (
         f"held-out accuracy {metrics['accuracy']:.3f} [{metrics['accuracy_low']:.3f}, {metrics['accuracy_high']:.3f}]"
     )
@@ -251,10 +274,9 @@ def describe_quality(run: Run, metrics: dict[str, Any]) -> None:
     for name, value in metrics["baselines"].items():
         line += f", {name} {value['accuracy']:.3f}"
     run.log.say(line)
-    if metrics["prompts"] < FEW_PROMPTS:
-        run.log.say(f"only {metrics['prompts']} held-out prompts: these figures say little")
-    elif metrics["accuracy"] <= best[1]["accuracy"]:
+    if not metrics["gate"]["passed"]:
         run.log.say(
-            f"WARNING: this reward model does not beat the baseline {best[0]!r}; more or cleaner pairs, a larger "
-            "model or another learning_rate are needed before PPO on it means anything"
+            f"WARNING: this reward model fails its gate: {metrics['gate']['reason']}; more or cleaner pairs, a larger "
+            "model or another learning_rate are needed before PPO on it means anything",
+            style="yellow",
         )

@@ -149,6 +149,7 @@ def run_sft(config: Any, home: Path, **options) -> StageResult:
         # 4. Evaluate and register.
         metrics = {
             "train": last,
+            "health": plan.health,
             **evaluate(),
             "train_examples": len(examples),
             "eval_examples": len(held_out),

@@ -12,9 +12,11 @@ from torch import nn
 
 from rlhf_pipeline.errors import Interrupted, MismatchError
 from rlhf_pipeline.training.checkpoint import restore, save_checkpoint
+from rlhf_pipeline.training.health import Monitor, facts_of, tell, tell_all
 from rlhf_pipeline.training.loop import Step, fit
 from rlhf_pipeline.training.optimizer import make_optimizer, make_scheduler
 from rlhf_pipeline.training.run import Run
+from rlhf_pipeline.training.watches import WATCHES
 from rlhf_pipeline.training.windows import Window
 
 Metrics = dict[str, float]
@@ -29,6 +31,8 @@ class Plan:
     derive: turns the metrics of an update into what is logged.
     inputs: digests of the models and data that the run is made of; a checkpoint of other ones is refused.
     evaluate: figures at an evaluation. save: writes a snapshot of the model into a directory.
+    known: what the watches have to know of the run besides its config (fields of `Facts`).
+    health: what they found, filled in by `train`, as a manifest has it.
     """
 
     windows: Callable[[nn.Module, int], Iterable[Window]]
@@ -39,6 +43,13 @@ class Plan:
     inputs: Mapping[str, str | None] = field(default_factory=dict)
     evaluate: Callable[[], Metrics] | None = None
     save: Callable[[Path], None] | None = None
+    known: Mapping[str, float] = field(default_factory=dict)
+    health: list[dict[str, Any]] = field(default_factory=list)
+
+    def monitor(self, run: Run) -> Monitor:
+        """The watches of the run's stage."""
+        facts = facts_of(run.config, self.total, run.accelerator.num_processes, self.known)
+        return Monitor(WATCHES[run.stage], facts)
 
 
 def _every(setting: int | tuple[int, ...] | None, step: int) -> bool:
@@ -101,11 +112,13 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
     scheduler = make_scheduler(optimizer, config.lr_scheduler_type, warmup_steps=config.warmup_steps, total=plan.total)
     start = 0
     last: Metrics = {}
+    monitor = plan.monitor(run)
     if run.checkpoint is not None:
         _require_same_inputs(run, plan.inputs)
         extra = restore(run.checkpoint, model=model, optimizer=optimizer, scheduler=scheduler)
         start, last = run.checkpoint.step, extra["last"]
         _restore_meter(run, extra["cost"])
+        monitor.restore(extra.get("health"))
         run.log.say(f"resumed at step {start} of {plan.total}")
     run.log.total, run.log.shown = plan.total, plan.shown
     prepared, prepared_optimizer = run.accelerator.prepare(model, optimizer)
@@ -135,16 +148,19 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
             model=model,
             optimizer=optimizer,
             scheduler=scheduler,
-            extra={"cost": counted, "last": last, "inputs": dict(plan.inputs)},
+            extra={"cost": counted, "last": last, "inputs": dict(plan.inputs), "health": monitor.state()},
             keep=config.save_total_limit,
         )
 
     def on_update(step: int, metrics: Metrics, window: Window) -> None:
         nonlocal last
         last = plan.derive(metrics)
-        run.log.update(step, last)
+        tell(run.log, monitor.update(step, last))
+        run.log.update(step, last | monitor.lasting())
         if plan.evaluate is not None and evaluates_at(config, step, window.epoch):
-            run.log.record(step, plan.evaluate())
+            figures = plan.evaluate()
+            run.log.record(step, figures)
+            tell(run.log, monitor.update(step, figures))
         if plan.save is not None and _every(config.snapshot_steps, step) and run.accelerator.is_main_process:
             plan.save(run.directory / "snapshots" / f"step-{step}")
         _agree_to_stop(run)
@@ -178,6 +194,8 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
     run.meter.optimizer_steps = steps_before + taken
     for name, value in over_ranks().items():
         setattr(run.meter, name, value)
+    tell_all(run.log, monitor.findings)
+    plan.health = monitor.report()
     return last
 
 

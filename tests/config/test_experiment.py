@@ -191,12 +191,6 @@ def test_data_from_outside_the_experiment(demo, write):
     assert experiment.stages[4].config.dataset_name == str(rows)
 
 
-def test_what_comes_later_is_refused_by_name(demo):
-    messages = refused(demo, "seeds=[1, 2]", "sweep.dpo=[1]")
-    assert messages[0].startswith("override seeds=[1, 2]: 2 seeds are not available yet")
-    assert messages[1].startswith("override sweep.dpo=[1]: a sweep is not available yet")
-
-
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [

@@ -11,9 +11,11 @@ import pytest
 from rlhf_pipeline.evaluation.preferences import (
     accuracy,
     bayes_accuracy,
+    compare_scorers,
     expected_calibration_error,
     longer_wins,
     preference_metrics,
+    reliability_bins,
     tfidf_bradley_terry,
 )
 
@@ -67,6 +69,53 @@ def test_perfect_calibration_has_ece_0():
 
 def test_ece_does_not_ask_which_side_was_confident():
     assert expected_calibration_error([-logit(0.9)], bins=1) == pytest.approx(0.9, abs=1e-12)
+
+
+def test_reliability_bins_by_hand():
+    differences = [logit(0.95), -logit(0.65), logit(0.75), logit(0.55), 0.0]
+    # Confidences .5 (a tie), .55 right, .65 wrong | .75 right, .95 right.
+    first, second = reliability_bins(differences, bins=2)
+    assert first == (pytest.approx((0.5 + 0.55 + 0.65) / 3), pytest.approx(0.5), 3)
+    assert second == (pytest.approx(0.85), 1.0, 2)
+    assert [count for *_, count in reliability_bins(list(range(1, 32)))] == [3] + [2] * 14
+    assert len(reliability_bins([1.0, 2.0])) == 2  # no empty bins
+
+
+def test_mcnemar_by_hand():
+    # The first is right on 9 pairs that the other has wrong, wrong on 1 that the other has right:
+    # p = 2 (1 + 10) / 2^10.
+    first = [1.0] * 9 + [-1.0] + [1.0] * 5 + [-1.0] * 2
+    other = [-1.0] * 9 + [1.0] + [2.0] * 5 + [-3.0] * 2
+    found = compare_scorers(first, other, [str(k) for k in range(17)])
+    assert found["method"] == "mcnemar"
+    assert found["p"] == pytest.approx(22 / 1024, abs=1e-12)
+    assert found["difference"]["mean"] == pytest.approx(8 / 17)
+    assert (found["difference"]["n"], found["difference"]["clusters"]) == (17, 17)
+    back = compare_scorers(other, first, [str(k) for k in range(17)])
+    assert (back["p"], back["difference"]["mean"]) == (pytest.approx(found["p"]), pytest.approx(-8 / 17))
+    # A tie loses half a point to the right and gains one on the wrong.
+    ties = compare_scorers([0.0] * 6, [1.0] * 6, list("abcdef"))
+    assert (ties["p"], ties["difference"]["mean"]) == (pytest.approx(2 / 64), -0.5)
+    assert compare_scorers(first, first, [str(k) for k in range(17)])["p"] == 1.0
+
+
+def test_scorers_on_several_pairs_of_a_prompt():
+    # Prompt means of the difference in correctness: 1, 1/2, 0; t = (1/2) / (1/2 / sqrt 3) with 2 degrees.
+    found = compare_scorers([1, 1, 1, 1, 1, 1], [-1, -1, -1, 1, 1, 1], list("aabbcc"))
+    assert found["method"] == "t over prompts"
+    assert found["difference"]["mean"] == pytest.approx(0.5)
+    assert found["p"] == pytest.approx(1 - math.sqrt(3) / math.sqrt(5), abs=1e-12)
+    draw = np.random.default_rng(0)
+    # Right or wrong together within a prompt: 120 prompts of 10 pairs are 120 observations, not 1,200.
+    signs = np.where(draw.random((2, 120)) < [[0.6], [0.5]], 1.0, -1.0).repeat(10, 1)
+    found = compare_scorers(*signs, np.arange(120).repeat(10))
+    assert found["method"] == "clustered bootstrap"
+    gap = ((signs[0] > 0).astype(float) - (signs[1] > 0))[::10]
+    half = 1.96 * gap.std() / math.sqrt(120)
+    assert found["difference"]["high"] - found["difference"]["mean"] == pytest.approx(half, rel=0.1)
+    assert (found["p"] < 0.05) == (found["difference"]["low"] > 0)
+    with pytest.raises(ValueError, match="the same pairs"):
+        compare_scorers([1.0], [1.0, 2.0], ["a"])
 
 
 def test_all_figures_by_hand():

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from rlhf_pipeline.errors import ConfigError, MismatchError
-from rlhf_pipeline.experiment.compare import COST_KEYS, bill, run_compare
+from rlhf_pipeline.experiment.compare import run_compare
 from rlhf_pipeline.experiment.evaluate import run_evaluate
+from rlhf_pipeline.experiment.rows import COST_KEYS, bill
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_best_of_all_samples_is_the_maximum(arms):
         registry, config, first, make_accelerator(config).device, reference=None, seed=0, samples=4, say=lambda _: None
     )
     samples = draw(bench.policy(first), bench.plan)
-    scores = bench.judge.score(samples.examples).numpy().reshape(8, 4)
+    scores = bench.scorer.score(samples.examples).numpy().reshape(8, 4)
     row = compare(arms, arms=["dpo"], baseline="sft", samples=4, best_of=[4], reward_model="reward")["rows"][2]
     assert row["metrics"]["score"]["mean"] == pytest.approx(float(scores.max(1).mean()), abs=1e-5)
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rlhf_pipeline.algorithms.logprobs import token_logprobs
 from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.models.forward import hidden_states, output_head
+from rlhf_pipeline.rollout.sampler import sample
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 
 
@@ -67,16 +70,79 @@ def test_flops_of_cached_sampling():
     assert meter.report()["tokens_generated"] == 4
 
 
-def test_against_the_counter_of_torch():
-    """With eager attention torch counts the whole square; the rotary embedding's product is left out here."""
+def counted(run) -> int:
+    """FLOPs of matrix products by torch's counter. It sees eager attention whole: masked products too."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = llama(attn_implementation="eager")
-    length = 12
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.ones(1, length, dtype=torch.long))
-    expected = 2 * (MATMUL + HEAD) * length + 4 * ATTENTION * length**2
-    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+# Of a size at which the rotary embedding's product, which the formula leaves out, is next to nothing.
+WIDER = {"hidden_size": 64, "intermediate_size": 96, "attn_implementation": "eager"}
+LENGTH = 24
+
+
+def single() -> Example:
+    return Example(list(range(1, LENGTH - 7)), [list(range(1, 9))], [True], "k", "w")
+
+
+def masked_away(shape: ModelShape, tokens: int) -> float:
+    """What eager attention computes above the diagonal: 4 layers d_attn (T^2 - T (T + 1) / 2)."""
+    return 4.0 * shape.attention * (tokens * tokens - tokens * (tokens + 1) // 2)
+
+
+def logprob_sum(model, batch):
+    hidden = hidden_states(model.model, batch).index_select(0, batch.predict_index)
+    return token_logprobs(output_head(model), hidden, batch.target_ids)[0].sum()
+
+
+def test_forward_of_a_frozen_model_against_the_counter_of_torch():
+    model, batch = llama(**WIDER), pack([single()], 0)
+    shape, meter = ModelShape.of(model), CostMeter()
+    meter.score(shape, batch)
+    assert batch.active_tokens == LENGTH and batch.num_tokens == 8
+    with torch.no_grad():
+        found = counted(lambda: logprob_sum(model, batch))
+    assert found == pytest.approx(meter.flops + masked_away(shape, LENGTH), rel=0.02)
+
+
+def test_a_training_pass_against_the_counter_of_torch():
+    model, batch = llama(**WIDER), pack([single()], 0)
+    shape, meter = ModelShape.of(model), CostMeter()
+    meter.train(shape, batch)
+    found = counted(lambda: logprob_sum(model, batch).backward())
+    assert found == pytest.approx(meter.flops + 3 * masked_away(shape, LENGTH), rel=0.02)
+
+
+def test_a_pair_in_one_tree_against_the_counter_of_torch():
+    pair = Example(list(range(1, 13)), [[1, 2, 3, 4], [5, 6, 7, 8, 9, 10]], [True, True], "k", "w")
+    model, batch = llama(**WIDER), pack([pair], 0)
+    shape = ModelShape.of(model)
+    unseen = 4.0 * shape.attention * (22 * 22 - batch.context_tokens)
+    assert batch.context_tokens == 78 + (13 + 14 + 15 + 16) + (13 + 14 + 15 + 16 + 17 + 18)
+    with torch.no_grad():
+        found = counted(lambda: logprob_sum(model, batch))
+    assert found == pytest.approx(shape.batch_flops(batch) + unseen, rel=0.02)
+
+
+def test_cached_sampling_against_the_counter_of_torch():
+    model = llama(**WIDER)
+    prompts, responses = [[3] * 10, [4] * 10], 9
+    drawn = []
+
+    def run():
+        uniforms = torch.rand(2, responses, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        drawn.extend(sample(model, prompts, uniforms, stop_id=-1, pad_id=0, cache_config=model.config))
+
+    found = counted(run)
+    lengths = [len(response.ids) for response in drawn]
+    assert lengths == [9, 9]
+    shape, meter = ModelShape.of(model), CostMeter()
+    meter.generate(shape, [10, 10], lengths)
+    # Only the prompt has a square to mask; every later token attends to all there is.
+    assert found == pytest.approx(meter.flops + 2 * masked_away(shape, 10), rel=0.02)
 
 
 def test_time_before_a_resume_is_part_of_the_bill():

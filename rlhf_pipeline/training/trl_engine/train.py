@@ -11,6 +11,7 @@ from torch import nn
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import BadInput, Interrupted
 from rlhf_pipeline.training.cost import TRAIN_FACTOR, CostMeter, ModelShape
+from rlhf_pipeline.training.health import tell, tell_all
 from rlhf_pipeline.training.optimizer import make_optimizer, make_scheduler
 from rlhf_pipeline.training.run import Run
 from rlhf_pipeline.training.session import Metrics, Plan, evaluates_at
@@ -42,7 +43,8 @@ def train_with_trl(
     the micro-batches there, the native loop averages over pairs.
 
     Args:
-        plan: `total`, `shown` and `evaluate` of it are used. TRL's trainer gets no checkpoint and takes no snapshot.
+        plan: `total`, `shown`, `evaluate`, `known` and `health` of it are used. TRL's trainer gets no checkpoint and
+            takes no snapshot.
         model: the plain transformers model, of which only the weights are different afterwards.
         reference: the frozen model of DPO.
 
@@ -80,6 +82,7 @@ def train_with_trl(
     run.log.total, run.log.shown = plan.total, plan.shown
     precomputes = reference is not None and config.precompute_ref_log_probs
     last: Metrics = {}
+    monitor = plan.monitor(run)
 
     def on_update(step: int, logs: dict[str, float]) -> None:
         nonlocal last
@@ -89,9 +92,12 @@ def train_with_trl(
         _count(run.meter, shape, members, TRAIN_FACTOR + (1.0 if scored else 0.0))
         run.meter.optimizer_steps += 1
         last = native_names(run.stage, logs, config) | {"epoch": epoch}
-        run.log.update(step, last)
+        tell(run.log, monitor.update(step, last))
+        run.log.update(step, last | monitor.lasting())
         if plan.evaluate is not None and evaluates_at(config, step, epoch):
-            run.log.record(step, plan.evaluate())
+            figures = plan.evaluate()
+            run.log.record(step, figures)
+            tell(run.log, monitor.update(step, figures))
         if run.stopped_by is not None:
             raise Interrupted(
                 f"stopped by signal {run.stopped_by} at step {step} of {plan.total}; engine trl keeps no checkpoint: "
@@ -114,6 +120,8 @@ def train_with_trl(
         )
         trainer.sampler, trainer.on_update = sampler, on_update
         trainer.train()
+    tell_all(run.log, monitor.findings)
+    plan.health = monitor.report()
     return last
 
 

@@ -1,0 +1,189 @@
+"""`rlhf compare`: the command, and the tables of a comparison."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from rlhf_pipeline.cli.evaluate import (
+    NAMES,
+    BestOfOption,
+    JudgeOption,
+    MaxNewTokensOption,
+    MaxPromptsOption,
+    PromptsOption,
+    ReferenceOption,
+    RewardModelOption,
+    SamplesOption,
+    SeedOption,
+    SplitOption,
+    TemperatureOption,
+    dry_run_of,
+    given,
+)
+from rlhf_pipeline.cli.exact_table import print_exact
+from rlhf_pipeline.cli.options import ConfigOption, DebugOption, DryRunOption, HomeOption, JsonOption, common_of
+from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_table, interval, number
+
+
+def compare(
+    context: typer.Context,
+    references: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[REF|KEY=VALUE]...", help="Models; overrides of the config.", show_default=False),
+    ] = None,
+    config: ConfigOption = None,
+    baseline: Annotated[str | None, typer.Option("--baseline", help="Model to set the arms against.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the report.")] = None,
+    split: SplitOption = None,
+    prompts: PromptsOption = None,
+    max_prompts: MaxPromptsOption = None,
+    samples: SamplesOption = None,
+    temperature: TemperatureOption = None,
+    max_new_tokens: MaxNewTokensOption = None,
+    seed: SeedOption = None,
+    reward_model: RewardModelOption = None,
+    reference: ReferenceOption = None,
+    best_of: BestOfOption = None,
+    judge: JudgeOption = None,
+    allow_mismatch: Annotated[
+        bool, typer.Option("--allow-mismatch", help="Compare arms that differ in more than their training; say so.")
+    ] = False,
+    home: HomeOption = None,
+    json: JsonOption = False,
+    dry_run: DryRunOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compare policies on the same prompts with the same random numbers; writes reports/NAME/ with index.html."""
+    common = common_of(context, home, json, dry_run, debug)
+    from rlhf_pipeline.config.load import load_config
+
+    words = references or []
+    overrides = [word for word in words if "=" in word]
+    arms = [word for word in words if "=" not in word]
+    options = given(
+        baseline=baseline,
+        name=name,
+        split=split,
+        prompts=prompts,
+        max_prompts=max_prompts,
+        samples=samples,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        reward_model=reward_model,
+        reference=reference,
+        best_of=best_of,
+        judge=judge,
+        allow_mismatch=allow_mismatch or None,
+        arms=arms or None,
+    )
+    loaded = load_config("compare", config, overrides, extra=options)
+    if common.dry_run:
+        models = [*loaded.config.arms, *([loaded.config.baseline] if loaded.config.baseline else [])]
+        dry_run_of("compare", loaded.config, models, common)
+        return
+    from rlhf_pipeline.experiment.compare import run_compare
+
+    result = run_compare(loaded.config, common.home_path, command=shlex.join(["rlhf", *sys.argv[1:]]))
+    if common.json:
+        emit_json(result)
+    else:
+        print_comparison(result)
+
+
+SHOWN = ("true_reward", "judge", "score", "kl", "well_formed", "ended", "length")
+
+
+def setting_text(setting: dict[str, Any]) -> str:
+    """`beta 0.1`, or a dash."""
+    return (
+        ", ".join(
+            f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in setting.items()
+        )
+        or "-"
+    )
+
+
+def _model_rows(result: dict[str, Any], names: list[str]) -> tuple[list[str], list[list[str]]]:
+    """One line for each model."""
+    primary = result["primary"]
+    rows = []
+    for row in result["rows"]:
+        cells = [row["name"], "-" if row.get("beta") is None else f"{row['beta']:g}"]
+        for name in names:
+            bound = name == "kl" and "kl_bound" in row
+            cells.append(f"<= {row['kl_bound']:.2f}" if bound else interval(row["metrics"].get(name)))
+        if primary:
+            cells += [interval(row.get("win_rate")), number(row.get("gain_in_sd"), 2)]
+        rows.append(cells)
+    return ["model", "beta", *(NAMES[name] for name in names), *(["win rate", "gain/sd"] if primary else [])], rows
+
+
+def _summary_rows(result: dict[str, Any], names: list[str]) -> tuple[list[str], list[list[str]]]:
+    """One line for each arm and setting, over its seeds."""
+    rows = []
+    for entry in result["summary"]:
+        figures = [interval(entry["metrics"].get(name)) for name in names]
+        rows.append([entry["arm"], setting_text(entry["setting"]), str(entry["seeds"]), *figures])
+    return ["arm", "setting", "seeds", *(NAMES[name] for name in names)], rows
+
+
+def _cost_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    rows = []
+    for row in result["rows"]:
+        if cost := row.get("cost"):
+            counts = (number(int(cost[key])) for key in ("tokens_trained", "tokens_generated", "optimizer_steps"))
+            memory = number(cost.get("peak_memory_bytes", 0) / 2**20, 0)
+            rows.append(
+                (row["name"], number(cost["wall_seconds"], 0), number(cost["flops"] / 1e12, 2), *counts, memory)
+            )
+    return rows
+
+
+def print_comparison(result: dict[str, Any]) -> None:
+    """The verdict and the tables of a comparison, and where its results are."""
+    names = [name for name in SHOWN if name in result["rows"][0]["metrics"]]
+    summary = result["summary"]
+    many = any(entry["seeds"] > 1 for entry in summary) or len({entry["arm"] for entry in summary}) < len(summary)
+    columns, rows = _summary_rows(result, names) if many else _model_rows(result, names)
+    emit_table(
+        f"{result['name']}: {result['prompts']} prompts of the split {result['split']!r} x {result['samples']} samples",
+        columns,
+        rows,
+    )
+    if result.get("exact") and not many:
+        print_exact(result["exact"] | {"split": result["split"]})
+    if not many:
+        counted = ("seconds", "TFLOP", "tokens trained", "tokens generated", "optimizer steps", "peak MiB")
+        emit_table("cost", ("model", *counted), _cost_rows(result))
+    spread = "over seeds" if many else "clustered by prompt"
+    notes = [
+        f"figures: mean ± half of the 95 % interval, {spread}",
+        f"KL to {result['reference'] or '-'}, nats per response; RM score by {result['reward_model'] or '-'}, judge "
+        f"{result.get('judge') or '-'}; <= marks an upper bound",
+    ]
+    if not many:
+        notes += [
+            f"win rate and gain (in standard deviations of its responses) against {result['baseline']}",
+            "cost: the arm's own run and, for PPO, that of its reward model; stages that arms share are on no bill",
+        ]
+    emit_lines([*notes, "", *verdict_lines(result["verdict"]), "", f"results  {result['path']}"])
+    if result.get("report"):
+        emit_lines([f"report   {result['report']}"])
+
+
+def verdict_lines(verdict: dict[str, Any]) -> list[str]:
+    """The verdict as text; a question mark stands before what the figures do not carry."""
+    return [
+        f"verdict: {verdict['headline']}",
+        *(f"  {'' if entry['certain'] else '? '}{entry['topic']}: {entry['text']}" for entry in verdict["lines"]),
+    ]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("compare")(compare)

@@ -1,0 +1,137 @@
+"""The runs that an experiment comes to: its stages for every seed and setting, in running order."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rlhf_pipeline.config.dump import config_digest
+from rlhf_pipeline.config.spec import Experiment, StageSpec
+
+
+@dataclass(frozen=True)
+class Node:
+    """One run of a stage.
+
+    Args:
+        spec: the stage with its seed and its swept values; links still name stages.
+        seed: the one of the experiment's seeds that it belongs to; None where all share it.
+        setting: its own swept values by key, then those of the stages that it comes from as `stage.key`.
+        inputs: the place, among all nodes, of the run of each stage that it is linked to.
+    """
+
+    spec: StageSpec
+    seed: int | None
+    setting: Mapping[str, Any]
+    inputs: Mapping[str, int]
+
+    @property
+    def name(self) -> str:
+        """The name of its stage."""
+        return self.spec.name
+
+    @property
+    def label(self) -> str:
+        """Its stage, setting and seed: `ppo beta=0.1 seed 1`; no two nodes of an experiment share one."""
+        words = [self.name, *(f"{key}={_shown(value)}" for key, value in self.setting.items())]
+        return " ".join(words if self.seed is None else [*words, f"seed {self.seed}"])
+
+    def resolved(self, outputs: Mapping[int, str]) -> Any:
+        """Return the config with links replaced by the references of the nodes' outputs, by place.
+
+        Raises:
+            KeyError: a node that this one is linked to has no output in `outputs`.
+        """
+        return self.spec.resolved({name: outputs[place] for name, place in self.inputs.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """A node before its place is known.
+
+    `choices` says what it and all it comes from have chosen: a seed, and a point of each stage's sweep by number.
+    """
+
+    spec: StageSpec
+    choices: Mapping[str, int]
+    swept: Mapping[tuple[str, str], Any]
+    inputs: tuple[_Run, ...]
+
+
+_SEED = ""  # no stage has this name
+
+
+def expand(experiment: Experiment) -> tuple[Node, ...]:
+    """Return every run of an experiment, each after those it comes from.
+
+    A stage is run once for each seed where that seed draws it or one of its inputs anew, once for each point of its
+    own sweep, and once for each of its inputs' runs; inputs that come from one stage come from the same run of it.
+    What all seeds share is first, then one seed after the other, so that a run that is stopped leaves whole seeds.
+    """
+    runs: dict[str, list[_Run]] = {}
+    for spec in experiment.stages:
+        runs[spec.name] = list(_runs_of(experiment, spec, runs))
+    ordered = sorted(itertools.chain(*runs.values()), key=lambda run: run.choices.get(_SEED, -1))
+    places = {run: place for place, run in enumerate(ordered)}
+    return tuple(_node(experiment, run, places) for run in ordered)
+
+
+def resampled(nodes: Iterable[Node]) -> tuple[str, ...]:
+    """Return the stages that a seed draws anew, those for the sake of their input included."""
+    return tuple(dict.fromkeys(node.name for node in nodes if node.seed is not None))
+
+
+def _runs_of(experiment: Experiment, spec: StageSpec, runs: Mapping[str, Sequence[_Run]]) -> Iterator[_Run]:
+    """Yield the runs of a stage, given those of all stages before it; each config with the same inputs once."""
+    drawn = spec.name in experiment.resampled
+    seen = set()
+    for number, point in enumerate(experiment.points(spec)):
+        parents = dict.fromkeys(point.links.values())
+        for inputs in itertools.product(*(runs[name] for name in parents)):
+            choices = _agreed(inputs)
+            if choices is None:
+                continue
+            own = {spec.name: number} if point.setting else {}
+            values = {(spec.name, key): value for key, value in point.setting.items()}
+            for run in inputs:
+                values |= {key: value for key, value in run.swept.items() if key not in values}
+            # Without a seed from an input: one run, or one for each seed.
+            seeds = [choices[_SEED]] if _SEED in choices else range(len(experiment.seeds)) if drawn else [None]
+            for seed in seeds:
+                here, config = {**choices, **own}, point.config
+                if seed is not None:
+                    here[_SEED] = seed
+                    if drawn or spec.name not in experiment.pinned:
+                        config = config.model_copy(update={"seed": experiment.seeds[seed]})
+                key = (config_digest(config), inputs)
+                if key not in seen:
+                    seen.add(key)
+                    yield _Run(replace(point, config=config), here, values, inputs)
+
+
+def _agreed(inputs: Iterable[_Run]) -> dict[str, int] | None:
+    """Return the choices of all inputs together, or None where they contradict each other."""
+    merged: dict[str, int] = {}
+    for run in inputs:
+        if any(merged.get(name, chosen) != chosen for name, chosen in run.choices.items()):
+            return None
+        merged |= run.choices
+    return merged
+
+
+def _node(experiment: Experiment, run: _Run, places: Mapping[_Run, int]) -> Node:
+    name, seed = run.spec.name, run.choices.get(_SEED)
+    own = {key: value for (stage, key), value in run.swept.items() if stage == name}
+    others = {f"{stage}.{key}": value for (stage, key), value in run.swept.items() if stage != name}
+    inputs = {parent.spec.name: places[parent] for parent in run.inputs}
+    return Node(run.spec, None if seed is None else experiment.seeds[seed], {**own, **others}, inputs)
+
+
+def _shown(value: Any) -> str:
+    """A value as short as it can be told apart from all others."""
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
+    return str(value)

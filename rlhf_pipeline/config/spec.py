@@ -1,0 +1,69 @@
+"""A checked experiment: its stages with valid configs, in which links still name stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf_pipeline.config.references import set_value
+from rlhf_pipeline.config.yaml import KeyPath
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage of an experiment, or its comparison: a valid config in which links still name stages.
+
+    `setting` holds the values of the stage's swept keys.
+    """
+
+    name: str
+    stage: str
+    config_path: Path | None
+    config: Any
+    links: Mapping[KeyPath, str] = field(default_factory=dict)
+    setting: Mapping[str, Any] = field(default_factory=dict)
+
+    def resolved(self, outputs: Mapping[str, str]) -> Any:
+        """Return the config with each linked stage's name replaced by its output's reference.
+
+        Raises:
+            KeyError: a stage that this one is linked to has no output in `outputs`.
+        """
+        values = self.config.model_dump()
+        for path, earlier in self.links.items():
+            set_value(values, path, outputs[earlier])
+        return type(self.config).model_validate(values)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A whole experiment, checked.
+
+    Args:
+        stages: each with the first seed, and at the first point of its own sweep.
+        swept: all points of the stages that are swept. resampled: stages that each seed draws anew by themselves,
+            not for the sake of their input. pinned: stages whose seed the experiment itself sets.
+    """
+
+    name: str
+    path: Path
+    seeds: tuple[int, ...]
+    stages: tuple[StageSpec, ...]
+    compare: StageSpec | None = None
+    notes: tuple[str, ...] = ()
+    swept: Mapping[str, tuple[StageSpec, ...]] = field(default_factory=dict)
+    resampled: tuple[str, ...] = ()
+    pinned: frozenset[str] = frozenset()
+
+    def points(self, spec: StageSpec) -> tuple[StageSpec, ...]:
+        """Return a stage at all points of its own sweep: itself where it has none."""
+        return self.swept.get(spec.name, (spec,))
+
+    def everything(self) -> Iterator[StageSpec]:
+        """Yield all stages at all points, and the comparison."""
+        for spec in self.stages:
+            yield from self.points(spec)
+        if self.compare is not None:
+            yield self.compare

@@ -1,0 +1,150 @@
+"""Overoptimisation: the reward that is optimised keeps rising while the one that is meant falls.
+
+Gao et al. 2022 ("Scaling laws for reward model overoptimization"), eq. 1, with d = sqrt(KL(pi || pi_ref)):
+
+    best-of-n  R(d) - R(0) = d (alpha - beta d)            peak at d = alpha / (2 beta)
+    RL         R(d) - R(0) = d (alpha - beta ln d)         peak at d = exp(alpha / beta - 1)
+
+R is the judge's reward or the true one, never the one that was optimised. The RL form has an infinite slope at 0 and is
+no description of what happens near it. Legend: S seeds, G points (settings or snapshots), P prompts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from rlhf_pipeline.evaluation.seeds import holm, infer
+
+Form = Literal["bon", "rl"]
+
+NEAR = 0.5
+"""The RL form is fitted to points with d of at least this: KL 0.25."""
+
+FEWEST = 3
+"""Distances that a fit of two numbers needs, if it is to say more than its points."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One of the two forms. peak: the d of its maximum, None where it has none (beta or alpha not positive);
+    points: how many it was fitted to; residual: root of their mean squared residual."""
+
+    form: Form
+    alpha: float
+    beta: float
+    peak: float | None
+    points: int
+    residual: float
+
+    def __call__(self, distance: Any) -> np.ndarray:
+        """The form at d >= 0."""
+        return _features(self.form, np.asarray(distance, dtype=np.float64)) @ np.array([self.alpha, self.beta])
+
+
+def _features(form: Form, d: np.ndarray) -> np.ndarray:
+    """(..., 2) such that R(d) - R(0) = features . (alpha, beta); d ln d is 0 at 0."""
+    falling = d**2 if form == "bon" else d * np.log(np.where(d > 0, d, 1.0))
+    return np.stack([d, -falling], -1)
+
+
+def fit(form: Form, distance: Any, gain: Any, *, near: float = NEAR) -> Fit | None:
+    """Least squares of one form, linear in alpha and beta.
+
+    Args:
+        distance: (G,) d = sqrt(KL). gain: (G,) R - R(reference), of the judge or the truth.
+        near: points of the RL form below this distance are left out.
+
+    Returns:
+        None with fewer than three different distances to fit to.
+
+    Raises:
+        ValueError: for lists of different length, negative distances, or figures that are not finite.
+    """
+    d, y = np.asarray(distance, dtype=np.float64), np.asarray(gain, dtype=np.float64)
+    if d.shape != y.shape or d.ndim != 1 or (d < 0).any() or not (np.isfinite(d).all() and np.isfinite(y).all()):
+        raise ValueError(
+            f"found distances {d.shape} and gains {y.shape}, expected equally many, finite, distances >= 0"
+        )
+    used = d >= near if form == "rl" else d > 0
+    d, y = d[used], y[used]
+    if len(np.unique(d)) < FEWEST:
+        return None
+    features = _features(form, d)
+    (alpha, beta), *_ = np.linalg.lstsq(features, y, rcond=None)
+    residual = float(np.sqrt(np.mean((features @ np.array([alpha, beta]) - y) ** 2)))
+    peak = None
+    if beta > 0 and form == "bon" and alpha > 0:
+        peak = float(alpha / (2 * beta))
+    elif beta > 0 and form == "rl" and alpha / beta < math.log(1e6):  # beyond: as good as no peak
+        peak = float(math.exp(alpha / beta - 1))
+    return Fit(form, float(alpha), float(beta), peak, len(d), residual)
+
+
+@dataclass(frozen=True)
+class Overoptimisation:
+    """Whether it was found, in words why or why not. since: index of the point from which the judged reward fell to
+    that of the farthest one, of all that qualify the highest; p: of this fall (of the clearest one where none is
+    certain), corrected for the points looked at."""
+
+    found: bool
+    why: str
+    p: float | None = None
+    since: int | None = None
+
+
+def overoptimised(
+    distance: Any, proxy: Any, gold: Any, fitted: Fit | None, *, fixed_prompts: bool = False, level: float = 0.95
+) -> Overoptimisation:
+    """Whether the judged reward falls while the optimised one still rises, within the range of the data.
+
+    Found if both hold:
+
+    1. the fit's peak lies inside the data: least d < peak < largest d;
+    2. from some nearer point to the farthest one, paired by seed and prompt, the judged reward falls and the optimised
+       one rises, each significantly. Per point p is the larger of the two p-values; over the points, Holm's correction
+       (all of them are looked at, so the choice of the highest one costs nothing). Where the judged reward only
+       levels off, this is wrong in at most 1 - level of cases.
+
+    Args:
+        distance: (G,) d = sqrt(KL). proxy, gold: (S, G, P) or (G, P), the optimised and the judged reward.
+    """
+    d = np.asarray(distance, dtype=np.float64)
+    both = [np.asarray(x, dtype=np.float64) for x in (proxy, gold)]
+    optimised, judged = (x[None] if x.ndim == 2 else x for x in both)
+    if optimised.shape != judged.shape or judged.ndim != 3 or judged.shape[1:2] != d.shape:
+        raise ValueError(
+            f"found {d.shape} distances, rewards {optimised.shape} and {judged.shape}; "
+            "expected (points,) and twice (seeds, points, prompts)"
+        )
+    if fitted is None:
+        return Overoptimisation(False, "too few points for a curve")
+    if fitted.peak is None or not d.min() < fitted.peak < d.max():
+        where = (
+            "the fitted curve has no peak" if fitted.peak is None else f"its peak, d = {fitted.peak:.2f}, is outside"
+        )
+        return Overoptimisation(False, f"{where}; the points reach from d = {d.min():.2f} to {d.max():.2f}")
+    last = int(np.argmax(d))
+    nearer = [i for i in range(len(d)) if d[i] < d[last]]
+    p_values: list[float | None] = []
+    for i in nearer:
+        fall = infer(judged[:, last] - judged[:, i], fixed_prompts=fixed_prompts)
+        rise = infer(optimised[:, last] - optimised[:, i], fixed_prompts=fixed_prompts)
+        if fall.p is None or rise.p is None:
+            p_values.append(None)
+        else:
+            p_values.append(max(fall.p, rise.p) if fall.estimate.mean < 0 < rise.estimate.mean else 1.0)
+    known = [(p, i) for p, i in zip(holm(p_values), nearer) if p is not None]
+    if not known:
+        return Overoptimisation(False, "one prompt and one seed: no interval")
+    certain = [(p, i) for p, i in known if p < 1 - level]
+    if not certain:
+        least = min(known)[0]
+        return Overoptimisation(
+            False, "no fall of the judged reward beside a rise of the optimised one is certain", least
+        )
+    p, since = max(certain, key=lambda one: judged[:, one[1]].mean())
+    return Overoptimisation(True, f"the judged reward falls from d = {d[since]:.2f} to {d[last]:.2f}", p, since)

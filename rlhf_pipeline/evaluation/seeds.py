@@ -1,0 +1,299 @@
+"""What several seeds and several prompts say together: intervals, p-values, and how much more would be needed.
+
+Which statement is wanted decides the interval. "On these prompts" (all there are, or exact figures of them): Student's
+t over seeds. "On prompts like these": the crossed form, in which prompts count as drawn too; a t over seeds alone
+covers far too little there. One seed carries no statement about other seeds, whatever its interval.
+
+Legend: S seeds, P prompts; values (S, P) hold one figure per seed and prompt, (S,) one per seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from rlhf_pipeline.evaluation.resampling import (
+    RESAMPLES,
+    clustered,
+    replicate_interval,
+    replicate_p,
+    standard_error,
+    student_p,
+    student_quantile,
+)
+from rlhf_pipeline.evaluation.statistics import FEW_CLUSTERS, Estimate
+
+OVER_SEEDS = "t over seeds"
+OVER_BOTH = "t over seeds and prompts"
+MOST = 1_000_000
+"""An effect that more units than this would be needed for counts as none."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A mean over seeds and prompts, and the two-sided p-value of "it is `null`".
+
+    p is None where one unit leaves no degrees of freedom. seed_variance and prompt_variance are the two parts of the
+    squared standard error: the one shrinks with 1 / S, the other with 1 / P. In `estimate`, clusters counts what the
+    degrees of freedom count: seeds where method is "t over seeds" or "t over seeds and prompts", else prompts.
+    """
+
+    estimate: Estimate
+    p: float | None
+    seeds: int
+    prompts: int
+    seed_variance: float
+    prompt_variance: float
+    null: float = 0.0
+
+    @property
+    def over_seeds(self) -> bool:
+        """Whether this says anything about seeds that were not run."""
+        return self.seeds > 1
+
+
+def _table(values: Any) -> np.ndarray:
+    table = np.asarray(values, dtype=np.float64)
+    if table.ndim not in (1, 2) or not table.size:
+        raise ValueError(f"found values of shape {table.shape}, expected (seeds, prompts) or (seeds,), not empty")
+    if not np.isfinite(table).all():
+        raise ValueError(f"found {np.count_nonzero(~np.isfinite(table))} values that are not finite, expected none")
+    return table
+
+
+def _student(
+    mean: float, seed_variance: float, prompt_variance: float, shape: tuple[int, int], *, method: str, **options: Any
+) -> Finding:
+    """mean +- t(S - 1) sqrt(seed_variance + prompt_variance)."""
+    (seeds, prompts), null = shape, options["null"]
+    error = math.sqrt(seed_variance + prompt_variance)
+    half = student_quantile(seeds - 1, options["level"]) * error
+    low, high = mean - half, mean + half
+    if options["share"]:
+        low, high = max(low, 0.0), min(high, 1.0)
+    estimate = Estimate(mean, low, high, seeds * prompts, seeds, method)
+    return Finding(
+        estimate, student_p(mean - null, error, seeds - 1), seeds, prompts, seed_variance, prompt_variance, null
+    )
+
+
+def over_seeds(values: Any, *, level: float = 0.95, null: float = 0.0, share: bool = False) -> Finding:
+    """Student's t over seeds, conditional on these prompts: m +- t(S - 1) s_seed / sqrt(S).
+
+    m_s is the mean of seed s over its prompts, m the mean and s_seed the standard deviation of the m_s.
+
+    Args:
+        values: (S, P) or (S,). share: the interval ends at 0 and 1.
+
+    Raises:
+        ValueError: for an empty or not finite table. One seed is no error: its interval is infinite.
+    """
+    table = _table(values)
+    per_seed = table if table.ndim == 1 else table.mean(1)
+    variance = float(per_seed.var(ddof=1) / len(per_seed)) if len(per_seed) > 1 else math.inf
+    shape = (len(per_seed), 1 if table.ndim == 1 else table.shape[1])
+    options = {"level": level, "null": null, "share": share}
+    return _student(float(per_seed.mean()), variance, 0.0, shape, method=OVER_SEEDS, **options)
+
+
+def over_seeds_and_prompts(values: Any, *, level: float = 0.95, null: float = 0.0, share: bool = False) -> Finding:
+    """The crossed form: m +- t(S - 1) sqrt(s_seed^2 / S + s_prompt^2 / P).
+
+    s_seed is the standard deviation of the S seed means, s_prompt that of the P prompt means. With effects of seed and
+    prompt and a rest e, each of the two terms holds e's share sigma_e^2 / (S P), which belongs into the sum once: the
+    interval is conservative, the more so by its S - 1 degrees of freedom where prompts dominate. Measured for 3 and 5
+    seeds, 16 and 64 prompts: 95 to 100 %. (Satterthwaite's degrees of freedom would be shorter and cover 92 % at 3
+    seeds where both effects are of one size.)
+
+    Args:
+        values: (S, P), S and P at least 2.
+
+    Raises:
+        ValueError: for another shape, or values that are not finite.
+    """
+    table = _table(values)
+    if table.ndim != 2 or min(table.shape) < 2:
+        raise ValueError(f"found values of shape {table.shape}, expected at least 2 seeds and 2 prompts")
+    seeds, prompts = table.shape
+    seed_variance = float(table.mean(1).var(ddof=1) / seeds)
+    prompt_variance = float(table.mean(0).var(ddof=1) / prompts)
+    options = {"level": level, "null": null, "share": share}
+    return _student(float(table.mean()), seed_variance, prompt_variance, (seeds, prompts), method=OVER_BOTH, **options)
+
+
+def over_prompts(
+    values: Any, *, level: float = 0.95, null: float = 0.0, share: bool = False, resamples: int = RESAMPLES
+) -> Finding:
+    """One seed: the interval of `statistics.cluster_mean` over prompts (P,). It says nothing about other seeds.
+
+    Raises:
+        ValueError: for an empty or not finite list.
+    """
+    table = _table(values).ravel()
+    options = {"level": level, "null": null, "share": share, "resamples": resamples}
+    estimate, p = clustered(table, range(len(table)), **options)
+    variance = float(table.var(ddof=1) / len(table)) if len(table) > 1 else math.inf
+    return Finding(estimate, p, 1, len(table), 0.0, variance, null)
+
+
+def infer(values: Any, *, fixed_prompts: bool = False, **options: Any) -> Finding:
+    """The mean of (S, P) or (S,) with the interval that fits: over prompts for one seed, else over seeds, and over
+    prompts too unless `fixed_prompts` says that these are all the prompts there are.
+
+    Options: level, null, share.
+    """
+    table = _table(values)
+    if table.ndim == 2 and len(table) == 1:
+        return over_prompts(table, **options)
+    if table.ndim == 1 or fixed_prompts or table.shape[1] == 1:
+        return over_seeds(table, **options)
+    return over_seeds_and_prompts(table, **options)
+
+
+def contrast(a: Any, b: Any, *, fixed_prompts: bool = False, level: float = 0.95) -> Finding:
+    """Mean of a - b, paired by seed and prompt; see `infer`.
+
+    Args:
+        a, b: (S, P) each, or (S,) each; the same seeds and prompts in the same order.
+
+    Raises:
+        ValueError: for different shapes.
+    """
+    one, other = _table(a), _table(b)
+    if one.shape != other.shape:
+        raise ValueError(f"found shapes {one.shape} and {other.shape}, expected the same seeds and prompts in both")
+    return infer(one - other, fixed_prompts=fixed_prompts, level=level)
+
+
+def from_replicates(
+    values: np.ndarray,
+    replicates: np.ndarray,
+    prompts: int,
+    *,
+    fixed_prompts: bool = False,
+    level: float = 0.95,
+    null: float = 0.0,
+    share: bool = False,
+) -> Finding:
+    """`infer` for a statistic that is no mean over prompts: one value per seed, and its bootstrap over prompts.
+
+    One seed: the interval of the replicates. More: t over the seeds' values, and unless `fixed_prompts`, with the
+    variance over replicates of the mean over seeds in the place of s_prompt^2 / P.
+
+    Args:
+        values: (S,). replicates: (B, S), the statistic with prompts redrawn, the same draws for every seed.
+    """
+    seeds = len(values)
+    if seeds > 1:
+        seed_variance = float(values.var(ddof=1) / seeds)
+        prompt_variance = 0.0 if fixed_prompts else standard_error(replicates.mean(1), prompts) ** 2
+        method = OVER_SEEDS if fixed_prompts else OVER_BOTH
+        options = {"level": level, "null": null, "share": share}
+        shape = (seeds, prompts)
+        return _student(float(values.mean()), seed_variance, prompt_variance, shape, method=method, **options)
+    value, column = float(values[0]), replicates[:, 0]
+    estimate = replicate_interval(value, column, prompts, n=prompts, level=level)
+    if share:
+        estimate = replace(estimate, low=max(estimate.low, 0.0), high=min(estimate.high, 1.0))
+    p = replicate_p(value, column, prompts, null=null)
+    return Finding(estimate, p, 1, prompts, 0.0, standard_error(column, prompts) ** 2, null)
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's step-down p-values (Holm 1979): p_(i) becomes max over j <= i of min(1, (m - j + 1) p_(j)).
+
+    None (a contrast that could not be computed) stays None and is no member of the family.
+    """
+    tests = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    running = 0.0
+    for rank, (p, place) in enumerate(tests):
+        running = max(running, min(1.0, (len(tests) - rank) * p))
+        adjusted[place] = running
+    return adjusted
+
+
+def _smallest(enough: Callable[[int], bool]) -> int | None:
+    """The smallest count from 2 on that is enough, where more never is less; None beyond MOST."""
+    low, high = 1, 2
+    while not enough(high):
+        if high >= MOST:
+            return None
+        low, high = high, min(2 * high, MOST)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def _prompt_quantile(prompts: float) -> float:
+    """The quantile that an interval over prompts has: Student's below 50 prompts, the normal one from there on."""
+    return student_quantile(prompts - 1 if prompts < FEW_CLUSTERS else math.inf)
+
+
+def _as_finding(estimate: Estimate, null: float) -> Finding:
+    """An interval with its whole squared standard error on the unit that it counts."""
+    units, seeds = estimate.clusters, estimate.method in (OVER_SEEDS, OVER_BOTH)
+    # A share's interval may have been cut at 0 or 1 on one side: the longer half is whole.
+    half = max(estimate.high - estimate.mean, estimate.mean - estimate.low)
+    quantile = student_quantile(units - 1) if seeds else _prompt_quantile(units)
+    variance = (half / quantile) ** 2 if units > 1 else math.inf
+    if seeds:
+        return Finding(estimate, None, units, 1, variance, 0.0, null)
+    return Finding(estimate, None, 1, units, 0.0, variance, null)
+
+
+def needed(
+    found: Finding | Estimate | Mapping[str, Any],
+    unit: Literal["seeds", "prompts"] | None = None,
+    *,
+    null: float = 0.0,
+) -> dict[str, Any] | None:
+    """How many seeds or prompts would make the 95 % interval exclude `null` if effect and spread stayed as they are.
+
+    The smallest N' >= 2 with q(N') sqrt(v N / N' + w) < |mean - null|: N the present number, v the part of the squared
+    standard error that more of this unit reduces, w the other part; q the 97.5 % quantile: Student's with N' - 1
+    degrees of freedom (S - 1 for prompts beside seeds); for prompts alone the normal one from 50 on, as in intervals.
+
+    Args:
+        found: a `Finding` (with its own null), or an `Estimate`, as an object or as a mapping. An estimate over seeds
+            and prompts has its parts lost: the answer is then for both growing in the same proportion.
+        unit: what there could be more of; by default what the interval counts.
+
+    Returns:
+        {"count", "unit"}; None where it would take more than a million (there is no effect to speak of), where the
+        other part alone is too large, where the interval does not cover this unit, or where one unit leaves nothing to
+        go by.
+    """
+    parted = isinstance(found, Finding)
+    if not isinstance(found, Finding):
+        if isinstance(found, Mapping):
+            if found["low"] is None or found["high"] is None:  # JSON has no infinity
+                return None
+            found = Estimate(**{field.name: found[field.name] for field in fields(Estimate)})
+        found = _as_finding(found, null)
+    unit = unit or ("seeds" if found.over_seeds else "prompts")
+    seeds, shrinking, rest = found.seeds, found.seed_variance, found.prompt_variance
+    if unit == "prompts":
+        shrinking, rest = rest, shrinking
+    now = found.seeds if unit == "seeds" else found.prompts
+    effect = abs(found.estimate.mean - found.null)
+    if now < 2 or effect == 0 or (unit == "prompts" and found.estimate.method == OVER_SEEDS):
+        return None
+
+    def enough(count: int) -> bool:
+        if unit == "seeds":
+            quantile = student_quantile(count - 1)
+        else:
+            quantile = student_quantile(seeds - 1) if seeds > 1 else _prompt_quantile(count)
+        return quantile * math.sqrt(shrinking * now / count + rest) < effect
+
+    count = _smallest(enough)
+    if count is None:
+        return None
+    both = not parted and found.estimate.method == OVER_BOTH
+    return {"count": count, "unit": "seeds, with as many times more prompts" if both else unit}

@@ -1,0 +1,162 @@
+"""Win rates, plain and at equal length.
+
+Legend: S seeds, P prompts, A and B responses per prompt of the two sides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rlhf_pipeline.evaluation.resampling import RESAMPLES, draw_counts
+from rlhf_pipeline.evaluation.seeds import Finding, from_replicates, infer
+
+RIDGE = 0.01
+"""On phi of the length-controlled model, where each prompt carries the weight 1: it keeps phi finite where length
+decides every comparison, and moves an estimate from 100 prompts by about a thousandth of its value."""
+
+NEWTON_STEPS = 60
+
+
+def prompt_win_rates(a: Any, b: Any) -> np.ndarray:
+    """P(a response of a beats one of b to the same prompt), ties one half, over all pairs: (..., P, A), (..., P, B)
+    -> (..., P).
+
+    The other side may be a policy or the demonstrations; leave out prompts that have none.
+
+    Raises:
+        ValueError: where seeds or prompts do not match.
+    """
+    one, other = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if one.ndim < 2 or one.shape[:-1] != other.shape[:-1]:
+        raise ValueError(f"found figures of shape {one.shape} and {other.shape}, expected the same seeds and prompts")
+    left, right = one[..., :, None], other[..., None, :]
+    return ((left > right) + 0.5 * (left == right)).mean((-2, -1))
+
+
+def win_rate(a: Any, b: Any, *, fixed_prompts: bool = False) -> Finding:
+    """The mean of `prompt_win_rates` with its interval and the p-value of "it is one half"; see `seeds.infer`.
+
+    Args:
+        a: (P, A) or (S, P, A) figures of one side's responses. b: (P, B) or (S, P, B), the same seeds and prompts.
+    """
+    rates = np.atleast_2d(prompt_win_rates(a, b))
+    return infer(rates, fixed_prompts=fixed_prompts, null=0.5, share=True)
+
+
+@dataclass(frozen=True)
+class LengthControlled:
+    """A win rate at equal length, or the reason why there is none. phi: the log-odds that length carries, over seeds.
+
+    Associational: it takes out what goes with length among these responses, whether length causes it or not.
+    """
+
+    finding: Finding | None
+    phi: float | None
+    why_not: str | None
+
+
+def _cells(a: np.ndarray, b: np.ndarray, gap: np.ndarray, unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weight and won weight of each (prompt, length difference): (P, U) each; a prompt weighs 1.
+
+    The likelihood sees a comparison's length difference and outcome only, so that these cells are all it needs.
+    """
+    prompts = len(a)
+    place = np.searchsorted(unit, gap.reshape(prompts, -1)) + len(unit) * np.arange(prompts)[:, None]
+    left, right = a[:, :, None], b[:, None, :]
+    won = ((left > right) + 0.5 * (left == right)).reshape(prompts, -1)
+    size, share = prompts * len(unit), 1.0 / won.shape[1]
+    weight = np.bincount(place.ravel(), minlength=size) * share
+    total = np.bincount(place.ravel(), weights=won.ravel(), minlength=size) * share
+    return weight.reshape(prompts, -1), total.reshape(prompts, -1)
+
+
+def _fit(weight: np.ndarray, won: np.ndarray, feature: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+    """Maximise sum_u [won_u theta' - weight_u log(1 + exp theta')] - ridge / 2 phi^2, theta' = theta + phi feature_u.
+
+    Newton's method on each row: weight, won (N, U); feature (U,) -> theta, phi (N,). A row that won (or lost) every
+    comparison has theta = +-inf and phi 0.
+    """
+    total, wins = weight.sum(1), won.sum(1)
+    theta, phi = np.zeros(len(weight)), np.zeros(len(weight))
+    slack = 1e-9 * total
+    theta[wins >= total - slack], theta[wins <= slack] = np.inf, -np.inf
+    open_rows = np.isfinite(theta).nonzero()[0]
+    n, y = weight[open_rows], won[open_rows]
+    at = np.zeros((len(open_rows), 2))
+    for _ in range(NEWTON_STEPS):
+        p = 1 / (1 + np.exp(-(at[:, :1] + at[:, 1:] * feature)))
+        rest, curvature = y - n * p, n * p * (1 - p)
+        gradient = np.stack([rest.sum(1), rest @ feature - ridge * at[:, 1]], 1)
+        if np.abs(gradient).max(initial=0.0) < 1e-9:
+            break
+        h00, h01, h11 = curvature.sum(1), curvature @ feature, curvature @ feature**2 + ridge
+        determinant = h00 * h11 - h01**2
+        step = np.stack([h11 * gradient[:, 0] - h01 * gradient[:, 1], h00 * gradient[:, 1] - h01 * gradient[:, 0]], 1)
+        # A concave objective: a step of bounded length does not run away where the curvature is small.
+        at += np.clip(step / determinant[:, None], -1.0, 1.0)
+    theta[open_rows], phi[open_rows] = at.T
+    return theta, phi
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return np.exp(-np.logaddexp(0.0, -x))
+
+
+def length_controlled_win_rate(
+    a: Any,
+    b: Any,
+    length_a: Any,
+    length_b: Any,
+    *,
+    fixed_prompts: bool = False,
+    ridge: float = RIDGE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> LengthControlled:
+    """LC = sigma(theta) of logit P(a wins) = theta + phi tanh(dlen / sd(dlen)), the win rate at equal length.
+
+    dlen = length_a - length_b of each comparison (all pairs of responses to one prompt; a tie is half a win); fitted by
+    maximum likelihood with ridge / 2 phi^2, each prompt with weight 1, and refitted in every bootstrap replicate over
+    prompts; sd is the unit of dlen and keeps its value there. With several seeds each has its own fit.
+    After Dubois et al. 2024 (length-controlled AlpacaEval), eq. 2, without its terms of instruction difficulty.
+
+    Args:
+        a, length_a: (P, A) or (S, P, A). b, length_b: (P, B) or (S, P, B).
+
+    Returns:
+        Undefined, with the reason, where 0 is not inside the range of dlen: equal length would be extrapolated.
+
+    Raises:
+        ValueError: where shapes do not match.
+    """
+    sides = [np.asarray(x, dtype=np.float64) for x in (a, b, length_a, length_b)]
+    one, other, long, short = (x[None] if x.ndim == 2 else x for x in sides)
+    if one.shape != long.shape or other.shape != short.shape or one.shape[:2] != other.shape[:2]:
+        raise ValueError(
+            f"found figures {one.shape}, {other.shape} and lengths {long.shape}, {short.shape}; "
+            "expected a length for each figure, and the same seeds and prompts on both sides"
+        )
+    gap = long[..., :, None] - short[..., None, :]
+    low, high = float(gap.min()), float(gap.max())
+    if low == high:
+        return LengthControlled(None, None, f"all comparisons have the same length difference, {low:g}")
+    if low > 0 or high < 0:
+        longer = "first" if low > 0 else "second"
+        return LengthControlled(None, None, f"the {longer} side's responses are always longer")
+    unit = np.unique(gap)
+    feature = np.tanh(unit / gap.std())
+    counts = draw_counts(one.shape[1], resamples=resamples, seed=seed)
+    values, slopes, replicates = [], [], []
+    for k in range(len(one)):
+        weight, won = _cells(one[k], other[k], gap[k], unit)
+        theta, phi = _fit(weight.sum(0, keepdims=True), won.sum(0, keepdims=True), feature, ridge)
+        values.append(_sigmoid(theta)[0])
+        slopes.append(phi[0])
+        replicates.append(_sigmoid(_fit(counts @ weight, counts @ won, feature, ridge)[0]))
+    found = from_replicates(
+        np.array(values), np.stack(replicates, 1), one.shape[1], fixed_prompts=fixed_prompts, null=0.5, share=True
+    )
+    return LengthControlled(found, float(np.mean(slopes)), None)

@@ -1,0 +1,199 @@
+"""Differences between arms, with intervals: as trained, at one beta, at matched KL, at matched cost, as selected.
+
+Arms are paired by seed and prompt. One contrast is declared beforehand (`primary_contrast`); the p-values of the others
+are corrected for their number (Holm).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from rlhf_pipeline.evaluation.frontier import Curve, area_between, common_range, difference_at
+from rlhf_pipeline.evaluation.seeds import Finding, contrast, holm, infer
+from rlhf_pipeline.experiment.frontiers import frontier_section, over_optimisation_section
+from rlhf_pipeline.experiment.rankings import ranking_section, win_rate_section
+from rlhf_pipeline.experiment.rows import Measured, bill
+from rlhf_pipeline.experiment.tables import Arm, arms_of, common_seeds, paired_by_seed
+from rlhf_pipeline.registry.store import Registry
+
+FIGURES = ("true_reward", "judge", "score", "kl", "length")
+
+
+def _entry(
+    kind: str, a: Arm, b: Arm, figure: str, at: str, found: Finding | None, why_not: str | None = None
+) -> dict[str, Any]:
+    return {
+        "name": f"{a.name} - {b.name}",
+        "kind": kind,
+        "a": a.name,
+        "b": b.name,
+        "figure": figure,
+        "at": at,
+        "estimate": None if found is None else found.estimate.as_dict(),
+        "why_not": why_not,
+        "p": None if found is None else found.p,
+        "p_holm": None,
+        "primary": False,
+    }
+
+
+def _beta_text(a: Arm, b: Arm, one: tuple, other: tuple) -> str:
+    mine, theirs = a.beta(one), b.beta(other)
+    if mine is None or theirs is None:
+        return "as trained"
+    return f"at beta {mine:g}" if mine == theirs else f"as trained ({a.name} at beta {mine:g}, {b.name} at {theirs:g})"
+
+
+def _same_setting(a: Arm, b: Arm, seeds: list, figures: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Both arms at their one setting, or at each beta that both have."""
+    pairs = [(one, other) for one in a.settings for other in b.settings]
+    if len(pairs) > 1:
+        pairs = [(one, other) for one, other in pairs if a.beta(one) is not None and a.beta(one) == b.beta(other)]
+    kind = "as trained" if len(pairs) == 1 else "same beta"
+    for one, other in pairs:
+        for figure in figures:
+            found = contrast(a.values(one, seeds, figure), b.values(other, seeds, figure))
+            yield _entry(kind, a, b, figure, _beta_text(a, b, one, other), found)
+
+
+def chooser_of(measured: Sequence[Measured]) -> str | None:
+    """What a user would choose a setting by: the judge, else the reward model; never the truth."""
+    return next((name for name in ("judge", "score") if name in measured[0].test.values), None)
+
+
+def selected_setting(arm: Arm, seeds: Sequence[Any], chooser: str) -> tuple:
+    """The setting with the best mean on the validation prompts, over seeds."""
+    means = [arm.values(setting, seeds, chooser, "validation").mean() for setting in arm.settings]
+    return arm.settings[int(np.argmax(means))]
+
+
+def _selected(a: Arm, b: Arm, seeds: list, figure: str, chooser: str) -> dict[str, Any]:
+    one, other = (selected_setting(arm, seeds, chooser) for arm in (a, b))
+    found = contrast(a.values(one, seeds, figure), b.values(other, seeds, figure))
+    betas = f"{a.name} at beta {a.beta(one):g}, {b.name} at {b.beta(other):g}"
+    return _entry(
+        "selected", a, b, figure, f"with settings chosen on validation prompts by the {chooser} ({betas})", found
+    )
+
+
+def _cost(registry: Registry, arm: Arm, seeds: Sequence[Any], settings: Sequence[tuple]) -> np.ndarray:
+    """(S, G) FLOPs of each point; NaN where the bill is not known."""
+    points = [[arm.points[setting][seed].model for setting in settings] for seed in seeds]
+    return np.array([[bill(registry, model).get("flops", np.nan) for model in row] for row in points])
+
+
+def _matched(a: Arm, b: Arm, seeds: list, figure: str, chooser: str | None, registry: Registry) -> Iterator[dict]:
+    """A figure at one KL that both arms reach, on average over all KLs that both reach, and at equal FLOPs."""
+    names = (a.name, b.name)
+    one, other = a.curve(seeds, figure, chooser), b.curve(seeds, figure, chooser)
+    found = difference_at(one, other, names=names)
+    text = "at matched KL" if found.at is None else f"at a KL of {found.at:.2f} nats"
+    yield _entry("matched KL", a, b, figure, text, found.finding, found.why_not)
+    shared = common_range(one, other)
+    found = area_between(one, other, names=names)
+    text = "on average over all KLs that both reach"
+    if shared is not None:
+        text = f"on average over KLs of {shared[0]:.2f} to {shared[1]:.2f} nats"
+    yield _entry("area", a, b, figure, text, found.finding, found.why_not)
+    costs = [_cost(registry, arm, seeds, arm.envelope(seeds, chooser)) for arm in (a, b)]
+    if not all(np.isfinite(cost).all() for cost in costs):
+        yield _entry("cost", a, b, figure, "at equal FLOPs", None, "the bill of a point is not known")
+        return
+    found = difference_at(*(Curve.of(cost, curve.reward) for cost, curve in zip(costs, (one, other))), names=names)
+    text = "at equal FLOPs" if found.at is None else f"at {found.at:.3g} FLOPs"
+    yield _entry("cost", a, b, figure, text, found.finding, found.why_not)
+
+
+def contrasts_of(
+    a: Arm, b: Arm, figures: Sequence[str], chooser: str | None, swept: bool, registry: Registry
+) -> list[dict[str, Any]]:
+    """All contrasts of two arms."""
+    a, b, seeds = paired_by_seed(a, b)
+    if not seeds:
+        return [_entry("as trained", a, b, figures[0], "as trained", None, "the arms have no seeds in common")]
+    found = list(_same_setting(a, b, seeds, figures))
+    if swept and "kl" in figures:
+        judged = [figure for figure in figures if figure in ("true_reward", "judge")] or figures[:1]
+        found += [entry for figure in judged for entry in _matched(a, b, seeds, figure, chooser, registry)]
+        if chooser is not None and a.validated and b.validated:
+            found.append(_selected(a, b, seeds, figures[0], chooser))
+    return found
+
+
+def _declare(entries: list[dict[str, Any]], wanted: str, primary: str) -> None:
+    """Mark the one primary contrast and correct the p-values of the others."""
+    kinds = {"matched_kl": ("matched KL",), "selected": ("selected",), "as_trained": ("as trained", "same beta")}
+    if wanted == "auto":
+        wanted = "matched_kl" if any(entry["kind"] == "matched KL" for entry in entries) else "as_trained"
+    for entry in entries:
+        if entry["kind"] in kinds[wanted] and entry["figure"] == primary:
+            entry["primary"] = True
+            break
+    others = [entry for entry in entries if not entry["primary"]]
+    for entry, p in zip(others, holm([entry["p"] for entry in others]), strict=True):
+        entry["p_holm"] = p
+
+
+def summary_of(arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """Every figure of every arm and setting, over its seeds and prompts."""
+    rows = []
+    for arm in arms:
+        for setting in arm.settings:
+            seeds = arm.seeds(setting)
+            names = arm.points[setting][seeds[0]].test.values
+            found = {name: infer(arm.values(setting, seeds, name)) for name in names}
+            rows.append(
+                {
+                    "arm": arm.name,
+                    "setting": dict(setting),
+                    "beta": arm.beta(setting),
+                    "seeds": len(seeds),
+                    "metrics": {name: item.estimate.as_dict() for name, item in found.items()},
+                    "method": next(iter(found.values())).estimate.method,
+                }
+            )
+    return rows
+
+
+def compare_arms(
+    measured: Sequence[Measured], baseline: Measured, results: dict[str, Any], config: Any, registry: Registry
+) -> dict[str, Any]:
+    """The sections of results.json that set arms against each other."""
+    arms = arms_of(measured)
+    primary = results["primary"]
+    if primary is None:
+        return {"summary": summary_of(arms), "arms": {}, "contrasts": []}
+    figures = [primary, *(name for name in FIGURES if name != primary and name in measured[0].test.values)]
+    swept = any(len(arm.settings) > 1 for arm in arms)
+    chooser = chooser_of(measured)
+    entries = [
+        entry for a, b in combinations(arms, 2) for entry in contrasts_of(a, b, figures, chooser, swept, registry)
+    ]
+    _declare(entries, config.primary_contrast, primary)
+    described = {}
+    for arm in arms:
+        seeds = common_seeds(arm)
+        selected = None
+        if len(arm.settings) > 1 and chooser and seeds and arm.validated:
+            selected = selected_setting(arm, seeds, chooser)
+        chosen = selected if selected is not None else arm.settings[0]
+        bills = [bill(registry, point.model) for point in arm.points[chosen].values()]
+        described[arm.name] = {
+            "trials": len(arm.settings),
+            "settings": [dict(setting) for setting in arm.settings],
+            "selected": None if selected is None else dict(selected),
+            "cost": {key: float(np.mean([one[key] for one in bills])) for key in (bills[0] if bills else {})},
+        }
+    return {
+        "summary": summary_of(arms),
+        "arms": described,
+        "contrasts": entries,
+        "win_rates": win_rate_section(arms, baseline, primary, described),
+        "ranking": ranking_section([baseline, *measured], primary),
+        "frontier": frontier_section(arms, primary, chooser, results.get("exact")),
+        "overoptimisation": over_optimisation_section(arms, baseline),
+    }

@@ -1,0 +1,92 @@
+"""Who wins against whom: win rates between arms and against the baseline, and one ranking of all models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from rlhf_pipeline.evaluation.ranking import rank
+from rlhf_pipeline.evaluation.win_rates import length_controlled_win_rate, prompt_win_rates, win_rate
+from rlhf_pipeline.experiment.rows import Measured
+from rlhf_pipeline.experiment.tables import Arm, paired_by_seed, setting_key
+
+MOST_RANKED = 40
+
+
+def _setting(arm: Arm, described: Mapping[str, Any]) -> tuple:
+    """The setting that speaks for an arm: the selected one, else its first."""
+    chosen = described[arm.name]["selected"]
+    return arm.settings[0] if chosen is None else setting_key(chosen)
+
+
+def _entry(a: str, b: str, figure: str, mine: tuple, theirs: tuple) -> dict[str, Any]:
+    found = win_rate(mine[0], theirs[0])
+    controlled = length_controlled_win_rate(mine[0], theirs[0], mine[1], theirs[1])
+    return {
+        "a": a,
+        "b": b,
+        "figure": figure,
+        "estimate": found.estimate.as_dict(),
+        "p": found.p,
+        "length_controlled": {
+            "estimate": None if controlled.finding is None else controlled.finding.estimate.as_dict(),
+            "phi": controlled.phi,
+            "why_not": controlled.why_not,
+        },
+    }
+
+
+def win_rate_section(
+    arms: Sequence[Arm], baseline: Measured, figure: str, described: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Win rates of every arm against every other and against the baseline, by one figure, at the arms' settings."""
+    entries = []
+    for a, b in combinations(arms, 2):
+        mine, theirs, seeds = paired_by_seed(a, b)
+        if seeds:
+            sides = [
+                tuple(arm.samples(_setting(arm, described), seeds, name) for name in (figure, "length"))
+                for arm in (mine, theirs)
+            ]
+            entries.append(_entry(a.name, b.name, figure, *sides))
+    for arm in arms:
+        setting = _setting(arm, described)
+        if all(point is baseline or point.name == baseline.name for point in arm.points[setting].values()):
+            continue
+        seeds = arm.seeds(setting)
+        own = tuple(arm.samples(setting, seeds, name) for name in (figure, "length"))
+        shape = (len(baseline.test.examples), -1)
+        fixed = tuple(
+            np.broadcast_to(baseline.test.values[name].reshape(shape), (len(seeds), *own[0].shape[1:]))
+            for name in (figure, "length")
+        )
+        entries.append(_entry(arm.name, baseline.name, figure, own, fixed))
+    return entries
+
+
+def ranking_section(measured: Sequence[Measured], figure: str) -> dict[str, Any] | None:
+    """Elo of every model with an interval over prompts, the baseline at 1000; None with fewer than two models."""
+    distinct = list({one.name: one for one in measured}.values())[:MOST_RANKED]
+    if len(distinct) < 2:
+        return None
+    shape = (len(distinct[0].test.examples), -1)
+    figures = [one.test.values[figure].reshape(shape) for one in distinct]
+    wins = np.zeros((shape[0], len(distinct), len(distinct)))
+    for i, mine in enumerate(figures):
+        for j, theirs in enumerate(figures):
+            if i != j:
+                wins[:, i, j] = prompt_win_rates(mine, theirs)
+    found = rank(wins, baseline=0)
+    rows = [
+        {"name": one.name, "arm": one.point.arm, "elo": item.estimate.as_dict()}
+        for one, item in zip(distinct, found.elo, strict=True)
+    ]
+    return {
+        "figure": figure,
+        "separable": found.separable,
+        "left_out": max(0, len({one.name for one in measured}) - MOST_RANKED),
+        "rows": sorted(rows, key=lambda row: -row["elo"]["mean"]),
+    }

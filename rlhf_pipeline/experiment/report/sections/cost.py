@@ -1,0 +1,191 @@
+"""What the arms cost, and what they get for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlhf_pipeline.experiment.report.markup import Column, Group, Markup, h, table
+from rlhf_pipeline.experiment.report.parts import (
+    PANEL,
+    Section,
+    arm_legend,
+    arm_name,
+    error_bars,
+    mark,
+    panels,
+    plot,
+    section,
+)
+from rlhf_pipeline.experiment.report.points import Points
+from rlhf_pipeline.experiment.report.svg import colour, draw, dress
+from rlhf_pipeline.experiment.report.text import clean, count, duration, finite, memory, number, percent, scaled, tick
+from rlhf_pipeline.experiment.report.view import Reading, View, items, part, setting_csv
+
+BILL = {
+    "flops": ("FLOPs", lambda value: scaled(value, "FLOP")),
+    "wall_seconds": ("wall time", duration),
+    "tokens_trained": ("tokens trained", scaled),
+    "tokens_generated": ("tokens generated", scaled),
+    "optimizer_steps": ("optimizer steps", count),
+    "peak_memory_bytes": ("peak memory", memory),
+}
+AXES = {"flops": "training FLOPs", "wall_seconds": "wall time, seconds"}
+
+
+def cost_section(view: View, points: Points) -> Section | None:
+    """The bill of each arm, its parts, and reward against FLOPs and wall time."""
+    return section("cost", "Cost", _bill(view), _parts(view, points), _panels(view, points))
+
+
+def _bills(view: View) -> dict[str, dict[str, Any]]:
+    """The mean bill of each arm: that of the results, else the mean over its rows."""
+    bills: dict[str, dict[str, Any]] = {}
+    for arm in view.arms:
+        known = dict(items(view.get("arms", arm, "cost")))
+        if not known:
+            rows = [row for row in view.trained() if view.arm(row) == arm and not view.is_baseline(row)]
+            for key in BILL:
+                values = [value for row in rows if (value := finite(part(row, "cost", key))) is not None]
+                if values:
+                    known[key] = sum(values) / len(values)
+        if known:
+            bills[arm] = known
+    return bills
+
+
+def _bill(view: View) -> Markup | None:
+    bills = _bills(view)
+    shown = [key for key in BILL if any(finite(bill.get(key)) is not None for bill in bills.values())]
+    if not shown:
+        return None
+    columns = [Column("arm", False), *(Column(BILL[key][0]) for key in shown)]
+    lines = [[arm_name(view, arm), *(BILL[key][1](bill.get(key)) for key in shown)] for arm, bill in bills.items()]
+    cheapest = _ratio(bills)
+    mean = "Means over the seeds of the selected models. " if view.has_seeds() else ""
+    caption = (
+        f"{cheapest}{mean}The bill of PPO includes its reward model; what the "
+        "arms share (SFT, preference pairs) is on no bill. Peak memory is of the largest stage."
+    )
+    return table(columns, [Group(lines)], label="Cost of each arm", caption=caption)
+
+
+def _ratio(bills: dict[str, dict[str, Any]]) -> str:
+    """Which of two arms trains for fewer FLOPs, in words."""
+    flops = {arm: value for arm, bill in bills.items() if (value := finite(bill.get("flops")))}
+    if len(flops) != 2:
+        return ""
+    (cheap, less), (dear, more) = sorted(flops.items(), key=lambda entry: entry[1])
+    return f"{clean(dear)} takes {number(more / less, 1)} times the FLOPs of {clean(cheap)}. "
+
+
+def _parts(view: View, points: Points) -> Markup | None:
+    """FLOPs by part, where the bills are itemised."""
+    itemised = {arm: dict(items(bill.get("flops_by_part"))) for arm, bill in _bills(view).items()}
+    itemised = {
+        arm: {name: value for name, entry in parts.items() if (value := finite(entry)) is not None}
+        for arm, parts in itemised.items()
+    }
+    itemised = {arm: parts for arm, parts in itemised.items() if sum(parts.values()) > 0}
+    if not itemised:
+        return None
+    points.add(
+        "cost_parts",
+        ["arm", "part", "flops"],
+        [[arm, name, value] for arm, parts in itemised.items() for name, value in parts.items()],
+    )
+    groups = []
+    largest = max(max(parts.values()) for parts in itemised.values())
+    for arm, parts in itemised.items():
+        total = sum(parts.values())
+        lines = [
+            [
+                clean(name),
+                scaled(value, "FLOP"),
+                percent(value / total, 0),
+                _length(value / largest, view.look(arm).css),
+            ]
+            for name, value in sorted(parts.items(), key=lambda entry: -entry[1])
+        ]
+        groups.append(Group(lines, arm_name(view, arm)))
+    columns = [Column("part", False), Column("FLOPs"), Column("of the arm"), Column("on one scale", False)]
+    return table(columns, groups, label="FLOPs by part")
+
+
+def _length(share: float, colour_of: str) -> Markup:
+    bar = h("rect", x="0", y="3", width=f"{160 * share:.1f}", height="12", rx="2", style=f"fill:{colour_of}")
+    return h("svg", bar, class_="bar", viewBox="0 0 160 18", aria_hidden="true")
+
+
+def _panels(view: View, points: Points) -> Markup | None:
+    csv, made = [], []
+    for key, title in AXES.items():
+        found = []
+        for row in view.trained():
+            spent, reward = finite(part(row, "cost", key)), view.figure(row, view.primary)
+            if spent and reward is not None and not view.is_baseline(row):
+                found.append((row, spent, reward))
+        if len(found) < 2:
+            continue
+        csv += [
+            [
+                view.arm(row),
+                setting_csv(row.get("setting")),
+                row.get("seed"),
+                row.get("name"),
+                key,
+                spent,
+                *reward.cells,
+            ]
+            for row, spent, reward in found
+        ]
+        made.append(_panel(view, key, title, found))
+    if not made:
+        return None
+    columns = [
+        "arm",
+        "setting",
+        "seed",
+        "model",
+        "cost",
+        "spent",
+        view.primary,
+        f"{view.primary}_low",
+        f"{view.primary}_high",
+    ]
+    file = points.add("cost", columns, csv)
+    caption = (
+        "Each point is one model: what it got for what its own training and that of its reward model cost. "
+        f"{view.basis()}"
+    )
+    return plot(panels(made), caption, [file], arm_legend(view, view.arms))
+
+
+def _panel(view: View, key: str, title: str, found: list[tuple[Any, float, Reading]]) -> Markup:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    spent = [value for _, value, _ in found]
+    wide = max(spent) / min(spent) > 30
+
+    def paint(axes: Any) -> None:
+        dress(axes, f"{title}{' (logarithmic)' if wide else ''}", view.name_of())
+        for row, cost, reward in found:
+            look = view.look_of(row)
+            hue = colour(look.hue)
+            error_bars(axes, Reading(cost), reward, hue)
+            mark(axes, [cost], [reward.mean], look)
+        if wide:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(numticks=5))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.set_xlim(0, max(spent) * 1.08)
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+
+    ends = f"{len(found)} models, from {scaled(min(spent))} to {scaled(max(spent))}."
+    return h(
+        "div",
+        draw(
+            f"cost-{key.replace('_', '-')}", f"{view.name_of().capitalize()} against {title}", ends, paint, size=PANEL
+        ),
+    )

@@ -1,0 +1,29 @@
+"""A report in its folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_pipeline.experiment.report.page import page
+from rlhf_pipeline.experiment.report.points import Points
+
+PAGE = "index.html"
+
+
+def write_report(results: Mapping[str, Any], directory: Path) -> Path:
+    """Write index.html and points/*.csv from what results.json holds; the same results give the same bytes.
+
+    Returns the path of index.html. Whatever the results do not have, the page does not show.
+    """
+    points = Points()
+    text = page(dict(results), points)
+    directory.mkdir(parents=True, exist_ok=True)
+    points.write(directory)
+    target = directory / PAGE
+    temporary = directory / f".{PAGE}.{os.getpid()}.tmp"
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(temporary, target)
+    return target

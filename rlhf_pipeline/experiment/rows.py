@@ -1,0 +1,160 @@
+"""One row of a comparison for each trained model: sampled figures with intervals, prompt by prompt, and its bill."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rlhf_pipeline.evaluation.diversity import distinct, self_bleu, token_budget
+from rlhf_pipeline.evaluation.sampled import Samples, paired_difference, win_rate
+from rlhf_pipeline.experiment.best_of import primary_figure
+from rlhf_pipeline.experiment.evaluate import measure
+from rlhf_pipeline.experiment.exact import beta_of
+from rlhf_pipeline.experiment.points import Point
+from rlhf_pipeline.experiment.subjects import Bench
+from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.rollout.rewards import RewardSource, names_a_model
+from rlhf_pipeline.stages.rewards import load_reward
+
+COST_KEYS = ("wall_seconds", "flops", "tokens_trained", "tokens_generated", "optimizer_steps")
+
+
+MOST_COMPARED = 8
+"""Samples of a prompt that self-BLEU sets against each other; its cost grows with their square."""
+
+
+@dataclass
+class Measured:
+    """A point, its model, and its samples on the test prompts and, where settings are chosen, on validation ones."""
+
+    point: Point
+    model: Resolved
+    test: Samples
+    validation: Samples | None = None
+
+    @property
+    def name(self) -> str:
+        return self.model.label
+
+    def values(self, figure: str, split: str = "test") -> np.ndarray:
+        """(P,) mean of a figure over the samples of each prompt."""
+        samples = self.test if split == "test" else self.validation
+        return samples.values[figure].reshape(len(samples.examples), -1).mean(1)
+
+
+def bill(registry: Registry, resolved: Resolved) -> dict[str, float]:
+    """What an arm cost: its own run and, for PPO, those of its reward models. Shared stages are on no bill.
+
+    Counts and seconds add up; peak memory is that of the largest stage. Empty where it is not known: outside the
+    registry, and for a snapshot in the middle of a run.
+    """
+    if resolved.manifest is None or resolved.step is not None:
+        return {}
+    cost = resolved.manifest.cost
+    total = {key: float(cost.get(key, 0)) for key in COST_KEYS}
+    total["peak_memory_bytes"] = float(cost.get("peak_memory_bytes", 0))
+    for role, parent in resolved.manifest.parents.items():
+        if role.startswith("reward_model"):
+            for key, value in bill(registry, registry.resolve(parent.ref)).items():
+                total[key] = max(total[key], value) if key == "peak_memory_bytes" else total[key] + value
+    return total
+
+
+@dataclass
+class Scorers:
+    """The reward model that scores a point: the one asked for, else that which PPO of the same seed was trained on."""
+
+    bench: Bench
+    by_seed: Mapping[int | None, str]
+    asked_for: bool
+    _loaded: dict[str, RewardSource] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, bench: Bench, points: Sequence[tuple[Point, Resolved]], asked_for: bool) -> Scorers:
+        """Find the reward model of each seed in the manifests."""
+        found: dict[int | None, str] = {}
+        for point, model in points:
+            parent = model.manifest.parents.get("reward_model") if model.manifest is not None else None
+            if parent is not None:
+                found.setdefault(point.seed, parent.ref)
+        return cls(bench, found, asked_for)
+
+    def label(self, seed: int | None) -> str | None:
+        """Who scores the points of a seed."""
+        if self.asked_for or seed not in self.by_seed:
+            return self.bench.scorer.label if self.bench.scorer is not None else None
+        return self.by_seed[seed]
+
+    def get(self, seed: int | None) -> RewardSource | None:
+        """The scorer of a seed; None where the bench's own is right."""
+        label = self.label(seed)
+        if label is None or self.bench.scorer is None or label == self.bench.scorer.label or not names_a_model(label):
+            return None
+        if label not in self._loaded:
+            bench = self.bench
+            policy = bench.reference or bench.registry.resolve(label)
+            self._loaded[label] = load_reward(
+                bench.registry, label, bench.config, policy, bench.tokenizer, bench.device
+            ).source
+        return self._loaded[label]
+
+
+def measure_points(
+    points: Sequence[tuple[Point, Resolved]], test: Bench, validation: Bench | None, *, asked_for: bool
+) -> list[Measured]:
+    """Sample and score every model by the same plans: same prompts, same random numbers."""
+    scorers = Scorers.of(test, points, asked_for)
+    found = []
+    for number, (point, model) in enumerate(points, start=1):
+        policy, scorer = test.policy(model), scorers.get(point.seed)
+        held = None if validation is None else measure(validation, policy, scorer)
+        found.append(Measured(point, model, measure(test, policy, scorer), held))
+        test.say(f"[{number}/{len(points)}] measured {model.label}")
+    return found
+
+
+def row_of(registry: Registry, measured: Measured, baseline: Measured, bench: Bench) -> dict[str, Any]:
+    """The row of one point, as results.json has it."""
+    point, model, first = measured.point, measured.model, measured is baseline
+    row: dict[str, Any] = {
+        "name": measured.name,
+        "arm": point.arm,
+        "seed": point.seed if point.seed is not None else _seed(model),
+        "setting": dict(point.setting),
+        "model": model.label,
+        "stage": model.stage,
+        "digest": model.digest,
+        "beta": beta_of(model),
+        "metrics": measured.test.table(),
+        "per_prompt": {name: measured.values(name).tolist() for name in measured.test.values},
+        "validation": None if measured.validation is None else measured.validation.table(),
+        "cost": bill(registry, model),
+    }
+    primary = primary_figure(measured.test)
+    if not first and primary is not None:
+        row["win_rate"] = win_rate(measured.test, baseline.test, primary).as_dict()
+        row["difference"] = paired_difference(measured.test, baseline.test, primary).as_dict()
+        spread = float(np.std(baseline.test.values[primary]))
+        row["gain_in_sd"] = row["difference"]["mean"] / spread if spread > 0 else None
+    return row
+
+
+def add_diversity(rows: Sequence[dict[str, Any]], measured: Sequence[Measured], bench: Bench) -> None:
+    """distinct-n at the number of tokens that all models have, and self-BLEU over the samples of a prompt."""
+    responses = {one.name: [ids for example in one.test.examples for ids in example.completions] for one in measured}
+    budget = token_budget(responses.values())
+    for row, one in zip(rows, measured, strict=True):
+        texts = [
+            [bench.tokenizer.decode(ids, skip_special_tokens=True) for ids in example.completions[:MOST_COMPARED]]
+            for example in one.test.examples
+        ]
+        row["diversity"] = distinct(responses[one.name], budget)
+        row["diversity"]["self_bleu"] = self_bleu(texts) if bench.plan.samples > 1 else None
+
+
+def _seed(model: Resolved) -> int | None:
+    return model.manifest.seed if model.manifest is not None else None

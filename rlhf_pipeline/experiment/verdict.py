@@ -1,0 +1,187 @@
+"""The verdict in words: rules that read the figures of results.json and say no more than these do.
+
+A contrast whose 95 % interval excludes 0 is a difference; one whose interval holds 0 is "cannot tell", with the number
+of seeds or prompts that would settle it if the difference stayed what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rlhf_pipeline.evaluation.seeds import needed
+
+FIGURES = {"true_reward": "true reward", "judge": "the judge's score", "score": "the reward model's score"}
+NOTABLE_LENGTH = 0.1
+"""A difference in mean length beyond this share of the baseline's is worth a word."""
+
+Line = dict[str, Any]
+
+
+def line(topic: str, text: str, certain: bool = True) -> Line:
+    """One line of the verdict."""
+    return {"topic": topic, "text": text, "certain": certain}
+
+
+def _interval(estimate: Mapping[str, Any]) -> str:
+    return f"{estimate['mean']:+.3f} [{estimate['low']:+.3f}, {estimate['high']:+.3f}]"
+
+
+def excludes_zero(estimate: Mapping[str, Any] | None) -> bool:
+    """Whether a 95 % interval says that there is a difference."""
+    if not estimate or estimate.get("low") is None or estimate.get("high") is None:
+        return False
+    return estimate["low"] > 0 or estimate["high"] < 0
+
+
+def say_contrast(contrast: Mapping[str, Any], topic: str) -> Line:
+    """One contrast in words."""
+    a, b, estimate = contrast["a"], contrast["b"], contrast.get("estimate")
+    figure, at = FIGURES.get(contrast["figure"], contrast["figure"]), contrast["at"]
+    if not estimate or estimate.get("mean") is None:
+        return line(
+            topic, f"cannot tell {a} from {b} in {figure} {at}: {contrast.get('why_not') or 'not measured'}", False
+        )
+    if excludes_zero(estimate):
+        ahead, behind = (a, b) if estimate["mean"] > 0 else (b, a)
+        return line(topic, f"{ahead} is ahead of {behind} in {figure} {at}: {a} - {b} = {_interval(estimate)}")
+    text = f"cannot tell {a} from {b} in {figure} {at}: {a} - {b} = {_interval(estimate)}"
+    more = needed(estimate)
+    if more is not None:
+        text += f"; about {more['count']:,} {more['unit']} would settle it if the difference stayed what it is"
+    return line(topic, text, False)
+
+
+def _find(results: Mapping[str, Any], **wanted: Any) -> Iterator[Mapping[str, Any]]:
+    for contrast in results.get("contrasts") or ():
+        if all(contrast.get(key) == value for key, value in wanted.items()):
+            yield contrast
+
+
+def _primary(results: Mapping[str, Any]) -> Line:
+    for contrast in _find(results, primary=True):
+        said = say_contrast(contrast, "primary")
+        if said["certain"] and not str(contrast["estimate"].get("method", "")).startswith("t over seeds"):
+            said["text"] += " (one seed: this is about these runs, not about their kind)"
+        return said
+    return line("primary", "one arm alone: there is nothing to compare it with but the baseline", False)
+
+
+def _others(results: Mapping[str, Any]) -> Iterator[Line]:
+    """The contrasts beside the primary one; those that the correction for their number takes away say so."""
+    topics = {
+        "matched KL": "matched KL",
+        "cost": "cost",
+        "judge": "judge",
+        "selected": "selected",
+        "as trained": "as trained",
+    }
+    for contrast in _find(results, primary=False):
+        topic = "judge" if contrast["figure"] == "judge" else topics.get(contrast.get("kind"))
+        if topic is None or contrast["figure"] in ("kl", "length"):
+            continue
+        said = say_contrast(contrast, topic)
+        holm = contrast.get("p_holm")
+        if said["certain"] and holm is not None and holm > 0.05:
+            said["text"] += f"; not after the correction for several contrasts (Holm p = {holm:.2f})"
+            said["certain"] = False
+        yield said
+
+
+def _exact_rows(results: Mapping[str, Any], stage: str) -> list[Mapping[str, Any]]:
+    return [row for row in (results.get("exact") or {}).get("rows", ()) if row["stage"] == stage]
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _limits(results: Mapping[str, Any]) -> Iterator[Line]:
+    """What keeps each arm from the optimum, where that is known exactly."""
+    for stage, name, part, meaning in (
+        ("ppo", "PPO", "optimisation_gap", "its own optimisation"),
+        ("dpo", "DPO", "disagreement", "its disagreement with the reward model"),
+    ):
+        rows = [row for row in _exact_rows(results, stage) if row.get(part)]
+        total, own = _mean([row["gap_true"]["value"] for row in rows]), _mean([row[part]["value"] for row in rows])
+        if total is None or own is None:
+            continue
+        text = f"{name} is {total:.3f} short of the optimum of the true reward; "
+        text += f"to that of the reward model it is {own:.3f} ({meaning})"
+        if stage == "ppo":
+            text += (
+                "; the reward model's own error limits it more than optimisation does"
+                if own < total / 2
+                else "; its optimisation is at least half of what is missing"
+            )
+        yield line("limits", text)
+    yield from _reward_model(results)
+    yield from _over_optimisation(results)
+    yield from _length(results)
+
+
+def _reward_model(results: Mapping[str, Any]) -> Iterator[Line]:
+    scorers = (results.get("preferences") or {}).get("scorers") or {}
+    baseline = scorers.get("longer wins")
+    for name, scorer in scorers.items():
+        estimate = scorer.get("accuracy") or {}
+        if name != "longer wins" and baseline and estimate.get("mean", 1.0) <= baseline["accuracy"]["mean"]:
+            yield line("limits", f"{name} orders held-out pairs no better than 'the longer response wins'")
+    test = (results.get("preferences") or {}).get("test")
+    if test and test.get("difference") and excludes_zero(test["difference"]):
+        yield line("limits", f"accuracy on held-out pairs, {test['name']}: {_interval(test['difference'])}")
+
+
+def _over_optimisation(results: Mapping[str, Any]) -> Iterator[Line]:
+    for arm, entry in (results.get("overoptimisation") or {}).items():
+        if entry.get("found"):
+            peak = (entry.get("fit") or {}).get("peak")
+            where = f" beyond sqrt(KL) = {peak:.2f}" if peak is not None else ""
+            yield line("limits", f"{arm} is over-optimised{where}: the proxy still rises while the judged reward falls")
+
+
+def _length(results: Mapping[str, Any]) -> Iterator[Line]:
+    for contrast in _find(results, figure="length"):
+        estimate = contrast.get("estimate")
+        base = next(
+            (row["metrics"]["length"]["mean"] for row in results.get("rows") or () if "length" in row["metrics"]), None
+        )
+        if estimate and base and excludes_zero(estimate) and abs(estimate["mean"]) > NOTABLE_LENGTH * base:
+            longer = contrast["a"] if estimate["mean"] > 0 else contrast["b"]
+            yield line(
+                "limits",
+                f"{longer} writes longer responses ({_interval(estimate)} tokens): see the length-controlled win rate",
+            )
+
+
+def _next(results: Mapping[str, Any], said: list[Line]) -> Iterator[Line]:
+    """What to try, from what limits the arms."""
+    comparable = results.get("comparable") or {}
+    if not comparable.get("ok", True):
+        listed = ", ".join(difference["what"] for difference in comparable["differences"])
+        yield line("next", f"train the arms alike first: they differ in {listed}")
+    trials = {arm: entry.get("trials", 1) for arm, entry in (results.get("arms") or {}).items()}
+    if len(set(trials.values())) > 1:
+        most = max(trials, key=trials.get)
+        counts = ", ".join(f"{arm}: {number} settings" for arm, number in trials.items())
+        yield line("next", f"{most} was tuned more ({counts}): tune all arms alike")
+    text = " ".join(entry["text"] for entry in said)
+    if "the reward model's own error limits it" in text:
+        yield line(
+            "next",
+            "for PPO: more or fresher preference pairs, a larger reward model, or a smaller step from the reference",
+        )
+    if "its optimisation is at least half" in text:
+        yield line("next", "for PPO: more updates, a smaller learning rate at the end, larger rollouts")
+    if "over-optimised" in text:
+        yield line("next", "raise beta (kl_coef), or stop at the KL where the judge peaks")
+    if len(results.get("seeds") or ()) < 3:
+        yield line("next", "run at least 3 seeds: with fewer nothing is known about the spread between runs")
+
+
+def verdict(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Headline and lines; every line says whether the figures carry it."""
+    head = _primary(results)
+    said = [*_others(results), *_limits(results)]
+    said += list(_next(results, said))
+    return {"headline": head["text"], "certain": head["certain"], "lines": said}

@@ -1,0 +1,193 @@
+"""Watches of PPO.
+
+A condition takes the history of the figures and the facts of the run, and returns the value to report or None. Means
+over WINDOW updates and noise bands keep single updates from counting.
+"""
+
+from __future__ import annotations
+
+import math
+
+from rlhf_pipeline.training.health import Facts, History, Watch
+from rlhf_pipeline.training.watches.common import Condition, mean
+
+WINDOW = 5
+
+
+def above(name: str, limit: float) -> Condition:
+    """Whether the mean of the last WINDOW values is above a limit."""
+
+    def condition(h: History, f: Facts) -> float | None:
+        values = h.recent(name, WINDOW)
+        return mean(values) if values and mean(values) > limit else None
+
+    return condition
+
+
+def kl_negative(h: History, f: Facts) -> float | None:
+    """For n responses of the policy itself P(mean of log pi / pi_ref < -c / n) <= exp(-c), by Markov: the mean of
+    pi_ref / pi is at most 1. c = 14: less than one false alarm in a million updates, whatever the two models are."""
+    values = h.recent("objective/kl", WINDOW)
+    if not values:
+        return None
+    rounding = 0.05 if f.low_precision else 1e-3
+    limit = max(14 / (WINDOW * f.size), rounding)
+    return mean(values) if mean(values) < -limit else None
+
+
+def kl_exploding(h: History, f: Facts) -> float | None:
+    """Twice the KL of five updates ago, above 10 nats and no more score for it; or, with more than 1 nat, an objective
+    below that of the first update, where the policy is the reference: then the reference itself would be better."""
+    kl, scores = h.recent("objective/kl", 2 * WINDOW), h.recent("objective/scores", 2 * WINDOW)
+    spread, objective = h.recent("objective/scores_std", WINDOW), h.recent("objective/rlhf_reward", WINDOW)
+    if not (kl and scores and spread and objective):
+        return None
+    before, now = mean(kl[:WINDOW]), mean(kl[WINDOW:])
+    noise = mean(spread) / math.sqrt(WINDOW * f.size)
+    gained = mean(scores[WINDOW:]) - mean(scores[:WINDOW]) > 3 * noise
+    runaway = now > 10 and now > 2 * before and not gained
+    start = h.first("objective/rlhf_reward", 1)[0]
+    noise_at_start = h.first("objective/scores_std", 1)[0] / math.sqrt(f.size)
+    noise_of_kl = f.kl_coef * math.sqrt(2 * max(now, 0.0) / (WINDOW * f.size))  # var(log ratio) is about 2 KL
+    lost = now > 1 and mean(objective) < start - 3 * math.hypot(noise, noise_at_start, noise_of_kl)
+    return now if runaway or lost else None
+
+
+def kl_zero(h: History, f: Facts) -> float | None:
+    """Neither estimator moved off 0 in three updates after the first that trains the actor, while scores differ."""
+    names = ("objective/kl", "objective/kl_k3", "objective/scores_std")
+    kl, k3, spread = (h.recent(name, 3) for name in names)
+    if h.step <= f.critic_warmup_steps + 3 or not (kl and k3 and spread):
+        return None
+    return 0.0 if not any(kl) and not any(k3) and scores_equal(h, f) is None else None
+
+
+def scores_equal(h: History, f: Facts) -> float | None:
+    """A spread of 1e-6 of the score is what rounding leaves of equal ones."""
+    spread, scores = h.recent("objective/scores_std", 3), h.recent("objective/scores", 3)
+    if not (spread and scores):
+        return None
+    limit = 1e-6 * max(1.0, *map(abs, scores))
+    return max(spread) if max(spread) <= limit else None
+
+
+def ratio_off(h: History, f: Facts) -> float | None:
+    """Largest |ratio - 1| of a response token before the first step: up to 1e-5 by fp32's rounding. 16 bits leave
+    steps of .004 in a relative log-probability, so a tenth is beyond their rounding."""
+    values = h.recent("first_minibatch/ratio_error", 2)
+    limit = 0.1 if f.low_precision else 1e-3
+    return min(values) if values and min(values) > limit else None
+
+
+def value_useless(h: History, f: Facts) -> float | None:
+    """Explained variance below 0 in five updates running, by .05 on average (a critic that knows nothing has 0, give
+    or take), after a fifth of the run: between 10 updates, which a fresh critic needs, and 50."""
+    values = h.recent("val/explained_variance", WINDOW)
+    if not values or h.step <= min(max(10, f.total // 5), 50):
+        return None
+    return mean(values) if max(values) < 0 and mean(values) < -0.05 else None
+
+
+def eos_lost(h: History, f: Facts) -> float | None:
+    """The share of ended responses is below half of that of the first three updates, by four standard errors (a
+    run has hundreds of looks); or none of 60 responses or more ended (rule of three: a rate below 5 %)."""
+    values = h.recent("val/ended", 3 + WINDOW)
+    if not values:
+        return None
+    start, now = mean(h.first("val/ended", 3)), mean(values[3:])
+    pooled = (3 * start + WINDOW * now) / (3 + WINDOW)
+    noise = math.sqrt(pooled * (1 - pooled) * (1 / (3 * f.size) + 1 / (WINDOW * f.size)))
+    fell = now < 0.5 * start and start - now > 4 * noise
+    return now if fell or (now == 0 and WINDOW * f.size >= 60) else None
+
+
+def length_drift(h: History, f: Facts) -> float | None:
+    """Half as long again, or half as long, as in the first three updates; the spread of lengths is at most about their
+    mean, which bounds the standard error of the difference, and four of these have to be passed as well."""
+    values = h.recent("val/response_length", 3 + WINDOW)
+    if not values:
+        return None
+    start, now = mean(h.first("val/response_length", 3)), mean(values[3:])
+    noise = (3 * start + WINDOW * now) / (3 + WINDOW) * math.sqrt(1 / (3 * f.size) + 1 / (WINDOW * f.size))
+    return now if not 0.5 * start <= now <= 1.5 * start and abs(now - start) > 4 * noise else None
+
+
+def entropy_gone(h: History, f: Facts) -> float | None:
+    """A tenth of the entropy per token of the first update: below that most tokens are certain."""
+    values, start = h.recent("policy/entropy_avg", WINDOW), h.first("policy/entropy_avg", 1)
+    return mean(values) if values and mean(values) < 0.1 * start[0] else None
+
+
+PPO = (
+    Watch(
+        "kl_negative",
+        ("objective/kl",),
+        kl_negative,
+        "a KL is never negative, so the responses are not samples of the policy that is scored: sampling and scoring "
+        "disagree, or the reference is not where the policy started",
+        "temperature 1; see that sampler and trainer use the same precision (bf16 false) and the same reference",
+    ),
+    Watch(
+        "kl_exploding",
+        ("objective/kl", "objective/scores", "objective/scores_std", "objective/rlhf_reward"),
+        kl_exploding,
+        "the policy leaves the reference and the reward does not pay for it",
+        "kl_coef up, learning_rate down, num_ppo_epochs down",
+    ),
+    Watch(
+        "kl_zero",
+        ("objective/kl", "objective/kl_k3", "objective/scores_std", "objective/scores"),
+        kl_zero,
+        "the actor has not moved at all: it is frozen, or its steps vanish in rounding",
+        "learning_rate up, dtype float32 (with bf16 true for speed), critic_warmup_steps down",
+    ),
+    Watch(
+        "scores_equal",
+        ("objective/scores_std", "objective/scores"),
+        scores_equal,
+        "all responses get the same score, so there is nothing to learn from",
+        "the reward function or reward model; if scores differed before, kl_coef up (the policy says one thing only)",
+    ),
+    Watch(
+        "ratio_off",
+        ("first_minibatch/ratio_error",),
+        ratio_off,
+        "before its first step the policy's probabilities already differ from those that its advantages are for",
+        "bf16 false, attn_implementation eager; no dropout in the model",
+    ),
+    Watch(
+        "value_useless",
+        ("val/explained_variance",),
+        value_useless,
+        "the critic predicts returns worse than a constant, so advantages are noisier than without it",
+        "critic_warmup_steps up, vf_coef up, value_init, learning_rate",
+    ),
+    Watch(
+        "eos_lost",
+        ("val/ended",),
+        eos_lost,
+        "responses no longer end but are cut, and are scored unfinished",
+        "missing_eos_penalty, response_length up, kl_coef up; see that the SFT data end in the stop token",
+    ),
+    Watch(
+        "length_drift",
+        ("val/response_length",),
+        length_drift,
+        "responses have become much longer or shorter than at the start: the reward may pay for length itself",
+        "kl_coef up, missing_eos_penalty; compare the reward model with 'longer wins'",
+    ),
+    Watch(
+        "clipping",
+        ("policy/clipfrac_avg",),
+        above("policy/clipfrac_avg", 0.5),  # more than half of the tokens' gradient is cut off
+        "most tokens are clipped: the policy moves further on one rollout than the rollout can vouch for",
+        "learning_rate down, num_ppo_epochs down, rollout_batch_size up",
+    ),
+    Watch(
+        "entropy_gone",
+        ("policy/entropy_avg",),
+        entropy_gone,
+        "the policy has become almost deterministic and explores no more",
+        "kl_coef up, learning_rate down",
+    ),
+)

@@ -1,0 +1,123 @@
+"""The two laws and the criterion, on data that follow them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from rlhf_pipeline.evaluation.overoptimisation import fit, overoptimised
+
+DISTANCE = np.array([0.0, 0.6, 1.0, 1.7, 2.4, 3.0])
+
+
+def bon(d: np.ndarray, alpha: float, beta: float) -> np.ndarray:
+    return d * (alpha - beta * d)
+
+
+def rl(d: np.ndarray, alpha: float, beta: float) -> np.ndarray:
+    return np.array([x * (alpha - beta * math.log(x)) if x else 0.0 for x in d])
+
+
+def test_best_of_n_coefficients_come_back():
+    found = fit("bon", DISTANCE, bon(DISTANCE, 2.0, 0.5))
+    assert (found.alpha, found.beta, found.peak) == pytest.approx((2.0, 0.5, 2.0), abs=1e-12)
+    assert found.residual == pytest.approx(0.0, abs=1e-12)
+    assert found(DISTANCE) == pytest.approx(bon(DISTANCE, 2.0, 0.5), abs=1e-12)
+    assert found.points == 5  # 0 says nothing
+
+
+def test_rl_coefficients_come_back_and_the_peak_is_a_maximum():
+    found = fit("rl", DISTANCE, rl(DISTANCE, 1.0, 0.8))
+    assert (found.alpha, found.beta) == pytest.approx((1.0, 0.8), abs=1e-12)
+    assert found.peak == pytest.approx(math.exp(0.25), abs=1e-12)
+    beside = found(found.peak + np.array([-1e-3, 0.0, 1e-3]))
+    assert beside[1] > max(beside[0], beside[2])
+    assert found(0.0) == 0.0
+
+
+def test_the_rl_form_leaves_out_what_is_near_0():
+    d = np.array([0.01, 0.2, 0.6, 1.0, 2.0])
+    gain = rl(d, 1.0, 0.5)
+    gain[:2] = -99.0
+    found = fit("rl", d, gain)
+    assert (found.alpha, found.beta, found.points) == (pytest.approx(1.0), pytest.approx(0.5), 3)
+    assert fit("rl", d, gain, near=1.0) is None
+
+
+def test_least_squares_by_hand():
+    # R / d = alpha - beta d through (1, 2), (2, 2), (3, 0) in the metric of R: normal equations in (alpha, -beta) with
+    # features d, d^2 and values 2, 4, 0: [14 36; 36 98] x = [10; 18] -> x = (332, -108) / 76.
+    found = fit("bon", [1.0, 2.0, 3.0], [2.0, 4.0, 0.0])
+    assert (found.alpha, found.beta) == pytest.approx((332 / 76, 108 / 76), abs=1e-12)
+
+
+def test_curves_without_a_peak():
+    assert fit("bon", DISTANCE, bon(DISTANCE, 1.0, -0.2)).peak is None
+    assert fit("bon", DISTANCE, bon(DISTANCE, -1.0, 0.2)).peak is None
+    assert fit("rl", DISTANCE, rl(DISTANCE, 1.0, -0.2)).peak is None
+    assert fit("rl", DISTANCE, rl(DISTANCE, 1.0, 1e-3)).peak is None
+
+
+def test_too_few_points_and_points_that_are_none():
+    assert fit("bon", [1.0, 2.0, 0.0], [1.0, 2.0, 0.0]) is None
+    assert fit("bon", [1.0, 1.0, 2.0], [1.0, 1.1, 2.0]) is None
+    for d, y in (([1.0], [1.0, 2.0]), ([-1.0], [1.0]), ([math.nan], [1.0])):
+        with pytest.raises(ValueError, match="expected equally many"):
+            fit("bon", d, y)
+
+
+def per_prompt(curve: np.ndarray, noise: float, seed: int, shape=(1, 100)) -> np.ndarray:
+    seeds, prompts = shape
+    draw = np.random.default_rng(seed)
+    prompt = draw.normal(size=(1, 1, prompts))
+    return curve[None, :, None] + prompt + noise * draw.normal(size=(seeds, len(curve), prompts))
+
+
+def test_a_planted_fall_is_found():
+    gold = per_prompt(bon(DISTANCE, 2.0, 0.6), 0.3, 0)  # peak 1.67 at 1.67, .6 at 3
+    proxy = per_prompt(DISTANCE, 0.3, 1)
+    law = fit("bon", DISTANCE, gold.mean((0, 2)) - gold[:, 0].mean())
+    found = overoptimised(DISTANCE, proxy, gold, law)
+    assert found.found and found.p < 0.05
+    assert DISTANCE[found.since] == 1.7  # the highest of the points
+    assert "falls from" in found.why
+    seeds = [per_prompt(x, 0.3, 2, (5, 20)) for x in (DISTANCE, bon(DISTANCE, 2.0, 0.6))]
+    assert overoptimised(DISTANCE, *seeds, law).found
+    assert overoptimised(DISTANCE[::-1], proxy[:, ::-1], gold[:, ::-1], law).since == 5 - found.since
+
+
+def test_a_fall_of_both_rewards_is_none():
+    gold = per_prompt(bon(DISTANCE, 2.0, 0.6), 0.3, 0)
+    law = fit("bon", DISTANCE, bon(DISTANCE, 2.0, 0.6))
+    found = overoptimised(DISTANCE, gold, gold, law)
+    assert not found.found and "is certain" in found.why and found.p == 1.0
+
+
+def test_a_peak_outside_the_data_is_none():
+    gold, proxy = per_prompt(bon(DISTANCE, 2.0, 0.1), 0.3, 0), per_prompt(DISTANCE, 0.3, 1)
+    found = overoptimised(DISTANCE, proxy, gold, fit("bon", DISTANCE, bon(DISTANCE, 2.0, 0.1)))
+    assert not found.found and "d = 10.00, is outside" in found.why
+    found = overoptimised(DISTANCE, proxy, gold, fit("bon", DISTANCE, bon(DISTANCE, 2.0, -0.1)))
+    assert not found.found and "no peak" in found.why
+    assert not overoptimised(DISTANCE, proxy, gold, None).found
+
+
+def test_what_is_level_is_seldom_taken_for_a_fall():
+    """A judged reward that does not change from point to point, and a fit that has its peak inside the data."""
+    law = fit("bon", DISTANCE, bon(DISTANCE, 2.0, 0.6))
+    draw, count, found = np.random.default_rng(4), 1000, 0
+    for _ in range(count):
+        gold = draw.normal(size=(1, 6, 30))
+        proxy = DISTANCE[:, None] + 0.1 * draw.normal(size=(1, 6, 30))
+        found += overoptimised(DISTANCE, proxy, gold, law).found
+    assert found / count <= 0.05
+
+
+def test_one_prompt_and_one_seed_decide_nothing():
+    law = fit("bon", DISTANCE, bon(DISTANCE, 2.0, 0.6))
+    gold = bon(DISTANCE, 2.0, 0.6)[None, :, None]
+    assert "no interval" in overoptimised(DISTANCE, DISTANCE[None, :, None], gold, law).why
+    with pytest.raises(ValueError, match="expected"):
+        overoptimised(DISTANCE, np.zeros((1, 5, 2)), gold, law)

@@ -1,0 +1,148 @@
+"""The gate of a reward model: its verdict by hand, in the manifest, and at the start of PPO."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from rlhf_pipeline.stages.gate import judge_gate
+
+PROMPTS = [f"prompt {number}" for number in range(10)]
+
+
+def signs(text):
+    """Score differences: + right, - wrong, 0 a tie."""
+    return [{"+": 2.0, "-": -0.5, "0": 0.0}[sign] for sign in text]
+
+
+def log_of(result):
+    return (Path(result.run) / "log.txt").read_text().splitlines()
+
+
+def test_a_model_that_beats_everything_passes():
+    gate = judge_gate(signs("++++++++++"), {"longer_wins": signs("-----+++++"), "tfidf": signs("+++++-----")}, PROMPTS)
+    assert gate["passed"] is True
+    assert gate["beats"] == {"coin": True, "longer_wins": True, "tfidf": True}
+    # Ten differences, five of 1 and five of 0: mean .5, deviation sqrt(2.5 / 9), t(.975, 9) = 2.2621572.
+    half = 2.2621572 * (2.5 / 9 / 10) ** 0.5
+    expected = {"mean": 0.5, "low": 0.5 - half, "high": 0.5 + half}
+    assert gate["differences"]["tfidf"] == pytest.approx(expected, abs=1e-6)
+    assert "not beyond doubt" not in gate["reason"]
+
+
+def test_one_baseline_that_is_better_is_enough_to_fail():
+    gate = judge_gate(signs("+++++++++-"), {"longer_wins": signs("----------"), "tfidf": signs("++++++++++")}, PROMPTS)
+    assert (gate["passed"], gate["beats"]) == (False, {"coin": True, "longer_wins": True, "tfidf": False})
+    assert "held-out accuracy 0.900" in gate["reason"]
+    assert "does not beat tfidf, difference -0.100" in gate["reason"]
+    assert "does not beat longer_wins" not in gate["reason"]
+
+
+def test_a_tie_is_not_a_victory_and_counts_one_half():
+    gate = judge_gate(signs("++++++++00"), {"longer_wins": signs("+++++++++-"), "tfidf": signs("000000000-")}, PROMPTS)
+    assert gate["differences"]["longer_wins"]["mean"] == pytest.approx(0)
+    # .9 against 9 x .5 / 10 = .45
+    assert gate["differences"]["tfidf"]["mean"] == pytest.approx(0.45)
+    assert gate["beats"] == {"coin": True, "longer_wins": False, "tfidf": True}
+
+
+def test_a_narrow_victory_is_called_one():
+    """One pair of ten ahead: beaten by the figure, with an interval that contains 0."""
+    gate = judge_gate(signs("++++++++++"), {"longer_wins": signs("+++++++++-")}, PROMPTS)
+    assert gate["passed"] is True
+    assert "beats longer_wins, difference 0.100" in gate["reason"] and "not beyond doubt" in gate["reason"]
+
+
+def test_a_coin_that_is_luckier_than_its_rivals_fails():
+    gate = judge_gate(signs("++++++----"), {"longer_wins": signs("+++++-----")}, PROMPTS)
+    assert (gate["passed"], gate["beats"]) == (False, {"coin": False, "longer_wins": True})
+    assert "cannot be told from a coin" in gate["reason"]
+
+
+def test_pairs_of_one_prompt_count_as_one_opinion():
+    """Ten pairs that are all right, of two prompts: too few to pass."""
+    gate = judge_gate(signs("++++++++++"), {"longer_wins": signs("----------")}, PROMPTS[:2] * 5)
+    assert gate["passed"] is False
+    assert "only 2 held-out prompts" in gate["reason"]
+
+
+def random_pairs(path):
+    """Pairs of the built-in world whose chosen side is a toss of a coin, with 40 prompts to hold out."""
+    from rlhf_pipeline.data.world.vocabulary import ADJECTIVES, ASPECTS, FRAME, GENRES, MODIFIERS
+
+    draw = random.Random(4)
+    rows = []
+    for _ in range(40):
+        prompt = " ".join(draw.choices(FRAME + GENRES + ASPECTS, k=6))
+        for _ in range(4):
+            # Both sides are as long as each other, so that length is a coin as well.
+            sides = [" " + " ".join(draw.sample(ADJECTIVES + MODIFIERS, k=3)) for _ in range(2)]
+            rows.append({"prompt": prompt, "chosen": sides[0], "rejected": sides[1]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def on_random_labels(lab, tmp_path):
+    """A reward model trained on random labels."""
+    return lab.run(
+        "train-rm",
+        output_name="coin",
+        dataset_name=random_pairs(tmp_path / "random.jsonl"),
+        split_fractions={"train": 0.5, "test": 0.5},
+        max_steps=20,
+    )
+
+
+def test_random_labels_fail_the_gate_and_ppo_repeats_it(lab, on_random_labels):
+    result = on_random_labels
+    gate = result.metrics["gate"]
+    assert (gate["passed"], gate["beats"]["coin"]) == (False, False)
+    assert set(gate["beats"]) == {"coin", "longer_wins", "tfidf"}
+    for name, baseline in result.metrics["baselines"].items():
+        difference = result.metrics["accuracy"] - baseline["accuracy"]
+        assert gate["differences"][name]["mean"] == pytest.approx(difference, abs=1e-9)
+        assert gate["beats"][name] is (difference > 0)
+    assert lab.registry.resolve("coin").manifest.metrics["gate"] == gate
+    assert [line for line in log_of(result) if line.startswith("WARNING") and gate["reason"] in line]
+
+    ppo = lab.run("ppo", reward_model_path="coin", max_steps=1)
+    (line,) = [line for line in log_of(ppo) if line.startswith("WARNING: reward model")]
+    assert "coin@v1: failed its gate" in line and gate["reason"] in line
+    assert f"held-out accuracy {result.metrics['accuracy']:.3f}" in line
+
+
+def test_a_gate_that_was_passed_is_not_mentioned(lab):
+    """On its own training pairs a reward model that was trained for long beats everything."""
+    options = {"max_steps": 100, "per_device_train_batch_size": 512, "learning_rate": 2e-2}
+    pairs = lab.run("train-rm", output_name="good", dataset_test_split="train", **options)
+    assert pairs.metrics["gate"]["passed"], pairs.metrics["gate"]["reason"]
+    assert not [line for line in log_of(pairs) if line.startswith("WARNING")]
+    ppo = lab.run("ppo", reward_model_path="good", max_steps=1)
+    assert not [line for line in log_of(ppo) if "gate" in line]
+
+
+def test_without_held_out_pairs_there_is_no_gate_and_ppo_says_so(lab, tmp_path):
+    """All prompts are in the train split: the reward model's quality is not known."""
+    options = {"dataset_name": random_pairs(tmp_path / "pairs.jsonl"), "split_fractions": {"train": 1.0}}
+    result = lab.run("train-rm", output_name="unseen", **options)
+    assert "gate" not in result.metrics
+    ppo = lab.run("ppo", reward_model_path="unseen", max_steps=1)
+    (line,) = [line for line in log_of(ppo) if line.startswith("WARNING: reward model")]
+    assert "unseen@v1" in line and "no held-out pairs were seen" in line
+
+
+def test_a_reward_model_of_elsewhere_has_no_gate(lab, tmp_path):
+    exported = lab.registry.export("reward", tmp_path / "elsewhere")
+    (exported / "manifest.json").unlink(missing_ok=True)
+    ppo = lab.run("ppo", reward_model_path=str(exported), max_steps=1)
+    (line,) = [line for line in log_of(ppo) if line.startswith("WARNING: reward model")]
+    assert "not of this registry" in line
+
+
+def test_a_true_reward_needs_no_gate(lab):
+    ppo = lab.run("ppo", reward_model_path=None, reward_functions=["world"], max_steps=1)
+    assert not [line for line in log_of(ppo) if "gate" in line]
