@@ -11,6 +11,7 @@ from typing import Any
 from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.experiment.best_of import best_of_n_rows, primary_figure
 from rlhf_pipeline.experiment.contrasts import compare_arms
+from rlhf_pipeline.experiment.demonstrations import demonstrations_of, describe
 from rlhf_pipeline.experiment.exact import Judge, beta_of, exact_figures
 from rlhf_pipeline.experiment.leaves import TRUTH, Leaves
 from rlhf_pipeline.experiment.matching import differences, require_comparable
@@ -167,7 +168,9 @@ def run_compare(
         "exact": exact,
         "preferences": preference_quality(bench, config, trained),
     }
-    results |= compare_arms(measured[len(first) :], measured[0], results, config, registry)
+    shown = demonstrations_of(bench, reference, config.split)
+    results["demonstrations"] = None if shown is None else describe(shown)
+    results |= compare_arms(measured[len(first) :], measured[0], results, config, registry, shown)
     results["verdict"] = verdict(results)
     results |= {
         "samples_shown": shown_samples(bench, {one.name: one.test for one in measured}, config.shown_prompts),

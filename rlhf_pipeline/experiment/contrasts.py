@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_pipeline.evaluation.frontier import Curve, area_between, common_range, difference_at
+from rlhf_pipeline.evaluation.sampled import Samples
 from rlhf_pipeline.evaluation.seeds import Finding, contrast, holm, infer
 from rlhf_pipeline.experiment.frontiers import frontier_section, over_optimisation_section
 from rlhf_pipeline.experiment.rankings import ranking_section, win_rate_section
@@ -160,7 +161,12 @@ def summary_of(arms: Sequence[Arm]) -> list[dict[str, Any]]:
 
 
 def compare_arms(
-    measured: Sequence[Measured], baseline: Measured, results: dict[str, Any], config: Any, registry: Registry
+    measured: Sequence[Measured],
+    baseline: Measured,
+    results: dict[str, Any],
+    config: Any,
+    registry: Registry,
+    demonstrations: Samples | None = None,
 ) -> dict[str, Any]:
     """The sections of results.json that set arms against each other."""
     arms = arms_of(measured)
@@ -192,7 +198,7 @@ def compare_arms(
         "summary": summary_of(arms),
         "arms": described,
         "contrasts": entries,
-        "win_rates": win_rate_section(arms, baseline, primary, described),
+        "win_rates": win_rate_section(arms, baseline, primary, described, demonstrations),
         "ranking": ranking_section([baseline, *measured], primary),
         "frontier": frontier_section(arms, primary, chooser, results.get("exact")),
         "overoptimisation": over_optimisation_section(arms, baseline),

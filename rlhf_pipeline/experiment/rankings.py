@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_pipeline.evaluation.ranking import rank
+from rlhf_pipeline.evaluation.sampled import Samples
 from rlhf_pipeline.evaluation.win_rates import length_controlled_win_rate, prompt_win_rates, win_rate
 from rlhf_pipeline.experiment.rows import Measured
 from rlhf_pipeline.experiment.tables import Arm, paired_by_seed, setting_key
@@ -40,9 +41,14 @@ def _entry(a: str, b: str, figure: str, mine: tuple, theirs: tuple) -> dict[str,
 
 
 def win_rate_section(
-    arms: Sequence[Arm], baseline: Measured, figure: str, described: Mapping[str, Any]
+    arms: Sequence[Arm],
+    baseline: Measured,
+    figure: str,
+    described: Mapping[str, Any],
+    demonstrations: Samples | None = None,
 ) -> list[dict[str, Any]]:
-    """Win rates of every arm against every other and against the baseline, by one figure, at the arms' settings."""
+    """Win rates of every arm against every other, the baseline and the demonstrations, by one figure, at the arms'
+    settings."""
     entries = []
     for a, b in combinations(arms, 2):
         mine, theirs, seeds = paired_by_seed(a, b)
@@ -52,18 +58,19 @@ def win_rate_section(
                 for arm in (mine, theirs)
             ]
             entries.append(_entry(a.name, b.name, figure, *sides))
+    sides = [(baseline.name, baseline.test)]
+    if demonstrations is not None and figure in demonstrations.values:
+        sides.append(("demonstrations", demonstrations))
     for arm in arms:
         setting = _setting(arm, described)
         if all(point is baseline or point.name == baseline.name for point in arm.points[setting].values()):
             continue
         seeds = arm.seeds(setting)
         own = tuple(arm.samples(setting, seeds, name) for name in (figure, "length"))
-        shape = (len(baseline.test.examples), -1)
-        fixed = tuple(
-            np.broadcast_to(baseline.test.values[name].reshape(shape), (len(seeds), *own[0].shape[1:]))
-            for name in (figure, "length")
-        )
-        entries.append(_entry(arm.name, baseline.name, figure, own, fixed))
+        for name, side in sides:
+            fixed = [side.values[key].reshape(len(side.examples), -1) for key in (figure, "length")]
+            theirs = tuple(np.broadcast_to(values, (len(seeds), *values.shape)) for values in fixed)
+            entries.append(_entry(arm.name, name, figure, own, theirs))
     return entries
 
 

@@ -194,3 +194,21 @@ def test_prompts_come_from_the_split_that_is_asked_for(arms, split):
 
 def test_at_most_so_many_prompts(arms):
     assert evaluate(arms, "sft", split="train", samples=1, max_prompts=5)["prompts"] == 5
+
+
+def test_win_rates_against_the_demonstrations(arms, results):
+    """Each arm against SFT and against the held-out demonstrations, and the two arms against each other."""
+    from rlhf_pipeline.data import world
+
+    pairs = {(entry["a"], entry["b"]) for entry in results["win_rates"]}
+    sides = ("sft@v1", "demonstrations")
+    assert pairs == {("ppo@v1", "dpo@v1"), *((arm, side) for arm in ("ppo@v1", "dpo@v1") for side in sides)}
+    shown = results["demonstrations"]
+    assert shown["each"] == 4
+    prompts = [pair for pair, split in world.vocabulary.SPLITS.items() if split == "test"]
+    rewards = []
+    for pair in prompts:
+        taken = world.demonstrations(*pair)[:4]
+        ids = world.encode(world.prompt_text(*pair))
+        rewards += world.verdicts([ids] * 4, [c for c, _ in taken], [ended for _, ended in taken]).reward.tolist()
+    assert shown["metrics"]["true_reward"]["mean"] == pytest.approx(np.mean(rewards))
