@@ -100,7 +100,8 @@ class ChooserLaw:
             raise ValueError(f"best of {n}: expected n of at least 1")
         before = np.append(-np.inf, self.log_below[:-1])
         # F(v)^n - F(v-)^n = -F(v)^n expm1(n log(F(v-) / F(v)))
-        log_best = n * self.log_below + np.log(-np.expm1(n * (before - self.log_below)))
-        best = np.exp(log_best)
-        terms = np.where(best > 0, best * (log_best - self.log_mass), 0.0)
+        with np.errstate(divide="ignore", invalid="ignore"):  # a value that cannot be the best counts 0
+            log_best = n * self.log_below + np.log(-np.expm1(n * (before - self.log_below)))
+            best = np.exp(log_best)
+            terms = np.where(best > 0, best * (log_best - self.log_mass), 0.0)
         return float(best @ self.judged), max(0.0, float(terms.sum()))

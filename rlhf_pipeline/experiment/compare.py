@@ -183,13 +183,13 @@ def run_compare(
 
 def _write(results: dict[str, Any], directory: Path) -> dict[str, Any]:
     """results.json beside its target, then renamed; then the report, which needs nothing else."""
-    from rlhf_pipeline.experiment.report import write_report
-
     directory.mkdir(parents=True, exist_ok=True)
     paths = {"path": str(directory / "results.json"), "report": str(directory / "index.html")}
     results = jsonable(results | paths)
     temporary = directory / f".results.json.{os.getpid()}.tmp"
     temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, directory / "results.json")
+    from rlhf_pipeline.experiment.report import write_report
+
     write_report(results, directory)
     return results

@@ -6,7 +6,7 @@ are corrected for their number (Holm).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -125,6 +125,21 @@ def contrasts_of(
     return found
 
 
+def _exact(a: Arm, b: Arm, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The exact objective at each beta that both arms have: no sampling error, these prompts, t over seeds."""
+    a, b, seeds = paired_by_seed(a, b)
+    for one in a.settings:
+        for other in b.settings:
+            beta = a.beta(one)
+            if not seeds or beta is None or beta != b.beta(other):
+                continue
+            sides = [
+                [rows[arm.points[setting][seed].name]["objective"] for seed in seeds]
+                for arm, setting in ((a, one), (b, other))
+            ]
+            yield _entry("exact", a, b, "objective", f"at beta {beta:g}, on these prompts", contrast(*sides))
+
+
 def _declare(entries: list[dict[str, Any]], wanted: str, primary: str) -> None:
     """Mark the one primary contrast and correct the p-values of the others."""
     kinds = {"matched_kl": ("matched KL",), "selected": ("selected",), "as_trained": ("as trained", "same beta")}
@@ -179,6 +194,9 @@ def compare_arms(
     entries = [
         entry for a, b in combinations(arms, 2) for entry in contrasts_of(a, b, figures, chooser, swept, registry)
     ]
+    if results.get("exact"):
+        rows = {row["model"]: row for row in results["exact"]["rows"]}
+        entries += [entry for a, b in combinations(arms, 2) for entry in _exact(a, b, rows)]
     _declare(entries, config.primary_contrast, primary)
     described = {}
     for arm in arms:

@@ -11,7 +11,12 @@ from typing import Any
 
 from rlhf_pipeline.evaluation.seeds import needed
 
-FIGURES = {"true_reward": "true reward", "judge": "the judge's score", "score": "the reward model's score"}
+FIGURES = {
+    "objective": "the exact objective, reward - beta KL,",
+    "true_reward": "true reward",
+    "judge": "the judge's score",
+    "score": "the reward model's score",
+}
 NOTABLE_LENGTH = 0.1
 """A difference in mean length beyond this share of the baseline's is worth a word."""
 
@@ -67,18 +72,24 @@ def _primary(results: Mapping[str, Any]) -> Line:
     return line("primary", "one arm alone: there is nothing to compare it with but the baseline", False)
 
 
+TOPICS = {"as trained": "as trained", "selected": "selected", "cost": "cost", "exact": "exact"}
+
+
+def _topic(contrast: Mapping[str, Any], primary: str | None) -> str | None:
+    """What a contrast is said under; None for those that stay in the table: one topic is one answer."""
+    kind, figure = contrast.get("kind"), contrast["figure"]
+    if figure == "judge" and figure != primary:
+        return "judge" if kind in ("as trained", "matched KL") else None
+    if kind == "exact":
+        return "exact"
+    return TOPICS.get(kind) if figure == primary else None
+
+
 def _others(results: Mapping[str, Any]) -> Iterator[Line]:
     """The contrasts beside the primary one; those that the correction for their number takes away say so."""
-    topics = {
-        "matched KL": "matched KL",
-        "cost": "cost",
-        "judge": "judge",
-        "selected": "selected",
-        "as trained": "as trained",
-    }
     for contrast in _find(results, primary=False):
-        topic = "judge" if contrast["figure"] == "judge" else topics.get(contrast.get("kind"))
-        if topic is None or contrast["figure"] in ("kl", "length"):
+        topic = _topic(contrast, results.get("primary"))
+        if topic is None:
             continue
         said = say_contrast(contrast, topic)
         holm = contrast.get("p_holm")
@@ -106,7 +117,8 @@ def _limits(results: Mapping[str, Any]) -> Iterator[Line]:
         total, own = _mean([row["gap_true"]["value"] for row in rows]), _mean([row[part]["value"] for row in rows])
         if total is None or own is None:
             continue
-        text = f"{name} is {total:.3f} short of the optimum of the true reward; "
+        where = ", on average over its models," if len(rows) > 1 else ""
+        text = f"{name} is{where} {total:.3f} short of the optimum of the true reward; "
         text += f"to that of the reward model it is {own:.3f} ({meaning})"
         if stage == "ppo":
             text += (
@@ -148,10 +160,8 @@ def _length(results: Mapping[str, Any]) -> Iterator[Line]:
         )
         if estimate and base and excludes_zero(estimate) and abs(estimate["mean"]) > NOTABLE_LENGTH * base:
             longer = contrast["a"] if estimate["mean"] > 0 else contrast["b"]
-            yield line(
-                "limits",
-                f"{longer} writes longer responses ({_interval(estimate)} tokens): see the length-controlled win rate",
-            )
+            text = f"{longer} writes longer responses {contrast['at']} ({_interval(estimate)} tokens)"
+            yield line("limits", f"{text}: see the length-controlled win rate")
 
 
 def _next(results: Mapping[str, Any], said: list[Line]) -> Iterator[Line]:

@@ -136,3 +136,21 @@ def test_one_contrast_is_declared_and_the_others_are_corrected():
     assert {row["arm"] for row in made["ranking"]["rows"]} == {"sft", "ppo", "dpo"}
     asked = compare_arms(measured, baseline, results, SimpleNamespace(primary_contrast="selected"), registry)
     assert [entry["kind"] for entry in asked["contrasts"] if entry["primary"]] == ["selected"]
+
+
+def test_exact_objectives_are_set_against_each_other_at_each_common_beta():
+    measured = swept()
+    baseline = point("sft", None, 1.0, true_reward=0.0, kl=0.0, score=0.0)
+    rows = [
+        {"model": one.name, "objective": {"ppo": 2.0, "dpo": 1.5}[one.point.arm] + 0.1 * one.point.seed}
+        for one in measured
+    ]
+    results = {"primary": "true_reward", "exact": {"rows": rows, "reward": "world", "frontier": {}}}
+    results["exact"]["frontier"] = {"kl": [0.0, 1.0], "reward": [0.0, 1.0], "beta": [9.0, 1.0]}
+    made = compare_arms(measured, baseline, results, CONFIG, SimpleNamespace(resolve=None))
+    entries = [entry for entry in made["contrasts"] if entry["kind"] == "exact"]
+    assert [entry["at"] for entry in entries] == [f"at beta {b}, on these prompts" for b in ("1", "0.5", "0.1")]
+    for entry in entries:  # paired by seed: what the seeds share cancels
+        assert entry["estimate"]["mean"] == pytest.approx(0.5)
+        assert entry["estimate"]["method"] == "t over seeds"
+    assert made["frontier"]["gibbs"]["kl"] == [0.0, 1.0]
