@@ -126,9 +126,16 @@ def _model_rows(result: dict[str, Any], names: list[str]) -> tuple[list[str], li
 def _summary_rows(result: dict[str, Any], names: list[str]) -> tuple[list[str], list[list[str]]]:
     """One line for each arm and setting, over its seeds."""
     rows = []
+    first = result["rows"][0]
+    if first["name"] == result["baseline"]:
+        rows.append([first["name"], "-", "1", *(interval(first["metrics"].get(name)) for name in names)])
     for entry in result["summary"]:
         figures = [interval(entry["metrics"].get(name)) for name in names]
         rows.append([entry["arm"], setting_text(entry["setting"]), str(entry["seeds"]), *figures])
+    for row in result["rows"]:
+        if "n" in row:
+            figures = [f"<= {row['kl_bound']:.2f}" if n == "kl" else interval(row["metrics"].get(n)) for n in names]
+            rows.append([row["name"], "-", "1", *figures])
     return ["arm", "setting", "seeds", *(NAMES[name] for name in names)], rows
 
 
@@ -161,9 +168,10 @@ def print_comparison(result: dict[str, Any]) -> None:
         counted = ("seconds", "TFLOP", "tokens trained", "tokens generated", "optimizer steps", "peak MiB")
         emit_table("cost", ("model", *counted), _cost_rows(result))
     spread = "over seeds" if many else "clustered by prompt"
+    scorers = ", ".join(dict.fromkeys(row["scored_by"] for row in result["rows"] if row.get("scored_by"))) or "-"
     notes = [
         f"figures: mean ± half of the 95 % interval, {spread}",
-        f"KL to {result['reference'] or '-'}, nats per response; RM score by {result['reward_model'] or '-'}, judge "
+        f"KL to {result['reference'] or '-'}, nats per response; RM score by {scorers}, judge "
         f"{result.get('judge') or '-'}; <= marks an upper bound",
     ]
     if not many:
@@ -177,10 +185,11 @@ def print_comparison(result: dict[str, Any]) -> None:
 
 
 def verdict_lines(verdict: dict[str, Any]) -> list[str]:
-    """The verdict as text; a question mark stands before what the figures do not carry."""
+    """The verdict as text."""
+    lines = verdict["lines"]
     return [
         f"verdict: {verdict['headline']}",
-        *(f"  {'' if entry['certain'] else '? '}{entry['topic']}: {entry['text']}" for entry in verdict["lines"]),
+        *(f"  {entry['topic']}: {entry['text']}{'' if entry['certain'] else ' (not certain)'}" for entry in lines),
     ]
 
 

@@ -62,6 +62,17 @@ def _distributions(policy: Policy, batch: PackedBatch, index: Tensor) -> Tensor:
     return next_token_logprobs(policy.model, policy.reader, batch, index, policy.temperature).double().cpu()
 
 
+def walk_counts(prompt_length: int, tree: ResponseTree) -> tuple[int, int, int]:
+    """(positions, sum of their contexts, positions with an output head) of `leaf_logprobs`, for a cost meter."""
+    fan = tree.num_words
+    widths = [(1, prompt_length, 1)] + [
+        (tree.num_words ** (depth - 1), prompt_length + depth - 1, fan) for depth in range(1, tree.horizon)
+    ]
+    tokens = sum(rows * (width + children) for rows, width, children in widths)
+    context = sum(rows * (width * (width + 1) // 2 + children * (width + 1)) for rows, width, children in widths)
+    return tokens, context, sum(rows * children for rows, _, children in widths)
+
+
 @torch.no_grad()
 def leaf_scores(
     model: RewardModel, prompt_ids: Sequence[int], tree: ResponseTree, *, device: torch.device | str = "cpu"

@@ -296,4 +296,4 @@ def needed(
     if count is None:
         return None
     both = not parted and found.estimate.method == OVER_BOTH
-    return {"count": count, "unit": "seeds, with as many times more prompts" if both else unit}
+    return {"count": count, "unit": "seeds and as many times more prompts" if both else unit}

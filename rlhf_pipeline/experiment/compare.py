@@ -14,16 +14,17 @@ from rlhf_pipeline.experiment.contrasts import compare_arms
 from rlhf_pipeline.experiment.demonstrations import demonstrations_of, describe
 from rlhf_pipeline.experiment.exact import Judge, beta_of, exact_figures
 from rlhf_pipeline.experiment.leaves import TRUTH, Leaves
-from rlhf_pipeline.experiment.matching import differences, require_comparable
+from rlhf_pipeline.experiment.matching import differences_by_seed, judge_overlap, require_comparable, stop_token_of
 from rlhf_pipeline.experiment.points import Point
 from rlhf_pipeline.experiment.preference_quality import preference_quality
 from rlhf_pipeline.experiment.readings import configs, curves, lineage, prompt_texts, shown_samples
 from rlhf_pipeline.experiment.rows import Measured, add_diversity, measure_points, row_of
-from rlhf_pipeline.experiment.subjects import Bench, find_policies, reference_of, reward_model_of, set_up
+from rlhf_pipeline.experiment.subjects import Bench, find_policies, parent_of, reference_of, reward_model_of, set_up
 from rlhf_pipeline.experiment.verdict import verdict
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.rewards import names_a_model
+from rlhf_pipeline.stages.common import find_model
 from rlhf_pipeline.training.run import make_accelerator
 from rlhf_pipeline.training.tracking import console, jsonable
 
@@ -34,7 +35,7 @@ def _require_one_stop_token(models: Sequence[Resolved]) -> None:
     Raises:
         MismatchError: naming two of them.
     """
-    tokens = {m.label: m.manifest.config.get("stop_token") for m in models if m.manifest is not None}
+    tokens = {model.label: stop_token_of(model) for model in models if model.manifest is not None}
     first = next(iter(tokens.items()), None)
     for label, token in tokens.items():
         if first is not None and token != first[1]:
@@ -57,14 +58,42 @@ def _reference(registry: Registry, config: Any, arms: Sequence[Resolved], baseli
     return reference
 
 
-def _exact(bench: Bench, config: Any, models: list[Resolved]) -> dict[str, Any] | None:
+def gates_of(registry: Registry, models: Sequence[Resolved]) -> dict[str, Any]:
+    """The gate of every reward model behind a comparison, by its name."""
+    found = {}
+    for model in models:
+        roles = model.manifest.parents if model.manifest is not None else {}
+        parents = [parent_of(registry, model, role) for role in roles if role.startswith("reward_model")]
+        for one in [model, *parents]:
+            gate = one.manifest.metrics.get("gate") if one is not None and one.manifest is not None else None
+            if gate is not None:
+                found[one.label] = gate
+    return found
+
+
+def _exact(
+    bench: Bench, config: Any, models: list[Resolved], trained: Sequence[tuple[Point, Resolved]]
+) -> dict[str, Any] | None:
     """Exact figures of the models, where every response can be listed and a price of KL is known."""
     betas = [beta for model in models if (beta := beta_of(model)) is not None]
     if not (config.exact and bench.knows_truth and bench.reference is not None and betas):
         return None
     learned = config.reward_model if config.reward_model and names_a_model(config.reward_model) else None
     leaves = Leaves.of(bench)
-    judge = Judge(leaves, TRUTH, None, usual_beta=betas[0], reward_model=learned, few=config.reward_model_prompts)
+    by_seed = {
+        point.seed: found.label
+        for point, model in trained
+        if (found := parent_of(bench.registry, model, "reward_model")) is not None
+    }
+    judge = Judge(
+        leaves,
+        TRUTH,
+        None,
+        usual_beta=betas[0],
+        reward_model=learned,
+        few=config.reward_model_prompts,
+        reward_models={model.label: by_seed[point.seed] for point, model in trained if point.seed in by_seed},
+    )
     return exact_figures(judge, models, best_of=config.best_of)
 
 
@@ -105,10 +134,10 @@ def run_compare(
     registry = Registry(home)
     device = make_accelerator(config).device
     trained = _find_points(registry, config, points, say)
-    arms: dict[str, list[Resolved]] = {}
-    for point, model in trained:
-        arms.setdefault(point.arm, []).append(model)
-    found_differences = differences(registry, arms)
+    arms = list(dict.fromkeys(point.arm for point, _ in trained))
+    found_differences = differences_by_seed(registry, [(point.arm, point.seed, model) for point, model in trained])
+    judge = find_model(registry, config.judge, "reward_model") if names_a_model(config.judge or "world") else None
+    found_differences += judge_overlap(registry, judge, [model for _, model in trained])
     if not config.allow_mismatch:
         require_comparable(found_differences)
     for difference in found_differences:
@@ -139,7 +168,7 @@ def run_compare(
     primary = primary_figure(measured[0].test)
 
     # 3. What follows from the figures.
-    exact = _exact(bench, config, list({model.digest: model for model in models}.values()))
+    exact = _exact(bench, config, list({model.label: model for model in models}.values()), trained)
     results: dict[str, Any] = {
         "name": config.name,
         "command": command,
@@ -148,6 +177,7 @@ def run_compare(
         "reference": reference.label if reference is not None else None,
         "reward_model": bench.scorer.label if bench.scorer is not None else None,
         "judge": bench.judge.label if bench.judge is not None else None,
+        "gates": gates_of(registry, [*([judge] if judge is not None else []), *models]),
         "prompts": len(bench.plan.prompts),
         "prompt_texts": prompt_texts(bench),
         "samples": samples,

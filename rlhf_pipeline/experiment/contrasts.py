@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 
 from rlhf_pipeline.evaluation.frontier import Curve, area_between, common_range, difference_at
-from rlhf_pipeline.evaluation.sampled import Samples
+from rlhf_pipeline.evaluation.sampled import SHARES, Samples
 from rlhf_pipeline.evaluation.seeds import Finding, contrast, holm, infer
 from rlhf_pipeline.experiment.frontiers import frontier_section, over_optimisation_section
 from rlhf_pipeline.experiment.rankings import ranking_section, win_rate_section
 from rlhf_pipeline.experiment.rows import Measured, bill
 from rlhf_pipeline.experiment.tables import Arm, arms_of, common_seeds, paired_by_seed
 from rlhf_pipeline.registry.store import Registry
+
+SPREAD = 1.2
+"""An arm whose dearest point costs less than this times its cheapest has no curve of reward against cost."""
 
 FIGURES = ("true_reward", "judge", "score", "kl", "length")
 
@@ -52,8 +55,9 @@ def _beta_text(a: Arm, b: Arm, one: tuple, other: tuple) -> str:
 def _same_setting(a: Arm, b: Arm, seeds: list, figures: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Both arms at their one setting, or at each beta that both have."""
     pairs = [(one, other) for one in a.settings for other in b.settings]
-    if len(pairs) > 1:
+    if len(pairs) > 1:  # where more than beta was swept, nothing says which settings belong together
         pairs = [(one, other) for one, other in pairs if a.beta(one) is not None and a.beta(one) == b.beta(other)]
+        pairs = pairs if len({one for one, _ in pairs}) == len({other for _, other in pairs}) == len(pairs) else []
     kind = "as trained" if len(pairs) == 1 else "same beta"
     for one, other in pairs:
         for figure in figures:
@@ -75,10 +79,14 @@ def selected_setting(arm: Arm, seeds: Sequence[Any], chooser: str) -> tuple:
 def _selected(a: Arm, b: Arm, seeds: list, figure: str, chooser: str) -> dict[str, Any]:
     one, other = (selected_setting(arm, seeds, chooser) for arm in (a, b))
     found = contrast(a.values(one, seeds, figure), b.values(other, seeds, figure))
-    betas = f"{a.name} at beta {a.beta(one):g}, {b.name} at {b.beta(other):g}"
+    chosen = "; ".join(f"{arm.name}: {_setting_text(setting)}" for arm, setting in ((a, one), (b, other)))
     return _entry(
-        "selected", a, b, figure, f"with settings chosen on validation prompts by the {chooser} ({betas})", found
+        "selected", a, b, figure, f"with settings chosen on validation prompts by the {chooser} ({chosen})", found
     )
+
+
+def _setting_text(setting: Any) -> str:
+    return ", ".join(f"{name} {value}" for name, value in setting.values.items()) or "the only one"
 
 
 def _cost(registry: Registry, arm: Arm, seeds: Sequence[Any], settings: Sequence[tuple]) -> np.ndarray:
@@ -103,6 +111,10 @@ def _matched(a: Arm, b: Arm, seeds: list, figure: str, chooser: str | None, regi
     costs = [_cost(registry, arm, seeds, arm.envelope(seeds, chooser)) for arm in (a, b)]
     if not all(np.isfinite(cost).all() for cost in costs):
         yield _entry("cost", a, b, figure, "at equal FLOPs", None, "the bill of a point is not known")
+        return
+    if any(cost.max() < SPREAD * cost.min() for cost in costs):
+        text = "all points of an arm cost about the same: there is no range of cost (snapshots would make one)"
+        yield _entry("cost", a, b, figure, "at equal FLOPs", None, text)
         return
     found = difference_at(*(Curve.of(cost, curve.reward) for cost, curve in zip(costs, (one, other))), names=names)
     text = "at equal FLOPs" if found.at is None else f"at {found.at:.3g} FLOPs"
@@ -145,10 +157,11 @@ def _declare(entries: list[dict[str, Any]], wanted: str, primary: str) -> None:
     kinds = {"matched_kl": ("matched KL",), "selected": ("selected",), "as_trained": ("as trained", "same beta")}
     if wanted == "auto":
         wanted = "matched_kl" if any(entry["kind"] == "matched KL" for entry in entries) else "as_trained"
-    for entry in entries:
-        if entry["kind"] in kinds[wanted] and entry["figure"] == primary:
-            entry["primary"] = True
-            break
+    order = [kinds[wanted], *(kind for kind in kinds.values() if kind != kinds[wanted])]
+    found = (entry for kind in order for entry in entries if entry["kind"] in kind and entry["figure"] == primary)
+    first = next(found, None)
+    if first is not None:
+        first["primary"] = True
     others = [entry for entry in entries if not entry["primary"]]
     for entry, p in zip(others, holm([entry["p"] for entry in others]), strict=True):
         entry["p_holm"] = p
@@ -161,11 +174,11 @@ def summary_of(arms: Sequence[Arm]) -> list[dict[str, Any]]:
         for setting in arm.settings:
             seeds = arm.seeds(setting)
             names = arm.points[setting][seeds[0]].test.values
-            found = {name: infer(arm.values(setting, seeds, name)) for name in names}
+            found = {name: infer(arm.values(setting, seeds, name), share=name in SHARES) for name in names}
             rows.append(
                 {
                     "arm": arm.name,
-                    "setting": dict(setting),
+                    "setting": setting.values,
                     "beta": arm.beta(setting),
                     "seeds": len(seeds),
                     "metrics": {name: item.estimate.as_dict() for name, item in found.items()},
@@ -208,8 +221,8 @@ def compare_arms(
         bills = [bill(registry, point.model) for point in arm.points[chosen].values()]
         described[arm.name] = {
             "trials": len(arm.settings),
-            "settings": [dict(setting) for setting in arm.settings],
-            "selected": None if selected is None else dict(selected),
+            "settings": [setting.values for setting in arm.settings],
+            "selected": None if selected is None else selected.values,
             "cost": {key: float(np.mean([one[key] for one in bills])) for key in (bills[0] if bills else {})},
         }
     return {

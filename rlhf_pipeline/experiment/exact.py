@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,9 @@ FIGURES = ("reward", "kl", "objective", "gap", "attainable")
 def beta_of(resolved: Resolved) -> float | None:
     """The price of KL that a model was trained at, if it was."""
     config = resolved.manifest.config if resolved.manifest is not None else {}
-    return config.get("kl_coef", config.get("beta"))
+    return (
+        config.get("kl_coef", config.get("beta")) or None
+    )  # without a price of KL there is no optimum to compare with
 
 
 @dataclass
@@ -56,11 +58,16 @@ class Judge:
     usual_beta: float | None  # of models that were not trained at one
     reward_model: str | None
     few: int
+    reward_models: Mapping[str, str] = field(default_factory=dict)  # by policy, where seeds have one each
     frontiers: dict[int, Frontier] = field(default_factory=dict)
 
     def beta_for(self, model: Resolved) -> float:
         """The beta that a model is judged at: the one asked for, else its own, else that of the first that has one."""
         return self.beta or beta_of(model) or self.usual_beta
+
+    def learned_for(self, model: Resolved) -> str | None:
+        """The reward model that a DPO policy is set against: that of its seed, else the one of all."""
+        return self.reward_models.get(model.label, self.reward_model)
 
     def count(self, reward: Reward) -> int:
         """How many prompts a figure over this reward is taken over."""
@@ -123,10 +130,14 @@ def policy_row(judge: Judge, resolved: Resolved, beta: float) -> dict[str, Any]:
     logprobs = [judge.leaves.logprobs(policy, index) for index in range(len(judge.leaves.prompts))]
     row = objective_row(judge, logprobs, beta) | {"gap_true": gap_to(judge, logprobs, TRUTH, beta)}
     trained_on = trained_reward(resolved)
+    learned = judge.learned_for(resolved)
     if trained_on is not None:
         row["optimisation_gap"] = gap_to(judge, logprobs, trained_on, beta)
-    if trained_by_dpo(resolved) and judge.reward_model is not None:
-        row["disagreement"] = gap_to(judge, logprobs, ((1.0, judge.reward_model),), beta)
+    if trained_by_dpo(resolved) and learned is not None:
+        row["disagreement"] = gap_to(judge, logprobs, ((1.0, learned),), beta)
+    for part in ("optimisation_gap", "disagreement"):
+        if part in row:  # the total over the same prompts, so that the two can be read side by side
+            row["gap_true_there"] = gap_to(judge, logprobs[: row[part]["prompts"]], TRUTH, beta)
     return row
 
 

@@ -20,7 +20,7 @@ BAND_RESAMPLES = 500
 def _points(arm: Arm, figure: str) -> list[dict[str, Any]]:
     return [
         {
-            "setting": dict(setting),
+            "setting": setting.values,
             "seed": seed,
             "model": point.name,
             "kl": point.test.estimate("kl").as_dict(),
@@ -72,6 +72,12 @@ def frontier_section(
     }
 
 
+def _start(baseline: Measured, arm: Arm, seed: int | None) -> np.ndarray:
+    """(P,) the baseline's mean score on each prompt, by the reward model that scored an arm's points of a seed."""
+    samples = baseline.scored_by(next(iter(arm.points.values()))[seed].scorer)
+    return samples.values["score"].reshape(len(samples.examples), -1).mean(1)
+
+
 def over_optimisation_section(arms: Sequence[Arm], baseline: Measured) -> dict[str, Any] | None:
     """For each arm the proxy (the training reward model) and what is really wanted (the truth, else the judge) against
     sqrt(KL), both above the baseline's; Gao et al.'s form fitted to the latter alone."""
@@ -85,10 +91,8 @@ def over_optimisation_section(arms: Sequence[Arm], baseline: Measured) -> dict[s
             continue
         kl, proxy, real = (arm.stacked(seeds, name) for name in ("kl", "score", gold))
         distance = np.sqrt(kl.mean((0, 2)).clip(min=0.0))
-        gains = [
-            values - np.broadcast_to(baseline.values(name), values.shape)
-            for values, name in ((proxy, "score"), (real, gold))
-        ]
+        start = np.stack([_start(baseline, arm, seed) for seed in seeds])[:, None]  # by the reward model of each seed
+        gains = [proxy - start, real - baseline.values(gold)]
         fitted = fit("rl", distance, gains[1].mean((0, 2)))
         verdict = overoptimised(distance, *gains, fitted)
         rows = zip(distance, *(gain.mean((0, 2)) for gain in gains), strict=True)
@@ -96,7 +100,7 @@ def over_optimisation_section(arms: Sequence[Arm], baseline: Measured) -> dict[s
             "gold": gold,
             "points": sorted([float(value) for value in row] for row in rows),
             "fit": None if fitted is None else asdict(fitted),
-            "found": verdict.found,
+            "found": verdict.found if fitted is not None else None,
             "why": verdict.why,
             "p": verdict.p,
         }

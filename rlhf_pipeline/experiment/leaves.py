@@ -30,9 +30,10 @@ TRUTH: Reward = ((1.0, "world"),)
 
 
 def trained_reward(resolved: Resolved) -> Reward | None:
-    """The reward that a PPO policy was trained on; None when it was not, or on a Python function."""
+    """The reward whose optimum a PPO policy was trained towards; None when it was not, when it is a Python function,
+    and when an option moved the optimum elsewhere (a penalty, gamma, a temperature)."""
     manifest = resolved.manifest
-    if manifest is None or manifest.stage != "ppo":
+    if manifest is None or manifest.stage != "ppo" or manifest.metrics.get("moved_optimum"):
         return None
     config = manifest.config
     parts = config.get("reward_functions") or [{"source": config.get("reward_model_path"), "weight": 1.0}]

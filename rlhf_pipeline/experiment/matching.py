@@ -5,13 +5,17 @@ A difference in any of these facts would be measured as if it were a difference 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_pipeline.config.base import resolve_lengths
 from rlhf_pipeline.errors import MismatchError
+from rlhf_pipeline.experiment.subjects import parent_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.rollout.rewards import names_a_model
 
 NONE = "none"
 
@@ -34,25 +38,43 @@ def _short(digest: str | None) -> str:
     return (digest or "unknown")[:12]
 
 
-def _data_of(resolved: Resolved) -> str:
-    entries = [f"{entry.source} [{entry.split}] {_short(entry.digest)}" for entry in resolved.manifest.data]
-    return " + ".join(sorted(entries)) or NONE
+def _data_of(resolved: Resolved) -> set[str]:
+    """Source, split and digest of each source of a model's data, and how many pairs were taken in all."""
+    pairs = resolved.manifest.metrics.get("train_pairs", "unknown")
+    return {f"{e.source} [{e.split}] {_short(e.digest)}, {pairs} pairs" for e in resolved.manifest.data}
 
 
 def _preferences_of(registry: Registry, resolved: Resolved) -> str:
-    """The preference data behind a policy: DPO's own, or those of PPO's reward models."""
+    """The preference data behind a policy: DPO's own, or those of PPO's reward models; and other rewards."""
     if resolved.manifest.stage == "dpo":
-        return _data_of(resolved)
-    found = []
-    for role, parent in sorted(resolved.manifest.parents.items()):
+        return " + ".join(sorted(_data_of(resolved))) or NONE
+    found: set[str] = set()
+    for role in resolved.manifest.parents:
         if role.startswith("reward_model"):
-            model = registry.resolve(parent.ref)
-            found.append(_data_of(model) if model.manifest is not None else f"those of {parent.ref}")
-    return " + ".join(found) or f"{NONE} (reward: {_reward_names(resolved)})"
+            model = parent_of(registry, resolved, role)
+            found |= _data_of(model) if model.manifest is not None else {f"those of {model.label}"}
+    others = [str(part["source"]) for part in resolved.manifest.config.get("reward_functions") or ()]
+    found |= {f"the reward {source}" for source in others if not names_a_model(source)}
+    return " + ".join(sorted(found)) or NONE
 
 
-def _reward_names(resolved: Resolved) -> str:
-    return ", ".join(str(part["source"]) for part in resolved.manifest.config.get("reward_functions") or []) or NONE
+def _lengths_of(config: Mapping[str, Any]) -> str:
+    """The length policy, however it was written down."""
+    named = [config.get(key) for key in ("max_prompt_length", "response_length", "max_length")]
+    lengths = resolve_lengths(*named)
+    return f"prompt {lengths.prompt}, response {lengths.response}"
+
+
+def stop_token_of(resolved: Resolved) -> str:
+    """The token that ends a response: the config's, else the tokenizer's end token, by name."""
+    stop = resolved.manifest.config.get("stop_token") if resolved.manifest is not None else None
+    if stop is None and resolved.path is not None:
+        try:
+            values = json.loads((resolved.path / "tokenizer_config.json").read_text(encoding="utf-8"))
+            stop = values.get("eos_token")
+        except (OSError, ValueError):
+            stop = None
+    return stop.get("content", str(stop)) if isinstance(stop, dict) else str(stop)
 
 
 def _prompts_of(resolved: Resolved) -> str:
@@ -72,9 +94,8 @@ def facts_of(registry: Registry, resolved: Resolved) -> dict[str, str]:
     facts = {
         "tokenizer": _short(manifest.tokenizer_digest),
         "chat template": _short(manifest.chat_template_digest) if manifest.chat_template_digest else NONE,
-        "lengths": f"prompt {config.get('max_prompt_length')}, response {config.get('response_length')}, "
-        f"together {config.get('max_length')}",
-        "stop token": config.get("stop_token") or "the tokenizer's end token",
+        "lengths": _lengths_of(config),
+        "stop token": stop_token_of(resolved),
         "dtype": f"{config.get('dtype')}{' with bf16 autocast' if config.get('bf16') else ''}",
     }
     if manifest.stage not in ("ppo", "dpo"):
@@ -85,6 +106,7 @@ def facts_of(registry: Registry, resolved: Resolved) -> dict[str, str]:
         "SFT parent": f"{base.ref} {_short(base.digest)}" if base else "unknown",
         "reference": f"{reference.ref} {_short(reference.digest)}" if reference else "unknown",
         "preference data": _preferences_of(registry, resolved),
+        "labels": "their probabilities" if config.get("soft_labels") else "as drawn",
         "prompts": _prompts_of(resolved),
         "training temperature": f"{float(config.get('temperature') or 1.0):g}",
         "options that move the optimum": ", ".join(f"{k}={v}" for k, v in sorted(moved.items())) or NONE,
@@ -92,26 +114,66 @@ def facts_of(registry: Registry, resolved: Resolved) -> dict[str, str]:
 
 
 def differences(registry: Registry, arms: Mapping[str, Sequence[Resolved]]) -> list[Difference]:
-    """The facts in which arms differ, or in which the points of one arm do.
-
-    Only the digest decides where there is one: the same SFT model under two names is the same.
-    """
+    """The facts in which arms differ; digests decide where there are any, so one model under two names is the same."""
     facts = {arm: [facts_of(registry, model) for model in models] for arm, models in arms.items()}
     names = list(dict.fromkeys(name for rows in facts.values() for row in rows for name in row))
     found = []
     for name in names:
-        values = {arm: sorted({row[name] for row in rows if name in row}) for arm, rows in facts.items()}
+        values = {
+            arm: {_identity(name, row[name]): row[name] for row in rows if name in row} for arm, rows in facts.items()
+        }
         known = {arm: entries for arm, entries in values.items() if entries}
-        if len({tuple(_identity(name, entry) for entry in entries) for entries in known.values()}) > 1:
-            found.append(Difference(name, {arm: " or ".join(entries) for arm, entries in known.items()}))
+        if len({tuple(sorted(entries)) for entries in known.values()}) > 1:
+            found.append(
+                Difference(name, {arm: " or ".join(sorted(entries.values())) for arm, entries in known.items()})
+            )
     return found
+
+
+def differences_by_seed(registry: Registry, points: Sequence[tuple[str, int | None, Resolved]]) -> list[Difference]:
+    """`differences` over all points, and seed by seed: what pairs two arms has to be alike in each pair.
+
+    Args:
+        points: (arm, seed, model) of each.
+    """
+    groups = [
+        points,
+        *([p for p in points if p[1] == seed] for seed in sorted({p[1] for p in points if p[1] is not None})),
+    ]
+    found: dict[str, Difference] = {}
+    for group in groups:
+        arms: dict[str, list[Resolved]] = {}
+        for arm, _, model in group:
+            arms.setdefault(arm, []).append(model)
+        for difference in differences(registry, arms):
+            found.setdefault(difference.what, difference)
+    return list(found.values())
+
+
+def judge_overlap(registry: Registry, judge: Resolved | None, models: Sequence[Resolved]) -> list[Difference]:
+    """A judge that is one of the arms' own reward models, or was trained on pairs that an arm was trained on."""
+    if judge is None or judge.manifest is None:
+        return []
+    seen = {_identity("preference data", text) for text in _data_of(judge)}
+    found = {}
+    for model in models:
+        if model.manifest is None or model.manifest.stage not in ("ppo", "dpo"):
+            continue
+        own = _identity("preference data", _preferences_of(registry, model)).split(" + ")
+        if seen & set(own):
+            found[model.label] = f"pairs that {judge.label} was trained on too"
+    return [Difference("judge: not held out", found)] if found else []
 
 
 def _identity(name: str, value: str) -> str:
     """What decides whether two values are the same: of models and data their digests, not their names."""
     if name not in ("SFT parent", "reference", "preference data"):
         return value
-    return " + ".join(part.rpartition(" ")[2] for part in value.split(" + "))
+    parts = (
+        part.rpartition("] ")[2] if name == "preference data" else part.rpartition(" ")[2]
+        for part in value.split(" + ")
+    )
+    return " + ".join(sorted(set(parts)))
 
 
 def require_comparable(found: Sequence[Difference]) -> None:

@@ -15,7 +15,8 @@ from rlhf_pipeline.evaluation.preferences import (
     reliability_bins,
 )
 from rlhf_pipeline.experiment.points import Point
-from rlhf_pipeline.experiment.subjects import Bench
+from rlhf_pipeline.experiment.subjects import Bench, parent_of
+from rlhf_pipeline.experiment.training_loss import own_data
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.stages.common import find_model, load_reward_model
 from rlhf_pipeline.stages.data import StageData
@@ -29,9 +30,10 @@ PAIRS = 4096
 def _pairs(bench: Bench, config: Any, sources: Sequence[Resolved]) -> list[Example]:
     """The held-out pairs of the data that the first of these models was trained on."""
     for model in sources:
+        if model.manifest is None:
+            continue
         stage = "dpo" if model.manifest.stage == "dpo" else "train-rm"
-        values = {key: value for key, value in model.manifest.config.items() if value is not None}
-        trained = load_config(stage, None, extra=values).config
+        trained = load_config(stage, None, extra=own_data(model)).config
         if getattr(trained, "population", False):
             continue
         data = StageData(trained, bench.registry.home, lambda _: None)
@@ -43,8 +45,7 @@ def _pairs(bench: Bench, config: Any, sources: Sequence[Resolved]) -> list[Examp
 
 def _implicit(bench: Bench, model: Resolved, pairs: Sequence[Example]) -> list[float]:
     """beta log(pi / pi_ref) of the chosen response minus that of the rejected one."""
-    parent = model.manifest.parents["reference"]
-    reference = find_model(bench.registry, parent.ref, "policy")
+    reference = parent_of(bench.registry, model, "reference")
     options = {"batch_size": 512, "pad_id": bench.tokenizer.pad_token_id, "device": bench.device}
     key = {"model": reference.digest, "dtype": bench.config.dtype, "bf16": False}
     frozen = bench.policy(reference)

@@ -68,8 +68,13 @@ def win_rate_section(
         seeds = arm.seeds(setting)
         own = tuple(arm.samples(setting, seeds, name) for name in (figure, "length"))
         for name, side in sides:
-            fixed = [side.values[key].reshape(len(side.examples), -1) for key in (figure, "length")]
-            theirs = tuple(np.broadcast_to(values, (len(seeds), *values.shape)) for values in fixed)
+            seen = [
+                baseline.scored_by(point.scorer) if side is baseline.test else side
+                for point in arm.points[setting].values()
+            ]
+            theirs = tuple(
+                np.stack([one.values[key].reshape(len(one.examples), -1) for one in seen]) for key in (figure, "length")
+            )
             entries.append(_entry(arm.name, name, figure, own, theirs))
     return entries
 
@@ -77,8 +82,8 @@ def win_rate_section(
 def ranking_section(measured: Sequence[Measured], figure: str) -> dict[str, Any] | None:
     """Elo of every model with an interval over prompts, the baseline at 1000; None with fewer than two models."""
     distinct = list({one.name: one for one in measured}.values())[:MOST_RANKED]
-    if len(distinct) < 2:
-        return None
+    if len(distinct) < 2 or (figure == "score" and len({one.scorer for one in distinct}) > 1):
+        return None  # scores of different reward models have no common scale
     shape = (len(distinct[0].test.examples), -1)
     figures = [one.test.values[figure].reshape(shape) for one in distinct]
     wins = np.zeros((shape[0], len(distinct), len(distinct)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,10 @@ from rlhf_pipeline.experiment.best_of import primary_figure
 from rlhf_pipeline.experiment.evaluate import measure
 from rlhf_pipeline.experiment.exact import beta_of
 from rlhf_pipeline.experiment.points import Point
-from rlhf_pipeline.experiment.subjects import Bench
+from rlhf_pipeline.experiment.subjects import Bench, parent_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.rollout.rewards import RewardSource, names_a_model
+from rlhf_pipeline.rollout.rewards import RewardSource, names_a_model, score_in_batches
 from rlhf_pipeline.stages.rewards import load_reward
 
 COST_KEYS = ("wall_seconds", "flops", "tokens_trained", "tokens_generated", "optimizer_steps")
@@ -35,6 +35,14 @@ class Measured:
     model: Resolved
     test: Samples
     validation: Samples | None = None
+    scorer: str | None = None  # whose score it is
+    scores: dict[str, np.ndarray] = field(default_factory=dict)  # by other reward models, of the baseline
+
+    def scored_by(self, scorer: str | None) -> Samples:
+        """The samples with the score of another point's reward model, so that the two can be set side by side."""
+        if scorer not in self.scores:
+            return self.test
+        return replace(self.test, values={**self.test.values, "score": self.scores[scorer]})
 
     @property
     def name(self) -> str:
@@ -57,10 +65,15 @@ def bill(registry: Registry, resolved: Resolved) -> dict[str, float]:
     cost = resolved.manifest.cost
     total = {key: float(cost.get(key, 0)) for key in COST_KEYS}
     total["peak_memory_bytes"] = float(cost.get("peak_memory_bytes", 0))
-    for role, parent in resolved.manifest.parents.items():
-        if role.startswith("reward_model"):
-            for key, value in bill(registry, registry.resolve(parent.ref)).items():
-                total[key] = max(total[key], value) if key == "peak_memory_bytes" else total[key] + value
+    for role in resolved.manifest.parents:
+        if not role.startswith("reward_model"):
+            continue
+        found = parent_of(registry, resolved, role)
+        part = bill(registry, found) if found is not None else {}
+        if not part:
+            return {}  # a reward model from elsewhere: nobody knows what it cost
+        for key, value in part.items():
+            total[key] = max(total[key], value) if key == "peak_memory_bytes" else total[key] + value
     return total
 
 
@@ -112,8 +125,15 @@ def measure_points(
     for number, (point, model) in enumerate(points, start=1):
         policy, scorer = test.policy(model), scorers.get(point.seed)
         held = None if validation is None else measure(validation, policy, scorer)
-        found.append(Measured(point, model, measure(test, policy, scorer), held))
+        found.append(Measured(point, model, measure(test, policy, scorer), held, scorers.label(point.seed)))
         test.say(f"[{number}/{len(points)}] measured {model.label}")
+    first = found[0]
+    for seed in dict.fromkeys(point.seed for point, _ in points):
+        label, scorer = scorers.label(seed), scorers.get(seed)
+        if label is not None and label != first.scorer:
+            source = scorer or test.scorer
+            rows = score_in_batches(source, first.test.examples, test.plan.batch_size)
+            first.scores[label] = np.array([value for row in rows for value in row], dtype=np.float64)
     return found
 
 
@@ -129,6 +149,7 @@ def row_of(registry: Registry, measured: Measured, baseline: Measured, bench: Be
         "stage": model.stage,
         "digest": model.digest,
         "beta": beta_of(model),
+        "scored_by": measured.scorer,
         "metrics": measured.test.table(),
         "per_prompt": {name: measured.values(name).tolist() for name in measured.test.values},
         "validation": None if measured.validation is None else measured.validation.table(),
@@ -136,9 +157,10 @@ def row_of(registry: Registry, measured: Measured, baseline: Measured, bench: Be
     }
     primary = primary_figure(measured.test)
     if not first and primary is not None:
-        row["win_rate"] = win_rate(measured.test, baseline.test, primary).as_dict()
-        row["difference"] = paired_difference(measured.test, baseline.test, primary).as_dict()
-        spread = float(np.std(baseline.test.values[primary]))
+        theirs = baseline.scored_by(measured.scorer)
+        row["win_rate"] = win_rate(measured.test, theirs, primary).as_dict()
+        row["difference"] = paired_difference(measured.test, theirs, primary).as_dict()
+        spread = float(np.std(theirs.values[primary]))
         row["gain_in_sd"] = row["difference"]["mean"] / spread if spread > 0 else None
     return row
 

@@ -73,17 +73,36 @@ class Bench:
         return self._reference
 
 
+def parent_of(registry: Registry, resolved: Resolved, role: str) -> Resolved | None:
+    """The parent that plays a role for a registered model, checked to be the one it was made from; None without one.
+
+    Raises:
+        MismatchError: what has the parent's name here is another model.
+    """
+    parent = resolved.manifest.parents.get(role) if resolved.manifest is not None else None
+    if parent is None:
+        return None
+    found = registry.resolve(parent.ref)
+    if parent.digest is not None and found.digest != parent.digest:
+        raise MismatchError(
+            f"{resolved.label}: its {role.replace('_', ' ')} was {parent.ref} with the digest {parent.digest[:12]}; "
+            f"here {found.label} has {str(found.digest)[:12]}: use the home it was trained in, or name one "
+            "(--reference, --reward-model)"
+        )
+    return found
+
+
 def reference_of(registry: Registry, resolved: Resolved) -> Resolved | None:
     """The reference of a policy: its manifest's, else its nearest SFT ancestor, else none."""
     manifest = resolved.manifest
     if manifest is None:
         return None
     if "reference" in manifest.parents:
-        return registry.resolve(manifest.parents["reference"].ref)
+        return parent_of(registry, resolved, "reference")
     if manifest.stage == "sft":
         return resolved
-    base = manifest.parents.get("base")
-    return reference_of(registry, registry.resolve(base.ref)) if base is not None else None
+    base = parent_of(registry, resolved, "base")
+    return reference_of(registry, base) if base is not None else None
 
 
 def _setting(resolved: Resolved, key: str) -> Any:
@@ -204,8 +223,9 @@ def prompts_of_texts(texts: Sequence[str], tokenizer: Any, lengths: Lengths) -> 
 def reward_model_of(registry: Registry, models: list[Resolved]) -> str | None:
     """The reward model that one of the models was trained on, if a manifest names one."""
     for resolved in models:
-        if resolved.manifest is not None and "reward_model" in resolved.manifest.parents:
-            return resolved.manifest.parents["reward_model"].ref
+        found = parent_of(registry, resolved, "reward_model")
+        if found is not None:
+            return found.label
     return None
 
 

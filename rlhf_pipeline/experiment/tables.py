@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,17 @@ from rlhf_pipeline.experiment.exact import beta_of
 from rlhf_pipeline.experiment.rows import Measured
 
 
-def setting_key(setting: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """A setting as a key."""
-    return tuple(sorted(setting.items()))
+class Setting(tuple):
+    """The swept values of a point as a key: (name, value as JSON) pairs; `values` are the values themselves."""
+
+    values: dict[str, Any]
+
+
+def setting_key(setting: Mapping[str, Any]) -> Setting:
+    """A setting as a key, whatever its values are."""
+    key = Setting((name, json.dumps(value, sort_keys=True, default=str)) for name, value in sorted(setting.items()))
+    key.values = dict(setting)
+    return key
 
 
 @dataclass(frozen=True)

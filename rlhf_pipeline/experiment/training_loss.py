@@ -10,9 +10,8 @@ import torch
 from rlhf_pipeline.algorithms.preference import OBJECTIVES, smoothed_target
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.data import world
-from rlhf_pipeline.experiment.subjects import Bench
+from rlhf_pipeline.experiment.subjects import Bench, parent_of
 from rlhf_pipeline.registry.references import Resolved
-from rlhf_pipeline.stages.common import find_model
 from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.stages.population import Population
 from rlhf_pipeline.stages.preference_pairs import label_probabilities
@@ -28,8 +27,16 @@ def trained_by_dpo(resolved: Resolved) -> bool:
 
 def dpo_config(resolved: Resolved) -> Any:
     """The config that a DPO model was trained by."""
+    return load_config("dpo", None, extra=own_data(resolved)).config
+
+
+def own_data(resolved: Resolved) -> dict[str, Any]:
+    """The values of a model's config, its collected data by the version that it was trained on."""
     values = {key: value for key, value in resolved.manifest.config.items() if value is not None}
-    return load_config("dpo", None, extra=values).config
+    source = resolved.manifest.data[0].source if resolved.manifest.data else ""
+    if source.startswith("collected:") and "dataset_name" in values:
+        values["dataset_name"] = source
+    return values
 
 
 def problem_of(resolved: Resolved) -> tuple[Any, ...]:
@@ -49,7 +56,7 @@ def training_loss(bench: Bench, resolved: Resolved) -> float:
     minimum, 0 at the exact optimum.
     """
     config = dpo_config(resolved)
-    reference = find_model(bench.registry, resolved.manifest.parents["reference"].ref, "policy")
+    reference = parent_of(bench.registry, resolved, "reference")
     policy, frozen = bench.policy(resolved), bench.policy(reference)
     options = {"batch_size": 512, "pad_id": bench.tokenizer.pad_token_id, "device": bench.device}
     data = StageData(config, bench.registry.home, lambda _: None)

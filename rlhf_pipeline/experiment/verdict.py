@@ -7,6 +7,7 @@ of seeds or prompts that would settle it if the difference stayed what it is.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import isfinite
 from typing import Any
 
 from rlhf_pipeline.evaluation.seeds import needed
@@ -49,11 +50,14 @@ def say_contrast(contrast: Mapping[str, Any], topic: str) -> Line:
         )
     if excludes_zero(estimate):
         ahead, behind = (a, b) if estimate["mean"] > 0 else (b, a)
-        return line(topic, f"{ahead} is ahead of {behind} in {figure} {at}: {a} - {b} = {_interval(estimate)}")
+        text = f"{ahead} is ahead of {behind} in {figure} {at}: {a} - {b} = {_interval(estimate)}"
+        if not str(estimate.get("method", "")).startswith("t over seeds"):
+            text += " (one seed: this is about these runs, not about their kind)"
+        return line(topic, text)
     text = f"cannot tell {a} from {b} in {figure} {at}: {a} - {b} = {_interval(estimate)}"
     more = needed(estimate)
     if more is not None:
-        text += f"; about {more['count']:,} {more['unit']} would settle it if the difference stayed what it is"
+        text += f"; it would take about {more['count']:,} {more['unit']} to tell, if the difference stayed what it is"
     return line(topic, text, False)
 
 
@@ -65,10 +69,11 @@ def _find(results: Mapping[str, Any], **wanted: Any) -> Iterator[Mapping[str, An
 
 def _primary(results: Mapping[str, Any]) -> Line:
     for contrast in _find(results, primary=True):
-        said = say_contrast(contrast, "primary")
-        if said["certain"] and not str(contrast["estimate"].get("method", "")).startswith("t over seeds"):
-            said["text"] += " (one seed: this is about these runs, not about their kind)"
-        return said
+        return say_contrast(contrast, "primary")
+    if results.get("contrasts"):
+        return line(
+            "primary", "cannot tell: none of the contrasts that could be declared beforehand can be formed", False
+        )
     return line("primary", "one arm alone: there is nothing to compare it with but the baseline", False)
 
 
@@ -108,28 +113,40 @@ def _mean(values: list[float]) -> float | None:
 
 
 def _limits(results: Mapping[str, Any]) -> Iterator[Line]:
-    """What keeps each arm from the optimum, where that is known exactly."""
+    """What keeps each arm from the optimum, where that is known exactly, beta by beta; and what else stands out."""
     for stage, name, part, meaning in (
         ("ppo", "PPO", "optimisation_gap", "its own optimisation"),
         ("dpo", "DPO", "disagreement", "its disagreement with the reward model"),
     ):
-        rows = [row for row in _exact_rows(results, stage) if row.get(part)]
-        total, own = _mean([row["gap_true"]["value"] for row in rows]), _mean([row[part]["value"] for row in rows])
-        if total is None or own is None:
-            continue
-        where = ", on average over its models," if len(rows) > 1 else ""
-        text = f"{name} is{where} {total:.3f} short of the optimum of the true reward; "
-        text += f"to that of the reward model it is {own:.3f} ({meaning})"
-        if stage == "ppo":
-            text += (
-                "; the reward model's own error limits it more than optimisation does"
-                if own < total / 2
-                else "; its optimisation is at least half of what is missing"
-            )
-        yield line("limits", text)
+        by_beta: dict[float, list[Mapping[str, Any]]] = {}
+        for row in _exact_rows(results, stage):
+            if row.get(part):
+                by_beta.setdefault(row["beta"], []).append(row)
+        for beta, rows in by_beta.items():
+            yield from _parts(name, part, meaning, beta, rows)
+    for model, gate in (results.get("gates") or {}).items():
+        if not gate.get("passed"):
+            yield line("limits", f"{model} failed its gate: {gate.get('reason')}; what it says of the arms says little")
     yield from _reward_model(results)
     yield from _over_optimisation(results)
     yield from _length(results)
+
+
+def _parts(name: str, part: str, meaning: str, beta: float, rows: list[Mapping[str, Any]]) -> Iterator[Line]:
+    # Both over the prompts of the part, which a reward model's score of every response makes few.
+    total = _mean([row["gap_true_there"]["value"] for row in rows])
+    own = _mean([row[part]["value"] for row in rows])
+    if total is None or own is None or not (isfinite(total) and isfinite(own)):
+        return
+    text = f"{name} at beta {beta:g} is {total:.3f} short of the optimum of the true reward; "
+    text += f"to that of the reward model it is {own:.3f} ({meaning})"
+    if part == "optimisation_gap":
+        text += (
+            "; the reward model's own error limits it more than optimisation does"
+            if own < total / 2
+            else "; its optimisation is at least half of what is missing"
+        )
+    yield line("limits", text)
 
 
 def _reward_model(results: Mapping[str, Any]) -> Iterator[Line]:
@@ -170,6 +187,10 @@ def _next(results: Mapping[str, Any], said: list[Line]) -> Iterator[Line]:
     if not comparable.get("ok", True):
         listed = ", ".join(difference["what"] for difference in comparable["differences"])
         yield line("next", f"train the arms alike first: they differ in {listed}")
+    if any("as trained (" in str(contrast.get("at")) for contrast in results.get("contrasts") or ()):
+        yield line(
+            "next", "the arms pay different prices of KL: train them at one beta, or sweep it to compare at matched KL"
+        )
     trials = {arm: entry.get("trials", 1) for arm, entry in (results.get("arms") or {}).items()}
     if len(set(trials.values())) > 1:
         most = max(trials, key=trials.get)
@@ -185,7 +206,8 @@ def _next(results: Mapping[str, Any], said: list[Line]) -> Iterator[Line]:
         yield line("next", "for PPO: more updates, a smaller learning rate at the end, larger rollouts")
     if "over-optimised" in text:
         yield line("next", "raise beta (kl_coef), or stop at the KL where the judge peaks")
-    if len(results.get("seeds") or ()) < 3:
+    seeds = min((entry["seeds"] for entry in results.get("summary") or ()), default=len(results.get("seeds") or ()))
+    if seeds < 3:
         yield line("next", "run at least 3 seeds: with fewer nothing is known about the spread between runs")
 
 
@@ -194,4 +216,7 @@ def verdict(results: Mapping[str, Any]) -> dict[str, Any]:
     head = _primary(results)
     said = [*_others(results), *_limits(results)]
     said += list(_next(results, said))
+    if results.get("primary") == "score" and results.get("contrasts"):
+        head["text"] += " (PPO was trained to raise this very number: it is no judge of it)"
+        said.append(line("next", "judge by what no arm was trained on: a reward model on held-out pairs, --judge REF"))
     return {"headline": head["text"], "certain": head["certain"], "lines": said}

@@ -173,7 +173,7 @@ def run_dpo(config: Any, home: Path, **options) -> StageResult:
             "train": last,
             "health": plan.health,
             **pairs.evaluate(),
-            "train_pairs": sum(r.kept for r in pairs.reports),
+            "train_pairs": len(pairs.examples) or sum(report.kept for report in pairs.reports),
             "moved_optimum": moved,
         }
         return publish(run, policy.model, tokenizer, parents=parents, reports=pairs.reports, metrics=metrics)

@@ -14,6 +14,7 @@ from rlhf_pipeline.data.batch import PackedBatch
 from rlhf_pipeline.data.load import SourceReport
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import DataError, Fault, MismatchError
+from rlhf_pipeline.evaluation.enumerate import walk_counts
 from rlhf_pipeline.evaluation.preferences import preference_metrics
 from rlhf_pipeline.models.roles import Policy, TokenScores
 from rlhf_pipeline.stages.common import example_schedule
@@ -140,6 +141,10 @@ def fresh_pairs(run: Run, policy: Policy, frozen: Policy, frozen_digest: str | N
             proposal=config.population_proposal,
             device=run.device,
         )
+    if run.checkpoint is None:  # what the reference's walk through the tree costs is on the bill
+        shape = ModelShape.of(frozen.model)
+        counts = (walk_counts(len(prompt.prompt_ids), population.tree) for prompt in prompts)
+        run.meter.flops += sum(shape.forward_flops(*count) for count in counts)
     ranks = run.accelerator.num_processes
     report = population.report(reports[0], config.max_steps * size * ranks)
     run.log.say(f"pairs: fresh at every step, from {len(prompts)} prompts, proposal {config.population_proposal}")

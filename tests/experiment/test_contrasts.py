@@ -107,16 +107,16 @@ def test_what_both_arms_do_not_reach_is_not_extrapolated():
 
 def test_points_of_equal_cost_have_no_range_of_cost():
     entry = found(contrasts(swept()), kind="cost", figure="true_reward")
-    assert entry["estimate"] is None and "no common range" in entry["why_not"]
+    assert entry["estimate"] is None and "no range of cost" in entry["why_not"]
 
 
 def test_settings_are_chosen_on_validation_prompts_by_what_a_user_has():
     measured = swept()
     ppo, dpo = arms_of(measured)
-    assert dict(selected_setting(ppo, [0, 1, 2], "score")) == {"beta": 0.5}
+    assert selected_setting(ppo, [0, 1, 2], "score").values == {"beta": 0.5}
     for one in measured:  # the truth on the test prompts must not matter
         one.test.values["true_reward"] = -one.test.values["true_reward"]
-    assert dict(selected_setting(dpo, [0, 1, 2], "score")) == {"beta": 0.5}
+    assert selected_setting(dpo, [0, 1, 2], "score").values == {"beta": 0.5}
 
 
 def test_one_contrast_is_declared_and_the_others_are_corrected():

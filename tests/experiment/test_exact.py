@@ -70,6 +70,7 @@ def test_parts_of_the_gap(result):
     assert ppo["optimisation_gap"]["reward"] == [[1.0, "reward@v1"]] and ppo["optimisation_gap"]["prompts"] == 2
     assert honest["optimisation_gap"]["value"] == pytest.approx(honest["gap"], abs=1e-12)
     assert dpo["disagreement"]["reward"] == [[1.0, "reward@v1"]]
+    assert ppo["gap_true_there"]["value"] == pytest.approx(sum(ppo["per_prompt"]["gap"][:2]) / 2, abs=1e-12)
     assert "optimisation_gap" not in dpo and "disagreement" not in ppo
     assert found["reward@v1"]["gap_true"]["value"] > 0.01  # a tiny reward model is not the truth
     assert found["reward@v1"]["prompts"] == 2

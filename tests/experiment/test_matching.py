@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.experiment.compare import run_compare
-from rlhf_pipeline.experiment.matching import differences, facts_of
+from rlhf_pipeline.experiment.matching import differences, differences_by_seed, facts_of
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +98,64 @@ def test_a_model_without_a_manifest_says_nothing(arms):
         {},
         facts_of(arms.registry, arms.registry.resolve("sft")),
     )
+
+
+def test_a_judge_that_saw_the_arms_pairs_is_no_judge(arms):
+    with pytest.raises(MismatchError, match="judge: not held out"):
+        compare(arms, "ppo", "dpo", baseline="sft", judge="reward")
+    arms.run("train-rm", output_name="judge", dataset_train_split="judge", max_steps=1)
+    held_out = compare(arms, "ppo", "dpo", baseline="sft", judge="judge", name="judged")
+    assert held_out["judge"] == "judge@v1" and held_out["comparable"]["ok"]
+    assert {"judge@v1", "reward@v1"} <= set(held_out["gates"])
+    failed = [one["text"] for one in held_out["verdict"]["lines"] if "failed its gate" in one["text"]]
+    assert len(failed) == sum(not gate["passed"] for gate in held_out["gates"].values())
+
+
+def test_rewards_beside_a_reward_model_are_part_of_the_preferences(arms):
+    mixed = [{"source": "reward", "weight": 1.0}, {"source": "world", "weight": 1.0}]
+    arms.run("ppo", output_name="mixed", reward_model_path=None, reward_functions=mixed, max_steps=1)
+    assert set(found(arms, a="mixed", b="dpo")) == {"preference data"}
+
+
+def test_fewer_pairs_and_other_labels_are_differences(arms):
+    fewer = arms.run("dpo", output_name="fewer", max_train_samples=8, max_steps=1).model
+    soft = arms.run("dpo", output_name="soft", soft_labels=True, max_steps=1).model
+    assert "preference data" in found(arms, ppo="ppo", dpo=fewer)
+    assert set(found(arms, ppo="ppo", dpo=soft)) == {"labels"}
+
+
+def test_lengths_written_in_two_ways_are_the_same(arms):
+    other = arms.run("dpo", output_name="sum", response_length=None, max_length=10, max_steps=1).model
+    assert found(arms, ppo="ppo", dpo=other) == {}
+
+
+def test_parents_have_to_agree_seed_by_seed(arms):
+    registry = arms.registry
+    model = {name: registry.resolve(name) for name in ("ppo", "dpo", "other-parent")}
+    arms.run("train-rm", output_name="other-reward", model_name_or_path="other-sft", max_steps=1)
+    crossed = arms.run("ppo", output_name="crossed", model_name_or_path="other-sft", max_steps=1).model
+    points = [
+        ("ppo", 1, model["ppo"]),
+        ("dpo", 1, model["other-parent"]),
+        ("ppo", 2, registry.resolve(crossed)),
+        ("dpo", 2, model["dpo"]),
+    ]
+    assert {"SFT parent", "reference"} <= {one.what for one in differences_by_seed(registry, points)}
+
+
+def test_a_parent_that_is_another_model_here_is_refused(arms, tmp_path):
+    from rlhf_pipeline.experiment.subjects import reference_of
+
+    other = arms.copy(tmp_path / "home")
+    dpo = arms.registry.resolve("dpo")
+    assert reference_of(other.registry, dpo).label == "sft@v1"
+    moved = dpo.manifest.model_copy(
+        update={
+            "parents": {
+                **dpo.manifest.parents,
+                "reference": dpo.manifest.parents["base"].model_copy(update={"digest": "0" * 64}),
+            }
+        }
+    )
+    with pytest.raises(MismatchError, match="reference was sft@v1 with the digest 000000000000"):
+        reference_of(other.registry, dataclasses.replace(dpo, manifest=moved))

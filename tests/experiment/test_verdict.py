@@ -73,8 +73,8 @@ def test_what_would_settle_it_is_said():
     text = say_contrast(entry(estimate(0.2, 0.3)), "primary")["text"]
     assert "ppo - dpo = +0.200 [-0.100, +0.500]" in text
     # t over 5 seeds: s = .3 / 2.776 x sqrt 5; the smallest S with t(S - 1) s / sqrt S < .2 is 9.
-    assert "about 9 seeds would settle it" in text
-    assert "would settle" not in say_contrast(entry(estimate(0.0, 0.3)), "primary")["text"]
+    assert "it would take about 9 seeds to tell" in text
+    assert "would take" not in say_contrast(entry(estimate(0.0, 0.3)), "primary")["text"]
 
 
 def test_one_seed_speaks_of_its_runs_only():
@@ -109,15 +109,20 @@ def test_several_contrasts_are_corrected_for_their_number():
 
 
 def exact_row(stage: str, total: float, **parts: float) -> dict[str, Any]:
-    return {"stage": stage, "gap_true": {"value": total}, **{name: {"value": value} for name, value in parts.items()}}
+    return {
+        "stage": stage,
+        "beta": 0.5,
+        "gap_true_there": {"value": total},
+        **{name: {"value": value} for name, value in parts.items()},
+    }
 
 
 @pytest.mark.parametrize(("own", "said"), [(0.05, "reward model's own error limits it"), (0.4, "at least half")])
 def test_what_limits_ppo(own, said):
     rows = [exact_row("ppo", 0.5, optimisation_gap=own), exact_row("dpo", 0.7, disagreement=0.6)]
     found = topics({"exact": {"rows": rows}, "contrasts": []})
-    assert said in found["limits"][0] and "PPO is 0.500 short" in found["limits"][0]
-    assert "DPO is 0.700 short" in found["limits"][1] and "0.600" in found["limits"][1]
+    assert said in found["limits"][0] and "PPO at beta 0.5 is 0.500 short" in found["limits"][0]
+    assert "DPO at beta 0.5 is 0.700 short" in found["limits"][1] and "0.600" in found["limits"][1]
     assert any("for PPO" in text for text in found["next"])
 
 

@@ -80,7 +80,8 @@ def _finding(view: View, arm: str, entry: Any) -> Markup:
     if part(entry, "found") is True:
         text = "over-optimised: what counts falls while the reward trained on rises"
     else:
-        text = "no over-optimisation found"
+        assessed = part(entry, "found") is False
+        text = "no over-optimisation found" if assessed else "over-optimisation was not assessed"
     if why := part(entry, "why"):
         text += f" ({clean(why)})"
     if fit:
