@@ -48,7 +48,7 @@ def test_ppo_and_dpo_of_one_experiment_match(arms):
     ("one", "other", "what"),
     [
         ("ppo", "other-parent", {"SFT parent", "reference"}),
-        ("ppo", "shorter", {"lengths"}),
+        ("ppo", "shorter", {"lengths", "preference data"}),  # some pairs no longer fit
         ("penalised", "dpo", {"options that move the optimum"}),
         ("warm", "dpo", {"options that move the optimum", "training temperature"}),
         ("honest", "dpo", {"preference data"}),
