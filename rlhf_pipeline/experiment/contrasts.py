@@ -149,7 +149,12 @@ def _exact(a: Arm, b: Arm, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[di
                 [rows[arm.points[setting][seed].name]["objective"] for seed in seeds]
                 for arm, setting in ((a, one), (b, other))
             ]
-            yield _entry("exact", a, b, "objective", f"at beta {beta:g}, on these prompts", contrast(*sides))
+            text = f"at beta {beta:g}, on these prompts"
+            if len(seeds) > 1:
+                yield _entry("exact", a, b, "objective", text, contrast(*sides))
+            else:
+                why = f"of these two runs it is exactly {sides[0][0] - sides[1][0]:+.3f}, one seed says no more"
+                yield _entry("exact", a, b, "objective", text, None, why)
 
 
 def _declare(entries: list[dict[str, Any]], wanted: str, primary: str) -> None:
