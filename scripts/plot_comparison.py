@@ -33,7 +33,7 @@ def draw(results: dict) -> str:
     for row in results["rows"]:
         reward, kl = row["metrics"][primary], row["metrics"].get("kl")
         bound = row.get("kl_bound")
-        if kl is None and bound is None:
+        if (kl is None and bound is None) or row.get("step") is not None:  # snapshots are in the report
             continue
         x = (bound, bound, bound) if kl is None else (kl["mean"], kl["low"], kl["high"])
         points.append((row["name"], row["stage"], x, (reward["mean"], reward["low"], reward["high"]), kl is None))

@@ -18,6 +18,8 @@ STAGE_OF_FILE = {
     "reward": "train-rm",
     "judge": "train-rm",
     "ppo": "ppo",
+    "ppo_true": "ppo",
+    "preferred": "sft",
     "dpo": "dpo",
     "pairs": "collect",
     "compare": "compare",
@@ -37,16 +39,18 @@ FILES = (
 
 
 @pytest.fixture
-def beside_hh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The HH configs name a file that the user hands over: an empty stand-in in the working directory."""
-    (tmp_path / "hh.jsonl.gz").write_bytes(b"")
+def beside_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configs that name files which the user hands over: empty stand-ins in the working directory."""
+    (tmp_path / "build" / "reviews").mkdir(parents=True)
+    for name in ("hh.jsonl.gz", "build/reviews/reviews.jsonl", "build/reviews/openings.jsonl"):
+        (tmp_path / name).write_bytes(b"")
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize(
     "path", [p for p in CONFIGS if p not in EXPERIMENTS], ids=lambda p: f"{p.parent.name}/{p.name}"
 )
-def test_every_stage_config_is_valid(path: Path, beside_hh: None) -> None:
+def test_every_stage_config_is_valid(path: Path, beside_data: None) -> None:
     stage = STAGE_OF_FILE[path.stem]
     extra = {"arms": ["ppo", "dpo"], "baseline": "sft"} if stage == "compare" else None
     loaded = load_config(stage, path, extra=extra)
@@ -54,19 +58,18 @@ def test_every_stage_config_is_valid(path: Path, beside_hh: None) -> None:
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: f"{p.parent.name}/{p.name}")
-def test_every_experiment_is_valid(path: Path, beside_hh: None) -> None:
+def test_every_experiment_is_valid(path: Path, beside_data: None) -> None:
     experiment = load_experiment(path)
     arms = {spec.stage for spec in experiment.stages}
     assert {"sft", "ppo", "dpo"} <= arms
     if path.parent.name != "exact":  # whose arms are set against the optimum, by scripts/exact.py
-        assert [spec.name for spec in experiment.stages][-2:] == ["ppo", "dpo"]
-        assert experiment.compare is not None
+        assert experiment.compare.config.arms[:2] == ("ppo", "dpo")
 
 
-def test_ppo_and_dpo_have_one_beta_and_no_option_that_moves_the_optimum(beside_hh: None) -> None:
+def test_ppo_and_dpo_have_one_beta_and_no_option_that_moves_the_optimum(beside_data: None) -> None:
     from rlhf_pipeline.config import moves_optimum
 
-    for folder in ("demo", "hh", "exact"):
+    for folder in ("demo", "hh", "exact", "reviews"):
         ppo = load_config("ppo", ROOT / "configs" / folder / "ppo.yaml").config
         dpo = load_config("dpo", ROOT / "configs" / folder / "dpo.yaml").config
         assert ppo.kl_coef == dpo.beta

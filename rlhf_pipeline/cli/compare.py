@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections import Counter
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +22,7 @@ from rlhf_pipeline.cli.evaluate import (
     SeedOption,
     SplitOption,
     TemperatureOption,
+    TrueRewardOption,
     dry_run_of,
     given,
 )
@@ -49,6 +51,10 @@ def compare(
     reference: ReferenceOption = None,
     best_of: BestOfOption = None,
     judge: JudgeOption = None,
+    true_reward: TrueRewardOption = None,
+    snapshots: Annotated[
+        bool, typer.Option("--snapshots", help="Add the snapshots of every arm's runs to its curve.")
+    ] = False,
     allow_mismatch: Annotated[
         bool, typer.Option("--allow-mismatch", help="Compare arms that differ in more than their training; say so.")
     ] = False,
@@ -78,6 +84,8 @@ def compare(
         reference=reference,
         best_of=best_of,
         judge=judge,
+        true_reward=true_reward,
+        snapshots=snapshots or None,
         allow_mismatch=allow_mismatch or None,
         arms=arms or None,
     )
@@ -152,7 +160,9 @@ def _cost_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def print_comparison(result: dict[str, Any]) -> None:
-    """The verdict and the tables of a comparison, and where its results are."""
+    """The verdict and the tables of a comparison, and where its results are; snapshots are counted, not shown."""
+    passed = Counter(row["arm"] for row in result["rows"] if row.get("step") is not None)
+    result = result | {"rows": [row for row in result["rows"] if row.get("step") is None]}
     names = [name for name in SHOWN if name in result["rows"][0]["metrics"]]
     summary = result["summary"]
     many = any(entry["seeds"] > 1 for entry in summary) or len({entry["arm"] for entry in summary}) < len(summary)
@@ -179,6 +189,9 @@ def print_comparison(result: dict[str, Any]) -> None:
             f"win rate and gain (in standard deviations of its responses) against {result['baseline']}",
             "cost: the arm's own run and, for PPO, that of its reward model; stages that arms share are on no bill",
         ]
+    if passed:
+        counted = ", ".join(f"{arm} {count}" for arm, count in passed.items())
+        notes.append(f"snapshots behind the curves of contrasts, frontier and ranking: {counted}; tables: final models")
     emit_lines([*notes, "", *verdict_lines(result["verdict"]), "", f"results  {result['path']}"])
     if result.get("report"):
         emit_lines([f"report   {result['report']}"])

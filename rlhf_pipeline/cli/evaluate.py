@@ -49,6 +49,10 @@ JudgeOption = Annotated[
     str | None,
     typer.Option("--judge", help="Held-out reward model, trained on pairs that no arm has seen.", show_default=False),
 ]
+TrueRewardOption = Annotated[
+    str | None,
+    typer.Option("--true-reward", help="What labelled the data: module:function, or a model.", show_default=False),
+]
 
 NAMES = {
     "true_reward": "true reward",
@@ -82,6 +86,7 @@ def evaluate(
     reference: ReferenceOption = None,
     best_of: BestOfOption = None,
     judge: JudgeOption = None,
+    true_reward: TrueRewardOption = None,
     home: HomeOption = None,
     json: JsonOption = False,
     dry_run: DryRunOption = False,
@@ -103,6 +108,7 @@ def evaluate(
         reference=reference,
         best_of=best_of,
         judge=judge,
+        true_reward=true_reward,
     )
     loaded = load_config("evaluate", config, options)
     if common.dry_run:

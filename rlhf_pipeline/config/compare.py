@@ -82,6 +82,9 @@ class EvaluateConfig(PromptsConfig):
     seed: Seed = option(0, "seed of sampling (ours)")
     best_of: Counts = option((), "numbers of samples n to report best-of-n for (ours: none)")
     judge: Text | None = option(None, "held-out reward model: trained on pairs that no arm has seen (ours: none)")
+    true_reward: Text | None = option(
+        None, "what labelled the data, where that is known: module:function or a model (default: world on its own data)"
+    )
 
 
 class CompareConfig(EvaluateConfig):
@@ -96,11 +99,14 @@ class CompareConfig(EvaluateConfig):
     )
     baseline: Text | None = option(None, "model that the arms are set against (default: the first arm)")
     validation_split: Text | None = option(
-        "validation", "split of the prompts on which settings of a sweep are chosen (ours)"
+        "validation", "split of the prompts on which settings and snapshots are chosen (ours)"
     )
     allow_mismatch: bool = option(False, "compare arms that differ in more than their training, and say so (ours)")
     primary_contrast: Literal["auto", "as_trained", "matched_kl", "selected"] = option(
         "auto", "the contrast that is declared beforehand; auto: matched_kl in a sweep, else as_trained (ours)"
+    )
+    snapshots: bool = option(
+        False, "add the snapshots of every arm's runs (snapshot_steps) to its curve; each is sampled too (ours: no)"
     )
     shown_prompts: Count = option(4, "prompts whose responses stand side by side in the report (ours)")
     exact: bool = option(True, "add exact figures where every response can be listed: the built-in world (ours)")

@@ -64,11 +64,25 @@ def check_reward_sources(config: Any) -> Iterator[Fault]:
         fix = f"write reward_functions: [{{source: {path}}}]"
         yield Fault("reward_model_path", f"{path!r} is no reward model", "name, directory or hub id", fix)
     for index, entry in enumerate(config.reward_functions or ()):
-        module, colon, function = entry.source.partition(":")
-        named = all(part.isidentifier() for part in module.split(".")) and function.isidentifier()
-        if colon and not named:
-            where = f"reward_functions.{index}.source"
-            yield Fault(where, f"found {entry.source!r}", "world, a reward model, or module:function")
+        yield from _check_source(f"reward_functions.{index}.source", entry.source)
+
+
+def _check_source(where: str, source: str) -> Iterator[Fault]:
+    module, colon, function = source.partition(":")
+    named = all(part.isidentifier() for part in module.split(".")) and function.isidentifier()
+    if colon and not named:
+        yield Fault(where, f"found {source!r}", "world, a reward model, or module:function")
+
+
+def check_judge(config: Any) -> Iterator[Fault]:
+    """Yield the faults of a judge that is no source of scores, or one that the policy is trained on."""
+    if config.judge is None:
+        return
+    yield from _check_source("judge", config.judge)
+    if config.judge in [reward.source for reward in config.rewards]:
+        found = f"{config.judge!r} judges, and is the reward that the policy is trained on"
+        fix = "train a reward model on other pairs (rlhf train-rm dataset_train_split=judge), or remove judge"
+        yield Fault("judge", found, "a held-out reward model, module:function or world", fix)
 
 
 def check_episodes(config: Any) -> Iterator[Fault]:
@@ -138,6 +152,7 @@ class PpoConfig(TrainingConfig):
         *COMMON_CHECKS,
         check_reward,
         check_reward_sources,
+        check_judge,
         check_episodes,
         check_epochs,
         check_batches,
@@ -154,6 +169,11 @@ class PpoConfig(TrainingConfig):
     reward_model_path: Text | None = option(None, "reward model: registry name, directory or hub id")
     reward_functions: RewardFunctions = option(
         None, "rewards to add up, instead of reward_model_path: list of {source, weight}", min_length=1
+    )
+    judge: Text | None = option(
+        None,
+        "who watches: a held-out reward model, module:function or world; scores the rollouts every logging_steps "
+        "updates, is logged as objective/judge and never trained on (ours: none)",
     )
     value_init: Literal["reward_model", "sft", "shared"] | None = option(
         None, "start of the critic (InstructGPT: reward_model; without one: sft); shared: a head on the actor"

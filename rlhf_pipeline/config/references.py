@@ -26,6 +26,7 @@ ROLES = {
     "reward_model": "reward",
     "reward_functions": "reward",
     "judge": "reward",
+    "true_reward": "reward",
     "dataset_name": "data",
     "prompts": "data",
     "datasets": "data",

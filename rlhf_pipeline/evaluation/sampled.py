@@ -72,7 +72,7 @@ def draw(policy: Policy, plan: SamplingPlan) -> Samples:
     return found
 
 
-def add_true_reward(samples: Samples) -> None:
+def add_world_reward(samples: Samples) -> None:
     """Add `true_reward` and `well_formed` of responses in the built-in world."""
     judged = world_verdicts(samples.examples)
     samples.values["true_reward"] = judged.reward

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from rlhf_pipeline.evaluation.best_of_n import best_of_n, kl_bound
-from rlhf_pipeline.evaluation.sampled import Samples
+from rlhf_pipeline.evaluation.sampled import Samples, draw
 from rlhf_pipeline.evaluation.statistics import cluster_mean
-from rlhf_pipeline.experiment.subjects import Bench
+from rlhf_pipeline.experiment.subjects import Bench, add_rewards
+
+if TYPE_CHECKING:
+    from rlhf_pipeline.experiment.rows import Measured
 
 
 def primary_figure(samples: Samples) -> str | None:
     """The figure that says how good a response is: the truth where it is known, else the judge's score."""
     return next((name for name in ("true_reward", "judge", "score") if name in samples.values), None)
+
+
+def _chooser(bench: Bench, figure: str) -> str | None:
+    source = {"score": bench.scorer, "judge": bench.judge}.get(figure)
+    return bench.truth_label if source is None else source.label
+
+
+def enough_samples(bench: Bench, baseline: Measured, sizes: tuple[int, ...]) -> Samples:
+    """The samples of the baseline; where best-of-n asks for more than every model is sampled, as many of it alone."""
+    needed = max(sizes, default=0)
+    if needed <= bench.plan.samples:
+        return baseline.test
+    more = replace(bench, plan=replace(bench.plan, samples=needed))
+    samples = draw(bench.policy(baseline.model), more.plan)
+    add_rewards(more, samples)
+    return samples
 
 
 def best_of_n_rows(bench: Bench, baseline: Samples, label: str, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -35,7 +55,8 @@ def best_of_n_rows(bench: Bench, baseline: Samples, label: str, sizes: tuple[int
                 "model": label,
                 "stage": "best-of-n",
                 "n": n,
-                "chosen_by": bench.scorer.label if chooser_name == "score" and bench.scorer else "world",
+                "samples": chooser.shape[1],
+                "chosen_by": _chooser(bench, chooser_name),
                 "metrics": figures,
                 "kl_bound": kl_bound(n),
                 "cost": {},

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.errors import MismatchError
-from rlhf_pipeline.experiment.best_of import best_of_n_rows, primary_figure
+from rlhf_pipeline.experiment.best_of import best_of_n_rows, enough_samples, primary_figure
 from rlhf_pipeline.experiment.contrasts import compare_arms
 from rlhf_pipeline.experiment.demonstrations import demonstrations_of, describe
 from rlhf_pipeline.experiment.exact import Judge, beta_of, exact_figures
 from rlhf_pipeline.experiment.leaves import TRUTH, Leaves
 from rlhf_pipeline.experiment.matching import differences_by_seed, judge_overlap, require_comparable, stop_token_of
-from rlhf_pipeline.experiment.points import Point
+from rlhf_pipeline.experiment.points import Point, with_snapshots
 from rlhf_pipeline.experiment.preference_quality import preference_quality
 from rlhf_pipeline.experiment.readings import configs, curves, lineage, prompt_texts, shown_samples
 from rlhf_pipeline.experiment.rows import Measured, add_diversity, measure_points, row_of
@@ -100,11 +100,17 @@ def _exact(
 def _find_points(
     registry: Registry, config: Any, points: Sequence[Point] | None, say: Any
 ) -> list[tuple[Point, Resolved]]:
-    """The points with their models; without an experiment every reference is an arm of one point."""
+    """The points with their models; without an experiment every reference is an arm of one model."""
     if points is None:
-        models = find_policies(registry, list(config.arms), say)
-        return [(Point(model.label, None, {}, model.label), model) for model in models]
-    return [(point, find_policies(registry, [point.model], say)[0]) for point in points]
+        named = {model.label: model for model in find_policies(registry, list(config.arms), say)}
+        arms = [with_snapshots(Point(label, None, {}, label), one, config.snapshots) for label, one in named.items()]
+        points = [point for arm in arms for point in arm]
+    else:
+        named = {}
+    found = {
+        point.model: find_policies(registry, [point.model], say)[0] for point in points if point.model not in named
+    }
+    return [(point, (named | found)[point.model]) for point in points]
 
 
 def run_compare(
@@ -135,40 +141,48 @@ def run_compare(
     device = make_accelerator(config).device
     trained = _find_points(registry, config, points, say)
     arms = list(dict.fromkeys(point.arm for point, _ in trained))
-    found_differences = differences_by_seed(registry, [(point.arm, point.seed, model) for point, model in trained])
+    finals = [(point, model) for point, model in trained if point.step is None]
+    if config.snapshots:
+        say(f"{len(trained) - len(finals)} snapshots of {len(finals)} models are points of the curves")
+    found_differences = differences_by_seed(registry, [(point.arm, point.seed, model) for point, model in finals])
     judge = find_model(registry, config.judge, "reward_model") if names_a_model(config.judge or "world") else None
-    found_differences += judge_overlap(registry, judge, [model for _, model in trained])
+    found_differences += judge_overlap(registry, judge, [model for _, model in finals])
     if not config.allow_mismatch:
         require_comparable(found_differences)
     for difference in found_differences:
         say(f"note: not alike in {difference}")
     baseline = find_policies(registry, [config.baseline], say)[0] if config.baseline else None
-    models = ([baseline] if baseline is not None else []) + [model for _, model in trained]
-    reference = _reference(registry, config, [model for _, model in trained], baseline, say)
+    models = ([baseline] if baseline is not None else []) + [model for _, model in finals]
+    reference = _reference(registry, config, [model for _, model in finals], baseline, say)
     _require_one_stop_token(models)
     asked_for = config.reward_model is not None
     if not asked_for and (trained_on := reward_model_of(registry, models)):
         config = config.model_copy(update={"reward_model": trained_on})
-    samples = max([config.samples, *config.best_of])
-    options: dict[str, Any] = {"reference": reference, "samples": samples, "seed": config.seed, "say": say}
-    bench = set_up(registry, config, models[0], device, **options)
-    swept = any(len({str(point.setting) for point, _ in trained if point.arm == arm}) > 1 for arm in arms)
+    options: dict[str, Any] = {"reference": reference, "samples": config.samples, "seed": config.seed, "say": say}
+    # The arms' own prompts and lengths: those of the baseline, their SFT model, may be of another kind of data.
+    example = finals[0][1]
+    bench = set_up(registry, config, example, device, **options)
+    kinds = {arm: {(str(point.setting), point.step) for point, _ in trained if point.arm == arm} for arm in arms}
+    swept = any(len(found) > 1 for found in kinds.values())  # one setting with snapshots has a curve too
     validation = None
     if swept and config.validation_split and config.prompts is None:
         validation = set_up(
-            registry, config.model_copy(update={"split": config.validation_split}), models[0], device, **options
+            registry, config.model_copy(update={"split": config.validation_split}), example, device, **options
         )
 
     # 2. Sample and score every model by the same plan.
     first = [(Point(models[0].label, None, {}, models[0].label), models[0])] if baseline is not None else []
     measured: list[Measured] = measure_points([*first, *trained], bench, validation, asked_for=asked_for)
-    rows = [row_of(registry, one, measured[0], bench) for one in measured]
-    add_diversity(rows, measured, bench)
-    best = best_of_n_rows(bench, measured[0].test, measured[0].name, config.best_of)
-    primary = primary_figure(measured[0].test)
+    ended = [one for one in measured if one.point.step is None]
+    start = ended[0]  # the baseline, else the first arm's first model
+    rows = [row_of(registry, one, start, bench) for one in ended]
+    add_diversity(rows, ended, bench)
+    passed = [row_of(registry, one, start, bench) for one in measured if one.point.step is not None]
+    best = best_of_n_rows(bench, enough_samples(bench, start, config.best_of), start.name, config.best_of)
+    primary = primary_figure(start.test)
 
     # 3. What follows from the figures.
-    exact = _exact(bench, config, list({model.label: model for model in models}.values()), trained)
+    exact = _exact(bench, config, list({model.label: model for model in models}.values()), finals)
     results: dict[str, Any] = {
         "name": config.name,
         "command": command,
@@ -177,10 +191,11 @@ def run_compare(
         "reference": reference.label if reference is not None else None,
         "reward_model": bench.scorer.label if bench.scorer is not None else None,
         "judge": bench.judge.label if bench.judge is not None else None,
+        "true_reward": bench.truth_label,
         "gates": gates_of(registry, [*([judge] if judge is not None else []), *models]),
         "prompts": len(bench.plan.prompts),
         "prompt_texts": prompt_texts(bench),
-        "samples": samples,
+        "samples": config.samples,
         "split": config.split,
         "validation_split": config.validation_split if validation is not None else None,
         "temperature": config.temperature,
@@ -194,16 +209,16 @@ def run_compare(
             "differences": [difference.as_dict() for difference in found_differences],
             "allowed": bool(config.allow_mismatch),
         },
-        "rows": [*rows, *best],
+        "rows": [*rows, *best, *passed],
         "exact": exact,
-        "preferences": preference_quality(bench, config, trained),
+        "preferences": preference_quality(bench, config, finals),
     }
     shown = demonstrations_of(bench, reference, config.split)
     results["demonstrations"] = None if shown is None else describe(shown)
-    results |= compare_arms(measured[len(first) :], measured[0], results, config, registry, shown)
+    results |= compare_arms(measured[len(first) :], start, results, config, registry, shown)
     results["verdict"] = verdict(results)
     results |= {
-        "samples_shown": shown_samples(bench, {one.name: one.test for one in measured}, config.shown_prompts),
+        "samples_shown": shown_samples(bench, {one.name: one.test for one in ended}, config.shown_prompts),
         "curves": curves(registry, models),
         "lineage": lineage(registry, models),
         "configs": configs(models),

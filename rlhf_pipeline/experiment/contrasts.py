@@ -24,6 +24,11 @@ from rlhf_pipeline.registry.store import Registry
 SPREAD = 1.2
 """An arm whose dearest point costs less than this times its cheapest has no curve of reward against cost."""
 
+NO_RANGE = (
+    "all points of an arm cost about the same: there is no range of cost (snapshots would make one: snapshot_steps "
+    "where the arms are trained, snapshots: true in the comparison)"
+)
+
 FIGURES = ("true_reward", "judge", "score", "kl", "length")
 
 
@@ -95,6 +100,28 @@ def _cost(registry: Registry, arm: Arm, seeds: Sequence[Any], settings: Sequence
     return np.array([[bill(registry, model).get("flops", np.nan) for model in row] for row in points])
 
 
+def _at_equal_cost(a: Arm, b: Arm, seeds: list, figure: str, chooser: str | None, registry: Registry) -> dict[str, Any]:
+    """A figure at one cost that both arms reach, each by the points that no cheaper one of its own beats."""
+
+    def entry(found: Finding | None = None, why_not: str | None = None, at: str = "at equal FLOPs") -> dict[str, Any]:
+        return _entry("cost", a, b, figure, at, found, why_not)
+
+    curves = []
+    for arm in (a, b):
+        known = arm.complete(seeds)
+        cost = _cost(registry, arm, seeds, known)
+        if not np.isfinite(cost).all():
+            unknown = {arm.points[known[j]][seeds[i]].name for i, j in np.argwhere(~np.isfinite(cost))}
+            return entry(why_not=f"the bill of a point is not known ({sorted(unknown)[0]})")
+        if cost.max() < SPREAD * cost.min():
+            return entry(why_not=NO_RANGE)
+        chosen = arm.envelope(seeds, chooser, cost)
+        spent = cost[:, [known.index(setting) for setting in chosen]]
+        curves.append(Curve.of(spent, arm.stacked(seeds, figure, settings=chosen)))
+    found = difference_at(*curves, names=(a.name, b.name))
+    return entry(found.finding, found.why_not, "at equal FLOPs" if found.at is None else f"at {found.at:.3g} FLOPs")
+
+
 def _matched(a: Arm, b: Arm, seeds: list, figure: str, chooser: str | None, registry: Registry) -> Iterator[dict]:
     """A figure at one KL that both arms reach, on average over all KLs that both reach, and at equal FLOPs."""
     names = (a.name, b.name)
@@ -108,32 +135,27 @@ def _matched(a: Arm, b: Arm, seeds: list, figure: str, chooser: str | None, regi
     if shared is not None:
         text = f"on average over KLs of {shared[0]:.2f} to {shared[1]:.2f} nats"
     yield _entry("area", a, b, figure, text, found.finding, found.why_not)
-    costs = [_cost(registry, arm, seeds, arm.envelope(seeds, chooser)) for arm in (a, b)]
-    if not all(np.isfinite(cost).all() for cost in costs):
-        yield _entry("cost", a, b, figure, "at equal FLOPs", None, "the bill of a point is not known")
-        return
-    if any(cost.max() < SPREAD * cost.min() for cost in costs):
-        text = "all points of an arm cost about the same: there is no range of cost (snapshots would make one)"
-        yield _entry("cost", a, b, figure, "at equal FLOPs", None, text)
-        return
-    found = difference_at(*(Curve.of(cost, curve.reward) for cost, curve in zip(costs, (one, other))), names=names)
-    text = "at equal FLOPs" if found.at is None else f"at {found.at:.3g} FLOPs"
-    yield _entry("cost", a, b, figure, text, found.finding, found.why_not)
+    yield _at_equal_cost(a, b, seeds, figure, chooser, registry)
 
 
 def contrasts_of(
     a: Arm, b: Arm, figures: Sequence[str], chooser: str | None, swept: bool, registry: Registry
 ) -> list[dict[str, Any]]:
-    """All contrasts of two arms."""
+    """All contrasts of two arms: what they came to by their final models, where they passed by their snapshots too.
+
+    Args:
+        swept: final models of an arm differ in their setting.
+    """
     a, b, seeds = paired_by_seed(a, b)
     if not seeds:
         return [_entry("as trained", a, b, figures[0], "as trained", None, "the arms have no seeds in common")]
-    found = list(_same_setting(a, b, seeds, figures))
-    if swept and "kl" in figures:
+    finals = a.finals, b.finals
+    found = list(_same_setting(*finals, seeds, figures))
+    if (swept or a.snapshots or b.snapshots) and "kl" in figures:
         judged = [figure for figure in figures if figure in ("true_reward", "judge")] or figures[:1]
         found += [entry for figure in judged for entry in _matched(a, b, seeds, figure, chooser, registry)]
-        if chooser is not None and a.validated and b.validated:
-            found.append(_selected(a, b, seeds, figures[0], chooser))
+        if swept and chooser is not None and a.validated and b.validated:
+            found.append(_selected(*finals, seeds, figures[0], chooser))
     return found
 
 
@@ -157,11 +179,12 @@ def _exact(a: Arm, b: Arm, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[di
                 yield _entry("exact", a, b, "objective", text, None, why)
 
 
-def _declare(entries: list[dict[str, Any]], wanted: str, primary: str) -> None:
+def _declare(entries: list[dict[str, Any]], wanted: str, primary: str, swept: bool) -> None:
     """Mark the one primary contrast and correct the p-values of the others."""
     kinds = {"matched_kl": ("matched KL",), "selected": ("selected",), "as_trained": ("as trained", "same beta")}
     if wanted == "auto":
-        wanted = "matched_kl" if any(entry["kind"] == "matched KL" for entry in entries) else "as_trained"
+        matched = swept and any(entry["kind"] == "matched KL" for entry in entries)
+        wanted = "matched_kl" if matched else "as_trained"  # that snapshots are shown changes no declaration
     order = [kinds[wanted], *(kind for kind in kinds.values() if kind != kinds[wanted])]
     found = (entry for kind in order for entry in entries if entry["kind"] in kind and entry["figure"] == primary)
     first = next(found, None)
@@ -203,21 +226,22 @@ def compare_arms(
 ) -> dict[str, Any]:
     """The sections of results.json that set arms against each other."""
     arms = arms_of(measured)
+    finals = [arm.finals for arm in arms]
     primary = results["primary"]
     if primary is None:
-        return {"summary": summary_of(arms), "arms": {}, "contrasts": []}
+        return {"summary": summary_of(finals), "arms": {}, "contrasts": []}
     figures = [primary, *(name for name in FIGURES if name != primary and name in measured[0].test.values)]
-    swept = any(len(arm.settings) > 1 for arm in arms)
+    swept = any(len(arm.settings) > 1 for arm in finals)
     chooser = chooser_of(measured)
     entries = [
         entry for a, b in combinations(arms, 2) for entry in contrasts_of(a, b, figures, chooser, swept, registry)
     ]
     if results.get("exact"):
         rows = {row["model"]: row for row in results["exact"]["rows"]}
-        entries += [entry for a, b in combinations(arms, 2) for entry in _exact(a, b, rows)]
-    _declare(entries, config.primary_contrast, primary)
+        entries += [entry for a, b in combinations(finals, 2) for entry in _exact(a, b, rows)]
+    _declare(entries, config.primary_contrast, primary, swept)
     described = {}
-    for arm in arms:
+    for arm, whole in zip(finals, arms, strict=True):
         seeds = common_seeds(arm)
         selected = None
         if len(arm.settings) > 1 and chooser and seeds and arm.validated:
@@ -226,15 +250,16 @@ def compare_arms(
         bills = [bill(registry, point.model) for point in arm.points[chosen].values()]
         described[arm.name] = {
             "trials": len(arm.settings),
+            "snapshots": whole.snapshots,
             "settings": [setting.values for setting in arm.settings],
             "selected": None if selected is None else selected.values,
             "cost": {key: float(np.mean([one[key] for one in bills])) for key in (bills[0] if bills else {})},
         }
     return {
-        "summary": summary_of(arms),
+        "summary": summary_of(finals),
         "arms": described,
         "contrasts": entries,
-        "win_rates": win_rate_section(arms, baseline, primary, described, demonstrations),
+        "win_rates": win_rate_section(finals, baseline, primary, described, demonstrations),
         "ranking": ranking_section([baseline, *measured], primary),
         "frontier": frontier_section(arms, primary, chooser, results.get("exact")),
         "overoptimisation": over_optimisation_section(arms, baseline),

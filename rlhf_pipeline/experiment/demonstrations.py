@@ -10,8 +10,8 @@ import numpy as np
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import BadInput
-from rlhf_pipeline.evaluation.sampled import Samples, add_score, add_true_reward
-from rlhf_pipeline.experiment.subjects import Bench
+from rlhf_pipeline.evaluation.sampled import Samples
+from rlhf_pipeline.experiment.subjects import Bench, add_rewards
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.stages.data import StageData
 
@@ -51,11 +51,7 @@ def demonstrations_of(bench: Bench, sft: Resolved | None, split: str) -> Samples
 def _figures(bench: Bench, examples: list[Example]) -> Samples:
     samples = Samples(examples, [example.prompt_key for example in examples for _ in example.completions])
     samples.values["length"] = np.array([len(ids) for e in examples for ids in e.completions], dtype=np.float64)
-    if bench.knows_truth:
-        add_true_reward(samples)
-    for name, source in (("score", bench.scorer), ("judge", bench.judge)):
-        if source is not None:
-            add_score(samples, source, name, batch_size=bench.plan.batch_size)
+    add_rewards(bench, samples)
     return samples
 
 

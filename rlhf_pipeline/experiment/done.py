@@ -38,6 +38,8 @@ def expected_parents(stage: str, config: Any, registry: Registry) -> dict[str, s
         parents["reference"] = parents["base"]
         for number, source in enumerate(r.source for r in config.rewards if names_a_model(r.source)):
             parents["reward_model" if number == 0 else f"reward_model_{number + 1}"] = digest(source)
+        if config.judge is not None and names_a_model(config.judge):
+            parents["judge"] = digest(config.judge)
     return parents
 
 

@@ -63,7 +63,8 @@ def _training_memory(parameters: int, config: Any, stage: str) -> int:
     if stage == "dpo":
         frozen = parameters * width
     if stage == "ppo":
-        frozen = parameters * width * (2 if config.reward_model_path or config.reward_functions else 1)
+        # The reference, the reward model and the judge; a reward function is counted as a model, to be safe.
+        frozen = parameters * width * (2 + (config.judge is not None and names_a_model(config.judge)))
         trained *= 1 if config.value_init == "shared" else 2
     return trained + frozen
 
@@ -98,6 +99,13 @@ def estimate_stage(stage: str, config: Any, home: Path) -> dict[str, Any]:
             resolved = registry.resolve(reward.source)
             check_role(resolved, "reward_model")
             result["reward_model"] = resolved.label
+    judge = getattr(config, "judge", None)
+    if judge is not None and is_function_name(judge):
+        load_function(judge)
+    elif judge is not None and names_a_model(judge):
+        resolved = registry.resolve(judge)
+        check_role(resolved, "reward_model")
+        result["judge"] = resolved.label
     rows = _training_rows(stage, config, home)
     result |= {"prompts" if config.reads_prompts else "rows": rows, "lengths": vars(config.lengths())}
     if stage == "ppo":

@@ -7,9 +7,9 @@ from typing import Any
 
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.errors import ConfigError, Fault
-from rlhf_pipeline.evaluation.sampled import Samples, add_kl, add_score, add_true_reward, draw
+from rlhf_pipeline.evaluation.sampled import Samples, add_kl, draw
 from rlhf_pipeline.experiment.best_of import best_of_n_rows
-from rlhf_pipeline.experiment.subjects import Bench, reference_of, reward_model_of, set_up
+from rlhf_pipeline.experiment.subjects import Bench, add_rewards, reference_of, reward_model_of, set_up
 from rlhf_pipeline.models.roles import Policy
 from rlhf_pipeline.registry.integrity import verify_files
 from rlhf_pipeline.registry.references import Resolved
@@ -26,11 +26,7 @@ from rlhf_pipeline.training.tracking import console
 def measure(bench: Bench, policy: Policy, scorer: RewardSource | None = None) -> Samples:
     """Sample a policy by the bench's plan and add every figure that is known; `scorer` in place of the bench's."""
     samples = draw(policy, bench.plan)
-    if bench.knows_truth:
-        add_true_reward(samples)
-    for name, source in (("score", scorer or bench.scorer), ("judge", bench.judge)):
-        if source is not None:
-            add_score(samples, source, name, batch_size=bench.plan.batch_size)
+    add_rewards(bench, samples, scorer)
     reference = bench.reference_policy()
     if reference is not None:
         add_kl(samples, policy, reference, bench.plan)
@@ -66,6 +62,8 @@ def run_evaluate(reference_text: str, config: Any, home: Path, *, quiet: bool = 
         "stage": resolved.stage,
         "reference": reference.label if reference is not None else None,
         "reward_model": bench.scorer.label if bench.scorer is not None else None,
+        "judge": bench.judge.label if bench.judge is not None else None,
+        "true_reward": bench.truth_label,
         "prompts": len(bench.plan.prompts),
         "samples": bench.plan.samples,
         "data": bench.data,

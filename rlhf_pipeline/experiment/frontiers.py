@@ -21,6 +21,7 @@ def _points(arm: Arm, figure: str) -> list[dict[str, Any]]:
     return [
         {
             "setting": setting.values,
+            "step": setting.step,
             "seed": seed,
             "model": point.name,
             "kl": point.test.estimate("kl").as_dict(),
@@ -35,7 +36,7 @@ def _arm(arm: Arm, figure: str, chooser: str | None) -> dict[str, Any]:
     """Points, the envelope of the means over seeds, and its interval at places that every seed reaches."""
     found: dict[str, Any] = {"points": _points(arm, figure), "envelope": [], "band": []}
     seeds = common_seeds(arm)
-    if not seeds or len(arm.settings) < 2:
+    if not seeds or len(arm.complete(seeds)) < 2:
         return found
     curve = arm.curve(seeds, figure, chooser)
     x, y = (values.mean(0) for values in curve.means())
@@ -74,7 +75,7 @@ def frontier_section(
 
 def _start(baseline: Measured, arm: Arm, seed: int | None) -> np.ndarray:
     """(P,) the baseline's mean score on each prompt, by the reward model that scored an arm's points of a seed."""
-    samples = baseline.scored_by(next(iter(arm.points.values()))[seed].scorer)
+    samples = baseline.scored_by(next(iter(arm.finals.points.values()))[seed].scorer)
     return samples.values["score"].reshape(len(samples.examples), -1).mean(1)
 
 

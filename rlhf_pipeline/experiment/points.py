@@ -1,13 +1,15 @@
-"""Points: the trained models of an arm, one for each seed and setting."""
+"""Points: the trained models of an arm, one for each seed and setting, and the snapshots on the way to them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf_pipeline.config.grid import Node
 from rlhf_pipeline.config.spec import StageSpec
+from rlhf_pipeline.registry.digests import files_digest, snapshot_files, snapshot_steps
+from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 
 
@@ -19,7 +21,9 @@ class Point:
         arm: the way of training: the name of an experiment's stage, or a reference.
         seed: the experiment's seed that it belongs to, else its own; None where neither is known.
         setting: the swept values that made it: its own by key, those of stages before it as `stage.key`.
-        model: its reference. step: of a snapshot in the middle of a run.
+        model: its reference.
+        step: of a snapshot on the way to the model; None for the model itself, and for a snapshot that was named as an
+            arm: it is all that its arm has.
     """
 
     arm: str
@@ -32,28 +36,43 @@ class Point:
 def points_of(compare: StageSpec, made: Sequence[tuple[Node, str]], registry: Registry) -> tuple[Point, ...]:
     """The points of a comparison's arms, arm by arm, each in running order.
 
-    An arm that names a stage has all its nodes; one from outside the experiment is a point by itself.
+    An arm that names a stage has all its nodes; one from outside the experiment is a point by itself. With `snapshots`
+    each model comes after those of its run.
 
     Args:
         compare: the comparison, in which arms still name stages. made: every node with the model that it made.
     """
     points: list[Point] = []
+    wanted = compare.config.snapshots
     for index, arm in enumerate(compare.config.arms):
         stage = compare.links.get(("arms", index))
         if stage is None:
             found = registry.resolve(arm)
             seed = None if found.manifest is None else found.manifest.seed
-            points.append(Point(arm, seed, {}, found.label, found.step))
+            points += with_snapshots(Point(arm, seed, {}, found.label), found, wanted)
             continue
         for node, model in made:
             if node.name == stage:
                 seed = node.spec.config.seed if node.seed is None else node.seed
-                points.append(Point(stage, seed, dict(node.setting), model))
+                point = Point(stage, seed, dict(node.setting), model)
+                points += with_snapshots(point, registry.resolve(model), wanted) if wanted else [point]
     return tuple(points)
 
 
+def with_snapshots(point: Point, model: Resolved, wanted: bool = True) -> list[Point]:
+    """A point after the snapshots of its run, these in order of steps; by itself where none are wanted.
+
+    A snapshot of the same files as the model (that of the last step) is the model itself and left out.
+    """
+    if not wanted or model.kind != "registry" or model.step is not None:
+        return [point]
+    files = model.manifest.files
+    steps = [step for step in snapshot_steps(files) if files_digest(snapshot_files(files, step)) != model.digest]
+    return [*(replace(point, model=f"{model.label}#{step}", step=step) for step in steps), point]
+
+
 def trials(points: Iterable[Point]) -> dict[str, int]:
-    """How many settings were tried for each arm."""
+    """How many settings were tried for each arm; a snapshot is no trial of its own."""
     settings: dict[str, list[dict[str, Any]]] = {}
     for point in points:
         known = settings.setdefault(point.arm, [])

@@ -80,8 +80,16 @@ def win_rate_section(
 
 
 def ranking_section(measured: Sequence[Measured], figure: str) -> dict[str, Any] | None:
-    """Elo of every model with an interval over prompts, the baseline at 1000; None with fewer than two models."""
-    distinct = list({one.name: one for one in measured}.values())[:MOST_RANKED]
+    """Elo of every model with an interval over prompts, the baseline at 1000; None with fewer than two models.
+
+    Where there are too many, final models come before snapshots, and of these the best.
+    """
+    known = {one.name: one for one in [*measured[1:], measured[0]]}  # the baseline as itself, whatever arm it is of
+    distinct = [measured[0], *(one for one in known.values() if one is not measured[0])]
+    distinct.sort(
+        key=lambda one: (one.point.step is not None, -one.values(figure).mean() if one.point.step is not None else 0.0)
+    )
+    distinct = distinct[:MOST_RANKED]
     if len(distinct) < 2 or (figure == "score" and len({one.scorer for one in distinct}) > 1):
         return None  # scores of different reward models have no common scale
     shape = (len(distinct[0].test.examples), -1)
@@ -93,7 +101,7 @@ def ranking_section(measured: Sequence[Measured], figure: str) -> dict[str, Any]
                 wins[:, i, j] = prompt_win_rates(mine, theirs)
     found = rank(wins, baseline=0)
     rows = [
-        {"name": one.name, "arm": one.point.arm, "elo": item.estimate.as_dict()}
+        {"name": one.name, "arm": one.point.arm, "step": one.point.step, "elo": item.estimate.as_dict()}
         for one, item in zip(distinct, found.elo, strict=True)
     ]
     return {

@@ -14,6 +14,7 @@ from rlhf_pipeline.registry.store import Registry
 CURVES = (
     "objective/rlhf_reward",
     "objective/scores",
+    "objective/judge",
     "objective/kl",
     "val/ended",
     "val/response_length",

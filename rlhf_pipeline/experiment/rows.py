@@ -57,14 +57,16 @@ class Measured:
 def bill(registry: Registry, resolved: Resolved) -> dict[str, float]:
     """What an arm cost: its own run and, for PPO, those of its reward models. Shared stages are on no bill.
 
-    Counts and seconds add up; peak memory is that of the largest stage. Empty where it is not known: outside the
-    registry, and for a snapshot in the middle of a run.
+    Of a snapshot: its run up to that step, and its reward models whole. Counts and seconds add up; peak memory is that
+    of the largest stage. Empty where it is not known: outside the registry, and for a snapshot of an earlier version.
     """
-    if resolved.manifest is None or resolved.step is not None:
+    cost = resolved.manifest.cost if resolved.manifest is not None else {}
+    if resolved.step is not None:
+        cost = cost.get("at_step", {}).get(str(resolved.step), {})
+    if resolved.manifest is None or (resolved.step is not None and not cost):
         return {}
-    cost = resolved.manifest.cost
     total = {key: float(cost.get(key, 0)) for key in COST_KEYS}
-    total["peak_memory_bytes"] = float(cost.get("peak_memory_bytes", 0))
+    total["peak_memory_bytes"] = float(resolved.manifest.cost.get("peak_memory_bytes", 0))
     for role in resolved.manifest.parents:
         if not role.startswith("reward_model"):
             continue
@@ -127,7 +129,7 @@ def measure_points(
         held = None if validation is None else measure(validation, policy, scorer)
         found.append(Measured(point, model, measure(test, policy, scorer), held, scorers.label(point.seed)))
         test.say(f"[{number}/{len(points)}] measured {model.label}")
-    first = found[0]
+    first = next(one for one in found if one.point.step is None)
     for seed in dict.fromkeys(point.seed for point, _ in points):
         label, scorer = scorers.label(seed), scorers.get(seed)
         if label is not None and label != first.scorer:
@@ -145,6 +147,7 @@ def row_of(registry: Registry, measured: Measured, baseline: Measured, bench: Be
         "arm": point.arm,
         "seed": point.seed if point.seed is not None else _seed(model),
         "setting": dict(point.setting),
+        "step": point.step,
         "model": model.label,
         "stage": model.stage,
         "digest": model.digest,

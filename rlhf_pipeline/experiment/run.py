@@ -46,8 +46,8 @@ def check_inputs(experiment: Experiment, registry: Registry) -> None:
     checked: dict[tuple[Any, ...], str | None] = {}  # a source is read once, however many points name it
     for spec in experiment.everything():
         named = [reward.source for reward in getattr(spec.config, "rewards", ())]
-        for source in (*named, getattr(spec.config, "judge", None) or ""):
-            if is_function_name(source):
+        for source in (*named, *(getattr(spec.config, key, None) for key in ("judge", "true_reward"))):
+            if source is not None and is_function_name(source):
                 try:
                     load_function(source)
                 except ConfigError as error:

@@ -16,7 +16,7 @@ from rlhf_pipeline.data.sources import part_of
 from rlhf_pipeline.data.tokenize import Example, tokenize
 from rlhf_pipeline.data.tokenizers import tokenizer_digest
 from rlhf_pipeline.errors import ConfigError, DataError, Fault, MismatchError
-from rlhf_pipeline.evaluation.sampled import SamplingPlan
+from rlhf_pipeline.evaluation.sampled import Samples, SamplingPlan, add_score, add_world_reward
 from rlhf_pipeline.models.roles import Policy
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
@@ -37,10 +37,11 @@ class Bench:
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
     plan: SamplingPlan
-    knows_truth: bool
+    knows_truth: bool  # the world's reward, which can be computed for every response there is
     reference: Resolved | None
     scorer: RewardSource | None  # the reward model of training, or what was asked for
     judge: RewardSource | None  # a reward model trained on pairs that no arm has seen
+    truth: RewardSource | None  # what labelled the data, outside the built-in world
     say: Callable[[str], None]
     _reference: Policy | None = None
     data: list[dict[str, Any]] = field(default_factory=list)
@@ -65,6 +66,11 @@ class Bench:
             frozen=True,
             temperature=self.config.temperature,
         )
+
+    @property
+    def truth_label(self) -> str | None:
+        """What `true_reward` comes from, or None where nobody knows it."""
+        return self.truth.label if self.truth is not None else "world" if self.knows_truth else None
 
     def reference_policy(self) -> Policy | None:
         """The reference, loaded once."""
@@ -196,15 +202,27 @@ def set_up(
     )
     drawn = f", {samples} samples each, seed {seed}" if samples else ""
     say(f"{len(prompts)} prompts of the split {config.split!r}{drawn}")
-    truth = world.is_world_tokenizer(tokenizer)
+    in_world = world.is_world_tokenizer(tokenizer)
 
     def source(text: str | None) -> RewardSource | None:
-        if text is None or (truth and text in WORLD_NAMES):
-            return None  # the truth is a figure of its own
+        if text is None or (in_world and text in WORLD_NAMES):
+            return None  # the world's reward is a figure of its own
         return load_reward(registry, text, config, first, tokenizer, device).source
 
-    scorer, judge = source(config.reward_model), source(getattr(config, "judge", None))
-    return Bench(registry, config, device, tokenizer, plan, truth, reference, scorer, judge, say, data=data)
+    scorer, judge, truth = (source(getattr(config, key, None)) for key in ("reward_model", "judge", "true_reward"))
+    known = in_world and truth is None
+    return Bench(registry, config, device, tokenizer, plan, known, reference, scorer, judge, truth, say, data=data)
+
+
+def add_rewards(bench: Bench, samples: Samples, scorer: RewardSource | None = None) -> None:
+    """Add what responses are worth by everyone who can say: the truth, the reward model (`scorer` in place of the
+    bench's), the judge."""
+    if bench.knows_truth:
+        add_world_reward(samples)
+    sources = {"true_reward": bench.truth, "score": scorer or bench.scorer, "judge": bench.judge}
+    for name, source in sources.items():
+        if source is not None:
+            add_score(samples, source, name, batch_size=bench.plan.batch_size)
 
 
 def prompts_of_texts(texts: Sequence[str], tokenizer: Any, lengths: Lengths) -> list[Example]:

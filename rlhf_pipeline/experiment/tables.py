@@ -15,21 +15,24 @@ from rlhf_pipeline.experiment.rows import Measured
 
 
 class Setting(tuple):
-    """The swept values of a point as a key: (name, value as JSON) pairs; `values` are the values themselves."""
+    """The swept values of a point as a key: (name, value as JSON) pairs; `values` are the values themselves, `step`
+    that of a snapshot."""
 
     values: dict[str, Any]
+    step: int | None = None
 
 
-def setting_key(setting: Mapping[str, Any]) -> Setting:
-    """A setting as a key, whatever its values are."""
-    key = Setting((name, json.dumps(value, sort_keys=True, default=str)) for name, value in sorted(setting.items()))
-    key.values = dict(setting)
+def setting_key(setting: Mapping[str, Any], step: int | None = None) -> Setting:
+    """A setting, or a snapshot on the way to it, as a key, whatever its values are."""
+    pairs = [(name, json.dumps(value, sort_keys=True, default=str)) for name, value in sorted(setting.items())]
+    key = Setting(pairs if step is None else [*pairs, ("#", str(step))])
+    key.values, key.step = dict(setting), step
     return key
 
 
 @dataclass(frozen=True)
 class Arm:
-    """The measured points of one arm, by setting and seed."""
+    """The measured points of one arm, by setting (or snapshot) and seed."""
 
     name: str
     points: dict[tuple, dict[int | None, Measured]]
@@ -38,6 +41,20 @@ class Arm:
     def settings(self) -> list[tuple]:
         """In the order in which they were given."""
         return list(self.points)
+
+    @property
+    def finals(self) -> Arm:
+        """The arm without its snapshots: what was trained to its end."""
+        return Arm(self.name, {setting: found for setting, found in self.points.items() if setting.step is None})
+
+    @property
+    def snapshots(self) -> int:
+        """How many snapshots stand behind its curve, over all settings and seeds."""
+        return sum(len(found) for setting, found in self.points.items() if setting.step is not None)
+
+    def complete(self, seeds: Sequence[int | None]) -> list[tuple]:
+        """The settings and snapshots that all of these seeds have."""
+        return [setting for setting, found in self.points.items() if set(seeds) <= set(found)]
 
     def seeds(self, setting: tuple) -> list[int | None]:
         return list(self.points[setting])
@@ -58,8 +75,8 @@ class Arm:
     def stacked(
         self, seeds: Sequence[int | None], figure: str, split: str = "test", settings: Sequence[tuple] | None = None
     ) -> np.ndarray:
-        """(S, G, P) of some settings, by default of all."""
-        chosen = self.settings if settings is None else settings
+        """(S, G, P) of some settings, by default of all that these seeds have."""
+        chosen = self.complete(seeds) if settings is None else settings
         return np.stack([self.values(setting, seeds, figure, split) for setting in chosen], 1)
 
     @property
@@ -67,16 +84,21 @@ class Arm:
         """Whether every point was measured on validation prompts too."""
         return all(point.validation is not None for points in self.points.values() for point in points.values())
 
-    def envelope(self, seeds: Sequence[int | None], chooser: str | None) -> list[tuple]:
-        """The settings that no other one beats in KL and in the chooser's figure, on the validation prompts.
+    def envelope(self, seeds: Sequence[int | None], chooser: str | None, cost: np.ndarray | None = None) -> list[tuple]:
+        """The settings and snapshots that no other one beats in KL (or in cost) and in the chooser's figure, on the
+        validation prompts.
 
         The chooser is what a user would have (a judge, a reward model), not the truth that is then shown on test
-        prompts. Without validation figures these are all settings.
+        prompts. Without validation figures these are all.
+
+        Args:
+            cost: (S, G) of `complete(seeds)`, in the place of KL.
         """
-        if chooser is None or not self.validated or len(self.settings) < 2:
-            return self.settings
-        kl, reward = (self.stacked(seeds, name, "validation") for name in ("kl", chooser))
-        return [self.settings[index] for index in choose(Curve.of(kl, reward))]
+        known = self.complete(seeds)
+        if chooser is None or not self.validated or len(known) < 2:
+            return known
+        x = self.stacked(seeds, "kl", "validation") if cost is None else cost
+        return [known[index] for index in choose(Curve.of(x, self.stacked(seeds, chooser, "validation")))]
 
     def curve(self, seeds: Sequence[int | None], figure: str, chooser: str | None) -> Curve:
         """A figure against KL of the envelope's settings, on the test prompts."""
@@ -88,14 +110,14 @@ def arms_of(measured: Sequence[Measured]) -> list[Arm]:
     """The arms of a comparison, in order; an arm of one point has one seed, whatever it is called."""
     found: dict[str, dict[tuple, dict[int | None, Measured]]] = {}
     for one in measured:
-        setting = setting_key(one.point.setting)
+        setting = setting_key(one.point.setting, one.point.step)
         found.setdefault(one.point.arm, {}).setdefault(setting, {})[one.point.seed] = one
     return [Arm(name, points) for name, points in found.items()]
 
 
 def common_seeds(*arms: Arm) -> list[int | None]:
-    """Seeds that every setting of every arm has; where each has one only, these are paired whatever they are."""
-    every = [set(arm.seeds(setting)) for arm in arms for setting in arm.settings]
+    """Seeds that every setting of every arm has, snapshots aside."""
+    every = [set(arm.seeds(setting)) for arm in arms for setting in arm.finals.settings]
     shared = set.intersection(*every)
     return sorted(shared, key=lambda seed: (seed is None, seed))
 

@@ -77,7 +77,7 @@ def _primary(results: Mapping[str, Any]) -> Line:
     return line("primary", "one arm alone: there is nothing to compare it with but the baseline", False)
 
 
-TOPICS = {"as trained": "as trained", "selected": "selected", "cost": "cost", "exact": "exact"}
+TOPICS = {kind: kind for kind in ("as trained", "matched KL", "selected", "cost", "exact")}
 
 
 def _topic(contrast: Mapping[str, Any], primary: str | None) -> str | None:
@@ -90,11 +90,17 @@ def _topic(contrast: Mapping[str, Any], primary: str | None) -> str | None:
     return TOPICS.get(kind) if figure == primary else None
 
 
+def _said_as_trained(results: Mapping[str, Any], contrast: Mapping[str, Any]) -> bool:
+    """Whether the final models answer already what a contrast at matched KL would say again."""
+    same = {key: contrast[key] for key in ("a", "b", "figure")}
+    return contrast["kind"] == "matched KL" and any(True for _ in _find(results, kind="as trained", **same))
+
+
 def _others(results: Mapping[str, Any]) -> Iterator[Line]:
     """The contrasts beside the primary one; those that the correction for their number takes away say so."""
     for contrast in _find(results, primary=False):
         topic = _topic(contrast, results.get("primary"))
-        if topic is None:
+        if topic is None or (topic == "judge" and _said_as_trained(results, contrast)):
             continue
         said = say_contrast(contrast, topic)
         holm = contrast.get("p_holm")

@@ -32,7 +32,7 @@ def model_card(manifest: Manifest) -> str:
         _table("Data", ("source", "split", "rows", "dropped", "digest"), _data(manifest)),
         _table("Metrics", ("metric", "value"), _flat({k: v for k, v in manifest.metrics.items() if k != "health"})),
         _table("Health", ("cause", "since step", "until step", "seen", "meaning", "to try"), _health(manifest)),
-        _table("Cost", ("what", "value"), _flat(manifest.cost)),
+        _table("Cost", ("what", "value"), _flat({k: v for k, v in manifest.cost.items() if k != "at_step"})),
         _table("Made with", ("what", "version"), _flat({**manifest.code, **manifest.environment})),
         f"## Config\n\n{fence(json.dumps(plain(manifest.config), indent=2, ensure_ascii=False), 'json')}",
         "The full record, with the digest of every file, is `manifest.json`.",

@@ -15,6 +15,7 @@ SNAPSHOTS = "snapshots"
 
 # Left behind by trainers next to a model; no part of it.
 _TRAINER_FOLDER = re.compile(r"checkpoint-\d+|runs")
+_SNAPSHOT = re.compile(rf"{SNAPSHOTS}/step-([0-9]+)/")
 _CHUNK = 1 << 20
 
 
@@ -75,6 +76,11 @@ def snapshot_files(files: Mapping[str, FileEntry], step: int) -> dict[str, FileE
     """Return the files of one snapshot by their path within its folder."""
     prefix = snapshot_folder(step) + "/"
     return {path[len(prefix) :]: entry for path, entry in files.items() if path.startswith(prefix)}
+
+
+def snapshot_steps(files: Mapping[str, FileEntry]) -> list[int]:
+    """Return the steps of which these files hold a snapshot, in order."""
+    return sorted({int(match[1]) for path in files if (match := _SNAPSHOT.match(path))})
 
 
 def folder_files(folder: Path) -> dict[str, FileEntry]:

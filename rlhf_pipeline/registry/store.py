@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -13,7 +12,14 @@ from typing import Any
 
 from rlhf_pipeline.errors import BadInput, DamagedFile, Fault, UnknownReference, did_you_mean
 from rlhf_pipeline.registry import storage
-from rlhf_pipeline.registry.digests import MANIFEST, SNAPSHOTS, FileEntry, snapshot_files, snapshot_folder
+from rlhf_pipeline.registry.digests import (
+    MANIFEST,
+    SNAPSHOTS,
+    FileEntry,
+    snapshot_files,
+    snapshot_folder,
+    snapshot_steps,
+)
 from rlhf_pipeline.registry.integrity import problems, verify_files
 from rlhf_pipeline.registry.lineage import Node, lineage_of
 from rlhf_pipeline.registry.manifest import DATA_STAGE, MODEL_STAGES, plain, read_manifest
@@ -287,6 +293,5 @@ def _said(numbers: Iterable[int], aliases: Mapping[str, int] | None = None) -> s
 
 
 def _steps(files: Mapping[str, FileEntry]) -> str:
-    pattern = re.compile(rf"{SNAPSHOTS}/step-([0-9]+)/")
-    steps = sorted({int(match[1]) for path in files if (match := pattern.match(path))})
+    steps = snapshot_steps(files)
     return f"there are the steps {', '.join(map(str, steps))}" if steps else "it has no snapshots"

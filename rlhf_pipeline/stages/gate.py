@@ -58,7 +58,9 @@ def _right(differences: Sequence[float]) -> np.ndarray:
     return (np.sign(np.asarray(differences, dtype=np.float64)) + 1) / 2
 
 
-def repeat_gates(models: Sequence[Resolved], say: Callable[..., None]) -> None:
+def repeat_gates(
+    models: Sequence[Resolved], say: Callable[..., None], *, what: str = "reward model", believe: str = BELIEVE
+) -> None:
     """Say which reward models failed their gate, or never stood before it; one line each."""
     for model in models:
         gate = None if model.manifest is None else model.manifest.metrics.get("gate")
@@ -68,4 +70,4 @@ def repeat_gates(models: Sequence[Resolved], say: Callable[..., None]) -> None:
             why = f"failed its gate: {gate.get('reason')}"
         else:
             why = UNKNOWN if model.manifest is None else NO_HELD_OUT
-        say(f"WARNING: reward model {model.label}: {why}; {BELIEVE}", style="yellow")
+        say(f"WARNING: {what} {model.label}: {why}; {believe}", style="yellow")

@@ -25,6 +25,7 @@ from rlhf_pipeline.stages.common import (
 )
 from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.stages.gate import repeat_gates
+from rlhf_pipeline.stages.judge import load_judge
 from rlhf_pipeline.stages.rewards import LoadedReward, load_reward, weighted
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.ppo_windows import PpoBatch, PpoSettings, RolloutCollector
@@ -175,6 +176,7 @@ def run_ppo(config: Any, home: Path, **options) -> StageResult:
         for loaded in models:
             assert_independent(model, loaded.model)
         run.log.say(describe_critic(config.value_init, models[0].source.label if models else None))
+        judge, judge_model = load_judge(run, [loaded for _, loaded in rewards], parent, tokenizer)
         reward = weighted(rewards)
         run.log.say(f"reward: {reward.label}; KL to {parent.label} at beta {config.kl_coef:g}")
         moved = say_moved(run)
@@ -192,6 +194,8 @@ def run_ppo(config: Any, home: Path, **options) -> StageResult:
             role = "reward_model" if number == 0 else f"reward_model_{number + 1}"
             parents[role] = loaded.resolved
             shapes[role] = ModelShape.of(loaded.model.model, head=False)
+        if judge_model is not None:
+            parents["judge"] = judge_model
         accelerator = run.accelerator
         collector = RolloutCollector(
             settings,
@@ -206,6 +210,7 @@ def run_ppo(config: Any, home: Path, **options) -> StageResult:
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             device=run.device,
+            judge=judge,
         )
         step = functools.partial(
             ppo_step,
@@ -222,6 +227,7 @@ def run_ppo(config: Any, home: Path, **options) -> StageResult:
             config.updates,
             shown=(
                 "objective/scores",
+                "objective/judge",
                 "objective/kl",
                 "objective/rlhf_reward",
                 "val/ended",

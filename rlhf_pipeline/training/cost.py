@@ -58,6 +58,8 @@ class ModelShape:
 
 TRAIN_FACTOR = 3.0
 """Forward and backward of a trained model cost three forwards."""
+JUDGE = "judge"
+"""The part of a run's time that its judge takes."""
 
 
 def peak_memory_bytes() -> int:
@@ -70,7 +72,10 @@ def peak_memory_bytes() -> int:
 
 @dataclass
 class CostMeter:
-    """Running totals; `seconds` keeps the wall time of named parts."""
+    """Running totals; `seconds` keeps the wall time of named parts, `at_step` the bill at each snapshot.
+
+    A judge that watches a run is no part of the training: its FLOPs and its seconds (the part JUDGE) are kept apart.
+    """
 
     flops: float = 0.0
     tokens_trained: int = 0
@@ -78,7 +83,9 @@ class CostMeter:
     optimizer_steps: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
-    earlier_seconds: float = 0.0
+    earlier_seconds: float = 0.0  # before a resume, the judge's included
+    judge_flops: float = 0.0  # of all ranks
+    at_step: dict[str, dict[str, float]] = field(default_factory=dict)  # by step as text, as JSON has it
 
     def train(self, shape: ModelShape, batch: PackedBatch) -> None:
         """Count a training pass (forward and backward) of one model."""
@@ -98,8 +105,13 @@ class CostMeter:
         return _Part(self, name)
 
     def wall_seconds(self) -> float:
-        """Seconds since the start, those before a resume included."""
-        return self.earlier_seconds + time.perf_counter() - self.started
+        """Seconds since the start, those before a resume included and those of the judge left out."""
+        return self.earlier_seconds + time.perf_counter() - self.started - self.seconds.get(JUDGE, 0.0)
+
+    def mark(self, step: int, **counts: float) -> None:
+        """Keep the bill of the run up to a step; `counts` are the totals that are not this meter's own."""
+        own = {name: getattr(self, name) for name in ("flops", "tokens_trained", "tokens_generated", "optimizer_steps")}
+        self.at_step[str(step)] = {"wall_seconds": round(self.wall_seconds(), 3)} | own | counts
 
     def report(self) -> dict[str, Any]:
         """The `cost` of a manifest."""
@@ -113,6 +125,10 @@ class CostMeter:
         }
         if self.seconds:
             cost["seconds"] = {name: round(value, 3) for name, value in self.seconds.items()}
+        if JUDGE in self.seconds:
+            cost["judge_flops"] = self.judge_flops
+        if self.at_step:
+            cost["at_step"] = self.at_step
         return cost
 
 

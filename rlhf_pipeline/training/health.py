@@ -54,7 +54,11 @@ def facts_of(config: Any, total: int, ranks: int, known: Mapping[str, float]) ->
 
 
 class History:
-    """The first and the last values of some figures; what is not finite is left out."""
+    """The first and the last values of some figures; what is not finite is left out.
+
+    The name "A with B" stands for the values of A at the updates that have a B, so that the two can be set side by
+    side; the update's number is the figure "step".
+    """
 
     def __init__(self, names: Iterable[str]):
         self.step = 0
@@ -63,10 +67,12 @@ class History:
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
         self.step = step
+        metrics = {"step": step, **metrics}
         for name in self._first:
-            value = metrics.get(name)
-            if value is None or not math.isfinite(value):
+            read = [metrics.get(part) for part in name.split(" with ")]
+            if any(value is None or not math.isfinite(value) for value in read):
                 continue
+            value = read[0]
             self._recent[name].append(value)
             if len(self._first[name]) < FIRST:
                 self._first[name].append(value)
@@ -100,6 +106,7 @@ class Watch:
 
     figures: what it reads; it looks whenever the first one arrives, which is also the one that it reports.
     condition: the value to report, or None where nothing is wrong.
+    blanks: what fills the {names} in message and knob.
     patience: looks in a row until it is named. relief: looks in a row without it until it counts as over, which takes
     a tenth of the run at least: a figure that hovers about its limit is one finding and not ten.
     """
@@ -111,6 +118,7 @@ class Watch:
     knob: str
     patience: int = 1
     relief: int = 5
+    blanks: Callable[[History, Facts], Mapping[str, Any]] | None = None
 
 
 @dataclass
@@ -177,7 +185,11 @@ class Monitor:
         streak.seen, streak.absent, streak.until = streak.seen + 1, 0, step
         if lasting is not None or streak.seen < watch.patience:
             return None
-        found = Finding(watch.cause, watch.figures[0], value, streak.since, None, watch.message, watch.knob)
+        texts = (watch.message, watch.knob)
+        if watch.blanks is not None:
+            known = watch.blanks(self.history, self.facts)
+            texts = tuple(text.format_map(known) for text in texts)
+        found = Finding(watch.cause, watch.figures[0], value, streak.since, None, *texts)
         self.findings.append(found)
         return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from rlhf_pipeline.rollout.rollout import (
     estimate,
     rollout_metrics,
 )
-from rlhf_pipeline.training.cost import CostMeter, ModelShape
+from rlhf_pipeline.training.cost import JUDGE, CostMeter, ModelShape
+from rlhf_pipeline.training.judge import Judge
+from rlhf_pipeline.training.tracking import logged
 from rlhf_pipeline.training.windows import Window, epoch_order
 
 
@@ -80,12 +83,13 @@ class RolloutCollector:
     rank: int = 0
     world_size: int = 1
     device: torch.device | str = "cpu"
+    judge: Judge | None = None  # watches
 
     def windows(self, module: nn.Module, start: int, total: int) -> Iterator[Window]:
         """The windows of updates start ... total - 1. `module` is what is called (wrapped or not)."""
         for update in range(start, total):
             self.actor_critic.actor_frozen = update < self.settings.critic_warmup_steps
-            yield from self._update(module, update)
+            yield from self._update(module, update, total)
 
     def _prompts_of(self, update: int) -> list[Example]:
         """This rank's prompts: a continuous pass over shuffled prompts, a function of seed and update alone."""
@@ -104,7 +108,7 @@ class RolloutCollector:
         seed = ((self.settings.seed * 1_000_003 + update) * 8 + purpose) * 4096 + self.rank
         return torch.Generator().manual_seed(seed % 2**63)
 
-    def _update(self, module: nn.Module, update: int) -> Iterator[Window]:
+    def _update(self, module: nn.Module, update: int, total: int) -> Iterator[Window]:
         s = self.settings
         # 1. Sample.
         with self.meter.part("generation"):
@@ -133,6 +137,10 @@ class RolloutCollector:
         estimates = self._estimate(rollout)
         metrics = rollout_metrics(rollout, estimates, kl_coef=s.kl_coef, reduce=self.reduce)
         metrics["episodes"] = float((update + 1) * s.rollout_size * self.world_size)
+        if self.judge is not None and logged(update + 1, self.judge.every, total):
+            with self.meter.part(JUDGE), self.autocast():
+                rows, batches = chain.from_iterable(epochs[0]), chain.from_iterable(first)
+                metrics |= self.judge.look(sampled, rows, batches, self.meter, self.reduce)
         # 4. Train: epochs x minibatches windows, the last of which ends the update.
         with self.meter.part("update"):
             for epoch, minibatches in enumerate(epochs):

@@ -12,6 +12,7 @@ from torch import nn
 
 from rlhf_pipeline.errors import Interrupted, MismatchError
 from rlhf_pipeline.training.checkpoint import restore, save_checkpoint
+from rlhf_pipeline.training.cost import JUDGE
 from rlhf_pipeline.training.health import Monitor, facts_of, tell, tell_all
 from rlhf_pipeline.training.loop import Step, fit
 from rlhf_pipeline.training.optimizer import make_optimizer, make_scheduler
@@ -161,8 +162,11 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
             figures = plan.evaluate()
             run.log.record(step, figures)
             tell(run.log, monitor.update(step, figures))
-        if plan.save is not None and _every(config.snapshot_steps, step) and run.accelerator.is_main_process:
-            plan.save(run.directory / "snapshots" / f"step-{step}")
+        if plan.save is not None and _every(config.snapshot_steps, step):
+            # Every rank takes part in the count; the window of this update is not counted yet.
+            run.meter.mark(step, **over_ranks(), optimizer_steps=steps_before + taken + 1)
+            if run.accelerator.is_main_process:
+                plan.save(run.directory / "snapshots" / f"step-{step}")
         _agree_to_stop(run)
         if run.stopped_by is not None:
             save(step)
@@ -203,4 +207,7 @@ def _restore_meter(run: Run, cost: dict[str, Any]) -> None:
     meter = run.meter
     meter.flops, meter.tokens_trained = cost["flops"], cost["tokens_trained"]
     meter.tokens_generated, meter.optimizer_steps = cost["tokens_generated"], cost["optimizer_steps"]
-    meter.seconds, meter.earlier_seconds = dict(cost["seconds"]), cost["wall"]
+    meter.seconds = dict(cost["seconds"])
+    meter.earlier_seconds = cost["wall"] + meter.seconds.get(JUDGE, 0.0)
+    meter.judge_flops = cost.get("judge_flops", 0.0)
+    meter.at_step = dict(cost.get("at_step", {}))  # checkpoints of earlier versions have none

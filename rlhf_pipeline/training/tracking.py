@@ -51,6 +51,11 @@ def _step_of(row: str) -> float:
         return math.inf
 
 
+def logged(step: int, every: int, total: int) -> bool:
+    """Whether an update is logged: every `every`-th one, and the first and the last."""
+    return step % every == 0 or step in (1, total)
+
+
 class RunLog:
     """The files of one run directory and the live line of a training run.
 
@@ -102,7 +107,7 @@ class RunLog:
     def update(self, step: int, metrics: dict[str, float]) -> None:
         """Log an update; every `logging_steps` updates, and the first and the last, to metrics.jsonl."""
         self._times.append((time.perf_counter(), step))
-        due = step % self.logging_steps == 0 or step in (1, self.total)
+        due = logged(step, self.logging_steps, self.total)
         line = "  ".join(format_metric(name, metrics[name]) for name in self.shown if name in metrics)
         if due:
             self.last = metrics

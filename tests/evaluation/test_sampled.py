@@ -17,7 +17,7 @@ from rlhf_pipeline.evaluation.sampled import (
     SamplingPlan,
     add_kl,
     add_score,
-    add_true_reward,
+    add_world_reward,
     draw,
     paired_difference,
     win_rate,
@@ -98,7 +98,7 @@ def test_true_rewards_come_in_the_order_of_the_responses():
         Example(prompts[1], [ids("funny"), ids("and")], [True, True], "b", "w"),
     ]
     samples = Samples(examples, ["a", "a", "b", "b"])
-    add_true_reward(samples)
+    add_world_reward(samples)
     assert samples.values["true_reward"].tolist() == pytest.approx([1.5, -0.5, 2.0, -2.5])
     assert samples.values["well_formed"].tolist() == [1, 1, 1, 0]
 

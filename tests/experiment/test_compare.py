@@ -103,8 +103,13 @@ def test_best_of_all_samples_is_the_maximum(arms):
     assert row["metrics"]["score"]["mean"] == pytest.approx(float(scores.max(1).mean()), abs=1e-5)
 
 
-def test_more_samples_are_drawn_where_best_of_n_needs_them(arms):
-    assert compare(arms, arms=["dpo"], baseline="sft", samples=2, best_of=[6])["samples"] == 6
+def test_more_samples_of_the_baseline_alone_are_drawn_where_best_of_n_needs_them(arms):
+    found = compare(arms, arms=["dpo"], baseline="sft", samples=2, best_of=[2, 6], reward_model="reward")
+    assert found["samples"] == 2
+    two, six = (row for row in found["rows"] if row["stage"] == "best-of-n")
+    assert two["samples"] == six["samples"] == 6 and six["n"] == 6
+    asked = compare(arms, arms=["dpo"], baseline="sft", samples=6, best_of=[6], reward_model="reward")
+    assert six["metrics"] == asked["rows"][2]["metrics"]
 
 
 def test_ppos_bill_holds_its_reward_model(arms):

@@ -223,6 +223,19 @@ def test_one_seed_without_a_sweep_has_the_result_it_always_had(lab, path, handed
     assert call["resampled"] == ()
 
 
+def test_with_snapshots_each_model_comes_after_those_of_its_run(lab, path, handed_over):
+    lab.run("dpo", output_name="outside", seed=8, max_steps=2, snapshot_steps=1)
+    arms = "compare.arms=[dpo, outside, 'outside@v1#1']"
+    shown = ("seeds=[0]", "sweep={}", arms, "compare.baseline=start", "dpo.snapshot_steps=1", "dpo.max_steps=3")
+    run(lab, path, *shown, "compare.snapshots=true")
+    dpo = [Point("dpo", 0, {}, f"dpo@v1#{step}", step) for step in (1, 2)]
+    outside = [Point("outside", 8, {}, "outside@v1#1", 1), Point("outside", 8, {}, "outside@v1")]
+    named = Point("outside@v1#1", 8, {}, "outside@v1#1")
+    assert handed_over[-1]["points"] == (*dpo, Point("dpo", 0, {}, "dpo@v1"), *outside, named)
+    run(lab, path, *shown)
+    assert handed_over[-1]["points"] == (Point("dpo", 0, {}, "dpo@v1"), outside[1], named)
+
+
 def test_the_command_line(lab, tmp_path, capsys):
     stage = {**TRAINING, "stage": "dpo", "model_name_or_path": "sft", "dataset_name": "collected:pairs", "max_steps": 1}
     file = tmp_path / "small.yaml"

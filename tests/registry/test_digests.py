@@ -9,6 +9,7 @@ from rlhf_pipeline.registry.digests import (
     folder_files,
     list_files,
     snapshot_files,
+    snapshot_steps,
 )
 
 ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
@@ -32,6 +33,20 @@ def test_snapshot_has_the_digest_of_its_own_files():
     files = {"w": entry, "snapshots/step-5/w": entry, "snapshots/step-50/x": entry}
     assert snapshot_files(files, 5) == {"w": entry}
     assert snapshot_files(files, 7) == {}
+
+
+def test_steps_of_snapshots_are_in_order_of_their_numbers():
+    entry = FileEntry(size=3, sha256=ABC)
+    paths = (
+        "w",
+        "snapshots/step-10/w",
+        "snapshots/step-9/w",
+        "snapshots/step-9/x",
+        "snapshots/notes",
+        "a/snapshots/step-1/w",
+    )
+    assert snapshot_steps(dict.fromkeys(paths, entry)) == [9, 10]
+    assert snapshot_steps({"w": entry}) == []
 
 
 def test_listing_leaves_out_manifest_hidden_files_and_what_trainers_leave(tmp_path):

@@ -71,6 +71,28 @@ def test_the_history_is_bounded_and_leaves_out_what_is_not_finite():
     assert history.recent("x", RECENT + 1) == []
 
 
+def test_a_figure_at_the_updates_that_have_another():
+    history = History(["x with y", "step with y"])
+    for step, (x, y) in enumerate([(1.0, 5.0), (2.0, None), (3.0, math.nan), (math.inf, 6.0), (4.0, 7.0)], 1):
+        history.add(step, {"x": x} if y is None else {"x": x, "y": y})
+    assert history.recent("x with y") == [1.0, 4.0]
+    assert history.recent("step with y") == [1.0, 4.0, 5.0]
+
+
+def test_what_is_known_when_it_is_named_fills_the_blanks():
+    watch = Watch(
+        "high",
+        ("x",),
+        over_2,
+        "it is {x:.1f}",
+        "stop at {step}",
+        blanks=lambda h, f: {"x": h.recent("x")[-1], "step": 7},
+    )
+    (found,) = Monitor([watch], Facts(10, 1)).update(1, {"x": 3.25})
+    assert (found.message, found.knob) == ("it is 3.2", "stop at 7")
+    assert alarm().watches[0].message == "it is high"
+
+
 def test_a_state_that_went_through_json_goes_on_as_if_nothing_had_happened():
     values = [1.0, 3.0, 0.1, 3.3, 3.7, 1.0, 1.0, 4.0, 4.0, 1.0, 1.0, 1.0, 3.0]
     whole = alarm(patience=2, relief=2)

@@ -103,6 +103,24 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(whole, lab, mo
     assert "step-5" in (run / "log.txt").read_text()
 
 
+@pytest.mark.parametrize("stage", ["dpo", "ppo"])
+@pytest.mark.parametrize(("step", "action", "error"), [(3, terminate, Interrupted), (5, die, Killed)])
+def test_the_bills_of_snapshots_survive(lab, monkeypatch, stage, step, action, error):
+    options = {**SETTINGS, "snapshot_steps": [1, 3, 5, 6]}
+    expected = lab.run(stage, **options, resume=False).cost["at_step"]
+    with monkeypatch.context() as patch:
+        interrupt(patch, step, action)
+        with pytest.raises(error):
+            lab.run(stage, **options)
+    found = lab.run(stage, **options).cost
+    assert list(found["at_step"]) == list(expected) == ["1", "3", "5", "6"]
+    for at in expected:
+        counts = ("flops", "tokens_trained", "tokens_generated", "optimizer_steps")
+        assert [found["at_step"][at][name] for name in counts] == [expected[at][name] for name in counts]
+    seconds = [found["at_step"][at]["wall_seconds"] for at in expected]
+    assert 0 < seconds[0] < seconds[1] < seconds[2] < seconds[3] <= found["wall_seconds"]
+
+
 def test_save_total_limit(whole):
     _, _, result = whole
     kept = sorted(path.name for path in (Path(result.run) / "checkpoints").iterdir())

@@ -91,7 +91,8 @@ def both(tiny, tmp_path_factory):
     two.append(("sft", lab.config("sft", output_name="again", max_steps=1), False, 0))
     two.append(("sft", lab.config("sft", output_name="again", max_steps=1), False, 0))
     for stop_at in (3, 0):  # stopped and resumed
-        two.append(("dpo", lab.config("dpo", output_name="stopped", **SHARES["dpo"], **half), True, stop_at))
+        stopped = lab.config("dpo", output_name="stopped", snapshot_steps=[2, 6], **SHARES["dpo"], **half)
+        two.append(("dpo", stopped, True, stop_at))
     in_two_processes(lab, two)
     return lab, one
 
@@ -155,6 +156,7 @@ def test_a_signal_to_one_process_stops_both_and_the_run_resumes_bit_equal(both):
     costs = [lab.registry.resolve(name).manifest.cost for name in ("two-dpo", "stopped")]
     for name in ("flops", "tokens_trained", "optimizer_steps"):
         assert costs[0][name] == costs[1][name]
+        assert 0 < costs[1]["at_step"]["2"][name] < costs[1]["at_step"]["6"][name] == costs[1][name]  # of both ranks
 
 
 def test_ppo(both):

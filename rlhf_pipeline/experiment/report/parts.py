@@ -161,6 +161,14 @@ def mark(
     axes.plot(x, y, ls="", marker=look.marker, ms=size, mfc=face, mec=edge, mew=width, zorder=4)
 
 
+def trail(axes: Any, line: Sequence[tuple[float, float]], look: Look) -> None:
+    """The snapshots of a run, smaller and lighter than models, on a thin line that ends at the run's model."""
+    hue, size = colour(look.hue), 4 * SIZES.get(look.marker, 1.0)
+    x, y = zip(*line)
+    axes.plot(x, y, color=hue, lw=0.9, alpha=0.4, zorder=1.6)
+    axes.plot(x[:-1], y[:-1], ls="", marker=look.marker, ms=size, mfc=hue, mec="none", alpha=0.5, zorder=3)
+
+
 def error_bars(axes: Any, x: Reading, y: Reading, hue: str, *, alpha: float = 0.45) -> None:
     """The intervals of a point, thin, behind it."""
     if y.has_interval:

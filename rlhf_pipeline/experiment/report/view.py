@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_pipeline.experiment.report.palette import NEUTRAL, Look, looks
-from rlhf_pipeline.experiment.report.text import finite, number, plain, plural, words
+from rlhf_pipeline.experiment.report.text import clean, finite, number, plain, plural, words
 
 FIGURES = {
     "true_reward": "true reward",
@@ -130,7 +130,9 @@ class View:
 
     def __init__(self, results: Mapping[str, Any]):
         self.results = results
-        self.rows = records(results.get("rows"))
+        known = records(results.get("rows"))
+        self.snapshots = [row for row in known if finite(row.get("step")) is not None]
+        self.rows = [row for row in known if finite(row.get("step")) is None]
         named = {row.get("name") for row in self.rows}
         self.rows += [row for row in records(results.get("best_of_n")) if row.get("name") not in named]
         self.primary = str(results.get("primary") or "true_reward")
@@ -142,7 +144,7 @@ class View:
         stages = {self.arm(row): str(row.get("stage")) for row in reversed(self.rows)}
         self._looks = looks([*self.arms, BEST_OF_N, REWARD_MODEL], stages)
         self._stages = {str(entry.get("model")): str(entry.get("stage")) for entry in records(results.get("lineage"))}
-        self._arm_of = {str(row.get("model")): self.arm(row) for row in reversed(self.rows)}
+        self._arm_of = {str(row.get("model")): self.arm(row) for row in reversed([*self.rows, *self.snapshots])}
 
     def get(self, *keys: Any) -> Any:
         """A part of the results."""
@@ -186,7 +188,8 @@ class View:
         if arm == BEST_OF_N or self.is_baseline(row) or sum(len(rows) for rows in self.settings(arm).values()) < 2:
             return str(row.get("name"))
         seed = f"seed {row.get('seed')}" if row.get("seed") is not None else ""
-        return ", ".join(text for text in (f"{arm} {setting_text(row.get('setting'))}".strip(), seed) if text)
+        step = f" #{plain(row.get('step'))}" if finite(row.get("step")) is not None else ""
+        return ", ".join(text for text in (f"{arm} {setting_text(row.get('setting'))}".strip(), seed) if text) + step
 
     def title_of_model(self, label: Any) -> str:
         """What to call a model: as its row is called, else its label."""
@@ -254,6 +257,11 @@ class View:
         """Whether the row is of the setting that was selected for its arm."""
         selected = self.get("arms", self.arm(row), "selected")
         return isinstance(selected, Mapping) and bool(selected) and row.get("setting") == selected
+
+    def passed(self) -> str:
+        """How many snapshots of each arm there are, in words; empty without any."""
+        counts = {arm: sum(self.arm(row) == arm for row in self.snapshots) for arm in self.arms}
+        return words([f"{count} of {clean(arm)}" for arm, count in counts.items() if count])
 
     def seeds(self) -> list[Any]:
         """The seeds of the comparison."""

@@ -6,12 +6,19 @@ over WINDOW updates and noise bands keep single updates from counting.
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import dataclass
+from typing import Any
 
 from rlhf_pipeline.training.health import Facts, History, Watch
 from rlhf_pipeline.training.watches.common import Condition, mean
 
 WINDOW = 5
+JUDGE, JUDGE_SPREAD = "objective/judge", "objective/judge_std"
+JUDGED_SCORE, JUDGED_SPREAD, JUDGED_STEP = (
+    f"{name} with {JUDGE}" for name in ("objective/scores", "objective/scores_std", "step")
+)
 
 
 def above(name: str, limit: float) -> Condition:
@@ -118,6 +125,61 @@ def entropy_gone(h: History, f: Facts) -> float | None:
     return mean(values) if values and mean(values) < 0.1 * start[0] else None
 
 
+def judge_best(h: History) -> int | None:
+    """Where in the history of the judge the best WINDOW looks before the last WINDOW begin; None without as many."""
+    upto = [0.0, *itertools.accumulate(h.recent(JUDGE))]
+    starts = range(len(upto) - 2 * WINDOW)
+    return max(starts, key=lambda start: upto[start + WINDOW] - upto[start], default=None)
+
+
+def judge_falls(h: History, f: Facts) -> float | None:
+    """Over the last WINDOW looks the judge is lower than over its best WINDOW before, by five standard errors (the
+    best of up to ninety is a lucky one) and a tenth of the spread of its scores; the score that is trained on is above
+    that of the first WINDOW looks by three, and since the judge's best it has not fallen by two."""
+    best = judge_best(h)
+    if best is None:
+        return None
+    judge, scores = Looks.of(h, JUDGE, JUDGE_SPREAD, best), Looks.of(h, JUDGED_SCORE, JUDGED_SPREAD, best)
+    fall, noise = judge.change(judge.then, f)
+    worse = -fall > max(5 * noise, 0.1 * math.sqrt(judge.now[1]))
+    gained, noise_of_gain = scores.change(scores.first, f)
+    since, noise_since = scores.change(scores.then, f)
+    optimised = gained > 3 * noise_of_gain and since > -2 * noise_since
+    return judge.now[0] if worse and optimised else None
+
+
+@dataclass(frozen=True)
+class Looks:
+    """(mean, variance over responses) of a score over WINDOW looks: the first, those at the judge's best, the last."""
+
+    first: tuple[float, float]
+    then: tuple[float, float]
+    now: tuple[float, float]
+
+    @classmethod
+    def of(cls, h: History, name: str, spread: str, best: int) -> Looks:
+        def read(values: list[float], spreads: list[float]) -> tuple[float, float]:
+            return mean(values), mean([value**2 for value in spreads])
+
+        recent = (h.recent(name), h.recent(spread))
+        return cls(
+            first=read(h.first(name, WINDOW), h.first(spread, WINDOW)),
+            then=read(*(values[best : best + WINDOW] for values in recent)),
+            now=read(*(values[-WINDOW:] for values in recent)),
+        )
+
+    def change(self, before: tuple[float, float], f: Facts) -> tuple[float, float]:
+        """Now minus before, and its standard error."""
+        return self.now[0] - before[0], math.sqrt((self.now[1] + before[1]) / (WINDOW * f.size))
+
+
+def judge_was(h: History, f: Facts) -> dict[str, Any]:
+    """What the judge said at its best, and the update about which that was."""
+    best = judge_best(h) or 0
+    at = int(h.recent(JUDGED_STEP)[best + WINDOW // 2])
+    return {"best": f"{mean(h.recent(JUDGE)[best : best + WINDOW]):.4g}", "step": at}
+
+
 PPO = (
     Watch(
         "kl_negative",
@@ -189,5 +251,15 @@ PPO = (
         entropy_gone,
         "the policy has become almost deterministic and explores no more",
         "kl_coef up, learning_rate down",
+    ),
+    Watch(
+        "judge_falls",
+        (JUDGE, JUDGE_SPREAD, JUDGED_SCORE, JUDGED_SPREAD, JUDGED_STEP),
+        judge_falls,
+        "the judge has fallen from its best, {best}, while the score has risen and not fallen since: the policy "
+        "exploits the errors of its reward model (over-optimisation)",
+        "kl_coef up; stop near step {step}, where the judge was best (snapshot_steps keeps its weights); more or "
+        "better pairs for the reward model",
+        blanks=judge_was,
     ),
 )

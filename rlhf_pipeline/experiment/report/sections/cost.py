@@ -15,6 +15,7 @@ from rlhf_pipeline.experiment.report.parts import (
     panels,
     plot,
     section,
+    trail,
 )
 from rlhf_pipeline.experiment.report.points import Points
 from rlhf_pipeline.experiment.report.svg import colour, draw, dress
@@ -120,7 +121,7 @@ def _panels(view: View, points: Points) -> Markup | None:
     csv, made = [], []
     for key, title in AXES.items():
         found = []
-        for row in view.trained():
+        for row in [*view.trained(), *view.snapshots]:
             spent, reward = finite(part(row, "cost", key)), view.figure(row, view.primary)
             if spent and reward is not None and not view.is_baseline(row):
                 found.append((row, spent, reward))
@@ -131,6 +132,7 @@ def _panels(view: View, points: Points) -> Markup | None:
                 view.arm(row),
                 setting_csv(row.get("setting")),
                 row.get("seed"),
+                row.get("step"),
                 row.get("name"),
                 key,
                 spent,
@@ -145,6 +147,7 @@ def _panels(view: View, points: Points) -> Markup | None:
         "arm",
         "setting",
         "seed",
+        "step",
         "model",
         "cost",
         "spent",
@@ -157,7 +160,21 @@ def _panels(view: View, points: Points) -> Markup | None:
         "Each point is one model: what it got for what its own training and that of its reward model cost. "
         f"{view.basis()}"
     )
+    if view.snapshots:
+        caption += " Small and light: snapshots, at the bill up to their step, joined run by run."
     return plot(panels(made), caption, [file], arm_legend(view, view.arms))
+
+
+def _run(found: list[tuple[Any, float, Reading]], end: Any) -> list[tuple[float, float]]:
+    """(cost, reward) of the snapshots on the way to a model, in order of steps, and of the model."""
+    name = str(end.get("model"))
+    steps = [
+        (finite(row.get("step")), spent, reward.mean)
+        for row, spent, reward in found
+        if finite(row.get("step")) is not None and str(row.get("model")).partition("#")[0] == name
+    ]
+    last = next((spent, reward.mean) for row, spent, reward in found if row is end)
+    return [*((spent, reward) for _, spent, reward in sorted(steps)), last]
 
 
 def _panel(view: View, key: str, title: str, found: list[tuple[Any, float, Reading]]) -> Markup:
@@ -171,6 +188,10 @@ def _panel(view: View, key: str, title: str, found: list[tuple[Any, float, Readi
         for row, cost, reward in found:
             look = view.look_of(row)
             hue = colour(look.hue)
+            if finite(row.get("step")) is not None:
+                continue
+            if len(line := _run(found, row)) > 1:
+                trail(axes, line, look)
             error_bars(axes, Reading(cost), reward, hue)
             mark(axes, [cost], [reward.mean], look)
         if wide:
@@ -182,7 +203,9 @@ def _panel(view: View, key: str, title: str, found: list[tuple[Any, float, Readi
             axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
 
-    ends = f"{len(found)} models, from {scaled(min(spent))} to {scaled(max(spent))}."
+    small = sum(finite(row.get("step")) is not None for row, _, _ in found)
+    models = f"{len(found) - small} models{f' and {small} snapshots' if small else ''}"
+    ends = f"{models}, from {scaled(min(spent))} to {scaled(max(spent))}."
     return h(
         "div",
         draw(

@@ -14,6 +14,7 @@ from rlhf_pipeline.experiment.report.view import REWARD_MODEL, View, items, tupl
 
 PANELS = {
     "objective/scores": "reward of the rollouts",
+    "objective/judge": "judge of the rollouts",
     "objective/kl": "KL of the rollouts, nats per response",
     "objective/rlhf_reward": "reward minus β KL",
     "val/response_length": "response length, tokens",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_pipeline.experiment.report.palette import NEUTRAL
-from rlhf_pipeline.experiment.report.parts import Section, arm_legend, both, error_bars, mark, plot, section
+from rlhf_pipeline.experiment.report.parts import Section, arm_legend, both, error_bars, mark, plot, section, trail
 from rlhf_pipeline.experiment.report.points import Points
 from rlhf_pipeline.experiment.report.svg import colour, dress, place_labels
 from rlhf_pipeline.experiment.report.text import finite, number, plain, short
@@ -35,6 +35,7 @@ class Frontier:
     points: dict[str, list[tuple[Mapping[str, Any], Reading, Reading]]] = field(default_factory=dict)
     envelope: dict[str, list[tuple[float, ...]]] = field(default_factory=dict)
     band: dict[str, list[tuple[float, ...]]] = field(default_factory=dict)
+    passed: dict[str, list[tuple[Mapping[str, Any], Reading, Reading]]] = field(default_factory=dict)  # snapshots
     base: list[tuple[str, Reading, Reading]] = field(default_factory=list)
     best: list[tuple[float, Reading, Reading, bool]] = field(default_factory=list)  # n, KL, reward, is it a bound
     gibbs: list[tuple[float, float]] = field(default_factory=list)
@@ -45,8 +46,18 @@ class Frontier:
     def right(self) -> float:
         """The largest KL of anything that was measured."""
         known = [kl.high if kl.has_interval else kl.mean for arm in self.points.values() for _, kl, _ in arm]
+        known += [kl.mean for arm in self.passed.values() for _, kl, _ in arm]
         known += [kl.mean for _, kl, _, _ in self.best] + [kl.mean for _, kl, _ in self.base]
         return max(known, default=0.0)
+
+    def runs(self, arm: str) -> list[list[tuple[float, float]]]:
+        """(KL, reward) of the snapshots of each run of an arm in order of steps, and of the model at its end."""
+        steps: dict[str, list[tuple[float, float, float]]] = {}
+        for point, kl, reward in self.passed.get(arm, ()):
+            run = str(point.get("model")).partition("#")[0]
+            steps.setdefault(run, []).append((finite(point.get("step")) or 0.0, kl.mean, reward.mean))
+        ends = {str(point.get("model")): (kl.mean, reward.mean) for point, kl, reward in self.points.get(arm, ())}
+        return [[*(place[1:] for place in sorted(found)), ends[run]] for run, found in steps.items() if run in ends]
 
 
 def _read(view: View) -> Frontier:
@@ -56,7 +67,8 @@ def _read(view: View) -> Frontier:
         for point in records(part(entry, "points")):
             kl, reward = reading(point.get("kl")), reading(point.get("reward"))
             if kl is not None and reward is not None:
-                found.points.setdefault(arm, []).append((point, kl, reward))
+                kind = found.points if finite(point.get("step")) is None else found.passed
+                kind.setdefault(arm, []).append((point, kl, reward))
         found.envelope[arm] = tuples(part(entry, "envelope"), 2)
         found.band[arm] = tuples(part(entry, "band"), 3)
     for row in view.trained():
@@ -130,10 +142,14 @@ def _description(view: View, found: Frontier, arms: list[str]) -> str:
 def _caption(view: View, found: Frontier) -> str:
     several = sum(len(entries) for entries in found.points.values())
     said = [f"Each point is a trained model ({several} in all) with its 95 % intervals both ways. {view.basis()}"]
+    if found.passed:
+        count = sum(len(entries) for entries in found.passed.values())
+        said.append(f"Small and light: {count} snapshots on the way there, joined run by run; the curves use them too.")
     if any(found.envelope.values()):
         chooser = view.get("frontier", "chosen_by")
         by = f" by the {view.name_of(chooser)}" if isinstance(chooser, str) else ""
-        chosen = "The envelope joins the means over seeds of the settings"
+        kinds = "settings and snapshots" if found.passed else "settings"
+        chosen = f"The envelope joins the means over seeds of the {kinds}"
         said.append(f"{chosen} chosen on validation prompts{by}." if view.get("validation_split") else f"{chosen}.")
     if found.common is not None:
         said.append(f"Both arms reach KL {number(found.common[0])} to {number(found.common[1])} (shaded).")
@@ -146,17 +162,25 @@ def _caption(view: View, found: Frontier) -> str:
 
 def _files(found: Frontier, points: Points) -> list[str]:
     rows = [
-        [arm, setting_csv(point.get("setting")), point.get("seed"), point.get("model"), *kl.cells, *reward.cells, ""]
-        for arm, entries in found.points.items()
+        [
+            arm,
+            setting_csv(point.get("setting")),
+            *map(point.get, ("seed", "step", "model")),
+            *kl.cells,
+            *reward.cells,
+            note,
+        ]
+        for kind, note in ((found.points, ""), (found.passed, "snapshot"))
+        for arm, entries in kind.items()
         for point, kl, reward in entries
     ]
-    rows += [["", "", "", name, *kl.cells, *reward.cells, "baseline"] for name, kl, reward in found.base]
+    rows += [["", "", "", "", name, *kl.cells, *reward.cells, "baseline"] for name, kl, reward in found.base]
     rows += [
-        [BEST_OF_N, f"n={plain(n)}", "", "", *kl.cells, *reward.cells, "kl is an upper bound" if bound else ""]
+        [BEST_OF_N, f"n={plain(n)}", "", "", "", *kl.cells, *reward.cells, "kl is an upper bound" if bound else ""]
         for n, kl, reward, bound in found.best
     ]
     ends = ["kl", "kl_low", "kl_high", found.figure, f"{found.figure}_low", f"{found.figure}_high"]
-    files = [points.add("frontier", ["arm", "setting", "seed", "model", *ends, "note"], rows)]
+    files = [points.add("frontier", ["arm", "setting", "seed", "step", "model", *ends, "note"], rows)]
     lines = [["envelope", arm, kl, reward, "", ""] for arm, curve in found.envelope.items() for kl, reward in curve]
     lines += [["band", arm, kl, "", low, high] for arm, curve in found.band.items() for kl, low, high in curve]
     lines += [["exact frontier", "", kl, reward, "", ""] for kl, reward in found.gibbs]
@@ -189,6 +213,10 @@ def _paint(axes: Any, view: View, found: Frontier) -> Any:
             heights += [*low, *high]
         if found.envelope.get(arm):
             axes.plot(*zip(*found.envelope[arm]), color=hue, lw=2.2, zorder=3)
+        for line in found.runs(arm):
+            trail(axes, line, look)
+            heights += [reward for _, reward in line]
+            spots += line
         for _, kl, reward in entries:
             error_bars(axes, kl, reward, hue)
             heights += [reward.mean, *([reward.low, reward.high] if reward.has_interval else [])]

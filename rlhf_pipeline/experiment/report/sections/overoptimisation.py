@@ -61,7 +61,8 @@ def overoptimisation_section(view: View, points: Points) -> Section | None:
         (None, "hollow, dashed: the reward trained on", "dashed"),
     )
     caption = (
-        "Gain over the reference against the square root of KL, one point for each setting, the mean of its seeds. "
+        "Gain over the reference against the square root of KL, one point for each setting"
+        f"{' and snapshot' if view.snapshots else ''}, the mean of its seeds. "
         "Where the solid line bends down while the dashed one climbs, more optimisation makes responses worse. The "
         f"form (Gao et al. 2022) is fitted to the filled points only; a dotted upright marks its peak. {view.basis()}"
     )

@@ -156,6 +156,8 @@ def _caption(view: View) -> str:
         said += " ≤ marks an upper bound."
     if _has_cost(view):
         said += " Training: the arm's own runs and, for PPO, those of its reward model."
+    if passed := view.passed():
+        said += f" Final models alone; behind the curves stand snapshots too ({passed})."
     return said
 
 
