@@ -13,7 +13,7 @@ TORCH_STAMP := $(VENV)/.torch-index
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test exact mutants parity lint format hh clean
+.PHONY: help setup demo test exact mutants parity lint format hh reviews clean
 
 help:
 	@echo "make demo     SFT, preference pairs, reward model, PPO and DPO on the built-in data, compared"
@@ -22,6 +22,7 @@ help:
 	@echo "make mutants  break the losses one detail at a time and see a test fail    make parity   PPO against TRL 1.12"
 	@echo "make lint     ruff's checks      make format   ruff's formatting and fixes"
 	@echo "make hh       the experiment of configs/hh on real pairs: make hh HH=FILE"
+	@echo "make reviews  sentiment-controlled text from film reviews, after the DPO paper: make reviews DATA=FOLDER"
 	@echo "make setup    a virtual environment in $(VENV), at the versions of constraints.txt"
 	@echo "make clean    remove caches and build outputs (models and $(VENV) stay)"
 
@@ -74,6 +75,12 @@ format: $(STAMP)
 hh: $(STAMP)
 	@test -n "$(HH)" || { echo "make hh HH=FILE: a JSONL file (or hub id) with the columns chosen and rejected"; exit 2; }
 	$(BIN)/rlhf run configs/hh/experiment.yaml $(foreach stage,base sft reward ppo dpo,"$(stage).dataset_name=$(HH)")
+
+# DATA is a folder with Pang and Lee's polarity data set v2.0 and sentence polarity data set v1.0, zipped or not.
+reviews: $(STAMP)
+	@test -n "$(DATA)" || { echo "make reviews DATA=FOLDER: a folder with the two polarity data sets (docs/reviews.md)"; exit 2; }
+	$(BIN)/python scripts/reviews.py "$(DATA)" --out build/reviews
+	$(BIN)/rlhf run configs/reviews/experiment.yaml
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

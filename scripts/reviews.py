@@ -1,0 +1,143 @@
+"""Prepare `make reviews`: film reviews as text to learn, their openings as prompts, labelled sentences for the reward.
+
+    python scripts/reviews.py DATA [--out build/reviews]
+
+DATA holds Pang and Lee's polarity data set v2.0 (1,000 positive and 1,000 negative reviews) and their sentence polarity
+data set v1.0, as folders or as zip files, whatever their names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+FRACTIONS = (("train", 0.76), ("judge", 0.08), ("validation", 0.06), ("test", 0.10))
+OPENINGS = range(3, 9)  # words: as many as the DPO paper's prefixes have tokens, 2 to 8
+WINDOW, LEAD = 40, 8  # words of a row to learn, and of what stands in its prompt
+ADVICE = "unpack or download the polarity data set v2.0 and the sentence polarity data set v1.0 there"
+
+
+def members(data: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
+    """Every file of a folder and of the zip files in it."""
+    for path in sorted(data.rglob("*")):
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path) as archive:
+                for name in sorted(archive.namelist()):
+                    if not name.endswith("/"):
+                        yield PurePosixPath(name), archive.read(name)
+        elif path.is_file() and path.suffix in (".txt", ".pos", ".neg"):
+            yield PurePosixPath(path.relative_to(data).as_posix()), path.read_bytes()
+
+
+def decoded(content: bytes) -> str:
+    """Text of either encoding in which the files are about."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        return content.decode("latin-1")
+
+
+def split_of(name: str) -> str:
+    """The split of a review: all that comes from it goes the same way."""
+    place = int.from_bytes(sha256(name.encode()).digest()[:8], "big") / 2**64
+    for split, share in FRACTIONS:
+        place -= share
+        if place < 0:
+            return split
+    return FRACTIONS[-1][0]
+
+
+def windows(words: list[str], split: str) -> Iterator[dict[str, object]]:
+    """A review in rows of WINDOW words, the first few as the prompt; the last row ends where the review does."""
+    for start in range(0, len(words), WINDOW):
+        piece = words[start : start + WINDOW]
+        if len(piece) > LEAD:
+            prompt, rest = " ".join(piece[:LEAD]), " " + " ".join(piece[LEAD:])
+            yield {"prompt": prompt, "completion": rest, "ended": start + WINDOW >= len(words), "split": split}
+
+
+def openings(reviews: Iterable[tuple[str, list[str]]]) -> Iterator[dict[str, str]]:
+    """First words of reviews: every length for training, one for each review that is held out.
+
+    An opening that several reviews have belongs to the last of test, validation, judge and train that has it, so that
+    nothing is trained on what is held out.
+    """
+    found: dict[str, str] = {}
+    order = [split for split, _ in FRACTIONS]
+    for split, words in reviews:
+        lengths = OPENINGS if split in ("train", "judge") else [OPENINGS[len(words) % len(OPENINGS)]]
+        for length in lengths:
+            prompt = " ".join(words[:length])
+            if prompt not in found or order.index(found[prompt]) < order.index(split):
+                found[prompt] = split
+    for prompt, split in found.items():
+        yield {"prompt": prompt, "split": split}
+
+
+def write(path: Path, rows: Iterable[dict[str, object]]) -> int:
+    """Rows as JSONL; returns their number."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return len(lines)
+
+
+class NoData(Exception):
+    """The folder does not hold what is needed."""
+
+
+def prepare(data: Path, out: Path, say: Callable[[str], object]) -> None:
+    """Write reviews.jsonl, openings.jsonl and sentences.jsonl, and say how good the classifier is.
+
+    Raises:
+        NoData: one of the two data sets is not there.
+    """
+    if not data.is_dir():
+        raise NoData(f"{data}: no such folder; {ADVICE}")
+    reviews: list[tuple[str, list[str]]] = []
+    sentences: list[dict[str, object]] = []
+    for name, content in members(data):
+        if name.name in ("rt-polarity.pos", "rt-polarity.neg"):
+            label = int(name.suffix == ".pos")
+            texts = (line.strip() for line in decoded(content).splitlines())
+            sentences += [{"text": text, "label": label} for text in texts if text]
+        elif name.parent.name in ("pos", "neg") and name.name.startswith("cv"):
+            reviews.append((split_of(f"{name.parent.name}/{name.name}"), decoded(content).split()))
+    if not reviews:
+        raise NoData(f"{data}: found no reviews (pos/cv*.txt, neg/cv*.txt); {ADVICE}")
+    if not sentences:
+        raise NoData(f"{data}: found no sentences (rt-polarity.pos, rt-polarity.neg); {ADVICE}")
+    out.mkdir(parents=True, exist_ok=True)
+    rows = (row for split, words in reviews for row in windows(words, split))
+    say(f"{write(out / 'reviews.jsonl', rows):6} rows of text from {len(reviews)} reviews\n")
+    say(f"{write(out / 'openings.jsonl', openings(reviews)):6} openings\n")
+    say(f"{write(out / 'sentences.jsonl', sentences):6} labelled sentences\n")
+    from scripts.sentiment import quality
+
+    found = quality(out / "sentences.jsonl")
+    say(
+        f"sentiment classifier on {found['sentences']} held-out sentences: accuracy {found['accuracy']:.3f} "
+        f"+- {found['half_width']:.3f}, {found['nll']:.3f} nats a sentence\n"
+    )
+
+
+def main() -> None:
+    """Prepare the folder that is named."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, help="folder with both data sets")
+    parser.add_argument("--out", type=Path, default=Path("build/reviews"))
+    options = parser.parse_args()
+    try:
+        prepare(options.data, options.out, sys.stderr.write)
+    except NoData as error:
+        parser.exit(2, f"{error}\n")
+
+
+if __name__ == "__main__":
+    main()
