@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -24,14 +25,24 @@ WINDOW, LEAD = 40, 8  # words of a row to learn, and of what stands in its promp
 ADVICE = "unpack or download the polarity data set v2.0 and the sentence polarity data set v1.0 there"
 
 
+class NoData(Exception):
+    """The folder does not hold what is needed."""
+
+
 def members(data: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
-    """Every file of a folder and of the zip files in it."""
+    """Every file of a folder and of the zip files in it.
+
+    Raises:
+        NoData: a zip file cannot be read.
+    """
     for path in sorted(data.rglob("*")):
         if path.suffix == ".zip":
-            with zipfile.ZipFile(path) as archive:
-                for name in sorted(archive.namelist()):
-                    if not name.endswith("/"):
-                        yield PurePosixPath(name), archive.read(name)
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    files = [(name, archive.read(name)) for name in sorted(archive.namelist()) if name[-1] != "/"]
+            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                raise NoData(f"{path}: no whole zip file ({error}); download it again") from None
+            yield from ((PurePosixPath(name), content) for name, content in files)
         elif path.is_file() and path.suffix in (".txt", ".pos", ".neg"):
             yield PurePosixPath(path.relative_to(data).as_posix()), path.read_bytes()
 
@@ -55,7 +66,8 @@ def split_of(name: str) -> str:
 
 
 def windows(words: list[str], split: str) -> Iterator[dict[str, object]]:
-    """A review in rows of WINDOW words, the first few as the prompt; the last row ends where the review does."""
+    """A review in rows of WINDOW words, the first few as the prompt; a last row that reaches the review's last word has
+    ended, and a rest of at most LEAD words, which would be all prompt, is left out."""
     for start in range(0, len(words), WINDOW):
         piece = words[start : start + WINDOW]
         if len(piece) > LEAD:
@@ -66,7 +78,7 @@ def windows(words: list[str], split: str) -> Iterator[dict[str, object]]:
 def openings(reviews: Iterable[tuple[str, list[str]]]) -> Iterator[dict[str, str]]:
     """First words of reviews: every length for training, one for each review that is held out.
 
-    An opening that several reviews have belongs to the last of test, validation, judge and train that has it, so that
+    An opening that several reviews have belongs to the first of test, validation, judge and train that has it, so that
     nothing is trained on what is held out.
     """
     found: dict[str, str] = {}
@@ -88,10 +100,6 @@ def write(path: Path, rows: Iterable[dict[str, object]]) -> int:
     return len(lines)
 
 
-class NoData(Exception):
-    """The folder does not hold what is needed."""
-
-
 def prepare(data: Path, out: Path, say: Callable[[str], object]) -> None:
     """Write reviews.jsonl, openings.jsonl and sentences.jsonl, and say how good the classifier is.
 
@@ -102,7 +110,12 @@ def prepare(data: Path, out: Path, say: Callable[[str], object]) -> None:
         raise NoData(f"{data}: no such folder; {ADVICE}")
     reviews: list[tuple[str, list[str]]] = []
     sentences: list[dict[str, object]] = []
+    seen: set[tuple[str, str]] = set()
     for name, content in members(data):
+        key = name.parent.name if name.parent.name in ("pos", "neg") else "", name.name
+        if key in seen:
+            continue  # zipped and unpacked: the same file twice
+        seen.add(key)
         if name.name in ("rt-polarity.pos", "rt-polarity.neg"):
             label = int(name.suffix == ".pos")
             texts = (line.strip() for line in decoded(content).splitlines())

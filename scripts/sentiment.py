@@ -26,6 +26,10 @@ def prepared() -> Path:
 
 def read_sentences(path: Path) -> tuple[list[str], list[int]]:
     """Sentences with their labels, 1 for positive."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: make reviews DATA=FOLDER makes it (REVIEWS_DIR names another place)"
+        )
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [row["text"] for row in rows], [row["label"] for row in rows]
 

@@ -103,19 +103,52 @@ def test_what_is_prepared(prepared: Path) -> None:
 
 def test_the_reward_is_the_log_odds_of_prompt_and_continuation(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REVIEWS_DIR", str(prepared))
-    good, bad, whole = sentiment.log_odds(["a great", "an awful", "a great"], [" fun film", " lazy film", " fun film"])
+    good, bad, whole = sentiment.log_odds(["a great", "an awful", "a great fun"], [" fun film", " lazy film", " film"])
     assert good == whole and good > 1 > -1 > bad
     model = sentiment.classifier(prepared / "sentences.jsonl")
     probability = model.predict_proba(["a great fun film"])[0, 1]
     assert good == pytest.approx(math.log(probability / (1 - probability)), rel=1e-9)
 
 
-def test_the_held_out_sentences_are_not_fitted(prepared: Path) -> None:
+def test_the_held_out_sentences_are_not_fitted(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     items = list(range(11))
     assert sentiment.held_out(items, False) == [0, 5, 10]
     assert sorted(sentiment.held_out(items, True) + sentiment.held_out(items, False)) == items
-    found = sentiment.quality(prepared / "sentences.jsonl")
+    path = tmp_path / "sentences.jsonl"
+    path.write_bytes((prepared / "sentences.jsonl").read_bytes())
+    fitted: list[str] = []
+    fit = sentiment.fit
+    monkeypatch.setattr(sentiment, "fit", lambda texts, labels: fitted.extend(texts) or fit(texts, labels))
+    found = sentiment.quality(path)
+    texts, _ = sentiment.read_sentences(path)
+    assert fitted == [text for number, text in enumerate(texts) if number % 5] and len(fitted) == 97
     assert found["sentences"] == 25 and found["accuracy"] > 0.8
+    with pytest.raises(FileNotFoundError, match="make reviews DATA"):
+        sentiment.classifier(tmp_path / "absent.jsonl")
+
+
+def test_a_rest_that_would_be_all_prompt_is_left_out() -> None:
+    words = [f"w{number}" for number in range(reviews.WINDOW + reviews.LEAD)]
+    (row,) = reviews.windows(words, "train")
+    assert not row["ended"] and len((row["prompt"] + row["completion"]).split()) == reviews.WINDOW
+
+
+def test_a_file_that_is_there_twice_is_read_once(data: Path, tmp_path: Path) -> None:
+    for path in data.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with zipfile.ZipFile(tmp_path / "reviews.zip") as archive:
+        archive.extractall(tmp_path)
+    with zipfile.ZipFile(tmp_path / "sentences.zip", "w") as archive:
+        archive.write(tmp_path / "rt-polarity.pos", "elsewhere/rt-polarity.pos")
+    said = io.StringIO()
+    reviews.prepare(tmp_path, tmp_path / "out", say=said.write)
+    assert "from 60 reviews" in said.getvalue() and "122 labelled sentences" in said.getvalue()
+
+
+def test_a_zip_file_that_was_cut_is_named(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "reviews.zip").write_bytes((data / "reviews.zip").read_bytes()[:-100])
+    with pytest.raises(reviews.NoData, match=r"reviews\.zip: no whole zip file"):
+        reviews.prepare(tmp_path, tmp_path / "out", say=print)
 
 
 @pytest.mark.parametrize("missing", ["reviews", "sentences"])

@@ -177,7 +177,7 @@ def print_comparison(result: dict[str, Any]) -> None:
     if not many:
         counted = ("seconds", "TFLOP", "tokens trained", "tokens generated", "optimizer steps", "peak MiB")
         emit_table("cost", ("model", *counted), _cost_rows(result))
-    spread = "over seeds" if many else "clustered by prompt"
+    spread = "over seeds" if len(result["seeds"]) > 1 else "clustered by prompt"
     scorers = ", ".join(dict.fromkeys(row["scored_by"] for row in result["rows"] if row.get("scored_by"))) or "-"
     notes = [
         f"figures: mean ± half of the 95 % interval, {spread}",

@@ -44,6 +44,13 @@ def check_arms(config: Any) -> Iterator[Fault]:
         yield Fault("arms", f"{config.arms[0]!r} has nothing to be compared to", "two models or a baseline")
 
 
+def check_validation(config: Any) -> Iterator[Fault]:
+    """Yield the fault of settings chosen on the very prompts that they are shown on."""
+    if config.validation_split is not None and config.split in (config.validation_split, "all"):
+        found = f"split {config.split!r} holds the prompts of validation_split {config.validation_split!r}"
+        yield Fault("validation_split", f"{found}: settings would be chosen on what is shown", "another split, or null")
+
+
 class PromptsConfig(BaseModel):
     """What every evaluation needs: prompts, a reference, and how to load models."""
 
@@ -91,7 +98,7 @@ class CompareConfig(EvaluateConfig):
     """Config of `rlhf compare`."""
 
     stage: ClassVar[str] = "compare"
-    checks: ClassVar = (*EvaluateConfig.checks, check_arms)
+    checks: ClassVar = (*EvaluateConfig.checks, check_arms, check_validation)
 
     name: Name = option("compare", "name of the report (ours)")
     arms: Texts = option(

@@ -72,12 +72,16 @@ def replicate_p(value: float, replicates: np.ndarray, prompts: int, *, null: flo
     """Two-sided p-value of "the statistic is `null`".
 
     From 50 prompts on p = 2 min(1 + #{replicates <= null}, 1 + #{replicates >= null}) / (B + 1), at most 1: the level
-    at which the percentile interval just reaches `null`. It is never below 2 / (B + 1). Below 50 prompts: Student's t.
+    at which the percentile interval just reaches `null`. Where no replicate reaches it, they say no more than that p is
+    below 2 / (B + 1), which a correction for some fifty contrasts would always take away: then it is the tail of
+    Student's t with P - 1 degrees of freedom, and at most that. Below 50 prompts: Student's t.
     """
+    tail = student_p(value - null, standard_error(replicates, prompts), prompts - 1)
     if prompts < FEW_CLUSTERS:
-        return student_p(value - null, standard_error(replicates, prompts), prompts - 1)
+        return tail
     beyond = min(np.count_nonzero(replicates <= null), np.count_nonzero(replicates >= null))
-    return min(1.0, 2 * (1 + beyond) / (1 + len(replicates)))
+    p = min(1.0, 2 * (1 + beyond) / (1 + len(replicates)))
+    return p if beyond or tail is None else min(p, tail)
 
 
 def clustered(

@@ -8,18 +8,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.errors import MismatchError
+from rlhf_pipeline.errors import ConfigError, DataError, Fault, MismatchError
 from rlhf_pipeline.experiment.best_of import best_of_n_rows, enough_samples, primary_figure
 from rlhf_pipeline.experiment.contrasts import compare_arms
 from rlhf_pipeline.experiment.demonstrations import demonstrations_of, describe
 from rlhf_pipeline.experiment.exact import Judge, beta_of, exact_figures
 from rlhf_pipeline.experiment.leaves import TRUTH, Leaves
-from rlhf_pipeline.experiment.matching import differences_by_seed, judge_overlap, require_comparable, stop_token_of
+from rlhf_pipeline.experiment.matching import (
+    differences_by_seed,
+    judge_overlap,
+    require_comparable,
+    stop_token_of,
+    truth_overlap,
+)
 from rlhf_pipeline.experiment.points import Point, with_snapshots
 from rlhf_pipeline.experiment.preference_quality import preference_quality
 from rlhf_pipeline.experiment.readings import configs, curves, lineage, prompt_texts, shown_samples
 from rlhf_pipeline.experiment.rows import Measured, add_diversity, measure_points, row_of
-from rlhf_pipeline.experiment.subjects import Bench, find_policies, parent_of, reference_of, reward_model_of, set_up
+from rlhf_pipeline.experiment.subjects import (
+    Bench,
+    find_policies,
+    knows_data,
+    parent_of,
+    reference_of,
+    reward_model_of,
+    set_up,
+)
 from rlhf_pipeline.experiment.verdict import verdict
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
@@ -46,15 +60,16 @@ def _require_one_stop_token(models: Sequence[Resolved]) -> None:
 
 
 def _reference(registry: Registry, config: Any, arms: Sequence[Resolved], baseline: Resolved | None, say) -> Any:
-    """The model that KL is measured to: the one asked for, else the first that an arm was trained against."""
+    """The model that KL is measured to: the one asked for, else the first that an arm was trained against, else the
+    baseline, else the first arm's SFT model."""
     if config.reference:
         return find_policies(registry, [config.reference], say)[0]
-    known = [found for arm in arms if (found := reference_of(registry, arm)) is not None]
-    reference = known[0] if known else baseline
-    for arm in arms:
-        found = reference_of(registry, arm)
-        if found is not None and reference is not None and found.digest != reference.digest:
-            say(f"note: {arm.label} was trained against {found.label}; KL is measured to {reference.label} for all")
+    against = {arm.label: parent_of(registry, arm, "reference") for arm in arms}
+    known = [found for found in against.values() if found is not None]
+    reference = known[0] if known else baseline or reference_of(registry, arms[0])
+    for label, found in against.items():
+        if found is not None and found.digest != reference.digest:
+            say(f"note: {label} was trained against {found.label}; KL is measured to {reference.label} for all")
     return reference
 
 
@@ -147,6 +162,10 @@ def run_compare(
     found_differences = differences_by_seed(registry, [(point.arm, point.seed, model) for point, model in finals])
     judge = find_model(registry, config.judge, "reward_model") if names_a_model(config.judge or "world") else None
     found_differences += judge_overlap(registry, judge, [model for _, model in finals])
+    truth = config.true_reward if names_a_model(config.true_reward or "world") else None
+    found_differences += truth_overlap(
+        registry, truth and find_model(registry, truth, "reward_model"), [model for _, model in finals]
+    )
     if not config.allow_mismatch:
         require_comparable(found_differences)
     for difference in found_differences:
@@ -159,16 +178,19 @@ def run_compare(
     if not asked_for and (trained_on := reward_model_of(registry, models)):
         config = config.model_copy(update={"reward_model": trained_on})
     options: dict[str, Any] = {"reference": reference, "samples": config.samples, "seed": config.seed, "say": say}
-    # The arms' own prompts and lengths: those of the baseline, their SFT model, may be of another kind of data.
-    example = finals[0][1]
+    # The first arm that knows its data: those of the baseline, their SFT model, may be of another kind.
+    example = next((model for _, model in finals if knows_data(model)), models[0])
     bench = set_up(registry, config, example, device, **options)
     kinds = {arm: {(str(point.setting), point.step) for point, _ in trained if point.arm == arm} for arm in arms}
     swept = any(len(found) > 1 for found in kinds.values())  # one setting with snapshots has a curve too
     validation = None
     if swept and config.validation_split and config.prompts is None:
-        validation = set_up(
-            registry, config.model_copy(update={"split": config.validation_split}), example, device, **options
-        )
+        held = config.model_copy(update={"split": config.validation_split})
+        try:
+            validation = set_up(registry, held, example, device, **options)
+        except DataError as error:
+            advice = "a split of the prompts to choose settings on, or null to choose nothing"
+            raise ConfigError(Fault("validation_split", str(error), advice)) from None
 
     # 2. Sample and score every model by the same plan.
     first = [(Point(models[0].label, None, {}, models[0].label), models[0])] if baseline is not None else []

@@ -29,6 +29,11 @@ NO_RANGE = (
     "where the arms are trained, snapshots: true in the comparison)"
 )
 
+NOT_CHOSEN = (
+    "several settings cost the same, and nothing says which a user would take: that needs validation prompts, and a "
+    "judge or a reward model"
+)
+
 FIGURES = ("true_reward", "judge", "score", "kl", "length")
 
 
@@ -115,6 +120,8 @@ def _at_equal_cost(a: Arm, b: Arm, seeds: list, figure: str, chooser: str | None
             return entry(why_not=f"the bill of a point is not known ({sorted(unknown)[0]})")
         if cost.max() < SPREAD * cost.min():
             return entry(why_not=NO_RANGE)
+        if len(arm.finals.settings) > 1 and (chooser is None or not arm.validated):
+            return entry(why_not=NOT_CHOSEN)
         chosen = arm.envelope(seeds, chooser, cost)
         spent = cost[:, [known.index(setting) for setting in chosen]]
         curves.append(Curve.of(spent, arm.stacked(seeds, figure, settings=chosen)))

@@ -150,19 +150,36 @@ def differences_by_seed(registry: Registry, points: Sequence[tuple[str, int | No
     return list(found.values())
 
 
+def _trained_on(registry: Registry, resolved: Resolved) -> set[str]:
+    """Digests of the data behind a policy: its own, or for PPO those of its reward models."""
+    if resolved.manifest is None:
+        return set()
+    behind = [resolved]
+    if resolved.manifest.stage == "ppo":
+        roles = [role for role in resolved.manifest.parents if role.startswith("reward_model")]
+        behind = [parent_of(registry, resolved, role) for role in roles]
+    return {entry.digest for one in behind if one.manifest is not None for entry in one.manifest.data}
+
+
 def judge_overlap(registry: Registry, judge: Resolved | None, models: Sequence[Resolved]) -> list[Difference]:
     """A judge that is one of the arms' own reward models, or was trained on pairs that an arm was trained on."""
     if judge is None or judge.manifest is None:
         return []
-    seen = {_identity("preference data", text) for text in _data_of(judge)}
+    seen = {entry.digest for entry in judge.manifest.data}
+    saw = [model.label for model in models if seen & _trained_on(registry, model)]
+    values = dict.fromkeys(saw, f"pairs that {judge.label} was trained on too")
+    return [Difference("judge: not held out", values)] if values else []
+
+
+def truth_overlap(registry: Registry, truth: Resolved | None, models: Sequence[Resolved]) -> list[Difference]:
+    """A model that is said to be the truth, and that an arm was trained to please."""
     found = {}
-    for model in models:
-        if model.manifest is None or model.manifest.stage not in ("ppo", "dpo"):
-            continue
-        own = _identity("preference data", _preferences_of(registry, model)).split(" + ")
-        if seen & set(own):
-            found[model.label] = f"pairs that {judge.label} was trained on too"
-    return [Difference("judge: not held out", found)] if found else []
+    for model in models if truth is not None else ():
+        roles = model.manifest.parents if model.manifest is not None else {}
+        rewards = [parent_of(registry, model, role) for role in roles if role.startswith("reward_model")]
+        if any(reward.digest == truth.digest for reward in rewards):
+            found[model.label] = f"{truth.label} as its own reward model"
+    return [Difference("true_reward: what an arm is trained to please", found)] if found else []
 
 
 def _identity(name: str, value: str) -> str:

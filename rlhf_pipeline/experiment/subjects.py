@@ -115,6 +115,11 @@ def _setting(resolved: Resolved, key: str) -> Any:
     return (resolved.manifest.config if resolved.manifest is not None else {}).get(key)
 
 
+def knows_data(resolved: Resolved) -> bool:
+    """Whether a model's config says what it was trained on."""
+    return _setting(resolved, "dataset_name") is not None
+
+
 def _lengths(config: Any, resolved: Resolved) -> Lengths:
     """Prompt and response lengths: asked for, else as trained, else what the model's positions allow.
 

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from rlhf_pipeline.evaluation.resampling import (
     clustered,
@@ -60,6 +61,9 @@ def test_the_p_value_of_replicates_by_hand():
     assert replicate_p(400.0, replicates, 60) == pytest.approx(2 * 11 / 1000)
     assert replicate_p(400.0, replicates, 60, null=-10.0) == pytest.approx(2 / 1000)  # its floor
     assert replicate_p(400.0, np.zeros(999), 60) == 1.0
+    # Ten standard errors away no replicate reaches 0: the tail of t with 59 degrees, sd 1 x sqrt(60 / 59).
+    far = replicate_p(10.0, np.array([9.0, 11.0] * 500), 60)
+    assert far == pytest.approx(2 * stats.t.sf(10 / math.sqrt(60 / 59), 59), rel=1e-9) and far < 1e-12
     assert replicate_p(2.0, np.array([1.0, 3.0]), 2) == pytest.approx(
         2 * (0.5 - math.atan(2 / math.sqrt(2)) / math.pi), abs=1e-12
     )

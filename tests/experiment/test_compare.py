@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 
+from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.errors import ConfigError, MismatchError
 from rlhf_pipeline.experiment.compare import run_compare
 from rlhf_pipeline.experiment.evaluate import run_evaluate
@@ -195,6 +197,43 @@ def test_a_reward_model_without_its_data_cannot_be_evaluated(arms, tmp_path):
 @pytest.mark.parametrize("split", ["validation", "train"])
 def test_prompts_come_from_the_split_that_is_asked_for(arms, split):
     assert evaluate(arms, "sft", split=split, samples=1)["prompts"] == {"validation": 4, "train": 20}[split]
+
+
+def test_prompts_and_lengths_are_the_arms_own_whatever_the_baseline_was_trained_on(arms, tmp_path):
+    rows = [{"prompt": "the pacing of this horror was", "completion": " great", "split": s} for s in ("train", "test")]
+    (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    arms.run("sft", output_name="elsewhere", dataset_name=str(tmp_path / "other.jsonl"), response_length=7, max_steps=1)
+    expected = compare(arms, arms=["dpo"], baseline="sft", samples=1)
+    found = compare(arms, arms=["dpo"], baseline="elsewhere", samples=1)
+    assert (found["prompt_texts"], found["response_length"]) == (expected["prompt_texts"], 4)
+    folder = str(arms.home / "models" / "sft" / "v1")  # knows nothing of its data where it has no manifest
+    plain = tmp_path / "plain"
+    shutil.copytree(folder, plain)
+    (plain / "manifest.json").unlink()
+    found = compare(arms, arms=[str(plain), "dpo"], baseline="sft", samples=1)
+    assert (found["prompt_texts"], found["response_length"]) == (expected["prompt_texts"], 4)
+
+
+def test_an_sft_arm_is_no_reference(arms):
+    arms.run("sft", output_name="preferred", max_steps=2)
+    found = compare(arms, arms=["preferred", "dpo"], baseline="sft", samples=1)
+    assert found["reference"] == "sft@v1"
+    assert found["rows"][1]["metrics"]["kl"]["mean"] > 1e-4
+
+
+@pytest.mark.parametrize("split", ["validation", "all"])
+def test_settings_are_not_chosen_on_what_is_shown(split):
+    given = {"arms": ["dpo"], "baseline": "sft", "split": split}
+    with pytest.raises(ConfigError, match="settings would be chosen on what is shown"):
+        load_config("compare", None, extra=given)
+    assert load_config("compare", None, extra=given | {"validation_split": None}).config.split == split
+
+
+def test_without_a_split_to_choose_on_it_says_which_key(arms, tmp_path):
+    arms.run("dpo", output_name="passed", max_steps=2, snapshot_steps=1)
+    prompts = {"prompts": "world:verdicts", "validation_split": "nowhere"}
+    with pytest.raises(ConfigError, match=r"validation_split: .*null to choose nothing"):
+        compare(arms, arms=["passed"], baseline="sft", samples=1, snapshots=True, **(prompts | {"prompts": None}))
 
 
 def test_at_most_so_many_prompts(arms):

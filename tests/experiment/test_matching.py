@@ -111,6 +111,18 @@ def test_a_judge_that_saw_the_arms_pairs_is_no_judge(arms):
     assert len(failed) == sum(not gate["passed"] for gate in held_out["gates"].values())
 
 
+def test_an_arms_own_reward_model_is_not_the_truth(arms):
+    with pytest.raises(MismatchError, match="true_reward: what an arm is trained to please: ppo@v1 has reward@v1"):
+        compare(arms, "ppo", "dpo", baseline="sft", true_reward="reward")
+
+
+def test_a_judge_that_saw_what_an_sft_arm_was_tuned_on_is_no_judge(arms):
+    arms.run("sft", output_name="preferred", dataset_train_split="judge", max_steps=1)
+    arms.run("train-rm", output_name="judge-of-sft", dataset_train_split="judge", max_steps=1)
+    with pytest.raises(MismatchError, match="judge: not held out: preferred@v1"):
+        compare(arms, "preferred", "dpo", baseline="sft", judge="judge-of-sft")
+
+
 def test_rewards_beside_a_reward_model_are_part_of_the_preferences(arms):
     mixed = [{"source": "reward", "weight": 1.0}, {"source": "world", "weight": 1.0}]
     arms.run("ppo", output_name="mixed", reward_model_path=None, reward_functions=mixed, max_steps=1)

@@ -169,6 +169,12 @@ def test_where_there_is_no_cost_to_read_it_says_what_to_do():
     assert entry["why_not"] == "the bill of a point is not known (a-0.5-None#2)"
 
 
+def test_where_nobody_chooses_among_settings_of_one_cost_nothing_is_read_at_equal_flops():
+    both = [*run_of("a", None, A), point("a", None, None, 400.0, beta=1.0, kl=0.5, true_reward=0.0)]
+    entry = found(contrasts([*both, *run_of("b", None, B)]), kind="cost", figure="true_reward")
+    assert entry["estimate"] is None and "nothing says which a user would take" in entry["why_not"]
+
+
 def test_final_models_alone_are_trials_settings_and_what_is_selected():
     measured = [*run_of("a", 0, A), *run_of("a", 1, A), *run_of("b", 0, B), *run_of("b", 1, B)]
     without = [one for one in measured if one.point.step is None]

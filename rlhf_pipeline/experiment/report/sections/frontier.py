@@ -150,7 +150,9 @@ def _caption(view: View, found: Frontier) -> str:
         by = f" by the {view.name_of(chooser)}" if isinstance(chooser, str) else ""
         kinds = "settings and snapshots" if found.passed else "settings"
         chosen = f"The envelope joins the means over seeds of the {kinds}"
-        said.append(f"{chosen} chosen on validation prompts{by}." if view.get("validation_split") else f"{chosen}.")
+        said.append(
+            f"{chosen} chosen on validation prompts{by}." if by and view.get("validation_split") else f"{chosen}."
+        )
     if found.common is not None:
         said.append(f"Both arms reach KL {number(found.common[0])} to {number(found.common[1])} (shaded).")
     if found.gibbs:

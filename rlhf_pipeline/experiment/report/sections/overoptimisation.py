@@ -58,7 +58,7 @@ def overoptimisation_section(view: View, points: Points) -> Section | None:
         view,
         entries,
         (None, f"filled, solid: {gold} with the fitted form", "line"),
-        (None, "hollow, dashed: the reward trained on", "dashed"),
+        (None, "hollow, dashed: the reward model's score", "dashed"),
     )
     caption = (
         "Gain over the reference against the square root of KL, one point for each setting"
@@ -79,7 +79,7 @@ def _finding(view: View, arm: str, entry: Any) -> Markup:
     peak = finite(part(fit, "peak"))
     reach = max(point[0] for point in tuples(part(entry, "points"), 3))
     if part(entry, "found") is True:
-        text = "over-optimised: what counts falls while the reward trained on rises"
+        text = "over-optimised: what counts falls while the reward model's score rises"
     else:
         assessed = part(entry, "found") is False
         text = "no over-optimisation found" if assessed else "over-optimisation was not assessed"
@@ -121,6 +121,6 @@ def _panel(
         axes.set_xlim(-0.02 * right, right)
         axes.set_ylim(*limits)
 
-    ends = f"At the largest KL the reward trained on gains {number(proxy[-1])}, {view.name_of()} {number(gold[-1])}."
+    ends = f"At the largest KL the reward model's score gains {number(proxy[-1])}, {view.name_of()} {number(gold[-1])}."
     ident = f"overoptimisation-{list(dict(items(view.get('overoptimisation')))).index(arm)}"
     return h("div", draw(ident, f"Over-optimisation of {arm}", ends, paint, size=size))

@@ -45,7 +45,8 @@ def ranking_section(view: View, points: Points) -> Section | None:
     if view.get("ranking", "separable") is True:
         text += " Some models never lost to the others: how far they are ahead of these is not known."
     if hidden:
-        text += f" Of the snapshots only the best of each arm is shown; {count(len(hidden))} more are in the CSV."
+        text += " Of the snapshots only the best of each arm is shown (best on these very prompts, so flattered)"
+        text += f"; {count(len(hidden))} more are in the CSV."
     if left_out := finite(view.get("ranking", "left_out")):
         text += f" {count(left_out)} more models were left out."
     caption = linked(text, [file])
