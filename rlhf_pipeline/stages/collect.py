@@ -22,7 +22,7 @@ from rlhf_pipeline.rollout.responses import sample_for_prompts
 from rlhf_pipeline.rollout.rewards import score_in_batches
 from rlhf_pipeline.stages.common import StageResult, find_model, load_policy, tokenizer_of, with_lengths
 from rlhf_pipeline.stages.rewards import load_reward
-from rlhf_pipeline.training.cost import CostMeter, ModelShape
+from rlhf_pipeline.training.cost import CostMeter, ModelShape, reset_peak_memory
 from rlhf_pipeline.training.run import make_accelerator, seed_everything
 from rlhf_pipeline.training.tracking import console, progress
 
@@ -108,6 +108,7 @@ def run_collect(config: Any, home: Path, *, notes: Sequence[str] = (), quiet: bo
     for note in notes:
         say(f"note: {note}")
     # 1. Policy, judge, prompts.
+    reset_peak_memory()
     meter, registry = CostMeter(), Registry(home)
     accelerator = make_accelerator(config)
     if accelerator.num_processes > 1:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,10 +64,24 @@ JUDGE = "judge"
 """The part of a run's time that its judge takes."""
 
 
+def reset_peak_memory() -> None:
+    """Let the peak start anew, so that stages that share a process have each their own; where the system cannot, the
+    peak stays that of the whole process."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    # No Linux, or no right to do so: the peak of the process it is.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def peak_memory_bytes() -> int:
-    """Peak resident memory of this process, or peak allocated memory of the accelerator if there is one."""
+    """Peak resident memory of this process since the last reset, or peak allocated memory of the accelerator."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
 

@@ -22,7 +22,7 @@ from rlhf_pipeline.config.dump import config_digest, dump_yaml
 from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.training.checkpoint import Checkpoint, newest_checkpoint
-from rlhf_pipeline.training.cost import CostMeter
+from rlhf_pipeline.training.cost import CostMeter, reset_peak_memory
 from rlhf_pipeline.training.tracking import RunLog
 
 if TYPE_CHECKING:
@@ -167,6 +167,7 @@ def open_run(
         Run. On leaving, signals and the log are put back; the run counts as finished only after `finish`.
     """
     started = time.perf_counter()
+    reset_peak_memory()
     digest = config_digest(config)
     accelerator = make_accelerator(config)
     seed_everything(config.seed)

@@ -93,7 +93,8 @@ def test_a_long_ranking_shows_the_best_snapshot_of_each_arm(directory: Path, tex
     # 1000 + step + beta: the best of each arm is the first seed's at step 100 and beta 3
     assert said.count("#100") == 2 and "#60" not in said and "#20" not in said
     assert "ppo β 3, seed 0 #100" in said and "dpo β 3, seed 0 #100" in said
-    assert "Of the snapshots only the best of each arm is shown; 70 more are in the CSV." in said
+    shown = "Of the snapshots only the best of each arm is shown (best on these very prompts, so flattered); "
+    assert f"{shown}70 more are in the CSV." in said
     assert len(rows_of(directory / "points" / "ranking.csv")) == 25 + 72
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +13,7 @@ from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.models.forward import hidden_states, output_head
 from rlhf_pipeline.rollout.sampler import sample
-from rlhf_pipeline.training.cost import CostMeter, ModelShape
+from rlhf_pipeline.training.cost import CostMeter, ModelShape, peak_memory_bytes, reset_peak_memory
 
 
 def llama(**changes):
@@ -153,3 +156,17 @@ def test_time_before_a_resume_is_part_of_the_bill():
     with meter.part("scoring"):
         pass
     assert list(meter.report()["seconds"]) == ["scoring"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems cannot start a peak anew")
+def test_the_peak_of_a_stage_is_not_that_of_the_one_before_it():
+    size = 400 * 2**20
+    reset_peak_memory()
+    before = peak_memory_bytes()
+    block = np.ones(size, dtype=np.uint8)
+    high = peak_memory_bytes()
+    assert high - before > 0.9 * size
+    del block
+    assert peak_memory_bytes() > 0.99 * high  # the kernel counts in batches
+    reset_peak_memory()
+    assert peak_memory_bytes() < high - 0.9 * size
