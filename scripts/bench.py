@@ -1,0 +1,262 @@
+"""Every stage side by side with its peer: SFT, reward model and DPO with TRL's trainers, PPO with TRL 1.12's.
+
+    .venv/bin/python scripts/bench.py [--hh FILE] [--stages dpo,reward,sft,ppo,ppo_shared] [--bf16] [--quick]
+
+Makes the work once (bench_work.py), runs both sides in turn, each in a process of its own (bench_ours.py,
+bench_peer.py), at least three times, and writes docs/benchmarks.md and the figures beside it as JSON. The environment
+of TRL 1.12 is made where it is missing, as scripts/parity_ppo.py makes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench_probe import PRODUCT
+from bench_table import TITLES, document, peer_stage, rate, summarise
+
+ROOT = Path(__file__).parent.parent
+OUTPUT = ROOT / "docs/benchmarks.md"
+QUICK_OUTPUT = ROOT / "build/bench_quick.md"
+LEAST = 3
+THREADS = 2
+OURS, PPO_PEER = "ours and TRL's other trainers", "TRL's PPO"
+
+
+class BenchError(Exception):
+    """What stops a benchmark. code: 2 for what the user can mend, else 1."""
+
+    def __init__(self, message: str, code: int = 1):
+        super().__init__(message)
+        self.code = code
+
+
+def processor() -> str:
+    """The name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    system = f"{platform.system()} {platform.machine()}"
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": memory / 2**30,
+        "system": system,
+    }
+
+
+def child_environment(threads: int, folder: Path) -> dict[str, str]:
+    """Threads pinned, nothing sent or fetched, no cache of an earlier run, no GPU."""
+    pinned = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    return {
+        **os.environ,
+        **pinned,
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_DATASETS_CACHE": str(folder / "cache"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+    }
+
+
+def call(python: Path | str, script: str, *words: str, environment: dict[str, str]) -> dict[str, Any]:
+    """The JSON on the last line of a script's output.
+
+    Raises:
+        BenchError: the script failed, with the end of what it said.
+    """
+    command = [str(python), str(Path(__file__).with_name(script)), *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        said = "\n".join(done.stderr.splitlines()[-15:])
+        raise BenchError(f"{script} {' '.join(words)}: exit status {done.returncode}\n{said}")
+    return json.loads(lines[-1])
+
+
+def peer_of_ppo(environment: Path, interpreter: str) -> Path:
+    """The interpreter of the environment with TRL 1.12.
+
+    Raises:
+        BenchError: it cannot be made.
+    """
+    from parity_ppo import peer_python
+
+    try:
+        return peer_python(environment, interpreter)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BenchError(
+            f"{environment}: the environment of TRL 1.12 cannot be made ({error}); "
+            "leave its stages out: --stages dpo,reward,sft"
+        ) from None
+
+
+def turns(stages: Sequence[str], number: int) -> list[tuple[str, str]]:
+    """The runs of a round, (side, stage): a peer's stage once, and who is first alternating."""
+    order: list[tuple[str, str]] = []
+    for peer in dict.fromkeys(map(peer_stage, stages)):
+        ours = [("ours", stage) for stage in stages if peer_stage(stage) == peer]
+        order += [*ours, ("peer", peer)] if number % 2 else [("peer", peer), *ours]
+    return order
+
+
+def require_same_work(runs: Sequence[dict[str, Any]]) -> None:
+    """Check that both sides of a round took the same examples in every step.
+
+    Raises:
+        BenchError: naming the first step that differs.
+    """
+    peers = {(run["stage"], run["precision"], run["round"]): run for run in runs if run["side"] == "peer"}
+    for run in runs:
+        peer = peers.get((peer_stage(run["stage"]), run["precision"], run["round"]))
+        if run["side"] == "peer" or peer is None or run["digests"] == peer["digests"]:
+            continue
+        pairs = zip(run["digests"], peer["digests"])
+        step = next((n for n, (mine, theirs) in enumerate(pairs, 1) if mine != theirs), None)
+        counts = f"{len(run['digests'])} steps of ours, {len(peer['digests'])} of the peer's"
+        where = counts if step is None else f"step {step}"
+        raise BenchError(f"{run['stage']}, round {run['round']}: {where}: the two sides took other examples")
+
+
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All rounds, and the machine's peak before and after them."""
+    from bench_work import QUICK, Sizes, prepare
+
+    # What can be wrong is found before anything takes long.
+    work = prepare(folder / "work", options.hh, QUICK if options.quick else Sizes(), options.threads)
+    needs_ppo = "ppo" in map(peer_stage, options.stages)
+    ppo_python = peer_of_ppo(options.environment, options.python) if needs_ppo else sys.executable
+    environment = child_environment(options.threads, folder)
+
+    def peak() -> dict[str, float]:
+        return call(sys.executable, "bench_probe.py", str(options.threads), environment=environment)
+
+    runs: list[dict[str, Any]] = []
+    peaks = [peak()]
+    for number in range(1, options.repeats + 1):
+        for bf16 in (False, True) if options.bf16 else (False,):
+            for side, stage in turns(options.stages, number):
+                python = ppo_python if (side, stage) == ("peer", "ppo") else sys.executable
+                words = [stage, str(folder / "work/work.json"), *(["--bf16"] if bf16 else [])]
+                run = call(python, f"bench_{side}.py", *words, environment=environment) | {"round": number}
+                runs.append(run)
+                load = " to ".join(f"{value:.1f}" for value in run["load"])
+                what = f"round {number}/{options.repeats}  {TITLES[stage]}, {run['precision']}, {side}"
+                setup = f"(set-up {run['setup_seconds']:.1f} s, load {load})"
+                print(f"{what}: {rate(run):.2f}/s  {setup}", file=sys.stderr)
+            require_same_work(runs)
+    peaks.append(peak())
+    best = {name: max(found[name] for found in peaks) for name in peaks[0]}
+    versions = {OURS: next(run["versions"] for run in runs if run["side"] == "ours")}
+    if needs_ppo:
+        versions[PPO_PEER] = next(run["versions"] for run in runs if (run["side"], run["stage"]) == ("peer", "ppo"))
+    left_out = ("policy", "reward", "pairs", "prompts", "order", "prompt_order")
+    return {
+        "command": command_of(options),
+        "quick": options.quick,
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "threads": options.threads,
+        "repeats": options.repeats,
+        "versions": versions,
+        "product": PRODUCT,
+        "peaks": peaks,
+        "work": {key: value for key, value in work.items() if key not in left_out},
+        "rows": summarise(runs, best),
+        "runs": [{key: value for key, value in run.items() if key != "digests"} for run in runs],
+    }
+
+
+def dump(found: dict[str, Any]) -> str:
+    """JSON with one line for each list of numbers."""
+    text = json.dumps(found, indent=1)
+    return re.sub(r"\[[^\[\]{}\"]*\]", lambda part: "[" + " ".join(part[0][1:-1].split()) + "]", text) + "\n"
+
+
+def command_of(options: argparse.Namespace) -> str:
+    """The command that makes these figures again, without the folders of this machine."""
+    words = ["python", "scripts/bench.py"]
+    words += ["--hh", options.hh.name] if options.hh else []
+    words += ["--stages", ",".join(options.stages)] if options.stages != list(TITLES) else []
+    words += [f"--{name}" for name in ("bf16", "quick") if getattr(options, name)]
+    words += ["--repeats", str(options.repeats)] if options.repeats != LEAST else []
+    words += ["--threads", str(options.threads)] if options.threads != THREADS else []
+    return " ".join(words)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, checked.
+
+    Raises:
+        BenchError: a stage that does not exist, or too few rounds.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--hh", type=Path, metavar="FILE", help="preference pairs; without it a synthetic set")
+    parser.add_argument("--stages", default=",".join(TITLES), help="default: all")
+    parser.add_argument("--repeats", type=int, help=f"rounds (default and least {LEAST}; with --quick 1)")
+    parser.add_argument("--bf16", action="store_true", help="the same again with bf16 autocast")
+    parser.add_argument("--quick", action="store_true", help="a smoke test on a few examples, its figures mean nothing")
+    parser.add_argument("--threads", type=int, default=THREADS)
+    parser.add_argument("--output", type=Path, help="default: docs/benchmarks.md; with --quick build/bench_quick.md")
+    parser.add_argument("--json", type=Path, help="default: beside the output")
+    parser.add_argument("--environment", type=Path, default=ROOT / ".peer/trl-1.12", help="that of TRL 1.12")
+    parser.add_argument("--python", default=sys.executable, help="the interpreter that makes it")
+    options = parser.parse_args(arguments)
+    options.stages = [stage.strip() for stage in options.stages.split(",") if stage.strip()]
+    unknown = [stage for stage in options.stages if stage not in TITLES]
+    if unknown or not options.stages:
+        raise BenchError(f"--stages: found {', '.join(unknown) or 'none'}; expected some of {','.join(TITLES)}", 2)
+    options.stages = [stage for stage in TITLES if stage in options.stages]
+    least = 1 if options.quick else LEAST
+    options.repeats = least if options.repeats is None else options.repeats
+    if options.repeats < least:
+        raise BenchError(f"--repeats: found {options.repeats}; expected at least {least}, for a median and a spread", 2)
+    if options.threads < 1:
+        raise BenchError(f"--threads: found {options.threads}; expected at least 1", 2)
+    options.output = options.output or (QUICK_OUTPUT if options.quick else OUTPUT)
+    options.json = options.json or options.output.with_suffix(".json")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    from rlhf_pipeline.errors import RlhfError
+
+    try:
+        options = parse(arguments)
+        with tempfile.TemporaryDirectory() as folder:
+            found = measure(options, Path(folder))
+        text = document(found)
+        for path, content in ((options.json, dump(found)), (options.output, text)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content, encoding="utf-8")
+    except BenchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    except RlhfError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

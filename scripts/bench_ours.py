@@ -1,0 +1,118 @@
+"""This package's side of bench.py: one timed run of a stage.
+
+    python scripts/bench_ours.py STAGE WORK.json [--bf16]
+
+Runs the stage's own code from a config, as `rlhf` does, in a home of its own. Watched from outside: the windows that
+go into the loop and the ends of its updates.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from bench_probe import Stopwatch, run_side
+
+LOSSES = {"sft": "loss/nll", "reward": "loss/bradley_terry", "dpo": "loss/dpo"}
+STAGES = (*LOSSES, "ppo", "ppo_shared")
+
+
+def config_of(stage: str, work: dict[str, Any], bf16: bool) -> tuple[str, Any]:
+    """The command of a stage and its config."""
+    from rlhf_pipeline.config.load import load_config
+
+    sizes = work["sizes"]
+    values: dict[str, Any] = {
+        "model_name_or_path": work["policy"],
+        "dataset_name": work["pairs"],
+        "split_fractions": {"train": 1.0},  # nothing is held out, so nothing is evaluated
+        "max_prompt_length": sizes["max_length"],
+        "response_length": sizes["max_length"],  # prompt and response together were chosen to fit
+        "per_device_train_batch_size": sizes["batch"],
+        "learning_rate": work["learning_rate"],
+        "logging_steps": 1_000_000,
+        "seed": work["seed"],
+        "bf16": bf16,
+        "use_cpu": True,
+        "num_threads": work["threads"],
+        "output_name": stage,
+    }
+    if stage == "reward":
+        values["reward_centering"] = "none"
+    if stage == "dpo":
+        values["precompute_ref_log_probs"] = False
+    if stage.startswith("ppo"):
+        values |= {
+            "dataset_name": work["prompts"],
+            "reward_model_path": work["reward"],
+            "value_init": "shared" if stage == "ppo_shared" else "reward_model",
+            "max_prompt_length": sizes["prompt_length"],
+            "response_length": sizes["new_tokens"],
+            "total_episodes": sizes["episodes"] + sizes["warmup_updates"] * sizes["rollout"],
+            "rollout_batch_size": sizes["rollout"],
+            "num_ppo_epochs": sizes["ppo_epochs"],
+            "num_mini_batches": sizes["minibatches"],
+            "per_device_train_batch_size": sizes["rollout"] // sizes["minibatches"],
+        }
+    command = {"reward": "train-rm", "ppo_shared": "ppo"}.get(stage, stage)
+    return command, load_config(command, None, extra=values).config
+
+
+def sequences(example: Any) -> list[list[int]]:
+    """The token ids of an example: prompt and each completion, or the prompt alone."""
+    return [example.prompt_ids + ids for ids in example.completions] or [example.prompt_ids]
+
+
+def measure(stage: str, work: dict[str, Any], bf16: bool = False) -> Stopwatch:
+    """Run a stage and time its steps."""
+    from rlhf_pipeline.experiment.run import stage_function
+    from rlhf_pipeline.stages import common
+    from rlhf_pipeline.training import ppo_windows, session
+
+    sizes, ppo = work["sizes"], stage.startswith("ppo")
+    examples: list[Any] = []
+    watch = Stopwatch(
+        warmup=sizes["warmup_updates" if ppo else "warmup"], examples=sizes["rollout" if ppo else "batch"]
+    )
+    fit, example_windows, sample = session.fit, common.example_windows, ppo_windows.sample_for_prompts
+
+    def noted_windows(found: Any, **options: Any) -> Any:
+        examples.extend(found)
+        return example_windows(found, **options)
+
+    def noted_prompts(policy: Any, prompts: Any, **options: Any) -> Any:
+        watch.saw([sequences(prompt) for prompt in prompts])
+        return sample(policy, prompts, **options)
+
+    def watched(windows: Any) -> Any:
+        for window in windows:
+            if not ppo:
+                watch.saw([sequences(examples[i]) for batch in window.micro_batches for i in batch.indices])
+            yield window
+
+    def timed_fit(model: Any, windows: Any, step: Any, *, on_update: Any, **options: Any) -> int:
+        meter = step.keywords["meter"]
+
+        def updated(number: int, metrics: dict[str, float], window: Any) -> None:
+            on_update(number, metrics, window)
+            watch.tick(meter.flops, metrics.get(LOSSES.get(stage, "")))
+
+        watch.ready(options["optimizer"])
+        return fit(model, watched(windows), step, on_update=updated, **options)
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(session, "fit", timed_fit))
+        stack.enter_context(mock.patch.object(common, "example_windows", noted_windows))
+        stack.enter_context(mock.patch.object(ppo_windows, "sample_for_prompts", noted_prompts))
+        home = stack.enter_context(tempfile.TemporaryDirectory())
+        command, config = config_of(stage, work, bf16)
+        stage_function(command)(config, Path(home), resume=False, quiet=True)
+    return watch
+
+
+if __name__ == "__main__":
+    sys.exit(run_side("ours", STAGES, measure))

@@ -1,0 +1,207 @@
+"""The peer's side of bench.py: one timed run of a trainer of TRL's.
+
+    python scripts/bench_peer.py STAGE WORK.json [--bf16]
+
+Runs in TRL's environment and imports nothing of this project. The trainers are TRL's own, on texts, and prepare them
+themselves (PPO's takes token ids). What differs from their defaults: no gradient checkpointing (on by default, costs
+time), nothing logged, saved, reported or evaluated, fp32 unless asked for, and the order of the examples, which is
+that of the other side.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bench_probe import Stopwatch, run_side
+
+STAGES = ("sft", "reward", "dpo", "ppo")
+
+
+def read_rows(path: str, order: list[int]) -> list[dict[str, Any]]:
+    """The rows of a JSONL file, in the order in which they are trained on."""
+    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    return [rows[index] for index in order]
+
+
+def columns(stage: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What TRL's trainer of a stage expects of a row."""
+    if stage == "sft":
+        return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    if stage == "ppo":
+        return [{"input_ids": row["prompt_ids"]} for row in rows]
+    return [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
+
+
+def sequences(row: dict[str, Any]) -> list[list[int]]:
+    """The token ids of a row as a trainer collates it: prompt and each completion, or the prompt alone."""
+    if "input_ids" in row:
+        return [list(row["input_ids"])]
+    prompt = list(row.get("prompt_ids", ()))
+    return [prompt + list(row[name]) for name in ("chosen_ids", "rejected_ids")]
+
+
+def common_arguments(work: dict[str, Any], directory: str, bf16: bool) -> dict[str, Any]:
+    """What the configs of all trainers have in common."""
+    return {
+        "output_dir": directory,
+        "learning_rate": work["learning_rate"],
+        "lr_scheduler_type": "linear",
+        "weight_decay": 0.0,
+        "seed": work["seed"],
+        "bf16": bf16,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def make_timing(watch: Stopwatch) -> Any:
+    """A callback that tells the stopwatch when training begins and when a step is done."""
+    from transformers import TrainerCallback
+
+    class Timing(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            watch.ready(kwargs.get("optimizer"))
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            watch.tick()
+
+    return Timing()
+
+
+def noted(collate: Any, watch: Stopwatch) -> Any:
+    """A collator that notes the examples of each step."""
+
+    def collated(rows: list[dict[str, Any]]) -> Any:
+        watch.saw([sequences(row) for row in rows])
+        return collate(rows)
+
+    return collated
+
+
+def train_pairs(stage: str, work: dict[str, Any], watch: Stopwatch, directory: str, bf16: bool) -> None:
+    """SFT, reward model or DPO with TRL's trainer."""
+    import torch
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    arguments = common_arguments(work, directory, bf16) | {
+        "per_device_train_batch_size": work["sizes"]["batch"],
+        "gradient_accumulation_steps": 1,
+        "num_train_epochs": 1,
+        "max_length": work["sizes"]["max_length"],
+        "logging_strategy": "no",
+        "train_sampling_strategy": "sequential",
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": False,
+    }
+    options: dict[str, Any] = {
+        "train_dataset": Dataset.from_list(columns(stage, read_rows(work["pairs"], work["order"]))),
+        "processing_class": AutoTokenizer.from_pretrained(work["policy"]),
+        "callbacks": [make_timing(watch)],
+    }
+    if stage == "reward":
+        model = AutoModelForSequenceClassification.from_pretrained(work["reward"], dtype=torch.float32)
+        trainer = trl.RewardTrainer(model=model, args=trl.RewardConfig(**arguments), **options)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(work["policy"], dtype=torch.float32)
+        if stage == "sft":
+            args = trl.SFTConfig(**arguments, completion_only_loss=True, packing=False)
+            trainer = trl.SFTTrainer(model=model, args=args, **options)
+        else:
+            args = trl.DPOConfig(**arguments, beta=0.1, loss_type=["sigmoid"], precompute_ref_log_probs=False)
+            options["ref_model"] = AutoModelForCausalLM.from_pretrained(work["policy"], dtype=torch.float32)
+            trainer = trl.DPOTrainer(model=model, args=args, **options)
+    trainer.data_collator = noted(trainer.data_collator, watch)
+    found = trainer.train()
+    watch.losses.append(found.training_loss)
+
+
+def train_ppo(work: dict[str, Any], watch: Stopwatch, directory: str, bf16: bool) -> None:
+    """PPO with the trainer of TRL 1.12."""
+    if bf16:  # this trainer's Accelerator takes its precision from here alone
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+    import torch
+    from datasets import Dataset
+    from torch.utils.data import DataLoader
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        DataCollatorWithPadding,
+        PrinterCallback,
+    )
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    sizes = work["sizes"]
+    tokenizer = AutoTokenizer.from_pretrained(work["policy"], padding_side="left")
+    rows = columns("ppo", read_rows(work["prompts"], work["prompt_order"]))
+    arguments = PPOConfig(
+        **common_arguments(work, directory, bf16),
+        # Its optimizer steps every `gradient_accumulation_steps` micro-batches, whatever a minibatch is. With 1, and a
+        # micro-batch that a minibatch does not fill, it steps once a minibatch, as is meant.
+        per_device_train_batch_size=sizes["rollout"],
+        gradient_accumulation_steps=1,
+        num_mini_batches=sizes["minibatches"],
+        num_ppo_epochs=sizes["ppo_epochs"],
+        total_episodes=len(rows),
+        local_rollout_forward_batch_size=sizes["rollout"],
+        response_length=sizes["new_tokens"],
+        stop_token="eos",
+        temperature=1.0,
+        kl_coef=0.05,
+        num_sample_generations=0,
+    )
+    causal, classifier = AutoModelForCausalLM, AutoModelForSequenceClassification
+    trainer = PPOTrainer(
+        args=arguments,
+        processing_class=tokenizer,
+        model=causal.from_pretrained(work["policy"], dtype=torch.float32),
+        ref_model=causal.from_pretrained(work["policy"], dtype=torch.float32),
+        reward_model=classifier.from_pretrained(work["reward"], dtype=torch.float32),
+        value_model=classifier.from_pretrained(work["reward"], dtype=torch.float32),
+        train_dataset=Dataset.from_list(rows),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        callbacks=[make_timing(watch)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    # Its own loader shuffles; this one hands out the same batches in the other side's order.
+    loader = DataLoader(
+        trainer.train_dataset,
+        batch_size=sizes["rollout"],
+        shuffle=False,
+        collate_fn=noted(trainer.data_collator, watch),
+        drop_last=True,
+    )
+    trainer.dataloader = trainer.accelerator.prepare(loader)
+    trainer.train()
+
+
+def measure(stage: str, work: dict[str, Any], bf16: bool = False) -> Stopwatch:
+    """Run a trainer and time its steps."""
+    import torch
+
+    torch.set_num_threads(work["threads"])
+    sizes, ppo = work["sizes"], stage == "ppo"
+    watch = Stopwatch(
+        warmup=sizes["warmup_updates" if ppo else "warmup"], examples=sizes["rollout" if ppo else "batch"]
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        if ppo:
+            train_ppo(work, watch, directory, bf16)
+        else:
+            train_pairs(stage, work, watch, directory, bf16)
+    return watch
+
+
+if __name__ == "__main__":
+    sys.exit(run_side("peer", STAGES, measure))

@@ -1,0 +1,238 @@
+"""From the runs of bench.py to its figures and to docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+TITLES = {
+    "dpo": "DPO, reference online",
+    "reward": "reward model",
+    "sft": "SFT, completion only",
+    "ppo": "PPO, separate critic",
+    "ppo_shared": "PPO, shared trunk",
+}
+UNITS = {"dpo": "pairs", "reward": "pairs", "sft": "examples", "ppo": "episodes", "ppo_shared": "episodes"}
+# How many times the peer's rate ours should at least be, and what it should become; fp32.
+TARGETS = {"dpo": (4.5, 8.0), "reward": (2.5, 5.0), "sft": (1.8, 3.0), "ppo": (1.8, 3.0), "ppo_shared": (3.0, 5.0)}
+PEER_STAGE = {"ppo_shared": "ppo"}
+"""The peer has no shared trunk: its runs with a separate critic stand beside both."""
+
+Run = dict[str, Any]
+
+
+def peer_stage(stage: str) -> str:
+    """The peer's stage that a stage is compared with."""
+    return PEER_STAGE.get(stage, stage)
+
+
+def rate(run: Run) -> float:
+    """Examples (episodes) a second."""
+    return run["examples"] / sum(run["seconds"])
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, smallest and largest value."""
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def _pick(runs: Sequence[Run], side: str, stage: str, precision: str) -> list[Run]:
+    found = [run for run in runs if (run["side"], run["stage"], run["precision"]) == (side, stage, precision)]
+    return sorted(found, key=lambda run: run["round"])
+
+
+def _work_flops(runs: Sequence[Run], stage: str) -> float | None:
+    """FLOPs of an example of this work, as our formula counts them: the same figure for both sides and precisions."""
+    counted = [run["flops"] / run["examples"] for run in runs if run["stage"] == stage and run["flops"]]
+    return statistics.median(counted) if counted else None
+
+
+def summarise(runs: Sequence[Run], peak: dict[str, float]) -> list[dict[str, Any]]:
+    """One row for each stage and precision of which both sides have the same rounds; ratios are of one round each.
+
+    Args:
+        runs: reports of both sides, each with its round. peak: FLOP/s of a matrix product, by precision.
+    """
+    cells = dict.fromkeys((run["stage"], run["precision"]) for run in runs if run["side"] == "ours")
+    rows = []
+    for stage, precision in sorted(cells, key=lambda cell: (cell[1] != "fp32", list(TITLES).index(cell[0]))):
+        ours = _pick(runs, "ours", stage, precision)
+        peer = _pick(runs, "peer", peer_stage(stage), precision)
+        if not peer or [run["round"] for run in ours] != [run["round"] for run in peer]:
+            continue
+        ratio = spread([rate(mine) / rate(theirs) for mine, theirs in zip(ours, peer)])
+        row: dict[str, Any] = {"stage": stage, "precision": precision, "ratio": ratio}
+        row["floor"], row["aim"] = TARGETS[stage] if precision == "fp32" else (None, None)
+        for side, found in (("ours", ours), ("peer", peer)):
+            flops = _work_flops(runs, stage if side == "ours" else peer_stage(stage))
+            rates = spread([rate(run) for run in found])
+            row[side] = {
+                "rate": rates,
+                "gflop_per_example": None if flops is None else flops / 1e9,
+                "share_of_peak": None if flops is None else flops * rates["median"] / peak[precision],
+                "peak_bytes": max(run["peak_bytes"] for run in found),
+                "training_bytes": max(
+                    (run["training_peak_bytes"] - run["loaded_bytes"] for run in found if run["loaded_bytes"]),
+                    default=None,
+                ),
+                "setup_seconds": statistics.median(run["setup_seconds"] for run in found),
+                "warmup_seconds": statistics.median(run["warmup_seconds"] for run in found),
+                "loss": found[0]["loss"],
+                "optimizer_steps": found[0]["optimizer_steps"],
+            }
+        rows.append(row)
+    return rows
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """Where the median ratio stands."""
+    if row["floor"] is None:
+        return ""
+    ratio = row["ratio"]["median"]
+    if ratio >= row["aim"]:
+        return "aim reached"
+    return "above the floor" if ratio >= row["floor"] else "below the floor"
+
+
+def _range(values: dict[str, float], digits: int = 1) -> str:
+    return f"{values['median']:.{digits}f} ({values['low']:.{digits}f}-{values['high']:.{digits}f})"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def _mib(count: float | None) -> str:
+    return "-" if count is None else f"{count / 2**20:,.0f}"
+
+
+def rate_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Rates, ratios, shares of the peak and memory, as lines of Markdown."""
+    lines = [
+        "| stage | ours, a second | TRL, a second | ratio | floor / aim | | share of the peak, ours / TRL "
+        "| peak memory, ours / TRL, MiB | of it training |",
+        "| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        ours, peer = row["ours"], row["peer"]
+        target = "-" if row["floor"] is None else f"{row['floor']:g} / {row['aim']:g}"
+        cells = (
+            TITLES[row["stage"]],
+            f"{_range(ours['rate'])} {UNITS[row['stage']]}",
+            _range(peer["rate"]),
+            f"**{row['ratio']['median']:.2f}** ({row['ratio']['low']:.2f}-{row['ratio']['high']:.2f})",
+            target,
+            verdict(row),
+            f"{_share(ours['share_of_peak'])} / {_share(peer['share_of_peak'])}",
+            f"{_mib(ours['peak_bytes'])} / {_mib(peer['peak_bytes'])}",
+            f"{_mib(ours['training_bytes'])} / {_mib(peer['training_bytes'])}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def setup_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What the rates leave out, and what shows that both sides did the same, as lines of Markdown."""
+    lines = [
+        "| stage | | GFLOP an example | set-up, s, ours / TRL | warm-up, s | optimizer steps | mean loss |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+
+    def both(row: dict[str, Any], key: str, form: str) -> str:
+        found = (row[side][key] for side in ("ours", "peer"))
+        return " / ".join("-" if value is None else format(value, form) for value in found)
+
+    for row in rows:
+        cells = (
+            TITLES[row["stage"]],
+            row["precision"],
+            both(row, "gflop_per_example", ".2f"),
+            both(row, "setup_seconds", ".1f"),
+            both(row, "warmup_seconds", ".1f"),
+            both(row, "optimizer_steps", "d"),
+            both(row, "loss", ".5f"),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def describe_work(work: dict[str, Any], repeats: int) -> list[str]:
+    """The work in words."""
+    sizes, lengths = work["sizes"], work["lengths"]
+    model = sizes["model"]
+    listed = ", ".join(f"{name} {found['median']:g} ({found['p95']:g})" for name, found in lengths.items())
+    if work["source"] == "synthetic":
+        source = "Made-up transcripts whose lengths are drawn from log-normal distributions fitted to HH's"
+    else:
+        source = f"Preference pairs of `{work['source']}`"
+    return [
+        f"{source}; the first {sizes['examples']:,} after {sizes['warmup'] * sizes['batch']} of warm-up, prompt and "
+        f"longer response within {sizes['max_length']} tokens. Tokens, median (95th percentile): {listed}.",
+        f"Byte-level BPE of {sizes['vocab_size']:,} trained on them; {model['model_type']}, hidden "
+        f"{model['hidden_size']}, MLP {model['intermediate_size']}, {model['num_hidden_layers']} layers, "
+        f"{model['num_attention_heads']} heads, tied embeddings: {work['parameters'] / 1e6:.1f} M random weights, the "
+        f"same on both sides. Batch {sizes['batch']}, AdamW, linear schedule.",
+        f"PPO: {sizes['episodes']} episodes after {sizes['warmup_updates'] * sizes['rollout']} of warm-up, prompts up "
+        f"to {sizes['prompt_length']} tokens, {sizes['new_tokens']} new ones, rollouts of {sizes['rollout']}, "
+        f"{sizes['ppo_epochs']} epochs of {sizes['minibatches']} minibatches, the same prompts in every rollout; a "
+        "model with random weights hardly ever ends a response early.",
+        f"{repeats} rounds. In each round both sides run once, each in a process of its own, who is first alternating; "
+        "medians (smallest-largest), a ratio being of one round. Both sides were seen to take the same examples in "
+        "every step. Evaluation, logging and saving are off or outside the time. TRL's gradient checkpointing, on by "
+        "default, is off: it would slow TRL down. TRL's SFT pads, since its packing needs flash attention.",
+    ]
+
+
+def document(found: dict[str, Any]) -> str:
+    """docs/benchmarks.md. found: what bench.py writes as JSON."""
+    rows, machine, peaks = found["rows"], found["machine"], found["peaks"]
+    plain = [row for row in rows if row["precision"] == "fp32"]
+    bf16 = [row for row in rows if row["precision"] == "bf16"]
+    start, end = ({name: value / 1e9 for name, value in peaks[place].items()} for place in (0, -1))
+    best = {name: max(start[name], end[name]) for name in start}
+    loads = [load for run in found["runs"] for load in run["load"]]
+    lines = ["# Benchmarks", "", f"Made by `{found['command']}` on {found['date']}."]
+    if found["quick"]:
+        lines += ["", "A smoke test on a tiny model and a few examples: these figures say nothing about speed."]
+    lines += ["", *rate_table(plain)] if plain else []
+    if bf16:
+        but = (
+            " (TRL's PPO samples and scores in fp32 all the same)" if any("ppo" in row["stage"] for row in bf16) else ""
+        )
+        lines += ["", f"bf16 autocast on both sides{but}:", ""]
+        lines += rate_table(bf16)
+    lines += [
+        "",
+        "Share of the peak: FLOPs that the work needs by our formula (a pair's prompt once, no padding) times the "
+        f"rate, over what a product of two {found['product']} x {found['product']} matrices reached on "
+        f"{found['threads']} threads here: {best['fp32']:.0f} GFLOP/s in fp32, {best['bf16']:.0f} in bf16 "
+        f"(at the start {start['fp32']:.0f} and {start['bf16']:.0f}, at the end {end['fp32']:.0f} and "
+        f"{end['bf16']:.0f}).",
+        "Peak memory: of the whole process, largest of all rounds; of it training: above what was in memory when the "
+        "first step began.",
+        "",
+        "## The work",
+        "",
+        *[text for line in describe_work(found["work"], found["repeats"]) for text in (line, "")],
+        "## Left out of the rates",
+        "",
+        *setup_table(rows),
+        "",
+        "Set-up: imports, models, texts to tokens. Losses are means over all steps and agree where both sides did the "
+        "same; of PPO, whose sides sample for themselves, there is none. TRL's PPO has no shared trunk: both rows are "
+        "compared with its separate critic. Its gradients are not clipped, ours are.",
+        "",
+        "## The machine",
+        "",
+        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB, {machine['system']}; "
+        f"{found['threads']} threads pinned; load over one minute between {min(loads):.1f} and {max(loads):.1f} while "
+        "it ran.",
+        "",
+        "| | " + " | ".join(found["versions"]) + " |",
+        "| --- |" + " --- |" * len(found["versions"]),
+    ]
+    names = dict.fromkeys(name for side in found["versions"].values() for name in side)
+    for name in names:
+        lines.append(f"| {name} | " + " | ".join(side.get(name, "-") for side in found["versions"].values()) + " |")
+    return "\n".join(lines) + "\n"

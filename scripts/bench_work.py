@@ -1,0 +1,200 @@
+"""The work of bench.py: examples, prompts, one tokenizer and two models with random weights, for both sides."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf_pipeline.config.base import Lengths
+from rlhf_pipeline.data.kinds import as_kind
+from rlhf_pipeline.data.load import read_records
+from rlhf_pipeline.data.records import Record, plain
+from rlhf_pipeline.data.tokenize import Example, tokenize
+from rlhf_pipeline.data.tokenizers import train_byte_level_bpe
+from rlhf_pipeline.errors import BadInput
+from rlhf_pipeline.training.windows import epoch_order
+
+SEED = 0
+LEARNING_RATE = 1e-5
+# Median and 95th percentile of the tokens of HH's harmless-base/test under its own BPE of 4,096.
+HH_LENGTHS = {"prompt": (103, 377), "chosen": (29, 131), "rejected": (39, 161)}
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much work there is. Warm-ups (steps; PPO: updates) come on top of `examples` and `episodes`."""
+
+    examples: int = 320
+    batch: int = 8
+    warmup: int = 4
+    max_length: int = 512
+    vocab_size: int = 4096
+    episodes: int = 128
+    rollout: int = 32
+    warmup_updates: int = 1
+    prompt_length: int = 128
+    new_tokens: int = 48
+    ppo_epochs: int = 4
+    minibatches: int = 4
+    synthetic_rows: int = 2300
+    model: dict[str, Any] = field(default_factory=lambda: dict(LLAMA))
+
+    @property
+    def pairs(self) -> int:
+        return self.examples + self.warmup * self.batch
+
+    @property
+    def prompts(self) -> int:
+        return self.episodes + self.warmup_updates * self.rollout
+
+
+QUICK = Sizes(
+    examples=16,
+    warmup=1,
+    vocab_size=512,
+    episodes=8,
+    rollout=8,
+    new_tokens=4,
+    ppo_epochs=2,
+    synthetic_rows=200,
+    model={**LLAMA, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1},
+)
+
+
+def synthetic_pairs(count: int, seed: int = SEED) -> list[dict[str, str]]:
+    """Transcripts of made-up words whose lengths are log-normal with HH's medians and 95th percentiles."""
+    draw = random.Random(seed)
+    letters = ("bdfgklmnprstvz", "aeiou")
+    words = ["".join(draw.choice(part) for _ in range(draw.randint(1, 3)) for part in letters) for _ in range(1200)]
+    words = sorted(set(words), key=lambda word: (len(word), word))  # short words are the frequent ones
+    weights = [1 / (rank + 10) for rank in range(len(words))]
+
+    def text(part: str, less: int = 0) -> str:
+        median, high = HH_LENGTHS[part]
+        length = round(draw.lognormvariate(math.log(median), math.log(high / median) / 1.645)) - less
+        return " " + " ".join(draw.choices(words, weights, k=max(1, length)))
+
+    frame = "\n\nHuman:{}\n\nAssistant:"  # a dozen tokens with the end token of the response
+    return [
+        {
+            "prompt": frame.format(text("prompt", 8)),
+            "chosen": text("chosen", 1),
+            "rejected": text("rejected", 1),
+        }
+        for _ in range(count)
+    ]
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def read_pairs(source: Path | None, folder: Path, sizes: Sizes) -> list[Record]:
+    """The pairs of a file, or of the synthetic set.
+
+    Raises:
+        BadInput: the file is not there or holds no pairs.
+    """
+    if source is None:
+        source = folder / "synthetic.jsonl"
+        write_rows(source, synthetic_pairs(sizes.synthetic_rows))
+    elif not source.is_file():
+        raise BadInput(f"--hh {source}: no such file; expected preference pairs (chosen, rejected), or leave it out")
+    return as_kind(read_records(str(source), skip_bad_rows=True).records, "pair", str(source))[0]
+
+
+def fitting_pairs(examples: Sequence[Example], sizes: Sizes) -> list[Example]:
+    """The first pairs whose prompt and longer response together fit, so that neither side cuts or drops one."""
+    fits = [e for e in examples if len(e.prompt_ids) + max(map(len, e.completions)) <= sizes.max_length]
+    return fits[: sizes.pairs]
+
+
+def length_table(pairs: Sequence[Example], prompts: Sequence[Example]) -> dict[str, dict[str, float]]:
+    """Median and 95th percentile of tokens."""
+    parts = {
+        "prompt": [len(e.prompt_ids) for e in pairs],
+        "chosen": [len(e.completions[0]) for e in pairs],
+        "rejected": [len(e.completions[1]) for e in pairs],
+        "prompt of PPO": [len(e.prompt_ids) for e in prompts],
+    }
+    return {
+        name: {"median": statistics.median(found), "p95": sorted(found)[round(0.95 * (len(found) - 1))]}
+        for name, found in parts.items()
+    }
+
+
+def make_models(folder: Path, tokenizer: Any, sizes: Sizes) -> dict[str, Any]:
+    """A policy, and a reward model on its trunk, both with random weights; where they are and their size."""
+    from transformers.utils import logging
+
+    from rlhf_pipeline.models.loading import init_causal_lm, init_reward_model, save_model
+
+    logging.set_verbosity_error()  # a head without weights is what is wanted here
+    logging.disable_progress_bar()
+    policy = init_causal_lm({**sizes.model, "vocab_size": sizes.vocab_size}, tokenizer, seed=SEED)
+    save_model(policy, tokenizer, folder / "policy")
+    # The head that `rlhf train-rm` draws from this seed: both sides start from the same weights.
+    reward = init_reward_model(folder / "policy", tokenizer, seed=SEED)
+    save_model(reward, tokenizer, folder / "reward")
+    return {
+        "policy": str(folder / "policy"),
+        "reward": str(folder / "reward"),
+        "parameters": sum(p.numel() for p in policy.parameters()),
+    }
+
+
+def prepare(folder: Path, source: Path | None, sizes: Sizes, threads: int) -> dict[str, Any]:
+    """Write everything that a run needs into a folder; returns what is in its work.json.
+
+    Raises:
+        BadInput: the file is not there, or has too few pairs or prompts that fit.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    records = read_pairs(source, folder, sizes)
+    texts = [plain(text) for record in records for text in (record.prompt, *record.completions)]
+    tokenizer = train_byte_level_bpe(texts, sizes.vocab_size)
+    longest = Lengths(sizes.max_length, sizes.max_length, 2 * sizes.max_length)
+    pairs = fitting_pairs(tokenize(records, tokenizer, longest)[0], sizes)
+    prompts, _ = tokenize(records, tokenizer, longest, kind="prompt")
+    prompts = [e for e in prompts if len(e.prompt_ids) <= sizes.prompt_length][: sizes.prompts]
+    for what, found, wanted in (("pairs", pairs, sizes.pairs), ("prompts", prompts, sizes.prompts)):
+        if len(found) < wanted:
+            raise BadInput(f"{source}: {len(found)} {what} that are short enough; expected at least {wanted}")
+    work = {
+        "source": "synthetic" if source is None else source.name,
+        "seed": SEED,
+        "threads": threads,
+        "learning_rate": LEARNING_RATE,
+        "sizes": asdict(sizes),
+        "lengths": length_table(pairs, prompts),
+        "pairs": write_rows(
+            folder / "pairs.jsonl",
+            [dict(zip(("prompt", "chosen", "rejected"), (e.prompt_text, *e.completion_texts))) for e in pairs],
+        ),
+        "prompts": write_rows(
+            folder / "prompts.jsonl", [{"prompt": e.prompt_text, "prompt_ids": e.prompt_ids} for e in prompts]
+        ),
+        # The order in which the package's loop takes them: the peer gets its rows in it.
+        "order": epoch_order(len(pairs), SEED, 0),
+        "prompt_order": epoch_order(len(prompts), SEED, 0),
+        **make_models(folder, tokenizer, sizes),
+    }
+    (folder / "work.json").write_text(json.dumps(work))
+    return work

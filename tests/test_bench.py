@@ -1,0 +1,208 @@
+"""`make bench`: both sides get the same work, and what becomes of their figures. No time is asserted."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+MODULES = ("bench", "bench_ours", "bench_peer", "bench_probe", "bench_table", "bench_work")
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """The scripts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+
+
+@pytest.fixture(scope="module")
+def work(bench, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The work of `--quick`, on the synthetic set."""
+    import torch
+
+    torch.set_num_threads(1)
+    return bench.bench_work.prepare(tmp_path_factory.mktemp("bench") / "work", None, bench.bench_work.QUICK, 1)
+
+
+@pytest.fixture(scope="module")
+def steps(bench, work) -> dict[str, list[list[list[list[int]]]]]:
+    """By stage, the examples of each step: the texts of the peer's rows, in its order, tokenised here."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(work["policy"])
+    rows = bench.bench_peer.read_rows(work["pairs"], work["order"])
+    prompts = bench.bench_peer.read_rows(work["prompts"], work["prompt_order"])
+
+    def ids(row: dict[str, str], *names: str) -> list[list[int]]:
+        return [tokenizer(row["prompt"] + row[name] + tokenizer.eos_token)["input_ids"] for name in names]
+
+    pairs = [ids(row, "chosen", "rejected") for row in rows]
+    found = {
+        "sft": [ids(row, "chosen") for row in rows],
+        "reward": pairs,
+        "dpo": pairs,
+        "ppo": [[tokenizer(row["prompt"])["input_ids"]] for row in prompts],
+    }
+    return {stage: [all_[i : i + 8] for i in range(0, len(all_), 8)] for stage, all_ in found.items()}
+
+
+def test_the_work_is_what_its_sizes_say(bench, work, steps) -> None:
+    sizes = bench.bench_work.QUICK
+    assert work["sizes"] == asdict(sizes)
+    assert sorted(work["order"]) == list(range(24)) and work["order"] != list(range(24))
+    assert [len(step) for step in steps["dpo"]] == [8, 8, 8]
+    assert max(len(ids) for step in steps["dpo"] for example in step for ids in example) <= sizes.max_length
+    assert max(len(ids) for step in steps["ppo"] for (ids,) in step) <= sizes.prompt_length
+
+
+@pytest.mark.parametrize("stage", ["dpo", "reward", "sft"])
+def test_our_side_takes_the_examples_of_the_peers_rows(bench, work, steps, stage) -> None:
+    report = bench.bench_ours.measure(stage, work).report("ours", stage, False)
+    assert report["digests"] == [bench.bench_probe.digest(step) for step in steps[stage]]
+    assert (report["steps"], report["examples"], report["optimizer_steps"]) == (2, 16, 3)
+    assert report["flops"] > 0 and report["loss"] > 0 and report["peak_bytes"] >= report["loaded_bytes"] > 0
+
+
+@pytest.mark.parametrize("stage", ["ppo", "ppo_shared"])
+def test_our_side_of_ppo(bench, work, steps, stage) -> None:
+    report = bench.bench_ours.measure(stage, work).report("ours", stage, False)
+    assert report["digests"] == [bench.bench_probe.digest(step) for step in steps["ppo"]]
+    assert (report["steps"], report["examples"]) == (1, 8)
+    assert report["optimizer_steps"] == 2 * 2 * 4  # updates x epochs x minibatches
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["dpo", "reward", "sft"])
+def test_the_peers_side_takes_them_too_and_finds_the_same_loss(bench, work, stage, monkeypatch) -> None:
+    monkeypatch.setenv("CI", "1")  # TRL then sends no telemetry
+    theirs = bench.bench_peer.measure(stage, work).report("peer", stage, False)
+    ours = bench.bench_ours.measure(stage, work).report("ours", stage, False)
+    assert theirs["digests"] == ours["digests"]
+    assert (theirs["steps"], theirs["optimizer_steps"]) == (ours["steps"], ours["optimizer_steps"])
+    assert theirs["loss"] == pytest.approx(ours["loss"], abs=2e-6)
+
+
+def test_the_order_within_a_step_does_not_matter_and_the_step_does(bench) -> None:
+    digest = bench.bench_probe.digest
+    assert digest([[[1, 2]], [[3]]]) == digest([[[3]], [[1, 2]]]) != digest([[[3]], [[2, 1]]])
+
+
+def test_synthetic_lengths_follow_hh(bench) -> None:
+    rows = bench.bench_work.synthetic_pairs(2000)
+    for name, (median, high) in bench.bench_work.HH_LENGTHS.items():
+        words = sorted(len(row[name].split()) for row in rows)
+        frame = 6 if name == "prompt" else 1  # tokens that are no words: ends of paragraphs, colons, the end token
+        assert words[1000] + frame == pytest.approx(median, rel=0.1)
+        assert words[1900] + frame == pytest.approx(high, rel=0.15)
+
+
+def run(side: str, stage: str, number: int, seconds: float, **changes: Any) -> dict[str, Any]:
+    """A report of 10 examples in two steps, made by hand."""
+    values = {
+        "side": side,
+        "stage": stage,
+        "round": number,
+        "precision": "fp32",
+        "steps": 2,
+        "examples": 10,
+        "seconds": [seconds / 4, 3 * seconds / 4],
+        "warmup_seconds": 1.0,
+        "setup_seconds": 5.0,
+        "peak_bytes": 300 * 2**20,
+        "loaded_bytes": 200 * 2**20,
+        "training_peak_bytes": 290 * 2**20,
+        "flops": 4e10 if side == "ours" else None,
+        "loss": 0.5,
+        "optimizer_steps": 3,
+        "digests": ["a", "b", "c"],
+        "threads": 2,
+        "load": [0.1, 1.9],
+        "versions": {"torch": "2"},
+    }
+    return values | changes
+
+
+def test_ratios_are_of_one_round_and_shares_of_the_peak(bench) -> None:
+    # Ours 10, 5 and 20 examples a second, the peer's 2, 2.5 and 2.5: ratios 5, 2 and 8.
+    runs = [run("ours", "dpo", n, s) for n, s in ((1, 1.0), (2, 2.0), (3, 0.5))]
+    runs += [run("peer", "dpo", n, s) for n, s in ((1, 5.0), (2, 4.0), (3, 4.0))]
+    (row,) = bench.bench_table.summarise(runs, {"fp32": 1e11, "bf16": 4e11})
+    assert row["ratio"] == {"median": 5.0, "low": 2.0, "high": 8.0}
+    assert row["ours"]["rate"] == {"median": 10.0, "low": 5.0, "high": 20.0}
+    assert row["ours"]["gflop_per_example"] == row["peer"]["gflop_per_example"] == 4.0
+    assert row["ours"]["share_of_peak"] == pytest.approx(0.4)
+    assert row["peer"]["share_of_peak"] == pytest.approx(0.1)
+    assert row["ours"]["training_bytes"] == 90 * 2**20
+    assert bench.bench_table.verdict(row) == "above the floor"
+    (line,) = bench.bench_table.rate_table([row])[2:]
+    assert line == (
+        "| DPO, reference online | 10.0 (5.0-20.0) pairs | 2.5 (2.0-2.5) | **5.00** (2.00-8.00) | 4.5 / 8 "
+        "| above the floor | 40% / 10% | 300 / 300 | 90 / 90 |"
+    )
+
+
+def test_the_shared_trunk_is_set_beside_the_peers_separate_critic(bench) -> None:
+    runs = [
+        run("ours", "ppo", 1, 1.0),
+        run("ours", "ppo_shared", 1, 0.5, flops=2e10),
+        run("peer", "ppo", 1, 2.0),
+        run("ours", "ppo", 1, 0.5, precision="bf16"),  # no peer: no row
+    ]
+    rows = bench.bench_table.summarise(runs, {"fp32": 1e11, "bf16": 4e11})
+    assert [(row["stage"], row["ratio"]["median"]) for row in rows] == [("ppo", 2.0), ("ppo_shared", 4.0)]
+    assert rows[1]["ours"]["gflop_per_example"] == 2.0 and rows[1]["peer"]["gflop_per_example"] == 4.0
+    assert bench.bench.turns(["ppo", "ppo_shared"], 2) == [("peer", "ppo"), ("ours", "ppo"), ("ours", "ppo_shared")]
+
+
+def test_the_document_has_the_machine_the_versions_and_the_command(bench, work) -> None:
+    runs = [run(side, "sft", 1, seconds) for side, seconds in (("ours", 1.0), ("peer", 4.0))]
+    peak = {"fp32": 2e11, "bf16": 9e11}
+    found = {
+        "command": "python scripts/bench.py",
+        "quick": False,
+        "date": "2026-01-31",
+        "machine": {"processor": "A processor", "cores": 2, "memory_gib": 8.0, "system": "Linux x86_64"},
+        "threads": 2,
+        "repeats": 1,
+        "versions": {"ours": {"torch": "2.13.0", "trl": "1.16.0"}, "TRL's PPO": {"torch": "2.13.0"}},
+        "product": 1024,
+        "peaks": [peak, peak],
+        "work": work,
+        "rows": bench.bench_table.summarise(runs, peak),
+        "runs": runs,
+    }
+    assert json.loads(bench.bench.dump(found)) == json.loads(json.dumps(found))
+    text = bench.bench_table.document(json.loads(json.dumps(found)))
+    wanted = ("`python scripts/bench.py`", "A processor", "| trl | 1.16.0 | - |", "200 GFLOP/s", "**4.00** ", "reached")
+    assert [part for part in wanted if part not in text] == []
+    assert "bf16 autocast" not in text and "smoke test" not in text and str(Path(work["policy"]).parent) not in text
+
+
+def test_other_examples_on_one_side_are_an_error(bench) -> None:
+    runs = [run("ours", "dpo", 1, 1.0), run("peer", "dpo", 1, 2.0)]
+    bench.bench.require_same_work(runs)
+    runs[1]["digests"] = ["a", "x", "c"]
+    with pytest.raises(bench.bench.BenchError, match="dpo, round 1: step 2: the two sides took other examples"):
+        bench.bench.require_same_work(runs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--hh", "absent.jsonl"], "--hh absent.jsonl: no such file"),
+        (["--stages", "dpo,kto"], "--stages: found kto; expected some of dpo,reward,sft,ppo,ppo_shared"),
+        (["--repeats", "2"], "--repeats: found 2; expected at least 3"),
+        (["--threads", "0"], "--threads: found 0; expected at least 1"),
+    ],
+)
+def test_a_wrong_option_exits_with_2_and_one_line(bench, capsys, arguments, message) -> None:
+    assert bench.bench.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
