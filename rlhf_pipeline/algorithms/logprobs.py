@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = 2**24
-"""Positions x vocabulary that are held at once: 64 MiB in fp32."""
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
+"""Positions x vocabulary that are worked on at once: 16 MiB in fp32 on a CPU, 256 MiB on a GPU."""
+
+KEPT_ELEMENTS = 2**24
+"""The most probabilities that are kept for the backward pass, 64 MiB in fp32; more are computed again, by chunks."""
+
+
+def _rows(elements: int | None, device: torch.device, vocabulary: int) -> int:
+    elements = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"]) if elements is None else elements
+    return max(1, elements // vocabulary)
 
 
 @dataclass(frozen=True)
@@ -27,38 +36,127 @@ class OutputHead:
         return logits if self.temperature == 1.0 else logits / self.temperature
 
 
-def _chunk_logprobs(head: OutputHead, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    logits = head.logits(hidden)
-    logprobs = torch.log_softmax(logits, dim=-1)
-    with torch.no_grad():
-        entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
+def _score(
+    head: OutputHead, hidden: Tensor, targets: Tensor, rows: int, *, entropy: bool, keep: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Log-probabilities (N,), entropies (N,) if asked for, and all probabilities (N, V) if they are to be kept."""
+    count, wide = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
+    logprobs = hidden.new_empty(count, dtype=wide)
+    entropies = torch.empty_like(logprobs) if entropy else None
+    kept = logprobs.new_empty(count, head.weight.shape[0]) if keep else None
+    for start in range(0, count, rows):
+        piece = slice(start, start + rows)
+        chunk = torch.log_softmax(head.logits(hidden[piece]), dim=-1)
+        logprobs[piece] = chunk.gather(-1, targets[piece, None]).squeeze(-1)
+        if kept is None and entropies is None:
+            continue
+        probabilities = torch.exp(chunk, out=None if kept is None else kept[piece])
+        if entropies is not None:
+            entropies[piece] = -chunk.mul_(probabilities).sum(-1)
+    return logprobs, entropies, kept
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """log softmax(h W^T / T)[target] with its own backward pass: d logits = slope (onehot(target) - p) / T.
+
+    Of size N x V, p alone is kept, in the precision that it was computed in; or nothing, and the backward pass
+    computes p again by chunks.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        rows: int,
+        entropy: bool,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        head = OutputHead(weight, bias, temperature)
+        logprobs, entropies, kept = _score(head, hidden, targets, rows, entropy=entropy, keep=keep)
+        ctx.save_for_backward(hidden, weight, bias, targets, kept)
+        ctx.temperature, ctx.rows = temperature, rows
+        if entropies is not None:
+            ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, kept = ctx.saved_tensors
+        head, wide = OutputHead(weight, bias, ctx.temperature), slope.dtype
+        scale = slope[:, None] / ctx.temperature
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        to_hidden = torch.empty_like(hidden) if wants_hidden else None
+        to_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
+        to_bias = torch.zeros_like(bias, dtype=wide) if wants_bias else None
+        # In the precision of the forward pass, whatever autocast surrounds this one.
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, hidden.shape[0], ctx.rows):
+                piece = slice(start, start + ctx.rows)
+                if kept is None:
+                    logits = torch.softmax(head.logits(hidden[piece]), dim=-1).mul_(-scale[piece])
+                else:
+                    logits = kept[piece] * -scale[piece]
+                logits.scatter_add_(1, targets[piece, None], scale[piece])
+                if to_bias is not None:
+                    to_bias += logits.sum(0)
+                logits = logits.to(weight.dtype)
+                if to_hidden is not None:
+                    to_hidden[piece] = logits @ weight
+                if to_weight is not None and weight.dtype == wide:
+                    torch.addmm(to_weight, logits.t(), hidden[piece], out=to_weight)  # torch's counter sees no addmm_
+                elif to_weight is not None:
+                    to_weight += logits.t() @ hidden[piece]
+        return (
+            to_hidden,
+            None if to_weight is None else to_weight.to(weight.dtype),
+            None if to_bias is None else to_bias.to(weight.dtype),
+            *[None] * 5,
+        )
 
 
 def token_logprobs(
-    head: OutputHead, hidden: Tensor, targets: Tensor, *, chunk_elements: int = CHUNK_ELEMENTS
-) -> tuple[Tensor, Tensor]:
+    head: OutputHead,
+    hidden: Tensor,
+    targets: Tensor,
+    *,
+    entropy: bool = True,
+    chunk_elements: int | None = None,
+    kept_elements: int = KEPT_ELEMENTS,
+) -> tuple[Tensor, Tensor | None]:
     """Return log softmax(hidden W^T / T)[target] and the entropy of each distribution.
 
-    Computed in at least fp32 and in chunks of positions; with more than one chunk the logits of a chunk
-    are recomputed in the backward pass, so memory is bounded by `chunk_elements`, not by N x V.
+    Computed in at least fp32 and in chunks of positions, with a backward pass of its own: memory is bounded by
+    `chunk_elements` and `kept_elements`, not by N x V. Without gradients nothing is kept.
 
     Args:
         hidden: (N, D) states at the positions that predict `targets`.
         targets: (N,) token ids.
+        entropy: False where nobody reads it (frozen references); it costs an exponential of all logits.
+        chunk_elements: positions x vocabulary that are worked on at once; None: `CHUNK_ELEMENTS` of the device.
+        kept_elements: up to this many probabilities are kept for the backward pass.
 
     Returns:
-        logprobs (N,), differentiable; entropy (N,), in nats, detached.
+        logprobs (N,), differentiable once; entropy (N,), in nats, detached, or None.
     """
     assert hidden.ndim == 2 and targets.shape == hidden.shape[:1]
-    rows = max(1, chunk_elements // head.weight.shape[0])
-    if hidden.shape[0] <= rows:
-        return _chunk_logprobs(head, hidden, targets)
-    pieces = [
-        checkpoint(_chunk_logprobs, head, hidden_chunk, target_chunk, use_reentrant=False)
-        for hidden_chunk, target_chunk in zip(hidden.split(rows), targets.split(rows), strict=True)
-    ]
-    return torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
+    weight, bias = head.weight, head.bias
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:  # cast once, not by chunks
+        low = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight, bias = hidden.to(low), weight.to(low), None if bias is None else bias.to(low)
+    rows = _rows(chunk_elements, hidden.device, weight.shape[0])
+    inputs = (hidden, weight, bias)
+    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
+        logprobs, entropies, _ = _score(
+            OutputHead(weight, bias, head.temperature), hidden, targets, rows, entropy=entropy, keep=False
+        )
+        return logprobs, entropies
+    keep = hidden.shape[0] * weight.shape[0] <= kept_elements
+    return _TokenLogprobs.apply(*inputs, targets, head.temperature, rows, entropy, keep)
 
 
 @torch.no_grad()
@@ -68,17 +166,18 @@ def token_kl(
     ref_head: OutputHead,
     ref_hidden: Tensor,
     *,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_elements: int | None = None,
 ) -> Tensor:
     """Return the exact KL at each position: sum_v pi(v) [log pi(v) - log pi_ref(v)], shape (N,).
 
     Summed along responses sampled from pi it is an unbiased, low-variance estimate of the sequence KL.
     """
     assert hidden.shape[0] == ref_hidden.shape[0]
-    rows = max(1, chunk_elements // head.weight.shape[0])
+    rows = _rows(chunk_elements, hidden.device, head.weight.shape[0])
     pieces = []
     for mine, theirs in zip(hidden.split(rows), ref_hidden.split(rows), strict=True):
         logp = torch.log_softmax(head.logits(mine), dim=-1)
         ref_logp = torch.log_softmax(ref_head.logits(theirs), dim=-1)
-        pieces.append((logp.exp() * (logp - ref_logp)).sum(-1))
+        difference = ref_logp.neg_().add_(logp)
+        pieces.append(difference.mul_(logp.exp_()).sum(-1))
     return torch.cat(pieces) if pieces else hidden.new_zeros(0)

@@ -30,14 +30,14 @@ def test_ppo_comes_near_the_optimum(lab, value_init):
         reward_functions=[{"source": "world", "weight": 1.0}],
         value_init=value_init,
         kl_coef=BETA,
-        learning_rate=5e-3,
-        max_steps=50,
+        learning_rate=3e-3,  # at 5e-3 rounding decides whether a shared trunk loses its way: .08 or .5
+        max_steps=80,
         rollout_batch_size=128,
         num_ppo_epochs=4,
         num_mini_batches=2,
         per_device_train_batch_size=64,
     )
-    assert gap(lab, result.model) < 0.15  # .09 with either critic
+    assert gap(lab, result.model) < 0.15  # .07 to .10 with either critic, over seeds
 
 
 def test_population_dpo_comes_near_the_optimum(lab):
