@@ -13,7 +13,7 @@ TORCH_STAMP := $(VENV)/.torch-index
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test exact mutants parity lint format hh reviews bench clean
+.PHONY: help setup demo test exact mutants parity lint format hh reviews bench growth clean
 
 help:
 	@echo "make demo     SFT, preference pairs, reward model, PPO and DPO on the built-in data, compared"
@@ -24,6 +24,7 @@ help:
 	@echo "make hh       the experiment of configs/hh on real pairs: make hh HH=FILE"
 	@echo "make reviews  sentiment-controlled text from film reviews, after the DPO paper: make reviews DATA=FOLDER"
 	@echo "make bench    every stage's speed and memory beside TRL's: make bench [HH=FILE]"
+	@echo "make growth   how time and memory grow with length, data, vocabulary, completions and batch"
 	@echo "make setup    a virtual environment in $(VENV), at the versions of constraints.txt"
 	@echo "make clean    remove caches and build outputs (models and $(VENV) stay)"
 
@@ -86,6 +87,9 @@ reviews: $(STAMP)
 # HH names preference pairs; without it the pairs are made up, with the lengths of HH's.
 bench: $(STAMP)
 	$(BIN)/python scripts/bench.py $(if $(HH),--hh "$(HH)")
+
+growth: $(STAMP)
+	$(BIN)/python scripts/growth.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
