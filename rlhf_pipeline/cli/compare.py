@@ -27,6 +27,7 @@ from rlhf_pipeline.cli.evaluate import (
     given,
 )
 from rlhf_pipeline.cli.exact_table import print_exact
+from rlhf_pipeline.cli.libraries import load_libraries
 from rlhf_pipeline.cli.options import ConfigOption, DebugOption, DryRunOption, HomeOption, JsonOption, common_of
 from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_table, interval, number
 
@@ -94,6 +95,7 @@ def compare(
         models = [*loaded.config.arms, *([loaded.config.baseline] if loaded.config.baseline else [])]
         dry_run_of("compare", loaded.config, models, common)
         return
+    load_libraries()
     from rlhf_pipeline.experiment.compare import run_compare
 
     result = run_compare(loaded.config, common.home_path, command=shlex.join(["rlhf", *sys.argv[1:]]))

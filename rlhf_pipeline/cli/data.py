@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from rlhf_pipeline.cli.libraries import load_libraries
 from rlhf_pipeline.cli.options import (
     ConfigOption,
     DebugOption,
@@ -200,6 +201,7 @@ def collect(
         else:
             emit_table("dry run: nothing was collected", ("what", "value"), flat_metrics(estimate))
         return
+    load_libraries()
     from rlhf_pipeline.stages.collect import run_collect
 
     result = run_collect(loaded.config, common.home_path, notes=loaded.notes)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rlhf_pipeline.cli.libraries import load_libraries
 from rlhf_pipeline.cli.options import (
     ConfigOption,
     DebugOption,
@@ -114,6 +115,7 @@ def evaluate(
     if common.dry_run:
         dry_run_of("evaluate", loaded.config, [reference_text], common)
         return
+    load_libraries()
     from rlhf_pipeline.experiment.evaluate import run_evaluate
 
     result = run_evaluate(reference_text, loaded.config, common.home_path)
@@ -188,6 +190,7 @@ def generate(
     if common.dry_run:
         dry_run_of("generate", settings, [reference_text], common)
         return
+    load_libraries()
     from rlhf_pipeline.experiment.generate import run_generate
 
     result = run_generate(reference_text, settings, common.home_path, texts=prompt or [])

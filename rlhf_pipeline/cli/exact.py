@@ -15,6 +15,7 @@ from rlhf_pipeline.cli.evaluate import (
     given,
 )
 from rlhf_pipeline.cli.exact_table import print_exact
+from rlhf_pipeline.cli.libraries import load_libraries
 from rlhf_pipeline.cli.options import ConfigOption, DebugOption, DryRunOption, HomeOption, JsonOption, common_of
 from rlhf_pipeline.cli.output import emit_json
 
@@ -76,6 +77,7 @@ def exact(
     if common.dry_run:
         dry_run_of("exact", settings, references, common)
         return
+    load_libraries()
     from rlhf_pipeline.experiment.exact import run_exact
 
     result = run_exact(references, settings, common.home_path)

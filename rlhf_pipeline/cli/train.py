@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rlhf_pipeline.cli.libraries import load_libraries
 from rlhf_pipeline.cli.options import (
     Common,
     ConfigOption,
@@ -32,6 +33,8 @@ def run_stage(stage: str, config: Path | None, overrides: list[str] | None, comm
 
         _print_estimate(estimate_stage(stage, loaded.config, common.home_path) | {"notes": list(loaded.notes)}, common)
         return
+    check_models(loaded.config, common.home_path)
+    load_libraries()
     from rlhf_pipeline.experiment.run import stage_function
 
     result = stage_function(stage)(loaded.config, common.home_path, resume=resume, notes=loaded.notes)
@@ -43,6 +46,22 @@ def run_stage(stage: str, config: Path | None, overrides: list[str] | None, comm
     rows = [(name, value) for name, value in flat_metrics(result.metrics)]
     emit_table(f"{stage}: {result.model}", ("metric", "value"), rows)
     emit_lines([f"model  {result.model}", f"path   {result.path}", f"run    {result.run}"])
+
+
+def check_models(config: Any, home: Path) -> None:
+    """Check the models that a config names as its stage will, before the libraries are imported.
+
+    Raises:
+        UnknownReference, MismatchError, DamagedFile.
+    """
+    from rlhf_pipeline.config.references import references
+    from rlhf_pipeline.registry import Registry, check_role
+
+    registry = Registry(home)
+    for reference in references(config):
+        if reference.role != "data":
+            role = "policy" if reference.role == "policy" else "reward_model"
+            check_role(registry.resolve(reference.text), role)
 
 
 def _print_estimate(estimate: dict, common: Common) -> None:
@@ -86,6 +105,7 @@ def run(
 
         _print_estimate(estimate_experiment(experiment, overrides or [], common.home_path), common)
         return
+    load_libraries()
     from rlhf_pipeline.experiment.run import run_experiment
 
     again = shlex.join(["rlhf", "run", str(experiment), *(overrides or [])])

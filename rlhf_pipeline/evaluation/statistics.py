@@ -61,9 +61,9 @@ def cluster_mean(
         mean = float(means.mean())
         half = math.inf
         if groups > 1:
-            from scipy.stats import t
+            from scipy.special import stdtrit  # Student's quantile; importing scipy.stats takes .3 s
 
-            half = float(t.ppf((1 + level) / 2, groups - 1) * means.std(ddof=1) / math.sqrt(groups))
+            half = float(stdtrit(groups - 1, (1 + level) / 2) * means.std(ddof=1) / math.sqrt(groups))
         low, high = mean - half, mean + half
         if share:
             low, high = max(low, 0.0), min(high, 1.0)

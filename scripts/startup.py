@@ -1,0 +1,142 @@
+"""How long a user waits before anything trains: two updates of every stage on the demo's model, as fresh processes.
+
+    .venv/bin/python scripts/startup.py [--stages dpo,ppo] [--pairs N] [--threads N] [--repeats N] [--home DIR]
+                                        [--quick]
+
+Makes the demo's SFT model, pairs and reward model in a temporary home by the command line, trained for two updates, as
+what they have learnt takes no time (or takes sft, pairs and reward of --home, and adds versions of startup-STAGE).
+Then times, in turn and each as a process of its own from its start to its end: `rlhf --help`, the import of torch,
+transformers and accelerate, the import of everything that a stage's models need, and
+`rlhf STAGE --config configs/demo/STAGE.yaml max_steps=2`. DPO computes the reference's log-probabilities in its first
+run and finds them in the cache afterwards. Prints a table on stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "configs/demo"
+RLHF = (sys.executable, "-m", "rlhf_pipeline.cli.main")
+CONFIGS = {"sft": "sft.yaml", "train-rm": "reward.yaml", "dpo": "dpo.yaml", "ppo": "ppo.yaml"}
+PAIRS, QUICK_PAIRS = 36000, 400
+THREADS, REPEATS, UPDATES = 2, 3, 2
+HELP, PLAIN, IMPORTS = "rlhf --help", "import torch, transformers, accelerate", "import what the models need"
+IMPORTING = {
+    PLAIN: "import torch, transformers, accelerate",
+    IMPORTS: "from rlhf_pipeline.cli.libraries import load_libraries; load_libraries()",
+}
+
+
+class StartupError(Exception):
+    """A command that failed, with what it said."""
+
+
+def seconds(command: Sequence[str], environment: dict[str, str]) -> float:
+    """Wall time of a process from its start to its end.
+
+    Raises:
+        StartupError: when it fails.
+    """
+    started = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    passed = time.perf_counter() - started
+    if done.returncode:
+        said = "\n".join(done.stderr.strip().splitlines()[-5:])
+        raise StartupError(f"{' '.join(command)} ended with exit code {done.returncode}:\n{said}")
+    return passed
+
+
+def stage_command(stage: str, home: Path, **overrides: object) -> list[str]:
+    """`rlhf STAGE --config configs/demo/... KEY=VALUE`, in a home."""
+    words = [f"{key}={value}" for key, value in overrides.items()]
+    return [*RLHF, stage, "--home", str(home), "--config", str(DEMO / CONFIGS[stage]), *words]
+
+
+def make_inputs(home: Path, pairs: int, environment: dict[str, str]) -> None:
+    """The demo's SFT model, pairs and reward model, hardly trained."""
+    sft, reward = (stage_command(stage, home, max_steps=UPDATES) for stage in ("sft", "train-rm"))
+    collect = [*RLHF, "data", "collect", "--home", str(home), "--config", str(DEMO / "pairs.yaml"), f"num={pairs}"]
+    for command in (sft, collect, reward):
+        seconds(command, environment)
+
+
+def commands(stages: Sequence[str], home: Path) -> dict[str, list[str]]:
+    """What is timed, by the name it has in the table."""
+    timed = {HELP: [*RLHF, "--help"]}
+    timed |= {name: [sys.executable, "-c", code] for name, code in IMPORTING.items()}
+    for stage in stages:
+        # A name of its own, so that the inputs stay the latest versions of theirs.
+        name = f"startup-{stage}"
+        timed[f"rlhf {stage}"] = stage_command(stage, home, max_steps=UPDATES, output_name=name)
+    return timed
+
+
+def measure(timed: dict[str, list[str]], repeats: int, environment: dict[str, str]) -> dict[str, list[float]]:
+    """Seconds of every command, taken in turn, so that a slow minute of the machine is shared by all of them."""
+    taken: dict[str, list[float]] = {name: [] for name in timed}
+    for _ in range(repeats):
+        for name, command in timed.items():
+            taken[name].append(seconds(command, environment))
+    return taken
+
+
+def table(taken: dict[str, list[float]]) -> str:
+    """Median and range of every command, and the share of the plain import in the stages' medians."""
+    plain = statistics.median(taken[PLAIN])
+    width = max(map(len, taken))
+    lines = [f"{'':{width}}  median s   range s        importing torch, transformers, accelerate"]
+    for name, values in taken.items():
+        median = statistics.median(values)
+        span = f"{min(values):.2f} - {max(values):.2f}"
+        share = f"{plain / median:.0%}" if name not in (HELP, *IMPORTING) else ""
+        lines.append(f"{name:{width}}  {median:8.2f}   {span:13}  {share}".rstrip())
+    return "\n".join(lines)
+
+
+def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; a stage that there is not ends it with exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", default=",".join(CONFIGS), help="which, separated by commas")
+    parser.add_argument("--pairs", type=int, help=f"how many pairs are collected (default {PAIRS}, as the demo)")
+    parser.add_argument("--threads", type=int, default=THREADS)
+    parser.add_argument("--repeats", type=int, help=f"how often everything is timed (default {REPEATS})")
+    parser.add_argument("--home", type=Path, help="a home that has sft, pairs and reward")
+    parser.add_argument("--quick", action="store_true", help="few pairs, everything once")
+    options = parser.parse_args(words)
+    options.stages = [stage for stage in options.stages.split(",") if stage]
+    if unknown := [stage for stage in options.stages if stage not in CONFIGS]:
+        parser.error(f"--stages {unknown[0]}: expected some of {', '.join(CONFIGS)}")
+    options.pairs = options.pairs or (QUICK_PAIRS if options.quick else PAIRS)
+    options.repeats = options.repeats or (1 if options.quick else REPEATS)
+    return options
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Make the inputs, time everything, print the table; returns the exit code."""
+    options = parse_arguments(words)
+    pinned = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(options.threads))
+    environment = {**os.environ, **pinned, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    try:
+        with tempfile.TemporaryDirectory(prefix="startup-") as folder:
+            home = options.home or Path(folder) / "home"
+            if options.home is None:
+                make_inputs(home, options.pairs, environment)
+            taken = measure(commands(options.stages, home.resolve()), options.repeats, environment)
+    except StartupError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    sys.stdout.write(table(taken) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
