@@ -117,8 +117,8 @@ MUTANTS = (
     Mutant(
         "value-at-the-token",
         "models/roles.py",
-        "self.value_head(hidden.index_select(0, batch.predict_index))",
-        "self.value_head(hidden.index_select(0, batch.token_index))",
+        "hidden = hidden_states(self.critic, batch, batch.predict_index)",
+        "hidden = hidden_states(self.critic, batch, batch.token_index)",
         (OWN_CRITIC, CRITIC),
     ),
     Mutant(

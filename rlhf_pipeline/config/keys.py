@@ -76,7 +76,6 @@ LATER: dict[str, Later] = {
     "load_in_4bit": Later((None, False)),
     "load_in_8bit": Later((None, False)),
     "kl_target": Later((None,), ("ppo",)),
-    "gradient_checkpointing": Later((False,)),
     "load_best_model_at_end": Later((None, False)),
     "report_to": Later((None, "none", [], ["none"])),
 }

@@ -4,8 +4,11 @@ A row holds one or more trees. A tree is a prompt followed by K >= 1 completions
 prompt and to itself, not to its siblings, and continues the prompt's positions. So a pair costs one forward pass
 over prompt + chosen + rejected, and rows hold next to no padding.
 
-The layout "rows" is the fallback for models whose attention cannot take such a mask: one plain, right-padded row
-per completion. The index vectors mean the same in both.
+Three layouts, from the fastest to the one that every model can read; the index vectors mean the same in all:
+* flat: one row holds all trees, one after another, and nothing is padding; for attention that is told where the trees
+  are (algorithms/attention.py). Trees that are all short are laid out as "trees" instead, where that is faster.
+* trees: rows of one length with a 4-D mask.
+* rows: one plain, right-padded row per completion.
 """
 
 from __future__ import annotations
@@ -19,7 +22,19 @@ from torch import Tensor
 
 from rlhf_pipeline.data.tokenize import Example
 
-Layout = Literal["trees", "rows"]
+Layout = Literal["flat", "trees", "rows"]
+LAYOUTS: tuple[Layout, ...] = ("rows", "trees", "flat")  # who reads one of them reads those before it
+FLAT_FROM = 64  # tokens of the longest tree, below which masked rows are faster
+
+
+def common_layout(*layouts: Layout) -> Layout:
+    """The best layout that all of several readers can read."""
+    return min(layouts, key=LAYOUTS.index)
+
+
+def reads(layout: Layout, batch: PackedBatch | None) -> bool:
+    """Whether a reader of `layout` can read a batch."""
+    return batch is not None and LAYOUTS.index(batch.layout) <= LAYOUTS.index(layout)
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,8 @@ class PackedBatch:
     layout: Layout
     active_tokens: int  # positions that are not padding
     context_tokens: int  # sum over active positions of the tokens that each one attends to, itself included
+    num_prompts: int = 0  # that stand in the rows: one per tree, in the layout "rows" one per completion
+    trees: tuple[tuple[int, tuple[int, ...]], ...] = ()  # flat: tokens of each tree's prompt and completions, in order
 
     @property
     def num_completions(self) -> int:
@@ -51,6 +68,11 @@ class PackedBatch:
     @property
     def num_tokens(self) -> int:
         return self.target_ids.shape[0]
+
+    @property
+    def num_predicting(self) -> int:
+        """Positions that predict a token; the last one of a prompt predicts the first of each completion."""
+        return self.num_tokens - self.num_completions + self.num_prompts
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on another device."""
@@ -84,6 +106,21 @@ def micro_batches(examples: Sequence[Example], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
+def merge_prompts(examples: Sequence[Example]) -> list[Example]:
+    """One tree for neighbours that have the same prompt; the completions keep their order."""
+    merged: list[Example] = []
+    for example in examples:
+        if merged and merged[-1].prompt_ids == example.prompt_ids:
+            before = merged.pop()
+            example = replace(
+                before,
+                completions=[*before.completions, *example.completions],
+                ended=[*before.ended, *example.ended],
+            )
+        merged.append(example)
+    return merged
+
+
 def _assign_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """First fit, longest first: rows of segment numbers, none longer than `capacity`."""
     rows: list[list[int]] = []
@@ -107,28 +144,39 @@ def _assign_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack(
-    examples: Sequence[Example], pad_id: int, *, layout: Layout = "trees", row_length: int | None = None
+    examples: Sequence[Example],
+    pad_id: int,
+    *,
+    layout: Layout = "trees",
+    row_length: int | None = None,
+    flat_from: int = FLAT_FROM,
 ) -> PackedBatch:
     """Pack examples into rows.
 
     Args:
         examples: each with a prompt of at least one token and at least one completion of at least one token.
         pad_id: fills unused positions; nothing reads them.
-        row_length: positions of a row; the longest tree if None, and never less.
+        row_length: positions of a row in the layout "trees"; the longest tree if None, and never less.
+        flat_from: in the layout "flat", the tokens of the longest tree below which the batch becomes one of "trees".
     """
+    if layout == "flat" and max(map(tree_length, examples)) < flat_from:
+        layout = "trees"
     # A segment is what stands contiguously in a row: (example, completions in it).
     segments: list[tuple[int, list[int]]] = []
     for index, example in enumerate(examples):
         if not example.prompt_ids or not example.completions or not all(example.completions):
             raise ValueError(f"{example.where}: a packed example needs a prompt and completions that are not empty")
         branches = list(range(len(example.completions)))
-        segments.extend([(index, branches)] if layout == "trees" else [(index, [branch]) for branch in branches])
+        segments.extend([(index, [branch]) for branch in branches] if layout == "rows" else [(index, branches)])
     lengths = [
         len(examples[index].prompt_ids) + sum(len(examples[index].completions[k]) for k in branches)
         for index, branches in segments
     ]
-    width = max(max(lengths), row_length or 0)
-    rows = _assign_rows(lengths, width) if layout == "trees" else [[number] for number in range(len(segments))]
+    if layout == "flat":
+        width, rows = sum(lengths), [list(range(len(segments)))]
+    else:
+        width = max(max(lengths), row_length or 0)
+        rows = _assign_rows(lengths, width) if layout == "trees" else [[number] for number in range(len(segments))]
     first_completion = [0]
     for example in examples:
         first_completion.append(first_completion[-1] + len(example.completions))
@@ -186,4 +234,6 @@ def pack(
         layout=layout,
         active_tokens=sum(lengths),
         context_tokens=sum(position + 1 for row in position_rows for position in row) - padding_total,
+        num_prompts=len(segments),
+        trees=tuple((len(e.prompt_ids), tuple(map(len, e.completions))) for e in examples) if layout == "flat" else (),
     )

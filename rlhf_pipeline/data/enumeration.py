@@ -129,7 +129,8 @@ def pack_siblings(prefixes: Tensor, children: Tensor, layout: Layout = "trees") 
         offset=torch.zeros(total, dtype=torch.long),
         lengths=torch.ones(total, dtype=torch.long),
         last_index=last,
-        layout=layout,
+        layout="rows" if layout == "rows" else "trees",
         active_tokens=ids.numel(),
         context_tokens=int((positions + 1).sum()),
+        num_prompts=total if layout == "rows" else count,
     )

@@ -27,7 +27,7 @@ def _families(
     """Packed batches of the nodes of one depth with the given children, in order."""
     prompt = torch.tensor(list(prompt_ids), dtype=torch.long)
     nodes = tree.prefixes(depth)
-    rows = ROWS if reader.layout == "trees" else max(1, ROWS // len(children))
+    rows = max(1, ROWS // len(children)) if reader.layout == "rows" else ROWS
     for start in range(0, len(nodes), rows):
         part = nodes[start : start + rows]
         prefixes = torch.cat([prompt.expand(len(part), -1), part], 1)

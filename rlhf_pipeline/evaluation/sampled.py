@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from rlhf_pipeline.algorithms.kl import k1, k3
-from rlhf_pipeline.data.batch import micro_batches, pack
+from rlhf_pipeline.data.batch import common_layout, micro_batches, pack
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.evaluation.statistics import Estimate, cluster_mean
 from rlhf_pipeline.models.divergence import divergence
@@ -92,9 +92,10 @@ def add_kl(samples: Samples, policy: Policy, reference: Policy, plan: SamplingPl
     estimate with the least noise), `kl_k1` (log-ratio of the response), `kl_k3` (sum of k3 over its positions) and
     `entropy` (summed likewise)."""
     rows: list[list[tuple[float, ...]]] = [[] for _ in samples.examples]
+    layout = common_layout(policy.reader.layout, reference.reader.layout)
     for group in micro_batches(samples.examples, plan.batch_size):
         members = [samples.examples[i] for i in group]
-        batch = pack(members, plan.pad_id, layout=policy.reader.layout).to(plan.device)
+        batch = pack(members, plan.pad_id, layout=layout).to(plan.device)
         found = divergence(policy, reference, batch)
         ratios = k1(found.logprobs, found.ref_logprobs), k3(found.logprobs, found.ref_logprobs)
         columns = [found.kl, *ratios, found.entropy]

@@ -82,6 +82,12 @@ def _prompts_of(resolved: Resolved) -> str:
     return " + ".join(sorted(_short(entry.digest) for entry in resolved.manifest.data)) or NONE
 
 
+def _autocast(bf16: bool | str | None) -> str:
+    if not bf16:
+        return ""
+    return " with bf16 autocast" + (" where the machine is faster with it" if bf16 == "auto" else "")
+
+
 def facts_of(registry: Registry, resolved: Resolved) -> dict[str, str]:
     """What has to be equal between arms, as text; empty for a model without a manifest.
 
@@ -96,7 +102,7 @@ def facts_of(registry: Registry, resolved: Resolved) -> dict[str, str]:
         "chat template": _short(manifest.chat_template_digest) if manifest.chat_template_digest else NONE,
         "lengths": _lengths_of(config),
         "stop token": stop_token_of(resolved),
-        "dtype": f"{config.get('dtype')}{' with bf16 autocast' if config.get('bf16') else ''}",
+        "dtype": f"{config.get('dtype')}{_autocast(config.get('bf16'))}",
     }
     if manifest.stage not in ("ppo", "dpo"):
         return facts

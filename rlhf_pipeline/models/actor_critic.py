@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from rlhf_pipeline.data.batch import common_layout
 from rlhf_pipeline.models.forward import Reader, trunk_of
 from rlhf_pipeline.models.roles import ActorCritic, RewardModel, ValueInit, sequence_head
 
@@ -32,8 +33,7 @@ def make_actor_critic(
             raise ValueError("value_init 'reward_model' needs a reward model")
         source = reward_model.model
         critic = copy.deepcopy(trunk_of(source))
-        if reward_model.reader.layout == "rows":  # both read the same batch, and plain rows suit every actor
-            reader = replace(reader, layout="rows")
+        reader = replace(reader, layout=common_layout(reader.layout, reward_model.reader.layout))  # both read one batch
         weight, bias = sequence_head(source).weight.detach().clone(), -reward_model.reward_shift
     else:
         critic = copy.deepcopy(trunk_of(actor)) if value_init == "sft" else None

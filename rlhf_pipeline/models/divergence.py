@@ -26,13 +26,13 @@ class Divergence:
 
 @torch.no_grad()
 def divergence(policy: Policy, reference: Policy, batch: PackedBatch) -> Divergence:
-    """Score a packed batch under a policy and a reference. Both must have the same layout."""
+    """Score a packed batch under a policy and a reference. Both must be able to read its layout."""
     if policy.reader.head == reference.reader.head == "linear":
         scored = []
         for one in (policy, reference):
-            hidden = hidden_states(trunk_of(one.model), batch).index_select(0, batch.predict_index)
+            hidden = hidden_states(trunk_of(one.model), batch, batch.predict_index)
             head = output_head(one.model, one.temperature)
-            scored.append((head, hidden, *token_logprobs(head, hidden, batch.target_ids)))
+            scored.append((head, hidden, *token_logprobs(head, hidden, batch.target_ids, entropy=one is policy)))
         (head, hidden, logprobs, entropy), (ref_head, ref_hidden, ref_logprobs, _) = scored
         return Divergence(logprobs, ref_logprobs, entropy, token_kl(head, hidden, ref_head, ref_hidden))
     mine, theirs = (

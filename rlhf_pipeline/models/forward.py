@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 from rlhf_pipeline.algorithms.logprobs import OutputHead, token_logprobs
 from rlhf_pipeline.data.batch import Layout, PackedBatch
+from rlhf_pipeline.models.attention import TreeMask
+from rlhf_pipeline.models.last_layer import reading
 
 
 @dataclass(frozen=True)
 class Reader:
     """How to read an architecture.
 
-    layout: "trees" where the attention takes a 4-D mask, else "rows".
+    layout: the best one that the attention can read (data/batch.py).
     head: "linear" where logits = W h + b, else "own" (the model's own forward computes the logits).
     decodes: whether left-padded, cached decoding gives the same logits, so that the model can be sampled from.
     """
@@ -52,7 +54,8 @@ def _as_kind(allowed: Tensor, attention: str, dtype: torch.dtype) -> Tensor:
 def attention_mask(batch: PackedBatch, config: object, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
     """The mask of a packed batch in the form that a model with this config takes.
 
-    A dict by layer type where full and sliding layers alternate; a 2-D mask in the layout "rows".
+    A dict by layer type where full and sliding layers alternate; a 2-D mask in the layout "rows"; a `TreeMask` in
+    the layout "flat".
     """
     if batch.layout == "rows":
         return (batch.tree >= 0).long()
@@ -61,15 +64,15 @@ def attention_mask(batch: PackedBatch, config: object, dtype: torch.dtype) -> Te
     kinds = set(getattr(config, "layer_types", None) or ())
     if window is not None and getattr(config, "use_sliding_window", True) is False:
         window = None
-    full = _allowed(batch, None)
+
+    def mask(width: int | None) -> Tensor:
+        if batch.layout == "flat":
+            return TreeMask.of(batch.trees, width, dtype, batch.input_ids.device)
+        return _as_kind(_allowed(batch, width), attention, dtype)
+
     if kinds == {"full_attention", "sliding_attention"}:
-        sliding = _allowed(batch, window)
-        return {
-            "full_attention": _as_kind(full, attention, dtype),
-            "sliding_attention": _as_kind(sliding, attention, dtype),
-        }
-    only_full = kinds == {"full_attention"} or window is None
-    return _as_kind(full if only_full else _allowed(batch, window), attention, dtype)
+        return {"full_attention": mask(None), "sliding_attention": mask(window)}
+    return mask(None if kinds == {"full_attention"} else window)
 
 
 def trunk_of(model: nn.Module) -> nn.Module:
@@ -77,16 +80,18 @@ def trunk_of(model: nn.Module) -> nn.Module:
     return model.base_model
 
 
-def hidden_states(trunk: nn.Module, batch: PackedBatch) -> Tensor:
-    """Last hidden states of a packed batch, flat: (B * T, D)."""
+def hidden_states(trunk: nn.Module, batch: PackedBatch, index: Tensor | None = None) -> Tensor:
+    """Last hidden states of a packed batch at flat positions `index` (K,): (K, D); without it all, (B * T, D)."""
     dtype = next(trunk.parameters()).dtype
-    output = trunk(
-        input_ids=batch.input_ids,
-        attention_mask=attention_mask(batch, trunk.config, dtype),
-        position_ids=batch.position_ids,
-        use_cache=False,
-    )
-    return output.last_hidden_state.flatten(0, 1)
+    with reading(trunk, index):
+        output = trunk(
+            input_ids=batch.input_ids,
+            attention_mask=attention_mask(batch, trunk.config, dtype),
+            position_ids=batch.position_ids,
+            use_cache=False,
+        )
+    flat = output.last_hidden_state.flatten(0, 1)
+    return flat if index is None else flat.index_select(0, index)
 
 
 def output_head(model: nn.Module, temperature: float = 1.0) -> OutputHead:
@@ -119,20 +124,19 @@ def next_token_logprobs(
 
 
 def completion_logprobs(
-    model: nn.Module, reader: Reader, batch: PackedBatch, temperature: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Log-probability of every completion token, entropy of its distribution, and the trunk's hidden states.
+    model: nn.Module, reader: Reader, batch: PackedBatch, temperature: float = 1.0, *, entropy: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Log-probability of every completion token, entropy of its distribution, and the hidden states it was read from.
 
     Returns:
-        logprobs (N,) differentiable; entropy (N,) detached; hidden (B * T, D), or None where the model's own
-        forward was used.
+        logprobs (N,) differentiable; entropy (N,) detached, None if not asked for; hidden (N, D), or None where the
+        model's own forward was used.
     """
     if reader.head == "linear":
-        hidden = hidden_states(trunk_of(model), batch)
-        picked = hidden.index_select(0, batch.predict_index)
-        logprobs, entropy = token_logprobs(output_head(model, temperature), picked, batch.target_ids)
-        return logprobs, entropy, hidden
+        hidden = hidden_states(trunk_of(model), batch, batch.predict_index)
+        head = output_head(model, temperature)
+        return *token_logprobs(head, hidden, batch.target_ids, entropy=entropy), hidden
     all_logprobs = torch.log_softmax(predicting_logits(model, batch) / temperature, dim=-1)
     with torch.no_grad():
-        entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)
-    return all_logprobs.gather(-1, batch.target_ids[:, None]).squeeze(-1), entropy, None
+        entropies = -(all_logprobs.exp() * all_logprobs).sum(-1) if entropy else None
+    return all_logprobs.gather(-1, batch.target_ids[:, None]).squeeze(-1), entropies, None

@@ -19,19 +19,22 @@ ValueInit = Literal["reward_model", "sft", "shared"]
 
 @dataclass(frozen=True)
 class TokenScores:
-    """logprobs: (N,); entropy: (N,), detached; values: (N,) or None."""
+    """logprobs: (N,); entropy: (N,), detached, or None where nobody reads it; values: (N,) or None."""
 
     logprobs: Tensor
-    entropy: Tensor
+    entropy: Tensor | None
     values: Tensor | None = None
 
 
 class Policy(nn.Module):
-    """A causal language model read through packed batches; logits are divided by `temperature` everywhere."""
+    """A causal language model read through packed batches; logits are divided by `temperature` everywhere.
 
-    def __init__(self, model: nn.Module, reader: Reader, temperature: float = 1.0):
+    entropy: whether to compute that of each distribution.
+    """
+
+    def __init__(self, model: nn.Module, reader: Reader, temperature: float = 1.0, *, entropy: bool = True):
         super().__init__()
-        self.model, self.reader, self.temperature = model, reader, temperature
+        self.model, self.reader, self.temperature, self.entropy = model, reader, temperature, entropy
 
     @property
     def language_model(self) -> nn.Module:
@@ -41,7 +44,8 @@ class Policy(nn.Module):
         """Score a packed batch; without one, pass `decode` (ids, mask, cache) to the model for generation."""
         if batch is None:
             return self.model(**decode)
-        logprobs, entropy, _ = completion_logprobs(self.model, self.reader, batch, self.temperature)
+        options = {"temperature": self.temperature, "entropy": self.entropy}
+        logprobs, entropy, _ = completion_logprobs(self.model, self.reader, batch, **options)
         return TokenScores(logprobs, entropy)
 
 
@@ -71,13 +75,12 @@ class RewardModel(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Scores (C,) in at least fp32."""
-        hidden = hidden_states(trunk_of(self.model), batch)
         if self.pooling == "mean":
-            tokens = hidden.index_select(0, batch.token_index)
+            tokens = hidden_states(trunk_of(self.model), batch, batch.token_index)
             total = tokens.new_zeros(batch.num_completions, tokens.shape[1])
             picked = total.index_add(0, batch.completion_index, tokens) / batch.lengths[:, None].to(tokens.dtype)
         else:
-            picked = hidden.index_select(0, batch.last_index)
+            picked = hidden_states(trunk_of(self.model), batch, batch.last_index)
         return self.read(picked)
 
     def read(self, hidden: Tensor) -> Tensor:
@@ -117,10 +120,10 @@ class ActorCritic(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.actor_frozen):
             logprobs, entropy, hidden = completion_logprobs(self.actor, self.reader, batch, self.temperature)
             if self.critic is None and hidden is None:
-                hidden = hidden_states(trunk_of(self.actor), batch)
+                hidden = hidden_states(trunk_of(self.actor), batch, batch.predict_index)
         if self.critic is not None:
-            hidden = hidden_states(self.critic, batch)
-        values = self.value_head(hidden.index_select(0, batch.predict_index)).squeeze(-1)
+            hidden = hidden_states(self.critic, batch, batch.predict_index)
+        values = self.value_head(hidden).squeeze(-1)
         return TokenScores(logprobs, entropy, values.to(logprobs.dtype))
 
 

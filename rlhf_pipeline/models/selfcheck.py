@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from rlhf_pipeline.data.batch import pack
+from rlhf_pipeline.data.batch import LAYOUTS, PackedBatch, pack
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import BadInput
+from rlhf_pipeline.models.attention import use_sdpa, use_tree_attention
 from rlhf_pipeline.models.forward import Reader, completion_logprobs, hidden_states, trunk_of
+from rlhf_pipeline.models.last_layer import compute_all, skip_unread
 from rlhf_pipeline.models.roles import RewardModel, sequence_head
-
-READERS = (Reader("trees", "linear"), Reader("trees", "own"), Reader("rows", "linear"), Reader("rows", "own"))
 
 
 def _probe_examples(vocab_size: int) -> list[Example]:
@@ -27,6 +28,23 @@ def _probe_examples(vocab_size: int) -> list[Example]:
         Example(tokens(5), [tokens(3), tokens(6)], [True, True], prompt_key="a", where="self-check"),
         Example(tokens(2), [tokens(4), tokens(1)], [True, True], prompt_key="b", where="self-check"),
     ]
+
+
+def _ways(model: nn.Module, examples: list[Example]) -> Iterator[tuple[PackedBatch, bool]]:
+    """The ways of reading a model from the fastest on: sets the model up for each, yields the examples for it and
+    whether its last layer skips what nobody reads."""
+    device = next(model.parameters()).device
+    for layout in reversed(LAYOUTS):
+        if layout == "flat":
+            if not use_tree_attention(model):
+                continue
+        else:
+            use_sdpa(model)
+        batch = pack(examples, pad_id=0, layout=layout, row_length=24, flat_from=0).to(device)
+        if skip_unread(trunk_of(model)):
+            yield batch, True
+        compute_all(trunk_of(model))
+        yield batch, False
 
 
 def _agree(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -108,16 +126,15 @@ def inspect_model(model: nn.Module) -> Reader:
             )
         # A soft cap is invisible at the small logits of an untrained model, so it is asked for, not probed.
         capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None) is not None
-        for reader in READERS:
-            if capped and reader.head == "linear":
-                continue
-            batch = pack(examples, pad_id=0, layout=reader.layout, row_length=24).to(parameter.device)
-            try:
-                logprobs, _, _ = completion_logprobs(model, reader, batch)
-            except (RuntimeError, ValueError, TypeError, AttributeError):
-                continue  # an architecture that rejects this form of input: the next way is tried
-            if _agree(logprobs, plain, parameter.dtype):
-                return replace(reader, decodes=_decodes_with_a_cache(model, examples))
+        for batch, skipping in _ways(model, examples):
+            for head in (*(() if capped else ("linear",)), *(() if skipping else ("own",))):
+                reader = Reader(batch.layout, head)
+                try:
+                    logprobs, _, _ = completion_logprobs(model, reader, batch)
+                except (RuntimeError, ValueError, TypeError, AttributeError):
+                    continue  # an architecture that rejects this form of input: the next way is tried
+                if _agree(logprobs, plain, parameter.dtype):
+                    return replace(reader, decodes=_decodes_with_a_cache(model, examples))
     finally:
         model.train(was_training)
     raise BadInput(
@@ -144,16 +161,14 @@ def inspect_reward_model(model: nn.Module) -> Reader:
             hidden = trunk_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
             plain.append(sequence_head(model)(hidden[-1]).squeeze(-1))
     expected = torch.stack(plain).float()
-    for layout in ("trees", "rows"):
-        reader = Reader(layout)
-        batch = pack(examples, pad_id=0, layout=layout, row_length=24).to(parameter.device)
+    for batch, _ in _ways(model, examples):
         try:
-            hidden = hidden_states(trunk_of(model), batch).index_select(0, batch.last_index)
+            hidden = hidden_states(trunk_of(model), batch, batch.last_index)
         except (RuntimeError, ValueError, TypeError, AttributeError):
             continue
         scores = sequence_head(model)(hidden).squeeze(-1).float()
         if _agree(scores, expected, parameter.dtype):
-            return reader
+            return Reader(batch.layout)
     raise BadInput(
         f"{type(model).__name__}: packed scores do not agree with the model's own; "
         "expected a decoder-only sequence classifier with num_labels=1"

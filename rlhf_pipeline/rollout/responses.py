@@ -10,6 +10,7 @@ import torch
 
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import BadInput
+from rlhf_pipeline.models.forward import trunk_of
 from rlhf_pipeline.models.roles import ActorCritic, Policy
 from rlhf_pipeline.rollout.sampler import Response, draw_uniforms, sample_grouped
 
@@ -50,6 +51,9 @@ def sample_for_prompts(
         )
     uniforms = draw_uniforms(len(prompts) * samples, response_length, generator)
     ids = [prompt.prompt_ids for prompt in prompts for _ in range(samples)]
+    model = policy.language_model
+    training = model.training
+    model.eval()  # a checkpointed model that is in training takes no cache
     drawn = sample_grouped(
         module if module is not None else policy,
         ids,
@@ -59,8 +63,10 @@ def sample_for_prompts(
         pad_id=pad_id,
         temperature=temperature,
         device=device,
-        cache_config=policy.language_model.config,
+        cache_config=model.config,
+        trunk=trunk_of(model) if policy.reader.layout == "flat" else None,
     )
+    model.train(training)
     groups = [drawn[start : start + samples] for start in range(0, len(drawn), samples)]
     sampled = [
         replace(
@@ -73,3 +79,10 @@ def sample_for_prompts(
         for prompt, group in zip(prompts, groups, strict=True)
     ]
     return sampled, groups
+
+
+def prompts_run(policy: Policy | ActorCritic, prompts: Sequence[Example]) -> list[int] | None:
+    """Lengths of the prompts that sampling computes, for a cost meter: each different one once, or None for all."""
+    if policy.reader.layout != "flat":
+        return None
+    return [len(ids) for ids in dict.fromkeys(tuple(prompt.prompt_ids) for prompt in prompts)]

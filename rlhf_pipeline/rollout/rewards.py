@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhf_pipeline.data import world
-from rlhf_pipeline.data.batch import PackedBatch, micro_batches, pack
+from rlhf_pipeline.data.batch import PackedBatch, micro_batches, pack, reads
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import ConfigError, Fault, RunFailed
 from rlhf_pipeline.models.roles import RewardModel
@@ -63,7 +63,7 @@ class ModelReward:
 
     @torch.no_grad()
     def score(self, examples: Sequence[Example], packed: PackedBatch | None = None) -> Tensor:
-        if packed is None or packed.layout != self.model.reader.layout:
+        if packed is None or not reads(self.model.reader.layout, packed):
             packed = pack(examples, self.pad_id, layout=self.model.reader.layout).to(self.device)
         return self.model(packed).float()
 

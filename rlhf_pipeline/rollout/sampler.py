@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def pick(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         token ids (S,) and their log-probabilities (S,).
     """
     logprobs = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
-    cumulative = logprobs.double().exp().cumsum(-1)
+    cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
     # Scaled to its own total, so that u < 1 always falls inside; a token of probability 0 spans no interval.
     threshold = uniforms[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
@@ -57,6 +57,7 @@ def sample(
     temperature: float = 1.0,
     device: torch.device | str = "cpu",
     cache_config: Any = None,
+    trunk: nn.Module | None = None,
 ) -> list[Response]:
     """Sample one response per prompt, until `stop_id` or the width of `uniforms`.
 
@@ -67,20 +68,16 @@ def sample(
         uniforms: (len(prompts), R).
         stop_id: ends a response and belongs to it. A stop token in the prompt ends nothing.
         cache_config: the model's config, which says what each layer's cache must hold.
+        trunk: see `prefill`.
     """
-    from transformers import DynamicCache
+    from rlhf_pipeline.rollout.decoding import prefill  # imports transformers
 
     count, limit = uniforms.shape
-    width = max(len(ids) for ids in prompts)
-    input_ids = torch.full((count, width), pad_id, dtype=torch.long)
-    attention = torch.zeros((count, width), dtype=torch.long)
-    for row, ids in enumerate(prompts):
-        input_ids[row, width - len(ids) :] = torch.tensor(ids, dtype=torch.long)
-        attention[row, width - len(ids) :] = 1
-    input_ids, attention = input_ids.to(device), attention.to(device)
     uniforms = uniforms.to(device)
-    positions = (attention.cumsum(-1) - 1).clamp_min(0)
-    cache = DynamicCache(config=cache_config) if cache_config is not None else DynamicCache()
+    # The last token that is sampled is never fed back.
+    options = {"pad_id": pad_id, "device": device, "cache_config": cache_config, "trunk": trunk}
+    state = prefill(model, prompts, room=limit - 1, **options)
+    logits, cache, attention, positions = state.logits, state.cache, state.attention, state.positions
     alive = torch.arange(count, device=device)
     tokens_out = torch.zeros((count, limit), dtype=torch.long, device=device)
     logprobs_out = torch.zeros((count, limit), dtype=torch.float32, device=device)
@@ -88,14 +85,6 @@ def sample(
     ended = torch.zeros(count, dtype=torch.bool, device=device)
 
     for step in range(limit):
-        logits = model(
-            input_ids=input_ids,
-            attention_mask=attention,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
         tokens, logprobs = pick(logits if temperature == 1.0 else logits / temperature, uniforms[alive, step])
         tokens_out[alive, step] = tokens
         logprobs_out[alive, step] = logprobs.float()
@@ -105,17 +94,19 @@ def sample(
         if step + 1 == limit or bool(stopped.all()):
             break
         keep = (~stopped).nonzero().squeeze(-1)
-        positions = positions[:, -1:] + 1
-        input_ids = tokens[:, None]
         if keep.numel() < alive.numel():  # finished sequences leave the batch
             cache.batch_select_indices(keep)
-            alive, input_ids, positions, attention = (
-                alive[keep],
-                input_ids[keep],
-                positions[keep],
-                attention[keep],
-            )
+            alive, tokens, positions, attention = alive[keep], tokens[keep], positions[keep], attention[keep]
+        positions = positions + 1
         attention = torch.cat([attention, attention.new_ones(attention.shape[0], 1)], dim=1)
+        logits = model(
+            input_ids=tokens[:, None],
+            attention_mask=attention,
+            position_ids=positions[:, None],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
 
     rows = zip(tokens_out.tolist(), logprobs_out.tolist(), lengths.tolist(), ended.tolist(), strict=True)
     return [Response(ids[:n], end, logs[:n]) for ids, logs, n, end in rows]

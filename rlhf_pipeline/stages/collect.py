@@ -18,7 +18,7 @@ from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import chat_template_digest, tokenizer_digest
 from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.rollout.responses import sample_for_prompts
+from rlhf_pipeline.rollout.responses import prompts_run, sample_for_prompts
 from rlhf_pipeline.rollout.rewards import score_in_batches
 from rlhf_pipeline.stages.common import StageResult, find_model, load_policy, tokenizer_of, with_lengths
 from rlhf_pipeline.stages.rewards import load_reward
@@ -153,6 +153,7 @@ def run_collect(config: Any, home: Path, *, notes: Sequence[str] = (), quiet: bo
                 shape,
                 [len(e.prompt_ids) for e in sampled for _ in e.completions],
                 [len(ids) for e in sampled for ids in e.completions],
+                prompts_run(policy, sampled),
             )
             values = score_in_batches(judge.source, sampled, config.per_device_eval_batch_size)
             orders = order_by_judge(torch.tensor(values), config.labels, generator).tolist()

@@ -134,7 +134,7 @@ def load_policy(
 ) -> Policy:
     """Load a policy onto a device and find out how to read it; `frozen` takes its gradients away."""
     model = load_language_model(resolved, config, tokenizer, **options).to(device)
-    policy = Policy(model, inspect_model(model), temperature)
+    policy = Policy(model, inspect_model(model), temperature, entropy=not frozen)
     policy.train(not frozen)
     return policy.requires_grad_(False) if frozen else policy
 

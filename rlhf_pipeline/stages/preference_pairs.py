@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_pipeline.data import world
-from rlhf_pipeline.data.batch import PackedBatch
+from rlhf_pipeline.data.batch import PackedBatch, common_layout
 from rlhf_pipeline.data.load import SourceReport
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import DataError, Fault, MismatchError
@@ -22,6 +22,7 @@ from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.stages.population import Population
 from rlhf_pipeline.training.cost import ModelShape
 from rlhf_pipeline.training.pairs import count_pairs
+from rlhf_pipeline.training.precision import uses_bf16
 from rlhf_pipeline.training.reference_cache import cached_logprobs, completion_logprob_sums
 from rlhf_pipeline.training.run import Run
 from rlhf_pipeline.training.windows import Window
@@ -89,7 +90,7 @@ def recorded_pairs(run: Run, policy: Policy, frozen: Policy, frozen_digest: str 
         "device": run.device,
     }
     cache = run.registry.home / "cache"
-    key = {"model": frozen_digest, "dtype": config.dtype, "bf16": config.bf16}
+    key = {"model": frozen_digest, "dtype": config.dtype, "bf16": uses_bf16(config)}
 
     def score_reference(batch: PackedBatch) -> TokenScores:
         with run.accelerator.autocast():  # in the precision that the policy is trained in
@@ -105,9 +106,8 @@ def recorded_pairs(run: Run, policy: Policy, frozen: Policy, frozen_digest: str 
             # On the bill whether or not an earlier run has paid it: the cost of an arm must not depend on luck.
             shape = ModelShape.of(frozen.model)
             run.meter.flops += found.flops(shape, examples) if run.checkpoint is None else 0.0
-    windows, total = example_schedule(
-        run, examples, layout=policy.reader.layout, pad_id=tokenizer.pad_token_id, count=count_pairs
-    )
+    layout = common_layout(policy.reader.layout, frozen.reader.layout)
+    windows, total = example_schedule(run, examples, layout=layout, pad_id=tokenizer.pad_token_id, count=count_pairs)
 
     def evaluate() -> dict[str, float]:
         if not held_out:

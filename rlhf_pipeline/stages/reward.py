@@ -23,7 +23,7 @@ from rlhf_pipeline.models.loading import init_reward_model, save_model, store_re
 from rlhf_pipeline.models.roles import RewardModel
 from rlhf_pipeline.models.selfcheck import read_reward_model
 from rlhf_pipeline.registry.references import Resolved
-from rlhf_pipeline.rollout.responses import sample_for_prompts
+from rlhf_pipeline.rollout.responses import prompts_run, sample_for_prompts
 from rlhf_pipeline.stages.common import (
     StageResult,
     example_schedule,
@@ -175,7 +175,8 @@ def center(run: Run, model: RewardModel, parent: Resolved, examples: Sequence[Ex
         scores = score_examples(model, sampled, **options)
         mean = sum(row[0] for row in scores) / count
         shape = ModelShape.of(policy.model)
-        run.meter.generate(shape, [len(e.prompt_ids) for e in sampled], [len(e.completions[0]) for e in sampled])
+        lengths = [len(e.prompt_ids) for e in sampled], [len(e.completions[0]) for e in sampled]
+        run.meter.generate(shape, *lengths, prompts_run(policy, sampled))
     store_reward_shift(model.model, mean)
     return mean
 

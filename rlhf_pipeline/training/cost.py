@@ -8,26 +8,34 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from rlhf_pipeline.data.batch import PackedBatch
 from rlhf_pipeline.models.forward import trunk_of
+from rlhf_pipeline.models.last_layer import skipping_modules
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the FLOP formula needs. matmul, head: weights in matrix products; attention: layers x query width."""
+    """What the FLOP formula needs.
+
+    matmul, head: weights in matrix products; attention: layers x query width. skipped: those of the weights that work
+    only where hidden states are read (models/last_layer.py). reads: where that is: at the positions that predict a
+    completion's token, at these tokens themselves, or at the last one of each completion.
+    """
 
     matmul: int
     head: int
     attention: int
+    skipped: int = 0
+    reads: Literal["predicting", "tokens", "last"] = "predicting"
 
     @staticmethod
     def of(model: nn.Module, *, head: bool = True) -> ModelShape:
-        """Read the shape off a transformers model, or off a bare trunk with head=False."""
+        """Read the shape off a transformers model (a sequence classifier or a bare trunk with head=False)."""
         trunk = trunk_of(model)
         embeddings = {id(module.weight) for module in trunk.modules() if isinstance(module, nn.Embedding)}
         matmul = sum(p.numel() for p in trunk.parameters() if p.ndim == 2 and id(p) not in embeddings)
@@ -35,26 +43,47 @@ class ModelShape:
         heads = getattr(config, "num_attention_heads", 1)
         width = (getattr(config, "head_dim", None) or config.hidden_size // heads) * heads
         output = model.get_output_embeddings() if head and hasattr(model, "get_output_embeddings") else None
-        return ModelShape(matmul, output.weight.numel() if output is not None else 0, config.num_hidden_layers * width)
+        skipped = sum(p.numel() for module in skipping_modules(trunk) for p in module.parameters() if p.ndim == 2)
+        classifier = not head and (hasattr(model, "score") or hasattr(model, "classifier"))
+        pooled = "tokens" if getattr(trunk.config, "score_pooling", None) == "mean" else "last"
+        return ModelShape(
+            matmul,
+            output.weight.numel() if output is not None else 0,
+            config.num_hidden_layers * width,
+            skipped,
+            pooled if classifier else "predicting",
+        )
 
-    def forward_flops(self, tokens: int, context_tokens: int, head_tokens: int) -> float:
-        """FLOPs of a forward pass: 2 N_matmul tokens + 4 layers d_attn sum(context) + 2 N_head head_tokens.
+    def forward_flops(self, tokens: int, context_tokens: int, head_tokens: int, read: int | None = None) -> float:
+        """FLOPs of a forward pass: 2 N_matmul tokens + 4 layers d_attn sum(context) + 2 N_head head_tokens, less
+        2 N_skipped (tokens - read) where only some positions are read.
 
         Source: Kaplan et al. 2020, table 1, with the attention term counted over the context really attended to
         and the output head only where it is computed.
         """
-        return 2.0 * self.matmul * tokens + 4.0 * self.attention * context_tokens + 2.0 * self.head * head_tokens
+        unread = 0 if read is None else tokens - read
+        matmul = self.matmul * tokens - self.skipped * unread
+        return 2.0 * matmul + 4.0 * self.attention * context_tokens + 2.0 * self.head * head_tokens
 
     def batch_flops(self, batch: PackedBatch) -> float:
         """FLOPs of a forward pass over a packed batch."""
-        return self.forward_flops(batch.active_tokens, batch.context_tokens, batch.num_tokens)
+        read = {"predicting": batch.num_predicting, "tokens": batch.num_tokens, "last": batch.num_completions}
+        return self.forward_flops(batch.active_tokens, batch.context_tokens, batch.num_tokens, read[self.reads])
 
-    def decode_flops(self, prompt_lengths: list[int], response_lengths: list[int]) -> float:
-        """FLOPs of cached sampling: the prompt once, then one token at a time over its real context."""
+    def decode_flops(
+        self, prompt_lengths: list[int], response_lengths: list[int], prompts: list[int] | None = None
+    ) -> float:
+        """FLOPs of cached sampling: the prompts, then one token at a time over its real context.
+
+        prompts: lengths of those that are run, where responses to one prompt share it and only its last token is
+        read; None: every response's own, whole.
+        """
         total = 0.0
+        for prompt in prompt_lengths if prompts is None else prompts:
+            total += self.forward_flops(prompt, prompt * (prompt + 1) // 2, 0, None if prompts is None else 1)
         for prompt, response in zip(prompt_lengths, response_lengths, strict=True):
-            tokens = prompt + response - 1  # the last sampled token is never fed back
-            total += self.forward_flops(tokens, tokens * (tokens + 1) // 2, response)
+            fed = response - 1  # the last sampled token is never fed back
+            total += self.forward_flops(fed, fed * prompt + fed * (fed + 1) // 2, response)
         return total
 
 
@@ -111,9 +140,15 @@ class CostMeter:
         """Count a forward pass of a frozen model."""
         self.flops += shape.batch_flops(batch)
 
-    def generate(self, shape: ModelShape, prompt_lengths: list[int], response_lengths: list[int]) -> None:
-        """Count sampled responses."""
-        self.flops += shape.decode_flops(prompt_lengths, response_lengths)
+    def generate(
+        self,
+        shape: ModelShape,
+        prompt_lengths: list[int],
+        response_lengths: list[int],
+        prompts: list[int] | None = None,
+    ) -> None:
+        """Count sampled responses; see `ModelShape.decode_flops`."""
+        self.flops += shape.decode_flops(prompt_lengths, response_lengths, prompts)
         self.tokens_generated += sum(response_lengths)
 
     def part(self, name: str) -> _Part:

@@ -40,12 +40,14 @@ class Facts:
 
 def facts_of(config: Any, total: int, ranks: int, known: Mapping[str, float]) -> Facts:
     """The facts of a run of `total` updates on `ranks` processes; `known`: what its stage adds."""
+    from rlhf_pipeline.training.precision import uses_bf16  # imports torch
+
     rollout = getattr(config, "rollout_batch_size", None)
     examples = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks
     return Facts(
         total=total,
         size=rollout or examples,
-        low_precision=bool(config.bf16) or config.dtype in ("bfloat16", "float16"),
+        low_precision=uses_bf16(config) or config.dtype in ("bfloat16", "float16"),
         kl_coef=getattr(config, "kl_coef", 0.0),
         critic_warmup_steps=getattr(config, "critic_warmup_steps", 0),
         loss_type=getattr(config, "loss_type", "sigmoid"),

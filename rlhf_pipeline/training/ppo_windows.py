@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_pipeline.data.batch import PackedBatch, micro_batches, pack
+from rlhf_pipeline.data.batch import PackedBatch, merge_prompts, micro_batches, pack, reads
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.models.roles import ActorCritic, Policy
-from rlhf_pipeline.rollout.responses import sample_for_prompts
+from rlhf_pipeline.rollout.responses import prompts_run, sample_for_prompts
 from rlhf_pipeline.rollout.rewards import RewardSource
 from rlhf_pipeline.rollout.rollout import (
     Estimates,
@@ -126,7 +126,9 @@ class RolloutCollector:
                 module=module,
             )
             prompt_lengths = [len(example.prompt_ids) for example in sampled]
-            self.meter.generate(self.shapes["actor"], prompt_lengths, [len(e.completions[0]) for e in sampled])
+            lengths = [len(example.completions[0]) for example in sampled]
+            run = prompts_run(self.actor_critic, sampled)
+            self.meter.generate(self.shapes["actor"], prompt_lengths, lengths, run)
         # 2. Cut into minibatches; the first epoch's micro-batches are packed once, scored, and trained on.
         shuffle = self._generator(update, 1)
         epochs = [self._minibatches(sampled, shuffle) for _ in range(s.num_ppo_epochs)]
@@ -162,12 +164,15 @@ class RolloutCollector:
         for start in range(0, len(order), size):
             members = order[start : start + size]
             groups = micro_batches([sampled[i] for i in members], self.settings.micro_batch_size)
-            minibatches.append([[members[i] for i in group] for group in groups])
+            rows = [[members[i] for i in group] for group in groups]
+            # Responses to one prompt stand together, so that they share it.
+            minibatches.append([sorted(group, key=lambda row: (sampled[row].prompt_ids, row)) for group in rows])
         return minibatches
 
     def _pack(self, sampled: Sequence[Example], rows: Sequence[int]) -> PackedBatch:
         layout = self.actor_critic.reader.layout
-        return pack([sampled[i] for i in rows], self.settings.pad_id, layout=layout).to(self.device)
+        trees = merge_prompts([sampled[i] for i in rows])
+        return pack(trees, self.settings.pad_id, layout=layout).to(self.device)
 
     @torch.no_grad()
     def _score(
@@ -213,7 +218,7 @@ class RolloutCollector:
     def _for_layout(
         self, batch: PackedBatch, sampled: Sequence[Example], rows: Sequence[int], layout: Any
     ) -> PackedBatch:
-        if layout == batch.layout:
+        if reads(layout, batch):
             return batch
         return pack([sampled[i] for i in rows], self.settings.pad_id, layout=layout).to(self.device)
 

@@ -38,7 +38,8 @@ class Reference:
             prompt = len(example.prompt_ids)
             lengths = [len(ids) for ids in example.completions]
             context = prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in lengths)
-            total += shape.forward_flops(prompt + sum(lengths), context, sum(lengths))
+            read = sum(lengths) - len(lengths) + 1  # the prompt's last token predicts the first of every completion
+            total += shape.forward_flops(prompt + sum(lengths), context, sum(lengths), read)
         return total
 
 

@@ -23,6 +23,7 @@ from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.training.checkpoint import Checkpoint, newest_checkpoint
 from rlhf_pipeline.training.cost import CostMeter, reset_peak_memory
+from rlhf_pipeline.training.precision import uses_bf16
 from rlhf_pipeline.training.tracking import RunLog
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def make_accelerator(config: Any) -> Accelerator:
 
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    precision = "bf16" if getattr(config, "bf16", False) else "no"
+    precision = "bf16" if uses_bf16(config) else "no"
     _forget_other_precision(precision)
     # While the critic warms up the actor has no gradient, which DDP takes for a fault unless it is told.
     frozen_actor = bool(getattr(config, "critic_warmup_steps", 0))
@@ -191,6 +192,8 @@ def open_run(
         run = Run(stage, config, digest, Registry(home), directory, accelerator, log, checkpoint)
         run.meter.started = started
         log.say(f"{stage}: run {run.id}, {accelerator.device}, {torch.get_num_threads()} threads, seed {config.seed}")
+        if getattr(config, "bf16", False) == "auto":
+            log.say(f"bf16 auto: {'on, this machine is faster with it' if uses_bf16(config) else 'off here'}")
         with _signals(run):
             yield run
     except BadInput:

@@ -16,6 +16,7 @@ from rlhf_pipeline.training.cost import JUDGE
 from rlhf_pipeline.training.health import Monitor, facts_of, tell, tell_all
 from rlhf_pipeline.training.loop import Step, fit
 from rlhf_pipeline.training.optimizer import make_optimizer, make_scheduler
+from rlhf_pipeline.training.precision import checkpoint_activations
 from rlhf_pipeline.training.run import Run
 from rlhf_pipeline.training.watches import WATCHES
 from rlhf_pipeline.training.windows import Window
@@ -103,6 +104,8 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
         RunFailed: when a loss or gradient is not finite.
     """
     config = run.config
+    if config.gradient_checkpointing:
+        checkpoint_activations(model)
     optimizer = make_optimizer(
         model.parameters(),
         learning_rate=config.learning_rate,

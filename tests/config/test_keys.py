@@ -68,7 +68,6 @@ def test_output_dir_is_refused_with_what_to_use(faults):
         ("dpo", "load_in_4bit", True),
         ("ppo", "kl_target", 6),
         ("ppo", "rollout_engine", "vllm"),
-        ("sft", "gradient_checkpointing", True),
         ("sft", "load_best_model_at_end", True),
         ("sft", "report_to", "wandb"),
         ("sft", "report_to", ["tensorboard"]),

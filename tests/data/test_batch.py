@@ -7,7 +7,16 @@ import random
 import pytest
 import torch
 
-from rlhf_pipeline.data.batch import PackedBatch, micro_batches, pack, tree_length
+from rlhf_pipeline.data.batch import (
+    FLAT_FROM,
+    LAYOUTS,
+    PackedBatch,
+    common_layout,
+    micro_batches,
+    pack,
+    reads,
+    tree_length,
+)
 from rlhf_pipeline.data.tokenize import Example
 
 PAD = 0
@@ -63,6 +72,41 @@ def test_trees_in_rows_of_the_longest_tree_by_hand():
     assert (batch.active_tokens, batch.context_tokens) == (10, 29)
 
 
+def test_one_flat_row_by_hand():
+    batch = pack([ONE, PAIR], PAD, layout="flat", flat_from=0)
+    assert batch.layout == "flat" and batch.trees == ((1, (3,)), (3, (2, 1)))
+    assert batch.input_ids.tolist() == [[11, 12, 13, 14, 5, 6, 7, 8, 9, 10]]  # in the order of the examples
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4, 3]]
+    assert batch.tree.tolist() == [[0, 0, 0, 0, 1, 1, 1, 1, 1, 1]]
+    assert batch.branch.tolist() == [[0, 1, 1, 1, 0, 0, 0, 1, 1, 2]]
+    assert batch.predict_index.tolist() == [0, 1, 2, 6, 7, 6]
+    assert batch.token_index.tolist() == [1, 2, 3, 7, 8, 9]
+    assert batch.target_ids.tolist() == [12, 13, 14, 8, 9, 10]
+    assert batch.last_index.tolist() == [3, 8, 9]
+    assert (batch.active_tokens, batch.context_tokens) == (10, 10 + 19)
+
+
+def test_trees_that_are_all_short_are_not_laid_out_flat():
+    prompt = [1] * (FLAT_FROM - 3)
+    shorter, longer = example(prompt, [2], [3]), example(prompt, [2], [3, 4])
+    assert pack([ONE, shorter], PAD, layout="flat").layout == "trees"
+    assert pack([ONE, shorter], PAD, layout="flat").trees == ()
+    assert pack([ONE, longer], PAD, layout="flat").layout == "flat"
+    assert pack([longer], PAD, layout="flat", flat_from=FLAT_FROM + 1).layout == "trees"
+    assert pack([longer], PAD, layout="trees").layout == "trees"
+    assert pack([longer], PAD, layout="rows", flat_from=0).layout == "rows"
+
+
+def test_who_reads_what():
+    batches = {layout: pack([PAIR], PAD, layout=layout, flat_from=0) for layout in LAYOUTS}
+    read = {reader: {layout for layout in LAYOUTS if reads(reader, batches[layout])} for reader in LAYOUTS}
+    assert read == {"rows": {"rows"}, "trees": {"rows", "trees"}, "flat": {"rows", "trees", "flat"}}
+    assert not any(reads(layout, None) for layout in LAYOUTS)
+    assert common_layout("flat") == common_layout("flat", "flat") == "flat"
+    assert common_layout("flat", "trees") == common_layout("trees", "flat") == "trees"
+    assert common_layout("flat", "rows", "trees") == "rows"
+
+
 def test_plain_rows_by_hand():
     batch = pack([PAIR, ONE], PAD, layout="rows")
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9], [5, 6, 7, 10, PAD], [11, 12, 13, 14, PAD]]
@@ -107,39 +151,56 @@ def check(batch: PackedBatch, examples: list[Example]) -> None:
         assert batch.lengths[number].item() == len(completion)
 
 
-@pytest.mark.parametrize("layout", ["trees", "rows"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("row_length", [None, 1, 64, 500])
 def test_everything_can_be_read_back(layout, row_length):
     examples = many()
-    batch = pack(examples, PAD, layout=layout, row_length=row_length)
+    batch = pack(examples, PAD, layout=layout, row_length=row_length, flat_from=0)
     check(batch, examples)
     longest = max(tree_length(e) for e in examples)
     if layout == "trees":
         assert batch.input_ids.shape[1] == max(longest, row_length or 0)
+    if layout == "flat":
+        assert batch.input_ids.shape == (1, batch.active_tokens) and batch.tree.unique_consecutive().numel() == 40
+        assert batch.trees == tuple((len(e.prompt_ids), tuple(map(len, e.completions))) for e in examples)
+    if layout != "rows":
         assert batch.active_tokens == sum(tree_length(e) for e in examples)
     assert batch.active_tokens == (batch.tree >= 0).sum().item()
     assert (batch.input_ids[batch.tree < 0] == PAD).all()
 
 
-@pytest.mark.parametrize("layout", ["trees", "rows"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_context_tokens_equal_the_count_of_visible_pairs(layout):
     examples = many(12)
     total = 0
     for e in examples:
         prompt = len(e.prompt_ids)
-        prompts = 1 if layout == "trees" else len(e.completions)
+        prompts = len(e.completions) if layout == "rows" else 1
         total += prompts * prompt * (prompt + 1) // 2
         total += sum(prompt + k + 1 for c in e.completions for k in range(len(c)))
-    assert pack(examples, PAD, layout=layout, row_length=64).context_tokens == total
-    assert pack(examples, PAD, layout=layout).context_tokens == total
+    assert pack(examples, PAD, layout=layout, row_length=64, flat_from=0).context_tokens == total
+    assert pack(examples, PAD, layout=layout, flat_from=0).context_tokens == total
 
 
-def test_the_order_of_examples_orders_the_completions_and_nothing_else():
+def test_index_vectors_select_the_same_tokens_in_every_layout():
+    examples = many()
+    rows, *others = (pack(examples, PAD, layout=layout, row_length=64, flat_from=0) for layout in LAYOUTS)
+    for batch in others:
+        for name in ("predict_index", "token_index", "last_index"):
+            for field in ("input_ids", "position_ids"):
+                found, expected = (getattr(b, field).view(-1)[getattr(b, name)] for b in (batch, rows))
+                assert torch.equal(found, expected)
+        for name in ("target_ids", "completion_index", "offset", "lengths"):
+            assert torch.equal(getattr(batch, name), getattr(rows, name))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_order_of_examples_orders_the_completions_and_nothing_else(layout):
     examples = many(15)
     order = list(range(15))
     random.Random(1).shuffle(order)
     shuffled = [examples[i] for i in order]
-    check(pack(shuffled, PAD, row_length=50), shuffled)
+    check(pack(shuffled, PAD, layout=layout, row_length=50, flat_from=0), shuffled)
 
 
 def test_packing_is_deterministic_and_leaves_little_padding():
@@ -165,7 +226,8 @@ def test_what_has_no_tokens_is_refused_with_its_place(bad):
 
 
 def test_to_moves_every_tensor_and_keeps_the_rest():
-    batch = pack([PAIR], PAD)
+    batch = pack([PAIR], PAD, layout="flat", flat_from=0)
     moved = batch.to("meta")
     assert moved.input_ids.device.type == moved.last_index.device.type == "meta"
     assert (moved.layout, moved.context_tokens) == (batch.layout, batch.context_tokens)
+    assert moved.trees == batch.trees == ((3, (2, 1)),)

@@ -43,7 +43,7 @@ def test_too_many_responses_are_refused_with_their_number():
         ResponseTree(32, 1, 5)
 
 
-@pytest.mark.parametrize("layout", ["trees", "rows"])
+@pytest.mark.parametrize("layout", ["flat", "trees", "rows"])
 def test_siblings_are_packed_as_the_general_packing_does(layout):
     prefixes, children = torch.tensor([[5, 6, 7], [5, 6, 8], [5, 6, 9]]), torch.tensor([1, 0, 4, 2])
     examples = [

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rlhf_pipeline.data.batch import pack
+from rlhf_pipeline.models.attention import use_tree_attention
 from rlhf_pipeline.models.divergence import divergence
 from rlhf_pipeline.models.forward import Reader
 from rlhf_pipeline.models.roles import Policy
@@ -13,10 +14,12 @@ from rlhf_pipeline.models.roles import Policy
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("heads", [("linear", "linear"), ("own", "linear"), ("own", "own")])
-def test_each_figure_by_its_definition(make_model, examples, heads, temperature):
+@pytest.mark.parametrize("layout", ["flat", "trees"])
+def test_each_figure_by_its_definition(make_model, examples, heads, temperature, layout):
     models = [make_model("llama", seed=seed) for seed in (0, 1)]
-    policy, reference = (Policy(m, Reader(head=head), temperature) for m, head in zip(models, heads))
-    found = divergence(policy, reference, pack(examples, 0, row_length=60))
+    assert all(map(use_tree_attention, models))
+    policy, reference = (Policy(m, Reader(layout, head), temperature) for m, head in zip(models, heads))
+    found = divergence(policy, reference, pack(examples, 0, layout=layout, row_length=60, flat_from=0))
     place = 0
     for example in examples:
         for completion in example.completions:

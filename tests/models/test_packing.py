@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
-from rlhf_pipeline.data.batch import pack
+from rlhf_pipeline.data.batch import LAYOUTS, pack
+from rlhf_pipeline.models.attention import use_tree_attention
 from rlhf_pipeline.models.forward import Reader, attention_mask, completion_logprobs
 from rlhf_pipeline.models.selfcheck import inspect_model
 
 READERS = {
-    "llama": Reader("trees", "linear"),
-    "llama-tied": Reader("trees", "linear"),
-    "qwen2": Reader("trees", "linear"),
-    "qwen2-sliding": Reader("trees", "linear"),
-    "qwen3": Reader("trees", "linear"),
-    "mistral": Reader("trees", "linear"),
+    "llama": Reader("flat", "linear"),
+    "llama-tied": Reader("flat", "linear"),
+    "qwen2": Reader("flat", "linear"),
+    "qwen2-sliding": Reader("flat", "linear"),
+    "qwen3": Reader("flat", "linear"),
+    "mistral": Reader("flat", "linear"),
     "gemma2": Reader("trees", "own"),
-    "gemma3_text": Reader("trees", "linear"),
-    "gpt2": Reader("trees", "linear"),
-    "gpt_neox": Reader("trees", "linear"),
+    "gemma3_text": Reader("flat", "linear"),
+    "gpt2": Reader("flat", "linear"),
+    "gpt_neox": Reader("flat", "linear"),
     "bloom": Reader("rows", "linear"),
 }
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -60,20 +62,24 @@ def padded(model, examples, side: str, positions: bool) -> torch.Tensor:
 
 @torch.no_grad()
 def packed(model, examples, layout: str, head: str = "linear", **options) -> torch.Tensor:
-    batch = pack(examples, 0, layout=layout, **options)
+    batch = pack(examples, 0, layout=layout, flat_from=0, **options)
+    assert batch.layout == layout
     return completion_logprobs(model, Reader(layout, head), batch)[0]
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_packed_plain_left_and_right_padded_logprobs_agree(make_model, examples, name):
     model, reader = make_model(name), READERS[name]
-    assert inspect_model(model) == reader
+    before = model.config._attn_implementation
     expected = plain(model, examples)
     assert expected.std() > 0.3  # the weights make a difference
-    for layout in ("trees", "rows") if reader.layout == "trees" else ("rows",):
+    assert inspect_model(model) == reader
+    assert model.config._attn_implementation == ("rlhf_trees" if reader.layout == "flat" else before)
+    torch.testing.assert_close(plain(model, examples), expected, **CLOSE)
+    for layout in LAYOUTS[: LAYOUTS.index(reader.layout) + 1]:
         torch.testing.assert_close(packed(model, examples, layout, reader.head), expected, **CLOSE)
         torch.testing.assert_close(packed(model, examples, layout, "own"), expected, **CLOSE)
-    for row_length in (30, 100) if reader.layout == "trees" else ():
+    for row_length in () if reader.layout == "rows" else (30, 100):
         found = packed(model, examples, "trees", reader.head, row_length=row_length)
         torch.testing.assert_close(found, expected, **CLOSE)
     for side in ("left", "right"):
@@ -84,29 +90,30 @@ def test_packed_plain_left_and_right_padded_logprobs_agree(make_model, examples,
 def test_eager_attention_takes_the_same_mask(make_model, examples, name):
     model = make_model(name, attn_implementation="eager")
     reader = inspect_model(model)
-    assert reader == READERS[name]
+    assert reader == replace(READERS[name], layout="trees")
+    assert model.config._attn_implementation == "eager"
     found = packed(model, examples, "trees", reader.head, row_length=64)
     torch.testing.assert_close(found, plain(model, examples), **CLOSE)
 
 
+@pytest.mark.parametrize("layout", ["flat", "trees"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text", "gpt2"])
-def test_the_order_of_examples_changes_no_logprob(make_model, examples, name):
+def test_the_order_of_examples_changes_no_logprob(make_model, examples, name, layout):
     model = make_model(name)
+    assert use_tree_attention(model)
     order = list(range(len(examples)))
     random.Random(3).shuffle(order)
-    found = packed(model, [examples[i] for i in order], "trees", row_length=64)
+    found = packed(model, [examples[i] for i in order], layout, row_length=64)
     torch.testing.assert_close(found, plain(model, [examples[i] for i in order]), **CLOSE)
 
 
 def test_in_float64_agreement_is_exact(make_model, examples):
     model = make_model("llama", dtype=torch.float64)
-    with torch.no_grad():
-        trees, rows = (
-            completion_logprobs(model, Reader(layout), pack(examples, 0, layout=layout, row_length=64))[0]
-            for layout in ("trees", "rows")
-        )
-    assert trees.dtype == torch.float64
-    torch.testing.assert_close(trees, rows, rtol=0, atol=1e-12)
+    assert use_tree_attention(model)
+    found = {layout: packed(model, examples, layout, row_length=64) for layout in LAYOUTS}
+    assert found["flat"].dtype == torch.float64
+    for layout in ("flat", "trees"):
+        torch.testing.assert_close(found[layout], found["rows"], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("pad", [0, 1, 17])
@@ -118,14 +125,17 @@ def test_the_id_that_fills_padding_is_read_by_nothing(make_model, examples, pad)
     assert torch.equal(found, other) and torch.equal(entropy, other_entropy)
 
 
-def test_gradients_of_trees_and_rows_agree(make_model, examples):
+def test_gradients_in_every_layout_agree(make_model, examples):
     gradients = []
-    for layout in ("trees", "rows"):
+    for layout in LAYOUTS:
         model = make_model("gpt2", dtype=torch.float64)  # Llama's norms are computed in fp32 in any case
-        batch = pack(examples, 0, layout=layout)
+        assert layout != "flat" or use_tree_attention(model)
+        batch = pack(examples, 0, layout=layout, flat_from=0)
         completion_logprobs(model, Reader(layout), batch)[0].sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    torch.testing.assert_close(*gradients, rtol=0, atol=1e-10)
+    assert gradients[0].abs().max() > 1
+    for found in gradients[1:]:
+        torch.testing.assert_close(found, gradients[0], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 2.0])
@@ -195,5 +205,5 @@ def test_a_model_that_sees_the_future_is_refused():
 
 def test_the_self_check_leaves_the_mode_alone(make_model):
     model = make_model("llama")
-    assert inspect_model(model.train()).layout == "trees" and model.training
-    assert inspect_model(model.eval()).layout == "trees" and not model.training
+    assert inspect_model(model.train()).layout == "flat" and model.training
+    assert inspect_model(model.eval()).layout == "flat" and not model.training

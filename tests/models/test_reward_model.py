@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlhf_pipeline.data import world
-from rlhf_pipeline.data.batch import pack
+from rlhf_pipeline.data.batch import LAYOUTS, pack
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.models.forward import Reader, trunk_of
@@ -54,20 +54,23 @@ def altered(examples, change) -> list[Example]:
 def test_packed_plain_left_and_right_padded_scores_agree(make_model, examples, name):
     model = make_model(name, scorer=True)
     scorer = read_reward_model(model)
-    assert scorer.reader.layout == ("rows" if name == "bloom" else "trees")
+    assert scorer.reader.layout == ("rows" if name == "bloom" else "flat")
     expected = plain(model, examples)
     assert expected.std() > 0.1
-    for row_length in (None, 30, 100):
-        torch.testing.assert_close(score(scorer, examples, row_length=row_length), expected, **CLOSE)
-    torch.testing.assert_close(score(RewardModel(model, Reader("rows")), examples), expected, **CLOSE)
+    for layout in LAYOUTS[: LAYOUTS.index(scorer.reader.layout) + 1]:
+        reading = RewardModel(model, Reader(layout))
+        for row_length in (None, 30, 100):
+            found = score(reading, examples, row_length=row_length, flat_from=0)
+            torch.testing.assert_close(found, expected, **CLOSE)
     torch.testing.assert_close(padded(model, examples, "right"), expected, **CLOSE)
     if name != "gpt2":  # transformers counts a left-padded GPT-2's absolute positions from the padding
         torch.testing.assert_close(padded(model, examples, "left"), expected, **CLOSE)
 
 
-def test_the_order_of_examples_permutes_the_scores(make_model, examples):
+@pytest.mark.parametrize("flat_from", [0, 1000])
+def test_the_order_of_examples_permutes_the_scores(make_model, examples, flat_from):
     scorer = read_reward_model(make_model("llama", scorer=True))
-    found = score(scorer, examples[::-1], row_length=64)
+    found = score(scorer, examples[::-1], row_length=64, flat_from=flat_from)
     torch.testing.assert_close(found, plain(scorer.model, examples[::-1]), **CLOSE)
 
 
@@ -93,7 +96,8 @@ def test_a_sampled_pad_is_a_token_and_lengths_say_where_to_read(make_model, exam
     assert (score(scorer, ending) - score(scorer, examples)).abs().min() > 1e-4
 
 
-def test_pooling_mean_averages_the_response_tokens(make_model, examples):
+@pytest.mark.parametrize("flat_from", [0, 1000])
+def test_pooling_mean_averages_the_response_tokens(make_model, examples, flat_from):
     model = make_model("llama", scorer=True)
     model.config.score_pooling = "mean"
     scorer = read_reward_model(model)
@@ -105,7 +109,8 @@ def test_pooling_mean_averages_the_response_tokens(make_model, examples):
                 states = trunk_of(model)(input_ids=ids).last_hidden_state[0, len(example.prompt_ids) :]
                 expected.append(model.score(states).mean())
     assert scorer.pooling == "mean"
-    torch.testing.assert_close(score(scorer, examples, row_length=64), torch.stack(expected), **CLOSE)
+    found = score(scorer, examples, row_length=64, flat_from=flat_from)
+    torch.testing.assert_close(found, torch.stack(expected), **CLOSE)
     assert (score(scorer, examples) - plain(model, examples)).abs().max() > 1e-2
 
 

@@ -76,12 +76,15 @@ def test_values_are_read_at_the_positions_that_predict_each_token(make_model, ex
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("actor, scorer", [("llama", "bloom"), ("llama", "mistral"), ("bloom", "llama")])
+@pytest.mark.parametrize(
+    "actor, scorer",
+    [("llama", "bloom"), ("llama", "mistral"), ("bloom", "llama"), ("llama", "gemma2"), ("gemma2", "gpt2")],
+)
 def test_actor_and_critic_of_two_architectures_read_the_same_batch(make_model, examples, actor, scorer):
     model, judge = make_model(actor), read_reward_model(make_model(scorer, scorer=True, seed=5))
     module = make_actor_critic(model, inspect_model(model), "reward_model", reward_model=judge)
     with torch.no_grad():
-        found = module(pack(examples[:2], 0, layout=module.reader.layout))
+        found = module(pack(examples[:2], 0, layout=module.reader.layout, flat_from=0))
         values, logprobs = [], []
         for example in examples[:2]:
             for completion in example.completions:

@@ -12,6 +12,7 @@ from rlhf_pipeline.algorithms.logprobs import token_logprobs
 from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.models.forward import hidden_states, output_head
+from rlhf_pipeline.models.last_layer import skip_unread
 from rlhf_pipeline.rollout.sampler import sample
 from rlhf_pipeline.training.cost import CostMeter, ModelShape, peak_memory_bytes, reset_peak_memory
 
@@ -97,7 +98,7 @@ def masked_away(shape: ModelShape, tokens: int) -> float:
 
 
 def logprob_sum(model, batch):
-    hidden = hidden_states(model.model, batch).index_select(0, batch.predict_index)
+    hidden = hidden_states(model.model, batch, batch.predict_index)
     return token_logprobs(output_head(model), hidden, batch.target_ids)[0].sum()
 
 
@@ -128,6 +129,23 @@ def test_a_pair_in_one_tree_against_the_counter_of_torch():
     with torch.no_grad():
         found = counted(lambda: logprob_sum(model, batch))
     assert found == pytest.approx(shape.batch_flops(batch) + unseen, rel=0.02)
+
+
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_a_last_layer_that_skips_what_nobody_reads_against_the_counter_of_torch(pairs):
+    pair = Example(list(range(1, 13)), [[1, 2, 3, 4], [5, 6, 7, 8, 9, 10]], [True, True], "k", "w")
+    model, batch = llama(**WIDER), pack([pair] * pairs, 0)
+    whole = ModelShape.of(model)
+    assert skip_unread(model.model)
+    shape, meter = ModelShape.of(model), CostMeter()
+    # Query and output projections 64 x 64 and three matrices 64 x 96, at 3 + 5 positions and the prompt's last one.
+    assert shape.skipped == 2 * 64 * 64 + 3 * 64 * 96
+    assert batch.num_predicting == 9 * pairs
+    assert whole.batch_flops(batch) - shape.batch_flops(batch) == 2 * shape.skipped * 13 * pairs
+    meter.train(shape, batch)
+    unseen = 4.0 * shape.attention * (22 * 22 * pairs - batch.context_tokens)
+    found = counted(lambda: logprob_sum(model, batch).backward())
+    assert found == pytest.approx(meter.flops + 3 * unseen, rel=0.02)
 
 
 def test_cached_sampling_against_the_counter_of_torch():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlhf_pipeline.errors import RunFailed
+from rlhf_pipeline.training.precision import uses_bf16
 from rlhf_pipeline.training.trl_engine.order import WindowSampler
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def common_arguments(run: Run, total: int) -> dict[str, Any]:
         "learning_rate": config.learning_rate,
         "max_grad_norm": config.max_grad_norm,
         "seed": config.seed,
-        "bf16": config.bf16,
+        "bf16": uses_bf16(config),
         "use_cpu": run.device.type == "cpu",
         "max_length": None,
         "logging_strategy": "steps",
@@ -75,7 +76,8 @@ def common_arguments(run: Run, total: int) -> dict[str, Any]:
         "eval_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "dataloader_pin_memory": False,
         # The Accelerate of this run is there already: the trainer must not reset what it shares.
         "accelerator_config": {"use_configured_state": True},

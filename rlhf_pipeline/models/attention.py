@@ -1,0 +1,106 @@
+"""Tree attention as one of the attentions that a transformers model can be told to use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_pipeline.algorithms.attention import Block, Tree, attention_plan, tree_attention
+
+NAME = "rlhf_trees"
+REFUSED = ("softcap", "s_aux", "sinks", "position_bias")
+"""What an architecture may add to its scores: not in `tree_attention`."""
+
+
+class TreeMask(Tensor):
+    """What stands in the place of a 4-D mask, which transformers hands to every layer as it is.
+
+    plan: for the trees of the one row.
+    """
+
+    plan: list[Block]
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def of(cls, trees: Sequence[Tree], window: int | None, dtype: torch.dtype, device: torch.device) -> TreeMask:
+        """Of the trees of one row; window: of sliding-window layers, in positions; dtype: of the model."""
+        mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device).as_subclass(cls)
+        longest = max(prompt + max(completions, default=0) for prompt, completions in trees)
+        mask.plan = attention_plan(
+            trees,
+            window=window if window is not None and window < longest else None,
+            dtype=torch.promote_types(dtype, torch.float32),
+            device=device,
+        )
+        return mask
+
+    def detach(self) -> TreeMask:
+        """Itself: it has no gradient, and reentrant checkpointing would go on with a plain tensor."""
+        return self
+
+
+def _forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """An attention of transformers: (1, H, T, D) with a `TreeMask` -> (1, T, H, D); else that of sdpa."""
+    if not isinstance(attention_mask, TreeMask):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    added = [name for name in REFUSED if options.get(name) is not None]
+    if added or dropout:
+        raise ValueError(f"tree attention has no {', '.join(added) or 'dropout'}")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = tree_attention(query[0], key[0], value[0], attention_mask.plan, scale=scale)
+    return output.transpose(0, 1)[None], None
+
+
+def _drops_attention(config: Any) -> bool:
+    """Whether a model of this config drops attention while it trains; the keys of architectures differ."""
+    return any(
+        value
+        for part in (config, config.get_text_config())
+        for key, value in vars(part).items()
+        if "att" in key and "drop" in key
+    )
+
+
+def use_tree_attention(model: nn.Module) -> bool:
+    """Let a model that computes with sdpa use tree attention where it gets a `TreeMask`; returns whether it does.
+
+    Nothing of it is saved with the model.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, _forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)  # for what is not packed: decoding, plain sequences
+    if getattr(model.config, "_attn_implementation", None) == NAME:
+        return True
+    if getattr(model.config, "_attn_implementation", None) != "sdpa" or not hasattr(model, "set_attn_implementation"):
+        return False
+    if next(model.parameters()).device.type != "cpu" or _drops_attention(model.config):
+        return False
+    try:
+        model.set_attn_implementation(NAME)
+    except (ValueError, TypeError, AttributeError):
+        return False
+    return model.config._attn_implementation == NAME
+
+
+def use_sdpa(model: nn.Module) -> None:
+    """Undo `use_tree_attention`."""
+    if getattr(model.config, "_attn_implementation", None) == NAME:
+        model.set_attn_implementation("sdpa")

@@ -1,0 +1,93 @@
+"""The last layer, only where somebody reads it.
+
+Every position's keys and values are needed, but the query and output projections and the MLP of the last layer only
+at the positions whose hidden states are read: completions, or the last token of each. Hooks on these modules, which
+work position by position, take those rows out before and put them back after; the other rows get what came in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LAYERS = ("layers", "h")
+ATTENTIONS = ("self_attn", "attn", "attention")
+PROJECTIONS = ("q_proj", "o_proj", "out_proj", "c_proj", "dense")
+MLPS = ("mlp",)
+
+_read: ContextVar[Tensor | None] = ContextVar("read", default=None)
+_shape: ContextVar[torch.Size] = ContextVar("shape")
+
+
+def _take(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    rows = _read.get()
+    if rows is None:
+        return None
+    states, *others = arguments
+    _shape.set(states.shape[:-1])
+    return states.flatten(0, -2).index_select(0, rows)[None], *others
+
+
+def _put(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    rows = _read.get()
+    if rows is None:
+        return None
+    shape = _shape.get()
+    whole = output.new_zeros(shape.numel(), output.shape[-1])
+    return whole.index_copy(0, rows, output[0]).unflatten(0, shape)
+
+
+def _position_wise(trunk: nn.Module) -> list[nn.Module]:
+    layers = next((found for name in LAYERS if isinstance(found := getattr(trunk, name, None), nn.ModuleList)), None)
+    if not layers:
+        return []
+    last = layers[-1]
+    attention = next((getattr(last, name) for name in ATTENTIONS if hasattr(last, name)), None)
+    named = [(attention, name) for name in PROJECTIONS] + [(last, name) for name in MLPS]
+    found = [getattr(owner, name, None) for owner, name in named]
+    return [module for module in found if isinstance(module, nn.Module)]
+
+
+def skipping_modules(trunk: nn.Module) -> list[nn.Module]:
+    """The modules of a trunk that compute only what is read."""
+    return [module for module in _position_wise(trunk) if _take in module._forward_pre_hooks.values()]
+
+
+def skip_unread(trunk: nn.Module) -> bool:
+    """Let the last layer of a trunk compute only what is read; returns whether there is anything to skip."""
+    for module in _position_wise(trunk):
+        if _take not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_take)
+            module.register_forward_hook(_put)
+    return bool(skipping_modules(trunk))
+
+
+def compute_all(trunk: nn.Module) -> None:
+    """Undo `skip_unread`."""
+    for module in trunk.modules():
+        for hooks, ours in ((module._forward_pre_hooks, _take), (module._forward_hooks, _put)):
+            for key in [key for key, hook in hooks.items() if hook is ours]:
+                del hooks[key]
+
+
+def _checkpoints(trunk: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in trunk.modules())
+
+
+@contextmanager
+def reading(trunk: nn.Module, index: Tensor | None) -> Iterator[None]:
+    """Within it, only the flat positions `index` (repeated or not) of what `trunk` returns mean anything."""
+    # A checkpointed layer runs once more in the backward pass, outside of this.
+    if index is None or (trunk.training and _checkpoints(trunk)):
+        yield
+        return
+    token = _read.set(torch.unique(index))  # a repeated row would get its gradient twice
+    try:
+        yield
+    finally:
+        _read.reset(token)

@@ -1,0 +1,151 @@
+"""Prompts into a key-value cache, and what the model says next: the first half of sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from rlhf_pipeline.models.attention import TreeMask
+from rlhf_pipeline.models.last_layer import reading
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer of a cache that has room for what is to come: a new token is written, not all tokens copied."""
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room, self.used = room, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.stores = [
+            states.new_empty(*states.shape[:2], self.room, states.shape[3]) for states in (key_states, value_states)
+        ]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self.used + key_states.shape[2]
+        assert end <= self.room, f"{end} positions in a cache of {self.room}"
+        for store, states in zip(self.stores, (key_states, value_states), strict=True):
+            store[:, :, self.used : end] = states
+        self.used = end
+        return self._show()
+
+    def _show(self) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = (store[:, :, : self.used] for store in self.stores)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        kept = [store.new_empty(len(indices), *store.shape[1:]) for store in self.stores]
+        for new, old in zip(kept, self.stores, strict=True):
+            new[:, :, : self.used] = old[:, :, : self.used].index_select(0, indices)
+        self.stores = kept
+        self._show()
+
+
+@dataclass
+class Prefilled:
+    """logits: (S, V) for the token after each prompt. attention: (S, W), 0 at the padding on the left of the cache.
+    positions: (S,) of each prompt's last token."""
+
+    logits: Tensor
+    cache: Cache
+    attention: Tensor
+    positions: Tensor
+
+
+def _plain_cache(config: Any) -> DynamicCache:
+    return DynamicCache(config=config) if config is not None else DynamicCache()
+
+
+def _roomy_cache(config: Any, room: int) -> Cache:
+    """A cache with room, where every layer keeps all it has seen; else the one that the model's config asks for."""
+    plain = _plain_cache(config)
+    if not plain.layers or any(type(layer) is not DynamicLayer for layer in plain.layers):
+        return plain
+    return Cache(layers=[RoomyLayer(room) for _ in plain.layers])
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> Tensor:
+    width = max(map(len, prompts))
+    return torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in prompts], dtype=torch.long)
+
+
+def prefill(
+    model: Callable[..., Any],
+    prompts: Sequence[Sequence[int]],
+    *,
+    room: int,
+    pad_id: int,
+    device: torch.device | str = "cpu",
+    cache_config: Any = None,
+    trunk: nn.Module | None = None,
+) -> Prefilled:
+    """Run the prompts through a model.
+
+    Args:
+        model: see `sample`. room: tokens that will be fed after the prompts.
+        trunk: of a model that reads the layout "flat": each different prompt is then computed once and without
+            padding; None: they are padded on the left.
+    """
+    width = max(map(len, prompts))
+    attention = (_left_padded([[1] * len(ids) for ids in prompts], 0)).to(device)
+    positions = (attention.cumsum(-1) - 1).clamp_min(0)
+    cache = _roomy_cache(cache_config, width + room)
+    if trunk is not None and any(isinstance(layer, RoomyLayer) for layer in cache.layers):
+        return _prefill_flat(model, prompts, cache, attention, positions[:, -1], cache_config, trunk)
+    logits = model(
+        input_ids=_left_padded(prompts, pad_id).to(device),
+        attention_mask=attention,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    return Prefilled(logits, cache, attention, positions[:, -1])
+
+
+def _prefill_flat(
+    model: Callable[..., Any],
+    prompts: Sequence[Sequence[int]],
+    cache: Cache,
+    attention: Tensor,
+    positions: Tensor,
+    config: Any,
+    trunk: nn.Module,
+) -> Prefilled:
+    device = attention.device
+    number: dict[tuple[int, ...], int] = {}
+    which = torch.tensor([number.setdefault(tuple(ids), len(number)) for ids in prompts], device=device)
+    lengths = torch.tensor([len(ids) for ids in number], device=device)
+    ends = lengths.cumsum(0)
+    ids = torch.tensor([token for prompt in number for token in prompt], device=device)
+    flat_positions = torch.arange(len(ids), device=device) - torch.repeat_interleave(ends - lengths, lengths)
+    plain = _plain_cache(config)
+    mask = TreeMask.of([(len(prompt), ()) for prompt in number], None, next(trunk.parameters()).dtype, device)
+    with reading(trunk, ends - 1):
+        logits = model(
+            input_ids=ids[None],
+            attention_mask=mask,
+            position_ids=flat_positions[None],
+            past_key_values=plain,
+            use_cache=True,
+            logits_to_keep=ends - 1,
+        ).logits[0]
+    # Where each column of the padded cache comes from; what stands left of a prompt is masked.
+    columns = torch.arange(attention.shape[1], device=device) - attention.shape[1]
+    source = (ends[which][:, None] + columns).clamp_min(0).flatten()
+    for roomy, layer in zip(cache.layers, plain.layers, strict=True):
+        spread = [
+            states[0].index_select(1, source).unflatten(1, attention.shape).transpose(0, 1)
+            for states in (layer.keys, layer.values)
+        ]
+        roomy.update(*spread)
+    return Prefilled(logits.index_select(0, which), cache, attention, positions)

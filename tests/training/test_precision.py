@@ -1,0 +1,81 @@
+"""bf16: auto, and activations that are computed again."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlhf_pipeline.data.batch import pack
+from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.models.actor_critic import make_actor_critic
+from rlhf_pipeline.models.selfcheck import inspect_model
+from rlhf_pipeline.training import precision
+from rlhf_pipeline.training.precision import checkpoint_activations, has_fast_bf16, uses_bf16
+
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 2,
+    "vocab_size": 50,
+    "initializer_range": 0.3,
+}
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_auto_asks_the_machine(monkeypatch, fast):
+    monkeypatch.setattr(precision, "has_fast_bf16", lambda use_cpu: fast)
+    found = [uses_bf16(SimpleNamespace(bf16=value, use_cpu=True)) for value in (True, False, "auto")]
+    assert found == [True, False, fast]
+    assert not uses_bf16(SimpleNamespace())
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_cpu_is_fast_where_it_has_the_instructions(monkeypatch, supported):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
+    assert has_fast_bf16(use_cpu=True) is supported
+
+
+def test_auto_is_said_and_kept_in_the_config(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "has_fast_bf16", lambda use_cpu: True)
+    lab = tiny.copy(tmp_path / "home")
+    result = lab.run("dpo", output_name="auto", bf16="auto", max_steps=1)
+    assert "bf16 auto: on" in (lab.home / "runs" / result.run / "log.txt").read_text()
+    assert "bf16: auto" in (lab.home / "runs" / result.run / "config.yaml").read_text()
+
+
+def saved_bytes(module, batch) -> int:
+    """What a forward pass keeps for the backward pass, besides parameters."""
+    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        scores = module(batch)
+    (scores.logprobs.sum() + scores.values.sum()).backward()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("value_init", ["sft", "shared"])
+def test_checkpointing_keeps_less_and_changes_no_gradient(value_init):
+    found, kept = [], []
+    pair = Example(list(range(1, 30)), [list(range(4, 20)), list(range(7, 30))], [True, True], "k", "w")
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**SIZES))
+        module = make_actor_critic(model, inspect_model(model), value_init).train()
+        torch.nn.init.normal_(module.value_head.weight, generator=torch.Generator().manual_seed(1))
+        if checkpointing:
+            checkpoint_activations(module)
+        kept.append(saved_bytes(module, pack([pair], 0, layout="flat", flat_from=0)))
+        found.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
+    assert kept[1] < 0.5 * kept[0]
