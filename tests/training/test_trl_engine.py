@@ -219,7 +219,7 @@ def test_the_bill_by_hand(lab, pairs):
         assert (cost["tokens_trained"], cost["flops"]) == (tokens, 4 * (trunk + 2 * head * responses))
     ours, theirs = (lab.run("sft", **{**options, "engine": name}).cost for name in ("native", "trl"))
     assert all(ours[name] == theirs[name] > 0 for name in ("tokens_trained", "optimizer_steps"))
-    # Ours: q, o and the feed-forward of the last layer at the 2 + 4 tokens before one of a completion, not at all 4 + 7.
+    # Ours: q, o and the feed-forward of the last layer at the 2 + 4 tokens that predict one, not at all 4 + 7.
     assert theirs["flops"] - ours["flops"] == 3 * 2 * (2 * 16 * 16 + 3 * 16 * 32) * (11 - 6)
 
 
