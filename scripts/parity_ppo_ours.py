@@ -129,7 +129,7 @@ class Case:
         names = ("num_ppo_epochs", "num_mini_batches", "temperature", "kl_coef", "gamma", "lam", "whiten_rewards")
         settings = PpoSettings(
             rollout_size=len(self.examples),
-            micro_batch_size=self.arguments["per_device_train_batch_size"],
+            micro_batch=(self.arguments["per_device_train_batch_size"], None),
             response_length=self.width,
             whiten_advantages=True,
             missing_eos_penalty=self.arguments["missing_eos_penalty"],

@@ -22,6 +22,9 @@ def check_engine(config: Any) -> Iterator[Fault]:
         yield Fault("save_steps", "engine trl writes no checkpoints and cannot resume", "no save_steps", NATIVE)
     if config.snapshot_steps is not None:
         yield Fault("snapshot_steps", "engine trl takes no snapshots", "no snapshot_steps", NATIVE)
+    if config.micro_batch_tokens is not None:
+        found = "engine trl cuts micro-batches by examples only"
+        yield Fault("micro_batch_tokens", found, "no micro_batch_tokens", NATIVE)
 
 
 def check_reward_engine(config: Any) -> Iterator[Fault]:

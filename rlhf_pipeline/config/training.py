@@ -85,6 +85,10 @@ class TrainingConfig(BaseModel):
     adam_beta2: float = option(0.999, "decay of the squared gradient's average (AdamW)", ge=0, lt=1)
     adam_epsilon: Positive = option(1e-8, "AdamW's floor of the denominator (AdamW)")
     per_device_train_batch_size: Count = option(8, "examples in one micro-batch of one device (TRL)")
+    micro_batch_tokens: Count | None = option(
+        None,
+        "most tokens in a micro-batch of several examples, for memory; the step keeps its examples (ours: no bound)",
+    )
     per_device_eval_batch_size: Count = option(8, "examples in one evaluation batch of one device (TRL)")
     gradient_accumulation_steps: Count | None = option(1, "micro-batches in one optimizer step (TRL)")
     num_train_epochs: Positive = option(1.0, "passes over the training data (InstructGPT, DPO paper: 1)")

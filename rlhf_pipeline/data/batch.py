@@ -100,10 +100,24 @@ def tree_length(example: Example) -> int:
     return len(example.prompt_ids) + sum(len(ids) for ids in example.completions)
 
 
-def micro_batches(examples: Sequence[Example], size: int) -> list[list[int]]:
-    """Cut the examples of an optimizer step into groups of at most `size`, of similar length; returns indices."""
+def micro_batches(examples: Sequence[Example], size: int, tokens: int | None = None) -> list[list[int]]:
+    """Cut the examples of an optimizer step into groups of similar length; returns indices.
+
+    A group holds at most `size` examples and, unless it is a single one, at most `tokens` tokens.
+    """
     order = sorted(range(len(examples)), key=lambda index: (-tree_length(examples[index]), index))
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    if tokens is None:
+        return [order[start : start + size] for start in range(0, len(order), size)]
+    groups: list[list[int]] = []
+    room = 0
+    for index in order:
+        length = tree_length(examples[index])
+        if not groups or len(groups[-1]) == size or length > room:
+            groups.append([])
+            room = tokens
+        groups[-1].append(index)
+        room -= length
+    return groups
 
 
 def merge_prompts(examples: Sequence[Example]) -> list[Example]:

@@ -93,8 +93,9 @@ def detect(rows: list[tuple[str, dict[str, Any]]], name: str) -> tuple[Callable[
         DataError: no known format has the columns.
     """
     columns = {column for _, row in rows for column, value in row.items() if value is not None}
+    shapes = Counter(frozenset(row) for _, row in rows)  # rows of a file are alike: few sets of columns
     counts = [
-        sum(all(column in columns and column in row for column in required) for _, row in rows)
+        sum(count for shape, count in shapes.items() if all(column in columns & shape for column in required))
         for required, _, _ in LAYOUTS
     ]
     if not any(counts):

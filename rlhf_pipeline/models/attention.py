@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_pipeline.algorithms.attention import Block, Tree, attention_plan, tree_attention
+from rlhf_pipeline.algorithms.flex import flex_plan, flex_tree_attention, flex_works
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 NAME = "rlhf_trees"
 REFUSED = ("softcap", "s_aux", "sinks", "position_bias")
@@ -18,10 +22,10 @@ REFUSED = ("softcap", "s_aux", "sinks", "position_bias")
 class TreeMask(Tensor):
     """What stands in the place of a 4-D mask, which transformers hands to every layer as it is.
 
-    plan: for the trees of the one row.
+    plan: for the trees of the one row; a block mask of FlexAttention on accelerators.
     """
 
-    plan: list[Block]
+    plan: list[Block] | BlockMask
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
@@ -29,12 +33,12 @@ class TreeMask(Tensor):
         """Of the trees of one row; window: of sliding-window layers, in positions; dtype: of the model."""
         mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device).as_subclass(cls)
         longest = max(prompt + max(completions, default=0) for prompt, completions in trees)
-        mask.plan = attention_plan(
-            trees,
-            window=window if window is not None and window < longest else None,
-            dtype=torch.promote_types(dtype, torch.float32),
-            device=device,
-        )
+        window = window if window is not None and window < longest else None
+        if device.type == "cpu":
+            kind = torch.promote_types(dtype, torch.float32)
+            mask.plan = attention_plan(trees, window=window, dtype=kind, device=device)
+        else:
+            mask.plan = flex_plan(trees, window=window, device=device)
         return mask
 
     def detach(self) -> TreeMask:
@@ -63,7 +67,8 @@ def _forward(
     if added or dropout:
         raise ValueError(f"tree attention has no {', '.join(added) or 'dropout'}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = tree_attention(query[0], key[0], value[0], attention_mask.plan, scale=scale)
+    attend = tree_attention if isinstance(attention_mask.plan, list) else flex_tree_attention
+    output = attend(query[0], key[0], value[0], attention_mask.plan, scale=scale)  # type: ignore[arg-type]
     return output.transpose(0, 1)[None], None
 
 
@@ -91,7 +96,8 @@ def use_tree_attention(model: nn.Module) -> bool:
         return True
     if getattr(model.config, "_attn_implementation", None) != "sdpa" or not hasattr(model, "set_attn_implementation"):
         return False
-    if next(model.parameters()).device.type != "cpu" or _drops_attention(model.config):
+    device = next(model.parameters()).device
+    if _drops_attention(model.config) or not (device.type == "cpu" or flex_works(str(device))):
         return False
     try:
         model.set_attn_implementation(NAME)

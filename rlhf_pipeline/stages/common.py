@@ -186,6 +186,7 @@ def example_schedule(
             examples,
             steps=total,
             micro_batch_size=config.per_device_train_batch_size,
+            micro_batch_tokens=config.micro_batch_tokens,
             accumulation=config.gradient_accumulation_steps,
             seed=config.seed,
             pad_id=pad_id,

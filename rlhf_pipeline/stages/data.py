@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@contextmanager
+def collector_at_rest() -> Iterator[None]:
+    """Let Python's garbage collector rest while rows become examples: millions of objects that all stay, and that it
+    would walk through again and again."""
+    resting = not gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if not resting:
+            gc.enable()
+
+
 class StageData:
     """The data of one config (`dataset_name` or a mixture), by split and kind.
 
@@ -38,9 +53,10 @@ class StageData:
     def _records(self, kind: str) -> RecordSet:
         if self._read is None:
             part = part_of(self.config.dataset_name, self.config.dataset_config, kind)
-            self._read = read_records(
-                self.config.dataset_name, config=part, home=self.home, skip_bad_rows=self.config.skip_bad_rows
-            )
+            with collector_at_rest():
+                self._read = read_records(
+                    self.config.dataset_name, config=part, home=self.home, skip_bad_rows=self.config.skip_bad_rows
+                )
         return self._read
 
     def split(
@@ -68,11 +84,12 @@ class StageData:
             "max_samples": limit,
         }
         try:
-            if config.datasets:
-                entries = [entry.model_dump() for entry in config.datasets]
-                loaded: ExampleSet = load_mixture(entries, home=self.home, **options)
-            else:
-                loaded = examples_of(self._records(kind), **options)
+            with collector_at_rest():
+                if config.datasets:
+                    entries = [entry.model_dump() for entry in config.datasets]
+                    loaded: ExampleSet = load_mixture(entries, home=self.home, **options)
+                else:
+                    loaded = examples_of(self._records(kind), **options)
         except DataError as error:
             if required:
                 raise

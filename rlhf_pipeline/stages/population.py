@@ -112,6 +112,7 @@ class Population:
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
+        micro_batch_tokens: int | None = None,
     ) -> Iterator[Window]:
         """Windows of fresh pairs: a function of seed and step alone, so resuming needs no state."""
         size = micro_batch_size * accumulation * world_size
@@ -127,7 +128,7 @@ class Population:
                 "rejected_tokens": float(sum(rejected for _, rejected in tokens)),
             }
             batches = []
-            for group in micro_batches([examples[i] for i in mine], micro_batch_size):
+            for group in micro_batches([examples[i] for i in mine], micro_batch_size, micro_batch_tokens):
                 members = [mine[i] for i in group]
                 batch = pack([examples[i] for i in members], pad_id, layout=layout).to(device)
                 known = PairFacts(facts.ref_logprobs[members].to(device), facts.target[members].to(device))

@@ -115,7 +115,7 @@ def settings_of(config: Any, tokenizer: PreTrainedTokenizerBase, ranks: int) -> 
         rollout_size=config.rollout_batch_size // ranks,
         num_ppo_epochs=config.num_ppo_epochs,
         num_mini_batches=config.num_mini_batches,
-        micro_batch_size=config.per_device_train_batch_size,
+        micro_batch=(config.per_device_train_batch_size, config.micro_batch_tokens),
         response_length=config.lengths().response,
         temperature=config.temperature,
         kl_coef=config.kl_coef,

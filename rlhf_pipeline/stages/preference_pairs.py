@@ -153,6 +153,7 @@ def fresh_pairs(run: Run, policy: Policy, frozen: Policy, frozen_digest: str | N
         return population.windows(
             steps=config.max_steps,
             micro_batch_size=config.per_device_train_batch_size,
+            micro_batch_tokens=config.micro_batch_tokens,
             accumulation=config.gradient_accumulation_steps,
             seed=config.seed,
             pad_id=tokenizer.pad_token_id,

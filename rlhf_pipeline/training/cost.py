@@ -89,6 +89,8 @@ class ModelShape:
 
 TRAIN_FACTOR = 3.0
 """Forward and backward of a trained model cost three forwards."""
+PHASES = ("generation", "scoring", "update")
+"""The parts of PPO's time."""
 JUDGE = "judge"
 """The part of a run's time that its judge takes."""
 
@@ -155,6 +157,12 @@ class CostMeter:
         """A context manager that adds its wall time to a named part."""
         return _Part(self, name)
 
+    def shares(self) -> dict[str, float]:
+        """Each phase's share of PPO's time; nothing for other stages."""
+        spent = {name: self.seconds[name] for name in PHASES if name in self.seconds}
+        total = sum(spent.values())
+        return {name: value / total for name, value in spent.items()} if len(spent) == len(PHASES) and total else {}
+
     def wall_seconds(self) -> float:
         """Seconds since the start, those before a resume included and those of the judge left out."""
         return self.earlier_seconds + time.perf_counter() - self.started - self.seconds.get(JUDGE, 0.0)
@@ -176,6 +184,8 @@ class CostMeter:
         }
         if self.seconds:
             cost["seconds"] = {name: round(value, 3) for name, value in self.seconds.items()}
+        if shares := self.shares():
+            cost["shares"] = {name: round(value, 4) for name, value in shares.items()}
         if JUDGE in self.seconds:
             cost["judge_flops"] = self.judge_flops
         if self.at_step:

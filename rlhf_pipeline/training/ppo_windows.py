@@ -49,7 +49,7 @@ class PpoSettings:
     rollout_size: int
     num_ppo_epochs: int
     num_mini_batches: int
-    micro_batch_size: int
+    micro_batch: tuple[int, int | None]  # most responses, most tokens
     response_length: int
     temperature: float
     kl_coef: float
@@ -163,7 +163,7 @@ class RolloutCollector:
         minibatches = []
         for start in range(0, len(order), size):
             members = order[start : start + size]
-            groups = micro_batches([sampled[i] for i in members], self.settings.micro_batch_size)
+            groups = micro_batches([sampled[i] for i in members], *self.settings.micro_batch)
             rows = [[members[i] for i in group] for group in groups]
             # Responses to one prompt stand together, so that they share it.
             minibatches.append([sorted(group, key=lambda row: (sampled[row].prompt_ids, row)) for group in rows])

@@ -160,7 +160,8 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
         nonlocal last
         last = plan.derive(metrics)
         tell(run.log, monitor.update(step, last))
-        run.log.update(step, last | monitor.lasting())
+        shares = "  ".join(f"{name} {share:.0%}" for name, share in run.meter.shares().items())
+        run.log.update(step, last | monitor.lasting(), shares)
         if plan.evaluate is not None and evaluates_at(config, step, window.epoch):
             figures = plan.evaluate()
             run.log.record(step, figures)

@@ -104,11 +104,15 @@ class RunLog:
         if not self.quiet:
             console.print(text, style=style, markup=False)
 
-    def update(self, step: int, metrics: dict[str, float]) -> None:
-        """Log an update; every `logging_steps` updates, and the first and the last, to metrics.jsonl."""
+    def update(self, step: int, metrics: dict[str, float], note: str = "") -> None:
+        """Log an update; every `logging_steps` updates, and the first and the last, to metrics.jsonl.
+
+        note: for the live line only.
+        """
         self._times.append((time.perf_counter(), step))
         due = logged(step, self.logging_steps, self.total)
         line = "  ".join(format_metric(name, metrics[name]) for name in self.shown if name in metrics)
+        line += f"  {note}" if note else ""
         if due:
             self.last = metrics
             self._metrics.write(json.dumps(jsonable({"step": step, **metrics})) + "\n")

@@ -101,11 +101,13 @@ def example_windows(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
+    micro_batch_tokens: int | None = None,
 ) -> Iterator[Window]:
     """Windows of micro_batch_size x accumulation x world_size examples, shuffled anew each epoch.
 
-    Which examples make up a window depends on seed, window size and step alone; within it they are grouped by
-    length. `count(example)` gives each example's contribution to the denominators.
+    Which examples make up a window depends on seed, window size and step alone; within it they are grouped by length
+    and, with `micro_batch_tokens`, cut where a micro-batch would hold more tokens. `count(example)` gives each example's
+    contribution to the denominators.
     """
     size = micro_batch_size * accumulation * world_size
     per_epoch = steps_per_epoch(len(examples), size)
@@ -126,7 +128,7 @@ def example_windows(
             mine, weight = members[:1], 0.0
         chosen = [examples[index] for index in mine]
         batches = []
-        for group in micro_batches(chosen, micro_batch_size):
+        for group in micro_batches(chosen, micro_batch_size, micro_batch_tokens):
             batch = pack([chosen[i] for i in group], pad_id, layout=layout).to(device)
             batches.append(ExampleBatch(batch, [mine[i] for i in group], weight))
         yield Window(batches, counts, epoch=(step + 1) / per_epoch)

@@ -8,6 +8,7 @@ REFUSED = [
     ("sft", {"save_steps": 5}, "save_steps", "writes no checkpoints"),
     ("train-rm", {"snapshot_steps": 5}, "snapshot_steps", "takes no snapshots"),
     ("dpo", {"snapshot_steps": [1, 2]}, "snapshot_steps", "takes no snapshots"),
+    ("sft", {"micro_batch_tokens": 512}, "micro_batch_tokens", "by examples only"),
     ("train-rm", {"score_pooling": "mean"}, "score_pooling", "the score at the last token"),
     ("dpo", {"loss_type": "ipo"}, "loss_type", "averages them over each response's tokens"),
     ("dpo", {"label_smoothing": 0.1}, "label_smoothing", "ignores without a word"),

@@ -12,6 +12,7 @@ from rlhf_pipeline.data.batch import (
     LAYOUTS,
     PackedBatch,
     common_layout,
+    merge_prompts,
     micro_batches,
     pack,
     reads,
@@ -231,3 +232,32 @@ def test_to_moves_every_tensor_and_keeps_the_rest():
     assert moved.input_ids.device.type == moved.last_index.device.type == "meta"
     assert (moved.layout, moved.context_tokens) == (batch.layout, batch.context_tokens)
     assert moved.trees == batch.trees == ((3, (2, 1)),)
+
+
+def of_length(*lengths: int) -> list[Example]:
+    return [Example([5] * (n - 1), [[6]], [True], str(n), "row") for n in lengths]
+
+
+def test_micro_batches_hold_so_many_tokens_at_most():
+    examples = of_length(4, 9, 3, 12, 4, 2)
+    assert micro_batches(examples, 6) == [[3, 1, 0, 4, 2, 5]]
+    assert micro_batches(examples, 6, 10) == [[3], [1], [0, 4], [2, 5]]  # 12 alone is more than 10
+    assert micro_batches(examples, 6, 13) == [[3], [1, 0], [4, 2, 5]]
+    assert micro_batches(examples, 2, 13) == [[3], [1, 0], [4, 2], [5]]
+    assert micro_batches(examples, 6, 34) == [[3, 1, 0, 4, 2, 5]]
+    assert micro_batches([], 6, 10) == []
+
+
+def test_neighbours_with_one_prompt_become_one_tree():
+    rows = [([1, 2], [3]), ([1, 2], [4, 5]), ([1], [6]), ([1, 2], [7])]
+    examples = [Example(prompt, [ids], [n != 1], "k", f"row {n}") for n, (prompt, ids) in enumerate(rows)]
+    merged = merge_prompts(examples)
+    assert [(e.prompt_ids, e.completions, e.ended) for e in merged] == [
+        ([1, 2], [[3], [4, 5]], [True, False]),
+        ([1], [[6]], [True]),
+        ([1, 2], [[7]], [True]),
+    ]
+    one, other = pack(merged, 0), pack(examples, 0)
+    assert torch.equal(one.target_ids, other.target_ids) and torch.equal(one.lengths, other.lengths)
+    assert (one.active_tokens, other.active_tokens) == (2 + 3 + 1 + 1 + 2 + 1, 2 + 3 + 1 + 1 + 2 + 1 + 2)
+    assert (one.num_predicting, other.num_predicting) == (4, 5)

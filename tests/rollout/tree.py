@@ -180,7 +180,7 @@ def ppo_windows(
         "rollout_size": len(responses),
         "num_ppo_epochs": 1,
         "num_mini_batches": 1,
-        "micro_batch_size": 1,
+        "micro_batch": (1, None),
         "response_length": HORIZON,
         "temperature": 1.0,
         "kl_coef": BETA,

@@ -188,3 +188,23 @@ def test_the_peak_of_a_stage_is_not_that_of_the_one_before_it():
     assert peak_memory_bytes() > 0.99 * high  # the kernel counts in batches
     reset_peak_memory()
     assert peak_memory_bytes() < high - 0.9 * size
+
+
+def test_shares_of_ppos_phases():
+    meter = CostMeter(seconds={"training": 9.0, "generation": 1.0, "scoring": 0.5})
+    assert meter.shares() == {} and "shares" not in meter.report()
+    meter.seconds["update"] = 2.5
+    assert meter.shares() == {"generation": 0.25, "scoring": 0.125, "update": 0.625}
+    assert meter.report()["shares"] == meter.shares()
+
+
+def test_flops_of_sampling_that_shares_prompts():
+    # One prompt of 6 for two responses of 3 and 1: run once, only its last token read by the last layer.
+    model = llama()
+    skip_unread(model.model)
+    shape, meter = ModelShape.of(model), CostMeter()
+    skipped = 2 * 256 + 3 * 512
+    meter.generate(shape, [6, 6], [3, 1], [6])
+    prompt = 2 * (MATMUL * 6 - skipped * 5) + 4 * ATTENTION * 21
+    responses = 2 * MATMUL * 2 + 4 * ATTENTION * (7 + 8) + 2 * HEAD * (3 + 1)
+    assert meter.report()["flops"] == prompt + responses

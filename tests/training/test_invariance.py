@@ -71,6 +71,23 @@ def test_flat_batches_instead_of_trees(plain, monkeypatch):
     assert_same(lab.weights(result.model), lab.weights(reference.model))
 
 
+def test_micro_batches_by_tokens(plain, monkeypatch):
+    stage, lab, reference = plain
+    held, original = [], batches.pack
+
+    def watched(examples, *given, **more):
+        batch = original(examples, *given, **more)
+        held.append((batch.active_tokens, batch.num_completions // (1 if stage in ("ppo", "sft") else 2)))
+        return batch
+
+    monkeypatch.setattr(windows, "pack", watched)
+    monkeypatch.setattr(ppo_windows, "pack", watched)
+    result = lab.run(stage, output_name="tokens", micro_batch_tokens=30, **options(stage, 8))
+    assert all(tokens <= 30 or count == 1 for tokens, count in held)
+    assert max(count for _, count in held) < 8 and len(held) > 3
+    assert_same(lab.weights(result.model), lab.weights(reference.model))
+
+
 def test_gradient_checkpointing(plain, monkeypatch):
     stage, lab, reference = plain
     told = []

@@ -1,0 +1,87 @@
+"""Tree attention on accelerators: torch's FlexAttention with the trees as its block mask.
+
+Never run on a GPU by this project so far. `flex_works` therefore asks the machine: only where forward and backward pass
+agree with `tree_attention` is it used, else rows with a 4-D mask are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rlhf_pipeline.algorithms.attention import Tree, attention_plan, tree_attention
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+def flex_plan(trees: Sequence[Tree], *, window: int | None = None, device: torch.device | str = "cpu") -> BlockMask:
+    """The block mask of trees that stand one after another: made once, used by every layer.
+
+    Args:
+        trees, window: see `attention_plan`.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    tree_of: list[int] = []
+    branch_of: list[int] = []
+    position_of: list[int] = []
+    for number, (prompt, completions) in enumerate(trees):
+        for branch, (first, count) in enumerate(((0, prompt), *((prompt, count) for count in completions))):
+            tree_of += [number] * count
+            branch_of += [branch] * count
+            position_of += range(first, first + count)
+    tree, branch, position = (torch.tensor(values, device=device) for values in (tree_of, branch_of, position_of))
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = (tree[query] == tree[key]) & (query >= key)
+        seen = seen & ((branch[key] == 0) | (branch[key] == branch[query]))
+        return seen if window is None else seen & (position[query] - position[key] < window)
+
+    return create_block_mask(sees, None, None, len(tree_of), len(tree_of), device=device)
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def flex_tree_attention(query: Tensor, key: Tensor, value: Tensor, plan: BlockMask, *, scale: float) -> Tensor:
+    """`tree_attention` by FlexAttention: (H, T, D) in the type of `value`; scores are summed in fp32."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    attend = flex_attention if query.device.type == "cpu" else _compiled()
+    states = (states.to(value.dtype)[None] for states in (query, key, value))
+    return attend(*states, block_mask=plan, scale=scale, enable_gqa=query.shape[0] != key.shape[0])[0]
+
+
+@lru_cache(maxsize=4)
+def flex_works(device: str) -> bool:
+    """Whether FlexAttention gives the outputs and gradients of `tree_attention` on a device, to 1e-2 of bf16."""
+    trees = [(150, (20, 35)), (9, (5,)), (40, (1, 2, 3))]
+    length = sum(prompt + sum(completions) for prompt, completions in trees)
+    draw = torch.Generator().manual_seed(0)
+    query, key, value, slope = (
+        torch.randn(heads, length, 64, generator=draw).to(device, torch.bfloat16) for heads in (4, 2, 2, 4)
+    )
+    results = []
+    try:
+        for flex in (True, False):
+            inputs = [states.clone().requires_grad_() for states in (query, key, value)]
+            if flex:
+                output = flex_tree_attention(*inputs, flex_plan(trees, device=device), scale=0.125)
+            else:
+                output = tree_attention(*inputs, attention_plan(trees, device=device), scale=0.125)
+            results.append([output, *torch.autograd.grad(output, inputs, slope)])
+    except Exception:  # whatever a compiler, a driver or a version of torch has to say: then without it
+        return False
+    return all(
+        bool((one.float() - other.float()).abs().max() <= 2e-2 * other.float().abs().max())
+        for one, other in zip(*results, strict=True)
+    )
