@@ -106,8 +106,8 @@ def example_windows(
     """Windows of micro_batch_size x accumulation x world_size examples, shuffled anew each epoch.
 
     Which examples make up a window depends on seed, window size and step alone; within it they are grouped by length
-    and, with `micro_batch_tokens`, cut where a micro-batch would hold more tokens. `count(example)` gives what an example
-    contributes to the denominators.
+    and, with `micro_batch_tokens`, cut where a micro-batch would hold more tokens. `count(example)` gives what an
+    example contributes to the denominators.
     """
     size = micro_batch_size * accumulation * world_size
     per_epoch = steps_per_epoch(len(examples), size)
