@@ -15,6 +15,9 @@ from torch import Tensor
 
 from rlhf_pipeline.algorithms.attention import Tree, attention_plan, tree_attention
 
+BLOCK = 128
+"""Tokens of a block of the mask: FlexAttention's own."""
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -25,7 +28,7 @@ def flex_plan(trees: Sequence[Tree], *, window: int | None = None, device: torch
     Args:
         trees, window: see `attention_plan`.
     """
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import BlockMask
 
     tree_of: list[int] = []
     branch_of: list[int] = []
@@ -42,7 +45,23 @@ def flex_plan(trees: Sequence[Tree], *, window: int | None = None, device: torch
         seen = seen & ((branch[key] == 0) | (branch[key] == branch[query]))
         return seen if window is None else seen & (position[query] - position[key] < window)
 
-    return create_block_mask(sees, None, None, len(tree_of), len(tree_of), device=device)
+    # Which blocks may see which is known from their ends: no mask of length x length is made.
+    length = len(tree_of)
+    starts = torch.arange(0, length, BLOCK)
+    ends = (starts + BLOCK).clamp_max(length) - 1
+    trees_at = torch.tensor(tree_of)
+    low, high = trees_at[starts], trees_at[ends]
+    number = torch.arange(len(starts))
+    visible = (number[:, None] >= number) & (low[:, None] <= high)  # trees stand in order
+    counts = visible.sum(-1).int()
+    indices = visible.int().argsort(dim=-1, descending=True, stable=True).int()
+    return BlockMask.from_kv_blocks(
+        counts[None, None].to(device),
+        indices[None, None].to(device),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=sees,
+        seq_lengths=(length, length),
+    )
 
 
 @lru_cache(maxsize=1)
@@ -61,24 +80,31 @@ def flex_tree_attention(query: Tensor, key: Tensor, value: Tensor, plan: BlockMa
     return attend(*states, block_mask=plan, scale=scale, enable_gqa=query.shape[0] != key.shape[0])[0]
 
 
-@lru_cache(maxsize=4)
-def flex_works(device: str) -> bool:
-    """Whether FlexAttention gives the outputs and gradients of `tree_attention` on a device, to 1e-2 of bf16."""
+@lru_cache(maxsize=16)
+def flex_works(device: str, dtype: torch.dtype, width: int, heads: tuple[int, int]) -> bool:
+    """Whether FlexAttention gives the outputs and gradients of `tree_attention` on a device, to 2e-2 of the largest.
+
+    Args:
+        dtype: of the states. width: of a head. heads: of queries, and of keys and values.
+    """
     trees = [(150, (20, 35)), (9, (5,)), (40, (1, 2, 3))]
     length = sum(prompt + sum(completions) for prompt, completions in trees)
     draw = torch.Generator().manual_seed(0)
     query, key, value, slope = (
-        torch.randn(heads, length, 64, generator=draw).to(device, torch.bfloat16) for heads in (4, 2, 2, 4)
+        torch.randn(count, length, width, generator=draw).to(device, dtype)
+        for count in (heads[0], heads[1], heads[1], heads[0])
     )
     results = []
     try:
-        for flex in (True, False):
-            inputs = [states.clone().requires_grad_() for states in (query, key, value)]
-            if flex:
-                output = flex_tree_attention(*inputs, flex_plan(trees, device=device), scale=0.125)
-            else:
-                output = tree_attention(*inputs, attention_plan(trees, device=device), scale=0.125)
-            results.append([output, *torch.autograd.grad(output, inputs, slope)])
+        # Whoever asks may be scoring, or autocasting.
+        with torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
+            for flex in (True, False):
+                inputs = [states.clone().requires_grad_() for states in (query, key, value)]
+                if flex:
+                    output = flex_tree_attention(*inputs, flex_plan(trees, device=device), scale=width**-0.5)
+                else:
+                    output = tree_attention(*inputs, attention_plan(trees, device=device), scale=width**-0.5)
+                results.append([output, *torch.autograd.grad(output, inputs, slope)])
     except Exception:  # whatever a compiler, a driver or a version of torch has to say: then without it
         return False
     return all(

@@ -82,12 +82,6 @@ def _prompts_of(resolved: Resolved) -> str:
     return " + ".join(sorted(_short(entry.digest) for entry in resolved.manifest.data)) or NONE
 
 
-def _autocast(bf16: bool | str | None) -> str:
-    if not bf16:
-        return ""
-    return " with bf16 autocast" + (" where the machine is faster with it" if bf16 == "auto" else "")
-
-
 def facts_of(registry: Registry, resolved: Resolved) -> dict[str, str]:
     """What has to be equal between arms, as text; empty for a model without a manifest.
 
@@ -97,12 +91,13 @@ def facts_of(registry: Registry, resolved: Resolved) -> dict[str, str]:
     if manifest is None:
         return {}
     config = manifest.config
+    bf16 = manifest.metrics.get("bf16", config.get("bf16"))  # the first is what `auto` came to
     facts = {
         "tokenizer": _short(manifest.tokenizer_digest),
         "chat template": _short(manifest.chat_template_digest) if manifest.chat_template_digest else NONE,
         "lengths": _lengths_of(config),
         "stop token": stop_token_of(resolved),
-        "dtype": f"{config.get('dtype')}{_autocast(config.get('bf16'))}",
+        "dtype": f"{config.get('dtype')}{' with bf16 autocast' if bf16 else ''}",
     }
     if manifest.stage not in ("ppo", "dpo"):
         return facts

@@ -82,6 +82,15 @@ def _drops_attention(config: Any) -> bool:
     )
 
 
+def _flex_works(model: nn.Module, device: torch.device) -> bool:
+    config: Any = model.config.get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    few = getattr(config, "num_key_value_heads", None) or heads
+    dtypes = {next(model.parameters()).dtype, torch.bfloat16}  # as it is, and under autocast
+    return all(flex_works(str(device), dtype, width, (heads, few)) for dtype in dtypes)
+
+
 def use_tree_attention(model: nn.Module) -> bool:
     """Let a model that computes with sdpa use tree attention where it gets a `TreeMask`; returns whether it does.
 
@@ -97,7 +106,7 @@ def use_tree_attention(model: nn.Module) -> bool:
     if getattr(model.config, "_attn_implementation", None) != "sdpa" or not hasattr(model, "set_attn_implementation"):
         return False
     device = next(model.parameters()).device
-    if _drops_attention(model.config) or not (device.type == "cpu" or flex_works(str(device))):
+    if _drops_attention(model.config) or not (device.type == "cpu" or _flex_works(model, device)):
         return False
     try:
         model.set_attn_implementation(NAME)

@@ -65,10 +65,16 @@ def _plain_cache(config: Any) -> DynamicCache:
     return DynamicCache(config=config) if config is not None else DynamicCache()
 
 
+def shares_prompts(config: Any) -> bool:
+    """Whether every layer of a cache keeps all it has seen, so that a prompt can be run once for several rows."""
+    layers = _plain_cache(config).layers
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
 def _roomy_cache(config: Any, room: int) -> Cache:
     """A cache with room, where every layer keeps all it has seen; else the one that the model's config asks for."""
     plain = _plain_cache(config)
-    if not plain.layers or any(type(layer) is not DynamicLayer for layer in plain.layers):
+    if not shares_prompts(config):
         return plain
     return Cache(layers=[RoomyLayer(room) for _ in plain.layers])
 

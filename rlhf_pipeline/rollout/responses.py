@@ -12,7 +12,7 @@ from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.models.forward import trunk_of
 from rlhf_pipeline.models.roles import ActorCritic, Policy
-from rlhf_pipeline.rollout.sampler import Response, draw_uniforms, sample_grouped
+from rlhf_pipeline.rollout.sampler import Response, draw_uniforms, length_groups, sample_grouped
 
 
 def sample_for_prompts(
@@ -54,19 +54,21 @@ def sample_for_prompts(
     model = policy.language_model
     training = model.training
     model.eval()  # a checkpointed model that is in training takes no cache
-    drawn = sample_grouped(
-        module if module is not None else policy,
-        ids,
-        uniforms,
-        batch_size=batch_size,
-        stop_id=stop_id,
-        pad_id=pad_id,
-        temperature=temperature,
-        device=device,
-        cache_config=model.config,
-        trunk=trunk_of(model) if policy.reader.layout == "flat" else None,
-    )
-    model.train(training)
+    try:
+        drawn = sample_grouped(
+            module if module is not None else policy,
+            ids,
+            uniforms,
+            batch_size=batch_size,
+            stop_id=stop_id,
+            pad_id=pad_id,
+            temperature=temperature,
+            device=device,
+            cache_config=model.config,
+            trunk=trunk_of(model) if policy.reader.layout == "flat" else None,
+        )
+    finally:
+        model.train(training)
     groups = [drawn[start : start + samples] for start in range(0, len(drawn), samples)]
     sampled = [
         replace(
@@ -81,8 +83,17 @@ def sample_for_prompts(
     return sampled, groups
 
 
-def prompts_run(policy: Policy | ActorCritic, prompts: Sequence[Example]) -> list[int] | None:
-    """Lengths of the prompts that sampling computes, for a cost meter: each different one once, or None for all."""
-    if policy.reader.layout != "flat":
+def prompts_run(policy: Policy | ActorCritic, sampled: Sequence[Example], batch_size: int) -> list[int] | None:
+    """Lengths of the prompts that `sample_for_prompts` has computed, for a cost meter: in each of its batches every
+    different one once; None where each response had its own.
+
+    Args:
+        sampled: prompts with their responses, as it returned them, for the same `batch_size`.
+    """
+    from rlhf_pipeline.rollout.decoding import shares_prompts  # imports transformers
+
+    if policy.reader.layout != "flat" or not shares_prompts(policy.language_model.config):
         return None
-    return [len(ids) for ids in dict.fromkeys(tuple(prompt.prompt_ids) for prompt in prompts)]
+    prompts = [tuple(example.prompt_ids) for example in sampled for _ in example.completions]
+    batches = ({prompts[row] for row in rows} for rows in length_groups(prompts, batch_size))
+    return [len(prompt) for batch in batches for prompt in batch]

@@ -112,6 +112,12 @@ def sample(
     return [Response(ids[:n], end, logs[:n]) for ids, logs, n, end in rows]
 
 
+def length_groups(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+    """Row numbers in batches of prompts of similar length."""
+    order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
 def sample_grouped(
     model: Callable[..., Any],
     prompts: Sequence[Sequence[int]],
@@ -121,10 +127,8 @@ def sample_grouped(
     **options,
 ) -> list[Response]:
     """`sample` in batches of prompts of similar length; the responses come back in the order of the prompts."""
-    order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))
     responses: list[Response | None] = [None] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    for rows in length_groups(prompts, batch_size):
         drawn = sample(model, [prompts[row] for row in rows], uniforms[rows], **options)
         for row, response in zip(rows, drawn, strict=True):
             responses[row] = response

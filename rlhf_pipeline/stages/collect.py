@@ -153,7 +153,7 @@ def run_collect(config: Any, home: Path, *, notes: Sequence[str] = (), quiet: bo
                 shape,
                 [len(e.prompt_ids) for e in sampled for _ in e.completions],
                 [len(ids) for e in sampled for ids in e.completions],
-                prompts_run(policy, sampled),
+                prompts_run(policy, sampled, config.per_device_eval_batch_size),
             )
             values = score_in_batches(judge.source, sampled, config.per_device_eval_batch_size)
             orders = order_by_judge(torch.tensor(values), config.labels, generator).tolist()

@@ -23,6 +23,7 @@ from rlhf_pipeline.registry.integrity import verify_files
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import Role, check_role
 from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.training.precision import uses_bf16
 from rlhf_pipeline.training.run import Run
 from rlhf_pipeline.training.tracking import jsonable
 from rlhf_pipeline.training.windows import Window, example_windows, total_steps
@@ -227,6 +228,8 @@ def publish(
         if snapshots.is_dir():
             shutil.copytree(snapshots, directory / "snapshots")
 
+    if run.config.bf16 == "auto":
+        metrics = {**metrics, "bf16": uses_bf16(run.config)}
     cost = run.meter.report()
     published = run.registry.publish(
         run.config.output_name,

@@ -129,7 +129,7 @@ def run_dpo(config: Any, home: Path, **options) -> StageResult:
 
         # 3. Train.
         parents = {"base": parent, "reference": ref_parent}
-        shape = ModelShape.of(policy.model)
+        shape = ModelShape.of(policy.model, checkpointed=config.gradient_checkpointing)
         plan = Plan(
             pairs.windows,
             functools.partial(

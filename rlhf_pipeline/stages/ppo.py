@@ -187,9 +187,10 @@ def run_ppo(config: Any, home: Path, **options) -> StageResult:
 
         # 3. Train.
         parents = {"base": parent, "reference": parent}
-        shapes = {"actor": ModelShape.of(actor.model), "reference": ModelShape.of(reference.model)}
+        trained = {"checkpointed": config.gradient_checkpointing}
+        shapes = {"actor": ModelShape.of(actor.model, **trained), "reference": ModelShape.of(reference.model)}
         if model.critic is not None:
-            shapes["critic"] = ModelShape.of(model.critic, head=False)
+            shapes["critic"] = ModelShape.of(model.critic, head=False, **trained)
         for number, loaded in enumerate(models):
             role = "reward_model" if number == 0 else f"reward_model_{number + 1}"
             parents[role] = loaded.resolved

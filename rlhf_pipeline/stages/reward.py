@@ -158,6 +158,7 @@ def center(run: Run, model: RewardModel, parent: Resolved, examples: Sequence[Ex
         mean = sum(row[0] for row in scores) / len(scores)
     else:
         policy = load_policy(parent, config, tokenizer, run.device, frozen=True)
+        batch_size = max(64, config.per_device_eval_batch_size)
         count = config.reward_centering_samples
         distinct = list({example.prompt_key: example for example in examples}.values())
         prompts = [distinct[i % len(distinct)] for i in range(count)]
@@ -169,14 +170,14 @@ def center(run: Run, model: RewardModel, parent: Resolved, examples: Sequence[Ex
             stop_id=tokenizer.eos_token_id,
             pad_id=tokenizer.pad_token_id,
             generator=torch.Generator().manual_seed(config.seed),
-            batch_size=max(64, config.per_device_eval_batch_size),
+            batch_size=batch_size,
             device=run.device,
         )
         scores = score_examples(model, sampled, **options)
         mean = sum(row[0] for row in scores) / count
         shape = ModelShape.of(policy.model)
         lengths = [len(e.prompt_ids) for e in sampled], [len(e.completions[0]) for e in sampled]
-        run.meter.generate(shape, *lengths, prompts_run(policy, sampled))
+        run.meter.generate(shape, *lengths, prompts_run(policy, sampled, batch_size))
     store_reward_shift(model.model, mean)
     return mean
 
@@ -210,7 +211,7 @@ def run_reward(config: Any, home: Path, **options) -> StageResult:
         held_out, _ = data.split("pair", config.dataset_test_split, tokenizer, required=False)
 
         # 3. Train.
-        shape = ModelShape.of(network, head=False)
+        shape = ModelShape.of(network, head=False, checkpointed=config.gradient_checkpointing)
         windows, total = example_schedule(
             run, examples, layout=model.reader.layout, pad_id=tokenizer.pad_token_id, count=count_pairs
         )

@@ -121,7 +121,7 @@ def run_sft(config: Any, home: Path, **options) -> StageResult:
             examples, held_out = ([whole_sequence(e) for e in part] for part in (examples, held_out))
 
         # 3. Train.
-        shape = ModelShape.of(policy.model)
+        shape = ModelShape.of(policy.model, checkpointed=config.gradient_checkpointing)
         windows, total = example_schedule(
             run, examples, layout=policy.reader.layout, pad_id=tokenizer.pad_token_id, count=count_tokens
         )

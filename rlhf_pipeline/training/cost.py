@@ -24,7 +24,8 @@ class ModelShape:
 
     matmul, head: weights in matrix products; attention: layers x query width. skipped: those of the weights that work
     only where hidden states are read (models/last_layer.py). reads: where that is: at the positions that predict a
-    completion's token, at these tokens themselves, or at the last one of each completion.
+    completion's token, at these tokens themselves, or at the last one of each completion. passes: forward passes that
+    training on a batch costs: three, and a fourth where activations are computed again.
     """
 
     matmul: int
@@ -32,10 +33,14 @@ class ModelShape:
     attention: int
     skipped: int = 0
     reads: Literal["predicting", "tokens", "last"] = "predicting"
+    passes: int = 3
 
     @staticmethod
-    def of(model: nn.Module, *, head: bool = True) -> ModelShape:
-        """Read the shape off a transformers model (a sequence classifier or a bare trunk with head=False)."""
+    def of(model: nn.Module, *, head: bool = True, checkpointed: bool = False) -> ModelShape:
+        """Read the shape off a transformers model (a sequence classifier or a bare trunk with head=False).
+
+        checkpointed: whether it trains with `gradient_checkpointing`; its last layer then skips nothing.
+        """
         trunk = trunk_of(model)
         embeddings = {id(module.weight) for module in trunk.modules() if isinstance(module, nn.Embedding)}
         matmul = sum(p.numel() for p in trunk.parameters() if p.ndim == 2 and id(p) not in embeddings)
@@ -50,8 +55,9 @@ class ModelShape:
             matmul,
             output.weight.numel() if output is not None else 0,
             config.num_hidden_layers * width,
-            skipped,
+            0 if checkpointed else skipped,
             pooled if classifier else "predicting",
+            4 if checkpointed else 3,
         )
 
     def forward_flops(self, tokens: int, context_tokens: int, head_tokens: int, read: int | None = None) -> float:
@@ -87,8 +93,6 @@ class ModelShape:
         return total
 
 
-TRAIN_FACTOR = 3.0
-"""Forward and backward of a trained model cost three forwards."""
 PHASES = ("generation", "scoring", "update")
 """The parts of PPO's time."""
 JUDGE = "judge"
@@ -136,7 +140,7 @@ class CostMeter:
 
     def train(self, shape: ModelShape, batch: PackedBatch) -> None:
         """Count a training pass (forward and backward) of one model."""
-        self.flops += TRAIN_FACTOR * shape.batch_flops(batch)
+        self.flops += shape.passes * shape.batch_flops(batch)
 
     def score(self, shape: ModelShape, batch: PackedBatch) -> None:
         """Count a forward pass of a frozen model."""
@@ -158,7 +162,8 @@ class CostMeter:
         return _Part(self, name)
 
     def shares(self) -> dict[str, float]:
-        """Each phase's share of PPO's time; nothing for other stages."""
+        """Each phase's share of PPO's time; nothing for other stages. An update ends with what is done after it:
+        evaluation, snapshots, checkpoints."""
         spent = {name: self.seconds[name] for name in PHASES if name in self.seconds}
         total = sum(spent.values())
         return {name: value / total for name, value in spent.items()} if len(spent) == len(PHASES) and total else {}

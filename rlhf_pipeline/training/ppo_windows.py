@@ -127,7 +127,7 @@ class RolloutCollector:
             )
             prompt_lengths = [len(example.prompt_ids) for example in sampled]
             lengths = [len(example.completions[0]) for example in sampled]
-            run = prompts_run(self.actor_critic, sampled)
+            run = prompts_run(self.actor_critic, sampled, s.rollout_size)
             self.meter.generate(self.shapes["actor"], prompt_lengths, lengths, run)
         # 2. Cut into minibatches; the first epoch's micro-batches are packed once, scored, and trained on.
         shuffle = self._generator(update, 1)
@@ -171,7 +171,9 @@ class RolloutCollector:
 
     def _pack(self, sampled: Sequence[Example], rows: Sequence[int]) -> PackedBatch:
         layout = self.actor_critic.reader.layout
-        trees = merge_prompts([sampled[i] for i in rows])
+        chosen = [sampled[i] for i in rows]
+        # With a mask of length x length a tree of many responses would cost more than it saves.
+        trees = merge_prompts(chosen) if layout == "flat" else chosen
         return pack(trees, self.settings.pad_id, layout=layout).to(self.device)
 
     @torch.no_grad()

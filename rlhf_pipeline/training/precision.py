@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlhf_pipeline.errors import ConfigError, Fault
+
 
 def has_fast_bf16(use_cpu: bool) -> bool:
     """Whether this machine multiplies bfloat16 faster than fp32: a GPU that knows it, or a CPU with AVX512-BF16."""
@@ -22,15 +24,30 @@ def uses_bf16(config: Any) -> bool:
     return has_fast_bf16(config.use_cpu) if asked == "auto" else bool(asked)
 
 
+def require_checkpointing(model: nn.Module) -> None:
+    """Check that an architecture can compute activations again.
+
+    Raises:
+        ConfigError: when it cannot.
+    """
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and not module.supports_gradient_checkpointing:
+            found = f"{type(module).__name__} cannot compute its activations again"
+            raise ConfigError(Fault("gradient_checkpointing", found, "false for this architecture"))
+
+
 def checkpoint_activations(model: nn.Module) -> None:
     """Let every transformers model inside of `model` keep its layers' inputs only and compute the rest again in the
     backward pass: the same gradients for about a third more work.
 
     Raises:
-        ValueError: for an architecture that cannot.
+        ConfigError: for an architecture that cannot.
     """
     from transformers import PreTrainedModel
 
+    require_checkpointing(model)
     inside: set[int] = set()
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and id(module) not in inside:

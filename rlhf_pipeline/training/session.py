@@ -16,7 +16,7 @@ from rlhf_pipeline.training.cost import JUDGE
 from rlhf_pipeline.training.health import Monitor, facts_of, tell, tell_all
 from rlhf_pipeline.training.loop import Step, fit
 from rlhf_pipeline.training.optimizer import make_optimizer, make_scheduler
-from rlhf_pipeline.training.precision import checkpoint_activations
+from rlhf_pipeline.training.precision import checkpoint_activations, uses_bf16
 from rlhf_pipeline.training.run import Run
 from rlhf_pipeline.training.watches import WATCHES
 from rlhf_pipeline.training.windows import Window
@@ -115,10 +115,13 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
     )
     scheduler = make_scheduler(optimizer, config.lr_scheduler_type, warmup_steps=config.warmup_steps, total=plan.total)
     start = 0
+    inputs = dict(plan.inputs)
+    if config.bf16 == "auto":  # the machine that goes on may have said otherwise
+        inputs["precision"] = "bf16" if uses_bf16(config) else config.dtype
     last: Metrics = {}
     monitor = plan.monitor(run)
     if run.checkpoint is not None:
-        _require_same_inputs(run, plan.inputs)
+        _require_same_inputs(run, inputs)
         extra = restore(run.checkpoint, model=model, optimizer=optimizer, scheduler=scheduler)
         start, last = run.checkpoint.step, extra["last"]
         _restore_meter(run, extra["cost"])
@@ -152,7 +155,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
             model=model,
             optimizer=optimizer,
             scheduler=scheduler,
-            extra={"cost": counted, "last": last, "inputs": dict(plan.inputs), "health": monitor.state()},
+            extra={"cost": counted, "last": last, "inputs": inputs, "health": monitor.state()},
             keep=config.save_total_limit,
         )
 

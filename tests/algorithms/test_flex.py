@@ -28,18 +28,40 @@ def test_it_agrees_with_tree_attention(window, heads):
 
 def test_blocks_that_nobody_sees_are_left_out():
     """Two trees of 256 tokens in blocks of 128: of 16 blocks the 3 of each tree at or below its diagonal."""
-    mask = flex_plan([(200, (56,)), (256, ())])
-    assert mask.to_dense().sum() == 6
+    assert flex_plan([(200, (56,)), (256, ())]).to_dense().sum() == 6
+    # 100 + 100 + 100: the second tree stands in blocks 0 and 1, the third in 1 and 2; block 2 does not see block 0.
+    assert flex_plan([(100, ()), (90, (10,)), (100, ())]).to_dense()[0, 0].tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
 
 
-@pytest.mark.parametrize("fault", [RuntimeError("no compiler"), None])
-def test_where_it_fails_or_differs_it_is_not_used(monkeypatch, fault):
-    def broken(query, key, value, plan, *, scale):
+SHAPE = ("cpu", torch.float32, 16, (4, 2))
+
+
+@pytest.fixture
+def afresh():
+    flex_works.cache_clear()
+    yield
+    flex_works.cache_clear()
+
+
+def fake(fault: Exception | None = None, factor: float = 1.0):
+    """What a compiled kernel would do, by tree attention: FlexAttention has no backward pass on a CPU."""
+
+    def attend(query, key, value, plan, *, scale):
         if fault is not None:
             raise fault
-        return (value * query.mean() * key.mean()).repeat_interleave(2, 0)
+        trees = [(150, (20, 35)), (9, (5,)), (40, (1, 2, 3))]
+        return tree_attention(query, key, value, attention_plan(trees), scale=factor * scale)
 
-    flex_works.cache_clear()
-    monkeypatch.setattr(flex, "flex_tree_attention", broken)
-    assert not flex_works("cpu")
-    flex_works.cache_clear()
+    return attend
+
+
+@torch.no_grad()
+def test_it_is_used_where_it_agrees_also_if_asked_without_gradients(monkeypatch, afresh):
+    monkeypatch.setattr(flex, "flex_tree_attention", fake())
+    assert flex_works(*SHAPE)
+
+
+@pytest.mark.parametrize("made", [fake(RuntimeError("no compiler")), fake(factor=1.5)], ids=["fails", "differs"])
+def test_where_it_fails_or_differs_it_is_not_used(monkeypatch, afresh, made):
+    monkeypatch.setattr(flex, "flex_tree_attention", made)
+    assert not flex_works(*SHAPE)

@@ -25,7 +25,7 @@ def interrupted(lab, monkeypatch, **changes) -> None:
 
     original = RunLog.update
 
-    def stop(self, step, metrics):
+    def stop(self, step, metrics, note=""):
         original(self, step, metrics)
         import os
         import signal

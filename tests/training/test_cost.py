@@ -208,3 +208,13 @@ def test_flops_of_sampling_that_shares_prompts():
     prompt = 2 * (MATMUL * 6 - skipped * 5) + 4 * ATTENTION * 21
     responses = 2 * MATMUL * 2 + 4 * ATTENTION * (7 + 8) + 2 * HEAD * (3 + 1)
     assert meter.report()["flops"] == prompt + responses
+
+
+def test_activations_that_are_computed_again_are_a_fourth_pass_and_nothing_is_skipped():
+    model = llama()
+    skip_unread(model.model)
+    shape, batch = ModelShape.of(model, checkpointed=True), pack([single()], 0)
+    assert (shape.skipped, shape.passes) == (0, 4) and ModelShape.of(model).skipped > 0
+    meter = CostMeter()
+    meter.train(shape, batch)
+    assert meter.flops == 4 * shape.forward_flops(batch.active_tokens, batch.context_tokens, batch.num_tokens)

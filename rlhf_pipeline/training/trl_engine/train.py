@@ -10,9 +10,10 @@ from torch import nn
 
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import BadInput, Interrupted
-from rlhf_pipeline.training.cost import TRAIN_FACTOR, CostMeter, ModelShape
+from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.health import tell, tell_all
 from rlhf_pipeline.training.optimizer import make_optimizer, make_scheduler
+from rlhf_pipeline.training.precision import require_checkpointing
 from rlhf_pipeline.training.run import Run
 from rlhf_pipeline.training.session import Metrics, Plan, evaluates_at
 from rlhf_pipeline.training.trl_engine.names import native_names
@@ -59,6 +60,8 @@ def train_with_trl(
 
     _require_one_device(run)
     config = run.config
+    if config.gradient_checkpointing:
+        require_checkpointing(model)
     run.log.say(
         f"engine: TRL {trl.__version__} on transformers; it writes no checkpoints: a run that is cut short begins anew"
     )
@@ -89,7 +92,7 @@ def train_with_trl(
         epoch = step / per_epoch
         members = [examples[index] for index in next(windows)]
         scored = reference is not None and not precomputes
-        _count(run.meter, shape, members, TRAIN_FACTOR + (1.0 if scored else 0.0))
+        _count(run.meter, shape, members, shape.passes + (1.0 if scored else 0.0))
         run.meter.optimizer_steps += 1
         last = native_names(run.stage, logs, config) | {"epoch": epoch}
         tell(run.log, monitor.update(step, last))

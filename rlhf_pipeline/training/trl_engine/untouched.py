@@ -41,14 +41,14 @@ def _hooks(module: nn.Module) -> dict[str, Any]:
 def untouched(*models: nn.Module) -> Iterator[None]:
     """On leaving, take everything but the trained weights back to what it was on entering.
 
-    That is, of every module: attributes that were added, `forward` on the instance, hooks, and training mode; and
-    the values of every config.
+    That is, of every module: attributes that were added, `forward` and `gradient_checkpointing` on the instance, hooks,
+    and training mode; and the values of every config.
     """
     modules = [
         (
             module,
             set(vars(module)),
-            vars(module).get("forward", _ABSENT),
+            {name: vars(module).get(name, _ABSENT) for name in ("forward", "gradient_checkpointing")},
             module.training,
             {k: dict(v) for k, v in _hooks(module).items()},
         )
@@ -60,13 +60,14 @@ def untouched(*models: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, names, forward, training, hooks in modules:
+        for module, names, own, training, hooks in modules:
             for name in set(vars(module)) - names:
                 del vars(module)[name]
-            if forward is _ABSENT:
-                vars(module).pop("forward", None)
-            else:
-                vars(module)["forward"] = forward
+            for name, value in own.items():
+                if value is _ABSENT:
+                    vars(module).pop(name, None)
+                else:
+                    vars(module)[name] = value
             for name, before in hooks.items():
                 current = getattr(module, name)
                 for key in set(current) - set(before):
