@@ -53,8 +53,9 @@ $(STAMP): pyproject.toml constraints.txt $(TORCH_STAMP) | $(BIN)/python
 demo: $(STAMP)
 	$(BIN)/rlhf run configs/demo/experiment.yaml
 
+# One thread: the models of the tests are tiny, and two that wait for each other are slower where cores are shared.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
 
 exact: $(STAMP)
 	$(BIN)/python scripts/exact.py --output docs/exact.md
