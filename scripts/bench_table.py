@@ -22,6 +22,16 @@ PEER_STAGE = {"ppo_shared": "ppo"}
 Run = dict[str, Any]
 
 
+def machine_line(found: dict[str, Any], loads: Sequence[float]) -> str:
+    """What the figures were taken on, and how busy it was."""
+    machine = found["machine"]
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB, {machine['system']}; "
+        f"{found['threads']} threads pinned; load over one minute between {min(loads):.1f} and {max(loads):.1f} while "
+        "it ran."
+    )
+
+
 def peer_stage(stage: str) -> str:
     """The peer's stage that a stage is compared with."""
     return PEER_STAGE.get(stage, stage)
@@ -186,7 +196,7 @@ def describe_work(work: dict[str, Any], repeats: int) -> list[str]:
 
 def document(found: dict[str, Any]) -> str:
     """docs/benchmarks.md. found: what bench.py writes as JSON."""
-    rows, machine, peaks = found["rows"], found["machine"], found["peaks"]
+    rows, peaks = found["rows"], found["peaks"]
     plain = [row for row in rows if row["precision"] == "fp32"]
     bf16 = [row for row in rows if row["precision"] == "bf16"]
     start, end = ({name: value / 1e9 for name, value in peaks[place].items()} for place in (0, -1))
@@ -225,9 +235,7 @@ def document(found: dict[str, Any]) -> str:
         "",
         "## The machine",
         "",
-        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB, {machine['system']}; "
-        f"{found['threads']} threads pinned; load over one minute between {min(loads):.1f} and {max(loads):.1f} while "
-        "it ran.",
+        machine_line(found, loads),
         "",
         "| | " + " | ".join(found["versions"]) + " |",
         "| --- |" + " --- |" * len(found["versions"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from bench_table import machine_line
 from growth_words import (
     MIB,
     TOLERANCE,
@@ -255,7 +256,7 @@ def describe_model(model: dict[str, Any]) -> str:
 
 def document(found: dict[str, Any]) -> str:
     """docs/growth.md. found: what growth.py writes as JSON."""
-    rows, sizes, machine = found["rows"], found["sizes"], found["machine"]
+    rows, sizes = found["rows"], found["sizes"]
     loads = [load for row in rows for load in row["load"]]
     lines = [
         "# How the cost grows",
@@ -284,9 +285,7 @@ def document(found: dict[str, Any]) -> str:
         "",
         "## The machine",
         "",
-        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB, {machine['system']}; "
-        f"{found['threads']} threads pinned; load over one minute between {min(loads):.1f} and {max(loads):.1f} while "
-        "it ran.",
+        machine_line(found, loads),
         "",
         f"{names}.",
     ]
