@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from typing import Annotated
@@ -100,7 +101,9 @@ def _fail(message: str, code: int) -> int:
 
 def entry() -> None:
     """Console script: `main`, then exit with its code."""
-    sys.exit(main())
+    code = main()
+    gc.freeze()  # the interpreter would walk through every object once more before it ends
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ class Row:
 
     def as_ids(self, name: str, value: Any) -> tuple[int, ...] | None:
         """Check that `value` is a list of token ids."""
-        if isinstance(value, (list, tuple)) and all(type(item) is int and item >= 0 for item in value):
+        if isinstance(value, (list, tuple)) and set(map(type, value)) <= {int} and min(value, default=0) >= 0:
             return tuple(value)
         self.fault("wrong_type", f"{name!r} is not a list of token ids", "integers from 0 up")
         return None

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_pipeline.data import preferences
@@ -74,7 +74,9 @@ def parse(rows: list[tuple[str, dict[str, Any]]], name: str) -> Parsed:
         elif record is not None and is_identical(record):
             parsed.skipped[IDENTICAL] += 1
         elif record is not None:
-            parsed.records.append(replace(record, where=where, split=split))
+            # Nobody else has seen the record yet; `dataclasses.replace` would check every field of it again.
+            record.__dict__.update(where=where, split=split)
+            parsed.records.append(record)
     if any(record.conversational for record in parsed.records[:1]):
         parsed.format += ", conversational"
     return parsed

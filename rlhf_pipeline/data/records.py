@@ -6,11 +6,14 @@ import json
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import sha256
 from typing import Any
 
 Messages = tuple[dict[str, str], ...]
 Text = str | Messages
+
+_encode = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode
 
 KINDS = ("text", "prompt", "demonstration", "pair", "ranking")
 
@@ -51,7 +54,7 @@ class Record:
     @property
     def prompt_key(self) -> str:
         """The SHA-256 of `key`: equal for two records exactly if they have the same prompt."""
-        return sha256(self.key.encode()).hexdigest()
+        return _hash(self.key)
 
     def canonical(self) -> str:
         """Return the content as one line of JSON, without where it came from; digests are made of it."""
@@ -64,7 +67,13 @@ class Record:
             "completion_ids": self.completion_ids,
             "extra": dict(self.extra),
         }
-        return json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        return _encode(content)
+
+
+@lru_cache(maxsize=4096)
+def _hash(text: str) -> str:
+    """SHA-256 of a text. The rows of one prompt tend to follow one another: they need it once."""
+    return sha256(text.encode()).hexdigest()
 
 
 def plain(text: Text) -> str:

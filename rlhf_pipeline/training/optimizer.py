@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
+
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
 
 def make_optimizer(
@@ -33,10 +36,31 @@ def resolve_warmup(warmup_steps: float, total: int) -> int:
     return round(warmup_steps * total) if 0 < warmup_steps < 1 else int(warmup_steps)
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, name: str, *, warmup_steps: float, total: int) -> LambdaLR:
-    """The schedule of transformers with this name, over `total` steps."""
-    from transformers import get_scheduler
+def rate_factor(name: str, step: int, *, warmup: int, total: int) -> float:
+    """The share of the learning rate at a step, as transformers' schedule of this name has it.
 
-    return get_scheduler(
-        name, optimizer, num_warmup_steps=resolve_warmup(warmup_steps, total), num_training_steps=total
-    )
+    step / warmup while step < warmup; then, with p = (step - warmup) / (total - warmup): `linear` 1 - p, `cosine`
+    (1 + cos(pi p)) / 2, `constant_with_warmup` 1. `constant` is 1 throughout. (transformers' own import takes longer
+    than a small run's first steps.)
+
+    Raises:
+        ValueError: for another name.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"no schedule {name!r}: one of {', '.join(SCHEDULES)}")
+    if name == "constant":
+        return 1.0
+    if step < warmup:
+        return step / max(1, warmup)
+    if name == "constant_with_warmup":
+        return 1.0
+    left = max(1, total - warmup)
+    if name == "linear":
+        return max(0.0, (total - step) / left)
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((step - warmup) / left))))
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, name: str, *, warmup_steps: float, total: int) -> LambdaLR:
+    """The schedule of this name over `total` steps (see `rate_factor`)."""
+    warmup = resolve_warmup(warmup_steps, total)
+    return LambdaLR(optimizer, lambda step: rate_factor(name, step, warmup=warmup, total=total))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 import numpy as np
 
 from rlhf_pipeline.data.world.reward import VALUE
@@ -24,18 +26,22 @@ SHAPES = {"A": 0.32, "MA": 0.32, "A&A": 0.16, "MA&A": 0.07, "A&MA": 0.07, "noise
 """Probability of each form (A adjective, M modifier, & conjunction); noise is a string of response words."""
 
 _RESPONSE_WORDS = [TOKEN_ID[word] for word in (*MODIFIERS, CONJUNCTION, *ADJECTIVES)]
+_MODIFIER_IDS = [TOKEN_ID[word] for word in MODIFIERS]
+_ADJECTIVE_IDS = [TOKEN_ID[word] for word in ADJECTIVES]
 
 
-def _completion(rng: np.random.Generator, shape: str, adjective_weights: np.ndarray) -> tuple[list[int], bool]:
+def _completion(rng: np.random.Generator, shape: str, cumulative: list[float]) -> tuple[list[int], bool]:
+    """One completion of a shape. `cumulative`: the adjectives' cumulative probabilities, to be inverted at a uniform
+    number: what `rng.choice` draws with these probabilities, at a fifth of its time."""
     if shape == "noise":
         words = [int(word) for word in rng.choice(_RESPONSE_WORDS, size=rng.integers(0, RESPONSE_LENGTH + 1))]
     else:
         words = []
         for symbol in shape:
             if symbol == "A":
-                words.append(TOKEN_ID[ADJECTIVES[rng.choice(len(ADJECTIVES), p=adjective_weights)]])
+                words.append(_ADJECTIVE_IDS[bisect_right(cumulative, rng.random())])
             elif symbol == "M":
-                words.append(TOKEN_ID[MODIFIERS[rng.integers(len(MODIFIERS))]])
+                words.append(_MODIFIER_IDS[rng.integers(len(MODIFIERS))])
             else:
                 words.append(TOKEN_ID[CONJUNCTION])
     # Four words fill the length limit: such a response is cut, it has no end token.
@@ -49,4 +55,6 @@ def demonstrations(genre: str, aspect: str, count: int = PER_PROMPT, seed: int =
     rng = np.random.default_rng([seed, g, a])
     weights = np.exp(TASTE * VALUE[g, a, [TOKEN_ID[word] for word in ADJECTIVES]])
     shapes = rng.choice(list(SHAPES), size=count, p=list(SHAPES.values()))
-    return [_completion(rng, str(shape), weights / weights.sum()) for shape in shapes]
+    cumulative = (weights / weights.sum()).cumsum()
+    cumulative = (cumulative / cumulative[-1]).tolist()
+    return [_completion(rng, shape, cumulative) for shape in shapes.tolist()]
