@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from typing import Annotated
@@ -101,9 +100,7 @@ def _fail(message: str, code: int) -> int:
 
 def entry() -> None:
     """Console script: `main`, then exit with its code."""
-    code = main()
-    gc.freeze()  # the interpreter would walk through every object once more before it ends
-    sys.exit(code)
+    sys.exit(main())
 
 
 if __name__ == "__main__":

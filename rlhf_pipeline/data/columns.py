@@ -39,6 +39,9 @@ class Row:
 
     def text(self, column: str) -> Text | None:
         """Read a required column of text or messages."""
+        value = self.values.get(column)
+        if type(value) is str and value.isascii():  # the usual case, with nothing left to check
+            return value
         value = self.value(column)
         return None if value is None else self.as_text(column, value)
 
@@ -104,7 +107,8 @@ class Row:
 
     def flag(self, column: str) -> bool:
         """Read an optional `ended` column; true where it is absent."""
-        return True if not self.has(column) else self.as_flag(column, self.values[column])
+        value = self.values.get(column)
+        return True if value is None else self.as_flag(column, value)
 
     def as_flag(self, name: str, value: Any) -> bool:
         """Check that `value` is true or false."""
@@ -152,9 +156,12 @@ class Row:
 
     def all_ids(self, *columns: str) -> tuple[tuple[int, ...], ...] | None:
         """Read columns of token ids, of which a row has all or none."""
-        if not any(self.has(column) for column in columns):
+        values = [self.values.get(column) for column in columns]
+        if values.count(None) == len(columns):
             return None
-        ids = tuple(self.ids(column) for column in columns)
+        ids = tuple(
+            self.ids(column) if value is None else self.as_ids(column, value) for column, value in zip(columns, values)
+        )
         return None if None in ids else ids
 
 

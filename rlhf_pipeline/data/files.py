@@ -78,12 +78,13 @@ def _content(path: Path, name: str) -> bytes:
 def _json_lines(content: bytes, name: str) -> tuple[Rows, list[RowFault]]:
     rows: Rows = []
     faults: list[RowFault] = []
+    decode = json.JSONDecoder().decode
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         where = f"{name}:{number}"
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = decode(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             faults.append(row_fault(where, "not_utf8", f"byte {error.start + 1} is not UTF-8", "UTF-8"))
         except json.JSONDecodeError as error:
