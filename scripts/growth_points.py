@@ -26,7 +26,7 @@ from unittest import mock
 import torch
 from bench_work import SEED, write_rows
 from growth_sizes import QUICK, SERIES, THREADS, Sizes
-from growth_work import PAD, Row, draw_examples, draw_pairs, make_policy, make_reward_model, ranking_step, timed
+from growth_work import PAD, Row, draw_examples, draw_pairs, make_policy, make_reward_model, timed
 
 from rlhf_pipeline.config.base import Lengths
 from rlhf_pipeline.data import load
@@ -79,7 +79,7 @@ def batch(sizes: Sizes, value: int) -> list[Row]:
 
 
 def all_pairs(ranking: Example) -> list[Example]:
-    """The C(K, 2) pairs of a ranking, best first, as `rlhf train-rm` makes them."""
+    """The C(K, 2) pairs of a ranking, best first, as `engine: trl` takes it."""
     return [
         Example(ranking.prompt_ids, list(pair), [True, True], ranking.prompt_key, ranking.where)
         for pair in combinations(ranking.completions, 2)
@@ -87,20 +87,20 @@ def all_pairs(ranking: Example) -> list[Example]:
 
 
 def completions(sizes: Sizes, value: int) -> list[Row]:
-    """A reward model on prompts with `value` completions: a prompt and all of them one tree, then split into pairs."""
+    """A reward model on prompts with `value` completions: a prompt and all of them one tree, as `rlhf train-rm` takes
+    them, then split into pairs."""
     prompts = max(1, sizes.step_completions // value)
     rankings = draw_examples(2 * prompts, sizes.prompt, [sizes.completion] * value, sizes.vocab_size)
     pairs = prompts * math.comb(value, 2)
     micro_batch = math.gcd(pairs, sizes.pairs)
-    ranked = {"micro_batch": prompts, "count": lambda _: {"prompts": 1.0}}
     split = {"micro_batch": micro_batch, "accumulation": pairs // micro_batch}
     rows = []
-    for variant, examples, step, options in (
-        ("tree", rankings, ranking_step, ranked),
-        ("pairs", [pair for ranking in rankings for pair in all_pairs(ranking)], reward_step, split),
+    for variant, examples, options in (
+        ("tree", rankings, {"micro_batch": prompts}),
+        ("pairs", [pair for ranking in rankings for pair in all_pairs(ranking)], split),
     ):
         model = make_reward_model(sizes.model, sizes.vocab_size, sizes.prompt + sizes.completion)
-        row = timed(sizes, model, examples, step, units=prompts * value, head=False, **options)
+        row = timed(sizes, model, examples, reward_step, units=prompts * value, head=False, **options)
         rows.append({"variant": variant, **row})
     return rows
 

@@ -198,10 +198,10 @@ def completions(rows: Sequence[Row]) -> list[str]:
     if last is not first:
         shares = times((last["value"] - 1) / (first["value"] - 1))
         words.append(
-            "Split into K (K - 1) / 2 pairs, as `rlhf train-rm` takes rankings today, every completion is read K - 1 "
-            f"times, each time with half a prompt: {shares} as often at K = {last['value']} as at {first['value']}. "
-            f"The time per completion becomes {times(per_unit(last) / per_unit(first))} what it was: a prompt's cost "
-            "grows with the square of K. The tree is read by a step of this script, with the stage's own forward pass."
+            "`rlhf train-rm` takes a ranking as one tree. Split into K (K - 1) / 2 pairs, as `engine: trl` takes it, "
+            "every completion is read K - 1 times, each time with half a prompt: "
+            f"{shares} as often at K = {last['value']} as at {first['value']}. The time per completion becomes "
+            f"{times(per_unit(last) / per_unit(first))} what it was: a prompt's cost grows with the square of K."
         )
     return [*table(head, body), "", " ".join(words)]
 

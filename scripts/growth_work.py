@@ -18,7 +18,6 @@ from bench_probe import Stopwatch
 from bench_work import LEARNING_RATE, LLAMA, SEED
 from growth_sizes import Sizes
 
-from rlhf_pipeline.algorithms.preference import bradley_terry_loss
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.models.loading import model_of_config, new_config
 from rlhf_pipeline.models.roles import Policy, RewardModel
@@ -27,7 +26,7 @@ from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.loop import fit
 from rlhf_pipeline.training.optimizer import make_optimizer, make_scheduler
 from rlhf_pipeline.training.pairs import count_pairs
-from rlhf_pipeline.training.windows import ExampleBatch, Loss, Window, example_windows
+from rlhf_pipeline.training.windows import Loss, Window, example_windows
 
 PAD = 0
 FP32 = 4
@@ -74,20 +73,6 @@ def make_reward_model(changes: dict[str, Any], vocab_size: int, longest: int) ->
     return read_reward_model(AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)).train()
 
 
-def ranking_step(model: RewardModel, micro_batch: ExampleBatch, *, meter: CostMeter, shape: ModelShape) -> Loss:
-    """Ranking loss of prompts with K completions each, best first, read in one pass; denominator: prompts.
-
-        sum over prompts of 1 / C(K, 2) sum_{i < j} -log sigma(r_i - r_j)
-
-    Source: Ouyang et al. 2022 (InstructGPT), eq. 1. No stage takes it: `rlhf train-rm` splits rankings into pairs.
-    """
-    scores = model(micro_batch.batch).view(len(micro_batch.indices), -1)
-    meter.train(shape, micro_batch.batch)
-    better, worse = torch.triu_indices(scores.shape[1], scores.shape[1], offset=1)
-    loss = bradley_terry_loss(scores[:, better].flatten(), scores[:, worse].flatten()) / len(better)
-    return Loss({"ranking": (loss, "prompts", 1.0)})
-
-
 def give_back() -> None:
     """Return freed memory to the system (glibc): what is resident then is what is in use."""
     gc.collect()
@@ -127,7 +112,6 @@ def timed(
     units: int,
     micro_batch: int,
     accumulation: int = 1,
-    count: Callable[[Example], dict[str, float]] = count_pairs,
     head: bool = True,
     tensors: bool = False,
 ) -> Row:
@@ -135,8 +119,7 @@ def timed(
 
     Args:
         step: called with a meter and a shape besides (model, micro-batch). units: what a step's time is divided by.
-        count: an example's share of the denominators. head: whether the model has an output head. tensors: take one
-        more step, for `tensor_bytes`.
+        head: whether the model has an output head. tensors: take one more step, for `tensor_bytes`.
 
     Returns:
         seconds of each timed step; of a step its units, FLOPs, and tokens and shares of FLOPs of the first;
@@ -163,7 +146,7 @@ def timed(
         seed=SEED,
         pad_id=PAD,
         layout=model.reader.layout,
-        count=count,
+        count=count_pairs,
     )
 
     def windows() -> Iterator[Window]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,27 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "compare": {**CPU, "exact": False},
     "exact": {**CPU},
 }
+
+
+def word_rankings(count: int, *, ties: bool, seed: int = 1) -> list[dict[str, Any]]:
+    """Rankings of two to five different responses in words of the built-in world; by ranks, with `ties` not of all."""
+    from rlhf_pipeline.data.world.vocabulary import ADJECTIVES, ASPECTS, FRAME, GENRES, MODIFIERS
+
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        size = draw.randint(2, 5)
+        texts: dict[str, bool] = {}  # at most 4 tokens, the end token of an ended one included
+        while len(texts) < size:
+            ended = draw.random() < 0.5
+            words = draw.choices(ADJECTIVES + MODIFIERS, k=draw.randint(1, 3 if ended else 4))
+            texts.setdefault(" " + " ".join(words), ended)
+        ranks = draw.sample(range(1, size + 1), size)
+        if ties and size > 2:
+            ranks = [max(1, rank - 1) for rank in ranks]  # the first and the second are tied
+        prompt = " ".join(draw.choices(FRAME + GENRES + ASPECTS, k=draw.randint(2, 6)))
+        rows.append({"prompt": prompt, "completions": list(texts), "ended": list(texts.values()), "ranks": ranks})
+    return rows
 
 
 @dataclass(frozen=True)
@@ -124,6 +147,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     lab.run("train-rm", output_name="reward", max_steps=20)
     shutil.rmtree(lab.home / "runs")
     return lab
+
+
+@pytest.fixture(scope="session")
+def rankings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Write rankings, drawn or given, and return their file."""
+
+    def write(count: int = 24, *, ties: bool = False, rows: list[dict[str, Any]] | None = None) -> str:
+        path = tmp_path_factory.mktemp("rankings") / "rankings.jsonl"
+        rows = word_rankings(count, ties=ties) if rows is None else rows
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write
 
 
 @pytest.fixture

@@ -143,6 +143,7 @@ def test_a_ranking_in_one_tree_has_the_loss_of_its_pairs(scripts, count) -> None
     import torch
 
     from rlhf_pipeline.data.batch import pack
+    from rlhf_pipeline.data.comparisons import compare
     from rlhf_pipeline.stages.reward import reward_step
     from rlhf_pipeline.training.cost import CostMeter, ModelShape
     from rlhf_pipeline.training.windows import ExampleBatch
@@ -155,25 +156,35 @@ def test_a_ranking_in_one_tree_has_the_loss_of_its_pairs(scripts, count) -> None
     options = {"meter": CostMeter(), "shape": ModelShape.of(model.model, head=False)}
 
     def batch(examples) -> ExampleBatch:
-        return ExampleBatch(pack(examples, 0, layout=model.reader.layout), list(range(len(examples))))
+        packed = pack(examples, 0, layout=model.reader.layout)
+        return ExampleBatch(packed, list(range(len(examples))), compared=compare(examples))
 
     (ranked, name, _), (split, _, _) = (
-        next(iter(step(model, batch(examples), **options).terms.values()))
-        for step, examples in ((work.ranking_step, rankings), (reward_step, pairs))
+        reward_step(model, batch(examples), **options).terms["bradley_terry"] for examples in (rankings, pairs)
     )
     assert name == "prompts" and len(pairs) == 2 * math.comb(count, 2)
     assert ranked.item() == pytest.approx(split.item() / math.comb(count, 2), rel=1e-9)
 
 
-def test_a_ranking_prefers_its_first_completions(scripts) -> None:
-    import torch
+def test_rankings_are_measured_by_the_steps_of_the_stage(scripts, monkeypatch) -> None:
+    """One tree per prompt with all its comparisons, and no step of the script's own."""
+    from rlhf_pipeline.stages.reward import reward_step
 
-    scores = torch.tensor([2.0, 1.0, -1.0], dtype=torch.float64)
-    one, meter = SimpleNamespace(batch=None, indices=[0]), SimpleNamespace(train=lambda *_: None)
-    result = scripts.growth_work.ranking_step(lambda _: scores, one, meter=meter, shape=None)
-    loss, _, weight = result.terms["ranking"]
-    expected = sum(math.log1p(math.exp(-gap)) for gap in (1.0, 3.0, 2.0)) / 3
-    assert (float(loss), weight) == (pytest.approx(expected, rel=1e-12), 1.0)
+    points, sizes = scripts.growth_points, scripts.growth_sizes.QUICK
+    seen = []
+
+    def timed(_sizes, _model, examples, step, **options):
+        seen.append((step, [(len(e.completions), len(e.untied())) for e in examples], options))
+        return {}
+
+    monkeypatch.setattr(points, "timed", timed)
+    points.completions(sizes, 3)
+    # 6 completions a step: 2 prompts of 3 in one micro-batch, or 6 pairs in micro-batches of gcd(6, 4) = 2.
+    (tree, rankings, ranked), (split, pairs, cut) = seen
+    assert tree is split is reward_step
+    assert rankings == [(3, 3)] * 4 and pairs == [(2, 1)] * 12
+    assert (ranked["micro_batch"], cut["micro_batch"], cut["accumulation"]) == (2, 2, 3)
+    assert ranked["units"] == cut["units"] == 6
 
 
 def test_where_a_cost_stops_being_linear(scripts) -> None:

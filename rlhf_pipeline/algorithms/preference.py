@@ -1,32 +1,49 @@
-"""Losses on preferences, as sums over pairs; and the statistics that are logged beside them."""
+"""Losses on preferences, as sums over pairs or rankings; and the statistics that are logged beside them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 
-def bradley_terry_loss(chosen_scores: Tensor, rejected_scores: Tensor, margin: Tensor | None = None) -> Tensor:
-    """Negative log-likelihood of the preferences: sum over pairs of -log sigma(r_w - r_l - margin).
+def _total(losses: Tensor, weight: Tensor | None) -> Tensor:
+    """Sum over pairs of weight x loss; weight: (P,), None: 1 each."""
+    assert weight is None or weight.shape == losses.shape
+    return losses.sum() if weight is None else (weight * losses).sum()
 
-    Source: Ouyang et al. 2022 (InstructGPT), eq. 1, with K = 2; the margin: Touvron et al. 2023 (Llama 2), eq. 2.
+
+def bradley_terry_loss(
+    chosen_scores: Tensor,
+    rejected_scores: Tensor,
+    margin: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Negative log-likelihood of the preferences: sum over pairs of -weight log sigma(r_w - r_l - margin).
+
+    Source: Ouyang et al. 2022 (InstructGPT), eq. 1: the pairs of a prompt with K completions weigh 1 / C(K, 2) each,
+    1 / untied pairs where some are tied; the margin: Touvron et al. 2023 (Llama 2), eq. 2.
 
     Args:
-        chosen_scores, rejected_scores: (P,), one score per pair. margin: (P,) or None.
+        chosen_scores, rejected_scores: (P,), one score per pair. margin: (P,) or None. weight: (P,); None: 1 each.
     """
     assert chosen_scores.ndim == 1 and chosen_scores.shape == rejected_scores.shape
     difference = chosen_scores - rejected_scores
-    return -logsigmoid(difference if margin is None else difference - margin).sum()
+    return _total(-logsigmoid(difference if margin is None else difference - margin), weight)
 
 
-def centering_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
-    """Auxiliary loss that keeps scores near zero: sum over pairs of (r_w + r_l)^2. Eisenstein et al. 2023, eq. 4."""
+def centering_loss(chosen_scores: Tensor, rejected_scores: Tensor, *, weight: Tensor | None = None) -> Tensor:
+    """Auxiliary loss that keeps scores near zero: sum over pairs of weight (r_w + r_l)^2.
+
+    Source: Eisenstein et al. 2023, eq. 4. Args: as of `bradley_terry_loss`.
+    """
     assert chosen_scores.shape == rejected_scores.shape
-    return ((chosen_scores + rejected_scores) ** 2).sum()
+    return _total((chosen_scores + rejected_scores) ** 2, weight)
 
 
 @dataclass(frozen=True)
@@ -70,8 +87,9 @@ def dpo_sigmoid_loss(
     *,
     beta: float,
     target: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> PreferenceLoss:
-    """DPO: sum over pairs of -p log sigma(h) - (1 - p) log sigma(-h).
+    """DPO: sum over pairs of -p log sigma(h) - (1 - p) log sigma(-h), times a weight.
 
         h = beta [(log pi - log pi_ref)(y_w) - (log pi - log pi_ref)(y_l)]
 
@@ -82,12 +100,13 @@ def dpo_sigmoid_loss(
         each (P,): log-probabilities of whole responses, summed over their tokens, in at least fp32.
         beta: > 0, strength of the KL term of the objective that this loss optimises.
         target: (P,) or a scalar, the probability p that the chosen response is preferred; None: 1.
+        weight: (P,); None: 1 each.
     """
     chosen, rejected = _log_ratios(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
     chosen, rejected = beta * chosen, beta * rejected
     h = chosen - rejected
     losses = -logsigmoid(h) if target is None else -target * logsigmoid(h) - (1.0 - target) * logsigmoid(-h)
-    return PreferenceLoss(losses.sum(), chosen.detach(), rejected.detach())
+    return PreferenceLoss(_total(losses, weight), chosen.detach(), rejected.detach())
 
 
 def ipo_loss(
@@ -98,8 +117,9 @@ def ipo_loss(
     *,
     beta: float,
     target: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> PreferenceLoss:
-    """IPO: sum over pairs of p (h - 1 / (2 tau))^2 + (1 - p) (h + 1 / (2 tau))^2, tau = beta.
+    """IPO: sum over pairs of p (h - 1 / (2 tau))^2 + (1 - p) (h + 1 / (2 tau))^2, tau = beta, times a weight.
 
         h = (log pi - log pi_ref)(y_w) - (log pi - log pi_ref)(y_l),    free of beta
 
@@ -113,27 +133,52 @@ def ipo_loss(
     chosen, rejected = _log_ratios(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
     h, aim = chosen - rejected, 1.0 / (2.0 * beta)
     losses = (h - aim) ** 2 if target is None else target * (h - aim) ** 2 + (1.0 - target) * (h + aim) ** 2
-    return PreferenceLoss(losses.sum(), (beta * chosen).detach(), (beta * rejected).detach())
+    return PreferenceLoss(_total(losses, weight), (beta * chosen).detach(), (beta * rejected).detach())
+
+
+def plackett_luce_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, beta: float) -> Tensor:
+    """DPO on rankings: sum over prompts of -sum_k log softmax(s_k, ..., s_K)_k, s = beta (log pi - log pi_ref).
+
+    The best completion is chosen among all, the next among those that are left, and so on; K = 2 is the sigmoid loss.
+    The gradient by s_j is sum_{k <= j} softmax(s_k, ..., s_K)_j - 1. Source: Rafailov et al. 2023, appendix A.3;
+    Plackett 1975, Luce 1959.
+
+    Args:
+        logprobs, ref_logprobs: (E, K) of whole responses, summed over their tokens, best first, no ties.
+        mask: (E, K) bool, where there is a response: a prompt's own come first.
+        beta: > 0, as of `dpo_sigmoid_loss`.
+    """
+    assert logprobs.ndim == 2 and logprobs.shape == ref_logprobs.shape == mask.shape
+    scores = torch.where(mask, beta * (logprobs - ref_logprobs), 0.0)
+    width = scores.shape[1]
+    left = torch.ones(width, width, dtype=torch.bool, device=scores.device).triu() & mask[:, None, :]
+    left = left | torch.eye(width, dtype=torch.bool, device=scores.device)  # where there is none: alone, and so certain
+    among = scores[:, None, :].expand(-1, width, -1).masked_fill(~left, -torch.inf)
+    return (among.logsumexp(2) - scores).sum()
 
 
 @dataclass(frozen=True)
 class Objective:
     """A preference loss, and what it has to be given.
 
-    loss: (chosen, rejected, ref_chosen, ref_rejected, *, beta, target) -> PreferenceLoss.
+    loss: (chosen, rejected, ref_chosen, ref_rejected, *, beta, target, weight) -> PreferenceLoss; of a listwise one
+        (logprobs, ref_logprobs, mask, *, beta) -> the sum over prompts.
     needs_reference: whether it reads the reference's log-probabilities.
     length_normalised: whether its log-probabilities are means over a response's tokens instead of sums.
+    listwise: whether it reads all completions of a prompt at once, in their order, instead of pairs.
     """
 
-    loss: Callable[..., PreferenceLoss]
+    loss: Callable[..., Any]
     needs_reference: bool = True
     length_normalised: bool = False
+    listwise: bool = False
 
 
 OBJECTIVES: dict[str, Objective] = {
     "sigmoid": Objective(dpo_sigmoid_loss),
     "ipo": Objective(ipo_loss),
     "ipo_mean": Objective(ipo_loss, length_normalised=True),
+    "plackett_luce": Objective(plackett_luce_loss, listwise=True),
 }
 
 

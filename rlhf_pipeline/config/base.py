@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from rlhf_pipeline.config.names import NAME_PATTERN, NAME_RULE, is_name
 from rlhf_pipeline.errors import ConfigError, Fault
 
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 DEFAULT_MAX_LENGTH = 1024
 DEFAULT_SPLITS = {"train": 0.8, "judge": 0.08, "validation": 0.04, "test": 0.08}
 STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
@@ -24,7 +24,7 @@ _NO_NEUTRAL = object()
 def option(
     default: Any, description: str, *, moves_optimum: bool = False, neutral: Any = _NO_NEUTRAL, **limits: Any
 ) -> Any:
-    """Return a pydantic field with a description; `neutral` (else the default) moves no optimum."""
+    """Return a pydantic field with a description; `neutral` (else the default; of a tuple each) moves no optimum."""
     extra: dict[str, Any] = {}
     if moves_optimum:
         extra = {"moves_optimum": True, "neutral": default if neutral is _NO_NEUTRAL else neutral}
@@ -66,6 +66,12 @@ def _steps(value: Any) -> Any:
     return tuple(sorted(set(entries))) if isinstance(value, list | tuple) else value
 
 
+def _name(value: str) -> str:
+    if not is_name(value):
+        raise wrong(NAME_RULE)
+    return value
+
+
 def _report_to(value: Any) -> Any:
     return "none" if value in (None, [], ["none"]) else value
 
@@ -81,7 +87,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
-Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+Name = Annotated[str, Field(pattern=NAME_PATTERN), AfterValidator(_name)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Warmup = Annotated[float, Field(ge=0), AfterValidator(_warmup)]
 Steps = Annotated[int | tuple[int, ...] | None, BeforeValidator(_steps)]
@@ -180,6 +186,8 @@ def moves_optimum(config: BaseModel) -> dict[str, Any]:
         if not isinstance(extra, dict) or not extra.get("moves_optimum"):
             continue
         value, neutral = getattr(config, name), extra["neutral"]
+        if isinstance(neutral, tuple) and value in neutral:
+            continue
         if value != neutral and not (value == 0 and neutral is None):
             moved[name] = value
     weights = [source.weight for source in getattr(config, "reward_functions", None) or ()]

@@ -1,4 +1,4 @@
-"""Keys of `rlhf dpo`: direct preference optimisation."""
+"""Keys of `rlhf dpo`: direct preference optimisation on pairs or rankings."""
 
 from __future__ import annotations
 
@@ -25,6 +25,18 @@ def check_smoothing(config: Any) -> Iterator[Fault]:
         yield Fault("label_smoothing", found, "label_smoothing 0, or loss_type sigmoid")
 
 
+def check_ranking_loss(config: Any) -> Iterator[Fault]:
+    """Yield the faults of a loss on rankings with what only pairs have: probabilities of their labels."""
+    if config.loss_type != "plackett_luce":
+        return
+    if config.soft_labels:
+        fix = "soft_labels false, or loss_type sigmoid"
+        yield Fault("soft_labels", "found true with loss_type plackett_luce, which ranks without probabilities", fix)
+    if config.population:
+        found = f"found 'plackett_luce', and {config.dataset_name} draws pairs with label probabilities"
+        yield Fault("loss_type", found, "'sigmoid', its equal on pairs")
+
+
 def check_population(config: Any) -> Iterator[Fault]:
     """Yield the faults of a run on fresh pairs: it has no epochs, and no lists of pairs to cache."""
     if config.population and config.max_steps < 1:
@@ -35,7 +47,14 @@ class DpoConfig(TrainingConfig):
     """Config of `rlhf dpo`."""
 
     stage: ClassVar[str] = "dpo"
-    checks: ClassVar = (check_model, *COMMON_CHECKS, check_smoothing, check_population, check_dpo_engine)
+    checks: ClassVar = (
+        check_model,
+        *COMMON_CHECKS,
+        check_smoothing,
+        check_ranking_loss,
+        check_population,
+        check_dpo_engine,
+    )
 
     learning_rate: Positive = option(1e-6, "peak step size of AdamW (TRL)")
     beta: Positive = option(0.1, "strength of the KL term, ipo's tau: larger stays nearer to the reference (DPO paper)")
@@ -43,10 +62,13 @@ class DpoConfig(TrainingConfig):
     precompute_ref_log_probs: bool = option(
         True, "compute the reference's log-probabilities once and cache them (ours: epochs share them)"
     )
-    loss_type: Annotated[Literal["sigmoid", "ipo", "ipo_mean"], BeforeValidator(_single)] = option(
+    loss_type: Annotated[Literal["sigmoid", "ipo", "ipo_mean", "plackett_luce"], BeforeValidator(_single)] = option(
         "sigmoid",
-        "preference loss (DPO paper); ipo: log-probabilities summed (IPO paper), ipo_mean: averaged (TRL's ipo)",
+        "preference loss (DPO paper); ipo: log-probabilities summed (IPO paper), ipo_mean: averaged (TRL's ipo); "
+        "plackett_luce: rankings whole, without ties (DPO paper, A.3; same optimum as sigmoid). The others take a "
+        "ranking's untied pairs, in one pass, each with weight 1 / their number (InstructGPT)",
         moves_optimum=True,
+        neutral=("sigmoid", "plackett_luce"),
     )
     label_smoothing: float = option(
         0.0, "assumed share of flipped labels, with sigmoid (cDPO; DPO paper: 0)", moves_optimum=True, ge=0, lt=0.5

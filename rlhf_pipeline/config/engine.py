@@ -41,6 +41,9 @@ def check_dpo_engine(config: Any) -> Iterator[Fault]:
     if config.loss_type == "ipo":
         found = "TRL has no ipo on summed log-probabilities: its 'ipo' averages them over each response's tokens"
         yield Fault("loss_type", found, "'sigmoid' or 'ipo_mean'", NATIVE)
+    if config.loss_type == "plackett_luce":
+        found = "found 'plackett_luce', and TRL's trainer takes pairs alone: rankings are split into theirs"
+        yield Fault("loss_type", found, "'sigmoid' or 'ipo_mean'", NATIVE)
     if config.label_smoothing and config.loss_type == "sigmoid":
         found = f"found {config.label_smoothing:g}, which TRL's sigmoid loss ignores without a word"
         yield Fault("label_smoothing", found, "0", NATIVE)

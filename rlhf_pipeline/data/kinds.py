@@ -6,23 +6,26 @@ from collections import Counter
 from dataclasses import replace
 from itertools import combinations
 
+from rlhf_pipeline.data.files import RowFault, row_fault
 from rlhf_pipeline.data.records import Record, plain
 from rlhf_pipeline.errors import DataError, Fault
 
-# What can be made of what: everything else is refused.
+# What can be made of what: everything else is refused. A preference is a pair or a ranking, whole; an order is one
+# without ties.
 MAKES = {
     "text": ("text", "demonstration"),
     "prompt": ("prompt",),
     "demonstration": ("text", "prompt", "demonstration"),
-    "pair": ("text", "prompt", "demonstration", "pair"),
-    "ranking": ("text", "prompt", "demonstration", "pair", "ranking"),
+    "pair": ("text", "prompt", "demonstration", "pair", "preference", "order"),
+    "ranking": ("text", "prompt", "demonstration", "pair", "ranking", "preference", "order"),
 }
 
 
 def as_kind(records: list[Record], kind: str, source: str = "") -> tuple[list[Record], Counter[str]]:
     """Turn records into those of `kind`; also return how many were left out, by reason.
 
-    Pairs and rankings give their best completion as a demonstration, and a ranking all its untied pairs.
+    Pairs and rankings give their best completion as a demonstration, and a ranking all its untied pairs. As preferences
+    they stay whole, but for rankings of ties only; as an order, but for rankings with ties: see `tied_rows`.
     Prompts come once each. A text stays a text where a demonstration is asked for: it is trained on whole.
 
     Raises:
@@ -40,6 +43,10 @@ def as_kind(records: list[Record], kind: str, source: str = "") -> tuple[list[Re
     for record in records:
         if record.kind == kind or record.kind == "text":
             made.append(record)
+        elif kind in ("preference", "order"):
+            says = _says(record, ties=kind == "preference")
+            made += [record] if says else []
+            dropped["tied_ranking"] += not says and kind == "preference"
         elif kind == "pair":
             pairs = _pairs(record)
             made += pairs
@@ -48,6 +55,35 @@ def as_kind(records: list[Record], kind: str, source: str = "") -> tuple[list[Re
             demonstration = record if record.kind == "demonstration" else _best(record)
             made.append(demonstration if kind == "demonstration" else _as_text(demonstration))
     return made, +dropped
+
+
+def tied_rows(records: list[Record]) -> list[RowFault]:
+    """A fault for each ranking in which two completions are equally good: an order has no ties."""
+    faults = []
+    for record in records:
+        if record.kind == "ranking" and not _says(record, ties=False):
+            goodness, measure = _goodness(record), "score" if "scores" in record.extra else "rank"
+            i, j = next((i, j) for i, j in combinations(range(len(goodness)), 2) if goodness[i] == goodness[j])
+            found = f"'completions[{i}]' and 'completions[{j}]' have the same {measure}"
+            fix = "break the tie, drop the row, or use another loss_type, which leaves tied pairs out"
+            faults.append(row_fault(record.where, "tied_ranking", found, "an order: plackett_luce has no ties", fix))
+    return faults
+
+
+def _says(record: Record, ties: bool) -> bool:
+    """Whether a record prefers some completion to another; without `ties`, whether it orders all of them."""
+    if record.kind == "pair":
+        return True
+    different = len(set(_goodness(record)))
+    return different > 1 if ties else different == len(record.completions)
+
+
+def ranks_of(record: Record) -> list[int]:
+    """The rank of each completion of a ranking, 1 for the best, the same for equally good ones."""
+    goodness = _goodness(record)
+    levels = sorted(set(goodness), reverse=True)
+    places = {value: rank for rank, value in enumerate(levels, start=1)}
+    return [places[value] for value in goodness]
 
 
 def _prompts(records: list[Record], dropped: Counter[str]) -> list[Record]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_pipeline.data.columns import IDENTICAL
 from rlhf_pipeline.data.files import RowFault
 from rlhf_pipeline.data.formats import count_reasons, is_identical, parse
-from rlhf_pipeline.data.kinds import as_kind
+from rlhf_pipeline.data.kinds import as_kind, tied_rows
 from rlhf_pipeline.data.records import Record
 from rlhf_pipeline.data.sources import read_source
 from rlhf_pipeline.data.splits import FRACTIONS, in_split
@@ -161,7 +161,7 @@ def load_examples(
 
     Args:
         source, config, home, base_dir: as for `read_source`.
-        kind: what the stage needs: text, prompt, demonstration or pair.
+        kind: what the stage needs: text, prompt, demonstration, pair, preference or order.
         split: name of a split, or "all".
         tokenizer, lengths: as for `tokenize`.
         skip_bad_rows: leave out and count rows with faults instead of refusing the source.
@@ -197,13 +197,16 @@ def examples_of(
 ) -> ExampleSet:
     """Tokenise one split of records that are read already; arguments and errors as for `load_examples`."""
     in_it = in_split(found.records, split, fractions, found.source)
+    tied = tied_rows(in_it) if kind == "order" else []
+    if not skip_bad_rows:
+        refuse_faults(tied, found.source, len(in_it))
     records, left_out = as_kind(in_it, kind, found.source)
     records = lowest_hashes(records, max_samples)
     examples, counts = tokenize(records, tokenizer, lengths, source_tokenizer_digest=found.tokenizer_digest)
     if not skip_bad_rows:
         refuse_faults(counts.faults, found.source, len(records))
     dropped = Counter(count_reasons(found.faults)) + found.skipped + left_out + counts.dropped
-    dropped += Counter(count_reasons(counts.faults))
+    dropped += Counter(count_reasons([*tied, *counts.faults]))
     if not examples:
         raise DataError(
             Fault(

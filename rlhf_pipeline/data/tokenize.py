@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 from rlhf_pipeline.data.files import RowFault, row_fault
-from rlhf_pipeline.data.kinds import as_kind
+from rlhf_pipeline.data.kinds import as_kind, ranks_of
 from rlhf_pipeline.data.records import Record, plain
 from rlhf_pipeline.data.render import render
 from rlhf_pipeline.data.tokenizers import tokenizer_digest
@@ -37,6 +38,25 @@ class Example:
     label_probability: float | None = None  # P(first preferred over second); None: a hard label
     prompt_text: str = ""
     completion_texts: tuple[str, ...] = ()
+    ranks: tuple[int, ...] | None = None  # of a ranking, rising; equal ones are tied. None: best first, without ties
+
+    def untied(self) -> list[tuple[int, int]]:
+        """Pairs (i, j) of completions of which i is preferred to j; of a pair (0, 1), of a single completion none."""
+        if len(self.completions) == 2 and self.ranks is None:
+            return [(0, 1)]
+        return untied(self.completions, self.ranks)
+
+
+def untied(completions: Sequence[list[int]], ranks: Sequence[int] | None = None) -> list[tuple[int, int]]:
+    """Pairs (i, j) of completions of which i is ranked above j; two equal responses carry no preference and are none.
+
+    Args:
+        ranks: one per completion, 1 for the best; None: they stand best first, without ties.
+    """
+    ranks = range(len(completions)) if ranks is None else ranks
+    pairs = combinations(range(len(completions)), 2)
+    ordered = ((i, j) if ranks[i] < ranks[j] else (j, i) for i, j in pairs if ranks[i] != ranks[j])
+    return [(i, j) for i, j in ordered if completions[i] != completions[j]]
 
 
 @dataclass
@@ -178,12 +198,21 @@ def _fit(encoded: _Encoded, tokenizer: PreTrainedTokenizerBase, lengths: Lengths
     if not all(completions):
         counts.faults.append(row_fault(record.where, "empty_completion", "a completion has no token", "a response"))
         return None
-    if any(len(ids) > lengths.response for ids in completions):
-        counts.dropped["completion_too_long"] += 1
+    ended, texts, ranks = list(record.ended), encoded.completion_texts, None
+    shortened = False
+    if record.kind == "ranking":  # it does without completions that do not fit; those that are left stand best first
+        places = ranks_of(record)
+        fitting = [k for k, ids in enumerate(completions) if len(ids) <= lengths.response]
+        shortened = len(fitting) < len(completions)
+        order = sorted(fitting, key=places.__getitem__)
+        completions, ended = [completions[k] for k in order], [ended[k] for k in order]
+        texts, ranks = tuple(texts[k] for k in order), tuple(places[k] for k in order)
+    reason = _left_out(record.kind, completions, ranks, lengths.response)
+    if reason is not None:
+        counts.dropped[reason] += 1
         return None
-    if record.kind == "pair" and completions[0] == completions[1]:
-        counts.dropped["identical_pair"] += 1
-        return None
+    if shortened:
+        counts.truncated["ranking_shortened"] += 1
     prompt = prompt or [bos]
     if len(prompt) > lengths.prompt:
         counts.truncated["prompt_truncated"] += 1
@@ -192,13 +221,27 @@ def _fit(encoded: _Encoded, tokenizer: PreTrainedTokenizerBase, lengths: Lengths
     return Example(
         prompt,
         completions,
-        list(record.ended),
+        ended,
         record.prompt_key,
         record.where,
         record.extra.get("label_probability"),
         encoded.prompt_text,
-        encoded.completion_texts,
+        texts,
+        ranks,
     )
+
+
+def _left_out(kind: str, completions: list[list[int]], ranks: Sequence[int] | None, longest: int) -> str | None:
+    """Why an example cannot be used, if it cannot: it is too long, or prefers nothing."""
+    if any(len(ids) > longest for ids in completions):
+        return "completion_too_long"
+    if kind == "pair":
+        return "identical_pair" if completions[0] == completions[1] else None
+    if ranks is None or untied(completions, ranks):
+        return None
+    if len(completions) < 2:
+        return "completion_too_long"  # the others were
+    return "tied_ranking" if len(set(ranks)) == 1 else "identical_pair"
 
 
 def _closed(ids: list[int], ended: bool, eos: int) -> list[int]:

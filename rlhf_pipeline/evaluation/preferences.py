@@ -1,4 +1,7 @@
-"""How good a scorer of preference pairs is: accuracy, calibration, and the baselines it has to beat."""
+"""How good a scorer of preference pairs is: accuracy, calibration, and the baselines it has to beat.
+
+A ranking is its untied pairs here; intervals are clustered by prompt.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,25 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.evaluation.resampling import clustered
 from rlhf_pipeline.evaluation.statistics import Estimate, cluster_mean
 
 CALIBRATION_BINS = 15
+
+
+def pair_differences(scores: Sequence[Sequence[float]], examples: Sequence[Example]) -> tuple[list[float], list[str]]:
+    """score(better) - score(worse) of every untied pair of the examples, and the prompt of each.
+
+    Args:
+        scores: of each example one per completion, in its order; what stands behind them is passed over.
+    """
+    found = [
+        (row[better] - row[worse], example.prompt_key)
+        for row, example in zip(scores, examples, strict=True)
+        for better, worse in example.untied()
+    ]
+    return [difference for difference, _ in found], [prompt for _, prompt in found]
 
 
 def _correctness(differences: Sequence[float]) -> np.ndarray:

@@ -17,8 +17,8 @@ from rlhf_pipeline.registry.roles import role_of
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.rewards import RewardSource
 from rlhf_pipeline.stages.common import find_model, load_reward_model, tokenizer_of
-from rlhf_pipeline.stages.data import StageData
-from rlhf_pipeline.stages.reward import baselines, evaluate_pairs
+from rlhf_pipeline.stages.data import StageData, preference_kind
+from rlhf_pipeline.stages.reward_quality import baselines, evaluate_pairs
 from rlhf_pipeline.training.run import make_accelerator
 from rlhf_pipeline.training.tracking import console
 
@@ -83,9 +83,9 @@ def _evaluate_reward_model(
         trained |= {"dataset_name": config.prompts, "dataset_config": config.dataset_config}
     training = load_config("train-rm", None, extra=trained).config
     tokenizer = tokenizer_of(resolved, config.trust_remote_code)
-    data = StageData(training, registry.home, say)
-    train, _ = data.split("pair", training.dataset_train_split, tokenizer, required=False)
-    held_out, reports = data.split("pair", config.split, tokenizer)
+    data, kind = StageData(training, registry.home, say), preference_kind(training)
+    train, _ = data.split(kind, training.dataset_train_split, tokenizer, required=False)
+    held_out, reports = data.split(kind, config.split, tokenizer)
     model = load_reward_model(resolved, config, device)
     metrics = evaluate_pairs(
         model,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -22,6 +21,7 @@ from rlhf_pipeline.models.roles import Policy, RewardModel
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.rollout.rewards import WORLD_NAMES, is_function_name
 from rlhf_pipeline.stages.common import find_model, load_reward_model, require_same_tokenizer
+from rlhf_pipeline.training.tensor_cache import read_tensor, write_tensor
 
 Reward = tuple[tuple[float, str], ...]
 """A weighted sum of sources: "world", or references to reward models."""
@@ -113,9 +113,6 @@ class Leaves:
 
     def _scores(self, text: str, index: int) -> Tensor:
         """Scores of one reward model, from the cache where its files, the prompt and the tree are the same."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file, save_file
-
         bench = self.bench
         resolved = find_model(bench.registry, text, "reward_model")
         key = {
@@ -126,19 +123,12 @@ class Leaves:
         }
         name = sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         path: Path = bench.registry.home / "cache" / f"leaves-{name[:32]}.safetensors"
-        if resolved.digest is not None and path.is_file():
-            try:
-                stored = load_file(path)["scores"]
-                if stored.shape == (self.tree.num_leaves,):
-                    return stored
-            except (SafetensorError, KeyError, OSError):
-                pass  # a damaged entry is as good as none
+        stored = None if resolved.digest is None else read_tensor(path)
+        if stored is not None and stored.shape == (self.tree.num_leaves,):
+            return stored
         scores = leaf_scores(self._model(resolved), self.prompts[index].prompt_ids, self.tree, device=bench.device)
         if resolved.digest is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            save_file({"scores": scores}, temporary)
-            os.replace(temporary, path)
+            write_tensor(path, scores)
         return scores
 
     def _model(self, resolved: Resolved) -> RewardModel:

@@ -20,7 +20,7 @@ from rlhf_pipeline.experiment.training_loss import own_data
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.stages.common import find_model, load_reward_model
 from rlhf_pipeline.stages.data import StageData
-from rlhf_pipeline.stages.reward import score_examples
+from rlhf_pipeline.stages.reward_quality import score_examples
 from rlhf_pipeline.training.reference_cache import cached_logprobs, completion_logprob_sums
 
 PAIRS = 4096

@@ -10,11 +10,13 @@ import torch
 from rlhf_pipeline.algorithms.preference import OBJECTIVES, smoothed_target
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.data import world
+from rlhf_pipeline.data.comparisons import Comparisons
 from rlhf_pipeline.experiment.subjects import Bench, parent_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.stages.population import Population
-from rlhf_pipeline.stages.preference_pairs import label_probabilities
+from rlhf_pipeline.stages.preference_pairs import kind_of, label_probabilities
+from rlhf_pipeline.training.pairs import preference_loss
 from rlhf_pipeline.training.reference_cache import cached_logprobs, completion_logprob_sums
 
 POPULATION_PAIRS = 4096
@@ -49,7 +51,7 @@ def problem_of(resolved: Resolved) -> tuple[Any, ...]:
 
 @torch.no_grad()
 def training_loss(bench: Bench, resolved: Resolved) -> float:
-    """Mean loss of a DPO model over its training pairs.
+    """Mean loss of a DPO model over its training pairs and rankings.
 
     On the built-in world's population: over 4,096 pairs of it, drawn from a fixed seed, as the mean of
     KL(Bernoulli(p) || Bernoulli(sigma(h))) for the sigmoid loss without smoothing, which is the excess over the
@@ -74,18 +76,22 @@ def training_loss(bench: Bench, resolved: Resolved) -> float:
         examples, facts = population.draw(POPULATION_PAIRS, torch.Generator().manual_seed(0))
         ref_logprobs, target = facts.ref_logprobs, facts.target
     else:
-        examples, _ = data.split("pair", config.dataset_train_split, bench.tokenizer, limit=config.max_train_samples)
+        kind, split = kind_of(config), config.dataset_train_split
+        examples, _ = data.split(kind, split, bench.tokenizer, limit=config.max_train_samples)
         key = {"model": reference.digest, "dtype": config.dtype, "bf16": False}
         ref_logprobs = cached_logprobs(frozen, examples, bench.registry.home / "cache", key, **options).logprobs
         target = label_probabilities(examples) if config.soft_labels else None
     logprobs = completion_logprob_sums(policy, examples, **options).double()
-    ref_logprobs = ref_logprobs.double()
-    objective = OBJECTIVES[config.loss_type]
-    if objective.length_normalised:
-        lengths = torch.tensor([[len(ids) for ids in example.completions] for example in examples])
-        logprobs, ref_logprobs = logprobs / lengths, ref_logprobs / lengths
-    target = smoothed_target(target, config.label_smoothing)
-    total = objective.loss(*logprobs.unbind(1), *ref_logprobs.unbind(1), beta=config.beta, target=target).loss
+    compared = Comparisons.of(examples)
+    total = preference_loss(
+        OBJECTIVES[config.loss_type],
+        compared.gather(logprobs),
+        compared.gather(ref_logprobs.double()),
+        torch.tensor([len(ids) for example in examples for ids in example.completions]),
+        compared,
+        beta=config.beta,
+        target=smoothed_target(target, config.label_smoothing),
+    ).loss
     loss = float(total) / len(examples)
     if config.population and config.loss_type == "sigmoid":
         loss -= float(torch.special.entr(torch.stack([target, 1 - target])).sum()) / len(examples)

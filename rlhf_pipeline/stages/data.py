@@ -39,6 +39,11 @@ def collector_at_rest() -> Iterator[None]:
             gc.enable()
 
 
+def preference_kind(config: Any) -> str:
+    """What a stage reads preferences as: rankings whole, beside pairs; TRL's trainers know pairs alone."""
+    return "pair" if config.engine == "trl" else "preference"
+
+
 class StageData:
     """The data of one config (`dataset_name` or a mixture), by split and kind.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlhf_pipeline.algorithms.preference import OBJECTIVES, PreferenceLoss, correct, smoothed_target
+from rlhf_pipeline.algorithms.preference import OBJECTIVES, correct, smoothed_target
 from rlhf_pipeline.config.base import moves_optimum
 from rlhf_pipeline.models.loading import save_model
 from rlhf_pipeline.models.roles import Policy, assert_independent
@@ -25,7 +25,7 @@ from rlhf_pipeline.stages.common import (
 )
 from rlhf_pipeline.stages.preference_pairs import Pairs, ReferenceScores, fresh_pairs, recorded_pairs
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
-from rlhf_pipeline.training.pairs import split_pairs
+from rlhf_pipeline.training.pairs import preference_loss, split_pairs, total_pairs
 from rlhf_pipeline.training.run import open_run
 from rlhf_pipeline.training.session import Plan, train
 from rlhf_pipeline.training.trl_engine import train_with_trl
@@ -47,64 +47,71 @@ def dpo_step(
     label_smoothing: float = 0.0,
     targets: Tensor | None = None,
 ) -> Loss:
-    """Preference loss of a micro-batch; denominator: pairs. rewards/*: beta x summed log-ratio, whatever the loss.
+    """Preference loss of a micro-batch; denominator: prompts, which is pairs where there are no rankings.
+
+    The untied pairs of a ranking weigh 1 / their number each; `plackett_luce` reads it whole. Metrics are means over
+    pairs; rewards/*: beta x summed log-ratio, whatever the loss.
 
     Args:
-        reference: (examples, 2) log-probabilities of all pairs, or what scores a batch under the frozen reference.
+        reference: (examples, K) log-probabilities of all examples, or what scores a batch under the frozen reference.
         targets: (examples,) probability that the chosen response of each pair is preferred; None: the label is certain.
         Both are passed over where the micro-batch brings facts of its own.
     """
     objective = OBJECTIVES[loss_type]
-    batch, weight = micro_batch.batch, micro_batch.weight
+    batch, weight, compared = micro_batch.batch, micro_batch.weight, micro_batch.compared
     scores = model(batch)
     meter.train(shape, batch)
     meter.tokens_trained += batch.active_tokens
-    chosen, rejected = split_pairs(batch.per_completion(scores.logprobs))
+    logprobs = batch.per_completion(scores.logprobs)
     known = micro_batch.facts
     if known is not None:
-        ref_chosen, ref_rejected = known.ref_logprobs.to(chosen).unbind(1)
+        ref_logprobs = known.ref_logprobs.to(logprobs).view(-1)
     elif isinstance(reference, Tensor):
-        ref_chosen, ref_rejected = reference[micro_batch.indices].to(chosen.device).unbind(1)
+        rows = reference[micro_batch.indices].to(logprobs.device)
+        ref_logprobs = rows[:, :2].reshape(-1) if compared is None else compared.gather(rows)
     else:
         with torch.no_grad():
-            ref_chosen, ref_rejected = split_pairs(batch.per_completion(reference(batch).logprobs))
+            ref_logprobs = batch.per_completion(reference(batch).logprobs)
         meter.score(shape, batch)
     if known is not None:
-        target = known.target.to(chosen)
+        target = known.target.to(logprobs)
     else:
-        target = None if targets is None else targets[micro_batch.indices].to(chosen)
-    sizes = split_pairs(batch.lengths) if objective.length_normalised else (1, 1)
-    result: PreferenceLoss = objective.loss(
-        chosen / sizes[0],
-        rejected / sizes[1],
-        ref_chosen / sizes[0],
-        ref_rejected / sizes[1],
+        target = None if targets is None else targets[micro_batch.indices].to(logprobs)
+    result = preference_loss(
+        objective,
+        logprobs,
+        ref_logprobs,
+        batch.lengths,
+        compared,
         beta=beta,
         target=smoothed_target(target, label_smoothing),
     )
-    chosen_rewards, rejected_rewards = result.chosen_rewards * sizes[0], result.rejected_rewards * sizes[1]
+    (chosen, rejected), (ref_chosen, _) = (split_pairs(x, compared) for x in (logprobs.detach(), ref_logprobs))
+    chosen_rewards, rejected_rewards = result.chosen_rewards, result.rejected_rewards
     pairs = {
         "rewards/chosen": chosen_rewards.sum(),
         "rewards/rejected": rejected_rewards.sum(),
         "rewards/margins": (chosen_rewards - rejected_rewards).sum(),
         "rewards/accuracies": correct(chosen_rewards, rejected_rewards).sum(),
-        "logps/chosen": chosen.detach().sum(),
-        "logps/rejected": rejected.detach().sum(),
-        "logps/chosen_minus_reference": (chosen.detach() - ref_chosen).sum(),
+        "logps/chosen": chosen.sum(),
+        "logps/rejected": rejected.sum(),
+        "logps/chosen_minus_reference": (chosen - ref_chosen).sum(),
     }
     metrics = {name: (value * weight, "pairs") for name, value in pairs.items()}
     metrics["entropy"] = (scores.entropy.sum() * weight, "tokens")
-    return Loss({"dpo": (result.loss * weight, "pairs", 1.0)}, metrics)
+    checked = {"log-probabilities of the policy": logprobs, "log-probabilities of the reference": ref_logprobs}
+    return Loss({"dpo": (result.loss * weight, "prompts", 1.0)}, metrics, checked)
 
 
 def chosen_tokens(pairs: Pairs, config: Any) -> float:
-    """Mean length of the chosen responses; of pairs that are yet to be drawn, the longest that it can be."""
+    """Mean length of the chosen responses, of rankings the best; of pairs that are yet to be drawn, the longest that it
+    can be."""
     lengths = [len(example.completions[0]) for example in pairs.examples]
     return sum(lengths) / len(lengths) if lengths else float(config.lengths().response)
 
 
 def run_dpo(config: Any, home: Path, **options) -> StageResult:
-    """Train a policy on preference pairs with DPO and register it."""
+    """Train a policy on preference pairs or rankings with DPO and register it."""
     with open_run("dpo", config, home, **options) as run:
         # 1. Policy and frozen reference: two loads of files, never two views of one model.
         parent = find_model(
@@ -147,6 +154,7 @@ def run_dpo(config: Any, home: Path, **options) -> StageResult:
             inputs=inputs_of(parents, pairs.reports),
             evaluate=pairs.evaluate,
             save=lambda directory: save_model(policy.model, tokenizer, directory),
+            decode=tokenizer.decode,
             known={"tokens": chosen_tokens(pairs, config)},
         )
         if config.engine == "trl":
@@ -173,7 +181,7 @@ def run_dpo(config: Any, home: Path, **options) -> StageResult:
             "train": last,
             "health": plan.health,
             **pairs.evaluate(),
-            "train_pairs": len(pairs.examples) or sum(report.kept for report in pairs.reports),
+            "train_pairs": total_pairs(pairs.examples) or sum(report.kept for report in pairs.reports),
             "moved_optimum": moved,
         }
         return publish(run, policy.model, tokenizer, parents=parents, reports=pairs.reports, metrics=metrics)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rlhf_pipeline.data import world
-from rlhf_pipeline.data.batch import Layout, micro_batches, pack
+from rlhf_pipeline.data.batch import Layout, PackedBatch, micro_batches, pack
 from rlhf_pipeline.data.enumeration import ResponseTree
 from rlhf_pipeline.data.load import SourceReport
 from rlhf_pipeline.data.tokenize import Example
@@ -115,24 +115,23 @@ class Population:
         micro_batch_tokens: int | None = None,
     ) -> Iterator[Window]:
         """Windows of fresh pairs: a function of seed and step alone, so resuming needs no state."""
+
+        def packed(drawn: Sequence[Example]) -> PackedBatch:
+            return pack(drawn, pad_id, layout=layout).to(device)
+
         size = micro_batch_size * accumulation * world_size
         for step in range(start, steps):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
             examples, facts = self.draw(size, generator)
             mine = list(range(rank, size, world_size))
-            tokens = [[len(ids) for ids in example.completions] for example in examples]
-            counts = {
-                "pairs": float(size),
-                "tokens": float(sum(map(sum, tokens))),
-                "chosen_tokens": float(sum(chosen for chosen, _ in tokens)),
-                "rejected_tokens": float(sum(rejected for _, rejected in tokens)),
-            }
+            tokens = sum(len(ids) for example in examples for ids in example.completions)
+            counts = {"prompts": float(size), "pairs": float(size), "tokens": float(tokens)}
             batches = []
             for group in micro_batches([examples[i] for i in mine], micro_batch_size, micro_batch_tokens):
                 members = [mine[i] for i in group]
-                batch = pack([examples[i] for i in members], pad_id, layout=layout).to(device)
+                drawn = [examples[i] for i in members]
                 known = PairFacts(facts.ref_logprobs[members].to(device), facts.target[members].to(device))
-                batches.append(ExampleBatch(batch, members, facts=known))
+                batches.append(ExampleBatch(packed(drawn), members, facts=known, examples=drawn, pack=packed))
             yield Window(batches, counts, epoch=float(step + 1))
 
     def report(self, prompts: SourceReport, pairs: int) -> SourceReport:

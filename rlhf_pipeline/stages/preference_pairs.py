@@ -1,32 +1,35 @@
-"""Where DPO's pairs come from: a source's rows, or the built-in world's population; and their held-out figures."""
+"""Where DPO's pairs and rankings come from: a source's rows, or the built-in world's population; held-out figures."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from rlhf_pipeline.algorithms.preference import OBJECTIVES
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.batch import PackedBatch, common_layout
 from rlhf_pipeline.data.load import SourceReport
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import DataError, Fault, MismatchError
 from rlhf_pipeline.evaluation.enumerate import walk_counts
-from rlhf_pipeline.evaluation.preferences import preference_metrics
+from rlhf_pipeline.evaluation.preferences import pair_differences, preference_metrics
 from rlhf_pipeline.models.roles import Policy, TokenScores
 from rlhf_pipeline.stages.common import example_schedule
-from rlhf_pipeline.stages.data import StageData
+from rlhf_pipeline.stages.data import StageData, preference_kind
 from rlhf_pipeline.stages.population import Population
 from rlhf_pipeline.training.cost import ModelShape
 from rlhf_pipeline.training.pairs import count_pairs
 from rlhf_pipeline.training.precision import uses_bf16
-from rlhf_pipeline.training.reference_cache import cached_logprobs, completion_logprob_sums
+from rlhf_pipeline.training.reference_cache import Reference, cached_logprobs, completion_logprob_sums
 from rlhf_pipeline.training.run import Run
 from rlhf_pipeline.training.windows import Window
 
+T = TypeVar("T")
 ReferenceScores = Tensor | Callable[[PackedBatch], TokenScores]
 
 
@@ -54,11 +57,17 @@ def implicit_reward_metrics(
     pad_id: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """How well the implicit reward beta log(pi / pi_ref) orders held-out pairs, and the DPO loss on them."""
+    """How well the implicit reward beta log(pi / pi_ref) orders held-out pairs, those of rankings included, and the
+    sigmoid loss on them."""
     logprobs = completion_logprob_sums(policy, examples, batch_size=batch_size, pad_id=pad_id, device=device)
     rewards = beta * (logprobs - reference)
-    metrics = preference_metrics((rewards[:, 0] - rewards[:, 1]).tolist(), [e.prompt_key for e in examples])
+    metrics = preference_metrics(*pair_differences(rewards.tolist(), examples))
     return {f"eval_{name}": value for name, value in metrics.items()}
+
+
+def kind_of(config: Any) -> str:
+    """What a config of `rlhf dpo` trains on: pairs and rankings, or rankings without ties, or (TRL) pairs alone."""
+    return "order" if OBJECTIVES[config.loss_type].listwise else preference_kind(config)
 
 
 @dataclass(frozen=True)
@@ -78,29 +87,37 @@ class Pairs:
 
 
 def recorded_pairs(run: Run, policy: Policy, frozen: Policy, frozen_digest: str | None, tokenizer: Any) -> Pairs:
-    """The pairs of the config's sources, with the reference's log-probabilities from the cache."""
+    """The pairs and rankings of the config's sources, with the reference's log-probabilities from the cache.
+
+    Raises:
+        DataError: rankings with ties where the loss takes none, or nothing to train on.
+    """
     config = run.config
     data = StageData(config, run.registry.home, run.log.say)
-    examples, reports = data.split("pair", config.dataset_train_split, tokenizer, limit=config.max_train_samples)
-    held_out, _ = data.split("pair", config.dataset_test_split, tokenizer, required=False)
+    kind = kind_of(config)
+    examples, reports = data.split(kind, config.dataset_train_split, tokenizer, limit=config.max_train_samples)
+    held_out, _ = data.split(preference_kind(config), config.dataset_test_split, tokenizer, required=False)
     targets = label_probabilities(examples) if config.soft_labels else None
-    options = {
-        "batch_size": config.per_device_eval_batch_size,
-        "pad_id": tokenizer.pad_token_id,
-        "device": run.device,
-    }
+    options = {"pad_id": tokenizer.pad_token_id, "device": run.device}
     cache = run.registry.home / "cache"
     key = {"model": frozen_digest, "dtype": config.dtype, "bf16": uses_bf16(config)}
+
+    def in_batches(work: Callable[..., T]) -> T:
+        size = config.per_device_eval_batch_size
+        return run.memory.shrink("evaluation", size, lambda size: work(batch_size=size, **options))
+
+    def referred(rows: Sequence[Example]) -> Reference:
+        return in_batches(partial(cached_logprobs, frozen, rows, cache, key))
 
     def score_reference(batch: PackedBatch) -> TokenScores:
         with run.accelerator.autocast():  # in the precision that the policy is trained in
             return frozen(batch)
 
     with run.meter.part("reference"), run.accelerator.autocast():
-        held_out_reference = cached_logprobs(frozen, held_out, cache, key, **options).logprobs
+        held_out_reference = referred(held_out).logprobs
         reference: ReferenceScores = score_reference
         if config.precompute_ref_log_probs and config.engine == "native":  # TRL's trainer computes its own
-            found = cached_logprobs(frozen, examples, cache, key, **options)
+            found = referred(examples)
             reference = found.logprobs
             run.log.say(f"reference log-probabilities: {'from the cache' if found.hit else 'computed and cached'}")
             # On the bill whether or not an earlier run has paid it: the cost of an arm must not depend on luck.
@@ -112,7 +129,8 @@ def recorded_pairs(run: Run, policy: Policy, frozen: Policy, frozen_digest: str 
     def evaluate() -> dict[str, float]:
         if not held_out:
             return {}
-        return implicit_reward_metrics(policy, held_out_reference, held_out, beta=config.beta, **options)
+        work = partial(implicit_reward_metrics, policy, held_out_reference, held_out, beta=config.beta)
+        return in_batches(work)
 
     return Pairs(examples, reports, windows, total, reference, targets, evaluate)
 

@@ -1,24 +1,17 @@
-"""The reward model: Bradley-Terry on preference pairs, normalised afterwards, set against two baselines."""
+"""The reward model: Bradley-Terry on pairs and rankings, normalised afterwards, set against two baselines."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rlhf_pipeline.algorithms.preference import bradley_terry_loss, centering_loss, correct
-from rlhf_pipeline.data.batch import micro_batches, pack
 from rlhf_pipeline.data.tokenize import Example
-from rlhf_pipeline.evaluation.preferences import (
-    accuracy,
-    bayes_accuracy,
-    longer_wins,
-    preference_metrics,
-    tfidf_bradley_terry,
-)
+from rlhf_pipeline.evaluation.preferences import pair_differences
 from rlhf_pipeline.models.loading import init_reward_model, save_model, store_reward_shift
 from rlhf_pipeline.models.roles import RewardModel
 from rlhf_pipeline.models.selfcheck import read_reward_model
@@ -34,10 +27,16 @@ from rlhf_pipeline.stages.common import (
     tokenizer_of,
     with_lengths,
 )
-from rlhf_pipeline.stages.data import StageData
+from rlhf_pipeline.stages.data import StageData, preference_kind
 from rlhf_pipeline.stages.gate import judge_gate
+from rlhf_pipeline.stages.reward_quality import (
+    baseline_accuracies,
+    cached_baseline_differences,
+    describe_pairs,
+    score_examples,
+)
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
-from rlhf_pipeline.training.pairs import count_pairs, split_pairs
+from rlhf_pipeline.training.pairs import count_pairs, split_pairs, total_pairs
 from rlhf_pipeline.training.run import Run, open_run
 from rlhf_pipeline.training.session import Plan, train
 from rlhf_pipeline.training.trl_engine import train_with_trl
@@ -55,15 +54,20 @@ def reward_step(
     shape: ModelShape,
     center_rewards_coefficient: float | None = None,
 ) -> Loss:
-    """Bradley-Terry loss of a micro-batch; denominator: pairs."""
+    """Bradley-Terry loss of a micro-batch; denominator: prompts, which is pairs where there are no rankings.
+
+    A ranking is one tree, read in one pass; its untied pairs weigh 1 / their number each. Metrics are means over pairs.
+    """
     scores = model(micro_batch.batch)
     meter.train(shape, micro_batch.batch)
     meter.tokens_trained += micro_batch.batch.active_tokens
-    chosen, rejected = split_pairs(scores)
+    chosen, rejected = split_pairs(scores, micro_batch.compared)
+    shares = None if micro_batch.compared is None else micro_batch.compared.weight(scores)
     weight = micro_batch.weight
-    terms = {"bradley_terry": (bradley_terry_loss(chosen, rejected) * weight, "pairs", 1.0)}
+    terms = {"bradley_terry": (bradley_terry_loss(chosen, rejected, weight=shares) * weight, "prompts", 1.0)}
     if center_rewards_coefficient:
-        terms["centering"] = (centering_loss(chosen, rejected) * weight, "pairs", center_rewards_coefficient)
+        centering = centering_loss(chosen, rejected, weight=shares) * weight
+        terms["centering"] = (centering, "prompts", center_rewards_coefficient)
     with torch.no_grad():
         metrics = {
             "accuracy": correct(chosen, rejected).sum(),
@@ -71,80 +75,13 @@ def reward_step(
             "chosen_score": chosen.sum(),
             "rejected_score": rejected.sum(),
         }
-    return Loss(terms, {name: (value * weight, "pairs") for name, value in metrics.items()})
-
-
-@torch.no_grad()
-def score_examples(
-    model: RewardModel, examples: Sequence[Example], *, batch_size: int, pad_id: int, device: torch.device
-) -> list[list[float]]:
-    """Scores of all completions of each example, in fp32."""
-    scores: list[list[float]] = [[] for _ in examples]
-    for group in micro_batches(examples, batch_size):
-        batch = pack([examples[i] for i in group], pad_id, layout=model.reader.layout).to(device)
-        values = iter(model(batch).tolist())
-        for i in group:
-            scores[i] = [next(values) for _ in examples[i].completions]
-    return scores
-
-
-def baseline_differences(train: Sequence[Example], held_out: Sequence[Example]) -> dict[str, list[float]]:
-    """Score differences on held-out pairs of "longer wins" and of TF-IDF with Bradley-Terry fitted on `train`."""
-
-    def texts(examples: Sequence[Example]) -> list[tuple[str, str]]:
-        return [(e.completion_texts[0], e.completion_texts[1]) for e in examples]
-
-    longer = longer_wins([e.completions[0] for e in held_out], [e.completions[1] for e in held_out])
-    return {"longer_wins": longer, "tfidf": tfidf_bradley_terry(texts(train), texts(held_out))}
-
-
-def baseline_accuracies(
-    differences: Mapping[str, Sequence[float]], held_out: Sequence[Example]
-) -> dict[str, dict[str, float]]:
-    """Held-out accuracy of baselines, with interval."""
-    clusters = [example.prompt_key for example in held_out]
-    return {
-        name: {"accuracy": estimate.mean, "accuracy_low": estimate.low, "accuracy_high": estimate.high}
-        for name, estimate in ((name, accuracy(values, clusters)) for name, values in differences.items())
-    }
-
-
-def baselines(train: Sequence[Example], held_out: Sequence[Example]) -> dict[str, dict[str, float]]:
-    """Held-out accuracy, with interval, of both baselines."""
-    return baseline_accuracies(baseline_differences(train, held_out), held_out)
-
-
-def evaluate_pairs(
-    model: RewardModel, held_out: Sequence[Example], *, batch_size: int, pad_id: int, device: torch.device
-) -> dict[str, Any]:
-    """Accuracy, calibration and the labels' ceiling on held-out pairs; cut responses apart."""
-    return describe_pairs(
-        score_examples(model, held_out, batch_size=batch_size, pad_id=pad_id, device=device), held_out
-    )
-
-
-def describe_pairs(scores: Sequence[Sequence[float]], held_out: Sequence[Example]) -> dict[str, Any]:
-    """`evaluate_pairs` of scores that are known."""
-    differences = [chosen - rejected for chosen, rejected in scores]
-    clusters = [example.prompt_key for example in held_out]
-    metrics: dict[str, Any] = preference_metrics(differences, clusters)
-    ceiling = bayes_accuracy([example.label_probability for example in held_out], clusters)
-    if ceiling is not None:
-        metrics["bayes_accuracy"] = ceiling
-    for name, wanted in (("ended", True), ("cut", False)):
-        values = [
-            score
-            for example, row in zip(held_out, scores, strict=True)
-            for score, ended in zip(row, example.ended, strict=True)
-            if ended is wanted
-        ]
-        if values:
-            metrics[f"mean_score_{name}"] = sum(values) / len(values)
-    return metrics
+    checked = {"scores": scores}
+    return Loss(terms, {name: (value * weight, "pairs") for name, value in metrics.items()}, checked)
 
 
 def center(run: Run, model: RewardModel, parent: Resolved, examples: Sequence[Example], tokenizer: Any) -> float:
-    """Store the shift that makes the parent's samples (or the chosen responses) score 0 on average."""
+    """Store the shift that makes the parent's samples (or the chosen responses, of rankings the best) score 0 on
+    average."""
     config = run.config
     options = {
         "batch_size": config.per_device_eval_batch_size,
@@ -183,7 +120,7 @@ def center(run: Run, model: RewardModel, parent: Resolved, examples: Sequence[Ex
 
 
 def run_reward(config: Any, home: Path, **options) -> StageResult:
-    """Train a reward model on preference pairs and register it."""
+    """Train a reward model on preference pairs or rankings and register it."""
     with open_run("reward", config, home, **options) as run:
         # 1. The trunk of a language model with a new scalar head.
         parent = find_model(
@@ -205,10 +142,10 @@ def run_reward(config: Any, home: Path, **options) -> StageResult:
         if config.score_pooling == "mean":
             run.log.say("score_pooling mean: plain transformers reads the last token only and scores differently")
 
-        # 2. The pairs.
-        data = StageData(config, run.registry.home, run.log.say)
-        examples, reports = data.split("pair", config.dataset_train_split, tokenizer, limit=config.max_train_samples)
-        held_out, _ = data.split("pair", config.dataset_test_split, tokenizer, required=False)
+        # 2. The pairs and rankings.
+        data, kind = StageData(config, run.registry.home, run.log.say), preference_kind(config)
+        examples, reports = data.split(kind, config.dataset_train_split, tokenizer, limit=config.max_train_samples)
+        held_out, _ = data.split(kind, config.dataset_test_split, tokenizer, required=False)
 
         # 3. Train.
         shape = ModelShape.of(network, head=False, checkpointed=config.gradient_checkpointing)
@@ -216,16 +153,16 @@ def run_reward(config: Any, home: Path, **options) -> StageResult:
             run, examples, layout=model.reader.layout, pad_id=tokenizer.pad_token_id, count=count_pairs
         )
 
-        eval_options = {
-            "batch_size": config.per_device_eval_batch_size,
-            "pad_id": tokenizer.pad_token_id,
-            "device": run.device,
-        }
+        def scored(rows: Sequence[Example]) -> list[list[float]]:
+            options = {"pad_id": tokenizer.pad_token_id, "device": run.device}
+            size = config.per_device_eval_batch_size
+            work = functools.partial(score_examples, model, rows, **options)
+            return run.memory.shrink("evaluation", size, lambda size: work(batch_size=size))
 
         def evaluate() -> dict[str, float]:
             if not held_out:
                 return {}
-            return {f"eval_{k}": v for k, v in evaluate_pairs(model, held_out, **eval_options).items()}
+            return {f"eval_{k}": v for k, v in describe_pairs(scored(held_out), held_out).items()}
 
         step = functools.partial(
             reward_step,
@@ -241,6 +178,7 @@ def run_reward(config: Any, home: Path, **options) -> StageResult:
             inputs=inputs_of({"base": parent}, reports),
             evaluate=evaluate,
             save=lambda directory: save_model(network, tokenizer, directory),
+            decode=tokenizer.decode,
         )
         if config.engine == "trl":
             last = train_with_trl(run, plan, model=network, tokenizer=tokenizer, examples=examples, shape=shape)
@@ -253,15 +191,15 @@ def run_reward(config: Any, home: Path, **options) -> StageResult:
             "train": last,
             "health": plan.health,
             "reward_shift": shift,
-            "train_pairs": len(examples),
+            "train_pairs": total_pairs(examples),
         }
         if held_out:
-            scores = score_examples(model, held_out, **eval_options)
+            scores = scored(held_out)
             metrics |= describe_pairs(scores, held_out)
-            rivals = baseline_differences(examples, held_out)
+            rivals = cached_baseline_differences(examples, held_out, home / "cache")
             metrics["baselines"] = baseline_accuracies(rivals, held_out)
-            differences = [chosen - rejected for chosen, rejected in scores]
-            metrics["gate"] = judge_gate(differences, rivals, [example.prompt_key for example in held_out])
+            differences, prompts = pair_differences(scores, held_out)
+            metrics["gate"] = judge_gate(differences, rivals, prompts)
             describe_quality(run, metrics)
         return publish(run, network, tokenizer, parents={"base": parent}, reports=reports, metrics=metrics)
 

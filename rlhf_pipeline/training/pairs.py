@@ -1,23 +1,76 @@
-"""What the stages on preference pairs share: denominators and views of (C,) tensors as pairs."""
+"""What the stages on preferences share: denominators, (C,) tensors as the two sides of pairs, the losses on them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
+from rlhf_pipeline.algorithms.preference import Objective, PreferenceLoss
+from rlhf_pipeline.data.comparisons import Comparisons
 from rlhf_pipeline.data.tokenize import Example
 
 
 def count_pairs(example: Example) -> dict[str, float]:
-    """A pair's share of the denominators."""
+    """The share of the denominators of a pair or a ranking: one prompt, and its untied pairs."""
     return {
-        "pairs": 1.0,
+        "prompts": 1.0,
+        "pairs": float(len(example.untied())),
         "tokens": float(sum(len(ids) for ids in example.completions)),
-        "chosen_tokens": float(len(example.completions[0])),
-        "rejected_tokens": float(len(example.completions[1])),
     }
 
 
-def split_pairs(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Completion values (2P,), chosen and rejected alternating, as two of (P,)."""
+def total_pairs(examples: Sequence[Example]) -> int:
+    """Untied pairs of all examples."""
+    return sum(len(example.untied()) for example in examples)
+
+
+def split_pairs(values: Tensor, compared: Comparisons | None = None) -> tuple[Tensor, Tensor]:
+    """Completion values (C,) as those of the preferred and of the other completion of each pair, two of (P,).
+
+    compared: the pairs; None: C = 2P, chosen and rejected alternating.
+    """
+    if compared is not None:
+        return values.index_select(0, compared.better), values.index_select(0, compared.worse)
     chosen, rejected = values.view(-1, 2).unbind(1)
     return chosen, rejected
+
+
+def preference_loss(
+    objective: Objective,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    lengths: Tensor,
+    compared: Comparisons | None,
+    *,
+    beta: float,
+    target: Tensor | None = None,
+) -> PreferenceLoss:
+    """A loss of the table on a batch of pairs and rankings, as a sum over prompts; its rewards are those of the pairs.
+
+    Args:
+        logprobs, ref_logprobs: (C,) of whole responses, summed over their tokens. lengths: (C,) of these, in tokens.
+        compared: as of `split_pairs`. target: (P,) as of the pair losses.
+    """
+    (chosen, rejected), (ref_chosen, ref_rejected) = (split_pairs(x, compared) for x in (logprobs, ref_logprobs))
+    if objective.listwise:
+        if compared is None:
+            rows, ref_rows = logprobs.view(-1, 2), ref_logprobs.view(-1, 2)
+            mask = torch.ones_like(rows, dtype=torch.bool)
+        else:
+            rows, ref_rows, mask = compared.spread(logprobs), compared.spread(ref_logprobs), compared.mask()
+        loss = objective.loss(rows, ref_rows, mask, beta=beta)
+        rewards = [(beta * (x - ref)).detach() for x, ref in ((chosen, ref_chosen), (rejected, ref_rejected))]
+        return PreferenceLoss(loss, *rewards)
+    sizes = split_pairs(lengths, compared) if objective.length_normalised else (1, 1)
+    result: PreferenceLoss = objective.loss(
+        chosen / sizes[0],
+        rejected / sizes[1],
+        ref_chosen / sizes[0],
+        ref_rejected / sizes[1],
+        beta=beta,
+        target=target,
+        weight=None if compared is None else compared.weight(logprobs),
+    )
+    return PreferenceLoss(result.loss, result.chosen_rewards * sizes[0], result.rejected_rewards * sizes[1])

@@ -7,7 +7,6 @@ of them misses the cache.
 from __future__ import annotations
 
 import json
-import os
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,16 +16,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rlhf_pipeline.data.batch import micro_batches, pack
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.models.roles import Policy
 from rlhf_pipeline.training.cost import ModelShape
+from rlhf_pipeline.training.tensor_cache import read_tensor, write_tensor
 
 
 @dataclass(frozen=True)
 class Reference:
-    """logprobs: (examples, K), summed over each response's tokens; hit: whether they came from the disk."""
+    """logprobs: see `completion_logprob_sums`; hit: whether they came from the disk."""
 
     logprobs: Tensor
     hit: bool
@@ -58,16 +59,25 @@ def examples_digest(examples: Sequence[Example]) -> str:
 def completion_logprob_sums(
     policy: Policy, examples: Sequence[Example], *, batch_size: int, pad_id: int, device: torch.device | str
 ) -> Tensor:
-    """log pi(y | x) of every completion: (examples, K) on the CPU, in at least fp32; all with the same K."""
+    """log pi(y | x) of every completion: (examples, K) on the CPU, in at least fp32.
+
+    K is that of the example with the most completions; NaN stands where another has none.
+    """
     if not examples:
         return torch.zeros(0, 2)
     rows: list[Tensor | None] = [None] * len(examples)
+    most = max(len(example.completions) for example in examples)
     for group in micro_batches(examples, batch_size):
         batch = pack([examples[i] for i in group], pad_id, layout=policy.reader.layout).to(device)
         sums = batch.per_completion(policy(batch).logprobs).cpu()
-        for i, row in zip(group, sums.view(len(group), -1), strict=True):
-            rows[i] = row
+        for i, row in zip(group, sums.split([len(examples[i].completions) for i in group]), strict=True):
+            rows[i] = pad(row, (0, most - len(row)), value=torch.nan)
     return torch.stack(rows)  # type: ignore[arg-type]
+
+
+def _is_whole(logprobs: Tensor, examples: Sequence[Example]) -> bool:
+    """Whether every completion's log-probability is finite."""
+    return int(torch.isfinite(logprobs).sum()) == sum(len(example.completions) for example in examples)
 
 
 def cached_logprobs(
@@ -79,24 +89,16 @@ def cached_logprobs(
         key: what identifies the reference; without a digest (a model on the hub) nothing is cached.
         options: batch_size, pad_id, device.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
-
     if key.get("model") is None or not examples:
         return Reference(completion_logprob_sums(policy, examples, **options), False)
     content = {**key, "temperature": policy.temperature, "examples": examples_digest(examples)}
     name = sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     path = cache / f"reference-{name[:32]}.safetensors"
-    if path.is_file():
-        try:
-            stored = load_file(path)["logprobs"]
-            if stored.shape[0] == len(examples):
-                return Reference(stored, True)
-        except (SafetensorError, KeyError, OSError):
-            pass  # a damaged cache entry is as good as none: it is computed again and replaced
+    stored = read_tensor(path)  # a damaged entry is as good as none: it is computed again and replaced
+    if stored is not None and stored.shape[0] == len(examples) and _is_whole(stored, examples):
+        return Reference(stored, True)
     logprobs = completion_logprob_sums(policy, examples, **options)
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file({"logprobs": logprobs.contiguous()}, temporary)
-    os.replace(temporary, path)
+    if not _is_whole(logprobs, examples):  # the run that reads them stops; the next one has to compute them anew
+        return Reference(logprobs, False)
+    write_tensor(path, logprobs)
     return Reference(logprobs, False)

@@ -8,7 +8,7 @@ from rlhf_pipeline.config import moves_optimum
 from rlhf_pipeline.config.dpo import DpoConfig
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "ipo", "ipo_mean"])
+@pytest.mark.parametrize("name", ["sigmoid", "ipo", "ipo_mean", "plackett_luce"])
 def test_a_loss_may_stand_in_a_list_of_one_as_trl_writes_it(load, name):
     assert load("dpo", loss_type=name).loss_type == load("dpo", loss_type=[name]).loss_type == name
 
@@ -18,16 +18,24 @@ def test_a_loss_that_is_not_there_is_refused_with_those_that_are(faults, value):
     refused = faults("dpo", loss_type=value)
     assert list(refused) == ["loss_type"]
     assert repr(value) in refused["loss_type"].found
-    assert refused["loss_type"].expected == "one of sigmoid, ipo, ipo_mean"
+    assert refused["loss_type"].expected == "one of sigmoid, ipo, ipo_mean, plackett_luce"
 
 
-@pytest.mark.parametrize("name", ["ipo", "ipo_mean"])
+@pytest.mark.parametrize("name", ["ipo", "ipo_mean", "plackett_luce"])
 def test_smoothing_belongs_to_the_sigmoid_loss(load, faults, name):
     assert load("dpo", label_smoothing=0.1).label_smoothing == 0.1
     assert load("dpo", label_smoothing=0, loss_type=name).loss_type == name
     refused = faults("dpo", label_smoothing=0.1, loss_type=name)
     assert refused["label_smoothing"].found == f"label_smoothing 0.1 with loss_type {name}"
     assert "loss_type sigmoid" in refused["label_smoothing"].expected
+
+
+def test_rankings_have_no_label_probabilities(faults):
+    refused = faults("dpo", loss_type="plackett_luce", soft_labels=True)
+    assert list(refused) == ["soft_labels"] and "loss_type sigmoid" in refused["soft_labels"].expected
+    refused = faults("dpo", loss_type="plackett_luce", dataset_name="world:verdicts", max_steps=3)
+    assert list(refused) == ["loss_type"] and "'sigmoid'" in refused["loss_type"].expected
+    assert "world:verdicts draws pairs" in refused["loss_type"].found
 
 
 @pytest.mark.parametrize("value", [-0.1, 0.5, 1.0])
@@ -38,6 +46,7 @@ def test_smoothing_is_a_rate_of_flips_below_one_half(faults, value):
 def test_what_moves_the_optimum_says_so(load):
     assert moves_optimum(load("dpo")) == {}
     assert moves_optimum(load("dpo", soft_labels=True)) == {}
+    assert moves_optimum(load("dpo", loss_type="plackett_luce")) == {}
     assert moves_optimum(load("dpo", loss_type="ipo")) == {"loss_type": "ipo"}
     assert moves_optimum(load("dpo", label_smoothing=0.1)) == {"label_smoothing": 0.1}
     for name, moves in (("loss_type", True), ("label_smoothing", True), ("soft_labels", False)):

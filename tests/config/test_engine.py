@@ -11,6 +11,7 @@ REFUSED = [
     ("sft", {"micro_batch_tokens": 512}, "micro_batch_tokens", "by examples only"),
     ("train-rm", {"score_pooling": "mean"}, "score_pooling", "the score at the last token"),
     ("dpo", {"loss_type": "ipo"}, "loss_type", "averages them over each response's tokens"),
+    ("dpo", {"loss_type": "plackett_luce"}, "loss_type", "takes pairs alone"),
     ("dpo", {"label_smoothing": 0.1}, "label_smoothing", "ignores without a word"),
     ("dpo", {"soft_labels": True}, "soft_labels", "hard labels alone"),
     ("dpo", {"dataset_name": "world:verdicts", "max_steps": 3}, "dataset_name", "drawn anew at every step"),

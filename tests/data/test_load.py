@@ -33,6 +33,21 @@ def test_bad_rows_are_skipped_and_counted_on_request(jsonl, letters):
     assert "1 examples of 2 rows; dropped: bad_json 1" in report.summary()
 
 
+def test_ties_are_counted_or_refused_as_the_loss_needs(jsonl, letters):
+    whole = {"prompt": "abc", "completions": ["a", "b", "c"], "ranks": [2, 1, 3]}
+    source = jsonl(whole, {**whole, "ranks": [1, 1, 2]}, {**whole, "ranks": [1, 1, 1]})
+    loaded = load(source, letters, kind="preference")
+    assert [example.ranks for example in loaded.examples] == [(1, 2, 3), (1, 1, 2)]
+    assert loaded.report.dropped == {"tied_ranking": 1}
+    with pytest.raises(DataError) as caught:
+        load(source, letters, kind="order")
+    summary, *faults = caught.value.faults
+    assert "2 of 3 rows cannot be used (tied_ranking 2)" in str(summary) and "skip_bad_rows" in str(summary)
+    assert [fault.where.rpartition(":")[2] for fault in faults] == ["2", "3"]
+    loaded = load(source, letters, kind="order", skip_bad_rows=True)
+    assert (loaded.report.kept, loaded.report.dropped) == (1, {"tied_ranking": 2})
+
+
 def test_no_rows_left_is_an_error_also_when_skipping(jsonl, letters):
     with pytest.raises(DataError, match=r"no rows left of 2 \(identical_pair 2\)"):
         read_records(jsonl(*[{**GOOD, "chosen": "b"}] * 2), skip_bad_rows=True)

@@ -51,6 +51,38 @@ def test_a_completion_that_does_not_fit_with_its_eos_drops_the_example(letters, 
     assert counts.dropped == {"completion_too_long": 2}
 
 
+def ranking(*completions: str, **extra: tuple[float, ...]) -> Record:
+    return Record("ranking", "a", completions, tuple(text != "d" for text in completions), "f:1", extra=extra)
+
+
+def test_a_ranking_stands_best_first_with_its_ties(letters):
+    (example,), counts = tokenize([ranking("b", "cc", "d", "c", scores=(0.5, 3, 3, -1))], letters, WIDE)
+    assert example.completions == [[C, C, EOS], [D], [B, EOS], [C, EOS]]
+    assert (example.ended, example.ranks) == ([True, False, True, True], (1, 1, 2, 3))
+    assert example.completion_texts == ("cc", "d", "b", "c")
+    assert example.untied() == [(0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+    assert not counts.dropped and not counts.truncated and example.label_probability is None
+
+
+def test_a_ranking_does_without_completions_that_do_not_fit(letters):
+    records = [
+        ranking("bb", "c", "b", ranks=(1, 2, 3)),
+        ranking("bb", "c", "b", ranks=(1, 2, 2)),
+        ranking("bb", "c", "cc", ranks=(1, 2, 3)),
+        ranking("c", "c", "bb", ranks=(1, 2, 3)),
+    ]
+    (example,), counts = tokenize(records, letters, limits(prompt=1, response=2))
+    assert (example.completions, example.ranks) == ([[C, EOS], [B, EOS]], (2, 3))
+    assert counts.truncated == {"ranking_shortened": 1}
+    assert counts.dropped == {"tied_ranking": 1, "completion_too_long": 1, "identical_pair": 1}
+
+
+def test_a_ranking_keeps_a_response_that_comes_twice(letters):
+    (example,), counts = tokenize([ranking("b", "c", "b", ranks=(1, 2, 3))], letters, WIDE)
+    assert len(example.completions) == 3 and example.untied() == [(0, 1), (1, 2)]
+    assert not counts.dropped
+
+
 def test_own_ids_are_used_as_they_are_with_the_same_tokenizer_only(letters, pair):
     record = pair("a", "", "b", (True, False), prompt_ids=(B, C), completion_ids=((EOS,), (C,)))
     digest = tokenizer_digest(letters)

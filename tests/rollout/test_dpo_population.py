@@ -92,7 +92,7 @@ def preferences(reward: Tensor) -> Tensor:
 def gradient(world: World, examples: list[Example], reward: Tensor, **options) -> Tensor:
     """Gradient of the mean loss over the population of pairs, labelled sigma(R_1 - R_2)."""
     value, denominator, weight = population_loss(world, examples, preferences(reward), **options).terms["dpo"]
-    assert (denominator, weight) == ("pairs", 1.0)
+    assert (denominator, weight) == ("prompts", 1.0)
     return world.gradient(value / len(examples))
 
 

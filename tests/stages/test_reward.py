@@ -11,7 +11,7 @@ import torch
 from rlhf_pipeline.rollout.responses import sample_for_prompts
 from rlhf_pipeline.stages.common import load_policy, load_reward_model, tokenizer_of
 from rlhf_pipeline.stages.data import StageData
-from rlhf_pipeline.stages.reward import score_examples
+from rlhf_pipeline.stages.reward_quality import score_examples
 
 CPU = torch.device("cpu")
 
@@ -115,7 +115,7 @@ def test_a_model_that_beats_no_baseline_is_told_so(lab):
 
 def test_longer_wins_by_hand(lab):
     _, _, examples = read(lab, "reward", lab.config("train-rm"))
-    from rlhf_pipeline.stages.reward import baselines
+    from rlhf_pipeline.stages.reward_quality import baselines
 
     some = examples[:30]
     by_prompt: dict[str, list[float]] = {}

@@ -1,0 +1,118 @@
+"""What is said of a reward model: its scores, how it orders held-out pairs, and the baselines beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_pipeline.data.batch import micro_batches, pack
+from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.evaluation.preferences import (
+    accuracy,
+    bayes_accuracy,
+    longer_wins,
+    pair_differences,
+    preference_metrics,
+    tfidf_bradley_terry,
+)
+from rlhf_pipeline.models.roles import RewardModel
+from rlhf_pipeline.training.tensor_cache import read_tensor, write_tensor
+
+BASELINES = ("longer_wins", "tfidf")
+
+
+@torch.no_grad()
+def score_examples(
+    model: RewardModel, examples: Sequence[Example], *, batch_size: int, pad_id: int, device: torch.device
+) -> list[list[float]]:
+    """Scores of all completions of each example, in fp32."""
+    scores: list[list[float]] = [[] for _ in examples]
+    for group in micro_batches(examples, batch_size):
+        batch = pack([examples[i] for i in group], pad_id, layout=model.reader.layout).to(device)
+        values = iter(model(batch).tolist())
+        for i in group:
+            scores[i] = [next(values) for _ in examples[i].completions]
+    return scores
+
+
+def prompts_of_pairs(examples: Sequence[Example]) -> list[str]:
+    """The prompt of each untied pair of the examples."""
+    return [example.prompt_key for example in examples for _ in example.untied()]
+
+
+def baseline_differences(train: Sequence[Example], held_out: Sequence[Example]) -> dict[str, list[float]]:
+    """Score differences on held-out pairs of "longer wins" and of TF-IDF with Bradley-Terry fitted on `train`."""
+
+    def texts(examples: Sequence[Example]) -> list[tuple[str, str]]:
+        return [(e.completion_texts[i], e.completion_texts[j]) for e in examples for i, j in e.untied()]
+
+    pairs = [(e.completions[i], e.completions[j]) for e in held_out for i, j in e.untied()]
+    longer = longer_wins([better for better, _ in pairs], [worse for _, worse in pairs])
+    return dict(zip(BASELINES, (longer, tfidf_bradley_terry(texts(train), texts(held_out))), strict=True))
+
+
+def cached_baseline_differences(
+    train: Sequence[Example], held_out: Sequence[Example], cache: Path
+) -> dict[str, list[float]]:
+    """`baseline_differences`, kept in a cache: they depend on the pairs alone, and many runs share these."""
+    content = [[e.completion_texts, e.completions, e.ranks] for e in (*train, *held_out)]
+    key = [version("scikit-learn"), len(train), content]
+    name = sha256(json.dumps(key, ensure_ascii=False).encode(errors="surrogatepass")).hexdigest()
+    path = cache / f"baselines-{name[:32]}.safetensors"
+    stored, pairs = read_tensor(path), sum(len(example.untied()) for example in held_out)
+    if stored is not None and stored.shape == (len(BASELINES), pairs):
+        return dict(zip(BASELINES, stored.tolist(), strict=True))
+    found = baseline_differences(train, held_out)
+    write_tensor(path, torch.tensor([found[name] for name in BASELINES], dtype=torch.float64))
+    return found
+
+
+def baseline_accuracies(
+    differences: Mapping[str, Sequence[float]], held_out: Sequence[Example]
+) -> dict[str, dict[str, float]]:
+    """Held-out accuracy of baselines, with interval."""
+    clusters = prompts_of_pairs(held_out)
+    return {
+        name: {"accuracy": estimate.mean, "accuracy_low": estimate.low, "accuracy_high": estimate.high}
+        for name, estimate in ((name, accuracy(values, clusters)) for name, values in differences.items())
+    }
+
+
+def baselines(train: Sequence[Example], held_out: Sequence[Example]) -> dict[str, dict[str, float]]:
+    """Held-out accuracy, with interval, of both baselines."""
+    return baseline_accuracies(baseline_differences(train, held_out), held_out)
+
+
+def evaluate_pairs(
+    model: RewardModel, held_out: Sequence[Example], *, batch_size: int, pad_id: int, device: torch.device
+) -> dict[str, Any]:
+    """Accuracy, calibration and the labels' ceiling on held-out pairs; cut responses apart."""
+    return describe_pairs(
+        score_examples(model, held_out, batch_size=batch_size, pad_id=pad_id, device=device), held_out
+    )
+
+
+def describe_pairs(scores: Sequence[Sequence[float]], held_out: Sequence[Example]) -> dict[str, Any]:
+    """`evaluate_pairs` of scores that are known."""
+    differences, clusters = pair_differences(scores, held_out)
+    metrics: dict[str, Any] = preference_metrics(differences, clusters)
+    labels = [example.label_probability for example in held_out for _ in example.untied()]
+    ceiling = bayes_accuracy(labels, clusters)
+    if ceiling is not None:
+        metrics["bayes_accuracy"] = ceiling
+    for name, wanted in (("ended", True), ("cut", False)):
+        values = [
+            score
+            for example, row in zip(held_out, scores, strict=True)
+            for score, ended in zip(row, example.ended, strict=True)
+            if ended is wanted
+        ]
+        if values:
+            metrics[f"mean_score_{name}"] = sum(values) / len(values)
+    return metrics
