@@ -34,6 +34,7 @@ PACKED = IDENTITY + "test_the_packed_forward_pass_gives_the_probabilities_of_pla
 TOKEN_MEAN = IDENTITY + "test_the_mean_over_tokens_is_the_gradient_over_the_expected_length"
 CRITIC = "tests/rollout/test_critic.py::test_the_fitted_critic_is_v_pi_at_every_prefix"
 ROLLOUT = "tests/rollout/test_rollout.py::"
+WEIGHTS = "tests/rollout/test_importance_weights.py::"
 MASKED = "tests/algorithms/test_masked.py::"
 POPULATION = "tests/rollout/test_dpo_population.py::"
 DPO = POPULATION + "test_the_population_gradient_of_dpo_is_0_at_the_optimum_and_not_at_the_reference[table]"
@@ -41,6 +42,10 @@ IPO = POPULATION + "test_the_population_gradient_of_ipo_is_0_at_its_optimum_and_
 IPO_MEAN = POPULATION + "test_ipo_over_means_has_an_optimum_of_its_own"
 SMOOTHED = POPULATION + "test_label_smoothing_moves_dpo_to_the_optimum_of_the_smoothed_labels"
 RESPONSE_ALONE = POPULATION + "test_log_probabilities_are_of_the_responses_alone"
+RANKINGS = "tests/stages/test_rankings.py::"
+RANKED_REWARD = RANKINGS + "test_the_gradient_of_the_reward_model_is_that_of_its_pairs_written_out"
+RANKED_DPO = RANKINGS + "test_the_gradient_of_dpo_is_that_of_its_pairs_written_out"
+PLACKETT_LUCE = RANKINGS + "test_plackett_luce_is_the_product_of_its_choices"
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,20 @@ MUTANTS = (
         "        masked_sum(torch.maximum(unclipped, clipped), mask),\n",
         "        (masked_sum(torch.maximum(unclipped, clipped), mask, 1) / mask.sum(1)).sum(),\n",
         (ANY_VALUES, TOKEN_MEAN),
+    ),
+    Mutant(
+        "importance-weights-upside-down",
+        "algorithms/policy.py",
+        "torch.where(mask, old_logprobs - sampler_logprobs, ",
+        "torch.where(mask, sampler_logprobs - old_logprobs, ",
+        (WEIGHTS + "test_choices_of_another_sampler_after_the_same_prefixes_give_the_exact_gradient[table]",),
+    ),
+    Mutant(
+        "sampler-of-old-weights",
+        "training/ppo_windows.py",
+        "            self.engine.load_weights(self.actor_critic)\n",
+        "",
+        ("tests/stages/test_vllm.py::test_the_engine_samples_with_the_weights_of_each_update",),
     ),
     Mutant("gamma-95", "rollout/rollout.py", "gamma=gamma, lam=lam)", "gamma=0.95, lam=lam)", (ANY_VALUES,)),
     Mutant("k2-in-reward", "algorithms/advantages.py", REWARD_KL, K2, (ANY_VALUES,)),
@@ -145,9 +164,9 @@ MUTANTS = (
     ),
     Mutant(
         "mean-instead-of-sum",
-        "stages/dpo.py",
-        "split_pairs(batch.lengths) if objective.length_normalised else (1, 1)",
-        "split_pairs(batch.lengths)",
+        "training/pairs.py",
+        "split_pairs(lengths, compared) if objective.length_normalised else (1, 1)",
+        "split_pairs(lengths, compared)",
         (DPO, IPO),
     ),
     Mutant(
@@ -166,6 +185,27 @@ MUTANTS = (
     ),
     Mutant("ipo-1-over-tau", "algorithms/preference.py", "1.0 / (2.0 * beta)", "1.0 / beta", (IPO, IPO_MEAN)),
     Mutant(
+        "pairs-of-a-ranking-count-one-each",
+        "data/comparisons.py",
+        "return self.siblings.to(like).reciprocal()",
+        "return torch.ones_like(self.siblings).to(like)",
+        (RANKED_REWARD, RANKED_DPO),
+    ),
+    Mutant(
+        "tied-completions-are-pairs",
+        "data/tokenize.py",
+        "for i, j in pairs if ranks[i] != ranks[j])",
+        "for i, j in pairs)",
+        (RANKED_REWARD, RANKED_DPO),
+    ),
+    Mutant(
+        "plackett-luce-chooses-among-all",
+        "algorithms/preference.py",
+        "device=scores.device).triu() & mask[:, None, :]",
+        "device=scores.device) & mask[:, None, :]",
+        (PLACKETT_LUCE,),
+    ),
+    Mutant(
         "smoothing-ignored",
         "stages/dpo.py",
         "target=smoothed_target(target, label_smoothing),",
@@ -175,7 +215,7 @@ MUTANTS = (
     Mutant(
         "soft-labels-ignored",
         "stages/dpo.py",
-        "target = None if targets is None else targets[micro_batch.indices].to(chosen)",
+        "target = None if targets is None else targets[micro_batch.indices].to(logprobs)",
         "target = None",
         (DPO, IPO, IPO_MEAN),
     ),

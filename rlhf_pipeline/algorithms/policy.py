@@ -1,4 +1,4 @@
-"""PPO's two losses, as sums over the active tokens."""
+"""PPO's two losses, as sums over the active tokens, and the weights of tokens that another policy has sampled."""
 
 from __future__ import annotations
 
@@ -22,19 +22,61 @@ class PolicyLoss:
     ratio_square: Tensor
 
 
-def clipped_policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, cliprange: float
-) -> PolicyLoss:
-    """Clipped surrogate: sum over tokens of max(-A rho, -A clip(rho, 1 - eps, 1 + eps)), rho = pi / pi_old.
+@dataclass(frozen=True)
+class ImportanceWeights:
+    """weights: (C, R), detached, 1 where there is no token. Sums over active tokens: truncated, the weights at the cap;
+    difference, |log pi_old - log mu|."""
 
-    Source: Schulman et al. 2017, eq. 7 (with the sign of a loss).
+    weights: Tensor
+    truncated: Tensor
+    difference: Tensor
+
+
+@torch.no_grad()
+def importance_weights(
+    old_logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, *, cap: float
+) -> ImportanceWeights:
+    """Truncated importance weights of tokens: w = min(pi_old / mu, cap), mu the policy that sampled them.
+
+    Each weight stands for its own token: with an infinite cap the expected weighted step is that of pi_old's choices
+    after the prefixes that mu has sampled, and which prefixes those are is not corrected.
+
+    Source: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training" (TIS).
+
+    Args:
+        old_logprobs, sampler_logprobs: (C, R). mask: (C, R) bool. cap: > 0, may be infinite.
+    """
+    assert old_logprobs.shape == sampler_logprobs.shape == mask.shape
+    log_ratio = torch.where(mask, old_logprobs - sampler_logprobs, torch.zeros_like(old_logprobs))
+    ratio = log_ratio.exp()
+    weights = torch.where(mask, ratio.clamp_max(cap), torch.ones_like(ratio))
+    truncated = masked_sum((ratio > cap).to(ratio.dtype), mask)
+    return ImportanceWeights(weights, truncated, masked_sum(log_ratio.abs(), mask))
+
+
+def clipped_policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    cliprange: float,
+    weights: Tensor | None = None,
+) -> PolicyLoss:
+    """Clipped surrogate: sum over tokens of w max(-A rho, -A clip(rho, 1 - eps, 1 + eps)), rho = pi / pi_old.
+
+    Source: Schulman et al. 2017, eq. 7 (with the sign of a loss); w: `importance_weights`.
 
     Args:
         logprobs, old_logprobs, advantages: (C, R); only `logprobs` carries a gradient.
         mask: (C, R) bool.
         cliprange: eps > 0.
+        weights: (C, R), w > 0; None: 1. The other sums know nothing of them.
     """
     assert logprobs.shape == old_logprobs.shape == advantages.shape == mask.shape
+    if weights is not None:
+        assert weights.shape == mask.shape
+        advantages = weights.detach() * advantages  # w max(a, b) = max(w a, w b)
     # Inactive entries may hold NaN: they are neutralised before, not after, the exponential.
     log_ratio = torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs))
     advantages = torch.where(mask, advantages, torch.zeros_like(advantages))

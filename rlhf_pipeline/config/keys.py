@@ -67,7 +67,6 @@ class Later:
 
 
 LATER: dict[str, Later] = {
-    "rollout_engine": Later((None, "native"), ("ppo",)),
     "use_peft": Later((None, False)),
     "lora_r": Later((None,)),
     "lora_alpha": Later((None,)),

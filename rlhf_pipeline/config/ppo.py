@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
 
 from rlhf_pipeline.config.base import (
     STRICT,
@@ -44,6 +45,27 @@ RewardFunctions = Annotated[tuple[RewardFunction, ...] | None, BeforeValidator(_
 
 def _stop_token(value: Any) -> Any:
     return None if value == "eos" else value
+
+
+def _engine(value: Any) -> Any:
+    return "native" if value is None else value
+
+
+def check_rollout_engine(config: Any) -> Iterator[Fault]:
+    """Yield the faults of vLLM where it is not installed, or could not do what the config says."""
+    if config.rollout_engine == "native":
+        return
+    native = "or rollout_engine: native"
+    if importlib.util.find_spec("vllm") is None:
+        found = "found 'vllm', and there is no package vllm in this environment"
+        fix = f"pip install 'vllm>=0.22,<=0.31' (the versions that TRL 1.16 supports), {native}"
+        yield Fault("rollout_engine", found, "vllm installed", fix)
+    if config.use_cpu:
+        found = "found true with rollout_engine vllm, which chooses its device itself and needs a GPU"
+        yield Fault("use_cpu", found, "use_cpu: false", native)
+    if config.temperature < 0.01:
+        found = f"found {config.temperature:g}, which vllm would raise to 0.01"
+        yield Fault("temperature", found, "at least 0.01", native)
 
 
 def check_reward(config: Any) -> Iterator[Fault]:
@@ -153,6 +175,7 @@ class PpoConfig(TrainingConfig):
         check_reward,
         check_reward_sources,
         check_judge,
+        check_rollout_engine,
         check_episodes,
         check_epochs,
         check_batches,
@@ -198,6 +221,19 @@ class PpoConfig(TrainingConfig):
     )
     temperature: Positive = option(
         1.0, "divides the logits of sampler, policy and reference (ours; TRL: .7)", moves_optimum=True
+    )
+    rollout_engine: Annotated[Literal["native", "vllm"], BeforeValidator(_engine)] = option(
+        "native",
+        "who samples the responses (ours: the model itself); vllm: vLLM on the same GPU, one process, with the weights "
+        "of each update; written against its documentation, never yet run on a GPU or with vLLM itself",
+    )
+    importance_weight_cap: Positive = option(
+        2.0,
+        "with vllm: largest importance weight min(pi_old / pi_sampler, cap) of a token in the policy loss (Yao et al. "
+        "2025; TRL's bound: 3)",
+    )
+    vllm_gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = option(
+        0.3, "with vllm: share of the GPU's whole memory that vLLM takes for weights and cache (TRL)"
     )
     critic_warmup_steps: int = option(0, "first updates that train the critic alone (TRL: none)", ge=0)
     loss_normalization: Literal["tokens", "sequences"] = option(

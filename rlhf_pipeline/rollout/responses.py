@@ -69,7 +69,13 @@ def sample_for_prompts(
         )
     finally:
         model.train(training)
-    groups = [drawn[start : start + samples] for start in range(0, len(drawn), samples)]
+    return answered(prompts, drawn)
+
+
+def answered(prompts: Sequence[Example], drawn: Sequence[Response]) -> tuple[list[Example], list[list[Response]]]:
+    """The prompts as examples with their responses, of which each has as many, and the responses by prompt."""
+    samples = len(drawn) // len(prompts)
+    groups = [list(drawn[start : start + samples]) for start in range(0, len(drawn), samples)]
     sampled = [
         replace(
             prompt,
@@ -77,10 +83,16 @@ def sample_for_prompts(
             ended=[response.ended for response in group],
             label_probability=None,
             completion_texts=(),
+            ranks=None,
         )
         for prompt, group in zip(prompts, groups, strict=True)
     ]
     return sampled, groups
+
+
+def logprob_matrix(drawn: Sequence[Response], width: int) -> torch.Tensor:
+    """(C, R) log-probabilities of the sampled tokens under their sampler, 0 where there is no token."""
+    return torch.tensor([response.logprobs + [0.0] * (width - len(response.logprobs)) for response in drawn])
 
 
 def prompts_run(policy: Policy | ActorCritic, sampled: Sequence[Example], batch_size: int) -> list[int] | None:

@@ -24,6 +24,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+class BadScores(RunFailed):
+    """A reward source has given scores that are not finite. label: which source; scores: (C,) what it said."""
+
+    def __init__(self, message: str, label: str, scores: Tensor):
+        super().__init__(message)
+        self.label, self.scores = label, scores
+
+
 class RewardSource(Protocol):
     """Scores completions. `packed` holds the same examples, for sources that read tensors; it may be None."""
 
@@ -110,16 +118,17 @@ class FunctionReward:
             )
         scores = torch.tensor(numbers, dtype=torch.float32)
         for index in (~torch.isfinite(scores)).nonzero().flatten().tolist()[:1]:
-            raise RunFailed(
+            message = (
                 f"reward function {self.label}: found {numbers[index]} for the completion {completions[index]!r} of "
                 f"the prompt {prompts[index]!r}, expected a finite number in the range of fp32"
             )
+            raise BadScores(message, self.label, scores)
         return scores
 
 
 @dataclass(frozen=True)
 class WeightedReward:
-    """sum_i weight_i * score_i."""
+    """sum_i weight_i * score_i; scores that are not finite raise BadScores, which names their source."""
 
     parts: tuple[tuple[float, RewardSource], ...]
 
@@ -132,7 +141,11 @@ class WeightedReward:
     def score(self, examples: Sequence[Example], packed: PackedBatch | None = None) -> Tensor:
         total = torch.zeros(sum(len(example.completions) for example in examples))
         for weight, source in self.parts:
-            total = total + weight * source.score(examples, packed).cpu()
+            scores = source.score(examples, packed).cpu()
+            if not bool(torch.isfinite(scores).all()):
+                message = f"reward {source.label}: found scores that are not finite, expected finite ones"
+                raise BadScores(message, source.label, scores)
+            total = total + weight * scores
         return total
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from rlhf_pipeline.algorithms.advantages import gae, token_rewards
 from rlhf_pipeline.algorithms.kl import k1, k3
 from rlhf_pipeline.algorithms.masked import masked_sum, whiten
+from rlhf_pipeline.algorithms.policy import ImportanceWeights, importance_weights
 from rlhf_pipeline.data.tokenize import Example
 
 
@@ -25,6 +26,13 @@ class Rollout:
     ref_logprobs: Tensor
     values: Tensor  # of the critic, at the positions that predict each token
     entropy: Tensor
+    sampler_logprobs: Tensor | None = None  # as another engine gave them while it sampled; None: the model itself did
+
+    def weights(self, cap: float) -> ImportanceWeights | None:
+        """Truncated importance weights of the sampled tokens; None where they are 1."""
+        if self.sampler_logprobs is None:
+            return None
+        return importance_weights(self.logprobs, self.sampler_logprobs, self.mask, cap=cap)
 
 
 @dataclass(frozen=True)
@@ -111,3 +119,13 @@ def rollout_metrics(
         "val/response_length": tokens / count,
         "val/explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
     }
+
+
+def sampler_metrics(mask: Tensor, found: ImportanceWeights | None, *, reduce=lambda sums: sums) -> dict[str, float]:
+    """How far an engine is from the model that trains: per token, the mean |log pi_old - log mu| and the share of
+    importance weights that the cap has cut; nothing where the model itself has sampled."""
+    if found is None:
+        return {}
+    sums = reduce(torch.stack([mask.sum().double(), found.difference.double(), found.truncated.double()]))
+    tokens, difference, truncated = sums.tolist()
+    return {"sampler/logprob_difference": difference / tokens, "sampler/truncated": truncated / tokens}

@@ -14,6 +14,8 @@ from rlhf_pipeline.errors import ConfigError, Fault
 from rlhf_pipeline.models.actor_critic import describe_critic, make_actor_critic
 from rlhf_pipeline.models.loading import save_model
 from rlhf_pipeline.models.roles import ActorCritic, assert_independent
+from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.rollout.vllm_engine import VllmEngine
 from rlhf_pipeline.stages.common import (
     StageResult,
     find_model,
@@ -29,6 +31,8 @@ from rlhf_pipeline.stages.judge import load_judge
 from rlhf_pipeline.stages.rewards import LoadedReward, load_reward, weighted
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.ppo_windows import PpoBatch, PpoSettings, RolloutCollector
+from rlhf_pipeline.training.precision import uses_bf16
+from rlhf_pipeline.training.ranks import together
 from rlhf_pipeline.training.run import Run, open_run
 from rlhf_pipeline.training.session import Metrics, Plan, train
 from rlhf_pipeline.training.windows import Loss
@@ -57,7 +61,8 @@ def ppo_step(
             meter.train(shapes[name], batch)
     width = mask.shape[1]
     logprobs, values = batch.padded(scores.logprobs, width), batch.padded(scores.values, width)
-    policy = clipped_policy_loss(logprobs, micro_batch.old_logprobs, micro_batch.advantages, mask, cliprange=cliprange)
+    old, advantages, weights = micro_batch.old_logprobs, micro_batch.advantages, micro_batch.weights
+    policy = clipped_policy_loss(logprobs, old, advantages, mask, cliprange=cliprange, weights=weights)
     value_loss, value_clipped = clipped_value_loss(
         values, micro_batch.old_values, micro_batch.returns, mask, cliprange_value=cliprange_value
     )
@@ -74,10 +79,10 @@ def ppo_step(
     }
     if micro_batch.first:
         with torch.no_grad():
-            distance = torch.where(mask, (logprobs - micro_batch.old_logprobs).exp() - 1, 0.0).abs().max()
-        metrics["first_minibatch/ratio_error"] = (distance, "first_batches")
+            distance = torch.where(mask, (logprobs - old).exp() - 1, 0.0).abs().max()
+        metrics["first_minibatch/ratio_error"] = (distance * micro_batch.share, "first_batches")
         metrics["first_minibatch/clipfrac"] = (policy.clipped, "first_tokens")
-    return Loss(terms, metrics)
+    return Loss(terms, metrics, {"log-probabilities of the policy": scores.logprobs, "values": scores.values})
 
 
 def derive(metrics: Metrics) -> Metrics:
@@ -106,8 +111,11 @@ def settings_of(config: Any, tokenizer: PreTrainedTokenizerBase, ranks: int) -> 
     """What a config says about rollouts, per rank.
 
     Raises:
-        ConfigError: when the ranks do not divide the minibatch.
+        ConfigError: when the ranks do not divide the minibatch, or vLLM is to sample for several.
     """
+    if config.rollout_engine == "vllm" and ranks > 1:
+        found = f"found 'vllm' on {ranks} processes"
+        raise ConfigError(Fault("rollout_engine", found, "one process", "or rollout_engine: native"))
     if config.minibatch_size % ranks:
         found = f"a minibatch of {config.minibatch_size} responses on {ranks} processes"
         raise ConfigError(Fault("rollout_batch_size", found, f"a minibatch that {ranks} divides"))
@@ -128,6 +136,7 @@ def settings_of(config: Any, tokenizer: PreTrainedTokenizerBase, ranks: int) -> 
         seed=config.seed,
         stop_id=stop_id_of(config, tokenizer),
         pad_id=tokenizer.pad_token_id,
+        importance_weight_cap=config.importance_weight_cap,
     )
 
 
@@ -138,6 +147,26 @@ def load_rewards(run: Run, policy: Any, tokenizer: PreTrainedTokenizerBase) -> l
         (part.weight, load_reward(run.registry, part.source, config, policy, tokenizer, run.device))
         for part in config.rewards
     ]
+
+
+def load_engine(run: Run, policy: Resolved, model: torch.nn.Module) -> VllmEngine | None:
+    """The engine that samples in the place of the model; None for the native sampler."""
+    config = run.config
+    if config.rollout_engine == "native":
+        return None
+    dtype = torch.bfloat16 if uses_bf16(config) else next(model.parameters()).dtype
+    engine = VllmEngine(
+        policy.location,
+        dtype=str(dtype).removeprefix("torch."),
+        max_length=config.lengths().total,
+        memory=config.vllm_gpu_memory_utilization,
+        seed=config.seed,
+        revision=policy.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    capped = f"importance weights up to {config.importance_weight_cap:g}"
+    run.log.say(f"rollouts by vllm {engine.version} in {dtype}, {capped}; untried so far with vllm itself")
+    return engine
 
 
 def say_moved(run: Run) -> dict[str, Any]:
@@ -198,6 +227,7 @@ def run_ppo(config: Any, home: Path, **options) -> StageResult:
         if judge_model is not None:
             parents["judge"] = judge_model
         accelerator = run.accelerator
+        engine = load_engine(run, parent, actor.model)
         collector = RolloutCollector(
             settings,
             model,
@@ -212,6 +242,9 @@ def run_ppo(config: Any, home: Path, **options) -> StageResult:
             world_size=accelerator.num_processes,
             device=run.device,
             judge=judge,
+            engine=engine,
+            memory=run.memory,
+            together=functools.partial(together, accelerator, run.memory),
         )
         step = functools.partial(
             ppo_step,
@@ -237,6 +270,7 @@ def run_ppo(config: Any, home: Path, **options) -> StageResult:
             derive=derive,
             inputs=inputs_of(parents, reports),
             save=lambda directory: save_model(model.actor, tokenizer, directory),
+            decode=tokenizer.decode,
         )
         last = train(run, model, plan)
 

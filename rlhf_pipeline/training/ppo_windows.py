@@ -4,64 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rlhf_pipeline.algorithms.policy import ImportanceWeights
 from rlhf_pipeline.data.batch import PackedBatch, merge_prompts, micro_batches, pack, reads
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.models.roles import ActorCritic, Policy
-from rlhf_pipeline.rollout.responses import prompts_run, sample_for_prompts
-from rlhf_pipeline.rollout.rewards import RewardSource
+from rlhf_pipeline.rollout.responses import answered, logprob_matrix, prompts_run, sample_for_prompts
+from rlhf_pipeline.rollout.rewards import BadScores, RewardSource
 from rlhf_pipeline.rollout.rollout import (
     Estimates,
     Rollout,
     apply_missing_eos_penalty,
     estimate,
     rollout_metrics,
+    sampler_metrics,
 )
+from rlhf_pipeline.rollout.vllm_engine import VllmEngine
 from rlhf_pipeline.training.cost import JUDGE, CostMeter, ModelShape
 from rlhf_pipeline.training.judge import Judge
+from rlhf_pipeline.training.memory import Memory
+from rlhf_pipeline.training.ppo_batches import Collected, PpoBatch, PpoSettings, cut_rows
 from rlhf_pipeline.training.tracking import logged
 from rlhf_pipeline.training.windows import Window, epoch_order
-
-
-@dataclass(frozen=True)
-class PpoBatch:
-    """A micro-batch of responses; matrices are (C, R), fixed while the policy moves."""
-
-    batch: PackedBatch
-    mask: Tensor
-    old_logprobs: Tensor
-    old_values: Tensor
-    advantages: Tensor
-    returns: Tensor
-    first: bool  # of the first minibatch of the first epoch, where ratio must be 1
-
-
-@dataclass(frozen=True)
-class PpoSettings:
-    """The knobs of sampling and estimation, under their config names. sizes are per rank."""
-
-    rollout_size: int
-    num_ppo_epochs: int
-    num_mini_batches: int
-    micro_batch: tuple[int, int | None]  # most responses, most tokens
-    response_length: int
-    temperature: float
-    kl_coef: float
-    gamma: float
-    lam: float
-    whiten_advantages: bool
-    whiten_rewards: bool
-    missing_eos_penalty: float | None
-    critic_warmup_steps: int
-    seed: int
-    stop_id: int
-    pad_id: int
 
 
 @dataclass
@@ -84,6 +54,10 @@ class RolloutCollector:
     world_size: int = 1
     device: torch.device | str = "cpu"
     judge: Judge | None = None  # watches
+    engine: VllmEngine | None = None  # samples; None: the model itself
+    memory: Memory = field(default_factory=Memory)
+    together: Callable[[Callable[[], Any]], Any] = lambda work: work()  # on every process, or on none
+    refused: BadScores | None = None  # what the reward source said that is not finite
 
     def windows(self, module: nn.Module, start: int, total: int) -> Iterator[Window]:
         """The windows of updates start ... total - 1. `module` is what is called (wrapped or not)."""
@@ -110,51 +84,83 @@ class RolloutCollector:
 
     def _update(self, module: nn.Module, update: int, total: int) -> Iterator[Window]:
         s = self.settings
-        # 1. Sample.
-        with self.meter.part("generation"):
-            sampled, _ = sample_for_prompts(
-                self.actor_critic,
-                self._prompts_of(update),
-                samples=1,
-                response_length=s.response_length,
-                stop_id=s.stop_id,
-                pad_id=s.pad_id,
-                generator=self._generator(update, 0),
-                temperature=s.temperature,
-                batch_size=s.rollout_size,
-                device=self.device,
-                module=module,
-            )
-            prompt_lengths = [len(example.prompt_ids) for example in sampled]
-            lengths = [len(example.completions[0]) for example in sampled]
-            run = prompts_run(self.actor_critic, sampled, s.rollout_size)
-            self.meter.generate(self.shapes["actor"], prompt_lengths, lengths, run)
-        # 2. Cut into minibatches; the first epoch's micro-batches are packed once, scored, and trained on.
-        shuffle = self._generator(update, 1)
-        epochs = [self._minibatches(sampled, shuffle) for _ in range(s.num_ppo_epochs)]
-        first = [[self._pack(sampled, micro) for micro in minibatch] for minibatch in epochs[0]]
-        # 3. Score with the training forward, the same micro-batches and precision.
-        with self.meter.part("scoring"), self.autocast():
-            rollout = self._score(module, sampled, epochs[0], first)
-        estimates = self._estimate(rollout)
+        done: Collected = self.together(lambda: self._collect(module, update))
+        rollout, sampled = done.rollout, done.rollout.examples
+        estimates, importance = self._estimate(rollout), rollout.weights(s.importance_weight_cap)
+        named = {"advantages": estimates.advantages, "returns": estimates.returns}
+        self.together(lambda: done.require_finite(update + 1, named, self.actor_critic))
         metrics = rollout_metrics(rollout, estimates, kl_coef=s.kl_coef, reduce=self.reduce)
+        metrics |= sampler_metrics(rollout.mask, importance, reduce=self.reduce)
         metrics["episodes"] = float((update + 1) * s.rollout_size * self.world_size)
         if self.judge is not None and logged(update + 1, self.judge.every, total):
             with self.meter.part(JUDGE), self.autocast():
-                rows, batches = chain.from_iterable(epochs[0]), chain.from_iterable(first)
-                metrics |= self.judge.look(sampled, rows, batches, self.meter, self.reduce)
+                metrics |= self.judge.look(sampled, done.rows, done.packed, self.meter, self.reduce)
         # 4. Train: epochs x minibatches windows, the last of which ends the update.
         with self.meter.part("update"):
-            for epoch, minibatches in enumerate(epochs):
+            for epoch, minibatches in enumerate(done.epochs):
                 for number, minibatch in enumerate(minibatches):
-                    packed = first[number] if epoch == 0 else [self._pack(sampled, micro) for micro in minibatch]
+                    packed = done.first[number] if epoch == 0 else self._packed(sampled, minibatch)
                     opening = epoch == 0 and number == 0
                     last = epoch == s.num_ppo_epochs - 1 and number == len(minibatches) - 1
-                    window = self._window(minibatch, packed, rollout, estimates, opening, last)
+                    window = self._window(minibatch, packed, rollout, estimates, importance, opening, last)
+                    window.halvings = done.halvings
                     if last:
                         window.metrics = metrics
                     window.epoch = (update + 1) * s.rollout_size * self.world_size / len(self.prompts)
                     yield window
+
+    def _collect(self, module: nn.Module, update: int) -> Collected:
+        """The scored rollout of an update, cut into micro-batches.
+
+        Raises:
+            NotFinite: a reward, log-probability or value is not finite. RunFailed: memory has run out.
+        """
+        s, memory = self.settings, self.memory
+        # 1. Sample.
+        with self.meter.part("generation"):
+            sample = partial(self._sample, module, update)
+            sampled, run, sampler_logprobs = memory.shrink("sampling", s.rollout_size, sample)
+            prompt_lengths = [len(example.prompt_ids) for example in sampled]
+            lengths = [len(example.completions[0]) for example in sampled]
+            self.meter.generate(self.shapes["actor"], prompt_lengths, lengths, run)
+        # 2. Cut into minibatches; the first epoch's micro-batches are packed once, scored, and trained on.
+        shuffle = self._generator(update, 1)
+        whole = [self._minibatches(sampled, shuffle) for _ in range(s.num_ppo_epochs)]
+        # 3. Score with the training forward, the same micro-batches and precision.
+        with self.meter.part("scoring"), self.autocast():
+
+            def scored(halvings: int) -> Collected:
+                epochs = [[cut_rows(minibatch, halvings) for minibatch in epoch] for epoch in whole]
+                first = [self._packed(sampled, minibatch) for minibatch in epochs[0]]
+                rollout = self._score(module, sampled, epochs[0], first)
+                return Collected(replace(rollout, sampler_logprobs=sampler_logprobs), epochs, first, halvings)
+
+            done = memory.repeat("training", scored)
+        rewards = f"rewards of {self.refused.label if self.refused else self.reward.label}"
+        named = {
+            rewards: done.rollout.scores,
+            "log-probabilities of the policy": done.rollout.logprobs,
+            "log-probabilities of the reference": done.rollout.ref_logprobs,
+            "values": done.rollout.values,
+        }
+        done.require_finite(update + 1, named, self.actor_critic, {rewards: str(self.refused or "")})
+        return done
+
+    def _sample(
+        self, module: nn.Module, update: int, size: int
+    ) -> tuple[list[Example], list[int] | None, Tensor | None]:
+        """The responses, `size` sampled at a time; the lengths of the prompts that were run, or None for one each; and
+        what another engine says of its tokens' log-probabilities, or None."""
+        s, prompts, generator = self.settings, self._prompts_of(update), self._generator(update, 0)
+        options: dict[str, Any] = {"samples": 1, "response_length": s.response_length, "stop_id": s.stop_id}
+        options |= {"generator": generator, "temperature": s.temperature}
+        if self.engine is not None:
+            self.engine.load_weights(self.actor_critic)
+            drawn = self.engine.generate([prompt.prompt_ids for prompt in prompts], **options)
+            return answered(prompts, drawn)[0], None, logprob_matrix(drawn, s.response_length).to(self.device)
+        options |= {"pad_id": s.pad_id, "batch_size": size, "device": self.device, "module": module}
+        sampled, _ = sample_for_prompts(self.actor_critic, prompts, **options)
+        return sampled, prompts_run(self.actor_critic, sampled, size), None
 
     def _minibatches(self, sampled: Sequence[Example], generator: torch.Generator) -> list[list[list[int]]]:
         """A random partition of the responses: minibatches of micro-batches of row numbers."""
@@ -169,9 +175,11 @@ class RolloutCollector:
             minibatches.append([sorted(group, key=lambda row: (sampled[row].prompt_ids, row)) for group in rows])
         return minibatches
 
-    def _pack(self, sampled: Sequence[Example], rows: Sequence[int]) -> PackedBatch:
+    def _packed(self, sampled: Sequence[Example], groups: Sequence[Sequence[int]]) -> list[PackedBatch]:
+        return [self._pack([sampled[i] for i in rows]) for rows in groups]
+
+    def _pack(self, chosen: Sequence[Example]) -> PackedBatch:
         layout = self.actor_critic.reader.layout
-        chosen = [sampled[i] for i in rows]
         # With a mask of length x length a tree of many responses would cost more than it saves.
         trees = merge_prompts(chosen) if layout == "flat" else chosen
         return pack(trees, self.settings.pad_id, layout=layout).to(self.device)
@@ -191,8 +199,10 @@ class RolloutCollector:
         }
         scores = torch.zeros(count, device=self.device)
         lengths = torch.zeros(count, dtype=torch.long, device=self.device)
+        self.refused = None
         for minibatch, batches in zip(minibatches, packed, strict=True):
             for rows, batch in zip(minibatch, batches, strict=True):
+                self.memory.holds(len(rows))
                 index = torch.tensor(rows, device=self.device)
                 mine = module(batch)
                 theirs = self.reference(self._for_layout(batch, sampled, rows, self.reference.reader.layout))
@@ -204,7 +214,11 @@ class RolloutCollector:
                 }
                 for name, value in values.items():
                     matrices[name][index] = batch.padded(value, width).to(matrices[name].dtype)
-                scores[index] = self.reward.score([sampled[i] for i in rows], batch).to(scores)
+                try:
+                    scores[index] = self.reward.score([sampled[i] for i in rows], batch).to(scores)
+                except BadScores as refused:  # told with the rollout's other figures
+                    scores[index] = refused.scores.to(scores)
+                    self.refused = self.refused or refused
                 lengths[index] = batch.lengths
                 for shape in self.shapes.values():
                     self.meter.score(shape, batch)
@@ -242,6 +256,7 @@ class RolloutCollector:
         packed: list[PackedBatch],
         rollout: Rollout,
         estimates: Estimates,
+        importance: ImportanceWeights | None,
         opening: bool,
         last: bool,
     ) -> Window:
@@ -257,6 +272,9 @@ class RolloutCollector:
                     advantages=estimates.advantages[index],
                     returns=estimates.returns[index],
                     first=opening,
+                    weights=None if importance is None else importance.weights[index],
+                    examples=[rollout.examples[i] for i in rows],
+                    pack=self._pack,
                 )
             )
             tokens += batch.num_tokens

@@ -67,7 +67,6 @@ def test_output_dir_is_refused_with_what_to_use(faults):
         ("dpo", "lora_whatever", 1),
         ("dpo", "load_in_4bit", True),
         ("ppo", "kl_target", 6),
-        ("ppo", "rollout_engine", "vllm"),
         ("sft", "load_best_model_at_end", True),
         ("sft", "report_to", "wandb"),
         ("sft", "report_to", ["tensorboard"]),

@@ -84,10 +84,16 @@ def test_all_duplicate_keys_are_faults(write):
         ("- a\n- b\n", ":1", "found a sequence"),
         ("a: 1\n1: b\n", ":2", "'1' is not the name of a key"),
         ("a: 1\n? [x]\n: b\n", ":2", "a key that is a sequence"),
-        ("a: !!python/object:os.system {}\n", ":1", "not YAML"),
+        ("a: !!python/object:os.system {}\n", ":1: a", "a value of the type !!python/object:os.system"),
+        ("a: 1\nb: !!binary YWJj\n", ":2: b", "a value of the type !!binary"),
+        ("a: 1\nb: !!int abc\n", ":2: b", "'abc' cannot be read as int"),
+        ("a: 1\nb: !!bool maybe\n", ":2: b", "'maybe' cannot be read as bool"),
+        ("a: 1\nb: " + "9" * 5000 + "\n", ":2: b", "'9999"),
+        ('a: 1\nb: ["x\\ud800"]\n', ":2: b.0", "half of a surrogate pair at character 2"),
+        ("a: 1\nb: " + "[" * 5000 + "\n", ":2", "nested too deeply"),
         ("a: 1\n---\nb: 2\n", ":2", "not YAML"),
         ("a: 1\nb: \x07\n", ":2", "a character that YAML does not allow"),
-        ("a: &x [*x]\n", "", "aliases unfold"),
+        ("a: &x [*x]\n", ":1", "aliases unfold"),
     ],
 )
 def test_what_is_not_a_config_is_a_fault_with_its_line(write, text, place, found):
@@ -100,6 +106,13 @@ def test_what_is_not_a_config_is_a_fault_with_its_line(write, text, place, found
 def test_an_alias_bomb_is_refused_quickly(write):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+    (fault,) = read_document(write("a.yaml", "\n".join(lines))).faults
+    assert "aliases unfold" in fault.found
+
+
+def test_a_bomb_of_merges_of_nothing_is_refused_quickly(write):
+    lines = ["a0: &a0 {}"]
+    lines += [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 10)]
     (fault,) = read_document(write("a.yaml", "\n".join(lines))).faults
     assert "aliases unfold" in fault.found
 

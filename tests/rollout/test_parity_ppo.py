@@ -171,7 +171,9 @@ def _swaps_old_and_new(original: Callable) -> Callable:
 
 
 def _does_not_clip(original: Callable) -> Callable:
-    return lambda *tensors, **options: original(*tensors, **dict.fromkeys(options, 1e6))
+    return lambda *tensors, **options: original(
+        *tensors, **{name: 1e6 if name.startswith("cliprange") else value for name, value in options.items()}
+    )
 
 
 FAULTS: dict[str, tuple[str, str, Callable[[Callable], Callable], str]] = {

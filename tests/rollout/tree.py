@@ -21,6 +21,7 @@ from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.models.actor_critic import make_actor_critic
 from rlhf_pipeline.models.forward import Reader
 from rlhf_pipeline.models.roles import ActorCritic, TokenScores
+from rlhf_pipeline.rollout.sampler import Response
 from rlhf_pipeline.stages.ppo import ppo_step
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.ppo_windows import PpoBatch, PpoSettings, RolloutCollector
@@ -172,10 +173,30 @@ class Reward:
         return REWARD[[RESPONSES.index(ids) for example in examples for ids in example.completions]]
 
 
+class Engine:
+    """Stands for an engine that has sampled each of the 31 responses once; logprobs: (31, 4), what it says of them."""
+
+    def __init__(self, logprobs: Tensor):
+        self.logprobs = logprobs
+
+    def load_weights(self, policy: nn.Module) -> None:
+        pass
+
+    def generate(self, prompts: Sequence[Sequence[int]], **options) -> list[Response]:
+        assert [list(prompt) for prompt in prompts] == [PROMPT] * len(RESPONSES)
+        rows = zip(RESPONSES, ENDED, self.logprobs.tolist(), strict=True)
+        return [Response(list(ids), ended, row[: len(ids)]) for ids, ended, row in rows]
+
+
 def ppo_windows(
-    module: nn.Module, reference: nn.Module, responses: Sequence[Example] = EXAMPLES, **changes
+    module: nn.Module,
+    reference: nn.Module,
+    responses: Sequence[Example] = EXAMPLES,
+    engine: Engine | None = None,
+    **changes,
 ) -> list[Window]:
-    """The windows of one update of the package's own rollout collector, had it sampled these responses."""
+    """The windows of one update of the package's own rollout collector, had it (or the engine) sampled these
+    responses."""
     settings = {
         "rollout_size": len(responses),
         "num_ppo_epochs": 1,
@@ -202,6 +223,7 @@ def ppo_windows(
         responses,
         CostMeter(),
         {"actor": FREE},
+        engine=engine,
     )
     sampled = mock.patch(
         "rlhf_pipeline.training.ppo_windows.sample_for_prompts", lambda *_, **__: (list(responses), [])
@@ -216,14 +238,15 @@ def step(module: nn.Module, micro_batch: PpoBatch, **changes) -> Loss:
     return ppo_step(module, micro_batch, **{**options, **changes}, meter=CostMeter(), shapes={"actor": FREE})
 
 
-def expected_step(world: World, module: nn.Module | None = None, **changes) -> Tensor:
-    """sum over y of pi_old(y) grad S(y), S the policy-loss SUM over y's tokens that the package's step returns.
+def expected_step(world: World, module: nn.Module | None = None, sampler: Tensor | None = None, **changes) -> Tensor:
+    """sum over y of mu(y) grad S(y), S the policy-loss SUM over y's tokens that the package's step returns.
 
     Args:
-        module: the actor-critic, if not the policy itself. changes: of the settings.
+        module: the actor-critic, if not the policy itself. sampler: (31,) mu, if not pi_old. changes: of the settings.
     """
     module = module or world.policy
-    p, total = world.probabilities(), torch.zeros((), dtype=torch.float64)
+    p = world.probabilities() if sampler is None else sampler
+    total = torch.zeros((), dtype=torch.float64)
     (window,) = ppo_windows(module, world.reference, **changes)
     assert len(window.micro_batches) == len(RESPONSES)
     for micro_batch in window.micro_batches:

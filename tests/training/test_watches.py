@@ -25,6 +25,7 @@ HEALTHY = {
         "objective/scores_std": lambda step: 1.0,
         "objective/rlhf_reward": lambda step: 0.05 * step - 0.01 * (step - 1),
         "first_minibatch/ratio_error": lambda step: 1e-5,
+        "sampler/logprob_difference": lambda step: 1e-4,
         "val/explained_variance": lambda step: 0.02 * step - 0.1,
         "val/ended": lambda step: 0.9,
         "val/response_length": lambda step: 20.0 + 0.1 * step,
@@ -119,6 +120,11 @@ PPO_CASES = {
     "ratio_off": (
         {"first_minibatch/ratio_error": after(7, 2e-3, 1e-5)},
         {"first_minibatch/ratio_error": lambda step: 2e-3 if step % 2 else 1e-5},
+        8,
+    ),
+    "sampler_off": (
+        {"sampler/logprob_difference": after(7, 0.011, 1e-4)},
+        {"sampler/logprob_difference": lambda step: 0.011 if step % 2 else 1e-4},
         8,
     ),
     "value_useless": (
@@ -342,6 +348,10 @@ def test_precision_moves_the_thresholds():
     assert not watched("ppo", rounded, facts=half).findings
     off = {"first_minibatch/ratio_error": lambda step: 0.2, "objective/kl": lambda step: -0.055}
     assert {f.cause for f in watched("ppo", off, facts=half).findings} == {"ratio_off", "kl_negative"}
+    for limit, facts in ((0.01, PPO), (0.1, half)):
+        for factor, found in ((0.99, []), (1.01, ["sampler_off"])):
+            engine = {"sampler/logprob_difference": lambda step, value=limit * factor: value}
+            assert [f.cause for f in watched("ppo", engine, facts=facts).findings] == found
 
 
 def test_the_critics_warm_up_and_equal_scores_excuse_a_kl_of_0():

@@ -86,6 +86,14 @@ def ratio_off(h: History, f: Facts) -> float | None:
     return min(values) if values and min(values) > limit else None
 
 
+def sampler_off(h: History, f: Facts) -> float | None:
+    """Mean |difference| of a token's log-probability between an engine that samples and the model: two programs of 16
+    bits differ by some hundredths, two of fp32 by rounding; a model that has moved on without the engine by more."""
+    values = h.recent("sampler/logprob_difference", 2)
+    limit = 0.1 if f.low_precision else 0.01
+    return min(values) if values and min(values) > limit else None
+
+
 def value_useless(h: History, f: Facts) -> float | None:
     """Explained variance below 0 in five updates running, by .05 on average (a critic that knows nothing has 0, give
     or take), after a fifth of the run: between 10 updates, which a fresh critic needs, and 50."""
@@ -216,6 +224,14 @@ PPO = (
         ratio_off,
         "before its first step the policy's probabilities already differ from those that its advantages are for",
         "bf16 false, attn_implementation eager; no dropout in the model",
+    ),
+    Watch(
+        "sampler_off",
+        ("sampler/logprob_difference",),
+        sampler_off,
+        "the engine that samples gives its tokens other probabilities than the model that trains: its weights, its "
+        "precision or its temperature are others, and importance weights mend that in part only",
+        "rollout_engine native; the versions of vllm and transformers",
     ),
     Watch(
         "value_useless",

@@ -1,0 +1,86 @@
+"""`rollout_engine: vllm`: what is refused before anything is loaded, and that vLLM is looked for without an import."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
+
+import pytest
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Say whether a package vllm can be found."""
+    found = importlib.util.find_spec
+
+    def say(there: bool) -> None:
+        spec = ModuleSpec("vllm", None) if there else None
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, *rest: spec if name == "vllm" else found(name, *rest)
+        )
+
+    return say
+
+
+def test_the_native_sampler_is_the_default_and_looks_for_nothing(load, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: pytest.fail("looked for a package"))
+    assert load("ppo").rollout_engine == "native"
+    assert load("ppo", rollout_engine="native", use_cpu=True).importance_weight_cap == 2.0
+
+
+def test_null_is_the_native_sampler(valid):
+    from rlhf_pipeline.config.load import load_config
+
+    assert load_config("ppo", None, extra={**valid["ppo"], "rollout_engine": None}).config.rollout_engine == "native"
+
+
+def test_vllm_that_is_not_there_is_a_fault_that_says_what_to_install(faults, installed):
+    installed(False)
+    fault = faults("ppo", rollout_engine="vllm")["rollout_engine"]
+    assert fault.found == "found 'vllm', and there is no package vllm in this environment"
+    assert fault.expected == "vllm installed"
+    assert "pip install 'vllm>=0.22,<=0.31'" in fault.fix and fault.fix.endswith("or rollout_engine: native")
+
+
+def test_vllm_that_is_there_is_taken_and_not_imported(load, installed):
+    installed(True)
+    assert load("ppo", rollout_engine="vllm").rollout_engine == "vllm"
+    assert "vllm" not in sys.modules
+
+
+def test_vllm_chooses_its_device_itself(faults, installed):
+    installed(True)
+    refused = faults("ppo", rollout_engine="vllm", use_cpu=True)
+    assert list(refused) == ["use_cpu"]
+    assert "chooses its device itself and needs a GPU" in refused["use_cpu"].found
+    installed(False)
+    assert set(faults("ppo", rollout_engine="vllm", use_cpu=True)) == {"rollout_engine", "use_cpu"}
+
+
+@pytest.mark.parametrize(("temperature", "refused"), [(0.009, True), (0.01, False)])
+def test_vllm_raises_temperatures_below_a_hundredth(load, faults, installed, temperature, refused):
+    installed(True)
+    if refused:
+        assert list(faults("ppo", rollout_engine="vllm", temperature=temperature)) == ["temperature"]
+    else:
+        assert load("ppo", rollout_engine="vllm", temperature=temperature).temperature == temperature
+    assert load("ppo", temperature=temperature).temperature == temperature
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rollout_engine", "sglang"),
+        ("importance_weight_cap", 0),
+        ("importance_weight_cap", float("inf")),
+        ("vllm_gpu_memory_utilization", 0),
+        ("vllm_gpu_memory_utilization", 1),
+    ],
+)
+def test_values_that_no_engine_has(faults, key, value):
+    assert list(faults("ppo", **{key: value})) == [key]
+
+
+def test_it_is_a_key_of_ppo_alone(faults):
+    assert faults("dpo", rollout_engine="vllm")["rollout_engine"].fix == "it is a key of ppo"
