@@ -13,7 +13,7 @@ TORCH_STAMP := $(VENV)/.torch-index
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test exact mutants parity lint format hh reviews bench growth clean
+.PHONY: help setup demo test exact mutants parity lint format hh reviews bench growth faults clean
 
 help:
 	@echo "make demo     SFT, preference pairs, reward model, PPO and DPO on the built-in data, compared"
@@ -24,6 +24,7 @@ help:
 	@echo "make hh       the experiment of configs/hh on real pairs: make hh HH=FILE"
 	@echo "make reviews  sentiment-controlled text from film reviews, after the DPO paper: make reviews DATA=FOLDER"
 	@echo "make bench    every stage's speed and memory beside TRL's: make bench [HH=FILE]"
+	@echo "make faults   kill, stop, damage, fill up and deceive it, at length: about an hour"
 	@echo "make growth   how time and memory grow with length, data, vocabulary, completions and batch"
 	@echo "make setup    a virtual environment in $(VENV), at the versions of constraints.txt"
 	@echo "make clean    remove caches and build outputs (models and $(VENV) stay)"
@@ -53,9 +54,13 @@ $(STAMP): pyproject.toml constraints.txt $(TORCH_STAMP) | $(BIN)/python
 demo: $(STAMP)
 	$(BIN)/rlhf run configs/demo/experiment.yaml
 
-# One thread: the models of the tests are tiny, and two that wait for each other are slower where cores are shared.
+# A process for each core (or WORKERS=n), with one thread: the models of the tests are tiny.
+WORKERS ?= auto
 test: $(STAMP)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+faults: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.run
 
 exact: $(STAMP)
 	$(BIN)/python scripts/exact.py --output docs/exact.md
