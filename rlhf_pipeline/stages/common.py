@@ -231,10 +231,12 @@ def publish(
     if run.config.bf16 == "auto":
         metrics = {**metrics, "bf16": uses_bf16(run.config)}
     cost = run.meter.report()
-    published = run.registry.publish(
+    # A process that was killed between registering and finishing has registered this model already.
+    published = run.registry.models.of_run(run.config.output_name, run.origin) or run.registry.publish(
         run.config.output_name,
         run.stage,
         write,
+        run=run.origin,
         config=run.config.model_dump(mode="json"),
         config_digest=run.config_digest,
         parents=dict(parents),

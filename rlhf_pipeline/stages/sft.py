@@ -48,7 +48,8 @@ def sft_step(model: Policy, micro_batch: ExampleBatch, *, meter: CostMeter, shap
     meter.tokens_trained += batch.active_tokens
     loss = negative_log_likelihood(scores.logprobs) * micro_batch.weight
     entropy = scores.entropy.sum() * micro_batch.weight
-    return Loss({"nll": (loss, "tokens", 1.0)}, {"entropy": (entropy, "tokens")})
+    checked = {"log-probabilities of the policy": scores.logprobs}
+    return Loss({"nll": (loss, "tokens", 1.0)}, {"entropy": (entropy, "tokens")}, checked)
 
 
 def count_tokens(example: Example) -> dict[str, float]:
@@ -65,11 +66,13 @@ def mean_nll(
     total, tokens = 0.0, 0
     was_training = policy.training
     policy.eval()  # where dropout was asked for, it is for training alone
-    for start in range(0, len(examples), batch_size):
-        batch = pack(examples[start : start + batch_size], pad_id, layout=layout).to(device)
-        total += float(negative_log_likelihood(policy(batch).logprobs.double()))
-        tokens += batch.num_tokens
-    policy.train(was_training)
+    try:
+        for start in range(0, len(examples), batch_size):
+            batch = pack(examples[start : start + batch_size], pad_id, layout=layout).to(device)
+            total += float(negative_log_likelihood(policy(batch).logprobs.double()))
+            tokens += batch.num_tokens
+    finally:
+        policy.train(was_training)
     return {"eval_nll": total / tokens, "eval_nll_per_sequence": total / len(examples)}
 
 
@@ -129,8 +132,12 @@ def run_sft(config: Any, home: Path, **options) -> StageResult:
         def evaluate() -> dict[str, float]:
             if not held_out:
                 return {}
-            batch_size = config.per_device_eval_batch_size
-            return mean_nll(policy, held_out, batch_size=batch_size, pad_id=tokenizer.pad_token_id, device=run.device)
+            options = {"pad_id": tokenizer.pad_token_id, "device": run.device}
+            return run.memory.shrink(
+                "evaluation",
+                config.per_device_eval_batch_size,
+                lambda size: mean_nll(policy, held_out, batch_size=size, **options),
+            )
 
         plan = Plan(
             windows,
@@ -140,6 +147,7 @@ def run_sft(config: Any, home: Path, **options) -> StageResult:
             inputs=inputs_of(parents, reports),
             evaluate=evaluate,
             save=lambda directory: save_model(policy.model, tokenizer, directory),
+            decode=tokenizer.decode,
         )
         if config.engine == "trl":
             last = train_with_trl(run, plan, model=policy.model, tokenizer=tokenizer, examples=examples, shape=shape)

@@ -3,27 +3,34 @@
 checkpoints/step-<n>/
     model.safetensors       trainable weights
     optimizer.safetensors   optimizer state
-    rng.safetensors         random-number state of torch (used only where dropout is on)
-    state.json              counters, schedule, optimizer settings; sizes and digests of the other files; last
+    rng.safetensors         random-number states of torch and its devices, NumPy and Python
+    state.json              counters, schedule, optimizer settings
+    manifest.json           sizes and digests of all the other files; written last
+
+A checkpoint without a manifest, or with a file that is not what the manifest says, is no checkpoint.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from rlhf_pipeline.errors import DamagedFile, MismatchError
+from rlhf_pipeline.registry.digests import file_entry
+from rlhf_pipeline.registry.storage import staging, sync, sync_tree
 
 PREFIX = "step-"
-FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
+STATE, MANIFEST = "state.json", "manifest.json"
+FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", STATE)
 
 
 @dataclass(frozen=True)
@@ -33,22 +40,6 @@ class Checkpoint:
     directory: Path
     step: int
     state: dict[str, Any]
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as handle:
-        digest = sha256()
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def unshared(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -87,40 +78,51 @@ def save_checkpoint(
     extra: dict[str, Any],
     keep: int | None,
 ) -> Path:
-    """Write checkpoints/step-<n> under `root` beside its target, sync it, rename it; then prune to `keep`."""
+    """Write checkpoints/step-<n> under `root` beside its target, sync it, rename it; then prune to the `keep` newest.
+
+    Later steps than this one are of damaged checkpoints that the run did not go on from: they make room.
+
+    Raises:
+        RunFailed: the disk is full; the checkpoints before are as they were.
+    """
     from safetensors.torch import save_file
 
     target = root / f"{PREFIX}{step}"
-    temporary = root / f".{PREFIX}{step}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     weights, aliases = unshared(model.state_dict())
-    save_file(weights, temporary / FILES[0])
     tensors, groups = _optimizer_tensors(optimizer)
-    save_file(tensors, temporary / FILES[1])
-    rng = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        rng |= {f"cuda.{i}": value for i, value in enumerate(torch.cuda.get_rng_state_all())}
-    save_file(rng, temporary / FILES[2])
     state = {
         "step": step,
         "aliases": aliases,
         "param_groups": groups,
         "scheduler": {key: value for key, value in scheduler.state_dict().items() if key != "lr_lambdas"},
         "extra": extra,
-        "files": {
-            name: {"size": (temporary / name).stat().st_size, "sha256": _digest(temporary / name)} for name in FILES
-        },
     }
-    (temporary / "state.json").write_text(json.dumps(state))
-    for name in (*FILES, "state.json"):
-        _sync(temporary / name)
-    shutil.rmtree(target, ignore_errors=True)
-    os.rename(temporary, target)
-    _sync(root)
-    for old in _steps(root)[keep:] if keep else []:
-        shutil.rmtree(root / f"{PREFIX}{old}")
+    with staging(root, target.name) as temporary:
+        for name, content in zip(FILES, (weights, tensors, random_states())):
+            save_file(content, temporary / name)
+        (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
+        files = {name: file_entry(temporary / name).model_dump() for name in FILES}
+        (temporary / MANIFEST).write_text(json.dumps({"files": files}, separators=(",", ":")), encoding="utf-8")
+        sync_tree(temporary)
+        if target.exists():
+            os.rename(target, temporary.with_name(f"{temporary.name}.old.tmp"))
+        os.rename(temporary, target)
+        sync(root)
+    steps = _steps(root)
+    older = [found for found in steps if found <= step]
+    for old in [found for found in steps if found > step] + (older[keep:] if keep else []):
+        os.rename(root / f"{PREFIX}{old}", root / f".{PREFIX}{old}.old.tmp")  # gone at once, or there as it was
+    clear_leftovers(root)
     return target
+
+
+def clear_leftovers(root: Path) -> None:
+    """Remove what a process that died while it wrote has left; the caller is the only one that writes here."""
+    for path in root.glob(".*.tmp"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _steps(root: Path) -> list[int]:
@@ -129,24 +131,33 @@ def _steps(root: Path) -> list[int]:
     return sorted((int(name) for name in found if name.isdigit()), reverse=True)
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedFile(f"{path}: cannot be read ({error})") from error
+    if not isinstance(found, dict):
+        raise DamagedFile(f"{path}: a {type(found).__name__}, not an object")
+    return found
+
+
 def verify_checkpoint(directory: Path) -> Checkpoint:
     """Read a checkpoint's state and check its files.
 
     Raises:
         DamagedFile: naming the file that is missing, or not what was written.
     """
-    try:
-        state = json.loads((directory / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise DamagedFile(f"{directory / 'state.json'}: cannot be read ({error})") from error
-    for name, expected in state["files"].items():
-        path = directory / name
+    manifest = directory / MANIFEST
+    files = _read_json(manifest).get("files")
+    if not isinstance(files, dict) or set(files) != set(FILES):
+        raise DamagedFile(f"{manifest}: does not list {', '.join(FILES)}")
+    for name in FILES:
+        path, expected = directory / name, files[name]
         if not path.is_file():
             raise DamagedFile(f"{path}: missing")
-        if path.stat().st_size != expected["size"] or _digest(path) != expected["sha256"]:
-            raise DamagedFile(
-                f"{path}: its content is not what was written (sha256 {expected['sha256'][:12]} expected)"
-            )
+        if file_entry(path).model_dump() != expected:
+            raise DamagedFile(f"{path}: its content is not what {MANIFEST} says was written")
+    state = _read_json(directory / STATE)
     return Checkpoint(directory, state["step"], state)
 
 
@@ -158,6 +169,36 @@ def newest_checkpoint(root: Path, warn=lambda text: None) -> Checkpoint | None:
         except DamagedFile as error:
             warn(f"{error}; the checkpoint before it is used")
     return None
+
+
+def random_states() -> dict[str, torch.Tensor]:
+    """The states of all random-number generators, as tensors."""
+    version, words, gauss = random.getstate()
+    _, numpy_words, position, has_gauss, cached = np.random.get_state()
+    states = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *words]),
+        "python.gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.tensor([*numpy_words.tolist(), position, has_gauss]),
+        "numpy.gauss": torch.tensor([cached], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        states |= {f"cuda.{i}": value for i, value in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def set_random_states(states: dict[str, torch.Tensor]) -> None:
+    """Put the states of `random_states` back."""
+    torch.set_rng_state(states["torch"])
+    version, *words = states["python"].tolist()
+    gauss = states["python.gauss"].tolist()
+    random.setstate((version, tuple(words), gauss[0] if gauss else None))
+    *words, position, has_gauss = states["numpy"].tolist()
+    cached = states["numpy.gauss"].item()
+    np.random.set_state(("MT19937", np.array(words, dtype=np.uint32), position, has_gauss, cached))
+    devices = [states[key] for key in sorted(states, key=lambda key: (len(key), key)) if key.startswith("cuda.")]
+    if devices and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(devices)
 
 
 def restore(
@@ -185,8 +226,5 @@ def restore(
     # The lambdas follow from the config: None keeps those that the scheduler has.
     kept = [None] * len(scheduler.lr_lambdas)
     scheduler.load_state_dict({**checkpoint.state["scheduler"], "lr_lambdas": kept})
-    rng = load_file(checkpoint.directory / FILES[2])
-    torch.set_rng_state(rng.pop("torch"))
-    if rng and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([rng[key] for key in sorted(rng)])
+    set_random_states(load_file(checkpoint.directory / FILES[2]))
     return checkpoint.state["extra"]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from rlhf_pipeline.errors import RunFailed
+from rlhf_pipeline.training.finite import Seen, all_finite, figures, refuse
+from rlhf_pipeline.training.memory import Memory, cut_micro_batches, size_of
+from rlhf_pipeline.training.ranks import Ranks, together
 from rlhf_pipeline.training.windows import Loss, Window
 
 if TYPE_CHECKING:
@@ -32,6 +34,16 @@ class Sums:
         value = value.detach().double()
         self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._names[name] = denominator
+
+    def add_loss(self, loss: Loss) -> None:
+        for name, (value, denominator, _) in loss.terms.items():
+            self.add(f"loss/{name}" if "/" not in name else name, value, denominator)
+        for name, (value, denominator) in loss.metrics.items():
+            self.add(name, value, denominator)
+
+    def merge(self, other: Sums) -> None:
+        for name, value in other._sums.items():
+            self.add(name, value, other._names[name])
 
     def count(self, counts: dict[str, float]) -> None:
         for name, value in counts.items():
@@ -56,48 +68,62 @@ def fit(
     max_grad_norm: float,
     on_update: OnUpdate,
     start: int = 0,
+    memory: Memory | None = None,
 ) -> int:
     """Train on windows until they end; returns the number of optimizer steps taken.
 
-    For each window: every micro-batch's loss SUMS are divided by the window's global counts and, because DDP
-    averages gradients over ranks, multiplied by the number of ranks; then gradients are checked, clipped and
-    applied. So micro-batches of 1 x 8 and 8 x 1, and one rank and several, take the same step.
+    For each window: every micro-batch's loss SUMS are divided by the window's global counts and added up over
+    micro-batches and ranks; then gradients are checked, clipped and applied. So micro-batches of 1 x 8 and 8 x 1, and
+    one rank and several, take the same step. Where memory runs out the window is computed again in halves.
 
     Args:
         step: maps (model, micro-batch) to a `Loss`.
         max_grad_norm: clip to this global norm; 0 clips nothing.
         on_update: called with (updates done, metrics, window) when a window ends an update.
-        start: updates done before (after a resume).
+        start: updates done before (after a resume). memory: keeps the halvings of the run.
 
     Raises:
-        RunFailed: when a loss or gradient is not finite, before the optimizer steps.
+        NotFinite: when a loss, what it is made of, or a gradient is not finite, before the optimizer steps.
+        RunFailed: when not even halved micro-batches fit.
     """
-    ranks = accelerator.num_processes
+    memory, ranks = memory or Memory(), Ranks(accelerator, model)
+    memory.repeats = ranks.alone
     sums, updates, steps = Sums(), start, 0
+    search = {"model": model, "step": step, "quiet": ranks.accumulating}
 
-    def reduce(values: torch.Tensor) -> torch.Tensor:
-        return accelerator.reduce(values, "sum") if ranks > 1 else values
+    def accumulate(window: Window, halvings: int) -> tuple[Sums, list[Seen]]:
+        """Add up the gradients of a window, its micro-batches halved so often."""
+        batches = list(cut_micro_batches(window.micro_batches, halvings - window.halvings))
+        found, seen = Sums(), []
+        for number, micro_batch in enumerate(batches, 1):
+            memory.holds(size_of(micro_batch))
+            with ranks.accumulating(last=number == len(batches)):
+                loss = step(model, micro_batch)
+                total = loss.total(window.counts)
+                found.add_loss(loss)
+                accelerator.backward(total * ranks.factor)
+            seen.append(Seen.of(micro_batch, loss, total))
+        return found, seen
 
-    grad_norm = torch.zeros(())
+    def computed(window: Window) -> tuple[Sums, list[Seen]]:
+        """`accumulate` as far as memory goes; over several ranks only what is finite is added up."""
+        attempt = partial(accumulate, window)
+        found, seen = memory.repeat("training", attempt, partial(optimizer.zero_grad, set_to_none=True))
+        if ranks.count > 1 and not bool(all_finite(figures(seen))):
+            raise refuse(updates + 1, seen, **search, counts=window.counts)
+        return found, seen
+
     for window in windows:
         optimizer.zero_grad(set_to_none=True)
         sums.count(window.counts)
-        last = len(window.micro_batches) - 1
-        window_loss = torch.zeros((), device=accelerator.device)
-        for number, micro_batch in enumerate(window.micro_batches):
-            sync = contextlib.nullcontext() if number == last else accelerator.no_sync(model)
-            with sync:
-                loss = step(model, micro_batch)
-                total = torch.zeros((), device=accelerator.device)
-                for name, (value, denominator, weight) in loss.terms.items():
-                    total = total + weight * value / window.counts[denominator]
-                    sums.add(f"loss/{name}" if "/" not in name else name, value, denominator)
-                for name, (value, denominator) in loss.metrics.items():
-                    sums.add(name, value, denominator)
-                accelerator.backward(total * ranks)
-                window_loss += total.detach()
+        found, seen = together(accelerator, memory, partial(computed, window))
+        ranks.add_gradients(model.parameters())
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
-        _require_finite(grad_norm, window_loss, updates)
+        if not bool(all_finite([grad_norm, *figures(seen)])):
+            optimizer.zero_grad(set_to_none=True)
+            failure = refuse(updates + 1, seen, **search, counts=window.counts, grad_norm=grad_norm)
+            raise ranks.agreed(failure)
+        sums.merge(found)
         optimizer.step()
         steps += 1
         if not window.ends_update:
@@ -105,18 +131,8 @@ def fit(
         learning_rate = scheduler.get_last_lr()[0]
         scheduler.step()
         updates += 1
-        metrics = sums.read(reduce) | window.metrics
+        metrics = sums.read(ranks.reduce) | window.metrics
         metrics |= {"grad_norm": float(grad_norm), "learning_rate": learning_rate, "epoch": window.epoch}
         on_update(updates, metrics, window)
         sums = Sums()
     return steps
-
-
-def _require_finite(grad_norm: torch.Tensor | None, loss: torch.Tensor, update: int) -> None:
-    if grad_norm is None or bool(torch.isfinite(grad_norm) & torch.isfinite(loss)):
-        return
-    what = "loss" if not bool(torch.isfinite(loss)) else "gradient"
-    raise RunFailed(
-        f"update {update + 1}: the {what} is not finite (loss {float(loss)}, gradient norm {float(grad_norm)}); "
-        "nothing of this step was applied. Try a smaller learning_rate, a smaller max_grad_norm, or fp32"
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import random
@@ -10,26 +9,35 @@ import shutil
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
+import yaml
 
 from rlhf_pipeline.config.dump import config_digest, dump_yaml
 from rlhf_pipeline.errors import BadInput
+from rlhf_pipeline.registry.storage import replace_text
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.training.checkpoint import Checkpoint, newest_checkpoint
+from rlhf_pipeline.training.checkpoint import Checkpoint, clear_leftovers, newest_checkpoint
 from rlhf_pipeline.training.cost import CostMeter, reset_peak_memory
+from rlhf_pipeline.training.memory import Memory
 from rlhf_pipeline.training.precision import uses_bf16
+from rlhf_pipeline.training.run_directory import (
+    CONFIG,
+    open_directory,
+    read_status,
+    unfinished_with_other_config,
+    write_status,
+)
 from rlhf_pipeline.training.tracking import RunLog
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-STATUS = "run.json"
 
 
 @dataclass
@@ -46,6 +54,10 @@ class Run:
     checkpoint: Checkpoint | None
     meter: CostMeter = field(default_factory=CostMeter)
     stopped_by: int | None = None
+    memory: Memory = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.memory = Memory(self.log.say, self.meter)
 
     @property
     def device(self) -> torch.device:
@@ -55,11 +67,16 @@ class Run:
     def id(self) -> str:
         return self.directory.name
 
+    @property
+    def origin(self) -> str:
+        """What a manifest calls this run: its folder, and a mark that a later folder of this name has not."""
+        return f"{self.id}/{read_status(self.directory).get('token')}"
+
     def settle(self, config: Any) -> Any:
         """Replace the config by one in which what follows from the models is filled in; keeps the run's name."""
         self.config = config
         if self.accelerator.is_main_process:
-            (self.directory / "config.yaml").write_text(dump_yaml(config))
+            replace_text(self.directory / CONFIG, dump_yaml(config))
         return config
 
     @property
@@ -68,33 +85,7 @@ class Run:
 
     def finish(self, model: str) -> None:
         """Mark the run as finished: the next one with this config starts a new version."""
-        _write_status(self.directory, {"status": "finished", "model": model})
-
-
-def _write_status(directory: Path, status: dict[str, Any]) -> None:
-    temporary = directory / f".{STATUS}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(status) + "\n")
-    os.replace(temporary, directory / STATUS)
-
-
-def _is_finished(directory: Path) -> bool:
-    try:
-        return json.loads((directory / STATUS).read_text())["status"] == "finished"
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def run_directory(home: Path, name: str, digest: str, *, resume: bool) -> Path:
-    """runs/<name>-<digest>[-k]: the newest unfinished one if `resume`, else the first that does not exist yet."""
-    base = home / "runs" / f"{name}-{digest[:10]}"
-    candidate, number = base, 1
-    unfinished = None
-    while candidate.exists():
-        if not _is_finished(candidate):
-            unfinished = candidate
-        number += 1
-        candidate = base.with_name(f"{base.name}-{number}")
-    return unfinished if resume and unfinished is not None else candidate
+        write_status(self.directory, status="finished", model=model, token=read_status(self.directory).get("token"))
 
 
 def make_accelerator(config: Any) -> Accelerator:
@@ -110,13 +101,11 @@ def make_accelerator(config: Any) -> Accelerator:
         torch.set_num_threads(config.num_threads)
     precision = "bf16" if uses_bf16(config) else "no"
     _forget_other_precision(precision)
-    # While the critic warms up the actor has no gradient, which DDP takes for a fault unless it is told.
+    # While the critic warms up the actor has no gradient, which DDP takes for a fault unless it is told. Buffers do not
+    # change, and a process that repeats a forward pass must not wait for the others to send theirs.
     frozen_actor = bool(getattr(config, "critic_warmup_steps", 0))
-    return Accelerator(
-        cpu=config.use_cpu,
-        mixed_precision=precision,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)] if frozen_actor else None,
-    )
+    kept = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=frozen_actor)
+    return Accelerator(cpu=config.use_cpu, mixed_precision=precision, kwargs_handlers=[kept])
 
 
 def _forget_other_precision(precision: str) -> None:
@@ -136,20 +125,31 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _agree_on_directory(accelerator: Accelerator, home: Path, config: Any, digest: str, resume: bool) -> Path:
-    """Make the run's directory; with several processes the first one chooses it for all."""
+def _agree_on_directory(
+    accelerator: Accelerator, home: Path, config: Any, digest: str, resume: bool
+) -> tuple[Path, IO[str] | None]:
+    """The run's directory and its lock; with several processes the first one chooses it for all.
+
+    Raises:
+        BadInput: another process trains this run.
+    """
     chosen: list[Any] = [None]
+    lock, refused = None, None
     if accelerator.is_main_process:
-        directory = run_directory(home, config.output_name, digest, resume=resume)
-        directory.mkdir(parents=True, exist_ok=True)
-        _write_status(directory, {"status": "running", "pid": os.getpid()})
-        (directory / "config.yaml").write_text(dump_yaml(config))
-        chosen = [str(directory)]
+        try:
+            directory, lock = open_directory(home, config.output_name, digest, resume=resume)
+            token = read_status(directory).get("token") or uuid.uuid4().hex[:12]
+            write_status(directory, status="running", pid=os.getpid(), token=token)
+            chosen = [str(directory)]
+        except BadInput as error:
+            refused = error
     if accelerator.num_processes > 1:
         from accelerate.utils import broadcast_object_list
 
         broadcast_object_list(chosen)
-    return Path(chosen[0])
+    if chosen[0] is None:
+        raise refused or BadInput("the first process could not open the run")
+    return Path(chosen[0]), lock
 
 
 @contextmanager
@@ -172,7 +172,7 @@ def open_run(
     digest = config_digest(config)
     accelerator = make_accelerator(config)
     seed_everything(config.seed)
-    directory = _agree_on_directory(accelerator, home, config, digest, resume)
+    directory, lock = _agree_on_directory(accelerator, home, config, digest, resume)
     quiet = quiet or not accelerator.is_main_process
     log = RunLog(
         directory,
@@ -186,6 +186,14 @@ def open_run(
     try:
         for note in notes:
             log.say(f"note: {note}")
+        if accelerator.is_main_process:
+            described = yaml.safe_load(dump_yaml(config))
+            if not (directory / CONFIG).exists():
+                for line in unfinished_with_other_config(directory, config.output_name, described):
+                    log.say(f"note: {line}")
+            replace_text(directory / CONFIG, dump_yaml(config))
+            clear_leftovers(directory)
+            clear_leftovers(directory / "checkpoints")
         checkpoint = newest_checkpoint(directory / "checkpoints", warn=log.say)
         if accelerator.is_main_process:
             log.rewind(checkpoint.step if checkpoint else 0)
@@ -203,6 +211,8 @@ def open_run(
         raise
     finally:
         log.close()
+        if lock is not None:
+            lock.close()
 
 
 def run_is_empty(directory: Path) -> bool:

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf_pipeline.errors import Interrupted, MismatchError
+from rlhf_pipeline.errors import Interrupted, MismatchError, RunFailed
 from rlhf_pipeline.training.checkpoint import restore, save_checkpoint
 from rlhf_pipeline.training.cost import JUDGE
+from rlhf_pipeline.training.failure import Decode, told, write_failure
+from rlhf_pipeline.training.finite import NotFinite
 from rlhf_pipeline.training.health import Monitor, facts_of, tell, tell_all
 from rlhf_pipeline.training.loop import Step, fit
+from rlhf_pipeline.training.memory import ADVICE, first_line, ran_out
 from rlhf_pipeline.training.optimizer import make_optimizer, make_scheduler
 from rlhf_pipeline.training.precision import checkpoint_activations, uses_bf16
 from rlhf_pipeline.training.run import Run
@@ -33,6 +36,7 @@ class Plan:
     derive: turns the metrics of an update into what is logged.
     inputs: digests of the models and data that the run is made of; a checkpoint of other ones is refused.
     evaluate: figures at an evaluation. save: writes a snapshot of the model into a directory.
+    decode: token ids to text, for what a failed run leaves behind.
     known: what the watches have to know of the run besides its config (fields of `Facts`).
     health: what they found, filled in by `train`, as a manifest has it.
     """
@@ -45,6 +49,7 @@ class Plan:
     inputs: Mapping[str, str | None] = field(default_factory=dict)
     evaluate: Callable[[], Metrics] | None = None
     save: Callable[[Path], None] | None = None
+    decode: Decode | None = None
     known: Mapping[str, float] = field(default_factory=dict)
     health: list[dict[str, Any]] = field(default_factory=list)
 
@@ -93,6 +98,21 @@ def _require_same_inputs(run: Run, inputs: Mapping[str, str | None]) -> None:
         )
 
 
+def _told(run: Run, error: Exception, plan: Plan, known: Mapping[str, Any]) -> Exception:
+    """The error as the user gets it; what was not finite is written down with its batch."""
+    if isinstance(error, NotFinite):
+        try:
+            kept = f"the batch lies in {write_failure(run.directory, error, known, plan.decode)}"
+        except RunFailed as unwritten:
+            kept = f"the batch could not be kept ({unwritten})"
+        error = told(error, run.checkpoints, kept)
+    elif ran_out(error):
+        error = RunFailed(f"out of memory: {first_line(error)}; {ADVICE}")
+    if isinstance(error, RunFailed) and error.agreed:
+        run.accelerator.wait_for_everyone()  # a launcher ends all processes when the first one leaves
+    return error
+
+
 def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
     """Train `model` in place by a plan, from the run's checkpoint if it has one.
 
@@ -101,7 +121,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
 
     Raises:
         Interrupted: after a signal; a checkpoint was written.
-        RunFailed: when a loss or gradient is not finite.
+        RunFailed: when something is not finite (runs/<id>/failure/ then has the batch), or memory has run out.
     """
     config = run.config
     if config.gradient_checkpointing:
@@ -126,6 +146,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
         start, last = run.checkpoint.step, extra["last"]
         _restore_meter(run, extra["cost"])
         monitor.restore(extra.get("health"))
+        run.memory.halvings = dict(extra.get("halvings", {}))
         run.log.say(f"resumed at step {start} of {plan.total}")
     run.log.total, run.log.shown = plan.total, plan.shown
     prepared, prepared_optimizer = run.accelerator.prepare(model, optimizer)
@@ -149,13 +170,20 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
         if not run.accelerator.is_main_process:
             return
         counted["optimizer_steps"] = steps_before + taken + 1  # the window of this update is not counted yet
+        run.log.sync()
         save_checkpoint(
             run.checkpoints,
             step,
             model=model,
             optimizer=optimizer,
             scheduler=scheduler,
-            extra={"cost": counted, "last": last, "inputs": inputs, "health": monitor.state()},
+            extra={
+                "cost": counted,
+                "last": last,
+                "inputs": inputs,
+                "health": monitor.state(),
+                "halvings": run.memory.halvings,
+            },
             keep=config.save_total_limit,
         )
 
@@ -190,18 +218,26 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
             yield window
             taken += 1  # the loop comes back for the next window once it has stepped
 
-    with run.meter.part("training"):
-        fit(
-            prepared,
-            counted(plan.windows(prepared, start)),
-            plan.step,
-            optimizer=prepared_optimizer,
-            scheduler=scheduler,
-            accelerator=run.accelerator,
-            max_grad_norm=config.max_grad_norm,
-            on_update=on_update,
-            start=start,
-        )
+    try:
+        with run.meter.part("training"):
+            fit(
+                prepared,
+                counted(plan.windows(prepared, start)),
+                plan.step,
+                optimizer=prepared_optimizer,
+                scheduler=scheduler,
+                accelerator=run.accelerator,
+                max_grad_norm=config.max_grad_norm,
+                on_update=on_update,
+                start=start,
+                memory=run.memory,
+            )
+    except Exception as error:
+        known = {"learning_rate": scheduler.get_last_lr()[0], "last_metrics": last, "parents": inputs}
+        failed = _told(run, error, plan, known)
+        if failed is error:
+            raise
+        raise failed from error
     run.meter.optimizer_steps = steps_before + taken
     for name, value in over_ranks().items():
         setattr(run.meter, name, value)

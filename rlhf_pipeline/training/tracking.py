@@ -22,6 +22,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from rlhf_pipeline.registry.storage import replace_text
+
 RATE_OVER = 50
 """Updates that the shown rate looks back on."""
 
@@ -94,8 +96,13 @@ class RunLog:
         self._metrics.close()
         rows = path.read_text(encoding="utf-8").splitlines()
         kept = [row for row in rows if _step_of(row) <= step]
-        path.write_text("".join(row + "\n" for row in kept), encoding="utf-8")
+        replace_text(path, "".join(row + "\n" for row in kept))
         self._metrics = path.open("a", encoding="utf-8")
+
+    def sync(self) -> None:
+        """Bring what was logged to disk: a checkpoint that outlives a power failure must not outlive its metrics."""
+        if self._metrics.name != os.devnull:
+            os.fsync(self._metrics.fileno())
 
     def say(self, text: str, *, style: str | None = None) -> None:
         """One line to log.txt and to stderr."""

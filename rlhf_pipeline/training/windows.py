@@ -6,14 +6,15 @@ SFT, the reward model and DPO draw windows from a sampler; PPO's are yielded by 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_pipeline.data.batch import Layout, PackedBatch, micro_batches, pack
+from rlhf_pipeline.data.comparisons import Comparisons, compare
 from rlhf_pipeline.data.tokenize import Example
 
 
@@ -26,6 +27,7 @@ class Window:
     ends_update: whether the learning-rate schedule steps and metrics are logged after it. Always, but in PPO,
         where only the last minibatch of a rollout ends an update.
     metrics: figures that are known already (of a rollout), logged with the update.
+    halvings: how often its micro-batches were halved already, for lack of memory.
     """
 
     micro_batches: Sequence[Any]
@@ -33,6 +35,7 @@ class Window:
     ends_update: bool = True
     metrics: dict[str, float] = field(default_factory=dict)
     epoch: float = 0.0
+    halvings: int = 0
 
 
 @dataclass
@@ -41,10 +44,17 @@ class Loss:
 
     terms: name -> (sum, denominator, weight); the loss is sum_i weight_i * sum_i / count[denominator_i].
     metrics: name -> (sum, denominator), detached.
+    checked: what the loss is made of and has to be finite, named in the plural: per token (N,), per completion (C,) or
+        (C, R).
     """
 
     terms: dict[str, tuple[Tensor, str, float]]
     metrics: dict[str, tuple[Tensor, str]] = field(default_factory=dict)
+    checked: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def total(self, counts: Mapping[str, float]) -> Tensor:
+        """The share of the window's loss: sum_i weight_i * sum_i / count[denominator_i]."""
+        return sum(weight * value / counts[name] for value, name, weight in self.terms.values())  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -55,18 +65,43 @@ class PairFacts:
     ref_logprobs: Tensor
     target: Tensor
 
+    def part(self, rows: slice) -> PairFacts:
+        return PairFacts(self.ref_logprobs[rows], self.target[rows])
+
+
+Pack = Callable[[Sequence[Example]], PackedBatch]
+
 
 @dataclass(frozen=True)
 class ExampleBatch:
     """Packed examples and their numbers in the data set (for cached reference log-probabilities).
 
     facts: what the source of pairs that are drawn anew at every step knows about them, in place of numbers.
+    compared: the preferences among the completions; None: chosen and rejected alternate (or there are none).
+    examples, pack: what `batch` was made of and by what; without them it cannot be cut, nor told what it holds.
     """
 
     batch: PackedBatch
     indices: list[int]
     weight: float = 1.0  # 0 for a stand-in on a rank that has no example in this window
     facts: PairFacts | None = None
+    compared: Comparisons | None = None
+    examples: Sequence[Example] = ()
+    pack: Pack | None = None
+
+    def part(self, rows: slice) -> ExampleBatch:
+        """Some of its examples as a micro-batch."""
+        assert self.pack is not None
+        examples = self.examples[rows]
+        batch = self.pack(examples)
+        return replace(
+            self,
+            batch=batch,
+            indices=self.indices[rows],
+            facts=None if self.facts is None else self.facts.part(rows),
+            compared=compare(examples, batch.lengths.device),
+            examples=examples,
+        )
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
@@ -109,6 +144,10 @@ def example_windows(
     and, with `micro_batch_tokens`, cut where a micro-batch would hold more tokens. `count(example)` gives what an
     example contributes to the denominators.
     """
+
+    def packed(chosen: Sequence[Example]) -> PackedBatch:
+        return pack(chosen, pad_id, layout=layout).to(device)
+
     size = micro_batch_size * accumulation * world_size
     per_epoch = steps_per_epoch(len(examples), size)
     epoch, order = -1, []
@@ -129,6 +168,8 @@ def example_windows(
         chosen = [examples[index] for index in mine]
         batches = []
         for group in micro_batches(chosen, micro_batch_size, micro_batch_tokens):
-            batch = pack([chosen[i] for i in group], pad_id, layout=layout).to(device)
-            batches.append(ExampleBatch(batch, [mine[i] for i in group], weight))
+            grouped = [chosen[i] for i in group]
+            numbers = [mine[i] for i in group]
+            known = {"compared": compare(grouped, device), "examples": grouped, "pack": packed}
+            batches.append(ExampleBatch(packed(grouped), numbers, weight, **known))
         yield Window(batches, counts, epoch=(step + 1) / per_epoch)

@@ -83,14 +83,75 @@ def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
 
 def test_the_newest_ones_are_kept(tmp_path):
     parts = training()
-    for step in (2, 10, 9, 11):
+    for step in (2, 9, 10, 11):
         save(tmp_path, step, parts, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-10", "step-11"]
     save(tmp_path, 12, parts)  # no limit
     assert len(list(tmp_path.iterdir())) == 3
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"])
+def test_a_damaged_newer_one_never_costs_an_intact_one_its_place(tmp_path):
+    parts = training()
+    save(tmp_path, 4, parts)
+    (save(tmp_path, 9, parts) / "model.safetensors").write_bytes(b"")
+    assert newest_checkpoint(tmp_path).step == 4
+    save(tmp_path, 5, parts, keep=1)  # the run went on from 4
+    assert [path.name for path in tmp_path.iterdir()] == ["step-5"]
+    assert newest_checkpoint(tmp_path).step == 5
+
+
+def test_a_damaged_one_of_the_same_step_is_replaced(tmp_path):
+    parts = training()
+    (save(tmp_path, 3, parts) / "manifest.json").unlink()
+    assert newest_checkpoint(tmp_path) is None
+    save(tmp_path, 3, parts)
+    assert newest_checkpoint(tmp_path).step == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["step-3"]
+
+
+def test_leftovers_of_a_dead_process_go_with_the_next_checkpoint(tmp_path):
+    (tmp_path / ".step-1-0123.tmp").mkdir()
+    save(tmp_path, 2, training())
+    assert [path.name for path in tmp_path.iterdir()] == ["step-2"]
+
+
+def test_every_generator_of_random_numbers_goes_on(tmp_path):
+    import random
+
+    import numpy as np
+
+    parts = training()
+    random.gauss(0, 1)  # leaves a second number behind, which is part of the state
+    np.random.standard_normal()
+    save(tmp_path, 1, parts)
+
+    def drawn():
+        return random.gauss(0, 1), random.random(), np.random.standard_normal(), np.random.rand(), torch.rand(()).item()
+
+    expected = drawn()
+    drawn()
+    put_back(newest_checkpoint(tmp_path), parts)
+    assert drawn() == expected
+
+
+FILES = ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "manifest.json"]
+
+
+def test_every_flipped_bit_of_the_small_files_is_found(tmp_path):
+    directory = save(tmp_path, 1, training())
+    for name in ("state.json", "manifest.json", "rng.safetensors"):
+        content = (directory / name).read_bytes()
+        for bit in range(0, 8 * len(content), max(1, 8 * len(content) // 400)):
+            changed = bytearray(content)
+            changed[bit // 8] ^= 1 << bit % 8
+            (directory / name).write_bytes(bytes(changed))
+            with pytest.raises(DamagedFile, match=f"{name}|manifest.json"):
+                verify_checkpoint(directory)
+        (directory / name).write_bytes(content)
+    verify_checkpoint(directory)
+
+
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, name, damage):
     parts = training()

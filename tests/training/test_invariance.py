@@ -12,10 +12,28 @@ from rlhf_pipeline.models.attention import TreeMask
 from rlhf_pipeline.models.forward import Reader
 from rlhf_pipeline.training import ppo_windows, session, windows
 
-STAGES = ("sft", "train-rm", "dpo", "ppo")
+STAGES = ("sft", "train-rm", "dpo", "ppo", "train-rm on rankings", "dpo on rankings", "plackett-luce")
 
 # A large epsilon keeps AdamW's step proportional to small gradients, so that weights show gradients as they are.
 SETTINGS = {"adam_epsilon": 1e-1, "max_steps": 3, "learning_rate": 1e-1, "max_grad_norm": 0}
+
+
+@pytest.fixture(scope="module")
+def run(rankings):
+    """Run a stage of STAGES in a laboratory."""
+    untied = {"dataset_name": rankings(), "dataset_train_split": "all", "dataset_test_split": "all"}
+    tied = {**untied, "dataset_name": rankings(ties=True)}
+    variants = {
+        "train-rm on rankings": ("train-rm", {**tied, "center_rewards_coefficient": 0.1}),
+        "dpo on rankings": ("dpo", tied),
+        "plackett-luce": ("dpo", {**untied, "loss_type": "plackett_luce"}),
+    }
+
+    def start(lab, name: str, **changes):
+        stage, own = variants.get(name, (name, {}))
+        return lab.run(stage, **own, **changes)
+
+    return start
 
 
 def options(stage: str, size: int) -> dict:
@@ -34,84 +52,84 @@ def assert_same(found: dict, expected: dict, start: dict | None = None) -> None:
 
 
 @pytest.fixture(scope="module", params=STAGES)
-def plain(request, tiny, tmp_path_factory):
+def plain(request, tiny, run, tmp_path_factory):
     """A stage run with one micro-batch of 8 per step."""
     lab = tiny.copy(tmp_path_factory.mktemp("plain") / "home")
-    result = lab.run(request.param, output_name="plain", **options(request.param, 8))
+    result = run(lab, request.param, output_name="plain", **options(request.param, 8))
     return request.param, lab, result
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_micro_batches(plain, size):
+def test_micro_batches(plain, run, size):
     stage, lab, reference = plain
-    result = lab.run(stage, output_name=f"cut{size}", **options(stage, size))
+    result = run(lab, stage, output_name=f"cut{size}", **options(stage, size))
     assert_same(lab.weights(result.model), lab.weights(reference.model), lab.weights("sft"))
     for found, expected in zip(lab.rows(result.run), lab.rows(reference.run), strict=True):
         for name in ("grad_norm", "loss/nll", "loss/bradley_terry", "loss/dpo", "loss/policy_avg", "loss/value_avg"):
             assert found.get(name, 0.0) == pytest.approx(expected.get(name, 0.0), abs=2e-6, rel=1e-5)
 
 
-def test_plain_rows_instead_of_trees(plain, monkeypatch):
+def test_plain_rows_instead_of_trees(plain, run, monkeypatch):
     stage, lab, reference = plain
     rows = Reader("rows", "linear")
     monkeypatch.setattr("rlhf_pipeline.stages.common.inspect_model", lambda model: rows)
     monkeypatch.setattr("rlhf_pipeline.models.selfcheck.inspect_reward_model", lambda model: rows)
-    result = lab.run(stage, output_name="rows", **options(stage, 8))
+    result = run(lab, stage, output_name="rows", **options(stage, 8))
     assert_same(lab.weights(result.model), lab.weights(reference.model))
 
 
-def test_flat_batches_instead_of_trees(plain, monkeypatch):
+def test_flat_batches_instead_of_trees(plain, run, monkeypatch):
     stage, lab, reference = plain
     made = []
     original = TreeMask.of
     monkeypatch.setattr(TreeMask, "of", lambda *given: made.append(given) or original(*given))
     monkeypatch.setitem(batches.pack.__kwdefaults__, "flat_from", 0)  # these trees are short
-    result = lab.run(stage, output_name="flat", **options(stage, 8))
+    result = run(lab, stage, output_name="flat", **options(stage, 8))
     assert made
     assert_same(lab.weights(result.model), lab.weights(reference.model))
 
 
-def test_micro_batches_by_tokens(plain, monkeypatch):
+def test_micro_batches_by_tokens(plain, run, monkeypatch):
     stage, lab, reference = plain
     held, original = [], batches.pack
 
     def watched(examples, *given, **more):
         batch = original(examples, *given, **more)
-        held.append((batch.active_tokens, batch.num_completions // (1 if stage in ("ppo", "sft") else 2)))
+        held.append((batch.active_tokens, batch.num_completions if stage == "ppo" else len(examples)))
         return batch
 
     monkeypatch.setattr(windows, "pack", watched)
     monkeypatch.setattr(ppo_windows, "pack", watched)
-    result = lab.run(stage, output_name="tokens", micro_batch_tokens=30, **options(stage, 8))
+    result = run(lab, stage, output_name="tokens", micro_batch_tokens=30, **options(stage, 8))
     assert all(tokens <= 30 or count == 1 for tokens, count in held)
     assert max(count for _, count in held) < 8 and len(held) > 3
     assert_same(lab.weights(result.model), lab.weights(reference.model))
 
 
-def test_gradient_checkpointing(plain, monkeypatch):
+def test_gradient_checkpointing(plain, run, monkeypatch):
     stage, lab, reference = plain
     told = []
     original = session.checkpoint_activations
     monkeypatch.setattr(session, "checkpoint_activations", lambda model: told.append(original(model)))
-    result = lab.run(stage, output_name="again", gradient_checkpointing=True, **options(stage, 8))
+    result = run(lab, stage, output_name="again", gradient_checkpointing=True, **options(stage, 8))
     assert told == [None]
     assert_same(lab.weights(result.model), lab.weights(reference.model))
 
 
-def test_padding(plain, monkeypatch):
+def test_padding(plain, run, monkeypatch):
     stage, lab, reference = plain
     padded = functools.partial(batches.pack, row_length=45)
     monkeypatch.setattr(windows, "pack", padded)
     monkeypatch.setattr(ppo_windows, "pack", padded)
-    result = lab.run(stage, output_name="padded", **options(stage, 8))
+    result = run(lab, stage, output_name="padded", **options(stage, 8))
     assert_same(lab.weights(result.model), lab.weights(reference.model))
     if stage != "ppo":
         assert lab.rows(result.run)[0]["grad_norm"] == pytest.approx(lab.rows(reference.run)[0]["grad_norm"], rel=1e-5)
 
 
-def test_padding_and_cutting_change_no_bill(plain):
+def test_padding_and_cutting_change_no_bill(plain, run):
     stage, lab, reference = plain
-    result = lab.run(stage, output_name="bill", **options(stage, 2))
+    result = run(lab, stage, output_name="bill", **options(stage, 2))
     for name in ("tokens_generated", "optimizer_steps"):
         assert result.cost[name] == reference.cost[name]
     for name in ("flops", "tokens_trained"):

@@ -166,4 +166,58 @@ def test_state_of_an_interrupted_run(lab, monkeypatch):
     (run,) = (lab.home / "runs").iterdir()
     assert json.loads((run / "run.json").read_text())["status"] == "running"
     lab.run("sft")
-    assert json.loads((run / "run.json").read_text()) == {"status": "finished", "model": "tuned@v1"}
+    finished = json.loads((run / "run.json").read_text())
+    assert (finished["status"], finished["model"]) == ("finished", "tuned@v1")
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_killed_between_registering_and_finishing_registers_nothing_twice(lab, monkeypatch, stage):
+    from rlhf_pipeline.training.run import Run
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "finish", lambda run, model: die())
+        with pytest.raises(Killed):
+            lab.run(stage, **SETTINGS)
+    result = lab.run(stage, **SETTINGS)
+    name = result.model.partition("@")[0]
+    assert result.model == f"{name}@v1"
+    assert lab.registry.models.numbers(name) == [1]
+    assert lab.run(stage, **SETTINGS).model == f"{name}@v2"  # a finished run starts a new version
+
+
+def test_a_run_whose_folder_was_removed_is_not_taken_for_the_registered_one(lab):
+    import shutil
+
+    first = lab.run("sft", max_steps=1)
+    shutil.rmtree(first.run)
+    second = lab.run("sft", max_steps=1)
+    assert (second.run, second.model) == (first.run, "tuned@v2")
+
+
+def test_two_processes_do_not_train_one_run(lab):
+    import fcntl
+
+    from rlhf_pipeline.errors import BadInput
+
+    config = lab.config("sft", max_steps=1)
+    from rlhf_pipeline.config.dump import config_digest
+
+    directory = lab.home / "runs" / f"tuned-{config_digest(config)[:10]}"
+    directory.mkdir(parents=True)
+    (directory / "run.json").write_text(json.dumps({"status": "running", "pid": 4711}))
+    with (directory / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(BadInput, match=r"being trained by process 4711.*--no-resume"):
+            lab.run("sft", max_steps=1)
+        assert lab.run("sft", max_steps=1, resume=False).run == f"{directory}-2"
+    assert lab.run("sft", max_steps=1).run == str(directory)
+
+
+def test_an_unfinished_run_of_another_config_is_named_with_the_keys_that_differ(lab, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3, terminate)
+        with pytest.raises(Interrupted):
+            lab.run("sft", **SETTINGS)
+    result = lab.run("sft", **SETTINGS, learning_rate=0.5)
+    line = next(line for line in (Path(result.run) / "log.txt").read_text().splitlines() if "unfinished" in line)
+    assert "learning_rate 0.01 there, 0.5 here" in line and "max_steps" not in line

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from rlhf_pipeline.config.dump import config_digest
-from rlhf_pipeline.training.run import run_directory
+from rlhf_pipeline.training.run_directory import run_directory
 
 
 def made(path: Path, status: str) -> Path:

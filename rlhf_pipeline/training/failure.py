@@ -1,0 +1,126 @@
+"""What a run that met a number which is not finite leaves behind.
+
+runs/<run-id>/failure/
+    failure.json        the figure, the update, the rows with their texts and token ids, the last metrics
+    batch.safetensors   the micro-batches that hold the rows, as they were packed: <number>.<tensor>
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rlhf_pipeline.errors import RunFailed
+from rlhf_pipeline.registry.storage import staging, sync, sync_tree
+from rlhf_pipeline.training.finite import NotFinite, Row
+
+FOLDER = "failure"
+Decode = Callable[[Sequence[int]], str]
+SMALLER_STEPS = (
+    "try a smaller learning_rate, a smaller max_grad_norm, more warmup_steps, or fp32 (bf16: false, dtype: float32)"
+)
+
+
+def advice(what: str, weights: Sequence[str]) -> str:
+    """What to try after a figure was not finite."""
+    if weights and "reference" not in what:
+        return f"{SMALLER_STEPS}; where the model came so, `rlhf models verify` and its parent"
+    if "reference" in what:
+        return "check the reference model (`rlhf models verify`), or try fp32 (bf16: false, dtype: float32)"
+    if what.startswith("rewards"):
+        return "mend the source of the reward: it has to give a finite number for every response"
+    if what.startswith("advantages"):
+        return f"{SMALLER_STEPS}, or rewards of a smaller scale"
+    return SMALLER_STEPS
+
+
+def _printable(value: Any) -> Any:
+    """JSON has no NaN and no infinities: they are written as text."""
+    if isinstance(value, Mapping):
+        return {key: _printable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_printable(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _described(row: Row, decode: Decode | None) -> dict[str, Any]:
+    example = row.example
+    chosen = range(len(example.completions)) if row.completion is None else [row.completion]
+
+    def text(ids: Sequence[int], recorded: str) -> str:
+        return recorded if decode is None else decode(ids)
+
+    completions = [
+        {
+            "number": k,
+            "text": text(example.completions[k], example.completion_texts[k] if example.completion_texts else ""),
+            "ids": list(example.completions[k]),
+            "ended": bool(example.ended[k]),
+        }
+        for k in chosen
+    ]
+    return {
+        "where": example.where,
+        "micro_batch": row.micro_batch,
+        "prompt": text(example.prompt_ids, example.prompt_text),
+        "prompt_ids": list(example.prompt_ids),
+        "completions": completions,
+        "values": list(row.values),
+    }
+
+
+def write_failure(directory: Path, failure: NotFinite, known: Mapping[str, Any], decode: Decode | None) -> Path:
+    """Write the failure of a run into its directory, whole, in the place of an earlier one.
+
+    Args:
+        known: what the run knows besides: last metrics, learning rate, parents. decode: token ids to text; None: the
+            recorded texts.
+
+    Raises:
+        RunFailed: the disk is full, or nothing may be written there.
+    """
+    from safetensors.torch import save_file
+
+    told = {
+        "cause": failure.what,
+        "message": str(failure),
+        "update": failure.update,
+        "micro_batches": sorted(failure.batches),
+        "bad": len(failure.rows),
+        "of": failure.total,
+        "weights_not_finite": failure.weights,
+        "rows": [_described(row, decode) for row in failure.rows],
+        **known,
+    }
+    tensors = {
+        f"{number}.{field.name}": value.cpu().contiguous().clone()
+        for number, batch in failure.batches.items()
+        for field in fields(batch)
+        if isinstance(value := getattr(batch, field.name), Tensor)
+    }
+    target = directory / FOLDER
+    with staging(directory, FOLDER) as staged:
+        (staged / "failure.json").write_text(json.dumps(_printable(told), indent=1) + "\n", encoding="ascii")
+        save_file(tensors, staged / "batch.safetensors")
+        sync_tree(staged)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(staged, target)
+        sync(directory)
+    return target
+
+
+def told(failure: NotFinite, checkpoints: Path, kept: str) -> RunFailed:
+    """The failure as it is told: what it was, where the run goes on, where the batch lies, what to try."""
+    steps = sorted(checkpoints.glob("step-*"), key=lambda path: int(path.name.partition("-")[2]))
+    last = f"the last checkpoint is {steps[-1].relative_to(checkpoints.parent)}" if steps else "there is no checkpoint"
+    told = RunFailed(f"{failure}; {last}; {kept}; {advice(failure.what, failure.weights)}")
+    told.agreed = failure.agreed
+    return told

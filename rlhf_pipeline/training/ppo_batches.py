@@ -1,0 +1,124 @@
+"""PPO's settings and its micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+
+from torch import Tensor, nn
+
+from rlhf_pipeline.data.batch import PackedBatch
+from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.rollout.rollout import Rollout
+from rlhf_pipeline.training.finite import NotFinite, Row, all_finite, bad_places, broken_weights
+from rlhf_pipeline.training.memory import pieces
+from rlhf_pipeline.training.windows import Pack
+
+
+@dataclass(frozen=True)
+class PpoSettings:
+    """The knobs of sampling and estimation, under their config names. sizes are per rank."""
+
+    rollout_size: int
+    num_ppo_epochs: int
+    num_mini_batches: int
+    micro_batch: tuple[int, int | None]  # most responses, most tokens
+    response_length: int
+    temperature: float
+    kl_coef: float
+    gamma: float
+    lam: float
+    whiten_advantages: bool
+    whiten_rewards: bool
+    missing_eos_penalty: float | None
+    critic_warmup_steps: int
+    seed: int
+    stop_id: int
+    pad_id: int
+    importance_weight_cap: float = 2.0
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A scored rollout as its epochs see it: minibatches of micro-batches of row numbers.
+
+    first: the micro-batches of the first epoch, as they were packed and scored. halvings: how often all were halved.
+    """
+
+    rollout: Rollout
+    epochs: list[list[list[list[int]]]]
+    first: list[list[PackedBatch]]
+    halvings: int
+
+    @property
+    def rows(self) -> list[list[int]]:
+        """The row numbers of each packed micro-batch."""
+        return list(chain.from_iterable(self.epochs[0]))
+
+    @property
+    def packed(self) -> list[PackedBatch]:
+        return list(chain.from_iterable(self.first))
+
+    def require_finite(
+        self, update: int, named: Mapping[str, Tensor], model: nn.Module, details: Mapping[str, str] | None = None
+    ) -> None:
+        """Check (C,) or (C, R) figures, in the order in which they were made.
+
+        Args:
+            details: by the name of a figure, what is known of it.
+
+        Raises:
+            NotFinite: naming the first that is not.
+        """
+        if bool(all_finite(named.values())):
+            return
+        holder = {row: number for number, rows in enumerate(self.rows) for row in rows}
+        examples, packed = self.rollout.examples, self.packed
+        for what, value in named.items():
+            bad = sorted(bad_places(value).items())
+            if bad:
+                rows = [Row(holder[row], examples[row], 0, values) for row, values in bad]
+                batches = {row.micro_batch: packed[row.micro_batch] for row in rows}
+                detail, weights = (details or {}).get(what, ""), broken_weights(model)
+                raise NotFinite(update, what, rows, len(examples), batches, detail, weights)
+
+
+@dataclass(frozen=True)
+class PpoBatch:
+    """A micro-batch of responses; matrices are (C, R), fixed while the policy moves.
+
+    examples, pack: as of `ExampleBatch`, one response to an example.
+    """
+
+    batch: PackedBatch
+    mask: Tensor
+    old_logprobs: Tensor
+    old_values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    first: bool  # of the first minibatch of the first epoch, where ratio must be 1
+    weights: Tensor | None = None  # importance weights, where another engine has sampled
+    examples: Sequence[Example] = ()
+    pack: Pack | None = None
+    share: float = 1.0  # of the micro-batch that it was cut from
+
+    def part(self, rows: slice) -> PpoBatch:
+        """Some of its responses as a micro-batch; what is fixed of them stays as it is."""
+        assert self.pack is not None
+        examples = self.examples[rows]
+        names = ("mask", "old_logprobs", "old_values", "advantages", "returns")
+        fixed = {name: getattr(self, name)[rows] for name in names}
+        return replace(
+            self,
+            batch=self.pack(examples),
+            weights=None if self.weights is None else self.weights[rows],
+            examples=examples,
+            share=self.share * len(examples) / len(self.examples),
+            **fixed,
+        )
+
+
+def cut_rows(groups: list[list[int]], halvings: int) -> list[list[int]]:
+    """Groups of row numbers, each halved so many times."""
+    return [group[piece] for group in groups for piece in pieces(len(group), halvings)]

@@ -1,0 +1,88 @@
+"""What the processes of a run do together within an optimizer step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rlhf_pipeline.errors import RunFailed
+from rlhf_pipeline.training.finite import NotFinite
+from rlhf_pipeline.training.memory import Memory
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """The processes of a run as its loop sees them.
+
+    Under DDP gradients are added up once a window's last micro-batch is done, not within its backward pass: until then
+    no process waits for another, so one that runs out of memory repeats its share alone.
+    """
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module):
+        self.accelerator, self.model = accelerator, model
+        self.count = accelerator.num_processes
+        self.alone = self.count == 1 or isinstance(model, DistributedDataParallel)
+        # What averages gradients by itself divides by the number of processes; a sum does not.
+        self.factor = 1 if self.alone else self.count
+
+    def accumulating(self, last: bool = False) -> contextlib.AbstractContextManager:
+        """Around the forward and backward pass of a micro-batch: nothing is exchanged, unless it has to be."""
+        return self.accelerator.no_sync(self.model) if self.alone or not last else contextlib.nullcontext()
+
+    def reduce(self, values: Tensor) -> Tensor:
+        """Sums over all processes."""
+        return self.accelerator.reduce(values, "sum") if self.count > 1 else values
+
+    def agreed(self, failure: NotFinite) -> RunFailed:
+        """What to raise for a failure that every process has met: one of those that know its rows tells of it."""
+        if self.count == 1:
+            return failure
+        mine = torch.tensor([float(bool(failure.rows))], device=self.accelerator.device)
+        return _agreed(self.accelerator, failure, int(self.accelerator.gather(mine).argmax()))
+
+    def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace every gradient by its sum over all processes."""
+        if self.count == 1 or not self.alone:
+            return
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        for handle in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+            handle.wait()
+
+
+def together(accelerator: Accelerator, memory: Memory, work: Callable[[], T]) -> T:
+    """work() on every process; a failure of one is a failure of all, and halvings of one are those of all.
+
+    Raises:
+        RunFailed: the one with the first process's own cause is told; on the others it says that another has failed.
+    """
+    if accelerator.num_processes == 1:
+        return work()
+    failure: RunFailed | None = None
+    try:
+        result = work()
+    except RunFailed as error:
+        failure = error
+    times = memory.halvings.get("training", 0)
+    mine = torch.tensor([[float(failure is not None), float(times)]], device=accelerator.device)
+    failed, halvings = accelerator.gather(mine).unbind(1)
+    memory.halvings["training"] = int(halvings.max())
+    if not bool(failed.any()):
+        return result
+    raise _agreed(accelerator, failure, int(failed.argmax()))
+
+
+def _agreed(accelerator: Accelerator, failure: RunFailed | None, first: int) -> RunFailed:
+    if failure is None or first != accelerator.process_index:
+        failure = RunFailed(f"process {first} of this run has failed; its message says why")
+    failure.agreed = True
+    return failure

@@ -1,0 +1,107 @@
+"""The directory of a run: its name, whether it is finished, and that one process at a time works in it.
+
+runs/<output_name>-<config digest>[-k]/
+    run.json       status (running, finished), process, model
+    config.yaml    the resolved config
+    .lock          held by the process that trains
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from rlhf_pipeline.errors import BadInput
+from rlhf_pipeline.registry.storage import replace_text
+
+STATUS, CONFIG, LOCK = "run.json", "config.yaml", ".lock"
+
+
+def read_status(directory: Path) -> dict[str, Any]:
+    """What a run says of itself; nothing where its file is not there or not whole."""
+    try:
+        found = json.loads((directory / STATUS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_status(directory: Path, **status: Any) -> None:
+    """Replace what a run says of itself."""
+    replace_text(directory / STATUS, json.dumps(status) + "\n")
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether a run has registered its model."""
+    return read_status(directory).get("status") == "finished"
+
+
+def run_directory(home: Path, name: str, digest: str, *, resume: bool) -> Path:
+    """runs/<name>-<digest>[-k]: the newest unfinished one if `resume`, else the first that does not exist yet."""
+    base = home / "runs" / f"{name}-{digest[:10]}"
+    candidate, number = base, 1
+    unfinished = None
+    while candidate.exists():
+        if not is_finished(candidate):
+            unfinished = candidate
+        number += 1
+        candidate = base.with_name(f"{base.name}-{number}")
+    return unfinished if resume and unfinished is not None else candidate
+
+
+def open_directory(home: Path, name: str, digest: str, *, resume: bool) -> tuple[Path, IO[str]]:
+    """Make or take up the directory of a run, and its lock, which lasts until the file is closed or the process ends.
+
+    Raises:
+        BadInput: another process is at work on this very run.
+    """
+    while True:
+        directory = run_directory(home, name, digest, resume=resume)
+        found = directory.exists()
+        if not found:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                directory.mkdir()
+            except FileExistsError:  # made meanwhile by another process
+                continue
+        lock = (directory / LOCK).open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            if resume:
+                process = read_status(directory).get("pid", "another one")
+                raise BadInput(
+                    f"run {directory.name} is being trained by process {process}; wait for it, or stop it, "
+                    "or train a second version beside it with --no-resume"
+                ) from None
+            continue
+        if is_finished(directory):  # by the process that held the lock a moment ago
+            lock.close()
+            continue
+        return directory, lock
+
+
+def unfinished_with_other_config(directory: Path, name: str, config: dict[str, Any]) -> list[str]:
+    """A line for each unfinished run of the same name with another config, naming the keys that differ."""
+    lines = []
+    for other in sorted(directory.parent.glob(f"{name}-*")):
+        if other == directory or is_finished(other) or not (other / "checkpoints").is_dir():
+            continue
+        try:
+            before = yaml.safe_load((other / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            continue
+        if not isinstance(before, dict) or before.get("output_name") != name:
+            continue
+        # What a config leaves open is filled in while a run goes on: no difference.
+        changed = [key for key, value in config.items() if value is not None and before.get(key) != value]
+        if changed:
+            listed = ", ".join(f"{key} {before.get(key)!r} there, {config[key]!r} here" for key in changed[:5])
+            more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+            lines.append(f"run {other.name} is unfinished, but of another config ({listed}{more}): not resumed")
+    return lines

@@ -1,0 +1,183 @@
+"""`make faults`: everything that can be done to a run, its files and its inputs, at length; prints what came of it.
+
+    python -m tests.faults.run [--only kills,stops,...] [--seed N] [--share F] [--output docs/faults.md]
+
+Seeded: a figure that is not as it should be can be had again. `--share` does that share of each kind (a rehearsal; its
+table is printed, not written). What failed stays in the folder that is named at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.faults import children, kills, subjects
+
+ROOT = Path(__file__).parents[2]
+OUTPUT = ROOT / "docs/faults.md"
+STEPS = 20
+
+
+@dataclass
+class Bench:
+    """What the kinds of fault share. share: of each kind that is done."""
+
+    folder: Path
+    seed: int
+    share: float
+    made: list[subjects.Subject] | None = None
+
+    def count(self, whole: int) -> int:
+        return max(2, round(whole * self.share))
+
+    def subjects(self) -> list[subjects.Subject]:
+        """The four stages of 20 steps and an experiment."""
+        if self.made is None:
+            steps = STEPS if self.share == 1 else max(4, round(STEPS * self.share))
+            self.made = subjects.make_subjects(self.folder, steps=steps)
+        return self.made
+
+    def stages(self) -> list[subjects.Subject]:
+        return [subject for subject in self.subjects() if subject.name != subjects.EXPERIMENT]
+
+    def steps(self) -> int:
+        return STEPS if self.share == 1 else max(4, round(STEPS * self.share))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what was done, what came of it, and the trials that failed."""
+
+    what: str
+    came: str
+    failed: list[Any]
+    seconds: float = 0.0
+
+
+def _kills(bench: Bench) -> list[Row]:
+    fresh = bench.count(20)
+    found = kills.kills(bench.subjects(), bench.folder / "kills", count=bench.count(300), fresh=fresh, seed=bench.seed)
+    trials = found["trials"]
+    what = (
+        f"SIGKILL at {found['hits']} random points of {trials} runs (four stages and `rlhf run`; {fresh} in processes "
+        "of their own), then the same command again"
+    )
+    whole = trials - len(found["failed"])
+    return [
+        Row(what, f"{whole} of {trials} resumed, no version torn, weights and metrics bit for bit", found["failed"])
+    ]
+
+
+def _stops(bench: Bench) -> list[Row]:
+    found = kills.stops(bench.stages(), bench.folder / "stops", steps=bench.steps())
+    whole = found["trials"] - len(found["failed"])
+    what = f"stopped and resumed at every step of a {bench.steps()}-step run of each stage, and one run at all of them"
+    return [Row(what, f"{whole} of {found['trials']} equal bit for bit", found["failed"])]
+
+
+def _terminate(bench: Bench) -> list[Row]:
+    demo = subjects.make_demo_subjects(bench.folder / "terminate")
+    fresh = bench.count(20)
+    count = max(bench.count(50) - fresh, 2)
+    found = kills.terminate(demo, bench.folder / "terminate", count=count, fresh=fresh, seed=bench.seed)
+    whole, trials = found["trials"] - len(found["failed"]), found["trials"]
+    what = f"SIGTERM at {trials} random moments of training the demo's models ({fresh} in processes of their own)"
+    came = f"{whole} checkpoints and exit code 143, the longest wait {found['longest_wait_seconds']:.1f} s"
+    return [Row(what, came, found["failed"])]
+
+
+def _tests(words: Sequence[str], folder: Path) -> tuple[int, list[str]]:
+    """Passed and failed of a run of pytest, in a process of its own."""
+    report = folder / "report.xml"
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if not report.exists():
+        return 0, [done.stdout[-2000:] + done.stderr[-2000:]]
+    from xml.etree import ElementTree
+
+    cases = ElementTree.parse(report).getroot().findall(".//testcase")
+    failed = [
+        str(case.get("name")) for case in cases if case.find("failure") is not None or case.find("error") is not None
+    ]
+    return len(cases) - len(failed), failed
+
+
+KINDS: dict[str, Callable[[Bench], list[Row]]] = {
+    "kills": _kills,
+    "stops": _stops,
+    "terminate": _terminate,
+}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: what was done, what came of it, how long it took."""
+    lines = ["| what is done | what comes of it | failed | time |", "| --- | --- | ---: | ---: |"]
+    lines += [f"| {row.what} | {row.came} | {len(row.failed)} | {row.seconds:.0f} s |" for row in rows]
+    return "\n".join(lines)
+
+
+def document(rows: Sequence[Row], seed: int) -> str:
+    """docs/faults.md."""
+    from importlib.metadata import version
+
+    total = sum(row.seconds for row in rows)
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "safetensors"))
+    return "\n".join(
+        (
+            "# Faults",
+            "",
+            f"Made by `make faults` in {total / 60:.0f} minutes, seed {seed}. Python {platform.python_version()}, "
+            f"{packages}.",
+            "Every kind is seeded: a failure can be had again with `python -m tests.faults.run --only KIND --seed N`.",
+            "",
+            table(rows),
+            "",
+        )
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default=",".join(KINDS), help="kinds of fault, by comma")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--share", type=float, default=1.0, help="do this share of each kind")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    options = parser.parse_args(arguments)
+    kinds = [kind for kind in options.only.split(",") if kind]
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        parser.error(f"--only: found {', '.join(unknown)}; expected some of {','.join(KINDS)}")
+    folder = Path(tempfile.mkdtemp(prefix="rlhf-faults-"))
+    children.prepare()
+    bench, rows = Bench(folder, options.seed, options.share), []
+    for kind in kinds:
+        started = time.perf_counter()
+        found = KINDS[kind](bench)
+        seconds = (time.perf_counter() - started) / len(found)
+        rows += [Row(row.what, row.came, row.failed, seconds) for row in found]
+        for row in found:
+            print(f"{kind}: {row.what}: {row.came}; {len(row.failed)} failed", file=sys.stderr, flush=True)
+    failed = [failure for row in rows for failure in row.failed]
+    print(table(rows))
+    if options.share == 1 and set(kinds) == set(KINDS) and not failed:
+        options.output.write_text(document(rows, options.seed), encoding="utf-8")
+    if failed:
+        print(json.dumps(failed, indent=1, default=str)[:20000], file=sys.stderr)
+        print(f"{len(failed)} failed; what is left of them lies in {folder}", file=sys.stderr)
+        return 1
+    shutil.rmtree(folder, ignore_errors=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
