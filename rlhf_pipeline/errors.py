@@ -88,7 +88,12 @@ class DamagedFile(BadInput):
 
 
 class RunFailed(RlhfError):
-    """A run that could not go on: diverged, out of memory, disk full."""
+    """A run that could not go on: diverged, out of memory, disk full.
+
+    agreed: whether every process of the run raises one now, and none may leave before all of them do.
+    """
+
+    agreed = False
 
 
 class Interrupted(RlhfError):

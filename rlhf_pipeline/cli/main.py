@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from rlhf_pipeline import __version__
 from rlhf_pipeline.cli import compare, data, evaluate, exact, models, report, train
-from rlhf_pipeline.cli.options import Common, DebugOption, DryRunOption, HomeOption, JsonOption
+from rlhf_pipeline.cli.options import (
+    DEFAULT_HOME,
+    HOME_VARIABLE,
+    Common,
+    DebugOption,
+    DryRunOption,
+    HomeOption,
+    JsonOption,
+)
+from rlhf_pipeline.cli.output import visible
 from rlhf_pipeline.errors import RlhfError
 
 app = typer.Typer(
@@ -58,6 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
     # Progress bars and advice of libraries do not belong into the result; the user's own settings win.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # No library reports what is done with it; they read this when they are imported.
+    for variable in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "VLLM_NO_USAGE_STATS"):
+        os.environ.setdefault(variable, "1")
     words = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in words
     try:
@@ -80,20 +94,36 @@ def main(arguments: list[str] | None = None) -> int:
             return _fail("aborted", 1)
         if debug:
             raise
-        return _unexpected(error)
+        return _unexpected(error, words)
 
 
-def _unexpected(error: Exception) -> int:
+def _unexpected(error: Exception, words: Sequence[str]) -> int:
+    from rlhf_pipeline.registry.storage import failure_of
+
+    if failure := failure_of(error, _home_of(words)):
+        return _fail(failure, 1)
     if isinstance(error, OSError) and error.errno is not None:
         place = f"{error.filename}: " if error.filename else ""
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            return _fail(f"{place}{error.strerror}; expected a path that can be opened", 2)
         return _fail(f"{place}{error.strerror or error}; nothing that was registered is damaged", 1)
+    if isinstance(error, ValueError) and "embedded null" in str(error):
+        return _fail("a path with a NUL character; expected one that can be opened", 2)
     if "OutOfMemory" in type(error).__name__:
         return _fail("out of accelerator memory: lower per_device_train_batch_size or max_length", 1)
     return _fail(f"unexpected {type(error).__name__}: {error}; run it again with --debug for the traceback", 1)
 
 
+def _home_of(words: Sequence[str]) -> str:
+    """The home of a command that ended before it could say so."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word == "--home" or word.startswith("--home="):
+            return word.partition("=")[2] or following
+    return os.environ.get(HOME_VARIABLE) or DEFAULT_HOME
+
+
 def _fail(message: str, code: int) -> int:
-    for line in message.splitlines() or [""]:
+    for line in visible(message).split("\n"):
         sys.stderr.write(f"error: {line}\n")
     return code
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -170,19 +171,29 @@ def remove(
 @app.command("verify")
 def verify(
     context: typer.Context,
-    reference: Annotated[str | None, typer.Argument(metavar="[REF]", help="One model; all if not given.")] = None,
+    reference: Annotated[
+        str | None, typer.Argument(metavar="[REF]", help="One model, or collected:NAME; all if not given.")
+    ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Put damaged versions into HOME/quarantine; nothing is deleted.")
+    ] = False,
     home: HomeOption = None,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Check sizes and digests of all files; exit 2 when something is wrong."""
+    """Check sizes and digests of all files; exit 2 when something is wrong and was not mended."""
     common = common_of(context, home, json, debug=debug)
     from rlhf_pipeline.registry import Registry
 
-    faults = Registry(common.home_path).verify(reference)
+    registry = Registry(common.home_path)
+    done = registry.repair(reference) if repair else []
+    # After a repair the reference may name another version, or nothing.
+    faults = [] if reference is not None and done else registry.verify(reference)
     if common.json:
-        emit_json({"ok": not faults, "faults": [str(fault) for fault in faults]})
+        result = {"ok": not faults, "faults": [str(fault) for fault in faults]}
+        emit_json(result | ({"repaired": [asdict(one) for one in done]} if repair else {}))
     else:
-        emit_lines([str(fault) for fault in faults] or ["all files are what their manifests say"])
+        emit_lines([str(one) for one in done])
+        emit_lines([str(fault) for fault in faults] or (["all files are what their manifests say"] if not done else []))
     if faults:
         raise typer.Exit(2)

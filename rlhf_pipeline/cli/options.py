@@ -28,6 +28,8 @@ class Common:
     def home_path(self) -> Path:
         """The home directory: --home, else $RLHF_HOME, else ./rlhf_home."""
         home = self.home or Path(os.environ.get(HOME_VARIABLE) or DEFAULT_HOME)
+        if any(ord(char) < 32 or ord(char) == 127 for char in str(home)):
+            raise BadInput(f"--home {str(home)!r}: expected a path without control characters")
         if home.exists() and not home.is_dir():
             raise BadInput(f"--home {home}: found a file, expected a directory (or a path where one can be made)")
         return home

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+# What a terminal would obey and not show (control characters but tab and newline, marks that reorder text), and halves
+# of surrogate pairs, which no encoding holds.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """A text for the terminal: what it would obey is shown by its escape."""
+    return _UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def emit_json(value: Any) -> None:
@@ -20,7 +30,8 @@ def emit_json(value: Any) -> None:
             return [clean(part) for part in item]
         return None if isinstance(item, float) and not math.isfinite(item) else item
 
-    sys.stdout.write(json.dumps(clean(value), ensure_ascii=False, default=str) + "\n")
+    text = json.dumps(clean(value), ensure_ascii=False, default=str)
+    sys.stdout.write(_UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
 
 
 def printer():
@@ -37,18 +48,18 @@ def emit_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    table = Table(title=Text(visible(title)), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     for number, name in enumerate(columns):
         table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(visible(cell)) for cell in row))
     printer().print(table)
 
 
 def emit_lines(lines: Sequence[str]) -> None:
     """Print plain lines."""
     for line in lines:
-        sys.stdout.write(line + "\n")
+        sys.stdout.write(visible(line) + "\n")
 
 
 def number(value: Any, digits: int = 3) -> str:

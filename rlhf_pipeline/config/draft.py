@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.config import keys
-from rlhf_pipeline.config.yaml import Document, KeyPath, parse_value
+from rlhf_pipeline.config.yaml import Document, KeyPath, as_index, parse_value
 from rlhf_pipeline.errors import Fault
 
 Place = Callable[[KeyPath], str]
@@ -51,7 +51,7 @@ def parse_overrides(overrides: Iterable[str] | Mapping[str, Any]) -> tuple[list[
 
 
 def _split(key: str) -> KeyPath:
-    return tuple(int(part) if part.isdigit() and i else part for i, part in enumerate(key.split(".")))
+    return tuple(as_index(part) if i else part for i, part in enumerate(key.split(".")))
 
 
 @dataclass

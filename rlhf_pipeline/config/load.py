@@ -14,7 +14,7 @@ from rlhf_pipeline.config.draft import Draft, parse_overrides
 from rlhf_pipeline.config.keys import advice_on_unknown, advice_on_unknown_inside
 from rlhf_pipeline.config.references import find_local_paths
 from rlhf_pipeline.config.stages import SCHEMAS
-from rlhf_pipeline.config.yaml import KeyPath, read_document
+from rlhf_pipeline.config.yaml import KeyPath, as_index, read_document
 from rlhf_pipeline.errors import ConfigError, Fault, did_you_mean
 
 
@@ -66,7 +66,7 @@ def in_order(faults: Iterable[Fault]) -> list[Fault]:
     order: dict[str, int] = {}
     places = []
     for fault in faults:
-        match = re.match(r"(.+?):(?:(\d+):?)? ", fault.where + " ")
+        match = re.match(r"(.+?):(?:([0-9]{1,9}):?)? ", fault.where + " ")
         source, line = (match[1], match[2]) if match else (fault.where, None)
         rank = order.setdefault(source, len(order))
         places.append((line is None, rank, int(line or 0), fault))
@@ -86,7 +86,7 @@ def validate(draft: Draft) -> BaseModel | None:
     for check in schema.checks:
         try:
             for fault in check(_Part(config, faulty) if faulty else config):
-                path = tuple(int(part) if part.isdigit() else part for part in fault.where.split("."))
+                path = tuple(map(as_index, fault.where.split(".")))
                 if not (draft.unreadable and fault.found == "missing"):
                     draft.fault(path, fault.found, fault.expected, fault.fix)
         except _FaultyFieldError:

@@ -80,9 +80,15 @@ def find_local_paths(draft: Draft) -> None:
     for reference in list(references(draft.values)):
         if not _looks_local(reference):
             continue
-        path, folder = Path(reference.text).expanduser(), draft.folders.get(str(reference.path[0]))
-        candidates = [path] if path.is_absolute() or folder is None else [path, folder / path]
-        found = next((candidate for candidate in candidates if candidate.exists()), None)
+        folder = draft.folders.get(str(reference.path[0]))
+        try:
+            path = Path(reference.text).expanduser()
+            candidates = [path] if path.is_absolute() or folder is None else [path, folder / path]
+            found = next((candidate for candidate in candidates if candidate.exists()), None)
+        except (OSError, RuntimeError, ValueError) as error:  # a name too long, `~` of a user that is not there, a NUL
+            reason = getattr(error, "strerror", None) or error
+            draft.fault(reference.path, f"not a path: {reason}", "a path that exists")
+            continue
         if found is None:
             looked = " or ".join(str(candidate.absolute()) for candidate in candidates)
             what = "a file or directory" if reference.role == "data" else "a model directory"

@@ -32,6 +32,16 @@ _PLAIN: dict[str, tuple[re.Pattern[str], str]] = {
 }
 # A config has tens of nodes; more than this is an alias bomb.
 _MOST_NODES = 20_000
+_DEEPEST = 50
+# What a config is made of; other tags (!!binary, !!set, !!timestamp) would be values that no key takes.
+_TYPES: dict[type[yaml.Node], frozenset[str]] = {
+    kind: frozenset(f"tag:yaml.org,2002:{name}" for name in names)
+    for kind, names in (
+        (yaml.ScalarNode, ("str", "int", "float", "bool", "null", "merge")),
+        (yaml.SequenceNode, ("seq",)),
+        (yaml.MappingNode, ("map",)),
+    )
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -78,10 +88,28 @@ def parse_value(text: str) -> Any:
     Raises:
         ValueError: the text is not YAML.
     """
+    document = Document("")
     try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _Walk(document).value(node, ())
+        if not document.faults:
+            document.values = {"": loader.construct_document(node)}
+            _refuse_half_characters(document)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except (yaml.YAMLError, ValueError, _TooManyError) as error:
         raise ValueError(getattr(error, "problem", None) or str(error)) from error
+    if document.faults:
+        raise ValueError(document.faults[0].found)
+    return document.values[""]
+
+
+def as_index(part: str) -> str | int:
+    """Return a part of a dotted key as the index of a list where it can be one."""
+    return int(part) if part.isascii() and part.isdigit() and len(part) < 10 else part
 
 
 def dump(values: dict[str, Any]) -> str:
@@ -97,10 +125,15 @@ def read_document(path: Path) -> Document:
     except FileNotFoundError:
         document.faults.append(Fault(str(path), "there is no such file", "a YAML file", _neighbours(path)))
     except UnicodeDecodeError as error:
+        raw: bytes = error.object
         found = f"byte {error.start + 1} is not UTF-8"
-        document.faults.append(Fault(str(path), found, "UTF-8 text"))
-    except OSError as error:
-        document.faults.append(Fault(str(path), f"cannot be read: {error.strerror}", "a YAML file"))
+        if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            found = "not UTF-8, looks like UTF-16 or UTF-32 (byte order mark)"
+        line = raw.count(b"\n", 0, error.start) + 1
+        document.faults.append(Fault(f"{path}:{line}", found, "UTF-8 text"))
+    except (OSError, ValueError) as error:  # a ValueError: the path has a NUL
+        reason = getattr(error, "strerror", None) or str(error)
+        document.faults.append(Fault(str(path), f"cannot be read: {reason}", "a YAML file"))
     else:
         _parse(text, document)
     return document
@@ -112,6 +145,7 @@ def _neighbours(path: Path) -> str:
 
 
 def _parse(text: str, document: Document) -> None:
+    loader: _Loader | None = None
     try:
         loader = _Loader(text)
         root = loader.get_single_node()
@@ -125,6 +159,7 @@ def _parse(text: str, document: Document) -> None:
         nodes.mapping(root, ())
         if not document.faults:
             document.values = loader.construct_document(root)
+            _refuse_half_characters(document)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{document.source}:{mark.line + 1}" if mark else document.source
@@ -134,13 +169,45 @@ def _parse(text: str, document: Document) -> None:
         line = text.count("\n", 0, error.position) + 1
         found = f"a character that YAML does not allow: {error.reason}"
         document.faults.append(Fault(f"{document.source}:{line}", found))
-    except (ValueError, RecursionError, _TooManyError) as error:
-        found = str(error) if isinstance(error, _TooManyError) else "cannot be read as YAML"
-        document.faults.append(Fault(document.source, found))
+    except _TooManyError as error:
+        document.faults.append(Fault(f"{document.source}:{error.line}", str(error)))
+    except RecursionError:
+        line = 1 if loader is None else loader.line + 1
+        document.faults.append(Fault(f"{document.source}:{line}", "nested too deeply", "lines of `key: value`"))
+    except ValueError as error:  # YAML's reader has its own for everything else
+        document.faults.append(Fault(document.source, f"cannot be read as YAML: {error}"))
+
+
+def _refuse_half_characters(document: Document) -> None:
+    """Note the texts that an escape such as "\\ud800" made half a character: no file, name or message can hold them."""
+
+    def visit(value: Any, path: KeyPath) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                visit(key, path)
+                visit(inner, (*path, str(key)))
+        elif isinstance(value, list):
+            for index, inner in enumerate(value):
+                visit(inner, (*path, index))
+        elif isinstance(value, str) and not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                found = f"half of a surrogate pair at character {error.start + 1}"
+                shown = tuple(str(part).encode(errors="replace").decode() for part in path)
+                document.faults.append(Fault(document.where(path or shown), found, "whole characters"))
+
+    visit(document.values, ())
+    if document.faults:
+        document.values = {}
 
 
 class _TooManyError(Exception):
     """The document unfolds to more nodes than a config has."""
+
+    def __init__(self, found: str, line: int):
+        super().__init__(found)
+        self.line = line
 
 
 @dataclass
@@ -149,9 +216,11 @@ class _Walk:
 
     document: Document
     count: int = 0
+    reader: _Loader = field(default_factory=lambda: _Loader(""))
 
     def mapping(self, node: yaml.MappingNode, path: KeyPath) -> None:
         """Visit a mapping: what it merges first, so that its own keys win."""
+        self.visit(node, path)
         for key, value in node.value:
             if key.tag == _MERGE:
                 parts = value.value if isinstance(value, yaml.SequenceNode) else [value]
@@ -172,15 +241,39 @@ class _Walk:
 
     def value(self, node: yaml.Node, path: KeyPath) -> None:
         """Visit a value."""
-        self.count += 1
-        if self.count > _MOST_NODES or len(path) > 50:
-            raise _TooManyError(f"aliases unfold to more than {_MOST_NODES} values, or into themselves")
         if isinstance(node, yaml.MappingNode):
             self.mapping(node, path)
+            return
+        self.visit(node, path)
+        if isinstance(node, yaml.ScalarNode):
+            self.scalar(node, path)
         elif isinstance(node, yaml.SequenceNode):
             for index, entry in enumerate(node.value):
                 self.document.lines[(*path, index)] = _line(entry)
                 self.value(entry, (*path, index))
+
+    def visit(self, node: yaml.Node, path: KeyPath) -> None:
+        """Count a node, and check its type."""
+        self.count += 1
+        if self.count > _MOST_NODES:
+            raise _TooManyError(f"aliases unfold to more than {_MOST_NODES} values, or into themselves", _line(node))
+        if len(path) > _DEEPEST:
+            found = f"aliases unfold into themselves, or values are nested more than {_DEEPEST} deep"
+            raise _TooManyError(found, _line(node))
+        if node.tag not in _TYPES[type(node)]:
+            found = f"a value of the type {node.tag.replace('tag:yaml.org,2002:', '!!')}"
+            where = f"{self.document.source}:{_line(node)}: {'.'.join(map(str, path))}"
+            self.document.faults.append(Fault(where, found, "a plain value", "remove the tag"))
+
+    def scalar(self, node: yaml.ScalarNode, path: KeyPath) -> None:
+        """Check that a scalar is what its tag says: `!!int abc` and numbers of thousands of digits are not."""
+        try:
+            self.reader.construct_object(node)
+        except (ValueError, KeyError):
+            where = f"{self.document.source}:{_line(node)}: {'.'.join(map(str, path))}"
+            name = node.tag.rpartition(":")[2]
+            shown = repr(node.value if len(node.value) <= 40 else f"{node.value[:37]}...")
+            self.document.faults.append(Fault(where, f"{shown} cannot be read as {name}", "a plain value"))
 
     def _keys(self, node: yaml.MappingNode, path: KeyPath) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
         for key, value in node.value:
@@ -192,7 +285,10 @@ class _Walk:
             elif not path and not key.tag.endswith(":str"):
                 where = f"{self.document.source}:{_line(key)}"
                 self.document.faults.append(Fault(where, f"{key.value!r} is not the name of a key", "a name"))
+            elif key.tag not in _TYPES[yaml.ScalarNode]:
+                self.visit(key, (*path, key.value))
             else:
+                self.scalar(key, (*path, key.value))
                 yield key.value, key, value
 
 

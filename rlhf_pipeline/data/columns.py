@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from rlhf_pipeline.data.decoding import lone_surrogate
 from rlhf_pipeline.data.files import RowFault, row_fault
 from rlhf_pipeline.data.records import Messages, Text
 
@@ -66,7 +68,16 @@ class Row:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            self.fault("not_utf8", f"{name!r} is not UTF-8 at character {error.start + 1}", "UTF-8")
+            self.fault("not_utf8", f"{name!r} {lone_surrogate(value, error.start)}", "UTF-8")
+            return False
+        return True
+
+    def _plain_data(self, name: str, value: Any) -> bool:
+        """Check that a message's further entry is what JSON has, so that it can be hashed and kept."""
+        try:
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            self.fault("wrong_type", f"{name} cannot be kept ({type(error).__name__})", "text, numbers and lists")
             return False
         return True
 
@@ -86,6 +97,9 @@ class Row:
                     return None
                 if not self._encodable(name, item[key]):
                     return None
+            further = {key: cell for key, cell in message.items() if key not in ("role", "content")}
+            if further and not self._plain_data(f"message {number} of {name!r}", further):
+                return None
             messages.append(message)
         return tuple(messages)
 
@@ -147,6 +161,8 @@ class Row:
         value = self.values.get("split")
         if value is not None and not isinstance(value, str):
             self.fault("wrong_type", f"'split' is {_kind(value)}", "text")
+        elif value and not value.isascii():
+            self._encodable("split", value)
         return value or None
 
     def check_prompt(self, prompt: Text) -> None:

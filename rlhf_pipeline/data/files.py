@@ -5,13 +5,21 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline.data.decoding import (
+    UTF8_MARK,
+    BadJsonError,
+    bad_json,
+    decode_json,
+    elements,
+    not_utf8,
+    refuse_encoding,
+)
 from rlhf_pipeline.errors import DataError, Fault
 
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz", ".gz")
@@ -56,6 +64,7 @@ def _content(path: Path, name: str) -> bytes:
     except OSError as error:
         raise DataError(Fault(name, f"cannot be read: {error.strerror}")) from error
     if raw[:2] != b"\x1f\x8b":  # by content, so that a plain file named .gz is read as well
+        refuse_encoding(raw, name)
         return raw
     content = bytearray()
     try:
@@ -72,25 +81,30 @@ def _content(path: Path, name: str) -> bytes:
                 "fetch the file again",
             )
         ) from error
+    refuse_encoding(content, name)
     return bytes(content)
 
 
 def _json_lines(content: bytes, name: str) -> tuple[Rows, list[RowFault]]:
     rows: Rows = []
     faults: list[RowFault] = []
-    decode = json.JSONDecoder().decode
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+    lines = content.removeprefix(UTF8_MARK).split(b"\n")
+    for number, line in enumerate(lines, 1):
         where = f"{name}:{number}"
         if not line.strip():
             continue
+        text = ""
         try:
-            row = decode(line.decode("utf-8"))
+            text = line.decode("utf-8")
+            row = decode_json(text)
         except UnicodeDecodeError as error:
-            faults.append(row_fault(where, "not_utf8", f"byte {error.start + 1} is not UTF-8", "UTF-8"))
-        except json.JSONDecodeError as error:
-            faults.append(row_fault(where, "bad_json", f"{error.msg} at column {error.colno}", "one JSON object"))
-        except (ValueError, RecursionError) as error:  # a number of too many digits; nested too deeply
-            faults.append(row_fault(where, "bad_json", type(error).__name__, "one JSON object"))
+            faults.append(row_fault(where, "not_utf8", not_utf8(line, error.start), "UTF-8"))
+        except (ValueError, RecursionError) as error:
+            bad = bad_json(error, text)
+            # The last line of a whole file ends in a newline, or is whole itself.
+            cut = number == len(lines) and bad.reason == "bad_json"
+            found = f"{bad.found}; the file ends within this row" if cut else bad.found
+            faults.append(row_fault(where, bad.reason, found, bad.expected, "fetch the file again" if cut else ""))
         else:
             _keep(rows, faults, where, row)
     return rows, faults
@@ -99,75 +113,65 @@ def _json_lines(content: bytes, name: str) -> tuple[Rows, list[RowFault]]:
 def _keep(rows: Rows, faults: list[RowFault], where: str, row: Any) -> None:
     if isinstance(row, dict):
         rows.append((where, row))
+    elif isinstance(row, BadJsonError):
+        faults.append(row_fault(where, row.reason, row.found, row.expected))
     else:
         faults.append(row_fault(where, "wrong_type", f"a {type(row).__name__}", "a JSON object"))
 
 
 def _json(content: bytes, name: str) -> tuple[Rows, list[RowFault]]:
+    content = content.removeprefix(UTF8_MARK)
     try:
-        text = content.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        found = f"byte {error.start + 1} of the file is not UTF-8"
-        raise DataError(Fault(f"{name}:{line}", f"not_utf8: {found}", "UTF-8")) from error
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(Fault(f"{name}:{line}", f"not_utf8: {not_utf8(content, error.start)}", "UTF-8")) from error
     if not text.lstrip().startswith("["):
         return _json_lines(content, name)  # many tools write JSON lines under this suffix
     rows: Rows = []
     faults: list[RowFault] = []
     line, counted = 1, 0
-    for start, value in _elements(text, name):
+    for start, value in elements(text, name):
         line += text.count("\n", counted, start)
         counted = start
         _keep(rows, faults, f"{name}:{line}", value)
     return rows, faults
 
 
-def _elements(text: str, name: str) -> Iterator[tuple[int, Any]]:
-    """Yield each element of a JSON array with its position, which `json.loads` would not tell."""
-    decoder = json.JSONDecoder()
-    position = _skip_space(text, text.index("[") + 1)
-    try:
-        while text[position : position + 1] != "]":
-            value, end = decoder.raw_decode(text, position)
-            yield position, value
-            position = _skip_space(text, end)
-            if text[position : position + 1] == ",":
-                position = _skip_space(text, position + 1)
-            elif text[position : position + 1] != "]":
-                raise json.JSONDecodeError("',' or ']' missing", text, position)
-        if _skip_space(text, position + 1) != len(text):
-            raise json.JSONDecodeError("more text after the array", text, position)
-    except (ValueError, RecursionError) as error:
-        # What follows a syntax error cannot be told apart into rows, so the file as a whole is refused.
-        line = getattr(error, "lineno", text.count("\n", 0, position) + 1)
-        found = getattr(error, "msg", type(error).__name__)
-        raise DataError(Fault(f"{name}:{line}", f"bad_json: {found}", "an array of objects")) from error
-
-
-def _skip_space(text: str, position: int) -> int:
-    while text[position : position + 1] in (" ", "\t", "\r", "\n"):
-        position += 1
-    return position
-
-
 def _csv(content: bytes, name: str) -> tuple[Rows, list[RowFault]]:
     # Bytes that are not UTF-8 become lone surrogates, which the check of each text reports with its line.
-    text = content.removeprefix(b"\xef\xbb\xbf").decode("utf-8", errors="surrogateescape")
+    text = content.removeprefix(UTF8_MARK).decode("utf-8", errors="surrogateescape")
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise DataError(Fault(f"{name}:{line}", "not CSV: a NUL byte", "CSV with a header", "fetch the file again"))
     csv.field_size_limit(1 << 30)
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows: Rows = []
     faults: list[RowFault] = []
+    line = 1
     try:
-        line = 2
+        _refuse_twice([column for column in reader.fieldnames or () if column], f"{name}:1")
+        line = reader.line_num + 1
         for row in reader:
             where, line = f"{name}:{line}", reader.line_num + 1
             if None in row:
                 faults.append(row_fault(where, "wrong_type", "more fields than the header has", "one per column"))
-            else:
+                continue
+            try:
                 rows.append((where, {column: _cell(column, cell) for column, cell in row.items()}))
+            except BadJsonError as bad:
+                faults.append(row_fault(where, bad.reason, bad.found, bad.expected))
     except csv.Error as error:
-        raise DataError(Fault(f"{name}:{reader.line_num}", f"not CSV: {error}", "CSV with a header")) from error
+        # A quote that is never closed swallows all that follows: the row that it stands in says where.
+        found = "a quote that opens in this row is never closed" if "end of data" in str(error) else str(error)
+        raise DataError(Fault(f"{name}:{line}", f"not CSV: {found}", "CSV with a header")) from error
     return rows, faults
+
+
+def _refuse_twice(columns: Sequence[str], where: str) -> None:
+    for column in dict.fromkeys(columns):
+        if columns.count(column) > 1:
+            raise DataError(Fault(where, f"duplicate_key: two columns {column!r}", "each column once", "rename one"))
 
 
 def _cell(column: str, cell: str | None) -> Any:
@@ -178,9 +182,12 @@ def _cell(column: str, cell: str | None) -> Any:
         return CSV_FLAGS.get(cell.strip().lower(), cell or None)
     if column in CSV_LISTS or column.endswith("_ids"):
         try:
-            return json.loads(cell)
-        except ValueError:
-            return cell or None
+            return decode_json(cell)
+        except (ValueError, RecursionError) as error:
+            if not cell.lstrip().startswith(("[", "{")):
+                return cell or None
+            bad = bad_json(error, cell)
+            raise BadJsonError(bad.reason, f"in {column!r}: {bad.found}", "a JSON list") from error
     if column == "label_probability":
         try:
             return float(cell)
@@ -196,7 +203,9 @@ def _parquet(path: Path, name: str) -> tuple[Rows, list[RowFault]]:
     try:
         table = pyarrow.parquet.ParquetFile(path).read()
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(Fault(name, f"not a Parquet file ({str(error).splitlines()[0]})", "Parquet")) from error
+        found = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(Fault(name, f"not a Parquet file, or a cut one ({found})", "Parquet")) from error
+    _refuse_twice(table.column_names, name)
     rows: Rows = []
     faults: list[RowFault] = []
     for number in range(table.num_rows):
@@ -205,4 +214,6 @@ def _parquet(path: Path, name: str) -> tuple[Rows, list[RowFault]]:
             rows.append((where, table.slice(number, 1).to_pylist()[0]))
         except UnicodeDecodeError:
             faults.append(row_fault(where, "not_utf8", "a text that is not UTF-8", "UTF-8"))
+        except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # a date beyond Python's, a field twice
+            faults.append(row_fault(where, "wrong_type", str(error).splitlines()[0], "text, numbers and lists"))
     return rows, faults

@@ -6,7 +6,6 @@ A source is read as it is; `formats` decides what its rows mean. Rows of a local
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -16,10 +15,11 @@ from typing import Any
 
 from rlhf_pipeline.data.files import FILE_SUFFIXES, RowFault, read_file
 from rlhf_pipeline.data.records import Record
+from rlhf_pipeline.data.sealed import unseal
 from rlhf_pipeline.errors import DamagedFile, DataError, Fault, UnknownReference, did_you_mean
 
 WORLDS = ("world:verdicts",)
-COLLECTED = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,63})(@v(?P<version>[0-9]+))?")
+COLLECTED = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,63})(@v(?P<version>[0-9]{1,15}))?")
 
 
 def part_of(source: str, config: str | None, kind: str) -> str | None:
@@ -85,10 +85,14 @@ def local_path(source: str, base_dir: Path | None = None) -> Path | None:
     Raises:
         UnknownReference: it looks like a path and nothing is there.
     """
-    given = Path(source).expanduser()
-    for candidate in (given, base_dir / given if base_dir else given):
-        if candidate.exists():
-            return candidate
+    try:
+        given = Path(source).expanduser()
+        for candidate in (given, base_dir / given if base_dir else given):
+            if candidate.exists():
+                return candidate
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, `~` of a user that is not there, a NUL
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UnknownReference(f"{source[:80]}: not a path ({reason}); expected a source") from None
     if source.startswith((".", "/", "~")) or source.lower().endswith(FILE_SUFFIXES):
         folder = given.parent if given.parent.is_dir() else Path()
         near = did_you_mean(given.name, [entry.name for entry in folder.iterdir()])
@@ -145,17 +149,19 @@ def _collected(source: str, home: Path | None) -> Source:
 def _checked_manifest(records: Path) -> dict[str, Any]:
     path = records.with_name("manifest.json")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = unseal(path.read_bytes().decode("utf-8"))
         content = records.read_bytes()
     except FileNotFoundError as error:
         raise DamagedFile(f"{error.filename}: missing; collect the data again") from None
-    except ValueError:
-        raise DamagedFile(f"{path}: not JSON; collect the data again") from None
-    expected = manifest.get("files", {}).get(records.name, {}).get("sha256")
+    except ValueError as error:
+        raise DamagedFile(f"{path}: not a valid manifest ({error}); collect the data again") from None
+    files = manifest.get("files")
+    entry = files.get(records.name) if isinstance(files, dict) else None
+    expected = entry.get("sha256") if isinstance(entry, dict) else None
     found = hashlib.sha256(content).hexdigest()
-    if expected and expected != found:
+    if expected != found:
         raise DamagedFile(
-            f"{records}: found sha256 {found[:12]}..., expected {expected[:12]}... as in manifest.json; "
+            f"{records}: found sha256 {found[:12]}..., expected {str(expected)[:12]}... as in manifest.json; "
             "collect the data again"
         )
     return manifest
@@ -165,16 +171,16 @@ def _saved(source: str, path: Path, split: str | None) -> Source:
     import datasets
 
     try:
-        loaded = datasets.load_from_disk(str(path))
+        rows = list(_dataset_rows(source, datasets.load_from_disk(str(path)), split))
     except Exception as error:  # the library raises whatever its readers raise
         raise DataError(
             Fault(
                 source,
-                f"not a directory saved by `datasets` ({_first_line(error)})",
+                f"not a directory saved by `datasets`, or not a whole one ({_first_line(error)})",
                 "Dataset.save_to_disk output",
             )
         ) from error
-    return Source(source, "saved", list(_dataset_rows(source, loaded, split)), path=path)
+    return Source(source, "saved", rows, path=path)
 
 
 def _hub(source: str, config: str | None, split: str | None) -> Source:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from rlhf_pipeline.experiment.subjects import (
 )
 from rlhf_pipeline.experiment.verdict import verdict
 from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.registry.storage import replace_text
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.rewards import names_a_model
 from rlhf_pipeline.stages.common import find_model
@@ -250,12 +250,9 @@ def run_compare(
 
 def _write(results: dict[str, Any], directory: Path) -> dict[str, Any]:
     """results.json beside its target, then renamed; then the report, which needs nothing else."""
-    directory.mkdir(parents=True, exist_ok=True)
     paths = {"path": str(directory / "results.json"), "report": str(directory / "index.html")}
     results = jsonable(results | paths)
-    temporary = directory / f".results.json.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, directory / "results.json")
+    replace_text(directory / "results.json", json.dumps(results, indent=2) + "\n")
     from rlhf_pipeline.experiment.report import write_report
 
     write_report(results, directory)

@@ -89,6 +89,11 @@ def parent_of(registry: Registry, resolved: Resolved, role: str) -> Resolved | N
     if parent is None:
         return None
     found = registry.resolve(parent.ref)
+    if resolved.kind == "directory" and found.kind == "hub":
+        raise MismatchError(
+            f"{resolved.label}: its manifest.json names {found.label} on the hub as its {role.replace('_', ' ')}; what "
+            "the manifest of a folder names is not fetched: name it yourself (--reference, --reward-model)"
+        )
     if parent.digest is not None and found.digest != parent.digest:
         raise MismatchError(
             f"{resolved.label}: its {role.replace('_', ' ')} was {parent.ref} with the digest {parent.digest[:12]}; "

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from rlhf_pipeline.errors import BadInput, ConfigError, Fault, MismatchError, did_you_mean
@@ -38,7 +37,8 @@ def _config(path: str, revision: str | None, trust_remote_code: bool) -> Any:
 
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # each architecture reads its values in its own way
+        _refuse_to_hide(error)
         raise BadInput(f"{path}: its config.json cannot be used ({_first_line(error)})") from error
 
 
@@ -47,11 +47,18 @@ def _from_pretrained(auto_class: Any, path: str | Path, *, dtype: str, revision:
         return auto_class.from_pretrained(
             str(path), revision=revision, dtype=DTYPES.get(dtype, dtype), use_safetensors=True, **options
         )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except Exception as error:  # sizes that contradict each other end in whatever torch raises
+        _refuse_to_hide(error)
         raise BadInput(
             f"{path}: cannot load it as a model ({_first_line(error)}); expected a directory or hub id with "
             "config.json and safetensors weights"
         ) from error
+
+
+def _refuse_to_hide(error: Exception) -> None:
+    """Raise an error that says nothing about the model's files: no memory, no leave to read."""
+    if isinstance(error, MemoryError | PermissionError | torch.OutOfMemoryError):
+        raise error
 
 
 def _first_line(error: Exception) -> str:

@@ -42,14 +42,17 @@ def file_entry(path: Path) -> FileEntry:
     return FileEntry(size=path.stat().st_size, sha256=file_sha256(path))
 
 
-def list_files(folder: Path) -> dict[str, Path]:
-    """Return every file below a folder by its path there, without the manifest and hidden files."""
+def list_files(folder: Path, *, links: bool = False) -> dict[str, Path]:
+    """Return every file below a folder by its path there, without the manifest and hidden files.
+
+    `links`: also every symbolic link, wherever it leads.
+    """
     found = {}
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         if any(part.startswith(".") for part in relative.parts) or relative.as_posix() == MANIFEST:
             continue
-        if path.is_file():
+        if path.is_file() or (links and path.is_symlink()):
             found[relative.as_posix()] = path
     return found
 

@@ -8,7 +8,7 @@ from rlhf_pipeline.errors import DamagedFile, Fault
 from rlhf_pipeline.registry.digests import CARD, SNAPSHOTS, file_sha256, list_files
 from rlhf_pipeline.registry.references import Resolved
 
-_FIX = "restore it from a copy, or remove this version and make it again"
+_FIX = "restore it from a copy, or put it aside with rlhf models verify --repair and make it again"
 
 
 def verify_files(resolved: Resolved) -> None:
@@ -31,16 +31,26 @@ def problems(resolved: Resolved) -> list[Fault]:
 def _problems(resolved: Resolved, skip: tuple[str, ...] = ()) -> Iterator[Fault]:
     if resolved.manifest is None or resolved.path is None:
         return
+    try:
+        yield from _contradictions(resolved, skip)
+    except FileNotFoundError as error:  # by another process, while it was being read
+        yield Fault(resolved.label, f"{error.filename} has just been removed", "", "look again")
+
+
+def _contradictions(resolved: Resolved, skip: tuple[str, ...]) -> Iterator[Fault]:
     fix = _FIX
     if resolved.kind == "directory":
         fix = "restore it, or delete manifest.json to use the folder as a plain model of its own"
-    present = {path: file for path, file in list_files(resolved.path).items() if not path.startswith(skip)}
+    ours = resolved.kind in ("registry", "data")  # a folder of the hub's cache is made of links
+    present = {path: file for path, file in list_files(resolved.path, links=ours).items() if not path.startswith(skip)}
     listed = {path: entry for path, entry in resolved.files.items() if not path.startswith(skip)}
     for path, entry in sorted(listed.items()):
         where = f"{resolved.label}: {path}"
         file = present.pop(path, None)
         if file is None:
             yield Fault(where, "missing", f"{entry.size} bytes", fix)
+        elif ours and file.is_symlink():
+            yield Fault(where, "a symbolic link", "a file of its own", fix)
         elif (size := file.stat().st_size) != entry.size:
             yield Fault(where, f"{size} bytes", f"{entry.size} bytes (manifest.json)", fix)
         elif (found := file_sha256(file)) != entry.sha256:

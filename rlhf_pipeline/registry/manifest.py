@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from rlhf_pipeline.data.sealed import seal, unseal
 from rlhf_pipeline.errors import DamagedFile
 from rlhf_pipeline.registry.digests import MANIFEST, FileEntry, files_digest
 
 MODEL_STAGES = ("sft", "reward", "ppo", "dpo")
 DATA_STAGE = "collect"
+MOST_BYTES = 64 << 20  # a manifest has kilobytes
 
 
 class Parent(BaseModel):
@@ -58,14 +60,15 @@ class Manifest(BaseModel):
     metrics: dict[str, Any] = {}
     cost: dict[str, Any] = {}
     created: str = ""
+    run: str = ""  # the folder of runs/ that it comes from, and a mark of that very run
     files: dict[str, FileEntry]
 
     @field_validator("files")
     @classmethod
     def _inside(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
         for path in files:
-            parts = PurePosixPath(path).parts
-            if not parts or path.startswith("/") or ".." in parts:
+            parts = path.split("/")
+            if {"", ".", ".."} & set(parts) or "\\" in path or not path.isprintable():
                 raise ValueError(f"{path!r} is not a path within the version")
         return files
 
@@ -80,8 +83,8 @@ class Manifest(BaseModel):
         return files_digest(self.files)
 
     def to_json(self) -> str:
-        """Return strict JSON; numbers that JSON cannot hold (nan, inf) become null."""
-        return json.dumps(plain(self.model_dump()), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        """Return strict JSON with a digest of its own text; numbers that JSON cannot hold (nan, inf) become null."""
+        return seal(plain(self.model_dump()))
 
 
 def plain(value: Any) -> Any:
@@ -103,6 +106,32 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
+def without_reach(manifest: Manifest) -> Manifest:
+    """Return the manifest of a folder, which anybody may have written, without what would reach beyond the machine.
+
+    Its config keeps no data source that is not at hand, no leave to run a model's code, and no lengths that are not
+    numbers.
+    """
+
+    def given(source: str) -> bool:
+        return source.startswith(("world:", "collected:")) or os.path.exists(os.path.expanduser(source))
+
+    def kept(key: str, value: Any) -> bool:
+        if key in ("trust_remote_code", "attn_implementation"):
+            return False
+        if key in ("max_prompt_length", "response_length", "max_length"):
+            return value is None or (type(value) is int and value > 0)
+        if key in ("dataset_name", "prompts"):
+            return isinstance(value, str) and given(value)
+        if key == "datasets":
+            parts = value if isinstance(value, list) else []
+            return all(isinstance(part, dict) and given(str(part.get("dataset_name"))) for part in parts)
+        return True
+
+    config = {key: value for key, value in manifest.config.items() if kept(key, value)}
+    return manifest.model_copy(update={"config": config})
+
+
 def build_manifest(**fields: Any) -> Manifest:
     """Return a validated manifest of values that need not be plain JSON yet."""
     return Manifest.model_validate(plain(fields))
@@ -112,11 +141,10 @@ def parse_manifest(text: str, where: str) -> Manifest:
     """Return the manifest in a text.
 
     Raises:
-        DamagedFile: the text is not strict JSON or misses what a manifest must have.
+        DamagedFile: the text is not strict JSON, not what was written, or misses what a manifest must have.
     """
     try:
-        fields = json.loads(text, parse_constant=_refuse_constant)
-        return Manifest.model_validate(fields)
+        return Manifest.model_validate(unseal(text))
     except ValidationError as error:
         faults = "; ".join(
             f"{'.'.join(str(part) for part in fault['loc']) or 'top level'}: {fault['msg']}" for fault in error.errors()
@@ -137,15 +165,16 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        text = path.read_text(encoding="utf-8")
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise DamagedFile(
+                f"{path}: {size} bytes; no manifest is that long: restore the file, or remove this version"
+            )
+        text = path.read_bytes().decode("utf-8")
     except (FileNotFoundError, NotADirectoryError):
         raise DamagedFile(
             f"{path}: missing; every version has a manifest: restore the file, or remove this version"
         ) from None
-    except UnicodeDecodeError:
-        raise DamagedFile(f"{path}: not UTF-8; restore the file, or remove this version") from None
+    except (UnicodeDecodeError, IsADirectoryError) as error:
+        found = "a folder" if isinstance(error, IsADirectoryError) else "not UTF-8"
+        raise DamagedFile(f"{path}: {found}; restore the file, or remove this version") from None
     return parse_manifest(text, str(path))
-
-
-def _refuse_constant(word: str) -> float:
-    raise ValueError(f"{word} is not JSON")

@@ -9,14 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from rlhf_pipeline.config.names import NAME_PATTERN
 from rlhf_pipeline.errors import UnknownReference
 from rlhf_pipeline.registry.digests import FileEntry, files_digest, folder_files, snapshot_files
 from rlhf_pipeline.registry.manifest import Manifest, Parent
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-NAME_RULE = "a letter or digit, then up to 63 letters, digits, '.', '_' or '-'"
-_VERSION = re.compile(r"v([0-9]+)")
-_REGISTRY = re.compile(rf"(?P<name>{NAME.pattern})(?:@(?P<pick>{NAME.pattern}))?(?:#(?P<step>[0-9]+))?")
+NAME = re.compile(NAME_PATTERN.strip("^$"))
+_VERSION = re.compile(r"v([0-9]{1,15})")
+_REGISTRY = re.compile(rf"(?P<name>{NAME.pattern})(?:@(?P<pick>{NAME.pattern}))?(?:#(?P<step>[0-9]{{1,15}}))?")
 _HUB = re.compile(
     r"(?P<id>[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)(?:@(?P<revision>[A-Za-z0-9][\w./-]*))?"
 )
@@ -129,4 +129,4 @@ def parse_reference(text: str) -> Reference:
 
 def is_version_word(word: str) -> bool:
     """Tell whether a word reads as a version (`v3`), which no alias may."""
-    return _VERSION.fullmatch(word) is not None
+    return re.fullmatch(r"v[0-9]+", word) is not None

@@ -57,9 +57,11 @@ def role_of(resolved: Resolved) -> tuple[Role | None, str]:
     if resolved.path is None:
         return None, ""
     task = _read(resolved.path / "adapter_config.json").get("task_type")
-    if task:
+    if task and isinstance(task, str):
         return _ROLE_OF_TASK.get(task), f"an adapter for the task {task}"
     architectures = _read(resolved.path / "config.json").get("architectures") or []
+    if not isinstance(architectures, list) or any(not isinstance(name, str) for name in architectures):
+        raise DamagedFile(f"{resolved.path / 'config.json'}: architectures: expected a list of names; restore the file")
     for role, endings in _ARCHITECTURES.items():
         if any(name.endswith(endings) for name in architectures):
             return role, f"a model of the architecture {', '.join(architectures)}"
@@ -71,7 +73,7 @@ def _read(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError, IsADirectoryError) as error:
         raise DamagedFile(f"{path}: not valid JSON ({error}); restore the file") from None
     if not isinstance(content, dict):
         raise DamagedFile(f"{path}: {type(content).__name__}, expected a JSON object; restore the file")

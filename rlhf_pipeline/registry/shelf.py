@@ -7,21 +7,23 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf_pipeline.config.names import NAME_RULE, is_name
 from rlhf_pipeline.errors import BadInput, DamagedFile
 from rlhf_pipeline.registry import storage
 from rlhf_pipeline.registry.card import model_card
 from rlhf_pipeline.registry.digests import CARD, MANIFEST, file_entry, list_files
 from rlhf_pipeline.registry.manifest import Manifest, Parent, build_manifest, read_manifest
 from rlhf_pipeline.registry.provenance import code_state, environment
-from rlhf_pipeline.registry.references import NAME, NAME_RULE, Resolved
+from rlhf_pipeline.registry.references import NAME, Resolved
 
-_ALIASES = "aliases.json"
-_REMOVED = "removed.json"
+ALIASES = "aliases.json"
+REMOVED = "removed.json"
+_MEND = "restore it, or use rlhf models verify --repair"
 _VERSION_FOLDER = re.compile(r"v([1-9][0-9]*)")
 
 
@@ -52,17 +54,24 @@ class Shelf:
 
     def all(self) -> list[Resolved]:
         """Return every version by name and number; one without a readable manifest has None there."""
+        return [item for name in self.names() for item in self.versions(name)]
+
+    def versions(self, name: str) -> list[Resolved]:
+        """Return every version of a name by number; one without a readable manifest has None there."""
         found = []
-        for name in self.names():
-            for version in self.numbers(name):
-                path = self.folder(name, version)
-                try:
-                    manifest = read_manifest(path)
-                except DamagedFile:
-                    manifest = None
-                label = f"{name}@v{version}"
-                found.append(Resolved(self.kind, label, path, name, version, manifest=manifest))
+        for version in self.numbers(name):
+            path = self.folder(name, version)
+            try:
+                manifest = read_manifest(path)
+            except DamagedFile:
+                manifest = None
+            found.append(Resolved(self.kind, f"{name}@v{version}", path, name, version, manifest=manifest))
         return found
+
+    def of_run(self, name: str, run: str) -> Resolved | None:
+        """Return the version of a name that a run has published, if it has."""
+        own = [item for item in self.versions(name) if item.manifest is not None and item.manifest.run == run]
+        return own[-1] if own else None
 
     def publish(
         self,
@@ -80,7 +89,7 @@ class Shelf:
             RunFailed: the disk is full.
         """
         check_name(name, "name")
-        fields = {"code": code_state(), "environment": environment(), **fields}
+        fields = {"environment": environment(), **fields, "code": fields.get("code") or code_state()}
         fields["created"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         fields["parents"] = {
             role: parent.parent if isinstance(parent, Resolved) else parent for role, parent in (parents or {}).items()
@@ -91,17 +100,20 @@ class Shelf:
             if not files:
                 raise ValueError(f"nothing was written for {name}")
             storage.sync_tree(staged)
-            # A removed version's number is not given to another: references to it must not change meaning.
-            version = max([0, *self.numbers(name), *self._removed(name)])
-            while True:
-                version += 1
-                manifest = build_manifest(name=name, version=version, stage=stage, files=files, **fields)
-                if self.kind == "registry":
-                    manifest = _with_card(staged, manifest)
-                storage.replace_text(staged / MANIFEST, manifest.to_json())
-                target = self.folder(name, version)
-                if storage.claim(staged, target):
-                    return Resolved(self.kind, manifest.label, target, name, version, manifest=manifest)
+            storage.sweep(self.base / name)
+            # Without the lock a version could be published and removed between the count and the claim.
+            with storage.locked(self.base / name):
+                # A removed version's number is not given to another: references to it must not change meaning.
+                version = max([0, *self.numbers(name), *self.gone(name)])
+                while True:
+                    version += 1
+                    manifest = build_manifest(name=name, version=version, stage=stage, files=files, **fields)
+                    if self.kind == "registry":
+                        manifest = _with_card(staged, manifest)
+                    storage.replace_text(staged / MANIFEST, manifest.to_json())
+                    target = self.folder(name, version)
+                    if storage.claim(staged, target):
+                        return Resolved(self.kind, manifest.label, target, name, version, manifest=manifest)
 
     def aliases(self, name: str) -> dict[str, int]:
         """Return the aliases of a name with the version that each names.
@@ -109,30 +121,44 @@ class Shelf:
         Raises:
             DamagedFile: the file of aliases cannot be read.
         """
-        path = self.base / name / _ALIASES
+        path = self.base / name / ALIASES
         found = {}
         for alias, version in _read_json(path).items():
-            match = _VERSION_FOLDER.fullmatch(str(version))
-            if match is None:
-                raise DamagedFile(f'{path}: {alias!r} names {version!r}; expected a version such as "v1"')
+            match = _VERSION_FOLDER.fullmatch(version) if isinstance(version, str) else None
+            if match is None or NAME.fullmatch(alias) is None:
+                expected = 'an alias and a version such as "v1"'
+                raise DamagedFile(f"{path}: {alias!r} names {version!r}; expected {expected}; {_MEND}")
             found[alias] = int(match[1])
         return found
 
     def set_aliases(self, name: str, aliases: Mapping[str, int]) -> None:
         """Replace the aliases of a name; the caller holds the lock of its folder."""
         content = {alias: f"v{version}" for alias, version in sorted(aliases.items())}
-        storage.replace_text(self.base / name / _ALIASES, json.dumps(content, indent=2) + "\n")
+        storage.replace_text(self.base / name / ALIASES, json.dumps(content, indent=2) + "\n")
 
     def remove(self, name: str, version: int) -> None:
         """Remove a version at once and for good; the caller holds the lock of its folder."""
-        versions = sorted({*self._removed(name), version})
-        storage.replace_text(self.base / name / _REMOVED, json.dumps({"versions": versions}) + "\n")
+        self.set_gone(name, {*self.gone(name), version})
         hidden = self.base / f".{name}-{uuid.uuid4().hex[:12]}.tmp"
         os.rename(self.folder(name, version), hidden)
         shutil.rmtree(hidden, ignore_errors=True)
 
-    def _removed(self, name: str) -> list[int]:
-        return _read_json(self.base / name / _REMOVED).get("versions", [])
+    def gone(self, name: str) -> list[int]:
+        """Return the versions of a name that were removed or put into quarantine.
+
+        Raises:
+            DamagedFile: the file of removed versions cannot be read.
+        """
+        path = self.base / name / REMOVED
+        found = _read_json(path).get("versions", [])
+        if not isinstance(found, list) or any(type(number) is not int or number < 1 for number in found):
+            raise DamagedFile(f"{path}: expected a list of versions; {_MEND}")
+        return found
+
+    def set_gone(self, name: str, versions: Iterable[int]) -> None:
+        """Replace the versions that were removed; the caller holds the lock of the name's folder."""
+        content = {"versions": sorted(set(versions))}
+        storage.replace_text(self.base / name / REMOVED, json.dumps(content) + "\n")
 
 
 def check_name(name: str, what: str) -> None:
@@ -141,7 +167,7 @@ def check_name(name: str, what: str) -> None:
     Raises:
         BadInput: it is not allowed.
     """
-    if NAME.fullmatch(name) is None:
+    if not is_name(name):
         raise BadInput(f"{what} {name!r} is not allowed; expected {NAME_RULE}")
 
 
@@ -156,8 +182,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise DamagedFile(f"{path}: not valid JSON ({error}); restore or delete it") from None
+    except (ValueError, RecursionError, IsADirectoryError) as error:
+        raise DamagedFile(f"{path}: not valid JSON ({error}); {_MEND}") from None
     if not isinstance(content, dict):
-        raise DamagedFile(f"{path}: {type(content).__name__}, expected a JSON object; restore or delete it")
+        raise DamagedFile(f"{path}: {type(content).__name__}, expected a JSON object; {_MEND}")
     return content

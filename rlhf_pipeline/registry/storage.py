@@ -5,17 +5,66 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlhf_pipeline.errors import RunFailed
+from rlhf_pipeline.errors import RlhfError, RunFailed
 
-# A staging folder this old was left by a process that was killed.
+# A temporary file lives for a moment: one this old was left by a process that was killed.
 _STALE_SECONDS = 24 * 3600
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+# How libraries written in Rust (safetensors, tokenizers) say that a system call has failed.
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+def error_number(error: BaseException | None) -> int | None:
+    """Return the errno behind an error, also where a library has it in its message alone; None where there is none."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        if match := _OS_ERROR.search(str(error)):
+            return int(match[1])
+        error = error.__cause__
+    return None
+
+
+def failure_of(error: BaseException, place: object, what: str = "") -> str | None:
+    """Say in one line that the disk is full, or that nothing may be written here; None for any other error."""
+    number = error_number(error)
+    named = getattr(error, "filename", None)
+    if isinstance(named, str | bytes | os.PathLike) and not os.fsdecode(named).startswith(str(place)):
+        place = os.fsdecode(named)
+    during = f" while writing {what}" if what else ""
+    if number in _FULL:
+        found = f"disk full: {place}: {os.strerror(number)}{during}"
+        return f"{found}; what was there before is as it was; free some space and run the same command again"
+    if number in _CLOSED:
+        found = f"no permission: {place}: {os.strerror(number)}{during}"
+        return f"{found}; what was there before is as it was; allow writing there, or use another place (--home)"
+    return None
+
+
+@contextmanager
+def writing(place: Path, what: str) -> Iterator[None]:
+    """Turn a full disk and a lack of permission into one line that says where.
+
+    Raises:
+        RunFailed: the disk is full, or nothing may be written at `place`.
+    """
+    try:
+        yield
+    except Exception as error:
+        failure = None if isinstance(error, RlhfError) else failure_of(error, place, what)
+        if failure is None:
+            raise
+        raise RunFailed(failure) from error
 
 
 @contextmanager
@@ -23,21 +72,80 @@ def staging(parent: Path, name: str) -> Iterator[Path]:
     """Yield a new hidden folder beside the final place; what is left of it at the end is removed.
 
     Raises:
-        RunFailed: the disk is full.
+        RunFailed: the disk is full, or nothing may be written there.
     """
-    parent.mkdir(parents=True, exist_ok=True)
-    _sweep(parent)
-    folder = parent / f".{name}-{uuid.uuid4().hex[:12]}.tmp"
-    folder.mkdir()
+    with writing(parent, name):
+        parent.mkdir(parents=True, exist_ok=True)
+        sweep(parent)
+        folder, handle = _new_folder(parent, name)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(handle)
+
+
+def _new_folder(parent: Path, name: str) -> tuple[Path, int]:
+    """Make a folder and hold its lock, by which `sweep` knows that its maker lives.
+
+    The system releases the lock when the process ends, however it ends; numbers of processes, which other containers
+    give again, play no part.
+    """
+    while True:
+        folder = parent / f".{name}-{uuid.uuid4().hex[:12]}.tmp"
+        folder.mkdir()
+        try:
+            handle = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # swept before it was locked
+            continue
+        try:
+            _lock(handle, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(handle), os.stat(folder)):
+                return folder, handle
+        except FileNotFoundError:
+            pass
+        os.close(handle)
+
+
+def _lock(handle: int, how: int) -> bool:
+    """Lock an open file; return False where the file system knows no locks.
+
+    Raises:
+        BlockingIOError: it is held by another, and `how` says not to wait.
+    """
     try:
-        yield folder
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            found = f"{parent}: {error.strerror} while writing {name}"
-            raise RunFailed(f"{found}; free some space and rerun") from error
+        fcntl.flock(handle, how)
+    except BlockingIOError:
         raise
+    except OSError:
+        return False
+    return True
+
+
+def sweep(parent: Path) -> None:
+    """Remove what processes that have died left half-written in a folder; never what a living one is at work on."""
+    for path in parent.glob(".*.tmp"):
+        try:
+            _remove_if_dead(path)
+        except OSError:  # somebody is at work on it, has just removed it, or it is not ours to remove
+            continue
+
+
+def _remove_if_dead(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        locked = _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        about = os.fstat(handle)
+        is_folder = stat.S_ISDIR(about.st_mode)
+        # Makers of folders hold their lock; files are written without one.
+        if not (locked and is_folder) and time.time() - about.st_mtime <= _STALE_SECONDS:
+            return
+        if is_folder:
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
 
 
 def claim(staged: Path, target: Path) -> bool:
@@ -75,34 +183,35 @@ def sync_tree(folder: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file so that readers see the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    """Write a text file so that readers see the old content or the new, never a part.
+
+    Raises:
+        RunFailed: the disk is full, or nothing may be written there.
+    """
+    with writing(path.parent, path.name):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:12]}.tmp")
+        try:
+            with temporary.open("w", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(path.parent)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock: for changes that read before they write."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Hold a folder's lock: for changes that read before they write.
+
+    Raises:
+        RunFailed: nothing may be written there, or the disk is full.
+    """
+    with writing(folder, "its lock"):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a")
+    with file:
+        _lock(file.fileno(), fcntl.LOCK_EX)
         yield
-
-
-def _sweep(parent: Path) -> None:
-    now = time.time()
-    for folder in parent.glob(".*.tmp"):
-        try:
-            if folder.is_dir() and now - folder.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)
-        except FileNotFoundError:
-            continue

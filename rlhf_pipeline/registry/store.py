@@ -20,13 +20,15 @@ from rlhf_pipeline.registry.digests import (
     snapshot_folder,
     snapshot_steps,
 )
-from rlhf_pipeline.registry.integrity import problems, verify_files
+from rlhf_pipeline.registry.integrity import verify_files
 from rlhf_pipeline.registry.lineage import Node, lineage_of
-from rlhf_pipeline.registry.manifest import DATA_STAGE, MODEL_STAGES, plain, read_manifest
+from rlhf_pipeline.registry.manifest import DATA_STAGE, MODEL_STAGES, plain, read_manifest, without_reach
 from rlhf_pipeline.registry.references import Reference, Resolved, is_version_word, parse_reference
+from rlhf_pipeline.registry.repair import Mended, faults_of, in_quarantine, repair
 from rlhf_pipeline.registry.shelf import Shelf, check_name
 
 RECORDS = "records.jsonl"
+LOOKUPS = 20  # how often a reference is looked up anew while versions of its name are being removed
 
 log = logging.getLogger(__name__)
 
@@ -198,35 +200,12 @@ class Registry:
         return target
 
     def verify(self, reference: str | None = None) -> list[Fault]:
-        """Return everything that is wrong with the files of one model, or of all models and data."""
-        if reference is not None:
-            return problems(self._resolved(reference))
-        faults = []
-        for item in [*self.models.all(), *self.data.all()]:
-            try:
-                manifest = read_manifest(item.path)
-            except DamagedFile as error:
-                faults.append(Fault(item.label, str(error)))
-                continue
-            if manifest.label != item.label:
-                where = f"{item.label}: {MANIFEST}"
-                faults.append(Fault(where, f"names {manifest.label}", item.label, "move the folder back"))
-            faults += problems(item)
-        for name in self.models.names():
-            faults += self._alias_faults(name)
-        return faults
+        """Return everything that is wrong with one model (or `collected:` data), or with all models and data."""
+        return faults_of(self, reference)
 
-    def _alias_faults(self, name: str) -> list[Fault]:
-        numbers = self.models.numbers(name)
-        try:
-            aliases = self.models.aliases(name)
-        except DamagedFile as error:
-            return [Fault(name, str(error))]
-        return [
-            Fault(f"{name}@{alias}", f"names v{version}; {_said(numbers)}", "", "set the alias again")
-            for alias, version in aliases.items()
-            if version not in numbers
-        ]
+    def repair(self, reference: str | None = None) -> list[Mended]:
+        """Put what is damaged into quarantine, whole, and say what was done; see `registry/repair.py`."""
+        return list(repair(self, reference))
 
     def _users(self, resolved: Resolved) -> list[str]:
         return [
@@ -246,19 +225,18 @@ class Registry:
         return resolved
 
     def _version(self, reference: Reference) -> Resolved:
-        name, step, alias = reference.name, reference.step, reference.alias
-        numbers = self.models.numbers(name)
-        version = numbers[-1] if reference.version is None else reference.version
-        # Aliases are read only where one may be meant: a damaged file of aliases stops nothing else.
-        if alias is not None:
-            version = self.models.aliases(name).get(alias)
-        if version not in numbers:
-            aliases = self.models.aliases(name)
-            what = f"version v{version}" if alias is None else f"alias {alias!r}"
-            hint = "" if alias is None else did_you_mean(alias, aliases)
-            raise UnknownReference("; ".join(filter(None, [f"{name} has no {what}", _said(numbers, aliases), hint])))
-        path = self.models.folder(name, version)
-        manifest = read_manifest(path)
+        name, step = reference.name, reference.step
+        for _ in range(LOOKUPS):
+            path = self.models.folder(name, version := self._number(reference))
+            try:
+                manifest = read_manifest(path)
+                break
+            except DamagedFile:
+                if path.is_dir():
+                    raise
+                # It was removed between the two looks: what the reference names now is another version, or none.
+        else:
+            raise self._unknown(reference)
         if step is not None:
             if not snapshot_files(manifest.files, step):
                 found = f"{name}@v{version} has no snapshot of step {step}"
@@ -266,9 +244,31 @@ class Registry:
             path = path / snapshot_folder(step)
         return Resolved("registry", reference.text, path, name, version, step, manifest=manifest)
 
+    def _number(self, reference: Reference) -> int:
+        name, alias, version = reference.name, reference.alias, reference.version
+        # Aliases are read only where one may be meant: a damaged file of aliases stops nothing else. They are read
+        # before the versions are counted: an alias may name one that has just appeared.
+        if alias is not None:
+            version = self.models.aliases(name).get(alias)
+        numbers = self.models.numbers(name)
+        if alias is None and version is None and numbers:
+            return numbers[-1]
+        if version in numbers:
+            return version
+        if not numbers:
+            raise self._unknown(reference)
+        aliases = self.models.aliases(name)
+        what = f"version v{version}" if alias is None else f"alias {alias!r}"
+        hint = "" if alias is None else did_you_mean(alias, aliases)
+        if alias is None and f"v{version}" in in_quarantine(self.home, name):
+            hint = f"v{version} was damaged and is in quarantine"
+        raise UnknownReference("; ".join(filter(None, [f"{name} has no {what}", _said(numbers, aliases), hint])))
+
     def _unknown(self, reference: Reference) -> UnknownReference:
         names = self.models.names()
         hint = did_you_mean(reference.name or reference.text, names)
+        if reference.name and (aside := in_quarantine(self.home, reference.name)):
+            hint = f"{', '.join(aside)} of it, damaged, in quarantine"
         if not hint:
             hint = f"there are {', '.join(names[:10])}" if names else "the registry has no models yet"
         return UnknownReference(
@@ -282,7 +282,7 @@ def _directory(reference: Reference, folder: Path) -> Resolved:
             f"{folder}: a folder without config.json; expected a model in Hugging Face's format there"
         )
     path = folder.resolve()
-    manifest = read_manifest(path) if (path / MANIFEST).is_file() else None
+    manifest = without_reach(read_manifest(path)) if (path / MANIFEST).is_file() else None
     return Resolved("directory", reference.text, path, manifest=manifest)
 
 

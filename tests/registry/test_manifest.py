@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
@@ -46,8 +47,44 @@ def test_values_become_strict_json():
     assert json.loads(manifest(metrics={"loss": float("nan")}).to_json())["metrics"] == {"loss": None}
 
 
+def unsealed(**changes):
+    """The text of a manifest as it was before manifests had a digest of their own, with changes."""
+    fields = json.loads(manifest().to_json())
+    assert fields.pop("format") == 2 and len(fields.pop("manifest_sha256")) == 64
+    return json.dumps({**fields, **changes})
+
+
+def test_a_manifest_without_a_digest_of_its_own_is_read():
+    assert parse_manifest(unsealed(), "here") == manifest()
+
+
+def test_the_digest_is_that_of_the_text_with_zeros_in_its_place():
+    text = manifest(config={"word": "é"}).to_json()
+    found = json.loads(text)["manifest_sha256"]
+    assert text.count(found) == 1
+    assert hashlib.sha256(text.replace(found, "0" * 64).encode()).hexdigest() == found
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"seed": 3', '"seed": 2'),
+        ('"format"', '"formau"'),
+        ('"manifest_sha256"', '"manifest_sha257"'),
+        ('"format": 2', '"format": 3'),
+        ('"seed": 3,\n', '"seed": 3, \n'),
+        ("1e-05", "1E-05"),
+    ],
+)
+def test_any_change_of_the_text_is_seen(old, new):
+    text = manifest(seed=3, config={"learning_rate": 1e-5}).to_json()
+    assert text.count(old) == 1
+    with pytest.raises(DamagedFile, match="not what was written"):
+        parse_manifest(text.replace(old, new), "here")
+
+
 def test_fields_of_a_newer_release_are_passed_over():
-    text = json.dumps({**json.loads(manifest().to_json()), "signature": {"by": "x"}})
+    text = unsealed(signature={"by": "x"})
     assert parse_manifest(text, "here") == manifest()
 
 
@@ -58,17 +95,19 @@ def test_fields_of_a_newer_release_are_passed_over():
         ({"version": 0}, "version"),
         ({"name": None}, "name"),
         ({"files": {"../x": FILES["model.safetensors"]}}, "not a path within the version"),
+        ({"files": {"x\0y": FILES["model.safetensors"]}}, "not a path within the version"),
+        ({"files": {"a//b": FILES["model.safetensors"]}}, "not a path within the version"),
+        ({"files": {"a\\..\\b": FILES["model.safetensors"]}}, "not a path within the version"),
         ({"files": {"/x": FILES["model.safetensors"]}}, "not a path within the version"),
         ({"files": {"x": {"size": 3, "sha256": "A"}}}, "files.x.sha256"),
     ],
 )
 def test_wrong_fields_are_named(change, named):
-    text = json.dumps({**json.loads(manifest().to_json()), **change})
     with pytest.raises(DamagedFile, match=named):
-        parse_manifest(text, "here")
+        parse_manifest(unsealed(**change), "here")
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"name": ', '{"version": NaN}'])
+@pytest.mark.parametrize("text", ["", "[]", '{"name": ', '{"version": NaN}', "[" * 100_000])
 def test_text_that_is_no_manifest_is_damaged(text):
     with pytest.raises(DamagedFile, match="here: not a valid manifest"):
         parse_manifest(text, "here")

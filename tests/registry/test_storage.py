@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
+import textwrap
 import time
+from pathlib import Path
 
 import pytest
 
@@ -37,12 +41,61 @@ def test_full_disk_is_a_failed_run_and_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_leftovers_of_killed_processes_go_after_a_day(tmp_path):
-    old, young = tmp_path / ".sft-old.tmp", tmp_path / ".sft-young.tmp"
-    for folder in (old, young):
-        folder.mkdir()
+def test_the_errors_of_libraries_in_rust_are_read_too(tmp_path):
+    for number, found in ((28, "disk full"), (13, "no permission"), (30, "no permission")):
+        with pytest.raises(RunFailed, match=f"{found}: {tmp_path}: "), storage.staging(tmp_path, "sft"):
+            raise RuntimeError(f"Error while serializing: I/O error: something (os error {number})")
+    with pytest.raises(RuntimeError), storage.staging(tmp_path, "sft"):
+        raise RuntimeError("I/O error: something (os error 2)")
+
+
+@pytest.fixture
+def others(tmp_path):
+    """Folders of two other processes that stage: one of them waits, the other is killed."""
+    started = []
+    for name in ("alive", "dead"):
+        code = f"""
+            import sys
+            from pathlib import Path
+            from rlhf_pipeline.registry import storage
+
+            with storage.staging(Path({str(tmp_path)!r}), {name!r}) as folder:
+                (folder / "part").write_text("x")
+                print(folder, flush=True)
+                sys.stdin.read()
+        """
+        command = [sys.executable, "-c", textwrap.dedent(code)]
+        started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    folders = [Path(process.stdout.readline().strip()) for process in started]
+    started[1].kill()
+    started[1].wait()
+    yield folders
+    started[0].communicate("")
+
+
+def test_leftovers_of_the_dead_go_at_the_next_staging_and_the_work_of_the_living_stays(tmp_path, others):
+    alive, dead = others
+    assert alive.is_dir() and dead.is_dir()
+    with storage.staging(tmp_path, "sft") as own:
+        assert not dead.exists()
+        storage.sweep(tmp_path)
+        assert (alive / "part").exists() and own.is_dir()
+
+
+def test_temporary_files_go_after_a_day(tmp_path):
+    old, young = tmp_path / ".aliases.json-old.tmp", tmp_path / ".aliases.json-young.tmp"
+    for file in (old, young):
+        file.write_text("{")
     two_days_ago = time.time() - 2 * 24 * 3600
     os.utime(old, (two_days_ago, two_days_ago))
-    with storage.staging(tmp_path, "sft"):
-        assert not old.exists()
-        assert young.exists()
+    storage.sweep(tmp_path)
+    assert (old.exists(), young.exists()) == (False, True)
+
+
+def test_a_link_is_not_followed(tmp_path):
+    target = tmp_path / "elsewhere"
+    target.mkdir()
+    (target / "file").write_text("x")
+    (tmp_path / ".x.tmp").symlink_to(target)
+    storage.sweep(tmp_path)
+    assert (target / "file").exists()

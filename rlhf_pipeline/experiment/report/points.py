@@ -41,12 +41,17 @@ class Points:
             (folder / name).write_text(content, encoding="utf-8", newline="")
 
 
+def _cell(text: str) -> str:
+    """A text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text[:1] in tuple("=+-@\t") and text[:1] else text
+
+
 def _csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
         writer.writerow(
-            ["" if cell is None else cell if isinstance(cell, float | int) else clean(cell) for cell in row]
+            ["" if cell is None else cell if isinstance(cell, float | int) else _cell(clean(cell)) for cell in row]
         )
     return buffer.getvalue()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.experiment.report.page import page
 from rlhf_pipeline.experiment.report.points import Points
+from rlhf_pipeline.registry.storage import replace_text, writing
 
 PAGE = "index.html"
 
@@ -20,10 +20,8 @@ def write_report(results: Mapping[str, Any], directory: Path) -> Path:
     """
     points = Points()
     text = page(dict(results), points)
-    directory.mkdir(parents=True, exist_ok=True)
-    points.write(directory)
-    target = directory / PAGE
-    temporary = directory / f".{PAGE}.{os.getpid()}.tmp"
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, target)
-    return target
+    with writing(directory, "the report"):
+        directory.mkdir(parents=True, exist_ok=True)
+        points.write(directory)
+        replace_text(directory / PAGE, text)
+    return directory / PAGE

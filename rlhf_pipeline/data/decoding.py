@@ -1,0 +1,139 @@
+"""Bytes to text and JSON values, and what is said of those that are neither."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from rlhf_pipeline.errors import DataError, Fault
+
+UTF8_MARK = b"\xef\xbb\xbf"
+# The marks of UTF-32 first: that of UTF-16, little-endian, begins them.
+_MARKS = {
+    b"\xff\xfe\x00\x00": "UTF-32",
+    b"\x00\x00\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+_LOOKED_AT = 400  # bytes at the start of a file that show its encoding
+
+
+class BadJsonError(ValueError):
+    """A value that JSON's grammar, or common sense, refuses: `reason` is the short name of the row's fault."""
+
+    def __init__(self, reason: str, found: str, expected: str = "one JSON object"):
+        super().__init__(found)
+        self.reason, self.found, self.expected = reason, found, expected
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) == len(pairs):
+        return values
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise BadJsonError("duplicate_key", f"{_short(key)} is given twice", "each key once")
+        seen.add(key)
+    return values
+
+
+def _constant(name: str) -> None:
+    raise BadJsonError("bad_json", f"{name}, which is no JSON", "a number or null")
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+_LOOSE = json.JSONDecoder()  # for the end of a value that the strict one refuses
+decode_json = _STRICT.decode
+"""Return the value of a JSON text; a key given twice, NaN and Infinity raise `BadJsonError`, bad syntax ValueError."""
+
+
+def bad_json(error: Exception, text: str = "") -> BadJsonError:
+    """Say what is wrong with a JSON text that raised `error`."""
+    if isinstance(error, BadJsonError):
+        return error
+    if isinstance(error, RecursionError):
+        return BadJsonError("bad_json", "nested too deeply")
+    if isinstance(error, json.JSONDecodeError):
+        if "\0" in text:
+            return BadJsonError("bad_json", f"a NUL byte at column {text.index(chr(0)) + 1}")
+        return BadJsonError("bad_json", f"{error.msg} at column {error.colno}")
+    return BadJsonError("bad_json", "a number of too many digits", "a number")
+
+
+def elements(text: str, name: str) -> Iterator[tuple[int, Any]]:
+    """Yield each element of a JSON array with its position, which `json.loads` would not tell.
+
+    An element that can be read but not used is yielded as a `BadJsonError`.
+
+    Raises:
+        DataError: bad syntax; what follows it cannot be told apart into rows, so the file as a whole is refused.
+    """
+    position = _skip_space(text, text.index("[") + 1)
+    try:
+        while text[position : position + 1] != "]":
+            try:
+                value, end = _STRICT.raw_decode(text, position)
+            except BadJsonError as error:
+                value, end = error, _LOOSE.raw_decode(text, position)[1]
+            yield position, value
+            position = _skip_space(text, end)
+            if text[position : position + 1] == ",":
+                position = _skip_space(text, position + 1)
+            elif text[position : position + 1] != "]":
+                missing = "',' or ']' missing" if position < len(text) else "the file ends within the array"
+                raise json.JSONDecodeError(missing, text, position)
+        if _skip_space(text, position + 1) != len(text):
+            raise json.JSONDecodeError("more text after the array", text, position)
+    except (ValueError, RecursionError) as error:
+        line = getattr(error, "lineno", None) or text.count("\n", 0, position) + 1
+        found = getattr(error, "msg", None) or bad_json(error).found
+        raise DataError(Fault(f"{name}:{line}", f"bad_json: {found}", "an array of objects")) from error
+
+
+def _skip_space(text: str, position: int) -> int:
+    return _SPACE.match(text, position).end()  # type: ignore[union-attr]
+
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def refuse_encoding(content: bytes, name: str) -> None:
+    """Refuse a file that is UTF-16 or UTF-32 throughout, by its mark or its NUL bytes.
+
+    Raises:
+        DataError: naming the encoding.
+    """
+    found = next((f"{said} (byte order mark)" for mark, said in _MARKS.items() if content.startswith(mark)), None)
+    start = content[:_LOOKED_AT]
+    if found is None and b"\0" in start:
+        nul = [i % 4 for i, byte in enumerate(start) if byte == 0]
+        if len(start) // 4 <= len(nul) <= len(start) - len(start) // 4:  # a file of NUL bytes alone is no text
+            found = "UTF-32" if len(nul) > len(start) // 2 else "UTF-16"
+            found += " (every other byte is NUL)" if found == "UTF-16" else " (three of four bytes are NUL)"
+    if found is not None:
+        encoding = found.split()[0]
+        fix = f"convert it: iconv -f {encoding} -t UTF-8"
+        raise DataError(Fault(f"{name}:1", f"not_utf8: not UTF-8, looks like {found}", "UTF-8", fix))
+
+
+def not_utf8(raw: bytes, start: int) -> str:
+    """Say which byte of a text is not UTF-8, and what it would be in Latin-1."""
+    byte = raw[start]
+    guess = f", {bytes([byte]).decode('latin-1')!r} in Latin-1" if byte >= 0xA0 else ""
+    return f"byte {start + 1} (0x{byte:02x}{guess}) is not UTF-8"
+
+
+def lone_surrogate(text: str, start: int) -> str:
+    """Say what the character at `start` is, which no UTF-8 has: a byte that was none, or half a pair."""
+    code = ord(text[start])
+    if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte that is not UTF-8
+        return f"is not UTF-8 at character {start + 1} (byte 0x{code - 0xDC00:02x})"
+    return f"is not UTF-8 at character {start + 1} (U+{code:04X}, half of a surrogate pair)"
+
+
+def _short(key: str) -> str:
+    shown = repr(key)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -1,0 +1,242 @@
+"""What is wrong in a home, and mending it: what is damaged is put aside as it is, and nothing is deleted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf_pipeline.errors import BadInput, DamagedFile, Fault, UnknownReference
+from rlhf_pipeline.registry import storage
+from rlhf_pipeline.registry.card import model_card
+from rlhf_pipeline.registry.digests import CARD, MANIFEST, file_entry, list_files
+from rlhf_pipeline.registry.integrity import problems
+from rlhf_pipeline.registry.manifest import read_manifest
+from rlhf_pipeline.registry.references import Resolved, parse_reference
+from rlhf_pipeline.registry.shelf import ALIASES, REMOVED, Shelf
+
+if TYPE_CHECKING:
+    from rlhf_pipeline.registry.store import Registry
+
+QUARANTINE = "quarantine"
+COLLECTED = "collected:"
+
+
+@dataclass(frozen=True)
+class Mended:
+    """What was wrong (`what`), what was done about it, and where in the quarantine the damaged things lie."""
+
+    what: str
+    done: str
+    path: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.done}" + (f": {self.path}" if self.path else "")
+
+
+def faults_of(registry: Registry, reference: str | None) -> list[Fault]:
+    """Return everything that is wrong with one model or data set, or with all of a home.
+
+    Raises:
+        UnknownReference: the reference names nothing.
+    """
+    if reference is not None:
+        try:
+            found = _find(registry, reference)
+        except DamagedFile as error:
+            return [Fault("", str(error))]
+        return problems(found) if found.kind == "directory" or found.step is not None else version_faults(found)
+    faults = []
+    for shelf in (registry.models, registry.data):
+        for name in shelf.names():
+            for item in shelf.versions(name):
+                found = version_faults(item)
+                if found and item.path.is_dir():  # it may have been removed meanwhile
+                    faults += found
+            faults += _name_faults(shelf, name)
+    return faults
+
+
+def version_faults(item: Resolved) -> list[Fault]:
+    """Return what is wrong with the folder of one version: its manifest, its place, its files."""
+    try:
+        manifest = read_manifest(item.path)
+    except DamagedFile as error:
+        return [Fault(item.label, str(error))]
+    faults = []
+    if manifest.label != item.label:
+        where = f"{item.label}: {MANIFEST}"
+        faults.append(Fault(where, f"names {manifest.label}", item.label, "move the folder back"))
+    return faults + problems(item)
+
+
+def repair(registry: Registry, reference: str | None) -> list[Mended]:
+    """Put every damaged version into quarantine and take away the aliases that named it; returns what was done.
+
+    A model card that can be written again is, and a file that is not of its version alone is put aside. The next lookup
+    of a name falls to the version before; the number of a version in quarantine is not given to another.
+
+    Raises:
+        BadInput: the reference is no version of this home.
+    """
+    if reference is not None:
+        found = _find(registry, reference, damaged=True)
+        if found.kind not in ("registry", "data") or found.step is not None:
+            raise BadInput(f"{found.label}: --repair takes a version of this home: name, name@vN or name@alias")
+        shelf = registry.data if found.kind == "data" else registry.models
+        return _repair_version(registry, shelf, found) if version_faults(found) else []
+    done: list[Mended] = []
+    for shelf in (registry.models, registry.data):
+        for name in shelf.names():
+            # The files about a name first: mending its versions reads and writes them.
+            if _name_faults(shelf, name):
+                done += _repair_name(registry, shelf, name)
+            for item in shelf.versions(name):
+                if version_faults(item):
+                    done += _repair_version(registry, shelf, item)
+    return done
+
+
+def in_quarantine(home: Path, name: str) -> list[str]:
+    """Return the versions of a name that lie in quarantine, as `v3`."""
+    found = (path.name[len(name) + 1 :].split("-")[0] for path in (home / QUARANTINE).glob(f"{name}-v*-*"))
+    return sorted({word for word in found if word[1:].isdigit()}, key=lambda word: int(word[1:]))
+
+
+def _find(registry: Registry, text: str, *, damaged: bool = False) -> Resolved:
+    """What a reference names; `damaged`: also a version whose manifest cannot be read."""
+    data = text.startswith(COLLECTED)
+    try:
+        return registry.resolve_data(text[len(COLLECTED) :]) if data else registry.resolve(text)
+    except DamagedFile:
+        if not damaged:
+            raise
+    reference = parse_reference(text.removeprefix(COLLECTED))
+    shelf = registry.data if data else registry.models
+    items = {item.version: item for item in shelf.versions(reference.name or "")}
+    version = reference.version or max(items, default=0)
+    if reference.alias is not None:
+        version = shelf.aliases(reference.name).get(reference.alias, 0)
+    if version not in items or reference.step is not None:
+        raise UnknownReference(f"{text}: no version of this home that could be mended")
+    return items[version]
+
+
+def _name_faults(shelf: Shelf, name: str) -> list[Fault]:
+    try:
+        shelf.gone(name)
+        aliases = shelf.aliases(name)  # before the versions: an alias may name one that has just appeared
+    except DamagedFile as error:
+        return [Fault(name, str(error))]
+    numbers = shelf.numbers(name)
+    lost = [alias for alias, version in aliases.items() if version not in numbers]
+    if lost:  # or one that was removed after the aliases were read
+        aliases = shelf.aliases(name)
+        numbers = shelf.numbers(name)
+    there = ", ".join(f"v{number}" for number in numbers)
+    return [
+        Fault(f"{name}@{alias}", f"names v{aliases[alias]}; there are {there}", "", "set the alias again")
+        for alias in lost
+        if alias in aliases and aliases[alias] not in numbers
+    ]
+
+
+def _repair_name(registry: Registry, shelf: Shelf, name: str) -> Iterator[Mended]:
+    folder = shelf.base / name
+    with storage.locked(folder):
+        try:
+            shelf.gone(name)
+        except DamagedFile:
+            place = _put_aside(registry.home, folder / REMOVED, f"{name}-removed", ".json")
+            known = {int(word[1:]) for word in in_quarantine(registry.home, name)} | _named(registry, name)
+            shelf.set_gone(name, known - set(shelf.numbers(name)))
+            yield Mended(f"{name}: {REMOVED}", "put into quarantine; made again of what is known", place)
+        try:
+            aliases = shelf.aliases(name)
+        except DamagedFile:
+            place = _put_aside(registry.home, folder / ALIASES, f"{name}-aliases", ".json")
+            yield Mended(f"{name}: {ALIASES}", "put into quarantine; set the aliases again", place)
+            return
+        numbers = shelf.numbers(name)
+        lost = sorted(alias for alias, version in aliases.items() if version not in numbers)
+        if lost:
+            shelf.set_aliases(name, {alias: version for alias, version in aliases.items() if alias not in lost})
+        for alias in lost:
+            yield Mended(f"{name}@{alias}", f"removed: it named v{aliases[alias]}, which is not there")
+
+
+def _named(registry: Registry, name: str) -> set[int]:
+    """Versions of a name that others come from: their numbers were given, whether or not they are there."""
+    found = set()
+    for item in [*registry.models.all(), *registry.data.all()]:
+        manifest = item.manifest
+        texts = [] if manifest is None else [parent.ref for parent in manifest.parents.values()]
+        texts += [] if manifest is None else [entry.source.removeprefix(COLLECTED) for entry in manifest.data]
+        for text in filter(None, texts):
+            reference = parse_reference(text)
+            if reference.name == name and reference.version:
+                found.add(reference.version)
+    return found
+
+
+def _repair_version(registry: Registry, shelf: Shelf, item: Resolved) -> Iterator[Mended]:
+    name, version = item.name, item.version
+    with storage.locked(shelf.base / name):
+        if not item.path.is_dir() or not version_faults(item):  # removed or mended meanwhile
+            return
+        light = list(_light_repairs(registry.home, item))
+        yield from light
+        if not version_faults(item):
+            return
+        # In this order a process that is killed here leaves nothing that the next repair would not mend.
+        shelf.set_gone(name, {*shelf.gone(name), version})
+        aliases = shelf.aliases(name)
+        pointing = sorted(alias for alias, number in aliases.items() if number == version)
+        if pointing:
+            shelf.set_aliases(name, {alias: number for alias, number in aliases.items() if alias not in pointing})
+        place = _put_aside(registry.home, item.path, f"{name}-v{version}")
+    yield Mended(item.label, "put into quarantine", place)
+    for alias in pointing:
+        yield Mended(f"{name}@{alias}", f"removed: it named v{version}")
+    left = shelf.numbers(name)
+    yield Mended(name, f"is now {name}@v{left[-1]}" if left else "has no version left")
+
+
+def _light_repairs(home: Path, item: Resolved) -> Iterator[Mended]:
+    """Mend what does not touch the model: files that are not of the version, and the model card."""
+    try:
+        manifest = read_manifest(item.path)
+    except DamagedFile:
+        return
+    for relative, path in list_files(item.path, links=True).items():
+        if relative not in manifest.files:
+            place = _put_aside(home, path, f"{item.name}-v{item.version}-{path.name}")
+            yield Mended(f"{item.label}: {relative}", "not of this version: put into quarantine", place)
+    entry, card = manifest.files.get(CARD), item.path / CARD
+    if entry is None or (card.is_file() and not card.is_symlink() and file_entry(card) == entry):
+        return
+    text = model_card(manifest)
+    before = card.is_symlink() or card.exists()
+    place = _put_aside(home, card, f"{item.name}-v{item.version}-{CARD}") if before else None
+    storage.replace_text(card, text)
+    if file_entry(card) == entry:
+        yield Mended(f"{item.label}: {CARD}", "written again", None)
+    if place:
+        yield Mended(f"{item.label}: {CARD}", "what was there is in quarantine", place)
+
+
+def _put_aside(home: Path, path: Path, name: str, ending: str = "") -> str:
+    """Move a file or folder, whole, into the quarantine under a name that is free."""
+    folder = home / QUARANTINE
+    with storage.locked(folder):
+        stem = f"{name}-{datetime.now(timezone.utc).strftime('%Y%m%dT%H%M%SZ')}"
+        target, number = folder / f"{stem}{ending}", 1
+        while target.exists() or target.is_symlink():
+            number += 1
+            target = folder / f"{stem}-{number}{ending}"
+        os.rename(path, target)
+        storage.sync(folder)
+    return str(target)
