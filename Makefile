@@ -98,5 +98,5 @@ growth: $(STAMP)
 	$(BIN)/python scripts/growth.py
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find rlhf_pipeline tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -46,6 +46,9 @@ RANKINGS = "tests/stages/test_rankings.py::"
 RANKED_REWARD = RANKINGS + "test_the_gradient_of_the_reward_model_is_that_of_its_pairs_written_out"
 RANKED_DPO = RANKINGS + "test_the_gradient_of_dpo_is_that_of_its_pairs_written_out"
 PLACKETT_LUCE = RANKINGS + "test_plackett_luce_is_the_product_of_its_choices"
+LOOP, TRAINING = "training/loop.py", "tests/training/"
+UNSEEN = TRAINING + "test_finite.py::test_what_the_model_says[dpo--inf]"
+KEPT = TRAINING + "test_memory.py::test_what_a_failed_attempt_has_added_is_thrown_away[sft]"
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,8 @@ MUTANTS = (
         "target = None",
         (DPO, IPO, IPO_MEAN),
     ),
+    Mutant("unchecked-figures", LOOP, "[grad_norm, *figures(seen)]", "[grad_norm]", (UNSEEN,)),
+    Mutant("failed-attempt-kept", LOOP, "partial(optimizer.zero_grad, set_to_none=True))", "lambda: None)", (KEPT,)),
 )
 
 

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 FRACTIONS = (("train", 0.76), ("judge", 0.08), ("validation", 0.06), ("test", 0.10))
 OPENINGS = range(3, 9)  # words: as many as the DPO paper's prefixes have tokens, 2 to 8
 WINDOW, LEAD = 40, 8  # words of a row to learn, and of what stands in its prompt
+MOST_BYTES = 256 << 20  # both data sets unpacked have some 12 MiB
 ADVICE = "unpack or download the polarity data set v2.0 and the sentence polarity data set v1.0 there"
 
 
@@ -30,17 +31,22 @@ class NoData(Exception):
 
 
 def members(data: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
-    """Every file of a folder and of the zip files in it.
+    """Every file of a folder and of the zip files in it; names of members are looked at and never written to.
 
     Raises:
-        NoData: a zip file cannot be read.
+        NoData: a zip file cannot be read, or unpacks to more than such a data set holds.
     """
     for path in sorted(data.rglob("*")):
         if path.suffix == ".zip":
             try:
                 with zipfile.ZipFile(path) as archive:
-                    files = [(name, archive.read(name)) for name in sorted(archive.namelist()) if name[-1] != "/"]
-            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                    infos = sorted((info for info in archive.infolist() if not info.is_dir()), key=lambda i: i.filename)
+                    if sum(info.file_size for info in infos) > MOST_BYTES:
+                        raise NoData(
+                            f"{path}: unpacks to more than {MOST_BYTES >> 20} MiB; expected one of the data sets"
+                        )
+                    files = [(info.filename, archive.read(info)) for info in infos]
+            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OverflowError) as error:
                 raise NoData(f"{path}: no whole zip file ({error}); download it again") from None
             yield from ((PurePosixPath(name), content) for name, content in files)
         elif path.is_file() and path.suffix in (".txt", ".pos", ".neg"):

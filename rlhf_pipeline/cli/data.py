@@ -39,14 +39,27 @@ def check(
     tokenizer: Annotated[
         str | None, typer.Option("--tokenizer", help="Model whose tokenizer measures lengths (else characters).")
     ] = None,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", help="Limit to measure against, tokens; needs --tokenizer.", min=1)
+    ] = None,
+    max_prompt_length: Annotated[int | None, typer.Option("--max-prompt-length", help="As in a config.", min=1)] = None,
+    response_length: Annotated[int | None, typer.Option("--response-length", help="As in a config.", min=1)] = None,
     home: HomeOption = None,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Format, faults, splits, duplicates, overlap and lengths of a source; exit 2 when rows are faulty."""
+    """Faults, splits, duplicates, leakage, label noise and lengths of a source; exit 2 when a stage would refuse it."""
     common = common_of(context, home, json, debug=debug)
-    from rlhf_pipeline.data.check import check_source
+    from rlhf_pipeline.config.base import resolve_lengths
+    from rlhf_pipeline.data.check import describe
+    from rlhf_pipeline.data.load import read_records
+    from rlhf_pipeline.errors import BadInput
+    from rlhf_pipeline.experiment.data_quality import label_noise
 
+    given = (max_prompt_length, response_length, max_length)
+    limits = None if given == (None, None, None) else resolve_lengths(*given)
+    if limits is not None and tokenizer is None:
+        raise BadInput("--max-length: lengths are in tokens; expected --tokenizer MODEL beside it")
     reader = None
     if tokenizer is not None:
         from rlhf_pipeline.data.tokenizers import load_tokenizer
@@ -54,15 +67,21 @@ def check(
 
         resolved = Registry(common.home_path).resolve(tokenizer)
         reader = load_tokenizer(resolved.location, revision=resolved.revision)
-    result = check_source(source, config=dataset_config, home=common.home_path, tokenizer=reader)
+    found = read_records(source, config=dataset_config, home=common.home_path, skip_bad_rows=True)
+    result = describe(found, tokenizer=reader, limits=limits) | {"label_noise": label_noise(found.records)}
     if common.json:
         emit_json(result)
     else:
         emit_table(result["source"], ("what", "value"), flat_metrics(result))
-        faults = result["fault_list"]
-        more = result["faulty_rows"] - len(faults)
-        emit_lines([*faults, *([f"... and {more} more"] if more > 0 else [])])
-    if result["faulty_rows"]:
+        trip = result.get("round_trip", {"first": [], "different": 0, "white_space_only": 0})
+        for lines, count in (
+            (result["fault_list"], sum(result["faults"].values())),
+            (result["leak_list"], result["leaked_rows"]),
+            (trip["first"], trip["different"] - trip["white_space_only"]),
+        ):
+            more = count - len(lines)
+            emit_lines([*lines, *([f"... and {more} more"] if more > 0 else [])])
+    if result["faulty_rows"] or result["leaked_rows"]:
         raise typer.Exit(2)
 
 

@@ -105,7 +105,11 @@ def run(
 
         _print_estimate(estimate_experiment(experiment, overrides or [], common.home_path), common)
         return
-    load_libraries()
+    from rlhf_pipeline.config.experiment import load_experiment
+    from rlhf_pipeline.registry import Registry
+
+    load_experiment(experiment, overrides or [], known_models=Registry(common.home_path).models.names())
+    load_libraries()  # after what is wrong with the files: they take seconds
     from rlhf_pipeline.experiment.run import run_experiment
 
     again = shlex.join(["rlhf", "run", str(experiment), *(overrides or [])])

@@ -34,7 +34,11 @@ def option(
 
 def wrong(expected: str, fix: str = "") -> PydanticCustomError:
     """Return the error that a validator raises: what was expected, and what to do."""
-    return PydanticCustomError("wrong_value", "expected {expected}", {"expected": expected, "fix": fix})
+    # pydantic takes no half surrogate pairs, which a value quoted in `fix` may have.
+    said = {
+        name: text.encode(errors="backslashreplace").decode() for name, text in (("expected", expected), ("fix", fix))
+    }
+    return PydanticCustomError("wrong_value", "expected {expected}", said)
 
 
 def takes_bool(annotation: Any) -> bool:

@@ -151,7 +151,7 @@ class Draft:
         """Return {canonical key: (key as written, value)}; one key by two names is a fault."""
         given: dict[str, tuple[str, Any]] = {}
         for key, value in values.items():
-            if not isinstance(key, str):
+            if not isinstance(key, str) or key != key.encode(errors="replace").decode():
                 self.faults.append(Fault(place((key,)), f"{key!r} is not the name of a key", "a name"))
                 continue
             alias = keys.ALIASES[self.stage].get(key)

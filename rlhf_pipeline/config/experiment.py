@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ class _Reader:
             return draft, None
         source = self.folder / name
         document = read_document(source)
-        if not source.is_file():
+        if not os.path.isfile(source):  # false for a name that no file can have
             where = self.plan.where((*path, "config"))
             document.faults = [dataclasses.replace(fault, where=f"{where}: {fault.where}") for fault in document.faults]
         draft.label = str(source)

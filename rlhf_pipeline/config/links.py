@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Mapping
-from pathlib import Path
 
 from rlhf_pipeline.config.draft import Draft
 from rlhf_pipeline.config.references import DATA_SUFFIXES, Reference, references
@@ -54,7 +54,7 @@ class Links:
         """Refuse a bare name that nothing bears; paths and hub ids are left to whoever loads them."""
         text = reference.text
         bare = re.split("[@#]", text, maxsplit=1)[0]
-        if "/" in text or text.startswith((".", "~")) or Path(text).exists():
+        if "/" in text or text.startswith((".", "~")) or os.path.exists(text):
             return
         if reference.role == "data":
             near = did_you_mean(text, self._commands)

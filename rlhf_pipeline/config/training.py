@@ -67,6 +67,11 @@ class TrainingConfig(BaseModel):
     )
     max_train_samples: Count | None = option(None, "most examples to train on, by hash order (default: all)")
     skip_bad_rows: bool = option(False, "drop and count rows with faults instead of stopping (ours: stop)")
+    allow_overlap: bool = option(
+        False,
+        "train although evaluation rows of a source with splits of its own are in the training split as well: the same "
+        "prompt, but for case and punctuation (ours: stop; skip_bad_rows leaves them out of the evaluation)",
+    )
     split_fractions: dict[str, float] = option(
         DEFAULT_SPLITS, "share of prompts in each split of a source without splits, by hash", min_length=1
     )

@@ -32,6 +32,7 @@ _PLAIN: dict[str, tuple[re.Pattern[str], str]] = {
 }
 # A config has tens of nodes; more than this is an alias bomb.
 _MOST_NODES = 20_000
+_MOST_BYTES = 1_000_000
 _DEEPEST = 50
 # What a config is made of; other tags (!!binary, !!set, !!timestamp) would be values that no key takes.
 _TYPES: dict[type[yaml.Node], frozenset[str]] = {
@@ -121,14 +122,17 @@ def read_document(path: Path) -> Document:
     """Read a YAML file; what cannot be read becomes the document's faults."""
     document = Document(str(path))
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with path.open("rb") as file:
+            raw = file.read(_MOST_BYTES + 1)
+        if len(raw) > _MOST_BYTES:
+            document.faults.append(Fault(str(path), f"more than {_MOST_BYTES} bytes", "a YAML file of a config"))
+            return document
+        text = raw.decode("utf-8-sig")
     except FileNotFoundError:
         document.faults.append(Fault(str(path), "there is no such file", "a YAML file", _neighbours(path)))
     except UnicodeDecodeError as error:
-        raw: bytes = error.object
-        found = f"byte {error.start + 1} is not UTF-8"
-        if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            found = "not UTF-8, looks like UTF-16 or UTF-32 (byte order mark)"
+        mark = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
+        found = "not UTF-8, looks like UTF-16 or UTF-32" if mark else f"byte {error.start + 1} is not UTF-8"
         line = raw.count(b"\n", 0, error.start) + 1
         document.faults.append(Fault(f"{path}:{line}", found, "UTF-8 text"))
     except (OSError, ValueError) as error:  # a ValueError: the path has a NUL

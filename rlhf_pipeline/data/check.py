@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,15 +11,19 @@ from typing import TYPE_CHECKING, Any
 from rlhf_pipeline.data.formats import count_reasons
 from rlhf_pipeline.data.kinds import as_kind
 from rlhf_pipeline.data.load import RecordSet, read_records, records_digest
+from rlhf_pipeline.data.overlap import EVALUATED, duplicates, leaks, shared_prompts
 from rlhf_pipeline.data.records import Record, plain
 from rlhf_pipeline.data.render import render
 from rlhf_pipeline.data.splits import FRACTIONS, assign_splits, carries_splits
+from rlhf_pipeline.data.tokenize import BATCH, token_ids, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from rlhf_pipeline.config.base import Lengths
+
 SHOWN_FAULTS = 20
-QUANTILES = {"median": 0.5, "p95": 0.95, "max": 1.0}
+QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
 
 def check_source(
@@ -30,18 +34,39 @@ def check_source(
     base_dir: Path | None = None,
     fractions: Mapping[str, float] = FRACTIONS,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    limits: Lengths | None = None,
 ) -> dict[str, Any]:
     """Describe a source: its format, faults, splits, duplicates, lengths; never its text.
 
-    Lengths are in tokens where a tokenizer or the rows' own ids are at hand, else in characters.
+    Lengths are in tokens where a tokenizer or the rows' own ids are at hand, else in characters. With a tokenizer it
+    also says which texts come back different from its tokens, and with `limits` what the length policy cuts or drops.
 
     Raises:
         DataError: the source cannot be read, or no row of it can be used.
     """
-    found = read_records(source, config=config, home=home, base_dir=base_dir, skip_bad_rows=True)
+    return describe(
+        read_records(source, config=config, home=home, base_dir=base_dir, skip_bad_rows=True),
+        fractions=fractions,
+        tokenizer=tokenizer,
+        limits=limits,
+    )
+
+
+def describe(
+    found: RecordSet,
+    *,
+    fractions: Mapping[str, float] = FRACTIONS,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    limits: Lengths | None = None,
+) -> dict[str, Any]:
+    """Describe the records of a source that is read already; see `check_source`."""
     records = found.records
     splits = assign_splits(records, fractions, found.source)
     unit, lengths = _lengths(records, tokenizer)
+    leaked = leaks(records, splits, "train", EVALUATED) if carries_splits(records, found.source) else []
+    measured: dict[str, Any] = {} if tokenizer is None else {"round_trip": _round_trip(records, tokenizer)}
+    if tokenizer is not None and limits is not None:
+        measured["length_policy"] = _length_policy(found, tokenizer, limits)
     return {
         "source": found.source,
         "format": found.format,
@@ -55,14 +80,19 @@ def check_source(
         "skipped": dict(found.skipped),
         "ties": _ties(found),
         "duplicate_prompts": len(records) - len({record.prompt_key for record in records}),
-        "duplicate_rows": len(records) - len({record.canonical() for record in records}),
+        **duplicates(records),
         "not_ended": sum(not flag for record in records for flag in record.ended),
         "splits_from": "source" if carries_splits(records, found.source) else "prompt hash",
         "splits": dict(Counter(splits)),
-        "prompt_overlap": _overlap(records, splits),
+        "prompt_overlap": shared_prompts(records, splits),
+        "similar_prompt_overlap": shared_prompts(records, splits, near=True),
+        "leaked_rows": len(leaked),
+        "leaks": count_reasons(leaked),
+        "leak_list": [str(item.fault) for item in leaked[:SHOWN_FAULTS]],
         "length_unit": unit,
         "lengths": {name: _quantiles(values) for name, values in lengths.items() if values},
         "longer_wins": _longer_wins(lengths),
+        **measured,
     }
 
 
@@ -104,14 +134,6 @@ def _ties(found: RecordSet) -> int:
     return ties
 
 
-def _overlap(records: Sequence[Record], splits: Sequence[str]) -> dict[str, int]:
-    """Count the prompts that two splits share."""
-    prompts: dict[str, set[str]] = {}
-    for record, split in zip(records, splits):
-        prompts.setdefault(split, set()).add(record.prompt_key)
-    return {f"{a}/{b}": len(prompts[a] & prompts[b]) for a, b in combinations(sorted(prompts), 2)}
-
-
 def _lengths(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, dict[str, list[int]]]:
     lengths: dict[str, list[int]] = {name: [] for name in ("prompt", "completion", "chosen", "rejected")}
     has_ids = all((record.prompt_ids or record.completion_ids) is not None for record in records)
@@ -140,6 +162,60 @@ def _measure(record: Record, tokenizer: PreTrainedTokenizerBase | None, has_ids:
         verbose=False,
     )["input_ids"]
     return len(ids[0]), [len(tokens) for tokens in ids[1:]]
+
+
+def _round_trip(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Count the texts for which decode(encode(text)) is not the text, and say where the first of them differ."""
+    count, different, spaces = 0, 0, 0
+    faults: list[str] = []
+    for start in range(0, len(records), BATCH):
+        named = [
+            (record, name, text)
+            for record in records[start : start + BATCH]
+            for name, text in _texts_of(record)
+            if text
+        ]
+        count += len(named)
+        for (record, name, text), ids in zip(named, token_ids(tokenizer, [text for *_, text in named])):
+            if ids is None:
+                place = "no token for a part of it"
+            else:
+                back = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+                if back == text:
+                    continue
+                shared = next((i for i, (a, b) in enumerate(zip(text, back)) if a != b), min(len(text), len(back)))
+                place = f"it comes back different from character {shared + 1} on"
+                if "".join(back.split()) == "".join(text.split()):  # as tokenizers by words have it
+                    different, spaces = different + 1, spaces + 1
+                    continue
+            different += 1
+            if len(faults) < SHOWN_FAULTS:
+                faults.append(f"{record.where}: {name}: {place}")
+    return {"texts": count, "different": different, "white_space_only": spaces, "first": faults}
+
+
+def _texts_of(record: Record) -> Iterator[tuple[str, str]]:
+    parts = [] if record.prompt is None else [("the prompt", record.prompt)]
+    parts += [(f"completion {number}", text) for number, text in enumerate(record.completions, 1)]
+    for name, part in parts:
+        if isinstance(part, str):
+            yield name, part
+        else:
+            yield from ((f"{name}, message {i}", message["content"]) for i, message in enumerate(part, 1))
+
+
+def _length_policy(found: RecordSet, tokenizer: PreTrainedTokenizerBase, limits: Lengths) -> dict[str, Any]:
+    """What `tokenize` would leave out or cut at these limits, by reason, and the examples that are left."""
+    examples, counts = tokenize(found.records, tokenizer, limits, source_tokenizer_digest=found.tokenizer_digest)
+    return {
+        "max_prompt_length": limits.prompt,
+        "response_length": limits.response,
+        "max_length": limits.total,
+        "examples": len(examples),
+        "dropped": dict(sorted((+counts.dropped).items())),
+        "faults": count_reasons(counts.faults),
+        "cut": dict(sorted((+counts.truncated).items())),
+    }
 
 
 def _quantiles(values: list[int]) -> dict[str, int]:

@@ -18,6 +18,7 @@ _MARKS = {
     b"\xfe\xff": "UTF-16",
 }
 _LOOKED_AT = 400  # bytes at the start of a file that show its encoding
+_EVERY_OTHER = ([True, False, True, False], [False, True, False, True])
 
 
 class BadJsonError(ValueError):
@@ -107,12 +108,12 @@ def refuse_encoding(content: bytes, name: str) -> None:
         DataError: naming the encoding.
     """
     found = next((f"{said} (byte order mark)" for mark, said in _MARKS.items() if content.startswith(mark)), None)
-    start = content[:_LOOKED_AT]
-    if found is None and b"\0" in start:
-        nul = [i % 4 for i, byte in enumerate(start) if byte == 0]
-        if len(start) // 4 <= len(nul) <= len(start) - len(start) // 4:  # a file of NUL bytes alone is no text
-            found = "UTF-32" if len(nul) > len(start) // 2 else "UTF-16"
-            found += " (every other byte is NUL)" if found == "UTF-16" else " (three of four bytes are NUL)"
+    if found is None and b"\0" in content[:_LOOKED_AT]:
+        # ASCII text has NUL bytes at every second place in UTF-16, at three of four in UTF-32.
+        places = [content[first:_LOOKED_AT:4] for first in range(4)]
+        nul = [2 * place.count(0) > len(place) for place in places]
+        found = "UTF-16 (every other byte is NUL)" if nul in _EVERY_OTHER else found
+        found = "UTF-32 (three of four bytes are NUL)" if sum(nul) == 3 else found
     if found is not None:
         encoding = found.split()[0]
         fix = f"convert it: iconv -f {encoding} -t UTF-8"

@@ -130,11 +130,12 @@ def _json(content: bytes, name: str) -> tuple[Rows, list[RowFault]]:
         return _json_lines(content, name)  # many tools write JSON lines under this suffix
     rows: Rows = []
     faults: list[RowFault] = []
-    line, counted = 1, 0
-    for start, value in elements(text, name):
+    line, before, counted = 1, 0, 0
+    for number, (start, value) in enumerate(elements(text, name), 1):
         line += text.count("\n", counted, start)
-        counted = start
-        _keep(rows, faults, f"{name}:{line}", value)
+        where = f"{name}:{line}" if line > before else f"{name}:{line} (row {number})"
+        before, counted = line, start
+        _keep(rows, faults, where, value)
     return rows, faults
 
 

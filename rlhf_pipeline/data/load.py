@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -156,6 +156,7 @@ def load_examples(
     fractions: Mapping[str, float] = FRACTIONS,
     max_samples: int | None = None,
     base_dir: Path | None = None,
+    prepare: Callable[[RecordSet], RecordSet] | None = None,
 ) -> ExampleSet:
     """Load one split of a source as tokenised examples.
 
@@ -167,13 +168,14 @@ def load_examples(
         skip_bad_rows: leave out and count rows with faults instead of refusing the source.
         fractions: share of each split where the source carries none.
         max_samples: keep at most so many records, drawn by hash.
+        prepare: called with the records of the whole source first.
 
     Raises:
         DataError: rows have faults, the split is not there, its records do not suit, or none is left.
     """
     found = read_records(source, config=config, home=home, base_dir=base_dir, skip_bad_rows=skip_bad_rows)
     return examples_of(
-        found,
+        found if prepare is None else prepare(found),
         kind=kind,
         split=split,
         tokenizer=tokenizer,

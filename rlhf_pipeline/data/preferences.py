@@ -60,8 +60,11 @@ def _common(row: Row, chosen: Text, rejected: Text) -> Record | None:
 
 
 def _shared_length(first: Text, second: Text) -> int:
-    shorter = min(len(first), len(second))
-    return next((i for i in range(shorter) if first[i] != second[i]), shorter)
+    low, high = 0, min(len(first), len(second))
+    while low < high:  # halved, so that texts of megabytes are compared as fast as they are copied
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if first[low:middle] == second[low:middle] else (low, middle - 1)
+    return low
 
 
 def hh(row: Row) -> Record | None:

@@ -172,6 +172,8 @@ def _saved(source: str, path: Path, split: str | None) -> Source:
 
     try:
         rows = list(_dataset_rows(source, datasets.load_from_disk(str(path)), split))
+    except DataError:
+        raise
     except Exception as error:  # the library raises whatever its readers raise
         raise DataError(
             Fault(
@@ -206,12 +208,29 @@ def _hub(source: str, config: str | None, split: str | None) -> Source:
 
 def _dataset_rows(source: str, loaded: Any, split: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     if not hasattr(loaded, "keys"):
+        _refuse_media(source, loaded)
         yield from ((f"{source}:{number}", dict(row)) for number, row in enumerate(loaded, 1))
         return
     several = len(loaded) > 1
     for name in [split] if split in loaded else list(loaded):
+        _refuse_media(source, loaded[name])
         for number, row in enumerate(loaded[name], 1):
             yield f"{source}[{name}]:{number}", {**row, "split": name} if several else dict(row)
+
+
+def _refuse_media(source: str, table: Any) -> None:
+    """Refuse columns that the library would open files or addresses to decode: pictures, sounds.
+
+    Raises:
+        DataError: naming the columns.
+    """
+    from datasets.features.features import require_decoding
+
+    features = getattr(table, "features", None) or {}
+    if found := [name for name, feature in features.items() if require_decoding(feature)]:
+        raise DataError(
+            Fault(source, f"columns that are no text: {', '.join(found)}", "text, numbers and lists", "remove them")
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -133,7 +133,7 @@ def _encode(
         ready = [own_ids and _has_ids(record) for record in batch]
         rendered = [None if done else render(record, tokenizer) for done, record in zip(ready, batch)]
         texts = [text for item in rendered if item is not None for text in item.texts()]
-        ids = iter(_ids(tokenizer, texts))
+        ids = iter(token_ids(tokenizer, texts))
         for record, item in zip(batch, rendered):
             if item is None:
                 prompt = list(record.prompt_ids or ())
@@ -169,7 +169,8 @@ def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int] | None]:
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int] | None]:
+    """Token ids of each text without special tokens; None where the tokenizer has no token for a part of it."""
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     if not texts:
         return []
@@ -178,7 +179,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]
     except Exception:  # a word-level tokenizer without an unknown token raises a bare Exception
         if len(texts) == 1:
             return [None]
-        return [ids for text in texts for ids in _ids(tokenizer, [text])]
+        return [ids for text in texts for ids in token_ids(tokenizer, [text])]
 
 
 def _agreement(prompt: list[int], whole: list[int]) -> int:

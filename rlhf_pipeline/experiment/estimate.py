@@ -16,6 +16,7 @@ from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import check_role
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.rewards import is_function_name, load_function, names_a_model
+from rlhf_pipeline.stages.data import kept_apart
 from rlhf_pipeline.training.windows import total_steps
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}
@@ -132,6 +133,7 @@ def _training_rows(stage: str, config: Any, home: Path) -> int:
     count = 0
     for name, part in entries:
         found = read_records(name, config=part, home=home, skip_bad_rows=config.skip_bad_rows)
+        found = kept_apart(config, found)
         rows = in_split(found.records, config.dataset_train_split, config.split_fractions, found.source)
         count += len({record.prompt_key for record in rows}) if config.reads_prompts else len(rows)
     return min(count, config.max_train_samples or count)

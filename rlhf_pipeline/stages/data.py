@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from rlhf_pipeline.data.load import (
     load_mixture,
     read_records,
 )
+from rlhf_pipeline.data.overlap import keep_apart
 from rlhf_pipeline.data.records import plain
 from rlhf_pipeline.data.sources import part_of
 from rlhf_pipeline.data.splits import in_split
@@ -44,6 +46,21 @@ def preference_kind(config: Any) -> str:
     return "pair" if config.engine == "trl" else "preference"
 
 
+def kept_apart(config: Any, found: RecordSet) -> RecordSet:
+    """The records of a source without evaluation rows that its own training split holds; see `keep_apart`.
+
+    Raises:
+        DataError: there are such rows, and the config leaves neither them out nor the question.
+    """
+    return keep_apart(
+        found,
+        config.dataset_train_split,
+        config.dataset_test_split,
+        skip_bad_rows=config.skip_bad_rows,
+        allow_overlap=config.allow_overlap,
+    )
+
+
 class StageData:
     """The data of one config (`dataset_name` or a mixture), by split and kind.
 
@@ -59,9 +76,10 @@ class StageData:
         if self._read is None:
             part = part_of(self.config.dataset_name, self.config.dataset_config, kind)
             with collector_at_rest():
-                self._read = read_records(
+                found = read_records(
                     self.config.dataset_name, config=part, home=self.home, skip_bad_rows=self.config.skip_bad_rows
                 )
+                self._read = kept_apart(self.config, found)
         return self._read
 
     def split(
@@ -92,7 +110,9 @@ class StageData:
             with collector_at_rest():
                 if config.datasets:
                     entries = [entry.model_dump() for entry in config.datasets]
-                    loaded: ExampleSet = load_mixture(entries, home=self.home, **options)
+                    loaded: ExampleSet = load_mixture(
+                        entries, home=self.home, prepare=partial(kept_apart, config), **options
+                    )
                 else:
                     loaded = examples_of(self._records(kind), **options)
         except DataError as error:

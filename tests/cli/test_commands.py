@@ -256,6 +256,21 @@ def test_data(capsys, lab, tmp_path: Path) -> None:
     assert (exported["faulty_rows"], exported["usable"], exported["splits_from"]) == (0, 36_000, "source")
 
 
+def test_data_check_measures_tokens_and_labels(capsys, tiny) -> None:
+    limits = ("--max-prompt-length", "6", "--response-length", "2")
+    words = ["data", "check", "collected:pairs", "--tokenizer", "sft", *limits]
+    report = json_of(capsys, *words, "--home", str(tiny.home))
+    policy = report["length_policy"]
+    assert (policy["max_prompt_length"], policy["response_length"], policy["max_length"]) == (6, 2, 8)
+    dropped = sum(policy["dropped"].values())
+    assert 0 < dropped == report["usable"] - policy["examples"]
+    assert report["round_trip"]["different"] == report["round_trip"]["white_space_only"]
+    noise = report["label_noise"]
+    assert noise["pairs"] == report["usable"] and 0 <= noise["tfidf"]["accuracy"] <= 1 and noise["expected_noise"] < 0.5
+    assert main([*words, "--home", str(tiny.home)]) == 0
+    assert "label_noise longer_wins accuracy" in capsys.readouterr().out
+
+
 def test_data_check_lists_faults_and_exits_2(capsys, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b"}\nnot json\n')

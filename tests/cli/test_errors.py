@@ -207,3 +207,44 @@ def test_what_a_reward_function_prints_is_not_on_stdout(capsys, lab, tmp_path, m
     assert main([*words, "--judge", "loud_reward:f", "--home", str(lab.home)]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["model"] == "x@v1" and "hello" in captured.err
+
+
+def test_prompts_of_training_in_the_test_split(capsys, write, tiny) -> None:
+    rows = [GOOD | {"split": "train"}, GOOD | {"split": "train", "prompt": "the plot of this film was"}]
+    rows.append(GOOD | {"split": "test", "prompt": "The plot of this drama was:"})
+    rows.append(GOOD | {"split": "test", "prompt": "the plot of this comedy was"})
+    data = write("pairs.jsonl", pairs(*rows))
+    config = write("dpo.yaml", DPO + f"dataset_name: {data}\n")
+    words = ("dpo", "--config", config, "--home", str(tiny.home), "--dry-run")
+    error = refused(capsys, *words)
+    assert "pairs.jsonl:3: leaked_similar_prompt" in error and "pairs.jsonl:1" in error and "allow_overlap" in error
+    for override in ("allow_overlap=true", "skip_bad_rows=true"):
+        assert main([*words, override]) == 0
+    capsys.readouterr()
+
+
+def test_limits_in_tokens_need_a_tokenizer(capsys, write) -> None:
+    error = refused(capsys, "data", "check", write("pairs.jsonl", pairs(GOOD)), "--max-length", "8")
+    assert "--tokenizer" in error
+    error = refused(capsys, "data", "check", write("pairs.jsonl", pairs(GOOD)), "--max-length", "8",
+                    "--max-prompt-length", "8")  # fmt: skip
+    assert "leaves 8 tokens for the prompt and 0 for the response" in error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory"),
+        OSError(12, "Cannot allocate memory"),
+    ],
+)
+def test_memory_that_runs_out_while_a_model_is_loaded(capsys, monkeypatch, tiny, error) -> None:
+    from transformers import AutoModelForCausalLM
+
+    def fail(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    assert main(["generate", "sft", "--prompt", GOOD["prompt"], "--home", str(tiny.home)]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: out of memory: ") and "allocate memory" in said and "a smaller model" in said

@@ -57,10 +57,16 @@ def command(home: Path, stage: str, **values: Any) -> list[str]:
 
 def test_help_and_listings_import_no_library(tiny) -> None:
     home = ["--home", str(tiny.home)]
-    runs = [["--help"], ["dpo", "--help"], [*home, "models", "list"], [*home, "data", "check", "collected:pairs"]]
+    runs = [["--help"], ["dpo", "--help"], [*home, "models", "list"], [*home, "data", "preview", "collected:pairs"]]
     found = imported(HEAVY, *runs)
     assert found["codes"] == [0, 0, 0, 0]
     assert found["found"] == [[], [], [], []]
+
+
+def test_checking_data_imports_what_its_estimate_of_noise_needs_and_no_torch(tiny) -> None:
+    found = imported(HEAVY, ["--home", str(tiny.home), "data", "check", "collected:pairs"])
+    assert found["codes"] == [0]
+    assert not {"torch", "transformers", "accelerate", "trl"} & set(found["found"][0])
 
 
 def test_a_model_that_cannot_be_used_is_told_before_any_library_is_imported(tiny) -> None:

@@ -182,3 +182,18 @@ def test_nothing_heavy_is_imported():
         "sys.exit(str(heavy) if heavy else 0)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("experiment", {"seed_resamples": "\ud800"}),  # quoted in an error of pydantic's, which takes no half pairs
+        ("dpo", {"\ud800": 1}),
+        ("dpo", {"output_name": "\udce9"}),
+        ("dpo", {"split_fractions": {"²": -1.0, "train": 2.0}}),  # a digit that `int` refuses, in a dotted key
+        ("compare", {"prompts": "./" + "x" * 5000}),
+    ],
+)
+def test_awkward_characters_are_faults_like_others(valid, stage, changes):
+    messages = refused(stage, None, extra={**valid[stage], **changes})
+    assert all(message.encode() for message in messages)

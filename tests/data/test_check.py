@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 from rlhf_pipeline.data.check import check_source, preview
 
 ROWS = [
@@ -31,8 +33,8 @@ def test_a_source_is_described(jsonl):
         "longer_wins": 0.5,
     }
     assert {name: found[name] for name in expected} == expected
-    assert found["lengths"]["prompt"] == {"median": 1, "p95": 2, "max": 2}
-    assert found["lengths"]["rejected"] == {"median": 2, "p95": 3, "max": 3}
+    assert found["lengths"]["prompt"] == {"median": 1, "p95": 2, "p99": 2, "max": 2}
+    assert found["lengths"]["rejected"] == {"median": 2, "p95": 3, "p99": 3, "max": 3}
     assert len(found["fault_list"]) == 3
 
 
@@ -61,3 +63,39 @@ def test_a_preview_shows_records_as_they_were_understood(jsonl):
         "completions": ["b", "cc"],
         "label_probability": 0.5,
     }
+
+
+def test_texts_that_do_not_come_back_from_their_tokens_are_named(jsonl, letters):
+    rows = [{"prompt": "a", "completion": completion} for completion in ("bc", "x", "bd")]
+    found = check_source(jsonl(*rows), tokenizer=letters)["round_trip"]
+    # "x" has no token and comes back as nothing; "bd" comes back as "b d".
+    assert (found["texts"], found["different"], found["white_space_only"]) == (6, 2, 1)
+    (place,) = found["first"]
+    assert place.endswith("rows.jsonl:2: completion 1: it comes back different from character 1 on")
+
+
+def test_what_the_length_policy_would_do_is_counted(jsonl, letters):
+    rows = [
+        {"prompt": "aaa", "completion": "b"},  # cut to two tokens
+        {"prompt": "ad", "completion": "bcbcd"},  # three tokens and the end: dropped
+        {"prompt": "d", "completion": "d"},
+    ]
+    limits = SimpleNamespace(prompt=2, response=3, total=5)
+    found = check_source(jsonl(*rows), tokenizer=letters, limits=limits)["length_policy"]
+    assert found == {
+        "max_prompt_length": 2,
+        "response_length": 3,
+        "max_length": 5,
+        "examples": 2,
+        "dropped": {"completion_too_long": 1},
+        "faults": {},
+        "cut": {"prompt_truncated": 1},
+    }
+
+
+def test_rows_that_training_has_seen_are_listed(jsonl):
+    found = check_source(jsonl(*ROWS))
+    assert (found["leaked_rows"], found["leaks"]) == (1, {"leaked_prompt": 1})
+    assert "rows.jsonl:2" in found["leak_list"][0] and "rows.jsonl:1" in found["leak_list"][0]
+    assert (found["duplicate_rows"], found["similar_rows"]) == (0, 0)
+    assert found["similar_prompt_overlap"] == {"test/train": 1}

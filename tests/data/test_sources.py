@@ -48,7 +48,7 @@ def test_a_byte_order_mark_is_no_fault(tmp_path):
 def test_a_cut_archive_is_refused_with_its_line(tmp_path):
     rows = "".join(json.dumps({"text": sha256(bytes([i])).hexdigest()}) + "\n" for i in range(200))
     path = tmp_path / "rows.jsonl.gz"
-    path.write_bytes(gzip.compress(rows.encode())[:-2000])
+    path.write_bytes(gzip.compress(rows.encode(), mtime=0)[:-2000])
     with pytest.raises(DataError, match=r"rows\.jsonl\.gz:\d+: damaged or cut gzip"):
         read_source(str(path))
 
@@ -175,3 +175,87 @@ def test_prompts_are_the_part_of_a_world_where_prompts_are_asked_for():
     assert part_of("world:verdicts", None, "row") is None
     assert part_of("world:verdicts", "demonstrations", "prompt") == "demonstrations"
     assert part_of("rows.jsonl", None, "prompt") is None
+
+
+GOOD = {"prompt": "café", "chosen": "a", "rejected": "b"}
+LINE = json.dumps(GOOD, ensure_ascii=False).encode()
+TABLE = "prompt,chosen,rejected\r\ncafé,a,b\r\n".encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.jsonl", b"\xef\xbb\xbf" + LINE + b"\n"),
+        ("rows.jsonl", LINE + b"\r\n\r\n"),
+        ("rows.jsonl", LINE),
+        ("rows.json", b"\xef\xbb\xbf[\r\n" + LINE + b"\r\n]\r\n"),
+        ("rows.csv", b"\xef\xbb\xbf" + TABLE),
+        ("rows.csv", TABLE.replace(b"\r\n", b"\n")),
+        ("rows.csv", TABLE.removesuffix(b"\r\n")),
+        ("rows.csv", TABLE.replace(b"\r\n", b"\r")),
+        ("rows.jsonl.gz", LINE),
+        ("rows.jsonl", gzip.compress(LINE, mtime=0)),
+        ("rows.csv.gz", gzip.compress(TABLE[:20], mtime=0) + gzip.compress(TABLE[20:], mtime=0)),
+    ],
+)
+def test_marks_line_ends_and_archives_are_no_faults(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    source = read_source(str(tmp_path / name))
+    assert values(source) == [GOOD] and source.faults == []
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+def test_lines_of_10_mb_are_read(tmp_path, name):
+    from rlhf_pipeline.data.check import check_source
+
+    prompt = 'one, "two" three four five six seven ' * 270_000
+    rows = [{"chosen": prompt + "three", "rejected": prompt + "four"}] * 2
+    path = tmp_path / name
+    if name == "rows.csv":
+        import csv
+
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["chosen", "rejected"])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        text = "\n".join(map(json.dumps, rows)) if name == "rows.jsonl" else json.dumps(rows)
+        path.write_text(text, encoding="utf-8")
+    found = check_source(str(path))
+    assert (found["usable"], found["lengths"]["prompt"]["max"]) == (2, len(prompt) - 1)
+    assert found["duplicate_rows"] == 1
+
+
+def test_an_escaped_nul_is_a_character_like_others(jsonl):
+    assert values(read_source(jsonl('{"text": "a\\u0000b"}'))) == [{"text": "a\0b"}]
+
+
+def test_a_key_given_twice_is_named_wherever_it_is(tmp_path, jsonl):
+    inside = '{"messages": [{"role": "user", "content": "a", "role": "user"}]}'
+    source = read_source(jsonl('{"text": "a"}', '{"text": "a", "text": "a"}', inside))
+    found = [(item.fault.where.rpartition(":")[2], item.reason, item.fault.found) for item in source.faults]
+    assert found == [
+        ("2", "duplicate_key", "duplicate_key: 'text' is given twice"),
+        ("3", "duplicate_key", "duplicate_key: 'role' is given twice"),
+    ]
+    path = tmp_path / "rows.json"
+    path.write_text('[{"text": "a"},\n{"text": "b", "text": "c"},\n{"x": NaN},\n{"text": "d"}]')
+    source = read_source(str(path))
+    assert values(source) == [{"text": "a"}, {"text": "d"}]
+    assert [(item.fault.where.rpartition(":")[2], item.reason) for item in source.faults] == [
+        ("2", "duplicate_key"),
+        ("3", "bad_json"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "x" * 5000 + ".jsonl", "/" + "y/" * 5000])
+def test_a_name_that_no_file_can_have_is_no_source(name):
+    with pytest.raises(UnknownReference, match=r"not a path|no such file"):
+        read_source(name)
+
+
+def test_rows_of_an_array_on_one_line_have_places_of_their_own(tmp_path):
+    (tmp_path / "rows.json").write_text('[{"text": "a"}, {"text": "b"}, 3,\n{"text": "c"}]')
+    source = read_source(str(tmp_path / "rows.json"))
+    assert places(source) == ["rows.json:1", "rows.json:1 (row 2)", "rows.json:2"]
+    assert source.faults[0].fault.where.endswith("rows.json:1 (row 3)")
