@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from rlhf_pipeline.models.roles import Policy, RewardModel
 from rlhf_pipeline.models.selfcheck import inspect_model, read_reward_model
 from rlhf_pipeline.registry.integrity import verify_files
 from rlhf_pipeline.registry.references import Resolved
-from rlhf_pipeline.registry.roles import Role, check_role
+from rlhf_pipeline.registry.roles import Role, check_role, read_json
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.training.precision import uses_bf16
 from rlhf_pipeline.training.run import Run
@@ -94,10 +93,12 @@ def with_lengths(config: Any, parent: Resolved, say: Callable[[str], None] = lam
 
 
 def positions_of(resolved: Resolved) -> int | None:
-    """The number of positions of a model, where a local config names it."""
-    if resolved.path is None or not (resolved.path / "config.json").is_file():
-        return None
-    values = json.loads((resolved.path / "config.json").read_text(encoding="utf-8"))
+    """The number of positions of a model, where a local config names it.
+
+    Raises:
+        DamagedFile: its config cannot be read.
+    """
+    values = {} if resolved.path is None else read_json(resolved.path / "config.json")
     return next(
         (values[key] for key in ("max_position_embeddings", "n_positions") if isinstance(values.get(key), int)), None
     )

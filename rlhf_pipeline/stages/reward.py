@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,19 +79,19 @@ def reward_step(
     return Loss(terms, {name: (value * weight, "pairs") for name, value in metrics.items()}, checked)
 
 
-def center(run: Run, model: RewardModel, parent: Resolved, examples: Sequence[Example], tokenizer: Any) -> float:
+Scores = Callable[[Sequence[Example]], list[list[float]]]
+
+
+def center(
+    run: Run, model: RewardModel, score: Scores, parent: Resolved, examples: Sequence[Example], tokenizer: Any
+) -> float:
     """Store the shift that makes the parent's samples (or the chosen responses, of rankings the best) score 0 on
     average."""
     config = run.config
-    options = {
-        "batch_size": config.per_device_eval_batch_size,
-        "pad_id": tokenizer.pad_token_id,
-        "device": run.device,
-    }
     if config.reward_centering == "none":
         return 0.0
     if config.reward_centering == "chosen":
-        scores = score_examples(model, examples, **options)
+        scores = score(examples)
         mean = sum(row[0] for row in scores) / len(scores)
     else:
         policy = load_policy(parent, config, tokenizer, run.device, frozen=True)
@@ -99,22 +99,27 @@ def center(run: Run, model: RewardModel, parent: Resolved, examples: Sequence[Ex
         count = config.reward_centering_samples
         distinct = list({example.prompt_key: example for example in examples}.values())
         prompts = [distinct[i % len(distinct)] for i in range(count)]
-        sampled, _ = sample_for_prompts(
-            policy,
-            prompts,
-            samples=1,
-            response_length=config.lengths().response,
-            stop_id=tokenizer.eos_token_id,
-            pad_id=tokenizer.pad_token_id,
-            generator=torch.Generator().manual_seed(config.seed),
-            batch_size=batch_size,
-            device=run.device,
-        )
-        scores = score_examples(model, sampled, **options)
+
+        def sample(size: int) -> tuple[list[Example], list[int] | None]:
+            sampled, _ = sample_for_prompts(
+                policy,
+                prompts,
+                samples=1,
+                response_length=config.lengths().response,
+                stop_id=tokenizer.eos_token_id,
+                pad_id=tokenizer.pad_token_id,
+                generator=torch.Generator().manual_seed(config.seed),
+                batch_size=size,
+                device=run.device,
+            )
+            return sampled, prompts_run(policy, sampled, size)
+
+        sampled, prefilled = run.memory.shrink("sampling", batch_size, sample)
+        scores = score(sampled)
         mean = sum(row[0] for row in scores) / count
         shape = ModelShape.of(policy.model)
         lengths = [len(e.prompt_ids) for e in sampled], [len(e.completions[0]) for e in sampled]
-        run.meter.generate(shape, *lengths, prompts_run(policy, sampled, batch_size))
+        run.meter.generate(shape, *lengths, prefilled)
     store_reward_shift(model.model, mean)
     return mean
 
@@ -186,7 +191,7 @@ def run_reward(config: Any, home: Path, **options) -> StageResult:
             last = train(run, model, plan)
 
         # 4. Normalise, evaluate against the baselines, register.
-        shift = center(run, model, parent, examples, tokenizer)
+        shift = center(run, model, scored, parent, examples, tokenizer)
         metrics: dict[str, Any] = {
             "train": last,
             "health": plan.health,

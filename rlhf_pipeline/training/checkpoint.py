@@ -80,8 +80,6 @@ def save_checkpoint(
 ) -> Path:
     """Write checkpoints/step-<n> under `root` beside its target, sync it, rename it; then prune to the `keep` newest.
 
-    Later steps than this one are of damaged checkpoints that the run did not go on from: they make room.
-
     Raises:
         RunFailed: the disk is full; the checkpoints before are as they were.
     """
@@ -108,9 +106,8 @@ def save_checkpoint(
             os.rename(target, temporary.with_name(f"{temporary.name}.old.tmp"))
         os.rename(temporary, target)
         sync(root)
-    steps = _steps(root)
-    older = [found for found in steps if found <= step]
-    for old in [found for found in steps if found > step] + (older[keep:] if keep else []):
+    older = [found for found in _steps(root) if found <= step]
+    for old in older[keep:] if keep else []:
         os.rename(root / f"{PREFIX}{old}", root / f".{PREFIX}{old}.old.tmp")  # gone at once, or there as it was
     clear_leftovers(root)
     return target
@@ -134,7 +131,9 @@ def _steps(root: Path) -> list[int]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except FileNotFoundError as error:
+        raise DamagedFile(f"{path}: missing") from error
+    except (ValueError, RecursionError) as error:  # another OSError speaks of the disk, not of the checkpoint
         raise DamagedFile(f"{path}: cannot be read ({error})") from error
     if not isinstance(found, dict):
         raise DamagedFile(f"{path}: a {type(found).__name__}, not an object")
@@ -159,6 +158,34 @@ def verify_checkpoint(directory: Path) -> Checkpoint:
             raise DamagedFile(f"{path}: its content is not what {MANIFEST} says was written")
     state = _read_json(directory / STATE)
     return Checkpoint(directory, state["step"], state)
+
+
+def put_damaged_aside(root: Path, warn=lambda text: None) -> None:
+    """Rename checkpoints that are newer than the newest intact one, so that none stands in the way of new ones.
+
+    They are kept as `damaged-step-<n>`. The caller is the only one that writes here.
+
+    Raises:
+        MismatchError: there are none but those of an earlier version of this package, which had no manifests.
+    """
+    steps = _steps(root)
+    if steps and not any((root / f"{PREFIX}{step}" / MANIFEST).exists() for step in steps):
+        newest = root / f"{PREFIX}{steps[0]}" / STATE
+        if newest.exists() and "files" in _read_json(newest):
+            raise MismatchError(
+                f"{root}: checkpoints of an earlier version of this package; finish the run with that version, or "
+                "start afresh with --no-resume"
+            )
+    for step in steps:
+        directory = root / f"{PREFIX}{step}"
+        try:
+            verify_checkpoint(directory)
+            return
+        except DamagedFile as error:
+            aside = root / f"damaged-{directory.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(directory, aside)
+            warn(f"{error}; kept as {aside.name}, the run goes on from the checkpoint before it, if there is one")
 
 
 def newest_checkpoint(root: Path, warn=lambda text: None) -> Checkpoint | None:
@@ -198,7 +225,7 @@ def set_random_states(states: dict[str, torch.Tensor]) -> None:
     np.random.set_state(("MT19937", np.array(words, dtype=np.uint32), position, has_gauss, cached))
     devices = [states[key] for key in sorted(states, key=lambda key: (len(key), key)) if key.startswith("cuda.")]
     if devices and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(devices)
+        torch.cuda.set_rng_state_all(devices[: torch.cuda.device_count()])
 
 
 def restore(

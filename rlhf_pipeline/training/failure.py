@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rlhf_pipeline.errors import RunFailed
 from rlhf_pipeline.registry.storage import staging, sync, sync_tree
+from rlhf_pipeline.training.checkpoint import PREFIX
 from rlhf_pipeline.training.finite import NotFinite, Row
 
 FOLDER = "failure"
@@ -35,9 +36,11 @@ def advice(what: str, weights: Sequence[str]) -> str:
         return f"{SMALLER_STEPS}; where the model came so, `rlhf models verify` and its parent"
     if "reference" in what:
         return "check the reference model (`rlhf models verify`), or try fp32 (bf16: false, dtype: float32)"
+    if what == "log-probabilities of the sampler":
+        return "use rollout_engine: native, or another version of vllm"
     if what.startswith("rewards"):
         return "mend the source of the reward: it has to give a finite number for every response"
-    if what.startswith("advantages"):
+    if what in ("advantages", "returns"):
         return f"{SMALLER_STEPS}, or rewards of a smaller scale"
     return SMALLER_STEPS
 
@@ -119,8 +122,8 @@ def write_failure(directory: Path, failure: NotFinite, known: Mapping[str, Any],
 
 def told(failure: NotFinite, checkpoints: Path, kept: str) -> RunFailed:
     """The failure as it is told: what it was, where the run goes on, where the batch lies, what to try."""
-    steps = sorted(checkpoints.glob("step-*"), key=lambda path: int(path.name.partition("-")[2]))
-    last = f"the last checkpoint is {steps[-1].relative_to(checkpoints.parent)}" if steps else "there is no checkpoint"
-    told = RunFailed(f"{failure}; {last}; {kept}; {advice(failure.what, failure.weights)}")
-    told.agreed = failure.agreed
-    return told
+    steps = [int(step) for path in checkpoints.glob(f"{PREFIX}*") if (step := path.name.removeprefix(PREFIX)).isdigit()]
+    last = f"the last checkpoint is {checkpoints.name}/{PREFIX}{max(steps)}" if steps else "there is no checkpoint"
+    error = RunFailed(f"{failure}; {last}; {kept}; {advice(failure.what, failure.weights)}")
+    error.agreed = failure.agreed
+    return error

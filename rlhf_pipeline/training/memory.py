@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from rlhf_pipeline.errors import RunFailed
+from rlhf_pipeline.models.refusals import ran_out
 from rlhf_pipeline.training.cost import CostMeter
 
 T = TypeVar("T")
@@ -20,14 +21,6 @@ ADVICE = (
     "try a smaller max_length (or max_prompt_length and response_length), gradient_checkpointing: true, bf16: auto, "
     "a smaller model, or in ppo value_init: shared"
 )
-_PHRASES = ("can't allocate memory", "not enough memory", "out of memory", "cublas_status_alloc_failed")
-
-
-def ran_out(error: BaseException) -> bool:
-    """Whether an error says that there is no memory left, of the accelerator or of the machine."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in _PHRASES)
 
 
 def first_line(error: BaseException) -> str:

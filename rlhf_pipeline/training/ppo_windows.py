@@ -113,7 +113,7 @@ class RolloutCollector:
         """The scored rollout of an update, cut into micro-batches.
 
         Raises:
-            NotFinite: a reward, log-probability or value is not finite. RunFailed: memory has run out.
+            NotFinite: a reward, value or log-probability (the sampler's too) is not finite. RunFailed: out of memory.
         """
         s, memory = self.settings, self.memory
         # 1. Sample.
@@ -140,6 +140,7 @@ class RolloutCollector:
         named = {
             rewards: done.rollout.scores,
             "log-probabilities of the policy": done.rollout.logprobs,
+            **({} if sampler_logprobs is None else {"log-probabilities of the sampler": sampler_logprobs}),
             "log-probabilities of the reference": done.rollout.ref_logprobs,
             "values": done.rollout.values,
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 T = TypeVar("T")
+# As DDP's own buckets: few calls, and two at a time are little memory beside the gradients.
+BUCKET_BYTES = 25 * 2**20
 
 
 class Ranks:
@@ -51,12 +53,60 @@ class Ranks:
         return _agreed(self.accelerator, failure, int(self.accelerator.gather(mine).argmax()))
 
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every gradient by its sum over all processes."""
+        """Replace every gradient by its sum over all processes: g = g_1 + ... + g_n, 0 where a process has none.
+
+        What no process has a gradient for keeps none. The processes agree on the parameters first, so that all of them
+        make the same calls, whichever parameters their own examples have used.
+        """
         if self.count == 1 or not self.alone:
             return
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        for handle in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
-            handle.wait()
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        mine = [int(parameter.grad is not None) for parameter in trained]
+        held = torch.tensor(mine, dtype=torch.int32, device=self.accelerator.device)
+        dist.all_reduce(held, dist.ReduceOp.MAX)
+        gradients = []
+        for parameter, some in zip(trained, held.tolist(), strict=True):
+            if some and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if some:
+                gradients.append(parameter.grad)
+        begun: list[Callable[[], None]] = []
+        for bucket in buckets(gradients):
+            begun.append(_begin_sum(bucket))
+            if len(begun) > 1:  # one was on its way while the next was put together
+                begun.pop(0)()
+        for finish in begun:
+            finish()
+
+
+def buckets(gradients: Iterable[Tensor], most: int = BUCKET_BYTES) -> list[list[Tensor]]:
+    """Gradients in their order, cut by dtype into buckets of at most `most` bytes; a larger one has its own."""
+    found: list[list[Tensor]] = []
+    filling: dict[torch.dtype, tuple[list[Tensor], int]] = {}
+    for gradient in gradients:
+        size = gradient.numel() * gradient.element_size()
+        bucket, held = filling.get(gradient.dtype, ([], 0))
+        if not bucket or held + size > most:
+            bucket, held = [], 0
+            found.append(bucket)
+        bucket.append(gradient)
+        filling[gradient.dtype] = bucket, held + size
+    return found
+
+
+def _begin_sum(bucket: Sequence[Tensor]) -> Callable[[], None]:
+    """Begin to add up a bucket over all processes; what is returned waits for the end and writes the sums back."""
+    in_place = len(bucket) == 1 and bucket[0].is_contiguous()
+    flat = bucket[0] if in_place else torch.cat([gradient.reshape(-1) for gradient in bucket])
+    handle = dist.all_reduce(flat, async_op=True)
+
+    def finish() -> None:
+        handle.wait()
+        if not in_place:
+            for gradient, found in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+                gradient.copy_(found.view(gradient.shape))
+
+    return finish
 
 
 def together(accelerator: Accelerator, memory: Memory, work: Callable[[], T]) -> T:

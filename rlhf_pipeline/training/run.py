@@ -23,8 +23,9 @@ from rlhf_pipeline.config.dump import config_digest, dump_yaml
 from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.registry.storage import replace_text
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.training.checkpoint import Checkpoint, clear_leftovers, newest_checkpoint
+from rlhf_pipeline.training.checkpoint import Checkpoint, clear_leftovers, newest_checkpoint, put_damaged_aside
 from rlhf_pipeline.training.cost import CostMeter, reset_peak_memory
+from rlhf_pipeline.training.failure import FOLDER as FAILURE
 from rlhf_pipeline.training.memory import Memory
 from rlhf_pipeline.training.precision import uses_bf16
 from rlhf_pipeline.training.run_directory import (
@@ -193,7 +194,9 @@ def open_run(
                     log.say(f"note: {line}")
             replace_text(directory / CONFIG, dump_yaml(config))
             clear_leftovers(directory)
+            clear_leftovers(directory / "snapshots")
             clear_leftovers(directory / "checkpoints")
+            put_damaged_aside(directory / "checkpoints", warn=log.say)
         checkpoint = newest_checkpoint(directory / "checkpoints", warn=log.say)
         if accelerator.is_main_process:
             log.rewind(checkpoint.step if checkpoint else 0)
@@ -216,9 +219,9 @@ def open_run(
 
 
 def run_is_empty(directory: Path) -> bool:
-    """Whether a run has neither metrics nor checkpoints nor snapshots."""
+    """Whether a run has neither metrics nor checkpoints nor snapshots, and no account of a failure."""
     metrics = directory / "metrics.jsonl"
-    kept = [directory / "checkpoints", directory / "snapshots"]
+    kept = [directory / name for name in ("checkpoints", "snapshots", FAILURE)]
     return not any(path.exists() for path in kept) and not (metrics.exists() and metrics.stat().st_size)
 
 

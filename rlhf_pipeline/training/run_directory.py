@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
 from rlhf_pipeline.errors import BadInput
-from rlhf_pipeline.registry.storage import replace_text
+from rlhf_pipeline.registry.storage import lock, only_here, replace_text, writing
 
 STATUS, CONFIG, LOCK = "run.json", "config.yaml", ".lock"
 
@@ -41,38 +42,51 @@ def is_finished(directory: Path) -> bool:
 
 
 def run_directory(home: Path, name: str, digest: str, *, resume: bool) -> Path:
-    """runs/<name>-<digest>[-k]: the newest unfinished one if `resume`, else the first that does not exist yet."""
+    """runs/<name>-<digest>[-k]: the newest unfinished one if `resume`, else the first number after all that exist."""
     base = home / "runs" / f"{name}-{digest[:10]}"
-    candidate, number = base, 1
-    unfinished = None
-    while candidate.exists():
-        if not is_finished(candidate):
-            unfinished = candidate
-        number += 1
-        candidate = base.with_name(f"{base.name}-{number}")
-    return unfinished if resume and unfinished is not None else candidate
+    numbers = [1] if base.exists() else []
+    for path in base.parent.glob(f"{base.name}-*"):
+        number = path.name[len(base.name) + 1 :]
+        numbers += [int(number)] if number.isdecimal() and int(number) > 1 else []
+
+    def place(number: int) -> Path:
+        return base if number == 1 else base.with_name(f"{base.name}-{number}")
+
+    if resume:
+        for number in sorted(numbers, reverse=True):
+            if not is_finished(place(number)):
+                return place(number)
+    return place(max(numbers, default=0) + 1)
 
 
 def open_directory(home: Path, name: str, digest: str, *, resume: bool) -> tuple[Path, IO[str]]:
     """Make or take up the directory of a run, and its lock, which lasts until the file is closed or the process ends.
+
+    Where the file system knows no locks, nobody is kept out.
 
     Raises:
         BadInput: another process is at work on this very run.
     """
     while True:
         directory = run_directory(home, name, digest, resume=resume)
-        found = directory.exists()
-        if not found:
+        with writing(home, "a run"):
             directory.parent.mkdir(parents=True, exist_ok=True)
+            if not directory.exists():
+                try:
+                    directory.mkdir()
+                except FileExistsError:  # made meanwhile by another process
+                    continue
             try:
-                directory.mkdir()
-            except FileExistsError:  # made meanwhile by another process
+                file = (directory / LOCK).open("a")
+            except FileNotFoundError:  # removed meanwhile
                 continue
-        lock = (directory / LOCK).open("w")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
+            lock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            same = os.path.samestat(os.fstat(file.fileno()), os.stat(directory / LOCK))
+        except FileNotFoundError:
+            same = False
+        except BlockingIOError:
+            file.close()
             if resume:
                 process = read_status(directory).get("pid", "another one")
                 raise BadInput(
@@ -80,10 +94,11 @@ def open_directory(home: Path, name: str, digest: str, *, resume: bool) -> tuple
                     "or train a second version beside it with --no-resume"
                 ) from None
             continue
-        if is_finished(directory):  # by the process that held the lock a moment ago
-            lock.close()
+        if not same or is_finished(directory):  # removed, or finished by the process that held the lock a moment ago
+            file.close()
             continue
-        return directory, lock
+        only_here(file)
+        return directory, file
 
 
 def unfinished_with_other_config(directory: Path, name: str, config: dict[str, Any]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 from torch import nn
 
 from rlhf_pipeline.errors import Interrupted, MismatchError, RunFailed
+from rlhf_pipeline.registry.storage import staging, sync, sync_tree
 from rlhf_pipeline.training.checkpoint import restore, save_checkpoint
 from rlhf_pipeline.training.cost import JUDGE
 from rlhf_pipeline.training.failure import Decode, told, write_failure
@@ -98,13 +101,24 @@ def _require_same_inputs(run: Run, inputs: Mapping[str, str | None]) -> None:
         )
 
 
+def _keep_snapshot(root: Path, step: int, save: Callable[[Path], None]) -> None:
+    """Write snapshots/step-<n> whole, and to disk before a checkpoint says that this step is done."""
+    target = root / f"step-{step}"
+    with staging(root, target.name) as staged:
+        save(staged)
+        sync_tree(staged)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(staged, target)
+        sync(root)
+
+
 def _told(run: Run, error: Exception, plan: Plan, known: Mapping[str, Any]) -> Exception:
     """The error as the user gets it; what was not finite is written down with its batch."""
     if isinstance(error, NotFinite):
         try:
             kept = f"the batch lies in {write_failure(run.directory, error, known, plan.decode)}"
-        except RunFailed as unwritten:
-            kept = f"the batch could not be kept ({unwritten})"
+        except Exception as unwritten:  # whatever it is, what stopped the run is told
+            kept = f"the batch could not be kept ({first_line(unwritten)})"
         error = told(error, run.checkpoints, kept)
     elif ran_out(error):
         error = RunFailed(f"out of memory: {first_line(error)}; {ADVICE}")
@@ -135,7 +149,8 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
     )
     scheduler = make_scheduler(optimizer, config.lr_scheduler_type, warmup_steps=config.warmup_steps, total=plan.total)
     start = 0
-    inputs = dict(plan.inputs)
+    # Examples are dealt out by the number of processes: another number would read on at another place.
+    inputs = {**plan.inputs, "processes": str(run.accelerator.num_processes)}
     if config.bf16 == "auto":  # the machine that goes on may have said otherwise
         inputs["precision"] = "bf16" if uses_bf16(config) else config.dtype
     last: Metrics = {}
@@ -146,7 +161,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
         start, last = run.checkpoint.step, extra["last"]
         _restore_meter(run, extra["cost"])
         monitor.restore(extra.get("health"))
-        run.memory.halvings = dict(extra.get("halvings", {}))
+        run.memory.halvings |= extra.get("halvings", {})
         run.log.say(f"resumed at step {start} of {plan.total}")
     run.log.total, run.log.shown = plan.total, plan.shown
     prepared, prepared_optimizer = run.accelerator.prepare(model, optimizer)
@@ -201,7 +216,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
             # Every rank takes part in the count; the window of this update is not counted yet.
             run.meter.mark(step, **over_ranks(), optimizer_steps=steps_before + taken + 1)
             if run.accelerator.is_main_process:
-                plan.save(run.directory / "snapshots" / f"step-{step}")
+                _keep_snapshot(run.directory / "snapshots", step, plan.save)
         _agree_to_stop(run)
         if run.stopped_by is not None:
             save(step)

@@ -22,12 +22,21 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from rlhf_pipeline.errors import visible
 from rlhf_pipeline.registry.storage import replace_text
 
 RATE_OVER = 50
 """Updates that the shown rate looks back on."""
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+class _Console(Console):
+    """A console for what manifests, files and models say: nothing in it steers the terminal."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(visible(item) if isinstance(item, str) else item for item in objects), **options)
+
+
+console = _Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def jsonable(value: Any) -> Any:
@@ -106,7 +115,7 @@ class RunLog:
 
     def say(self, text: str, *, style: str | None = None) -> None:
         """One line to log.txt and to stderr."""
-        self._log.write(text + "\n")
+        self._log.write(visible(text) + "\n")
         self._log.flush()
         if not self.quiet:
             console.print(text, style=style, markup=False)

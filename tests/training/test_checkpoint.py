@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from rlhf_pipeline.errors import DamagedFile, MismatchError
-from rlhf_pipeline.training.checkpoint import newest_checkpoint, restore, save_checkpoint, unshared, verify_checkpoint
+from rlhf_pipeline.training.checkpoint import (
+    newest_checkpoint,
+    put_damaged_aside,
+    restore,
+    save_checkpoint,
+    unshared,
+    verify_checkpoint,
+)
 from rlhf_pipeline.training.optimizer import make_optimizer, make_scheduler, resolve_warmup
 
 
@@ -90,14 +97,39 @@ def test_the_newest_ones_are_kept(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_a_damaged_newer_one_never_costs_an_intact_one_its_place(tmp_path):
+def test_a_damaged_newer_one_is_put_aside_and_never_costs_an_intact_one_its_place(tmp_path):
     parts = training()
     save(tmp_path, 4, parts)
     (save(tmp_path, 9, parts) / "model.safetensors").write_bytes(b"")
+    said = []
+    put_damaged_aside(tmp_path, warn=said.append)
+    assert len(said) == 1 and "step-9/model.safetensors" in said[0] and "damaged-step-9" in said[0]
     assert newest_checkpoint(tmp_path).step == 4
     save(tmp_path, 5, parts, keep=1)  # the run went on from 4
-    assert [path.name for path in tmp_path.iterdir()] == ["step-5"]
-    assert newest_checkpoint(tmp_path).step == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged-step-9", "step-5"]
+    put_damaged_aside(tmp_path, warn=said.append)
+    assert len(said) == 1
+
+
+def test_a_disk_that_cannot_be_read_is_no_damage(tmp_path, monkeypatch):
+    save(tmp_path, 1, training())
+
+    def fail(self, *_, **__):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("pathlib.Path.read_text", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        put_damaged_aside(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_checkpoints_of_an_earlier_version_are_refused_and_stay(tmp_path):
+    (save(tmp_path, 3, training()) / "manifest.json").unlink()
+    state = tmp_path / "step-3/state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "files": {}}))
+    with pytest.raises(MismatchError, match=r"earlier version.*--no-resume"):
+        put_damaged_aside(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-3"]
 
 
 def test_a_damaged_one_of_the_same_step_is_replaced(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_pipeline.errors import Interrupted
+from rlhf_pipeline.errors import Interrupted, MismatchError
 from rlhf_pipeline.training import session
 
 STAGES = ("sft", "train-rm", "dpo", "ppo")
@@ -192,6 +192,25 @@ def test_a_run_whose_folder_was_removed_is_not_taken_for_the_registered_one(lab)
     shutil.rmtree(first.run)
     second = lab.run("sft", max_steps=1)
     assert (second.run, second.model) == (first.run, "tuned@v2")
+
+
+def test_another_number_of_processes_is_refused(lab, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2, terminate)
+        with pytest.raises(Interrupted):
+            lab.run("sft")
+    (state,) = (lab.home / "runs").glob("*/checkpoints/step-2/state.json")
+    changed = json.loads(state.read_text())
+    assert changed["extra"]["inputs"]["processes"] == "1"
+    changed["extra"]["inputs"]["processes"] = "2"
+    state.write_text(json.dumps(changed))
+    from rlhf_pipeline.registry.digests import file_entry
+
+    manifest = state.with_name("manifest.json")
+    files = json.loads(manifest.read_text())["files"]
+    manifest.write_text(json.dumps({"files": {**files, "state.json": file_entry(state).model_dump()}}))
+    with pytest.raises(MismatchError, match=r"processes \(found 1, the checkpoint has 2\)"):
+        lab.run("sft")
 
 
 def test_two_processes_do_not_train_one_run(lab):

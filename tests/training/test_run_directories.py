@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 from pathlib import Path
 
+import pytest
 import yaml
 
 from rlhf_pipeline.config.dump import config_digest
-from rlhf_pipeline.training.run_directory import run_directory
+from rlhf_pipeline.training.run import run_is_empty
+from rlhf_pipeline.training.run_directory import open_directory, run_directory
 
 
 def made(path: Path, status: str) -> Path:
@@ -70,3 +75,50 @@ def test_runs_of_different_precision_in_one_process(tiny):
     for bf16 in (False, True, False):
         found = make_accelerator(tiny.config("dpo", bf16=bf16))
         assert found.mixed_precision == ("bf16" if bf16 else "no")
+
+
+def test_a_gap_in_the_numbers_hides_no_unfinished_run(tmp_path):
+    runs = tmp_path / "runs"
+    made(runs / "model-0123456789-2", "running")
+    made(runs / "model-0123456789-4", "finished")
+    made(runs / "model-0123456789-x", "running")
+
+    def directory(resume):
+        return run_directory(tmp_path, "model", "0123456789abcdef", resume=resume).name
+
+    assert directory(True) == "model-0123456789-2"
+    assert directory(False) == "model-0123456789-5"
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch, resume):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    directory, file = open_directory(tmp_path, "model", "0123456789abcdef", resume=resume)
+    file.close()
+    assert directory.name == "model-0123456789"
+
+
+def test_a_forked_worker_does_not_keep_the_lock(tmp_path):
+    _, file = open_directory(tmp_path, "model", "0123456789abcdef", resume=True)
+    (ready, say_ready), (wait, let_go) = os.pipe(), os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.close(let_go)
+        os.write(say_ready, b"x")
+        os.read(wait, 1)  # until the parent lets go
+        os._exit(0)
+    os.read(ready, 1)
+    file.close()
+    _, again = open_directory(tmp_path, "model", "0123456789abcdef", resume=True)
+    again.close()
+    os.close(let_go)
+    os.waitpid(pid, 0)
+
+
+def test_a_folder_with_the_account_of_a_failure_is_not_empty(tmp_path):
+    assert run_is_empty(tmp_path)
+    (tmp_path / "failure").mkdir()
+    assert not run_is_empty(tmp_path)

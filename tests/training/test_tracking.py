@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
+from rlhf_pipeline.training import tracking
 from rlhf_pipeline.training.tracking import RunLog, jsonable
 
 
@@ -44,3 +46,14 @@ def test_numbers_that_json_does_not_have_become_null():
         "b": [None, 1.0],
         "c": {"d": None},
     }
+
+
+def test_what_a_terminal_would_obey_is_shown_on_it_and_in_the_file(tmp_path, capsys, monkeypatch):
+    log = RunLog(tmp_path, title="x", total=1, shown=(), logging_steps=1)
+    monkeypatch.setattr(tracking.console, "file", sys.stderr)
+    log.say("failed its gate: \x1b[2J\u202e\ud800")
+    tracking.console.print("x\x9b31m", markup=False)
+    log.close()
+    said = "failed its gate: \\x1b[2J\\u202e\\ud800\n"
+    assert (tmp_path / "log.txt").read_text() == said
+    assert capsys.readouterr().err == said + "x\\x9b31m\n"
