@@ -16,8 +16,18 @@ An error says what was found and where, what was expected, and what to do.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+# What a terminal would obey and not show (control characters but tab and newline, marks that reorder text), and halves
+# of surrogate pairs, which no encoding holds.
+UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """A text for the terminal: what it would obey is shown by its escape."""
+    return UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,8 @@ class Fault:
             parts.append(f"expected {self.expected}")
         if self.fix:
             parts.append(self.fix)
-        return "; ".join(parts)
+        # Half a surrogate pair in a key or a value is shown by its number: no stream or file can hold it.
+        return "; ".join(parts).encode(errors="backslashreplace").decode()
 
 
 class RlhfError(Exception):

@@ -145,6 +145,27 @@ def test_a_file_that_is_there_twice_is_read_once(data: Path, tmp_path: Path) -> 
     assert "from 60 reviews" in said.getvalue() and "122 labelled sentences" in said.getvalue()
 
 
+def test_members_of_a_zip_file_are_read_and_never_written(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "a.zip", "w") as archive:
+        for name in ("../../escaped/pos/cv001.txt", "/tmp/escaped-reviews/pos/cv002.txt", "pos/../../../cv003.txt"):
+            archive.writestr(name, made_up(1, GOOD))
+    found = [name.as_posix() for name, _ in reviews.members(folder)]
+    assert len(found) == 3
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.zip", "data"]
+    assert not Path("/tmp/escaped-reviews").exists()
+
+
+def test_a_zip_file_that_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reviews, "MOST_BYTES", 1 << 20)
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("pos/cv001.txt", b"\0" * ((1 << 20) + 1))
+    assert (tmp_path / "bomb.zip").stat().st_size < 10_000
+    with pytest.raises(reviews.NoData, match=r"bomb\.zip: unpacks to more than 1 MiB"):
+        list(reviews.members(tmp_path))
+
+
 def test_a_zip_file_that_was_cut_is_named(data: Path, tmp_path: Path) -> None:
     (tmp_path / "reviews.zip").write_bytes((data / "reviews.zip").read_bytes()[:-100])
     with pytest.raises(reviews.NoData, match=r"reviews\.zip: no whole zip file"):

@@ -21,8 +21,7 @@ from rlhf_pipeline.cli.options import (
     HomeOption,
     JsonOption,
 )
-from rlhf_pipeline.cli.output import visible
-from rlhf_pipeline.errors import RlhfError
+from rlhf_pipeline.errors import RlhfError, visible
 
 app = typer.Typer(
     name="rlhf",
@@ -100,6 +99,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _unexpected(error: Exception, words: Sequence[str]) -> int:
     from rlhf_pipeline.registry.storage import failure_of
 
+    if "torch" in sys.modules:  # without it there is no model whose memory could run out
+        from rlhf_pipeline.training.memory import ADVICE, first_line, ran_out
+
+        if ran_out(error):
+            return _fail(f"out of memory: {first_line(error)}; {ADVICE}", 1)
     if failure := failure_of(error, _home_of(words)):
         return _fail(failure, 1)
     if isinstance(error, OSError) and error.errno is not None:
@@ -109,8 +113,6 @@ def _unexpected(error: Exception, words: Sequence[str]) -> int:
         return _fail(f"{place}{error.strerror or error}; nothing that was registered is damaged", 1)
     if isinstance(error, ValueError) and "embedded null" in str(error):
         return _fail("a path with a NUL character; expected one that can be opened", 2)
-    if "OutOfMemory" in type(error).__name__:
-        return _fail("out of accelerator memory: lower per_device_train_batch_size or max_length", 1)
     return _fail(f"unexpected {type(error).__name__}: {error}; run it again with --debug for the traceback", 1)
 
 

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# What a terminal would obey and not show (control characters but tab and newline, marks that reorder text), and halves
-# of surrogate pairs, which no encoding holds.
-_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def visible(text: str) -> str:
-    """A text for the terminal: what it would obey is shown by its escape."""
-    return _UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+from rlhf_pipeline.errors import UNSEEN, visible
 
 
 def emit_json(value: Any) -> None:
@@ -31,7 +23,7 @@ def emit_json(value: Any) -> None:
         return None if isinstance(item, float) and not math.isfinite(item) else item
 
     text = json.dumps(clean(value), ensure_ascii=False, default=str)
-    sys.stdout.write(_UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
+    sys.stdout.write(UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
 
 
 def printer():

@@ -129,7 +129,7 @@ def policy_row(judge: Judge, resolved: Resolved, beta: float) -> dict[str, Any]:
     policy = judge.leaves.bench.policy(resolved)
     logprobs = [judge.leaves.logprobs(policy, index) for index in range(len(judge.leaves.prompts))]
     row = objective_row(judge, logprobs, beta) | {"gap_true": gap_to(judge, logprobs, TRUTH, beta)}
-    trained_on = trained_reward(resolved)
+    trained_on = trained_reward(judge.leaves.bench.registry, resolved)
     learned = judge.learned_for(resolved)
     if trained_on is not None:
         row["optimisation_gap"] = gap_to(judge, logprobs, trained_on, beta)

@@ -16,9 +16,10 @@ from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.evaluation.enumerate import leaf_logprobs, leaf_scores
 from rlhf_pipeline.evaluation.exact import require_mass, world_reward
-from rlhf_pipeline.experiment.subjects import Bench
+from rlhf_pipeline.experiment.subjects import Bench, parent_of
 from rlhf_pipeline.models.roles import Policy, RewardModel
 from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.rewards import WORLD_NAMES, is_function_name
 from rlhf_pipeline.stages.common import find_model, load_reward_model, require_same_tokenizer
 from rlhf_pipeline.training.tensor_cache import read_tensor, write_tensor
@@ -29,9 +30,13 @@ Reward = tuple[tuple[float, str], ...]
 TRUTH: Reward = ((1.0, "world"),)
 
 
-def trained_reward(resolved: Resolved) -> Reward | None:
+def trained_reward(registry: Registry, resolved: Resolved) -> Reward | None:
     """The reward whose optimum a PPO policy was trained towards; None when it was not, when it is a Python function,
-    and when an option moved the optimum elsewhere (a penalty, gamma, a temperature)."""
+    and when an option moved the optimum elsewhere (a penalty, gamma, a temperature).
+
+    Raises:
+        MismatchError: its parents are not the reward models of its config, or are other ones here.
+    """
     manifest = resolved.manifest
     if manifest is None or manifest.stage != "ppo" or manifest.metrics.get("moved_optimum"):
         return None
@@ -43,7 +48,12 @@ def trained_reward(resolved: Resolved) -> Reward | None:
         source = part["source"]
         if source is None or is_function_name(source):
             return None
-        source = "world" if source in WORLD_NAMES else manifest.parents[next(models)].ref
+        if source in WORLD_NAMES:
+            source = "world"
+        elif (role := next(models, None)) is not None:
+            source = parent_of(registry, resolved, role).label
+        else:
+            raise MismatchError(f"{resolved.label}: the reward {source!r} of its config is not among its parents")
         reward.append((float(part.get("weight", 1.0)), source))
     return tuple(reward)
 

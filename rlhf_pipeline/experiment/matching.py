@@ -5,7 +5,6 @@ A difference in any of these facts would be measured as if it were a difference 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from rlhf_pipeline.config.base import resolve_lengths
 from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.experiment.subjects import parent_of
 from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.registry.roles import read_json
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.rewards import names_a_model
 
@@ -69,12 +69,8 @@ def stop_token_of(resolved: Resolved) -> str:
     """The token that ends a response: the config's, else the tokenizer's end token, by name."""
     stop = resolved.manifest.config.get("stop_token") if resolved.manifest is not None else None
     if stop is None and resolved.path is not None:
-        try:
-            values = json.loads((resolved.path / "tokenizer_config.json").read_text(encoding="utf-8"))
-            stop = values.get("eos_token")
-        except (OSError, ValueError):
-            stop = None
-    return stop.get("content", str(stop)) if isinstance(stop, dict) else str(stop)
+        stop = read_json(resolved.path / "tokenizer_config.json").get("eos_token")
+    return str(stop.get("content", stop) if isinstance(stop, dict) else stop)
 
 
 def _prompts_of(resolved: Resolved) -> str:

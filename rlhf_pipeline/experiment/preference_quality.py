@@ -16,7 +16,7 @@ from rlhf_pipeline.evaluation.preferences import (
 )
 from rlhf_pipeline.experiment.points import Point
 from rlhf_pipeline.experiment.subjects import Bench, parent_of
-from rlhf_pipeline.experiment.training_loss import own_data
+from rlhf_pipeline.experiment.training_loss import own_data, trained_by_dpo
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.stages.common import find_model, load_reward_model
 from rlhf_pipeline.stages.data import StageData
@@ -69,12 +69,12 @@ def preference_quality(bench: Bench, config: Any, trained: Sequence[tuple[Point,
     """
     known = [(point, model) for point, model in trained if model.manifest is not None]
     first_seed = min((point.seed for point, _ in known if point.seed is not None), default=None)
-    policies = [m for point, m in known if m.manifest.stage == "dpo" and point.seed in (None, first_seed)]
+    policies = [m for point, m in known if trained_by_dpo(m) and point.seed in (None, first_seed)]
     policies = list({model.label: model for model in policies}.values())
     labels = [
-        parent.ref
+        parent_of(bench.registry, model, role).label
         for _, model in known
-        for role, parent in model.manifest.parents.items()
+        for role in model.manifest.parents
         if role.startswith("reward_model")
     ]
     models = [find_model(bench.registry, label, "reward_model") for label in dict.fromkeys(labels)]

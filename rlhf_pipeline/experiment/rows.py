@@ -90,12 +90,16 @@ class Scorers:
 
     @classmethod
     def of(cls, bench: Bench, points: Sequence[tuple[Point, Resolved]], asked_for: bool) -> Scorers:
-        """Find the reward model of each seed in the manifests."""
+        """Find the reward model of each seed in the manifests.
+
+        Raises:
+            MismatchError: one of them is another model here, or a folder's manifest names it on the hub.
+        """
         found: dict[int | None, str] = {}
-        for point, model in points:
-            parent = model.manifest.parents.get("reward_model") if model.manifest is not None else None
+        for point, model in () if asked_for else points:
+            parent = parent_of(bench.registry, model, "reward_model")
             if parent is not None:
-                found.setdefault(point.seed, parent.ref)
+                found.setdefault(point.seed, parent.label)
         return cls(bench, found, asked_for)
 
     def label(self, seed: int | None) -> str | None:

@@ -179,6 +179,17 @@ def load_prompts(
     return lowest_hashes(loaded.examples, config.max_prompts), [report.to_dict() for report in loaded.reports]
 
 
+def _stop_id(resolved: Resolved, tokenizer: PreTrainedTokenizerBase) -> int:
+    stop = _setting(resolved, "stop_token")
+    if not stop:
+        return tokenizer.eos_token_id
+    if (found := tokenizer.get_vocab().get(stop)) is None:
+        raise MismatchError(
+            f"{resolved.label}: its manifest.json names the stop token {stop!r}; expected a token of its tokenizer"
+        )
+    return found
+
+
 def set_up(
     registry: Registry,
     config: Any,
@@ -198,14 +209,13 @@ def set_up(
         prompts, data = prompts_of_texts(texts, tokenizer, lengths), []
     else:
         prompts, data = load_prompts(registry, config, first, tokenizer, lengths)
-    stop = _setting(first, "stop_token")
     plan = SamplingPlan(
         prompts=prompts,
         samples=samples,
         response_length=lengths.response,
         temperature=config.temperature,
         seed=seed,
-        stop_id=tokenizer.get_vocab()[stop] if stop else tokenizer.eos_token_id,
+        stop_id=_stop_id(first, tokenizer),
         pad_id=tokenizer.pad_token_id,
         batch_size=config.per_device_eval_batch_size,
         device=device,

@@ -23,8 +23,9 @@ POPULATION_PAIRS = 4096
 
 
 def trained_by_dpo(resolved: Resolved) -> bool:
-    """Whether a model of the registry comes from `rlhf dpo`."""
-    return resolved.manifest is not None and resolved.manifest.stage == "dpo"
+    """Whether a model comes from `rlhf dpo`, and says from which reference and at which beta."""
+    made = resolved.manifest
+    return made is not None and made.stage == "dpo" and "reference" in made.parents and bool(made.config.get("beta"))
 
 
 def dpo_config(resolved: Resolved) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rlhf_pipeline.errors import BadInput, ConfigError, Fault, MismatchError, did_you_mean
+from rlhf_pipeline.models.refusals import first_line, refuse_to_hide, require_full_precision, require_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,10 +37,13 @@ def _config(path: str, revision: str | None, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        require_sizes(config)
+        require_full_precision(config)
+        return config
     except Exception as error:  # each architecture reads its values in its own way
-        _refuse_to_hide(error)
-        raise BadInput(f"{path}: its config.json cannot be used ({_first_line(error)})") from error
+        refuse_to_hide(error)
+        raise BadInput(f"{path}: its config.json cannot be used ({first_line(error)})") from error
 
 
 def _from_pretrained(auto_class: Any, path: str | Path, *, dtype: str, revision: str | None, **options) -> Any:
@@ -48,21 +52,11 @@ def _from_pretrained(auto_class: Any, path: str | Path, *, dtype: str, revision:
             str(path), revision=revision, dtype=DTYPES.get(dtype, dtype), use_safetensors=True, **options
         )
     except Exception as error:  # sizes that contradict each other end in whatever torch raises
-        _refuse_to_hide(error)
+        refuse_to_hide(error)
         raise BadInput(
-            f"{path}: cannot load it as a model ({_first_line(error)}); expected a directory or hub id with "
+            f"{path}: cannot load it as a model ({first_line(error)}); expected a directory or hub id with "
             "config.json and safetensors weights"
         ) from error
-
-
-def _refuse_to_hide(error: Exception) -> None:
-    """Raise an error that says nothing about the model's files: no memory, no leave to read."""
-    if isinstance(error, MemoryError | PermissionError | torch.OutOfMemoryError):
-        raise error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 def load_causal_lm(
@@ -141,7 +135,7 @@ def new_config(model_init: dict[str, Any], *, dropout: bool = False, **special: 
     try:
         config = AutoConfig.for_model(model_type, **{**special, **settings})
     except Exception as error:  # each architecture checks its values in its own way
-        raise ConfigError(Fault("model_init", f"{model_type} refuses these values: {_first_line(error)}")) from error
+        raise ConfigError(Fault("model_init", f"{model_type} refuses these values: {first_line(error)}")) from error
     return config if dropout else without_dropout(config)
 
 
@@ -159,7 +153,7 @@ def model_of_config(config: Any, **options: Any) -> nn.Module:
         raise ConfigError(
             Fault(
                 "model_init",
-                f"no causal language model can be made of {config.model_type}: {_first_line(error)[:200]}",
+                f"no causal language model can be made of {config.model_type}: {first_line(error)[:200]}",
                 "a decoder-only architecture with sizes that fit together",
             )
         ) from error

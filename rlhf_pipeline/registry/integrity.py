@@ -8,6 +8,7 @@ from rlhf_pipeline.errors import DamagedFile, Fault
 from rlhf_pipeline.registry.digests import CARD, SNAPSHOTS, file_sha256, list_files
 from rlhf_pipeline.registry.references import Resolved
 
+UNLISTED = "not in manifest.json"
 _FIX = "restore it from a copy, or put it aside with rlhf models verify --repair and make it again"
 
 
@@ -57,4 +58,4 @@ def _contradictions(resolved: Resolved, skip: tuple[str, ...]) -> Iterator[Fault
             yield Fault(where, f"sha256 {found}", f"sha256 {entry.sha256} (manifest.json)", fix)
     for path in present:
         # A file that nobody listed, such as an adapter's config, can change what is loaded.
-        yield Fault(f"{resolved.label}: {path}", "not in manifest.json", "", "move it elsewhere")
+        yield Fault(f"{resolved.label}: {path}", UNLISTED, "", "move it elsewhere")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf_pipeline.errors import DamagedFile, UnknownReference
+from rlhf_pipeline.errors import DamagedFile, UnknownReference, visible
 from rlhf_pipeline.registry.manifest import DataEntry, Parent
 from rlhf_pipeline.registry.references import Resolved
 
@@ -52,12 +52,12 @@ def render(node: Node) -> Tree:
     from rich.tree import Tree
 
     def label(item: Node) -> Text:
-        text = Text(f"{item.role}: ", style="dim")
-        text.append(item.ref, style="bold")
+        text = Text(_shown(f"{item.role}: "), style="dim")
+        text.append(_shown(item.ref), style="bold")
         details = [item.stage, item.split, None if item.rows is None else f"{item.rows} rows"]
         details.append((item.digest or "")[:12])
         details.append(None if item.status in ("present", "outside") else item.status)
-        text.append("".join(f"  {detail}" for detail in details if detail))
+        text.append(_shown("".join(f"  {detail}" for detail in details if detail)))
         return text
 
     def grow(tree: Tree, item: Node) -> Tree:
@@ -66,6 +66,11 @@ def render(node: Node) -> Tree:
         return tree
 
     return grow(Tree(label(node)), node)
+
+
+def _shown(text: str) -> str:
+    """A text of a manifest, which may be anybody's, within one line of a terminal."""
+    return visible(text).replace("\n", "\\n")
 
 
 def _node(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,8 @@ def plain(value: Any) -> Any:
 def without_reach(manifest: Manifest) -> Manifest:
     """Return the manifest of a folder, which anybody may have written, without what would reach beyond the machine.
 
-    Its config keeps no data source that is not at hand, no leave to run a model's code, and no lengths that are not
-    numbers.
+    Its config keeps no data source that is not at hand, no leave to run a model's code, and no value of another kind
+    than what reads it expects; nor do its metrics and its cost.
     """
 
     def given(source: str) -> bool:
@@ -119,8 +120,12 @@ def without_reach(manifest: Manifest) -> Manifest:
     def kept(key: str, value: Any) -> bool:
         if key in ("trust_remote_code", "attn_implementation"):
             return False
+        if value is None:
+            return True
         if key in ("max_prompt_length", "response_length", "max_length"):
-            return value is None or (type(value) is int and value > 0)
+            return type(value) is int and 0 < value < 1 << 31
+        if key in _KINDS:
+            return _KINDS[key](value)
         if key in ("dataset_name", "prompts"):
             return isinstance(value, str) and given(value)
         if key == "datasets":
@@ -129,7 +134,52 @@ def without_reach(manifest: Manifest) -> Manifest:
         return True
 
     config = {key: value for key, value in manifest.config.items() if kept(key, value)}
-    return manifest.model_copy(update={"config": config})
+    metrics = {key: value for key, value in manifest.metrics.items() if key not in _METRICS or _METRICS[key](value)}
+    cost = {key: value for key, value in manifest.cost.items() if isinstance(value, dict) or _is_number(value)}
+    return manifest.model_copy(update={"config": config, "metrics": metrics, "cost": cost})
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _is_amount(value: Any) -> bool:
+    return _is_number(value) and value >= 0
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _are_fractions(value: Any) -> bool:
+    amounts = isinstance(value, dict) and all(map(_is_amount, value.values()))
+    return amounts and math.isclose(sum(value.values()), 1.0, abs_tol=1e-6)
+
+
+def _are_rewards(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(part, dict) and _is_text(part.get("source")) and _is_number(part.get("weight", 1.0))
+        for part in value
+    )
+
+
+def _are_findings(value: Any) -> bool:
+    told = ("cause", "since_step", "message")
+    return isinstance(value, list) and all(isinstance(one, dict) and one.keys() >= set(told) for one in value)
+
+
+# What is read from the config and the metrics of a manifest, and of what kind it is.
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("stop_token", "dataset_config", "reward_model_path"), _is_text),
+    **dict.fromkeys(("temperature", "kl_coef", "beta"), _is_amount),
+    "split_fractions": _are_fractions,
+    "reward_functions": _are_rewards,
+}
+_METRICS = {"moved_optimum": _is_object, "gate": _is_object, "health": _are_findings}
 
 
 def build_manifest(**fields: Any) -> Manifest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -109,9 +110,15 @@ def parse_reference(text: str) -> Reference:
     Raises:
         UnknownReference: the text is empty.
     """
-    text = text.strip()
+    text = text.strip(" ")
     if not text:
         raise UnknownReference("an empty reference; expected a registry name, a folder, or org/name")
+    if any(ord(char) < 32 or ord(char) == 127 for char in text):
+        raise UnknownReference(f"{text!r}: a reference has no control characters; expected a registry name or a folder")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise UnknownReference(f"{text!r}: no file system can hold half a surrogate pair") from None
     if match := _REGISTRY.fullmatch(text):
         pick = match["pick"]
         version = _VERSION.fullmatch(pick) if pick else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,11 +10,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_pipeline.errors import BadInput, DamagedFile, Fault, UnknownReference
+from rlhf_pipeline.errors import BadInput, DamagedFile, Fault, RunFailed, UnknownReference
 from rlhf_pipeline.registry import storage
 from rlhf_pipeline.registry.card import model_card
 from rlhf_pipeline.registry.digests import CARD, MANIFEST, file_entry, list_files
-from rlhf_pipeline.registry.integrity import problems
+from rlhf_pipeline.registry.integrity import UNLISTED, problems
 from rlhf_pipeline.registry.manifest import read_manifest
 from rlhf_pipeline.registry.references import Resolved, parse_reference
 from rlhf_pipeline.registry.shelf import ALIASES, REMOVED, Shelf
@@ -48,7 +49,8 @@ def faults_of(registry: Registry, reference: str | None) -> list[Fault]:
             found = _find(registry, reference)
         except DamagedFile as error:
             return [Fault("", str(error))]
-        return problems(found) if found.kind == "directory" or found.step is not None else version_faults(found)
+        whole = found.kind in ("registry", "data") and found.step is None
+        return version_faults(found) if whole else problems(found)
     faults = []
     for shelf in (registry.models, registry.data):
         for name in shelf.names():
@@ -185,19 +187,25 @@ def _named(registry: Registry, name: str) -> set[int]:
 def _repair_version(registry: Registry, shelf: Shelf, item: Resolved) -> Iterator[Mended]:
     name, version = item.name, item.version
     with storage.locked(shelf.base / name):
-        if not item.path.is_dir() or not version_faults(item):  # removed or mended meanwhile
+        if not item.path.is_dir() or not (faults := version_faults(item)):  # removed or mended meanwhile
             return
-        light = list(_light_repairs(registry.home, item))
-        yield from light
-        if not version_faults(item):
-            return
+        _require_one_disk(registry.home, item.path)
+        if all(fault.found == UNLISTED or fault.where == f"{item.label}: {CARD}" for fault in faults):
+            yield from _light_repairs(registry.home, item)
+            if not version_faults(item):
+                return
         # In this order a process that is killed here leaves nothing that the next repair would not mend.
         shelf.set_gone(name, {*shelf.gone(name), version})
         aliases = shelf.aliases(name)
         pointing = sorted(alias for alias, number in aliases.items() if number == version)
         if pointing:
             shelf.set_aliases(name, {alias: number for alias, number in aliases.items() if alias not in pointing})
-        place = _put_aside(registry.home, item.path, f"{name}-v{version}")
+        try:
+            place = _put_aside(registry.home, item.path, f"{name}-v{version}")
+        except RunFailed:
+            if pointing:
+                shelf.set_aliases(name, aliases)
+            raise
     yield Mended(item.label, "put into quarantine", place)
     for alias in pointing:
         yield Mended(f"{name}@{alias}", f"removed: it named v{version}")
@@ -228,6 +236,26 @@ def _light_repairs(home: Path, item: Resolved) -> Iterator[Mended]:
         yield Mended(f"{item.label}: {CARD}", "what was there is in quarantine", place)
 
 
+def _require_one_disk(home: Path, path: Path) -> None:
+    """Check, before anything is changed, that what is damaged can be moved into the quarantine.
+
+    Raises:
+        RunFailed: they lie on two disks.
+    """
+    folder = home / QUARANTINE
+    with storage.writing(folder, "the quarantine"):
+        folder.mkdir(parents=True, exist_ok=True)
+    if path.lstat().st_dev != folder.stat().st_dev:
+        raise _two_disks(path, folder)
+
+
+def _two_disks(path: Path, folder: Path) -> RunFailed:
+    return RunFailed(
+        f"{path}: damaged, and cannot be moved to {folder}, which lies on another disk; its aliases are as they were; "
+        f"let {folder.name} be a folder on the same disk, or move {path.name} out of the registry by hand"
+    )
+
+
 def _put_aside(home: Path, path: Path, name: str, ending: str = "") -> str:
     """Move a file or folder, whole, into the quarantine under a name that is free."""
     folder = home / QUARANTINE
@@ -237,6 +265,11 @@ def _put_aside(home: Path, path: Path, name: str, ending: str = "") -> str:
         while target.exists() or target.is_symlink():
             number += 1
             target = folder / f"{stem}-{number}{ending}"
-        os.rename(path, target)
+        try:
+            os.rename(path, target)
+        except OSError as error:
+            if error.errno == errno.EXDEV:  # also between two mounts of one disk
+                raise _two_disks(path, folder) from error
+            raise
         storage.sync(folder)
     return str(target)

@@ -56,10 +56,10 @@ def role_of(resolved: Resolved) -> tuple[Role | None, str]:
         return None, "collected data"
     if resolved.path is None:
         return None, ""
-    task = _read(resolved.path / "adapter_config.json").get("task_type")
+    task = read_json(resolved.path / "adapter_config.json").get("task_type")
     if task and isinstance(task, str):
         return _ROLE_OF_TASK.get(task), f"an adapter for the task {task}"
-    architectures = _read(resolved.path / "config.json").get("architectures") or []
+    architectures = read_json(resolved.path / "config.json").get("architectures") or []
     if not isinstance(architectures, list) or any(not isinstance(name, str) for name in architectures):
         raise DamagedFile(f"{resolved.path / 'config.json'}: architectures: expected a list of names; restore the file")
     for role, endings in _ARCHITECTURES.items():
@@ -68,7 +68,12 @@ def role_of(resolved: Resolved) -> tuple[Role | None, str]:
     return None, f"a model of the architecture {', '.join(architectures)}" if architectures else ""
 
 
-def _read(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """Return the object in one of a model's JSON files; an empty one where there is no such file.
+
+    Raises:
+        DamagedFile: it holds something else.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_pipeline.config.names import NAME_RULE, is_name
-from rlhf_pipeline.errors import BadInput, DamagedFile
+from rlhf_pipeline.errors import BadInput, DamagedFile, UnknownReference
 from rlhf_pipeline.registry import storage
 from rlhf_pipeline.registry.card import model_card
 from rlhf_pipeline.registry.digests import CARD, MANIFEST, file_entry, list_files
@@ -141,7 +141,18 @@ class Shelf:
         self.set_gone(name, {*self.gone(name), version})
         hidden = self.base / f".{name}-{uuid.uuid4().hex[:12]}.tmp"
         os.rename(self.folder(name, version), hidden)
+        for changed in (self.base / name, self.base):
+            storage.sync(changed)
         shutil.rmtree(hidden, ignore_errors=True)
+
+    def require(self, resolved: Resolved) -> None:
+        """Look under the lock of its name whether a version that was found before it is still there.
+
+        Raises:
+            UnknownReference: it has been removed meanwhile.
+        """
+        if resolved.version not in self.numbers(resolved.name):
+            raise UnknownReference(f"{resolved.label} has just been removed")
 
     def gone(self, name: str) -> list[int]:
         """Return the versions of a name that were removed or put into quarantine.

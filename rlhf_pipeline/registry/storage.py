@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -10,9 +11,11 @@ import shutil
 import stat
 import time
 import uuid
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from rlhf_pipeline.errors import RlhfError, RunFailed
 
@@ -20,8 +23,8 @@ from rlhf_pipeline.errors import RlhfError, RunFailed
 _STALE_SECONDS = 24 * 3600
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
-# How libraries written in Rust (safetensors, tokenizers) say that a system call has failed.
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+# How libraries written in Rust (safetensors, tokenizers), and `shutil` of several files, say that a call has failed.
+_OS_ERROR = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
 
 
 def error_number(error: BaseException | None) -> int | None:
@@ -30,16 +33,19 @@ def error_number(error: BaseException | None) -> int | None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno
         if match := _OS_ERROR.search(str(error)):
-            return int(match[1])
+            return int(match[1] or match[2])
         error = error.__cause__
     return None
 
 
 def failure_of(error: BaseException, place: object, what: str = "") -> str | None:
-    """Say in one line that the disk is full, or that nothing may be written here; None for any other error."""
+    """Say in one line that the disk is full, or that something may not be used; None for any other error.
+
+    what: what was being written; empty where it is not known whether anything was.
+    """
     number = error_number(error)
     named = getattr(error, "filename", None)
-    if isinstance(named, str | bytes | os.PathLike) and not os.fsdecode(named).startswith(str(place)):
+    if isinstance(named, str | bytes | os.PathLike) and not (what and os.fsdecode(named).startswith(str(place))):
         place = os.fsdecode(named)
     during = f" while writing {what}" if what else ""
     if number in _FULL:
@@ -47,6 +53,8 @@ def failure_of(error: BaseException, place: object, what: str = "") -> str | Non
         return f"{found}; what was there before is as it was; free some space and run the same command again"
     if number in _CLOSED:
         found = f"no permission: {place}: {os.strerror(number)}{during}"
+        if not what:
+            return f"{found}; allow its use to this account, or name another place"
         return f"{found}; what was there before is as it was; allow writing there, or use another place (--home)"
     return None
 
@@ -99,7 +107,7 @@ def _new_folder(parent: Path, name: str) -> tuple[Path, int]:
         except FileNotFoundError:  # swept before it was locked
             continue
         try:
-            _lock(handle, fcntl.LOCK_EX)
+            lock(handle, fcntl.LOCK_EX)
             if os.path.samestat(os.fstat(handle), os.stat(folder)):
                 return folder, handle
         except FileNotFoundError:
@@ -107,7 +115,25 @@ def _new_folder(parent: Path, name: str) -> tuple[Path, int]:
         os.close(handle)
 
 
-def _lock(handle: int, how: int) -> bool:
+_held: weakref.WeakSet[IO[str]] = weakref.WeakSet()
+
+
+def only_here(file: IO[str]) -> None:
+    """Let a file whose lock is held not be inherited: a forked worker that outlives its parent would keep the lock."""
+    _held.add(file)
+
+
+def _let_go() -> None:
+    for file in list(_held):
+        with contextlib.suppress(OSError):
+            file.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+def lock(handle: int, how: int) -> bool:
     """Lock an open file; return False where the file system knows no locks.
 
     Raises:
@@ -134,7 +160,7 @@ def sweep(parent: Path) -> None:
 def _remove_if_dead(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        locked = _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         about = os.fstat(handle)
         is_folder = stat.S_ISDIR(about.st_mode)
         # Makers of folders hold their lock; files are written without one.
@@ -213,5 +239,5 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a")
     with file:
-        _lock(file.fileno(), fcntl.LOCK_EX)
+        lock(file.fileno(), fcntl.LOCK_EX)
         yield

@@ -143,9 +143,7 @@ class Registry:
             raise BadInput(f"alias {alias!r} reads as a version; choose a word")
         resolved = self._own(reference, "an alias")
         with storage.locked(self.models.base / resolved.name):
-            # Looked at again under the lock: the version may have been removed meanwhile.
-            if resolved.version not in self.models.numbers(resolved.name):
-                raise UnknownReference(f"{resolved.label} has just been removed")
+            self.models.require(resolved)
             aliases = self.models.aliases(resolved.name)
             self.models.set_aliases(resolved.name, {**aliases, alias: resolved.version})
         return resolved
@@ -159,6 +157,7 @@ class Registry:
         """
         resolved = self._own(reference, "removing")
         with storage.locked(self.models.base / resolved.name):
+            self.models.require(resolved)
             aliases = self.models.aliases(resolved.name)
             pointing = sorted(alias for alias, version in aliases.items() if version == resolved.version)
             users = self._users(resolved)
@@ -184,7 +183,8 @@ class Registry:
         if resolved.kind != "registry":
             raise BadInput(f"{resolved.label} is not in the registry; only its models are exported")
         target = Path(target).expanduser().absolute()
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        blocked = any(above.exists() and not above.is_dir() for above in target.parents)
+        if blocked or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
             raise BadInput(f"{target}: exists and is not empty; export into a new or empty folder")
         verify_files(resolved)
         files = {path: item for path, item in resolved.files.items() if not path.startswith(f"{SNAPSHOTS}/")}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -107,7 +108,7 @@ class FunctionReward:
                 "it is called as f(prompts, completions, completion_ids=..., ended=...)"
             ) from error
         try:
-            numbers = [] if any(isinstance(value, str) for value in values) else [float(value) for value in values]
+            numbers = [] if any(isinstance(value, str) for value in values) else [_float(value) for value in values]
         except (TypeError, ValueError):
             numbers = []
         if len(numbers) != len(prompts):
@@ -124,6 +125,14 @@ class FunctionReward:
             )
             raise BadScores(message, self.label, scores)
         return scores
+
+
+def _float(value: Any) -> float:
+    """A number as a float; one that is too large is infinite, and refused as that."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,8 @@ def test_prompts_come_from_the_split_that_is_asked_for(arms, split):
 def test_prompts_and_lengths_are_the_arms_own_whatever_the_baseline_was_trained_on(arms, tmp_path):
     rows = [{"prompt": "the pacing of this horror was", "completion": " great", "split": s} for s in ("train", "test")]
     (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    arms.run("sft", output_name="elsewhere", dataset_name=str(tmp_path / "other.jsonl"), response_length=7, max_steps=1)
+    source = {"dataset_name": str(tmp_path / "other.jsonl"), "allow_overlap": True}
+    arms.run("sft", output_name="elsewhere", **source, response_length=7, max_steps=1)
     expected = compare(arms, arms=["dpo"], baseline="sft", samples=1)
     found = compare(arms, arms=["dpo"], baseline="elsewhere", samples=1)
     assert (found["prompt_texts"], found["response_length"]) == (expected["prompt_texts"], 4)

@@ -153,9 +153,9 @@ def test_a_policy_above_the_frontier_is_an_error(arms, monkeypatch):
 
 def test_what_a_ppo_model_was_trained_on(arms):
     registry = arms.registry
-    assert trained_reward(registry.resolve("ppo")) == ((1.0, "reward@v1"),)
-    assert trained_reward(registry.resolve("honest")) == ((1.0, "world"),)
-    assert trained_reward(registry.resolve("dpo")) is None
+    assert trained_reward(registry, registry.resolve("ppo")) == ((1.0, "reward@v1"),)
+    assert trained_reward(registry, registry.resolve("honest")) == ((1.0, "world"),)
+    assert trained_reward(registry, registry.resolve("dpo")) is None
 
 
 def test_beta_has_to_be_known(arms):

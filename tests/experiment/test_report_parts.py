@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import math
+import os
+from pathlib import Path
 
 import pytest
 
+from rlhf_pipeline.errors import RunFailed
+from rlhf_pipeline.experiment.report import write
 from rlhf_pipeline.experiment.report.markup import Markup, h, join, slug
 from rlhf_pipeline.experiment.report.palette import DARK, LIGHT, looks
 from rlhf_pipeline.experiment.report.points import Points
@@ -198,3 +203,50 @@ def test_rows_are_grouped_by_setting_and_named_by_it() -> None:
     assert [[row["name"] for row in group] for group in view.settings("ppo").values()] == [["m1", "m2"], ["m0"]]
     assert view.title(rows[1]) == "ppo β 0.5, seed 1" and view.has_seeds()
     assert View({"rows": [{"name": "x@v1", "stage": "dpo"}]}).title({"name": "x@v1", "stage": "dpo"}) == "x@v1"
+
+
+def test_a_full_disk_leaves_whole_tables_and_what_the_page_refers_to(tmp_path, monkeypatch) -> None:
+    def points(value: int, *names: str) -> Points:
+        made = Points()
+        for name in names:
+            made.add(name, ["x"], [[value]])
+        return made
+
+    points(1, "a", "b", "old").write(tmp_path)
+    real = os.fsync
+
+    def full(handle: int) -> None:
+        if "/.b.csv-" in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunFailed, match="disk full"):
+        points(2, "a", "b").write(tmp_path)
+    folder = tmp_path / "points"
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {
+        "a.csv": "x\n2\n",
+        "b.csv": "x\n1\n",
+        "old.csv": "x\n1\n",
+    }
+    monkeypatch.undo()
+    points(2, "a", "b").remove_stale(tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == ["a.csv", "b.csv"]
+
+
+def test_stale_tables_go_after_the_page(tmp_path, monkeypatch) -> None:
+    (tmp_path / "points").mkdir()
+    (tmp_path / "points/old.csv").write_text("x\n")
+
+    def full(path: Path, text: str) -> None:
+        raise RunFailed("disk full")
+
+    monkeypatch.setattr(write, "page", lambda results, points: "page")
+    monkeypatch.setattr(write, "replace_text", full)
+    with pytest.raises(RunFailed):
+        write.write_report({}, tmp_path)
+    assert (tmp_path / "points/old.csv").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(write, "page", lambda results, points: "page")
+    write.write_report({}, tmp_path)
+    assert not (tmp_path / "points/old.csv").exists()

@@ -27,8 +27,9 @@ def _write(tag: str) -> Callable[[Path], None]:
     return write
 
 
-def _publisher(home: Path, number: int, registrations: int, said: Any) -> None:
+def _publisher(home: Path, number: int, registrations: int, start: Any, said: Any) -> None:
     registry = Registry(home)
+    start.wait()
     for turn in range(registrations):
         tag = f"{number}-{turn} "
         made = registry.publish(NAME, "sft", _write(tag), code=CODE, seed=number)
@@ -50,11 +51,12 @@ def _read(registry: Registry, reference: str) -> bool:
     return True
 
 
-def _reader(home: Path, number: int, stop: Any, said: Any) -> None:
+def _reader(home: Path, number: int, start: Any, stop: Any, said: Any) -> None:
     registry, reads, seen = Registry(home), 0, 0
+    start.wait()
     references = (NAME, f"{NAME}@best", f"{NAME}@other")
     known: set[str] = set()
-    while not stop.is_set():
+    while not (stop.is_set() and reads):
         for reference in references:
             try:
                 if _read(registry, reference):
@@ -71,9 +73,10 @@ def _reader(home: Path, number: int, stop: Any, said: Any) -> None:
     said.put(("reads", number, reads))
 
 
-def _flipper(home: Path, alias: str, stop: Any, said: Any) -> None:
+def _flipper(home: Path, alias: str, start: Any, stop: Any, said: Any) -> None:
     registry, draw, flips = Registry(home), random.Random(alias), 0
-    while not stop.is_set():
+    start.wait()
+    while not (stop.is_set() and flips):  # on a busy machine its first turn may come after the last publication
         numbers = registry.models.numbers(NAME)
         if numbers:
             registry.alias(f"{NAME}@v{draw.choice(numbers)}", alias)
@@ -90,12 +93,14 @@ def concurrency(processes: int = 16, registrations: int = 50, readers: int = 2) 
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder) / "home"
-        said, stop = context.Queue(), context.Event()
+        aliases = ("best", "other")
+        said, stop, start = context.Queue(), context.Event(), context.Barrier(processes + readers + len(aliases))
         publishers = [
-            context.Process(target=_publisher, args=(home, number, registrations, said)) for number in range(processes)
+            context.Process(target=_publisher, args=(home, number, registrations, start, said))
+            for number in range(processes)
         ]
-        others = [context.Process(target=_reader, args=(home, number, stop, said)) for number in range(readers)]
-        others += [context.Process(target=_flipper, args=(home, alias, stop, said)) for alias in ("best", "other")]
+        others = [context.Process(target=_reader, args=(home, number, start, stop, said)) for number in range(readers)]
+        others += [context.Process(target=_flipper, args=(home, alias, start, stop, said)) for alias in aliases]
         started = time.perf_counter()
         for process in (*publishers, *others):
             process.start()

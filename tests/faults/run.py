@@ -113,10 +113,112 @@ def _tests(words: Sequence[str], folder: Path) -> tuple[int, list[str]]:
     return len(cases) - len(failed), failed
 
 
+def _disks(bench: Bench) -> list[Row]:
+    from tests.faults.disks import disk_full, read_only
+
+    found = disk_full(bench.count(30), bench.folder / "disks")
+    disk = "a small disk of its own" if found["mounted"] else "a limit on the size of files"
+    what = f"{disk}, full at {found['full']} points of a run, a collection, a comparison and PPO"
+    whole = found["trials"] - len({failure.partition(": ")[0] for failure in found["failed"]})
+    rows = [
+        Row(
+            what,
+            f"{whole} of {found['trials']}: one line, nothing damaged, and it goes on when there is room",
+            found["failed"],
+        )
+    ]
+    closed = read_only(bench.folder / "closed")
+    came = f"{closed['trials'] - len(closed['failed'])} of {closed['trials']}: one line, nothing damaged"
+    return [*rows, Row(f"a home that may not be written, {closed['trials']} commands", came, closed["failed"])]
+
+
+def _bad_files(bench: Bench) -> list[Row]:
+    from tests.faults import bad_configs, bad_data
+
+    passed, failed = _tests(["tests/faults/test_bad_files.py"], bench.folder / "bad")
+    what = f"{len(bad_data.BAD)} bad data files and {len(bad_configs.BAD)} bad configs"
+    return [Row(what, f"{passed - 1 if passed else 0} end with exit code 2 and the place named, no traceback", failed)]
+
+
+def _fuzz(bench: Bench) -> list[Row]:
+    from tests.faults.fuzz import fuzz
+
+    found = fuzz(600 * bench.share, bench.seed)
+    counts = ", ".join(f"{name} {count:,}" for name, count in found["by_target"].items())
+    what = f"{found['seconds'] / 60:.0f} minutes of made-up YAML, configs, rows and references ({counts})"
+    return [Row(what, f"{len(found['failures'])} uncaught exceptions", found["failures"])]
+
+
+def _finite(bench: Bench) -> list[Row]:
+    passed, failed = _tests(["tests/training/test_finite.py"], bench.folder / "finite")
+    what = (
+        "NaN and infinities put into log-probability, score, reward, value, advantage, loss, gradient, in every stage"
+    )
+    came = f"{passed} of {passed + len(failed)} stopped before the step, the place and the rows named"
+    return [Row(what, came, failed)]
+
+
+def _memory(bench: Bench) -> list[Row]:
+    passed, failed = _tests(["tests/training/test_memory.py"], bench.folder / "memory")
+    what = "memory that runs out in training, scoring, sampling and evaluation"
+    return [Row(what, f"{passed} of {passed + len(failed)}: halved, weights to 1e-6 those of the whole step", failed)]
+
+
+def _names(bench: Bench) -> list[Row]:
+    from tests.faults.hostile_names import hostile_names
+
+    found = hostile_names(bench.folder / "names")
+    what = f"{found['names']} hostile names in {found['ways']} places"
+    return [Row(what, f"{found['trials']} trials, {len(found['failed'])} escapes", found["failed"])]
+
+
+def _files(bench: Bench) -> list[Row]:
+    from tests.faults.hostile_files import hostile_files
+
+    home = subjects.make_template(bench.folder / "hostile")
+    found = hostile_files(home, bench.folder / "hostile-files")
+    what = f"{found['cases']} hostile files: pickles, tags, remote code, templates, archives, links, pages"
+    return [Row(what, f"{len(found['failed'])} executions, escapes or questions to the network", found["failed"])]
+
+
+def _registry(bench: Bench) -> list[Row]:
+    from tests.faults.registry_load import concurrency
+
+    found = concurrency(bench.count(16), bench.count(50))
+    failed = [] if found["ok"] else [found]
+    what = f"{found['processes']} processes, {found['registered']} registrations, while others read and move aliases"
+    came = f"{found['distinct']} distinct versions, {len(found['lost'])} lost; {len(found['torn'])} torn reads"
+    came += f" of {found['reads']}"
+    return [Row(what, came, failed)]
+
+
+def _flips(bench: Bench) -> list[Row]:
+    from tests.faults.flips import flips, prepare
+
+    found = flips(
+        bench.count(1000), bench.seed, prepare(bench.folder / "flips"), range(0, 100, max(1, round(1 / bench.share)))
+    )
+    done = found["flips"] + found["cuts"]
+    what = f"{found['flips']} bits flipped, {found['cuts']} cuts in {found['files']} files of checkpoints, models, data"
+    return [
+        Row(what, f"{done - len(found['missed'])} of {done} seen, the file named", [*found["missed"], *found["after"]])
+    ]
+
+
+# Those that compute in this process come last: children are forked from one that has not.
 KINDS: dict[str, Callable[[Bench], list[Row]]] = {
     "kills": _kills,
     "stops": _stops,
     "terminate": _terminate,
+    "disks": _disks,
+    "registry": _registry,
+    "finite": _finite,
+    "memory": _memory,
+    "bad": _bad_files,
+    "fuzz": _fuzz,
+    "names": _names,
+    "files": _files,
+    "flips": _flips,
 }
 
 

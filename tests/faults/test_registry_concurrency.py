@@ -15,7 +15,9 @@ def model(folder):
 
 def test_processes_that_register_read_and_move_aliases_at_once() -> None:
     found = concurrency(processes=4, registrations=8)
-    assert found["ok"], found
+    assert found["ok"], {
+        key: value for key, value in found.items() if key not in ("processes", "registered", "seconds")
+    }
     assert found["versions"] == 32
     assert found["reads"] > 0 and found["flips"] > 0
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from rlhf_pipeline.data import world
 from rlhf_pipeline.errors import BadInput, ConfigError
-from rlhf_pipeline.models.loading import init_causal_lm, load_causal_lm, save_model
+from rlhf_pipeline.models.loading import init_causal_lm, load_causal_lm, load_sequence_classifier, save_model
 
 LLAMA = {
     "model_type": "llama",
@@ -57,3 +59,22 @@ def test_an_added_token_gets_a_row_and_the_others_keep_theirs(tmp_path):
     before = load_causal_lm(tmp_path / "lm").get_input_embeddings().weight
     assert model.get_input_embeddings().weight.shape[0] == model.get_output_embeddings().weight.shape[0] == 33
     assert torch.equal(model.get_input_embeddings().weight[:32], before)
+
+
+def saved(tmp_path, **changes):
+    save_model(init_causal_lm(LLAMA, world.tokenizer(), seed=1), world.tokenizer(), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return tmp_path
+
+
+@pytest.mark.parametrize("load", [load_causal_lm, load_sequence_classifier])
+def test_quantised_weights_are_refused_by_name(tmp_path, load):
+    folder = saved(tmp_path, quantization_config={"quant_method": "finegrained_fp8"})
+    with pytest.raises(BadInput, match="quantization_config: quantised weights cannot be loaded yet"):
+        load(folder)
+
+
+def test_the_code_of_experts_that_a_folder_asks_for_is_not_taken(tmp_path):
+    model = load_causal_lm(saved(tmp_path, experts_implementation="evil/kernel"))
+    assert model.config._experts_implementation != "evil/kernel"

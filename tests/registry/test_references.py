@@ -33,7 +33,7 @@ def test_readings(text, expected):
 
 
 def test_spaces_around_are_dropped_and_nothing_is_refused():
-    assert parse_reference(" sft\n") == Reference("sft", name="sft")
+    assert parse_reference(" sft ") == Reference("sft", name="sft")
     with pytest.raises(UnknownReference, match="empty"):
         parse_reference("  ")
 
@@ -45,3 +45,11 @@ def test_labels_and_locations():
     hub = Resolved("hub", "org/name@main", None, "org/name", revision="main")
     assert (hub.label, hub.location, hub.digest) == ("org/name@main", "org/name", None)
     assert hub.taken == "'org/name@main' is the hub's org/name@main"
+
+
+@pytest.mark.parametrize("text", ["~\ud800", "a\ud800b"])
+def test_half_a_surrogate_pair_is_no_reference(text, tmp_path):
+    from rlhf_pipeline.registry import Registry
+
+    with pytest.raises(UnknownReference, match="surrogate"):
+        Registry(tmp_path).resolve(text)

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
 from rlhf_pipeline.cli.main import main
-from rlhf_pipeline.errors import BadInput, UnknownReference
-from rlhf_pipeline.registry import DataEntry, verify_files
+from rlhf_pipeline.errors import BadInput, RunFailed, UnknownReference
+from rlhf_pipeline.registry import DataEntry, repair, verify_files
 
 
 @pytest.fixture
@@ -175,3 +177,34 @@ def test_the_command_says_what_it_did(registry, two, capsys):
     assert "manifest.json: missing" in capsys.readouterr().out
     assert main(["models", "verify", "demo", "--repair", *home]) == 0
     assert "demo: has no version left" in capsys.readouterr().out
+
+
+def state(registry):
+    folder = registry.home / "models/demo"
+    return {path.name: path.read_text() for path in folder.glob("*.json")}, sorted(folder.glob("v*"))
+
+
+@pytest.mark.parametrize("seen", ["by its number", "by the rename"])
+def test_a_quarantine_on_another_disk_is_one_line_and_changes_nothing(registry, two, monkeypatch, seen):
+    (two[1].path / "model.safetensors").write_text("twx")
+    (registry.home / "quarantine").mkdir()
+    before = state(registry)
+    if seen == "by the rename":
+
+        def rename(source, target):
+            raise OSError(errno.EXDEV, "Invalid cross-device link", str(source), None, str(target))
+
+        monkeypatch.setattr(repair.os, "rename", rename)
+    else:
+        real = os.lstat(two[1].path)
+        other = os.stat_result([*real[:2], real.st_dev + 1, *real[3:]])
+        lstat = Path.lstat
+        monkeypatch.setattr(Path, "lstat", lambda path: other if path == two[1].path else lstat(path))
+    with pytest.raises(RunFailed, match="another disk") as caught:
+        registry.repair()
+    assert "\n" not in str(caught.value) and str(two[1].path) in str(caught.value)
+    after = state(registry)
+    assert after[1] == before[1] and after[0]["aliases.json"] == before[0]["aliases.json"]
+    assert seen == "by the rename" or after == before
+    monkeypatch.undo()
+    assert next(iter(registry.repair())).done == "put into quarantine"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -47,6 +48,20 @@ def test_the_errors_of_libraries_in_rust_are_read_too(tmp_path):
             raise RuntimeError(f"Error while serializing: I/O error: something (os error {number})")
     with pytest.raises(RuntimeError), storage.staging(tmp_path, "sft"):
         raise RuntimeError("I/O error: something (os error 2)")
+
+
+def test_a_tree_that_cannot_be_copied_says_so_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "source").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "source" / name).write_text("x")
+
+    def full(source, target, **_options):
+        raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(target))
+
+    with pytest.raises(RunFailed) as error, storage.staging(tmp_path / "home", "sft") as folder:
+        shutil.copytree(tmp_path / "source", folder / "copy", copy_function=full)
+    assert str(error.value).startswith(f"disk full: {tmp_path / 'home'}: No space left on device")
+    assert "\n" not in str(error.value)
 
 
 @pytest.fixture
@@ -99,3 +114,11 @@ def test_a_link_is_not_followed(tmp_path):
     (tmp_path / ".x.tmp").symlink_to(target)
     storage.sweep(tmp_path)
     assert (target / "file").exists()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM])
+def test_who_may_not_read_is_not_told_to_allow_writing(tmp_path, number):
+    error = OSError(number, os.strerror(number), str(tmp_path / "config.json"))
+    read, written = storage.failure_of(error, tmp_path), storage.failure_of(error, tmp_path, "a card")
+    assert "writ" not in read and str(tmp_path / "config.json") in read
+    assert "while writing a card" in written and "allow writing there" in written

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from rlhf_pipeline.errors import BadInput, DamagedFile, UnknownReference
-from rlhf_pipeline.registry import DataEntry, Parent, verify_files
+from rlhf_pipeline.registry import DataEntry, Parent, storage, verify_files
 
 
 def everything_under(folder):
@@ -307,3 +307,29 @@ def test_damaged_version_is_not_exported(registry, model, tmp_path):
     with pytest.raises(DamagedFile, match=r"model\.safetensors"):
         registry.export("demo", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_of_two_that_remove_a_version_the_second_is_told_so(registry, model, monkeypatch):
+    registry.publish("sft", "sft", model("one"))
+    registry.publish("sft", "sft", model("two"))
+    found = registry.resolve("sft@v2")
+    registry.remove("sft@v2")
+    monkeypatch.setattr(registry, "resolve", lambda text: found)  # it looked before the other one had removed it
+    before = (registry.home / "models/sft/removed.json").read_text()
+    with pytest.raises(UnknownReference, match="sft@v2 has just been removed"):
+        registry.remove("sft@v2")
+    assert (registry.home / "models/sft/removed.json").read_text() == before
+
+
+def test_a_removal_is_brought_to_disk(registry, model, monkeypatch):
+    registry.publish("sft", "sft", model())
+    folder, synced = registry.home / "models/sft", []
+    real = storage.sync
+
+    def sync(path):
+        synced.append((path, (folder / "v1").exists()))
+        real(path)
+
+    monkeypatch.setattr(storage, "sync", sync)
+    registry.remove("sft@v1")
+    assert {(folder, False), (folder.parent, False)} <= set(synced)

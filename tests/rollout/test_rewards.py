@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import pytest
@@ -137,3 +138,11 @@ def test_functions_come_from_the_current_folder_and_the_path_stays(tmp_path, mon
     with pytest.raises(ConfigError, match="cannot import it"):
         load_function("no_such_module_anywhere:judge")
     assert sys.path == before
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_number_too_large_for_a_float_is_named_with_its_function(sign):
+    huge = [sign * 10**400] * 2
+    source = FunctionReward("huge:f", lambda prompts, completions, **_: huge, world.tokenizer())
+    with pytest.raises(RunFailed, match=f"reward function huge:f: found {sign * math.inf} for the completion"):
+        source.score(EXAMPLES[:1])

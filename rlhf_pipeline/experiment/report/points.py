@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.experiment.report.text import clean
+from rlhf_pipeline.registry.storage import replace_text
 
 FOLDER = "points"
 
@@ -29,16 +30,15 @@ class Points:
         return {f"{name}.csv": _csv(columns, rows) for name, (columns, rows) in self.tables.items()}
 
     def write(self, directory: Path) -> None:
-        """Write the files, and take away those of an earlier report that this one does not have."""
-        folder = directory / FOLDER
-        files = self.files()
-        if files:
-            folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob("*.csv"):
-            if stale.name not in files:
-                stale.unlink()
-        for name, content in files.items():
-            (folder / name).write_text(content, encoding="utf-8", newline="")
+        """Write the files, each whole or not at all."""
+        for name, content in self.files().items():
+            replace_text(directory / FOLDER / name, content)
+
+    def remove_stale(self, directory: Path) -> None:
+        """Take away the files of an earlier report that this one does not have."""
+        for path in (directory / FOLDER).glob("*.csv"):
+            if path.stem not in self.tables:
+                path.unlink()
 
 
 def _cell(text: str) -> str:

@@ -24,4 +24,5 @@ def write_report(results: Mapping[str, Any], directory: Path) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         points.write(directory)
         replace_text(directory / PAGE, text)
+        points.remove_stale(directory)  # last: the page before this one may still refer to them
     return directory / PAGE

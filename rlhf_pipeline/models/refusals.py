@@ -1,0 +1,58 @@
+"""What is said where somebody else's files cannot be loaded as a model."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import torch
+
+from rlhf_pipeline.errors import RlhfError
+from rlhf_pipeline.registry.storage import error_number, failure_of
+
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "cublas_status_alloc_failed")
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left, of the accelerator or of the machine."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in _NO_MEMORY):
+        return True
+    return not isinstance(error, RlhfError) and error_number(error) == errno.ENOMEM
+
+
+def require_full_precision(config: Any) -> None:
+    """Refuse a config of quantised weights, and forget which code of experts it asks for: either would be fetched.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    for part in (config, config.get_text_config()):
+        if getattr(part, "quantization_config", None) is not None:
+            raise ValueError("quantization_config: quantised weights cannot be loaded yet; expected a plain model")
+    config._experts_implementation = None
+
+
+def require_sizes(config: Any) -> None:
+    """Refuse a config with a size below 1, at which some architectures fail only when they are used.
+
+    Raises:
+        ValueError: naming it.
+    """
+    text = config.get_text_config()
+    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        value = getattr(text, key, None)
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"{key} {value}, expected at least 1")
+
+
+def refuse_to_hide(error: Exception) -> None:
+    """Raise an error that says nothing about the model's files: no memory, no room, no leave to read."""
+    if ran_out(error) or "allocate memory" in str(error) or failure_of(error, "") is not None:
+        raise error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, else its name."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
