@@ -154,14 +154,15 @@ def _finite(bench: Bench) -> list[Row]:
     what = (
         "NaN and infinities put into log-probability, score, reward, value, advantage, loss, gradient, in every stage"
     )
-    came = f"{passed} of {passed + len(failed)} stopped before the step, the place and the rows named"
+    came = f"{passed} of {passed + len(failed)} tests: stopped before the step, the place and the rows named"
     return [Row(what, came, failed)]
 
 
 def _memory(bench: Bench) -> list[Row]:
     passed, failed = _tests(["tests/training/test_memory.py"], bench.folder / "memory")
     what = "memory that runs out in training, scoring, sampling and evaluation"
-    return [Row(what, f"{passed} of {passed + len(failed)}: halved, weights to 1e-6 those of the whole step", failed)]
+    came = f"{passed} of {passed + len(failed)} tests: halved, weights to 1e-6 those of the whole step"
+    return [Row(what, came, failed)]
 
 
 def _names(bench: Bench) -> list[Row]:
