@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 SFT = "model_name_or_path: base\ndataset_name: world:verdicts\noutput_name: x\n"
 RM = "model_name_or_path: base\ndataset_name: collected:pairs\noutput_name: x\n"
@@ -39,10 +40,17 @@ class BadConfig:
     says: tuple[str, ...] = ()
     overrides: tuple[str, ...] = field(default=())
 
-    @property
-    def words(self) -> list[str]:
-        """The command up to its config."""
-        return COMMANDS[self.command][0]
+    def write(self, folder: Path) -> tuple[str, ...]:
+        """Write it into a folder; returns the words of the command that reads it."""
+        path = folder / "config.yaml"
+        path.write_bytes(self.content)
+        return (*COMMANDS[self.command][0], str(path), *self.overrides)
+
+    def missing(self, folder: Path, said: str) -> str:
+        """What is not said of it as it should be: no line with its place and the words, or far too much."""
+        wanted = f"{folder / 'config.yaml'}{self.place}" if self.place else ""
+        named = any(wanted in line and all(word in line for word in self.says) for line in said.splitlines())
+        return "" if named and len(said) < 20_000 else f"{wanted} with {self.says} is not named: {said[-2000:]}"
 
 
 def _line(name: str, command: str, text: str, *says: str) -> BadConfig:

@@ -26,6 +26,27 @@ class Bad:
     says: tuple[str, ...] = ()
     overrides: tuple[str, ...] = field(default=())
 
+    def write(self, folder: Path) -> tuple[str, ...]:
+        """Write it into a folder; returns the words of the command that reads it."""
+        path = folder / self.file
+        if callable(self.content):
+            self.content(path)
+        else:
+            path.write_bytes(self.content)
+        return ("data", "check", str(path))
+
+    def missing(self, folder: Path, said: str) -> str:
+        """What is not said of it as it should be: no line with its place, or that line without the words."""
+        count = ("rows cannot be used", "no rows left")  # lines that count the faults of a whole file
+        named = [
+            line
+            for line in said.splitlines()
+            if str(folder / self.place) in line and not any(words in line for words in count)
+        ]
+        if not named:
+            return f"{folder / self.place} is not named: {said[-2000:]}"
+        return "" if all(word in named[0] for word in self.says) else f"{self.says} not in {named[0]}"
+
 
 def lines(*rows: Any) -> bytes:
     """JSON lines; a row that is bytes already stays as it is."""

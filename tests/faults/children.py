@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 TIMEOUT = 120.0
 WRITING = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "fsync")
 """What a child can be killed at: the audit events that change files, and `fsync`, which has none of its own."""
@@ -139,15 +140,23 @@ def fork(words: Sequence[str], folder: Path, *, before: Callable[[], None] | Non
         os._exit(code)
 
 
-def fresh(words: Sequence[str], folder: Path) -> Child:
-    """Run `rlhf WORDS` in a process of its own."""
+def fresh(
+    words: Sequence[str], folder: Path, *, trap: Sequence[str] = (), cwd: Path | None = None, **variables: str
+) -> Child:
+    """Run `rlhf WORDS` in a process of its own.
+
+    Args:
+        folder: for its output. trap: of `traps`, with its values. cwd: its working directory. variables: of its
+        environment.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     out, err = folder / "out.txt", folder / "err.txt"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
     with out.open("w") as stdout, err.open("w") as stderr:
         started = time.perf_counter()
-        command = [sys.executable, "-m", "rlhf_pipeline.cli.main", *words]
-        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment)
+        module = ["tests.faults.traps", *trap, "--"] if trap else ["rlhf_pipeline.cli.main"]
+        command = [sys.executable, "-m", *module, *words]
+        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment, cwd=cwd)
     process.returncode = 0  # waited for by its number, not by this object
     return Child(process.pid, out, err, started)
 

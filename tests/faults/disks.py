@@ -121,26 +121,32 @@ def _fill(place: Path, leave: int) -> Path:
     return ballast
 
 
+def in_its_own_process(point: int) -> bool:
+    """Whether a point is tried in a process of its own, as two of three are where a disk can be mounted."""
+    return point % 3 != 2
+
+
 def _on_a_small_disk(
     act: Act, template: Path, place: Path, said: Path, points: int
 ) -> Iterator[tuple[str, int, list[str]]]:
     home = place / "home"
 
-    def fresh() -> None:
+    def renew() -> None:
         shutil.rmtree(home, ignore_errors=True)
         shutil.copytree(template, home)
 
-    fresh()
+    renew()
     before, names = free(place), _versions(home)
     whole = children.run(act.command(home), said)
     if whole.code != 0:
         raise RuntimeError(whole.err)
     need = before - free(place)
     for point in range(points):
-        fresh()
-        leave = int(need * 1.1 * (point + 0.5) / points)
+        renew()
+        leave = int(need * (point + 0.5) / points)  # always less than the command leaves behind
         ballast = _fill(place, leave)
-        done = children.run(act.command(home), said)
+        start = children.fresh if in_its_own_process(point) else children.fork
+        done = start(act.command(home), said).wait()
         failed = _judge(home, names, done, "disk full")
         ballast.unlink()
         yield f"{act.name}, {leave} bytes free", done.code, failed + _again(act, home, said)
@@ -176,7 +182,9 @@ def disk_full(
     """Fill the disk at so many points of a training run with checkpoints, of PPO, a collection and a comparison.
 
     Every time: one line that says where, nothing registered before damaged, no part of a version visible, and the same
-    command runs to its end once there is room. Returns how often the disk was full and what failed.
+    command runs to its end once there is room. Two of three points in processes of their own.
+
+    Returns how often the disk was full and what failed.
     """
     import tempfile
 
@@ -188,15 +196,23 @@ def disk_full(
         place = folder / "disk"
         mounted = stack.enter_context(small_disk(place)) if mount else False
         place.mkdir(exist_ok=True)
-        full, trials, failed = 0, 0, []
+        full, trials, fresh, failed = 0, 0, 0, []
         way: Callable[..., Any] = _on_a_small_disk if mounted else _with_short_files
         shares = [points // len(acts) + (number < points % len(acts)) for number in range(len(acts))]
         for act, share in zip(acts, shares, strict=True):
-            for what, code, problems in way(act, template, place, folder / "said", share):
+            for point, (what, code, problems) in enumerate(way(act, template, place, folder / "said", share)):
                 trials += 1
+                fresh += mounted and in_its_own_process(point)
                 full += code == 1
                 failed += [f"{what}: {problem}" for problem in problems]
-    return {"trials": trials, "full": full, "mounted": mounted, "failed": failed, "ok": not failed and full > 0}
+    return {
+        "trials": trials,
+        "full": full,
+        "in_fresh_processes": fresh,
+        "mounted": mounted,
+        "failed": failed,
+        "ok": not failed and full > 0,
+    }
 
 
 class _Header(ctypes.Structure):
@@ -225,8 +241,11 @@ def _open(folder: Path) -> None:
             path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-def read_only(folder: Path, only: Sequence[str] = ()) -> dict[str, Any]:
-    """Run the same commands in a home that may be read and not written, and again once it may."""
+def read_only(folder: Path, only: Sequence[str] = (), *, fresh: bool = False) -> dict[str, Any]:
+    """Run the same commands in a home that may be read and not written, and again once it may.
+
+    fresh: in processes of their own.
+    """
     children.prepare()
     template, acts = make_acts(folder)
     failed = []
@@ -238,7 +257,10 @@ def read_only(folder: Path, only: Sequence[str] = ()) -> dict[str, Any]:
         names = _versions(home)
         _close(home)
         said = folder / "said"
-        done = children.run(act.command(home), said, before=without_privileges)
+        if fresh:
+            done = children.fresh(act.command(home), said, trap=("closed",)).wait()
+        else:
+            done = children.run(act.command(home), said, before=without_privileges)
         _open(home)
         failed += [f"{act.name}: {problem}" for problem in _judge(home, names, done, "no permission")]
         if done.code == 0:

@@ -13,7 +13,7 @@ import socket
 import struct
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -584,13 +584,19 @@ def no_network() -> Iterator[list[str]]:
         socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo = connect, connect_ex, look_up
 
 
-def attempt(name: str, scene: Scene) -> list[str]:
+def play(scene: Scene, words: Sequence[str]) -> tuple[int, str, list[str]]:
+    """Run the words of a case here; returns the exit code, what was said, and who was asked for in the network."""
+    with no_network() as asked:
+        code, said = command(scene.folder, *words)
+    return code, said, asked
+
+
+def attempt(name: str, scene: Scene, run: Callable[..., tuple[int, str, list[str]]] = play) -> list[str]:
     """Play one case; returns what went wrong: run, reached, damaged, asked of the network, or said badly."""
     words = CASES[name](scene)
     fixed = (scene.folder / "canary", scene.home / "models", scene.home / "data")
     before = tree(*fixed)
-    with no_network() as asked:
-        code, said = command(scene.folder, *words)
+    code, said, asked = run(scene, words)
     failed = []
     if scene.executed.exists() or Path("/tmp/executed-by-rlhf").exists():
         failed.append("a payload ran or a member was written outside")

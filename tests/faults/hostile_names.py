@@ -8,7 +8,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -212,9 +212,14 @@ def make_place(folder: Path) -> Path:
     return folder
 
 
+def with_home(place: Path, words: Sequence[str]) -> list[str]:
+    """The words of a command line, told to use the home of a place."""
+    at = words.index("--") if "--" in words else len(words)
+    return [*words[:at], "--home", str(place / "home"), *words[at:]]
+
+
 def command(place: Path, *words: str) -> tuple[int, str]:
     """Run the command line in the working directory of a place; returns its exit code and everything it said."""
-    at = words.index("--") if "--" in words else len(words)
     said = io.StringIO()
     before = Path.cwd()
     home = os.environ.get("HOME", "")
@@ -222,34 +227,31 @@ def command(place: Path, *words: str) -> tuple[int, str]:
     os.environ["HOME"] = str(place / "house")
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            code = main([*words[:at], "--home", str(place / "home"), *words[at:]])
+            code = main(with_home(place, words))
     finally:
         os.chdir(before)
         os.environ["HOME"] = home
     return code, said.getvalue()
 
 
-def _by_config(place: Path, text: str, *words: str) -> tuple[int, str]:
-    path = place / "work" / "config.yaml"
+def _by_config(place: Path, text: str, *words: str) -> tuple[str, ...]:
+    path = place.parent / "config.yaml"
     path.write_text(text)
-    try:
-        return command(place, *words, "--config", str(path))
-    finally:
-        path.unlink()
+    return (*words, "--config", str(path))
 
 
 _COLLECT = "policy: sft\nprompts: world:verdicts\njudge: world\nnum: 4\n"
-WAYS: dict[str, Callable[[Path, str], tuple[int, str]]] = {
-    "reference": lambda place, name: command(place, "models", "show", "--", name),
-    "version": lambda place, name: command(place, "models", "show", "--", f"sft@{name}"),
-    "snapshot": lambda place, name: command(place, "models", "show", "--", f"sft@v1#{name}"),
-    "alias": lambda place, name: command(place, "models", "alias", "--", "sft", name),
-    "remove": lambda place, name: command(place, "models", "remove", "--force", "--", name),
-    "repair": lambda place, name: command(place, "models", "verify", "--repair", "--", f"./{name}"),
-    "export": lambda place, name: command(place, "models", "export", "--", name, "out"),
-    "collected": lambda place, name: command(place, "data", "preview", "--", f"collected:{name}"),
-    "version of data": lambda place, name: command(place, "data", "preview", "--", f"collected:pairs@{name}"),
-    "report": lambda place, name: command(place, "report", "--", name),
+WAYS: dict[str, Callable[[Path, str], tuple[str, ...]]] = {
+    "reference": lambda place, name: ("models", "show", "--", name),
+    "version": lambda place, name: ("models", "show", "--", f"sft@{name}"),
+    "snapshot": lambda place, name: ("models", "show", "--", f"sft@v1#{name}"),
+    "alias": lambda place, name: ("models", "alias", "--", "sft", name),
+    "remove": lambda place, name: ("models", "remove", "--force", "--", name),
+    "repair": lambda place, name: ("models", "verify", "--repair", "--", f"./{name}"),
+    "export": lambda place, name: ("models", "export", "--", name, "out"),
+    "collected": lambda place, name: ("data", "preview", "--", f"collected:{name}"),
+    "version of data": lambda place, name: ("data", "preview", "--", f"collected:pairs@{name}"),
+    "report": lambda place, name: ("report", "--", name),
     # YAML's escapes are JSON's.
     "output name": lambda place, name: _by_config(
         place, f"output_name: {json.dumps(name)}\n{_COLLECT}", "data", "collect"
@@ -260,11 +262,14 @@ WAYS: dict[str, Callable[[Path, str], tuple[int, str]]] = {
 }
 
 
-def attack(place: Path, way: str, names: Iterable[str]) -> list[str]:
-    """Use names in one way; returns what went wrong: not refused, not one clear message, or anything touched."""
+def attack(place: Path, way: str, names: Iterable[str], run: Callable[..., tuple[int, str]] = command) -> list[str]:
+    """Use names in one way; returns what went wrong: not refused, not one clear message, or anything touched.
+
+    run: runs the words of a command line in a place, as `command` does.
+    """
     failed, before = [], tree(place)
     for name in names:
-        code, said = WAYS[way](place, name)
+        code, said = run(place, *WAYS[way](place, name))
         if code != 2 or not said or "Traceback" in said or "unexpected" in said or OBEYED.search(said):
             failed.append(f"{way} {name!r}: exit {code}: {said!r}")
     if tree(place) != before:

@@ -112,22 +112,35 @@ def signal_at(step: int, number: int = signal.SIGTERM):
     return install
 
 
-def stops(found: Sequence[Subject], folder: Path, *, steps: int) -> dict[str, Any]:
-    """Stop each stage at every step and resume it: once at each, and one run that is stopped at all of them."""
-    trials = []
-    for subject in found:
-        for stopped in [*[[step] for step in range(1, steps + 1)], list(range(1, steps + 1))]:
-            where = folder / f"stop-{subject.name}-{stopped[0]}-{len(stopped)}"
-            home = subject.home(where / "home")
-            faults = []
-            for step in stopped:
-                outcome = children.run(subject.command(home), where / "said", before=signal_at(step))
-                if outcome.code != 143:
-                    faults.append(f"stopped at {step}: exit code {outcome.code}, killed by {outcome.killed_by}")
-            faults += judge(subject, home, children.run(subject.command(home), where / "said"))
-            trials.append({"subject": subject.name, "stopped": stopped, "faults": faults})
-            if not faults:
-                shutil.rmtree(where)
+def _stop(subject: Subject, folder: Path, stopped: Sequence[int], process: str = "forked") -> dict[str, Any]:
+    """One trial: a run that is stopped at some steps and resumed each time."""
+    where = folder / f"stop-{process}-{subject.name}-{stopped[0]}-{len(stopped)}"
+    home = subject.home(where / "home")
+    said, words, faults = where / "said", subject.command(home), []
+    for step in stopped:
+        if process == "fresh":
+            outcome = children.fresh(words, said, trap=("signal_at", str(step))).wait()
+        else:
+            outcome = children.run(words, said, before=signal_at(step))
+        if outcome.code != 143:
+            faults.append(f"stopped at {step}: exit code {outcome.code}, killed by {outcome.killed_by}")
+    start = children.fresh if process == "fresh" else children.fork
+    faults += judge(subject, home, start(words, said).wait())
+    if not faults:
+        shutil.rmtree(where)
+    return {"subject": subject.name, "process": process, "stopped": list(stopped), "faults": faults}
+
+
+def stops(found: Sequence[Subject], folder: Path, *, steps: int, fresh: int = 0, seed: int = 0) -> dict[str, Any]:
+    """Stop each stage at every step and resume it: once at each, and one run that is stopped at all of them.
+
+    fresh: more trials, at random steps, in processes of their own.
+    """
+    every = list(range(1, steps + 1))
+    trials = [_stop(subject, folder, steps) for subject in found for steps in [*[[step] for step in every], every]]
+    for number in range(fresh):
+        step = children.draws(seed, f"stop {number}").choice(every)
+        trials.append(_stop(found[number % len(found)], folder / str(number), [step], "fresh"))
     return {"trials": len(trials), "failed": [trial for trial in trials if trial["faults"]]}
 
 

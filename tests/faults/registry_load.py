@@ -85,12 +85,16 @@ def _flipper(home: Path, alias: str, start: Any, stop: Any, said: Any) -> None:
     said.put(("flips", alias, flips))
 
 
-def concurrency(processes: int = 16, registrations: int = 50, readers: int = 2) -> dict[str, Any]:
+def concurrency(
+    processes: int = 16, registrations: int = 50, readers: int = 2, *, method: str = "fork"
+) -> dict[str, Any]:
     """Let so many processes register so often under one name while others read, verify and move aliases.
+
+    method: `spawn` makes every process start by itself instead of from a copy of this one.
 
     Returns the number of versions, what was lost or torn, and what is wrong in the end; `ok` says it in a word.
     """
-    context = multiprocessing.get_context("fork")
+    context: Any = multiprocessing.get_context(method)
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder) / "home"
         aliases = ("best", "other")

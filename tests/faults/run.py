@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from tests.faults import children, kills, subjects
+from tests.faults.table import Row, document, table
 
 ROOT = Path(__file__).parents[2]
 OUTPUT = ROOT / "docs/faults.md"
@@ -54,16 +53,6 @@ class Bench:
         return STEPS if self.share == 1 else max(4, round(STEPS * self.share))
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: what was done, what came of it, and the trials that failed."""
-
-    what: str
-    came: str
-    failed: list[Any]
-    seconds: float = 0.0
-
-
 def _kills(bench: Bench) -> list[Row]:
     fresh = bench.count(20)
     found = kills.kills(bench.subjects(), bench.folder / "kills", count=bench.count(300), fresh=fresh, seed=bench.seed)
@@ -79,9 +68,13 @@ def _kills(bench: Bench) -> list[Row]:
 
 
 def _stops(bench: Bench) -> list[Row]:
-    found = kills.stops(bench.stages(), bench.folder / "stops", steps=bench.steps())
+    fresh, folder = bench.count(20), bench.folder / "stops"
+    found = kills.stops(bench.stages(), folder, steps=bench.steps(), fresh=fresh, seed=bench.seed)
     whole = found["trials"] - len(found["failed"])
-    what = f"stopped and resumed at every step of a {bench.steps()}-step run of each stage, and one run at all of them"
+    what = (
+        f"stopped and resumed at every step of a {bench.steps()}-step run of each stage, one run at all of them; and "
+    )
+    what += f"at {fresh} random steps in processes of their own"
     return [Row(what, f"{whole} of {found['trials']} equal bit for bit", found["failed"])]
 
 
@@ -118,7 +111,8 @@ def _disks(bench: Bench) -> list[Row]:
 
     found = disk_full(bench.count(30), bench.folder / "disks")
     disk = "a small disk of its own" if found["mounted"] else "a limit on the size of files"
-    what = f"{disk}, full at {found['full']} points of a run, a collection, a comparison and PPO"
+    what = f"{disk}, full at {found['full']} points of a run, a collection, a comparison and PPO "
+    what += f"({found['in_fresh_processes']} in processes of their own)"
     whole = found["trials"] - len({failure.partition(": ")[0] for failure in found["failed"]})
     rows = [
         Row(
@@ -127,9 +121,12 @@ def _disks(bench: Bench) -> list[Row]:
             found["failed"],
         )
     ]
-    closed = read_only(bench.folder / "closed")
-    came = f"{closed['trials'] - len(closed['failed'])} of {closed['trials']}: one line, nothing damaged"
-    return [*rows, Row(f"a home that may not be written, {closed['trials']} commands", came, closed["failed"])]
+    for folder, fresh, where in (("closed", False, ""), ("closed-fresh", True, ", in processes of their own")):
+        closed = read_only(bench.folder / folder, fresh=fresh)
+        came = f"{closed['trials'] - len(closed['failed'])} of {closed['trials']}: one line, nothing damaged"
+        what = f"a home that may not be written, {closed['trials']} commands{where}"
+        rows.append(Row(what, came, closed["failed"]))
+    return rows
 
 
 def _bad_files(bench: Bench) -> list[Row]:
@@ -137,7 +134,7 @@ def _bad_files(bench: Bench) -> list[Row]:
 
     passed, failed = _tests(["tests/faults/test_bad_files.py"], bench.folder / "bad")
     what = f"{len(bad_data.BAD)} bad data files and {len(bad_configs.BAD)} bad configs"
-    return [Row(what, f"{passed - 1 if passed else 0} end with exit code 2 and the place named, no traceback", failed)]
+    return [Row(what, f"{max(passed - 1, 0)} end with exit code 2 and the place named, no traceback", failed)]
 
 
 def _fuzz(bench: Bench) -> list[Row]:
@@ -185,12 +182,29 @@ def _files(bench: Bench) -> list[Row]:
 def _registry(bench: Bench) -> list[Row]:
     from tests.faults.registry_load import concurrency
 
-    found = concurrency(bench.count(16), bench.count(50))
-    failed = [] if found["ok"] else [found]
-    what = f"{found['processes']} processes, {found['registered']} registrations, while others read and move aliases"
-    came = f"{found['distinct']} distinct versions, {len(found['lost'])} lost; {len(found['torn'])} torn reads"
-    came += f" of {found['reads']}"
-    return [Row(what, came, failed)]
+    rows = []
+    for processes, each, method in ((16, 50, "fork"), (20, 10, "spawn")):
+        found = concurrency(bench.count(processes), bench.count(each), method=method)
+        what = f"{found['processes']} processes{'' if method == 'fork' else ', each started by itself'}, "
+        what += f"{found['registered']} registrations, while others read and move aliases"
+        came = f"{found['distinct']} distinct versions, {len(found['lost'])} lost; {len(found['torn'])} torn reads"
+        rows.append(Row(what, f"{came} of {found['reads']}", [] if found["ok"] else [found]))
+    return rows
+
+
+def _fresh(bench: Bench) -> list[Row]:
+    from tests.faults import fresh
+
+    template = subjects.make_template(bench.folder / "fresh")
+    (dpo,) = subjects.make_subjects(bench.folder / "fresh-subject", steps=6, names=("dpo",))
+    rows = []
+    kinds = fresh.every_kind(template, dpo, bench.folder / "fresh-trials", bench.count(fresh.COUNT), bench.seed)
+    for kind, trials in kinds.items():
+        done = list(trials)
+        failed = [asdict(trial) for trial in done if trial.faults]
+        came = f"{len(done) - len(failed)} of {len(done)} as in the other rows"
+        rows.append(Row(f"{len(done)} {kind}, in processes of their own", came, failed))
+    return rows
 
 
 def _flips(bench: Bench) -> list[Row]:
@@ -213,6 +227,7 @@ KINDS: dict[str, Callable[[Bench], list[Row]]] = {
     "terminate": _terminate,
     "disks": _disks,
     "registry": _registry,
+    "fresh": _fresh,
     "finite": _finite,
     "memory": _memory,
     "bad": _bad_files,
@@ -221,33 +236,6 @@ KINDS: dict[str, Callable[[Bench], list[Row]]] = {
     "files": _files,
     "flips": _flips,
 }
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Markdown: what was done, what came of it, how long it took."""
-    lines = ["| what is done | what comes of it | failed | time |", "| --- | --- | ---: | ---: |"]
-    lines += [f"| {row.what} | {row.came} | {len(row.failed)} | {row.seconds:.0f} s |" for row in rows]
-    return "\n".join(lines)
-
-
-def document(rows: Sequence[Row], seed: int) -> str:
-    """docs/faults.md."""
-    from importlib.metadata import version
-
-    total = sum(row.seconds for row in rows)
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "safetensors"))
-    return "\n".join(
-        (
-            "# Faults",
-            "",
-            f"Made by `make faults` in {total / 60:.0f} minutes, seed {seed}. Python {platform.python_version()}, "
-            f"{packages}.",
-            "Every kind is seeded: a failure can be had again with `python -m tests.faults.run --only KIND --seed N`.",
-            "",
-            table(rows),
-            "",
-        )
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
