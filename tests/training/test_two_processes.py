@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.two_processes import in_two_processes
+
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 SETTINGS = {"adam_epsilon": 1e-1, "learning_rate": 1e-1, "max_grad_norm": 1.0, "num_train_epochs": 2, "max_steps": None}
 # 9 pairs in windows of 4: the last window of an epoch has one, fewer than there are processes.
 SHARES = {stage: {**SETTINGS, "max_train_samples": 9} for stage in ("sft", "train-rm", "dpo")}
@@ -51,29 +48,11 @@ for stage, values, resume, stop_at in runs:
 """
 
 
-def in_two_processes(lab, configs) -> None:
+def run_both(lab, configs) -> None:
     """Run (stage, config, resume, step at which the second process gets a signal or 0) one after another."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     values = json.dumps([(stage, config.model_dump(mode="json"), *how) for stage, config, *how in configs])
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(lab.home), values],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        outputs = [worker.communicate(timeout=120)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
+    codes, outputs = in_two_processes(WORKER, str(lab.home), values)
+    assert codes == [0, 0], "\n".join(outputs)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +72,7 @@ def both(tiny, tmp_path_factory):
     for stop_at in (3, 0):  # stopped and resumed
         stopped = lab.config("dpo", output_name="stopped", snapshot_steps=[2, 6], **SHARES["dpo"], **half)
         two.append(("dpo", stopped, True, stop_at))
-    in_two_processes(lab, two)
+    run_both(lab, two)
     return lab, one
 
 

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.two_processes import in_two_processes
+
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 SETTINGS = {"adam_epsilon": 1e-1, "learning_rate": 1e-1, "max_grad_norm": 1.0, "max_steps": 3, "save_steps": 1}
 PPO = {**SETTINGS, "per_device_train_batch_size": 4}
 
@@ -68,27 +64,7 @@ except RunFailed as error:
 
 def in_two(lab, config, stage: str, fault: str) -> tuple[list[int], list[str]]:
     """Exit codes and outputs of both processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    values = json.dumps(config.model_dump(mode="json"))
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(lab.home), stage, values, fault],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        outputs = [worker.communicate(timeout=120)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    return [worker.returncode for worker in workers], outputs
+    return in_two_processes(WORKER, str(lab.home), stage, json.dumps(config.model_dump(mode="json")), fault)
 
 
 @pytest.mark.parametrize("stage", ["dpo", "ppo"])

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from rlhf_pipeline.training.ranks import BUCKET_BYTES, buckets
-
-ROOT = Path(__file__).parents[2]
+from tests.two_processes import in_two_processes
 
 # Each process r has the losses of its own examples x: first . x where r = 0, both . x, last . x where r = 1.
 WORKER = """
@@ -87,26 +81,8 @@ dist.destroy_process_group()
 
 def in_two(most: int) -> list[dict]:
     """What both processes have after one step, with buckets of `most` bytes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(most)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        outputs = [worker.communicate(timeout=120)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
+    codes, outputs = in_two_processes(WORKER, str(most))
+    assert codes == [0, 0], "\n".join(outputs)
     return [json.loads(output.partition("FOUND")[2]) for output in outputs]
 
 
