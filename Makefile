@@ -13,14 +13,14 @@ TORCH_STAMP := $(VENV)/.torch-index
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test exact mutants parity lint format hh reviews bench growth faults clean
+.PHONY: help setup demo test exact mutants parity lint format type hh reviews bench growth faults clean
 
 help:
 	@echo "make demo     SFT, preference pairs, reward model, PPO and DPO on the built-in data, compared"
 	@echo "make test     the tests"
 	@echo "make exact    PPO and DPO against the closed-form optimum on three seeds, with bounds"
 	@echo "make mutants  break the losses one detail at a time and see a test fail    make parity   PPO against TRL 1.12"
-	@echo "make lint     ruff's checks      make format   ruff's formatting and fixes"
+	@echo "make lint     ruff's checks      make format   ruff's formatting and fixes      make type     mypy's checks"
 	@echo "make hh       the experiment of configs/hh on real pairs: make hh HH=FILE"
 	@echo "make reviews  sentiment-controlled text from film reviews, after the DPO paper: make reviews DATA=FOLDER"
 	@echo "make bench    every stage's speed and memory beside TRL's: make bench [HH=FILE]"
@@ -78,6 +78,9 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+type: $(STAMP)
+	$(BIN)/mypy
 
 # HH names the preference pairs; each stage reads them through its `dataset_name`.
 hh: $(STAMP)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -33,10 +33,10 @@ def flex_plan(trees: Sequence[Tree], *, window: int | None = None, device: torch
     tree_of: list[int] = []
     branch_of: list[int] = []
     position_of: list[int] = []
-    for number, (prompt, completions) in enumerate(trees):
-        for branch, (first, count) in enumerate(((0, prompt), *((prompt, count) for count in completions))):
-            tree_of += [number] * count
-            branch_of += [branch] * count
+    for index, (prompt, completions) in enumerate(trees):
+        for part, (first, count) in enumerate(((0, prompt), *((prompt, count) for count in completions))):
+            tree_of += [index] * count
+            branch_of += [part] * count
             position_of += range(first, first + count)
     tree, branch, position = (torch.tensor(values, device=device) for values in (tree_of, branch_of, position_of))
 
@@ -75,7 +75,7 @@ def flex_tree_attention(query: Tensor, key: Tensor, value: Tensor, plan: BlockMa
     """`tree_attention` by FlexAttention: (H, T, D) in the type of `value`; scores are summed in fp32."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    attend = flex_attention if query.device.type == "cpu" else _compiled()
+    attend = cast("Callable[..., Any]", flex_attention) if query.device.type == "cpu" else _compiled()
     states = (states.to(value.dtype)[None] for states in (query, key, value))
     return attend(*states, block_mask=plan, scale=scale, enable_gqa=query.shape[0] != key.shape[0])[0]
 
@@ -99,12 +99,12 @@ def flex_works(device: str, dtype: torch.dtype, width: int, heads: tuple[int, in
         # Whoever asks may be scoring, or autocasting.
         with torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
             for flex in (True, False):
-                inputs = [states.clone().requires_grad_() for states in (query, key, value)]
+                q, k, v = (states.clone().requires_grad_() for states in (query, key, value))
                 if flex:
-                    output = flex_tree_attention(*inputs, flex_plan(trees, device=device), scale=width**-0.5)
+                    output = flex_tree_attention(q, k, v, flex_plan(trees, device=device), scale=width**-0.5)
                 else:
-                    output = tree_attention(*inputs, attention_plan(trees, device=device), scale=width**-0.5)
-                results.append([output, *torch.autograd.grad(output, inputs, slope)])
+                    output = tree_attention(q, k, v, attention_plan(trees, device=device), scale=width**-0.5)
+                results.append([output, *torch.autograd.grad(output, (q, k, v), slope)])
     except Exception:  # whatever a compiler, a driver or a version of torch has to say: then without it
         return False
     return all(

@@ -192,8 +192,8 @@ def print_comparison(result: dict[str, Any]) -> None:
             "cost: the arm's own run and, for PPO, that of its reward model; stages that arms share are on no bill",
         ]
     if passed:
-        counted = ", ".join(f"{arm} {count}" for arm, count in passed.items())
-        notes.append(f"snapshots behind the curves of contrasts, frontier and ranking: {counted}; tables: final models")
+        known = ", ".join(f"{arm} {count}" for arm, count in passed.items())
+        notes.append(f"snapshots behind the curves of contrasts, frontier and ranking: {known}; tables: final models")
     emit_lines([*notes, "", *verdict_lines(result["verdict"]), "", f"results  {result['path']}"])
     if result.get("report"):
         emit_lines([f"report   {result['report']}"])

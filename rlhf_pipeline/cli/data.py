@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -120,7 +120,7 @@ def list_data(
     common = common_of(context, home, json, debug=debug)
     from rlhf_pipeline.registry import Registry
 
-    entries = []
+    entries: list[dict[str, Any]] = []
     for item in Registry(common.home_path).data.all():
         made = item.manifest
         parents = {role: parent.ref for role, parent in made.parents.items()} if made else {}
@@ -171,8 +171,8 @@ def export_world(
         with (directory / f"{part}.jsonl").open("w", encoding="utf-8") as file:
             for record in records:
                 # The token ids stand beside the text: a response of the end token alone has no text.
-                row = {"prompt": record.prompt, "prompt_ids": record.prompt_ids, "split": record.split}
-                if record.completions:
+                row: dict[str, Any] = {"prompt": record.prompt, "prompt_ids": record.prompt_ids, "split": record.split}
+                if record.completions and record.completion_ids:
                     row |= {"completion": record.completions[0], "completion_ids": record.completion_ids[0]}
                     row["ended"] = record.ended[0]
                 file.write(json_module.dumps(row) + "\n")

@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail("out of memory: lower per_device_train_batch_size or max_length", 1)
     except Exception as error:
         # Usage errors of the argument parser know how to show themselves.
-        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+        if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show(file=sys.stderr)
             return int(error.exit_code)
         if type(error).__name__ == "Abort":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,7 +25,7 @@ def list_models(
     from rlhf_pipeline.registry import Registry
 
     registry = Registry(common.home_path)
-    entries = []
+    entries: list[dict[str, Any]] = []
     for item in registry.models.all():
         aliases = sorted(
             alias for alias, version in registry.models.aliases(item.name).items() if version == item.version

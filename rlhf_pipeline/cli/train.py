@@ -56,11 +56,12 @@ def check_models(config: Any, home: Path) -> None:
     """
     from rlhf_pipeline.config.references import references
     from rlhf_pipeline.registry import Registry, check_role
+    from rlhf_pipeline.registry.roles import Role
 
     registry = Registry(home)
     for reference in references(config):
         if reference.role != "data":
-            role = "policy" if reference.role == "policy" else "reward_model"
+            role: Role = "policy" if reference.role == "policy" else "reward_model"
             check_role(registry.resolve(reference.text), role)
 
 
@@ -128,8 +129,8 @@ def run(
 def _print_runs(result: dict[str, Any]) -> None:
     """The models of an experiment without a comparison: a line for each stage, or for each seed and setting of it."""
     if "points" not in result:
-        rows = [(name, entry["model"], _state(entry)) for name, entry in result["stages"].items()]
-        emit_table(result["experiment"], ("stage", "model", "state"), rows)
+        stages = [(name, entry["model"], _state(entry)) for name, entry in result["stages"].items()]
+        emit_table(result["experiment"], ("stage", "model", "state"), stages)
         return
     rows = []
     for entry in result["points"]:

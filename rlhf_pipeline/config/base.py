@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -99,6 +99,14 @@ ReportTo = Annotated[Literal["none"], BeforeValidator(_report_to)]
 Counts = Annotated[tuple[Count, ...], BeforeValidator(_listed)]
 Texts = Annotated[tuple[Text, ...], BeforeValidator(_listed)]
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+Checks = tuple[Callable[[Any], Iterator[Fault]], ...]
+
+
+class CommandConfig(BaseModel):
+    """What a command reads: strict and frozen; `checks` yield the faults that lie between its keys."""
+
+    model_config = STRICT
+    checks: ClassVar[Checks]
 
 
 @dataclass(frozen=True)
@@ -194,7 +202,7 @@ def moves_optimum(config: BaseModel) -> dict[str, Any]:
             continue
         if value != neutral and not (value == 0 and neutral is None):
             moved[name] = value
-    weights = [source.weight for source in getattr(config, "reward_functions", None) or ()]
-    if any(weight != 1 for weight in weights):
-        moved["reward_functions"] = [source.model_dump() for source in config.reward_functions]
+    sources = getattr(config, "reward_functions", None) or ()
+    if any(source.weight != 1 for source in sources):
+        moved["reward_functions"] = [source.model_dump() for source in sources]
     return moved

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, field_validator
+from pydantic import field_validator
 
 from rlhf_pipeline.config.base import (
     DEFAULT_SPLITS,
-    STRICT,
+    CommandConfig,
     Count,
     Dtype,
     Lengths,
@@ -33,10 +33,9 @@ def check_prompts(config: Any) -> Iterator[Fault]:
     return check_world(config, "prompts")
 
 
-class CollectConfig(BaseModel):
+class CollectConfig(CommandConfig):
     """Config of `rlhf data collect` and of an experiment's `collect` stage."""
 
-    model_config = STRICT
     stage: ClassVar[str] = "collect"
     checks: ClassVar = (check_prompts, check_lengths, check_fractions)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, field_validator
+from pydantic import field_validator
 
 from rlhf_pipeline.config.base import (
     DEFAULT_SPLITS,
-    STRICT,
+    Checks,
+    CommandConfig,
     Count,
     Counts,
     Dtype,
@@ -51,11 +52,10 @@ def check_validation(config: Any) -> Iterator[Fault]:
         yield Fault("validation_split", f"{found}: settings would be chosen on what is shown", "another split, or null")
 
 
-class PromptsConfig(BaseModel):
+class PromptsConfig(CommandConfig):
     """What every evaluation needs: prompts, a reference, and how to load models."""
 
-    model_config = STRICT
-    checks: ClassVar[tuple[Callable[[Any], Iterator[Fault]], ...]] = (check_prompts, check_fractions)
+    checks: ClassVar[Checks] = (check_prompts, check_fractions)
 
     split: Text = option("test", "split of the prompts (ours)")
     prompts: Text | None = option(None, "source of the prompts (default: the models' training data)")

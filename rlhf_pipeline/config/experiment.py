@@ -8,9 +8,7 @@ import itertools
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from pydantic import BaseModel
+from typing import Any, cast
 
 from rlhf_pipeline.config.draft import Draft, Override, parse_overrides
 from rlhf_pipeline.config.links import Links
@@ -65,7 +63,7 @@ class _Reader:
         self.plan.faults.extend(faults)
         own, inner = self._share_out(parsed, self._entries())
         self.plan.override(own)
-        config: ExperimentConfig | None = validate(self.plan)
+        config = cast("ExperimentConfig | None", validate(self.plan))
         entries = self._entries()
         commands = {name: str(entry.get("stage")) for name, entry in entries.items()}
         commands = {name: command for name, command in commands.items() if command in STAGES}
@@ -173,7 +171,7 @@ class _Reader:
     def _spec(self, name: str, draft: Draft, source: Path | None, links: Links) -> StageSpec | None:
         """Check and link a stage or the comparison."""
         linked = links.find(name, draft)
-        config: BaseModel | None = validate(draft)
+        config = validate(draft)
         self.faults.extend(draft.faults)
         self.notes.extend(draft.notes)
         if config is None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from rlhf_pipeline.config.base import CommandConfig
 from rlhf_pipeline.config.draft import Draft, parse_overrides
 from rlhf_pipeline.config.keys import advice_on_unknown, advice_on_unknown_inside
 from rlhf_pipeline.config.references import find_local_paths
@@ -73,7 +74,7 @@ def in_order(faults: Iterable[Fault]) -> list[Fault]:
     return [fault for *_, fault in sorted(places, key=lambda place: place[:3])]
 
 
-def validate(draft: Draft) -> BaseModel | None:
+def validate(draft: Draft) -> CommandConfig | None:
     """Return the config of a draft, or None; its faults are added to the draft's."""
     draft.settle()
     find_local_paths(draft)
@@ -110,7 +111,7 @@ class _Part:
         return getattr(self._config, name)
 
 
-def _valid_part(schema: type[BaseModel], values: Mapping[str, Any], faulty: set[str]) -> BaseModel:
+def _valid_part(schema: type[CommandConfig], values: Mapping[str, Any], faulty: set[str]) -> CommandConfig:
     """Return a config with the faulty fields at stand-in values; checks do not see these."""
     fields = schema.model_fields.items()
     stand_ins = {name: field.examples[0] for name, field in fields if field.is_required() and field.examples}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator
+from pydantic import BeforeValidator
 
-from rlhf_pipeline.config.base import STRICT, Name, Seed, option, wrong
+from rlhf_pipeline.config.base import CommandConfig, Name, Seed, option, wrong
 from rlhf_pipeline.errors import Fault, did_you_mean
 
 COMMANDS = ("sft", "train-rm", "ppo", "dpo", "collect")
@@ -66,12 +66,11 @@ def check_resampled(config: Any) -> Iterator[Fault]:
             yield Fault(f"seed_resamples.{index}", f"there is no stage {name!r}", expected, near)
 
 
-class ExperimentConfig(BaseModel):
+class ExperimentConfig(CommandConfig):
     """Config of `rlhf run`."""
 
-    model_config = STRICT
     stage: ClassVar[str] = "experiment"
-    checks: ClassVar[tuple[Callable[[Any], Iterator[Fault]], ...]] = (check_stages, check_seeds, check_resampled)
+    checks: ClassVar = (check_stages, check_seeds, check_resampled)
 
     name: Name = option(..., "name of the experiment and of its report", examples=["experiment"])
     seeds: tuple[Seed, ...] | None = option(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel
-
-from rlhf_pipeline.config.base import Lengths, moves_optimum
+from rlhf_pipeline.config.base import CommandConfig, Lengths, moves_optimum
 from rlhf_pipeline.config.collect import CollectConfig
 from rlhf_pipeline.config.compare import CompareConfig, EvaluateConfig, ExactConfig
 from rlhf_pipeline.config.dpo import DpoConfig
@@ -14,14 +12,14 @@ from rlhf_pipeline.config.reward import RewardConfig
 from rlhf_pipeline.config.sft import SftConfig
 from rlhf_pipeline.config.training import DatasetEntry, TrainingConfig
 
-STAGES: dict[str, type[BaseModel]] = {
+STAGES: dict[str, type[CommandConfig]] = {
     "sft": SftConfig,
     "train-rm": RewardConfig,
     "ppo": PpoConfig,
     "dpo": DpoConfig,
     "collect": CollectConfig,
 }
-SCHEMAS: dict[str, type[BaseModel]] = {
+SCHEMAS: dict[str, type[CommandConfig]] = {
     **STAGES,
     "evaluate": EvaluateConfig,
     "compare": CompareConfig,

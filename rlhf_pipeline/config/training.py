@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, field_validator, model_validator
@@ -10,6 +10,7 @@ from pydantic import BaseModel, field_validator, model_validator
 from rlhf_pipeline.config.base import (
     DEFAULT_SPLITS,
     STRICT,
+    CommandConfig,
     Count,
     Dtype,
     Lengths,
@@ -43,12 +44,10 @@ class DatasetEntry(BaseModel):
     _no_bools = field_validator("*", mode="before")(reject_bool)
 
 
-class TrainingConfig(BaseModel):
+class TrainingConfig(CommandConfig):
     """Keys that every training stage has, in the names of Hugging Face and TRL."""
 
-    model_config = STRICT
     stage: ClassVar[str]
-    checks: ClassVar[tuple[Callable[[Any], Iterator[Fault]], ...]]
 
     model_name_or_path: Text | None = option(None, "model to start from: registry name, directory or hub id")
     model_revision: Text | None = option(None, "hub revision of the model (default: the hub's main)")

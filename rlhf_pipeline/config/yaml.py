@@ -48,7 +48,7 @@ _TYPES: dict[type[yaml.Node], frozenset[str]] = {
 class _Loader(yaml.SafeLoader):
     """SafeLoader whose plain scalars follow YAML 1.2."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern]]]] = {}  # type: ignore[misc]  # stub errs
 
     def construct_decimal(self, node: yaml.ScalarNode) -> int:
         """Read an integer in base ten, with leading zeros or not."""
@@ -156,7 +156,7 @@ def _parse(text: str, document: Document) -> None:
         if root is None:
             return
         if not isinstance(root, yaml.MappingNode):
-            found = f"found a {root.id}"
+            found = f"found a {root.id}"  # type: ignore[attr-defined]  # all kinds of nodes have one
             document.faults.append(Fault(f"{document.source}:{_line(root)}", found, "lines of `key: value`"))
             return
         nodes = _Walk(document)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -76,8 +76,9 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on another device."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device) for k, v in moved.items() if isinstance(v, Tensor)})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
     def per_completion(self, values: Tensor) -> Tensor:
         """Sum (N,) token values into (C,) completion values."""
@@ -211,10 +212,10 @@ def pack(
             ids += example.prompt_ids
             positions += range(prompt)
             branch_of += [0] * prompt
-            before = row * width + len(ids) - 1
+            ahead = row * width + len(ids) - 1
             for k in branches:
                 completion = example.completions[k]
-                spans[first_completion[index] + k] = (row * width + len(ids), len(completion), before)
+                spans[first_completion[index] + k] = (row * width + len(ids), len(completion), ahead)
                 ids += completion
                 positions += range(prompt, prompt + len(completion))
                 branch_of += [k + 1] * len(completion)

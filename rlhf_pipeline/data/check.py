@@ -16,6 +16,7 @@ from rlhf_pipeline.data.records import Record, plain
 from rlhf_pipeline.data.render import render
 from rlhf_pipeline.data.splits import FRACTIONS, assign_splits, carries_splits
 from rlhf_pipeline.data.tokenize import BATCH, token_ids, tokenize
+from rlhf_pipeline.data.tokenizers import text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -180,7 +181,7 @@ def _round_trip(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -
             if ids is None:
                 place = "no token for a part of it"
             else:
-                back = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+                back = text_of(tokenizer, ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
                 if back == text:
                     continue
                 shared = next((i for i, (a, b) in enumerate(zip(text, back)) if a != b), min(len(text), len(back)))

@@ -175,10 +175,11 @@ class Row:
         values = [self.values.get(column) for column in columns]
         if values.count(None) == len(columns):
             return None
-        ids = tuple(
+        read = [
             self.ids(column) if value is None else self.as_ids(column, value) for column, value in zip(columns, values)
-        )
-        return None if None in ids else ids
+        ]
+        ids = tuple(one for one in read if one is not None)
+        return ids if len(ids) == len(read) else None
 
 
 def alike(prompt: Text, completions: tuple[Text, ...]) -> tuple[Text, tuple[Text, ...]]:

@@ -81,8 +81,9 @@ def _content(path: Path, name: str) -> bytes:
                 "fetch the file again",
             )
         ) from error
-    refuse_encoding(content, name)
-    return bytes(content)
+    whole = bytes(content)
+    refuse_encoding(whole, name)
+    return whole
 
 
 def _json_lines(content: bytes, name: str) -> tuple[Rows, list[RowFault]]:

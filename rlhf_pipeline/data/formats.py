@@ -149,7 +149,9 @@ def _sharegpt(row: Row) -> Record | None:
         row.fault("wrong_type", "'conversations' is not a list of objects", "a list of from, value")
         return None
     messages = row.as_text("conversations", [_from_sharegpt(turn) for turn in turns])
-    return None if messages is None else _conversation(row, "conversations", messages)
+    if messages is None or isinstance(messages, str):
+        return None
+    return _conversation(row, "conversations", messages)
 
 
 def _from_sharegpt(turn: dict[str, Any]) -> dict[str, Any]:

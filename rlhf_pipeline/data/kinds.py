@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import combinations
 
 from rlhf_pipeline.data.files import RowFault, row_fault
-from rlhf_pipeline.data.records import Record, plain
+from rlhf_pipeline.data.records import Record, messages, plain
 from rlhf_pipeline.errors import DataError, Fault
 
 # What can be made of what: everything else is refused. A preference is a pair or a ranking, whole; an order is one
@@ -134,6 +134,8 @@ def _pairs(record: Record) -> list[Record]:
 def _as_text(record: Record) -> Record:
     """Join prompt and completion; messages stay messages, for the chat template to render as a whole."""
     prompt, completion = record.prompt, record.completions[0]
-    joined = prompt + plain(completion) if isinstance(prompt, str) else (*prompt, *completion)
-    ids = None if record.completion_ids is None else (record.prompt_ids + record.completion_ids[0],)
+    joined = prompt + plain(completion) if isinstance(prompt, str) else (*messages(prompt), *messages(completion))
+    ids = None
+    if record.prompt_ids is not None and record.completion_ids is not None:
+        ids = (record.prompt_ids + record.completion_ids[0],)
     return replace(record, kind="text", prompt=None, completions=(joined,), prompt_ids=None, completion_ids=ids)

@@ -69,11 +69,11 @@ def _shared_length(first: Text, second: Text) -> int:
 
 def hh(row: Row) -> Record | None:
     """Read a pair of HH transcripts, whose prompt ends with the last "Assistant:"."""
-    sides = {name: row.string(name) for name in ("chosen", "rejected")}
-    if None in sides.values():
+    chosen, rejected = row.string("chosen"), row.string("rejected")
+    if chosen is None or rejected is None:
         return None
     prompts, replies = [], []
-    for name, text in sides.items():
+    for name, text in (("chosen", chosen), ("rejected", rejected)):
         end = text.rfind(ASSISTANT)
         if end < text.rfind(HUMAN) or end < 0:
             row.fault("no_assistant_turn", f"{name!r} does not end in a turn of Assistant", "an Assistant turn")
@@ -114,11 +114,12 @@ def ranking(row: Row) -> Record | None:
         row.fault("wrong_type", "'completions' is not a list of two or more", "a list of responses")
         return None
     texts = [row.as_text(f"completions[{i}]", value) for i, value in enumerate(values)]
+    given = tuple(text for text in texts if text is not None)
     measure = "ranks" if row.has("ranks") else "scores"
     measures = row.value(measure)
     ended = row.values.get("ended")
     flags = [True if ended is None else ended] * len(values) if not isinstance(ended, list) else ended
-    if measures is None or None in texts:
+    if measures is None or len(given) < len(texts):
         return None
     if not isinstance(measures, list) or len(measures) != len(values) or len(flags) != len(values):
         row.fault(
@@ -128,16 +129,17 @@ def ranking(row: Row) -> Record | None:
         )
         return None
     numbers = tuple(row.number(f"{measure}[{i}]", value) for i, value in enumerate(measures))
-    prompt, completions = alike(prompt, tuple(texts))
-    ids = None
+    prompt, completions = alike(prompt, given)
+    prompt_ids, completion_ids = None, None
     if row.has("completion_ids") or row.has("prompt_ids"):
         prompt_ids, lists = row.ids("prompt_ids"), row.value("completion_ids")
         if prompt_ids is None or not isinstance(lists, list) or len(lists) != len(values):
             row.fault("wrong_type", "'completion_ids' is not one list per completion", "lists of token ids")
             return None
-        ids = (prompt_ids, tuple(row.as_ids(f"completion_ids[{i}]", value) for i, value in enumerate(lists)))
+        read = [row.as_ids(f"completion_ids[{i}]", value) for i, value in enumerate(lists)]
+        completion_ids = tuple(ids for ids in read if ids is not None)
     for i, text in enumerate(completions):
-        row.completion(f"completions[{i}]", text, empty=ids is not None)
+        row.completion(f"completions[{i}]", text, empty=completion_ids is not None)
     row.check_prompt(prompt)
     ended = tuple(row.as_flag(f"ended[{i}]", flag) for i, flag in enumerate(flags))
-    return Record("ranking", prompt, completions, ended, "", None, *(ids or (None, None)), {measure: numbers})
+    return Record("ranking", prompt, completions, ended, "", None, prompt_ids, completion_ids, {measure: numbers})

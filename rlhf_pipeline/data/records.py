@@ -83,6 +83,12 @@ def plain(text: Text) -> str:
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in text)
 
 
+def messages(text: Text | None) -> Messages:
+    """Return a text that is messages, as every part of a record is where one is (`columns.alike`)."""
+    assert text is not None and not isinstance(text, str)
+    return text
+
+
 def normalise(text: str) -> str:
     """Return `text` in Unicode NFC without white space at its ends."""
     return unicodedata.normalize("NFC", text).strip()

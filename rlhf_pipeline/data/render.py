@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rlhf_pipeline.data.records import Record, Text
+from rlhf_pipeline.data.records import Record, Text, messages, plain
 from rlhf_pipeline.errors import DataError, Fault
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def render(record: Record, tokenizer: PreTrainedTokenizerBase) -> Rendered:
         DataError: the record has messages and the tokenizer no chat template, or the template refuses them.
     """
     if not record.conversational:
-        return Rendered(record.prompt or "", record.completions, False)
+        return Rendered(plain(record.prompt or ""), tuple(map(plain, record.completions)), False)
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
             Fault(
@@ -79,4 +79,4 @@ def _closed(text: str, ended: bool, eos: str) -> str:
 
 
 def _plain_list(text: Text) -> list[dict[str, str]]:
-    return [dict(message) for message in text]
+    return [dict(message) for message in messages(text)]

@@ -141,8 +141,9 @@ def _encode(
                 readable = tuple(map(plain, record.completions))
                 yield _Encoded(record, plain(record.prompt or ""), readable, prompt, completions)
                 continue
-            prompt, *wholes = [next(ids) for _ in item.texts()]
-            if prompt is None or None in wholes:
+            encoded = [next(ids) for _ in item.texts()]
+            known = [tokens for tokens in encoded if tokens is not None]
+            if len(known) < len(encoded):
                 counts.faults.append(
                     row_fault(
                         record.where,
@@ -152,6 +153,7 @@ def _encode(
                     )
                 )
                 continue
+            prompt, *wholes = known
             # One shared prompt: as far as every completion's own tokenisation agrees with it.
             shared = min([_agreement(prompt, whole) for whole in wholes], default=len(prompt))
             completions = [whole[shared:] for whole in wholes]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from rlhf_pipeline.errors import BadInput, ConfigError, Fault
 
@@ -36,6 +36,11 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": PAD})
     return tokenizer
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], **options: Any) -> str:
+    """Decode the ids of one text, its special tokens included unless `options`, those of `decode`, say otherwise."""
+    return cast(str, tokenizer.decode(list(ids), **options))
 
 
 def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 ORDERS = (1, 2, 4)
 
-SELF_BLEU = {"tokenize": "13a", "smooth_method": "exp", "effective_order": True, "max_ngram_order": 4}
+SELF_BLEU: dict[str, Any] = {"tokenize": "13a", "smooth_method": "exp", "effective_order": True, "max_ngram_order": 4}
 """Settings of sacrebleu: mteval's tokenisation, exponential smoothing, and shorter n-grams only where a response has
 fewer than four words."""
 

@@ -22,7 +22,12 @@ ROWS = 256
 
 
 def _families(
-    prompt_ids: Sequence[int], tree: ResponseTree, depth: int, children: Tensor, reader: Reader, device: object
+    prompt_ids: Sequence[int],
+    tree: ResponseTree,
+    depth: int,
+    children: Tensor,
+    reader: Reader,
+    device: torch.device | str,
 ) -> Iterator[PackedBatch]:
     """Packed batches of the nodes of one depth with the given children, in order."""
     prompt = torch.tensor(list(prompt_ids), dtype=torch.long)

@@ -141,12 +141,13 @@ def frontier(laws: Sequence[RewardLaw], betas: Sequence[float]) -> Frontier:
 
 def beta_grid(low: float = 0.02, high: float = 50.0, count: int = 256) -> list[float]:
     """A dense grid of betas, evenly spaced in their logarithm."""
-    return torch.logspace(*torch.tensor([low, high]).log10().tolist(), count, dtype=torch.float64).tolist()
+    start, end = torch.tensor([low, high]).log10().tolist()
+    return torch.logspace(start, end, count, dtype=torch.float64).tolist()
 
 
 def world_reward(prompt_ids: Sequence[int], tree: ResponseTree) -> Tensor:
     """The world's true reward of every leaf: (L,) float64."""
     genre, aspect = world.parse_prompt(list(prompt_ids))
-    full = (np.full(tree.num_leaves, index) for index in (genre, aspect))
-    found = world.true_reward(*full, tree.responses, tree.word_counts, tree.ended)
+    genres, aspects = np.full(tree.num_leaves, genre), np.full(tree.num_leaves, aspect)
+    found = world.true_reward(genres, aspects, tree.responses, tree.word_counts, tree.ended)
     return torch.from_numpy(found.reward)

@@ -5,14 +5,14 @@ A ranking is its untied pairs here; intervals are clustered by prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any
 
 import numpy as np
 
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.evaluation.resampling import clustered
-from rlhf_pipeline.evaluation.statistics import Estimate, cluster_mean
+from rlhf_pipeline.evaluation.statistics import Estimate, Numbers, cluster_mean
 
 CALIBRATION_BINS = 15
 
@@ -31,17 +31,17 @@ def pair_differences(scores: Sequence[Sequence[float]], examples: Sequence[Examp
     return [difference for difference, _ in found], [prompt for _, prompt in found]
 
 
-def _correctness(differences: Sequence[float]) -> np.ndarray:
+def _correctness(differences: Numbers) -> np.ndarray:
     difference = np.asarray(differences, dtype=np.float64)
     return (difference > 0) + 0.5 * (difference == 0)
 
 
-def accuracy(differences: Sequence[float], clusters: Sequence[str]) -> Estimate:
+def accuracy(differences: Numbers, clusters: Sequence[str]) -> Estimate:
     """Share of pairs with score(chosen) > score(rejected), ties one half, interval clustered by prompt."""
     return cluster_mean(_correctness(differences), clusters, share=True)
 
 
-def expected_calibration_error(differences: Sequence[float], bins: int = CALIBRATION_BINS) -> float:
+def expected_calibration_error(differences: Numbers, bins: int = CALIBRATION_BINS) -> float:
     """ECE of the confidence max(p, 1 - p), p = sigma(difference), against correctness, in equal-mass bins.
 
     ECE = sum_b |b| / n * |mean correctness_b - mean confidence_b|        (Guo et al. 2017, eq. 3)
@@ -50,7 +50,7 @@ def expected_calibration_error(differences: Sequence[float], bins: int = CALIBRA
     return float(sum(count * abs(right - sure) for sure, right, count in found) / len(differences))
 
 
-def reliability_bins(differences: Sequence[float], bins: int = CALIBRATION_BINS) -> list[tuple[float, float, int]]:
+def reliability_bins(differences: Numbers, bins: int = CALIBRATION_BINS) -> list[tuple[float, float, int]]:
     """(mean confidence, mean correctness, pairs) of bins of equal mass, by rising confidence max(p, 1 - p).
 
     A calibrated scorer's bins lie on the diagonal of a plot of correctness against confidence; ties are half right.
@@ -63,7 +63,7 @@ def reliability_bins(differences: Sequence[float], bins: int = CALIBRATION_BINS)
     return [(float(confidence[group].mean()), float(correct[group].mean()), len(group)) for group in groups]
 
 
-def compare_scorers(differences: Sequence[float], others: Sequence[float], clusters: Sequence[str]) -> dict[str, Any]:
+def compare_scorers(differences: Numbers, others: Numbers, clusters: Sequence[str]) -> dict[str, Any]:
     """Accuracy of one scorer minus that of another on the same pairs, with a two-sided p-value.
 
     With one pair per prompt p is McNemar's, exact: of the pairs on which the two differ in correctness, the number on
@@ -95,7 +95,7 @@ def compare_scorers(differences: Sequence[float], others: Sequence[float], clust
     return {"method": method, "difference": estimate.as_dict(), "p": p}
 
 
-def preference_metrics(differences: Sequence[float], clusters: Sequence[str]) -> dict[str, float]:
+def preference_metrics(differences: Numbers, clusters: Sequence[str]) -> dict[str, float]:
     """Accuracy with interval, NLL, Brier score and ECE of score differences (chosen minus rejected)."""
     difference = np.asarray(differences, dtype=np.float64)
     estimate = accuracy(difference, clusters)
@@ -117,13 +117,14 @@ def bayes_accuracy(label_probabilities: Sequence[float | None], clusters: Sequen
 
     Averaged as `accuracy` is, so that the two can be compared.
     """
-    if not label_probabilities or any(p is None for p in label_probabilities):
+    known = [p for p in label_probabilities if p is not None]
+    if not known or len(known) < len(label_probabilities):
         return None
-    return cluster_mean([max(p, 1 - p) for p in label_probabilities], clusters).mean
+    return cluster_mean([max(p, 1 - p) for p in known], clusters).mean
 
 
-def longer_wins(chosen: Sequence[Sequence[int]], rejected: Sequence[Sequence[int]]) -> list[float]:
-    """Score differences of the baseline "the longer response is better", in tokens."""
+def longer_wins(chosen: Sequence[Sized], rejected: Sequence[Sized]) -> list[float]:
+    """Score differences of the baseline "the longer response is better", in tokens (of texts in characters)."""
     return [float(len(one) - len(other)) for one, other in zip(chosen, rejected, strict=True)]
 
 

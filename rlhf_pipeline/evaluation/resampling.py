@@ -19,7 +19,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from rlhf_pipeline.evaluation.statistics import FEW_CLUSTERS, Estimate, cluster_mean
+from rlhf_pipeline.evaluation.statistics import FEW_CLUSTERS, Estimate, Numbers, cluster_mean
 
 RESAMPLES = 2000
 
@@ -85,7 +85,7 @@ def replicate_p(value: float, replicates: np.ndarray, prompts: int, *, null: flo
 
 
 def clustered(
-    values: Sequence[float],
+    values: Numbers,
     clusters: Sequence[Hashable],
     *,
     level: float = 0.95,

@@ -134,8 +134,7 @@ def over_prompts(
         ValueError: for an empty or not finite list.
     """
     table = _table(values).ravel()
-    options = {"level": level, "null": null, "share": share, "resamples": resamples}
-    estimate, p = clustered(table, range(len(table)), **options)
+    estimate, p = clustered(table, range(len(table)), level=level, null=null, share=share, resamples=resamples)
     variance = float(table.var(ddof=1) / len(table)) if len(table) > 1 else math.inf
     return Finding(estimate, p, 1, len(table), 0.0, variance, null)
 

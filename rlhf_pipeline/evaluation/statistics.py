@@ -10,6 +10,9 @@ import numpy as np
 
 FEW_CLUSTERS = 50
 
+Numbers = Sequence[float] | np.ndarray
+"""One figure per response, pair or prompt, (N,)."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -30,7 +33,7 @@ class Estimate:
 
 
 def cluster_mean(
-    values: Sequence[float],
+    values: Numbers,
     clusters: Sequence[Hashable],
     *,
     level: float = 0.95,

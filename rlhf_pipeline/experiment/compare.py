@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from rlhf_pipeline.experiment.subjects import (
     parent_of,
     reference_of,
     reward_model_of,
+    reward_models_of,
     set_up,
 )
 from rlhf_pipeline.experiment.verdict import verdict
@@ -59,7 +60,13 @@ def _require_one_stop_token(models: Sequence[Resolved]) -> None:
             )
 
 
-def _reference(registry: Registry, config: Any, arms: Sequence[Resolved], baseline: Resolved | None, say) -> Any:
+def _reference(
+    registry: Registry,
+    config: Any,
+    arms: Sequence[Resolved],
+    baseline: Resolved | None,
+    say: Callable[[str], None],
+) -> Resolved | None:
     """The model that KL is measured to: the one asked for, else the first that an arm was trained against, else the
     baseline, else the first arm's SFT model."""
     if config.reference:
@@ -68,7 +75,7 @@ def _reference(registry: Registry, config: Any, arms: Sequence[Resolved], baseli
     known = [found for found in against.values() if found is not None]
     reference = known[0] if known else baseline or reference_of(registry, arms[0])
     for label, found in against.items():
-        if found is not None and found.digest != reference.digest:
+        if reference is not None and found is not None and found.digest != reference.digest:
             say(f"note: {label} was trained against {found.label}; KL is measured to {reference.label} for all")
     return reference
 
@@ -77,10 +84,8 @@ def gates_of(registry: Registry, models: Sequence[Resolved]) -> dict[str, Any]:
     """The gate of every reward model behind a comparison, by its name."""
     found = {}
     for model in models:
-        roles = model.manifest.parents if model.manifest is not None else {}
-        parents = [parent_of(registry, model, role) for role in roles if role.startswith("reward_model")]
-        for one in [model, *parents]:
-            gate = one.manifest.metrics.get("gate") if one is not None and one.manifest is not None else None
+        for one in [model, *reward_models_of(registry, model)]:
+            gate = one.manifest.metrics.get("gate") if one.manifest is not None else None
             if gate is not None:
                 found[one.label] = gate
     return found

@@ -18,7 +18,7 @@ from rlhf_pipeline.evaluation.seeds import Finding, contrast, holm, infer
 from rlhf_pipeline.experiment.frontiers import frontier_section, over_optimisation_section
 from rlhf_pipeline.experiment.rankings import ranking_section, win_rate_section
 from rlhf_pipeline.experiment.rows import Measured, bill
-from rlhf_pipeline.experiment.tables import Arm, arms_of, common_seeds, paired_by_seed
+from rlhf_pipeline.experiment.tables import Arm, Setting, arms_of, common_seeds, paired_by_seed
 from rlhf_pipeline.registry.store import Registry
 
 SPREAD = 1.2
@@ -55,7 +55,7 @@ def _entry(
     }
 
 
-def _beta_text(a: Arm, b: Arm, one: tuple, other: tuple) -> str:
+def _beta_text(a: Arm, b: Arm, one: Setting, other: Setting) -> str:
     mine, theirs = a.beta(one), b.beta(other)
     if mine is None or theirs is None:
         return "as trained"
@@ -80,7 +80,7 @@ def chooser_of(measured: Sequence[Measured]) -> str | None:
     return next((name for name in ("judge", "score") if name in measured[0].test.values), None)
 
 
-def selected_setting(arm: Arm, seeds: Sequence[Any], chooser: str) -> tuple:
+def selected_setting(arm: Arm, seeds: Sequence[Any], chooser: str) -> Setting:
     """The setting with the best mean on the validation prompts, over seeds."""
     means = [arm.values(setting, seeds, chooser, "validation").mean() for setting in arm.settings]
     return arm.settings[int(np.argmax(means))]
@@ -95,11 +95,11 @@ def _selected(a: Arm, b: Arm, seeds: list, figure: str, chooser: str) -> dict[st
     )
 
 
-def _setting_text(setting: Any) -> str:
+def _setting_text(setting: Setting) -> str:
     return ", ".join(f"{name} {value}" for name, value in setting.values.items()) or "the only one"
 
 
-def _cost(registry: Registry, arm: Arm, seeds: Sequence[Any], settings: Sequence[tuple]) -> np.ndarray:
+def _cost(registry: Registry, arm: Arm, seeds: Sequence[Any], settings: Sequence[Setting]) -> np.ndarray:
     """(S, G) FLOPs of each point; NaN where the bill is not known."""
     points = [[arm.points[setting][seed].model for setting in settings] for seed in seeds]
     return np.array([[bill(registry, model).get("flops", np.nan) for model in row] for row in points])
@@ -125,7 +125,8 @@ def _at_equal_cost(a: Arm, b: Arm, seeds: list, figure: str, chooser: str | None
         chosen = arm.envelope(seeds, chooser, cost)
         spent = cost[:, [known.index(setting) for setting in chosen]]
         curves.append(Curve.of(spent, arm.stacked(seeds, figure, settings=chosen)))
-    found = difference_at(*curves, names=(a.name, b.name))
+    one, other = curves
+    found = difference_at(one, other, names=(a.name, b.name))
     return entry(found.finding, found.why_not, "at equal FLOPs" if found.at is None else f"at {found.at:.3g} FLOPs")
 
 

@@ -56,7 +56,7 @@ def label_noise(records: Sequence[Record]) -> dict[str, Any] | None:
     found["noise_at_most"] = 1 - max(0.5, *(share for share in sure if share == share))
     found["contradicted"] = contradicted
     if None not in known:
-        found["expected_noise"] = sum(min(p, 1 - p) for p in known) / len(known)
+        found["expected_noise"] = sum(min(p, 1 - p) for p in known if p is not None) / len(known)
     return found
 
 

@@ -55,7 +55,7 @@ class Judge:
     leaves: Leaves
     reward: Reward
     beta: float | None  # asked for, for all models
-    usual_beta: float | None  # of models that were not trained at one
+    usual_beta: float  # of models that were not trained at one
     reward_model: str | None
     few: int
     reward_models: Mapping[str, str] = field(default_factory=dict)  # by policy, where seeds have one each
@@ -192,7 +192,7 @@ def exact_figures(
     curve = judge.frontier(judge.count(judge.reward))
     return {
         "reward": " + ".join(source if weight == 1 else f"{weight:g} {source}" for weight, source in judge.reward),
-        "reference": bench.reference.label,
+        "reference": judge.leaves.reference_model.label,
         "reward_model": judge.reward_model,
         "prompts": len(bench.plan.prompts),
         "reward_model_prompts": min(judge.few, len(bench.plan.prompts)),
@@ -216,6 +216,10 @@ def run_exact(references: list[str], config: Any, home: Path, *, quiet: bool = F
     device = make_accelerator(config).device
     models = [_find(registry, text, say) for text in references]
     reference = find_model(registry, config.reference, "policy", say=say) if config.reference else None
+    long_run = find_model(registry, config.long_run, "policy") if config.long_run else None
+    if long_run is not None and not trained_by_dpo(long_run):
+        expected = "a DPO model, whose manifest names its reference and its beta"
+        raise ConfigError(Fault("long_run", f"{long_run.label} does not say that `rlhf dpo` trained it", expected))
     known = [found for model in models if (found := reference_of(registry, model)) is not None]
     reference = reference or next(iter(known), None)
     if reference is None:
@@ -231,17 +235,17 @@ def run_exact(references: list[str], config: Any, home: Path, *, quiet: bool = F
         reward = ((1.0, find_model(registry, config.reward, "reward_model", say=say).label),)
     learned = [model.label for model in models if role_of(model)[0] == "reward_model"]
     betas = [beta for model in models if (beta := beta_of(model)) is not None]
-    if config.beta is None and not betas:
+    usual_beta = betas[0] if betas else config.beta
+    if usual_beta is None:
         raise ConfigError(Fault("beta", "none of these models was trained at a beta", "--beta B, the price of KL"))
     judge = Judge(
         Leaves.of(bench),
         reward,
         beta=config.beta,
-        usual_beta=betas[0] if betas else None,
+        usual_beta=usual_beta,
         reward_model=config.reward_model or reward_model_of(registry, models) or next(iter(learned), None),
         few=config.reward_model_prompts,
     )
-    long_run = find_model(registry, config.long_run, "policy") if config.long_run else None
     excess = excess_training_losses(bench, models, long_run) if config.training_loss else None
     return jsonable({"split": config.split, **exact_figures(judge, models, excess)})
 

@@ -93,10 +93,10 @@ def over_optimisation_section(arms: Sequence[Arm], baseline: Measured) -> dict[s
         kl, proxy, real = (arm.stacked(seeds, name) for name in ("kl", "score", gold))
         distance = np.sqrt(kl.mean((0, 2)).clip(min=0.0))
         start = np.stack([_start(baseline, arm, seed) for seed in seeds])[:, None]  # by the reward model of each seed
-        gains = [proxy - start, real - baseline.values(gold)]
-        fitted = fit("rl", distance, gains[1].mean((0, 2)))
-        verdict = overoptimised(distance, *gains, fitted)
-        rows = zip(distance, *(gain.mean((0, 2)) for gain in gains), strict=True)
+        proxy_gain, gain = proxy - start, real - baseline.values(gold)
+        fitted = fit("rl", distance, gain.mean((0, 2)))
+        verdict = overoptimised(distance, proxy_gain, gain, fitted)
+        rows = zip(distance, proxy_gain.mean((0, 2)), gain.mean((0, 2)), strict=True)
         found[arm.name] = {
             "gold": gold,
             "points": sorted([float(value) for value in row] for row in rows),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.evaluation.sampled import add_score, draw
 from rlhf_pipeline.experiment.subjects import set_up
 from rlhf_pipeline.registry.store import Registry
@@ -31,12 +32,12 @@ def run_generate(reference_text: str, config: Any, home: Path, *, texts: Sequenc
     for example in samples.examples:
         rows = []
         for ids, ended in zip(example.completions, example.ended, strict=True):
-            text = bench.tokenizer.decode(ids[: len(ids) - int(ended)])
+            text = text_of(bench.tokenizer, ids[: len(ids) - int(ended)])
             row: dict[str, Any] = {"text": text, "ended": ended, "tokens": len(ids)}
             if scores is not None:
                 row["score"] = next(scores)
             rows.append(row)
-        prompt = example.prompt_text or bench.tokenizer.decode(example.prompt_ids)
+        prompt = example.prompt_text or text_of(bench.tokenizer, example.prompt_ids)
         responses.append({"prompt": prompt, "responses": rows})
     return {
         "model": resolved.label,

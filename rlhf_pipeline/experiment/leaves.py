@@ -50,8 +50,8 @@ def trained_reward(registry: Registry, resolved: Resolved) -> Reward | None:
             return None
         if source in WORLD_NAMES:
             source = "world"
-        elif (role := next(models, None)) is not None:
-            source = parent_of(registry, resolved, role).label
+        elif (role := next(models, None)) is not None and (model := parent_of(registry, resolved, role)) is not None:
+            source = model.label
         else:
             raise MismatchError(f"{resolved.label}: the reward {source!r} of its config is not among its parents")
         reward.append((float(part.get("weight", 1.0)), source))
@@ -69,6 +69,7 @@ class Leaves:
     """Tables of one bench: made when they are first asked for, scores of reward models kept on disk by digest."""
 
     bench: Bench
+    reference_model: Resolved
     tree: ResponseTree
     reference: list[Tensor] = field(default_factory=list)  # per prompt (L,) float64
     _truth: dict[int, Tensor] = field(default_factory=dict)
@@ -81,20 +82,20 @@ class Leaves:
         Raises:
             MismatchError: when the model's responses are not those of the built-in world.
         """
-        if not bench.knows_truth or bench.reference is None:
+        reference, policy = bench.reference, bench.reference_policy() if bench.knows_truth else None
+        if reference is None or policy is None:
             raise MismatchError(
                 f"exact figures need models of {world.NAME} with a known reference: its responses can be listed; use "
                 "`rlhf evaluate` or `rlhf compare` for sampled figures"
             )
-        policy = bench.reference_policy()
         outputs = policy.model.get_output_embeddings().weight.shape[0]
         if outputs != len(world.VOCABULARY):
             raise MismatchError(
-                f"{bench.reference.label}: found {outputs} outputs, expected {len(world.VOCABULARY)}, the words of "
+                f"{reference.label}: found {outputs} outputs, expected {len(world.VOCABULARY)}, the words of "
                 f"{world.NAME}"
             )
         tree = ResponseTree(outputs, bench.plan.stop_id, bench.plan.response_length)
-        leaves = cls(bench, tree)
+        leaves = cls(bench, reference, tree)
         leaves.reference = [leaves.logprobs(policy, index) for index in range(len(bench.plan.prompts))]
         return leaves
 
@@ -144,7 +145,7 @@ class Leaves:
     def _model(self, resolved: Resolved) -> RewardModel:
         if resolved.label not in self._models:
             bench = self.bench
-            require_same_tokenizer(bench.reference, resolved, bench.tokenizer, bench.config.trust_remote_code)
+            require_same_tokenizer(self.reference_model, resolved, bench.tokenizer, bench.config.trust_remote_code)
             bench.say(f"scoring every response with {resolved.label}: {self.tree.num_leaves:,} a prompt")
             self._models[resolved.label] = load_reward_model(resolved, bench.config, bench.device)
         return self._models[resolved.label]

@@ -11,7 +11,8 @@ from typing import Any
 
 from rlhf_pipeline.config.base import resolve_lengths
 from rlhf_pipeline.errors import MismatchError
-from rlhf_pipeline.experiment.subjects import parent_of
+from rlhf_pipeline.experiment.subjects import reward_models_of
+from rlhf_pipeline.registry.manifest import Manifest
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import read_json
 from rlhf_pipeline.registry.store import Registry
@@ -38,22 +39,20 @@ def _short(digest: str | None) -> str:
     return (digest or "unknown")[:12]
 
 
-def _data_of(resolved: Resolved) -> set[str]:
+def _data_of(manifest: Manifest) -> set[str]:
     """Source, split and digest of each source of a model's data, and how many pairs were taken in all."""
-    pairs = resolved.manifest.metrics.get("train_pairs", "unknown")
-    return {f"{e.source} [{e.split}] {_short(e.digest)}, {pairs} pairs" for e in resolved.manifest.data}
+    pairs = manifest.metrics.get("train_pairs", "unknown")
+    return {f"{e.source} [{e.split}] {_short(e.digest)}, {pairs} pairs" for e in manifest.data}
 
 
-def _preferences_of(registry: Registry, resolved: Resolved) -> str:
+def _preferences_of(registry: Registry, resolved: Resolved, manifest: Manifest) -> str:
     """The preference data behind a policy: DPO's own, or those of PPO's reward models; and other rewards."""
-    if resolved.manifest.stage == "dpo":
-        return " + ".join(sorted(_data_of(resolved))) or NONE
+    if manifest.stage == "dpo":
+        return " + ".join(sorted(_data_of(manifest))) or NONE
     found: set[str] = set()
-    for role in resolved.manifest.parents:
-        if role.startswith("reward_model"):
-            model = parent_of(registry, resolved, role)
-            found |= _data_of(model) if model.manifest is not None else {f"those of {model.label}"}
-    others = [str(part["source"]) for part in resolved.manifest.config.get("reward_functions") or ()]
+    for model in reward_models_of(registry, resolved):
+        found |= _data_of(model.manifest) if model.manifest is not None else {f"those of {model.label}"}
+    others = [str(part["source"]) for part in manifest.config.get("reward_functions") or ()]
     found |= {f"the reward {source}" for source in others if not names_a_model(source)}
     return " + ".join(sorted(found)) or NONE
 
@@ -73,9 +72,9 @@ def stop_token_of(resolved: Resolved) -> str:
     return str(stop.get("content", stop) if isinstance(stop, dict) else stop)
 
 
-def _prompts_of(resolved: Resolved) -> str:
+def _prompts_of(manifest: Manifest) -> str:
     """The set of prompts that a policy was trained on, by the digest of the records that they came from."""
-    return " + ".join(sorted(_short(entry.digest) for entry in resolved.manifest.data)) or NONE
+    return " + ".join(sorted(_short(entry.digest) for entry in manifest.data)) or NONE
 
 
 def facts_of(registry: Registry, resolved: Resolved) -> dict[str, str]:
@@ -102,9 +101,9 @@ def facts_of(registry: Registry, resolved: Resolved) -> dict[str, str]:
     return facts | {
         "SFT parent": f"{base.ref} {_short(base.digest)}" if base else "unknown",
         "reference": f"{reference.ref} {_short(reference.digest)}" if reference else "unknown",
-        "preference data": _preferences_of(registry, resolved),
+        "preference data": _preferences_of(registry, resolved, manifest),
         "labels": "their probabilities" if config.get("soft_labels") else "as drawn",
-        "prompts": _prompts_of(resolved),
+        "prompts": _prompts_of(manifest),
         "training temperature": f"{float(config.get('temperature') or 1.0):g}",
         "options that move the optimum": ", ".join(f"{k}={v}" for k, v in sorted(moved.items())) or NONE,
     }
@@ -153,8 +152,7 @@ def _trained_on(registry: Registry, resolved: Resolved) -> set[str]:
         return set()
     behind = [resolved]
     if resolved.manifest.stage == "ppo":
-        roles = [role for role in resolved.manifest.parents if role.startswith("reward_model")]
-        behind = [parent_of(registry, resolved, role) for role in roles]
+        behind = list(reward_models_of(registry, resolved))
     return {entry.digest for one in behind if one.manifest is not None for entry in one.manifest.data}
 
 
@@ -170,10 +168,11 @@ def judge_overlap(registry: Registry, judge: Resolved | None, models: Sequence[R
 
 def truth_overlap(registry: Registry, truth: Resolved | None, models: Sequence[Resolved]) -> list[Difference]:
     """A model that is said to be the truth, and that an arm was trained to please."""
+    if truth is None:
+        return []
     found = {}
-    for model in models if truth is not None else ():
-        roles = model.manifest.parents if model.manifest is not None else {}
-        rewards = [parent_of(registry, model, role) for role in roles if role.startswith("reward_model")]
+    for model in models:
+        rewards = list(reward_models_of(registry, model))
         if any(reward.digest == truth.digest for reward in rewards):
             found[model.label] = f"{truth.label} as its own reward model"
     return [Difference("true_reward: what an arm is trained to please", found)] if found else []

@@ -66,7 +66,7 @@ def with_snapshots(point: Point, model: Resolved, wanted: bool = True) -> list[P
     """
     if not wanted or model.kind != "registry" or model.step is not None:
         return [point]
-    files = model.manifest.files
+    files = model.files
     steps = [step for step in snapshot_steps(files) if files_digest(snapshot_files(files, step)) != model.digest]
     return [*(replace(point, model=f"{model.label}#{step}", step=step) for step in steps), point]
 

@@ -15,8 +15,8 @@ from rlhf_pipeline.evaluation.preferences import (
     reliability_bins,
 )
 from rlhf_pipeline.experiment.points import Point
-from rlhf_pipeline.experiment.subjects import Bench, parent_of
-from rlhf_pipeline.experiment.training_loss import own_data, trained_by_dpo
+from rlhf_pipeline.experiment.subjects import Bench, reward_models_of
+from rlhf_pipeline.experiment.training_loss import dpo_manifest, dpo_reference, own_data, trained_by_dpo
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.stages.common import find_model, load_reward_model
 from rlhf_pipeline.stages.data import StageData
@@ -33,7 +33,7 @@ def _pairs(bench: Bench, config: Any, sources: Sequence[Resolved]) -> list[Examp
         if model.manifest is None:
             continue
         stage = "dpo" if model.manifest.stage == "dpo" else "train-rm"
-        trained = load_config(stage, None, extra=own_data(model)).config
+        trained = load_config(stage, None, extra=own_data(model.manifest)).config
         if getattr(trained, "population", False):
             continue
         data = StageData(trained, bench.registry.home, lambda _: None)
@@ -45,13 +45,13 @@ def _pairs(bench: Bench, config: Any, sources: Sequence[Resolved]) -> list[Examp
 
 def _implicit(bench: Bench, model: Resolved, pairs: Sequence[Example]) -> list[float]:
     """beta log(pi / pi_ref) of the chosen response minus that of the rejected one."""
-    reference = parent_of(bench.registry, model, "reference")
+    reference = dpo_reference(bench.registry, model)
     options = {"batch_size": 512, "pad_id": bench.tokenizer.pad_token_id, "device": bench.device}
     key = {"model": reference.digest, "dtype": bench.config.dtype, "bf16": False}
     frozen = bench.policy(reference)
     ref_logprobs = cached_logprobs(frozen, pairs, bench.registry.home / "cache", key, **options).logprobs
     rewards = completion_logprob_sums(bench.policy(model), pairs, **options).double() - ref_logprobs.double()
-    beta = float(model.manifest.config["beta"])
+    beta = float(dpo_manifest(model).config["beta"])
     return (beta * (rewards[:, 0] - rewards[:, 1])).tolist()
 
 
@@ -71,12 +71,7 @@ def preference_quality(bench: Bench, config: Any, trained: Sequence[tuple[Point,
     first_seed = min((point.seed for point, _ in known if point.seed is not None), default=None)
     policies = [m for point, m in known if trained_by_dpo(m) and point.seed in (None, first_seed)]
     policies = list({model.label: model for model in policies}.values())
-    labels = [
-        parent_of(bench.registry, model, role).label
-        for _, model in known
-        for role in model.manifest.parents
-        if role.startswith("reward_model")
-    ]
+    labels = [reward.label for _, model in known for reward in reward_models_of(bench.registry, model)]
     models = [find_model(bench.registry, label, "reward_model") for label in dict.fromkeys(labels)]
     pairs = _pairs(bench, config, [*policies, *models])
     if not pairs:

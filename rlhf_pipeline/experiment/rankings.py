@@ -12,18 +12,29 @@ from rlhf_pipeline.evaluation.ranking import rank
 from rlhf_pipeline.evaluation.sampled import Samples
 from rlhf_pipeline.evaluation.win_rates import length_controlled_win_rate, prompt_win_rates, win_rate
 from rlhf_pipeline.experiment.rows import Measured
-from rlhf_pipeline.experiment.tables import Arm, paired_by_seed, setting_key
+from rlhf_pipeline.experiment.tables import Arm, Setting, paired_by_seed, setting_key
 
 MOST_RANKED = 40
 
+Side = tuple[np.ndarray, np.ndarray]
+"""(S, P, N) a figure and the length of every response of one side of a win rate."""
 
-def _setting(arm: Arm, described: Mapping[str, Any]) -> tuple:
+
+def _setting(arm: Arm, described: Mapping[str, Any]) -> Setting:
     """The setting that speaks for an arm: the selected one, else its first."""
     chosen = described[arm.name]["selected"]
     return arm.settings[0] if chosen is None else setting_key(chosen)
 
 
-def _entry(a: str, b: str, figure: str, mine: tuple, theirs: tuple) -> dict[str, Any]:
+def _side(arm: Arm, setting: Setting, seeds: Sequence[int | None], figure: str) -> Side:
+    return arm.samples(setting, seeds, figure), arm.samples(setting, seeds, "length")
+
+
+def _stacked(samples: Sequence[Samples], figure: str) -> np.ndarray:
+    return np.stack([one.values[figure].reshape(len(one.examples), -1) for one in samples])
+
+
+def _entry(a: str, b: str, figure: str, mine: Side, theirs: Side) -> dict[str, Any]:
     found = win_rate(mine[0], theirs[0])
     controlled = length_controlled_win_rate(mine[0], theirs[0], mine[1], theirs[1])
     return {
@@ -51,31 +62,25 @@ def win_rate_section(
     settings."""
     entries = []
     for a, b in combinations(arms, 2):
-        mine, theirs, seeds = paired_by_seed(a, b)
+        one, other, seeds = paired_by_seed(a, b)
         if seeds:
-            sides = [
-                tuple(arm.samples(_setting(arm, described), seeds, name) for name in (figure, "length"))
-                for arm in (mine, theirs)
-            ]
-            entries.append(_entry(a.name, b.name, figure, *sides))
-    sides = [(baseline.name, baseline.test)]
+            mine, theirs = (_side(arm, _setting(arm, described), seeds, figure) for arm in (one, other))
+            entries.append(_entry(a.name, b.name, figure, mine, theirs))
+    others = [(baseline.name, baseline.test)]
     if demonstrations is not None and figure in demonstrations.values:
-        sides.append(("demonstrations", demonstrations))
+        others.append(("demonstrations", demonstrations))
     for arm in arms:
         setting = _setting(arm, described)
         if all(point is baseline or point.name == baseline.name for point in arm.points[setting].values()):
             continue
-        seeds = arm.seeds(setting)
-        own = tuple(arm.samples(setting, seeds, name) for name in (figure, "length"))
-        for name, side in sides:
+        mine = _side(arm, setting, arm.seeds(setting), figure)
+        for name, samples in others:
             seen = [
-                baseline.scored_by(point.scorer) if side is baseline.test else side
+                baseline.scored_by(point.scorer) if samples is baseline.test else samples
                 for point in arm.points[setting].values()
             ]
-            theirs = tuple(
-                np.stack([one.values[key].reshape(len(one.examples), -1) for one in seen]) for key in (figure, "length")
-            )
-            entries.append(_entry(arm.name, name, figure, own, theirs))
+            theirs = _stacked(seen, figure), _stacked(seen, "length")
+            entries.append(_entry(arm.name, name, figure, mine, theirs))
     return entries
 
 

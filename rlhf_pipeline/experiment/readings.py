@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.evaluation.sampled import Samples
 from rlhf_pipeline.experiment.subjects import Bench
 from rlhf_pipeline.registry.references import Resolved
@@ -46,7 +47,8 @@ def shown_samples(bench: Bench, measured: Mapping[str, Samples], count: int) -> 
             example = samples.examples[number]
             ids, ended = example.completions[0], example.ended[0]
             place = number * bench.plan.samples
-            entry = {"text": bench.tokenizer.decode(ids[: len(ids) - int(ended)]), "ended": bool(ended)}
+            text = text_of(bench.tokenizer, ids[: len(ids) - int(ended)])
+            entry: dict[str, Any] = {"text": text, "ended": bool(ended)}
             entry |= {key: float(samples.values[key][place]) for key in figures if key in samples.values}
             responses[name] = [entry]
         rows.append({"prompt": _text(bench, prompt), "responses": responses})
@@ -54,7 +56,7 @@ def shown_samples(bench: Bench, measured: Mapping[str, Samples], count: int) -> 
 
 
 def _text(bench: Bench, prompt: Any) -> str:
-    return prompt.prompt_text or bench.tokenizer.decode(prompt.prompt_ids)
+    return prompt.prompt_text or text_of(bench.tokenizer, prompt.prompt_ids)
 
 
 def prompt_texts(bench: Bench) -> list[str]:

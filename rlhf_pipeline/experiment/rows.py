@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.evaluation.diversity import distinct, self_bleu, token_budget
 from rlhf_pipeline.evaluation.sampled import Samples, paired_difference, win_rate
 from rlhf_pipeline.experiment.best_of import primary_figure
 from rlhf_pipeline.experiment.evaluate import measure
 from rlhf_pipeline.experiment.exact import beta_of
 from rlhf_pipeline.experiment.points import Point
-from rlhf_pipeline.experiment.subjects import Bench, parent_of
+from rlhf_pipeline.experiment.subjects import Bench, parent_of, reward_models_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.rewards import RewardSource, names_a_model, score_in_batches
@@ -51,6 +52,7 @@ class Measured:
     def values(self, figure: str, split: str = "test") -> np.ndarray:
         """(P,) mean of a figure over the samples of each prompt."""
         samples = self.test if split == "test" else self.validation
+        assert samples is not None, "only figures that were measured are asked for"
         return samples.values[figure].reshape(len(samples.examples), -1).mean(1)
 
 
@@ -67,11 +69,8 @@ def bill(registry: Registry, resolved: Resolved) -> dict[str, float]:
         return {}
     total = {key: float(cost.get(key, 0)) for key in COST_KEYS}
     total["peak_memory_bytes"] = float(resolved.manifest.cost.get("peak_memory_bytes", 0))
-    for role in resolved.manifest.parents:
-        if not role.startswith("reward_model"):
-            continue
-        found = parent_of(registry, resolved, role)
-        part = bill(registry, found) if found is not None else {}
+    for model in reward_models_of(registry, resolved):
+        part = bill(registry, model)
         if not part:
             return {}  # a reward model from elsewhere: nobody knows what it cost
         for key, value in part.items():
@@ -135,9 +134,8 @@ def measure_points(
         test.say(f"[{number}/{len(points)}] measured {model.label}")
     first = next(one for one in found if one.point.step is None)
     for seed in dict.fromkeys(point.seed for point, _ in points):
-        label, scorer = scorers.label(seed), scorers.get(seed)
-        if label is not None and label != first.scorer:
-            source = scorer or test.scorer
+        label, source = scorers.label(seed), scorers.get(seed) or test.scorer
+        if source is not None and label is not None and label != first.scorer:
             rows = score_in_batches(source, first.test.examples, test.plan.batch_size)
             first.scores[label] = np.array([value for row in rows for value in row], dtype=np.float64)
     return found
@@ -178,7 +176,7 @@ def add_diversity(rows: Sequence[dict[str, Any]], measured: Sequence[Measured], 
     budget = token_budget(responses.values())
     for row, one in zip(rows, measured, strict=True):
         texts = [
-            [bench.tokenizer.decode(ids, skip_special_tokens=True) for ids in example.completions[:MOST_COMPARED]]
+            [text_of(bench.tokenizer, ids, skip_special_tokens=True) for ids in example.completions[:MOST_COMPARED]]
             for example in one.test.examples
         ]
         row["diversity"] = distinct(responses[one.name], budget)

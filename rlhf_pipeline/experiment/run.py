@@ -16,7 +16,7 @@ from rlhf_pipeline.errors import BadInput, ConfigError, Fault, Interrupted
 from rlhf_pipeline.experiment.done import find_done, output_of, survey
 from rlhf_pipeline.experiment.points import points_of
 from rlhf_pipeline.experiment.progress import Progress
-from rlhf_pipeline.registry.roles import check_role
+from rlhf_pipeline.registry.roles import Role, check_role
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.rewards import is_function_name, load_function
 from rlhf_pipeline.stages.common import StageResult
@@ -72,7 +72,7 @@ def _problem(reference: Reference, registry: Registry, part: str | None, skip_ba
         if reference.role == "data":
             read_records(reference.text, config=part, home=registry.home, skip_bad_rows=skip_bad_rows)
         else:
-            role = "policy" if reference.role == "policy" else "reward_model"
+            role: Role = "policy" if reference.role == "policy" else "reward_model"
             check_role(registry.resolve(reference.text), role)
     except BadInput as error:
         return str(error)
@@ -143,12 +143,17 @@ def run_experiment(
             say(f"[{place + 1}/{len(nodes)}] {node.label}: done already, {found.label}")
         else:
             say(f"[{place + 1}/{len(nodes)}] {node.label} ({progress.told(place)})")
+            later = sum(ready is not None for ready in done[place + 1 :])
+            told = f"of {len(nodes)} are done; the same command goes on from here"
             try:
                 result = stage_function(node.spec.stage)(config, home, resume=resume, quiet=quiet)
             except Interrupted:
-                finished = place + sum(later is not None for later in done[place:])
-                say(f"stopped in {node.label}: {finished} of {len(nodes)} are done; the same command goes on from here")
+                say(f"stopped in {node.label}: {place + later} {told}")
                 raise
+            if (number := result.stopped_by) is not None:
+                raise Interrupted(
+                    f"stopped by signal {number} when {node.label} was done: {place + 1 + later} {told}", number
+                )
             outcomes.append(Outcome(node, result.model, False, _seconds(result.cost)))
         progress.ended(place, outcomes[-1].skipped, outcomes[-1].seconds)
         outputs[place] = output_of(node, outcomes[-1].model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +101,13 @@ def parent_of(registry: Registry, resolved: Resolved, role: str) -> Resolved | N
             "(--reference, --reward-model)"
         )
     return found
+
+
+def reward_models_of(registry: Registry, resolved: Resolved) -> Iterator[Resolved]:
+    """The reward models that a registered model was trained on, each checked as `parent_of` does."""
+    for role in resolved.manifest.parents if resolved.manifest is not None else ():
+        if role.startswith("reward_model") and (found := parent_of(registry, resolved, role)) is not None:
+            yield found
 
 
 def reference_of(registry: Registry, resolved: Resolved) -> Resolved | None:
@@ -206,7 +213,8 @@ def set_up(
     tokenizer = tokenizer_of(first, config.trust_remote_code)
     lengths = _lengths(config, first)
     if texts:
-        prompts, data = prompts_of_texts(texts, tokenizer, lengths), []
+        prompts = prompts_of_texts(texts, tokenizer, lengths)
+        data: list[dict[str, Any]] = []
     else:
         prompts, data = load_prompts(registry, config, first, tokenizer, lengths)
     plan = SamplingPlan(

@@ -14,7 +14,7 @@ from rlhf_pipeline.experiment.exact import beta_of
 from rlhf_pipeline.experiment.rows import Measured
 
 
-class Setting(tuple):
+class Setting(tuple[tuple[str, str], ...]):
     """The swept values of a point as a key: (name, value as JSON) pairs; `values` are the values themselves, `step`
     that of a snapshot."""
 
@@ -35,10 +35,10 @@ class Arm:
     """The measured points of one arm, by setting (or snapshot) and seed."""
 
     name: str
-    points: dict[tuple, dict[int | None, Measured]]
+    points: dict[Setting, dict[int | None, Measured]]
 
     @property
-    def settings(self) -> list[tuple]:
+    def settings(self) -> list[Setting]:
         """In the order in which they were given."""
         return list(self.points)
 
@@ -52,28 +52,28 @@ class Arm:
         """How many snapshots stand behind its curve, over all settings and seeds."""
         return sum(len(found) for setting, found in self.points.items() if setting.step is not None)
 
-    def complete(self, seeds: Sequence[int | None]) -> list[tuple]:
+    def complete(self, seeds: Sequence[int | None]) -> list[Setting]:
         """The settings and snapshots that all of these seeds have."""
         return [setting for setting, found in self.points.items() if set(seeds) <= set(found)]
 
-    def seeds(self, setting: tuple) -> list[int | None]:
+    def seeds(self, setting: Setting) -> list[int | None]:
         return list(self.points[setting])
 
-    def beta(self, setting: tuple) -> float | None:
+    def beta(self, setting: Setting) -> float | None:
         """The price of KL at a setting, the same for all its seeds."""
         return beta_of(next(iter(self.points[setting].values())).model)
 
-    def samples(self, setting: tuple, seeds: Sequence[int | None], figure: str) -> np.ndarray:
+    def samples(self, setting: Setting, seeds: Sequence[int | None], figure: str) -> np.ndarray:
         """(S, P, N) a figure of every response."""
         rows = [self.points[setting][seed].test for seed in seeds]
         return np.stack([row.values[figure].reshape(len(row.examples), -1) for row in rows])
 
-    def values(self, setting: tuple, seeds: Sequence[int | None], figure: str, split: str = "test") -> np.ndarray:
+    def values(self, setting: Setting, seeds: Sequence[int | None], figure: str, split: str = "test") -> np.ndarray:
         """(S, P) means over the samples of each prompt."""
         return np.stack([self.points[setting][seed].values(figure, split) for seed in seeds])
 
     def stacked(
-        self, seeds: Sequence[int | None], figure: str, split: str = "test", settings: Sequence[tuple] | None = None
+        self, seeds: Sequence[int | None], figure: str, split: str = "test", settings: Sequence[Setting] | None = None
     ) -> np.ndarray:
         """(S, G, P) of some settings, by default of all that these seeds have."""
         chosen = self.complete(seeds) if settings is None else settings
@@ -84,7 +84,9 @@ class Arm:
         """Whether every point was measured on validation prompts too."""
         return all(point.validation is not None for points in self.points.values() for point in points.values())
 
-    def envelope(self, seeds: Sequence[int | None], chooser: str | None, cost: np.ndarray | None = None) -> list[tuple]:
+    def envelope(
+        self, seeds: Sequence[int | None], chooser: str | None, cost: np.ndarray | None = None
+    ) -> list[Setting]:
         """The settings and snapshots that no other one beats in KL (or in cost) and in the chooser's figure, on the
         validation prompts.
 
@@ -108,7 +110,7 @@ class Arm:
 
 def arms_of(measured: Sequence[Measured]) -> list[Arm]:
     """The arms of a comparison, in order; an arm of one point has one seed, whatever it is called."""
-    found: dict[str, dict[tuple, dict[int | None, Measured]]] = {}
+    found: dict[str, dict[Setting, dict[int | None, Measured]]] = {}
     for one in measured:
         setting = setting_key(one.point.setting, one.point.step)
         found.setdefault(one.point.arm, {}).setdefault(setting, {})[one.point.seed] = one

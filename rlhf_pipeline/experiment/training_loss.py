@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlhf_pipeline.algorithms.preference import OBJECTIVES, smoothed_target
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.comparisons import Comparisons
 from rlhf_pipeline.experiment.subjects import Bench, parent_of
+from rlhf_pipeline.registry.manifest import Manifest
 from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.stages.population import Population
 from rlhf_pipeline.stages.preference_pairs import kind_of, label_probabilities
@@ -28,15 +31,28 @@ def trained_by_dpo(resolved: Resolved) -> bool:
     return made is not None and made.stage == "dpo" and "reference" in made.parents and bool(made.config.get("beta"))
 
 
+def dpo_manifest(resolved: Resolved) -> Manifest:
+    """The manifest of a model that was `trained_by_dpo`."""
+    assert resolved.manifest is not None
+    return resolved.manifest
+
+
+def dpo_reference(registry: Registry, resolved: Resolved) -> Resolved:
+    """The reference of a model that was `trained_by_dpo`."""
+    found = parent_of(registry, resolved, "reference")
+    assert found is not None
+    return found
+
+
 def dpo_config(resolved: Resolved) -> Any:
     """The config that a DPO model was trained by."""
-    return load_config("dpo", None, extra=own_data(resolved)).config
+    return load_config("dpo", None, extra=own_data(dpo_manifest(resolved))).config
 
 
-def own_data(resolved: Resolved) -> dict[str, Any]:
+def own_data(manifest: Manifest) -> dict[str, Any]:
     """The values of a model's config, its collected data by the version that it was trained on."""
-    values = {key: value for key, value in resolved.manifest.config.items() if value is not None}
-    source = resolved.manifest.data[0].source if resolved.manifest.data else ""
+    values = {key: value for key, value in manifest.config.items() if value is not None}
+    source = manifest.data[0].source if manifest.data else ""
     if source.startswith("collected:") and "dataset_name" in values:
         values["dataset_name"] = source
     return values
@@ -44,7 +60,7 @@ def own_data(resolved: Resolved) -> dict[str, Any]:
 
 def problem_of(resolved: Resolved) -> tuple[Any, ...]:
     """What defines a DPO model's training loss: two models with the same one can be set against each other."""
-    manifest, config = resolved.manifest, dpo_config(resolved)
+    manifest, config = dpo_manifest(resolved), dpo_config(resolved)
     keys = ("beta", "loss_type", "label_smoothing", "soft_labels", "population_proposal", "max_train_samples")
     data = tuple(entry.digest for entry in manifest.data)
     return (manifest.parents["reference"].digest, data, *(getattr(config, key) for key in keys))
@@ -59,10 +75,12 @@ def training_loss(bench: Bench, resolved: Resolved) -> float:
     minimum, 0 at the exact optimum.
     """
     config = dpo_config(resolved)
-    reference = parent_of(bench.registry, resolved, "reference")
+    reference = dpo_reference(bench.registry, resolved)
     policy, frozen = bench.policy(resolved), bench.policy(reference)
     options = {"batch_size": 512, "pad_id": bench.tokenizer.pad_token_id, "device": bench.device}
     data = StageData(config, bench.registry.home, lambda _: None)
+    target: Tensor | None
+    least = 0.0  # the sum of the losses of the exact optimum, where that is known
     if config.population:
         prompts, _ = data.split("prompt", config.dataset_train_split, bench.tokenizer, limit=config.max_train_samples)
         population = Population(
@@ -76,6 +94,8 @@ def training_loss(bench: Bench, resolved: Resolved) -> float:
         )
         examples, facts = population.draw(POPULATION_PAIRS, torch.Generator().manual_seed(0))
         ref_logprobs, target = facts.ref_logprobs, facts.target
+        if config.loss_type == "sigmoid":
+            least = float(torch.special.entr(torch.stack([facts.target, 1 - facts.target])).sum())
     else:
         kind, split = kind_of(config), config.dataset_train_split
         examples, _ = data.split(kind, split, bench.tokenizer, limit=config.max_train_samples)
@@ -93,10 +113,7 @@ def training_loss(bench: Bench, resolved: Resolved) -> float:
         beta=config.beta,
         target=smoothed_target(target, config.label_smoothing),
     ).loss
-    loss = float(total) / len(examples)
-    if config.population and config.loss_type == "sigmoid":
-        loss -= float(torch.special.entr(torch.stack([target, 1 - target])).sum()) / len(examples)
-    return loss
+    return float(total) / len(examples) - least / len(examples)
 
 
 def excess_training_losses(
@@ -117,7 +134,8 @@ def excess_training_losses(
             continue
         peers = [other for other in candidates if problem_of(other) == problem_of(model)]
         best = min(peers, key=lambda other: losses[other.label])
-        exact = model.manifest.config.get("dataset_name") == world.NAME and dpo_config(model).loss_type == "sigmoid"
+        drawn_anew = dpo_manifest(model).config.get("dataset_name") == world.NAME
+        exact = drawn_anew and dpo_config(model).loss_type == "sigmoid"
         known = exact or len(peers) > 1
         result[model.label] = {
             "training_loss": losses[model.label],

@@ -87,7 +87,7 @@ def _topic(contrast: Mapping[str, Any], primary: str | None) -> str | None:
         return "judge" if kind in ("as trained", "matched KL") else None
     if kind == "exact":
         return "exact"
-    return TOPICS.get(kind) if figure == primary else None
+    return TOPICS.get(str(kind)) if figure == primary else None
 
 
 def _said_as_trained(results: Mapping[str, Any], contrast: Mapping[str, Any]) -> bool:
@@ -199,7 +199,7 @@ def _next(results: Mapping[str, Any], said: list[Line]) -> Iterator[Line]:
         )
     trials = {arm: entry.get("trials", 1) for arm, entry in (results.get("arms") or {}).items()}
     if len(set(trials.values())) > 1:
-        most = max(trials, key=trials.get)
+        most = max(trials, key=lambda arm: trials[arm])
         counts = ", ".join(f"{arm}: {number} settings" for arm, number in trials.items())
         yield line("next", f"{most} was tuned more ({counts}): tune all arms alike")
     text = " ".join(entry["text"] for entry in said)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,9 +13,12 @@ from rlhf_pipeline.data.batch import common_layout
 from rlhf_pipeline.models.forward import Reader, trunk_of
 from rlhf_pipeline.models.roles import ActorCritic, RewardModel, ValueInit, sequence_head
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def make_actor_critic(
-    actor: nn.Module,
+    actor: PreTrainedModel,
     reader: Reader,
     value_init: ValueInit,
     *,
@@ -28,6 +32,7 @@ def make_actor_critic(
     * sft: a trunk of its own, copied from the actor before training; the head starts at 0.
     * shared: a head on the actor's trunk, starting at 0, so the critic says 0 at step 0.
     """
+    critic: PreTrainedModel | None
     if value_init == "reward_model":
         if reward_model is None:
             raise ValueError("value_init 'reward_model' needs a reward model")

@@ -13,6 +13,7 @@ from rlhf_pipeline.algorithms.flex import flex_plan, flex_tree_attention, flex_w
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
+    from transformers import PreTrainedModel
 
 NAME = "rlhf_trees"
 REFUSED = ("softcap", "s_aux", "sinks", "position_bias")
@@ -26,7 +27,7 @@ class TreeMask(Tensor):
     """
 
     plan: list[Block] | BlockMask
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # so do torch's own
 
     @classmethod
     def of(cls, trees: Sequence[Tree], window: int | None, dtype: torch.dtype, device: torch.device) -> TreeMask:
@@ -82,7 +83,7 @@ def _drops_attention(config: Any) -> bool:
     )
 
 
-def _flex_works(model: nn.Module, device: torch.device) -> bool:
+def _flex_works(model: PreTrainedModel, device: torch.device) -> bool:
     config: Any = model.config.get_text_config()
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -91,7 +92,7 @@ def _flex_works(model: nn.Module, device: torch.device) -> bool:
     return all(flex_works(str(device), dtype, width, (heads, few)) for dtype in dtypes)
 
 
-def use_tree_attention(model: nn.Module) -> bool:
+def use_tree_attention(model: PreTrainedModel) -> bool:
     """Let a model that computes with sdpa use tree attention where it gets a `TreeMask`; returns whether it does.
 
     Nothing of it is saved with the model.
@@ -115,7 +116,7 @@ def use_tree_attention(model: nn.Module) -> bool:
     return model.config._attn_implementation == NAME
 
 
-def use_sdpa(model: nn.Module) -> None:
+def use_sdpa(model: PreTrainedModel) -> None:
     """Undo `use_tree_attention`."""
     if getattr(model.config, "_attn_implementation", None) == NAME:
         model.set_attn_implementation("sdpa")

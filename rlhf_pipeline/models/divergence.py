@@ -34,6 +34,7 @@ def divergence(policy: Policy, reference: Policy, batch: PackedBatch) -> Diverge
             head = output_head(one.model, one.temperature)
             scored.append((head, hidden, *token_logprobs(head, hidden, batch.target_ids, entropy=one is policy)))
         (head, hidden, logprobs, entropy), (ref_head, ref_hidden, ref_logprobs, _) = scored
+        assert entropy is not None  # asked for of the policy
         return Divergence(logprobs, ref_logprobs, entropy, token_kl(head, hidden, ref_head, ref_hidden))
     mine, theirs = (
         torch.log_softmax(predicting_logits(one.model, batch) / one.temperature, -1) for one in (policy, reference)

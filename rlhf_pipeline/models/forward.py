@@ -8,7 +8,7 @@ ids, and their logits are a linear map of the last hidden state; where either do
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from rlhf_pipeline.algorithms.logprobs import OutputHead, token_logprobs
 from rlhf_pipeline.data.batch import Layout, PackedBatch
 from rlhf_pipeline.models.attention import TreeMask
 from rlhf_pipeline.models.last_layer import reading
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,9 @@ def attention_mask(batch: PackedBatch, config: object, dtype: torch.dtype) -> Te
     return mask(None if kinds == {"full_attention"} else window)
 
 
-def trunk_of(model: nn.Module) -> nn.Module:
+def trunk_of(model: PreTrainedModel) -> PreTrainedModel:
     """The decoder below the head of a transformers model."""
-    return model.base_model
+    return cast("PreTrainedModel", model.base_model)
 
 
 def hidden_states(trunk: nn.Module, batch: PackedBatch, index: Tensor | None = None) -> Tensor:
@@ -94,13 +97,13 @@ def hidden_states(trunk: nn.Module, batch: PackedBatch, index: Tensor | None = N
     return flat if index is None else flat.index_select(0, index)
 
 
-def output_head(model: nn.Module, temperature: float = 1.0) -> OutputHead:
+def output_head(model: PreTrainedModel, temperature: float = 1.0) -> OutputHead:
     """The output head of a causal language model."""
     head = model.get_output_embeddings()
     return OutputHead(head.weight, getattr(head, "bias", None), temperature)
 
 
-def predicting_logits(model: nn.Module, batch: PackedBatch, index: Tensor | None = None) -> Tensor:
+def predicting_logits(model: PreTrainedModel, batch: PackedBatch, index: Tensor | None = None) -> Tensor:
     """(N, V) logits at the predicting positions (or at `index`) by the model's own forward, in at least fp32."""
     dtype = next(model.parameters()).dtype
     logits = model(
@@ -114,7 +117,7 @@ def predicting_logits(model: nn.Module, batch: PackedBatch, index: Tensor | None
 
 
 def next_token_logprobs(
-    model: nn.Module, reader: Reader, batch: PackedBatch, index: Tensor, temperature: float = 1.0
+    model: PreTrainedModel, reader: Reader, batch: PackedBatch, index: Tensor, temperature: float = 1.0
 ) -> Tensor:
     """Log-probabilities of every next token at flat positions `index` (K,): (K, V), in at least fp32."""
     if reader.head == "linear":
@@ -124,7 +127,7 @@ def next_token_logprobs(
 
 
 def completion_logprobs(
-    model: nn.Module, reader: Reader, batch: PackedBatch, temperature: float = 1.0, *, entropy: bool = True
+    model: PreTrainedModel, reader: Reader, batch: PackedBatch, temperature: float = 1.0, *, entropy: bool = True
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Log-probability of every completion token, entropy of its distribution, and the hidden states it was read from.
 

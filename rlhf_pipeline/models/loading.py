@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from rlhf_pipeline.errors import BadInput, ConfigError, Fault, MismatchError, di
 from rlhf_pipeline.models.refusals import first_line, refuse_to_hide, require_full_precision, require_sizes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {
     "float32": torch.float32,
@@ -68,7 +68,7 @@ def load_causal_lm(
     trust_remote_code: bool = False,
     dropout: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
-) -> nn.Module:
+) -> PreTrainedModel:
     """Load a causal language model; with `tokenizer`, make room in the embedding for tokens it has added."""
     from transformers import AutoModelForCausalLM
 
@@ -87,9 +87,10 @@ def load_causal_lm(
     return model
 
 
-def adopt_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+def adopt_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give the model the tokenizer's special ids, and embedding rows for every token."""
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    embedding = cast(nn.Embedding, model.get_input_embeddings())
+    if len(tokenizer) > embedding.weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
     for config in (model.config, getattr(model, "generation_config", None)):
         if config is not None:
@@ -139,7 +140,7 @@ def new_config(model_init: dict[str, Any], *, dropout: bool = False, **special: 
     return config if dropout else without_dropout(config)
 
 
-def model_of_config(config: Any, **options: Any) -> nn.Module:
+def model_of_config(config: Any, **options: Any) -> PreTrainedModel:
     """A causal language model with random weights.
 
     Raises:
@@ -167,7 +168,7 @@ def init_causal_lm(
     dtype: str = "float32",
     attn_implementation: str | None = None,
     dropout: bool = False,
-) -> nn.Module:
+) -> PreTrainedModel:
     """Make a model with random weights from `model_type` and config keys of transformers.
 
     Raises:
@@ -197,7 +198,7 @@ def init_reward_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     score_pooling: str = "last",
-) -> nn.Module:
+) -> PreTrainedModel:
     """A reward model on the trunk of a language model: a new scalar head without bias, std 1 / sqrt(d + 1).
 
     Source of the initialisation: Stiennon et al. 2020, as kept by Huang et al. 2024 (N+ details), detail 11.
@@ -236,7 +237,7 @@ def load_sequence_classifier(
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-) -> nn.Module:
+) -> PreTrainedModel:
     """Load a trained reward model (a sequence classifier with one label).
 
     Raises:
@@ -267,7 +268,7 @@ def load_sequence_classifier(
     return model
 
 
-def store_reward_shift(model: nn.Module, mean_score: float) -> None:
+def store_reward_shift(model: PreTrainedModel, mean_score: float) -> None:
     """Keep the constant that makes reference samples score 0 on average: our score = plain score - shift.
 
     Raises:
@@ -278,7 +279,7 @@ def store_reward_shift(model: nn.Module, mean_score: float) -> None:
     model.config.reward_shift = float(mean_score)
 
 
-def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Write weights (safetensors), config and tokenizer in the Hugging Face layout."""
     model.save_pretrained(directory, safe_serialization=True)
     tokenizer.save_pretrained(directory)

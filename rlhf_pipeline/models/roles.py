@@ -6,13 +6,16 @@ Every forward goes through `__call__`, so that a wrapped module (DDP, FSDP) sees
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_pipeline.data.batch import PackedBatch
 from rlhf_pipeline.models.forward import Reader, completion_logprobs, hidden_states, trunk_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ValueInit = Literal["reward_model", "sft", "shared"]
 
@@ -32,26 +35,27 @@ class Policy(nn.Module):
     entropy: whether to compute that of each distribution.
     """
 
-    def __init__(self, model: nn.Module, reader: Reader, temperature: float = 1.0, *, entropy: bool = True):
+    def __init__(self, model: PreTrainedModel, reader: Reader, temperature: float = 1.0, *, entropy: bool = True):
         super().__init__()
         self.model, self.reader, self.temperature, self.entropy = model, reader, temperature, entropy
 
     @property
-    def language_model(self) -> nn.Module:
+    def language_model(self) -> PreTrainedModel:
         return self.model
 
     def forward(self, batch: PackedBatch | None = None, **decode) -> TokenScores:
         """Score a packed batch; without one, pass `decode` (ids, mask, cache) to the model for generation."""
         if batch is None:
             return self.model(**decode)
-        options = {"temperature": self.temperature, "entropy": self.entropy}
-        logprobs, entropy, _ = completion_logprobs(self.model, self.reader, batch, **options)
+        logprobs, entropy, _ = completion_logprobs(
+            self.model, self.reader, batch, self.temperature, entropy=self.entropy
+        )
         return TokenScores(logprobs, entropy)
 
 
-def sequence_head(model: nn.Module) -> nn.Linear:
+def sequence_head(model: PreTrainedModel) -> nn.Linear:
     """The scalar head of a sequence classifier."""
-    return model.score if hasattr(model, "score") else model.classifier
+    return cast(nn.Linear, model.score if hasattr(model, "score") else model.classifier)
 
 
 class RewardModel(nn.Module):
@@ -61,7 +65,7 @@ class RewardModel(nn.Module):
     completion tokens are averaged first. `reward_shift` comes from the config of the model.
     """
 
-    def __init__(self, model: nn.Module, reader: Reader):
+    def __init__(self, model: PreTrainedModel, reader: Reader):
         super().__init__()
         self.model, self.reader = model, reader
 
@@ -98,9 +102,9 @@ class ActorCritic(nn.Module):
 
     def __init__(
         self,
-        actor: nn.Module,
+        actor: PreTrainedModel,
         reader: Reader,
-        critic: nn.Module | None,
+        critic: PreTrainedModel | None,
         value_head: nn.Linear,
         temperature: float,
     ):
@@ -110,7 +114,7 @@ class ActorCritic(nn.Module):
         self.actor_frozen = False
 
     @property
-    def language_model(self) -> nn.Module:
+    def language_model(self) -> PreTrainedModel:
         return self.actor
 
     def forward(self, batch: PackedBatch | None = None, **decode) -> TokenScores:

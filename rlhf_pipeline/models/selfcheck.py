@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -15,6 +16,9 @@ from rlhf_pipeline.models.attention import use_sdpa, use_tree_attention
 from rlhf_pipeline.models.forward import Reader, completion_logprobs, hidden_states, trunk_of
 from rlhf_pipeline.models.last_layer import compute_all, skip_unread
 from rlhf_pipeline.models.roles import RewardModel, sequence_head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def _probe_examples(vocab_size: int) -> list[Example]:
@@ -30,7 +34,7 @@ def _probe_examples(vocab_size: int) -> list[Example]:
     ]
 
 
-def _ways(model: nn.Module, examples: list[Example]) -> Iterator[tuple[PackedBatch, bool]]:
+def _ways(model: PreTrainedModel, examples: list[Example]) -> Iterator[tuple[PackedBatch, bool]]:
     """The ways of reading a model from the fastest on: sets the model up for each, yields the examples for it and
     whether its last layer skips what nobody reads."""
     device = next(model.parameters()).device
@@ -53,7 +57,7 @@ def _agree(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> b
 
 
 @torch.no_grad()
-def _plain_logprobs(model: nn.Module, examples: list[Example]) -> torch.Tensor:
+def _plain_logprobs(model: PreTrainedModel, examples: list[Example]) -> torch.Tensor:
     """Token log-probabilities by the model's own forward, one unpadded sequence at a time."""
     device = next(model.parameters()).device
     pieces = []
@@ -69,7 +73,7 @@ def _plain_logprobs(model: nn.Module, examples: list[Example]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _sees_the_future(model: nn.Module, ids: list[int]) -> bool:
+def _sees_the_future(model: PreTrainedModel, ids: list[int]) -> bool:
     """Whether the last token of a sequence changes what the model predicts before it."""
     sequence = torch.tensor([ids], device=next(model.parameters()).device)
     whole = model(input_ids=sequence, use_cache=False).logits[0, :-1]
@@ -78,7 +82,7 @@ def _sees_the_future(model: nn.Module, ids: list[int]) -> bool:
 
 
 @torch.no_grad()
-def _decodes_with_a_cache(model: nn.Module, examples: list[Example]) -> bool:
+def _decodes_with_a_cache(model: PreTrainedModel, examples: list[Example]) -> bool:
     """Whether left-padded, cached decoding gives the logits of the plain forward pass: what sampling relies on."""
     from transformers import DynamicCache
 
@@ -106,7 +110,7 @@ def _decodes_with_a_cache(model: nn.Module, examples: list[Example]) -> bool:
 
 
 @torch.no_grad()
-def inspect_model(model: nn.Module) -> Reader:
+def inspect_model(model: PreTrainedModel) -> Reader:
     """Return the fastest way of reading a causal language model that agrees with its own forward pass.
 
     Raises:
@@ -144,7 +148,7 @@ def inspect_model(model: nn.Module) -> Reader:
 
 
 @torch.no_grad()
-def inspect_reward_model(model: nn.Module) -> Reader:
+def inspect_reward_model(model: PreTrainedModel) -> Reader:
     """The same for a sequence classifier with one label, against its own pooled score.
 
     Raises:
@@ -152,7 +156,8 @@ def inspect_reward_model(model: nn.Module) -> Reader:
     """
     model.eval()
     parameter = next(model.parameters())
-    examples = _probe_examples(min(model.get_input_embeddings().weight.shape[0], 512))
+    embedding = cast(nn.Embedding, model.get_input_embeddings())
+    examples = _probe_examples(min(embedding.weight.shape[0], 512))
     plain = []
     for example in examples:
         for completion in example.completions:
@@ -175,6 +180,6 @@ def inspect_reward_model(model: nn.Module) -> Reader:
     )
 
 
-def read_reward_model(model: nn.Module) -> RewardModel:
+def read_reward_model(model: PreTrainedModel) -> RewardModel:
     """Wrap a sequence classifier as a reward model."""
     return RewardModel(model, inspect_reward_model(model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from rlhf_pipeline.errors import DamagedFile, Fault
 from rlhf_pipeline.registry.digests import CARD, SNAPSHOTS, file_sha256, list_files
@@ -33,17 +34,17 @@ def _problems(resolved: Resolved, skip: tuple[str, ...] = ()) -> Iterator[Fault]
     if resolved.manifest is None or resolved.path is None:
         return
     try:
-        yield from _contradictions(resolved, skip)
+        yield from _contradictions(resolved, resolved.path, skip)
     except FileNotFoundError as error:  # by another process, while it was being read
         yield Fault(resolved.label, f"{error.filename} has just been removed", "", "look again")
 
 
-def _contradictions(resolved: Resolved, skip: tuple[str, ...]) -> Iterator[Fault]:
+def _contradictions(resolved: Resolved, folder: Path, skip: tuple[str, ...]) -> Iterator[Fault]:
     fix = _FIX
     if resolved.kind == "directory":
         fix = "restore it, or delete manifest.json to use the folder as a plain model of its own"
     ours = resolved.kind in ("registry", "data")  # a folder of the hub's cache is made of links
-    present = {path: file for path, file in list_files(resolved.path, links=ours).items() if not path.startswith(skip)}
+    present = {path: file for path, file in list_files(folder, links=ours).items() if not path.startswith(skip)}
     listed = {path: entry for path, entry in resolved.files.items() if not path.startswith(skip)}
     for path, entry in sorted(listed.items()):
         where = f"{resolved.label}: {path}"

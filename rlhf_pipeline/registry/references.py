@@ -13,7 +13,7 @@ from typing import Literal
 from rlhf_pipeline.config.names import NAME_PATTERN
 from rlhf_pipeline.errors import UnknownReference
 from rlhf_pipeline.registry.digests import FileEntry, files_digest, folder_files, snapshot_files
-from rlhf_pipeline.registry.manifest import Manifest, Parent
+from rlhf_pipeline.registry.manifest import Manifest, Parent, read_manifest
 
 NAME = re.compile(NAME_PATTERN.strip("^$"))
 _VERSION = re.compile(r"v([0-9]{1,15})")
@@ -102,6 +102,25 @@ class Resolved:
         """One line for the log: which reading of the reference was taken."""
         what = {"registry": "the registry's", "directory": "the folder", "hub": "the hub's"}
         return f"{self.text!r} is {what.get(self.kind, 'the data')} {self.label}"
+
+
+@dataclass(frozen=True)
+class Version(Resolved):
+    """A version that lies in a home, or a snapshot of it; its manifest is None where that cannot be read."""
+
+    kind: Literal["registry", "data"]
+    path: Path
+    name: str
+    version: int
+
+    @property
+    def intact_manifest(self) -> Manifest:
+        """The manifest.
+
+        Raises:
+            DamagedFile: it cannot be read.
+        """
+        return read_manifest(self.path) if self.manifest is None else self.manifest
 
 
 def parse_reference(text: str) -> Reference:

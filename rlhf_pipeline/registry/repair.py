@@ -16,7 +16,7 @@ from rlhf_pipeline.registry.card import model_card
 from rlhf_pipeline.registry.digests import CARD, MANIFEST, file_entry, list_files
 from rlhf_pipeline.registry.integrity import UNLISTED, problems
 from rlhf_pipeline.registry.manifest import read_manifest
-from rlhf_pipeline.registry.references import Resolved, parse_reference
+from rlhf_pipeline.registry.references import Resolved, Version, parse_reference
 from rlhf_pipeline.registry.shelf import ALIASES, REMOVED, Shelf
 
 if TYPE_CHECKING:
@@ -49,20 +49,21 @@ def faults_of(registry: Registry, reference: str | None) -> list[Fault]:
             found = _find(registry, reference)
         except DamagedFile as error:
             return [Fault("", str(error))]
-        whole = found.kind in ("registry", "data") and found.step is None
-        return version_faults(found) if whole else problems(found)
-    faults = []
+        if isinstance(found, Version) and found.step is None:
+            return version_faults(found)
+        return problems(found)
+    faults: list[Fault] = []
     for shelf in (registry.models, registry.data):
         for name in shelf.names():
             for item in shelf.versions(name):
-                found = version_faults(item)
-                if found and item.path.is_dir():  # it may have been removed meanwhile
-                    faults += found
+                wrong = version_faults(item)
+                if wrong and item.path.is_dir():  # it may have been removed meanwhile
+                    faults += wrong
             faults += _name_faults(shelf, name)
     return faults
 
 
-def version_faults(item: Resolved) -> list[Fault]:
+def version_faults(item: Version) -> list[Fault]:
     """Return what is wrong with the folder of one version: its manifest, its place, its files."""
     try:
         manifest = read_manifest(item.path)
@@ -86,10 +87,10 @@ def repair(registry: Registry, reference: str | None) -> list[Mended]:
     """
     if reference is not None:
         found = _find(registry, reference, damaged=True)
-        if found.kind not in ("registry", "data") or found.step is not None:
+        if not isinstance(found, Version) or found.step is not None:
             raise BadInput(f"{found.label}: --repair takes a version of this home: name, name@vN or name@alias")
         shelf = registry.data if found.kind == "data" else registry.models
-        return _repair_version(registry, shelf, found) if version_faults(found) else []
+        return list(_repair_version(registry, shelf, found)) if version_faults(found) else []
     done: list[Mended] = []
     for shelf in (registry.models, registry.data):
         for name in shelf.names():
@@ -121,7 +122,7 @@ def _find(registry: Registry, text: str, *, damaged: bool = False) -> Resolved:
     items = {item.version: item for item in shelf.versions(reference.name or "")}
     version = reference.version or max(items, default=0)
     if reference.alias is not None:
-        version = shelf.aliases(reference.name).get(reference.alias, 0)
+        version = shelf.aliases(reference.name or "").get(reference.alias, 0)
     if version not in items or reference.step is not None:
         raise UnknownReference(f"{text}: no version of this home that could be mended")
     return items[version]
@@ -184,7 +185,7 @@ def _named(registry: Registry, name: str) -> set[int]:
     return found
 
 
-def _repair_version(registry: Registry, shelf: Shelf, item: Resolved) -> Iterator[Mended]:
+def _repair_version(registry: Registry, shelf: Shelf, item: Version) -> Iterator[Mended]:
     name, version = item.name, item.version
     with storage.locked(shelf.base / name):
         if not item.path.is_dir() or not (faults := version_faults(item)):  # removed or mended meanwhile
@@ -213,7 +214,7 @@ def _repair_version(registry: Registry, shelf: Shelf, item: Resolved) -> Iterato
     yield Mended(name, f"is now {name}@v{left[-1]}" if left else "has no version left")
 
 
-def _light_repairs(home: Path, item: Resolved) -> Iterator[Mended]:
+def _light_repairs(home: Path, item: Version) -> Iterator[Mended]:
     """Mend what does not touch the model: files that are not of the version, and the model card."""
     try:
         manifest = read_manifest(item.path)
@@ -228,12 +229,12 @@ def _light_repairs(home: Path, item: Resolved) -> Iterator[Mended]:
         return
     text = model_card(manifest)
     before = card.is_symlink() or card.exists()
-    place = _put_aside(home, card, f"{item.name}-v{item.version}-{CARD}") if before else None
+    aside = _put_aside(home, card, f"{item.name}-v{item.version}-{CARD}") if before else None
     storage.replace_text(card, text)
     if file_entry(card) == entry:
         yield Mended(f"{item.label}: {CARD}", "written again", None)
-    if place:
-        yield Mended(f"{item.label}: {CARD}", "what was there is in quarantine", place)
+    if aside:
+        yield Mended(f"{item.label}: {CARD}", "what was there is in quarantine", aside)
 
 
 def _require_one_disk(home: Path, path: Path) -> None:

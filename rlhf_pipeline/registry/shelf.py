@@ -19,7 +19,7 @@ from rlhf_pipeline.registry.card import model_card
 from rlhf_pipeline.registry.digests import CARD, MANIFEST, file_entry, list_files
 from rlhf_pipeline.registry.manifest import Manifest, Parent, build_manifest, read_manifest
 from rlhf_pipeline.registry.provenance import code_state, environment
-from rlhf_pipeline.registry.references import NAME, Resolved
+from rlhf_pipeline.registry.references import NAME, Resolved, Version
 
 ALIASES = "aliases.json"
 REMOVED = "removed.json"
@@ -52,11 +52,11 @@ class Shelf:
         """Return where a version lies."""
         return self.base / name / f"v{version}"
 
-    def all(self) -> list[Resolved]:
+    def all(self) -> list[Version]:
         """Return every version by name and number; one without a readable manifest has None there."""
         return [item for name in self.names() for item in self.versions(name)]
 
-    def versions(self, name: str) -> list[Resolved]:
+    def versions(self, name: str) -> list[Version]:
         """Return every version of a name by number; one without a readable manifest has None there."""
         found = []
         for version in self.numbers(name):
@@ -65,10 +65,10 @@ class Shelf:
                 manifest = read_manifest(path)
             except DamagedFile:
                 manifest = None
-            found.append(Resolved(self.kind, f"{name}@v{version}", path, name, version, manifest=manifest))
+            found.append(Version(self.kind, f"{name}@v{version}", path, name, version, manifest=manifest))
         return found
 
-    def of_run(self, name: str, run: str) -> Resolved | None:
+    def of_run(self, name: str, run: str) -> Version | None:
         """Return the version of a name that a run has published, if it has."""
         own = [item for item in self.versions(name) if item.manifest is not None and item.manifest.run == run]
         return own[-1] if own else None
@@ -81,7 +81,7 @@ class Shelf:
         *,
         parents: Mapping[str, Resolved | Parent] | None = None,
         **fields: Any,
-    ) -> Resolved:
+    ) -> Version:
         """Let `write` fill a folder and publish it as the next version; nothing appears where it fails.
 
         Raises:
@@ -113,7 +113,7 @@ class Shelf:
                     storage.replace_text(staged / MANIFEST, manifest.to_json())
                     target = self.folder(name, version)
                     if storage.claim(staged, target):
-                        return Resolved(self.kind, manifest.label, target, name, version, manifest=manifest)
+                        return Version(self.kind, manifest.label, target, name, version, manifest=manifest)
 
     def aliases(self, name: str) -> dict[str, int]:
         """Return the aliases of a name with the version that each names.
@@ -145,7 +145,7 @@ class Shelf:
             storage.sync(changed)
         shutil.rmtree(hidden, ignore_errors=True)
 
-    def require(self, resolved: Resolved) -> None:
+    def require(self, resolved: Version) -> None:
         """Look under the lock of its name whether a version that was found before it is still there.
 
         Raises:

@@ -23,7 +23,7 @@ from rlhf_pipeline.registry.digests import (
 from rlhf_pipeline.registry.integrity import verify_files
 from rlhf_pipeline.registry.lineage import Node, lineage_of
 from rlhf_pipeline.registry.manifest import DATA_STAGE, MODEL_STAGES, plain, read_manifest, without_reach
-from rlhf_pipeline.registry.references import Reference, Resolved, is_version_word, parse_reference
+from rlhf_pipeline.registry.references import Reference, Resolved, Version, is_version_word, parse_reference
 from rlhf_pipeline.registry.repair import Mended, faults_of, in_quarantine, repair
 from rlhf_pipeline.registry.shelf import Shelf, check_name
 
@@ -41,7 +41,7 @@ class Registry:
         self.models = Shelf(self.home / "models", "registry")
         self.data = Shelf(self.home / "data", "data")
 
-    def publish(self, name: str, stage: str, write: Callable[[Path], None], **fields: Any) -> Resolved:
+    def publish(self, name: str, stage: str, write: Callable[[Path], None], **fields: Any) -> Version:
         """Publish a model as the next version of `name`: `write` saves its files into the folder it is given.
 
         Snapshots go into `snapshots/step-<n>/` of that folder. `fields` are the manifest's: config,
@@ -56,7 +56,7 @@ class Registry:
             raise ValueError(f"stage {stage!r}; expected one of {', '.join(MODEL_STAGES)}")
         return self.models.publish(name, stage, write, **fields)
 
-    def publish_data(self, name: str, rows: Iterable[Mapping[str, Any]], **fields: Any) -> Resolved:
+    def publish_data(self, name: str, rows: Iterable[Mapping[str, Any]], **fields: Any) -> Version:
         """Publish collected records as the next version of `name`; fields as for `publish`."""
 
         def write(folder: Path) -> None:
@@ -77,7 +77,7 @@ class Registry:
         """
         reference = parse_reference(str(text))
         if reference.name is not None and self.models.numbers(reference.name):
-            resolved = self._version(reference)
+            resolved: Resolved = self._version(reference, reference.name)
         elif os.path.isdir(folder := os.path.expanduser(reference.text)):
             resolved = _directory(reference, Path(folder))
         elif reference.hub_id is not None:
@@ -88,7 +88,7 @@ class Registry:
         log.info("%s", resolved.taken)
         return resolved
 
-    def resolve_data(self, text: str) -> Resolved:
+    def resolve_data(self, text: str) -> Version:
         """Return collected data by `NAME` (its latest version) or `NAME@vN`.
 
         Raises:
@@ -105,7 +105,7 @@ class Registry:
         if version not in numbers:
             raise UnknownReference(f"{name} (collected data) has no version v{version}; {_said(numbers)}")
         path = self.data.folder(name, version)
-        return Resolved("data", text, path, name, version, manifest=read_manifest(path))
+        return Version("data", text, path, name, version, manifest=read_manifest(path))
 
     def find(
         self,
@@ -114,7 +114,7 @@ class Registry:
         parents: Mapping[str, str | None],
         data: Iterable[str],
         name: str | None = None,
-    ) -> Resolved | None:
+    ) -> Version | None:
         """Return the latest version with this stage, config, parents' digests and data digests, if any."""
         wanted = (stage, config_digest, dict(parents), sorted(data))
         shelf = self.data if stage == DATA_STAGE else self.models
@@ -132,7 +132,7 @@ class Registry:
         """Return the tree of a model's parents by role, theirs, and the data of each."""
         return lineage_of(self, self._resolved(reference))
 
-    def alias(self, reference: str, alias: str) -> Resolved:
+    def alias(self, reference: str, alias: str) -> Version:
         """Let `name@alias` name a version of that name from now on; what it named before is replaced.
 
         Raises:
@@ -148,7 +148,7 @@ class Registry:
             self.models.set_aliases(resolved.name, {**aliases, alias: resolved.version})
         return resolved
 
-    def remove(self, reference: str, *, force: bool = False) -> Resolved:
+    def remove(self, reference: str, *, force: bool = False) -> Version:
         """Remove a version; its number is not used again.
 
         Raises:
@@ -180,7 +180,7 @@ class Registry:
             DamagedFile: a file is not what the manifest says.
         """
         resolved = self._resolved(reference)
-        if resolved.kind != "registry":
+        if not isinstance(resolved, Version) or resolved.kind != "registry":
             raise BadInput(f"{resolved.label} is not in the registry; only its models are exported")
         target = Path(target).expanduser().absolute()
         blocked = any(above.exists() and not above.is_dir() for above in target.parents)
@@ -192,7 +192,7 @@ class Registry:
             for path in files:
                 (staged / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(resolved.path / path, staged / path)
-            manifest = resolved.manifest.model_copy(update={"files": files})
+            manifest = resolved.intact_manifest.model_copy(update={"files": files})
             storage.replace_text(staged / MANIFEST, manifest.to_json())
             storage.sync_tree(staged)
             if not storage.claim(staged, target):
@@ -218,16 +218,16 @@ class Registry:
     def _resolved(self, reference: str | Resolved) -> Resolved:
         return reference if isinstance(reference, Resolved) else self.resolve(reference)
 
-    def _own(self, reference: str, purpose: str) -> Resolved:
+    def _own(self, reference: str, purpose: str) -> Version:
         resolved = self._resolved(reference)
-        if resolved.kind != "registry" or resolved.step is not None:
+        if not isinstance(resolved, Version) or resolved.kind != "registry" or resolved.step is not None:
             raise BadInput(f"{resolved.label}: {purpose} takes a version of the registry: name@vN")
         return resolved
 
-    def _version(self, reference: Reference) -> Resolved:
-        name, step = reference.name, reference.step
+    def _version(self, reference: Reference, name: str) -> Version:
+        step = reference.step
         for _ in range(LOOKUPS):
-            path = self.models.folder(name, version := self._number(reference))
+            path = self.models.folder(name, version := self._number(reference, name))
             try:
                 manifest = read_manifest(path)
                 break
@@ -242,10 +242,10 @@ class Registry:
                 found = f"{name}@v{version} has no snapshot of step {step}"
                 raise UnknownReference(f"{found}; {_steps(manifest.files)}")
             path = path / snapshot_folder(step)
-        return Resolved("registry", reference.text, path, name, version, step, manifest=manifest)
+        return Version("registry", reference.text, path, name, version, step, manifest=manifest)
 
-    def _number(self, reference: Reference) -> int:
-        name, alias, version = reference.name, reference.alias, reference.version
+    def _number(self, reference: Reference, name: str) -> int:
+        alias, version = reference.alias, reference.version
         # Aliases are read only where one may be meant: a damaged file of aliases stops nothing else. They are read
         # before the versions are counted: an alias may name one that has just appeared.
         if alias is not None:
@@ -253,7 +253,7 @@ class Registry:
         numbers = self.models.numbers(name)
         if alias is None and version is None and numbers:
             return numbers[-1]
-        if version in numbers:
+        if version is not None and version in numbers:
             return version
         if not numbers:
             raise self._unknown(reference)

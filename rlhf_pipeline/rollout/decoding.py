@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -149,9 +149,10 @@ def _prefill_flat(
     columns = torch.arange(attention.shape[1], device=device) - attention.shape[1]
     source = (ends[which][:, None] + columns).clamp_min(0).flatten()
     for roomy, layer in zip(cache.layers, plain.layers, strict=True):
-        spread = [
+        assert isinstance(roomy, RoomyLayer) and isinstance(layer, DynamicLayer)  # where `prefill` comes this way
+        keys, values = (
             states[0].index_select(1, source).unflatten(1, attention.shape).transpose(0, 1)
-            for states in (layer.keys, layer.values)
-        ]
-        roomy.update(*spread)
+            for states in (cast(Tensor, layer.keys), cast(Tensor, layer.values))
+        )
+        roomy.update(keys, values)
     return Prefilled(logits.index_select(0, which), cache, attention, positions)

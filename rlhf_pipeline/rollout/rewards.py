@@ -36,7 +36,10 @@ class BadScores(RunFailed):
 class RewardSource(Protocol):
     """Scores completions. `packed` holds the same examples, for sources that read tensors; it may be None."""
 
-    label: str
+    @property
+    def label(self) -> str:
+        """What it is called in logs and manifests."""
+        ...
 
     def score(self, examples: Sequence[Example], packed: PackedBatch | None = None) -> Tensor:
         """Scores (C,) in fp32, completions in the order of the examples."""

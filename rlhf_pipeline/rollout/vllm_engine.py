@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from rlhf_pipeline.errors import RunFailed
 from rlhf_pipeline.models.roles import ActorCritic, Policy
@@ -117,7 +116,7 @@ class VllmEngine:
     def load_weights(self, policy: Policy | ActorCritic) -> None:
         """Give the engine the weights that the policy has now."""
 
-        def load(model: nn.Module) -> None:
+        def load(model: Any) -> None:  # vllm's own form of the model
             model.load_weights(actor_weights(policy))
 
         with _failures("taking over the policy's weights", "use rollout_engine: native"), torch.no_grad():

@@ -28,12 +28,15 @@ from rlhf_pipeline.training.tracking import jsonable
 from rlhf_pipeline.training.windows import Window, example_windows, total_steps
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage command prints: the model (or data), where it is, its figures and its cost."""
+    """What a stage command prints: the model (or data), where it is, its figures and its cost.
+
+    stopped_by: a signal that came when all updates were done; it is not printed.
+    """
 
     stage: str
     model: str
@@ -41,9 +44,10 @@ class StageResult:
     run: str
     metrics: dict[str, Any]
     cost: dict[str, Any]
+    stopped_by: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return jsonable(asdict(self))
+        return jsonable({name: value for name, value in asdict(self).items() if name != "stopped_by"})
 
 
 def find_model(
@@ -111,7 +115,7 @@ def tokenizer_of(resolved: Resolved, trust_remote_code: bool = False) -> PreTrai
 
 def load_language_model(
     resolved: Resolved, config: Any, tokenizer: PreTrainedTokenizerBase, **options
-) -> torch.nn.Module:
+) -> PreTrainedModel:
     """Load a causal language model as a config asks for it."""
     return load_causal_lm(
         resolved.location,
@@ -135,7 +139,7 @@ def load_policy(
     **options,
 ) -> Policy:
     """Load a policy onto a device and find out how to read it; `frozen` takes its gradients away."""
-    model = load_language_model(resolved, config, tokenizer, **options).to(device)
+    model = _onto(device, load_language_model(resolved, config, tokenizer, **options))
     policy = Policy(model, inspect_model(model), temperature, entropy=not frozen)
     policy.train(not frozen)
     return policy.requires_grad_(False) if frozen else policy
@@ -149,8 +153,12 @@ def load_reward_model(resolved: Resolved, config: Any, device: torch.device) -> 
         attn_implementation=config.attn_implementation,
         revision=resolved.revision,
         trust_remote_code=config.trust_remote_code,
-    ).to(device)
-    return read_reward_model(model).eval().requires_grad_(False)
+    )
+    return read_reward_model(_onto(device, model)).eval().requires_grad_(False)
+
+
+def _onto(device: torch.device, model: PreTrainedModel) -> PreTrainedModel:
+    return model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides that it is a method
 
 
 def require_same_tokenizer(
@@ -211,7 +219,7 @@ def inputs_of(parents: Mapping[str, Resolved], reports: Sequence[SourceReport]) 
 
 def publish(
     run: Run,
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
     parents: Mapping[str, Resolved],
@@ -250,4 +258,5 @@ def publish(
     )
     run.finish(published.label)
     run.log.say(f"registered {published.label}")
-    return StageResult(run.stage, published.label, str(published.path), str(run.directory), metrics, cost)
+    path, directory = str(published.path), str(run.directory)
+    return StageResult(run.stage, published.label, path, directory, metrics, cost, run.stopped_by)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlhf_pipeline.algorithms.preference import OBJECTIVES, correct, smoothed_target
 from rlhf_pipeline.config.base import moves_optimum
+from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.models.loading import save_model
 from rlhf_pipeline.models.roles import Policy, assert_independent
 from rlhf_pipeline.stages.common import (
@@ -70,9 +71,11 @@ def dpo_step(
         rows = reference[micro_batch.indices].to(logprobs.device)
         ref_logprobs = rows[:, :2].reshape(-1) if compared is None else compared.gather(rows)
     else:
+        assert reference is not None  # without facts of a micro-batch's own there is always one
         with torch.no_grad():
             ref_logprobs = batch.per_completion(reference(batch).logprobs)
         meter.score(shape, batch)
+    target: Tensor | None
     if known is not None:
         target = known.target.to(logprobs)
     else:
@@ -154,7 +157,7 @@ def run_dpo(config: Any, home: Path, **options) -> StageResult:
             inputs=inputs_of(parents, pairs.reports),
             evaluate=pairs.evaluate,
             save=lambda directory: save_model(policy.model, tokenizer, directory),
-            decode=tokenizer.decode,
+            decode=functools.partial(text_of, tokenizer),
             known={"tokens": chosen_tokens(pairs, config)},
         )
         if config.engine == "trl":

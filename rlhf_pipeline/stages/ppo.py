@@ -10,6 +10,7 @@ import torch
 
 from rlhf_pipeline.algorithms.policy import clipped_policy_loss, clipped_value_loss
 from rlhf_pipeline.config.base import moves_optimum
+from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.errors import ConfigError, Fault
 from rlhf_pipeline.models.actor_critic import describe_critic, make_actor_critic
 from rlhf_pipeline.models.loading import save_model
@@ -28,7 +29,7 @@ from rlhf_pipeline.stages.common import (
 from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.stages.gate import repeat_gates
 from rlhf_pipeline.stages.judge import load_judge
-from rlhf_pipeline.stages.rewards import LoadedReward, load_reward, weighted
+from rlhf_pipeline.stages.rewards import LoadedModel, LoadedReward, load_reward, weighted
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.ppo_windows import PpoBatch, PpoSettings, RolloutCollector
 from rlhf_pipeline.training.precision import uses_bf16
@@ -192,7 +193,7 @@ def run_ppo(config: Any, home: Path, **options) -> StageResult:
         options_ = {"temperature": config.temperature}
         actor = load_policy(parent, config, tokenizer, run.device, **options_)
         reference = load_policy(parent, config, tokenizer, run.device, frozen=True, **options_)
-        models = [loaded for _, loaded in rewards if loaded.model is not None]
+        models = [loaded for _, loaded in rewards if isinstance(loaded, LoadedModel)]
         repeat_gates([loaded.resolved for loaded in models], run.log.say)
         model = make_actor_critic(
             actor.model,
@@ -270,7 +271,7 @@ def run_ppo(config: Any, home: Path, **options) -> StageResult:
             derive=derive,
             inputs=inputs_of(parents, reports),
             save=lambda directory: save_model(model.actor, tokenizer, directory),
-            decode=tokenizer.decode,
+            decode=functools.partial(text_of, tokenizer),
         )
         last = train(run, model, plan)
 

@@ -11,6 +11,7 @@ import torch
 
 from rlhf_pipeline.algorithms.preference import bradley_terry_loss, centering_loss, correct
 from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.evaluation.preferences import pair_differences
 from rlhf_pipeline.models.loading import init_reward_model, save_model, store_reward_shift
 from rlhf_pipeline.models.roles import RewardModel
@@ -183,7 +184,7 @@ def run_reward(config: Any, home: Path, **options) -> StageResult:
             inputs=inputs_of({"base": parent}, reports),
             evaluate=evaluate,
             save=lambda directory: save_model(network, tokenizer, directory),
-            decode=tokenizer.decode,
+            decode=functools.partial(text_of, tokenizer),
         )
         if config.engine == "trl":
             last = train_with_trl(run, plan, model=network, tokenizer=tokenizer, examples=examples, shape=shape)

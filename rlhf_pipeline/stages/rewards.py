@@ -38,6 +38,14 @@ class LoadedReward:
     model: RewardModel | None = None
 
 
+@dataclass(frozen=True)
+class LoadedModel(LoadedReward):
+    """A reward model as a source."""
+
+    resolved: Resolved
+    model: RewardModel
+
+
 def load_reward(
     registry: Registry,
     text: str,
@@ -64,7 +72,7 @@ def load_reward(
     resolved = find_model(registry, text, "reward_model")
     require_same_tokenizer(policy, resolved, tokenizer, config.trust_remote_code)
     model = load_reward_model(resolved, config, device)
-    return LoadedReward(ModelReward(resolved.label, model, tokenizer.pad_token_id, device), resolved, model)
+    return LoadedModel(ModelReward(resolved.label, model, tokenizer.pad_token_id, device), resolved, model)
 
 
 def weighted(parts: Sequence[tuple[float, LoadedReward]]) -> WeightedReward:

@@ -13,7 +13,7 @@ from rlhf_pipeline.algorithms.language_model import negative_log_likelihood
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.batch import Layout, pack
 from rlhf_pipeline.data.tokenize import Example, whole_sequence
-from rlhf_pipeline.data.tokenizers import train_byte_level_bpe
+from rlhf_pipeline.data.tokenizers import text_of, train_byte_level_bpe
 from rlhf_pipeline.models.loading import init_causal_lm, save_model
 from rlhf_pipeline.models.roles import Policy
 from rlhf_pipeline.models.selfcheck import inspect_model
@@ -147,7 +147,7 @@ def run_sft(config: Any, home: Path, **options) -> StageResult:
             inputs=inputs_of(parents, reports),
             evaluate=evaluate,
             save=lambda directory: save_model(policy.model, tokenizer, directory),
-            decode=tokenizer.decode,
+            decode=functools.partial(text_of, tokenizer),
         )
         if config.engine == "trl":
             last = train_with_trl(run, plan, model=policy.model, tokenizer=tokenizer, examples=examples, shape=shape)

@@ -18,7 +18,7 @@ import random
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -201,7 +201,8 @@ def newest_checkpoint(root: Path, warn=lambda text: None) -> Checkpoint | None:
 def random_states() -> dict[str, torch.Tensor]:
     """The states of all random-number generators, as tensors."""
     version, words, gauss = random.getstate()
-    _, numpy_words, position, has_gauss, cached = np.random.get_state()
+    legacy = cast("tuple[str, np.ndarray, int, int, float]", np.random.get_state())
+    _, numpy_words, position, has_gauss, cached = legacy
     states = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor([version, *words]),

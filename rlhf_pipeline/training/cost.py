@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ from torch import nn
 from rlhf_pipeline.data.batch import PackedBatch
 from rlhf_pipeline.models.forward import trunk_of
 from rlhf_pipeline.models.last_layer import skipping_modules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class ModelShape:
     passes: int = 3
 
     @staticmethod
-    def of(model: nn.Module, *, head: bool = True, checkpointed: bool = False) -> ModelShape:
+    def of(model: PreTrainedModel, *, head: bool = True, checkpointed: bool = False) -> ModelShape:
         """Read the shape off a transformers model (a sequence classifier or a bare trunk with head=False).
 
         checkpointed: whether it trains with `gradient_checkpointing`; its last layer then skips nothing.
@@ -50,7 +53,8 @@ class ModelShape:
         output = model.get_output_embeddings() if head and hasattr(model, "get_output_embeddings") else None
         skipped = sum(p.numel() for module in skipping_modules(trunk) for p in module.parameters() if p.ndim == 2)
         classifier = not head and (hasattr(model, "score") or hasattr(model, "classifier"))
-        pooled = "tokens" if getattr(trunk.config, "score_pooling", None) == "mean" else "last"
+        mean = getattr(trunk.config, "score_pooling", None) == "mean"
+        pooled: Literal["tokens", "last"] = "tokens" if mean else "last"
         return ModelShape(
             matmul,
             output.weight.numel() if output is not None else 0,

@@ -72,12 +72,12 @@ class History:
         metrics = {"step": step, **metrics}
         for name in self._first:
             read = [metrics.get(part) for part in name.split(" with ")]
-            if any(value is None or not math.isfinite(value) for value in read):
+            values = [value for value in read if value is not None and math.isfinite(value)]
+            if len(values) < len(read):
                 continue
-            value = read[0]
-            self._recent[name].append(value)
+            self._recent[name].append(values[0])
             if len(self._first[name]) < FIRST:
-                self._first[name].append(value)
+                self._first[name].append(values[0])
 
     def knows(self, name: str) -> bool:
         return bool(self._recent[name])
@@ -187,11 +187,11 @@ class Monitor:
         streak.seen, streak.absent, streak.until = streak.seen + 1, 0, step
         if lasting is not None or streak.seen < watch.patience:
             return None
-        texts = (watch.message, watch.knob)
+        message, knob = watch.message, watch.knob
         if watch.blanks is not None:
             known = watch.blanks(self.history, self.facts)
-            texts = tuple(text.format_map(known) for text in texts)
-        found = Finding(watch.cause, watch.figures[0], value, streak.since, None, *texts)
+            message, knob = message.format_map(known), knob.format_map(known)
+        found = Finding(watch.cause, watch.figures[0], value, streak.since, None, message, knob)
         self.findings.append(found)
         return found
 

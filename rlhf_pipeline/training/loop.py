@@ -89,7 +89,7 @@ def fit(
     memory, ranks = memory or Memory(), Ranks(accelerator, model)
     memory.repeats = ranks.alone
     sums, updates, steps = Sums(), start, 0
-    search = {"model": model, "step": step, "quiet": ranks.accumulating}
+    refused = partial(refuse, model=model, step=step, quiet=ranks.accumulating)
 
     def accumulate(window: Window, halvings: int) -> tuple[Sums, list[Seen]]:
         """Add up the gradients of a window, its micro-batches halved so often."""
@@ -110,7 +110,7 @@ def fit(
         attempt = partial(accumulate, window)
         found, seen = memory.repeat("training", attempt, partial(optimizer.zero_grad, set_to_none=True))
         if ranks.count > 1 and not bool(all_finite(figures(seen))):
-            raise refuse(updates + 1, seen, **search, counts=window.counts)
+            raise refused(updates + 1, seen, counts=window.counts)
         return found, seen
 
     for window in windows:
@@ -121,7 +121,7 @@ def fit(
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
         if not bool(all_finite([grad_norm, *figures(seen)])):
             optimizer.zero_grad(set_to_none=True)
-            failure = refuse(updates + 1, seen, **search, counts=window.counts, grad_norm=grad_norm)
+            failure = refused(updates + 1, seen, counts=window.counts, grad_norm=grad_norm)
             raise ranks.agreed(failure)
         sums.merge(found)
         optimizer.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter] | list[dict],
+    parameters: Iterable[nn.Parameter],
     *,
     learning_rate: float,
     betas: tuple[float, float] = (0.9, 0.999),
@@ -22,11 +23,15 @@ def make_optimizer(
     weight_decay: float = 0.0,
 ) -> AdamW:
     """AdamW, fused; weight decay spares vectors (norms, biases)."""
-    decayed, spared = [], []
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
     for parameter in parameters:
         if parameter.requires_grad:
             (decayed if parameter.ndim > 1 else spared).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": spared, "weight_decay": 0.0},
+    ]
     groups = [group for group in groups if group["params"]]
     return AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
 

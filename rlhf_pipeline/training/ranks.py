@@ -64,12 +64,13 @@ class Ranks:
         mine = [int(parameter.grad is not None) for parameter in trained]
         held = torch.tensor(mine, dtype=torch.int32, device=self.accelerator.device)
         dist.all_reduce(held, dist.ReduceOp.MAX)
-        gradients = []
+        gradients: list[Tensor] = []
         for parameter, some in zip(trained, held.tolist(), strict=True):
-            if some and parameter.grad is None:
+            if not some:
+                continue
+            if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            if some:
-                gradients.append(parameter.grad)
+            gradients.append(parameter.grad)
         begun: list[Callable[[], None]] = []
         for bucket in buckets(gradients):
             begun.append(_begin_sum(bucket))

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import torch
 import yaml
 
 from rlhf_pipeline.config.dump import config_digest, dump_yaml
-from rlhf_pipeline.errors import BadInput
+from rlhf_pipeline.errors import BadInput, Interrupted
 from rlhf_pipeline.registry.storage import replace_text
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.training.checkpoint import Checkpoint, clear_leftovers, newest_checkpoint, put_damaged_aside
@@ -55,6 +55,7 @@ class Run:
     checkpoint: Checkpoint | None
     meter: CostMeter = field(default_factory=CostMeter)
     stopped_by: int | None = None
+    phase: Literal["preparing", "updating", "ending"] = "preparing"
     memory: Memory = field(init=False)
 
     def __post_init__(self) -> None:
@@ -227,7 +228,11 @@ def run_is_empty(directory: Path) -> bool:
 
 @contextmanager
 def _signals(run: Run):
-    """SIGINT and SIGTERM let the current update finish; a second one ends the process at once."""
+    """SIGINT and SIGTERM let the current update finish; a second one ends the process at once.
+
+    Before the first update there is nothing to finish: the run ends there and then (of several processes, after it).
+    After the last update the model is evaluated and registered first.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -236,6 +241,13 @@ def _signals(run: Run):
         if run.stopped_by is not None:
             os._exit(128 + number)
         run.stopped_by = number
+        if run.phase == "preparing" and run.accelerator.num_processes == 1:
+            raise Interrupted(
+                f"stopped by signal {number} before an update; the same command begins here again", number
+            )
+        if run.phase == "ending":
+            run.log.say(f"signal {number}: all updates are done, registering the model (again to stop at once)")
+            return
         then = "writing a checkpoint" if getattr(run.config, "engine", "native") == "native" else "stopping"
         run.log.say(f"signal {number}: finishing this update, then {then} (again to stop at once)")
 

@@ -46,8 +46,8 @@ def run_directory(home: Path, name: str, digest: str, *, resume: bool) -> Path:
     base = home / "runs" / f"{name}-{digest[:10]}"
     numbers = [1] if base.exists() else []
     for path in base.parent.glob(f"{base.name}-*"):
-        number = path.name[len(base.name) + 1 :]
-        numbers += [int(number)] if number.isdecimal() and int(number) > 1 else []
+        ending = path.name[len(base.name) + 1 :]
+        numbers += [int(ending)] if ending.isdecimal() and int(ending) > 1 else []
 
     def place(number: int) -> Path:
         return base if number == 1 else base.with_name(f"{base.name}-{number}")

@@ -14,7 +14,7 @@ from torch import nn
 
 from rlhf_pipeline.errors import Interrupted, MismatchError, RunFailed
 from rlhf_pipeline.registry.storage import staging, sync, sync_tree
-from rlhf_pipeline.training.checkpoint import restore, save_checkpoint
+from rlhf_pipeline.training.checkpoint import Checkpoint, restore, save_checkpoint
 from rlhf_pipeline.training.cost import JUDGE
 from rlhf_pipeline.training.failure import Decode, told, write_failure
 from rlhf_pipeline.training.finite import NotFinite
@@ -83,13 +83,13 @@ def _agree_to_stop(run: Run) -> None:
         run.stopped_by = int(signals.max()) or None
 
 
-def _require_same_inputs(run: Run, inputs: Mapping[str, str | None]) -> None:
+def _require_same_inputs(run: Run, checkpoint: Checkpoint, inputs: Mapping[str, str | None]) -> None:
     """Refuse to go on from a checkpoint that other models or data have made.
 
     Raises:
         MismatchError: naming what differs.
     """
-    before = run.checkpoint.state["extra"].get("inputs", {})
+    before = checkpoint.state["extra"].get("inputs", {})
     changed = sorted(name for name in {*before, *inputs} if before.get(name) != inputs.get(name))
     if changed:
         listed = ", ".join(
@@ -156,7 +156,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
     last: Metrics = {}
     monitor = plan.monitor(run)
     if run.checkpoint is not None:
-        _require_same_inputs(run, inputs)
+        _require_same_inputs(run, run.checkpoint, inputs)
         extra = restore(run.checkpoint, model=model, optimizer=optimizer, scheduler=scheduler)
         start, last = run.checkpoint.step, extra["last"]
         _restore_meter(run, extra["cost"])
@@ -233,6 +233,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
             yield window
             taken += 1  # the loop comes back for the next window once it has stepped
 
+    run.phase = "updating"
     try:
         with run.meter.part("training"):
             fit(
@@ -253,6 +254,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
         if failed is error:
             raise
         raise failed from error
+    run.phase = "ending"
     run.meter.optimizer_steps = steps_before + taken
     for name, value in over_ranks().items():
         setattr(run.meter, name, value)

@@ -170,6 +170,8 @@ def example_windows(
         for group in micro_batches(chosen, micro_batch_size, micro_batch_tokens):
             grouped = [chosen[i] for i in group]
             numbers = [mine[i] for i in group]
-            known = {"compared": compare(grouped, device), "examples": grouped, "pack": packed}
-            batches.append(ExampleBatch(packed(grouped), numbers, weight, **known))
+            compared = compare(grouped, device)
+            batches.append(
+                ExampleBatch(packed(grouped), numbers, weight, compared=compared, examples=grouped, pack=packed)
+            )
         yield Window(batches, counts, epoch=(step + 1) / per_epoch)

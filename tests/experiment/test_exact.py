@@ -88,6 +88,19 @@ def test_training_losses_are_set_against_the_best_on_the_same_data(result, arms)
     assert named["excess"] == pytest.approx(short["excess"], abs=1e-9)
 
 
+def test_a_long_run_that_dpo_has_not_trained_is_refused(arms, tmp_path):
+    from rlhf_pipeline.registry.store import Registry
+
+    plain = Registry(arms.home).export("longer", tmp_path / "plain")
+    (plain / "manifest.json").unlink(missing_ok=True)
+    for long_run, label in (("ppo", "ppo@v1"), (str(plain), str(plain))):
+        with pytest.raises(ConfigError) as caught:
+            exact(arms, "dpo", **SHORT, long_run=long_run)
+        (fault,) = caught.value.faults
+        assert (fault.where, fault.found) == ("long_run", f"{label} does not say that `rlhf dpo` trained it")
+        assert fault.expected.startswith("a DPO model")
+
+
 def test_the_optimum_under_a_reward_model_is_that_of_its_scores(arms, result):
     """Scores and reference by the plain way, one response at a time."""
     from rlhf_pipeline.data import world

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
 
-from rlhf_pipeline.errors import ConfigError
+from rlhf_pipeline.errors import ConfigError, Interrupted
+from rlhf_pipeline.experiment import run as runner
 from rlhf_pipeline.experiment.run import run_experiment
 
 SHARED = {
@@ -153,3 +155,14 @@ def test_all_faults_come_at_once(lab, experiment):
 def test_seeds_of_the_experiment_are_those_of_its_stages(lab, experiment):
     run(lab, experiment(compare=False), "seeds=[5]")
     assert lab.registry.resolve("dpo").manifest.seed == 5
+
+
+def test_a_signal_when_a_stage_is_done_stops_before_the_next(lab, experiment, monkeypatch):
+    path, of = experiment(compare=False), runner.stage_function
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "stage_function", lambda name: lambda *a, **o: replace(of(name)(*a, **o), stopped_by=15))
+        with pytest.raises(Interrupted, match="signal 15 when start was done: 1 of 5 are done") as caught:
+            run(lab, path)
+    assert caught.value.exit_code == 143
+    assert lab.registry.models.names() == ["reward", "sft", "start"]
+    assert skipped(run(lab, path)) == {"start"}

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_pipeline.errors import UnknownReference
-from rlhf_pipeline.registry import Reference, Resolved, parse_reference
+from rlhf_pipeline.errors import DamagedFile, UnknownReference
+from rlhf_pipeline.registry import Reference, Resolved, Version, parse_reference
 
 
 @pytest.mark.parametrize(
@@ -40,11 +40,18 @@ def test_spaces_around_are_dropped_and_nothing_is_refused():
 
 def test_labels_and_locations():
     folder = Path("/x/models/sft/v2/snapshots/step-10")
-    snapshot = Resolved("registry", "sft@v2#10", folder, "sft", 2, 10)
+    snapshot = Version("registry", "sft@v2#10", folder, "sft", 2, 10)
     assert (snapshot.label, snapshot.location) == ("sft@v2#10", str(folder))
     hub = Resolved("hub", "org/name@main", None, "org/name", revision="main")
     assert (hub.label, hub.location, hub.digest) == ("org/name@main", "org/name", None)
     assert hub.taken == "'org/name@main' is the hub's org/name@main"
+
+
+def test_a_version_without_a_readable_manifest_says_so(tmp_path):
+    (tmp_path / "manifest.json").write_text("{")
+    version = Version("registry", "sft@v2", tmp_path, "sft", 2)
+    with pytest.raises(DamagedFile, match="not a valid manifest"):
+        _ = version.intact_manifest
 
 
 @pytest.mark.parametrize("text", ["~\ud800", "a\ud800b"])

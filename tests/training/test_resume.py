@@ -240,3 +240,40 @@ def test_an_unfinished_run_of_another_config_is_named_with_the_keys_that_differ(
     result = lab.run("sft", **SETTINGS, learning_rate=0.5)
     line = next(line for line in (Path(result.run) / "log.txt").read_text().splitlines() if "unfinished" in line)
     assert "learning_rate 0.01 there, 0.5 here" in line and "max_steps" not in line
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_an_update_ends_the_run_at_once(whole, lab, monkeypatch, begun, number):
+    stage, whole_lab, whole_result = whole
+    if begun:
+        with monkeypatch.context() as patch:
+            interrupt(patch, 3, terminate)
+            with pytest.raises(Interrupted):
+                lab.run(stage, **settings(stage))
+    with monkeypatch.context() as patch:
+        make = session.make_optimizer
+        patch.setattr(session, "make_optimizer", lambda *a, **o: (os.kill(os.getpid(), number), make(*a, **o))[1])
+        interrupt(patch, 4 if begun else 1, lambda: pytest.fail("an update was made"))
+        with pytest.raises(Interrupted, match=f"signal {int(number)} before an update") as caught:
+            lab.run(stage, **settings(stage))
+    assert caught.value.exit_code == 128 + number
+    assert_equal_runs(whole_lab, whole_result, lab, lab.run(stage, **settings(stage)))
+
+
+def test_a_signal_after_the_last_update_lets_the_model_be_registered(whole, lab, monkeypatch):
+    stage, whole_lab, whole_result = whole
+    fit = session.fit
+    with monkeypatch.context() as patch:
+
+        def ended(*args, **options):
+            fit(*args, **options)
+            session.tell_all = lambda *a: (terminate(), tell_all(*a))
+
+        tell_all = session.tell_all
+        patch.setattr(session, "tell_all", tell_all)  # put back at the end
+        patch.setattr(session, "fit", ended)
+        result = lab.run(stage, **settings(stage))
+    assert result.stopped_by == signal.SIGTERM and "stopped_by" not in result.as_dict()
+    assert "registering the model" in (Path(result.run) / "log.txt").read_text()
+    assert_equal_runs(whole_lab, whole_result, lab, result)

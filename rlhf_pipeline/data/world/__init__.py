@@ -59,7 +59,7 @@ def records(config: str | None = None) -> list[Record]:
     config = config or "demonstrations"
     if config not in CONFIGS:
         raise ConfigError(Fault(f"dataset_config: {config}", f"{NAME} has no such part", " or ".join(CONFIGS)))
-    rows = []
+    rows: list[Record] = []
     for (genre, aspect), split in SPLITS.items():
         text = prompt_text(genre, aspect)
         ids = tuple(encode(text))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rlhf_pipeline.data.world.vocabulary import EOS, PAD, TOKEN_ID
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -20,6 +20,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS, padding_side="left")
 
 
-def is_world_tokenizer(candidate: object) -> bool:
+def is_world_tokenizer(candidate: PreTrainedTokenizerBase) -> bool:
     """Whether a tokenizer has exactly this world's words, so that the true reward can judge its responses."""
     return candidate.get_vocab() == TOKEN_ID

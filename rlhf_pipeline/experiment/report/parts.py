@@ -114,7 +114,7 @@ def estimate(found: Reading | None, digits: int = 2) -> Markup:
     """A mean with its interval in smaller type."""
     if found is None:
         return h("span", NOTHING, class_="none")
-    if not found.has_interval:
+    if found.interval is None:
         return h("b", number(found.mean, digits))
     ends = f"[{number(found.low, digits)}, {number(found.high, digits)}]"
     return join([h("b", number(found.mean, digits)), " ", h("span", ends, class_="ci")])
@@ -131,8 +131,8 @@ def interval_bar(found: Reading | None, low: float, high: float, look: Look, zer
     parts = [h("path", d="M6 9H154", style="stroke:var(--grid);stroke-width:1")]
     if zero is not None and low <= zero <= high:
         parts.append(h("path", d=f"M{at(zero)} 1V17", style="stroke:var(--muted);stroke-width:1"))
-    if found.has_interval:
-        line = f"M{at(found.low)} 9H{at(found.high)}"
+    if found.interval is not None:
+        line = f"M{at(found.interval[0])} 9H{at(found.interval[1])}"
         parts.append(h("path", d=line, style=f"stroke:{look.css};stroke-width:2.4;stroke-linecap:round"))
     parts.append(h("circle", cx=at(found.mean), cy="9", r="4", style=f"fill:{look.css}"))
     return h("svg", *parts, class_="bar", viewBox="0 0 160 18", role="img", aria_label=found.text())
@@ -143,7 +143,7 @@ def span(found: Iterable[Reading | None], *also: float) -> tuple[float, float]:
     values = [*also]
     for item in found:
         if item is not None:
-            values += [item.mean] + ([item.low, item.high] if item.has_interval else [])
+            values += [item.mean, *(item.interval or ())]
     if not values:
         return 0.0, 0.0
     low, high = min(values), max(values)
@@ -171,7 +171,7 @@ def trail(axes: Any, line: Sequence[tuple[float, float]], look: Look) -> None:
 
 def error_bars(axes: Any, x: Reading, y: Reading, hue: str, *, alpha: float = 0.45) -> None:
     """The intervals of a point, thin, behind it."""
-    if y.has_interval:
-        axes.plot([x.mean, x.mean], [y.low, y.high], color=hue, lw=1.1, alpha=alpha, zorder=2, solid_capstyle="butt")
-    if x.has_interval:
-        axes.plot([x.low, x.high], [y.mean, y.mean], color=hue, lw=1.1, alpha=alpha, zorder=2, solid_capstyle="butt")
+    if y.interval is not None:
+        axes.plot([x.mean, x.mean], y.interval, color=hue, lw=1.1, alpha=alpha, zorder=2, solid_capstyle="butt")
+    if x.interval is not None:
+        axes.plot(x.interval, [y.mean, y.mean], color=hue, lw=1.1, alpha=alpha, zorder=2, solid_capstyle="butt")

@@ -17,6 +17,7 @@ from rlhf_pipeline.experiment.report.text import clean, short
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.typing import RcKeyType
 
 SVG = "http://www.w3.org/2000/svg"
 
@@ -24,7 +25,7 @@ SVG = "http://www.w3.org/2000/svg"
 _CODES = {name: f"#fe01{index:02x}" for index, name in enumerate(LIGHT)}
 _NAMES = {code: name for name, code in _CODES.items()}
 
-_SETTINGS: dict[str, Any] = {
+_SETTINGS: dict[RcKeyType, Any] = {
     "svg.fonttype": "none",  # text stays text: it can be selected, searched and read aloud
     "svg.hashsalt": "rlhf",
     "text.parse_math": False,  # a $ in a name is a $
@@ -230,7 +231,7 @@ def place_labels(
         text = clean(text)
         cx, cy = where((x, y))
         width = 6.6 * len(text)
-        free = []
+        free: list[tuple[bool, int, float, float, str, tuple[float, float, float, float]]] = []
         for dx, dy, align in _PLACES:
             left = cx + dx - {"left": 0.0, "center": width / 2, "right": width}[align]
             bottom = cy + dy - height / 2
@@ -241,7 +242,7 @@ def place_labels(
         if not free:
             continue
         _, _, dx, dy, align, box = min(free)
-        style = {"ha": align, "va": "center_baseline", "fontsize": 11, "color": colour(hue)}
+        style: dict[str, Any] = {"ha": align, "va": "center_baseline", "fontsize": 11, "color": colour(hue)}
         axes.annotate(text, (x, y), xytext=(dx, dy), textcoords="offset points", **style)
         taken.append(box)
 

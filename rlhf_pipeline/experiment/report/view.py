@@ -53,9 +53,9 @@ def tuples(value: Any, size: int) -> list[tuple[float, ...]]:
     """The entries of a list that begin with `size` finite numbers."""
     found = []
     for entry in listed(value):
-        numbers = tuple(finite(item) for item in listed(entry)[:size])
-        if len(numbers) == size and None not in numbers:
-            found.append(numbers)
+        known = tuple(value for item in listed(entry)[:size] if (value := finite(item)) is not None)
+        if len(known) == size:
+            found.append(known)
     return found
 
 
@@ -76,12 +76,13 @@ class Reading:
         return self.mean, self.low, self.high
 
     @property
-    def has_interval(self) -> bool:
-        return self.low is not None and self.high is not None
+    def interval(self) -> tuple[float, float] | None:
+        """Both ends, where they are known."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
 
     def text(self, digits: int = 2) -> str:
         """1.23 [1.10, 1.36]."""
-        if not self.has_interval:
+        if self.interval is None:
             return number(self.mean, digits)
         return f"{number(self.mean, digits)} [{number(self.low, digits)}, {number(self.high, digits)}]"
 
@@ -271,13 +272,13 @@ class View:
 
     def intervals(self) -> str:
         """How the intervals of the rows were made, in words."""
-        found = [self.figure(row, self.primary) for row in self.trained()]
-        found = [item for item in found if item is not None and item.has_interval and item.method]
-        if not found:
-            return "no intervals"
-        method = {"t": "Student t", "bootstrap": "bootstrap"}.get(found[0].method, found[0].method)
-        clusters = f" over {plural(found[0].clusters, 'prompt')}" if found[0].clusters else " over prompts"
-        return f"95 % intervals: {method}{clusters}"
+        for row in self.trained():
+            found = self.figure(row, self.primary)
+            if found is not None and found.interval is not None and found.method:
+                method = {"t": "Student t", "bootstrap": "bootstrap"}.get(found.method, found.method)
+                clusters = f" over {plural(found.clusters, 'prompt')}" if found.clusters else " over prompts"
+                return f"95 % intervals: {method}{clusters}"
+        return "no intervals"
 
     def basis(self) -> str:
         """What the figures are taken over: prompts, samples, seeds, intervals."""

@@ -122,7 +122,9 @@ def train_with_trl(
             optimizers=(optimizer, scheduler),
         )
         trainer.sampler, trainer.on_update = sampler, on_update
+        run.phase = "updating"
         trainer.train()
+        run.phase = "ending"
     tell_all(run.log, monitor.findings)
     plan.health = monitor.report()
     return last

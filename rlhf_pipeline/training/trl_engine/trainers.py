@@ -13,6 +13,8 @@ from rlhf_pipeline.training.precision import uses_bf16
 from rlhf_pipeline.training.trl_engine.order import WindowSampler
 
 if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
     from rlhf_pipeline.training.run import Run
 
 DPO_LOSSES = {"sigmoid": "sigmoid", "ipo_mean": "ipo"}
@@ -101,6 +103,8 @@ def make_trainer(
     from transformers import PrinterCallback
 
     config, common = run.config, common_arguments(run, total)
+    base: type[Trainer]
+    arguments: TrainingArguments
     if run.stage == "sft":
         # Without a coefficient TRL adds the load-balancing loss that a mixture-of-experts config names.
         base, arguments = trl.SFTTrainer, trl.SFTConfig(**common, router_aux_loss_coef=0.0)

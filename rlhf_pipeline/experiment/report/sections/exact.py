@@ -56,12 +56,12 @@ def _look(view: View, row: Row) -> Look:
 def _panels(view: View, points: Points, rows: list[Row]) -> Markup | None:
     made, csv, arms = [], [], set()
     for name, title in PANELS.items():
-        found = [
+        read = [
             (row, finite(row.get("beta")), _value(row, name)) for row in rows if view.arm_of_model(row.get("model"))
         ]
         found = [
             (row, beta, value)
-            for row, beta, value in found
+            for row, beta, value in read
             if beta and value is not None and row.get("model") != view.baseline
         ]
         if not found:
@@ -151,20 +151,19 @@ def _table(view: View, points: Points, rows: list[Row]) -> Markup:
 
 def _best_of_n(view: View) -> Markup | None:
     """Best-of-n of the reference without sampling: its KL is less than the bound where responses repeat."""
-    rows = [row for row in records(view.get("exact", "best_of_n")) if finite(row.get("n"))]
+    rows = [(n, row) for row in records(view.get("exact", "best_of_n")) if (n := finite(row.get("n")))]
     if not rows:
         return None
     look = view.look(BEST_OF_N)
     lines = []
-    for row in rows:
-        n = finite(row.get("n"))
+    for n, row in rows:
         bound = math.log(n) - (n - 1) / n
         name = named(look, f"best of {plain(n)}")
         lines.append([name, number(row.get("reward"), 3), number(row.get("kl"), 3), f"≤ {number(bound, 3)}"])
     columns = [Column("policy", False), Column("reward"), Column("KL"), Column("its bound")]
     caption = (
-        f"Exact best of n of the reference, chosen by {clean(rows[0].get('chosen_by') or 'the reward model')}, over "
-        f"{count(rows[0].get('prompts'))} prompts: not those of the sampled figures where these are more."
+        f"Exact best of n of the reference, chosen by {clean(rows[0][1].get('chosen_by') or 'the reward model')}, over "
+        f"{count(rows[0][1].get('prompts'))} prompts: not those of the sampled figures where these are more."
     )
     made = table(columns, [Group(lines)], label="Exact best of n", caption=caption)
     return join([h("h3", "Best of n, exactly"), made])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +45,7 @@ class Frontier:
     @property
     def right(self) -> float:
         """The largest KL of anything that was measured."""
-        known = [kl.high if kl.has_interval else kl.mean for arm in self.points.values() for _, kl, _ in arm]
+        known = [kl.mean if kl.interval is None else kl.interval[1] for arm in self.points.values() for _, kl, _ in arm]
         known += [kl.mean for arm in self.passed.values() for _, kl, _ in arm]
         known += [kl.mean for _, kl, _, _ in self.best] + [kl.mean for _, kl, _ in self.base]
         return max(known, default=0.0)
@@ -86,9 +86,16 @@ def _read(view: View) -> Frontier:
             found.best.append((finite(row.get("n")) or 0.0, kl, reward, measured is None))
     found.gibbs = _gibbs(view, figure)
     found.matched = finite(view.get("frontier", "matched_kl"))
-    ends = [finite(value) for value in listed(view.get("frontier", "common_range"))]
-    found.common = (ends[0], ends[1]) if len(ends) == 2 and None not in ends else None
+    found.common = _ends(view.get("frontier", "common_range"))
     return found
+
+
+def _ends(value: Any) -> tuple[float, float] | None:
+    """The two ends of a range; None where there are not two."""
+    ends = [finite(end) for end in listed(value)]
+    if len(ends) != 2 or ends[0] is None or ends[1] is None:
+        return None
+    return ends[0], ends[1]
 
 
 def _gibbs(view: View, figure: str) -> list[tuple[float, float]]:
@@ -210,8 +217,8 @@ def _paint(axes: Any, view: View, found: Frontier) -> Any:
         look = view.look(arm)
         hue = colour(look.hue)
         if found.band.get(arm):
-            kl, low, high = zip(*found.band[arm])
-            axes.fill_between(kl, low, high, color=hue, alpha=0.16, lw=0, zorder=1)
+            places, low, high = zip(*found.band[arm])
+            axes.fill_between(places, low, high, color=hue, alpha=0.16, lw=0, zorder=1)
             heights += [*low, *high]
         if found.envelope.get(arm):
             axes.plot(*zip(*found.envelope[arm]), color=hue, lw=2.2, zorder=3)
@@ -221,7 +228,7 @@ def _paint(axes: Any, view: View, found: Frontier) -> Any:
             spots += line
         for _, kl, reward in entries:
             error_bars(axes, kl, reward, hue)
-            heights += [reward.mean, *([reward.low, reward.high] if reward.has_interval else [])]
+            heights += [reward.mean, *(reward.interval or ())]
         x, y = [kl.mean for _, kl, _ in entries], [reward.mean for _, _, reward in entries]
         mark(axes, x, y, look, size=7)
         spots += list(zip(x, y))
@@ -247,10 +254,11 @@ def _paint(axes: Any, view: View, found: Frontier) -> Any:
     room = 0.07 * (max(heights) - min(heights) or 1.0)
     axes.set_xlim(-0.03 * right, right)
     axes.set_ylim(min(heights) - room, max(heights) + room)
-    lines = [pair for curve in (found.gibbs, *found.envelope.values()) for pair in curve if pair[0] <= right]
+    curves: list[Sequence[tuple[float, ...]]] = [found.gibbs, *found.envelope.values()]
+    lines = [(kl_at, height) for curve in curves for kl_at, height in curve if kl_at <= right]
     if found.matched is not None:
-        low, high = axes.get_ylim()
-        lines += [(found.matched, low + (high - low) * step / 60) for step in range(61)]
+        bottom, top = axes.get_ylim()
+        lines += [(found.matched, bottom + (top - bottom) * step / 60) for step in range(61)]
     return lambda done: place_labels(done, labels, spots, lines)
 
 

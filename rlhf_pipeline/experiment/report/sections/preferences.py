@@ -69,7 +69,8 @@ def _test(view: View) -> Markup | None:
     difference = reading(part(test, "difference"))
     if difference is None:
         return None
-    sure = difference.has_interval and (difference.low > 0 or difference.high < 0)
+    ends = difference.interval
+    sure = ends is not None and (ends[0] > 0 or ends[1] < 0)
     said = "the interval excludes a tie" if sure else "they cannot be told apart"
     text = (
         f"{clean(part(test, 'name') or 'difference')}: {difference.text(3)}, p {probability(part(test, 'p'))} "

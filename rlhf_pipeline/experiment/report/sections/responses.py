@@ -69,8 +69,8 @@ def _panels(view: View, points: Points, present: dict[str, str]) -> Markup | Non
     csv, made = [], []
     for number_of, (name, title) in enumerate(present.items()):
         get = _get(view, name)
-        found = [(row, view.figure(row, "kl"), get(row)) for row in view.trained()]
-        found = [(row, kl, value) for row, kl, value in found if kl is not None and value is not None]
+        read = [(row, view.figure(row, "kl"), get(row)) for row in view.trained()]
+        found = [(row, kl, value) for row, kl, value in read if kl is not None and value is not None]
         if len(found) < 2:
             continue
         csv += [

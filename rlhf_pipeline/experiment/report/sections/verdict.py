@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from rlhf_pipeline.experiment.report.markup import Column, Group, Markup, facts, h, join, table
 from rlhf_pipeline.experiment.report.parts import Section, arm_name, section
@@ -46,13 +46,13 @@ def headline(view: View) -> Markup | None:
 def overview(view: View) -> Markup | None:
     """The numbers that say what kind of comparison this is."""
     get = view.results.get
-    seeds = view.seeds()
+    seeds, longest = view.seeds(), get("response_length")
     pairs: list[tuple[str, Any]] = [
         ("prompts", f"{count(get('prompts'))} of {get('split') or 'the data'}" if get("prompts") else None),
         ("samples a prompt", count(get("samples")) if _whole(get("samples")) else None),
         ("seeds", words([str(seed) for seed in seeds]) if seeds else None),
         ("temperature", plain(get("temperature")) if get("temperature") is not None else None),
-        ("longest response", plural(int(get("response_length")), "token") if _whole(get("response_length")) else None),
+        ("longest response", plural(longest, "token") if _whole(longest) else None),
         ("primary figure", view.name_of() if view.rows else None),
         ("KL measured to", get("reference")),
         ("baseline", get("baseline")),
@@ -63,7 +63,7 @@ def overview(view: View) -> Markup | None:
     return facts(known) if known else None
 
 
-def _whole(value: Any) -> bool:
+def _whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -101,8 +101,8 @@ def fairness(view: View, points: Points) -> Section | None:
 
 
 def _tuning(view: View) -> Markup | None:
-    trials = {arm: entry.get("trials") for arm, entry in items(view.get("arms")) if isinstance(entry, dict)}
-    trials = {arm: number_of for arm, number_of in trials.items() if _whole(number_of)}
+    given = {arm: entry.get("trials") for arm, entry in items(view.get("arms")) if isinstance(entry, dict)}
+    trials = {arm: number_of for arm, number_of in given.items() if _whole(number_of)}
     if not trials:
         return None
     said = [join([arm_name(view, arm), f": {plural(number_of, 'trial')}"]) for arm, number_of in trials.items()]
