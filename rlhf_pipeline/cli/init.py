@@ -1,0 +1,68 @@
+"""`rlhf init`: an experiment's file for somebody's own pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf_pipeline.cli.libraries import load_libraries
+from rlhf_pipeline.cli.options import DebugOption, HomeOption, JsonOption, common_of
+from rlhf_pipeline.cli.output import emit_json, emit_lines
+from rlhf_pipeline.errors import BadInput
+
+
+def init(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Preference pairs or rankings.", show_default=False)],
+    model: Annotated[
+        str | None, typer.Option("--model", help="Model to start from (default: a small one from scratch).")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="File to write; it must not exist.")] = Path("experiment.yaml"),
+    seeds: Annotated[int, typer.Option("--seeds", help="How many.", min=1, max=100)] = 3,
+    home: HomeOption = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write an experiment for your own pairs: SFT, reward model, judge, PPO and DPO, with lengths from the data."""
+    common = common_of(context, home, json, debug=debug)
+    if out.exists():
+        raise BadInput(f"{out}: there is such a file; expected a new one: pass --out FILE")
+    if not out.parent.is_dir():
+        raise BadInput(f"{out}: there is no folder {out.parent}; expected one that exists")
+    load_libraries()
+    from rlhf_pipeline.config.experiment import load_experiment
+    from rlhf_pipeline.experiment.starter import plan_starter, render_starter
+    from rlhf_pipeline.registry import Registry
+
+    folder = out.parent.absolute()
+    plan = plan_starter(source, model=model, seeds=seeds, folder=folder, home=common.home_path)
+    try:
+        with out.open("x", encoding="utf-8") as file:
+            file.write(render_starter(plan))
+        load_experiment(out, known_models=Registry(common.home_path).models.names())
+    except BaseException:
+        out.unlink(missing_ok=True)
+        raise
+    if common.json:
+        lengths = {"max_prompt_length": plan.max_prompt_length, "response_length": plan.response_length}
+        emit_json(
+            {"path": str(out), "pairs": plan.pairs, "faulty_rows": plan.faulty, "splits": plan.splits, **lengths}
+            | {"warnings": plan.warnings}
+        )
+        return
+    splits = ", ".join(f"{name} {count:,}" for name, count in plan.splits.items())
+    emit_lines(
+        [
+            f"{out}: {plan.pairs:,} preferences ({splits})",
+            f"prompts of up to {plan.max_prompt_length} tokens, responses of up to {plan.response_length}",
+            *(f"note: {warning}" for warning in plan.warnings),
+            f"next: rlhf run {out} --dry-run",
+        ]
+    )
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("init")(init)
