@@ -54,7 +54,7 @@ def check(
     from rlhf_pipeline.data.check import describe
     from rlhf_pipeline.data.load import read_records
     from rlhf_pipeline.errors import BadInput
-    from rlhf_pipeline.experiment.data_quality import label_noise
+    from rlhf_pipeline.experiment.data_quality import findings, label_noise
 
     given = (max_prompt_length, response_length, max_length)
     limits = None if given == (None, None, None) else resolve_lengths(*given)
@@ -69,9 +69,11 @@ def check(
         reader = load_tokenizer(resolved.location, revision=resolved.revision)
     found = read_records(source, config=dataset_config, home=common.home_path, skip_bad_rows=True)
     result = describe(found, tokenizer=reader, limits=limits) | {"label_noise": label_noise(found.records)}
+    result["findings"] = findings(result)
     if common.json:
         emit_json(result)
     else:
+        emit_lines(result["findings"])
         emit_table(result["source"], ("what", "value"), flat_metrics(result))
         trip = result.get("round_trip", {"first": [], "different": 0, "white_space_only": 0})
         for lines, count in (

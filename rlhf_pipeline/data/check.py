@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_pipeline.data.blank import NO_LIMITS, blank_prompts
+from rlhf_pipeline.data.files import by_line
 from rlhf_pipeline.data.formats import count_reasons
 from rlhf_pipeline.data.kinds import as_kind
 from rlhf_pipeline.data.load import RecordSet, read_records, records_digest
-from rlhf_pipeline.data.overlap import EVALUATED, duplicates, leaks, shared_prompts
+from rlhf_pipeline.data.overlap import EVALUATED, duplicates, leaks, repeats, shared_prompts
 from rlhf_pipeline.data.records import Record, plain
 from rlhf_pipeline.data.render import render
 from rlhf_pipeline.data.splits import FRACTIONS, assign_splits, carries_splits
-from rlhf_pipeline.data.tokenize import BATCH, token_ids, tokenize
+from rlhf_pipeline.data.tokenize import BATCH, Counts, Example, token_ids, tokenize
 from rlhf_pipeline.data.tokenizers import text_of
 
 if TYPE_CHECKING:
@@ -61,17 +64,20 @@ def describe(
     limits: Lengths | None = None,
 ) -> dict[str, Any]:
     """Describe the records of a source that is read already; see `check_source`."""
+    digest = records_digest(found.records)  # as a stage that leaves bad rows out has it
+    tokenised = None if tokenizer is None else _tokenised(found, tokenizer, limits or NO_LIMITS)
+    found = _without_refused(found, tokenised)
     records = found.records
     splits = assign_splits(records, fractions, found.source)
     unit, lengths = _lengths(records, tokenizer)
     leaked = leaks(records, splits, "train", EVALUATED) if carries_splits(records, found.source) else []
     measured: dict[str, Any] = {} if tokenizer is None else {"round_trip": _round_trip(records, tokenizer)}
-    if tokenizer is not None and limits is not None:
-        measured["length_policy"] = _length_policy(found, tokenizer, limits)
+    if tokenised is not None and limits is not None:
+        measured["length_policy"] = _length_policy(*tokenised, limits)
     return {
         "source": found.source,
         "format": found.format,
-        "digest": records_digest(records),
+        "digest": digest,
         "rows": found.rows,
         "usable": len(records),
         "kinds": dict(Counter(record.kind for record in records)),
@@ -82,9 +88,12 @@ def describe(
         "ties": _ties(found),
         "duplicate_prompts": len(records) - len({record.prompt_key for record in records}),
         **duplicates(records),
+        "duplicate_list": repeats(records, SHOWN_FAULTS),
         "not_ended": sum(not flag for record in records for flag in record.ended),
         "splits_from": "source" if carries_splits(records, found.source) else "prompt hash",
         "splits": dict(Counter(splits)),
+        "split_prompts": dict(Counter(split for _, split in {(r.prompt_key, s) for r, s in zip(records, splits)})),
+        "unread_column": found.unread,
         "prompt_overlap": shared_prompts(records, splits),
         "similar_prompt_overlap": shared_prompts(records, splits, near=True),
         "leaked_rows": len(leaked),
@@ -205,9 +214,21 @@ def _texts_of(record: Record) -> Iterator[tuple[str, str]]:
             yield from ((f"{name}, message {i}", message["content"]) for i, message in enumerate(part, 1))
 
 
-def _length_policy(found: RecordSet, tokenizer: PreTrainedTokenizerBase, limits: Lengths) -> dict[str, Any]:
+def _tokenised(found: RecordSet, tokenizer: PreTrainedTokenizerBase, limits: Lengths) -> tuple[list[Example], Counts]:
+    return tokenize(found.records, tokenizer, limits, source_tokenizer_digest=found.tokenizer_digest)
+
+
+def _without_refused(found: RecordSet, tokenised: tuple[list[Example], Counts] | None) -> RecordSet:
+    """Take out the rows that reading lets pass and a stage refuses: as the tokenizer says, or with an empty prompt."""
+    blank = blank_prompts(found.records, source_tokenizer_digest=found.tokenizer_digest)
+    faults = blank if tokenised is None else tokenised[1].faults
+    out = {item.fault.where for item in faults}
+    records = [record for record in found.records if record.where not in out]
+    return replace(found, records=records, faults=by_line([*found.faults, *faults]))
+
+
+def _length_policy(examples: list[Example], counts: Counts, limits: Lengths) -> dict[str, Any]:
     """What `tokenize` would leave out or cut at these limits, by reason, and the examples that are left."""
-    examples, counts = tokenize(found.records, tokenizer, limits, source_tokenizer_digest=found.tokenizer_digest)
     return {
         "max_prompt_length": limits.prompt,
         "response_length": limits.response,

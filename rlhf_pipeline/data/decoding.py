@@ -60,7 +60,7 @@ def bad_json(error: Exception, text: str = "") -> BadJsonError:
     if isinstance(error, json.JSONDecodeError):
         if "\0" in text:
             return BadJsonError("bad_json", f"a NUL byte at column {text.index(chr(0)) + 1}")
-        return BadJsonError("bad_json", f"{error.msg} at column {error.colno}")
+        return BadJsonError("bad_json", f"{_syntax(error)} at column {error.colno}")
     return BadJsonError("bad_json", "a number of too many digits", "a number")
 
 
@@ -90,7 +90,7 @@ def elements(text: str, name: str) -> Iterator[tuple[int, Any]]:
             raise json.JSONDecodeError("more text after the array", text, position)
     except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", None) or text.count("\n", 0, position) + 1
-        found = getattr(error, "msg", None) or bad_json(error).found
+        found = _syntax(error) if isinstance(error, json.JSONDecodeError) else bad_json(error).found
         raise DataError(Fault(f"{name}:{line}", f"bad_json: {found}", "an array of objects")) from error
 
 
@@ -133,6 +133,11 @@ def lone_surrogate(text: str, start: int) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte that is not UTF-8
         return f"is not UTF-8 at character {start + 1} (byte 0x{code - 0xDC00:02x})"
     return f"is not UTF-8 at character {start + 1} (U+{code:04X}, half of a surrogate pair)"
+
+
+def _syntax(error: json.JSONDecodeError) -> str:
+    """What the library says of bad syntax; some of its messages end in "at", for a place to follow."""
+    return error.msg.removesuffix(" at")
 
 
 def _short(key: str) -> str:

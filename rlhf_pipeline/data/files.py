@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ CSV_LISTS = ("completions", "ranks", "scores", "messages", "conversations")
 CSV_FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 Rows = list[tuple[str, dict[str, Any]]]
+_PLACE = re.compile(r"(.*):([0-9]+)(?: \(row ([0-9]+)\))?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,18 @@ class RowFault:
 def row_fault(where: str, reason: str, found: str, expected: str = "", fix: str = "") -> RowFault:
     """Return a row fault whose text begins with its reason."""
     return RowFault(reason, Fault(where, f"{reason}: {found}", expected, fix))
+
+
+def by_line(faults: Sequence[RowFault]) -> list[RowFault]:
+    """Return faults in the order of their rows; several files or splits follow one another as they first come."""
+    first: dict[str, int] = {}
+
+    def place(item: RowFault) -> tuple[int, int, int]:
+        match = _PLACE.fullmatch(item.fault.where)
+        name, line, row = match.groups() if match else (item.fault.where, "0", None)
+        return first.setdefault(name, len(first)), int(line), int(row or 0)
+
+    return sorted(faults, key=place)
 
 
 def read_file(path: Path, name: str | None = None) -> tuple[Rows, list[RowFault]]:

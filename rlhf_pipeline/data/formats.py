@@ -47,6 +47,7 @@ class Parsed:
     records: list[Record]
     faults: list[RowFault] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)  # rows that are not wrong but say nothing
+    unread: str | None = None  # of implicit prompts: a column that looks like the prompt
 
 
 def count_reasons(faults: list[RowFault]) -> dict[str, int]:
@@ -65,6 +66,8 @@ def parse(rows: list[tuple[str, dict[str, Any]]], name: str) -> Parsed:
         raise DataError(Fault(name, "no rows", "at least one"))
     layout, label = detect(rows, name)
     parsed = Parsed(label, [])
+    if layout is preferences.implicit:
+        parsed.unread = preferences.unread_prompt(dict.fromkeys(column for _, values in rows for column in values))
     for where, values in rows:
         row = Row(where, values)
         record = layout(row)

@@ -9,8 +9,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_pipeline.data.blank import blank_prompts
 from rlhf_pipeline.data.columns import IDENTICAL
-from rlhf_pipeline.data.files import RowFault
+from rlhf_pipeline.data.files import RowFault, by_line
 from rlhf_pipeline.data.formats import count_reasons, is_identical, parse
 from rlhf_pipeline.data.kinds import as_kind, tied_rows
 from rlhf_pipeline.data.records import Record
@@ -36,6 +37,7 @@ class RecordSet:
     faults: list[RowFault] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)  # rows that are not wrong but say nothing
     tokenizer_digest: str | None = None
+    unread: str | None = None  # of implicit prompts: a column that looks like the prompt
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,15 @@ def read_records(
     home: Path | None = None,
     base_dir: Path | None = None,
     skip_bad_rows: bool = False,
+    kind: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> RecordSet:
     """Read a source and turn its rows into records.
 
     Args:
         source, config, split, home, base_dir: as for `read_source`.
         skip_bad_rows: leave out and count rows with faults instead of refusing the source.
+        kind, tokenizer: of the stage, where known: its empty prompts are named with the other faults.
 
     Raises:
         DataError: rows have faults (all of them are listed), or none is left.
@@ -107,19 +112,17 @@ def read_records(
         if faults and not read.rows:
             raise DataError([Fault(read.name, "no row can be read"), *(item.fault for item in faults)])
         parsed = parse(read.rows, read.name)
-        faults += parsed.faults
+        faults = by_line([*faults, *parsed.faults])
         found = RecordSet(read.name, parsed.format, rows, parsed.records, faults, parsed.skipped, read.tokenizer_digest)
+        found.unread = parsed.unread
     if not skip_bad_rows:
-        refuse_faults(found.faults, found.source, found.rows)
+        blank = [] if tokenizer is None else _blank(found, kind, tokenizer)
+        refuse_faults([*found.faults, *blank], found.source, found.rows)
     if not found.records:
         reasons = {**count_reasons(found.faults), **found.skipped}
         raise DataError(
             [
-                Fault(
-                    found.source,
-                    f"no rows left of {found.rows} ({_list(reasons)})",
-                    "at least one usable row",
-                ),
+                Fault(found.source, f"no rows left of {found.rows} ({_list(reasons)})", "at least one usable row"),
                 *(item.fault for item in found.faults),
             ]
         )
@@ -132,15 +135,20 @@ def refuse_faults(faults: Sequence[RowFault], source: str, rows: int) -> None:
     Raises:
         DataError: there are faults.
     """
+    faults = by_line(list(dict.fromkeys(faults)))
     if faults:
         wrong = len({item.fault.where for item in faults})
         summary = Fault(
             source,
-            f"{wrong} of {rows} rows cannot be used ({_list(count_reasons(list(faults)))})",
+            f"{wrong} of {rows} rows cannot be used ({_list(count_reasons(faults))})",
             "",
             "mend them, or set `skip_bad_rows: true` to leave them out",
         )
         raise DataError([summary, *(item.fault for item in faults)])
+
+
+def _blank(found: RecordSet, kind: str | None, tokenizer: PreTrainedTokenizerBase) -> list[RowFault]:
+    return blank_prompts(found.records, tokenizer, kind=kind, source_tokenizer_digest=found.tokenizer_digest)
 
 
 def load_examples(
@@ -173,7 +181,8 @@ def load_examples(
     Raises:
         DataError: rows have faults, the split is not there, its records do not suit, or none is left.
     """
-    found = read_records(source, config=config, home=home, base_dir=base_dir, skip_bad_rows=skip_bad_rows)
+    stage: dict[str, Any] = {"skip_bad_rows": skip_bad_rows, "kind": kind, "tokenizer": tokenizer}
+    found = read_records(source, config=config, home=home, base_dir=base_dir, **stage)
     return examples_of(
         found if prepare is None else prepare(found),
         kind=kind,
@@ -205,8 +214,8 @@ def examples_of(
     records, left_out = as_kind(in_it, kind, found.source)
     records = lowest_hashes(records, max_samples)
     examples, counts = tokenize(records, tokenizer, lengths, source_tokenizer_digest=found.tokenizer_digest)
-    if not skip_bad_rows:
-        refuse_faults(counts.faults, found.source, len(records))
+    if not skip_bad_rows:  # nor does a row pass whose prompt happens to hash into a split that nobody reads
+        refuse_faults([*counts.faults, *_blank(found, kind, tokenizer)], found.source, found.rows)
     dropped = Counter(count_reasons(found.faults)) + found.skipped + left_out + counts.dropped
     dropped += Counter(count_reasons([*tied, *counts.faults]))
     if not examples:

@@ -118,6 +118,21 @@ def duplicates(records: Sequence[Record]) -> dict[str, int]:
     return {"duplicate_rows": len(records) - exact, "similar_rows": max(0, exact - near)}
 
 
+def repeats(records: Sequence[Record], most: int) -> list[str]:
+    """Name the first rows that repeat an earlier one exactly, each with that row; at most `most`."""
+    first: dict[str, str] = {}
+    found: list[str] = []
+    for record in records:
+        if len(found) == most:
+            break
+        content = record.canonical()
+        if content in first:
+            found.append(f"{record.where} as {first[content]}")
+        else:
+            first[content] = record.where
+    return found
+
+
 def shared_prompts(records: Sequence[Record], splits: Sequence[str], *, near: bool = False) -> dict[str, int]:
     """Count the prompts that two splits share, by `a/b`; with `near` but for case and punctuation."""
     of: dict[str, set[str]] = {}

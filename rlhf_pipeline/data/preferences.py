@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from rlhf_pipeline.data.columns import IDENTICAL, Row, alike
 from rlhf_pipeline.data.records import Record, Text
+from rlhf_pipeline.errors import did_you_mean
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 STRAY_HUMAN = re.compile(r"(?<!\n\n)\bHuman:")
+PROMPT_NAMES = ("question", "instruction", "query", "input", "context")
+"""What data of others call the prompt."""
 
 
 def is_transcript(value: Any) -> bool:
@@ -42,6 +46,14 @@ def implicit(row: Row) -> Record | None:
     return _common(row, chosen, rejected)
 
 
+def unread_prompt(columns: Iterable[str]) -> str | None:
+    """The column that looks like a prompt under another name, and is not read."""
+    there = {str(column).lower(): column for column in columns}
+    near = [name for name in PROMPT_NAMES if name in there]
+    near += [name for name in there if did_you_mean(name, ["prompt"]) and not name.startswith("prompt_")]
+    return there[near[0]] if near else None
+
+
 def _common(row: Row, chosen: Text, rejected: Text) -> Record | None:
     if chosen == rejected:
         row.fault(IDENTICAL, "'chosen' equals 'rejected'", "two different responses", "drop the row")
@@ -54,7 +66,9 @@ def _common(row: Row, chosen: Text, rejected: Text) -> Record | None:
     else:
         cut = min(shared, len(chosen) - 1, len(rejected) - 1)
     if not cut or (isinstance(chosen, str) and not chosen[:cut].strip()):
-        row.fault("prompts_differ", "'chosen' and 'rejected' have no common beginning", "one prompt for both")
+        unread = None if row.has("prompt") else unread_prompt(filter(row.has, row.values))
+        fix = "" if unread is None else f"the column {unread!r} is not read; did you mean prompt?"
+        row.fault("prompts_differ", "'chosen' and 'rejected' have no common beginning", "one prompt for both", fix)
         return None
     return _finish_pair(row, chosen[:cut], chosen[cut:], rejected[cut:])
 

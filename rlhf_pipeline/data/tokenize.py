@@ -39,6 +39,7 @@ class Example:
     prompt_text: str = ""
     completion_texts: tuple[str, ...] = ()
     ranks: tuple[int, ...] | None = None  # of a ranking, rising; equal ones are tied. None: best first, without ties
+    prompt_truncated: bool = False
 
     def untied(self) -> list[tuple[int, int]]:
         """Pairs (i, j) of completions of which i is preferred to j; of a pair (0, 1), of a single completion none."""
@@ -217,7 +218,8 @@ def _fit(encoded: _Encoded, tokenizer: PreTrainedTokenizerBase, lengths: Lengths
     if shortened:
         counts.truncated["ranking_shortened"] += 1
     prompt = prompt or [bos]
-    if len(prompt) > lengths.prompt:
+    truncated = len(prompt) > lengths.prompt
+    if truncated:
         counts.truncated["prompt_truncated"] += 1
         keeps_bos = prompt[0] == bos and lengths.prompt > 1  # models that begin with BOS need it there
         prompt = [bos, *prompt[1 - lengths.prompt :]] if keeps_bos else prompt[-lengths.prompt :]
@@ -231,6 +233,7 @@ def _fit(encoded: _Encoded, tokenizer: PreTrainedTokenizerBase, lengths: Lengths
         encoded.prompt_text,
         texts,
         ranks,
+        truncated,
     )
 
 

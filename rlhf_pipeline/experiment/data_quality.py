@@ -1,20 +1,127 @@
-"""How far simple rules predict the labels of preference pairs, and what that says about their noise."""
+"""What is to be said of a source in words; how far simple rules predict its labels, and so how noisy they can be."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
 from rlhf_pipeline.data.kinds import as_kind
 from rlhf_pipeline.data.load import lowest_hashes
-from rlhf_pipeline.data.overlap import loose_key
+from rlhf_pipeline.data.overlap import EVALUATED, loose_key
 from rlhf_pipeline.data.records import Record, plain
+from rlhf_pipeline.data.splits import SPLITS
 from rlhf_pipeline.evaluation.preferences import accuracy, longer_wins, tfidf_bradley_terry
 
 FOLDS = 5
 PAIRS = 5000
 """Most pairs that are looked at, by hash order: five fits of TF-IDF take seconds then."""
+
+SHORTCUT = 0.65
+"""Share of the labels from which a rule that knows nothing of quality is worth a sentence."""
+FEW_PAIRS = 20
+"""Below so many pairs the interval of a rule is no measure of anything."""
+FEW_JUDGE_PAIRS = 200
+"""Rule of thumb: a reward model trained on fewer pairs seldom beats length and TF-IDF."""
+FEW_TEST_PROMPTS = 100
+"""Below so many prompts the 95 % interval of a win rate is wider than .1 to either side."""
+NAMED = 3
+
+
+def findings(found: Mapping[str, Any]) -> list[str]:
+    """Say in plain sentences what the figures of a source mean for training on it, the gravest first.
+
+    A win rate over n prompts has a standard error of about .5 / sqrt(n): a coin's, sqrt(p (1 - p) / n) at p = 1/2.
+
+    Args:
+        found: what `data.check.describe` returns, with `label_noise`.
+    """
+    return [*_stops(found), *_rules(found.get("label_noise")), *_repeated(found), *_sizes(found)]
+
+
+def _stops(found: Mapping[str, Any]) -> Iterator[str]:
+    if found["faulty_rows"]:
+        yield (
+            f"{found['faulty_rows']} of {found['rows']} rows stop a stage ({_counts(found['faults'])}): mend them, or "
+            "leave them out with `skip_bad_rows: true`"
+        )
+    if found["unread_column"] is not None:
+        yield (
+            f"the column {found['unread_column']!r} is not read; did you mean prompt? As it is, the prompt is what "
+            "'chosen' and 'rejected' begin with alike"
+        )
+    if found["leaked_rows"]:
+        yield (
+            f"leakage: {found['leaked_rows']} rows of evaluation splits are in 'train' as well "
+            f"({_counts(found['leaks'])}): a stage refuses them"
+        )
+    similar = found["similar_prompt_overlap"]
+    shared = {name: similar.get("/".join(sorted((name, "train"))), 0) for name in EVALUATED}
+    if any(shared.values()) and not found["leaked_rows"]:
+        yield f"leakage: 'train' has prompts of evaluation splits, but for case and punctuation ({_counts(shared)})"
+
+
+def _rules(noise: Mapping[str, Any] | None) -> Iterator[str]:
+    if noise is None:
+        return
+    if noise["contradicted"]:
+        yield f"{noise['contradicted']} pairs have their opposite labelled too"
+    if noise["pairs"] < FEW_PAIRS:
+        return
+    longer, words = noise["longer_wins"], noise["tfidf"]
+    share = max(longer["accuracy"], 1 - longer["accuracy"])
+    if share >= SHORTCUT and not longer["accuracy_low"] <= 0.5 <= longer["accuracy_high"]:
+        side = "longer" if longer["accuracy"] > 0.5 else "shorter"
+        yield (
+            f"length alone predicts {share:.0%} of the labels (the {side} response is preferred): a model can learn "
+            "length in the place of quality; read the length-controlled win rates of `rlhf compare`"
+        )
+    if words["accuracy"] >= SHORTCUT and words["accuracy_low"] > 0.5:
+        yield (
+            f"words alone (TF-IDF, on prompts that it has not seen) predict {words['accuracy']:.0%} of the labels: a "
+            "reward model has to beat that to pass its gate"
+        )
+
+
+def _repeated(found: Mapping[str, Any]) -> Iterator[str]:
+    if count := found["duplicate_rows"]:
+        first = found["duplicate_list"][:NAMED]
+        more = ", ..." if count > len(first) else ""
+        yield f"{count} of {found['usable']} rows repeat an earlier one exactly: {', '.join(first)}{more}"
+
+
+def _sizes(found: Mapping[str, Any]) -> Iterator[str]:
+    splits, hashed = found["splits"], found["splits_from"] != "source"
+    if not splits:
+        return
+    names = [*(name for name in SPLITS if hashed or name in splits), *sorted(set(splits) - set(SPLITS))]
+    origin = "by the hash of the prompt, default `split_fractions`" if hashed else "as the source has them"
+    yield f"rows of the splits: {', '.join(f'{name} {splits.get(name, 0)}' for name in names)} ({origin})"
+    judged = splits.get("judge", 0)
+    if set(found["kinds"]) <= {"pair", "ranking"} and judged < FEW_JUDGE_PAIRS and (hashed or judged):
+        what = "pairs" if "pair" in found["kinds"] else "rankings"
+        fix = "raise split_fractions.judge" if hashed else "give it more rows"
+        yield (
+            f"judge split: {judged} {what}; a judge trained on so few can hardly pass its gate: {fix}"
+            if judged
+            else f"judge split: no {what}; no judge can be trained on it: {fix}"
+        )
+    prompts = found["split_prompts"].get("test", 0)
+    if "text" in found["kinds"] or prompts >= FEW_TEST_PROMPTS or not (hashed or prompts):
+        return
+    fix = "raise split_fractions.test" if hashed else "give it more prompts"
+    if not prompts:
+        yield f"test split: no prompts; nothing can be compared on it: {fix}"
+        return
+    error = 0.5 / prompts**0.5
+    yield (
+        f"test split: {prompts} prompts; a win rate on so few has a standard error of about .5/sqrt({prompts}) = "
+        f"{error:.2f} and a 95 % interval of ±{1.96 * error:.2f}: {fix}"
+    )
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items() if count)
 
 
 def label_noise(records: Sequence[Record]) -> dict[str, Any] | None:

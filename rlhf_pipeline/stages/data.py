@@ -72,15 +72,38 @@ class StageData:
         self.config, self.home, self.say = config, home, say
         self._read: RecordSet | None = None
 
-    def _records(self, kind: str) -> RecordSet:
+    def _records(self, kind: str, tokenizer: PreTrainedTokenizerBase | None = None) -> RecordSet:
         if self._read is None:
             part = part_of(self.config.dataset_name, self.config.dataset_config, kind)
             with collector_at_rest():
                 found = read_records(
-                    self.config.dataset_name, config=part, home=self.home, skip_bad_rows=self.config.skip_bad_rows
+                    self.config.dataset_name,
+                    config=part,
+                    home=self.home,
+                    skip_bad_rows=self.config.skip_bad_rows,
+                    kind=kind,
+                    tokenizer=tokenizer,
                 )
                 self._read = kept_apart(self.config, found)
         return self._read
+
+    def sources(self, kind: str) -> list[RecordSet]:
+        """The records of each source, whole.
+
+        Raises:
+            DataError, UnknownReference: one cannot be read.
+        """
+        if not self.config.datasets:
+            return [self._records(kind)]
+        return [
+            read_records(
+                entry.dataset_name,
+                config=entry.dataset_config,
+                home=self.home,
+                skip_bad_rows=self.config.skip_bad_rows,
+            )
+            for entry in self.config.datasets
+        ]
 
     def split(
         self,
@@ -114,7 +137,7 @@ class StageData:
                         entries, home=self.home, prepare=partial(kept_apart, config), **options
                     )
                 else:
-                    loaded = examples_of(self._records(kind), **options)
+                    loaded = examples_of(self._records(kind, tokenizer), **options)
         except DataError as error:
             if required:
                 raise
@@ -127,21 +150,8 @@ class StageData:
     def texts(self, split: str) -> list[str]:
         """All texts of a split, for training a tokenizer."""
         config = self.config
-        sets = (
-            [self._records("text")]
-            if not config.datasets
-            else [
-                read_records(
-                    entry.dataset_name,
-                    config=entry.dataset_config,
-                    home=self.home,
-                    skip_bad_rows=config.skip_bad_rows,
-                )
-                for entry in config.datasets
-            ]
-        )
         texts: list[str] = []
-        for found in sets:
+        for found in self.sources("text"):
             for record in in_split(found.records, split, config.split_fractions, found.source):
                 pieces = [*([record.prompt] if record.prompt is not None else []), *record.completions]
                 texts.extend(plain(piece) for piece in pieces)

@@ -99,3 +99,37 @@ def test_rows_that_training_has_seen_are_listed(jsonl):
     assert "rows.jsonl:2" in found["leak_list"][0] and "rows.jsonl:1" in found["leak_list"][0]
     assert (found["duplicate_rows"], found["similar_rows"]) == (0, 0)
     assert found["similar_prompt_overlap"] == {"test/train": 1}
+
+
+def test_rows_that_a_stage_would_refuse_are_faults(jsonl, letters):
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    source = jsonl(good, {**good, "prompt": ""}, "{", {**good, "prompt": " \n"})
+    found = check_source(source)
+    assert (found["faulty_rows"], found["usable"]) == (3, 1)
+    assert found["faults"] == {"bad_json": 1, "empty_prompt": 2}
+    assert [line.split(": ")[0][-2:] for line in found["fault_list"]] == [":2", ":3", ":4"]
+    # The tokenizer has a token for a line break, and a stage takes it; with a BOS token it takes the empty prompt too.
+    assert check_source(source, tokenizer=letters)["faults"] == {"bad_json": 1, "empty_prompt": 1}
+    letters.bos_token = "d"
+    assert check_source(source, tokenizer=letters)["faults"] == {"bad_json": 1}
+
+
+def test_an_empty_prompt_is_none_where_no_prompt_is_read(jsonl):
+    assert check_source(jsonl({"text": "a", "prompt": ""}))["faults"] == {}
+    row = {"instruction": "", "input": " ", "output": "b"}
+    assert check_source(jsonl(row))["faults"] == {}  # the template of the prompt is left
+
+
+def test_text_without_a_token_is_a_fault_with_the_tokenizer(jsonl):
+    from rlhf_pipeline.data.world import tokenizer
+
+    found = check_source(jsonl({"prompt": "plot"}, {"prompt": "xylophone"}), tokenizer=tokenizer())
+    assert (found["faults"], found["usable"]) == ({"unknown_token": 1}, 1)
+
+
+def test_rows_that_repeat_earlier_ones_are_named(jsonl):
+    rows = [{"prompt": prompt} for prompt in ("a", "b", "a", "a")]
+    found = check_source(jsonl(*rows))
+    named = [[part[-1] for part in line.split(" as ")] for line in found["duplicate_list"]]
+    assert (found["duplicate_rows"], named) == (2, [["3", "1"], ["4", "1"]])
+    assert sum(found["split_prompts"].values()) == 2

@@ -230,3 +230,23 @@ def test_faults_never_show_the_text_of_a_row():
     secret = "swordfish"
     rows = [{"prompt": secret, "chosen": secret, "rejected": secret}, {"prompt": [secret], "chosen": 1}, GOOD]
     assert all(secret not in str(item.fault) for item in understand(*rows).faults)
+
+
+@pytest.mark.parametrize(
+    "column", ["question", "Question", "instruction", "query", "input", "context", "promt", "prompts"]
+)
+def test_a_prompt_under_another_name_is_named(column):
+    parsed = understand(
+        {column: "q", "chosen": "Paris", "rejected": "Rome"}, {column: "q", "chosen": "a b", "rejected": "a c"}
+    )
+    (fault,) = parsed.faults
+    assert fault.reason == "prompts_differ"
+    assert f"the column {column!r} is not read; did you mean prompt?" in str(fault.fault)
+    assert parsed.unread == column
+
+
+def test_columns_that_are_no_prompt_are_not_suggested():
+    row = {"chosen": "Paris", "rejected": "Rome", "prompt_id": "7", "source": "x", "score_chosen": 1}
+    parsed = understand(row, {**row, "question": None})
+    assert "is not read" not in str(parsed.faults[0].fault) + str(parsed.faults[1].fault)
+    assert understand({"prompt": "p", "question": "q", "chosen": "a", "rejected": "b"}).unread is None

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlhf_pipeline.data.load import load_examples, load_mixture, read_records
+from rlhf_pipeline.data.load import examples_of, load_examples, load_mixture, read_records
+from rlhf_pipeline.data.splits import split_of
 from rlhf_pipeline.errors import DataError
 
 LENGTHS = SimpleNamespace(prompt=8, response=4, total=12)
@@ -134,3 +135,26 @@ def test_the_hh_file_is_loaded_and_tokenised(hh_file):
             assert (example.prompt_ids + completion)[-len(completion) - 1 :] == tail[-len(completion) - 1 :]
     prompts = examples_of(found, kind="prompt", **options)
     assert (prompts.report.kept, prompts.report.dropped["duplicate_prompt"]) == (2257, 2)
+
+
+def test_an_empty_prompt_is_refused_in_whichever_split_it_falls(jsonl, letters):
+    # GOOD is in train, "" in another split by its hash: train has no fault of its own.
+    source = jsonl(GOOD, {**GOOD, "prompt": ""}, {**GOOD, "prompt": " "}, {**GOOD, "prompt": ""})
+    assert all(split_of(prompt) != "train" for prompt in ("", " "))
+    for kind in ("pair", "demonstration", "prompt"):
+        with pytest.raises(DataError, match=r"3 of 4 rows cannot be used \(empty_prompt 3\)") as caught:
+            load(source, letters, kind=kind, split="train")
+        assert [fault.where[-2:] for fault in caught.value.faults[1:]] == [":2", ":3", ":4"]
+        with pytest.raises(DataError, match="empty_prompt 3"):
+            examples_of(read_records(source), kind=kind, split="train", tokenizer=letters, lengths=LENGTHS)
+    assert load(source, letters, split="train", skip_bad_rows=True).report.kept == 1
+    assert load(source, letters, kind="text", split="train").report.kept == 1  # a text needs no prompt
+    letters.bos_token = "d"
+    assert load(source, letters, split="train").report.kept == 1
+
+
+def test_faults_are_in_the_order_of_their_lines_and_empty_prompts_among_them(jsonl, letters):
+    source = jsonl({**GOOD, "chosen": None}, {**GOOD, "prompt": ""}, "{", {**GOOD, "rejected": ""}, "}", GOOD)
+    with pytest.raises(DataError) as caught:
+        load(source, letters, split="train")
+    assert [fault.where[-2:] for fault in caught.value.faults[1:]] == [":1", ":2", ":3", ":4", ":5"]

@@ -6,6 +6,7 @@ from hashlib import sha256
 
 import pytest
 
+from rlhf_pipeline.data.files import by_line, row_fault
 from rlhf_pipeline.data.sources import local_path, read_source
 from rlhf_pipeline.errors import DamagedFile, DataError, UnknownReference
 
@@ -259,3 +260,17 @@ def test_rows_of_an_array_on_one_line_have_places_of_their_own(tmp_path):
     source = read_source(str(tmp_path / "rows.json"))
     assert places(source) == ["rows.json:1", "rows.json:1 (row 2)", "rows.json:2"]
     assert source.faults[0].fault.where.endswith("rows.json:1 (row 3)")
+
+
+def test_the_end_of_a_message_of_json_is_not_doubled(jsonl, tmp_path):
+    found = read_source(jsonl('{"prompt": "the plot', '{"prompt": "a"}'))
+    assert "Unterminated string starting at column 12" in str(found.faults[0].fault)
+    with pytest.raises(DataError, match="Unterminated string starting; expected"):
+        (tmp_path / "rows.json").write_text('[{"prompt": "the plot')
+        read_source(str(tmp_path / "rows.json"))
+
+
+def test_faults_stand_in_the_order_of_their_lines():
+    places = ["a:201", "a:11", "b[x]:3", "a:51 (row 12)", "a:51 (row 2)", "b[y]:1", "b[x]:2", "a"]
+    ordered = [item.fault.where for item in by_line([row_fault(place, "null", "") for place in places])]
+    assert ordered == ["a", "a:11", "a:51 (row 2)", "a:51 (row 12)", "a:201", "b[x]:2", "b[x]:3", "b[y]:1"]

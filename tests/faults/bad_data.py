@@ -37,7 +37,8 @@ class Bad:
 
     def missing(self, folder: Path, said: str) -> str:
         """What is not said of it as it should be: no line with its place, or that line without the words."""
-        count = ("rows cannot be used", "no rows left")  # lines that count the faults of a whole file
+        # Lines that count the faults of a whole file, or say of it what is no fault.
+        count = ("rows cannot be used", "no rows left", "repeat an earlier one")
         named = [
             line
             for line in said.splitlines()
@@ -79,6 +80,8 @@ ROW_FAULTS = [
     _row("empty list", {**PAIR, "rejected": []}, "wrong_type", "an empty list"),
     _row("empty response", {**PAIR, "chosen": ""}, "empty_completion", "'chosen'"),
     _row("response of white space", {**PAIR, "rejected": " \t\n"}, "empty_completion", "'rejected'"),
+    _row("empty prompt", {**PAIR, "prompt": ""}, "empty_prompt", "is empty"),
+    _row("prompt of white space", {**PAIR, "prompt": " \n"}, "empty_prompt", "white space"),
     _row("identical sides", {**PAIR, "rejected": "great"}, "identical_pair"),
     _row("probability above 1", {**PAIR, "label_probability": 1.5}, "wrong_type", "label_probability", "0 to 1"),
     _row("probability as text", {**PAIR, "label_probability": "high"}, "wrong_type", "label_probability"),
