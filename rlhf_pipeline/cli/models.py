@@ -59,7 +59,8 @@ def list_models(
         )
         for entry in entries
     ]
-    emit_table(str(common.home_path), ("model", "stage", "aliases", "from", "created", "digest"), rows)
+    columns = ("model", "stage", "aliases", "from", "created", "digest")
+    emit_table(str(common.home_path), columns, rows, folds=("aliases", "from"))
 
 
 @app.command("show")

@@ -7,9 +7,13 @@ import math
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_pipeline.errors import UNSEEN, visible
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 
 def emit_json(value: Any) -> None:
@@ -26,7 +30,7 @@ def emit_json(value: Any) -> None:
     sys.stdout.write(UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
 
 
-def printer():
+def printer() -> Console:
     """A rich console on stdout, wide enough for tables where there is no terminal."""
     from rich.console import Console
 
@@ -34,18 +38,99 @@ def printer():
     return Console(width=width, highlight=False)
 
 
-def emit_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; the first column is left-aligned, the rest right-aligned."""
+NARROWEST = 20
+"""Columns that the values of a table of keys and values have at least; with less they stand below their keys."""
+
+
+def emit_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, folds: Sequence[str] = ()) -> None:
+    """Print a table; the first column is left-aligned, the rest right-aligned, and nothing is cut.
+
+    Where it is wider than the terminal: of a table of keys and values the values fold; columns named in `folds` fold
+    between words; any other table is turned, as many rows beside each other as fit.
+    """
+    names, cells = [visible(name) for name in columns], [[visible(cell) for cell in row] for row in rows]
+    console, text = printer(), visible(title)
+    widths = _widths([names, *cells])
+    least = list(widths)
+    for place, column in enumerate(zip(names, *cells, strict=True)):
+        if names[place] in folds:
+            least[place] = max(cell_width(word) for cell in column for word in cell.split())
+    if _total(widths) <= console.width:
+        console.print(_table(text, names, cells))
+    elif len(names) == 2:
+        _print_pairs(console, text, names, cells)
+    elif any(name in folds for name in names) and _total(least) <= console.width:
+        console.print(_table(text, names, cells, folds=folds))
+    else:
+        _print_turned(console, text, names, cells)
+
+
+def cell_width(text: str) -> int:
+    """Columns that a text takes in a terminal."""
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    """The width of each column of a table, heads included."""
+    return [max(map(cell_width, column)) for column in zip(*rows, strict=True)]
+
+
+def _total(widths: Sequence[int]) -> int:
+    """The width of a table of such columns: each has a space on both sides, and a border follows and begins."""
+    return sum(widths) + 3 * len(widths) + 1
+
+
+def _table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]], *, folds: Sequence[str] = ()) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(visible(title)), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
+    table = Table(title=Text(title) if title else None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for number, name in enumerate(names):
+        justify: Any = "left" if number == 0 or name in folds else "right"
+        table.add_column(Text(name), justify=justify, no_wrap=name not in folds, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(visible(cell)) for cell in row))
-    printer().print(table)
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _print_pairs(console: Console, title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Keys and values: long values fold beside their keys, or below them where there is no room."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    longest = max(cell_width(row[0]) for row in [names, *rows])
+    if _total([longest, NARROWEST]) <= console.width:
+        console.print(_table(title, names, rows, folds=names[1:]))
+        return
+    console.print(Text(title, style="bold"))
+    for key, value in rows:
+        console.print(Text(key))
+        console.print(Padding(Text(value), (0, 0, 0, 2)))
+    console.print()
+
+
+def _print_turned(console: Console, title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """What were columns as rows, and what were rows as columns: as many in one table as fit."""
+    from rich.text import Text
+
+    groups: list[list[Sequence[str]]] = []
+    for row in rows:
+        if groups and _total(_widths(list(zip(names, *groups[-1], row, strict=True)))) <= console.width:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    for number, group in enumerate(groups):
+        heads, *turned = zip(names, *group, strict=True)
+        above = title if number == 0 else ""
+        if _total(_widths([heads, *turned])) <= console.width:
+            console.print(_table(above, heads, turned))
+            continue
+        if above:
+            console.print(Text(above, style="bold"))
+        _print_pairs(console, group[0][0], (names[0], ""), list(zip(names[1:], group[0][1:], strict=True)))
 
 
 def emit_lines(lines: Sequence[str]) -> None:

@@ -36,7 +36,7 @@ from rlhf_pipeline.experiment.subjects import (
 )
 from rlhf_pipeline.experiment.verdict import verdict
 from rlhf_pipeline.registry.references import Resolved
-from rlhf_pipeline.registry.storage import replace_text
+from rlhf_pipeline.registry.storage import replace_text, staging
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.rewards import names_a_model
 from rlhf_pipeline.stages.common import find_model
@@ -127,9 +127,8 @@ def _find_points(
         points = [point for arm in arms for point in arm]
     else:
         named = {}
-    found = {
-        point.model: find_policies(registry, [point.model], say)[0] for point in points if point.model not in named
-    }
+    others = dict.fromkeys(point.model for point in points if point.model not in named)
+    found = {text: find_policies(registry, [text], say)[0] for text in others}
     return [(point, (named | found)[point.model]) for point in points]
 
 
@@ -150,11 +149,15 @@ def run_compare(
 
     Raises:
         MismatchError: the arms differ in more than the way they were trained, and `allow_mismatch` is not set.
+        RunFailed: nothing can be written into the home; found before anything is sampled.
     """
 
+    said: set[str] = set()  # one reference is looked up for several parts: once is enough
+
     def say(text: str) -> None:
-        if not quiet:
+        if not quiet and text not in said:
             console.print(text, markup=False)
+        said.add(text)
 
     # 1. Models, and whether they can be compared; prompts, reference, scorers: the same for all.
     registry = Registry(home)
@@ -183,6 +186,9 @@ def run_compare(
     if not asked_for and (trained_on := reward_model_of(registry, models)):
         config = config.model_copy(update={"reward_model": trained_on})
     options: dict[str, Any] = {"reference": reference, "samples": config.samples, "seed": config.seed, "say": say}
+    report = home / "reports" / config.name
+    with staging(report if report.is_dir() else report.parent, config.name):
+        pass  # a place that cannot be written is found before hours of sampling, not after them
     # The first arm that knows its data: those of the baseline, their SFT model, may be of another kind.
     example = next((model for _, model in finals if knows_data(model)), models[0])
     bench = set_up(registry, config, example, device, **options)
@@ -239,6 +245,7 @@ def run_compare(
         "rows": [*rows, *best, *passed],
         "exact": exact,
         "preferences": preference_quality(bench, config, finals),
+        "data_changed": bench.data_changed,
     }
     shown = demonstrations_of(bench, reference, config.split)
     results["demonstrations"] = None if shown is None else describe(shown)
@@ -250,7 +257,7 @@ def run_compare(
         "lineage": lineage(registry, models),
         "configs": configs(models),
     }
-    return _write(results, home / "reports" / config.name)
+    return _write(results, report)
 
 
 def _write(results: dict[str, Any], directory: Path) -> dict[str, Any]:

@@ -38,6 +38,7 @@ def demonstrations_of(bench: Bench, sft: Resolved | None, split: str) -> Samples
     limit = bench.plan.response_length
     if each < 1:
         return None
+    bench.compare_data(sft, data.sources("demonstration"))
     examples = []
     for prompt in bench.plan.prompts:
         chosen = by_prompt[prompt.prompt_key][:each]

@@ -157,4 +157,5 @@ def estimate_experiment(path: Path, overrides: list[str], home: Path) -> dict[st
         "done": finished,
         "to_run": len(nodes) - finished,
         "stages": {node.label: f"{node.spec.stage}: {state}" for node, state in zip(nodes, states, strict=True)},
+        "notes": list(experiment.notes),
     }

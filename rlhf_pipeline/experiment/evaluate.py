@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from rlhf_pipeline.errors import ConfigError, Fault
 from rlhf_pipeline.evaluation.sampled import Samples, add_kl, draw
 from rlhf_pipeline.experiment.best_of import best_of_n_rows
 from rlhf_pipeline.experiment.subjects import Bench, add_rewards, reference_of, reward_model_of, set_up
+from rlhf_pipeline.experiment.trained_on import changes_of, owned_by
 from rlhf_pipeline.models.roles import Policy
 from rlhf_pipeline.registry.integrity import verify_files
 from rlhf_pipeline.registry.references import Resolved
@@ -67,6 +69,7 @@ def run_evaluate(reference_text: str, config: Any, home: Path, *, quiet: bool = 
         "prompts": len(bench.plan.prompts),
         "samples": bench.plan.samples,
         "data": bench.data,
+        "data_changed": bench.data_changed,
         "metrics": samples.table(),
         "best_of_n": best_of_n_rows(bench, samples, resolved.label, config.best_of),
     }
@@ -81,9 +84,13 @@ def _evaluate_reward_model(
     trained = {k: v for k, v in resolved.manifest.config.items() if v is not None}
     if config.prompts:
         trained |= {"dataset_name": config.prompts, "dataset_config": config.dataset_config}
-    training = load_config("train-rm", None, extra=trained).config
+    with nullcontext() if config.prompts else owned_by(resolved, trained):
+        training = load_config("train-rm", None, extra=trained).config
     tokenizer = tokenizer_of(resolved, config.trust_remote_code)
     data, kind = StageData(training, registry.home, say), preference_kind(training)
+    changed = [] if config.prompts else changes_of(resolved, data.sources(kind))
+    for change in changed:
+        say(f"note: {change['text']}")
     train, _ = data.split(kind, training.dataset_train_split, tokenizer, required=False)
     held_out, reports = data.split(kind, config.split, tokenizer)
     model = load_reward_model(resolved, config, device)
@@ -100,5 +107,6 @@ def _evaluate_reward_model(
         "stage": "reward",
         "reward_shift": model.reward_shift,
         "data": [report.to_dict() for report in reports],
+        "data_changed": changed,
         "metrics": metrics,
     }

@@ -247,7 +247,8 @@ def run_exact(references: list[str], config: Any, home: Path, *, quiet: bool = F
         few=config.reward_model_prompts,
     )
     excess = excess_training_losses(bench, models, long_run) if config.training_loss else None
-    return jsonable({"split": config.split, **exact_figures(judge, models, excess)})
+    figures = exact_figures(judge, models, excess)
+    return jsonable({"split": config.split, "data_changed": bench.data_changed, **figures})
 
 
 def _find(registry: Registry, text: str, say: Any) -> Resolved:

@@ -20,14 +20,26 @@ def run_generate(reference_text: str, config: Any, home: Path, *, texts: Sequenc
     """Responses of a policy to typed prompts, or to those of a source."""
     registry = Registry(home)
     device = make_accelerator(config).device
-    resolved = find_model(registry, reference_text, "policy", say=lambda line: console.print(line, markup=False))
+
+    def say(text: str) -> None:
+        console.print(text, markup=False)
+
+    resolved = find_model(registry, reference_text, "policy", say=say)
     options = {"samples": config.samples, "seed": config.seed, "say": lambda _: None, "texts": texts}
     bench = set_up(registry, config, resolved, device, reference=None, **options)
+    for change in bench.data_changed:
+        say(f"note: {change['text']}")
     samples = draw(bench.policy(resolved), bench.plan)
     judge = bench.scorer or (WorldReward() if bench.knows_truth and config.reward_model else None)
     if judge is not None:
         add_score(samples, judge, "score", batch_size=bench.plan.batch_size)
     scores = iter(samples.values["score"].tolist()) if judge is not None else None
+    if cut := [example for example in samples.examples if example.prompt_truncated]:
+        first, more = cut[0], f" and {len(cut) - 1} more" if len(cut) > 1 else ""
+        say(
+            f"note: {first.where}{more}: longer than max_prompt_length {len(first.prompt_ids)}, cut on the left; the "
+            f"model has read {text_of(bench.tokenizer, first.prompt_ids)!r}"
+        )
     responses = []
     for example in samples.examples:
         rows = []
@@ -38,11 +50,12 @@ def run_generate(reference_text: str, config: Any, home: Path, *, texts: Sequenc
                 row["score"] = next(scores)
             rows.append(row)
         prompt = example.prompt_text or text_of(bench.tokenizer, example.prompt_ids)
-        responses.append({"prompt": prompt, "responses": rows})
+        responses.append({"prompt": prompt, "prompt_truncated": example.prompt_truncated, "responses": rows})
     return {
         "model": resolved.label,
         "temperature": config.temperature,
         "seed": config.seed,
         "judge": judge.label if judge is not None else None,
+        "data_changed": bench.data_changed,
         "responses": responses,
     }

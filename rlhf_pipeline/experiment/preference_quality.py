@@ -7,6 +7,7 @@ from typing import Any
 
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.errors import UnknownReference
 from rlhf_pipeline.evaluation.preferences import (
     accuracy,
     compare_scorers,
@@ -16,6 +17,7 @@ from rlhf_pipeline.evaluation.preferences import (
 )
 from rlhf_pipeline.experiment.points import Point
 from rlhf_pipeline.experiment.subjects import Bench, reward_models_of
+from rlhf_pipeline.experiment.trained_on import owned_by
 from rlhf_pipeline.experiment.training_loss import dpo_manifest, dpo_reference, own_data, trained_by_dpo
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.stages.common import find_model, load_reward_model
@@ -33,12 +35,19 @@ def _pairs(bench: Bench, config: Any, sources: Sequence[Resolved]) -> list[Examp
         if model.manifest is None:
             continue
         stage = "dpo" if model.manifest.stage == "dpo" else "train-rm"
-        trained = load_config(stage, None, extra=own_data(model.manifest)).config
-        if getattr(trained, "population", False):
+        values = own_data(model.manifest)
+        try:
+            with owned_by(model, values, "do without figures on its held-out pairs"):
+                trained = load_config(stage, None, extra=values).config
+                if getattr(trained, "population", False):
+                    continue
+                data = StageData(trained, bench.registry.home, lambda _: None)
+                found, _ = data.split("pair", config.split, bench.tokenizer, limit=PAIRS, required=False)
+        except UnknownReference as error:  # the prompts came from elsewhere
+            bench.say(f"note: no held-out pairs: {error}")
             continue
-        data = StageData(trained, bench.registry.home, lambda _: None)
-        found, _ = data.split("pair", config.split, bench.tokenizer, limit=PAIRS, required=False)
         if found:
+            bench.compare_data(model, data.sources("pair"))
             return found
     return []
 

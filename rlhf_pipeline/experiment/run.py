@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from rlhf_pipeline.errors import BadInput, ConfigError, Fault, Interrupted
 from rlhf_pipeline.experiment.done import find_done, output_of, survey
 from rlhf_pipeline.experiment.points import points_of
 from rlhf_pipeline.experiment.progress import Progress
+from rlhf_pipeline.models.loading import new_config
 from rlhf_pipeline.registry.roles import Role, check_role
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.rewards import is_function_name, load_function
@@ -52,6 +53,11 @@ def check_inputs(experiment: Experiment, registry: Registry) -> None:
                     load_function(source)
                 except ConfigError as error:
                     faults += error.faults
+        if (described := getattr(spec.config, "model_init", None)) is not None:
+            try:
+                new_config(described, dropout=spec.config.dropout)
+            except ConfigError as error:
+                faults += [replace(fault, where=f"{spec.name}.{fault.where}") for fault in error.faults]
         for reference in references(spec.config):
             if reference.path in spec.links:
                 continue

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_pipeline.config.names import is_name
+from rlhf_pipeline.data.blank import blank_prompts
 from rlhf_pipeline.data.check import describe
 from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.data.records import Record, plain
@@ -108,6 +109,7 @@ def plan_starter(source: str, *, model: str | None, seeds: int, folder: Path, ho
     splits = dict(Counter(assigned))
     tested = len({record.prompt_key for record, split in zip(records, assigned, strict=True) if split == "test"})
     learned = [record for record, split in zip(records, assigned, strict=True) if split == "train"]
+    blank = blank_prompts(found.records, source_tokenizer_digest=found.tokenizer_digest)
     resolved = None if model is None else Registry(home).resolve(model)
     tokenizer, positions = _tokenizer(learned or records, resolved)
     measured = describe(replace(found, records=records[:MEASURED]), tokenizer=tokenizer)["lengths"]
@@ -123,7 +125,7 @@ def plan_starter(source: str, *, model: str | None, seeds: int, folder: Path, ho
         model=_model(resolved, model, folder),
         seeds=seeds,
         pairs=len(records),
-        faulty=len({item.fault.where for item in found.faults}),
+        faulty=len({item.fault.where for item in [*found.faults, *blank]}),
         splits=splits,
         shares=shares,
         max_prompt_length=prompt,
@@ -167,6 +169,7 @@ def render_starter(plan: Starter) -> str:
         "rollout": rollout,
         "episodes": 100 * rollout,
         "judged": "    judge: judge                             # watches the responses and moves nothing\n",
+        "again": "    num_train_epochs: 3                      # few pairs: three times over\n" if small else "",
         "sft_rate": "1.0e-3" if scratch else "1.0e-5",
         "reward_rate": "1.0e-4" if scratch else "1.0e-5",
         "ppo_rate": "5.0e-5" if scratch else "3.0e-6",
@@ -231,7 +234,7 @@ stages:
     <<: *data
     learning_rate: {reward_rate}
     warmup_steps: 0.1
-{size}    save_steps: 100
+{again}{size}    save_steps: 100
 {judge}\
   ppo:
     stage: ppo
@@ -253,7 +256,7 @@ stages:
     beta: 0.1
     learning_rate: {dpo_rate}
     warmup_steps: 0.1
-{size}    save_steps: 100
+{again}{size}    save_steps: 100
 # One point each says little of two methods that trade reward against KL: try several betas.
 # sweep: {{ppo.kl_coef: [.03, .1, .3], dpo.beta: [.03, .1, .3]}}
 compare:

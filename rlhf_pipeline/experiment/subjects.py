@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +11,14 @@ import torch
 
 from rlhf_pipeline.config.base import DEFAULT_MAX_LENGTH, Lengths, resolve_lengths
 from rlhf_pipeline.data import world
-from rlhf_pipeline.data.load import examples_of, lowest_hashes, read_records
+from rlhf_pipeline.data.load import RecordSet, examples_of, lowest_hashes, read_records
 from rlhf_pipeline.data.records import Record
 from rlhf_pipeline.data.sources import part_of
 from rlhf_pipeline.data.tokenize import Example, tokenize
 from rlhf_pipeline.data.tokenizers import tokenizer_digest
 from rlhf_pipeline.errors import ConfigError, DataError, Fault, MismatchError
 from rlhf_pipeline.evaluation.sampled import Samples, SamplingPlan, add_score, add_world_reward
+from rlhf_pipeline.experiment.trained_on import changes_of, note_changes, owned_by
 from rlhf_pipeline.models.roles import Policy
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
@@ -45,6 +47,12 @@ class Bench:
     say: Callable[[str], None]
     _reference: Policy | None = None
     data: list[dict[str, Any]] = field(default_factory=list)
+    data_changed: list[dict[str, Any]] = field(default_factory=list)  # since models were trained on them
+
+    def compare_data(self, resolved: Resolved, sources: Sequence[RecordSet]) -> None:
+        """Say once what of a model's own data has changed since it was trained, and keep it for the results."""
+        for change in note_changes(self.data_changed, changes_of(resolved, sources)):
+            self.say(f"note: {change['text']}")
 
     def policy(self, resolved: Resolved) -> Policy:
         """Load a policy, after checking that it reads the same token ids as the others.
@@ -158,11 +166,15 @@ def _lengths(config: Any, resolved: Resolved) -> Lengths:
 
 def load_prompts(
     registry: Registry, config: Any, resolved: Resolved, tokenizer: PreTrainedTokenizerBase, lengths: Lengths
-) -> tuple[list[Example], list[dict[str, Any]]]:
+) -> tuple[list[Example], list[dict[str, Any]], RecordSet | None]:
     """The prompts of an evaluation: those asked for, else the chosen split of the model's own data.
+
+    Returns:
+        The prompts, a report for each source, and the records that they come from if they are the model's own.
 
     Raises:
         ConfigError: when none are named and the model does not know its data.
+        UnknownReference, DataError: the source is not there, or cannot be used.
     """
     source = config.prompts or _setting(resolved, "dataset_name")
     if source is None:
@@ -173,7 +185,9 @@ def load_prompts(
         part = _setting(resolved, "dataset_config")
     fractions = config.split_fractions if config.prompts else _setting(resolved, "split_fractions")
     skip = config.skip_bad_rows or bool(not config.prompts and _setting(resolved, "skip_bad_rows"))
-    found = read_records(source, config=part, home=registry.home, skip_bad_rows=skip)
+    own = config.prompts is None and part == part_of(source, _setting(resolved, "dataset_config"), "prompt")
+    with owned_by(resolved, {"dataset_name": source}) if config.prompts is None else nullcontext():
+        found = read_records(source, config=part, home=registry.home, skip_bad_rows=skip)
     loaded = examples_of(
         found,
         kind="prompt",
@@ -183,7 +197,8 @@ def load_prompts(
         skip_bad_rows=skip,
         fractions=fractions or config.split_fractions,
     )
-    return lowest_hashes(loaded.examples, config.max_prompts), [report.to_dict() for report in loaded.reports]
+    reports = [report.to_dict() for report in loaded.reports]
+    return lowest_hashes(loaded.examples, config.max_prompts), reports, found if own else None
 
 
 def _stop_id(resolved: Resolved, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -212,11 +227,12 @@ def set_up(
     """Prepare the evaluation of `first` and of models like it, on typed `texts` or on a split's prompts."""
     tokenizer = tokenizer_of(first, config.trust_remote_code)
     lengths = _lengths(config, first)
+    data: list[dict[str, Any]] = []
+    own: RecordSet | None = None
     if texts:
         prompts = prompts_of_texts(texts, tokenizer, lengths)
-        data: list[dict[str, Any]] = []
     else:
-        prompts, data = load_prompts(registry, config, first, tokenizer, lengths)
+        prompts, data, own = load_prompts(registry, config, first, tokenizer, lengths)
     plan = SamplingPlan(
         prompts=prompts,
         samples=samples,
@@ -239,7 +255,10 @@ def set_up(
 
     scorer, judge, truth = (source(getattr(config, key, None)) for key in ("reward_model", "judge", "true_reward"))
     known = in_world and truth is None
-    return Bench(registry, config, device, tokenizer, plan, known, reference, scorer, judge, truth, say, data=data)
+    bench = Bench(registry, config, device, tokenizer, plan, known, reference, scorer, judge, truth, say, data=data)
+    if own is not None:
+        bench.compare_data(first, [own])
+    return bench
 
 
 def add_rewards(bench: Bench, samples: Samples, scorer: RewardSource | None = None) -> None:

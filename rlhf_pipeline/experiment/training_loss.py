@@ -13,6 +13,7 @@ from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.comparisons import Comparisons
 from rlhf_pipeline.experiment.subjects import Bench, parent_of
+from rlhf_pipeline.experiment.trained_on import owned_by
 from rlhf_pipeline.registry.manifest import Manifest
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
@@ -46,7 +47,9 @@ def dpo_reference(registry: Registry, resolved: Resolved) -> Resolved:
 
 def dpo_config(resolved: Resolved) -> Any:
     """The config that a DPO model was trained by."""
-    return load_config("dpo", None, extra=own_data(dpo_manifest(resolved))).config
+    values = own_data(dpo_manifest(resolved))
+    with owned_by(resolved, values, "leave its training loss out (--no-training-loss)"):
+        return load_config("dpo", None, extra=values).config
 
 
 def own_data(manifest: Manifest) -> dict[str, Any]:
@@ -99,6 +102,7 @@ def training_loss(bench: Bench, resolved: Resolved) -> float:
     else:
         kind, split = kind_of(config), config.dataset_train_split
         examples, _ = data.split(kind, split, bench.tokenizer, limit=config.max_train_samples)
+        bench.compare_data(resolved, data.sources(kind))
         key = {"model": reference.digest, "dtype": config.dtype, "bf16": False}
         ref_logprobs = cached_logprobs(frozen, examples, bench.registry.home / "cache", key, **options).logprobs
         target = label_probabilities(examples) if config.soft_labels else None

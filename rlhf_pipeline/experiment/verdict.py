@@ -7,6 +7,7 @@ of seeds or prompts that would settle it if the difference stayed what it is.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import combinations
 from math import isfinite
 from typing import Any
 
@@ -18,6 +19,8 @@ FIGURES = {
     "judge": "the judge's score",
     "score": "the reward model's score",
 }
+APART = 2.0
+"""Arms at one beta whose KLs differ by more than this factor, with intervals that do not meet, are far apart."""
 NOTABLE_LENGTH = 0.1
 """A difference in mean length beyond this share of the baseline's is worth a word."""
 
@@ -40,10 +43,13 @@ def excludes_zero(estimate: Mapping[str, Any] | None) -> bool:
     return estimate["low"] > 0 or estimate["high"] < 0
 
 
-def say_contrast(contrast: Mapping[str, Any], topic: str) -> Line:
-    """One contrast in words."""
+def say_contrast(contrast: Mapping[str, Any], topic: str, caveat: str = "") -> Line:
+    """One contrast in words.
+
+    caveat: what is to be known of who judged it.
+    """
     a, b, estimate = contrast["a"], contrast["b"], contrast.get("estimate")
-    figure, at = FIGURES.get(contrast["figure"], contrast["figure"]), contrast["at"]
+    figure, at = FIGURES.get(contrast["figure"], contrast["figure"]), contrast["at"] + caveat
     if not estimate or estimate.get("mean") is None:
         return line(
             topic, f"cannot tell {a} from {b} in {figure} {at}: {contrast.get('why_not') or 'not measured'}", False
@@ -67,9 +73,24 @@ def _find(results: Mapping[str, Any], **wanted: Any) -> Iterator[Mapping[str, An
             yield contrast
 
 
+RIVALS = {"coin": "a coin", "longer_wins": "'the longer wins'", "tfidf": "a TF-IDF model of the words"}
+"""What a reward model's gate sets it against, in words."""
+
+
+def _caveat(results: Mapping[str, Any], figure: str) -> str:
+    """`, by a judge that is no better than 'the longer wins'`, where who gives a figure has failed its gate."""
+    role = {"judge": "judge", "score": "reward model"}.get(figure, "")
+    gate = (results.get("gates") or {}).get(results.get(role.replace(" ", "_")))
+    if not gate or gate.get("passed"):
+        return ""
+    unbeaten = [text for rival, text in RIVALS.items() if not (gate.get("beats") or {}).get(rival, True)]
+    why = f"is no better than {' and '.join(unbeaten)}" if unbeaten else "has not passed its gate"
+    return f", by a {role} that {why}"
+
+
 def _primary(results: Mapping[str, Any]) -> Line:
     for contrast in _find(results, primary=True):
-        return say_contrast(contrast, "primary")
+        return say_contrast(contrast, "primary", _caveat(results, contrast["figure"]))
     if results.get("contrasts"):
         return line(
             "primary", "cannot tell: none of the contrasts that could be declared beforehand can be formed", False
@@ -133,6 +154,7 @@ def _limits(results: Mapping[str, Any]) -> Iterator[Line]:
     for model, gate in (results.get("gates") or {}).items():
         if not gate.get("passed"):
             yield line("limits", f"{model} failed its gate: {gate.get('reason')}; what it says of the arms says little")
+    yield from _apart_in_kl(results)
     yield from _reward_model(results)
     yield from _over_optimisation(results)
     yield from _length(results)
@@ -155,11 +177,30 @@ def _parts(name: str, part: str, meaning: str, beta: float, rows: list[Mapping[s
     yield line("limits", text)
 
 
+def _apart_in_kl(results: Mapping[str, Any]) -> Iterator[Line]:
+    """Arms that one beta has taken to very different KLs: what is different there is not the algorithm alone."""
+    said: set[tuple[str, str]] = set()
+    entries = [e for e in results.get("summary") or () if e.get("beta") is not None and "kl" in e["metrics"]]
+    for one, other in combinations(entries, 2):
+        near, far = sorted((one, other), key=lambda entry: entry["metrics"]["kl"]["mean"])
+        low, high, arms = near["metrics"]["kl"], far["metrics"]["kl"], (one["arm"], other["arm"])
+        if arms[0] == arms[1] or one["beta"] != other["beta"] or arms in said or None in (low["high"], high["low"]):
+            continue
+        if high["mean"] > APART * max(low["mean"], 0.0) and high["low"] > low["high"]:
+            said.add(arms)
+            figures = " against ".join(f"{kl['mean']:.2f} [{kl['low']:.2f}, {kl['high']:.2f}]" for kl in (high, low))
+            text = f"at one beta, {one['beta']:g}, {far['arm']} is much farther from the reference than {near['arm']}"
+            text += f": a KL of {figures} nats; a difference between them is one of that distance too"
+            yield line("limits", text)
+
+
 def _reward_model(results: Mapping[str, Any]) -> Iterator[Line]:
     scorers = (results.get("preferences") or {}).get("scorers") or {}
     baseline = scorers.get("longer wins")
     for name, scorer in scorers.items():
         estimate = scorer.get("accuracy") or {}
+        if (results.get("gates") or {}).get(name, {}).get("passed") is False:
+            continue  # its gate has said so
         if name != "longer wins" and baseline and estimate.get("mean", 1.0) <= baseline["accuracy"]["mean"]:
             yield line("limits", f"{name} orders held-out pairs no better than 'the longer response wins'")
     test = (results.get("preferences") or {}).get("test")
@@ -197,6 +238,10 @@ def _next(results: Mapping[str, Any], said: list[Line]) -> Iterator[Line]:
         yield line(
             "next", "the arms pay different prices of KL: train them at one beta, or sweep it to compare at matched KL"
         )
+    matched = any(contrast.get("estimate") for contrast in _find(results, kind="matched KL"))
+    if not matched and any(True for _ in _apart_in_kl(results)):
+        text = "sweep beta for every arm, or keep snapshots of the runs, to compare them at matched KL"
+        yield line("next", f"{text}: one beta has taken them to different distances from the reference")
     trials = {arm: entry.get("trials", 1) for arm, entry in (results.get("arms") or {}).items()}
     if len(set(trials.values())) > 1:
         most = max(trials, key=lambda arm: trials[arm])
@@ -220,7 +265,8 @@ def _next(results: Mapping[str, Any], said: list[Line]) -> Iterator[Line]:
 def verdict(results: Mapping[str, Any]) -> dict[str, Any]:
     """Headline and lines; every line says whether the figures carry it."""
     head = _primary(results)
-    said = [*_others(results), *_limits(results)]
+    said = [line("data", change["text"]) for change in results.get("data_changed") or ()]
+    said += [*_others(results), *_limits(results)]
     said += list(_next(results, said))
     if results.get("primary") == "score" and results.get("contrasts"):
         head["text"] += " (PPO was trained to raise this very number: it is no judge of it)"

@@ -179,6 +179,27 @@ def test_compare_by_references(capsys, lab) -> None:
     assert "dpo@v1" in out and "true reward" in out and result["path"] in out
 
 
+def test_a_comparison_says_each_thing_once_and_nothing_of_what_is_not_there(capsys, lab) -> None:
+    lab.run("dpo", output_name="dpo", max_steps=1)
+    shared = ("--samples", "1", "--max-prompts", "2", "--home", str(lab.home), "use_cpu=true", "exact=false")
+    assert main(["compare", "dpo", "--baseline", "sft", "--reference", "sft", *shared]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("'sft' is the registry's sft@v1") == 1
+    assert "judge -" not in captured.out and "score by -" not in captured.out
+    assert "KL to sft@v1, nats per response" in captured.out
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_sampled(capsys, lab) -> None:
+    (lab.home / "reports").write_text("in the way")
+    (lab.home / "models/other").symlink_to(lab.home / "models/sft")
+    words = ["compare", "other", "--baseline", "sft", "--samples", "1", "--max-prompts", "2", "use_cpu=true"]
+    words += ["--home", str(lab.home)]
+    assert main(words) != 0
+    error = capsys.readouterr().err
+    assert "reports" in error.splitlines()[-1] and error.splitlines()[-1].startswith("error: ")
+    assert "measured" not in error and "prompts of the split" not in error
+
+
 def test_exact(capsys, lab) -> None:
     lab.run("dpo", max_steps=2)
     short = ["--max-new-tokens", "2", "--max-prompts", "3"]

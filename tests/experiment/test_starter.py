@@ -86,8 +86,10 @@ def test_few_pairs_give_the_judge_and_the_test_more_and_say_what_they_are_worth(
     shares = {"train": 0.6, "judge": 0.2, "validation": 0.05, "test": 0.15}
     assert all(stage["split_fractions"] == shares for stage in values["stages"].values())
     assert values["compare"]["split_fractions"] == shares
+    assert values["stages"]["dpo"]["num_train_epochs"] == values["stages"]["reward"]["num_train_epochs"] == 3
     assert "pairs for the judge" in said and "test prompts: a win rate is known to about +- " in said
-    code, said, values = init(different(2000), "--model", "sft", out="more.yaml")
+    code, said, values = init(different(3000), "--model", "sft", out="more.yaml")
+    assert "num_train_epochs" not in values["stages"]["dpo"]
     assert "split_fractions" not in values["compare"] and "split_fractions" not in values["stages"]["sft"]
 
 
@@ -117,8 +119,9 @@ def test_a_source_with_splits_and_no_judge_among_them(init):
 
 
 def test_faulty_rows_are_counted_and_left_out(init):
-    code, said, values = init([*different(20), {"prompt": "x", "chosen": "y"}], "--model", "sft")
-    assert code == 0, said
+    empty = {"prompt": "", "chosen": " great", "rejected": " dull"}
+    code, said, values = init([*different(20), {"prompt": "x", "chosen": "y"}, empty], "--model", "sft", "--json")
+    assert code == 0 and json.loads(said)["faulty_rows"] == 2, said
     assert values["stages"]["dpo"]["skip_bad_rows"] is True and values["compare"]["skip_bad_rows"] is True
     code, said, values = init(different(20), "--model", "sft", out="good.yaml")
     assert "skip_bad_rows" not in values["stages"]["dpo"]

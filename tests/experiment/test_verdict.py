@@ -150,6 +150,87 @@ def test_over_optimisation_length_and_a_useless_reward_model():
     assert any("at least 3 seeds" in text for text in found["next"])
 
 
+def gate(*unbeaten: str, passed: bool = False) -> dict[str, Any]:
+    beats = {rival: rival not in unbeaten for rival in ("coin", "longer_wins", "tfidf")}
+    return {"passed": passed, "beats": beats, "reason": "held-out accuracy 0.550 [0.500, 0.600]"}
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (gate("longer_wins"), "at beta 0.5, by a judge that is no better than 'the longer wins': ppo - dpo ="),
+        (
+            gate("coin", "tfidf"),
+            ", by a judge that is no better than a coin and a TF-IDF model of the words: ppo - dpo",
+        ),
+        ({"passed": False, "reason": "few"}, ", by a judge that has not passed its gate: ppo - dpo ="),
+        (gate(passed=True), "at beta 0.5: ppo - dpo ="),
+    ],
+)
+def test_a_judge_that_failed_its_gate_stands_in_the_headline(found, said):
+    results = {"judge": "judge@v1", "gates": {"judge@v1": found}, "primary": "judge"}
+    assert said in verdict(results | {"contrasts": [entry(estimate(0.3, 0.2), figure="judge")]})["headline"]
+    assert said in verdict(results | {"contrasts": [entry(estimate(0.1, 0.2), figure="judge")]})["headline"]
+    truth = verdict(results | {"contrasts": [entry(estimate(0.3, 0.2))]})["headline"]
+    assert "by a judge" not in truth  # the truth has judged, not that model
+
+
+def test_a_reward_model_that_failed_its_gate_stands_in_a_headline_by_its_score():
+    results = {"reward_model": "reward@v1", "gates": {"reward@v1": gate("longer_wins")}, "primary": "score"}
+    said = verdict(results | {"contrasts": [entry(estimate(0.3, 0.2), figure="score")]})
+    assert "by a reward model that is no better than 'the longer wins'" in said["headline"]
+
+
+def test_one_limit_of_a_model_is_said_once():
+    accuracies = {"longer wins": 0.55, "reward@v1": 0.54, "reward@v2": 0.53, "dpo@v1": 0.5}
+    scorers = {name: {"accuracy": {"mean": value}} for name, value in accuracies.items()}
+    gates = {"reward@v1": gate("longer_wins"), "reward@v2": gate(passed=True)}
+    found = topics({"contrasts": [], "gates": gates, "preferences": {"scorers": scorers}})["limits"]
+    assert [text.split()[0] for text in found] == ["reward@v1", "reward@v2", "dpo@v1"]
+    assert "failed its gate" in found[0] and "orders held-out pairs no better" in found[1]
+
+
+def kl_of(arm: str, mean: float, half: float, beta: float | None = 0.5) -> dict[str, Any]:
+    return {"arm": arm, "beta": beta, "seeds": 3, "metrics": {"kl": estimate(mean, half)}}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "apart"),
+    [
+        (kl_of("ppo", 3.0, 0.5), kl_of("dpo", 1.0, 0.5), True),
+        (kl_of("ppo", 1.9, 0.1), kl_of("dpo", 1.0, 0.1), False),  # less than twice
+        (kl_of("ppo", 3.0, 1.5), kl_of("dpo", 1.0, 0.6), False),  # [1.5, 4.5] and [0.4, 1.6] meet
+        (kl_of("ppo", 3.0, 0.5, 0.1), kl_of("dpo", 1.0, 0.5, 0.5), False),  # two prices
+        (kl_of("ppo", 3.0, 0.5, None), kl_of("dpo", 1.0, 0.5, None), False),
+        (kl_of("ppo", 0.1, 0.05), kl_of("dpo", -0.01, 0.02), True),  # an estimate below 0 has no factor
+    ],
+)
+def test_arms_that_one_beta_has_taken_far_apart(one, other, apart):
+    for summary in ([one, other], [other, one]):
+        results = {"contrasts": [entry(estimate(0.3, 0.2))], "summary": summary}
+        found = topics(results)
+        said = [text for text in found.get("limits", []) if "at one beta" in text]
+        answers = [text for text in found.get("next", []) if "matched KL" in text]
+        assert (len(said), len(answers)) == (apart, apart)
+        if apart:
+            assert "ppo is much farther from the reference than dpo" in said[0]
+        reached = entry(estimate(0.2, 0.1), kind="matched KL", primary=False)
+        found = topics(results | {"contrasts": [*results["contrasts"], reached]})
+        assert not any("sweep" in text for text in found.get("next", []))  # there is an answer already
+
+
+def test_far_apart_says_both_kls():
+    found = topics({"contrasts": [], "summary": [kl_of("ppo", 3.0, 0.5), kl_of("dpo", 1.0, 0.5)]})
+    assert "at one beta, 0.5" in found["limits"][0]
+    assert "a KL of 3.00 [2.50, 3.50] against 1.00 [0.50, 1.50] nats" in found["limits"][0]
+
+
+def test_data_that_have_changed_come_first():
+    change = {"text": "the data of dpo@v1 have changed since it was trained"}
+    lines = verdict({"data_changed": [change], "gates": {"reward@v1": gate("coin")}})["lines"]
+    assert (lines[0]["topic"], lines[0]["text"]) == ("data", change["text"])
+
+
 def test_arms_that_are_not_alike_come_first():
     comparable = {"ok": False, "differences": [{"what": "lengths", "values": {}}], "allowed": True}
     found = topics({"contrasts": [], "comparable": comparable, "seeds": [0, 1, 2]})

@@ -1,0 +1,95 @@
+"""The data that a model was trained on, read again: whose they are where they are missing, and what has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rlhf_pipeline.data.load import RecordSet, records_digest
+from rlhf_pipeline.data.sources import local_path
+from rlhf_pipeline.data.splits import FRACTIONS, in_split
+from rlhf_pipeline.errors import DataError, Fault, UnknownReference
+from rlhf_pipeline.registry.references import Resolved
+
+DIGITS = 12
+
+
+@contextmanager
+def owned_by(resolved: Resolved, values: Mapping[str, Any], remedy: str = "pass --prompts SOURCE") -> Iterator[None]:
+    """Say of a source that is not there that the manifest of a model names it, and what to do.
+
+    Args:
+        values: of the model's config; its local sources are looked for first, before what a config says of them.
+
+    Raises:
+        UnknownReference, DataError: those of reading a source, with the model's name.
+    """
+    whose = f"these are the data of {resolved.label} (named in its manifest): run it where it was trained, or {remedy}"
+    parts = values.get("datasets") or [values]
+    named = [str(part["dataset_name"]) for part in parts if part.get("dataset_name")]
+    files = [source for source in named if not source.startswith(("world:", "collected:"))]
+    there: list[Any] = []
+    try:
+        there = [local_path(source) for source in files]
+        yield
+    except UnknownReference as error:
+        raise UnknownReference(f"{error}; {whose}") from None
+    except DataError as error:
+        if None not in there:  # no source that may lie on the hub
+            raise
+        raise DataError([*error.faults, Fault("", whose)]) from None
+
+
+def changes_of(resolved: Resolved, sources: Sequence[RecordSet]) -> list[dict[str, Any]]:
+    """What of a model's data is not what its manifest says, split by split, by the digests of the records.
+
+    The built-in world is passed over: its prompts and its demonstrations are two parts of it, and neither changes.
+
+    Args:
+        sources: what was read of them now, each whole.
+
+    Returns:
+        model, source, split, found and expected (digests; found is None where the split is gone), rows of both, and
+        text, one sentence.
+    """
+    manifest = resolved.manifest
+    if manifest is None:
+        return []
+    fractions = manifest.config.get("split_fractions") or FRACTIONS
+    changes = []
+    for entry in manifest.data:
+        read = next((one for one in sources if _base(one.source) == _base(entry.source)), None)
+        if read is None or entry.split is None or entry.source.startswith("world:"):
+            continue
+        try:
+            records = in_split(read.records, entry.split, fractions, read.source)
+        except DataError:
+            records = []
+        found = records_digest(records) if records else None
+        if found == entry.digest:
+            continue
+        there = "found no rows" if found is None else f"found digest {found[:DIGITS]} ({len(records)} rows)"
+        text = (
+            f"the data of {resolved.label} have changed since it was trained: {read.source}, split {entry.split}: "
+            f"{there}, its manifest has {entry.digest[:DIGITS]} ({entry.rows} rows) of {entry.source}; prompts and "
+            "pairs are those of the data as they are now"
+        )
+        change: dict[str, Any] = {"model": resolved.label, "source": read.source, "split": entry.split, "found": found}
+        change |= {"expected": entry.digest, "rows": len(records), "expected_rows": entry.rows, "text": text}
+        changes.append(change)
+    return changes
+
+
+def note_changes(known: list[dict[str, Any]], changes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add to the changes that are known those of other data; returns these."""
+    keys = ("source", "split", "found", "expected")
+    seen = {tuple(change[key] for key in keys) for change in known}
+    new = [change for change in changes if tuple(change[key] for key in keys) not in seen]
+    known += new
+    return new
+
+
+def _base(source: str) -> str:
+    """A source without the version of collected data."""
+    return source.partition("@")[0] if source.startswith("collected:") else source
