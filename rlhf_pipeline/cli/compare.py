@@ -28,7 +28,15 @@ from rlhf_pipeline.cli.evaluate import (
 )
 from rlhf_pipeline.cli.exact_table import print_exact
 from rlhf_pipeline.cli.libraries import load_libraries
-from rlhf_pipeline.cli.options import ConfigOption, DebugOption, DryRunOption, HomeOption, JsonOption, common_of
+from rlhf_pipeline.cli.options import (
+    ConfigOption,
+    DebugOption,
+    DryRunOption,
+    HomeOption,
+    JsonOption,
+    common_of,
+    references_and_overrides,
+)
 from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_table, interval, number
 
 
@@ -68,9 +76,7 @@ def compare(
     common = common_of(context, home, json, dry_run, debug)
     from rlhf_pipeline.config.load import load_config
 
-    words = references or []
-    overrides = [word for word in words if "=" in word]
-    arms = [word for word in words if "=" not in word]
+    arms, overrides = references_and_overrides(references or [])
     options = given(
         baseline=baseline,
         name=name,
@@ -180,11 +186,13 @@ def print_comparison(result: dict[str, Any]) -> None:
         counted = ("seconds", "TFLOP", "tokens trained", "tokens generated", "optimizer steps", "peak MiB")
         emit_table("cost", ("model", *counted), _cost_rows(result))
     spread = "over seeds" if len(result["seeds"]) > 1 else "clustered by prompt"
-    scorers = ", ".join(dict.fromkeys(row["scored_by"] for row in result["rows"] if row.get("scored_by"))) or "-"
+    scorers = ", ".join(dict.fromkeys(row["scored_by"] for row in result["rows"] if row.get("scored_by")))
+    legend = [f"KL to {result['reference']}, nats per response" if result["reference"] else ""]
+    legend += [f"RM score by {scorers}" if scorers else "", f"judge {result['judge']}" if result.get("judge") else ""]
+    legend += ["<= marks an upper bound" if any("kl_bound" in row for row in result["rows"]) else ""]
     notes = [
         f"figures: mean ± half of the 95 % interval, {spread}",
-        f"KL to {result['reference'] or '-'}, nats per response; RM score by {scorers}, judge "
-        f"{result.get('judge') or '-'}; <= marks an upper bound",
+        *filter(None, ["; ".join(filter(None, legend))]),
     ]
     if not many:
         notes += [

@@ -13,7 +13,9 @@ from rlhf_pipeline.cli.options import (
     DryRunOption,
     HomeOption,
     JsonOption,
+    WordsArgument,
     common_of,
+    one_reference,
 )
 from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_table, flat_metrics, interval
 
@@ -74,7 +76,7 @@ def given(**values: Any) -> dict[str, Any]:
 
 def evaluate(
     context: typer.Context,
-    reference_text: Annotated[str, typer.Argument(metavar="REF", help="Model.", show_default=False)],
+    words: WordsArgument,
     config: ConfigOption = None,
     split: SplitOption = None,
     prompts: PromptsOption = None,
@@ -111,7 +113,8 @@ def evaluate(
         judge=judge,
         true_reward=true_reward,
     )
-    loaded = load_config("evaluate", config, options)
+    reference_text, overrides = one_reference("evaluate", words)
+    loaded = load_config("evaluate", config, overrides, extra=options)
     if common.dry_run:
         dry_run_of("evaluate", loaded.config, [reference_text], common)
         return
@@ -131,7 +134,8 @@ def evaluate(
         rows.append((f"best of {row['n']} by {row['chosen_by']}", interval(best, 3)))
     title = f"{result['model']}: {result['prompts']} prompts x {result['samples']} samples"
     emit_table(title, ("metric", "mean ± 95 %"), rows)
-    emit_lines([f"KL to {result['reference'] or '-'}; score by {result['reward_model'] or '-'}"])
+    legend = {"KL to": result["reference"], "RM score by": result["reward_model"], "judge": result["judge"]}
+    emit_lines(["; ".join(f"{what} {who}" for what, who in legend.items() if who)] if any(legend.values()) else [])
 
 
 def dry_run_of(what: str, config: Any, models: list[str], common: Any) -> None:
@@ -154,7 +158,7 @@ def dry_run_of(what: str, config: Any, models: list[str], common: Any) -> None:
 
 def generate(
     context: typer.Context,
-    reference_text: Annotated[str, typer.Argument(metavar="REF", help="Model.", show_default=False)],
+    words: WordsArgument,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; may be repeated.")] = None,
     prompts: PromptsOption = None,
     split: SplitOption = None,
@@ -184,7 +188,8 @@ def generate(
         seed=seed,
         reward_model=reward_model,
     )
-    settings = load_config("evaluate", config, options).config
+    reference_text, overrides = one_reference("generate", words)
+    settings = load_config("evaluate", config, overrides, extra=options).config
     few = {"max_prompts": 8, "samples": 1}  # to read, not to measure, where nothing else is asked for
     settings = settings.model_copy(update={k: v for k, v in few.items() if k not in settings.model_fields_set})
     if common.dry_run:

@@ -16,14 +16,24 @@ from rlhf_pipeline.cli.evaluate import (
 )
 from rlhf_pipeline.cli.exact_table import print_exact
 from rlhf_pipeline.cli.libraries import load_libraries
-from rlhf_pipeline.cli.options import ConfigOption, DebugOption, DryRunOption, HomeOption, JsonOption, common_of
+from rlhf_pipeline.cli.options import (
+    ConfigOption,
+    DebugOption,
+    DryRunOption,
+    HomeOption,
+    JsonOption,
+    common_of,
+    references_and_overrides,
+)
 from rlhf_pipeline.cli.output import emit_json
+from rlhf_pipeline.errors import BadInput
 
 
 def exact(
     context: typer.Context,
     references: Annotated[
-        list[str], typer.Argument(metavar="REF...", help="Policies and reward models.", show_default=False)
+        list[str],
+        typer.Argument(metavar="[REF|KEY=VALUE]...", help="Policies and reward models; overrides.", show_default=False),
     ],
     config: ConfigOption = None,
     beta: Annotated[
@@ -73,14 +83,17 @@ def exact(
         max_new_tokens=max_new_tokens,
         reference=reference,
     )
-    settings = load_config("exact", config, options).config
+    models, overrides = references_and_overrides(references)
+    if not models:
+        raise BadInput("rlhf exact: found no model, expected at least one; write rlhf exact REF...")
+    settings = load_config("exact", config, overrides, extra=options).config
     if common.dry_run:
-        dry_run_of("exact", settings, references, common)
+        dry_run_of("exact", settings, models, common)
         return
     load_libraries()
     from rlhf_pipeline.experiment.exact import run_exact
 
-    result = run_exact(references, settings, common.home_path)
+    result = run_exact(models, settings, common.home_path)
     if common.json:
         emit_json(result)
     else:

@@ -6,12 +6,12 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from rlhf_pipeline import __version__
-from rlhf_pipeline.cli import compare, data, evaluate, exact, models, report, train
+from rlhf_pipeline.cli import compare, data, evaluate, exact, init, models, report, train
 from rlhf_pipeline.cli.options import (
     DEFAULT_HOME,
     HOME_VARIABLE,
@@ -54,6 +54,7 @@ def root(
     context.obj = Common(home, json, dry_run, debug)
 
 
+init.register(app)
 train.register(app)
 evaluate.register(app)
 compare.register(app)
@@ -75,25 +76,65 @@ def main(arguments: list[str] | None = None) -> int:
     debug = "--debug" in words
     try:
         result = app(args=words, standalone_mode=False, prog_name="rlhf")
+        if result == INTERRUPTED:  # typer makes a number of Ctrl-C, and says nothing
+            return _fail(_interrupted(words), INTERRUPTED)
         return result if isinstance(result, int) else 0
     except RlhfError as error:
         if debug:
             raise
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _fail("interrupted before the run had anything to keep", 130)
+        return _fail(_interrupted(words), INTERRUPTED)
     except MemoryError:
         return _fail("out of memory: lower per_device_train_batch_size or max_length", 1)
     except Exception as error:
         # Usage errors of the argument parser know how to show themselves.
         if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show(file=sys.stderr)
+            sys.stderr.write(visible(_advice_on_option(error, words)))
             return int(error.exit_code)
         if type(error).__name__ == "Abort":
             return _fail("aborted", 1)
         if debug:
             raise
         return _unexpected(error, words)
+
+
+INTERRUPTED = 130
+# What they write is written at their end, and at once.
+MEASURING = ("compare", "evaluate", "exact", "generate")
+
+
+def _interrupted(words: Sequence[str]) -> str:
+    command = next((word for word in words if word in (*MEASURING, "run")), None)
+    if command == "run":
+        return "interrupted; the stages that are done are kept, and the same command goes on from there"
+    if command is not None:
+        return f"interrupted: nothing of this {command} was kept; the same command begins anew"
+    return "interrupted before the run had anything to keep"
+
+
+def _advice_on_option(error: Any, words: Sequence[str]) -> str:
+    """A line on how keys of a config are given, where an option is unknown to a command that reads one."""
+    option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    if option is None or context is None:
+        return ""
+    from rlhf_pipeline.config.keys import ALIASES, SCHEMAS
+
+    stage = {"generate": "evaluate", "run": "experiment"}.get(context.info_name, context.info_name)
+    if stage not in SCHEMAS:
+        return ""
+    key = option.lstrip("-").replace("-", "_")
+    if stage == "experiment":
+        return "keys of the config are given without dashes, after the name of their stage: dpo.learning_rate=1e-5\n"
+    if key not in SCHEMAS[stage].model_fields and key not in ALIASES[stage]:
+        known = "learning_rate" in SCHEMAS[stage].model_fields  # the others have options for most of their keys
+        return "keys of the config are given without dashes, as in learning_rate=1e-5\n" if known else ""
+    value = "VALUE"
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word.partition("=")[0] == option:
+            value = word.partition("=")[2] or following or value
+    return f"keys of the config are given without dashes: {key}={value}\n"
 
 
 def _unexpected(error: Exception, words: Sequence[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -50,9 +51,37 @@ ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="YAML 
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of the config.", show_default=False)
 ]
+WordsArgument = Annotated[
+    list[str],
+    typer.Argument(metavar="REF|KEY=VALUE", help="The model; overrides of the config.", show_default=False),
+]
 ResumeOption = Annotated[
     bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished run of the same config, or start afresh.")
 ]
+
+
+def references_and_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split the words of a command that takes models and overrides: an override has `=` and a key that is no path."""
+
+    def is_override(word: str) -> bool:
+        key, equals, _ = word.partition("=")
+        # A YAML file is no model either: as an override it is told where a config belongs.
+        return "/" not in key if equals else word.endswith((".yaml", ".yml")) and Path(word).is_file()
+
+    return [word for word in words if not is_override(word)], [word for word in words if is_override(word)]
+
+
+def one_reference(command: str, words: Sequence[str]) -> tuple[str, list[str]]:
+    """The one model that a command takes, and the overrides beside it.
+
+    Raises:
+        BadInput: none is named, or several are.
+    """
+    references, overrides = references_and_overrides(words)
+    if len(references) != 1:
+        found = " and ".join(map(repr, references)) or "no model"
+        raise BadInput(f"rlhf {command}: found {found}, expected one model; write rlhf {command} REF [KEY=VALUE]...")
+    return references[0], overrides
 
 
 def common_of(

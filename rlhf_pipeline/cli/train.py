@@ -70,6 +70,7 @@ def _print_estimate(estimate: dict, common: Common) -> None:
         emit_json(estimate)
         return
     emit_table("dry run: nothing was trained", ("what", "value"), flat_metrics(estimate))
+    emit_lines([f"note: {note}" for note in estimate.get("notes", ())])
 
 
 def _command(stage: str, help_text: str):

@@ -15,6 +15,7 @@ from rlhf_pipeline.config.names import NAME_PATTERN, NAME_RULE, is_name
 from rlhf_pipeline.errors import ConfigError, Fault
 
 DEFAULT_MAX_LENGTH = 1024
+LENGTHS = ("max_prompt_length", "response_length", "max_length")
 DEFAULT_SPLITS = {"train": 0.8, "judge": 0.08, "validation": 0.04, "test": 0.08}
 STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -100,13 +101,16 @@ Counts = Annotated[tuple[Count, ...], BeforeValidator(_listed)]
 Texts = Annotated[tuple[Text, ...], BeforeValidator(_listed)]
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 Checks = tuple[Callable[[Any], Iterator[Fault]], ...]
+Remarks = tuple[Callable[[Any], Iterator[str]], ...]
 
 
 class CommandConfig(BaseModel):
-    """What a command reads: strict and frozen; `checks` yield the faults that lie between its keys."""
+    """What a command reads: strict and frozen; `checks` yield the faults that lie between its keys, and `remarks` what
+    a right config does otherwise than one may think."""
 
     model_config = STRICT
     checks: ClassVar[Checks]
+    remarks: ClassVar[Remarks] = ()
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,8 @@ def resolve_lengths(prompt: int | None, response: int | None, total: int | None)
             )
         total = prompt + response
     source = "the default max_length" if total is None else "max_length"
+    named = "response_length" if response is not None else "max_prompt_length"
+    where, fix = ("max_length", "raise max_length") if total is not None else (named, "lower it, or set max_length")
     total = DEFAULT_MAX_LENGTH if total is None else total
     if response is None:
         response = total - prompt if prompt is not None else total // 2
@@ -147,13 +153,26 @@ def resolve_lengths(prompt: int | None, response: int | None, total: int | None)
     if prompt < 1 or response < 1:
         raise ConfigError(
             Fault(
-                "max_length",
+                where,
                 f"{source} {total} leaves {prompt} tokens for the prompt and {response} for the response",
                 "at least 1 for each",
-                "raise max_length",
+                fix,
             )
         )
     return Lengths(prompt, response, total)
+
+
+def lengths_told(config: Any) -> tuple[str, str]:
+    """Return the one length that a config names, else max_length, and all three with where they come from."""
+    found = config.lengths()
+    lengths = dict(zip(LENGTHS, (found.prompt, found.response, found.total), strict=True))
+    given = [key for key in LENGTHS if getattr(config, key) is not None]
+    both = {"max_prompt_length", "response_length"} <= set(given)
+    told = []
+    for key, value in lengths.items():
+        by_default = key == "max_length" and not both
+        told.append(f"{key} {value}" + ("" if key in given else ", the default" if by_default else ", which follows"))
+    return given[0] if len(given) == 1 else "max_length", "; ".join(told)
 
 
 def check_lengths(config: Any) -> Iterator[Fault]:

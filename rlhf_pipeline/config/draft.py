@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,17 @@ class Override:
         return self.where
 
 
-def parse_overrides(overrides: Iterable[str] | Mapping[str, Any]) -> tuple[list[Override], list[Fault]]:
-    """Return the overrides and the faults of those that are not `key=value`."""
+A_FILE = "a file, not an override"
+
+
+def parse_overrides(
+    overrides: Iterable[str] | Mapping[str, Any], *, on_file: str = "remove it"
+) -> tuple[list[Override], list[Fault]]:
+    """Return the overrides and the faults of those that are not `key=value`.
+
+    Args:
+        on_file: what to do where one names a file; `{}` stands for its name.
+    """
     parsed: list[Override] = []
     faults: list[Fault] = []
     if isinstance(overrides, Mapping):
@@ -38,6 +48,9 @@ def parse_overrides(overrides: Iterable[str] | Mapping[str, Any]) -> tuple[list[
     for text in [overrides] if isinstance(overrides, str) else overrides:
         key, equals, value = text.partition("=")
         where, path = f"override {text}", _split(key.strip())
+        if not equals and _is_file(text):
+            faults.append(Fault(where, A_FILE, "key=value", on_file.replace("{}", text)))
+            continue
         if not equals or "" in path:
             fix = f"write {text.lstrip('-')}=VALUE" if not equals and text.strip("-") else ""
             faults.append(Fault(where, "not an override", "key=value", fix))
@@ -48,6 +61,10 @@ def parse_overrides(overrides: Iterable[str] | Mapping[str, Any]) -> tuple[list[
             fix = f"quote it: '{key}=\"...\"'"
             faults.append(Fault(where, f"the value is not YAML: {error}", "key=value", fix))
     return parsed, faults
+
+
+def _is_file(text: str) -> bool:
+    return text.lower().endswith((".yaml", ".yml")) or os.path.isfile(text)
 
 
 def _split(key: str) -> KeyPath:
@@ -74,6 +91,15 @@ class Draft:
                 place, written = self._places[path[:length]]
                 return place(written + path[length:])
         return f"{self.label}: {'.'.join(map(str, path))}"
+
+    def apart(self, names: Sequence[str]) -> tuple[str, str] | None:
+        """Return which of these keys was given last, and where each stands; None where all stand in one file."""
+        given = [name for name in (str(path[0]) for path in self._places) if name in names]  # in the order of giving
+        given = [name for name in given if self.values.get(name) is not None]
+        places = [self.where((name,)) for name in given]
+        if len({place.partition(":")[0] for place in places}) < 2:
+            return None
+        return given[-1], ", ".join(places)
 
     def fault(self, path: KeyPath, found: str, expected: str = "", fix: str = "") -> None:
         """Record a fault of the value at `path`."""

@@ -59,7 +59,7 @@ class _Reader:
     def read(self, overrides: Iterable[str] | Mapping[str, Any]) -> Experiment | None:
         """Return the experiment, or None where its own file is faulty."""
         self.plan.add_document(read_document(self.path), self.folder)
-        parsed, faults = parse_overrides(overrides)
+        parsed, faults = parse_overrides(overrides, on_file="one experiment is run: remove it")
         self.plan.faults.extend(faults)
         own, inner = self._share_out(parsed, self._entries())
         self.plan.override(own)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from rlhf_pipeline.config.base import CommandConfig
-from rlhf_pipeline.config.draft import Draft, parse_overrides
+from rlhf_pipeline.config.base import LENGTHS, CommandConfig, check_lengths
+from rlhf_pipeline.config.draft import A_FILE, Draft, parse_overrides
 from rlhf_pipeline.config.keys import advice_on_unknown, advice_on_unknown_inside
 from rlhf_pipeline.config.references import find_local_paths
 from rlhf_pipeline.config.stages import SCHEMAS
@@ -53,7 +53,10 @@ def load_config(
         draft.add_document(read_document(Path(path)), Path(path).parent)
     if extra:
         draft.add(extra, lambda key: f"{stage}: {'.'.join(map(str, key))}")
-    parsed, faults = parse_overrides(overrides)
+    other = "did you mean --config {}?" if path is None else f"one config is read, {path}: remove it"
+    parsed, faults = parse_overrides(overrides, on_file=other)
+    # What is missing stands in that file.
+    draft.unreadable |= path is None and any(fault.found == A_FILE for fault in faults)
     draft.faults.extend(faults)
     draft.override(parsed)
     config = validate(draft)
@@ -87,11 +90,16 @@ def validate(draft: Draft) -> CommandConfig | None:
     for check in schema.checks:
         try:
             for fault in check(_Part(config, faulty) if faulty else config):
+                if check is check_lengths and (apart := draft.apart(LENGTHS)):
+                    # The last word is told, and what it contradicts: that may stand in a file.
+                    fault = replace(fault, where=apart[0], found=f"{fault.found} (given: {apart[1]})")
                 path = tuple(map(as_index, fault.where.split(".")))
                 if not (draft.unreadable and fault.found == "missing"):
                     draft.fault(path, fault.found, fault.expected, fault.fix)
         except _FaultyFieldError:
             continue
+    if not faulty and not draft.faults:
+        draft.notes.extend(text for remark in schema.remarks for text in remark(config))
     return None if faulty else config
 
 

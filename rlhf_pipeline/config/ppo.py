@@ -118,6 +118,14 @@ def check_episodes(config: Any) -> Iterator[Fault]:
         yield Fault("total_episodes", found, "total_episodes >= rollout_batch_size")
 
 
+def remark_on_episodes(config: Any) -> Iterator[str]:
+    """Yield a note where the rollouts of a run do not add up to its episodes."""
+    size, updates = config.rollout_batch_size, config.updates
+    if config.max_steps < 1 and config.total_episodes % size:
+        counted = f"{updates} update{'s' if updates > 1 else ''} of {size} episodes"
+        yield f"total_episodes {config.total_episodes} is not a multiple of rollout_batch_size {size}: {counted}"
+
+
 def check_epochs(config: Any) -> Iterator[Fault]:
     """Yield the faults of keys that count passes over the data, which PPO does not make."""
     if config.num_train_epochs != 1:
@@ -181,6 +189,7 @@ class PpoConfig(TrainingConfig):
         check_batches,
         check_schedule,
     )
+    remarks: ClassVar = (remark_on_episodes,)
 
     learning_rate: Positive = option(3e-6, "peak step size of AdamW (N+ implementation details)")
     adam_epsilon: Positive = option(1e-5, "AdamW's floor of the denominator (N+ implementation details)")

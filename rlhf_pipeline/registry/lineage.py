@@ -46,6 +46,28 @@ def lineage_of(registry: Registry, resolved: Resolved, role: str = "model") -> N
     return _node(registry, resolved, role, resolved.digest, "present", ())
 
 
+def stands_apart(registry: Registry, reference: Resolved, start: Resolved) -> bool:
+    """Tell whether a model is neither `start` nor one that `start` was trained from, as far as manifests say."""
+
+    def identity(model: Resolved | Parent) -> str | None:
+        named = model.label if isinstance(model, Resolved) else model.ref
+        return model.digest or named  # what lies on the hub has no digest
+
+    sought, found, seen = identity(reference), start, set()
+    while found.label not in seen:  # a folder's manifest is anybody's: it may name itself
+        seen.add(found.label)
+        base = found.manifest.parents.get("base") if found.manifest is not None else None
+        if sought in (identity(found), base and identity(base)):
+            return False
+        if base is None:
+            break
+        try:
+            found = registry.resolve(base.ref)
+        except (DamagedFile, UnknownReference):
+            break
+    return True
+
+
 def render(node: Node) -> Tree:
     """Return a lineage as a tree for the terminal."""
     from rich.text import Text

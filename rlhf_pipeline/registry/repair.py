@@ -211,7 +211,10 @@ def _repair_version(registry: Registry, shelf: Shelf, item: Version) -> Iterator
     for alias in pointing:
         yield Mended(f"{name}@{alias}", f"removed: it named v{version}")
     left = shelf.numbers(name)
-    yield Mended(name, f"is now {name}@v{left[-1]}" if left else "has no version left")
+    if not left:
+        yield Mended(name, "has no version left")
+    elif left[-1] < version:  # it was the latest
+        yield Mended(name, f"is now {name}@v{left[-1]}")
 
 
 def _light_repairs(home: Path, item: Version) -> Iterator[Mended]:

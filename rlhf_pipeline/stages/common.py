@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rlhf_pipeline.config.base import LENGTHS, lengths_told
 from rlhf_pipeline.data.batch import Layout
 from rlhf_pipeline.data.load import SourceReport
 from rlhf_pipeline.data.tokenize import Example
@@ -76,19 +77,19 @@ def with_lengths(config: Any, parent: Resolved, say: Callable[[str], None] = lam
     Raises:
         ConfigError: when prompt and response together are longer than what the parent was made for.
     """
-    names = ("max_prompt_length", "response_length", "max_length")
-    if parent.manifest is not None and all(getattr(config, name) is None for name in names):
-        trained = {name: parent.manifest.config.get(name) for name in names}
+    if parent.manifest is not None and all(getattr(config, name) is None for name in LENGTHS):
+        trained = {name: parent.manifest.config.get(name) for name in LENGTHS}
         if any(value is not None for value in trained.values()):
             config = config.model_copy(update=trained)
             lengths = config.lengths()
             say(f"lengths as {parent.label} was trained with: prompt {lengths.prompt}, response {lengths.response}")
     positions = positions_of(parent)
     if positions is not None and config.lengths().total > positions:
+        named, told = lengths_told(config)
         raise ConfigError(
             Fault(
-                "max_length",
-                f"prompt and response of up to {config.lengths().total} tokens",
+                named,
+                f"prompt and response of up to {config.lengths().total} tokens ({told})",
                 f"at most {positions}, the positions of {parent.label}",
                 "set max_prompt_length and response_length, or max_length",
             )

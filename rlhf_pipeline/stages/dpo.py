@@ -14,6 +14,7 @@ from rlhf_pipeline.config.base import moves_optimum
 from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.models.loading import save_model
 from rlhf_pipeline.models.roles import Policy, assert_independent
+from rlhf_pipeline.registry.lineage import stands_apart
 from rlhf_pipeline.stages.common import (
     StageResult,
     find_model,
@@ -121,6 +122,11 @@ def run_dpo(config: Any, home: Path, **options) -> StageResult:
             run.registry, config.model_name_or_path, "policy", revision=config.model_revision, say=run.log.say
         )
         ref_parent = find_model(run.registry, config.ref_model, "policy") if config.ref_model else parent
+        if stands_apart(run.registry, ref_parent, parent):
+            run.log.say(
+                f"note: ref_model {ref_parent.label} is neither {parent.label}, which training starts from, nor a model"
+                f" that it comes from: KL and implicit reward are to {ref_parent.label}, in PPO to {parent.label}"
+            )
         config = run.settle(with_lengths(config, parent, run.log.say))
         tokenizer: PreTrainedTokenizerBase = tokenizer_of(parent, config.trust_remote_code)
         if config.ref_model:

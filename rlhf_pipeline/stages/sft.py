@@ -14,7 +14,7 @@ from rlhf_pipeline.data import world
 from rlhf_pipeline.data.batch import Layout, pack
 from rlhf_pipeline.data.tokenize import Example, whole_sequence
 from rlhf_pipeline.data.tokenizers import text_of, train_byte_level_bpe
-from rlhf_pipeline.models.loading import init_causal_lm, save_model
+from rlhf_pipeline.models.loading import init_causal_lm, new_config, save_model
 from rlhf_pipeline.models.roles import Policy
 from rlhf_pipeline.models.selfcheck import inspect_model
 from rlhf_pipeline.stages.common import (
@@ -89,6 +89,8 @@ def make_tokenizer(run: Run, data: StageData) -> PreTrainedTokenizerBase:
 
 def run_sft(config: Any, home: Path, **options) -> StageResult:
     """Train on demonstrations (or plain text) and register the model."""
+    if config.model_init is not None:
+        new_config(config.model_init, dropout=config.dropout)  # its keys, before a tokenizer is trained
     with open_run("sft", config, home, **options) as run:
         # 1. The model: an existing one, or a new one with its tokenizer.
         parents = {}

@@ -30,6 +30,7 @@ from rlhf_pipeline.training.memory import Memory
 from rlhf_pipeline.training.precision import uses_bf16
 from rlhf_pipeline.training.run_directory import (
     CONFIG,
+    finished_runs,
     open_directory,
     read_status,
     unfinished_with_other_config,
@@ -190,7 +191,10 @@ def open_run(
             log.say(f"note: {note}")
         if accelerator.is_main_process:
             described = yaml.safe_load(dump_yaml(config))
-            if not (directory / CONFIG).exists():
+            begun = (directory / CONFIG).exists()
+            if not begun:
+                for line in _made_before(home, config.output_name, digest):
+                    log.say(f"note: {line}")
                 for line in unfinished_with_other_config(directory, config.output_name, described):
                     log.say(f"note: {line}")
             replace_text(directory / CONFIG, dump_yaml(config))
@@ -200,6 +204,10 @@ def open_run(
             put_damaged_aside(directory / "checkpoints", warn=log.say)
         checkpoint = newest_checkpoint(directory / "checkpoints", warn=log.say)
         if accelerator.is_main_process:
+            if begun and checkpoint is None:
+                why = "engine trl writes none" if config.engine == "trl" else "save_steps is off"
+                why = "" if config.save_steps else f" ({why})"
+                log.say(f"nothing to resume: no checkpoint{why}; run {directory.name} begins anew")
             log.rewind(checkpoint.step if checkpoint else 0)
         run = Run(stage, config, digest, Registry(home), directory, accelerator, log, checkpoint)
         run.meter.started = started
@@ -217,6 +225,16 @@ def open_run(
         log.close()
         if lock is not None:
             lock.close()
+
+
+def _made_before(home: Path, name: str, digest: str) -> list[str]:
+    """A line on the newest version that a finished run of this config has made, where it is still there."""
+    versions = {f"{name}@v{number}" for number in Registry(home).models.numbers(name)}
+    made = [(run, model) for run, model in finished_runs(home, name, digest) if model in versions]
+    return [
+        f"run {run} of this config has finished as {model}: this makes a new version; `{model}` pins the old one"
+        for run, model in made[-1:]
+    ]
 
 
 def run_is_empty(directory: Path) -> bool:

@@ -41,13 +41,26 @@ def is_finished(directory: Path) -> bool:
     return read_status(directory).get("status") == "finished"
 
 
-def run_directory(home: Path, name: str, digest: str, *, resume: bool) -> Path:
-    """runs/<name>-<digest>[-k]: the newest unfinished one if `resume`, else the first number after all that exist."""
+def finished_runs(home: Path, name: str, digest: str) -> list[tuple[str, str]]:
+    """Runs of a config that have registered their model, the newest last, each with its model."""
     base = home / "runs" / f"{name}-{digest[:10]}"
+    places = [(number, base if number == 1 else base.with_name(f"{base.name}-{number}")) for number in _numbers(base)]
+    found = [(place.name, read_status(place)) for _, place in sorted(places)]
+    return [(run, str(status["model"])) for run, status in found if status.get("status") == "finished"]
+
+
+def _numbers(base: Path) -> list[int]:
     numbers = [1] if base.exists() else []
     for path in base.parent.glob(f"{base.name}-*"):
         ending = path.name[len(base.name) + 1 :]
         numbers += [int(ending)] if ending.isdecimal() and int(ending) > 1 else []
+    return numbers
+
+
+def run_directory(home: Path, name: str, digest: str, *, resume: bool) -> Path:
+    """runs/<name>-<digest>[-k]: the newest unfinished one if `resume`, else the first number after all that exist."""
+    base = home / "runs" / f"{name}-{digest[:10]}"
+    numbers = _numbers(base)
 
     def place(number: int) -> Path:
         return base if number == 1 else base.with_name(f"{base.name}-{number}")

@@ -98,8 +98,8 @@ def test_a_name_whose_versions_are_all_removed_meanwhile_is_unknown(tmp_path, mo
     registry.publish("demo", "sft", model, code={"package": "test"})
     read = registry._number
 
-    def remove_then(reference):
-        number = read(reference)
+    def remove_then(reference, name):
+        number = read(reference, name)
         if registry.models.numbers("demo"):
             registry.models.remove("demo", 1)
         return number

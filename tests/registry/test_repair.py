@@ -50,6 +50,13 @@ def test_a_damaged_version_goes_whole_and_the_one_before_is_found(registry, mode
     assert registry.publish("demo", "sft", model()).label == "demo@v3"
 
 
+def test_the_latest_version_is_told_only_where_it_has_changed(registry, two):
+    (two[0].path / "model.safetensors").write_text("onx")
+    assert [str(one.what) for one in registry.repair()] == ["demo@v1", "demo@first"]
+    (two[1].path / "model.safetensors").write_text("twx")
+    assert registry.repair()[-1].done == "has no version left"
+
+
 @pytest.mark.parametrize("damage", ["unreadable", "gone", "flipped", "elsewhere"])
 def test_a_damaged_manifest_is_a_damaged_version(registry, two, damage):
     manifest = two[1].path / "manifest.json"
