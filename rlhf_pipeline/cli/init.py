@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,8 @@ from rlhf_pipeline.cli.libraries import load_libraries
 from rlhf_pipeline.cli.options import DebugOption, HomeOption, JsonOption, common_of
 from rlhf_pipeline.cli.output import emit_json, emit_lines
 from rlhf_pipeline.errors import BadInput
+
+_THERE = "{}: there is such a file; expected a new one: pass --out FILE"
 
 
 def init(
@@ -27,19 +30,24 @@ def init(
 ) -> None:
     """Write an experiment for your own pairs: SFT, reward model, judge, PPO and DPO, with lengths from the data."""
     common = common_of(context, home, json, debug=debug)
-    if out.exists():
-        raise BadInput(f"{out}: there is such a file; expected a new one: pass --out FILE")
+    if os.path.lexists(out):
+        raise BadInput(_THERE.format(out))
     if not out.parent.is_dir():
         raise BadInput(f"{out}: there is no folder {out.parent}; expected one that exists")
     load_libraries()
     from rlhf_pipeline.config.experiment import load_experiment
-    from rlhf_pipeline.experiment.starter import plan_starter, render_starter
+    from rlhf_pipeline.experiment.starter import plan_starter
+    from rlhf_pipeline.experiment.starter_file import render_starter
     from rlhf_pipeline.registry import Registry
 
     folder = out.parent.absolute()
     plan = plan_starter(source, model=model, seeds=seeds, folder=folder, home=common.home_path)
     try:
-        with out.open("x", encoding="utf-8") as file:
+        file = out.open("x", encoding="utf-8")
+    except FileExistsError:  # made meanwhile
+        raise BadInput(_THERE.format(out)) from None
+    try:
+        with file:
             file.write(render_starter(plan))
         load_experiment(out, known_models=Registry(common.home_path).models.names())
     except BaseException:

@@ -106,11 +106,13 @@ MEASURING = ("compare", "evaluate", "exact", "generate")
 
 
 def _interrupted(words: Sequence[str]) -> str:
-    command = next((word for word in words if word in (*MEASURING, "run")), None)
+    flags = [place for place, word in enumerate(words) if word == "--home"]
+    commands = [word for place, word in enumerate(words) if place - 1 not in flags and not word.startswith("-")]
+    command = commands[0] if commands else None
     if command == "run":
         return "interrupted; the stages that are done are kept, and the same command goes on from there"
-    if command is not None:
-        return f"interrupted: nothing of this {command} was kept; the same command begins anew"
+    if command in MEASURING:
+        return f"interrupted: no result of this {command} was kept; the same command begins anew"
     return "interrupted before the run had anything to keep"
 
 

@@ -64,6 +64,8 @@ def references_and_overrides(words: Sequence[str]) -> tuple[list[str], list[str]
     """Split the words of a command that takes models and overrides: an override has `=` and a key that is no path."""
 
     def is_override(word: str) -> bool:
+        if "=" in word and Path(word).is_dir():
+            return False
         key, equals, _ = word.partition("=")
         # A YAML file is no model either: as an override it is told where a config belongs.
         return "/" not in key if equals else word.endswith((".yaml", ".yml")) and Path(word).is_file()

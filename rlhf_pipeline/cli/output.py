@@ -116,6 +116,10 @@ def _print_turned(console: Console, title: str, names: Sequence[str], rows: Sequ
     """What were columns as rows, and what were rows as columns: as many in one table as fit."""
     from rich.text import Text
 
+    if not rows:
+        console.print(Text(title, style="bold"))
+        console.print(Text(", ".join(names)))
+        return
     groups: list[list[Sequence[str]]] = []
     for row in rows:
         if groups and _total(_widths(list(zip(names, *groups[-1], row, strict=True)))) <= console.width:

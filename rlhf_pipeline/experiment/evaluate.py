@@ -86,9 +86,9 @@ def _evaluate_reward_model(
         trained |= {"dataset_name": config.prompts, "dataset_config": config.dataset_config}
     with nullcontext() if config.prompts else owned_by(resolved, trained):
         training = load_config("train-rm", None, extra=trained).config
+        data, kind = StageData(training, registry.home, say), preference_kind(training)
+        changed = [] if config.prompts else changes_of(resolved, data.sources(kind))
     tokenizer = tokenizer_of(resolved, config.trust_remote_code)
-    data, kind = StageData(training, registry.home, say), preference_kind(training)
-    changed = [] if config.prompts else changes_of(resolved, data.sources(kind))
     for change in changed:
         say(f"note: {change['text']}")
     train, _ = data.split(kind, training.dataset_train_split, tokenizer, required=False)

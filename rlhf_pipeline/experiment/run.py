@@ -12,6 +12,7 @@ from rlhf_pipeline.config.grid import Node, expand, resampled
 from rlhf_pipeline.config.references import Reference, references
 from rlhf_pipeline.config.spec import Experiment
 from rlhf_pipeline.data.load import read_records
+from rlhf_pipeline.data.splits import FRACTIONS, in_split
 from rlhf_pipeline.errors import BadInput, ConfigError, Fault, Interrupted
 from rlhf_pipeline.experiment.done import find_done, output_of, survey
 from rlhf_pipeline.experiment.points import points_of
@@ -63,20 +64,31 @@ def check_inputs(experiment: Experiment, registry: Registry) -> None:
                 continue
             part = getattr(spec.config, "dataset_config", None) if reference.role == "data" else None
             skip_bad_rows = getattr(spec.config, "skip_bad_rows", False)
-            key = (reference.role, reference.text, part, skip_bad_rows)
+            split = getattr(spec.config, "dataset_train_split", None) if reference.path == ("dataset_name",) else None
+            shares = getattr(spec.config, "split_fractions", FRACTIONS)
+            key = (reference.role, reference.text, part, skip_bad_rows, split, tuple(shares.items()))
             if key not in checked:
-                checked[key] = _problem(reference, registry, part, skip_bad_rows)
+                checked[key] = _problem(reference, registry, part, skip_bad_rows, split, shares)
             if (problem := checked[key]) is not None:
                 faults.append(Fault(f"{spec.name}.{'.'.join(map(str, reference.path))}", problem))
     if faults:
         raise ConfigError(list(dict.fromkeys(faults)))
 
 
-def _problem(reference: Reference, registry: Registry, part: str | None, skip_bad_rows: bool) -> str | None:
-    """What is wrong with what a config names, or None."""
+def _problem(
+    reference: Reference,
+    registry: Registry,
+    part: str | None,
+    skip_bad_rows: bool,
+    split: str | None,
+    shares: Mapping[str, float],
+) -> str | None:
+    """What is wrong with what a config names, or None; of data also where the split that is trained on has no rows."""
     try:
         if reference.role == "data":
-            read_records(reference.text, config=part, home=registry.home, skip_bad_rows=skip_bad_rows)
+            found = read_records(reference.text, config=part, home=registry.home, skip_bad_rows=skip_bad_rows)
+            if split is not None:
+                in_split(found.records, split, shares, found.source)
         else:
             role: Role = "policy" if reference.role == "policy" else "reward_model"
             check_role(registry.resolve(reference.text), role)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rlhf_pipeline.data.load import RecordSet, records_digest
+from rlhf_pipeline.data.records import Record
 from rlhf_pipeline.data.sources import local_path
 from rlhf_pipeline.data.splits import FRACTIONS, in_split
 from rlhf_pipeline.errors import DataError, Fault, UnknownReference
@@ -59,26 +60,32 @@ def changes_of(resolved: Resolved, sources: Sequence[RecordSet]) -> list[dict[st
     fractions = manifest.config.get("split_fractions") or FRACTIONS
     changes = []
     for entry in manifest.data:
-        read = next((one for one in sources if _base(one.source) == _base(entry.source)), None)
-        if read is None or entry.split is None or entry.source.startswith("world:"):
+        there = [one for one in sources if _base(one.source) == _base(entry.source)]
+        if not there or entry.split is None or entry.source.startswith("world:"):
             continue
-        try:
-            records = in_split(read.records, entry.split, fractions, read.source)
-        except DataError:
-            records = []
+        # Several parts of one source have one name: it is unchanged if it is any of them.
+        parts = [(one, _records(one, entry.split, fractions)) for one in there]
+        if any(records and records_digest(records) == entry.digest for _, records in parts):
+            continue
+        read, records = parts[0]
         found = records_digest(records) if records else None
-        if found == entry.digest:
-            continue
-        there = "found no rows" if found is None else f"found digest {found[:DIGITS]} ({len(records)} rows)"
+        now = "found no rows" if found is None else f"found digest {found[:DIGITS]} ({len(records)} rows)"
         text = (
             f"the data of {resolved.label} have changed since it was trained: {read.source}, split {entry.split}: "
-            f"{there}, its manifest has {entry.digest[:DIGITS]} ({entry.rows} rows) of {entry.source}; prompts and "
+            f"{now}, its manifest has {entry.digest[:DIGITS]} ({entry.rows} rows) of {entry.source}; prompts and "
             "pairs are those of the data as they are now"
         )
         change: dict[str, Any] = {"model": resolved.label, "source": read.source, "split": entry.split, "found": found}
         change |= {"expected": entry.digest, "rows": len(records), "expected_rows": entry.rows, "text": text}
         changes.append(change)
     return changes
+
+
+def _records(read: RecordSet, split: str, fractions: Mapping[str, float]) -> list[Record]:
+    try:
+        return in_split(read.records, split, fractions, read.source)
+    except DataError:
+        return []
 
 
 def note_changes(known: list[dict[str, Any]], changes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -244,12 +244,19 @@ def run_is_empty(directory: Path) -> bool:
     return not any(path.exists() for path in kept) and not (metrics.exists() and metrics.stat().st_size)
 
 
+class _Stopped(BaseException):
+    """A signal where nothing has to be finished; no handler of errors takes it for one, as that of a library would."""
+
+
 @contextmanager
 def _signals(run: Run):
     """SIGINT and SIGTERM let the current update finish; a second one ends the process at once.
 
     Before the first update there is nothing to finish: the run ends there and then (of several processes, after it).
     After the last update the model is evaluated and registered first.
+
+    Raises:
+        Interrupted: before the first update.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -260,9 +267,7 @@ def _signals(run: Run):
             os._exit(128 + number)
         run.stopped_by = number
         if run.phase == "preparing" and run.accelerator.num_processes == 1:
-            raise Interrupted(
-                f"stopped by signal {number} before an update; the same command begins here again", number
-            )
+            raise _Stopped
         if run.phase == "ending":
             run.log.say(f"signal {number}: all updates are done, registering the model (again to stop at once)")
             return
@@ -272,6 +277,10 @@ def _signals(run: Run):
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except _Stopped:
+        number = run.stopped_by or signal.SIGINT
+        told = f"stopped by signal {int(number)} before an update; the same command begins here again"
+        raise Interrupted(told, number) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

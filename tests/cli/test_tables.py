@@ -106,6 +106,11 @@ def test_keys_stay_whole_and_long_values_fold(terminal, width):
     assert [word for word in words if word in REASON.split()][-len(REASON.split()) :] == REASON.split()
 
 
+def test_a_table_without_rows_has_its_title_and_heads(terminal):
+    text = terminal(20, output.emit_table, "a home", ("model", "stage", "parents"), [])
+    assert "a home" in text and all(name in text for name in ("model", "stage", "parents"))
+
+
 def test_a_table_that_fits_is_as_it_was(terminal):
     text = terminal(200, emit_table, "reward", ("metric", "value"), [("gate reason", "x" * 100), ("seconds", "3.2")])
     assert f"  gate reason   {'x' * 100}" in text and f"  seconds       {'3.2':>100}" in text

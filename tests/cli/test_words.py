@@ -42,6 +42,8 @@ def test_models_and_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ["sft", "runs/lr=1/model", "ppo.yaml"],  # there is no such file: it may be a name
         ["samples=2", "a=b/c", "sft.yaml"],
     )
+    (tmp_path / "lr=1e-5").mkdir()
+    assert one_reference("evaluate", ["lr=1e-5", "samples=2"]) == ("lr=1e-5", ["samples=2"])
     assert one_reference("generate", ["seed=1", "sft"]) == ("sft", ["seed=1"])
     for words in (["seed=1"], ["sft", "dpo"]):
         with pytest.raises(BadInput, match="expected one model"):
@@ -118,8 +120,8 @@ def test_a_prompt_that_is_cut_is_said(capsys, tiny) -> None:
 @pytest.mark.parametrize(
     ("module", "words", "line"),
     [
-        ("evaluate", ["generate", "sft", "--prompt", PROMPT], "error: interrupted: nothing of this generate was kept"),
-        ("compare", ["compare", "sft", "dpo"], "error: interrupted: nothing of this compare was kept"),
+        ("evaluate", ["generate", "sft", "--prompt", PROMPT], "error: interrupted: no result of this generate was"),
+        ("compare", ["compare", "sft", "dpo"], "error: interrupted: no result of this compare was kept"),
         ("train", ["run", "experiment.yaml"], "error: interrupted; the stages that are done are kept"),
         ("train", ["dpo"], "error: interrupted before the run had anything to keep"),
     ],

@@ -19,9 +19,9 @@ def init(lab, tmp_path, monkeypatch, capsys):
     """Write rows beside the file and run `rlhf init`; returns the exit code, what was said, and the file's values."""
     monkeypatch.chdir(tmp_path)
 
-    def run(rows, *words, out="experiment.yaml"):
-        (tmp_path / "my pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        code = main(["init", "my pairs.jsonl", "--out", out, "--home", str(lab.home), *words])
+    def run(rows, *words, out="experiment.yaml", name="my pairs.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        code = main(["init", name, "--out", out, "--home", str(lab.home), *words])
         said = capsys.readouterr()
         path = tmp_path / out
         values = yaml.safe_load(path.read_text()) if code == 0 else None
@@ -43,7 +43,7 @@ def test_what_it_writes_runs_from_end_to_end(init, lab, tmp_path):
     code, said, values = init(rows, "--model", "sft", "--seeds", "1")
     assert code == 0, said
     assert values["stages"]["sft"]["model_name_or_path"] == "sft@v1"
-    assert values["stages"]["sft"]["dataset_name"] == "my pairs.jsonl"
+    assert values["stages"]["sft"]["dataset_name"] == "./my pairs.jsonl"
     quick = [f"{stage}.max_steps=2" for stage in ("sft", "reward", "judge", "dpo")]
     quick += [f"{stage}.use_cpu=true" for stage in ("sft", "reward", "judge", "ppo", "dpo", "compare")]
     quick += [f"{stage}.max_prompt_length=6" for stage in values["stages"]]
@@ -55,13 +55,60 @@ def test_what_it_writes_runs_from_end_to_end(init, lab, tmp_path):
     assert results["judge"].startswith("judge@")
 
 
-def test_a_directory_is_named_from_where_the_file_lies(init, lab, tmp_path):
+def test_paths_mean_the_same_wherever_the_file_lies(init, lab, tmp_path, monkeypatch):
+    """A file in another folder has whole paths: a relative one would be looked for where the command runs first."""
     (tmp_path / "deep").mkdir()
-    model = lab.registry.resolve("sft").path.rename(tmp_path / "model")
-    code, said, values = init(different(30), "--model", "model", out="deep/experiment.yaml")
+    lab.registry.resolve("sft").path.rename(tmp_path / "sft")  # the name of a stage
+    code, said, values = init(different(60), "--model", "sft")
     assert code == 0, said
-    assert values["stages"]["sft"]["model_name_or_path"] == "./../model" and model.is_dir()
-    assert values["stages"]["dpo"]["dataset_name"] == "../my pairs.jsonl"
+    assert values["stages"]["sft"]["model_name_or_path"] == "./sft"
+    code, said, values = init(different(60), "--model", "sft", out="deep/experiment.yaml")
+    assert code == 0, said
+    assert values["stages"]["sft"]["model_name_or_path"] == str(tmp_path / "sft")
+    assert values["stages"]["dpo"]["dataset_name"] == str(tmp_path / "my pairs.jsonl")
+
+
+@pytest.mark.parametrize(
+    "name", ["2024.jsonl", "true.jsonl", "a'b\"c: {d}.jsonl", "tab\there.jsonl", "ünï😀.jsonl", "e\x7f.jsonl"]
+)
+def test_names_that_yaml_would_take_for_something_else(init, name):
+    code, said, values = init(different(60), "--model", "sft", name=name)
+    assert code == 0, said
+    assert values["stages"]["dpo"]["dataset_name"] == f"./{name}"
+    assert isinstance(values["name"], str)
+
+
+def test_splits_of_other_names(init):
+    rows = [{**row, "split": "train_prefs" if n % 4 else "test_prefs"} for n, row in enumerate(different(40))]
+    code, said, values = init(rows, "--model", "sft")
+    assert code == 0, said
+    for stage in values["stages"].values():
+        assert (stage["dataset_train_split"], stage["dataset_test_split"]) == ("train_prefs", "test_prefs")
+    assert values["compare"]["split"] == "test_prefs"
+    leaked = [*rows, {**rows[1], "split": "test_prefs"}]
+    code, said, values = init(leaked, "--model", "sft", out="leaked.yaml")
+    assert code == 0 and values["stages"]["dpo"]["skip_bad_rows"] is True
+    named = [{**row, "split": "one" if n % 2 else "two"} for n, row in enumerate(different(40))]
+    code, said, _ = init(named, "--model", "sft", out="named.yaml")
+    assert code == 2 and "found the splits two (20), one (20)" in said and "'train'" in said
+
+
+def test_a_file_that_cannot_be_read_back_is_taken_away_and_another_ones_stays(init, tmp_path, monkeypatch):
+    from rlhf_pipeline.experiment import starter_file
+
+    file = starter_file._FILE
+    with monkeypatch.context() as patch:
+        patch.setattr(starter_file, "_FILE", file.replace("kl_coef", "kl_cof"))
+        code, said, _ = init(different(60), "--model", "sft")
+        assert code == 2 and "did you mean 'kl_coef'" in said and not (tmp_path / "experiment.yaml").exists()
+    with monkeypatch.context() as patch:  # made by somebody while the data were read
+        patch.setattr("os.path.lexists", lambda path: False)
+        (tmp_path / "experiment.yaml").write_text("mine")
+        assert init(different(60), "--model", "sft")[0] == 2
+    assert (tmp_path / "experiment.yaml").read_text() == "mine"
+    (tmp_path / "link.yaml").symlink_to(tmp_path / "nowhere")
+    assert init(different(60), "--model", "sft", out="link.yaml")[0] == 2
+    assert (tmp_path / "link.yaml").is_symlink()
 
 
 def test_lengths_hold_all_but_a_hundredth_of_the_tokens(init):
@@ -94,7 +141,7 @@ def test_few_pairs_give_the_judge_and_the_test_more_and_say_what_they_are_worth(
 
 
 def test_from_scratch_positions_bound_the_lengths(init, tmp_path):
-    rows = different(30)
+    rows = different(60)
     for row in rows:
         row["chosen"] = " ".join(f"word{n}" for n in range(900))
     code, said, values = init(rows)
@@ -120,10 +167,10 @@ def test_a_source_with_splits_and_no_judge_among_them(init):
 
 def test_faulty_rows_are_counted_and_left_out(init):
     empty = {"prompt": "", "chosen": " great", "rejected": " dull"}
-    code, said, values = init([*different(20), {"prompt": "x", "chosen": "y"}, empty], "--model", "sft", "--json")
+    code, said, values = init([*different(60), {"prompt": "x", "chosen": "y"}, empty], "--model", "sft", "--json")
     assert code == 0 and json.loads(said)["faulty_rows"] == 2, said
     assert values["stages"]["dpo"]["skip_bad_rows"] is True and values["compare"]["skip_bad_rows"] is True
-    code, said, values = init(different(20), "--model", "sft", out="good.yaml")
+    code, said, values = init(different(60), "--model", "sft", out="good.yaml")
     assert "skip_bad_rows" not in values["stages"]["dpo"]
 
 
@@ -131,8 +178,10 @@ def test_faulty_rows_are_counted_and_left_out(init):
     ("rows", "words", "message"),
     [
         ([{"prompt": "a", "completion": "b"}], (), "found demonstration, expected pairs or rankings"),
-        (different(3), ("--model", "sfd"), "did you mean 'sft'"),
-        (different(3), ("--seeds", "0"), "seeds"),
+        (different(60), ("--model", "sfd"), "did you mean 'sft'"),
+        (different(60), ("--model", "reward"), "reward@v1"),
+        (different(60), ("--seeds", "0"), "seeds"),
+        (different(2), (), "expected rows in one that is called"),
     ],
 )
 def test_what_is_refused_leaves_no_file(init, tmp_path, rows, words, message):
@@ -143,6 +192,6 @@ def test_what_is_refused_leaves_no_file(init, tmp_path, rows, words, message):
 
 def test_a_file_is_never_written_over(init, tmp_path):
     (tmp_path / "experiment.yaml").write_text("mine")
-    code, said, _ = init(different(3))
+    code, said, _ = init(different(60))
     assert code == 2 and "--out" in said and (tmp_path / "experiment.yaml").read_text() == "mine"
-    assert init(different(3), out="no/where.yaml")[0] == 2
+    assert init(different(60), out="no/where.yaml")[0] == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import cycle
 from pathlib import Path
 
@@ -145,6 +146,8 @@ def test_each_split_is_compared_with_the_entry_of_the_same(tiny):
     assert [change["split"] for change in changes] == ["test"]
     known: list = []
     assert note_changes(known, changes) == changes and note_changes(known, changes) == [] and known == changes
+    parts = [Source("a.jsonl", "two"), now]  # of a mixture of two parts of one source
+    assert changes_of(manifest_of(tiny, entry), parts) == []
     world = {"source": "world:verdicts", "split": "train", "digest": "0" * 64}
     assert changes_of(manifest_of(tiny, world), [Source("world:verdicts", "one")]) == []
 
@@ -153,3 +156,9 @@ def test_another_version_of_collected_data_is_a_change(tiny):
     entry = {"source": "collected:p@v1", "split": "train", "digest": "0" * 64}
     (change,) = changes_of(manifest_of(tiny, entry), [Source("collected:p@v2", "one")])
     assert "collected:p@v2, split train" in change["text"] and "of collected:p@v1" in change["text"]
+
+
+def test_collected_pairs_that_are_not_there_are_somebodys(capsys, lab):
+    shutil.rmtree(lab.home / "data")
+    assert main(["evaluate", "reward", "--home", str(lab.home)]) == 2
+    assert "these are the data of reward@v1 (named in its manifest)" in " ".join(capsys.readouterr().err.split())

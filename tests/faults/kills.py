@@ -68,7 +68,7 @@ def kill(subject: Subject, folder: Path, draw: Any, *, process: str = "forked") 
         hit = outcome.killed_by == signal.SIGKILL
         trial["kills"].append({"where": where, "hit": hit})
         trial["faults"] += [f"torn after the kill at {where}: {fault}" for fault in torn(home)]
-        if not hit or draw.random() >= AGAIN:
+        if not hit or draw.random() >= AGAIN or finished(subject, home):  # again would begin a second version
             break
     if outcome.code != 0 and not finished(subject, home):  # otherwise the same command would begin a second version
         outcome = children.run(subject.command(home), said)

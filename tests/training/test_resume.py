@@ -242,6 +242,30 @@ def test_an_unfinished_run_of_another_config_is_named_with_the_keys_that_differ(
     assert "learning_rate 0.01 there, 0.5 here" in line and "max_steps" not in line
 
 
+@pytest.mark.parametrize("place", ["loading", "tokenising"])
+def test_no_handler_of_errors_swallows_a_signal_before_an_update(lab, pairs, monkeypatch, place):
+    """Loading a model turns every error into one of ours, and tokenising tries a failed batch text by text."""
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+    of = {"loading": (AutoModelForCausalLM, "from_pretrained"), "tokenising": (PreTrainedTokenizerBase, "__call__")}
+    owner, name = of[place]
+    whole, calls = getattr(owner, name), []
+
+    def signalled(*args, **options):
+        calls.append(1)
+        if len(calls) == 1:
+            terminate()
+        return whole(*args, **options)
+
+    data = {"dataset_name": pairs(), "dataset_train_split": "all", "dataset_test_split": "all"}
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, signalled)
+        with pytest.raises(Interrupted, match="signal 15 before an update") as caught:
+            lab.run("dpo", **data, max_steps=2)
+    assert caught.value.exit_code == 143 and len(calls) == 1
+    assert lab.run("dpo", **data, max_steps=2).cost["optimizer_steps"] == 2
+
+
 @pytest.mark.parametrize("begun", [False, True])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_before_an_update_ends_the_run_at_once(whole, lab, monkeypatch, begun, number):

@@ -239,6 +239,11 @@ def test_a_signal_ends_the_run_and_the_next_one_begins_anew(lab, pairs, monkeypa
             lab.run("sft", **options)
     (broken,) = {path for path in (lab.home / "runs").iterdir() if path.name.startswith("tuned-")}
     assert [row["step"] for row in lab.rows(broken)] == [1, 2, 2]
+    signals = iter([terminate])
+    with monkeypatch.context() as patch:  # after the last step the model is registered first
+        patch.setattr(sft_stage, "mean_nll", lambda *args, **changes: next(signals, mean_nll)(*args, **changes))
+        ended = lab.run("sft", output_name="ended", **{**options, "eval_steps": 5})
+    assert ended.stopped_by == signal.SIGTERM and lab.registry.models.numbers("ended") == [1]
     again = lab.run("sft", **options)
     assert Path(again.run) == broken
     assert lab.rows(again.run) == lab.rows(whole.run)

@@ -101,7 +101,7 @@ def train_with_trl(
             figures = plan.evaluate()
             run.log.record(step, figures)
             tell(run.log, monitor.update(step, figures))
-        if run.stopped_by is not None:
+        if run.stopped_by is not None and step < plan.total:  # after the last one the model is registered first
             raise Interrupted(
                 f"stopped by signal {run.stopped_by} at step {step} of {plan.total}; engine trl keeps no checkpoint: "
                 "the same command begins anew",

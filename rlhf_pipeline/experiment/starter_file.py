@@ -1,0 +1,165 @@
+"""The file that `rlhf init` writes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+VOCABULARY = 4096
+POSITIONS = 512
+"""Longest sequence that a model from scratch is made for."""
+
+
+@dataclass(frozen=True)
+class Starter:
+    """What the file is made of. pairs: usable rows that say which response is better. model: None is from scratch."""
+
+    name: str
+    dataset: str
+    model: str | None
+    seeds: int
+    pairs: int
+    faulty: int
+    splits: dict[str, int]
+    train: str
+    test: str
+    shares: dict[str, float] | None
+    max_prompt_length: int
+    response_length: int
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def judged(self) -> bool:
+        """Whether there are pairs that a judge can be trained on."""
+        return self.splits.get("judge", 0) > 0
+
+
+def _quoted(text: str | None) -> str:
+    """A text as YAML has it in double quotes."""
+    return json.dumps(text, ensure_ascii=text is not None and not text.isprintable())
+
+
+def render_starter(plan: Starter) -> str:
+    """The experiment's YAML, with a comment wherever somebody may want another value."""
+    scratch, small = plan.model is None, plan.splits[plan.train] < 2000
+    device, parts = (16, 1 if small else 2) if scratch else (4, 4 if small else 8)
+    rollout = 64 if small else 128
+    values = {
+        "pairs": f"{plan.pairs:,}",
+        "name": _quoted(plan.name),
+        "seeds": json.dumps(list(range(plan.seeds))),
+        "start": _SCRATCH if scratch else f"    model_name_or_path: {_quoted(plan.model)}\n",
+        "dataset": _quoted(plan.dataset),
+        "parts": "".join(
+            f"      {key}: {_quoted(name)}\n"
+            for key, name, usual in (
+                ("dataset_train_split", plan.train, "train"),
+                ("dataset_test_split", plan.test, "test"),
+            )
+            if name != usual
+        ),
+        "skip": _SKIP.format(plan.faulty) if plan.faulty else "",
+        "shares": f"      split_fractions: &shares {json.dumps(plan.shares)}\n" if plan.shares else "",
+        "prompt": plan.max_prompt_length,
+        "response": plan.response_length,
+        "size": f"    per_device_train_batch_size: {device}\n    gradient_accumulation_steps: {parts}\n",
+        "device": device,
+        "rollout": rollout,
+        "episodes": 100 * rollout,
+        "judged": "    judge: judge                             # watches the responses and moves nothing\n",
+        "again": "    num_train_epochs: 3                      # few pairs: three times over\n" if small else "",
+        "sft_rate": "1.0e-3" if scratch else "1.0e-5",
+        "reward_rate": "1.0e-4" if scratch else "1.0e-5",
+        "ppo_rate": "5.0e-5" if scratch else "3.0e-6",
+        "dpo_rate": "1.0e-4" if scratch else "1.0e-6",
+        "compared": "".join(
+            f"  {line}\n"
+            for line, wanted in (
+                ("judge: judge", plan.judged),
+                (f"split: {_quoted(plan.test)}", plan.test != "test"),
+                ("split_fractions: *shares", plan.shares),
+                ("skip_bad_rows: true", plan.faulty),
+            )
+            if wanted
+        ),
+    }
+    values["judge"] = _JUDGE.format_map(values) if plan.judged else ""
+    values["judged"] = values["judged"] if plan.judged else ""
+    return _FILE.format_map(values)
+
+
+_SCRATCH = f"""\
+    # No model was named: a small one from scratch. `rlhf init --model REF` starts from another.
+    model_init: {{model_type: llama, hidden_size: 256, intermediate_size: 688, num_hidden_layers: 4,
+      num_attention_heads: 4, num_key_value_heads: 4, tie_word_embeddings: true,
+      max_position_embeddings: {POSITIONS}, initializer_range: 0.05}}
+    tokenizer_init: {{type: byte_level_bpe, vocab_size: {VOCABULARY}}}
+    completion_only_loss: false              # it has to learn the language too
+    num_train_epochs: 5
+"""
+_SKIP = "      skip_bad_rows: true                    # {} faulty rows: `rlhf data check` names them\n"
+_JUDGE = """\
+  judge:                                     # on pairs that no arm sees; its seed keeps it one for all
+    stage: train-rm
+    model_name_or_path: sft
+    <<: *data
+    dataset_train_split: judge
+    num_train_epochs: 3
+    learning_rate: {reward_rate}
+    warmup_steps: 0.1
+{size}    seed: 1000
+"""
+_FILE = """\
+# SFT, reward model, PPO and DPO on {pairs} preferences, compared. Keys: docs/experiments.md, docs/config.md.
+#   rlhf run THIS --dry-run        checks everything, trains nothing
+#   rlhf run THIS                  runs it; what is done is skipped, what was stopped goes on
+name: {name}
+seeds: {seeds}                             # each draws reward model, PPO and DPO anew
+stages:
+  sft:                                       # on the preferred responses
+    stage: sft
+{start}    <<: &data
+      dataset_name: {dataset}
+{parts}{skip}{shares}\
+      max_prompt_length: {prompt:<19} # tokens, enough for 99 %; longer prompts are cut from the left
+      response_length: {response:<21} # tokens with the end; longer responses are left out
+    learning_rate: {sft_rate}
+    lr_scheduler_type: cosine
+    warmup_steps: 0.05
+{size}    save_steps: 100                          # a killed run goes on from here
+  reward:
+    stage: train-rm
+    model_name_or_path: sft
+    <<: *data
+    learning_rate: {reward_rate}
+    warmup_steps: 0.1
+{again}{size}    save_steps: 100
+{judge}\
+  ppo:
+    stage: ppo
+    model_name_or_path: sft
+    reward_model_path: reward
+{judged}\
+    <<: *data
+    kl_coef: 0.1                             # PPO's beta: the same as DPO's, so that both have one optimum
+    learning_rate: {ppo_rate}
+    total_episodes: {episodes:<24} # responses in all: 100 updates
+    rollout_batch_size: {rollout:<20} # responses in an update
+    num_mini_batches: 4
+    per_device_train_batch_size: {device}
+    save_steps: 10
+  dpo:
+    stage: dpo
+    model_name_or_path: sft
+    <<: *data
+    beta: 0.1
+    learning_rate: {dpo_rate}
+    warmup_steps: 0.1
+{again}{size}    save_steps: 100
+# One point each says little of two methods that trade reward against KL: try several betas.
+# sweep: {{ppo.kl_coef: [.03, .1, .3], dpo.beta: [.03, .1, .3]}}
+compare:
+  arms: [ppo, dpo]
+  baseline: sft
+{compared}  samples: 4
+"""
