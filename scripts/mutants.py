@@ -48,6 +48,8 @@ RANKED_DPO = RANKINGS + "test_the_gradient_of_dpo_is_that_of_its_pairs_written_o
 PLACKETT_LUCE = RANKINGS + "test_plackett_luce_is_the_product_of_its_choices"
 LOOP, TRAINING = "training/loop.py", "tests/training/"
 UNSEEN = TRAINING + "test_finite.py::test_what_the_model_says[dpo--inf]"
+RESUMED = TRAINING + "test_resume.py::test_stopped_by_a_signal[{}]"
+CHECKPOINT, FLIPS = "training/checkpoint.py", "tests/faults/test_flips.py::"
 KEPT = TRAINING + "test_memory.py::test_what_a_failed_attempt_has_added_is_thrown_away[sft]"
 
 
@@ -224,6 +226,56 @@ MUTANTS = (
     ),
     Mutant("unchecked-figures", LOOP, "[grad_norm, *figures(seen)]", "[grad_norm]", (UNSEEN,)),
     Mutant("failed-attempt-kept", LOOP, "partial(optimizer.zero_grad, set_to_none=True))", "lambda: None)", (KEPT,)),
+    # Resuming and what checkpoints and manifests know of damage.
+    Mutant(
+        "random-numbers-not-restored",
+        CHECKPOINT,
+        "    set_random_states(load_file(checkpoint.directory / FILES[2]))\n",
+        "    load_file(checkpoint.directory / FILES[2])\n",
+        (TRAINING + "test_resume.py::test_dropout_goes_on_where_it_was",),
+    ),
+    Mutant(
+        "optimizer-begins-anew",
+        CHECKPOINT,
+        'load_state_dict({"state": entries,',
+        'load_state_dict({"state": {},',
+        (RESUMED.format("sft-3"), RESUMED.format("dpo-3")),
+    ),
+    Mutant(
+        "schedule-begins-anew",
+        CHECKPOINT,
+        '    scheduler.load_state_dict({**checkpoint.state["scheduler"], "lr_lambdas": kept})\n',
+        "",
+        (RESUMED.format("train-rm-3"),),
+    ),
+    Mutant(
+        "data-read-from-the-start",
+        "training/session.py",
+        "plan.windows(prepared, start)",
+        "plan.windows(prepared, 0)",
+        (RESUMED.format("sft-3"), RESUMED.format("train-rm-3")),
+    ),
+    Mutant(
+        "metrics-repeated",
+        "training/run.py",
+        "log.rewind(checkpoint.step if checkpoint else 0)",
+        "log.rewind(10**9)",
+        (TRAINING + "test_resume.py::test_killed[dpo-4]",),
+    ),
+    Mutant(
+        "checkpoint-unchecked",
+        CHECKPOINT,
+        "if file_entry(path).model_dump() != expected:",
+        "if expected is None:",
+        (FLIPS + "test_every_flipped_bit_and_every_cut_is_seen_and_the_file_named",),
+    ),
+    Mutant(
+        "seal-unchecked",
+        "data/sealed.py",
+        " or sha256(blank.encode()).hexdigest() != found:",
+        ":",
+        (FLIPS + "test_every_bit_of_a_manifest_counts",),
+    ),
 )
 
 

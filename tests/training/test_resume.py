@@ -78,7 +78,7 @@ def test_stopped_by_a_signal(whole, lab, monkeypatch, step):
     assert_equal_runs(whole_lab, whole_result, lab, lab.run(stage, **settings(stage)))
 
 
-@pytest.mark.parametrize("step", [1, 5])
+@pytest.mark.parametrize("step", [1, 4, 5])  # at 4 update 3 has been logged and is not in a checkpoint
 def test_killed(whole, lab, monkeypatch, step):
     stage, whole_lab, whole_result = whole
     with monkeypatch.context() as patch:
@@ -240,6 +240,25 @@ def test_an_unfinished_run_of_another_config_is_named_with_the_keys_that_differ(
     result = lab.run("sft", **SETTINGS, learning_rate=0.5)
     line = next(line for line in (Path(result.run) / "log.txt").read_text().splitlines() if "unfinished" in line)
     assert "learning_rate 0.01 there, 0.5 here" in line and "max_steps" not in line
+
+
+def test_dropout_goes_on_where_it_was(lab, monkeypatch):
+    """The masks of dropout come from torch's own generator, which a checkpoint holds."""
+    model = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "resid_pdrop": 0.5}
+    changes = {"model_name_or_path": None, "model_init": model, "tokenizer_init": {"type": "world"}, "dropout": True}
+    changes |= {**SETTINGS, "dataset_name": "world:verdicts", "max_train_samples": 200}
+    expected = lab.run("sft", **changes, resume=False)
+    off = {"dropout": False, "model_init": {key: model[key] for key in model if key != "resid_pdrop"}}
+    without = lab.run("sft", **{**changes, **off}, output_name="without")
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3, terminate)
+        with pytest.raises(Interrupted):
+            lab.run("sft", **changes)
+    result = lab.run("sft", **changes)
+    assert result.model != expected.model
+    assert_equal_runs(lab, expected, lab, result)
+    weights, dry = lab.weights(result.model), lab.weights(without.model)
+    assert any(not torch.equal(weights[name], dry[name]) for name in dry)
 
 
 @pytest.mark.parametrize("place", ["loading", "tokenising"])
