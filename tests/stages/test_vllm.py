@@ -281,9 +281,8 @@ def test_without_vllm_the_command_line_says_what_is_missing(lab, tmp_path, capsy
     assert captured.out == "" and "Traceback" not in captured.err
     assert "rollout_engine: found 'vllm', and there is no package vllm in this environment" in captured.err
     assert "pip install 'vllm>=0.22,<=0.31'" in captured.err
-    assert not list(
-        lab.home.glob("runs/*")
-    )  # an empty folder is no run: other tests leave one in what this is a copy of
+    # An empty folder is no run: other tests leave one in the home that this is a copy of.
+    assert not list(lab.home.glob("runs/*"))
 
 
 def test_responses_come_in_the_order_of_the_prompts(lab, fake):
