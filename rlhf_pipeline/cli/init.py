@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -60,13 +61,14 @@ def init(
             | {"warnings": plan.warnings}
         )
         return
+    at = "" if common.home is None else f" --home {shlex.quote(str(common.home))}"
     splits = ", ".join(f"{name} {count:,}" for name, count in plan.splits.items())
     emit_lines(
         [
             f"{out}: {plan.pairs:,} preferences ({splits})",
             f"prompts of up to {plan.max_prompt_length} tokens, responses of up to {plan.response_length}",
             *(f"note: {warning}" for warning in plan.warnings),
-            f"next: rlhf run {out} --dry-run",
+            f"next: rlhf run {shlex.quote(str(out))} --dry-run{at}",
         ]
     )
 

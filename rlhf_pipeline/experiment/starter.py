@@ -20,6 +20,7 @@ from rlhf_pipeline.data.sources import local_path
 from rlhf_pipeline.data.splits import FRACTIONS, assign_splits, carries_splits
 from rlhf_pipeline.data.tokenizers import load_tokenizer, train_byte_level_bpe
 from rlhf_pipeline.errors import BadInput
+from rlhf_pipeline.experiment.data_quality import FEW_JUDGE_PAIRS, FEW_TEST_PROMPTS
 from rlhf_pipeline.experiment.starter_file import POSITIONS, VOCABULARY, Starter
 from rlhf_pipeline.registry import Registry, Resolved, Version
 from rlhf_pipeline.registry.roles import check_role
@@ -33,8 +34,6 @@ MEASURED = 5000
 FEW = 1500
 """Below so many pairs the default shares leave too little to the judge and to the test."""
 SHARES_OF_FEW = {"train": 0.6, "judge": 0.2, "validation": 0.05, "test": 0.15}
-JUDGED, TESTED = 200, 100
-"""Fewer pairs for the judge, or fewer test prompts, are worth a warning."""
 
 
 def _up(value: int) -> int:
@@ -47,20 +46,25 @@ def _lengths(prompt: int, response: int, positions: int | None) -> tuple[int, in
     prompt, response = _up(prompt), _up(response + 1)  # its EOS
     if positions is None or prompt + response <= positions:
         return prompt, response, []
-    response = min(response, max(8, positions * response // (prompt + response)))
-    told = f"the model has {positions} positions, 99 % of prompts and responses need more: the rest is cut or left out"
-    return positions - response, response, [told]
+    # A prompt can be cut, a response cannot: it has what it needs, up to three quarters.
+    least = min(prompt, positions // 4)
+    fits = min(response, positions - least)
+    told = (
+        f"the model has {positions} positions, prompts of {prompt} and responses of {response} tokens (99 % have less) "
+    )
+    told += "do not fit: longer prompts are cut" + ("" if fits == response else ", longer responses left out")
+    return positions - fits, fits, [told]
 
 
-def _warnings(splits: dict[str, int], prompts: int) -> list[str]:
-    """What the size of the data means for the answer."""
-    said = []
-    if splits.get("judge", 0) < JUDGED:
+def _warnings(splits: dict[str, int], prompts: int, faulty: int, rows: int) -> list[str]:
+    """What is left out, and what the size of the data means for the answer."""
+    said = [f"{faulty} of {rows} rows are faulty and left out: rlhf data check names them"] if faulty else []
+    if splits.get("judge", 0) < FEW_JUDGE_PAIRS:
         said.append(
             f"{splits.get('judge', 0)} pairs for the judge: it may be no better than 'the longer response wins', "
             "and then it decides nothing"
         )
-    if prompts < TESTED:
+    if prompts < FEW_TEST_PROMPTS:
         width = 100 * 1.96 * 0.5 / math.sqrt(max(prompts, 1))
         said.append(f"{prompts} test prompts: a win rate is known to about +- {width:.0f} points of a hundred")
     return said
@@ -84,7 +88,7 @@ def plan_starter(source: str, *, model: str | None, seeds: int, folder: Path, ho
     shares = SHARES_OF_FEW if not carried and len(records) < FEW else None
     assigned = assign_splits(records, shares or FRACTIONS, source)
     splits = dict(Counter(assigned))
-    train, test = (_split(source, splits, part) for part in ("train", "test"))
+    train, test = (_split(source, splits, part, carried) for part in ("train", "test"))
     tested = len({record.prompt_key for record, split in zip(records, assigned, strict=True) if split == test})
     learned = [record for record, split in zip(records, assigned, strict=True) if split == train]
     leaked = leaks(records, assigned, train, {test, *EVALUATED}) if carried else []
@@ -95,10 +99,14 @@ def plan_starter(source: str, *, model: str | None, seeds: int, folder: Path, ho
     described = describe(replace(found, records=lowest_hashes(records, MEASURED)), tokenizer=tokenizer)
     measured = described["lengths"]
     if not {"prompt", "chosen"} <= measured.keys():
-        raise BadInput(f"{source}: no pair with a prompt that {model or 'a tokenizer'} can read; see rlhf data check")
+        why = (
+            "all of them are ties" if described["ties"] else f"none has a prompt that {model or 'a tokenizer'} can read"
+        )
+        raise BadInput(f"{source}: found no pair to learn from ({why}); see rlhf data check")
     longest = max(measured[name]["p99"] for name in ("chosen", "rejected"))
     prompt, response, told = _lengths(measured["prompt"]["p99"], longest, positions)
     faulty = max(len({item.fault.where for item in [*found.faults, *blank]}), described["faulty_rows"])
+    faulty += len({item.fault.where for item in leaked})
     path = local_path(source)
     stem = "pairs" if path is None else path.name.partition(".")[0]
     return Starter(
@@ -107,22 +115,26 @@ def plan_starter(source: str, *, model: str | None, seeds: int, folder: Path, ho
         model=_model(resolved, model, folder),
         seeds=seeds,
         pairs=len(records),
-        faulty=faulty + len({item.fault.where for item in leaked}),
+        faulty=faulty,
         splits=splits,
         train=train,
         test=test,
         shares=shares,
         max_prompt_length=prompt,
         response_length=response,
-        warnings=told + _warnings(splits, tested),
+        warnings=told + _warnings(splits, tested, faulty, found.rows),
     )
 
 
-def _split(source: str, splits: Mapping[str, int], part: str) -> str:
+def _split(source: str, splits: Mapping[str, int], part: str, carried: bool) -> str:
     """The split that plays a part: the one of that name, else the only one whose name begins with it."""
     found = [part] if part in splits else [name for name in splits if name.startswith(part)]
     if len(found) != 1:
         there = ", ".join(f"{name} ({count})" for name, count in splits.items())
+        if not carried:
+            raise BadInput(
+                f"{source}: too few different prompts: by their hash they fall into {there}; expected some in {part!r}"
+            )
         raise BadInput(
             f"{source}: found the splits {there}; expected rows in one that is called {part!r}, or begins so: give "
             "more rows or other names, or write the experiment by hand (docs/experiments.md)"

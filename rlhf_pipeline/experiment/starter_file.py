@@ -97,7 +97,7 @@ _SCRATCH = f"""\
     completion_only_loss: false              # it has to learn the language too
     num_train_epochs: 5
 """
-_SKIP = "      skip_bad_rows: true                    # {} faulty rows: `rlhf data check` names them\n"
+_SKIP = "      skip_bad_rows: true                    # faulty rows: {}; `rlhf data check` names them\n"
 _JUDGE = """\
   judge:                                     # on pairs that no arm sees; its seed keeps it one for all
     stage: train-rm

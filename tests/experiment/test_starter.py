@@ -148,6 +148,11 @@ def test_from_scratch_positions_bound_the_lengths(init, tmp_path):
     assert code == 0 and "512 positions" in said
     sft = values["stages"]["sft"]
     assert sft["max_prompt_length"] + sft["response_length"] == sft["model_init"]["max_position_embeddings"] == 512
+    assert sft["max_prompt_length"] == 8  # which is all that the prompts need
+    long = [{**row, "prompt": f"{row['prompt']} " * 300, "chosen": "good", "rejected": "bad"} for row in different(60)]
+    code, said, values = init(long, out="long.yaml")
+    assert code == 0 and "longer prompts are cut" in said and "left out" not in said
+    assert values["stages"]["sft"]["response_length"] == 8 and values["stages"]["sft"]["max_prompt_length"] == 504
     assert [spec.name for spec in load_experiment(tmp_path / "experiment.yaml").stages] == [
         "sft",
         "reward",
@@ -174,6 +179,9 @@ def test_faulty_rows_are_counted_and_left_out(init):
     assert "skip_bad_rows" not in values["stages"]["dpo"]
 
 
+RANKED = [{"prompt": row["prompt"]} for row in different(60)]
+
+
 @pytest.mark.parametrize(
     ("rows", "words", "message"),
     [
@@ -181,7 +189,9 @@ def test_faulty_rows_are_counted_and_left_out(init):
         (different(60), ("--model", "sfd"), "did you mean 'sft'"),
         (different(60), ("--model", "reward"), "reward@v1"),
         (different(60), ("--seeds", "0"), "seeds"),
-        (different(2), (), "expected rows in one that is called"),
+        (different(2), (), "too few different prompts"),
+        ([{"prompt": "a", "completions": ["b", "c"], "ranks": [1, 1]}] * 9, (), "too few different prompts"),
+        ([{**row, "completions": ["b", "c"], "ranks": [1, 1]} for row in RANKED], (), "all of them are ties"),
     ],
 )
 def test_what_is_refused_leaves_no_file(init, tmp_path, rows, words, message):
