@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,90 @@ def imports(path: Path) -> set[str]:
     return {name for name in found if name.startswith("rlhf_pipeline")}
 
 
+def module_name(path: Path) -> str:
+    """The dotted name of a file of the package; of `__init__.py` that of its folder."""
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def links(source: str, known: Collection[str]) -> dict[str, bool]:
+    """The modules of `known` that a source imports, wherever in it, and whether for TYPE_CHECKING alone.
+
+    `from package import module` is an import of the module, any other `from` one of what stands behind it.
+    """
+    found: dict[str, bool] = {}
+
+    def walk(node: ast.AST, annotation: bool) -> None:
+        for child in ast.iter_child_nodes(node):
+            hidden = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and child in node.body
+            names = []
+            if isinstance(child, ast.Import):
+                names = [alias.name for alias in child.names]
+            elif isinstance(child, ast.ImportFrom):
+                full = [f"{child.module}.{alias.name}" for alias in child.names]
+                names = [name if name in known else str(child.module) for name in full]
+            for name in names:
+                if name in known:
+                    found[name] = found.get(name, True) and (annotation or hidden)
+            walk(child, annotation or hidden)
+
+    walk(ast.parse(source), False)
+    return found
+
+
+def circle(graph: Mapping[str, Iterable[str]]) -> list[str]:
+    """The modules of an import circle, the first one again at the end; empty without one."""
+    done: set[str] = set()
+    path: list[str] = []
+
+    def search(module: str) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        path.append(module)
+        for imported in sorted(graph[module]):
+            if found := search(imported):
+                return found
+        path.pop()
+        done.add(module)
+        return []
+
+    for start in sorted(graph):
+        if found := search(start):
+            return found
+    return []
+
+
+def test_a_circle_is_found_wherever_its_imports_stand() -> None:
+    known = ("p.a", "p.b", "p.c")
+    assert links("import p.b\nif x:\n    from p import c", known) == {"p.b": False, "p.c": False}
+    assert links("def f():\n    from p.b import name", known) == {"p.b": False}
+    assert links("if TYPE_CHECKING:\n    from p.b import Name\nelse:\n    import p.c", known) == {
+        "p.b": True,
+        "p.c": False,
+    }
+    assert links("from p.b import name\nif TYPE_CHECKING:\n    from p.b import Name", known) == {"p.b": False}
+    assert circle({"a": ["b"], "b": ["c"], "c": ["b"], "d": []}) == ["b", "c", "b"]
+    assert circle({"a": ["a"]}) == ["a", "a"]
+    assert circle({"a": ["b", "c"], "b": ["c"], "c": []}) == []
+
+
+@pytest.mark.parametrize("annotations", [False, True], ids=["run", "annotations"])
+def test_no_import_circle(annotations: bool) -> None:
+    """Neither when modules run, nor for the sake of annotations: two modules that know each other are one."""
+    paths = {module_name(ROOT / module): ROOT / module for module in MODULES}
+    graph = {
+        name: [other for other, hidden in links(path.read_text(), paths).items() if annotations or not hidden]
+        for name, path in paths.items()
+    }
+    found = circle(graph)
+    assert not found, f"an import circle: {' -> '.join(found)}"
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_a_room_imports_only_rooms_above_it(module: str) -> None:
+    """At module level, within functions and for annotations."""
     room = module.split("/")[0]
     if room not in ROOMS:
         assert module in ("__init__.py", "errors.py")

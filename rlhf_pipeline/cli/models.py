@@ -100,9 +100,10 @@ def lineage(
     """Where a model comes from, down to the digests of its data."""
     common = common_of(context, home, json, debug=debug)
     from rlhf_pipeline.registry import Registry
-    from rlhf_pipeline.registry.lineage import render
+    from rlhf_pipeline.registry.lineage import lineage_of, render
 
-    node = Registry(common.home_path).lineage(reference)
+    registry = Registry(common.home_path)
+    node = lineage_of(registry, registry.resolve(reference))
     if common.json:
         emit_json(node.to_dict())
     else:
@@ -185,11 +186,13 @@ def verify(
     """Check sizes and digests of all files; exit 2 when something is wrong and was not mended."""
     common = common_of(context, home, json, debug=debug)
     from rlhf_pipeline.registry import Registry
+    from rlhf_pipeline.registry.repair import faults_of
+    from rlhf_pipeline.registry.repair import repair as mend
 
     registry = Registry(common.home_path)
-    done = registry.repair(reference) if repair else []
+    done = mend(registry, reference) if repair else []
     # After a repair the reference may name another version, or nothing.
-    faults = [] if reference is not None and done else registry.verify(reference)
+    faults = [] if reference is not None and done else faults_of(registry, reference)
     if common.json:
         result = {"ok": not faults, "faults": [str(fault) for fault in faults]}
         emit_json(result | ({"repaired": [asdict(one) for one in done]} if repair else {}))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf_pipeline.evaluation.best_of_n import best_of_n, kl_bound
 from rlhf_pipeline.evaluation.sampled import Samples, draw
 from rlhf_pipeline.evaluation.statistics import cluster_mean
 from rlhf_pipeline.experiment.subjects import Bench, add_rewards
-
-if TYPE_CHECKING:
-    from rlhf_pipeline.experiment.rows import Measured
+from rlhf_pipeline.registry.references import Resolved
 
 
 def primary_figure(samples: Samples) -> str | None:
@@ -24,13 +22,13 @@ def _chooser(bench: Bench, figure: str) -> str | None:
     return bench.truth_label if source is None else source.label
 
 
-def enough_samples(bench: Bench, baseline: Measured, sizes: tuple[int, ...]) -> Samples:
-    """The samples of the baseline; where best-of-n asks for more than every model is sampled, as many of it alone."""
+def enough_samples(bench: Bench, baseline: Resolved, drawn: Samples, sizes: tuple[int, ...]) -> Samples:
+    """The samples `drawn` from the baseline; where best-of-n asks for more than every model is sampled, as many of it alone."""
     needed = max(sizes, default=0)
     if needed <= bench.plan.samples:
-        return baseline.test
+        return drawn
     more = replace(bench, plan=replace(bench.plan, samples=needed))
-    samples = draw(bench.policy(baseline.model), more.plan)
+    samples = draw(bench.policy(baseline), more.plan)
     add_rewards(more, samples)
     return samples
 

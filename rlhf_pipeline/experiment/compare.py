@@ -11,7 +11,7 @@ from rlhf_pipeline.errors import ConfigError, DataError, Fault, MismatchError
 from rlhf_pipeline.experiment.best_of import best_of_n_rows, enough_samples, primary_figure
 from rlhf_pipeline.experiment.contrasts import compare_arms
 from rlhf_pipeline.experiment.demonstrations import demonstrations_of, describe
-from rlhf_pipeline.experiment.exact import Judge, beta_of, exact_figures
+from rlhf_pipeline.experiment.exact import Judge, exact_figures
 from rlhf_pipeline.experiment.leaves import TRUTH, Leaves
 from rlhf_pipeline.experiment.matching import (
     differences_by_seed,
@@ -24,17 +24,9 @@ from rlhf_pipeline.experiment.points import Point, with_snapshots
 from rlhf_pipeline.experiment.preference_quality import preference_quality
 from rlhf_pipeline.experiment.readings import configs, curves, lineage, prompt_texts, shown_samples
 from rlhf_pipeline.experiment.rows import Measured, add_diversity, measure_points, row_of
-from rlhf_pipeline.experiment.subjects import (
-    Bench,
-    find_policies,
-    knows_data,
-    parent_of,
-    reference_of,
-    reward_model_of,
-    reward_models_of,
-    set_up,
-)
+from rlhf_pipeline.experiment.subjects import Bench, find_policies, knows_data, set_up
 from rlhf_pipeline.experiment.verdict import verdict
+from rlhf_pipeline.registry.parents import beta_of, parent_of, reference_of, reward_model_of, reward_models_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.storage import replace_text, staging
 from rlhf_pipeline.registry.store import Registry
@@ -211,7 +203,9 @@ def run_compare(
     rows = [row_of(registry, one, start, bench) for one in ended]
     add_diversity(rows, ended, bench)
     passed = [row_of(registry, one, start, bench) for one in measured if one.point.step is not None]
-    best = best_of_n_rows(bench, enough_samples(bench, start, config.best_of), start.name, config.best_of)
+    best = best_of_n_rows(
+        bench, enough_samples(bench, start.model, start.test, config.best_of), start.name, config.best_of
+    )
     primary = primary_figure(start.test)
 
     # 3. What follows from the figures.

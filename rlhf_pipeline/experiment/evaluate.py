@@ -10,10 +10,11 @@ from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.errors import ConfigError, Fault
 from rlhf_pipeline.evaluation.sampled import Samples, add_kl, draw
 from rlhf_pipeline.experiment.best_of import best_of_n_rows
-from rlhf_pipeline.experiment.subjects import Bench, add_rewards, reference_of, reward_model_of, set_up
+from rlhf_pipeline.experiment.subjects import Bench, add_rewards, set_up
 from rlhf_pipeline.experiment.trained_on import changes_of, owned_by
 from rlhf_pipeline.models.roles import Policy
 from rlhf_pipeline.registry.integrity import verify_files
+from rlhf_pipeline.registry.parents import reference_of, reward_model_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import role_of
 from rlhf_pipeline.registry.store import Registry

@@ -21,8 +21,9 @@ from rlhf_pipeline.evaluation.exact import (
     policy_figures,
 )
 from rlhf_pipeline.experiment.leaves import TRUTH, Leaves, Reward, trained_reward
-from rlhf_pipeline.experiment.subjects import reference_of, reward_model_of, set_up
+from rlhf_pipeline.experiment.subjects import set_up
 from rlhf_pipeline.experiment.training_loss import excess_training_losses, trained_by_dpo
+from rlhf_pipeline.registry.parents import beta_of, reference_of, reward_model_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import role_of
 from rlhf_pipeline.registry.store import Registry
@@ -35,14 +36,6 @@ FRONTIER_TOLERANCE = 1e-4
 """What rounding in fp32 log-probabilities may lift a policy above the frontier, in units of reward."""
 
 FIGURES = ("reward", "kl", "objective", "gap", "attainable")
-
-
-def beta_of(resolved: Resolved) -> float | None:
-    """The price of KL that a model was trained at, if it was."""
-    config = resolved.manifest.config if resolved.manifest is not None else {}
-    return (
-        config.get("kl_coef", config.get("beta")) or None
-    )  # without a price of KL there is no optimum to compare with
 
 
 @dataclass

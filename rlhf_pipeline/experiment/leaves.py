@@ -16,8 +16,9 @@ from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.evaluation.enumerate import leaf_logprobs, leaf_scores
 from rlhf_pipeline.evaluation.exact import require_mass, world_reward
-from rlhf_pipeline.experiment.subjects import Bench, parent_of
+from rlhf_pipeline.experiment.subjects import Bench
 from rlhf_pipeline.models.roles import Policy, RewardModel
+from rlhf_pipeline.registry.parents import parent_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.rewards import WORLD_NAMES, is_function_name

@@ -11,8 +11,8 @@ from typing import Any
 
 from rlhf_pipeline.config.base import resolve_lengths
 from rlhf_pipeline.errors import MismatchError
-from rlhf_pipeline.experiment.subjects import reward_models_of
 from rlhf_pipeline.registry.manifest import Manifest
+from rlhf_pipeline.registry.parents import reward_models_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import read_json
 from rlhf_pipeline.registry.store import Registry

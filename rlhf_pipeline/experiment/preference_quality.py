@@ -16,9 +16,10 @@ from rlhf_pipeline.evaluation.preferences import (
     reliability_bins,
 )
 from rlhf_pipeline.experiment.points import Point
-from rlhf_pipeline.experiment.subjects import Bench, reward_models_of
+from rlhf_pipeline.experiment.subjects import Bench
 from rlhf_pipeline.experiment.trained_on import owned_by
 from rlhf_pipeline.experiment.training_loss import dpo_manifest, dpo_reference, own_data, trained_by_dpo
+from rlhf_pipeline.registry.parents import reward_models_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.stages.common import find_model, load_reward_model
 from rlhf_pipeline.stages.data import StageData

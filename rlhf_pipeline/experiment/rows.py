@@ -13,9 +13,9 @@ from rlhf_pipeline.evaluation.diversity import distinct, self_bleu, token_budget
 from rlhf_pipeline.evaluation.sampled import Samples, paired_difference, win_rate
 from rlhf_pipeline.experiment.best_of import primary_figure
 from rlhf_pipeline.experiment.evaluate import measure
-from rlhf_pipeline.experiment.exact import beta_of
 from rlhf_pipeline.experiment.points import Point
-from rlhf_pipeline.experiment.subjects import Bench, parent_of, reward_models_of
+from rlhf_pipeline.experiment.subjects import Bench
+from rlhf_pipeline.registry.parents import beta_of, parent_of, reward_models_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.rewards import RewardSource, names_a_model, score_in_batches

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -85,50 +85,6 @@ class Bench:
         if self._reference is None and self.reference is not None:
             self._reference = self.policy(self.reference)
         return self._reference
-
-
-def parent_of(registry: Registry, resolved: Resolved, role: str) -> Resolved | None:
-    """The parent that plays a role for a registered model, checked to be the one it was made from; None without one.
-
-    Raises:
-        MismatchError: what has the parent's name here is another model.
-    """
-    parent = resolved.manifest.parents.get(role) if resolved.manifest is not None else None
-    if parent is None:
-        return None
-    found = registry.resolve(parent.ref)
-    if resolved.kind == "directory" and found.kind == "hub":
-        raise MismatchError(
-            f"{resolved.label}: its manifest.json names {found.label} on the hub as its {role.replace('_', ' ')}; what "
-            "the manifest of a folder names is not fetched: name it yourself (--reference, --reward-model)"
-        )
-    if parent.digest is not None and found.digest != parent.digest:
-        raise MismatchError(
-            f"{resolved.label}: its {role.replace('_', ' ')} was {parent.ref} with the digest {parent.digest[:12]}; "
-            f"here {found.label} has {str(found.digest)[:12]}: use the home it was trained in, or name one "
-            "(--reference, --reward-model)"
-        )
-    return found
-
-
-def reward_models_of(registry: Registry, resolved: Resolved) -> Iterator[Resolved]:
-    """The reward models that a registered model was trained on, each checked as `parent_of` does."""
-    for role in resolved.manifest.parents if resolved.manifest is not None else ():
-        if role.startswith("reward_model") and (found := parent_of(registry, resolved, role)) is not None:
-            yield found
-
-
-def reference_of(registry: Registry, resolved: Resolved) -> Resolved | None:
-    """The reference of a policy: its manifest's, else its nearest SFT ancestor, else none."""
-    manifest = resolved.manifest
-    if manifest is None:
-        return None
-    if "reference" in manifest.parents:
-        return parent_of(registry, resolved, "reference")
-    if manifest.stage == "sft":
-        return resolved
-    base = parent_of(registry, resolved, "base")
-    return reference_of(registry, base) if base is not None else None
 
 
 def _setting(resolved: Resolved, key: str) -> Any:
@@ -283,15 +239,6 @@ def prompts_of_texts(texts: Sequence[str], tokenizer: Any, lengths: Lengths) -> 
     if counts.faults:
         raise DataError([item.fault for item in counts.faults])
     return examples
-
-
-def reward_model_of(registry: Registry, models: list[Resolved]) -> str | None:
-    """The reward model that one of the models was trained on, if a manifest names one."""
-    for resolved in models:
-        found = parent_of(registry, resolved, "reward_model")
-        if found is not None:
-            return found.label
-    return None
 
 
 def find_policies(registry: Registry, references: list[str], say: Callable[[str], None]) -> list[Resolved]:

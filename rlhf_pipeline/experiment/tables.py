@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from rlhf_pipeline.evaluation.frontier import Curve, choose
-from rlhf_pipeline.experiment.exact import beta_of
 from rlhf_pipeline.experiment.rows import Measured
+from rlhf_pipeline.registry.parents import beta_of
 
 
 class Setting(tuple[tuple[str, str], ...]):

@@ -12,9 +12,10 @@ from rlhf_pipeline.algorithms.preference import OBJECTIVES, smoothed_target
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.comparisons import Comparisons
-from rlhf_pipeline.experiment.subjects import Bench, parent_of
+from rlhf_pipeline.experiment.subjects import Bench
 from rlhf_pipeline.experiment.trained_on import owned_by
 from rlhf_pipeline.registry.manifest import Manifest
+from rlhf_pipeline.registry.parents import parent_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.stages.data import StageData

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlhf_pipeline.errors import DamagedFile, UnknownReference, visible
 from rlhf_pipeline.registry.manifest import DataEntry, Parent
 from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.registry.store import Registry
 
 if TYPE_CHECKING:
     from rich.tree import Tree
-
-    from rlhf_pipeline.registry.store import Registry
 
 COLLECTED = "collected:"
 

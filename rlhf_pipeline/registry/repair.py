@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rlhf_pipeline.errors import BadInput, DamagedFile, Fault, RunFailed, UnknownReference
 from rlhf_pipeline.registry import storage
@@ -17,12 +16,9 @@ from rlhf_pipeline.registry.digests import CARD, MANIFEST, file_entry, list_file
 from rlhf_pipeline.registry.integrity import UNLISTED, problems
 from rlhf_pipeline.registry.manifest import read_manifest
 from rlhf_pipeline.registry.references import Resolved, Version, parse_reference
-from rlhf_pipeline.registry.shelf import ALIASES, REMOVED, Shelf
+from rlhf_pipeline.registry.shelf import ALIASES, QUARANTINE, REMOVED, Shelf, in_quarantine
+from rlhf_pipeline.registry.store import Registry
 
-if TYPE_CHECKING:
-    from rlhf_pipeline.registry.store import Registry
-
-QUARANTINE = "quarantine"
 COLLECTED = "collected:"
 
 
@@ -38,7 +34,7 @@ class Mended:
         return f"{self.what}: {self.done}" + (f": {self.path}" if self.path else "")
 
 
-def faults_of(registry: Registry, reference: str | None) -> list[Fault]:
+def faults_of(registry: Registry, reference: str | None = None) -> list[Fault]:
     """Return everything that is wrong with one model or data set, or with all of a home.
 
     Raises:
@@ -76,7 +72,7 @@ def version_faults(item: Version) -> list[Fault]:
     return faults + problems(item)
 
 
-def repair(registry: Registry, reference: str | None) -> list[Mended]:
+def repair(registry: Registry, reference: str | None = None) -> list[Mended]:
     """Put every damaged version into quarantine and take away the aliases that named it; returns what was done.
 
     A model card that can be written again is, and a file that is not of its version alone is put aside. The next lookup
@@ -101,12 +97,6 @@ def repair(registry: Registry, reference: str | None) -> list[Mended]:
                 if version_faults(item):
                     done += _repair_version(registry, shelf, item)
     return done
-
-
-def in_quarantine(home: Path, name: str) -> list[str]:
-    """Return the versions of a name that lie in quarantine, as `v3`."""
-    found = (path.name[len(name) + 1 :].split("-")[0] for path in (home / QUARANTINE).glob(f"{name}-v*-*"))
-    return sorted({word for word in found if word[1:].isdigit()}, key=lambda word: int(word[1:]))
 
 
 def _find(registry: Registry, text: str, *, damaged: bool = False) -> Resolved:

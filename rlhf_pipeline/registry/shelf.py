@@ -23,6 +23,7 @@ from rlhf_pipeline.registry.references import NAME, Resolved, Version
 
 ALIASES = "aliases.json"
 REMOVED = "removed.json"
+QUARANTINE = "quarantine"
 _MEND = "restore it, or use rlhf models verify --repair"
 _VERSION_FOLDER = re.compile(r"v([1-9][0-9]*)")
 
@@ -180,6 +181,12 @@ def check_name(name: str, what: str) -> None:
     """
     if not is_name(name):
         raise BadInput(f"{what} {name!r} is not allowed; expected {NAME_RULE}")
+
+
+def in_quarantine(home: Path, name: str) -> list[str]:
+    """Return the versions of a name that lie in quarantine, as `v3`."""
+    found = (path.name[len(name) + 1 :].split("-")[0] for path in (home / QUARANTINE).glob(f"{name}-v*-*"))
+    return sorted({word for word in found if word[1:].isdigit()}, key=lambda word: int(word[1:]))
 
 
 def _with_card(staged: Path, manifest: Manifest) -> Manifest:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.errors import BadInput, DamagedFile, Fault, UnknownReference, did_you_mean
+from rlhf_pipeline.errors import BadInput, DamagedFile, UnknownReference, did_you_mean
 from rlhf_pipeline.registry import storage
 from rlhf_pipeline.registry.digests import (
     MANIFEST,
@@ -21,11 +21,9 @@ from rlhf_pipeline.registry.digests import (
     snapshot_steps,
 )
 from rlhf_pipeline.registry.integrity import verify_files
-from rlhf_pipeline.registry.lineage import Node, lineage_of
 from rlhf_pipeline.registry.manifest import DATA_STAGE, MODEL_STAGES, plain, read_manifest, without_reach
 from rlhf_pipeline.registry.references import Reference, Resolved, Version, is_version_word, parse_reference
-from rlhf_pipeline.registry.repair import Mended, faults_of, in_quarantine, repair
-from rlhf_pipeline.registry.shelf import Shelf, check_name
+from rlhf_pipeline.registry.shelf import Shelf, check_name, in_quarantine
 
 RECORDS = "records.jsonl"
 LOOKUPS = 20  # how often a reference is looked up anew while versions of its name are being removed
@@ -128,10 +126,6 @@ class Registry:
                 return item
         return None
 
-    def lineage(self, reference: str | Resolved) -> Node:
-        """Return the tree of a model's parents by role, theirs, and the data of each."""
-        return lineage_of(self, self._resolved(reference))
-
     def alias(self, reference: str, alias: str) -> Version:
         """Let `name@alias` name a version of that name from now on; what it named before is replaced.
 
@@ -198,14 +192,6 @@ class Registry:
             if not storage.claim(staged, target):
                 raise BadInput(f"{target}: was filled meanwhile; export into a new or empty folder")
         return target
-
-    def verify(self, reference: str | None = None) -> list[Fault]:
-        """Return everything that is wrong with one model (or `collected:` data), or with all models and data."""
-        return faults_of(self, reference)
-
-    def repair(self, reference: str | None = None) -> list[Mended]:
-        """Put what is damaged into quarantine, whole, and say what was done; see `registry/repair.py`."""
-        return list(repair(self, reference))
 
     def _users(self, resolved: Resolved) -> list[str]:
         return [

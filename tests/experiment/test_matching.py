@@ -156,7 +156,7 @@ def test_parents_have_to_agree_seed_by_seed(arms):
 
 
 def test_a_parent_that_is_another_model_here_is_refused(arms, tmp_path):
-    from rlhf_pipeline.experiment.subjects import reference_of
+    from rlhf_pipeline.registry.parents import reference_of
 
     other = arms.copy(tmp_path / "home")
     dpo = arms.registry.resolve("dpo")

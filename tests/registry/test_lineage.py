@@ -7,7 +7,7 @@ import shutil
 from rich.console import Console
 
 from rlhf_pipeline.registry import DataEntry, Parent
-from rlhf_pipeline.registry.lineage import render
+from rlhf_pipeline.registry.lineage import lineage_of, render
 
 
 def demo(registry, model):
@@ -37,7 +37,7 @@ def test_tree_of_roles_down_to_the_data(registry, model):
     pairs = ("data", "collected:pairs@v1", "present", [("policy", "sft@v1", "present", sft)])
     reward = [("policy", "sft@v1", "present", sft), pairs]
     expected = [("policy", "sft@v1", "present", sft), ("reward_model", "reward@v1", "present", reward), pairs]
-    tree = registry.lineage("ppo")
+    tree = lineage_of(registry, registry.resolve("ppo"))
     assert shape(tree) == ("model", "ppo@v1", "present", expected)
     assert json.loads(json.dumps(tree.to_dict()))["origins"][2]["digest"] == "p"
 
@@ -50,16 +50,20 @@ def test_removed_and_changed_parents_are_marked(registry, model, tmp_path):
     registry.remove("sft", force=True)
     (tmp_path / "model.safetensors").write_text("other")
     shutil.rmtree(registry.home / "data")
-    origins = registry.lineage("dpo").origins
+    origins = lineage_of(registry, registry.resolve("dpo")).origins
     assert [(item.role, item.status) for item in origins] == [("policy", "missing"), ("reference", "changed")]
-    data = registry.lineage("reward").origins[1]
+    data = lineage_of(registry, registry.resolve("reward")).origins[1]
     assert (data.ref, data.status) == ("collected:pairs@v1", "missing")
 
 
 def test_damaged_parent_is_marked(registry, model):
     sft = demo(registry, model)
     (sft.path / "manifest.json").write_text("{")
-    assert [item.status for item in registry.lineage("ppo").origins] == ["damaged", "present", "present"]
+    assert [item.status for item in lineage_of(registry, registry.resolve("ppo")).origins] == [
+        "damaged",
+        "present",
+        "present",
+    ]
 
 
 def test_folder_that_names_itself_ends(registry, model, tmp_path):
@@ -69,14 +73,14 @@ def test_folder_that_names_itself_ends(registry, model, tmp_path):
     del manifest["format"], manifest["manifest_sha256"]
     manifest["parents"] = {"policy": {"ref": str(target), "digest": None}}
     (target / "manifest.json").write_text(json.dumps(manifest))
-    tree = registry.lineage(str(target))
+    tree = lineage_of(registry, registry.resolve(str(target)))
     assert [item.origins for item in tree.origins] == [[]]
 
 
 def test_rendering_shows_references_as_they_are(registry, model):
     registry.publish("sft", "sft", model(), data=[DataEntry(source="[red]x.jsonl", digest="d" * 64, rows=3)])
     console = Console(file=io.StringIO(), width=120)
-    console.print(render(registry.lineage("sft")))
+    console.print(render(lineage_of(registry, registry.resolve("sft"))))
     lines = console.file.getvalue().splitlines()
     assert lines[0].startswith("model: sft@v1  sft  ")
     assert lines[1].strip() == "└── data: [red]x.jsonl  3 rows  dddddddddddd"

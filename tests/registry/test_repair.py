@@ -10,7 +10,8 @@ import pytest
 
 from rlhf_pipeline.cli.main import main
 from rlhf_pipeline.errors import BadInput, RunFailed, UnknownReference
-from rlhf_pipeline.registry import DataEntry, repair, verify_files
+from rlhf_pipeline.registry import DataEntry, verify_files
+from rlhf_pipeline.registry.repair import faults_of, repair
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def quarantine(registry):
 def test_a_damaged_version_goes_whole_and_the_one_before_is_found(registry, model, two):
     (two[1].path / "model.safetensors").write_text("twx")
     before = sorted(path.relative_to(two[1].path) for path in two[1].path.rglob("*"))
-    done = registry.repair()
+    done = repair(registry)
     (aside,) = quarantine(registry)
     assert aside.name.startswith("demo-v2-2")
     assert sorted(path.relative_to(aside) for path in aside.rglob("*")) == before
@@ -44,7 +45,7 @@ def test_a_damaged_version_goes_whole_and_the_one_before_is_found(registry, mode
     assert done[0].path == str(aside)
     assert registry.resolve("demo").label == registry.resolve("demo@first").label == "demo@v1"
     assert registry.models.aliases("demo") == {"first": 1}
-    assert registry.verify() == [] and registry.repair() == []
+    assert faults_of(registry) == [] and repair(registry) == []
     with pytest.raises(UnknownReference, match="v2 was damaged and is in quarantine"):
         registry.resolve("demo@v2")
     assert registry.publish("demo", "sft", model()).label == "demo@v3"
@@ -52,9 +53,9 @@ def test_a_damaged_version_goes_whole_and_the_one_before_is_found(registry, mode
 
 def test_the_latest_version_is_told_only_where_it_has_changed(registry, two):
     (two[0].path / "model.safetensors").write_text("onx")
-    assert [str(one.what) for one in registry.repair()] == ["demo@v1", "demo@first"]
+    assert [str(one.what) for one in repair(registry)] == ["demo@v1", "demo@first"]
     (two[1].path / "model.safetensors").write_text("twx")
-    assert registry.repair()[-1].done == "has no version left"
+    assert repair(registry)[-1].done == "has no version left"
 
 
 @pytest.mark.parametrize("damage", ["unreadable", "gone", "flipped", "elsewhere"])
@@ -68,19 +69,19 @@ def test_a_damaged_manifest_is_a_damaged_version(registry, two, damage):
         text = manifest.read_text()
         manifest.write_text("{" if damage == "unreadable" else text.replace('"size": 3', '"size": 2', 1))
     number = 7 if damage == "elsewhere" else 2
-    assert registry.repair()
+    assert repair(registry)
     assert quarantine(registry)[0].name.startswith(f"demo-v{number}-")
-    assert registry.models.numbers("demo") == [1] and registry.verify() == []
+    assert registry.models.numbers("demo") == [1] and faults_of(registry) == []
 
 
 def test_one_reference_is_repaired_and_the_others_stay(registry, two):
     for item in two:
         (item.path / "model.safetensors").write_text("abc")
     (two[1].path / "manifest.json").write_text("{")
-    registry.repair("demo@best")
+    repair(registry, "demo@best")
     assert registry.models.numbers("demo") == [1]
-    assert len(registry.verify()) == 1
-    registry.repair("demo")
+    assert len(faults_of(registry)) == 1
+    repair(registry, "demo")
     assert registry.models.numbers("demo") == [] and len(quarantine(registry)) == 2
     with pytest.raises(UnknownReference, match="v1, v2 of it, damaged, in quarantine"):
         registry.resolve("demo")
@@ -90,11 +91,11 @@ def test_a_card_is_written_again_and_what_is_not_of_the_version_is_put_aside(reg
     (two[0].path / "README.md").write_text("edited")
     (two[1].path / "README.md").unlink()
     (two[1].path / "adapter_config.json").write_text("{}")
-    done = [(one.what, one.done) for one in registry.repair()]
+    done = [(one.what, one.done) for one in repair(registry)]
     assert ("demo@v1: README.md", "written again") in done and ("demo@v2: README.md", "written again") in done
     assert ("demo@v2: adapter_config.json", "not of this version: put into quarantine") in done
     assert sorted(path.read_text() for path in quarantine(registry)) == ["edited", "{}"]
-    assert registry.verify() == [] and registry.models.numbers("demo") == [1, 2]
+    assert faults_of(registry) == [] and registry.models.numbers("demo") == [1, 2]
 
 
 def test_a_link_in_the_place_of_a_file_is_damage(registry, two, tmp_path):
@@ -102,9 +103,9 @@ def test_a_link_in_the_place_of_a_file_is_damage(registry, two, tmp_path):
     shutil.move(weights, tmp_path / "weights")
     os.symlink(tmp_path / "weights", weights)
     os.symlink(tmp_path, two[0].path / "additional_chat_templates")
-    assert [fault.found for fault in registry.verify()] == ["not in manifest.json", "a symbolic link"]
-    registry.repair()
-    assert registry.verify() == [] and registry.models.numbers("demo") == [1]
+    assert [fault.found for fault in faults_of(registry)] == ["not in manifest.json", "a symbolic link"]
+    repair(registry)
+    assert faults_of(registry) == [] and registry.models.numbers("demo") == [1]
     assert (tmp_path / "weights").read_text() == "two"
 
 
@@ -113,10 +114,10 @@ def test_damaged_aliases_and_numbers_are_put_aside(registry, model, two):
     registry.publish("dpo", "dpo", model(), data=[DataEntry(source="x", digest="d", rows=1)], parents={"base": two[1]})
     for name in ("aliases.json", "removed.json"):
         (registry.home / "models/demo" / name).write_text('{"x": ')
-    assert registry.verify() != []
-    done = [one.what for one in registry.repair()]
+    assert faults_of(registry) != []
+    done = [one.what for one in repair(registry)]
     assert done == ["demo: removed.json", "demo: aliases.json"]
-    assert registry.verify() == [] and len(quarantine(registry)) == 2
+    assert faults_of(registry) == [] and len(quarantine(registry)) == 2
     # v2 is known from the model that came of it: its number is not given to another.
     assert registry.publish("demo", "sft", model()).label == "demo@v3"
 
@@ -124,21 +125,21 @@ def test_damaged_aliases_and_numbers_are_put_aside(registry, model, two):
 @pytest.mark.parametrize("content", ['{"versions": ["2"]}', '{"versions": 2}', "[]", '{"versions": [0]}'])
 def test_removed_versions_that_are_no_numbers_are_a_fault(registry, two, content):
     (registry.home / "models/demo/removed.json").write_text(content)
-    assert "removed.json" in str(registry.verify()[0])
+    assert "removed.json" in str(faults_of(registry)[0])
 
 
 def test_an_alias_that_names_nothing_is_removed(registry, two):
     aliases = registry.home / "models/demo/aliases.json"
     aliases.write_text(json.dumps({"best": "v9", "first": "v1"}))
-    assert [str(one) for one in registry.repair()] == ["demo@best: removed: it named v9, which is not there"]
+    assert [str(one) for one in repair(registry)] == ["demo@best: removed: it named v9, which is not there"]
     assert registry.models.aliases("demo") == {"first": 1}
 
 
 def test_data_are_repaired_too(registry):
     made = registry.publish_data("pairs", [{"prompt": "x"}])
     (made.path / "records.jsonl").write_text("{}\n")
-    assert len(registry.verify("collected:pairs")) == 1
-    registry.repair("collected:pairs")
+    assert len(faults_of(registry, "collected:pairs")) == 1
+    repair(registry, "collected:pairs")
     assert registry.data.numbers("pairs") == [] and quarantine(registry)[0].name.startswith("pairs-v1-")
     assert registry.publish_data("pairs", [{"prompt": "x"}]).label == "pairs@v2"
 
@@ -147,9 +148,9 @@ def test_what_is_no_version_is_not_repaired(registry, two, tmp_path):
     folder = registry.export("demo", tmp_path / "out")
     for text in (str(folder), "demo@v1#5"):
         with pytest.raises(BadInput, match="--repair takes a version"):
-            registry.repair(text)
+            repair(registry, text)
     with pytest.raises(UnknownReference):
-        registry.repair("nothing")
+        repair(registry, "nothing")
 
 
 def test_a_repair_that_was_killed_halfway_is_finished_by_the_next(registry, two, monkeypatch):
@@ -160,11 +161,11 @@ def test_a_repair_that_was_killed_halfway_is_finished_by_the_next(registry, two,
 
     monkeypatch.setattr("rlhf_pipeline.registry.repair._put_aside", killed)
     with pytest.raises(KeyboardInterrupt):
-        registry.repair()
+        repair(registry)
     monkeypatch.undo()
     assert registry.models.numbers("demo") == [1, 2]
-    registry.repair()
-    assert registry.models.numbers("demo") == [1] and registry.verify() == []
+    repair(registry)
+    assert registry.models.numbers("demo") == [1] and faults_of(registry) == []
 
 
 def test_the_command_says_what_it_did(registry, two, capsys):
@@ -201,17 +202,17 @@ def test_a_quarantine_on_another_disk_is_one_line_and_changes_nothing(registry, 
         def rename(source, target):
             raise OSError(errno.EXDEV, "Invalid cross-device link", str(source), None, str(target))
 
-        monkeypatch.setattr(repair.os, "rename", rename)
+        monkeypatch.setattr(os, "rename", rename)
     else:
         real = os.lstat(two[1].path)
         other = os.stat_result([*real[:2], real.st_dev + 1, *real[3:]])
         lstat = Path.lstat
         monkeypatch.setattr(Path, "lstat", lambda path: other if path == two[1].path else lstat(path))
     with pytest.raises(RunFailed, match="another disk") as caught:
-        registry.repair()
+        repair(registry)
     assert "\n" not in str(caught.value) and str(two[1].path) in str(caught.value)
     after = state(registry)
     assert after[1] == before[1] and after[0]["aliases.json"] == before[0]["aliases.json"]
     assert seen == "by the rename" or after == before
     monkeypatch.undo()
-    assert next(iter(registry.repair())).done == "put into quarantine"
+    assert next(iter(repair(registry))).done == "put into quarantine"

@@ -1,0 +1,78 @@
+"""The models that a registered model was trained from, by their role, and the price of KL that it was trained at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rlhf_pipeline.errors import MismatchError
+from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.registry.store import Registry
+
+
+def parent_of(registry: Registry, resolved: Resolved, role: str) -> Resolved | None:
+    """Return the parent that has a role in a model's manifest; None without one.
+
+    Raises:
+        MismatchError: what has the parent's name here is another model, or a folder's manifest names one on the hub.
+        UnknownReference: the parent is not there.
+    """
+    parent = resolved.manifest.parents.get(role) if resolved.manifest is not None else None
+    if parent is None:
+        return None
+    found = registry.resolve(parent.ref)
+    if resolved.kind == "directory" and found.kind == "hub":
+        raise MismatchError(
+            f"{resolved.label}: its manifest.json names {found.label} on the hub as its {role.replace('_', ' ')}; what "
+            "the manifest of a folder names is not fetched: name it yourself (--reference, --reward-model)"
+        )
+    if parent.digest is not None and found.digest != parent.digest:
+        raise MismatchError(
+            f"{resolved.label}: its {role.replace('_', ' ')} was {parent.ref} with the digest {parent.digest[:12]}; "
+            f"here {found.label} has {str(found.digest)[:12]}: use the home it was trained in, or name one "
+            "(--reference, --reward-model)"
+        )
+    return found
+
+
+def reference_of(registry: Registry, resolved: Resolved) -> Resolved | None:
+    """Return the reference of a policy: its manifest's, else its nearest SFT ancestor, else None.
+
+    Raises:
+        MismatchError, UnknownReference: as `parent_of`.
+    """
+    manifest = resolved.manifest
+    if manifest is None:
+        return None
+    if "reference" in manifest.parents:
+        return parent_of(registry, resolved, "reference")
+    if manifest.stage == "sft":
+        return resolved
+    base = parent_of(registry, resolved, "base")
+    return reference_of(registry, base) if base is not None else None
+
+
+def reward_models_of(registry: Registry, resolved: Resolved) -> Iterator[Resolved]:
+    """Yield the reward models that a policy was trained on.
+
+    Raises:
+        MismatchError, UnknownReference: as `parent_of`.
+    """
+    for role in resolved.manifest.parents if resolved.manifest is not None else ():
+        if role.startswith("reward_model") and (found := parent_of(registry, resolved, role)) is not None:
+            yield found
+
+
+def reward_model_of(registry: Registry, models: Sequence[Resolved]) -> str | None:
+    """Return the label of the first reward model that one of these policies was trained on; None without one.
+
+    Raises:
+        MismatchError, UnknownReference: as `parent_of`.
+    """
+    found = (parent_of(registry, resolved, "reward_model") for resolved in models)
+    return next((parent.label for parent in found if parent is not None), None)
+
+
+def beta_of(resolved: Resolved) -> float | None:
+    """Return the price of KL that a model was trained at; None for 0, which has no optimum, and where none is known."""
+    config = resolved.manifest.config if resolved.manifest is not None else {}
+    return config.get("kl_coef", config.get("beta")) or None
