@@ -125,7 +125,6 @@ def test_no_import_circle(annotations: bool) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_room_imports_only_rooms_above_it(module: str) -> None:
-    """At module level, within functions and for annotations."""
     room = module.split("/")[0]
     if room not in ROOMS:
         assert module in ("__init__.py", "errors.py")

@@ -23,7 +23,7 @@ def _chooser(bench: Bench, figure: str) -> str | None:
 
 
 def enough_samples(bench: Bench, baseline: Resolved, drawn: Samples, sizes: tuple[int, ...]) -> Samples:
-    """The samples `drawn` from the baseline; where best-of-n asks for more than every model is sampled, as many of it alone."""
+    """The samples `drawn` from the baseline; where best-of-n needs more than every model has, more of it alone."""
     needed = max(sizes, default=0)
     if needed <= bench.plan.samples:
         return drawn
