@@ -3,6 +3,9 @@
 runs/<run-id>/failure/
     failure.json        the figure, the update, the rows with their texts and token ids, the last metrics
     batch.safetensors   the micro-batches that hold the rows, as they were packed: <number>.<tensor>
+
+`failure/` is what a run stands still at. Once the run has been resumed and has done that update, the folder is renamed
+to failure-1/ (the next one to failure-2/): it is kept for whoever wants to look, and no longer reads as current.
 """
 
 from __future__ import annotations
@@ -118,6 +121,26 @@ def write_failure(directory: Path, failure: NotFinite, known: Mapping[str, Any],
         os.rename(staged, target)
         sync(directory)
     return target
+
+
+def failed_update(directory: Path) -> int | None:
+    """Return the number of the update that a run has failed at; None without a failure, 0 where it cannot be read."""
+    try:
+        return int(json.loads((directory / FOLDER / "failure.json").read_text(encoding="ascii"))["update"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        return 0
+
+
+def put_aside(directory: Path) -> str:
+    """Rename the failure that a run has got over to the first free of failure-1, failure-2, ...; returns that name."""
+    number = 1
+    while (target := directory / f"{FOLDER}-{number}").exists():
+        number += 1
+    os.rename(directory / FOLDER, target)
+    sync(directory)
+    return target.name
 
 
 def told(failure: NotFinite, checkpoints: Path, kept: str) -> RunFailed:

@@ -16,7 +16,7 @@ from rlhf_pipeline.errors import Interrupted, MismatchError, RunFailed
 from rlhf_pipeline.registry.storage import staging, sync, sync_tree
 from rlhf_pipeline.training.checkpoint import Checkpoint, restore, save_checkpoint
 from rlhf_pipeline.training.cost import JUDGE
-from rlhf_pipeline.training.failure import Decode, told, write_failure
+from rlhf_pipeline.training.failure import Decode, failed_update, put_aside, told, write_failure
 from rlhf_pipeline.training.finite import NotFinite
 from rlhf_pipeline.training.health import Monitor, facts_of, tell, tell_all
 from rlhf_pipeline.training.loop import Step, fit
@@ -167,6 +167,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
     prepared, prepared_optimizer = run.accelerator.prepare(model, optimizer)
     steps_before = run.meter.optimizer_steps
     taken = 0
+    failed_at = failed_update(run.directory) if run.accelerator.is_main_process else None
 
     counts = ("flops", "tokens_trained", "tokens_generated")
     before = {name: getattr(run.meter, name) for name in counts}
@@ -203,7 +204,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
         )
 
     def on_update(step: int, metrics: Metrics, window: Window) -> None:
-        nonlocal last
+        nonlocal last, failed_at
         last = plan.derive(metrics)
         tell(run.log, monitor.update(step, last))
         shares = "  ".join(f"{name} {share:.0%}" for name, share in run.meter.shares().items())
@@ -212,6 +213,9 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
             figures = plan.evaluate()
             run.log.record(step, figures)
             tell(run.log, monitor.update(step, figures))
+        if failed_at is not None and step >= failed_at:
+            kept, failed_at = put_aside(run.directory), None
+            run.log.say(f"update {step} is done, where this run had failed; what it failed at is now in {kept}/")
         if plan.save is not None and _every(config.snapshot_steps, step):
             # Every rank takes part in the count; the window of this update is not counted yet.
             run.meter.mark(step, **over_ranks(), optimizer_steps=steps_before + taken + 1)

@@ -454,6 +454,38 @@ def test_a_second_failure_takes_the_place_of_the_first(lab, monkeypatch):
         assert not list(directory.glob(".failure*"))
 
 
+def test_a_failure_that_a_resumed_run_has_passed_is_kept_under_another_name(lab, monkeypatch):
+    """Updates 3 and 4 fail once each: until an update is done its failure is `failure/`, then `failure-<number>/`."""
+
+    def failures() -> dict[str, int]:
+        (directory,) = (lab.home / "runs").iterdir()
+        found = {path.name: json.loads((path / "failure.json").read_text()) for path in directory.glob("failure*")}
+        return {name: told["update"] for name, told in found.items()}
+
+    def fail(already: int) -> None:
+        """Fail at the bad call after `already` calls of the step, two of which are an update."""
+        with monkeypatch.context() as patch:
+            fault = Fault(patch, "sft")
+            fault.spoil_output("logprobs", math.nan)
+            fault.calls = already
+            with pytest.raises(RunFailed):
+                lab.run("sft", **SETTINGS, max_steps=5)
+
+    fail(already=0)
+    assert failures() == {"failure": 3}
+    fail(already=4)  # the run begins again at update 3
+    assert failures() == {"failure": 3}
+    fail(already=2)
+    assert failures() == {"failure": 4, "failure-1": 3}
+    result = lab.run("sft", **SETTINGS, max_steps=5)
+    assert failures() == {"failure-1": 3, "failure-2": 4}
+    assert "update 4 is done, where this run had failed" in (Path(result.run) / "log.txt").read_text()
+    assert sorted(path.name for path in (Path(result.run) / "failure-1").iterdir()) == [
+        "batch.safetensors",
+        "failure.json",
+    ]
+
+
 def test_before_the_first_checkpoint(lab, monkeypatch):
     fault = Fault(monkeypatch, "sft")
     fault.spoil_output("logprobs", math.nan)
