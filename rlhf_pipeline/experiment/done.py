@@ -13,6 +13,7 @@ from rlhf_pipeline.config.grid import Node
 from rlhf_pipeline.data.load import read_records, records_digest
 from rlhf_pipeline.data.sources import part_of
 from rlhf_pipeline.data.splits import assign_splits, in_split
+from rlhf_pipeline.registry.lengths import with_lengths
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.rewards import names_a_model
@@ -84,17 +85,15 @@ def _sources(stage: str, config: Any) -> list[tuple[str, str | None]]:
 
 def find_done(stage: str, config: Any, registry: Registry) -> Resolved | None:
     """The latest version that this very config has made from the same parents and data, if there is one."""
-    digest = config_digest(config)
+    # Earlier releases digested the config as it was given, before its parent's lengths were filled in.
+    digests = list(dict.fromkeys(map(config_digest, (with_lengths(config, registry)[0], config))))
     shelf = registry.data if stage == "collect" else registry.models
-    if not any(item.manifest is not None and item.manifest.config_digest == digest for item in shelf.all()):
+    made = {item.manifest.config_digest for item in shelf.all() if item.manifest is not None}
+    if not made & set(digests):
         return None  # the cheap answer first: reading the data takes a moment
-    return registry.find(
-        REGISTRY_STAGE[stage],
-        digest,
-        expected_parents(stage, config, registry),
-        expected_data(stage, config, registry.home),
-        name=config.output_name,
-    )
+    parents, data = expected_parents(stage, config, registry), expected_data(stage, config, registry.home)
+    found = (registry.find(REGISTRY_STAGE[stage], digest, parents, data, name=config.output_name) for digest in digests)
+    return next((version for version in found if version is not None), None)
 
 
 def survey(nodes: Sequence[Node], registry: Registry) -> list[Resolved | None]:

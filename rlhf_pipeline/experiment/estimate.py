@@ -12,6 +12,7 @@ from rlhf_pipeline.data.sources import part_of
 from rlhf_pipeline.data.splits import in_split
 from rlhf_pipeline.experiment.done import survey
 from rlhf_pipeline.experiment.run import check_inputs
+from rlhf_pipeline.registry.lengths import with_lengths
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import check_role
 from rlhf_pipeline.registry.store import Registry
@@ -77,6 +78,7 @@ def estimate_stage(stage: str, config: Any, home: Path) -> dict[str, Any]:
         BadInput: whatever the run itself would refuse before training.
     """
     registry = Registry(home)
+    config, _ = with_lengths(config, registry)
     result: dict[str, Any] = {"stage": stage, "output_name": config.output_name}
     if stage == "collect":
         policy = registry.resolve(config.policy)

@@ -23,8 +23,8 @@ from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.experiment.data_quality import FEW_JUDGE_PAIRS, FEW_TEST_PROMPTS
 from rlhf_pipeline.experiment.starter_file import POSITIONS, VOCABULARY, Starter
 from rlhf_pipeline.registry import Registry, Resolved, Version
+from rlhf_pipeline.registry.lengths import positions_of
 from rlhf_pipeline.registry.roles import check_role
-from rlhf_pipeline.stages.common import positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

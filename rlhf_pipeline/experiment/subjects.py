@@ -20,10 +20,11 @@ from rlhf_pipeline.errors import ConfigError, DataError, Fault, MismatchError
 from rlhf_pipeline.evaluation.sampled import Samples, SamplingPlan, add_score, add_world_reward
 from rlhf_pipeline.experiment.trained_on import changes_of, note_changes, owned_by
 from rlhf_pipeline.models.roles import Policy
+from rlhf_pipeline.registry.lengths import positions_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.rewards import WORLD_NAMES, RewardSource
-from rlhf_pipeline.stages.common import find_model, load_policy, positions_of, tokenizer_of
+from rlhf_pipeline.stages.common import find_model, load_policy, tokenizer_of
 from rlhf_pipeline.stages.rewards import load_reward
 
 if TYPE_CHECKING:

@@ -17,10 +17,11 @@ from rlhf_pipeline.data.splits import assign_splits
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import chat_template_digest, tokenizer_digest
 from rlhf_pipeline.errors import BadInput
+from rlhf_pipeline.registry.lengths import require_positions, with_lengths
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.responses import prompts_run, sample_for_prompts
 from rlhf_pipeline.rollout.rewards import score_in_batches
-from rlhf_pipeline.stages.common import StageResult, find_model, load_policy, tokenizer_of, with_lengths
+from rlhf_pipeline.stages.common import StageResult, find_model, load_policy, tokenizer_of
 from rlhf_pipeline.stages.rewards import load_reward
 from rlhf_pipeline.training.cost import CostMeter, ModelShape, reset_peak_memory
 from rlhf_pipeline.training.run import make_accelerator, seed_everything
@@ -117,9 +118,11 @@ def run_collect(config: Any, home: Path, *, notes: Sequence[str] = (), quiet: bo
         )
     device = accelerator.device
     seed_everything(config.seed)
+    config, told = with_lengths(config, registry)
     parent = find_model(registry, config.policy, "policy", say=say)
-    digest = config_digest(config)
-    config = with_lengths(config, parent, say)
+    if told:
+        say(told)
+    require_positions(config, parent)
     tokenizer = tokenizer_of(parent, config.trust_remote_code)
     policy = load_policy(parent, config, tokenizer, device, frozen=True)
     judge = load_reward(registry, config.judge, config, parent, tokenizer, device)
@@ -175,7 +178,7 @@ def run_collect(config: Any, home: Path, *, notes: Sequence[str] = (), quiet: bo
         config.output_name,
         records,
         config=config.model_dump(mode="json"),
-        config_digest=digest,
+        config_digest=config_digest(config),
         parents=parents,
         data=[report.to_dict() for report in reports],
         tokenizer_digest=tokenizer_digest(tokenizer),

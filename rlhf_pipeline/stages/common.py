@@ -10,18 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlhf_pipeline.config.base import LENGTHS, lengths_told
 from rlhf_pipeline.data.batch import Layout
 from rlhf_pipeline.data.load import SourceReport
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import chat_template_digest, load_tokenizer, tokenizer_digest
-from rlhf_pipeline.errors import ConfigError, Fault, MismatchError
+from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.models.loading import load_causal_lm, load_sequence_classifier, save_model
 from rlhf_pipeline.models.roles import Policy, RewardModel
 from rlhf_pipeline.models.selfcheck import inspect_model, read_reward_model
 from rlhf_pipeline.registry.integrity import verify_files
 from rlhf_pipeline.registry.references import Resolved
-from rlhf_pipeline.registry.roles import Role, check_role, read_json
+from rlhf_pipeline.registry.roles import Role, check_role
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.training.precision import uses_bf16
 from rlhf_pipeline.training.run import Run
@@ -69,44 +68,6 @@ def find_model(
     check_role(resolved, role)
     verify_files(resolved)
     return resolved
-
-
-def with_lengths(config: Any, parent: Resolved, say: Callable[[str], None] = lambda _: None) -> Any:
-    """The config with its parent's length policy where it names none of its own, checked against the positions.
-
-    Raises:
-        ConfigError: when prompt and response together are longer than what the parent was made for.
-    """
-    if parent.manifest is not None and all(getattr(config, name) is None for name in LENGTHS):
-        trained = {name: parent.manifest.config.get(name) for name in LENGTHS}
-        if any(value is not None for value in trained.values()):
-            config = config.model_copy(update=trained)
-            lengths = config.lengths()
-            say(f"lengths as {parent.label} was trained with: prompt {lengths.prompt}, response {lengths.response}")
-    positions = positions_of(parent)
-    if positions is not None and config.lengths().total > positions:
-        named, told = lengths_told(config)
-        raise ConfigError(
-            Fault(
-                named,
-                f"prompt and response of up to {config.lengths().total} tokens ({told})",
-                f"at most {positions}, the positions of {parent.label}",
-                "set max_prompt_length and response_length, or max_length",
-            )
-        )
-    return config
-
-
-def positions_of(resolved: Resolved) -> int | None:
-    """The number of positions of a model, where a local config names it.
-
-    Raises:
-        DamagedFile: its config cannot be read.
-    """
-    values = {} if resolved.path is None else read_json(resolved.path / "config.json")
-    return next(
-        (values[key] for key in ("max_position_embeddings", "n_positions") if isinstance(values.get(key), int)), None
-    )
 
 
 def tokenizer_of(resolved: Resolved, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -14,6 +14,7 @@ from rlhf_pipeline.config.base import moves_optimum
 from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.models.loading import save_model
 from rlhf_pipeline.models.roles import Policy, assert_independent
+from rlhf_pipeline.registry.lengths import require_positions
 from rlhf_pipeline.registry.lineage import stands_apart
 from rlhf_pipeline.stages.common import (
     StageResult,
@@ -23,7 +24,6 @@ from rlhf_pipeline.stages.common import (
     publish,
     require_same_tokenizer,
     tokenizer_of,
-    with_lengths,
 )
 from rlhf_pipeline.stages.preference_pairs import Pairs, ReferenceScores, fresh_pairs, recorded_pairs
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
@@ -117,6 +117,7 @@ def chosen_tokens(pairs: Pairs, config: Any) -> float:
 def run_dpo(config: Any, home: Path, **options) -> StageResult:
     """Train a policy on preference pairs or rankings with DPO and register it."""
     with open_run("dpo", config, home, **options) as run:
+        config = run.config
         # 1. Policy and frozen reference: two loads of files, never two views of one model.
         parent = find_model(
             run.registry, config.model_name_or_path, "policy", revision=config.model_revision, say=run.log.say
@@ -127,7 +128,7 @@ def run_dpo(config: Any, home: Path, **options) -> StageResult:
                 f"note: ref_model {ref_parent.label} is neither {parent.label}, which training starts from, nor a model"
                 f" that it comes from: KL and implicit reward are to {ref_parent.label}, in PPO to {parent.label}"
             )
-        config = run.settle(with_lengths(config, parent, run.log.say))
+        require_positions(config, parent)
         tokenizer: PreTrainedTokenizerBase = tokenizer_of(parent, config.trust_remote_code)
         if config.ref_model:
             require_same_tokenizer(parent, ref_parent, tokenizer, config.trust_remote_code)

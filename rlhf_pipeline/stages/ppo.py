@@ -15,6 +15,7 @@ from rlhf_pipeline.errors import ConfigError, Fault
 from rlhf_pipeline.models.actor_critic import describe_critic, make_actor_critic
 from rlhf_pipeline.models.loading import save_model
 from rlhf_pipeline.models.roles import ActorCritic, assert_independent
+from rlhf_pipeline.registry.lengths import require_positions
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.rollout.vllm_engine import VllmEngine
 from rlhf_pipeline.stages.common import (
@@ -24,7 +25,6 @@ from rlhf_pipeline.stages.common import (
     load_policy,
     publish,
     tokenizer_of,
-    with_lengths,
 )
 from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.stages.gate import repeat_gates
@@ -182,11 +182,12 @@ def say_moved(run: Run) -> dict[str, Any]:
 def run_ppo(config: Any, home: Path, **options) -> StageResult:
     """Train an actor-critic by PPO and register the actor."""
     with open_run("ppo", config, home, **options) as run:
+        config = run.config
         # 1. Actor, frozen reference (another load of the same files), reward, critic.
         parent = find_model(
             run.registry, config.model_name_or_path, "policy", revision=config.model_revision, say=run.log.say
         )
-        config = run.settle(with_lengths(config, parent, run.log.say))
+        require_positions(config, parent)
         tokenizer = tokenizer_of(parent, config.trust_remote_code)
         settings = settings_of(config, tokenizer, run.accelerator.num_processes)
         rewards = load_rewards(run, parent, tokenizer)

@@ -16,6 +16,7 @@ from rlhf_pipeline.evaluation.preferences import pair_differences
 from rlhf_pipeline.models.loading import init_reward_model, save_model, store_reward_shift
 from rlhf_pipeline.models.roles import RewardModel
 from rlhf_pipeline.models.selfcheck import read_reward_model
+from rlhf_pipeline.registry.lengths import require_positions
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.rollout.responses import prompts_run, sample_for_prompts
 from rlhf_pipeline.stages.common import (
@@ -26,7 +27,6 @@ from rlhf_pipeline.stages.common import (
     load_policy,
     publish,
     tokenizer_of,
-    with_lengths,
 )
 from rlhf_pipeline.stages.data import StageData, preference_kind
 from rlhf_pipeline.stages.gate import judge_gate
@@ -128,11 +128,12 @@ def center(
 def run_reward(config: Any, home: Path, **options) -> StageResult:
     """Train a reward model on preference pairs or rankings and register it."""
     with open_run("reward", config, home, **options) as run:
+        config = run.config
         # 1. The trunk of a language model with a new scalar head.
         parent = find_model(
             run.registry, config.model_name_or_path, "policy", revision=config.model_revision, say=run.log.say
         )
-        config = run.settle(with_lengths(config, parent, run.log.say))
+        require_positions(config, parent)
         tokenizer: PreTrainedTokenizerBase = tokenizer_of(parent, config.trust_remote_code)
         network = init_reward_model(
             parent.location,

@@ -17,6 +17,7 @@ from rlhf_pipeline.data.tokenizers import text_of, train_byte_level_bpe
 from rlhf_pipeline.models.loading import init_causal_lm, new_config, save_model
 from rlhf_pipeline.models.roles import Policy
 from rlhf_pipeline.models.selfcheck import inspect_model
+from rlhf_pipeline.registry.lengths import require_positions
 from rlhf_pipeline.stages.common import (
     StageResult,
     example_schedule,
@@ -25,7 +26,6 @@ from rlhf_pipeline.stages.common import (
     load_policy,
     publish,
     tokenizer_of,
-    with_lengths,
 )
 from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
@@ -92,12 +92,13 @@ def run_sft(config: Any, home: Path, **options) -> StageResult:
     if config.model_init is not None:
         new_config(config.model_init, dropout=config.dropout)  # its keys, before a tokenizer is trained
     with open_run("sft", config, home, **options) as run:
+        config = run.config
         # 1. The model: an existing one, or a new one with its tokenizer.
         parents = {}
         if config.model_name_or_path is not None:
             reference, revision = config.model_name_or_path, config.model_revision
             parents["base"] = find_model(run.registry, reference, "policy", revision=revision, say=run.log.say)
-            config = run.settle(with_lengths(config, parents["base"], run.log.say))
+            require_positions(config, parents["base"])
         data = StageData(config, run.registry.home, run.log.say)
         if parents:
             tokenizer = tokenizer_of(parents["base"], config.trust_remote_code)

@@ -21,6 +21,7 @@ import yaml
 
 from rlhf_pipeline.config.dump import config_digest, dump_yaml
 from rlhf_pipeline.errors import BadInput, Interrupted
+from rlhf_pipeline.registry.lengths import with_lengths
 from rlhf_pipeline.registry.storage import replace_text
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.training.checkpoint import Checkpoint, clear_leftovers, newest_checkpoint, put_damaged_aside
@@ -48,7 +49,6 @@ class Run:
 
     stage: str
     config: Any
-    config_digest: str
     registry: Registry
     directory: Path
     accelerator: Accelerator
@@ -75,12 +75,9 @@ class Run:
         """What a manifest calls this run: its folder, and a mark that a later folder of this name has not."""
         return f"{self.id}/{read_status(self.directory).get('token')}"
 
-    def settle(self, config: Any) -> Any:
-        """Replace the config by one in which what follows from the models is filled in; keeps the run's name."""
-        self.config = config
-        if self.accelerator.is_main_process:
-            replace_text(self.directory / CONFIG, dump_yaml(config))
-        return config
+    @property
+    def config_digest(self) -> str:
+        return config_digest(self.config)
 
     @property
     def checkpoints(self) -> Path:
@@ -165,13 +162,15 @@ def open_run(
     quiet: bool = False,
     notes: Sequence[str] = (),
 ):
-    """Open the run of a config: resume an unfinished one, else start a new one.
+    """Open the run of a config, in which what follows from its parent is filled in first; resume an unfinished run
+    of that config, else start a new one.
 
     Yields:
         Run. On leaving, signals and the log are put back; the run counts as finished only after `finish`.
     """
     started = time.perf_counter()
     reset_peak_memory()
+    config, lengths = with_lengths(config, Registry(home))
     digest = config_digest(config)
     accelerator = make_accelerator(config)
     seed_everything(config.seed)
@@ -189,6 +188,8 @@ def open_run(
     try:
         for note in notes:
             log.say(f"note: {note}")
+        if lengths:
+            log.say(lengths)
         if accelerator.is_main_process:
             described = yaml.safe_load(dump_yaml(config))
             begun = (directory / CONFIG).exists()
@@ -209,7 +210,7 @@ def open_run(
                 why = "" if config.save_steps else f" ({why})"
                 log.say(f"nothing to resume: no checkpoint{why}; run {directory.name} begins anew")
             log.rewind(checkpoint.step if checkpoint else 0)
-        run = Run(stage, config, digest, Registry(home), directory, accelerator, log, checkpoint)
+        run = Run(stage, config, Registry(home), directory, accelerator, log, checkpoint)
         run.meter.started = started
         log.say(f"{stage}: run {run.id}, {accelerator.device}, {torch.get_num_threads()} threads, seed {config.seed}")
         if getattr(config, "bf16", False) == "auto":

@@ -15,7 +15,7 @@ from rlhf_pipeline.experiment.preference_quality import preference_quality
 from rlhf_pipeline.experiment.rows import Scorers, bill
 from rlhf_pipeline.experiment.subjects import set_up
 from rlhf_pipeline.experiment.training_loss import trained_by_dpo
-from rlhf_pipeline.stages.common import positions_of
+from rlhf_pipeline.registry.lengths import positions_of
 
 HUB = {"ref": "evil/model", "digest": None}
 REWARD = {"reward_model_path": "evil/model"}

@@ -12,6 +12,9 @@ import pytest
 import yaml
 
 from rlhf_pipeline.config.dump import config_digest
+from rlhf_pipeline.config.load import load_config
+from rlhf_pipeline.experiment.done import find_done
+from rlhf_pipeline.stages import dpo
 from rlhf_pipeline.training.run import run_is_empty
 from rlhf_pipeline.training.run_directory import open_directory, run_directory
 
@@ -67,6 +70,53 @@ def test_the_resolved_config_lies_beside_the_run(lab):
     written = yaml.safe_load((Path(result.run) / "config.yaml").read_text())
     assert (written["max_steps"], written["output_name"], written["adam_beta1"]) == (1, "tuned", 0.9)
     assert (Path(result.run) / "log.txt").read_text().startswith("sft: run tuned-")
+
+
+@pytest.mark.parametrize("stage", ["sft", "train-rm", "dpo", "ppo", "collect"])
+def test_a_run_its_config_and_its_manifest_have_one_digest(lab, stage):
+    """Where the lengths are those of the parent (6 and 4), they are in the config before anything is named after it."""
+    open_lengths = dict.fromkeys(("max_prompt_length", "response_length"))
+    short = {"max_steps": 1} if stage != "collect" else {"num": 8}
+    result = lab.run(stage, **open_lengths, **short)
+    registry = lab.registry
+    version = registry.resolve_data(result.model) if stage == "collect" else registry.resolve(result.model)
+    made = version.manifest
+    assert (made.config["max_prompt_length"], made.config["response_length"]) == (6, 4)
+    values = {key: value for key, value in made.config.items() if value is not None}
+    digest = config_digest(load_config(stage, None, extra=values).config)
+    assert made.config_digest == digest
+    if stage != "collect":
+        assert Path(result.run).name == f"{version.name}-{digest[:10]}"
+    # Given or taken over, the lengths are the same config.
+    assert find_done(stage, lab.config(stage, **open_lengths, **short), registry).label == result.model
+    assert find_done(stage, lab.config(stage, **short), registry).label == result.model
+
+
+def test_the_config_beside_a_run_takes_the_run_up_again(lab, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo, "train", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            lab.run("dpo", max_prompt_length=None, response_length=None, max_steps=1)
+    (directory,) = (lab.home / "runs").iterdir()
+    config = load_config("dpo", directory / "config.yaml", []).config
+    assert dpo.run_dpo(config, lab.home, quiet=True).run == str(directory)
+
+
+def test_a_version_of_an_earlier_release_is_found_by_the_config_as_it_was_given(lab):
+    """Its digest is of the config without the parent's lengths."""
+    given = lab.config("dpo", max_prompt_length=None, response_length=None, max_steps=1)
+    made = lab.registry.resolve(lab.run("dpo", max_steps=1).model)
+    fields = {name: getattr(made.manifest, name) for name in ("config", "parents", "data")}
+    older = given.model_copy(update={"output_name": "older"})
+    files = made.path / "config.json"
+    lab.registry.publish(
+        "older",
+        "dpo",
+        lambda folder: (folder / files.name).write_bytes(files.read_bytes()),
+        **fields,
+        config_digest=config_digest(older),
+    )
+    assert find_done("dpo", older, lab.registry).label == "older@v1"
 
 
 def test_runs_of_different_precision_in_one_process(tiny):
