@@ -79,6 +79,23 @@ def read_source(
     return Source(source, "file", rows, faults, path=path)
 
 
+def files_of(source: str, *, home: Path | None = None, base_dir: Path | None = None) -> list[Path] | None:
+    """Return the files that a source is read from: none for a built-in world; None where they are not known (the hub).
+
+    Raises:
+        UnknownReference: as `read_source`.
+    """
+    if source.startswith("world:"):
+        return []
+    if source.startswith("collected:"):
+        _, records = _collected_records(source, home)
+        return [records, records.with_name("manifest.json")]
+    path = local_path(source, base_dir)
+    if path is None or not path.is_dir():
+        return None if path is None else [path]
+    return sorted(file for file in path.rglob("*") if file.is_file())
+
+
 def local_path(source: str, base_dir: Path | None = None) -> Path | None:
     """Return the file or directory that `source` names, or None where it is a hub id.
 
@@ -119,7 +136,8 @@ def home_directory(home: Path | None) -> Path:
     return Path(home if home is not None else os.environ.get("RLHF_HOME") or "rlhf_home")
 
 
-def _collected(source: str, home: Path | None) -> Source:
+def _collected_records(source: str, home: Path | None) -> tuple[str, Path]:
+    """The name of collected data with their version, and the file of their records."""
     text = source.removeprefix("collected:")
     match = COLLECTED.fullmatch(text)
     if not match:
@@ -139,8 +157,11 @@ def _collected(source: str, home: Path | None) -> Source:
     if version not in versions:
         there = ", ".join(f"v{number}" for number in versions)
         raise UnknownReference(f"{source}: no such version in {folder}; there are {there}")
-    path = folder / f"v{version}" / "records.jsonl"
-    name = f"collected:{match['name']}@v{version}"
+    return f"collected:{match['name']}@v{version}", folder / f"v{version}" / "records.jsonl"
+
+
+def _collected(source: str, home: Path | None) -> Source:
+    name, path = _collected_records(source, home)
     manifest = _checked_manifest(path)
     rows, faults = read_file(path, name=name)
     return Source(name, "collected", rows, faults, tokenizer_digest=manifest.get("tokenizer_digest"), path=path)

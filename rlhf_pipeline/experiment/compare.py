@@ -26,6 +26,7 @@ from rlhf_pipeline.experiment.readings import configs, curves, lineage, prompt_t
 from rlhf_pipeline.experiment.rows import Measured, add_diversity, measure_points, row_of
 from rlhf_pipeline.experiment.subjects import Bench, find_policies, knows_data, set_up
 from rlhf_pipeline.experiment.verdict import verdict
+from rlhf_pipeline.models.sharing import sharing_models
 from rlhf_pipeline.registry.parents import beta_of, parent_of, reference_of, reward_model_of, reward_models_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.storage import replace_text, staging
@@ -124,6 +125,7 @@ def _find_points(
     return [(point, (named | found)[point.model]) for point in points]
 
 
+@sharing_models()
 def run_compare(
     config: Any,
     home: Path,

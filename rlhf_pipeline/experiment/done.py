@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.config.dump import config_digest
 from rlhf_pipeline.config.grid import Node
-from rlhf_pipeline.data.load import read_records, records_digest
+from rlhf_pipeline.data.load import read_records, records_digest, source_stamp
 from rlhf_pipeline.data.sources import part_of
 from rlhf_pipeline.data.splits import assign_splits, in_split
+from rlhf_pipeline.data.stamps import Stamp
 from rlhf_pipeline.registry.lengths import with_lengths
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
@@ -51,19 +51,22 @@ def expected_data(stage: str, config: Any, home: Path) -> list[str]:
         found = read_records(config.prompts, config=part, home=home, skip_bad_rows=config.skip_bad_rows)
         fractions = config.split_fractions
         splits: Sequence[str] = config.splits or sorted(set(assign_splits(found.records, fractions, found.source)))
-        return [records_digest(in_split(found.records, split, fractions, found.source)) for split in splits]
-    digests = []
-    for name, part in _sources(stage, config):
-        # A version never changes, and the runs of an experiment share it: it is read once.
-        digest = _version_digest if is_version(name) else _digest
-        fractions = tuple(config.split_fractions.items())
-        digests.append(digest(home.resolve(), name, part, config.dataset_train_split, fractions, config.skip_bad_rows))
-    return digests
+        return [_split_digest(config, home, config.prompts, part, split) for split in splits]
+    return [
+        _split_digest(config, home, name, part, config.dataset_train_split) for name, part in _sources(stage, config)
+    ]
 
 
-def is_version(source: str) -> bool:
-    """Whether a source is a version of collected data, which is immutable."""
-    return re.fullmatch(r"collected:.+@v[0-9]+", source) is not None
+def _split_digest(config: Any, home: Path, name: str, part: str | None, split: str) -> str:
+    """The digest of one split's records, which are read and digested once as long as their files do not change."""
+    what = (home.resolve(), name, part, split, tuple(config.split_fractions.items()), config.skip_bad_rows)
+    seen = source_stamp(name, home=home)
+    return _digest(*what) if seen is None else _known_digest(seen, *what)
+
+
+@functools.lru_cache(maxsize=256)
+def _known_digest(seen: Stamp, *what: Any) -> str:
+    return _digest(*what)
 
 
 def _digest(
@@ -71,9 +74,6 @@ def _digest(
 ) -> str:
     found = read_records(name, config=part, home=home, skip_bad_rows=skip_bad_rows)
     return records_digest(in_split(found.records, split, dict(fractions), found.source))
-
-
-_version_digest = functools.lru_cache(maxsize=256)(_digest)
 
 
 def _sources(stage: str, config: Any) -> list[tuple[str, str | None]]:

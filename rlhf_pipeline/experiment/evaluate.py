@@ -13,6 +13,7 @@ from rlhf_pipeline.experiment.best_of import best_of_n_rows
 from rlhf_pipeline.experiment.subjects import Bench, add_rewards, set_up
 from rlhf_pipeline.experiment.trained_on import changes_of, owned_by
 from rlhf_pipeline.models.roles import Policy
+from rlhf_pipeline.models.sharing import sharing_models
 from rlhf_pipeline.registry.integrity import verify_files
 from rlhf_pipeline.registry.parents import reference_of, reward_model_of
 from rlhf_pipeline.registry.references import Resolved
@@ -36,6 +37,7 @@ def measure(bench: Bench, policy: Policy, scorer: RewardSource | None = None) ->
     return samples
 
 
+@sharing_models()
 def run_evaluate(reference_text: str, config: Any, home: Path, *, quiet: bool = False) -> dict[str, Any]:
     """Figures of one model, as a dict that JSON can hold."""
 

@@ -23,6 +23,7 @@ from rlhf_pipeline.evaluation.exact import (
 from rlhf_pipeline.experiment.leaves import TRUTH, Leaves, Reward, trained_reward
 from rlhf_pipeline.experiment.subjects import set_up
 from rlhf_pipeline.experiment.training_loss import excess_training_losses, trained_by_dpo
+from rlhf_pipeline.models.sharing import sharing_models
 from rlhf_pipeline.registry.parents import beta_of, reference_of, reward_model_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import role_of
@@ -197,6 +198,7 @@ def exact_figures(
     }
 
 
+@sharing_models()
 def run_exact(references: list[str], config: Any, home: Path, *, quiet: bool = False) -> dict[str, Any]:
     """Exact figures of policies and reward models, as a dict that JSON can hold."""
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from rlhf_pipeline.data.stamps import Stamp, stamp
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
@@ -35,6 +38,20 @@ def file_sha256(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def known_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, which this process reads once as long as it does not change.
+
+    For what is about to be loaded; `rlhf models verify` reads every file (`file_sha256`).
+    """
+    seen = stamp([path])
+    return file_sha256(path) if seen is None else _sha256_of(path, seen)
+
+
+@lru_cache(maxsize=4096)
+def _sha256_of(path: Path, seen: Stamp) -> str:
+    return file_sha256(path)
 
 
 def file_entry(path: Path) -> FileEntry:

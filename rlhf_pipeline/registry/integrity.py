@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rlhf_pipeline.errors import DamagedFile, Fault
-from rlhf_pipeline.registry.digests import CARD, SNAPSHOTS, file_sha256, list_files
+from rlhf_pipeline.registry.digests import CARD, SNAPSHOTS, file_sha256, known_sha256, list_files
 from rlhf_pipeline.registry.references import Resolved
+
+Sha256 = Callable[[Path], str]
 
 UNLISTED = "not in manifest.json"
 _FIX = "restore it from a copy, or put it aside with rlhf models verify --repair and make it again"
@@ -20,26 +22,26 @@ def verify_files(resolved: Resolved) -> None:
         DamagedFile: a file is missing, changed, or not of this version.
     """
     # Neither the card nor the snapshots beside a model change what is loaded.
-    faults = list(_problems(resolved, skip=(CARD, f"{SNAPSHOTS}/")))
+    faults = list(_problems(resolved, known_sha256, skip=(CARD, f"{SNAPSHOTS}/")))
     if faults:
         raise DamagedFile("\n".join(str(fault) for fault in faults))
 
 
 def problems(resolved: Resolved) -> list[Fault]:
     """Return everything about a version's files that its manifest contradicts."""
-    return list(_problems(resolved))
+    return list(_problems(resolved, file_sha256))
 
 
-def _problems(resolved: Resolved, skip: tuple[str, ...] = ()) -> Iterator[Fault]:
+def _problems(resolved: Resolved, sha256: Sha256, skip: tuple[str, ...] = ()) -> Iterator[Fault]:
     if resolved.manifest is None or resolved.path is None:
         return
     try:
-        yield from _contradictions(resolved, resolved.path, skip)
+        yield from _contradictions(resolved, resolved.path, sha256, skip)
     except FileNotFoundError as error:  # by another process, while it was being read
         yield Fault(resolved.label, f"{error.filename} has just been removed", "", "look again")
 
 
-def _contradictions(resolved: Resolved, folder: Path, skip: tuple[str, ...]) -> Iterator[Fault]:
+def _contradictions(resolved: Resolved, folder: Path, sha256: Sha256, skip: tuple[str, ...]) -> Iterator[Fault]:
     fix = _FIX
     if resolved.kind == "directory":
         fix = "restore it, or delete manifest.json to use the folder as a plain model of its own"
@@ -55,7 +57,7 @@ def _contradictions(resolved: Resolved, folder: Path, skip: tuple[str, ...]) -> 
             yield Fault(where, "a symbolic link", "a file of its own", fix)
         elif (size := file.stat().st_size) != entry.size:
             yield Fault(where, f"{size} bytes", f"{entry.size} bytes (manifest.json)", fix)
-        elif (found := file_sha256(file)) != entry.sha256:
+        elif (found := sha256(file)) != entry.sha256:
             yield Fault(where, f"sha256 {found}", f"sha256 {entry.sha256} (manifest.json)", fix)
     for path in present:
         # A file that nobody listed, such as an adapter's config, can change what is loaded.

@@ -18,6 +18,7 @@ from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.models.loading import load_causal_lm, load_sequence_classifier, save_model
 from rlhf_pipeline.models.roles import Policy, RewardModel
 from rlhf_pipeline.models.selfcheck import inspect_model, read_reward_model
+from rlhf_pipeline.models.sharing import shared
 from rlhf_pipeline.registry.integrity import verify_files
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import Role, check_role
@@ -100,23 +101,44 @@ def load_policy(
     frozen: bool = False,
     **options,
 ) -> Policy:
-    """Load a policy onto a device and find out how to read it; `frozen` takes its gradients away."""
-    model = _onto(device, load_language_model(resolved, config, tokenizer, **options))
-    policy = Policy(model, inspect_model(model), temperature, entropy=not frozen)
-    policy.train(not frozen)
-    return policy.requires_grad_(False) if frozen else policy
+    """Load a policy onto a device and find out how to read it; `frozen` takes its gradients away.
+
+    Frozen policies of one model share it within `sharing_models`, whatever their temperature.
+    """
+
+    def load() -> Policy:
+        model = _onto(device, load_language_model(resolved, config, tokenizer, **options))
+        policy = Policy(model, inspect_model(model), temperature, entropy=not frozen)
+        policy.train(not frozen)
+        return policy.requires_grad_(False) if frozen else policy
+
+    if not frozen:
+        return load()
+    read_as = (tokenizer_digest(tokenizer), *sorted(options.items()))
+    found = shared(("policy", *_identity(resolved, config, device), *read_as), load)
+    return Policy(found.model, found.reader, temperature, entropy=False).eval()
 
 
 def load_reward_model(resolved: Resolved, config: Any, device: torch.device) -> RewardModel:
-    """Load a frozen reward model onto a device."""
-    model = load_sequence_classifier(
-        resolved.location,
-        dtype=config.dtype,
-        attn_implementation=config.attn_implementation,
-        revision=resolved.revision,
-        trust_remote_code=config.trust_remote_code,
-    )
-    return read_reward_model(_onto(device, model)).eval().requires_grad_(False)
+    """Load a frozen reward model onto a device; within `sharing_models` once."""
+
+    def load() -> RewardModel:
+        model = load_sequence_classifier(
+            resolved.location,
+            dtype=config.dtype,
+            attn_implementation=config.attn_implementation,
+            revision=resolved.revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+        return read_reward_model(_onto(device, model)).eval().requires_grad_(False)
+
+    return shared(("reward model", *_identity(resolved, config, device)), load)
+
+
+def _identity(resolved: Resolved, config: Any, device: torch.device) -> tuple[Any, ...]:
+    """What decides which weights a config loads, how and where to."""
+    how = (config.dtype, config.attn_implementation, config.trust_remote_code, str(device))
+    return (resolved.location, resolved.revision, resolved.digest, *how)
 
 
 def _onto(device: torch.device, model: PreTrainedModel) -> PreTrainedModel:

@@ -17,7 +17,6 @@ import yaml
 from rlhf_pipeline.cli.main import main
 from rlhf_pipeline.config import load_experiment
 from rlhf_pipeline.errors import ConfigError, Interrupted
-from rlhf_pipeline.experiment.done import is_version
 from rlhf_pipeline.experiment.estimate import estimate_experiment
 from rlhf_pipeline.experiment.points import Point, trials
 from rlhf_pipeline.experiment.run import check_inputs, run_experiment
@@ -265,17 +264,3 @@ def test_swept_references_are_checked_before_anything_runs(lab, path):
     with pytest.raises(ConfigError, match=r"ppo\.reward_model_path: sft@v1") as caught:
         check_inputs(experiment, lab.registry)
     assert len(caught.value.faults) == 1
-
-
-@pytest.mark.parametrize(
-    ("source", "immutable"),
-    [
-        ("collected:pairs@v2", True),
-        ("collected:pairs", False),  # the latest version, which may be another one tomorrow
-        ("collected:pairs@v", False),
-        ("org/pairs@v2", False),
-        ("pairs@v2.jsonl", False),
-    ],
-)
-def test_only_versions_of_collected_data_are_immutable(source, immutable) -> None:
-    assert is_version(source) is immutable

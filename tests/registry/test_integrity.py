@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import os
 import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -75,3 +79,37 @@ def test_data_are_checked_too(registry):
     with pytest.raises(DamagedFile, match=r"records\.jsonl: 3 bytes; expected 16 bytes"):
         verify_files(made)
     assert len(faults_of(registry)) == 1
+
+
+def test_files_are_hashed_once_before_loading_and_each_time_by_verify(registry, made, monkeypatch):
+    from rlhf_pipeline.data import stamps
+    from rlhf_pipeline.registry import digests, integrity
+
+    hashed: Counter[str] = Counter()
+    monkeypatch.setattr(stamps, "SETTLED", 0)
+    reading = counted(digests.file_sha256, hashed)
+    for module in (digests, integrity):
+        monkeypatch.setattr(module, "file_sha256", reading)
+    verify_files(made)
+    verify_files(registry.resolve("demo"))
+    assert hashed == {"config.json": 1, "model.safetensors": 1}
+    hashed.clear()
+    for _ in range(2):
+        assert faults_of(registry) == []
+    assert hashed["model.safetensors"] == 4  # that of the version and that of its snapshot, twice
+    path = made.path / "model.safetensors"
+    before = path.stat()
+    path.write_text("WEIGHTS")  # as many bytes, at the same time as far as the file says
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(DamagedFile, match=CHANGED):
+        verify_files(made)
+
+
+def counted(function: Callable[[Path], str], counts: Counter[str]) -> Callable[[Path], str]:
+    """The function, counting its calls by the name of the file."""
+
+    def call(path: Path) -> str:
+        counts[path.name] += 1
+        return function(path)
+
+    return call
