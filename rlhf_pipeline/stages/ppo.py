@@ -272,6 +272,7 @@ def run_ppo(config: Any, home: Path, **options) -> StageResult:
             inputs=inputs_of(parents, reports),
             save=lambda directory: save_model(model.actor, tokenizer, directory),
             decode=functools.partial(text_of, tokenizer),
+            warmup_offset=1,  # an update is a whole rollout: at rate 0 it would be sampled for nothing
         )
         last = train(run, model, plan)
 

@@ -40,6 +40,7 @@ class Plan:
     inputs: digests of the models and data that the run is made of; a checkpoint of other ones is refused.
     evaluate: figures at an evaluation. save: writes a snapshot of the model into a directory.
     decode: token ids to text, for what a failed run leaves behind.
+    warmup_offset: see `rate_factor`. 0: the first update of a warm-up has rate 0, as in transformers.
     known: what the watches have to know of the run besides its config (fields of `Facts`).
     health: what they found, filled in by `train`, as a manifest has it.
     """
@@ -53,6 +54,7 @@ class Plan:
     evaluate: Callable[[], Metrics] | None = None
     save: Callable[[Path], None] | None = None
     decode: Decode | None = None
+    warmup_offset: int = 0
     known: Mapping[str, float] = field(default_factory=dict)
     health: list[dict[str, Any]] = field(default_factory=list)
 
@@ -147,7 +149,13 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
     )
-    scheduler = make_scheduler(optimizer, config.lr_scheduler_type, warmup_steps=config.warmup_steps, total=plan.total)
+    scheduler = make_scheduler(
+        optimizer,
+        config.lr_scheduler_type,
+        warmup_steps=config.warmup_steps,
+        total=plan.total,
+        offset=plan.warmup_offset,
+    )
     start = 0
     # Examples are dealt out by the number of processes: another number would read on at another place.
     inputs = {**plan.inputs, "processes": str(run.accelerator.num_processes)}
