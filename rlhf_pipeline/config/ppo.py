@@ -196,8 +196,8 @@ class PpoConfig(TrainingConfig):
     adam_epsilon: Positive = option(1e-5, "AdamW's floor of the denominator (N+ implementation details)")
     warmup_steps: Warmup = option(
         0,
-        "updates of linear warm-up: update u = 1, 2, ... of w has u / (w + 1) of the rate, so the first one trains (ours; "
-        "TRL: rate 0 for a whole rollout); below 1: a fraction of all updates, rounded up",
+        "updates of linear warm-up: update u = 1, 2, ... of w has u / (w + 1) of the rate, so the first one trains "
+        "(ours; TRL: rate 0 for a whole rollout); below 1: a fraction of all updates, rounded up",
     )
     gradient_accumulation_steps: Count | None = option(
         None, "micro-batches in one optimizer step; follows from the minibatch and the micro-batch"
