@@ -16,8 +16,7 @@ from rlhf_pipeline.rollout.rewards import WeightedReward
 from rlhf_pipeline.rollout.vllm_engine import VllmEngine
 from rlhf_pipeline.stages.common import load_policy
 from rlhf_pipeline.stages.gate import repeat_gates
-from rlhf_pipeline.stages.judge import load_judge
-from rlhf_pipeline.stages.rewards import LoadedModel, load_reward, weighted
+from rlhf_pipeline.stages.reward_sources import LoadedModel, load_judge, load_reward, weighted
 from rlhf_pipeline.training.cost import ModelShape
 from rlhf_pipeline.training.judge import Judge
 from rlhf_pipeline.training.precision import uses_bf16

@@ -25,7 +25,7 @@ from rlhf_pipeline.stages.population import Population
 from rlhf_pipeline.training.cost import ModelShape
 from rlhf_pipeline.training.pairs import count_pairs
 from rlhf_pipeline.training.precision import uses_bf16
-from rlhf_pipeline.training.reference_cache import Reference, cached_logprobs, completion_logprob_sums
+from rlhf_pipeline.training.reference_cache import ReferenceLogprobs, cached_logprobs, completion_logprob_sums
 from rlhf_pipeline.training.run import Run
 from rlhf_pipeline.training.windows import Window
 
@@ -106,7 +106,7 @@ def recorded_pairs(run: Run, policy: Policy, frozen: Policy, frozen_digest: str 
         size = config.per_device_eval_batch_size
         return run.memory.shrink("evaluation", size, lambda size: work(batch_size=size, **options))
 
-    def referred(rows: Sequence[Example]) -> Reference:
+    def referred(rows: Sequence[Example]) -> ReferenceLogprobs:
         return in_batches(partial(cached_logprobs, frozen, rows, cache, key))
 
     def score_reference(batch: PackedBatch) -> TokenScores:

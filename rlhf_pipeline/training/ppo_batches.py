@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rlhf_pipeline.data.batch import PackedBatch
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.rollout.rollout import Rollout
-from rlhf_pipeline.training.finite import NotFinite, Row, all_finite, bad_places, broken_weights
+from rlhf_pipeline.training.finite import BadRow, NotFinite, all_finite, bad_places, broken_weights
 from rlhf_pipeline.training.memory import pieces
 from rlhf_pipeline.training.windows import Pack
 
@@ -67,7 +67,7 @@ class Scored:
         for what, value in named.items():
             bad = sorted(bad_places(value).items())
             if bad:
-                rows = [Row(holder[row], examples[row], 0, values) for row, values in bad]
+                rows = [BadRow(holder[row], examples[row], 0, values) for row, values in bad]
                 batches = {row.micro_batch: packed[row.micro_batch] for row in rows}
                 detail, weights = (details or {}).get(what, ""), broken_weights(model)
                 raise NotFinite(self.update + 1, what, rows, len(examples), batches, detail, weights)

@@ -20,7 +20,8 @@ from rlhf_pipeline.training.failure import Decode, told, write_failure
 from rlhf_pipeline.training.finite import NotFinite
 from rlhf_pipeline.training.health import Monitor, facts_of, tell, tell_all
 from rlhf_pipeline.training.loop import Step, fit
-from rlhf_pipeline.training.memory import ADVICE, first_line, ran_out
+from rlhf_pipeline.models.refusals import first_line, ran_out
+from rlhf_pipeline.training.memory import ADVICE
 from rlhf_pipeline.training.optimizer import make_optimizer, make_scheduler
 from rlhf_pipeline.training.precision import checkpoint_activations, uses_bf16
 from rlhf_pipeline.training.run import Run

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from rlhf_pipeline.data import batch as batches
-from rlhf_pipeline.models.attention import TreeMask
 from rlhf_pipeline.models.forward import Reader
+from rlhf_pipeline.models.tree_attention import TreeMask
 from rlhf_pipeline.training import ppo_rollouts, session, windows
 
 STAGES = ("sft", "train-rm", "dpo", "ppo", "train-rm on rankings", "dpo on rankings", "plackett-luce")
