@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rlhf_pipeline.config.collect import CollectConfig
 from rlhf_pipeline.config.dump import config_digest
 from rlhf_pipeline.data.load import RecordSet, examples_of, read_records
 from rlhf_pipeline.data.sources import part_of
@@ -78,7 +79,7 @@ def to_row(
 
 
 def prompts_by_split(
-    found: RecordSet, config: Any, tokenizer: PreTrainedTokenizerBase
+    found: RecordSet, config: CollectConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[tuple[Example, str]], tuple]:
     """Every distinct prompt with the split it belongs to."""
     prompts: list[tuple[Example, str]] = []
@@ -98,7 +99,9 @@ def prompts_by_split(
     return prompts, reports
 
 
-def run_collect(config: Any, home: Path, *, notes: Sequence[str] = (), quiet: bool = False, **_options) -> StageResult:
+def run_collect(
+    config: CollectConfig, home: Path, *, notes: Sequence[str] = (), quiet: bool = False, **_options
+) -> StageResult:
     """Sample, label and publish `num` records; those whose two responses are identical say nothing."""
 
     def say(text: str) -> None:

@@ -6,11 +6,14 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
 from rlhf_pipeline.config.base import LENGTHS, lengths_told
+from rlhf_pipeline.config.collect import CollectConfig
+from rlhf_pipeline.config.stages import ModelConfig
+from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.data.batch import Layout
 from rlhf_pipeline.data.load import SourceReport
 from rlhf_pipeline.data.tokenize import Example
@@ -30,6 +33,8 @@ from rlhf_pipeline.training.windows import Window, example_windows, total_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+C = TypeVar("C", bound=TrainingConfig | CollectConfig)
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,14 @@ def find_model(
     return resolved
 
 
-def with_lengths(config: Any, parent: Resolved, say: Callable[[str], None] = lambda _: None) -> Any:
+def find_base(run: Run, config: TrainingConfig) -> Resolved:
+    """The language model that a stage starts from; see `find_model`."""
+    assert config.model_name_or_path is not None  # `check_model` of the config
+    revision, say = config.model_revision, run.log.say
+    return find_model(run.registry, config.model_name_or_path, "policy", revision=revision, say=say)
+
+
+def with_lengths(config: C, parent: Resolved, say: Callable[[str], None] = lambda _: None) -> C:
     """The config with its parent's length policy where it names none of its own, checked against the positions.
 
     Raises:
@@ -80,7 +92,7 @@ def with_lengths(config: Any, parent: Resolved, say: Callable[[str], None] = lam
     if parent.manifest is not None and all(getattr(config, name) is None for name in LENGTHS):
         trained = {name: parent.manifest.config.get(name) for name in LENGTHS}
         if any(value is not None for value in trained.values()):
-            config = config.model_copy(update=trained)
+            config = cast(C, config.model_copy(update=trained))
             lengths = config.lengths()
             say(f"lengths as {parent.label} was trained with: prompt {lengths.prompt}, response {lengths.response}")
     positions = positions_of(parent)
@@ -115,7 +127,7 @@ def tokenizer_of(resolved: Resolved, trust_remote_code: bool = False) -> PreTrai
 
 
 def load_language_model(
-    resolved: Resolved, config: Any, tokenizer: PreTrainedTokenizerBase, **options
+    resolved: Resolved, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, **options
 ) -> PreTrainedModel:
     """Load a causal language model as a config asks for it."""
     return load_causal_lm(
@@ -131,7 +143,7 @@ def load_language_model(
 
 def load_policy(
     resolved: Resolved,
-    config: Any,
+    config: ModelConfig,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     *,
@@ -140,13 +152,13 @@ def load_policy(
     **options,
 ) -> Policy:
     """Load a policy onto a device and find out how to read it; `frozen` takes its gradients away."""
-    model = _onto(device, load_language_model(resolved, config, tokenizer, **options))
+    model = onto(device, load_language_model(resolved, config, tokenizer, **options))
     policy = Policy(model, inspect_model(model), temperature, entropy=not frozen)
     policy.train(not frozen)
     return policy.requires_grad_(False) if frozen else policy
 
 
-def load_reward_model(resolved: Resolved, config: Any, device: torch.device) -> RewardModel:
+def load_reward_model(resolved: Resolved, config: ModelConfig, device: torch.device) -> RewardModel:
     """Load a frozen reward model onto a device."""
     model = load_sequence_classifier(
         resolved.location,
@@ -155,10 +167,11 @@ def load_reward_model(resolved: Resolved, config: Any, device: torch.device) -> 
         revision=resolved.revision,
         trust_remote_code=config.trust_remote_code,
     )
-    return read_reward_model(_onto(device, model)).eval().requires_grad_(False)
+    return read_reward_model(onto(device, model)).eval().requires_grad_(False)
 
 
-def _onto(device: torch.device, model: PreTrainedModel) -> PreTrainedModel:
+def onto(device: torch.device, model: PreTrainedModel) -> PreTrainedModel:
+    """A model on a device."""
     return model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides that it is a method
 
 

@@ -20,7 +20,7 @@ from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.models.loading import save_model
 from rlhf_pipeline.models.roles import ActorCritic, TokenScores
 from rlhf_pipeline.rollout.rollout import Estimates
-from rlhf_pipeline.stages.common import StageResult, find_model, inputs_of, publish, tokenizer_of, with_lengths
+from rlhf_pipeline.stages.common import StageResult, find_base, inputs_of, publish, tokenizer_of, with_lengths
 from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.stages.ppo_models import check_processes, load_engine, load_models
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
@@ -140,7 +140,7 @@ def derive(metrics: Metrics) -> Metrics:
     return metrics
 
 
-def say_moved(run: Run) -> dict[str, Any]:
+def say_moved(run: Run[PpoConfig]) -> dict[str, Any]:
     """Name the options that move the optimum away from pi_ref exp(r / beta)."""
     moved = moves_optimum(run.config)
     if moved:
@@ -153,9 +153,7 @@ def run_ppo(config: PpoConfig, home: Path, **options) -> StageResult:
     """Train an actor-critic by PPO and register the actor."""
     with open_run("ppo", config, home, **options) as run:
         # 1. Actor, critic, frozen reference (another load of the actor's files), rewards, judge.
-        name, revision, say = config.model_name_or_path, config.model_revision, run.log.say
-        assert name is not None  # `check_model` of the config
-        parent = find_model(run.registry, name, "policy", revision=revision, say=say)
+        parent = find_base(run, config)
         config = run.settle(with_lengths(config, parent, run.log.say))
         tokenizer = tokenizer_of(parent, config.trust_remote_code)
         accelerator = run.accelerator

@@ -39,7 +39,9 @@ class PpoModels:
     shapes: dict[str, ModelShape]
 
 
-def load_models(run: Run, config: PpoConfig, parent: Resolved, tokenizer: PreTrainedTokenizerBase) -> PpoModels:
+def load_models(
+    run: Run[PpoConfig], config: PpoConfig, parent: Resolved, tokenizer: PreTrainedTokenizerBase
+) -> PpoModels:
     """Load actor, frozen reference (another load of the same files), rewards, critic and judge.
 
     Raises:
@@ -113,7 +115,7 @@ def check_processes(config: PpoConfig, count: int) -> None:
         raise ConfigError(Fault("rollout_batch_size", found, f"a minibatch that {count} divides"))
 
 
-def load_engine(run: Run, config: PpoConfig, policy: Resolved, model: torch.nn.Module) -> VllmEngine | None:
+def load_engine(run: Run[PpoConfig], config: PpoConfig, policy: Resolved, model: torch.nn.Module) -> VllmEngine | None:
     """The engine that samples in the place of the model; None for the native sampler."""
     if config.rollout_engine == "native":
         return None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_pipeline.algorithms.preference import OBJECTIVES
+from rlhf_pipeline.config.dpo import DpoConfig
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.batch import PackedBatch, common_layout
 from rlhf_pipeline.data.load import SourceReport
@@ -65,7 +66,7 @@ def implicit_reward_metrics(
     return {f"eval_{name}": value for name, value in metrics.items()}
 
 
-def kind_of(config: Any) -> str:
+def kind_of(config: DpoConfig) -> str:
     """What a config of `rlhf dpo` trains on: pairs and rankings, or rankings without ties, or (TRL) pairs alone."""
     return "order" if OBJECTIVES[config.loss_type].listwise else preference_kind(config)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlhf_pipeline.algorithms.preference import bradley_terry_loss, centering_loss, correct
+from rlhf_pipeline.config.reward import RewardConfig
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.evaluation.preferences import pair_differences
@@ -21,9 +22,10 @@ from rlhf_pipeline.rollout.responses import prompts_run, sample_for_prompts
 from rlhf_pipeline.stages.common import (
     StageResult,
     example_schedule,
-    find_model,
+    find_base,
     inputs_of,
     load_policy,
+    onto,
     publish,
     tokenizer_of,
     with_lengths,
@@ -125,13 +127,11 @@ def center(
     return mean
 
 
-def run_reward(config: Any, home: Path, **options) -> StageResult:
+def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
     """Train a reward model on preference pairs or rankings and register it."""
     with open_run("reward", config, home, **options) as run:
         # 1. The trunk of a language model with a new scalar head.
-        parent = find_model(
-            run.registry, config.model_name_or_path, "policy", revision=config.model_revision, say=run.log.say
-        )
+        parent = find_base(run, config)
         config = run.settle(with_lengths(config, parent, run.log.say))
         tokenizer: PreTrainedTokenizerBase = tokenizer_of(parent, config.trust_remote_code)
         network = init_reward_model(
@@ -143,7 +143,8 @@ def run_reward(config: Any, home: Path, **options) -> StageResult:
             revision=parent.revision,
             trust_remote_code=config.trust_remote_code,
             score_pooling=config.score_pooling,
-        ).to(run.device)
+        )
+        network = onto(run.device, network)
         model = read_reward_model(network).train()
         if config.score_pooling == "mean":
             run.log.say("score_pooling mean: plain transformers reads the last token only and scores differently")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from rlhf_pipeline.config.ppo import PpoConfig
+from rlhf_pipeline.config.stages import ModelConfig
 from rlhf_pipeline.data import world
 from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.models.roles import RewardModel
@@ -55,7 +57,7 @@ class LoadedModel(LoadedReward):
 def load_reward(
     registry: Registry,
     text: str,
-    config: Any,
+    config: ModelConfig,
     policy: Resolved,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
@@ -87,7 +89,7 @@ def weighted(parts: Sequence[tuple[float, LoadedReward]]) -> WeightedReward:
 
 
 def load_judge(
-    run: Run, rewards: Sequence[LoadedReward], policy: Resolved, tokenizer: PreTrainedTokenizerBase
+    run: Run[PpoConfig], rewards: Sequence[LoadedReward], policy: Resolved, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Judge | None, Resolved | None]:
     """The judge that the config names and the model behind it, if there is one; its faults are said.
 

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.errors import Interrupted, MismatchError, RunFailed
+from rlhf_pipeline.models.refusals import first_line, ran_out
 from rlhf_pipeline.registry.storage import staging, sync, sync_tree
 from rlhf_pipeline.training.checkpoint import Checkpoint, restore, save_checkpoint
 from rlhf_pipeline.training.cost import JUDGE
@@ -20,7 +22,6 @@ from rlhf_pipeline.training.failure import Decode, told, write_failure
 from rlhf_pipeline.training.finite import NotFinite
 from rlhf_pipeline.training.health import Monitor, facts_of, tell, tell_all
 from rlhf_pipeline.training.loop import Step, fit
-from rlhf_pipeline.models.refusals import first_line, ran_out
 from rlhf_pipeline.training.memory import ADVICE
 from rlhf_pipeline.training.optimizer import make_optimizer, make_scheduler
 from rlhf_pipeline.training.precision import checkpoint_activations, uses_bf16
@@ -71,12 +72,12 @@ def _every(setting: int | tuple[int, ...] | None, step: int) -> bool:
     return step in setting if isinstance(setting, tuple) else step % setting == 0
 
 
-def evaluates_at(config: Any, step: int, epoch: float) -> bool:
+def evaluates_at(config: TrainingConfig, step: int, epoch: float) -> bool:
     """Whether a run evaluates after a step, with which `epoch` epochs are done."""
     if config.eval_strategy == "epoch":
         before = epoch * (step - 1) / step  # epochs grow evenly with steps
         return int(before + 1e-9) < int(epoch + 1e-9)
-    return config.eval_strategy == "steps" and step % config.eval_steps == 0
+    return config.eval_strategy == "steps" and _every(config.eval_steps, step)
 
 
 def _agree_to_stop(run: Run) -> None:
