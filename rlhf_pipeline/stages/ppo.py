@@ -40,10 +40,10 @@ from rlhf_pipeline.training.windows import Loss, Window
 
 
 def ppo_windows(setup: PpoSetup, module: nn.Module, start: int) -> Iterator[Window]:
-    """PPO's minibatches, from update `start` on; the loop takes one optimizer step on each, by the loss of `ppo_step`.
+    """PPO's minibatches from update `start` on; the loop takes one optimizer step on each, with the loss of `ppo_step`.
 
-    Source: Ouyang et al. 2022 (InstructGPT), section 3.5; Schulman et al. 2017, algorithm 1. `module`: `actor_critic`,
-    wrapped or not. C responses of at most R tokens; all tensors but the scores (C,) are (C, R).
+    Source: Ouyang et al. 2022 (InstructGPT), section 3.5; Schulman et al. 2017, algorithm 1. C responses have at most R
+    tokens: scores are (C,), all other tensors (C, R). `module` is the actor-critic, wrapped or not.
     """
     config, reduce = setup.config, setup.reduce
     for update in range(start, config.updates):
@@ -63,14 +63,14 @@ def ppo_windows(setup: PpoSetup, module: nn.Module, start: int) -> Iterator[Wind
         if config.whiten_rewards:  # off unless asked for: it adds a constant to every token, which moves the optimum
             rewards = whiten(rewards, mask, shift_mean=False, reduce=reduce)
 
-        # 4. Advantages and returns by GAE, then whitened advantages, which change the scale of the step alone.
+        # 4. Advantages and returns by GAE. Whitening the advantages changes the scale of the step alone.
         advantages, returns = gae(rewards, rollout.values, mask, gamma=config.gamma, lam=config.lam)
         if config.whiten_advantages:
             advantages = whiten(advantages, mask, reduce=reduce)
         estimates = Estimates(rewards, advantages, returns, rollout.importance(config.importance_weight_cap))
         metrics = check_and_describe(setup, scored, estimates)
 
-        # 5. Train: epochs x minibatches.
+        # 5. Train: several epochs, each with an optimizer step per minibatch.
         with setup.meter.part("update"):
             for epoch in range(config.num_ppo_epochs):
                 for number in range(config.num_mini_batches):

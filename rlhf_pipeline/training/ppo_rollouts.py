@@ -37,10 +37,10 @@ from rlhf_pipeline.training.windows import Window, epoch_order
 class PpoSetup:
     """The models and prompts of a run of PPO, and what this process works with.
 
-    actor_critic: the module itself; the wrapped one is handed to the functions below. reward: scores whole responses.
-    engine: samples in the place of the policy. judge: scores the rollouts that are logged, and trains nothing.
-    shapes: of the models by role, for the bill. autocast: the precision of training. reduce: sums over all processes.
-    together: does work on every process, or fails on all of them.
+    actor_critic: the module itself; the functions below also get the wrapped one. reward: scores whole responses.
+    engine: samples in place of the policy. judge: scores the rollouts that are logged, and trains nothing.
+    shapes: of the models, by role, for the cost. autocast: the precision of training. reduce: sums over all processes.
+    together: runs work on every process; if it fails on one, it fails on all.
     """
 
     config: PpoConfig
@@ -68,7 +68,7 @@ class PpoSetup:
         return self.config.rollout_batch_size // self.world_size
 
     def generator(self, update: int, purpose: int) -> torch.Generator:
-        """This process's random numbers for one purpose of an update: a function of the seed alone."""
+        """Random numbers for one purpose of an update (0: sampling, 1: shuffling): a function of seed and process alone."""
         seed = ((self.config.seed * 1_000_003 + update) * 8 + purpose) * 4096 + self.rank
         return torch.Generator().manual_seed(seed % 2**63)
 
@@ -182,7 +182,7 @@ def score_responses(
 def run_models(
     setup: PpoSetup, module: nn.Module, sampled: Sampled, minibatches: Minibatches, packed: list[list[PackedBatch]]
 ) -> tuple[Rollout, BadScores | None]:
-    """The rollout, and what a reward source said that is not finite (told with the rollout's other figures)."""
+    """The rollout, and the first complaint about rewards that are not finite, which `score_responses` reports."""
     examples, width = sampled.examples, setup.config.lengths().response
     count, device = len(examples), setup.device
     names = ("logprobs", "ref_logprobs", "values", "entropy")
@@ -244,7 +244,7 @@ def check_and_describe(setup: PpoSetup, scored: Scored, estimates: Estimates) ->
 def minibatch_window(
     setup: PpoSetup, scored: Scored, estimates: Estimates, metrics: dict[str, float], epoch: int, number: int
 ) -> Window:
-    """One minibatch of an epoch as a window; the last one ends the update and carries the metrics."""
+    """One minibatch as a window; the last minibatch of the last epoch ends the update and carries the metrics."""
     config, rollout = setup.config, scored.rollout
     first, last = (epoch, number) == (0, 0), (epoch, number) == (len(scored.epochs) - 1, len(scored.epochs[0]) - 1)
     importance = estimates.importance
