@@ -68,7 +68,7 @@ class PpoSetup:
         return self.config.rollout_batch_size // self.world_size
 
     def generator(self, update: int, purpose: int) -> torch.Generator:
-        """Random numbers for one purpose of an update (0: sampling, 1: shuffling): a function of seed and process alone."""
+        """Random numbers for one purpose of an update, from seed and process alone; 0: sampling, 1: shuffling."""
         seed = ((self.config.seed * 1_000_003 + update) * 8 + purpose) * 4096 + self.rank
         return torch.Generator().manual_seed(seed % 2**63)
 
