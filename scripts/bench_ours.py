@@ -71,14 +71,14 @@ def measure(stage: str, work: dict[str, Any], bf16: bool = False) -> Stopwatch:
     """Run a stage and time its steps."""
     from rlhf_pipeline.experiment.run import stage_function
     from rlhf_pipeline.stages import common
-    from rlhf_pipeline.training import ppo_windows, session
+    from rlhf_pipeline.training import ppo_rollouts, session
 
     sizes, ppo = work["sizes"], stage.startswith("ppo")
     examples: list[Any] = []
     watch = Stopwatch(
         warmup=sizes["warmup_updates" if ppo else "warmup"], examples=sizes["rollout" if ppo else "batch"]
     )
-    fit, example_windows, sample = session.fit, common.example_windows, ppo_windows.sample_for_prompts
+    fit, example_windows, sample = session.fit, common.example_windows, ppo_rollouts.sample_for_prompts
 
     def noted_windows(found: Any, **options: Any) -> Any:
         examples.extend(found)
@@ -107,7 +107,7 @@ def measure(stage: str, work: dict[str, Any], bf16: bool = False) -> Stopwatch:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(session, "fit", timed_fit))
         stack.enter_context(mock.patch.object(common, "example_windows", noted_windows))
-        stack.enter_context(mock.patch.object(ppo_windows, "sample_for_prompts", noted_prompts))
+        stack.enter_context(mock.patch.object(ppo_rollouts, "sample_for_prompts", noted_prompts))
         home = stack.enter_context(tempfile.TemporaryDirectory())
         command, config = config_of(stage, work, bf16)
         stage_function(command)(config, Path(home), resume=False, quiet=True)

@@ -87,9 +87,9 @@ NO_REFERENCE = "return chosen_logprobs, rejected_logprobs"
 MUTANTS = (
     Mutant(
         "eos-dropped-from-mask",
-        "training/ppo_windows.py",
-        "mask=torch.arange(width, device=self.device) < lengths[:, None],",
-        "mask=torch.arange(width, device=self.device) < (lengths - ended.long()).clamp_min(1)[:, None],",
+        "training/ppo_rollouts.py",
+        "mask=torch.arange(width, device=device) < lengths[:, None],",
+        "mask=torch.arange(width, device=device) < (lengths - ended.long()).clamp_min(1)[:, None],",
         (ANY_VALUES,),
     ),
     Mutant(
@@ -108,12 +108,12 @@ MUTANTS = (
     ),
     Mutant(
         "sampler-of-old-weights",
-        "training/ppo_windows.py",
-        "            self.engine.load_weights(self.actor_critic)\n",
+        "training/ppo_rollouts.py",
+        "        setup.engine.load_weights(setup.actor_critic)\n",
         "",
         ("tests/stages/test_vllm.py::test_the_engine_samples_with_the_weights_of_each_update",),
     ),
-    Mutant("gamma-95", "rollout/rollout.py", "gamma=gamma, lam=lam)", "gamma=0.95, lam=lam)", (ANY_VALUES,)),
+    Mutant("gamma-95", "stages/ppo.py", "gamma=config.gamma, lam", "gamma=0.95, lam", (ANY_VALUES,)),
     Mutant("k2-in-reward", "algorithms/advantages.py", REWARD_KL, K2, (ANY_VALUES,)),
     Mutant("k3-in-reward", "algorithms/advantages.py", REWARD_KL, K3, (ANY_VALUES,)),
     Mutant("kl-sign", "algorithms/advantages.py", REWARD_KL, REWARD_KL[1:], (ANY_VALUES,)),

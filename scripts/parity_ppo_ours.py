@@ -16,18 +16,22 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from rlhf_pipeline.algorithms.advantages import gae, token_rewards
+from rlhf_pipeline.algorithms.masked import whiten
 from rlhf_pipeline.algorithms.policy import clipped_value_loss
+from rlhf_pipeline.config.ppo import PpoConfig
 from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.models.actor_critic import make_actor_critic
 from rlhf_pipeline.models.roles import ActorCritic, Policy, RewardModel
 from rlhf_pipeline.models.selfcheck import inspect_model, inspect_reward_model
 from rlhf_pipeline.rollout.rewards import ModelReward
-from rlhf_pipeline.rollout.rollout import Estimates, Rollout, estimate
-from rlhf_pipeline.stages.ppo import ppo_step
-from rlhf_pipeline.training import ppo_windows
+from rlhf_pipeline.rollout.rollout import Estimates, Rollout
+from rlhf_pipeline.stages import ppo
+from rlhf_pipeline.training import ppo_rollouts
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
-from rlhf_pipeline.training.ppo_windows import PpoBatch, PpoSettings, RolloutCollector
+from rlhf_pipeline.training.ppo_batches import PpoBatch
+from rlhf_pipeline.training.ppo_rollouts import PpoSetup
 from rlhf_pipeline.training.windows import Loss, Window
 
 FP32 = 1e-5
@@ -122,45 +126,63 @@ class Case:
             for i, row in enumerate(rows)
         ]
 
-    @cached_property
-    def _run(self) -> tuple[Rollout, Estimates, list[Window]]:
-        """The project's own collector with nothing replaced but the sampler; rows in the order of the file."""
-        model, seen = self.actor_critic(), {}
-        names = ("num_ppo_epochs", "num_mini_batches", "temperature", "kl_coef", "gamma", "lam", "whiten_rewards")
-        settings = PpoSettings(
-            rollout_size=len(self.examples),
-            micro_batch=(self.arguments["per_device_train_batch_size"], None),
+    @property
+    def config(self) -> PpoConfig:
+        """One update on all responses."""
+        names = (
+            "num_ppo_epochs",
+            "num_mini_batches",
+            "per_device_train_batch_size",
+            "temperature",
+            "kl_coef",
+            "gamma",
+            "lam",
+            "whiten_rewards",
+            "missing_eos_penalty",
+            "cliprange",
+            "cliprange_value",
+            "vf_coef",
+        )
+        return PpoConfig(
+            model_name_or_path="peer",
+            output_name="ours",
+            max_steps=1,
+            rollout_batch_size=len(self.examples),
+            max_prompt_length=max(len(example.prompt_ids) for example in self.examples),
             response_length=self.width,
-            whiten_advantages=True,
-            missing_eos_penalty=self.arguments["missing_eos_penalty"],
-            critic_warmup_steps=0,
             seed=self.inputs["seed"],
-            stop_id=self.inputs["stop_id"],
-            pad_id=self.inputs["pad_id"],
             **{name: self.arguments[name] for name in names},
         )
-        collector = RolloutCollector(
-            settings,
+
+    @cached_property
+    def _run(self) -> tuple[Rollout, Estimates, list[Window]]:
+        """The project's own PPO with nothing replaced but the sampler; rows in the order of the file."""
+        model, seen = self.actor_critic(), {}
+        setup = PpoSetup(
+            self.config,
             model,
             self._policy("reference"),
             ModelReward("reward", self._classifier("reward"), self.inputs["pad_id"]),
             [replace(example, completions=[], ended=[]) for example in self.examples],
-            CostMeter(),
-            {"actor": ModelShape.of(model.actor)},
+            stop_id=self.inputs["stop_id"],
+            pad_id=self.inputs["pad_id"],
+            meter=CostMeter(),
+            shapes={"actor": ModelShape.of(model.actor)},
         )
+        described = ppo.check_and_describe
 
         def fixed(_, prompts, **__):
             return [self.examples[int(prompt.prompt_key)] for prompt in prompts], []
 
-        def watched(rollout, **options):
-            seen["rollout"], seen["estimates"] = rollout, estimate(rollout, **options)
-            return seen["estimates"]
+        def watched(setup, scored, estimates):
+            seen["rollout"], seen["estimates"] = scored.rollout, estimates
+            return described(setup, scored, estimates)
 
         with (
-            mock.patch.object(ppo_windows, "sample_for_prompts", fixed),
-            mock.patch.object(ppo_windows, "estimate", watched),
+            mock.patch.object(ppo_rollouts, "sample_for_prompts", fixed),
+            mock.patch.object(ppo, "check_and_describe", watched),
         ):
-            windows = list(collector.windows(model, 0, 1))
+            windows = list(ppo.ppo_windows(setup, model, 0))
         rollout, estimates = seen["rollout"], seen["estimates"]
         place = {example.prompt_key: number for number, example in enumerate(rollout.examples)}
         order = torch.tensor([place[example.prompt_key] for example in self.examples])
@@ -191,10 +213,15 @@ class Case:
         """sqrt((n - 1) / n): the peer whitens with the unbiased variance, this package with that of the tokens."""
         return bessel(self.mask)
 
-    def raw(self, rollout: Rollout, **changes: Any) -> Estimates:
+    def raw(self, rollout: Rollout, *, whiten_rewards: bool = False) -> Estimates:
         """Estimates before the advantages are whitened."""
-        options = {key: self.arguments[key] for key in ("kl_coef", "gamma", "lam")}
-        return estimate(rollout, **{**options, "whiten_advantages": False, "whiten_rewards": False, **changes})
+        mask, arguments = rollout.mask, self.arguments
+        logprobs, ref_logprobs = rollout.logprobs, rollout.ref_logprobs
+        rewards = token_rewards(rollout.scores, logprobs, ref_logprobs, mask, kl_coef=arguments["kl_coef"])
+        if whiten_rewards:
+            rewards = whiten(rewards, mask, shift_mean=False)
+        discounts = {name: arguments[name] for name in ("gamma", "lam")}
+        return Estimates(rewards, *gae(rewards, rollout.values, mask, **discounts))
 
     def slot_values(self, model: ActorCritic) -> Tensor:
         """(C, R) values of the critic, also behind the last token of a response that is not full."""
@@ -212,9 +239,7 @@ class Case:
 
     def losses(self, micro_batch: PpoBatch, model: ActorCritic) -> Loss:
         """`ppo_step` of this package: sums."""
-        names = ("cliprange", "cliprange_value", "vf_coef")
-        options = {name: self.arguments[name] for name in names}
-        return ppo_step(model, micro_batch, **options, loss_normalization="tokens", meter=CostMeter(), shapes={})
+        return ppo.ppo_step(model, micro_batch, config=self.config, meter=CostMeter(), shapes={})
 
     def part(self, rows: list[int]) -> PpoBatch:
         """Some rows as a micro-batch."""

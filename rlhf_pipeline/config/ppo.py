@@ -15,6 +15,7 @@ from rlhf_pipeline.config.base import (
     NonNegative,
     Positive,
     Text,
+    Warmup,
     option,
     reject_bool,
 )
@@ -193,6 +194,11 @@ class PpoConfig(TrainingConfig):
 
     learning_rate: Positive = option(3e-6, "peak step size of AdamW (N+ implementation details)")
     adam_epsilon: Positive = option(1e-5, "AdamW's floor of the denominator (N+ implementation details)")
+    warmup_steps: Warmup = option(
+        0,
+        "updates of linear warm-up: update u = 1, 2, ... of w has u / (w + 1) of the rate, so the first one trains "
+        "(ours; TRL: rate 0 for a whole rollout); below 1: a fraction of all updates, rounded up",
+    )
     gradient_accumulation_steps: Count | None = option(
         None, "micro-batches in one optimizer step; follows from the minibatch and the micro-batch"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rlhf_pipeline.config.base import CommandConfig, Lengths, moves_optimum
 from rlhf_pipeline.config.collect import CollectConfig
-from rlhf_pipeline.config.compare import CompareConfig, EvaluateConfig, ExactConfig
+from rlhf_pipeline.config.compare import CompareConfig, EvaluateConfig, ExactConfig, PromptsConfig
 from rlhf_pipeline.config.dpo import DpoConfig
 from rlhf_pipeline.config.plan import ExperimentConfig
 from rlhf_pipeline.config.ppo import PpoConfig, RewardFunction
@@ -12,6 +12,8 @@ from rlhf_pipeline.config.reward import RewardConfig
 from rlhf_pipeline.config.sft import SftConfig
 from rlhf_pipeline.config.training import DatasetEntry, TrainingConfig
 
+ModelConfig = TrainingConfig | CollectConfig | PromptsConfig
+"""The config of a command that loads models."""
 STAGES: dict[str, type[CommandConfig]] = {
     "sft": SftConfig,
     "train-rm": RewardConfig,

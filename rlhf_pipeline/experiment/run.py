@@ -29,13 +29,14 @@ def stage_function(stage: str) -> Callable[..., StageResult]:
     """The function that runs a stage, by its command name; imported when asked for."""
     from rlhf_pipeline.stages import collect, dpo, ppo, reward, sft
 
-    return {
+    functions: dict[str, Callable[..., StageResult]] = {
         "sft": sft.run_sft,
         "train-rm": reward.run_reward,
         "ppo": ppo.run_ppo,
         "dpo": dpo.run_dpo,
         "collect": collect.run_collect,
-    }[stage]
+    }
+    return functions[stage]
 
 
 def check_inputs(experiment: Experiment, registry: Registry) -> None:

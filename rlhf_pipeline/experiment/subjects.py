@@ -25,7 +25,7 @@ from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.rewards import WORLD_NAMES, RewardSource
 from rlhf_pipeline.stages.common import find_model, load_policy, tokenizer_of
-from rlhf_pipeline.stages.rewards import load_reward
+from rlhf_pipeline.stages.reward_sources import load_reward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

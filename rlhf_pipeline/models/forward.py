@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from rlhf_pipeline.algorithms.logprobs import OutputHead, token_logprobs
 from rlhf_pipeline.data.batch import Layout, PackedBatch
-from rlhf_pipeline.models.attention import TreeMask
 from rlhf_pipeline.models.last_layer import reading
+from rlhf_pipeline.models.tree_attention import TreeMask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

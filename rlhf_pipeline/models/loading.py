@@ -154,7 +154,7 @@ def model_of_config(config: Any, **options: Any) -> PreTrainedModel:
         raise ConfigError(
             Fault(
                 "model_init",
-                f"no causal language model can be made of {config.model_type}: {first_line(error)[:200]}",
+                f"no causal language model can be made of {config.model_type}: {first_line(error)}",
                 "a decoder-only architecture with sizes that fit together",
             )
         ) from error

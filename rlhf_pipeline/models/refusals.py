@@ -53,6 +53,6 @@ def refuse_to_hide(error: Exception) -> None:
         raise error
 
 
-def first_line(error: Exception) -> str:
-    """The first line of what an error says, else its name."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its name; at most 200 characters."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

@@ -12,7 +12,7 @@ from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import read_json
 from rlhf_pipeline.registry.store import Registry
 
-Config = TypeVar("Config", TrainingConfig, CollectConfig)
+Config = TypeVar("Config", bound=TrainingConfig | CollectConfig)
 
 
 def with_lengths(config: Config, registry: Registry) -> tuple[Config, str | None]:

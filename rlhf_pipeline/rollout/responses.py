@@ -102,7 +102,7 @@ def prompts_run(policy: Policy | ActorCritic, sampled: Sequence[Example], batch_
     Args:
         sampled: prompts with their responses, as it returned them, for the same `batch_size`.
     """
-    from rlhf_pipeline.rollout.decoding import shares_prompts  # imports transformers
+    from rlhf_pipeline.rollout.prefill import shares_prompts  # imports transformers
 
     if policy.reader.layout != "flat" or not shares_prompts(policy.language_model.config):
         return None

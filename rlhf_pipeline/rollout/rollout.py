@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_pipeline.algorithms.advantages import gae, token_rewards
 from rlhf_pipeline.algorithms.kl import k1, k3
-from rlhf_pipeline.algorithms.masked import masked_sum, whiten
+from rlhf_pipeline.algorithms.masked import masked_sum
 from rlhf_pipeline.algorithms.policy import ImportanceWeights, importance_weights
 from rlhf_pipeline.data.tokenize import Example
 
@@ -28,7 +27,7 @@ class Rollout:
     entropy: Tensor
     sampler_logprobs: Tensor | None = None  # as another engine gave them while it sampled; None: the model itself did
 
-    def weights(self, cap: float) -> ImportanceWeights | None:
+    def importance(self, cap: float) -> ImportanceWeights | None:
         """Truncated importance weights of the sampled tokens; None where they are 1."""
         if self.sampler_logprobs is None:
             return None
@@ -37,35 +36,15 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Estimates:
-    """Per token, (C, R): advantages (whitened if asked for) and returns."""
+    """Per token, (C, R): rewards with the KL in them, advantages and returns, whitened where the config asks for it.
 
+    importance: weights of the tokens that another engine has sampled; None: the model itself has.
+    """
+
+    rewards: Tensor
     advantages: Tensor
     returns: Tensor
-    rewards: Tensor
-
-
-def estimate(
-    rollout: Rollout,
-    *,
-    kl_coef: float,
-    gamma: float,
-    lam: float,
-    whiten_advantages: bool,
-    whiten_rewards: bool,
-    reduce=lambda sums: sums,
-) -> Estimates:
-    """Token rewards, advantages and returns of a whole rollout.
-
-    Whitening the rewards (variance only) adds a constant to every token's KL term and so moves the optimum;
-    whitening the advantages only changes the step's scale.
-    """
-    rewards = token_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coef=kl_coef)
-    if whiten_rewards:
-        rewards = whiten(rewards, rollout.mask, shift_mean=False, reduce=reduce)
-    advantages, returns = gae(rewards, rollout.values, rollout.mask, gamma=gamma, lam=lam)
-    if whiten_advantages:
-        advantages = whiten(advantages, rollout.mask, reduce=reduce)
-    return Estimates(advantages, returns, rewards)
+    importance: ImportanceWeights | None = None
 
 
 def apply_missing_eos_penalty(scores: Tensor, ended: Tensor, penalty: float | None) -> Tensor:

@@ -70,7 +70,7 @@ def sample(
         cache_config: the model's config, which says what each layer's cache must hold.
         trunk: see `prefill`.
     """
-    from rlhf_pipeline.rollout.decoding import prefill  # imports transformers
+    from rlhf_pipeline.rollout.prefill import prefill  # imports transformers
 
     count, limit = uniforms.shape
     uniforms = uniforms.to(device)

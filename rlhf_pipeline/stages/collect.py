@@ -1,4 +1,4 @@
-"""Collect preference data: sample K responses per prompt from a policy and let a judge label them."""
+"""Collect preference data: sample K responses per prompt from a policy and label them by a reward source."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rlhf_pipeline.config.collect import CollectConfig
 from rlhf_pipeline.config.dump import config_digest
 from rlhf_pipeline.data.load import RecordSet, examples_of, read_records
 from rlhf_pipeline.data.sources import part_of
@@ -22,7 +23,7 @@ from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.responses import prompts_run, sample_for_prompts
 from rlhf_pipeline.rollout.rewards import score_in_batches
 from rlhf_pipeline.stages.common import StageResult, find_model, load_policy, tokenizer_of
-from rlhf_pipeline.stages.rewards import load_reward
+from rlhf_pipeline.stages.reward_sources import load_reward
 from rlhf_pipeline.training.cost import CostMeter, ModelShape, reset_peak_memory
 from rlhf_pipeline.training.run import make_accelerator, seed_everything
 from rlhf_pipeline.training.tracking import console, progress
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 DRAWS_AT_ONCE = 2048
 
 
-def order_by_judge(scores: Tensor, labels: str, generator: torch.Generator) -> Tensor:
+def preference_order(scores: Tensor, labels: str, generator: torch.Generator) -> Tensor:
     """The order, best first, of K responses per prompt.
 
     "bradley-terry": by score plus Gumbel noise, which is a draw from the Plackett-Luce model at unit scale; for
@@ -79,7 +80,7 @@ def to_row(
 
 
 def prompts_by_split(
-    found: RecordSet, config: Any, tokenizer: PreTrainedTokenizerBase
+    found: RecordSet, config: CollectConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[tuple[Example, str]], tuple]:
     """Every distinct prompt with the split it belongs to."""
     prompts: list[tuple[Example, str]] = []
@@ -99,8 +100,10 @@ def prompts_by_split(
     return prompts, reports
 
 
-def run_collect(config: Any, home: Path, *, notes: Sequence[str] = (), quiet: bool = False, **_options) -> StageResult:
-    """Sample, judge, label and publish `num` records; those whose two responses are identical say nothing."""
+def run_collect(
+    config: CollectConfig, home: Path, *, notes: Sequence[str] = (), quiet: bool = False, **_options
+) -> StageResult:
+    """Sample, label and publish `num` records; those whose two responses are identical say nothing."""
 
     def say(text: str) -> None:
         if not quiet:
@@ -108,7 +111,7 @@ def run_collect(config: Any, home: Path, *, notes: Sequence[str] = (), quiet: bo
 
     for note in notes:
         say(f"note: {note}")
-    # 1. Policy, judge, prompts.
+    # 1. Policy, labeller, prompts.
     reset_peak_memory()
     meter, registry = CostMeter(), Registry(home)
     accelerator = make_accelerator(config)
@@ -125,7 +128,7 @@ def run_collect(config: Any, home: Path, *, notes: Sequence[str] = (), quiet: bo
     require_positions(config, parent)
     tokenizer = tokenizer_of(parent, config.trust_remote_code)
     policy = load_policy(parent, config, tokenizer, device, frozen=True)
-    judge = load_reward(registry, config.judge, config, parent, tokenizer, device)
+    labeller = load_reward(registry, config.judge, config, parent, tokenizer, device)
     part = part_of(config.prompts, config.dataset_config, "prompt")
     found = read_records(config.prompts, config=part, home=home, skip_bad_rows=config.skip_bad_rows)
     prompts, reports = prompts_by_split(found, config, tokenizer)
@@ -158,8 +161,8 @@ def run_collect(config: Any, home: Path, *, notes: Sequence[str] = (), quiet: bo
                 [len(ids) for e in sampled for ids in e.completions],
                 prompts_run(policy, sampled, config.per_device_eval_batch_size),
             )
-            values = score_in_batches(judge.source, sampled, config.per_device_eval_batch_size)
-            orders = order_by_judge(torch.tensor(values), config.labels, generator).tolist()
+            values = score_in_batches(labeller.source, sampled, config.per_device_eval_batch_size)
+            orders = preference_order(torch.tensor(values), config.labels, generator).tolist()
             for (_, split), example, score, order in zip(block, sampled, values, orders, strict=True):
                 if config.k == 2 and example.completions[0] == example.completions[1]:
                     dropped["identical_pair"] += 1
@@ -168,7 +171,7 @@ def run_collect(config: Any, home: Path, *, notes: Sequence[str] = (), quiet: bo
 
     records = list(rows())
     # 3. Publish.
-    parents = {"policy": parent} | ({"judge": judge.resolved} if judge.resolved is not None else {})
+    parents = {"policy": parent} | ({"judge": labeller.resolved} if labeller.resolved is not None else {})
     counts: dict[str, int] = {}
     for row in records:
         counts[row["split"]] = counts.get(row["split"], 0) + 1

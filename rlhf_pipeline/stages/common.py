@@ -6,10 +6,13 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from rlhf_pipeline.config.collect import CollectConfig
+from rlhf_pipeline.config.stages import ModelConfig
+from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.data.batch import Layout
 from rlhf_pipeline.data.load import SourceReport
 from rlhf_pipeline.data.tokenize import Example
@@ -20,6 +23,7 @@ from rlhf_pipeline.models.roles import Policy, RewardModel
 from rlhf_pipeline.models.selfcheck import inspect_model, read_reward_model
 from rlhf_pipeline.models.sharing import shared
 from rlhf_pipeline.registry.integrity import verify_files
+from rlhf_pipeline.registry.lengths import require_positions
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import Role, check_role
 from rlhf_pipeline.registry.store import Registry
@@ -30,6 +34,8 @@ from rlhf_pipeline.training.windows import Window, example_windows, total_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+C = TypeVar("C", bound=TrainingConfig | CollectConfig)
 
 
 @dataclass(frozen=True)
@@ -71,13 +77,22 @@ def find_model(
     return resolved
 
 
+def find_base(run: Run, config: TrainingConfig) -> Resolved:
+    """The language model that a stage starts from, checked to have the positions that the lengths need."""
+    assert config.model_name_or_path is not None  # `check_model` of the config
+    revision, say = config.model_revision, run.log.say
+    parent = find_model(run.registry, config.model_name_or_path, "policy", revision=revision, say=say)
+    require_positions(config, parent)
+    return parent
+
+
 def tokenizer_of(resolved: Resolved, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer that lies beside a model."""
     return load_tokenizer(resolved.location, revision=resolved.revision, trust_remote_code=trust_remote_code)
 
 
 def load_language_model(
-    resolved: Resolved, config: Any, tokenizer: PreTrainedTokenizerBase, **options
+    resolved: Resolved, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, **options
 ) -> PreTrainedModel:
     """Load a causal language model as a config asks for it."""
     return load_causal_lm(
@@ -93,7 +108,7 @@ def load_language_model(
 
 def load_policy(
     resolved: Resolved,
-    config: Any,
+    config: ModelConfig,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     *,
@@ -107,7 +122,7 @@ def load_policy(
     """
 
     def load() -> Policy:
-        model = _onto(device, load_language_model(resolved, config, tokenizer, **options))
+        model = onto(device, load_language_model(resolved, config, tokenizer, **options))
         policy = Policy(model, inspect_model(model), temperature, entropy=not frozen)
         policy.train(not frozen)
         return policy.requires_grad_(False) if frozen else policy
@@ -119,7 +134,7 @@ def load_policy(
     return Policy(found.model, found.reader, temperature, entropy=False).eval()
 
 
-def load_reward_model(resolved: Resolved, config: Any, device: torch.device) -> RewardModel:
+def load_reward_model(resolved: Resolved, config: ModelConfig, device: torch.device) -> RewardModel:
     """Load a frozen reward model onto a device; within `sharing_models` once."""
 
     def load() -> RewardModel:
@@ -130,18 +145,19 @@ def load_reward_model(resolved: Resolved, config: Any, device: torch.device) -> 
             revision=resolved.revision,
             trust_remote_code=config.trust_remote_code,
         )
-        return read_reward_model(_onto(device, model)).eval().requires_grad_(False)
+        return read_reward_model(onto(device, model)).eval().requires_grad_(False)
 
     return shared(("reward model", *_identity(resolved, config, device)), load)
 
 
-def _identity(resolved: Resolved, config: Any, device: torch.device) -> tuple[Any, ...]:
+def _identity(resolved: Resolved, config: ModelConfig, device: torch.device) -> tuple[Any, ...]:
     """What decides which weights a config loads, how and where to."""
     how = (config.dtype, config.attn_implementation, config.trust_remote_code, str(device))
     return (resolved.location, resolved.revision, resolved.digest, *how)
 
 
-def _onto(device: torch.device, model: PreTrainedModel) -> PreTrainedModel:
+def onto(device: torch.device, model: PreTrainedModel) -> PreTrainedModel:
+    """A model on a device."""
     return model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides that it is a method
 
 

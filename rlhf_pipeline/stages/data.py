@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.data.load import (
     ExampleSet,
     RecordSet,
@@ -41,12 +42,12 @@ def collector_at_rest() -> Iterator[None]:
             gc.enable()
 
 
-def preference_kind(config: Any) -> str:
+def preference_kind(config: TrainingConfig) -> str:
     """What a stage reads preferences as: rankings whole, beside pairs; TRL's trainers know pairs alone."""
     return "pair" if config.engine == "trl" else "preference"
 
 
-def kept_apart(config: Any, found: RecordSet) -> RecordSet:
+def kept_apart(config: TrainingConfig, found: RecordSet) -> RecordSet:
     """The records of a source without evaluation rows that its own training split holds; see `keep_apart`.
 
     Raises:
@@ -68,16 +69,18 @@ class StageData:
         config: a training config. home: where collected data lie. say: takes a line for the log.
     """
 
-    def __init__(self, config: Any, home: Path, say: Callable[[str], None]):
+    def __init__(self, config: TrainingConfig, home: Path, say: Callable[[str], None]):
         self.config, self.home, self.say = config, home, say
         self._read: RecordSet | None = None
 
     def _records(self, kind: str, tokenizer: PreTrainedTokenizerBase | None = None) -> RecordSet:
         if self._read is None:
-            part = part_of(self.config.dataset_name, self.config.dataset_config, kind)
+            name = self.config.dataset_name
+            assert name is not None  # `check_data` of the config
+            part = part_of(name, self.config.dataset_config, kind)
             with collector_at_rest():
                 found = read_records(
-                    self.config.dataset_name,
+                    name,
                     config=part,
                     home=self.home,
                     skip_bad_rows=self.config.skip_bad_rows,
@@ -120,7 +123,7 @@ class StageData:
             DataError: rows have faults, or nothing is left and the split is `required`.
         """
         config = self.config
-        options = {
+        options: dict[str, Any] = {
             "kind": kind,
             "split": split,
             "tokenizer": tokenizer,

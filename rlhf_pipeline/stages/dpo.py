@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rlhf_pipeline.algorithms.preference import OBJECTIVES, correct, smoothed_target
 from rlhf_pipeline.config.base import moves_optimum
+from rlhf_pipeline.config.dpo import DpoConfig
 from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.models.loading import save_model
 from rlhf_pipeline.models.roles import Policy, assert_independent
-from rlhf_pipeline.registry.lengths import require_positions
 from rlhf_pipeline.registry.lineage import stands_apart
 from rlhf_pipeline.stages.common import (
     StageResult,
+    find_base,
     find_model,
     inputs_of,
     load_policy,
@@ -107,28 +108,25 @@ def dpo_step(
     return Loss({"dpo": (result.loss * weight, "prompts", 1.0)}, metrics, checked)
 
 
-def chosen_tokens(pairs: Pairs, config: Any) -> float:
+def chosen_tokens(pairs: Pairs, config: DpoConfig) -> float:
     """Mean length of the chosen responses, of rankings the best; of pairs that are yet to be drawn, the longest that it
     can be."""
     lengths = [len(example.completions[0]) for example in pairs.examples]
     return sum(lengths) / len(lengths) if lengths else float(config.lengths().response)
 
 
-def run_dpo(config: Any, home: Path, **options) -> StageResult:
+def run_dpo(config: DpoConfig, home: Path, **options) -> StageResult:
     """Train a policy on preference pairs or rankings with DPO and register it."""
     with open_run("dpo", config, home, **options) as run:
         config = run.config
         # 1. Policy and frozen reference: two loads of files, never two views of one model.
-        parent = find_model(
-            run.registry, config.model_name_or_path, "policy", revision=config.model_revision, say=run.log.say
-        )
+        parent = find_base(run, config)
         ref_parent = find_model(run.registry, config.ref_model, "policy") if config.ref_model else parent
         if stands_apart(run.registry, ref_parent, parent):
             run.log.say(
                 f"note: ref_model {ref_parent.label} is neither {parent.label}, which training starts from, nor a model"
                 f" that it comes from: KL and implicit reward are to {ref_parent.label}, in PPO to {parent.label}"
             )
-        require_positions(config, parent)
         tokenizer: PreTrainedTokenizerBase = tokenizer_of(parent, config.trust_remote_code)
         if config.ref_model:
             require_same_tokenizer(parent, ref_parent, tokenizer, config.trust_remote_code)

@@ -1,75 +1,120 @@
-"""PPO: actor, frozen reference, critic and reward, with the KL to the reference in the reward."""
+"""PPO: `ppo_windows` and `ppo_step` are the algorithm, `run_ppo` is the stage around it."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from rlhf_pipeline.algorithms.policy import clipped_policy_loss, clipped_value_loss
+from rlhf_pipeline.algorithms.advantages import gae, token_rewards
+from rlhf_pipeline.algorithms.masked import whiten
+from rlhf_pipeline.algorithms.policy import PolicyLoss, clipped_policy_loss, clipped_value_loss
 from rlhf_pipeline.config.base import moves_optimum
+from rlhf_pipeline.config.ppo import PpoConfig
+from rlhf_pipeline.data.batch import PackedBatch
 from rlhf_pipeline.data.tokenizers import text_of
-from rlhf_pipeline.errors import ConfigError, Fault
-from rlhf_pipeline.models.actor_critic import describe_critic, make_actor_critic
 from rlhf_pipeline.models.loading import save_model
-from rlhf_pipeline.models.roles import ActorCritic, assert_independent
-from rlhf_pipeline.registry.lengths import require_positions
-from rlhf_pipeline.registry.references import Resolved
-from rlhf_pipeline.rollout.vllm_engine import VllmEngine
-from rlhf_pipeline.stages.common import (
-    StageResult,
-    find_model,
-    inputs_of,
-    load_policy,
-    publish,
-    tokenizer_of,
-)
+from rlhf_pipeline.models.roles import ActorCritic, TokenScores
+from rlhf_pipeline.rollout.rollout import Estimates
+from rlhf_pipeline.stages.common import StageResult, find_base, inputs_of, publish, tokenizer_of
 from rlhf_pipeline.stages.data import StageData
-from rlhf_pipeline.stages.gate import repeat_gates
-from rlhf_pipeline.stages.judge import load_judge
-from rlhf_pipeline.stages.rewards import LoadedModel, LoadedReward, load_reward, weighted
+from rlhf_pipeline.stages.ppo_models import check_processes, load_engine, load_models
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
-from rlhf_pipeline.training.ppo_windows import PpoBatch, PpoSettings, RolloutCollector
-from rlhf_pipeline.training.precision import uses_bf16
+from rlhf_pipeline.training.ppo_batches import PpoBatch
+from rlhf_pipeline.training.ppo_rollouts import (
+    PpoSetup,
+    check_and_describe,
+    minibatch_window,
+    sample_responses,
+    score_responses,
+    shuffled_minibatches,
+)
 from rlhf_pipeline.training.ranks import together
 from rlhf_pipeline.training.run import Run, open_run
 from rlhf_pipeline.training.session import Metrics, Plan, train
-from rlhf_pipeline.training.windows import Loss
+from rlhf_pipeline.training.windows import Loss, Window
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+
+def ppo_windows(setup: PpoSetup, module: nn.Module, start: int) -> Iterator[Window]:
+    """PPO's minibatches from update `start` on; the loop takes one optimizer step on each, with the loss of `ppo_step`.
+
+    Source: Ouyang et al. 2022 (InstructGPT), section 3.5; Schulman et al. 2017, algorithm 1. C responses have at most R
+    tokens: scores are (C,), all other tensors (C, R). `module` is the actor-critic, wrapped or not.
+    """
+    config, reduce = setup.config, setup.reduce
+    for update in range(start, config.updates):
+        setup.actor_critic.actor_frozen = update < config.critic_warmup_steps
+
+        # 1. Sample a response to each prompt, and cut the rollout into minibatches, anew for each epoch.
+        sampled = sample_responses(setup, module, update)
+        epochs = shuffled_minibatches(setup, sampled, update)
+
+        # 2. Score: log-probabilities of policy and reference, values of the critic, a reward for each response.
+        scored = score_responses(setup, module, update, sampled, epochs)
+        rollout, mask = scored.rollout, scored.rollout.mask
+
+        # 3. Rewards of the tokens: -beta (log pi - log pi_ref), plus the score at the last token.
+        logprobs, ref_logprobs = rollout.logprobs, rollout.ref_logprobs
+        rewards = token_rewards(rollout.scores, logprobs, ref_logprobs, mask, kl_coef=config.kl_coef)
+        if config.whiten_rewards:  # off unless asked for: it adds a constant to every token, which moves the optimum
+            rewards = whiten(rewards, mask, shift_mean=False, reduce=reduce)
+
+        # 4. Advantages and returns by GAE. Whitening the advantages changes the scale of the step alone.
+        advantages, returns = gae(rewards, rollout.values, mask, gamma=config.gamma, lam=config.lam)
+        if config.whiten_advantages:
+            advantages = whiten(advantages, mask, reduce=reduce)
+        estimates = Estimates(rewards, advantages, returns, rollout.importance(config.importance_weight_cap))
+        metrics = check_and_describe(setup, scored, estimates)
+
+        # 5. Train: several epochs, each with an optimizer step per minibatch.
+        with setup.meter.part("update"):
+            for epoch in range(config.num_ppo_epochs):
+                for number in range(config.num_mini_batches):
+                    yield minibatch_window(setup, scored, estimates, metrics, epoch, number)
 
 
 def ppo_step(
-    model: ActorCritic,
-    micro_batch: PpoBatch,
-    *,
-    cliprange: float,
-    cliprange_value: float,
-    vf_coef: float,
-    loss_normalization: str,
-    meter: CostMeter,
-    shapes: dict[str, ModelShape],
+    model: ActorCritic, micro_batch: PpoBatch, *, config: PpoConfig, meter: CostMeter, shapes: dict[str, ModelShape]
 ) -> Loss:
-    """Clipped policy loss and clipped value loss of a micro-batch; denominator: tokens, or sequences x R."""
+    """Clipped policy loss + vf_coef x clipped value loss of a micro-batch: sums over its tokens."""
     batch, mask = micro_batch.batch, micro_batch.mask
     scores = model(batch)
+    count_training(meter, shapes, batch)
+    logprobs, values = (batch.padded(part, mask.shape[1]) for part in (scores.logprobs, scores.values))
+
+    # 6. Policy loss: max(-A rho, -A clip(rho, 1 - eps, 1 + eps)), rho = pi / pi_old.
+    old, advantages, weights = micro_batch.old_logprobs, micro_batch.advantages, micro_batch.weights
+    policy = clipped_policy_loss(logprobs, old, advantages, mask, cliprange=config.cliprange, weights=weights)
+
+    # 7. Value loss: .5 max((V - G)^2, (clip(V, V_old - eps, V_old + eps) - G)^2).
+    old_values, returns = micro_batch.old_values, micro_batch.returns
+    value, clipped = clipped_value_loss(values, old_values, returns, mask, cliprange_value=config.cliprange_value)
+
+    # While the critic warms up the actor's graph is cut, so the policy loss is reported and trains nothing.
+    per = config.loss_normalization
+    terms: dict[str, tuple[Tensor, str, float]]
+    terms = {"loss/value_avg": (value, per, config.vf_coef), "loss/policy_avg": (policy.loss, per, 1.0)}
+    checked = {"log-probabilities of the policy": scores.logprobs, "values": scores.values}
+    return Loss(terms, step_metrics(micro_batch, scores, logprobs, policy, clipped), checked)
+
+
+def count_training(meter: CostMeter, shapes: dict[str, ModelShape], batch: PackedBatch) -> None:
+    """Put a training pass of actor and critic on the bill."""
     meter.tokens_trained += batch.active_tokens
     for name in ("actor", "critic"):
         if name in shapes:
             meter.train(shapes[name], batch)
-    width = mask.shape[1]
-    logprobs, values = batch.padded(scores.logprobs, width), batch.padded(scores.values, width)
-    old, advantages, weights = micro_batch.old_logprobs, micro_batch.advantages, micro_batch.weights
-    policy = clipped_policy_loss(logprobs, old, advantages, mask, cliprange=cliprange, weights=weights)
-    value_loss, value_clipped = clipped_value_loss(
-        values, micro_batch.old_values, micro_batch.returns, mask, cliprange_value=cliprange_value
-    )
-    terms = {"loss/value_avg": (value_loss, loss_normalization, vf_coef)}
-    # While the critic warms up the actor's graph is cut, so its loss is reported and trains nothing.
-    terms["loss/policy_avg"] = (policy.loss, loss_normalization, 1.0)
+
+
+def step_metrics(
+    micro_batch: PpoBatch, scores: TokenScores, logprobs: Tensor, policy: PolicyLoss, value_clipped: Tensor
+) -> dict[str, tuple[Tensor, str]]:
+    """Figures of a micro-batch in TRL's names, as sums with the names of their denominators."""
+    assert scores.entropy is not None
     metrics = {
         "policy/approxkl_avg": (policy.approx_kl, "tokens"),
         "policy/clipfrac_avg": (policy.clipped, "tokens"),
@@ -80,10 +125,11 @@ def ppo_step(
     }
     if micro_batch.first:
         with torch.no_grad():
-            distance = torch.where(mask, (logprobs - old).exp() - 1, 0.0).abs().max()
+            difference = (logprobs - micro_batch.old_logprobs).exp() - 1
+            distance = torch.where(micro_batch.mask, difference, 0.0).abs().max()
         metrics["first_minibatch/ratio_error"] = (distance * micro_batch.share, "first_batches")
         metrics["first_minibatch/clipfrac"] = (policy.clipped, "first_tokens")
-    return Loss(terms, metrics, {"log-probabilities of the policy": scores.logprobs, "values": scores.values})
+    return metrics
 
 
 def derive(metrics: Metrics) -> Metrics:
@@ -94,83 +140,7 @@ def derive(metrics: Metrics) -> Metrics:
     return metrics
 
 
-def stop_id_of(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the token that ends a response.
-
-    Raises:
-        ConfigError: when `stop_token` is not one token of the tokenizer.
-    """
-    if config.stop_token is None:
-        return tokenizer.eos_token_id
-    found = tokenizer.get_vocab().get(config.stop_token)
-    if found is None:
-        raise ConfigError(Fault("stop_token", f"{config.stop_token!r} is not a token of the policy's tokenizer"))
-    return found
-
-
-def settings_of(config: Any, tokenizer: PreTrainedTokenizerBase, ranks: int) -> PpoSettings:
-    """What a config says about rollouts, per rank.
-
-    Raises:
-        ConfigError: when the ranks do not divide the minibatch, or vLLM is to sample for several.
-    """
-    if config.rollout_engine == "vllm" and ranks > 1:
-        found = f"found 'vllm' on {ranks} processes"
-        raise ConfigError(Fault("rollout_engine", found, "one process", "or rollout_engine: native"))
-    if config.minibatch_size % ranks:
-        found = f"a minibatch of {config.minibatch_size} responses on {ranks} processes"
-        raise ConfigError(Fault("rollout_batch_size", found, f"a minibatch that {ranks} divides"))
-    return PpoSettings(
-        rollout_size=config.rollout_batch_size // ranks,
-        num_ppo_epochs=config.num_ppo_epochs,
-        num_mini_batches=config.num_mini_batches,
-        micro_batch=(config.per_device_train_batch_size, config.micro_batch_tokens),
-        response_length=config.lengths().response,
-        temperature=config.temperature,
-        kl_coef=config.kl_coef,
-        gamma=config.gamma,
-        lam=config.lam,
-        whiten_advantages=config.whiten_advantages,
-        whiten_rewards=config.whiten_rewards,
-        missing_eos_penalty=config.missing_eos_penalty,
-        critic_warmup_steps=config.critic_warmup_steps,
-        seed=config.seed,
-        stop_id=stop_id_of(config, tokenizer),
-        pad_id=tokenizer.pad_token_id,
-        importance_weight_cap=config.importance_weight_cap,
-    )
-
-
-def load_rewards(run: Run, policy: Any, tokenizer: PreTrainedTokenizerBase) -> list[tuple[float, LoadedReward]]:
-    """All reward sources of the config with their weights."""
-    config = run.config
-    return [
-        (part.weight, load_reward(run.registry, part.source, config, policy, tokenizer, run.device))
-        for part in config.rewards
-    ]
-
-
-def load_engine(run: Run, policy: Resolved, model: torch.nn.Module) -> VllmEngine | None:
-    """The engine that samples in the place of the model; None for the native sampler."""
-    config = run.config
-    if config.rollout_engine == "native":
-        return None
-    dtype = torch.bfloat16 if uses_bf16(config) else next(model.parameters()).dtype
-    engine = VllmEngine(
-        policy.location,
-        dtype=str(dtype).removeprefix("torch."),
-        max_length=config.lengths().total,
-        memory=config.vllm_gpu_memory_utilization,
-        seed=config.seed,
-        revision=policy.revision,
-        trust_remote_code=config.trust_remote_code,
-    )
-    capped = f"importance weights up to {config.importance_weight_cap:g}"
-    run.log.say(f"rollouts by vllm {engine.version} in {dtype}, {capped}; untried so far with vllm itself")
-    return engine
-
-
-def say_moved(run: Run) -> dict[str, Any]:
+def say_moved(run: Run[PpoConfig]) -> dict[str, Any]:
     """Name the options that move the optimum away from pi_ref exp(r / beta)."""
     moved = moves_optimum(run.config)
     if moved:
@@ -179,37 +149,16 @@ def say_moved(run: Run) -> dict[str, Any]:
     return moved
 
 
-def run_ppo(config: Any, home: Path, **options) -> StageResult:
+def run_ppo(config: PpoConfig, home: Path, **options) -> StageResult:
     """Train an actor-critic by PPO and register the actor."""
     with open_run("ppo", config, home, **options) as run:
         config = run.config
-        # 1. Actor, frozen reference (another load of the same files), reward, critic.
-        parent = find_model(
-            run.registry, config.model_name_or_path, "policy", revision=config.model_revision, say=run.log.say
-        )
-        require_positions(config, parent)
+        # 1. Actor, critic, frozen reference (another load of the actor's files), rewards, judge.
+        parent = find_base(run, config)
         tokenizer = tokenizer_of(parent, config.trust_remote_code)
-        settings = settings_of(config, tokenizer, run.accelerator.num_processes)
-        rewards = load_rewards(run, parent, tokenizer)
-        options_ = {"temperature": config.temperature}
-        actor = load_policy(parent, config, tokenizer, run.device, **options_)
-        reference = load_policy(parent, config, tokenizer, run.device, frozen=True, **options_)
-        models = [loaded for _, loaded in rewards if isinstance(loaded, LoadedModel)]
-        repeat_gates([loaded.resolved for loaded in models], run.log.say)
-        model = make_actor_critic(
-            actor.model,
-            actor.reader,
-            config.value_init,
-            reward_model=models[0].model if models else None,
-            temperature=config.temperature,
-        ).to(run.device)
-        assert_independent(model, reference)
-        for loaded in models:
-            assert_independent(model, loaded.model)
-        run.log.say(describe_critic(config.value_init, models[0].source.label if models else None))
-        judge, judge_model = load_judge(run, [loaded for _, loaded in rewards], parent, tokenizer)
-        reward = weighted(rewards)
-        run.log.say(f"reward: {reward.label}; KL to {parent.label} at beta {config.kl_coef:g}")
+        accelerator = run.accelerator
+        check_processes(config, accelerator.num_processes)
+        models = load_models(run, config, parent, tokenizer)
         moved = say_moved(run)
 
         # 2. Prompts.
@@ -217,65 +166,41 @@ def run_ppo(config: Any, home: Path, **options) -> StageResult:
         prompts, reports = data.split("prompt", config.dataset_train_split, tokenizer, limit=config.max_train_samples)
 
         # 3. Train.
-        parents = {"base": parent, "reference": parent}
-        trained = {"checkpointed": config.gradient_checkpointing}
-        shapes = {"actor": ModelShape.of(actor.model, **trained), "reference": ModelShape.of(reference.model)}
-        if model.critic is not None:
-            shapes["critic"] = ModelShape.of(model.critic, head=False, **trained)
-        for number, loaded in enumerate(models):
-            role = "reward_model" if number == 0 else f"reward_model_{number + 1}"
-            parents[role] = loaded.resolved
-            shapes[role] = ModelShape.of(loaded.model.model, head=False)
-        if judge_model is not None:
-            parents["judge"] = judge_model
-        accelerator = run.accelerator
-        engine = load_engine(run, parent, actor.model)
-        collector = RolloutCollector(
-            settings,
-            model,
-            reference,
-            reward,
+        setup = PpoSetup(
+            config,
+            models.actor_critic,
+            models.reference,
+            models.reward,
             prompts,
-            run.meter,
-            shapes,
-            reduce=lambda sums: accelerator.reduce(sums, "sum") if accelerator.num_processes > 1 else sums,
+            stop_id=models.stop_id,
+            pad_id=tokenizer.pad_token_id,
+            meter=run.meter,
+            shapes=models.shapes,
+            engine=load_engine(run, config, parent, models.actor_critic.actor),
+            judge=models.judge,
+            memory=run.memory,
+            device=run.device,
             autocast=accelerator.autocast,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
-            device=run.device,
-            judge=judge,
-            engine=engine,
-            memory=run.memory,
+            reduce=lambda sums: accelerator.reduce(sums, "sum") if accelerator.num_processes > 1 else sums,
             together=functools.partial(together, accelerator, run.memory),
         )
-        step = functools.partial(
-            ppo_step,
-            cliprange=config.cliprange,
-            cliprange_value=config.cliprange_value,
-            vf_coef=config.vf_coef,
-            loss_normalization=config.loss_normalization,
-            meter=run.meter,
-            shapes=shapes,
-        )
+        shown = ("scores", "judge", "kl", "rlhf_reward")
         plan = Plan(
-            lambda prepared, start: collector.windows(prepared, start, config.updates),
-            step,
+            functools.partial(ppo_windows, setup),
+            functools.partial(ppo_step, config=config, meter=run.meter, shapes=models.shapes),
             config.updates,
-            shown=(
-                "objective/scores",
-                "objective/judge",
-                "objective/kl",
-                "objective/rlhf_reward",
-                "val/ended",
-                "val/explained_variance",
-            ),
+            shown=(*(f"objective/{name}" for name in shown), "val/ended", "val/explained_variance"),
             derive=derive,
-            inputs=inputs_of(parents, reports),
-            save=lambda directory: save_model(model.actor, tokenizer, directory),
+            inputs=inputs_of(models.parents, reports),
+            save=lambda directory: save_model(models.actor_critic.actor, tokenizer, directory),
             decode=functools.partial(text_of, tokenizer),
+            warmup_offset=1,  # an update is a whole rollout: at rate 0 it would be sampled for nothing
         )
-        last = train(run, model, plan)
+        last = train(run, models.actor_critic, plan)
 
         # 4. Register the actor.
         metrics = {"train": last, "health": plan.health, "prompts": len(prompts), "moved_optimum": moved}
-        return publish(run, model.actor, tokenizer, parents=parents, reports=reports, metrics=metrics)
+        actor = models.actor_critic.actor
+        return publish(run, actor, tokenizer, parents=models.parents, reports=reports, metrics=metrics)

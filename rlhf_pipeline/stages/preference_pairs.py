@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_pipeline.algorithms.preference import OBJECTIVES
+from rlhf_pipeline.config.dpo import DpoConfig
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.batch import PackedBatch, common_layout
 from rlhf_pipeline.data.load import SourceReport
@@ -25,7 +26,7 @@ from rlhf_pipeline.stages.population import Population
 from rlhf_pipeline.training.cost import ModelShape
 from rlhf_pipeline.training.pairs import count_pairs
 from rlhf_pipeline.training.precision import uses_bf16
-from rlhf_pipeline.training.reference_cache import Reference, cached_logprobs, completion_logprob_sums
+from rlhf_pipeline.training.reference_cache import ReferenceLogprobs, cached_logprobs, completion_logprob_sums
 from rlhf_pipeline.training.run import Run
 from rlhf_pipeline.training.windows import Window
 
@@ -65,7 +66,7 @@ def implicit_reward_metrics(
     return {f"eval_{name}": value for name, value in metrics.items()}
 
 
-def kind_of(config: Any) -> str:
+def kind_of(config: DpoConfig) -> str:
     """What a config of `rlhf dpo` trains on: pairs and rankings, or rankings without ties, or (TRL) pairs alone."""
     return "order" if OBJECTIVES[config.loss_type].listwise else preference_kind(config)
 
@@ -106,7 +107,7 @@ def recorded_pairs(run: Run, policy: Policy, frozen: Policy, frozen_digest: str 
         size = config.per_device_eval_batch_size
         return run.memory.shrink("evaluation", size, lambda size: work(batch_size=size, **options))
 
-    def referred(rows: Sequence[Example]) -> Reference:
+    def referred(rows: Sequence[Example]) -> ReferenceLogprobs:
         return in_batches(partial(cached_logprobs, frozen, rows, cache, key))
 
     def score_reference(batch: PackedBatch) -> TokenScores:

@@ -10,21 +10,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlhf_pipeline.algorithms.preference import bradley_terry_loss, centering_loss, correct
+from rlhf_pipeline.config.reward import RewardConfig
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.evaluation.preferences import pair_differences
 from rlhf_pipeline.models.loading import init_reward_model, save_model, store_reward_shift
 from rlhf_pipeline.models.roles import RewardModel
 from rlhf_pipeline.models.selfcheck import read_reward_model
-from rlhf_pipeline.registry.lengths import require_positions
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.rollout.responses import prompts_run, sample_for_prompts
 from rlhf_pipeline.stages.common import (
     StageResult,
     example_schedule,
-    find_model,
+    find_base,
     inputs_of,
     load_policy,
+    onto,
     publish,
     tokenizer_of,
 )
@@ -125,15 +126,12 @@ def center(
     return mean
 
 
-def run_reward(config: Any, home: Path, **options) -> StageResult:
+def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
     """Train a reward model on preference pairs or rankings and register it."""
     with open_run("reward", config, home, **options) as run:
         config = run.config
         # 1. The trunk of a language model with a new scalar head.
-        parent = find_model(
-            run.registry, config.model_name_or_path, "policy", revision=config.model_revision, say=run.log.say
-        )
-        require_positions(config, parent)
+        parent = find_base(run, config)
         tokenizer: PreTrainedTokenizerBase = tokenizer_of(parent, config.trust_remote_code)
         network = init_reward_model(
             parent.location,
@@ -144,7 +142,8 @@ def run_reward(config: Any, home: Path, **options) -> StageResult:
             revision=parent.revision,
             trust_remote_code=config.trust_remote_code,
             score_pooling=config.score_pooling,
-        ).to(run.device)
+        )
+        network = onto(run.device, network)
         model = read_reward_model(network).train()
         if config.score_pooling == "mean":
             run.log.say("score_pooling mean: plain transformers reads the last token only and scores differently")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from rlhf_pipeline.algorithms.language_model import negative_log_likelihood
+from rlhf_pipeline.config.sft import SftConfig
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.batch import Layout, pack
 from rlhf_pipeline.data.tokenize import Example, whole_sequence
@@ -17,13 +18,13 @@ from rlhf_pipeline.data.tokenizers import text_of, train_byte_level_bpe
 from rlhf_pipeline.models.loading import init_causal_lm, new_config, save_model
 from rlhf_pipeline.models.roles import Policy
 from rlhf_pipeline.models.selfcheck import inspect_model
-from rlhf_pipeline.registry.lengths import require_positions
 from rlhf_pipeline.stages.common import (
     StageResult,
     example_schedule,
-    find_model,
+    find_base,
     inputs_of,
     load_policy,
+    onto,
     publish,
     tokenizer_of,
 )
@@ -76,9 +77,10 @@ def mean_nll(
     return {"eval_nll": total / tokens, "eval_nll_per_sequence": total / len(examples)}
 
 
-def make_tokenizer(run: Run, data: StageData) -> PreTrainedTokenizerBase:
+def make_tokenizer(run: Run[SftConfig], data: StageData) -> PreTrainedTokenizerBase:
     """The tokenizer that `tokenizer_init` describes: the world's, or byte-level BPE trained on the train split."""
     settings = run.config.tokenizer_init
+    assert settings is not None  # `check_start` of the config
     if settings["type"] == "world":
         return world.tokenizer()
     texts = data.texts(run.config.dataset_train_split)
@@ -87,7 +89,7 @@ def make_tokenizer(run: Run, data: StageData) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def run_sft(config: Any, home: Path, **options) -> StageResult:
+def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
     """Train on demonstrations (or plain text) and register the model."""
     if config.model_init is not None:
         new_config(config.model_init, dropout=config.dropout)  # its keys, before a tokenizer is trained
@@ -96,15 +98,14 @@ def run_sft(config: Any, home: Path, **options) -> StageResult:
         # 1. The model: an existing one, or a new one with its tokenizer.
         parents = {}
         if config.model_name_or_path is not None:
-            reference, revision = config.model_name_or_path, config.model_revision
-            parents["base"] = find_model(run.registry, reference, "policy", revision=revision, say=run.log.say)
-            require_positions(config, parents["base"])
+            parents["base"] = find_base(run, config)
         data = StageData(config, run.registry.home, run.log.say)
         if parents:
             tokenizer = tokenizer_of(parents["base"], config.trust_remote_code)
             policy = load_policy(parents["base"], config, tokenizer, run.device, dropout=config.dropout)
         else:
             tokenizer = make_tokenizer(run, data)
+            assert config.model_init is not None  # `check_start` of the config
             model = init_causal_lm(
                 config.model_init,
                 tokenizer,
@@ -112,7 +113,8 @@ def run_sft(config: Any, home: Path, **options) -> StageResult:
                 dtype=config.dtype,
                 attn_implementation=config.attn_implementation,
                 dropout=config.dropout,
-            ).to(run.device)
+            )
+            model = onto(run.device, model)
             policy = Policy(model, inspect_model(model)).train()
         run.log.say(f"model: {sum(p.numel() for p in policy.parameters()):,} parameters, {policy.reader}")
 

@@ -161,9 +161,9 @@ class CostMeter:
         self.flops += shape.decode_flops(prompt_lengths, response_lengths, prompts)
         self.tokens_generated += sum(response_lengths)
 
-    def part(self, name: str) -> _Part:
+    def part(self, name: str) -> _Timed:
         """A context manager that adds its wall time to a named part."""
-        return _Part(self, name)
+        return _Timed(self, name)
 
     def shares(self) -> dict[str, float]:
         """Each phase's share of PPO's time; nothing for other stages. An update ends with what is done after it:
@@ -202,7 +202,7 @@ class CostMeter:
         return cost
 
 
-class _Part:
+class _Timed:
     def __init__(self, meter: CostMeter, name: str):
         self.meter, self.name = meter, name
 

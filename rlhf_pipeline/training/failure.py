@@ -24,7 +24,7 @@ from torch import Tensor
 from rlhf_pipeline.errors import RunFailed
 from rlhf_pipeline.registry.storage import staging, sync, sync_tree
 from rlhf_pipeline.training.checkpoint import PREFIX
-from rlhf_pipeline.training.finite import NotFinite, Row
+from rlhf_pipeline.training.finite import BadRow, NotFinite
 
 FOLDER = "failure"
 Decode = Callable[[Sequence[int]], str]
@@ -57,7 +57,7 @@ def _printable(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _described(row: Row, decode: Decode | None) -> dict[str, Any]:
+def _described(row: BadRow, decode: Decode | None) -> dict[str, Any]:
     example = row.example
     chosen = range(len(example.completions)) if row.completion is None else [row.completion]
 

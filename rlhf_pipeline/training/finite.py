@@ -37,7 +37,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Row:
+class BadRow:
     """An example with something that is not finite; completion: which of its own, None for the example as a whole.
 
     values: of each bad figure what it is ("nan", "inf", "-inf"), with the token of the completion or the parameter.
@@ -60,7 +60,7 @@ class NotFinite(RunFailed):
         self,
         update: int,
         what: str,
-        rows: Sequence[Row] = (),
+        rows: Sequence[BadRow] = (),
         total: int = 0,
         batches: Mapping[int, PackedBatch] | None = None,
         detail: str = "",
@@ -147,13 +147,13 @@ def refuse(
     return NotFinite(update, what, rows, total, _batches(seen, rows), detail, weights)
 
 
-def rows_of(number: int, examples: Sequence[Example], bad: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[Row]:
+def rows_of(number: int, examples: Sequence[Example], bad: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[BadRow]:
     """The rows of a micro-batch, whose completions are numbered in the order of its examples."""
     owners = [(example, place) for example in examples for place in range(len(example.completions))]
-    return [Row(number, *owners[row], values) for row, values in sorted(bad.items()) if row < len(owners)]
+    return [BadRow(number, *owners[row], values) for row, values in sorted(bad.items()) if row < len(owners)]
 
 
-def _batches(seen: Sequence[Seen], rows: Sequence[Row]) -> dict[int, PackedBatch]:
+def _batches(seen: Sequence[Seen], rows: Sequence[BadRow]) -> dict[int, PackedBatch]:
     numbers = {row.micro_batch for row in rows} or range(len(seen))
     found = {number: getattr(seen[number].micro_batch, "batch", None) for number in sorted(numbers)}
     return {number: batch for number, batch in found.items() if batch is not None}
@@ -166,9 +166,9 @@ def _one_by_one(
     step: Callable[[nn.Module, Any], Loss],
     counts: Mapping[str, float],
     quiet: Callable[[], AbstractContextManager],
-) -> list[Row]:
+) -> list[BadRow]:
     """The examples whose loss or gradient is not finite where they are computed alone."""
-    rows: list[Row] = []
+    rows: list[BadRow] = []
     named = {name: value for name, value in model.named_parameters() if value.requires_grad}
     for number, one in enumerate(seen):
         examples = getattr(one.micro_batch, "examples", ())
@@ -182,7 +182,7 @@ def _one_by_one(
             except Exception:  # what is told is the first failure, not one of the search for its place
                 return rows
             if values:
-                rows.append(Row(number, example, None, values))
+                rows.append(BadRow(number, example, None, values))
     return rows
 
 

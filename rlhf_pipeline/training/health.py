@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rlhf_pipeline.config.training import TrainingConfig
     from rlhf_pipeline.training.tracking import RunLog
 
 RECENT = 100
@@ -38,12 +39,12 @@ class Facts:
     loss_type: str = "sigmoid"
 
 
-def facts_of(config: Any, total: int, ranks: int, known: Mapping[str, float]) -> Facts:
+def facts_of(config: TrainingConfig, total: int, ranks: int, known: Mapping[str, float]) -> Facts:
     """The facts of a run of `total` updates on `ranks` processes; `known`: what its stage adds."""
     from rlhf_pipeline.training.precision import uses_bf16  # imports torch
 
     rollout = getattr(config, "rollout_batch_size", None)
-    examples = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks
+    examples = config.per_device_train_batch_size * (config.gradient_accumulation_steps or 1) * ranks
     return Facts(
         total=total,
         size=rollout or examples,

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from rlhf_pipeline.errors import RunFailed
-from rlhf_pipeline.models.refusals import ran_out
+from rlhf_pipeline.models.refusals import first_line, ran_out
 from rlhf_pipeline.training.cost import CostMeter
 
 T = TypeVar("T")
@@ -21,11 +21,6 @@ ADVICE = (
     "try a smaller max_length (or max_prompt_length and response_length), gradient_checkpointing: true, bf16: auto, "
     "a smaller model, or in ppo value_init: shared"
 )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its name."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 def pieces(count: int, halvings: int) -> list[slice]:

@@ -11,6 +11,8 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from rlhf_pipeline.errors import ConfigError, Fault
+
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
 
@@ -37,16 +39,25 @@ def make_optimizer(
 
 
 def resolve_warmup(warmup_steps: float, total: int) -> int:
-    """Steps of warm-up; a value below 1 is a fraction of all steps."""
-    return round(warmup_steps * total) if 0 < warmup_steps < 1 else int(warmup_steps)
+    """Steps of warm-up; a value below 1 is a fraction of all steps, rounded up.
+
+    Source: transformers, `TrainingArguments.get_warmup_steps`, which TRL uses as well.
+    """
+    return math.ceil(warmup_steps * total) if warmup_steps < 1 else int(warmup_steps)
 
 
-def rate_factor(name: str, step: int, *, warmup: int, total: int) -> float:
-    """The share of the learning rate at a step, as transformers' schedule of this name has it.
+def rate_factor(name: str, step: int, *, warmup: int, total: int, offset: int = 0) -> float:
+    """The share of the learning rate at a step.
 
-    step / warmup while step < warmup; then, with p = (step - warmup) / (total - warmup): `linear` 1 - p, `cosine`
-    (1 + cos(pi p)) / 2, `constant_with_warmup` 1. `constant` is 1 throughout. (transformers' own import takes longer
-    than a small run's first steps.)
+    (step + offset) / (warmup + offset) while step < warmup; then, with p = (step - warmup) / (total - warmup):
+    `linear` 1 - p, `cosine` (1 + cos(pi p)) / 2, `constant_with_warmup` 1. `constant` is 1 throughout.
+
+    Source: transformers' schedules of these names at offset 0. (Importing transformers takes longer than the first
+    steps of a small run.)
+
+    Args:
+        step: steps done before, 0 for the first. warmup, total: in steps.
+        offset: 0, and the first step of a warm-up has rate 0; 1, and it has rate 1 / (warmup + 1).
 
     Raises:
         ValueError: for another name.
@@ -56,7 +67,7 @@ def rate_factor(name: str, step: int, *, warmup: int, total: int) -> float:
     if name == "constant":
         return 1.0
     if step < warmup:
-        return step / max(1, warmup)
+        return (step + offset) / (warmup + offset)
     if name == "constant_with_warmup":
         return 1.0
     left = max(1, total - warmup)
@@ -65,7 +76,16 @@ def rate_factor(name: str, step: int, *, warmup: int, total: int) -> float:
     return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((step - warmup) / left))))
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, name: str, *, warmup_steps: float, total: int) -> LambdaLR:
-    """The schedule of this name over `total` steps (see `rate_factor`)."""
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, name: str, *, warmup_steps: float, total: int, offset: int = 0
+) -> LambdaLR:
+    """The schedule of this name over `total` steps (see `rate_factor`).
+
+    Raises:
+        ConfigError: when the run is a single step and its rate is 0.
+    """
     warmup = resolve_warmup(warmup_steps, total)
-    return LambdaLR(optimizer, lambda step: rate_factor(name, step, warmup=warmup, total=total))
+    if total == 1 and rate_factor(name, 0, warmup=warmup, total=total, offset=offset) == 0.0:
+        found = f"found {warmup_steps:g} in a run of one step, which warm-up gives a learning rate of 0"
+        raise ConfigError(Fault("warmup_steps", found, "warmup_steps: 0, or a longer run"))
+    return LambdaLR(optimizer, lambda step: rate_factor(name, step, warmup=warmup, total=total, offset=offset))

@@ -1,4 +1,4 @@
-"""PPO's settings and its micro-batches."""
+"""What PPO hands on: sampled responses, the scored rollout, its micro-batches."""
 
 from __future__ import annotations
 
@@ -11,43 +11,32 @@ from torch import Tensor, nn
 from rlhf_pipeline.data.batch import PackedBatch
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.rollout.rollout import Rollout
-from rlhf_pipeline.training.finite import NotFinite, Row, all_finite, bad_places, broken_weights
+from rlhf_pipeline.training.finite import BadRow, NotFinite, all_finite, bad_places, broken_weights
 from rlhf_pipeline.training.memory import pieces
 from rlhf_pipeline.training.windows import Pack
 
-
-@dataclass(frozen=True)
-class PpoSettings:
-    """The knobs of sampling and estimation, under their config names. sizes are per rank."""
-
-    rollout_size: int
-    num_ppo_epochs: int
-    num_mini_batches: int
-    micro_batch: tuple[int, int | None]  # most responses, most tokens
-    response_length: int
-    temperature: float
-    kl_coef: float
-    gamma: float
-    lam: float
-    whiten_advantages: bool
-    whiten_rewards: bool
-    missing_eos_penalty: float | None
-    critic_warmup_steps: int
-    seed: int
-    stop_id: int
-    pad_id: int
-    importance_weight_cap: float = 2.0
+Minibatches = list[list[list[int]]]
+"""The minibatches of an epoch, each a list of micro-batches, each a list of row numbers of the rollout."""
 
 
 @dataclass(frozen=True)
-class Collected:
-    """A scored rollout as its epochs see it: minibatches of micro-batches of row numbers.
+class Sampled:
+    """Sampled responses. logprobs: (C, R), as another engine gave them while it sampled; None: the model sampled."""
+
+    examples: list[Example]
+    logprobs: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scored rollout of an update as its epochs see it.
 
     first: the micro-batches of the first epoch, as they were packed and scored. halvings: how often all were halved.
     """
 
+    update: int
     rollout: Rollout
-    epochs: list[list[list[list[int]]]]
+    epochs: list[Minibatches]
     first: list[list[PackedBatch]]
     halvings: int
 
@@ -61,7 +50,7 @@ class Collected:
         return list(chain.from_iterable(self.first))
 
     def require_finite(
-        self, update: int, named: Mapping[str, Tensor], model: nn.Module, details: Mapping[str, str] | None = None
+        self, named: Mapping[str, Tensor], model: nn.Module, details: Mapping[str, str] | None = None
     ) -> None:
         """Check (C,) or (C, R) figures, in the order in which they were made.
 
@@ -78,10 +67,10 @@ class Collected:
         for what, value in named.items():
             bad = sorted(bad_places(value).items())
             if bad:
-                rows = [Row(holder[row], examples[row], 0, values) for row, values in bad]
+                rows = [BadRow(holder[row], examples[row], 0, values) for row, values in bad]
                 batches = {row.micro_batch: packed[row.micro_batch] for row in rows}
                 detail, weights = (details or {}).get(what, ""), broken_weights(model)
-                raise NotFinite(update, what, rows, len(examples), batches, detail, weights)
+                raise NotFinite(self.update + 1, what, rows, len(examples), batches, detail, weights)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
+from rlhf_pipeline.config.stages import ModelConfig
 from rlhf_pipeline.errors import ConfigError, Fault
 
 
@@ -18,7 +17,7 @@ def has_fast_bf16(use_cpu: bool) -> bool:
     return bool(supported is not None and supported())
 
 
-def uses_bf16(config: Any) -> bool:
+def uses_bf16(config: ModelConfig) -> bool:
     """Whether a run autocasts to bfloat16; `bf16: auto` asks the machine."""
     asked = getattr(config, "bf16", False)
     return has_fast_bf16(config.use_cpu) if asked == "auto" else bool(asked)

@@ -26,7 +26,7 @@ from rlhf_pipeline.training.tensor_cache import read_tensor, write_tensor
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceLogprobs:
     """logprobs: see `completion_logprob_sums`; hit: whether they came from the disk."""
 
     logprobs: Tensor
@@ -82,7 +82,7 @@ def _is_whole(logprobs: Tensor, examples: Sequence[Example]) -> bool:
 
 def cached_logprobs(
     policy: Policy, examples: Sequence[Example], cache: Path, key: dict[str, Any], **options
-) -> Reference:
+) -> ReferenceLogprobs:
     """`completion_logprob_sums` of a frozen reference, from the cache where it is there.
 
     Args:
@@ -90,15 +90,15 @@ def cached_logprobs(
         options: batch_size, pad_id, device.
     """
     if key.get("model") is None or not examples:
-        return Reference(completion_logprob_sums(policy, examples, **options), False)
+        return ReferenceLogprobs(completion_logprob_sums(policy, examples, **options), False)
     content = {**key, "temperature": policy.temperature, "examples": examples_digest(examples)}
     name = sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     path = cache / f"reference-{name[:32]}.safetensors"
     stored = read_tensor(path)  # a damaged entry is as good as none: it is computed again and replaced
     if stored is not None and stored.shape[0] == len(examples) and _is_whole(stored, examples):
-        return Reference(stored, True)
+        return ReferenceLogprobs(stored, True)
     logprobs = completion_logprob_sums(policy, examples, **options)
     if not _is_whole(logprobs, examples):  # the run that reads them stops; the next one has to compute them anew
-        return Reference(logprobs, False)
+        return ReferenceLogprobs(logprobs, False)
     write_tensor(path, logprobs)
-    return Reference(logprobs, False)
+    return ReferenceLogprobs(logprobs, False)

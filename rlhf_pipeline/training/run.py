@@ -10,16 +10,18 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import torch
 import yaml
 
 from rlhf_pipeline.config.dump import config_digest, dump_yaml
+from rlhf_pipeline.config.stages import ModelConfig
+from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.errors import BadInput, Interrupted
 from rlhf_pipeline.registry.lengths import with_lengths
 from rlhf_pipeline.registry.storage import replace_text
@@ -43,12 +45,15 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+C = TypeVar("C", bound=TrainingConfig)
+
+
 @dataclass
-class Run:
+class Run(Generic[C]):
     """Everything that a stage needs around its own work."""
 
     stage: str
-    config: Any
+    config: C
     registry: Registry
     directory: Path
     accelerator: Accelerator
@@ -88,7 +93,7 @@ class Run:
         write_status(self.directory, status="finished", model=model, token=read_status(self.directory).get("token"))
 
 
-def make_accelerator(config: Any) -> Accelerator:
+def make_accelerator(config: ModelConfig) -> Accelerator:
     """Accelerate with this config's device and precision; threads pinned if asked for."""
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -126,7 +131,7 @@ def seed_everything(seed: int) -> None:
 
 
 def _agree_on_directory(
-    accelerator: Accelerator, home: Path, config: Any, digest: str, resume: bool
+    accelerator: Accelerator, home: Path, config: TrainingConfig, digest: str, resume: bool
 ) -> tuple[Path, IO[str] | None]:
     """The run's directory and its lock; with several processes the first one chooses it for all.
 
@@ -155,13 +160,13 @@ def _agree_on_directory(
 @contextmanager
 def open_run(
     stage: str,
-    config: Any,
+    config: C,
     home: Path,
     *,
     resume: bool = True,
     quiet: bool = False,
     notes: Sequence[str] = (),
-):
+) -> Iterator[Run[C]]:
     """Open the run of a config, in which what follows from its parent is filled in first; resume an unfinished run
     of that config, else start a new one.
 
@@ -213,7 +218,7 @@ def open_run(
         run = Run(stage, config, Registry(home), directory, accelerator, log, checkpoint)
         run.meter.started = started
         log.say(f"{stage}: run {run.id}, {accelerator.device}, {torch.get_num_threads()} threads, seed {config.seed}")
-        if getattr(config, "bf16", False) == "auto":
+        if config.bf16 == "auto":
             log.say(f"bf16 auto: {'on, this machine is faster with it' if uses_bf16(config) else 'off here'}")
         with _signals(run):
             yield run
@@ -272,7 +277,7 @@ def _signals(run: Run):
         if run.phase == "ending":
             run.log.say(f"signal {number}: all updates are done, registering the model (again to stop at once)")
             return
-        then = "writing a checkpoint" if getattr(run.config, "engine", "native") == "native" else "stopping"
+        then = "writing a checkpoint" if run.config.engine == "native" else "stopping"
         run.log.say(f"signal {number}: finishing this update, then {then} (again to stop at once)")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.errors import Interrupted, MismatchError, RunFailed
+from rlhf_pipeline.models.refusals import first_line, ran_out
 from rlhf_pipeline.registry.storage import staging, sync, sync_tree
 from rlhf_pipeline.training.checkpoint import Checkpoint, restore, save_checkpoint
 from rlhf_pipeline.training.cost import JUDGE
@@ -20,7 +22,7 @@ from rlhf_pipeline.training.failure import Decode, failed_update, put_aside, tol
 from rlhf_pipeline.training.finite import NotFinite
 from rlhf_pipeline.training.health import Monitor, facts_of, tell, tell_all
 from rlhf_pipeline.training.loop import Step, fit
-from rlhf_pipeline.training.memory import ADVICE, first_line, ran_out
+from rlhf_pipeline.training.memory import ADVICE
 from rlhf_pipeline.training.optimizer import make_optimizer, make_scheduler
 from rlhf_pipeline.training.precision import checkpoint_activations, uses_bf16
 from rlhf_pipeline.training.run import Run
@@ -40,6 +42,7 @@ class Plan:
     inputs: digests of the models and data that the run is made of; a checkpoint of other ones is refused.
     evaluate: figures at an evaluation. save: writes a snapshot of the model into a directory.
     decode: token ids to text, for what a failed run leaves behind.
+    warmup_offset: see `rate_factor`. 0: the first update of a warm-up has rate 0, as in transformers.
     known: what the watches have to know of the run besides its config (fields of `Facts`).
     health: what they found, filled in by `train`, as a manifest has it.
     """
@@ -53,6 +56,7 @@ class Plan:
     evaluate: Callable[[], Metrics] | None = None
     save: Callable[[Path], None] | None = None
     decode: Decode | None = None
+    warmup_offset: int = 0
     known: Mapping[str, float] = field(default_factory=dict)
     health: list[dict[str, Any]] = field(default_factory=list)
 
@@ -68,12 +72,12 @@ def _every(setting: int | tuple[int, ...] | None, step: int) -> bool:
     return step in setting if isinstance(setting, tuple) else step % setting == 0
 
 
-def evaluates_at(config: Any, step: int, epoch: float) -> bool:
+def evaluates_at(config: TrainingConfig, step: int, epoch: float) -> bool:
     """Whether a run evaluates after a step, with which `epoch` epochs are done."""
     if config.eval_strategy == "epoch":
         before = epoch * (step - 1) / step  # epochs grow evenly with steps
         return int(before + 1e-9) < int(epoch + 1e-9)
-    return config.eval_strategy == "steps" and step % config.eval_steps == 0
+    return config.eval_strategy == "steps" and _every(config.eval_steps, step)
 
 
 def _agree_to_stop(run: Run) -> None:
@@ -147,7 +151,13 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
     )
-    scheduler = make_scheduler(optimizer, config.lr_scheduler_type, warmup_steps=config.warmup_steps, total=plan.total)
+    scheduler = make_scheduler(
+        optimizer,
+        config.lr_scheduler_type,
+        warmup_steps=config.warmup_steps,
+        total=plan.total,
+        offset=plan.warmup_offset,
+    )
     start = 0
     # Examples are dealt out by the number of processes: another number would read on at another place.
     inputs = {**plan.inputs, "processes": str(run.accelerator.num_processes)}

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from rlhf_pipeline.data.batch import pack
-from rlhf_pipeline.models.attention import use_tree_attention
 from rlhf_pipeline.models.divergence import divergence
 from rlhf_pipeline.models.forward import Reader
 from rlhf_pipeline.models.roles import Policy
+from rlhf_pipeline.models.tree_attention import use_tree_attention
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from rlhf_pipeline.data.batch import LAYOUTS, pack
-from rlhf_pipeline.models.attention import use_tree_attention
 from rlhf_pipeline.models.forward import Reader, attention_mask, completion_logprobs
 from rlhf_pipeline.models.selfcheck import inspect_model
+from rlhf_pipeline.models.tree_attention import use_tree_attention
 
 READERS = {
     "llama": Reader("flat", "linear"),

@@ -17,7 +17,7 @@ from rlhf_pipeline.data.batch import PackedBatch
 from rlhf_pipeline.models.roles import ActorCritic, TokenScores
 from rlhf_pipeline.rollout import rollout
 from rlhf_pipeline.stages import ppo
-from rlhf_pipeline.training import ppo_windows
+from rlhf_pipeline.training import ppo_rollouts
 from tests.rollout.tree import WithValues, World, error, expected_step, network, numbers
 
 
@@ -41,7 +41,7 @@ def test_an_eos_dropped_from_the_mask(off):
         length = (mask.sum(1) - ended.long()).clamp_min(1)  # EOS alone stays: a response needs a token
         return rollout.Rollout(mask=torch.arange(mask.shape[1]) < length[:, None], ended=ended, **fields)
 
-    assert off(ppo_windows, "Rollout", without_eos) > 1e-2
+    assert off(ppo_rollouts, "Rollout", without_eos) > 1e-2
 
 
 def test_a_mean_per_sequence_in_the_place_of_the_sum(tree, off):
@@ -81,15 +81,15 @@ def scored_at(place):
 
 
 def test_the_score_one_token_early(off):
-    assert off(rollout, "token_rewards", scored_at(lambda last: (last - 1).clamp_min(0))) > 1e-2
+    assert off(ppo, "token_rewards", scored_at(lambda last: (last - 1).clamp_min(0))) > 1e-2
 
 
 def test_the_score_at_the_first_token(off):
-    assert off(rollout, "token_rewards", scored_at(torch.zeros_like)) > 1e-2
+    assert off(ppo, "token_rewards", scored_at(torch.zeros_like)) > 1e-2
 
 
 def test_the_score_at_the_last_token_put_there_by_the_same_means_is_right(off):
-    assert off(rollout, "token_rewards", scored_at(lambda last: last)) <= 1e-10
+    assert off(ppo, "token_rewards", scored_at(lambda last: last)) <= 1e-10
 
 
 def test_old_and_new_swapped_in_the_ratio(off):

@@ -124,7 +124,7 @@ def population(world: World) -> list[Example]:
 
 def applied_gradient(world: World, module: nn.Module, *, loss_normalization: str = "tokens", **changes) -> torch.Tensor:
     """The gradient that the package's loop leaves after one window over the whole population."""
-    windows = ppo_windows(module, world.reference, population(world), micro_batch=(37, None), **changes)
+    windows = ppo_windows(module, world.reference, population(world), per_device_train_batch_size=37, **changes)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
     steps = fit(
         module,

@@ -117,7 +117,7 @@ def probabilities(logprobs: torch.Tensor) -> torch.Tensor:
 
 def weighted_step(tree: World, mu: torch.Tensor, **changes) -> torch.Tensor:
     module = WithValues(tree.policy, tree.exact_values())
-    settings = {"lam": 0.0, "importance_weight_cap": UNBOUNDED, **changes}
+    settings = {"lam": 0.0, "importance_weight_cap": 1e300, **changes}
     return expected_step(tree, module, probabilities(mu), engine=Engine(mu), **settings)
 
 

@@ -183,10 +183,20 @@ FAULTS: dict[str, tuple[str, str, Callable[[Callable], Callable], str]] = {
         lambda _: k3,
         "token rewards, summed over a response",
     ),
-    "score at the first token": ("rlhf_pipeline.rollout.rollout", "token_rewards", _shifted_scores, "advantages"),
-    "no next value": ("rlhf_pipeline.rollout.rollout", "gae", _forgets_the_next_value, "advantages"),
+    "score at the first token": (
+        "rlhf_pipeline.stages.ppo",
+        "token_rewards",
+        _shifted_scores,
+        "whitened advantages, same variance",
+    ),
+    "no next value": (
+        "rlhf_pipeline.stages.ppo",
+        "gae",
+        _forgets_the_next_value,
+        "whitened advantages, same variance",
+    ),
     "whitening over padding": (
-        "rlhf_pipeline.rollout.rollout",
+        "rlhf_pipeline.stages.ppo",
         "whiten",
         lambda original: lambda values, mask, **rest: original(values, torch.ones_like(mask), **rest),
         "whitened advantages, same variance",

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlhf_pipeline.rollout.rollout import Rollout, apply_missing_eos_penalty, estimate, rollout_metrics
+from rlhf_pipeline.rollout.rollout import Rollout, apply_missing_eos_penalty, rollout_metrics
+from tests.rollout.tree import estimate
 
 PLAIN = {"kl_coef": 0.5, "gamma": 1.0, "lam": 1.0, "whiten_advantages": False, "whiten_rewards": False}
 
@@ -102,7 +103,7 @@ def test_whitening_over_padding_as_well_is_caught_by_the_moments_and_by_more_pad
         white = (values - values.mean()) / values.std(correction=0)
         return torch.where(mask, white, 0.0)
 
-    monkeypatch.setattr("rlhf_pipeline.rollout.rollout.whiten", unmasked)
+    monkeypatch.setattr("rlhf_pipeline.stages.ppo.whiten", unmasked)
     mean, variance = moments(rollout)
     assert abs(mean) > 1e-2 and abs(variance - 1) > 1e-2
     assert abs(moments(padded(rollout))[0] - mean) > 1e-2

@@ -11,20 +11,24 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
+from rlhf_pipeline.config.ppo import PpoConfig
 from rlhf_pipeline.data.batch import PackedBatch
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.models.actor_critic import make_actor_critic
 from rlhf_pipeline.models.forward import Reader
 from rlhf_pipeline.models.roles import ActorCritic, TokenScores
+from rlhf_pipeline.rollout.rollout import Estimates, Rollout
 from rlhf_pipeline.rollout.sampler import Response
-from rlhf_pipeline.stages.ppo import ppo_step
+from rlhf_pipeline.stages import ppo
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
-from rlhf_pipeline.training.ppo_windows import PpoBatch, PpoSettings, RolloutCollector
+from rlhf_pipeline.training.ppo_batches import PpoBatch, Scored
+from rlhf_pipeline.training.ppo_rollouts import PpoSetup
 from rlhf_pipeline.training.windows import Loss, Window
 
 BETA, HORIZON, WORDS, EOS = 0.5, 4, 3, 0
@@ -188,6 +192,26 @@ class Engine:
         return [Response(list(ids), ended, row[: len(ids)]) for ids, ended, row in rows]
 
 
+def config_of(responses: int, **changes) -> PpoConfig:
+    """The config of one update on so many responses."""
+    values = {
+        "model_name_or_path": "tree",
+        "output_name": "tree",
+        "max_steps": 1,
+        "max_prompt_length": len(PROMPT),
+        "response_length": HORIZON,
+        "rollout_batch_size": responses,
+        "num_ppo_epochs": 1,
+        "num_mini_batches": 1,
+        "per_device_train_batch_size": 1,
+        "kl_coef": BETA,
+        "lam": 1.0,
+        "whiten_advantages": False,
+        "cliprange_value": 1e6,
+    }
+    return PpoConfig(**{**values, **changes})
+
+
 def ppo_windows(
     module: nn.Module,
     reference: nn.Module,
@@ -195,47 +219,46 @@ def ppo_windows(
     engine: Engine | None = None,
     **changes,
 ) -> list[Window]:
-    """The windows of one update of the package's own rollout collector, had it (or the engine) sampled these
-    responses."""
-    settings = {
-        "rollout_size": len(responses),
-        "num_ppo_epochs": 1,
-        "num_mini_batches": 1,
-        "micro_batch": (1, None),
-        "response_length": HORIZON,
-        "temperature": 1.0,
-        "kl_coef": BETA,
-        "gamma": 1.0,
-        "lam": 1.0,
-        "whiten_advantages": False,
-        "whiten_rewards": False,
-        "missing_eos_penalty": None,
-        "critic_warmup_steps": 0,
-        "seed": 0,
-        "stop_id": EOS,
-        "pad_id": EOS,
-    }
-    collector = RolloutCollector(
-        PpoSettings(**{**settings, **changes}),
+    """The windows of one update of the package's own PPO, had it (or the engine) sampled these responses."""
+    setup = PpoSetup(
+        config_of(len(responses), **changes),
         module,
         reference,
         Reward(),
         responses,
-        CostMeter(),
-        {"actor": FREE},
+        stop_id=EOS,
+        pad_id=EOS,
+        meter=CostMeter(),
+        shapes={"actor": FREE},
         engine=engine,
     )
     sampled = mock.patch(
-        "rlhf_pipeline.training.ppo_windows.sample_for_prompts", lambda *_, **__: (list(responses), [])
+        "rlhf_pipeline.training.ppo_rollouts.sample_for_prompts", lambda *_, **__: (list(responses), [])
     )
     with sampled, float64():
-        return list(collector.windows(module, 0, 1))
+        return list(ppo.ppo_windows(setup, module, 0))
+
+
+def estimate(rollout: Rollout, **changes) -> Estimates:
+    """What the package's own PPO makes of a rollout."""
+    seen: list[Estimates] = []
+    nothing = SimpleNamespace()
+    setup = PpoSetup(config_of(1, **changes), nothing, nothing, nothing, [], EOS, EOS, CostMeter(), {})
+    steps = {
+        "sample_responses": lambda *_: nothing,
+        "shuffled_minibatches": lambda *_: [],
+        "score_responses": lambda *_: Scored(0, rollout, [], [], 0),
+        "check_and_describe": lambda _, __, estimates: seen.append(estimates),
+        "minibatch_window": lambda *_: nothing,
+    }
+    with mock.patch.multiple(ppo, **steps):
+        list(ppo.ppo_windows(setup, nothing, 0))
+    return seen[0]
 
 
 def step(module: nn.Module, micro_batch: PpoBatch, **changes) -> Loss:
     """The package's own step on a micro-batch."""
-    options = {"cliprange": 0.2, "cliprange_value": 1e6, "vf_coef": 0.1, "loss_normalization": "tokens"}
-    return ppo_step(module, micro_batch, **{**options, **changes}, meter=CostMeter(), shapes={"actor": FREE})
+    return ppo.ppo_step(module, micro_batch, config=config_of(1, **changes), meter=CostMeter(), shapes={"actor": FREE})
 
 
 def expected_step(world: World, module: nn.Module | None = None, sampler: Tensor | None = None, **changes) -> Tensor:

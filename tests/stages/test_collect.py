@@ -12,7 +12,7 @@ from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.data.splits import assign_splits
 from rlhf_pipeline.data.world import SPLITS, encode, parse_prompt, verdicts
 from rlhf_pipeline.data.world.vocabulary import ASPECTS, GENRES
-from rlhf_pipeline.stages.collect import order_by_judge
+from rlhf_pipeline.stages.collect import preference_order
 
 DRAWS = 20_000
 
@@ -25,7 +25,7 @@ def rows_of(lab, name="collected"):
 @pytest.mark.parametrize("difference", [0.0, 1.0, -2.0, 40.0])
 def test_pairs_are_labelled_by_bradley_terry(difference):
     scores = torch.tensor([[difference, 0.0]]).expand(DRAWS, 2)
-    order = order_by_judge(scores, "bradley-terry", torch.Generator().manual_seed(0))
+    order = preference_order(scores, "bradley-terry", torch.Generator().manual_seed(0))
     p = 1 / (1 + math.exp(-difference))
     found = float((order[:, 0] == 0).double().mean())
     assert abs(found - p) <= 4 * math.sqrt(p * (1 - p) / DRAWS) + 1e-9
@@ -33,7 +33,7 @@ def test_pairs_are_labelled_by_bradley_terry(difference):
 
 def test_rankings_are_draws_of_plackett_luce():
     scores = torch.tensor([1.0, 0.0, -0.5])
-    drawn = order_by_judge(scores.expand(DRAWS, 3), "bradley-terry", torch.Generator().manual_seed(1)).tolist()
+    drawn = preference_order(scores.expand(DRAWS, 3), "bradley-terry", torch.Generator().manual_seed(1)).tolist()
     weights = scores.exp().tolist()
     for first in range(3):
         for second in {0, 1, 2} - {first}:
@@ -45,7 +45,7 @@ def test_rankings_are_draws_of_plackett_luce():
 
 def test_labels_by_rank_are_the_order_of_the_scores():
     scores = torch.tensor([[0.0, 2.0, 1.0], [1.0, 1.0, 3.0]])
-    order = order_by_judge(scores, "rank", torch.Generator())
+    order = preference_order(scores, "rank", torch.Generator())
     assert order.tolist() == [[1, 2, 0], [2, 0, 1]]  # ties in the order of sampling
 
 

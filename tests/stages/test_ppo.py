@@ -54,6 +54,22 @@ def test_optimizer_steps_are_updates_x_epochs_x_minibatches(lab, epochs, minibat
     assert prompts % 6 == 0 and epochs * updates <= prompts / 6 <= epochs * 16 * updates
 
 
+def test_the_first_update_of_a_warm_up_trains(lab):
+    """Of w updates of warm-up, update u (from 1) has rate u / (w + 1); then the linear schedule starts at its peak."""
+    result = lab.run("ppo", warmup_steps=2, max_steps=5)
+    rows = lab.rows(result.run)
+    assert [row["learning_rate"] for row in rows] == pytest.approx([1e-2 * x for x in (1 / 3, 2 / 3, 1, 2 / 3, 1 / 3)])
+    assert rows[0]["policy/approxkl_avg"] > 0  # the policy moves within the first rollout's minibatches
+    assert rows[1]["objective/kl_k3"] > 0
+
+
+def test_a_warm_up_that_is_the_whole_run_trains(lab):
+    result = lab.run("ppo", warmup_steps=0.1, max_steps=1)
+    assert [row["learning_rate"] for row in lab.rows(result.run)] == [5e-3]
+    before, after = lab.weights("sft"), lab.weights(result.model)
+    assert max(float((before[name] - after[name]).abs().max()) for name in after) > 1e-3
+
+
 def test_names_of_the_metrics(lab):
     expected = (
         "objective/kl objective/entropy objective/scores objective/rlhf_reward objective/non_score_reward "

@@ -246,10 +246,10 @@ def test_a_vllm_that_cannot_take_the_weights_ends_the_run_in_a_line(lab, fake, m
 
 
 def test_several_processes_are_refused(lab, fake):
-    from rlhf_pipeline.stages.ppo import settings_of
+    from rlhf_pipeline.stages.ppo_models import check_processes
 
     with pytest.raises(ConfigError, match="rollout_engine: found 'vllm' on 2 processes; expected one process"):
-        settings_of(lab.config("ppo", **VLLM), None, 2)
+        check_processes(lab.config("ppo", **VLLM), 2)
 
 
 def cli(lab, tmp_path, *words: str, **changes) -> int:

@@ -21,9 +21,8 @@ from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import RunFailed
 from rlhf_pipeline.rollout import rewards
 from rlhf_pipeline.stages import dpo, ppo, reward, sft
-from rlhf_pipeline.training import ppo_windows, session
+from rlhf_pipeline.training import ppo_rollouts, session
 from rlhf_pipeline.training.finite import bad_completions, bad_places
-from rlhf_pipeline.training.ppo_windows import RolloutCollector
 from tests import fake_vllm
 
 STAGES = {"sft": sft, "train-rm": reward, "dpo": dpo, "ppo": ppo}
@@ -312,20 +311,20 @@ def test_the_figures_of_a_rollout(fails, name, figure, bad):
     spoiled = []
 
     def spoil(patch):
-        score = RolloutCollector._score
+        run_models = ppo_rollouts.run_models
 
-        def shifted(self, *args):
-            found = score(self, *args)
+        def shifted(*args):
+            found, refused = run_models(*args)
             shifted.calls += 1
             if shifted.calls != UPDATE:
-                return found
+                return found, refused
             value = getattr(found, name).clone()
             value[(5, 0) if value.ndim == 2 else 5] = bad
             spoiled.append(found.examples[5])
-            return replace(found, **{name: value})
+            return replace(found, **{name: value}), refused
 
         shifted.calls = 0
-        patch.setattr(RolloutCollector, "_score", shifted)
+        patch.setattr(ppo_rollouts, "run_models", shifted)
 
     told = fails("ppo", spoil, figure)
     assert_names(told, spoiled[0], 0, bad, 16)
@@ -349,14 +348,14 @@ def test_log_probabilities_of_another_sampler(fails, monkeypatch, bad):
         return SimpleNamespace(**{**vars(output), "logprobs": [first, *output.logprobs[1:]]})
 
     def spoil(patch):
-        score = RolloutCollector._score
+        run_models = ppo_rollouts.run_models
 
-        def watched(self, *args):
-            found = score(self, *args)
+        def watched(*args):
+            found, refused = run_models(*args)
             spoiled[:] = [found.examples[5]]
-            return found
+            return found, refused
 
-        patch.setattr(RolloutCollector, "_score", watched)
+        patch.setattr(ppo_rollouts, "run_models", watched)
         patch.setattr(fake_vllm.LLM, "answer", staticmethod(answer))
 
     told = fails("ppo", spoil, "log-probabilities of the sampler", rollout_engine="vllm", use_cpu=False)
@@ -371,18 +370,17 @@ def test_advantages_and_returns(fails, name, bad):
     spoiled = []
 
     def spoil(patch):
-        estimate = ppo_windows.estimate
+        check_and_describe = ppo.check_and_describe
 
-        def shifted(rollout, **options):
-            found = estimate(rollout, **options)
-            spoiled.append(rollout.examples[2])
-            if len(spoiled) != UPDATE:
-                return found
-            value = getattr(found, name).clone()
-            value[2, 0] = bad
-            return replace(found, **{name: value})
+        def shifted(setup, scored, estimates):
+            spoiled.append(scored.rollout.examples[2])
+            if len(spoiled) == UPDATE:
+                value = getattr(estimates, name).clone()
+                value[2, 0] = bad
+                estimates = replace(estimates, **{name: value})
+            return check_and_describe(setup, scored, estimates)
 
-        patch.setattr(ppo_windows, "estimate", shifted)
+        patch.setattr(ppo, "check_and_describe", shifted)
 
     told = fails("ppo", spoil, name)
     assert_names(told, spoiled[UPDATE - 1], 0, bad, 16)

@@ -13,7 +13,7 @@ import pytest
 
 from rlhf_pipeline.registry.card import model_card
 from rlhf_pipeline.rollout import rollout
-from rlhf_pipeline.training import ppo_windows, session
+from rlhf_pipeline.training import ppo_rollouts, session
 from rlhf_pipeline.training.health import FIRST, RECENT, Facts, History, Monitor, Watch, facts_of
 from rlhf_pipeline.training.watches import WATCHES
 
@@ -151,13 +151,13 @@ def test_a_kl_of_the_wrong_sign(lab, monkeypatch):
 
 
 def test_old_log_probabilities_of_another_model(lab, monkeypatch):
-    score = ppo_windows.RolloutCollector._score
+    run_models = ppo_rollouts.run_models
 
-    def shifted(self, *args):
-        scored = score(self, *args)
-        return replace(scored, logprobs=scored.logprobs + 0.01)  # |ratio - 1| = 1 - exp(-.01) = .00995
+    def shifted(*args):
+        rollout, refused = run_models(*args)
+        return replace(rollout, logprobs=rollout.logprobs + 0.01), refused  # |ratio - 1| = 1 - exp(-.01) = .00995
 
-    monkeypatch.setattr(ppo_windows.RolloutCollector, "_score", shifted)
+    monkeypatch.setattr(ppo_rollouts, "run_models", shifted)
     (found,) = [f for f in lab.run("ppo", max_steps=3).metrics["health"] if f["cause"] == "ratio_off"]
     assert found["since_step"] == 2
     assert found["value"] == pytest.approx(0.00995, abs=1e-4)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from rlhf_pipeline.data import batch as batches
-from rlhf_pipeline.models.attention import TreeMask
 from rlhf_pipeline.models.forward import Reader
-from rlhf_pipeline.training import ppo_windows, session, windows
+from rlhf_pipeline.models.tree_attention import TreeMask
+from rlhf_pipeline.training import ppo_rollouts, session, windows
 
 STAGES = ("sft", "train-rm", "dpo", "ppo", "train-rm on rankings", "dpo on rankings", "plackett-luce")
 
@@ -99,7 +99,7 @@ def test_micro_batches_by_tokens(plain, run, monkeypatch):
         return batch
 
     monkeypatch.setattr(windows, "pack", watched)
-    monkeypatch.setattr(ppo_windows, "pack", watched)
+    monkeypatch.setattr(ppo_rollouts, "pack", watched)
     result = run(lab, stage, output_name="tokens", micro_batch_tokens=30, **options(stage, 8))
     assert all(tokens <= 30 or count == 1 for tokens, count in held)
     assert max(count for _, count in held) < 8 and len(held) > 3
@@ -120,7 +120,7 @@ def test_padding(plain, run, monkeypatch):
     stage, lab, reference = plain
     padded = functools.partial(batches.pack, row_length=45)
     monkeypatch.setattr(windows, "pack", padded)
-    monkeypatch.setattr(ppo_windows, "pack", padded)
+    monkeypatch.setattr(ppo_rollouts, "pack", padded)
     result = run(lab, stage, output_name="padded", **options(stage, 8))
     assert_same(lab.weights(result.model), lab.weights(reference.model))
     if stage != "ppo":

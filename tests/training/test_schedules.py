@@ -1,10 +1,11 @@
-"""The learning-rate schedules are transformers' own, step by step."""
+"""The learning-rate schedules are transformers' own, step by step; PPO's begins above 0."""
 
 import pytest
 import torch
 from torch import nn
 
-from rlhf_pipeline.training.optimizer import make_scheduler, rate_factor
+from rlhf_pipeline.errors import ConfigError
+from rlhf_pipeline.training.optimizer import make_scheduler, rate_factor, resolve_warmup
 
 TOTAL = 40
 
@@ -31,6 +32,38 @@ def test_equals_transformers_schedule(name, warmup):
 
 def test_linear_by_hand():
     assert [rate_factor("linear", step, warmup=2, total=6) for step in range(8)] == [0, 0.5, 1, 0.75, 0.5, 0.25, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("warmup_steps", "total", "expected"),
+    [(0.15, 9, 2), (0.1, 1, 1), (0.1, 10, 1), (0.1, 11, 2), (0.5, 3, 2), (0, 9, 0), (1, 9, 1), (7, 9, 7)],
+)
+def test_a_fraction_of_the_steps_is_rounded_up(warmup_steps, total, expected):
+    assert resolve_warmup(warmup_steps, total) == expected
+
+
+def test_a_fraction_is_as_many_steps_as_in_transformers(tmp_path):
+    from transformers import TrainingArguments
+
+    for warmup_steps in (0.03, 0.05, 0.07, 0.1, 0.15, 0.25, 1 / 3, 0.99):
+        theirs = TrainingArguments(output_dir=str(tmp_path), warmup_steps=warmup_steps)
+        for total in range(1, 121):
+            assert resolve_warmup(warmup_steps, total) == theirs.get_warmup_steps(total), (warmup_steps, total)
+
+
+def test_with_an_offset_of_1_no_step_of_a_warm_up_has_rate_0():
+    options = {"warmup": 3, "total": 7, "offset": 1}
+    found = [rate_factor("linear", step, **options) for step in range(8)]
+    assert found == [0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25, 0]
+    assert [rate_factor("constant_with_warmup", step, **options) for step in range(5)] == [0.25, 0.5, 0.75, 1, 1]
+
+
+@pytest.mark.parametrize("warmup_steps", [1, 0.1])
+def test_a_run_whose_only_step_would_have_rate_0_is_refused(warmup_steps):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3e-4)
+    with pytest.raises(ConfigError, match=r"warmup_steps: found .* in a run of one step"):
+        make_scheduler(optimizer, "linear", warmup_steps=warmup_steps, total=1)
+    assert make_scheduler(optimizer, "linear", warmup_steps=1, total=1, offset=1).get_last_lr() == [1.5e-4]
 
 
 def test_another_name_is_refused():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from rlhf_pipeline.config.dpo import DpoConfig
+from rlhf_pipeline.config.reward import RewardConfig
+from rlhf_pipeline.config.training import TrainingConfig
 
 _SAME = ("learning_rate", "grad_norm")
 _SHARED = {
@@ -22,20 +24,20 @@ _LOSS = {"sft": "loss/nll", "reward": "loss/bradley_terry", "dpo": "loss/dpo"}
 _NOT_OURS = ("epoch", "loss", "step")
 
 
-def native_names(stage: str, logs: dict[str, float], config: Any) -> dict[str, float]:
+def native_names(stage: str, logs: dict[str, float], config: TrainingConfig) -> dict[str, float]:
     """One line of TRL's log as the native loop would name it; what has no native counterpart is under `trl/`.
 
     TRL reports Bradley-Terry and the centering term as one sum, which is logged as `loss`. Scores of chosen and
     rejected responses follow from its mean m over both and its margin d: m + d/2 and m - d/2.
     """
-    loss = "loss" if stage == "reward" and config.center_rewards_coefficient else _LOSS[stage]
+    loss = "loss" if isinstance(config, RewardConfig) and config.center_rewards_coefficient else _LOSS[stage]
     metrics = {loss: logs["loss"]}
     shared = (*_SHARED[stage], *_SAME)
     metrics |= {name: float(logs[name]) for name in shared if name in logs}
     if stage == "reward":
         metrics["chosen_score"] = logs["mean_reward"] + logs["margin"] / 2
         metrics["rejected_score"] = logs["mean_reward"] - logs["margin"] / 2
-    if stage == "dpo":
+    if isinstance(config, DpoConfig):
         metrics["logps/chosen_minus_reference"] = logs["rewards/chosen"] / config.beta
     rest = {name: value for name, value in logs.items() if name not in (*shared, *_NOT_OURS)}
     return metrics | {f"trl/{name}": float(value) for name, value in rest.items()}

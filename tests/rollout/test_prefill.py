@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from rlhf_pipeline.models.forward import trunk_of
 from rlhf_pipeline.models.selfcheck import inspect_model
-from rlhf_pipeline.rollout.decoding import RoomyLayer, prefill
+from rlhf_pipeline.rollout.prefill import RoomyLayer, prefill
 from rlhf_pipeline.rollout.sampler import draw_uniforms, sample
 
 SIZES = {

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from rlhf_pipeline.models.attention import TreeMask
 from rlhf_pipeline.models.last_layer import reading
+from rlhf_pipeline.models.tree_attention import TreeMask
 
 
 class RoomyLayer(DynamicLayer):

@@ -1,14 +1,32 @@
-"""The judge of a run of PPO: found, loaded, and checked to be another than what the policy is trained on."""
+"""Load the reward sources that a config names: rewards, labellers, and the judge of a run of PPO."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
+from rlhf_pipeline.config.ppo import PpoConfig
+from rlhf_pipeline.config.stages import ModelConfig
+from rlhf_pipeline.data import world
 from rlhf_pipeline.errors import MismatchError
+from rlhf_pipeline.models.roles import RewardModel
 from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.rollout.rewards import (
+    WORLD_NAMES,
+    FunctionReward,
+    ModelReward,
+    RewardSource,
+    WeightedReward,
+    WorldReward,
+    is_function_name,
+    load_function,
+)
+from rlhf_pipeline.stages.common import find_model, load_reward_model, require_same_tokenizer
 from rlhf_pipeline.stages.gate import repeat_gates
-from rlhf_pipeline.stages.rewards import LoadedReward, load_reward
 from rlhf_pipeline.training.cost import ModelShape
 from rlhf_pipeline.training.judge import Judge
 from rlhf_pipeline.training.run import Run
@@ -16,11 +34,62 @@ from rlhf_pipeline.training.run import Run
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BELIEVE = "what it says of the policy says little"
+BELIEVE_JUDGE = "what it says of the policy says little"
+
+
+@dataclass(frozen=True)
+class LoadedReward:
+    """A reward source, and the registered model behind it if there is one."""
+
+    source: RewardSource
+    resolved: Resolved | None = None
+    model: RewardModel | None = None
+
+
+@dataclass(frozen=True)
+class LoadedModel(LoadedReward):
+    """A reward model as a source."""
+
+    resolved: Resolved
+    model: RewardModel
+
+
+def load_reward(
+    registry: Registry,
+    text: str,
+    config: ModelConfig,
+    policy: Resolved,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+) -> LoadedReward:
+    """Load one source: "world", module:function, or a reference to a reward model.
+
+    Raises:
+        MismatchError: the world asked to judge a policy with another vocabulary, a policy passed as a reward model,
+            or a reward model with another tokenizer.
+    """
+    if text in WORLD_NAMES:
+        if not world.is_world_tokenizer(tokenizer):
+            raise MismatchError(
+                f"reward 'world': found the tokenizer of {policy.label} with {len(tokenizer)} tokens, expected that of "
+                f"{world.NAME}; the world's true reward can judge its own words only"
+            )
+        return LoadedReward(WorldReward())
+    if is_function_name(text):
+        return LoadedReward(FunctionReward(text, load_function(text), tokenizer))
+    resolved = find_model(registry, text, "reward_model")
+    require_same_tokenizer(policy, resolved, tokenizer, config.trust_remote_code)
+    model = load_reward_model(resolved, config, device)
+    return LoadedModel(ModelReward(resolved.label, model, tokenizer.pad_token_id, device), resolved, model)
+
+
+def weighted(parts: Sequence[tuple[float, LoadedReward]]) -> WeightedReward:
+    """The sum of weighted sources."""
+    return WeightedReward(tuple((weight, loaded.source) for weight, loaded in parts))
 
 
 def load_judge(
-    run: Run, rewards: Sequence[LoadedReward], policy: Resolved, tokenizer: PreTrainedTokenizerBase
+    run: Run[PpoConfig], rewards: Sequence[LoadedReward], policy: Resolved, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Judge | None, Resolved | None]:
     """The judge that the config names and the model behind it, if there is one; its faults are said.
 
@@ -40,7 +109,7 @@ def load_judge(
             )
     say = run.log.say
     if judge.resolved is not None:
-        repeat_gates([judge.resolved], say, what="judge", believe=BELIEVE)
+        repeat_gates([judge.resolved], say, what="judge", believe=BELIEVE_JUDGE)
         for reward in rewards:
             theirs = _pairs_of(reward.resolved)
             shared = sorted({where for digest, where in _pairs_of(judge.resolved).items() if digest in theirs})

@@ -1,0 +1,134 @@
+"""The models of a run of PPO: loaded, checked, and named in the log."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from rlhf_pipeline.config.ppo import PpoConfig
+from rlhf_pipeline.errors import ConfigError, Fault
+from rlhf_pipeline.models.actor_critic import describe_critic, make_actor_critic
+from rlhf_pipeline.models.roles import ActorCritic, Policy, assert_independent
+from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.rollout.rewards import WeightedReward
+from rlhf_pipeline.rollout.vllm_engine import VllmEngine
+from rlhf_pipeline.stages.common import load_policy
+from rlhf_pipeline.stages.gate import repeat_gates
+from rlhf_pipeline.stages.reward_sources import LoadedModel, load_judge, load_reward, weighted
+from rlhf_pipeline.training.cost import ModelShape
+from rlhf_pipeline.training.judge import Judge
+from rlhf_pipeline.training.precision import uses_bf16
+from rlhf_pipeline.training.run import Run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class PpoModels:
+    """Everything that is loaded for PPO. parents: of the manifest, by role; shapes: for the bill, by role."""
+
+    actor_critic: ActorCritic
+    reference: Policy
+    reward: WeightedReward
+    judge: Judge | None
+    stop_id: int
+    parents: dict[str, Resolved]
+    shapes: dict[str, ModelShape]
+
+
+def load_models(
+    run: Run[PpoConfig], config: PpoConfig, parent: Resolved, tokenizer: PreTrainedTokenizerBase
+) -> PpoModels:
+    """Load actor, frozen reference (another load of the same files), rewards, critic and judge.
+
+    Raises:
+        ConfigError: no such stop token.
+        MismatchError: models that do not fit together; see `load_reward` and `load_judge`.
+    """
+    assert config.value_init is not None  # the config fills it in
+    stop_id = stop_id_of(config, tokenizer)
+    sources = [
+        (part.weight, load_reward(run.registry, part.source, config, parent, tokenizer, run.device))
+        for part in config.rewards
+    ]
+    rewards = [loaded for _, loaded in sources]
+    actor = load_policy(parent, config, tokenizer, run.device, temperature=config.temperature)
+    reference = load_policy(parent, config, tokenizer, run.device, temperature=config.temperature, frozen=True)
+    models = [loaded for loaded in rewards if isinstance(loaded, LoadedModel)]
+    repeat_gates([loaded.resolved for loaded in models], run.log.say)
+    actor_critic = make_actor_critic(
+        actor.model,
+        actor.reader,
+        config.value_init,
+        reward_model=models[0].model if models else None,
+        temperature=config.temperature,
+    ).to(run.device)
+    for frozen in (reference, *(loaded.model for loaded in models)):
+        assert_independent(actor_critic, frozen)
+    run.log.say(describe_critic(config.value_init, models[0].source.label if models else None))
+    judge, judge_model = load_judge(run, rewards, parent, tokenizer)
+    reward = weighted(sources)
+    run.log.say(f"reward: {reward.label}; KL to {parent.label} at beta {config.kl_coef:g}")
+
+    parents = {"base": parent, "reference": parent}
+    trained = {"checkpointed": config.gradient_checkpointing}
+    shapes = {"actor": ModelShape.of(actor.model, **trained), "reference": ModelShape.of(reference.model)}
+    if actor_critic.critic is not None:
+        shapes["critic"] = ModelShape.of(actor_critic.critic, head=False, **trained)
+    for number, loaded in enumerate(models):
+        role = "reward_model" if number == 0 else f"reward_model_{number + 1}"
+        parents[role] = loaded.resolved
+        shapes[role] = ModelShape.of(loaded.model.model, head=False)
+    if judge_model is not None:
+        parents["judge"] = judge_model
+    return PpoModels(actor_critic, reference, reward, judge, stop_id, parents, shapes)
+
+
+def stop_id_of(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the token that ends a response.
+
+    Raises:
+        ConfigError: when `stop_token` is not one token of the tokenizer.
+    """
+    if config.stop_token is None:
+        return tokenizer.eos_token_id
+    found = tokenizer.get_vocab().get(config.stop_token)
+    if found is None:
+        raise ConfigError(Fault("stop_token", f"{config.stop_token!r} is not a token of the policy's tokenizer"))
+    return found
+
+
+def check_processes(config: PpoConfig, count: int) -> None:
+    """Check that a run can be shared by `count` processes.
+
+    Raises:
+        ConfigError: when they do not divide the minibatch, or vLLM is to sample for several.
+    """
+    if config.rollout_engine == "vllm" and count > 1:
+        found = f"found 'vllm' on {count} processes"
+        raise ConfigError(Fault("rollout_engine", found, "one process", "or rollout_engine: native"))
+    if config.minibatch_size % count:
+        found = f"a minibatch of {config.minibatch_size} responses on {count} processes"
+        raise ConfigError(Fault("rollout_batch_size", found, f"a minibatch that {count} divides"))
+
+
+def load_engine(run: Run[PpoConfig], config: PpoConfig, policy: Resolved, model: torch.nn.Module) -> VllmEngine | None:
+    """The engine that samples in the place of the model; None for the native sampler."""
+    if config.rollout_engine == "native":
+        return None
+    dtype = torch.bfloat16 if uses_bf16(config) else next(model.parameters()).dtype
+    engine = VllmEngine(
+        policy.location,
+        dtype=str(dtype).removeprefix("torch."),
+        max_length=config.lengths().total,
+        memory=config.vllm_gpu_memory_utilization,
+        seed=config.seed,
+        revision=policy.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    capped = f"importance weights up to {config.importance_weight_cap:g}"
+    run.log.say(f"rollouts by vllm {engine.version} in {dtype}, {capped}; untried so far with vllm itself")
+    return engine

@@ -1,0 +1,281 @@
+"""The details of PPO's rollouts: sample responses, run the models on them, cut them into windows, describe them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_pipeline.config.ppo import PpoConfig
+from rlhf_pipeline.data.batch import Layout, PackedBatch, merge_prompts, micro_batches, pack, reads
+from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.models.roles import ActorCritic, Policy
+from rlhf_pipeline.rollout.responses import answered, logprob_matrix, prompts_run, sample_for_prompts
+from rlhf_pipeline.rollout.rewards import BadScores, RewardSource
+from rlhf_pipeline.rollout.rollout import (
+    Estimates,
+    Rollout,
+    apply_missing_eos_penalty,
+    rollout_metrics,
+    sampler_metrics,
+)
+from rlhf_pipeline.rollout.vllm_engine import VllmEngine
+from rlhf_pipeline.training.cost import JUDGE, CostMeter, ModelShape
+from rlhf_pipeline.training.judge import Judge
+from rlhf_pipeline.training.memory import Memory
+from rlhf_pipeline.training.ppo_batches import Minibatches, PpoBatch, Sampled, Scored, cut_rows
+from rlhf_pipeline.training.tracking import logged
+from rlhf_pipeline.training.windows import Window, epoch_order
+
+
+@dataclass
+class PpoSetup:
+    """The models and prompts of a run of PPO, and what this process works with.
+
+    actor_critic: the module itself; the functions below also get the wrapped one. reward: scores whole responses.
+    engine: samples in place of the policy. judge: scores the rollouts that are logged, and trains nothing.
+    shapes: of the models, by role, for the cost. autocast: the precision of training. reduce: sums over all processes.
+    together: runs work on every process; if it fails on one, it fails on all.
+    """
+
+    config: PpoConfig
+    actor_critic: ActorCritic
+    reference: Policy
+    reward: RewardSource
+    prompts: Sequence[Example]
+    stop_id: int
+    pad_id: int
+    meter: CostMeter
+    shapes: dict[str, ModelShape]
+    engine: VllmEngine | None = None
+    judge: Judge | None = None
+    memory: Memory = field(default_factory=Memory)
+    device: torch.device | str = "cpu"
+    autocast: Callable[[], AbstractContextManager] = nullcontext
+    rank: int = 0
+    world_size: int = 1
+    reduce: Callable[[Tensor], Tensor] = lambda sums: sums
+    together: Callable[[Callable[[], Any]], Any] = lambda work: work()
+
+    @property
+    def rollout_size(self) -> int:
+        """Responses that this process samples for one update."""
+        return self.config.rollout_batch_size // self.world_size
+
+    def generator(self, update: int, purpose: int) -> torch.Generator:
+        """Random numbers for one purpose of an update, from seed and process alone; 0: sampling, 1: shuffling."""
+        seed = ((self.config.seed * 1_000_003 + update) * 8 + purpose) * 4096 + self.rank
+        return torch.Generator().manual_seed(seed % 2**63)
+
+    def pack(self, chosen: Sequence[Example]) -> PackedBatch:
+        """Responses as a batch for actor and critic."""
+        layout = self.actor_critic.reader.layout
+        # With a mask of length x length a tree of many responses would cost more than it saves.
+        trees = merge_prompts(chosen) if layout == "flat" else chosen
+        return pack(trees, self.pad_id, layout=layout).to(self.device)
+
+
+def prompts_of(setup: PpoSetup, update: int) -> list[Example]:
+    """This process's prompts of an update: a continuous pass over the prompts, shuffled anew for each epoch."""
+    size = setup.config.rollout_batch_size
+    orders: dict[int, list[int]] = {}
+    chosen = []
+    for place in range(update * size, (update + 1) * size):
+        epoch, index = divmod(place, len(setup.prompts))
+        if epoch not in orders:
+            orders[epoch] = epoch_order(len(setup.prompts), setup.config.seed, epoch)
+        chosen.append(setup.prompts[orders[epoch][index]])
+    return chosen[setup.rank :: setup.world_size]
+
+
+def sample_responses(setup: PpoSetup, module: nn.Module, update: int) -> Sampled:
+    """One response of the policy (or of the engine with its weights) to each prompt of an update.
+
+    Raises:
+        RunFailed: out of memory.
+    """
+
+    def sampled() -> Sampled:
+        with setup.meter.part("generation"):
+            sample = partial(_sample, setup, module, update)
+            found, prompts = setup.memory.shrink("sampling", setup.rollout_size, sample)
+            prompt_lengths = [len(example.prompt_ids) for example in found.examples]
+            lengths = [len(example.completions[0]) for example in found.examples]
+            setup.meter.generate(setup.shapes["actor"], prompt_lengths, lengths, prompts)
+        return found
+
+    return setup.together(sampled)
+
+
+def _sample(setup: PpoSetup, module: nn.Module, update: int, size: int) -> tuple[Sampled, list[int] | None]:
+    """The responses, `size` sampled at a time, and the lengths of the prompts that were run (None: one for each)."""
+    config, prompts = setup.config, prompts_of(setup, update)
+    width = config.lengths().response
+    options: dict[str, Any] = {"samples": 1, "response_length": width, "stop_id": setup.stop_id}
+    options |= {"generator": setup.generator(update, 0), "temperature": config.temperature}
+    if setup.engine is not None:
+        setup.engine.load_weights(setup.actor_critic)
+        drawn = setup.engine.generate([prompt.prompt_ids for prompt in prompts], **options)
+        return Sampled(answered(prompts, drawn)[0], logprob_matrix(drawn, width).to(setup.device)), None
+    options |= {"pad_id": setup.pad_id, "batch_size": size, "device": setup.device, "module": module}
+    examples, _ = sample_for_prompts(setup.actor_critic, prompts, **options)
+    return Sampled(examples), prompts_run(setup.actor_critic, examples, size)
+
+
+def shuffled_minibatches(setup: PpoSetup, sampled: Sampled, update: int) -> list[Minibatches]:
+    """For each epoch a random partition of the responses: minibatches of micro-batches of row numbers."""
+    config, examples, shuffle = setup.config, sampled.examples, setup.generator(update, 1)
+    epochs = []
+    for _ in range(config.num_ppo_epochs):
+        order = torch.randperm(len(examples), generator=shuffle).tolist()
+        size = len(order) // config.num_mini_batches
+        minibatches = []
+        for start in range(0, len(order), size):
+            members = order[start : start + size]
+            chosen = [examples[i] for i in members]
+            groups = micro_batches(chosen, config.per_device_train_batch_size, config.micro_batch_tokens)
+            rows = [[members[i] for i in group] for group in groups]
+            # Responses to one prompt stand together, so that they share it.
+            minibatches.append([sorted(group, key=lambda row: (examples[row].prompt_ids, row)) for group in rows])
+        epochs.append(minibatches)
+    return epochs
+
+
+def score_responses(
+    setup: PpoSetup, module: nn.Module, update: int, sampled: Sampled, epochs: list[Minibatches]
+) -> Scored:
+    """The responses with what policy, reference, critic and reward say about them, by the forward pass of training.
+
+    The micro-batches of the first epoch are packed once, scored, and trained on: the first ratio is 1.
+
+    Raises:
+        NotFinite: a reward, value or log-probability (the sampler's too). RunFailed: out of memory.
+    """
+
+    def attempt(halvings: int) -> tuple[Scored, BadScores | None]:
+        cut = [[cut_rows(minibatch, halvings) for minibatch in minibatches] for minibatches in epochs]
+        first = [[setup.pack([sampled.examples[i] for i in rows]) for rows in minibatch] for minibatch in cut[0]]
+        rollout, refused = run_models(setup, module, sampled, cut[0], first)
+        return Scored(update, rollout, cut, first, halvings), refused
+
+    def scored() -> Scored:
+        with setup.meter.part("scoring"), setup.autocast():
+            found, refused = setup.memory.repeat("training", attempt)
+        rollout = found.rollout
+        rewards = f"rewards of {(refused or setup.reward).label}"
+        named = {rewards: rollout.scores, "log-probabilities of the policy": rollout.logprobs}
+        if rollout.sampler_logprobs is not None:
+            named["log-probabilities of the sampler"] = rollout.sampler_logprobs
+        named |= {"log-probabilities of the reference": rollout.ref_logprobs, "values": rollout.values}
+        found.require_finite(named, setup.actor_critic, {rewards: str(refused or "")})
+        return found
+
+    return setup.together(scored)
+
+
+@torch.no_grad()
+def run_models(
+    setup: PpoSetup, module: nn.Module, sampled: Sampled, minibatches: Minibatches, packed: list[list[PackedBatch]]
+) -> tuple[Rollout, BadScores | None]:
+    """The rollout, and the first complaint about rewards that are not finite, which `score_responses` reports."""
+    examples, width = sampled.examples, setup.config.lengths().response
+    count, device = len(examples), setup.device
+    names = ("logprobs", "ref_logprobs", "values", "entropy")
+    matrices = {name: torch.zeros(count, width, device=device) for name in names}
+    scores = torch.zeros(count, device=device)
+    lengths = torch.zeros(count, dtype=torch.long, device=device)
+    refused: BadScores | None = None
+    for minibatch, batches in zip(minibatches, packed, strict=True):
+        for rows, batch in zip(minibatch, batches, strict=True):
+            setup.memory.holds(len(rows))
+            chosen, index = [examples[i] for i in rows], torch.tensor(rows, device=device)
+            policy = module(batch)
+            reference = setup.reference(_in_layout(setup, setup.reference.reader.layout, batch, chosen))
+            found = (policy.logprobs, reference.logprobs, policy.values, policy.entropy)
+            for name, value in zip(names, found, strict=True):
+                matrices[name][index] = batch.padded(value, width).to(matrices[name].dtype)
+            try:
+                scores[index] = setup.reward.score(chosen, batch).to(scores)
+            except BadScores as bad:
+                scores[index] = bad.scores.to(scores)
+                refused = refused or bad
+            lengths[index] = batch.lengths
+            for shape in setup.shapes.values():
+                setup.meter.score(shape, batch)
+    ended = torch.tensor([example.ended[0] for example in examples], device=device)
+    rollout = Rollout(
+        examples=examples,
+        mask=torch.arange(width, device=device) < lengths[:, None],
+        ended=ended,
+        scores=apply_missing_eos_penalty(scores, ended, setup.config.missing_eos_penalty),
+        sampler_logprobs=sampled.logprobs,
+        **matrices,
+    )
+    return rollout, refused
+
+
+def _in_layout(setup: PpoSetup, layout: Layout, batch: PackedBatch, chosen: Sequence[Example]) -> PackedBatch:
+    return batch if reads(layout, batch) else pack(chosen, setup.pad_id, layout=layout).to(setup.device)
+
+
+def check_and_describe(setup: PpoSetup, scored: Scored, estimates: Estimates) -> dict[str, float]:
+    """The figures of a rollout for the log, those of the judge included.
+
+    Raises:
+        NotFinite: an advantage or return.
+    """
+    config, rollout = setup.config, scored.rollout
+    named = {"advantages": estimates.advantages, "returns": estimates.returns}
+    setup.together(lambda: scored.require_finite(named, setup.actor_critic))
+    metrics = rollout_metrics(rollout, estimates, kl_coef=config.kl_coef, reduce=setup.reduce)
+    metrics |= sampler_metrics(rollout.mask, estimates.importance, reduce=setup.reduce)
+    metrics["episodes"] = float((scored.update + 1) * config.rollout_batch_size)
+    if setup.judge is not None and logged(scored.update + 1, setup.judge.every, config.updates):
+        with setup.meter.part(JUDGE), setup.autocast():
+            metrics |= setup.judge.look(rollout.examples, scored.rows, scored.packed, setup.meter, setup.reduce)
+    return metrics
+
+
+def minibatch_window(
+    setup: PpoSetup, scored: Scored, estimates: Estimates, metrics: dict[str, float], epoch: int, number: int
+) -> Window:
+    """One minibatch as a window; the last minibatch of the last epoch ends the update and carries the metrics."""
+    config, rollout = setup.config, scored.rollout
+    first, last = (epoch, number) == (0, 0), (epoch, number) == (len(scored.epochs) - 1, len(scored.epochs[0]) - 1)
+    importance = estimates.importance
+    batches, tokens, sequences = [], 0, 0
+    for place, rows in enumerate(scored.epochs[epoch][number]):
+        examples = [rollout.examples[i] for i in rows]
+        batch = setup.pack(examples) if epoch else scored.first[number][place]
+        index = torch.tensor(rows, device=setup.device)
+        batches.append(
+            PpoBatch(
+                batch,
+                mask=rollout.mask[index],
+                old_logprobs=rollout.logprobs[index],
+                old_values=rollout.values[index],
+                advantages=estimates.advantages[index],
+                returns=estimates.returns[index],
+                first=first,
+                weights=None if importance is None else importance.weights[index],
+                examples=examples,
+                pack=setup.pack,
+            )
+        )
+        tokens += batch.num_tokens
+        sequences += len(rows)
+    sums = setup.reduce(torch.tensor([tokens, sequences, len(batches)], dtype=torch.float64, device=setup.device))
+    total_tokens, total_sequences, total_batches = sums.tolist()
+    counts = {
+        "tokens": total_tokens,
+        "sequences": total_sequences * config.lengths().response,
+        "first_tokens": total_tokens if first else 0.0,
+        "first_batches": total_batches if first else 0.0,
+    }
+    epochs_done = (scored.update + 1) * config.rollout_batch_size / len(setup.prompts)
+    return Window(batches, counts, last, metrics if last else {}, epochs_done, scored.halvings)
