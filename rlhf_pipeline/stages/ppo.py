@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlhf_pipeline.algorithms.policy import clipped_policy_loss, clipped_value_loss
-from rlhf_pipeline.config.base import moves_optimum
 from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.errors import ConfigError, Fault
 from rlhf_pipeline.models.actor_critic import describe_critic, make_actor_critic
@@ -22,6 +21,7 @@ from rlhf_pipeline.stages.common import (
     find_model,
     inputs_of,
     load_policy,
+    log_moves,
     publish,
     tokenizer_of,
     with_lengths,
@@ -170,15 +170,6 @@ def load_engine(run: Run, policy: Resolved, model: torch.nn.Module) -> VllmEngin
     return engine
 
 
-def say_moved(run: Run) -> dict[str, Any]:
-    """Name the options that move the optimum away from pi_ref exp(r / beta)."""
-    moved = moves_optimum(run.config)
-    if moved:
-        listed = ", ".join(f"{key}={value}" for key, value in moved.items())
-        run.log.say(f"these options move the optimum away from that of DPO at the same beta: {listed}")
-    return moved
-
-
 def run_ppo(config: Any, home: Path, **options) -> StageResult:
     """Train an actor-critic by PPO and register the actor."""
     with open_run("ppo", config, home, **options) as run:
@@ -209,22 +200,22 @@ def run_ppo(config: Any, home: Path, **options) -> StageResult:
         judge, judge_model = load_judge(run, [loaded for _, loaded in rewards], parent, tokenizer)
         reward = weighted(rewards)
         run.log.say(f"reward: {reward.label}; KL to {parent.label} at beta {config.kl_coef:g}")
-        moved = say_moved(run)
+        parents = {"base": parent, "reference": parent}
+        for number, loaded in enumerate(models):
+            parents["reward_model" if number == 0 else f"reward_model_{number + 1}"] = loaded.resolved
+        log_moves(run, parents)
 
         # 2. Prompts.
         data = StageData(config, run.registry.home, run.log.say)
         prompts, reports = data.split("prompt", config.dataset_train_split, tokenizer, limit=config.max_train_samples)
 
         # 3. Train.
-        parents = {"base": parent, "reference": parent}
         trained = {"checkpointed": config.gradient_checkpointing}
         shapes = {"actor": ModelShape.of(actor.model, **trained), "reference": ModelShape.of(reference.model)}
         if model.critic is not None:
             shapes["critic"] = ModelShape.of(model.critic, head=False, **trained)
-        for number, loaded in enumerate(models):
-            role = "reward_model" if number == 0 else f"reward_model_{number + 1}"
-            parents[role] = loaded.resolved
-            shapes[role] = ModelShape.of(loaded.model.model, head=False)
+        roles = [role for role in parents if role.startswith("reward_model")]
+        shapes |= {role: ModelShape.of(one.model.model, head=False) for role, one in zip(roles, models, strict=True)}
         if judge_model is not None:
             parents["judge"] = judge_model
         accelerator = run.accelerator
@@ -276,5 +267,5 @@ def run_ppo(config: Any, home: Path, **options) -> StageResult:
         last = train(run, model, plan)
 
         # 4. Register the actor.
-        metrics = {"train": last, "health": plan.health, "prompts": len(prompts), "moved_optimum": moved}
+        metrics = {"train": last, "health": plan.health, "prompts": len(prompts)}
         return publish(run, model.actor, tokenizer, parents=parents, reports=reports, metrics=metrics)
