@@ -69,7 +69,7 @@ class DpoConfig(TrainingConfig):
         "preference loss (DPO paper); ipo: log-probabilities summed (IPO paper), ipo_mean: averaged (TRL's ipo); "
         "plackett_luce: rankings whole, without ties (DPO paper, A.3; same optimum as sigmoid for rankings drawn from "
         "the Plackett-Luce model, rewards x .91 to .95 for others). The others take a ranking's untied pairs, in one "
-        "pass, each with weight 1 / their number (InstructGPT). ipo has another scale of beta, ipo_mean weighs by length",
+        "pass, each with weight 1 / their number (InstructGPT). ipo: another scale of beta; ipo_mean: weighs by length",
         moves_optimum=True,
         neutral=("sigmoid", "plackett_luce"),
     )

@@ -25,8 +25,8 @@ class RewardConfig(TrainingConfig):
     center_rewards_coefficient: NonNegative | None = option(
         None,
         "weight of mean((r_w + r_l)^2) in the loss; null: none (TRL, arXiv 2312.09244). It shrinks the differences of "
-        "rewards too, not their mean alone: x .84 at .01, x .46 at .1, x .11 at 1 in one small world, and PPO's KL costs "
-        "that much more; reward_centering shifts rewards and shrinks nothing",
+        "rewards too, not their mean alone: x .84 at .01, x .46 at .1, x .11 at 1 in one small world, so that KL costs "
+        "PPO that much more; reward_centering shifts rewards and shrinks nothing",
         moves_optimum=True,
     )
     score_pooling: Literal["last", "mean"] = option(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlhf_pipeline.config.base import CommandConfig, Lengths, may_move_optimum, moves_optimum
+from rlhf_pipeline.config.base import CommandConfig, Lengths, moves_optimum
 from rlhf_pipeline.config.collect import CollectConfig
 from rlhf_pipeline.config.compare import CompareConfig, EvaluateConfig, ExactConfig
 from rlhf_pipeline.config.dpo import DpoConfig
@@ -45,6 +45,5 @@ __all__ = [
     "RewardFunction",
     "SftConfig",
     "TrainingConfig",
-    "may_move_optimum",
     "moves_optimum",
 ]

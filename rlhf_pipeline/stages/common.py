@@ -225,8 +225,8 @@ def log_moves(run: Run, parents: Mapping[str, Resolved]) -> None:
     moved, may_move = (", ".join(f"{k}={v}" for k, v in fields[name].items()) for name in fields)
     if moved and run.stage == "reward":
         run.log.say(
-            f"these options move the minimiser of the reward model: {moved}; PPO on this model has another optimum than "
-            "DPO at the same beta, and `rlhf compare` refuses to compare the two"
+            f"these options move the minimiser of the reward model: {moved}; PPO on this model has another optimum "
+            "than DPO at the same beta, and `rlhf compare` refuses to compare the two"
         )
     elif moved:
         run.log.say(f"these options move the optimum away from pi_ref exp(r / beta): {moved}")

@@ -230,8 +230,8 @@ def describe_quality(run: Run, metrics: dict[str, Any]) -> None:
         run.log.say(f"calibration slope: {slope['why_not']}")
     else:
         run.log.say(
-            f"calibration slope {slope['mean']:.3f} [{slope['low']:.3f}, {slope['high']:.3f}]: in the labels' own units PPO "
-            "on this reward model has the beta kl_coef x slope"
+            f"calibration slope {slope['mean']:.3f} [{slope['low']:.3f}, {slope['high']:.3f}]: in units of the labels' "
+            "own reward PPO on this model has the beta kl_coef x slope"
         )
     if not metrics["gate"]["passed"]:
         run.log.say(
