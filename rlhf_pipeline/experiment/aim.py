@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,3 +89,39 @@ def effective_beta_of(registry: Registry, resolved: Resolved) -> dict[str, Any] 
     ends = {key: slope.get(key) for key in ("mean", "low", "high")}
     scaled = {key: None if end is None else beta * end / weight for key, end in ends.items()}
     return {**scaled, "slope": ends, "reward_model": models[0].label, "why_not": slope.get("why_not")}
+
+
+def describe_aims(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Sentences, from the rows of results.json, on arms whose optimum or whose price of KL is not what beta says."""
+    arms: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row.get("step") is None and row.get("arm") is not None:
+            arms.setdefault(row["arm"], []).append(row)
+    for arm, finals in arms.items():
+        kinds = {row.get("optimum", "same") for row in finals} - {"same"}
+        if kinds:
+            moved = {name: value for row in finals for name, value in (row.get("moves_optimum") or {}).items()}
+            listed = ", ".join(f"{name}={value}" for name, value in moved.items())
+            what = "its beta on another scale" if kinds == {"scale"} else "another optimum"
+            yield f"{arm} has {what} ({listed}): it is in no contrast at one beta, only as trained and at matched KL"
+    for arm, finals in arms.items():
+        known = [(row["beta"], row["effective_beta"]) for row in finals if row.get("effective_beta")]
+        clear = [(beta, found) for beta, found in known if _excludes_one(found["slope"])]
+        if clear:
+            yield _off_scale(arm, *clear[0], [found["slope"]["mean"] for _, found in clear], len(finals))
+
+
+def _excludes_one(slope: Mapping[str, Any]) -> bool:
+    low, high = slope["low"], slope["high"]
+    return low is not None and high is not None and (low > 1 or high < 1)
+
+
+def _off_scale(arm: str, beta: float, found: Mapping[str, Any], slopes: Sequence[float], models: int) -> str:
+    slope, acts = ("{mean:.2f} [{low:.2f}, {high:.2f}]".format(**one) for one in (found["slope"], found))
+    text = (
+        f"{arm}: the rewards of {found['reward_model']} are not on the scale of the labels: calibration slope {slope} "
+    )
+    text += f"on held-out pairs, so kl_coef {beta:g} is a beta of {acts} in the labels' own reward"
+    if len(slopes) > 1:
+        text += f"; {len(slopes)} of its {models} models are like this, slopes {min(slopes):.2f} to {max(slopes):.2f}"
+    return text

@@ -12,6 +12,7 @@ from math import isfinite
 from typing import Any
 
 from rlhf_pipeline.evaluation.seeds import needed
+from rlhf_pipeline.experiment.aim import describe_aims
 
 FIGURES = {
     "objective": "the exact objective, reward - beta KL,",
@@ -38,14 +39,9 @@ def _interval(estimate: Mapping[str, Any]) -> str:
 
 def excludes_zero(estimate: Mapping[str, Any] | None) -> bool:
     """Whether a 95 % interval says that there is a difference."""
-    return excludes(estimate, 0.0)
-
-
-def excludes(estimate: Mapping[str, Any] | None, value: float) -> bool:
-    """Whether a value is outside a 95 % interval."""
     if not estimate or estimate.get("low") is None or estimate.get("high") is None:
         return False
-    return estimate["low"] > value or estimate["high"] < value
+    return estimate["low"] > 0 or estimate["high"] < 0
 
 
 def say_contrast(contrast: Mapping[str, Any], topic: str, caveat: str = "") -> Line:
@@ -159,8 +155,7 @@ def _limits(results: Mapping[str, Any]) -> Iterator[Line]:
     for model, gate in (results.get("gates") or {}).items():
         if not gate.get("passed"):
             yield line("limits", f"{model} failed its gate: {gate.get('reason')}; what it says of the arms says little")
-    yield from _other_optima(results)
-    yield from _effective_betas(results)
+    yield from (line("limits", text) for text in describe_aims(results.get("rows") or ()))
     yield from _apart_in_kl(results)
     yield from _reward_model(results)
     yield from _over_optimisation(results)
@@ -198,45 +193,6 @@ def _apart_in_kl(results: Mapping[str, Any]) -> Iterator[Line]:
             figures = " against ".join(f"{kl['mean']:.2f} [{kl['low']:.2f}, {kl['high']:.2f}]" for kl in (high, low))
             text = f"at one beta, {one['beta']:g}, {far['arm']} is much farther from the reference than {near['arm']}"
             text += f": a KL of {figures} nats; a difference between them is one of that distance too"
-            yield line("limits", text)
-
-
-def _finals(results: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """The rows of final models by arm."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    for row in results.get("rows") or ():
-        if row.get("step") is None and row.get("arm") is not None:
-            found.setdefault(row["arm"], []).append(row)
-    return found
-
-
-def _other_optima(results: Mapping[str, Any]) -> Iterator[Line]:
-    """Arms whose optimum at their beta is not DPO's, and so are in no contrast at one beta."""
-    for arm, rows in _finals(results).items():
-        kinds = {row.get("optimum", "same") for row in rows} - {"same"}
-        if kinds:
-            moved = {name: value for row in rows for name, value in (row.get("moves_optimum") or {}).items()}
-            listed = ", ".join(f"{name}={value}" for name, value in moved.items())
-            what = "its beta on another scale" if kinds == {"scale"} else "another optimum"
-            text = f"{arm} has {what} ({listed}): it is in no contrast at one beta, only as trained and at matched KL"
-            yield line("limits", text)
-
-
-def _effective_betas(results: Mapping[str, Any]) -> Iterator[Line]:
-    """Arms whose reward model gives rewards on another scale than that of its labels."""
-    for arm, rows in _finals(results).items():
-        known = [(row["beta"], row["effective_beta"]) for row in rows if row.get("effective_beta")]
-        clear = [(beta, found) for beta, found in known if excludes(found["slope"], 1.0)]
-        for beta, found in clear[:1]:
-            slope, acts = ("{mean:.2f} [{low:.2f}, {high:.2f}]".format(**one) for one in (found["slope"], found))
-            text = (
-                f"{arm}: the rewards of {found['reward_model']} are not on the scale of the labels: calibration slope "
-            )
-            text += f"{slope} on held-out pairs, so kl_coef {beta:g} is a beta of {acts} in the labels' own reward"
-            if len(clear) > 1:
-                slopes = [one["slope"]["mean"] for _, one in clear]
-                text += f"; {len(clear)} of its {len(rows)} models are like this, slopes {min(slopes):.2f} to "
-                text += f"{max(slopes):.2f}"
             yield line("limits", text)
 
 

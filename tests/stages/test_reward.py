@@ -168,9 +168,9 @@ def test_the_calibration_slope_is_that_of_the_held_out_pairs(lab):
 
 def test_margins_that_separate_the_labels_have_no_slope(lab, rankings):
     """One held-out pair is ordered rightly or wrongly: no finite slope is most likely."""
-    words = ["good", "bad"]
-    row = {"prompt": "the film", "completions": [f" {word}" for word in words], "ranks": [1, 2]}
-    rows = [row | {"split": split} for split in ("train", "test")]
+    row = {"completions": [" great", " awful"], "ranks": [1, 2]}
+    prompts = {"train": "the plot of this comedy was", "test": "the music of this drama was"}
+    rows = [row | {"prompt": prompt, "split": split} for split, prompt in prompts.items()]
     result = lab.run("train-rm", dataset_name=rankings(rows=rows), max_steps=1)
     found = result.metrics["calibration_slope"]
     assert found["mean"] is None and "no finite slope fits" in found["why_not"]
