@@ -177,8 +177,8 @@ MUTANTS = (
     Mutant(
         "sum-instead-of-mean",
         "algorithms/preference.py",
-        "Objective(ipo_loss, length_normalised=True)",
-        "Objective(ipo_loss)",
+        'Objective(ipo_loss, "other", length_normalised=True)',
+        'Objective(ipo_loss, "other")',
         (IPO_MEAN,),
     ),
     Mutant(

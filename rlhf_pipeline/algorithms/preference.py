@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -157,29 +157,42 @@ def plackett_luce_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, 
     return (among.logsumexp(2) - scores).sum()
 
 
+Optimum = Literal["same", "scale", "other"]
+"""How a minimiser stands to pi_ref exp(r / beta): the same; the same family on another scale of beta; another."""
+
+
 @dataclass(frozen=True)
 class Objective:
-    """A preference loss, and what it has to be given.
+    """A preference loss, its minimiser, and what it has to be given.
 
     loss: (chosen, rejected, ref_chosen, ref_rejected, *, beta, target, weight) -> PreferenceLoss; of a listwise one
         (logprobs, ref_logprobs, mask, *, beta) -> the sum over prompts.
+    optimum: how its minimiser stands to that of DPO and PPO at the same beta; arms are contrasted at one beta only
+        where it is the same.
     needs_reference: whether it reads the reference's log-probabilities.
     length_normalised: whether its log-probabilities are means over a response's tokens instead of sums.
     listwise: whether it reads all completions of a prompt at once, in their order, instead of pairs.
     """
 
     loss: Callable[..., Any]
+    optimum: Optimum
     needs_reference: bool = True
     length_normalised: bool = False
     listwise: bool = False
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "sigmoid": Objective(dpo_sigmoid_loss),
-    "ipo": Objective(ipo_loss),
-    "ipo_mean": Objective(ipo_loss, length_normalised=True),
-    "plackett_luce": Objective(plackett_luce_loss, listwise=True),
+    "sigmoid": Objective(dpo_sigmoid_loss, "same"),
+    "ipo": Objective(ipo_loss, "scale"),
+    "ipo_mean": Objective(ipo_loss, "other", length_normalised=True),
+    "plackett_luce": Objective(plackett_luce_loss, "same", listwise=True),
 }
+
+
+def loss_optimum(loss_type: str, label_smoothing: float = 0.0) -> Optimum:
+    """The optimum of a loss with its label smoothing: cDPO's margins are those of smoothed labels, on another scale."""
+    found = OBJECTIVES[loss_type].optimum
+    return "scale" if label_smoothing and found == "same" else found
 
 
 def correct(chosen: Tensor, rejected: Tensor) -> Tensor:

@@ -124,35 +124,46 @@ def setting_text(setting: dict[str, Any]) -> str:
     )
 
 
+def _rescaled(rows: list[dict[str, Any]]) -> bool:
+    """Whether a model's price of KL is known in units of its labels' reward."""
+    return any((row.get("effective_beta") or {}).get("mean") is not None for row in rows)
+
+
 def _model_rows(result: dict[str, Any], names: list[str]) -> tuple[list[str], list[list[str]]]:
     """One line for each model."""
-    primary = result["primary"]
+    primary, rescaled = result["primary"], _rescaled(result["rows"])
     rows = []
     for row in result["rows"]:
         cells = [row["name"], "-" if row.get("beta") is None else f"{row['beta']:g}"]
+        if rescaled:
+            cells.append(number((row.get("effective_beta") or {}).get("mean"), 2))
         for name in names:
             bound = name == "kl" and "kl_bound" in row
             cells.append(f"<= {row['kl_bound']:.2f}" if bound else interval(row["metrics"].get(name)))
         if primary:
             cells += [interval(row.get("win_rate")), number(row.get("gain_in_sd"), 2)]
         rows.append(cells)
-    return ["model", "beta", *(NAMES[name] for name in names), *(["win rate", "gain/sd"] if primary else [])], rows
+    betas = ["beta", *(["effective beta"] if rescaled else [])]
+    return ["model", *betas, *(NAMES[name] for name in names), *(["win rate", "gain/sd"] if primary else [])], rows
 
 
 def _summary_rows(result: dict[str, Any], names: list[str]) -> tuple[list[str], list[list[str]]]:
     """One line for each arm and setting, over its seeds."""
     rows = []
-    first = result["rows"][0]
+    first, rescaled = result["rows"][0], _rescaled(result["rows"])
+    blank = ["-"] if rescaled else []
     if first["name"] == result["baseline"]:
-        rows.append([first["name"], "-", "1", *(interval(first["metrics"].get(name)) for name in names)])
+        rows.append([first["name"], "-", *blank, "1", *(interval(first["metrics"].get(name)) for name in names)])
     for entry in result["summary"]:
         figures = [interval(entry["metrics"].get(name)) for name in names]
-        rows.append([entry["arm"], setting_text(entry["setting"]), str(entry["seeds"]), *figures])
+        effective = [number(entry.get("effective_beta"), 2)] if rescaled else []
+        rows.append([entry["arm"], setting_text(entry["setting"]), *effective, str(entry["seeds"]), *figures])
     for row in result["rows"]:
         if "n" in row:
             figures = [f"<= {row['kl_bound']:.2f}" if n == "kl" else interval(row["metrics"].get(n)) for n in names]
-            rows.append([row["name"], "-", "1", *figures])
-    return ["arm", "setting", "seeds", *(NAMES[name] for name in names)], rows
+            rows.append([row["name"], "-", *blank, "1", *figures])
+    effective = ["effective beta"] if rescaled else []
+    return ["arm", "setting", *effective, "seeds", *(NAMES[name] for name in names)], rows
 
 
 def _cost_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -199,6 +210,8 @@ def print_comparison(result: dict[str, Any]) -> None:
             f"win rate and gain (in standard deviations of its responses) against {result['baseline']}",
             "cost: the arm's own run and, for PPO, that of its reward model; stages that arms share are on no bill",
         ]
+    if _rescaled(result["rows"]):
+        notes.append("effective beta: kl_coef x the reward model's calibration slope: KL's price in the labels' reward")
     if passed:
         known = ", ".join(f"{arm} {count}" for arm, count in passed.items())
         notes.append(f"snapshots behind the curves of contrasts, frontier and ranking: {known}; tables: final models")

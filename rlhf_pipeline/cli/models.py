@@ -83,7 +83,8 @@ def show(
     if common.json:
         emit_json({"path": str(resolved.path), **content})
         return
-    shown = {key: content[key] for key in ("stage", "parents", "seed", "created", "config", "metrics", "cost")}
+    keys = ("stage", "parents", "seed", "created", "config", "moves_optimum", "metrics", "cost")
+    shown = {key: content[key] for key in keys}
     emit_table(f"{resolved.label}  {resolved.path}", ("what", "value"), flat_metrics(shown))
     findings = resolved.manifest.metrics.get("health") or []
     emit_lines([f"health: {one['cause']} since step {one['since_step']}: {one['message']}" for one in findings])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
@@ -23,13 +23,36 @@ _NO_NEUTRAL = object()
 
 
 def option(
-    default: Any, description: str, *, moves_optimum: bool = False, neutral: Any = _NO_NEUTRAL, **limits: Any
+    default: Any,
+    description: str,
+    *,
+    moves_optimum: bool = False,
+    neutral: Any = _NO_NEUTRAL,
+    moving: float | None = None,
+    unless: tuple[str, float] | None = None,
+    condition: str = "",
+    **limits: Any,
 ) -> Any:
-    """Return a pydantic field with a description; `neutral` (else the default; of a tuple each) moves no optimum."""
+    """Return a pydantic field with a description, which says whether the option moves the optimum.
+
+    Args:
+        moves_optimum: whether some value moves the minimiser of a loss (of a reward model: that of PPO on it too).
+        neutral: the value that moves nothing, or a tuple of such values; by default the default.
+        moving: the one value that moves the optimum, where all others are neutral.
+        unless: another option and the value of it at which this one moves nothing.
+        condition: what has to be true of the run, and no config tells, for the optimum to move.
+    """
     extra: dict[str, Any] = {}
     if moves_optimum:
-        extra = {"moves_optimum": True, "neutral": default if neutral is _NO_NEUTRAL else neutral}
-        description = f"{description}; moves the optimum"
+        neutral = default if neutral is _NO_NEUTRAL else neutral
+        extra = {"moves_optimum": True, "neutral": neutral, "condition": condition}
+        description += "; moves the optimum" if moving is None else f"; {moving:g} moves the optimum"
+        if moving is not None:
+            extra["moving"] = moving
+        if unless is not None:
+            extra["unless"] = list(unless)
+            description += f" unless {unless[0]} is {unless[1]:g}"
+        description += f" {condition}" if condition else ""
     return Field(default, description=description, json_schema_extra=extra or None, **limits)
 
 
@@ -210,18 +233,43 @@ def check_world(config: Any, key: str = "dataset_name") -> Iterator[Fault]:
 
 
 def moves_optimum(config: BaseModel) -> dict[str, Any]:
-    """Return the fields whose values move the optimum of the regularised reward, with these values."""
+    """Return the options whose values move the optimum of the regularised reward, with these values."""
+    return moving_options(type(config), config.model_dump())
+
+
+def may_move_optimum(config: BaseModel) -> dict[str, Any]:
+    """Return the options that move the optimum on a condition which no config tells, with their values."""
+    return moving_options(type(config), config.model_dump(), conditional=True)
+
+
+def moving_options(kind: type[BaseModel], values: Mapping[str, Any], *, conditional: bool = False) -> dict[str, Any]:
+    """Return what `moves_optimum` does, of values that need not be those of a config of this release.
+
+    Args:
+        kind: the config class of the stage. values: its keys; an absent one has its default.
+        conditional: return the options that move the optimum on a condition, not those that always do.
+    """
+    given = {name: values.get(name, field.default) for name, field in kind.model_fields.items()}
     moved = {}
-    for name, field in type(config).model_fields.items():
+    for name, field in kind.model_fields.items():
         extra = field.json_schema_extra
-        if not isinstance(extra, dict) or not extra.get("moves_optimum"):
+        if not isinstance(extra, dict) or not extra.get("moves_optimum") or bool(extra["condition"]) != conditional:
             continue
-        value, neutral = getattr(config, name), extra["neutral"]
-        if isinstance(neutral, tuple) and value in neutral:
-            continue
-        if value != neutral and not (value == 0 and neutral is None):
-            moved[name] = value
-    sources = getattr(config, "reward_functions", None) or ()
-    if any(source.weight != 1 for source in sources):
-        moved["reward_functions"] = [source.model_dump() for source in sources]
+        if not _is_neutral(given[name], extra) and not _is_idle(given, extra):
+            moved[name] = given[name]
+    sources = () if conditional else given.get("reward_functions") or ()
+    if any(source.get("weight", 1) != 1 for source in sources):
+        moved["reward_functions"] = list(sources)
     return moved
+
+
+def _is_neutral(value: Any, extra: Mapping[str, Any]) -> bool:
+    if "moving" in extra:
+        return bool(value != extra["moving"])
+    neutral = extra["neutral"]
+    return value in neutral if isinstance(neutral, tuple) else value == neutral or (value == 0 and neutral is None)
+
+
+def _is_idle(given: Mapping[str, Any], extra: Mapping[str, Any]) -> bool:
+    """Whether another option's value takes the effect of this one away."""
+    return "unless" in extra and given[extra["unless"][0]] == extra["unless"][1]

@@ -58,20 +58,28 @@ class DpoConfig(TrainingConfig):
 
     learning_rate: Positive = option(1e-6, "peak step size of AdamW (TRL)")
     beta: Positive = option(0.1, "strength of the KL term, ipo's tau: larger stays nearer to the reference (DPO paper)")
-    ref_model: Text | None = option(None, "frozen reference model (DPO paper: the start of training)")
+    ref_model: Text | None = option(
+        None, "frozen reference model (DPO paper: the start of training, PPO's reference)", moves_optimum=True
+    )
     precompute_ref_log_probs: bool = option(
         True, "compute the reference's log-probabilities once and cache them (ours: epochs share them)"
     )
     loss_type: Annotated[Literal["sigmoid", "ipo", "ipo_mean", "plackett_luce"], BeforeValidator(_single)] = option(
         "sigmoid",
         "preference loss (DPO paper); ipo: log-probabilities summed (IPO paper), ipo_mean: averaged (TRL's ipo); "
-        "plackett_luce: rankings whole, without ties (DPO paper, A.3; same optimum as sigmoid). The others take a "
-        "ranking's untied pairs, in one pass, each with weight 1 / their number (InstructGPT)",
+        "plackett_luce: rankings whole, without ties (DPO paper, A.3; same optimum as sigmoid for rankings drawn from "
+        "the Plackett-Luce model, rewards x .91 to .95 for others). The others take a ranking's untied pairs, in one "
+        "pass, each with weight 1 / their number (InstructGPT). ipo: another scale of beta; ipo_mean: weighs by length",
         moves_optimum=True,
         neutral=("sigmoid", "plackett_luce"),
     )
     label_smoothing: float = option(
-        0.0, "assumed share of flipped labels, with sigmoid (cDPO; DPO paper: 0)", moves_optimum=True, ge=0, lt=0.5
+        0.0,
+        "eps, with sigmoid: trains on p (1 - eps) + (1 - p) eps in the place of p (cDPO; DPO paper: 0). It shrinks "
+        "margins and does not correct flipped labels: they are smoothed once more",
+        moves_optimum=True,
+        ge=0,
+        lt=0.5,
     )
     soft_labels: bool = option(
         False, "train on the recorded label_probability, not on the label drawn from it; same optimum (ours: off)"

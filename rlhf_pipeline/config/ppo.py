@@ -220,12 +220,22 @@ class PpoConfig(TrainingConfig):
     rollout_batch_size: Count = option(64, "responses sampled for one update, on all devices together (ours)")
     num_ppo_epochs: Count = option(4, "passes over each rollout (TRL)")
     num_mini_batches: Count = option(4, "optimizer steps in one pass over a rollout (PPO's code; TRL: 1)")
-    kl_coef: NonNegative = option(0.05, "price of one nat of KL to the reference, in units of reward (TRL)")
+    kl_coef: NonNegative = option(
+        0.05, "price of one nat of KL to the reference, in units of reward (TRL)", moves_optimum=True, moving=0.0
+    )
     cliprange: Positive = option(0.2, "largest change of the probability ratio that gains (PPO paper)")
     cliprange_value: Positive = option(0.2, "largest change of a value that gains, in units of reward (TRL)")
-    vf_coef: NonNegative = option(0.1, "weight of the value loss (TRL)")
+    vf_coef: NonNegative = option(
+        0.1, "weight of the value loss (TRL)", moves_optimum=True, moving=0.0, unless=("lam", 1.0)
+    )
     gamma: Fraction = option(1.0, "discount per token (TRL)", moves_optimum=True, neutral=1.0)
-    lam: Fraction = option(0.95, "GAE's lambda: 1 is unbiased, less lowers the variance (TRL)")
+    lam: Fraction = option(
+        0.95,
+        "GAE's lambda: 1 is unbiased, less lowers the variance (TRL) and discounts what the critic misses",
+        moves_optimum=True,
+        neutral=1.0,
+        condition="with a wrong critic",
+    )
     whiten_advantages: bool = option(True, "advantages to mean 0, variance 1 over the rollout (TRL)")
     whiten_rewards: bool = option(False, "rewards per token to variance 1 (TRL: off)", moves_optimum=True)
     missing_eos_penalty: NonNegative | None = option(
@@ -235,7 +245,10 @@ class PpoConfig(TrainingConfig):
         None, "token that ends a response; null or 'eos': the tokenizer's EOS (TRL)"
     )
     temperature: Positive = option(
-        1.0, "divides the logits of sampler, policy and reference (ours; TRL: .7)", moves_optimum=True
+        1.0,
+        "divides the logits of sampler, policy and reference (ours; TRL: .7); read without it, as the registered model "
+        "is, the policy is DPO's at beta = kl_coef / temperature (exactly for responses of one token)",
+        moves_optimum=True,
     )
     rollout_engine: Annotated[Literal["native", "vllm"], BeforeValidator(_engine)] = option(
         "native",

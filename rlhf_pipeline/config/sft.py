@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator
 
-from rlhf_pipeline.config.base import Positive, check_lengths, option, resolve_lengths, wrong
+from rlhf_pipeline.config.base import NonNegative, Positive, check_lengths, option, resolve_lengths, wrong
 from rlhf_pipeline.config.training import COMMON_CHECKS, TrainingConfig
 from rlhf_pipeline.errors import Fault
 
@@ -70,6 +70,7 @@ class SftConfig(TrainingConfig):
     checks: ClassVar = (check_start, *COMMON_CHECKS, check_positions)
 
     learning_rate: Positive = option(2e-5, "peak step size of AdamW (TRL)")
+    weight_decay: NonNegative = option(0.0, "AdamW's decoupled decay per step, times the rate (TRL)")
     completion_only_loss: bool = option(True, "loss on the completion alone, not on the prompt (TRL)")
     model_init: Annotated[dict[str, Any] | None, BeforeValidator(_model_init)] = option(
         None, "start from random weights: model_type and values of the model's config"

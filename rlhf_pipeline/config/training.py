@@ -85,7 +85,9 @@ class TrainingConfig(CommandConfig):
     warmup_steps: Warmup = option(
         0, "steps of linear warm-up, the first at rate 0; below 1: a fraction of all steps, rounded up (transformers)"
     )
-    weight_decay: NonNegative = option(0.0, "AdamW's decoupled decay per step, times the rate (TRL)")
+    weight_decay: NonNegative = option(
+        0.0, "AdamW's decoupled decay per step, times the rate (TRL)", moves_optimum=True
+    )
     max_grad_norm: NonNegative = option(1.0, "longest gradient, L2 norm; 0 does not clip (TRL)")
     adam_beta1: float = option(0.9, "decay of the gradient's average (AdamW)", ge=0, lt=1)
     adam_beta2: float = option(0.999, "decay of the squared gradient's average (AdamW)", ge=0, lt=1)

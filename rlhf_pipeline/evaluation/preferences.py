@@ -5,13 +5,14 @@ A ranking is its untied pairs here; intervals are clustered by prompt.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence, Sized
 from typing import Any
 
 import numpy as np
 
 from rlhf_pipeline.data.tokenize import Example
-from rlhf_pipeline.evaluation.resampling import clustered
+from rlhf_pipeline.evaluation.resampling import clustered, student_quantile
 from rlhf_pipeline.evaluation.statistics import Estimate, Numbers, cluster_mean
 
 CALIBRATION_BINS = 15
@@ -61,6 +62,54 @@ def reliability_bins(differences: Numbers, bins: int = CALIBRATION_BINS) -> list
     order = np.argsort(confidence, kind="stable")
     groups = [group for group in np.array_split(order, bins) if len(group)]
     return [(float(confidence[group].mean()), float(correct[group].mean()), len(group)) for group in groups]
+
+
+def calibration_slope(differences: Numbers, clusters: Sequence[str], *, level: float = 0.95) -> Estimate | None:
+    """The s of P(label) = sigma(s x difference) that is most likely, with an interval clustered by prompt.
+
+        sum over pairs of w d sigma(-s d) = 0,    d = r_w - r_l,    w = 1 / pairs of the prompt
+
+    It is the slope of a logistic regression of the labels through the origin (Cox 1958). 1: the rewards are on the
+    labels' own scale; above 1 they are too small, below 1 too large; rewards times c have the slope s / c. The interval
+    is Student's t over prompts with the sandwich variance (Liang and Zeger 1986, eq. 4).
+
+    Args:
+        differences: score(chosen) - score(rejected), (pairs,). clusters: the prompt of each pair.
+
+    Returns:
+        None where no finite s is most likely: no pair is ordered wrongly, none rightly, or all are ties.
+    """
+    from scipy.special import expit
+
+    difference = np.asarray(differences, dtype=np.float64)
+    if not ((difference > 0).any() and (difference < 0).any()):
+        return None
+    numbers: dict[str, int] = {}
+    codes = np.array([numbers.setdefault(cluster, len(numbers)) for cluster in clusters])
+    weights = 1.0 / np.bincount(codes)[codes]
+    scale = float(np.abs(difference).max())
+    d = difference / scale
+
+    def steps(s: float) -> np.ndarray:
+        return weights * d * expit(-s * d)
+
+    # The sum falls in s, from above 0 to below it, since pairs of both signs are there.
+    low, high = -1.0, 1.0
+    while steps(low).sum() < 0:
+        low *= 2
+    while steps(high).sum() > 0:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if steps(middle).sum() > 0 else (low, middle)
+    s, groups = (low + high) / 2, len(numbers)
+    by_prompt = np.bincount(codes, weights=steps(s))
+    curvature = float((weights * d**2 * expit(s * d) * expit(-s * d)).sum())
+    half = math.inf
+    if groups > 1 and curvature > 0:
+        error = math.sqrt(groups / (groups - 1) * float((by_prompt**2).sum())) / curvature
+        half = student_quantile(groups - 1, level) * error
+    return Estimate(s / scale, (s - half) / scale, (s + half) / scale, len(d), groups, "t")
 
 
 def compare_scorers(differences: Numbers, others: Numbers, clusters: Sequence[str]) -> dict[str, Any]:

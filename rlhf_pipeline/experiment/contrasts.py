@@ -56,6 +56,9 @@ def _entry(
 
 
 def _beta_text(a: Arm, b: Arm, one: Setting, other: Setting) -> str:
+    unlike = [arm.name for arm, setting in ((a, one), (b, other)) if arm.optimum(setting) != "same"]
+    if unlike:
+        return f"as trained, with another optimum for {' and '.join(unlike)}"
     mine, theirs = a.beta(one), b.beta(other)
     if mine is None or theirs is None:
         return "as trained"
@@ -65,6 +68,10 @@ def _beta_text(a: Arm, b: Arm, one: Setting, other: Setting) -> str:
 def _same_setting(a: Arm, b: Arm, seeds: list, figures: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Both arms at their one setting, or at each beta that both have."""
     pairs = [(one, other) for one in a.settings for other in b.settings]
+    unlike = [arm.name for arm in (a, b) if any(arm.optimum(setting) != "same" for setting in arm.settings)]
+    if len(pairs) > 1 and unlike:
+        why = f"at one beta {' and '.join(unlike)} would have another optimum; compare at matched KL"
+        yield _entry("same beta", a, b, figures[0], "at one beta", None, why)
     if len(pairs) > 1:  # where more than beta was swept, nothing says which settings belong together
         pairs = [(one, other) for one, other in pairs if a.beta(one) is not None and a.beta(one) == b.beta(other)]
         pairs = pairs if len({one for one, _ in pairs}) == len({other for _, other in pairs}) == len(pairs) else []
@@ -203,6 +210,13 @@ def _declare(entries: list[dict[str, Any]], wanted: str, primary: str, swept: bo
         entry["p_holm"] = p
 
 
+def _effective_beta(arm: Arm, setting: Setting) -> float | None:
+    """The mean over seeds of what kl_coef comes to in units of the labels' reward; None where one is not known."""
+    points = arm.points[setting].values()
+    known = [beta for one in points if (beta := (one.aim.effective_beta or {}).get("mean")) is not None]
+    return float(np.mean(known)) if len(known) == len(points) else None
+
+
 def summary_of(arms: Sequence[Arm]) -> list[dict[str, Any]]:
     """Every figure of every arm and setting, over its seeds and prompts."""
     rows = []
@@ -216,6 +230,8 @@ def summary_of(arms: Sequence[Arm]) -> list[dict[str, Any]]:
                     "arm": arm.name,
                     "setting": setting.values,
                     "beta": arm.beta(setting),
+                    "optimum": arm.optimum(setting),
+                    "effective_beta": _effective_beta(arm, setting),
                     "seeds": len(seeds),
                     "metrics": {name: item.estimate.as_dict() for name, item in found.items()},
                     "method": next(iter(found.values())).estimate.method,

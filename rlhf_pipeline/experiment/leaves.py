@@ -18,6 +18,7 @@ from rlhf_pipeline.evaluation.enumerate import leaf_logprobs, leaf_scores
 from rlhf_pipeline.evaluation.exact import require_mass, world_reward
 from rlhf_pipeline.experiment.subjects import Bench
 from rlhf_pipeline.models.roles import Policy, RewardModel
+from rlhf_pipeline.registry.optimum import own_moves
 from rlhf_pipeline.registry.parents import parent_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
@@ -39,7 +40,7 @@ def trained_reward(registry: Registry, resolved: Resolved) -> Reward | None:
         MismatchError: its parents are not the reward models of its config, or are other ones here.
     """
     manifest = resolved.manifest
-    if manifest is None or manifest.stage != "ppo" or manifest.metrics.get("moved_optimum"):
+    if manifest is None or manifest.stage != "ppo" or own_moves(manifest):
         return None
     config = manifest.config
     parts = config.get("reward_functions") or [{"source": config.get("reward_model_path"), "weight": 1.0}]

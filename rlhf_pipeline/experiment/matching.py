@@ -5,12 +5,14 @@ A difference in any of these facts would be measured as if it were a difference 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf_pipeline.config.base import resolve_lengths
 from rlhf_pipeline.errors import MismatchError
+from rlhf_pipeline.experiment.aim import moved_options
 from rlhf_pipeline.registry.manifest import Manifest
 from rlhf_pipeline.registry.parents import reward_models_of
 from rlhf_pipeline.registry.references import Resolved
@@ -19,6 +21,7 @@ from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.rewards import names_a_model
 
 NONE = "none"
+MOVED = "options that move the optimum"
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def facts_of(registry: Registry, resolved: Resolved) -> dict[str, str]:
     if manifest.stage not in ("ppo", "dpo"):
         return facts
     reference, base = (manifest.parents.get(role) for role in ("reference", "base"))
-    moved = manifest.metrics.get("moved_optimum") or {}
+    moved = moved_options(registry, resolved)
     return facts | {
         "SFT parent": f"{base.ref} {_short(base.digest)}" if base else "unknown",
         "reference": f"{reference.ref} {_short(reference.digest)}" if reference else "unknown",
@@ -105,7 +108,7 @@ def facts_of(registry: Registry, resolved: Resolved) -> dict[str, str]:
         "labels": "their probabilities" if config.get("soft_labels") else "as drawn",
         "prompts": _prompts_of(manifest),
         "training temperature": f"{float(config.get('temperature') or 1.0):g}",
-        "options that move the optimum": ", ".join(f"{k}={v}" for k, v in sorted(moved.items())) or NONE,
+        MOVED: ", ".join(f"{k}={v}" for k, v in sorted(moved.items())) or NONE,
     }
 
 
@@ -179,7 +182,10 @@ def truth_overlap(registry: Registry, truth: Resolved | None, models: Sequence[R
 
 
 def _identity(name: str, value: str) -> str:
-    """What decides whether two values are the same: of models and data their digests, not their names."""
+    """What decides whether two values are the same: of models and data their digests, not their names; of options that
+    move the optimum their values, not the stage: PPO with its reward model has the same weight decay as DPO with it."""
+    if name == MOVED:
+        return ", ".join(sorted(set(re.sub(r"\breward_model(_\d+)?\.", "", value).split(", "))))
     if name not in ("SFT parent", "reference", "preference data"):
         return value
     parts = (

@@ -11,6 +11,7 @@ import numpy as np
 from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.evaluation.diversity import distinct, self_bleu, token_budget
 from rlhf_pipeline.evaluation.sampled import Samples, paired_difference, win_rate
+from rlhf_pipeline.experiment.aim import Aim, aim_of
 from rlhf_pipeline.experiment.best_of import primary_figure
 from rlhf_pipeline.experiment.evaluate import measure
 from rlhf_pipeline.experiment.points import Point
@@ -38,6 +39,7 @@ class Measured:
     validation: Samples | None = None
     scorer: str | None = None  # whose score it is
     scores: dict[str, np.ndarray] = field(default_factory=dict)  # by other reward models, of the baseline
+    aim: Aim = field(default_factory=Aim)
 
     def scored_by(self, scorer: str | None) -> Samples:
         """The samples with the score of another point's reward model, so that the two can be set side by side."""
@@ -130,7 +132,8 @@ def measure_points(
     for number, (point, model) in enumerate(points, start=1):
         policy, scorer = test.policy(model), scorers.get(point.seed)
         held = None if validation is None else measure(validation, policy, scorer)
-        found.append(Measured(point, model, measure(test, policy, scorer), held, scorers.label(point.seed)))
+        samples, aim = measure(test, policy, scorer), aim_of(test.registry, model)
+        found.append(Measured(point, model, samples, held, scorers.label(point.seed), aim=aim))
         test.say(f"[{number}/{len(points)}] measured {model.label}")
     first = next(one for one in found if one.point.step is None)
     for seed in dict.fromkeys(point.seed for point, _ in points):
@@ -154,6 +157,10 @@ def row_of(registry: Registry, measured: Measured, baseline: Measured, bench: Be
         "stage": model.stage,
         "digest": model.digest,
         "beta": beta_of(model),
+        "effective_beta": measured.aim.effective_beta,
+        "optimum": measured.aim.optimum,
+        "moves_optimum": dict(measured.aim.moved),
+        "may_move_optimum": dict(measured.aim.may_move),
         "scored_by": measured.scorer,
         "metrics": measured.test.table(),
         "per_prompt": {name: measured.values(name).tolist() for name in measured.test.values},

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_pipeline.algorithms.preference import Optimum
 from rlhf_pipeline.evaluation.frontier import Curve, choose
 from rlhf_pipeline.experiment.rows import Measured
 from rlhf_pipeline.registry.parents import beta_of
@@ -60,8 +61,15 @@ class Arm:
         return list(self.points[setting])
 
     def beta(self, setting: Setting) -> float | None:
-        """The price of KL at a setting, the same for all its seeds."""
-        return beta_of(next(iter(self.points[setting].values())).model)
+        """The price of KL at a setting, the same for all its seeds; None where the optimum at it is not DPO's."""
+        return beta_of(self._first(setting).model) if self.optimum(setting) == "same" else None
+
+    def optimum(self, setting: Setting) -> Optimum:
+        """How the optimum at a setting stands to pi_ref exp(r / beta), the same for all its seeds."""
+        return self._first(setting).aim.optimum
+
+    def _first(self, setting: Setting) -> Measured:
+        return next(iter(self.points[setting].values()))
 
     def samples(self, setting: Setting, seeds: Sequence[int | None], figure: str) -> np.ndarray:
         """(S, P, N) a figure of every response."""

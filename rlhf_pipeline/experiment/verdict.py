@@ -12,6 +12,7 @@ from math import isfinite
 from typing import Any
 
 from rlhf_pipeline.evaluation.seeds import needed
+from rlhf_pipeline.experiment.aim import describe_aims
 
 FIGURES = {
     "objective": "the exact objective, reward - beta KL,",
@@ -154,6 +155,7 @@ def _limits(results: Mapping[str, Any]) -> Iterator[Line]:
     for model, gate in (results.get("gates") or {}).items():
         if not gate.get("passed"):
             yield line("limits", f"{model} failed its gate: {gate.get('reason')}; what it says of the arms says little")
+    yield from (line("limits", text) for text in describe_aims(results.get("rows") or ()))
     yield from _apart_in_kl(results)
     yield from _reward_model(results)
     yield from _over_optimisation(results)

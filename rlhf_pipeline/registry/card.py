@@ -30,6 +30,7 @@ def model_card(manifest: Manifest) -> str:
         _use(manifest),
         _table("Parents", ("role", "model", "digest"), _parents(manifest)),
         _table("Data", ("source", "split", "rows", "dropped", "digest"), _data(manifest)),
+        _table("Options that move the optimum", ("option", "value"), (manifest.moves_optimum or {}).items()),
         _table("Metrics", ("metric", "value"), _flat({k: v for k, v in manifest.metrics.items() if k != "health"})),
         _table("Health", ("cause", "since step", "until step", "seen", "meaning", "to try"), _health(manifest)),
         _table("Cost", ("what", "value"), _flat({k: v for k, v in manifest.cost.items() if k != "at_step"})),

@@ -59,6 +59,8 @@ class Manifest(BaseModel):
     code: dict[str, Any] = {}
     environment: dict[str, Any] = {}
     metrics: dict[str, Any] = {}
+    moves_optimum: dict[str, Any] | None = None  # None: by a release that did not write it; see registry/optimum.py
+    may_move_optimum: dict[str, Any] = {}
     cost: dict[str, Any] = {}
     created: str = ""
     run: str = ""  # the folder of runs/ that it comes from, and a mark of that very run
@@ -172,6 +174,11 @@ def _are_findings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(one, dict) and one.keys() >= set(told) for one in value)
 
 
+def _is_slope(value: Any) -> bool:
+    ends = [value.get(key) for key in ("mean", "low", "high")] if isinstance(value, dict) else []
+    return bool(ends) and all(end is None or _is_number(end) for end in ends)
+
+
 # What is read from the config and the metrics of a manifest, and of what kind it is.
 _KINDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("stop_token", "dataset_config", "reward_model_path"), _is_text),
@@ -179,7 +186,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "split_fractions": _are_fractions,
     "reward_functions": _are_rewards,
 }
-_METRICS = {"moved_optimum": _is_object, "gate": _is_object, "health": _are_findings}
+_METRICS = {"calibration_slope": _is_slope, "gate": _is_object, "health": _are_findings}
 
 
 def build_manifest(**fields: Any) -> Manifest:

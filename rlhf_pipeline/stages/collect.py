@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rlhf_pipeline.config.base import moves_optimum
 from rlhf_pipeline.config.collect import CollectConfig
 from rlhf_pipeline.config.dump import config_digest
 from rlhf_pipeline.data.load import RecordSet, examples_of, read_records
@@ -134,6 +135,9 @@ def run_collect(
     prompts, reports = prompts_by_split(found, config, tokenizer)
     amount = f"{config.num} x {config.k} responses of {parent.label} to {len(prompts)} prompts"
     say(f"collecting {amount}, judge {config.judge}")
+    moved = moves_optimum(config)
+    if moved:
+        say("labels=rank moves the optimum: labels that never err say nothing of the size of a preference")
 
     # 2. Sample and label, in blocks; each prompt in turn.
     generator = torch.Generator().manual_seed(config.seed)
@@ -188,6 +192,7 @@ def run_collect(
         chat_template_digest=chat_template_digest(tokenizer),
         seed=config.seed,
         metrics=metrics,
+        moves_optimum=moved,
         cost=cost,
     )
     say(f"published {published.label}: {len(records)} records, {dropped['identical_pair']} identical pairs left out")

@@ -24,6 +24,7 @@ from rlhf_pipeline.models.selfcheck import inspect_model, read_reward_model
 from rlhf_pipeline.models.sharing import shared
 from rlhf_pipeline.registry.integrity import verify_files
 from rlhf_pipeline.registry.lengths import require_positions
+from rlhf_pipeline.registry.optimum import optimum_fields
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import Role, check_role
 from rlhf_pipeline.registry.store import Registry
@@ -217,6 +218,24 @@ def inputs_of(parents: Mapping[str, Resolved], reports: Sequence[SourceReport]) 
     return {role: resolved.digest for role, resolved in parents.items()} | data
 
 
+def log_moves(run: Run, parents: Mapping[str, Resolved]) -> None:
+    """Log the options, own ones and those of reward models, that move the optimum."""
+    fields = optimum_fields(run.config, parents)
+    moved, may_move = (", ".join(f"{k}={v}" for k, v in fields[name].items()) for name in fields)
+    if moved and run.stage == "reward":
+        run.log.say(
+            f"these options move the minimiser of the reward model: {moved}; PPO on this model has another optimum "
+            "than DPO at the same beta, and `rlhf compare` refuses to compare the two"
+        )
+    elif moved:
+        run.log.say(f"these options move the optimum away from pi_ref exp(r / beta): {moved}")
+    if may_move:
+        run.log.say(
+            f"note: {may_move} leaves the optimum in place as long as the critic is right (lam 1: always); "
+            "val/explained_variance says how much of the returns the critic explains"
+        )
+
+
 def publish(
     run: Run,
     model: PreTrainedModel,
@@ -254,6 +273,7 @@ def publish(
         chat_template_digest=chat_template_digest(tokenizer),
         seed=run.config.seed,
         metrics=metrics,
+        **optimum_fields(run.config, parents),
         cost=cost,
     )
     run.finish(published.label)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from rlhf_pipeline.algorithms.preference import OBJECTIVES, correct, smoothed_target
-from rlhf_pipeline.config.base import moves_optimum
 from rlhf_pipeline.config.dpo import DpoConfig
 from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.models.loading import save_model
@@ -22,6 +21,7 @@ from rlhf_pipeline.stages.common import (
     find_model,
     inputs_of,
     load_policy,
+    log_moves,
     publish,
     require_same_tokenizer,
     tokenizer_of,
@@ -137,13 +137,10 @@ def run_dpo(config: DpoConfig, home: Path, **options) -> StageResult:
         # 2. The pairs, and what the reference thinks of them.
         source = fresh_pairs if config.population else recorded_pairs
         pairs = source(run, policy, frozen, ref_parent.digest, tokenizer)
-        moved = moves_optimum(config)
-        if moved:
-            listed = ", ".join(f"{name}={value}" for name, value in moved.items())
-            run.log.say(f"these options move the optimum away from pi_ref exp(r / beta): {listed}")
+        parents = {"base": parent, "reference": ref_parent}
+        log_moves(run, parents)
 
         # 3. Train.
-        parents = {"base": parent, "reference": ref_parent}
         shape = ModelShape.of(policy.model, checkpointed=config.gradient_checkpointing)
         plan = Plan(
             pairs.windows,
@@ -190,6 +187,5 @@ def run_dpo(config: DpoConfig, home: Path, **options) -> StageResult:
             "health": plan.health,
             **pairs.evaluate(),
             "train_pairs": total_pairs(pairs.examples) or sum(report.kept for report in pairs.reports),
-            "moved_optimum": moved,
         }
         return publish(run, policy.model, tokenizer, parents=parents, reports=pairs.reports, metrics=metrics)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +12,13 @@ from torch import Tensor, nn
 from rlhf_pipeline.algorithms.advantages import gae, token_rewards
 from rlhf_pipeline.algorithms.masked import whiten
 from rlhf_pipeline.algorithms.policy import PolicyLoss, clipped_policy_loss, clipped_value_loss
-from rlhf_pipeline.config.base import moves_optimum
 from rlhf_pipeline.config.ppo import PpoConfig
 from rlhf_pipeline.data.batch import PackedBatch
 from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.models.loading import save_model
 from rlhf_pipeline.models.roles import ActorCritic, TokenScores
 from rlhf_pipeline.rollout.rollout import Estimates
-from rlhf_pipeline.stages.common import StageResult, find_base, inputs_of, publish, tokenizer_of
+from rlhf_pipeline.stages.common import StageResult, find_base, inputs_of, log_moves, publish, tokenizer_of
 from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.stages.ppo_models import check_processes, load_engine, load_models
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
@@ -34,7 +32,7 @@ from rlhf_pipeline.training.ppo_rollouts import (
     shuffled_minibatches,
 )
 from rlhf_pipeline.training.ranks import together
-from rlhf_pipeline.training.run import Run, open_run
+from rlhf_pipeline.training.run import open_run
 from rlhf_pipeline.training.session import Metrics, Plan, train
 from rlhf_pipeline.training.windows import Loss, Window
 
@@ -140,15 +138,6 @@ def derive(metrics: Metrics) -> Metrics:
     return metrics
 
 
-def say_moved(run: Run[PpoConfig]) -> dict[str, Any]:
-    """Name the options that move the optimum away from pi_ref exp(r / beta)."""
-    moved = moves_optimum(run.config)
-    if moved:
-        listed = ", ".join(f"{key}={value}" for key, value in moved.items())
-        run.log.say(f"these options move the optimum away from that of DPO at the same beta: {listed}")
-    return moved
-
-
 def run_ppo(config: PpoConfig, home: Path, **options) -> StageResult:
     """Train an actor-critic by PPO and register the actor."""
     with open_run("ppo", config, home, **options) as run:
@@ -159,7 +148,7 @@ def run_ppo(config: PpoConfig, home: Path, **options) -> StageResult:
         accelerator = run.accelerator
         check_processes(config, accelerator.num_processes)
         models = load_models(run, config, parent, tokenizer)
-        moved = say_moved(run)
+        log_moves(run, models.parents)
 
         # 2. Prompts.
         data = StageData(config, run.registry.home, run.log.say)
@@ -201,6 +190,6 @@ def run_ppo(config: PpoConfig, home: Path, **options) -> StageResult:
         last = train(run, models.actor_critic, plan)
 
         # 4. Register the actor.
-        metrics = {"train": last, "health": plan.health, "prompts": len(prompts), "moved_optimum": moved}
+        metrics = {"train": last, "health": plan.health, "prompts": len(prompts)}
         actor = models.actor_critic.actor
         return publish(run, actor, tokenizer, parents=models.parents, reports=reports, metrics=metrics)

@@ -13,7 +13,7 @@ from rlhf_pipeline.algorithms.preference import bradley_terry_loss, centering_lo
 from rlhf_pipeline.config.reward import RewardConfig
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import text_of
-from rlhf_pipeline.evaluation.preferences import pair_differences
+from rlhf_pipeline.evaluation.preferences import calibration_slope, pair_differences
 from rlhf_pipeline.models.loading import init_reward_model, save_model, store_reward_shift
 from rlhf_pipeline.models.roles import RewardModel
 from rlhf_pipeline.models.selfcheck import read_reward_model
@@ -25,6 +25,7 @@ from rlhf_pipeline.stages.common import (
     find_base,
     inputs_of,
     load_policy,
+    log_moves,
     onto,
     publish,
     tokenizer_of,
@@ -81,6 +82,7 @@ def reward_step(
     return Loss(terms, {name: (value * weight, "pairs") for name, value in metrics.items()}, checked)
 
 
+NO_SLOPE = "not a number: the held-out pairs are all ordered rightly, all wrongly or all tied, so no finite slope fits"
 Scores = Callable[[Sequence[Example]], list[list[float]]]
 
 
@@ -147,6 +149,7 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
         model = read_reward_model(network).train()
         if config.score_pooling == "mean":
             run.log.say("score_pooling mean: plain transformers reads the last token only and scores differently")
+        log_moves(run, {"base": parent})
 
         # 2. The pairs and rankings.
         data, kind = StageData(config, run.registry.home, run.log.say), preference_kind(config)
@@ -205,6 +208,8 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
             rivals = cached_baseline_differences(examples, held_out, home / "cache")
             metrics["baselines"] = baseline_accuracies(rivals, held_out)
             differences, prompts = pair_differences(scores, held_out)
+            slope = calibration_slope(differences, prompts)
+            metrics["calibration_slope"] = {"mean": None, "why_not": NO_SLOPE} if slope is None else slope.as_dict()
             metrics["gate"] = judge_gate(differences, rivals, prompts)
             describe_quality(run, metrics)
         return publish(run, network, tokenizer, parents={"base": parent}, reports=reports, metrics=metrics)
@@ -220,6 +225,14 @@ def describe_quality(run: Run, metrics: dict[str, Any]) -> None:
     for name, value in metrics["baselines"].items():
         line += f", {name} {value['accuracy']:.3f}"
     run.log.say(line)
+    slope = metrics["calibration_slope"]
+    if slope["mean"] is None:
+        run.log.say(f"calibration slope: {slope['why_not']}")
+    else:
+        run.log.say(
+            f"calibration slope {slope['mean']:.3f} [{slope['low']:.3f}, {slope['high']:.3f}]: in units of the labels' "
+            "own reward PPO on this model has the beta kl_coef x slope"
+        )
     if not metrics["gate"]["passed"]:
         run.log.say(
             f"WARNING: this reward model fails its gate: {metrics['gate']['reason']}; more or cleaner pairs, a larger "

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_pipeline.algorithms.preference import OBJECTIVES, smoothed_target
+from rlhf_pipeline.algorithms.preference import OBJECTIVES, bradley_terry_loss, centering_loss, smoothed_target
 
 BETA, COUNT = 0.5, 7
 DRAW = torch.Generator().manual_seed(0)
@@ -144,3 +144,50 @@ def test_ipo_over_means_of_one_length_is_ipo_at_another_scale(length):
     means = OBJECTIVES["ipo_mean"].loss(*(x / length for x in (one, two, ref_one, ref_two)), beta=BETA).loss
     sums = OBJECTIVES["ipo"].loss(one, two, ref_one, ref_two, beta=BETA / length).loss
     assert means.item() == pytest.approx(sums.item() / length**2, abs=1e-12)
+
+
+def reward_gradient(rewards: Tensor, truth: Tensor, coefficient: float) -> Tensor:
+    """Gradient of a reward model's loss over all ordered pairs, each label drawn with P = sigma(r_i - r_j)."""
+    rewards = rewards.clone().requires_grad_()
+    first, second = (index.flatten() for index in torch.meshgrid(*[torch.arange(len(truth))] * 2, indexing="ij"))
+    chosen, rejected = first[first != second], second[first != second]
+    weight = torch.sigmoid(truth[chosen] - truth[rejected])
+    loss = bradley_terry_loss(rewards[chosen], rewards[rejected], weight=weight)
+    loss = loss + coefficient * centering_loss(rewards[chosen], rewards[rejected], weight=weight)
+    return torch.autograd.grad(loss, rewards)[0]
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.01, 0.1, 1.0])
+def test_centring_in_the_loss_shrinks_the_differences_of_rewards(coefficient):
+    """Over all pairs of K completions sum (r_i + r_j)^2 = (K - 2) sum r_i^2 + (sum r_i)^2: a ridge.
+
+    Of the truth (1, 0, -1) it leaves (a, 0, -a) with sigma(a) - sigma(1) + sigma(2a) - sigma(2) + 2 lambda a = 0.
+    """
+
+    def sigma(x: float) -> float:
+        return 1 / (1 + math.exp(-x))
+
+    low, high = 0.0, 1.0
+    for _ in range(80):
+        a = (low + high) / 2
+        below = sigma(a) - sigma(1) + sigma(2 * a) - sigma(2) + 2 * coefficient * a < 0
+        low, high = (a, high) if below else (low, a)
+    truth = torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64)
+    assert reward_gradient(a * truth, truth, coefficient).abs().max() < 1e-12
+    assert (a == pytest.approx(1.0, abs=1e-12)) == (coefficient == 0)
+    if coefficient:
+        assert a < 0.99 and reward_gradient(truth, truth, coefficient).abs().max() > 1e-2
+
+
+def test_centring_in_the_loss_of_two_completions_shrinks_nothing():
+    """With one pair the mean alone is free: r_1 = -r_2 has no penalty."""
+    truth = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    assert reward_gradient(truth, truth, 1.0).abs().max() < 1e-15
+
+
+def test_label_smoothing_smooths_flipped_labels_once_more():
+    """A truth of .9 with flips of .2 is seen as .74: cDPO with the right rate trains on .644, farther from .9."""
+    seen = 0.9 * 0.8 + 0.1 * 0.2
+    smoothed = smoothed_target(torch.tensor(seen, dtype=torch.float64), 0.2).item()
+    margins = [math.log(p / (1 - p)) for p in (0.9, seen, smoothed)]
+    assert margins == pytest.approx([2.197, 1.046, 0.593], abs=5e-4)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_pipeline.config import moves_optimum
 from rlhf_pipeline.config.dpo import DpoConfig
 
 
@@ -41,16 +40,6 @@ def test_rankings_have_no_label_probabilities(faults):
 @pytest.mark.parametrize("value", [-0.1, 0.5, 1.0])
 def test_smoothing_is_a_rate_of_flips_below_one_half(faults, value):
     assert "label_smoothing" in faults("dpo", label_smoothing=value)
-
-
-def test_what_moves_the_optimum_says_so(load):
-    assert moves_optimum(load("dpo")) == {}
-    assert moves_optimum(load("dpo", soft_labels=True)) == {}
-    assert moves_optimum(load("dpo", loss_type="plackett_luce")) == {}
-    assert moves_optimum(load("dpo", loss_type="ipo")) == {"loss_type": "ipo"}
-    assert moves_optimum(load("dpo", label_smoothing=0.1)) == {"label_smoothing": 0.1}
-    for name, moves in (("loss_type", True), ("label_smoothing", True), ("soft_labels", False)):
-        assert DpoConfig.model_fields[name].description.endswith("moves the optimum") == moves
 
 
 def test_every_loss_of_the_config_is_in_the_table_and_the_reverse():

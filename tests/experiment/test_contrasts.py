@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.evaluation.sampled import Samples
+from rlhf_pipeline.experiment.aim import Aim
 from rlhf_pipeline.experiment.contrasts import compare_arms, contrasts_of, selected_setting
 from rlhf_pipeline.experiment.points import Point
 from rlhf_pipeline.experiment.rows import Measured
@@ -97,6 +99,21 @@ def test_matched_kl_finds_the_shift_and_says_where():
     assert entry["estimate"]["mean"] == pytest.approx(0.3, abs=1e-9)
     assert found(entries, kind="area", figure="true_reward")["estimate"]["mean"] == pytest.approx(0.3, abs=1e-9)
     assert {e["at"] for e in entries if e["kind"] == "same beta"} == {"at beta 1", "at beta 0.5", "at beta 0.1"}
+
+
+def test_an_arm_with_another_optimum_is_in_no_contrast_at_one_beta():
+    measured = [
+        replace(one, aim=Aim("scale", {"loss_type": "ipo"})) if one.point.arm == "dpo" else one for one in swept()
+    ]
+    entries = contrasts(measured, chooser="score")
+    assert not any(entry["at"].startswith("at beta") for entry in entries)
+    left_out = found(entries, kind="same beta")
+    assert left_out["estimate"] is None and "dpo would have another optimum" in left_out["why_not"]
+    assert found(entries, kind="matched KL", figure="true_reward")["estimate"]["mean"] == pytest.approx(0.3, abs=1e-9)
+    single = [one for one in measured if one.point.setting == {"beta": 0.5}]
+    entry = found(contrasts(single), figure="true_reward")
+    assert (entry["kind"], entry["at"]) == ("as trained", "as trained, with another optimum for dpo")
+    assert entry["estimate"]["mean"] == pytest.approx(0.3)
 
 
 def test_what_both_arms_do_not_reach_is_not_extrapolated():

@@ -108,7 +108,7 @@ def test_values_of_their_kind_are_kept(lab, foreign):
 
 def test_metrics_and_costs_of_another_kind_are_not_kept(lab, foreign):
     model = foreign(
-        metrics={"moved_optimum": ["x"], "gate": "passed", "health": [{"cause": "x"}], "loss": "x"},
+        metrics={"calibration_slope": {"mean": "x"}, "gate": "passed", "health": [{"cause": "x"}], "loss": "x"},
         cost={"flops": "many", "wall_seconds": 3.0},
     )
     assert model.manifest.metrics == {"loss": "x"} and model.manifest.cost == {"wall_seconds": 3.0}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from rlhf_pipeline.errors import MismatchError
+from rlhf_pipeline.experiment.aim import aim_of
 from rlhf_pipeline.experiment.compare import run_compare
 from rlhf_pipeline.experiment.matching import differences, differences_by_seed, facts_of
 
@@ -29,6 +31,12 @@ def arms(tiny, tmp_path_factory):
         max_steps=1,
         reward_functions=[{"source": "world", "weight": 1.0}],
     )
+    lab.run("train-rm", output_name="shrunk", center_rewards_coefficient=0.1, max_steps=20)
+    lab.run("ppo", output_name="shrunk-ppo", reward_model_path="shrunk", max_steps=1)
+    lab.run("train-rm", output_name="decayed", weight_decay=0.1, max_steps=1)
+    lab.run("ppo", output_name="decayed-ppo", reward_model_path="decayed", weight_decay=0.1, max_steps=1)
+    lab.run("dpo", output_name="decayed-dpo", weight_decay=0.1, max_steps=1)
+    lab.run("dpo", output_name="ipo", loss_type="ipo", max_steps=1)
     lab.run("dpo", output_name="population", dataset_name="world:verdicts", max_steps=1)
     return lab
 
@@ -50,6 +58,11 @@ def test_ppo_and_dpo_of_one_experiment_match(arms):
         ("ppo", "other-parent", {"SFT parent", "reference"}),
         ("ppo", "shorter", {"lengths", "preference data"}),  # some pairs no longer fit
         ("penalised", "dpo", {"options that move the optimum"}),
+        ("shrunk-ppo", "dpo", {"options that move the optimum"}),
+        ("shrunk-ppo", "ppo", {"options that move the optimum"}),
+        ("decayed-ppo", "dpo", {"options that move the optimum"}),
+        ("decayed-ppo", "decayed-dpo", set()),  # decayed alike
+        ("ipo", "dpo", {"options that move the optimum"}),
         ("warm", "dpo", {"options that move the optimum", "training temperature"}),
         ("honest", "dpo", {"preference data"}),
         ("ppo", "population", {"preference data", "prompts"}),
@@ -91,6 +104,51 @@ def test_a_mismatch_that_is_allowed_is_reported(arms):
     )
     matched = compare(arms, "ppo", "dpo", baseline="sft", name="matched")
     assert matched["comparable"] == {"ok": True, "differences": [], "allowed": False}
+
+
+def test_a_reward_model_with_another_minimiser_is_refused_by_the_name_of_what_moved_it(arms):
+    with pytest.raises(MismatchError) as caught:
+        compare(arms, "shrunk-ppo", "dpo", baseline="sft")
+    expected = (
+        "options that move the optimum: shrunk-ppo@v1 has reward_model.center_rewards_coefficient=0.1, dpo@v1 has"
+    )
+    assert expected in str(caught.value)
+
+
+def without_the_field(resolved):
+    """The model as an earlier release registered it."""
+    return dataclasses.replace(resolved, manifest=resolved.manifest.model_copy(update={"moves_optimum": None}))
+
+
+def test_models_of_an_earlier_release_are_read_by_their_configs(arms, monkeypatch):
+    registry, resolve = arms.registry, type(arms.registry).resolve
+    monkeypatch.setattr(type(registry), "resolve", lambda *a, **k: without_the_field(resolve(*a, **k)))
+    assert found(arms, ppo="ppo", dpo="dpo") == {}
+    moved = found(arms, a="shrunk-ppo", b="dpo")["options that move the optimum"]
+    assert moved == {"a": "reward_model.center_rewards_coefficient=0.1", "b": "none"}
+    assert set(found(arms, a="ppo", b="ipo")) == {"options that move the optimum"}
+
+
+def test_the_effective_beta_is_kl_coef_times_the_slope_of_the_reward_model(arms):
+    slope = arms.registry.resolve("shrunk").manifest.metrics["calibration_slope"]
+    result = compare(arms, "shrunk-ppo", "dpo", baseline="sft", name="effective", allow_mismatch=True)
+    row = {row["name"]: row for row in result["rows"]}
+    beta = row["shrunk-ppo@v1"]["effective_beta"]
+    assert [beta[key] for key in ("mean", "low", "high")] == [0.5 * slope[key] for key in ("mean", "low", "high")]
+    assert beta["reward_model"] == "shrunk@v1" and row["dpo@v1"]["effective_beta"] is None
+    assert row["shrunk-ppo@v1"]["moves_optimum"] == {"reward_model.center_rewards_coefficient": 0.1}
+    assert row["shrunk-ppo@v1"]["may_move_optimum"] == {"lam": 0.95}
+    said = " ".join(line["text"] for line in result["verdict"]["lines"])
+    assert "another optimum (reward_model.center_rewards_coefficient=0.1)" in said
+    assert {entry["at"] for entry in result["contrasts"]} == {"as trained, with another optimum for shrunk-ppo@v1"}
+    page = Path(result["report"]).read_text(encoding="utf-8")
+    assert "effective β" in page and "Moves the optimum only with a wrong critic" in page
+    half = [{"source": "shrunk", "weight": 0.5}]
+    light = arms.run("ppo", output_name="light", reward_model_path=None, reward_functions=half, max_steps=1)
+    weighed = aim_of(arms.registry, arms.registry.resolve(light.model)).effective_beta
+    assert weighed["mean"] == pytest.approx(0.5 * slope["mean"] / 0.5)  # half the reward: KL costs twice as much
+    honest = aim_of(arms.registry, arms.registry.resolve("honest"))
+    assert honest.effective_beta is None and honest.optimum == "same"
 
 
 def test_a_model_without_a_manifest_says_nothing(arms):

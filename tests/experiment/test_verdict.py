@@ -239,3 +239,30 @@ def test_arms_that_are_not_alike_come_first():
 
 def test_results_with_nothing_in_them_have_a_verdict():
     assert not verdict({})["certain"]
+
+
+def effective_row(arm: str, low: float, high: float, **changes: Any) -> dict[str, Any]:
+    slope = {"mean": (low + high) / 2, "low": low, "high": high}
+    beta = {key: 0.5 * value for key, value in slope.items()} | {"slope": slope, "reward_model": "reward@v1"}
+    return {"arm": arm, "step": None, "beta": 0.5, "effective_beta": beta, "metrics": {}, **changes}
+
+
+@pytest.mark.parametrize(("low", "high", "said"), [(2.0, 2.4, True), (0.5, 0.9, True), (0.9, 1.3, False)])
+def test_a_reward_model_off_the_scale_of_its_labels_is_said_where_the_interval_excludes_1(low, high, said):
+    dpo = {"arm": "dpo", "beta": 0.5, "effective_beta": None, "metrics": {}}
+    lines = topics({"rows": [effective_row("ppo", low, high), dpo]}).get("limits", [])
+    assert len(lines) == said
+    if low == 2.0:
+        assert "calibration slope 2.20 [2.00, 2.40] on held-out pairs" in lines[0]
+        assert "kl_coef 0.5 is a beta of 1.10 [1.00, 1.20] in the labels' own reward" in lines[0]
+
+
+def test_an_unknown_slope_is_passed_over():
+    unknown = {"mean": None, "low": None, "high": None, "slope": {"mean": None, "low": None, "high": None}}
+    assert "limits" not in topics({"rows": [effective_row("ppo", 1, 1, effective_beta=unknown)]})
+
+
+def test_an_arm_with_another_optimum_is_named_with_what_moved_it():
+    row = {"arm": "dpo", "optimum": "scale", "moves_optimum": {"loss_type": "ipo"}, "metrics": {}}
+    (said,) = topics({"rows": [row]})["limits"]
+    assert said.startswith("dpo has its beta on another scale (loss_type=ipo): it is in no contrast at one beta")

@@ -35,6 +35,10 @@ def test_tables_hold_parents_data_and_metrics():
         parents={"policy": {"ref": "sft@v1", "digest": "0123456789abcdef"}},
         data=[{"source": "a|b.jsonl", "split": "train", "digest": "d" * 64, "rows": 5, "dropped": {"null": 2}}],
         metrics={"test": {"accuracy": 0.5}, "none": None},
+        moves_optimum={"reward_model.center_rewards_coefficient": 0.1},
+    )
+    assert (
+        "## Options that move the optimum" in text and "| reward\\_model.center\\_rewards\\_coefficient | 0.1 |" in text
     )
     assert "| policy | sft@v1 | 0123456789ab |" in text
     assert f"| a\\|b.jsonl | train | 5 | null: 2 | {'d' * 12} |" in text

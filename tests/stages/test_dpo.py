@@ -159,11 +159,22 @@ def test_a_loss_with_another_optimum_says_so(lab, changes):
     result = lab.run("dpo", max_steps=1, **changes)
     (name, value) = next(iter(changes.items()))
     assert f"{name}={value}" in (Path(result.run) / "log.txt").read_text()
-    assert result.metrics["moved_optimum"] == changes
+    assert lab.registry.resolve(result.model).manifest.moves_optimum == changes
+
+
+def test_another_reference_is_another_optimum_and_the_start_under_another_name_is_not(lab):
+    lab.run("sft", output_name="other-sft", max_steps=1, dataset_name="world:verdicts", max_train_samples=64)
+    lab.registry.alias("sft", "start")
+    moves = {
+        name: lab.registry.resolve(lab.run("dpo", ref_model=name, max_steps=1).model).manifest.moves_optimum
+        for name in ("sft@start", "other-sft")
+    }
+    assert moves == {"sft@start": {}, "other-sft": {"ref_model": "other-sft"}}
 
 
 def test_soft_labels_have_the_same_optimum(lab):
-    assert lab.run("dpo", max_steps=1, soft_labels=True).metrics["moved_optimum"] == {}
+    soft = lab.run("dpo", max_steps=1, soft_labels=True)
+    assert lab.registry.resolve(soft.model).manifest.moves_optimum == {}
 
 
 def test_rewards_are_beta_times_the_summed_log_ratio_whatever_the_loss(lab):

@@ -18,6 +18,10 @@ def first(lab, **changes):
     return lab.rows(lab.run("ppo", **changes).run)[0]
 
 
+def moves_of(lab, result):
+    return lab.registry.resolve(result.model).manifest.moves_optimum
+
+
 def log_of(result):
     return (Path(result.run) / "log.txt").read_text()
 
@@ -122,13 +126,46 @@ def test_a_missing_eos_penalty_comes_off_the_score_of_cut_responses(lab):
 
 
 @pytest.mark.parametrize(
-    "option", [{"missing_eos_penalty": 1.0}, {"whiten_rewards": True}, {"gamma": 0.9}, {"temperature": 0.7}]
+    "option",
+    [
+        {"missing_eos_penalty": 1.0},
+        {"whiten_rewards": True},
+        {"gamma": 0.9},
+        {"temperature": 0.7},
+        {"kl_coef": 0.0},
+        {"vf_coef": 0.0},
+        {"weight_decay": 0.1},
+    ],
 )
 def test_what_moves_the_optimum_is_recorded(lab, option):
     result = lab.run("ppo", **option, max_steps=1)
-    assert result.metrics["moved_optimum"] == option
+    assert moves_of(lab, result) == option
     assert "move the optimum" in log_of(result)
-    assert lab.run("ppo", output_name="plain", max_steps=1).metrics["moved_optimum"] == {}
+    assert moves_of(lab, lab.run("ppo", output_name="plain", max_steps=1)) == {}
+
+
+def test_what_moved_the_reward_model_is_carried_to_the_policies_trained_on_it(lab):
+    """The rule: what changes the minimiser of a reward model belongs to the optimum of PPO on it."""
+    shrunk = lab.run("train-rm", output_name="shrunk", center_rewards_coefficient=0.1, weight_decay=0.01, max_steps=1)
+    own = {"center_rewards_coefficient": 0.1, "weight_decay": 0.01}
+    assert moves_of(lab, shrunk) == own
+    assert "move the minimiser of the reward model: weight_decay=0.01, center_rewards_coefficient=0.1" in log_of(shrunk)
+    carried = {f"reward_model.{name}": value for name, value in own.items()}
+    one = lab.run("ppo", reward_model_path="shrunk", gamma=0.9, max_steps=1)
+    assert moves_of(lab, one) == {"gamma": 0.9, **carried}
+    assert "reward_model.center_rewards_coefficient=0.1" in log_of(one)
+    both = [{"source": "reward", "weight": 1.0}, {"source": "shrunk", "weight": 1.0}]
+    second = lab.run("ppo", output_name="both", reward_model_path=None, reward_functions=both, max_steps=1)
+    assert moves_of(lab, second) == {f"reward_model_2.{name}": value for name, value in own.items()}
+
+
+def test_what_moves_the_optimum_with_a_wrong_critic_is_recorded_apart(lab):
+    default, unbiased = lab.run("ppo", max_steps=1), lab.run("ppo", output_name="unbiased", lam=1.0, max_steps=1)
+    assert lab.registry.resolve(default.model).manifest.may_move_optimum == {"lam": 0.95}
+    assert lab.registry.resolve(unbiased.model).manifest.may_move_optimum == {}
+    assert moves_of(lab, default) == moves_of(lab, unbiased) == {}
+    assert "lam=0.95 leaves the optimum in place as long as the critic is right" in log_of(default)
+    assert "critic is right" not in log_of(unbiased)
 
 
 def test_whitened_rewards_train_another_model(lab):
@@ -219,7 +256,7 @@ def test_rewards_add_up_with_their_weights(lab, function):
     terms = [{"source": "world", "weight": 0.5}, {"source": name, "weight": 3.0}]
     both = lab.run("ppo", output_name="b", reward_model_path=None, reward_functions=terms, max_steps=1)
     assert lab.rows(both.run)[0]["objective/scores"] == pytest.approx(0.5 * alone + 3.0, abs=1e-5)
-    assert "reward_functions" in both.metrics["moved_optimum"]
+    assert "reward_functions" in moves_of(lab, both)
 
 
 def test_the_worlds_reward_by_hand(lab, function):

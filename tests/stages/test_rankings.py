@@ -288,7 +288,7 @@ def test_dpo_on_rankings(lab, rankings, loss_type):
     assert steps[0]["loss/dpo"] == pytest.approx(start, abs=1e-5)
     assert steps[-1]["loss/dpo"] < 0.8 * start and steps[-1]["rewards/accuracies"] > 0.9
     assert result.metrics["train_pairs"] == result.metrics["eval_pairs"] == sum(map(math.comb, sizes, [2] * 30))
-    assert result.metrics["moved_optimum"] == {}
+    assert lab.registry.resolve(result.model).manifest.moves_optimum == {}
 
 
 def test_a_second_run_has_the_references_from_the_cache(lab, rankings):

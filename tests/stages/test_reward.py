@@ -144,3 +144,34 @@ def test_the_centering_term_pulls_scores_to_0(lab):
     pulled = lab.rows(lab.run("train-rm", max_steps=30, center_rewards_coefficient=1.0).run)[-1]
     size = [abs(row["chosen_score"] + row["rejected_score"]) for row in (plain, pulled)]
     assert size[1] < 0.5 < size[0]
+
+
+def test_the_calibration_slope_is_that_of_the_held_out_pairs(lab):
+    """Where the slope is s, sum over held-out pairs of d sigma(-s d) / pairs of the prompt is 0."""
+    result = lab.run("train-rm", max_steps=8)
+    found = result.metrics["calibration_slope"]
+    resolved, config = lab.registry.resolve(result.model), lab.config("train-rm")
+    tokenizer = tokenizer_of(resolved)
+    pairs, _ = StageData(config, lab.home, lambda _: None).split("pair", "test", tokenizer)
+    model = load_reward_model(resolved, config, CPU)
+    scores = score_examples(model, pairs, batch_size=32, pad_id=tokenizer.pad_token_id, device=CPU)
+    prompts = [pair.prompt_key for pair in pairs]
+    total = 0.0
+    for (chosen, rejected), prompt in zip(scores, prompts, strict=True):
+        d = chosen - rejected
+        total += d / (1 + math.exp(found["mean"] * d)) / prompts.count(prompt)
+    assert abs(total) < 1e-4 and found["low"] < found["mean"] < found["high"]
+    assert found["clusters"] == len(set(prompts)) and found["n"] == len(pairs)
+    assert resolved.manifest.metrics["calibration_slope"] == found
+    assert f"calibration slope {found['mean']:.3f}" in (Path(result.run) / "log.txt").read_text()
+
+
+def test_margins_that_separate_the_labels_have_no_slope(lab, rankings):
+    """One held-out pair is ordered rightly or wrongly: no finite slope is most likely."""
+    row = {"completions": [" great", " awful"], "ranks": [1, 2]}
+    prompts = {"train": "the plot of this comedy was", "test": "the music of this drama was"}
+    rows = [row | {"prompt": prompt, "split": split} for split, prompt in prompts.items()]
+    result = lab.run("train-rm", dataset_name=rankings(rows=rows), max_steps=1)
+    found = result.metrics["calibration_slope"]
+    assert found["mean"] is None and "no finite slope fits" in found["why_not"]
+    assert "calibration slope: not a number" in (Path(result.run) / "log.txt").read_text()

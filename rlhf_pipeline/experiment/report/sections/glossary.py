@@ -54,6 +54,12 @@ ENTRIES: dict[str, tuple[str, str, str]] = {
         "How much of what the optimum gains over the reference a model gains.",
         "(J − J_ref) / (J* − J_ref)",
     ),
+    "effective_beta": (
+        "effective β",
+        "PPO's price of KL in units of the reward that the labels were drawn by; s is the reward model's calibration "
+        "slope on held-out pairs.",
+        "kl_coef · s, P(label) = σ(s (r_w − r_l))",
+    ),
     "gap": ("βKL(π‖π*)", "What is missing to the optimum, in units of reward.", "J* − J(π) = β KL(π ‖ π*)"),
     "gao": (
         "over-optimisation",
@@ -115,6 +121,7 @@ def _present(view: View) -> set[str]:
         "matched_kl": view.get("frontier", "matched_kl") is not None,
         "gibbs": bool(view.get("frontier", "gibbs") or view.get("exact", "frontier")),
         "kl_bound": any("kl_bound" in row for row in rows),
+        "effective_beta": any(part(row, "effective_beta", "mean") is not None for row in rows),
         "share": bool(records(view.get("exact", "rows"))),
         "gap": bool(records(view.get("exact", "rows"))),
         "gao": bool(view.get("overoptimisation")),

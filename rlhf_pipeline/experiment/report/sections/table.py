@@ -29,11 +29,17 @@ def _figures(view: View) -> list[str]:
 def _columns(view: View, first: str) -> list[Column]:
     names = [f"{view.name_of(name)}{' ★' if name == view.primary else ''}" for name in _figures(view)]
     columns = [Column(first, False), *(Column(name) for name in names)]
+    if _has_effective_beta(view):
+        columns.insert(1, Column("effective β", hint="kl_coef × calibration slope of the reward model"))
     if _has_wins(view):
         columns.append(Column("win rate", hint=f"against {view.baseline}" if view.baseline else None))
     if _has_cost(view):
         columns += [Column("training"), Column("wall time")]
     return columns
+
+
+def _has_effective_beta(view: View) -> bool:
+    return any(reading(row.get("effective_beta")) is not None for row in view.rows)
 
 
 def _has_wins(view: View) -> bool:
@@ -70,6 +76,8 @@ def _over_seeds(found: list[Reading | None]) -> Markup:
 def _cells(view: View, rows: list[Row], summary: Mapping[str, Any] | None = None) -> list[Markup | str]:
     """The cells of a line of the main table: one model, or one setting over its seeds."""
     cells: list[Markup | str] = []
+    if _has_effective_beta(view):
+        cells.append(_over_seeds([reading(row.get("effective_beta")) for row in rows]))
     for name in _figures(view):
         over_all = reading(part(summary, "metrics", name))
         if over_all is not None:

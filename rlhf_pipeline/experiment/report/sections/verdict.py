@@ -96,8 +96,21 @@ def fairness(view: View, points: Points) -> Section | None:
             for entry in differences
         ]
         body.append(table(columns, [Group(rows)], label="Differences between the arms"))
-    body += [_tuning(view), _resampled(view)]
+    body += [_conditions(view), _tuning(view), _resampled(view)]
     return section("fair", "Is it a fair comparison?", *body)
+
+
+def _conditions(view: View) -> Markup | None:
+    """The options that move an arm's optimum only where its critic is wrong: said, and no reason to refuse."""
+    found = {
+        view.arm(row): ", ".join(f"{name} {plain(value)}" for name, value in items(row.get("may_move_optimum")))
+        for row in view.trained()
+        if items(row.get("may_move_optimum"))
+    }
+    if not found:
+        return None
+    said = [join([arm_name(view, arm), f": {options}"]) for arm, options in found.items()]
+    return h("p", "Moves the optimum only with a wrong critic: ", join(said, ", "), ".")
 
 
 def _tuning(view: View) -> Markup | None:
