@@ -18,14 +18,14 @@ def _single(value: Any) -> Any:
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
-def check_smoothing(config: Any) -> Iterator[Fault]:
+def check_smoothing(config: DpoConfig) -> Iterator[Fault]:
     """Yield the fault of label smoothing with a loss that it is not defined for."""
     if config.label_smoothing and config.loss_type != "sigmoid":
         found = f"label_smoothing {config.label_smoothing:g} with loss_type {config.loss_type}"
         yield Fault("label_smoothing", found, "label_smoothing 0, or loss_type sigmoid")
 
 
-def check_ranking_loss(config: Any) -> Iterator[Fault]:
+def check_ranking_loss(config: DpoConfig) -> Iterator[Fault]:
     """Yield the faults of a loss on rankings with what only pairs have: probabilities of their labels."""
     if config.loss_type != "plackett_luce":
         return
@@ -37,7 +37,7 @@ def check_ranking_loss(config: Any) -> Iterator[Fault]:
         yield Fault("loss_type", found, "'sigmoid', its equal on pairs")
 
 
-def check_population(config: Any) -> Iterator[Fault]:
+def check_population(config: DpoConfig) -> Iterator[Fault]:
     """Yield the faults of a run on fresh pairs: it has no epochs, and no lists of pairs to cache."""
     if config.population and config.max_steps < 1:
         yield Fault("max_steps", f"found {config.max_steps}", "a number >= 1: pairs drawn anew have no epochs")

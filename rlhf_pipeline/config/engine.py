@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rlhf_pipeline.errors import Fault
+
+if TYPE_CHECKING:
+    from rlhf_pipeline.config.dpo import DpoConfig
+    from rlhf_pipeline.config.reward import RewardConfig
+    from rlhf_pipeline.config.training import TrainingConfig
 
 NATIVE = "or engine: native"
 
 
-def check_engine(config: Any) -> Iterator[Fault]:
+def check_engine(config: TrainingConfig) -> Iterator[Fault]:
     """Yield the faults of what `engine: trl` does in no stage."""
     if config.engine != "trl":
         return
@@ -27,14 +32,14 @@ def check_engine(config: Any) -> Iterator[Fault]:
         yield Fault("micro_batch_tokens", found, "no micro_batch_tokens", NATIVE)
 
 
-def check_reward_engine(config: Any) -> Iterator[Fault]:
+def check_reward_engine(config: RewardConfig) -> Iterator[Fault]:
     """Yield the faults of `engine: trl` for the reward model."""
     if config.engine == "trl" and config.score_pooling != "last":
         found = f"found {config.score_pooling!r}, and TRL trains the score at the last token"
         yield Fault("score_pooling", found, "'last'", NATIVE)
 
 
-def check_dpo_engine(config: Any) -> Iterator[Fault]:
+def check_dpo_engine(config: DpoConfig) -> Iterator[Fault]:
     """Yield the faults of `engine: trl` for DPO."""
     if config.engine != "trl":
         return

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from rlhf_pipeline.config.base import CommandConfig, Lengths, moves_optimum
 from rlhf_pipeline.config.collect import CollectConfig
-from rlhf_pipeline.config.compare import CompareConfig, EvaluateConfig, ExactConfig
+from rlhf_pipeline.config.compare import CompareConfig, EvaluateConfig, ExactConfig, GenerateConfig
 from rlhf_pipeline.config.dpo import DpoConfig
 from rlhf_pipeline.config.plan import ExperimentConfig
 from rlhf_pipeline.config.ppo import PpoConfig, RewardFunction
 from rlhf_pipeline.config.reward import RewardConfig
 from rlhf_pipeline.config.sft import SftConfig
 from rlhf_pipeline.config.training import DatasetEntry, TrainingConfig
+from rlhf_pipeline.errors import ConfigError, Fault, did_you_mean
 
 STAGES: dict[str, type[CommandConfig]] = {
     "sft": SftConfig,
@@ -22,11 +23,25 @@ STAGES: dict[str, type[CommandConfig]] = {
 SCHEMAS: dict[str, type[CommandConfig]] = {
     **STAGES,
     "evaluate": EvaluateConfig,
+    "generate": GenerateConfig,
     "compare": CompareConfig,
     "exact": ExactConfig,
     "experiment": ExperimentConfig,
 }
 TRAINING = ("sft", "train-rm", "ppo", "dpo")
+
+
+def schema_class(stage: str) -> type[CommandConfig]:
+    """Return the config class of a command.
+
+    Raises:
+        ConfigError: there is no such command.
+    """
+    if stage not in SCHEMAS:
+        near = did_you_mean(stage, SCHEMAS)
+        raise ConfigError(Fault("stage", f"found {stage!r}", f"one of {', '.join(SCHEMAS)}", near))
+    return SCHEMAS[stage]
+
 
 __all__ = [
     "SCHEMAS",
@@ -39,6 +54,7 @@ __all__ = [
     "EvaluateConfig",
     "ExactConfig",
     "ExperimentConfig",
+    "GenerateConfig",
     "Lengths",
     "PpoConfig",
     "RewardConfig",
@@ -46,4 +62,5 @@ __all__ = [
     "SftConfig",
     "TrainingConfig",
     "moves_optimum",
+    "schema_class",
 ]
