@@ -9,13 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from rlhf_pipeline.cli.evaluate import MEASURING, NAMES, emit_measuring
+from rlhf_pipeline.cli.evaluate import MEASURING_KEYS, NAMES, emit_measuring
 from rlhf_pipeline.cli.exact_table import print_exact
 from rlhf_pipeline.cli.libraries import load_libraries
 from rlhf_pipeline.cli.options import Common, Settings, command, references_and_overrides
 from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_table, interval, number
 
-OPTIONS = ("baseline", "name", *MEASURING, "snapshots", "allow_mismatch")
+KEYS = ("baseline", "name", *MEASURING_KEYS, "snapshots", "allow_mismatch")
 
 
 def compare(
@@ -149,4 +149,4 @@ def verdict_lines(verdict: dict[str, Any]) -> list[str]:
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    command(app, "compare", dry_run=True, config="compare", keys=OPTIONS)(compare)
+    command(app, "compare", dry_run=True, config="compare", keys=KEYS)(compare)

@@ -14,8 +14,8 @@ from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_plan, emit_tabl
 if TYPE_CHECKING:
     from rlhf_pipeline.config.compare import PromptsConfig
 
-SAMPLING = ("split", "prompts", "max_prompts", "samples", "temperature", "max_new_tokens", "seed", "reward_model")
-MEASURING = (*SAMPLING, "reference", "best_of", "judge", "true_reward")
+SAMPLING_KEYS = ("split", "prompts", "max_prompts", "samples", "temperature", "max_new_tokens", "seed", "reward_model")
+MEASURING_KEYS = (*SAMPLING_KEYS, "reference", "best_of", "judge", "true_reward")
 
 NAMES = {
     "true_reward": "true reward",
@@ -104,5 +104,5 @@ def generate(
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the app."""
-    command(app, "evaluate", dry_run=True, config="evaluate", keys=MEASURING)(evaluate)
-    command(app, "generate", dry_run=True, config="generate", keys=SAMPLING)(generate)
+    command(app, "evaluate", dry_run=True, config="evaluate", keys=MEASURING_KEYS)(evaluate)
+    command(app, "generate", dry_run=True, config="generate", keys=SAMPLING_KEYS)(generate)

@@ -13,8 +13,10 @@ from rlhf_pipeline.cli.options import Common, Settings, command, references_and_
 from rlhf_pipeline.cli.output import emit_json
 from rlhf_pipeline.errors import BadInput
 
-PROMPTS = ("split", "max_prompts", "max_new_tokens", "reference")
-OPTIONS = ("beta", "reward", "reward_model", "reward_model_prompts", "long_run", "training_loss", *PROMPTS)
+KEYS = (
+    *("beta", "reward", "reward_model", "reward_model_prompts", "long_run", "training_loss"),
+    *("split", "max_prompts", "max_new_tokens", "reference"),
+)
 
 
 def exact(
@@ -45,4 +47,4 @@ def exact(
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    command(app, "exact", dry_run=True, config="exact", keys=OPTIONS)(exact)
+    command(app, "exact", dry_run=True, config="exact", keys=KEYS)(exact)

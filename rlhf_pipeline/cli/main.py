@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
@@ -85,8 +86,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         failure = _failure(error, words)
         if "--json" in words and os.environ.get("RANK", "0") == "0":  # one object, however many processes fail
-            faults = [fault.as_dict() for fault in failure.faults]
-            emit_json({"error": {"kind": failure.kind, "faults": faults}})
+            with contextlib.suppress(OSError):  # stdout itself may be what failed
+                faults = [fault.as_dict() for fault in failure.faults]
+                emit_json({"error": {"kind": failure.kind, "faults": faults}})
+                sys.stdout.flush()
         if "--debug" in words and failure.kind not in ("arguments", "interrupted"):
             raise
         if show := getattr(error, "show", None):  # usage errors of the argument parser know how to show themselves

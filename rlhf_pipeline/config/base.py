@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 DEFAULT_MAX_LENGTH = 1024
 LENGTHS = ("max_prompt_length", "response_length", "max_length")
 DEFAULT_SPLITS = {"train": 0.8, "judge": 0.08, "validation": 0.04, "test": 0.08}
-STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), defer_build=True)
 
 _NO_NEUTRAL = object()
 
