@@ -1,16 +1,18 @@
 """Every error that this package raises on purpose.
 
-    RlhfError                    exit 1
-    ├── BadInput                 exit 2: the user can mend it
-    │   ├── ConfigError          faults of a config, an override or an argument
-    │   ├── DataError            faults of a data source
-    │   ├── UnknownReference     no such model or data set
-    │   ├── MismatchError        two things that do not belong together
-    │   └── DamagedFile          a file is not what its manifest says
-    ├── RunFailed                exit 1: diverged, out of memory, disk full
-    └── Interrupted              exit 130 / 143: stopped by a signal, checkpoint written
+    class                        kind        exit
+    RlhfError                    failed      1
+    ├── BadInput                 input       2: the user can mend it
+    │   ├── ConfigError          config         faults of a config, an override or an argument
+    │   ├── DataError            data           faults of a data source
+    │   ├── UnknownReference     reference      no such model or data set
+    │   ├── MismatchError        mismatch       two things that do not belong together
+    │   └── DamagedFile          damaged        a file is not what its manifest says
+    ├── RunFailed                run         1: diverged, out of memory, disk full
+    └── Interrupted              interrupted 130 / 143: stopped by a signal, checkpoint written
 
-An error says what was found and where, what was expected, and what to do.
+An error says what was found and where, what was expected, and what to do. `kind` names the class in the JSON of a
+failed command.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # What a terminal would obey and not show (control characters but tab and newline, marks that reorder text), and halves
 # of surrogate pairs, which no encoding holds.
@@ -38,6 +40,21 @@ class Fault:
     found: str
     expected: str = ""
     fix: str = ""
+    key: str = field(default="", compare=False)
+    """The key of the config that is at fault, where there is one; it stands at the end of `where`."""
+
+    @classmethod
+    def read(cls, line: str) -> Fault:
+        """Return the fault that a line of a message states: `found; expected X; fix`, as `str` of a fault writes it."""
+        found, _, rest = line.partition("; expected ")
+        expected, _, fix = rest.partition("; ")
+        return cls("", found, expected, fix)
+
+    def as_dict(self) -> dict[str, str]:
+        """Return the fault for JSON: `where` without the key, which has a field of its own."""
+        where = "" if self.where == self.key else self.where.removesuffix(f": {self.key}") if self.key else self.where
+        found = self.found.removeprefix("found ")
+        return {"where": where, "key": self.key, "found": found, "expected": self.expected, "fix": self.fix}
 
     def __str__(self) -> str:
         parts = [f"{self.where}: {self.found}" if self.where else self.found]
@@ -53,12 +70,14 @@ class RlhfError(Exception):
     """Root of all errors of this package."""
 
     exit_code = 1
+    kind = "failed"
 
 
 class BadInput(RlhfError):
     """Something the user gave cannot be used."""
 
     exit_code = 2
+    kind = "input"
 
 
 class FaultyInput(BadInput):
@@ -81,21 +100,31 @@ class FaultyInput(BadInput):
 class ConfigError(FaultyInput):
     """Faults of a config file, an override or a command-line argument."""
 
+    kind = "config"
+
 
 class DataError(FaultyInput):
     """Faults of the rows of a data source."""
+
+    kind = "data"
 
 
 class UnknownReference(BadInput):
     """A model or data reference that names nothing."""
 
+    kind = "reference"
+
 
 class MismatchError(BadInput):
     """Two things that do not belong together; the message names both."""
 
+    kind = "mismatch"
+
 
 class DamagedFile(BadInput):
     """A file whose content is not what its manifest says."""
+
+    kind = "damaged"
 
 
 class RunFailed(RlhfError):
@@ -104,15 +133,23 @@ class RunFailed(RlhfError):
     agreed: whether every process of the run raises one now, and none may leave before all of them do.
     """
 
+    kind = "run"
     agreed = False
 
 
 class Interrupted(RlhfError):
     """A run stopped by a signal after its checkpoint was written."""
 
+    kind = "interrupted"
+
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def faults_of(error: RlhfError) -> list[Fault]:
+    """Return what is wrong, fault by fault: the faults of an input, else a fault for each line of the message."""
+    return error.faults if isinstance(error, FaultyInput) else list(map(Fault.read, str(error).split("\n")))
 
 
 def did_you_mean(word: str, choices: Iterable[str], limit: int = 3) -> str:

@@ -1,4 +1,4 @@
-"""Write docs/config.md: every key of every config, its default and what it does.
+"""Write docs/config.md: every key of every config, its type, its default and what it does.
 
 python scripts/config_reference.py docs/config.md
 """
@@ -8,9 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pydantic_core import PydanticUndefined
-
-from rlhf_pipeline.config import SCHEMAS
+from rlhf_pipeline.config.fields import keys_of
 
 TITLES = {
     "sft": "rlhf sft",
@@ -18,21 +16,29 @@ TITLES = {
     "ppo": "rlhf ppo",
     "dpo": "rlhf dpo",
     "collect": "rlhf data collect",
-    "evaluate": "rlhf evaluate, generate",
+    "evaluate": "rlhf evaluate",
+    "generate": "rlhf generate",
     "compare": "rlhf compare",
     "exact": "rlhf exact",
+    "experiment": "rlhf run",
 }
+INTRODUCTION = """# Config keys
+
+Made by `python scripts/config_reference.py docs/config.md`. The same table in a terminal: `rlhf config keys STAGE`
+(`--json` for programs). `rlhf config schema STAGE` prints the JSON schema, with which an editor completes and checks a
+YAML file. Commands also read other names of some keys (`torch_dtype`, `beta` in `ppo`), which the schema does not list.
+"""
 
 
 def reference() -> str:
     """The whole page."""
-    lines = ["# Config keys", "", "Made by `python scripts/config_reference.py docs/config.md`.", ""]
+    lines = [INTRODUCTION]
     for stage, title in TITLES.items():
-        lines += [f"## {title}", "", "| key | default | what it does |", "| --- | --- | --- |"]
-        for name, field in SCHEMAS[stage].model_fields.items():
-            default = "required" if field.default is PydanticUndefined else f"`{field.default}`"
-            description = (field.description or "").replace("|", "\\|")
-            lines.append(f"| `{name}` | {default} | {description} |")
+        lines += [f"## {title}", "", "| key | type | default | what it does |", "| --- | --- | --- | --- |"]
+        for key in keys_of(stage).values():
+            default = "required" if key.required else f"`{key.default_text}`"
+            description = key.description.replace("|", "\\|")
+            lines.append(f"| `{key.name}` | {key.words} | {default} | {description} |")
         lines.append("")
     return "\n".join(lines)
 

@@ -9,102 +9,33 @@ from typing import Annotated, Any
 
 import typer
 
-from rlhf_pipeline.cli.evaluate import (
-    NAMES,
-    BestOfOption,
-    JudgeOption,
-    MaxNewTokensOption,
-    MaxPromptsOption,
-    PromptsOption,
-    ReferenceOption,
-    RewardModelOption,
-    SamplesOption,
-    SeedOption,
-    SplitOption,
-    TemperatureOption,
-    TrueRewardOption,
-    dry_run_of,
-    given,
-)
+from rlhf_pipeline.cli.evaluate import MEASURING_KEYS, NAMES, emit_measuring
 from rlhf_pipeline.cli.exact_table import print_exact
 from rlhf_pipeline.cli.libraries import load_libraries
-from rlhf_pipeline.cli.options import (
-    ConfigOption,
-    DebugOption,
-    DryRunOption,
-    HomeOption,
-    JsonOption,
-    common_of,
-    references_and_overrides,
-)
+from rlhf_pipeline.cli.options import Common, Settings, command, references_and_overrides
 from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_table, interval, number
+
+KEYS = ("baseline", "name", *MEASURING_KEYS, "snapshots", "allow_mismatch")
 
 
 def compare(
-    context: typer.Context,
+    common: Common,
+    settings: Settings,
     references: Annotated[
         list[str] | None,
         typer.Argument(metavar="[REF|KEY=VALUE]...", help="Models; overrides of the config.", show_default=False),
     ] = None,
-    config: ConfigOption = None,
-    baseline: Annotated[str | None, typer.Option("--baseline", help="Model to set the arms against.")] = None,
-    name: Annotated[str | None, typer.Option("--name", help="Name of the report.")] = None,
-    split: SplitOption = None,
-    prompts: PromptsOption = None,
-    max_prompts: MaxPromptsOption = None,
-    samples: SamplesOption = None,
-    temperature: TemperatureOption = None,
-    max_new_tokens: MaxNewTokensOption = None,
-    seed: SeedOption = None,
-    reward_model: RewardModelOption = None,
-    reference: ReferenceOption = None,
-    best_of: BestOfOption = None,
-    judge: JudgeOption = None,
-    true_reward: TrueRewardOption = None,
-    snapshots: Annotated[
-        bool, typer.Option("--snapshots", help="Add the snapshots of every arm's runs to its curve.")
-    ] = False,
-    allow_mismatch: Annotated[
-        bool, typer.Option("--allow-mismatch", help="Compare arms that differ in more than their training; say so.")
-    ] = False,
-    home: HomeOption = None,
-    json: JsonOption = False,
-    dry_run: DryRunOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Compare policies on the same prompts with the same random numbers; writes reports/NAME/ with index.html."""
-    common = common_of(context, home, json, dry_run, debug)
-    from rlhf_pipeline.config.load import load_config
-
     arms, overrides = references_and_overrides(references or [])
-    options = given(
-        baseline=baseline,
-        name=name,
-        split=split,
-        prompts=prompts,
-        max_prompts=max_prompts,
-        samples=samples,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        reward_model=reward_model,
-        reference=reference,
-        best_of=best_of,
-        judge=judge,
-        true_reward=true_reward,
-        snapshots=snapshots or None,
-        allow_mismatch=allow_mismatch or None,
-        arms=arms or None,
-    )
-    loaded = load_config("compare", config, overrides, extra=options)
+    config = settings.load(overrides, arms=arms or None).config
     if common.dry_run:
-        models = [*loaded.config.arms, *([loaded.config.baseline] if loaded.config.baseline else [])]
-        dry_run_of("compare", loaded.config, models, common)
+        emit_measuring(common, config, [*config.arms, *([config.baseline] if config.baseline else [])])
         return
     load_libraries()
     from rlhf_pipeline.experiment.compare import run_compare
 
-    result = run_compare(loaded.config, common.home_path, command=shlex.join(["rlhf", *sys.argv[1:]]))
+    result = run_compare(config, common.home_path, command=shlex.join(["rlhf", *sys.argv[1:]]))
     if common.json:
         emit_json(result)
     else:
@@ -231,4 +162,4 @@ def verdict_lines(verdict: dict[str, Any]) -> list[str]:
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    app.command("compare")(compare)
+    command(app, "compare", dry_run=True, config="compare", keys=KEYS)(compare)

@@ -8,15 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from rlhf_pipeline.cli.libraries import load_libraries
-from rlhf_pipeline.cli.options import (
-    ConfigOption,
-    DebugOption,
-    DryRunOption,
-    HomeOption,
-    JsonOption,
-    common_of,
-)
-from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_table, flat_metrics, number
+from rlhf_pipeline.cli.options import Common, OverridesArgument, Settings, command
+from rlhf_pipeline.cli.output import emit, emit_json, emit_lines, emit_plan, emit_table, flat_metrics, number
 
 app = typer.Typer(no_args_is_help=True, help="Check, preview, collect, list and export data.")
 
@@ -31,9 +24,9 @@ SourceArgument = Annotated[
 PartOption = Annotated[str | None, typer.Option("--dataset-config", help="Configuration of the source.")]
 
 
-@app.command("check")
+@command(app, "check")
 def check(
-    context: typer.Context,
+    common: Common,
     source: SourceArgument,
     dataset_config: PartOption = None,
     tokenizer: Annotated[
@@ -44,12 +37,8 @@ def check(
     ] = None,
     max_prompt_length: Annotated[int | None, typer.Option("--max-prompt-length", help="As in a config.", min=1)] = None,
     response_length: Annotated[int | None, typer.Option("--response-length", help="As in a config.", min=1)] = None,
-    home: HomeOption = None,
-    json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Faults, splits, duplicates, leakage, label noise and lengths of a source; exit 2 when a stage would refuse it."""
-    common = common_of(context, home, json, debug=debug)
     from rlhf_pipeline.config.base import resolve_lengths
     from rlhf_pipeline.data.check import describe
     from rlhf_pipeline.data.load import read_records
@@ -63,9 +52,8 @@ def check(
     reader = None
     if tokenizer is not None:
         from rlhf_pipeline.data.tokenizers import load_tokenizer
-        from rlhf_pipeline.registry import Registry
 
-        resolved = Registry(common.home_path).resolve(tokenizer)
+        resolved = common.registry.resolve(tokenizer)
         reader = load_tokenizer(resolved.location, revision=resolved.revision)
     found = read_records(source, config=dataset_config, home=common.home_path, skip_bad_rows=True)
     result = describe(found, tokenizer=reader, limits=limits) | {"label_noise": label_noise(found.records)}
@@ -87,18 +75,14 @@ def check(
         raise typer.Exit(2)
 
 
-@app.command("preview")
+@command(app, "preview")
 def preview(
-    context: typer.Context,
+    common: Common,
     source: SourceArgument,
     rows: Annotated[int, typer.Option("--rows", "-n", help="How many.", min=1)] = 3,
     dataset_config: PartOption = None,
-    home: HomeOption = None,
-    json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """The first rows, as they were understood."""
-    common = common_of(context, home, json, debug=debug)
     from rlhf_pipeline.data.check import preview as first_rows
 
     found = first_rows(source, rows, config=dataset_config, home=common.home_path)
@@ -114,16 +98,11 @@ def preview(
         emit_lines(lines)
 
 
-@app.command("list")
-def list_data(
-    context: typer.Context, home: HomeOption = None, json: JsonOption = False, debug: DebugOption = False
-) -> None:
+@command(app, "list")
+def list_data(common: Common) -> None:
     """Collected data sets and the built-in world."""
-    common = common_of(context, home, json, debug=debug)
-    from rlhf_pipeline.registry import Registry
-
     entries: list[dict[str, Any]] = []
-    for item in Registry(common.home_path).data.all():
+    for item in common.registry.data.all():
         made = item.manifest
         parents = {role: parent.ref for role, parent in made.parents.items()} if made else {}
         entries.append(
@@ -148,16 +127,12 @@ def list_data(
     emit_table(str(common.home_path), ("data", "records", "judge", "policy", "created", "digest"), rows)
 
 
-@app.command("export-world")
+@command(app, "export-world")
 def export_world(
-    context: typer.Context,
+    common: Common,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty directory.", show_default=False)],
-    home: HomeOption = None,
-    json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Write the built-in world as JSONL files (demonstrations, prompts) and its tokenizer."""
-    common = common_of(context, home, json, debug=debug)
     import json as json_module
 
     from rlhf_pipeline.data import world
@@ -179,48 +154,28 @@ def export_world(
                     row["ended"] = record.ended[0]
                 file.write(json_module.dumps(row) + "\n")
     world.tokenizer().save_pretrained(directory / "tokenizer")
-    if common.json:
-        emit_json({"path": str(directory), **counts})
-    else:
-        emit_lines([f"wrote {counts} and the tokenizer to {directory}"])
+    emit({"path": str(directory), **counts}, [f"wrote {counts} and the tokenizer to {directory}"], json=common.json)
 
 
-@app.command("collect")
+@command(app, "collect", dry_run=True, config="collect", keys=("prompts", "k", "judge", "num", "name"))
 def collect(
-    context: typer.Context,
+    common: Common,
+    settings: Settings,
     policy: Annotated[
         str | None, typer.Argument(metavar="[REF]", help="Policy that responds.", show_default=False)
     ] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides.")] = None,
-    config: ConfigOption = None,
-    prompts: Annotated[str | None, typer.Option("--prompts", help="Source of the prompts.")] = None,
-    k: Annotated[int | None, typer.Option("--k", help="Responses per prompt (2).")] = None,
-    judge: Annotated[str | None, typer.Option("--judge", help="world, a reward model, or module:function.")] = None,
-    num: Annotated[int | None, typer.Option("--num", help="Records to collect.")] = None,
-    name: Annotated[str | None, typer.Option("--name", help="Name of the data.")] = None,
-    home: HomeOption = None,
-    json: JsonOption = False,
-    dry_run: DryRunOption = False,
-    debug: DebugOption = False,
+    overrides: OverridesArgument = None,
 ) -> None:
     """Sample K responses per prompt from a policy, let a judge label them, publish the pairs."""
-    common = common_of(context, home, json, dry_run, debug)
-    from rlhf_pipeline.config.load import load_config
-
     words = list(overrides or [])
     if policy is not None and "=" in policy:
         words, policy = [policy, *words], None
-    given = {"policy": policy, "prompts": prompts, "k": k, "judge": judge, "num": num, "output_name": name}
-    extra = {key: value for key, value in given.items() if value is not None}
-    loaded = load_config("collect", config, words, extra=extra)
+    loaded = settings.load(words, policy=policy)
     if common.dry_run:
         from rlhf_pipeline.experiment.estimate import estimate_stage
 
-        estimate = estimate_stage("collect", loaded.config, common.home_path)
-        if common.json:
-            emit_json(estimate)
-        else:
-            emit_table("dry run: nothing was collected", ("what", "value"), flat_metrics(estimate))
+        plan = estimate_stage("collect", loaded.config, common.home_path)
+        emit_plan(plan, "nothing was collected", json=common.json)
         return
     load_libraries()
     from rlhf_pipeline.stages.collect import run_collect

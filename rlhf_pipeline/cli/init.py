@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from rlhf_pipeline.cli.libraries import load_libraries
-from rlhf_pipeline.cli.options import DebugOption, HomeOption, JsonOption, common_of
+from rlhf_pipeline.cli.options import Common, command
 from rlhf_pipeline.cli.output import emit_json, emit_lines
 from rlhf_pipeline.errors import BadInput
 
@@ -18,19 +18,15 @@ _THERE = "{}: there is such a file; expected a new one: pass --out FILE"
 
 
 def init(
-    context: typer.Context,
+    common: Common,
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Preference pairs or rankings.", show_default=False)],
     model: Annotated[
         str | None, typer.Option("--model", help="Model to start from (default: a small one from scratch).")
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="File to write; it must not exist.")] = Path("experiment.yaml"),
     seeds: Annotated[int, typer.Option("--seeds", help="How many.", min=1, max=100)] = 3,
-    home: HomeOption = None,
-    json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Write an experiment for your own pairs: SFT, reward model, judge, PPO and DPO, with lengths from the data."""
-    common = common_of(context, home, json, debug=debug)
     if os.path.lexists(out):
         raise BadInput(_THERE.format(out))
     if not out.parent.is_dir():
@@ -39,7 +35,6 @@ def init(
     from rlhf_pipeline.config.experiment import load_experiment
     from rlhf_pipeline.experiment.starter import plan_starter
     from rlhf_pipeline.experiment.starter_file import render_starter
-    from rlhf_pipeline.registry import Registry
 
     folder = out.parent.absolute()
     plan = plan_starter(source, model=model, seeds=seeds, folder=folder, home=common.home_path)
@@ -50,7 +45,7 @@ def init(
     try:
         with file:
             file.write(render_starter(plan))
-        load_experiment(out, known_models=Registry(common.home_path).models.names())
+        load_experiment(out, known_models=common.registry.models.names())
     except BaseException:
         out.unlink(missing_ok=True)
         raise
@@ -75,4 +70,4 @@ def init(
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    app.command("init")(init)
+    command(app, "init")(init)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
+from typer.exceptions import Abort, TyperException
 
 from rlhf_pipeline import __version__
-from rlhf_pipeline.cli import compare, data, evaluate, exact, init, models, report, train
+from rlhf_pipeline.cli import compare, config, data, evaluate, exact, init, models, report, train
 from rlhf_pipeline.cli.options import (
     DEFAULT_HOME,
     HOME_VARIABLE,
@@ -21,7 +24,8 @@ from rlhf_pipeline.cli.options import (
     HomeOption,
     JsonOption,
 )
-from rlhf_pipeline.errors import RlhfError, visible
+from rlhf_pipeline.cli.output import emit_json
+from rlhf_pipeline.errors import Fault, RlhfError, faults_of, visible
 
 app = typer.Typer(
     name="rlhf",
@@ -62,6 +66,7 @@ exact.register(app)
 report.register(app)
 app.add_typer(models.app, name="models")
 app.add_typer(data.app, name="data")
+app.add_typer(config.app, name="config")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,31 +78,57 @@ def main(arguments: list[str] | None = None) -> int:
     for variable in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "VLLM_NO_USAGE_STATS"):
         os.environ.setdefault(variable, "1")
     words = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in words
     try:
         result = app(args=words, standalone_mode=False, prog_name="rlhf")
         if result == INTERRUPTED:  # typer makes a number of Ctrl-C, and says nothing
-            return _fail(_interrupted(words), INTERRUPTED)
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
-    except RlhfError as error:
-        if debug:
+    except (Exception, KeyboardInterrupt) as error:
+        failure = _failure(error, words)
+        if "--json" in words and os.environ.get("RANK", "0") == "0":  # one object, however many processes fail
+            with contextlib.suppress(OSError):  # stdout itself may be what failed
+                faults = [fault.as_dict() for fault in failure.faults]
+                emit_json({"error": {"kind": failure.kind, "faults": faults}})
+                sys.stdout.flush()
+        if "--debug" in words and failure.kind not in ("arguments", "interrupted"):
             raise
-        return _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _fail(_interrupted(words), INTERRUPTED)
-    except MemoryError:
-        return _fail("out of memory: lower per_device_train_batch_size or max_length", 1)
-    except Exception as error:
-        # Usage errors of the argument parser know how to show themselves.
-        if hasattr(error, "show") and hasattr(error, "exit_code"):
-            error.show(file=sys.stderr)
-            sys.stderr.write(visible(_advice_on_option(error, words)))
-            return int(error.exit_code)
-        if type(error).__name__ == "Abort":
-            return _fail("aborted", 1)
-        if debug:
-            raise
-        return _unexpected(error, words)
+        if show := getattr(error, "show", None):  # usage errors of the argument parser know how to show themselves
+            show(file=sys.stderr)
+            sys.stderr.write("".join(f"{visible(fault.fix)}\n" for fault in failure.faults if fault.fix))
+        else:
+            for line in visible(failure.message).split("\n"):
+                sys.stderr.write(f"error: {line}\n")
+        return failure.code
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a command failed: exit code, kind, and message; `faults` has the parts of the message."""
+
+    code: int
+    kind: str
+    message: str
+    faults: Sequence[Fault] = ()
+
+
+def _failure(error: BaseException, words: Sequence[str]) -> Failure:
+    """Return what an error means to the user."""
+    if isinstance(error, RlhfError):
+        return Failure(error.exit_code, error.kind, str(error), faults_of(error))
+    if isinstance(error, KeyboardInterrupt):
+        return _said(INTERRUPTED, "interrupted", _interrupted(words))
+    if isinstance(error, MemoryError):
+        return _said(1, "run", "out of memory: lower per_device_train_batch_size or max_length")
+    if isinstance(error, TyperException):
+        fault = Fault("", error.format_message(), fix=_advice_on_option(error, words))
+        return Failure(error.exit_code, "arguments", fault.found, [fault])
+    if isinstance(error, Abort):
+        return _said(1, "interrupted", "aborted")
+    return _unexpected(error, words)
+
+
+def _said(code: int, kind: str, message: str) -> Failure:
+    return Failure(code, kind, message, [Fault.read(line) for line in message.split("\n")])
 
 
 INTERRUPTED = 130
@@ -123,40 +154,42 @@ def _advice_on_option(error: Any, words: Sequence[str]) -> str:
         return ""
     from rlhf_pipeline.config.keys import ALIASES, SCHEMAS
 
-    stage = {"generate": "evaluate", "run": "experiment"}.get(context.info_name, context.info_name)
+    stage = "experiment" if context.info_name == "run" else context.info_name
     if stage not in SCHEMAS:
         return ""
     key = option.lstrip("-").replace("-", "_")
     if stage == "experiment":
-        return "keys of the config are given without dashes, after the name of their stage: dpo.learning_rate=1e-5\n"
+        return "keys of the config are given without dashes, after the name of their stage: dpo.learning_rate=1e-5"
     if key not in SCHEMAS[stage].model_fields and key not in ALIASES[stage]:
         known = "learning_rate" in SCHEMAS[stage].model_fields  # the others have options for most of their keys
-        return "keys of the config are given without dashes, as in learning_rate=1e-5\n" if known else ""
+        return "keys of the config are given without dashes, as in learning_rate=1e-5" if known else ""
     value = "VALUE"
     for word, following in zip(words, [*words[1:], ""], strict=True):
         if word.partition("=")[0] == option:
             value = word.partition("=")[2] or following or value
-    return f"keys of the config are given without dashes: {key}={value}\n"
+    return f"keys of the config are given without dashes: {key}={value}"
 
 
-def _unexpected(error: Exception, words: Sequence[str]) -> int:
+def _unexpected(error: BaseException, words: Sequence[str]) -> Failure:
+    """Return what an error of Python, of the system or of a library means to the user."""
     from rlhf_pipeline.registry.storage import failure_of
 
     if "torch" in sys.modules:  # without it there is no model whose memory could run out
         from rlhf_pipeline.training.memory import ADVICE, first_line, ran_out
 
         if ran_out(error):
-            return _fail(f"out of memory: {first_line(error)}; {ADVICE}", 1)
+            return _said(1, "run", f"out of memory: {first_line(error)}; {ADVICE}")
     if failure := failure_of(error, _home_of(words)):
-        return _fail(failure, 1)
+        return _said(1, "system", failure)
     if isinstance(error, OSError) and error.errno is not None:
         place = f"{error.filename}: " if error.filename else ""
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-            return _fail(f"{place}{error.strerror}; expected a path that can be opened", 2)
-        return _fail(f"{place}{error.strerror or error}; nothing that was registered is damaged", 1)
+            return _said(2, "input", f"{place}{error.strerror}; expected a path that can be opened")
+        return _said(1, "system", f"{place}{error.strerror or error}; nothing that was registered is damaged")
     if isinstance(error, ValueError) and "embedded null" in str(error):
-        return _fail("a path with a NUL character; expected one that can be opened", 2)
-    return _fail(f"unexpected {type(error).__name__}: {error}; run it again with --debug for the traceback", 1)
+        return _said(2, "input", "a path with a NUL character; expected one that can be opened")
+    text = f"unexpected {type(error).__name__}: {error}; run it again with --debug for the traceback"
+    return _said(1, "unexpected", text)
 
 
 def _home_of(words: Sequence[str]) -> str:
@@ -165,12 +198,6 @@ def _home_of(words: Sequence[str]) -> str:
         if word == "--home" or word.startswith("--home="):
             return word.partition("=")[2] or following
     return os.environ.get(HOME_VARIABLE) or DEFAULT_HOME
-
-
-def _fail(message: str, code: int) -> int:
-    for line in visible(message).split("\n"):
-        sys.stderr.write(f"error: {line}\n")
-    return code
 
 
 def entry() -> None:

@@ -8,23 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from rlhf_pipeline.cli.options import DebugOption, HomeOption, JsonOption, common_of
-from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_table, flat_metrics, printer
+from rlhf_pipeline.cli.options import Common, command
+from rlhf_pipeline.cli.output import emit, emit_json, emit_lines, emit_table, flat_metrics, printer
 
 app = typer.Typer(no_args_is_help=True, help="List, show, alias, export, remove and verify registered models.")
 
 RefArgument = Annotated[str, typer.Argument(metavar="REF", help="name, name@vN or name@alias.", show_default=False)]
 
 
-@app.command("list")
-def list_models(
-    context: typer.Context, home: HomeOption = None, json: JsonOption = False, debug: DebugOption = False
-) -> None:
+@command(app, "list")
+def list_models(common: Common) -> None:
     """All models and their versions."""
-    common = common_of(context, home, json, debug=debug)
-    from rlhf_pipeline.registry import Registry
-
-    registry = Registry(common.home_path)
+    registry = common.registry
     entries: list[dict[str, Any]] = []
     for item in registry.models.all():
         aliases = sorted(
@@ -63,20 +58,15 @@ def list_models(
     emit_table(str(common.home_path), columns, rows, folds=("aliases", "from"))
 
 
-@app.command("show")
+@command(app, "show")
 def show(
-    context: typer.Context,
+    common: Common,
     reference: RefArgument,
-    home: HomeOption = None,
-    json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """One model's manifest."""
-    common = common_of(context, home, json, debug=debug)
     from rlhf_pipeline.errors import UnknownReference
-    from rlhf_pipeline.registry import Registry
 
-    resolved = Registry(common.home_path).resolve(reference)
+    resolved = common.registry.resolve(reference)
     if resolved.manifest is None:
         raise UnknownReference(f"{resolved.label}: no manifest; only registered models have one")
     content = resolved.manifest.model_dump(mode="json")
@@ -90,20 +80,15 @@ def show(
     emit_lines([f"health: {one['cause']} since step {one['since_step']}: {one['message']}" for one in findings])
 
 
-@app.command("lineage")
+@command(app, "lineage")
 def lineage(
-    context: typer.Context,
+    common: Common,
     reference: RefArgument,
-    home: HomeOption = None,
-    json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Where a model comes from, down to the digests of its data."""
-    common = common_of(context, home, json, debug=debug)
-    from rlhf_pipeline.registry import Registry
     from rlhf_pipeline.registry.lineage import lineage_of, render
 
-    registry = Registry(common.home_path)
+    registry = common.registry
     node = lineage_of(registry, registry.resolve(reference))
     if common.json:
         emit_json(node.to_dict())
@@ -111,86 +96,58 @@ def lineage(
         printer().print(render(node))
 
 
-@app.command("alias")
+@command(app, "alias")
 def alias(
-    context: typer.Context,
+    common: Common,
     reference: RefArgument,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The alias, as in name@ALIAS.", show_default=False)],
-    home: HomeOption = None,
-    json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Let NAME point to a version from now on."""
-    common = common_of(context, home, json, debug=debug)
-    from rlhf_pipeline.registry import Registry
-
-    resolved = Registry(common.home_path).alias(reference, name)
-    if common.json:
-        emit_json({"alias": f"{resolved.name}@{name}", "model": resolved.label})
-    else:
-        emit_lines([f"{resolved.name}@{name} is {resolved.label}"])
+    resolved = common.registry.alias(reference, name)
+    emit(
+        {"alias": f"{resolved.name}@{name}", "model": resolved.label},
+        [f"{resolved.name}@{name} is {resolved.label}"],
+        json=common.json,
+    )
 
 
-@app.command("export")
+@command(app, "export")
 def export(
-    context: typer.Context,
+    common: Common,
     reference: RefArgument,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty directory.", show_default=False)],
-    home: HomeOption = None,
-    json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Copy a model into a directory that plain transformers loads."""
-    common = common_of(context, home, json, debug=debug)
-    from rlhf_pipeline.registry import Registry
-
-    target = Registry(common.home_path).export(reference, directory)
-    if common.json:
-        emit_json({"path": str(target)})
-    else:
-        emit_lines([f"exported to {target}"])
+    target = common.registry.export(reference, directory)
+    emit({"path": str(target)}, [f"exported to {target}"], json=common.json)
 
 
-@app.command("remove")
+@command(app, "remove")
 def remove(
-    context: typer.Context,
+    common: Common,
     reference: RefArgument,
     force: Annotated[bool, typer.Option("--force", help="Also if others come from it or aliases name it.")] = False,
-    home: HomeOption = None,
-    json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Remove one version."""
-    common = common_of(context, home, json, debug=debug)
-    from rlhf_pipeline.registry import Registry
-
-    resolved = Registry(common.home_path).remove(reference, force=force)
-    if common.json:
-        emit_json({"removed": resolved.label})
-    else:
-        emit_lines([f"removed {resolved.label}"])
+    resolved = common.registry.remove(reference, force=force)
+    emit({"removed": resolved.label}, [f"removed {resolved.label}"], json=common.json)
 
 
-@app.command("verify")
+@command(app, "verify")
 def verify(
-    context: typer.Context,
+    common: Common,
     reference: Annotated[
         str | None, typer.Argument(metavar="[REF]", help="One model, or collected:NAME; all if not given.")
     ] = None,
     repair: Annotated[
         bool, typer.Option("--repair", help="Put damaged versions into HOME/quarantine; nothing is deleted.")
     ] = False,
-    home: HomeOption = None,
-    json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Check sizes and digests of all files; exit 2 when something is wrong and was not mended."""
-    common = common_of(context, home, json, debug=debug)
-    from rlhf_pipeline.registry import Registry
     from rlhf_pipeline.registry.repair import faults_of
     from rlhf_pipeline.registry.repair import repair as mend
 
-    registry = Registry(common.home_path)
+    registry = common.registry
     done = mend(registry, reference) if repair else []
     # After a repair the reference may name another version, or nothing.
     faults = [] if reference is not None and done else faults_of(registry, reference)

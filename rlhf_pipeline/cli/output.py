@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import json as json_module
 import math
 import shutil
 import sys
@@ -26,8 +26,25 @@ def emit_json(value: Any) -> None:
             return [clean(part) for part in item]
         return None if isinstance(item, float) and not math.isfinite(item) else item
 
-    text = json.dumps(clean(value), ensure_ascii=False, default=str)
+    text = json_module.dumps(clean(value), ensure_ascii=False, default=str)
     sys.stdout.write(UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
+
+
+def emit(value: Any, lines: Sequence[str], *, json: bool) -> None:
+    """Print one JSON object, or lines for people."""
+    if json:
+        emit_json(value)
+    else:
+        emit_lines(lines)
+
+
+def emit_plan(plan: Mapping[str, Any], undone: str, *, json: bool) -> None:
+    """Print what a dry run found, its notes below the table."""
+    if json:
+        emit_json(plan)
+        return
+    emit_table(f"dry run: {undone}", ("what", "value"), flat_metrics(plan))
+    emit_lines([f"note: {note}" for note in plan.get("notes", ())])
 
 
 def printer() -> Console:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json as json_module
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from rlhf_pipeline.cli.options import DebugOption, HomeOption, JsonOption, common_of
-from rlhf_pipeline.cli.output import emit_json, emit_lines
+from rlhf_pipeline.cli.options import Common, command
+from rlhf_pipeline.cli.output import emit
 from rlhf_pipeline.errors import DamagedFile, UnknownReference, did_you_mean
 
 RESULTS = "results.json"
@@ -29,7 +29,7 @@ def _results(home: Path, name: str) -> tuple[Path, dict[str, Any]]:
     directory = home / "reports" / name
     path = directory / RESULTS
     try:
-        found = json_module.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DamagedFile(f"{path}: found no JSON ({error}), expected what rlhf compare wrote; compare again") from None
     if not isinstance(found, dict):
@@ -38,24 +38,17 @@ def _results(home: Path, name: str) -> tuple[Path, dict[str, Any]]:
 
 
 def report(
-    context: typer.Context,
+    common: Common,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the comparison.", show_default=False)],
-    home: HomeOption = None,
-    json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Make reports/NAME/index.html again from its results.json."""
-    common = common_of(context, home, json, debug=debug)
     directory, results = _results(common.home_path, name)
     from rlhf_pipeline.experiment.report import write_report
 
     path = write_report(results, directory)
-    if common.json:
-        emit_json({"path": str(path)})
-    else:
-        emit_lines([f"report  {path}"])
+    emit({"path": str(path)}, [f"report  {path}"], json=common.json)
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    app.command("report")(report)
+    command(app, "report")(report)

@@ -4,36 +4,32 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rlhf_pipeline.cli.libraries import load_libraries
-from rlhf_pipeline.cli.options import (
-    Common,
-    ConfigOption,
-    DebugOption,
-    DryRunOption,
-    HomeOption,
-    JsonOption,
-    OverridesArgument,
-    ResumeOption,
-    common_of,
-)
-from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_table, flat_metrics
+from rlhf_pipeline.cli.options import Common, OverridesArgument, ResumeOption, Settings, command
+from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_plan, emit_table, flat_metrics
+
+if TYPE_CHECKING:
+    from rlhf_pipeline.config.base import CommandConfig
+    from rlhf_pipeline.registry import Registry
+
+NOT_TRAINED = "nothing was trained"
 
 
-def run_stage(stage: str, config: Path | None, overrides: list[str] | None, common: Common, resume: bool) -> None:
-    """Load the config of a stage, run it, and print its result."""
-    from rlhf_pipeline.config.load import load_config
-
-    loaded = load_config(stage, config, overrides or [])
+def train(common: Common, settings: Settings, overrides: OverridesArgument = None, resume: ResumeOption = True) -> None:
+    """Train a model and register it."""
+    stage = settings.stage
+    loaded = settings.load(overrides)
     if common.dry_run:
         from rlhf_pipeline.experiment.estimate import estimate_stage
 
-        _print_estimate(estimate_stage(stage, loaded.config, common.home_path) | {"notes": list(loaded.notes)}, common)
+        plan = estimate_stage(stage, loaded.config, common.home_path) | {"notes": list(loaded.notes)}
+        emit_plan(plan, NOT_TRAINED, json=common.json)
         return
-    check_models(loaded.config, common.home_path)
+    check_models(loaded.config, common.registry)
     load_libraries()
     from rlhf_pipeline.experiment.run import stage_function
 
@@ -43,74 +39,40 @@ def run_stage(stage: str, config: Path | None, overrides: list[str] | None, comm
     if common.json:
         emit_json(result.as_dict())
         return
-    rows = [(name, value) for name, value in flat_metrics(result.metrics)]
-    emit_table(f"{stage}: {result.model}", ("metric", "value"), rows)
+    emit_table(f"{stage}: {result.model}", ("metric", "value"), flat_metrics(result.metrics))
     emit_lines([f"model  {result.model}", f"path   {result.path}", f"run    {result.run}"])
 
 
-def check_models(config: Any, home: Path) -> None:
+def check_models(config: CommandConfig, registry: Registry) -> None:
     """Check the models that a config names as its stage will, before the libraries are imported.
 
     Raises:
         UnknownReference, MismatchError, DamagedFile.
     """
     from rlhf_pipeline.config.references import references
-    from rlhf_pipeline.registry import Registry, check_role
-    from rlhf_pipeline.registry.roles import Role
+    from rlhf_pipeline.registry import check_role
 
-    registry = Registry(home)
     for reference in references(config):
         if reference.role != "data":
-            role: Role = "policy" if reference.role == "policy" else "reward_model"
-            check_role(registry.resolve(reference.text), role)
-
-
-def _print_estimate(estimate: dict, common: Common) -> None:
-    if common.json:
-        emit_json(estimate)
-        return
-    emit_table("dry run: nothing was trained", ("what", "value"), flat_metrics(estimate))
-    emit_lines([f"note: {note}" for note in estimate.get("notes", ())])
-
-
-def _command(stage: str, help_text: str):
-    def command(
-        context: typer.Context,
-        overrides: OverridesArgument = None,
-        config: ConfigOption = None,
-        resume: ResumeOption = True,
-        home: HomeOption = None,
-        json: JsonOption = False,
-        dry_run: DryRunOption = False,
-        debug: DebugOption = False,
-    ) -> None:
-        run_stage(stage, config, overrides, common_of(context, home, json, dry_run, debug), resume)
-
-    command.__doc__ = help_text
-    return command
+            check_role(registry.resolve(reference.text), "policy" if reference.role == "policy" else "reward_model")
 
 
 def run(
-    context: typer.Context,
+    common: Common,
     experiment: Annotated[Path, typer.Argument(help="Experiment YAML.", show_default=False)],
     overrides: OverridesArgument = None,
     resume: ResumeOption = True,
-    home: HomeOption = None,
-    json: JsonOption = False,
-    dry_run: DryRunOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Run the stages of an experiment, for every seed and setting, then compare; what is done is skipped."""
-    common = common_of(context, home, json, dry_run, debug)
     if common.dry_run:
         from rlhf_pipeline.experiment.estimate import estimate_experiment
 
-        _print_estimate(estimate_experiment(experiment, overrides or [], common.home_path), common)
+        plan = estimate_experiment(experiment, overrides or [], common.home_path)
+        emit_plan(plan, NOT_TRAINED, json=common.json)
         return
     from rlhf_pipeline.config.experiment import load_experiment
-    from rlhf_pipeline.registry import Registry
 
-    load_experiment(experiment, overrides or [], known_models=Registry(common.home_path).models.names())
+    load_experiment(experiment, overrides or [], known_models=common.registry.models.names())
     load_libraries()  # after what is wrong with the files: they take seconds
     from rlhf_pipeline.experiment.run import run_experiment
 
@@ -144,10 +106,16 @@ def _state(entry: dict[str, Any]) -> str:
     return "done already" if entry["skipped"] else "done"
 
 
+STAGES = {
+    "sft": "Supervised fine-tuning, or pretraining from random weights.",
+    "train-rm": "Train a reward model on preference pairs.",
+    "ppo": "PPO with actor, frozen reference, critic and reward.",
+    "dpo": "Direct preference optimisation on preference pairs.",
+}
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to the app."""
-    app.command("sft")(_command("sft", "Supervised fine-tuning, or pretraining from random weights."))
-    app.command("train-rm")(_command("train-rm", "Train a reward model on preference pairs."))
-    app.command("ppo")(_command("ppo", "PPO with actor, frozen reference, critic and reward."))
-    app.command("dpo")(_command("dpo", "Direct preference optimisation on preference pairs."))
-    app.command("run")(run)
+    for stage, text in STAGES.items():
+        command(app, stage, dry_run=True, config=stage, help=text)(train)
+    command(app, "run", dry_run=True)(run)

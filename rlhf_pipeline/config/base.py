@@ -6,7 +6,7 @@ import math
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -17,7 +17,7 @@ from rlhf_pipeline.errors import ConfigError, Fault
 DEFAULT_MAX_LENGTH = 1024
 LENGTHS = ("max_prompt_length", "response_length", "max_length")
 DEFAULT_SPLITS = {"train": 0.8, "judge": 0.08, "validation": 0.04, "test": 0.08}
-STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), defer_build=True)
 
 _NO_NEUTRAL = object()
 
@@ -127,11 +127,25 @@ Checks = tuple[Callable[[Any], Iterator[Fault]], ...]
 Remarks = tuple[Callable[[Any], Iterator[str]], ...]
 
 
+# Fields of several classes.
+MAX_LENGTH = option(None, "longest prompt and response together, tokens (TRL: 1024)")
+SKIP_BAD_ROWS = option(False, "drop and count rows with faults instead of stopping (ours: stop)")
+SPLIT_FRACTIONS = option(
+    DEFAULT_SPLITS, "share of prompts in each split of a source without splits, by hash", min_length=1
+)
+DTYPE = option("float32", "number type of the weights (TRL)")
+ATTENTION = option(None, "attention kernel (default: the model's own choice)")
+REMOTE_CODE = option(False, "run code that the model's repository brings (transformers: off)")
+USE_CPU = option(False, "stay on the CPU where there is a GPU (transformers)")
+NUM_THREADS = option(None, "CPU threads (default: torch's choice)")
+
+
 class CommandConfig(BaseModel):
     """What a command reads: strict and frozen; `checks` yield the faults that lie between its keys, and `remarks` what
     a right config does otherwise than one may think."""
 
     model_config = STRICT
+    stage: ClassVar[str]
     checks: ClassVar[Checks]
     remarks: ClassVar[Remarks] = ()
 
@@ -185,7 +199,33 @@ def resolve_lengths(prompt: int | None, response: int | None, total: int | None)
     return Lengths(prompt, response, total)
 
 
-def lengths_told(config: Any) -> tuple[str, str]:
+class HasLengths(Protocol):
+    """A config with the three lengths, of which two decide the third."""
+
+    @property
+    def max_prompt_length(self) -> int | None: ...
+    @property
+    def response_length(self) -> int | None: ...
+    @property
+    def max_length(self) -> int | None: ...
+    def lengths(self) -> Lengths: ...
+
+
+class HasSplits(Protocol):
+    """A config that says how a source without splits is split."""
+
+    @property
+    def split_fractions(self) -> dict[str, float]: ...
+
+
+class HasPart(Protocol):
+    """A config that names a part of its source."""
+
+    @property
+    def dataset_config(self) -> str | None: ...
+
+
+def lengths_told(config: HasLengths) -> tuple[str, str]:
     """Return the one length that a config names, else max_length, and all three with where they come from."""
     found = config.lengths()
     lengths = dict(zip(LENGTHS, (found.prompt, found.response, found.total), strict=True))
@@ -198,7 +238,7 @@ def lengths_told(config: Any) -> tuple[str, str]:
     return given[0] if len(given) == 1 else "max_length", "; ".join(told)
 
 
-def check_lengths(config: Any) -> Iterator[Fault]:
+def check_lengths(config: HasLengths) -> Iterator[Fault]:
     """Yield the fault of lengths that contradict each other."""
     try:
         resolve_lengths(config.max_prompt_length, config.response_length, config.max_length)
@@ -206,7 +246,7 @@ def check_lengths(config: Any) -> Iterator[Fault]:
         yield from error.faults
 
 
-def check_fractions(config: Any) -> Iterator[Fault]:
+def check_fractions(config: HasSplits) -> Iterator[Fault]:
     """Yield the faults of `split_fractions`: negative ones, or a sum that is not 1."""
     fractions = config.split_fractions
     for name, value in fractions.items():
@@ -217,7 +257,7 @@ def check_fractions(config: Any) -> Iterator[Fault]:
         yield Fault("split_fractions", f"the fractions sum to {total:g}", "a sum of 1")
 
 
-def check_world(config: Any, key: str = "dataset_name") -> Iterator[Fault]:
+def check_world(config: HasPart, key: str = "dataset_name") -> Iterator[Fault]:
     """Yield the faults of a built-in world that does not exist, or of a part of it that does not."""
     source = getattr(config, key)
     if source is None or not source.startswith("world:"):

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import field_validator
 
 from rlhf_pipeline.config.base import (
-    DEFAULT_SPLITS,
+    ATTENTION,
+    DTYPE,
+    MAX_LENGTH,
+    NUM_THREADS,
+    REMOTE_CODE,
+    SKIP_BAD_ROWS,
+    SPLIT_FRACTIONS,
+    USE_CPU,
     CommandConfig,
     Count,
     Dtype,
@@ -28,7 +35,7 @@ from rlhf_pipeline.config.base import (
 from rlhf_pipeline.errors import Fault
 
 
-def check_prompts(config: Any) -> Iterator[Fault]:
+def check_prompts(config: CollectConfig) -> Iterator[Fault]:
     """Yield the faults of prompts from a built-in world that does not exist."""
     return check_world(config, "prompts")
 
@@ -41,30 +48,30 @@ class CollectConfig(CommandConfig):
 
     policy: Text = option(..., "model that responds: registry name, directory or hub id", examples=["model"])
     prompts: Text = option(..., "source of the prompts, in any format that has prompts", examples=["data"])
-    judge: Text = option(..., "who labels: world, a reward model, or module:function", examples=["world"])
+    judge: Text = option(
+        ..., "what labels the responses: world, a reward model, or module:function", examples=["world"]
+    )
     num: Count = option(..., "records to collect", examples=[1])
     output_name: Name = option(..., "name of the data in the home directory", examples=["data"])
-    k: int = option(2, "responses per prompt; more than 2 make rankings (DPO paper: 2)", ge=2)
+    k: int = option(2, "responses per prompt; more than 2 give rankings (DPO paper: 2)", ge=2)
     labels: Literal["bradley-terry", "rank"] = option(
-        "bradley-terry", "draw winners with odds exp(r_w - r_l), or go by rank (ours)", moves_optimum=True
+        "bradley-terry", "draw winners with odds exp(r_w - r_l), or take the ranks as they are", moves_optimum=True
     )
-    temperature: Positive = option(1.0, "divides the logits of the sampler (ours: the policy itself)")
+    temperature: Positive = option(1.0, "temperature of sampling; 1 samples from the policy itself")
     dataset_config: Text | None = option(None, "configuration of the prompts' source (default: its own)")
-    splits: Texts | None = option(None, "splits to take prompts from (ours: all)", min_length=1)
-    split_fractions: dict[str, float] = option(
-        DEFAULT_SPLITS, "share of prompts in each split of a source without splits, by hash", min_length=1
-    )
-    skip_bad_rows: bool = option(False, "drop and count rows with faults instead of stopping (ours: stop)")
+    splits: Texts | None = option(None, "splits that the prompts come from (default: all)", min_length=1)
+    split_fractions: dict[str, float] = SPLIT_FRACTIONS
+    skip_bad_rows: bool = SKIP_BAD_ROWS
     max_prompt_length: Count | None = option(None, "longest prompt, tokens; longer ones are cut on the left")
     response_length: Count | None = option(None, "longest response with its EOS, tokens")
-    max_length: Count | None = option(None, "longest prompt and response together, tokens (TRL: 1024)")
-    per_device_eval_batch_size: Count = option(256, "responses sampled at once on one device (ours)")
-    dtype: Dtype = option("float32", "number type of the weights (TRL)")
-    attn_implementation: Text | None = option(None, "attention kernel (default: the model's own choice)")
-    trust_remote_code: bool = option(False, "run code that the model's repository brings (transformers: off)")
-    seed: Seed = option(0, "seed of sampling and of the labels (ours)")
-    use_cpu: bool = option(False, "stay on the CPU where there is a GPU (transformers)")
-    num_threads: Count | None = option(None, "CPU threads (default: torch's choice)")
+    max_length: Count | None = MAX_LENGTH
+    per_device_eval_batch_size: Count = option(256, "responses that one device samples at once")
+    dtype: Dtype = DTYPE
+    attn_implementation: Text | None = ATTENTION
+    trust_remote_code: bool = REMOTE_CODE
+    seed: Seed = option(0, "seed of sampling and of the labels")
+    use_cpu: bool = USE_CPU
+    num_threads: Count | None = NUM_THREADS
 
     _no_bools = field_validator("*", mode="before")(reject_bool)
 

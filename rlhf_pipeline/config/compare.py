@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import field_validator
 
 from rlhf_pipeline.config.base import (
-    DEFAULT_SPLITS,
+    ATTENTION,
+    DTYPE,
+    NUM_THREADS,
+    REMOTE_CODE,
+    SKIP_BAD_ROWS,
+    SPLIT_FRACTIONS,
+    USE_CPU,
     Checks,
     CommandConfig,
     Count,
@@ -26,13 +32,17 @@ from rlhf_pipeline.config.base import (
 )
 from rlhf_pipeline.errors import Fault
 
+MOST_PROMPTS = "number of prompts at most, in the order of their hashes"
+SAMPLES = "responses sampled per prompt"
+REWARD_MODEL_PROMPTS = "number of prompts at most for exact figures that need a reward model's score of every response"
 
-def check_prompts(config: Any) -> Iterator[Fault]:
+
+def check_prompts(config: PromptsConfig) -> Iterator[Fault]:
     """Yield the faults of prompts from a built-in world that does not exist."""
     return check_world(config, "prompts")
 
 
-def check_arms(config: Any) -> Iterator[Fault]:
+def check_arms(config: CompareConfig) -> Iterator[Fault]:
     """Yield the faults of arms named twice, or of a single model with nothing to compare it to."""
     seen: set[str] = set()
     for index, arm in enumerate(config.arms):
@@ -45,7 +55,7 @@ def check_arms(config: Any) -> Iterator[Fault]:
         yield Fault("arms", f"{config.arms[0]!r} has nothing to be compared to", "two models or a baseline")
 
 
-def check_validation(config: Any) -> Iterator[Fault]:
+def check_validation(config: CompareConfig) -> Iterator[Fault]:
     """Yield the fault of settings chosen on the very prompts that they are shown on."""
     if config.validation_split is not None and config.split in (config.validation_split, "all"):
         found = f"split {config.split!r} holds the prompts of validation_split {config.validation_split!r}"
@@ -57,25 +67,27 @@ class PromptsConfig(CommandConfig):
 
     checks: ClassVar[Checks] = (check_prompts, check_fractions)
 
-    split: Text = option("test", "split of the prompts (ours)")
-    prompts: Text | None = option(None, "source of the prompts (default: the models' training data)")
+    split: Text = option("test", "split that the prompts come from, or 'all'")
+    prompts: Text | None = option(None, "source of the prompts (default: the model's own training data)")
     dataset_config: Text | None = option(None, "configuration of the prompts' source (default: its own)")
-    max_prompts: Count = option(256, "most prompts, by hash order (ours)")
-    temperature: Positive = option(1.0, "divides the logits of the policy (ours: the policy itself)")
-    max_new_tokens: Count | None = option(None, "longest response with its EOS, tokens (default: as trained)")
-    max_prompt_length: Count | None = option(None, "longest prompt, tokens (default: as trained)")
-    reward_model: Text | None = option(None, "who scores: world or a reward model (default: as trained)")
-    reference: Text | None = option(None, "model that KL is measured to (default: the manifest's, else SFT)")
-    split_fractions: dict[str, float] = option(
-        DEFAULT_SPLITS, "share of prompts in each split of a source without splits, by hash", min_length=1
+    max_prompts: Count = option(256, MOST_PROMPTS)
+    temperature: Positive = option(1.0, "temperature of sampling; 1 samples from the policy itself")
+    max_new_tokens: Count | None = option(None, "longest response, its EOS included, in tokens (default: as trained)")
+    max_prompt_length: Count | None = option(None, "longest prompt, in tokens (default: as trained)")
+    reward_model: Text | None = option(
+        None, "what scores the responses: a reward model, world or module:function (default: as trained)"
     )
-    skip_bad_rows: bool = option(False, "drop and count rows with faults instead of stopping (ours: stop)")
-    per_device_eval_batch_size: Count = option(256, "responses handled at once on one device (ours)")
-    dtype: Dtype = option("float32", "number type of the weights (TRL)")
-    attn_implementation: Text | None = option(None, "attention kernel (default: the model's own choice)")
-    trust_remote_code: bool = option(False, "run code that the model's repository brings (transformers: off)")
-    use_cpu: bool = option(False, "stay on the CPU where there is a GPU (transformers)")
-    num_threads: Count | None = option(None, "CPU threads (default: torch's choice)")
+    reference: Text | None = option(
+        None, "model that the KL is measured to (default: the reference of the training, else the SFT model)"
+    )
+    split_fractions: dict[str, float] = SPLIT_FRACTIONS
+    skip_bad_rows: bool = SKIP_BAD_ROWS
+    per_device_eval_batch_size: Count = option(256, "responses that one device handles at once")
+    dtype: Dtype = DTYPE
+    attn_implementation: Text | None = ATTENTION
+    trust_remote_code: bool = REMOTE_CODE
+    use_cpu: bool = USE_CPU
+    num_threads: Count | None = NUM_THREADS
 
     _no_bools = field_validator("*", mode="before")(reject_bool)
 
@@ -85,13 +97,22 @@ class EvaluateConfig(PromptsConfig):
 
     stage: ClassVar[str] = "evaluate"
 
-    samples: Count = option(4, "responses sampled per prompt (ours)")
-    seed: Seed = option(0, "seed of sampling (ours)")
-    best_of: Counts = option((), "numbers of samples n to report best-of-n for (ours: none)")
-    judge: Text | None = option(None, "held-out reward model: trained on pairs that no arm has seen (ours: none)")
+    samples: Count = option(4, SAMPLES)
+    seed: Seed = option(0, "seed of sampling")
+    best_of: Counts = option((), "report best-of-n for these n, as in 1,4,16 (default: none)")
+    judge: Text | None = option(None, "held-out reward model, trained on pairs that none of the models was trained on")
     true_reward: Text | None = option(
-        None, "what labelled the data, where that is known: module:function or a model (default: world on its own data)"
+        None, "what labelled the data, if known: module:function or a model (default: world on its own data)"
     )
+
+
+class GenerateConfig(EvaluateConfig):
+    """Config of `rlhf generate`: few responses, to be read and not measured."""
+
+    stage: ClassVar[str] = "generate"
+
+    max_prompts: Count = option(8, MOST_PROMPTS)
+    samples: Count = option(1, SAMPLES)
 
 
 class CompareConfig(EvaluateConfig):
@@ -100,24 +121,24 @@ class CompareConfig(EvaluateConfig):
     stage: ClassVar[str] = "compare"
     checks: ClassVar = (*EvaluateConfig.checks, check_arms, check_validation)
 
-    name: Name = option("compare", "name of the report (ours)")
+    name: Name = option("compare", "name of the report")
     arms: Texts = option(
         ..., "models to compare: registry names, directories or hub ids", min_length=1, examples=[["a", "b"]]
     )
-    baseline: Text | None = option(None, "model that the arms are set against (default: the first arm)")
-    validation_split: Text | None = option(
-        "validation", "split of the prompts on which settings and snapshots are chosen (ours)"
+    baseline: Text | None = option(None, "model that the arms are compared with (default: the first arm)")
+    validation_split: Text | None = option("validation", "split whose prompts choose settings and snapshots")
+    allow_mismatch: bool = option(
+        False, "compare arms even if they differ in more than their training; the report says so"
     )
-    allow_mismatch: bool = option(False, "compare arms that differ in more than their training, and say so (ours)")
     primary_contrast: Literal["auto", "as_trained", "matched_kl", "selected"] = option(
-        "auto", "the contrast that is declared beforehand; auto: matched_kl in a sweep, else as_trained (ours)"
+        "auto", "contrast that is declared beforehand; auto: matched_kl in a sweep, else as_trained"
     )
     snapshots: bool = option(
-        False, "add the snapshots of every arm's runs (snapshot_steps) to its curve; each is sampled too (ours: no)"
+        False, "add the snapshots of every arm's runs (snapshot_steps) to its curve; each snapshot is sampled too"
     )
-    shown_prompts: Count = option(4, "prompts whose responses stand side by side in the report (ours)")
-    exact: bool = option(True, "add exact figures where every response can be listed: the built-in world (ours)")
-    reward_model_prompts: Count = option(4, "most prompts for exact figures that need a reward model")
+    shown_prompts: Count = option(4, "prompts whose responses the report shows side by side")
+    exact: bool = option(True, "add exact figures if all responses can be listed, as in the built-in world")
+    reward_model_prompts: Count = option(4, REWARD_MODEL_PROMPTS)
 
 
 class ExactConfig(PromptsConfig):
@@ -125,8 +146,11 @@ class ExactConfig(PromptsConfig):
 
     stage: ClassVar[str] = "exact"
 
-    beta: Positive | None = option(None, "price of KL in the objective (default: each model's own)")
-    reward: Text = option("world", "reward of the objective: world or a reward model (ours: the true reward)")
-    reward_model_prompts: Count = option(4, "most prompts for figures that need a reward model's score of every leaf")
-    training_loss: bool = option(True, "add the excess training loss of DPO models (ours)")
-    long_run: Text | None = option(None, "DPO model whose training loss counts as the best (default: the best listed)")
+    beta: Positive | None = option(None, "price of one nat of KL in the objective (default: each model's own)")
+    reward: Text = option("world", "reward of the objective: world, the true reward, or a reward model")
+    reward_model_prompts: Count = option(4, REWARD_MODEL_PROMPTS)
+    reward_model: Text | None = option(None, "reward model whose optimum DPO is compared with (default: PPO's)")
+    training_loss: bool = option(True, "add the excess training loss of DPO models")
+    long_run: Text | None = option(
+        None, "DPO model whose training loss counts as the lowest (default: the lowest of the models named)"
+    )

@@ -8,8 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator
 
 from rlhf_pipeline.config.base import Positive, Text, option
-from rlhf_pipeline.config.engine import check_dpo_engine
-from rlhf_pipeline.config.training import COMMON_CHECKS, TrainingConfig, check_model
+from rlhf_pipeline.config.training import COMMON_CHECKS, NATIVE, TrainingConfig, check_model
 from rlhf_pipeline.errors import Fault
 
 
@@ -18,14 +17,14 @@ def _single(value: Any) -> Any:
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
-def check_smoothing(config: Any) -> Iterator[Fault]:
+def check_smoothing(config: DpoConfig) -> Iterator[Fault]:
     """Yield the fault of label smoothing with a loss that it is not defined for."""
     if config.label_smoothing and config.loss_type != "sigmoid":
         found = f"label_smoothing {config.label_smoothing:g} with loss_type {config.loss_type}"
         yield Fault("label_smoothing", found, "label_smoothing 0, or loss_type sigmoid")
 
 
-def check_ranking_loss(config: Any) -> Iterator[Fault]:
+def check_ranking_loss(config: DpoConfig) -> Iterator[Fault]:
     """Yield the faults of a loss on rankings with what only pairs have: probabilities of their labels."""
     if config.loss_type != "plackett_luce":
         return
@@ -37,10 +36,30 @@ def check_ranking_loss(config: Any) -> Iterator[Fault]:
         yield Fault("loss_type", found, "'sigmoid', its equal on pairs")
 
 
-def check_population(config: Any) -> Iterator[Fault]:
+def check_population(config: DpoConfig) -> Iterator[Fault]:
     """Yield the faults of a run on fresh pairs: it has no epochs, and no lists of pairs to cache."""
     if config.population and config.max_steps < 1:
         yield Fault("max_steps", f"found {config.max_steps}", "a number >= 1: pairs drawn anew have no epochs")
+
+
+def check_dpo_engine(config: DpoConfig) -> Iterator[Fault]:
+    """Yield the faults of `engine: trl` for DPO."""
+    if config.engine != "trl":
+        return
+    if config.loss_type == "ipo":
+        found = "TRL has no ipo on summed log-probabilities: its 'ipo' averages them over each response's tokens"
+        yield Fault("loss_type", found, "'sigmoid' or 'ipo_mean'", NATIVE)
+    if config.loss_type == "plackett_luce":
+        found = "found 'plackett_luce', and TRL's trainer takes pairs alone: rankings are split into theirs"
+        yield Fault("loss_type", found, "'sigmoid' or 'ipo_mean'", NATIVE)
+    if config.label_smoothing and config.loss_type == "sigmoid":
+        found = f"found {config.label_smoothing:g}, which TRL's sigmoid loss ignores without a word"
+        yield Fault("label_smoothing", found, "0", NATIVE)
+    if config.soft_labels:
+        yield Fault("soft_labels", "TRL trains on hard labels alone", "false", NATIVE)
+    if config.population:
+        found = f"{config.dataset_name}: pairs drawn anew at every step with label probabilities, which TRL lacks"
+        yield Fault("dataset_name", found, "recorded pairs", NATIVE)
 
 
 class DpoConfig(TrainingConfig):

@@ -71,6 +71,11 @@ def _split(key: str) -> KeyPath:
     return tuple(as_index(part) if i else part for i, part in enumerate(key.split(".")))
 
 
+def dotted(path: KeyPath) -> str:
+    """Return a path as `key.inner.0`."""
+    return ".".join(map(str, path))
+
+
 @dataclass
 class Draft:
     """Raw values of a config of `stage`; layers added later win."""
@@ -86,11 +91,15 @@ class Draft:
 
     def where(self, path: KeyPath) -> str:
         """Return the place that the value at `path` came from, and its key."""
+        return self._origin(path)[0]
+
+    def _origin(self, path: KeyPath) -> tuple[str, str]:
+        """Return the place that the value at `path` came from, its key included, and the key as it is written there."""
         for length in range(len(path), 0, -1):
             if path[:length] in self._places:
                 place, written = self._places[path[:length]]
-                return place(written + path[length:])
-        return f"{self.label}: {'.'.join(map(str, path))}"
+                return place(written + path[length:]), dotted(written + path[length:])
+        return f"{self.label}: {dotted(path)}", dotted(path)
 
     def apart(self, names: Sequence[str]) -> tuple[str, str] | None:
         """Return which of these keys was given last, and where each stands; None where all stand in one file."""
@@ -103,7 +112,8 @@ class Draft:
 
     def fault(self, path: KeyPath, found: str, expected: str = "", fix: str = "") -> None:
         """Record a fault of the value at `path`."""
-        self.faults.append(Fault(self.where(path), found, expected, fix))
+        where, key = self._origin(path)
+        self.faults.append(Fault(where, found, expected, fix, key))
 
     def add_document(self, document: Document, folder: Path) -> None:
         """Add the values of a YAML file, and its faults."""
@@ -126,7 +136,7 @@ class Draft:
             path = (alias.canonical if alias else given, *override.path[1:])
             if written.setdefault(path, given) != given:
                 found = f"{written[path]} and {given} are the same key"
-                self.faults.append(Fault(override.where, found, "one of the two", "remove one"))
+                self.faults.append(Fault(override.where, found, "one of the two", "remove one", given))
             elif len(path) == 1:
                 self.add({given: override.value}, override.place)
             else:
@@ -164,8 +174,9 @@ class Draft:
             inner[last] = override.value
             self._places[path] = (override.place, path)
         else:
-            found = f"{'.'.join(map(str, path[:-1]))} has no {last!r}"
-            self.faults.append(Fault(override.where, found, "the key of a mapping or the index of a list"))
+            found = f"{dotted(path[:-1])} has no {last!r}"
+            expected = "the key of a mapping or the index of a list"
+            self.faults.append(Fault(override.where, found, expected, key=dotted(path)))
 
     def _put(self, key: str, value: Any, place: Place, written: str, folder: Path | None) -> None:
         self._places = {path: origin for path, origin in self._places.items() if path[0] != key}
@@ -184,7 +195,7 @@ class Draft:
             canonical = alias.canonical if alias else key
             if canonical in given:
                 found = f"the same key as {given[canonical][0]}, which is given as well"
-                self.faults.append(Fault(place((key,)), found, "one of the two", "remove one"))
+                self.faults.append(Fault(place((key,)), found, "one of the two", "remove one", key))
                 continue
             if alias:
                 note = f"{place((key,))}: {alias.note}"
@@ -192,7 +203,8 @@ class Draft:
                     self.notes.append(note)
                 if key == "warmup_ratio" and not _is_ratio(value):
                     found = f"found {value!r}"
-                    self.faults.append(Fault(place((key,)), found, "a fraction of all steps, 0 <= ratio < 1"))
+                    expected = "a fraction of all steps, 0 <= ratio < 1"
+                    self.faults.append(Fault(place((key,)), found, expected, key=key))
                     continue
             given[canonical] = (key, value)
         return given

@@ -48,6 +48,7 @@ ALIASES: dict[str, dict[str, Alias]] = {
     },
     "experiment": {},
     "evaluate": _SAMPLING_ALIASES,
+    "generate": _SAMPLING_ALIASES,
     "compare": _SAMPLING_ALIASES,
     "exact": {**_SAMPLING_ALIASES, "kl_coef": _other("beta")},
 }

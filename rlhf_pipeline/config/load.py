@@ -14,7 +14,7 @@ from rlhf_pipeline.config.base import LENGTHS, CommandConfig, check_lengths
 from rlhf_pipeline.config.draft import A_FILE, Draft, parse_overrides
 from rlhf_pipeline.config.keys import advice_on_unknown, advice_on_unknown_inside
 from rlhf_pipeline.config.references import find_local_paths
-from rlhf_pipeline.config.stages import SCHEMAS
+from rlhf_pipeline.config.stages import SCHEMAS, schema_class
 from rlhf_pipeline.config.yaml import KeyPath, as_index, read_document
 from rlhf_pipeline.errors import ConfigError, Fault, did_you_mean
 
@@ -45,9 +45,7 @@ def load_config(
     Raises:
         ConfigError: one or more faults, all of them listed.
     """
-    if stage not in SCHEMAS:
-        names = ", ".join(SCHEMAS)
-        raise ConfigError(Fault("stage", f"found {stage!r}", f"one of {names}", did_you_mean(stage, SCHEMAS)))
+    schema_class(stage)
     draft = Draft(stage, stage if path is None else str(path))
     if path is not None:
         draft.add_document(read_document(Path(path)), Path(path).parent)

@@ -29,7 +29,7 @@ def _resamples(value: Any) -> Any:
     return tuple(value)
 
 
-def check_stages(config: Any) -> Iterator[Fault]:
+def check_stages(config: ExperimentConfig) -> Iterator[Fault]:
     """Yield the faults of stages' names and commands."""
     if not config.stages:
         yield Fault("stages", "there are none", "at least one stage")
@@ -47,7 +47,7 @@ def check_stages(config: Any) -> Iterator[Fault]:
             yield Fault(f"{where}.stage", f"found {command!r}", f"one of {', '.join(COMMANDS)}", near)
 
 
-def check_seeds(config: Any) -> Iterator[Fault]:
+def check_seeds(config: ExperimentConfig) -> Iterator[Fault]:
     """Yield the faults of seeds that are given twice."""
     seeds = config.seeds or ()
     for index, seed in enumerate(seeds):
@@ -55,7 +55,7 @@ def check_seeds(config: Any) -> Iterator[Fault]:
             yield Fault(f"seeds.{index}", f"{seed} is given twice", "each seed once", "remove one")
 
 
-def check_resampled(config: Any) -> Iterator[Fault]:
+def check_resampled(config: ExperimentConfig) -> Iterator[Fault]:
     """Yield the faults of resampled stages that do not exist."""
     if isinstance(config.seed_resamples, str):
         return

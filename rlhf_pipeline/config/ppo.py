@@ -52,7 +52,7 @@ def _engine(value: Any) -> Any:
     return "native" if value is None else value
 
 
-def check_rollout_engine(config: Any) -> Iterator[Fault]:
+def check_rollout_engine(config: PpoConfig) -> Iterator[Fault]:
     """Yield the faults of vLLM where it is not installed, or could not do what the config says."""
     if config.rollout_engine == "native":
         return
@@ -69,7 +69,7 @@ def check_rollout_engine(config: Any) -> Iterator[Fault]:
         yield Fault("temperature", found, "at least 0.01", native)
 
 
-def check_reward(config: Any) -> Iterator[Fault]:
+def check_reward(config: PpoConfig) -> Iterator[Fault]:
     """Yield the faults of no reward, of two ways to name it, or of a critic without its reward model."""
     if config.value_init == "reward_model" and config.reward_model_path is None:
         found = "value_init is reward_model and there is no reward_model_path"
@@ -80,7 +80,7 @@ def check_reward(config: Any) -> Iterator[Fault]:
         yield Fault("reward_functions", "reward_model_path is given as well", "one of the two", "remove one")
 
 
-def check_reward_sources(config: Any) -> Iterator[Fault]:
+def check_reward_sources(config: PpoConfig) -> Iterator[Fault]:
     """Yield the faults of reward sources that cannot be what their key asks for."""
     path = config.reward_model_path
     if path is not None and (path == "world" or ":" in path):
@@ -97,7 +97,7 @@ def _check_source(where: str, source: str) -> Iterator[Fault]:
         yield Fault(where, f"found {source!r}", "world, a reward model, or module:function")
 
 
-def check_judge(config: Any) -> Iterator[Fault]:
+def check_judge(config: PpoConfig) -> Iterator[Fault]:
     """Yield the faults of a judge that is no source of scores, or one that the policy is trained on."""
     if config.judge is None:
         return
@@ -108,7 +108,7 @@ def check_judge(config: Any) -> Iterator[Fault]:
         yield Fault("judge", found, "a held-out reward model, module:function or world", fix)
 
 
-def check_episodes(config: Any) -> Iterator[Fault]:
+def check_episodes(config: PpoConfig) -> Iterator[Fault]:
     """Yield the faults of a run whose length is unknown, or shorter than one rollout."""
     if config.total_episodes is None:
         if config.max_steps == -1:
@@ -119,15 +119,15 @@ def check_episodes(config: Any) -> Iterator[Fault]:
         yield Fault("total_episodes", found, "total_episodes >= rollout_batch_size")
 
 
-def remark_on_episodes(config: Any) -> Iterator[str]:
+def remark_on_episodes(config: PpoConfig) -> Iterator[str]:
     """Yield a note where the rollouts of a run do not add up to its episodes."""
     size, updates = config.rollout_batch_size, config.updates
-    if config.max_steps < 1 and config.total_episodes % size:
+    if config.max_steps < 1 and (config.total_episodes or 0) % size:
         counted = f"{updates} update{'s' if updates > 1 else ''} of {size} episodes"
         yield f"total_episodes {config.total_episodes} is not a multiple of rollout_batch_size {size}: {counted}"
 
 
-def check_epochs(config: Any) -> Iterator[Fault]:
+def check_epochs(config: PpoConfig) -> Iterator[Fault]:
     """Yield the faults of keys that count passes over the data, which PPO does not make."""
     if config.num_train_epochs != 1:
         found = f"found {config.num_train_epochs:g}, and ppo counts episodes"
@@ -137,7 +137,7 @@ def check_epochs(config: Any) -> Iterator[Fault]:
         yield Fault("eval_strategy", found, "'no'", "remove eval_strategy and eval_steps")
 
 
-def check_batches(config: Any) -> Iterator[Fault]:
+def check_batches(config: PpoConfig) -> Iterator[Fault]:
     """Yield the fault of batch sizes that do not divide each other."""
     rollout, parts = config.rollout_batch_size, config.num_mini_batches
     micro = config.per_device_train_batch_size
@@ -158,7 +158,7 @@ def check_batches(config: Any) -> Iterator[Fault]:
         yield Fault("gradient_accumulation_steps", found, str(follows), "leave it out: it follows")
 
 
-def check_schedule(config: Any) -> Iterator[Fault]:
+def check_schedule(config: PpoConfig) -> Iterator[Fault]:
     """Yield the faults of warm-ups that are longer than the run."""
     if config.max_steps == -1 and config.total_episodes is not None:
         updates = config.total_episodes // config.rollout_batch_size

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from rlhf_pipeline.config.base import Count, NonNegative, Positive, option
-from rlhf_pipeline.config.engine import check_reward_engine
-from rlhf_pipeline.config.training import COMMON_CHECKS, TrainingConfig, check_model
+from rlhf_pipeline.config.training import COMMON_CHECKS, NATIVE, TrainingConfig, check_model
+from rlhf_pipeline.errors import Fault
+
+
+def check_reward_engine(config: RewardConfig) -> Iterator[Fault]:
+    """Yield the faults of `engine: trl` for the reward model."""
+    if config.engine == "trl" and config.score_pooling != "last":
+        found = f"found {config.score_pooling!r}, and TRL trains the score at the last token"
+        yield Fault("score_pooling", found, "'last'", NATIVE)
 
 
 class RewardConfig(TrainingConfig):

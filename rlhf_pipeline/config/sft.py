@@ -37,7 +37,7 @@ def _tokenizer_init(value: Any) -> Any:
     return value
 
 
-def check_start(config: Any) -> Iterator[Fault]:
+def check_start(config: SftConfig) -> Iterator[Fault]:
     """Yield the faults of no start, of two, or of a model from scratch without its tokenizer."""
     existing, fresh, tokenizer = config.model_name_or_path, config.model_init, config.tokenizer_init
     if existing is None and fresh is None:
@@ -51,7 +51,7 @@ def check_start(config: Any) -> Iterator[Fault]:
         yield Fault("tokenizer_init", found, "tokenizer_init only with model_init", "remove it")
 
 
-def check_positions(config: Any) -> Iterator[Fault]:
+def check_positions(config: SftConfig) -> Iterator[Fault]:
     """Yield the fault of a model from scratch with fewer positions than the longest sequence."""
     if any(check_lengths(config)):
         return

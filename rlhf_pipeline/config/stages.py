@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from rlhf_pipeline.config.base import CommandConfig, Lengths, moves_optimum
 from rlhf_pipeline.config.collect import CollectConfig
-from rlhf_pipeline.config.compare import CompareConfig, EvaluateConfig, ExactConfig, PromptsConfig
+from rlhf_pipeline.config.compare import CompareConfig, EvaluateConfig, ExactConfig, GenerateConfig, PromptsConfig
 from rlhf_pipeline.config.dpo import DpoConfig
 from rlhf_pipeline.config.plan import ExperimentConfig
 from rlhf_pipeline.config.ppo import PpoConfig, RewardFunction
 from rlhf_pipeline.config.reward import RewardConfig
 from rlhf_pipeline.config.sft import SftConfig
 from rlhf_pipeline.config.training import DatasetEntry, TrainingConfig
+from rlhf_pipeline.errors import ConfigError, Fault, did_you_mean
 
 ModelConfig = TrainingConfig | CollectConfig | PromptsConfig
 """The config of a command that loads models."""
@@ -24,11 +25,25 @@ STAGES: dict[str, type[CommandConfig]] = {
 SCHEMAS: dict[str, type[CommandConfig]] = {
     **STAGES,
     "evaluate": EvaluateConfig,
+    "generate": GenerateConfig,
     "compare": CompareConfig,
     "exact": ExactConfig,
     "experiment": ExperimentConfig,
 }
 TRAINING = ("sft", "train-rm", "ppo", "dpo")
+
+
+def schema_class(stage: str) -> type[CommandConfig]:
+    """Return the config class of a command.
+
+    Raises:
+        ConfigError: there is no such command.
+    """
+    if stage not in SCHEMAS:
+        near = did_you_mean(stage, SCHEMAS)
+        raise ConfigError(Fault("stage", f"found {stage!r}", f"one of {', '.join(SCHEMAS)}", near))
+    return SCHEMAS[stage]
+
 
 __all__ = [
     "SCHEMAS",
@@ -41,6 +56,7 @@ __all__ = [
     "EvaluateConfig",
     "ExactConfig",
     "ExperimentConfig",
+    "GenerateConfig",
     "Lengths",
     "PpoConfig",
     "RewardConfig",
@@ -48,4 +64,5 @@ __all__ = [
     "SftConfig",
     "TrainingConfig",
     "moves_optimum",
+    "schema_class",
 ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_pipeline.config import keys
+from rlhf_pipeline.config.base import CommandConfig
 from rlhf_pipeline.config.draft import Draft, Override, parse_overrides
 from rlhf_pipeline.config.dump import RUN_ONLY
 from rlhf_pipeline.config.stages import SCHEMAS
@@ -140,9 +141,9 @@ def _overlap(first: Iterable[Any], second: Iterable[Any]) -> bool:
     return all(a == b for a, b in zip(first, second, strict=False))
 
 
-def swept(axis: Axis, config: Any) -> Any:
+def swept(axis: Axis, config: CommandConfig) -> Any:
     """Return the value that a valid config has at the path of an axis."""
-    value = config.model_dump()
+    value: Any = config.model_dump()
     for part in axis.path:
         value = value[part]
     return value
@@ -153,7 +154,7 @@ def at(axes: Sequence[Axis], point: Sequence[int]) -> list[Override]:
     return [axis.overrides[number] for axis, number in zip(axes, point, strict=True)]
 
 
-def repeated(axes: Sequence[Axis], configs: Mapping[tuple[int, ...], Any]) -> Iterator[Fault]:
+def repeated(axes: Sequence[Axis], configs: Mapping[tuple[int, ...], CommandConfig]) -> Iterator[Fault]:
     """Yield the faults of values that are written differently and are the same: at the first values of other axes."""
     for number, axis in enumerate(axes):
         seen: list[Any] = []

@@ -8,8 +8,15 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, field_validator, model_validator
 
 from rlhf_pipeline.config.base import (
-    DEFAULT_SPLITS,
+    ATTENTION,
+    DTYPE,
+    MAX_LENGTH,
+    NUM_THREADS,
+    REMOTE_CODE,
+    SKIP_BAD_ROWS,
+    SPLIT_FRACTIONS,
     STRICT,
+    USE_CPU,
     CommandConfig,
     Count,
     Dtype,
@@ -29,7 +36,6 @@ from rlhf_pipeline.config.base import (
     reject_bool,
     resolve_lengths,
 )
-from rlhf_pipeline.config.engine import check_engine
 from rlhf_pipeline.errors import Fault
 
 
@@ -44,6 +50,27 @@ class DatasetEntry(BaseModel):
     _no_bools = field_validator("*", mode="before")(reject_bool)
 
 
+NATIVE = "or engine: native"
+"""What a fault of `engine: trl` ends with."""
+
+
+def check_engine(config: TrainingConfig) -> Iterator[Fault]:
+    """Yield the faults of what `engine: trl` does in no stage."""
+    if config.engine != "trl":
+        return
+    if config.stage == "ppo":
+        found = "found 'trl', and TRL 1.16 has no PPO trainer"
+        yield Fault("engine", found, "'native'", "engine: trl works for sft, train-rm and dpo")
+        return
+    if config.save_steps is not None:
+        yield Fault("save_steps", "engine trl writes no checkpoints and cannot resume", "no save_steps", NATIVE)
+    if config.snapshot_steps is not None:
+        yield Fault("snapshot_steps", "engine trl takes no snapshots", "no snapshot_steps", NATIVE)
+    if config.micro_batch_tokens is not None:
+        found = "engine trl cuts micro-batches by examples only"
+        yield Fault("micro_batch_tokens", found, "no micro_batch_tokens", NATIVE)
+
+
 class TrainingConfig(CommandConfig):
     """Keys that every training stage has, in the names of Hugging Face and TRL."""
 
@@ -51,9 +78,9 @@ class TrainingConfig(CommandConfig):
 
     model_name_or_path: Text | None = option(None, "model to start from: registry name, directory or hub id")
     model_revision: Text | None = option(None, "hub revision of the model (default: the hub's main)")
-    dtype: Dtype = option("float32", "number type of the weights (TRL)")
-    attn_implementation: Text | None = option(None, "attention kernel (default: the model's own choice)")
-    trust_remote_code: bool = option(False, "run code that the model's repository brings (transformers: off)")
+    dtype: Dtype = DTYPE
+    attn_implementation: Text | None = ATTENTION
+    trust_remote_code: bool = REMOTE_CODE
 
     dataset_name: Text | None = option(
         None, "source: hub id, directory, .jsonl[.gz], .json, .csv, .parquet, world:verdicts, collected:NAME"
@@ -65,18 +92,16 @@ class TrainingConfig(CommandConfig):
         None, "weighted mixture of sources, instead of dataset_name", min_length=1
     )
     max_train_samples: Count | None = option(None, "most examples to train on, by hash order (default: all)")
-    skip_bad_rows: bool = option(False, "drop and count rows with faults instead of stopping (ours: stop)")
+    skip_bad_rows: bool = SKIP_BAD_ROWS
     allow_overlap: bool = option(
         False,
         "train although evaluation rows of a source with splits of its own are in the training split as well: the same "
         "prompt, but for case and punctuation (ours: stop; skip_bad_rows leaves them out of the evaluation)",
     )
-    split_fractions: dict[str, float] = option(
-        DEFAULT_SPLITS, "share of prompts in each split of a source without splits, by hash", min_length=1
-    )
+    split_fractions: dict[str, float] = SPLIT_FRACTIONS
     max_prompt_length: Count | None = option(None, "longest prompt, tokens; longer ones are cut on the left")
     response_length: Count | None = option(None, "longest response with its EOS, tokens; longer is dropped")
-    max_length: Count | None = option(None, "longest prompt and response together, tokens (TRL: 1024)")
+    max_length: Count | None = MAX_LENGTH
 
     learning_rate: Positive = option(..., "peak step size of AdamW", examples=[1e-5])
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
@@ -106,8 +131,8 @@ class TrainingConfig(CommandConfig):
     )
     gradient_checkpointing: bool = option(False, "recompute activations to save memory (ours: off)")
     seed: Seed = option(0, "seed of initialisation, data order and sampling (ours)")
-    use_cpu: bool = option(False, "stay on the CPU where there is a GPU (transformers)")
-    num_threads: Count | None = option(None, "CPU threads (default: torch's choice)")
+    use_cpu: bool = USE_CPU
+    num_threads: Count | None = NUM_THREADS
 
     output_name: Name = option(..., "name of the model in the registry", examples=["model"])
     logging_steps: Count = option(10, "steps between two logged lines (TRL)")
@@ -149,13 +174,13 @@ class TrainingConfig(CommandConfig):
         return resolve_lengths(self.max_prompt_length, self.response_length, self.max_length)
 
 
-def check_model(config: Any) -> Iterator[Fault]:
+def check_model(config: TrainingConfig) -> Iterator[Fault]:
     """Yield the fault of a stage without a model to start from."""
     if config.model_name_or_path is None:
         yield Fault("model_name_or_path", "missing", "the model to start from: name, directory or hub id")
 
 
-def check_data(config: Any) -> Iterator[Fault]:
+def check_data(config: TrainingConfig) -> Iterator[Fault]:
     """Yield the fault of no source, or of two ways to name it."""
     if config.datasets is None and config.dataset_name is None:
         yield Fault("dataset_name", "missing", "dataset_name: SOURCE, or datasets: for a mixture")
@@ -166,26 +191,26 @@ def check_data(config: Any) -> Iterator[Fault]:
         yield Fault("dataset_config", "it belongs to dataset_name, and datasets is given", fix=fix)
 
 
-def check_mixture(config: Any) -> Iterator[Fault]:
+def check_mixture(config: TrainingConfig) -> Iterator[Fault]:
     """Yield the faults of the built-in world inside a mixture."""
     for index, entry in enumerate(config.datasets or ()):
         for fault in check_world(entry):
             yield Fault(f"datasets.{index}.{fault.where}", fault.found, fault.expected, fault.fix)
 
 
-def check_precision(config: Any) -> Iterator[Fault]:
+def check_precision(config: TrainingConfig) -> Iterator[Fault]:
     """Yield the fault of bfloat16 autocast over float16 weights."""
     if config.bf16 and config.dtype == "float16":  # auto too: the machine that says yes may be the next one
         yield Fault("bf16", "bf16 is on and dtype is float16", "dtype float32 or bfloat16 with bf16")
 
 
-def check_max_steps(config: Any) -> Iterator[Fault]:
+def check_max_steps(config: TrainingConfig) -> Iterator[Fault]:
     """Yield the fault of a number of steps that is neither positive nor -1."""
     if config.max_steps < 1 and config.max_steps != -1:
         yield Fault("max_steps", f"found {config.max_steps}", "a number >= 1, or -1 to count epochs")
 
 
-def check_warmup(config: Any) -> Iterator[Fault]:
+def check_warmup(config: TrainingConfig) -> Iterator[Fault]:
     """Yield the faults of a warm-up that the schedule does not have, or that is longer than the run."""
     if config.warmup_steps and config.lr_scheduler_type == "constant":
         expected = "warmup_steps 0, or lr_scheduler_type constant_with_warmup"
@@ -195,7 +220,7 @@ def check_warmup(config: Any) -> Iterator[Fault]:
         yield Fault("warmup_steps", found, "at most max_steps")
 
 
-def check_eval(config: Any) -> Iterator[Fault]:
+def check_eval(config: TrainingConfig) -> Iterator[Fault]:
     """Yield the fault of steps between evaluations that a strategy does not use."""
     if config.eval_steps is not None and config.eval_strategy != "steps":
         found = f"eval_strategy {config.eval_strategy!r} does not use eval_steps"

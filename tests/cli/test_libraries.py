@@ -63,6 +63,12 @@ def test_help_and_listings_import_no_library(tiny) -> None:
     assert found["found"] == [[], [], [], []]
 
 
+def test_the_help_page_does_not_wait_for_the_config_classes() -> None:
+    found = imported(("pydantic", "rlhf_pipeline.config"), ["--help"], ["compare", "--help"])
+    assert found["codes"] == [0, 0]
+    assert found["found"] == [[], ["pydantic", "rlhf_pipeline.config"]]
+
+
 def test_checking_data_imports_what_its_estimate_of_noise_needs_and_no_torch(tiny) -> None:
     found = imported(HEAVY, ["--home", str(tiny.home), "data", "check", "collected:pairs"])
     assert found["codes"] == [0]

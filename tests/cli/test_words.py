@@ -118,17 +118,17 @@ def test_a_prompt_that_is_cut_is_said(capsys, tiny) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "words", "line"),
+    ("words", "line"),
     [
-        ("evaluate", ["generate", "sft", "--prompt", PROMPT], "error: interrupted: no result of this generate was"),
-        ("compare", ["compare", "sft", "dpo"], "error: interrupted: no result of this compare was kept"),
-        ("train", ["run", "experiment.yaml"], "error: interrupted; the stages that are done are kept"),
-        ("train", ["dpo"], "error: interrupted before the run had anything to keep"),
+        (["generate", "sft", "--prompt", PROMPT], "error: interrupted: no result of this generate was"),
+        (["compare", "sft", "dpo"], "error: interrupted: no result of this compare was kept"),
+        (["run", "experiment.yaml"], "error: interrupted; the stages that are done are kept"),
+        (["dpo"], "error: interrupted before the run had anything to keep"),
     ],
 )
-def test_an_interrupt_says_what_is_kept(capsys, monkeypatch, module: str, words: list[str], line: str) -> None:
+def test_an_interrupt_says_what_is_kept(capsys, monkeypatch, words: list[str], line: str) -> None:
     def interrupt(*_words, **_options) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"rlhf_pipeline.cli.{module}.common_of", interrupt)
+    monkeypatch.setattr("rlhf_pipeline.cli.options.common_of", interrupt)
     assert line in said(capsys, *words, code=130)

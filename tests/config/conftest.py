@@ -24,6 +24,7 @@ VALID = {
         "output_name": "pairs",
     },
     "evaluate": {},
+    "generate": {},
     "compare": {"arms": ["a", "b"]},
     "exact": {},
     "experiment": {"name": "demo", "stages": {"sft": {"stage": "sft"}}},
