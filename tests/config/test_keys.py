@@ -129,7 +129,9 @@ def test_a_key_that_would_train_differently_is_refused_unless_it_says_what_a_run
         assert loaded.notes == (f"dpo: {key}: not used here: this is what a run does without it",)
     for value in others:
         refused = faults("dpo", **{key: value})
-        assert list(refused) == [key] and refused[key].fix.startswith("remove it, or set ") and advice in refused[key].fix
+        assert (
+            list(refused) == [key] and refused[key].fix.startswith("remove it, or set ") and advice in refused[key].fix
+        )
 
 
 def test_every_fixed_key_has_its_case():

@@ -59,7 +59,7 @@ def named(look: Look, name: Any) -> Markup:
 
 
 def legend(entries: Iterable[tuple[Look | None, Any, str | None]]) -> Markup:
-    """Entries (look, name, kind): a marker, or with a kind of line (`line`, `dashed`, `band`, `thin`) that."""
+    """Entries (look, name, kind): a marker, or with a kind of line (`line`, `dashed`, `thin`) that."""
     made = []
     for look, name, kind in entries:
         look = look or NEUTRAL
