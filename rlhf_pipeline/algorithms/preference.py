@@ -163,13 +163,11 @@ class Objective:
 
     loss: (chosen, rejected, ref_chosen, ref_rejected, *, beta, target, weight) -> PreferenceLoss; of a listwise one
         (logprobs, ref_logprobs, mask, *, beta) -> the sum over prompts.
-    needs_reference: whether it reads the reference's log-probabilities.
     length_normalised: whether its log-probabilities are means over a response's tokens instead of sums.
     listwise: whether it reads all completions of a prompt at once, in their order, instead of pairs.
     """
 
     loss: Callable[..., Any]
-    needs_reference: bool = True
     length_normalised: bool = False
     listwise: bool = False
 

@@ -203,9 +203,9 @@ def run_compare(
     measured: list[Measured] = measure_points([*first, *trained], bench, validation, asked_for=asked_for)
     ended = [one for one in measured if one.point.step is None]
     start = ended[0]  # the baseline, else the first arm's first model
-    rows = [row_of(registry, one, start, bench) for one in ended]
+    rows = [row_of(registry, one, start) for one in ended]
     add_diversity(rows, ended, bench)
-    passed = [row_of(registry, one, start, bench) for one in measured if one.point.step is not None]
+    passed = [row_of(registry, one, start) for one in measured if one.point.step is not None]
     best = best_of_n_rows(bench, enough_samples(bench, start, config.best_of), start.name, config.best_of)
     primary = primary_figure(start.test)
 
