@@ -1,10 +1,8 @@
 """Plant known faults in a copy of the package and require that the named tests catch each of them.
 
-python scripts/mutants.py [--quick] [--jobs 2] [NAME ...]
-
-A fault is a file of tests/mutants/: what it breaks, `test:` lines, `quick` where its tests take seconds, and one hunk
-of a diff, which fits where its old lines stand once in the file, at any line and indentation. The named tests pass in
-an unchanged copy, and each has to fail by an assertion in the broken one. The exit code is 1 if a fault survives.
+A fault is a file of tests/mutants/: what it breaks, `test:` lines, `quick` for some of each kind, and one hunk of a
+diff, which fits where its old lines stand once in the file, at any line and indentation. The named tests pass in an
+unchanged copy, and each has to fail by an assertion in the broken one. The exit code is 1 if a fault survives.
 """
 
 from __future__ import annotations
@@ -53,11 +51,11 @@ class Mutant:
 def read(file: Path) -> Mutant:
     """Read one file of tests/mutants/."""
     head, _, hunk = file.read_text(encoding="utf-8").partition("\n@@\n")
-    about = head.splitlines()
-    (path,) = (line.removeprefix("+++ b/") for line in about if line.startswith("+++ "))
-    tests = tuple(line.removeprefix("test: ") for line in about if line.startswith("test: "))
+    said = [line.partition(" ") for line in head.splitlines()]
+    (path,) = (rest.removeprefix("b/") for word, _, rest in said if word == "+++")
     old, new = (tuple(line[1:] for line in hunk.splitlines() if line[0] in kind) for kind in (" -", " +"))
-    return Mutant(file.stem, path, old, new, tests, "quick" in about)
+    tests = tuple(rest for word, _, rest in said if word == "test:")
+    return Mutant(file.stem, path, old, new, tests, ("quick", "", "") in said)
 
 
 def run_tests(tests: Sequence[str], mutant: Mutant | None = None) -> tuple[dict[str, set[str]], str]:
@@ -71,8 +69,8 @@ def run_tests(tests: Sequence[str], mutant: Mutant | None = None) -> tuple[dict[
             path = copy / mutant.path
             path.write_text(mutant.apply(path.read_text(encoding="utf-8")), encoding="utf-8")
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
-        settings = {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": folder}
-        done = subprocess.run(command, cwd=copy, env={**os.environ, **settings}, capture_output=True, text=True)
+        env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": folder}
+        done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True)
         cases = list(ElementTree.parse(report).iter("testcase")) if report.is_file() else []
     outcomes: dict[str, set[str]] = {test: set() for test in tests}
     for case in cases:
@@ -89,10 +87,10 @@ def judge(mutant: Mutant) -> tuple[Mutant, str, str, float]:
     """Return what became of a fault ("caught", or why it was not), the tests' output, and the seconds it took."""
     start, word = time.perf_counter(), "caught"
     outcomes, output = run_tests(mutant.tests, mutant)
+    if survived := [test for test, found in outcomes.items() if "assertion" not in found]:
+        word = "SURVIVED: " + ", ".join(survived)
     if any("error" in found or not found for found in outcomes.values()):
         word = "BROKEN: an error instead of a failed assertion"
-    elif survived := [test for test, found in outcomes.items() if "assertion" not in found]:
-        word = "SURVIVED: " + ", ".join(survived)
     return mutant, word, output, time.perf_counter() - start
 
 
@@ -100,7 +98,7 @@ def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
     """Try the faults, print a table, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="faults to try (default: all)")
-    parser.add_argument("--quick", action="store_true", help="only the faults whose tests take seconds")
+    parser.add_argument("--quick", action="store_true", help="only the faults that are marked quick")
     parser.add_argument("--jobs", type=int, default=2, help="faults tried at once (default: 2)")
     options = parser.parse_args(arguments)
     mutants = {file.stem: read(file) for file in sorted(folder.glob("*.patch"))}
@@ -112,7 +110,7 @@ def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
         print(output, "without a mutant these do not pass:", *failing, sep="\n")
         return 1
     print(f"{len(outcomes)} tests pass without a mutant")
-    survivors = []
+    survivors: list[str] = []
     with ThreadPoolExecutor(options.jobs) as pool:
         for mutant, word, output, seconds in pool.map(judge, chosen):
             print(f"{mutant.name:40}  {mutant.path:36}  {seconds:5.1f} s  {word}", flush=True)
