@@ -152,7 +152,7 @@ def faults_of(error: RlhfError) -> list[Fault]:
     return error.faults if isinstance(error, FaultyInput) else list(map(Fault.read, str(error).split("\n")))
 
 
-def did_you_mean(word: str, choices: Iterable[str], limit: int = 3) -> str:
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return "did you mean 'a' or 'b'?" for the nearest of `choices`, or an empty string."""
-    near = difflib.get_close_matches(word, list(choices), n=limit, cutoff=0.6)
+    near = difflib.get_close_matches(word, list(choices), n=3, cutoff=0.6)
     return f"did you mean {' or '.join(repr(name) for name in near)}?" if near else ""

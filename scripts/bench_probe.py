@@ -165,20 +165,20 @@ def run_side(side: str, stages: Sequence[str], measure: Callable[[str, dict[str,
     return 0
 
 
-def product_rates(threads: int, size: int = PRODUCT, attempts: int = ATTEMPTS) -> dict[str, float]:
+def product_rates(threads: int) -> dict[str, float]:
     """FLOP/s of the fastest of some products of two square matrices, by precision."""
     import torch
 
     torch.set_num_threads(threads)
     rates = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
+        left, right = (torch.randn(PRODUCT, PRODUCT).to(dtype) for _ in range(2))
         best = float("inf")
-        for _ in range(attempts):
+        for _ in range(ATTEMPTS):
             begin = time.perf_counter()
             left @ right
             best = min(best, time.perf_counter() - begin)
-        rates[name] = 2.0 * size**3 / best
+        rates[name] = 2.0 * PRODUCT**3 / best
     return rates
 
 

@@ -105,8 +105,8 @@ def verdict(row: dict[str, Any]) -> str:
     return "above the floor" if ratio >= row["floor"] else "below the floor"
 
 
-def _range(values: dict[str, float], digits: int = 1) -> str:
-    return f"{values['median']:.{digits}f} ({values['low']:.{digits}f}-{values['high']:.{digits}f})"
+def _range(values: dict[str, float]) -> str:
+    return f"{values['median']:.1f} ({values['low']:.1f}-{values['high']:.1f})"
 
 
 def _share(value: float | None) -> str:

@@ -1,124 +1,195 @@
-"""How the cost grows: DPO against length, data set, vocabulary and micro-batch, a reward model against completions.
+"""How time and memory grow: DPO with length, data, vocabulary and micro-batch, a reward model with completions.
 
-    .venv/bin/python scripts/growth.py [--series length,data,vocabulary,completions,batch] [--threads 2] [--quick]
+    .venv/bin/python scripts/growth.py [SERIES ...] [--quick]
 
-Measures each point in a process of its own (growth_points.py) and writes docs/growth.md and the figures beside it as
-JSON. About six minutes on two free cores.
+Prints one table per series: the median time of a unit of work, the same over the lowest of the series (a cost is linear
+while that stays near 1), and the peak of resident memory above that before the timed steps. Llama with random weights
+and made-up tokens, the package's own windows, step functions and loop; nothing around them. About two minutes.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import BenchError, call, child_environment, dump, machine
-from growth_sizes import QUICK, SERIES, THREADS, Sizes
-from growth_table import document
+import torch
+from bench_probe import Stopwatch
+from bench_work import LEARNING_RATE, LLAMA, SEED, synthetic_pairs, write_rows
 
-ROOT = Path(__file__).parent.parent
-OUTPUT = ROOT / "docs/growth.md"
-QUICK_OUTPUT = ROOT / "build/growth_quick.md"
+from rlhf_pipeline.config.base import Lengths
+from rlhf_pipeline.data.load import examples_of, read_records
+from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.data.tokenizers import train_byte_level_bpe
+from rlhf_pipeline.models.loading import model_of_config, new_config
+from rlhf_pipeline.models.roles import Policy, RewardModel
+from rlhf_pipeline.models.selfcheck import inspect_model, read_reward_model
+from rlhf_pipeline.stages.dpo import dpo_step
+from rlhf_pipeline.stages.reward import reward_step
+from rlhf_pipeline.training.cost import CostMeter, ModelShape
+from rlhf_pipeline.training.loop import fit
+from rlhf_pipeline.training.optimizer import make_optimizer, make_scheduler
+from rlhf_pipeline.training.pairs import count_pairs
+from rlhf_pipeline.training.reference_cache import completion_logprob_sums
+from rlhf_pipeline.training.windows import Loss, example_windows
 
+PAD = 0
+SMALL = {"hidden_size": 64, "intermediate_size": 172}  # of the vocabulary series: the weights stay small
+TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+SERIES = {
+    "length": ("tokens of a pair", "a token", (128, 256, 512, 1024, 2048), (16, 32)),
+    "data": ("examples", "an example, from the file to token ids", (1_000, 10_000, 100_000), (40, 80)),
+    "vocabulary": ("vocabulary", "a pair", (2**10, 2**12, 2**15, 2**17), (64, 128)),
+    "completions": ("completions of a prompt", "a completion", (2, 4, 8, 16), (2, 4)),
+    "batch": ("pairs of a micro-batch", "a pair", (1, 2, 4, 8, 16, 32, 64), (2, 4)),
+}
+"""What grows, what the time is divided by, how far it grows, and how far with --quick."""
 
-def measure_point(series: str, value: int, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """The rows of a point, from a process of its own; with --quick from this one, since its figures mean nothing.
-
-    Raises:
-        BenchError: the process failed.
-    """
-    if options.quick:
-        from growth_points import measure
-
-        return json.loads(json.dumps(measure(series, value, QUICK, options.threads)))
-    environment = child_environment(options.threads, folder)
-    words = [series, str(value), "--threads", str(options.threads)]
-    return call(sys.executable, "growth_points.py", *words, environment=environment)
-
-
-def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All points, one after another."""
-    sizes, begin = QUICK if options.quick else Sizes(), time.perf_counter()
-    rows: list[dict[str, Any]] = []
-    for series in options.series:
-        for value in sizes.points(series):
-            for row in measure_point(series, value, options, folder):
-                rows.append(row)
-                took = 1e3 * statistics.median(row["seconds"]) / row["units"]
-                what = f"{SERIES[series]} {value:,} {row.get('variant', '')}".rstrip()
-                print(f"{what}: {took:.2f} ms each  (load {row['load'][-1]:.1f})", file=sys.stderr)
-    from bench_work import LLAMA
-
-    return {
-        "command": command_of(options),
-        "quick": options.quick,
-        "date": datetime.date.today().isoformat(),
-        "minutes": (time.perf_counter() - begin) / 60,
-        "machine": machine(),
-        "threads": options.threads,
-        "versions": rows[0]["versions"],
-        "model": {**LLAMA, **sizes.model},
-        "small": {**LLAMA, **sizes.small},
-        "sizes": asdict(sizes),
-        "rows": [{key: value for key, value in row.items() if key != "versions"} for row in rows],
-    }
+Times = tuple[list[float], int | None]
+"""Seconds of each timed step, and the peak of memory above that before them, in bytes (Linux)."""
 
 
-def command_of(options: argparse.Namespace) -> str:
-    """The command that makes these figures again."""
-    words = ["python", "scripts/growth.py"]
-    words += ["--series", ",".join(options.series)] if options.series != list(SERIES) else []
-    words += ["--quick"] if options.quick else []
-    words += ["--threads", str(options.threads)] if options.threads != THREADS else []
-    return " ".join(words)
+def draw(count: int, prompt: int, completions: Sequence[int], vocabulary: int) -> list[Example]:
+    """Examples of arbitrary tokens, all with the same lengths."""
+    numbers = torch.Generator().manual_seed(SEED)
+
+    def tokens(length: int) -> list[int]:
+        return torch.randint(1, vocabulary, (length,), generator=numbers).tolist()
+
+    return [
+        Example(tokens(prompt), [tokens(n) for n in completions], [True] * len(completions), str(i), f"example {i}")
+        for i in range(count)
+    ]
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options, checked.
+def config_of(changes: dict[str, Any], vocabulary: int, longest: int = 0) -> Any:
+    """A config of transformers: bench_work.LLAMA with changes, and enough positions."""
+    torch.manual_seed(SEED)
+    positions = max(longest, LLAMA["max_position_embeddings"])
+    return new_config({**LLAMA, **changes, "vocab_size": vocabulary, "max_position_embeddings": positions})
 
-    Raises:
-        BenchError: a series that does not exist, or no thread.
-    """
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--series", default=",".join(SERIES), help="default: all")
-    parser.add_argument("--threads", type=int, default=THREADS)
-    parser.add_argument("--quick", action="store_true", help="a smoke test in one process, its figures mean nothing")
-    parser.add_argument("--output", type=Path, help="default: docs/growth.md; with --quick build/growth_quick.md")
-    parser.add_argument("--json", type=Path, help="default: beside the output")
-    options = parser.parse_args(arguments)
-    named = [name.strip() for name in options.series.split(",") if name.strip()]
-    unknown = [name for name in named if name not in SERIES]
-    if unknown or not named:
-        raise BenchError(f"--series: found {', '.join(unknown) or 'none'}; expected some of {','.join(SERIES)}", 2)
-    options.series = [name for name in SERIES if name in named]
-    if options.threads < 1:
-        raise BenchError(f"--threads: found {options.threads}; expected at least 1", 2)
-    options.output = options.output or (QUICK_OUTPUT if options.quick else OUTPUT)
-    options.json = options.json or options.output.with_suffix(".json")
-    return options
+
+def policy_of(config: Any) -> Policy:
+    model = model_of_config(config, dtype=torch.float32)
+    return Policy(model, inspect_model(model)).train()
+
+
+def reward_model_of(config: Any) -> RewardModel:
+    from transformers import AutoModelForSequenceClassification
+
+    config.num_labels, config.pad_token_id = 1, PAD
+    return read_reward_model(AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)).train()
+
+
+def timed(
+    model: Policy | RewardModel,
+    examples: list[Example],
+    step: Callable[..., Loss],
+    steps: int,
+    micro_batch: int,
+    accumulation: int = 1,
+) -> Times:
+    """Train on examples; the first two steps make gradients, the optimizer's state and what else is there once."""
+    from accelerate import Accelerator
+
+    accelerator, watch = Accelerator(cpu=True), Stopwatch(warmup=1, examples=1)
+    optimizer = make_optimizer(model.parameters(), learning_rate=LEARNING_RATE)
+    scheduler = make_scheduler(optimizer, "linear", warmup_steps=0, total=steps + 2)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    windows = example_windows(
+        examples,
+        micro_batch_size=micro_batch,
+        accumulation=accumulation,
+        seed=SEED,
+        pad_id=PAD,
+        layout=model.reader.layout,
+        count=count_pairs,
+        steps=steps + 2,
+    )
+    fit(
+        prepared,
+        windows,
+        step=partial(step, meter=CostMeter(), shape=ModelShape.of(model.model, head=isinstance(model, Policy))),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        accelerator=accelerator,
+        max_grad_norm=1.0,
+        on_update=lambda number, *_: watch.tick() if number > 1 else watch.ready(),
+    )
+    found = watch.report("ours", "", False)
+    loaded = found["loaded_bytes"]
+    return found["seconds"], None if loaded is None else found["training_peak_bytes"] - loaded
+
+
+def dpo(config: Any, pairs: list[Example], steps: int, micro_batch: int, accumulation: int = 1) -> Times:
+    """DPO with the reference's log-probabilities at hand."""
+    policy = policy_of(config)
+    known = completion_logprob_sums(policy, pairs, batch_size=micro_batch, pad_id=PAD, device="cpu")
+    return timed(policy, pairs, partial(dpo_step, beta=0.1, reference=known), steps, micro_batch, accumulation)
+
+
+def read_and_tokenise(count: int, vocabulary: int) -> Times:
+    """Read a file of `count` short pairs and make examples of it."""
+    rows = [{key: text[:40] for key, text in row.items()} for row in synthetic_pairs(min(count, 1000))]
+    tokenizer = train_byte_level_bpe((text for row in rows for text in row.values()), vocabulary)
+    rows = [{**rows[i % len(rows)], "prompt": f"{i} {rows[i % len(rows)]['prompt']}"} for i in range(count)]
+    options: dict[str, Any] = {"kind": "pair", "split": "train", "fractions": {"train": 1.0}}
+    with tempfile.TemporaryDirectory() as folder:
+        source = write_rows(Path(folder) / "pairs.jsonl", rows)
+        begin = time.perf_counter()
+        examples_of(read_records(source), tokenizer=tokenizer, lengths=Lengths(512, 512, 1024), **options)
+        return [time.perf_counter() - begin], None
+
+
+def measure(series: str, value: int, quick: bool) -> tuple[Times, int]:
+    """Time one point of a series; returns the times and how many units of work one of them is."""
+    model, vocabulary, steps = (TINY, 300, 2) if quick else ({}, 4096, 8)
+    if series == "length":
+        pairs = 8 if value <= 1024 else 4
+        examples = draw(2 * pairs, value // 2, (value // 4, value // 4), vocabulary)
+        return dpo(config_of(model, vocabulary, value), examples, steps, pairs), pairs * value
+    if series == "data":
+        return read_and_tokenise(value, vocabulary), value
+    if series == "vocabulary":
+        examples = draw(16, 256, (128, 128), value) if not quick else draw(16, 8, (4, 4), value)
+        return dpo(config_of(model or SMALL, value), examples, steps, 8), 8
+    if series == "completions":  # a prompt and all of them are one tree, as `rlhf train-rm` takes them
+        prompts = 16 // value
+        examples = draw(2 * prompts, 64, [32] * value, vocabulary)
+        return timed(reward_model_of(config_of(model, vocabulary)), examples, reward_step, steps, prompts), 16
+    pairs = 4 if quick else 64  # of a step, in micro-batches of `value`
+    examples = draw(pairs, 32, (16, 16), vocabulary)
+    return dpo(config_of(model, vocabulary), examples, steps, value, pairs // value), pairs
+
+
+def table(series: str, found: Sequence[tuple[int, Times, int]]) -> Iterator[str]:
+    """The lines of a Markdown table. found: of each point its value, its times and its units of work."""
+    grows, unit, *_ = SERIES[series]
+    each = [statistics.median(seconds) / units for _, (seconds, _), units in found]
+    yield f"| {grows} | µs for {unit} | over the lowest | peak memory, MiB |"
+    yield "| ---: | ---: | ---: | ---: |"
+    for (value, (_, memory), _), cost in zip(found, each, strict=True):
+        peak = "-" if memory is None else f"{memory / 2**20:,.0f}"
+        yield f"| {value:,} | {1e6 * cost:,.1f} | {cost / min(each):.2f} | {peak} |"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        options = parse(arguments)
-        with tempfile.TemporaryDirectory() as folder:
-            found = measure(options, Path(folder))
-    except BenchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
-    text = document(found)
-    for path, content in ((options.json, dump(found)), (options.output, text)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content, encoding="utf-8")
-    print(text)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("series", nargs="*", metavar="SERIES", help=f"some of {', '.join(SERIES)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="tiny models: a smoke test whose figures mean nothing")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.series) - set(SERIES):
+        parser.error(f"no such series: {', '.join(sorted(unknown))}; expected some of {', '.join(SERIES)}")
+    for series in options.series or SERIES:
+        points = SERIES[series][3 if options.quick else 2]
+        found = [(value, *measure(series, value, options.quick)) for value in points]
+        print(f"\n## {series}\n", *table(series, found), sep="\n", flush=True)
     return 0
 
 

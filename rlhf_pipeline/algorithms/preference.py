@@ -169,14 +169,12 @@ class Objective:
         (logprobs, ref_logprobs, mask, *, beta) -> the sum over prompts.
     optimum: how its minimiser stands to that of DPO and PPO at the same beta; arms are contrasted at one beta only
         where it is the same.
-    needs_reference: whether it reads the reference's log-probabilities.
     length_normalised: whether its log-probabilities are means over a response's tokens instead of sums.
     listwise: whether it reads all completions of a prompt at once, in their order, instead of pairs.
     """
 
     loss: Callable[..., Any]
     optimum: Optimum
-    needs_reference: bool = True
     length_normalised: bool = False
     listwise: bool = False
 

@@ -151,8 +151,8 @@ class Draft:
             elif entry is not None and not keys.same(value, entry.neutral):
                 found = f"{keys.shown((value,))} is not available yet in this version"
                 self.fault((key,), found, keys.shown(entry.neutral), "remove it")
-            elif keys.has_no_effect(self.stage, key, value):
-                self.notes.append(f"{self.where((key,))}: has no effect here, left out")
+            elif note := keys.note_on_unused(self.stage, key, value):
+                self.notes.append(f"{self.where((key,))}: {note}")
             elif entry is None or key in keys.SCHEMAS[self.stage].model_fields:
                 continue
             del self.values[key]

@@ -77,11 +77,11 @@ class _Reader:
         every: dict[str, tuple[StageSpec, ...]] = {}
         for name, command in commands.items():
             path: KeyPath = ("stages", name)
-            draft, source = self._draft(path, command, entries[name], {"output_name": name})
+            draft = self._draft(path, command, entries[name], {"output_name": name})
             if seeds:
                 draft.add({"seed": seeds[0]}, lambda _: self.plan.where(("seeds",)))
             self._complete(draft, path, entries[name], inner.get(name, []))
-            points = self._points(name, draft, source, [axis for axis in axes if axis.stage == name], links)
+            points = self._points(name, draft, [axis for axis in axes if axis.stage == name], links)
             stages += points[:1]
             every[name] = tuple(points)
             links.done(name)
@@ -118,23 +118,21 @@ class _Reader:
                 self.faults.append(Fault(override.where, "the experiment has no compare section"))
             return None
         name = self.plan.values.get("name")
-        draft, source = self._draft(("compare",), "compare", entry, {"name": name} if name else {})
+        draft = self._draft(("compare",), "compare", entry, {"name": name} if name else {})
         self._complete(draft, ("compare",), entry, overrides)
-        return self._spec("compare", draft, source, links)
+        return self._spec("compare", draft, links)
 
-    def _draft(
-        self, path: KeyPath, command: str, entry: Mapping[str, Any], default: Mapping[str, Any]
-    ) -> tuple[Draft, Path | None]:
+    def _draft(self, path: KeyPath, command: str, entry: Mapping[str, Any], default: Mapping[str, Any]) -> Draft:
         draft = Draft(command, f"{self.plan.where(path)}")
         draft.add(default, lambda key: f"{self.plan.where(path)}.{'.'.join(map(str, key))}")
         name = entry.get("config")
         if name is None:
-            return draft, None
+            return draft
         if not isinstance(name, str) or not name:
             where = self.plan.where((*path, "config"))
             self.faults.append(Fault(where, f"found {name!r}", "a YAML file, relative to this one"))
             draft.unreadable = True
-            return draft, None
+            return draft
         source = self.folder / name
         document = read_document(source)
         if not os.path.isfile(source):  # false for a name that no file can have
@@ -142,7 +140,7 @@ class _Reader:
             document.faults = [dataclasses.replace(fault, where=f"{where}: {fault.where}") for fault in document.faults]
         draft.label = str(source)
         draft.add_document(document, source.parent)
-        return draft, source
+        return draft
 
     def _complete(self, draft: Draft, path: KeyPath, entry: Mapping[str, Any], overrides: Iterable[Override]) -> None:
         """Add what the experiment itself says about a stage or the comparison."""
@@ -151,9 +149,7 @@ class _Reader:
         draft.add(values, lambda key: self.plan.where((*path, *key)), self.folder)
         draft.override(overrides)
 
-    def _points(
-        self, name: str, draft: Draft, source: Path | None, axes: Sequence[Axis], links: Links
-    ) -> list[StageSpec]:
+    def _points(self, name: str, draft: Draft, axes: Sequence[Axis], links: Links) -> list[StageSpec]:
         """Return a stage at all points of its sweep, the values of the last key changing fastest."""
         found: dict[tuple[int, ...], StageSpec] = {}
         for point in itertools.product(*(range(len(axis.overrides)) for axis in axes)):
@@ -161,14 +157,14 @@ class _Reader:
             before = len(here.notes)
             here.override(at(axes, point))
             del here.notes[before:]  # a note for each value would say the same
-            spec = self._spec(name, here, source, links)
+            spec = self._spec(name, here, links)
             if spec is not None:
                 setting = {axis.name: swept(axis, spec.config) for axis in axes}
                 found[point] = dataclasses.replace(spec, setting=setting)
         self.faults.extend(repeated(axes, {point: spec.config for point, spec in found.items()}))
         return list(found.values())
 
-    def _spec(self, name: str, draft: Draft, source: Path | None, links: Links) -> StageSpec | None:
+    def _spec(self, name: str, draft: Draft, links: Links) -> StageSpec | None:
         """Check and link a stage or the comparison."""
         linked = links.find(name, draft)
         config = validate(draft)
@@ -177,7 +173,7 @@ class _Reader:
         if config is None:
             return None
         places = {found.path: found.text for found in references(config) if found.text in linked}
-        return StageSpec(name, draft.stage, source, config, places)
+        return StageSpec(name, draft.stage, config, places)
 
     def _share_out(
         self, overrides: Iterable[Override], entries: Mapping[str, Any]

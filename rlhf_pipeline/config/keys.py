@@ -1,4 +1,4 @@
-"""Keys by other names, keys of later versions, and keys of TRL's that change nothing here."""
+"""Keys by other names, keys of later versions, and keys of transformers and TRL that a run here does not use."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from pydantic import BaseModel
 
 from rlhf_pipeline.config.stages import SCHEMAS, STAGES, TRAINING, DatasetEntry, RewardFunction
 from rlhf_pipeline.errors import did_you_mean
-
-ANY = object()
 
 
 @dataclass(frozen=True)
@@ -69,50 +67,53 @@ class Later:
 
 LATER: dict[str, Later] = {
     "use_peft": Later((None, False)),
-    "lora_r": Later((None,)),
-    "lora_alpha": Later((None,)),
-    "lora_dropout": Later((None,)),
-    "lora_target_modules": Later((None,)),
     "load_in_4bit": Later((None, False)),
     "load_in_8bit": Later((None, False)),
     "kl_target": Later((None,), ("ppo",)),
     "load_best_model_at_end": Later((None, False)),
     "report_to": Later((None, "none", [], ["none"])),
-}
+}  # and every key that begins with lora_
 
-# What TRL's and transformers' YAMLs often carry: with these values a run here does the same without them.
-WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
-    "push_to_hub": (False, None),
-    "hub_model_id": (None,),
-    "hub_strategy": (ANY,),
-    "run_name": (ANY,),
-    "log_level": (ANY,),
-    "do_train": (True, None),
-    "do_eval": (ANY,),
-    "fp16": (False, None),
-    "tf32": (False, None),
-    "optim": ("adamw_torch", "adamw_torch_fused"),
-    "save_strategy": ("steps",),
-    "logging_strategy": ("steps",),
-    "logging_first_step": (ANY,),
-    "disable_dropout": (True,),
-    "remove_unused_columns": (ANY,),
-    "overwrite_output_dir": (ANY,),
-    "dataset_num_proc": (ANY,),
-    "dataset_text_field": ("text", None),
-    "preprocessing_num_workers": (ANY,),
-    "dataloader_num_workers": (ANY,),
-    "gradient_checkpointing_kwargs": (ANY,),
-    "dataset_streaming": (False,),
-    "packing": (ANY,),
-    "padding_free": (ANY,),
-    "kl_estimator": ("k1",),
-    "num_sample_generations": (0,),
+NOT_USED = frozenset(
+    (
+        *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push"),
+        *("run_name", "log_level", "logging_dir", "logging_first_step", "disable_tqdm", "num_sample_generations"),
+        *("do_eval", "overwrite_output_dir", "remove_unused_columns", "padding_free", "gradient_checkpointing_kwargs"),
+        *("dataset_num_proc", "preprocessing_num_workers", "dataloader_num_workers", "dataloader_pin_memory"),
+    )
+)
+"""Keys of transformers and TRL for logging, uploading and speed: no value of them changes what is trained."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A key of which a run here knows only some values, those of what it does without the key, and what else to do."""
+
+    values: tuple[Any, ...]
+    instead: str
+
+
+FIXED: dict[str, Fixed] = {
+    "do_train": Fixed((True, None), "a stage trains whenever it is run"),
+    "fp16": Fixed((False, None), "use bf16, or dtype float16"),
+    "tf32": Fixed((False, None), "use bf16 for speed"),
+    "optim": Fixed(("adamw_torch", "adamw_torch_fused"), "every stage trains with AdamW"),
+    "save_strategy": Fixed(("steps",), "save_steps says when checkpoints are written"),
+    "logging_strategy": Fixed(("steps",), "logging_steps says when metrics are logged"),
+    "dataset_text_field": Fixed(("text", None), "rename the column of the data to text"),
+    "dataset_streaming": Fixed((False,), "a stage reads its data once, before it trains"),
+    "packing": Fixed((False, None), "batches hold whole examples without padding, and a step keeps its examples"),
+    "kl_estimator": Fixed(("k1",), "the KL in the reward is k1: the log-ratio"),
 }
+"""Keys of which other values would train, or keep, something else: those are refused."""
 
 _ENTRIES: dict[str, type[BaseModel]] = {"reward_functions": RewardFunction, "datasets": DatasetEntry}
 
-REFUSED = {"output_dir": "use output_name: a name in the registry, under --home DIR or RLHF_HOME"}
+REFUSED = {
+    "output_dir": "use output_name: a name in the registry, under --home DIR or RLHF_HOME",
+    "disable_dropout": "remove it: dropout is off in every stage, unless sft has `dropout: true`",
+}
+"""Keys of which no value is taken, and what to do."""
 
 
 def later(stage: str, key: str) -> Later | None:
@@ -123,12 +124,15 @@ def later(stage: str, key: str) -> Later | None:
     return entry if entry is not None and stage in entry.stages else None
 
 
-def has_no_effect(stage: str, key: str, value: Any) -> bool:
-    """Return whether a run of this stage does the same without this key of TRL's."""
-    if stage not in TRAINING or key not in WITHOUT_EFFECT:
-        return False
-    values = WITHOUT_EFFECT[key]
-    return ANY in values or same(value, values)
+def note_on_unused(stage: str, key: str, value: Any) -> str | None:
+    """Return what to say of a key of TRL's without which a run of this stage does the same; None of any other key."""
+    if stage not in TRAINING:
+        return None
+    if key in NOT_USED:
+        return "not used here"
+    if key in FIXED and same(value, FIXED[key].values):
+        return "not used here: this is what a run does without it"
+    return None
 
 
 def same(value: Any, values: tuple[Any, ...]) -> bool:
@@ -145,9 +149,8 @@ def shown(values: tuple[Any, ...]) -> str:
 
 def advice_on_unknown(stage: str, key: str) -> str:
     """Return what to do about a key that this stage does not have."""
-    if key in WITHOUT_EFFECT and stage in TRAINING:
-        values = shown(WITHOUT_EFFECT[key])
-        return f"only {values} is possible in this version: remove it"
+    if key in FIXED and stage in TRAINING:
+        return f"remove it, or set {shown(FIXED[key].values)}: {FIXED[key].instead}"
     schema: type[BaseModel] = SCHEMAS[stage]
     owners = [other for other, fields in STAGES.items() if stage in STAGES and key in fields.model_fields]
     if owners:

@@ -20,7 +20,6 @@ class StageSpec:
 
     name: str
     stage: str
-    config_path: Path | None
     config: Any
     links: Mapping[KeyPath, str] = field(default_factory=dict)
     setting: Mapping[str, Any] = field(default_factory=dict)

@@ -30,32 +30,6 @@ SHOWN_FAULTS = 20
 QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
 
-def check_source(
-    source: str,
-    *,
-    config: str | None = None,
-    home: Path | None = None,
-    base_dir: Path | None = None,
-    fractions: Mapping[str, float] = FRACTIONS,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    limits: Lengths | None = None,
-) -> dict[str, Any]:
-    """Describe a source: its format, faults, splits, duplicates, lengths; never its text.
-
-    Lengths are in tokens where a tokenizer or the rows' own ids are at hand, else in characters. With a tokenizer it
-    also says which texts come back different from its tokens, and with `limits` what the length policy cuts or drops.
-
-    Raises:
-        DataError: the source cannot be read, or no row of it can be used.
-    """
-    return describe(
-        read_records(source, config=config, home=home, base_dir=base_dir, skip_bad_rows=True),
-        fractions=fractions,
-        tokenizer=tokenizer,
-        limits=limits,
-    )
-
-
 def describe(
     found: RecordSet,
     *,
@@ -63,7 +37,14 @@ def describe(
     tokenizer: PreTrainedTokenizerBase | None = None,
     limits: Lengths | None = None,
 ) -> dict[str, Any]:
-    """Describe the records of a source that is read already; see `check_source`."""
+    """Describe a source that was read with `skip_bad_rows`: its format, faults, splits, duplicates, lengths; no text.
+
+    Lengths are in tokens where a tokenizer or the rows' own ids are at hand, else in characters. With a tokenizer it
+    also says which texts come back different from its tokens, and with `limits` what the length policy cuts or drops.
+
+    Raises:
+        DataError: no row of the source can be used.
+    """
     digest = records_digest(found.records)  # as a stage that leaves bad rows out has it
     tokenised = None if tokenizer is None else _tokenised(found, tokenizer, limits or NO_LIMITS)
     found = _without_refused(found, tokenised)

@@ -15,8 +15,6 @@ Text = str | Messages
 
 _encode = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode
 
-KINDS = ("text", "prompt", "demonstration", "pair", "ranking")
-
 
 @dataclass(frozen=True)
 class Record:

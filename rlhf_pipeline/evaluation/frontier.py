@@ -52,10 +52,6 @@ class Curve:
         at = np.broadcast_to(at if at.ndim == y.ndim else at[..., None], y.shape)
         return cls(at[None], y[None]) if y.ndim == 2 else cls(at, y)
 
-    def only(self, settings: Sequence[int]) -> Curve:
-        """The same arm at some of its settings."""
-        return Curve(self.x[:, list(settings)], self.reward[:, list(settings)])
-
     def means(self, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Means over prompts, (S, G) each; with weights (B, P) that sum to P in each row, (B, S, G)."""
         if weights is None:

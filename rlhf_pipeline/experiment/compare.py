@@ -73,15 +73,10 @@ def _reference(
     return reference
 
 
-def gates_of(registry: Registry, models: Sequence[Resolved]) -> dict[str, Any]:
-    """The gate of every reward model behind a comparison, by its name."""
-    found = {}
-    for model in models:
-        for one in [model, *reward_models_of(registry, model)]:
-            gate = one.manifest.metrics.get("gate") if one.manifest is not None else None
-            if gate is not None:
-                found[one.label] = gate
-    return found
+def gates_of(models: Sequence[Resolved]) -> dict[str, Any]:
+    """The gate of every reward model among these, by its name."""
+    found = {model.label: model.manifest.metrics.get("gate") for model in models if model.manifest is not None}
+    return {label: gate for label, gate in found.items() if gate is not None}
 
 
 def _exact(
@@ -202,15 +197,17 @@ def run_compare(
     measured: list[Measured] = measure_points([*first, *trained], bench, validation, asked_for=asked_for)
     ended = [one for one in measured if one.point.step is None]
     start = ended[0]  # the baseline, else the first arm's first model
-    rows = [row_of(registry, one, start, bench) for one in ended]
+    rows = [row_of(registry, one, start) for one in ended]
     add_diversity(rows, ended, bench)
-    passed = [row_of(registry, one, start, bench) for one in measured if one.point.step is not None]
+    passed = [row_of(registry, one, start) for one in measured if one.point.step is not None]
     best = best_of_n_rows(
         bench, enough_samples(bench, start.model, start.test, config.best_of), start.name, config.best_of
     )
     primary = primary_figure(start.test)
 
     # 3. What follows from the figures.
+    known = [one for model in models for one in (model, *reward_models_of(registry, model))]
+    behind = list({one.label: one for one in known}.values())
     exact = _exact(bench, config, list({model.label: model for model in models}.values()), finals)
     results: dict[str, Any] = {
         "name": config.name,
@@ -221,7 +218,7 @@ def run_compare(
         "reward_model": bench.scorer.label if bench.scorer is not None else None,
         "judge": bench.judge.label if bench.judge is not None else None,
         "true_reward": bench.truth_label,
-        "gates": gates_of(registry, [*([judge] if judge is not None else []), *models]),
+        "gates": gates_of([*([judge] if judge is not None else []), *behind]),
         "prompts": len(bench.plan.prompts),
         "prompt_texts": prompt_texts(bench),
         "samples": config.samples,
@@ -249,7 +246,7 @@ def run_compare(
     results["verdict"] = verdict(results)
     results |= {
         "samples_shown": shown_samples(bench, {one.name: one.test for one in ended}, config.shown_prompts),
-        "curves": curves(registry, models),
+        "curves": curves(registry, behind),
         "lineage": lineage(registry, models),
         "configs": configs(models),
     }

@@ -109,7 +109,7 @@ def estimate_stage(stage: str, config: Any, home: Path) -> dict[str, Any]:
         resolved = registry.resolve(judge)
         check_role(resolved, "reward_model")
         result["judge"] = resolved.label
-    rows = _training_rows(stage, config, home)
+    rows = _training_rows(config, home)
     result |= {"prompts" if config.reads_prompts else "rows": rows, "lengths": vars(config.lengths())}
     if stage == "ppo":
         result |= {
@@ -126,7 +126,7 @@ def estimate_stage(stage: str, config: Any, home: Path) -> dict[str, Any]:
     return result
 
 
-def _training_rows(stage: str, config: Any, home: Path) -> int:
+def _training_rows(config: Any, home: Path) -> int:
     """Rows of the training split, before the length policy; for PPO distinct prompts."""
     entries = [(e.dataset_name, e.dataset_config) for e in config.datasets or ()]
     if not entries:

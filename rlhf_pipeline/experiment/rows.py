@@ -144,7 +144,7 @@ def measure_points(
     return found
 
 
-def row_of(registry: Registry, measured: Measured, baseline: Measured, bench: Bench) -> dict[str, Any]:
+def row_of(registry: Registry, measured: Measured, baseline: Measured) -> dict[str, Any]:
     """The row of one point, as results.json has it."""
     point, model, first = measured.point, measured.model, measured is baseline
     row: dict[str, Any] = {

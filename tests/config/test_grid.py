@@ -186,6 +186,6 @@ def test_a_sweep_over_stages_links_each_point_to_its_own(demo):
 
 def test_runs_with_the_same_config_and_inputs_are_one(demo):
     config = SftConfig(model_name_or_path="a/b", dataset_name="imdb", output_name="sft", learning_rate=1e-5)
-    specs = [StageSpec("sft", "sft", None, config, {}, {"value": value}) for value in (1, 2)]
+    specs = [StageSpec("sft", "sft", config, {}, {"value": value}) for value in (1, 2)]
     (node,) = expand(Experiment("e", demo, (), (specs[0],), swept={"sft": tuple(specs)}))
     assert node.setting == {"value": 1}

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from rlhf_pipeline.config import STAGES, load_config
-from rlhf_pipeline.config.keys import ALIASES, LATER, WITHOUT_EFFECT
+from rlhf_pipeline.config.keys import ALIASES, FIXED, LATER, NOT_USED, REFUSED
 from rlhf_pipeline.config.stages import SCHEMAS
 from rlhf_pipeline.errors import ConfigError
 
@@ -98,18 +98,52 @@ def test_the_population_of_the_world_is_a_source_of_dpo_alone(faults, load):
     assert "no epochs" in faults("dpo", **{**changes, "max_steps": -1})["max_steps"].expected
 
 
-def test_keys_of_trl_that_change_nothing_are_left_out_with_a_note(valid):
-    extra = {**valid["dpo"], "push_to_hub": False, "optim": "adamw_torch", "log_level": "info"}
-    loaded = load_config("dpo", None, extra=extra)
-    assert loaded.notes == tuple(
-        f"dpo: {key}: has no effect here, left out" for key in ("push_to_hub", "optim", "log_level")
-    )
+@pytest.mark.parametrize("value", [True, False, None, "info", 3])
+@pytest.mark.parametrize("key", sorted(NOT_USED))
+def test_a_key_for_logging_uploading_or_speed_takes_any_value_with_a_note(valid, key, value):
+    plain = load_config("dpo", None, extra=valid["dpo"])
+    loaded = load_config("dpo", None, extra={**valid["dpo"], key: value})
+    assert loaded.config == plain.config and loaded.notes == (f"dpo: {key}: not used here",)
 
 
-def test_keys_of_trl_that_would_change_something_are_refused(faults):
-    refused = faults("dpo", push_to_hub=True, optim="sgd")
-    assert refused["push_to_hub"].fix == "only false is possible in this version: remove it"
-    assert refused["optim"].fix.startswith("only adamw_torch or adamw_torch_fused is possible")
+@pytest.mark.parametrize(
+    ("key", "accepted", "others", "advice"),
+    [
+        ("do_train", [True, None], [False], "a stage trains"),
+        ("fp16", [False, None], [True, 0], "use bf16"),
+        ("tf32", [False, None], [True], "use bf16"),
+        ("optim", ["adamw_torch", "adamw_torch_fused"], ["sgd", "adafactor", "adamw_8bit"], "AdamW"),
+        ("save_strategy", ["steps"], ["epoch", "no", "best"], "save_steps"),
+        ("logging_strategy", ["steps"], ["epoch", "no"], "logging_steps"),
+        ("dataset_text_field", ["text", None], ["content"], "rename the column"),
+        ("dataset_streaming", [False], [True], "reads its data once"),
+        ("packing", [False, None], [True], "a step keeps its examples"),
+        ("kl_estimator", ["k1"], ["k3"], "log-ratio"),
+    ],
+)
+def test_a_key_that_would_train_differently_is_refused_unless_it_says_what_a_run_does(
+    valid, faults, key, accepted, others, advice
+):
+    for value in accepted:
+        loaded = load_config("dpo", None, extra={**valid["dpo"], key: value})
+        assert loaded.notes == (f"dpo: {key}: not used here: this is what a run does without it",)
+    for value in others:
+        refused = faults("dpo", **{key: value})
+        assert (
+            list(refused) == [key] and refused[key].fix.startswith("remove it, or set ") and advice in refused[key].fix
+        )
+
+
+def test_every_fixed_key_has_its_case():
+    (mark,) = test_a_key_that_would_train_differently_is_refused_unless_it_says_what_a_run_does.pytestmark
+    assert {case[0] for case in mark.args[1]} == set(FIXED)
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_dropout_is_not_switched_by_the_key_of_trl(faults, value):
+    """`dropout: true` of sft with `disable_dropout: true` would train with dropout."""
+    refused = faults("sft", dropout=True, disable_dropout=value)
+    assert list(refused) == ["disable_dropout"] and "`dropout: true`" in refused["disable_dropout"].fix
 
 
 def test_a_key_of_another_stage_says_so(faults):
@@ -122,4 +156,6 @@ def test_the_tables_name_real_keys():
         fields = SCHEMAS[stage].model_fields
         assert {alias.canonical for alias in aliases.values()} <= set(fields)
         assert not set(aliases) & set(fields)
-    assert not set(WITHOUT_EFFECT) & {name for schema in STAGES.values() for name in schema.model_fields}
+    fields = {name for schema in STAGES.values() for name in schema.model_fields}
+    assert not (NOT_USED | FIXED.keys() | REFUSED.keys()) & fields
+    assert not NOT_USED & FIXED.keys() and not (NOT_USED | FIXED.keys()) & (LATER.keys() | REFUSED.keys())

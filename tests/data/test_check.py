@@ -2,7 +2,8 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from rlhf_pipeline.data.check import check_source, preview
+from rlhf_pipeline.data.check import describe, preview
+from rlhf_pipeline.data.load import read_records
 
 ROWS = [
     {"prompt": "a", "chosen": "bb", "rejected": "c", "split": "train"},
@@ -11,6 +12,11 @@ ROWS = [
     {"prompt": "ab", "chosen": "b", "rejected": "b", "split": "train"},
     {"prompt": "aaa", "chosen": None, "rejected": None, "split": "train"},
 ]
+
+
+def check_source(source, **options):
+    """Describe a source as `rlhf data check` does."""
+    return describe(read_records(source, skip_bad_rows=True), **options)
 
 
 def test_a_source_is_described(jsonl):

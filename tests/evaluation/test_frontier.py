@@ -48,9 +48,8 @@ def test_settings_are_chosen_by_means_over_seeds_and_prompts():
     x = np.array([[[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]] * 2)
     reward = np.array([[[0.0, 2.0], [0.0, 1.0], [5.0, 5.0]], [[1.0, 1.0], [0.0, 2.0], [5.0, 5.0]]])  # means 1, .75, 5
     assert choose(Curve.of(x, reward)) == [0, 2]
-    kept = Curve.of(x, reward).only([0, 2])
-    assert kept.means()[0].tolist() == [[1.0, 3.0]] * 2
-    assert kept.means()[1].tolist() == [[1.0, 5.0]] * 2
+    assert Curve.of(x, reward).means()[0].tolist() == [[1.0, 2.0, 3.0]] * 2
+    assert Curve.of(x, reward).means()[1].tolist() == [[1.0, 0.5, 5.0], [1.0, 1.0, 5.0]]
 
 
 def test_interpolation_by_hand():

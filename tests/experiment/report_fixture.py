@@ -1,177 +1,103 @@
-"""Results of comparisons that never took place: everything that results.json can hold, and as little as it can."""
+"""Results of two comparisons that took place, for the tests of the report, and the ways in which tests change them.
+
+Both are the demo, cut short; the commands that made them stand in `COMMANDS`. To make them again, run these with
+`--home HOME`, then `python -m tests.experiment.report_fixture HOME`, which trims the two results.json.
+"""
 
 from __future__ import annotations
 
-import random
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
-from tests.experiment.report_fixture_rows import (
-    ARMS,
-    BETAS,
-    PROMPTS,
-    SAMPLES,
-    SEEDS,
-    baseline_row,
-    best_of_n_rows,
-    cost_of,
-    estimate,
-    trained_row,
+FOLDER = Path(__file__).parent / "results"
+SHORT = (
+    "sft.max_steps=250 pairs.num=8000 reward.max_steps=80 judge.max_steps=80 ppo.max_steps=20 dpo.max_steps=80 "
+    "compare.samples=4 compare.max_prompts=16 compare.best_of=[2,4] compare.reward_model_prompts=1 "
+    "compare.shown_prompts=2"
 )
-from tests.experiment.report_fixture_sections import (
-    contrasts,
-    curves,
-    exact,
-    frontier,
-    overoptimisation,
-    preferences,
-    samples,
-    summary,
-)
-
-CONFIG = """stage: {stage}
-model_name_or_path: sft@v1
-dataset_name: collected:pairs@v1
-output_name: {name}
-beta: {beta:g}
-learning_rate: 0.0003
-lr_scheduler_type: linear
-per_device_train_batch_size: 64
-response_length: 16
-seed: {seed}
-"""
+COMMANDS = {
+    "frontier": "rlhf run configs/demo/frontier.yaml seeds=[0,1] sweep.ppo.kl_coef=[.3,1] sweep.dpo.beta=[.3,1] "
+    f"{SHORT} compare.snapshots=true ppo.snapshot_steps=[10] dpo.snapshot_steps=[40]",
+    "demo": f"rlhf run configs/demo/experiment.yaml {SHORT}",
+}
+DIGITS = 6
+FRONTIER_POINTS = 32
+ARMS, BETAS, SEEDS, STEPS = ("ppo", "dpo"), (0.3, 1.0), (0, 1), {"ppo": 10, "dpo": 40}
 
 
-def full(seed: int = 0) -> dict[str, Any]:
-    """Two arms at four betas with three seeds, best of n, and every section."""
-    rng = random.Random(seed)
-    trained = [trained_row(rng, arm, beta, s) for arm in ARMS for beta in BETAS for s in SEEDS]
-    rows, best = [baseline_row(), *trained], best_of_n_rows()
-    lineage = [
-        {"model": "sft@v1", "digest": "5f" * 32, "stage": "sft", "parents": {}},
-        {"model": "pairs@v1", "digest": "9a" * 32, "stage": "collect", "parents": {"policy": "sft@v1"}},
-    ]
-    lineage += [
-        {"model": f"reward-{s}@v1", "digest": f"{s}c" * 32, "stage": "reward", "parents": {"base": "sft@v1"}}
-        for s in SEEDS
-    ]
-    for row in trained:
-        parents = {"base": "sft@v1", "reference": "sft@v1", "data": "pairs@v1"}
-        parents |= {"reward_model": f"reward-{row['seed']}@v1"} if row["arm"] == "ppo" else {}
-        lineage.append({"model": row["model"], "digest": row["digest"], "stage": row["stage"], "parents": parents})
-    return {
-        "name": "frontier",
-        "path": "rlhf_home/reports/frontier/results.json",
-        "command": "rlhf run configs/demo/frontier.yaml",
-        "prompts": PROMPTS,
-        "samples": SAMPLES,
-        "split": "test",
-        "validation_split": "validation",
-        "temperature": 1.0,
-        "seed": 0,
-        "response_length": 16,
-        "prompt_texts": ["the plot of this drama was", "overall the film"],
-        "reference": "sft@v1",
-        "reward_model": "reward-0@v1",
-        "judge": "judge@v1",
-        "baseline": "sft@v1",
-        "primary": "true_reward",
-        "seeds": list(SEEDS),
-        "resampled": ["reward", "ppo", "dpo"],
-        "comparable": {
-            "ok": False,
-            "differences": [{"what": "training prompts", "values": {"ppo": "3,840 prompts", "dpo": "3,712 prompts"}}],
-            "allowed": True,
-        },
-        "rows": [*rows, *best],
-        "arms": {
-            arm: {
-                "trials": len(BETAS),
-                "settings": [{"beta": beta} for beta in BETAS],
-                "selected": {"beta": 0.3},
-                "cost": cost_of(arm),
-            }
-            for arm in ARMS
-        },
-        "summary": summary(trained),
-        "contrasts": contrasts(),
-        "win_rates": [
-            {
-                "a": "ppo",
-                "b": "dpo",
-                "figure": "true_reward",
-                "estimate": estimate(0.547, 0.028),
-                "length_controlled": {"estimate": estimate(0.561, 0.034), "why_not": None},
-            },
-            {
-                "a": "ppo",
-                "b": "demonstrations",
-                "figure": "judge",
-                "estimate": estimate(0.702, 0.03),
-                "length_controlled": {"estimate": None, "why_not": "all lengths agree"},
-            },
-        ],
-        "ranking": {
-            "figure": "true_reward",
-            "separable": False,
-            "left_out": 0,
-            "rows": [
-                {"name": row["name"], "elo": estimate(1000 + 180 * row["metrics"]["true_reward"]["mean"], 22)}
-                for row in rows
-            ],
-        },
-        "frontier": frontier(trained),
-        "overoptimisation": overoptimisation(trained),
-        "best_of_n": best,
-        "preferences": preferences(),
-        "samples_shown": samples(rng, [row["name"] for row in rows]),
-        "curves": curves(rng, trained),
-        "exact": exact(trained),
-        "lineage": lineage,
-        "configs": {
-            row["model"]: CONFIG.format(stage=row["stage"], name=row["arm"], beta=row["beta"], seed=row["seed"])
-            for row in trained
-        },
-        "verdict": {
-            "headline": "Ppo is ahead of dpo in true reward at a KL of 1.90 nats: ppo - dpo = +0.081 [+0.035, +0.127]",
-            "certain": True,
-            "lines": [
-                line("matched KL", "ppo is ahead of dpo in true reward on average over KLs of 0.06 to 5.60 nats"),
-                line("judge", "ppo is ahead of dpo in the judge's score at a KL of 1.90 nats: +0.058 [+0.008, +0.108]"),
-                line(
-                    "cost",
-                    "cannot tell ppo from dpo in true reward at 4 TFLOP: +0.012 [-0.050, +0.074]; about 11 seeds would "
-                    "settle it if the difference stayed what it is",
-                    certain=False,
-                ),
-                line("limits", "PPO is 0.081 short of the optimum of the true reward; the reward model limits it more"),
-                line("limits", "DPO is 0.142 short of the optimum of the true reward"),
-                line("next", "for PPO: more or fresher preference pairs, or a larger reward model", certain=False),
-            ],
-        },
+def _read(name: str) -> dict[str, Any]:
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def full() -> dict[str, Any]:
+    """Two arms at two betas with two seeds and a snapshot of each run, best of 2 and 4: every section."""
+    return _read("frontier")
+
+
+def plain() -> dict[str, Any]:
+    """One model of each arm and the baseline: no sweep, no seeds, no snapshots."""
+    return _read("demo")
+
+
+def finals(results: dict[str, Any]) -> dict[str, Any]:
+    """The results without the snapshots, their points and their places in the ranking."""
+    results["rows"] = [row for row in results["rows"] if row.get("step") is None]
+    results["ranking"]["rows"] = [row for row in results["ranking"]["rows"] if row["step"] is None]
+    for entry in results["frontier"]["arms"].values():
+        entry["points"] = [point for point in entry["points"] if point["step"] is None]
+    return results
+
+
+def without_judge(results: dict[str, Any]) -> dict[str, Any]:
+    """The results as they are without a judge and without best of n."""
+    results["judge"] = None
+    results["rows"] = [row for row in results["rows"] if row["stage"] != "best-of-n"]
+    for entry in [*results["rows"], *results["summary"]]:
+        entry["metrics"].pop("judge", None)
+    results["contrasts"] = [entry for entry in results["contrasts"] if entry["figure"] != "judge"]
+    return results
+
+
+def not_comparable(results: dict[str, Any]) -> dict[str, Any]:
+    """The results of arms that differ in their prompts, compared all the same."""
+    values = {"ppo": "3,840 prompts", "dpo": "3,712 prompts"}
+    results["comparable"] = {
+        "ok": False,
+        "differences": [{"what": "training prompts", "values": values}],
+        "allowed": True,
     }
+    return results
 
 
-def line(topic: str, text: str, certain: bool = True) -> dict[str, Any]:
-    """A line of a verdict."""
-    return {"topic": topic, "text": text, "certain": certain}
+def emptied(value: Any) -> Any:
+    """The same without any estimate."""
+    if isinstance(value, dict):
+        return None if {"mean", "low"} <= set(value) else {key: emptied(entry) for key, entry in value.items()}
+    return [emptied(entry) for entry in value] if isinstance(value, list) else value
 
 
-def minimal() -> dict[str, Any]:
-    """One arm and its baseline on eight prompts, as a plain comparison of two references writes it."""
-    row = trained_row(random.Random(1), "dpo", 0.3, 0)
-    return {
-        "name": "small",
-        "primary": "true_reward",
-        "baseline": "sft@v1",
-        "reference": "sft@v1",
-        "reward_model": None,
-        "prompts": 8,
-        "samples": 4,
-        "split": "test",
-        "temperature": 1.0,
-        "seed": 0,
-        "rows": [
-            {key: baseline_row()[key] for key in ("name", "model", "stage", "digest", "metrics")},
-            {key: row[key] for key in ("model", "stage", "digest", "beta", "metrics", "cost")} | {"name": "dpo@v1"},
-        ],
-    }
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    return [_rounded(entry) for entry in value] if isinstance(value, list) else value
+
+
+def trimmed(results: dict[str, Any]) -> dict[str, Any]:
+    """The results with fewer digits, a thinner exact frontier and without the place where they were made."""
+    folder = f"rlhf_home/reports/{results['name']}"
+    results |= {"path": f"{folder}/results.json", "report": f"{folder}/index.html"}
+    for curve in (results["frontier"]["gibbs"], results["exact"]["frontier"]):
+        stride = -(-len(curve["kl"]) // FRONTIER_POINTS)
+        curve |= {key: curve[key][::stride] for key in ("kl", "reward", "beta")}
+    return _rounded(results)
+
+
+if __name__ == "__main__":
+    for name in COMMANDS:
+        found = json.loads((Path(sys.argv[1]) / "reports" / name / "results.json").read_text(encoding="utf-8"))
+        text = json.dumps(trimmed(found), ensure_ascii=False, separators=(",", ":")).replace('},{"', '},\n{"')
+        (FOLDER / f"{name}.json").write_text(text + "\n", encoding="utf-8")

@@ -22,6 +22,10 @@ def arms(tiny, tmp_path_factory):
     lab = tiny.copy(tmp_path_factory.mktemp("arms") / "home")
     lab.run("ppo", max_steps=2)
     lab.run("dpo", max_steps=6)
+    run = lab.home / "runs" / "of-the-reward-model"
+    run.mkdir()
+    (run / "run.json").write_text('{"model": "reward@v1"}')
+    (run / "metrics.jsonl").write_text('{"step": 1, "accuracy": 0.5}\n{"step": 2, "accuracy": 0.75}\n')
     return lab
 
 
@@ -54,6 +58,11 @@ def test_what_results_say(arms, results):
             assert (figure["n"], figure["clusters"], figure["method"]) == (32, 8, "t")
     assert "win_rate" not in results["rows"][0]
     assert all(0 <= row["win_rate"]["mean"] <= 1 for row in results["rows"][1:3])
+
+
+def test_the_curves_are_those_of_the_arms_and_of_the_reward_model_behind_them(results):
+    assert set(results["curves"]) == {"ppo@v1", "dpo@v1", "reward@v1"}  # the run of the SFT model is not in this home
+    assert results["curves"]["reward@v1"] == {"accuracy": [[1, 0.5], [2, 0.75]]}
 
 
 def test_the_baseline_is_its_own_reference(results):

@@ -19,7 +19,7 @@ from rlhf_pipeline.experiment.report import write_report
 from rlhf_pipeline.experiment.report.markup import VOID
 from rlhf_pipeline.experiment.report.page import POLICY, page
 from rlhf_pipeline.experiment.report.points import Points
-from tests.experiment.report_fixture import full, minimal
+from tests.experiment.report_fixture import finals, full, plain
 from tests.experiment.report_fixture_page import SECTIONS, SVG, check_closed, parsed, rows_of, sections, tags
 
 ROOT = Path(__file__).parents[2]
@@ -91,11 +91,11 @@ def hostile(value: Any, key: str = "") -> Any:
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
-    results = full()
-    keep = {f"{arm}-{beta}-0@v1" for arm in ("ppo", "dpo") for beta in (0, 1)}
+    results = finals(full())
+    keep = {f"{arm}@v{version}" for arm in ("ppo", "dpo") for version in (1, 2)}  # both settings of the first seed
     # Fewer models with the same sections: every text becomes 10 kB.
-    results["rows"] = [r for r in results["rows"] if r["model"] in keep | {"sft@v1"}][:8]
-    results["lineage"] = [entry for entry in results["lineage"] if entry["model"] in keep | {"reward-0@v1"}]
+    results["rows"] = [r for r in results["rows"] if r["model"] in keep | {"sft@v1"}]
+    results["lineage"] = [entry for entry in results["lineage"] if entry["model"] in keep | {"reward@v1"}]
     for key in ("curves", "configs"):
         results[key] = {name: value for name, value in results[key].items() if name in keep}
     results["samples_shown"] = [
@@ -112,14 +112,14 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert "</script></style><img src=x onerror=alert(1)>" in said and "$x^2$" in said and "⟨U+202E⟩" in said
     # In figures too a $ is a $, and the names of arms are cut instead of spoiling the layout.
     assert any("</script>" in (item.text or "") for item in root.iter(f"{SVG}desc"))
-    config = next(item for item in root.iter("pre") if "stage: ppo" in "".join(item.itertext()))
+    config = next(item for item in root.iter("pre") if "kl_coef: 0.3" in "".join(item.itertext()))
     assert LONG in "".join(config.itertext())
     for path in (tmp_path / "points").glob("*.csv"):
         assert len(rows_of(path)) > 0 and "\x00" not in path.read_text(encoding="utf-8")
 
 
 def test_a_dollar_in_a_figure_is_a_dollar() -> None:
-    results = minimal()
+    results = plain()
     results["rows"][0]["name"] = results["baseline"] = "a$b$c_{d}"
     labels = [item.text for item in parsed(page(results, Points())).iter(f"{SVG}text")]
     assert "a$b$c_{d}" in labels
@@ -151,16 +151,16 @@ def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_the_settings_of_matplotlib_are_put_back() -> None:
     before = dict(matplotlib.rcParams)
-    page(minimal(), Points())
+    page(plain(), Points())
     assert dict(matplotlib.rcParams) == before
 
 
 def test_the_report_needs_neither_torch_nor_a_display() -> None:
     code = (
-        "import sys; from tests.experiment.report_fixture import minimal; "
+        "import sys; from tests.experiment.report_fixture import plain; "
         "from rlhf_pipeline.experiment.report.page import page; "
         "from rlhf_pipeline.experiment.report.points import Points; "
-        "assert 'matplotlib' not in sys.modules; page(minimal(), Points()); "
+        "assert 'matplotlib' not in sys.modules; page(plain(), Points()); "
         "print([m for m in ('torch', 'transformers', 'matplotlib.pyplot', 'tkinter') if m in sys.modules])"
     )
     environment = {key: value for key, value in os.environ.items() if key != "DISPLAY"} | {"PYTHONPATH": str(ROOT)}

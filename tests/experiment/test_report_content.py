@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlhf_pipeline.cli.main import main
+from rlhf_pipeline.experiment import report
+from rlhf_pipeline.experiment.readings import CURVES
 from rlhf_pipeline.experiment.report import write_report
 from rlhf_pipeline.experiment.report.page import page
 from rlhf_pipeline.experiment.report.points import Points
-from tests.experiment.report_fixture import full, minimal
+from rlhf_pipeline.experiment.report.sections.curves import PANELS
+from rlhf_pipeline.experiment.report.sections.verdict import TOPICS
+from tests.experiment.report_fixture import emptied, full, not_comparable, plain, without_judge
 from tests.experiment.report_fixture_page import SECTIONS, SVG, parsed, rows_of, sections
 
 
@@ -55,22 +62,65 @@ def test_absent_and_strange_parts_are_lived_with(value: Any) -> None:
 
 
 def test_any_estimate_may_be_missing() -> None:
-    def emptied(value: Any) -> Any:
-        if isinstance(value, dict):
-            return None if {"mean", "low"} <= set(value) else {k: emptied(v) for k, v in value.items()}
-        return [emptied(item) for item in value] if isinstance(value, list) else value
-
     results = emptied({key: full()[key] for key in full() if key != "curves"})
     made = sections(page(results, Points()))
     assert "frontier" not in made and "ranking" not in made
     assert {"verdict", "results", "cost", "exact", "samples"} <= made
 
 
-def test_the_plain_comparison_of_two_models(tmp_path: Path) -> None:
-    made = write_report(minimal(), tmp_path).read_text(encoding="utf-8")
-    assert sections(made) == {"results", "frontier", "responses", "cost", "glossary"}
-    said = " ".join("".join(parsed(made).itertext()).split())
-    assert "Verdict" not in said and "–" in said
+def said_by(results: dict[str, Any]) -> str:
+    return " ".join("".join(parsed(page(results, Points())).itertext()).split())
+
+
+def test_the_plain_comparison_of_two_models() -> None:
+    made = page(plain(), Points())
+    assert sections(made) == set(SECTIONS) - {"overoptimisation"}  # one point is no curve
+    said = said_by(plain())
+    assert "seed" not in said.partition("Results")[2].partition("Cost")[0] and "snapshot" not in said
+    assert "Every model on its own" not in said and "Every model on its own (8)" in said_by(full())
+
+
+def test_without_a_judge_no_judge_is_spoken_of() -> None:
+    results = without_judge(plain()) | {"verdict": None, "configs": {}, "lineage": [], "command": None}
+    results["curves"] = {}
+    for shown in results["samples_shown"]:
+        for response in (entry for found in shown["responses"].values() for entry in found):
+            del response["judge"]
+    assert "judge" in said_by(plain()) and "judge" not in said_by(results)
+
+
+def test_arms_that_differ_in_more_are_named_with_what_differs() -> None:
+    said = said_by(not_comparable(plain()))
+    assert "No. The arms differ in more than the algorithm. It was asked for with --allow-mismatch." in said
+    assert "training prompts 3,840 prompts 3,712 prompts" in said.replace("prompts3", "prompts 3")
+    assert "Yes. The arms share" in said_by(plain())
+
+
+def test_every_panel_of_training_is_one_that_a_comparison_writes() -> None:
+    written = {name for results in (full(), plain()) for curves in results["curves"].values() for name in curves}
+    assert set(PANELS) == set(CURVES) == written
+
+
+def test_the_page_reads_no_key_that_a_comparison_does_not_write() -> None:
+    def keys(value: Any) -> Iterator[str]:
+        if isinstance(value, dict):
+            yield from value
+        for entry in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            yield from keys(entry)
+
+    read = set()
+    for path in set(Path(report.__file__).parent.rglob("*.py")) - {Path(report.__file__).with_name("svg.py")}:
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            if ast.unparse(call.func).rpartition(".")[2] in ("get", "part"):
+                found = [word.value for word in call.args if isinstance(word, ast.Constant)]
+                read |= {word for word in found if isinstance(word, str) and word}
+    assert {"rows", "peak", "why_not", "length_controlled", "kl_bound"} <= read
+    assert read <= {*keys(full()), *keys(not_comparable(plain()))}
+
+
+def test_every_topic_of_the_verdicts_has_its_words() -> None:
+    written = {line["topic"] for results in (full(), plain()) for line in results["verdict"]["lines"]}
+    assert {"judge", "cost", "selected", "exact", "limits", "next"} <= written <= set(TOPICS)
 
 
 def test_figures_as_they_are_printed() -> None:
@@ -83,9 +133,10 @@ def test_figures_as_they_are_printed() -> None:
         "samples": 4,
         "split": "test",
         "rows": [
-            {"name": "sft@v1", "stage": "sft", "metrics": {"true_reward": figure(-0.004, -1.5, 1.5)}},
+            {"name": "sft@v1", "arm": "sft@v1", "stage": "sft", "metrics": {"true_reward": figure(-0.004, -1.5, 1.5)}},
             {
                 "name": "dpo@v1",
+                "arm": "dpo",
                 "stage": "dpo",
                 "beta": 0.1,
                 "metrics": {"true_reward": figure(1.234, 1.1, 1.356), "kl": figure(2.0, 1.0, 3.0)},
@@ -127,17 +178,20 @@ def test_every_plotted_point_is_in_a_csv(directory: Path) -> None:
     points = rows_of(directory / "points" / "frontier.csv")
     wanted = [
         (arm, f"beta={p['setting']['beta']}", str(p["seed"]), p["kl"]["mean"], p["reward"]["low"], p["reward"]["high"])
+        for final in (True, False)
         for arm, entry in results["frontier"]["arms"].items()
         for p in entry["points"]
+        if (p["step"] is None) is final
     ]
+    assert len(wanted) == 2 * 2 * 2 * 2  # arms, betas, seeds, a model and its snapshot
     found = [
         (p["arm"], p["setting"], p["seed"], float(p["kl"]), float(p["true_reward_low"]), float(p["true_reward_high"]))
         for p in points[: len(wanted)]
     ]
     assert found == wanted  # to the last digit
     rest = points[len(wanted) :]
-    assert [p["model"] for p in rest] == ["sft@v1", *[""] * 7]
-    assert [float(p["kl"]) for p in rest[1:]] == [row["kl_bound"] for row in results["best_of_n"]]
+    assert [p["model"] for p in rest] == ["sft@v1", "", ""]
+    assert [float(p["kl"]) for p in rest[1:]] == pytest.approx([math.log(n) - (n - 1) / n for n in (2, 4)], rel=1e-5)
     curves = rows_of(directory / "points" / "curves.csv")
     expected = [
         (model, name, float(step), value)
@@ -152,8 +206,8 @@ def test_every_plotted_point_is_in_a_csv(directory: Path) -> None:
     ]
     contrasts = rows_of(directory / "points" / "contrasts.csv")
     assert len(contrasts) == len(results["contrasts"]) and contrasts[0]["primary"] == "1"
-    assert len(rows_of(directory / "points" / "ranking.csv")) == 25
-    assert len(rows_of(directory / "points" / "overoptimisation.csv")) == 12 + 12 + 6
+    assert len(rows_of(directory / "points" / "ranking.csv")) == 1 + 8 + 8
+    assert len(rows_of(directory / "points" / "overoptimisation.csv")) == 4 + 4  # a setting and its snapshot, by arm
 
 
 def drawn(text: str, ident: str) -> list[str]:
@@ -169,15 +223,16 @@ def drawn(text: str, ident: str) -> list[str]:
 def test_the_figure_shows_as_many_points_as_the_csv_has(text: str) -> None:
     for ident in ("frontier-figure", "frontier-figure-narrow"):
         colours = drawn(text, ident)
-        assert {hue: colours.count(hue) for hue in set(colours)} == {"hue-0": 12, "hue-1": 12, "hue-2": 7, "muted": 1}
+        assert {hue: colours.count(hue) for hue in set(colours)} == {"hue-0": 4, "hue-1": 4, "hue-2": 2, "muted": 1}
 
 
 def test_files_of_an_earlier_report_go(tmp_path: Path) -> None:
-    write_report(minimal(), tmp_path)
-    (tmp_path / "points" / "ranking.csv").write_text("old")
+    write_report(plain(), tmp_path)
+    assert (tmp_path / "points" / "ranking.csv").is_file()
     (tmp_path / "points" / "notes.txt").write_text("mine")
-    write_report(minimal(), tmp_path)
-    assert {path.name for path in (tmp_path / "points").iterdir()} == {"frontier.csv", "responses.csv", "notes.txt"}
+    write_report(plain() | {"ranking": None}, tmp_path)
+    tables = ("calibration", "contrasts", "cost", "curves", "frontier", "frontier_lines", "responses")
+    assert {path.name for path in (tmp_path / "points").iterdir()} == {*(f"{name}.csv" for name in tables), "notes.txt"}
     assert {path.name for path in tmp_path.iterdir()} == {"index.html", "points"}
 
 
@@ -190,10 +245,10 @@ def command(capsys: pytest.CaptureFixture, *words: str) -> tuple[int, str, str]:
 def test_the_command_makes_the_page_again(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     folder = tmp_path / "reports" / "small"
     folder.mkdir(parents=True)
-    (folder / "results.json").write_text(json.dumps(minimal()))
+    (folder / "results.json").write_text(json.dumps(plain()))
     code, out, _ = command(capsys, "report", "small", "--home", str(tmp_path), "--json")
     assert (code, json.loads(out)) == (0, {"path": str(folder / "index.html")})
-    assert (folder / "index.html").read_text(encoding="utf-8") == page(minimal(), Points())
+    assert (folder / "index.html").read_text(encoding="utf-8") == page(plain(), Points())
     code, out, _ = command(capsys, "report", "small", "--home", str(tmp_path))
     assert (code, out.split()) == (0, ["report", str(folder / "index.html")])
 

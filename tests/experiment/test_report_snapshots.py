@@ -11,37 +11,28 @@ import pytest
 from rlhf_pipeline.experiment.report import write_report
 from rlhf_pipeline.experiment.report.page import page
 from rlhf_pipeline.experiment.report.points import Points
-from tests.experiment.report_fixture import full
+from tests.experiment.report_fixture import finals, full
 from tests.experiment.report_fixture_page import SVG, parsed, rows_of
 
-STEPS = (100, 20, 60)  # not in order
+RUNS = 8  # two arms at two betas with two seeds, a snapshot of each
 
 
-def with_snapshots() -> dict[str, Any]:
-    """The full results with three snapshots of each run: shares of its reward, KL and bill."""
-    results = full()
-    models = [row for row in results["rows"] if row["stage"] in ("ppo", "dpo")]
-    for row in models:
-        for step in STEPS:
-            made = copy.deepcopy(row)
-            made["step"], made["name"], made["model"] = step, f"{row['name']}#{step}", f"{row['model']}#{step}"
-            for figure in ("true_reward", "kl"):
-                for end in ("mean", "low", "high"):
-                    made["metrics"][figure][end] *= step / 120
-            made["cost"]["flops"] *= step / 120
-            results["rows"].append(made)
-            point = {key: made[key] for key in ("setting", "seed", "step", "model")}
-            figures = {"kl": made["metrics"]["kl"], "reward": made["metrics"]["true_reward"]}
-            results["frontier"]["arms"][row["arm"]]["points"].append(point | figures)
-            elo = {"mean": 1000.0 + step + row["beta"], "low": 900.0, "high": 1200.0}
-            results["ranking"]["rows"].append({"name": made["name"], "step": step, "elo": elo})
+def with_more_snapshots(results: dict[str, Any]) -> dict[str, Any]:
+    """The results with two more snapshots of each run in rows and ranking: 33 entries."""
+    for row in [row for row in results["rows"] if row.get("step") is not None]:
+        (place,) = [entry for entry in results["ranking"]["rows"] if entry["name"] == row["name"]]
+        for number, less in ((1, 500.0), (2, 400.0)):
+            changes = {"name": f"{row['name']}{number}", "step": 10 * row["step"] + number}
+            results["rows"].append(copy.deepcopy(row) | changes | {"model": changes["name"]})
+            elo = {key: value if isinstance(value, str | int) else value - less for key, value in place["elo"].items()}
+            results["ranking"]["rows"].append(place | changes | {"elo": elo})
     return results
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("report")
-    write_report(with_snapshots(), made)
+    write_report(full(), made)
     return made
 
 
@@ -56,21 +47,21 @@ def text(directory: Path) -> str:
 
 
 def test_tables_are_those_of_final_models(text: str) -> None:
-    plain = page(full(), Points())
+    plain = page(finals(full()), Points())
     for ident in ("fair", "curves", "preferences", "responses", "exact", "samples", "lineage", "reproduce"):
         assert section_of(text, ident) == section_of(plain, ident)
-    added = " Final models alone; behind the curves stand snapshots too (36 of ppo and 36 of dpo)."
+    added = " Final models alone; behind the curves stand snapshots too (4 of ppo and 4 of dpo)."
     assert section_of(text, "results").replace(added, "") == section_of(plain, "results")
     assert added in section_of(text, "results")
 
 
 def test_points_have_their_step(directory: Path) -> None:
     rows = rows_of(directory / "points" / "frontier.csv")
-    assert [row["step"] for row in rows[:24]] == [""] * 24
-    assert [row["step"] for row in rows[24:96]] == [str(step) for step in STEPS] * 24
-    assert {row["note"] for row in rows[24:96]} == {"snapshot"} and rows[96]["note"] == "baseline"
+    assert [row["step"] for row in rows[:RUNS]] == [""] * RUNS
+    assert [row["step"] for row in rows[RUNS : 2 * RUNS]] == ["10"] * 4 + ["40"] * 4  # updates of ppo, steps of dpo
+    assert {row["note"] for row in rows[RUNS : 2 * RUNS]} == {"snapshot"} and rows[2 * RUNS]["note"] == "baseline"
     spent = [row for row in rows_of(directory / "points" / "cost.csv") if row["cost"] == "flops"]
-    assert sum(bool(row["step"]) for row in spent) == 72 and len(spent) == 96
+    assert sum(bool(row["step"]) for row in spent) == RUNS and len(spent) == 2 * RUNS
 
 
 def drawn(text: str, ident: str) -> list[str]:
@@ -81,25 +72,29 @@ def drawn(text: str, ident: str) -> list[str]:
     raise AssertionError(ident)
 
 
-@pytest.mark.parametrize(("ident", "solid"), [("frontier-figure", 12 + 12 + 7 + 1), ("cost-flops", 24)])
+@pytest.mark.parametrize(("ident", "solid"), [("frontier-figure", RUNS + 2 + 1), ("cost-flops", RUNS)])
 def test_snapshots_are_drawn_lighter_than_models(text: str, ident: str, solid: int) -> None:
     styles = drawn(text, ident)
     assert sum("opacity" not in style for style in styles) == solid
-    assert sum("opacity:0.5" in style.replace(" ", "") for style in styles) == 72
+    assert sum("opacity:0.5" in style.replace(" ", "") for style in styles) == RUNS
 
 
-def test_a_long_ranking_shows_the_best_snapshot_of_each_arm(directory: Path, text: str) -> None:
+def test_a_long_ranking_shows_the_best_snapshot_of_each_arm(tmp_path: Path) -> None:
+    results = with_more_snapshots(full())
+    text = write_report(results, tmp_path).read_text(encoding="utf-8")
     said = section_of(text, "ranking")
-    # 1000 + step + beta: the best of each arm is the first seed's at step 100 and beta 3
-    assert said.count("#100") == 2 and "#60" not in said and "#20" not in said
-    assert "ppo β 3, seed 0 #100" in said and "dpo β 3, seed 0 #100" in said
+    best = {}
+    for entry in sorted(results["ranking"]["rows"], key=lambda entry: entry["elo"]["mean"]):
+        if entry["step"] is not None:
+            best[entry["arm"]] = next(row for row in results["rows"] if row["name"] == entry["name"])
+    assert said.count("#") == 2
+    for arm, row in best.items():
+        assert f"{arm} β {row['setting']['beta']:g}, seed {row['seed']} #{row['step']}" in said
     shown = "Of the snapshots only the best of each arm is shown (best on these very prompts, so flattered); "
-    assert f"{shown}70 more are in the CSV." in said
-    assert len(rows_of(directory / "points" / "ranking.csv")) == 25 + 72
+    assert f"{shown}{3 * RUNS - 2} more are in the CSV." in said
+    assert len(rows_of(tmp_path / "points" / "ranking.csv")) == 1 + RUNS + 3 * RUNS
 
 
 def test_a_short_ranking_shows_all(text: str) -> None:
-    results = with_snapshots()
-    results["ranking"]["rows"] = [row for row in results["ranking"]["rows"] if "-0-0@" in row["name"]]
-    said = section_of(page(results, Points()), "ranking")
-    assert said.count("#") == 6 and "only the best" not in said
+    said = section_of(text, "ranking")
+    assert said.count("#") == RUNS and "only the best" not in said

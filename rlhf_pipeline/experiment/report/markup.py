@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -38,11 +37,6 @@ def h(tag: str, *children: Any, **attributes: Any) -> Markup:
     if tag in VOID:
         return Markup(f"<{' '.join(words)}/>")
     return Markup(f"<{' '.join(words)}>{join(children)}</{tag}>")
-
-
-def slug(text: Any) -> str:
-    """A text as an id: letters, digits and hyphens."""
-    return re.sub(r"[^a-z0-9]+", "-", str(text).lower()).strip("-") or "x"
 
 
 @dataclass(frozen=True)

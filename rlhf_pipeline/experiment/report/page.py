@@ -80,7 +80,7 @@ def page(results: dict[str, Any], points: Points) -> str:
         h("title", f"{name} – rlhf report"),
         h("style", Markup(CSS)),
     )
-    body = h("body", h("div", h("div", header, main, footer(view)), class_="sheet"))
+    body = h("body", h("div", h("div", header, main, footer()), class_="sheet"))
     return f"<!DOCTYPE html>\n{h('html', head, body, lang='en')}\n"
 
 

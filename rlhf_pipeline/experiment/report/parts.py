@@ -59,7 +59,7 @@ def named(look: Look, name: Any) -> Markup:
 
 
 def legend(entries: Iterable[tuple[Look | None, Any, str | None]]) -> Markup:
-    """Entries (look, name, kind): a marker, or with a kind of line (`line`, `dashed`, `band`, `thin`) that."""
+    """Entries (look, name, kind): a marker, or with a kind of line (`line`, `dashed`, `thin`) that."""
     made = []
     for look, name, kind in entries:
         look = look or NEUTRAL
@@ -169,9 +169,9 @@ def trail(axes: Any, line: Sequence[tuple[float, float]], look: Look) -> None:
     axes.plot(x[:-1], y[:-1], ls="", marker=look.marker, ms=size, mfc=hue, mec="none", alpha=0.5, zorder=3)
 
 
-def error_bars(axes: Any, x: Reading, y: Reading, hue: str, *, alpha: float = 0.45) -> None:
+def error_bars(axes: Any, x: Reading, y: Reading, hue: str) -> None:
     """The intervals of a point, thin, behind it."""
     if y.interval is not None:
-        axes.plot([x.mean, x.mean], y.interval, color=hue, lw=1.1, alpha=alpha, zorder=2, solid_capstyle="butt")
+        axes.plot([x.mean, x.mean], y.interval, color=hue, lw=1.1, alpha=0.45, zorder=2, solid_capstyle="butt")
     if x.interval is not None:
-        axes.plot(x.interval, [y.mean, y.mean], color=hue, lw=1.1, alpha=alpha, zorder=2, solid_capstyle="butt")
+        axes.plot(x.interval, [y.mean, y.mean], color=hue, lw=1.1, alpha=0.45, zorder=2, solid_capstyle="butt")

@@ -66,7 +66,6 @@ class Reading:
     mean: float
     low: float | None = None
     high: float | None = None
-    n: int | None = None
     clusters: int | None = None
     method: str | None = None
 
@@ -97,13 +96,12 @@ def reading(value: Any) -> Reading | None:
     low, high = finite(part(value, "low")), finite(part(value, "high"))
     if low is None or high is None:
         low = high = None
-    n, clusters = finite(part(value, "n")), finite(part(value, "clusters"))
+    clusters = finite(part(value, "clusters"))
     method = part(value, "method")
     return Reading(
         mean,
         low,
         high,
-        None if n is None else int(n),
         None if clusters is None else int(clusters),
         method if isinstance(method, str) else None,
     )
@@ -134,12 +132,9 @@ class View:
         known = records(results.get("rows"))
         self.snapshots = [row for row in known if finite(row.get("step")) is not None]
         self.rows = [row for row in known if finite(row.get("step")) is None]
-        named = {row.get("name") for row in self.rows}
-        self.rows += [row for row in records(results.get("best_of_n")) if row.get("name") not in named]
         self.primary = str(results.get("primary") or "true_reward")
         self.baseline = results.get("baseline")
         arms = [name for name, _ in items(results.get("arms"))]
-        arms += [name for name, _ in items(part(results.get("frontier"), "arms"))]
         arms += [self.arm(row) for row in self.rows if not self.is_baseline(row)]
         self.arms = [arm for arm in dict.fromkeys(arms) if arm != BEST_OF_N]
         stages = {self.arm(row): str(row.get("stage")) for row in reversed(self.rows)}
@@ -156,7 +151,7 @@ class View:
         """The arm that a row belongs to."""
         if row.get("stage") == BEST_OF_N:
             return BEST_OF_N
-        return str(row.get("arm") or row.get("stage") or row.get("name"))
+        return str(row.get("arm"))
 
     def is_baseline(self, row: Mapping[str, Any]) -> bool:
         """Whether the row is of the model that the others are set against."""
@@ -177,7 +172,7 @@ class View:
         if arm in self.arms:
             return arm
         stage = self._stages.get(str(label), arm or "")
-        return REWARD_MODEL if stage == "reward" or str(label) in (REWARD_MODEL, "rm") else stage
+        return REWARD_MODEL if stage == "reward" else stage
 
     def arm_of_model(self, label: Any) -> str | None:
         """The arm of a model by its label."""
@@ -220,14 +215,6 @@ class View:
         """Figures of one arm at one setting over seeds and prompts."""
         wanted = (arm, setting_key(setting))
         return next((e for e in self.summaries() if (e.get("arm"), setting_key(e.get("setting"))) == wanted), None)
-
-    def samples(self) -> list[Mapping[str, Any]]:
-        """Responses to read."""
-        return records(self.results.get("samples_shown")) or records(self.results.get("samples"))
-
-    def ranking(self) -> list[Mapping[str, Any]]:
-        """The entries of the ranking."""
-        return records(self.get("ranking", "rows")) or records(self.results.get("ranking"))
 
     def trained(self) -> list[Mapping[str, Any]]:
         """Rows of models: the baseline and the arms, without best-of-n."""

@@ -19,7 +19,7 @@ from rlhf_pipeline.experiment.report.parts import (
 )
 from rlhf_pipeline.experiment.report.points import Points
 from rlhf_pipeline.experiment.report.svg import colour, draw, dress
-from rlhf_pipeline.experiment.report.text import clean, count, duration, finite, memory, number, percent, scaled, tick
+from rlhf_pipeline.experiment.report.text import clean, count, duration, finite, memory, number, scaled, tick
 from rlhf_pipeline.experiment.report.view import Reading, View, items, part, setting_csv
 
 BILL = {
@@ -34,8 +34,8 @@ AXES = {"flops": "training FLOPs", "wall_seconds": "wall time, seconds"}
 
 
 def cost_section(view: View, points: Points) -> Section | None:
-    """The bill of each arm, its parts, and reward against FLOPs and wall time."""
-    return section("cost", "Cost", _bill(view), _parts(view, points), _panels(view, points))
+    """The bill of each arm, and reward against FLOPs and wall time."""
+    return section("cost", "Cost", _bill(view), _panels(view, points))
 
 
 def _bills(view: View) -> dict[str, dict[str, Any]]:
@@ -77,44 +77,6 @@ def _ratio(bills: dict[str, dict[str, Any]]) -> str:
         return ""
     (cheap, less), (dear, more) = sorted(flops.items(), key=lambda entry: entry[1])
     return f"{clean(dear)} takes {number(more / less, 1)} times the FLOPs of {clean(cheap)}. "
-
-
-def _parts(view: View, points: Points) -> Markup | None:
-    """FLOPs by part, where the bills are itemised."""
-    itemised = {arm: dict(items(bill.get("flops_by_part"))) for arm, bill in _bills(view).items()}
-    itemised = {
-        arm: {name: value for name, entry in parts.items() if (value := finite(entry)) is not None}
-        for arm, parts in itemised.items()
-    }
-    itemised = {arm: parts for arm, parts in itemised.items() if sum(parts.values()) > 0}
-    if not itemised:
-        return None
-    points.add(
-        "cost_parts",
-        ["arm", "part", "flops"],
-        [[arm, name, value] for arm, parts in itemised.items() for name, value in parts.items()],
-    )
-    groups = []
-    largest = max(max(parts.values()) for parts in itemised.values())
-    for arm, parts in itemised.items():
-        total = sum(parts.values())
-        lines = [
-            [
-                clean(name),
-                scaled(value, "FLOP"),
-                percent(value / total, 0),
-                _length(value / largest, view.look(arm).css),
-            ]
-            for name, value in sorted(parts.items(), key=lambda entry: -entry[1])
-        ]
-        groups.append(Group(lines, arm_name(view, arm)))
-    columns = [Column("part", False), Column("FLOPs"), Column("of the arm"), Column("on one scale", False)]
-    return table(columns, groups, label="FLOPs by part")
-
-
-def _length(share: float, colour_of: str) -> Markup:
-    bar = h("rect", x="0", y="3", width=f"{160 * share:.1f}", height="12", rx="2", style=f"fill:{colour_of}")
-    return h("svg", bar, class_="bar", viewBox="0 0 160 18", aria_hidden="true")
 
 
 def _panels(view: View, points: Points) -> Markup | None:

@@ -20,16 +20,13 @@ PANELS = {
     "val/response_length": "response length, tokens",
     "val/ended": "share ended by EOS",
     "val/explained_variance": "explained variance of the critic",
-    "policy/clipfrac_avg": "share of ratios clipped",
     "rewards/accuracies": "accuracy on the training pairs",
     "accuracy": "accuracy on the training pairs, reward model",
-    "eval_accuracy": "accuracy on held-out pairs",
     "rewards/margins": "implicit reward margin",
     "logps/chosen_minus_reference": "log-probability of chosen over reference",
     "loss/dpo": "DPO loss",
     "loss/bradley_terry": "Bradley-Terry loss",
     "loss/nll": "negative log-likelihood per token",
-    "eval_nll": "held-out negative log-likelihood",
 }
 """Metrics of metrics.jsonl that are drawn, in this order, and what they are called."""
 

@@ -44,7 +44,7 @@ def exact_section(view: View, points: Points) -> Section | None:
         "part may be larger than the whole, and a difference may be negative.",
         class_="aside",
     )
-    table_of_all = _table(view, points, rows)
+    table_of_all = _table(view, rows)
     return section("exact", "Exact figures", _panels(view, points, rows), warning, table_of_all, _best_of_n(view))
 
 
@@ -105,23 +105,17 @@ def _panel(view: View, name: str, title: str, found: list[tuple[Row, float, floa
     return h("div", draw(f"exact-{name.replace('_', '-')}", f"{title.capitalize()}, by β", ends, paint, size=PANEL))
 
 
-def _table(view: View, points: Points, rows: list[Row]) -> Markup:
+def _table(view: View, rows: list[Row]) -> Markup:
     lines = []
     for row in rows:
-        name = (
-            f"optimum under {clean(row.get('name'))}"
-            if row.get("stage") == "reward"
-            else clean(view.title_of_model(row.get("name")))
-        )
         lines.append(
             [
-                named(_look(view, row), name),
+                named(_look(view, row), clean(view.title_of_model(row.get("name")))),
                 plain(row.get("beta")) if finite(row.get("beta")) is not None else "–",
                 *(number(row.get(figure), 3) for figure in ("reward", "kl", "objective")),
                 percent(row.get("share")),
                 number(part(row, "gap_true", "value"), 4),
                 number(_value(row, "gap_learned"), 4),
-                number(part(row, "training_loss", "excess"), 4),
             ]
         )
     columns = [
@@ -133,7 +127,6 @@ def _table(view: View, points: Points, rows: list[Row]) -> Markup:
         Column("share"),
         Column("βKL(π‖π*)"),
         Column("βKL(π‖π*RM)"),
-        Column("excess loss"),
     ]
     learned, few = view.get("exact", "reward_model"), view.get("exact", "reward_model_prompts")
     caption = (

@@ -37,7 +37,7 @@ class Frontier:
     band: dict[str, list[tuple[float, ...]]] = field(default_factory=dict)
     passed: dict[str, list[tuple[Mapping[str, Any], Reading, Reading]]] = field(default_factory=dict)  # snapshots
     base: list[tuple[str, Reading, Reading]] = field(default_factory=list)
-    best: list[tuple[float, Reading, Reading, bool]] = field(default_factory=list)  # n, KL, reward, is it a bound
+    best: list[tuple[float, float, Reading]] = field(default_factory=list)  # n, the upper bound of its KL, reward
     gibbs: list[tuple[float, float]] = field(default_factory=list)
     matched: float | None = None
     common: tuple[float, float] | None = None
@@ -47,7 +47,7 @@ class Frontier:
         """The largest KL of anything that was measured."""
         known = [kl.mean if kl.interval is None else kl.interval[1] for arm in self.points.values() for _, kl, _ in arm]
         known += [kl.mean for arm in self.passed.values() for _, kl, _ in arm]
-        known += [kl.mean for _, kl, _, _ in self.best] + [kl.mean for _, kl, _ in self.base]
+        known += [bound for _, bound, _ in self.best] + [kl.mean for _, kl, _ in self.base]
         return max(known, default=0.0)
 
     def runs(self, arm: str) -> list[list[tuple[float, float]]]:
@@ -61,7 +61,7 @@ class Frontier:
 
 
 def _read(view: View) -> Frontier:
-    figure = str(view.get("frontier", "figure") or view.primary)
+    figure = str(view.get("frontier", "figure"))
     found = Frontier(figure)
     for arm, entry in items(view.get("frontier", "arms")):
         for point in records(part(entry, "points")):
@@ -73,18 +73,13 @@ def _read(view: View) -> Frontier:
         found.band[arm] = tuples(part(entry, "band"), 3)
     for row in view.trained():
         kl, reward = view.figure(row, "kl"), view.figure(row, figure)
-        if kl is None or reward is None:
-            continue
-        if view.is_baseline(row):
+        if kl is not None and reward is not None and view.is_baseline(row):
             found.base.append((str(row.get("name")), kl, reward))
-        elif not view.get("frontier", "arms"):  # without a sweep the rows are the points
-            found.points.setdefault(view.arm(row), []).append((row, kl, reward))
     for row in view.best_of_n():
-        measured, bound, reward = view.figure(row, "kl"), finite(row.get("kl_bound")), view.figure(row, figure)
-        kl = measured or (Reading(bound) if bound is not None else None)
-        if kl is not None and reward is not None:
-            found.best.append((finite(row.get("n")) or 0.0, kl, reward, measured is None))
-    found.gibbs = _gibbs(view, figure)
+        bound, reward = finite(row.get("kl_bound")), view.figure(row, figure)
+        if bound is not None and reward is not None:
+            found.best.append((finite(row.get("n")) or 0.0, bound, reward))
+    found.gibbs = _gibbs(view)
     found.matched = finite(view.get("frontier", "matched_kl"))
     found.common = _ends(view.get("frontier", "common_range"))
     return found
@@ -98,11 +93,9 @@ def _ends(value: Any) -> tuple[float, float] | None:
     return ends[0], ends[1]
 
 
-def _gibbs(view: View, figure: str) -> list[tuple[float, float]]:
-    """The exact frontier in order of KL: that of the results, else that of the exact figures of the true reward."""
+def _gibbs(view: View) -> list[tuple[float, float]]:
+    """The exact frontier in order of KL."""
     curve = view.get("frontier", "gibbs")
-    if not curve and figure == "true_reward" and view.get("exact", "reward") in ("world", "true_reward"):
-        curve = view.get("exact", "frontier")
     pairs = zip(listed(part(curve, "kl")), listed(part(curve, "reward")))
     known = [(finite(kl), finite(reward)) for kl, reward in pairs]
     return sorted((kl, reward) for kl, reward in known if kl is not None and reward is not None)
@@ -164,7 +157,7 @@ def _caption(view: View, found: Frontier) -> str:
         said.append(f"Both arms reach KL {number(found.common[0])} to {number(found.common[1])} (shaded).")
     if found.gibbs:
         said.append("No policy lies above the exact frontier; a sampled point may, by as much as its interval allows.")
-    if any(bound for *_, bound in found.best):
+    if found.best:
         said.append("Best of n stands at the upper bound of its KL (log n − (n − 1)/n): the truth lies to the left.")
     return " ".join(said)
 
@@ -185,8 +178,8 @@ def _files(found: Frontier, points: Points) -> list[str]:
     ]
     rows += [["", "", "", "", name, *kl.cells, *reward.cells, "baseline"] for name, kl, reward in found.base]
     rows += [
-        [BEST_OF_N, f"n={plain(n)}", "", "", "", *kl.cells, *reward.cells, "kl is an upper bound" if bound else ""]
-        for n, kl, reward, bound in found.best
+        [BEST_OF_N, f"n={plain(n)}", "", "", "", bound, None, None, *reward.cells, "kl is an upper bound"]
+        for n, bound, reward in found.best
     ]
     ends = ["kl", "kl_low", "kl_high", found.figure, f"{found.figure}_low", f"{found.figure}_high"]
     files = [points.add("frontier", ["arm", "setting", "seed", "step", "model", *ends, "note"], rows)]
@@ -240,17 +233,15 @@ def _paint(axes: Any, view: View, found: Frontier) -> Any:
         spots.append((kl.mean, reward.mean))
         labels.append((kl.mean, reward.mean, short(name, 24), "muted"))
     look = view.look(BEST_OF_N)
-    for n, kl, reward, bound in found.best:
+    for n, bound, reward in found.best:
         hue = colour(look.hue)
-        error_bars(axes, kl, reward, hue)
-        mark(axes, [kl.mean], [reward.mean], look, size=7, filled=False)
-        if bound and kl.mean > 0:
-            axes.plot(
-                [max(0.0, kl.mean - 0.04 * right), kl.mean], [reward.mean] * 2, color=hue, lw=1.4, ls=":", zorder=2
-            )
+        error_bars(axes, Reading(bound), reward, hue)
+        mark(axes, [bound], [reward.mean], look, size=7, filled=False)
+        if bound > 0:
+            axes.plot([max(0.0, bound - 0.04 * right), bound], [reward.mean] * 2, color=hue, lw=1.4, ls=":", zorder=2)
         heights.append(reward.mean)
-        spots.append((kl.mean, reward.mean))
-        labels.append((kl.mean, reward.mean, f"n = {plain(n)}", look.hue))
+        spots.append((bound, reward.mean))
+        labels.append((bound, reward.mean, f"n = {plain(n)}", look.hue))
     room = 0.07 * (max(heights) - min(heights) or 1.0)
     axes.set_xlim(-0.03 * right, right)
     axes.set_ylim(min(heights) - room, max(heights) + room)

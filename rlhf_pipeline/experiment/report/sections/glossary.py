@@ -64,7 +64,7 @@ ENTRIES: dict[str, tuple[str, str, str]] = {
     "gao": (
         "over-optimisation",
         "How gain depends on distance (Gao et al. 2022), d = √KL.",
-        "best of n: d (α − β d); RL: d (α − β ln d)",
+        "d (α − β ln d)",
     ),
     "ece": (
         "ECE",
@@ -117,9 +117,9 @@ def _present(view: View) -> set[str]:
     asked = {
         "win_rate": any(row.get("win_rate") for row in rows) or bool(records(view.get("win_rates"))),
         "length_controlled": any(part(row, "length_controlled", "estimate") for row in records(view.get("win_rates"))),
-        "elo": bool(view.ranking()),
+        "elo": bool(records(view.get("ranking", "rows"))),
         "matched_kl": view.get("frontier", "matched_kl") is not None,
-        "gibbs": bool(view.get("frontier", "gibbs") or view.get("exact", "frontier")),
+        "gibbs": bool(view.get("frontier", "gibbs")),
         "kl_bound": any("kl_bound" in row for row in rows),
         "effective_beta": any(part(row, "effective_beta", "mean") is not None for row in rows),
         "share": bool(records(view.get("exact", "rows"))),

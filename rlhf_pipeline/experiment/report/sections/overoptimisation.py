@@ -15,22 +15,22 @@ from rlhf_pipeline.experiment.report.view import View, items, part, tuples
 SIZE = (420, 300)
 STEPS = 80
 NEAR = 0.5
-"""Distance from which on the RL form is fitted, and drawn."""
+"""Distance from which on the form is fitted, and drawn."""
 
 Curve = list[tuple[float, float]]
 
 
 def fitted(fit: Any, right: float) -> Curve:
-    """Gao et al.'s form (2022, eq. 1) up to `right`; d = sqrt(KL).
+    """Gao et al.'s form (2022, eq. 1) up to `right`: d (alpha - beta ln d) with d = sqrt(KL).
 
-    best-of-n: d (alpha - beta d), from 0; RL: d (alpha - beta ln d), from NEAR: nearer to 0 it describes nothing.
+    It begins at NEAR: nearer to 0 it describes nothing.
     """
-    form, alpha, beta = part(fit, "form"), finite(part(fit, "alpha")), finite(part(fit, "beta"))
-    if form not in ("bon", "rl") or alpha is None or beta is None or right <= 0:
+    alpha, beta = finite(part(fit, "alpha")), finite(part(fit, "beta"))
+    if alpha is None or beta is None or right <= 0:
         return []
-    left = 0.0 if form == "bon" else min(NEAR, right)
+    left = min(NEAR, right)
     places = [left + (right - left) * step / STEPS for step in range(STEPS + 1)]
-    return [(d, d * (alpha - beta * (d if form == "bon" else math.log(d)))) for d in places]
+    return [(d, d * (alpha - beta * math.log(d))) for d in places]
 
 
 def overoptimisation_section(view: View, points: Points) -> Section | None:
@@ -86,8 +86,7 @@ def _finding(view: View, arm: str, entry: Any) -> Markup:
     if why := part(entry, "why"):
         text += f" ({clean(why)})"
     if fit:
-        form = "d (α − β d)" if part(fit, "form") == "bon" else "d (α − β ln d)"
-        text += f"; fit {form}, α {number(part(fit, 'alpha'))}, β {number(part(fit, 'beta'))}"
+        text += f"; fit d (α − β ln d), α {number(part(fit, 'alpha'))}, β {number(part(fit, 'beta'))}"
         text += f", peak at KL {number(peak**2)}" if peak is not None and peak <= reach else ", no peak in this range"
     return h("li", join([arm_name(view, arm), ": ", text, "."]))
 

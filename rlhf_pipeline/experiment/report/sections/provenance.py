@@ -65,7 +65,7 @@ def reproduce_section(view: View, points: Points) -> Section | None:
     return section("reproduce", "How to reproduce", *body)
 
 
-def footer(view: View) -> Markup:
+def footer() -> Markup:
     """Where the numbers are."""
     return h(
         "footer",

@@ -7,7 +7,7 @@ from rlhf_pipeline.experiment.report.palette import NEUTRAL, Look
 from rlhf_pipeline.experiment.report.parts import Section, estimate, interval_bar, linked, named, section, span
 from rlhf_pipeline.experiment.report.points import Points
 from rlhf_pipeline.experiment.report.text import count, finite
-from rlhf_pipeline.experiment.report.view import View, reading
+from rlhf_pipeline.experiment.report.view import View, reading, records
 
 MANY = 20
 """Entries beyond which only the best snapshot of each arm is shown."""
@@ -15,7 +15,7 @@ MANY = 20
 
 def ranking_section(view: View, points: Points) -> Section | None:
     """Elo with intervals, best first."""
-    known = [(str(entry.get("name")), reading(entry.get("elo"))) for entry in view.ranking()]
+    known = [(str(entry.get("name")), reading(entry.get("elo"))) for entry in records(view.get("ranking", "rows"))]
     found = sorted(((name, elo) for name, elo in known if elo is not None), key=lambda entry: -entry[1].mean)
     if not found:
         return None

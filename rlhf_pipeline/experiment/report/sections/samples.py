@@ -24,7 +24,7 @@ SCORES = ("true_reward", "judge", "score")
 def samples_section(view: View, points: Points) -> Section | None:
     """A card for each model and prompt."""
     made = []
-    for entry in view.samples():
+    for entry in records(view.get("samples_shown")):
         responses = [(name, records(found)) for name, found in items(entry.get("responses"))]
         responses = [(name, found) for name, found in responses if found]
         if responses:

@@ -128,7 +128,7 @@ def _arm(view: View, arm: str) -> Group | None:
         chip = h("span", "selected", class_="chip quiet") if view.is_selected(rows[0]) and len(settings) > 1 else None
         lines.append([join([text, " ", chip]), *_cells(view, rows, view.summary(arm, rows[0].get("setting")))])
     if len(settings) == 1:
-        lines[0][0] = named(view.look(arm), _single(view, arm, settings[0]))
+        lines[0][0] = named(view.look(arm), _single(arm, settings[0]))
         return Group(lines)
     seeds = max(len(rows) for rows in settings)
     note = plural(len(settings), "setting") + (f" × {plural(seeds, 'seed')}" if seeds > 1 else "")
@@ -136,7 +136,7 @@ def _arm(view: View, arm: str) -> Group | None:
     return Group(lines, join([arm_name(view, arm), " ", h("span", note, class_="note")]), marked)
 
 
-def _single(view: View, arm: str, rows: list[Row]) -> str:
+def _single(arm: str, rows: list[Row]) -> str:
     """The name of an arm's only line."""
     row = rows[0]
     name = arm if len(rows) > 1 else clean(row.get("name"))
@@ -151,8 +151,6 @@ def _caption(view: View) -> str:
     if methods:
         over = "seeds and prompts" if view.has_seeds() else "prompts"
         said = f"Each line: mean over {over} with its 95 % interval ({', '.join(sorted(methods))})."
-    elif view.has_seeds():
-        said = "Each line: mean over seeds, with the smallest and the largest seed in round brackets."
     else:
         said = "Each line: mean with its 95 % interval."
     said += f" {view.basis()} ★ primary figure."

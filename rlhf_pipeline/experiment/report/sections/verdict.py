@@ -15,6 +15,9 @@ TOPICS = {
     "matched KL": "at matched KL",
     "cost": "at equal cost",
     "judge": "by the judge",
+    "selected": "at the chosen settings",
+    "exact": "without sampling error",
+    "data": "data that changed",
     "limits": "what limits it",
     "next": "what to try next",
 }
