@@ -100,6 +100,7 @@ def full(seed: int = 0) -> dict[str, Any]:
                 "b": "dpo",
                 "figure": "true_reward",
                 "estimate": estimate(0.547, 0.028),
+                "ties": 0.15,
                 "length_controlled": {"estimate": estimate(0.561, 0.034), "why_not": None},
             },
             {
@@ -115,7 +116,12 @@ def full(seed: int = 0) -> dict[str, Any]:
             "separable": False,
             "left_out": 0,
             "rows": [
-                {"name": row["name"], "elo": estimate(1000 + 180 * row["metrics"]["true_reward"]["mean"], 22)}
+                {
+                    "name": row["name"],
+                    "elo": estimate(1000 + 180 * row["metrics"]["true_reward"]["mean"], 22),
+                    "bound": None,
+                    "ties": 0.12,
+                }
                 for row in rows
             ],
         },

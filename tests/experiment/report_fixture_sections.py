@@ -155,9 +155,16 @@ def overoptimisation(rows: list[dict[str, Any]]) -> dict[str, Any]:
                 points.append([d, 0.9 * d, d * (alpha - slope * math.log(d))])
         made[arm] = {
             "points": points,
-            "fit": {"form": "rl", "alpha": alpha, "beta": slope, "peak": math.exp(alpha / slope - 1)},
+            "fit": {
+                "form": "rl",
+                "alpha": alpha,
+                "beta": slope,
+                "peak": None,
+                "least": 0.5,
+                "largest": max(point[0] for point in points),
+            },
             "gold": "true_reward",
-            "why": "its peak is outside; the points reach from d = 0.14 to 2.34",
+            "why": "the fitted curve has no peak inside the data, d = 0.50 to 2.34",
             "found": False,
         }
     points = []
@@ -166,7 +173,14 @@ def overoptimisation(rows: list[dict[str, Any]]) -> dict[str, Any]:
         points.append([d, 0.95 * d, d * (1.1 - 0.38 * d)])
     made["best-of-n"] = {
         "points": points,
-        "fit": {"form": "bon", "alpha": 1.1, "beta": 0.38, "peak": 1.1 / 0.76},
+        "fit": {
+            "form": "bon",
+            "alpha": 1.1,
+            "beta": 0.38,
+            "peak": 1.1 / 0.76,
+            "least": points[0][0],
+            "largest": points[-1][0],
+        },
         "found": True,
     }
     return made

@@ -101,6 +101,12 @@ def test_rules_that_predict_labels_are_told_from_a_threshold_on():
     assert "alone" not in said(noise={"longer_wins": {"accuracy": 0.7, "accuracy_low": 0.4, "accuracy_high": 1.0}})
 
 
+def test_prompts_without_a_finite_best_reward_are_told():
+    text = said(win_graphs={"prompts": 240, "connected": 3})
+    assert "3 of 240 prompts have labels with a finite best reward" in text and "when training stops" in text
+    assert "finite" not in said(win_graphs={"prompts": 240, "connected": 240}) + said(win_graphs=None)
+
+
 def test_faults_leakage_and_repeated_rows_are_told():
     lines = said(faulty_rows=2, faults={"null": 2}, leaked_rows=1, leaks={"leaked_row": 1}, unread_column="question")
     assert "2 of 2000 rows stop a stage (null 2)" in lines and "leakage: 1 rows" in lines

@@ -151,12 +151,14 @@ def test_long_lines_keep_their_ends_and_extremes() -> None:
 
 
 def test_the_forms_of_over_optimisation() -> None:
-    bon = dict(fitted({"form": "bon", "alpha": 2.0, "beta": 0.5}, 4.0))
-    assert bon[0.0] == 0.0 and bon[2.0] == pytest.approx(2.0) and bon[4.0] == pytest.approx(0.0)
-    rl = fitted({"form": "rl", "alpha": 2.0, "beta": 0.5}, math.e)
-    assert rl[0][0] == 0.5 and rl[0][1] == pytest.approx(0.5 * (2 + 0.5 * math.log(2)))
+    reach = {"alpha": 2.0, "beta": 0.5, "least": 1.0, "largest": 4.0}
+    bon = fitted({"form": "bon", **reach})
+    assert bon[0] == (1.0, pytest.approx(1.5)) and bon[-1] == (4.0, pytest.approx(0.0))  # no further than the points
+    rl = fitted({"form": "rl", **reach, "largest": math.e})
+    assert rl[0] == (1.0, pytest.approx(2.0))
     assert rl[-1] == (pytest.approx(math.e), pytest.approx(math.e * 1.5))
-    assert fitted(None, 1.0) == fitted({"form": "rl", "alpha": None, "beta": 1.0}, 1.0) == []
+    assert fitted(None) == fitted({"form": "rl", **reach, "alpha": None}) == []
+    assert fitted({"form": "rl", "alpha": 2.0, "beta": 0.5}) == []  # what it was fitted to is not known
 
 
 def test_numbers_survive_a_csv() -> None:
