@@ -49,7 +49,7 @@ def test_a_tie_is_not_a_victory_and_counts_one_half():
     assert gate["beats"] == {"coin": True, "longer_wins": False, "tfidf": True}
 
 
-@pytest.mark.parametrize("right", ["++++++++++", "++++++++--"])
+@pytest.mark.parametrize("right", ["++++++++++", "+++++++++-"])
 def test_a_model_that_is_as_accurate_as_length_does_not_beat_it(right):
     """Not even where both are right on every pair: it may have learned length and nothing else."""
     gate = judge_gate(signs(right), {"longer_wins": signs(right), "tfidf": signs("----------")}, PROMPTS)
