@@ -72,10 +72,11 @@ def _model_rows(result: dict[str, Any], names: list[str]) -> tuple[list[str], li
             bound = name == "kl" and "kl_bound" in row
             cells.append(f"<= {row['kl_bound']:.2f}" if bound else interval(row["metrics"].get(name)))
         if primary:
-            cells += [interval(row.get("win_rate")), number(row.get("gain_in_sd"), 2)]
+            cells += [interval(row.get("win_rate")), number(row.get("ties"), 2), number(row.get("gain_in_sd"), 2)]
         rows.append(cells)
     betas = ["beta", *(["effective beta"] if rescaled else [])]
-    return ["model", *betas, *(NAMES[name] for name in names), *(["win rate", "gain/sd"] if primary else [])], rows
+    against = ["win rate", "ties", "gain/sd"] if primary else []
+    return ["model", *betas, *(NAMES[name] for name in names), *against], rows
 
 
 def _summary_rows(result: dict[str, Any], names: list[str]) -> tuple[list[str], list[list[str]]]:
@@ -133,12 +134,14 @@ def print_comparison(result: dict[str, Any]) -> None:
     legend += [f"RM score by {scorers}" if scorers else "", f"judge {result['judge']}" if result.get("judge") else ""]
     legend += ["<= marks an upper bound" if any("kl_bound" in row for row in result["rows"]) else ""]
     notes = [
-        f"figures: mean ± half of the 95 % interval, {spread}",
+        f"figures: mean with the 95 % interval, {spread}: ± half of it, or [low, high] where it is not symmetric",
         *filter(None, ["; ".join(filter(None, legend))]),
     ]
     if not many:
         notes += [
-            f"win rate and gain (in standard deviations of its responses) against {result['baseline']}",
+            f"win rate (a tie is half a win; ties: their share) and gain (in standard deviations of its responses) "
+            f"against {result['baseline']}",
+            *(["no win rates with one sample a prompt: give --samples 2 or more"] if result["samples"] < 2 else []),
             "cost: the arm's own run and, for PPO, that of its reward model; stages that arms share are on no bill",
         ]
     if _rescaled(result["rows"]):

@@ -51,7 +51,7 @@ def evaluate(common: Common, settings: Settings, words: WordsArgument) -> None:
         best = row["metrics"].get("true_reward") or row["metrics"].get("score")
         rows.append((f"best of {row['n']} by {row['chosen_by']}", interval(best, 3)))
     title = f"{result['model']}: {result['prompts']} prompts x {result['samples']} samples"
-    emit_table(title, ("metric", "mean ± 95 %"), rows)
+    emit_table(title, ("metric", "mean and 95 % interval"), rows)
     legend = {"KL to": result["reference"], "RM score by": result["reward_model"], "judge": result["judge"]}
     emit_lines(["; ".join(f"{what} {who}" for what, who in legend.items() if who)] if any(legend.values()) else [])
 

@@ -172,13 +172,15 @@ def number(value: Any, digits: int = 3) -> str:
 
 
 def interval(estimate: Mapping[str, Any] | None, digits: int = 2) -> str:
-    """mean ± half width of the 95 % interval (or [low, high] where it is lopsided)."""
+    """mean ± half of the 95 % interval where it is symmetric in the digits that are printed, else mean [low, high]."""
     if not estimate or estimate.get("mean") is None:
         return "-"
     mean, low, high = estimate["mean"], estimate.get("low"), estimate.get("high")
     if low is None or high is None:
         return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ± {(high - low) / 2:.{digits}f}"
+    if abs((high - mean) - (mean - low)) < 0.5 * 10**-digits:
+        return f"{mean:.{digits}f} ± {(high - low) / 2:.{digits}f}"
+    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def flat_metrics(metrics: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -67,6 +67,7 @@ def describe(
         "fault_list": [str(item.fault) for item in found.faults[:SHOWN_FAULTS]],
         "skipped": dict(found.skipped),
         "ties": _ties(found),
+        "win_graphs": _win_graphs(records),
         "duplicate_prompts": len(records) - len({record.prompt_key for record in records}),
         **duplicates(records),
         "duplicate_list": repeats(records, SHOWN_FAULTS),
@@ -123,6 +124,44 @@ def _ties(found: RecordSet) -> int:
         measures = record.extra.get("ranks", record.extra.get("scores", ()))
         ties += sum(a == b for a, b in combinations(measures, 2))
     return ties
+
+
+def _win_graphs(records: Sequence[Record]) -> dict[str, int] | None:
+    """Count the prompts with preferences, and those whose win graph is strongly connected; None without preferences.
+
+    The graph of a prompt has its responses as nodes and an edge from the better to the worse of each labelled pair
+    that is no tie. The Bradley-Terry loss of the prompt's responses has a finite minimiser exactly where a path of wins
+    leads from every response to every other (Ford 1957): one label a pair never is enough.
+    """
+    wins: dict[str, set[tuple[str, str]]] = {}
+    for record in records:
+        if record.kind in ("pair", "ranking"):
+            pairs = as_kind([record], "pair")[0] if record.kind == "ranking" else [record]
+            edges = wins.setdefault(record.prompt_key, set())
+            edges.update((plain(pair.completions[0]), plain(pair.completions[1])) for pair in pairs)
+    if not wins:
+        return None
+    return {"prompts": len(wins), "connected": sum(_strongly_connected(edges) for edges in wins.values())}
+
+
+def _strongly_connected(edges: Collection[tuple[str, str]]) -> bool:
+    """Whether every node of a graph with these edges reaches every other: one of them reaches all, forth and back."""
+    nodes = {node for edge in edges for node in edge}
+    forth: dict[str, set[str]] = {node: set() for node in nodes}
+    back: dict[str, set[str]] = {node: set() for node in nodes}
+    for better, worse in edges:
+        forth[better].add(worse)
+        back[worse].add(better)
+    for next_of in (forth, back):
+        first = min(nodes, default="")
+        seen, waiting = {first}, [first]
+        while waiting and nodes:
+            new = next_of[waiting.pop()] - seen
+            seen |= new
+            waiting += new
+        if len(seen) < len(nodes):
+            return False
+    return len(nodes) > 1
 
 
 def _lengths(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, dict[str, list[int]]]:

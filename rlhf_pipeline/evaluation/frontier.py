@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_pipeline.evaluation.resampling import RESAMPLES, draw_counts
 from rlhf_pipeline.evaluation.seeds import Finding, from_replicates
+from rlhf_pipeline.evaluation.statistics import RESAMPLES, count_blocks
 
 MOST_MISSED = 0.05
 """A statistic that more than this share of the replicates does not reach is undefined."""
@@ -139,8 +139,8 @@ def _read(
     if np.isnan(values).any():
         missed = float(np.isnan(values).mean())
         return Reading(None, at, missed, f"not reached: {reached}")
-    weights = draw_counts(prompts, resamples=resamples, seed=seed)
-    replicates = statistic([curve.means(weights) for curve in curves])
+    blocks = count_blocks(prompts, resamples=resamples, seed=seed)
+    replicates = np.concatenate([statistic([curve.means(counts) for curve in curves]) for counts in blocks])
     lost = np.isnan(replicates).any(1)
     missed = float(lost.mean())
     if missed > MOST_MISSED:

@@ -5,8 +5,10 @@ Gao et al. 2022 ("Scaling laws for reward model overoptimization"), eq. 1, with 
     best-of-n  R(d) - R(0) = d (alpha - beta d)            peak at d = alpha / (2 beta)
     RL         R(d) - R(0) = d (alpha - beta ln d)         peak at d = exp(alpha / beta - 1)
 
-R is the judge's reward or the true one, never the one that was optimised. The RL form has an infinite slope at 0 and is
-no description of what happens near it. Legend: S seeds, G points (settings or snapshots), P prompts.
+R is the judge's reward or the true one, never the one that was optimised, and R(0) that of the reference, from which d
+is measured. The RL form has an infinite slope at 0 and is no description of what happens near it. Neither form predicts
+anything outside the distances that it was fitted to, and both can peak where a reward only levels off: a peak is no
+finding by itself (`overoptimised`). Legend: S seeds, G points (settings or snapshots), P prompts.
 """
 
 from __future__ import annotations
@@ -30,19 +32,24 @@ FEWEST = 3
 
 @dataclass(frozen=True)
 class Fit:
-    """One of the two forms. peak: the d of its maximum, None where it has none (beta or alpha not positive);
-    points: how many it was fitted to; residual: root of their mean squared residual."""
+    """One of the two forms. peak: the d of its maximum, None where it has none inside the data (between `least` and
+    `largest`, the distances that it was fitted to); points: how many these are; residual: root of their mean squared
+    residual."""
 
     form: Form
     alpha: float
     beta: float
     peak: float | None
+    least: float
+    largest: float
     points: int
     residual: float
 
     def __call__(self, distance: Any) -> np.ndarray:
-        """The form at d >= 0."""
-        return _features(self.form, np.asarray(distance, dtype=np.float64)) @ np.array([self.alpha, self.beta])
+        """The form at the distances d; NaN outside the data."""
+        d = np.asarray(distance, dtype=np.float64)
+        inside = (d >= self.least) & (d <= self.largest)
+        return np.where(inside, _features(self.form, d) @ np.array([self.alpha, self.beta]), np.nan)
 
 
 def _features(form: Form, d: np.ndarray) -> np.ndarray:
@@ -79,9 +86,12 @@ def fit(form: Form, distance: Any, gain: Any, *, near: float = NEAR) -> Fit | No
     peak = None
     if beta > 0 and form == "bon" and alpha > 0:
         peak = float(alpha / (2 * beta))
-    elif beta > 0 and form == "rl" and alpha / beta < math.log(1e6):  # beyond: as good as no peak
+    elif beta > 0 and form == "rl" and alpha / beta < math.log(1e6):  # beyond: outside any data
         peak = float(math.exp(alpha / beta - 1))
-    return Fit(form, float(alpha), float(beta), peak, len(d), residual)
+    least, largest = float(d.min()), float(d.max())
+    if peak is not None and not least < peak < largest:
+        peak = None
+    return Fit(form, float(alpha), float(beta), peak, least, largest, len(d), residual)
 
 
 @dataclass(frozen=True)
@@ -103,7 +113,7 @@ def overoptimised(
 
     Found if both hold:
 
-    1. the fit's peak lies inside the data: least d < peak < largest d;
+    1. the fit has a peak, which lies inside the data then;
     2. from some nearer point to the farthest one, paired by seed and prompt, the judged reward falls and the optimised
        one rises, each significantly. Per point p is the larger of the two p-values; over the points, Holm's correction
        (all of them are looked at, so the choice of the highest one costs nothing). Where the judged reward only
@@ -122,11 +132,9 @@ def overoptimised(
         )
     if fitted is None:
         return Overoptimisation(False, "too few points for a curve")
-    if fitted.peak is None or not d.min() < fitted.peak < d.max():
-        where = (
-            "the fitted curve has no peak" if fitted.peak is None else f"its peak, d = {fitted.peak:.2f}, is outside"
-        )
-        return Overoptimisation(False, f"{where}; the points reach from d = {d.min():.2f} to {d.max():.2f}")
+    if fitted.peak is None:
+        reach = f"d = {fitted.least:.2f} to {fitted.largest:.2f}"
+        return Overoptimisation(False, f"the fitted curve has no peak inside the data, {reach}")
     last = int(np.argmax(d))
     nearer = [i for i in range(len(d)) if d[i] < d[last]]
     p_values: list[float | None] = []

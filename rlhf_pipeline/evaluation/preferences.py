@@ -1,6 +1,7 @@
 """How good a scorer of preference pairs is: accuracy, calibration, and the baselines it has to beat.
 
-A ranking is its untied pairs here; intervals are clustered by prompt.
+A ranking is its untied pairs here. Every prompt counts the same, however many pairs it has; intervals are clustered by
+prompt.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.evaluation.resampling import clustered, student_quantile
-from rlhf_pipeline.evaluation.statistics import Estimate, Numbers, cluster_mean
+from rlhf_pipeline.evaluation.statistics import Estimate, Numbers, cluster_mean, prompt_weights
 
 CALIBRATION_BINS = 15
 
@@ -42,26 +43,55 @@ def accuracy(differences: Numbers, clusters: Sequence[str]) -> Estimate:
     return cluster_mean(_correctness(differences), clusters, share=True)
 
 
-def expected_calibration_error(differences: Numbers, bins: int = CALIBRATION_BINS) -> float:
-    """ECE of the confidence max(p, 1 - p), p = sigma(difference), against correctness, in equal-mass bins.
+def expected_calibration_error(
+    differences: Numbers, clusters: Sequence[str] | None = None, bins: int = CALIBRATION_BINS
+) -> float:
+    """ECE of the confidence max(p, 1 - p), p = sigma(difference), against correctness, in bins of equally many pairs.
 
-    ECE = sum_b |b| / n * |mean correctness_b - mean confidence_b|        (Guo et al. 2017, eq. 3)
+    ECE = sum_b w_b |mean correctness_b - mean confidence_b|, w_b the bin's share of the weight (Guo et al. 2017, eq. 3)
+
+    Args:
+        clusters: the prompt of each pair, which then weighs 1 / (pairs of its prompt); by default all weigh the same.
     """
-    found = reliability_bins(differences, bins)
-    return float(sum(count * abs(right - sure) for sure, right, count in found) / len(differences))
+    weights = _weights(differences, clusters)
+    found = zip(_bins(differences, bins), reliability_bins(differences, clusters, bins), strict=True)
+    return float(sum(weights[group].sum() * abs(right - sure) for group, (sure, right, _) in found))
 
 
-def reliability_bins(differences: Numbers, bins: int = CALIBRATION_BINS) -> list[tuple[float, float, int]]:
-    """(mean confidence, mean correctness, pairs) of bins of equal mass, by rising confidence max(p, 1 - p).
+def reliability_bins(
+    differences: Numbers, clusters: Sequence[str] | None = None, bins: int = CALIBRATION_BINS
+) -> list[tuple[float, float, int]]:
+    """(mean confidence, mean correctness, pairs) of bins of equally many pairs, by rising confidence max(p, 1 - p).
 
     A calibrated scorer's bins lie on the diagonal of a plot of correctness against confidence; ties are half right.
+
+    Args:
+        clusters: see `expected_calibration_error`.
     """
-    difference = np.asarray(differences, dtype=np.float64)
-    confidence = 1 / (1 + np.exp(-np.abs(difference)))
-    correct = _correctness(difference)
-    order = np.argsort(confidence, kind="stable")
-    groups = [group for group in np.array_split(order, bins) if len(group)]
-    return [(float(confidence[group].mean()), float(correct[group].mean()), len(group)) for group in groups]
+    confidence, correct = _confidence(differences), _correctness(differences)
+    weights = _weights(differences, clusters)
+    return [
+        (
+            float(np.average(confidence[group], weights=weights[group])),
+            float(np.average(correct[group], weights=weights[group])),
+            len(group),
+        )
+        for group in _bins(differences, bins)
+    ]
+
+
+def _confidence(differences: Numbers) -> np.ndarray:
+    return 1 / (1 + np.exp(-np.abs(np.asarray(differences, dtype=np.float64))))
+
+
+def _weights(differences: Numbers, clusters: Sequence[str] | None) -> np.ndarray:
+    return prompt_weights(range(len(differences)) if clusters is None else clusters)
+
+
+def _bins(differences: Numbers, bins: int) -> list[np.ndarray]:
+    """Indices of the pairs of each bin, by rising confidence; none is empty."""
+    order = np.argsort(_confidence(differences), kind="stable")
+    return [group for group in np.array_split(order, bins) if len(group)]
 
 
 def calibration_slope(differences: Numbers, clusters: Sequence[str], *, level: float = 0.95) -> Estimate | None:
@@ -145,19 +175,22 @@ def compare_scorers(differences: Numbers, others: Numbers, clusters: Sequence[st
 
 
 def preference_metrics(differences: Numbers, clusters: Sequence[str]) -> dict[str, float]:
-    """Accuracy with interval, NLL, Brier score and ECE of score differences (chosen minus rejected)."""
+    """Accuracy with interval, NLL, Brier score and ECE of score differences (chosen minus rejected).
+
+    All are means in which every prompt counts the same.
+    """
     difference = np.asarray(differences, dtype=np.float64)
     estimate = accuracy(difference, clusters)
-    probability = 1 / (1 + np.exp(-difference))
+    probability, weights = 1 / (1 + np.exp(-difference)), prompt_weights(clusters)
     return {
         "accuracy": estimate.mean,
         "accuracy_low": estimate.low,
         "accuracy_high": estimate.high,
         "pairs": estimate.n,
         "prompts": estimate.clusters,
-        "nll": float(np.logaddexp(0.0, -difference).mean()),
-        "brier": float(((1 - probability) ** 2).mean()),
-        "ece": expected_calibration_error(difference),
+        "nll": float(weights @ np.logaddexp(0.0, -difference)),
+        "brier": float(weights @ (1 - probability) ** 2),
+        "ece": expected_calibration_error(difference, clusters),
     }
 
 

@@ -4,121 +4,159 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from rlhf_pipeline.evaluation.resampling import RESAMPLES, draw_counts
-from rlhf_pipeline.evaluation.seeds import Finding, from_replicates
+from rlhf_pipeline.evaluation.statistics import WILSON, Estimate, effective_size, student_quantile, wilson_interval
 
 ELO = 400 / math.log(10)
 """Elo points per unit of log-odds: 400 points are odds of ten to one."""
 
 ANCHOR = 1000.0
 
-RIDGE = 1e-2
-"""On the centred strengths, where no maximum exists; in units of comparisons."""
-
 NEWTON_STEPS = 100
+
+Bound = Literal["at least", "at most"]
 
 
 @dataclass(frozen=True)
-class Ranking:
-    """Elo of each model. separable: some models never lost to the others, so that their distance is the ridge's."""
+class Standing:
+    """Elo of one model, or where no finite number is the most likely one (`bound`), the end that is known of it.
 
-    elo: list[Finding]
-    separable: bool
+    With a bound `elo.mean` is that end, and the interval goes on to infinity on the other side.
+    """
+
+    elo: Estimate
+    bound: Bound | None
 
 
-def _connected(wins: np.ndarray) -> bool:
-    """Whether a path of wins leads from every model to every other: then and only then is the maximum finite and
-    unique (Ford 1957). wins: (k, k)."""
-    from scipy.sparse.csgraph import connected_components
-
-    return connected_components(wins > 0, directed=True, connection="strong")[0] == 1
+def reachable(wins: np.ndarray) -> np.ndarray:
+    """Whether a path of wins leads from i to j: (k, k) of bool, true on the diagonal."""
+    reach = (wins > 0) | np.eye(len(wins), dtype=bool)
+    for middle in range(len(wins)):  # Warshall 1962
+        reach |= reach[:, middle, None] & reach[None, middle, :]
+    return reach
 
 
 def bradley_terry(wins: Any) -> np.ndarray:
     """Strengths s, mean 0, that maximise sum over i, j of w_ij log sigma(s_i - s_j).
 
-    Concave; Newton's method with bounded steps. Where a maximum does not exist (a group of models that never lost to
-    the rest) a ridge RIDGE / 2 |s|^2 decides; nowhere else is there one.
-    (Bradley and Terry 1952; existence: Ford 1957.)
+    Concave; Newton's method with bounded steps. (Bradley and Terry 1952)
 
     Args:
-        wins: (k, k) or (..., k, k): w_ij, how often i beat j; fractions allowed, ties as half a win for each.
+        wins: (k, k): w_ij, how often i beat j; fractions allowed, ties as half a win for each.
 
     Returns:
-        (k,) or (..., k), in log-odds.
+        (k,), in log-odds.
 
     Raises:
-        ValueError: for other shapes, negative wins, or models that no chain of comparisons joins.
+        ValueError: for other shapes, negative wins, or where a path of wins does not lead from every model to every
+            other: the maximum is finite and unique then and only then (Ford 1957).
     """
     table = np.asarray(wins, dtype=np.float64)
-    if table.ndim < 2 or table.shape[-1] != table.shape[-2] or table.shape[-1] < 2 or (table < 0).any():
-        raise ValueError(f"found wins of shape {table.shape}, expected (k, k) with k >= 2 and nothing negative")
-    size = table.shape[-1]
+    if table.ndim != 2 or table.shape[0] != table.shape[1] or not len(table) or (table < 0).any():
+        raise ValueError(f"found wins of shape {table.shape}, expected (k, k) and nothing negative")
+    size = len(table)
     table = np.where(np.eye(size, dtype=bool), 0.0, table)
-    games = table + np.swapaxes(table, -1, -2)
-    flat, played = table.reshape(-1, size, size), games.reshape(-1, size, size)
-    if not all(_connected(one) for one in np.unique(played > 0, axis=0)):
-        raise ValueError("found models that no chain of comparisons joins, expected each to be compared")
-    patterns, which = np.unique(flat > 0, axis=0, return_inverse=True)
-    ridge = np.array([0.0 if _connected(one) else RIDGE for one in patterns])[which.ravel()]
-    s = np.zeros((len(flat), size))
-    won = flat.sum(2)
-    scale = np.maximum(played.sum((1, 2)), 1.0)
+    if not reachable(table).all():
+        raise ValueError("found models that never lost to the others, expected a path of wins from each to each")
+    played, won, s = table + table.T, table.sum(1), np.zeros(size)
     for _ in range(NEWTON_STEPS):
-        p = 1 / (1 + np.exp(s[:, None, :] - s[:, :, None]))
-        gradient = won - (played * p).sum(2) - ridge[:, None] * s
-        if (np.abs(gradient).max(1) < 1e-11 * scale).all():
+        gradient = won - (played * _won_share(s)).sum(1)
+        if (np.abs(gradient) < 1e-11 * max(played.sum(), 1.0)).all():
             break
-        laplacian = -played * p * (1 - p)
-        diagonal = ridge[:, None] - laplacian.sum(2)
         # The all-ones direction changes nothing; curvature along it makes the system solvable.
-        hessian = laplacian + np.eye(size) * diagonal[:, None, :] + diagonal.mean(1)[:, None, None] / size
-        s += np.clip(np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0], -1.0, 1.0)
-        s -= s.mean(1, keepdims=True)
-    return s.reshape(table.shape[:-1])
+        hessian = _information(played, s)
+        s += np.clip(np.linalg.solve(hessian + hessian.trace() / size**2, gradient), -1.0, 1.0)
+        s -= s.mean()
+    return s
 
 
-def rank(
-    wins: Any,
-    *,
-    baseline: int | None = None,
-    fixed_prompts: bool = False,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Ranking:
-    """Elo of k models, 400 / ln 10 points per unit of log-odds, refitted in every bootstrap replicate over prompts.
+def _won_share(s: np.ndarray) -> np.ndarray:
+    """sigma(s_i - s_j): (k,) -> (k, k)."""
+    return np.exp(-np.logaddexp(0.0, s[None, :] - s[:, None]))
 
-    The models' mean is 1000 by default: no model's interval is then empty by definition. With `baseline` that model
-    stands at 1000 and every interval is one of the distance to it.
+
+def _information(played: np.ndarray, s: np.ndarray) -> np.ndarray:
+    """Minus the second derivative of the log-likelihood, (k, k); rows sum to 0."""
+    p = _won_share(s)
+    curvature = played * p * (1 - p)
+    return np.diag(curvature.sum(1)) - curvature
+
+
+def rank(wins: Any, *, baseline: int = 0, level: float = 0.95) -> list[Standing]:
+    """Elo of k models, 400 / ln 10 points per unit of log-odds, the baseline at 1000.
+
+    The interval is Student's t over prompts of the distance to the baseline, with the variance of an M-estimator
+    clustered by prompt (P prompts, g_p the score of prompt p, H the information of all; White 1982, eq. 3.3):
+
+        var(s) = P / (P - 1) H^+ (sum_p g_p g_p') H^+
+
+    A model that the baseline never beat, not even by others (or that never beat it), has no finite Elo: its standing is
+    a bound, the Elo that it would have if every unbroken row of wins over P prompts were as short of certain as
+    Wilson's interval for P of P allows. Between two models that is the end of the win rate's interval on the scale of
+    Elo. What separates groups says nothing within one: those of the baseline's group have their finite values.
 
     Args:
-        wins: (P, k, k) or (S, P, k, k): the share of comparisons on a prompt that i won against j
-            (`win_rates.prompt_win_rates`), 0 where they were not compared.
+        wins: (P, k, k): the share of comparisons on a prompt that i won against j (`win_rates.prompt_win_rates`),
+            0 where they were not compared.
 
     Raises:
-        ValueError: see `bradley_terry`; in a replicate as well, if only few prompts join the models.
+        ValueError: for other shapes, or models that no path of wins joins with the baseline.
     """
     table = np.asarray(wins, dtype=np.float64)
-    table = table[None] if table.ndim == 3 else table
-    if table.ndim != 4 or table.shape[-1] != table.shape[-2]:
-        raise ValueError(f"found wins of shape {table.shape}, expected (prompts, k, k) or (seeds, prompts, k, k)")
-    prompts, size = table.shape[1:3]
+    if table.ndim != 3 or table.shape[1] != table.shape[2] or table.shape[1] < 2:
+        raise ValueError(f"found wins of shape {table.shape}, expected (prompts, k, k) with k >= 2")
+    prompts, size = table.shape[:2]
+    table = np.where(np.eye(size, dtype=bool), 0.0, table)
+    totals = table.sum(0)
+    reach = reachable(totals)
+    above, below = reach[:, baseline], reach[baseline]
+    if not (above | below).all():
+        raise ValueError("found models that no path of wins joins with the baseline, expected each to be compared")
+    quantile = student_quantile(prompts - 1, level)
+    found: dict[int, Standing] = {}
+    group = np.flatnonzero(above & below)
+    inside = table[:, group][:, :, group]
+    strengths = bradley_terry(inside.sum(0))
+    place = group.tolist().index(baseline)
+    errors = _errors(inside, strengths, place)
+    for i, value, error in zip(group.tolist(), strengths - strengths[place], errors, strict=True):
+        mean, half = ANCHOR + ELO * float(value), quantile * ELO * float(error) if i != baseline else 0.0
+        found[i] = Standing(Estimate(mean, mean - half, mean + half, prompts, prompts, "t"), None)
+    if len(found) < size:
+        certain, _ = wilson_interval(1.0, effective_size(1.0, 0.0, prompts), quantile)
+        found |= _bounds(totals, baseline, certain, above, prompts, set(found))
+    return [found[i] for i in range(size)]
 
-    def elo(totals: np.ndarray) -> np.ndarray:
-        strengths = bradley_terry(totals)
-        zero = strengths[..., baseline, None] if baseline is not None else 0.0
-        return ANCHOR + ELO * (strengths - zero)
 
-    totals = table.sum(1)
-    counts = draw_counts(prompts, resamples=resamples, seed=seed)
-    drawn = np.stack([(counts @ one.reshape(prompts, -1)).reshape(-1, size, size) for one in table], 1)
-    values, replicates = elo(totals), elo(drawn)
-    found = [
-        from_replicates(values[:, i], replicates[:, :, i], prompts, fixed_prompts=fixed_prompts, null=ANCHOR)
-        for i in range(size)
-    ]
-    return Ranking(found, not all(_connected(np.where(np.eye(size, dtype=bool), 0.0, one)) for one in totals))
+def _errors(table: np.ndarray, s: np.ndarray, baseline: int) -> np.ndarray:
+    """Standard errors of s - s[baseline], clustered by prompt: (P, k, k), (k,) -> (k,)."""
+    prompts, size = table.shape[:2]
+    if prompts < 2:
+        return np.full(size, math.inf)
+    played = table + np.swapaxes(table, 1, 2)
+    scores = table.sum(2) - (played * _won_share(s)).sum(2)
+    influence = scores @ np.linalg.pinv(_information(played.sum(0), s))
+    return np.sqrt(((influence - influence[:, [baseline]]) ** 2).sum(0) * prompts / (prompts - 1))
+
+
+def _bounds(
+    totals: np.ndarray, baseline: int, certain: float, above: np.ndarray, prompts: int, known: set[int]
+) -> dict[int, Standing]:
+    """The ends of the models outside the baseline's group.
+
+    certain: what an unbroken row of wins is taken for; 0 where one prompt says nothing.
+    """
+    played = totals + totals.T
+    unbroken = (totals > 0) & ~reachable(totals).T
+    poorest = np.where(unbroken, certain * played, np.where(unbroken.T, (1 - certain) * played, totals))
+    strengths = bradley_terry(poorest) if certain > 0 else np.where(above, -math.inf, math.inf)
+    found: dict[int, Standing] = {}
+    for i in set(range(len(totals))) - known:
+        end = ANCHOR + ELO * float(strengths[i] - (strengths[baseline] if certain > 0 else 0.0))
+        low, high = (end, math.inf) if above[i] else (-math.inf, end)
+        estimate = Estimate(end, low, high, prompts, prompts, WILSON)
+        found[i] = Standing(estimate, "at least" if above[i] else "at most")
+    return found

@@ -11,24 +11,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
 
 from rlhf_pipeline.evaluation.resampling import (
-    RESAMPLES,
     clustered,
     replicate_interval,
     replicate_p,
+    share_error,
     standard_error,
     student_p,
-    student_quantile,
 )
-from rlhf_pipeline.evaluation.statistics import FEW_CLUSTERS, Estimate
+from rlhf_pipeline.evaluation.statistics import (
+    FEW_CLUSTERS,
+    RESAMPLES,
+    WILSON,
+    Estimate,
+    effective_size,
+    student_quantile,
+    variance_of_mean,
+    wilson_interval,
+)
 
 OVER_SEEDS = "t over seeds"
 OVER_BOTH = "t over seeds and prompts"
+SHARE_OVER = {OVER_SEEDS: "wilson over seeds", OVER_BOTH: "wilson over seeds and prompts"}
+"""What the method of a share is called in the place of a plain mean's."""
 MOST = 1_000_000
 """An effect that more units than this would be needed for counts as none."""
 
@@ -38,8 +48,9 @@ class Finding:
     """A mean over seeds and prompts, and the two-sided p-value of "it is `null`".
 
     p is None where one unit leaves no degrees of freedom. seed_variance and prompt_variance are the two parts of the
-    squared standard error: the one shrinks with 1 / S, the other with 1 / P. In `estimate`, clusters counts what the
-    degrees of freedom count: seeds where method is "t over seeds" or "t over seeds and prompts", else prompts.
+    squared standard error (of a share that is tested: were it `null`): the one shrinks with 1 / S, the other with
+    1 / P. In `estimate`, clusters counts what the degrees of freedom count: seeds where method says "over seeds" or
+    "over seeds and prompts", else prompts.
     """
 
     estimate: Estimate
@@ -65,20 +76,46 @@ def _table(values: Any) -> np.ndarray:
     return table
 
 
-def _student(
-    mean: float, seed_variance: float, prompt_variance: float, shape: tuple[int, int], *, method: str, **options: Any
+def _over_units(
+    mean: float,
+    seed_variance: float,
+    prompt_variance: float,
+    shape: tuple[int, int],
+    *,
+    method: str,
+    units: int,
+    level: float,
+    null: float,
+    share: bool,
 ) -> Finding:
-    """mean +- t(S - 1) sqrt(seed_variance + prompt_variance)."""
-    (seeds, prompts), null = shape, options["null"]
-    error = math.sqrt(seed_variance + prompt_variance)
-    half = student_quantile(seeds - 1, options["level"]) * error
-    low, high = mean - half, mean + half
-    if options["share"]:
-        low, high = max(low, 0.0), min(high, 1.0)
+    """mean +- t(S - 1) sqrt(seed_variance + prompt_variance); of a share Wilson's interval with that quantile.
+
+    units: what may all agree without the share being known, see `statistics.effective_size`.
+    """
+    seeds, prompts = shape
+    variance, quantile = seed_variance + prompt_variance, student_quantile(seeds - 1, level)
+    error = math.sqrt(variance)
+    if share:
+        # That all prompts agree is no finding over few seeds: it keeps the quantile of that many prompts.
+        scale = (student_quantile(units - 1, level) / quantile) ** 2 if math.isfinite(quantile) else 1.0
+        size = effective_size(mean, variance, units, min(scale, 1.0))
+        low, high = wilson_interval(mean, size, quantile)
+        error, method = share_error(size, null), SHARE_OVER[method]
+        seed_variance, prompt_variance = _rescaled(seed_variance, prompt_variance, error**2)
+    else:
+        low, high = mean - quantile * error, mean + quantile * error
     estimate = Estimate(mean, low, high, seeds * prompts, seeds, method)
-    return Finding(
-        estimate, student_p(mean - null, error, seeds - 1), seeds, prompts, seed_variance, prompt_variance, null
-    )
+    p = student_p(mean - null, error, seeds - 1)
+    return Finding(estimate, p, seeds, prompts, seed_variance, prompt_variance, null)
+
+
+def _rescaled(seed_variance: float, prompt_variance: float, total: float) -> tuple[float, float]:
+    """Two parts of a variance in their proportion, with another sum; of no variance at all, the prompts' part is it."""
+    variance = seed_variance + prompt_variance
+    if not math.isfinite(total) or not math.isfinite(variance):
+        return seed_variance, prompt_variance
+    share = seed_variance / variance if variance > 0 else 0.0
+    return share * total, (1 - share) * total
 
 
 def over_seeds(values: Any, *, level: float = 0.95, null: float = 0.0, share: bool = False) -> Finding:
@@ -87,17 +124,17 @@ def over_seeds(values: Any, *, level: float = 0.95, null: float = 0.0, share: bo
     m_s is the mean of seed s over its prompts, m the mean and s_seed the standard deviation of the m_s.
 
     Args:
-        values: (S, P) or (S,). share: the interval ends at 0 and 1.
+        values: (S, P) or (S,). share: all of them are in [0, 1]; the interval is Wilson's.
 
     Raises:
         ValueError: for an empty or not finite table. One seed is no error: its interval is infinite.
     """
     table = _table(values)
     per_seed = table if table.ndim == 1 else table.mean(1)
-    variance = float(per_seed.var(ddof=1) / len(per_seed)) if len(per_seed) > 1 else math.inf
     shape = (len(per_seed), 1 if table.ndim == 1 else table.shape[1])
-    options = {"level": level, "null": null, "share": share}
-    return _student(float(per_seed.mean()), variance, 0.0, shape, method=OVER_SEEDS, **options)
+    variance, units = variance_of_mean(per_seed), max(shape)
+    mean = float(per_seed.mean())
+    return _over_units(mean, variance, 0.0, shape, method=OVER_SEEDS, units=units, level=level, null=null, share=share)
 
 
 def over_seeds_and_prompts(values: Any, *, level: float = 0.95, null: float = 0.0, share: bool = False) -> Finding:
@@ -121,8 +158,18 @@ def over_seeds_and_prompts(values: Any, *, level: float = 0.95, null: float = 0.
     seeds, prompts = table.shape
     seed_variance = float(table.mean(1).var(ddof=1) / seeds)
     prompt_variance = float(table.mean(0).var(ddof=1) / prompts)
-    options = {"level": level, "null": null, "share": share}
-    return _student(float(table.mean()), seed_variance, prompt_variance, (seeds, prompts), method=OVER_BOTH, **options)
+    mean, shape = float(table.mean()), (seeds, prompts)
+    return _over_units(
+        mean,
+        seed_variance,
+        prompt_variance,
+        shape,
+        method=OVER_BOTH,
+        units=prompts,
+        level=level,
+        null=null,
+        share=share,
+    )
 
 
 def over_prompts(
@@ -135,7 +182,10 @@ def over_prompts(
     """
     table = _table(values).ravel()
     estimate, p = clustered(table, range(len(table)), level=level, null=null, share=share, resamples=resamples)
-    variance = float(table.var(ddof=1) / len(table)) if len(table) > 1 else math.inf
+    variance = variance_of_mean(table)
+    if share:
+        size = effective_size(estimate.mean, variance, len(table))
+        _, variance = _rescaled(0.0, variance, share_error(size, null) ** 2)
     return Finding(estimate, p, 1, len(table), 0.0, variance, null)
 
 
@@ -190,16 +240,23 @@ def from_replicates(
     if seeds > 1:
         seed_variance = float(values.var(ddof=1) / seeds)
         prompt_variance = 0.0 if fixed_prompts else standard_error(replicates.mean(1), prompts) ** 2
-        method = OVER_SEEDS if fixed_prompts else OVER_BOTH
-        options = {"level": level, "null": null, "share": share}
-        shape = (seeds, prompts)
-        return _student(float(values.mean()), seed_variance, prompt_variance, shape, method=method, **options)
+        method, units = (OVER_SEEDS, max(seeds, prompts)) if fixed_prompts else (OVER_BOTH, prompts)
+        mean, shape = float(values.mean()), (seeds, prompts)
+        return _over_units(
+            mean, seed_variance, prompt_variance, shape, method=method, units=units, level=level, null=null, share=share
+        )
     value, column = float(values[0]), replicates[:, 0]
-    estimate = replicate_interval(value, column, prompts, n=prompts, level=level)
+    error = standard_error(column, prompts)
     if share:
-        estimate = replace(estimate, low=max(estimate.low, 0.0), high=min(estimate.high, 1.0))
+        size = effective_size(value, error**2, prompts)
+        ends = wilson_interval(value, size, student_quantile(prompts - 1, level))
+        estimate = Estimate(value, *ends, prompts, prompts, WILSON)
+        at_null = share_error(size, null)
+        _, variance = _rescaled(0.0, error**2, at_null**2)
+        return Finding(estimate, student_p(value - null, at_null, prompts - 1), 1, prompts, 0.0, variance, null)
+    estimate = replicate_interval(value, column, prompts, n=prompts, level=level)
     p = replicate_p(value, column, prompts, null=null)
-    return Finding(estimate, p, 1, prompts, 0.0, standard_error(column, prompts) ** 2, null)
+    return Finding(estimate, p, 1, prompts, 0.0, error**2, null)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -229,18 +286,23 @@ def _smallest(enough: Callable[[int], bool]) -> int | None:
     return high
 
 
-def _prompt_quantile(prompts: float) -> float:
-    """The quantile that an interval over prompts has: Student's below 50 prompts, the normal one from there on."""
-    return student_quantile(prompts - 1 if prompts < FEW_CLUSTERS else math.inf)
+def _prompt_quantile(prompts: float, method: str) -> float:
+    """The quantile that an interval over prompts has: of a bootstrap the normal one, else Student's."""
+    return student_quantile(math.inf if method != WILSON and prompts >= FEW_CLUSTERS else prompts - 1)
 
 
 def _as_finding(estimate: Estimate, null: float) -> Finding:
     """An interval with its whole squared standard error on the unit that it counts."""
-    units, seeds = estimate.clusters, estimate.method in (OVER_SEEDS, OVER_BOTH)
-    # A share's interval may have been cut at 0 or 1 on one side: the longer half is whole.
-    half = max(estimate.high - estimate.mean, estimate.mean - estimate.low)
-    quantile = student_quantile(units - 1) if seeds else _prompt_quantile(units)
-    variance = (half / quantile) ** 2 if units > 1 else math.inf
+    units, shares = estimate.clusters, (WILSON, *SHARE_OVER.values())
+    seeds = estimate.method in (*SHARE_OVER, *SHARE_OVER.values())
+    quantile = student_quantile(units - 1) if seeds else _prompt_quantile(units, estimate.method)
+    variance = math.inf
+    if units > 1 and estimate.method in shares and 0 < null < 1:
+        # The longer half, from the mean to q: (mean - q)^2 = t^2 q (1 - q) / n.
+        end = max(estimate.low, estimate.high, key=lambda end: abs(end - estimate.mean))
+        variance = null * (1 - null) * ((estimate.mean - end) / quantile) ** 2 / (end * (1 - end))
+    elif units > 1:
+        variance = (max(estimate.high - estimate.mean, estimate.mean - estimate.low) / quantile) ** 2
     if seeds:
         return Finding(estimate, None, units, 1, variance, 0.0, null)
     return Finding(estimate, None, 1, units, 0.0, variance, null)
@@ -256,7 +318,8 @@ def needed(
 
     The smallest N' >= 2 with q(N') sqrt(v N / N' + w) < |mean - null|: N the present number, v the part of the squared
     standard error that more of this unit reduces, w the other part; q the 97.5 % quantile: Student's with N' - 1
-    degrees of freedom (S - 1 for prompts beside seeds); for prompts alone the normal one from 50 on, as in intervals.
+    degrees of freedom (S - 1 for prompts beside seeds); for prompts alone the normal one from 50 on, as in intervals,
+    but for a share.
 
     Args:
         found: a `Finding` (with its own null), or an `Estimate`, as an object or as a mapping. An estimate over seeds
@@ -281,18 +344,19 @@ def needed(
         shrinking, rest = rest, shrinking
     now = found.seeds if unit == "seeds" else found.prompts
     effect = abs(found.estimate.mean - found.null)
-    if now < 2 or effect == 0 or (unit == "prompts" and found.estimate.method == OVER_SEEDS):
+    method = found.estimate.method
+    if now < 2 or effect == 0 or (unit == "prompts" and method in (OVER_SEEDS, SHARE_OVER[OVER_SEEDS])):
         return None
 
     def enough(count: int) -> bool:
         if unit == "seeds":
             quantile = student_quantile(count - 1)
         else:
-            quantile = student_quantile(seeds - 1) if seeds > 1 else _prompt_quantile(count)
+            quantile = student_quantile(seeds - 1) if seeds > 1 else _prompt_quantile(count, method)
         return quantile * math.sqrt(shrinking * now / count + rest) < effect
 
     count = _smallest(enough)
     if count is None:
         return None
-    both = not parted and found.estimate.method == OVER_BOTH
+    both = not parted and method in (OVER_BOTH, SHARE_OVER[OVER_BOTH])
     return {"count": count, "unit": "seeds and as many times more prompts" if both else unit}

@@ -1,4 +1,7 @@
-"""Win rates, plain and at equal length.
+"""Win rates, plain and at equal length, of independent responses.
+
+`compare` gives every model the same random numbers, which differences of means gain from. A win rate is no difference
+of means: response i of two models is then a dependent pair, and pairs of one index are left out (`pairs_of`).
 
 Legend: S seeds, P prompts, A and B responses per prompt of the two sides.
 """
@@ -10,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_pipeline.evaluation.resampling import RESAMPLES, draw_counts
 from rlhf_pipeline.evaluation.seeds import Finding, from_replicates, infer
+from rlhf_pipeline.evaluation.statistics import RESAMPLES, count_blocks
 
 RIDGE = 0.01
 """On phi of the length-controlled model, where each prompt carries the weight 1: it keeps phi finite where length
@@ -20,29 +23,68 @@ decides every comparison, and moves an estimate from 100 prompts by about a thou
 NEWTON_STEPS = 60
 
 
-def prompt_win_rates(a: Any, b: Any) -> np.ndarray:
-    """P(a response of a beats one of b to the same prompt), ties one half, over all pairs: (..., P, A), (..., P, B)
-    -> (..., P).
+ONE_SAMPLE = (
+    "one response a prompt, drawn with the same random numbers on both sides, says nothing of independent responses: "
+    "sample at least 2"
+)
 
-    The other side may be a policy or the demonstrations; leave out prompts that have none.
+
+def pairs_of(one: int, other: int, coupled: bool) -> np.ndarray:
+    """Which pairs of a prompt's responses are compared: (A, B) of bool.
+
+    `coupled`: response i of both sides was drawn with the same random numbers (`SamplingPlan`), so it is no independent
+    pair and is left out: over i != j the share won is an unbiased estimate of P(a > b) + P(a = b) / 2 of independent
+    responses (a two-sample U-statistic without its diagonal; with it the bias is (P(a_i > b_i) - P(a > b)) / A).
 
     Raises:
-        ValueError: where seeds or prompts do not match.
+        ValueError: coupled sides of different size, or of one response each.
     """
+    if not coupled:
+        return np.ones((one, other), dtype=bool)
+    if one != other:
+        raise ValueError(f"found {one} and {other} responses a prompt, expected as many on coupled sides")
+    if one < 2:
+        raise ValueError(ONE_SAMPLE)
+    return ~np.eye(one, dtype=bool)
+
+
+def _outcomes(a: Any, b: Any, coupled: bool) -> np.ndarray:
+    """1 where the first side's response scores higher, one half for a tie, else 0: (..., P, pairs)."""
     one, other = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if one.ndim < 2 or one.shape[:-1] != other.shape[:-1]:
         raise ValueError(f"found figures of shape {one.shape} and {other.shape}, expected the same seeds and prompts")
     left, right = one[..., :, None], other[..., None, :]
-    return ((left > right) + 0.5 * (left == right)).mean((-2, -1))
+    won = (left > right) + 0.5 * (left == right)
+    return won[..., pairs_of(one.shape[-1], other.shape[-1], coupled)]
 
 
-def win_rate(a: Any, b: Any, *, fixed_prompts: bool = False) -> Finding:
+def prompt_win_rates(a: Any, b: Any, *, coupled: bool) -> np.ndarray:
+    """P(a response of a beats one of b to the same prompt), ties one half, over the pairs of `pairs_of`:
+    (..., P, A), (..., P, B) -> (..., P).
+
+    The other side may be a policy or the demonstrations; leave out prompts that have none.
+
+    Args:
+        coupled: both sides were sampled with the same random numbers.
+
+    Raises:
+        ValueError: where seeds or prompts do not match; see `pairs_of`.
+    """
+    return _outcomes(a, b, coupled).mean(-1)
+
+
+def tie_share(a: Any, b: Any, *, coupled: bool) -> float:
+    """The share of the same pairs that are ties, each prompt with weight 1."""
+    return float((_outcomes(a, b, coupled) == 0.5).mean())
+
+
+def win_rate(a: Any, b: Any, *, coupled: bool, fixed_prompts: bool = False) -> Finding:
     """The mean of `prompt_win_rates` with its interval and the p-value of "it is one half"; see `seeds.infer`.
 
     Args:
         a: (P, A) or (S, P, A) figures of one side's responses. b: (P, B) or (S, P, B), the same seeds and prompts.
     """
-    rates = np.atleast_2d(prompt_win_rates(a, b))
+    rates = np.atleast_2d(prompt_win_rates(a, b, coupled=coupled))
     return infer(rates, fixed_prompts=fixed_prompts, null=0.5, share=True)
 
 
@@ -58,15 +100,13 @@ class LengthControlled:
     why_not: str | None
 
 
-def _cells(a: np.ndarray, b: np.ndarray, gap: np.ndarray, unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weight and won weight of each (prompt, length difference): (P, U) each; a prompt weighs 1.
+def _cells(won: np.ndarray, gap: np.ndarray, unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weight and won weight of each (prompt, length difference), from (P, pairs): (P, U) each; a prompt weighs 1.
 
     The likelihood sees a comparison's length difference and outcome only, so that these cells are all it needs.
     """
-    prompts = len(a)
-    place = np.searchsorted(unit, gap.reshape(prompts, -1)) + len(unit) * np.arange(prompts)[:, None]
-    left, right = a[:, :, None], b[:, None, :]
-    won = ((left > right) + 0.5 * (left == right)).reshape(prompts, -1)
+    prompts = len(won)
+    place = np.searchsorted(unit, gap) + len(unit) * np.arange(prompts)[:, None]
     size, share = prompts * len(unit), 1.0 / won.shape[1]
     weight = np.bincount(place.ravel(), minlength=size) * share
     total = np.bincount(place.ravel(), weights=won.ravel(), minlength=size) * share
@@ -111,6 +151,7 @@ def length_controlled_win_rate(
     length_a: Any,
     length_b: Any,
     *,
+    coupled: bool,
     fixed_prompts: bool = False,
     ridge: float = RIDGE,
     resamples: int = RESAMPLES,
@@ -118,19 +159,20 @@ def length_controlled_win_rate(
 ) -> LengthControlled:
     """LC = sigma(theta) of logit P(a wins) = theta + phi tanh(dlen / sd(dlen)), the win rate at equal length.
 
-    dlen = length_a - length_b of each comparison (all pairs of responses to one prompt; a tie is half a win); fitted by
-    maximum likelihood with ridge / 2 phi^2, each prompt with weight 1, and refitted in every bootstrap replicate over
+    dlen = length_a - length_b of each comparison (the pairs of `pairs_of`; a tie is half a win); fitted by maximum
+    likelihood with ridge / 2 phi^2, each prompt with weight 1, and refitted in every bootstrap replicate over
     prompts; sd is the unit of dlen and keeps its value there. With several seeds each has its own fit.
     After Dubois et al. 2024 (length-controlled AlpacaEval), eq. 2, without its terms of instruction difficulty.
 
     Args:
         a, length_a: (P, A) or (S, P, A). b, length_b: (P, B) or (S, P, B).
+        coupled: both sides were sampled with the same random numbers.
 
     Returns:
         Undefined, with the reason, where 0 is not inside the range of dlen: equal length would be extrapolated.
 
     Raises:
-        ValueError: where shapes do not match.
+        ValueError: where shapes do not match; see `pairs_of`.
     """
     sides = [np.asarray(x, dtype=np.float64) for x in (a, b, length_a, length_b)]
     one, other, long, short = (x[None] if x.ndim == 2 else x for x in sides)
@@ -139,7 +181,8 @@ def length_controlled_win_rate(
             f"found figures {one.shape}, {other.shape} and lengths {long.shape}, {short.shape}; "
             "expected a length for each figure, and the same seeds and prompts on both sides"
         )
-    gap = long[..., :, None] - short[..., None, :]
+    compared = pairs_of(one.shape[-1], other.shape[-1], coupled)
+    outcomes, gap = _outcomes(one, other, coupled), (long[..., :, None] - short[..., None, :])[..., compared]
     low, high = float(gap.min()), float(gap.max())
     if low == high:
         return LengthControlled(None, None, f"all comparisons have the same length difference, {low:g}")
@@ -148,14 +191,15 @@ def length_controlled_win_rate(
         return LengthControlled(None, None, f"the {longer} side's responses are always longer")
     unit = np.unique(gap)
     feature = np.tanh(unit / gap.std())
-    counts = draw_counts(one.shape[1], resamples=resamples, seed=seed)
     values, slopes, replicates = [], [], []
-    for k in range(len(one)):
-        weight, won = _cells(one[k], other[k], gap[k], unit)
-        theta, phi = _fit(weight.sum(0, keepdims=True), won.sum(0, keepdims=True), feature, ridge)
+    for won, difference in zip(outcomes, gap, strict=True):
+        weight, total = _cells(won, difference, unit)
+        theta, phi = _fit(weight.sum(0, keepdims=True), total.sum(0, keepdims=True), feature, ridge)
         values.append(_sigmoid(theta)[0])
         slopes.append(phi[0])
-        replicates.append(_sigmoid(_fit(counts @ weight, counts @ won, feature, ridge)[0]))
+        blocks = count_blocks(len(won), resamples=resamples, seed=seed)  # the same draws for every seed
+        thetas = [_fit(counts @ weight, counts @ total, feature, ridge)[0] for counts in blocks]
+        replicates.append(_sigmoid(np.concatenate(thetas)))
     found = from_replicates(
         np.array(values), np.stack(replicates, 1), one.shape[1], fixed_prompts=fixed_prompts, null=0.5, share=True
     )

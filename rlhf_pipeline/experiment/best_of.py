@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlhf_pipeline.evaluation.best_of_n import best_of_n, kl_bound
-from rlhf_pipeline.evaluation.sampled import Samples, draw
+from rlhf_pipeline.evaluation.sampled import SHARES, Samples, draw
 from rlhf_pipeline.evaluation.statistics import cluster_mean
 from rlhf_pipeline.experiment.subjects import Bench, add_rewards
 from rlhf_pipeline.registry.references import Resolved
@@ -46,7 +46,8 @@ def best_of_n_rows(bench: Bench, baseline: Samples, label: str, sizes: tuple[int
         for name, values in baseline.values.items():
             if name.startswith("kl") or name == "entropy":
                 continue
-            figures[name] = cluster_mean(best_of_n(chooser, values.reshape(len(keys), -1), n), keys).as_dict()
+            best = best_of_n(chooser, values.reshape(len(keys), -1), n)
+            figures[name] = cluster_mean(best, keys, share=name in SHARES).as_dict()
         rows.append(
             {
                 "name": f"best of {n} of {label}",

@@ -23,7 +23,7 @@ from rlhf_pipeline.experiment.matching import (
 from rlhf_pipeline.experiment.points import Point, with_snapshots
 from rlhf_pipeline.experiment.preference_quality import preference_quality
 from rlhf_pipeline.experiment.readings import configs, curves, lineage, prompt_texts, shown_samples
-from rlhf_pipeline.experiment.rows import Measured, add_diversity, measure_points, row_of
+from rlhf_pipeline.experiment.rows import Measured, add_diversity, measure_points, measured_reference, row_of
 from rlhf_pipeline.experiment.subjects import Bench, find_policies, knows_data, set_up
 from rlhf_pipeline.experiment.verdict import verdict
 from rlhf_pipeline.models.sharing import sharing_models
@@ -242,7 +242,8 @@ def run_compare(
     }
     shown = demonstrations_of(bench, reference, config.split)
     results["demonstrations"] = None if shown is None else describe(shown)
-    results |= compare_arms(measured[len(first) :], start, results, config, registry, shown)
+    origin = measured_reference(start, trained, bench, asked_for=asked_for)
+    results |= compare_arms(measured[len(first) :], start, results, config, registry, shown, origin)
     results["verdict"] = verdict(results)
     results |= {
         "samples_shown": shown_samples(bench, {one.name: one.test for one in ended}, config.shown_prompts),

@@ -247,8 +247,9 @@ def compare_arms(
     config: Any,
     registry: Registry,
     demonstrations: Samples | None = None,
+    reference: Measured | None = None,
 ) -> dict[str, Any]:
-    """The sections of results.json that set arms against each other."""
+    """The sections of results.json that set arms against each other; `reference`: what KL is measured to."""
     arms = arms_of(measured)
     finals = [arm.finals for arm in arms]
     primary = results["primary"]
@@ -286,5 +287,5 @@ def compare_arms(
         "win_rates": win_rate_section(finals, baseline, primary, described, demonstrations),
         "ranking": ranking_section([baseline, *measured], primary),
         "frontier": frontier_section(arms, primary, chooser, results.get("exact")),
-        "overoptimisation": over_optimisation_section(arms, baseline),
+        "overoptimisation": over_optimisation_section(arms, reference),
     }

@@ -36,7 +36,13 @@ def findings(found: Mapping[str, Any]) -> list[str]:
     Args:
         found: what `data.check.describe` returns, with `label_noise`.
     """
-    return [*_stops(found), *_rules(found.get("label_noise")), *_repeated(found), *_sizes(found)]
+    return [
+        *_stops(found),
+        *_rules(found.get("label_noise")),
+        *_minimum(found.get("win_graphs")),
+        *_repeated(found),
+        *_sizes(found),
+    ]
 
 
 def _stops(found: Mapping[str, Any]) -> Iterator[str]:
@@ -81,6 +87,17 @@ def _rules(noise: Mapping[str, Any] | None) -> Iterator[str]:
             f"words alone (TF-IDF, on prompts that it has not seen) predict {words['accuracy']:.0%} of the labels: a "
             "reward model has to beat that to pass its gate"
         )
+
+
+def _minimum(graphs: Mapping[str, int] | None) -> Iterator[str]:
+    if graphs is None or graphs["connected"] == graphs["prompts"]:
+        return
+    yield (
+        f"{graphs['connected']} of {graphs['prompts']} prompts have labels with a finite best reward for each response "
+        "(a chain of wins leads from each response to each other; one label a pair never makes one). On the other "
+        "prompts the loss of a reward model or of DPO keeps falling as reward differences grow, at any beta: the "
+        "result depends on when training stops. Choose the step by held-out pairs, or label the same pairs several times"
+    )
 
 
 def _repeated(found: Mapping[str, Any]) -> Iterator[str]:

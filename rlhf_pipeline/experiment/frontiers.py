@@ -73,17 +73,24 @@ def frontier_section(
     }
 
 
-def _start(baseline: Measured, arm: Arm, seed: int | None) -> np.ndarray:
-    """(P,) the baseline's mean score on each prompt, by the reward model that scored an arm's points of a seed."""
-    samples = baseline.scored_by(next(iter(arm.finals.points.values()))[seed].scorer)
-    return samples.values["score"].reshape(len(samples.examples), -1).mean(1)
+def _start(reference: Measured, arm: Arm, seed: int | None) -> np.ndarray:
+    """(P,) the reference's mean score on each prompt, by the reward model that scored an arm's points of a seed."""
+    samples = reference.scored_by(next(iter(arm.finals.points.values()))[seed].scorer)
+    return samples.by_prompt("score").mean(1)
 
 
-def over_optimisation_section(arms: Sequence[Arm], baseline: Measured) -> dict[str, Any] | None:
+def over_optimisation_section(arms: Sequence[Arm], reference: Measured | None) -> dict[str, Any] | None:
     """For each arm the proxy (the training reward model) and what is really wanted (the truth, else the judge) against
-    sqrt(KL), both above the baseline's; Gao et al.'s form fitted to the latter alone."""
-    gold = next((name for name in ("true_reward", "judge") if name in baseline.test.values), None)
-    if gold is None or "score" not in baseline.test.values or "kl" not in baseline.test.values:
+    sqrt(KL), both above the reference's; Gao et al.'s form fitted to the latter alone.
+
+    Args:
+        reference: the model that KL is measured to, on the same prompts: a gain over another one is no function of
+            this distance that begins at 0.
+    """
+    if reference is None:
+        return None
+    gold = next((name for name in ("true_reward", "judge") if name in reference.test.values), None)
+    if gold is None or "score" not in reference.test.values or "kl" not in reference.test.values:
         return None
     found = {}
     for arm in arms:
@@ -92,13 +99,14 @@ def over_optimisation_section(arms: Sequence[Arm], baseline: Measured) -> dict[s
             continue
         kl, proxy, real = (arm.stacked(seeds, name) for name in ("kl", "score", gold))
         distance = np.sqrt(kl.mean((0, 2)).clip(min=0.0))
-        start = np.stack([_start(baseline, arm, seed) for seed in seeds])[:, None]  # by the reward model of each seed
-        proxy_gain, gain = proxy - start, real - baseline.values(gold)
+        start = np.stack([_start(reference, arm, seed) for seed in seeds])[:, None]  # by the reward model of each seed
+        proxy_gain, gain = proxy - start, real - reference.values(gold)
         fitted = fit("rl", distance, gain.mean((0, 2)))
         verdict = overoptimised(distance, proxy_gain, gain, fitted)
         rows = zip(distance, proxy_gain.mean((0, 2)), gain.mean((0, 2)), strict=True)
         found[arm.name] = {
             "gold": gold,
+            "reference": reference.name,
             "points": sorted([float(value) for value in row] for row in rows),
             "fit": None if fitted is None else asdict(fitted),
             "found": verdict.found if fitted is not None else None,

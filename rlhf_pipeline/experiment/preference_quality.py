@@ -96,7 +96,7 @@ def preference_quality(bench: Bench, config: Any, trained: Sequence[tuple[Point,
         scorers[name] = {
             "accuracy": accuracy(values, clusters).as_dict(),
             **{key: metrics[key] for key in ("ece", "nll", "brier")},
-            "bins": reliability_bins(values),
+            "bins": reliability_bins(values, clusters),
         }
     for entry in (scorers["longer wins"],):  # lengths are no log-odds: they have an order, not a confidence
         entry.update(ece=None, nll=None, brier=None, bins=[])

@@ -10,7 +10,13 @@ import numpy as np
 
 from rlhf_pipeline.evaluation.ranking import rank
 from rlhf_pipeline.evaluation.sampled import Samples
-from rlhf_pipeline.evaluation.win_rates import length_controlled_win_rate, prompt_win_rates, win_rate
+from rlhf_pipeline.evaluation.win_rates import (
+    ONE_SAMPLE,
+    length_controlled_win_rate,
+    prompt_win_rates,
+    tie_share,
+    win_rate,
+)
 from rlhf_pipeline.experiment.rows import Measured
 from rlhf_pipeline.experiment.tables import Arm, Setting, paired_by_seed, setting_key
 
@@ -31,17 +37,28 @@ def _side(arm: Arm, setting: Setting, seeds: Sequence[int | None], figure: str) 
 
 
 def _stacked(samples: Sequence[Samples], figure: str) -> np.ndarray:
-    return np.stack([one.values[figure].reshape(len(one.examples), -1) for one in samples])
+    return np.stack([one.by_prompt(figure) for one in samples])
 
 
-def _entry(a: str, b: str, figure: str, mine: Side, theirs: Side) -> dict[str, Any]:
-    found = win_rate(mine[0], theirs[0])
-    controlled = length_controlled_win_rate(mine[0], theirs[0], mine[1], theirs[1])
+def win_rate_entry(mine: Side, theirs: Side, *, coupled: bool) -> dict[str, Any]:
+    """A win rate, plain and at equal length, with its share of ties, or why there is none.
+
+    coupled: both sides are policies, which are sampled with the same random numbers.
+    """
+    if coupled and mine[0].shape[-1] < 2:
+        return {
+            "estimate": None,
+            "why_not": ONE_SAMPLE,
+            "ties": None,
+            "p": None,
+            "length_controlled": {"estimate": None, "phi": None, "why_not": ONE_SAMPLE},
+        }
+    found = win_rate(mine[0], theirs[0], coupled=coupled)
+    controlled = length_controlled_win_rate(mine[0], theirs[0], mine[1], theirs[1], coupled=coupled)
     return {
-        "a": a,
-        "b": b,
-        "figure": figure,
         "estimate": found.estimate.as_dict(),
+        "why_not": None,
+        "ties": tie_share(mine[0], theirs[0], coupled=coupled),
         "p": found.p,
         "length_controlled": {
             "estimate": None if controlled.finding is None else controlled.finding.estimate.as_dict(),
@@ -65,7 +82,8 @@ def win_rate_section(
         one, other, seeds = paired_by_seed(a, b)
         if seeds:
             mine, theirs = (_side(arm, _setting(arm, described), seeds, figure) for arm in (one, other))
-            entries.append(_entry(a.name, b.name, figure, mine, theirs))
+            found = win_rate_entry(mine, theirs, coupled=True)
+            entries.append({"a": a.name, "b": b.name, "figure": figure, **found})
     others = [(baseline.name, baseline.test)]
     if demonstrations is not None and figure in demonstrations.values:
         others.append(("demonstrations", demonstrations))
@@ -80,12 +98,15 @@ def win_rate_section(
                 for point in arm.points[setting].values()
             ]
             theirs = _stacked(seen, figure), _stacked(seen, "length")
-            entries.append(_entry(arm.name, name, figure, mine, theirs))
+            found = win_rate_entry(mine, theirs, coupled=samples is baseline.test)
+            entries.append({"a": arm.name, "b": name, "figure": figure, **found})
     return entries
 
 
 def ranking_section(measured: Sequence[Measured], figure: str) -> dict[str, Any] | None:
-    """Elo of every model with an interval over prompts, the baseline at 1000; None with fewer than two models.
+    """Elo of every model with an interval over prompts, the baseline at 1000, and the share of ties in its comparisons.
+
+    None with fewer than two models, or with one sample a prompt (see `win_rates.pairs_of`).
 
     Where there are too many, final models come before snapshots, and of these the best.
     """
@@ -97,21 +118,29 @@ def ranking_section(measured: Sequence[Measured], figure: str) -> dict[str, Any]
     distinct = distinct[:MOST_RANKED]
     if len(distinct) < 2 or (figure == "score" and len({one.scorer for one in distinct}) > 1):
         return None  # scores of different reward models have no common scale
-    shape = (len(distinct[0].test.examples), -1)
-    figures = [one.test.values[figure].reshape(shape) for one in distinct]
-    wins = np.zeros((shape[0], len(distinct), len(distinct)))
-    for i, mine in enumerate(figures):
-        for j, theirs in enumerate(figures):
-            if i != j:
-                wins[:, i, j] = prompt_win_rates(mine, theirs)
+    figures, size = [one.test.by_prompt(figure) for one in distinct], len(distinct)
+    if figures[0].shape[1] < 2:
+        return None
+    wins, ties = np.zeros((len(figures[0]), size, size)), np.zeros((size, size))
+    for i, j in combinations(range(size), 2):
+        wins[:, i, j] = prompt_win_rates(figures[i], figures[j], coupled=True)
+        wins[:, j, i] = 1 - wins[:, i, j]
+        ties[i, j] = ties[j, i] = tie_share(figures[i], figures[j], coupled=True)
     found = rank(wins, baseline=0)
     rows = [
-        {"name": one.name, "arm": one.point.arm, "step": one.point.step, "elo": item.estimate.as_dict()}
-        for one, item in zip(distinct, found.elo, strict=True)
+        {
+            "name": one.name,
+            "arm": one.point.arm,
+            "step": one.point.step,
+            "elo": item.elo.as_dict(),
+            "bound": item.bound,
+            "ties": float(ties[i].sum() / (size - 1)),
+        }
+        for i, (one, item) in enumerate(zip(distinct, found, strict=True))
     ]
     return {
         "figure": figure,
-        "separable": found.separable,
+        "separable": any(item.bound is not None for item in found),
         "left_out": max(0, len({one.name for one in measured}) - MOST_RANKED),
         "rows": sorted(rows, key=lambda row: -row["elo"]["mean"]),
     }

@@ -10,7 +10,8 @@ import numpy as np
 
 from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.evaluation.diversity import distinct, self_bleu, token_budget
-from rlhf_pipeline.evaluation.sampled import Samples, paired_difference, win_rate
+from rlhf_pipeline.evaluation.sampled import Samples, paired_difference
+from rlhf_pipeline.evaluation.win_rates import tie_share, win_rate
 from rlhf_pipeline.experiment.aim import Aim, aim_of
 from rlhf_pipeline.experiment.best_of import primary_figure
 from rlhf_pipeline.experiment.evaluate import measure
@@ -135,12 +136,36 @@ def measure_points(
         samples, aim = measure(test, policy, scorer), aim_of(test.registry, model)
         found.append(Measured(point, model, samples, held, scorers.label(point.seed), aim=aim))
         test.say(f"[{number}/{len(points)}] measured {model.label}")
-    first = next(one for one in found if one.point.step is None)
-    for seed in dict.fromkeys(point.seed for point, _ in points):
-        label, source = scorers.label(seed), scorers.get(seed) or test.scorer
-        if source is not None and label is not None and label != first.scorer:
-            rows = score_in_batches(source, first.test.examples, test.plan.batch_size)
-            first.scores[label] = np.array([value for row in rows for value in row], dtype=np.float64)
+    _score_by_all(next(one for one in found if one.point.step is None), scorers, [point for point, _ in points], test)
+    return found
+
+
+def _score_by_all(one: Measured, scorers: Scorers, points: Sequence[Point], bench: Bench) -> None:
+    """Add the scores of a model's responses by the reward model of every seed of these points."""
+    for seed in dict.fromkeys(point.seed for point in points):
+        label, source = scorers.label(seed), scorers.get(seed) or bench.scorer
+        if source is not None and label is not None and label != one.scorer:
+            rows = score_in_batches(source, one.test.examples, bench.plan.batch_size)
+            one.scores[label] = np.array([value for row in rows for value in row], dtype=np.float64)
+
+
+def measured_reference(
+    start: Measured, points: Sequence[tuple[Point, Resolved]], bench: Bench, *, asked_for: bool
+) -> Measured | None:
+    """The model that KL is measured to, on the same prompts: `start` where it is that model, else sampled for it.
+
+    None where there is no reference, or no reward model whose over-optimisation could be seen.
+    """
+    reference, policy = bench.reference, bench.reference_policy()
+    if reference is None or policy is None or bench.scorer is None:
+        return None
+    own = start.model
+    if own.label == reference.label or (own.digest is not None and own.digest == reference.digest):
+        return start
+    bench.say(f"{reference.label} is sampled too: over-optimisation is a gain over the model that KL is measured to")
+    point = Point(reference.label, None, {}, reference.label)
+    found = Measured(point, reference, measure(bench, policy), None, bench.scorer.label)
+    _score_by_all(found, Scorers.of(bench, points, asked_for), [point for point, _ in points], bench)
     return found
 
 
@@ -170,11 +195,22 @@ def row_of(registry: Registry, measured: Measured, baseline: Measured) -> dict[s
     primary = primary_figure(measured.test)
     if not first and primary is not None:
         theirs = baseline.scored_by(measured.scorer)
-        row["win_rate"] = win_rate(measured.test, theirs, primary).as_dict()
+        row |= _against(measured.test, theirs, primary)
         row["difference"] = paired_difference(measured.test, theirs, primary).as_dict()
         spread = float(np.std(theirs.values[primary]))
         row["gain_in_sd"] = row["difference"]["mean"] / spread if spread > 0 else None
     return row
+
+
+def _against(mine: Samples, theirs: Samples, figure: str) -> dict[str, Any]:
+    """The win rate of a row over the baseline and its share of ties; None for both with one sample a prompt."""
+    a, b = mine.by_prompt(figure), theirs.by_prompt(figure)
+    if a.shape[1] < 2:
+        return {"win_rate": None, "ties": None}
+    return {
+        "win_rate": win_rate(a, b, coupled=True).estimate.as_dict(),
+        "ties": tie_share(a, b, coupled=True),
+    }
 
 
 def add_diversity(rows: Sequence[dict[str, Any]], measured: Sequence[Measured], bench: Bench) -> None:

@@ -136,22 +136,47 @@ def _exact_rows(results: Mapping[str, Any], stage: str) -> list[Mapping[str, Any
     return [row for row in (results.get("exact") or {}).get("rows", ()) if row["stage"] == stage]
 
 
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+Shortfall = tuple[float, float, float]
+"""Beta, and means over an arm's models: what is missing to the optimum of the true reward, and to the model's own."""
+
+PARTS = {"ppo": "optimisation_gap", "dpo": "disagreement"}
+"""What of an arm's gap to the optimum an exact row says, by stage."""
+
+
+def _shortfalls(results: Mapping[str, Any], stage: str) -> list[Shortfall]:
+    """What keeps a stage's models from the optimum, beta by beta, where that is known exactly."""
+    part = PARTS[stage]
+    by_beta: dict[float, list[Mapping[str, Any]]] = {}
+    for row in _exact_rows(results, stage):
+        if row.get(part):
+            by_beta.setdefault(row["beta"], []).append(row)
+    found = []
+    for beta, rows in by_beta.items():
+        # Both over the prompts of the part, which a reward model's score of every response makes few.
+        total = sum(row["gap_true_there"]["value"] for row in rows) / len(rows)
+        own = sum(row[part]["value"] for row in rows) / len(rows)
+        if isfinite(total) and isfinite(own):
+            found.append((beta, total, own))
+    return found
+
+
+def _reward_model_limits(shortfall: Shortfall) -> bool:
+    """Whether the reward model's own error keeps PPO from the optimum more than its optimisation does."""
+    _, total, own = shortfall
+    return own < total / 2
 
 
 def _limits(results: Mapping[str, Any]) -> Iterator[Line]:
     """What keeps each arm from the optimum, where that is known exactly, beta by beta; and what else stands out."""
-    for stage, name, part, meaning in (
-        ("ppo", "PPO", "optimisation_gap", "its own optimisation"),
-        ("dpo", "DPO", "disagreement", "its disagreement with the reward model"),
-    ):
-        by_beta: dict[float, list[Mapping[str, Any]]] = {}
-        for row in _exact_rows(results, stage):
-            if row.get(part):
-                by_beta.setdefault(row["beta"], []).append(row)
-        for beta, rows in by_beta.items():
-            yield from _parts(name, part, meaning, beta, rows)
+    for shortfall in _shortfalls(results, "ppo"):
+        cause = (
+            "the reward model's own error limits it more than optimisation does"
+            if _reward_model_limits(shortfall)
+            else "its optimisation is at least half of what is missing"
+        )
+        yield line("limits", f"{_short_of('PPO', shortfall)} (its own optimisation); {cause}")
+    for shortfall in _shortfalls(results, "dpo"):
+        yield line("limits", f"{_short_of('DPO', shortfall)} (its disagreement with the reward model)")
     for model, gate in (results.get("gates") or {}).items():
         if not gate.get("passed"):
             yield line("limits", f"{model} failed its gate: {gate.get('reason')}; what it says of the arms says little")
@@ -162,21 +187,10 @@ def _limits(results: Mapping[str, Any]) -> Iterator[Line]:
     yield from _length(results)
 
 
-def _parts(name: str, part: str, meaning: str, beta: float, rows: list[Mapping[str, Any]]) -> Iterator[Line]:
-    # Both over the prompts of the part, which a reward model's score of every response makes few.
-    total = _mean([row["gap_true_there"]["value"] for row in rows])
-    own = _mean([row[part]["value"] for row in rows])
-    if total is None or own is None or not (isfinite(total) and isfinite(own)):
-        return
+def _short_of(name: str, shortfall: Shortfall) -> str:
+    beta, total, own = shortfall
     text = f"{name} at beta {beta:g} is {total:.3f} short of the optimum of the true reward; "
-    text += f"to that of the reward model it is {own:.3f} ({meaning})"
-    if part == "optimisation_gap":
-        text += (
-            "; the reward model's own error limits it more than optimisation does"
-            if own < total / 2
-            else "; its optimisation is at least half of what is missing"
-        )
-    yield line("limits", text)
+    return text + f"to that of the reward model it is {own:.3f}"
 
 
 def _apart_in_kl(results: Mapping[str, Any]) -> Iterator[Line]:
@@ -211,11 +225,15 @@ def _reward_model(results: Mapping[str, Any]) -> Iterator[Line]:
 
 
 def _over_optimisation(results: Mapping[str, Any]) -> Iterator[Line]:
-    for arm, entry in (results.get("overoptimisation") or {}).items():
-        if entry.get("found"):
-            peak = (entry.get("fit") or {}).get("peak")
-            where = f" beyond sqrt(KL) = {peak:.2f}" if peak is not None else ""
-            yield line("limits", f"{arm} is over-optimised{where}: the proxy still rises while the judged reward falls")
+    for arm, entry in _over_optimised(results).items():
+        peak = (entry.get("fit") or {}).get("peak")
+        where = f" beyond sqrt(KL) = {peak:.2f}" if peak is not None else ""
+        yield line("limits", f"{arm} is over-optimised{where}: the proxy still rises while the judged reward falls")
+
+
+def _over_optimised(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The arms whose judged reward falls while the optimised one still rises."""
+    return {arm: entry for arm, entry in (results.get("overoptimisation") or {}).items() if entry.get("found")}
 
 
 def _length(results: Mapping[str, Any]) -> Iterator[Line]:
@@ -230,13 +248,25 @@ def _length(results: Mapping[str, Any]) -> Iterator[Line]:
             yield line("limits", f"{text}: see the length-controlled win rate")
 
 
-def _next(results: Mapping[str, Any], said: list[Line]) -> Iterator[Line]:
+def _two_prices(results: Mapping[str, Any]) -> bool:
+    """Whether arms with one setting each, contrasted as trained, were trained at different betas."""
+    betas: dict[str, set[float | None]] = {}
+    for entry in results.get("summary") or ():
+        betas.setdefault(entry["arm"], set()).add(entry.get("beta"))
+    for contrast in _find(results, kind="as trained"):
+        mine, theirs = (betas.get(contrast[side], {None}) for side in ("a", "b"))
+        if None not in mine | theirs and not mine & theirs:
+            return True
+    return False
+
+
+def _next(results: Mapping[str, Any]) -> Iterator[Line]:
     """What to try, from what limits the arms."""
     comparable = results.get("comparable") or {}
     if not comparable.get("ok", True):
         listed = ", ".join(difference["what"] for difference in comparable["differences"])
         yield line("next", f"train the arms alike first: they differ in {listed}")
-    if any("as trained (" in str(contrast.get("at")) for contrast in results.get("contrasts") or ()):
+    if _two_prices(results):
         yield line(
             "next", "the arms pay different prices of KL: train them at one beta, or sweep it to compare at matched KL"
         )
@@ -249,15 +279,15 @@ def _next(results: Mapping[str, Any], said: list[Line]) -> Iterator[Line]:
         most = max(trials, key=lambda arm: trials[arm])
         counts = ", ".join(f"{arm}: {number} settings" for arm, number in trials.items())
         yield line("next", f"{most} was tuned more ({counts}): tune all arms alike")
-    text = " ".join(entry["text"] for entry in said)
-    if "the reward model's own error limits it" in text:
+    limited_by_reward_model = [_reward_model_limits(shortfall) for shortfall in _shortfalls(results, "ppo")]
+    if any(limited_by_reward_model):
         yield line(
             "next",
             "for PPO: more or fresher preference pairs, a larger reward model, or a smaller step from the reference",
         )
-    if "its optimisation is at least half" in text:
+    if not all(limited_by_reward_model):
         yield line("next", "for PPO: more updates, a smaller learning rate at the end, larger rollouts")
-    if "over-optimised" in text:
+    if _over_optimised(results):
         yield line("next", "raise beta (kl_coef), or stop at the KL where the judge peaks")
     seeds = min((entry["seeds"] for entry in results.get("summary") or ()), default=len(results.get("seeds") or ()))
     if seeds < 3:
@@ -269,7 +299,7 @@ def verdict(results: Mapping[str, Any]) -> dict[str, Any]:
     head = _primary(results)
     said = [line("data", change["text"]) for change in results.get("data_changed") or ()]
     said += [*_others(results), *_limits(results)]
-    said += list(_next(results, said))
+    said += list(_next(results))
     if results.get("primary") == "score" and results.get("contrasts"):
         head["text"] += " (PPO was trained to raise this very number: it is no judge of it)"
         said.append(line("next", "judge by what no arm was trained on: a reward model on held-out pairs, --judge REF"))

@@ -13,6 +13,8 @@ from rlhf_pipeline.registry.references import Resolved
 
 FEW_PROMPTS = 5
 COIN = "coin"
+ROUNDING = 1e-9
+"""Differences in accuracy up to this are rounding."""
 NO_HELD_OUT = "it has no gate: no held-out pairs were seen when it was trained, or an earlier release trained it"
 UNKNOWN = "it has no gate: it is not of this registry, and how it does on held-out pairs is not known"
 BELIEVE = "what PPO makes of it says little"
@@ -23,8 +25,10 @@ def judge_gate(
 ) -> dict[str, Any]:
     """Set a reward model against baselines on the same pairs.
 
-    A baseline is beaten by a higher accuracy; a coin by an interval above one half. The interval of the difference is
-    that of the paired differences in being right (ties one half), clustered by prompt.
+    A baseline is beaten by a strictly higher accuracy, a coin by an interval above one half. An accuracy that only
+    equals a baseline's does not beat it: a model that has learned that baseline and nothing else has it too. The
+    interval of the difference is that of the paired differences in being right (ties one half), clustered by prompt;
+    where it contains 0 the reason says that the baseline is beaten, but not beyond doubt.
 
     Args:
         differences: score(chosen) - score(rejected) of the reward model. rivals: the same of each baseline.
@@ -34,13 +38,15 @@ def judge_gate(
     """
     own, against = _right(differences), accuracy(differences, clusters)
     gaps = {name: cluster_mean(own - _right(theirs), clusters) for name, theirs in rivals.items()}
-    beats = {COIN: against.low > 0.5} | {name: gap.mean > 0 or bool(own.min() == 1.0) for name, gap in gaps.items()}
+    beats = {COIN: against.low > 0.5} | {name: gap.mean > ROUNDING for name, gap in gaps.items()}
     parts = [f"held-out accuracy {against}"]
     if not beats[COIN]:
         parts.append("one half is not below its interval: it cannot be told from a coin")
     for name, gap in gaps.items():
         verb = "beats" if beats[name] else "does not beat"
         doubt = " (the interval contains 0: not beyond doubt)" if gap.low <= 0 <= gap.high else ""
+        if not beats[name] and gap.mean >= -ROUNDING:
+            doubt = " (as accurate as that, and no more)"
         parts.append(f"{verb} {name}, difference {gap}{doubt}")
     few = against.clusters < FEW_PROMPTS
     if few:

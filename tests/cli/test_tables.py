@@ -15,7 +15,7 @@ from rich.console import Console
 
 from rlhf_pipeline.cli import output
 from rlhf_pipeline.cli.compare import print_comparison
-from rlhf_pipeline.cli.output import emit_table
+from rlhf_pipeline.cli.output import emit_table, interval
 
 NAMES = ("sft@v1", "my-ppo-of-a-long-name@v1", "my-dpo@v1", "best of 16 of sft@v1")
 FIGURES = ("true_reward", "judge", "score", "kl", "well_formed", "ended", "length")
@@ -143,3 +143,18 @@ def test_a_real_terminal_of_80_columns(tiny):
     assert child.wait() == 0
     shown = text.decode()
     assert "…" not in shown and "gate reason" in shown and "held-out accuracy" in shown
+
+
+@pytest.mark.parametrize(
+    ("mean", "low", "high", "text"),
+    [
+        (3.186, 2.606, 3.766, "3.19 ± 0.58"),
+        (1.0, 0.558, 1.0, "1.00 [0.56, 1.00]"),  # 8 prompts that all agree are not 1.00 ± 0.00
+        (0.954, 0.9285, 0.9755, "0.95 ± 0.02"),  # lopsided by less than the digits show
+        (0.95, 0.88, 0.98, "0.95 [0.88, 0.98]"),
+        (1.5, None, None, "1.50"),
+        (None, None, None, "-"),
+    ],
+)
+def test_plus_and_minus_stand_for_symmetric_intervals_alone(mean, low, high, text):
+    assert interval({"mean": mean, "low": low, "high": high}) == text

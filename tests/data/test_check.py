@@ -44,6 +44,33 @@ def test_a_source_is_described(jsonl):
     assert len(found["fault_list"]) == 3
 
 
+def test_prompts_whose_rewards_have_a_finite_best_value_are_counted(jsonl):
+    def pair(prompt: str, chosen: str, rejected: str) -> dict[str, str]:
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+    rows = [
+        pair("one label", "b", "c"),
+        pair("both ways", "b", "c"),
+        pair("both ways", "c", "b"),
+        pair("a circle", "b", "c"),
+        pair("a circle", "c", "d"),
+        pair("a circle", "d", "b"),
+        pair("a circle and its tail", "b", "c"),
+        pair("a circle and its tail", "c", "b"),
+        pair("a circle and its tail", "c", "d"),
+        pair("two apart", "b", "c"),
+        pair("two apart", "c", "b"),
+        pair("two apart", "d", "e"),
+        pair("two apart", "e", "d"),
+    ]
+    assert check_source(jsonl(*rows))["win_graphs"] == {"prompts": 5, "connected": 2}
+    ranking = {"prompt": "a", "completions": ["b", "cc", "ddd"]}
+    again = [{**ranking, "scores": [2, 1, 0]}, {**ranking, "scores": [0, 1, 1]}]  # ddd = cc > b > cc > ddd
+    assert check_source(jsonl(again[0]))["win_graphs"] == {"prompts": 1, "connected": 0}
+    assert check_source(jsonl(*again))["win_graphs"] == {"prompts": 1, "connected": 1}
+    assert check_source(jsonl({"prompt": "a", "completion": "b"}))["win_graphs"] is None
+
+
 def test_lengths_are_in_tokens_with_a_tokenizer_or_ids(jsonl, letters):
     source = jsonl({"prompt": "a", "completion": "bcbc"}, {"prompt": "ad", "completion": "d"})
     found = check_source(source, tokenizer=letters)

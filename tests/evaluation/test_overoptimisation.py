@@ -24,7 +24,7 @@ def test_best_of_n_coefficients_come_back():
     found = fit("bon", DISTANCE, bon(DISTANCE, 2.0, 0.5))
     assert (found.alpha, found.beta, found.peak) == pytest.approx((2.0, 0.5, 2.0), abs=1e-12)
     assert found.residual == pytest.approx(0.0, abs=1e-12)
-    assert found(DISTANCE) == pytest.approx(bon(DISTANCE, 2.0, 0.5), abs=1e-12)
+    assert found(DISTANCE[1:]) == pytest.approx(bon(DISTANCE[1:], 2.0, 0.5), abs=1e-12)
     assert found.points == 5  # 0 says nothing
 
 
@@ -34,7 +34,20 @@ def test_rl_coefficients_come_back_and_the_peak_is_a_maximum():
     assert found.peak == pytest.approx(math.exp(0.25), abs=1e-12)
     beside = found(found.peak + np.array([-1e-3, 0.0, 1e-3]))
     assert beside[1] > max(beside[0], beside[2])
-    assert found(0.0) == 0.0
+    assert (found.least, found.largest) == (0.6, 3.0)
+
+
+@pytest.mark.parametrize("form", ["bon", "rl"])
+def test_nothing_is_said_outside_the_data(form):
+    """From half the range the fit predicts what the other half does not do, and puts a peak there."""
+    gain = 1 - np.exp(-DISTANCE)  # levels off, and never falls
+    near = DISTANCE <= 1.7
+    found = fit(form, DISTANCE[near], gain[near])
+    assert (found.least, found.largest) == (0.6, 1.7)
+    assert np.isnan(found([0.3, 1.8, 3.0])).all() and np.isfinite(found([0.6, 1.7])).all()
+    assert found.beta > 0 and found.peak is None  # a maximum beyond 1.7
+    whole = fit(form, DISTANCE, bon(DISTANCE, 2.0, 0.6))
+    assert whole.least < whole.peak < whole.largest
 
 
 def test_the_rl_form_leaves_out_what_is_near_0():
@@ -98,7 +111,7 @@ def test_a_fall_of_both_rewards_is_none():
 def test_a_peak_outside_the_data_is_none():
     gold, proxy = per_prompt(bon(DISTANCE, 2.0, 0.1), 0.3, 0), per_prompt(DISTANCE, 0.3, 1)
     found = overoptimised(DISTANCE, proxy, gold, fit("bon", DISTANCE, bon(DISTANCE, 2.0, 0.1)))
-    assert not found.found and "d = 10.00, is outside" in found.why
+    assert not found.found and "no peak inside the data, d = 0.60 to 3.00" in found.why
     found = overoptimised(DISTANCE, proxy, gold, fit("bon", DISTANCE, bon(DISTANCE, 2.0, -0.1)))
     assert not found.found and "no peak" in found.why
     assert not overoptimised(DISTANCE, proxy, gold, None).found

@@ -87,13 +87,15 @@ def test_ties_are_half_right():
 def test_accuracy_is_clustered_by_prompt():
     found = accuracy([1.0, 1.0, -1.0], ["a", "a", "b"])
     assert found.mean == pytest.approx(0.5)  # prompt means 1 and 0
-    assert (found.low, found.high) == (0.0, 1.0)  # t(.975, 1) = 12.7 reaches far out: a share ends at 0 and 1
+    assert 0 < found.low < 0.01 and 0.99 < found.high < 1  # t(.975, 1) = 12.7 reaches far out
     prompts = [1.0, 1.0, -1.0, 1.0, -1.0, 1.0, 1.0, -1.0]
     found = accuracy(prompts, list("abcdefgh"))
-    # Five of eight: sd = sqrt(8/7 x 5/8 x 3/8); t(.975, 7) = 2.364624.
-    half = 2.364624 * math.sqrt(8 / 7 * 15 / 64) / math.sqrt(8)
-    assert (found.low, found.high) == pytest.approx((0.625 - half, min(1.0, 0.625 + half)), abs=1e-6)
-    assert 0.625 + half > 1.0
+    # Five of eight: squares 8 x 15/64; half a prompt more at 0 adds 8/17 x 25/64; over 7.5. m = 10/17. Wilson's ends
+    # solve (5/8 - q)^2 = t^2 q (1 - q) / n with t(.975, 7) = 2.364624.
+    size = 8 * (10 / 17) * (7 / 17) / ((15 / 8 + 8 / 17 * 25 / 64) / 7.5)
+    for end in (found.low, found.high):
+        assert (0.625 - end) ** 2 == pytest.approx(2.364624**2 * end * (1 - end) / size, abs=1e-6)
+    assert 0 < found.low < 0.625 < found.high < 1
 
 
 def test_ece_by_hand_with_one_value_a_bin():
@@ -133,6 +135,20 @@ def test_reliability_bins_by_hand():
     assert second == (pytest.approx(0.85), 1.0, 2)
     assert [count for *_, count in reliability_bins(list(range(1, 32)))] == [3] + [2] * 14
     assert len(reliability_bins([1.0, 2.0])) == 2  # no empty bins
+
+
+def test_calibration_counts_every_prompt_the_same():
+    """One prompt with three pairs that are all wrong at .8, one with a single pair that is right at .6."""
+    differences, clusters = [-logit(0.8)] * 3 + [logit(0.6)], ["a", "a", "a", "b"]
+    found = preference_metrics(differences, clusters)
+    assert found["accuracy"] == pytest.approx(1 / 2)
+    assert found["nll"] == pytest.approx(-(math.log(0.2) + math.log(0.6)) / 2, abs=1e-12)
+    assert found["brier"] == pytest.approx((0.8**2 + 0.4**2) / 2, abs=1e-12)
+    # One pair a bin: the weights are 1/6, 1/6, 1/6, 1/2.
+    assert found["ece"] == pytest.approx(0.5 * 0.4 + 0.5 * 0.8, abs=1e-12)
+    ((sure, right, pairs),) = reliability_bins(differences, clusters, bins=1)
+    assert (sure, right, pairs) == (pytest.approx(0.7), pytest.approx(0.5), 4)
+    assert expected_calibration_error(differences, clusters, bins=1) == pytest.approx(0.2, abs=1e-12)
 
 
 def test_mcnemar_by_hand():
@@ -186,7 +202,7 @@ def test_all_figures_by_hand():
 def test_an_uninformed_scorer():
     found = preference_metrics([0.0] * 6, list("abcdef"))
     assert (found["accuracy"], found["nll"]) == pytest.approx((0.5, math.log(2)))
-    assert (found["brier"], found["ece"]) == (0.25, 0.0)
+    assert (found["brier"], found["ece"]) == (pytest.approx(0.25), 0.0)
 
 
 @pytest.mark.filterwarnings("error")

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from rlhf_pipeline.evaluation.ranking import bradley_terry, rank
+from rlhf_pipeline.evaluation.statistics import cluster_mean
+
+T_63, T_19, T_15 = 1.998341, 2.093024, 2.131450  # Student t, 97.5 %, from tables
 
 
 def sigma(x: float) -> float:
@@ -26,7 +29,6 @@ def test_expected_wins_give_the_strengths_back():
     games = np.array([[0, 5, 9, 1], [5, 0, 2, 0], [9, 2, 0, 4], [1, 0, 4, 0]], dtype=float)  # one pair never met
     wins = games * np.array([[sigma(a - b) for b in true] for a in true])
     assert bradley_terry(wins) == pytest.approx(true, abs=1e-9)
-    assert bradley_terry(np.stack([wins, wins.T])) == pytest.approx(np.stack([true, -true]), abs=1e-9)
 
 
 def test_a_chain_is_a_sum_of_logits():
@@ -53,59 +55,94 @@ def test_the_score_equations_hold():
         assert expected == pytest.approx(sum(wins[i, j] for j in others), abs=1e-8)
 
 
-def test_a_model_that_never_lost_is_held_by_the_ridge():
-    s = bradley_terry([[0, 30], [0, 0]])
-    # 30 (1 - sigma(2 x)) = .01 x at s = (x, -x)
-    assert 30 * (1 - sigma(2 * s[0])) == pytest.approx(0.01 * s[0], abs=1e-9)
-    wins = np.repeat(np.array([[[0.0, 1.0], [0.0, 0.0]]]), 60, 0)
-    assert rank(wins).separable
-    assert not rank(wins * 0.9 + 0.1 * wins.transpose(0, 2, 1)).separable
-
-
 @pytest.mark.parametrize(
     "wins, message",
     [
-        ([[0, 1, 0], [1, 0, 0], [0, 0, 0]], "no chain"),
-        ([[0.0]], "k >= 2"),
+        ([[0, 1, 0], [1, 0, 0], [0, 0, 0]], "a path of wins"),
+        ([[0, 30], [0, 0]], "never lost"),
         ([[0, 1], [-1, 0]], "nothing negative"),
         ([[0, 1, 2], [1, 0, 2]], "expected"),
     ],
 )
-def test_what_cannot_be_ranked_is_refused(wins, message):
+def test_what_has_no_maximum_is_refused(wins, message):
     with pytest.raises(ValueError, match=message):
         bradley_terry(wins)
 
 
-def table(draw, prompts: int, strengths: list[float]) -> np.ndarray:
-    rates = np.array([[sigma(a - b) for b in strengths] for a in strengths])
-    upper = np.triu(draw.random((prompts, len(rates), len(rates))) < rates, 1).astype(float)
-    return upper + np.triu(np.ones_like(upper), 1).transpose(0, 2, 1) * (1 - upper.transpose(0, 2, 1))
+def test_models_that_nothing_joins_have_no_ranking():
+    wins = np.zeros((5, 3, 3))
+    wins[:, 0, 1] = wins[:, 1, 0] = 0.5
+    with pytest.raises(ValueError, match="joins with the baseline"):
+        rank(wins)
+
+
+def two(rates: np.ndarray) -> np.ndarray:
+    """(P, 2, 2) wins of two models from the win rate of the first on each prompt."""
+    wins = np.zeros((len(rates), 2, 2))
+    wins[:, 0, 1], wins[:, 1, 0] = rates, 1 - rates
+    return wins
 
 
 def test_elo_of_two_models_by_hand():
-    wins = np.zeros((64, 2, 2))
-    wins[:48, 0, 1] = wins[48:, 1, 0] = 1.0  # 48 of 64 won: odds of 3
-    a, b = (found.estimate for found in rank(wins).elo)
-    assert a.mean - b.mean == pytest.approx(400 * math.log10(3), abs=1e-6)
-    assert a.mean + b.mean == pytest.approx(2000)
-    anchored = rank(wins, baseline=1).elo
-    assert anchored[1].estimate.low == anchored[1].estimate.high == 1000.0
-    assert anchored[0].estimate.mean == pytest.approx(1000 + 400 * math.log10(3), abs=1e-6)
-    # The interval is that of the win rate, read on the scale of the logit: a monotone function keeps percentiles.
-    from rlhf_pipeline.evaluation.statistics import cluster_mean
-
-    rate = cluster_mean(wins[:, 0, 1], range(64))
-    ends = [1000 + 400 * math.log10(p / (1 - p)) for p in (rate.low, rate.high)]
-    assert (anchored[0].estimate.low, anchored[0].estimate.high) == pytest.approx(ends, abs=1.0)
+    rates = np.array([1.0] * 48 + [0.0] * 16)  # odds of 3
+    a, b = rank(two(rates), baseline=1)
+    assert (b.elo.mean, b.elo.low, b.elo.high) == (1000.0, 1000.0, 1000.0)
+    assert a.elo.mean == pytest.approx(1000 + 400 * math.log10(3), abs=1e-6)
+    # The delta method: d logit(p) = dp / (p (1 - p)), with the standard error s / sqrt(P) of the mean.
+    half = T_63 * rates.std(ddof=1) / 8 / (0.75 * 0.25) * 400 / math.log(10)
+    assert (a.elo.high - a.elo.mean, a.elo.mean - a.elo.low) == pytest.approx((half, half), rel=1e-6)
+    assert (a.bound, b.bound) == (None, None)
 
 
-def test_intervals_of_few_prompts_and_of_seeds():
+def test_what_joins_two_models_through_a_third_adds_up():
+    # 1 against 2 and 2 against 3, never 1 against 3: the difference is a sum, and so is its error, prompt by prompt.
     draw = np.random.default_rng(2)
-    wins = table(draw, 20, [0.5, 0.0, -0.5])
-    assert {found.estimate.method for found in rank(wins).elo} == {"t"}
-    seeds = np.stack([table(draw, 60, [0.5, 0.0, -0.5]) for _ in range(4)])
-    found = rank(seeds, fixed_prompts=True)
-    expected = [rank(one).elo[0].estimate.mean for one in seeds]
-    assert found.elo[0].estimate.mean == pytest.approx(np.mean(expected), abs=1e-8)
-    assert found.elo[0].seed_variance == pytest.approx(np.var(expected, ddof=1) / 4, rel=1e-8)
-    assert rank(seeds).elo[0].prompt_variance > 0
+    first, second = draw.random(20), draw.random(20)
+    wins = np.zeros((20, 3, 3))
+    wins[:, 0, 1], wins[:, 1, 0], wins[:, 1, 2], wins[:, 2, 1] = first, 1 - first, second, 1 - second
+    found = rank(wins, baseline=2)[0].elo
+    p, q = first.mean(), second.mean()
+    influence = (first - p) / (p * (1 - p)) + (second - q) / (q * (1 - q))
+    half = T_19 * influence.std(ddof=1) / math.sqrt(20) * 400 / math.log(10)
+    assert found.high - found.mean == pytest.approx(half, rel=1e-6)
+    assert found.mean == pytest.approx(1000 + 400 * math.log10(p * q / ((1 - p) * (1 - q))), abs=1e-6)
+
+
+@pytest.mark.parametrize("prompts", [16, 64])
+def test_a_sweep_gives_the_bound_that_its_prompts_allow(prompts):
+    rates = np.ones(prompts)
+    a, b = rank(two(rates), baseline=1)
+    low = cluster_mean(rates, range(prompts), share=True).low
+    assert (a.bound, b.bound) == ("at least", None)
+    assert a.elo.mean == a.elo.low == pytest.approx(1000 + 400 * math.log10(low / (1 - low)), abs=1e-6)
+    assert a.elo.high == math.inf
+    (c, d) = rank(two(rates), baseline=0)
+    assert (c.bound, d.bound) == (None, "at most")
+    assert (d.elo.mean, d.elo.low) == (pytest.approx(2000 - a.elo.mean, abs=1e-6), -math.inf)
+    # With 16 prompts and t(.975, 15): n = 16 m (1 - m) / s'^2 with m = 32/33, low = n / (n + t^2).
+    if prompts == 16:
+        size = 16 * (32 / 33) * (1 / 33) / ((0.5 * 16 / 16.5) / 15.5)
+        assert low == pytest.approx(size / (size + T_15**2), abs=1e-6)
+
+
+def test_a_group_that_is_swept_leaves_the_others_as_they_are():
+    draw = np.random.default_rng(3)
+    between = draw.integers(0, 3, 20) / 2
+    wins = np.zeros((20, 3, 3))
+    wins[:, 0, 1], wins[:, 1, 0] = between, 1 - between
+    alone = rank(wins[:, :2, :2], baseline=1)
+    wins[:, 0, 2] = wins[:, 1, 2] = 1.0  # the third never won
+    found = rank(wins, baseline=1)
+    assert [one.bound for one in found] == [None, None, "at most"]
+    assert found[0].elo.mean == pytest.approx(alone[0].elo.mean, abs=1e-8)
+    assert found[0].elo.high == pytest.approx(alone[0].elo.high, abs=1e-6)
+    assert found[2].elo.mean < 1000 and math.isinf(found[2].elo.low)
+    above = rank(wins, baseline=2)
+    assert [one.bound for one in above] == ["at least", "at least", None]
+
+
+def test_one_prompt_says_nothing_of_a_sweep():
+    a, _ = rank(two(np.ones(1)), baseline=1)
+    assert (a.elo.mean, a.elo.high, a.bound) == (-math.inf, math.inf, "at least")
+    a, _ = rank(two(np.full(1, 0.75)), baseline=1)
+    assert (a.elo.mean, a.elo.high) == (pytest.approx(1000 + 400 * math.log10(3)), math.inf)

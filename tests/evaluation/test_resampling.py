@@ -10,14 +10,16 @@ from scipy import stats
 
 from rlhf_pipeline.evaluation.resampling import (
     clustered,
-    draw_counts,
     replicate_interval,
     replicate_p,
     standard_error,
     student_p,
-    student_quantile,
 )
-from rlhf_pipeline.evaluation.statistics import cluster_mean
+from rlhf_pipeline.evaluation.statistics import cluster_mean, count_blocks, student_quantile
+
+
+def draw_counts(prompts: int, *, resamples: int = 2000, seed: int = 0) -> np.ndarray:
+    return np.concatenate(list(count_blocks(prompts, resamples=resamples, seed=seed)))
 
 
 def test_students_t_from_tables():
@@ -93,10 +95,10 @@ def test_p_of_prompt_means_by_hand():
     assert clustered([1.0, 2.0], ["a", "a"])[1] is None
 
 
-def test_prompts_with_more_values_weigh_more_in_the_bootstrap():
+def test_a_prompt_with_many_values_counts_as_one_in_the_bootstrap():
     clusters = [0] * 31 + list(range(1, 60))
     values = [1.0] * 31 + [0.0] * 59
     estimate, p = clustered(values, clusters)
-    assert estimate.mean == pytest.approx(31 / 90)
+    assert estimate.mean == pytest.approx(1 / 60)
     # Prompt 0 is missing in (1 - 1/60)^60 = 36.5 % of the replicates, whose mean is then 0.
     assert p == pytest.approx(2 * (1 - 1 / 60) ** 60, abs=0.05)

@@ -20,7 +20,6 @@ from rlhf_pipeline.evaluation.sampled import (
     add_world_reward,
     draw,
     paired_difference,
-    win_rate,
 )
 from rlhf_pipeline.models.forward import Reader
 from rlhf_pipeline.models.roles import Policy
@@ -56,15 +55,6 @@ def with_values(name: str, rows: list[list[float]], keys: str = "abcdef") -> Sam
     examples = [Example([2], [[3]] * len(row), [False] * len(row), key, "here") for row, key in zip(rows, keys)]
     clusters = [e.prompt_key for e in examples for _ in e.completions]
     return Samples(examples, clusters, {name: np.array([x for row in rows for x in row])})
-
-
-def test_win_rate_sets_each_response_against_all_of_the_others():
-    mine, theirs = with_values("r", [[1.0, 3.0], [0.0, 0.0]]), with_values("r", [[2.0, 1.0], [1.0, 0.0]])
-    # Prompt a: 1 against 2, 1: 0, 1/2; 3 against both: 1, 1 -> 2.5/4. Prompt b: 0, 1/2, 0, 1/2 -> 1/4.
-    assert win_rate(mine, theirs, "r").mean == pytest.approx((2.5 / 4 + 1 / 4) / 2)
-    assert win_rate(theirs, mine, "r").mean == pytest.approx(1 - (2.5 / 4 + 1 / 4) / 2)
-    assert win_rate(mine, mine, "r").mean == 0.5
-    assert win_rate(mine, theirs, "r").clusters == 2
 
 
 def test_paired_difference_by_hand():

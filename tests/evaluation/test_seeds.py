@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 
-from rlhf_pipeline.evaluation.resampling import draw_counts
 from rlhf_pipeline.evaluation.seeds import (
     Finding,
     contrast,
@@ -19,7 +18,12 @@ from rlhf_pipeline.evaluation.seeds import (
     over_seeds,
     over_seeds_and_prompts,
 )
-from rlhf_pipeline.evaluation.statistics import Estimate, cluster_mean
+from rlhf_pipeline.evaluation.statistics import Estimate, cluster_mean, count_blocks
+
+
+def draw_counts(prompts: int, *, resamples: int = 2000) -> np.ndarray:
+    return np.concatenate(list(count_blocks(prompts, resamples=resamples)))
+
 
 # Student t, 97.5 %, from tables.
 T = {1: 12.7062, 2: 4.30265, 3: 3.18245, 4: 2.77645, 9: 2.26216}
@@ -95,9 +99,30 @@ def test_differences_are_paired():
 
 def test_a_share_ends_at_0_and_1_and_is_tested_against_one_half():
     found = over_seeds([0.9, 1.0, 0.95], null=0.5, share=True)
-    assert found.estimate.high == 1.0
-    t = 0.45 / (0.05 / math.sqrt(3))
-    assert found.p == pytest.approx(p_of_2_degrees(t), abs=1e-12)
+    assert found.estimate.method == "wilson over seeds" and found.over_seeds
+    # Squares .005; half a seed more at 0 adds 3/7 x .95^2; over 2.5. m = 2.85 / 3.5; n = 3 m (1 - m) / that.
+    size = 3 * (2.85 / 3.5) * (0.65 / 3.5) / ((0.005 + 3 / 7 * 0.95**2) / 2.5)
+    assert found.p == pytest.approx(p_of_2_degrees(0.45 / math.sqrt(0.25 / size)), abs=1e-12)
+    assert needed(found) == needed(found.estimate, null=0.5)
+    assert 0 < found.estimate.low < 0.95 < found.estimate.high < 1
+
+
+def test_seeds_that_all_agree_do_not_make_a_share_certain():
+    """Three seeds on 8 prompts, every response right: as sure as the 8 prompts are, not as three figures."""
+    three, one = infer(np.ones((3, 8)), share=True).estimate, infer(np.ones((1, 8)), share=True).estimate
+    assert (three.mean, three.high, three.method) == (1.0, 1.0, "wilson over seeds and prompts")
+    assert three.low == pytest.approx(one.low, abs=1e-12) and 0.5 < one.low < 0.6
+    assert infer(np.zeros((3, 8)), share=True).estimate.high == pytest.approx(1 - three.low, abs=1e-12)
+
+
+def test_the_p_value_of_a_share_goes_with_its_interval():
+    draw = np.random.default_rng(5)
+    for table in (draw.binomial(4, 0.8, (1, 30)) / 4, draw.binomial(4, 0.8, (4, 30)) / 4):
+        found = infer(table, share=True).estimate
+        for end in (found.low, found.high):
+            assert infer(table, share=True, null=end).p == pytest.approx(0.05, abs=1e-9)
+    assert infer(np.ones((1, 60)), share=True, null=0.5).p > 1e-60  # a sweep of 60 prompts, not certainty
+    assert infer(np.ones((1, 60)), share=True).p is None  # against 0 nothing is tested
 
 
 @pytest.mark.parametrize("values", [[], [[]], [[[1.0]]], [1.0, math.nan], [[1.0, math.inf]], 3.0])

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 
-from rlhf_pipeline.evaluation.statistics import cluster_mean
+from rlhf_pipeline.evaluation.resampling import clustered
+from rlhf_pipeline.evaluation.statistics import (
+    cluster_mean,
+    count_blocks,
+    effective_size,
+    mean_replicates,
+    prompt_weights,
+    wilson_interval,
+)
+from tests.evaluation.shares import covers, drawn
 
 # Student t, 97.5 %, from tables.
 T = {1: 12.7062, 2: 4.30265, 3: 3.18245, 48: 2.01063}
@@ -67,11 +77,27 @@ def test_the_bootstrap_resamples_prompts_not_values():
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * effects.std(ddof=1) / math.sqrt(200), rel=0.1)
 
 
-def test_the_bootstrap_weighs_values_and_follows_its_seed():
+@pytest.mark.parametrize("prompts", [49, 50])
+def test_rankings_of_unequal_size_have_one_estimand(prompts):
+    """Every third prompt has 6 pairs, all right; the others one pair, of which half are right."""
+    values, clusters = [], []
+    for prompt in range(prompts):
+        pairs = 6 if prompt % 3 == 0 else 1
+        values += [1.0 if pairs == 6 else float(prompt % 2)] * pairs
+        clusters += [prompt] * pairs
+    long, alone = [p for p in range(prompts) if p % 3 == 0], [p for p in range(prompts) if p % 3]
+    expected = (len(long) + sum(p % 2 for p in alone)) / prompts
+    for share in (False, True):
+        assert cluster_mean(values, clusters, share=share).mean == pytest.approx(expected, abs=1e-12)
+    assert clustered(values, clusters)[0].mean == pytest.approx(expected, abs=1e-12)
+    assert np.mean(values) > expected + 0.1  # a mean over pairs is another figure
+
+
+def test_the_bootstrap_follows_its_seed():
     values = [1.0] * 60 + [0.0] * 30
     clusters = [0] * 31 + list(range(1, 30)) + list(range(30, 60))  # prompt 0 has 31 values
     one = cluster_mean(values, clusters)
-    assert one.mean == pytest.approx(60 / 90)
+    assert one.mean == pytest.approx(30 / 60)
     assert one == cluster_mean(values, clusters)
     assert one != cluster_mean(values, clusters, seed=1)
 
@@ -110,3 +136,74 @@ def test_an_estimate_prints_and_exports():
     found = cluster_mean([1.0, 2.0, 3.0], ["a", "b", "c"])
     assert str(found) == "2.000 [-0.484, 4.484]"
     assert found.as_dict()["method"] == "t"
+
+
+def test_wilsons_interval_by_hand():
+    # Wilson 1927: 8 of 10 at z = 1.959964: (.8 + z^2/20 +- z sqrt(.016 + z^2/400)) / (1 + z^2/10).
+    assert wilson_interval(0.8, 10, 1.959964) == pytest.approx((0.490162, 0.943318), abs=1e-6)
+    # All of n: [n / (n + z^2), 1]; none of n: the mirror.
+    low, high = wilson_interval(1.0, 16, 2.0)
+    assert (low, high) == (pytest.approx(0.8, abs=1e-12), 1.0)
+    assert wilson_interval(0.0, 16, 2.0) == (0.0, pytest.approx(0.2, abs=1e-12))
+    assert wilson_interval(0.3, 0, 2.0) == wilson_interval(0.3, 5, math.inf) == (0.0, 1.0)
+
+
+def test_the_effective_size_by_hand():
+    # Eight prompts that all agree and half a one that does not: m = 16/17, s'^2 = (4 / 8.5) / 7.5.
+    assert effective_size(1.0, 0.0, 8) == pytest.approx(8 * (16 / 17) * (1 / 17) / (4 / 8.5 / 7.5), abs=1e-12)
+    assert effective_size(0.0, 0.0, 8) == pytest.approx(effective_size(1.0, 0.0, 8), abs=1e-12)
+    # As many as there are prompts, not samples, where these all agree; independent answers where there are many.
+    assert effective_size(1.0, 0.0, 1000) == pytest.approx(1000, rel=0.002)
+    assert effective_size(0.8, 0.8 * 0.2 / 40_000, 10_000) == pytest.approx(40_000, rel=0.001)
+    assert effective_size(0.5, math.inf, 4) == 0.0
+
+
+def test_a_share_that_is_always_reached_is_not_certain():
+    found = cluster_mean([1.0] * 64, np.repeat(np.arange(16), 4), share=True)
+    assert (found.mean, found.high, found.method) == (1.0, 1.0, "wilson")
+    assert 0.7 < found.low < 0.8  # 16 prompts that agree: 1 - t^2 / (16 + t^2) = .779 without the half prompt
+    none = cluster_mean([0.0] * 64, np.repeat(np.arange(16), 4), share=True)
+    assert (none.low, none.high) == (0.0, pytest.approx(1 - found.low, abs=1e-12))
+    alone = cluster_mean([1.0, 1.0], ["a", "a"], share=True)
+    assert (alone.low, alone.high) == (0.0, 1.0)
+
+
+def test_a_share_of_many_prompts_has_the_t_interval():
+    values = np.random.default_rng(4).binomial(4, 0.6, 20_000) / 4
+    found, plain = cluster_mean(values, range(20_000), share=True), values.std(ddof=1) / math.sqrt(20_000)
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * plain, rel=0.002)
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.3])
+@pytest.mark.parametrize("p", [0.9, 0.97, 0.99])
+@pytest.mark.parametrize("prompts", [8, 16, 64])
+def test_a_share_near_1_is_covered(prompts, p, alike):
+    """1,500 draws: a standard error of half a point. `test_coverage.py` has the long one."""
+    assert covers(drawn(np.random.default_rng(5), 1500, prompts, p, alike), p) >= 0.93
+
+
+def test_weights_make_every_prompt_count_the_same():
+    assert prompt_weights(["a", "a", "b", "c", "c"]) == pytest.approx([1 / 6, 1 / 6, 1 / 3, 1 / 6, 1 / 6])
+
+
+def test_the_bootstrap_draws_the_same_in_blocks_of_any_size(monkeypatch):
+    from rlhf_pipeline.evaluation import statistics
+
+    means = np.random.default_rng(6).normal(size=90)
+    at_once = np.random.default_rng(3).integers(0, 90, (700, 90))
+    expected = means[at_once].mean(1)
+    for size in (1, 1000, 2**18):
+        monkeypatch.setattr(statistics, "BLOCK", size)
+        assert mean_replicates(means, resamples=700, seed=3) == pytest.approx(expected, abs=1e-12)
+        blocks = list(count_blocks(90, resamples=700, seed=3))
+        assert max(block.size for block in blocks) <= max(size, 90)
+
+
+def test_the_bootstrap_of_many_prompts_needs_little_memory():
+    values = np.random.default_rng(7).normal(size=20_000)
+    tracemalloc.start()
+    found = clustered(values, range(20_000), resamples=100)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found[0].method == "bootstrap"
+    assert peak < 24 * 2**20  # all 100 x 20,000 draws at once are 16 MB, and 32 with their counts

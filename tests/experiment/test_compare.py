@@ -55,9 +55,16 @@ def test_what_results_say(arms, results):
         )
         for figure in row["metrics"].values():
             assert figure["low"] <= figure["mean"] <= figure["high"]
-            assert (figure["n"], figure["clusters"], figure["method"]) == (32, 8, "t")
+            assert (figure["n"], figure["clusters"]) == (32, 8)
+        assert {name: figure["method"] for name, figure in row["metrics"].items()} == {
+            name: "wilson" if name in ("ended", "well_formed") else "t" for name in row["metrics"]
+        }
+    for row in results["rows"][3:]:
+        assert {row["metrics"][name]["method"] for name in ("ended", "well_formed")} == {"wilson"}
     assert "win_rate" not in results["rows"][0]
     assert all(0 <= row["win_rate"]["mean"] <= 1 for row in results["rows"][1:3])
+    assert all(0 <= row["ties"] <= 1 for row in [*results["rows"][1:3], *results["win_rates"]])
+    assert all(0 <= row["ties"] <= 1 for row in results["ranking"]["rows"])
 
 
 def test_the_curves_are_those_of_the_arms_and_of_the_reward_model_behind_them(results):
@@ -84,6 +91,28 @@ def test_a_model_ties_with_itself(arms):
     assert row["win_rate"]["mean"] == 0.5
     assert (row["difference"]["mean"], row["gain_in_sd"]) == (0, 0)
     assert row["metrics"]["true_reward"] == found["rows"][0]["metrics"]["true_reward"]
+
+
+def test_one_sample_a_prompt_gives_no_win_rate(arms):
+    """Both models draw with the same random number: how they would do against each other apart is not known."""
+    found = compare(arms, arms=["ppo", "dpo"], baseline="sft", samples=1)
+    assert [row["win_rate"] for row in found["rows"][1:]] == [None, None]
+    assert found["rows"][1]["difference"]["mean"] is not None and found["ranking"] is None
+    told = {(entry["a"], entry["b"]): entry for entry in found["win_rates"]}
+    assert "sample at least 2" in told["ppo@v1", "dpo@v1"]["why_not"]
+    assert told["ppo@v1", "demonstrations"]["estimate"] is not None  # these were not drawn with the models' numbers
+
+
+def test_over_optimisation_measures_gain_and_distance_from_one_model(arms):
+    """With another baseline than the reference: the gain of the reference over itself is 0 where its KL is 0."""
+    arms.run("dpo", output_name="path", max_steps=4, snapshot_steps=1)
+    options = {"samples": 4, "reward_model": "reward", "snapshots": True, "validation_split": None}
+    expected = compare(arms, arms=["path"], baseline="sft", **options)
+    found = compare(arms, arms=["path"], baseline="ppo", reference="sft", **options)
+    assert (found["baseline"], found["reference"]) == ("ppo@v1", "sft@v1")
+    (mine,), (theirs,) = found["overoptimisation"].values(), expected["overoptimisation"].values()
+    assert mine["reference"] == theirs["reference"] == "sft@v1"
+    assert mine["points"] == pytest.approx(np.array(theirs["points"]), abs=1e-6)
 
 
 def test_best_of_n_rows(results):

@@ -5,6 +5,10 @@ import pytest
 from rlhf_pipeline.data.records import Record
 from rlhf_pipeline.experiment.data_quality import findings, label_noise
 
+SIZE = 60 * (60 / 60.5) * (0.5 / 60.5) / (0.5 * 60 / 60.5 / 59.5)
+NONE_OF_60 = 1 - SIZE / (SIZE + 2.000995**2)
+"""What 60 prompts without an exception leave possible: Wilson's end, half a prompt more, t(.975, 59)."""
+
 
 def pairs(count: int, make) -> list[Record]:
     return [Record("pair", f"film {i}", make(i), (True, True)) for i in range(count)]
@@ -14,7 +18,8 @@ def test_labels_that_rules_predict_have_no_noise():
     found = label_noise(pairs(60, lambda i: ("a good long film", "a bad film")))
     assert (found["pairs"], found["prompts"]) == (60, 60)
     assert found["longer_wins"]["accuracy"] == found["tfidf"]["accuracy"] == 1
-    assert found["noise_at_most"] == 0 and found["contradicted"] == 0 and "expected_noise" not in found
+    assert found["noise_at_most"] == pytest.approx(NONE_OF_60, abs=1e-6)
+    assert found["contradicted"] == 0 and "expected_noise" not in found
 
 
 def test_words_are_learnt_on_other_prompts_only():
@@ -27,7 +32,7 @@ def test_words_are_learnt_on_other_prompts_only():
 def test_a_rule_that_is_always_wrong_is_as_good_as_one_that_is_right():
     found = label_noise(pairs(60, lambda i: ("fine", "not at all")))
     assert found["longer_wins"]["accuracy"] == 0
-    assert found["noise_at_most"] == 0
+    assert found["noise_at_most"] == pytest.approx(NONE_OF_60, abs=1e-6)
 
 
 def test_flipped_labels_bound_the_noise_from_above():
@@ -99,6 +104,12 @@ def test_rules_that_predict_labels_are_told_from_a_threshold_on():
     assert "alone" not in said(noise={"longer_wins": rule(0.64), "tfidf": rule(0.64)})
     assert "alone" not in said(noise={"longer_wins": rule(0.85), "pairs": 19})
     assert "alone" not in said(noise={"longer_wins": {"accuracy": 0.7, "accuracy_low": 0.4, "accuracy_high": 1.0}})
+
+
+def test_prompts_without_a_finite_best_reward_are_told():
+    text = said(win_graphs={"prompts": 240, "connected": 3})
+    assert "3 of 240 prompts have labels with a finite best reward" in text and "when training stops" in text
+    assert "finite" not in said(win_graphs={"prompts": 240, "connected": 240}) + said(win_graphs=None)
 
 
 def test_faults_leakage_and_repeated_rows_are_told():

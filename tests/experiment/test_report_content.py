@@ -141,6 +141,7 @@ def test_figures_as_they_are_printed() -> None:
                 "beta": 0.1,
                 "metrics": {"true_reward": figure(1.234, 1.1, 1.356), "kl": figure(2.0, 1.0, 3.0)},
                 "win_rate": figure(0.75, 0.5, 1.0),
+                "ties": 0.153,
                 "cost": {"flops": 1.5e12, "wall_seconds": 200.0},
             },
             {"name": "b", "stage": "best-of-n", "n": 2, "kl_bound": 0.193, "metrics": {"true_reward": figure(1, 0, 2)}},
@@ -148,13 +149,36 @@ def test_figures_as_they_are_printed() -> None:
     }
     table = next(parsed(page(results, Points())).iter("table"))
     lines = [["".join(cell.itertext()).strip() for cell in line] for line in table.iter("tr")]
+    cost = ["1.50 TFLOP", "3 min 20 s"]
     assert lines == [
-        ["arm and setting", "true reward ★", "KL", "win rate", "training", "wall time"],
-        ["sft@v1", "0.00 [−1.50, 1.50]", "–", "–", "–", "–"],
-        ["dpo@v1, β 0.1", "1.23 [1.10, 1.36]", "2.00 [1.00, 3.00]", "0.75 [0.50, 1.00]", "1.50 TFLOP", "3 min 20 s"],
+        ["arm and setting", "true reward ★", "KL", "win rate", "ties", "training", "wall time"],
+        ["sft@v1", "0.00 [−1.50, 1.50]", "–", "–", "–", "–", "–"],
+        ["dpo@v1, β 0.1", "1.23 [1.10, 1.36]", "2.00 [1.00, 3.00]", "0.75 [0.50, 1.00]", "15 %", *cost],
         ["best of n of sft@v1"],
-        ["n = 2", "1.00 [0.00, 2.00]", "≤ 0.19", "–", "–", "–"],
+        ["n = 2", "1.00 [0.00, 2.00]", "≤ 0.19", "–", "–", "–", "–"],
     ]
+
+
+def test_a_ranking_says_bounds_and_ties() -> None:
+    def elo(mean: float, low: float | None, high: float | None) -> dict[str, Any]:
+        return {"mean": mean, "low": low, "high": high, "n": 8, "clusters": 8, "method": "wilson"}
+
+    rows = [
+        {"name": "ppo@v1", "elo": elo(1353.2, 1353.2, None), "bound": "at least", "ties": 0.0},
+        {"name": "dpo@v1", "elo": elo(1100.0, 1050.0, 1150.0), "bound": None, "ties": 0.151},
+        {"name": "bad@v1", "elo": elo(650.0, None, 650.0), "bound": "at most", "ties": 0.02},
+    ]
+    points = Points()
+    made = page({"rows": [], "ranking": {"separable": True, "rows": rows}}, points)
+    section = next(item for item in parsed(made).iter("section") if item.attrib["id"] == "ranking")
+    lines = [["".join(cell.itertext()).strip() for cell in line] for line in section.iter("tr")][1:]
+    assert [(line[1], line[2], line[4]) for line in lines] == [
+        ("ppo@v1", "≥ 1,353", "0 %"),
+        ("dpo@v1", "1,100 [1,050, 1,150]", "15 %"),
+        ("bad@v1", "≤ 650", "2 %"),
+    ]
+    assert "no Elo is the most likely one" in "".join(section.itertext())
+    assert points.tables["ranking"][1][0] == ["ppo@v1", 1353.2, None, None, "at least", 0.0]
 
 
 def test_seeds_are_put_together_by_what_the_results_say_of_them() -> None:

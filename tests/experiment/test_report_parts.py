@@ -150,10 +150,11 @@ def test_long_lines_keep_their_ends_and_extremes() -> None:
 
 
 def test_the_form_of_over_optimisation() -> None:
-    rl = fitted({"alpha": 2.0, "beta": 0.5}, math.e)
-    assert rl[0][0] == 0.5 and rl[0][1] == pytest.approx(0.5 * (2 + 0.5 * math.log(2)))
+    rl = fitted({"alpha": 2.0, "beta": 0.5, "least": 1.0, "largest": math.e})
+    assert rl[0] == (1.0, pytest.approx(2.0))
     assert rl[-1] == (pytest.approx(math.e), pytest.approx(math.e * 1.5))
-    assert fitted(None, 1.0) == fitted({"alpha": None, "beta": 1.0}, 1.0) == []
+    assert fitted(None) == fitted({"alpha": None, "beta": 1.0, "least": 1.0, "largest": 4.0}) == []
+    assert fitted({"alpha": 2.0, "beta": 0.5}) == []  # what it was fitted to is not known
 
 
 def test_numbers_survive_a_csv() -> None:

@@ -126,6 +126,25 @@ def test_what_limits_ppo(own, said):
     assert any("for PPO" in text for text in found["next"])
 
 
+def test_advice_comes_from_figures_and_not_from_sentences():
+    """A stage whose name holds a sentence of the verdict changes no advice."""
+    name = "the reward model's own error limits it: its optimisation is at least half, over-optimised, as trained ("
+    contrasts = [entry(estimate(0.3, 0.2), a=name, name=f"{name} - dpo", primary=False, kind="as trained", p_holm=0.01)]
+    gates = {name: {"passed": False, "reason": name}}
+    found = topics({"contrasts": contrasts, "gates": gates, "seeds": [0, 1, 2]})
+    assert any(name in text for text in found["limits"])
+    assert "next" not in found
+
+
+def test_arms_at_two_betas_are_told_so():
+    def summary(beta: float) -> list[dict[str, Any]]:
+        return [kl_of("ppo", 1.0, 0.5, 0.5), kl_of("dpo", 1.0, 0.5, beta)]
+
+    results = {"contrasts": [entry(estimate(0.3, 0.2))]}
+    assert any("different prices of KL" in text for text in topics(results | {"summary": summary(0.1)})["next"])
+    assert "next" not in topics(results | {"summary": summary(0.5)})
+
+
 def test_over_optimisation_length_and_a_useless_reward_model():
     results = {
         "contrasts": [entry(estimate(2.0, 0.5), primary=False, figure="length")],
@@ -210,13 +229,13 @@ def test_arms_that_one_beta_has_taken_far_apart(one, other, apart):
         results = {"contrasts": [entry(estimate(0.3, 0.2))], "summary": summary}
         found = topics(results)
         said = [text for text in found.get("limits", []) if "at one beta" in text]
-        answers = [text for text in found.get("next", []) if "matched KL" in text]
+        answers = [text for text in found.get("next", []) if "compare them at matched KL" in text]
         assert (len(said), len(answers)) == (apart, apart)
         if apart:
             assert "ppo is much farther from the reference than dpo" in said[0]
         reached = entry(estimate(0.2, 0.1), kind="matched KL", primary=False)
         found = topics(results | {"contrasts": [*results["contrasts"], reached]})
-        assert not any("sweep" in text for text in found.get("next", []))  # there is an answer already
+        assert not any("compare them at matched KL" in text for text in found.get("next", []))  # it is answered
 
 
 def test_far_apart_says_both_kls():

@@ -49,6 +49,22 @@ def test_a_tie_is_not_a_victory_and_counts_one_half():
     assert gate["beats"] == {"coin": True, "longer_wins": False, "tfidf": True}
 
 
+@pytest.mark.parametrize("right", ["++++++++++", "+++++++++-"])
+def test_a_model_that_is_as_accurate_as_length_does_not_beat_it(right):
+    """Not even where both are right on every pair: it may have learned length and nothing else."""
+    gate = judge_gate(signs(right), {"longer_wins": signs(right), "tfidf": signs("----------")}, PROMPTS)
+    assert (gate["passed"], gate["beats"]) == (False, {"coin": True, "longer_wins": False, "tfidf": True})
+    assert "does not beat longer_wins, difference 0.000" in gate["reason"]
+    assert "as accurate as that, and no more" in gate["reason"]
+
+
+def test_rounding_is_no_victory():
+    """Three prompts of three pairs: the differences 1/3, 1/3 and -2/3 add up to 5.6e-17, not to 0."""
+    prompts = [f"prompt {number // 3}" for number in range(9)]
+    gate = judge_gate(signs("++-++---+"), {"longer_wins": signs("+--+--+++")}, prompts)
+    assert gate["beats"]["longer_wins"] is False
+
+
 def test_a_narrow_victory_is_called_one():
     """One pair of ten ahead: beaten by the figure, with an interval that contains 0."""
     gate = judge_gate(signs("++++++++++"), {"longer_wins": signs("+++++++++-")}, PROMPTS)

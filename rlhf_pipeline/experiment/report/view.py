@@ -264,7 +264,7 @@ class View:
             if found is not None and found.interval is not None and found.method:
                 method = {"t": "Student t", "bootstrap": "bootstrap"}.get(found.method, found.method)
                 clusters = f" over {plural(found.clusters, 'prompt')}" if found.clusters else " over prompts"
-                return f"95 % intervals: {method}{clusters}"
+                return f"95 % intervals: {method}{clusters}, of shares Wilson's"
         return "no intervals"
 
     def basis(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from rlhf_pipeline.experiment.report.markup import Column, Group, Markup, details, h, join, table
 from rlhf_pipeline.experiment.report.parts import estimate, interval_bar, linked, span
 from rlhf_pipeline.experiment.report.points import Points
-from rlhf_pipeline.experiment.report.text import NOTHING, clean, probability
+from rlhf_pipeline.experiment.report.text import NOTHING, clean, percent, probability
 from rlhf_pipeline.experiment.report.view import Reading, View, part, reading, records
 
 COLUMNS = (
@@ -104,7 +104,8 @@ def win_rates_table(view: View) -> Markup | None:
             [
                 f"{clean(entry.get('a'))} against {clean(entry.get('b'))}",
                 view.name_of(str(entry.get("figure"))),
-                estimate(found),
+                estimate(found) if found is not None else h("span", entry.get("why_not") or NOTHING, class_="why"),
+                percent(entry.get("ties"), 0),
                 interval_bar(found, 0.0, 1.0, view.look(str(entry.get("a"))), 0.5),
                 estimate(controlled) if controlled is not None else h("span", why, class_="why"),
             ]
@@ -115,12 +116,13 @@ def win_rates_table(view: View) -> Markup | None:
         Column("pair", False),
         Column("by", False),
         Column("win rate"),
+        Column("ties"),
         Column("from 0 to 1", False),
         Column("at equal length"),
     ]
     caption = (
-        "How often a response scores higher than the other's to the same prompt, ties one half, with its 95 % "
-        "interval; the upright line is one half. At equal length: what a logistic model says of responses of one "
-        "length, an association."
+        "How often a response scores higher than an independent one of the other's to the same prompt, ties one half, "
+        "with its 95 % interval and the share of ties; the upright line is one half. At equal length: what a logistic "
+        "model says of responses of one length, an association."
     )
     return join([h("h3", "Win rates"), table(columns, [Group(lines)], label="Win rates", caption=caption)])

@@ -14,23 +14,21 @@ from rlhf_pipeline.experiment.report.view import View, items, part, tuples
 
 SIZE = (420, 300)
 STEPS = 80
-NEAR = 0.5
-"""Distance from which on the form is fitted, and drawn."""
 
 Curve = list[tuple[float, float]]
 
 
-def fitted(fit: Any, right: float) -> Curve:
-    """Gao et al.'s form (2022, eq. 1) up to `right`: d (alpha - beta ln d) with d = sqrt(KL).
+def fitted(fit: Any) -> Curve:
+    """Gao et al.'s form (2022, eq. 1) between the distances that it was fitted to; outside it predicts nothing.
 
-    It begins at NEAR: nearer to 0 it describes nothing.
+    d (alpha - beta ln d) with d = sqrt(KL).
     """
-    alpha, beta = finite(part(fit, "alpha")), finite(part(fit, "beta"))
-    if alpha is None or beta is None or right <= 0:
+    known = [finite(part(fit, key)) for key in ("alpha", "beta", "least", "largest")]
+    if None in known:
         return []
-    left = min(NEAR, right)
+    alpha, beta, left, right = (value for value in known if value is not None)
     places = [left + (right - left) * step / STEPS for step in range(STEPS + 1)]
-    return [(d, d * (alpha - beta * math.log(d))) for d in places]
+    return [(d, d * (alpha - beta * math.log(d))) for d in places if d > 0]
 
 
 def overoptimisation_section(view: View, points: Points) -> Section | None:
@@ -44,11 +42,11 @@ def overoptimisation_section(view: View, points: Points) -> Section | None:
     limits = (min([*heights, 0.0]) - room, max(heights) + room)
     for arm, entry in entries.items():
         found = sorted(tuples(part(entry, "points"), 3))
-        curve = fitted(part(entry, "fit"), found[-1][0])
+        curve = fitted(part(entry, "fit"))
         csv += [[arm, *point] for point in found]
         lines += [[arm, *pair] for pair in curve]
         size = SIZE if len(entries) < 3 else PANEL
-        made.append(_panel(view, arm, found, curve, finite(part(entry, "fit", "peak")), limits, size))
+        made.append(_panel(view, arm, found, curve, _peak(entry), limits, size))
         said.append(_finding(view, arm, entry))
     files = [points.add("overoptimisation", ["arm", "sqrt_kl", "proxy", "gold"], csv)]
     if lines:
@@ -64,7 +62,8 @@ def overoptimisation_section(view: View, points: Points) -> Section | None:
         "Gain over the reference against the square root of KL, one point for each setting"
         f"{' and snapshot' if view.snapshots else ''}, the mean of its seeds. "
         "Where the solid line bends down while the dashed one climbs, more optimisation makes responses worse. The "
-        f"form (Gao et al. 2022) is fitted to the filled points only; a dotted upright marks its peak. {view.basis()}"
+        "form (Gao et al. 2022) is fitted to the filled points only and drawn between them; a dotted upright marks its "
+        f"peak where over-optimisation was found. {view.basis()}"
     )
     return section(
         "overoptimisation",
@@ -74,10 +73,13 @@ def overoptimisation_section(view: View, points: Points) -> Section | None:
     )
 
 
+def _peak(entry: Any) -> float | None:
+    """Where the form has its maximum, if over-optimisation was found: it can peak where a reward only levels off."""
+    return finite(part(entry, "fit", "peak")) if part(entry, "found") is True else None
+
+
 def _finding(view: View, arm: str, entry: Any) -> Markup:
-    fit = part(entry, "fit")
-    peak = finite(part(fit, "peak"))
-    reach = max(point[0] for point in tuples(part(entry, "points"), 3))
+    fit, peak = part(entry, "fit"), _peak(entry)
     if part(entry, "found") is True:
         text = "over-optimised: what counts falls while the reward model's score rises"
     else:
@@ -87,7 +89,7 @@ def _finding(view: View, arm: str, entry: Any) -> Markup:
         text += f" ({clean(why)})"
     if fit:
         text += f"; fit d (α − β ln d), α {number(part(fit, 'alpha'))}, β {number(part(fit, 'beta'))}"
-        text += f", peak at KL {number(peak**2)}" if peak is not None and peak <= reach else ", no peak in this range"
+        text += f", peak at KL {number(peak**2)}" if peak is not None else ""
     return h("li", join([arm_name(view, arm), ": ", text, "."]))
 
 
@@ -115,7 +117,7 @@ def _panel(
             axes.plot(*zip(*curve), color=hue, lw=2.2, zorder=2.5)
         else:
             axes.plot(d, gold, color=hue, lw=1.6, zorder=2.5)
-        if peak is not None and 0 < peak <= right:
+        if peak is not None:
             axes.axvline(peak, color=colour("muted"), lw=1.2, ls=":", zorder=1)
         axes.set_xlim(-0.02 * right, right)
         axes.set_ylim(*limits)

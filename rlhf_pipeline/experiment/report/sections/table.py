@@ -9,7 +9,7 @@ from rlhf_pipeline.experiment.report.markup import Column, Group, Markup, detail
 from rlhf_pipeline.experiment.report.parts import Section, arm_name, estimate, named, section
 from rlhf_pipeline.experiment.report.points import Points
 from rlhf_pipeline.experiment.report.sections.contrasts import contrasts_table, win_rates_table
-from rlhf_pipeline.experiment.report.text import clean, duration, finite, number, plain, plural, scaled
+from rlhf_pipeline.experiment.report.text import clean, duration, finite, number, percent, plain, plural, scaled
 from rlhf_pipeline.experiment.report.view import BEST_OF_N, Reading, View, part, reading, setting_text
 
 MAIN = ("true_reward", "judge", "score", "kl")
@@ -33,6 +33,7 @@ def _columns(view: View, first: str) -> list[Column]:
         columns.insert(1, Column("effective β", hint="kl_coef × calibration slope of the reward model"))
     if _has_wins(view):
         columns.append(Column("win rate", hint=f"against {view.baseline}" if view.baseline else None))
+        columns.append(Column("ties"))
     if _has_cost(view):
         columns += [Column("training"), Column("wall time")]
     return columns
@@ -88,6 +89,7 @@ def _cells(view: View, rows: list[Row], summary: Mapping[str, Any] | None = None
             cells.append(_over_seeds([view.figure(row, name) for row in rows]))
     if _has_wins(view):
         cells.append(_over_seeds([reading(row.get("win_rate")) for row in rows]))
+        cells.append(percent(_mean([finite(row.get("ties")) for row in rows]), 0))
     if _has_cost(view):
         flops = _mean([finite(part(row, "cost", "flops")) for row in rows])
         cells += [
@@ -157,7 +159,7 @@ def _caption(view: View) -> str:
     if _has_wins(view):
         against = f" against {clean(view.baseline)}" if view.baseline else ""
         spread = ", over seeds with the smallest and the largest in round brackets" if view.has_seeds() else ""
-        said += f" Win rate{against}: ties count one half{spread}."
+        said += f" Win rate{against}: ties count one half{spread}; beside it their share."
     if any("kl_bound" in row for row in view.rows):
         said += " ≤ marks an upper bound."
     if _has_cost(view):
