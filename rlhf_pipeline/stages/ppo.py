@@ -57,9 +57,9 @@ def ppo_step(
     batch, mask = micro_batch.batch, micro_batch.mask
     scores = model(batch)
     meter.tokens_trained += batch.active_tokens
-    for name in ("actor", "critic"):
-        if name in shapes:
-            meter.train(shapes[name], batch)
+    trains = {"actor": scores.logprobs.requires_grad, "critic": True}  # the actor does not while the critic warms up
+    for name in trains.keys() & shapes.keys():
+        (meter.train if trains[name] else meter.score)(shapes[name], batch)
     width = mask.shape[1]
     logprobs, values = batch.padded(scores.logprobs, width), batch.padded(scores.values, width)
     old, advantages, weights = micro_batch.old_logprobs, micro_batch.advantages, micro_batch.weights

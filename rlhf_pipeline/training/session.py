@@ -138,6 +138,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
         RunFailed: when something is not finite (runs/<id>/failure/ then has the batch), or memory has run out.
     """
     config = run.config
+    model.train()  # all of it: activations of a part in eval mode (a critic copied from a frozen model) would be kept
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     optimizer = make_optimizer(
