@@ -17,6 +17,7 @@ from rlhf_pipeline.models.roles import Policy
 from rlhf_pipeline.models.selfcheck import inspect_model
 from rlhf_pipeline.rollout.responses import sample_for_prompts
 from rlhf_pipeline.rollout.sampler import draw_uniforms, pick, sample, sample_grouped
+from tests.rollout.conftest import tiny_llama
 
 PAD, EOS = 0, 1
 JUST_BELOW_1 = 1 - 2.0**-53
@@ -63,6 +64,16 @@ def test_logits_far_from_0_change_nothing():
     for shift in (-1e4, 0.0, 1e4):
         tokens, logprobs = pick(logits_of(0.1, 0.2, 0.3, 0.4) + shift, u)
         assert tokens.item() == 2 and logprobs.item() == pytest.approx(math.log(0.3), abs=1e-9)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.7])
+def test_bf16_logits_are_widened_before_they_are_divided(temperature):
+    """By hand: e^(l / T) / sum e^(l / T) of the bf16 numbers l, in float64."""
+    logits = (8 * torch.randn(64, 50, generator=generator())).bfloat16()
+    tokens, logprobs = pick(logits, draw_uniforms(64, 1, generator(1)).squeeze(1), temperature)
+    powers = [[math.exp(value / temperature) for value in row] for row in logits.double().tolist()]
+    expected = [math.log(row[token] / sum(row)) for row, token in zip(powers, tokens.tolist(), strict=True)]
+    assert logprobs.tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_picked_frequencies_are_the_probabilities():
@@ -293,3 +304,20 @@ def test_responses_come_as_often_as_their_enumerated_probability(make_tree, temp
     assert set(found) <= {(tuple(ids), end) for ids, end in leaves}
     for (ids, end), p in zip(leaves, probabilities):
         assert abs(found[tuple(ids), end] / count - p) < 4 * math.sqrt(p * (1 - p) / count)
+
+
+def test_in_bf16_the_sampler_agrees_with_the_training_forward_at_every_temperature():
+    """What is left is the rounding of the two passes in bf16, which a temperature of T divides by T."""
+    model = tiny_llama(dtype=torch.bfloat16, vocab=50, hidden_size=16)
+    prompts = [Example([2 + i % 40, 3, 4], [], [], f"p{i}", "w") for i in range(64)]
+    options = {"samples": 1, "response_length": 6, "stop_id": EOS, "pad_id": PAD}
+    apart = {}
+    for temperature in (1.0, 0.7):
+        policy = Policy(model, inspect_model(model), temperature)
+        sampled, drawn = sample_for_prompts(policy, prompts, generator=generator(), temperature=temperature, **options)
+        batch = pack(sampled, PAD, layout=policy.reader.layout)
+        with torch.no_grad():
+            recomputed = policy(batch).logprobs
+        mine = torch.tensor([value for (response,) in drawn for value in response.logprobs])
+        apart[temperature] = (mine - recomputed).abs().mean().item() * temperature
+    assert apart[0.7] <= 1.25 * apart[1.0] + 1e-6

@@ -273,7 +273,7 @@ def test_ppo_raises_the_reward_that_it_is_given(lab, function):
 
 
 def test_while_the_critic_warms_up_the_actor_costs_a_forward_pass_only(lab, monkeypatch):
-    """Of one step an update: the critic is trained in both, the actor, which alone has an output head, in the second."""
+    """One step an update: both train the critic, only the second trains the actor, which alone has an output head."""
     trained, train = [], CostMeter.train
 
     def recorded(meter, shape, batch):
