@@ -45,7 +45,7 @@ LIMITS = Lengths(512, 512, 1024)
 
 def reference_logprobs(policy: Policy, examples: Sequence[Example], sizes: Sizes) -> torch.Tensor:
     """(examples, 2): what a stage finds in its cache."""
-    return completion_logprob_sums(policy, examples, batch_size=sizes.pairs, pad_id=PAD, device="cpu")
+    return completion_logprob_sums(policy, examples, responses_at_once=2 * sizes.pairs, pad_id=PAD, device="cpu")
 
 
 def length(sizes: Sizes, value: int) -> list[Row]:

@@ -143,7 +143,7 @@ def _unexpected(error: Exception, words: Sequence[str]) -> int:
     from rlhf_pipeline.registry.storage import failure_of
 
     if "torch" in sys.modules:  # without it there is no model whose memory could run out
-        from rlhf_pipeline.training.memory import ADVICE, first_line, ran_out
+        from rlhf_pipeline.models.memory import ADVICE, first_line, ran_out
 
         if ran_out(error):
             return _fail(f"out of memory: {first_line(error)}; {ADVICE}", 1)

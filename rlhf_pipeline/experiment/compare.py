@@ -35,6 +35,7 @@ from rlhf_pipeline.experiment.subjects import (
     set_up,
 )
 from rlhf_pipeline.experiment.verdict import verdict
+from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.storage import replace_text, staging
 from rlhf_pipeline.registry.store import Registry
@@ -186,6 +187,7 @@ def run_compare(
     if not asked_for and (trained_on := reward_model_of(registry, models)):
         config = config.model_copy(update={"reward_model": trained_on})
     options: dict[str, Any] = {"reference": reference, "samples": config.samples, "seed": config.seed, "say": say}
+    options["memory"] = Memory(say, advice=MEASURING_ADVICE)
     report = home / "reports" / config.name
     with staging(report if report.is_dir() else report.parent, config.name):
         pass  # a place that cannot be written is found before hours of sampling, not after them

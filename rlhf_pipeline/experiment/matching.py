@@ -12,6 +12,7 @@ from typing import Any
 from rlhf_pipeline.config.base import resolve_lengths
 from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.experiment.subjects import reward_models_of
+from rlhf_pipeline.experiment.trained_on import training_temperature
 from rlhf_pipeline.registry.manifest import Manifest
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import read_json
@@ -104,7 +105,7 @@ def facts_of(registry: Registry, resolved: Resolved) -> dict[str, str]:
         "preference data": _preferences_of(registry, resolved, manifest),
         "labels": "their probabilities" if config.get("soft_labels") else "as drawn",
         "prompts": _prompts_of(manifest),
-        "training temperature": f"{float(config.get('temperature') or 1.0):g}",
+        "training temperature": f"{training_temperature(resolved):g}",
         "options that move the optimum": ", ".join(f"{k}={v}" for k, v in sorted(moved.items())) or NONE,
     }
 

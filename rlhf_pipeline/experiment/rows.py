@@ -10,7 +10,7 @@ import numpy as np
 
 from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.evaluation.diversity import distinct, self_bleu, token_budget
-from rlhf_pipeline.evaluation.sampled import Samples, paired_difference, win_rate
+from rlhf_pipeline.evaluation.sampled import Samples, paired_difference, scores_of, win_rate
 from rlhf_pipeline.experiment.best_of import primary_figure
 from rlhf_pipeline.experiment.evaluate import measure
 from rlhf_pipeline.experiment.exact import beta_of
@@ -18,7 +18,7 @@ from rlhf_pipeline.experiment.points import Point
 from rlhf_pipeline.experiment.subjects import Bench, parent_of, reward_models_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.rollout.rewards import RewardSource, names_a_model, score_in_batches
+from rlhf_pipeline.rollout.rewards import RewardSource, names_a_model
 from rlhf_pipeline.stages.rewards import load_reward
 
 COST_KEYS = ("wall_seconds", "flops", "tokens_trained", "tokens_generated", "optimizer_steps")
@@ -136,8 +136,7 @@ def measure_points(
     for seed in dict.fromkeys(point.seed for point, _ in points):
         label, source = scorers.label(seed), scorers.get(seed) or test.scorer
         if source is not None and label is not None and label != first.scorer:
-            rows = score_in_batches(source, first.test.examples, test.plan.batch_size)
-            first.scores[label] = np.array([value for row in rows for value in row], dtype=np.float64)
+            first.scores[label] = scores_of(first.test, source, test.plan)
     return found
 
 

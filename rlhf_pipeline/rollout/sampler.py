@@ -125,12 +125,12 @@ def sample_grouped(
     prompts: Sequence[Sequence[int]],
     uniforms: Tensor,
     *,
-    batch_size: int,
+    responses_at_once: int,
     **options,
 ) -> list[Response]:
     """`sample` in batches of prompts of similar length; the responses come back in the order of the prompts."""
     responses: list[Response | None] = [None] * len(prompts)
-    for rows in length_groups(prompts, batch_size):
+    for rows in length_groups(prompts, responses_at_once):
         drawn = sample(model, [prompts[row] for row in rows], uniforms[rows], **options)
         for row, response in zip(rows, drawn, strict=True):
             responses[row] = response

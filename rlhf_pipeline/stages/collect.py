@@ -17,9 +17,10 @@ from rlhf_pipeline.data.splits import assign_splits
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import chat_template_digest, tokenizer_digest
 from rlhf_pipeline.errors import BadInput
+from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.responses import prompts_run, sample_for_prompts
-from rlhf_pipeline.rollout.rewards import score_in_batches
+from rlhf_pipeline.rollout.scoring import by_example, score
 from rlhf_pipeline.stages.common import StageResult, find_model, load_policy, tokenizer_of, with_lengths
 from rlhf_pipeline.stages.rewards import load_reward
 from rlhf_pipeline.training.cost import CostMeter, ModelShape, reset_peak_memory
@@ -110,6 +111,7 @@ def run_collect(config: Any, home: Path, *, notes: Sequence[str] = (), quiet: bo
     # 1. Policy, judge, prompts.
     reset_peak_memory()
     meter, registry = CostMeter(), Registry(home)
+    memory = Memory(say, meter, advice=MEASURING_ADVICE)
     accelerator = make_accelerator(config)
     if accelerator.num_processes > 1:
         raise BadInput(
@@ -132,6 +134,7 @@ def run_collect(config: Any, home: Path, *, notes: Sequence[str] = (), quiet: bo
     # 2. Sample and label, in blocks; each prompt in turn.
     generator = torch.Generator().manual_seed(config.seed)
     shape = ModelShape.of(policy.model)
+    at_once: dict[str, Any] = {"responses_at_once": config.per_device_eval_batch_size, "memory": memory}
     dropped = {"identical_pair": 0}
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -146,22 +149,22 @@ def run_collect(config: Any, home: Path, *, notes: Sequence[str] = (), quiet: bo
                 pad_id=tokenizer.pad_token_id,
                 generator=generator,
                 temperature=config.temperature,
-                batch_size=config.per_device_eval_batch_size,
+                **at_once,
                 device=device,
             )
             meter.generate(
                 shape,
                 [len(e.prompt_ids) for e in sampled for _ in e.completions],
                 [len(ids) for e in sampled for ids in e.completions],
-                prompts_run(policy, sampled, config.per_device_eval_batch_size),
+                prompts_run(policy, sampled, **at_once),
             )
-            values = score_in_batches(judge.source, sampled, config.per_device_eval_batch_size)
+            values = by_example(score(judge.source.score, sampled, **at_once), sampled)
             orders = order_by_judge(torch.tensor(values), config.labels, generator).tolist()
-            for (_, split), example, score, order in zip(block, sampled, values, orders, strict=True):
+            for (_, split), example, scored, order in zip(block, sampled, values, orders, strict=True):
                 if config.k == 2 and example.completions[0] == example.completions[1]:
                     dropped["identical_pair"] += 1
                     continue
-                yield to_row(example, split, score, order, config.labels, tokenizer)
+                yield to_row(example, split, scored, order, config.labels, tokenizer)
 
     records = list(rows())
     # 3. Publish.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from rlhf_pipeline.algorithms.policy import ImportanceWeights
 from rlhf_pipeline.data.batch import PackedBatch, merge_prompts, micro_batches, pack, reads
 from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.roles import ActorCritic, Policy
 from rlhf_pipeline.rollout.responses import answered, logprob_matrix, prompts_run, sample_for_prompts
 from rlhf_pipeline.rollout.rewards import BadScores, RewardSource
@@ -28,7 +28,6 @@ from rlhf_pipeline.rollout.rollout import (
 from rlhf_pipeline.rollout.vllm_engine import VllmEngine
 from rlhf_pipeline.training.cost import JUDGE, CostMeter, ModelShape
 from rlhf_pipeline.training.judge import Judge
-from rlhf_pipeline.training.memory import Memory
 from rlhf_pipeline.training.ppo_batches import Collected, PpoBatch, PpoSettings, cut_rows
 from rlhf_pipeline.training.tracking import logged
 from rlhf_pipeline.training.windows import Window, epoch_order
@@ -118,8 +117,7 @@ class RolloutCollector:
         s, memory = self.settings, self.memory
         # 1. Sample.
         with self.meter.part("generation"):
-            sample = partial(self._sample, module, update)
-            sampled, run, sampler_logprobs = memory.shrink("sampling", s.rollout_size, sample)
+            sampled, run, sampler_logprobs = self._sample(module, update)
             prompt_lengths = [len(example.prompt_ids) for example in sampled]
             lengths = [len(example.completions[0]) for example in sampled]
             self.meter.generate(self.shapes["actor"], prompt_lengths, lengths, run)
@@ -147,10 +145,8 @@ class RolloutCollector:
         done.require_finite(update + 1, named, self.actor_critic, {rewards: str(self.refused or "")})
         return done
 
-    def _sample(
-        self, module: nn.Module, update: int, size: int
-    ) -> tuple[list[Example], list[int] | None, Tensor | None]:
-        """The responses, `size` sampled at a time; the lengths of the prompts that were run, or None for one each; and
+    def _sample(self, module: nn.Module, update: int) -> tuple[list[Example], list[int] | None, Tensor | None]:
+        """The responses; the lengths of the prompts that were run, or None for one each; and
         what another engine says of its tokens' log-probabilities, or None."""
         s, prompts, generator = self.settings, self._prompts_of(update), self._generator(update, 0)
         options: dict[str, Any] = {"samples": 1, "response_length": s.response_length, "stop_id": s.stop_id}
@@ -159,9 +155,10 @@ class RolloutCollector:
             self.engine.load_weights(self.actor_critic)
             drawn = self.engine.generate([prompt.prompt_ids for prompt in prompts], **options)
             return answered(prompts, drawn)[0], None, logprob_matrix(drawn, s.response_length).to(self.device)
-        options |= {"pad_id": s.pad_id, "batch_size": size, "device": self.device, "module": module}
-        sampled, _ = sample_for_prompts(self.actor_critic, prompts, **options)
-        return sampled, prompts_run(self.actor_critic, sampled, size), None
+        at_once: dict[str, Any] = {"responses_at_once": s.rollout_size, "memory": self.memory}
+        options |= {"pad_id": s.pad_id, "device": self.device, "module": module}
+        sampled, _ = sample_for_prompts(self.actor_critic, prompts, **options, **at_once)
+        return sampled, prompts_run(self.actor_critic, sampled, **at_once), None
 
     def _minibatches(self, sampled: Sequence[Example], generator: torch.Generator) -> list[list[list[int]]]:
         """A random partition of the responses: minibatches of micro-batches of row numbers."""

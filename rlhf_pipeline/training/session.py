@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from rlhf_pipeline.errors import Interrupted, MismatchError, RunFailed
+from rlhf_pipeline.models.memory import ADVICE, first_line, ran_out
 from rlhf_pipeline.registry.storage import staging, sync, sync_tree
 from rlhf_pipeline.training.checkpoint import Checkpoint, restore, save_checkpoint
 from rlhf_pipeline.training.cost import JUDGE
@@ -20,7 +21,6 @@ from rlhf_pipeline.training.failure import Decode, told, write_failure
 from rlhf_pipeline.training.finite import NotFinite
 from rlhf_pipeline.training.health import Monitor, facts_of, tell, tell_all
 from rlhf_pipeline.training.loop import Step, fit
-from rlhf_pipeline.training.memory import ADVICE, first_line, ran_out
 from rlhf_pipeline.training.optimizer import make_optimizer, make_scheduler
 from rlhf_pipeline.training.precision import checkpoint_activations, uses_bf16
 from rlhf_pipeline.training.run import Run
