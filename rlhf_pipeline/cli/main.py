@@ -175,7 +175,7 @@ def _unexpected(error: BaseException, words: Sequence[str]) -> Failure:
     from rlhf_pipeline.registry.storage import failure_of
 
     if "torch" in sys.modules:  # without it there is no model whose memory could run out
-        from rlhf_pipeline.training.memory import ADVICE, first_line, ran_out
+        from rlhf_pipeline.models.memory import ADVICE, first_line, ran_out
 
         if ran_out(error):
             return _said(1, "run", f"out of memory: {first_line(error)}; {ADVICE}")

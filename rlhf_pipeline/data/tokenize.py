@@ -17,6 +17,7 @@ from rlhf_pipeline.data.kinds import as_kind, ranks_of
 from rlhf_pipeline.data.records import Record, plain
 from rlhf_pipeline.data.render import render
 from rlhf_pipeline.data.tokenizers import tokenizer_digest
+from rlhf_pipeline.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,6 +112,19 @@ def tokenize(
             example = _fit(encoded, tokenizer, lengths, counts)
             examples += [] if example is None else [example]
     return examples, counts
+
+
+def prompts_of_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, lengths: Lengths) -> list[Example]:
+    """Prompts that were typed.
+
+    Raises:
+        DataError: when one cannot be tokenised (a word that a word-level vocabulary does not have).
+    """
+    records = [Record("prompt", text, where=f"--prompt {text!r}") for text in texts]
+    examples, counts = tokenize(records, tokenizer, lengths)
+    if counts.faults:
+        raise DataError([item.fault for item in counts.faults])
+    return examples
 
 
 def whole_sequence(example: Example) -> Example:

@@ -7,53 +7,90 @@ a packed batch holds a prefix and all its children, so each prefix is computed o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from rlhf_pipeline.data.batch import PackedBatch
+from rlhf_pipeline.data.batch import Layout, PackedBatch
 from rlhf_pipeline.data.enumeration import ResponseTree, pack_siblings
-from rlhf_pipeline.models.forward import Reader, hidden_states, next_token_logprobs, trunk_of
+from rlhf_pipeline.models.forward import hidden_states, next_token_logprobs, trunk_of
+from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.roles import Policy, RewardModel
 
 ROWS = 256
-"""Families that are read at once."""
+"""Rows that are read at once where nobody says otherwise."""
 
 
-def _families(
+def _by_family(
+    read: Callable[[PackedBatch], Tensor],
     prompt_ids: Sequence[int],
     tree: ResponseTree,
     depth: int,
     children: Tensor,
-    reader: Reader,
+    layout: Layout,
+    *,
+    rows_at_once: int,
+    memory: Memory | None,
     device: torch.device | str,
-) -> Iterator[PackedBatch]:
-    """Packed batches of the nodes of one depth with the given children, in order."""
-    prompt = torch.tensor(list(prompt_ids), dtype=torch.long)
-    nodes = tree.prefixes(depth)
-    rows = max(1, ROWS // len(children)) if reader.layout == "rows" else ROWS
-    for start in range(0, len(nodes), rows):
-        part = nodes[start : start + rows]
+) -> Tensor:
+    """What `read` says of the nodes of one depth with the given children, family by family, in order.
+
+    A family takes one row, in the layout "rows" one for each child; where memory runs out, half as many rows are read
+    from there on.
+    """
+    prompt, nodes = torch.tensor(list(prompt_ids), dtype=torch.long), tree.prefixes(depth)
+    families = rows_at_once // len(children) if layout == "rows" else rows_at_once
+    most, memory, found = min(max(1, families), len(nodes)), memory or Memory(), []
+
+    def some(size: int) -> tuple[int, Tensor]:
+        part = nodes[:size]
         prefixes = torch.cat([prompt.expand(len(part), -1), part], 1)
-        yield pack_siblings(prefixes, children, reader.layout).to(device)
+        return len(part), read(pack_siblings(prefixes, children, layout).to(device))
+
+    while len(nodes):
+        count, values = memory.shrink("exact figures", most, some, "prefix")
+        found.append(values)
+        nodes = nodes[count:]
+    return torch.cat(found)
 
 
 @torch.no_grad()
 def leaf_logprobs(
-    policy: Policy, prompt_ids: Sequence[int], tree: ResponseTree, *, device: torch.device | str = "cpu"
+    policy: Policy,
+    prompt_ids: Sequence[int],
+    tree: ResponseTree,
+    *,
+    rows_at_once: int = ROWS,
+    memory: Memory | None = None,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """log pi(y | x) of every leaf y: (L,) float64 on the CPU.
 
     log pi(y | x) = sum_t log pi(y_t | x, y_<t), summed in float64; exp of it sums to 1 over the leaves up to the
     rounding of the model's own number type.
+
+    Args:
+        rows_at_once: prefixes, each with all its next tokens, that are read in one pass. memory: keeps the halvings of
+            a run.
     """
     prompt, root = torch.tensor([list(prompt_ids)]), tree.words[:1]
     batch = pack_siblings(prompt, root, policy.reader.layout).to(device)
     steps = [_distributions(policy, batch, batch.predict_index)]
     for depth in range(1, tree.horizon):  # the nodes of one depth are the children of the nodes above
-        families = _families(prompt_ids, tree, depth - 1, tree.words, policy.reader, device)
-        steps.append(torch.cat([_distributions(policy, batch, batch.last_index) for batch in families]))
+        steps.append(
+            _by_family(
+                lambda batch: _distributions(policy, batch, batch.last_index),
+                prompt_ids,
+                tree,
+                depth - 1,
+                tree.words,
+                policy.reader.layout,
+                rows_at_once=rows_at_once,
+                memory=memory,
+                device=device,
+            )
+        )
 
     ended, here = [], torch.zeros(1, dtype=torch.float64)
     for step in steps:
@@ -80,31 +117,46 @@ def walk_counts(prompt_length: int, tree: ResponseTree) -> tuple[int, int, int]:
 
 @torch.no_grad()
 def leaf_scores(
-    model: RewardModel, prompt_ids: Sequence[int], tree: ResponseTree, *, device: torch.device | str = "cpu"
-) -> Tensor:
-    """r(x, y) of every leaf y: (L,) fp32 on the CPU; reads `score_pooling` as the model itself does."""
-    stop = torch.tensor([tree.stop_id])
-    ended = [_child_scores(model, prompt_ids, tree, depth, stop, device).flatten() for depth in range(tree.horizon - 1)]
-    deepest = _child_scores(model, prompt_ids, tree, tree.horizon - 1, torch.arange(tree.vocabulary), device)
-    return torch.cat([*ended, deepest[:, tree.stop_id], deepest[:, tree.words].flatten()])
-
-
-def _child_scores(
     model: RewardModel,
     prompt_ids: Sequence[int],
     tree: ResponseTree,
-    depth: int,
-    children: Tensor,
-    device: torch.device | str,
+    *,
+    rows_at_once: int = ROWS,
+    memory: Memory | None = None,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
-    """(W^depth, C) scores of the responses that end in a child of a node of one depth."""
-    scores = []
-    for batch in _families(prompt_ids, tree, depth, children, model.reader, device):
-        hidden = hidden_states(trunk_of(model.model), batch)
-        picked = hidden.index_select(0, batch.last_index)
-        if model.pooling == "mean":
-            for back in range(depth):
-                picked = picked + hidden.index_select(0, batch.predict_index - back)
-            picked = picked / (depth + 1)
-        scores.append(model.read(picked).float().view(-1, len(children)).cpu())
-    return torch.cat(scores)
+    """r(x, y) of every leaf y: (L,) fp32 on the CPU; reads `score_pooling` as the model itself does.
+
+    Args:
+        rows_at_once, memory: see `leaf_logprobs`.
+    """
+
+    def scores(depth: int, children: Tensor) -> Tensor:
+        """(W^depth, C) scores of the responses that end in a child of a node of one depth."""
+        return _by_family(
+            lambda batch: _child_scores(model, batch, depth).view(-1, len(children)).cpu(),
+            prompt_ids,
+            tree,
+            depth,
+            children,
+            model.reader.layout,
+            rows_at_once=rows_at_once,
+            memory=memory,
+            device=device,
+        )
+
+    stop = torch.tensor([tree.stop_id])
+    ended = [scores(depth, stop).flatten() for depth in range(tree.horizon - 1)]
+    deepest = scores(tree.horizon - 1, torch.arange(tree.vocabulary))
+    return torch.cat([*ended, deepest[:, tree.stop_id], deepest[:, tree.words].flatten()])
+
+
+def _child_scores(model: RewardModel, batch: PackedBatch, depth: int) -> Tensor:
+    """Scores of the responses of a batch, each a prefix of `depth` tokens and one token more."""
+    hidden = hidden_states(trunk_of(model.model), batch)
+    picked = hidden.index_select(0, batch.last_index)
+    if model.pooling == "mean":
+        for back in range(depth):
+            picked = picked + hidden.index_select(0, batch.predict_index - back)
+        picked = picked / (depth + 1)
+    return model.read(picked).float()

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rlhf_pipeline.algorithms.kl import k1, k3
-from rlhf_pipeline.data.batch import common_layout, micro_batches, pack
+from rlhf_pipeline.data.batch import common_layout, pack
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.evaluation.statistics import Estimate, cluster_mean
 from rlhf_pipeline.models.divergence import divergence
+from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.roles import Policy
 from rlhf_pipeline.rollout.responses import sample_for_prompts
-from rlhf_pipeline.rollout.rewards import RewardSource, score_in_batches, world_verdicts
+from rlhf_pipeline.rollout.rewards import RewardSource, world_verdicts
+from rlhf_pipeline.rollout.scoring import score
 
 SHARES = frozenset({"ended", "well_formed"})
 
@@ -31,7 +35,8 @@ class SamplingPlan:
     seed: int
     stop_id: int
     pad_id: int
-    batch_size: int
+    responses_at_once: int
+    memory: Memory = field(default_factory=Memory)
     device: torch.device | str = "cpu"
 
 
@@ -67,13 +72,19 @@ def draw(policy: Policy, plan: SamplingPlan) -> Samples:
         pad_id=plan.pad_id,
         generator=torch.Generator().manual_seed(plan.seed),
         temperature=plan.temperature,
-        batch_size=plan.batch_size,
+        responses_at_once=plan.responses_at_once,
+        memory=plan.memory,
         device=plan.device,
     )
     found = Samples(examples, [example.prompt_key for example in examples for _ in example.completions])
     found.values["length"] = np.array([len(ids) for e in examples for ids in e.completions], dtype=np.float64)
     found.values["ended"] = np.array([flag for e in examples for flag in e.ended], dtype=np.float64)
     return found
+
+
+def add_score(samples: Samples, source: RewardSource, name: str, plan: SamplingPlan) -> None:
+    """Add the score of a reward source to each response."""
+    samples.values[name] = scores_of(samples, source, plan)
 
 
 def add_world_reward(samples: Samples) -> None:
@@ -83,32 +94,27 @@ def add_world_reward(samples: Samples) -> None:
     samples.values["well_formed"] = judged.well_formed.astype(np.float64)
 
 
-@torch.no_grad()
-def add_score(samples: Samples, source: RewardSource, name: str, *, batch_size: int) -> None:
-    """Add the score of a reward source to each response."""
-    scores = score_in_batches(source, samples.examples, batch_size)
-    samples.values[name] = np.array([value for row in scores for value in row], dtype=np.float64)
+def scores_of(samples: Samples, source: RewardSource, plan: SamplingPlan) -> np.ndarray:
+    """(C,) scores of all responses by a reward source."""
+    scores = score(source.score, samples.examples, responses_at_once=plan.responses_at_once, memory=plan.memory)
+    return scores.double().numpy()
 
 
-@torch.no_grad()
 def add_kl(samples: Samples, policy: Policy, reference: Policy, plan: SamplingPlan) -> None:
     """Add, per response and in nats: `kl` (sum over its positions of the exact KL over the vocabulary, the unbiased
     estimate with the least noise), `kl_k1` (log-ratio of the response), `kl_k3` (sum of k3 over its positions) and
     `entropy` (summed likewise)."""
-    rows: list[list[tuple[float, ...]]] = [[] for _ in samples.examples]
     layout = common_layout(policy.reader.layout, reference.reader.layout)
-    for group in micro_batches(samples.examples, plan.batch_size):
-        members = [samples.examples[i] for i in group]
-        batch = pack(members, plan.pad_id, layout=layout).to(plan.device)
+
+    def sums(part: Sequence[Example]) -> Tensor:
+        batch = pack(part, plan.pad_id, layout=layout).to(plan.device)
         found = divergence(policy, reference, batch)
         ratios = k1(found.logprobs, found.ref_logprobs), k3(found.logprobs, found.ref_logprobs)
         columns = [found.kl, *ratios, found.entropy]
-        sums = torch.stack([batch.per_completion(column.double()) for column in columns], dim=1).tolist()
-        values = iter(sums)
-        for i in group:
-            rows[i] = [tuple(next(values)) for _ in samples.examples[i].completions]
-    flat = np.array([value for row in rows for value in row], dtype=np.float64)
-    for name, column in zip(("kl", "kl_k1", "kl_k3", "entropy"), flat.T, strict=True):
+        return torch.stack([batch.per_completion(column.double()) for column in columns], dim=1)
+
+    found = score(sums, samples.examples, responses_at_once=plan.responses_at_once, memory=plan.memory)
+    for name, column in zip(("kl", "kl_k1", "kl_k3", "entropy"), found.numpy().T, strict=True):
         samples.values[name] = column
 
 

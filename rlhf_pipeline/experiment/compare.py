@@ -26,6 +26,7 @@ from rlhf_pipeline.experiment.readings import configs, curves, lineage, prompt_t
 from rlhf_pipeline.experiment.rows import Measured, add_diversity, measure_points, measured_reference, row_of
 from rlhf_pipeline.experiment.subjects import Bench, find_policies, knows_data, set_up
 from rlhf_pipeline.experiment.verdict import verdict
+from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
 from rlhf_pipeline.models.sharing import sharing_models
 from rlhf_pipeline.registry.parents import beta_of, parent_of, reference_of, reward_model_of, reward_models_of
 from rlhf_pipeline.registry.references import Resolved
@@ -175,6 +176,7 @@ def run_compare(
     if not asked_for and (trained_on := reward_model_of(registry, models)):
         config = config.model_copy(update={"reward_model": trained_on})
     options: dict[str, Any] = {"reference": reference, "samples": config.samples, "seed": config.seed, "say": say}
+    options["memory"] = Memory(say, advice=MEASURING_ADVICE)
     report = home / "reports" / config.name
     with staging(report if report.is_dir() else report.parent, config.name):
         pass  # a place that cannot be written is found before hours of sampling, not after them

@@ -12,6 +12,7 @@ from rlhf_pipeline.evaluation.sampled import Samples, add_kl, draw
 from rlhf_pipeline.experiment.best_of import best_of_n_rows
 from rlhf_pipeline.experiment.subjects import Bench, add_rewards, set_up
 from rlhf_pipeline.experiment.trained_on import changes_of, owned_by
+from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
 from rlhf_pipeline.models.roles import Policy
 from rlhf_pipeline.models.sharing import sharing_models
 from rlhf_pipeline.registry.integrity import verify_files
@@ -22,7 +23,7 @@ from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.rewards import RewardSource
 from rlhf_pipeline.stages.common import find_model, load_reward_model, tokenizer_of
 from rlhf_pipeline.stages.data import StageData, preference_kind
-from rlhf_pipeline.stages.reward_quality import baselines, evaluate_pairs
+from rlhf_pipeline.stages.reward_quality import baselines, describe_pairs, score_examples
 from rlhf_pipeline.training.run import make_accelerator
 from rlhf_pipeline.training.tracking import console
 
@@ -97,13 +98,15 @@ def _evaluate_reward_model(
     train, _ = data.split(kind, training.dataset_train_split, tokenizer, required=False)
     held_out, reports = data.split(kind, config.split, tokenizer)
     model = load_reward_model(resolved, config, device)
-    metrics = evaluate_pairs(
+    scores = score_examples(
         model,
         held_out,
-        batch_size=config.per_device_eval_batch_size,
+        responses_at_once=config.per_device_eval_batch_size,
+        memory=Memory(say, advice=MEASURING_ADVICE),
         pad_id=tokenizer.pad_token_id,
         device=device,
     )
+    metrics = describe_pairs(scores, held_out)
     metrics["baselines"] = baselines(train, held_out)
     return {
         "model": resolved.label,

@@ -9,6 +9,7 @@ from typing import Any
 from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.evaluation.sampled import add_score, draw
 from rlhf_pipeline.experiment.subjects import set_up
+from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.rewards import WorldReward
 from rlhf_pipeline.stages.common import find_model
@@ -25,14 +26,15 @@ def run_generate(reference_text: str, config: Any, home: Path, *, texts: Sequenc
         console.print(text, markup=False)
 
     resolved = find_model(registry, reference_text, "policy", say=say)
-    options = {"samples": config.samples, "seed": config.seed, "say": lambda _: None, "texts": texts}
+    memory = Memory(say, advice=MEASURING_ADVICE)
+    options = {"samples": config.samples, "seed": config.seed, "say": lambda _: None, "texts": texts, "memory": memory}
     bench = set_up(registry, config, resolved, device, reference=None, **options)
     for change in bench.data_changed:
         say(f"note: {change['text']}")
     samples = draw(bench.policy(resolved), bench.plan)
     judge = bench.scorer or (WorldReward() if bench.knows_truth and config.reward_model else None)
     if judge is not None:
-        add_score(samples, judge, "score", batch_size=bench.plan.batch_size)
+        add_score(samples, judge, "score", bench.plan)
     scores = iter(samples.values["score"].tolist()) if judge is not None else None
     if cut := [example for example in samples.examples if example.prompt_truncated]:
         first, more = cut[0], f" and {len(cut) - 1} more" if len(cut) > 1 else ""

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,9 +106,14 @@ class Leaves:
     def prompts(self) -> list[Example]:
         return self.bench.plan.prompts
 
+    @property
+    def _reading(self) -> dict[str, Any]:
+        plan = self.bench.plan
+        return {"rows_at_once": plan.responses_at_once, "memory": plan.memory, "device": self.bench.device}
+
     def logprobs(self, policy: Policy, index: int) -> Tensor:
         """(L,) log-probabilities of a policy for one prompt, checked to be those of a distribution."""
-        found = leaf_logprobs(policy, self.prompts[index].prompt_ids, self.tree, device=self.bench.device)
+        found = leaf_logprobs(policy, self.prompts[index].prompt_ids, self.tree, **self._reading)
         require_mass(found, f"prompt {index + 1}")
         return found
 
@@ -139,7 +145,7 @@ class Leaves:
         stored = None if resolved.digest is None else read_tensor(path)
         if stored is not None and stored.shape == (self.tree.num_leaves,):
             return stored
-        scores = leaf_scores(self._model(resolved), self.prompts[index].prompt_ids, self.tree, device=bench.device)
+        scores = leaf_scores(self._model(resolved), self.prompts[index].prompt_ids, self.tree, **self._reading)
         if resolved.digest is not None:
             write_tensor(path, scores)
         return scores

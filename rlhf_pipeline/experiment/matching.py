@@ -13,6 +13,7 @@ from typing import Any
 from rlhf_pipeline.config.base import resolve_lengths
 from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.experiment.aim import moved_options
+from rlhf_pipeline.experiment.trained_on import training_temperature
 from rlhf_pipeline.registry.manifest import Manifest
 from rlhf_pipeline.registry.parents import reward_models_of
 from rlhf_pipeline.registry.references import Resolved
@@ -107,7 +108,7 @@ def facts_of(registry: Registry, resolved: Resolved) -> dict[str, str]:
         "preference data": _preferences_of(registry, resolved, manifest),
         "labels": "their probabilities" if config.get("soft_labels") else "as drawn",
         "prompts": _prompts_of(manifest),
-        "training temperature": f"{float(config.get('temperature') or 1.0):g}",
+        "training temperature": f"{training_temperature(resolved):g}",
         MOVED: ", ".join(f"{k}={v}" for k, v in sorted(moved.items())) or NONE,
     }
 

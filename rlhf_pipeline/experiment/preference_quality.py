@@ -17,7 +17,7 @@ from rlhf_pipeline.evaluation.preferences import (
 )
 from rlhf_pipeline.experiment.points import Point
 from rlhf_pipeline.experiment.subjects import Bench
-from rlhf_pipeline.experiment.trained_on import owned_by
+from rlhf_pipeline.experiment.trained_on import owned_by, training_temperature
 from rlhf_pipeline.experiment.training_loss import dpo_manifest, dpo_reference, own_data, trained_by_dpo
 from rlhf_pipeline.registry.parents import reward_models_of
 from rlhf_pipeline.registry.references import Resolved
@@ -56,19 +56,18 @@ def _pairs(bench: Bench, config: Any, sources: Sequence[Resolved]) -> list[Examp
 def _implicit(bench: Bench, model: Resolved, pairs: Sequence[Example]) -> list[float]:
     """beta log(pi / pi_ref) of the chosen response minus that of the rejected one."""
     reference = dpo_reference(bench.registry, model)
-    options = {"batch_size": 512, "pad_id": bench.tokenizer.pad_token_id, "device": bench.device}
     key = {"model": reference.digest, "dtype": bench.config.dtype, "bf16": False}
-    frozen = bench.policy(reference)
-    ref_logprobs = cached_logprobs(frozen, pairs, bench.registry.home / "cache", key, **options).logprobs
-    rewards = completion_logprob_sums(bench.policy(model), pairs, **options).double() - ref_logprobs.double()
+    # Nothing is sampled: both are read at the temperature that the policy was trained at.
+    policy, frozen = (bench.policy(one, training_temperature(model)) for one in (model, reference))
+    ref_logprobs = cached_logprobs(frozen, pairs, bench.registry.home / "cache", key, **bench.reading).logprobs
+    rewards = completion_logprob_sums(policy, pairs, **bench.reading).double() - ref_logprobs.double()
     beta = float(dpo_manifest(model).config["beta"])
     return (beta * (rewards[:, 0] - rewards[:, 1])).tolist()
 
 
 def _explicit(bench: Bench, model: Resolved, pairs: Sequence[Example]) -> list[float]:
     """Score of the chosen response minus that of the rejected one."""
-    options = {"batch_size": 512, "pad_id": bench.tokenizer.pad_token_id, "device": bench.device}
-    scores = score_examples(load_reward_model(model, bench.config, bench.device), pairs, **options)
+    scores = score_examples(load_reward_model(model, bench.config, bench.device), pairs, **bench.reading)
     return [chosen - rejected for chosen, rejected in scores]
 
 

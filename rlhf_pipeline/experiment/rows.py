@@ -10,7 +10,7 @@ import numpy as np
 
 from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.evaluation.diversity import distinct, self_bleu, token_budget
-from rlhf_pipeline.evaluation.sampled import Samples, paired_difference
+from rlhf_pipeline.evaluation.sampled import Samples, paired_difference, scores_of
 from rlhf_pipeline.evaluation.win_rates import tie_share, win_rate
 from rlhf_pipeline.experiment.aim import Aim, aim_of
 from rlhf_pipeline.experiment.best_of import primary_figure
@@ -20,7 +20,7 @@ from rlhf_pipeline.experiment.subjects import Bench
 from rlhf_pipeline.registry.parents import beta_of, parent_of, reward_models_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.rollout.rewards import RewardSource, names_a_model, score_in_batches
+from rlhf_pipeline.rollout.rewards import RewardSource, names_a_model
 from rlhf_pipeline.stages.reward_sources import load_reward
 
 COST_KEYS = ("wall_seconds", "flops", "tokens_trained", "tokens_generated", "optimizer_steps")
@@ -145,8 +145,7 @@ def _score_by_all(one: Measured, scorers: Scorers, points: Sequence[Point], benc
     for seed in dict.fromkeys(point.seed for point in points):
         label, source = scorers.label(seed), scorers.get(seed) or bench.scorer
         if source is not None and label is not None and label != one.scorer:
-            rows = score_in_batches(source, one.test.examples, bench.plan.batch_size)
-            one.scores[label] = np.array([value for row in rows for value in row], dtype=np.float64)
+            one.scores[label] = scores_of(one.test, source, bench.plan)
 
 
 def measured_reference(

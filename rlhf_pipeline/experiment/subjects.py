@@ -12,13 +12,14 @@ import torch
 from rlhf_pipeline.config.base import DEFAULT_MAX_LENGTH, Lengths, resolve_lengths
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.load import RecordSet, examples_of, lowest_hashes, read_records
-from rlhf_pipeline.data.records import Record
 from rlhf_pipeline.data.sources import part_of
-from rlhf_pipeline.data.tokenize import Example, tokenize
+from rlhf_pipeline.data.tokenize import Example, prompts_of_texts
 from rlhf_pipeline.data.tokenizers import tokenizer_digest
-from rlhf_pipeline.errors import ConfigError, DataError, Fault, MismatchError
+from rlhf_pipeline.errors import ConfigError, Fault, MismatchError
 from rlhf_pipeline.evaluation.sampled import Samples, SamplingPlan, add_score, add_world_reward
 from rlhf_pipeline.experiment.trained_on import changes_of, note_changes, owned_by
+from rlhf_pipeline.experiment.truth import labelled_by_world, source_of
+from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
 from rlhf_pipeline.models.roles import Policy
 from rlhf_pipeline.registry.lengths import positions_of
 from rlhf_pipeline.registry.references import Resolved
@@ -55,8 +56,17 @@ class Bench:
         for change in note_changes(self.data_changed, changes_of(resolved, sources)):
             self.say(f"note: {change['text']}")
 
-    def policy(self, resolved: Resolved) -> Policy:
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How responses are read: the options of `completion_logprob_sums` and `score_examples`."""
+        at_once = {"responses_at_once": self.plan.responses_at_once, "memory": self.plan.memory}
+        return at_once | {"pad_id": self.plan.pad_id, "device": self.device}
+
+    def policy(self, resolved: Resolved, temperature: float | None = None) -> Policy:
         """Load a policy, after checking that it reads the same token ids as the others.
+
+        Args:
+            temperature: divides its logits; None: that of sampling.
 
         Raises:
             MismatchError: when its tokenizer is another.
@@ -73,7 +83,7 @@ class Bench:
             self.tokenizer,
             self.device,
             frozen=True,
-            temperature=self.config.temperature,
+            temperature=self.config.temperature if temperature is None else temperature,
         )
 
     @property
@@ -133,7 +143,7 @@ def load_prompts(
         ConfigError: when none are named and the model does not know its data.
         UnknownReference, DataError: the source is not there, or cannot be used.
     """
-    source = config.prompts or _setting(resolved, "dataset_name")
+    source = source_of(config, resolved)
     if source is None:
         where = f"prompts of {resolved.label}"
         raise ConfigError(Fault(where, "not known", "a source of prompts", "give --prompts SOURCE"))
@@ -179,6 +189,7 @@ def set_up(
     samples: int,
     seed: int,
     say: Callable[[str], None],
+    memory: Memory | None = None,
     texts: Sequence[str] = (),
 ) -> Bench:
     """Prepare the evaluation of `first` and of models like it, on typed `texts` or on a split's prompts."""
@@ -198,7 +209,8 @@ def set_up(
         seed=seed,
         stop_id=_stop_id(first, tokenizer),
         pad_id=tokenizer.pad_token_id,
-        batch_size=config.per_device_eval_batch_size,
+        responses_at_once=config.per_device_eval_batch_size,
+        memory=memory or Memory(say, advice=MEASURING_ADVICE),
         device=device,
     )
     drawn = f", {samples} samples each, seed {seed}" if samples else ""
@@ -211,7 +223,7 @@ def set_up(
         return load_reward(registry, text, config, first, tokenizer, device).source
 
     scorer, judge, truth = (source(getattr(config, key, None)) for key in ("reward_model", "judge", "true_reward"))
-    known = in_world and truth is None
+    known = truth is None and in_world and labelled_by_world(registry, config, first, say)
     bench = Bench(registry, config, device, tokenizer, plan, known, reference, scorer, judge, truth, say, data=data)
     if own is not None:
         bench.compare_data(first, [own])
@@ -226,20 +238,7 @@ def add_rewards(bench: Bench, samples: Samples, scorer: RewardSource | None = No
     sources = {"true_reward": bench.truth, "score": scorer or bench.scorer, "judge": bench.judge}
     for name, source in sources.items():
         if source is not None:
-            add_score(samples, source, name, batch_size=bench.plan.batch_size)
-
-
-def prompts_of_texts(texts: Sequence[str], tokenizer: Any, lengths: Lengths) -> list[Example]:
-    """Prompts that were typed.
-
-    Raises:
-        DataError: when one cannot be tokenised (a word that a word-level vocabulary does not have).
-    """
-    records = [Record("prompt", text, where=f"--prompt {text!r}") for text in texts]
-    examples, counts = tokenize(records, tokenizer, lengths)
-    if counts.faults:
-        raise DataError([item.fault for item in counts.faults])
-    return examples
+            add_score(samples, source, name, bench.plan)
 
 
 def find_policies(registry: Registry, references: list[str], say: Callable[[str], None]) -> list[Resolved]:

@@ -1,4 +1,4 @@
-"""The data that a model was trained on, read again: whose they are where they are missing, and what has changed."""
+"""How a model was trained: its temperature, and its data read again: whose they are, and what has changed of them."""
 
 from __future__ import annotations
 
@@ -40,6 +40,12 @@ def owned_by(resolved: Resolved, values: Mapping[str, Any], remedy: str = "pass 
         if None not in there:  # no source that may lie on the hub
             raise
         raise DataError([*error.faults, Fault("", whose)]) from None
+
+
+def training_temperature(resolved: Resolved) -> float:
+    """The temperature that a policy's logits were divided by in training: PPO's `temperature`; 1 in other stages."""
+    config = resolved.manifest.config if resolved.manifest is not None else {}
+    return float(config.get("temperature") or 1.0)
 
 
 def changes_of(resolved: Resolved, sources: Sequence[RecordSet]) -> list[dict[str, Any]]:

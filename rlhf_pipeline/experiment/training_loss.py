@@ -13,7 +13,7 @@ from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.comparisons import Comparisons
 from rlhf_pipeline.experiment.subjects import Bench
-from rlhf_pipeline.experiment.trained_on import owned_by
+from rlhf_pipeline.experiment.trained_on import owned_by, training_temperature
 from rlhf_pipeline.registry.manifest import Manifest
 from rlhf_pipeline.registry.parents import parent_of
 from rlhf_pipeline.registry.references import Resolved
@@ -80,8 +80,8 @@ def training_loss(bench: Bench, resolved: Resolved) -> float:
     """
     config = dpo_config(resolved)
     reference = dpo_reference(bench.registry, resolved)
-    policy, frozen = bench.policy(resolved), bench.policy(reference)
-    options = {"batch_size": 512, "pad_id": bench.tokenizer.pad_token_id, "device": bench.device}
+    # Nothing is sampled: both are read at the temperature that the policy was trained at.
+    policy, frozen = (bench.policy(one, training_temperature(resolved)) for one in (resolved, reference))
     data = StageData(config, bench.registry.home, lambda _: None)
     target: Tensor | None
     least = 0.0  # the sum of the losses of the exact optimum, where that is known
@@ -95,6 +95,8 @@ def training_loss(bench: Bench, resolved: Resolved) -> float:
             beta=config.beta,
             proposal=config.population_proposal,
             device=bench.device,
+            rows_at_once=bench.plan.responses_at_once,
+            memory=bench.plan.memory,
         )
         examples, facts = population.draw(POPULATION_PAIRS, torch.Generator().manual_seed(0))
         ref_logprobs, target = facts.ref_logprobs, facts.target
@@ -105,9 +107,9 @@ def training_loss(bench: Bench, resolved: Resolved) -> float:
         examples, _ = data.split(kind, split, bench.tokenizer, limit=config.max_train_samples)
         bench.compare_data(resolved, data.sources(kind))
         key = {"model": reference.digest, "dtype": config.dtype, "bf16": False}
-        ref_logprobs = cached_logprobs(frozen, examples, bench.registry.home / "cache", key, **options).logprobs
+        ref_logprobs = cached_logprobs(frozen, examples, bench.registry.home / "cache", key, **bench.reading).logprobs
         target = label_probabilities(examples) if config.soft_labels else None
-    logprobs = completion_logprob_sums(policy, examples, **options).double()
+    logprobs = completion_logprob_sums(policy, examples, **bench.reading).double()
     compared = Comparisons.of(examples)
     total = preference_loss(
         OBJECTIVES[config.loss_type],

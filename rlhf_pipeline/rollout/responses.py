@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.models.forward import trunk_of
+from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.roles import ActorCritic, Policy
 from rlhf_pipeline.rollout.sampler import Response, draw_uniforms, length_groups, sample_grouped
 
@@ -25,7 +27,8 @@ def sample_for_prompts(
     pad_id: int,
     generator: torch.Generator,
     temperature: float = 1.0,
-    batch_size: int = 256,
+    responses_at_once: int,
+    memory: Memory | None = None,
     device: torch.device | str = "cpu",
     module: Any = None,
 ) -> tuple[list[Example], list[list[Response]]]:
@@ -35,11 +38,12 @@ def sample_for_prompts(
     only: policies sampled with the same ones share their random numbers.
 
     Args:
-        prompts: examples whose completions, if any, are ignored. module: what to call, if not `policy` itself
-            (the wrapped module).
+        prompts: examples whose completions, if any, are ignored. responses_at_once: sampled in one batch; half as
+            many where memory runs out. memory: keeps the halvings of a run. module: what to call, if not `policy`
+            itself (the wrapped module).
 
     Raises:
-        BadInput: for an architecture that cannot be decoded in batches.
+        BadInput: for an architecture that cannot be decoded in batches. RunFailed: memory has run out for good.
 
     Returns:
         the prompts as examples with the sampled completions, and the responses with their log-probabilities.
@@ -55,11 +59,11 @@ def sample_for_prompts(
     training = model.training
     model.eval()  # a checkpointed model that is in training takes no cache
     try:
-        drawn = sample_grouped(
+        draw = partial(
+            sample_grouped,
             module if module is not None else policy,
             ids,
             uniforms,
-            batch_size=batch_size,
             stop_id=stop_id,
             pad_id=pad_id,
             temperature=temperature,
@@ -67,6 +71,8 @@ def sample_for_prompts(
             cache_config=model.config,
             trunk=trunk_of(model) if policy.reader.layout == "flat" else None,
         )
+        most = min(responses_at_once, len(ids))
+        drawn = (memory or Memory()).shrink("sampling", most, lambda size: draw(responses_at_once=size))
     finally:
         model.train(training)
     return answered(prompts, drawn)
@@ -95,17 +101,21 @@ def logprob_matrix(drawn: Sequence[Response], width: int) -> torch.Tensor:
     return torch.tensor([response.logprobs + [0.0] * (width - len(response.logprobs)) for response in drawn])
 
 
-def prompts_run(policy: Policy | ActorCritic, sampled: Sequence[Example], batch_size: int) -> list[int] | None:
+def prompts_run(
+    policy: Policy | ActorCritic, sampled: Sequence[Example], responses_at_once: int, memory: Memory
+) -> list[int] | None:
     """Lengths of the prompts that `sample_for_prompts` has computed, for a cost meter: in each of its batches every
     different one once; None where each response had its own.
 
     Args:
-        sampled: prompts with their responses, as it returned them, for the same `batch_size`.
+        sampled: prompts with their responses, as it has just returned them, with the same `responses_at_once` and
+            `memory`.
     """
     from rlhf_pipeline.rollout.prefill import shares_prompts  # imports transformers
 
     if policy.reader.layout != "flat" or not shares_prompts(policy.language_model.config):
         return None
     prompts = [tuple(example.prompt_ids) for example in sampled for _ in example.completions]
-    batches = ({prompts[row] for row in rows} for rows in length_groups(prompts, batch_size))
+    size = memory.fitting("sampling", min(responses_at_once, len(prompts)))
+    batches = ({prompts[row] for row in rows} for rows in length_groups(prompts, size))
     return [len(prompt) for batch in batches for prompt in batch]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlhf_pipeline.data import world
-from rlhf_pipeline.data.batch import PackedBatch, micro_batches, pack, reads
+from rlhf_pipeline.data.batch import PackedBatch, pack, reads
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import ConfigError, Fault, RunFailed
 from rlhf_pipeline.models.roles import RewardModel
@@ -159,16 +159,6 @@ class WeightedReward:
                 raise BadScores(message, source.label, scores)
             total = total + weight * scores
         return total
-
-
-def score_in_batches(source: RewardSource, examples: Sequence[Example], batch_size: int) -> list[list[float]]:
-    """Scores of all completions of each example, at most `batch_size` examples at a time, of similar length."""
-    scores: list[list[float]] = [[] for _ in examples]
-    for group in micro_batches(examples, batch_size):
-        values = iter(source.score([examples[i] for i in group]).tolist())
-        for i in group:
-            scores[i] = [next(values) for _ in examples[i].completions]
-    return scores
 
 
 WORLD_NAMES = ("world", world.NAME)

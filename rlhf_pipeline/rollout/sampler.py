@@ -29,16 +29,18 @@ def draw_uniforms(count: int, response_length: int, generator: torch.Generator) 
     return torch.rand(count, response_length, generator=generator, dtype=torch.float64)
 
 
-def pick(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+def pick(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Sample by inversion: the first token whose cumulative probability exceeds u.
 
     Args:
-        logits: (S, V), divided by the temperature already. uniforms: (S,) float64 in [0, 1).
+        logits: (S, V), divided by `temperature` here, in at least fp32. uniforms: (S,) float64 in [0, 1).
 
     Returns:
         token ids (S,) and their log-probabilities (S,).
     """
-    logprobs = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+    # Widened first, as the training forward does: bf16 would round the quotient.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logprobs = torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
     cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
     # Scaled to its own total, so that u < 1 always falls inside; a token of probability 0 spans no interval.
     threshold = uniforms[:, None] * cumulative[:, -1:]
@@ -85,7 +87,7 @@ def sample(
     ended = torch.zeros(count, dtype=torch.bool, device=device)
 
     for step in range(limit):
-        tokens, logprobs = pick(logits if temperature == 1.0 else logits / temperature, uniforms[alive, step])
+        tokens, logprobs = pick(logits, uniforms[alive, step], temperature)
         tokens_out[alive, step] = tokens
         logprobs_out[alive, step] = logprobs.float()
         stopped = tokens == stop_id
@@ -123,12 +125,12 @@ def sample_grouped(
     prompts: Sequence[Sequence[int]],
     uniforms: Tensor,
     *,
-    batch_size: int,
+    responses_at_once: int,
     **options,
 ) -> list[Response]:
     """`sample` in batches of prompts of similar length; the responses come back in the order of the prompts."""
     responses: list[Response | None] = [None] * len(prompts)
-    for rows in length_groups(prompts, batch_size):
+    for rows in length_groups(prompts, responses_at_once):
         drawn = sample(model, [prompts[row] for row in rows], uniforms[rows], **options)
         for row, response in zip(rows, drawn, strict=True):
             responses[row] = response

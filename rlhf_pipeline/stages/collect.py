@@ -19,10 +19,11 @@ from rlhf_pipeline.data.splits import assign_splits
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import chat_template_digest, tokenizer_digest
 from rlhf_pipeline.errors import BadInput
+from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
 from rlhf_pipeline.registry.lengths import require_positions, with_lengths
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.responses import prompts_run, sample_for_prompts
-from rlhf_pipeline.rollout.rewards import score_in_batches
+from rlhf_pipeline.rollout.scoring import by_example, score
 from rlhf_pipeline.stages.common import StageResult, find_model, load_policy, tokenizer_of
 from rlhf_pipeline.stages.reward_sources import load_reward
 from rlhf_pipeline.training.cost import CostMeter, ModelShape, reset_peak_memory
@@ -115,6 +116,7 @@ def run_collect(
     # 1. Policy, labeller, prompts.
     reset_peak_memory()
     meter, registry = CostMeter(), Registry(home)
+    memory = Memory(say, meter, advice=MEASURING_ADVICE)
     accelerator = make_accelerator(config)
     if accelerator.num_processes > 1:
         raise BadInput(
@@ -142,6 +144,7 @@ def run_collect(
     # 2. Sample and label, in blocks; each prompt in turn.
     generator = torch.Generator().manual_seed(config.seed)
     shape = ModelShape.of(policy.model)
+    at_once: dict[str, Any] = {"responses_at_once": config.per_device_eval_batch_size, "memory": memory}
     dropped = {"identical_pair": 0}
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -156,22 +159,22 @@ def run_collect(
                 pad_id=tokenizer.pad_token_id,
                 generator=generator,
                 temperature=config.temperature,
-                batch_size=config.per_device_eval_batch_size,
+                **at_once,
                 device=device,
             )
             meter.generate(
                 shape,
                 [len(e.prompt_ids) for e in sampled for _ in e.completions],
                 [len(ids) for e in sampled for ids in e.completions],
-                prompts_run(policy, sampled, config.per_device_eval_batch_size),
+                prompts_run(policy, sampled, **at_once),
             )
-            values = score_in_batches(labeller.source, sampled, config.per_device_eval_batch_size)
+            values = by_example(score(labeller.source.score, sampled, **at_once), sampled)
             orders = preference_order(torch.tensor(values), config.labels, generator).tolist()
-            for (_, split), example, score, order in zip(block, sampled, values, orders, strict=True):
+            for (_, split), example, scored, order in zip(block, sampled, values, orders, strict=True):
                 if config.k == 2 and example.completions[0] == example.completions[1]:
                     dropped["identical_pair"] += 1
                     continue
-                yield to_row(example, split, score, order, config.labels, tokenizer)
+                yield to_row(example, split, scored, order, config.labels, tokenizer)
 
     records = list(rows())
     # 3. Publish.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class Population:
 
     Args:
         reference: the frozen reference; every response is scored under it once.
-        prompts: of the world. beta: of the optimum that the mixture holds.
+        prompts: of the world. beta: of the optimum that the mixture holds. reading: options of `leaf_logprobs`.
     """
 
     def __init__(
@@ -59,12 +59,13 @@ class Population:
         beta: float,
         proposal: Proposal = "mixture",
         device: torch.device | str = "cpu",
+        **reading: Any,
     ):
         self.tree = ResponseTree(len(world.VOCABULARY), stop_id, response_length)
         self.beta, self.proposal = beta, proposal
         self.tables = []
         for prompt in prompts:
-            logprobs = leaf_logprobs(reference, prompt.prompt_ids, self.tree, device=device)
+            logprobs = leaf_logprobs(reference, prompt.prompt_ids, self.tree, device=device, **reading)
             require_mass(logprobs, "the reference")
             reward = world_reward(prompt.prompt_ids, self.tree)
             mass = logprobs.exp()

@@ -81,7 +81,7 @@ def ppo_step(
     """Clipped policy loss + vf_coef x clipped value loss of a micro-batch: sums over its tokens."""
     batch, mask = micro_batch.batch, micro_batch.mask
     scores = model(batch)
-    count_training(meter, shapes, batch)
+    count_training(meter, shapes, batch, actor=scores.logprobs.requires_grad)
     logprobs, values = (batch.padded(part, mask.shape[1]) for part in (scores.logprobs, scores.values))
 
     # 6. Policy loss: max(-A rho, -A clip(rho, 1 - eps, 1 + eps)), rho = pi / pi_old.
@@ -100,12 +100,12 @@ def ppo_step(
     return Loss(terms, step_metrics(micro_batch, scores, logprobs, policy, clipped), checked)
 
 
-def count_training(meter: CostMeter, shapes: dict[str, ModelShape], batch: PackedBatch) -> None:
-    """Put a training pass of actor and critic on the bill."""
+def count_training(meter: CostMeter, shapes: dict[str, ModelShape], batch: PackedBatch, *, actor: bool) -> None:
+    """Put a training pass of actor and critic on the bill; a frozen actor (critic warm-up) is only read."""
     meter.tokens_trained += batch.active_tokens
-    for name in ("actor", "critic"):
-        if name in shapes:
-            meter.train(shapes[name], batch)
+    trains = {"actor": actor, "critic": True}
+    for name in trains.keys() & shapes.keys():
+        (meter.train if trains[name] else meter.score)(shapes[name], batch)
 
 
 def step_metrics(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from rlhf_pipeline.errors import DataError, Fault, MismatchError
 from rlhf_pipeline.evaluation.enumerate import walk_counts
 from rlhf_pipeline.evaluation.preferences import pair_differences, preference_metrics
 from rlhf_pipeline.models.roles import Policy, TokenScores
+from rlhf_pipeline.rollout.scoring import most_responses
 from rlhf_pipeline.stages.common import example_schedule
 from rlhf_pipeline.stages.data import StageData, preference_kind
 from rlhf_pipeline.stages.population import Population
@@ -30,7 +30,6 @@ from rlhf_pipeline.training.reference_cache import ReferenceLogprobs, cached_log
 from rlhf_pipeline.training.run import Run
 from rlhf_pipeline.training.windows import Window
 
-T = TypeVar("T")
 ReferenceScores = Tensor | Callable[[PackedBatch], TokenScores]
 
 
@@ -54,13 +53,11 @@ def implicit_reward_metrics(
     examples: Sequence[Example],
     *,
     beta: float,
-    batch_size: int,
-    pad_id: int,
-    device: torch.device,
+    **options: Any,
 ) -> dict[str, float]:
     """How well the implicit reward beta log(pi / pi_ref) orders held-out pairs, those of rankings included, and the
-    sigmoid loss on them."""
-    logprobs = completion_logprob_sums(policy, examples, batch_size=batch_size, pad_id=pad_id, device=device)
+    sigmoid loss on them; options: of `completion_logprob_sums`."""
+    logprobs = completion_logprob_sums(policy, examples, **options)
     rewards = beta * (logprobs - reference)
     metrics = preference_metrics(*pair_differences(rewards.tolist(), examples))
     return {f"eval_{name}": value for name, value in metrics.items()}
@@ -99,16 +96,16 @@ def recorded_pairs(run: Run, policy: Policy, frozen: Policy, frozen_digest: str 
     examples, reports = data.split(kind, config.dataset_train_split, tokenizer, limit=config.max_train_samples)
     held_out, _ = data.split(preference_kind(config), config.dataset_test_split, tokenizer, required=False)
     targets = label_probabilities(examples) if config.soft_labels else None
-    options = {"pad_id": tokenizer.pad_token_id, "device": run.device}
     cache = run.registry.home / "cache"
     key = {"model": frozen_digest, "dtype": config.dtype, "bf16": uses_bf16(config)}
 
-    def in_batches(work: Callable[..., T]) -> T:
-        size = config.per_device_eval_batch_size
-        return run.memory.shrink("evaluation", size, lambda size: work(batch_size=size, **options))
+    def options(rows: Sequence[Example]) -> dict[str, Any]:
+        at_once = config.per_device_eval_batch_size * most_responses(rows)
+        where = {"pad_id": tokenizer.pad_token_id, "device": run.device}
+        return {"responses_at_once": at_once, "memory": run.memory, **where}
 
     def referred(rows: Sequence[Example]) -> ReferenceLogprobs:
-        return in_batches(partial(cached_logprobs, frozen, rows, cache, key))
+        return cached_logprobs(frozen, rows, cache, key, **options(rows))
 
     def score_reference(batch: PackedBatch) -> TokenScores:
         with run.accelerator.autocast():  # in the precision that the policy is trained in
@@ -130,8 +127,7 @@ def recorded_pairs(run: Run, policy: Policy, frozen: Policy, frozen_digest: str 
     def evaluate() -> dict[str, float]:
         if not held_out:
             return {}
-        work = partial(implicit_reward_metrics, policy, held_out_reference, held_out, beta=config.beta)
-        return in_batches(work)
+        return implicit_reward_metrics(policy, held_out_reference, held_out, beta=config.beta, **options(held_out))
 
     return Pairs(examples, reports, windows, total, reference, targets, evaluate)
 
@@ -159,6 +155,7 @@ def fresh_pairs(run: Run, policy: Policy, frozen: Policy, frozen_digest: str | N
             beta=config.beta,
             proposal=config.population_proposal,
             device=run.device,
+            memory=run.memory,
         )
     if run.checkpoint is None:  # what the reference's walk through the tree costs is on the bill
         shape = ModelShape.of(frozen.model)

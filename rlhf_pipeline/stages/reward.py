@@ -19,6 +19,7 @@ from rlhf_pipeline.models.roles import RewardModel
 from rlhf_pipeline.models.selfcheck import read_reward_model
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.rollout.responses import prompts_run, sample_for_prompts
+from rlhf_pipeline.rollout.scoring import most_responses
 from rlhf_pipeline.stages.common import (
     StageResult,
     example_schedule,
@@ -99,26 +100,23 @@ def center(
         mean = sum(row[0] for row in scores) / len(scores)
     else:
         policy = load_policy(parent, config, tokenizer, run.device, frozen=True)
-        batch_size = max(64, config.per_device_eval_batch_size)
+        at_once = max(64, config.per_device_eval_batch_size)
         count = config.reward_centering_samples
         distinct = list({example.prompt_key: example for example in examples}.values())
         prompts = [distinct[i % len(distinct)] for i in range(count)]
-
-        def sample(size: int) -> tuple[list[Example], list[int] | None]:
-            sampled, _ = sample_for_prompts(
-                policy,
-                prompts,
-                samples=1,
-                response_length=config.lengths().response,
-                stop_id=tokenizer.eos_token_id,
-                pad_id=tokenizer.pad_token_id,
-                generator=torch.Generator().manual_seed(config.seed),
-                batch_size=size,
-                device=run.device,
-            )
-            return sampled, prompts_run(policy, sampled, size)
-
-        sampled, prefilled = run.memory.shrink("sampling", batch_size, sample)
+        sampled, _ = sample_for_prompts(
+            policy,
+            prompts,
+            samples=1,
+            response_length=config.lengths().response,
+            stop_id=tokenizer.eos_token_id,
+            pad_id=tokenizer.pad_token_id,
+            generator=torch.Generator().manual_seed(config.seed),
+            responses_at_once=at_once,
+            memory=run.memory,
+            device=run.device,
+        )
+        prefilled = prompts_run(policy, sampled, at_once, run.memory)
         scores = score(sampled)
         mean = sum(row[0] for row in scores) / count
         shape = ModelShape.of(policy.model)
@@ -163,10 +161,14 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
         )
 
         def scored(rows: Sequence[Example]) -> list[list[float]]:
-            options = {"pad_id": tokenizer.pad_token_id, "device": run.device}
-            size = config.per_device_eval_batch_size
-            work = functools.partial(score_examples, model, rows, **options)
-            return run.memory.shrink("evaluation", size, lambda size: work(batch_size=size))
+            return score_examples(
+                model,
+                rows,
+                responses_at_once=config.per_device_eval_batch_size * most_responses(rows),
+                memory=run.memory,
+                pad_id=tokenizer.pad_token_id,
+                device=run.device,
+            )
 
         def evaluate() -> dict[str, float]:
             if not held_out:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from rlhf_pipeline.data.batch import micro_batches, pack
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.evaluation.preferences import (
     accuracy,
@@ -21,24 +20,27 @@ from rlhf_pipeline.evaluation.preferences import (
     preference_metrics,
     tfidf_bradley_terry,
 )
+from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.roles import RewardModel
+from rlhf_pipeline.rollout.rewards import ModelReward
+from rlhf_pipeline.rollout.scoring import by_example, score
 from rlhf_pipeline.training.tensor_cache import read_tensor, write_tensor
 
 BASELINES = ("longer_wins", "tfidf")
 
 
-@torch.no_grad()
 def score_examples(
-    model: RewardModel, examples: Sequence[Example], *, batch_size: int, pad_id: int, device: torch.device
+    model: RewardModel,
+    examples: Sequence[Example],
+    *,
+    responses_at_once: int,
+    memory: Memory | None = None,
+    pad_id: int,
+    device: torch.device,
 ) -> list[list[float]]:
-    """Scores of all completions of each example, in fp32."""
-    scores: list[list[float]] = [[] for _ in examples]
-    for group in micro_batches(examples, batch_size):
-        batch = pack([examples[i] for i in group], pad_id, layout=model.reader.layout).to(device)
-        values = iter(model(batch).tolist())
-        for i in group:
-            scores[i] = [next(values) for _ in examples[i].completions]
-    return scores
+    """Scores of all completions of each example, in fp32, read by `score`."""
+    source = ModelReward("reward model", model, pad_id, device)
+    return by_example(score(source.score, examples, responses_at_once=responses_at_once, memory=memory), examples)
 
 
 def prompts_of_pairs(examples: Sequence[Example]) -> list[str]:
@@ -89,17 +91,8 @@ def baselines(train: Sequence[Example], held_out: Sequence[Example]) -> dict[str
     return baseline_accuracies(baseline_differences(train, held_out), held_out)
 
 
-def evaluate_pairs(
-    model: RewardModel, held_out: Sequence[Example], *, batch_size: int, pad_id: int, device: torch.device
-) -> dict[str, Any]:
-    """Accuracy, calibration and the labels' ceiling on held-out pairs; cut responses apart."""
-    return describe_pairs(
-        score_examples(model, held_out, batch_size=batch_size, pad_id=pad_id, device=device), held_out
-    )
-
-
 def describe_pairs(scores: Sequence[Sequence[float]], held_out: Sequence[Example]) -> dict[str, Any]:
-    """`evaluate_pairs` of scores that are known."""
+    """Accuracy, calibration and the labels' ceiling on held-out pairs; cut responses apart."""
     differences, clusters = pair_differences(scores, held_out)
     metrics: dict[str, Any] = preference_metrics(differences, clusters)
     labels = [example.label_probability for example in held_out for _ in example.untied()]

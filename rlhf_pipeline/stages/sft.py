@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from rlhf_pipeline.algorithms.language_model import negative_log_likelihood
 from rlhf_pipeline.config.sft import SftConfig
 from rlhf_pipeline.data import world
-from rlhf_pipeline.data.batch import Layout, pack
+from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.tokenize import Example, whole_sequence
 from rlhf_pipeline.data.tokenizers import text_of, train_byte_level_bpe
 from rlhf_pipeline.models.loading import init_causal_lm, new_config, save_model
+from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.roles import Policy
 from rlhf_pipeline.models.selfcheck import inspect_model
+from rlhf_pipeline.rollout.scoring import score
 from rlhf_pipeline.stages.common import (
     StageResult,
     example_schedule,
@@ -58,22 +61,28 @@ def count_tokens(example: Example) -> dict[str, float]:
     return {"tokens": float(sum(len(ids) for ids in example.completions))}
 
 
-@torch.no_grad()
 def mean_nll(
-    policy: Policy, examples: Sequence[Example], *, batch_size: int, pad_id: int, device: torch.device
+    policy: Policy,
+    examples: Sequence[Example],
+    *,
+    responses_at_once: int,
+    memory: Memory | None = None,
+    pad_id: int,
+    device: torch.device,
 ) -> dict[str, float]:
-    """Mean negative log-likelihood per completion token, and per whole completion, in nats."""
-    layout: Layout = policy.reader.layout
-    total, tokens = 0.0, 0
+    """Mean negative log-likelihood per completion token, and per whole completion, in nats, read by `score`."""
+
+    def logprobs(part: Sequence[Example]) -> Tensor:
+        batch = pack(part, pad_id, layout=policy.reader.layout).to(device)
+        return batch.per_completion(policy(batch).logprobs.double())
+
     was_training = policy.training
     policy.eval()  # where dropout was asked for, it is for training alone
     try:
-        for start in range(0, len(examples), batch_size):
-            batch = pack(examples[start : start + batch_size], pad_id, layout=layout).to(device)
-            total += float(negative_log_likelihood(policy(batch).logprobs.double()))
-            tokens += batch.num_tokens
+        total = -float(score(logprobs, examples, responses_at_once=responses_at_once, memory=memory).sum())
     finally:
         policy.train(was_training)
+    tokens = sum(len(ids) for example in examples for ids in example.completions)
     return {"eval_nll": total / tokens, "eval_nll_per_sequence": total / len(examples)}
 
 
@@ -137,11 +146,13 @@ def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
         def evaluate() -> dict[str, float]:
             if not held_out:
                 return {}
-            options = {"pad_id": tokenizer.pad_token_id, "device": run.device}
-            return run.memory.shrink(
-                "evaluation",
-                config.per_device_eval_batch_size,
-                lambda size: mean_nll(policy, held_out, batch_size=size, **options),
+            return mean_nll(
+                policy,
+                held_out,
+                responses_at_once=config.per_device_eval_batch_size,
+                memory=run.memory,
+                pad_id=tokenizer.pad_token_id,
+                device=run.device,
             )
 
         plan = Plan(

@@ -27,8 +27,8 @@ class ModelShape:
 
     matmul, head: weights in matrix products; attention: layers x query width. skipped: those of the weights that work
     only where hidden states are read (models/last_layer.py). reads: where that is: at the positions that predict a
-    completion's token, at these tokens themselves, or at the last one of each completion. passes: forward passes that
-    training on a batch costs: three, and a fourth where activations are computed again.
+    completion's token, at these tokens themselves, or at the last one of each completion. recomputed: weights whose
+    products the backward pass computes again (`gradient_checkpointing`); 0 without.
     """
 
     matmul: int
@@ -36,13 +36,13 @@ class ModelShape:
     attention: int
     skipped: int = 0
     reads: Literal["predicting", "tokens", "last"] = "predicting"
-    passes: int = 3
+    recomputed: int = 0
 
     @staticmethod
     def of(model: PreTrainedModel, *, head: bool = True, checkpointed: bool = False) -> ModelShape:
         """Read the shape off a transformers model (a sequence classifier or a bare trunk with head=False).
 
-        checkpointed: whether it trains with `gradient_checkpointing`; its last layer then skips nothing.
+        checkpointed: whether it trains with `gradient_checkpointing`; its last layer then skips nothing in a batch.
         """
         trunk = trunk_of(model)
         embeddings = {id(module.weight) for module in trunk.modules() if isinstance(module, nn.Embedding)}
@@ -59,9 +59,9 @@ class ModelShape:
             matmul,
             output.weight.numel() if output is not None else 0,
             config.num_hidden_layers * width,
-            0 if checkpointed else skipped,
+            skipped,
             pooled if classifier else "predicting",
-            4 if checkpointed else 3,
+            _recomputed_weights(trunk) if checkpointed else 0,
         )
 
     def forward_flops(self, tokens: int, context_tokens: int, head_tokens: int, read: int | None = None) -> float:
@@ -75,10 +75,21 @@ class ModelShape:
         matmul = self.matmul * tokens - self.skipped * unread
         return 2.0 * matmul + 4.0 * self.attention * context_tokens + 2.0 * self.head * head_tokens
 
+    def training_flops(self, tokens: int, context_tokens: int, head_tokens: int, read: int | None = None) -> float:
+        """FLOPs of a forward and a backward pass: 3 forward passes, and with `gradient_checkpointing`
+        2 N_recomputed tokens + 4 layers d_attn sum(context) of the layers that are computed again."""
+        again = 2.0 * self.recomputed * tokens + 4.0 * self.attention * context_tokens if self.recomputed else 0.0
+        return 3.0 * self.forward_flops(tokens, context_tokens, head_tokens, read) + again
+
+    def batch_counts(self, batch: PackedBatch) -> tuple[int, int, int, int | None]:
+        """The arguments of `forward_flops` and `training_flops` for a packed batch."""
+        read = {"predicting": batch.num_predicting, "tokens": batch.num_tokens, "last": batch.num_completions}
+        where = None if self.recomputed else read[self.reads]
+        return batch.active_tokens, batch.context_tokens, batch.num_tokens, where
+
     def batch_flops(self, batch: PackedBatch) -> float:
         """FLOPs of a forward pass over a packed batch."""
-        read = {"predicting": batch.num_predicting, "tokens": batch.num_tokens, "last": batch.num_completions}
-        return self.forward_flops(batch.active_tokens, batch.context_tokens, batch.num_tokens, read[self.reads])
+        return self.forward_flops(*self.batch_counts(batch))
 
     def decode_flops(
         self, prompt_lengths: list[int], response_lengths: list[int], prompts: list[int] | None = None
@@ -95,6 +106,22 @@ class ModelShape:
             fed = response - 1  # the last sampled token is never fed back
             total += self.forward_flops(fed, fed * prompt + fed * (fed + 1) // 2, response)
         return total
+
+
+def _recomputed_weights(trunk: nn.Module) -> int:
+    """Weights of the layers that `gradient_checkpointing` computes again.
+
+    The backward pass stops computing a layer again when it has all that was saved. So a layer's last product is left
+    out, unless a norm reads what it gives.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    total = 0
+    for layer in (module for module in trunk.modules() if isinstance(module, GradientCheckpointingLayer)):
+        sizes = [parameter.numel() for parameter in layer.parameters() if parameter.ndim == 2]
+        normed = any(name in ("post_feedforward_layernorm", "post_mlp_layernorm") for name, _ in layer.named_children())
+        total += sum(sizes if normed else sizes[:-1])
+    return total
 
 
 PHASES = ("generation", "scoring", "update")
@@ -144,7 +171,7 @@ class CostMeter:
 
     def train(self, shape: ModelShape, batch: PackedBatch) -> None:
         """Count a training pass (forward and backward) of one model."""
-        self.flops += shape.passes * shape.batch_flops(batch)
+        self.flops += shape.training_flops(*shape.batch_counts(batch))
 
     def score(self, shape: ModelShape, batch: PackedBatch) -> None:
         """Count a forward pass of a frozen model."""

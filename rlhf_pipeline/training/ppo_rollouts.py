@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from rlhf_pipeline.config.ppo import PpoConfig
 from rlhf_pipeline.data.batch import Layout, PackedBatch, merge_prompts, micro_batches, pack, reads
 from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.roles import ActorCritic, Policy
 from rlhf_pipeline.rollout.responses import answered, logprob_matrix, prompts_run, sample_for_prompts
 from rlhf_pipeline.rollout.rewards import BadScores, RewardSource
@@ -27,7 +27,6 @@ from rlhf_pipeline.rollout.rollout import (
 from rlhf_pipeline.rollout.vllm_engine import VllmEngine
 from rlhf_pipeline.training.cost import JUDGE, CostMeter, ModelShape
 from rlhf_pipeline.training.judge import Judge
-from rlhf_pipeline.training.memory import Memory
 from rlhf_pipeline.training.ppo_batches import Minibatches, PpoBatch, Sampled, Scored, cut_rows
 from rlhf_pipeline.training.tracking import logged
 from rlhf_pipeline.training.windows import Window, epoch_order
@@ -102,8 +101,7 @@ def sample_responses(setup: PpoSetup, module: nn.Module, update: int) -> Sampled
 
     def sampled() -> Sampled:
         with setup.meter.part("generation"):
-            sample = partial(_sample, setup, module, update)
-            found, prompts = setup.memory.shrink("sampling", setup.rollout_size, sample)
+            found, prompts = _sample(setup, module, update)
             prompt_lengths = [len(example.prompt_ids) for example in found.examples]
             lengths = [len(example.completions[0]) for example in found.examples]
             setup.meter.generate(setup.shapes["actor"], prompt_lengths, lengths, prompts)
@@ -112,8 +110,8 @@ def sample_responses(setup: PpoSetup, module: nn.Module, update: int) -> Sampled
     return setup.together(sampled)
 
 
-def _sample(setup: PpoSetup, module: nn.Module, update: int, size: int) -> tuple[Sampled, list[int] | None]:
-    """The responses, `size` sampled at a time, and the lengths of the prompts that were run (None: one for each)."""
+def _sample(setup: PpoSetup, module: nn.Module, update: int) -> tuple[Sampled, list[int] | None]:
+    """The responses, and the lengths of the prompts that were run (None: one for each)."""
     config, prompts = setup.config, prompts_of(setup, update)
     width = config.lengths().response
     options: dict[str, Any] = {"samples": 1, "response_length": width, "stop_id": setup.stop_id}
@@ -122,9 +120,10 @@ def _sample(setup: PpoSetup, module: nn.Module, update: int, size: int) -> tuple
         setup.engine.load_weights(setup.actor_critic)
         drawn = setup.engine.generate([prompt.prompt_ids for prompt in prompts], **options)
         return Sampled(answered(prompts, drawn)[0], logprob_matrix(drawn, width).to(setup.device)), None
-    options |= {"pad_id": setup.pad_id, "batch_size": size, "device": setup.device, "module": module}
-    examples, _ = sample_for_prompts(setup.actor_critic, prompts, **options)
-    return Sampled(examples), prompts_run(setup.actor_critic, examples, size)
+    at_once: dict[str, Any] = {"responses_at_once": setup.rollout_size, "memory": setup.memory}
+    options |= {"pad_id": setup.pad_id, "device": setup.device, "module": module}
+    examples, _ = sample_for_prompts(setup.actor_critic, prompts, **options, **at_once)
+    return Sampled(examples), prompts_run(setup.actor_critic, examples, **at_once)
 
 
 def shuffled_minibatches(setup: PpoSetup, sampled: Sampled, update: int) -> list[Minibatches]:

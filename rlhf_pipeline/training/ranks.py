@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rlhf_pipeline.errors import RunFailed
+from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.training.finite import NotFinite
-from rlhf_pipeline.training.memory import Memory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

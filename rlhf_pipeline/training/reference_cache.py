@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rlhf_pipeline.data.batch import micro_batches, pack
+from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.roles import Policy
+from rlhf_pipeline.rollout.scoring import most_responses, score
 from rlhf_pipeline.training.cost import ModelShape
 from rlhf_pipeline.training.tensor_cache import read_tensor, write_tensor
 
@@ -57,22 +59,28 @@ def examples_digest(examples: Sequence[Example]) -> str:
 
 @torch.no_grad()
 def completion_logprob_sums(
-    policy: Policy, examples: Sequence[Example], *, batch_size: int, pad_id: int, device: torch.device | str
+    policy: Policy,
+    examples: Sequence[Example],
+    *,
+    responses_at_once: int,
+    memory: Memory | None = None,
+    pad_id: int,
+    device: torch.device | str,
 ) -> Tensor:
-    """log pi(y | x) of every completion: (examples, K) on the CPU, in at least fp32.
+    """log pi(y | x) of every completion, read by `score`: (examples, K) on the CPU, in at least fp32.
 
     K is that of the example with the most completions; NaN stands where another has none.
     """
     if not examples:
         return torch.zeros(0, 2)
-    rows: list[Tensor | None] = [None] * len(examples)
-    most = max(len(example.completions) for example in examples)
-    for group in micro_batches(examples, batch_size):
-        batch = pack([examples[i] for i in group], pad_id, layout=policy.reader.layout).to(device)
-        sums = batch.per_completion(policy(batch).logprobs).cpu()
-        for i, row in zip(group, sums.split([len(examples[i].completions) for i in group]), strict=True):
-            rows[i] = pad(row, (0, most - len(row)), value=torch.nan)
-    return torch.stack(rows)  # type: ignore[arg-type]
+
+    def sums(part: Sequence[Example]) -> Tensor:
+        batch = pack(part, pad_id, layout=policy.reader.layout).to(device)
+        return batch.per_completion(policy(batch).logprobs)
+
+    found, most = score(sums, examples, responses_at_once=responses_at_once, memory=memory), most_responses(examples)
+    rows = found.split([len(example.completions) for example in examples])
+    return torch.stack([pad(row, (0, most - len(row)), value=torch.nan) for row in rows])
 
 
 def _is_whole(logprobs: Tensor, examples: Sequence[Example]) -> bool:
@@ -87,7 +95,7 @@ def cached_logprobs(
 
     Args:
         key: what identifies the reference; without a digest (a model on the hub) nothing is cached.
-        options: batch_size, pad_id, device.
+        options: of `completion_logprob_sums`.
     """
     if key.get("model") is None or not examples:
         return ReferenceLogprobs(completion_logprob_sums(policy, examples, **options), False)

@@ -23,13 +23,13 @@ from rlhf_pipeline.config.dump import config_digest, dump_yaml
 from rlhf_pipeline.config.stages import ModelConfig
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.errors import BadInput, Interrupted
+from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.registry.lengths import with_lengths
 from rlhf_pipeline.registry.storage import replace_text
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.training.checkpoint import Checkpoint, clear_leftovers, newest_checkpoint, put_damaged_aside
 from rlhf_pipeline.training.cost import CostMeter, reset_peak_memory
 from rlhf_pipeline.training.failure import FOLDER as FAILURE
-from rlhf_pipeline.training.memory import Memory
 from rlhf_pipeline.training.precision import uses_bf16
 from rlhf_pipeline.training.run_directory import (
     CONFIG,

@@ -14,6 +14,7 @@ from torch import nn
 
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.errors import Interrupted, MismatchError, RunFailed
+from rlhf_pipeline.models.memory import ADVICE
 from rlhf_pipeline.models.refusals import first_line, ran_out
 from rlhf_pipeline.registry.storage import staging, sync, sync_tree
 from rlhf_pipeline.training.checkpoint import Checkpoint, restore, save_checkpoint
@@ -22,7 +23,6 @@ from rlhf_pipeline.training.failure import Decode, failed_update, put_aside, tol
 from rlhf_pipeline.training.finite import NotFinite
 from rlhf_pipeline.training.health import Monitor, facts_of, tell, tell_all
 from rlhf_pipeline.training.loop import Step, fit
-from rlhf_pipeline.training.memory import ADVICE
 from rlhf_pipeline.training.optimizer import make_optimizer, make_scheduler
 from rlhf_pipeline.training.precision import checkpoint_activations, uses_bf16
 from rlhf_pipeline.training.run import Run
@@ -142,6 +142,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
         RunFailed: when something is not finite (runs/<id>/failure/ then has the batch), or memory has run out.
     """
     config = run.config
+    model.train()  # all of it: activations of a part in eval mode (a critic copied from a frozen model) would be kept
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     optimizer = make_optimizer(

@@ -47,7 +47,7 @@ def tiny(seed: int, vocab: int = 4, temperature: float = 1.0) -> Policy:
 
 def plan(prompts: list[list[int]], samples: int, **changes) -> SamplingPlan:
     examples = [Example(ids, [], [], prompt_key=str(ids), where="here") for ids in prompts]
-    values = {"response_length": 3, "temperature": 1.0, "seed": 0, "stop_id": 1, "pad_id": 0, "batch_size": 7}
+    values = {"response_length": 3, "temperature": 1.0, "seed": 0, "stop_id": 1, "pad_id": 0, "responses_at_once": 7}
     return SamplingPlan(examples, samples, **{**values, **changes})
 
 
@@ -66,7 +66,7 @@ def test_paired_difference_by_hand():
 
 def test_draws_follow_the_plan_and_share_their_random_numbers():
     prompts = [[2], [3, 2, 3], [2, 2]]
-    one, again = draw(tiny(0), plan(prompts, 4)), draw(tiny(0), plan(prompts, 4, batch_size=3))
+    one, again = draw(tiny(0), plan(prompts, 4)), draw(tiny(0), plan(prompts, 4, responses_at_once=3))
     assert [e.completions for e in one.examples] == [e.completions for e in again.examples]
     other = draw(tiny(0), plan(prompts, 4, seed=1))
     assert [e.completions for e in one.examples] != [e.completions for e in other.examples]
@@ -102,15 +102,15 @@ class FirstToken:
         return torch.tensor([100.0 * e.prompt_ids[0] + ids[0] for e in examples for ids in e.completions])
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_scores_return_to_the_order_of_the_responses_whatever_the_batches(batch_size):
+@pytest.mark.parametrize("at_once", [1, 2, 64])
+def test_scores_return_to_the_order_of_the_responses_whatever_the_batches(at_once):
     draw_lengths = np.random.default_rng(0).integers(1, 9, 20)
     examples = [
         Example([k] * int(length), [[7], [8, 8, 8], [9]], [False] * 3, str(k), "w")
         for k, length in enumerate(draw_lengths)
     ]
     samples = Samples(examples, [])
-    add_score(samples, FirstToken(), "first", batch_size=batch_size)
+    add_score(samples, FirstToken(), "first", plan([], 3, responses_at_once=at_once))
     assert samples.values["first"].tolist() == [100.0 * k + token for k in range(20) for token in (7, 8, 9)]
 
 
@@ -123,7 +123,7 @@ def test_kl_figures_agree_with_enumeration():
         p, q = (batch.per_completion(one(batch).logprobs.double()) for one in (policy, reference))
     weight = p.exp()
     kl, entropy = (weight * (p - q)).sum().item(), -(weight * p).sum().item()
-    sampling = plan([prompt], 4000, batch_size=4000)
+    sampling = plan([prompt], 4000, responses_at_once=4000)
     samples = draw(policy, sampling)
     add_kl(samples, policy, reference, sampling)
     for name, expected in (("kl", kl), ("kl_k1", kl), ("entropy", entropy)):
@@ -141,7 +141,7 @@ def test_kl_rows_return_to_the_order_of_the_responses():
     prompts = [[2] * n for n in (1, 6, 3, 5)]
     tables = []
     for size in (1, 64):
-        sampling = plan(prompts, 3, batch_size=size)
+        sampling = plan(prompts, 3, responses_at_once=size)
         samples = draw(policy, sampling)
         add_kl(samples, policy, reference, sampling)
         tables.append(np.stack([samples.values[name] for name in ("kl", "kl_k1", "entropy")]))

@@ -233,10 +233,10 @@ def test_other_reward_models_score_the_first_model_and_no_snapshot(monkeypatch):
     scorers = SimpleNamespace(label=lambda seed: f"rm-{seed}", get=lambda seed: seed)
     monkeypatch.setattr(rows.Scorers, "of", lambda *_: scorers)
     monkeypatch.setattr(rows, "measure", lambda *_: samples(score=0.0))
-    monkeypatch.setattr(rows, "score_in_batches", lambda source, examples, _: [[source] * 4 for _ in examples])
+    monkeypatch.setattr(rows, "scores_of", lambda samples, source, _: np.full(4, float(source)))
     steps = [(0, 1), (0, None), (1, 1), (1, None)]
     points = [(Point("a", seed, {}, "a", step), SimpleNamespace(label="a")) for seed, step in steps]
-    bench = SimpleNamespace(policy=lambda _: None, say=lambda _: None, plan=SimpleNamespace(batch_size=1), scorer=None)
+    bench = SimpleNamespace(policy=lambda _: None, say=lambda _: None, plan=None, scorer=None)
     measured = rows.measure_points(points, bench, None, asked_for=False)
     assert [sorted(one.scores) for one in measured] == [[], ["rm-1"], [], []]
     assert set(measured[1].scored_by("rm-1").values["score"]) == {1.0}

@@ -17,6 +17,7 @@ from rlhf_pipeline.models.roles import Policy
 from rlhf_pipeline.models.selfcheck import inspect_model
 from rlhf_pipeline.rollout.responses import sample_for_prompts
 from rlhf_pipeline.rollout.sampler import draw_uniforms, pick, sample, sample_grouped
+from tests.rollout.conftest import tiny_llama
 
 PAD, EOS = 0, 1
 JUST_BELOW_1 = 1 - 2.0**-53
@@ -63,6 +64,16 @@ def test_logits_far_from_0_change_nothing():
     for shift in (-1e4, 0.0, 1e4):
         tokens, logprobs = pick(logits_of(0.1, 0.2, 0.3, 0.4) + shift, u)
         assert tokens.item() == 2 and logprobs.item() == pytest.approx(math.log(0.3), abs=1e-9)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.7])
+def test_bf16_logits_are_widened_before_they_are_divided(temperature):
+    """By hand: e^(l / T) / sum e^(l / T) of the bf16 numbers l, in float64."""
+    logits = (8 * torch.randn(64, 50, generator=generator())).bfloat16()
+    tokens, logprobs = pick(logits, draw_uniforms(64, 1, generator(1)).squeeze(1), temperature)
+    powers = [[math.exp(value / temperature) for value in row] for row in logits.double().tolist()]
+    expected = [math.log(row[token] / sum(row)) for row, token in zip(powers, tokens.tolist(), strict=True)]
+    assert logprobs.tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_picked_frequencies_are_the_probabilities():
@@ -207,7 +218,7 @@ def test_the_samplers_logprobs_equal_recomputed_ones(name, temperature):
         pad_id=PAD,
         generator=generator(),
         temperature=temperature,
-        batch_size=16,
+        responses_at_once=16,
     )
     batch = pack(sampled, PAD, layout=policy.reader.layout)
     with torch.no_grad():
@@ -223,29 +234,29 @@ def test_batching_and_the_order_of_prompts_change_no_sample(name):
     policy, prompts = Policy(model, inspect_model(model)), [e.prompt_ids for e in prompts_of(20)]
     draws = draw_uniforms(20, 6, generator(1))
     options = {"pad_id": PAD, "cache_config": model.config}
-    endless = sample_grouped(policy, prompts, draws, batch_size=20, stop_id=-1, **options)
+    endless = sample_grouped(policy, prompts, draws, responses_at_once=20, stop_id=-1, **options)
     tokens = Counter(token for response in endless for token in response.ids)
     options["stop_id"] = tokens.most_common(1)[0][0]  # so that some responses end early
-    one_by_one = sample_grouped(policy, prompts, draws, batch_size=1, **options)
+    one_by_one = sample_grouped(policy, prompts, draws, responses_at_once=1, **options)
     assert {r.ended for r in one_by_one} == {True, False}
     order = list(range(20))
     random.Random(2).shuffle(order)
     for size in (3, 7, 64):
-        found = sample_grouped(policy, prompts, draws, batch_size=size, **options)
+        found = sample_grouped(policy, prompts, draws, responses_at_once=size, **options)
         assert [r.ids for r in found] == [r.ids for r in one_by_one]
-        shuffled = sample_grouped(policy, [prompts[i] for i in order], draws[order], batch_size=size, **options)
+        shuffled = sample_grouped(policy, [prompts[i] for i in order], draws[order], responses_at_once=size, **options)
         assert [r.ids for r in shuffled] == [one_by_one[i].ids for i in order]
 
 
 def test_the_same_seed_gives_the_same_samples_and_another_seed_others(make_llama):
     policy = Policy(make_llama(vocab=24), Reader())
-    options = {"samples": 4, "response_length": 5, "stop_id": EOS, "pad_id": PAD}
+    options = {"samples": 4, "response_length": 5, "stop_id": EOS, "pad_id": PAD, "responses_at_once": 24}
 
     def draw(seed: int, **changes):
         examples, _ = sample_for_prompts(policy, prompts_of(6), generator=generator(seed), **{**options, **changes})
         return [e.completions for e in examples]
 
-    assert draw(0) == draw(0) == draw(0, batch_size=5)
+    assert draw(0) == draw(0) == draw(0, responses_at_once=5)
     assert draw(0) != draw(1)
 
 
@@ -253,7 +264,14 @@ def test_sampled_examples_keep_their_prompt_and_lose_what_belonged_to_old_comple
     policy = Policy(make_llama(), Reader())
     old = Example([2, 3], [[2, 1]], [True], "key", "row 7", 0.8, "text", ("old",))
     examples, responses = sample_for_prompts(
-        policy, [old], samples=5, response_length=3, stop_id=EOS, pad_id=PAD, generator=generator()
+        policy,
+        [old],
+        samples=5,
+        response_length=3,
+        stop_id=EOS,
+        pad_id=PAD,
+        generator=generator(),
+        responses_at_once=5,
     )
     (example,) = examples
     assert (example.prompt_ids, example.prompt_key, example.where) == ([2, 3], "key", "row 7")
@@ -284,7 +302,7 @@ def test_responses_come_as_often_as_their_enumerated_probability(make_tree, temp
         pad_id=PAD,
         generator=generator(5),
         temperature=temperature,
-        batch_size=count,
+        responses_at_once=count,
     )
     found = Counter((tuple(r.ids), r.ended) for r in responses)
     with torch.no_grad():
@@ -293,3 +311,20 @@ def test_responses_come_as_often_as_their_enumerated_probability(make_tree, temp
     assert set(found) <= {(tuple(ids), end) for ids, end in leaves}
     for (ids, end), p in zip(leaves, probabilities):
         assert abs(found[tuple(ids), end] / count - p) < 4 * math.sqrt(p * (1 - p) / count)
+
+
+def test_in_bf16_the_sampler_agrees_with_the_training_forward_at_every_temperature():
+    """What is left is the rounding of the two passes in bf16, which a temperature of T divides by T."""
+    model = tiny_llama(dtype=torch.bfloat16, vocab=50, hidden_size=16)
+    prompts = [Example([2 + i % 40, 3, 4], [], [], f"p{i}", "w") for i in range(64)]
+    options = {"samples": 1, "response_length": 6, "stop_id": EOS, "pad_id": PAD, "responses_at_once": 64}
+    apart = {}
+    for temperature in (1.0, 0.7):
+        policy = Policy(model, inspect_model(model), temperature)
+        sampled, drawn = sample_for_prompts(policy, prompts, generator=generator(), temperature=temperature, **options)
+        batch = pack(sampled, PAD, layout=policy.reader.layout)
+        with torch.no_grad():
+            recomputed = policy(batch).logprobs
+        mine = torch.tensor([value for (response,) in drawn for value in response.logprobs])
+        apart[temperature] = (mine - recomputed).abs().mean().item() * temperature
+    assert apart[0.7] <= 1.25 * apart[1.0] + 1e-6

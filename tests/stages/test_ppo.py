@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rlhf_pipeline.errors import ConfigError, RunFailed
+from rlhf_pipeline.training.cost import CostMeter
 
 ONE_STEP = {"num_ppo_epochs": 1, "num_mini_batches": 1, "per_device_train_batch_size": 16, "max_steps": 1}
 WORLD = {"reward_model_path": None, "reward_functions": ["world"]}
@@ -322,3 +323,16 @@ def test_ppo_raises_the_reward_that_it_is_given(lab, function):
     rows = lab.rows(result.run)
     assert sum(row["objective/scores"] for row in rows[-3:]) / 3 > rows[0]["objective/scores"] + 0.3
     assert rows[-1]["objective/kl"] > 0.1
+
+
+def test_while_the_critic_warms_up_the_actor_costs_a_forward_pass_only(lab, monkeypatch):
+    """One step an update: both train the critic, only the second trains the actor, which alone has an output head."""
+    trained, train = [], CostMeter.train
+
+    def recorded(meter, shape, batch):
+        trained.append("actor" if shape.head else "critic")
+        train(meter, shape, batch)
+
+    monkeypatch.setattr(CostMeter, "train", recorded)
+    lab.run("ppo", **{**ONE_STEP, "max_steps": 2, "critic_warmup_steps": 1})
+    assert (trained[0], sorted(trained[1:])) == ("critic", ["actor", "critic"])

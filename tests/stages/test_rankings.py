@@ -220,7 +220,7 @@ def test_metrics_are_sums_over_untied_pairs(scorer, policy):
 def test_a_reference_in_each_step_has_the_loss_of_the_cache(policy):
     from rlhf_pipeline.training.reference_cache import completion_logprob_sums
 
-    cached = completion_logprob_sums(policy, ORDERED, batch_size=2, pad_id=0, device="cpu")
+    cached = completion_logprob_sums(policy, ORDERED, responses_at_once=2, pad_id=0, device="cpu")
     assert cached.shape == (3, 5) and cached.isnan().sum() == 3 + 2
     for name in ("plackett_luce", "ipo"):
         one, other = (dpo_loss(policy, ORDERED, name, source) for source in (cached, policy))
@@ -230,7 +230,7 @@ def test_a_reference_in_each_step_has_the_loss_of_the_cache(policy):
 def test_a_ranking_is_billed_as_the_one_tree_that_it_is():
     """5 completions of 2 tokens on a prompt of 4: 14 positions, where 10 pairs have 80."""
     found = example([1, 2, 3, 4], *[[10 + k, 20 + k] for k in range(5)])
-    shape, meter = ModelShape(matmul=1000, head=0, attention=10, passes=3), CostMeter()
+    shape, meter = ModelShape(matmul=1000, head=0, attention=10), CostMeter()
     model = lambda batch: torch.zeros(batch.num_completions, dtype=torch.float64)  # noqa: E731
     step = ExampleBatch(pack([found], 0), [0], compared=compare([found]))
     reward_step(model, step, meter=meter, shape=shape)

@@ -43,8 +43,9 @@ def test_samples_of_the_parent_score_0_on_average(lab):
         stop_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
         generator=torch.Generator().manual_seed(3),
+        responses_at_once=96,
     )
-    scores = score_examples(model, sampled, batch_size=32, pad_id=tokenizer.pad_token_id, device=CPU)
+    scores = score_examples(model, sampled, responses_at_once=32, pad_id=tokenizer.pad_token_id, device=CPU)
     assert mean(scores) == pytest.approx(0, abs=1e-5)
     assert result.metrics["reward_shift"] == model.reward_shift != 0
     # The samples are not one and the same: their scores spread.
@@ -54,7 +55,7 @@ def test_samples_of_the_parent_score_0_on_average(lab):
 def test_chosen_responses_score_0_on_average(lab):
     result = lab.run("train-rm", reward_centering="chosen")
     model, tokenizer, examples = read(lab, result.model, lab.config("train-rm"))
-    scores = score_examples(model, examples, batch_size=32, pad_id=tokenizer.pad_token_id, device=CPU)
+    scores = score_examples(model, examples, responses_at_once=32, pad_id=tokenizer.pad_token_id, device=CPU)
     assert mean(scores, 0) == pytest.approx(0, abs=1e-5)
     assert abs(mean(scores, 1)) > 1e-3
 
@@ -74,7 +75,7 @@ def test_plain_transformers_loads_it_with_the_same_scores_up_to_the_shift(lab):
     plain = AutoModelForSequenceClassification.from_pretrained(result.path)
     assert (plain.config.num_labels, plain.config.reward_shift) == (1, result.metrics["reward_shift"])
     model, tokenizer, examples = read(lab, result.model, lab.config("train-rm"))
-    scores = score_examples(model, examples[:20], batch_size=8, pad_id=tokenizer.pad_token_id, device=CPU)
+    scores = score_examples(model, examples[:20], responses_at_once=8, pad_id=tokenizer.pad_token_id, device=CPU)
     for example, row in zip(examples[:20], scores, strict=True):
         for completion, score in zip(example.completions, row, strict=True):
             ids = example.prompt_ids + completion
@@ -131,7 +132,7 @@ def test_mean_pooling_is_kept_in_the_config(lab):
     model, tokenizer, examples = read(lab, result.model, lab.config("train-rm"))
     assert model.pooling == "mean"
     assert "plain transformers" in (Path(result.run) / "log.txt").read_text()
-    scores = score_examples(model, examples[:8], batch_size=8, pad_id=tokenizer.pad_token_id, device=CPU)
+    scores = score_examples(model, examples[:8], responses_at_once=8, pad_id=tokenizer.pad_token_id, device=CPU)
     example, completion = examples[0], examples[0].completions[0]
     with torch.no_grad():
         hidden = model.model.model(input_ids=torch.tensor([example.prompt_ids + completion])).last_hidden_state[0]

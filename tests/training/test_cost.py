@@ -11,10 +11,12 @@ import torch
 from rlhf_pipeline.algorithms.logprobs import token_logprobs
 from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.tokenize import Example
-from rlhf_pipeline.models.forward import hidden_states, output_head
+from rlhf_pipeline.models.forward import hidden_states, output_head, trunk_of
 from rlhf_pipeline.models.last_layer import skip_unread
+from rlhf_pipeline.models.loading import without_dropout
 from rlhf_pipeline.rollout.sampler import sample
 from rlhf_pipeline.training.cost import CostMeter, ModelShape, peak_memory_bytes, reset_peak_memory
+from rlhf_pipeline.training.precision import checkpoint_activations
 
 
 def llama(**changes):
@@ -98,7 +100,7 @@ def masked_away(shape: ModelShape, tokens: int) -> float:
 
 
 def logprob_sum(model, batch):
-    hidden = hidden_states(model.model, batch, batch.predict_index)
+    hidden = hidden_states(trunk_of(model), batch, batch.predict_index)
     return token_logprobs(output_head(model), hidden, batch.target_ids)[0].sum()
 
 
@@ -210,11 +212,43 @@ def test_flops_of_sampling_that_shares_prompts():
     assert meter.report()["flops"] == prompt + responses
 
 
-def test_activations_that_are_computed_again_are_a_fourth_pass_and_nothing_is_skipped():
+def test_activations_that_are_computed_again_are_counted_and_nothing_is_skipped():
     model = llama()
     skip_unread(model.model)
     shape, batch = ModelShape.of(model, checkpointed=True), pack([single()], 0)
-    assert (shape.skipped, shape.passes) == (0, 4) and ModelShape.of(model).skipped > 0
+    # Each of the 2 layers again, but for its last product, 32 x 16, which the backward pass has no use for.
+    assert shape.recomputed == MATMUL - 2 * 32 * 16
+    context = LENGTH * (LENGTH + 1) // 2
+    whole = 2 * MATMUL * LENGTH + 4 * ATTENTION * context + 2 * HEAD * 8
+    assert shape.batch_flops(batch) == whole
     meter = CostMeter()
     meter.train(shape, batch)
-    assert meter.flops == 4 * shape.forward_flops(batch.active_tokens, batch.context_tokens, batch.num_tokens)
+    assert meter.flops == 3 * whole + 2 * shape.recomputed * LENGTH + 4 * ATTENTION * context
+    # Sampling runs in eval mode: the last layer reads the prompt's last token only, with checkpointing or without.
+    assert shape.decode_flops([6, 6], [3, 1], [6]) == ModelShape.of(model).decode_flops([6, 6], [3, 1], [6])
+
+
+def tiny_of(model_type: str):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50, "hidden_size": 64}
+    if model_type == "gpt2":
+        sizes = {"n_layer": 2, "n_head": 4, "vocab_size": 50, "n_embd": 64}
+    else:
+        sizes["intermediate_size"] = 96
+    if model_type == "gemma3_text":
+        sizes |= {"head_dim": 16, "num_key_value_heads": 4}
+    special = {"bos_token_id": 0, "eos_token_id": 0}
+    config = without_dropout(AutoConfig.for_model(model_type, **sizes, **special))
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "gemma3_text"])
+def test_recomputed_layers_against_the_counter_of_torch(model_type):
+    model, batch = tiny_of(model_type), pack([single()], 0)
+    shape, meter = ModelShape.of(model, checkpointed=True), CostMeter()
+    meter.train(shape, batch)
+    checkpoint_activations(model)
+    model.train()
+    found = counted(lambda: logprob_sum(model, batch).backward())
+    assert found == pytest.approx(meter.flops + 4 * masked_away(shape, LENGTH), rel=0.02)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.tokenize import Example
@@ -79,3 +80,46 @@ def test_checkpointing_keeps_less_and_changes_no_gradient(value_init):
         found.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]))
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
     assert kept[1] < 0.5 * kept[0]
+
+
+class Layers:
+    """How often the attention of each decoder layer runs with gradients: once a forward pass of the layer."""
+
+    def __init__(self, monkeypatch):
+        self.calls: dict[int, int] = {}
+        self.kept = []  # keeps ids from being given away
+        forward = LlamaAttention.forward
+
+        def run(attention, *args, **options):
+            if torch.is_grad_enabled():
+                self.kept.append(attention)
+                self.calls[id(attention)] = self.calls.get(id(attention), 0) + 1
+            return forward(attention, *args, **options)
+
+        monkeypatch.setattr(LlamaAttention, "forward", run)
+
+
+ONE_STEP = {"max_steps": 1, "per_device_train_batch_size": 16}
+ONE_ROLLOUT = {**ONE_STEP, "num_ppo_epochs": 1, "num_mini_batches": 1}
+ROLES = {  # stage, settings, models of one layer that are trained
+    "sft": ("sft", ONE_STEP, 1),
+    "train-rm": ("train-rm", ONE_STEP, 1),
+    "dpo": ("dpo", ONE_STEP, 1),
+    "ppo, critic of the reward model": ("ppo", {**ONE_ROLLOUT, "value_init": "reward_model"}, 2),
+    "ppo, critic of the actor": ("ppo", {**ONE_ROLLOUT, "value_init": "sft"}, 2),
+    "ppo, shared": ("ppo", {**ONE_ROLLOUT, "value_init": "shared"}, 1),
+    "sft by TRL": ("sft", {**ONE_STEP, "engine": "trl"}, 1),
+    "train-rm by TRL": ("train-rm", {**ONE_STEP, "engine": "trl"}, 1),
+    "dpo by TRL": ("dpo", {**ONE_STEP, "engine": "trl"}, 1),
+}
+
+
+@pytest.mark.parametrize("name", ROLES)
+def test_every_layer_that_is_trained_is_computed_again(lab, monkeypatch, name):
+    """One step of one micro-batch: each layer runs once forward, and once more in the backward pass."""
+    stage, settings, models = ROLES[name]
+    for checkpointing, runs in ((False, 1), (True, 2)):
+        with monkeypatch.context() as patch:
+            layers = Layers(patch)
+            lab.run(stage, **settings, gradient_checkpointing=checkpointing, output_name=f"with-{checkpointing}")
+        assert list(layers.calls.values()) == [runs] * models

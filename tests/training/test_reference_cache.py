@@ -12,7 +12,7 @@ from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.training.cost import ModelShape
 from rlhf_pipeline.training.reference_cache import cached_logprobs, completion_logprob_sums, examples_digest
 
-OPTIONS = {"batch_size": 16, "pad_id": 0, "device": "cpu"}
+OPTIONS = {"responses_at_once": 16, "pad_id": 0, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,9 @@ def test_log_probabilities_equal_plain_ones(reference):
 
 def test_the_order_is_that_of_the_examples_whatever_the_batch_size(reference):
     policy, examples, _ = reference
-    one, all_ = (completion_logprob_sums(policy, examples, **{**OPTIONS, "batch_size": size}) for size in (1, 40))
+    one, all_ = (
+        completion_logprob_sums(policy, examples, **{**OPTIONS, "responses_at_once": size}) for size in (1, 40)
+    )
     torch.testing.assert_close(one, all_, atol=1e-5, rtol=0)
 
 

@@ -92,7 +92,7 @@ def train_with_trl(
         epoch = step / per_epoch
         members = [examples[index] for index in next(windows)]
         scored = reference is not None and not precomputes
-        _count(run.meter, shape, members, shape.passes + (1.0 if scored else 0.0))
+        _count(run.meter, shape, members, trained=True, scored=scored)
         run.meter.optimizer_steps += 1
         last = native_names(run.stage, logs, config) | {"epoch": epoch}
         tell(run.log, monitor.update(step, last))
@@ -111,7 +111,7 @@ def train_with_trl(
     frozen = [] if reference is None else [reference]
     with contained(), untouched(model, *frozen), run.meter.part("training"):
         if precomputes:
-            _count(run.meter, shape, examples, 1.0, trained=False)
+            _count(run.meter, shape, examples, scored=True)
         trainer = make_trainer(
             run,
             plan.total,
@@ -154,9 +154,12 @@ def _warn_of_final_padding(run: Run, pad_id: int, examples: Sequence[Example]) -
 
 
 def _count(
-    meter: CostMeter, shape: ModelShape, examples: Sequence[Example], passes: float, *, trained: bool = True
+    meter: CostMeter, shape: ModelShape, examples: Sequence[Example], *, trained: bool = False, scored: bool = False
 ) -> None:
-    """Put examples on the bill as TRL computes them: a row for each prompt with a completion, padding left out."""
+    """Put examples on the bill as TRL computes them: a row for each prompt with a completion, padding left out.
+
+    trained: by a pass forward and backward. scored: by a forward pass of the reference.
+    """
     tokens = context = head = 0
     for example in examples:
         for ids in example.completions:
@@ -164,5 +167,6 @@ def _count(
             tokens += length
             context += length * (length + 1) // 2
             head += len(ids)
-    meter.flops += passes * shape.forward_flops(tokens, context, head)
+    meter.flops += shape.training_flops(tokens, context, head) if trained else 0.0
+    meter.flops += shape.forward_flops(tokens, context, head) if scored else 0.0
     meter.tokens_trained += tokens if trained else 0

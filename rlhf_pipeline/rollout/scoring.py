@@ -1,0 +1,81 @@
+"""Scores of given responses, a bounded number of them at a time: what every measurement reads them through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from rlhf_pipeline.data.batch import tree_length
+from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.models.memory import Memory
+
+Scorer = Callable[[Sequence[Example]], Tensor]
+"""From examples to (C, ...): one row for each of their C responses, in their order."""
+
+Place = tuple[int, int]
+"""An example and one of its responses, by number."""
+
+
+@torch.no_grad()
+def score(
+    scorer: Scorer, examples: Sequence[Example], *, responses_at_once: int, memory: Memory | None = None
+) -> Tensor:
+    """What a scorer says of every response of some examples.
+
+    Responses are read in the order of their lengths, at most `responses_at_once` in one call; where memory runs out,
+    half as many from there on.
+
+    Args:
+        examples: at least one. memory: keeps the halvings of a run.
+
+    Returns:
+        (C, ...) on the CPU, the responses in the order of the examples.
+
+    Raises:
+        RunFailed: after three halvings, or where a single response does not fit.
+    """
+    memory = memory or Memory()
+    order = sorted(range(len(examples)), key=lambda number: (-tree_length(examples[number]), number))
+    places = [(number, k) for number in order for k in range(len(examples[number].completions))]
+    most, found = min(responses_at_once, len(places)), []
+    while places:
+        read, values = memory.shrink("evaluation", most, partial(_score_some, scorer, examples, places))
+        found.append(values)
+        places = places[read:]
+    first = [0]
+    for example in examples:
+        first.append(first[-1] + len(example.completions))
+    index = torch.tensor([first[number] + k for number in order for k in range(len(examples[number].completions))])
+    values = torch.cat(found)
+    return torch.empty_like(values).index_copy_(0, index, values)
+
+
+def _score_some(scorer: Scorer, examples: Sequence[Example], places: Sequence[Place], size: int) -> tuple[int, Tensor]:
+    chosen = places[:size]
+    return len(chosen), scorer(list(_trees(examples, chosen))).cpu()
+
+
+def _trees(examples: Sequence[Example], places: Sequence[Place]) -> Iterator[Example]:
+    """Examples with the responses at some places only; those of one example share its prompt."""
+    for number, group in groupby(places, key=lambda place: place[0]):
+        example, chosen = examples[number], [k for _, k in group]
+        if len(chosen) == len(example.completions):
+            yield example
+        else:
+            completions, ended = ([values[k] for k in chosen] for values in (example.completions, example.ended))
+            yield replace(example, completions=completions, ended=ended)
+
+
+def by_example(values: Tensor, examples: Sequence[Example]) -> list[list[float]]:
+    """(C,) values of responses as one list for each example."""
+    return [part.tolist() for part in values.split([len(example.completions) for example in examples])]
+
+
+def most_responses(examples: Sequence[Example]) -> int:
+    """The number of responses of the example that has the most; 1 without examples."""
+    return max((len(example.completions) for example in examples), default=1)
