@@ -163,6 +163,12 @@ def rankings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 
 
 @pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparisons write results.json and draw no page, which costs most of their time."""
+    monkeypatch.setattr("rlhf_pipeline.experiment.report.write_report", lambda *_: None)
+
+
+@pytest.fixture
 def lab(tiny: Lab, tmp_path: Path) -> Lab:
     """A copy of the tiny laboratory, to write into."""
     import torch

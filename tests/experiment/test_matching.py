@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from rlhf_pipeline.errors import MismatchError
-from rlhf_pipeline.experiment.compare import run_compare
+from rlhf_pipeline.experiment.compare import compared
 from rlhf_pipeline.experiment.matching import differences, differences_by_seed, facts_of
 
 
@@ -66,7 +66,7 @@ def test_the_same_parent_under_another_name_is_the_same(arms):
 
 
 def compare(lab, *models, **changes):
-    return run_compare(
+    return compared(
         lab.config("compare", arms=list(models), samples=1, max_prompts=2, **changes), lab.home, quiet=True
     )
 

@@ -69,7 +69,7 @@ def skipped(result):
     return {name for name, stage in result["stages"].items() if stage["skipped"]}
 
 
-def test_the_second_time_everything_is_skipped(lab, experiment):
+def test_the_second_time_everything_is_skipped(lab, experiment, undrawn):
     path = experiment()
     first = run(lab, path)
     assert skipped(first) == set()
@@ -95,7 +95,7 @@ def test_the_second_time_everything_is_skipped(lab, experiment):
         ("compare.samples=3", set()),
     ],
 )
-def test_an_override_runs_again_what_depends_on_it(lab, experiment, override, again):
+def test_an_override_runs_again_what_depends_on_it(lab, experiment, undrawn, override, again):
     path = experiment(compare=override.startswith("compare"))
     run(lab, path)
     result = run(lab, path, override)
