@@ -1,6 +1,7 @@
 """Plant known faults in a copy of the package and require that the named tests catch each of them.
 
 python scripts/mutants.py                     all mutants
+python scripts/mutants.py --quick             those that tests of pure functions catch: no test trains a model
 python scripts/mutants.py NAME [NAME ...]     some of them
 
 For each mutant the package and the tests are copied to a temporary folder, one passage of the source is replaced, and
@@ -66,6 +67,11 @@ class Mutant:
     @property
     def path(self) -> str:
         return f"{PACKAGE}/{self.file}"
+
+    @property
+    def quick(self) -> bool:
+        """Whether no test that has to fail trains a model."""
+        return all(test.startswith(("tests/algorithms/", "tests/rollout/")) for test in self.tests)
 
     def apply(self, source: str) -> str:
         """Return the mutated source.
@@ -343,11 +349,13 @@ def main(arguments: Sequence[str] | None = None, mutants: Sequence[Mutant] = MUT
     """Try the mutants, print a table, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="mutants to try (default: all)")
+    parser.add_argument("--quick", action="store_true", help="only mutants whose tests train no model")
     parser.add_argument("--jobs", type=int, default=2, help="mutants tried at once (default: 2)")
     options = parser.parse_args(arguments)
     if unknown := set(options.names) - {mutant.name for mutant in mutants}:
         parser.error(f"no such mutant: {', '.join(sorted(unknown))}")
     chosen = [mutant for mutant in mutants if not options.names or mutant.name in options.names]
+    chosen = [mutant for mutant in chosen if mutant.quick or not options.quick]
     for mutant in chosen:
         mutant.apply((ROOT / mutant.path).read_text(encoding="utf-8"))
 

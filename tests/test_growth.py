@@ -95,6 +95,7 @@ def test_the_document_of_a_smoke_test_says_so(quick) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.check
 def test_a_point_in_a_process_of_its_own(scripts, tmp_path) -> None:
     environment = scripts.bench.child_environment(1, tmp_path)
     words = ["batch", "2", "--threads", "1", "--quick"]
