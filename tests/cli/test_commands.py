@@ -113,7 +113,7 @@ def test_run_does_everything_once(capsys, tmp_path: Path) -> None:
         },
         "reward": {**tiny, "max_steps": 2},
         "dpo": {**tiny, "max_steps": 2, "beta": 0.5},
-        "compare": {"samples": 2, "best_of": [2]},
+        "compare": {"samples": 2, "best_of": [2], "max_new_tokens": 2},  # few responses in all
     }
     for name, values in files.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
@@ -171,6 +171,7 @@ def test_evaluate_a_policy_and_a_reward_model(capsys, tiny) -> None:
 def test_compare_by_references(capsys, lab) -> None:
     lab.run("dpo", output_name="dpo")
     words = ["compare", "dpo", "--baseline", "sft", "--samples", "2", "--best-of", "1,2", "--home", str(lab.home)]
+    words += ["--max-new-tokens", "2"]
     result = json_of(capsys, *words)
     assert [row["name"] for row in result["rows"]] == ["sft@v1", "dpo@v1", "best of 1 of sft@v1", "best of 2 of sft@v1"]
     assert json.loads(Path(result["path"]).read_text()) == result

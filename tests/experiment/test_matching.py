@@ -66,9 +66,7 @@ def test_the_same_parent_under_another_name_is_the_same(arms):
 
 
 def compare(lab, *models, **changes):
-    return compared(
-        lab.config("compare", arms=list(models), samples=1, max_prompts=2, **changes), lab.home, quiet=True
-    )
+    return compared(lab.config("compare", arms=list(models), samples=1, max_prompts=2, **changes), lab.home, quiet=True)
 
 
 def test_compare_refuses_and_names_the_difference(arms):

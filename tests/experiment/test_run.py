@@ -25,7 +25,7 @@ CONFIGS = {
     "scorer": {**TRAINING, "reward_centering_samples": 16},
     "ppo": {**TRAINING, "rollout_batch_size": 8, "num_ppo_epochs": 1, "num_mini_batches": 1, "kl_coef": 0.5},
     "dpo": {**TRAINING, "beta": 0.5},
-    "compare": {"use_cpu": True, "num_threads": 1, "samples": 2},
+    "compare": {"use_cpu": True, "num_threads": 1, "samples": 2, "max_new_tokens": 2},  # few responses in all
 }
 STAGES = {
     "start": {"stage": "sft"},
