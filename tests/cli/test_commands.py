@@ -91,7 +91,7 @@ def test_dry_run_trains_and_writes_nothing(capsys, lab, tmp_path: Path) -> None:
         assert sorted(lab.home.rglob("*")) == before
 
 
-def test_run_does_everything_once(capsys, tmp_path: Path) -> None:
+def test_run_does_everything_once(capsys, monkeypatch, tmp_path: Path) -> None:
     from tests.conftest import TINY_LLAMA
 
     home = tmp_path / "home"
@@ -135,6 +135,8 @@ compare: {arms: [dpo], baseline: sft, config: compare.yaml}
     assert [entry["skipped"] for entry in first["stages"].values()] == [False] * 4
     assert [row["name"] for row in first["comparison"]["rows"]] == ["sft@v1", "dpo@v1", "best of 2 of sft@v1"]
     assert Path(first["comparison"]["path"]) == home / "reports/small/results.json"
+    assert (home / "reports/small/index.html").is_file()
+    monkeypatch.setattr("rlhf_pipeline.experiment.report.write_report", lambda *_: None)  # once is enough
     second = json_of(capsys, *words)
     assert [entry["skipped"] for entry in second["stages"].values()] == [True] * 4
     assert second["comparison"]["rows"][0]["metrics"] == first["comparison"]["rows"][0]["metrics"]
