@@ -13,11 +13,11 @@ TORCH_STAMP := $(VENV)/.torch-index
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test exact mutants parity lint format type hh reviews bench growth faults clean
+.PHONY: help setup demo test check exact mutants parity lint format type hh reviews bench growth faults clean
 
 help:
 	@echo "make demo     SFT, preference pairs, reward model, PPO and DPO on the built-in data, compared"
-	@echo "make test     the tests"
+	@echo "make test     the tests      make check    the tests and what takes longer: TRL, a browser, kills, simulations, mutants"
 	@echo "make exact    PPO and DPO against the closed-form optimum on three seeds, with bounds"
 	@echo "make mutants  break the losses one detail at a time and see a test fail    make parity   PPO against TRL 1.12"
 	@echo "make lint     ruff's checks      make format   ruff's formatting and fixes      make type     mypy's checks"
@@ -54,10 +54,17 @@ $(STAMP): pyproject.toml constraints.txt $(TORCH_STAMP) | $(BIN)/python
 demo: $(STAMP)
 	$(BIN)/rlhf run configs/demo/experiment.yaml
 
-# A process for each core (or WORKERS=n), with one thread: the models of the tests are tiny.
+# A process for each core (or WORKERS=n), with one thread: the models of the tests are tiny. Bytecode is kept, because
+# tests start processes that would compile the package again.
 WORKERS ?= auto
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 test: $(STAMP)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(PYTEST) -m "not check"
+
+# `make test check` runs the tests once.
+check: test
+	$(PYTEST) -m check
+	$(BIN)/python scripts/mutants.py --quick
 
 faults: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.run
@@ -74,6 +81,8 @@ parity: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@echo "The longest files, in lines (for information only):"
+	@find rlhf_pipeline scripts -name '*.py' -exec wc -l {} + | grep -v ' total$$' | sort -rn | head -10
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -160,6 +161,19 @@ def rankings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
         return str(path)
 
     return write
+
+
+@pytest.fixture(autouse=True)
+def unsynced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing waits for the disk, but where storage itself is tested: no test cuts the power."""
+    if request.path.parent.name not in ("faults", "registry"):
+        monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparisons write results.json and draw no page, which costs most of their time."""
+    monkeypatch.setattr("rlhf_pipeline.experiment.report.write_report", lambda *_: None)
 
 
 @pytest.fixture

@@ -79,6 +79,7 @@ def test_our_side_of_ppo(bench, work, steps, stage) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.check
 @pytest.mark.parametrize("stage", ["dpo", "reward", "sft"])
 def test_the_peers_side_takes_them_too_and_finds_the_same_loss(bench, work, stage, monkeypatch) -> None:
     monkeypatch.setenv("CI", "1")  # TRL then sends no telemetry

@@ -44,6 +44,7 @@ def test_examples_have_the_lengths_asked_for(growth) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.check
 def test_every_series_is_measured(growth, capsys) -> None:
     assert growth.main(["--quick"]) == 0
     text = capsys.readouterr().out

@@ -204,6 +204,7 @@ TINY = [
 STAGES = ("reward", "judge", "preferred", "dpo", "ppo", "ppo_true")
 
 
+@pytest.mark.check
 def test_the_whole_experiment(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from rlhf_pipeline.experiment.run import run_experiment
 

@@ -121,8 +121,13 @@ def _find_points(
     return [(point, (named | found)[point.model]) for point in points]
 
 
+def run_compare(config: CompareConfig, home: Path, **options: Any) -> dict[str, Any]:
+    """Compare arms as `compared` does (same options), and write reports/<name>/results.json and index.html."""
+    return _write(compared(config, home, **options), home / "reports" / config.name)
+
+
 @sharing_models()
-def run_compare(
+def compared(
     config: Any,
     home: Path,
     *,
@@ -131,7 +136,7 @@ def run_compare(
     resampled: Sequence[str] = (),
     command: str | None = None,
 ) -> dict[str, Any]:
-    """Compare arms with a baseline; writes reports/<name>/results.json and returns its content.
+    """Compare arms with a baseline and return what stands in results.json; writes no report.
 
     Args:
         points: every trained model of every arm, from an experiment; without them the arms are the references of
@@ -253,13 +258,13 @@ def run_compare(
         "lineage": lineage(registry, models),
         "configs": configs(models),
     }
-    return _write(results, report)
+    return jsonable(results)
 
 
 def _write(results: dict[str, Any], directory: Path) -> dict[str, Any]:
     """results.json beside its target, then renamed; then the report, which needs nothing else."""
     paths = {"path": str(directory / "results.json"), "report": str(directory / "index.html")}
-    results = jsonable(results | paths)
+    results = results | paths
     replace_text(directory / "results.json", json.dumps(results, indent=2) + "\n")
     from rlhf_pipeline.experiment.report import write_report
 

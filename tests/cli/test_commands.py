@@ -91,7 +91,7 @@ def test_dry_run_trains_and_writes_nothing(capsys, lab, tmp_path: Path) -> None:
         assert sorted(lab.home.rglob("*")) == before
 
 
-def test_run_does_everything_once(capsys, tmp_path: Path) -> None:
+def test_run_does_everything_once(capsys, monkeypatch, tmp_path: Path) -> None:
     from tests.conftest import TINY_LLAMA
 
     home = tmp_path / "home"
@@ -113,7 +113,7 @@ def test_run_does_everything_once(capsys, tmp_path: Path) -> None:
         },
         "reward": {**tiny, "max_steps": 2},
         "dpo": {**tiny, "max_steps": 2, "beta": 0.5},
-        "compare": {"samples": 2, "best_of": [2]},
+        "compare": {"samples": 2, "best_of": [2], "max_new_tokens": 2},  # few responses in all
     }
     for name, values in files.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
@@ -135,6 +135,8 @@ compare: {arms: [dpo], baseline: sft, config: compare.yaml}
     assert [entry["skipped"] for entry in first["stages"].values()] == [False] * 4
     assert [row["name"] for row in first["comparison"]["rows"]] == ["sft@v1", "dpo@v1", "best of 2 of sft@v1"]
     assert Path(first["comparison"]["path"]) == home / "reports/small/results.json"
+    assert (home / "reports/small/index.html").is_file()
+    monkeypatch.setattr("rlhf_pipeline.experiment.report.write_report", lambda *_: None)  # once is enough
     second = json_of(capsys, *words)
     assert [entry["skipped"] for entry in second["stages"].values()] == [True] * 4
     assert second["comparison"]["rows"][0]["metrics"] == first["comparison"]["rows"][0]["metrics"]
@@ -171,6 +173,7 @@ def test_evaluate_a_policy_and_a_reward_model(capsys, tiny) -> None:
 def test_compare_by_references(capsys, lab) -> None:
     lab.run("dpo", output_name="dpo")
     words = ["compare", "dpo", "--baseline", "sft", "--samples", "2", "--best-of", "1,2", "--home", str(lab.home)]
+    words += ["--max-new-tokens", "2"]
     result = json_of(capsys, *words)
     assert [row["name"] for row in result["rows"]] == ["sft@v1", "dpo@v1", "best of 1 of sft@v1", "best of 2 of sft@v1"]
     assert json.loads(Path(result["path"]).read_text()) == result

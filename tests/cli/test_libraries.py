@@ -163,6 +163,7 @@ def test_a_command_that_fails_is_told_with_what_it_said(
 
 
 @pytest.mark.slow
+@pytest.mark.check
 def test_a_quick_measurement(startup, lab, capsys: pytest.CaptureFixture) -> None:
     assert startup.main(["--quick", "--home", str(lab.home), "--stages", "dpo", "--threads", "1"]) == 0
     rows = capsys.readouterr().out.splitlines()

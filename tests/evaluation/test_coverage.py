@@ -19,7 +19,7 @@ from rlhf_pipeline.evaluation.statistics import Estimate, cluster_mean
 from rlhf_pipeline.evaluation.win_rates import length_controlled_win_rate, win_rate
 from tests.evaluation.shares import covers, drawn
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.check]
 
 MANY, FEW = 2000, 500
 RESAMPLES = 400  # where every simulation has its own bootstrap

@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.errors import ConfigError, MismatchError
-from rlhf_pipeline.experiment.compare import run_compare
+from rlhf_pipeline.experiment.compare import compared, run_compare
 from rlhf_pipeline.experiment.evaluate import run_evaluate
 from rlhf_pipeline.experiment.rows import COST_KEYS, bill
 
@@ -30,7 +30,7 @@ def arms(tiny, tmp_path_factory):
 
 
 def compare(lab, **changes):
-    return run_compare(lab.config("compare", **changes), lab.home, quiet=True)
+    return compared(lab.config("compare", **changes), lab.home, quiet=True)
 
 
 def evaluate(lab, reference, **changes):
@@ -39,11 +39,13 @@ def evaluate(lab, reference, **changes):
 
 @pytest.fixture(scope="module")
 def results(arms):
-    return compare(arms, name="first", arms=["ppo", "dpo"], baseline="sft", samples=4, best_of=[1, 2, 4])
+    given = {"arms": ["ppo", "dpo"], "baseline": "sft", "samples": 4, "best_of": [1, 2, 4]}
+    return run_compare(arms.config("compare", name="first", **given), arms.home, quiet=True)
 
 
 def test_what_results_say(arms, results):
     assert json.loads((arms.home / "reports" / "first" / "results.json").read_text()) == results
+    assert (arms.home / "reports" / "first" / "index.html").read_text().startswith("<!DOCTYPE html>")
     assert results["baseline"] == results["reference"] == "sft@v1"
     assert results["reward_model"] == "reward@v1"
     assert (results["prompts"], results["samples"], results["split"]) == (8, 4, "test")

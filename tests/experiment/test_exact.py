@@ -9,7 +9,7 @@ from rlhf_pipeline.data.enumeration import ResponseTree
 from rlhf_pipeline.errors import ConfigError, MismatchError, RunFailed
 from rlhf_pipeline.evaluation.exact import kl_divergence, optimum
 from rlhf_pipeline.experiment import exact as module
-from rlhf_pipeline.experiment.compare import run_compare
+from rlhf_pipeline.experiment.compare import compared
 from rlhf_pipeline.experiment.evaluate import run_evaluate
 from rlhf_pipeline.experiment.exact import run_exact
 from rlhf_pipeline.experiment.leaves import trained_reward
@@ -184,6 +184,6 @@ def test_too_many_responses_are_refused(arms):
 
 def test_comparisons_carry_exact_figures(arms):
     config = arms.config("compare", name="exact", arms=["ppo", "dpo"], baseline="sft", samples=2, exact=True, **SHORT)
-    found = run_compare(config, arms.home, quiet=True)["exact"]
+    found = compared(config, arms.home, quiet=True)["exact"]
     assert [row["name"] for row in found["rows"]] == ["sft@v1", "ppo@v1", "dpo@v1", "optimum"]
     assert found["rows"][1]["optimisation_gap"]["prompts"] == 4

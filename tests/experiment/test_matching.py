@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.experiment.aim import aim_of
-from rlhf_pipeline.experiment.compare import run_compare
+from rlhf_pipeline.experiment.compare import compared
 from rlhf_pipeline.experiment.matching import differences, differences_by_seed, facts_of
 
 
@@ -79,9 +79,7 @@ def test_the_same_parent_under_another_name_is_the_same(arms):
 
 
 def compare(lab, *models, **changes):
-    return run_compare(
-        lab.config("compare", arms=list(models), samples=1, max_prompts=2, **changes), lab.home, quiet=True
-    )
+    return compared(lab.config("compare", arms=list(models), samples=1, max_prompts=2, **changes), lab.home, quiet=True)
 
 
 def test_compare_refuses_and_names_the_difference(arms):

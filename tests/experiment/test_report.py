@@ -31,16 +31,8 @@ LONG = "z" * 10_000
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the report of everything."""
-    made = tmp_path_factory.mktemp("report")
-    write_report(full(), made)
-    return made
-
-
-@pytest.fixture(scope="module")
-def text(directory: Path) -> str:
-    return (directory / "index.html").read_text(encoding="utf-8")
+def text(full_report: Path) -> str:
+    return (full_report / "index.html").read_text(encoding="utf-8")
 
 
 def test_the_page_is_well_formed_html_and_xml(text: str) -> None:
@@ -64,8 +56,8 @@ def test_ids_are_unique_and_whatever_refers_to_one_finds_it(text: str) -> None:
     assert wanted and wanted <= set(ids)
 
 
-def test_the_page_loads_nothing_and_runs_nothing(text: str, directory: Path) -> None:
-    check_closed(text, directory)
+def test_the_page_loads_nothing_and_runs_nothing(text: str, full_report: Path) -> None:
+    check_closed(text, full_report)
     assert text.count("http") == text.count('xmlns="http://www.w3.org/2000/svg"') + text.count("http-equiv")
     meta = [item.attrib for item in parsed(text).iter("meta") if item.get("http-equiv")]
     assert meta == [{"http-equiv": "Content-Security-Policy", "content": POLICY}]

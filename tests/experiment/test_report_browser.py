@@ -21,6 +21,7 @@ SCHEMES = {"dark": "0", "light": "1"}  # blink::mojom::PreferredColorScheme
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.check,
     pytest.mark.skipif(BROWSER is None, reason=f"no browser: none of {', '.join(NAMES)} on the PATH"),
 ]
 

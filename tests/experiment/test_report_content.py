@@ -25,16 +25,8 @@ from tests.experiment.report_fixture_page import SECTIONS, SVG, parsed, rows_of,
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the report of everything."""
-    made = tmp_path_factory.mktemp("report")
-    write_report(full(), made)
-    return made
-
-
-@pytest.fixture(scope="module")
-def text(directory: Path) -> str:
-    return (directory / "index.html").read_text(encoding="utf-8")
+def text(full_report: Path) -> str:
+    return (full_report / "index.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("ident", SECTIONS)
@@ -197,9 +189,9 @@ def test_seeds_are_put_together_by_what_the_results_say_of_them() -> None:
     assert cells(results) == "3.00 [−3.57, 9.57]"
 
 
-def test_every_plotted_point_is_in_a_csv(directory: Path) -> None:
+def test_every_plotted_point_is_in_a_csv(full_report: Path) -> None:
     results = full()
-    points = rows_of(directory / "points" / "frontier.csv")
+    points = rows_of(full_report / "points" / "frontier.csv")
     wanted = [
         (arm, f"beta={p['setting']['beta']}", str(p["seed"]), p["kl"]["mean"], p["reward"]["low"], p["reward"]["high"])
         for final in (True, False)
@@ -216,7 +208,7 @@ def test_every_plotted_point_is_in_a_csv(directory: Path) -> None:
     rest = points[len(wanted) :]
     assert [p["model"] for p in rest] == ["sft@v1", "", ""]
     assert [float(p["kl"]) for p in rest[1:]] == pytest.approx([math.log(n) - (n - 1) / n for n in (2, 4)], rel=1e-5)
-    curves = rows_of(directory / "points" / "curves.csv")
+    curves = rows_of(full_report / "points" / "curves.csv")
     expected = [
         (model, name, float(step), value)
         for model, metrics in results["curves"].items()
@@ -224,14 +216,14 @@ def test_every_plotted_point_is_in_a_csv(directory: Path) -> None:
         for step, value in line
     ]
     assert sorted((p["model"], p["metric"], float(p["step"]), float(p["value"])) for p in curves) == sorted(expected)
-    bins = rows_of(directory / "points" / "calibration.csv")
+    bins = rows_of(full_report / "points" / "calibration.csv")
     assert [[float(p[key]) for key in ("confidence", "accuracy", "pairs")] for p in bins] == [
         list(map(float, row)) for entry in results["preferences"]["scorers"].values() for row in entry["bins"]
     ]
-    contrasts = rows_of(directory / "points" / "contrasts.csv")
+    contrasts = rows_of(full_report / "points" / "contrasts.csv")
     assert len(contrasts) == len(results["contrasts"]) and contrasts[0]["primary"] == "1"
-    assert len(rows_of(directory / "points" / "ranking.csv")) == 1 + 8 + 8
-    assert len(rows_of(directory / "points" / "overoptimisation.csv")) == 4 + 4  # a setting and its snapshot, by arm
+    assert len(rows_of(full_report / "points" / "ranking.csv")) == 1 + 8 + 8
+    assert len(rows_of(full_report / "points" / "overoptimisation.csv")) == 4 + 4  # a setting and its snapshot, by arm
 
 
 def drawn(text: str, ident: str) -> list[str]:

@@ -25,7 +25,7 @@ CONFIGS = {
     "scorer": {**TRAINING, "reward_centering_samples": 16},
     "ppo": {**TRAINING, "rollout_batch_size": 8, "num_ppo_epochs": 1, "num_mini_batches": 1, "kl_coef": 0.5},
     "dpo": {**TRAINING, "beta": 0.5},
-    "compare": {"use_cpu": True, "num_threads": 1, "samples": 2},
+    "compare": {"use_cpu": True, "num_threads": 1, "samples": 2, "max_new_tokens": 2},  # few responses in all
 }
 STAGES = {
     "start": {"stage": "sft"},
@@ -69,7 +69,7 @@ def skipped(result):
     return {name for name, stage in result["stages"].items() if stage["skipped"]}
 
 
-def test_the_second_time_everything_is_skipped(lab, experiment):
+def test_the_second_time_everything_is_skipped(lab, experiment, undrawn):
     path = experiment()
     first = run(lab, path)
     assert skipped(first) == set()
@@ -95,7 +95,7 @@ def test_the_second_time_everything_is_skipped(lab, experiment):
         ("compare.samples=3", set()),
     ],
 )
-def test_an_override_runs_again_what_depends_on_it(lab, experiment, override, again):
+def test_an_override_runs_again_what_depends_on_it(lab, experiment, undrawn, override, again):
     path = experiment(compare=override.startswith("compare"))
     run(lab, path)
     result = run(lab, path, override)

@@ -106,6 +106,21 @@ def fork(words: Sequence[str], folder: Path, *, before: Callable[[], None] | Non
     Args:
         folder: for its output. before: called in the child first, to set a trap.
     """
+
+    def work() -> int:
+        import rlhf_pipeline.training.tracking as tracking
+        from rlhf_pipeline.cli.main import main
+
+        tracking.console.file = sys.stderr
+        if before is not None:
+            before()
+        return main(list(words))
+
+    return fork_to(work, folder)
+
+
+def fork_to(work: Callable[[], int], folder: Path) -> Child:
+    """Call a function in a forked child whose exit code it returns; the child's output goes to files of the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     out, err = folder / "out.txt", folder / "err.txt"
     sys.stdout.flush()
@@ -123,13 +138,7 @@ def fork(words: Sequence[str], folder: Path, *, before: Callable[[], None] | Non
             os.dup2(target, descriptor)
             os.close(target)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
-        import rlhf_pipeline.training.tracking as tracking
-        from rlhf_pipeline.cli.main import main
-
-        tracking.console.file = sys.stderr
-        if before is not None:
-            before()
-        code = main(list(words))
+        code = work()
     except BaseException:
         import traceback
 

@@ -8,6 +8,8 @@ import pytest
 
 from tests.faults import children, kills, subjects
 
+pytestmark = pytest.mark.check
+
 
 def named(disturbed, name):
     return next(subject for subject in disturbed if subject.name == name)

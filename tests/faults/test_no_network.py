@@ -71,6 +71,7 @@ GENERATE = "\nfrom rlhf_pipeline.cli.main import main\nsys.exit(main(['generate'
 
 
 @pytest.mark.slow
+@pytest.mark.check
 @pytest.mark.parametrize("offline", ["", "1"])
 def test_a_hub_id_is_asked_for_unless_offline(tmp_path, offline) -> None:
     note = tmp_path / "asked"

@@ -18,6 +18,8 @@ from rlhf_pipeline.stages.common import tokenizer_of
 from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.training.trl_engine.untouched import contained
 
+pytestmark = pytest.mark.check
+
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 16,

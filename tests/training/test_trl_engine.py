@@ -21,6 +21,8 @@ from rlhf_pipeline.stages import sft as sft_stage
 from rlhf_pipeline.stages.common import tokenizer_of
 from rlhf_pipeline.training.trl_engine import train as engine
 
+pytestmark = pytest.mark.check
+
 STAGES = {"sft": sft_stage, "train-rm": reward_stage, "dpo": dpo_stage}
 IDS = torch.tensor([[2, 15, 3, 4, 6, 5]])
 

@@ -13,6 +13,8 @@ from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.training.trl_engine import trainers
 from rlhf_pipeline.training.windows import epoch_order, example_windows
 
+pytestmark = pytest.mark.check
+
 LOSS = {"sft": "loss/nll", "train-rm": "loss/bradley_terry", "dpo": "loss/dpo"}
 CASES = [
     ("sft", {}),
