@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.errors import ConfigError, DataError, Fault, MismatchError
 from rlhf_pipeline.experiment.best_of import best_of_n_rows, enough_samples, primary_figure
 from rlhf_pipeline.experiment.contrasts import compare_arms
@@ -128,7 +129,7 @@ def run_compare(config: CompareConfig, home: Path, **options: Any) -> dict[str, 
 
 @sharing_models()
 def compared(
-    config: Any,
+    config: CompareConfig,
     home: Path,
     *,
     quiet: bool = False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from rlhf_pipeline.config.base import LENGTHS, lengths_told
 from rlhf_pipeline.config.collect import CollectConfig
@@ -30,7 +30,7 @@ def with_lengths(config: Config, registry: Registry) -> tuple[Config, str | None
     trained = {name: known[name] for name in LENGTHS if known.get(name) is not None}
     if not trained:
         return config, None
-    filled = config.model_copy(update=trained)
+    filled = cast(Config, config.model_copy(update=trained))
     lengths = filled.lengths()
     told = f"lengths as {parent.label} was trained with: prompt {lengths.prompt}, response {lengths.response}"
     return filled, told
