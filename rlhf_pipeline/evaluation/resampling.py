@@ -25,6 +25,7 @@ from rlhf_pipeline.evaluation.statistics import (
     RESAMPLES,
     Estimate,
     Numbers,
+    agreement,
     cluster_mean,
     effective_size,
     mean_replicates,
@@ -109,7 +110,7 @@ def clustered(
     if share or groups < FEW_CLUSTERS:
         estimate = cluster_mean(values, clusters, level=level, share=share)
         variance = variance_of_mean(means)
-        size = effective_size(estimate.mean, variance, groups)
+        size = effective_size(estimate.mean, variance, groups, agreement(means))
         error = share_error(size, null) if share else math.sqrt(variance)
         return estimate, student_p(estimate.mean - null, error, groups - 1)
     replicates = mean_replicates(means, resamples=resamples, seed=seed)

@@ -29,6 +29,7 @@ from rlhf_pipeline.evaluation.statistics import (
     RESAMPLES,
     WILSON,
     Estimate,
+    agreement,
     effective_size,
     student_quantile,
     variance_of_mean,
@@ -84,21 +85,21 @@ def _over_units(
     *,
     method: str,
     units: int,
+    agree: float | None,
     level: float,
     null: float,
-    share: bool,
 ) -> Finding:
     """mean +- t(S - 1) sqrt(seed_variance + prompt_variance); of a share Wilson's interval with that quantile.
 
-    units: what may all agree without the share being known, see `statistics.effective_size`.
+    units, agree: of a share, see `statistics.effective_size`; any other figure has no `agree`.
     """
     seeds, prompts = shape
     variance, quantile = seed_variance + prompt_variance, student_quantile(seeds - 1, level)
     error = math.sqrt(variance)
-    if share:
+    if agree is not None:
         # That all prompts agree is no finding over few seeds: it keeps the quantile of that many prompts.
         scale = (student_quantile(units - 1, level) / quantile) ** 2 if math.isfinite(quantile) else 1.0
-        size = effective_size(mean, variance, units, min(scale, 1.0))
+        size = effective_size(mean, variance, units, agree, min(scale, 1.0))
         low, high = wilson_interval(mean, size, quantile)
         error, method = share_error(size, null), SHARE_OVER[method]
         seed_variance, prompt_variance = _rescaled(seed_variance, prompt_variance, error**2)
@@ -134,7 +135,8 @@ def over_seeds(values: Any, *, level: float = 0.95, null: float = 0.0, share: bo
     shape = (len(per_seed), 1 if table.ndim == 1 else table.shape[1])
     variance, units = variance_of_mean(per_seed), max(shape)
     mean = float(per_seed.mean())
-    return _over_units(mean, variance, 0.0, shape, method=OVER_SEEDS, units=units, level=level, null=null, share=share)
+    agree = agreement(table if table.ndim == 1 else table.mean(0)) if share else None
+    return _over_units(mean, variance, 0.0, shape, method=OVER_SEEDS, units=units, agree=agree, level=level, null=null)
 
 
 def over_seeds_and_prompts(values: Any, *, level: float = 0.95, null: float = 0.0, share: bool = False) -> Finding:
@@ -159,6 +161,7 @@ def over_seeds_and_prompts(values: Any, *, level: float = 0.95, null: float = 0.
     seed_variance = float(table.mean(1).var(ddof=1) / seeds)
     prompt_variance = float(table.mean(0).var(ddof=1) / prompts)
     mean, shape = float(table.mean()), (seeds, prompts)
+    agree = agreement(table.mean(0)) if share else None
     return _over_units(
         mean,
         seed_variance,
@@ -166,9 +169,9 @@ def over_seeds_and_prompts(values: Any, *, level: float = 0.95, null: float = 0.
         shape,
         method=OVER_BOTH,
         units=prompts,
+        agree=agree,
         level=level,
         null=null,
-        share=share,
     )
 
 
@@ -184,7 +187,7 @@ def over_prompts(
     estimate, p = clustered(table, range(len(table)), level=level, null=null, share=share, resamples=resamples)
     variance = variance_of_mean(table)
     if share:
-        size = effective_size(estimate.mean, variance, len(table))
+        size = effective_size(estimate.mean, variance, len(table), agreement(table))
         _, variance = _rescaled(0.0, variance, share_error(size, null) ** 2)
     return Finding(estimate, p, 1, len(table), 0.0, variance, null)
 
@@ -227,6 +230,7 @@ def from_replicates(
     level: float = 0.95,
     null: float = 0.0,
     share: bool = False,
+    agree: float = 0.0,
 ) -> Finding:
     """`infer` for a statistic that is no mean over prompts: one value per seed, and its bootstrap over prompts.
 
@@ -235,6 +239,7 @@ def from_replicates(
 
     Args:
         values: (S,). replicates: (B, S), the statistic with prompts redrawn, the same draws for every seed.
+        agree: of a share, see `statistics.effective_size`.
     """
     seeds = len(values)
     if seeds > 1:
@@ -242,13 +247,14 @@ def from_replicates(
         prompt_variance = 0.0 if fixed_prompts else standard_error(replicates.mean(1), prompts) ** 2
         method, units = (OVER_SEEDS, max(seeds, prompts)) if fixed_prompts else (OVER_BOTH, prompts)
         mean, shape = float(values.mean()), (seeds, prompts)
+        known = agree if share else None
         return _over_units(
-            mean, seed_variance, prompt_variance, shape, method=method, units=units, level=level, null=null, share=share
+            mean, seed_variance, prompt_variance, shape, method=method, units=units, agree=known, level=level, null=null
         )
     value, column = float(values[0]), replicates[:, 0]
     error = standard_error(column, prompts)
     if share:
-        size = effective_size(value, error**2, prompts)
+        size = effective_size(value, error**2, prompts, agree)
         ends = wilson_interval(value, size, student_quantile(prompts - 1, level))
         estimate = Estimate(value, *ends, prompts, prompts, WILSON)
         at_null = share_error(size, null)

@@ -19,7 +19,10 @@ WILSON = "wilson"
 """The method of an interval of a share over prompts."""
 
 DOUBT = 0.5
-"""Prompts that go wholly the other way, added to those that were seen before the variance of a share is taken."""
+"""Prompts that go wholly the other way, added where all that were seen agree, before a share's variance is taken."""
+
+ROUNDING = 1e-15
+"""A variance up to this is rounding."""
 
 BLOCK = 2**18
 """Most numbers of one block of resampled prompts: 2 MiB."""
@@ -53,19 +56,27 @@ def student_quantile(degrees: float, level: float = 0.95) -> float:
     return float(stdtrit(degrees, (1 + level) / 2)) if degrees > 0 else math.inf
 
 
-def effective_size(mean: float, variance: float, units: int, scale: float = 1.0) -> float:
+def agreement(means: np.ndarray) -> float:
+    """The share of prompts (P,) that are wholly on the nearer side: at 1 where the mean is at least 1/2, else at 0."""
+    return float((means == (1.0 if means.mean() >= 0.5 else 0.0)).mean())
+
+
+def effective_size(mean: float, variance: float, units: int, agree: float = 0.0, scale: float = 1.0) -> float:
     """Independent yes-or-no answers that say as much about a share as its clustered sample does: m (1 - m) / variance.
 
-    A share whose prompts (nearly) all agree shows (nearly) no variance, and that is no knowledge. So the variance is
-    taken of the U prompts and w = 1/2 further one that goes wholly the other way (0 where the share p is at least one
-    half, else 1), with m the mean of these U + w:
+    A share whose prompts all agree shows no variance, and that is no knowledge. So the variance is taken of the U
+    prompts and w = agree^2 / 2 of a further one that goes wholly the other way (to 0 where the share p is at least 1/2,
+    else to 1), with m the mean of these U + w:
 
         n = U m (1 - m) / s'^2,   s'^2 = ((U - 1) U variance + scale w U / (U + w) max(p, 1 - p)^2) / (U + w - 1)
 
-    Where all prompts agree n is close to U, the number of prompts; as U grows the addition disappears.
+    Where all prompts agree n is close to U, the number of prompts; where none is wholly of one side, it is
+    p (1 - p) / variance. Half a prompt and the square are the least that kept the coverage of `cluster_mean` within a
+    point of 95 % or above in simulations of 4 and 64 answers a prompt, whatever their correlation.
 
     Args:
         mean: the share p, in [0, 1]. variance: of the mean. units: U, prompts (seeds where there is one figure each).
+        agree: see `agreement`; without any variance it is 1.
         scale: of what is added, where the quantile of `variance` is larger than that of U prompts (few seeds).
 
     Returns:
@@ -73,10 +84,11 @@ def effective_size(mean: float, variance: float, units: int, scale: float = 1.0)
     """
     if not math.isfinite(variance):
         return 0.0
+    doubt = DOUBT * (agree**2 if variance > ROUNDING else 1.0)
     far = 0.0 if mean >= 0.5 else 1.0
-    whole = units + DOUBT
-    middle = (units * mean + DOUBT * far) / whole
-    added = scale * DOUBT * units / whole * (mean - far) ** 2
+    whole = units + doubt
+    middle = (units * mean + doubt * far) / whole
+    added = scale * doubt * units / whole * (mean - far) ** 2
     spread = ((units - 1) * units * variance + added) / (whole - 1)
     return units * middle * (1 - middle) / spread
 
@@ -169,7 +181,7 @@ def cluster_mean(
     means = prompt_means(values, clusters)
     mean, variance, groups = float(means.mean()), variance_of_mean(means), len(means)
     if share:
-        size = effective_size(mean, variance, groups)
+        size = effective_size(mean, variance, groups, agreement(means))
         ends = wilson_interval(mean, size, student_quantile(groups - 1, level))
         return Estimate(mean, *ends, len(values), groups, WILSON)
     if groups < FEW_CLUSTERS:

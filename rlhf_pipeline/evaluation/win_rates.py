@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_pipeline.evaluation.seeds import Finding, from_replicates, infer
-from rlhf_pipeline.evaluation.statistics import RESAMPLES, count_blocks
+from rlhf_pipeline.evaluation.statistics import RESAMPLES, agreement, count_blocks
 
 RIDGE = 0.01
 """On phi of the length-controlled model, where each prompt carries the weight 1: it keeps phi finite where length
@@ -201,6 +201,12 @@ def length_controlled_win_rate(
         thetas = [_fit(counts @ weight, counts @ total, feature, ridge)[0] for counts in blocks]
         replicates.append(_sigmoid(np.concatenate(thetas)))
     found = from_replicates(
-        np.array(values), np.stack(replicates, 1), one.shape[1], fixed_prompts=fixed_prompts, null=0.5, share=True
+        np.array(values),
+        np.stack(replicates, 1),
+        one.shape[1],
+        fixed_prompts=fixed_prompts,
+        null=0.5,
+        share=True,
+        agree=agreement(outcomes.mean((0, 2))),
     )
     return LengthControlled(found, float(np.mean(slopes)), None)

@@ -164,11 +164,11 @@ def compared(
     if config.snapshots:
         say(f"{len(trained) - len(finals)} snapshots of {len(finals)} models are points of the curves")
     found_differences = differences_by_seed(registry, [(point.arm, point.seed, model) for point, model in finals])
-    judge = find_model(registry, config.judge, "reward_model") if names_a_model(config.judge or "world") else None
+    judge = find_model(registry, config.judge, "reward_model") if config.judge and names_a_model(config.judge) else None
     found_differences += judge_overlap(registry, judge, [model for _, model in finals])
-    truth = config.true_reward if names_a_model(config.true_reward or "world") else None
+    truth = config.true_reward if config.true_reward and names_a_model(config.true_reward) else None
     found_differences += truth_overlap(
-        registry, truth and find_model(registry, truth, "reward_model"), [model for _, model in finals]
+        registry, find_model(registry, truth, "reward_model") if truth else None, [model for _, model in finals]
     )
     if not config.allow_mismatch:
         require_comparable(found_differences)

@@ -94,10 +94,9 @@ def _minimum(graphs: Mapping[str, int] | None) -> Iterator[str]:
         return
     yield (
         f"{graphs['connected']} of {graphs['prompts']} prompts have labels with a finite best reward for each response "
-        "(a chain of wins leads from each response to each other; one label a pair never makes one). On the other "
-        "prompts the loss of a reward model or of DPO keeps falling as reward differences grow, at any beta: the "
-        "result depends on when training stops. Choose the step by held-out pairs, or label the same pairs several "
-        "times"
+        "(a chain of wins leads from each response to each other; one label a pair never makes one). On the others the "
+        "loss of a reward model or of DPO keeps falling as reward differences grow, at any beta: the result depends on "
+        "when training stops. Choose the step by held-out pairs, or label the same pairs several times"
     )
 
 

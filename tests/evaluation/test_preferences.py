@@ -90,9 +90,10 @@ def test_accuracy_is_clustered_by_prompt():
     assert 0 < found.low < 0.01 and 0.99 < found.high < 1  # t(.975, 1) = 12.7 reaches far out
     prompts = [1.0, 1.0, -1.0, 1.0, -1.0, 1.0, 1.0, -1.0]
     found = accuracy(prompts, list("abcdefgh"))
-    # Five of eight: squares 8 x 15/64; half a prompt more at 0 adds 8/17 x 25/64; over 7.5. m = 10/17. Wilson's ends
-    # solve (5/8 - q)^2 = t^2 q (1 - q) / n with t(.975, 7) = 2.364624.
-    size = 8 * (10 / 17) * (7 / 17) / ((15 / 8 + 8 / 17 * 25 / 64) / 7.5)
+    # Five of eight: squares 8 x 15/64; w = 25/64/2 of a prompt more at 0 adds w 8 / (8 + w) x 25/64; over 7 + w; m =
+    # 5 / (8 + w). Wilson's ends solve (5/8 - q)^2 = t^2 q (1 - q) / n with t(.975, 7) = 2.364624.
+    w = 25 / 128
+    size = 8 * (5 / (8 + w)) * ((3 + w) / (8 + w)) / ((15 / 8 + w * 8 / (8 + w) * 25 / 64) / (7 + w))
     for end in (found.low, found.high):
         assert (0.625 - end) ** 2 == pytest.approx(2.364624**2 * end * (1 - end) / size, abs=1e-6)
     assert 0 < found.low < 0.625 < found.high < 1

@@ -100,8 +100,10 @@ def test_differences_are_paired():
 def test_a_share_ends_at_0_and_1_and_is_tested_against_one_half():
     found = over_seeds([0.9, 1.0, 0.95], null=0.5, share=True)
     assert found.estimate.method == "wilson over seeds" and found.over_seeds
-    # Squares .005; half a seed more at 0 adds 3/7 x .95^2; over 2.5. m = 2.85 / 3.5; n = 3 m (1 - m) / that.
-    size = 3 * (2.85 / 3.5) * (0.65 / 3.5) / ((0.005 + 3 / 7 * 0.95**2) / 2.5)
+    # Squares .005; one seed of three is at 1: w = 1/9/2 of a seed more at 0 adds w 3 / (3 + w) x .95^2; over 2 + w.
+    w = 1 / 18
+    middle = 2.85 / (3 + w)
+    size = 3 * middle * (1 - middle) / ((0.005 + w * 3 / (3 + w) * 0.95**2) / (2 + w))
     assert found.p == pytest.approx(p_of_2_degrees(0.45 / math.sqrt(0.25 / size)), abs=1e-12)
     assert needed(found) == needed(found.estimate, null=0.5)
     assert 0 < found.estimate.low < 0.95 < found.estimate.high < 1

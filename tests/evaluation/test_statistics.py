@@ -152,6 +152,11 @@ def test_the_effective_size_by_hand():
     # Eight prompts that all agree and half a one that does not: m = 16/17, s'^2 = (4 / 8.5) / 7.5.
     assert effective_size(1.0, 0.0, 8) == pytest.approx(8 * (16 / 17) * (1 / 17) / (4 / 8.5 / 7.5), abs=1e-12)
     assert effective_size(0.0, 0.0, 8) == pytest.approx(effective_size(1.0, 0.0, 8), abs=1e-12)
+    # Four of eight at 1, four at 1/2: squares 8/16; w = 1/4/2 more at 0 adds w 8 / (8 + w) x 9/16; over 7 + w.
+    middle = 6 / 8.125
+    spread = (0.5 + 0.125 * 8 / 8.125 * 9 / 16) / 7.125
+    assert effective_size(0.75, 0.5 / 7 / 8, 8, agree=0.5) == pytest.approx(8 * middle * (1 - middle) / spread)
+    assert effective_size(0.75, 0.5 / 7 / 8, 8) == pytest.approx(0.75 * 0.25 / (0.5 / 7 / 8))  # none at an end
     # As many as there are prompts, not samples, where these all agree; independent answers where there are many.
     assert effective_size(1.0, 0.0, 1000) == pytest.approx(1000, rel=0.002)
     assert effective_size(0.8, 0.8 * 0.2 / 40_000, 10_000) == pytest.approx(40_000, rel=0.001)
@@ -172,6 +177,13 @@ def test_a_share_of_many_prompts_has_the_t_interval():
     values = np.random.default_rng(4).binomial(4, 0.6, 20_000) / 4
     found, plain = cluster_mean(values, range(20_000), share=True), values.std(ddof=1) / math.sqrt(20_000)
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * plain, rel=0.002)
+
+
+def test_many_answers_that_are_spread_evenly_are_counted():
+    """Eight prompts of 64 answers, between 58 and 61 right: known to a few hundredths, as Student's t has it."""
+    means = np.array([58, 59, 59, 60, 60, 60, 61, 61]) / 64
+    found, plain = cluster_mean(means, range(8), share=True), cluster_mean(means, range(8))
+    assert found.high - found.low == pytest.approx(plain.high - plain.low, rel=0.01)
 
 
 @pytest.mark.parametrize("alike", [0.0, 0.3])

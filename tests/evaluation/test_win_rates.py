@@ -32,9 +32,11 @@ def test_the_win_rate_is_tested_against_one_half():
     a, b = np.array([[3.0], [1.0], [2.0], [5.0]]), np.array([[2.0], [0.0], [1.0], [6.0]])
     found = win_rate(a, b, coupled=False)
     assert (found.estimate.mean, found.estimate.n, found.estimate.method) == (0.75, 4, "wilson")
-    # s^2 = 1/4, so 3/4 in squares; half a prompt more at 0: (3/4 + 4/9 x 9/16) / 3.5 = 2/7, m = 2/3, n = 4 x 2/9 x 7/2
-    # = 28/9. Against one half: t = (1/4) / sqrt(1/4 / n) = sqrt(n) / 2, with 3 degrees.
-    t = math.sqrt(28 / 9) / 2
+    # Squares 3/4. Three of four prompts agree: w = 9/16/2 of a prompt more at 0, which adds w 4 / (4 + w) x 9/16; over
+    # 3 + w. m = 3 / (4 + w). Against one half: t = (1/4) / sqrt(1/4 / n) = sqrt(n) / 2, with 3 degrees.
+    w = 9 / 32
+    size = 4 * (3 / (4 + w)) * ((1 + w) / (4 + w)) / ((0.75 + w * 4 / (4 + w) * 9 / 16) / (3 + w))
+    t = math.sqrt(size) / 2
     tail = math.atan(t / math.sqrt(3)) + (t / math.sqrt(3)) / (1 + t * t / 3)
     assert found.p == pytest.approx(1 - 2 / math.pi * tail, abs=1e-9)
     assert win_rate(a, a, coupled=False).p == 1.0

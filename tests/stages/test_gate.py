@@ -59,9 +59,10 @@ def test_a_model_that_is_as_accurate_as_length_does_not_beat_it(right):
 
 
 def test_rounding_is_no_victory():
-    """Three prompts of three pairs: the differences 1/3, 1/3 and -2/3 add up to 5.6e-17, not to 0."""
-    prompts = [f"prompt {number // 3}" for number in range(9)]
-    gate = judge_gate(signs("++-++---+"), {"longer_wins": signs("+--+--+++")}, prompts)
+    """Five prompts of three pairs: the differences -1, -2/3, -1/3, 1 and 1 add up to more than 0 in floating point."""
+    prompts = [f"prompt {number // 3}" for number in range(15)]
+    own, theirs = "---" + "--+" + "-++" + "+++" + "+++", "+++" + "+++" + "+++" + "---" + "---"
+    gate = judge_gate(signs(own), {"longer_wins": signs(theirs)}, prompts)
     assert gate["beats"]["longer_wins"] is False
 
 
