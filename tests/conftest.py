@@ -173,7 +173,7 @@ def unsynced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Comparisons write results.json and draw no page, which costs most of their time."""
-    monkeypatch.setattr("rlhf_pipeline.experiment.report.write_report", lambda *_: None)
+    monkeypatch.setattr("rlhf_pipeline.report.write_report", lambda *_: None)
 
 
 @pytest.fixture

@@ -19,8 +19,12 @@ ROOMS = (
     "models",
     "rollout",
     "evaluation",
+    "health",
     "training",
     "stages",
+    "measure",
+    "report",
+    "compare",
     "experiment",
     "cli",
 )
@@ -131,6 +135,17 @@ def test_a_room_imports_only_rooms_above_it() -> None:
             if len(parts) > 1 and parts[1] != "errors" and parts[1] not in allowed:
                 upward.append(f"{module} imports {name}, a room below it")
     assert not upward
+
+
+LARGEST = 0.15
+"""The share of the package's lines that a room may have."""
+
+
+def test_no_room_is_larger_than_an_idea() -> None:
+    lines = {module: len((ROOT / module).read_text().splitlines()) for module in MODULES}
+    total = sum(lines.values())
+    shares = {room: sum(n for m, n in lines.items() if m.startswith(f"{room}/")) / total for room in ROOMS}
+    assert {room: round(share, 3) for room, share in shares.items() if share > LARGEST} == {}
 
 
 def test_every_room_is_listed() -> None:

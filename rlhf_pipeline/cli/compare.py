@@ -33,7 +33,7 @@ def compare(
         emit_measuring(common, config, [*config.arms, *([config.baseline] if config.baseline else [])])
         return
     load_libraries()
-    from rlhf_pipeline.experiment.compare import run_compare
+    from rlhf_pipeline.compare.run import run_compare
 
     result = run_compare(config, common.home_path, command=shlex.join(["rlhf", *sys.argv[1:]]))
     if common.json:

@@ -43,7 +43,7 @@ def check(
     from rlhf_pipeline.data.check import describe
     from rlhf_pipeline.data.load import read_records
     from rlhf_pipeline.errors import BadInput
-    from rlhf_pipeline.experiment.data_quality import findings, label_noise
+    from rlhf_pipeline.evaluation.data_quality import findings, label_noise
 
     given = (max_prompt_length, response_length, max_length)
     limits = None if given == (None, None, None) else resolve_lengths(*given)

@@ -37,7 +37,7 @@ def evaluate(common: Common, settings: Settings, words: WordsArgument) -> None:
         emit_measuring(common, config, [model])
         return
     load_libraries()
-    from rlhf_pipeline.experiment.evaluate import run_evaluate
+    from rlhf_pipeline.measure.evaluate import run_evaluate
 
     result = run_evaluate(model, config, common.home_path)
     if common.json:
@@ -87,7 +87,7 @@ def generate(
         emit_measuring(common, config, [model])
         return
     load_libraries()
-    from rlhf_pipeline.experiment.generate import run_generate
+    from rlhf_pipeline.measure.generate import run_generate
 
     result = run_generate(model, config, common.home_path, texts=prompt or [])
     if common.json:

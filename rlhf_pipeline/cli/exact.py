@@ -36,7 +36,7 @@ def exact(
         emit_measuring(common, config, models)
         return
     load_libraries()
-    from rlhf_pipeline.experiment.exact import run_exact
+    from rlhf_pipeline.measure.exact import run_exact
 
     result = run_exact(models, config, common.home_path)
     if common.json:

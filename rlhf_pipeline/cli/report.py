@@ -43,7 +43,7 @@ def report(
 ) -> None:
     """Make reports/NAME/index.html again from its results.json."""
     directory, results = _results(common.home_path, name)
-    from rlhf_pipeline.experiment.report import write_report
+    from rlhf_pipeline.report import write_report
 
     path = write_report(results, directory)
     emit({"path": str(path)}, [f"report  {path}"], json=common.json)

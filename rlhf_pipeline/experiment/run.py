@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline.compare.points import points_of
 from rlhf_pipeline.config.experiment import load_experiment
 from rlhf_pipeline.config.grid import Node, expand, resampled
 from rlhf_pipeline.config.references import Reference, references
@@ -15,7 +16,6 @@ from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.data.splits import FRACTIONS, in_split
 from rlhf_pipeline.errors import BadInput, ConfigError, Fault, Interrupted
 from rlhf_pipeline.experiment.done import find_done, output_of, survey
-from rlhf_pipeline.experiment.points import points_of
 from rlhf_pipeline.experiment.progress import Progress
 from rlhf_pipeline.models.loading import new_config
 from rlhf_pipeline.registry.roles import Role, check_role
@@ -223,7 +223,7 @@ def _compared(
     """The experiment's comparison: the config names the first node of each stage, the points are all of them."""
     if experiment.compare is None:
         return None
-    from rlhf_pipeline.experiment.compare import run_compare
+    from rlhf_pipeline.compare.run import run_compare
 
     models: dict[str, str] = {}
     for outcome in outcomes:

@@ -20,7 +20,7 @@ from rlhf_pipeline.data.sources import local_path
 from rlhf_pipeline.data.splits import FRACTIONS, assign_splits, carries_splits
 from rlhf_pipeline.data.tokenizers import load_tokenizer, train_byte_level_bpe
 from rlhf_pipeline.errors import BadInput
-from rlhf_pipeline.experiment.data_quality import FEW_JUDGE_PAIRS, FEW_TEST_PROMPTS
+from rlhf_pipeline.evaluation.data_quality import FEW_JUDGE_PAIRS, FEW_TEST_PROMPTS
 from rlhf_pipeline.experiment.starter_file import POSITIONS, VOCABULARY, Starter
 from rlhf_pipeline.registry import Registry, Resolved, Version
 from rlhf_pipeline.registry.lengths import positions_of

@@ -24,7 +24,7 @@ from rlhf_pipeline.data.enumeration import ResponseTree
 from rlhf_pipeline.data.load import SourceReport
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.evaluation.enumerate import leaf_logprobs
-from rlhf_pipeline.evaluation.exact import optimum, require_mass, world_reward
+from rlhf_pipeline.evaluation.optimum import optimum, require_mass, world_reward
 from rlhf_pipeline.models.roles import Policy
 from rlhf_pipeline.training.windows import ExampleBatch, PairFacts, Window
 

@@ -14,6 +14,8 @@ from torch import nn
 
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.errors import Interrupted, MismatchError, RunFailed
+from rlhf_pipeline.health.monitor import Monitor, facts_of
+from rlhf_pipeline.health.watches import WATCHES
 from rlhf_pipeline.models.memory import ADVICE
 from rlhf_pipeline.models.refusals import first_line, ran_out
 from rlhf_pipeline.registry.storage import staging, sync, sync_tree
@@ -21,12 +23,11 @@ from rlhf_pipeline.training.checkpoint import Checkpoint, restore, save_checkpoi
 from rlhf_pipeline.training.cost import JUDGE
 from rlhf_pipeline.training.failure import Decode, failed_update, put_aside, told, write_failure
 from rlhf_pipeline.training.finite import NotFinite
-from rlhf_pipeline.training.health import Monitor, facts_of, tell, tell_all
 from rlhf_pipeline.training.loop import Step, fit
 from rlhf_pipeline.training.optimizer import make_optimizer, make_scheduler
 from rlhf_pipeline.training.precision import checkpoint_activations, uses_bf16
 from rlhf_pipeline.training.run import Run
-from rlhf_pipeline.training.watches import WATCHES
+from rlhf_pipeline.training.tracking import tell, tell_all
 from rlhf_pipeline.training.windows import Window
 
 Metrics = dict[str, float]
@@ -62,7 +63,7 @@ class Plan:
 
     def monitor(self, run: Run) -> Monitor:
         """The watches of the run's stage."""
-        facts = facts_of(run.config, self.total, run.accelerator.num_processes, self.known)
+        facts = facts_of(run.config, self.total, run.accelerator.num_processes, self.known, bf16=uses_bf16(run.config))
         return Monitor(WATCHES[run.stage], facts)
 
 

@@ -23,6 +23,7 @@ from rich.progress import (
 )
 
 from rlhf_pipeline.errors import visible
+from rlhf_pipeline.health.monitor import Finding
 from rlhf_pipeline.registry.storage import replace_text
 
 RATE_OVER = 50
@@ -188,3 +189,15 @@ def progress(items: Sequence[Any], title: str):
     from rich.progress import track
 
     yield from track(items, description=title, console=console, transient=True)
+
+
+def tell(log: RunLog, findings: Sequence[Finding]) -> None:
+    """One line in the log for each new finding."""
+    for finding in findings:
+        log.say(finding.line(), style="yellow")
+
+
+def tell_all(log: RunLog, findings: Sequence[Finding]) -> None:
+    """One line at the end of a run that names all findings; none where there are none."""
+    if findings:
+        log.say(f"health: {', '.join(finding.span() for finding in findings)}", style="yellow")

@@ -136,7 +136,7 @@ compare: {arms: [dpo], baseline: sft, config: compare.yaml}
     assert [row["name"] for row in first["comparison"]["rows"]] == ["sft@v1", "dpo@v1", "best of 2 of sft@v1"]
     assert Path(first["comparison"]["path"]) == home / "reports/small/results.json"
     assert (home / "reports/small/index.html").is_file()
-    monkeypatch.setattr("rlhf_pipeline.experiment.report.write_report", lambda *_: None)  # once is enough
+    monkeypatch.setattr("rlhf_pipeline.report.write_report", lambda *_: None)  # once is enough
     second = json_of(capsys, *words)
     assert [entry["skipped"] for entry in second["stages"].values()] == [True] * 4
     assert second["comparison"]["rows"][0]["metrics"] == first["comparison"]["rows"][0]["metrics"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_pipeline.experiment.points import Point, trials
+from rlhf_pipeline.compare.points import Point, trials
 from rlhf_pipeline.experiment.progress import Progress, spoken, time_left
 
 

@@ -15,10 +15,10 @@ import pytest
 import yaml
 
 from rlhf_pipeline.cli.main import main
+from rlhf_pipeline.compare.points import Point, trials
 from rlhf_pipeline.config import load_experiment
 from rlhf_pipeline.errors import ConfigError, Interrupted
 from rlhf_pipeline.experiment.estimate import estimate_experiment
-from rlhf_pipeline.experiment.points import Point, trials
 from rlhf_pipeline.experiment.run import check_inputs, run_experiment
 
 CPU = {"use_cpu": True, "num_threads": 1, "max_prompt_length": 6, "response_length": 4}
@@ -81,7 +81,7 @@ def handed_over(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
         calls.append({"config": config, **options})
         return {"rows": []}
 
-    stand_in = ModuleType("rlhf_pipeline.experiment.compare")
+    stand_in = ModuleType("rlhf_pipeline.compare.run")
     stand_in.run_compare = run_compare
     monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
     return calls

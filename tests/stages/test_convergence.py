@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_pipeline.experiment.exact import run_exact
+from rlhf_pipeline.measure.exact import run_exact
 
 BETA = 0.5
 SMALL = {"response_length": 2, "dataset_name": "world:verdicts", "max_train_samples": 4, "logging_steps": 20}

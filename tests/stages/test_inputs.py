@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
+from rlhf_pipeline.compare.rows import bill
 from rlhf_pipeline.errors import BadInput, Interrupted, MismatchError
-from rlhf_pipeline.experiment.rows import bill
 
 PROMPTS = ("the plot of this drama was", "the music of this western was", "the acting of this comedy was")
 

@@ -12,13 +12,13 @@ import torch
 import yaml
 
 from rlhf_pipeline.cli.main import main
+from rlhf_pipeline.compare.fairness import differences
+from rlhf_pipeline.compare.readings import curves
+from rlhf_pipeline.compare.rows import bill
 from rlhf_pipeline.config.dump import config_digest
 from rlhf_pipeline.errors import ConfigError, MismatchError
 from rlhf_pipeline.experiment.done import expected_parents, find_done
 from rlhf_pipeline.experiment.estimate import estimate_stage
-from rlhf_pipeline.experiment.matching import differences
-from rlhf_pipeline.experiment.readings import curves
-from rlhf_pipeline.experiment.rows import bill
 from rlhf_pipeline.training import session
 
 COUNTS = ("flops", "tokens_trained", "tokens_generated", "optimizer_steps")

@@ -255,7 +255,7 @@ def test_train_rm_on_rankings(lab, rankings):
 
 def test_held_out_figures_are_those_of_the_pairs(lab, rankings):
     """`rlhf evaluate` of one model, on the rankings and on their pairs written out."""
-    from rlhf_pipeline.experiment.evaluate import run_evaluate
+    from rlhf_pipeline.measure.evaluate import run_evaluate
 
     source = rankings(30, ties=True)
     made = lab.run("train-rm", dataset_name=source, **ALL)
@@ -370,7 +370,7 @@ def test_the_command_refuses_ties_of_plackett_luce_with_the_row(capsys, lab, ran
 
 def test_the_training_loss_that_exact_reports_is_that_of_the_log(lab, rankings):
     """Read again after training, over all rankings: at the reference, where a step of 1e-12 leaves it."""
-    from rlhf_pipeline.experiment.exact import run_exact
+    from rlhf_pipeline.measure.exact import run_exact
 
     source = rankings(12)
     sizes = [len(json.loads(line)["completions"]) for line in Path(source).read_text().splitlines()]

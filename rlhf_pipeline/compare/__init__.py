@@ -1,0 +1,1 @@
+"""Arms against each other: fairness, rows, contrasts, frontiers, rankings, the verdict."""

@@ -1,0 +1,127 @@
+"""What a model was trained towards: which optimum, what moved it, and PPO's beta in units of the labels' reward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf_pipeline.algorithms.preference import OBJECTIVES, Optimum, loss_optimum
+from rlhf_pipeline.measure.exact import beta_of
+from rlhf_pipeline.registry.manifest import Manifest
+from rlhf_pipeline.registry.optimum import REWARD_MODEL, carried_moves, own_moves
+from rlhf_pipeline.registry.parents import parent_of, reward_models_of
+from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.registry.store import Registry
+
+OF_THE_LOSS = ("loss_type", "label_smoothing")
+"""The options of DPO whose optimum is declared where the losses are."""
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a model was trained towards.
+
+    Args:
+        optimum: how it stands to pi_ref exp(r / beta).
+        moved: the options that moved it, own ones and those of reward models (`reward_model.option`).
+        may_move: the options that moved it if the critic was wrong.
+        effective_beta: see `effective_beta_of`.
+    """
+
+    optimum: Optimum = "same"
+    moved: Mapping[str, Any] = field(default_factory=dict)
+    may_move: Mapping[str, Any] = field(default_factory=dict)
+    effective_beta: Mapping[str, Any] | None = None
+
+
+def aim_of(registry: Registry, resolved: Resolved) -> Aim:
+    """What a model was trained towards, by its manifest and those of its reward models."""
+    manifest = resolved.manifest
+    if manifest is None:
+        return Aim()
+    moved = moved_options(registry, resolved)
+    return Aim(_optimum(manifest, moved), moved, manifest.may_move_optimum, effective_beta_of(registry, resolved))
+
+
+def moved_options(registry: Registry, resolved: Resolved) -> dict[str, Any]:
+    """The options that moved a model's optimum; of a model of an earlier release, by its parents' configs too."""
+    manifest = resolved.manifest
+    if manifest is None:
+        return {}
+    if manifest.moves_optimum is not None:
+        return manifest.moves_optimum
+    roles = [role for role in manifest.parents if role.startswith(REWARD_MODEL)]
+    found = {role: parent for role in roles if (parent := parent_of(registry, resolved, role)) is not None}
+    return own_moves(manifest) | carried_moves(found)
+
+
+def _optimum(manifest: Manifest, moved: Mapping[str, Any]) -> Optimum:
+    if any(name not in OF_THE_LOSS for name in moved):
+        return "other"
+    loss = manifest.config.get("loss_type")
+    if manifest.stage != "dpo" or loss not in OBJECTIVES:
+        return "same"
+    return loss_optimum(loss, manifest.config.get("label_smoothing") or 0.0)
+
+
+def effective_beta_of(registry: Registry, resolved: Resolved) -> dict[str, Any] | None:
+    """PPO's price of KL in units of the reward that the labels were drawn by: kl_coef x slope / weight.
+
+    The labels' reward is s r where the reward model gives r and s is its calibration slope on held-out pairs. PPO on
+    w r at kl_coef b aims at pi_ref exp(w r / b) = pi_ref exp(s r / (b s / w)): DPO's optimum at beta = b s / w.
+
+    Returns:
+        mean, low, high (those of the slope times b / w), slope, reward_model; mean None and why_not where there is no
+        finite slope; None for what was not trained by PPO on one reward model whose slope is known.
+    """
+    manifest, beta = resolved.manifest, beta_of(resolved)
+    if manifest is None or manifest.stage != "ppo" or beta is None:
+        return None
+    parts = manifest.config.get("reward_functions") or [{}]
+    models = list(reward_models_of(registry, resolved))
+    weight = float(parts[0].get("weight", 1.0))
+    if len(parts) != 1 or len(models) != 1 or models[0].manifest is None or weight <= 0:
+        return None
+    slope = models[0].manifest.metrics.get("calibration_slope")
+    if not slope:
+        return None
+    ends = {key: slope.get(key) for key in ("mean", "low", "high")}
+    scaled = {key: None if end is None else beta * end / weight for key, end in ends.items()}
+    return {**scaled, "slope": ends, "reward_model": models[0].label, "why_not": slope.get("why_not")}
+
+
+def describe_aims(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Sentences, from the rows of results.json, on arms whose optimum or whose price of KL is not what beta says."""
+    arms: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row.get("step") is None and row.get("arm") is not None:
+            arms.setdefault(row["arm"], []).append(row)
+    for arm, finals in arms.items():
+        kinds = {row.get("optimum", "same") for row in finals} - {"same"}
+        if kinds:
+            moved = {name: value for row in finals for name, value in (row.get("moves_optimum") or {}).items()}
+            listed = ", ".join(f"{name}={value}" for name, value in moved.items())
+            what = "its beta on another scale" if kinds == {"scale"} else "another optimum"
+            yield f"{arm} has {what} ({listed}): it is in no contrast at one beta, only as trained and at matched KL"
+    for arm, finals in arms.items():
+        known = [(row["beta"], row["effective_beta"]) for row in finals if row.get("effective_beta")]
+        clear = [(beta, found) for beta, found in known if _excludes_one(found["slope"])]
+        if clear:
+            yield _off_scale(arm, *clear[0], [found["slope"]["mean"] for _, found in clear], len(finals))
+
+
+def _excludes_one(slope: Mapping[str, Any]) -> bool:
+    low, high = slope["low"], slope["high"]
+    return low is not None and high is not None and (low > 1 or high < 1)
+
+
+def _off_scale(arm: str, beta: float, found: Mapping[str, Any], slopes: Sequence[float], models: int) -> str:
+    slope, acts = ("{mean:.2f} [{low:.2f}, {high:.2f}]".format(**one) for one in (found["slope"], found))
+    text = (
+        f"{arm}: the rewards of {found['reward_model']} are not on the scale of the labels: calibration slope {slope} "
+    )
+    text += f"on held-out pairs, so kl_coef {beta:g} is a beta of {acts} in the labels' own reward"
+    if len(slopes) > 1:
+        text += f"; {len(slopes)} of its {models} models are like this, slopes {min(slopes):.2f} to {max(slopes):.2f}"
+    return text

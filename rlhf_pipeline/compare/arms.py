@@ -1,0 +1,150 @@
+"""Points as tables: an arm's figures by setting, seed and prompt, so that arms can be paired by seed and prompt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rlhf_pipeline.algorithms.preference import Optimum
+from rlhf_pipeline.compare.rows import Measured
+from rlhf_pipeline.evaluation.frontier import Curve, choose
+from rlhf_pipeline.registry.parents import beta_of
+
+
+class Setting(tuple[tuple[str, str], ...]):
+    """The swept values of a point as a key: (name, value as JSON) pairs; `values` are the values themselves, `step`
+    that of a snapshot."""
+
+    values: dict[str, Any]
+    step: int | None = None
+
+
+def setting_key(setting: Mapping[str, Any], step: int | None = None) -> Setting:
+    """A setting, or a snapshot on the way to it, as a key, whatever its values are."""
+    pairs = [(name, json.dumps(value, sort_keys=True, default=str)) for name, value in sorted(setting.items())]
+    key = Setting(pairs if step is None else [*pairs, ("#", str(step))])
+    key.values, key.step = dict(setting), step
+    return key
+
+
+@dataclass(frozen=True)
+class Arm:
+    """The measured points of one arm, by setting (or snapshot) and seed."""
+
+    name: str
+    points: dict[Setting, dict[int | None, Measured]]
+
+    @property
+    def settings(self) -> list[Setting]:
+        """In the order in which they were given."""
+        return list(self.points)
+
+    @property
+    def finals(self) -> Arm:
+        """The arm without its snapshots: what was trained to its end."""
+        return Arm(self.name, {setting: found for setting, found in self.points.items() if setting.step is None})
+
+    @property
+    def snapshots(self) -> int:
+        """How many snapshots stand behind its curve, over all settings and seeds."""
+        return sum(len(found) for setting, found in self.points.items() if setting.step is not None)
+
+    def complete(self, seeds: Sequence[int | None]) -> list[Setting]:
+        """The settings and snapshots that all of these seeds have."""
+        return [setting for setting, found in self.points.items() if set(seeds) <= set(found)]
+
+    def seeds(self, setting: Setting) -> list[int | None]:
+        return list(self.points[setting])
+
+    def beta(self, setting: Setting) -> float | None:
+        """The price of KL at a setting, the same for all its seeds; None where the optimum at it is not DPO's."""
+        return beta_of(self._first(setting).model) if self.optimum(setting) == "same" else None
+
+    def optimum(self, setting: Setting) -> Optimum:
+        """How the optimum at a setting stands to pi_ref exp(r / beta), the same for all its seeds."""
+        return self._first(setting).aim.optimum
+
+    def _first(self, setting: Setting) -> Measured:
+        return next(iter(self.points[setting].values()))
+
+    def samples(self, setting: Setting, seeds: Sequence[int | None], figure: str) -> np.ndarray:
+        """(S, P, N) a figure of every response."""
+        rows = [self.points[setting][seed].test for seed in seeds]
+        return np.stack([row.values[figure].reshape(len(row.examples), -1) for row in rows])
+
+    def values(self, setting: Setting, seeds: Sequence[int | None], figure: str, split: str = "test") -> np.ndarray:
+        """(S, P) means over the samples of each prompt."""
+        return np.stack([self.points[setting][seed].values(figure, split) for seed in seeds])
+
+    def stacked(
+        self, seeds: Sequence[int | None], figure: str, split: str = "test", settings: Sequence[Setting] | None = None
+    ) -> np.ndarray:
+        """(S, G, P) of some settings, by default of all that these seeds have."""
+        chosen = self.complete(seeds) if settings is None else settings
+        return np.stack([self.values(setting, seeds, figure, split) for setting in chosen], 1)
+
+    @property
+    def validated(self) -> bool:
+        """Whether every point was measured on validation prompts too."""
+        return all(point.validation is not None for points in self.points.values() for point in points.values())
+
+    def envelope(
+        self, seeds: Sequence[int | None], chooser: str | None, cost: np.ndarray | None = None
+    ) -> list[Setting]:
+        """The settings and snapshots that no other one beats in KL (or in cost) and in the chooser's figure, on the
+        validation prompts.
+
+        The chooser is what a user would have (a judge, a reward model), not the truth that is then shown on test
+        prompts. Without validation figures these are all.
+
+        Args:
+            cost: (S, G) of `complete(seeds)`, in the place of KL.
+        """
+        known = self.complete(seeds)
+        if chooser is None or not self.validated or len(known) < 2:
+            return known
+        x = self.stacked(seeds, "kl", "validation") if cost is None else cost
+        return [known[index] for index in choose(Curve.of(x, self.stacked(seeds, chooser, "validation")))]
+
+    def curve(self, seeds: Sequence[int | None], figure: str, chooser: str | None) -> Curve:
+        """A figure against KL of the envelope's settings, on the test prompts."""
+        settings = self.envelope(seeds, chooser)
+        return Curve.of(self.stacked(seeds, "kl", settings=settings), self.stacked(seeds, figure, settings=settings))
+
+
+def arms_of(measured: Sequence[Measured]) -> list[Arm]:
+    """The arms of a comparison, in order; an arm of one point has one seed, whatever it is called."""
+    found: dict[str, dict[Setting, dict[int | None, Measured]]] = {}
+    for one in measured:
+        setting = setting_key(one.point.setting, one.point.step)
+        found.setdefault(one.point.arm, {}).setdefault(setting, {})[one.point.seed] = one
+    return [Arm(name, points) for name, points in found.items()]
+
+
+def common_seeds(*arms: Arm) -> list[int | None]:
+    """Seeds that every setting of every arm has, snapshots aside."""
+    every = [set(arm.seeds(setting)) for arm in arms for setting in arm.finals.settings]
+    shared = set.intersection(*every)
+    return sorted(shared, key=lambda seed: (seed is None, seed))
+
+
+def paired_by_seed(a: Arm, b: Arm) -> tuple[Arm, Arm, list[int | None]]:
+    """Two arms with the seeds that they have in common; single seeds of different number are paired with each other.
+
+    Returns:
+        both arms and their seeds; an empty list where nothing can be paired.
+    """
+    seeds = common_seeds(a, b)
+    if seeds:
+        return a, b, seeds
+    if all(len(arm.seeds(setting)) == 1 for arm in (a, b) for setting in arm.settings):
+        return _nameless(a), _nameless(b), [None]
+    return a, b, []
+
+
+def _nameless(arm: Arm) -> Arm:
+    return Arm(arm.name, {setting: {None: next(iter(points.values()))} for setting, points in arm.points.items()})

@@ -1,0 +1,291 @@
+"""Differences between arms, with intervals: as trained, at one beta, at matched KL, at matched cost, as selected.
+
+Arms are paired by seed and prompt. One contrast is declared beforehand (`primary_contrast`); the p-values of the others
+are corrected for their number (Holm).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from rlhf_pipeline.compare.arms import Arm, Setting, arms_of, common_seeds, paired_by_seed
+from rlhf_pipeline.compare.frontiers import frontier_section, over_optimisation_section
+from rlhf_pipeline.compare.rankings import ranking_section, win_rate_section
+from rlhf_pipeline.compare.rows import Measured, bill
+from rlhf_pipeline.evaluation.frontier import Curve, area_between, common_range, difference_at
+from rlhf_pipeline.evaluation.sampled import SHARES, Samples
+from rlhf_pipeline.evaluation.seeds import Finding, contrast, holm, infer
+from rlhf_pipeline.registry.store import Registry
+
+SPREAD = 1.2
+"""An arm whose dearest point costs less than this times its cheapest has no curve of reward against cost."""
+
+NO_RANGE = (
+    "all points of an arm cost about the same: there is no range of cost (snapshots would make one: snapshot_steps "
+    "where the arms are trained, snapshots: true in the comparison)"
+)
+
+NOT_CHOSEN = (
+    "several settings cost the same, and nothing says which a user would take: that needs validation prompts, and a "
+    "judge or a reward model"
+)
+
+FIGURES = ("true_reward", "judge", "score", "kl", "length")
+
+
+def _entry(
+    kind: str, a: Arm, b: Arm, figure: str, at: str, found: Finding | None, why_not: str | None = None
+) -> dict[str, Any]:
+    return {
+        "name": f"{a.name} - {b.name}",
+        "kind": kind,
+        "a": a.name,
+        "b": b.name,
+        "figure": figure,
+        "at": at,
+        "estimate": None if found is None else found.estimate.as_dict(),
+        "why_not": why_not,
+        "p": None if found is None else found.p,
+        "p_holm": None,
+        "primary": False,
+    }
+
+
+def _beta_text(a: Arm, b: Arm, one: Setting, other: Setting) -> str:
+    unlike = [arm.name for arm, setting in ((a, one), (b, other)) if arm.optimum(setting) != "same"]
+    if unlike:
+        return f"as trained, with another optimum for {' and '.join(unlike)}"
+    mine, theirs = a.beta(one), b.beta(other)
+    if mine is None or theirs is None:
+        return "as trained"
+    return f"at beta {mine:g}" if mine == theirs else f"as trained ({a.name} at beta {mine:g}, {b.name} at {theirs:g})"
+
+
+def _same_setting(a: Arm, b: Arm, seeds: list, figures: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Both arms at their one setting, or at each beta that both have."""
+    pairs = [(one, other) for one in a.settings for other in b.settings]
+    unlike = [arm.name for arm in (a, b) if any(arm.optimum(setting) != "same" for setting in arm.settings)]
+    if len(pairs) > 1 and unlike:
+        why = f"at one beta {' and '.join(unlike)} would have another optimum; compare at matched KL"
+        yield _entry("same beta", a, b, figures[0], "at one beta", None, why)
+    if len(pairs) > 1:  # where more than beta was swept, nothing says which settings belong together
+        pairs = [(one, other) for one, other in pairs if a.beta(one) is not None and a.beta(one) == b.beta(other)]
+        pairs = pairs if len({one for one, _ in pairs}) == len({other for _, other in pairs}) == len(pairs) else []
+    kind = "as trained" if len(pairs) == 1 else "same beta"
+    for one, other in pairs:
+        for figure in figures:
+            found = contrast(a.values(one, seeds, figure), b.values(other, seeds, figure))
+            yield _entry(kind, a, b, figure, _beta_text(a, b, one, other), found)
+
+
+def chooser_of(measured: Sequence[Measured]) -> str | None:
+    """What a user would choose a setting by: the judge, else the reward model; never the truth."""
+    return next((name for name in ("judge", "score") if name in measured[0].test.values), None)
+
+
+def selected_setting(arm: Arm, seeds: Sequence[Any], chooser: str) -> Setting:
+    """The setting with the best mean on the validation prompts, over seeds."""
+    means = [arm.values(setting, seeds, chooser, "validation").mean() for setting in arm.settings]
+    return arm.settings[int(np.argmax(means))]
+
+
+def _selected(a: Arm, b: Arm, seeds: list, figure: str, chooser: str) -> dict[str, Any]:
+    one, other = (selected_setting(arm, seeds, chooser) for arm in (a, b))
+    found = contrast(a.values(one, seeds, figure), b.values(other, seeds, figure))
+    chosen = "; ".join(f"{arm.name}: {_setting_text(setting)}" for arm, setting in ((a, one), (b, other)))
+    return _entry(
+        "selected", a, b, figure, f"with settings chosen on validation prompts by the {chooser} ({chosen})", found
+    )
+
+
+def _setting_text(setting: Setting) -> str:
+    return ", ".join(f"{name} {value}" for name, value in setting.values.items()) or "the only one"
+
+
+def _cost(registry: Registry, arm: Arm, seeds: Sequence[Any], settings: Sequence[Setting]) -> np.ndarray:
+    """(S, G) FLOPs of each point; NaN where the bill is not known."""
+    points = [[arm.points[setting][seed].model for setting in settings] for seed in seeds]
+    return np.array([[bill(registry, model).get("flops", np.nan) for model in row] for row in points])
+
+
+def _at_equal_cost(a: Arm, b: Arm, seeds: list, figure: str, chooser: str | None, registry: Registry) -> dict[str, Any]:
+    """A figure at one cost that both arms reach, each by the points that no cheaper one of its own beats."""
+
+    def entry(found: Finding | None = None, why_not: str | None = None, at: str = "at equal FLOPs") -> dict[str, Any]:
+        return _entry("cost", a, b, figure, at, found, why_not)
+
+    curves = []
+    for arm in (a, b):
+        known = arm.complete(seeds)
+        cost = _cost(registry, arm, seeds, known)
+        if not np.isfinite(cost).all():
+            unknown = {arm.points[known[j]][seeds[i]].name for i, j in np.argwhere(~np.isfinite(cost))}
+            return entry(why_not=f"the bill of a point is not known ({sorted(unknown)[0]})")
+        if cost.max() < SPREAD * cost.min():
+            return entry(why_not=NO_RANGE)
+        if len(arm.finals.settings) > 1 and (chooser is None or not arm.validated):
+            return entry(why_not=NOT_CHOSEN)
+        chosen = arm.envelope(seeds, chooser, cost)
+        spent = cost[:, [known.index(setting) for setting in chosen]]
+        curves.append(Curve.of(spent, arm.stacked(seeds, figure, settings=chosen)))
+    one, other = curves
+    found = difference_at(one, other, names=(a.name, b.name))
+    return entry(found.finding, found.why_not, "at equal FLOPs" if found.at is None else f"at {found.at:.3g} FLOPs")
+
+
+def _matched(a: Arm, b: Arm, seeds: list, figure: str, chooser: str | None, registry: Registry) -> Iterator[dict]:
+    """A figure at one KL that both arms reach, on average over all KLs that both reach, and at equal FLOPs."""
+    names = (a.name, b.name)
+    one, other = a.curve(seeds, figure, chooser), b.curve(seeds, figure, chooser)
+    found = difference_at(one, other, names=names)
+    text = "at matched KL" if found.at is None else f"at a KL of {found.at:.2f} nats"
+    yield _entry("matched KL", a, b, figure, text, found.finding, found.why_not)
+    shared = common_range(one, other)
+    found = area_between(one, other, names=names)
+    text = "on average over all KLs that both reach"
+    if shared is not None:
+        text = f"on average over KLs of {shared[0]:.2f} to {shared[1]:.2f} nats"
+    yield _entry("area", a, b, figure, text, found.finding, found.why_not)
+    yield _at_equal_cost(a, b, seeds, figure, chooser, registry)
+
+
+def contrasts_of(
+    a: Arm, b: Arm, figures: Sequence[str], chooser: str | None, swept: bool, registry: Registry
+) -> list[dict[str, Any]]:
+    """All contrasts of two arms: what they came to by their final models, where they passed by their snapshots too.
+
+    Args:
+        swept: final models of an arm differ in their setting.
+    """
+    a, b, seeds = paired_by_seed(a, b)
+    if not seeds:
+        return [_entry("as trained", a, b, figures[0], "as trained", None, "the arms have no seeds in common")]
+    finals = a.finals, b.finals
+    found = list(_same_setting(*finals, seeds, figures))
+    if (swept or a.snapshots or b.snapshots) and "kl" in figures:
+        judged = [figure for figure in figures if figure in ("true_reward", "judge")] or figures[:1]
+        found += [entry for figure in judged for entry in _matched(a, b, seeds, figure, chooser, registry)]
+        if swept and chooser is not None and a.validated and b.validated:
+            found.append(_selected(*finals, seeds, figures[0], chooser))
+    return found
+
+
+def _exact(a: Arm, b: Arm, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The exact objective at each beta that both arms have: no sampling error, these prompts, t over seeds."""
+    a, b, seeds = paired_by_seed(a, b)
+    for one in a.settings:
+        for other in b.settings:
+            beta = a.beta(one)
+            if not seeds or beta is None or beta != b.beta(other):
+                continue
+            sides = [
+                [rows[arm.points[setting][seed].name]["objective"] for seed in seeds]
+                for arm, setting in ((a, one), (b, other))
+            ]
+            text = f"at beta {beta:g}, on these prompts"
+            if len(seeds) > 1:
+                yield _entry("exact", a, b, "objective", text, contrast(*sides))
+            else:
+                why = f"of these two runs it is exactly {sides[0][0] - sides[1][0]:+.3f}, one seed says no more"
+                yield _entry("exact", a, b, "objective", text, None, why)
+
+
+def _declare(entries: list[dict[str, Any]], wanted: str, primary: str, swept: bool) -> None:
+    """Mark the one primary contrast and correct the p-values of the others."""
+    kinds = {"matched_kl": ("matched KL",), "selected": ("selected",), "as_trained": ("as trained", "same beta")}
+    if wanted == "auto":
+        matched = swept and any(entry["kind"] == "matched KL" for entry in entries)
+        wanted = "matched_kl" if matched else "as_trained"  # that snapshots are shown changes no declaration
+    order = [kinds[wanted], *(kind for kind in kinds.values() if kind != kinds[wanted])]
+    found = (entry for kind in order for entry in entries if entry["kind"] in kind and entry["figure"] == primary)
+    first = next(found, None)
+    if first is not None:
+        first["primary"] = True
+    others = [entry for entry in entries if not entry["primary"]]
+    for entry, p in zip(others, holm([entry["p"] for entry in others]), strict=True):
+        entry["p_holm"] = p
+
+
+def _effective_beta(arm: Arm, setting: Setting) -> float | None:
+    """The mean over seeds of what kl_coef comes to in units of the labels' reward; None where one is not known."""
+    points = arm.points[setting].values()
+    known = [beta for one in points if (beta := (one.aim.effective_beta or {}).get("mean")) is not None]
+    return float(np.mean(known)) if len(known) == len(points) else None
+
+
+def summary_of(arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """Every figure of every arm and setting, over its seeds and prompts."""
+    rows = []
+    for arm in arms:
+        for setting in arm.settings:
+            seeds = arm.seeds(setting)
+            names = arm.points[setting][seeds[0]].test.values
+            found = {name: infer(arm.values(setting, seeds, name), share=name in SHARES) for name in names}
+            rows.append(
+                {
+                    "arm": arm.name,
+                    "setting": setting.values,
+                    "beta": arm.beta(setting),
+                    "optimum": arm.optimum(setting),
+                    "effective_beta": _effective_beta(arm, setting),
+                    "seeds": len(seeds),
+                    "metrics": {name: item.estimate.as_dict() for name, item in found.items()},
+                    "method": next(iter(found.values())).estimate.method,
+                }
+            )
+    return rows
+
+
+def compare_arms(
+    measured: Sequence[Measured],
+    baseline: Measured,
+    results: dict[str, Any],
+    config: Any,
+    registry: Registry,
+    demonstrations: Samples | None = None,
+    reference: Measured | None = None,
+) -> dict[str, Any]:
+    """The sections of results.json that set arms against each other; `reference`: what KL is measured to."""
+    arms = arms_of(measured)
+    finals = [arm.finals for arm in arms]
+    primary = results["primary"]
+    if primary is None:
+        return {"summary": summary_of(finals), "arms": {}, "contrasts": []}
+    figures = [primary, *(name for name in FIGURES if name != primary and name in measured[0].test.values)]
+    swept = any(len(arm.settings) > 1 for arm in finals)
+    chooser = chooser_of(measured)
+    entries = [
+        entry for a, b in combinations(arms, 2) for entry in contrasts_of(a, b, figures, chooser, swept, registry)
+    ]
+    if results.get("exact"):
+        rows = {row["model"]: row for row in results["exact"]["rows"]}
+        entries += [entry for a, b in combinations(finals, 2) for entry in _exact(a, b, rows)]
+    _declare(entries, config.primary_contrast, primary, swept)
+    described = {}
+    for arm, whole in zip(finals, arms, strict=True):
+        seeds = common_seeds(arm)
+        selected = None
+        if len(arm.settings) > 1 and chooser and seeds and arm.validated:
+            selected = selected_setting(arm, seeds, chooser)
+        chosen = selected if selected is not None else arm.settings[0]
+        bills = [bill(registry, point.model) for point in arm.points[chosen].values()]
+        described[arm.name] = {
+            "trials": len(arm.settings),
+            "snapshots": whole.snapshots,
+            "settings": [setting.values for setting in arm.settings],
+            "selected": None if selected is None else selected.values,
+            "cost": {key: float(np.mean([one[key] for one in bills])) for key in (bills[0] if bills else {})},
+        }
+    return {
+        "summary": summary_of(finals),
+        "arms": described,
+        "contrasts": entries,
+        "win_rates": win_rate_section(finals, baseline, primary, described, demonstrations),
+        "ranking": ranking_section([baseline, *measured], primary),
+        "frontier": frontier_section(arms, primary, chooser, results.get("exact")),
+        "overoptimisation": over_optimisation_section(arms, reference),
+    }

@@ -1,0 +1,210 @@
+"""Whether arms can be compared: what they have in common but the way they were trained.
+
+A difference in any of these facts would be measured as if it were a difference between PPO and DPO.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_pipeline.compare.aim import moved_options
+from rlhf_pipeline.config.base import resolve_lengths
+from rlhf_pipeline.errors import MismatchError
+from rlhf_pipeline.measure.trained_on import training_temperature
+from rlhf_pipeline.registry.manifest import Manifest
+from rlhf_pipeline.registry.parents import reward_models_of
+from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.registry.roles import read_json
+from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.rollout.rewards import names_a_model
+
+NONE = "none"
+MOVED = "options that move the optimum"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One fact in which arms differ, and what it is for each of them."""
+
+    what: str
+    values: Mapping[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"what": self.what, "values": dict(self.values)}
+
+    def __str__(self) -> str:
+        return f"{self.what}: " + ", ".join(f"{arm} has {value}" for arm, value in self.values.items())
+
+
+def _short(digest: str | None) -> str:
+    return (digest or "unknown")[:12]
+
+
+def _data_of(manifest: Manifest) -> set[str]:
+    """Source, split and digest of each source of a model's data, and how many pairs were taken in all."""
+    pairs = manifest.metrics.get("train_pairs", "unknown")
+    return {f"{e.source} [{e.split}] {_short(e.digest)}, {pairs} pairs" for e in manifest.data}
+
+
+def _preferences_of(registry: Registry, resolved: Resolved, manifest: Manifest) -> str:
+    """The preference data behind a policy: DPO's own, or those of PPO's reward models; and other rewards."""
+    if manifest.stage == "dpo":
+        return " + ".join(sorted(_data_of(manifest))) or NONE
+    found: set[str] = set()
+    for model in reward_models_of(registry, resolved):
+        found |= _data_of(model.manifest) if model.manifest is not None else {f"those of {model.label}"}
+    others = [str(part["source"]) for part in manifest.config.get("reward_functions") or ()]
+    found |= {f"the reward {source}" for source in others if not names_a_model(source)}
+    return " + ".join(sorted(found)) or NONE
+
+
+def _lengths_of(config: Mapping[str, Any]) -> str:
+    """The length policy, however it was written down."""
+    named = [config.get(key) for key in ("max_prompt_length", "response_length", "max_length")]
+    lengths = resolve_lengths(*named)
+    return f"prompt {lengths.prompt}, response {lengths.response}"
+
+
+def stop_token_of(resolved: Resolved) -> str:
+    """The token that ends a response: the config's, else the tokenizer's end token, by name."""
+    stop = resolved.manifest.config.get("stop_token") if resolved.manifest is not None else None
+    if stop is None and resolved.path is not None:
+        stop = read_json(resolved.path / "tokenizer_config.json").get("eos_token")
+    return str(stop.get("content", stop) if isinstance(stop, dict) else stop)
+
+
+def _prompts_of(manifest: Manifest) -> str:
+    """The set of prompts that a policy was trained on, by the digest of the records that they came from."""
+    return " + ".join(sorted(_short(entry.digest) for entry in manifest.data)) or NONE
+
+
+def facts_of(registry: Registry, resolved: Resolved) -> dict[str, str]:
+    """What has to be equal between arms, as text; empty for a model without a manifest.
+
+    A stage that has no such thing (an SFT model has no preference data) says nothing about it.
+    """
+    manifest = resolved.manifest
+    if manifest is None:
+        return {}
+    config = manifest.config
+    bf16 = manifest.metrics.get("bf16", config.get("bf16"))  # the first is what `auto` came to
+    facts = {
+        "tokenizer": _short(manifest.tokenizer_digest),
+        "chat template": _short(manifest.chat_template_digest) if manifest.chat_template_digest else NONE,
+        "lengths": _lengths_of(config),
+        "stop token": stop_token_of(resolved),
+        "dtype": f"{config.get('dtype')}{' with bf16 autocast' if bf16 else ''}",
+    }
+    if manifest.stage not in ("ppo", "dpo"):
+        return facts
+    reference, base = (manifest.parents.get(role) for role in ("reference", "base"))
+    moved = moved_options(registry, resolved)
+    return facts | {
+        "SFT parent": f"{base.ref} {_short(base.digest)}" if base else "unknown",
+        "reference": f"{reference.ref} {_short(reference.digest)}" if reference else "unknown",
+        "preference data": _preferences_of(registry, resolved, manifest),
+        "labels": "their probabilities" if config.get("soft_labels") else "as drawn",
+        "prompts": _prompts_of(manifest),
+        "training temperature": f"{training_temperature(resolved):g}",
+        MOVED: ", ".join(f"{k}={v}" for k, v in sorted(moved.items())) or NONE,
+    }
+
+
+def differences(registry: Registry, arms: Mapping[str, Sequence[Resolved]]) -> list[Difference]:
+    """The facts in which arms differ; digests decide where there are any, so one model under two names is the same."""
+    facts = {arm: [facts_of(registry, model) for model in models] for arm, models in arms.items()}
+    names = list(dict.fromkeys(name for rows in facts.values() for row in rows for name in row))
+    found = []
+    for name in names:
+        values = {
+            arm: {_identity(name, row[name]): row[name] for row in rows if name in row} for arm, rows in facts.items()
+        }
+        known = {arm: entries for arm, entries in values.items() if entries}
+        if len({tuple(sorted(entries)) for entries in known.values()}) > 1:
+            found.append(
+                Difference(name, {arm: " or ".join(sorted(entries.values())) for arm, entries in known.items()})
+            )
+    return found
+
+
+def differences_by_seed(registry: Registry, points: Sequence[tuple[str, int | None, Resolved]]) -> list[Difference]:
+    """`differences` over all points, and seed by seed: what pairs two arms has to be alike in each pair.
+
+    Args:
+        points: (arm, seed, model) of each.
+    """
+    groups = [
+        points,
+        *([p for p in points if p[1] == seed] for seed in sorted({p[1] for p in points if p[1] is not None})),
+    ]
+    found: dict[str, Difference] = {}
+    for group in groups:
+        arms: dict[str, list[Resolved]] = {}
+        for arm, _, model in group:
+            arms.setdefault(arm, []).append(model)
+        for difference in differences(registry, arms):
+            found.setdefault(difference.what, difference)
+    return list(found.values())
+
+
+def _trained_on(registry: Registry, resolved: Resolved) -> set[str]:
+    """Digests of the data behind a policy: its own, or for PPO those of its reward models."""
+    if resolved.manifest is None:
+        return set()
+    behind = [resolved]
+    if resolved.manifest.stage == "ppo":
+        behind = list(reward_models_of(registry, resolved))
+    return {entry.digest for one in behind if one.manifest is not None for entry in one.manifest.data}
+
+
+def judge_overlap(registry: Registry, judge: Resolved | None, models: Sequence[Resolved]) -> list[Difference]:
+    """A judge that is one of the arms' own reward models, or was trained on pairs that an arm was trained on."""
+    if judge is None or judge.manifest is None:
+        return []
+    seen = {entry.digest for entry in judge.manifest.data}
+    saw = [model.label for model in models if seen & _trained_on(registry, model)]
+    values = dict.fromkeys(saw, f"pairs that {judge.label} was trained on too")
+    return [Difference("judge: not held out", values)] if values else []
+
+
+def truth_overlap(registry: Registry, truth: Resolved | None, models: Sequence[Resolved]) -> list[Difference]:
+    """A model that is said to be the truth, and that an arm was trained to please."""
+    if truth is None:
+        return []
+    found = {}
+    for model in models:
+        rewards = list(reward_models_of(registry, model))
+        if any(reward.digest == truth.digest for reward in rewards):
+            found[model.label] = f"{truth.label} as its own reward model"
+    return [Difference("true_reward: what an arm is trained to please", found)] if found else []
+
+
+def _identity(name: str, value: str) -> str:
+    """What decides whether two values are the same: of models and data their digests, not their names; of options that
+    move the optimum their values, not the stage: PPO with its reward model has the same weight decay as DPO with it."""
+    if name == MOVED:
+        return ", ".join(sorted(set(re.sub(r"\breward_model(_\d+)?\.", "", value).split(", "))))
+    if name not in ("SFT parent", "reference", "preference data"):
+        return value
+    parts = (
+        part.rpartition("] ")[2] if name == "preference data" else part.rpartition(" ")[2]
+        for part in value.split(" + ")
+    )
+    return " + ".join(sorted(set(parts)))
+
+
+def require_comparable(found: Sequence[Difference]) -> None:
+    """Refuse arms that differ in more than the way they were trained.
+
+    Raises:
+        MismatchError: naming every difference.
+    """
+    if found:
+        listed = "\n".join(f"  {difference}" for difference in found)
+        raise MismatchError(
+            f"these arms differ in more than the way they were trained:\n{listed}\ntrain them alike, or compare them "
+            "all the same with --allow-mismatch: the report then says so"
+        )

@@ -1,0 +1,108 @@
+"""Explicit against implicit reward: how well reward models and DPO policies order the same held-out pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rlhf_pipeline.compare.points import Point
+from rlhf_pipeline.config.load import load_config
+from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.errors import UnknownReference
+from rlhf_pipeline.evaluation.preferences import (
+    accuracy,
+    compare_scorers,
+    longer_wins,
+    preference_metrics,
+    reliability_bins,
+)
+from rlhf_pipeline.measure.bench import Bench
+from rlhf_pipeline.measure.trained_on import owned_by, training_temperature
+from rlhf_pipeline.measure.training_loss import dpo_manifest, dpo_reference, own_data, trained_by_dpo
+from rlhf_pipeline.registry.parents import reward_models_of
+from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.stages.common import find_model, load_reward_model
+from rlhf_pipeline.stages.data import StageData
+from rlhf_pipeline.stages.reward_quality import score_examples
+from rlhf_pipeline.training.reference_cache import cached_logprobs, completion_logprob_sums
+
+PAIRS = 4096
+"""Held-out pairs that are scored, by hash order."""
+
+
+def _pairs(bench: Bench, config: Any, sources: Sequence[Resolved]) -> list[Example]:
+    """The held-out pairs of the data that the first of these models was trained on."""
+    for model in sources:
+        if model.manifest is None:
+            continue
+        stage = "dpo" if model.manifest.stage == "dpo" else "train-rm"
+        values = own_data(model.manifest)
+        try:
+            with owned_by(model, values, "do without figures on its held-out pairs"):
+                trained = load_config(stage, None, extra=values).config
+                if getattr(trained, "population", False):
+                    continue
+                data = StageData(trained, bench.registry.home, lambda _: None)
+                found, _ = data.split("pair", config.split, bench.tokenizer, limit=PAIRS, required=False)
+        except UnknownReference as error:  # the prompts came from elsewhere
+            bench.say(f"note: no held-out pairs: {error}")
+            continue
+        if found:
+            bench.compare_data(model, data.sources("pair"))
+            return found
+    return []
+
+
+def _implicit(bench: Bench, model: Resolved, pairs: Sequence[Example]) -> list[float]:
+    """beta log(pi / pi_ref) of the chosen response minus that of the rejected one."""
+    reference = dpo_reference(bench.registry, model)
+    key = {"model": reference.digest, "dtype": bench.config.dtype, "bf16": False}
+    # Nothing is sampled: both are read at the temperature that the policy was trained at.
+    policy, frozen = (bench.policy(one, training_temperature(model)) for one in (model, reference))
+    ref_logprobs = cached_logprobs(frozen, pairs, bench.registry.home / "cache", key, **bench.reading).logprobs
+    rewards = completion_logprob_sums(policy, pairs, **bench.reading).double() - ref_logprobs.double()
+    beta = float(dpo_manifest(model).config["beta"])
+    return (beta * (rewards[:, 0] - rewards[:, 1])).tolist()
+
+
+def _explicit(bench: Bench, model: Resolved, pairs: Sequence[Example]) -> list[float]:
+    """Score of the chosen response minus that of the rejected one."""
+    scores = score_examples(load_reward_model(model, bench.config, bench.device), pairs, **bench.reading)
+    return [chosen - rejected for chosen, rejected in scores]
+
+
+def preference_quality(bench: Bench, config: Any, trained: Sequence[tuple[Point, Resolved]]) -> dict[str, Any] | None:
+    """Accuracy and calibration of every reward model and, for the first seed, of every DPO policy; None without pairs.
+
+    The test sets the first reward model against the first DPO policy, on the same pairs.
+    """
+    known = [(point, model) for point, model in trained if model.manifest is not None]
+    first_seed = min((point.seed for point, _ in known if point.seed is not None), default=None)
+    policies = [m for point, m in known if trained_by_dpo(m) and point.seed in (None, first_seed)]
+    policies = list({model.label: model for model in policies}.values())
+    labels = [reward.label for _, model in known for reward in reward_models_of(bench.registry, model)]
+    models = [find_model(bench.registry, label, "reward_model") for label in dict.fromkeys(labels)]
+    pairs = _pairs(bench, config, [*policies, *models])
+    if not pairs:
+        return None
+    clusters = [pair.prompt_key for pair in pairs]
+    differences = {model.label: _explicit(bench, model, pairs) for model in models}
+    differences |= {model.label: _implicit(bench, model, pairs) for model in policies}
+    differences["longer wins"] = longer_wins(*zip(*(pair.completions for pair in pairs), strict=True))
+    scorers = {}
+    for name, values in differences.items():
+        metrics = preference_metrics(values, clusters)
+        scorers[name] = {
+            "accuracy": accuracy(values, clusters).as_dict(),
+            **{key: metrics[key] for key in ("ece", "nll", "brier")},
+            "bins": reliability_bins(values, clusters),
+        }
+    for entry in (scorers["longer wins"],):  # lengths are no log-odds: they have an order, not a confidence
+        entry.update(ece=None, nll=None, brier=None, bins=[])
+    test = None
+    if models and policies:
+        test = {
+            "name": f"{models[0].label} (explicit) - {policies[0].label} (implicit)",
+            **compare_scorers(differences[models[0].label], differences[policies[0].label], clusters),
+        }
+    return {"pairs": len(pairs), "prompts": len(set(clusters)), "scorers": scorers, "test": test}

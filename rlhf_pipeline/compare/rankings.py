@@ -1,0 +1,146 @@
+"""Who wins against whom: win rates between arms and against the baseline, and one ranking of all models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from rlhf_pipeline.compare.arms import Arm, Setting, paired_by_seed, setting_key
+from rlhf_pipeline.compare.rows import Measured
+from rlhf_pipeline.evaluation.ranking import rank
+from rlhf_pipeline.evaluation.sampled import Samples
+from rlhf_pipeline.evaluation.win_rates import (
+    ONE_SAMPLE,
+    length_controlled_win_rate,
+    prompt_win_rates,
+    tie_share,
+    win_rate,
+)
+
+MOST_RANKED = 40
+
+Side = tuple[np.ndarray, np.ndarray]
+"""(S, P, N) a figure and the length of every response of one side of a win rate."""
+
+
+def _setting(arm: Arm, described: Mapping[str, Any]) -> Setting:
+    """The setting that speaks for an arm: the selected one, else its first."""
+    chosen = described[arm.name]["selected"]
+    return arm.settings[0] if chosen is None else setting_key(chosen)
+
+
+def _side(arm: Arm, setting: Setting, seeds: Sequence[int | None], figure: str) -> Side:
+    return arm.samples(setting, seeds, figure), arm.samples(setting, seeds, "length")
+
+
+def _stacked(samples: Sequence[Samples], figure: str) -> np.ndarray:
+    return np.stack([one.by_prompt(figure) for one in samples])
+
+
+def win_rate_entry(mine: Side, theirs: Side, *, coupled: bool) -> dict[str, Any]:
+    """A win rate, plain and at equal length, with its share of ties, or why there is none.
+
+    coupled: both sides are policies, which are sampled with the same random numbers.
+    """
+    if coupled and mine[0].shape[-1] < 2:
+        return {
+            "estimate": None,
+            "why_not": ONE_SAMPLE,
+            "ties": None,
+            "p": None,
+            "length_controlled": {"estimate": None, "phi": None, "why_not": ONE_SAMPLE},
+        }
+    found = win_rate(mine[0], theirs[0], coupled=coupled)
+    controlled = length_controlled_win_rate(mine[0], theirs[0], mine[1], theirs[1], coupled=coupled)
+    return {
+        "estimate": found.estimate.as_dict(),
+        "why_not": None,
+        "ties": tie_share(mine[0], theirs[0], coupled=coupled),
+        "p": found.p,
+        "length_controlled": {
+            "estimate": None if controlled.finding is None else controlled.finding.estimate.as_dict(),
+            "phi": controlled.phi,
+            "why_not": controlled.why_not,
+        },
+    }
+
+
+def win_rate_section(
+    arms: Sequence[Arm],
+    baseline: Measured,
+    figure: str,
+    described: Mapping[str, Any],
+    demonstrations: Samples | None = None,
+) -> list[dict[str, Any]]:
+    """Win rates of every arm against every other, the baseline and the demonstrations, by one figure, at the arms'
+    settings."""
+    entries = []
+    for a, b in combinations(arms, 2):
+        one, other, seeds = paired_by_seed(a, b)
+        if seeds:
+            mine, theirs = (_side(arm, _setting(arm, described), seeds, figure) for arm in (one, other))
+            found = win_rate_entry(mine, theirs, coupled=True)
+            entries.append({"a": a.name, "b": b.name, "figure": figure, **found})
+    others = [(baseline.name, baseline.test)]
+    if demonstrations is not None and figure in demonstrations.values:
+        others.append(("demonstrations", demonstrations))
+    for arm in arms:
+        setting = _setting(arm, described)
+        if all(point is baseline or point.name == baseline.name for point in arm.points[setting].values()):
+            continue
+        mine = _side(arm, setting, arm.seeds(setting), figure)
+        for name, samples in others:
+            seen = [
+                baseline.scored_by(point.scorer) if samples is baseline.test else samples
+                for point in arm.points[setting].values()
+            ]
+            theirs = _stacked(seen, figure), _stacked(seen, "length")
+            found = win_rate_entry(mine, theirs, coupled=samples is baseline.test)
+            entries.append({"a": arm.name, "b": name, "figure": figure, **found})
+    return entries
+
+
+def ranking_section(measured: Sequence[Measured], figure: str) -> dict[str, Any] | None:
+    """Elo of every model with an interval over prompts, the baseline at 1000, and the share of ties in its comparisons.
+
+    None with fewer than two models, or with one sample a prompt (see `win_rates.pairs_of`).
+
+    Where there are too many, final models come before snapshots, and of these the best.
+    """
+    known = {one.name: one for one in [*measured[1:], measured[0]]}  # the baseline as itself, whatever arm it is of
+    distinct = [measured[0], *(one for one in known.values() if one is not measured[0])]
+    distinct.sort(
+        key=lambda one: (one.point.step is not None, -one.values(figure).mean() if one.point.step is not None else 0.0)
+    )
+    distinct = distinct[:MOST_RANKED]
+    if len(distinct) < 2 or (figure == "score" and len({one.scorer for one in distinct}) > 1):
+        return None  # scores of different reward models have no common scale
+    figures, size = [one.test.by_prompt(figure) for one in distinct], len(distinct)
+    if figures[0].shape[1] < 2:
+        return None
+    wins, ties = np.zeros((len(figures[0]), size, size)), np.zeros((size, size))
+    for i, j in combinations(range(size), 2):
+        wins[:, i, j] = prompt_win_rates(figures[i], figures[j], coupled=True)
+        wins[:, j, i] = 1 - wins[:, i, j]
+        ties[i, j] = ties[j, i] = tie_share(figures[i], figures[j], coupled=True)
+    found = rank(wins, baseline=0)
+    rows = [
+        {
+            "name": one.name,
+            "arm": one.point.arm,
+            "step": one.point.step,
+            "elo": item.elo.as_dict(),
+            "bound": item.bound,
+            "ties": float(ties[i].sum() / (size - 1)),
+        }
+        for i, (one, item) in enumerate(zip(distinct, found, strict=True))
+    ]
+    return {
+        "figure": figure,
+        "separable": any(item.bound is not None for item in found),
+        "left_out": max(0, len({one.name for one in measured}) - MOST_RANKED),
+        "rows": sorted(rows, key=lambda row: -row["elo"]["mean"]),
+    }

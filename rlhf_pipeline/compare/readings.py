@@ -1,0 +1,139 @@
+"""What a report shows beside figures: responses to read, training curves, origins and configs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlhf_pipeline.data.tokenizers import text_of
+from rlhf_pipeline.evaluation.sampled import Samples
+from rlhf_pipeline.measure.bench import Bench
+from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.registry.store import Registry
+
+CURVES = (
+    "objective/rlhf_reward",
+    "objective/scores",
+    "objective/judge",
+    "objective/kl",
+    "val/ended",
+    "val/response_length",
+    "val/explained_variance",
+    "loss/dpo",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen_minus_reference",
+    "loss/nll",
+    "loss/bradley_terry",
+    "accuracy",
+)
+"""Metrics of a training run that are drawn, by the names of metrics.jsonl."""
+
+POINTS = 200
+"""Points of a curve that are kept."""
+
+
+def shown_samples(bench: Bench, measured: Mapping[str, Samples], count: int) -> list[dict[str, Any]]:
+    """Responses of every model to the same few prompts, the same draw for each, with their scores.
+
+    The first response of each to the first prompts: nothing is picked.
+    """
+    figures = ("true_reward", "score", "judge")
+    rows = []
+    for number, prompt in enumerate(bench.plan.prompts[:count]):
+        responses: dict[str, list[dict[str, Any]]] = {}
+        for name, samples in measured.items():
+            example = samples.examples[number]
+            ids, ended = example.completions[0], example.ended[0]
+            place = number * bench.plan.samples
+            text = text_of(bench.tokenizer, ids[: len(ids) - int(ended)])
+            entry: dict[str, Any] = {"text": text, "ended": bool(ended)}
+            entry |= {key: float(samples.values[key][place]) for key in figures if key in samples.values}
+            responses[name] = [entry]
+        rows.append({"prompt": _text(bench, prompt), "responses": responses})
+    return rows
+
+
+def _text(bench: Bench, prompt: Any) -> str:
+    return prompt.prompt_text or text_of(bench.tokenizer, prompt.prompt_ids)
+
+
+def prompt_texts(bench: Bench) -> list[str]:
+    """The text of each prompt of an evaluation, in order."""
+    return [_text(bench, prompt) for prompt in bench.plan.prompts]
+
+
+def curves(registry: Registry, models: Sequence[Resolved]) -> dict[str, dict[str, list[list[float]]]]:
+    """(step, value) of the metrics that are drawn, for every model whose run is still in the home."""
+    found: dict[str, dict[str, list[list[float]]]] = {}
+    runs = _runs_by_model(registry)
+    for model in models:
+        path = runs.get(model.label)
+        if path is None:
+            continue
+        lines: dict[str, list[list[float]]] = {}
+        for row in path.read_text(encoding="utf-8").splitlines():
+            try:
+                values = json.loads(row)
+            except ValueError:
+                continue  # the last line of a killed process
+            for name in CURVES:
+                if isinstance(values.get(name), int | float):
+                    lines.setdefault(name, []).append([values["step"], values[name]])
+        found[model.label] = {name: _thinned(points) for name, points in lines.items()}
+    return found
+
+
+def _thinned(points: list[list[float]]) -> list[list[float]]:
+    stride = -(-len(points) // POINTS)
+    return points[::stride] if stride <= 1 or (len(points) - 1) % stride == 0 else [*points[::stride], points[-1]]
+
+
+def _runs_by_model(registry: Registry) -> dict[str, Any]:
+    """metrics.jsonl of the finished run of each registered model."""
+    found = {}
+    for status in sorted((registry.home / "runs").glob("*/run.json")):
+        try:
+            model = json.loads(status.read_text(encoding="utf-8")).get("model")
+        except (OSError, ValueError):
+            continue
+        metrics = status.with_name("metrics.jsonl")
+        if model and metrics.is_file():
+            found[model] = metrics
+    return found
+
+
+def lineage(registry: Registry, models: Sequence[Resolved]) -> list[dict[str, Any]]:
+    """Every model behind a comparison with its digest and its parents, ancestors last."""
+    rows: dict[str, dict[str, Any]] = {}
+    waiting = list(models)
+    while waiting:
+        model = waiting.pop(0)
+        if model.label in rows:
+            continue
+        manifest = model.manifest
+        parents = dict(manifest.parents) if manifest is not None else {}
+        rows[model.label] = {
+            "model": model.label,
+            "digest": model.digest,
+            "stage": model.stage,
+            "seed": manifest.seed if manifest is not None else None,
+            "parents": {role: parent.ref for role, parent in parents.items()},
+            "data": [entry.model_dump() for entry in manifest.data] if manifest is not None else [],
+        }
+        waiting += [registry.resolve(parent.ref) for parent in parents.values() if parent.digest is not None]
+    return list(rows.values())
+
+
+def configs(models: Sequence[Resolved]) -> dict[str, str]:
+    """The resolved config of each registered model, as YAML."""
+    import yaml
+
+    return {
+        model.label: yaml.safe_dump(
+            {key: value for key, value in model.manifest.config.items() if value is not None}, sort_keys=False
+        )
+        for model in models
+        if model.manifest is not None
+    }

@@ -1,0 +1,229 @@
+"""One row of a comparison for each trained model: sampled figures with intervals, prompt by prompt, and its bill."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from rlhf_pipeline.compare.aim import Aim, aim_of
+from rlhf_pipeline.compare.points import Point
+from rlhf_pipeline.data.tokenizers import text_of
+from rlhf_pipeline.evaluation.diversity import distinct, self_bleu, token_budget
+from rlhf_pipeline.evaluation.sampled import Samples, paired_difference, scores_of
+from rlhf_pipeline.evaluation.win_rates import tie_share, win_rate
+from rlhf_pipeline.measure.bench import Bench
+from rlhf_pipeline.measure.best_of import primary_figure
+from rlhf_pipeline.measure.evaluate import measure
+from rlhf_pipeline.registry.parents import beta_of, parent_of, reward_models_of
+from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.rollout.rewards import RewardSource, names_a_model
+from rlhf_pipeline.stages.reward_sources import load_reward
+
+COST_KEYS = ("wall_seconds", "flops", "tokens_trained", "tokens_generated", "optimizer_steps")
+
+
+MOST_COMPARED = 8
+"""Samples of a prompt that self-BLEU sets against each other; its cost grows with their square."""
+
+
+@dataclass
+class Measured:
+    """A point, its model, and its samples on the test prompts and, where settings are chosen, on validation ones."""
+
+    point: Point
+    model: Resolved
+    test: Samples
+    validation: Samples | None = None
+    scorer: str | None = None  # whose score it is
+    scores: dict[str, np.ndarray] = field(default_factory=dict)  # by other reward models, of the baseline
+    aim: Aim = field(default_factory=Aim)
+
+    def scored_by(self, scorer: str | None) -> Samples:
+        """The samples with the score of another point's reward model, so that the two can be set side by side."""
+        if scorer not in self.scores:
+            return self.test
+        return replace(self.test, values={**self.test.values, "score": self.scores[scorer]})
+
+    @property
+    def name(self) -> str:
+        return self.model.label
+
+    def values(self, figure: str, split: str = "test") -> np.ndarray:
+        """(P,) mean of a figure over the samples of each prompt."""
+        samples = self.test if split == "test" else self.validation
+        assert samples is not None, "only figures that were measured are asked for"
+        return samples.values[figure].reshape(len(samples.examples), -1).mean(1)
+
+
+def bill(registry: Registry, resolved: Resolved) -> dict[str, float]:
+    """What an arm cost: its own run and, for PPO, those of its reward models. Shared stages are on no bill.
+
+    Of a snapshot: its run up to that step, and its reward models whole. Counts and seconds add up; peak memory is that
+    of the largest stage. Empty where it is not known: outside the registry, and for a snapshot of an earlier version.
+    """
+    cost = resolved.manifest.cost if resolved.manifest is not None else {}
+    if resolved.step is not None:
+        cost = cost.get("at_step", {}).get(str(resolved.step), {})
+    if resolved.manifest is None or (resolved.step is not None and not cost):
+        return {}
+    total = {key: float(cost.get(key, 0)) for key in COST_KEYS}
+    total["peak_memory_bytes"] = float(resolved.manifest.cost.get("peak_memory_bytes", 0))
+    for model in reward_models_of(registry, resolved):
+        part = bill(registry, model)
+        if not part:
+            return {}  # a reward model from elsewhere: nobody knows what it cost
+        for key, value in part.items():
+            total[key] = max(total[key], value) if key == "peak_memory_bytes" else total[key] + value
+    return total
+
+
+@dataclass
+class Scorers:
+    """The reward model that scores a point: the one asked for, else that which PPO of the same seed was trained on."""
+
+    bench: Bench
+    by_seed: Mapping[int | None, str]
+    asked_for: bool
+    _loaded: dict[str, RewardSource] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, bench: Bench, points: Sequence[tuple[Point, Resolved]], asked_for: bool) -> Scorers:
+        """Find the reward model of each seed in the manifests.
+
+        Raises:
+            MismatchError: one of them is another model here, or a folder's manifest names it on the hub.
+        """
+        found: dict[int | None, str] = {}
+        for point, model in () if asked_for else points:
+            parent = parent_of(bench.registry, model, "reward_model")
+            if parent is not None:
+                found.setdefault(point.seed, parent.label)
+        return cls(bench, found, asked_for)
+
+    def label(self, seed: int | None) -> str | None:
+        """Who scores the points of a seed."""
+        if self.asked_for or seed not in self.by_seed:
+            return self.bench.scorer.label if self.bench.scorer is not None else None
+        return self.by_seed[seed]
+
+    def get(self, seed: int | None) -> RewardSource | None:
+        """The scorer of a seed; None where the bench's own is right."""
+        label = self.label(seed)
+        if label is None or self.bench.scorer is None or label == self.bench.scorer.label or not names_a_model(label):
+            return None
+        if label not in self._loaded:
+            bench = self.bench
+            policy = bench.reference or bench.registry.resolve(label)
+            self._loaded[label] = load_reward(
+                bench.registry, label, bench.config, policy, bench.tokenizer, bench.device
+            ).source
+        return self._loaded[label]
+
+
+def measure_points(
+    points: Sequence[tuple[Point, Resolved]], test: Bench, validation: Bench | None, *, asked_for: bool
+) -> list[Measured]:
+    """Sample and score every model by the same plans: same prompts, same random numbers."""
+    scorers = Scorers.of(test, points, asked_for)
+    found = []
+    for number, (point, model) in enumerate(points, start=1):
+        policy, scorer = test.policy(model), scorers.get(point.seed)
+        held = None if validation is None else measure(validation, policy, scorer)
+        samples, aim = measure(test, policy, scorer), aim_of(test.registry, model)
+        found.append(Measured(point, model, samples, held, scorers.label(point.seed), aim=aim))
+        test.say(f"[{number}/{len(points)}] measured {model.label}")
+    _score_by_all(next(one for one in found if one.point.step is None), scorers, [point for point, _ in points], test)
+    return found
+
+
+def _score_by_all(one: Measured, scorers: Scorers, points: Sequence[Point], bench: Bench) -> None:
+    """Add the scores of a model's responses by the reward model of every seed of these points."""
+    for seed in dict.fromkeys(point.seed for point in points):
+        label, source = scorers.label(seed), scorers.get(seed) or bench.scorer
+        if source is not None and label is not None and label != one.scorer:
+            one.scores[label] = scores_of(one.test, source, bench.plan)
+
+
+def measured_reference(
+    start: Measured, points: Sequence[tuple[Point, Resolved]], bench: Bench, *, asked_for: bool
+) -> Measured | None:
+    """The model that KL is measured to, on the same prompts: `start` where it is that model, else sampled for it.
+
+    None where there is no reference, or no reward model whose over-optimisation could be seen.
+    """
+    reference, policy = bench.reference, bench.reference_policy()
+    if reference is None or policy is None or bench.scorer is None:
+        return None
+    own = start.model
+    if own.label == reference.label or (own.digest is not None and own.digest == reference.digest):
+        return start
+    bench.say(f"{reference.label} is sampled too: over-optimisation is a gain over the model that KL is measured to")
+    point = Point(reference.label, None, {}, reference.label)
+    found = Measured(point, reference, measure(bench, policy), None, bench.scorer.label)
+    _score_by_all(found, Scorers.of(bench, points, asked_for), [point for point, _ in points], bench)
+    return found
+
+
+def row_of(registry: Registry, measured: Measured, baseline: Measured) -> dict[str, Any]:
+    """The row of one point, as results.json has it."""
+    point, model, first = measured.point, measured.model, measured is baseline
+    row: dict[str, Any] = {
+        "name": measured.name,
+        "arm": point.arm,
+        "seed": point.seed if point.seed is not None else _seed(model),
+        "setting": dict(point.setting),
+        "step": point.step,
+        "model": model.label,
+        "stage": model.stage,
+        "digest": model.digest,
+        "beta": beta_of(model),
+        "effective_beta": measured.aim.effective_beta,
+        "optimum": measured.aim.optimum,
+        "moves_optimum": dict(measured.aim.moved),
+        "may_move_optimum": dict(measured.aim.may_move),
+        "scored_by": measured.scorer,
+        "metrics": measured.test.table(),
+        "per_prompt": {name: measured.values(name).tolist() for name in measured.test.values},
+        "validation": None if measured.validation is None else measured.validation.table(),
+        "cost": bill(registry, model),
+    }
+    primary = primary_figure(measured.test)
+    if not first and primary is not None:
+        theirs = baseline.scored_by(measured.scorer)
+        row |= _against(measured.test, theirs, primary)
+        row["difference"] = paired_difference(measured.test, theirs, primary).as_dict()
+        spread = float(np.std(theirs.values[primary]))
+        row["gain_in_sd"] = row["difference"]["mean"] / spread if spread > 0 else None
+    return row
+
+
+def _against(mine: Samples, theirs: Samples, figure: str) -> dict[str, Any]:
+    """The win rate of a row over the baseline and its share of ties; None for both with one sample a prompt."""
+    a, b = mine.by_prompt(figure), theirs.by_prompt(figure)
+    if a.shape[1] < 2:
+        return {"win_rate": None, "ties": None}
+    return {
+        "win_rate": win_rate(a, b, coupled=True).estimate.as_dict(),
+        "ties": tie_share(a, b, coupled=True),
+    }
+
+
+def add_diversity(rows: Sequence[dict[str, Any]], measured: Sequence[Measured], bench: Bench) -> None:
+    """distinct-n at the number of tokens that all models have, and self-BLEU over the samples of a prompt."""
+    responses = {one.name: [ids for example in one.test.examples for ids in example.completions] for one in measured}
+    budget = token_budget(responses.values())
+    for row, one in zip(rows, measured, strict=True):
+        texts = [
+            [text_of(bench.tokenizer, ids, skip_special_tokens=True) for ids in example.completions[:MOST_COMPARED]]
+            for example in one.test.examples
+        ]
+        row["diversity"] = distinct(responses[one.name], budget)
+        row["diversity"]["self_bleu"] = self_bleu(texts) if bench.plan.samples > 1 else None
+
+
+def _seed(model: Resolved) -> int | None:
+    return model.manifest.seed if model.manifest is not None else None

@@ -1,0 +1,273 @@
+"""Compare ways of training: same prompts, same random numbers, one answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_pipeline.compare.contrasts import compare_arms
+from rlhf_pipeline.compare.fairness import (
+    differences_by_seed,
+    judge_overlap,
+    require_comparable,
+    stop_token_of,
+    truth_overlap,
+)
+from rlhf_pipeline.compare.points import Point, with_snapshots
+from rlhf_pipeline.compare.preference_quality import preference_quality
+from rlhf_pipeline.compare.readings import configs, curves, lineage, prompt_texts, shown_samples
+from rlhf_pipeline.compare.rows import Measured, add_diversity, measure_points, measured_reference, row_of
+from rlhf_pipeline.compare.verdict import verdict
+from rlhf_pipeline.config.compare import CompareConfig
+from rlhf_pipeline.errors import ConfigError, DataError, Fault, MismatchError
+from rlhf_pipeline.measure.bench import Bench, find_policies, knows_data, set_up
+from rlhf_pipeline.measure.best_of import best_of_n_rows, enough_samples, primary_figure
+from rlhf_pipeline.measure.demonstrations import demonstrations_of, describe
+from rlhf_pipeline.measure.exact import Judge, exact_figures
+from rlhf_pipeline.measure.leaves import TRUTH, Leaves
+from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
+from rlhf_pipeline.models.sharing import sharing_models
+from rlhf_pipeline.registry.parents import beta_of, parent_of, reference_of, reward_model_of, reward_models_of
+from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.registry.storage import replace_text, staging
+from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.rollout.rewards import names_a_model
+from rlhf_pipeline.stages.common import find_model
+from rlhf_pipeline.training.run import make_accelerator
+from rlhf_pipeline.training.tracking import console, jsonable
+
+
+def _require_one_stop_token(models: Sequence[Resolved]) -> None:
+    """Refuse models whose responses end in different tokens: one rule cuts all of them.
+
+    Raises:
+        MismatchError: naming two of them.
+    """
+    tokens = {model.label: stop_token_of(model) for model in models if model.manifest is not None}
+    first = next(iter(tokens.items()), None)
+    for label, token in tokens.items():
+        if first is not None and token != first[1]:
+            raise MismatchError(
+                f"{label} was trained with stop_token {token!r}; expected {first[1]!r}, that of {first[0]}; "
+                "compare models whose responses end in the same token"
+            )
+
+
+def _reference(
+    registry: Registry,
+    config: Any,
+    arms: Sequence[Resolved],
+    baseline: Resolved | None,
+    say: Callable[[str], None],
+) -> Resolved | None:
+    """The model that KL is measured to: the one asked for, else the first that an arm was trained against, else the
+    baseline, else the first arm's SFT model."""
+    if config.reference:
+        return find_policies(registry, [config.reference], say)[0]
+    against = {arm.label: parent_of(registry, arm, "reference") for arm in arms}
+    known = [found for found in against.values() if found is not None]
+    reference = known[0] if known else baseline or reference_of(registry, arms[0])
+    for label, found in against.items():
+        if reference is not None and found is not None and found.digest != reference.digest:
+            say(f"note: {label} was trained against {found.label}; KL is measured to {reference.label} for all")
+    return reference
+
+
+def gates_of(models: Sequence[Resolved]) -> dict[str, Any]:
+    """The gate of every reward model among these, by its name."""
+    found = {model.label: model.manifest.metrics.get("gate") for model in models if model.manifest is not None}
+    return {label: gate for label, gate in found.items() if gate is not None}
+
+
+def _exact(
+    bench: Bench, config: Any, models: list[Resolved], trained: Sequence[tuple[Point, Resolved]]
+) -> dict[str, Any] | None:
+    """Exact figures of the models, where every response can be listed and a price of KL is known."""
+    betas = [beta for model in models if (beta := beta_of(model)) is not None]
+    if not (config.exact and bench.knows_truth and bench.reference is not None and betas):
+        return None
+    learned = config.reward_model if config.reward_model and names_a_model(config.reward_model) else None
+    leaves = Leaves.of(bench)
+    by_seed = {
+        point.seed: found.label
+        for point, model in trained
+        if (found := parent_of(bench.registry, model, "reward_model")) is not None
+    }
+    judge = Judge(
+        leaves,
+        TRUTH,
+        None,
+        usual_beta=betas[0],
+        reward_model=learned,
+        few=config.reward_model_prompts,
+        reward_models={model.label: by_seed[point.seed] for point, model in trained if point.seed in by_seed},
+    )
+    return exact_figures(judge, models, best_of=config.best_of)
+
+
+def _find_points(
+    registry: Registry, config: Any, points: Sequence[Point] | None, say: Any
+) -> list[tuple[Point, Resolved]]:
+    """The points with their models; without an experiment every reference is an arm of one model."""
+    if points is None:
+        named = {model.label: model for model in find_policies(registry, list(config.arms), say)}
+        arms = [with_snapshots(Point(label, None, {}, label), one, config.snapshots) for label, one in named.items()]
+        points = [point for arm in arms for point in arm]
+    else:
+        named = {}
+    others = dict.fromkeys(point.model for point in points if point.model not in named)
+    found = {text: find_policies(registry, [text], say)[0] for text in others}
+    return [(point, (named | found)[point.model]) for point in points]
+
+
+def run_compare(config: CompareConfig, home: Path, **options: Any) -> dict[str, Any]:
+    """Compare arms as `compared` does (same options), and write reports/<name>/results.json and index.html."""
+    return _write(compared(config, home, **options), home / "reports" / config.name)
+
+
+@sharing_models()
+def compared(
+    config: CompareConfig,
+    home: Path,
+    *,
+    quiet: bool = False,
+    points: Sequence[Point] | None = None,
+    resampled: Sequence[str] = (),
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Compare arms with a baseline and return what stands in results.json; writes no report.
+
+    Args:
+        points: every trained model of every arm, from an experiment; without them the arms are the references of
+            the config. resampled: stages that a seed draws anew. command: how to run this again.
+
+    Raises:
+        MismatchError: the arms differ in more than the way they were trained, and `allow_mismatch` is not set.
+        RunFailed: nothing can be written into the home; found before anything is sampled.
+    """
+
+    said: set[str] = set()  # one reference is looked up for several parts: once is enough
+
+    def say(text: str) -> None:
+        if not quiet and text not in said:
+            console.print(text, markup=False)
+        said.add(text)
+
+    # 1. Models, and whether they can be compared; prompts, reference, scorers: the same for all.
+    registry = Registry(home)
+    device = make_accelerator(config).device
+    trained = _find_points(registry, config, points, say)
+    arms = list(dict.fromkeys(point.arm for point, _ in trained))
+    finals = [(point, model) for point, model in trained if point.step is None]
+    if config.snapshots:
+        say(f"{len(trained) - len(finals)} snapshots of {len(finals)} models are points of the curves")
+    found_differences = differences_by_seed(registry, [(point.arm, point.seed, model) for point, model in finals])
+    judge = find_model(registry, config.judge, "reward_model") if config.judge and names_a_model(config.judge) else None
+    found_differences += judge_overlap(registry, judge, [model for _, model in finals])
+    truth = config.true_reward if config.true_reward and names_a_model(config.true_reward) else None
+    found_differences += truth_overlap(
+        registry, find_model(registry, truth, "reward_model") if truth else None, [model for _, model in finals]
+    )
+    if not config.allow_mismatch:
+        require_comparable(found_differences)
+    for difference in found_differences:
+        say(f"note: not alike in {difference}")
+    baseline = find_policies(registry, [config.baseline], say)[0] if config.baseline else None
+    models = ([baseline] if baseline is not None else []) + [model for _, model in finals]
+    reference = _reference(registry, config, [model for _, model in finals], baseline, say)
+    _require_one_stop_token(models)
+    asked_for = config.reward_model is not None
+    if not asked_for and (trained_on := reward_model_of(registry, models)):
+        config = config.model_copy(update={"reward_model": trained_on})
+    options: dict[str, Any] = {"reference": reference, "samples": config.samples, "seed": config.seed, "say": say}
+    options["memory"] = Memory(say, advice=MEASURING_ADVICE)
+    report = home / "reports" / config.name
+    with staging(report if report.is_dir() else report.parent, config.name):
+        pass  # a place that cannot be written is found before hours of sampling, not after them
+    # The first arm that knows its data: those of the baseline, their SFT model, may be of another kind.
+    example = next((model for _, model in finals if knows_data(model)), models[0])
+    bench = set_up(registry, config, example, device, **options)
+    kinds = {arm: {(str(point.setting), point.step) for point, _ in trained if point.arm == arm} for arm in arms}
+    swept = any(len(found) > 1 for found in kinds.values())  # one setting with snapshots has a curve too
+    validation = None
+    if swept and config.validation_split and config.prompts is None:
+        held = config.model_copy(update={"split": config.validation_split})
+        try:
+            validation = set_up(registry, held, example, device, **options)
+        except DataError as error:
+            advice = "a split of the prompts to choose settings on, or null to choose nothing"
+            raise ConfigError(Fault("validation_split", str(error), advice)) from None
+
+    # 2. Sample and score every model by the same plan.
+    first = [(Point(models[0].label, None, {}, models[0].label), models[0])] if baseline is not None else []
+    measured: list[Measured] = measure_points([*first, *trained], bench, validation, asked_for=asked_for)
+    ended = [one for one in measured if one.point.step is None]
+    start = ended[0]  # the baseline, else the first arm's first model
+    rows = [row_of(registry, one, start) for one in ended]
+    add_diversity(rows, ended, bench)
+    passed = [row_of(registry, one, start) for one in measured if one.point.step is not None]
+    best = best_of_n_rows(
+        bench, enough_samples(bench, start.model, start.test, config.best_of), start.name, config.best_of
+    )
+    primary = primary_figure(start.test)
+
+    # 3. What follows from the figures.
+    known = [one for model in models for one in (model, *reward_models_of(registry, model))]
+    behind = list({one.label: one for one in known}.values())
+    exact = _exact(bench, config, list({model.label: model for model in models}.values()), finals)
+    results: dict[str, Any] = {
+        "name": config.name,
+        "command": command,
+        "primary": primary,
+        "baseline": models[0].label,
+        "reference": reference.label if reference is not None else None,
+        "reward_model": bench.scorer.label if bench.scorer is not None else None,
+        "judge": bench.judge.label if bench.judge is not None else None,
+        "true_reward": bench.truth_label,
+        "gates": gates_of([*([judge] if judge is not None else []), *behind]),
+        "prompts": len(bench.plan.prompts),
+        "prompt_texts": prompt_texts(bench),
+        "samples": config.samples,
+        "split": config.split,
+        "validation_split": config.validation_split if validation is not None else None,
+        "temperature": config.temperature,
+        "response_length": bench.plan.response_length,
+        "seed": config.seed,
+        "seeds": sorted({point.seed for point, _ in trained if point.seed is not None}),
+        "resampled": list(resampled),
+        "data": bench.data,
+        "comparable": {
+            "ok": not found_differences,
+            "differences": [difference.as_dict() for difference in found_differences],
+            "allowed": bool(config.allow_mismatch),
+        },
+        "rows": [*rows, *best, *passed],
+        "exact": exact,
+        "preferences": preference_quality(bench, config, finals),
+        "data_changed": bench.data_changed,
+    }
+    shown = demonstrations_of(bench, reference, config.split)
+    results["demonstrations"] = None if shown is None else describe(shown)
+    origin = measured_reference(start, trained, bench, asked_for=asked_for)
+    results |= compare_arms(measured[len(first) :], start, results, config, registry, shown, origin)
+    results["verdict"] = verdict(results)
+    results |= {
+        "samples_shown": shown_samples(bench, {one.name: one.test for one in ended}, config.shown_prompts),
+        "curves": curves(registry, behind),
+        "lineage": lineage(registry, models),
+        "configs": configs(models),
+    }
+    return jsonable(results)
+
+
+def _write(results: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """results.json beside its target, then renamed; then the report, which needs nothing else."""
+    paths = {"path": str(directory / "results.json"), "report": str(directory / "index.html")}
+    results = results | paths
+    replace_text(directory / "results.json", json.dumps(results, indent=2) + "\n")
+    from rlhf_pipeline.report import write_report
+
+    write_report(results, directory)
+    return results

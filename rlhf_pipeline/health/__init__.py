@@ -1,0 +1,1 @@
+"""What goes wrong while a stage trains, by name: watches over its figures, and what each usually means."""

@@ -1,0 +1,188 @@
+"""Watches of the stages that train on examples: SFT, the reward model and DPO.
+
+A condition takes the history of the figures and the facts of the run, and returns the value to report or None. Most
+look at a sixth of the run, once its first third is over; noise bands keep single updates from counting.
+"""
+
+from __future__ import annotations
+
+import math
+
+from rlhf_pipeline.health.conditions import Condition, error, late, mean, width
+from rlhf_pipeline.health.monitor import Facts, History, Watch
+
+LOG_2 = math.log(2)
+
+
+def near_chance(name: str) -> Condition:
+    """Whether accuracy is at most one standard error above one half, over 400 pairs or more of a late run: a model
+    that is right 57 % of the time is more than two further errors away."""
+
+    def condition(h: History, f: Facts) -> float | None:
+        values = h.recent(name, width(f))
+        pairs = len(values) * f.size
+        if not late(h, f) or pairs < 400:
+            return None
+        return mean(values) if mean(values) <= 0.5 + math.sqrt(0.25 / pairs) else None
+
+    return condition
+
+
+def loss_above_log_2(h: History, f: Facts) -> float | None:
+    """By two standard errors over ten updates or more of a late run: "one half" for every pair would do better."""
+    values = h.recent("loss/bradley_terry", width(f))
+    if not late(h, f) or len(values) < 10:
+        return None
+    return mean(values) if mean(values) - 2 * error(values) > LOG_2 else None
+
+
+def reward_overfit(h: History, f: Facts) -> float | None:
+    """Two evaluations in a row below the best one by .02 and by half of the interval's half-width (the pairs are the
+    same ones, so the difference is surer than the figures), with training accuracy .1 above: learnt by heart."""
+    held_out, training = h.recent("eval_accuracy"), h.recent("accuracy")[-10:]
+    if len(held_out) < 3 or not training:
+        return None
+    half = (h.recent("eval_accuracy_high", 1)[0] - h.recent("eval_accuracy_low", 1)[0]) / 2
+    drop = max(held_out[:-2]) - max(held_out[-2:])
+    return held_out[-1] if drop > max(0.02, half / 2) and mean(training) > held_out[-1] + 0.1 else None
+
+
+def chosen_falls(h: History, f: Facts) -> float | None:
+    """By a nat per token of the chosen responses, over ten updates: each token a third as likely as it was. Some fall
+    is in the optimum itself (r / beta - log Z of a middling response is below 0); half a nat is seen in sound runs on
+    responses of three tokens, which have the largest share of the KL per token."""
+    values = h.recent("logps/chosen_minus_reference", 10)
+    return mean(values) if values and mean(values) < -f.tokens else None
+
+
+def margin_negative(h: History, f: Facts) -> float | None:
+    """Implicit accuracy below one half, or a mean margin below 0, by two standard errors over ten late updates. A
+    margin within .01 of 0 is that of a policy that has not moved: what is left of its sign is rounding and ties."""
+    margins, right = (h.recent(name, width(f)) for name in ("rewards/margins", "rewards/accuracies"))
+    if not late(h, f) or len(margins) < 10 or not right or abs(mean(margins)) < 0.01:
+        return None
+    worse = mean(right) + 2 * math.sqrt(0.25 / (len(right) * f.size)) < 0.5
+    return mean(margins) if worse or mean(margins) + 2 * error(margins) < 0 else None
+
+
+def margin_exploding(h: History, f: Facts) -> float | None:
+    """Above 10 with .99 of the pairs right, over ten updates: odds of 22,000 to 1, which no label deserves."""
+    margins, right = h.recent("rewards/margins", 10), h.recent("rewards/accuracies", 10)
+    return mean(margins) if margins and right and mean(margins) > 10 and mean(right) >= 0.99 else None
+
+
+def dpo_overfit(h: History, f: Facts) -> float | None:
+    """Two evaluations in a row whose loss is .05 nats above the best one, with .97 of the training pairs right."""
+    held_out, right = h.recent("eval_nll"), h.recent("rewards/accuracies", 10)
+    if len(held_out) < 3 or not right or mean(right) < 0.97:
+        return None
+    return held_out[-1] if min(held_out[-2:]) - min(held_out[:-2]) > 0.05 else None
+
+
+def nothing_learnt(h: History, f: Facts) -> float | None:
+    """Late, the margin is within .01 of 0 (odds of 1.01) and the sigmoid loss within .01 of log 2, where it began."""
+    margins, losses = (h.recent(name, width(f)) for name in ("rewards/margins", "loss/dpo"))
+    if not late(h, f) or len(margins) < 10 or not losses:
+        return None
+    at_start = f.loss_type != "sigmoid" or abs(mean(losses) - LOG_2) < 0.01
+    return mean(losses) if at_start and abs(mean(margins)) < 0.01 else None
+
+
+def loss_not_falling(h: History, f: Facts) -> float | None:
+    """Late, over ten updates or more: less than 1 % below the first ten, where two standard errors of the difference
+    are at most 5 %: a fall by a tenth is then more than three further ones away."""
+    values, start = h.recent("loss/nll", width(f)), h.first("loss/nll", 10)
+    if not late(h, f) or len(values) < 10 or not start:
+        return None
+    fall = mean(start) - mean(values)
+    noise = 2 * math.hypot(error(start), error(values))
+    if noise > 0.05 * abs(mean(start)):
+        return None
+    return mean(values) if fall < 0.01 * abs(mean(start)) else None
+
+
+SFT = (
+    Watch(
+        "loss_not_falling",
+        ("loss/nll",),
+        loss_not_falling,
+        "the model learns nothing from these data, or knew them before",
+        "learning_rate (up where the loss stands still, down where it jumps), warmup_steps down; look at the data with "
+        "rlhf data preview",
+        patience=5,
+        relief=10,
+    ),
+)
+REWARD = (
+    Watch(
+        "near_chance",
+        ("accuracy",),
+        near_chance("accuracy"),
+        "the reward model tells chosen from rejected no better than a coin",
+        "learning_rate, more pairs, a larger model; see that chosen and rejected are not mixed up in the data",
+        patience=5,
+        relief=10,
+    ),
+    Watch(
+        "loss_above_log_2",
+        ("loss/bradley_terry",),
+        loss_above_log_2,
+        "the scores are worse than the answer 'one half' for every pair: they are sure and wrong",
+        "learning_rate down, warmup_steps up, max_grad_norm down",
+        patience=5,
+        relief=10,
+    ),
+    Watch(
+        "overfit",
+        ("eval_accuracy", "eval_accuracy_low", "eval_accuracy_high", "accuracy"),
+        reward_overfit,
+        "held-out accuracy falls while the margin on the training pairs grows: they are learnt by heart",
+        "num_train_epochs down, learning_rate down, weight_decay up, more pairs",
+        relief=2,
+    ),
+)
+DPO = (
+    Watch(
+        "chosen_falls",
+        ("logps/chosen_minus_reference",),
+        chosen_falls,
+        "chosen responses have become much less likely than under the reference: DPO rewards the margin alone, and "
+        "mass has gone to responses that are in no pair",
+        "learning_rate down, beta up, num_train_epochs down; SFT on the chosen responses first",
+        relief=10,
+    ),
+    Watch(
+        "margin_negative",
+        ("rewards/margins", "rewards/accuracies"),
+        margin_negative,
+        "the policy prefers the rejected responses more than the reference does",
+        "learning_rate down; see that chosen and rejected are not mixed up, and that ref_model is the SFT model",
+        patience=5,
+        relief=10,
+    ),
+    Watch(
+        "margin_exploding",
+        ("rewards/margins", "rewards/accuracies"),
+        margin_exploding,
+        "the policy is surer of the training pairs than any label can be: they are learnt by heart",
+        "num_train_epochs down, learning_rate down, label_smoothing, loss_type ipo",
+        relief=10,
+    ),
+    Watch(
+        "overfit",
+        ("eval_nll", "rewards/accuracies"),
+        dpo_overfit,
+        "the loss on held-out pairs rises while nearly all training pairs are right: they are learnt by heart",
+        "num_train_epochs down, learning_rate down, beta up, more pairs",
+        relief=2,
+    ),
+    Watch(
+        "nothing_learnt",
+        ("loss/dpo", "rewards/margins"),
+        nothing_learnt,
+        "the policy is where it started: its steps are too small, or chosen and rejected are the same",
+        "learning_rate up, warmup_steps down; look at the pairs with rlhf data preview",
+        patience=5,
+        relief=10,
+    ),
+)

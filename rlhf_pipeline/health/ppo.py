@@ -1,0 +1,281 @@
+"""Watches of PPO.
+
+A condition takes the history of the figures and the facts of the run, and returns the value to report or None. Means
+over WINDOW updates and noise bands keep single updates from counting.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_pipeline.health.conditions import Condition, mean
+from rlhf_pipeline.health.monitor import Facts, History, Watch
+
+WINDOW = 5
+JUDGE, JUDGE_SPREAD = "objective/judge", "objective/judge_std"
+JUDGED_SCORE, JUDGED_SPREAD, JUDGED_STEP = (
+    f"{name} with {JUDGE}" for name in ("objective/scores", "objective/scores_std", "step")
+)
+
+
+def above(name: str, limit: float) -> Condition:
+    """Whether the mean of the last WINDOW values is above a limit."""
+
+    def condition(h: History, f: Facts) -> float | None:
+        values = h.recent(name, WINDOW)
+        return mean(values) if values and mean(values) > limit else None
+
+    return condition
+
+
+def kl_negative(h: History, f: Facts) -> float | None:
+    """For n responses of the policy itself P(mean of log pi / pi_ref < -c / n) <= exp(-c), by Markov: the mean of
+    pi_ref / pi is at most 1. c = 14: less than one false alarm in a million updates, whatever the two models are."""
+    values = h.recent("objective/kl", WINDOW)
+    if not values:
+        return None
+    rounding = 0.05 if f.low_precision else 1e-3
+    limit = max(14 / (WINDOW * f.size), rounding)
+    return mean(values) if mean(values) < -limit else None
+
+
+def kl_exploding(h: History, f: Facts) -> float | None:
+    """Twice the KL of five updates ago, above 10 nats and no more score for it; or, with more than 1 nat, an objective
+    below that of the first update, where the policy is the reference: then the reference itself would be better."""
+    kl, scores = h.recent("objective/kl", 2 * WINDOW), h.recent("objective/scores", 2 * WINDOW)
+    spread, objective = h.recent("objective/scores_std", WINDOW), h.recent("objective/rlhf_reward", WINDOW)
+    if not (kl and scores and spread and objective):
+        return None
+    before, now = mean(kl[:WINDOW]), mean(kl[WINDOW:])
+    noise = mean(spread) / math.sqrt(WINDOW * f.size)
+    gained = mean(scores[WINDOW:]) - mean(scores[:WINDOW]) > 3 * noise
+    runaway = now > 10 and now > 2 * before and not gained
+    start = h.first("objective/rlhf_reward", 1)[0]
+    noise_at_start = h.first("objective/scores_std", 1)[0] / math.sqrt(f.size)
+    noise_of_kl = f.kl_coef * math.sqrt(2 * max(now, 0.0) / (WINDOW * f.size))  # var(log ratio) is about 2 KL
+    lost = now > 1 and mean(objective) < start - 3 * math.hypot(noise, noise_at_start, noise_of_kl)
+    return now if runaway or lost else None
+
+
+def kl_zero(h: History, f: Facts) -> float | None:
+    """Neither estimator moved off 0 in three updates after the first that trains the actor, while scores differ."""
+    names = ("objective/kl", "objective/kl_k3", "objective/scores_std")
+    kl, k3, spread = (h.recent(name, 3) for name in names)
+    if h.step <= f.critic_warmup_steps + 3 or not (kl and k3 and spread):
+        return None
+    return 0.0 if not any(kl) and not any(k3) and scores_equal(h, f) is None else None
+
+
+def scores_equal(h: History, f: Facts) -> float | None:
+    """A spread of 1e-6 of the score is what rounding leaves of equal ones."""
+    spread, scores = h.recent("objective/scores_std", 3), h.recent("objective/scores", 3)
+    if not (spread and scores):
+        return None
+    limit = 1e-6 * max(1.0, *map(abs, scores))
+    return max(spread) if max(spread) <= limit else None
+
+
+def ratio_off(h: History, f: Facts) -> float | None:
+    """Largest |ratio - 1| of a response token before the first step: up to 1e-5 by fp32's rounding. 16 bits leave
+    steps of .004 in a relative log-probability, so a tenth is beyond their rounding."""
+    values = h.recent("first_minibatch/ratio_error", 2)
+    limit = 0.1 if f.low_precision else 1e-3
+    return min(values) if values and min(values) > limit else None
+
+
+def sampler_off(h: History, f: Facts) -> float | None:
+    """Mean |difference| of a token's log-probability between an engine that samples and the model: two programs of 16
+    bits differ by some hundredths, two of fp32 by rounding; a model that has moved on without the engine by more."""
+    values = h.recent("sampler/logprob_difference", 2)
+    limit = 0.1 if f.low_precision else 0.01
+    return min(values) if values and min(values) > limit else None
+
+
+def value_useless(h: History, f: Facts) -> float | None:
+    """Explained variance below 0 in five updates running, by .05 on average (a critic that knows nothing has 0, give
+    or take), after a fifth of the run: between 10 updates, which a fresh critic needs, and 50."""
+    values = h.recent("val/explained_variance", WINDOW)
+    if not values or h.step <= min(max(10, f.total // 5), 50):
+        return None
+    return mean(values) if max(values) < 0 and mean(values) < -0.05 else None
+
+
+def eos_lost(h: History, f: Facts) -> float | None:
+    """The share of ended responses is below half of that of the first three updates, by four standard errors (a
+    run has hundreds of looks); or none of 60 responses or more ended (rule of three: a rate below 5 %)."""
+    values = h.recent("val/ended", 3 + WINDOW)
+    if not values:
+        return None
+    start, now = mean(h.first("val/ended", 3)), mean(values[3:])
+    pooled = (3 * start + WINDOW * now) / (3 + WINDOW)
+    noise = math.sqrt(pooled * (1 - pooled) * (1 / (3 * f.size) + 1 / (WINDOW * f.size)))
+    fell = now < 0.5 * start and start - now > 4 * noise
+    return now if fell or (now == 0 and WINDOW * f.size >= 60) else None
+
+
+def length_drift(h: History, f: Facts) -> float | None:
+    """Half as long again, or half as long, as in the first three updates; the spread of lengths is at most about their
+    mean, which bounds the standard error of the difference, and four of these have to be passed as well."""
+    values = h.recent("val/response_length", 3 + WINDOW)
+    if not values:
+        return None
+    start, now = mean(h.first("val/response_length", 3)), mean(values[3:])
+    noise = (3 * start + WINDOW * now) / (3 + WINDOW) * math.sqrt(1 / (3 * f.size) + 1 / (WINDOW * f.size))
+    return now if not 0.5 * start <= now <= 1.5 * start and abs(now - start) > 4 * noise else None
+
+
+def entropy_gone(h: History, f: Facts) -> float | None:
+    """A tenth of the entropy per token of the first update: below that most tokens are certain."""
+    values, start = h.recent("policy/entropy_avg", WINDOW), h.first("policy/entropy_avg", 1)
+    return mean(values) if values and mean(values) < 0.1 * start[0] else None
+
+
+def judge_best(h: History) -> int | None:
+    """Where in the history of the judge the best WINDOW looks before the last WINDOW begin; None without as many."""
+    upto = [0.0, *itertools.accumulate(h.recent(JUDGE))]
+    starts = range(len(upto) - 2 * WINDOW)
+    return max(starts, key=lambda start: upto[start + WINDOW] - upto[start], default=None)
+
+
+def judge_falls(h: History, f: Facts) -> float | None:
+    """Over the last WINDOW looks the judge is lower than over its best WINDOW before, by five standard errors (the
+    best of up to ninety is a lucky one) and a tenth of the spread of its scores; the score that is trained on is above
+    that of the first WINDOW looks by three, and since the judge's best it has not fallen by two."""
+    best = judge_best(h)
+    if best is None:
+        return None
+    judge, scores = Looks.of(h, JUDGE, JUDGE_SPREAD, best), Looks.of(h, JUDGED_SCORE, JUDGED_SPREAD, best)
+    fall, noise = judge.change(judge.then, f)
+    worse = -fall > max(5 * noise, 0.1 * math.sqrt(judge.now[1]))
+    gained, noise_of_gain = scores.change(scores.first, f)
+    since, noise_since = scores.change(scores.then, f)
+    optimised = gained > 3 * noise_of_gain and since > -2 * noise_since
+    return judge.now[0] if worse and optimised else None
+
+
+@dataclass(frozen=True)
+class Looks:
+    """(mean, variance over responses) of a score over WINDOW looks: the first, those at the judge's best, the last."""
+
+    first: tuple[float, float]
+    then: tuple[float, float]
+    now: tuple[float, float]
+
+    @classmethod
+    def of(cls, h: History, name: str, spread: str, best: int) -> Looks:
+        def read(values: list[float], spreads: list[float]) -> tuple[float, float]:
+            return mean(values), mean([value**2 for value in spreads])
+
+        recent = (h.recent(name), h.recent(spread))
+        return cls(
+            first=read(h.first(name, WINDOW), h.first(spread, WINDOW)),
+            then=read(*(values[best : best + WINDOW] for values in recent)),
+            now=read(*(values[-WINDOW:] for values in recent)),
+        )
+
+    def change(self, before: tuple[float, float], f: Facts) -> tuple[float, float]:
+        """Now minus before, and its standard error."""
+        return self.now[0] - before[0], math.sqrt((self.now[1] + before[1]) / (WINDOW * f.size))
+
+
+def judge_was(h: History, f: Facts) -> dict[str, Any]:
+    """What the judge said at its best, and the update about which that was."""
+    best = judge_best(h) or 0
+    at = int(h.recent(JUDGED_STEP)[best + WINDOW // 2])
+    return {"best": f"{mean(h.recent(JUDGE)[best : best + WINDOW]):.4g}", "step": at}
+
+
+PPO = (
+    Watch(
+        "kl_negative",
+        ("objective/kl",),
+        kl_negative,
+        "a KL is never negative, so the responses are not samples of the policy that is scored: sampling and scoring "
+        "disagree, or the reference is not where the policy started",
+        "temperature 1; see that sampler and trainer use the same precision (bf16 false) and the same reference",
+    ),
+    Watch(
+        "kl_exploding",
+        ("objective/kl", "objective/scores", "objective/scores_std", "objective/rlhf_reward"),
+        kl_exploding,
+        "the policy leaves the reference and the reward does not pay for it",
+        "kl_coef up, learning_rate down, num_ppo_epochs down",
+    ),
+    Watch(
+        "kl_zero",
+        ("objective/kl", "objective/kl_k3", "objective/scores_std", "objective/scores"),
+        kl_zero,
+        "the actor has not moved at all: it is frozen, or its steps vanish in rounding",
+        "learning_rate up, dtype float32 (with bf16 true for speed), critic_warmup_steps down",
+    ),
+    Watch(
+        "scores_equal",
+        ("objective/scores_std", "objective/scores"),
+        scores_equal,
+        "all responses get the same score, so there is nothing to learn from",
+        "the reward function or reward model; if scores differed before, kl_coef up (the policy says one thing only)",
+    ),
+    Watch(
+        "ratio_off",
+        ("first_minibatch/ratio_error",),
+        ratio_off,
+        "before its first step the policy's probabilities already differ from those that its advantages are for",
+        "bf16 false, attn_implementation eager; no dropout in the model",
+    ),
+    Watch(
+        "sampler_off",
+        ("sampler/logprob_difference",),
+        sampler_off,
+        "the engine that samples gives its tokens other probabilities than the model that trains: its weights, its "
+        "precision or its temperature are others, and importance weights mend that in part only",
+        "rollout_engine native; the versions of vllm and transformers",
+    ),
+    Watch(
+        "value_useless",
+        ("val/explained_variance",),
+        value_useless,
+        "the critic predicts returns worse than a constant, so advantages are noisier than without it",
+        "critic_warmup_steps up, vf_coef up, value_init, learning_rate",
+    ),
+    Watch(
+        "eos_lost",
+        ("val/ended",),
+        eos_lost,
+        "responses no longer end but are cut, and are scored unfinished",
+        "missing_eos_penalty, response_length up, kl_coef up; see that the SFT data end in the stop token",
+    ),
+    Watch(
+        "length_drift",
+        ("val/response_length",),
+        length_drift,
+        "responses have become much longer or shorter than at the start: the reward may pay for length itself",
+        "kl_coef up, missing_eos_penalty; compare the reward model with 'longer wins'",
+    ),
+    Watch(
+        "clipping",
+        ("policy/clipfrac_avg",),
+        above("policy/clipfrac_avg", 0.5),  # more than half of the tokens' gradient is cut off
+        "most tokens are clipped: the policy moves further on one rollout than the rollout can vouch for",
+        "learning_rate down, num_ppo_epochs down, rollout_batch_size up",
+    ),
+    Watch(
+        "entropy_gone",
+        ("policy/entropy_avg",),
+        entropy_gone,
+        "the policy has become almost deterministic and explores no more",
+        "kl_coef up, learning_rate down",
+    ),
+    Watch(
+        "judge_falls",
+        (JUDGE, JUDGE_SPREAD, JUDGED_SCORE, JUDGED_SPREAD, JUDGED_STEP),
+        judge_falls,
+        "the judge has fallen from its best, {best}, while the score has risen and not fallen since: the policy "
+        "exploits the errors of its reward model (over-optimisation)",
+        "kl_coef up; stop near step {step}, where the judge was best (snapshot_steps keeps its weights); more or "
+        "better pairs for the reward model",
+        blanks=judge_was,
+    ),
+)

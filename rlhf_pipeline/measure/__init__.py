@@ -1,0 +1,1 @@
+"""One model on a bench: prompts, samples, scores, exact figures."""

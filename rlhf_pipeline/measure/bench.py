@@ -1,0 +1,246 @@
+"""The models of an evaluation, their prompts, their reference and who scores them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlhf_pipeline.config.base import DEFAULT_MAX_LENGTH, Lengths, resolve_lengths
+from rlhf_pipeline.data import world
+from rlhf_pipeline.data.load import RecordSet, examples_of, lowest_hashes, read_records
+from rlhf_pipeline.data.sources import part_of
+from rlhf_pipeline.data.tokenize import Example, prompts_of_texts
+from rlhf_pipeline.data.tokenizers import tokenizer_digest
+from rlhf_pipeline.errors import ConfigError, Fault, MismatchError
+from rlhf_pipeline.evaluation.sampled import Samples, SamplingPlan, add_score, add_world_reward
+from rlhf_pipeline.measure.trained_on import changes_of, note_changes, owned_by
+from rlhf_pipeline.measure.truth import labelled_by_world, source_of
+from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
+from rlhf_pipeline.models.roles import Policy
+from rlhf_pipeline.registry.lengths import positions_of
+from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.rollout.rewards import WORLD_NAMES, RewardSource
+from rlhf_pipeline.stages.common import find_model, load_policy, tokenizer_of
+from rlhf_pipeline.stages.reward_sources import load_reward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class Bench:
+    """What one or more policies are evaluated with."""
+
+    registry: Registry
+    config: Any
+    device: torch.device
+    tokenizer: PreTrainedTokenizerBase
+    plan: SamplingPlan
+    knows_truth: bool  # the world's reward, which can be computed for every response there is
+    reference: Resolved | None
+    scorer: RewardSource | None  # the reward model of training, or what was asked for
+    judge: RewardSource | None  # a reward model trained on pairs that no arm has seen
+    truth: RewardSource | None  # what labelled the data, outside the built-in world
+    say: Callable[[str], None]
+    _reference: Policy | None = None
+    data: list[dict[str, Any]] = field(default_factory=list)
+    data_changed: list[dict[str, Any]] = field(default_factory=list)  # since models were trained on them
+
+    def compare_data(self, resolved: Resolved, sources: Sequence[RecordSet]) -> None:
+        """Say once what of a model's own data has changed since it was trained, and keep it for the results."""
+        for change in note_changes(self.data_changed, changes_of(resolved, sources)):
+            self.say(f"note: {change['text']}")
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How responses are read: the options of `completion_logprob_sums` and `score_examples`."""
+        at_once = {"responses_at_once": self.plan.responses_at_once, "memory": self.plan.memory}
+        return at_once | {"pad_id": self.plan.pad_id, "device": self.device}
+
+    def policy(self, resolved: Resolved, temperature: float | None = None) -> Policy:
+        """Load a policy, after checking that it reads the same token ids as the others.
+
+        Args:
+            temperature: divides its logits; None: that of sampling.
+
+        Raises:
+            MismatchError: when its tokenizer is another.
+        """
+        theirs = tokenizer_of(resolved, self.config.trust_remote_code)
+        if tokenizer_digest(theirs) != tokenizer_digest(self.tokenizer):
+            raise MismatchError(
+                f"{resolved.label}: found another tokenizer than that of the first model; expected models that read "
+                "the same token ids; compare only models of one family"
+            )
+        return load_policy(
+            resolved,
+            self.config,
+            self.tokenizer,
+            self.device,
+            frozen=True,
+            temperature=self.config.temperature if temperature is None else temperature,
+        )
+
+    @property
+    def truth_label(self) -> str | None:
+        """What `true_reward` comes from, or None where nobody knows it."""
+        return self.truth.label if self.truth is not None else "world" if self.knows_truth else None
+
+    def reference_policy(self) -> Policy | None:
+        """The reference, loaded once."""
+        if self._reference is None and self.reference is not None:
+            self._reference = self.policy(self.reference)
+        return self._reference
+
+
+def _setting(resolved: Resolved, key: str) -> Any:
+    return (resolved.manifest.config if resolved.manifest is not None else {}).get(key)
+
+
+def knows_data(resolved: Resolved) -> bool:
+    """Whether a model's config says what it was trained on."""
+    return _setting(resolved, "dataset_name") is not None
+
+
+def _lengths(config: Any, resolved: Resolved) -> Lengths:
+    """Prompt and response lengths: asked for, else as trained, else what the model's positions allow.
+
+    Raises:
+        ConfigError: when more is asked for than the model has positions.
+    """
+    positions = positions_of(resolved)
+    named = [_setting(resolved, key) for key in ("max_prompt_length", "response_length", "max_length")]
+    if positions is not None and not any(named):
+        named[2] = min(positions, DEFAULT_MAX_LENGTH)
+    trained = resolve_lengths(*named)
+    response = config.max_new_tokens or trained.response
+    prompt = config.max_prompt_length or trained.prompt
+    if positions is not None and prompt + response > positions:
+        raise ConfigError(
+            Fault(
+                "--max-new-tokens" if config.max_new_tokens else "max_prompt_length",
+                f"a prompt of up to {prompt} and a response of up to {response} tokens",
+                f"together at most {positions}, the positions of {resolved.label}",
+            )
+        )
+    return Lengths(prompt, response, prompt + response)
+
+
+def load_prompts(
+    registry: Registry, config: Any, resolved: Resolved, tokenizer: PreTrainedTokenizerBase, lengths: Lengths
+) -> tuple[list[Example], list[dict[str, Any]], RecordSet | None]:
+    """The prompts of an evaluation: those asked for, else the chosen split of the model's own data.
+
+    Returns:
+        The prompts, a report for each source, and the records that they come from if they are the model's own.
+
+    Raises:
+        ConfigError: when none are named and the model does not know its data.
+        UnknownReference, DataError: the source is not there, or cannot be used.
+    """
+    source = source_of(config, resolved)
+    if source is None:
+        where = f"prompts of {resolved.label}"
+        raise ConfigError(Fault(where, "not known", "a source of prompts", "give --prompts SOURCE"))
+    part = part_of(source, config.dataset_config, "prompt")
+    if part is None and config.prompts is None:
+        part = _setting(resolved, "dataset_config")
+    fractions = config.split_fractions if config.prompts else _setting(resolved, "split_fractions")
+    skip = config.skip_bad_rows or bool(not config.prompts and _setting(resolved, "skip_bad_rows"))
+    own = config.prompts is None and part == part_of(source, _setting(resolved, "dataset_config"), "prompt")
+    with owned_by(resolved, {"dataset_name": source}) if config.prompts is None else nullcontext():
+        found = read_records(source, config=part, home=registry.home, skip_bad_rows=skip)
+    loaded = examples_of(
+        found,
+        kind="prompt",
+        split=config.split,
+        tokenizer=tokenizer,
+        lengths=lengths,
+        skip_bad_rows=skip,
+        fractions=fractions or config.split_fractions,
+    )
+    reports = [report.to_dict() for report in loaded.reports]
+    return lowest_hashes(loaded.examples, config.max_prompts), reports, found if own else None
+
+
+def _stop_id(resolved: Resolved, tokenizer: PreTrainedTokenizerBase) -> int:
+    stop = _setting(resolved, "stop_token")
+    if not stop:
+        return tokenizer.eos_token_id
+    if (found := tokenizer.get_vocab().get(stop)) is None:
+        raise MismatchError(
+            f"{resolved.label}: its manifest.json names the stop token {stop!r}; expected a token of its tokenizer"
+        )
+    return found
+
+
+def set_up(
+    registry: Registry,
+    config: Any,
+    first: Resolved,
+    device: torch.device,
+    *,
+    reference: Resolved | None,
+    samples: int,
+    seed: int,
+    say: Callable[[str], None],
+    memory: Memory | None = None,
+    texts: Sequence[str] = (),
+) -> Bench:
+    """Prepare the evaluation of `first` and of models like it, on typed `texts` or on a split's prompts."""
+    tokenizer = tokenizer_of(first, config.trust_remote_code)
+    lengths = _lengths(config, first)
+    data: list[dict[str, Any]] = []
+    own: RecordSet | None = None
+    if texts:
+        prompts = prompts_of_texts(texts, tokenizer, lengths)
+    else:
+        prompts, data, own = load_prompts(registry, config, first, tokenizer, lengths)
+    plan = SamplingPlan(
+        prompts=prompts,
+        samples=samples,
+        response_length=lengths.response,
+        temperature=config.temperature,
+        seed=seed,
+        stop_id=_stop_id(first, tokenizer),
+        pad_id=tokenizer.pad_token_id,
+        responses_at_once=config.per_device_eval_batch_size,
+        memory=memory or Memory(say, advice=MEASURING_ADVICE),
+        device=device,
+    )
+    drawn = f", {samples} samples each, seed {seed}" if samples else ""
+    say(f"{len(prompts)} prompts of the split {config.split!r}{drawn}")
+    in_world = world.is_world_tokenizer(tokenizer)
+
+    def source(text: str | None) -> RewardSource | None:
+        if text is None or (in_world and text in WORLD_NAMES):
+            return None  # the world's reward is a figure of its own
+        return load_reward(registry, text, config, first, tokenizer, device).source
+
+    scorer, judge, truth = (source(getattr(config, key, None)) for key in ("reward_model", "judge", "true_reward"))
+    known = truth is None and in_world and labelled_by_world(registry, config, first, say)
+    bench = Bench(registry, config, device, tokenizer, plan, known, reference, scorer, judge, truth, say, data=data)
+    if own is not None:
+        bench.compare_data(first, [own])
+    return bench
+
+
+def add_rewards(bench: Bench, samples: Samples, scorer: RewardSource | None = None) -> None:
+    """Add what responses are worth by everyone who can say: the truth, the reward model (`scorer` in place of the
+    bench's), the judge."""
+    if bench.knows_truth:
+        add_world_reward(samples)
+    sources = {"true_reward": bench.truth, "score": scorer or bench.scorer, "judge": bench.judge}
+    for name, source in sources.items():
+        if source is not None:
+            add_score(samples, source, name, bench.plan)
+
+
+def find_policies(registry: Registry, references: list[str], say: Callable[[str], None]) -> list[Resolved]:
+    """Resolve policies, checking role and files."""
+    return [find_model(registry, text, "policy", say=say) for text in references]

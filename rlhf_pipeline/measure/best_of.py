@@ -1,0 +1,64 @@
+"""Best-of-n of a policy whose samples are measured already."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from rlhf_pipeline.evaluation.best_of_n import best_of_n, kl_bound
+from rlhf_pipeline.evaluation.sampled import SHARES, Samples, draw
+from rlhf_pipeline.evaluation.statistics import cluster_mean
+from rlhf_pipeline.measure.bench import Bench, add_rewards
+from rlhf_pipeline.registry.references import Resolved
+
+
+def primary_figure(samples: Samples) -> str | None:
+    """The figure that says how good a response is: the truth where it is known, else the judge's score."""
+    return next((name for name in ("true_reward", "judge", "score") if name in samples.values), None)
+
+
+def _chooser(bench: Bench, figure: str) -> str | None:
+    source = {"score": bench.scorer, "judge": bench.judge}.get(figure)
+    return bench.truth_label if source is None else source.label
+
+
+def enough_samples(bench: Bench, baseline: Resolved, drawn: Samples, sizes: tuple[int, ...]) -> Samples:
+    """The samples `drawn` from the baseline; where best-of-n needs more than every model has, more of it alone."""
+    needed = max(sizes, default=0)
+    if needed <= bench.plan.samples:
+        return drawn
+    more = replace(bench, plan=replace(bench.plan, samples=needed))
+    samples = draw(bench.policy(baseline), more.plan)
+    add_rewards(more, samples)
+    return samples
+
+
+def best_of_n_rows(bench: Bench, baseline: Samples, label: str, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Best-of-n of the baseline: chosen by the reward model where there is one, judged by the truth."""
+    chooser_name = "score" if "score" in baseline.values else primary_figure(baseline)
+    if chooser_name is None:
+        return []
+    keys = [example.prompt_key for example in baseline.examples]
+    chooser = baseline.values[chooser_name].reshape(len(keys), -1)
+    rows = []
+    for n in sizes:
+        figures = {}
+        for name, values in baseline.values.items():
+            if name.startswith("kl") or name == "entropy":
+                continue
+            best = best_of_n(chooser, values.reshape(len(keys), -1), n)
+            figures[name] = cluster_mean(best, keys, share=name in SHARES).as_dict()
+        rows.append(
+            {
+                "name": f"best of {n} of {label}",
+                "model": label,
+                "stage": "best-of-n",
+                "n": n,
+                "samples": chooser.shape[1],
+                "chosen_by": _chooser(bench, chooser_name),
+                "metrics": figures,
+                "kl_bound": kl_bound(n),
+                "cost": {},
+            }
+        )
+    return rows

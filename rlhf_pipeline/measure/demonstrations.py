@@ -1,0 +1,61 @@
+"""The demonstrations that SFT imitates, as a side of a comparison: those of held-out prompts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from rlhf_pipeline.config.load import load_config
+from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.errors import BadInput
+from rlhf_pipeline.evaluation.sampled import Samples
+from rlhf_pipeline.measure.bench import Bench, add_rewards
+from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.stages.data import StageData
+
+
+def demonstrations_of(bench: Bench, sft: Resolved | None, split: str) -> Samples | None:
+    """Demonstrations of the bench's prompts with their figures, the same number for each; None where a prompt has none.
+
+    They come from the split of the SFT model's own data that the prompts are of, so it has not seen them.
+    """
+    if sft is None or sft.manifest is None or sft.manifest.stage != "sft":
+        return None
+    values = {key: value for key, value in sft.manifest.config.items() if value is not None}
+    try:
+        config = load_config("sft", None, extra=values).config
+        data = StageData(config, bench.registry.home, lambda _: None)
+        found, _ = data.split("demonstration", split, bench.tokenizer, required=False)
+    except BadInput:
+        return None  # the source is no longer where it was: the comparison does without
+    by_prompt: dict[str, list[Example]] = {}
+    for example in found:
+        by_prompt.setdefault(example.prompt_key, []).append(example)
+    counts = [len(by_prompt.get(prompt.prompt_key, ())) for prompt in bench.plan.prompts]
+    each = min([*counts, bench.plan.samples])
+    limit = bench.plan.response_length
+    if each < 1:
+        return None
+    bench.compare_data(sft, data.sources("demonstration"))
+    examples = []
+    for prompt in bench.plan.prompts:
+        chosen = by_prompt[prompt.prompt_key][:each]
+        if any(len(example.completions[0]) > limit for example in chosen):
+            return None
+        completions = [example.completions[0] for example in chosen]
+        examples.append(replace(prompt, completions=completions, ended=[example.ended[0] for example in chosen]))
+    return _figures(bench, examples)
+
+
+def _figures(bench: Bench, examples: list[Example]) -> Samples:
+    samples = Samples(examples, [example.prompt_key for example in examples for _ in example.completions])
+    samples.values["length"] = np.array([len(ids) for e in examples for ids in e.completions], dtype=np.float64)
+    add_rewards(bench, samples)
+    return samples
+
+
+def describe(samples: Samples) -> dict[str, Any]:
+    """What results.json says about the demonstrations."""
+    return {"each": len(samples.examples[0].completions), "metrics": samples.table()}

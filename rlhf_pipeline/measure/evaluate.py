@@ -1,0 +1,118 @@
+"""Evaluate one model: a policy by its samples, a reward model by held-out pairs."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from rlhf_pipeline.config.load import load_config
+from rlhf_pipeline.errors import ConfigError, Fault
+from rlhf_pipeline.evaluation.sampled import Samples, add_kl, draw
+from rlhf_pipeline.measure.bench import Bench, add_rewards, set_up
+from rlhf_pipeline.measure.best_of import best_of_n_rows
+from rlhf_pipeline.measure.trained_on import changes_of, owned_by
+from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
+from rlhf_pipeline.models.roles import Policy
+from rlhf_pipeline.models.sharing import sharing_models
+from rlhf_pipeline.registry.integrity import verify_files
+from rlhf_pipeline.registry.parents import reference_of, reward_model_of
+from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.registry.roles import role_of
+from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.rollout.rewards import RewardSource
+from rlhf_pipeline.stages.common import find_model, load_reward_model, tokenizer_of
+from rlhf_pipeline.stages.data import StageData, preference_kind
+from rlhf_pipeline.stages.reward_quality import baselines, describe_pairs, score_examples
+from rlhf_pipeline.training.run import make_accelerator
+from rlhf_pipeline.training.tracking import console
+
+
+def measure(bench: Bench, policy: Policy, scorer: RewardSource | None = None) -> Samples:
+    """Sample a policy by the bench's plan and add every figure that is known; `scorer` in place of the bench's."""
+    samples = draw(policy, bench.plan)
+    add_rewards(bench, samples, scorer)
+    reference = bench.reference_policy()
+    if reference is not None:
+        add_kl(samples, policy, reference, bench.plan)
+    return samples
+
+
+@sharing_models()
+def run_evaluate(reference_text: str, config: Any, home: Path, *, quiet: bool = False) -> dict[str, Any]:
+    """Figures of one model, as a dict that JSON can hold."""
+
+    def say(text: str) -> None:
+        if not quiet:
+            console.print(text, markup=False)
+
+    registry = Registry(home)
+    device = make_accelerator(config).device
+    resolved = registry.resolve(reference_text)
+    say(resolved.taken)
+    role, _ = role_of(resolved)
+    if role == "reward_model":
+        return _evaluate_reward_model(registry, resolved, config, device, say)
+    resolved = find_model(registry, reference_text, "policy")
+    reference = (
+        find_model(registry, config.reference, "policy") if config.reference else reference_of(registry, resolved)
+    )
+    if config.reward_model is None and (trained_on := reward_model_of(registry, [resolved])):
+        config = config.model_copy(update={"reward_model": trained_on})
+    drawn = max([config.samples, *config.best_of])
+    options = {"samples": drawn, "seed": config.seed, "say": say}
+    bench = set_up(registry, config, resolved, device, reference=reference, **options)
+    samples = measure(bench, bench.policy(resolved))
+    return {
+        "model": resolved.label,
+        "stage": resolved.stage,
+        "reference": reference.label if reference is not None else None,
+        "reward_model": bench.scorer.label if bench.scorer is not None else None,
+        "judge": bench.judge.label if bench.judge is not None else None,
+        "true_reward": bench.truth_label,
+        "prompts": len(bench.plan.prompts),
+        "samples": bench.plan.samples,
+        "data": bench.data,
+        "data_changed": bench.data_changed,
+        "metrics": samples.table(),
+        "best_of_n": best_of_n_rows(bench, samples, resolved.label, config.best_of),
+    }
+
+
+def _evaluate_reward_model(
+    registry: Registry, resolved: Resolved, config: Any, device: Any, say: Any
+) -> dict[str, Any]:
+    verify_files(resolved)
+    if resolved.manifest is None or not resolved.manifest.config.get("dataset_name"):
+        raise ConfigError(Fault(resolved.label, "its preference data are not known", "a reward model of the registry"))
+    trained = {k: v for k, v in resolved.manifest.config.items() if v is not None}
+    if config.prompts:
+        trained |= {"dataset_name": config.prompts, "dataset_config": config.dataset_config}
+    with nullcontext() if config.prompts else owned_by(resolved, trained):
+        training = load_config("train-rm", None, extra=trained).config
+        data, kind = StageData(training, registry.home, say), preference_kind(training)
+        changed = [] if config.prompts else changes_of(resolved, data.sources(kind))
+    tokenizer = tokenizer_of(resolved, config.trust_remote_code)
+    for change in changed:
+        say(f"note: {change['text']}")
+    train, _ = data.split(kind, training.dataset_train_split, tokenizer, required=False)
+    held_out, reports = data.split(kind, config.split, tokenizer)
+    model = load_reward_model(resolved, config, device)
+    scores = score_examples(
+        model,
+        held_out,
+        responses_at_once=config.per_device_eval_batch_size,
+        memory=Memory(say, advice=MEASURING_ADVICE),
+        pad_id=tokenizer.pad_token_id,
+        device=device,
+    )
+    metrics = describe_pairs(scores, held_out)
+    metrics["baselines"] = baselines(train, held_out)
+    return {
+        "model": resolved.label,
+        "stage": "reward",
+        "reward_shift": model.reward_shift,
+        "data": [report.to_dict() for report in reports],
+        "data_changed": changed,
+        "metrics": metrics,
+    }

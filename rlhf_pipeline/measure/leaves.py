@@ -1,0 +1,159 @@
+"""The tables behind exact figures: what the reference and each reward say of every response to every prompt."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_pipeline.data import world
+from rlhf_pipeline.data.enumeration import ResponseTree
+from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.errors import MismatchError
+from rlhf_pipeline.evaluation.enumerate import leaf_logprobs, leaf_scores
+from rlhf_pipeline.evaluation.optimum import require_mass, world_reward
+from rlhf_pipeline.measure.bench import Bench
+from rlhf_pipeline.models.roles import Policy, RewardModel
+from rlhf_pipeline.registry.optimum import own_moves
+from rlhf_pipeline.registry.parents import parent_of
+from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.rollout.rewards import WORLD_NAMES, is_function_name
+from rlhf_pipeline.stages.common import find_model, load_reward_model, require_same_tokenizer
+from rlhf_pipeline.training.tensor_cache import read_tensor, write_tensor
+
+Reward = tuple[tuple[float, str], ...]
+"""A weighted sum of sources: "world", or references to reward models."""
+
+TRUTH: Reward = ((1.0, "world"),)
+
+
+def trained_reward(registry: Registry, resolved: Resolved) -> Reward | None:
+    """The reward whose optimum a PPO policy was trained towards; None when it was not, when it is a Python function,
+    and when an option moved the optimum elsewhere (a penalty, gamma, a temperature).
+
+    Raises:
+        MismatchError: its parents are not the reward models of its config, or are other ones here.
+    """
+    manifest = resolved.manifest
+    if manifest is None or manifest.stage != "ppo" or own_moves(manifest):
+        return None
+    config = manifest.config
+    parts = config.get("reward_functions") or [{"source": config.get("reward_model_path"), "weight": 1.0}]
+    models = iter(sorted((role for role in manifest.parents if role.startswith("reward_model")), key=_number))
+    reward = []
+    for part in parts:
+        source = part["source"]
+        if source is None or is_function_name(source):
+            return None
+        if source in WORLD_NAMES:
+            source = "world"
+        elif (role := next(models, None)) is not None and (model := parent_of(registry, resolved, role)) is not None:
+            source = model.label
+        else:
+            raise MismatchError(f"{resolved.label}: the reward {source!r} of its config is not among its parents")
+        reward.append((float(part.get("weight", 1.0)), source))
+    return tuple(reward)
+
+
+def _number(role: str) -> int:
+    """The place of a role like reward_model_2 among a policy's reward models."""
+    last = role.rpartition("_")[2]
+    return int(last) if last.isdigit() else 1
+
+
+@dataclass
+class Leaves:
+    """Tables of one bench: made when they are first asked for, scores of reward models kept on disk by digest."""
+
+    bench: Bench
+    reference_model: Resolved
+    tree: ResponseTree
+    reference: list[Tensor] = field(default_factory=list)  # per prompt (L,) float64
+    _truth: dict[int, Tensor] = field(default_factory=dict)
+    _models: dict[str, RewardModel] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, bench: Bench) -> Leaves:
+        """Walk the reference's tree for every prompt of the bench.
+
+        Raises:
+            MismatchError: when the model's responses are not those of the built-in world.
+        """
+        reference, policy = bench.reference, bench.reference_policy() if bench.knows_truth else None
+        if reference is None or policy is None:
+            raise MismatchError(
+                f"exact figures need models of {world.NAME} with a known reference: its responses can be listed; use "
+                "`rlhf evaluate` or `rlhf compare` for sampled figures"
+            )
+        outputs = policy.model.get_output_embeddings().weight.shape[0]
+        if outputs != len(world.VOCABULARY):
+            raise MismatchError(
+                f"{reference.label}: found {outputs} outputs, expected {len(world.VOCABULARY)}, the words of "
+                f"{world.NAME}"
+            )
+        tree = ResponseTree(outputs, bench.plan.stop_id, bench.plan.response_length)
+        leaves = cls(bench, reference, tree)
+        leaves.reference = [leaves.logprobs(policy, index) for index in range(len(bench.plan.prompts))]
+        return leaves
+
+    @property
+    def prompts(self) -> list[Example]:
+        return self.bench.plan.prompts
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        plan = self.bench.plan
+        return {"rows_at_once": plan.responses_at_once, "memory": plan.memory, "device": self.bench.device}
+
+    def logprobs(self, policy: Policy, index: int) -> Tensor:
+        """(L,) log-probabilities of a policy for one prompt, checked to be those of a distribution."""
+        found = leaf_logprobs(policy, self.prompts[index].prompt_ids, self.tree, **self._reading)
+        require_mass(found, f"prompt {index + 1}")
+        return found
+
+    def reward(self, reward: Reward, index: int) -> Tensor:
+        """(L,) float64 values of a weighted reward for one prompt."""
+        total = torch.zeros(self.tree.num_leaves, dtype=torch.float64)
+        for weight, source in reward:
+            table = self._world(index) if source == "world" else self._scores(source, index).double()
+            total = total + weight * table
+        return total
+
+    def _world(self, index: int) -> Tensor:
+        if index not in self._truth:
+            self._truth[index] = world_reward(self.prompts[index].prompt_ids, self.tree)
+        return self._truth[index]
+
+    def _scores(self, text: str, index: int) -> Tensor:
+        """Scores of one reward model, from the cache where its files, the prompt and the tree are the same."""
+        bench = self.bench
+        resolved = find_model(bench.registry, text, "reward_model")
+        key = {
+            "model": resolved.digest,
+            "dtype": bench.config.dtype,
+            "prompt": self.prompts[index].prompt_ids,
+            "tree": [self.tree.vocabulary, self.tree.stop_id, self.tree.horizon],
+        }
+        name = sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        path: Path = bench.registry.home / "cache" / f"leaves-{name[:32]}.safetensors"
+        stored = None if resolved.digest is None else read_tensor(path)
+        if stored is not None and stored.shape == (self.tree.num_leaves,):
+            return stored
+        scores = leaf_scores(self._model(resolved), self.prompts[index].prompt_ids, self.tree, **self._reading)
+        if resolved.digest is not None:
+            write_tensor(path, scores)
+        return scores
+
+    def _model(self, resolved: Resolved) -> RewardModel:
+        if resolved.label not in self._models:
+            bench = self.bench
+            require_same_tokenizer(self.reference_model, resolved, bench.tokenizer, bench.config.trust_remote_code)
+            bench.say(f"scoring every response with {resolved.label}: {self.tree.num_leaves:,} a prompt")
+            self._models[resolved.label] = load_reward_model(resolved, bench.config, bench.device)
+        return self._models[resolved.label]

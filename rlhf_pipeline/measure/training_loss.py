@@ -1,0 +1,152 @@
+"""How far DPO models are from the best training loss that is known on their data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_pipeline.algorithms.preference import OBJECTIVES, smoothed_target
+from rlhf_pipeline.config.load import load_config
+from rlhf_pipeline.data import world
+from rlhf_pipeline.data.comparisons import Comparisons
+from rlhf_pipeline.measure.bench import Bench
+from rlhf_pipeline.measure.trained_on import owned_by, training_temperature
+from rlhf_pipeline.registry.manifest import Manifest
+from rlhf_pipeline.registry.parents import parent_of
+from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.stages.data import StageData
+from rlhf_pipeline.stages.population import Population
+from rlhf_pipeline.stages.preference_pairs import kind_of, label_probabilities
+from rlhf_pipeline.training.pairs import preference_loss
+from rlhf_pipeline.training.reference_cache import cached_logprobs, completion_logprob_sums
+
+POPULATION_PAIRS = 4096
+
+
+def trained_by_dpo(resolved: Resolved) -> bool:
+    """Whether a model comes from `rlhf dpo`, and says from which reference and at which beta."""
+    made = resolved.manifest
+    return made is not None and made.stage == "dpo" and "reference" in made.parents and bool(made.config.get("beta"))
+
+
+def dpo_manifest(resolved: Resolved) -> Manifest:
+    """The manifest of a model that was `trained_by_dpo`."""
+    assert resolved.manifest is not None
+    return resolved.manifest
+
+
+def dpo_reference(registry: Registry, resolved: Resolved) -> Resolved:
+    """The reference of a model that was `trained_by_dpo`."""
+    found = parent_of(registry, resolved, "reference")
+    assert found is not None
+    return found
+
+
+def dpo_config(resolved: Resolved) -> Any:
+    """The config that a DPO model was trained by."""
+    values = own_data(dpo_manifest(resolved))
+    with owned_by(resolved, values, "leave its training loss out (--no-training-loss)"):
+        return load_config("dpo", None, extra=values).config
+
+
+def own_data(manifest: Manifest) -> dict[str, Any]:
+    """The values of a model's config, its collected data by the version that it was trained on."""
+    values = {key: value for key, value in manifest.config.items() if value is not None}
+    source = manifest.data[0].source if manifest.data else ""
+    if source.startswith("collected:") and "dataset_name" in values:
+        values["dataset_name"] = source
+    return values
+
+
+def problem_of(resolved: Resolved) -> tuple[Any, ...]:
+    """What defines a DPO model's training loss: two models with the same one can be set against each other."""
+    manifest, config = dpo_manifest(resolved), dpo_config(resolved)
+    keys = ("beta", "loss_type", "label_smoothing", "soft_labels", "population_proposal", "max_train_samples")
+    data = tuple(entry.digest for entry in manifest.data)
+    return (manifest.parents["reference"].digest, data, *(getattr(config, key) for key in keys))
+
+
+@torch.no_grad()
+def training_loss(bench: Bench, resolved: Resolved) -> float:
+    """Mean loss of a DPO model over its training pairs and rankings.
+
+    On the built-in world's population: over 4,096 pairs of it, drawn from a fixed seed, as the mean of
+    KL(Bernoulli(p) || Bernoulli(sigma(h))) for the sigmoid loss without smoothing, which is the excess over the
+    minimum, 0 at the exact optimum.
+    """
+    config = dpo_config(resolved)
+    reference = dpo_reference(bench.registry, resolved)
+    # Nothing is sampled: both are read at the temperature that the policy was trained at.
+    policy, frozen = (bench.policy(one, training_temperature(resolved)) for one in (resolved, reference))
+    data = StageData(config, bench.registry.home, lambda _: None)
+    target: Tensor | None
+    least = 0.0  # the sum of the losses of the exact optimum, where that is known
+    if config.population:
+        prompts, _ = data.split("prompt", config.dataset_train_split, bench.tokenizer, limit=config.max_train_samples)
+        population = Population(
+            frozen,
+            prompts,
+            stop_id=bench.tokenizer.eos_token_id,
+            response_length=config.lengths().response,
+            beta=config.beta,
+            proposal=config.population_proposal,
+            device=bench.device,
+            rows_at_once=bench.plan.responses_at_once,
+            memory=bench.plan.memory,
+        )
+        examples, facts = population.draw(POPULATION_PAIRS, torch.Generator().manual_seed(0))
+        ref_logprobs, target = facts.ref_logprobs, facts.target
+        if config.loss_type == "sigmoid":
+            least = float(torch.special.entr(torch.stack([facts.target, 1 - facts.target])).sum())
+    else:
+        kind, split = kind_of(config), config.dataset_train_split
+        examples, _ = data.split(kind, split, bench.tokenizer, limit=config.max_train_samples)
+        bench.compare_data(resolved, data.sources(kind))
+        key = {"model": reference.digest, "dtype": config.dtype, "bf16": False}
+        ref_logprobs = cached_logprobs(frozen, examples, bench.registry.home / "cache", key, **bench.reading).logprobs
+        target = label_probabilities(examples) if config.soft_labels else None
+    logprobs = completion_logprob_sums(policy, examples, **bench.reading).double()
+    compared = Comparisons.of(examples)
+    total = preference_loss(
+        OBJECTIVES[config.loss_type],
+        compared.gather(logprobs),
+        compared.gather(ref_logprobs.double()),
+        torch.tensor([len(ids) for example in examples for ids in example.completions]),
+        compared,
+        beta=config.beta,
+        target=smoothed_target(target, config.label_smoothing),
+    ).loss
+    return float(total) / len(examples) - least / len(examples)
+
+
+def excess_training_losses(
+    bench: Bench, models: Sequence[Resolved], long_run: Resolved | None
+) -> dict[str, dict[str, Any]]:
+    """For each DPO model its training loss and what it lies above the best that is known, by label.
+
+    best: of the models with the same data, reference, beta and loss, `long_run` included; a model that stands alone
+    has no excess (None). On the world's population the best is the exact optimum.
+    """
+    candidates = [model for model in models if trained_by_dpo(model)]
+    if long_run is not None and long_run.label not in {model.label for model in candidates}:
+        candidates.append(long_run)
+    losses = {model.label: training_loss(bench, model) for model in candidates}
+    result: dict[str, dict[str, Any]] = {}
+    for model in models:
+        if not trained_by_dpo(model):
+            continue
+        peers = [other for other in candidates if problem_of(other) == problem_of(model)]
+        best = min(peers, key=lambda other: losses[other.label])
+        drawn_anew = dpo_manifest(model).config.get("dataset_name") == world.NAME
+        exact = drawn_anew and dpo_config(model).loss_type == "sigmoid"
+        known = exact or len(peers) > 1
+        result[model.label] = {
+            "training_loss": losses[model.label],
+            "best": "exact optimum" if exact else best.label,
+            "excess": (losses[model.label] - (0.0 if exact else losses[best.label])) if known else None,
+        }
+    return result

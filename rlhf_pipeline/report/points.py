@@ -1,0 +1,57 @@
+"""The numbers behind the figures, as CSV files."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_pipeline.registry.storage import replace_text
+from rlhf_pipeline.report.text import clean
+
+FOLDER = "points"
+
+
+class Points:
+    """Tables of what was plotted, by name of the file."""
+
+    def __init__(self) -> None:
+        self.tables: dict[str, tuple[Sequence[str], list[Sequence[Any]]]] = {}
+
+    def add(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+        """Keep a table; returns the name of its file, relative to the page."""
+        self.tables[name] = (columns, [list(row) for row in rows])
+        return f"{FOLDER}/{name}.csv"
+
+    def files(self) -> dict[str, str]:
+        """Content of each file: numbers in full precision (read back they are the same), None as an empty cell."""
+        return {f"{name}.csv": _csv(columns, rows) for name, (columns, rows) in self.tables.items()}
+
+    def write(self, directory: Path) -> None:
+        """Write the files, each whole or not at all."""
+        for name, content in self.files().items():
+            replace_text(directory / FOLDER / name, content)
+
+    def remove_stale(self, directory: Path) -> None:
+        """Take away the files of an earlier report that this one does not have."""
+        for path in (directory / FOLDER).glob("*.csv"):
+            if path.stem not in self.tables:
+                path.unlink()
+
+
+def _cell(text: str) -> str:
+    """A text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text[:1] in tuple("=+-@\t") and text[:1] else text
+
+
+def _csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        writer.writerow(
+            ["" if cell is None else cell if isinstance(cell, float | int) else _cell(clean(cell)) for cell in row]
+        )
+    return buffer.getvalue()

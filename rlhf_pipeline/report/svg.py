@@ -1,0 +1,267 @@
+"""Figures by matplotlib as SVG that belongs to the page: its font, its colours by CSS variable, text as text."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rlhf_pipeline.report.markup import Markup, h
+from rlhf_pipeline.report.palette import LIGHT
+from rlhf_pipeline.report.text import clean, short
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.typing import RcKeyType
+
+SVG = "http://www.w3.org/2000/svg"
+
+# matplotlib draws in colours that stand for a CSS variable each; `_style` puts the variable in their place.
+_CODES = {name: f"#fe01{index:02x}" for index, name in enumerate(LIGHT)}
+_NAMES = {code: name for name, code in _CODES.items()}
+
+_SETTINGS: dict[RcKeyType, Any] = {
+    "svg.fonttype": "none",  # text stays text: it can be selected, searched and read aloud
+    "svg.hashsalt": "rlhf",
+    "text.parse_math": False,  # a $ in a name is a $
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the layout is the same on every machine
+    "font.size": 12,
+    "figure.dpi": 72,  # one unit of a figure is one CSS pixel
+    "figure.constrained_layout.use": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.labelsize": 12,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.formatter.useoffset": False,
+    "axes.edgecolor": _CODES["line"],
+    "axes.labelcolor": _CODES["muted"],
+    "axes.titlecolor": _CODES["ink"],
+    "text.color": _CODES["ink"],
+    "xtick.color": _CODES["line"],
+    "ytick.color": _CODES["line"],
+    "xtick.labelcolor": _CODES["muted"],
+    "ytick.labelcolor": _CODES["muted"],
+    "xtick.labelsize": 11,
+    "ytick.labelsize": 11,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "grid.color": _CODES["grid"],
+    "grid.linewidth": 1,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+}
+
+Late = Callable[["Axes"], None]
+
+
+def colour(name: str) -> str:
+    """The colour for matplotlib that becomes the CSS variable `name`."""
+    return _CODES[name]
+
+
+@contextmanager
+def plotting() -> Iterator[None]:
+    """matplotlib with our settings and nobody else's, put back afterwards."""
+    import matplotlib
+
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # The layout's font lacks many of the world's characters; the browser's fonts have them.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        warnings.filterwarnings("ignore", message=".*Matplotlib currently does not support")
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_SETTINGS)
+        yield
+
+
+def draw(
+    ident: str,
+    title: str,
+    description: str,
+    paint: Callable[[Axes], Late | None],
+    *,
+    size: tuple[int, int],
+    class_: str | None = None,
+) -> Markup:
+    """One figure of width x height CSS pixels; `paint` may return what to do once the places of all things are known.
+
+    `ident` is unique in the page: all ids of the figure begin with it.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with plotting():
+        figure = Figure(figsize=(size[0] / 72, size[1] / 72))
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        figure.patch.set_visible(False)
+        axes.patch.set_visible(False)
+        late = paint(axes)
+        if late is not None:
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
+            late(axes)
+        return _inline(_saved(figure), ident, title, description, class_)
+
+
+def dress(axes: Axes, x: str, y: str) -> None:
+    """Name the axes: x below, y on top, where it can be read without turning the head."""
+    axes.set_xlabel(short(x, 60))
+    axes.set_title(short(y, 60))
+    axes.margins(0.06, 0.1)
+
+
+def _saved(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def _style(text: str) -> str:
+    """A style with CSS variables for colours and without fonts."""
+    kept = []
+    for declaration in text.split(";"):
+        name, _, value = (part.strip() for part in declaration.partition(":"))
+        if name == "font":
+            size = re.search(r"[\d.]+px", value)
+            weight = re.match(r"bold|[5-9]00", value)
+            kept += [f"font-size:{size.group()}"] if size else []
+            kept += [f"font-weight:{weight.group()}"] if weight else []
+        elif name and name not in ("font-family", "font-stretch", "font-variant", "font-style"):
+            code = value.lower()
+            kept.append(f"{name}:var(--{_NAMES[code]})" if code in _NAMES else f"{name}:{value}")
+    return ";".join(kept)
+
+
+def _rounded(text: str) -> str:
+    """Coordinates to a hundredth of a pixel."""
+    return re.sub(r"-?\d+\.\d+", lambda found: f"{round(float(found.group()), 2) + 0.0:g}", text)
+
+
+def _inline(saved: bytes, ident: str, title: str, description: str, class_: str | None) -> Markup:
+    """The SVG as part of the page: no metadata, no namespaces, ids of its own, a title and a description."""
+    root = ET.fromstring(saved)
+    for parent in list(root.iter()):
+        parent.tag = parent.tag.rpartition("}")[2]
+        for child in [c for c in parent if c.tag in (f"{{{SVG}}}metadata", f"{{{SVG}}}style")]:
+            parent.remove(child)
+        parent.attrib = {name.rpartition("}")[2]: value for name, value in parent.attrib.items()}
+        if "style" in parent.attrib:
+            parent.attrib["style"] = _style(parent.attrib["style"])
+        for name in {"d", "x", "y", "width", "height", "points", "transform"} & set(parent.attrib):
+            parent.attrib[name] = " ".join(_rounded(parent.attrib[name]).split())
+        if parent.attrib.get("transform", "").startswith("rotate(-0 "):
+            del parent.attrib["transform"]
+    _tidy(root)
+    _rename(root, ident)
+    box = root.attrib["viewBox"]
+    width = box.split()[2]
+    inner = "".join(ET.tostring(child, encoding="unicode").rstrip() for child in root)
+    return h(
+        "svg",
+        h("title", title, id=f"{ident}-title"),
+        h("desc", description, id=f"{ident}-desc"),
+        Markup(inner),
+        xmlns=SVG,
+        viewBox=box,
+        role="img",
+        class_=f"plot {class_ or ''}".strip(),
+        style=f"max-width:{_rounded(width)}px",
+        aria_labelledby=f"{ident}-title {ident}-desc",
+    )
+
+
+def _tidy(item: ET.Element) -> None:
+    """Take away indentation, empty groups and groups that only hold another group."""
+    for child in list(item):
+        _tidy(child)
+        child.tail = None
+        if child.tag == "g":
+            child.text = None
+            child.attrib.pop("id", None)
+            if len(child) == 0:
+                item.remove(child)
+            elif len(child) == 1 and not child.attrib:
+                item[list(item).index(child)] = child[0]
+
+
+def _rename(root: ET.Element, ident: str) -> None:
+    """Keep the ids that something refers to, under names that are unique in the page."""
+    used: dict[str, str] = {}
+    for item in root.iter():
+        for name, value in item.attrib.items():
+            for target in re.findall(r"url\(#([^)]+)\)", value) + ([value[1:]] if name == "href" else []):
+                used.setdefault(target, f"{ident}-{len(used)}")
+    for item in root.iter():
+        if (old := item.attrib.pop("id", None)) in used:
+            item.attrib["id"] = used[old]
+        for name, value in list(item.attrib.items()):
+            if name == "href":
+                item.attrib[name] = f"#{used[value[1:]]}"
+            elif "url(#" in value:
+                item.attrib[name] = re.sub(r"url\(#([^)]+)\)", lambda found: f"url(#{used[found.group(1)]})", value)
+
+
+def place_labels(
+    axes: Axes,
+    labels: Sequence[tuple[float, float, str, str]],
+    points: Sequence[tuple[float, float]],
+    lines: Sequence[tuple[float, float]] = (),
+) -> None:
+    """Write (x, y, text, hue) beside their points, where they hide no point, no other label and, if they can, no line.
+
+    A label for which there is no room is left out: the table and the CSV have it.
+    """
+    height = 13.0
+    where = axes.transData.transform
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in (where(point) for point in points)]
+    crossed = [(x - 2, y - 2, x + 2, y + 2) for x, y in (where(point) for point in lines)]
+    frame = axes.get_window_extent()
+    for x, y, text, hue in labels:
+        text = clean(text)
+        cx, cy = where((x, y))
+        width = 6.6 * len(text)
+        free: list[tuple[bool, int, float, float, str, tuple[float, float, float, float]]] = []
+        for dx, dy, align in _PLACES:
+            left = cx + dx - {"left": 0.0, "center": width / 2, "right": width}[align]
+            bottom = cy + dy - height / 2
+            box = (left, bottom, left + width, bottom + height)
+            inside = frame.x0 <= box[0] and box[2] <= frame.x1 and frame.y0 <= box[1] and box[3] <= frame.y1 + 4
+            if inside and not any(_overlap(box, other) for other in taken):
+                free.append((any(_overlap(box, other) for other in crossed), len(free), dx, dy, align, box))
+        if not free:
+            continue
+        _, _, dx, dy, align, box = min(free)
+        style: dict[str, Any] = {"ha": align, "va": "center_baseline", "fontsize": 11, "color": colour(hue)}
+        axes.annotate(text, (x, y), xytext=(dx, dy), textcoords="offset points", **style)
+        taken.append(box)
+
+
+_PLACES = tuple(
+    (dx, dy, align)
+    for far in (1.0, 1.7, 2.6, 3.6)
+    for dx, dy, align in (
+        (0, 15 * far, "center"),
+        (0, -15 * far, "center"),
+        (10 * far, 10 * far, "left"),
+        (10 * far, -10 * far, "left"),
+        (-10 * far, 10 * far, "right"),
+        (-10 * far, -10 * far, "right"),
+        (12 * far, 0, "left"),
+        (-12 * far, 0, "right"),
+    )
+)
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

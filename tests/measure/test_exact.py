@@ -1,0 +1,189 @@
+"""`rlhf exact` on a tiny policy, reward model, PPO and DPO: the figures against another way to them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlhf_pipeline.compare.run import compared
+from rlhf_pipeline.data.enumeration import ResponseTree
+from rlhf_pipeline.errors import ConfigError, MismatchError, RunFailed
+from rlhf_pipeline.evaluation.optimum import kl_divergence, optimum
+from rlhf_pipeline.measure import exact as module
+from rlhf_pipeline.measure.evaluate import run_evaluate
+from rlhf_pipeline.measure.exact import run_exact
+from rlhf_pipeline.measure.leaves import trained_reward
+
+LEAVES = 31 + 31**2 + 1  # responses of at most two tokens
+SHORT = {"max_new_tokens": 2}
+
+
+@pytest.fixture(scope="module")
+def arms(tiny, tmp_path_factory):
+    """A laboratory with a PPO model, one on the true reward, and two DPO models on one data set."""
+    lab = tiny.copy(tmp_path_factory.mktemp("arms") / "home")
+    lab.run("ppo", max_steps=3)
+    lab.run(
+        "ppo",
+        output_name="honest",
+        max_steps=3,
+        reward_model_path=None,
+        reward_functions=[{"source": "world", "weight": 1.0}],
+    )
+    lab.run("dpo", max_steps=6)
+    lab.run("dpo", output_name="longer", max_steps=60)
+    return lab
+
+
+def exact(lab, *references, **changes):
+    return run_exact(list(references), lab.config("exact", **changes), lab.home, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def result(arms):
+    return exact(arms, "sft", "reward", "ppo", "honest", "dpo", "longer", **SHORT, reward_model_prompts=2)
+
+
+def rows(result):
+    return {row["name"]: row for row in result["rows"]}
+
+
+def test_the_reference_and_the_optimum_stand_at_the_ends(result):
+    found = rows(result)
+    sft, best = found["sft@v1"], found["optimum"]
+    assert result["responses"] == LEAVES and result["prompts"] == 8 and result["reward_model_prompts"] == 2
+    assert (sft["kl"], sft["share"]) == (0.0, pytest.approx(0.0, abs=1e-6))
+    assert best["share"] == pytest.approx(1.0, abs=1e-12) and best["gap"] == pytest.approx(0.0, abs=1e-12)
+    for row in result["rows"]:
+        assert row["objective"] == pytest.approx(row["reward"] - 0.5 * row["kl"], abs=1e-12)
+        if row["prompts"] == 8:
+            # J* - J = beta KL(pi || pi*), the one computed from means and the other as a KL.
+            assert best["objective"] - row["objective"] == pytest.approx(row["gap"], abs=2e-6)
+            assert row["gap_true"]["value"] == pytest.approx(row["gap"], abs=1e-12)
+        assert row["below_frontier"] > -1e-9
+        assert len(row["per_prompt"]["gap"]) == row["prompts"]
+
+
+def test_parts_of_the_gap(result):
+    found = rows(result)
+    ppo, honest, dpo = found["ppo@v1"], found["honest@v1"], found["dpo@v1"]
+    assert ppo["optimisation_gap"]["reward"] == [[1.0, "reward@v1"]] and ppo["optimisation_gap"]["prompts"] == 2
+    assert honest["optimisation_gap"]["value"] == pytest.approx(honest["gap"], abs=1e-12)
+    assert dpo["disagreement"]["reward"] == [[1.0, "reward@v1"]]
+    assert ppo["gap_true_there"]["value"] == pytest.approx(sum(ppo["per_prompt"]["gap"][:2]) / 2, abs=1e-12)
+    assert "optimisation_gap" not in dpo and "disagreement" not in ppo
+    assert found["reward@v1"]["gap_true"]["value"] > 0.01  # a tiny reward model is not the truth
+    assert found["reward@v1"]["prompts"] == 2
+
+
+def test_training_losses_are_set_against_the_best_on_the_same_data(result, arms):
+    found = rows(result)
+    short, longer = found["dpo@v1"]["training_loss"], found["longer@v1"]["training_loss"]
+    assert short["best"] == longer["best"] == "longer@v1" and longer["excess"] == 0.0
+    assert short["excess"] == pytest.approx(short["training_loss"] - longer["training_loss"], abs=1e-12)
+    assert 0 < short["excess"] < 0.7
+    alone = rows(exact(arms, "dpo", **SHORT))["dpo@v1"]["training_loss"]
+    assert alone["excess"] is None and alone["training_loss"] == pytest.approx(short["training_loss"], abs=1e-9)
+    named = rows(exact(arms, "dpo", **SHORT, long_run="longer"))["dpo@v1"]["training_loss"]
+    assert named["excess"] == pytest.approx(short["excess"], abs=1e-9)
+
+
+def test_a_long_run_that_dpo_has_not_trained_is_refused(arms, tmp_path):
+    from rlhf_pipeline.registry.store import Registry
+
+    plain = Registry(arms.home).export("longer", tmp_path / "plain")
+    (plain / "manifest.json").unlink(missing_ok=True)
+    for long_run, label in (("ppo", "ppo@v1"), (str(plain), str(plain))):
+        with pytest.raises(ConfigError) as caught:
+            exact(arms, "dpo", **SHORT, long_run=long_run)
+        (fault,) = caught.value.faults
+        assert (fault.where, fault.found) == ("long_run", f"{label} does not say that `rlhf dpo` trained it")
+        assert fault.expected.startswith("a DPO model")
+
+
+def test_the_optimum_under_a_reward_model_is_that_of_its_scores(arms, result):
+    """Scores and reference by the plain way, one response at a time."""
+    from rlhf_pipeline.data import world
+    from rlhf_pipeline.data.batch import pack
+    from rlhf_pipeline.data.tokenize import Example
+    from rlhf_pipeline.registry.store import Registry
+    from rlhf_pipeline.stages.common import load_policy, load_reward_model, tokenizer_of
+
+    registry, config = Registry(arms.home), arms.config("exact")
+    sft, reward = registry.resolve("sft"), registry.resolve("reward")
+    policy = load_policy(sft, config, tokenizer_of(sft), torch.device("cpu"), frozen=True)
+    scorer = load_reward_model(reward, config, torch.device("cpu"))
+    tree = ResponseTree(32, 1, 2)
+    completions = [tree.completion(leaf) for leaf in range(tree.num_leaves)]
+    ended = tree.ended.tolist()
+    gaps = []
+    prompts = sorted(pair for pair, split in world.vocabulary.SPLITS.items() if split == "test")
+    for pair in prompts:
+        ids = world.encode(world.prompt_text(*pair))
+        batch = pack([Example(ids, completions, ended, "p", "x")], 0, layout="rows")
+        with torch.no_grad():
+            logprobs = batch.per_completion(policy(batch).logprobs.double())
+            scores = scorer(batch).double()
+        truth = torch.from_numpy(world.verdicts([ids] * len(completions), completions, ended).reward)
+        gaps.append(0.5 * kl_divergence(optimum(logprobs, scores, 0.5), optimum(logprobs, truth, 0.5)))
+    whole = rows(exact(arms, "reward", **SHORT, beta=0.5, reward_model_prompts=8))["reward@v1"]
+    assert whole["gap_true"]["value"] == pytest.approx(sum(gaps) / 8, abs=1e-5)
+
+
+def test_sampled_figures_agree_with_the_exact_ones(arms):
+    changes = {"samples": 512, "split": "test", **SHORT}
+    sampled = run_evaluate("longer", arms.config("evaluate", **changes), arms.home, quiet=True)["metrics"]
+    row = rows(exact(arms, "longer", **SHORT))["longer@v1"]
+    for name, figure in (("true_reward", "reward"), ("kl", "kl")):
+        values = sampled[name]
+        # 4 standard errors of 8 x 512 samples; the prompts are the same, so their spread is no part of it.
+        assert abs(values["mean"] - row[figure]) < 0.15
+
+
+def test_another_reward_for_the_objective(arms):
+    found = rows(exact(arms, "sft", "ppo", **SHORT, reward="reward", reward_model_prompts=3))
+    ppo = found["ppo@v1"]
+    assert ppo["prompts"] == 3 and ppo["gap_true"]["prompts"] == 8
+    assert ppo["gap"] == pytest.approx(ppo["optimisation_gap"]["value"], abs=1e-12)
+
+
+def test_scores_of_all_responses_are_kept_by_digest(arms, monkeypatch):
+    from rlhf_pipeline.measure import leaves
+
+    first = exact(arms, "reward", **SHORT, beta=0.5, reward_model_prompts=1)
+    assert list((arms.home / "cache").glob("leaves-*.safetensors"))
+    monkeypatch.setattr(leaves, "leaf_scores", None)  # asked for again it would fail
+    assert exact(arms, "reward", **SHORT, beta=0.5, reward_model_prompts=1) == first
+    with pytest.raises(TypeError):
+        exact(arms, "reward", max_new_tokens=1, beta=0.5, reward_model_prompts=1)
+
+
+def test_a_policy_above_the_frontier_is_an_error(arms, monkeypatch):
+    monkeypatch.setattr(module.Judge, "frontier", lambda self, count: type("Low", (), {"bound": lambda s, kl: -9.0})())
+    with pytest.raises(RunFailed, match="above the exact frontier"):
+        exact(arms, "dpo", **SHORT)
+
+
+def test_what_a_ppo_model_was_trained_on(arms):
+    registry = arms.registry
+    assert trained_reward(registry, registry.resolve("ppo")) == ((1.0, "reward@v1"),)
+    assert trained_reward(registry, registry.resolve("honest")) == ((1.0, "world"),)
+    assert trained_reward(registry, registry.resolve("dpo")) is None
+
+
+def test_beta_has_to_be_known(arms):
+    with pytest.raises(ConfigError, match="--beta"):
+        exact(arms, "sft", **SHORT)
+    assert rows(exact(arms, "sft", **SHORT, beta=0.25))["optimum"]["beta"] == 0.25
+
+
+def test_too_many_responses_are_refused(arms):
+    with pytest.raises(MismatchError, match="at most 5,000,000 can be enumerated"):
+        exact(arms, "dpo", max_new_tokens=5)
+
+
+def test_comparisons_carry_exact_figures(arms):
+    config = arms.config("compare", name="exact", arms=["ppo", "dpo"], baseline="sft", samples=2, exact=True, **SHORT)
+    found = compared(config, arms.home, quiet=True)["exact"]
+    assert [row["name"] for row in found["rows"]] == ["sft@v1", "ppo@v1", "dpo@v1", "optimum"]
+    assert found["rows"][1]["optimisation_gap"]["prompts"] == 4

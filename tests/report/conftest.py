@@ -1,0 +1,18 @@
+"""The report of everything, drawn once: drawing it takes seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf_pipeline.report import write_report
+from tests.report.report_fixture import full
+
+
+@pytest.fixture(scope="session")
+def full_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the report of everything; for reading only."""
+    made = tmp_path_factory.mktemp("report")
+    write_report(full(), made)
+    return made
