@@ -39,7 +39,7 @@ class Facts:
 
 
 def facts_of(config: TrainingConfig, total: int, ranks: int, known: Mapping[str, float], *, bf16: bool) -> Facts:
-    """The facts of a run of `total` updates on `ranks` processes; `known`: what its stage adds; bf16: autocast is on."""
+    """The facts of a run of `total` updates on `ranks` processes; known: from its stage; bf16: autocast is on."""
     rollout = getattr(config, "rollout_batch_size", None)
     examples = config.per_device_train_batch_size * (config.gradient_accumulation_steps or 1) * ranks
     return Facts(

@@ -10,9 +10,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from rlhf_pipeline.training.watches import WATCHES
 
 from rlhf_pipeline.health.monitor import FIRST, RECENT, Facts, History, Monitor, Watch, facts_of
+from rlhf_pipeline.health.watches import WATCHES
 from rlhf_pipeline.registry.card import model_card
 from rlhf_pipeline.rollout import rollout
 from rlhf_pipeline.training import ppo_rollouts, session

@@ -7,9 +7,9 @@ import random
 from pathlib import Path
 
 import pytest
-from rlhf_pipeline.training.watches import WATCHES
 
 from rlhf_pipeline.health.monitor import Facts, Monitor
+from rlhf_pipeline.health.watches import WATCHES
 
 LOG_2 = math.log(2)
 EVERY = 5  # steps between two evaluations
