@@ -58,7 +58,9 @@ class CollectConfig(CommandConfig):
     max_prompt_length: Count | None = option(None, "longest prompt, tokens; longer ones are cut on the left")
     response_length: Count | None = option(None, "longest response with its EOS, tokens")
     max_length: Count | None = option(None, "longest prompt and response together, tokens (TRL: 1024)")
-    per_device_eval_batch_size: Count = option(256, "responses sampled at once on one device (ours)")
+    per_device_eval_batch_size: Count = option(
+        256, "responses sampled or scored at once on one device; halved where memory runs out (ours)"
+    )
     dtype: Dtype = option("float32", "number type of the weights (TRL)")
     attn_implementation: Text | None = option(None, "attention kernel (default: the model's own choice)")
     trust_remote_code: bool = option(False, "run code that the model's repository brings (transformers: off)")

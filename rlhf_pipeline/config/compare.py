@@ -61,7 +61,7 @@ class PromptsConfig(CommandConfig):
     prompts: Text | None = option(None, "source of the prompts (default: the models' training data)")
     dataset_config: Text | None = option(None, "configuration of the prompts' source (default: its own)")
     max_prompts: Count = option(256, "most prompts, by hash order (ours)")
-    temperature: Positive = option(1.0, "divides the logits of the policy (ours: the policy itself)")
+    temperature: Positive = option(1.0, "divides the logits in sampled and exact figures (ours: the policy itself)")
     max_new_tokens: Count | None = option(None, "longest response with its EOS, tokens (default: as trained)")
     max_prompt_length: Count | None = option(None, "longest prompt, tokens (default: as trained)")
     reward_model: Text | None = option(None, "who scores: world or a reward model (default: as trained)")
@@ -70,7 +70,9 @@ class PromptsConfig(CommandConfig):
         DEFAULT_SPLITS, "share of prompts in each split of a source without splits, by hash", min_length=1
     )
     skip_bad_rows: bool = option(False, "drop and count rows with faults instead of stopping (ours: stop)")
-    per_device_eval_batch_size: Count = option(256, "responses handled at once on one device (ours)")
+    per_device_eval_batch_size: Count = option(
+        256, "responses sampled or scored at once on one device; halved where memory runs out (ours)"
+    )
     dtype: Dtype = option("float32", "number type of the weights (TRL)")
     attn_implementation: Text | None = option(None, "attention kernel (default: the model's own choice)")
     trust_remote_code: bool = option(False, "run code that the model's repository brings (transformers: off)")
