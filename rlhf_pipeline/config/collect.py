@@ -65,7 +65,9 @@ class CollectConfig(CommandConfig):
     max_prompt_length: Count | None = option(None, "longest prompt, tokens; longer ones are cut on the left")
     response_length: Count | None = option(None, "longest response with its EOS, tokens")
     max_length: Count | None = MAX_LENGTH
-    per_device_eval_batch_size: Count = option(256, "responses that one device samples at once")
+    per_device_eval_batch_size: Count = option(
+        256, "responses that one device handles at once; halved where memory runs out"
+    )
     dtype: Dtype = DTYPE
     attn_implementation: Text | None = ATTENTION
     trust_remote_code: bool = REMOTE_CODE

@@ -71,7 +71,7 @@ class PromptsConfig(CommandConfig):
     prompts: Text | None = option(None, "source of the prompts (default: the model's own training data)")
     dataset_config: Text | None = option(None, "configuration of the prompts' source (default: its own)")
     max_prompts: Count = option(256, MOST_PROMPTS)
-    temperature: Positive = option(1.0, "temperature of sampling; 1 samples from the policy itself")
+    temperature: Positive = option(1.0, "temperature of sampling and of exact figures; 1: the policy itself")
     max_new_tokens: Count | None = option(None, "longest response, its EOS included, in tokens (default: as trained)")
     max_prompt_length: Count | None = option(None, "longest prompt, in tokens (default: as trained)")
     reward_model: Text | None = option(
@@ -82,7 +82,9 @@ class PromptsConfig(CommandConfig):
     )
     split_fractions: dict[str, float] = SPLIT_FRACTIONS
     skip_bad_rows: bool = SKIP_BAD_ROWS
-    per_device_eval_batch_size: Count = option(256, "responses that one device handles at once")
+    per_device_eval_batch_size: Count = option(
+        256, "responses that one device handles at once; halved where memory runs out"
+    )
     dtype: Dtype = DTYPE
     attn_implementation: Text | None = ATTENTION
     trust_remote_code: bool = REMOTE_CODE
