@@ -18,7 +18,8 @@ from rlhf_pipeline.experiment.subjects import Bench
 from rlhf_pipeline.registry.parents import beta_of, parent_of, reward_models_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.rollout.rewards import RewardSource, names_a_model, score_in_batches
+from rlhf_pipeline.rollout.reward_names import names_a_model
+from rlhf_pipeline.rollout.rewards import RewardSource, score_in_batches
 from rlhf_pipeline.stages.rewards import load_reward
 
 COST_KEYS = ("wall_seconds", "flops", "tokens_trained", "tokens_generated", "optimizer_steps")
