@@ -70,14 +70,11 @@ def run(
         plan = estimate_experiment(experiment, overrides or [], common.home_path)
         emit_plan(plan, NOT_TRAINED, json=common.json)
         return
-    from rlhf_pipeline.config.experiment import load_experiment
-
-    load_experiment(experiment, overrides or [], known_models=common.registry.models.names())
-    load_libraries()  # after what is wrong with the files: they take seconds
     from rlhf_pipeline.experiment.run import run_experiment
 
     again = shlex.join(["rlhf", "run", str(experiment), *(overrides or [])])
-    result = run_experiment(experiment, overrides or [], common.home_path, resume=resume, command=again)
+    options: dict[str, Any] = {"resume": resume, "command": again, "before_work": load_libraries}
+    result = run_experiment(experiment, overrides or [], common.home_path, **options)
     if common.json:
         emit_json(result)
         return

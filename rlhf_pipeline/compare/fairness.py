@@ -19,7 +19,7 @@ from rlhf_pipeline.registry.parents import reward_models_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import read_json
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.rollout.rewards import names_a_model
+from rlhf_pipeline.rollout.reward_names import names_a_model
 
 NONE = "none"
 MOVED = "options that move the optimum"

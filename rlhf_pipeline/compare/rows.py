@@ -20,7 +20,8 @@ from rlhf_pipeline.measure.evaluate import measure
 from rlhf_pipeline.registry.parents import beta_of, parent_of, reward_models_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.rollout.rewards import RewardSource, names_a_model
+from rlhf_pipeline.rollout.reward_names import names_a_model
+from rlhf_pipeline.rollout.rewards import RewardSource
 from rlhf_pipeline.stages.reward_sources import load_reward
 
 COST_KEYS = ("wall_seconds", "flops", "tokens_trained", "tokens_generated", "optimizer_steps")

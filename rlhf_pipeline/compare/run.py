@@ -33,7 +33,7 @@ from rlhf_pipeline.registry.parents import beta_of, parent_of, reference_of, rew
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.storage import replace_text, staging
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.rollout.rewards import names_a_model
+from rlhf_pipeline.rollout.reward_names import names_a_model
 from rlhf_pipeline.stages.common import find_model
 from rlhf_pipeline.training.run import make_accelerator
 from rlhf_pipeline.training.tracking import console, jsonable

@@ -1,23 +1,38 @@
-"""Which runs of an experiment are done: a version with the same config, parents and data exists."""
+"""Which parts of an experiment are done.
+
+A run is done where a version with the same config, parents and data exists; the comparison where its report was made of
+the same config, models, data and source code. Nothing here imports torch.
+"""
 
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline.compare.points import Point
+from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.dump import config_digest
 from rlhf_pipeline.config.grid import Node
 from rlhf_pipeline.data.load import read_records, records_digest, source_stamp
-from rlhf_pipeline.data.sources import part_of
+from rlhf_pipeline.data.sources import files_of, part_of
 from rlhf_pipeline.data.splits import assign_splits, in_split
 from rlhf_pipeline.data.stamps import Stamp
+from rlhf_pipeline.errors import DamagedFile, UnknownReference
+from rlhf_pipeline.registry.digests import file_sha256, known_sha256
 from rlhf_pipeline.registry.lengths import with_lengths
+from rlhf_pipeline.registry.provenance import source_digest
 from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.registry.storage import replace_text
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.rollout.rewards import names_a_model
+from rlhf_pipeline.rollout.reward_names import is_function_name, names_a_model
 
+RESULTS, PAGE = "results.json", "index.html"
 REGISTRY_STAGE = {"sft": "sft", "train-rm": "reward", "ppo": "ppo", "dpo": "dpo", "collect": "collect"}
 
 
@@ -112,3 +127,79 @@ def survey(nodes: Sequence[Node], registry: Registry) -> list[Resolved | None]:
 def output_of(node: Node, label: str) -> str:
     """How a config names what a node has made."""
     return f"collected:{label}" if node.spec.stage == "collect" else label
+
+
+INPUTS = "inputs.json"
+"""Beside results.json: the digests of what a comparison was made of and of what came out."""
+
+
+def comparison_inputs(
+    config: CompareConfig, points: Sequence[Point], resampled: Sequence[str], registry: Registry
+) -> str | None:
+    """The digest of everything that a comparison is made of; None where it cannot be told: functions, hub data."""
+    named = [config.reward_model, config.judge, config.true_reward]
+    if any(source is not None and is_function_name(source) for source in named):
+        return None
+    texts = [point.model for point in points] + [text for text in (config.baseline, config.reference) if text]
+    texts += [source for source in named if source is not None and names_a_model(source)]
+    models = _with_ancestors([registry.resolve(text) for text in texts], registry)
+    sources = {config.prompts} if config.prompts else set()
+    for model in models.values():
+        values = model.manifest.config if model.manifest is not None else {}
+        parts = values.get("datasets") or [values]
+        sources |= {part[key] for part in parts for key in ("dataset_name", "prompts") if part.get(key)}
+        # What `collected:NAME` was then is a version with its number: what is read now may be another one.
+        sources |= {entry.source for entry in model.manifest.data} if model.manifest is not None else set()
+    data = {source: _file_digests(source, registry.home) for source in sorted(sources)}
+    if None in data.values() or any(model.digest is None for model in models.values()):
+        return None
+    content = {
+        "config": config_digest(config),
+        "points": [asdict(point) for point in points],
+        "resampled": list(resampled),
+        "models": {label: model.digest for label, model in models.items()},
+        "data": data,
+        "code": source_digest(),
+    }
+    return sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _with_ancestors(models: Sequence[Resolved], registry: Registry) -> dict[str, Resolved]:
+    """Models and all that they come from, by label, as far as they are there."""
+    found: dict[str, Resolved] = {}
+    waiting = list(models)
+    while waiting:
+        model = waiting.pop()
+        if model.label not in found:
+            found[model.label] = model
+            for parent in model.manifest.parents.values() if model.manifest is not None else ():
+                with suppress(UnknownReference, DamagedFile):
+                    waiting.append(registry.resolve(parent.ref))
+    return found
+
+
+def _file_digests(source: str, home: Path) -> list[str] | None:
+    """The digests of a source's files; none where it is not there, None where it lies on the hub."""
+    try:
+        files = files_of(source, home=home)
+        return None if files is None else [known_sha256(path) for path in files]
+    except (UnknownReference, OSError):
+        return []
+
+
+def note_comparison(report: Path, inputs: str) -> None:
+    """Write beside results.json what it was made of."""
+    content = {"inputs": inputs, "results": file_sha256(report / RESULTS)}
+    replace_text(report / INPUTS, json.dumps(content) + "\n")
+
+
+def compared_already(report: Path, inputs: str) -> dict[str, Any] | None:
+    """The results of a comparison that was made of these inputs and lies there as it was written; else None."""
+    try:
+        known = json.loads((report / INPUTS).read_text(encoding="utf-8"))
+        if known != {"inputs": inputs, "results": file_sha256(report / RESULTS)} or not (report / PAGE).is_file():
+            return None
+        results = json.loads((report / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return results if results.get("path") == str(report / RESULTS) else None  # a home that has moved names old places

@@ -10,13 +10,12 @@ from rlhf_pipeline.config.grid import expand
 from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.data.sources import part_of
 from rlhf_pipeline.data.splits import in_split
-from rlhf_pipeline.experiment.done import survey
-from rlhf_pipeline.experiment.run import check_inputs
+from rlhf_pipeline.experiment.run import checked
 from rlhf_pipeline.registry.lengths import with_lengths
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import check_role
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.rollout.rewards import is_function_name, load_function, names_a_model
+from rlhf_pipeline.rollout.reward_names import is_function_name, load_function, names_a_model
 from rlhf_pipeline.stages.data import kept_apart
 from rlhf_pipeline.training.windows import total_steps
 
@@ -148,9 +147,8 @@ def estimate_experiment(path: Path, overrides: list[str], home: Path) -> dict[st
     """
     registry = Registry(home)
     experiment = load_experiment(path, overrides, known_models=registry.models.names())
-    check_inputs(experiment, registry)
     nodes = expand(experiment)
-    done = survey(nodes, registry)
+    done = checked(experiment, nodes, registry)
     states = ["to run" if found is None else f"done already, {found.label}" for found in done]
     finished = sum(found is not None for found in done)
     return {

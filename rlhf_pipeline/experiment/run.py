@@ -5,24 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_pipeline.compare.points import points_of
 from rlhf_pipeline.config.experiment import load_experiment
 from rlhf_pipeline.config.grid import Node, expand, resampled
 from rlhf_pipeline.config.references import Reference, references
-from rlhf_pipeline.config.spec import Experiment
+from rlhf_pipeline.config.spec import Experiment, StageSpec
 from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.data.splits import FRACTIONS, in_split
 from rlhf_pipeline.errors import BadInput, ConfigError, Fault, Interrupted
-from rlhf_pipeline.experiment.done import find_done, output_of, survey
+from rlhf_pipeline.experiment.done import (
+    RESULTS,
+    compared_already,
+    comparison_inputs,
+    find_done,
+    note_comparison,
+    output_of,
+    survey,
+)
 from rlhf_pipeline.experiment.progress import Progress
-from rlhf_pipeline.models.loading import new_config
+from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import Role, check_role
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.rollout.rewards import is_function_name, load_function
-from rlhf_pipeline.stages.common import StageResult
+from rlhf_pipeline.rollout.reward_names import is_function_name, load_function
 from rlhf_pipeline.training.tracking import console
+
+if TYPE_CHECKING:
+    from rlhf_pipeline.stages.common import StageResult
 
 
 def stage_function(stage: str) -> Callable[..., StageResult]:
@@ -39,12 +49,40 @@ def stage_function(stage: str) -> Callable[..., StageResult]:
     return functions[stage]
 
 
-def check_inputs(experiment: Experiment, registry: Registry) -> None:
+def checked(experiment: Experiment, nodes: Sequence[Node], registry: Registry) -> list[Resolved | None]:
     """Check every model and data source that exists already, before the first stage runs.
+
+    Returns:
+        The version that each node has made already; None where it is still to be made.
 
     Raises:
         BadInput: with all faults of all stages.
     """
+    faults = _input_faults(experiment, registry)
+    done: list[Resolved | None] = [None] * len(nodes) if faults else survey(nodes, registry)
+    waiting = [node.spec for node, found in zip(nodes, done, strict=True) if found is None]
+    faults += _new_model_faults(waiting)
+    if faults:
+        raise ConfigError(list(dict.fromkeys(faults)))
+    return done
+
+
+def _new_model_faults(specs: Sequence[StageSpec]) -> list[Fault]:
+    """The faults of models from random weights; to read their configs imports transformers."""
+    faults: list[Fault] = []
+    for spec in specs:
+        if (described := getattr(spec.config, "model_init", None)) is not None:
+            from rlhf_pipeline.models.loading import new_config
+
+            try:
+                new_config(described, dropout=spec.config.dropout)
+            except ConfigError as error:
+                faults += [replace(fault, where=f"{spec.name}.{fault.where}") for fault in error.faults]
+    return faults
+
+
+def _input_faults(experiment: Experiment, registry: Registry) -> list[Fault]:
+    """What is wrong with the functions, models and data that an experiment names."""
     faults: list[Fault] = []
     checked: dict[tuple[Any, ...], str | None] = {}  # a source is read once, however many points name it
     for spec in experiment.everything():
@@ -55,11 +93,6 @@ def check_inputs(experiment: Experiment, registry: Registry) -> None:
                     load_function(source)
                 except ConfigError as error:
                     faults += error.faults
-        if (described := getattr(spec.config, "model_init", None)) is not None:
-            try:
-                new_config(described, dropout=spec.config.dropout)
-            except ConfigError as error:
-                faults += [replace(fault, where=f"{spec.name}.{fault.where}") for fault in error.faults]
         for reference in references(spec.config):
             if reference.path in spec.links:
                 continue
@@ -72,8 +105,7 @@ def check_inputs(experiment: Experiment, registry: Registry) -> None:
                 checked[key] = _problem(reference, registry, part, skip_bad_rows, split, shares)
             if (problem := checked[key]) is not None:
                 faults.append(Fault(f"{spec.name}.{'.'.join(map(str, reference.path))}", problem))
-    if faults:
-        raise ConfigError(list(dict.fromkeys(faults)))
+    return faults
 
 
 def _problem(
@@ -127,11 +159,13 @@ def run_experiment(
     resume: bool = True,
     quiet: bool = False,
     command: str | None = None,
+    before_work: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Run what is missing of an experiment and compare; returns the outcome of each stage and the comparison.
 
     Args:
-        command: how to run this again, for the report.
+        command: how to run this again, for the report. before_work: called before a stage or the comparison runs; not
+            called where everything is done.
     """
 
     def say(text: str) -> None:
@@ -143,12 +177,11 @@ def run_experiment(
     experiment = load_experiment(path, overrides, known_models=registry.models.names())
     for note in experiment.notes:
         say(f"note: {note}")
-    check_inputs(experiment, registry)
     nodes = expand(experiment)
+    done = checked(experiment, nodes, registry)
     drawn = resampled(nodes)
     for line in _about(experiment, nodes, drawn):
         say(line)
-    done = survey(nodes, registry)
 
     # 2. The rest, in order. A node whose input has just been made may turn out to be done: it is looked up again.
     outputs: dict[int, str] = {}
@@ -163,6 +196,7 @@ def run_experiment(
         else:
             say(f"[{place + 1}/{len(nodes)}] {node.label} ({progress.told(place)})")
             later = sum(ready is not None for ready in done[place + 1 :])
+            before_work()
             told = f"of {len(nodes)} are done; the same command goes on from here"
             try:
                 result = stage_function(node.spec.stage)(config, home, resume=resume, quiet=quiet)
@@ -189,7 +223,7 @@ def run_experiment(
             for name, outcome in first.items()
         },
         **({"points": [o.as_point() for o in outcomes], "resampled": list(drawn)} if several else {}),
-        "comparison": _compared(experiment, outcomes, registry, say, drawn, quiet=quiet, command=command),
+        "comparison": _compared(experiment, outcomes, registry, say, drawn, before_work, quiet=quiet, command=command),
     }
 
 
@@ -218,18 +252,28 @@ def _compared(
     registry: Registry,
     say: Callable[[str], None],
     drawn: Sequence[str],
+    before_work: Callable[[], None],
     **options: Any,
 ) -> dict[str, Any] | None:
     """The experiment's comparison: the config names the first node of each stage, the points are all of them."""
     if experiment.compare is None:
         return None
-    from rlhf_pipeline.compare.run import run_compare
-
     models: dict[str, str] = {}
     for outcome in outcomes:
         models.setdefault(outcome.node.name, output_of(outcome.node, outcome.model))
     config = experiment.compare.resolved(models)
     points = points_of(experiment.compare, [(o.node, o.model) for o in outcomes], registry)
+    report = registry.home / "reports" / config.name
+    inputs = comparison_inputs(config, points, drawn, registry)
+    if inputs is not None and (results := compared_already(report, inputs)) is not None:
+        say(f"compared already: {report / RESULTS} (remove that folder to compare again)")
+        return results
     against = f" with {config.baseline}" if config.baseline else ""
     say(f"comparing {', '.join(point.model for point in points)}{against}")
-    return run_compare(config, registry.home, points=points, resampled=drawn, **options)
+    before_work()
+    from rlhf_pipeline.compare.run import run_compare
+
+    results = run_compare(config, registry.home, points=points, resampled=drawn, **options)
+    if inputs is not None:
+        note_comparison(report, inputs)
+    return results

@@ -24,7 +24,8 @@ from rlhf_pipeline.models.roles import Policy
 from rlhf_pipeline.registry.lengths import positions_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.rollout.rewards import WORLD_NAMES, RewardSource
+from rlhf_pipeline.rollout.reward_names import WORLD_NAMES
+from rlhf_pipeline.rollout.rewards import RewardSource
 from rlhf_pipeline.stages.common import find_model, load_policy, tokenizer_of
 from rlhf_pipeline.stages.reward_sources import load_reward
 

@@ -28,7 +28,7 @@ from rlhf_pipeline.registry.parents import beta_of, reference_of, reward_model_o
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import role_of
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.rollout.rewards import WORLD_NAMES
+from rlhf_pipeline.rollout.reward_names import WORLD_NAMES
 from rlhf_pipeline.stages.common import find_model
 from rlhf_pipeline.training.run import make_accelerator
 from rlhf_pipeline.training.tracking import console, jsonable

@@ -23,7 +23,7 @@ from rlhf_pipeline.registry.optimum import own_moves
 from rlhf_pipeline.registry.parents import parent_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.rollout.rewards import WORLD_NAMES, is_function_name
+from rlhf_pipeline.rollout.reward_names import WORLD_NAMES, is_function_name
 from rlhf_pipeline.stages.common import find_model, load_reward_model, require_same_tokenizer
 from rlhf_pipeline.training.tensor_cache import read_tensor, write_tensor
 

@@ -9,7 +9,7 @@ from rlhf_pipeline.data import world
 from rlhf_pipeline.registry.lineage import COLLECTED
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.rollout.rewards import WORLD_NAMES
+from rlhf_pipeline.rollout.reward_names import WORLD_NAMES
 
 REWARD_KEYS = ("true_reward", "reward_model", "judge", "reward")
 """Keys of evaluation configs that name a reward."""

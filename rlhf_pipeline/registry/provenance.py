@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -38,6 +39,15 @@ def code_state() -> dict[str, Any]:
     changes = _git(package, "status", "--porcelain", "--", str(package))
     state["modified"] = None if changes is None else bool(changes)
     return state
+
+
+def source_digest() -> str:
+    """Return the SHA-256 of the package's source files."""
+    package = Path(rlhf_pipeline.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package).as_posix()}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def environment() -> dict[str, Any]:

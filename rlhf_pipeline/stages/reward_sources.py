@@ -15,16 +15,8 @@ from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.models.roles import RewardModel
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.rollout.rewards import (
-    WORLD_NAMES,
-    FunctionReward,
-    ModelReward,
-    RewardSource,
-    WeightedReward,
-    WorldReward,
-    is_function_name,
-    load_function,
-)
+from rlhf_pipeline.rollout.reward_names import WORLD_NAMES, is_function_name, load_function
+from rlhf_pipeline.rollout.rewards import FunctionReward, ModelReward, RewardSource, WeightedReward, WorldReward
 from rlhf_pipeline.stages.common import find_model, load_reward_model, require_same_tokenizer
 from rlhf_pipeline.stages.gate import repeat_gates
 from rlhf_pipeline.training.cost import ModelShape

@@ -105,6 +105,29 @@ def test_training_on_token_ids_imports_only_what_it_uses(lab) -> None:
     assert found["frozen"] > 100_000
 
 
+@pytest.mark.slow
+def test_an_experiment_that_is_done_imports_no_library(lab, tmp_path) -> None:
+    """Its stages and its comparison are looked up; torch comes with the first thing that is to be made."""
+    cpu = {"use_cpu": True, "num_threads": 1}
+    init = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    init |= {"num_attention_heads": 1, "num_key_value_heads": 1, "max_position_embeddings": 16}
+    new = {"dataset_name": "world:verdicts", "max_train_samples": 64, "model_init": init}
+    training = {key: value for key, value in TINY.items() if key != "model_name_or_path"}
+    stages = {
+        "new": {"stage": "sft", **training, **new, "tokenizer_init": {"type": "world"}, "output_name": "new"},
+        "dpo": {"stage": "dpo", **TINY, "output_name": "dpo"},
+    }
+    compare = {"arms": ["dpo"], "baseline": "sft", "samples": 1, **cpu}
+    path = tmp_path / "experiment.json"
+    path.write_text(json.dumps({"name": "trial", "stages": stages, "compare": compare}))
+    words = ["--home", str(lab.home), "run", str(path)]
+    first = imported(HEAVY, words)
+    assert first["codes"] == [0] and "torch" in first["found"][0]
+    second = imported(HEAVY, words)
+    assert second["codes"] == [0] and second["found"] == [[]]
+    assert "compared already" in second["said"][0]
+
+
 def test_where_torch_is_imported_the_collector_is_left_alone() -> None:
     import torch  # noqa: F401
 

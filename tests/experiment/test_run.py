@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
 
 from rlhf_pipeline.errors import ConfigError, Interrupted
+from rlhf_pipeline.experiment import done
 from rlhf_pipeline.experiment import run as runner
 from rlhf_pipeline.experiment.run import run_experiment
 
@@ -47,12 +50,13 @@ def experiment(lab, tmp_path):
     folder = tmp_path / "experiment"
     folder.mkdir()
 
-    def write(compare: bool = True, **changes):
+    def write(compare: bool | dict = True, **changes):
+        changes["compare"] = compare if isinstance(compare, dict) else {}
         for name, values in CONFIGS.items():
             (folder / f"{name}.yaml").write_text(yaml.safe_dump({**values, **changes.get(name, {})}))
         stages = {name: {**entry, "config": f"{name}.yaml"} for name, entry in STAGES.items()}
         content = {"name": "trial", "seeds": [0], "stages": stages}
-        if compare:
+        if compare is not False:
             content["compare"] = {"arms": ["ppo", "dpo"], "baseline": "start", "config": "compare.yaml"}
         path = folder / "experiment.yaml"
         path.write_text(yaml.safe_dump(content, sort_keys=False))
@@ -166,3 +170,89 @@ def test_a_signal_when_a_stage_is_done_stops_before_the_next(lab, experiment, mo
     assert caught.value.exit_code == 143
     assert lab.registry.models.names() == ["reward", "sft", "start"]
     assert skipped(run(lab, path)) == {"start"}
+
+
+@pytest.fixture
+def counts(monkeypatch):
+    """How often files are parsed and hashed, and models loaded, by their name; files count as settled at once."""
+    from rlhf_pipeline.data import sources, stamps
+    from rlhf_pipeline.models import loading
+    from rlhf_pipeline.registry import digests, integrity
+
+    found: dict[str, Counter[str]] = {"parsed": Counter(), "hashed": Counter(), "loaded": Counter()}
+    monkeypatch.setattr(stamps, "SETTLED", 0)
+
+    def count(kind, function, place):
+        def call(*args, **options):
+            path = Path(args[place])
+            found[kind]["/".join(path.parts[-3:] if path.suffix else path.parts[-2:])] += 1
+            return function(*args, **options)
+
+        return call
+
+    monkeypatch.setattr(sources, "read_file", count("parsed", sources.read_file, 0))
+    monkeypatch.setattr(loading, "_from_pretrained", count("loaded", loading._from_pretrained, 1))
+    reading = count("hashed", digests.file_sha256, 0)
+    for module in (digests, integrity):
+        monkeypatch.setattr(module, "file_sha256", reading)
+    return found
+
+
+def test_the_same_work_is_done_once(lab, experiment, counts):
+    run(lab, experiment())
+    assert counts["parsed"] == {"pairs/v1/records.jsonl": 1, "chosen/v1/records.jsonl": 1}
+    # Made from `sft`; a policy of collect, the trunk of the reward model and its centering, PPO's actor and reference,
+    # DPO's policy and reference, and once for all parts of the comparison. PPO's reward model, and the comparison's.
+    assert counts["loaded"] == {"sft/v1": 1, "start/v1": 8, "scorer/v1": 2, "ppo/v1": 1, "dpo/v1": 1}
+    # A file is read once when it is registered, in a folder of another name, and once before it is loaded.
+    weights = {name: count for name, count in counts["hashed"].items() if name.endswith("/v1/model.safetensors")}
+    assert weights == {f"{name}/v1/model.safetensors": 1 for name in ("sft", "start", "scorer", "ppo", "dpo")}
+
+
+def test_a_comparison_that_is_there_is_not_made_again(lab, experiment, counts, monkeypatch):
+    """Nothing is loaded; what it was made of, or what lies there, being another, it is made again."""
+    path, report = experiment(compare={"exact": False}), lab.home / "reports" / "trial"
+    first, written = run(lab, path), (report / "results.json").read_text()
+
+    def again(*overrides: str) -> bool:
+        counts["loaded"].clear()
+        result = run(lab, path, *overrides)
+        assert result["comparison"] == json.loads((report / "results.json").read_text())
+        return bool(counts["loaded"])
+
+    assert not again()
+    assert run(lab, path)["comparison"] == first["comparison"]
+    assert again("compare.samples=3")
+    assert again() and (report / "results.json").read_text() == written
+    (report / "results.json").write_text(written.replace('"name"', '"Name"', 1))
+    assert again()
+    (report / "index.html").unlink()
+    assert again()
+    (report / "inputs.json").write_text("{")
+    assert again()
+    monkeypatch.setattr(done, "source_digest", lambda: "of another version of this package")
+    assert again() and not again()
+
+
+def test_prompts_that_have_changed_are_compared_on_again(lab, experiment, tmp_path, counts):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "the pacing of this horror was"}\n')
+    path = experiment(compare={"prompts": str(prompts), "split": "all", "validation_split": None, "exact": False})
+    for text in ("the pacing of this horror was", "the pacing of this comedy was"):
+        prompts.write_text(json.dumps({"prompt": text}) + "\n")
+        assert run(lab, path)["comparison"]["prompt_texts"] == [text]
+    counts["loaded"].clear()
+    run(lab, path)
+    assert not counts["loaded"]
+
+
+def test_what_a_function_scores_is_compared_each_time(lab, experiment, tmp_path, counts, monkeypatch):
+    (tmp_path / "truth_of_this_test.py").write_text(
+        "def truth(prompts, completions, **_):\n    return [1.0] * len(prompts)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = experiment(compare={"true_reward": "truth_of_this_test:truth", "exact": False})
+    run(lab, path)
+    counts["loaded"].clear()
+    run(lab, path)
+    assert counts["loaded"]

@@ -17,9 +17,10 @@ import yaml
 from rlhf_pipeline.cli.main import main
 from rlhf_pipeline.compare.points import Point, trials
 from rlhf_pipeline.config import load_experiment
+from rlhf_pipeline.config.grid import expand
 from rlhf_pipeline.errors import ConfigError, Interrupted
 from rlhf_pipeline.experiment.estimate import estimate_experiment
-from rlhf_pipeline.experiment.run import check_inputs, run_experiment
+from rlhf_pipeline.experiment.run import checked, run_experiment
 
 CPU = {"use_cpu": True, "num_threads": 1, "max_prompt_length": 6, "response_length": 4}
 TRAINING = {**CPU, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "max_steps": 2}
@@ -262,5 +263,5 @@ def test_swept_references_are_checked_before_anything_runs(lab, path):
     swept = "sweep.ppo.reward_model_path=[scorer, reward, sft]"
     experiment = load_experiment(path, ["sweep={}", swept], known_models=lab.registry.models.names())
     with pytest.raises(ConfigError, match=r"ppo\.reward_model_path: sft@v1") as caught:
-        check_inputs(experiment, lab.registry)
+        checked(experiment, expand(experiment), lab.registry)
     assert len(caught.value.faults) == 1

@@ -14,15 +14,8 @@ from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import ConfigError, RunFailed
 from rlhf_pipeline.models.forward import Reader
 from rlhf_pipeline.models.roles import RewardModel
-from rlhf_pipeline.rollout.rewards import (
-    FunctionReward,
-    ModelReward,
-    WeightedReward,
-    WorldReward,
-    is_function_name,
-    load_function,
-    world_verdicts,
-)
+from rlhf_pipeline.rollout.reward_names import is_function_name, load_function
+from rlhf_pipeline.rollout.rewards import FunctionReward, ModelReward, WeightedReward, WorldReward, world_verdicts
 
 
 def example(genre: str, aspect: str, *responses: tuple[str, bool]) -> Example:

@@ -1,0 +1,55 @@
+"""What the name of a reward source means: the built-in world, a Python function, or a reward model."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rlhf_pipeline.data import world
+from rlhf_pipeline.errors import ConfigError, Fault
+
+WORLD_NAMES = ("world", world.NAME)
+
+
+def names_a_model(source: str) -> bool:
+    """Whether a reward source is a reference to a model: neither the world nor a function."""
+    return source not in WORLD_NAMES and not is_function_name(source)
+
+
+def is_function_name(source: str) -> bool:
+    """Whether a reward source is named as module:function."""
+    if source in WORLD_NAMES:
+        return False
+    module, _, function = source.partition(":")
+    return function.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def load_function(source: str) -> Callable[..., Sequence[float]]:
+    """Import a reward function named `module:function`, also from the current directory.
+
+    Raises:
+        ConfigError: when there is no such module or function.
+    """
+    module_name, _, name = source.partition(":")
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:
+        sys.path.insert(0, here)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            function = getattr(importlib.import_module(module_name), name)
+    except Exception as error:  # whatever the user's module does when it is imported
+        raise ConfigError(
+            Fault(
+                source, f"cannot import it ({type(error).__name__}: {error})", "module:function, importable from here"
+            )
+        ) from error
+    finally:
+        if added:
+            sys.path.remove(here)
+    if not callable(function):
+        raise ConfigError(Fault(source, f"found a {type(function).__name__}", "a function"))
+    return function
