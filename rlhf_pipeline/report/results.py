@@ -1,0 +1,572 @@
+"""results.json as types: what `rlhf compare` writes, and all that the verdict, the tables, the page and users read.
+
+`load(path)` returns a `Results`. `results.schema.json` beside this module is the JSON schema of the same classes. A
+number that JSON cannot hold (the infinite end of an interval) is null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from rlhf_pipeline.errors import DamagedFile
+from rlhf_pipeline.evaluation.statistics import Estimate
+
+VERSION: Literal[1] = 1
+SCHEMA = Path(__file__).with_name("results.schema.json")
+BEST_OF_N = "best-of-n"
+"""The stage of a row that is no model: the best of n samples of the baseline."""
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Optimum = Literal["same", "scale", "other"]
+"""How the optimum of a model stands to pi_ref exp(r / beta): the same, at another beta, or another one."""
+
+Number = Annotated[float | None, BeforeValidator(_finite)]
+"""A number; None where it is not known, or infinite."""
+
+
+class Part(BaseModel):
+    """A part of results.json: frozen, without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Interval(Part):
+    """A mean with its 95 % interval; n values of so many clusters (prompts or seeds); the ends are None if unknown."""
+
+    mean: float
+    low: Number
+    high: Number
+    n: int
+    clusters: int
+    method: str
+
+    @classmethod
+    def of(cls, found: Estimate) -> Interval:
+        """An estimate as results.json has it."""
+        return cls.model_validate(found.as_dict())
+
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        """Both ends, where they are known."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+    def excludes(self, value: float = 0.0) -> bool:
+        """Whether the interval is known and lies on one side of a value."""
+        return self.ends is not None and not self.ends[0] <= value <= self.ends[1]
+
+
+class DataReport(Part):
+    """What became of the rows of one source, as a manifest has it."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    source: str
+    split: str | None = None
+    digest: str
+    rows: int
+
+
+class DataChange(Part):
+    """Data that are no longer what the manifest of a model says."""
+
+    model: str
+    source: str
+    split: str
+    found: str | None
+    expected: str
+    rows: int
+    expected_rows: int
+    text: str
+
+
+class Span(Part):
+    """A number with both ends of its 95 % interval; all None where there is none."""
+
+    mean: Number
+    low: Number
+    high: Number
+
+
+class Gate(Part):
+    """Whether a reward model beats a coin and the baselines on held-out pairs; differences are in accuracy."""
+
+    passed: bool
+    beats: dict[str, bool]
+    differences: dict[str, Span]
+    reason: str
+
+
+class Difference(Part):
+    """One fact in which the arms differ, and what it is for each of them."""
+
+    what: str
+    values: dict[str, str]
+
+
+class Comparable(Part):
+    """Whether the arms differ in nothing but the way they were trained."""
+
+    ok: bool
+    differences: list[Difference]
+    allowed: bool
+
+
+class Cost(Part):
+    """What training cost: seconds, floating-point operations, tokens, optimizer steps, bytes."""
+
+    wall_seconds: float
+    flops: float
+    tokens_trained: float
+    tokens_generated: float
+    optimizer_steps: float
+    peak_memory_bytes: float
+
+
+class Diversity(Part):
+    """distinct-n over the first `tokens` tokens, as many for every model; self-BLEU of the samples of a prompt."""
+
+    distinct_1: float
+    distinct_2: float
+    distinct_4: float
+    tokens: int
+    self_bleu: Number
+
+
+class EffectiveBeta(Part):
+    """PPO's beta in units of the labels' reward: kl_coef times the calibration slope of its reward model."""
+
+    mean: Number
+    low: Number
+    high: Number
+    slope: Span
+    reward_model: str
+    why_not: str | None
+
+
+class Row(Part):
+    """Figures of one model, or of best-of-n of the baseline (stage "best-of-n")."""
+
+    name: str
+    model: str
+    stage: str
+    metrics: dict[str, Interval]
+    cost: Cost | None = None
+    # a model
+    arm: str | None = None
+    seed: int | None = None
+    setting: dict[str, Any] = {}
+    step: int | None = None
+    digest: str | None = None
+    beta: Number = None
+    effective_beta: EffectiveBeta | None = None
+    optimum: Optimum = "same"
+    moves_optimum: dict[str, Any] = {}
+    may_move_optimum: dict[str, Any] = {}
+    scored_by: str | None = None
+    per_prompt: dict[str, list[float]] = {}
+    validation: dict[str, Interval] | None = None
+    win_rate: Interval | None = None
+    ties: Number = None
+    difference: Interval | None = None
+    gain_in_sd: Number = None
+    diversity: Diversity | None = None
+    # best-of-n
+    n: int | None = None
+    samples: int | None = None
+    chosen_by: str | None = None
+    kl_bound: Number = None
+
+
+class ExactPerPrompt(Part):
+    """The exact figures prompt by prompt."""
+
+    reward: list[float]
+    kl: list[float]
+    objective: list[float]
+    gap: list[float]
+    attainable: list[float]
+
+
+class Gap(Part):
+    """beta KL(pi || pi*) under a reward, a mean over the first `prompts` prompts."""
+
+    value: float
+    prompts: int
+    reward: list[tuple[float, str]]
+
+
+class TrainingLoss(Part):
+    """A DPO policy's training loss, and how far above the best known one it lies."""
+
+    training_loss: float
+    best: str
+    excess: Number
+
+
+class ExactRow(Part):
+    """Exact figures of one model, or of the optimum at one beta (stage "optimum")."""
+
+    name: str
+    model: str | None
+    stage: str
+    digest: str | None
+    beta: float
+    reward: float
+    kl: float
+    objective: float
+    gap: float
+    attainable: float
+    share: Number
+    prompts: int
+    per_prompt: ExactPerPrompt
+    below_frontier: float
+    gap_true: Gap
+    optimisation_gap: Gap | None = None
+    disagreement: Gap | None = None
+    gap_true_there: Gap | None = None
+    training_loss: TrainingLoss | None = None
+
+
+class ExactBestOfN(Part):
+    """Best-of-n of the reference without sampling."""
+
+    n: int
+    chosen_by: str
+    prompts: int
+    reward: float
+    kl: float
+
+
+class Gibbs(Part):
+    """Points of the exact frontier: mean KL and mean reward at each beta."""
+
+    beta: list[float]
+    reward: list[float]
+    kl: list[float]
+
+
+class Exact(Part):
+    """Exact figures over all responses, where every response can be listed."""
+
+    reward: str
+    reference: str
+    reward_model: str | None
+    prompts: int
+    reward_model_prompts: int
+    responses: int
+    temperature: float
+    rows: list[ExactRow]
+    best_of_n: list[ExactBestOfN]
+    frontier: Gibbs
+
+
+class Scorer(Part):
+    """How well one scorer orders held-out pairs; `bins` are (mean confidence, mean correctness, pairs)."""
+
+    accuracy: Interval
+    ece: Number
+    nll: Number
+    brier: Number
+    bins: list[tuple[float, float, int]]
+
+
+class ScorerTest(Part):
+    """The first reward model's accuracy minus the first DPO policy's."""
+
+    name: str
+    method: str
+    difference: Interval
+    p: Number
+
+
+class Preferences(Part):
+    """Reward models and DPO policies on the same held-out pairs."""
+
+    pairs: int
+    prompts: int
+    scorers: dict[str, Scorer]
+    test: ScorerTest | None
+
+
+class Demonstrations(Part):
+    """The demonstrations of the same prompts."""
+
+    each: int
+    metrics: dict[str, Interval]
+
+
+class Summary(Part):
+    """Figures of one arm at one setting, over its seeds and prompts."""
+
+    arm: str
+    setting: dict[str, Any]
+    beta: Number
+    optimum: Optimum
+    effective_beta: Number
+    seeds: int
+    metrics: dict[str, Interval]
+    method: str
+
+
+class ArmEntry(Part):
+    """How an arm was tuned, and what it cost at the setting that speaks for it."""
+
+    trials: int
+    snapshots: int
+    settings: list[dict[str, Any]]
+    selected: dict[str, Any] | None
+    cost: Cost | None
+
+
+class Contrast(Part):
+    """A difference between two arms in one figure; `why_not` says why there is none."""
+
+    name: str
+    kind: Literal["as trained", "same beta", "selected", "matched KL", "area", "cost", "exact"]
+    a: str
+    b: str
+    figure: str
+    at: str
+    estimate: Interval | None
+    why_not: str | None
+    p: Number
+    p_holm: Number = None
+    primary: bool = False
+
+
+class LengthControlled(Part):
+    """The win rate at equal length."""
+
+    estimate: Interval | None
+    phi: Number
+    why_not: str | None
+
+
+class WinRate(Part):
+    """P(a response of a beats one of b to the same prompt), ties one half."""
+
+    a: str
+    b: str
+    figure: str
+    estimate: Interval | None
+    why_not: str | None
+    ties: Number
+    p: Number
+    length_controlled: LengthControlled
+
+
+class Ranked(Part):
+    """One model's Elo."""
+
+    name: str
+    arm: str
+    step: int | None
+    elo: Interval
+    bound: Literal["at least", "at most"] | None
+    ties: float
+
+
+class Ranking(Part):
+    """Elo of every model, the baseline at 1000."""
+
+    figure: str
+    separable: bool
+    left_out: int
+    rows: list[Ranked]
+
+
+class FrontierPoint(Part):
+    """Reward against KL of one model."""
+
+    setting: dict[str, Any]
+    step: int | None
+    seed: int | None
+    model: str
+    kl: Interval
+    reward: Interval
+
+
+class FrontierArm(Part):
+    """An arm's points, the envelope of their means over seeds, and its interval (KL, low, high)."""
+
+    points: list[FrontierPoint]
+    envelope: list[tuple[float, float]]
+    band: list[tuple[float, Number, Number]]
+
+
+class Frontier(Part):
+    """Reward against KL of every arm."""
+
+    figure: str
+    chosen_by: str | None
+    arms: dict[str, FrontierArm]
+    matched_kl: Number
+    common_range: tuple[float, float] | None
+    gibbs: Gibbs | None
+
+
+class GaoFit(Part):
+    """Gao et al.'s form fitted to the judged reward: d (alpha - beta ln d)."""
+
+    form: str
+    alpha: float
+    beta: float
+    peak: Number
+    least: float
+    largest: float
+    points: int
+    residual: float
+
+
+class Overoptimised(Part):
+    """Whether the judged reward falls while the optimised one rises; points are (sqrt KL, proxy gain, gold gain)."""
+
+    gold: str
+    reference: str
+    points: list[tuple[float, float, float]]
+    fit: GaoFit | None
+    found: bool | None
+    why: str
+    p: Number
+
+
+class Line(Part):
+    """One line of the verdict."""
+
+    topic: str
+    text: str
+    certain: bool = True
+
+
+class Verdict(Part):
+    """The headline and its lines."""
+
+    headline: str
+    certain: bool
+    lines: list[Line]
+
+
+class Response(Part):
+    """A response to read, with its scores."""
+
+    text: str
+    ended: bool
+    true_reward: Number = None
+    score: Number = None
+    judge: Number = None
+
+
+class Shown(Part):
+    """One prompt with the responses of every model."""
+
+    prompt: str
+    responses: dict[str, list[Response]]
+
+
+class Ancestor(Part):
+    """One model behind a comparison."""
+
+    model: str
+    digest: str | None
+    stage: str | None
+    seed: int | None
+    parents: dict[str, str]
+    data: list[DataReport]
+
+
+class Results(Part):
+    """One comparison."""
+
+    version: Literal[1] = VERSION
+    name: str
+    command: str | None
+    primary: str | None
+    baseline: str
+    reference: str | None
+    reward_model: str | None
+    judge: str | None
+    true_reward: str | None
+    gates: dict[str, Gate]
+    prompts: int
+    prompt_texts: list[str]
+    samples: int
+    split: str
+    validation_split: str | None
+    temperature: float
+    response_length: int
+    seed: int
+    seeds: list[int]
+    resampled: list[str]
+    data: list[DataReport]
+    comparable: Comparable
+    rows: list[Row]
+    exact: Exact | None
+    preferences: Preferences | None
+    data_changed: list[DataChange]
+    demonstrations: Demonstrations | None
+    summary: list[Summary]
+    arms: dict[str, ArmEntry]
+    contrasts: list[Contrast]
+    win_rates: list[WinRate] = []
+    ranking: Ranking | None = None
+    frontier: Frontier | None = None
+    overoptimisation: dict[str, Overoptimised] | None = None
+    verdict: Verdict
+    samples_shown: list[Shown]
+    curves: dict[str, dict[str, list[tuple[float, float]]]]
+    lineage: list[Ancestor]
+    configs: dict[str, str]
+    path: str
+    report: str
+
+    def trained(self) -> Iterator[Row]:
+        """Rows of trained models, without best-of-n and without snapshots."""
+        return (row for row in self.rows if row.stage != BEST_OF_N and row.step is None)
+
+    def find(self, **wanted: Any) -> Iterator[Contrast]:
+        """Contrasts with these values."""
+        return (one for one in self.contrasts if all(getattr(one, key) == value for key, value in wanted.items()))
+
+
+def load(path: str | Path) -> Results:
+    """The results of a comparison from its results.json.
+
+    Raises:
+        DamagedFile: there is no such file, it is no JSON, or not what `rlhf compare` of this version wrote.
+    """
+    path = Path(path)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DamagedFile(f"{path}: cannot be read ({error.strerror}); rlhf compare writes it") from None
+    except ValueError as error:
+        raise DamagedFile(
+            f"{path}: found no JSON ({error}), expected what rlhf compare writes; compare again"
+        ) from None
+    version = found.get("version") if isinstance(found, dict) else None
+    if version != VERSION:
+        expected = f"expected version {VERSION}, what rlhf compare writes now; compare again"
+        raise DamagedFile(f"{path}: found {'no version' if version is None else f'version {version}'}, {expected}")
+    try:
+        return Results.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DamagedFile(
+            f"{path}: {error.error_count()} faults, the first at {where}: {first['msg']}; expected what rlhf compare "
+            "writes; compare again"
+        ) from None
+
+
+def schema() -> str:
+    """The JSON schema of results.json, as the file `SCHEMA` has it."""
+    return json.dumps(Results.model_json_schema(), indent=1) + "\n"
