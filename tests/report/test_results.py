@@ -17,7 +17,7 @@ from tests.report.report_fixture import full, plain
 
 
 def test_the_schema_file_is_that_of_the_classes() -> None:
-    """Make it anew: python -c "from rlhf_pipeline.report.results import SCHEMA, schema; SCHEMA.write_text(schema())"."""
+    # To make it again: SCHEMA.write_text(schema())
     assert SCHEMA.read_text(encoding="utf-8") == schema()
 
 
@@ -63,6 +63,7 @@ def test_what_is_no_results_is_refused_with_the_place(content: str, message: str
 
 
 def test_the_report_needs_no_torch() -> None:
-    code = "import sys, rlhf_pipeline.report; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    heavy = "('torch', 'transformers', 'datasets')"
+    code = f"import sys, rlhf_pipeline.report; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
