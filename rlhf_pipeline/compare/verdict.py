@@ -12,7 +12,7 @@ from math import isfinite
 from typing import Any
 
 from rlhf_pipeline.compare.aim import describe_aims
-from rlhf_pipeline.evaluation.seeds import needed
+from rlhf_pipeline.evaluation.needed import needed
 
 FIGURES = {
     "objective": "the exact objective, reward - beta KL,",
@@ -132,23 +132,16 @@ def _others(results: Mapping[str, Any]) -> Iterator[Line]:
         yield said
 
 
-def _exact_rows(results: Mapping[str, Any], stage: str) -> list[Mapping[str, Any]]:
-    return [row for row in (results.get("exact") or {}).get("rows", ()) if row["stage"] == stage]
-
-
-Shortfall = tuple[float, float, float]
-"""Beta, and means over an arm's models: what is missing to the optimum of the true reward, and to the model's own."""
-
-PARTS = {"ppo": "optimisation_gap", "dpo": "disagreement"}
-"""What of an arm's gap to the optimum an exact row says, by stage."""
+Shortfall = tuple[float, float, float]  # beta; what is missing to the optimum of the true reward; to the model's own
+PARTS = {"ppo": "optimisation_gap", "dpo": "disagreement"}  # what an exact row says of a model's own optimum
 
 
 def _shortfalls(results: Mapping[str, Any], stage: str) -> list[Shortfall]:
     """What keeps a stage's models from the optimum, beta by beta, where that is known exactly."""
     part = PARTS[stage]
     by_beta: dict[float, list[Mapping[str, Any]]] = {}
-    for row in _exact_rows(results, stage):
-        if row.get(part):
+    for row in (results.get("exact") or {}).get("rows", ()):
+        if row["stage"] == stage and row.get(part):
             by_beta.setdefault(row["beta"], []).append(row)
     found = []
     for beta, rows in by_beta.items():
@@ -189,8 +182,8 @@ def _limits(results: Mapping[str, Any]) -> Iterator[Line]:
 
 def _short_of(name: str, shortfall: Shortfall) -> str:
     beta, total, own = shortfall
-    text = f"{name} at beta {beta:g} is {total:.3f} short of the optimum of the true reward; "
-    return text + f"to that of the reward model it is {own:.3f}"
+    away = f"{name} at beta {beta:g} is {total:.3f} short of the optimum of the true reward"
+    return f"{away}; to that of the reward model it is {own:.3f}"
 
 
 def _apart_in_kl(results: Mapping[str, Any]) -> Iterator[Line]:
