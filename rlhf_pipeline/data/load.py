@@ -15,7 +15,7 @@ from rlhf_pipeline.data.files import RowFault, by_line
 from rlhf_pipeline.data.formats import count_reasons, is_identical, parse
 from rlhf_pipeline.data.kinds import as_kind, tied_rows
 from rlhf_pipeline.data.records import Record
-from rlhf_pipeline.data.sources import files_of, read_source
+from rlhf_pipeline.data.sources import files_of, read_source, world_digest
 from rlhf_pipeline.data.splits import FRACTIONS, in_split
 from rlhf_pipeline.data.stamps import Stamp, stamp
 from rlhf_pipeline.data.tokenize import Example, tokenize
@@ -40,8 +40,13 @@ class RecordSet:
     records: list[Record]
     faults: list[RowFault] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)  # rows that are not wrong but say nothing
-    tokenizer_digest: str | None = None
+    recorded_digest: str | None = None  # as collected data record it
     unread: str | None = None  # of implicit prompts: a column that looks like the prompt
+
+    @property
+    def tokenizer_digest(self) -> str | None:
+        """The digest of the tokenizer that the records' token ids belong to; a world's is computed by transformers."""
+        return world_digest() if self.source.startswith("world:") else self.recorded_digest
 
 
 @dataclass(frozen=True)

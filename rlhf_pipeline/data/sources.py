@@ -5,6 +5,7 @@ A source is read as it is; `formats` decides what its rows mean. Rows of a local
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -39,7 +40,7 @@ class Source:
     rows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # (where, row)
     faults: list[RowFault] = field(default_factory=list)  # rows that could not be read
     records: list[Record] | None = None
-    tokenizer_digest: str | None = None  # of the tokenizer that the rows' token ids belong to
+    tokenizer_digest: str | None = None  # of the tokenizer of collected token ids
     path: Path | None = None
 
 
@@ -121,14 +122,17 @@ def _world(source: str, config: str | None) -> Source:
     if source not in WORLDS:
         raise UnknownReference(f"{source}: no such world; known: {', '.join(WORLDS)}")
     from rlhf_pipeline.data import world
+
+    return Source(source, "world", records=list(world.records(config)))
+
+
+@functools.cache
+def world_digest() -> str:
+    """Return the digest of the tokenizer of the built-in world."""
+    from rlhf_pipeline.data import world
     from rlhf_pipeline.data.tokenizers import tokenizer_digest
 
-    return Source(
-        source,
-        "world",
-        records=list(world.records(config)),
-        tokenizer_digest=tokenizer_digest(world.tokenizer()),
-    )
+    return tokenizer_digest(world.tokenizer())
 
 
 def home_directory(home: Path | None) -> Path:

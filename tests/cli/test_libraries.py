@@ -105,13 +105,12 @@ def test_an_experiment_that_is_done_imports_no_library(lab, tmp_path) -> None:
     cpu = {"use_cpu": True, "num_threads": 1}
     init = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     init |= {"num_attention_heads": 1, "num_key_value_heads": 1, "max_position_embeddings": 16}
-    new = {"model_name_or_path": None, "dataset_name": "world:verdicts", "max_train_samples": 64, "model_init": init}
+    new = {"dataset_name": "world:verdicts", "max_train_samples": 64, "model_init": init}
+    training = {key: value for key, value in TINY.items() if key != "model_name_or_path"}
     stages = {
-        "new": {"stage": "sft", **TINY, **new, "tokenizer_init": {"type": "world"}, "output_name": "new"},
+        "new": {"stage": "sft", **training, **new, "tokenizer_init": {"type": "world"}, "output_name": "new"},
         "dpo": {"stage": "dpo", **TINY, "output_name": "dpo"},
     }
-    for stage in stages.values():
-        stage.pop("model_name_or_path") if stage["model_name_or_path"] is None else None
     compare = {"arms": ["dpo"], "baseline": "sft", "samples": 1, **cpu}
     path = tmp_path / "experiment.json"
     path.write_text(json.dumps({"name": "trial", "stages": stages, "compare": compare}))

@@ -204,14 +204,14 @@ def test_the_same_work_is_done_once(lab, experiment, counts):
     # Made from `sft`; a policy of collect, the trunk of the reward model and its centering, PPO's actor and reference,
     # DPO's policy and reference, and once for all parts of the comparison. PPO's reward model, and the comparison's.
     assert counts["loaded"] == {"sft/v1": 1, "start/v1": 8, "scorer/v1": 2, "ppo/v1": 1, "dpo/v1": 1}
-    # A file is read once when it is registered, by another name, and once before it is loaded.
-    weights = {name: count for name, count in counts["hashed"].items() if name.endswith("model.safetensors")}
+    # A file is read once when it is registered, in a folder of another name, and once before it is loaded.
+    weights = {name: count for name, count in counts["hashed"].items() if name.endswith("/v1/model.safetensors")}
     assert weights == {f"{name}/v1/model.safetensors": 1 for name in ("sft", "start", "scorer", "ppo", "dpo")}
 
 
 def test_a_comparison_that_is_there_is_not_made_again(lab, experiment, counts, monkeypatch):
     """Nothing is loaded; what it was made of, or what lies there, being another, it is made again."""
-    path, report = experiment(), lab.home / "reports" / "trial"
+    path, report = experiment(compare={"exact": False}), lab.home / "reports" / "trial"
     first, written = run(lab, path), (report / "results.json").read_text()
 
     def again(*overrides: str) -> bool:
@@ -222,18 +222,14 @@ def test_a_comparison_that_is_there_is_not_made_again(lab, experiment, counts, m
 
     assert not again()
     assert run(lab, path)["comparison"] == first["comparison"]
-    assert again("compare.samples=3") and not again("compare.samples=3")
+    assert again("compare.samples=3")
     assert again() and (report / "results.json").read_text() == written
     (report / "results.json").write_text(written.replace('"name"', '"Name"', 1))
     assert again()
     (report / "index.html").unlink()
     assert again()
     (report / "inputs.json").write_text("{")
-    assert again() and not again()
-    lab.run(
-        "collect", output_name="pairs", num=90
-    )  # other data of the SFT model: `start` and all after it are made anew
-    assert again() and not again()
+    assert again()
     monkeypatch.setattr(done, "source_digest", lambda: "of another version of this package")
     assert again() and not again()
 
@@ -241,7 +237,7 @@ def test_a_comparison_that_is_there_is_not_made_again(lab, experiment, counts, m
 def test_prompts_that_have_changed_are_compared_on_again(lab, experiment, tmp_path, counts):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "the pacing of this horror was"}\n')
-    path = experiment(compare={"prompts": str(prompts), "split": "all", "validation_split": None})
+    path = experiment(compare={"prompts": str(prompts), "split": "all", "validation_split": None, "exact": False})
     for text in ("the pacing of this horror was", "the pacing of this comedy was"):
         prompts.write_text(json.dumps({"prompt": text}) + "\n")
         assert run(lab, path)["comparison"]["prompt_texts"] == [text]
@@ -255,7 +251,7 @@ def test_what_a_function_scores_is_compared_each_time(lab, experiment, tmp_path,
         "def truth(prompts, completions, **_):\n    return [1.0] * len(prompts)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    path = experiment(compare={"true_reward": "truth_of_this_test:truth"})
+    path = experiment(compare={"true_reward": "truth_of_this_test:truth", "exact": False})
     run(lab, path)
     counts["loaded"].clear()
     run(lab, path)

@@ -16,6 +16,7 @@ import yaml
 
 from rlhf_pipeline.cli.main import main
 from rlhf_pipeline.config import load_experiment
+from rlhf_pipeline.config.grid import expand
 from rlhf_pipeline.errors import ConfigError, Interrupted
 from rlhf_pipeline.experiment.estimate import estimate_experiment
 from rlhf_pipeline.experiment.points import Point, trials
