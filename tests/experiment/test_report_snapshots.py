@@ -98,8 +98,8 @@ def test_a_long_ranking_shows_the_best_snapshot_of_each_arm(directory: Path, tex
     assert len(rows_of(directory / "points" / "ranking.csv")) == 25 + 72
 
 
-def test_a_short_ranking_shows_all(text: str) -> None:
-    results = with_snapshots()
+def test_a_short_ranking_shows_all() -> None:
+    results = {key: value for key, value in with_snapshots().items() if key in ("name", "baseline", "ranking")}
     results["ranking"]["rows"] = [row for row in results["ranking"]["rows"] if "-0-0@" in row["name"]]
     said = section_of(page(results, Points()), "ranking")
     assert said.count("#") == 6 and "only the best" not in said
