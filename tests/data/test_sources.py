@@ -207,7 +207,8 @@ def test_marks_line_ends_and_archives_are_no_faults(tmp_path, name, content):
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
 def test_lines_of_10_mb_are_read(tmp_path, name):
-    from rlhf_pipeline.data.check import check_source
+    from rlhf_pipeline.data.check import describe
+    from rlhf_pipeline.data.load import read_records
 
     prompt = 'one, "two" three four five six seven ' * 270_000
     rows = [{"chosen": prompt + "three", "rejected": prompt + "four"}] * 2
@@ -222,7 +223,7 @@ def test_lines_of_10_mb_are_read(tmp_path, name):
     else:
         text = "\n".join(map(json.dumps, rows)) if name == "rows.jsonl" else json.dumps(rows)
         path.write_text(text, encoding="utf-8")
-    found = check_source(str(path))
+    found = describe(read_records(str(path), skip_bad_rows=True))
     assert (found["usable"], found["lengths"]["prompt"]["max"]) == (2, len(prompt) - 1)
     assert found["duplicate_rows"] == 1
 
