@@ -29,7 +29,7 @@ def arms(tiny, tmp_path_factory):
         max_steps=1,
         reward_functions=[{"source": "world", "weight": 1.0}],
     )
-    lab.run("dpo", output_name="population", dataset_name="world:verdicts", max_steps=1)
+    lab.run("dpo", output_name="population", dataset_name="world:verdicts", max_train_samples=2, max_steps=1)
     return lab
 
 
