@@ -1,4 +1,4 @@
-"""From the name of a source to the examples of a stage, with a report of what became of its rows."""
+"""Load the examples of a stage from a source, with a report on its rows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What became of one source's rows. A row with two faults counts under both reasons in `dropped`."""
+    """How many rows of a source were used, dropped or cut. A row with two faults counts twice in `dropped`."""
 
     source: str
     format: str
@@ -36,7 +36,7 @@ class SourceReport:
     source_rows: int  # in the whole source
     rows: int  # usable ones in the split
     kept: int  # examples
-    dropped: dict[str, int]  # faulty or skipped rows of the whole source, and what was left out of the split
+    dropped: dict[str, int]  # faulty or skipped rows of the whole source, and what was dropped from the split
     truncated: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
@@ -54,14 +54,14 @@ class SourceReport:
 
 @dataclass
 class ExampleSet:
-    """Tokenised examples, with one report for each source that they came from."""
+    """Tokenised examples, with one report per source."""
 
     examples: list[Example]
     reports: tuple[SourceReport, ...]
 
     @property
     def report(self) -> SourceReport:
-        """The report of the first, normally the only, source."""
+        """Report of the first source, normally the only one."""
         return self.reports[0]
 
 
@@ -80,11 +80,11 @@ def read_records(
 
     Args:
         source, config, split, home, base_dir: as for `read_source`.
-        skip_bad_rows: leave out and count rows with faults instead of refusing the source.
-        kind, tokenizer: of the stage, where known: its empty prompts are named with the other faults.
+        skip_bad_rows: drop and count faulty rows instead of refusing the source.
+        kind, tokenizer: those of the stage, if known; empty prompts are then reported with the other faults.
 
     Raises:
-        DataError: rows have faults (all of them are listed), or none is left.
+        DataError: rows have faults (all are listed), or no row is usable.
     """
     place: dict[str, Path | None] = {"home": home, "base_dir": base_dir}
     found = parsed_once(str(source), config, split, place)
@@ -103,7 +103,7 @@ def read_records(
 
 
 def refuse_faults(faults: Sequence[RowFault], source: str, rows: int) -> None:
-    """Raise all faults of a source at once, with a count of each reason first.
+    """Raise all faults of a source at once, after a count of each reason.
 
     Raises:
         DataError: there are faults.
@@ -115,7 +115,7 @@ def refuse_faults(faults: Sequence[RowFault], source: str, rows: int) -> None:
             source,
             f"{wrong} of {rows} rows cannot be used ({_list(count_reasons(faults))})",
             "",
-            "mend them, or set `skip_bad_rows: true` to leave them out",
+            "fix them, or set `skip_bad_rows: true` to drop them",
         )
         raise DataError([summary, *(item.fault for item in faults)])
 
@@ -143,16 +143,16 @@ def load_examples(
 
     Args:
         source, config, home, base_dir: as for `read_source`.
-        kind: what the stage needs: text, prompt, demonstration, pair, preference or order.
+        kind: the kind that the stage needs: text, prompt, demonstration, pair, preference or order.
         split: name of a split, or "all".
         tokenizer, lengths: as for `tokenize`.
-        skip_bad_rows: leave out and count rows with faults instead of refusing the source.
-        fractions: share of each split where the source carries none.
-        max_samples: keep at most so many records, drawn by hash.
-        prepare: called with the records of the whole source first.
+        skip_bad_rows: drop and count faulty rows instead of refusing the source.
+        fractions: share of each split, if the source has no splits.
+        max_samples: maximum number of records, in hash order.
+        prepare: function applied to the records of the whole source first.
 
     Raises:
-        DataError: rows have faults, the split is not there, its records do not suit, or none is left.
+        DataError: rows have faults, the split does not exist, its records are of the wrong kind, or none is usable.
     """
     stage: dict[str, Any] = {"skip_bad_rows": skip_bad_rows, "kind": kind, "tokenizer": tokenizer}
     found = read_records(source, config=config, home=home, base_dir=base_dir, **stage)
@@ -179,7 +179,7 @@ def examples_of(
     fractions: Mapping[str, float] = FRACTIONS,
     max_samples: int | None = None,
 ) -> ExampleSet:
-    """Tokenise one split of records that are read already; arguments and errors as for `load_examples`."""
+    """Tokenise one split of given records; arguments and errors as for `load_examples`."""
     in_it = in_split(found.records, split, fractions, found.source)
     tied = tied_rows(in_it) if kind == "order" else []
     if not skip_bad_rows:
@@ -187,7 +187,7 @@ def examples_of(
     records, left_out = as_kind(in_it, kind, found.source)
     records = lowest_hashes(records, max_samples)
     examples, counts = tokenize(records, tokenizer, lengths, source_tokenizer_digest=found.tokenizer_digest)
-    if not skip_bad_rows:  # nor does a row pass whose prompt happens to hash into a split that nobody reads
+    if not skip_bad_rows:  # also faults in splits that this stage does not read
         refuse_faults([*counts.faults, *_blank(found, kind, tokenizer)], found.source, found.rows)
     dropped = Counter(count_reasons(found.faults)) + found.skipped + left_out + counts.dropped
     dropped += Counter(count_reasons([*tied, *counts.faults]))
@@ -218,22 +218,22 @@ def load_mixture(
 ) -> ExampleSet:
     """Load several sources in the proportion of their weights.
 
-    The mixture is the largest one in which no example comes twice: a source that has more than its share
-    gives the examples with the lowest hashes.
+    The mixture is the largest one without repeated examples: a source with more than its share contributes the
+    examples with the lowest hashes.
 
     Args:
-        datasets: of each source `dataset_name`, optional `dataset_config`, and `weight` (default 1).
-        max_samples: upper limit of the whole mixture.
+        datasets: for each source `dataset_name`, optionally `dataset_config` and `weight` (default 1).
+        max_samples: maximum size of the mixture.
         options: as for `load_examples`.
     """
     sets = [load_examples(entry["dataset_name"], config=entry.get("dataset_config"), **options) for entry in datasets]
     weights = [float(entry.get("weight", 1)) for entry in datasets]
     total = min(len(item.examples) * sum(weights) / weight for item, weight in zip(sets, weights))
     total = total if max_samples is None else min(total, max_samples)
-    # A small excess, so that a share that is whole but for rounding is not cut by one.
+    # The small addition keeps rounding errors from reducing a whole share by one.
     shares = [int(total * weight / sum(weights) + 1e-9) for weight in weights]
     examples = [example for item, share in zip(sets, shares) for example in lowest_hashes(item.examples, share)]
-    if options.get("kind") == "prompt":  # a prompt that two sources share comes once
+    if options.get("kind") == "prompt":  # a prompt of two sources is used once
         examples = list({example.prompt_key: example for example in examples}.values())
     if not examples:
         names = ", ".join(entry["dataset_name"] for entry in datasets)
@@ -244,11 +244,11 @@ def load_mixture(
 
 
 def lowest_hashes(items: list, limit: int | None) -> list:
-    """Return, in their order, the `limit` records or examples whose prompts have the lowest hashes."""
+    """Return the `limit` records or examples with the lowest hashes, in their original order."""
     if limit is None or len(items) <= limit:
         return items
-    # Hashed once more, with the number of the row among those of its prompt: the hash of the prompt itself decides
-    # its split, and a source with many rows per prompt should not lose whole prompts.
+    # The hash is of the prompt and of the row's number among those of the prompt: the prompt's own hash decides the
+    # split, and a source with many rows per prompt should not lose whole prompts.
     seen: Counter[str] = Counter()
     places = []
     for index, item in enumerate(items):
@@ -259,7 +259,7 @@ def lowest_hashes(items: list, limit: int | None) -> list:
 
 
 def records_digest(records: Sequence[Record]) -> str:
-    """Return the SHA-256 of records: what they say and their order."""
+    """Return the SHA-256 of the content and order of records."""
     digest = sha256()
     for record in records:
         digest.update(record.canonical().encode() + b"\n")

@@ -23,16 +23,16 @@ KEPT_BYTES = 256 << 20
 
 @dataclass
 class RecordSet:
-    """Every usable record of a source, and the rows that are none."""
+    """Every usable record of a source, and its faulty and skipped rows."""
 
     source: str
     format: str
-    rows: int  # rows read, whatever became of them
+    rows: int  # all rows read
     records: list[Record]
     faults: list[RowFault] = field(default_factory=list)
-    skipped: Counter[str] = field(default_factory=Counter)  # rows that are not wrong but say nothing
-    recorded_digest: str | None = None  # as collected data record it
-    unread: str | None = None  # of implicit prompts: a column that looks like the prompt
+    skipped: Counter[str] = field(default_factory=Counter)  # valid rows without information
+    recorded_digest: str | None = None  # from the manifest of collected data
+    unread: str | None = None  # with implicit prompts: a column that looks like the prompt
 
     @property
     def tokenizer_digest(self) -> str | None:

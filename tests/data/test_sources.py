@@ -111,7 +111,7 @@ def test_what_is_no_source_is_said(tmp_path, monkeypatch, jsonl):
     with pytest.raises(DataError, match="not a Parquet file"):
         read_source("rows.parquet")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="not a directory saved by `datasets`"):
+    with pytest.raises(DataError, match="not a complete directory saved by `datasets`"):
         read_source("empty")
     (tmp_path / "rows.txt").write_text("a")
     with pytest.raises(DataError, match="unknown kind of file"):
@@ -125,7 +125,7 @@ def test_a_hub_that_cannot_be_reached_is_said_in_one_fault(monkeypatch):
         raise ConnectionError(f"Couldn't reach {name}")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(DataError, match="org/name: no such local file, and the hub did not give it"):
+    with pytest.raises(DataError, match="org/name: no such local file, and it cannot be loaded from the hub"):
         read_source("org/name")
 
 
