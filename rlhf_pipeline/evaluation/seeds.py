@@ -10,8 +10,8 @@ Legend: S seeds, P prompts; values (S, P) hold one figure per seed and prompt, (
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -315,7 +315,7 @@ def _as_finding(estimate: Estimate, null: float) -> Finding:
 
 
 def needed(
-    found: Finding | Estimate | Mapping[str, Any],
+    found: Finding | Estimate,
     unit: Literal["seeds", "prompts"] | None = None,
     *,
     null: float = 0.0,
@@ -328,8 +328,8 @@ def needed(
     but for a share.
 
     Args:
-        found: a `Finding` (with its own null), or an `Estimate`, as an object or as a mapping. An estimate over seeds
-            and prompts has its parts lost: the answer is then for both growing in the same proportion.
+        found: a `Finding` (with its own null), or an `Estimate`. An estimate over seeds and prompts has its parts lost:
+            the answer is then for both growing in the same proportion.
         unit: what there could be more of; by default what the interval counts.
 
     Returns:
@@ -339,10 +339,6 @@ def needed(
     """
     parted = isinstance(found, Finding)
     if not isinstance(found, Finding):
-        if isinstance(found, Mapping):
-            if found["low"] is None or found["high"] is None:  # JSON has no infinity
-                return None
-            found = Estimate(**{field.name: found[field.name] for field in fields(Estimate)})
         found = _as_finding(found, null)
     unit = unit or ("seeds" if found.over_seeds else "prompts")
     seeds, shrinking, rest = found.seeds, found.seed_variance, found.prompt_variance

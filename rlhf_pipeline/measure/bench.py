@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlhf_pipeline.config.base import DEFAULT_MAX_LENGTH, Lengths, resolve_lengths
+from rlhf_pipeline.config.compare import PromptsConfig
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.load import RecordSet, examples_of, lowest_hashes, read_records
 from rlhf_pipeline.data.sources import part_of
@@ -24,6 +25,7 @@ from rlhf_pipeline.models.roles import Policy
 from rlhf_pipeline.registry.lengths import positions_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.report.results import DataChange, DataReport
 from rlhf_pipeline.rollout.reward_names import WORLD_NAMES
 from rlhf_pipeline.rollout.rewards import RewardSource
 from rlhf_pipeline.stages.common import find_model, load_policy, tokenizer_of
@@ -38,7 +40,7 @@ class Bench:
     """What one or more policies are evaluated with."""
 
     registry: Registry
-    config: Any
+    config: PromptsConfig
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
     plan: SamplingPlan
@@ -49,13 +51,13 @@ class Bench:
     truth: RewardSource | None  # what labelled the data, outside the built-in world
     say: Callable[[str], None]
     _reference: Policy | None = None
-    data: list[dict[str, Any]] = field(default_factory=list)
-    data_changed: list[dict[str, Any]] = field(default_factory=list)  # since models were trained on them
+    data: list[DataReport] = field(default_factory=list)
+    data_changed: list[DataChange] = field(default_factory=list)  # since models were trained on them
 
     def compare_data(self, resolved: Resolved, sources: Sequence[RecordSet]) -> None:
         """Say once what of a model's own data has changed since it was trained, and keep it for the results."""
         for change in note_changes(self.data_changed, changes_of(resolved, sources)):
-            self.say(f"note: {change['text']}")
+            self.say(f"note: {change.text}")
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -108,7 +110,7 @@ def knows_data(resolved: Resolved) -> bool:
     return _setting(resolved, "dataset_name") is not None
 
 
-def _lengths(config: Any, resolved: Resolved) -> Lengths:
+def _lengths(config: PromptsConfig, resolved: Resolved) -> Lengths:
     """Prompt and response lengths: asked for, else as trained, else what the model's positions allow.
 
     Raises:
@@ -133,8 +135,8 @@ def _lengths(config: Any, resolved: Resolved) -> Lengths:
 
 
 def load_prompts(
-    registry: Registry, config: Any, resolved: Resolved, tokenizer: PreTrainedTokenizerBase, lengths: Lengths
-) -> tuple[list[Example], list[dict[str, Any]], RecordSet | None]:
+    registry: Registry, config: PromptsConfig, resolved: Resolved, tokenizer: PreTrainedTokenizerBase, lengths: Lengths
+) -> tuple[list[Example], list[DataReport], RecordSet | None]:
     """The prompts of an evaluation: those asked for, else the chosen split of the model's own data.
 
     Returns:
@@ -165,7 +167,7 @@ def load_prompts(
         skip_bad_rows=skip,
         fractions=fractions or config.split_fractions,
     )
-    reports = [report.to_dict() for report in loaded.reports]
+    reports = [DataReport(**report.to_dict()) for report in loaded.reports]
     return lowest_hashes(loaded.examples, config.max_prompts), reports, found if own else None
 
 
@@ -182,7 +184,7 @@ def _stop_id(resolved: Resolved, tokenizer: PreTrainedTokenizerBase) -> int:
 
 def set_up(
     registry: Registry,
-    config: Any,
+    config: PromptsConfig,
     first: Resolved,
     device: torch.device,
     *,
@@ -196,7 +198,7 @@ def set_up(
     """Prepare the evaluation of `first` and of models like it, on typed `texts` or on a split's prompts."""
     tokenizer = tokenizer_of(first, config.trust_remote_code)
     lengths = _lengths(config, first)
-    data: list[dict[str, Any]] = []
+    data: list[DataReport] = []
     own: RecordSet | None = None
     if texts:
         prompts = prompts_of_texts(texts, tokenizer, lengths)

@@ -12,6 +12,7 @@ from rlhf_pipeline.data.sources import local_path
 from rlhf_pipeline.data.splits import FRACTIONS, in_split
 from rlhf_pipeline.errors import DataError, Fault, UnknownReference
 from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.report.results import DataChange
 
 DIGITS = 12
 
@@ -48,17 +49,13 @@ def training_temperature(resolved: Resolved) -> float:
     return float(config.get("temperature") or 1.0)
 
 
-def changes_of(resolved: Resolved, sources: Sequence[RecordSet]) -> list[dict[str, Any]]:
+def changes_of(resolved: Resolved, sources: Sequence[RecordSet]) -> list[DataChange]:
     """What of a model's data is not what its manifest says, split by split, by the digests of the records.
 
     The built-in world is passed over: its prompts and its demonstrations are two parts of it, and neither changes.
 
     Args:
         sources: what was read of them now, each whole.
-
-    Returns:
-        model, source, split, found and expected (digests; found is None where the split is gone), rows of both, and
-        text, one sentence.
     """
     manifest = resolved.manifest
     if manifest is None:
@@ -81,9 +78,18 @@ def changes_of(resolved: Resolved, sources: Sequence[RecordSet]) -> list[dict[st
             f"{now}, its manifest has {entry.digest[:DIGITS]} ({entry.rows} rows) of {entry.source}; prompts and "
             "pairs are those of the data as they are now"
         )
-        change: dict[str, Any] = {"model": resolved.label, "source": read.source, "split": entry.split, "found": found}
-        change |= {"expected": entry.digest, "rows": len(records), "expected_rows": entry.rows, "text": text}
-        changes.append(change)
+        changes.append(
+            DataChange(
+                model=resolved.label,
+                source=read.source,
+                split=entry.split,
+                found=found,
+                expected=entry.digest,
+                rows=len(records),
+                expected_rows=entry.rows,
+                text=text,
+            )
+        )
     return changes
 
 
@@ -94,11 +100,14 @@ def _records(read: RecordSet, split: str, fractions: Mapping[str, float]) -> lis
         return []
 
 
-def note_changes(known: list[dict[str, Any]], changes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def note_changes(known: list[DataChange], changes: Sequence[DataChange]) -> list[DataChange]:
     """Add to the changes that are known those of other data; returns these."""
-    keys = ("source", "split", "found", "expected")
-    seen = {tuple(change[key] for key in keys) for change in known}
-    new = [change for change in changes if tuple(change[key] for key in keys) not in seen]
+
+    def data(change: DataChange) -> tuple[str | None, ...]:
+        return change.source, change.split, change.found, change.expected
+
+    seen = {data(change) for change in known}
+    new = [change for change in changes if data(change) not in seen]
     known += new
     return new
 
