@@ -9,8 +9,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
-
 from rlhf_pipeline.errors import UNSEEN, visible
 
 if TYPE_CHECKING:
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
 
 def emit_json(value: Any) -> None:
     """Print one JSON object, parts of results.json as they stand there, NaN and infinities as null."""
+    from pydantic import BaseModel
 
     def clean(item: Any) -> Any:
         if isinstance(item, BaseModel):

@@ -88,7 +88,8 @@ def effective_beta_of(registry: Registry, resolved: Resolved) -> EffectiveBeta |
         return None
     found = Span(**{key: slope.get(key) for key in ("mean", "low", "high")})
     scaled = {key: None if end is None else beta * end / weight for key, end in found}
-    return EffectiveBeta(**scaled, slope=found, reward_model=models[0].label, why_not=slope.get("why_not"))
+    why_not = str(slope["why_not"]) if slope.get("why_not") else None
+    return EffectiveBeta(**scaled, slope=found, reward_model=models[0].label, why_not=why_not)
 
 
 def describe_aims(rows: Sequence[Row]) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from math import isfinite
 
 import numpy as np
 
@@ -128,20 +129,20 @@ def ranking_section(measured: Sequence[Measured], figure: str) -> Ranking | None
         wins[:, j, i] = 1 - wins[:, i, j]
         ties[i, j] = ties[j, i] = tie_share(figures[i], figures[j], coupled=True)
     found = rank(wins, baseline=0)
-    rows = [
-        Ranked(
-            name=one.name,
-            arm=one.point.arm,
-            step=one.point.step,
-            elo=Interval.of(item.elo),
-            bound=item.bound,
-            ties=float(ties[i].sum() / (size - 1)),
-        )
-        for i, (one, item) in enumerate(zip(distinct, found, strict=True))
-    ]
+    places = sorted(range(size), key=lambda i: -found[i].elo.mean)
     return Ranking(
         figure=figure,
         separable=any(item.bound is not None for item in found),
         left_out=max(0, len({one.name for one in measured}) - MOST_RANKED),
-        rows=sorted(rows, key=lambda row: -row.elo.mean),
+        rows=[
+            Ranked(
+                name=distinct[i].name,
+                arm=distinct[i].point.arm,
+                step=distinct[i].point.step,
+                elo=Interval.of(found[i].elo) if isfinite(found[i].elo.mean) else None,
+                bound=found[i].bound,
+                ties=float(ties[i].sum() / (size - 1)),
+            )
+            for i in places
+        ],
     )

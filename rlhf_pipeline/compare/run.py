@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from rlhf_pipeline.compare.contrasts import compare_arms
 from rlhf_pipeline.compare.fairness import (
@@ -76,9 +79,13 @@ def _reference(
 
 
 def gates_of(models: Sequence[Resolved]) -> dict[str, Gate]:
-    """The gate of every reward model among these, by its name."""
-    found = {model.label: model.manifest.metrics.get("gate") for model in models if model.manifest is not None}
-    return {label: Gate.model_validate(gate) for label, gate in found.items() if gate is not None}
+    """The gate of every reward model among these, by its name; one of another kind is not kept."""
+    found = {}
+    for model in models:
+        with suppress(ValidationError):
+            if model.manifest is not None and (gate := model.manifest.metrics.get("gate")) is not None:
+                found[model.label] = Gate.model_validate(gate)
+    return found
 
 
 def _exact(

@@ -380,12 +380,12 @@ class WinRate(Part):
 
 
 class Ranked(Part):
-    """One model's Elo."""
+    """One model's Elo; None where not even an end of its interval is known."""
 
     name: str
     arm: str
     step: int | None
-    elo: Interval
+    elo: Interval | None
     bound: Literal["at least", "at most"] | None
     ties: float
 
