@@ -267,7 +267,7 @@ def _write(results: dict[str, Any], directory: Path) -> dict[str, Any]:
     paths = {"path": str(directory / "results.json"), "report": str(directory / "index.html")}
     results = results | paths
     replace_text(directory / "results.json", json.dumps(results, indent=2) + "\n")
-    from rlhf_pipeline.report import write_report
+    from rlhf_pipeline.report import Results, write_report
 
-    write_report(results, directory)
+    write_report(Results.model_validate(results), directory)
     return results
