@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
@@ -23,7 +23,7 @@ BEST_OF_N = "best-of-n"
 """The stage of a row that is no model: the best of n samples of the baseline."""
 
 
-def _finite(value: object) -> object:
+def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -163,14 +163,14 @@ class Row(Part):
     # a model
     arm: str | None = None
     seed: int | None = None
-    setting: dict[str, object] = {}
+    setting: dict[str, Any] = {}
     step: int | None = None
     digest: str | None = None
     beta: Number = None
     effective_beta: EffectiveBeta | None = None
     optimum: Optimum = "same"
-    moves_optimum: dict[str, object] = {}
-    may_move_optimum: dict[str, object] = {}
+    moves_optimum: dict[str, Any] = {}
+    may_move_optimum: dict[str, Any] = {}
     scored_by: str | None = None
     per_prompt: dict[str, list[float]] = {}
     validation: dict[str, Interval] | None = None
@@ -308,7 +308,7 @@ class Summary(Part):
     """Figures of one arm at one setting, over its seeds and prompts."""
 
     arm: str
-    setting: dict[str, object]
+    setting: dict[str, Any]
     beta: Number
     optimum: Optimum
     effective_beta: Number
@@ -322,8 +322,8 @@ class ArmEntry(Part):
 
     trials: int
     snapshots: int
-    settings: list[dict[str, object]]
-    selected: dict[str, object] | None
+    settings: list[dict[str, Any]]
+    selected: dict[str, Any] | None
     cost: Cost | None
 
 
@@ -387,7 +387,7 @@ class Ranking(Part):
 class FrontierPoint(Part):
     """Reward against KL of one model."""
 
-    setting: dict[str, object]
+    setting: dict[str, Any]
     step: int | None
     seed: int | None
     model: str
@@ -532,7 +532,7 @@ class Results(Part):
         """Rows of trained models, without best-of-n and without snapshots."""
         return (row for row in self.rows if row.stage != BEST_OF_N and row.step is None)
 
-    def find(self, **wanted: object) -> Iterator[Contrast]:
+    def find(self, **wanted: Any) -> Iterator[Contrast]:
         """Contrasts with these values."""
         return (one for one in self.contrasts if all(getattr(one, key) == value for key, value in wanted.items()))
 

@@ -56,7 +56,7 @@ class View:
         self.primary = results.primary or ""
         self.by_model = {row.model: row for row in reversed([*self.trained, *self.snapshots])}
         self.arms = list(dict.fromkeys([*results.arms, *(self.arm(row) for row in self.models())]))
-        stages = {self.arm(row): row.stage for row in reversed(self.rows)}
+        stages = {self.arm(row): row.stage or "" for row in reversed(self.rows)}
         self._looks = looks([*self.arms, BEST_OF_N, REWARD_MODEL], stages)
         self._stages = {entry.model: entry.stage for entry in results.lineage}
 

@@ -70,7 +70,7 @@ class _Shown:
     passed: dict[str, list[FrontierPoint]]  # snapshots, by arm
     band: dict[str, list[tuple[float, float, float]]]
     base: list[tuple[str, Interval, Interval]]
-    best: list[tuple[Row, float, Interval]]  # best of n, the upper bound of its KL, reward
+    best_of: list[tuple[Row, float, Interval]]  # best of n, the upper bound of its KL, reward
     gibbs: list[Pair]
 
     @property
@@ -78,7 +78,7 @@ class _Shown:
         """The largest KL of anything that was measured."""
         known = [one.kl.ends[1] if one.kl.ends else one.kl.mean for arm in self.points.values() for one in arm]
         known += [one.kl.mean for arm in self.passed.values() for one in arm]
-        return max([*known, *(bound for _, bound, _ in self.best), *(kl.mean for _, kl, _ in self.base)])
+        return max([*known, *(bound for _, bound, _ in self.best_of), *(kl.mean for _, kl, _ in self.base)])
 
     def runs(self, arm: str) -> list[list[Pair]]:
         """(KL, reward) of the snapshots of each run of an arm in order of steps, and of the model at its end."""
@@ -106,7 +106,7 @@ def _shown(view: View, frontier: Frontier) -> _Shown:
             for row in view.baseline()
             if {"kl", figure} <= row.metrics.keys()
         ],
-        best=[
+        best_of=[
             (row, row.kl_bound, row.metrics[figure])
             for row in view.best_of_n
             if row.kl_bound is not None and figure in row.metrics
@@ -139,7 +139,7 @@ def frontier_section(view: View, points: Points) -> Section | None:
             f"{number(min(rewards))} to {number(max(rewards))}"
         )
     body = both("frontier-figure", title, f"{'; '.join(said)}.", lambda axes: _paint(axes, view, found))
-    key = arm_legend(view, [*arms, BEST_OF_N] if found.best else arms, *more)
+    key = arm_legend(view, [*arms, BEST_OF_N] if found.best_of else arms, *more)
     caption, files = _frontier_caption(view, found), _frontier_files(found, points)
     return section("frontier", "Reward against KL", plot(body, caption, files, key))
 
@@ -161,7 +161,7 @@ def _frontier_caption(view: View, found: _Shown) -> str:
         said.append(f"Both arms reach KL {number(left)} to {number(right)} (shaded).")
     if found.gibbs:
         said.append("No policy lies above the exact frontier; a sampled point may, by as much as its interval allows.")
-    if found.best:
+    if found.best_of:
         said.append("Best of n stands at the upper bound of its KL (log n − (n − 1)/n): the truth lies to the left.")
     return " ".join(said)
 
@@ -177,7 +177,7 @@ def _frontier_files(found: _Shown, points: Points) -> list[str]:
     rows += [["", "", "", "", name, *cells(kl), *cells(reward), "baseline"] for name, kl, reward in found.base]
     rows += [
         [BEST_OF_N, f"n={row.n}", "", "", "", bound, None, None, *cells(reward), "kl is an upper bound"]
-        for row, bound, reward in found.best
+        for row, bound, reward in found.best_of
     ]
     ends = ["kl", "kl_low", "kl_high", figure, f"{figure}_low", f"{figure}_high"]
     files = [points.add("frontier", ["arm", "setting", "seed", "step", "model", *ends, "note"], rows)]
@@ -237,7 +237,7 @@ def _paint(axes: Axes, view: View, found: _Shown) -> Late:
         spots.append((kl.mean, reward.mean))
         labels.append((kl.mean, reward.mean, short(name, 24), "muted"))
     look = view.look(BEST_OF_N)
-    for row, bound, reward in found.best:
+    for row, bound, reward in found.best_of:
         error_bars(axes, bound, reward.mean, look, None, reward.ends)
         mark(axes, [bound], [reward.mean], look, size=7, filled=False)
         if bound > 0:
