@@ -125,6 +125,18 @@ def test_odd_comparisons_show_what_they_have() -> None:
     assert "no intervals" in odd("no intervals") and "no intervals" not in odd("no judge")
 
 
+def test_over_optimisation_that_was_found_has_its_peak() -> None:
+    found = full() | {"curves": {}}
+    entry = found["overoptimisation"]["dpo"]
+    entry["fit"] = {"form": "rl", "alpha": 2.0, "beta": 1.0, "peak": 1.5, "least": 0.5, "largest": 2.0}
+    entry["fit"] |= {"points": 4, "residual": 0.0}
+    assert "dpo: no over-optimisation found" in said_by(found) and "peak at KL" not in said_by(found)
+    entry |= {"found": True, "why": "it falls"}
+    said = said_by(found)
+    assert "dpo: over-optimised: what counts falls while the reward model's score rises (it falls)" in said
+    assert "α 2.00, β 1.00, peak at KL 2.25." in said
+
+
 def test_infinite_intervals_are_drawn_as_points() -> None:
     points = Points()
     page_of(without_intervals(plain()) | {"curves": {}}, points)

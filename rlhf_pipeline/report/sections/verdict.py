@@ -78,17 +78,12 @@ def overview(view: View) -> Markup:
 def fairness(view: View, points: Points) -> Section | None:
     """Is it a fair comparison: what differs between the arms other than the algorithm, and how much each was tuned."""
     comparable = view.results.comparable
-    allowed = " It was asked for with --allow-mismatch." if comparable.allowed else ""
-    if comparable.ok:
-        answer, said = (
-            h("b", "Yes. ", class_="good"),
-            ("The arms share SFT parent, preference data, prompts, tokens, lengths and sampling."),
-        )
-    else:
-        answer, said = (
-            h("b", "No. ", class_="bad"),
-            (f"The arms differ in more than the algorithm.{allowed} Read every figure with this in mind."),
-        )
+    answer = h("b", "Yes. ", class_="good")
+    said = "The arms share SFT parent, preference data, prompts, tokens, lengths and sampling."
+    if not comparable.ok:
+        answer = h("b", "No. ", class_="bad")
+        allowed = " It was asked for with --allow-mismatch." if comparable.allowed else ""
+        said = f"The arms differ in more than the algorithm.{allowed} Read every figure with this in mind."
     parts = [h("p", answer, said), _differences(view), _conditions(view), _tuning(view), _resampled(view)]
     return section("fair", "Is it a fair comparison?", *parts)
 
