@@ -14,7 +14,7 @@ from rlhf_pipeline.errors import UnknownReference, did_you_mean
 RESULTS = "results.json"
 
 
-def _directory(home: Path, name: str) -> Path:
+def _folder(home: Path, name: str) -> Path:
     """The folder of a report.
 
     Raises:
@@ -33,10 +33,10 @@ def report(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the comparison.", show_default=False)],
 ) -> None:
     """Make reports/NAME/index.html again from its results.json."""
+    directory = _folder(common.home_path, name)
     from rlhf_pipeline.report import load, write_report
 
-    directory = _directory(common.home_path, name)
-    path = write_report(load(directory / RESULTS).model_dump(mode="json", exclude_unset=True), directory)
+    path = write_report(load(directory / RESULTS), directory)
     emit({"path": str(path)}, [f"report  {path}"], json=common.json)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from rlhf_pipeline.algorithms.preference import OBJECTIVES, Optimum, loss_optimum
 from rlhf_pipeline.registry.manifest import Manifest
@@ -30,8 +29,8 @@ class Aim:
     """
 
     optimum: Optimum = "same"
-    moved: Mapping[str, Any] = field(default_factory=dict)
-    may_move: Mapping[str, Any] = field(default_factory=dict)
+    moved: Mapping[str, object] = field(default_factory=dict)
+    may_move: Mapping[str, object] = field(default_factory=dict)
     effective_beta: EffectiveBeta | None = None
 
 
@@ -44,7 +43,7 @@ def aim_of(registry: Registry, resolved: Resolved) -> Aim:
     return Aim(_optimum(manifest, moved), moved, manifest.may_move_optimum, effective_beta_of(registry, resolved))
 
 
-def moved_options(registry: Registry, resolved: Resolved) -> dict[str, Any]:
+def moved_options(registry: Registry, resolved: Resolved) -> dict[str, object]:
     """The options that moved a model's optimum; of a model of an earlier release, by its parents' configs too."""
     manifest = resolved.manifest
     if manifest is None:
@@ -56,7 +55,7 @@ def moved_options(registry: Registry, resolved: Resolved) -> dict[str, Any]:
     return own_moves(manifest) | carried_moves(found)
 
 
-def _optimum(manifest: Manifest, moved: Mapping[str, Any]) -> Optimum:
+def _optimum(manifest: Manifest, moved: Mapping[str, object]) -> Optimum:
     if any(name not in OF_THE_LOSS for name in moved):
         return "other"
     loss = manifest.config.get("loss_type")

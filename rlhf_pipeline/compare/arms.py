@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -22,11 +21,11 @@ class Setting(tuple[tuple[str, str], ...]):
     """The swept values of a point as a key: (name, value as JSON) pairs; `values` are the values themselves, `step`
     that of a snapshot."""
 
-    values: dict[str, Any]
+    values: dict[str, object]
     step: int | None = None
 
 
-def setting_key(setting: Mapping[str, Any], step: int | None = None) -> Setting:
+def setting_key(setting: Mapping[str, object], step: int | None = None) -> Setting:
     """A setting, or a snapshot on the way to it, as a key, whatever its values are."""
     pairs = [(name, json.dumps(value, sort_keys=True, default=str)) for name, value in sorted(setting.items())]
     key = Setting(pairs if step is None else [*pairs, ("#", str(step))])

@@ -207,21 +207,14 @@ def _exact(a: Arm, b: Arm, objectives: Mapping[str | None, float]) -> Iterator[C
                 yield _entry("exact", a, b, "objective", text, None, why)
 
 
-KINDS: Mapping[str, tuple[ContrastKind, ...]] = {
-    "matched_kl": ("matched KL",),
-    "selected": ("selected",),
-    "as_trained": ("as trained", "same beta"),
-}
-"""The contrasts that each choice of `primary_contrast` declares; the others follow in this order."""
-
-
 def _declared(entries: Sequence[Contrast], wanted: str, primary: str, swept: bool) -> list[Contrast]:
     """The contrasts, one of them marked as primary, with the p-values of the others corrected for their number."""
     if wanted == "auto":
         matched = swept and any(entry.kind == "matched KL" for entry in entries)
         wanted = "matched_kl" if matched else "as_trained"  # that snapshots are shown changes no declaration
-    order = [KINDS[wanted], *(kinds for kinds in KINDS.values() if kinds != KINDS[wanted])]
-    found = (entry for kinds in order for entry in entries if entry.kind in kinds and entry.figure == primary)
+    kinds = {"matched_kl": ("matched KL",), "selected": ("selected",), "as_trained": ("as trained", "same beta")}
+    order = [kinds[wanted], *(kind for kind in kinds.values() if kind != kinds[wanted])]
+    found = (entry for kind in order for entry in entries if entry.kind in kind and entry.figure == primary)
     first = next(found, None)
     corrected = iter(holm([entry.p for entry in entries if entry is not first]))
     return [

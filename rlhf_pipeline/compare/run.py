@@ -129,21 +129,13 @@ def _find_points(
     return [(point, (named | found)[point.model]) for point in points]
 
 
-def run_compare(
-    config: CompareConfig,
-    home: Path,
-    *,
-    quiet: bool = False,
-    points: Sequence[Point] | None = None,
-    resampled: Sequence[str] = (),
-    command: str | None = None,
-) -> Results:
+def run_compare(config: CompareConfig, home: Path, **options) -> Results:
     """Compare arms as `compared` does (same options), and write reports/<name>/results.json and index.html."""
-    results = compared(config, home, quiet=quiet, points=points, resampled=resampled, command=command)
+    results = compared(config, home, **options)
     replace_text(Path(results.path), results.text())  # first: the report needs nothing else
     from rlhf_pipeline.report import write_report
 
-    write_report(results.model_dump(mode="json", exclude_unset=True), Path(results.report).parent)
+    write_report(results, Path(results.report).parent)
     return results
 
 
@@ -206,25 +198,16 @@ def compared(
         pass  # a place that cannot be written is found before hours of sampling, not after them
     # The first arm that knows its data: those of the baseline, their SFT model, may be of another kind.
     example = next((model for _, model in finals if knows_data(model)), models[0])
-    set_up_bench = functools.partial(
-        set_up,
-        registry,
-        first=example,
-        device=device,
-        reference=reference,
-        samples=config.samples,
-        seed=config.seed,
-        say=say,
-        memory=Memory(say, advice=MEASURING_ADVICE),
-    )
-    bench = set_up_bench(config)
+    memory = Memory(say, advice=MEASURING_ADVICE)
+    plan = functools.partial(set_up, reference=reference, samples=config.samples, seed=config.seed, memory=memory)
+    bench = plan(registry, config, example, device, say=say)
     kinds = {arm: {(str(point.setting), point.step) for point, _ in trained if point.arm == arm} for arm in arms}
     swept = any(len(found) > 1 for found in kinds.values())  # one setting with snapshots has a curve too
     validation = None
     if swept and config.validation_split and config.prompts is None:
         held = config.model_copy(update={"split": config.validation_split})
         try:
-            validation = set_up_bench(held)
+            validation = plan(registry, held, example, device, say=say)
         except DataError as error:
             advice = "a split of the prompts to choose settings on, or null to choose nothing"
             raise ConfigError(Fault("validation_split", str(error), advice)) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 
@@ -35,6 +35,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+class Reading(TypedDict):
+    """How responses are read: the options of `completion_logprob_sums` and `score_examples`."""
+
+    responses_at_once: int
+    memory: Memory
+    pad_id: int
+    device: torch.device
+
+
 @dataclass
 class Bench:
     """What one or more policies are evaluated with."""
@@ -60,10 +69,10 @@ class Bench:
             self.say(f"note: {change.text}")
 
     @property
-    def reading(self) -> dict[str, Any]:
-        """How responses are read: the options of `completion_logprob_sums` and `score_examples`."""
-        at_once = {"responses_at_once": self.plan.responses_at_once, "memory": self.plan.memory}
-        return at_once | {"pad_id": self.plan.pad_id, "device": self.device}
+    def reading(self) -> Reading:
+        """How responses are read here."""
+        at_once, memory = self.plan.responses_at_once, self.plan.memory
+        return Reading(responses_at_once=at_once, memory=memory, pad_id=self.plan.pad_id, device=self.device)
 
     def policy(self, resolved: Resolved, temperature: float | None = None) -> Policy:
         """Load a policy, after checking that it reads the same token ids as the others.
@@ -101,13 +110,9 @@ class Bench:
         return self._reference
 
 
-def _setting(resolved: Resolved, key: str) -> Any:
-    return (resolved.manifest.config if resolved.manifest is not None else {}).get(key)
-
-
 def knows_data(resolved: Resolved) -> bool:
     """Whether a model's config says what it was trained on."""
-    return _setting(resolved, "dataset_name") is not None
+    return resolved.config.get("dataset_name") is not None
 
 
 def _lengths(config: PromptsConfig, resolved: Resolved) -> Lengths:
@@ -117,7 +122,7 @@ def _lengths(config: PromptsConfig, resolved: Resolved) -> Lengths:
         ConfigError: when more is asked for than the model has positions.
     """
     positions = positions_of(resolved)
-    named = [_setting(resolved, key) for key in ("max_prompt_length", "response_length", "max_length")]
+    named = [resolved.config.get(key) for key in ("max_prompt_length", "response_length", "max_length")]
     if positions is not None and not any(named):
         named[2] = min(positions, DEFAULT_MAX_LENGTH)
     trained = resolve_lengths(*named)
@@ -152,10 +157,10 @@ def load_prompts(
         raise ConfigError(Fault(where, "not known", "a source of prompts", "give --prompts SOURCE"))
     part = part_of(source, config.dataset_config, "prompt")
     if part is None and config.prompts is None:
-        part = _setting(resolved, "dataset_config")
-    fractions = config.split_fractions if config.prompts else _setting(resolved, "split_fractions")
-    skip = config.skip_bad_rows or bool(not config.prompts and _setting(resolved, "skip_bad_rows"))
-    own = config.prompts is None and part == part_of(source, _setting(resolved, "dataset_config"), "prompt")
+        part = resolved.config.get("dataset_config")
+    fractions = config.split_fractions if config.prompts else resolved.config.get("split_fractions")
+    skip = config.skip_bad_rows or bool(not config.prompts and resolved.config.get("skip_bad_rows"))
+    own = config.prompts is None and part == part_of(source, resolved.config.get("dataset_config"), "prompt")
     with owned_by(resolved, {"dataset_name": source}) if config.prompts is None else nullcontext():
         found = read_records(source, config=part, home=registry.home, skip_bad_rows=skip)
     loaded = examples_of(
@@ -172,7 +177,7 @@ def load_prompts(
 
 
 def _stop_id(resolved: Resolved, tokenizer: PreTrainedTokenizerBase) -> int:
-    stop = _setting(resolved, "stop_token")
+    stop = resolved.config.get("stop_token")
     if not stop:
         return tokenizer.eos_token_id
     if (found := tokenizer.get_vocab().get(stop)) is None:

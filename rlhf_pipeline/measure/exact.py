@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 from torch import Tensor
 
@@ -29,10 +30,10 @@ from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import role_of
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report.results import (
-    DataChange,
     Exact,
     ExactBestOfN,
     ExactPerPrompt,
+    ExactResults,
     ExactRow,
     Gap,
     Gibbs,
@@ -85,17 +86,7 @@ class Judge:
         return self.frontiers[count]
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def exact_row(
-    judge: Judge,
-    model: Resolved | None,
-    logprobs: Sequence[Tensor],
-    beta: float,
-    loss: TrainingLoss | None = None,
-) -> ExactRow:
+def exact_row(judge: Judge, model: Resolved | None, logprobs: Sequence[Tensor], beta: float) -> ExactRow:
     """Expected reward, KL, objective and gap of a policy, means over prompts, and the same prompt by prompt.
 
     share = (J - J_ref) / (J* - J_ref) of the means: 1 at the optimum, 0 at the reference.
@@ -106,12 +97,13 @@ def exact_row(
     Raises:
         RunFailed: when the policy has more reward than its KL allows: no policy can.
     """
-    leaves, count = judge.leaves, min(judge.count(judge.reward), len(logprobs))
+    leaves, label = judge.leaves, None if model is None else model.label
+    count = min(judge.count(judge.reward), len(logprobs))
     found = [
         policy_figures(logprobs[i], leaves.reference[i], leaves.reward(judge.reward, i), beta) for i in range(count)
     ]
     per_prompt = {name: [getattr(item, name) for item in found] for name in ExactPerPrompt.model_fields}
-    means = {name: _mean(values) for name, values in per_prompt.items()}
+    means = {name: fmean(values) for name, values in per_prompt.items()}
     below = judge.frontier(count).bound(means["kl"]) - means["reward"]
     if below < -FRONTIER_TOLERANCE:
         raise RunFailed(
@@ -119,8 +111,8 @@ def exact_row(
             f"by {-below:.2g}: no policy can, so a figure is wrong; please report it"
         )
     return ExactRow(
-        name="optimum" if model is None else model.label,
-        model=None if model is None else model.label,
+        name=label or "optimum",
+        model=label,
         stage="optimum" if model is None else model.stage,
         digest=None if model is None else model.digest,
         beta=beta,
@@ -134,7 +126,7 @@ def exact_row(
         per_prompt=ExactPerPrompt(**per_prompt),
         below_frontier=below,
         gap_true=gap_to(judge, logprobs, TRUTH, beta),
-        training_loss=loss,
+        training_loss=None,
     )
 
 
@@ -146,7 +138,7 @@ def gap_to(judge: Judge, logprobs: Sequence[Tensor], reward: Reward, beta: float
         beta * kl_divergence(logprobs[i], optimum(leaves.reference[i], leaves.reward(reward, i), beta))
         for i in range(count)
     ]
-    return Gap(value=_mean(values), prompts=count, reward=list(reward))
+    return Gap(value=fmean(values), prompts=count, reward=list(reward))
 
 
 def policy_row(judge: Judge, resolved: Resolved, beta: float, loss: TrainingLoss | None = None) -> ExactRow:
@@ -155,14 +147,14 @@ def policy_row(judge: Judge, resolved: Resolved, beta: float, loss: TrainingLoss
     logprobs = [judge.leaves.logprobs(policy, index) for index in range(len(judge.leaves.prompts))]
     trained_on = trained_reward(judge.leaves.bench.registry, resolved)
     learned = judge.learned_for(resolved)
-    parts = {}
+    parts: dict[str, Gap] = {}
     if trained_on is not None:
         parts["optimisation_gap"] = gap_to(judge, logprobs, trained_on, beta)
     if trained_by_dpo(resolved) and learned is not None:
         parts["disagreement"] = gap_to(judge, logprobs, ((1.0, learned),), beta)
     for part in list(parts.values()):  # the total over the same prompts, so that the two can be read side by side
         parts["gap_true_there"] = gap_to(judge, logprobs[: part.prompts], TRUTH, beta)
-    return exact_row(judge, resolved, logprobs, beta, loss).model_copy(update=parts)
+    return exact_row(judge, resolved, logprobs, beta).model_copy(update={**parts, "training_loss": loss})
 
 
 def optimum_row(judge: Judge, model: Resolved | None, beta: float) -> ExactRow:
@@ -190,7 +182,7 @@ def best_of_n_exactly(judge: Judge, sizes: Sequence[int]) -> list[ExactBestOfN]:
     rows = []
     for n in sizes:
         found = [law.best_of(n) for law in laws]
-        reward, kl = (_mean(values) for values in zip(*found, strict=True))
+        reward, kl = (fmean(values) for values in zip(*found, strict=True))
         rows.append(ExactBestOfN(n=n, chosen_by=chooser[0][1], prompts=count, reward=reward, kl=kl))
     return rows
 
@@ -221,13 +213,6 @@ def exact_figures(
         best_of_n=best_of_n_exactly(judge, best_of),
         frontier=Gibbs(beta=curve.betas.tolist(), reward=curve.reward.tolist(), kl=curve.kl.tolist()),
     )
-
-
-class ExactResults(Exact):
-    """What `rlhf exact` prints: the exact figures, where their prompts come from, and data that have changed."""
-
-    split: str
-    data_changed: list[DataChange]
 
 
 @sharing_models()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,18 +31,8 @@ def run_generate(
 
     resolved = find_model(registry, reference_text, "policy", say=say)
     memory = Memory(say, advice=MEASURING_ADVICE)
-    bench = set_up(
-        registry,
-        config,
-        resolved,
-        device,
-        reference=None,
-        samples=config.samples,
-        seed=config.seed,
-        say=lambda _: None,
-        memory=memory,
-        texts=texts,
-    )
+    ask = functools.partial(set_up, samples=config.samples, seed=config.seed, texts=texts, memory=memory)
+    bench = ask(registry, config, resolved, device, reference=None, say=lambda _: None)
     for change in bench.data_changed:
         say(f"note: {change.text}")
     samples = draw(bench.policy(resolved), bench.plan)

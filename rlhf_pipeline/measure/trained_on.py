@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from rlhf_pipeline.data.load import RecordSet, records_digest
 from rlhf_pipeline.data.records import Record
@@ -18,7 +17,7 @@ DIGITS = 12
 
 
 @contextmanager
-def owned_by(resolved: Resolved, values: Mapping[str, Any], remedy: str = "pass --prompts SOURCE") -> Iterator[None]:
+def owned_by(resolved: Resolved, values: Mapping[str, object], remedy: str = "pass --prompts SOURCE") -> Iterator[None]:
     """Say of a source that is not there that the manifest of a model names it, and what to do.
 
     Args:
@@ -28,10 +27,11 @@ def owned_by(resolved: Resolved, values: Mapping[str, Any], remedy: str = "pass 
         UnknownReference, DataError: those of reading a source, with the model's name.
     """
     whose = f"these are the data of {resolved.label} (named in its manifest): run it where it was trained, or {remedy}"
-    parts = values.get("datasets") or [values]
+    datasets = values.get("datasets")
+    parts = datasets if isinstance(datasets, list) else [values]
     named = [str(part["dataset_name"]) for part in parts if part.get("dataset_name")]
     files = [source for source in named if not source.startswith(("world:", "collected:"))]
-    there: list[Any] = []
+    there: list[object] = []
     try:
         there = [local_path(source) for source in files]
         yield
@@ -45,8 +45,7 @@ def owned_by(resolved: Resolved, values: Mapping[str, Any], remedy: str = "pass 
 
 def training_temperature(resolved: Resolved) -> float:
     """The temperature that a policy's logits were divided by in training: PPO's `temperature`; 1 in other stages."""
-    config = resolved.manifest.config if resolved.manifest is not None else {}
-    return float(config.get("temperature") or 1.0)
+    return float(resolved.config.get("temperature") or 1.0)
 
 
 def changes_of(resolved: Resolved, sources: Sequence[RecordSet]) -> list[DataChange]:

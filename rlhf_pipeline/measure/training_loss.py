@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +54,7 @@ def dpo_config(resolved: Resolved) -> DpoConfig:
         return load_config("dpo", None, extra=values).config
 
 
-def own_data(manifest: Manifest) -> dict[str, Any]:
+def own_data(manifest: Manifest) -> dict[str, object]:
     """The values of a model's config, its collected data by the version that it was trained on."""
     values = {key: value for key, value in manifest.config.items() if value is not None}
     source = manifest.data[0].source if manifest.data else ""
@@ -64,7 +63,7 @@ def own_data(manifest: Manifest) -> dict[str, Any]:
     return values
 
 
-def problem_of(resolved: Resolved) -> tuple[Any, ...]:
+def problem_of(resolved: Resolved) -> tuple[object, ...]:
     """What defines a DPO model's training loss: two models with the same one can be set against each other."""
     manifest, config = dpo_manifest(resolved), dpo_config(resolved)
     keys = ("beta", "loss_type", "label_smoothing", "soft_labels", "population_proposal", "max_train_samples")

@@ -280,6 +280,13 @@ class Exact(Part):
     frontier: Gibbs
 
 
+class ExactResults(Exact):
+    """What `rlhf exact` prints: the exact figures, where their prompts come from, and data that have changed."""
+
+    split: str
+    data_changed: list[DataChange]
+
+
 class Scorer(Part):
     """How well one scorer orders held-out pairs; `bins` are (mean confidence, mean correctness, pairs)."""
 
