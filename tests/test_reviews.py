@@ -219,13 +219,13 @@ def test_the_whole_experiment(prepared: Path, tmp_path: Path, monkeypatch: pytes
     config = Path(reviews.__file__).parent.parent / "configs" / "reviews" / "experiment.yaml"
     result = run_experiment(config, [*TINY, *small, *every], tmp_path / "home", quiet=True)
     found = result["comparison"]
-    assert found["true_reward"] == "scripts.sentiment:log_odds" and found["primary"] == "true_reward"
-    assert set(found["arms"]) == {"ppo", "dpo", "ppo_true", "preferred"}
-    assert {arm: len(curve["points"]) for arm, curve in found["frontier"]["arms"].items()} == {
+    assert found.true_reward == "scripts.sentiment:log_odds" and found.primary == "true_reward"
+    assert set(found.arms) == {"ppo", "dpo", "ppo_true", "preferred"}
+    assert {arm: len(curve.points) for arm, curve in found.frontier.arms.items()} == {
         "ppo": 4,
         "dpo": 4,
         "ppo_true": 4,
         "preferred": 2,
     }
-    assert [entry["what"] for entry in found["comparable"]["differences"]] == ["preference data"]
+    assert [entry.what for entry in found.comparable.differences] == ["preference data"]
     assert (tmp_path / "home" / "reports" / "reviews" / "index.html").is_file()

@@ -48,8 +48,8 @@ def evaluate(common: Common, settings: Settings, words: WordsArgument) -> None:
         return
     rows = [(NAMES.get(name, name), interval(value, 3)) for name, value in result["metrics"].items()]
     for row in result["best_of_n"]:
-        best = row["metrics"].get("true_reward") or row["metrics"].get("score")
-        rows.append((f"best of {row['n']} by {row['chosen_by']}", interval(best, 3)))
+        best = row.metrics.get("true_reward") or row.metrics.get("score")
+        rows.append((f"best of {row.n} by {row.chosen_by}", interval(best, 3)))
     title = f"{result['model']}: {result['prompts']} prompts x {result['samples']} samples"
     emit_table(title, ("metric", "mean and 95 % interval"), rows)
     legend = {"KL to": result["reference"], "RM score by": result["reward_model"], "judge": result["judge"]}

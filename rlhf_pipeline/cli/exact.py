@@ -42,7 +42,7 @@ def exact(
     if common.json:
         emit_json(result)
     else:
-        print_exact(result)
+        print_exact(result, result.split)
 
 
 def register(app: typer.Typer) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rlhf_pipeline.cli.output import emit_lines, emit_table, number
 
+if TYPE_CHECKING:
+    from rlhf_pipeline.report.results import Exact
 
-def _value(figure: dict[str, Any] | None, key: str = "value") -> str:
-    return "-" if figure is None else number(figure[key], 4)
 
-
-def print_exact(result: dict[str, Any]) -> None:
+def print_exact(exact: Exact, split: str) -> None:
     """The table of exact figures, and what its columns mean."""
     columns = (
         "model",
@@ -25,37 +24,33 @@ def print_exact(result: dict[str, Any]) -> None:
         "excess loss",
     )
     rows = []
-    for row in result["rows"]:
-        name = f"optimum under {row['name']}" if row["stage"] == "reward" else row["name"]
-        against = row.get("optimisation_gap") or row.get("disagreement")
+    for row in exact.rows:
+        against = row.optimisation_gap or row.disagreement
         rows.append(
             (
-                name,
-                number(row["beta"], 2),
-                number(row["reward"]),
-                number(row["kl"]),
-                number(row["objective"]),
-                "-" if row["share"] is None else f"{row['share']:.1%}",
-                _value(row["gap_true"]),
-                _value(against),
-                _value(row["training_loss"], "excess"),
+                f"optimum under {row.name}" if row.stage == "reward" else row.name,
+                number(row.beta, 2),
+                number(row.reward),
+                number(row.kl),
+                number(row.objective),
+                "-" if row.share is None else f"{row.share:.1%}",
+                number(row.gap_true.value, 4),
+                number(against and against.value, 4),
+                number(row.training_loss and row.training_loss.excess, 4),
             )
         )
-    title = (
-        f"exact figures over all {result['responses']:,} responses to {result['prompts']} prompts ({result['split']})"
-    )
+    title = f"exact figures over all {exact.responses:,} responses to {exact.prompts} prompts ({split})"
     emit_table(title, columns, rows)
-    learned = result["reward_model"]
     lines = [
-        f"objective: {result['reward']} reward - beta KL to {result['reference']}; share: of what an optimal policy "
+        f"objective: {exact.reward} reward - beta KL to {exact.reference}; share: of what an optimal policy "
         "gains over the reference",
         "βKL(π‖π*): distance to the optimum of the true reward, all causes together",
     ]
-    if learned:
-        few = result["reward_model_prompts"]
+    if exact.reward_model:
         lines.append(
             f"βKL(π‖π*_RM): to the optimum of the reward that a PPO model was trained on (its optimisation error), or "
-            f"of {learned} for DPO (their disagreement); learned rewards over {few} prompts"
+            f"of {exact.reward_model} for DPO (their disagreement); learned rewards over {exact.reward_model_prompts} "
+            "prompts"
         )
     lines.append("these figures do not add up: a part may be larger than the whole")
     emit_lines(lines)

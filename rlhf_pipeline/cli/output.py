@@ -15,11 +15,16 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from rlhf_pipeline.report.results import Interval
+
 
 def emit_json(value: Any) -> None:
-    """Print one JSON object, NaN and infinities as null."""
+    """Print one JSON object, parts of results.json as they stand there, NaN and infinities as null."""
+    from pydantic import BaseModel
 
     def clean(item: Any) -> Any:
+        if isinstance(item, BaseModel):
+            item = item.model_dump(mode="json", exclude_unset=True)
         if isinstance(item, Mapping):
             return {str(key): clean(part) for key, part in item.items()}
         if isinstance(item, list | tuple):
@@ -171,13 +176,14 @@ def number(value: Any, digits: int = 3) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def interval(estimate: Mapping[str, Any] | None, digits: int = 2) -> str:
+def interval(estimate: Interval | None, digits: int = 2) -> str:
     """mean ± half of the 95 % interval where it is symmetric in the digits that are printed, else mean [low, high]."""
-    if not estimate or estimate.get("mean") is None:
+    if estimate is None:
         return "-"
-    mean, low, high = estimate["mean"], estimate.get("low"), estimate.get("high")
-    if low is None or high is None:
+    mean = estimate.mean
+    if estimate.ends is None:
         return f"{mean:.{digits}f}"
+    low, high = estimate.ends
     if abs((high - mean) - (mean - low)) < 0.5 * 10**-digits:
         return f"{mean:.{digits}f} ± {(high - low) / 2:.{digits}f}"
     return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from rlhf_pipeline.cli.options import Common, command
 from rlhf_pipeline.cli.output import emit
-from rlhf_pipeline.errors import DamagedFile, UnknownReference, did_you_mean
+from rlhf_pipeline.errors import UnknownReference, did_you_mean
 
 RESULTS = "results.json"
 
 
-def _results(home: Path, name: str) -> tuple[Path, dict[str, Any]]:
-    """The folder of a report and what its results.json holds.
+def _folder(home: Path, name: str) -> Path:
+    """The folder of a report.
 
     Raises:
-        UnknownReference: no such report. DamagedFile: its results.json cannot be read.
+        UnknownReference: no such report.
     """
     names = sorted(path.parent.name for path in (home / "reports").glob(f"*/{RESULTS}"))
     if name not in names:
         there = f"there are {', '.join(names)}" if names else "there are none yet: rlhf compare makes one"
         near = did_you_mean(name, names)
         raise UnknownReference("; ".join(filter(None, (f"no report {name!r} in {home / 'reports'}", near or there))))
-    directory = home / "reports" / name
-    path = directory / RESULTS
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DamagedFile(f"{path}: found no JSON ({error}), expected what rlhf compare wrote; compare again") from None
-    if not isinstance(found, dict):
-        raise DamagedFile(f"{path}: found {type(found).__name__}, expected an object; compare again")
-    return directory, found
+    return home / "reports" / name
 
 
 def report(
@@ -42,10 +33,10 @@ def report(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the comparison.", show_default=False)],
 ) -> None:
     """Make reports/NAME/index.html again from its results.json."""
-    directory, results = _results(common.home_path, name)
-    from rlhf_pipeline.report import write_report
+    directory = _folder(common.home_path, name)
+    from rlhf_pipeline.report import load, write_report
 
-    path = write_report(results, directory)
+    path = write_report(load(directory / RESULTS), directory)
     emit({"path": str(path)}, [f"report  {path}"], json=common.json)
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from rlhf_pipeline.algorithms.preference import OBJECTIVES, Optimum, loss_optimum
-from rlhf_pipeline.measure.exact import beta_of
 from rlhf_pipeline.registry.manifest import Manifest
 from rlhf_pipeline.registry.optimum import REWARD_MODEL, carried_moves, own_moves
-from rlhf_pipeline.registry.parents import parent_of, reward_models_of
+from rlhf_pipeline.registry.parents import beta_of, parent_of, reward_models_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.report.results import EffectiveBeta, Row, Span
 
 OF_THE_LOSS = ("loss_type", "label_smoothing")
 """The options of DPO whose optimum is declared where the losses are."""
@@ -30,9 +29,9 @@ class Aim:
     """
 
     optimum: Optimum = "same"
-    moved: Mapping[str, Any] = field(default_factory=dict)
-    may_move: Mapping[str, Any] = field(default_factory=dict)
-    effective_beta: Mapping[str, Any] | None = None
+    moved: Mapping[str, object] = field(default_factory=dict)
+    may_move: Mapping[str, object] = field(default_factory=dict)
+    effective_beta: EffectiveBeta | None = None
 
 
 def aim_of(registry: Registry, resolved: Resolved) -> Aim:
@@ -44,7 +43,7 @@ def aim_of(registry: Registry, resolved: Resolved) -> Aim:
     return Aim(_optimum(manifest, moved), moved, manifest.may_move_optimum, effective_beta_of(registry, resolved))
 
 
-def moved_options(registry: Registry, resolved: Resolved) -> dict[str, Any]:
+def moved_options(registry: Registry, resolved: Resolved) -> dict[str, object]:
     """The options that moved a model's optimum; of a model of an earlier release, by its parents' configs too."""
     manifest = resolved.manifest
     if manifest is None:
@@ -56,7 +55,7 @@ def moved_options(registry: Registry, resolved: Resolved) -> dict[str, Any]:
     return own_moves(manifest) | carried_moves(found)
 
 
-def _optimum(manifest: Manifest, moved: Mapping[str, Any]) -> Optimum:
+def _optimum(manifest: Manifest, moved: Mapping[str, object]) -> Optimum:
     if any(name not in OF_THE_LOSS for name in moved):
         return "other"
     loss = manifest.config.get("loss_type")
@@ -65,7 +64,7 @@ def _optimum(manifest: Manifest, moved: Mapping[str, Any]) -> Optimum:
     return loss_optimum(loss, manifest.config.get("label_smoothing") or 0.0)
 
 
-def effective_beta_of(registry: Registry, resolved: Resolved) -> dict[str, Any] | None:
+def effective_beta_of(registry: Registry, resolved: Resolved) -> EffectiveBeta | None:
     """PPO's price of KL in units of the reward that the labels were drawn by: kl_coef x slope / weight.
 
     The labels' reward is s r where the reward model gives r and s is its calibration slope on held-out pairs. PPO on
@@ -86,42 +85,45 @@ def effective_beta_of(registry: Registry, resolved: Resolved) -> dict[str, Any] 
     slope = models[0].manifest.metrics.get("calibration_slope")
     if not slope:
         return None
-    ends = {key: slope.get(key) for key in ("mean", "low", "high")}
-    scaled = {key: None if end is None else beta * end / weight for key, end in ends.items()}
-    return {**scaled, "slope": ends, "reward_model": models[0].label, "why_not": slope.get("why_not")}
+    found = Span(**{key: slope.get(key) for key in ("mean", "low", "high")})
+    scaled = {key: None if end is None else beta * end / weight for key, end in found}
+    why_not = str(slope["why_not"]) if slope.get("why_not") else None
+    return EffectiveBeta(**scaled, slope=found, reward_model=models[0].label, why_not=why_not)
 
 
-def describe_aims(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Sentences, from the rows of results.json, on arms whose optimum or whose price of KL is not what beta says."""
-    arms: dict[str, list[Mapping[str, Any]]] = {}
+def describe_aims(rows: Sequence[Row]) -> Iterator[str]:
+    """Sentences on arms whose optimum or whose price of KL is not what beta says."""
+    arms: dict[str, list[Row]] = {}
     for row in rows:
-        if row.get("step") is None and row.get("arm") is not None:
-            arms.setdefault(row["arm"], []).append(row)
+        if row.step is None and row.arm is not None:
+            arms.setdefault(row.arm, []).append(row)
     for arm, finals in arms.items():
-        kinds = {row.get("optimum", "same") for row in finals} - {"same"}
+        kinds = {row.optimum for row in finals} - {"same"}
         if kinds:
-            moved = {name: value for row in finals for name, value in (row.get("moves_optimum") or {}).items()}
+            moved = {name: value for row in finals for name, value in row.moves_optimum.items()}
             listed = ", ".join(f"{name}={value}" for name, value in moved.items())
             what = "its beta on another scale" if kinds == {"scale"} else "another optimum"
             yield f"{arm} has {what} ({listed}): it is in no contrast at one beta, only as trained and at matched KL"
     for arm, finals in arms.items():
-        known = [(row["beta"], row["effective_beta"]) for row in finals if row.get("effective_beta")]
-        clear = [(beta, found) for beta, found in known if _excludes_one(found["slope"])]
+        clear = [row for row in finals if row.effective_beta is not None and _excludes_one(row.effective_beta.slope)]
         if clear:
-            yield _off_scale(arm, *clear[0], [found["slope"]["mean"] for _, found in clear], len(finals))
+            yield _off_scale(arm, clear, len(finals))
 
 
-def _excludes_one(slope: Mapping[str, Any]) -> bool:
-    low, high = slope["low"], slope["high"]
-    return low is not None and high is not None and (low > 1 or high < 1)
+def _excludes_one(slope: Span) -> bool:
+    return slope.low is not None and slope.high is not None and (slope.low > 1 or slope.high < 1)
 
 
-def _off_scale(arm: str, beta: float, found: Mapping[str, Any], slopes: Sequence[float], models: int) -> str:
-    slope, acts = ("{mean:.2f} [{low:.2f}, {high:.2f}]".format(**one) for one in (found["slope"], found))
-    text = (
-        f"{arm}: the rewards of {found['reward_model']} are not on the scale of the labels: calibration slope {slope} "
-    )
-    text += f"on held-out pairs, so kl_coef {beta:g} is a beta of {acts} in the labels' own reward"
+def _off_scale(arm: str, clear: Sequence[Row], models: int) -> str:
+    known = [row.effective_beta for row in clear if row.effective_beta is not None]
+    first, slopes = known[0], [found.slope.mean for found in known if found.slope.mean is not None]
+    text = f"{arm}: the rewards of {first.reward_model} are not on the scale of the labels: calibration slope "
+    text += f"{_ends(first.slope)} on held-out pairs, so kl_coef {clear[0].beta:g} is a beta of {_ends(first)} in the "
+    text += "labels' own reward"
     if len(slopes) > 1:
         text += f"; {len(slopes)} of its {models} models are like this, slopes {min(slopes):.2f} to {max(slopes):.2f}"
     return text
+
+
+def _ends(span: Span | EffectiveBeta) -> str:
+    return f"{span.mean:.2f} [{span.low:.2f}, {span.high:.2f}]"

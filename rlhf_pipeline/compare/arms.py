@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -14,16 +13,19 @@ from rlhf_pipeline.compare.rows import Measured
 from rlhf_pipeline.evaluation.frontier import Curve, choose
 from rlhf_pipeline.registry.parents import beta_of
 
+Seeds = Sequence[int | None]
+"""The seeds of an arm; None where it is not known."""
+
 
 class Setting(tuple[tuple[str, str], ...]):
     """The swept values of a point as a key: (name, value as JSON) pairs; `values` are the values themselves, `step`
     that of a snapshot."""
 
-    values: dict[str, Any]
+    values: dict[str, object]
     step: int | None = None
 
 
-def setting_key(setting: Mapping[str, Any], step: int | None = None) -> Setting:
+def setting_key(setting: Mapping[str, object], step: int | None = None) -> Setting:
     """A setting, or a snapshot on the way to it, as a key, whatever its values are."""
     pairs = [(name, json.dumps(value, sort_keys=True, default=str)) for name, value in sorted(setting.items())]
     key = Setting(pairs if step is None else [*pairs, ("#", str(step))])
@@ -53,7 +55,7 @@ class Arm:
         """How many snapshots stand behind its curve, over all settings and seeds."""
         return sum(len(found) for setting, found in self.points.items() if setting.step is not None)
 
-    def complete(self, seeds: Sequence[int | None]) -> list[Setting]:
+    def complete(self, seeds: Seeds) -> list[Setting]:
         """The settings and snapshots that all of these seeds have."""
         return [setting for setting, found in self.points.items() if set(seeds) <= set(found)]
 
@@ -71,17 +73,17 @@ class Arm:
     def _first(self, setting: Setting) -> Measured:
         return next(iter(self.points[setting].values()))
 
-    def samples(self, setting: Setting, seeds: Sequence[int | None], figure: str) -> np.ndarray:
+    def samples(self, setting: Setting, seeds: Seeds, figure: str) -> np.ndarray:
         """(S, P, N) a figure of every response."""
         rows = [self.points[setting][seed].test for seed in seeds]
         return np.stack([row.values[figure].reshape(len(row.examples), -1) for row in rows])
 
-    def values(self, setting: Setting, seeds: Sequence[int | None], figure: str, split: str = "test") -> np.ndarray:
+    def values(self, setting: Setting, seeds: Seeds, figure: str, split: str = "test") -> np.ndarray:
         """(S, P) means over the samples of each prompt."""
         return np.stack([self.points[setting][seed].values(figure, split) for seed in seeds])
 
     def stacked(
-        self, seeds: Sequence[int | None], figure: str, split: str = "test", settings: Sequence[Setting] | None = None
+        self, seeds: Seeds, figure: str, split: str = "test", settings: Sequence[Setting] | None = None
     ) -> np.ndarray:
         """(S, G, P) of some settings, by default of all that these seeds have."""
         chosen = self.complete(seeds) if settings is None else settings
@@ -92,9 +94,7 @@ class Arm:
         """Whether every point was measured on validation prompts too."""
         return all(point.validation is not None for points in self.points.values() for point in points.values())
 
-    def envelope(
-        self, seeds: Sequence[int | None], chooser: str | None, cost: np.ndarray | None = None
-    ) -> list[Setting]:
+    def envelope(self, seeds: Seeds, chooser: str | None, cost: np.ndarray | None = None) -> list[Setting]:
         """The settings and snapshots that no other one beats in KL (or in cost) and in the chooser's figure, on the
         validation prompts.
 
@@ -110,7 +110,7 @@ class Arm:
         x = self.stacked(seeds, "kl", "validation") if cost is None else cost
         return [known[index] for index in choose(Curve.of(x, self.stacked(seeds, chooser, "validation")))]
 
-    def curve(self, seeds: Sequence[int | None], figure: str, chooser: str | None) -> Curve:
+    def curve(self, seeds: Seeds, figure: str, chooser: str | None) -> Curve:
         """A figure against KL of the envelope's settings, on the test prompts."""
         settings = self.envelope(seeds, chooser)
         return Curve.of(self.stacked(seeds, "kl", settings=settings), self.stacked(seeds, figure, settings=settings))

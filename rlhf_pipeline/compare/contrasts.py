@@ -7,12 +7,12 @@ are corrected for their number (Holm).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 
-from rlhf_pipeline.compare.arms import Arm, Setting, arms_of, common_seeds, paired_by_seed
+from rlhf_pipeline.compare.arms import Arm, Seeds, Setting, arms_of, common_seeds, paired_by_seed
 from rlhf_pipeline.compare.frontiers import frontier_section, over_optimisation_section
 from rlhf_pipeline.compare.rankings import ranking_section, win_rate_section
 from rlhf_pipeline.compare.rows import Measured, bill
@@ -20,6 +20,19 @@ from rlhf_pipeline.evaluation.frontier import Curve, area_between, common_range,
 from rlhf_pipeline.evaluation.sampled import SHARES, Samples
 from rlhf_pipeline.evaluation.seeds import Finding, contrast, holm, infer
 from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.report.results import (
+    ArmEntry,
+    Contrast,
+    ContrastKind,
+    Cost,
+    Exact,
+    Frontier,
+    Interval,
+    Overoptimised,
+    Ranking,
+    Summary,
+    WinRate,
+)
 
 SPREAD = 1.2
 """An arm whose dearest point costs less than this times its cheapest has no curve of reward against cost."""
@@ -38,21 +51,21 @@ FIGURES = ("true_reward", "judge", "score", "kl", "length")
 
 
 def _entry(
-    kind: str, a: Arm, b: Arm, figure: str, at: str, found: Finding | None, why_not: str | None = None
-) -> dict[str, Any]:
-    return {
-        "name": f"{a.name} - {b.name}",
-        "kind": kind,
-        "a": a.name,
-        "b": b.name,
-        "figure": figure,
-        "at": at,
-        "estimate": None if found is None else found.estimate.as_dict(),
-        "why_not": why_not,
-        "p": None if found is None else found.p,
-        "p_holm": None,
-        "primary": False,
-    }
+    kind: ContrastKind, a: Arm, b: Arm, figure: str, at: str, found: Finding | None, why_not: str | None = None
+) -> Contrast:
+    return Contrast(
+        name=f"{a.name} - {b.name}",
+        kind=kind,
+        a=a.name,
+        b=b.name,
+        figure=figure,
+        at=at,
+        estimate=None if found is None else Interval.of(found.estimate),
+        why_not=why_not,
+        p=None if found is None else found.p,
+        p_holm=None,
+        primary=False,
+    )
 
 
 def _beta_text(a: Arm, b: Arm, one: Setting, other: Setting) -> str:
@@ -65,7 +78,7 @@ def _beta_text(a: Arm, b: Arm, one: Setting, other: Setting) -> str:
     return f"at beta {mine:g}" if mine == theirs else f"as trained ({a.name} at beta {mine:g}, {b.name} at {theirs:g})"
 
 
-def _same_setting(a: Arm, b: Arm, seeds: list, figures: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _same_setting(a: Arm, b: Arm, seeds: Seeds, figures: Sequence[str]) -> Iterator[Contrast]:
     """Both arms at their one setting, or at each beta that both have."""
     pairs = [(one, other) for one in a.settings for other in b.settings]
     unlike = [arm.name for arm in (a, b) if any(arm.optimum(setting) != "same" for setting in arm.settings)]
@@ -75,7 +88,7 @@ def _same_setting(a: Arm, b: Arm, seeds: list, figures: Sequence[str]) -> Iterat
     if len(pairs) > 1:  # where more than beta was swept, nothing says which settings belong together
         pairs = [(one, other) for one, other in pairs if a.beta(one) is not None and a.beta(one) == b.beta(other)]
         pairs = pairs if len({one for one, _ in pairs}) == len({other for _, other in pairs}) == len(pairs) else []
-    kind = "as trained" if len(pairs) == 1 else "same beta"
+    kind: ContrastKind = "as trained" if len(pairs) == 1 else "same beta"
     for one, other in pairs:
         for figure in figures:
             found = contrast(a.values(one, seeds, figure), b.values(other, seeds, figure))
@@ -87,13 +100,13 @@ def chooser_of(measured: Sequence[Measured]) -> str | None:
     return next((name for name in ("judge", "score") if name in measured[0].test.values), None)
 
 
-def selected_setting(arm: Arm, seeds: Sequence[Any], chooser: str) -> Setting:
+def selected_setting(arm: Arm, seeds: Seeds, chooser: str) -> Setting:
     """The setting with the best mean on the validation prompts, over seeds."""
     means = [arm.values(setting, seeds, chooser, "validation").mean() for setting in arm.settings]
     return arm.settings[int(np.argmax(means))]
 
 
-def _selected(a: Arm, b: Arm, seeds: list, figure: str, chooser: str) -> dict[str, Any]:
+def _selected(a: Arm, b: Arm, seeds: Seeds, figure: str, chooser: str) -> Contrast:
     one, other = (selected_setting(arm, seeds, chooser) for arm in (a, b))
     found = contrast(a.values(one, seeds, figure), b.values(other, seeds, figure))
     chosen = "; ".join(f"{arm.name}: {_setting_text(setting)}" for arm, setting in ((a, one), (b, other)))
@@ -106,16 +119,16 @@ def _setting_text(setting: Setting) -> str:
     return ", ".join(f"{name} {value}" for name, value in setting.values.items()) or "the only one"
 
 
-def _cost(registry: Registry, arm: Arm, seeds: Sequence[Any], settings: Sequence[Setting]) -> np.ndarray:
+def _cost(registry: Registry, arm: Arm, seeds: Seeds, settings: Sequence[Setting]) -> np.ndarray:
     """(S, G) FLOPs of each point; NaN where the bill is not known."""
-    points = [[arm.points[setting][seed].model for setting in settings] for seed in seeds]
-    return np.array([[bill(registry, model).get("flops", np.nan) for model in row] for row in points])
+    bills = [[bill(registry, arm.points[setting][seed].model) for setting in settings] for seed in seeds]
+    return np.array([[np.nan if one is None else one.flops for one in row] for row in bills])
 
 
-def _at_equal_cost(a: Arm, b: Arm, seeds: list, figure: str, chooser: str | None, registry: Registry) -> dict[str, Any]:
+def _at_equal_cost(a: Arm, b: Arm, seeds: Seeds, figure: str, chooser: str | None, registry: Registry) -> Contrast:
     """A figure at one cost that both arms reach, each by the points that no cheaper one of its own beats."""
 
-    def entry(found: Finding | None = None, why_not: str | None = None, at: str = "at equal FLOPs") -> dict[str, Any]:
+    def entry(found: Finding | None = None, why_not: str | None = None, at: str = "at equal FLOPs") -> Contrast:
         return _entry("cost", a, b, figure, at, found, why_not)
 
     curves = []
@@ -137,7 +150,7 @@ def _at_equal_cost(a: Arm, b: Arm, seeds: list, figure: str, chooser: str | None
     return entry(found.finding, found.why_not, "at equal FLOPs" if found.at is None else f"at {found.at:.3g} FLOPs")
 
 
-def _matched(a: Arm, b: Arm, seeds: list, figure: str, chooser: str | None, registry: Registry) -> Iterator[dict]:
+def _matched(a: Arm, b: Arm, seeds: Seeds, figure: str, chooser: str | None, registry: Registry) -> Iterator[Contrast]:
     """A figure at one KL that both arms reach, on average over all KLs that both reach, and at equal FLOPs."""
     names = (a.name, b.name)
     one, other = a.curve(seeds, figure, chooser), b.curve(seeds, figure, chooser)
@@ -155,7 +168,7 @@ def _matched(a: Arm, b: Arm, seeds: list, figure: str, chooser: str | None, regi
 
 def contrasts_of(
     a: Arm, b: Arm, figures: Sequence[str], chooser: str | None, swept: bool, registry: Registry
-) -> list[dict[str, Any]]:
+) -> list[Contrast]:
     """All contrasts of two arms: what they came to by their final models, where they passed by their snapshots too.
 
     Args:
@@ -174,7 +187,7 @@ def contrasts_of(
     return found
 
 
-def _exact(a: Arm, b: Arm, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+def _exact(a: Arm, b: Arm, objectives: Mapping[str | None, float]) -> Iterator[Contrast]:
     """The exact objective at each beta that both arms have: no sampling error, these prompts, t over seeds."""
     a, b, seeds = paired_by_seed(a, b)
     for one in a.settings:
@@ -183,7 +196,7 @@ def _exact(a: Arm, b: Arm, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[di
             if not seeds or beta is None or beta != b.beta(other):
                 continue
             sides = [
-                [rows[arm.points[setting][seed].name]["objective"] for seed in seeds]
+                [objectives[arm.points[setting][seed].name] for seed in seeds]
                 for arm, setting in ((a, one), (b, other))
             ]
             text = f"at beta {beta:g}, on these prompts"
@@ -194,98 +207,122 @@ def _exact(a: Arm, b: Arm, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[di
                 yield _entry("exact", a, b, "objective", text, None, why)
 
 
-def _declare(entries: list[dict[str, Any]], wanted: str, primary: str, swept: bool) -> None:
-    """Mark the one primary contrast and correct the p-values of the others."""
-    kinds = {"matched_kl": ("matched KL",), "selected": ("selected",), "as_trained": ("as trained", "same beta")}
+def _declared(entries: Sequence[Contrast], wanted: str, primary: str, swept: bool) -> list[Contrast]:
+    """The contrasts, one of them marked as primary, with the p-values of the others corrected for their number."""
     if wanted == "auto":
-        matched = swept and any(entry["kind"] == "matched KL" for entry in entries)
+        matched = swept and any(entry.kind == "matched KL" for entry in entries)
         wanted = "matched_kl" if matched else "as_trained"  # that snapshots are shown changes no declaration
+    kinds = {"matched_kl": ("matched KL",), "selected": ("selected",), "as_trained": ("as trained", "same beta")}
     order = [kinds[wanted], *(kind for kind in kinds.values() if kind != kinds[wanted])]
-    found = (entry for kind in order for entry in entries if entry["kind"] in kind and entry["figure"] == primary)
+    found = (entry for kind in order for entry in entries if entry.kind in kind and entry.figure == primary)
     first = next(found, None)
-    if first is not None:
-        first["primary"] = True
-    others = [entry for entry in entries if not entry["primary"]]
-    for entry, p in zip(others, holm([entry["p"] for entry in others]), strict=True):
-        entry["p_holm"] = p
+    corrected = iter(holm([entry.p for entry in entries if entry is not first]))
+    return [
+        entry.model_copy(update={"primary": True} if entry is first else {"p_holm": next(corrected)})
+        for entry in entries
+    ]
 
 
 def _effective_beta(arm: Arm, setting: Setting) -> float | None:
     """The mean over seeds of what kl_coef comes to in units of the labels' reward; None where one is not known."""
-    points = arm.points[setting].values()
-    known = [beta for one in points if (beta := (one.aim.effective_beta or {}).get("mean")) is not None]
-    return float(np.mean(known)) if len(known) == len(points) else None
+    found = [one.aim.effective_beta for one in arm.points[setting].values()]
+    known = [beta.mean for beta in found if beta is not None and beta.mean is not None]
+    return float(np.mean(known)) if len(known) == len(found) else None
 
 
-def summary_of(arms: Sequence[Arm]) -> list[dict[str, Any]]:
+def summary_of(arms: Sequence[Arm]) -> list[Summary]:
     """Every figure of every arm and setting, over its seeds and prompts."""
     rows = []
     for arm in arms:
         for setting in arm.settings:
             seeds = arm.seeds(setting)
             names = arm.points[setting][seeds[0]].test.values
-            found = {name: infer(arm.values(setting, seeds, name), share=name in SHARES) for name in names}
+            found = {name: infer(arm.values(setting, seeds, name), share=name in SHARES).estimate for name in names}
             rows.append(
-                {
-                    "arm": arm.name,
-                    "setting": setting.values,
-                    "beta": arm.beta(setting),
-                    "optimum": arm.optimum(setting),
-                    "effective_beta": _effective_beta(arm, setting),
-                    "seeds": len(seeds),
-                    "metrics": {name: item.estimate.as_dict() for name, item in found.items()},
-                    "method": next(iter(found.values())).estimate.method,
-                }
+                Summary(
+                    arm=arm.name,
+                    setting=setting.values,
+                    beta=arm.beta(setting),
+                    optimum=arm.optimum(setting),
+                    effective_beta=_effective_beta(arm, setting),
+                    seeds=len(seeds),
+                    metrics=Interval.table(found),
+                    method=next(iter(found.values())).method,
+                )
             )
     return rows
+
+
+def _described(arm: Arm, chooser: str | None, registry: Registry) -> ArmEntry:
+    """How an arm was tuned, and what it cost on average over its seeds; snapshots are no trials."""
+    finals, seeds = arm.finals, common_seeds(arm)
+    selected = None
+    if len(finals.settings) > 1 and chooser and seeds and finals.validated:
+        selected = selected_setting(finals, seeds, chooser)
+    chosen = selected if selected is not None else finals.settings[0]
+    bills = [found for one in finals.points[chosen].values() if (found := bill(registry, one.model)) is not None]
+    cost = None
+    if len(bills) == len(finals.points[chosen]):
+        cost = Cost(**{key: float(np.mean([getattr(one, key) for one in bills])) for key in Cost.model_fields})
+    return ArmEntry(
+        trials=len(finals.settings),
+        snapshots=arm.snapshots,
+        settings=[setting.values for setting in finals.settings],
+        selected=None if selected is None else selected.values,
+        cost=cost,
+    )
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The sections of results.json that set arms against each other."""
+
+    summary: list[Summary]
+    arms: dict[str, ArmEntry] = field(default_factory=dict)
+    contrasts: list[Contrast] = field(default_factory=list)
+    win_rates: list[WinRate] = field(default_factory=list)
+    ranking: Ranking | None = None
+    frontier: Frontier | None = None
+    overoptimisation: dict[str, Overoptimised] | None = None
 
 
 def compare_arms(
     measured: Sequence[Measured],
     baseline: Measured,
-    results: dict[str, Any],
-    config: Any,
+    primary: str | None,
+    declared: str,
     registry: Registry,
+    *,
+    exact: Exact | None = None,
     demonstrations: Samples | None = None,
     reference: Measured | None = None,
-) -> dict[str, Any]:
-    """The sections of results.json that set arms against each other; `reference`: what KL is measured to."""
+) -> Compared:
+    """Set arms against each other, the baseline and the demonstrations.
+
+    Args:
+        primary: the figure that says how good a response is. declared: `primary_contrast` of the config. reference:
+            what KL is measured to.
+    """
     arms = arms_of(measured)
     finals = [arm.finals for arm in arms]
-    primary = results["primary"]
     if primary is None:
-        return {"summary": summary_of(finals), "arms": {}, "contrasts": []}
+        return Compared(summary_of(finals))
     figures = [primary, *(name for name in FIGURES if name != primary and name in measured[0].test.values)]
     swept = any(len(arm.settings) > 1 for arm in finals)
     chooser = chooser_of(measured)
     entries = [
         entry for a, b in combinations(arms, 2) for entry in contrasts_of(a, b, figures, chooser, swept, registry)
     ]
-    if results.get("exact"):
-        rows = {row["model"]: row for row in results["exact"]["rows"]}
-        entries += [entry for a, b in combinations(finals, 2) for entry in _exact(a, b, rows)]
-    _declare(entries, config.primary_contrast, primary, swept)
-    described = {}
-    for arm, whole in zip(finals, arms, strict=True):
-        seeds = common_seeds(arm)
-        selected = None
-        if len(arm.settings) > 1 and chooser and seeds and arm.validated:
-            selected = selected_setting(arm, seeds, chooser)
-        chosen = selected if selected is not None else arm.settings[0]
-        bills = [bill(registry, point.model) for point in arm.points[chosen].values()]
-        described[arm.name] = {
-            "trials": len(arm.settings),
-            "snapshots": whole.snapshots,
-            "settings": [setting.values for setting in arm.settings],
-            "selected": None if selected is None else selected.values,
-            "cost": {key: float(np.mean([one[key] for one in bills])) for key in (bills[0] if bills else {})},
-        }
-    return {
-        "summary": summary_of(finals),
-        "arms": described,
-        "contrasts": entries,
-        "win_rates": win_rate_section(finals, baseline, primary, described, demonstrations),
-        "ranking": ranking_section([baseline, *measured], primary),
-        "frontier": frontier_section(arms, primary, chooser, results.get("exact")),
-        "overoptimisation": over_optimisation_section(arms, reference),
-    }
+    if exact is not None:
+        objectives = {row.model: row.objective for row in exact.rows}
+        entries += [entry for a, b in combinations(finals, 2) for entry in _exact(a, b, objectives)]
+    described = {arm.name: _described(arm, chooser, registry) for arm in arms}
+    return Compared(
+        summary=summary_of(finals),
+        arms=described,
+        contrasts=_declared(entries, declared, primary, swept),
+        win_rates=win_rate_section(finals, baseline, primary, described, demonstrations),
+        ranking=ranking_section([baseline, *measured], primary),
+        frontier=frontier_section(arms, primary, chooser, exact),
+        overoptimisation=over_optimisation_section(arms, reference),
+    )

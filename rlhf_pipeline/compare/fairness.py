@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from rlhf_pipeline.compare.aim import moved_options
 from rlhf_pipeline.config.base import resolve_lengths
@@ -19,24 +17,11 @@ from rlhf_pipeline.registry.parents import reward_models_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import read_json
 from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.report.results import Difference
 from rlhf_pipeline.rollout.reward_names import names_a_model
 
 NONE = "none"
 MOVED = "options that move the optimum"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One fact in which arms differ, and what it is for each of them."""
-
-    what: str
-    values: Mapping[str, str]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"what": self.what, "values": dict(self.values)}
-
-    def __str__(self) -> str:
-        return f"{self.what}: " + ", ".join(f"{arm} has {value}" for arm, value in self.values.items())
 
 
 def _short(digest: str | None) -> str:
@@ -61,7 +46,7 @@ def _preferences_of(registry: Registry, resolved: Resolved, manifest: Manifest) 
     return " + ".join(sorted(found)) or NONE
 
 
-def _lengths_of(config: Mapping[str, Any]) -> str:
+def _lengths_of(config: Mapping[str, int | None]) -> str:
     """The length policy, however it was written down."""
     named = [config.get(key) for key in ("max_prompt_length", "response_length", "max_length")]
     lengths = resolve_lengths(*named)
@@ -124,9 +109,8 @@ def differences(registry: Registry, arms: Mapping[str, Sequence[Resolved]]) -> l
         }
         known = {arm: entries for arm, entries in values.items() if entries}
         if len({tuple(sorted(entries)) for entries in known.values()}) > 1:
-            found.append(
-                Difference(name, {arm: " or ".join(sorted(entries.values())) for arm, entries in known.items()})
-            )
+            told = {arm: " or ".join(sorted(entries.values())) for arm, entries in known.items()}
+            found.append(Difference(what=name, values=told))
     return found
 
 
@@ -167,7 +151,7 @@ def judge_overlap(registry: Registry, judge: Resolved | None, models: Sequence[R
     seen = {entry.digest for entry in judge.manifest.data}
     saw = [model.label for model in models if seen & _trained_on(registry, model)]
     values = dict.fromkeys(saw, f"pairs that {judge.label} was trained on too")
-    return [Difference("judge: not held out", values)] if values else []
+    return [Difference(what="judge: not held out", values=values)] if values else []
 
 
 def truth_overlap(registry: Registry, truth: Resolved | None, models: Sequence[Resolved]) -> list[Difference]:
@@ -179,7 +163,7 @@ def truth_overlap(registry: Registry, truth: Resolved | None, models: Sequence[R
         rewards = list(reward_models_of(registry, model))
         if any(reward.digest == truth.digest for reward in rewards):
             found[model.label] = f"{truth.label} as its own reward model"
-    return [Difference("true_reward: what an arm is trained to please", found)] if found else []
+    return [Difference(what="true_reward: what an arm is trained to please", values=found)] if found else []
 
 
 def _identity(name: str, value: str) -> str:

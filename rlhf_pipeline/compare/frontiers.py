@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 
@@ -12,47 +11,44 @@ from rlhf_pipeline.compare.arms import Arm, common_seeds
 from rlhf_pipeline.compare.rows import Measured
 from rlhf_pipeline.evaluation.frontier import common_range, reward_at
 from rlhf_pipeline.evaluation.overoptimisation import fit, overoptimised
+from rlhf_pipeline.report.results import Exact, Frontier, FrontierArm, FrontierPoint, GaoFit, Interval, Overoptimised
 
 BAND_POINTS = 15
 BAND_RESAMPLES = 500
 
 
-def _points(arm: Arm, figure: str) -> list[dict[str, Any]]:
+def _points(arm: Arm, figure: str) -> list[FrontierPoint]:
     return [
-        {
-            "setting": setting.values,
-            "step": setting.step,
-            "seed": seed,
-            "model": point.name,
-            "kl": point.test.estimate("kl").as_dict(),
-            "reward": point.test.estimate(figure).as_dict(),
-        }
+        FrontierPoint(
+            setting=setting.values,
+            step=setting.step,
+            seed=seed,
+            model=point.name,
+            kl=Interval.of(point.test.estimate("kl")),
+            reward=Interval.of(point.test.estimate(figure)),
+        )
         for setting, points in arm.points.items()
         for seed, point in points.items()
     ]
 
 
-def _arm(arm: Arm, figure: str, chooser: str | None) -> dict[str, Any]:
+def _arm(arm: Arm, figure: str, chooser: str | None) -> FrontierArm:
     """Points, the envelope of the means over seeds, and its interval at places that every seed reaches."""
-    found: dict[str, Any] = {"points": _points(arm, figure), "envelope": [], "band": []}
-    seeds = common_seeds(arm)
+    points, seeds = _points(arm, figure), common_seeds(arm)
     if not seeds or len(arm.complete(seeds)) < 2:
-        return found
+        return FrontierArm(points=points, envelope=[], band=[])
     curve = arm.curve(seeds, figure, chooser)
     x, y = (values.mean(0) for values in curve.means())
-    found["envelope"] = sorted([float(kl), float(reward)] for kl, reward in zip(x, y, strict=True))
-    shared = common_range(curve)
-    if shared is not None:
-        for at in np.linspace(*shared, BAND_POINTS):
-            reading = reward_at(curve, float(at), name=arm.name, resamples=BAND_RESAMPLES)
-            if reading.finding is not None:
-                found["band"].append([float(at), reading.finding.estimate.low, reading.finding.estimate.high])
-    return found
+    shared, band = common_range(curve), list[tuple[float, float | None, float | None]]()
+    for at in () if shared is None else np.linspace(*shared, BAND_POINTS):
+        reading = reward_at(curve, float(at), name=arm.name, resamples=BAND_RESAMPLES)
+        if reading.finding is not None:
+            band.append((float(at), reading.finding.estimate.low, reading.finding.estimate.high))
+    envelope = sorted((float(kl), float(reward)) for kl, reward in zip(x, y, strict=True))
+    return FrontierArm(points=points, envelope=envelope, band=band)
 
 
-def frontier_section(
-    arms: Sequence[Arm], figure: str, chooser: str | None, exact: Mapping[str, Any] | None
-) -> dict[str, Any] | None:
+def frontier_section(arms: Sequence[Arm], figure: str, chooser: str | None, exact: Exact | None) -> Frontier | None:
     """The arms' frontiers on the test prompts; None where no KL was measured."""
     if any(
         "kl" not in point.test.values for arm in arms for points in arm.points.values() for point in points.values()
@@ -60,17 +56,15 @@ def frontier_section(
         return None
     curves = [arm.curve(common_seeds(arm), figure, chooser) for arm in arms if common_seeds(arm)]
     shared = common_range(*curves) if len(curves) == len(arms) > 1 else None
-    gibbs = None
-    if exact is not None and figure == "true_reward" and exact.get("reward") == "world":
-        gibbs = {key: exact["frontier"][key] for key in ("kl", "reward", "beta")}
-    return {
-        "figure": figure,
-        "chosen_by": chooser,
-        "arms": {arm.name: _arm(arm, figure, chooser) for arm in arms},
-        "matched_kl": None if shared is None else sum(shared) / 2,
-        "common_range": None if shared is None else list(shared),
-        "gibbs": gibbs,
-    }
+    known = figure == "true_reward" and exact is not None and exact.reward == "world"
+    return Frontier(
+        figure=figure,
+        chosen_by=chooser,
+        arms={arm.name: _arm(arm, figure, chooser) for arm in arms},
+        matched_kl=None if shared is None else sum(shared) / 2,
+        common_range=shared,
+        gibbs=exact.frontier if exact is not None and known else None,
+    )
 
 
 def _start(reference: Measured, arm: Arm, seed: int | None) -> np.ndarray:
@@ -79,7 +73,7 @@ def _start(reference: Measured, arm: Arm, seed: int | None) -> np.ndarray:
     return samples.by_prompt("score").mean(1)
 
 
-def over_optimisation_section(arms: Sequence[Arm], reference: Measured | None) -> dict[str, Any] | None:
+def over_optimisation_section(arms: Sequence[Arm], reference: Measured | None) -> dict[str, Overoptimised] | None:
     """For each arm the proxy (the training reward model) and what is really wanted (the truth, else the judge) against
     sqrt(KL), both above the reference's; Gao et al.'s form fitted to the latter alone.
 
@@ -104,13 +98,13 @@ def over_optimisation_section(arms: Sequence[Arm], reference: Measured | None) -
         fitted = fit("rl", distance, gain.mean((0, 2)))
         verdict = overoptimised(distance, proxy_gain, gain, fitted)
         rows = zip(distance, proxy_gain.mean((0, 2)), gain.mean((0, 2)), strict=True)
-        found[arm.name] = {
-            "gold": gold,
-            "reference": reference.name,
-            "points": sorted([float(value) for value in row] for row in rows),
-            "fit": None if fitted is None else asdict(fitted),
-            "found": verdict.found if fitted is not None else None,
-            "why": verdict.why,
-            "p": verdict.p,
-        }
+        found[arm.name] = Overoptimised(
+            gold=gold,
+            reference=reference.name,
+            points=sorted((float(d), float(mine), float(wanted)) for d, mine, wanted in rows),
+            fit=None if fitted is None else GaoFit(**asdict(fitted)),
+            found=verdict.found if fitted is not None else None,
+            why=verdict.why,
+            p=verdict.p,
+        )
     return found

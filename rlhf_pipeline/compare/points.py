@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from rlhf_pipeline.config.grid import Node
 from rlhf_pipeline.config.spec import StageSpec
@@ -28,7 +27,7 @@ class Point:
 
     arm: str
     seed: int | None
-    setting: dict[str, Any]
+    setting: dict[str, object]
     model: str
     step: int | None = None
 
@@ -73,7 +72,7 @@ def with_snapshots(point: Point, model: Resolved, wanted: bool = True) -> list[P
 
 def trials(points: Iterable[Point]) -> dict[str, int]:
     """How many settings were tried for each arm; a snapshot is no trial of its own."""
-    settings: dict[str, list[dict[str, Any]]] = {}
+    settings: dict[str, list[dict[str, object]]] = {}
     for point in points:
         known = settings.setdefault(point.arm, [])
         if point.setting not in known:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from rlhf_pipeline.compare.points import Point
+from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import UnknownReference
@@ -21,6 +21,7 @@ from rlhf_pipeline.measure.trained_on import owned_by, training_temperature
 from rlhf_pipeline.measure.training_loss import dpo_manifest, dpo_reference, own_data, trained_by_dpo
 from rlhf_pipeline.registry.parents import reward_models_of
 from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.report.results import Interval, Preferences, Scorer, ScorerTest
 from rlhf_pipeline.stages.common import find_model, load_reward_model
 from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.stages.reward_quality import score_examples
@@ -29,8 +30,11 @@ from rlhf_pipeline.training.reference_cache import cached_logprobs, completion_l
 PAIRS = 4096
 """Held-out pairs that are scored, by hash order."""
 
+LONGER = "longer wins"
+"""The scorer that takes the longer response."""
 
-def _pairs(bench: Bench, config: Any, sources: Sequence[Resolved]) -> list[Example]:
+
+def _pairs(bench: Bench, config: CompareConfig, sources: Sequence[Resolved]) -> list[Example]:
     """The held-out pairs of the data that the first of these models was trained on."""
     for model in sources:
         if model.manifest is None:
@@ -71,7 +75,9 @@ def _explicit(bench: Bench, model: Resolved, pairs: Sequence[Example]) -> list[f
     return [chosen - rejected for chosen, rejected in scores]
 
 
-def preference_quality(bench: Bench, config: Any, trained: Sequence[tuple[Point, Resolved]]) -> dict[str, Any] | None:
+def preference_quality(
+    bench: Bench, config: CompareConfig, trained: Sequence[tuple[Point, Resolved]]
+) -> Preferences | None:
     """Accuracy and calibration of every reward model and, for the first seed, of every DPO policy; None without pairs.
 
     The test sets the first reward model against the first DPO policy, on the same pairs.
@@ -88,21 +94,23 @@ def preference_quality(bench: Bench, config: Any, trained: Sequence[tuple[Point,
     clusters = [pair.prompt_key for pair in pairs]
     differences = {model.label: _explicit(bench, model, pairs) for model in models}
     differences |= {model.label: _implicit(bench, model, pairs) for model in policies}
-    differences["longer wins"] = longer_wins(*zip(*(pair.completions for pair in pairs), strict=True))
-    scorers = {}
-    for name, values in differences.items():
-        metrics = preference_metrics(values, clusters)
-        scorers[name] = {
-            "accuracy": accuracy(values, clusters).as_dict(),
-            **{key: metrics[key] for key in ("ece", "nll", "brier")},
-            "bins": reliability_bins(values, clusters),
-        }
-    for entry in (scorers["longer wins"],):  # lengths are no log-odds: they have an order, not a confidence
-        entry.update(ece=None, nll=None, brier=None, bins=[])
+    differences[LONGER] = longer_wins(*zip(*(pair.completions for pair in pairs), strict=True))
     test = None
     if models and policies:
-        test = {
-            "name": f"{models[0].label} (explicit) - {policies[0].label} (implicit)",
-            **compare_scorers(differences[models[0].label], differences[policies[0].label], clusters),
-        }
-    return {"pairs": len(pairs), "prompts": len(set(clusters)), "scorers": scorers, "test": test}
+        one, other = models[0].label, policies[0].label
+        test = ScorerTest(
+            name=f"{one} (explicit) - {other} (implicit)",
+            **compare_scorers(differences[one], differences[other], clusters),
+        )
+    scorers = {name: _scorer(name, values, clusters) for name, values in differences.items()}
+    return Preferences(pairs=len(pairs), prompts=len(set(clusters)), scorers=scorers, test=test)
+
+
+def _scorer(name: str, values: Sequence[float], clusters: Sequence[str]) -> Scorer:
+    """Accuracy and calibration; lengths are no log-odds: they have an order, not a confidence."""
+    right = Interval.of(accuracy(values, clusters))
+    if name == LONGER:
+        return Scorer(accuracy=right, ece=None, nll=None, brier=None, bins=[])
+    metrics = preference_metrics(values, clusters)
+    figures = {key: metrics[key] for key in ("ece", "nll", "brier")}
+    return Scorer(accuracy=right, **figures, bins=reliability_bins(values, clusters))

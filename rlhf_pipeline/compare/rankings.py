@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any
+from math import isfinite
 
 import numpy as np
 
-from rlhf_pipeline.compare.arms import Arm, Setting, paired_by_seed, setting_key
+from rlhf_pipeline.compare.arms import Arm, Seeds, Setting, paired_by_seed, setting_key
 from rlhf_pipeline.compare.rows import Measured
 from rlhf_pipeline.evaluation.ranking import rank
 from rlhf_pipeline.evaluation.sampled import Samples
@@ -19,6 +19,7 @@ from rlhf_pipeline.evaluation.win_rates import (
     tie_share,
     win_rate,
 )
+from rlhf_pipeline.report.results import ArmEntry, Interval, LengthControlled, Ranked, Ranking, WinRate
 
 MOST_RANKED = 40
 
@@ -26,13 +27,13 @@ Side = tuple[np.ndarray, np.ndarray]
 """(S, P, N) a figure and the length of every response of one side of a win rate."""
 
 
-def _setting(arm: Arm, described: Mapping[str, Any]) -> Setting:
+def _setting(arm: Arm, described: Mapping[str, ArmEntry]) -> Setting:
     """The setting that speaks for an arm: the selected one, else its first."""
-    chosen = described[arm.name]["selected"]
+    chosen = described[arm.name].selected
     return arm.settings[0] if chosen is None else setting_key(chosen)
 
 
-def _side(arm: Arm, setting: Setting, seeds: Sequence[int | None], figure: str) -> Side:
+def _side(arm: Arm, setting: Setting, seeds: Seeds, figure: str) -> Side:
     return arm.samples(setting, seeds, figure), arm.samples(setting, seeds, "length")
 
 
@@ -40,41 +41,43 @@ def _stacked(samples: Sequence[Samples], figure: str) -> np.ndarray:
     return np.stack([one.by_prompt(figure) for one in samples])
 
 
-def win_rate_entry(mine: Side, theirs: Side, *, coupled: bool) -> dict[str, Any]:
+def win_rate_entry(names: tuple[str, str], figure: str, mine: Side, theirs: Side, *, coupled: bool) -> WinRate:
     """A win rate, plain and at equal length, with its share of ties, or why there is none.
 
     coupled: both sides are policies, which are sampled with the same random numbers.
     """
+    a, b = names
     if coupled and mine[0].shape[-1] < 2:
-        return {
-            "estimate": None,
-            "why_not": ONE_SAMPLE,
-            "ties": None,
-            "p": None,
-            "length_controlled": {"estimate": None, "phi": None, "why_not": ONE_SAMPLE},
-        }
+        none = LengthControlled(estimate=None, phi=None, why_not=ONE_SAMPLE)
+        return WinRate(
+            a=a, b=b, figure=figure, estimate=None, why_not=ONE_SAMPLE, ties=None, p=None, length_controlled=none
+        )
     found = win_rate(mine[0], theirs[0], coupled=coupled)
     controlled = length_controlled_win_rate(mine[0], theirs[0], mine[1], theirs[1], coupled=coupled)
-    return {
-        "estimate": found.estimate.as_dict(),
-        "why_not": None,
-        "ties": tie_share(mine[0], theirs[0], coupled=coupled),
-        "p": found.p,
-        "length_controlled": {
-            "estimate": None if controlled.finding is None else controlled.finding.estimate.as_dict(),
-            "phi": controlled.phi,
-            "why_not": controlled.why_not,
-        },
-    }
+    finding = controlled.finding
+    return WinRate(
+        a=a,
+        b=b,
+        figure=figure,
+        estimate=Interval.of(found.estimate),
+        why_not=None,
+        ties=tie_share(mine[0], theirs[0], coupled=coupled),
+        p=found.p,
+        length_controlled=LengthControlled(
+            estimate=None if finding is None else Interval.of(finding.estimate),
+            phi=controlled.phi,
+            why_not=controlled.why_not,
+        ),
+    )
 
 
 def win_rate_section(
     arms: Sequence[Arm],
     baseline: Measured,
     figure: str,
-    described: Mapping[str, Any],
+    described: Mapping[str, ArmEntry],
     demonstrations: Samples | None = None,
-) -> list[dict[str, Any]]:
+) -> list[WinRate]:
     """Win rates of every arm against every other, the baseline and the demonstrations, by one figure, at the arms'
     settings."""
     entries = []
@@ -82,8 +85,7 @@ def win_rate_section(
         one, other, seeds = paired_by_seed(a, b)
         if seeds:
             mine, theirs = (_side(arm, _setting(arm, described), seeds, figure) for arm in (one, other))
-            found = win_rate_entry(mine, theirs, coupled=True)
-            entries.append({"a": a.name, "b": b.name, "figure": figure, **found})
+            entries.append(win_rate_entry((a.name, b.name), figure, mine, theirs, coupled=True))
     others = [(baseline.name, baseline.test)]
     if demonstrations is not None and figure in demonstrations.values:
         others.append(("demonstrations", demonstrations))
@@ -98,12 +100,12 @@ def win_rate_section(
                 for point in arm.points[setting].values()
             ]
             theirs = _stacked(seen, figure), _stacked(seen, "length")
-            found = win_rate_entry(mine, theirs, coupled=samples is baseline.test)
-            entries.append({"a": arm.name, "b": name, "figure": figure, **found})
+            coupled = samples is baseline.test
+            entries.append(win_rate_entry((arm.name, name), figure, mine, theirs, coupled=coupled))
     return entries
 
 
-def ranking_section(measured: Sequence[Measured], figure: str) -> dict[str, Any] | None:
+def ranking_section(measured: Sequence[Measured], figure: str) -> Ranking | None:
     """Elo of every model with an interval over prompts, the baseline at 1000, and the share of ties in its comparisons.
 
     None with fewer than two models, or with one sample a prompt (see `win_rates.pairs_of`).
@@ -127,20 +129,20 @@ def ranking_section(measured: Sequence[Measured], figure: str) -> dict[str, Any]
         wins[:, j, i] = 1 - wins[:, i, j]
         ties[i, j] = ties[j, i] = tie_share(figures[i], figures[j], coupled=True)
     found = rank(wins, baseline=0)
-    rows = [
-        {
-            "name": one.name,
-            "arm": one.point.arm,
-            "step": one.point.step,
-            "elo": item.elo.as_dict(),
-            "bound": item.bound,
-            "ties": float(ties[i].sum() / (size - 1)),
-        }
-        for i, (one, item) in enumerate(zip(distinct, found, strict=True))
-    ]
-    return {
-        "figure": figure,
-        "separable": any(item.bound is not None for item in found),
-        "left_out": max(0, len({one.name for one in measured}) - MOST_RANKED),
-        "rows": sorted(rows, key=lambda row: -row["elo"]["mean"]),
-    }
+    places = sorted(range(size), key=lambda i: -found[i].elo.mean)
+    return Ranking(
+        figure=figure,
+        separable=any(item.bound is not None for item in found),
+        left_out=max(0, len({one.name for one in measured}) - MOST_RANKED),
+        rows=[
+            Ranked(
+                name=distinct[i].name,
+                arm=distinct[i].point.arm,
+                step=distinct[i].point.step,
+                elo=Interval.of(found[i].elo) if isfinite(found[i].elo.mean) else None,
+                bound=found[i].bound,
+                ties=float(ties[i].sum() / (size - 1)),
+            )
+            for i in places
+        ],
+    )

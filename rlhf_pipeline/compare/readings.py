@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
 
+from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.evaluation.sampled import Samples
 from rlhf_pipeline.measure.bench import Bench
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.report.results import Ancestor, DataReport, Response, Shown
 
 CURVES = (
     "objective/rlhf_reward",
@@ -34,28 +36,29 @@ POINTS = 200
 """Points of a curve that are kept."""
 
 
-def shown_samples(bench: Bench, measured: Mapping[str, Samples], count: int) -> list[dict[str, Any]]:
+def shown_samples(bench: Bench, measured: Mapping[str, Samples], count: int) -> list[Shown]:
     """Responses of every model to the same few prompts, the same draw for each, with their scores.
 
     The first response of each to the first prompts: nothing is picked.
     """
+    return [
+        Shown(
+            prompt=_text(bench, prompt),
+            responses={name: [_response(bench, samples, number)] for name, samples in measured.items()},
+        )
+        for number, prompt in enumerate(bench.plan.prompts[:count])
+    ]
+
+
+def _response(bench: Bench, samples: Samples, number: int) -> Response:
+    """The first response to a prompt."""
+    ids, ended = samples.examples[number].completions[0], samples.examples[number].ended[0]
     figures = ("true_reward", "score", "judge")
-    rows = []
-    for number, prompt in enumerate(bench.plan.prompts[:count]):
-        responses: dict[str, list[dict[str, Any]]] = {}
-        for name, samples in measured.items():
-            example = samples.examples[number]
-            ids, ended = example.completions[0], example.ended[0]
-            place = number * bench.plan.samples
-            text = text_of(bench.tokenizer, ids[: len(ids) - int(ended)])
-            entry: dict[str, Any] = {"text": text, "ended": bool(ended)}
-            entry |= {key: float(samples.values[key][place]) for key in figures if key in samples.values}
-            responses[name] = [entry]
-        rows.append({"prompt": _text(bench, prompt), "responses": responses})
-    return rows
+    scores = {key: float(samples.by_prompt(key)[number, 0]) for key in figures if key in samples.values}
+    return Response(text=text_of(bench.tokenizer, ids[: len(ids) - int(ended)]), ended=bool(ended), **scores)
 
 
-def _text(bench: Bench, prompt: Any) -> str:
+def _text(bench: Bench, prompt: Example) -> str:
     return prompt.prompt_text or text_of(bench.tokenizer, prompt.prompt_ids)
 
 
@@ -64,15 +67,15 @@ def prompt_texts(bench: Bench) -> list[str]:
     return [_text(bench, prompt) for prompt in bench.plan.prompts]
 
 
-def curves(registry: Registry, models: Sequence[Resolved]) -> dict[str, dict[str, list[list[float]]]]:
+def curves(registry: Registry, models: Sequence[Resolved]) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """(step, value) of the metrics that are drawn, for every model whose run is still in the home."""
-    found: dict[str, dict[str, list[list[float]]]] = {}
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
     runs = _runs_by_model(registry)
     for model in models:
         path = runs.get(model.label)
         if path is None:
             continue
-        lines: dict[str, list[list[float]]] = {}
+        lines: dict[str, list[tuple[float, float]]] = {}
         for row in path.read_text(encoding="utf-8").splitlines():
             try:
                 values = json.loads(row)
@@ -80,17 +83,17 @@ def curves(registry: Registry, models: Sequence[Resolved]) -> dict[str, dict[str
                 continue  # the last line of a killed process
             for name in CURVES:
                 if isinstance(values.get(name), int | float):
-                    lines.setdefault(name, []).append([values["step"], values[name]])
+                    lines.setdefault(name, []).append((values["step"], values[name]))
         found[model.label] = {name: _thinned(points) for name, points in lines.items()}
     return found
 
 
-def _thinned(points: list[list[float]]) -> list[list[float]]:
+def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     stride = -(-len(points) // POINTS)
     return points[::stride] if stride <= 1 or (len(points) - 1) % stride == 0 else [*points[::stride], points[-1]]
 
 
-def _runs_by_model(registry: Registry) -> dict[str, Any]:
+def _runs_by_model(registry: Registry) -> dict[str, Path]:
     """metrics.jsonl of the finished run of each registered model."""
     found = {}
     for status in sorted((registry.home / "runs").glob("*/run.json")):
@@ -104,9 +107,9 @@ def _runs_by_model(registry: Registry) -> dict[str, Any]:
     return found
 
 
-def lineage(registry: Registry, models: Sequence[Resolved]) -> list[dict[str, Any]]:
+def lineage(registry: Registry, models: Sequence[Resolved]) -> list[Ancestor]:
     """Every model behind a comparison with its digest and its parents, ancestors last."""
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, Ancestor] = {}
     waiting = list(models)
     while waiting:
         model = waiting.pop(0)
@@ -114,14 +117,14 @@ def lineage(registry: Registry, models: Sequence[Resolved]) -> list[dict[str, An
             continue
         manifest = model.manifest
         parents = dict(manifest.parents) if manifest is not None else {}
-        rows[model.label] = {
-            "model": model.label,
-            "digest": model.digest,
-            "stage": model.stage,
-            "seed": manifest.seed if manifest is not None else None,
-            "parents": {role: parent.ref for role, parent in parents.items()},
-            "data": [entry.model_dump() for entry in manifest.data] if manifest is not None else [],
-        }
+        rows[model.label] = Ancestor(
+            model=model.label,
+            digest=model.digest,
+            stage=model.stage,
+            seed=manifest.seed if manifest is not None else None,
+            parents={role: parent.ref for role, parent in parents.items()},
+            data=[DataReport(**entry.model_dump()) for entry in manifest.data] if manifest is not None else [],
+        )
         waiting += [registry.resolve(parent.ref) for parent in parents.values() if parent.digest is not None]
     return list(rows.values())
 

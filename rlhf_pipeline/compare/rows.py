@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from rlhf_pipeline.measure.evaluate import measure
 from rlhf_pipeline.registry.parents import beta_of, parent_of, reward_models_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.report.results import Cost, Diversity, Interval, Row
 from rlhf_pipeline.rollout.reward_names import names_a_model
 from rlhf_pipeline.rollout.rewards import RewardSource
 from rlhf_pipeline.stages.reward_sources import load_reward
@@ -60,26 +60,26 @@ class Measured:
         return samples.values[figure].reshape(len(samples.examples), -1).mean(1)
 
 
-def bill(registry: Registry, resolved: Resolved) -> dict[str, float]:
+def bill(registry: Registry, resolved: Resolved) -> Cost | None:
     """What an arm cost: its own run and, for PPO, those of its reward models. Shared stages are on no bill.
 
     Of a snapshot: its run up to that step, and its reward models whole. Counts and seconds add up; peak memory is that
-    of the largest stage. Empty where it is not known: outside the registry, and for a snapshot of an earlier version.
+    of the largest stage. None where it is not known: outside the registry, and for a snapshot of an earlier version.
     """
     cost = resolved.manifest.cost if resolved.manifest is not None else {}
     if resolved.step is not None:
         cost = cost.get("at_step", {}).get(str(resolved.step), {})
     if resolved.manifest is None or (resolved.step is not None and not cost):
-        return {}
+        return None
     total = {key: float(cost.get(key, 0)) for key in COST_KEYS}
-    total["peak_memory_bytes"] = float(resolved.manifest.cost.get("peak_memory_bytes", 0))
+    peak = float(resolved.manifest.cost.get("peak_memory_bytes", 0))
     for model in reward_models_of(registry, resolved):
         part = bill(registry, model)
-        if not part:
-            return {}  # a reward model from elsewhere: nobody knows what it cost
-        for key, value in part.items():
-            total[key] = max(total[key], value) if key == "peak_memory_bytes" else total[key] + value
-    return total
+        if part is None:
+            return None  # a reward model from elsewhere: nobody knows what it cost
+        total = {key: value + getattr(part, key) for key, value in total.items()}
+        peak = max(peak, part.peak_memory_bytes)
+    return Cost(**total, peak_memory_bytes=peak)
 
 
 @dataclass
@@ -169,61 +169,58 @@ def measured_reference(
     return found
 
 
-def row_of(registry: Registry, measured: Measured, baseline: Measured) -> dict[str, Any]:
-    """The row of one point, as results.json has it."""
-    point, model, first = measured.point, measured.model, measured is baseline
-    row: dict[str, Any] = {
-        "name": measured.name,
-        "arm": point.arm,
-        "seed": point.seed if point.seed is not None else _seed(model),
-        "setting": dict(point.setting),
-        "step": point.step,
-        "model": model.label,
-        "stage": model.stage,
-        "digest": model.digest,
-        "beta": beta_of(model),
-        "effective_beta": measured.aim.effective_beta,
-        "optimum": measured.aim.optimum,
-        "moves_optimum": dict(measured.aim.moved),
-        "may_move_optimum": dict(measured.aim.may_move),
-        "scored_by": measured.scorer,
-        "metrics": measured.test.table(),
-        "per_prompt": {name: measured.values(name).tolist() for name in measured.test.values},
-        "validation": None if measured.validation is None else measured.validation.table(),
-        "cost": bill(registry, model),
+def row_of(registry: Registry, measured: Measured, baseline: Measured, diversity: Diversity | None = None) -> Row:
+    """The row of one point; all but the baseline's own are set against it."""
+    point, model, figures = measured.point, measured.model, measured.test
+    row = Row(
+        name=measured.name,
+        arm=point.arm,
+        seed=point.seed if point.seed is not None else _seed(model),
+        setting=dict(point.setting),
+        step=point.step,
+        model=model.label,
+        stage=model.stage,
+        digest=model.digest,
+        beta=beta_of(model),
+        effective_beta=measured.aim.effective_beta,
+        optimum=measured.aim.optimum,
+        moves_optimum=dict(measured.aim.moved),
+        may_move_optimum=dict(measured.aim.may_move),
+        scored_by=measured.scorer,
+        metrics=Interval.table(figures.table()),
+        per_prompt={name: measured.values(name).tolist() for name in figures.values},
+        validation=None if measured.validation is None else Interval.table(measured.validation.table()),
+        cost=bill(registry, model),
+        diversity=diversity,
+    )
+    primary = primary_figure(figures)
+    if measured is baseline or primary is None:
+        return row
+    theirs = baseline.scored_by(measured.scorer)
+    difference, spread = paired_difference(figures, theirs, primary), float(np.std(theirs.values[primary]))
+    mine, other = figures.by_prompt(primary), theirs.by_prompt(primary)
+    several = mine.shape[1] > 1  # with one sample a prompt there is no win rate: both drew by the same random number
+    against = {
+        "win_rate": Interval.of(win_rate(mine, other, coupled=True).estimate) if several else None,
+        "ties": tie_share(mine, other, coupled=True) if several else None,
+        "difference": Interval.of(difference),
+        "gain_in_sd": difference.mean / spread if spread > 0 else None,
     }
-    primary = primary_figure(measured.test)
-    if not first and primary is not None:
-        theirs = baseline.scored_by(measured.scorer)
-        row |= _against(measured.test, theirs, primary)
-        row["difference"] = paired_difference(measured.test, theirs, primary).as_dict()
-        spread = float(np.std(theirs.values[primary]))
-        row["gain_in_sd"] = row["difference"]["mean"] / spread if spread > 0 else None
-    return row
+    return row.model_copy(update=against)
 
 
-def _against(mine: Samples, theirs: Samples, figure: str) -> dict[str, Any]:
-    """The win rate of a row over the baseline and its share of ties; None for both with one sample a prompt."""
-    a, b = mine.by_prompt(figure), theirs.by_prompt(figure)
-    if a.shape[1] < 2:
-        return {"win_rate": None, "ties": None}
-    return {
-        "win_rate": win_rate(a, b, coupled=True).estimate.as_dict(),
-        "ties": tie_share(a, b, coupled=True),
-    }
-
-
-def add_diversity(rows: Sequence[dict[str, Any]], measured: Sequence[Measured], bench: Bench) -> None:
+def diversities(measured: Sequence[Measured], bench: Bench) -> list[Diversity]:
     """distinct-n at the number of tokens that all models have, and self-BLEU over the samples of a prompt."""
-    responses = {one.name: [ids for example in one.test.examples for ids in example.completions] for one in measured}
-    budget = token_budget(responses.values())
-    for row, one in zip(rows, measured, strict=True):
+    responses = [[ids for example in one.test.examples for ids in example.completions] for one in measured]
+    budget, found = token_budget(responses), []
+    for one, mine in zip(measured, responses, strict=True):
         texts = [
             [text_of(bench.tokenizer, ids, skip_special_tokens=True) for ids in example.completions[:MOST_COMPARED]]
             for example in one.test.examples
         ]
-        row["diversity"] = distinct(responses[one.name], budget)
-        row["diversity"]["self_bleu"] = self_bleu(texts) if bench.plan.samples > 1 else None
+        overlap = self_bleu(texts) if bench.plan.samples > 1 else None
+        found.append(Diversity.model_validate({**distinct(mine, budget), "self_bleu": overlap}))
+    return found
 
 
 def _seed(model: Resolved) -> int | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import functools
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+
+from pydantic import ValidationError
 
 from rlhf_pipeline.compare.contrasts import compare_arms
 from rlhf_pipeline.compare.fairness import (
@@ -18,7 +20,7 @@ from rlhf_pipeline.compare.fairness import (
 from rlhf_pipeline.compare.points import Point, with_snapshots
 from rlhf_pipeline.compare.preference_quality import preference_quality
 from rlhf_pipeline.compare.readings import configs, curves, lineage, prompt_texts, shown_samples
-from rlhf_pipeline.compare.rows import Measured, add_diversity, measure_points, measured_reference, row_of
+from rlhf_pipeline.compare.rows import Measured, diversities, measure_points, measured_reference, row_of
 from rlhf_pipeline.compare.verdict import verdict
 from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.errors import ConfigError, DataError, Fault, MismatchError
@@ -33,10 +35,11 @@ from rlhf_pipeline.registry.parents import beta_of, parent_of, reference_of, rew
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.storage import replace_text, staging
 from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.report.results import Comparable, Exact, Findings, Gate, Results
 from rlhf_pipeline.rollout.reward_names import names_a_model
 from rlhf_pipeline.stages.common import find_model
 from rlhf_pipeline.training.run import make_accelerator
-from rlhf_pipeline.training.tracking import console, jsonable
+from rlhf_pipeline.training.tracking import console
 
 
 def _require_one_stop_token(models: Sequence[Resolved]) -> None:
@@ -57,7 +60,7 @@ def _require_one_stop_token(models: Sequence[Resolved]) -> None:
 
 def _reference(
     registry: Registry,
-    config: Any,
+    config: CompareConfig,
     arms: Sequence[Resolved],
     baseline: Resolved | None,
     say: Callable[[str], None],
@@ -75,15 +78,19 @@ def _reference(
     return reference
 
 
-def gates_of(models: Sequence[Resolved]) -> dict[str, Any]:
-    """The gate of every reward model among these, by its name."""
-    found = {model.label: model.manifest.metrics.get("gate") for model in models if model.manifest is not None}
-    return {label: gate for label, gate in found.items() if gate is not None}
+def gates_of(models: Sequence[Resolved]) -> dict[str, Gate]:
+    """The gate of every reward model among these, by its name; one of another kind is not kept."""
+    found = {}
+    for model in models:
+        with suppress(ValidationError):
+            if model.manifest is not None and (gate := model.manifest.metrics.get("gate")) is not None:
+                found[model.label] = Gate.model_validate(gate)
+    return found
 
 
 def _exact(
-    bench: Bench, config: Any, models: list[Resolved], trained: Sequence[tuple[Point, Resolved]]
-) -> dict[str, Any] | None:
+    bench: Bench, config: CompareConfig, models: Sequence[Resolved], trained: Sequence[tuple[Point, Resolved]]
+) -> Exact | None:
     """Exact figures of the models, where every response can be listed and a price of KL is known."""
     betas = [beta for model in models if (beta := beta_of(model)) is not None]
     if not (config.exact and bench.knows_truth and bench.reference is not None and betas):
@@ -104,11 +111,11 @@ def _exact(
         few=config.reward_model_prompts,
         reward_models={model.label: by_seed[point.seed] for point, model in trained if point.seed in by_seed},
     )
-    return exact_figures(judge, models, best_of=config.best_of)
+    return exact_figures(judge, models, {}, config.best_of)
 
 
 def _find_points(
-    registry: Registry, config: Any, points: Sequence[Point] | None, say: Any
+    registry: Registry, config: CompareConfig, points: Sequence[Point] | None, say: Callable[[str], None]
 ) -> list[tuple[Point, Resolved]]:
     """The points with their models; without an experiment every reference is an arm of one model."""
     if points is None:
@@ -122,9 +129,14 @@ def _find_points(
     return [(point, (named | found)[point.model]) for point in points]
 
 
-def run_compare(config: CompareConfig, home: Path, **options: Any) -> dict[str, Any]:
+def run_compare(config: CompareConfig, home: Path, **options) -> Results:
     """Compare arms as `compared` does (same options), and write reports/<name>/results.json and index.html."""
-    return _write(compared(config, home, **options), home / "reports" / config.name)
+    results = compared(config, home, **options)
+    replace_text(Path(results.path), results.text())  # first: the report needs nothing else
+    from rlhf_pipeline.report import write_report
+
+    write_report(results, Path(results.report).parent)
+    return results
 
 
 @sharing_models()
@@ -136,8 +148,8 @@ def compared(
     points: Sequence[Point] | None = None,
     resampled: Sequence[str] = (),
     command: str | None = None,
-) -> dict[str, Any]:
-    """Compare arms with a baseline and return what stands in results.json; writes no report.
+) -> Results:
+    """Compare arms with a baseline and return what is to stand in results.json; writes no report.
 
     Args:
         points: every trained model of every arm, from an experiment; without them the arms are the references of
@@ -181,21 +193,21 @@ def compared(
     asked_for = config.reward_model is not None
     if not asked_for and (trained_on := reward_model_of(registry, models)):
         config = config.model_copy(update={"reward_model": trained_on})
-    options: dict[str, Any] = {"reference": reference, "samples": config.samples, "seed": config.seed, "say": say}
-    options["memory"] = Memory(say, advice=MEASURING_ADVICE)
     report = home / "reports" / config.name
     with staging(report if report.is_dir() else report.parent, config.name):
         pass  # a place that cannot be written is found before hours of sampling, not after them
     # The first arm that knows its data: those of the baseline, their SFT model, may be of another kind.
     example = next((model for _, model in finals if knows_data(model)), models[0])
-    bench = set_up(registry, config, example, device, **options)
+    memory = Memory(say, advice=MEASURING_ADVICE)
+    plan = functools.partial(set_up, reference=reference, samples=config.samples, seed=config.seed, memory=memory)
+    bench = plan(registry, config, example, device, say=say)
     kinds = {arm: {(str(point.setting), point.step) for point, _ in trained if point.arm == arm} for arm in arms}
     swept = any(len(found) > 1 for found in kinds.values())  # one setting with snapshots has a curve too
     validation = None
     if swept and config.validation_split and config.prompts is None:
         held = config.model_copy(update={"split": config.validation_split})
         try:
-            validation = set_up(registry, held, example, device, **options)
+            validation = plan(registry, held, example, device, say=say)
         except DataError as error:
             advice = "a split of the prompts to choose settings on, or null to choose nothing"
             raise ConfigError(Fault("validation_split", str(error), advice)) from None
@@ -205,8 +217,7 @@ def compared(
     measured: list[Measured] = measure_points([*first, *trained], bench, validation, asked_for=asked_for)
     ended = [one for one in measured if one.point.step is None]
     start = ended[0]  # the baseline, else the first arm's first model
-    rows = [row_of(registry, one, start) for one in ended]
-    add_diversity(rows, ended, bench)
+    rows = [row_of(registry, one, start, found) for one, found in zip(ended, diversities(ended, bench), strict=True)]
     passed = [row_of(registry, one, start) for one in measured if one.point.step is not None]
     best = best_of_n_rows(
         bench, enough_samples(bench, start.model, start.test, config.best_of), start.name, config.best_of
@@ -217,57 +228,53 @@ def compared(
     known = [one for model in models for one in (model, *reward_models_of(registry, model))]
     behind = list({one.label: one for one in known}.values())
     exact = _exact(bench, config, list({model.label: model for model in models}.values()), finals)
-    results: dict[str, Any] = {
-        "name": config.name,
-        "command": command,
-        "primary": primary,
-        "baseline": models[0].label,
-        "reference": reference.label if reference is not None else None,
-        "reward_model": bench.scorer.label if bench.scorer is not None else None,
-        "judge": bench.judge.label if bench.judge is not None else None,
-        "true_reward": bench.truth_label,
-        "gates": gates_of([*([judge] if judge is not None else []), *behind]),
-        "prompts": len(bench.plan.prompts),
-        "prompt_texts": prompt_texts(bench),
-        "samples": config.samples,
-        "split": config.split,
-        "validation_split": config.validation_split if validation is not None else None,
-        "temperature": config.temperature,
-        "response_length": bench.plan.response_length,
-        "seed": config.seed,
-        "seeds": sorted({point.seed for point, _ in trained if point.seed is not None}),
-        "resampled": list(resampled),
-        "data": bench.data,
-        "comparable": {
-            "ok": not found_differences,
-            "differences": [difference.as_dict() for difference in found_differences],
-            "allowed": bool(config.allow_mismatch),
-        },
-        "rows": [*rows, *best, *passed],
-        "exact": exact,
-        "preferences": preference_quality(bench, config, finals),
-        "data_changed": bench.data_changed,
-    }
     shown = demonstrations_of(bench, reference, config.split)
-    results["demonstrations"] = None if shown is None else describe(shown)
-    origin = measured_reference(start, trained, bench, asked_for=asked_for)
-    results |= compare_arms(measured[len(first) :], start, results, config, registry, shown, origin)
-    results["verdict"] = verdict(results)
-    results |= {
-        "samples_shown": shown_samples(bench, {one.name: one.test for one in ended}, config.shown_prompts),
-        "curves": curves(registry, behind),
-        "lineage": lineage(registry, models),
-        "configs": configs(models),
-    }
-    return jsonable(results)
-
-
-def _write(results: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """results.json beside its target, then renamed; then the report, which needs nothing else."""
-    paths = {"path": str(directory / "results.json"), "report": str(directory / "index.html")}
-    results = results | paths
-    replace_text(directory / "results.json", json.dumps(results, indent=2) + "\n")
-    from rlhf_pipeline.report import write_report
-
-    write_report(results, directory)
-    return results
+    against = compare_arms(
+        measured[len(first) :],
+        start,
+        primary,
+        config.primary_contrast,
+        registry,
+        exact=exact,
+        demonstrations=shown,
+        reference=measured_reference(start, trained, bench, asked_for=asked_for),
+    )
+    findings = Findings(
+        name=config.name,
+        command=command,
+        primary=primary,
+        baseline=models[0].label,
+        reference=reference.label if reference is not None else None,
+        reward_model=bench.scorer.label if bench.scorer is not None else None,
+        judge=bench.judge.label if bench.judge is not None else None,
+        true_reward=bench.truth_label,
+        gates=gates_of([*([judge] if judge is not None else []), *behind]),
+        prompts=len(bench.plan.prompts),
+        prompt_texts=prompt_texts(bench),
+        samples=config.samples,
+        split=config.split,
+        validation_split=config.validation_split if validation is not None else None,
+        temperature=config.temperature,
+        response_length=bench.plan.response_length,
+        seed=config.seed,
+        seeds=sorted({point.seed for point, _ in trained if point.seed is not None}),
+        resampled=list(resampled),
+        data=bench.data,
+        comparable=Comparable(ok=not found_differences, differences=found_differences, allowed=config.allow_mismatch),
+        rows=[*rows, *best, *passed],
+        exact=exact,
+        preferences=preference_quality(bench, config, finals),
+        data_changed=bench.data_changed,
+        demonstrations=None if shown is None else describe(shown),
+        **vars(against),
+    )
+    return Results(
+        **dict(findings),
+        verdict=verdict(findings),
+        samples_shown=shown_samples(bench, {one.name: one.test for one in ended}, config.shown_prompts),
+        curves=curves(registry, behind),
+        lineage=lineage(registry, models),
+        configs=configs(models),
+        path=str(report / "results.json"),
+        report=str(report / "index.html"),
+    )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Callable
 from typing import Any, Literal
 
 from rlhf_pipeline.evaluation.seeds import OVER_BOTH, OVER_SEEDS, SHARE_OVER, Finding
@@ -50,7 +49,7 @@ def _as_finding(estimate: Estimate, null: float) -> Finding:
 
 
 def needed(
-    found: Finding | Estimate | Mapping[str, Any],
+    found: Finding | Estimate,
     unit: Literal["seeds", "prompts"] | None = None,
     *,
     null: float = 0.0,
@@ -63,8 +62,8 @@ def needed(
     but for a share.
 
     Args:
-        found: a `Finding` (with its own null), or an `Estimate`, as an object or as a mapping. An estimate over seeds
-            and prompts has its parts lost: the answer is then for both growing in the same proportion.
+        found: a `Finding` (with its own null), or an `Estimate`. An estimate over seeds and prompts has its parts lost:
+            the answer is then for both growing in the same proportion.
         unit: what there could be more of; by default what the interval counts.
 
     Returns:
@@ -74,10 +73,6 @@ def needed(
     """
     parted = isinstance(found, Finding)
     if not isinstance(found, Finding):
-        if isinstance(found, Mapping):
-            if found["low"] is None or found["high"] is None:  # JSON has no infinity
-                return None
-            found = Estimate(**{field.name: found[field.name] for field in fields(Estimate)})
         found = _as_finding(found, null)
     unit = unit or ("seeds" if found.over_seeds else "prompts")
     seeds, shrinking, rest = found.seeds, found.seed_variance, found.prompt_variance

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -56,9 +55,9 @@ class Samples:
         """Mean of one figure with an interval clustered by prompt."""
         return cluster_mean(self.values[name], self.clusters, share=name in SHARES)
 
-    def table(self) -> dict[str, dict[str, Any]]:
+    def table(self) -> dict[str, Estimate]:
         """All figures with their intervals."""
-        return {name: self.estimate(name).as_dict() for name in self.values}
+        return {name: self.estimate(name) for name in self.values}
 
 
 def draw(policy: Policy, plan: SamplingPlan) -> Samples:

@@ -31,6 +31,7 @@ from rlhf_pipeline.registry.provenance import source_digest
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.storage import replace_text
 from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.report import Results, load
 from rlhf_pipeline.rollout.reward_names import is_function_name, names_a_model
 
 RESULTS, PAGE = "results.json", "index.html"
@@ -194,13 +195,13 @@ def note_comparison(report: Path, inputs: str) -> None:
     replace_text(report / INPUTS, json.dumps(content) + "\n")
 
 
-def compared_already(report: Path, inputs: str) -> dict[str, Any] | None:
+def compared_already(report: Path, inputs: str) -> Results | None:
     """The results of a comparison that was made of these inputs and lies there as it was written; else None."""
     try:
         known = json.loads((report / INPUTS).read_text(encoding="utf-8"))
         if known != {"inputs": inputs, "results": file_sha256(report / RESULTS)} or not (report / PAGE).is_file():
             return None
-        results = json.loads((report / RESULTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        results = load(report / RESULTS)
+    except (OSError, ValueError, DamagedFile):
         return None
-    return results if results.get("path") == str(report / RESULTS) else None  # a home that has moved names old places
+    return results if results.path == str(report / RESULTS) else None  # a home that has moved names old places

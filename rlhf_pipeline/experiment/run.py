@@ -28,6 +28,7 @@ from rlhf_pipeline.experiment.progress import Progress
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import Role, check_role
 from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.report import Results
 from rlhf_pipeline.rollout.reward_names import is_function_name, load_function
 from rlhf_pipeline.training.tracking import console
 
@@ -254,7 +255,7 @@ def _compared(
     drawn: Sequence[str],
     before_work: Callable[[], None],
     **options: Any,
-) -> dict[str, Any] | None:
+) -> Results | None:
     """The experiment's comparison: the config names the first node of each stage, the points are all of them."""
     if experiment.compare is None:
         return None

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 
 from rlhf_pipeline.config.base import DEFAULT_MAX_LENGTH, Lengths, resolve_lengths
+from rlhf_pipeline.config.compare import PromptsConfig
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.load import RecordSet, examples_of, lowest_hashes, read_records
 from rlhf_pipeline.data.sources import part_of
@@ -24,6 +25,7 @@ from rlhf_pipeline.models.roles import Policy
 from rlhf_pipeline.registry.lengths import positions_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.report.results import DataChange, DataReport
 from rlhf_pipeline.rollout.reward_names import WORLD_NAMES
 from rlhf_pipeline.rollout.rewards import RewardSource
 from rlhf_pipeline.stages.common import find_model, load_policy, tokenizer_of
@@ -33,12 +35,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+class Reading(TypedDict):
+    """How responses are read: the options of `completion_logprob_sums` and `score_examples`."""
+
+    responses_at_once: int
+    memory: Memory
+    pad_id: int
+    device: torch.device
+
+
 @dataclass
 class Bench:
     """What one or more policies are evaluated with."""
 
     registry: Registry
-    config: Any
+    config: PromptsConfig
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
     plan: SamplingPlan
@@ -49,19 +60,19 @@ class Bench:
     truth: RewardSource | None  # what labelled the data, outside the built-in world
     say: Callable[[str], None]
     _reference: Policy | None = None
-    data: list[dict[str, Any]] = field(default_factory=list)
-    data_changed: list[dict[str, Any]] = field(default_factory=list)  # since models were trained on them
+    data: list[DataReport] = field(default_factory=list)
+    data_changed: list[DataChange] = field(default_factory=list)  # since models were trained on them
 
     def compare_data(self, resolved: Resolved, sources: Sequence[RecordSet]) -> None:
         """Say once what of a model's own data has changed since it was trained, and keep it for the results."""
         for change in note_changes(self.data_changed, changes_of(resolved, sources)):
-            self.say(f"note: {change['text']}")
+            self.say(f"note: {change.text}")
 
     @property
-    def reading(self) -> dict[str, Any]:
-        """How responses are read: the options of `completion_logprob_sums` and `score_examples`."""
-        at_once = {"responses_at_once": self.plan.responses_at_once, "memory": self.plan.memory}
-        return at_once | {"pad_id": self.plan.pad_id, "device": self.device}
+    def reading(self) -> Reading:
+        """How responses are read here."""
+        at_once, memory = self.plan.responses_at_once, self.plan.memory
+        return Reading(responses_at_once=at_once, memory=memory, pad_id=self.plan.pad_id, device=self.device)
 
     def policy(self, resolved: Resolved, temperature: float | None = None) -> Policy:
         """Load a policy, after checking that it reads the same token ids as the others.
@@ -99,23 +110,19 @@ class Bench:
         return self._reference
 
 
-def _setting(resolved: Resolved, key: str) -> Any:
-    return (resolved.manifest.config if resolved.manifest is not None else {}).get(key)
-
-
 def knows_data(resolved: Resolved) -> bool:
     """Whether a model's config says what it was trained on."""
-    return _setting(resolved, "dataset_name") is not None
+    return resolved.config.get("dataset_name") is not None
 
 
-def _lengths(config: Any, resolved: Resolved) -> Lengths:
+def _lengths(config: PromptsConfig, resolved: Resolved) -> Lengths:
     """Prompt and response lengths: asked for, else as trained, else what the model's positions allow.
 
     Raises:
         ConfigError: when more is asked for than the model has positions.
     """
     positions = positions_of(resolved)
-    named = [_setting(resolved, key) for key in ("max_prompt_length", "response_length", "max_length")]
+    named = [resolved.config.get(key) for key in ("max_prompt_length", "response_length", "max_length")]
     if positions is not None and not any(named):
         named[2] = min(positions, DEFAULT_MAX_LENGTH)
     trained = resolve_lengths(*named)
@@ -133,8 +140,8 @@ def _lengths(config: Any, resolved: Resolved) -> Lengths:
 
 
 def load_prompts(
-    registry: Registry, config: Any, resolved: Resolved, tokenizer: PreTrainedTokenizerBase, lengths: Lengths
-) -> tuple[list[Example], list[dict[str, Any]], RecordSet | None]:
+    registry: Registry, config: PromptsConfig, resolved: Resolved, tokenizer: PreTrainedTokenizerBase, lengths: Lengths
+) -> tuple[list[Example], list[DataReport], RecordSet | None]:
     """The prompts of an evaluation: those asked for, else the chosen split of the model's own data.
 
     Returns:
@@ -150,10 +157,10 @@ def load_prompts(
         raise ConfigError(Fault(where, "not known", "a source of prompts", "give --prompts SOURCE"))
     part = part_of(source, config.dataset_config, "prompt")
     if part is None and config.prompts is None:
-        part = _setting(resolved, "dataset_config")
-    fractions = config.split_fractions if config.prompts else _setting(resolved, "split_fractions")
-    skip = config.skip_bad_rows or bool(not config.prompts and _setting(resolved, "skip_bad_rows"))
-    own = config.prompts is None and part == part_of(source, _setting(resolved, "dataset_config"), "prompt")
+        part = resolved.config.get("dataset_config")
+    fractions = config.split_fractions if config.prompts else resolved.config.get("split_fractions")
+    skip = config.skip_bad_rows or bool(not config.prompts and resolved.config.get("skip_bad_rows"))
+    own = config.prompts is None and part == part_of(source, resolved.config.get("dataset_config"), "prompt")
     with owned_by(resolved, {"dataset_name": source}) if config.prompts is None else nullcontext():
         found = read_records(source, config=part, home=registry.home, skip_bad_rows=skip)
     loaded = examples_of(
@@ -165,12 +172,12 @@ def load_prompts(
         skip_bad_rows=skip,
         fractions=fractions or config.split_fractions,
     )
-    reports = [report.to_dict() for report in loaded.reports]
+    reports = [DataReport(**report.to_dict()) for report in loaded.reports]
     return lowest_hashes(loaded.examples, config.max_prompts), reports, found if own else None
 
 
 def _stop_id(resolved: Resolved, tokenizer: PreTrainedTokenizerBase) -> int:
-    stop = _setting(resolved, "stop_token")
+    stop = resolved.config.get("stop_token")
     if not stop:
         return tokenizer.eos_token_id
     if (found := tokenizer.get_vocab().get(stop)) is None:
@@ -182,7 +189,7 @@ def _stop_id(resolved: Resolved, tokenizer: PreTrainedTokenizerBase) -> int:
 
 def set_up(
     registry: Registry,
-    config: Any,
+    config: PromptsConfig,
     first: Resolved,
     device: torch.device,
     *,
@@ -196,7 +203,7 @@ def set_up(
     """Prepare the evaluation of `first` and of models like it, on typed `texts` or on a split's prompts."""
     tokenizer = tokenizer_of(first, config.trust_remote_code)
     lengths = _lengths(config, first)
-    data: list[dict[str, Any]] = []
+    data: list[DataReport] = []
     own: RecordSet | None = None
     if texts:
         prompts = prompts_of_texts(texts, tokenizer, lengths)

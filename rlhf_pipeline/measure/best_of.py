@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from rlhf_pipeline.evaluation.best_of_n import best_of_n, kl_bound
 from rlhf_pipeline.evaluation.sampled import SHARES, Samples, draw
 from rlhf_pipeline.evaluation.statistics import cluster_mean
 from rlhf_pipeline.measure.bench import Bench, add_rewards
 from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.report.results import BEST_OF_N, Interval, Row
 
 
 def primary_figure(samples: Samples) -> str | None:
@@ -33,7 +33,7 @@ def enough_samples(bench: Bench, baseline: Resolved, drawn: Samples, sizes: tupl
     return samples
 
 
-def best_of_n_rows(bench: Bench, baseline: Samples, label: str, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+def best_of_n_rows(bench: Bench, baseline: Samples, label: str, sizes: tuple[int, ...]) -> list[Row]:
     """Best-of-n of the baseline: chosen by the reward model where there is one, judged by the truth."""
     chooser_name = "score" if "score" in baseline.values else primary_figure(baseline)
     if chooser_name is None:
@@ -47,18 +47,18 @@ def best_of_n_rows(bench: Bench, baseline: Samples, label: str, sizes: tuple[int
             if name.startswith("kl") or name == "entropy":
                 continue
             best = best_of_n(chooser, values.reshape(len(keys), -1), n)
-            figures[name] = cluster_mean(best, keys, share=name in SHARES).as_dict()
+            figures[name] = Interval.of(cluster_mean(best, keys, share=name in SHARES))
         rows.append(
-            {
-                "name": f"best of {n} of {label}",
-                "model": label,
-                "stage": "best-of-n",
-                "n": n,
-                "samples": chooser.shape[1],
-                "chosen_by": _chooser(bench, chooser_name),
-                "metrics": figures,
-                "kl_bound": kl_bound(n),
-                "cost": {},
-            }
+            Row(
+                name=f"best of {n} of {label}",
+                model=label,
+                stage=BEST_OF_N,
+                n=n,
+                samples=chooser.shape[1],
+                chosen_by=_chooser(bench, chooser_name),
+                metrics=figures,
+                kl_bound=kl_bound(n),
+                cost=None,
+            )
         )
     return rows

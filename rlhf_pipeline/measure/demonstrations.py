@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.evaluation.sampled import Samples
 from rlhf_pipeline.measure.bench import Bench, add_rewards
 from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.report.results import Demonstrations, Interval
 from rlhf_pipeline.stages.data import StageData
 
 
@@ -56,6 +56,6 @@ def _figures(bench: Bench, examples: list[Example]) -> Samples:
     return samples
 
 
-def describe(samples: Samples) -> dict[str, Any]:
+def describe(samples: Samples) -> Demonstrations:
     """What results.json says about the demonstrations."""
-    return {"each": len(samples.examples[0].completions), "metrics": samples.table()}
+    return Demonstrations(each=len(samples.examples[0].completions), metrics=Interval.table(samples.table()))

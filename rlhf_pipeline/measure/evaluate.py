@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from rlhf_pipeline.config.compare import EvaluateConfig
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.errors import ConfigError, Fault
 from rlhf_pipeline.evaluation.sampled import Samples, add_kl, draw
@@ -20,6 +24,7 @@ from rlhf_pipeline.registry.parents import reference_of, reward_model_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import role_of
 from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.report.results import Interval
 from rlhf_pipeline.rollout.rewards import RewardSource
 from rlhf_pipeline.stages.common import find_model, load_reward_model, tokenizer_of
 from rlhf_pipeline.stages.data import StageData, preference_kind
@@ -39,8 +44,8 @@ def measure(bench: Bench, policy: Policy, scorer: RewardSource | None = None) ->
 
 
 @sharing_models()
-def run_evaluate(reference_text: str, config: Any, home: Path, *, quiet: bool = False) -> dict[str, Any]:
-    """Figures of one model, as a dict that JSON can hold."""
+def run_evaluate(reference_text: str, config: EvaluateConfig, home: Path, *, quiet: bool = False) -> dict[str, Any]:
+    """Figures of one model by name; intervals and rows as results.json has them."""
 
     def say(text: str) -> None:
         if not quiet:
@@ -60,8 +65,7 @@ def run_evaluate(reference_text: str, config: Any, home: Path, *, quiet: bool = 
     if config.reward_model is None and (trained_on := reward_model_of(registry, [resolved])):
         config = config.model_copy(update={"reward_model": trained_on})
     drawn = max([config.samples, *config.best_of])
-    options = {"samples": drawn, "seed": config.seed, "say": say}
-    bench = set_up(registry, config, resolved, device, reference=reference, **options)
+    bench = set_up(registry, config, resolved, device, reference=reference, samples=drawn, seed=config.seed, say=say)
     samples = measure(bench, bench.policy(resolved))
     return {
         "model": resolved.label,
@@ -74,13 +78,17 @@ def run_evaluate(reference_text: str, config: Any, home: Path, *, quiet: bool = 
         "samples": bench.plan.samples,
         "data": bench.data,
         "data_changed": bench.data_changed,
-        "metrics": samples.table(),
+        "metrics": Interval.table(samples.table()),
         "best_of_n": best_of_n_rows(bench, samples, resolved.label, config.best_of),
     }
 
 
 def _evaluate_reward_model(
-    registry: Registry, resolved: Resolved, config: Any, device: Any, say: Any
+    registry: Registry,
+    resolved: Resolved,
+    config: EvaluateConfig,
+    device: torch.device,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     verify_files(resolved)
     if resolved.manifest is None or not resolved.manifest.config.get("dataset_name"):
@@ -94,7 +102,7 @@ def _evaluate_reward_model(
         changed = [] if config.prompts else changes_of(resolved, data.sources(kind))
     tokenizer = tokenizer_of(resolved, config.trust_remote_code)
     for change in changed:
-        say(f"note: {change['text']}")
+        say(f"note: {change.text}")
     train, _ = data.split(kind, training.dataset_train_split, tokenizer, required=False)
     held_out, reports = data.split(kind, config.split, tokenizer)
     model = load_reward_model(resolved, config, device)

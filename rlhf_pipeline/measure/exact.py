@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
 from torch import Tensor
 
+from rlhf_pipeline.config.compare import ExactConfig
 from rlhf_pipeline.errors import ConfigError, Fault, RunFailed
 from rlhf_pipeline.evaluation.best_of_n import ChooserLaw
 from rlhf_pipeline.evaluation.optimum import (
@@ -28,15 +29,23 @@ from rlhf_pipeline.registry.parents import beta_of, reference_of, reward_model_o
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import role_of
 from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.report.results import (
+    Exact,
+    ExactBestOfN,
+    ExactPerPrompt,
+    ExactResults,
+    ExactRow,
+    Gap,
+    Gibbs,
+    TrainingLoss,
+)
 from rlhf_pipeline.rollout.reward_names import WORLD_NAMES
 from rlhf_pipeline.stages.common import find_model
 from rlhf_pipeline.training.run import make_accelerator
-from rlhf_pipeline.training.tracking import console, jsonable
+from rlhf_pipeline.training.tracking import console
 
 FRONTIER_TOLERANCE = 1e-4
 """What rounding in fp32 log-probabilities may lift a policy above the frontier, in units of reward."""
-
-FIGURES = ("reward", "kl", "objective", "gap", "attainable")
 
 
 @dataclass
@@ -77,37 +86,51 @@ class Judge:
         return self.frontiers[count]
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def objective_row(judge: Judge, logprobs: list[Tensor], beta: float) -> dict[str, Any]:
+def exact_row(judge: Judge, model: Resolved | None, logprobs: Sequence[Tensor], beta: float) -> ExactRow:
     """Expected reward, KL, objective and gap of a policy, means over prompts, and the same prompt by prompt.
 
     share = (J - J_ref) / (J* - J_ref) of the means: 1 at the optimum, 0 at the reference.
 
+    Args:
+        model: None for the optimum. logprobs: of each prompt those of all responses, (L,).
+
     Raises:
         RunFailed: when the policy has more reward than its KL allows: no policy can.
     """
+    leaves, label = judge.leaves, None if model is None else model.label
     count = min(judge.count(judge.reward), len(logprobs))
     found = [
-        policy_figures(logprobs[i], judge.leaves.reference[i], judge.leaves.reward(judge.reward, i), beta)
-        for i in range(count)
+        policy_figures(logprobs[i], leaves.reference[i], leaves.reward(judge.reward, i), beta) for i in range(count)
     ]
-    row: dict[str, Any] = {name: _mean([getattr(item, name) for item in found]) for name in FIGURES}
-    row["share"] = 1.0 - row["gap"] / row["attainable"] if row["attainable"] > 0 else None
-    row["prompts"] = count
-    row["per_prompt"] = {name: [getattr(item, name) for item in found] for name in FIGURES}
-    row["below_frontier"] = judge.frontier(count).bound(row["kl"]) - row["reward"]
-    if row["below_frontier"] < -FRONTIER_TOLERANCE:
+    per_prompt = {name: [getattr(item, name) for item in found] for name in ExactPerPrompt.model_fields}
+    means = {name: fmean(values) for name, values in per_prompt.items()}
+    below = judge.frontier(count).bound(means["kl"]) - means["reward"]
+    if below < -FRONTIER_TOLERANCE:
         raise RunFailed(
-            f"a policy of mean reward {row['reward']:.6f} at a KL of {row['kl']:.6f} lies above the exact frontier by "
-            f"{-row['below_frontier']:.2g}: no policy can, so a figure is wrong; please report it"
+            f"a policy of mean reward {means['reward']:.6f} at a KL of {means['kl']:.6f} lies above the exact frontier "
+            f"by {-below:.2g}: no policy can, so a figure is wrong; please report it"
         )
-    return row
+    return ExactRow(
+        name=label or "optimum",
+        model=label,
+        stage="optimum" if model is None else model.stage,
+        digest=None if model is None else model.digest,
+        beta=beta,
+        reward=means["reward"],
+        kl=means["kl"],
+        objective=means["objective"],
+        gap=means["gap"],
+        attainable=means["attainable"],
+        share=1.0 - means["gap"] / means["attainable"] if means["attainable"] > 0 else None,
+        prompts=count,
+        per_prompt=ExactPerPrompt(**per_prompt),
+        below_frontier=below,
+        gap_true=gap_to(judge, logprobs, TRUTH, beta),
+        training_loss=None,
+    )
 
 
-def gap_to(judge: Judge, logprobs: list[Tensor], reward: Reward, beta: float) -> dict[str, Any]:
+def gap_to(judge: Judge, logprobs: Sequence[Tensor], reward: Reward, beta: float) -> Gap:
     """beta KL(pi || pi*_reward), mean over the prompts that this reward allows for."""
     count = min(judge.count(reward), len(logprobs))
     leaves = judge.leaves
@@ -115,42 +138,37 @@ def gap_to(judge: Judge, logprobs: list[Tensor], reward: Reward, beta: float) ->
         beta * kl_divergence(logprobs[i], optimum(leaves.reference[i], leaves.reward(reward, i), beta))
         for i in range(count)
     ]
-    return {"value": _mean(values), "prompts": count, "reward": [[weight, source] for weight, source in reward]}
+    return Gap(value=fmean(values), prompts=count, reward=list(reward))
 
 
-def policy_row(judge: Judge, resolved: Resolved, beta: float) -> dict[str, Any]:
+def policy_row(judge: Judge, resolved: Resolved, beta: float, loss: TrainingLoss | None = None) -> ExactRow:
     """All exact figures of one policy."""
     policy = judge.leaves.bench.policy(resolved)
     logprobs = [judge.leaves.logprobs(policy, index) for index in range(len(judge.leaves.prompts))]
-    row = objective_row(judge, logprobs, beta) | {"gap_true": gap_to(judge, logprobs, TRUTH, beta)}
     trained_on = trained_reward(judge.leaves.bench.registry, resolved)
     learned = judge.learned_for(resolved)
+    parts: dict[str, Gap] = {}
     if trained_on is not None:
-        row["optimisation_gap"] = gap_to(judge, logprobs, trained_on, beta)
+        parts["optimisation_gap"] = gap_to(judge, logprobs, trained_on, beta)
     if trained_by_dpo(resolved) and learned is not None:
-        row["disagreement"] = gap_to(judge, logprobs, ((1.0, learned),), beta)
-    for part in ("optimisation_gap", "disagreement"):
-        if part in row:  # the total over the same prompts, so that the two can be read side by side
-            row["gap_true_there"] = gap_to(judge, logprobs[: row[part]["prompts"]], TRUTH, beta)
-    return row
+        parts["disagreement"] = gap_to(judge, logprobs, ((1.0, learned),), beta)
+    for part in list(parts.values()):  # the total over the same prompts, so that the two can be read side by side
+        parts["gap_true_there"] = gap_to(judge, logprobs[: part.prompts], TRUTH, beta)
+    return exact_row(judge, resolved, logprobs, beta).model_copy(update={**parts, "training_loss": loss})
 
 
-def reward_model_row(judge: Judge, resolved: Resolved, beta: float) -> dict[str, Any]:
-    """The optimum under a reward model, judged as a policy: the best that training on it can lead to."""
-    own: Reward = ((1.0, resolved.label),)
+def optimum_row(judge: Judge, model: Resolved | None, beta: float) -> ExactRow:
+    """The optimum under a reward model, judged as a policy: the best that training on it can lead to.
+
+    model: None for the optimum of the objective itself.
+    """
+    own: Reward = judge.reward if model is None else ((1.0, model.label),)
     leaves = judge.leaves
     logprobs = [optimum(leaves.reference[i], leaves.reward(own, i), beta) for i in range(judge.count(own))]
-    return objective_row(judge, logprobs, beta) | {"gap_true": gap_to(judge, logprobs, TRUTH, beta)}
+    return exact_row(judge, model, logprobs, beta)
 
 
-def optimum_row(judge: Judge, beta: float) -> dict[str, Any]:
-    """The optimum itself."""
-    leaves, count = judge.leaves, judge.count(judge.reward)
-    logprobs = [optimum(leaves.reference[i], leaves.reward(judge.reward, i), beta) for i in range(count)]
-    return objective_row(judge, logprobs, beta) | {"gap_true": gap_to(judge, logprobs, TRUTH, beta)}
-
-
-def best_of_n_exactly(judge: Judge, sizes: Sequence[int]) -> list[dict[str, Any]]:
+def best_of_n_exactly(judge: Judge, sizes: Sequence[int]) -> list[ExactBestOfN]:
     """Best-of-n of the reference, without sampling: chosen by the reward model where there is one, judged by the
     objective's reward."""
     chooser: Reward = TRUTH if judge.reward_model is None else ((1.0, judge.reward_model),)
@@ -164,43 +182,42 @@ def best_of_n_exactly(judge: Judge, sizes: Sequence[int]) -> list[dict[str, Any]
     rows = []
     for n in sizes:
         found = [law.best_of(n) for law in laws]
-        row = {"n": n, "chosen_by": chooser[0][1], "prompts": count}
-        rows.append(row | {"reward": _mean([value for value, _ in found]), "kl": _mean([kl for _, kl in found])})
+        reward, kl = (fmean(values) for values in zip(*found, strict=True))
+        rows.append(ExactBestOfN(n=n, chosen_by=chooser[0][1], prompts=count, reward=reward, kl=kl))
     return rows
 
 
 def exact_figures(
-    judge: Judge, models: list[Resolved], excess: dict[str, Any] | None = None, best_of: Sequence[int] = ()
-) -> dict[str, Any]:
+    judge: Judge, models: Sequence[Resolved], losses: Mapping[str, TrainingLoss], best_of: Sequence[int] = ()
+) -> Exact:
     """One row for each model, one for the optimum at each beta that occurs, and the frontier that none may cross."""
     bench, rows = judge.leaves.bench, []
     for model in models:
         beta = judge.beta_for(model)
-        make = reward_model_row if role_of(model)[0] == "reward_model" else policy_row
-        row = {"name": model.label, "model": model.label, "stage": model.stage, "digest": model.digest, "beta": beta}
-        rows.append(row | make(judge, model, beta) | {"training_loss": (excess or {}).get(model.label)})
+        if role_of(model)[0] == "reward_model":
+            rows.append(optimum_row(judge, model, beta))
+        else:
+            rows.append(policy_row(judge, model, beta, losses.get(model.label)))
         bench.say(f"measured {model.label} exactly")
-    for beta in sorted({row["beta"] for row in rows}):
-        row = {"name": "optimum", "model": None, "stage": "optimum", "digest": None, "beta": beta}
-        rows.append(row | optimum_row(judge, beta) | {"training_loss": None})
+    rows += [optimum_row(judge, None, beta) for beta in sorted({row.beta for row in rows})]
     curve = judge.frontier(judge.count(judge.reward))
-    return {
-        "reward": " + ".join(source if weight == 1 else f"{weight:g} {source}" for weight, source in judge.reward),
-        "reference": judge.leaves.reference_model.label,
-        "reward_model": judge.reward_model,
-        "prompts": len(bench.plan.prompts),
-        "reward_model_prompts": min(judge.few, len(bench.plan.prompts)),
-        "responses": judge.leaves.tree.num_leaves,
-        "temperature": bench.config.temperature,
-        "rows": rows,
-        "best_of_n": best_of_n_exactly(judge, best_of),
-        "frontier": {"beta": curve.betas.tolist(), "reward": curve.reward.tolist(), "kl": curve.kl.tolist()},
-    }
+    return Exact(
+        reward=" + ".join(source if weight == 1 else f"{weight:g} {source}" for weight, source in judge.reward),
+        reference=judge.leaves.reference_model.label,
+        reward_model=judge.reward_model,
+        prompts=len(bench.plan.prompts),
+        reward_model_prompts=min(judge.few, len(bench.plan.prompts)),
+        responses=judge.leaves.tree.num_leaves,
+        temperature=bench.config.temperature,
+        rows=rows,
+        best_of_n=best_of_n_exactly(judge, best_of),
+        frontier=Gibbs(beta=curve.betas.tolist(), reward=curve.reward.tolist(), kl=curve.kl.tolist()),
+    )
 
 
 @sharing_models()
-def run_exact(references: list[str], config: Any, home: Path, *, quiet: bool = False) -> dict[str, Any]:
-    """Exact figures of policies and reward models, as a dict that JSON can hold."""
+def run_exact(references: list[str], config: ExactConfig, home: Path, *, quiet: bool = False) -> ExactResults:
+    """Exact figures of policies and reward models."""
 
     def say(text: str) -> None:
         if not quiet:
@@ -241,11 +258,11 @@ def run_exact(references: list[str], config: Any, home: Path, *, quiet: bool = F
         reward_model=config.reward_model or reward_model_of(registry, models) or next(iter(learned), None),
         few=config.reward_model_prompts,
     )
-    excess = excess_training_losses(bench, models, long_run) if config.training_loss else None
-    figures = exact_figures(judge, models, excess)
-    return jsonable({"split": config.split, "data_changed": bench.data_changed, **figures})
+    losses = excess_training_losses(bench, models, long_run) if config.training_loss else {}
+    figures = exact_figures(judge, models, losses)
+    return ExactResults(split=config.split, data_changed=bench.data_changed, **dict(figures))
 
 
-def _find(registry: Registry, text: str, say: Any) -> Resolved:
+def _find(registry: Registry, text: str, say: Callable[[str], None]) -> Resolved:
     role, _ = role_of(registry.resolve(text))
     return find_model(registry, text, "reward_model" if role == "reward_model" else "policy", say=say)

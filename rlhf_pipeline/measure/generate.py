@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline.config.compare import GenerateConfig
 from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.evaluation.sampled import add_score, draw
 from rlhf_pipeline.measure.bench import set_up
@@ -17,7 +19,9 @@ from rlhf_pipeline.training.run import make_accelerator
 from rlhf_pipeline.training.tracking import console
 
 
-def run_generate(reference_text: str, config: Any, home: Path, *, texts: Sequence[str] = ()) -> dict[str, Any]:
+def run_generate(
+    reference_text: str, config: GenerateConfig, home: Path, *, texts: Sequence[str] = ()
+) -> dict[str, Any]:
     """Responses of a policy to typed prompts, or to those of a source."""
     registry = Registry(home)
     device = make_accelerator(config).device
@@ -27,10 +31,10 @@ def run_generate(reference_text: str, config: Any, home: Path, *, texts: Sequenc
 
     resolved = find_model(registry, reference_text, "policy", say=say)
     memory = Memory(say, advice=MEASURING_ADVICE)
-    options = {"samples": config.samples, "seed": config.seed, "say": lambda _: None, "texts": texts, "memory": memory}
-    bench = set_up(registry, config, resolved, device, reference=None, **options)
+    ask = functools.partial(set_up, samples=config.samples, seed=config.seed, texts=texts, memory=memory)
+    bench = ask(registry, config, resolved, device, reference=None, say=lambda _: None)
     for change in bench.data_changed:
-        say(f"note: {change['text']}")
+        say(f"note: {change.text}")
     samples = draw(bench.policy(resolved), bench.plan)
     judge = bench.scorer or (WorldReward() if bench.knows_truth and config.reward_model else None)
     if judge is not None:

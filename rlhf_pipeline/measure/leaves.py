@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.evaluation.enumerate import leaf_logprobs, leaf_scores
 from rlhf_pipeline.evaluation.optimum import require_mass, world_reward
 from rlhf_pipeline.measure.bench import Bench
+from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.roles import Policy, RewardModel
 from rlhf_pipeline.registry.optimum import own_moves
 from rlhf_pipeline.registry.parents import parent_of
@@ -67,6 +68,12 @@ def _number(role: str) -> int:
     return int(last) if last.isdigit() else 1
 
 
+class _Reading(TypedDict):
+    rows_at_once: int
+    memory: Memory
+    device: torch.device
+
+
 @dataclass
 class Leaves:
     """Tables of one bench: made when they are first asked for, scores of reward models kept on disk by digest."""
@@ -107,9 +114,9 @@ class Leaves:
         return self.bench.plan.prompts
 
     @property
-    def _reading(self) -> dict[str, Any]:
+    def _reading(self) -> _Reading:
         plan = self.bench.plan
-        return {"rows_at_once": plan.responses_at_once, "memory": plan.memory, "device": self.bench.device}
+        return _Reading(rows_at_once=plan.responses_at_once, memory=plan.memory, device=self.bench.device)
 
     def logprobs(self, policy: Policy, index: int) -> Tensor:
         """(L,) log-probabilities of a policy for one prompt, checked to be those of a distribution."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from rlhf_pipeline.data.load import RecordSet, records_digest
 from rlhf_pipeline.data.records import Record
@@ -12,12 +11,13 @@ from rlhf_pipeline.data.sources import local_path
 from rlhf_pipeline.data.splits import FRACTIONS, in_split
 from rlhf_pipeline.errors import DataError, Fault, UnknownReference
 from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.report.results import DataChange
 
 DIGITS = 12
 
 
 @contextmanager
-def owned_by(resolved: Resolved, values: Mapping[str, Any], remedy: str = "pass --prompts SOURCE") -> Iterator[None]:
+def owned_by(resolved: Resolved, values: Mapping[str, object], remedy: str = "pass --prompts SOURCE") -> Iterator[None]:
     """Say of a source that is not there that the manifest of a model names it, and what to do.
 
     Args:
@@ -27,10 +27,11 @@ def owned_by(resolved: Resolved, values: Mapping[str, Any], remedy: str = "pass 
         UnknownReference, DataError: those of reading a source, with the model's name.
     """
     whose = f"these are the data of {resolved.label} (named in its manifest): run it where it was trained, or {remedy}"
-    parts = values.get("datasets") or [values]
+    datasets = values.get("datasets")
+    parts = datasets if isinstance(datasets, list) else [values]
     named = [str(part["dataset_name"]) for part in parts if part.get("dataset_name")]
     files = [source for source in named if not source.startswith(("world:", "collected:"))]
-    there: list[Any] = []
+    there: list[object] = []
     try:
         there = [local_path(source) for source in files]
         yield
@@ -44,21 +45,16 @@ def owned_by(resolved: Resolved, values: Mapping[str, Any], remedy: str = "pass 
 
 def training_temperature(resolved: Resolved) -> float:
     """The temperature that a policy's logits were divided by in training: PPO's `temperature`; 1 in other stages."""
-    config = resolved.manifest.config if resolved.manifest is not None else {}
-    return float(config.get("temperature") or 1.0)
+    return float(resolved.config.get("temperature") or 1.0)
 
 
-def changes_of(resolved: Resolved, sources: Sequence[RecordSet]) -> list[dict[str, Any]]:
+def changes_of(resolved: Resolved, sources: Sequence[RecordSet]) -> list[DataChange]:
     """What of a model's data is not what its manifest says, split by split, by the digests of the records.
 
     The built-in world is passed over: its prompts and its demonstrations are two parts of it, and neither changes.
 
     Args:
         sources: what was read of them now, each whole.
-
-    Returns:
-        model, source, split, found and expected (digests; found is None where the split is gone), rows of both, and
-        text, one sentence.
     """
     manifest = resolved.manifest
     if manifest is None:
@@ -81,9 +77,18 @@ def changes_of(resolved: Resolved, sources: Sequence[RecordSet]) -> list[dict[st
             f"{now}, its manifest has {entry.digest[:DIGITS]} ({entry.rows} rows) of {entry.source}; prompts and "
             "pairs are those of the data as they are now"
         )
-        change: dict[str, Any] = {"model": resolved.label, "source": read.source, "split": entry.split, "found": found}
-        change |= {"expected": entry.digest, "rows": len(records), "expected_rows": entry.rows, "text": text}
-        changes.append(change)
+        changes.append(
+            DataChange(
+                model=resolved.label,
+                source=read.source,
+                split=entry.split,
+                found=found,
+                expected=entry.digest,
+                rows=len(records),
+                expected_rows=entry.rows,
+                text=text,
+            )
+        )
     return changes
 
 
@@ -94,11 +99,14 @@ def _records(read: RecordSet, split: str, fractions: Mapping[str, float]) -> lis
         return []
 
 
-def note_changes(known: list[dict[str, Any]], changes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def note_changes(known: list[DataChange], changes: Sequence[DataChange]) -> list[DataChange]:
     """Add to the changes that are known those of other data; returns these."""
-    keys = ("source", "split", "found", "expected")
-    seen = {tuple(change[key] for key in keys) for change in known}
-    new = [change for change in changes if tuple(change[key] for key in keys) not in seen]
+
+    def data(change: DataChange) -> tuple[str | None, ...]:
+        return change.source, change.split, change.found, change.expected
+
+    seen = {data(change) for change in known}
+    new = [change for change in changes if data(change) not in seen]
     known += new
     return new
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_pipeline.algorithms.preference import OBJECTIVES, smoothed_target
+from rlhf_pipeline.config.dpo import DpoConfig
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.comparisons import Comparisons
@@ -18,6 +18,7 @@ from rlhf_pipeline.registry.manifest import Manifest
 from rlhf_pipeline.registry.parents import parent_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.report.results import TrainingLoss
 from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.stages.population import Population
 from rlhf_pipeline.stages.preference_pairs import kind_of, label_probabilities
@@ -46,14 +47,14 @@ def dpo_reference(registry: Registry, resolved: Resolved) -> Resolved:
     return found
 
 
-def dpo_config(resolved: Resolved) -> Any:
+def dpo_config(resolved: Resolved) -> DpoConfig:
     """The config that a DPO model was trained by."""
     values = own_data(dpo_manifest(resolved))
     with owned_by(resolved, values, "leave its training loss out (--no-training-loss)"):
         return load_config("dpo", None, extra=values).config
 
 
-def own_data(manifest: Manifest) -> dict[str, Any]:
+def own_data(manifest: Manifest) -> dict[str, object]:
     """The values of a model's config, its collected data by the version that it was trained on."""
     values = {key: value for key, value in manifest.config.items() if value is not None}
     source = manifest.data[0].source if manifest.data else ""
@@ -62,7 +63,7 @@ def own_data(manifest: Manifest) -> dict[str, Any]:
     return values
 
 
-def problem_of(resolved: Resolved) -> tuple[Any, ...]:
+def problem_of(resolved: Resolved) -> tuple[object, ...]:
     """What defines a DPO model's training loss: two models with the same one can be set against each other."""
     manifest, config = dpo_manifest(resolved), dpo_config(resolved)
     keys = ("beta", "loss_type", "label_smoothing", "soft_labels", "population_proposal", "max_train_samples")
@@ -125,7 +126,7 @@ def training_loss(bench: Bench, resolved: Resolved) -> float:
 
 def excess_training_losses(
     bench: Bench, models: Sequence[Resolved], long_run: Resolved | None
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, TrainingLoss]:
     """For each DPO model its training loss and what it lies above the best that is known, by label.
 
     best: of the models with the same data, reference, beta and loss, `long_run` included; a model that stands alone
@@ -135,7 +136,7 @@ def excess_training_losses(
     if long_run is not None and long_run.label not in {model.label for model in candidates}:
         candidates.append(long_run)
     losses = {model.label: training_loss(bench, model) for model in candidates}
-    result: dict[str, dict[str, Any]] = {}
+    result = {}
     for model in models:
         if not trained_by_dpo(model):
             continue
@@ -144,9 +145,9 @@ def excess_training_losses(
         drawn_anew = dpo_manifest(model).config.get("dataset_name") == world.NAME
         exact = drawn_anew and dpo_config(model).loss_type == "sigmoid"
         known = exact or len(peers) > 1
-        result[model.label] = {
-            "training_loss": losses[model.label],
-            "best": "exact optimum" if exact else best.label,
-            "excess": (losses[model.label] - (0.0 if exact else losses[best.label])) if known else None,
-        }
+        result[model.label] = TrainingLoss(
+            training_loss=losses[model.label],
+            best="exact optimum" if exact else best.label,
+            excess=(losses[model.label] - (0.0 if exact else losses[best.label])) if known else None,
+        )
     return result

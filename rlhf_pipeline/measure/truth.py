@@ -17,8 +17,7 @@ REWARD_KEYS = ("true_reward", "reward_model", "judge", "reward")
 
 def source_of(config: PromptsConfig, resolved: Resolved) -> str | None:
     """The source of an evaluation's prompts: the one asked for, else that of the model's own data, if it is known."""
-    trained = resolved.manifest.config if resolved.manifest is not None else {}
-    return config.prompts or trained.get("dataset_name")
+    return config.prompts or resolved.config.get("dataset_name")
 
 
 def labelled_by_world(

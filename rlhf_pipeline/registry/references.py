@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf_pipeline.config.names import NAME_PATTERN
 from rlhf_pipeline.errors import UnknownReference
@@ -75,6 +75,11 @@ class Resolved:
     def stage(self) -> str | None:
         """The stage that made it, where a manifest says so."""
         return None if self.manifest is None else self.manifest.stage
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config that made it, by its manifest; empty where it has none."""
+        return {} if self.manifest is None else self.manifest.config
 
     @property
     def files(self) -> Mapping[str, FileEntry]:

@@ -1,6 +1,6 @@
 """The results of a comparison as types, and the report: one page that needs nothing else, and the numbers behind it."""
 
+from rlhf_pipeline.report.page import write_report
 from rlhf_pipeline.report.results import Results, load
-from rlhf_pipeline.report.write import write_report
 
 __all__ = ["Results", "load", "write_report"]

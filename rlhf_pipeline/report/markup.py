@@ -1,13 +1,143 @@
-"""HTML that is well-formed XML and escaped by construction: a plain string is text, only `Markup` is markup."""
+"""What may be written into the page: text and numbers made fit to be read, and HTML that is well-formed XML.
+
+Everything is escaped by construction: a plain string is text, only `Markup` is markup.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
 
-from rlhf_pipeline.report.text import clean
+from rlhf_pipeline.report.results import EffectiveBeta, Interval
+
+BIDI = frozenset([0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
+"""Characters that reorder the text around them: shown by their number, never obeyed."""
+
+NOTHING = "–"
+"""Stands in a cell that has no figure."""
+
+UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def _shown(code: int) -> str:
+    if code < 0x20:
+        return chr(0x2400 + code)  # the control pictures: ␀ ... ␟
+    if code in BIDI:
+        return f"⟨U+{code:04X}⟩"
+    return "\N{REPLACEMENT CHARACTER}"
+
+
+def clean(value: object) -> str:
+    """A text that XML, HTML and a reader can hold: newline and tab stay, what cannot be shown is made visible."""
+    text = str(value).replace("\r\n", "\n")
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(char if _allowed(ord(char)) else _shown(ord(char)) for char in text)
+
+
+def _allowed(code: int) -> bool:
+    """Whether XML 1.0 holds the character (section 2.2) and it is neither C1 control, non-character nor reordering."""
+    if code < 0x20:
+        return code in (0x09, 0x0A)
+    if 0x7F <= code <= 0x9F or 0xD800 <= code <= 0xDFFF or 0xFDD0 <= code <= 0xFDEF or code & 0xFFFE == 0xFFFE:
+        return False
+    return code not in BIDI
+
+
+def short(value: object, length: int) -> str:
+    """The text on one line, cut to `length` characters."""
+    text = " ".join(clean(value).split())
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A figure for a table, with a true minus sign; a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    text = f"{value:,.{0 if abs(value) >= 10000 else digits}f}"
+    if float(text.replace(",", "")) == 0:
+        text = text.lstrip("-")  # no minus sign before a zero
+    return text.replace("-", "−")
+
+
+def count(value: float | None) -> str:
+    """A whole number with separators."""
+    return number(value, 0)
+
+
+def plain(value: object) -> str:
+    """A setting's value, in as few digits as tell it apart: 0.1, 2, 1e-05."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return clean(value)
+    return f"{value:g}".replace("-", "−", 1 if value < 0 else 0)
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share in per cent."""
+    return NOTHING if value is None else f"{number(100 * value, digits)} %"
+
+
+def probability(value: float | None) -> str:
+    """A p-value: three decimals, and "< 0.001" below that."""
+    return NOTHING if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def scaled(value: float | None, unit: str = "") -> str:
+    """A large count with a prefix: 1.20 TFLOP, 3.4 M."""
+    if value is None:
+        return NOTHING
+    for size, prefix in UNITS:
+        if abs(value) >= size:
+            return f"{number(value / size, 3 - len(str(int(abs(value) / size))))} {prefix}{unit}"
+    return f"{value:g} {unit}".strip()
+
+
+def tick(value: float) -> str:
+    """A large number in as few digits as an axis needs: 0, 500, 1.2 T."""
+    for size, prefix in UNITS:
+        if abs(value) >= size:
+            return f"{value / size:g} {prefix}"
+    return f"{value:g}"
+
+
+def duration(value: float | None) -> str:
+    """Seconds as a person says them: 42 s, 3 min 20 s, 1 h 12 min."""
+    if value is None:
+        return NOTHING
+    if value < 10:
+        return f"{value:.1f} s"
+    seconds = round(value)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    minutes = round(value / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def memory(value: float) -> str:
+    """Bytes in MiB or GiB."""
+    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+
+
+def words(items: list[str]) -> str:
+    """a, b and c."""
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else ""
+
+
+def plural(number_of: int, noun: str) -> str:
+    """1 seed, 3 seeds."""
+    return f"{number_of:,} {noun}{'' if number_of == 1 else 's'}"
+
+
+def interval_text(found: Interval, digits: int = 2) -> str:
+    """1.23 [1.10, 1.36]."""
+    if found.ends is None:
+        return number(found.mean, digits)
+    return f"{number(found.mean, digits)} [{number(found.low, digits)}, {number(found.high, digits)}]"
+
 
 VOID = frozenset({"meta", "br", "hr", "img", "link", "wbr"})
 
@@ -18,17 +148,17 @@ class Markup(str):
     __slots__ = ()
 
 
-def safe(value: Any) -> Markup:
+def safe(value: object) -> Markup:
     """Markup as it is; anything else as text, escaped, without characters that XML cannot hold."""
     return value if isinstance(value, Markup) else Markup(escape(clean(value), quote=True))
 
 
-def join(parts: Iterable[Any], between: str = "") -> Markup:
+def join(parts: Iterable[object], between: str = "") -> Markup:
     """Parts one after the other."""
     return Markup(safe(between).join(safe(part) for part in parts if part is not None))
 
 
-def h(tag: str, *children: Any, **attributes: Any) -> Markup:
+def h(tag: str, *children: object, **attributes: object) -> Markup:
     """An element: children in order (None is left out), attributes by keyword (`class_`, `aria_label`; None: none)."""
     words = [tag]
     for name, value in attributes.items():
@@ -43,7 +173,7 @@ def h(tag: str, *children: Any, **attributes: Any) -> Markup:
 class Column:
     """A column of a table: its header, and whether it holds numbers (set flush right)."""
 
-    title: Any
+    title: object
     numeric: bool = True
     hint: str | None = None
 
@@ -52,12 +182,12 @@ class Column:
 class Group:
     """Rows of a table under a common header; without a header just rows. The first cell of a row is its header."""
 
-    rows: Sequence[Sequence[Any]]
-    header: Any = None
+    rows: Sequence[Sequence[object]]
+    header: object = None
     marked: frozenset[int] = frozenset()  # numbers of rows that stand out
 
 
-def table(columns: Sequence[Column], groups: Sequence[Group], *, label: str, caption: Any = None) -> Markup:
+def table(columns: Sequence[Column], groups: Sequence[Group], *, label: str, caption: object = None) -> Markup:
     """A table in a container of its own that scrolls where the page is too narrow for it."""
 
     def kind(column: Column) -> str | None:
@@ -81,11 +211,56 @@ def table(columns: Sequence[Column], groups: Sequence[Group], *, label: str, cap
     return h("figure", scroll, note, class_="tabular")
 
 
-def details(summary: Any, *children: Any, class_: str | None = None) -> Markup:
+def details(summary: object, *children: object, class_: str | None = None) -> Markup:
     """Something to open."""
     return h("details", h("summary", summary), *children, class_=class_)
 
 
-def facts(pairs: Iterable[tuple[Any, Any]]) -> Markup:
+def facts(pairs: Iterable[tuple[object, object]]) -> Markup:
     """Short facts side by side: what, and its value; values of None are left out."""
     return h("dl", *(h("div", h("dt", what), h("dd", value)) for what, value in pairs if value is not None))
+
+
+FEW_ROWS = 12
+"""Rows that a table may have without being folded away, where it is not what the report is about."""
+
+
+def folded(summary: str, rows: int, made: Markup) -> Markup:
+    """A table as it is where it is short, else to open."""
+    return made if rows <= FEW_ROWS else details(summary, made, class_="unfold")
+
+
+def linked(caption: str, files: Sequence[str]) -> Markup:
+    """A caption, and where the numbers are."""
+    links = join([h("a", name, href=name) for name in files], ", ")
+    return join([caption, " Points: ", links, "."])
+
+
+def estimate(found: Interval | EffectiveBeta | None, digits: int = 2) -> Markup:
+    """A mean with its interval in smaller type."""
+    if found is None or found.mean is None:
+        return h("span", NOTHING, class_="none")
+    mean = h("b", number(found.mean, digits))
+    if found.low is None or found.high is None:
+        return mean
+    return join([mean, " ", h("span", f"[{number(found.low, digits)}, {number(found.high, digits)}]", class_="ci")])
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page under a heading of its own."""
+
+    ident: str
+    title: str
+    body: Markup
+
+    def html(self) -> Markup:
+        """The section as markup."""
+        heading = f"{self.ident}-h"
+        return h("section", h("h2", self.title, id=heading), self.body, id=self.ident, aria_labelledby=heading)
+
+
+def section(ident: str, title: str, *body: Markup | None) -> Section | None:
+    """A section of the parts that there are; None without any."""
+    parts = [part for part in body if part is not None]
+    return Section(ident, title, join(parts)) if parts else None

@@ -1,30 +1,25 @@
-"""The page: title and verdict, then a section for everything there are data for."""
+"""The page: title and verdict, then a section for everything there are data for; and its folder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
-from rlhf_pipeline.report.markup import Markup, h, join
-from rlhf_pipeline.report.parts import Section
+from rlhf_pipeline.registry.storage import replace_text, writing
+from rlhf_pipeline.report.markup import Markup, Section, clean, h, join, words
 from rlhf_pipeline.report.points import Points
+from rlhf_pipeline.report.results import Results
 from rlhf_pipeline.report.sections.cost import cost_section
-from rlhf_pipeline.report.sections.curves import curves_section
+from rlhf_pipeline.report.sections.curves import curves_section, frontier_section, overoptimisation_section
 from rlhf_pipeline.report.sections.exact import exact_section
-from rlhf_pipeline.report.sections.frontier import frontier_section
-from rlhf_pipeline.report.sections.glossary import glossary_section
-from rlhf_pipeline.report.sections.overoptimisation import overoptimisation_section
-from rlhf_pipeline.report.sections.preferences import preferences_section
-from rlhf_pipeline.report.sections.provenance import footer, lineage_section, reproduce_section
-from rlhf_pipeline.report.sections.ranking import ranking_section
-from rlhf_pipeline.report.sections.responses import responses_section
-from rlhf_pipeline.report.sections.samples import samples_section
-from rlhf_pipeline.report.sections.table import results_section
+from rlhf_pipeline.report.sections.provenance import footer, glossary_section, lineage_section, reproduce_section
+from rlhf_pipeline.report.sections.responses import preferences_section, responses_section, samples_section
+from rlhf_pipeline.report.sections.tables import ranking_section, results_section
 from rlhf_pipeline.report.sections.verdict import fairness, headline, overview
 from rlhf_pipeline.report.style import CSS
-from rlhf_pipeline.report.text import clean, words
 from rlhf_pipeline.report.view import View
 
+PAGE = "index.html"
 SECTIONS: tuple[Callable[[View, Points], Section | None], ...] = (
     fairness,
     results_section,
@@ -57,17 +52,20 @@ SHORT = {
 """Titles in the list of contents, where the heading is too long for it."""
 
 
-def page(results: dict[str, Any], points: Points) -> str:
+def page(results: Results, points: Points) -> str:
     """The whole page as HTML that is XML as well; what is plotted is kept in `points`."""
     view = View(results)
     made = [found for make in SECTIONS if (found := make(view, points)) is not None]
-    name = clean(results.get("name") or "comparison")
-    arms = words([clean(arm) for arm in view.arms])
+    name = clean(results.name)
     header = h(
         "header",
         h("h1", name),
-        h("p", f"Comparison of {arms}" if arms else "Comparison", class_="lead"),
-        _contents(made) if len(made) > 1 else None,
+        h(
+            "p",
+            f"Comparison of {words([clean(arm) for arm in view.arms])}" if view.arms else "Comparison",
+            class_="lead",
+        ),
+        _contents(made),
     )
     main = h("main", headline(view), overview(view), *(found.html() for found in made))
     head = h(
@@ -87,3 +85,18 @@ def page(results: dict[str, Any], points: Points) -> str:
 def _contents(made: list[Section]) -> Markup:
     entries = [h("li", h("a", SHORT.get(found.ident, found.title), href=f"#{found.ident}")) for found in made]
     return h("nav", h("ul", join(entries)), aria_label="Contents")
+
+
+def write_report(results: Results, directory: Path) -> Path:
+    """Write index.html and points/*.csv from results.json; the same results give the same bytes.
+
+    Returns the path of index.html.
+    """
+    points = Points()
+    text = page(results, points)
+    with writing(directory, "the report"):
+        directory.mkdir(parents=True, exist_ok=True)
+        points.write(directory)
+        replace_text(directory / PAGE, text)
+        points.remove_stale(directory)  # last: the page before this one may still refer to them
+    return directory / PAGE

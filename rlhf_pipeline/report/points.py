@@ -6,21 +6,28 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from rlhf_pipeline.registry.storage import replace_text
-from rlhf_pipeline.report.text import clean
+from rlhf_pipeline.report.markup import clean
+from rlhf_pipeline.report.results import Interval
 
 FOLDER = "points"
+
+
+def cells(found: Interval | None) -> tuple[float | None, float | None, float | None]:
+    """Mean and both ends, where they are known."""
+    if found is None:
+        return None, None, None
+    return (found.mean, *(found.ends or (None, None)))
 
 
 class Points:
     """Tables of what was plotted, by name of the file."""
 
     def __init__(self) -> None:
-        self.tables: dict[str, tuple[Sequence[str], list[Sequence[Any]]]] = {}
+        self.tables: dict[str, tuple[Sequence[str], list[Sequence[object]]]] = {}
 
-    def add(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    def add(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
         """Keep a table; returns the name of its file, relative to the page."""
         self.tables[name] = (columns, [list(row) for row in rows])
         return f"{FOLDER}/{name}.csv"
@@ -46,7 +53,7 @@ def _cell(text: str) -> str:
     return f"'{text}" if text[:1] in tuple("=+-@\t") and text[:1] else text
 
 
-def _csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def _csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(columns)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -55,6 +55,11 @@ class Interval(Part):
         """An estimate as results.json has it."""
         return cls.model_validate(found.as_dict())
 
+    @classmethod
+    def table(cls, found: Mapping[str, Estimate]) -> dict[str, Interval]:
+        """Several estimates by name."""
+        return {name: cls.of(estimate) for name, estimate in found.items()}
+
     @property
     def ends(self) -> tuple[float, float] | None:
         """Both ends, where they are known."""
@@ -76,7 +81,10 @@ class DataReport(Part):
 
 
 class DataChange(Part):
-    """Data that are no longer what the manifest of a model says."""
+    """Data that are no longer what the manifest of a model says.
+
+    `found` and `expected` are digests; `found` is None where the split is gone. `text` is one sentence.
+    """
 
     model: str
     source: str
@@ -100,8 +108,8 @@ class Gate(Part):
     """Whether a reward model beats a coin and the baselines on held-out pairs; differences are in accuracy."""
 
     passed: bool
-    beats: dict[str, bool]
-    differences: dict[str, Span]
+    beats: dict[str, bool] = {}
+    differences: dict[str, Span] = {}
     reason: str
 
 
@@ -110,6 +118,9 @@ class Difference(Part):
 
     what: str
     values: dict[str, str]
+
+    def __str__(self) -> str:
+        return f"{self.what}: " + ", ".join(f"{arm} has {value}" for arm, value in self.values.items())
 
 
 class Comparable(Part):
@@ -157,7 +168,7 @@ class Row(Part):
 
     name: str
     model: str
-    stage: str
+    stage: str | None
     metrics: dict[str, Interval]
     cost: Cost | None = None
     # a model
@@ -217,7 +228,7 @@ class ExactRow(Part):
 
     name: str
     model: str | None
-    stage: str
+    stage: str | None
     digest: str | None
     beta: float
     reward: float
@@ -267,6 +278,13 @@ class Exact(Part):
     rows: list[ExactRow]
     best_of_n: list[ExactBestOfN]
     frontier: Gibbs
+
+
+class ExactResults(Exact):
+    """What `rlhf exact` prints: the exact figures, where their prompts come from, and data that have changed."""
+
+    split: str
+    data_changed: list[DataChange]
 
 
 class Scorer(Part):
@@ -327,11 +345,15 @@ class ArmEntry(Part):
     cost: Cost | None
 
 
+ContrastKind = Literal["as trained", "same beta", "selected", "matched KL", "area", "cost", "exact"]
+"""What two arms are set against each other at."""
+
+
 class Contrast(Part):
     """A difference between two arms in one figure; `why_not` says why there is none."""
 
     name: str
-    kind: Literal["as trained", "same beta", "selected", "matched KL", "area", "cost", "exact"]
+    kind: ContrastKind
     a: str
     b: str
     figure: str
@@ -365,12 +387,12 @@ class WinRate(Part):
 
 
 class Ranked(Part):
-    """One model's Elo."""
+    """One model's Elo; None where not even an end of its interval is known."""
 
     name: str
     arm: str
     step: int | None
-    elo: Interval
+    elo: Interval | None
     bound: Literal["at least", "at most"] | None
     ties: float
 
@@ -483,8 +505,8 @@ class Ancestor(Part):
     data: list[DataReport]
 
 
-class Results(Part):
-    """One comparison."""
+class Findings(Part):
+    """All that a verdict is drawn from."""
 
     version: Literal[1] = VERSION
     name: str
@@ -520,6 +542,15 @@ class Results(Part):
     ranking: Ranking | None = None
     frontier: Frontier | None = None
     overoptimisation: dict[str, Overoptimised] | None = None
+
+    def find(self, **wanted: Any) -> Iterator[Contrast]:
+        """Contrasts with these values."""
+        return (one for one in self.contrasts if all(getattr(one, key) == value for key, value in wanted.items()))
+
+
+class Results(Findings):
+    """One comparison."""
+
     verdict: Verdict
     samples_shown: list[Shown]
     curves: dict[str, dict[str, list[tuple[float, float]]]]
@@ -532,9 +563,9 @@ class Results(Part):
         """Rows of trained models, without best-of-n and without snapshots."""
         return (row for row in self.rows if row.stage != BEST_OF_N and row.step is None)
 
-    def find(self, **wanted: Any) -> Iterator[Contrast]:
-        """Contrasts with these values."""
-        return (one for one in self.contrasts if all(getattr(one, key) == value for key, value in wanted.items()))
+    def text(self) -> str:
+        """The file results.json."""
+        return self.model_dump_json(indent=2, exclude_unset=True, ensure_ascii=True) + "\n"
 
 
 def load(path: str | Path) -> Results:

@@ -16,36 +16,38 @@ from rich.console import Console
 from rlhf_pipeline.cli import output
 from rlhf_pipeline.cli.compare import print_comparison
 from rlhf_pipeline.cli.output import emit_table, interval
+from rlhf_pipeline.report.results import Cost, Interval, Results, Row, Verdict
+from tests.compare.test_verdict import NOTHING
 
 NAMES = ("sft@v1", "my-ppo-of-a-long-name@v1", "my-dpo@v1", "best of 16 of sft@v1")
 FIGURES = ("true_reward", "judge", "score", "kl", "well_formed", "ended", "length")
-COUNTS = ("wall_seconds", "flops", "tokens_trained", "tokens_generated", "optimizer_steps", "peak_memory_bytes")
 
 
-def mean(value: float) -> dict[str, float]:
-    return {"mean": value, "low": value - 0.25, "high": value + 0.25}
+def mean(value: float) -> Interval:
+    return Interval(mean=value, low=value - 0.25, high=value + 0.25, n=4, clusters=2, method="t")
 
 
-def comparison() -> dict:
-    """What `print_comparison` reads; every figure of it is another number."""
-    rows = []
-    for number, name in enumerate(NAMES, start=1):
-        rows.append(
-            {
-                "name": name,
-                "arm": name,
-                "step": None,
-                "beta": 0.5,
-                "scored_by": "reward@v1",
-                "metrics": {figure: mean(10 * number + place) for place, figure in enumerate(FIGURES)},
-                "win_rate": mean(10 * number + 8),
-                "gain_in_sd": 10.0 * number + 9,
-                "cost": dict.fromkeys(COUNTS, 1e9 * number),
-            }
+def comparison() -> Results:
+    """A comparison in which every figure is another number."""
+    rows = [
+        Row(
+            name=name,
+            model=name,
+            stage="dpo",
+            arm=name,
+            beta=0.5,
+            scored_by="reward@v1",
+            metrics={figure: mean(10 * number + place) for place, figure in enumerate(FIGURES)},
+            win_rate=mean(10 * number + 8),
+            gain_in_sd=10.0 * number + 9,
+            cost=Cost(**dict.fromkeys(Cost.model_fields, 1e9 * number)),
         )
-    shared = {"name": "duel", "prompts": 23, "split": "test", "samples": 4, "primary": "true_reward", "summary": []}
-    rest = {"baseline": NAMES[0], "reference": NAMES[0], "judge": None, "seeds": [0], "path": "results.json"}
-    return {"rows": rows, **shared, **rest, "verdict": {"headline": "cannot tell", "lines": []}}
+        for number, name in enumerate(NAMES, start=1)
+    ]
+    shared = {"prompts": 23, "samples": 4, "primary": "true_reward", "baseline": NAMES[0], "reference": NAMES[0]}
+    verdict = Verdict(headline="cannot tell", certain=False, lines=[])
+    rest = {"samples_shown": [], "curves": {}, "lineage": [], "configs": {}, "path": "results.json", "report": "page"}
+    return Results(**{**NOTHING, **shared, **rest, "seeds": [0], "rows": rows, "verdict": verdict})
 
 
 @pytest.fixture
@@ -153,8 +155,11 @@ def test_a_real_terminal_of_80_columns(tiny):
         (0.954, 0.9285, 0.9755, "0.95 ± 0.02"),  # lopsided by less than the digits show
         (0.95, 0.88, 0.98, "0.95 [0.88, 0.98]"),
         (1.5, None, None, "1.50"),
-        (None, None, None, "-"),
     ],
 )
 def test_plus_and_minus_stand_for_symmetric_intervals_alone(mean, low, high, text):
-    assert interval({"mean": mean, "low": low, "high": high}) == text
+    assert interval(Interval(mean=mean, low=low, high=high, n=8, clusters=8, method="t")) == text
+
+
+def test_no_figure_is_a_dash():
+    assert interval(None) == "-"

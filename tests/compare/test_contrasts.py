@@ -16,9 +16,9 @@ from rlhf_pipeline.compare.points import Point
 from rlhf_pipeline.compare.rows import Measured
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.evaluation.sampled import Samples
+from rlhf_pipeline.report.results import Contrast, Exact, ExactRow, Gibbs
 
 PROMPTS, SAMPLES = 6, 4
-CONFIG = SimpleNamespace(primary_contrast="auto")
 
 
 def samples(**figures: Any) -> Samples:
@@ -41,12 +41,12 @@ def point(arm: str, seed: int | None, beta: float, **figures: Any) -> Measured:
     return Measured(Point(arm, seed, {"beta": beta}, name), model, samples(**figures), checked)
 
 
-def found(entries: list[dict], **wanted: Any) -> dict[str, Any]:
-    (entry,) = [e for e in entries if all(e[key] == value for key, value in wanted.items())]
+def found(entries: list[Contrast], **wanted: Any) -> Contrast:
+    (entry,) = [e for e in entries if all(getattr(e, key) == value for key, value in wanted.items())]
     return entry
 
 
-def contrasts(measured: list[Measured], **options: Any) -> list[dict[str, Any]]:
+def contrasts(measured: list[Measured], **options: Any) -> list[Contrast]:
     a, b = arms_of(measured)
     chosen = {"chooser": None, "swept": len(a.settings) > 1, "registry": None, **options}
     return contrasts_of(a, b, ["true_reward", "kl"], **chosen)
@@ -60,10 +60,10 @@ def test_a_difference_is_taken_prompt_by_prompt_and_seed_by_seed():
         for seed in (0, 1, 2)
     ]
     entry = found(contrasts(measured), figure="true_reward")
-    assert (entry["kind"], entry["at"], entry["name"]) == ("as trained", "at beta 0.5", "ppo - dpo")
-    estimate = entry["estimate"]
+    assert (entry.kind, entry.at, entry.name) == ("as trained", "at beta 0.5", "ppo - dpo")
+    estimate = entry.estimate
     # Paired, nothing is left of the spread between prompts (sd 2) and seeds (sd 10).
-    assert estimate["mean"] == pytest.approx(0.4) and estimate["high"] - estimate["low"] < 1e-9
+    assert estimate.mean == pytest.approx(0.4) and estimate.high - estimate.low < 1e-9
 
 
 def test_seeds_that_the_arms_do_not_share_are_left_out():
@@ -71,14 +71,14 @@ def test_seeds_that_the_arms_do_not_share_are_left_out():
     measured += [point("dpo", s, 0.5, true_reward=0.0, kl=1.0) for s in (1, 2, 3)]
     a, b = arms_of(measured)
     assert common_seeds(a, b) == [1, 2] and paired_by_seed(a, b)[2] == [1, 2]
-    assert found(contrasts(measured), figure="true_reward")["estimate"]["mean"] == pytest.approx(1.5)
+    assert found(contrasts(measured), figure="true_reward").estimate.mean == pytest.approx(1.5)
 
 
 def test_single_seeds_of_different_number_are_paired():
     measured = [point("ppo", 0, 0.5, true_reward=1.0, kl=1.0), point("dpo", 7, 0.5, true_reward=0.25, kl=1.0)]
-    assert found(contrasts(measured), figure="true_reward")["estimate"]["mean"] == pytest.approx(0.75)
+    assert found(contrasts(measured), figure="true_reward").estimate.mean == pytest.approx(0.75)
     several = [*measured, point("dpo", 8, 0.5, true_reward=0.0, kl=1.0)]
-    assert contrasts(several)[0]["why_not"] == "the arms have no seeds in common"
+    assert contrasts(several)[0].why_not == "the arms have no seeds in common"
 
 
 def swept(shift: float = 0.3, far: float = 0.0) -> list[Measured]:
@@ -96,9 +96,9 @@ def swept(shift: float = 0.3, far: float = 0.0) -> list[Measured]:
 def test_matched_kl_finds_the_shift_and_says_where():
     entries = contrasts(swept(), chooser="score")
     entry = found(entries, kind="matched KL", figure="true_reward")
-    assert entry["estimate"]["mean"] == pytest.approx(0.3, abs=1e-9)
-    assert found(entries, kind="area", figure="true_reward")["estimate"]["mean"] == pytest.approx(0.3, abs=1e-9)
-    assert {e["at"] for e in entries if e["kind"] == "same beta"} == {"at beta 1", "at beta 0.5", "at beta 0.1"}
+    assert entry.estimate.mean == pytest.approx(0.3, abs=1e-9)
+    assert found(entries, kind="area", figure="true_reward").estimate.mean == pytest.approx(0.3, abs=1e-9)
+    assert {e.at for e in entries if e.kind == "same beta"} == {"at beta 1", "at beta 0.5", "at beta 0.1"}
 
 
 def test_an_arm_with_another_optimum_is_in_no_contrast_at_one_beta():
@@ -106,25 +106,25 @@ def test_an_arm_with_another_optimum_is_in_no_contrast_at_one_beta():
         replace(one, aim=Aim("scale", {"loss_type": "ipo"})) if one.point.arm == "dpo" else one for one in swept()
     ]
     entries = contrasts(measured, chooser="score")
-    assert not any(entry["at"].startswith("at beta") for entry in entries)
+    assert not any(entry.at.startswith("at beta") for entry in entries)
     left_out = found(entries, kind="same beta")
-    assert left_out["estimate"] is None and "dpo would have another optimum" in left_out["why_not"]
-    assert found(entries, kind="matched KL", figure="true_reward")["estimate"]["mean"] == pytest.approx(0.3, abs=1e-9)
+    assert left_out.estimate is None and "dpo would have another optimum" in left_out.why_not
+    assert found(entries, kind="matched KL", figure="true_reward").estimate.mean == pytest.approx(0.3, abs=1e-9)
     single = [one for one in measured if one.point.setting == {"beta": 0.5}]
     entry = found(contrasts(single), figure="true_reward")
-    assert (entry["kind"], entry["at"]) == ("as trained", "as trained, with another optimum for dpo")
-    assert entry["estimate"]["mean"] == pytest.approx(0.3)
+    assert (entry.kind, entry.at) == ("as trained", "as trained, with another optimum for dpo")
+    assert entry.estimate.mean == pytest.approx(0.3)
 
 
 def test_what_both_arms_do_not_reach_is_not_extrapolated():
     entries = contrasts(swept(far=10.0), chooser=None)
     entry = found(entries, kind="matched KL", figure="true_reward")
-    assert entry["estimate"] is None and "no common range" in entry["why_not"] and "ppo covers" in entry["why_not"]
+    assert entry.estimate is None and "no common range" in entry.why_not and "ppo covers" in entry.why_not
 
 
 def test_points_of_equal_cost_have_no_range_of_cost():
     entry = found(contrasts(swept()), kind="cost", figure="true_reward")
-    assert entry["estimate"] is None and "no range of cost" in entry["why_not"]
+    assert entry.estimate is None and "no range of cost" in entry.why_not
 
 
 def test_settings_are_chosen_on_validation_prompts_by_what_a_user_has():
@@ -139,35 +139,36 @@ def test_settings_are_chosen_on_validation_prompts_by_what_a_user_has():
 def test_one_contrast_is_declared_and_the_others_are_corrected():
     measured = swept()
     baseline = point("sft", None, 1.0, true_reward=0.0, kl=0.0, score=0.0)
-    results = {"primary": "true_reward", "exact": None}
     registry = SimpleNamespace(resolve=None)
-    made = compare_arms(measured, baseline, results, CONFIG, registry)
-    (primary,) = [entry for entry in made["contrasts"] if entry["primary"]]
-    assert (primary["kind"], primary["figure"], primary["p_holm"]) == ("matched KL", "true_reward", None)
-    others = [entry for entry in made["contrasts"] if not entry["primary"] and entry["p"] is not None]
-    assert others and all(entry["p_holm"] >= entry["p"] for entry in others)
-    assert made["arms"]["ppo"]["trials"] == 3 and made["arms"]["ppo"]["selected"] == {"beta": 0.5}
-    assert made["frontier"]["matched_kl"] == pytest.approx(2.5, abs=1.6)
-    assert [row["arm"] for row in made["summary"]] == ["ppo"] * 3 + ["dpo"] * 3
-    assert all(row["seeds"] == 3 for row in made["summary"])
-    assert {row["arm"] for row in made["ranking"]["rows"]} == {"sft", "ppo", "dpo"}
-    asked = compare_arms(measured, baseline, results, SimpleNamespace(primary_contrast="selected"), registry)
-    assert [entry["kind"] for entry in asked["contrasts"] if entry["primary"]] == ["selected"]
+    made = compare_arms(measured, baseline, "true_reward", "auto", registry)
+    (primary,) = [entry for entry in made.contrasts if entry.primary]
+    assert (primary.kind, primary.figure, primary.p_holm) == ("matched KL", "true_reward", None)
+    others = [entry for entry in made.contrasts if not entry.primary and entry.p is not None]
+    assert others and all(entry.p_holm >= entry.p for entry in others)
+    assert made.arms["ppo"].trials == 3 and made.arms["ppo"].selected == {"beta": 0.5}
+    assert made.frontier.matched_kl == pytest.approx(2.5, abs=1.6)
+    assert [row.arm for row in made.summary] == ["ppo"] * 3 + ["dpo"] * 3
+    assert all(row.seeds == 3 for row in made.summary)
+    assert {row.arm for row in made.ranking.rows} == {"sft", "ppo", "dpo"}
+    asked = compare_arms(measured, baseline, "true_reward", "selected", registry)
+    assert [entry.kind for entry in asked.contrasts if entry.primary] == ["selected"]
 
 
 def test_exact_objectives_are_set_against_each_other_at_each_common_beta():
     measured = swept()
     baseline = point("sft", None, 1.0, true_reward=0.0, kl=0.0, score=0.0)
     rows = [
-        {"model": one.name, "objective": {"ppo": 2.0, "dpo": 1.5}[one.point.arm] + 0.1 * one.point.seed}
+        ExactRow.model_construct(
+            model=one.name, objective={"ppo": 2.0, "dpo": 1.5}[one.point.arm] + 0.1 * one.point.seed
+        )
         for one in measured
     ]
-    results = {"primary": "true_reward", "exact": {"rows": rows, "reward": "world", "frontier": {}}}
-    results["exact"]["frontier"] = {"kl": [0.0, 1.0], "reward": [0.0, 1.0], "beta": [9.0, 1.0]}
-    made = compare_arms(measured, baseline, results, CONFIG, SimpleNamespace(resolve=None))
-    entries = [entry for entry in made["contrasts"] if entry["kind"] == "exact"]
-    assert [entry["at"] for entry in entries] == [f"at beta {b}, on these prompts" for b in ("1", "0.5", "0.1")]
+    frontier = Gibbs(kl=[0.0, 1.0], reward=[0.0, 1.0], beta=[9.0, 1.0])
+    exact = Exact.model_construct(rows=rows, reward="world", frontier=frontier)
+    made = compare_arms(measured, baseline, "true_reward", "auto", SimpleNamespace(resolve=None), exact=exact)
+    entries = [entry for entry in made.contrasts if entry.kind == "exact"]
+    assert [entry.at for entry in entries] == [f"at beta {b}, on these prompts" for b in ("1", "0.5", "0.1")]
     for entry in entries:  # paired by seed: what the seeds share cancels
-        assert entry["estimate"]["mean"] == pytest.approx(0.5)
-        assert entry["estimate"]["method"] == "t over seeds"
-    assert made["frontier"]["gibbs"]["kl"] == [0.0, 1.0]
+        assert entry.estimate.mean == pytest.approx(0.5)
+        assert entry.estimate.method == "t over seeds"
+    assert made.frontier.gibbs.kl == [0.0, 1.0]

@@ -9,8 +9,9 @@ import pytest
 
 from rlhf_pipeline.compare.aim import aim_of
 from rlhf_pipeline.compare.fairness import differences, differences_by_seed, facts_of
-from rlhf_pipeline.compare.run import compared
+from rlhf_pipeline.compare.run import compared, run_compare
 from rlhf_pipeline.errors import MismatchError
+from rlhf_pipeline.report.results import Comparable
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +95,12 @@ def test_compare_refuses_and_names_the_difference(arms):
 
 def test_a_mismatch_that_is_allowed_is_reported(arms):
     result = compare(arms, "penalised", "dpo", baseline="sft", allow_mismatch=True)
-    assert result["comparable"]["ok"] is False and result["comparable"]["allowed"] is True
-    (difference,) = result["comparable"]["differences"]
-    assert difference["values"] == {"penalised@v1": "missing_eos_penalty=1.0", "dpo@v1": "none"}
-    assert any(
-        entry["topic"] == "next" and "train the arms alike" in entry["text"] for entry in result["verdict"]["lines"]
-    )
+    assert result.comparable.ok is False and result.comparable.allowed is True
+    (difference,) = result.comparable.differences
+    assert difference.values == {"penalised@v1": "missing_eos_penalty=1.0", "dpo@v1": "none"}
+    assert any(entry.topic == "next" and "train the arms alike" in entry.text for entry in result.verdict.lines)
     matched = compare(arms, "ppo", "dpo", baseline="sft", name="matched")
-    assert matched["comparable"] == {"ok": True, "differences": [], "allowed": False}
+    assert matched.comparable == Comparable(ok=True, differences=[], allowed=False)
 
 
 def test_a_reward_model_with_another_minimiser_is_refused_by_the_name_of_what_moved_it(arms):
@@ -129,22 +128,23 @@ def test_models_of_an_earlier_release_are_read_by_their_configs(arms, monkeypatc
 
 def test_the_effective_beta_is_kl_coef_times_the_slope_of_the_reward_model(arms):
     slope = arms.registry.resolve("shrunk").manifest.metrics["calibration_slope"]
-    result = compare(arms, "shrunk-ppo", "dpo", baseline="sft", name="effective", allow_mismatch=True)
-    row = {row["name"]: row for row in result["rows"]}
-    beta = row["shrunk-ppo@v1"]["effective_beta"]
-    assert [beta[key] for key in ("mean", "low", "high")] == [0.5 * slope[key] for key in ("mean", "low", "high")]
-    assert beta["reward_model"] == "shrunk@v1" and row["dpo@v1"]["effective_beta"] is None
-    assert row["shrunk-ppo@v1"]["moves_optimum"] == {"reward_model.center_rewards_coefficient": 0.1}
-    assert row["shrunk-ppo@v1"]["may_move_optimum"] == {"lam": 0.95}
-    said = " ".join(line["text"] for line in result["verdict"]["lines"])
+    given = {"arms": ["shrunk-ppo", "dpo"], "baseline": "sft", "name": "effective", "allow_mismatch": True}
+    result = run_compare(arms.config("compare", **given, samples=1, max_prompts=2), arms.home, quiet=True)
+    row = {row.name: row for row in result.rows}
+    beta = row["shrunk-ppo@v1"].effective_beta
+    assert [beta.mean, beta.low, beta.high] == [0.5 * slope[key] for key in ("mean", "low", "high")]
+    assert beta.reward_model == "shrunk@v1" and row["dpo@v1"].effective_beta is None
+    assert row["shrunk-ppo@v1"].moves_optimum == {"reward_model.center_rewards_coefficient": 0.1}
+    assert row["shrunk-ppo@v1"].may_move_optimum == {"lam": 0.95}
+    said = " ".join(line.text for line in result.verdict.lines)
     assert "another optimum (reward_model.center_rewards_coefficient=0.1)" in said
-    assert {entry["at"] for entry in result["contrasts"]} == {"as trained, with another optimum for shrunk-ppo@v1"}
-    page = Path(result["report"]).read_text(encoding="utf-8")
+    assert {entry.at for entry in result.contrasts} == {"as trained, with another optimum for shrunk-ppo@v1"}
+    page = Path(result.report).read_text(encoding="utf-8")
     assert "effective β" in page and "Moves the optimum only with a wrong critic" in page
     half = [{"source": "shrunk", "weight": 0.5}]
     light = arms.run("ppo", output_name="light", reward_model_path=None, reward_functions=half, max_steps=1)
     weighed = aim_of(arms.registry, arms.registry.resolve(light.model)).effective_beta
-    assert weighed["mean"] == pytest.approx(0.5 * slope["mean"] / 0.5)  # half the reward: KL costs twice as much
+    assert weighed.mean == pytest.approx(0.5 * slope["mean"] / 0.5)  # half the reward: KL costs twice as much
     honest = aim_of(arms.registry, arms.registry.resolve("honest"))
     assert honest.effective_beta is None and honest.optimum == "same"
 
@@ -161,10 +161,10 @@ def test_a_judge_that_saw_the_arms_pairs_is_no_judge(arms):
         compare(arms, "ppo", "dpo", baseline="sft", judge="reward")
     arms.run("train-rm", output_name="judge", dataset_train_split="judge", max_steps=1)
     held_out = compare(arms, "ppo", "dpo", baseline="sft", judge="judge", name="judged")
-    assert held_out["judge"] == "judge@v1" and held_out["comparable"]["ok"]
-    assert {"judge@v1", "reward@v1"} <= set(held_out["gates"])
-    failed = [one["text"] for one in held_out["verdict"]["lines"] if "failed its gate" in one["text"]]
-    assert len(failed) == sum(not gate["passed"] for gate in held_out["gates"].values())
+    assert held_out.judge == "judge@v1" and held_out.comparable.ok
+    assert {"judge@v1", "reward@v1"} <= set(held_out.gates)
+    failed = [one.text for one in held_out.verdict.lines if "failed its gate" in one.text]
+    assert len(failed) == sum(not gate.passed for gate in held_out.gates.values())
 
 
 def test_an_arms_own_reward_model_is_not_the_truth(arms):

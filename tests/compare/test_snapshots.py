@@ -13,14 +13,17 @@ import pytest
 
 from rlhf_pipeline.cli.main import main
 from rlhf_pipeline.compare import rows
+from rlhf_pipeline.compare.aim import Aim
 from rlhf_pipeline.compare.arms import arms_of, common_seeds
-from rlhf_pipeline.compare.contrasts import compare_arms
+from rlhf_pipeline.compare.contrasts import Compared, compare_arms
 from rlhf_pipeline.compare.points import Point, trials, with_snapshots
 from rlhf_pipeline.compare.rankings import MOST_RANKED, ranking_section
 from rlhf_pipeline.compare.rows import COST_KEYS, Measured, bill
 from rlhf_pipeline.compare.verdict import verdict
 from rlhf_pipeline.evaluation.frontier import pareto
-from tests.compare.test_contrasts import CONFIG, PROMPTS, contrasts, found, samples
+from rlhf_pipeline.report.results import Findings
+from tests.compare.test_contrasts import PROMPTS, contrasts, found, samples
+from tests.compare.test_verdict import NOTHING
 
 COUNTS = tuple(key for key in COST_KEYS if key != "wall_seconds")
 
@@ -77,16 +80,16 @@ def test_the_bill_of_a_snapshot_holds_its_reward_model_whole(runs):
     reward = registry.resolve("reward").manifest.cost
     marked = registry.resolve("ppo").manifest.cost["at_step"]["1"]
     for key in COST_KEYS:
-        assert bill(registry, registry.resolve("ppo@v1#1"))[key] == pytest.approx(marked[key] + reward[key])
+        assert getattr(bill(registry, registry.resolve("ppo@v1#1")), key) == pytest.approx(marked[key] + reward[key])
     dpo = registry.resolve("dpo")
-    assert bill(registry, registry.resolve("dpo@v1#2"))["flops"] == dpo.manifest.cost["at_step"]["2"]["flops"]
+    assert bill(registry, registry.resolve("dpo@v1#2")).flops == dpo.manifest.cost["at_step"]["2"]["flops"]
 
 
 def test_a_snapshot_of_an_earlier_version_has_no_bill(runs):
     resolved = runs.registry.resolve("dpo@v1#1")
     cost = {key: value for key, value in resolved.manifest.cost.items() if key != "at_step"}
     older = SimpleNamespace(manifest=resolved.manifest.model_copy(update={"cost": cost}), step=1)
-    assert bill(runs.registry, older) == {}
+    assert bill(runs.registry, older) is None
 
 
 def test_no_digest_and_no_card_depends_on_the_bill(runs):
@@ -123,26 +126,25 @@ def run_of(arm: str, seed: int | None, rewards: dict[int | None, tuple[float, fl
 A = {1: (100.0, 1.0, 1.0), 2: (200.0, 2.0, 2.0), None: (400.0, 3.0, 4.0)}  # reward: FLOPs / 100
 B = {1: (150.0, 0.5, 0.75), 2: (300.0, 1.5, 1.5), None: (600.0, 2.5, 3.0)}  # reward: FLOPs / 200
 BASELINE = point("sft", None, None, None, true_reward=0.0, kl=0.0)
-RESULTS = {"primary": "true_reward", "exact": None}
 
 
-def compared(measured: list[Measured], **options: Any) -> dict[str, Any]:
-    return compare_arms(measured, BASELINE, {**RESULTS, **options}, CONFIG, SimpleNamespace(resolve=None))
+def compared(measured: list[Measured]) -> Compared:
+    return compare_arms(measured, BASELINE, "true_reward", "auto", SimpleNamespace(resolve=None))
 
 
 def test_at_equal_flops_the_runs_are_read_where_both_pass():
     made = contrasts([*run_of("a", None, A), *run_of("b", None, B)], swept=False)
     entry = found(made, kind="cost", figure="true_reward")
     # Both reach 150 to 400 FLOPs; in the middle, 275, a has 2.75 and b 1.375.
-    assert entry["at"] == "at 275 FLOPs"
-    assert entry["estimate"]["mean"] == pytest.approx(1.375, abs=1e-9)
+    assert entry.at == "at 275 FLOPs"
+    assert entry.estimate.mean == pytest.approx(1.375, abs=1e-9)
     # KLs that both reach: 1 to 2.5, the middle 1.75. a: 1.75, b: 1.5 + .25 x 1.5 = 1.875.
     entry = found(made, kind="matched KL", figure="true_reward")
-    assert (entry["at"], entry["estimate"]["mean"]) == ("at a KL of 1.75 nats", pytest.approx(-0.125, abs=1e-9))
+    assert (entry.at, entry.estimate.mean) == ("at a KL of 1.75 nats", pytest.approx(-0.125, abs=1e-9))
     # As trained only the ends count: 4 - 3.
     entry = found(made, kind="as trained", figure="true_reward")
-    assert entry["estimate"]["mean"] == pytest.approx(1.0)
-    assert [e["kind"] for e in made if e["figure"] == "true_reward"] == ["as trained", "matched KL", "area", "cost"]
+    assert entry.estimate.mean == pytest.approx(1.0)
+    assert [e.kind for e in made if e.figure == "true_reward"] == ["as trained", "matched KL", "area", "cost"]
 
 
 def test_a_point_that_a_cheaper_one_beats_on_validation_prompts_is_not_read():
@@ -155,51 +157,50 @@ def test_a_point_that_a_cheaper_one_beats_on_validation_prompts_is_not_read():
         point("b", None, None, 400.0, kl=3.0, true_reward=0.0, score=0.0, validation={"kl": 3.0, "score": 1.0}),
     ]
     entry = found(contrasts(measured, chooser="score", swept=False), kind="cost", figure="true_reward")
-    assert (entry["at"], entry["estimate"]["mean"]) == ("at 250 FLOPs", pytest.approx(2.5))
+    assert (entry.at, entry.estimate.mean) == ("at 250 FLOPs", pytest.approx(2.5))
     assert pareto([100.0, 250.0, 400.0], [1.0, 0.5, 2.0]) == [0, 2]
 
 
 def test_where_there_is_no_cost_to_read_it_says_what_to_do():
     ends = [*run_of("a", None, {None: A[None]}), *run_of("b", None, B)]
     entry = found(contrasts(ends, swept=False), kind="cost", figure="true_reward")
-    assert entry["estimate"] is None
-    assert "snapshot_steps where the arms are trained, snapshots: true in the comparison" in entry["why_not"]
+    assert entry.estimate is None
+    assert "snapshot_steps where the arms are trained, snapshots: true in the comparison" in entry.why_not
     older = [*run_of("a", None, {**A, 2: (None, 2.0, 2.0)}), *run_of("b", None, B)]
     entry = found(contrasts(older, swept=False), kind="cost", figure="true_reward")
-    assert entry["why_not"] == "the bill of a point is not known (a-0.5-None#2)"
+    assert entry.why_not == "the bill of a point is not known (a-0.5-None#2)"
 
 
 def test_where_nobody_chooses_among_settings_of_one_cost_nothing_is_read_at_equal_flops():
     both = [*run_of("a", None, A), point("a", None, None, 400.0, beta=1.0, kl=0.5, true_reward=0.0)]
     entry = found(contrasts([*both, *run_of("b", None, B)]), kind="cost", figure="true_reward")
-    assert entry["estimate"] is None and "nothing says which a user would take" in entry["why_not"]
+    assert entry.estimate is None and "nothing says which a user would take" in entry.why_not
 
 
 def test_final_models_alone_are_trials_settings_and_what_is_selected():
     measured = [*run_of("a", 0, A), *run_of("a", 1, A), *run_of("b", 0, B), *run_of("b", 1, B)]
     without = [one for one in measured if one.point.step is None]
     made, plain = compared(measured), compared(without)
-    for key in ("summary", "win_rates"):
-        assert made[key] == plain[key]
-    assert [made["arms"][arm]["trials"] for arm in "ab"] == [1, 1]
-    assert [made["arms"][arm]["snapshots"] for arm in "ab"] == [4, 4]
-    assert [made["arms"][arm]["settings"] for arm in "ab"] == [[{"beta": 0.5}]] * 2
-    assert made["arms"]["a"]["selected"] is None and made["arms"]["a"]["cost"]["flops"] == 400.0
+    assert made.summary == plain.summary and made.win_rates == plain.win_rates
+    assert [made.arms[arm].trials for arm in "ab"] == [1, 1]
+    assert [made.arms[arm].snapshots for arm in "ab"] == [4, 4]
+    assert [made.arms[arm].settings for arm in "ab"] == [[{"beta": 0.5}]] * 2
+    assert made.arms["a"].selected is None and made.arms["a"].cost.flops == 400.0
     # Looking at snapshots changes neither the declared contrast nor what was found as trained.
-    assert [e["kind"] for e in made["contrasts"] if e["primary"]] == ["as trained"]
-    ours, theirs = ([e for e in x["contrasts"] if e["kind"] == "as trained"] for x in (made, plain))
-    assert [e["estimate"] for e in ours] == [e["estimate"] for e in theirs]
-    assert {e["kind"] for e in plain["contrasts"]} == {"as trained"}
+    assert [e.kind for e in made.contrasts if e.primary] == ["as trained"]
+    ours, theirs = ([e for e in x.contrasts if e.kind == "as trained"] for x in (made, plain))
+    assert [e.estimate for e in ours] == [e.estimate for e in theirs]
+    assert {e.kind for e in plain.contrasts} == {"as trained"}
 
 
 def test_frontier_overoptimisation_and_ranking_have_all_points():
     measured = [*run_of("a", 0, A), *run_of("b", 0, B)]
     made = compared(measured)
-    points = made["frontier"]["arms"]["a"]["points"]
-    assert [(p["step"], p["kl"]["mean"]) for p in points] == [(1, 1.0), (2, 2.0), (None, 3.0)]
-    assert made["frontier"]["arms"]["a"]["envelope"] == [[1.0, 1.0], [2.0, 2.0], [3.0, 4.0]]
-    assert made["frontier"]["common_range"] == [1.0, 2.5]
-    names = {row["name"]: row["step"] for row in made["ranking"]["rows"]}
+    points = made.frontier.arms["a"].points
+    assert [(p.step, p.kl.mean) for p in points] == [(1, 1.0), (2, 2.0), (None, 3.0)]
+    assert made.frontier.arms["a"].envelope == [(1.0, 1.0), (2.0, 2.0), (3.0, 4.0)]
+    assert made.frontier.common_range == (1.0, 2.5)
+    names = {row.name: row.step for row in made.ranking.rows}
     assert names["a-0.5-0#2"] == 2 and names["a-0.5-0"] is None and len(names) == 7
 
 
@@ -215,15 +216,16 @@ def test_too_many_to_rank_leaves_out_the_worst_snapshots():
     steps = {step: (float(step), 1.0, float(step)) for step in range(1, MOST_RANKED + 5)}
     measured = run_of("a", 0, {**steps, None: (99.0, 1.0, -9.0)})
     found_ = ranking_section([BASELINE, *measured], "true_reward")
-    kept = {row["name"] for row in found_["rows"]}
+    kept = {row.name for row in found_.rows}
     assert {"sft-0.5-None", "a-0.5-0"} <= kept and len(kept) == MOST_RANKED
-    assert {row["step"] for row in found_["rows"]} - {None} == set(range(7, MOST_RANKED + 5))
-    assert found_["left_out"] == 6
+    assert {row.step for row in found_.rows} - {None} == set(range(7, MOST_RANKED + 5))
+    assert found_.left_out == 6
 
 
 def test_the_verdict_speaks_of_matched_cost_and_matched_kl():
     results = compared([*run_of("a", 0, A), *run_of("b", 0, B)])
-    said = {line["topic"]: line["text"] for line in verdict({**RESULTS, **results})["lines"]}
+    found_ = Findings(**{**NOTHING, "primary": "true_reward", **vars(results)})
+    said = {line.topic: line.text for line in verdict(found_).lines}
     assert said["cost"].startswith("a is ahead of b in true reward at 275 FLOPs: a - b = +1.375")
     assert said["matched KL"].startswith("b is ahead of a in true reward at a KL of 1.75 nats")
 
@@ -233,10 +235,11 @@ def test_other_reward_models_score_the_first_model_and_no_snapshot(monkeypatch):
     scorers = SimpleNamespace(label=lambda seed: f"rm-{seed}", get=lambda seed: seed)
     monkeypatch.setattr(rows.Scorers, "of", lambda *_: scorers)
     monkeypatch.setattr(rows, "measure", lambda *_: samples(score=0.0))
+    monkeypatch.setattr(rows, "aim_of", lambda *_: Aim())
     monkeypatch.setattr(rows, "scores_of", lambda samples, source, _: np.full(4, float(source)))
     steps = [(0, 1), (0, None), (1, 1), (1, None)]
     points = [(Point("a", seed, {}, "a", step), SimpleNamespace(label="a")) for seed, step in steps]
-    bench = SimpleNamespace(policy=lambda _: None, say=lambda _: None, plan=None, scorer=None)
+    bench = SimpleNamespace(policy=lambda _: None, say=lambda _: None, plan=None, scorer=None, registry=None)
     measured = rows.measure_points(points, bench, None, asked_for=False)
     assert [sorted(one.scores) for one in measured] == [[], ["rm-1"], [], []]
     assert set(measured[1].scored_by("rm-1").values["score"]) == {1.0}

@@ -7,34 +7,84 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf_pipeline.compare.verdict import excludes_zero, say_contrast, verdict
+from rlhf_pipeline.compare.verdict import say_contrast, verdict
 from rlhf_pipeline.evaluation.seeds import contrast
+from rlhf_pipeline.report.results import (
+    ArmEntry,
+    Comparable,
+    Contrast,
+    DataChange,
+    Difference,
+    EffectiveBeta,
+    Exact,
+    ExactPerPrompt,
+    ExactRow,
+    Findings,
+    GaoFit,
+    Gap,
+    Gate,
+    Gibbs,
+    Interval,
+    Overoptimised,
+    Preferences,
+    Row,
+    Scorer,
+    Span,
+    Summary,
+    Verdict,
+)
 
 SEEDS, PROMPTS = 5, 24
 
+NOTHING: dict[str, Any] = {
+    "name": "duel",
+    "command": None,
+    "primary": None,
+    "baseline": "sft@v1",
+    "reference": None,
+    "reward_model": None,
+    "judge": None,
+    "true_reward": None,
+    "gates": {},
+    "prompts": 0,
+    "prompt_texts": [],
+    "samples": 1,
+    "split": "test",
+    "validation_split": None,
+    "temperature": 1.0,
+    "response_length": 4,
+    "seed": 0,
+    "seeds": [],
+    "resampled": [],
+    "data": [],
+    "comparable": Comparable(ok=True, differences=[], allowed=False),
+    "rows": [],
+    "exact": None,
+    "preferences": None,
+    "data_changed": [],
+    "demonstrations": None,
+    "summary": [],
+    "arms": {},
+    "contrasts": [],
+}
 
-def entry(estimate: dict[str, Any] | None, **changes: Any) -> dict[str, Any]:
-    return {
-        "name": "ppo - dpo",
-        "kind": "as trained",
-        "a": "ppo",
-        "b": "dpo",
-        "figure": "true_reward",
-        "at": "at beta 0.5",
-        "estimate": estimate,
-        "why_not": None,
-        "p": 0.5,
-        "p_holm": None,
-        "primary": True,
-        **changes,
-    }
+
+def said(**parts: Any) -> Verdict:
+    """The verdict on results that have these parts alone."""
+    return verdict(Findings(**{**NOTHING, **parts}))
 
 
-def estimate(mean: float, half: float) -> dict[str, Any]:
-    return {"mean": mean, "low": mean - half, "high": mean + half, "n": 40, "clusters": 5, "method": "t over seeds"}
+def entry(estimate: Interval | None, **changes: Any) -> Contrast:
+    given = {"kind": "as trained", "a": "ppo", "b": "dpo", "figure": "true_reward", "at": "at beta 0.5"}
+    rest = {"name": "ppo - dpo", "why_not": None, "p": 0.5, "p_holm": None, "primary": True}
+    return Contrast(**{**given, **rest, "estimate": estimate, **changes})
 
 
-def simulated(effect: float, rng: np.random.Generator) -> dict[str, Any]:
+def estimate(mean: float, half: float, method: str = "t over seeds") -> Interval:
+    return Interval(mean=mean, low=mean - half, high=mean + half, n=40, clusters=5, method=method)
+
+
+def simulated(effect: float, rng: np.random.Generator) -> Verdict:
     """A verdict on two arms whose seeds and prompts vary and whose true difference is `effect`."""
     prompts = rng.normal(size=PROMPTS)  # a prompt is as hard for the one as for the other
 
@@ -43,85 +93,109 @@ def simulated(effect: float, rng: np.random.Generator) -> dict[str, Any]:
         return shift + prompts + seeds + rng.normal(scale=0.4, size=(SEEDS, PROMPTS))
 
     found = contrast(arm(effect), arm(0.0))
-    return verdict({"contrasts": [entry(found.estimate.as_dict(), p=found.p)], "seeds": list(range(SEEDS))})
+    return said(contrasts=[entry(Interval.of(found.estimate), p=found.p)], seeds=list(range(SEEDS)))
 
 
 def test_two_sets_of_seeds_of_one_arm_cannot_be_told_apart():
     rng = np.random.default_rng(0)
-    said = [simulated(0.0, rng) for _ in range(2000)]
-    wrong = sum(one["certain"] for one in said) / len(said)
+    made = [simulated(0.0, rng) for _ in range(2000)]
+    wrong = sum(one.certain for one in made) / len(made)
     assert wrong <= 0.06  # nominal 5 %, and the interval is conservative
-    assert all(one["headline"].startswith("cannot tell ppo from dpo") for one in said if not one["certain"])
+    assert all(one.headline.startswith("cannot tell ppo from dpo") for one in made if not one.certain)
 
 
 def test_a_planted_effect_is_found():
     rng = np.random.default_rng(1)
-    said = [simulated(0.8, rng) for _ in range(500)]  # about 5 standard errors of the difference
-    found = [one for one in said if one["certain"]]
-    assert len(found) / len(said) >= 0.9
-    assert all("ppo is ahead of dpo" in one["headline"] for one in found)
-    assert all("dpo is ahead of ppo" in simulated(-2.0, rng)["headline"] for _ in range(20))
+    made = [simulated(0.8, rng) for _ in range(500)]  # about 5 standard errors of the difference
+    found = [one for one in made if one.certain]
+    assert len(found) / len(made) >= 0.9
+    assert all("ppo is ahead of dpo" in one.headline for one in found)
+    assert all("dpo is ahead of ppo" in simulated(-2.0, rng).headline for _ in range(20))
 
 
 def test_a_difference_is_one_when_its_interval_excludes_zero():
-    assert excludes_zero(estimate(0.3, 0.2)) and excludes_zero(estimate(-0.3, 0.2))
-    assert not excludes_zero(estimate(0.1, 0.2)) and not excludes_zero(None)
-    assert not excludes_zero({"mean": 1.0, "low": None, "high": None})
+    def certain(found: Interval | None) -> bool:
+        return say_contrast(entry(found), "primary").certain
+
+    assert certain(estimate(0.3, 0.2)) and certain(estimate(-0.3, 0.2))
+    assert not certain(estimate(0.1, 0.2)) and not certain(None)
+    assert not certain(Interval(mean=1.0, low=None, high=None, n=1, clusters=1, method="t"))
+
+
+def test_an_interval_that_is_not_known_is_infinite_in_words():
+    unknown = Interval(mean=1.0, low=None, high=None, n=1, clusters=1, method="t")
+    assert say_contrast(entry(unknown), "primary").text.endswith("ppo - dpo = +1.000 [-inf, +inf]")
 
 
 def test_what_would_settle_it_is_said():
-    text = say_contrast(entry(estimate(0.2, 0.3)), "primary")["text"]
+    text = say_contrast(entry(estimate(0.2, 0.3)), "primary").text
     assert "ppo - dpo = +0.200 [-0.100, +0.500]" in text
     # t over 5 seeds: s = .3 / 2.776 x sqrt 5; the smallest S with t(S - 1) s / sqrt S < .2 is 9.
     assert "it would take about 9 seeds to tell" in text
-    assert "would take" not in say_contrast(entry(estimate(0.0, 0.3)), "primary")["text"]
+    assert "would take" not in say_contrast(entry(estimate(0.0, 0.3)), "primary").text
 
 
 def test_one_seed_speaks_of_its_runs_only():
-    one = {**estimate(0.3, 0.2), "method": "t"}
-    assert "not about their kind" in verdict({"contrasts": [entry(one)]})["headline"]
-    assert "not about their kind" not in verdict({"contrasts": [entry(estimate(0.3, 0.2))]})["headline"]
+    assert "not about their kind" in said(contrasts=[entry(estimate(0.3, 0.2, "t"))]).headline
+    assert "not about their kind" not in said(contrasts=[entry(estimate(0.3, 0.2))]).headline
 
 
 def test_what_was_not_reached_is_said():
-    said = verdict({"contrasts": [entry(None, why_not="the arms' ranges of KL do not meet")]})
-    assert said["headline"].endswith("the arms' ranges of KL do not meet") and not said["certain"]
+    found = said(contrasts=[entry(None, why_not="the arms' ranges of KL do not meet")])
+    assert found.headline.endswith("the arms' ranges of KL do not meet") and not found.certain
 
 
-def topics(results: dict[str, Any]) -> dict[str, list[str]]:
+def topics(**parts: Any) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for one in verdict(results)["lines"]:
-        found.setdefault(one["topic"], []).append(one["text"])
+    for one in said(**parts).lines:
+        found.setdefault(one.topic, []).append(one.text)
     return found
 
 
 def test_several_contrasts_are_corrected_for_their_number():
-    contrasts = [
-        entry(estimate(0.1, 0.5)),
-        entry(estimate(0.3, 0.2), primary=False, figure="judge", p=0.02, p_holm=0.08),
-    ]
-    lines = verdict({"contrasts": contrasts})["lines"]
-    (judge,) = [one for one in lines if one["topic"] == "judge"]
-    assert not judge["certain"] and "Holm p = 0.08" in judge["text"]
-    contrasts[1]["p_holm"] = 0.04
-    (judge,) = [one for one in verdict({"contrasts": contrasts})["lines"] if one["topic"] == "judge"]
-    assert judge["certain"]
+    def judged(p_holm: float):
+        other = entry(estimate(0.3, 0.2), primary=False, figure="judge", p=0.02, p_holm=p_holm)
+        (found,) = [one for one in said(contrasts=[entry(estimate(0.1, 0.5)), other]).lines if one.topic == "judge"]
+        return found
+
+    assert not judged(0.08).certain and "Holm p = 0.08" in judged(0.08).text
+    assert judged(0.04).certain
 
 
-def exact_row(stage: str, total: float, **parts: float) -> dict[str, Any]:
-    return {
-        "stage": stage,
-        "beta": 0.5,
-        "gap_true_there": {"value": total},
-        **{name: {"value": value} for name, value in parts.items()},
-    }
+def gap(value: float) -> Gap:
+    return Gap(value=value, prompts=1, reward=[(1.0, "world")])
 
 
-@pytest.mark.parametrize(("own", "said"), [(0.05, "reward model's own error limits it"), (0.4, "at least half")])
-def test_what_limits_ppo(own, said):
+def exact(*rows: ExactRow) -> Exact:
+    frontier = Gibbs(beta=[], reward=[], kl=[])
+    given = {"reward": "world", "reference": "sft@v1", "reward_model": None, "prompts": 1, "reward_model_prompts": 1}
+    return Exact(**given, responses=1, temperature=1.0, rows=list(rows), best_of_n=[], frontier=frontier)
+
+
+def exact_row(stage: str, total: float, **parts: float) -> ExactRow:
+    figures = dict.fromkeys(("reward", "kl", "objective", "gap", "attainable"), 0.0)
+    return ExactRow(
+        name=stage,
+        model=stage,
+        stage=stage,
+        digest=None,
+        beta=0.5,
+        share=None,
+        prompts=1,
+        **figures,
+        per_prompt=ExactPerPrompt(**{name: [] for name in figures}),
+        below_frontier=0.0,
+        gap_true=gap(total),
+        gap_true_there=gap(total),
+        **{name: gap(value) for name, value in parts.items()},
+    )
+
+
+@pytest.mark.parametrize(("own", "words"), [(0.05, "reward model's own error limits it"), (0.4, "at least half")])
+def test_what_limits_ppo(own, words):
     rows = [exact_row("ppo", 0.5, optimisation_gap=own), exact_row("dpo", 0.7, disagreement=0.6)]
-    found = topics({"exact": {"rows": rows}, "contrasts": []})
-    assert said in found["limits"][0] and "PPO at beta 0.5 is 0.500 short" in found["limits"][0]
+    found = topics(exact=exact(*rows))
+    assert words in found["limits"][0] and "PPO at beta 0.5 is 0.500 short" in found["limits"][0]
     assert "DPO at beta 0.5 is 0.700 short" in found["limits"][1] and "0.600" in found["limits"][1]
     assert any("for PPO" in text for text in found["next"])
 
@@ -130,37 +204,50 @@ def test_advice_comes_from_figures_and_not_from_sentences():
     """A stage whose name holds a sentence of the verdict changes no advice."""
     name = "the reward model's own error limits it: its optimisation is at least half, over-optimised, as trained ("
     contrasts = [entry(estimate(0.3, 0.2), a=name, name=f"{name} - dpo", primary=False, kind="as trained", p_holm=0.01)]
-    gates = {name: {"passed": False, "reason": name}}
-    found = topics({"contrasts": contrasts, "gates": gates, "seeds": [0, 1, 2]})
+    gates = {name: Gate(passed=False, reason=name)}
+    found = topics(contrasts=contrasts, gates=gates, seeds=[0, 1, 2])
     assert any(name in text for text in found["limits"])
     assert "next" not in found
 
 
 def test_arms_at_two_betas_are_told_so():
-    def summary(beta: float) -> list[dict[str, Any]]:
+    def summary(beta: float) -> list[Summary]:
         return [kl_of("ppo", 1.0, 0.5, 0.5), kl_of("dpo", 1.0, 0.5, beta)]
 
-    results = {"contrasts": [entry(estimate(0.3, 0.2))]}
-    assert any("different prices of KL" in text for text in topics(results | {"summary": summary(0.1)})["next"])
-    assert "next" not in topics(results | {"summary": summary(0.5)})
+    contrasts = [entry(estimate(0.3, 0.2))]
+    advice = topics(contrasts=contrasts, summary=summary(0.1))["next"]
+    assert any("different prices of KL" in text for text in advice)
+    assert "next" not in topics(contrasts=contrasts, summary=summary(0.5))
+
+
+def scorers(**accuracies: float) -> Preferences:
+    rest = {"ece": None, "nll": None, "brier": None, "bins": []}
+    found = {name: Scorer(accuracy=estimate(value, 0.1), **rest) for name, value in accuracies.items()}
+    return Preferences(pairs=1, prompts=1, scorers=found, test=None)
+
+
+def over(found: bool, peak: float | None) -> Overoptimised:
+    fit = GaoFit(form="rl", alpha=1.0, beta=1.0, peak=peak, least=0.0, largest=1.0, points=3, residual=0.0)
+    return Overoptimised(gold="judge", reference="sft@v1", points=[], fit=fit, found=found, why="", p=None)
+
+
+def tuned(trials: int) -> ArmEntry:
+    return ArmEntry(trials=trials, snapshots=0, settings=[], selected=None, cost=None)
+
+
+def row(arm: str, **changes: Any) -> Row:
+    return Row(**{"name": arm, "model": arm, "stage": arm, "arm": arm, "metrics": {}, **changes})
 
 
 def test_over_optimisation_length_and_a_useless_reward_model():
-    results = {
-        "contrasts": [entry(estimate(2.0, 0.5), primary=False, figure="length")],
-        "rows": [{"metrics": {"length": {"mean": 10.0}}}],
-        "overoptimisation": {"ppo": {"found": True, "fit": {"peak": 2.5}}, "dpo": {"found": False}},
-        "preferences": {
-            "scorers": {
-                "longer wins": {"accuracy": {"mean": 0.55}},
-                "reward@v1": {"accuracy": {"mean": 0.54}},
-                "dpo@v1": {"accuracy": {"mean": 0.7}},
-            }
-        },
-        "arms": {"ppo": {"trials": 4}, "dpo": {"trials": 1}},
-        "seeds": [0],
-    }
-    found = topics(results)
+    found = topics(
+        contrasts=[entry(estimate(2.0, 0.5), primary=False, figure="length")],
+        rows=[row("sft", metrics={"length": estimate(10.0, 1.0)})],
+        overoptimisation={"ppo": over(True, 2.5), "dpo": over(False, None)},
+        preferences=scorers(**{"longer wins": 0.55, "reward@v1": 0.54, "dpo@v1": 0.7}),
+        arms={"ppo": tuned(4), "dpo": tuned(1)},
+        seeds=[0],
+    )
     assert any("ppo is over-optimised beyond sqrt(KL) = 2.50" in text for text in found["limits"])
     assert any("ppo writes longer responses" in text for text in found["limits"])
     assert any("reward@v1 orders held-out pairs no better" in text for text in found["limits"])
@@ -169,48 +256,48 @@ def test_over_optimisation_length_and_a_useless_reward_model():
     assert any("at least 3 seeds" in text for text in found["next"])
 
 
-def gate(*unbeaten: str, passed: bool = False) -> dict[str, Any]:
+def gate(*unbeaten: str, passed: bool = False) -> Gate:
     beats = {rival: rival not in unbeaten for rival in ("coin", "longer_wins", "tfidf")}
-    return {"passed": passed, "beats": beats, "reason": "held-out accuracy 0.550 [0.500, 0.600]"}
+    return Gate(passed=passed, beats=beats, differences={}, reason="held-out accuracy 0.550 [0.500, 0.600]")
 
 
 @pytest.mark.parametrize(
-    ("found", "said"),
+    ("found", "words"),
     [
         (gate("longer_wins"), "at beta 0.5, by a judge that is no better than 'the longer wins': ppo - dpo ="),
         (
             gate("coin", "tfidf"),
             ", by a judge that is no better than a coin and a TF-IDF model of the words: ppo - dpo",
         ),
-        ({"passed": False, "reason": "few"}, ", by a judge that has not passed its gate: ppo - dpo ="),
+        (Gate(passed=False, reason="few"), ", by a judge that has not passed its gate: ppo - dpo ="),
         (gate(passed=True), "at beta 0.5: ppo - dpo ="),
     ],
 )
-def test_a_judge_that_failed_its_gate_stands_in_the_headline(found, said):
+def test_a_judge_that_failed_its_gate_stands_in_the_headline(found, words):
     results = {"judge": "judge@v1", "gates": {"judge@v1": found}, "primary": "judge"}
-    assert said in verdict(results | {"contrasts": [entry(estimate(0.3, 0.2), figure="judge")]})["headline"]
-    assert said in verdict(results | {"contrasts": [entry(estimate(0.1, 0.2), figure="judge")]})["headline"]
-    truth = verdict(results | {"contrasts": [entry(estimate(0.3, 0.2))]})["headline"]
+    assert words in said(**results, contrasts=[entry(estimate(0.3, 0.2), figure="judge")]).headline
+    assert words in said(**results, contrasts=[entry(estimate(0.1, 0.2), figure="judge")]).headline
+    truth = said(**results, contrasts=[entry(estimate(0.3, 0.2))]).headline
     assert "by a judge" not in truth  # the truth has judged, not that model
 
 
 def test_a_reward_model_that_failed_its_gate_stands_in_a_headline_by_its_score():
     results = {"reward_model": "reward@v1", "gates": {"reward@v1": gate("longer_wins")}, "primary": "score"}
-    said = verdict(results | {"contrasts": [entry(estimate(0.3, 0.2), figure="score")]})
-    assert "by a reward model that is no better than 'the longer wins'" in said["headline"]
+    found = said(**results, contrasts=[entry(estimate(0.3, 0.2), figure="score")])
+    assert "by a reward model that is no better than 'the longer wins'" in found.headline
 
 
 def test_one_limit_of_a_model_is_said_once():
     accuracies = {"longer wins": 0.55, "reward@v1": 0.54, "reward@v2": 0.53, "dpo@v1": 0.5}
-    scorers = {name: {"accuracy": {"mean": value}} for name, value in accuracies.items()}
     gates = {"reward@v1": gate("longer_wins"), "reward@v2": gate(passed=True)}
-    found = topics({"contrasts": [], "gates": gates, "preferences": {"scorers": scorers}})["limits"]
+    found = topics(gates=gates, preferences=scorers(**accuracies))["limits"]
     assert [text.split()[0] for text in found] == ["reward@v1", "reward@v2", "dpo@v1"]
     assert "failed its gate" in found[0] and "orders held-out pairs no better" in found[1]
 
 
-def kl_of(arm: str, mean: float, half: float, beta: float | None = 0.5) -> dict[str, Any]:
-    return {"arm": arm, "beta": beta, "seeds": 3, "metrics": {"kl": estimate(mean, half)}}
+def kl_of(arm: str, mean: float, half: float, beta: float | None = 0.5) -> Summary:
+    given = {"arm": arm, "setting": {}, "beta": beta, "optimum": "same", "effective_beta": None, "seeds": 3}
+    return Summary(**given, metrics={"kl": estimate(mean, half)}, method="t over seeds")
 
 
 @pytest.mark.parametrize(
@@ -226,62 +313,64 @@ def kl_of(arm: str, mean: float, half: float, beta: float | None = 0.5) -> dict[
 )
 def test_arms_that_one_beta_has_taken_far_apart(one, other, apart):
     for summary in ([one, other], [other, one]):
-        results = {"contrasts": [entry(estimate(0.3, 0.2))], "summary": summary}
-        found = topics(results)
-        said = [text for text in found.get("limits", []) if "at one beta" in text]
+        trained = entry(estimate(0.3, 0.2))
+        found = topics(contrasts=[trained], summary=summary)
+        words = [text for text in found.get("limits", []) if "at one beta" in text]
         answers = [text for text in found.get("next", []) if "compare them at matched KL" in text]
-        assert (len(said), len(answers)) == (apart, apart)
+        assert (len(words), len(answers)) == (apart, apart)
         if apart:
-            assert "ppo is much farther from the reference than dpo" in said[0]
+            assert "ppo is much farther from the reference than dpo" in words[0]
         reached = entry(estimate(0.2, 0.1), kind="matched KL", primary=False)
-        found = topics(results | {"contrasts": [*results["contrasts"], reached]})
+        found = topics(contrasts=[trained, reached], summary=summary)
         assert not any("compare them at matched KL" in text for text in found.get("next", []))  # it is answered
 
 
 def test_far_apart_says_both_kls():
-    found = topics({"contrasts": [], "summary": [kl_of("ppo", 3.0, 0.5), kl_of("dpo", 1.0, 0.5)]})
+    found = topics(summary=[kl_of("ppo", 3.0, 0.5), kl_of("dpo", 1.0, 0.5)])
     assert "at one beta, 0.5" in found["limits"][0]
     assert "a KL of 3.00 [2.50, 3.50] against 1.00 [0.50, 1.50] nats" in found["limits"][0]
 
 
 def test_data_that_have_changed_come_first():
-    change = {"text": "the data of dpo@v1 have changed since it was trained"}
-    lines = verdict({"data_changed": [change], "gates": {"reward@v1": gate("coin")}})["lines"]
-    assert (lines[0]["topic"], lines[0]["text"]) == ("data", change["text"])
+    text = "the data of dpo@v1 have changed since it was trained"
+    where = {"model": "dpo@v1", "source": "own.jsonl", "split": "train", "found": None, "expected": "0"}
+    change = DataChange(**where, rows=0, expected_rows=1, text=text)
+    lines = said(data_changed=[change], gates={"reward@v1": gate("coin")}).lines
+    assert (lines[0].topic, lines[0].text) == ("data", text)
 
 
 def test_arms_that_are_not_alike_come_first():
-    comparable = {"ok": False, "differences": [{"what": "lengths", "values": {}}], "allowed": True}
-    found = topics({"contrasts": [], "comparable": comparable, "seeds": [0, 1, 2]})
+    unlike = Comparable(ok=False, differences=[Difference(what="lengths", values={})], allowed=True)
+    found = topics(comparable=unlike, seeds=[0, 1, 2])
     assert found["next"] == ["train the arms alike first: they differ in lengths"]
 
 
 def test_results_with_nothing_in_them_have_a_verdict():
-    assert not verdict({})["certain"]
+    assert not said().certain
 
 
-def effective_row(arm: str, low: float, high: float, **changes: Any) -> dict[str, Any]:
-    slope = {"mean": (low + high) / 2, "low": low, "high": high}
-    beta = {key: 0.5 * value for key, value in slope.items()} | {"slope": slope, "reward_model": "reward@v1"}
-    return {"arm": arm, "step": None, "beta": 0.5, "effective_beta": beta, "metrics": {}, **changes}
+def effective_row(arm: str, low: float, high: float) -> Row:
+    slope = Span(mean=(low + high) / 2, low=low, high=high)
+    ends = {key: 0.5 * value for key, value in slope}
+    beta = EffectiveBeta(**ends, slope=slope, reward_model="reward@v1", why_not=None)
+    return row(arm, step=None, beta=0.5, effective_beta=beta)
 
 
-@pytest.mark.parametrize(("low", "high", "said"), [(2.0, 2.4, True), (0.5, 0.9, True), (0.9, 1.3, False)])
-def test_a_reward_model_off_the_scale_of_its_labels_is_said_where_the_interval_excludes_1(low, high, said):
-    dpo = {"arm": "dpo", "beta": 0.5, "effective_beta": None, "metrics": {}}
-    lines = topics({"rows": [effective_row("ppo", low, high), dpo]}).get("limits", [])
-    assert len(lines) == said
+@pytest.mark.parametrize(("low", "high", "count"), [(2.0, 2.4, 1), (0.5, 0.9, 1), (0.9, 1.3, 0)])
+def test_a_reward_model_off_the_scale_of_its_labels_is_said_where_the_interval_excludes_1(low, high, count):
+    lines = topics(rows=[effective_row("ppo", low, high), row("dpo", beta=0.5)]).get("limits", [])
+    assert len(lines) == count
     if low == 2.0:
         assert "calibration slope 2.20 [2.00, 2.40] on held-out pairs" in lines[0]
         assert "kl_coef 0.5 is a beta of 1.10 [1.00, 1.20] in the labels' own reward" in lines[0]
 
 
 def test_an_unknown_slope_is_passed_over():
-    unknown = {"mean": None, "low": None, "high": None, "slope": {"mean": None, "low": None, "high": None}}
-    assert "limits" not in topics({"rows": [effective_row("ppo", 1, 1, effective_beta=unknown)]})
+    nothing = {"mean": None, "low": None, "high": None}
+    unknown = EffectiveBeta(**nothing, slope=Span(**nothing), reward_model="reward@v1", why_not="no pair is wrong")
+    assert "limits" not in topics(rows=[row("ppo", beta=0.5, effective_beta=unknown)])
 
 
 def test_an_arm_with_another_optimum_is_named_with_what_moved_it():
-    row = {"arm": "dpo", "optimum": "scale", "moves_optimum": {"loss_type": "ipo"}, "metrics": {}}
-    (said,) = topics({"rows": [row]})["limits"]
-    assert said.startswith("dpo has its beta on another scale (loss_type=ipo): it is in no contrast at one beta")
+    (words,) = topics(rows=[row("dpo", optimum="scale", moves_optimum={"loss_type": "ipo"})])["limits"]
+    assert words.startswith("dpo has its beta on another scale (loss_type=ipo): it is in no contrast at one beta")

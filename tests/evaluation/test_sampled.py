@@ -75,7 +75,7 @@ def test_draws_follow_the_plan_and_share_their_random_numbers():
     assert one.values["length"].tolist() == [len(ids) for ids in flat]
     assert one.values["ended"].tolist() == [float(ids[-1] == 1) for ids in flat]
     assert one.estimate("length").clusters == 3
-    assert one.table()["ended"]["n"] == 12
+    assert one.table()["ended"].n == 12
 
 
 def test_true_rewards_come_in_the_order_of_the_responses():

@@ -169,7 +169,7 @@ def test_needed_seeds_by_hand():
     found = over_seeds([-1.0, 1.0, 3.0])
     assert found.estimate.mean == 1.0 and found.seed_variance == pytest.approx(4 / 3)
     assert needed(found) == {"count": 18, "unit": "seeds"}
-    assert needed(found.estimate) == needed(found.estimate.as_dict()) == {"count": 18, "unit": "seeds"}
+    assert needed(found.estimate) == {"count": 18, "unit": "seeds"}
     assert needed(found, "prompts") is None
 
 
@@ -214,7 +214,7 @@ def test_needed_of_the_crossed_form():
 def test_needed_is_none_without_an_effect():
     assert needed(over_seeds([-1.0, 1.0, 0.0])) is None
     assert needed(over_prompts(np.array([1.0, -1.0] * 40) + 1e-4)) is None  # 4e8 prompts
-    assert needed({"mean": 1.0, "low": None, "high": None, "n": 1, "clusters": 1, "method": "t"}) is None
+    assert needed(Estimate(1.0, -math.inf, math.inf, 1, 1, "t")) is None
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -14,6 +14,7 @@ from rlhf_pipeline.errors import ConfigError, Interrupted
 from rlhf_pipeline.experiment import done
 from rlhf_pipeline.experiment import run as runner
 from rlhf_pipeline.experiment.run import run_experiment
+from rlhf_pipeline.report import load
 
 SHARED = {
     "max_prompt_length": 6,
@@ -83,10 +84,9 @@ def test_the_second_time_everything_is_skipped(lab, experiment, undrawn):
     assert manifest.config["dataset_name"] == "collected:chosen@v1"
     second = run(lab, path)
     assert skipped(second) == set(STAGES)
-    assert second["comparison"]["rows"] == first["comparison"]["rows"]
+    assert second["comparison"].rows == first["comparison"].rows
     assert lab.registry.models.names() == ["dpo", "ppo", "reward", "scorer", "sft", "start"]
-    written = json.loads((lab.home / "reports" / "trial" / "results.json").read_text())
-    assert written == second["comparison"]
+    assert load(lab.home / "reports" / "trial" / "results.json") == second["comparison"]
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_a_comparison_that_is_there_is_not_made_again(lab, experiment, counts, m
     def again(*overrides: str) -> bool:
         counts["loaded"].clear()
         result = run(lab, path, *overrides)
-        assert result["comparison"] == json.loads((report / "results.json").read_text())
+        assert result["comparison"] == load(report / "results.json")
         return bool(counts["loaded"])
 
     assert not again()
@@ -240,7 +240,7 @@ def test_prompts_that_have_changed_are_compared_on_again(lab, experiment, tmp_pa
     path = experiment(compare={"prompts": str(prompts), "split": "all", "validation_split": None, "exact": False})
     for text in ("the pacing of this horror was", "the pacing of this comedy was"):
         prompts.write_text(json.dumps({"prompt": text}) + "\n")
-        assert run(lab, path)["comparison"]["prompt_texts"] == [text]
+        assert run(lab, path)["comparison"].prompt_texts == [text]
     counts["loaded"].clear()
     run(lab, path)
     assert not counts["loaded"]

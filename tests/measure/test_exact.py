@@ -45,47 +45,47 @@ def result(arms):
 
 
 def rows(result):
-    return {row["name"]: row for row in result["rows"]}
+    return {row.name: row for row in result.rows}
 
 
 def test_the_reference_and_the_optimum_stand_at_the_ends(result):
     found = rows(result)
     sft, best = found["sft@v1"], found["optimum"]
-    assert result["responses"] == LEAVES and result["prompts"] == 8 and result["reward_model_prompts"] == 2
-    assert (sft["kl"], sft["share"]) == (0.0, pytest.approx(0.0, abs=1e-6))
-    assert best["share"] == pytest.approx(1.0, abs=1e-12) and best["gap"] == pytest.approx(0.0, abs=1e-12)
-    for row in result["rows"]:
-        assert row["objective"] == pytest.approx(row["reward"] - 0.5 * row["kl"], abs=1e-12)
-        if row["prompts"] == 8:
+    assert result.responses == LEAVES and result.prompts == 8 and result.reward_model_prompts == 2
+    assert (sft.kl, sft.share) == (0.0, pytest.approx(0.0, abs=1e-6))
+    assert best.share == pytest.approx(1.0, abs=1e-12) and best.gap == pytest.approx(0.0, abs=1e-12)
+    for row in result.rows:
+        assert row.objective == pytest.approx(row.reward - 0.5 * row.kl, abs=1e-12)
+        if row.prompts == 8:
             # J* - J = beta KL(pi || pi*), the one computed from means and the other as a KL.
-            assert best["objective"] - row["objective"] == pytest.approx(row["gap"], abs=2e-6)
-            assert row["gap_true"]["value"] == pytest.approx(row["gap"], abs=1e-12)
-        assert row["below_frontier"] > -1e-9
-        assert len(row["per_prompt"]["gap"]) == row["prompts"]
+            assert best.objective - row.objective == pytest.approx(row.gap, abs=2e-6)
+            assert row.gap_true.value == pytest.approx(row.gap, abs=1e-12)
+        assert row.below_frontier > -1e-9
+        assert len(row.per_prompt.gap) == row.prompts
 
 
 def test_parts_of_the_gap(result):
     found = rows(result)
     ppo, honest, dpo = found["ppo@v1"], found["honest@v1"], found["dpo@v1"]
-    assert ppo["optimisation_gap"]["reward"] == [[1.0, "reward@v1"]] and ppo["optimisation_gap"]["prompts"] == 2
-    assert honest["optimisation_gap"]["value"] == pytest.approx(honest["gap"], abs=1e-12)
-    assert dpo["disagreement"]["reward"] == [[1.0, "reward@v1"]]
-    assert ppo["gap_true_there"]["value"] == pytest.approx(sum(ppo["per_prompt"]["gap"][:2]) / 2, abs=1e-12)
-    assert "optimisation_gap" not in dpo and "disagreement" not in ppo
-    assert found["reward@v1"]["gap_true"]["value"] > 0.01  # a tiny reward model is not the truth
-    assert found["reward@v1"]["prompts"] == 2
+    assert ppo.optimisation_gap.reward == [(1.0, "reward@v1")] and ppo.optimisation_gap.prompts == 2
+    assert honest.optimisation_gap.value == pytest.approx(honest.gap, abs=1e-12)
+    assert dpo.disagreement.reward == [(1.0, "reward@v1")]
+    assert ppo.gap_true_there.value == pytest.approx(sum(ppo.per_prompt.gap[:2]) / 2, abs=1e-12)
+    assert dpo.optimisation_gap is None and ppo.disagreement is None
+    assert found["reward@v1"].gap_true.value > 0.01  # a tiny reward model is not the truth
+    assert found["reward@v1"].prompts == 2
 
 
 def test_training_losses_are_set_against_the_best_on_the_same_data(result, arms):
     found = rows(result)
-    short, longer = found["dpo@v1"]["training_loss"], found["longer@v1"]["training_loss"]
-    assert short["best"] == longer["best"] == "longer@v1" and longer["excess"] == 0.0
-    assert short["excess"] == pytest.approx(short["training_loss"] - longer["training_loss"], abs=1e-12)
-    assert 0 < short["excess"] < 0.7
-    alone = rows(exact(arms, "dpo", **SHORT))["dpo@v1"]["training_loss"]
-    assert alone["excess"] is None and alone["training_loss"] == pytest.approx(short["training_loss"], abs=1e-9)
-    named = rows(exact(arms, "dpo", **SHORT, long_run="longer"))["dpo@v1"]["training_loss"]
-    assert named["excess"] == pytest.approx(short["excess"], abs=1e-9)
+    short, longer = found["dpo@v1"].training_loss, found["longer@v1"].training_loss
+    assert short.best == longer.best == "longer@v1" and longer.excess == 0.0
+    assert short.excess == pytest.approx(short.training_loss - longer.training_loss, abs=1e-12)
+    assert 0 < short.excess < 0.7
+    alone = rows(exact(arms, "dpo", **SHORT))["dpo@v1"].training_loss
+    assert alone.excess is None and alone.training_loss == pytest.approx(short.training_loss, abs=1e-9)
+    named = rows(exact(arms, "dpo", **SHORT, long_run="longer"))["dpo@v1"].training_loss
+    assert named.excess == pytest.approx(short.excess, abs=1e-9)
 
 
 def test_a_long_run_that_dpo_has_not_trained_is_refused(arms, tmp_path):
@@ -127,7 +127,7 @@ def test_the_optimum_under_a_reward_model_is_that_of_its_scores(arms, result):
         truth = torch.from_numpy(world.verdicts([ids] * len(completions), completions, ended).reward)
         gaps.append(0.5 * kl_divergence(optimum(logprobs, scores, 0.5), optimum(logprobs, truth, 0.5)))
     whole = rows(exact(arms, "reward", **SHORT, beta=0.5, reward_model_prompts=8))["reward@v1"]
-    assert whole["gap_true"]["value"] == pytest.approx(sum(gaps) / 8, abs=1e-5)
+    assert whole.gap_true.value == pytest.approx(sum(gaps) / 8, abs=1e-5)
 
 
 def test_sampled_figures_agree_with_the_exact_ones(arms):
@@ -137,14 +137,14 @@ def test_sampled_figures_agree_with_the_exact_ones(arms):
     for name, figure in (("true_reward", "reward"), ("kl", "kl")):
         values = sampled[name]
         # 4 standard errors of 8 x 512 samples; the prompts are the same, so their spread is no part of it.
-        assert abs(values["mean"] - row[figure]) < 0.15
+        assert abs(values.mean - getattr(row, figure)) < 0.15
 
 
 def test_another_reward_for_the_objective(arms):
     found = rows(exact(arms, "sft", "ppo", **SHORT, reward="reward", reward_model_prompts=3))
     ppo = found["ppo@v1"]
-    assert ppo["prompts"] == 3 and ppo["gap_true"]["prompts"] == 8
-    assert ppo["gap"] == pytest.approx(ppo["optimisation_gap"]["value"], abs=1e-12)
+    assert ppo.prompts == 3 and ppo.gap_true.prompts == 8
+    assert ppo.gap == pytest.approx(ppo.optimisation_gap.value, abs=1e-12)
 
 
 def test_scores_of_all_responses_are_kept_by_digest(arms, monkeypatch):
@@ -174,7 +174,7 @@ def test_what_a_ppo_model_was_trained_on(arms):
 def test_beta_has_to_be_known(arms):
     with pytest.raises(ConfigError, match="--beta"):
         exact(arms, "sft", **SHORT)
-    assert rows(exact(arms, "sft", **SHORT, beta=0.25))["optimum"]["beta"] == 0.25
+    assert rows(exact(arms, "sft", **SHORT, beta=0.25))["optimum"].beta == 0.25
 
 
 def test_too_many_responses_are_refused(arms):
@@ -184,6 +184,6 @@ def test_too_many_responses_are_refused(arms):
 
 def test_comparisons_carry_exact_figures(arms):
     config = arms.config("compare", name="exact", arms=["ppo", "dpo"], baseline="sft", samples=2, exact=True, **SHORT)
-    found = compared(config, arms.home, quiet=True)["exact"]
-    assert [row["name"] for row in found["rows"]] == ["sft@v1", "ppo@v1", "dpo@v1", "optimum"]
-    assert found["rows"][1]["optimisation_gap"]["prompts"] == 4
+    found = compared(config, arms.home, quiet=True).exact
+    assert [row.name for row in found.rows] == ["sft@v1", "ppo@v1", "dpo@v1", "optimum"]
+    assert found.rows[1].optimisation_gap.prompts == 4

@@ -112,7 +112,7 @@ def test_metrics_and_costs_of_another_kind_are_not_kept(lab, foreign):
         cost={"flops": "many", "wall_seconds": 3.0},
     )
     assert model.manifest.metrics == {"loss": "x"} and model.manifest.cost == {"wall_seconds": 3.0}
-    assert bill(lab.registry, model)["flops"] == 0.0
+    assert bill(lab.registry, model).flops == 0.0
 
 
 def test_a_dpo_model_without_a_reference_is_none(foreign):

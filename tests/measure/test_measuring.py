@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import BaseModel
 from torch.nn.functional import softplus
 
 from rlhf_pipeline.cli.main import main
@@ -60,26 +61,26 @@ def margins(lab, split: str) -> torch.Tensor:
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_implicit_rewards_are_of_the_policy_as_trained(arms, temperature):
     values = {"name": "warm", "arms": ["dpo"], "baseline": "sft", "samples": 1, "temperature": temperature}
-    found = run_compare(arms.config("compare", **values), arms.home, quiet=True)["preferences"]["scorers"]["dpo@v1"]
+    found = run_compare(arms.config("compare", **values), arms.home, quiet=True).preferences.scorers["dpo@v1"]
     expected = margins(arms, "test")
-    assert found["nll"] == pytest.approx(float(softplus(-expected).mean()), abs=1e-6)
-    assert found["accuracy"]["mean"] == pytest.approx(float((expected > 0).double().mean()), abs=0.05)
+    assert found.nll == pytest.approx(float(softplus(-expected).mean()), abs=1e-6)
+    assert found.accuracy.mean == pytest.approx(float((expected > 0).double().mean()), abs=0.05)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_training_losses_are_of_the_policy_as_trained(arms, temperature):
     config = arms.config("exact", max_new_tokens=1, max_prompts=2, temperature=temperature)
-    rows = {row["name"]: row for row in run_exact(["dpo", "longer"], config, arms.home, quiet=True)["rows"]}
+    rows = {row.name: row for row in run_exact(["dpo", "longer"], config, arms.home, quiet=True).rows}
     expected = float(softplus(-margins(arms, "train")).mean())
-    assert rows["dpo@v1"]["training_loss"]["training_loss"] == pytest.approx(expected, abs=1e-6)
+    assert rows["dpo@v1"].training_loss.training_loss == pytest.approx(expected, abs=1e-6)
 
 
 def test_sampled_and_exact_figures_are_at_the_temperature_of_sampling(arms):
     def figures(temperature: float) -> tuple[float, float]:
         short = {"max_new_tokens": 1, "max_prompts": 2, "temperature": temperature, "training_loss": False}
-        (row, _) = run_exact(["dpo"], arms.config("exact", **short), arms.home, quiet=True)["rows"]
+        (row, _) = run_exact(["dpo"], arms.config("exact", **short), arms.home, quiet=True).rows
         sampled = run_evaluate("dpo", arms.config("evaluate", temperature=temperature), arms.home, quiet=True)
-        return row["reward"], sampled["metrics"]["entropy"]["mean"]
+        return row.reward, sampled["metrics"]["entropy"].mean
 
     warm, cold = figures(1.0), figures(0.25)
     assert cold[0] != pytest.approx(warm[0], abs=1e-3) and cold[1] < 0.75 * warm[1]
@@ -126,14 +127,14 @@ def evaluated(lab, at_once, name="dpo"):
 def compared(lab, at_once):
     values = {"name": "measured", "arms": ["ppo", "dpo"], "baseline": "sft", "samples": 6, **at_once}
     found = run_compare(lab.config("compare", **values), lab.home)
-    return [found[key] for key in ("rows", "preferences", "samples_shown")]
+    return [found.rows, found.preferences, found.samples_shown]
 
 
 def exactly(lab, at_once):
     config = lab.config("exact", max_new_tokens=2, max_prompts=2, reward_model_prompts=1, **at_once)
     for path in (lab.home / "cache").glob("*"):
         path.unlink()
-    return run_exact(["sft", "reward", "dpo", "longer"], config, lab.home)["rows"]
+    return run_exact(["sft", "reward", "dpo", "longer"], config, lab.home).rows
 
 
 def generated(lab, at_once):
@@ -159,6 +160,8 @@ COMMANDS: dict[str, Any] = {
 
 def assert_same(found: Any, expected: Any) -> None:
     """Equal but for the rounding of numbers: 1e-6."""
+    if isinstance(expected, BaseModel):
+        found, expected = found.model_dump(), expected.model_dump()
     if isinstance(expected, dict):
         assert found.keys() == expected.keys()
         for key, value in expected.items():

@@ -141,9 +141,9 @@ def test_each_split_is_compared_with_the_entry_of_the_same(tiny):
     assert changes_of(manifest_of(tiny, entry), [now]) == []
     assert changes_of(manifest_of(tiny, entry), [Source("b.jsonl", "two")]) == []  # another source
     (gone,) = changes_of(manifest_of(tiny, entry | {"split": "judge"}), [now])
-    assert gone["found"] is None and "split judge: found no rows" in gone["text"]
+    assert gone.found is None and "split judge: found no rows" in gone.text
     changes = changes_of(manifest_of(tiny, entry, entry | {"split": "test", "digest": "0" * 64}), [now])
-    assert [change["split"] for change in changes] == ["test"]
+    assert [change.split for change in changes] == ["test"]
     known: list = []
     assert note_changes(known, changes) == changes and note_changes(known, changes) == [] and known == changes
     parts = [Source("a.jsonl", "two"), now]  # of a mixture of two parts of one source
@@ -155,7 +155,7 @@ def test_each_split_is_compared_with_the_entry_of_the_same(tiny):
 def test_another_version_of_collected_data_is_a_change(tiny):
     entry = {"source": "collected:p@v1", "split": "train", "digest": "0" * 64}
     (change,) = changes_of(manifest_of(tiny, entry), [Source("collected:p@v2", "one")])
-    assert "collected:p@v2, split train" in change["text"] and "of collected:p@v1" in change["text"]
+    assert "collected:p@v2, split train" in change.text and "of collected:p@v1" in change.text
 
 
 def test_collected_pairs_that_are_not_there_are_somebodys(capsys, lab):

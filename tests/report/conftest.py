@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_pipeline.report import write_report
+from rlhf_pipeline.report import Results, write_report
 from tests.report.report_fixture import full
 
 
@@ -14,5 +14,5 @@ from tests.report.report_fixture import full
 def full_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the report of everything; for reading only."""
     made = tmp_path_factory.mktemp("report")
-    write_report(full(), made)
+    write_report(Results.model_validate(full()), made)
     return made

@@ -71,11 +71,12 @@ def not_comparable(results: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
-def emptied(value: Any) -> Any:
-    """The same without any estimate."""
-    if isinstance(value, dict):
-        return None if {"mean", "low"} <= set(value) else {key: emptied(entry) for key, entry in value.items()}
-    return [emptied(entry) for entry in value] if isinstance(value, list) else value
+def without_kl(results: dict[str, Any]) -> dict[str, Any]:
+    """The results as they are without a reference to measure KL to."""
+    for entry in [*results["rows"], *results["summary"]]:
+        entry["metrics"] = {name: value for name, value in entry["metrics"].items() if not name.startswith("kl")}
+    results["contrasts"] = [entry for entry in results["contrasts"] if entry["figure"] != "kl"]
+    return results | dict.fromkeys(("reference", "frontier", "overoptimisation", "exact"))
 
 
 def _rounded(value: Any) -> Any:

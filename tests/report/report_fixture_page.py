@@ -7,26 +7,36 @@ import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
+
+from rlhf_pipeline.report import Results
+from rlhf_pipeline.report.page import page
+from rlhf_pipeline.report.points import Points
 
 SVG = "{http://www.w3.org/2000/svg}"
-# Each section, and the parts of results.json that it comes from.
-SECTIONS = {
-    "verdict": ("verdict",),
-    "fair": ("comparable",),
-    "results": ("rows",),
-    "frontier": ("rows", "frontier"),
-    "curves": ("curves",),
-    "overoptimisation": ("overoptimisation",),
-    "preferences": ("preferences",),
-    "responses": ("rows",),
-    "cost": ("rows", "arms"),
-    "ranking": ("ranking",),
-    "exact": ("exact",),
-    "samples": ("samples_shown",),
-    "lineage": ("lineage",),
-    "reproduce": ("command", "configs"),
-    "glossary": ("rows", "exact", "preferences", "overoptimisation", "ranking", "frontier", "win_rates"),
+# Each section, and what a comparison has where it has nothing to show there; without an entry: always there.
+SECTIONS: dict[str, dict[str, Any]] = {
+    "verdict": {},
+    "fair": {},
+    "results": {},
+    "frontier": {"frontier": None},
+    "curves": {"curves": {}},
+    "overoptimisation": {"overoptimisation": None},
+    "preferences": {"preferences": None},
+    "responses": {},
+    "cost": {},
+    "ranking": {"ranking": None},
+    "exact": {"exact": None},
+    "samples": {"samples_shown": []},
+    "lineage": {"lineage": []},
+    "reproduce": {"command": None, "configs": {}},
+    "glossary": {},
 }
+
+
+def page_of(results: dict[str, Any], points: Points | None = None) -> str:
+    """The page of what results.json holds."""
+    return page(Results.model_validate(results), Points() if points is None else points)
 
 
 def parsed(text: str) -> ET.Element:

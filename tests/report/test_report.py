@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import os
 import re
 import subprocess
@@ -15,12 +13,11 @@ from typing import Any
 import matplotlib
 import pytest
 
-from rlhf_pipeline.report import write_report
+from rlhf_pipeline.report import Results, write_report
 from rlhf_pipeline.report.markup import VOID
-from rlhf_pipeline.report.page import POLICY, page
-from rlhf_pipeline.report.points import Points
+from rlhf_pipeline.report.page import POLICY
 from tests.report.report_fixture import finals, full, plain
-from tests.report.report_fixture_page import SECTIONS, SVG, check_closed, parsed, rows_of, sections, tags
+from tests.report.report_fixture_page import SECTIONS, SVG, check_closed, page_of, parsed, rows_of, sections, tags
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = (
@@ -68,7 +65,7 @@ def test_the_page_loads_nothing_and_runs_nothing(text: str, full_report: Path) -
 
 def hostile(value: Any, key: str = "") -> Any:
     """The same results with every name and text made hostile, keys that are names included."""
-    fixed = {"primary", "figure", "stage", "form", "topic", "method", "split"}
+    fixed = {"primary", "figure", "stage", "form", "topic", "method", "split", "kind", "optimum", "bound"}
     named = {"arms", "curves", "configs", "overoptimisation", "responses", "scorers", "parents", "values"}
     if isinstance(value, dict):
         return {
@@ -94,7 +91,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
         {"prompt": entry["prompt"], "responses": {k: v for k, v in entry["responses"].items() if k in keep}}
         for entry in results["samples_shown"][:1]
     ]
-    made = hostile(results)
+    made = Results.model_validate(hostile(results))
     text = write_report(made, tmp_path).read_text(encoding="utf-8")
     root = parsed(text)
     assert sections(text) == set(SECTIONS)
@@ -112,8 +109,9 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
 
 def test_a_dollar_in_a_figure_is_a_dollar() -> None:
     results = plain()
-    results["rows"][0]["name"] = results["baseline"] = "a$b$c_{d}"
-    labels = [item.text for item in parsed(page(results, Points())).iter(f"{SVG}text")]
+    results["rows"][0] |= {"name": "a$b$c_{d}", "model": "a$b$c_{d}"}
+    results["baseline"] = "a$b$c_{d}"
+    labels = [item.text for item in parsed(page_of(results)).iter(f"{SVG}text")]
     assert "a$b$c_{d}" in labels
 
 
@@ -125,17 +123,17 @@ def files(directory: Path) -> Iterator[tuple[str, bytes]]:
 
 @pytest.mark.check
 def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
-    results = {key: value for key, value in full().items() if key != "curves"}
-    before = copy.deepcopy(results)
-    (tmp_path / "results.json").write_text(json.dumps(results))
+    results = Results.model_validate(full() | {"curves": {}})
+    before = results.model_copy(deep=True)
+    (tmp_path / "results.json").write_text(results.model_dump_json())
     write_report(results, tmp_path / "a")
     assert results == before  # nothing is written into them
     # Another process, another hash seed, and a user with a taste of his own in figures.
     code = (
-        "import json, sys, pathlib; from rlhf_pipeline.report import write_report; import matplotlib; "
+        "import sys, pathlib; from rlhf_pipeline.report import load, write_report; import matplotlib; "
         "matplotlib.rcParams.update({'svg.fonttype': 'path', 'axes.facecolor': 'red', 'font.size': 30}); "
         "folder = pathlib.Path(sys.argv[1]); "
-        "write_report(json.loads((folder / 'results.json').read_text()), folder / 'b')"
+        "write_report(load(folder / 'results.json'), folder / 'b')"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment)
@@ -144,16 +142,15 @@ def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_the_settings_of_matplotlib_are_put_back() -> None:
     before = dict(matplotlib.rcParams)
-    page(plain(), Points())
+    page_of(plain())
     assert dict(matplotlib.rcParams) == before
 
 
 def test_the_report_needs_neither_torch_nor_a_display() -> None:
     code = (
         "import sys; from tests.report.report_fixture import plain; "
-        "from rlhf_pipeline.report.page import page; "
-        "from rlhf_pipeline.report.points import Points; "
-        "assert 'matplotlib' not in sys.modules; page(plain(), Points()); "
+        "from tests.report.report_fixture_page import page_of; "
+        "assert 'matplotlib' not in sys.modules; page_of(plain()); "
         "print([m for m in ('torch', 'transformers', 'matplotlib.pyplot', 'tkinter') if m in sys.modules])"
     )
     environment = {key: value for key, value in os.environ.items() if key != "DISPLAY"} | {"PYTHONPATH": str(ROOT)}

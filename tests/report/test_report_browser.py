@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_pipeline.report import write_report
-from rlhf_pipeline.report.palette import DARK, LIGHT
+from rlhf_pipeline.report import Results, write_report
+from rlhf_pipeline.report.style import DARK, LIGHT
 from tests.report.report_fixture import full
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -91,7 +91,7 @@ def rgb(colour: str) -> str:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_report(full(), tmp_path_factory.mktemp("report"))
+    return write_report(Results.model_validate(full()), tmp_path_factory.mktemp("report"))
 
 
 @pytest.fixture(scope="module")

@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 
 from rlhf_pipeline.errors import RunFailed
-from rlhf_pipeline.report import write
-from rlhf_pipeline.report.markup import Markup, h, join
-from rlhf_pipeline.report.palette import DARK, LIGHT, looks
-from rlhf_pipeline.report.points import Points
-from rlhf_pipeline.report.sections.curves import thinned
-from rlhf_pipeline.report.sections.overoptimisation import fitted
-from rlhf_pipeline.report.svg import draw, place_labels
-from rlhf_pipeline.report.text import (
+from rlhf_pipeline.report import page as pages
+from rlhf_pipeline.report.drawing import draw, place_labels
+from rlhf_pipeline.report.markup import (
+    Markup,
     clean,
     duration,
+    estimate,
+    h,
+    interval_text,
+    join,
     memory,
     number,
     percent,
@@ -32,7 +32,12 @@ from rlhf_pipeline.report.text import (
     tick,
     words,
 )
-from rlhf_pipeline.report.view import Reading, View, reading, setting_text
+from rlhf_pipeline.report.points import Points, cells
+from rlhf_pipeline.report.results import GaoFit, Interval, Results
+from rlhf_pipeline.report.sections.curves import fitted, thinned
+from rlhf_pipeline.report.style import DARK, LIGHT, looks
+from rlhf_pipeline.report.view import View, setting_text
+from tests.report.report_fixture import plain as plain_results
 
 
 @pytest.mark.parametrize(
@@ -60,12 +65,17 @@ def test_text_that_a_page_can_hold(given: object, shown: str) -> None:
         (number(1234.5, 1), "1,234.5"),
         (number(123456.7), "123,457"),
         (number(float("nan")), "–"),
-        (number(True), "–"),
-        (number("3"), "–"),
+        (number(None), "–"),
         (plain(0.1), "0.1"),
         (plain(1e-5), "1e-05"),
         (plain(-2.0), "−2"),
+        (plain(True), "True"),
+        (plain("cosine\x00"), "cosine␀"),
         (percent(0.7071), "70.7 %"),
+        (percent(None), "–"),
+        (probability(None), "–"),
+        (scaled(None), "–"),
+        (duration(None), "–"),
         (probability(0.0004), "< 0.001"),
         (probability(0.0314), "0.031"),
         (scaled(12.4e12, "FLOP"), "12.4 TFLOP"),
@@ -130,13 +140,15 @@ def test_an_arm_looks_the_same_everywhere() -> None:
     assert len({look.hue for look in looks([str(i) for i in range(8)]).values()}) >= 5
 
 
-def test_readings_of_estimates() -> None:
-    assert reading({"mean": 1, "low": 0.5, "high": 2.0, "n": 8.0, "clusters": 2, "method": "t"}) == Reading(
-        1.0, 0.5, 2.0, 2, "t"
-    )
-    assert reading({"mean": 1.0, "low": None, "high": 2.0}) == reading(1) == Reading(1.0)
-    for nothing in (None, {}, {"mean": None}, {"mean": float("inf")}, "1", [1.0], True):
-        assert reading(nothing) is None
+def test_an_interval_as_text_as_markup_and_in_a_csv() -> None:
+    known = Interval(mean=1.0, low=-0.5, high=2.0, n=8, clusters=2, method="t")
+    assert interval_text(known) == "1.00 [−0.50, 2.00]" and cells(known) == (1.0, -0.5, 2.0)
+    assert estimate(known, 1) == '<b>1.0</b> <span class="ci">[−0.5, 2.0]</span>'
+    for changes in ({"low": None}, {"high": None}, {"low": float("-inf")}, {"low": None, "high": float("inf")}):
+        unknown = Interval.model_validate(known.model_dump() | changes)
+        assert interval_text(unknown) == "1.00" and cells(unknown) == (1.0, None, None)
+        assert estimate(unknown) == "<b>1.00</b>"
+    assert estimate(None) == '<span class="none">–</span>' and cells(None) == (None, None, None)
 
 
 def test_long_lines_keep_their_ends_and_extremes() -> None:
@@ -150,11 +162,13 @@ def test_long_lines_keep_their_ends_and_extremes() -> None:
 
 
 def test_the_form_of_over_optimisation() -> None:
-    rl = fitted({"alpha": 2.0, "beta": 0.5, "least": 1.0, "largest": math.e})
-    assert rl[0] == (1.0, pytest.approx(2.0))
-    assert rl[-1] == (pytest.approx(math.e), pytest.approx(math.e * 1.5))
-    assert fitted(None) == fitted({"alpha": None, "beta": 1.0, "least": 1.0, "largest": 4.0}) == []
-    assert fitted({"alpha": 2.0, "beta": 0.5}) == []  # what it was fitted to is not known
+    fit = GaoFit(form="rl", alpha=2.0, beta=0.5, peak=None, least=1.0, largest=math.e, points=4, residual=0.0)
+    drawn = fitted(fit)
+    assert drawn[0] == (1.0, pytest.approx(2.0))
+    assert drawn[-1] == (pytest.approx(math.e), pytest.approx(math.e * 1.5))
+    from_zero = fitted(fit.model_copy(update={"least": 0.0}))
+    assert min(d for d, _ in from_zero) > 0 and len(from_zero) == len(drawn) - 1  # ln 0 is left out
+    assert fitted(None) == []
 
 
 def test_numbers_survive_a_csv() -> None:
@@ -193,14 +207,22 @@ def test_labels_hide_neither_points_nor_one_another() -> None:
 
 
 def test_rows_are_grouped_by_setting_and_named_by_it() -> None:
+    results = plain_results()
+    like = next(row for row in results["rows"] if row["stage"] == "ppo")
+    baseline = [row for row in results["rows"] if row["model"] == results["baseline"] and row["stage"] == "sft"]
+    settings = enumerate([(10.0, 0), (0.5, 1), (0.5, 0)])
     rows = [
-        {"name": f"m{i}", "arm": "ppo", "setting": {"beta": beta}, "seed": seed, "stage": "ppo", "model": f"m{i}"}
-        for i, (beta, seed) in enumerate([(1.0, 0), (0.5, 1), (0.5, 0)])
+        like | {"name": f"m{i}", "model": f"m{i}", "setting": {"beta": beta}, "seed": seed}
+        for i, (beta, seed) in settings
     ]
-    view = View({"seeds": [0, 1], "rows": rows})
-    assert [[row["name"] for row in group] for group in view.settings("ppo").values()] == [["m1", "m2"], ["m0"]]
-    assert view.title(rows[1]) == "ppo β 0.5, seed 1" and view.has_seeds()
-    assert View({"rows": [{"name": "x@v1", "stage": "dpo"}]}).title({"name": "x@v1", "stage": "dpo"}) == "x@v1"
+    rows.append(like | {"name": "m1#5", "model": "m1#5", "setting": {"beta": 0.5}, "seed": 1, "step": 5})
+    view = View(Results.model_validate(results | {"seeds": [0, 1], "rows": [*baseline, *rows]}))
+    assert [[row.name for row in group] for group in view.settings("ppo")] == [["m1", "m2"], ["m0"]]
+    assert view.title("m1") == "ppo β 0.5, seed 1" and view.title("m1#5") == "ppo β 0.5, seed 1 #5"
+    assert view.title("unknown") == "unknown" and view.title(results["baseline"]) == results["baseline"]
+    assert view.has_seeds()
+    alone = View(Results.model_validate(results | {"rows": [*baseline, like]}))
+    assert alone.title(like["name"]) == like["name"] and not alone.has_seeds()
 
 
 def test_a_full_disk_leaves_whole_tables_and_what_the_page_refers_to(tmp_path, monkeypatch) -> None:
@@ -236,15 +258,17 @@ def test_stale_tables_go_after_the_page(tmp_path, monkeypatch) -> None:
     (tmp_path / "points").mkdir()
     (tmp_path / "points/old.csv").write_text("x\n")
 
+    results = Results.model_validate(plain_results())
+
     def full(path: Path, text: str) -> None:
         raise RunFailed("disk full")
 
-    monkeypatch.setattr(write, "page", lambda results, points: "page")
-    monkeypatch.setattr(write, "replace_text", full)
+    monkeypatch.setattr(pages, "page", lambda results, points: "page")
+    monkeypatch.setattr(pages, "replace_text", full)
     with pytest.raises(RunFailed):
-        write.write_report({}, tmp_path)
+        pages.write_report(results, tmp_path)
     assert (tmp_path / "points/old.csv").exists()
     monkeypatch.undo()
-    monkeypatch.setattr(write, "page", lambda results, points: "page")
-    write.write_report({}, tmp_path)
+    monkeypatch.setattr(pages, "page", lambda results, points: "page")
+    pages.write_report(results, tmp_path)
     assert not (tmp_path / "points/old.csv").exists()

@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 
-from rlhf_pipeline.report import write_report
-from rlhf_pipeline.report.page import page
-from rlhf_pipeline.report.points import Points
+from rlhf_pipeline.report import Results, write_report
 from tests.report.report_fixture import finals, full
-from tests.report.report_fixture_page import SVG, parsed, rows_of
+from tests.report.report_fixture_page import SVG, page_of, parsed, rows_of
 
 RUNS = 8  # two arms at two betas with two seeds, a snapshot of each
 
@@ -32,7 +30,7 @@ def with_more_snapshots(results: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("report")
-    write_report(full(), made)
+    write_report(Results.model_validate(full()), made)
     return made
 
 
@@ -47,7 +45,7 @@ def text(directory: Path) -> str:
 
 
 def test_tables_are_those_of_final_models(text: str) -> None:
-    plain = page(finals(full()), Points())
+    plain = page_of(finals(full()))
     for ident in ("fair", "curves", "preferences", "responses", "exact", "samples", "lineage", "reproduce"):
         assert section_of(text, ident) == section_of(plain, ident)
     added = " Final models alone; behind the curves stand snapshots too (4 of ppo and 4 of dpo)."
@@ -81,7 +79,7 @@ def test_snapshots_are_drawn_lighter_than_models(text: str, ident: str, solid: i
 
 def test_a_long_ranking_shows_the_best_snapshot_of_each_arm(tmp_path: Path) -> None:
     results = with_more_snapshots(full())
-    text = write_report(results, tmp_path).read_text(encoding="utf-8")
+    text = write_report(Results.model_validate(results), tmp_path).read_text(encoding="utf-8")
     said = section_of(text, "ranking")
     best = {}
     for entry in sorted(results["ranking"]["rows"], key=lambda entry: entry["elo"]["mean"]):

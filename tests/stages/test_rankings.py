@@ -380,5 +380,5 @@ def test_the_training_loss_that_exact_reports_is_that_of_the_log(lab, rankings):
         changes = {"dataset_name": source, **ALL, "loss_type": name, "learning_rate": 1e-12}
         lab.run("dpo", output_name=name, max_steps=1, per_device_train_batch_size=12, **changes)
         made = run_exact([name], lab.config("exact", max_new_tokens=1, prompts="world:verdicts"), lab.home, quiet=True)
-        (row,) = [row for row in made["rows"] if row["name"] == f"{name}@v1"]
-        assert row["training_loss"]["training_loss"] == pytest.approx(value, abs=1e-5)
+        (row,) = [row for row in made.rows if row.name == f"{name}@v1"]
+        assert row.training_loss.training_loss == pytest.approx(value, abs=1e-5)

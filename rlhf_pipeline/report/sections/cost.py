@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from rlhf_pipeline.report.markup import Column, Group, Markup, h, table
-from rlhf_pipeline.report.parts import (
-    PANEL,
+from rlhf_pipeline.report.drawing import arm_legend, arm_name, dress, error_bars, mark, panel, panels, plot, trail
+from rlhf_pipeline.report.markup import (
+    Column,
+    Group,
+    Markup,
     Section,
-    arm_legend,
-    arm_name,
-    error_bars,
-    mark,
-    panels,
-    plot,
+    clean,
+    count,
+    duration,
+    memory,
+    number,
+    scaled,
     section,
-    trail,
+    table,
+    tick,
 )
-from rlhf_pipeline.report.points import Points
-from rlhf_pipeline.report.svg import colour, draw, dress
-from rlhf_pipeline.report.text import clean, count, duration, finite, memory, number, scaled, tick
-from rlhf_pipeline.report.view import Reading, View, items, part, setting_csv
+from rlhf_pipeline.report.points import Points, cells
+from rlhf_pipeline.report.results import Cost, Interval, Row
+from rlhf_pipeline.report.view import View, setting_csv
 
-BILL = {
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BILL: dict[str, tuple[str, Callable[[float], str]]] = {
     "flops": ("FLOPs", lambda value: scaled(value, "FLOP")),
     "wall_seconds": ("wall time", duration),
     "tokens_trained": ("tokens trained", scaled),
@@ -32,91 +38,70 @@ BILL = {
 }
 AXES = {"flops": "training FLOPs", "wall_seconds": "wall time, seconds"}
 
+Spent = tuple[Row, float, Interval]
+"""A model, what it cost, and what it got for it."""
+
 
 def cost_section(view: View, points: Points) -> Section | None:
     """The bill of each arm, and reward against FLOPs and wall time."""
     return section("cost", "Cost", _bill(view), _panels(view, points))
 
 
-def _bills(view: View) -> dict[str, dict[str, Any]]:
-    """The mean bill of each arm: that of the results, else the mean over its rows."""
-    bills: dict[str, dict[str, Any]] = {}
-    for arm in view.arms:
-        known = dict(items(view.get("arms", arm, "cost")))
-        if not known:
-            rows = [row for row in view.trained() if view.arm(row) == arm and not view.is_baseline(row)]
-            for key in BILL:
-                values = [value for row in rows if (value := finite(part(row, "cost", key))) is not None]
-                if values:
-                    known[key] = sum(values) / len(values)
-        if known:
-            bills[arm] = known
-    return bills
+def _mean_bill(view: View, arm: str) -> Cost | None:
+    """The mean bill of an arm: that of the results, else the mean over its rows."""
+    entry = view.results.arms.get(arm)
+    if entry is not None and entry.cost is not None:
+        return entry.cost
+    known = [row.cost for row in view.models(arm) if row.cost is not None]
+    if not known:
+        return None
+    return Cost(**{key: sum(getattr(cost, key) for cost in known) / len(known) for key in BILL})
 
 
 def _bill(view: View) -> Markup | None:
-    bills = _bills(view)
-    shown = [key for key in BILL if any(finite(bill.get(key)) is not None for bill in bills.values())]
-    if not shown:
+    bills = {arm: bill for arm in view.arms if (bill := _mean_bill(view, arm)) is not None}
+    if not bills:
         return None
-    columns = [Column("arm", False), *(Column(BILL[key][0]) for key in shown)]
-    lines = [[arm_name(view, arm), *(BILL[key][1](bill.get(key)) for key in shown)] for arm, bill in bills.items()]
-    cheapest = _ratio(bills)
+    columns = [Column("arm", False), *(Column(name) for name, _ in BILL.values())]
+    lines = [
+        [arm_name(view, arm), *(text(getattr(bill, key)) for key, (_, text) in BILL.items())]
+        for arm, bill in bills.items()
+    ]
     mean = "Means over the seeds of the selected models. " if view.has_seeds() else ""
     caption = (
-        f"{cheapest}{mean}The bill of PPO includes its reward model; what the "
+        f"{_ratio(bills)}{mean}The bill of PPO includes its reward model; what the "
         "arms share (SFT, preference pairs) is on no bill. Peak memory is of the largest stage."
     )
     return table(columns, [Group(lines)], label="Cost of each arm", caption=caption)
 
 
-def _ratio(bills: dict[str, dict[str, Any]]) -> str:
+def _ratio(bills: dict[str, Cost]) -> str:
     """Which of two arms trains for fewer FLOPs, in words."""
-    flops = {arm: value for arm, bill in bills.items() if (value := finite(bill.get("flops")))}
+    flops = sorted((bill.flops, arm) for arm, bill in bills.items() if bill.flops)
     if len(flops) != 2:
         return ""
-    (cheap, less), (dear, more) = sorted(flops.items(), key=lambda entry: entry[1])
+    (less, cheap), (more, dear) = flops
     return f"{clean(dear)} takes {number(more / less, 1)} times the FLOPs of {clean(cheap)}. "
 
 
 def _panels(view: View, points: Points) -> Markup | None:
     csv, made = [], []
     for key, title in AXES.items():
-        found = []
-        for row in [*view.trained(), *view.snapshots]:
-            spent, reward = finite(part(row, "cost", key)), view.figure(row, view.primary)
-            if spent and reward is not None and not view.is_baseline(row):
+        found: list[Spent] = []
+        for row in [*view.models(), *view.snapshots]:
+            spent, reward = getattr(row.cost, key, 0.0), row.metrics.get(view.primary)
+            if spent and reward is not None:
                 found.append((row, spent, reward))
         if len(found) < 2:
             continue
-        csv += [
-            [
-                view.arm(row),
-                setting_csv(row.get("setting")),
-                row.get("seed"),
-                row.get("step"),
-                row.get("name"),
-                key,
-                spent,
-                *reward.cells,
-            ]
-            for row, spent, reward in found
-        ]
+        for row, spent, reward in found:
+            place = [view.arm(row), setting_csv(row.setting), row.seed, row.step, row.name]
+            csv.append([*place, key, spent, *cells(reward)])
         made.append(_panel(view, key, title, found))
     if not made:
         return None
-    columns = [
-        "arm",
-        "setting",
-        "seed",
-        "step",
-        "model",
-        "cost",
-        "spent",
-        view.primary,
-        f"{view.primary}_low",
-        f"{view.primary}_high",
-    ]
+    figure = view.primary
+    columns = ["arm", "setting", "seed", "step", "model", "cost", "spent", figure, f"{figure}_low", f"{figure}_high"]
     file = points.add("cost", columns, csv)
     caption = (
         "Each point is one model: what it got for what its own training and that of its reward model cost. "
@@ -127,34 +112,31 @@ def _panels(view: View, points: Points) -> Markup | None:
     return plot(panels(made), caption, [file], arm_legend(view, view.arms))
 
 
-def _run(found: list[tuple[Any, float, Reading]], end: Any) -> list[tuple[float, float]]:
+def _run(found: list[Spent], model: str) -> list[tuple[float, float]]:
     """(cost, reward) of the snapshots on the way to a model, in order of steps, and of the model."""
-    name = str(end.get("model"))
     steps = [
-        (finite(row.get("step")), spent, reward.mean)
+        (row.step or 0, spent, reward.mean)
         for row, spent, reward in found
-        if finite(row.get("step")) is not None and str(row.get("model")).partition("#")[0] == name
+        if row.step is not None and row.model.partition("#")[0] == model
     ]
-    last = next((spent, reward.mean) for row, spent, reward in found if row is end)
-    return [*((spent, reward) for _, spent, reward in sorted(steps)), last]
+    ends = [(spent, reward.mean) for row, spent, reward in found if row.model == model]
+    return [*((spent, reward) for _, spent, reward in sorted(steps)), *ends]
 
 
-def _panel(view: View, key: str, title: str, found: list[tuple[Any, float, Reading]]) -> Markup:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-
+def _panel(view: View, key: str, title: str, found: list[Spent]) -> Markup:
     spent = [value for _, value, _ in found]
     wide = max(spent) / min(spent) > 30
+    finals = [one for one in found if one[0].step is None]
 
-    def paint(axes: Any) -> None:
-        dress(axes, f"{title}{' (logarithmic)' if wide else ''}", view.name_of())
-        for row, cost, reward in found:
+    def paint(axes: Axes) -> None:
+        from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+        dress(axes, f"{title}{' (logarithmic)' if wide else ''}", view.name_of(view.primary))
+        for row, cost, reward in finals:
             look = view.look_of(row)
-            hue = colour(look.hue)
-            if finite(row.get("step")) is not None:
-                continue
-            if len(line := _run(found, row)) > 1:
+            if len(line := _run(found, row.model)) > 1:
                 trail(axes, line, look)
-            error_bars(axes, Reading(cost), reward, hue)
+            error_bars(axes, cost, reward.mean, look, None, reward.ends)
             mark(axes, [cost], [reward.mean], look)
         if wide:
             axes.set_xscale("log")
@@ -165,12 +147,8 @@ def _panel(view: View, key: str, title: str, found: list[tuple[Any, float, Readi
             axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
 
-    small = sum(finite(row.get("step")) is not None for row, _, _ in found)
-    models = f"{len(found) - small} models{f' and {small} snapshots' if small else ''}"
+    small = len(found) - len(finals)
+    models = f"{len(finals)} models{f' and {small} snapshots' if small else ''}"
     ends = f"{models}, from {scaled(min(spent))} to {scaled(max(spent))}."
-    return h(
-        "div",
-        draw(
-            f"cost-{key.replace('_', '-')}", f"{view.name_of().capitalize()} against {title}", ends, paint, size=PANEL
-        ),
-    )
+    heading = f"{view.name_of(view.primary).capitalize()} against {title}"
+    return panel(f"cost-{key.replace('_', '-')}", heading, ends, paint)

@@ -3,39 +3,58 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
-from rlhf_pipeline.report.markup import Column, Group, Markup, h, join, table
-from rlhf_pipeline.report.palette import NEUTRAL, Look
-from rlhf_pipeline.report.parts import PANEL, Section, arm_legend, folded, mark, named, panels, plot, section
+from rlhf_pipeline.report.drawing import arm_legend, dress, mark, named, panel, panels, plot
+from rlhf_pipeline.report.markup import (
+    Column,
+    Group,
+    Markup,
+    Section,
+    clean,
+    count,
+    folded,
+    h,
+    join,
+    number,
+    percent,
+    plain,
+    section,
+    table,
+)
 from rlhf_pipeline.report.points import Points
-from rlhf_pipeline.report.svg import draw, dress
-from rlhf_pipeline.report.text import clean, count, finite, number, percent, plain
-from rlhf_pipeline.report.view import BEST_OF_N, View, part, records
+from rlhf_pipeline.report.results import BEST_OF_N, Exact, ExactRow
+from rlhf_pipeline.report.view import View
 
-Row = Mapping[str, Any]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PANELS = {
     "share": "share of the attainable objective",
     "gap_true": "β KL(π‖π*): all causes together",
     "gap_learned": "β KL(π‖π*) of the learned reward",
 }
+COLUMNS = tuple(
+    Column(title, title != "model")
+    for title in ("model", "β", "reward", "KL", "objective", "share", "βKL(π‖π*)", "βKL(π‖π*RM)")
+)
+BEST_OF_N_COLUMNS = (Column("policy", False), Column("reward"), Column("KL"), Column("its bound"))
 
 
-def _value(row: Row, name: str) -> float | None:
-    if name == "share":
-        return finite(row.get(name))
-    if name == "gap_learned":  # PPO's distance to what it was trained on, DPO's disagreement with the reward model
-        optimisation = finite(part(row, "optimisation_gap", "value"))
-        return finite(part(row, "disagreement", "value")) if optimisation is None else optimisation
-    return finite(part(row, name, "value"))
+def _learned(row: ExactRow) -> float | None:
+    """PPO's distance to the optimum of what it was trained on, DPO's disagreement with the reward model."""
+    gap = row.optimisation_gap or row.disagreement
+    return None if gap is None else gap.value
+
+
+def _value(row: ExactRow, name: str) -> float | None:
+    return {"share": row.share, "gap_true": row.gap_true.value, "gap_learned": _learned(row)}[name]
 
 
 def exact_section(view: View, points: Points) -> Section | None:
     """The table of exact figures and their panels against beta."""
-    rows = records(view.get("exact", "rows"))
-    if not rows:
+    exact = view.results.exact
+    if exact is None:
         return None
     warning = h(
         "p",
@@ -44,36 +63,33 @@ def exact_section(view: View, points: Points) -> Section | None:
         "part may be larger than the whole, and a difference may be negative.",
         class_="aside",
     )
-    table_of_all = _table(view, rows)
-    return section("exact", "Exact figures", _panels(view, points, rows), warning, table_of_all, _best_of_n(view))
+    body = _panels(view, exact, points), warning, _table(view, exact), _best_of_n(view, exact)
+    return section("exact", "Exact figures", *body)
 
 
-def _look(view: View, row: Row) -> Look:
-    arm = view.arm_of_model(row.get("model"))
-    return view.look(arm) if arm is not None and row.get("model") != view.baseline else NEUTRAL
+def _arm(view: View, row: ExactRow) -> str | None:
+    """The arm of a trained model; None for the baseline, the reference and the optimum."""
+    found = view.by_model.get(row.model or "")
+    return None if found is None or view.is_baseline(found) else found.arm
 
 
-def _panels(view: View, points: Points, rows: list[Row]) -> Markup | None:
+def _panels(view: View, exact: Exact, points: Points) -> Markup | None:
     made, csv, arms = [], [], set()
     for name, title in PANELS.items():
-        read = [
-            (row, finite(row.get("beta")), _value(row, name)) for row in rows if view.arm_of_model(row.get("model"))
-        ]
-        found = [
-            (row, beta, value)
-            for row, beta, value in read
-            if beta and value is not None and row.get("model") != view.baseline
-        ]
-        if not found:
-            continue
-        csv += [[row.get("name"), beta, name, value] for row, beta, value in found]
-        arms |= {view.arm_of_model(row.get("model")) for row, _, _ in found}
-        made.append(_panel(view, name, title, found))
+        found = []
+        for row in exact.rows:
+            arm, value = _arm(view, row), _value(row, name)
+            if arm is not None and value is not None:
+                found.append((arm, row.beta, value))
+                csv.append([row.name, row.beta, name, value])
+                arms.add(arm)
+        if found:
+            made.append(_panel(view, name, title, found))
     if len({entry[0] for entry in csv}) <= len(arms):
         return None  # one model an arm, or none: the table says it all
     file = points.add("exact", ["model", "beta", "figure", "value"], csv)
     caption = (
-        f"Exact: over all {count(view.get('exact', 'responses'))} responses to {count(view.get('exact', 'prompts'))} "
+        f"Exact: over all {count(exact.responses)} responses to {count(exact.prompts)} "
         "prompts, so the figures have no sampling error; they vary from training to training only. A share of 100 % is "
         "the optimum, 0 % the reference; a distance of 0 is the optimum. Learned reward: PPO's optimisation error, "
         "DPO's disagreement with the reward model."
@@ -81,15 +97,14 @@ def _panels(view: View, points: Points, rows: list[Row]) -> Markup | None:
     return plot(panels(made), caption, [file], arm_legend(view, [arm for arm in view.arms if arm in arms]))
 
 
-def _panel(view: View, name: str, title: str, found: list[tuple[Row, float, float]]) -> Markup:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
+def _panel(view: View, name: str, title: str, found: list[tuple[str, float, float]]) -> Markup:
+    def paint(axes: Axes) -> None:
+        from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
-    betas = sorted({beta for _, beta, _ in found})
-
-    def paint(axes: Any) -> None:
+        betas = sorted({beta for _, beta, _ in found})
         dress(axes, "β", title)
-        for row, beta, value in found:
-            mark(axes, [beta], [value], _look(view, row))
+        for arm, beta, value in found:
+            mark(axes, [beta], [value], view.look(arm))
         if len(betas) > 1:
             axes.set_xscale("log")
         axes.xaxis.set_major_locator(FixedLocator(betas))
@@ -102,61 +117,48 @@ def _panel(view: View, name: str, title: str, found: list[tuple[Row, float, floa
 
     values = [value for *_, value in found]
     ends = f"{len(found)} models, from {number(min(values), 3)} to {number(max(values), 3)}."
-    return h("div", draw(f"exact-{name.replace('_', '-')}", f"{title.capitalize()}, by β", ends, paint, size=PANEL))
+    return panel(f"exact-{name.replace('_', '-')}", f"{title.capitalize()}, by β", ends, paint)
 
 
-def _table(view: View, rows: list[Row]) -> Markup:
-    lines = []
-    for row in rows:
-        lines.append(
-            [
-                named(_look(view, row), clean(view.title_of_model(row.get("name")))),
-                plain(row.get("beta")) if finite(row.get("beta")) is not None else "–",
-                *(number(row.get(figure), 3) for figure in ("reward", "kl", "objective")),
-                percent(row.get("share")),
-                number(part(row, "gap_true", "value"), 4),
-                number(_value(row, "gap_learned"), 4),
-            ]
-        )
-    columns = [
-        Column("model", False),
-        Column("β"),
-        Column("reward"),
-        Column("KL"),
-        Column("objective"),
-        Column("share"),
-        Column("βKL(π‖π*)"),
-        Column("βKL(π‖π*RM)"),
+def _table(view: View, exact: Exact) -> Markup:
+    lines = [
+        [
+            named(view.look(_arm(view, row) or ""), view.title(row.name)),
+            plain(row.beta),
+            *(number(value, 3) for value in (row.reward, row.kl, row.objective)),
+            percent(row.share),
+            number(row.gap_true.value, 4),
+            number(_learned(row), 4),
+        ]
+        for row in exact.rows
     ]
-    learned, few = view.get("exact", "reward_model"), view.get("exact", "reward_model_prompts")
     caption = (
-        f"Objective: reward − β KL to {clean(view.get('exact', 'reference') or 'the reference')}. Share: of what an "
+        f"Objective: reward − β KL to {clean(exact.reference)}. Share: of what an "
         "optimal policy gains over the reference."
     )
-    if learned:
+    if exact.reward_model:
+        few = f", over {count(exact.reward_model_prompts)} prompts" if exact.reward_model_prompts else ""
         caption += (
             " βKL(π‖π*RM): for PPO to the optimum of the reward it was trained on (its optimisation error), for DPO "
-            f"to that of {clean(learned)} (their disagreement){f', over {count(few)} prompts' if few else ''}."
+            f"to that of {clean(exact.reward_model)} (their disagreement){few}."
         )
-    made = table(columns, [Group(lines)], label="Exact figures", caption=caption)
+    made = table(COLUMNS, [Group(lines)], label="Exact figures", caption=caption)
     return folded(f"Exact figures of every model ({len(lines)})", len(lines), made)
 
 
-def _best_of_n(view: View) -> Markup | None:
+def _best_of_n(view: View, exact: Exact) -> Markup | None:
     """Best-of-n of the reference without sampling: its KL is less than the bound where responses repeat."""
-    rows = [(n, row) for row in records(view.get("exact", "best_of_n")) if (n := finite(row.get("n")))]
-    if not rows:
+    if not exact.best_of_n:
         return None
-    look = view.look(BEST_OF_N)
     lines = []
-    for n, row in rows:
-        bound = math.log(n) - (n - 1) / n
-        name = named(look, f"best of {plain(n)}")
-        lines.append([name, number(row.get("reward"), 3), number(row.get("kl"), 3), f"≤ {number(bound, 3)}"])
-    columns = [Column("policy", False), Column("reward"), Column("KL"), Column("its bound")]
+    for row in exact.best_of_n:
+        bound = math.log(row.n) - (row.n - 1) / row.n
+        name = named(view.look(BEST_OF_N), f"best of {row.n}")
+        lines.append([name, number(row.reward, 3), number(row.kl, 3), f"≤ {number(bound, 3)}"])
+    first = exact.best_of_n[0]
     caption = (
-        f"Exact best of n of the reference, chosen by {clean(rows[0][1].get('chosen_by') or 'the reward model')}, over "
-        f"{count(rows[0][1].get('prompts'))} prompts: not those of the sampled figures where these are more."
+        f"Exact best of n of the reference, chosen by {clean(first.chosen_by)}, over "
+        f"{count(first.prompts)} prompts: not those of the sampled figures where these are more."
     )
-    made = table(columns, [Group(lines)], label="Exact best of n", caption=caption)
+    made = table(BEST_OF_N_COLUMNS, [Group(lines)], label="Exact best of n", caption=caption)
     return join([h("h3", "Best of n, exactly"), made])

@@ -1,38 +1,138 @@
-"""Where everything comes from: lineage with digests, exact configs, how to do it again."""
+"""Where everything comes from and what it means: lineage, how to do it again, glossary."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from rlhf_pipeline.report.markup import Column, Group, Markup, details, h, join, table
-from rlhf_pipeline.report.parts import Section, folded, section
+from rlhf_pipeline.report.markup import (
+    NOTHING,
+    Column,
+    Group,
+    Markup,
+    Section,
+    clean,
+    details,
+    folded,
+    h,
+    join,
+    plain,
+    plural,
+    section,
+    table,
+)
 from rlhf_pipeline.report.points import Points
-from rlhf_pipeline.report.text import NOTHING, clean, plain, plural
-from rlhf_pipeline.report.view import View, items, records
+from rlhf_pipeline.report.view import View
 
 DIGITS = 12
+
+ENTRIES: dict[str, tuple[str, str, str]] = {
+    "true_reward": ("true reward", "What a response is worth by the rule that the labels came from.", "R(x, y)"),
+    "score": ("RM score", "What the reward model that was trained on gives a response, less its shift.", "r(x, y)"),
+    "judge": ("judge", "What a reward model gives that was trained on pairs no arm has seen.", "r_judge(x, y)"),
+    "kl": (
+        "KL",
+        "Distance to the reference per response: along sampled responses, at each position the exact sum over the "
+        "vocabulary.",
+        "E_y Σ_t KL(π(·|x, y<t) ‖ π_ref(·|x, y<t))",
+    ),
+    "kl_k1": ("KL (k1)", "The same by log-ratios of the sampled tokens: unbiased, noisier.", "E Σ_t log π/π_ref"),
+    "kl_k3": ("KL (k3)", "The same by a form that is never negative: unbiased.", "E Σ_t (π_ref/π − 1 − log π_ref/π)"),
+    "length": ("length", "Tokens of a response, its end token included.", "|y|"),
+    "ended": ("ended by EOS", "Share of responses that end by themselves instead of being cut.", "P(y ends in EOS)"),
+    "well_formed": (
+        "well formed",
+        "Share of responses that the grammar of the built-in world accepts.",
+        "P(y ∈ grammar)",
+    ),
+    "entropy": ("entropy", "Surprise of the policy at its own responses.", "−E log π(y|x)"),
+    "win_rate": (
+        "win rate",
+        "How often a response scores higher than the other model's to the same prompt, ties one half.",
+        "P(a > b) + ½ P(a = b)",
+    ),
+    "length_controlled": (
+        "at equal length",
+        "Win rate that a logistic model gives at equal length.",
+        "logit P = θ + φ tanh(Δlen / sd(Δlen)), σ(θ)",
+    ),
+    "elo": ("Elo", "Bradley-Terry strength on the scale of chess.", "P(a > b) = 1 / (1 + 10^((E_b − E_a) / 400))"),
+    "matched_kl": (
+        "matched KL",
+        "Both arms compared at one distance, interpolated within each arm's own range, never beyond it.",
+        "R_a(KL) − R_b(KL)",
+    ),
+    "gibbs": (
+        "exact frontier",
+        "The most reward that any policy can have at a KL: that of the optima at all β.",
+        "π* ∝ π_ref exp(R / β)",
+    ),
+    "kl_bound": ("KL of best of n", "An upper bound, loose where responses repeat.", "log n − (n − 1)/n"),
+    "share": (
+        "share",
+        "How much of what the optimum gains over the reference a model gains.",
+        "(J − J_ref) / (J* − J_ref)",
+    ),
+    "effective_beta": (
+        "effective β",
+        "PPO's price of KL in units of the reward that the labels were drawn by; s is the reward model's calibration "
+        "slope on held-out pairs.",
+        "kl_coef · s, P(label) = σ(s (r_w − r_l))",
+    ),
+    "gap": ("βKL(π‖π*)", "What is missing to the optimum, in units of reward.", "J* − J(π) = β KL(π ‖ π*)"),
+    "gao": ("over-optimisation", "How gain depends on distance (Gao et al. 2022), d = √KL.", "d (α − β ln d)"),
+    "ece": (
+        "ECE",
+        "Mean distance between confidence and accuracy over bins of equal size.",
+        "Σ_b n_b/n |acc_b − conf_b|",
+    ),
+    "nll": ("NLL", "Log loss of the labels; log 2 = 0.693 is a coin.", "−mean log σ(r_w − r_l)"),
+    "brier": ("Brier", "Squared error of the probability; 0.25 is a coin.", "mean (1 − σ(r_w − r_l))²"),
+    "distinct": (
+        "distinct-n",
+        "Share of n-grams that are different, at a fixed number of tokens.",
+        "|set of n-grams| / |n-grams|",
+    ),
+    "self_bleu": (
+        "self-BLEU",
+        "How much a response repeats the others to its prompt; 1 is all the same.",
+        "mean BLEU(y, others)",
+    ),
+    "flops": (
+        "FLOPs",
+        "Of training: forward once, backward twice, frozen models forward only.",
+        "≈ 6 N per trained token, 2 N per scored one",
+    ),
+    "interval": (
+        "95 % interval",
+        "Over prompts, all samples of a prompt together; over seeds by Student t.",
+        "[low, high]",
+    ),
+    "p_holm": (
+        "p (Holm)",
+        "p-value that allows for the other contrasts looked at.",
+        "max over j ≤ k of min(1, (m − j + 1) p_(j))",
+    ),
+}
 
 
 def lineage_section(view: View, points: Points) -> Section | None:
     """Every model that took part, its digest and what it was made from."""
     lines = []
-    for entry in records(view.get("lineage")):
-        digest = clean(entry.get("digest") or "")
+    for entry in view.results.lineage:
+        digest = clean(entry.digest or "")
         parents = [
             h("span", h("span", role.replace("_", " "), class_="note"), " ", h("code", parent))
-            for role, parent in items(entry.get("parents"))
+            for role, parent in entry.parents.items()
         ]
         lines.append(
             [
-                h("code", entry.get("model")),
-                clean(entry.get("stage") or NOTHING),
+                h("code", entry.model),
+                clean(entry.stage or NOTHING),
                 h("code", digest[:DIGITS], title=digest) if digest else NOTHING,
                 join(parents, ", ") if parents else NOTHING,
             ]
         )
     if not lines:
         return None
-    columns = [Column("model", False), Column("stage", False), Column("digest", False), Column("made from", False)]
+    columns = [Column(title, False) for title in ("model", "stage", "digest", "made from")]
     caption = (
         f"First {DIGITS} digits of the SHA-256 over a version's files; results.json has them all. A version never "
         "changes."
@@ -43,26 +143,49 @@ def lineage_section(view: View, points: Points) -> Section | None:
 
 def reproduce_section(view: View, points: Points) -> Section | None:
     """The command, what it depends on, and the configs behind each model."""
-    command = view.get("command")
-    configs = items(view.get("configs"))
-    body: list[Any] = []
-    if command:
-        body.append(h("pre", h("code", command), class_="command", tabindex="0"))
-        seed, temperature = view.get("seed"), view.get("temperature")
-        said = []
-        if seed is not None:
-            said.append(f"evaluation seed {plain(seed)}")
-        if temperature is not None:
-            said.append(f"temperature {plain(temperature)}")
-        if said:
-            body.append(
-                h("p", f"With {' and '.join(said)} every model answers the same prompts with the same random numbers.")
-            )
+    results, configs = view.results, view.results.configs
+    body: list[Markup] = []
+    if results.command:
+        body.append(h("pre", h("code", results.command), class_="command", tabindex="0"))
+        said = f"With evaluation seed {results.seed} and temperature {plain(results.temperature)} every model answers"
+        body.append(h("p", f"{said} the same prompts with the same random numbers."))
     if configs:
-        made = [details(h("code", label), h("pre", h("code", text), tabindex="0")) for label, text in configs]
+        made = [details(h("code", label), h("pre", h("code", text), tabindex="0")) for label, text in configs.items()]
         body.append(h("h3", f"Exact configs ({plural(len(configs), 'model')})", class_="screen"))
         body.append(h("div", *made, class_="configs screen"))
     return section("reproduce", "How to reproduce", *body)
+
+
+def glossary_section(view: View, points: Points) -> Section | None:
+    """The figures that occur in this report."""
+    present = _present(view)
+    made = [
+        h("div", h("dt", name), h("dd", text, " ", h("span", formula, class_="formula")))
+        for key, (name, text, formula) in ENTRIES.items()
+        if key in present
+    ]
+    return section("glossary", "Glossary", h("dl", *made, class_="glossary"))
+
+
+def _present(view: View) -> set[str]:
+    results, rows = view.results, view.rows
+    asked = {
+        "win_rate": bool(results.win_rates) or any(row.win_rate for row in rows),
+        "length_controlled": any(one.length_controlled.estimate for one in results.win_rates),
+        "elo": results.ranking is not None,
+        "matched_kl": results.frontier is not None and results.frontier.matched_kl is not None,
+        "gibbs": results.frontier is not None and results.frontier.gibbs is not None,
+        "kl_bound": bool(view.best_of_n),
+        "effective_beta": any(row.effective_beta and row.effective_beta.mean is not None for row in rows),
+        **dict.fromkeys(("share", "gap"), results.exact is not None),
+        "gao": bool(results.overoptimisation),
+        **dict.fromkeys(("ece", "nll", "brier"), results.preferences is not None),
+        **dict.fromkeys(("distinct", "self_bleu"), any(row.diversity for row in rows)),
+        "flops": any(row.cost for row in rows),
+        "interval": True,
+        "p_holm": any(one.p_holm is not None for one in results.contrasts),
+    }
+    return {key for key, there in asked.items() if there} | set(view.figures())
 
 
 def footer() -> Markup:

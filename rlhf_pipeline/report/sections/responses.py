@@ -1,31 +1,62 @@
-"""Length and diversity of the responses, as the policy moves away from the reference."""
+"""What the models say of responses and what they answer: held-out pairs, length and diversity, samples to read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
-from rlhf_pipeline.report.markup import Column, Group, Markup, h, join, table
-from rlhf_pipeline.report.palette import NEUTRAL
-from rlhf_pipeline.report.parts import (
-    PANEL,
-    Section,
+from rlhf_pipeline.report.drawing import (
+    Ends,
+    Entry,
     arm_legend,
     arm_name,
+    colour,
+    dress,
     error_bars,
+    interval_bar,
+    legend,
     mark,
     named,
+    panel,
     panels,
     plot,
+    span,
+)
+from rlhf_pipeline.report.markup import (
+    Column,
+    Group,
+    Markup,
+    Section,
+    clean,
+    count,
+    details,
+    estimate,
+    h,
+    interval_text,
+    join,
+    number,
+    percent,
+    plural,
+    probability,
     section,
+    table,
 )
 from rlhf_pipeline.report.points import Points
-from rlhf_pipeline.report.svg import colour, draw, dress
-from rlhf_pipeline.report.text import clean, count, finite, number, percent
-from rlhf_pipeline.report.view import Reading, View, part, setting_csv, setting_key, setting_text
+from rlhf_pipeline.report.results import Preferences, Response, Row, Shown
+from rlhf_pipeline.report.style import NEUTRAL
+from rlhf_pipeline.report.view import View, setting_csv, setting_text
 
-Row = Mapping[str, Any]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
+RELIABILITY = (420, 360)
+SCORERS = (
+    Column("scorer", False),
+    Column("accuracy"),
+    Column("95 % interval", False),
+    Column("ECE", hint="expected calibration error: 0 is best"),
+    Column("NLL", hint="log loss; 0.693 is a coin"),
+    Column("Brier", hint="squared error of the probability; 0.25 is a coin"),
+)
 FIGURES = {
     "length": "length, tokens",
     "ended": "share ended by EOS",
@@ -41,114 +72,226 @@ DIVERSITY = {
 SHARES = ("ended", "well_formed")
 DIGITS = {"length": 2, "entropy": 2}
 
+LONG = 600
+"""Characters of a response that are shown before one has to open it."""
 
-def _get(view: View, name: str) -> Callable[[Row], Reading | None]:
+AT_ONCE = 4
+"""Models that are shown side by side; the others have to be opened."""
+
+Bins = list[tuple[float, float, int]]
+
+
+def preferences_section(view: View, points: Points) -> Section | None:
+    """Accuracy and calibration of the reward model and of DPO's implicit reward on held-out pairs."""
+    preferences = view.results.preferences
+    if preferences is None:
+        return None
+    basis = f"{count(preferences.pairs)} held-out pairs of {count(preferences.prompts)} prompts"
+    scale = span([entry.accuracy for entry in preferences.scorers.values()], 0.5)
+    lines = []
+    for name, entry in preferences.scorers.items():
+        look = view.look(view.kind(name))
+        bar = interval_bar(entry.accuracy, *scale, look, 0.5)
+        figures = [number(value, 3) for value in (entry.ece, entry.nll, entry.brier)]
+        lines.append([named(look, view.title(name)), estimate(entry.accuracy, 3), bar, *figures])
+    caption = (
+        f"{basis}; accuracy counts ties one half, its interval is clustered by prompt; the upright line is chance."
+    )
+    made = table(SCORERS, [Group(lines)], label="Accuracy and calibration", caption=caption)
+    title = "Telling good from bad: reward model and DPO"
+    return section("preferences", title, made, _test(preferences), _reliability(view, preferences, points, basis))
+
+
+def _test(preferences: Preferences) -> Markup | None:
+    test = preferences.test
+    if test is None:
+        return None
+    said = "the interval excludes a tie" if test.difference.excludes() else "they cannot be told apart"
+    text = f"{clean(test.name)}: {interval_text(test.difference, 3)}, p {probability(test.p)}"
+    return h("p", f"{text} ({clean(test.method)}); {said}.")
+
+
+def _reliability(view: View, preferences: Preferences, points: Points, basis: str) -> Markup | None:
+    bins = {name: entry.bins for name, entry in preferences.scorers.items() if entry.bins}
+    if not bins:
+        return None
+    rows = [[name, *row] for name, found in bins.items() for row in found]
+    file = points.add("calibration", ["scorer", "confidence", "accuracy", "pairs"], rows)
+    kinds = dict.fromkeys(view.kind(name) for name in bins)
+    names = {kind: f"{kind}, implicit reward" if kind in view.arms else kind for kind in kinds}
+    low = min([0.5, *(value for found in bins.values() for row in found for value in row[:2])])
+    made = []
+    for index, kind in enumerate(kinds):
+        ours = {name: found for name, found in bins.items() if view.kind(name) == kind}
+        made.append(_reliability_panel(view, f"reliability-{index}", names[kind], ours, low))
+    key = legend([*((view.look(kind), names[kind], None) for kind in kinds), (NEUTRAL, "calibrated", "dashed")])
+    caption = (
+        f"{basis}, in bins of equal size by confidence; larger markers hold more pairs, one line for each model. On "
+        "the dashed line a scorer is right as often as it says; below it is too sure of itself, above it not sure "
+        "enough."
+    )
+    return plot(panels(made, large=True), caption, [file], key)
+
+
+def _reliability_panel(view: View, ident: str, name: str, bins: dict[str, Bins], low: float) -> Markup:
+    most = max(size for found in bins.values() for *_, size in found)
+
+    def paint(axes: Axes) -> None:
+        dress(axes, "confidence: the probability it gave", f"{name}: share of pairs it got right")
+        axes.plot([low, 1], [low, 1], color=colour("muted"), lw=1.2, dashes=(4, 3), zorder=1)
+        for label, found in bins.items():
+            look = view.look(view.kind(label))
+            x, y, _ = zip(*found)
+            axes.plot(x, y, color=colour(look.hue), lw=1.5, alpha=0.7, zorder=2)
+            for at, right, size in found:
+                mark(axes, [at], [right], look, size=4 + 3 * size / most)
+        room = 0.03 * (1 - low)
+        axes.set_xlim(low - room, 1 + room)
+        axes.set_ylim(low - room, 1 + room)
+
+    ends = "; ".join(
+        f"{clean(label)}: {len(found)} bins, the surest says {number(found[-1][0])} and is right {number(found[-1][1])}"
+        for label, found in bins.items()
+    )
+    return panel(ident, f"Reliability of {name}", f"{ends}.", paint, RELIABILITY)
+
+
+def _value(row: Row, name: str) -> tuple[float, Ends] | None:
+    """A figure of a row's responses with its interval; diversity has none."""
     if name in FIGURES:
-        return lambda row: view.figure(row, name)
-
-    def diversity(row: Row) -> Reading | None:
-        value = finite(part(row, "diversity", name))
-        return None if value is None else Reading(value)
-
-    return diversity
+        found = row.metrics.get(name)
+        return None if found is None else (found.mean, found.ends)
+    value = None if row.diversity is None else getattr(row.diversity, name)
+    return None if value is None else (value, None)
 
 
 def responses_section(view: View, points: Points) -> Section | None:
     """Panels of length, endings, entropy and diversity against KL, and their table."""
-    present = {
-        name: title
-        for name, title in (FIGURES | DIVERSITY).items()
-        if any(_get(view, name)(row) is not None for row in view.rows)
-    }
+    named_so = FIGURES | DIVERSITY
+    present = {name: title for name, title in named_so.items() if any(_value(row, name) for row in view.rows)}
     if not present:
         return None
-    return section("responses", "Length and diversity", _panels(view, points, present), _table(view, present))
+    body = _response_panels(view, points, present), _responses_table(view, present)
+    return section("responses", "Length and diversity", *body)
 
 
-def _panels(view: View, points: Points, present: dict[str, str]) -> Markup | None:
-    csv, made = [], []
-    for number_of, (name, title) in enumerate(present.items()):
-        get = _get(view, name)
-        read = [(row, view.figure(row, "kl"), get(row)) for row in view.trained()]
-        found = [(row, kl, value) for row, kl, value in read if kl is not None and value is not None]
+def _response_panels(view: View, points: Points, present: dict[str, str]) -> Markup | None:
+    csv: list[list[object]] = []
+    made = []
+    for place, (name, title) in enumerate(present.items()):
+        found = []
+        for row in view.trained:
+            value = _value(row, name)
+            if value is not None and "kl" in row.metrics:
+                found.append((row, row.metrics["kl"].mean, *value))
         if len(found) < 2:
             continue
-        csv += [
-            [
-                view.arm(row),
-                setting_csv(row.get("setting")),
-                row.get("seed"),
-                row.get("name"),
-                name,
-                kl.mean,
-                *value.cells,
-            ]
-            for row, kl, value in found
-        ]
-        made.append(_panel(view, f"responses-{number_of}", title, found))
+        for row, kl, mean, ends in found:
+            place_of = [view.arm(row), setting_csv(row.setting), row.seed, row.name]
+            csv.append([*place_of, name, kl, mean, *(ends or (None, None))])
+        made.append(_response_panel(view, f"responses-{place}", title, found))
     if not made:
         return None
     file = points.add("responses", ["arm", "setting", "seed", "model", "figure", "kl", "value", "low", "high"], csv)
-    base = [row for row in view.trained() if view.is_baseline(row)]
-    more: list[Any] = [(NEUTRAL, clean(base[0].get("name")), None)] if base else []
+    more: list[Entry] = [(NEUTRAL, clean(row.name), None) for row in view.baseline()[:1]]
     caption = f"Each point is one model, placed by its KL to the reference. {view.basis()}"
     return plot(panels(made), caption, [file], arm_legend(view, view.arms, *more))
 
 
-def _panel(view: View, ident: str, title: str, found: list[tuple[Row, Reading, Reading]]) -> Markup:
-    def paint(axes: Any) -> None:
+def _response_panel(view: View, ident: str, title: str, found: list[tuple[Row, float, float, Ends]]) -> Markup:
+    def paint(axes: Axes) -> None:
         dress(axes, "KL to the reference", title)
         for arm in view.arms:
-            line = sorted((kl.mean, value.mean) for row, kl, value in found if view.arm(row) == arm)
+            line = sorted((kl, mean) for row, kl, mean, _ in found if view.arm(row) == arm)
             if len(line) > 1:
                 axes.plot(*zip(*line), color=colour(view.look(arm).hue), lw=1.2, alpha=0.4, zorder=1)
-        for row, kl, value in found:
-            look = view.look_of(row)
-            hue = colour(look.hue)
-            error_bars(axes, Reading(kl.mean), value, hue)
-            mark(axes, [kl.mean], [value.mean], look)
+        for row, kl, mean, ends in found:
+            error_bars(axes, kl, mean, view.look_of(row), None, ends)
+            mark(axes, [kl], [mean], view.look_of(row))
 
-    values = [value.mean for _, _, value in found]
+    values = [mean for _, _, mean, _ in found]
     description = f"{len(found)} models, from {number(min(values), 3)} to {number(max(values), 3)}."
-    return h("div", draw(ident, f"{title.capitalize()} against KL", description, paint, size=PANEL))
+    return panel(ident, f"{title.capitalize()} against KL", description, paint)
 
 
-def _table(view: View, present: dict[str, str]) -> Markup:
+def _responses_table(view: View, present: dict[str, str]) -> Markup:
     """Means over the seeds of each setting."""
 
-    def line(name: Any, rows: list[Row]) -> list[Any]:
-        cells: list[Any] = [name]
+    def line(name: Markup, rows: list[Row]) -> list[object]:
+        cells: list[object] = [name]
         for figure in present:
-            known = [value.mean for row in rows if (value := _get(view, figure)(row)) is not None]
+            known = [value[0] for row in rows if (value := _value(row, figure)) is not None]
             mean = sum(known) / len(known) if known else None
             cells.append(percent(mean) if figure in SHARES else number(mean, DIGITS.get(figure, 3)))
         return cells
 
-    groups = [Group([line(named(NEUTRAL, row.get("name")), [row]) for row in view.trained() if view.is_baseline(row)])]
+    groups = [Group([line(named(NEUTRAL, row.name), [row]) for row in view.baseline()])]
     for arm in view.arms:
-        together: dict[tuple, list[Row]] = {}
-        for row in view.trained():
-            if view.arm(row) == arm and not view.is_baseline(row):
-                together.setdefault(setting_key(row.get("setting")), []).append(row)
-        lines = [
-            line(join([arm_name(view, arm), " ", setting_text(rows[0].get("setting"))]), rows)
-            for _, rows in sorted(together.items(), key=lambda entry: str(entry[0]))
-        ]
+        settings = view.settings(arm)
+        lines = [line(join([arm_name(view, arm), " ", setting_text(rows[0].setting)]), rows) for rows in settings]
         groups.append(Group(lines))
-    best = [
-        line(join([named(view.look_of(row), f"best of {number(row.get('n'), 0)}")]), [row]) for row in view.best_of_n()
-    ]
-    columns = [
-        Column("model", False),
-        *(Column(view.name_of(name) if name in FIGURES else title) for name, title in present.items()),
-    ]
-    shown = [group for group in [*groups, Group(best)] if group.rows]
-    return table(columns, shown, label="Length and diversity", caption=_caption(view))
+    groups.append(Group([line(named(view.look_of(row), f"best of {row.n}"), [row]) for row in view.best_of_n]))
+    titles = [view.name_of(name) if name in FIGURES else title for name, title in present.items()]
+    columns = [Column("model", False), *map(Column, titles)]
+    tokens = [row.diversity.tokens for row in view.rows if row.diversity is not None]
+    caption = "Means over the seeds of a setting. " if view.has_seeds() else ""
+    caption += f"Distinct-n and self-BLEU over {count(max(tokens))} tokens of each model." if tokens else view.basis()
+    return table(columns, [group for group in groups if group.rows], label="Length and diversity", caption=caption)
 
 
-def _caption(view: View) -> str:
-    seeds = "Means over the seeds of a setting. " if view.has_seeds() else ""
-    found = {value for row in view.rows if (value := finite(part(row, "diversity", "tokens"))) is not None}
-    return seeds + (
-        f"Distinct-n and self-BLEU over {count(max(found))} tokens of each model." if found else view.basis()
-    )
+def samples_section(view: View, points: Points) -> Section | None:
+    """Responses of all models to the same prompts. Model output is untrusted: text and nothing else."""
+    if not view.results.samples_shown:
+        return None
+    intro = h("p", "The same prompts for all models; what each response scored stands below it.")
+    made = [_prompt(view, shown) for shown in view.results.samples_shown]
+    return section("samples", "Samples, side by side", intro, *made)
+
+
+def _prompt(view: View, shown: Shown) -> Markup:
+    first = _shown_first(view, list(shown.responses))
+    cards = {name: _card(view, name, found) for name, found in shown.responses.items()}
+    rest = [card for name, card in cards.items() if name not in first]
+    more = details(f"{plural(len(rest), 'other model')}", h("div", *rest, class_="cards")) if rest else None
+    quoted = h("h3", _text(shown.prompt or "(empty prompt)"), class_="prompt")
+    return h("article", quoted, h("div", *(cards[name] for name in first), class_="cards"), more, class_="sample")
+
+
+def _shown_first(view: View, names: list[str]) -> list[str]:
+    """The baseline and one model of each arm, of the selected setting where one is; all where they are few."""
+    if len(names) <= AT_ONCE:
+        return names
+    first = [row.name for row in view.baseline() if row.name in names][:1]
+    for arm in view.arms:
+        ours = [row for row in view.models(arm) if row.name in names]
+        ours.sort(key=lambda row: not view.is_selected(row))  # stable: the first seed of the selected setting
+        first += [row.name for row in ours[:1]]
+    first += [name for name in names if name not in first][: max(0, 2 - len(first))]
+    return first[:AT_ONCE]
+
+
+def _card(view: View, name: str, found: list[Response]) -> Markup:
+    look = view.look_of(view.by_model.get(name))
+    style = f"border-top-color:{look.css}"
+    heading = h("h4", named(look, view.title(name)))
+    return h("div", heading, *(_response(view, item) for item in found), class_="card", style=style)
+
+
+def _response(view: View, response: Response) -> Markup:
+    text = clean(response.text)
+    cut = h("span", "cut", class_="chip quiet", title="cut at the longest response, without an end token")
+    known = {"true_reward": response.true_reward, "judge": response.judge, "score": response.score}
+    scores = [
+        h("span", f"{view.name_of(name)} ", h("b", number(value))) for name, value in known.items() if value is not None
+    ]
+    body = h("p", _text(text), class_="said") if text.strip() else h("p", "(nothing)", class_="said none")
+    if len(text) > LONG:
+        summary = join([_text(text[:LONG]), f" … ({count(len(text))} characters)"])
+        body = details(summary, h("p", _text(text), class_="said"), class_="long")
+    below = [*scores] if response.ended else [*scores, cut]
+    return h("div", body, h("p", *below, class_="scores") if below else None)
+
+
+def _text(text: str) -> Markup:
+    """Untrusted text in a box of its own, so that its direction of writing does not reach what stands beside it."""
+    return h("bdi", clean(text), dir="auto")

@@ -1,4 +1,7 @@
-"""Figures by matplotlib as SVG that belongs to the page: its font, its colours by CSS variable, text as text."""
+"""What the page draws: markers, legends, intervals in a table's cell, and figures by matplotlib.
+
+A figure becomes SVG that belongs to the page: its font, its colours by CSS variable, text as text.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,14 @@ import io
 import re
 import warnings
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rlhf_pipeline.report.markup import Markup, h
-from rlhf_pipeline.report.palette import LIGHT
-from rlhf_pipeline.report.text import clean, short
+from rlhf_pipeline.report.markup import NOTHING, Markup, clean, h, interval_text, join, linked, short
+from rlhf_pipeline.report.results import BEST_OF_N, Interval
+from rlhf_pipeline.report.style import LIGHT, Look, swatch
+from rlhf_pipeline.report.view import View
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,12 +24,25 @@ if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
 
 SVG = "http://www.w3.org/2000/svg"
+WIDE = (940, 470)
+NARROW = (350, 380)
+PANEL = (350, 250)
+LARGE = (420, 300)
+
+SIZES = {"^": 1.3, "v": 1.3, "P": 1.25, "X": 1.2, "D": 0.92}
+"""Markers that look smaller or larger than a circle of their size."""
+
+Ends = tuple[float, float] | None
+Late = Callable[["Axes"], None]
+Paint = Callable[["Axes"], Late | None]
+Entry = tuple[Look, str, str | None]
+"""An entry of a legend: look, name, kind of line (`line`, `dashed`, `thin`; None: a marker)."""
 
 # matplotlib draws in colours that stand for a CSS variable each; `_style` puts the variable in their place.
 _CODES = {name: f"#fe01{index:02x}" for index, name in enumerate(LIGHT)}
 _NAMES = {code: name for name, code in _CODES.items()}
 
-_SETTINGS: dict[RcKeyType, Any] = {
+_SETTINGS: dict[RcKeyType, object] = {
     "svg.fonttype": "none",  # text stays text: it can be selected, searched and read aloud
     "svg.hashsalt": "rlhf",
     "text.parse_math": False,  # a $ in a name is a $
@@ -62,8 +79,6 @@ _SETTINGS: dict[RcKeyType, Any] = {
     "lines.solid_capstyle": "round",
 }
 
-Late = Callable[["Axes"], None]
-
 
 def colour(name: str) -> str:
     """The colour for matplotlib that becomes the CSS variable `name`."""
@@ -85,13 +100,7 @@ def plotting() -> Iterator[None]:
 
 
 def draw(
-    ident: str,
-    title: str,
-    description: str,
-    paint: Callable[[Axes], Late | None],
-    *,
-    size: tuple[int, int],
-    class_: str | None = None,
+    ident: str, title: str, description: str, paint: Paint, *, size: tuple[int, int], class_: str | None = None
 ) -> Markup:
     """One figure of width x height CSS pixels; `paint` may return what to do once the places of all things are known.
 
@@ -242,8 +251,8 @@ def place_labels(
         if not free:
             continue
         _, _, dx, dy, align, box = min(free)
-        style: dict[str, Any] = {"ha": align, "va": "center_baseline", "fontsize": 11, "color": colour(hue)}
-        axes.annotate(text, (x, y), xytext=(dx, dy), textcoords="offset points", **style)
+        annotation = axes.annotate(text, (x, y), xytext=(dx, dy), textcoords="offset points", color=colour(hue))
+        annotation.set(ha=align, va="center_baseline", fontsize=11)
         taken.append(box)
 
 
@@ -265,3 +274,108 @@ _PLACES = tuple(
 
 def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def named(look: Look, name: str) -> Markup:
+    """A name beside a marker."""
+    return h("span", swatch(look), short(name, 60), class_="arm")
+
+
+def arm_name(view: View, arm: str) -> Markup:
+    """An arm's name beside its marker."""
+    return named(view.look(arm), arm)
+
+
+def legend(entries: Iterable[Entry]) -> Markup:
+    """A legend: markers and kinds of lines with their names."""
+    made = []
+    for look, name, kind in entries:
+        key = swatch(look)
+        if kind is not None:
+            key = h("i", class_=f"key {kind}", style=f"color:{look.css}", aria_hidden="true")
+        made.append(h("li", key, name))
+    return h("ul", *made, class_="legend")
+
+
+def arm_legend(view: View, arms: Iterable[str], *more: Entry) -> Markup:
+    """The arms of a figure and what else is in it."""
+    return legend([*((view.look(arm), "best of n" if arm == BEST_OF_N else arm, None) for arm in arms), *more])
+
+
+def both(ident: str, title: str, description: str, paint: Paint) -> Markup:
+    """A figure drawn twice: for a wide page and for a narrow one; the style sheet shows the one that fits."""
+    wide = draw(ident, title, description, paint, size=WIDE, class_="wide")
+    return join([wide, draw(f"{ident}-narrow", title, description, paint, size=NARROW, class_="narrow")])
+
+
+def panel(ident: str, title: str, description: str, paint: Paint, size: tuple[int, int] = PANEL) -> Markup:
+    """One of several small figures."""
+    return h("div", draw(ident, title, description, paint, size=size))
+
+
+def panels(made: Sequence[Markup], *, large: bool = False) -> Markup:
+    """Small figures side by side, as many as fit."""
+    return h("div", *made, class_="panels pair" if large else "panels")
+
+
+def plot(body: Markup, caption: str, files: Sequence[str], key: Markup) -> Markup:
+    """A figure with its legend on top, and below what one sees and where its numbers are."""
+    return h("figure", key, body, h("figcaption", linked(caption, files)), class_="chart")
+
+
+def interval_bar(found: Interval | None, low: float, high: float, look: Look, zero: float | None = None) -> Markup:
+    """An interval on a scale from `low` to `high` that is the same for all rows of a table."""
+    if found is None or high <= low:
+        return h("span", NOTHING, class_="none")
+
+    def at(value: float) -> str:
+        return f"{6 + 148 * (min(max(value, low), high) - low) / (high - low):.1f}"
+
+    parts = [h("path", d="M6 9H154", style="stroke:var(--grid);stroke-width:1")]
+    if zero is not None and low <= zero <= high:
+        parts.append(h("path", d=f"M{at(zero)} 1V17", style="stroke:var(--muted);stroke-width:1"))
+    if found.ends is not None:
+        line = f"M{at(found.ends[0])} 9H{at(found.ends[1])}"
+        parts.append(h("path", d=line, style=f"stroke:{look.css};stroke-width:2.4;stroke-linecap:round"))
+    parts.append(h("circle", cx=at(found.mean), cy="9", r="4", style=f"fill:{look.css}"))
+    return h("svg", *parts, class_="bar", viewBox="0 0 160 18", role="img", aria_label=interval_text(found))
+
+
+def span(found: Iterable[Interval | None], *also: float) -> tuple[float, float]:
+    """The range that holds all intervals, and `also`."""
+    values = [*also]
+    for item in found:
+        if item is not None:
+            values += [item.mean, *(item.ends or ())]
+    if not values:
+        return 0.0, 0.0
+    low, high = min(values), max(values)
+    room = 0.04 * (high - low)
+    return low - room, high + room
+
+
+def mark(
+    axes: Axes, x: Sequence[float], y: Sequence[float], look: Look, *, size: float = 6.5, filled: bool = True
+) -> None:
+    """Points in the colour and with the marker of what they belong to, set off from lines behind them."""
+    hue, page = colour(look.hue), colour("page")
+    size *= SIZES.get(look.marker, 1.0)
+    face, edge, width = (hue, page, 0.7) if filled else (page, hue, 1.5)
+    axes.plot(x, y, ls="", marker=look.marker, ms=size, mfc=face, mec=edge, mew=width, zorder=4)
+
+
+def trail(axes: Axes, line: Sequence[tuple[float, float]], look: Look) -> None:
+    """The snapshots of a run, smaller and lighter than models, on a thin line that ends at the run's model."""
+    hue, size = colour(look.hue), 4 * SIZES.get(look.marker, 1.0)
+    x, y = zip(*line)
+    axes.plot(x, y, color=hue, lw=0.9, alpha=0.4, zorder=1.6)
+    axes.plot(x[:-1], y[:-1], ls="", marker=look.marker, ms=size, mfc=hue, mec="none", alpha=0.5, zorder=3)
+
+
+def error_bars(axes: Axes, x: float, y: float, look: Look, across: Ends, upright: Ends) -> None:
+    """The intervals of a point, thin, behind it."""
+    hue = colour(look.hue)
+    if upright is not None:
+        axes.plot([x, x], upright, color=hue, lw=1.1, alpha=0.45, zorder=2, solid_capstyle="butt")
+    if across is not None:
+        axes.plot(across, [y, y], color=hue, lw=1.1, alpha=0.45, zorder=2, solid_capstyle="butt")
