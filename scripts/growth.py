@@ -30,7 +30,7 @@ from rlhf_pipeline.data.load import examples_of, read_records
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import train_byte_level_bpe
 from rlhf_pipeline.models.loading import model_of_config, new_config
-from rlhf_pipeline.models.roles import Policy, RewardModel
+from rlhf_pipeline.models.modules import Policy, RewardModel
 from rlhf_pipeline.models.selfcheck import inspect_model, read_reward_model
 from rlhf_pipeline.stages.dpo import dpo_step
 from rlhf_pipeline.stages.reward import reward_step

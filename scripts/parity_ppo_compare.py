@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_pipeline.algorithms.kl import k1
 from rlhf_pipeline.algorithms.masked import masked_mean, whiten
-from rlhf_pipeline.models.roles import ActorCritic
+from rlhf_pipeline.models.modules import ActorCritic
 from rlhf_pipeline.rollout.rollout import rollout_metrics
 from rlhf_pipeline.stages.ppo import derive
 

@@ -144,13 +144,13 @@ def verify(
     ] = False,
 ) -> None:
     """Check sizes and digests of all files; exit 2 when something is wrong and was not mended."""
-    from rlhf_pipeline.registry.repair import faults_of
+    from rlhf_pipeline.registry.repair import registry_faults
     from rlhf_pipeline.registry.repair import repair as mend
 
     registry = common.registry
     done = mend(registry, reference) if repair else []
     # After a repair the reference may name another version, or nothing.
-    faults = [] if reference is not None and done else faults_of(registry, reference)
+    faults = [] if reference is not None and done else registry_faults(registry, reference)
     if common.json:
         result = {"ok": not faults, "faults": [str(fault) for fault in faults]}
         emit_json(result | ({"repaired": [asdict(one) for one in done]} if repair else {}))

@@ -49,12 +49,12 @@ def check_models(config: CommandConfig, registry: Registry) -> None:
     Raises:
         UnknownReference, MismatchError, DamagedFile.
     """
-    from rlhf_pipeline.config.references import references
+    from rlhf_pipeline.config.mentions import mentions
     from rlhf_pipeline.registry import check_role
 
-    for reference in references(config):
-        if reference.role != "data":
-            check_role(registry.resolve(reference.text), "policy" if reference.role == "policy" else "reward_model")
+    for mention in mentions(config):
+        if mention.role != "data":
+            check_role(registry.resolve(mention.text), "policy" if mention.role == "policy" else "reward_model")
 
 
 def run(

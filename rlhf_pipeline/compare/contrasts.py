@@ -18,7 +18,7 @@ from rlhf_pipeline.compare.rankings import ranking_section, win_rate_section
 from rlhf_pipeline.compare.rows import Measured, bill
 from rlhf_pipeline.evaluation.frontier import Curve, area_between, common_range, difference_at
 from rlhf_pipeline.evaluation.sampled import SHARES, Samples
-from rlhf_pipeline.evaluation.seeds import Finding, contrast, holm, infer
+from rlhf_pipeline.evaluation.seeds import Inference, contrast, holm, infer
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report.results import (
     ArmEntry,
@@ -51,7 +51,7 @@ FIGURES = ("true_reward", "judge", "score", "kl", "length")
 
 
 def _entry(
-    kind: ContrastKind, a: Arm, b: Arm, figure: str, at: str, found: Finding | None, why_not: str | None = None
+    kind: ContrastKind, a: Arm, b: Arm, figure: str, at: str, found: Inference | None, why_not: str | None = None
 ) -> Contrast:
     return Contrast(
         name=f"{a.name} - {b.name}",
@@ -128,7 +128,7 @@ def _cost(registry: Registry, arm: Arm, seeds: Seeds, settings: Sequence[Setting
 def _at_equal_cost(a: Arm, b: Arm, seeds: Seeds, figure: str, chooser: str | None, registry: Registry) -> Contrast:
     """A figure at one cost that both arms reach, each by the points that no cheaper one of its own beats."""
 
-    def entry(found: Finding | None = None, why_not: str | None = None, at: str = "at equal FLOPs") -> Contrast:
+    def entry(found: Inference | None = None, why_not: str | None = None, at: str = "at equal FLOPs") -> Contrast:
         return _entry("cost", a, b, figure, at, found, why_not)
 
     curves = []
@@ -147,7 +147,7 @@ def _at_equal_cost(a: Arm, b: Arm, seeds: Seeds, figure: str, chooser: str | Non
         curves.append(Curve.of(spent, arm.stacked(seeds, figure, settings=chosen)))
     one, other = curves
     found = difference_at(one, other, names=(a.name, b.name))
-    return entry(found.finding, found.why_not, "at equal FLOPs" if found.at is None else f"at {found.at:.3g} FLOPs")
+    return entry(found.inference, found.why_not, "at equal FLOPs" if found.at is None else f"at {found.at:.3g} FLOPs")
 
 
 def _matched(a: Arm, b: Arm, seeds: Seeds, figure: str, chooser: str | None, registry: Registry) -> Iterator[Contrast]:
@@ -156,13 +156,13 @@ def _matched(a: Arm, b: Arm, seeds: Seeds, figure: str, chooser: str | None, reg
     one, other = a.curve(seeds, figure, chooser), b.curve(seeds, figure, chooser)
     found = difference_at(one, other, names=names)
     text = "at matched KL" if found.at is None else f"at a KL of {found.at:.2f} nats"
-    yield _entry("matched KL", a, b, figure, text, found.finding, found.why_not)
+    yield _entry("matched KL", a, b, figure, text, found.inference, found.why_not)
     shared = common_range(one, other)
     found = area_between(one, other, names=names)
     text = "on average over all KLs that both reach"
     if shared is not None:
         text = f"on average over KLs of {shared[0]:.2f} to {shared[1]:.2f} nats"
-    yield _entry("area", a, b, figure, text, found.finding, found.why_not)
+    yield _entry("area", a, b, figure, text, found.inference, found.why_not)
     yield _at_equal_cost(a, b, seeds, figure, chooser, registry)
 
 

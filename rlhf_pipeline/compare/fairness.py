@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from rlhf_pipeline.compare.aim import moved_options
 from rlhf_pipeline.config.base import resolve_lengths
+from rlhf_pipeline.config.reward_names import names_a_model
 from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.measure.trained_on import training_temperature
 from rlhf_pipeline.registry.manifest import Manifest
@@ -18,7 +19,6 @@ from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import read_json
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report.results import Difference
-from rlhf_pipeline.rollout.reward_names import names_a_model
 
 NONE = "none"
 MOVED = "options that move the optimum"

@@ -10,7 +10,7 @@ import numpy as np
 from rlhf_pipeline.compare.arms import Arm, common_seeds
 from rlhf_pipeline.compare.rows import Measured
 from rlhf_pipeline.evaluation.frontier import common_range, reward_at
-from rlhf_pipeline.evaluation.overoptimisation import fit, overoptimised
+from rlhf_pipeline.evaluation.overoptimisation import fit_gain, overoptimised
 from rlhf_pipeline.report.results import Exact, Frontier, FrontierArm, FrontierPoint, GaoFit, Interval, Overoptimised
 
 BAND_POINTS = 15
@@ -42,8 +42,8 @@ def _arm(arm: Arm, figure: str, chooser: str | None) -> FrontierArm:
     shared, band = common_range(curve), list[tuple[float, float | None, float | None]]()
     for at in () if shared is None else np.linspace(*shared, BAND_POINTS):
         reading = reward_at(curve, float(at), name=arm.name, resamples=BAND_RESAMPLES)
-        if reading.finding is not None:
-            band.append((float(at), reading.finding.estimate.low, reading.finding.estimate.high))
+        if reading.inference is not None:
+            band.append((float(at), reading.inference.estimate.low, reading.inference.estimate.high))
     envelope = sorted((float(kl), float(reward)) for kl, reward in zip(x, y, strict=True))
     return FrontierArm(points=points, envelope=envelope, band=band)
 
@@ -95,7 +95,7 @@ def over_optimisation_section(arms: Sequence[Arm], reference: Measured | None) -
         distance = np.sqrt(kl.mean((0, 2)).clip(min=0.0))
         start = np.stack([_start(reference, arm, seed) for seed in seeds])[:, None]  # by the reward model of each seed
         proxy_gain, gain = proxy - start, real - reference.values(gold)
-        fitted = fit("rl", distance, gain.mean((0, 2)))
+        fitted = fit_gain("rl", distance, gain.mean((0, 2)))
         verdict = overoptimised(distance, proxy_gain, gain, fitted)
         rows = zip(distance, proxy_gain.mean((0, 2)), gain.mean((0, 2)), strict=True)
         found[arm.name] = Overoptimised(

@@ -9,7 +9,7 @@ from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import UnknownReference
-from rlhf_pipeline.evaluation.preferences import (
+from rlhf_pipeline.evaluation.preference_metrics import (
     accuracy,
     compare_scorers,
     longer_wins,

@@ -10,7 +10,7 @@ import numpy as np
 
 from rlhf_pipeline.compare.arms import Arm, Seeds, Setting, paired_by_seed, setting_key
 from rlhf_pipeline.compare.rows import Measured
-from rlhf_pipeline.evaluation.ranking import rank
+from rlhf_pipeline.evaluation.elo import rank
 from rlhf_pipeline.evaluation.sampled import Samples
 from rlhf_pipeline.evaluation.win_rates import (
     ONE_SAMPLE,
@@ -54,7 +54,7 @@ def win_rate_entry(names: tuple[str, str], figure: str, mine: Side, theirs: Side
         )
     found = win_rate(mine[0], theirs[0], coupled=coupled)
     controlled = length_controlled_win_rate(mine[0], theirs[0], mine[1], theirs[1], coupled=coupled)
-    finding = controlled.finding
+    finding = controlled.inference
     return WinRate(
         a=a,
         b=b,

@@ -9,6 +9,7 @@ import numpy as np
 
 from rlhf_pipeline.compare.aim import Aim, aim_of
 from rlhf_pipeline.compare.points import Point
+from rlhf_pipeline.config.reward_names import names_a_model
 from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.evaluation.diversity import distinct, self_bleu, token_budget
 from rlhf_pipeline.evaluation.sampled import Samples, paired_difference, scores_of
@@ -20,7 +21,6 @@ from rlhf_pipeline.registry.parents import beta_of, parent_of, reward_models_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report.results import Cost, Diversity, Interval, Row
-from rlhf_pipeline.rollout.reward_names import names_a_model
 from rlhf_pipeline.rollout.rewards import RewardSource
 from rlhf_pipeline.stages.reward_sources import load_reward
 

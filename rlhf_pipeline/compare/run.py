@@ -23,11 +23,12 @@ from rlhf_pipeline.compare.readings import configs, curves, lineage, prompt_text
 from rlhf_pipeline.compare.rows import Measured, diversities, measure_points, measured_reference, row_of
 from rlhf_pipeline.compare.verdict import verdict
 from rlhf_pipeline.config.compare import CompareConfig
+from rlhf_pipeline.config.reward_names import names_a_model
 from rlhf_pipeline.errors import ConfigError, DataError, Fault, MismatchError
 from rlhf_pipeline.measure.bench import Bench, find_policies, knows_data, set_up
 from rlhf_pipeline.measure.best_of import best_of_n_rows, enough_samples, primary_figure
 from rlhf_pipeline.measure.demonstrations import demonstrations_of, describe
-from rlhf_pipeline.measure.exact import Judge, exact_figures
+from rlhf_pipeline.measure.exact import ExactBench, exact_figures
 from rlhf_pipeline.measure.leaves import TRUTH, Leaves
 from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
 from rlhf_pipeline.models.sharing import sharing_models
@@ -36,9 +37,8 @@ from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.storage import replace_text, staging
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report.results import Comparable, Exact, Findings, Gate, Results
-from rlhf_pipeline.rollout.reward_names import names_a_model
 from rlhf_pipeline.stages.common import find_model
-from rlhf_pipeline.training.run import make_accelerator
+from rlhf_pipeline.training.open_run import make_accelerator
 from rlhf_pipeline.training.tracking import console
 
 
@@ -102,7 +102,7 @@ def _exact(
         for point, model in trained
         if (found := parent_of(bench.registry, model, "reward_model")) is not None
     }
-    judge = Judge(
+    judge = ExactBench(
         leaves,
         TRUTH,
         None,

@@ -212,11 +212,11 @@ def _over_optimisation(results: Findings) -> Iterator[Line]:
     for arm, entry in _over_optimised(results).items():
         peak = None if entry.fit is None else entry.fit.peak
         where = f" beyond sqrt(KL) = {peak:.2f}" if peak is not None else ""
-        yield line("limits", f"{arm} is over-optimised{where}: the proxy still rises while the judged reward falls")
+        yield line("limits", f"{arm} is over-optimised{where}: the proxy still rises while the gold reward falls")
 
 
 def _over_optimised(results: Findings) -> dict[str, Overoptimised]:
-    """The arms whose judged reward falls while the optimised one still rises."""
+    """The arms whose gold reward falls while the optimised one still rises."""
     return {arm: entry for arm, entry in (results.overoptimisation or {}).items() if entry.found}
 
 

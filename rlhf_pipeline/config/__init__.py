@@ -4,7 +4,7 @@ from rlhf_pipeline.config.base import Lengths, moves_optimum, resolve_lengths
 from rlhf_pipeline.config.dump import config_digest, dump_yaml
 from rlhf_pipeline.config.experiment import Experiment, StageSpec, load_experiment
 from rlhf_pipeline.config.load import Loaded, load_config
-from rlhf_pipeline.config.references import Reference, references
+from rlhf_pipeline.config.mentions import Mention, mentions
 from rlhf_pipeline.config.stages import (
     SCHEMAS,
     STAGES,
@@ -33,8 +33,8 @@ __all__ = [
     "ExperimentConfig",
     "Lengths",
     "Loaded",
+    "Mention",
     "PpoConfig",
-    "Reference",
     "RewardConfig",
     "RewardFunction",
     "SftConfig",
@@ -44,7 +44,7 @@ __all__ = [
     "dump_yaml",
     "load_config",
     "load_experiment",
+    "mentions",
     "moves_optimum",
-    "references",
     "resolve_lengths",
 ]

@@ -13,8 +13,8 @@ from typing import Any, cast
 from rlhf_pipeline.config.draft import Draft, Override, parse_overrides
 from rlhf_pipeline.config.links import Links
 from rlhf_pipeline.config.load import in_order, validate
-from rlhf_pipeline.config.plan import ExperimentConfig, resampled
-from rlhf_pipeline.config.references import references
+from rlhf_pipeline.config.mentions import mentions
+from rlhf_pipeline.config.plan import ExperimentConfig, drawn_by_seed
 from rlhf_pipeline.config.spec import Experiment, StageSpec
 from rlhf_pipeline.config.stages import STAGES, TRAINING
 from rlhf_pipeline.config.sweep import Axis, at, read_sweep, repeated, spelling, swept
@@ -102,7 +102,7 @@ class _Reader:
             compare,
             tuple(dict.fromkeys(self.notes)),
             {name: points for name, points in every.items() if any(axis.stage == name for axis in axes)},
-            resampled(config, commands, pinned),
+            drawn_by_seed(config, commands, pinned),
             pinned,
         )
 
@@ -172,7 +172,7 @@ class _Reader:
         self.notes.extend(draft.notes)
         if config is None:
             return None
-        places = {found.path: found.text for found in references(config) if found.text in linked}
+        places = {found.path: found.text for found in mentions(config) if found.text in linked}
         return StageSpec(name, draft.stage, config, places)
 
     def _share_out(

@@ -85,7 +85,7 @@ def resampled(nodes: Iterable[Node]) -> tuple[str, ...]:
 
 def _runs_of(experiment: Experiment, spec: StageSpec, runs: Mapping[str, Sequence[_Run]]) -> Iterator[_Run]:
     """Yield the runs of a stage, given those of all stages before it; each config with the same inputs once."""
-    drawn = spec.name in experiment.resampled
+    drawn = spec.name in experiment.drawn_by_seed
     seen = set()
     for number, point in enumerate(experiment.points(spec)):
         parents = dict.fromkeys(point.links.values())

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Mapping
 
 from rlhf_pipeline.config.draft import Draft
-from rlhf_pipeline.config.references import DATA_SUFFIXES, Reference, references
+from rlhf_pipeline.config.mentions import DATA_SUFFIXES, Mention, mentions
 from rlhf_pipeline.errors import did_you_mean
 
 _PRODUCERS = {"policy": ("sft", "ppo", "dpo"), "reward": ("train-rm",), "data": ("collect",)}
@@ -28,19 +28,19 @@ class Links:
     def find(self, name: str, draft: Draft) -> set[str]:
         """Return the earlier stages that a draft names; other names of stages are faults of it."""
         links: set[str] = set()
-        for reference in references(draft.values):
-            if reference.text not in self._commands:
-                self._check_outside(draft, reference)
-            elif reference.text not in self._earlier:
-                when = "this stage itself" if reference.text == name else "a later stage"
-                expected, fix = self._expected(reference.role), "change the order of the stages"
-                draft.fault(reference.path, f"{reference.text!r} is {when}", expected, fix)
-            elif self._commands[reference.text] not in _PRODUCERS[reference.role]:
-                command, meant = self._commands[reference.text], _MEANT[reference.role]
-                found = f"the stage {reference.text!r} is a {command} stage, which does not make {meant}"
-                draft.fault(reference.path, found, self._expected(reference.role))
+        for mention in mentions(draft.values):
+            if mention.text not in self._commands:
+                self._check_outside(draft, mention)
+            elif mention.text not in self._earlier:
+                when = "this stage itself" if mention.text == name else "a later stage"
+                expected, fix = self._expected(mention.role), "change the order of the stages"
+                draft.fault(mention.path, f"{mention.text!r} is {when}", expected, fix)
+            elif self._commands[mention.text] not in _PRODUCERS[mention.role]:
+                command, meant = self._commands[mention.text], _MEANT[mention.role]
+                found = f"the stage {mention.text!r} is a {command} stage, which does not make {meant}"
+                draft.fault(mention.path, found, self._expected(mention.role))
             else:
-                links.add(reference.text)
+                links.add(mention.text)
         return links
 
     def _expected(self, role: str) -> str:
@@ -50,19 +50,19 @@ class Links:
         text = f"an earlier stage of kind {' or '.join(producers)}"
         return f"{text} ({', '.join(fitting)})" if fitting else text
 
-    def _check_outside(self, draft: Draft, reference: Reference) -> None:
+    def _check_outside(self, draft: Draft, mention: Mention) -> None:
         """Refuse a bare name that nothing bears; paths and hub ids are left to whoever loads them."""
-        text = reference.text
+        text = mention.text
         bare = re.split("[@#]", text, maxsplit=1)[0]
         if "/" in text or text.startswith((".", "~")) or os.path.exists(text):
             return
-        if reference.role == "data":
+        if mention.role == "data":
             near = did_you_mean(text, self._commands)
             if near and ":" not in text and not text.endswith(DATA_SUFFIXES):
-                draft.fault(reference.path, f"{text!r} names no stage", self._expected("data"), near)
+                draft.fault(mention.path, f"{text!r} names no stage", self._expected("data"), near)
         elif bare not in self._known:
             near = did_you_mean(bare, [*self._commands, *sorted(self._known)])
             if bare in self._commands:
                 near = f"write {bare} for the output of the stage"
             found = f"{text!r} names no stage of the experiment and no model of the registry"
-            draft.fault(reference.path, found, self._expected(reference.role), near)
+            draft.fault(mention.path, found, self._expected(mention.role), near)

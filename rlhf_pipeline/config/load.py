@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from rlhf_pipeline.config.base import LENGTHS, CommandConfig, check_lengths
 from rlhf_pipeline.config.draft import A_FILE, Draft, parse_overrides
 from rlhf_pipeline.config.keys import advice_on_unknown, advice_on_unknown_inside
-from rlhf_pipeline.config.references import find_local_paths
+from rlhf_pipeline.config.mentions import find_local_paths
 from rlhf_pipeline.config.stages import SCHEMAS, schema_class
 from rlhf_pipeline.config.yaml import KeyPath, as_index, read_document
 from rlhf_pipeline.errors import ConfigError, Fault, did_you_mean

@@ -90,7 +90,7 @@ class ExperimentConfig(CommandConfig):
     )
 
 
-def resampled(config: ExperimentConfig, commands: Mapping[str, str], pinned: Collection[str]) -> tuple[str, ...]:
+def drawn_by_seed(config: ExperimentConfig, commands: Mapping[str, str], pinned: Collection[str]) -> tuple[str, ...]:
     """Return the stages that each seed draws anew by themselves, in order; what depends on them follows.
 
     Args:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.config.references import set_value
+from rlhf_pipeline.config.mentions import set_value
 from rlhf_pipeline.config.yaml import KeyPath
 
 
@@ -42,7 +42,7 @@ class Experiment:
 
     Args:
         stages: each with the first seed, and at the first point of its own sweep.
-        swept: all points of the stages that are swept. resampled: stages that each seed draws anew by themselves,
+        swept: all points of the stages that are swept. drawn_by_seed: stages that each seed draws anew by themselves,
             not for the sake of their input. pinned: stages whose seed the experiment itself sets.
     """
 
@@ -53,7 +53,7 @@ class Experiment:
     compare: StageSpec | None = None
     notes: tuple[str, ...] = ()
     swept: Mapping[str, tuple[StageSpec, ...]] = field(default_factory=dict)
-    resampled: tuple[str, ...] = ()
+    drawn_by_seed: tuple[str, ...] = ()
     pinned: frozenset[str] = frozenset()
 
     def points(self, spec: StageSpec) -> tuple[StageSpec, ...]:

@@ -14,7 +14,7 @@ from rlhf_pipeline.data.records import Messages, Text
 IDENTICAL = "identical_pair"
 
 
-class Row:
+class SourceRow:
     """One row of a source; its readers return None after recording a fault."""
 
     def __init__(self, where: str, values: Mapping[str, Any]):

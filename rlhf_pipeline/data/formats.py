@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_pipeline.data import preferences
-from rlhf_pipeline.data.columns import IDENTICAL, Row, alike
+from rlhf_pipeline.data.columns import IDENTICAL, SourceRow, alike
 from rlhf_pipeline.data.files import RowFault
 from rlhf_pipeline.data.records import Messages, Record
 from rlhf_pipeline.errors import DataError, Fault
@@ -69,7 +69,7 @@ def parse(rows: list[tuple[str, dict[str, Any]]], name: str) -> Parsed:
     if layout is preferences.implicit:
         parsed.unread = preferences.unread_prompt(dict.fromkeys(column for _, values in rows for column in values))
     for where, values in rows:
-        row = Row(where, values)
+        row = SourceRow(where, values)
         record = layout(row)
         split = row.split()
         if row.faults:
@@ -91,7 +91,7 @@ def is_identical(record: Record) -> bool:
     return record.kind == "pair" and ids is not None and ids[0] == ids[1] and record.ended[0] == record.ended[1]
 
 
-def detect(rows: list[tuple[str, dict[str, Any]]], name: str) -> tuple[Callable[[Row], Record | None], str]:
+def detect(rows: list[tuple[str, dict[str, Any]]], name: str) -> tuple[Callable[[SourceRow], Record | None], str]:
     """Return the first layout that at least half of the rows match, else the most frequent one, and its name.
 
     Raises:
@@ -122,7 +122,7 @@ def detect(rows: list[tuple[str, dict[str, Any]]], name: str) -> tuple[Callable[
     return layout, label
 
 
-def _demonstration(row: Row) -> Record | None:
+def _demonstration(row: SourceRow) -> Record | None:
     prompt, completion = row.text("prompt"), row.text("completion")
     if prompt is None or completion is None:
         return None
@@ -134,7 +134,7 @@ def _demonstration(row: Row) -> Record | None:
     return Record("demonstration", prompt, (completion,), (row.flag("ended"),), "", None, prompt_ids, completion_ids)
 
 
-def _messages(row: Row) -> Record | None:
+def _messages(row: SourceRow) -> Record | None:
     messages = row.text("messages")
     if messages is None:
         return None
@@ -144,7 +144,7 @@ def _messages(row: Row) -> Record | None:
     return _conversation(row, "messages", messages)
 
 
-def _sharegpt(row: Row) -> Record | None:
+def _sharegpt(row: SourceRow) -> Record | None:
     turns = row.value("conversations")
     if turns is None:
         return None
@@ -167,7 +167,7 @@ def _from_sharegpt(turn: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _conversation(row: Row, name: str, messages: Messages) -> Record | None:
+def _conversation(row: SourceRow, name: str, messages: Messages) -> Record | None:
     if row.completion(name, messages) is None:
         return None
     if len(messages) < 2:
@@ -177,7 +177,7 @@ def _conversation(row: Row, name: str, messages: Messages) -> Record | None:
     return Record("demonstration", messages[:-1], (messages[-1:],), (row.flag("ended"),))
 
 
-def _alpaca(row: Row) -> Record | None:
+def _alpaca(row: SourceRow) -> Record | None:
     instruction, output = row.string("instruction"), row.string("output")
     given = row.string("input") if row.has("input") else ""
     if instruction is None or output is None or given is None:
@@ -188,7 +188,7 @@ def _alpaca(row: Row) -> Record | None:
     return Record("demonstration", prompt, (output,), (row.flag("ended"),))
 
 
-def _text(row: Row) -> Record | None:
+def _text(row: SourceRow) -> Record | None:
     text = row.string("text")
     if text is None:
         return None
@@ -196,7 +196,7 @@ def _text(row: Row) -> Record | None:
     return Record("text", None, (text,), (row.flag("ended"),))
 
 
-def _prompt(row: Row) -> Record | None:
+def _prompt(row: SourceRow) -> Record | None:
     prompt = row.text("prompt")
     if prompt is None:
         return None
@@ -205,7 +205,7 @@ def _prompt(row: Row) -> Record | None:
     return Record("prompt", prompt, prompt_ids=ids[0] if ids else None)
 
 
-LAYOUTS: list[tuple[tuple[str, ...], Callable[[Row], Record | None], str]] = [
+LAYOUTS: list[tuple[tuple[str, ...], Callable[[SourceRow], Record | None], str]] = [
     (("chosen", "rejected"), preferences.pair, "pair"),
     (("prompt", "completions", "ranks"), preferences.ranking, "ranking"),
     (("prompt", "completions", "scores"), preferences.ranking, "ranking"),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from rlhf_pipeline.data.columns import IDENTICAL, Row, alike
+from rlhf_pipeline.data.columns import IDENTICAL, SourceRow, alike
 from rlhf_pipeline.data.records import Record, Text
 from rlhf_pipeline.errors import did_you_mean
 
@@ -21,7 +21,7 @@ def is_transcript(value: Any) -> bool:
     return isinstance(value, str) and value.lstrip().startswith("Human:") and ASSISTANT in value
 
 
-def pair(row: Row) -> Record | None:
+def pair(row: SourceRow) -> Record | None:
     """Read a pair whose prompt has its own column."""
     prompt, chosen, rejected = row.text("prompt"), row.text("chosen"), row.text("rejected")
     if prompt is None or chosen is None or rejected is None:
@@ -35,7 +35,7 @@ def pair(row: Row) -> Record | None:
     return _finish_pair(row, prompt, chosen, rejected)
 
 
-def implicit(row: Row) -> Record | None:
+def implicit(row: SourceRow) -> Record | None:
     """Read a pair whose prompt is the common beginning of both sides."""
     chosen, rejected = row.text("chosen"), row.text("rejected")
     if chosen is None or rejected is None:
@@ -54,7 +54,7 @@ def unread_prompt(columns: Iterable[str]) -> str | None:
     return there[near[0]] if near else None
 
 
-def _common(row: Row, chosen: Text, rejected: Text) -> Record | None:
+def _common(row: SourceRow, chosen: Text, rejected: Text) -> Record | None:
     if chosen == rejected:
         row.fault(IDENTICAL, "'chosen' equals 'rejected'", "two different responses", "drop the row")
         return None
@@ -81,7 +81,7 @@ def _shared_length(first: Text, second: Text) -> int:
     return low
 
 
-def hh(row: Row) -> Record | None:
+def hh(row: SourceRow) -> Record | None:
     """Read a pair of HH transcripts, whose prompt ends with the last "Assistant:"."""
     chosen, rejected = row.string("chosen"), row.string("rejected")
     if chosen is None or rejected is None:
@@ -103,7 +103,7 @@ def hh(row: Row) -> Record | None:
     return _finish_pair(row, prompts[0], *replies)
 
 
-def _finish_pair(row: Row, prompt: Text, chosen: Text, rejected: Text) -> Record | None:
+def _finish_pair(row: SourceRow, prompt: Text, chosen: Text, rejected: Text) -> Record | None:
     ids = row.all_ids("prompt_ids", "chosen_ids", "rejected_ids")
     prompt, (chosen, rejected) = alike(prompt, (chosen, rejected))
     ended = (row.flag("chosen_ended"), row.flag("rejected_ended"))
@@ -119,7 +119,7 @@ def _finish_pair(row: Row, prompt: Text, chosen: Text, rejected: Text) -> Record
     return Record("pair", prompt, (chosen, rejected), ended, "", None, prompt_ids, completion_ids, extra)
 
 
-def ranking(row: Row) -> Record | None:
+def ranking(row: SourceRow) -> Record | None:
     """Read a ranking of two or more completions by their ranks or scores."""
     prompt, values = row.text("prompt"), row.value("completions")
     if prompt is None or values is None:

@@ -10,7 +10,7 @@ import numpy as np
 MASS_TOLERANCE = 1e-5
 
 
-def best_of_n(chooser: np.ndarray, judged: np.ndarray, n: int) -> np.ndarray:
+def best_of_n(chooser: np.ndarray, measured: np.ndarray, n: int) -> np.ndarray:
     """Expected figure of the best of n samples, for each prompt, from N >= n samples of it.
 
     With the samples sorted by the chooser, the i-th smallest is the best of a random n-subset with probability
@@ -18,7 +18,7 @@ def best_of_n(chooser: np.ndarray, judged: np.ndarray, n: int) -> np.ndarray:
     chooser scores the same share their weight.
 
     Args:
-        chooser: (P, N) scores that choose. judged: (P, N) the figure of interest.
+        chooser: (P, N) scores that choose. measured: (P, N) the figure of interest.
 
     Returns:
         (P,).
@@ -35,7 +35,7 @@ def best_of_n(chooser: np.ndarray, judged: np.ndarray, n: int) -> np.ndarray:
         order = np.argsort(chooser[row], kind="stable")
         _, group = np.unique(chooser[row][order], return_inverse=True)
         shared = np.bincount(group, weights) / np.bincount(group)
-        result[row] = float(np.sum(shared[group] * judged[row][order]))
+        result[row] = float(np.sum(shared[group] * measured[row][order]))
     return result
 
 
@@ -52,21 +52,21 @@ class ChooserLaw:
     """The distribution of a chooser's values under the reference, where every response can be listed.
 
     log_mass: (U,) log-probability of each distinct value, rising. log_below: (U,) log F of the values up to and with
-    it. judged: (U,) mean of the judged figure among the responses of that value.
+    it. measured: (U,) mean of the measured figure among the responses of that value.
     """
 
     log_mass: np.ndarray
     log_below: np.ndarray
-    judged: np.ndarray
+    measured: np.ndarray
 
     @classmethod
-    def of(cls, chooser: np.ndarray, judged: np.ndarray, ref_logprobs: np.ndarray) -> ChooserLaw:
+    def of(cls, chooser: np.ndarray, measured: np.ndarray, ref_logprobs: np.ndarray) -> ChooserLaw:
         """From three arrays over all responses of one prompt, (L,) each.
 
         Raises:
             ValueError: for different lengths, or probabilities that do not sum to 1 within 1e-5.
         """
-        values, figure, logs = (np.asarray(x, dtype=np.float64) for x in (chooser, judged, ref_logprobs))
+        values, figure, logs = (np.asarray(x, dtype=np.float64) for x in (chooser, measured, ref_logprobs))
         probability = np.exp(logs)
         if not (values.shape == figure.shape == logs.shape) or not abs(probability.sum() - 1) <= MASS_TOLERANCE:
             raise ValueError(
@@ -86,7 +86,7 @@ class ChooserLaw:
         return cls(np.log(mass), log_below, total / mass)
 
     def best_of(self, n: int) -> tuple[float, float]:
-        """(expected judged figure, KL to the reference in nats) of the best of n independent samples, exactly.
+        """(expected measured figure, KL to the reference in nats) of the best of n independent samples, exactly.
 
             P(best <= v) = F(v)^n,  P(best = v) = F(v)^n - F(v-)^n
 
@@ -104,4 +104,4 @@ class ChooserLaw:
             log_best = n * self.log_below + np.log(-np.expm1(n * (before - self.log_below)))
             best = np.exp(log_best)
             terms = np.where(best > 0, best * (log_best - self.log_mass), 0.0)
-        return float(best @ self.judged), max(0.0, float(terms.sum()))
+        return float(best @ self.measured), max(0.0, float(terms.sum()))

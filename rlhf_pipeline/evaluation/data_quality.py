@@ -11,7 +11,7 @@ from rlhf_pipeline.data.load import lowest_hashes
 from rlhf_pipeline.data.overlap import EVALUATED, loose_key
 from rlhf_pipeline.data.records import Record, plain
 from rlhf_pipeline.data.splits import SPLITS
-from rlhf_pipeline.evaluation.preferences import accuracy, longer_wins, tfidf_bradley_terry
+from rlhf_pipeline.evaluation.preference_metrics import accuracy, longer_wins, tfidf_bradley_terry
 
 FOLDS = 5
 PAIRS = 5000

@@ -16,7 +16,7 @@ from rlhf_pipeline.data.batch import Layout, PackedBatch
 from rlhf_pipeline.data.enumeration import ResponseTree, pack_siblings
 from rlhf_pipeline.models.forward import hidden_states, next_token_logprobs, trunk_of
 from rlhf_pipeline.models.memory import Memory
-from rlhf_pipeline.models.roles import Policy, RewardModel
+from rlhf_pipeline.models.modules import Policy, RewardModel
 
 ROWS = 256
 """Rows that are read at once where nobody says otherwise."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_pipeline.evaluation.seeds import Finding, from_replicates
+from rlhf_pipeline.evaluation.seeds import Inference, from_replicates
 from rlhf_pipeline.evaluation.statistics import RESAMPLES, count_blocks
 
 MOST_MISSED = 0.05
@@ -110,7 +110,7 @@ class Reading:
     """Something read off one or two curves, or why not. at: the place; missed: share of the replicates that do not
     reach it (they are left out of the interval)."""
 
-    finding: Finding | None
+    inference: Inference | None
     at: float | None
     missed: float
     why_not: str | None = None

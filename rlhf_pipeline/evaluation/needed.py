@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
-from rlhf_pipeline.evaluation.seeds import OVER_BOTH, OVER_SEEDS, SHARE_OVER, Finding
+from rlhf_pipeline.evaluation.seeds import OVER_BOTH, OVER_SEEDS, SHARE_OVER, Inference
 from rlhf_pipeline.evaluation.statistics import FEW_CLUSTERS, WILSON, Estimate, student_quantile
 
 MOST = 1_000_000
@@ -31,7 +31,7 @@ def _prompt_quantile(prompts: float, method: str) -> float:
     return student_quantile(math.inf if method != WILSON and prompts >= FEW_CLUSTERS else prompts - 1)
 
 
-def _as_finding(estimate: Estimate, null: float) -> Finding:
+def _as_inference(estimate: Estimate, null: float) -> Inference:
     """An interval with its whole squared standard error on the unit that it counts."""
     units, shares = estimate.clusters, (WILSON, *SHARE_OVER.values())
     seeds = estimate.method in (*SHARE_OVER, *SHARE_OVER.values())
@@ -44,12 +44,12 @@ def _as_finding(estimate: Estimate, null: float) -> Finding:
     elif units > 1:
         variance = (max(estimate.high - estimate.mean, estimate.mean - estimate.low) / quantile) ** 2
     if seeds:
-        return Finding(estimate, None, units, 1, variance, 0.0, null)
-    return Finding(estimate, None, 1, units, 0.0, variance, null)
+        return Inference(estimate, None, units, 1, variance, 0.0, null)
+    return Inference(estimate, None, 1, units, 0.0, variance, null)
 
 
 def needed(
-    found: Finding | Estimate,
+    found: Inference | Estimate,
     unit: Literal["seeds", "prompts"] | None = None,
     *,
     null: float = 0.0,
@@ -62,8 +62,8 @@ def needed(
     but for a share.
 
     Args:
-        found: a `Finding` (with its own null), or an `Estimate`. An estimate over seeds and prompts has its parts lost:
-            the answer is then for both growing in the same proportion.
+        found: an `Inference` (with its own null), or an `Estimate`. An estimate over seeds and prompts does not hold its
+            parts: the answer is then for both growing in the same proportion.
         unit: what there could be more of; by default what the interval counts.
 
     Returns:
@@ -71,9 +71,9 @@ def needed(
         other part alone is too large, where the interval does not cover this unit, or where one unit leaves nothing to
         go by.
     """
-    parted = isinstance(found, Finding)
-    if not isinstance(found, Finding):
-        found = _as_finding(found, null)
+    parted = isinstance(found, Inference)
+    if not isinstance(found, Inference):
+        found = _as_inference(found, null)
     unit = unit or ("seeds" if found.over_seeds else "prompts")
     seeds, shrinking, rest = found.seeds, found.seed_variance, found.prompt_variance
     if unit == "prompts":

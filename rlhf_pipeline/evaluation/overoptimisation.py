@@ -58,7 +58,7 @@ def _features(form: Form, d: np.ndarray) -> np.ndarray:
     return np.stack([d, -falling], -1)
 
 
-def fit(form: Form, distance: Any, gain: Any, *, near: float = NEAR) -> Fit | None:
+def fit_gain(form: Form, distance: Any, gain: Any, *, near: float = NEAR) -> Fit | None:
     """Least squares of one form, linear in alpha and beta.
 
     Args:
@@ -96,7 +96,7 @@ def fit(form: Form, distance: Any, gain: Any, *, near: float = NEAR) -> Fit | No
 
 @dataclass(frozen=True)
 class Overoptimisation:
-    """Whether it was found, in words why or why not. since: index of the point from which the judged reward fell to
+    """Whether it was found, in words why or why not. since: index of the point from which the gold reward fell to
     that of the farthest one, of all that qualify the highest; p: of this fall (of the clearest one where none is
     certain), corrected for the points looked at."""
 
@@ -109,25 +109,25 @@ class Overoptimisation:
 def overoptimised(
     distance: Any, proxy: Any, gold: Any, fitted: Fit | None, *, fixed_prompts: bool = False, level: float = 0.95
 ) -> Overoptimisation:
-    """Whether the judged reward falls while the optimised one still rises, within the range of the data.
+    """Whether the gold reward falls while the optimised one still rises, within the range of the data.
 
     Found if both hold:
 
     1. the fit has a peak, which lies inside the data then;
-    2. from some nearer point to the farthest one, paired by seed and prompt, the judged reward falls and the optimised
+    2. from some nearer point to the farthest one, paired by seed and prompt, the gold reward falls and the optimised
        one rises, each significantly. Per point p is the larger of the two p-values; over the points, Holm's correction
-       (all of them are looked at, so the choice of the highest one costs nothing). Where the judged reward only
+       (all of them are looked at, so the choice of the highest one costs nothing). Where the gold reward only
        levels off, this is wrong in at most 1 - level of cases.
 
     Args:
-        distance: (G,) d = sqrt(KL). proxy, gold: (S, G, P) or (G, P), the optimised and the judged reward.
+        distance: (G,) d = sqrt(KL). proxy, gold: (S, G, P) or (G, P), the rewards.
     """
     d = np.asarray(distance, dtype=np.float64)
     both = [np.asarray(x, dtype=np.float64) for x in (proxy, gold)]
-    optimised, judged = (x[None] if x.ndim == 2 else x for x in both)
-    if optimised.shape != judged.shape or judged.ndim != 3 or judged.shape[1:2] != d.shape:
+    optimised, measured = (x[None] if x.ndim == 2 else x for x in both)
+    if optimised.shape != measured.shape or measured.ndim != 3 or measured.shape[1:2] != d.shape:
         raise ValueError(
-            f"found {d.shape} distances, rewards {optimised.shape} and {judged.shape}; "
+            f"found {d.shape} distances, rewards {optimised.shape} and {measured.shape}; "
             "expected (points,) and twice (seeds, points, prompts)"
         )
     if fitted is None:
@@ -139,7 +139,7 @@ def overoptimised(
     nearer = [i for i in range(len(d)) if d[i] < d[last]]
     p_values: list[float | None] = []
     for i in nearer:
-        fall = infer(judged[:, last] - judged[:, i], fixed_prompts=fixed_prompts)
+        fall = infer(measured[:, last] - measured[:, i], fixed_prompts=fixed_prompts)
         rise = infer(optimised[:, last] - optimised[:, i], fixed_prompts=fixed_prompts)
         if fall.p is None or rise.p is None:
             p_values.append(None)
@@ -152,7 +152,7 @@ def overoptimised(
     if not certain:
         least = min(known)[0]
         return Overoptimisation(
-            False, "no fall of the judged reward beside a rise of the optimised one is certain", least
+            False, "no fall of the gold reward beside a rise of the optimised one is certain", least
         )
-    p, since = max(certain, key=lambda one: judged[:, one[1]].mean())
-    return Overoptimisation(True, f"the judged reward falls from d = {d[since]:.2f} to {d[last]:.2f}", p, since)
+    p, since = max(certain, key=lambda one: measured[:, one[1]].mean())
+    return Overoptimisation(True, f"the gold reward falls from d = {d[since]:.2f} to {d[last]:.2f}", p, since)

@@ -15,7 +15,7 @@ from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.evaluation.statistics import Estimate, cluster_mean
 from rlhf_pipeline.models.divergence import divergence
 from rlhf_pipeline.models.memory import Memory
-from rlhf_pipeline.models.roles import Policy
+from rlhf_pipeline.models.modules import Policy
 from rlhf_pipeline.rollout.responses import sample_for_prompts
 from rlhf_pipeline.rollout.rewards import RewardSource, world_verdicts
 from rlhf_pipeline.rollout.scoring import score
@@ -88,9 +88,9 @@ def add_score(samples: Samples, source: RewardSource, name: str, plan: SamplingP
 
 def add_world_reward(samples: Samples) -> None:
     """Add `true_reward` and `well_formed` of responses in the built-in world."""
-    judged = world_verdicts(samples.examples)
-    samples.values["true_reward"] = judged.reward
-    samples.values["well_formed"] = judged.well_formed.astype(np.float64)
+    verdicts = world_verdicts(samples.examples)
+    samples.values["true_reward"] = verdicts.reward
+    samples.values["well_formed"] = verdicts.well_formed.astype(np.float64)
 
 
 def scores_of(samples: Samples, source: RewardSource, plan: SamplingPlan) -> np.ndarray:

@@ -42,7 +42,7 @@ SHARE_OVER = {OVER_SEEDS: "wilson over seeds", OVER_BOTH: "wilson over seeds and
 
 
 @dataclass(frozen=True)
-class Finding:
+class Inference:
     """A mean over seeds and prompts, and the two-sided p-value of "it is `null`".
 
     p is None where one unit leaves no degrees of freedom. seed_variance and prompt_variance are the two parts of the
@@ -85,7 +85,7 @@ def _over_units(
     agree: float | None,
     level: float,
     null: float,
-) -> Finding:
+) -> Inference:
     """mean +- t(S - 1) sqrt(seed_variance + prompt_variance); of a share Wilson's interval with that quantile.
 
     units, agree: of a share, see `statistics.effective_size`; any other figure has no `agree`.
@@ -104,7 +104,7 @@ def _over_units(
         low, high = mean - quantile * error, mean + quantile * error
     estimate = Estimate(mean, low, high, seeds * prompts, seeds, method)
     p = student_p(mean - null, error, seeds - 1)
-    return Finding(estimate, p, seeds, prompts, seed_variance, prompt_variance, null)
+    return Inference(estimate, p, seeds, prompts, seed_variance, prompt_variance, null)
 
 
 def _rescaled(seed_variance: float, prompt_variance: float, total: float) -> tuple[float, float]:
@@ -116,7 +116,7 @@ def _rescaled(seed_variance: float, prompt_variance: float, total: float) -> tup
     return share * total, (1 - share) * total
 
 
-def over_seeds(values: Any, *, level: float = 0.95, null: float = 0.0, share: bool = False) -> Finding:
+def over_seeds(values: Any, *, level: float = 0.95, null: float = 0.0, share: bool = False) -> Inference:
     """Student's t over seeds, conditional on these prompts: m +- t(S - 1) s_seed / sqrt(S).
 
     m_s is the mean of seed s over its prompts, m the mean and s_seed the standard deviation of the m_s.
@@ -136,7 +136,7 @@ def over_seeds(values: Any, *, level: float = 0.95, null: float = 0.0, share: bo
     return _over_units(mean, variance, 0.0, shape, method=OVER_SEEDS, units=units, agree=agree, level=level, null=null)
 
 
-def over_seeds_and_prompts(values: Any, *, level: float = 0.95, null: float = 0.0, share: bool = False) -> Finding:
+def over_seeds_and_prompts(values: Any, *, level: float = 0.95, null: float = 0.0, share: bool = False) -> Inference:
     """The crossed form: m +- t(S - 1) sqrt(s_seed^2 / S + s_prompt^2 / P).
 
     s_seed is the standard deviation of the S seed means, s_prompt that of the P prompt means. With effects of seed and
@@ -174,7 +174,7 @@ def over_seeds_and_prompts(values: Any, *, level: float = 0.95, null: float = 0.
 
 def over_prompts(
     values: Any, *, level: float = 0.95, null: float = 0.0, share: bool = False, resamples: int = RESAMPLES
-) -> Finding:
+) -> Inference:
     """One seed: the interval of `statistics.cluster_mean` over prompts (P,). It says nothing about other seeds.
 
     Raises:
@@ -186,10 +186,10 @@ def over_prompts(
     if share:
         size = effective_size(estimate.mean, variance, len(table), agreement(table))
         _, variance = _rescaled(0.0, variance, share_error(size, null) ** 2)
-    return Finding(estimate, p, 1, len(table), 0.0, variance, null)
+    return Inference(estimate, p, 1, len(table), 0.0, variance, null)
 
 
-def infer(values: Any, *, fixed_prompts: bool = False, **options: Any) -> Finding:
+def infer(values: Any, *, fixed_prompts: bool = False, **options: Any) -> Inference:
     """The mean of (S, P) or (S,) with the interval that fits: over prompts for one seed, else over seeds, and over
     prompts too unless `fixed_prompts` says that these are all the prompts there are.
 
@@ -203,7 +203,7 @@ def infer(values: Any, *, fixed_prompts: bool = False, **options: Any) -> Findin
     return over_seeds_and_prompts(table, **options)
 
 
-def contrast(a: Any, b: Any, *, fixed_prompts: bool = False, level: float = 0.95) -> Finding:
+def contrast(a: Any, b: Any, *, fixed_prompts: bool = False, level: float = 0.95) -> Inference:
     """Mean of a - b, paired by seed and prompt; see `infer`.
 
     Args:
@@ -228,7 +228,7 @@ def from_replicates(
     null: float = 0.0,
     share: bool = False,
     agree: float = 0.0,
-) -> Finding:
+) -> Inference:
     """`infer` for a statistic that is no mean over prompts: one value per seed, and its bootstrap over prompts.
 
     One seed: the interval of the replicates. More: t over the seeds' values, and unless `fixed_prompts`, with the
@@ -256,10 +256,10 @@ def from_replicates(
         estimate = Estimate(value, *ends, prompts, prompts, WILSON)
         at_null = share_error(size, null)
         _, variance = _rescaled(0.0, error**2, at_null**2)
-        return Finding(estimate, student_p(value - null, at_null, prompts - 1), 1, prompts, 0.0, variance, null)
+        return Inference(estimate, student_p(value - null, at_null, prompts - 1), 1, prompts, 0.0, variance, null)
     estimate = replicate_interval(value, column, prompts, n=prompts, level=level)
     p = replicate_p(value, column, prompts, null=null)
-    return Finding(estimate, p, 1, prompts, 0.0, error**2, null)
+    return Inference(estimate, p, 1, prompts, 0.0, error**2, null)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_pipeline.evaluation.seeds import Finding, from_replicates, infer
+from rlhf_pipeline.evaluation.seeds import Inference, from_replicates, infer
 from rlhf_pipeline.evaluation.statistics import RESAMPLES, agreement, count_blocks
 
 RIDGE = 0.01
@@ -78,7 +78,7 @@ def tie_share(a: Any, b: Any, *, coupled: bool) -> float:
     return float((_outcomes(a, b, coupled) == 0.5).mean())
 
 
-def win_rate(a: Any, b: Any, *, coupled: bool, fixed_prompts: bool = False) -> Finding:
+def win_rate(a: Any, b: Any, *, coupled: bool, fixed_prompts: bool = False) -> Inference:
     """The mean of `prompt_win_rates` with its interval and the p-value of "it is one half"; see `seeds.infer`.
 
     Args:
@@ -95,7 +95,7 @@ class LengthControlled:
     Associational: it takes out what goes with length among these responses, whether length causes it or not.
     """
 
-    finding: Finding | None
+    inference: Inference | None
     phi: float | None
     why_not: str | None
 

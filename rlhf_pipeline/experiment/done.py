@@ -19,6 +19,7 @@ from rlhf_pipeline.compare.points import Point
 from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.dump import config_digest
 from rlhf_pipeline.config.grid import Node
+from rlhf_pipeline.config.reward_names import is_function_name, names_a_model
 from rlhf_pipeline.data.load import read_records, records_digest
 from rlhf_pipeline.data.parsed import source_stamp
 from rlhf_pipeline.data.sources import files_of, part_of
@@ -32,7 +33,6 @@ from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.storage import replace_text
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report import Results, load
-from rlhf_pipeline.rollout.reward_names import is_function_name, names_a_model
 
 RESULTS, PAGE = "results.json", "index.html"
 REGISTRY_STAGE = {"sft": "sft", "train-rm": "reward", "ppo": "ppo", "dpo": "dpo", "collect": "collect"}

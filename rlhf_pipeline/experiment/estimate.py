@@ -7,6 +7,7 @@ from typing import Any
 
 from rlhf_pipeline.config.experiment import load_experiment
 from rlhf_pipeline.config.grid import expand
+from rlhf_pipeline.config.reward_names import is_function_name, load_function, names_a_model
 from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.data.sources import part_of
 from rlhf_pipeline.data.splits import in_split
@@ -15,7 +16,6 @@ from rlhf_pipeline.registry.lengths import with_lengths
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import check_role
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.rollout.reward_names import is_function_name, load_function, names_a_model
 from rlhf_pipeline.stages.data import kept_apart
 from rlhf_pipeline.training.windows import total_steps
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rlhf_pipeline.compare.points import points_of
 from rlhf_pipeline.config.experiment import load_experiment
 from rlhf_pipeline.config.grid import Node, expand, resampled
-from rlhf_pipeline.config.references import Reference, references
+from rlhf_pipeline.config.mentions import Mention, mentions
+from rlhf_pipeline.config.reward_names import is_function_name, load_function
 from rlhf_pipeline.config.spec import Experiment, StageSpec
 from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.data.splits import FRACTIONS, in_split
@@ -29,7 +30,6 @@ from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import Role, check_role
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report import Results
-from rlhf_pipeline.rollout.reward_names import is_function_name, load_function
 from rlhf_pipeline.training.tracking import console
 
 if TYPE_CHECKING:
@@ -94,23 +94,23 @@ def _input_faults(experiment: Experiment, registry: Registry) -> list[Fault]:
                     load_function(source)
                 except ConfigError as error:
                     faults += error.faults
-        for reference in references(spec.config):
-            if reference.path in spec.links:
+        for mention in mentions(spec.config):
+            if mention.path in spec.links:
                 continue
-            part = getattr(spec.config, "dataset_config", None) if reference.role == "data" else None
+            part = getattr(spec.config, "dataset_config", None) if mention.role == "data" else None
             skip_bad_rows = getattr(spec.config, "skip_bad_rows", False)
-            split = getattr(spec.config, "dataset_train_split", None) if reference.path == ("dataset_name",) else None
+            split = getattr(spec.config, "dataset_train_split", None) if mention.path == ("dataset_name",) else None
             shares = getattr(spec.config, "split_fractions", FRACTIONS)
-            key = (reference.role, reference.text, part, skip_bad_rows, split, tuple(shares.items()))
+            key = (mention.role, mention.text, part, skip_bad_rows, split, tuple(shares.items()))
             if key not in checked:
-                checked[key] = _problem(reference, registry, part, skip_bad_rows, split, shares)
+                checked[key] = _problem(mention, registry, part, skip_bad_rows, split, shares)
             if (problem := checked[key]) is not None:
-                faults.append(Fault(f"{spec.name}.{'.'.join(map(str, reference.path))}", problem))
+                faults.append(Fault(f"{spec.name}.{'.'.join(map(str, mention.path))}", problem))
     return faults
 
 
 def _problem(
-    reference: Reference,
+    mention: Mention,
     registry: Registry,
     part: str | None,
     skip_bad_rows: bool,
@@ -119,13 +119,13 @@ def _problem(
 ) -> str | None:
     """What is wrong with what a config names, or None; of data also where the split that is trained on has no rows."""
     try:
-        if reference.role == "data":
-            found = read_records(reference.text, config=part, home=registry.home, skip_bad_rows=skip_bad_rows)
+        if mention.role == "data":
+            found = read_records(mention.text, config=part, home=registry.home, skip_bad_rows=skip_bad_rows)
             if split is not None:
                 in_split(found.records, split, shares, found.source)
         else:
-            role: Role = "policy" if reference.role == "policy" else "reward_model"
-            check_role(registry.resolve(reference.text), role)
+            role: Role = "policy" if mention.role == "policy" else "reward_model"
+            check_role(registry.resolve(mention.text), role)
     except BadInput as error:
         return str(error)
     return None

@@ -11,6 +11,7 @@ import torch
 
 from rlhf_pipeline.config.base import DEFAULT_MAX_LENGTH, Lengths, resolve_lengths
 from rlhf_pipeline.config.compare import PromptsConfig
+from rlhf_pipeline.config.reward_names import WORLD_NAMES
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.load import RecordSet, examples_of, lowest_hashes, read_records
 from rlhf_pipeline.data.sources import part_of
@@ -21,12 +22,11 @@ from rlhf_pipeline.evaluation.sampled import Samples, SamplingPlan, add_score, a
 from rlhf_pipeline.measure.trained_on import changes_of, note_changes, owned_by
 from rlhf_pipeline.measure.truth import labelled_by_world, source_of
 from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
-from rlhf_pipeline.models.roles import Policy
+from rlhf_pipeline.models.modules import Policy
 from rlhf_pipeline.registry.lengths import positions_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report.results import DataChange, DataReport
-from rlhf_pipeline.rollout.reward_names import WORLD_NAMES
 from rlhf_pipeline.rollout.rewards import RewardSource
 from rlhf_pipeline.stages.common import find_model, load_policy, tokenizer_of
 from rlhf_pipeline.stages.reward_sources import load_reward

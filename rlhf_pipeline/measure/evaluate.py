@@ -17,7 +17,7 @@ from rlhf_pipeline.measure.bench import Bench, add_rewards, set_up
 from rlhf_pipeline.measure.best_of import best_of_n_rows
 from rlhf_pipeline.measure.trained_on import changes_of, owned_by
 from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
-from rlhf_pipeline.models.roles import Policy
+from rlhf_pipeline.models.modules import Policy
 from rlhf_pipeline.models.sharing import sharing_models
 from rlhf_pipeline.registry.integrity import verify_files
 from rlhf_pipeline.registry.parents import reference_of, reward_model_of
@@ -29,7 +29,7 @@ from rlhf_pipeline.rollout.rewards import RewardSource
 from rlhf_pipeline.stages.common import find_model, load_reward_model, tokenizer_of
 from rlhf_pipeline.stages.data import StageData, preference_kind
 from rlhf_pipeline.stages.reward_quality import baselines, describe_pairs, score_examples
-from rlhf_pipeline.training.run import make_accelerator
+from rlhf_pipeline.training.open_run import make_accelerator
 from rlhf_pipeline.training.tracking import console
 
 

@@ -10,10 +10,11 @@ from statistics import fmean
 from torch import Tensor
 
 from rlhf_pipeline.config.compare import ExactConfig
+from rlhf_pipeline.config.reward_names import WORLD_NAMES
 from rlhf_pipeline.errors import ConfigError, Fault, RunFailed
 from rlhf_pipeline.evaluation.best_of_n import ChooserLaw
-from rlhf_pipeline.evaluation.optimum import (
-    Frontier,
+from rlhf_pipeline.evaluation.closed_forms import (
+    GibbsFrontier,
     RewardLaw,
     beta_grid,
     frontier,
@@ -39,9 +40,8 @@ from rlhf_pipeline.report.results import (
     Gibbs,
     TrainingLoss,
 )
-from rlhf_pipeline.rollout.reward_names import WORLD_NAMES
 from rlhf_pipeline.stages.common import find_model
-from rlhf_pipeline.training.run import make_accelerator
+from rlhf_pipeline.training.open_run import make_accelerator
 from rlhf_pipeline.training.tracking import console
 
 FRONTIER_TOLERANCE = 1e-4
@@ -49,7 +49,7 @@ FRONTIER_TOLERANCE = 1e-4
 
 
 @dataclass
-class Judge:
+class ExactBench:
     """What models are set against: the tables, the reward of the objective, and a reward model for the rest.
 
     few: prompts of the figures that need a reward model's score of every response.
@@ -62,10 +62,10 @@ class Judge:
     reward_model: str | None
     few: int
     reward_models: Mapping[str, str] = field(default_factory=dict)  # by policy, where seeds have one each
-    frontiers: dict[int, Frontier] = field(default_factory=dict)
+    frontiers: dict[int, GibbsFrontier] = field(default_factory=dict)
 
     def beta_for(self, model: Resolved) -> float:
-        """The beta that a model is judged at: the one asked for, else its own, else that of the first that has one."""
+        """The beta that a model is scored at: the one asked for, else its own, else that of the first that has one."""
         return self.beta or beta_of(model) or self.usual_beta
 
     def learned_for(self, model: Resolved) -> str | None:
@@ -78,7 +78,7 @@ class Judge:
         total = len(self.leaves.prompts)
         return min(self.few, total) if learned else total
 
-    def frontier(self, count: int) -> Frontier:
+    def frontier(self, count: int) -> GibbsFrontier:
         """The Gibbs frontier of the objective's reward over the first `count` prompts."""
         if count not in self.frontiers:
             laws = [RewardLaw.of(self.leaves.reference[i], self.leaves.reward(self.reward, i)) for i in range(count)]
@@ -86,7 +86,7 @@ class Judge:
         return self.frontiers[count]
 
 
-def exact_row(judge: Judge, model: Resolved | None, logprobs: Sequence[Tensor], beta: float) -> ExactRow:
+def exact_row(exact: ExactBench, model: Resolved | None, logprobs: Sequence[Tensor], beta: float) -> ExactRow:
     """Expected reward, KL, objective and gap of a policy, means over prompts, and the same prompt by prompt.
 
     share = (J - J_ref) / (J* - J_ref) of the means: 1 at the optimum, 0 at the reference.
@@ -97,14 +97,14 @@ def exact_row(judge: Judge, model: Resolved | None, logprobs: Sequence[Tensor], 
     Raises:
         RunFailed: when the policy has more reward than its KL allows: no policy can.
     """
-    leaves, label = judge.leaves, None if model is None else model.label
-    count = min(judge.count(judge.reward), len(logprobs))
+    leaves, label = exact.leaves, None if model is None else model.label
+    count = min(exact.count(exact.reward), len(logprobs))
     found = [
-        policy_figures(logprobs[i], leaves.reference[i], leaves.reward(judge.reward, i), beta) for i in range(count)
+        policy_figures(logprobs[i], leaves.reference[i], leaves.reward(exact.reward, i), beta) for i in range(count)
     ]
     per_prompt = {name: [getattr(item, name) for item in found] for name in ExactPerPrompt.model_fields}
     means = {name: fmean(values) for name, values in per_prompt.items()}
-    below = judge.frontier(count).bound(means["kl"]) - means["reward"]
+    below = exact.frontier(count).bound(means["kl"]) - means["reward"]
     if below < -FRONTIER_TOLERANCE:
         raise RunFailed(
             f"a policy of mean reward {means['reward']:.6f} at a KL of {means['kl']:.6f} lies above the exact frontier "
@@ -125,15 +125,15 @@ def exact_row(judge: Judge, model: Resolved | None, logprobs: Sequence[Tensor], 
         prompts=count,
         per_prompt=ExactPerPrompt(**per_prompt),
         below_frontier=below,
-        gap_true=gap_to(judge, logprobs, TRUTH, beta),
+        gap_true=gap_to(exact, logprobs, TRUTH, beta),
         training_loss=None,
     )
 
 
-def gap_to(judge: Judge, logprobs: Sequence[Tensor], reward: Reward, beta: float) -> Gap:
+def gap_to(exact: ExactBench, logprobs: Sequence[Tensor], reward: Reward, beta: float) -> Gap:
     """beta KL(pi || pi*_reward), mean over the prompts that this reward allows for."""
-    count = min(judge.count(reward), len(logprobs))
-    leaves = judge.leaves
+    count = min(exact.count(reward), len(logprobs))
+    leaves = exact.leaves
     values = [
         beta * kl_divergence(logprobs[i], optimum(leaves.reference[i], leaves.reward(reward, i), beta))
         for i in range(count)
@@ -141,41 +141,41 @@ def gap_to(judge: Judge, logprobs: Sequence[Tensor], reward: Reward, beta: float
     return Gap(value=fmean(values), prompts=count, reward=list(reward))
 
 
-def policy_row(judge: Judge, resolved: Resolved, beta: float, loss: TrainingLoss | None = None) -> ExactRow:
+def policy_row(exact: ExactBench, resolved: Resolved, beta: float, loss: TrainingLoss | None = None) -> ExactRow:
     """All exact figures of one policy."""
-    policy = judge.leaves.bench.policy(resolved)
-    logprobs = [judge.leaves.logprobs(policy, index) for index in range(len(judge.leaves.prompts))]
-    trained_on = trained_reward(judge.leaves.bench.registry, resolved)
-    learned = judge.learned_for(resolved)
+    policy = exact.leaves.bench.policy(resolved)
+    logprobs = [exact.leaves.logprobs(policy, index) for index in range(len(exact.leaves.prompts))]
+    trained_on = trained_reward(exact.leaves.bench.registry, resolved)
+    learned = exact.learned_for(resolved)
     parts: dict[str, Gap] = {}
     if trained_on is not None:
-        parts["optimisation_gap"] = gap_to(judge, logprobs, trained_on, beta)
+        parts["optimisation_gap"] = gap_to(exact, logprobs, trained_on, beta)
     if trained_by_dpo(resolved) and learned is not None:
-        parts["disagreement"] = gap_to(judge, logprobs, ((1.0, learned),), beta)
+        parts["disagreement"] = gap_to(exact, logprobs, ((1.0, learned),), beta)
     for part in list(parts.values()):  # the total over the same prompts, so that the two can be read side by side
-        parts["gap_true_there"] = gap_to(judge, logprobs[: part.prompts], TRUTH, beta)
-    return exact_row(judge, resolved, logprobs, beta).model_copy(update={**parts, "training_loss": loss})
+        parts["gap_true_there"] = gap_to(exact, logprobs[: part.prompts], TRUTH, beta)
+    return exact_row(exact, resolved, logprobs, beta).model_copy(update={**parts, "training_loss": loss})
 
 
-def optimum_row(judge: Judge, model: Resolved | None, beta: float) -> ExactRow:
-    """The optimum under a reward model, judged as a policy: the best that training on it can lead to.
+def optimum_row(exact: ExactBench, model: Resolved | None, beta: float) -> ExactRow:
+    """The optimum under a reward model, measured as a policy: the best that training on it can lead to.
 
     model: None for the optimum of the objective itself.
     """
-    own: Reward = judge.reward if model is None else ((1.0, model.label),)
-    leaves = judge.leaves
-    logprobs = [optimum(leaves.reference[i], leaves.reward(own, i), beta) for i in range(judge.count(own))]
-    return exact_row(judge, model, logprobs, beta)
+    own: Reward = exact.reward if model is None else ((1.0, model.label),)
+    leaves = exact.leaves
+    logprobs = [optimum(leaves.reference[i], leaves.reward(own, i), beta) for i in range(exact.count(own))]
+    return exact_row(exact, model, logprobs, beta)
 
 
-def best_of_n_exactly(judge: Judge, sizes: Sequence[int]) -> list[ExactBestOfN]:
-    """Best-of-n of the reference, without sampling: chosen by the reward model where there is one, judged by the
+def best_of_n_exactly(exact: ExactBench, sizes: Sequence[int]) -> list[ExactBestOfN]:
+    """Best-of-n of the reference, without sampling: chosen by the reward model where there is one, scored by the
     objective's reward."""
-    chooser: Reward = TRUTH if judge.reward_model is None else ((1.0, judge.reward_model),)
-    count, leaves = min(judge.count(chooser), judge.count(judge.reward)), judge.leaves
+    chooser: Reward = TRUTH if exact.reward_model is None else ((1.0, exact.reward_model),)
+    count, leaves = min(exact.count(chooser), exact.count(exact.reward)), exact.leaves
     laws = [
         ChooserLaw.of(
-            leaves.reward(chooser, i).numpy(), leaves.reward(judge.reward, i).numpy(), leaves.reference[i].numpy()
+            leaves.reward(chooser, i).numpy(), leaves.reward(exact.reward, i).numpy(), leaves.reference[i].numpy()
         )
         for i in range(count)
     ]
@@ -188,29 +188,29 @@ def best_of_n_exactly(judge: Judge, sizes: Sequence[int]) -> list[ExactBestOfN]:
 
 
 def exact_figures(
-    judge: Judge, models: Sequence[Resolved], losses: Mapping[str, TrainingLoss], best_of: Sequence[int] = ()
+    exact: ExactBench, models: Sequence[Resolved], losses: Mapping[str, TrainingLoss], best_of: Sequence[int] = ()
 ) -> Exact:
     """One row for each model, one for the optimum at each beta that occurs, and the frontier that none may cross."""
-    bench, rows = judge.leaves.bench, []
+    bench, rows = exact.leaves.bench, []
     for model in models:
-        beta = judge.beta_for(model)
+        beta = exact.beta_for(model)
         if role_of(model)[0] == "reward_model":
-            rows.append(optimum_row(judge, model, beta))
+            rows.append(optimum_row(exact, model, beta))
         else:
-            rows.append(policy_row(judge, model, beta, losses.get(model.label)))
+            rows.append(policy_row(exact, model, beta, losses.get(model.label)))
         bench.say(f"measured {model.label} exactly")
-    rows += [optimum_row(judge, None, beta) for beta in sorted({row.beta for row in rows})]
-    curve = judge.frontier(judge.count(judge.reward))
+    rows += [optimum_row(exact, None, beta) for beta in sorted({row.beta for row in rows})]
+    curve = exact.frontier(exact.count(exact.reward))
     return Exact(
-        reward=" + ".join(source if weight == 1 else f"{weight:g} {source}" for weight, source in judge.reward),
-        reference=judge.leaves.reference_model.label,
-        reward_model=judge.reward_model,
+        reward=" + ".join(source if weight == 1 else f"{weight:g} {source}" for weight, source in exact.reward),
+        reference=exact.leaves.reference_model.label,
+        reward_model=exact.reward_model,
         prompts=len(bench.plan.prompts),
-        reward_model_prompts=min(judge.few, len(bench.plan.prompts)),
-        responses=judge.leaves.tree.num_leaves,
+        reward_model_prompts=min(exact.few, len(bench.plan.prompts)),
+        responses=exact.leaves.tree.num_leaves,
         temperature=bench.config.temperature,
         rows=rows,
-        best_of_n=best_of_n_exactly(judge, best_of),
+        best_of_n=best_of_n_exactly(exact, best_of),
         frontier=Gibbs(beta=curve.betas.tolist(), reward=curve.reward.tolist(), kl=curve.kl.tolist()),
     )
 
@@ -250,7 +250,7 @@ def run_exact(references: list[str], config: ExactConfig, home: Path, *, quiet: 
     usual_beta = betas[0] if betas else config.beta
     if usual_beta is None:
         raise ConfigError(Fault("beta", "none of these models was trained at a beta", "--beta B, the price of KL"))
-    judge = Judge(
+    exact = ExactBench(
         Leaves.of(bench),
         reward,
         beta=config.beta,
@@ -259,7 +259,7 @@ def run_exact(references: list[str], config: ExactConfig, home: Path, *, quiet: 
         few=config.reward_model_prompts,
     )
     losses = excess_training_losses(bench, models, long_run) if config.training_loss else {}
-    figures = exact_figures(judge, models, losses)
+    figures = exact_figures(exact, models, losses)
     return ExactResults(split=config.split, data_changed=bench.data_changed, **dict(figures))
 
 

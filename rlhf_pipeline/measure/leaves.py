@@ -11,20 +11,20 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from rlhf_pipeline.config.reward_names import WORLD_NAMES, is_function_name
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.enumeration import ResponseTree
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import MismatchError
+from rlhf_pipeline.evaluation.closed_forms import require_mass, world_reward
 from rlhf_pipeline.evaluation.enumerate import leaf_logprobs, leaf_scores
-from rlhf_pipeline.evaluation.optimum import require_mass, world_reward
 from rlhf_pipeline.measure.bench import Bench
 from rlhf_pipeline.models.memory import Memory
-from rlhf_pipeline.models.roles import Policy, RewardModel
+from rlhf_pipeline.models.modules import Policy, RewardModel
 from rlhf_pipeline.registry.optimum import own_moves
 from rlhf_pipeline.registry.parents import parent_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.rollout.reward_names import WORLD_NAMES, is_function_name
 from rlhf_pipeline.stages.common import find_model, load_reward_model, require_same_tokenizer
 from rlhf_pipeline.training.tensor_cache import read_tensor, write_tensor
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rlhf_pipeline.config.compare import PromptsConfig
+from rlhf_pipeline.config.reward_names import WORLD_NAMES
 from rlhf_pipeline.data import world
 from rlhf_pipeline.registry.lineage import COLLECTED
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.rollout.reward_names import WORLD_NAMES
 
 REWARD_KEYS = ("true_reward", "reward_model", "judge", "reward")
 """Keys of evaluation configs that name a reward."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from rlhf_pipeline.data.batch import common_layout
 from rlhf_pipeline.models.forward import Reader, trunk_of
-from rlhf_pipeline.models.roles import ActorCritic, RewardModel, ValueInit, sequence_head
+from rlhf_pipeline.models.modules import ActorCritic, RewardModel, ValueInit, sequence_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,7 +10,7 @@ from torch import Tensor
 from rlhf_pipeline.algorithms.logprobs import token_kl, token_logprobs
 from rlhf_pipeline.data.batch import PackedBatch
 from rlhf_pipeline.models.forward import hidden_states, output_head, predicting_logits, trunk_of
-from rlhf_pipeline.models.roles import Policy
+from rlhf_pipeline.models.modules import Policy
 
 
 @dataclass(frozen=True)

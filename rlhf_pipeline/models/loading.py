@@ -205,7 +205,7 @@ def init_reward_model(
     """
     from transformers import AutoModelForSequenceClassification
 
-    from rlhf_pipeline.models.roles import sequence_head
+    from rlhf_pipeline.models.modules import sequence_head
 
     config = without_dropout(_config(str(path), revision, trust_remote_code))
     config.num_labels = 1

@@ -14,7 +14,7 @@ from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.models.forward import Reader, completion_logprobs, hidden_states, trunk_of
 from rlhf_pipeline.models.last_layer import compute_all, skip_unread
-from rlhf_pipeline.models.roles import RewardModel, sequence_head
+from rlhf_pipeline.models.modules import RewardModel, sequence_head
 from rlhf_pipeline.models.tree_attention import use_sdpa, use_tree_attention
 
 if TYPE_CHECKING:

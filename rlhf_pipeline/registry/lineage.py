@@ -19,7 +19,7 @@ Status = Literal["present", "missing", "changed", "damaged", "outside"]
 
 
 @dataclass(frozen=True)
-class Node:
+class Ancestor:
     """A model or data source in a lineage.
 
     `status`: present; missing; changed (its digest differs from the recorded one); damaged (its manifest cannot be
@@ -33,14 +33,14 @@ class Node:
     stage: str | None = None
     split: str | None = None
     rows: int | None = None
-    origins: list[Node] = field(default_factory=list)
+    origins: list[Ancestor] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the tree as plain dicts."""
         return asdict(self)
 
 
-def lineage_of(registry: Registry, resolved: Resolved, role: str = "model") -> Node:
+def lineage_of(registry: Registry, resolved: Resolved, role: str = "model") -> Ancestor:
     """Return the tree of all ancestors and data of a model or data set."""
     return _node(registry, resolved, role, resolved.digest, "present", ())
 
@@ -67,12 +67,12 @@ def stands_apart(registry: Registry, reference: Resolved, start: Resolved) -> bo
     return True
 
 
-def render(node: Node) -> Tree:
+def render(node: Ancestor) -> Tree:
     """Return a lineage as a tree for the terminal."""
     from rich.text import Text
     from rich.tree import Tree
 
-    def label(item: Node) -> Text:
+    def label(item: Ancestor) -> Text:
         text = Text(_shown(f"{item.role}: "), style="dim")
         text.append(_shown(item.ref), style="bold")
         details = [item.stage, item.split, None if item.rows is None else f"{item.rows} rows"]
@@ -81,7 +81,7 @@ def render(node: Node) -> Tree:
         text.append(_shown("".join(f"  {detail}" for detail in details if detail)))
         return text
 
-    def grow(tree: Tree, item: Node) -> Tree:
+    def grow(tree: Tree, item: Ancestor) -> Tree:
         for origin in item.origins:
             grow(tree.add(label(origin)), origin)
         return tree
@@ -101,9 +101,9 @@ def _node(
     recorded: str | None,
     status: Status,
     above: tuple[str, ...],
-) -> Node:
+) -> Ancestor:
     manifest = resolved.manifest
-    origins: list[Node] = []
+    origins: list[Ancestor] = []
     # The manifest of a folder is not trusted: it may name itself among its parents.
     if manifest is not None and resolved.label not in above:
         above = (*above, resolved.label)
@@ -111,23 +111,23 @@ def _node(
             origins.append(_parent(registry, parent_role, parent, above))
         for entry in manifest.data:
             origins.append(_data(registry, entry, above))
-    return Node(role, resolved.label, recorded, status, stage=resolved.stage, origins=origins)
+    return Ancestor(role, resolved.label, recorded, status, stage=resolved.stage, origins=origins)
 
 
-def _parent(registry: Registry, role: str, parent: Parent, above: tuple[str, ...]) -> Node:
+def _parent(registry: Registry, role: str, parent: Parent, above: tuple[str, ...]) -> Ancestor:
     try:
         resolved = registry.resolve(parent.ref)
     except UnknownReference:
-        return Node(role, parent.ref, parent.digest, "missing")
+        return Ancestor(role, parent.ref, parent.digest, "missing")
     except DamagedFile:
-        return Node(role, parent.ref, parent.digest, "damaged")
+        return Ancestor(role, parent.ref, parent.digest, "damaged")
     if resolved.kind == "hub":
-        return Node(role, parent.ref, parent.digest, "outside")
+        return Ancestor(role, parent.ref, parent.digest, "outside")
     changed = parent.digest is not None and parent.digest != resolved.digest
     return _node(registry, resolved, role, parent.digest, "changed" if changed else "present", above)
 
 
-def _data(registry: Registry, entry: DataEntry, above: tuple[str, ...]) -> Node:
+def _data(registry: Registry, entry: DataEntry, above: tuple[str, ...]) -> Ancestor:
     status: Status = "outside"
     stage, origins = None, []
     if entry.source.startswith(COLLECTED):
@@ -140,4 +140,4 @@ def _data(registry: Registry, entry: DataEntry, above: tuple[str, ...]) -> Node:
         else:
             node = _node(registry, resolved, "data", entry.digest, "present", above)
             status, stage, origins = node.status, node.stage, node.origins
-    return Node("data", entry.source, entry.digest, status, stage, entry.split, entry.rows, origins)
+    return Ancestor("data", entry.source, entry.digest, status, stage, entry.split, entry.rows, origins)

@@ -34,7 +34,7 @@ class Mended:
         return f"{self.what}: {self.done}" + (f": {self.path}" if self.path else "")
 
 
-def faults_of(registry: Registry, reference: str | None = None) -> list[Fault]:
+def registry_faults(registry: Registry, reference: str | None = None) -> list[Fault]:
     """Return all faults of one model or data set, or of a whole home.
 
     Raises:

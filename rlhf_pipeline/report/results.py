@@ -437,7 +437,7 @@ class Frontier(Part):
 
 
 class GaoFit(Part):
-    """Gao et al.'s form fitted to the judged reward: d (alpha - beta ln d)."""
+    """Gao et al.'s form fitted to the gold reward: d (alpha - beta ln d)."""
 
     form: str
     alpha: float
@@ -450,7 +450,7 @@ class GaoFit(Part):
 
 
 class Overoptimised(Part):
-    """Whether the judged reward falls while the optimised one rises; points are (sqrt KL, proxy gain, gold gain)."""
+    """Whether the gold reward falls while the optimised one rises; points are (sqrt KL, proxy gain, gold gain)."""
 
     gold: str
     reference: str

@@ -13,7 +13,7 @@ from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.models.forward import trunk_of
 from rlhf_pipeline.models.memory import Memory
-from rlhf_pipeline.models.roles import ActorCritic, Policy
+from rlhf_pipeline.models.modules import ActorCritic, Policy
 from rlhf_pipeline.rollout.sampler import Response, draw_uniforms, length_groups, sample_grouped
 
 

@@ -17,7 +17,7 @@ from rlhf_pipeline.data import world
 from rlhf_pipeline.data.batch import PackedBatch, pack, reads
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import RunFailed
-from rlhf_pipeline.models.roles import RewardModel
+from rlhf_pipeline.models.modules import RewardModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

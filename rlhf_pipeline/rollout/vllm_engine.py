@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from rlhf_pipeline.errors import RunFailed
-from rlhf_pipeline.models.roles import ActorCritic, Policy
+from rlhf_pipeline.models.modules import ActorCritic, Policy
 from rlhf_pipeline.rollout.sampler import Response
 
 SEEDS = 2**62

@@ -27,7 +27,7 @@ from rlhf_pipeline.rollout.scoring import by_example, score
 from rlhf_pipeline.stages.common import StageResult, find_model, load_policy, tokenizer_of
 from rlhf_pipeline.stages.reward_sources import load_reward
 from rlhf_pipeline.training.cost import CostMeter, ModelShape, reset_peak_memory
-from rlhf_pipeline.training.run import make_accelerator, seed_everything
+from rlhf_pipeline.training.open_run import make_accelerator, seed_everything
 from rlhf_pipeline.training.tracking import console, progress
 
 if TYPE_CHECKING:

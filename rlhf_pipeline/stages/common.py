@@ -19,7 +19,7 @@ from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import chat_template_digest, load_tokenizer, tokenizer_digest
 from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.models.loading import load_causal_lm, load_sequence_classifier, save_model
-from rlhf_pipeline.models.roles import Policy, RewardModel
+from rlhf_pipeline.models.modules import Policy, RewardModel
 from rlhf_pipeline.models.selfcheck import inspect_model, read_reward_model
 from rlhf_pipeline.models.sharing import shared
 from rlhf_pipeline.registry.integrity import verify_files
@@ -28,8 +28,8 @@ from rlhf_pipeline.registry.optimum import optimum_fields
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import Role, check_role
 from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.training.open_run import Run
 from rlhf_pipeline.training.precision import uses_bf16
-from rlhf_pipeline.training.run import Run
 from rlhf_pipeline.training.tracking import jsonable
 from rlhf_pipeline.training.windows import Window, example_windows, total_steps
 

@@ -13,7 +13,7 @@ from rlhf_pipeline.algorithms.preference import OBJECTIVES, correct, smoothed_ta
 from rlhf_pipeline.config.dpo import DpoConfig
 from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.models.loading import save_model
-from rlhf_pipeline.models.roles import Policy, assert_independent
+from rlhf_pipeline.models.modules import Policy, assert_independent
 from rlhf_pipeline.registry.lineage import stands_apart
 from rlhf_pipeline.stages.common import (
     StageResult,
@@ -28,8 +28,8 @@ from rlhf_pipeline.stages.common import (
 )
 from rlhf_pipeline.stages.preference_pairs import Pairs, ReferenceScores, fresh_pairs, recorded_pairs
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
+from rlhf_pipeline.training.open_run import open_run
 from rlhf_pipeline.training.pairs import preference_loss, split_pairs, total_pairs
-from rlhf_pipeline.training.run import open_run
 from rlhf_pipeline.training.session import Plan, train
 from rlhf_pipeline.training.trl_engine import train_with_trl
 from rlhf_pipeline.training.windows import ExampleBatch, Loss

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_pipeline.evaluation.preferences import accuracy
+from rlhf_pipeline.evaluation.preference_metrics import accuracy
 from rlhf_pipeline.evaluation.statistics import cluster_mean
 from rlhf_pipeline.registry.references import Resolved
 
@@ -20,7 +20,7 @@ UNKNOWN = "it has no gate: it is not of this registry, and how it does on held-o
 BELIEVE = "what PPO makes of it says little"
 
 
-def judge_gate(
+def gate_of(
     differences: Sequence[float], rivals: Mapping[str, Sequence[float]], clusters: Sequence[str]
 ) -> dict[str, Any]:
     """Set a reward model against baselines on the same pairs.

@@ -16,12 +16,13 @@ from rlhf_pipeline.config.ppo import PpoConfig
 from rlhf_pipeline.data.batch import PackedBatch
 from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.models.loading import save_model
-from rlhf_pipeline.models.roles import ActorCritic, TokenScores
+from rlhf_pipeline.models.modules import ActorCritic, TokenScores
 from rlhf_pipeline.rollout.rollout import Estimates
 from rlhf_pipeline.stages.common import StageResult, find_base, inputs_of, log_moves, publish, tokenizer_of
 from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.stages.ppo_models import check_processes, load_engine, load_models
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
+from rlhf_pipeline.training.open_run import open_run
 from rlhf_pipeline.training.ppo_batches import PpoBatch
 from rlhf_pipeline.training.ppo_rollouts import (
     PpoSetup,
@@ -32,7 +33,6 @@ from rlhf_pipeline.training.ppo_rollouts import (
     shuffled_minibatches,
 )
 from rlhf_pipeline.training.ranks import together
-from rlhf_pipeline.training.run import open_run
 from rlhf_pipeline.training.session import Metrics, Plan, train
 from rlhf_pipeline.training.windows import Loss, Window
 

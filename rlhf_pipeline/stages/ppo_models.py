@@ -10,7 +10,7 @@ import torch
 from rlhf_pipeline.config.ppo import PpoConfig
 from rlhf_pipeline.errors import ConfigError, Fault
 from rlhf_pipeline.models.actor_critic import describe_critic, make_actor_critic
-from rlhf_pipeline.models.roles import ActorCritic, Policy, assert_independent
+from rlhf_pipeline.models.modules import ActorCritic, Policy, assert_independent
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.rollout.rewards import WeightedReward
 from rlhf_pipeline.rollout.vllm_engine import VllmEngine
@@ -19,8 +19,8 @@ from rlhf_pipeline.stages.gate import repeat_gates
 from rlhf_pipeline.stages.reward_sources import LoadedModel, load_judge, load_reward, weighted
 from rlhf_pipeline.training.cost import ModelShape
 from rlhf_pipeline.training.judge import Judge
+from rlhf_pipeline.training.open_run import Run
 from rlhf_pipeline.training.precision import uses_bf16
-from rlhf_pipeline.training.run import Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

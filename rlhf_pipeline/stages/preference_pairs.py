@@ -17,17 +17,17 @@ from rlhf_pipeline.data.load import SourceReport
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import DataError, Fault, MismatchError
 from rlhf_pipeline.evaluation.enumerate import walk_counts
-from rlhf_pipeline.evaluation.preferences import pair_differences, preference_metrics
-from rlhf_pipeline.models.roles import Policy, TokenScores
+from rlhf_pipeline.evaluation.preference_metrics import pair_differences, preference_metrics
+from rlhf_pipeline.models.modules import Policy, TokenScores
 from rlhf_pipeline.rollout.scoring import most_responses
 from rlhf_pipeline.stages.common import example_schedule
 from rlhf_pipeline.stages.data import StageData, preference_kind
 from rlhf_pipeline.stages.population import Population
 from rlhf_pipeline.training.cost import ModelShape
+from rlhf_pipeline.training.open_run import Run
 from rlhf_pipeline.training.pairs import count_pairs
 from rlhf_pipeline.training.precision import uses_bf16
 from rlhf_pipeline.training.reference_cache import ReferenceLogprobs, cached_logprobs, completion_logprob_sums
-from rlhf_pipeline.training.run import Run
 from rlhf_pipeline.training.windows import Window
 
 ReferenceScores = Tensor | Callable[[PackedBatch], TokenScores]

@@ -13,9 +13,9 @@ from rlhf_pipeline.algorithms.preference import bradley_terry_loss, centering_lo
 from rlhf_pipeline.config.reward import RewardConfig
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import text_of
-from rlhf_pipeline.evaluation.preferences import calibration_slope, pair_differences
+from rlhf_pipeline.evaluation.preference_metrics import calibration_slope, pair_differences
 from rlhf_pipeline.models.loading import init_reward_model, save_model, store_reward_shift
-from rlhf_pipeline.models.roles import RewardModel
+from rlhf_pipeline.models.modules import RewardModel
 from rlhf_pipeline.models.selfcheck import read_reward_model
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.rollout.responses import prompts_run, sample_for_prompts
@@ -32,7 +32,7 @@ from rlhf_pipeline.stages.common import (
     tokenizer_of,
 )
 from rlhf_pipeline.stages.data import StageData, preference_kind
-from rlhf_pipeline.stages.gate import judge_gate
+from rlhf_pipeline.stages.gate import gate_of
 from rlhf_pipeline.stages.reward_quality import (
     baseline_accuracies,
     cached_baseline_differences,
@@ -40,8 +40,8 @@ from rlhf_pipeline.stages.reward_quality import (
     score_examples,
 )
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
+from rlhf_pipeline.training.open_run import Run, open_run
 from rlhf_pipeline.training.pairs import count_pairs, split_pairs, total_pairs
-from rlhf_pipeline.training.run import Run, open_run
 from rlhf_pipeline.training.session import Plan, train
 from rlhf_pipeline.training.trl_engine import train_with_trl
 from rlhf_pipeline.training.windows import ExampleBatch, Loss
@@ -212,7 +212,7 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
             differences, prompts = pair_differences(scores, held_out)
             slope = calibration_slope(differences, prompts)
             metrics["calibration_slope"] = {"mean": None, "why_not": NO_SLOPE} if slope is None else slope.as_dict()
-            metrics["gate"] = judge_gate(differences, rivals, prompts)
+            metrics["gate"] = gate_of(differences, rivals, prompts)
             describe_quality(run, metrics)
         return publish(run, network, tokenizer, parents={"base": parent}, reports=reports, metrics=metrics)
 

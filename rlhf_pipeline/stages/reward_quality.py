@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rlhf_pipeline.data.tokenize import Example
-from rlhf_pipeline.evaluation.preferences import (
+from rlhf_pipeline.evaluation.preference_metrics import (
     accuracy,
     bayes_accuracy,
     longer_wins,
@@ -21,7 +21,7 @@ from rlhf_pipeline.evaluation.preferences import (
     tfidf_bradley_terry,
 )
 from rlhf_pipeline.models.memory import Memory
-from rlhf_pipeline.models.roles import RewardModel
+from rlhf_pipeline.models.modules import RewardModel
 from rlhf_pipeline.rollout.rewards import ModelReward
 from rlhf_pipeline.rollout.scoring import by_example, score
 from rlhf_pipeline.training.tensor_cache import read_tensor, write_tensor

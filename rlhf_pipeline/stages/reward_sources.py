@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlhf_pipeline.config.ppo import PpoConfig
+from rlhf_pipeline.config.reward_names import WORLD_NAMES, is_function_name, load_function
 from rlhf_pipeline.config.stages import ModelConfig
 from rlhf_pipeline.data import world
 from rlhf_pipeline.errors import MismatchError
-from rlhf_pipeline.models.roles import RewardModel
+from rlhf_pipeline.models.modules import RewardModel
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.rollout.reward_names import WORLD_NAMES, is_function_name, load_function
 from rlhf_pipeline.rollout.rewards import FunctionReward, ModelReward, RewardSource, WeightedReward, WorldReward
 from rlhf_pipeline.stages.common import find_model, load_reward_model, require_same_tokenizer
 from rlhf_pipeline.stages.gate import repeat_gates
 from rlhf_pipeline.training.cost import ModelShape
 from rlhf_pipeline.training.judge import Judge
-from rlhf_pipeline.training.run import Run
+from rlhf_pipeline.training.open_run import Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,14 +57,14 @@ def load_reward(
     """Load one source: "world", module:function, or a reference to a reward model.
 
     Raises:
-        MismatchError: the world asked to judge a policy with another vocabulary, a policy passed as a reward model,
+        MismatchError: the world asked to score a policy with another vocabulary, a policy passed as a reward model,
             or a reward model with another tokenizer.
     """
     if text in WORLD_NAMES:
         if not world.is_world_tokenizer(tokenizer):
             raise MismatchError(
                 f"reward 'world': found the tokenizer of {policy.label} with {len(tokenizer)} tokens, expected that of "
-                f"{world.NAME}; the world's true reward can judge its own words only"
+                f"{world.NAME}; the world's true reward can score its own words only"
             )
         return LoadedReward(WorldReward())
     if is_function_name(text):

@@ -18,7 +18,7 @@ from rlhf_pipeline.data.tokenize import Example, whole_sequence
 from rlhf_pipeline.data.tokenizers import text_of, train_byte_level_bpe
 from rlhf_pipeline.models.loading import init_causal_lm, new_config, save_model
 from rlhf_pipeline.models.memory import Memory
-from rlhf_pipeline.models.roles import Policy
+from rlhf_pipeline.models.modules import Policy
 from rlhf_pipeline.models.selfcheck import inspect_model
 from rlhf_pipeline.rollout.scoring import score
 from rlhf_pipeline.stages.common import (
@@ -33,7 +33,7 @@ from rlhf_pipeline.stages.common import (
 )
 from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
-from rlhf_pipeline.training.run import Run, open_run
+from rlhf_pipeline.training.open_run import Run, open_run
 from rlhf_pipeline.training.session import Plan, train
 from rlhf_pipeline.training.trl_engine import train_with_trl
 from rlhf_pipeline.training.windows import ExampleBatch, Loss

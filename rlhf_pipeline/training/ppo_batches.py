@@ -12,7 +12,7 @@ from rlhf_pipeline.data.batch import PackedBatch
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.rollout.rollout import Rollout
 from rlhf_pipeline.training.finite import BadRow, NotFinite, all_finite, bad_places, broken_weights
-from rlhf_pipeline.training.memory import pieces
+from rlhf_pipeline.training.halves import pieces
 from rlhf_pipeline.training.windows import Pack
 
 Minibatches = list[list[list[int]]]

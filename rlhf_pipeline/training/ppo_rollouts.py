@@ -14,7 +14,7 @@ from rlhf_pipeline.config.ppo import PpoConfig
 from rlhf_pipeline.data.batch import Layout, PackedBatch, merge_prompts, micro_batches, pack, reads
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.models.memory import Memory
-from rlhf_pipeline.models.roles import ActorCritic, Policy
+from rlhf_pipeline.models.modules import ActorCritic, Policy
 from rlhf_pipeline.rollout.responses import answered, logprob_matrix, prompts_run, sample_for_prompts
 from rlhf_pipeline.rollout.rewards import BadScores, RewardSource
 from rlhf_pipeline.rollout.rollout import (

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.models.memory import Memory
-from rlhf_pipeline.models.roles import Policy
+from rlhf_pipeline.models.modules import Policy
 from rlhf_pipeline.rollout.scoring import most_responses, score
 from rlhf_pipeline.training.cost import ModelShape
 from rlhf_pipeline.training.tensor_cache import read_tensor, write_tensor

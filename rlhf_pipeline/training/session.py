@@ -24,9 +24,9 @@ from rlhf_pipeline.training.cost import JUDGE
 from rlhf_pipeline.training.failure import Decode, failed_update, put_aside, told, write_failure
 from rlhf_pipeline.training.finite import NotFinite
 from rlhf_pipeline.training.loop import Step, fit
+from rlhf_pipeline.training.open_run import Run
 from rlhf_pipeline.training.optimizer import make_optimizer, make_scheduler
 from rlhf_pipeline.training.precision import checkpoint_activations, uses_bf16
-from rlhf_pipeline.training.run import Run
 from rlhf_pipeline.training.tracking import tell, tell_all
 from rlhf_pipeline.training.windows import Window
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pydantic
 import pytest
 
-from rlhf_pipeline.config import Lengths, moves_optimum, references, resolve_lengths
+from rlhf_pipeline.config import Lengths, mentions, moves_optimum, resolve_lengths
 from rlhf_pipeline.config.plan import COMMANDS
 from rlhf_pipeline.config.stages import SCHEMAS, STAGES
 from rlhf_pipeline.errors import ConfigError
@@ -110,7 +110,7 @@ def test_references_of_a_config(load):
         reward_model_path=None,
         reward_functions=["world", "rm@v2", "module:function"],
     )
-    assert [(found.path, found.role, found.text) for found in references(config)] == [
+    assert [(found.path, found.role, found.text) for found in mentions(config)] == [
         (("model_name_or_path",), "policy", "sft"),
         (("reward_functions", 1, "source"), "reward", "rm@v2"),
         (("datasets", 0, "dataset_name"), "data", "org/a"),

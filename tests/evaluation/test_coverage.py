@@ -12,9 +12,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from rlhf_pipeline.evaluation.elo import rank
 from rlhf_pipeline.evaluation.frontier import Curve, area_between, difference_at
-from rlhf_pipeline.evaluation.ranking import rank
-from rlhf_pipeline.evaluation.seeds import Finding, contrast, infer, over_prompts, over_seeds, over_seeds_and_prompts
+from rlhf_pipeline.evaluation.seeds import Inference, contrast, infer, over_prompts, over_seeds, over_seeds_and_prompts
 from rlhf_pipeline.evaluation.statistics import Estimate, cluster_mean
 from rlhf_pipeline.evaluation.win_rates import length_controlled_win_rate, win_rate
 from tests.evaluation.shares import covers, drawn
@@ -139,7 +139,7 @@ def test_matched_kl_of_one_seed(prompts, read):
         found = (
             difference_at(a, b, AT, resamples=RESAMPLES) if read == "at" else area_between(a, b, resamples=RESAMPLES)
         )
-        return found.finding.estimate
+        return found.inference.estimate
 
     assert abs(coverage(FEW, once, truth) - 0.95) <= 0.03
 
@@ -153,7 +153,7 @@ def test_matched_kl_over_seeds_and_prompts(seeds, prompts, read):
         found = (
             difference_at(a, b, AT, resamples=RESAMPLES) if read == "at" else area_between(a, b, resamples=RESAMPLES)
         )
-        return found.finding.estimate
+        return found.inference.estimate
 
     assert coverage(FEW, once, 0.3) >= 0.92
 
@@ -182,7 +182,7 @@ def test_the_length_controlled_win_rate(prompts):
             np.zeros((prompts, 1)),
             coupled=False,
             resamples=RESAMPLES,
-        ).finding.estimate
+        ).inference.estimate
 
     assert abs(coverage(FEW, once, 0.5) - 0.95) <= 0.03
 
@@ -200,7 +200,7 @@ def test_elo(prompts):
     assert abs(coverage(MANY, once, 1000 + 400 / math.log(10) * 1.2) - 0.95) <= 0.02
 
 
-def rejections(count: int, once: Callable[[np.random.Generator], Finding], seed: int = 0) -> float:
+def rejections(count: int, once: Callable[[np.random.Generator], Inference], seed: int = 0) -> float:
     draw = np.random.default_rng(seed)
     found = [once(draw) for _ in range(count)]
     assert all((one.p < 0.05) == (not one.estimate.low <= 0 <= one.estimate.high) for one in found if one.seeds > 1)
@@ -212,7 +212,7 @@ def test_two_arms_that_are_one_are_told_apart_at_the_nominal_rate(seeds, prompts
     """A/A. With fixed prompts the arms share them and nothing about prompts is random."""
     count = FEW if prompts >= 50 else MANY
 
-    def once(draw: np.random.Generator) -> Finding:
+    def once(draw: np.random.Generator) -> Inference:
         shared = draw.normal(size=(1, prompts))
         parts = (0.3 if seeds > 1 else 0.0, 0.0, 0.5)
         return contrast(*(shared + crossed(draw, seeds, prompts, parts) for _ in range(2)), fixed_prompts=fixed)
@@ -222,7 +222,7 @@ def test_two_arms_that_are_one_are_told_apart_at_the_nominal_rate(seeds, prompts
 
 @pytest.mark.parametrize("seeds, prompts", [(3, 16), (5, 64)])
 def test_two_arms_that_are_one_are_told_apart_at_most_at_the_nominal_rate_on_new_prompts(seeds, prompts):
-    def once(draw: np.random.Generator) -> Finding:
+    def once(draw: np.random.Generator) -> Inference:
         return contrast(*(crossed(draw, seeds, prompts, (0.3, 1.0, 0.5)) for _ in range(2)))
 
     assert rejections(MANY, once) <= 0.07
@@ -237,7 +237,7 @@ def test_a_planted_effect_is_found_with_the_power_it_should_have(effect):
     limit = t.ppf(0.975, seeds - 1)
     power = nct.sf(limit, seeds - 1, at) + nct.cdf(-limit, seeds - 1, at)
 
-    def once(draw: np.random.Generator) -> Finding:
+    def once(draw: np.random.Generator) -> Inference:
         a = crossed(draw, seeds, 6, (1, 1, 0))
         return contrast(a + effect + draw.normal(size=(seeds, 1)), a, fixed_prompts=True)
 

@@ -71,31 +71,33 @@ def test_the_difference_at_the_middle_of_the_common_range():
     assert common_range(a, b) == (2.0, 5.0)
     found = difference_at(a, b)  # at 3.5: 4.5 - 1.75
     assert (found.at, found.missed) == (3.5, 0.0)
-    assert found.finding.estimate.mean == pytest.approx(2.75)
-    assert difference_at(a, b, 4.0).finding.estimate.mean == pytest.approx(5 - 2)
-    assert reward_at(a, 2.0).finding.estimate.mean == pytest.approx(2.0)
+    assert found.inference.estimate.mean == pytest.approx(2.75)
+    assert difference_at(a, b, 4.0).inference.estimate.mean == pytest.approx(5 - 2)
+    assert reward_at(a, 2.0).inference.estimate.mean == pytest.approx(2.0)
 
 
 def test_nothing_is_extrapolated():
     a, b = flat([1, 2], [0, 1]), flat([3, 4], [5, 6])
     found = difference_at(a, b, names=("ppo", "dpo"))
-    assert found.finding is None and found.at is None and common_range(a, b) is None
+    assert found.inference is None and found.at is None and common_range(a, b) is None
     assert "no common range: ppo covers 1 to 2, dpo covers 3 to 4" in found.why_not
     found = difference_at(a, flat([1.5, 4], [5, 6]), 3.0, names=("ppo", "dpo"))
     assert (
-        found.finding is None and "not reached: ppo covers 1 to 2" in found.why_not and "wanted is 3" in found.why_not
+        found.inference is None and "not reached: ppo covers 1 to 2" in found.why_not and "wanted is 3" in found.why_not
     )
-    assert reward_at(a, 2.1).finding is None and reward_at(a, 2.0).finding is not None
-    assert area_between(a, b).finding is None
-    assert reward_at(flat([2], [5]), 2.5).finding is None
+    assert reward_at(a, 2.1).inference is None and reward_at(a, 2.0).inference is not None
+    assert area_between(a, b).inference is None
+    assert reward_at(flat([2], [5]), 2.5).inference is None
 
 
 def test_the_area_over_the_common_range_by_hand():
     # a: 0 at 0, 4 at 2, 4 at 4. b: 1 throughout, from 1 to 5. Over [1, 4]: a is 2 at 1, 4 from 2 on:
     # (2 + 4) / 2 x 1 + 4 x 2 - 3 = 8; divided by the width 3.
     found = area_between(flat([0, 2, 4], [0, 4, 4]), flat([1, 5], [1, 1]))
-    assert found.finding.estimate.mean == pytest.approx(8 / 3)
-    assert area_between(flat([1, 5], [1, 1]), flat([0, 2, 4], [0, 4, 4])).finding.estimate.mean == pytest.approx(-8 / 3)
+    assert found.inference.estimate.mean == pytest.approx(8 / 3)
+    assert area_between(flat([1, 5], [1, 1]), flat([0, 2, 4], [0, 4, 4])).inference.estimate.mean == pytest.approx(
+        -8 / 3
+    )
 
 
 def test_the_area_is_the_integral():
@@ -105,7 +107,7 @@ def test_the_area_is_the_integral():
     low, high = common_range(a, b)
     grid = np.linspace(low, high, 200_001)
     gap = [interpolate(*(means[0] for means in curve.means()), grid) for curve in (a, b)]
-    assert area_between(a, b).finding.estimate.mean == pytest.approx(np.mean(gap[0] - gap[1]), abs=1e-4)
+    assert area_between(a, b).inference.estimate.mean == pytest.approx(np.mean(gap[0] - gap[1]), abs=1e-4)
 
 
 def noisy(prompts: int, seeds: int, slope: float, seed: int) -> Curve:
@@ -118,25 +120,25 @@ def test_where_x_has_no_noise_it_is_the_paired_difference_of_the_points():
     draw = np.random.default_rng(1)
     one, other = draw.normal(size=(2, 1, 2, 80))
     a, b = Curve.of([[1.0, 3.0]], one), Curve.of([[1.0, 3.0]], other)
-    found = difference_at(a, b, 3.0).finding
+    found = difference_at(a, b, 3.0).inference
     expected = cluster_mean(one[0, 1] - other[0, 1], range(80))
     assert (found.estimate.mean, found.estimate.low, found.estimate.high) == pytest.approx(
         (expected.mean, expected.low, expected.high), abs=1e-9
     )
-    middle = difference_at(a, b).finding.estimate
+    middle = difference_at(a, b).inference.estimate
     expected = cluster_mean((one - other)[0].mean(0), range(80))
     assert (middle.low, middle.high) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
 def test_each_seed_has_its_own_curves():
     a, b = noisy(40, 4, 1.0, 2), noisy(40, 4, 0.5, 3)
-    found = difference_at(a, b, 2.5, fixed_prompts=True).finding
+    found = difference_at(a, b, 2.5, fixed_prompts=True).inference
     each = [difference_at(Curve(a.x[[s]], a.reward[[s]]), Curve(b.x[[s]], b.reward[[s]]), 2.5) for s in range(4)]
-    expected = infer([one.finding.estimate.mean for one in each])
+    expected = infer([one.inference.estimate.mean for one in each])
     assert (found.estimate.low, found.estimate.high, found.p) == pytest.approx(
         (expected.estimate.low, expected.estimate.high, expected.p), abs=1e-9
     )
-    general = difference_at(a, b, 2.5).finding
+    general = difference_at(a, b, 2.5).inference
     assert general.estimate.method == "t over seeds and prompts"
     assert general.seed_variance == found.seed_variance and general.prompt_variance > 0 == found.prompt_variance
 
@@ -147,11 +149,11 @@ def test_replicates_that_do_not_reach_it_are_counted():
     spread = float(a.x[0, 2].std() / np.sqrt(60))
     # One standard error inside the end of the range: 16 % of the replicates end before it.
     found = difference_at(a, b, high - spread)
-    assert found.finding is None
+    assert found.inference is None
     assert found.missed == pytest.approx(0.159, abs=0.03)
     assert "of the resampled sets of prompts" in found.why_not
     found = difference_at(a, b, high - 2 * spread)
-    assert 0.005 < found.missed < 0.05 and found.finding is not None
+    assert 0.005 < found.missed < 0.05 and found.inference is not None
     assert difference_at(a, b, high - 6 * spread).missed == 0.0
 
 

@@ -22,7 +22,7 @@ from rlhf_pipeline.evaluation.sampled import (
     paired_difference,
 )
 from rlhf_pipeline.models.forward import Reader
-from rlhf_pipeline.models.roles import Policy
+from rlhf_pipeline.models.modules import Policy
 
 
 def tiny(seed: int, vocab: int = 4, temperature: float = 1.0) -> Policy:

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_pipeline.evaluation.needed import needed
 from rlhf_pipeline.evaluation.seeds import (
-    Finding,
+    Inference,
     contrast,
     from_replicates,
     holm,
@@ -192,9 +192,9 @@ def test_needed_of_a_win_rate_counts_from_one_half():
 
 
 def test_needed_of_the_crossed_form():
-    def crossed(seed: float, prompt: float) -> Finding:
+    def crossed(seed: float, prompt: float) -> Inference:
         half = T[4] * math.sqrt(seed + prompt)
-        return Finding(Estimate(1.0, 1 - half, 1 + half, 80, 5, "t over seeds and prompts"), 0.5, 5, 16, seed, prompt)
+        return Inference(Estimate(1.0, 1 - half, 1 + half, 80, 5, "t over seeds and prompts"), 0.5, 5, 16, seed, prompt)
 
     # Prompts with S - 1 degrees: 2.776445 sqrt(.05 + .4 x 16 / P) < 1, so P > 6.4 / (.129724 - .05) = 80.3.
     assert needed(crossed(0.05, 0.4), "prompts") == {"count": 81, "unit": "prompts"}

@@ -106,7 +106,7 @@ def test_equal_length_leaves_out_the_same_pairs():
     nothing = np.zeros((30, 1))
     expected = length_controlled_win_rate(outcome, nothing, gap, nothing, coupled=False, resamples=50)
     assert found.phi == pytest.approx(expected.phi, abs=1e-9)
-    assert found.finding.estimate.mean == pytest.approx(expected.finding.estimate.mean, abs=1e-9)
+    assert found.inference.estimate.mean == pytest.approx(expected.inference.estimate.mean, abs=1e-9)
 
 
 def test_seeds_pair_with_seeds():
@@ -122,7 +122,7 @@ def test_without_an_effect_of_length_it_is_the_win_rate():
     a = np.array([[1.0]] * 3 + [[-1.0]] + [[1.0]] * 3 + [[-1.0]])
     length = np.array([[2.0]] * 4 + [[0.0]] * 4)
     found = length_controlled_win_rate(a, np.zeros((8, 1)), length, np.ones((8, 1)), coupled=False)
-    assert found.finding.estimate.mean == pytest.approx(0.75, abs=1e-9)
+    assert found.inference.estimate.mean == pytest.approx(0.75, abs=1e-9)
     assert found.phi == pytest.approx(0.0, abs=1e-9)
 
 
@@ -134,7 +134,7 @@ def test_two_length_differences_by_hand():
     arguments = (a, np.zeros((20, 1)), length, np.ones((20, 1)))
     found = length_controlled_win_rate(*arguments, coupled=False, ridge=0.0)
     theta, slope = (logit(0.9) + logit(0.6)) / 2, (logit(0.9) - logit(0.6)) / 2
-    assert logit(found.finding.estimate.mean) == pytest.approx(theta, abs=1e-8)
+    assert logit(found.inference.estimate.mean) == pytest.approx(theta, abs=1e-8)
     assert found.phi == pytest.approx(slope / math.tanh(1.0), abs=1e-8)
     ridged = length_controlled_win_rate(*arguments, coupled=False)
     assert 0 < found.phi - ridged.phi < 0.01 * found.phi
@@ -148,8 +148,8 @@ def test_swapping_the_sides_mirrors_it():
         length_controlled_win_rate(*arguments, coupled=False)
         for arguments in ((a, b, long, short), (b, a, short, long))
     )
-    assert forth.finding.estimate.mean == pytest.approx(1 - back.finding.estimate.mean, abs=1e-9)
-    assert forth.finding.estimate.low == pytest.approx(1 - back.finding.estimate.high, abs=1e-9)
+    assert forth.inference.estimate.mean == pytest.approx(1 - back.inference.estimate.mean, abs=1e-9)
+    assert forth.inference.estimate.low == pytest.approx(1 - back.inference.estimate.high, abs=1e-9)
     assert forth.phi == pytest.approx(back.phi, abs=1e-9)
 
 
@@ -165,13 +165,13 @@ def test_a_known_effect_is_recovered_and_the_bias_of_length_removed():
     draw = np.random.default_rng(2)
     arguments = synthetic(draw, 20_000, 0.4, 1.5)
     found = length_controlled_win_rate(*arguments, coupled=False, resamples=200)
-    assert logit(found.finding.estimate.mean) == pytest.approx(0.4, abs=0.05)  # standard error .013
+    assert logit(found.inference.estimate.mean) == pytest.approx(0.4, abs=0.05)  # standard error .013
     assert found.phi == pytest.approx(1.5, abs=0.08)
     assert prompt_win_rates(*arguments[:2], coupled=False).mean() > 1 / (1 + math.exp(-0.4)) + 0.05
     # Of equal sides of which one is longer, the plain rate prefers the longer one and this one neither.
     equal = synthetic(draw, 2000, 0.0, 1.5)
     assert win_rate(*equal[:2], coupled=False).estimate.low > 0.6
-    estimate = length_controlled_win_rate(*equal, coupled=False).finding.estimate
+    estimate = length_controlled_win_rate(*equal, coupled=False).inference.estimate
     assert estimate.low < 0.5 < estimate.high
 
 
@@ -181,11 +181,11 @@ def test_seeds_have_their_own_fits():
     stacked = [np.stack(column) for column in zip(*parts)]
     found = length_controlled_win_rate(*stacked, coupled=False, fixed_prompts=True)
     # The unit of length is that of all seeds together: it differs from each one's by a few per cent.
-    alone = [length_controlled_win_rate(*part, coupled=False).finding.estimate.mean for part in parts]
-    assert found.finding.estimate.mean == pytest.approx(np.mean(alone), abs=0.01)
-    assert found.finding.estimate.method == "wilson over seeds"
+    alone = [length_controlled_win_rate(*part, coupled=False).inference.estimate.mean for part in parts]
+    assert found.inference.estimate.mean == pytest.approx(np.mean(alone), abs=0.01)
+    assert found.inference.estimate.method == "wilson over seeds"
     general = length_controlled_win_rate(*stacked, coupled=False)
-    assert general.finding.prompt_variance > 0 == found.finding.prompt_variance
+    assert general.inference.prompt_variance > 0 == found.inference.prompt_variance
 
 
 @pytest.mark.parametrize(
@@ -194,13 +194,13 @@ def test_seeds_have_their_own_fits():
 )
 def test_undefined_where_all_lengths_agree(long, short, reason):
     found = length_controlled_win_rate([[1.0], [0.0]], [[0.0], [1.0]], [[long]] * 2, [[short]] * 2, coupled=False)
-    assert found.finding is None and found.phi is None
+    assert found.inference is None and found.phi is None
     assert reason in found.why_not
 
 
 def test_undefined_where_equal_length_lies_outside_the_data():
     found = length_controlled_win_rate([[1.0], [0.0]], [[0.0], [1.0]], [[7.0], [8.0]], [[5.0], [5.0]], coupled=False)
-    assert found.finding is None and "first side's responses are always longer" in found.why_not
+    assert found.inference is None and "first side's responses are always longer" in found.why_not
     found = length_controlled_win_rate([[1.0], [0.0]], [[0.0], [1.0]], [[3.0], [2.0]], [[5.0], [5.0]], coupled=False)
     assert "second" in found.why_not
 
@@ -209,7 +209,7 @@ def test_undefined_where_equal_length_lies_outside_the_data():
 def test_a_side_that_always_wins():
     gap = np.arange(-5.0, 6.0)[:, None]
     found = length_controlled_win_rate(np.ones((11, 1)), np.zeros((11, 1)), gap, np.zeros((11, 1)), coupled=False)
-    found = found.finding.estimate
+    found = found.inference.estimate
     # Eleven prompts that all agree and half a one that does not: n = 11 m (1 - m) / s'^2 with m = 22/23.
     middle = 11 / 11.5
     size = 11 * middle * (1 - middle) / ((0.5 * 11 / 11.5) / 10.5)
@@ -221,7 +221,7 @@ def test_a_side_that_always_wins():
 def test_length_that_decides_everything_leaves_the_sides_equal():
     gap = np.array([[-3.0], [-2.0], [-1.0], [1.0], [2.0], [3.0]] * 10)
     found = length_controlled_win_rate(np.sign(gap), np.zeros((60, 1)), gap, np.zeros((60, 1)), coupled=False)
-    assert found.finding.estimate.mean == pytest.approx(0.5, abs=1e-6)
+    assert found.inference.estimate.mean == pytest.approx(0.5, abs=1e-6)
     assert 5 < found.phi < 50
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.registry import Registry, verify_files
-from rlhf_pipeline.registry.repair import faults_of
+from rlhf_pipeline.registry.repair import registry_faults
 from tests.conftest import DEFAULTS
 from tests.faults import children
 from tests.faults.subjects import _write, make_template, stage_config
@@ -93,7 +93,7 @@ def _judge(home: Path, before: Sequence[str], done: children.Outcome, word: str)
         if "Traceback" in done.err:
             failed.append("a traceback")
     registry = Registry(home)
-    if faults := faults_of(registry):
+    if faults := registry_faults(registry):
         failed.append(f"damaged: {[str(fault) for fault in faults]}")
     for label in before:
         verify_files(registry.resolve(label) if label in _models(registry) else registry.resolve_data(label))
@@ -109,7 +109,7 @@ def _models(registry: Registry) -> list[str]:
 def _again(act: Act, home: Path, said: Path) -> list[str]:
     """The same command, undisturbed: it has to go on to its end."""
     done = children.run(act.command(home), said)
-    faults = faults_of(Registry(home))
+    faults = registry_faults(Registry(home))
     return [] if done.code == 0 and not faults else [f"again: exit {done.code}, {faults}: {done.err[-1500:]}"]
 
 

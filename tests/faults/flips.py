@@ -11,7 +11,7 @@ from typing import Any
 from rlhf_pipeline.data.sources import read_source
 from rlhf_pipeline.errors import DamagedFile
 from rlhf_pipeline.registry import Registry, verify_files
-from rlhf_pipeline.registry.repair import faults_of
+from rlhf_pipeline.registry.repair import registry_faults
 from rlhf_pipeline.training.checkpoint import newest_checkpoint, verify_checkpoint
 from tests.conftest import Lab
 
@@ -43,7 +43,7 @@ def targets(home: Path, model: str, data: str, checkpoint: Path) -> list[Target]
     registry = Registry(home)
 
     def listed(reference: str) -> Callable[[Path], str]:
-        return lambda _: "\n".join(str(fault) for fault in faults_of(registry, reference))
+        return lambda _: "\n".join(str(fault) for fault in registry_faults(registry, reference))
 
     def loaded(path: Path) -> str:
         # The card beside a model changes nothing that is loaded; `verify` names it.

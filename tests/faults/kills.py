@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.registry.repair import faults_of
+from rlhf_pipeline.registry.repair import registry_faults
 from tests.faults import children, subjects
 from tests.faults.subjects import Subject
 
@@ -23,7 +23,7 @@ def torn(home: Path) -> list[str]:
     """Versions that are there but not whole."""
     from rlhf_pipeline.registry.store import Registry
 
-    return [str(fault) for fault in faults_of(Registry(home))]
+    return [str(fault) for fault in registry_faults(Registry(home))]
 
 
 def finished(subject: Subject, home: Path) -> bool:

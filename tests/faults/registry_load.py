@@ -13,7 +13,7 @@ from typing import Any
 
 from rlhf_pipeline.errors import UnknownReference
 from rlhf_pipeline.registry import Registry, verify_files
-from rlhf_pipeline.registry.repair import faults_of
+from rlhf_pipeline.registry.repair import registry_faults
 
 NAME = "shared"
 CODE = {"package": "test"}
@@ -143,7 +143,7 @@ def concurrency(
             "lost": lost,
             "torn": torn,
             "aliases": sorted(registry.models.aliases(NAME)),
-            "faults": [str(fault) for fault in faults_of(registry)],
+            "faults": [str(fault) for fault in registry_faults(registry)],
             "leftovers": [path.name for path in home.rglob(".*.tmp")],
             "exit_codes": sorted({process.exitcode for process in (*publishers, *others)}),
             "seconds": time.perf_counter() - started,

@@ -163,7 +163,7 @@ def _finite(bench: Bench) -> list[Row]:
 
 
 def _memory(bench: Bench) -> list[Row]:
-    passed, failed = _tests(["tests/training/test_memory.py"], bench.folder / "memory")
+    passed, failed = _tests(["tests/training/test_halves.py"], bench.folder / "memory")
     what = "out of memory in training, scoring, sampling and evaluation"
     came = f"{passed} of {passed + len(failed)} tests: batches halved, weights within 1e-6 of the unhalved step"
     return [Row(what, came, failed)]

@@ -5,7 +5,7 @@ import errno
 import pytest
 
 from rlhf_pipeline.cli.main import main
-from rlhf_pipeline.registry.repair import faults_of
+from rlhf_pipeline.registry.repair import registry_faults
 from tests.faults.disks import disk_full, read_only
 
 
@@ -39,7 +39,7 @@ def test_a_version_that_cannot_be_written_is_not_there(lab, capsys, monkeypatch,
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and str(lab.home / "models") in errors[0], errors
     assert ("disk full" if number in (errno.ENOSPC, errno.EDQUOT) else "no permission") in errors[0]
-    assert lab.registry.models.numbers("more") == [] and faults_of(lab.registry) == []
+    assert lab.registry.models.numbers("more") == [] and registry_faults(lab.registry) == []
     assert list((lab.home / "models").glob(".*.tmp")) == []
     monkeypatch.undo()
     assert main(words) == 0

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from rlhf_pipeline.errors import UnknownReference
 from rlhf_pipeline.registry import Registry, verify_files
-from rlhf_pipeline.registry.repair import faults_of
+from rlhf_pipeline.registry.repair import registry_faults
 from tests.faults.registry_load import concurrency
 
 
@@ -59,7 +59,7 @@ def test_the_latest_version_is_whole_or_the_one_before_while_versions_are_remove
     while not done.is_set():
         seen.add(registry.resolve("demo").version == 1)
         assert registry.resolve("demo@best").version == 1
-        assert faults_of(registry) == []
+        assert registry_faults(registry) == []
         reads += 1
     thread.join()
     assert reads > 0

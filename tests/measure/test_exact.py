@@ -8,7 +8,7 @@ import torch
 from rlhf_pipeline.compare.run import compared
 from rlhf_pipeline.data.enumeration import ResponseTree
 from rlhf_pipeline.errors import ConfigError, MismatchError, RunFailed
-from rlhf_pipeline.evaluation.optimum import kl_divergence, optimum
+from rlhf_pipeline.evaluation.closed_forms import kl_divergence, optimum
 from rlhf_pipeline.measure import exact as module
 from rlhf_pipeline.measure.evaluate import run_evaluate
 from rlhf_pipeline.measure.exact import run_exact
@@ -159,7 +159,9 @@ def test_scores_of_all_responses_are_kept_by_digest(arms, monkeypatch):
 
 
 def test_a_policy_above_the_frontier_is_an_error(arms, monkeypatch):
-    monkeypatch.setattr(module.Judge, "frontier", lambda self, count: type("Low", (), {"bound": lambda s, kl: -9.0})())
+    monkeypatch.setattr(
+        module.ExactBench, "frontier", lambda self, count: type("Low", (), {"bound": lambda s, kl: -9.0})()
+    )
     with pytest.raises(RunFailed, match="above the exact frontier"):
         exact(arms, "dpo", **SHORT)
 

@@ -17,7 +17,7 @@ from rlhf_pipeline.measure.evaluate import run_evaluate
 from rlhf_pipeline.measure.exact import run_exact
 from rlhf_pipeline.measure.generate import run_generate
 from rlhf_pipeline.models import forward
-from rlhf_pipeline.models.roles import Policy
+from rlhf_pipeline.models.modules import Policy
 from rlhf_pipeline.rollout import responses
 from rlhf_pipeline.stages.collect import run_collect
 from rlhf_pipeline.stages.common import load_policy, tokenizer_of

@@ -8,7 +8,7 @@ import torch
 from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.models.divergence import divergence
 from rlhf_pipeline.models.forward import Reader
-from rlhf_pipeline.models.roles import Policy
+from rlhf_pipeline.models.modules import Policy
 from rlhf_pipeline.models.tree_attention import use_tree_attention
 
 

@@ -15,7 +15,7 @@ from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.models.forward import Reader, trunk_of
 from rlhf_pipeline.models.loading import init_reward_model, load_sequence_classifier, save_model, store_reward_shift
-from rlhf_pipeline.models.roles import RewardModel, sequence_head
+from rlhf_pipeline.models.modules import RewardModel, sequence_head
 from rlhf_pipeline.models.selfcheck import read_reward_model
 
 NAMES = ["llama", "qwen2", "qwen2-sliding", "qwen3", "mistral", "gemma3_text", "gpt2", "gpt_neox", "bloom"]

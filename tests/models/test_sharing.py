@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rlhf_pipeline.models import sharing
-from rlhf_pipeline.models.roles import assert_independent
+from rlhf_pipeline.models.modules import assert_independent
 from rlhf_pipeline.models.sharing import shared, sharing_models
 from rlhf_pipeline.stages.common import find_model, load_policy, load_reward_model, tokenizer_of
 

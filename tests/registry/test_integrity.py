@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_pipeline.errors import DamagedFile
 from rlhf_pipeline.registry import verify_files
-from rlhf_pipeline.registry.repair import faults_of
+from rlhf_pipeline.registry.repair import registry_faults
 
 # sha256 of "weights" and of "WEIGHTS", from `printf weights | sha256sum`
 WEIGHTS = "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"
@@ -24,7 +24,7 @@ def made(registry, model):
 
 def test_untouched_version_passes(registry, made):
     verify_files(made)
-    assert faults_of(registry) == faults_of(registry, "demo@v1") == []
+    assert registry_faults(registry) == registry_faults(registry, "demo@v1") == []
 
 
 def test_changed_file_of_the_same_size_names_both_digests(registry, made):
@@ -33,7 +33,7 @@ def test_changed_file_of_the_same_size_names_both_digests(registry, made):
         verify_files(made)
     for word in ("demo@v1", "model.safetensors", WEIGHTS, CHANGED):
         assert word in str(error.value)
-    assert [fault.where for fault in faults_of(registry)] == ["demo@v1: model.safetensors"]
+    assert [fault.where for fault in registry_faults(registry)] == ["demo@v1: model.safetensors"]
 
 
 def test_cut_missing_and_added_files_are_all_named(registry, made):
@@ -46,21 +46,21 @@ def test_cut_missing_and_added_files_are_all_named(registry, made):
     assert "model.safetensors: 3 bytes; expected 7 bytes" in text
     assert "config.json: missing" in text
     assert "adapter_config.json: not in manifest.json" in text
-    assert len(faults_of(registry, "demo")) == 3
+    assert len(registry_faults(registry, "demo")) == 3
 
 
 def test_card_and_snapshots_do_not_stop_loading_but_are_reported(registry, made):
     (made.path / "README.md").write_text("edited")
     (made.path / "snapshots/step-5/model.safetensors").write_text("edited")
     verify_files(made)
-    assert len(faults_of(registry)) == 2
+    assert len(registry_faults(registry)) == 2
     with pytest.raises(DamagedFile, match=r"demo@v1#5: model\.safetensors"):
         verify_files(registry.resolve("demo@v1#5"))
 
 
 def test_damaged_manifest_is_reported_and_refused_and_listed(registry, made):
     (made.path / "manifest.json").write_text("{}")
-    assert "manifest.json: not a valid manifest" in str(faults_of(registry)[0])
+    assert "manifest.json: not a valid manifest" in str(registry_faults(registry)[0])
     assert [(item.label, item.manifest) for item in registry.models.all()] == [("demo@v1", None)]
     with pytest.raises(DamagedFile):
         registry.resolve("demo")
@@ -69,7 +69,7 @@ def test_damaged_manifest_is_reported_and_refused_and_listed(registry, made):
 def test_moved_version_and_dangling_alias_are_reported(registry, made):
     registry.alias("demo@v1", "best")
     shutil.move(made.path, made.path.with_name("v7"))
-    assert [fault.where for fault in faults_of(registry)] == ["demo@v7: manifest.json", "demo@best"]
+    assert [fault.where for fault in registry_faults(registry)] == ["demo@v7: manifest.json", "demo@best"]
 
 
 def test_data_are_checked_too(registry):
@@ -78,7 +78,7 @@ def test_data_are_checked_too(registry):
     (made.path / "records.jsonl").write_text("{}\n")
     with pytest.raises(DamagedFile, match=r"records\.jsonl: 3 bytes; expected 16 bytes"):
         verify_files(made)
-    assert len(faults_of(registry)) == 1
+    assert len(registry_faults(registry)) == 1
 
 
 def test_files_are_hashed_once_before_loading_and_each_time_by_verify(registry, made, monkeypatch):
@@ -95,7 +95,7 @@ def test_files_are_hashed_once_before_loading_and_each_time_by_verify(registry, 
     assert hashed == {"config.json": 1, "model.safetensors": 1}
     hashed.clear()
     for _ in range(2):
-        assert faults_of(registry) == []
+        assert registry_faults(registry) == []
     assert hashed["model.safetensors"] == 4  # that of the version and that of its snapshot, twice
     path = made.path / "model.safetensors"
     before = path.stat()

@@ -11,7 +11,7 @@ import pytest
 from rlhf_pipeline.cli.main import main
 from rlhf_pipeline.errors import BadInput, RunFailed, UnknownReference
 from rlhf_pipeline.registry import DataEntry, verify_files
-from rlhf_pipeline.registry.repair import faults_of, repair
+from rlhf_pipeline.registry.repair import registry_faults, repair
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_a_damaged_version_goes_whole_and_the_one_before_is_found(registry, mode
     assert done[0].path == str(aside)
     assert registry.resolve("demo").label == registry.resolve("demo@first").label == "demo@v1"
     assert registry.models.aliases("demo") == {"first": 1}
-    assert faults_of(registry) == [] and repair(registry) == []
+    assert registry_faults(registry) == [] and repair(registry) == []
     with pytest.raises(UnknownReference, match="v2 was damaged and is in quarantine"):
         registry.resolve("demo@v2")
     assert registry.publish("demo", "sft", model()).label == "demo@v3"
@@ -71,7 +71,7 @@ def test_a_damaged_manifest_is_a_damaged_version(registry, two, damage):
     number = 7 if damage == "elsewhere" else 2
     assert repair(registry)
     assert quarantine(registry)[0].name.startswith(f"demo-v{number}-")
-    assert registry.models.numbers("demo") == [1] and faults_of(registry) == []
+    assert registry.models.numbers("demo") == [1] and registry_faults(registry) == []
 
 
 def test_one_reference_is_repaired_and_the_others_stay(registry, two):
@@ -80,7 +80,7 @@ def test_one_reference_is_repaired_and_the_others_stay(registry, two):
     (two[1].path / "manifest.json").write_text("{")
     repair(registry, "demo@best")
     assert registry.models.numbers("demo") == [1]
-    assert len(faults_of(registry)) == 1
+    assert len(registry_faults(registry)) == 1
     repair(registry, "demo")
     assert registry.models.numbers("demo") == [] and len(quarantine(registry)) == 2
     with pytest.raises(UnknownReference, match="damaged and in quarantine: v1, v2"):
@@ -95,7 +95,7 @@ def test_a_card_is_written_again_and_what_is_not_of_the_version_is_put_aside(reg
     assert ("demo@v1: README.md", "written again") in done and ("demo@v2: README.md", "written again") in done
     assert ("demo@v2: adapter_config.json", "not part of this version: quarantined") in done
     assert sorted(path.read_text() for path in quarantine(registry)) == ["edited", "{}"]
-    assert faults_of(registry) == [] and registry.models.numbers("demo") == [1, 2]
+    assert registry_faults(registry) == [] and registry.models.numbers("demo") == [1, 2]
 
 
 def test_a_link_in_the_place_of_a_file_is_damage(registry, two, tmp_path):
@@ -103,9 +103,9 @@ def test_a_link_in_the_place_of_a_file_is_damage(registry, two, tmp_path):
     shutil.move(weights, tmp_path / "weights")
     os.symlink(tmp_path / "weights", weights)
     os.symlink(tmp_path, two[0].path / "additional_chat_templates")
-    assert [fault.found for fault in faults_of(registry)] == ["not in manifest.json", "a symbolic link"]
+    assert [fault.found for fault in registry_faults(registry)] == ["not in manifest.json", "a symbolic link"]
     repair(registry)
-    assert faults_of(registry) == [] and registry.models.numbers("demo") == [1]
+    assert registry_faults(registry) == [] and registry.models.numbers("demo") == [1]
     assert (tmp_path / "weights").read_text() == "two"
 
 
@@ -114,10 +114,10 @@ def test_damaged_aliases_and_numbers_are_put_aside(registry, model, two):
     registry.publish("dpo", "dpo", model(), data=[DataEntry(source="x", digest="d", rows=1)], parents={"base": two[1]})
     for name in ("aliases.json", "removed.json"):
         (registry.home / "models/demo" / name).write_text('{"x": ')
-    assert faults_of(registry) != []
+    assert registry_faults(registry) != []
     done = [one.what for one in repair(registry)]
     assert done == ["demo: removed.json", "demo: aliases.json"]
-    assert faults_of(registry) == [] and len(quarantine(registry)) == 2
+    assert registry_faults(registry) == [] and len(quarantine(registry)) == 2
     # v2 is known from the model that came of it: its number is not given to another.
     assert registry.publish("demo", "sft", model()).label == "demo@v3"
 
@@ -125,7 +125,7 @@ def test_damaged_aliases_and_numbers_are_put_aside(registry, model, two):
 @pytest.mark.parametrize("content", ['{"versions": ["2"]}', '{"versions": 2}', "[]", '{"versions": [0]}'])
 def test_removed_versions_that_are_no_numbers_are_a_fault(registry, two, content):
     (registry.home / "models/demo/removed.json").write_text(content)
-    assert "removed.json" in str(faults_of(registry)[0])
+    assert "removed.json" in str(registry_faults(registry)[0])
 
 
 def test_an_alias_that_names_nothing_is_removed(registry, two):
@@ -138,7 +138,7 @@ def test_an_alias_that_names_nothing_is_removed(registry, two):
 def test_data_are_repaired_too(registry):
     made = registry.publish_data("pairs", [{"prompt": "x"}])
     (made.path / "records.jsonl").write_text("{}\n")
-    assert len(faults_of(registry, "collected:pairs")) == 1
+    assert len(registry_faults(registry, "collected:pairs")) == 1
     repair(registry, "collected:pairs")
     assert registry.data.numbers("pairs") == [] and quarantine(registry)[0].name.startswith("pairs-v1-")
     assert registry.publish_data("pairs", [{"prompt": "x"}]).label == "pairs@v2"
@@ -165,7 +165,7 @@ def test_a_repair_that_was_killed_halfway_is_finished_by_the_next(registry, two,
     monkeypatch.undo()
     assert registry.models.numbers("demo") == [1, 2]
     repair(registry)
-    assert registry.models.numbers("demo") == [1] and faults_of(registry) == []
+    assert registry.models.numbers("demo") == [1] and registry_faults(registry) == []
 
 
 def test_the_command_says_what_it_did(registry, two, capsys):

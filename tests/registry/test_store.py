@@ -12,7 +12,7 @@ import pytest
 
 from rlhf_pipeline.errors import BadInput, DamagedFile, UnknownReference
 from rlhf_pipeline.registry import DataEntry, Parent, storage, verify_files
-from rlhf_pipeline.registry.repair import faults_of
+from rlhf_pipeline.registry.repair import registry_faults
 
 
 def everything_under(folder):
@@ -90,7 +90,7 @@ def test_concurrent_publishers_get_a_version_each(registry, model):
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda i: registry.publish("demo", "sft", model(f"w{i}")), range(8)))
     assert sorted(item.version for item in made) == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert faults_of(registry) == []
+    assert registry_faults(registry) == []
     for i, item in enumerate(made):
         assert (item.path / "model.safetensors").read_text() == f"w{i}"
     assert not [path for path in everything_under(registry.home) if path.endswith(".tmp")]
@@ -236,7 +236,7 @@ def test_damaged_aliases_stop_only_aliases(registry, model):
     assert registry.resolve("demo@v1").version == 1
     with pytest.raises(DamagedFile, match=r"aliases\.json"):
         registry.resolve("demo@best")
-    assert "aliases.json" in str(faults_of(registry)[0])
+    assert "aliases.json" in str(registry_faults(registry)[0])
 
 
 def test_what_is_in_use_is_not_removed(registry, model):

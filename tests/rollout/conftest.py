@@ -11,7 +11,7 @@ import torch
 from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.models.forward import Reader
-from rlhf_pipeline.models.roles import Policy
+from rlhf_pipeline.models.modules import Policy
 from tests.rollout.tree import Table, World, network
 
 PAD, EOS, VOCAB, HORIZON = 0, 1, 4, 3

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_pipeline.data.batch import PackedBatch, pack
 from rlhf_pipeline.data.tokenize import Example
-from rlhf_pipeline.models.roles import ActorCritic
+from rlhf_pipeline.models.modules import ActorCritic
 from tests.rollout.tree import (
     ENDED,
     HORIZON,

@@ -14,7 +14,7 @@ from torch import nn
 from rlhf_pipeline.algorithms import advantages
 from rlhf_pipeline.algorithms.kl import k2, k3
 from rlhf_pipeline.data.batch import PackedBatch
-from rlhf_pipeline.models.roles import ActorCritic, TokenScores
+from rlhf_pipeline.models.modules import ActorCritic, TokenScores
 from rlhf_pipeline.rollout import rollout
 from rlhf_pipeline.stages import ppo
 from rlhf_pipeline.training import ppo_rollouts

@@ -16,7 +16,7 @@ from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.models.divergence import divergence
 from rlhf_pipeline.models.forward import Reader
-from rlhf_pipeline.models.roles import ActorCritic, Policy
+from rlhf_pipeline.models.modules import ActorCritic, Policy
 from rlhf_pipeline.training.loop import fit
 from tests.rollout.tree import (
     BETA,

@@ -8,13 +8,13 @@ import sys
 import pytest
 import torch
 
+from rlhf_pipeline.config.reward_names import is_function_name, load_function
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import ConfigError, RunFailed
 from rlhf_pipeline.models.forward import Reader
-from rlhf_pipeline.models.roles import RewardModel
-from rlhf_pipeline.rollout.reward_names import is_function_name, load_function
+from rlhf_pipeline.models.modules import RewardModel
 from rlhf_pipeline.rollout.rewards import FunctionReward, ModelReward, WeightedReward, WorldReward, world_verdicts
 
 

@@ -13,7 +13,7 @@ import torch
 from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.models.forward import Reader
-from rlhf_pipeline.models.roles import Policy
+from rlhf_pipeline.models.modules import Policy
 from rlhf_pipeline.models.selfcheck import inspect_model
 from rlhf_pipeline.rollout.responses import sample_for_prompts
 from rlhf_pipeline.rollout.sampler import draw_uniforms, pick, sample, sample_grouped

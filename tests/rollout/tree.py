@@ -22,7 +22,7 @@ from rlhf_pipeline.data.batch import PackedBatch
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.models.actor_critic import make_actor_critic
 from rlhf_pipeline.models.forward import Reader
-from rlhf_pipeline.models.roles import ActorCritic, TokenScores
+from rlhf_pipeline.models.modules import ActorCritic, TokenScores
 from rlhf_pipeline.rollout.rollout import Estimates, Rollout
 from rlhf_pipeline.rollout.sampler import Response
 from rlhf_pipeline.stages import ppo

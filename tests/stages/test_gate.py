@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_pipeline.stages.gate import judge_gate
+from rlhf_pipeline.stages.gate import gate_of
 
 PROMPTS = [f"prompt {number}" for number in range(10)]
 
@@ -23,7 +23,7 @@ def log_of(result):
 
 
 def test_a_model_that_beats_everything_passes():
-    gate = judge_gate(signs("++++++++++"), {"longer_wins": signs("-----+++++"), "tfidf": signs("+++++-----")}, PROMPTS)
+    gate = gate_of(signs("++++++++++"), {"longer_wins": signs("-----+++++"), "tfidf": signs("+++++-----")}, PROMPTS)
     assert gate["passed"] is True
     assert gate["beats"] == {"coin": True, "longer_wins": True, "tfidf": True}
     # Ten differences, five of 1 and five of 0: mean .5, deviation sqrt(2.5 / 9), t(.975, 9) = 2.2621572.
@@ -34,7 +34,7 @@ def test_a_model_that_beats_everything_passes():
 
 
 def test_one_baseline_that_is_better_is_enough_to_fail():
-    gate = judge_gate(signs("+++++++++-"), {"longer_wins": signs("----------"), "tfidf": signs("++++++++++")}, PROMPTS)
+    gate = gate_of(signs("+++++++++-"), {"longer_wins": signs("----------"), "tfidf": signs("++++++++++")}, PROMPTS)
     assert (gate["passed"], gate["beats"]) == (False, {"coin": True, "longer_wins": True, "tfidf": False})
     assert "held-out accuracy 0.900" in gate["reason"]
     assert "does not beat tfidf, difference -0.100" in gate["reason"]
@@ -42,7 +42,7 @@ def test_one_baseline_that_is_better_is_enough_to_fail():
 
 
 def test_a_tie_is_not_a_victory_and_counts_one_half():
-    gate = judge_gate(signs("++++++++00"), {"longer_wins": signs("+++++++++-"), "tfidf": signs("000000000-")}, PROMPTS)
+    gate = gate_of(signs("++++++++00"), {"longer_wins": signs("+++++++++-"), "tfidf": signs("000000000-")}, PROMPTS)
     assert gate["differences"]["longer_wins"]["mean"] == pytest.approx(0)
     # .9 against 9 x .5 / 10 = .45
     assert gate["differences"]["tfidf"]["mean"] == pytest.approx(0.45)
@@ -52,7 +52,7 @@ def test_a_tie_is_not_a_victory_and_counts_one_half():
 @pytest.mark.parametrize("right", ["++++++++++", "+++++++++-"])
 def test_a_model_that_is_as_accurate_as_length_does_not_beat_it(right):
     """Not even where both are right on every pair: it may have learned length and nothing else."""
-    gate = judge_gate(signs(right), {"longer_wins": signs(right), "tfidf": signs("----------")}, PROMPTS)
+    gate = gate_of(signs(right), {"longer_wins": signs(right), "tfidf": signs("----------")}, PROMPTS)
     assert (gate["passed"], gate["beats"]) == (False, {"coin": True, "longer_wins": False, "tfidf": True})
     assert "does not beat longer_wins, difference 0.000" in gate["reason"]
     assert "as accurate as that, and no more" in gate["reason"]
@@ -62,26 +62,26 @@ def test_rounding_is_no_victory():
     """Five prompts of three pairs: the differences -1, -2/3, -1/3, 1 and 1 add up to more than 0 in floating point."""
     prompts = [f"prompt {number // 3}" for number in range(15)]
     own, theirs = "---" + "--+" + "-++" + "+++" + "+++", "+++" + "+++" + "+++" + "---" + "---"
-    gate = judge_gate(signs(own), {"longer_wins": signs(theirs)}, prompts)
+    gate = gate_of(signs(own), {"longer_wins": signs(theirs)}, prompts)
     assert gate["beats"]["longer_wins"] is False
 
 
 def test_a_narrow_victory_is_called_one():
     """One pair of ten ahead: beaten by the figure, with an interval that contains 0."""
-    gate = judge_gate(signs("++++++++++"), {"longer_wins": signs("+++++++++-")}, PROMPTS)
+    gate = gate_of(signs("++++++++++"), {"longer_wins": signs("+++++++++-")}, PROMPTS)
     assert gate["passed"] is True
     assert "beats longer_wins, difference 0.100" in gate["reason"] and "not beyond doubt" in gate["reason"]
 
 
 def test_a_coin_that_is_luckier_than_its_rivals_fails():
-    gate = judge_gate(signs("++++++----"), {"longer_wins": signs("+++++-----")}, PROMPTS)
+    gate = gate_of(signs("++++++----"), {"longer_wins": signs("+++++-----")}, PROMPTS)
     assert (gate["passed"], gate["beats"]) == (False, {"coin": False, "longer_wins": True})
     assert "cannot be told from a coin" in gate["reason"]
 
 
 def test_pairs_of_one_prompt_count_as_one_opinion():
     """Ten pairs that are all right, of two prompts: too few to pass."""
-    gate = judge_gate(signs("++++++++++"), {"longer_wins": signs("----------")}, PROMPTS[:2] * 5)
+    gate = gate_of(signs("++++++++++"), {"longer_wins": signs("----------")}, PROMPTS[:2] * 5)
     assert gate["passed"] is False
     assert "only 2 held-out prompts" in gate["reason"]
 

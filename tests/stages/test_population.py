@@ -11,8 +11,8 @@ import torch
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import ConfigError, MismatchError
-from rlhf_pipeline.evaluation.optimum import optimum
-from rlhf_pipeline.models.roles import Policy
+from rlhf_pipeline.evaluation.closed_forms import optimum
+from rlhf_pipeline.models.modules import Policy
 from rlhf_pipeline.models.selfcheck import inspect_model
 from rlhf_pipeline.stages.population import Population
 from tests.models.conftest import build

@@ -16,7 +16,7 @@ from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.comparisons import compare
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import DataError
-from rlhf_pipeline.models.roles import Policy
+from rlhf_pipeline.models.modules import Policy
 from rlhf_pipeline.models.selfcheck import inspect_model, read_reward_model
 from rlhf_pipeline.stages.dpo import dpo_step
 from rlhf_pipeline.stages.reward import reward_step

@@ -172,7 +172,7 @@ def test_state_of_an_interrupted_run(lab, monkeypatch):
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_killed_between_registering_and_finishing_registers_nothing_twice(lab, monkeypatch, stage):
-    from rlhf_pipeline.training.run import Run
+    from rlhf_pipeline.training.open_run import Run
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "finish", lambda run, model: die())

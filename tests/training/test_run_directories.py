@@ -15,7 +15,7 @@ from rlhf_pipeline.config.dump import config_digest
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.experiment.done import find_done
 from rlhf_pipeline.stages import dpo
-from rlhf_pipeline.training.run import run_is_empty
+from rlhf_pipeline.training.open_run import run_is_empty
 from rlhf_pipeline.training.run_directory import open_directory, run_directory
 
 
@@ -120,7 +120,7 @@ def test_a_version_of_an_earlier_release_is_found_by_the_config_as_it_was_given(
 
 
 def test_runs_of_different_precision_in_one_process(tiny):
-    from rlhf_pipeline.training.run import make_accelerator
+    from rlhf_pipeline.training.open_run import make_accelerator
 
     for bf16 in (False, True, False):
         found = make_accelerator(tiny.config("dpo", bf16=bf16))

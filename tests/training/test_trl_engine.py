@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from rlhf_pipeline.errors import BadInput, Interrupted, RunFailed
-from rlhf_pipeline.models.roles import assert_independent
+from rlhf_pipeline.models.modules import assert_independent
 from rlhf_pipeline.stages import dpo as dpo_stage
 from rlhf_pipeline.stages import reward as reward_stage
 from rlhf_pipeline.stages import sft as sft_stage

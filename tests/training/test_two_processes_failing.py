@@ -22,14 +22,14 @@ import torch
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.errors import RunFailed
 from rlhf_pipeline.experiment.run import stage_function
-from rlhf_pipeline.models import roles
+from rlhf_pipeline.models import modules
 from rlhf_pipeline.rollout import rewards
 from rlhf_pipeline.stages import dpo
 
 home, stage, values, fault = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]), sys.argv[4]
 if os.environ["RANK"] == "1":
     most = {"memory": 4 if stage == "dpo" else 2, "full": 0}.get(fault)
-    for kind in (roles.Policy, roles.ActorCritic) if most is not None else ():
+    for kind in (modules.Policy, modules.ActorCritic) if most is not None else ():
         def limited(module, batch=None, _forward=kind.forward, **decode):
             if torch.is_grad_enabled() and module.training and batch.num_completions > most:
                 raise torch.OutOfMemoryError("CUDA out of memory")

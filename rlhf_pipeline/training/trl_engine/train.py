@@ -11,12 +11,12 @@ from torch import nn
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import BadInput, Interrupted
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
+from rlhf_pipeline.training.open_run import Run
 from rlhf_pipeline.training.optimizer import make_optimizer, make_scheduler
 from rlhf_pipeline.training.precision import require_checkpointing
-from rlhf_pipeline.training.run import Run
 from rlhf_pipeline.training.session import Metrics, Plan, evaluates_at
 from rlhf_pipeline.training.tracking import tell, tell_all
-from rlhf_pipeline.training.trl_engine.names import native_names
+from rlhf_pipeline.training.trl_engine.metric_names import native_names
 from rlhf_pipeline.training.trl_engine.order import COLUMNS, WindowSampler
 from rlhf_pipeline.training.trl_engine.trainers import make_trainer
 from rlhf_pipeline.training.trl_engine.untouched import contained, untouched

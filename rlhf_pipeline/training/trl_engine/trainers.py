@@ -15,7 +15,7 @@ from rlhf_pipeline.training.trl_engine.order import WindowSampler
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
-    from rlhf_pipeline.training.run import Run
+    from rlhf_pipeline.training.open_run import Run
 
 DPO_LOSSES = {"sigmoid": "sigmoid", "ipo_mean": "ipo"}
 """Our `loss_type` -> TRL's."""

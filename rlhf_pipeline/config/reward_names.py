@@ -8,10 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rlhf_pipeline.data import world
 from rlhf_pipeline.errors import ConfigError, Fault
 
-WORLD_NAMES = ("world", world.NAME)
+WORLD_NAMES = ("world", "world:verdicts")
 
 
 def names_a_model(source: str) -> bool:

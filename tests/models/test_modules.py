@@ -19,7 +19,7 @@ from rlhf_pipeline.models.loading import (
     save_model,
     store_reward_shift,
 )
-from rlhf_pipeline.models.roles import Policy, assert_independent
+from rlhf_pipeline.models.modules import Policy, assert_independent
 from rlhf_pipeline.models.selfcheck import inspect_model, read_reward_model
 
 CLOSE = {"rtol": 0, "atol": 1e-5}

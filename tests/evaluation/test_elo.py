@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from rlhf_pipeline.evaluation.ranking import bradley_terry, rank
+from rlhf_pipeline.evaluation.elo import bradley_terry, rank
 from rlhf_pipeline.evaluation.statistics import cluster_mean
 
 T_63, T_19, T_15 = 1.998341, 2.093024, 2.131450  # Student t, 97.5 %, from tables

@@ -35,7 +35,7 @@ _INNER = {"reward_functions": "source", "datasets": "dataset_name"}
 
 
 @dataclass(frozen=True)
-class Reference:
+class Mention:
     """A value of a config that names a model or data; `role` is policy, reward or data."""
 
     path: KeyPath
@@ -43,14 +43,14 @@ class Reference:
     text: str
 
 
-def references(config: BaseModel | Mapping[str, Any]) -> Iterator[Reference]:
+def mentions(config: BaseModel | Mapping[str, Any]) -> Iterator[Mention]:
     """Yield what a config, or its raw values, names: the built-in world and module:function left out."""
     values = config.model_dump() if isinstance(config, BaseModel) else config
     for key, role in ROLES.items():
         for path, text in _texts((key,), values.get(key), _INNER.get(key)):
             built_in = text.startswith("world:") if role == "data" else text == "world" or ":" in text
             if not built_in:
-                yield Reference(path, role, text)
+                yield Mention(path, role, text)
 
 
 def _texts(path: KeyPath, value: Any, inner: str | None) -> Iterator[tuple[KeyPath, str]]:
@@ -77,28 +77,28 @@ def find_local_paths(draft: Draft) -> None:
 
     A path is looked for in the working directory first, then beside the file that names it.
     """
-    for reference in list(references(draft.values)):
-        if not _looks_local(reference):
+    for mention in list(mentions(draft.values)):
+        if not _looks_local(mention):
             continue
-        folder = draft.folders.get(str(reference.path[0]))
+        folder = draft.folders.get(str(mention.path[0]))
         try:
-            path = Path(reference.text).expanduser()
+            path = Path(mention.text).expanduser()
             candidates = [path] if path.is_absolute() or folder is None else [path, folder / path]
             found = next((candidate for candidate in candidates if candidate.exists()), None)
         except (OSError, RuntimeError, ValueError) as error:  # a name too long, `~` of a user that is not there, a NUL
             reason = getattr(error, "strerror", None) or error
-            draft.fault(reference.path, f"not a path: {reason}", "a path that exists")
+            draft.fault(mention.path, f"not a path: {reason}", "a path that exists")
             continue
         if found is None:
             looked = " or ".join(str(candidate.absolute()) for candidate in candidates)
-            what = "a file or directory" if reference.role == "data" else "a model directory"
-            draft.fault(reference.path, f"there is no {reference.text!r}", what, f"looked for {looked}")
-        elif str(found) != reference.text:
-            set_value(draft.values, reference.path, str(found))
+            what = "a file or directory" if mention.role == "data" else "a model directory"
+            draft.fault(mention.path, f"there is no {mention.text!r}", what, f"looked for {looked}")
+        elif str(found) != mention.text:
+            set_value(draft.values, mention.path, str(found))
 
 
-def _looks_local(reference: Reference) -> bool:
-    text = reference.text
+def _looks_local(mention: Mention) -> bool:
+    text = mention.text
     if text.startswith(("./", "../", "/", "~")) or text in (".", ".."):
         return True
-    return reference.role == "data" and ":" not in text and text.lower().endswith(DATA_SUFFIXES)
+    return mention.role == "data" and ":" not in text and text.lower().endswith(DATA_SUFFIXES)

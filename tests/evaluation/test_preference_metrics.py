@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from rlhf_pipeline.evaluation.preferences import (
+from rlhf_pipeline.evaluation.preference_metrics import (
     accuracy,
     bayes_accuracy,
     calibration_slope,

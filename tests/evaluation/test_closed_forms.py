@@ -10,7 +10,7 @@ import torch
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.enumeration import ResponseTree
 from rlhf_pipeline.errors import RunFailed
-from rlhf_pipeline.evaluation.optimum import (
+from rlhf_pipeline.evaluation.closed_forms import (
     RewardLaw,
     beta_grid,
     frontier,

@@ -115,7 +115,7 @@ class RewardLaw:
 
 
 @dataclass(frozen=True)
-class Frontier:
+class GibbsFrontier:
     """The Gibbs frontier over a grid of betas, each common to all prompts: (G,) means over prompts."""
 
     betas: Tensor
@@ -132,11 +132,11 @@ class Frontier:
         return float((self.betas * (kl + self.log_partition)).min())
 
 
-def frontier(laws: Sequence[RewardLaw], betas: Sequence[float]) -> Frontier:
+def frontier(laws: Sequence[RewardLaw], betas: Sequence[float]) -> GibbsFrontier:
     """Mean reward against mean KL of pi* over prompts, for each beta."""
     rows = torch.tensor([[law.optimum(beta) for law in laws] for beta in betas], dtype=torch.float64)
     reward, kl, log_z = rows.mean(1).unbind(1)
-    return Frontier(torch.tensor(list(betas), dtype=torch.float64), reward, kl, log_z)
+    return GibbsFrontier(torch.tensor(list(betas), dtype=torch.float64), reward, kl, log_z)
 
 
 def beta_grid(low: float = 0.02, high: float = 50.0, count: int = 256) -> list[float]:
