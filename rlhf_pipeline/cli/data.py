@@ -174,7 +174,7 @@ def collect(
     if common.dry_run:
         from rlhf_pipeline.experiment.estimate import estimate_stage
 
-        plan = estimate_stage("collect", loaded.config, common.home_path)
+        plan = estimate_stage(loaded.config, common.home_path)
         emit_plan(plan, "nothing was collected", json=common.json)
         return
     load_libraries()

@@ -26,7 +26,7 @@ def train(common: Common, settings: Settings, overrides: OverridesArgument = Non
     if common.dry_run:
         from rlhf_pipeline.experiment.estimate import estimate_stage
 
-        plan = estimate_stage(stage, loaded.config, common.home_path) | {"notes": list(loaded.notes)}
+        plan = estimate_stage(loaded.config, common.home_path) | {"notes": list(loaded.notes)}
         emit_plan(plan, NOT_TRAINED, json=common.json)
         return
     check_models(loaded.config, common.registry)

@@ -6,7 +6,7 @@ import math
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Protocol, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -31,6 +31,7 @@ def option(
     moving: float | None = None,
     unless: tuple[str, float] | None = None,
     condition: str = "",
+    names: Literal["policy", "reward", "data"] | None = None,
     **limits: Any,
 ) -> Any:
     """Return a pydantic field with a description, which says whether the option moves the optimum.
@@ -41,11 +42,12 @@ def option(
         moving: the one value that moves the optimum, where all others are neutral.
         unless: another option and the value of it at which this one moves nothing.
         condition: what has to be true of the run, and no config tells, for the optimum to move.
+        names: what the value names: a policy, a reward model or another reward source, or data; see `mentions`.
     """
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {} if names is None else {"names": names}
     if moves_optimum:
         neutral = default if neutral is _NO_NEUTRAL else neutral
-        extra = {"moves_optimum": True, "neutral": neutral, "condition": condition}
+        extra |= {"moves_optimum": True, "neutral": neutral, "condition": condition}
         description += "; moves the optimum" if moving is None else f"; {moving:g} moves the optimum"
         if moving is not None:
             extra["moving"] = moving
@@ -150,6 +152,29 @@ class CommandConfig(BaseModel):
     stage: ClassVar[str]
     checks: ClassVar[Checks]
     remarks: ClassVar[Remarks] = ()
+
+
+class ModelInput(NamedTuple):
+    """A model that a stage starts from or reads: its reference, what it has to be, and its revision on the hub."""
+
+    reference: str
+    role: Literal["policy", "reward_model"] = "policy"
+    revision: str | None = None
+
+
+class DataInput(NamedTuple):
+    """A source that a stage reads, and the part of it; None: the source's own default."""
+
+    source: str
+    part: str | None
+
+
+def part_of(source: str, config: str | None, kind: str) -> str | None:
+    """Return the part of a source to read: `config`, else of a built-in world its prompts where prompts are asked for.
+
+    A world's population is made of its prompts (stages/population.py).
+    """
+    return "prompts" if config in (None, "population") and kind == "prompt" and source.startswith("world:") else config
 
 
 @dataclass(frozen=True)

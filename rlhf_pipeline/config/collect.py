@@ -18,8 +18,10 @@ from rlhf_pipeline.config.base import (
     USE_CPU,
     CommandConfig,
     Count,
+    DataInput,
     Dtype,
     Lengths,
+    ModelInput,
     Name,
     Positive,
     Seed,
@@ -29,9 +31,11 @@ from rlhf_pipeline.config.base import (
     check_lengths,
     check_world,
     option,
+    part_of,
     reject_bool,
     resolve_lengths,
 )
+from rlhf_pipeline.config.reward_names import names_a_model
 from rlhf_pipeline.errors import Fault
 
 
@@ -47,11 +51,14 @@ class CollectConfig(CommandConfig):
     checks: ClassVar = (check_prompts, check_lengths, check_fractions)
 
     policy: Text = option(
-        ..., "model that samples the responses: registry name, directory or hub id", examples=["model"]
+        ..., "model that samples the responses: registry name, directory or hub id", names="policy", examples=["model"]
     )
-    prompts: Text = option(..., "source of the prompts, in any format with prompts", examples=["data"])
+    prompts: Text = option(..., "source of the prompts, in any format with prompts", names="data", examples=["data"])
     judge: Text = option(
-        ..., "scorer that labels the responses: world, a reward model, or module:function", examples=["world"]
+        ...,
+        "scorer that labels the responses: world, a reward model, or module:function",
+        names="reward",
+        examples=["world"],
     )
     num: Count = option(..., "number of records to collect", examples=[1])
     output_name: Name = option(..., "name of the data in the home directory", examples=["data"])
@@ -80,6 +87,15 @@ class CollectConfig(CommandConfig):
     num_threads: Count | None = NUM_THREADS
 
     _no_bools = field_validator("*", mode="before")(reject_bool)
+
+    def parents(self) -> dict[str, ModelInput]:
+        """Return the models that the data come from, by their role in the manifest."""
+        found = {"policy": ModelInput(self.policy)}
+        return found | ({"judge": ModelInput(self.judge, "reward_model")} if names_a_model(self.judge) else {})
+
+    def sources(self) -> list[DataInput]:
+        """Return the source of the prompts."""
+        return [DataInput(self.prompts, part_of(self.prompts, self.dataset_config, "prompt"))]
 
     def lengths(self) -> Lengths:
         """Return the longest prompt, response and sum, in tokens; see `resolve_lengths`."""

@@ -68,7 +68,7 @@ class PromptsConfig(CommandConfig):
     checks: ClassVar[Checks] = (check_prompts, check_fractions)
 
     split: Text = option("test", "split to take the prompts from, or 'all'")
-    prompts: Text | None = option(None, "source of the prompts (default: the model's own training data)")
+    prompts: Text | None = option(None, "source of the prompts (default: the model's own training data)", names="data")
     dataset_config: Text | None = option(None, "configuration of the prompts' source (default: its own)")
     max_prompts: Count = option(256, MOST_PROMPTS)
     temperature: Positive = option(1.0, "temperature of sampling and of the exact figures; 1: the policy itself")
@@ -77,10 +77,10 @@ class PromptsConfig(CommandConfig):
     )
     max_prompt_length: Count | None = option(None, "maximum prompt length, in tokens (default: as trained)")
     reward_model: Text | None = option(
-        None, "scorer of the responses: a reward model, world or module:function (default: as trained)"
+        None, "scorer of the responses: a reward model, world or module:function (default: as trained)", names="reward"
     )
     reference: Text | None = option(
-        None, "reference model of the KL (default: the training's reference, else the SFT model)"
+        None, "reference model of the KL (default: the training's reference, else the SFT model)", names="policy"
     )
     split_fractions: dict[str, float] = SPLIT_FRACTIONS
     skip_bad_rows: bool = SKIP_BAD_ROWS
@@ -103,10 +103,12 @@ class EvaluateConfig(PromptsConfig):
     seed: Seed = option(0, "random seed for sampling")
     best_of: Counts = option((), "report best of n for these n, for example 1,4,16 (default: none)")
     judge: Text | None = option(
-        None, "held-out reward model, trained on pairs that none of the compared models were trained on"
+        None, "held-out reward model, trained on pairs that none of the compared models were trained on", names="reward"
     )
     true_reward: Text | None = option(
-        None, "source of the labels, if known: module:function or a model (default: world for its own data)"
+        None,
+        "source of the labels, if known: module:function or a model (default: world for its own data)",
+        names="reward",
     )
 
 
@@ -127,9 +129,15 @@ class CompareConfig(EvaluateConfig):
 
     name: Name = option("compare", "name of the report")
     arms: Texts = option(
-        ..., "models to compare: registry names, directories or hub ids", min_length=1, examples=[["a", "b"]]
+        ...,
+        "models to compare: registry names, directories or hub ids",
+        names="policy",
+        min_length=1,
+        examples=[["a", "b"]],
     )
-    baseline: Text | None = option(None, "model that the arms are compared with (default: the first arm)")
+    baseline: Text | None = option(
+        None, "model that the arms are compared with (default: the first arm)", names="policy"
+    )
     validation_split: Text | None = option("validation", "split whose prompts select settings and snapshots")
     allow_mismatch: bool = option(
         False, "compare arms that differ in more than their training; the report lists the differences"
@@ -151,12 +159,14 @@ class ExactConfig(PromptsConfig):
     stage: ClassVar[str] = "exact"
 
     beta: Positive | None = option(None, "penalty per nat of KL in the objective (default: each model's own)")
-    reward: Text = option("world", "reward of the objective: world, the true reward, or a reward model")
+    reward: Text = option("world", "reward of the objective: world, the true reward, or a reward model", names="reward")
     reward_model_prompts: Count = option(4, REWARD_MODEL_PROMPTS)
     reward_model: Text | None = option(
-        None, "reward model whose optimum DPO is compared with (default: PPO's reward model)"
+        None, "reward model whose optimum DPO is compared with (default: PPO's reward model)", names="reward"
     )
     training_loss: bool = option(True, "add the excess training loss of DPO models")
     long_run: Text | None = option(
-        None, "DPO model whose training loss counts as the minimum (default: the lowest of the given models)"
+        None,
+        "DPO model whose training loss counts as the minimum (default: the lowest of the given models)",
+        names="policy",
     )

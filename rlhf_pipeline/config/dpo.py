@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator
 
-from rlhf_pipeline.config.base import Positive, Text, option
+from rlhf_pipeline.config.base import ModelInput, Positive, Text, option
 from rlhf_pipeline.config.training import COMMON_CHECKS, NATIVE, TrainingConfig, check_model
 from rlhf_pipeline.errors import Fault
 
@@ -80,7 +80,10 @@ class DpoConfig(TrainingConfig):
         0.1, "strength of the KL term (ipo: tau); a larger beta stays closer to the reference (DPO paper)"
     )
     ref_model: Text | None = option(
-        None, "frozen reference model (DPO paper: the initial model, which is PPO's reference)", moves_optimum=True
+        None,
+        "frozen reference model (DPO paper: the initial model, which is PPO's reference)",
+        names="policy",
+        moves_optimum=True,
     )
     precompute_ref_log_probs: bool = option(
         True, "compute the reference's log-probabilities once, and cache them for all epochs and runs (ours)"
@@ -111,6 +114,11 @@ class DpoConfig(TrainingConfig):
         "distribution of both responses in fresh pairs of world:verdicts; mixture: half reference, half exact optimum; "
         "same optimum (ours)",
     )
+
+    def parents(self) -> dict[str, ModelInput]:
+        """Return the models that the policy comes from: its start, and the reference, by default the same."""
+        found = super().parents()
+        return found | {"reference": found["base"] if self.ref_model is None else ModelInput(self.ref_model)}
 
     @property
     def population(self) -> bool:

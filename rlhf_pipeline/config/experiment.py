@@ -10,13 +10,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.draft import Draft, Override, parse_overrides
 from rlhf_pipeline.config.links import Links
 from rlhf_pipeline.config.load import in_order, validate
 from rlhf_pipeline.config.mentions import mentions
 from rlhf_pipeline.config.plan import ExperimentConfig, drawn_by_seed
-from rlhf_pipeline.config.spec import Experiment, StageSpec
-from rlhf_pipeline.config.stages import STAGES, TRAINING
+from rlhf_pipeline.config.spec import C, Experiment, StageSpec
+from rlhf_pipeline.config.stages import STAGES, TRAINING, StageConfig
 from rlhf_pipeline.config.sweep import Axis, at, read_sweep, repeated, spelling, swept
 from rlhf_pipeline.config.yaml import KeyPath, read_document
 from rlhf_pipeline.errors import ConfigError, Fault, did_you_mean
@@ -73,8 +74,8 @@ class _Reader:
 
         seeds = (config.seeds or ()) if config is not None else ()
         links = Links(commands, self.known_models)
-        stages: list[StageSpec] = []
-        every: dict[str, tuple[StageSpec, ...]] = {}
+        stages: list[StageSpec[StageConfig]] = []
+        every: dict[str, tuple[StageSpec[StageConfig], ...]] = {}
         for name, command in commands.items():
             path: KeyPath = ("stages", name)
             draft = self._draft(path, command, entries[name], {"output_name": name})
@@ -111,7 +112,7 @@ class _Reader:
         entries = stages.items() if isinstance(stages, dict) else ()
         return {str(name): entry for name, entry in entries if isinstance(entry, dict)}
 
-    def _compare(self, overrides: list[Override], links: Links) -> StageSpec | None:
+    def _compare(self, overrides: list[Override], links: Links) -> StageSpec[CompareConfig] | None:
         entry = self.plan.values.get("compare")
         if not isinstance(entry, dict):
             for override in overrides:
@@ -120,7 +121,7 @@ class _Reader:
         name = self.plan.values.get("name")
         draft = self._draft(("compare",), "compare", entry, {"name": name} if name else {})
         self._complete(draft, ("compare",), entry, overrides)
-        return self._spec("compare", draft, links)
+        return self._spec("compare", draft, links, CompareConfig)
 
     def _draft(self, path: KeyPath, command: str, entry: Mapping[str, Any], default: Mapping[str, Any]) -> Draft:
         draft = Draft(command, f"{self.plan.where(path)}")
@@ -149,28 +150,28 @@ class _Reader:
         draft.add(values, lambda key: self.plan.where((*path, *key)), self.folder)
         draft.override(overrides)
 
-    def _points(self, name: str, draft: Draft, axes: Sequence[Axis], links: Links) -> list[StageSpec]:
+    def _points(self, name: str, draft: Draft, axes: Sequence[Axis], links: Links) -> list[StageSpec[StageConfig]]:
         """Return a stage at all points of its sweep, the values of the last key changing fastest."""
-        found: dict[tuple[int, ...], StageSpec] = {}
+        found: dict[tuple[int, ...], StageSpec[StageConfig]] = {}
         for point in itertools.product(*(range(len(axis.overrides)) for axis in axes)):
             here = copy.deepcopy(draft)
             before = len(here.notes)
             here.override(at(axes, point))
             del here.notes[before:]  # a note for each value would say the same
-            spec = self._spec(name, here, links)
+            spec = self._spec(name, here, links, STAGES[here.stage])
             if spec is not None:
                 setting = {axis.name: swept(axis, spec.config) for axis in axes}
                 found[point] = dataclasses.replace(spec, setting=setting)
         self.faults.extend(repeated(axes, {point: spec.config for point, spec in found.items()}))
         return list(found.values())
 
-    def _spec(self, name: str, draft: Draft, links: Links) -> StageSpec | None:
-        """Check and link a stage or the comparison."""
+    def _spec(self, name: str, draft: Draft, links: Links, kind: type[C]) -> StageSpec[C] | None:
+        """Check and link a stage or the comparison, whose config is of the class `kind`."""
         linked = links.find(name, draft)
         config = validate(draft)
         self.faults.extend(draft.faults)
         self.notes.extend(draft.notes)
-        if config is None:
+        if not isinstance(config, kind):
             return None
         places = {found.path: found.text for found in mentions(config) if found.text in linked}
         return StageSpec(name, draft.stage, config, places)
@@ -218,7 +219,10 @@ def _unknown_override(override: Override, entries: Mapping[str, Any]) -> Fault:
 
 
 def _across(
-    stages: Sequence[StageSpec], points: Mapping[str, Sequence[StageSpec]], compare: StageSpec | None, path: Path
+    stages: Sequence[StageSpec[StageConfig]],
+    points: Mapping[str, Sequence[StageSpec[StageConfig]]],
+    compare: StageSpec[CompareConfig] | None,
+    path: Path,
 ) -> Iterator[Fault]:
     """Yield the faults of stages that each are right, and not together."""
     published: dict[tuple[bool, str], str] = {}
@@ -228,9 +232,9 @@ def _across(
             found = f"the stages {published[key]} and {spec.name} both publish {spec.config.output_name!r}"
             yield Fault(f"{path}: stages.{spec.name}", found, "another output_name")
         published.setdefault(key, spec.name)
-    everything = [spec for one in stages for spec in points[one.name]] + ([compare] if compare else [])
-    for spec in everything[1:]:
-        first = everything[0]
-        if spec.config.split_fractions != first.config.split_fractions:
-            found = f"split_fractions differ from those of {first.name}: prompts would change their split"
-            yield Fault(f"{path}: {spec.name}", found, "the same split_fractions in every stage")
+    fractions = [(spec.name, spec.config.split_fractions) for one in stages for spec in points[one.name]]
+    fractions += [(compare.name, compare.config.split_fractions)] if compare else []
+    for name, values in fractions[1:]:
+        if values != fractions[0][1]:
+            found = f"split_fractions differ from those of {fractions[0][0]}: prompts would change their split"
+            yield Fault(f"{path}: {name}", found, "the same split_fractions in every stage")

@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhf_pipeline.config.dump import config_digest
 from rlhf_pipeline.config.spec import Experiment, StageSpec
+from rlhf_pipeline.config.stages import StageConfig
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Node:
         inputs: the place, among all nodes, of the run of each stage that it is linked to.
     """
 
-    spec: StageSpec
+    spec: StageSpec[StageConfig]
     seed: int | None
     setting: Mapping[str, Any]
     inputs: Mapping[str, int]
@@ -38,7 +39,7 @@ class Node:
         words = [self.name, *(f"{key}={_shown(value)}" for key, value in self.setting.items())]
         return " ".join(words if self.seed is None else [*words, f"seed {self.seed}"])
 
-    def resolved(self, outputs: Mapping[int, str]) -> Any:
+    def resolved(self, outputs: Mapping[int, str]) -> StageConfig:
         """Return the config with links replaced by the references of the nodes' outputs, by place.
 
         Raises:
@@ -54,7 +55,7 @@ class _Run:
     `choices` says what it and all it comes from have chosen: a seed, and a point of each stage's sweep by number.
     """
 
-    spec: StageSpec
+    spec: StageSpec[StageConfig]
     choices: Mapping[str, int]
     swept: Mapping[tuple[str, str], Any]
     inputs: tuple[_Run, ...]
@@ -83,7 +84,9 @@ def resampled(nodes: Iterable[Node]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(node.name for node in nodes if node.seed is not None))
 
 
-def _runs_of(experiment: Experiment, spec: StageSpec, runs: Mapping[str, Sequence[_Run]]) -> Iterator[_Run]:
+def _runs_of(
+    experiment: Experiment, spec: StageSpec[StageConfig], runs: Mapping[str, Sequence[_Run]]
+) -> Iterator[_Run]:
     """Yield the runs of a stage, given those of all stages before it; each config with the same inputs once."""
     drawn = spec.name in experiment.drawn_by_seed
     seen = set()

@@ -7,7 +7,8 @@ import re
 from collections.abc import Collection, Mapping
 
 from rlhf_pipeline.config.draft import Draft
-from rlhf_pipeline.config.mentions import DATA_SUFFIXES, Mention, mentions
+from rlhf_pipeline.config.mentions import DATA_SUFFIXES, Mention, raw_mentions
+from rlhf_pipeline.config.stages import SCHEMAS
 from rlhf_pipeline.errors import did_you_mean
 
 _PRODUCERS = {"policy": ("sft", "ppo", "dpo"), "reward": ("train-rm",), "data": ("collect",)}
@@ -28,7 +29,7 @@ class Links:
     def find(self, name: str, draft: Draft) -> set[str]:
         """Return the earlier stages that a draft names; other names of stages are faults of it."""
         links: set[str] = set()
-        for mention in mentions(draft.values):
+        for mention in raw_mentions(draft.values, SCHEMAS[draft.stage]):
             if mention.text not in self._commands:
                 self._check_outside(draft, mention)
             elif mention.text not in self._earlier:

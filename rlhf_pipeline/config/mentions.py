@@ -3,64 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from rlhf_pipeline.config.base import CommandConfig
 from rlhf_pipeline.config.draft import Draft
+from rlhf_pipeline.config.reward_names import is_function_name, names_a_model
+from rlhf_pipeline.config.stages import SCHEMAS
 from rlhf_pipeline.config.yaml import KeyPath
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
 
-# Role of each key that names something: a policy, a reward model or reward function, or data.
-ROLES = {
-    "model_name_or_path": "policy",
-    "policy": "policy",
-    "ref_model": "policy",
-    "reference": "policy",
-    "baseline": "policy",
-    "arms": "policy",
-    "reward_model_path": "reward",
-    "reward_model": "reward",
-    "reward_functions": "reward",
-    "judge": "reward",
-    "true_reward": "reward",
-    "dataset_name": "data",
-    "prompts": "data",
-    "datasets": "data",
-}
-_INNER = {"reward_functions": "source", "datasets": "dataset_name"}
-
 
 @dataclass(frozen=True)
 class Mention:
-    """A value of a config that names a model or data; `role` is policy, reward or data."""
+    """A value of a config that names a model or data.
+
+    role: policy, reward (a reward model or another reward source) or data. part: of data, the part that is asked for.
+    """
 
     path: KeyPath
     role: str
     text: str
+    part: str | None = None
 
 
-def mentions(config: BaseModel | Mapping[str, Any]) -> Iterator[Mention]:
-    """Yield what a config, or its raw values, names: the built-in world and module:function left out."""
-    values = config.model_dump() if isinstance(config, BaseModel) else config
-    for key, role in ROLES.items():
-        for path, text in _texts((key,), values.get(key), _INNER.get(key)):
-            built_in = text.startswith("world:") if role == "data" else text == "world" or ":" in text
-            if not built_in:
-                yield Mention(path, role, text)
+def mentions(config: CommandConfig) -> Iterator[Mention]:
+    """Yield the models and data that a config names: the built-in world and module:function left out."""
+    return raw_mentions(config.model_dump(), type(config))
 
 
-def _texts(path: KeyPath, value: Any, inner: str | None) -> Iterator[tuple[KeyPath, str]]:
-    if isinstance(value, str):
+def raw_mentions(values: Mapping[str, Any], kind: type[BaseModel]) -> Iterator[Mention]:
+    """Yield what `mentions` does, of values that are not checked yet; `kind` declares the keys."""
+    return (found for found in _named(values, kind) if not _is_built_in(found))
+
+
+def functions(config: CommandConfig) -> Iterator[str]:
+    """Yield the reward functions that a config names, as module:function."""
+    named = _named(config.model_dump(), type(config))
+    return (found.text for found in named if found.role == "reward" and is_function_name(found.text))
+
+
+def _named(values: Mapping[str, Any], kind: type[BaseModel]) -> Iterator[Mention]:
+    for key, field in kind.model_fields.items():
+        extra = field.json_schema_extra
+        role = extra.get("names") if isinstance(extra, dict) else None
+        if not isinstance(role, str):
+            continue
+        inner = _inner_class(field.annotation)
+        for path, value in _entries((key,), values.get(key)):
+            if isinstance(value, Mapping) and inner is not None:
+                yield from (replace(found, path=(*path, *found.path)) for found in _named(value, inner))
+            elif isinstance(value, str):
+                part = values.get("dataset_config") if role == "data" else None
+                yield Mention(path, role, value, part if isinstance(part, str) else None)
+
+
+def _is_built_in(found: Mention) -> bool:
+    return found.text.startswith("world:") if found.role == "data" else not names_a_model(found.text)
+
+
+def _entries(path: KeyPath, value: Any) -> Iterator[tuple[KeyPath, Any]]:
+    if isinstance(value, list | tuple):
+        yield from (((*path, index), entry) for index, entry in enumerate(value))
+    else:
         yield path, value
-    elif isinstance(value, list | tuple):
-        for index, entry in enumerate(value):
-            yield from _texts((*path, index), entry, inner)
-    elif isinstance(value, dict) and inner is not None:
-        yield from _texts((*path, inner), value.get(inner), None)
+
+
+def _inner_class(annotation: Any) -> type[BaseModel] | None:
+    """The config class of a field's entries; None where they are plain values."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_inner_class, get_args(annotation))), None)
 
 
 def set_value(values: Any, path: KeyPath, value: Any) -> None:
@@ -77,7 +94,7 @@ def find_local_paths(draft: Draft) -> None:
 
     A path is looked for in the working directory first, then beside the file that names it.
     """
-    for mention in list(mentions(draft.values)):
+    for mention in list(raw_mentions(draft.values, SCHEMAS[draft.stage])):
         if not _looks_local(mention):
             continue
         folder = draft.folders.get(str(mention.path[0]))

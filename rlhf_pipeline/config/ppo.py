@@ -12,6 +12,7 @@ from rlhf_pipeline.config.base import (
     STRICT,
     Count,
     Fraction,
+    ModelInput,
     NonNegative,
     Positive,
     Text,
@@ -19,6 +20,7 @@ from rlhf_pipeline.config.base import (
     option,
     reject_bool,
 )
+from rlhf_pipeline.config.reward_names import names_a_model
 from rlhf_pipeline.config.training import COMMON_CHECKS, TrainingConfig, check_model
 from rlhf_pipeline.errors import Fault
 
@@ -27,7 +29,7 @@ class RewardFunction(BaseModel):
     """One term of the reward."""
 
     model_config = STRICT
-    source: Text = option(..., "world, a reward model, or module:function")
+    source: Text = option(..., "world, a reward model, or module:function", names="reward")
     weight: float = option(1.0, "weight of this score in the sum (ours); other than 1 moves the optimum")
 
     _no_bools = field_validator("*", mode="before")(reject_bool)
@@ -204,14 +206,15 @@ class PpoConfig(TrainingConfig):
     )
     max_steps: int = option(-1, "number of updates, overrides total_episodes; -1: count episodes (TRL)")
 
-    reward_model_path: Text | None = option(None, "reward model: registry name, directory or hub id")
+    reward_model_path: Text | None = option(None, "reward model: registry name, directory or hub id", names="reward")
     reward_functions: RewardFunctions = option(
-        None, "rewards to sum, instead of reward_model_path: list of {source, weight}", min_length=1
+        None, "rewards to sum, instead of reward_model_path: list of {source, weight}", names="reward", min_length=1
     )
     judge: Text | None = option(
         None,
         "held-out scorer that watches the run: a reward model, module:function or world; it scores the rollouts every "
         "logging_steps updates, is logged as objective/judge, and nothing is trained on it (ours: none)",
+        names="reward",
     )
     value_init: Literal["reward_model", "sft", "shared"] | None = option(
         None,
@@ -285,6 +288,18 @@ class PpoConfig(TrainingConfig):
     def reads_prompts(self) -> bool:
         """Whether the stage takes nothing but prompts from its data."""
         return True
+
+    def parents(self) -> dict[str, ModelInput]:
+        """Return the models that the policy comes from: its start (the reference as well), its reward models in order,
+        and the judge if it is a model."""
+        found = super().parents()
+        found["reference"] = found["base"]
+        models = [reward.source for reward in self.rewards if names_a_model(reward.source)]
+        for number, source in enumerate(models, start=1):
+            found["reward_model" if number == 1 else f"reward_model_{number}"] = ModelInput(source, "reward_model")
+        if self.judge is not None and names_a_model(self.judge):
+            found["judge"] = ModelInput(self.judge, "reward_model")
+        return found
 
     @property
     def minibatch_size(self) -> int:

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+from rlhf_pipeline.config.base import CommandConfig
+from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.mentions import set_value
+from rlhf_pipeline.config.stages import StageConfig
 from rlhf_pipeline.config.yaml import KeyPath
+
+C = TypeVar("C", bound=CommandConfig, covariant=True)
 
 
 @dataclass(frozen=True)
-class StageSpec:
+class StageSpec(Generic[C]):
     """One stage of an experiment, or its comparison: a valid config in which links still name stages.
 
     `setting` holds the values of the stage's swept keys.
@@ -20,11 +25,11 @@ class StageSpec:
 
     name: str
     stage: str
-    config: Any
+    config: C
     links: Mapping[KeyPath, str] = field(default_factory=dict)
     setting: Mapping[str, Any] = field(default_factory=dict)
 
-    def resolved(self, outputs: Mapping[str, str]) -> Any:
+    def resolved(self, outputs: Mapping[str, str]) -> C:
         """Return the config with each linked stage's name replaced by its output's reference.
 
         Raises:
@@ -49,18 +54,18 @@ class Experiment:
     name: str
     path: Path
     seeds: tuple[int, ...]
-    stages: tuple[StageSpec, ...]
-    compare: StageSpec | None = None
+    stages: tuple[StageSpec[StageConfig], ...]
+    compare: StageSpec[CompareConfig] | None = None
     notes: tuple[str, ...] = ()
-    swept: Mapping[str, tuple[StageSpec, ...]] = field(default_factory=dict)
+    swept: Mapping[str, tuple[StageSpec[StageConfig], ...]] = field(default_factory=dict)
     drawn_by_seed: tuple[str, ...] = ()
     pinned: frozenset[str] = frozenset()
 
-    def points(self, spec: StageSpec) -> tuple[StageSpec, ...]:
+    def points(self, spec: StageSpec[StageConfig]) -> tuple[StageSpec[StageConfig], ...]:
         """Return a stage at all points of its own sweep: itself where it has none."""
         return self.swept.get(spec.name, (spec,))
 
-    def everything(self) -> Iterator[StageSpec]:
+    def everything(self) -> Iterator[StageSpec[StageConfig | CompareConfig]]:
         """Yield all stages at all points, and the comparison."""
         for spec in self.stages:
             yield from self.points(spec)

@@ -15,7 +15,9 @@ from rlhf_pipeline.errors import ConfigError, Fault, did_you_mean
 
 ModelConfig = TrainingConfig | CollectConfig | PromptsConfig
 """The config of a command that loads models."""
-STAGES: dict[str, type[CommandConfig]] = {
+StageConfig = TrainingConfig | CollectConfig
+"""The config of a stage: a command that makes a model or data."""
+STAGES: dict[str, type[TrainingConfig] | type[CollectConfig]] = {
     "sft": SftConfig,
     "train-rm": RewardConfig,
     "ppo": PpoConfig,

@@ -19,8 +19,10 @@ from rlhf_pipeline.config.base import (
     USE_CPU,
     CommandConfig,
     Count,
+    DataInput,
     Dtype,
     Lengths,
+    ModelInput,
     Name,
     NonNegative,
     Positive,
@@ -33,6 +35,7 @@ from rlhf_pipeline.config.base import (
     check_lengths,
     check_world,
     option,
+    part_of,
     reject_bool,
     resolve_lengths,
 )
@@ -43,7 +46,9 @@ class DatasetEntry(BaseModel):
     """One source of a weighted mixture."""
 
     model_config = STRICT
-    dataset_name: Text = option(..., "data source: hub id, directory, file, world:verdicts or collected:NAME")
+    dataset_name: Text = option(
+        ..., "data source: hub id, directory, file, world:verdicts or collected:NAME", names="data"
+    )
     dataset_config: Text | None = option(None, "configuration of the source (default: its own)")
     weight: Positive = option(1.0, "weight in the mixture, relative to the other sources (ours: equal)")
 
@@ -76,20 +81,24 @@ class TrainingConfig(CommandConfig):
 
     stage: ClassVar[str]
 
-    model_name_or_path: Text | None = option(None, "model to start from: registry name, directory or hub id")
+    model_name_or_path: Text | None = option(
+        None, "model to start from: registry name, directory or hub id", names="policy"
+    )
     model_revision: Text | None = option(None, "hub revision of the model (default: the hub's main)")
     dtype: Dtype = DTYPE
     attn_implementation: Text | None = ATTENTION
     trust_remote_code: bool = REMOTE_CODE
 
     dataset_name: Text | None = option(
-        None, "data source: hub id, directory, .jsonl[.gz], .json, .csv, .parquet, world:verdicts, collected:NAME"
+        None,
+        "data source: hub id, directory, .jsonl[.gz], .json, .csv, .parquet, world:verdicts, collected:NAME",
+        names="data",
     )
     dataset_config: Text | None = option(None, "configuration of the source (default: its own)")
     dataset_train_split: Text = option("train", "split to train on, or 'all' (TRL)")
     dataset_test_split: Text = option("test", "split to evaluate on (TRL)")
     datasets: tuple[DatasetEntry, ...] | None = option(
-        None, "weighted mixture of sources, instead of dataset_name", min_length=1
+        None, "weighted mixture of sources, instead of dataset_name", names="data", min_length=1
     )
     max_train_samples: Count | None = option(None, "maximum number of training examples, in hash order (default: all)")
     skip_bad_rows: bool = SKIP_BAD_ROWS
@@ -172,6 +181,20 @@ class TrainingConfig(CommandConfig):
     def reads_prompts(self) -> bool:
         """Whether the stage takes nothing but prompts from its data."""
         return False
+
+    def parents(self) -> dict[str, ModelInput]:
+        """Return the models that the stage's model comes from, by their role in its manifest; the start is first."""
+        if self.model_name_or_path is None:
+            return {}
+        return {"base": ModelInput(self.model_name_or_path, revision=self.model_revision)}
+
+    def sources(self) -> list[DataInput]:
+        """Return the sources that the stage reads, in the order of its manifest's data."""
+        if self.datasets is not None:
+            return [DataInput(entry.dataset_name, entry.dataset_config) for entry in self.datasets]
+        assert self.dataset_name is not None  # `check_data`
+        kind = "prompt" if self.reads_prompts else "row"
+        return [DataInput(self.dataset_name, part_of(self.dataset_name, self.dataset_config, kind))]
 
     def lengths(self) -> Lengths:
         """Return the longest prompt, response and sum, in tokens; see `resolve_lengths`."""

@@ -23,14 +23,6 @@ WORLDS = ("world:verdicts",)
 COLLECTED = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,63})(@v(?P<version>[0-9]{1,15}))?")
 
 
-def part_of(source: str, config: str | None, kind: str) -> str | None:
-    """Return the part of a source to read: `config`, or "prompts" if a stage needs the prompts of a built-in world.
-
-    A world's population is generated from its prompts (stages/population.py).
-    """
-    return "prompts" if config in (None, "population") and kind == "prompt" and source.startswith("world:") else config
-
-
 @dataclass
 class Source:
     """The rows of one source, or its records if the source provides them."""

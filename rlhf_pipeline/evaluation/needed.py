@@ -62,8 +62,8 @@ def needed(
     but for a share.
 
     Args:
-        found: an `Inference` (with its own null), or an `Estimate`. An estimate over seeds and prompts does not hold its
-            parts: the answer is then for both growing in the same proportion.
+        found: an `Inference` (with its own null), or an `Estimate`. An estimate over seeds and prompts does not hold
+            its parts: the answer is then for both growing in the same proportion.
         unit: what there could be more of; by default what the interval counts.
 
     Returns:

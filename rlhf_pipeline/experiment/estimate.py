@@ -7,12 +7,14 @@ from typing import Any
 
 from rlhf_pipeline.config.experiment import load_experiment
 from rlhf_pipeline.config.grid import expand
-from rlhf_pipeline.config.reward_names import is_function_name, load_function, names_a_model
+from rlhf_pipeline.config.mentions import functions
+from rlhf_pipeline.config.reward_names import load_function
+from rlhf_pipeline.config.stages import CollectConfig, DpoConfig, PpoConfig, SftConfig, StageConfig, TrainingConfig
 from rlhf_pipeline.data.load import read_records
-from rlhf_pipeline.data.sources import part_of
 from rlhf_pipeline.data.splits import in_split
 from rlhf_pipeline.experiment.run import checked
 from rlhf_pipeline.registry.lengths import with_lengths
+from rlhf_pipeline.registry.parents import parents_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import check_role
 from rlhf_pipeline.registry.store import Registry
@@ -40,12 +42,13 @@ def _parameters(resolved: Resolved) -> int | None:
     return count or None
 
 
-def _new_parameters(config: Any) -> int:
+def _new_parameters(config: SftConfig) -> int:
     """Number of parameters of a model from scratch, made without memory."""
     import torch
 
     from rlhf_pipeline.models.loading import model_of_config, new_config
 
+    assert config.model_init is not None and config.tokenizer_init is not None  # `check_start` of the config
     vocabulary = config.tokenizer_init.get("vocab_size")
     if vocabulary is None:
         from rlhf_pipeline.data.world import VOCABULARY
@@ -57,20 +60,20 @@ def _new_parameters(config: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _training_memory(parameters: int, config: Any, stage: str) -> int:
+def _training_memory(parameters: int, config: TrainingConfig) -> int:
     """Bytes of weights, gradients and AdamW's two moments, and of the frozen models; activations come on top."""
     width = BYTES[config.dtype]
     trained, frozen = parameters * 4 * width, 0
-    if stage == "dpo":
+    if isinstance(config, DpoConfig):
         frozen = parameters * width
-    if stage == "ppo":
+    if isinstance(config, PpoConfig):
         # The reference, the reward model and the judge; a reward function is counted as a model, to be safe.
-        frozen = parameters * width * (2 + (config.judge is not None and names_a_model(config.judge)))
+        frozen = parameters * width * (2 + ("judge" in config.parents()))
         trained *= 1 if config.value_init == "shared" else 2
     return trained + frozen
 
 
-def estimate_stage(stage: str, config: Any, home: Path) -> dict[str, Any]:
+def estimate_stage(config: StageConfig, home: Path) -> dict[str, Any]:
     """Resolve the models, read the data and count updates, parameters and memory.
 
     Raises:
@@ -78,62 +81,45 @@ def estimate_stage(stage: str, config: Any, home: Path) -> dict[str, Any]:
     """
     registry = Registry(home)
     config, _ = with_lengths(config, registry)
-    result: dict[str, Any] = {"stage": stage, "output_name": config.output_name}
-    if stage == "collect":
-        policy = registry.resolve(config.policy)
-        check_role(policy, "policy")
-        part = part_of(config.prompts, config.dataset_config, "prompt")
-        found = read_records(config.prompts, config=part, home=home, skip_bad_rows=config.skip_bad_rows)
+    result: dict[str, Any] = {"stage": config.stage, "output_name": config.output_name}
+    named, parents = config.parents(), parents_of(registry, config)
+    for role, parent in parents.items():
+        check_role(parent, named[role].role)
+        if role != "reference" or named[role] != named["base"]:
+            result["model" if role == "base" else role] = parent.label
+    for source in functions(config):
+        load_function(source)
+    if isinstance(config, CollectConfig):
+        ((source, part),) = config.sources()
+        found = read_records(source, config=part, home=home, skip_bad_rows=config.skip_bad_rows)
         prompts = len({record.prompt_key for record in found.records})
-        return result | {"policy": policy.label, "prompts": prompts, "records": config.num, "responses_each": config.k}
-    parameters = None
-    if config.model_name_or_path is not None:
-        parent = registry.resolve(config.model_name_or_path, revision=config.model_revision)
-        check_role(parent, "policy")
-        result["model"] = parent.label
-        parameters = _parameters(parent)
-    else:
-        parameters = _new_parameters(config)
-    for reward in getattr(config, "rewards", ()):
-        if is_function_name(reward.source):
-            load_function(reward.source)
-        elif names_a_model(reward.source):
-            resolved = registry.resolve(reward.source)
-            check_role(resolved, "reward_model")
-            result["reward_model"] = resolved.label
-    judge = getattr(config, "judge", None)
-    if judge is not None and is_function_name(judge):
-        load_function(judge)
-    elif judge is not None and names_a_model(judge):
-        resolved = registry.resolve(judge)
-        check_role(resolved, "reward_model")
-        result["judge"] = resolved.label
+        return result | {"prompts": prompts, "records": config.num, "responses_each": config.k}
     rows = _training_rows(config, home)
     result |= {"prompts" if config.reads_prompts else "rows": rows, "lengths": vars(config.lengths())}
-    if stage == "ppo":
+    if isinstance(config, PpoConfig):
         result |= {
             "updates": config.updates,
             "episodes": config.updates * config.rollout_batch_size,
             "optimizer_steps": config.updates * config.num_ppo_epochs * config.num_mini_batches,
         }
     else:
-        size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        size = config.per_device_train_batch_size * (config.gradient_accumulation_steps or 1)
         result["optimizer_steps"] = total_steps(rows, size, config.num_train_epochs, config.max_steps)
+    if "base" in parents:
+        parameters = _parameters(parents["base"])
+    else:
+        parameters = _new_parameters(config) if isinstance(config, SftConfig) else None
     if parameters is not None:
         result["parameters"] = parameters
-        result["memory_mib_without_activations"] = round(_training_memory(parameters, config, stage) / MIB, 1)
+        result["memory_mib_without_activations"] = round(_training_memory(parameters, config) / MIB, 1)
     return result
 
 
-def _training_rows(config: Any, home: Path) -> int:
+def _training_rows(config: TrainingConfig, home: Path) -> int:
     """Rows of the training split, before the length policy; for PPO distinct prompts."""
-    entries = [(e.dataset_name, e.dataset_config) for e in config.datasets or ()]
-    if not entries:
-        kind = "prompt" if config.reads_prompts else "row"
-        entries = [(config.dataset_name, part_of(config.dataset_name, config.dataset_config, kind))]
     count = 0
-    for name, part in entries:
-        found = read_records(name, config=part, home=home, skip_bad_rows=config.skip_bad_rows)
+    for source, part in config.sources():
+        found = read_records(source, config=part, home=home, skip_bad_rows=config.skip_bad_rows)
         found = kept_apart(config, found)
         rows = in_split(found.records, config.dataset_train_split, config.split_fractions, found.source)
         count += len({record.prompt_key for record in rows}) if config.reads_prompts else len(rows)

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_pipeline.compare.points import points_of
+from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.experiment import load_experiment
 from rlhf_pipeline.config.grid import Node, expand, resampled
-from rlhf_pipeline.config.mentions import Mention, mentions
-from rlhf_pipeline.config.reward_names import is_function_name, load_function
+from rlhf_pipeline.config.mentions import Mention, functions, mentions
+from rlhf_pipeline.config.reward_names import load_function
 from rlhf_pipeline.config.spec import Experiment, StageSpec
+from rlhf_pipeline.config.stages import StageConfig
+from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.data.load import read_records
-from rlhf_pipeline.data.splits import FRACTIONS, in_split
+from rlhf_pipeline.data.splits import in_split
 from rlhf_pipeline.errors import BadInput, ConfigError, Fault, Interrupted
 from rlhf_pipeline.experiment.done import (
     RESULTS,
@@ -87,42 +90,43 @@ def _input_faults(experiment: Experiment, registry: Registry) -> list[Fault]:
     faults: list[Fault] = []
     checked: dict[tuple[Any, ...], str | None] = {}  # a source is read once, however many points name it
     for spec in experiment.everything():
-        named = [reward.source for reward in getattr(spec.config, "rewards", ())]
-        for source in (*named, *(getattr(spec.config, key, None) for key in ("judge", "true_reward"))):
-            if source is not None and is_function_name(source):
-                try:
-                    load_function(source)
-                except ConfigError as error:
-                    faults += error.faults
-        for mention in mentions(spec.config):
+        for source in functions(spec.config):
+            try:
+                load_function(source)
+            except ConfigError as error:
+                faults += error.faults
+        config = spec.config
+        for mention in mentions(config):
             if mention.path in spec.links:
                 continue
-            part = getattr(spec.config, "dataset_config", None) if mention.role == "data" else None
-            skip_bad_rows = getattr(spec.config, "skip_bad_rows", False)
-            split = getattr(spec.config, "dataset_train_split", None) if mention.path == ("dataset_name",) else None
-            shares = getattr(spec.config, "split_fractions", FRACTIONS)
-            key = (mention.role, mention.text, part, skip_bad_rows, split, tuple(shares.items()))
+            trains = isinstance(config, TrainingConfig) and mention.path == ("dataset_name",)
+            split = config.dataset_train_split if isinstance(config, TrainingConfig) and trains else None
+            key = (
+                mention.role,
+                mention.text,
+                mention.part,
+                config.skip_bad_rows,
+                split,
+                *config.split_fractions.items(),
+            )
             if key not in checked:
-                checked[key] = _problem(mention, registry, part, skip_bad_rows, split, shares)
+                checked[key] = _problem(mention, registry, config, split)
             if (problem := checked[key]) is not None:
                 faults.append(Fault(f"{spec.name}.{'.'.join(map(str, mention.path))}", problem))
     return faults
 
 
 def _problem(
-    mention: Mention,
-    registry: Registry,
-    part: str | None,
-    skip_bad_rows: bool,
-    split: str | None,
-    shares: Mapping[str, float],
+    mention: Mention, registry: Registry, config: StageConfig | CompareConfig, split: str | None
 ) -> str | None:
     """What is wrong with what a config names, or None; of data also where the split that is trained on has no rows."""
     try:
         if mention.role == "data":
-            found = read_records(mention.text, config=part, home=registry.home, skip_bad_rows=skip_bad_rows)
+            found = read_records(
+                mention.text, config=mention.part, home=registry.home, skip_bad_rows=config.skip_bad_rows
+            )
             if split is not None:
-                in_split(found.records, split, shares, found.source)
+                in_split(found.records, split, config.split_fractions, found.source)
         else:
             role: Role = "policy" if mention.role == "policy" else "reward_model"
             check_role(registry.resolve(mention.text), role)
@@ -190,7 +194,7 @@ def run_experiment(
     progress = Progress([node.name for node in nodes], [found is not None for found in done])
     for place, node in enumerate(nodes):
         config = node.resolved(outputs)
-        found = done[place] or find_done(node.spec.stage, config, registry)
+        found = done[place] or find_done(config, registry)
         if found is not None:
             outcomes.append(Outcome(node, found.label, True, _seconds(found.manifest.cost if found.manifest else {})))
             say(f"[{place + 1}/{len(nodes)}] {node.label}: done already, {found.label}")

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, TypedDict
 
 import torch
 
-from rlhf_pipeline.config.base import DEFAULT_MAX_LENGTH, Lengths, resolve_lengths
+from rlhf_pipeline.config.base import DEFAULT_MAX_LENGTH, Lengths, part_of, resolve_lengths
 from rlhf_pipeline.config.compare import PromptsConfig
 from rlhf_pipeline.config.reward_names import WORLD_NAMES
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.load import RecordSet, examples_of, lowest_hashes, read_records
-from rlhf_pipeline.data.sources import part_of
 from rlhf_pipeline.data.tokenize import Example, prompts_of_texts
 from rlhf_pipeline.data.tokenizers import tokenizer_digest
 from rlhf_pipeline.errors import ConfigError, Fault, MismatchError

@@ -23,9 +23,10 @@ def with_lengths(config: Config, registry: Registry) -> tuple[Config, str | None
     Raises:
         UnknownReference, DamagedFile: the parent cannot be found or read.
     """
-    if (named := _start_of(config)) is None or any(getattr(config, name) is not None for name in LENGTHS):
+    start = next(iter(config.parents().values()), None)
+    if start is None or any(getattr(config, name) is not None for name in LENGTHS):
         return config, None
-    parent = registry.resolve(named[0], revision=named[1])
+    parent = registry.resolve(start.reference, revision=start.revision)
     known = {} if parent.manifest is None else parent.manifest.config
     trained = {name: known[name] for name in LENGTHS if known.get(name) is not None}
     if not trained:
@@ -34,13 +35,6 @@ def with_lengths(config: Config, registry: Registry) -> tuple[Config, str | None
     lengths = filled.lengths()
     told = f"lengths from {parent.label}: prompt {lengths.prompt}, response {lengths.response}"
     return filled, told
-
-
-def _start_of(config: TrainingConfig | CollectConfig) -> tuple[str, str | None] | None:
-    """Return the model that a config starts from, and its hub revision; None if it starts from random weights."""
-    if isinstance(config, CollectConfig):
-        return config.policy, None
-    return None if config.model_name_or_path is None else (config.model_name_or_path, config.model_revision)
 
 
 def require_positions(config: TrainingConfig | CollectConfig, parent: Resolved) -> None:

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from rlhf_pipeline.config.stages import StageConfig
 from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
+
+
+def parents_of(registry: Registry, config: StageConfig) -> dict[str, Resolved]:
+    """Return the models that a stage with this config comes from, by their role in the manifest.
+
+    Raises:
+        UnknownReference, DamagedFile: one is not there, or cannot be read.
+    """
+    return {
+        role: registry.resolve(named.reference, revision=named.revision) for role, named in config.parents().items()
+    }
 
 
 def parent_of(registry: Registry, resolved: Resolved, role: str) -> Resolved | None:

@@ -14,7 +14,6 @@ from rlhf_pipeline.config.base import moves_optimum
 from rlhf_pipeline.config.collect import CollectConfig
 from rlhf_pipeline.config.dump import config_digest
 from rlhf_pipeline.data.load import RecordSet, examples_of, read_records
-from rlhf_pipeline.data.sources import part_of
 from rlhf_pipeline.data.splits import assign_splits
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import chat_template_digest, tokenizer_digest
@@ -132,8 +131,8 @@ def run_collect(
     tokenizer = tokenizer_of(parent, config.trust_remote_code)
     policy = load_policy(parent, config, tokenizer, device, frozen=True)
     labeller = load_reward(registry, config.judge, config, parent, tokenizer, device)
-    part = part_of(config.prompts, config.dataset_config, "prompt")
-    found = read_records(config.prompts, config=part, home=home, skip_bad_rows=config.skip_bad_rows)
+    ((source, part),) = config.sources()
+    found = read_records(source, config=part, home=home, skip_bad_rows=config.skip_bad_rows)
     prompts, reports = prompts_by_split(found, config, tokenizer)
     amount = f"{config.num} x {config.k} responses of {parent.label} to {len(prompts)} prompts"
     say(f"collecting {amount}, judge {config.judge}")

@@ -19,7 +19,6 @@ from rlhf_pipeline.data.load import (
 from rlhf_pipeline.data.overlap import keep_apart
 from rlhf_pipeline.data.parsed import collector_at_rest
 from rlhf_pipeline.data.records import plain
-from rlhf_pipeline.data.sources import part_of
 from rlhf_pipeline.data.splits import in_split
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import DataError
@@ -61,12 +60,10 @@ class StageData:
 
     def _records(self, kind: str, tokenizer: PreTrainedTokenizerBase | None = None) -> RecordSet:
         if self._read is None:
-            name = self.config.dataset_name
-            assert name is not None  # `check_data` of the config
-            part = part_of(name, self.config.dataset_config, kind)
+            ((source, part),) = self.config.sources()
             with collector_at_rest():
                 found = read_records(
-                    name,
+                    source,
                     config=part,
                     home=self.home,
                     skip_bad_rows=self.config.skip_bad_rows,
@@ -85,13 +82,8 @@ class StageData:
         if not self.config.datasets:
             return [self._records(kind)]
         return [
-            read_records(
-                entry.dataset_name,
-                config=entry.dataset_config,
-                home=self.home,
-                skip_bad_rows=self.config.skip_bad_rows,
-            )
-            for entry in self.config.datasets
+            read_records(source, config=part, home=self.home, skip_bad_rows=self.config.skip_bad_rows)
+            for source, part in self.config.sources()
         ]
 
     def split(

@@ -78,8 +78,8 @@ def load_models(
     shapes = {"actor": ModelShape.of(actor.model, **trained), "reference": ModelShape.of(reference.model)}
     if actor_critic.critic is not None:
         shapes["critic"] = ModelShape.of(actor_critic.critic, head=False, **trained)
-    for number, loaded in enumerate(models):
-        role = "reward_model" if number == 0 else f"reward_model_{number + 1}"
+    roles = [role for role in config.parents() if role.startswith("reward_model")]
+    for role, loaded in zip(roles, models, strict=True):
         parents[role] = loaded.resolved
         shapes[role] = ModelShape.of(loaded.model.model, head=False)
     if judge_model is not None:

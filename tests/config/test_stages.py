@@ -4,6 +4,7 @@ import pydantic
 import pytest
 
 from rlhf_pipeline.config import Lengths, mentions, moves_optimum, resolve_lengths
+from rlhf_pipeline.config.base import part_of
 from rlhf_pipeline.config.plan import COMMANDS
 from rlhf_pipeline.config.stages import SCHEMAS, STAGES
 from rlhf_pipeline.errors import ConfigError
@@ -102,7 +103,7 @@ def test_all_that_moves_the_optimum_is_listed(load):
     assert moves_optimum(load("dpo", beta=0.7, soft_labels=True)) == {}
 
 
-def test_references_of_a_config(load):
+def test_models_and_data_that_a_config_names(load):
     config = load(
         "ppo",
         dataset_name=None,
@@ -112,6 +113,13 @@ def test_references_of_a_config(load):
     )
     assert [(found.path, found.role, found.text) for found in mentions(config)] == [
         (("model_name_or_path",), "policy", "sft"),
-        (("reward_functions", 1, "source"), "reward", "rm@v2"),
         (("datasets", 0, "dataset_name"), "data", "org/a"),
+        (("reward_functions", 1, "source"), "reward", "rm@v2"),
     ]
+
+
+def test_prompts_are_the_part_of_a_world_where_prompts_are_asked_for():
+    assert part_of("world:verdicts", None, "prompt") == "prompts"
+    assert part_of("world:verdicts", None, "row") is None
+    assert part_of("world:verdicts", "demonstrations", "prompt") == "demonstrations"
+    assert part_of("rows.jsonl", None, "prompt") is None

@@ -169,15 +169,6 @@ def test_collected_data_that_changed_are_refused(tmp_path):
         read_source("collected:pairs", home=tmp_path)
 
 
-def test_prompts_are_the_part_of_a_world_where_prompts_are_asked_for():
-    from rlhf_pipeline.data.sources import part_of
-
-    assert part_of("world:verdicts", None, "prompt") == "prompts"
-    assert part_of("world:verdicts", None, "row") is None
-    assert part_of("world:verdicts", "demonstrations", "prompt") == "demonstrations"
-    assert part_of("rows.jsonl", None, "prompt") is None
-
-
 GOOD = {"prompt": "café", "chosen": "a", "rejected": "b"}
 LINE = json.dumps(GOOD, ensure_ascii=False).encode()
 TABLE = "prompt,chosen,rejected\r\ncafé,a,b\r\n".encode()

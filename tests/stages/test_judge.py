@@ -17,8 +17,9 @@ from rlhf_pipeline.compare.readings import curves
 from rlhf_pipeline.compare.rows import bill
 from rlhf_pipeline.config.dump import config_digest
 from rlhf_pipeline.errors import ConfigError, MismatchError
-from rlhf_pipeline.experiment.done import expected_parents, find_done
+from rlhf_pipeline.experiment.done import find_done
 from rlhf_pipeline.experiment.estimate import estimate_stage
+from rlhf_pipeline.registry.parents import parents_of
 from rlhf_pipeline.training import session
 
 COUNTS = ("flops", "tokens_trained", "tokens_generated", "optimizer_steps")
@@ -236,28 +237,28 @@ def test_what_is_done_depends_on_the_judges_weights(judged):
     lab, plain, watched = judged
     config = lab.config("ppo", output_name="watched", max_steps=5, logging_steps=2, judge="held")
     digest = lab.registry.resolve("held@v1").digest
-    assert expected_parents("ppo", config, lab.registry)["judge"] == digest
+    assert parents_of(lab.registry, config)["judge"].digest == digest
     world = config.model_copy(update={"judge": "world"})
-    assert "judge" not in expected_parents("ppo", world, lab.registry)
-    assert find_done("ppo", config, lab.registry).label == watched.model
+    assert "judge" not in parents_of(lab.registry, world)
+    assert find_done(config, lab.registry).label == watched.model
     assert config_digest(config) != config_digest(config.model_copy(update={"judge": None}))
     other = lab.copy(lab.home.parent / "other")
     other.run("train-rm", output_name="held", dataset_train_split="judge", max_steps=4, seed=7)  # held@v2
-    assert find_done("ppo", config, other.registry) is None
+    assert find_done(config, other.registry) is None
     before = config.model_copy(update={"output_name": "plain", "judge": None})
-    assert find_done("ppo", before, other.registry).label == plain.model
+    assert find_done(before, other.registry).label == plain.model
 
 
 def test_a_dry_run_names_it_and_counts_its_memory(judged):
     lab, _, _ = judged
-    plain, watched = (estimate_stage("ppo", lab.config("ppo", judge=judge), lab.home) for judge in (None, "held"))
+    plain, watched = (estimate_stage(lab.config("ppo", judge=judge), lab.home) for judge in (None, "held"))
     assert "judge" not in plain and watched["judge"] == "held@v1"
     # Four times actor and critic, the reference, the reward model: 10 models; the judge is the eleventh.
     memory = "memory_mib_without_activations"
     assert watched[memory] == pytest.approx(plain[memory] * 11 / 10, abs=0.1)
     assert watched[memory] == round(11 * 4 * watched["parameters"] / 2**20, 1)
     with pytest.raises(MismatchError, match=r"sft@v1.*a reward model"):
-        estimate_stage("ppo", lab.config("ppo", judge="sft"), lab.home)
+        estimate_stage(lab.config("ppo", judge="sft"), lab.home)
 
 
 def test_it_is_no_difference_between_arms(judged):

@@ -88,8 +88,8 @@ def test_a_run_its_config_and_its_manifest_have_one_digest(lab, stage):
     if stage != "collect":
         assert Path(result.run).name == f"{version.name}-{digest[:10]}"
     # Given or taken over, the lengths are the same config.
-    assert find_done(stage, lab.config(stage, **open_lengths, **short), registry).label == result.model
-    assert find_done(stage, lab.config(stage, **short), registry).label == result.model
+    assert find_done(lab.config(stage, **open_lengths, **short), registry).label == result.model
+    assert find_done(lab.config(stage, **short), registry).label == result.model
 
 
 def test_the_config_beside_a_run_takes_the_run_up_again(lab, monkeypatch):
@@ -116,7 +116,7 @@ def test_a_version_of_an_earlier_release_is_found_by_the_config_as_it_was_given(
         **fields,
         config_digest=config_digest(older),
     )
-    assert find_done("dpo", older, lab.registry).label == "older@v1"
+    assert find_done(older, lab.registry).label == "older@v1"
 
 
 def test_runs_of_different_precision_in_one_process(tiny):
