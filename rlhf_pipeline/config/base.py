@@ -299,6 +299,11 @@ def check_world(config: HasPart, key: str = "dataset_name") -> Iterator[Fault]:
         yield Fault("dataset_config", f"found {part!r}", " or ".join(repr(name) for name in parts), fix)
 
 
+def check_prompts(config: HasPart) -> Iterator[Fault]:
+    """Yield the faults of prompts from a built-in world that does not exist."""
+    return check_world(config, "prompts")
+
+
 def moves_optimum(config: BaseModel) -> dict[str, Any]:
     """Return the options whose values move the optimum of the regularised reward, with these values."""
     return moving_options(type(config), config.model_dump())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from pydantic import field_validator
@@ -29,19 +28,13 @@ from rlhf_pipeline.config.base import (
     Texts,
     check_fractions,
     check_lengths,
-    check_world,
+    check_prompts,
     option,
     part_of,
     reject_bool,
     resolve_lengths,
 )
 from rlhf_pipeline.config.reward_names import names_a_model
-from rlhf_pipeline.errors import Fault
-
-
-def check_prompts(config: CollectConfig) -> Iterator[Fault]:
-    """Yield the faults of prompts from a built-in world that does not exist."""
-    return check_world(config, "prompts")
 
 
 class CollectConfig(CommandConfig):

@@ -26,7 +26,7 @@ from rlhf_pipeline.config.base import (
     Text,
     Texts,
     check_fractions,
-    check_world,
+    check_prompts,
     option,
     reject_bool,
 )
@@ -35,11 +35,6 @@ from rlhf_pipeline.errors import Fault
 MOST_PROMPTS = "maximum number of prompts, in hash order"
 SAMPLES = "responses sampled per prompt"
 REWARD_MODEL_PROMPTS = "maximum number of prompts for exact figures that need a reward model's score of every response"
-
-
-def check_prompts(config: PromptsConfig) -> Iterator[Fault]:
-    """Yield the faults of prompts from a built-in world that does not exist."""
-    return check_world(config, "prompts")
 
 
 def check_arms(config: CompareConfig) -> Iterator[Fault]:

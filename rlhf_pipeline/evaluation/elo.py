@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from rlhf_pipeline.evaluation.statistics import WILSON, Estimate, effective_size, student_quantile, wilson_interval
 
@@ -39,7 +40,7 @@ def reachable(wins: np.ndarray) -> np.ndarray:
     return reach
 
 
-def bradley_terry(wins: Any) -> np.ndarray:
+def bradley_terry(wins: ArrayLike) -> np.ndarray:
     """Strengths s, mean 0, that maximise sum over i, j of w_ij log sigma(s_i - s_j).
 
     Concave; Newton's method with bounded steps. (Bradley and Terry 1952)
@@ -85,7 +86,7 @@ def _information(played: np.ndarray, s: np.ndarray) -> np.ndarray:
     return np.diag(curvature.sum(1)) - curvature
 
 
-def rank(wins: Any, *, baseline: int = 0, level: float = 0.95) -> list[Standing]:
+def rank(wins: ArrayLike, *, baseline: int = 0, level: float = 0.95) -> list[Standing]:
     """Elo of k models, 400 / ln 10 points per unit of log-odds, the baseline at 1000.
 
     The interval is Student's t over prompts of the distance to the baseline, with the variance of an M-estimator

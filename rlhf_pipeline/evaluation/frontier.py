@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from rlhf_pipeline.evaluation.seeds import Inference, from_replicates
 from rlhf_pipeline.evaluation.statistics import RESAMPLES, count_blocks
@@ -35,7 +35,7 @@ class Curve:
     reward: np.ndarray
 
     @classmethod
-    def of(cls, x: Any, reward: Any) -> Curve:
+    def of(cls, x: ArrayLike, reward: ArrayLike) -> Curve:
         """From reward (S, G, P), or (G, P) for one seed, and x of that shape or without its prompts (a cost).
 
         Raises:
@@ -62,7 +62,7 @@ class Curve:
         return x, reward
 
 
-def pareto(x: Any, reward: Any) -> list[int]:
+def pareto(x: Sequence[float] | np.ndarray, reward: Sequence[float] | np.ndarray) -> list[int]:
     """Indices of the points that no other one beats (less or equal x, more or equal reward, one of them strictly), in
     the order of x; of equal points the first. x, reward: (G,)."""
     order = sorted(range(len(x)), key=lambda i: (x[i], -reward[i], i))

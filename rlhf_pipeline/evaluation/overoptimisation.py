@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from rlhf_pipeline.evaluation.seeds import holm, infer
 
@@ -45,7 +46,7 @@ class Fit:
     points: int
     residual: float
 
-    def __call__(self, distance: Any) -> np.ndarray:
+    def __call__(self, distance: ArrayLike) -> np.ndarray:
         """The form at the distances d; NaN outside the data."""
         d = np.asarray(distance, dtype=np.float64)
         inside = (d >= self.least) & (d <= self.largest)
@@ -58,7 +59,7 @@ def _features(form: Form, d: np.ndarray) -> np.ndarray:
     return np.stack([d, -falling], -1)
 
 
-def fit_gain(form: Form, distance: Any, gain: Any, *, near: float = NEAR) -> Fit | None:
+def fit_gain(form: Form, distance: ArrayLike, gain: ArrayLike, *, near: float = NEAR) -> Fit | None:
     """Least squares of one form, linear in alpha and beta.
 
     Args:
@@ -107,7 +108,13 @@ class Overoptimisation:
 
 
 def overoptimised(
-    distance: Any, proxy: Any, gold: Any, fitted: Fit | None, *, fixed_prompts: bool = False, level: float = 0.95
+    distance: ArrayLike,
+    proxy: ArrayLike,
+    gold: ArrayLike,
+    fitted: Fit | None,
+    *,
+    fixed_prompts: bool = False,
+    level: float = 0.95,
 ) -> Overoptimisation:
     """Whether the gold reward falls while the optimised one still rises, within the range of the data.
 

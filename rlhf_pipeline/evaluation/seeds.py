@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from rlhf_pipeline.evaluation.resampling import (
     clustered,
@@ -65,7 +66,7 @@ class Inference:
         return self.seeds > 1
 
 
-def _table(values: Any) -> np.ndarray:
+def _table(values: ArrayLike) -> np.ndarray:
     table = np.asarray(values, dtype=np.float64)
     if table.ndim not in (1, 2) or not table.size:
         raise ValueError(f"found values of shape {table.shape}, expected (seeds, prompts) or (seeds,), not empty")
@@ -116,7 +117,7 @@ def _rescaled(seed_variance: float, prompt_variance: float, total: float) -> tup
     return share * total, (1 - share) * total
 
 
-def over_seeds(values: Any, *, level: float = 0.95, null: float = 0.0, share: bool = False) -> Inference:
+def over_seeds(values: ArrayLike, *, level: float = 0.95, null: float = 0.0, share: bool = False) -> Inference:
     """Student's t over seeds, conditional on these prompts: m +- t(S - 1) s_seed / sqrt(S).
 
     m_s is the mean of seed s over its prompts, m the mean and s_seed the standard deviation of the m_s.
@@ -136,7 +137,9 @@ def over_seeds(values: Any, *, level: float = 0.95, null: float = 0.0, share: bo
     return _over_units(mean, variance, 0.0, shape, method=OVER_SEEDS, units=units, agree=agree, level=level, null=null)
 
 
-def over_seeds_and_prompts(values: Any, *, level: float = 0.95, null: float = 0.0, share: bool = False) -> Inference:
+def over_seeds_and_prompts(
+    values: ArrayLike, *, level: float = 0.95, null: float = 0.0, share: bool = False
+) -> Inference:
     """The crossed form: m +- t(S - 1) sqrt(s_seed^2 / S + s_prompt^2 / P).
 
     s_seed is the standard deviation of the S seed means, s_prompt that of the P prompt means. With effects of seed and
@@ -173,7 +176,7 @@ def over_seeds_and_prompts(values: Any, *, level: float = 0.95, null: float = 0.
 
 
 def over_prompts(
-    values: Any, *, level: float = 0.95, null: float = 0.0, share: bool = False, resamples: int = RESAMPLES
+    values: ArrayLike, *, level: float = 0.95, null: float = 0.0, share: bool = False, resamples: int = RESAMPLES
 ) -> Inference:
     """One seed: the interval of `statistics.cluster_mean` over prompts (P,). It says nothing about other seeds.
 
@@ -189,7 +192,7 @@ def over_prompts(
     return Inference(estimate, p, 1, len(table), 0.0, variance, null)
 
 
-def infer(values: Any, *, fixed_prompts: bool = False, **options: Any) -> Inference:
+def infer(values: ArrayLike, *, fixed_prompts: bool = False, **options: Any) -> Inference:
     """The mean of (S, P) or (S,) with the interval that fits: over prompts for one seed, else over seeds, and over
     prompts too unless `fixed_prompts` says that these are all the prompts there are.
 
@@ -203,7 +206,7 @@ def infer(values: Any, *, fixed_prompts: bool = False, **options: Any) -> Infere
     return over_seeds_and_prompts(table, **options)
 
 
-def contrast(a: Any, b: Any, *, fixed_prompts: bool = False, level: float = 0.95) -> Inference:
+def contrast(a: ArrayLike, b: ArrayLike, *, fixed_prompts: bool = False, level: float = 0.95) -> Inference:
     """Mean of a - b, paired by seed and prompt; see `infer`.
 
     Args:

@@ -9,9 +9,9 @@ Legend: S seeds, P prompts, A and B responses per prompt of the two sides.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from rlhf_pipeline.evaluation.seeds import Inference, from_replicates, infer
 from rlhf_pipeline.evaluation.statistics import RESAMPLES, agreement, count_blocks
@@ -48,7 +48,7 @@ def pairs_of(one: int, other: int, coupled: bool) -> np.ndarray:
     return ~np.eye(one, dtype=bool)
 
 
-def _outcomes(a: Any, b: Any, coupled: bool) -> np.ndarray:
+def _outcomes(a: ArrayLike, b: ArrayLike, coupled: bool) -> np.ndarray:
     """1 where the first side's response scores higher, one half for a tie, else 0: (..., P, pairs)."""
     one, other = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if one.ndim < 2 or one.shape[:-1] != other.shape[:-1]:
@@ -58,7 +58,7 @@ def _outcomes(a: Any, b: Any, coupled: bool) -> np.ndarray:
     return won[..., pairs_of(one.shape[-1], other.shape[-1], coupled)]
 
 
-def prompt_win_rates(a: Any, b: Any, *, coupled: bool) -> np.ndarray:
+def prompt_win_rates(a: ArrayLike, b: ArrayLike, *, coupled: bool) -> np.ndarray:
     """P(a response of a beats one of b to the same prompt), ties one half, over the pairs of `pairs_of`:
     (..., P, A), (..., P, B) -> (..., P).
 
@@ -73,12 +73,12 @@ def prompt_win_rates(a: Any, b: Any, *, coupled: bool) -> np.ndarray:
     return _outcomes(a, b, coupled).mean(-1)
 
 
-def tie_share(a: Any, b: Any, *, coupled: bool) -> float:
+def tie_share(a: ArrayLike, b: ArrayLike, *, coupled: bool) -> float:
     """The share of the same pairs that are ties, each prompt with weight 1."""
     return float((_outcomes(a, b, coupled) == 0.5).mean())
 
 
-def win_rate(a: Any, b: Any, *, coupled: bool, fixed_prompts: bool = False) -> Inference:
+def win_rate(a: ArrayLike, b: ArrayLike, *, coupled: bool, fixed_prompts: bool = False) -> Inference:
     """The mean of `prompt_win_rates` with its interval and the p-value of "it is one half"; see `seeds.infer`.
 
     Args:
@@ -146,10 +146,10 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def length_controlled_win_rate(
-    a: Any,
-    b: Any,
-    length_a: Any,
-    length_b: Any,
+    a: ArrayLike,
+    b: ArrayLike,
+    length_a: ArrayLike,
+    length_b: ArrayLike,
     *,
     coupled: bool,
     fixed_prompts: bool = False,

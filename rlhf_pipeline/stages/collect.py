@@ -16,7 +16,7 @@ from rlhf_pipeline.config.dump import config_digest
 from rlhf_pipeline.data.load import RecordSet, examples_of, read_records
 from rlhf_pipeline.data.splits import assign_splits
 from rlhf_pipeline.data.tokenize import Example
-from rlhf_pipeline.data.tokenizers import chat_template_digest, tokenizer_digest
+from rlhf_pipeline.data.tokenizers import chat_template_digest, text_of, tokenizer_digest
 from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
 from rlhf_pipeline.registry.lengths import require_positions, with_lengths
@@ -52,13 +52,18 @@ def preference_order(scores: Tensor, labels: str, generator: torch.Generator) ->
 
 
 def to_row(
-    example: Example, split: str, scores: Sequence[float], order: Sequence[int], labels: str, tokenizer: Any
+    example: Example,
+    split: str,
+    scores: Sequence[float],
+    order: Sequence[int],
+    labels: str,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Any]:
     """One labelled prompt as a row: a pair for K = 2, a ranking for more. Token ids stand beside the text."""
 
     def text(k: int) -> str:
         ids = example.completions[k]
-        return tokenizer.decode(ids[: len(ids) - int(example.ended[k])])
+        return text_of(tokenizer, ids[: len(ids) - int(example.ended[k])])
 
     row: dict[str, Any] = {"prompt": example.prompt_text, "prompt_ids": example.prompt_ids, "split": split}
     if len(order) == 2:

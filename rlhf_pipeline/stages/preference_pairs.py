@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from rlhf_pipeline.training.pairs import count_pairs
 from rlhf_pipeline.training.precision import uses_bf16
 from rlhf_pipeline.training.reference_cache import ReferenceLogprobs, cached_logprobs, completion_logprob_sums
 from rlhf_pipeline.training.windows import Window
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ReferenceScores = Tensor | Callable[[PackedBatch], TokenScores]
 
@@ -84,7 +87,9 @@ class Pairs:
     evaluate: Callable[[], dict[str, float]] = dict
 
 
-def recorded_pairs(run: Run, policy: Policy, frozen: Policy, frozen_digest: str | None, tokenizer: Any) -> Pairs:
+def recorded_pairs(
+    run: Run, policy: Policy, frozen: Policy, frozen_digest: str | None, tokenizer: PreTrainedTokenizerBase
+) -> Pairs:
     """The pairs and rankings of the config's sources, with the reference's log-probabilities from the cache.
 
     Raises:
@@ -132,7 +137,9 @@ def recorded_pairs(run: Run, policy: Policy, frozen: Policy, frozen_digest: str 
     return Pairs(examples, reports, windows, total, reference, targets, evaluate)
 
 
-def fresh_pairs(run: Run, policy: Policy, frozen: Policy, frozen_digest: str | None, tokenizer: Any) -> Pairs:
+def fresh_pairs(
+    run: Run, policy: Policy, frozen: Policy, frozen_digest: str | None, tokenizer: PreTrainedTokenizerBase
+) -> Pairs:
     """Pairs of the built-in world, drawn anew at every step with their exact label probabilities.
 
     Raises:

@@ -88,7 +88,12 @@ Scores = Callable[[Sequence[Example]], list[list[float]]]
 
 
 def center(
-    run: Run, model: RewardModel, score: Scores, parent: Resolved, examples: Sequence[Example], tokenizer: Any
+    run: Run,
+    model: RewardModel,
+    score: Scores,
+    parent: Resolved,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> float:
     """Store the shift that makes the parent's samples (or the chosen responses, of rankings the best) score 0 on
     average."""
