@@ -27,8 +27,8 @@ def machine_line(found: dict[str, Any], loads: Sequence[float]) -> str:
     machine = found["machine"]
     return (
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB, {machine['system']}; "
-        f"{found['threads']} threads pinned; load over one minute between {min(loads):.1f} and {max(loads):.1f} while "
-        "it ran."
+        f"{found['threads']} threads pinned; the one-minute load average was {min(loads):.1f} to "
+        f"{max(loads):.1f} during the run."
     )
 
 
@@ -120,8 +120,8 @@ def _mib(count: float | None) -> str:
 def rate_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Rates, ratios, shares of the peak and memory, as lines of Markdown."""
     lines = [
-        "| stage | ours, a second | TRL, a second | ratio | floor / aim | | share of the peak, ours / TRL "
-        "| peak memory, ours / TRL, MiB | of it training |",
+        "| stage | ours, per second | TRL, per second | ratio | floor / aim | | share of the peak, ours / TRL "
+        "| peak memory, ours / TRL, MiB | for training |",
         "| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: |",
     ]
     for row in rows:
@@ -145,7 +145,7 @@ def rate_table(rows: Sequence[dict[str, Any]]) -> list[str]:
 def setup_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What the rates leave out, and what shows that both sides did the same, as lines of Markdown."""
     lines = [
-        "| stage | | GFLOP an example | set-up, s, ours / TRL | warm-up, s | optimizer steps | mean loss |",
+        "| stage | | GFLOP per example | set-up, s, ours / TRL | warm-up, s | optimizer steps | mean loss |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
 
@@ -173,24 +173,26 @@ def describe_work(work: dict[str, Any], repeats: int) -> list[str]:
     model = sizes["model"]
     listed = ", ".join(f"{name} {found['median']:g} ({found['p95']:g})" for name, found in lengths.items())
     if work["source"] == "synthetic":
-        source = "Made-up transcripts whose lengths are drawn from log-normal distributions fitted to HH's"
+        source = "Synthetic transcripts with lengths from log-normal distributions fitted to HH's"
     else:
         source = f"Preference pairs of `{work['source']}`"
     return [
-        f"{source}; the first {sizes['examples']:,} after {sizes['warmup'] * sizes['batch']} of warm-up, prompt and "
-        f"longer response within {sizes['max_length']} tokens. Tokens, median (95th percentile): {listed}.",
-        f"Byte-level BPE of {sizes['vocab_size']:,} trained on them; {model['model_type']}, hidden "
+        f"{source}: the first {sizes['examples']:,} after {sizes['warmup'] * sizes['batch']} of warm-up, with at most "
+        f"{sizes['max_length']} tokens in the prompt and the longer response. "
+        f"Tokens, median (95th percentile): {listed}.",
+        f"Byte-level BPE of {sizes['vocab_size']:,} tokens trained on them; {model['model_type']}, hidden "
         f"{model['hidden_size']}, MLP {model['intermediate_size']}, {model['num_hidden_layers']} layers, "
-        f"{model['num_attention_heads']} heads, tied embeddings: {work['parameters'] / 1e6:.1f} M random weights, the "
-        f"same on both sides. Batch {sizes['batch']}, AdamW, linear schedule.",
+        f"{model['num_attention_heads']} heads, tied embeddings: {work['parameters'] / 1e6:.1f} M random weights, "
+        f"identical on both sides. Batch {sizes['batch']}, AdamW, linear schedule.",
         f"PPO: {sizes['episodes']} episodes after {sizes['warmup_updates'] * sizes['rollout']} of warm-up, prompts up "
-        f"to {sizes['prompt_length']} tokens, {sizes['new_tokens']} new ones, rollouts of {sizes['rollout']}, "
-        f"{sizes['ppo_epochs']} epochs of {sizes['minibatches']} minibatches, the same prompts in every rollout; a "
-        "model with random weights hardly ever ends a response early.",
-        f"{repeats} rounds. In each round both sides run once, each in a process of its own, who is first alternating; "
-        "medians (smallest-largest), a ratio being of one round. Both sides were seen to take the same examples in "
-        "every step. Evaluation, logging and saving are off or outside the time. TRL's gradient checkpointing, on by "
-        "default, is off: it would slow TRL down. TRL's SFT pads, since its packing needs flash attention.",
+        f"to {sizes['prompt_length']} tokens, {sizes['new_tokens']} new tokens, rollouts of {sizes['rollout']}, "
+        f"{sizes['ppo_epochs']} epochs of {sizes['minibatches']} minibatches, the same prompts in every rollout. A "
+        "model with random weights rarely ends a response early.",
+        f"{repeats} rounds. In each round both sides run once, each in its own process, in alternating order. The "
+        "tables show medians (smallest-largest); each ratio is taken within one round. The benchmark checks that both "
+        "sides take the same examples in every step. Evaluation, logging and saving are off or not timed. TRL's "
+        "gradient checkpointing, on by default, is off because it would slow TRL down. TRL's SFT pads, because its "
+        "packing needs flash attention.",
     ]
 
 
@@ -204,34 +206,32 @@ def document(found: dict[str, Any]) -> str:
     loads = [load for run in found["runs"] for load in run["load"]]
     lines = ["# Benchmarks", "", f"Made by `{found['command']}` on {found['date']}."]
     if found["quick"]:
-        lines += ["", "A smoke test on a tiny model and a few examples: these figures say nothing about speed."]
+        lines += ["", "A smoke test on a tiny model and a few examples: its figures do not measure speed."]
     lines += ["", *rate_table(plain)] if plain else []
     if bf16:
-        but = (
-            " (TRL's PPO samples and scores in fp32 all the same)" if any("ppo" in row["stage"] for row in bf16) else ""
-        )
+        but = " (TRL's PPO still samples and scores in fp32)" if any("ppo" in row["stage"] for row in bf16) else ""
         lines += ["", f"bf16 autocast on both sides{but}:", ""]
         lines += rate_table(bf16)
     lines += [
         "",
-        "Share of the peak: FLOPs that the work needs by our formula (a pair's prompt once, no padding) times the "
-        f"rate, over what a product of two {found['product']} x {found['product']} matrices reached on "
-        f"{found['threads']} threads here: {best['fp32']:.0f} GFLOP/s in fp32, {best['bf16']:.0f} in bf16 "
-        f"(at the start {start['fp32']:.0f} and {start['bf16']:.0f}, at the end {end['fp32']:.0f} and "
-        f"{end['bf16']:.0f}).",
-        "Peak memory: of the whole process, largest of all rounds; of it training: above what was in memory when the "
-        "first step began.",
+        "Share of the peak: the rate in FLOP/s divided by the rate of a matrix product. FLOPs follow the package's "
+        "formula (a pair's prompt counts once, no padding). The matrix product is that of two "
+        f"{found['product']} x {found['product']} matrices on {found['threads']} threads of this machine: "
+        f"{best['fp32']:.0f} GFLOP/s in fp32, {best['bf16']:.0f} in bf16 (at the start {start['fp32']:.0f} and "
+        f"{start['bf16']:.0f}, at the end {end['fp32']:.0f} and {end['bf16']:.0f}).",
+        "Peak memory: of the whole process, the largest of all rounds. For training: the part above the memory in use "
+        "when the first step began.",
         "",
         "## The work",
         "",
         *[text for line in describe_work(found["work"], found["repeats"]) for text in (line, "")],
-        "## Left out of the rates",
+        "## Not included in the rates",
         "",
         *setup_table(rows),
         "",
-        "Set-up: imports, models, texts to tokens. Losses are means over all steps and agree where both sides did the "
-        "same; of PPO, whose sides sample for themselves, there is none. TRL's PPO has no shared trunk: both rows are "
-        "compared with its separate critic. Its gradients are not clipped, ours are.",
+        "Set-up: imports, loading models, tokenising. Losses are means over all steps and agree if both sides computed "
+        "the same. PPO has no loss here, because each side samples its own responses. TRL's PPO has no shared trunk, "
+        "so both PPO rows are compared with its separate critic. TRL's PPO does not clip gradients; ours does.",
         "",
         "## The machine",
         "",

@@ -141,7 +141,7 @@ def timed(
 def dpo(config: Any, pairs: list[Example], steps: int, micro_batch: int, accumulation: int = 1) -> Times:
     """DPO with the reference's log-probabilities at hand."""
     policy = policy_of(config)
-    known = completion_logprob_sums(policy, pairs, batch_size=micro_batch, pad_id=PAD, device="cpu")
+    known = completion_logprob_sums(policy, pairs, responses_at_once=2 * micro_batch, pad_id=PAD, device="cpu")
     return timed(policy, pairs, partial(dpo_step, beta=0.1, reference=known), steps, micro_batch, accumulation)
 
 

@@ -12,7 +12,7 @@ from math import inf, isfinite
 
 from rlhf_pipeline.compare.aim import describe_aims
 from rlhf_pipeline.compare.preference_quality import LONGER
-from rlhf_pipeline.evaluation.seeds import needed
+from rlhf_pipeline.evaluation.needed import needed
 from rlhf_pipeline.evaluation.statistics import Estimate
 from rlhf_pipeline.report.results import Contrast, Findings, Gap, Interval, Line, Overoptimised, Verdict
 
@@ -173,8 +173,8 @@ def _limits(results: Findings) -> Iterator[Line]:
 
 def _short_of(name: str, shortfall: Shortfall) -> str:
     beta, total, own = shortfall
-    text = f"{name} at beta {beta:g} is {total:.3f} short of the optimum of the true reward; "
-    return text + f"to that of the reward model it is {own:.3f}"
+    away = f"{name} at beta {beta:g} is {total:.3f} short of the optimum of the true reward"
+    return f"{away}; to that of the reward model it is {own:.3f}"
 
 
 def _apart_in_kl(results: Findings) -> Iterator[Line]:

@@ -128,15 +128,17 @@ Remarks = tuple[Callable[[Any], Iterator[str]], ...]
 
 
 # Fields of several classes.
-MAX_LENGTH = option(None, "longest prompt and response together, tokens (TRL: 1024)")
-SKIP_BAD_ROWS = option(False, "drop and count rows with faults instead of stopping (ours: stop)")
+MAX_LENGTH = option(None, "maximum length of prompt and response together, in tokens (TRL: 1024)")
+SKIP_BAD_ROWS = option(False, "drop and count faulty rows instead of stopping (ours: stop)")
 SPLIT_FRACTIONS = option(
-    DEFAULT_SPLITS, "share of prompts in each split of a source without splits, by hash", min_length=1
+    DEFAULT_SPLITS,
+    "share of prompts in each split of a source without splits; the hash of the prompt decides",
+    min_length=1,
 )
 DTYPE = option("float32", "number type of the weights (TRL)")
-ATTENTION = option(None, "attention kernel (default: the model's own choice)")
-REMOTE_CODE = option(False, "run code that the model's repository brings (transformers: off)")
-USE_CPU = option(False, "stay on the CPU where there is a GPU (transformers)")
+ATTENTION = option(None, "attention kernel (default: the model's choice)")
+REMOTE_CODE = option(False, "run code from the model's repository (transformers: off)")
+USE_CPU = option(False, "use the CPU even if there is a GPU (transformers)")
 NUM_THREADS = option(None, "CPU threads (default: torch's choice)")
 
 

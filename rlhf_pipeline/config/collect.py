@@ -46,32 +46,36 @@ class CollectConfig(CommandConfig):
     stage: ClassVar[str] = "collect"
     checks: ClassVar = (check_prompts, check_lengths, check_fractions)
 
-    policy: Text = option(..., "model that responds: registry name, directory or hub id", examples=["model"])
-    prompts: Text = option(..., "source of the prompts, in any format that has prompts", examples=["data"])
-    judge: Text = option(
-        ..., "what labels the responses: world, a reward model, or module:function", examples=["world"]
+    policy: Text = option(
+        ..., "model that samples the responses: registry name, directory or hub id", examples=["model"]
     )
-    num: Count = option(..., "records to collect", examples=[1])
+    prompts: Text = option(..., "source of the prompts, in any format with prompts", examples=["data"])
+    judge: Text = option(
+        ..., "scorer that labels the responses: world, a reward model, or module:function", examples=["world"]
+    )
+    num: Count = option(..., "number of records to collect", examples=[1])
     output_name: Name = option(..., "name of the data in the home directory", examples=["data"])
     k: int = option(2, "responses per prompt; more than 2 give rankings (DPO paper: 2)", ge=2)
     labels: Literal["bradley-terry", "rank"] = option(
-        "bradley-terry", "draw winners with odds exp(r_w - r_l), or take the ranks as they are", moves_optimum=True
+        "bradley-terry",
+        "how to label: draw the winner with odds exp(r_w - r_l), or take the ranks of the scores",
+        moves_optimum=True,
     )
-    temperature: Positive = option(1.0, "temperature of sampling; 1 samples from the policy itself")
+    temperature: Positive = option(1.0, "sampling temperature; 1: the policy itself")
     dataset_config: Text | None = option(None, "configuration of the prompts' source (default: its own)")
-    splits: Texts | None = option(None, "splits that the prompts come from (default: all)", min_length=1)
+    splits: Texts | None = option(None, "splits to take the prompts from (default: all)", min_length=1)
     split_fractions: dict[str, float] = SPLIT_FRACTIONS
     skip_bad_rows: bool = SKIP_BAD_ROWS
-    max_prompt_length: Count | None = option(None, "longest prompt, tokens; longer ones are cut on the left")
-    response_length: Count | None = option(None, "longest response with its EOS, tokens")
-    max_length: Count | None = MAX_LENGTH
-    per_device_eval_batch_size: Count = option(
-        256, "responses that one device handles at once; halved where memory runs out"
+    max_prompt_length: Count | None = option(
+        None, "maximum prompt length, in tokens; longer prompts are cut on the left"
     )
+    response_length: Count | None = option(None, "maximum response length, in tokens, EOS included")
+    max_length: Count | None = MAX_LENGTH
+    per_device_eval_batch_size: Count = option(256, "responses per batch on one device; halved if memory runs out")
     dtype: Dtype = DTYPE
     attn_implementation: Text | None = ATTENTION
     trust_remote_code: bool = REMOTE_CODE
-    seed: Seed = option(0, "seed of sampling and of the labels")
+    seed: Seed = option(0, "random seed for sampling and labels")
     use_cpu: bool = USE_CPU
     num_threads: Count | None = NUM_THREADS
 

@@ -32,9 +32,9 @@ from rlhf_pipeline.config.base import (
 )
 from rlhf_pipeline.errors import Fault
 
-MOST_PROMPTS = "number of prompts at most, in the order of their hashes"
+MOST_PROMPTS = "maximum number of prompts, in hash order"
 SAMPLES = "responses sampled per prompt"
-REWARD_MODEL_PROMPTS = "number of prompts at most for exact figures that need a reward model's score of every response"
+REWARD_MODEL_PROMPTS = "maximum number of prompts for exact figures that need a reward model's score of every response"
 
 
 def check_prompts(config: PromptsConfig) -> Iterator[Fault]:
@@ -67,24 +67,24 @@ class PromptsConfig(CommandConfig):
 
     checks: ClassVar[Checks] = (check_prompts, check_fractions)
 
-    split: Text = option("test", "split that the prompts come from, or 'all'")
+    split: Text = option("test", "split to take the prompts from, or 'all'")
     prompts: Text | None = option(None, "source of the prompts (default: the model's own training data)")
     dataset_config: Text | None = option(None, "configuration of the prompts' source (default: its own)")
     max_prompts: Count = option(256, MOST_PROMPTS)
-    temperature: Positive = option(1.0, "temperature of sampling and of exact figures; 1: the policy itself")
-    max_new_tokens: Count | None = option(None, "longest response, its EOS included, in tokens (default: as trained)")
-    max_prompt_length: Count | None = option(None, "longest prompt, in tokens (default: as trained)")
+    temperature: Positive = option(1.0, "temperature of sampling and of the exact figures; 1: the policy itself")
+    max_new_tokens: Count | None = option(
+        None, "maximum response length, in tokens, EOS included (default: as trained)"
+    )
+    max_prompt_length: Count | None = option(None, "maximum prompt length, in tokens (default: as trained)")
     reward_model: Text | None = option(
-        None, "what scores the responses: a reward model, world or module:function (default: as trained)"
+        None, "scorer of the responses: a reward model, world or module:function (default: as trained)"
     )
     reference: Text | None = option(
-        None, "model that the KL is measured to (default: the reference of the training, else the SFT model)"
+        None, "reference model of the KL (default: the training's reference, else the SFT model)"
     )
     split_fractions: dict[str, float] = SPLIT_FRACTIONS
     skip_bad_rows: bool = SKIP_BAD_ROWS
-    per_device_eval_batch_size: Count = option(
-        256, "responses that one device handles at once; halved where memory runs out"
-    )
+    per_device_eval_batch_size: Count = option(256, "responses per batch on one device; halved if memory runs out")
     dtype: Dtype = DTYPE
     attn_implementation: Text | None = ATTENTION
     trust_remote_code: bool = REMOTE_CODE
@@ -100,11 +100,13 @@ class EvaluateConfig(PromptsConfig):
     stage: ClassVar[str] = "evaluate"
 
     samples: Count = option(4, SAMPLES)
-    seed: Seed = option(0, "seed of sampling")
-    best_of: Counts = option((), "report best-of-n for these n, as in 1,4,16 (default: none)")
-    judge: Text | None = option(None, "held-out reward model, trained on pairs that none of the models was trained on")
+    seed: Seed = option(0, "random seed for sampling")
+    best_of: Counts = option((), "report best of n for these n, for example 1,4,16 (default: none)")
+    judge: Text | None = option(
+        None, "held-out reward model, trained on pairs that none of the compared models were trained on"
+    )
     true_reward: Text | None = option(
-        None, "what labelled the data, if known: module:function or a model (default: world on its own data)"
+        None, "source of the labels, if known: module:function or a model (default: world for its own data)"
     )
 
 
@@ -128,17 +130,17 @@ class CompareConfig(EvaluateConfig):
         ..., "models to compare: registry names, directories or hub ids", min_length=1, examples=[["a", "b"]]
     )
     baseline: Text | None = option(None, "model that the arms are compared with (default: the first arm)")
-    validation_split: Text | None = option("validation", "split whose prompts choose settings and snapshots")
+    validation_split: Text | None = option("validation", "split whose prompts select settings and snapshots")
     allow_mismatch: bool = option(
-        False, "compare arms even if they differ in more than their training; the report says so"
+        False, "compare arms that differ in more than their training; the report lists the differences"
     )
     primary_contrast: Literal["auto", "as_trained", "matched_kl", "selected"] = option(
-        "auto", "contrast that is declared beforehand; auto: matched_kl in a sweep, else as_trained"
+        "auto", "contrast declared in advance; auto: matched_kl in a sweep, else as_trained"
     )
     snapshots: bool = option(
-        False, "add the snapshots of every arm's runs (snapshot_steps) to its curve; each snapshot is sampled too"
+        False, "add the snapshots of every arm's runs (snapshot_steps) to its curve; each snapshot is sampled as well"
     )
-    shown_prompts: Count = option(4, "prompts whose responses the report shows side by side")
+    shown_prompts: Count = option(4, "number of prompts whose responses the report shows side by side")
     exact: bool = option(True, "add exact figures if all responses can be listed, as in the built-in world")
     reward_model_prompts: Count = option(4, REWARD_MODEL_PROMPTS)
 
@@ -148,11 +150,13 @@ class ExactConfig(PromptsConfig):
 
     stage: ClassVar[str] = "exact"
 
-    beta: Positive | None = option(None, "price of one nat of KL in the objective (default: each model's own)")
+    beta: Positive | None = option(None, "penalty per nat of KL in the objective (default: each model's own)")
     reward: Text = option("world", "reward of the objective: world, the true reward, or a reward model")
     reward_model_prompts: Count = option(4, REWARD_MODEL_PROMPTS)
-    reward_model: Text | None = option(None, "reward model whose optimum DPO is compared with (default: PPO's)")
+    reward_model: Text | None = option(
+        None, "reward model whose optimum DPO is compared with (default: PPO's reward model)"
+    )
     training_loss: bool = option(True, "add the excess training loss of DPO models")
     long_run: Text | None = option(
-        None, "DPO model whose training loss counts as the lowest (default: the lowest of the models named)"
+        None, "DPO model whose training loss counts as the minimum (default: the lowest of the given models)"
     )

@@ -75,37 +75,40 @@ class DpoConfig(TrainingConfig):
         check_dpo_engine,
     )
 
-    learning_rate: Positive = option(1e-6, "peak step size of AdamW (TRL)")
-    beta: Positive = option(0.1, "strength of the KL term, ipo's tau: larger stays nearer to the reference (DPO paper)")
+    learning_rate: Positive = option(1e-6, "peak learning rate of AdamW (TRL)")
+    beta: Positive = option(
+        0.1, "strength of the KL term (ipo: tau); a larger beta stays closer to the reference (DPO paper)"
+    )
     ref_model: Text | None = option(
-        None, "frozen reference model (DPO paper: the start of training, PPO's reference)", moves_optimum=True
+        None, "frozen reference model (DPO paper: the initial model, which is PPO's reference)", moves_optimum=True
     )
     precompute_ref_log_probs: bool = option(
-        True, "compute the reference's log-probabilities once and cache them (ours: epochs share them)"
+        True, "compute the reference's log-probabilities once, and cache them for all epochs and runs (ours)"
     )
     loss_type: Annotated[Literal["sigmoid", "ipo", "ipo_mean", "plackett_luce"], BeforeValidator(_single)] = option(
         "sigmoid",
-        "preference loss (DPO paper); ipo: log-probabilities summed (IPO paper), ipo_mean: averaged (TRL's ipo); "
-        "plackett_luce: rankings whole, without ties (DPO paper, A.3; same optimum as sigmoid for rankings drawn from "
-        "the Plackett-Luce model, rewards x .91 to .95 for others). The others take a ranking's untied pairs, in one "
-        "pass, each with weight 1 / their number (InstructGPT). ipo: another scale of beta; ipo_mean: weighs by length",
+        "preference loss (DPO paper); ipo: squared loss on sums of log-probabilities (IPO paper), has another scale of "
+        "beta; ipo_mean: the same on their means (TRL's ipo), depends on lengths; plackett_luce: whole rankings "
+        "without ties (DPO paper, A.3), has sigmoid's optimum for rankings from the Plackett-Luce model, rewards x .91 "
+        "to .95 for others. The other losses read a ranking's untied pairs in one pass, each with weight 1 / their "
+        "number (InstructGPT)",
         moves_optimum=True,
         neutral=("sigmoid", "plackett_luce"),
     )
     label_smoothing: float = option(
         0.0,
-        "eps, with sigmoid: trains on p (1 - eps) + (1 - p) eps in the place of p (cDPO; DPO paper: 0). It shrinks "
-        "margins and does not correct flipped labels: they are smoothed once more",
+        "eps, with sigmoid: trains on p (1 - eps) + (1 - p) eps instead of p (cDPO; DPO paper: 0). It shrinks margins. "
+        "It does not correct flipped labels, but smooths them a second time",
         moves_optimum=True,
         ge=0,
         lt=0.5,
     )
     soft_labels: bool = option(
-        False, "train on the recorded label_probability, not on the label drawn from it; same optimum (ours: off)"
+        False, "train on the recorded label_probability instead of the drawn label; same optimum (ours: off)"
     )
     population_proposal: Literal["mixture", "reference"] = option(
         "mixture",
-        "where both responses of world:verdicts' fresh pairs come from; mixture: half reference, half exact optimum; "
+        "distribution of both responses in fresh pairs of world:verdicts; mixture: half reference, half exact optimum; "
         "same optimum (ours)",
     )
 

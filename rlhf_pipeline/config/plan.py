@@ -75,18 +75,18 @@ class ExperimentConfig(CommandConfig):
     name: Name = option(..., "name of the experiment and of its report", examples=["experiment"])
     seeds: tuple[Seed, ...] | None = option(
         None,
-        "seeds of the stages, the first for those that run once (default: each stage's own seed)",
+        "seeds of the experiment; stages that run once use the first (default: each stage's own seed)",
         min_length=1,
     )
     seed_resamples: Annotated[str | tuple[str, ...], BeforeValidator(_resamples)] = option(
-        "arms", "what each further seed runs again: arms (train-rm, ppo and dpo), all, or a list of stages (ours)"
+        "arms", "stages that each further seed repeats: arms (train-rm, ppo and dpo), all, or a list of stages (ours)"
     )
     stages: dict[str, dict[str, Any]] = option(
-        ..., "stages in order: name: {stage, config, key: value}", examples=[{"sft": {"stage": "sft"}}]
+        ..., "stages in order, each as name: {stage, config, key: value}", examples=[{"sft": {"stage": "sft"}}]
     )
-    compare: dict[str, Any] | None = option(None, "comparison at the end: {arms, baseline, judge, config}")
+    compare: dict[str, Any] | None = option(None, "comparison at the end, as {arms, baseline, judge, config}")
     sweep: dict[str, Any] | None = option(
-        None, "values to try: {stage.key: [value, ...]}; two keys of one stage are crossed (ours: none)"
+        None, "values to try, as {stage.key: [value, ...]}; two keys of one stage are crossed (ours: none)"
     )
 
 

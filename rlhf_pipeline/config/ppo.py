@@ -28,7 +28,7 @@ class RewardFunction(BaseModel):
 
     model_config = STRICT
     source: Text = option(..., "world, a reward model, or module:function")
-    weight: float = option(1.0, "factor of this score in the sum (ours); other than 1 moves the optimum")
+    weight: float = option(1.0, "weight of this score in the sum (ours); other than 1 moves the optimum")
 
     _no_bools = field_validator("*", mode="before")(reject_bool)
 
@@ -192,80 +192,83 @@ class PpoConfig(TrainingConfig):
     )
     remarks: ClassVar = (remark_on_episodes,)
 
-    learning_rate: Positive = option(3e-6, "peak step size of AdamW (N+ implementation details)")
-    adam_epsilon: Positive = option(1e-5, "AdamW's floor of the denominator (N+ implementation details)")
+    learning_rate: Positive = option(3e-6, "peak learning rate of AdamW (N+ implementation details)")
+    adam_epsilon: Positive = option(1e-5, "constant added to AdamW's denominator (N+ implementation details)")
     warmup_steps: Warmup = option(
         0,
-        "updates of linear warm-up: update u = 1, 2, ... of w has u / (w + 1) of the rate, so the first one trains "
-        "(ours; TRL: rate 0 for a whole rollout); below 1: a fraction of all updates, rounded up",
+        "updates of linear warm-up: update u = 1, 2, ... of w has u / (w + 1) of the rate, so the first update trains "
+        "(ours; TRL: rate 0 for the first rollout); below 1: a fraction of all updates, rounded up",
     )
     gradient_accumulation_steps: Count | None = option(
-        None, "micro-batches in one optimizer step; follows from the minibatch and the micro-batch"
+        None, "micro-batches per optimizer step; computed from the minibatch and the micro-batch"
     )
-    max_steps: int = option(-1, "updates, instead of total_episodes; -1: count episodes (TRL)")
+    max_steps: int = option(-1, "number of updates, overrides total_episodes; -1: count episodes (TRL)")
 
     reward_model_path: Text | None = option(None, "reward model: registry name, directory or hub id")
     reward_functions: RewardFunctions = option(
-        None, "rewards to add up, instead of reward_model_path: list of {source, weight}", min_length=1
+        None, "rewards to sum, instead of reward_model_path: list of {source, weight}", min_length=1
     )
     judge: Text | None = option(
         None,
-        "who watches: a held-out reward model, module:function or world; scores the rollouts every logging_steps "
-        "updates, is logged as objective/judge and never trained on (ours: none)",
+        "held-out scorer that watches the run: a reward model, module:function or world; it scores the rollouts every "
+        "logging_steps updates, is logged as objective/judge, and nothing is trained on it (ours: none)",
     )
     value_init: Literal["reward_model", "sft", "shared"] | None = option(
-        None, "start of the critic (InstructGPT: reward_model; without one: sft); shared: a head on the actor"
+        None,
+        "initial critic (InstructGPT: reward_model; sft without a reward model); shared: a value head on the actor",
     )
-    total_episodes: Count | None = option(None, "sampled responses in the run; required unless max_steps")
-    rollout_batch_size: Count = option(64, "responses sampled for one update, on all devices together (ours)")
+    total_episodes: Count | None = option(None, "responses to sample in the whole run; required without max_steps")
+    rollout_batch_size: Count = option(64, "responses sampled per update, on all devices together (ours)")
     num_ppo_epochs: Count = option(4, "passes over each rollout (TRL)")
-    num_mini_batches: Count = option(4, "optimizer steps in one pass over a rollout (PPO's code; TRL: 1)")
-    kl_coef: NonNegative = option(
-        0.05, "price of one nat of KL to the reference, in units of reward (TRL)", moves_optimum=True, moving=0.0
+    num_mini_batches: Count = option(
+        4, "minibatches per epoch: optimizer steps in one pass over a rollout (PPO's code; TRL: 1)"
     )
-    cliprange: Positive = option(0.2, "largest change of the probability ratio that gains (PPO paper)")
-    cliprange_value: Positive = option(0.2, "largest change of a value that gains, in units of reward (TRL)")
+    kl_coef: NonNegative = option(
+        0.05, "beta: penalty per nat of KL to the reference, in units of reward (TRL)", moves_optimum=True, moving=0.0
+    )
+    cliprange: Positive = option(0.2, "clip range of the probability ratio: 1 - cliprange to 1 + cliprange (PPO paper)")
+    cliprange_value: Positive = option(0.2, "clip range of a value's change, in units of reward (TRL)")
     vf_coef: NonNegative = option(
         0.1, "weight of the value loss (TRL)", moves_optimum=True, moving=0.0, unless=("lam", 1.0)
     )
     gamma: Fraction = option(1.0, "discount per token (TRL)", moves_optimum=True, neutral=1.0)
     lam: Fraction = option(
         0.95,
-        "GAE's lambda: 1 is unbiased, less lowers the variance (TRL) and discounts what the critic misses",
+        "lambda of GAE: 1 is unbiased; less reduces the variance and discounts what the critic misses (TRL)",
         moves_optimum=True,
         neutral=1.0,
         condition="with a wrong critic",
     )
-    whiten_advantages: bool = option(True, "advantages to mean 0, variance 1 over the rollout (TRL)")
-    whiten_rewards: bool = option(False, "rewards per token to variance 1 (TRL: off)", moves_optimum=True)
+    whiten_advantages: bool = option(True, "normalise advantages to mean 0 and variance 1 over the rollout (TRL)")
+    whiten_rewards: bool = option(False, "scale the rewards per token to variance 1 (TRL: off)", moves_optimum=True)
     missing_eos_penalty: NonNegative | None = option(
-        None, "taken off the score of a response that was cut (TRL: none)", moves_optimum=True
+        None, "penalty subtracted from the score of a cut response (TRL: none)", moves_optimum=True
     )
     stop_token: Annotated[Text | None, BeforeValidator(_stop_token)] = option(
         None, "token that ends a response; null or 'eos': the tokenizer's EOS (TRL)"
     )
     temperature: Positive = option(
         1.0,
-        "divides the logits of sampler, policy and reference (ours; TRL: .7); read without it, as the registered model "
-        "is, the policy is DPO's at beta = kl_coef / temperature (exactly for responses of one token)",
+        "divides the logits of sampler, policy and reference (ours; TRL: .7); the registered model is read at "
+        "temperature 1 and is then DPO's at beta = kl_coef / temperature (exact for responses of one token)",
         moves_optimum=True,
     )
     rollout_engine: Annotated[Literal["native", "vllm"], BeforeValidator(_engine)] = option(
         "native",
-        "who samples the responses (ours: the model itself); vllm: vLLM on the same GPU, one process, with the weights "
-        "of each update; written against its documentation, never yet run on a GPU or with vLLM itself",
+        "sampler of the responses (ours: the model itself); vllm: vLLM on the same GPU in one process, with the "
+        "weights of each update; written from its documentation, never run on a GPU or with vLLM itself",
     )
     importance_weight_cap: Positive = option(
         2.0,
-        "with vllm: largest importance weight min(pi_old / pi_sampler, cap) of a token in the policy loss (Yao et al. "
-        "2025; TRL's bound: 3)",
+        "with vllm: cap of a token's importance weight min(pi_old / pi_sampler, cap) in the policy loss (Yao et al. "
+        "2025; TRL's cap: 3)",
     )
     vllm_gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = option(
-        0.3, "with vllm: share of the GPU's whole memory that vLLM takes for weights and cache (TRL)"
+        0.3, "with vllm: share of the GPU's memory for vLLM's weights and cache (TRL)"
     )
-    critic_warmup_steps: int = option(0, "first updates that train the critic alone (TRL: none)", ge=0)
+    critic_warmup_steps: int = option(0, "number of first updates that train only the critic (TRL: none)", ge=0)
     loss_normalization: Literal["tokens", "sequences"] = option(
-        "tokens", "divide the loss by the tokens (TRL), or by sequences x response_length (unbiased)"
+        "tokens", "divide the loss by the number of tokens (TRL), or by sequences x response_length (unbiased)"
     )
 
     @model_validator(mode="after")

@@ -23,22 +23,22 @@ class RewardConfig(TrainingConfig):
     stage: ClassVar[str] = "train-rm"
     checks: ClassVar = (check_model, *COMMON_CHECKS, check_reward_engine)
 
-    learning_rate: Positive = option(1e-5, "peak step size of AdamW (ours: TRL's 1e-4 suits LoRA)")
+    learning_rate: Positive = option(1e-5, "peak learning rate of AdamW (ours: TRL's 1e-4 suits LoRA)")
     reward_centering: Literal["reference_samples", "chosen", "none"] = option(
         "reference_samples",
-        "whose mean score becomes 0: samples of the parent (InstructGPT), or the chosen responses; a constant, which "
-        "changes no ranking and moves PPO's optimum only with whiten_rewards",
+        "responses whose mean score is shifted to 0: samples of the parent model (InstructGPT), or the chosen "
+        "responses. The shift is a constant: it changes no ranking, and moves PPO's optimum only with whiten_rewards",
     )
-    reward_centering_samples: Count = option(512, "responses whose mean score is taken as the shift (ours)")
+    reward_centering_samples: Count = option(512, "number of responses whose mean score is the shift (ours)")
     center_rewards_coefficient: NonNegative | None = option(
         None,
-        "weight of mean((r_w + r_l)^2) in the loss; null: none (TRL, arXiv 2312.09244). It shrinks the differences of "
-        "rewards too, not their mean alone: x .84 at .01, x .46 at .1, x .11 at 1 in one small world, so that KL costs "
-        "PPO that much more; reward_centering shifts rewards and shrinks nothing",
+        "weight of mean((r_w + r_l)^2) in the loss; null: none (TRL, arXiv 2312.09244). It shrinks reward differences, "
+        "not only their mean (x .84 at .01, x .46 at .1, x .11 at 1 in one small world), so PPO's KL penalty weighs "
+        "that much more; reward_centering shifts rewards without shrinking them",
         moves_optimum=True,
     )
     score_pooling: Literal["last", "mean"] = option(
         "last",
-        "score at the response's last token, or its mean over the response (InstructGPT: last); same minimiser, as far "
-        "as the network can represent it",
+        "score at the response's last token, or its mean over the response (InstructGPT: last); same minimiser, if the "
+        "network can represent it",
     )

@@ -69,13 +69,15 @@ class SftConfig(TrainingConfig):
     stage: ClassVar[str] = "sft"
     checks: ClassVar = (check_start, *COMMON_CHECKS, check_positions)
 
-    learning_rate: Positive = option(2e-5, "peak step size of AdamW (TRL)")
-    weight_decay: NonNegative = option(0.0, "AdamW's decoupled decay per step, times the rate (TRL)")
-    completion_only_loss: bool = option(True, "loss on the completion alone, not on the prompt (TRL)")
+    learning_rate: Positive = option(2e-5, "peak learning rate of AdamW (TRL)")
+    weight_decay: NonNegative = option(
+        0.0, "AdamW's decoupled weight decay, per step and times the learning rate (TRL)"
+    )
+    completion_only_loss: bool = option(True, "compute the loss only on the completion, not on the prompt (TRL)")
     model_init: Annotated[dict[str, Any] | None, BeforeValidator(_model_init)] = option(
-        None, "start from random weights: model_type and values of the model's config"
+        None, "start from random weights: a mapping with model_type and values of the model's config"
     )
     tokenizer_init: Annotated[dict[str, Any] | None, BeforeValidator(_tokenizer_init)] = option(
-        None, f"tokenizer of a model from random weights: {_TOKENIZERS}"
+        None, f"tokenizer of a model that starts from random weights: {_TOKENIZERS}"
     )
-    dropout: bool = option(False, "keep the model's own dropout while training (ours: off in every stage)")
+    dropout: bool = option(False, "keep the model's own dropout during training (ours: off in every stage)")

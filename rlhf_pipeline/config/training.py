@@ -43,9 +43,9 @@ class DatasetEntry(BaseModel):
     """One source of a weighted mixture."""
 
     model_config = STRICT
-    dataset_name: Text = option(..., "source: hub id, directory, file, world:verdicts or collected:NAME")
+    dataset_name: Text = option(..., "data source: hub id, directory, file, world:verdicts or collected:NAME")
     dataset_config: Text | None = option(None, "configuration of the source (default: its own)")
-    weight: Positive = option(1.0, "share of the mixture, relative to the other weights (ours: equal)")
+    weight: Positive = option(1.0, "weight in the mixture, relative to the other sources (ours: equal)")
 
     _no_bools = field_validator("*", mode="before")(reject_bool)
 
@@ -83,7 +83,7 @@ class TrainingConfig(CommandConfig):
     trust_remote_code: bool = REMOTE_CODE
 
     dataset_name: Text | None = option(
-        None, "source: hub id, directory, .jsonl[.gz], .json, .csv, .parquet, world:verdicts, collected:NAME"
+        None, "data source: hub id, directory, .jsonl[.gz], .json, .csv, .parquet, world:verdicts, collected:NAME"
     )
     dataset_config: Text | None = option(None, "configuration of the source (default: its own)")
     dataset_train_split: Text = option("train", "split to train on, or 'all' (TRL)")
@@ -91,63 +91,67 @@ class TrainingConfig(CommandConfig):
     datasets: tuple[DatasetEntry, ...] | None = option(
         None, "weighted mixture of sources, instead of dataset_name", min_length=1
     )
-    max_train_samples: Count | None = option(None, "most examples to train on, by hash order (default: all)")
+    max_train_samples: Count | None = option(None, "maximum number of training examples, in hash order (default: all)")
     skip_bad_rows: bool = SKIP_BAD_ROWS
     allow_overlap: bool = option(
         False,
-        "train although evaluation rows of a source with splits of its own are in the training split as well: the same "
-        "prompt, but for case and punctuation (ours: stop; skip_bad_rows leaves them out of the evaluation)",
+        "train even if evaluation rows of a source with its own splits share a prompt with the training split, "
+        "ignoring case and punctuation (ours: stop; skip_bad_rows drops them from the evaluation)",
     )
     split_fractions: dict[str, float] = SPLIT_FRACTIONS
-    max_prompt_length: Count | None = option(None, "longest prompt, tokens; longer ones are cut on the left")
-    response_length: Count | None = option(None, "longest response with its EOS, tokens; longer is dropped")
+    max_prompt_length: Count | None = option(
+        None, "maximum prompt length, in tokens; longer prompts are cut on the left"
+    )
+    response_length: Count | None = option(
+        None, "maximum response length, in tokens, EOS included; longer responses are dropped"
+    )
     max_length: Count | None = MAX_LENGTH
 
-    learning_rate: Positive = option(..., "peak step size of AdamW", examples=[1e-5])
+    learning_rate: Positive = option(..., "peak learning rate of AdamW", examples=[1e-5])
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
-        "linear", "shape of the learning rate over all steps; linear to 0 lowers the floor (transformers)"
+        "linear", "learning rate schedule over all steps (transformers)"
     )
     warmup_steps: Warmup = option(
-        0, "steps of linear warm-up, the first at rate 0; below 1: a fraction of all steps, rounded up (transformers)"
+        0, "steps of linear warm-up, starting at rate 0; below 1: a fraction of all steps, rounded up (transformers)"
     )
     weight_decay: NonNegative = option(
-        0.0, "AdamW's decoupled decay per step, times the rate (TRL)", moves_optimum=True
+        0.0, "AdamW's decoupled weight decay, per step and times the learning rate (TRL)", moves_optimum=True
     )
-    max_grad_norm: NonNegative = option(1.0, "longest gradient, L2 norm; 0 does not clip (TRL)")
-    adam_beta1: float = option(0.9, "decay of the gradient's average (AdamW)", ge=0, lt=1)
-    adam_beta2: float = option(0.999, "decay of the squared gradient's average (AdamW)", ge=0, lt=1)
-    adam_epsilon: Positive = option(1e-8, "AdamW's floor of the denominator (AdamW)")
-    per_device_train_batch_size: Count = option(8, "examples in one micro-batch of one device (TRL)")
+    max_grad_norm: NonNegative = option(1.0, "maximum L2 norm of the gradient; 0: no clipping (TRL)")
+    adam_beta1: float = option(0.9, "decay rate of the gradient's running average (AdamW)", ge=0, lt=1)
+    adam_beta2: float = option(0.999, "decay rate of the squared gradient's running average (AdamW)", ge=0, lt=1)
+    adam_epsilon: Positive = option(1e-8, "constant added to AdamW's denominator (AdamW)")
+    per_device_train_batch_size: Count = option(8, "examples per micro-batch on one device (TRL)")
     micro_batch_tokens: Count | None = option(
         None,
-        "most tokens in a micro-batch of several examples, for memory; the step keeps its examples (ours: no bound)",
+        "maximum tokens in a micro-batch of several examples, to save memory; a step keeps its examples (ours: none)",
     )
-    per_device_eval_batch_size: Count = option(8, "examples in one evaluation batch of one device (TRL)")
-    gradient_accumulation_steps: Count | None = option(1, "micro-batches in one optimizer step (TRL)")
+    per_device_eval_batch_size: Count = option(8, "examples per evaluation batch on one device (TRL)")
+    gradient_accumulation_steps: Count | None = option(1, "micro-batches per optimizer step (TRL)")
     num_train_epochs: Positive = option(1.0, "passes over the training data (InstructGPT, DPO paper: 1)")
-    max_steps: int = option(-1, "optimizer steps, instead of epochs; -1: count epochs (TRL)")
+    max_steps: int = option(-1, "number of optimizer steps, overrides num_train_epochs; -1: count epochs (TRL)")
     bf16: bool | Literal["auto"] = option(
-        False, "autocast to bfloat16, weights stay in dtype; auto: where the machine is faster with it (ours: off)"
+        False, "autocast to bfloat16, weights stay in dtype; auto: if that is faster on this machine (ours: off)"
     )
     gradient_checkpointing: bool = option(False, "recompute activations to save memory (ours: off)")
-    seed: Seed = option(0, "seed of initialisation, data order and sampling (ours)")
+    seed: Seed = option(0, "random seed for initialisation, data order and sampling (ours)")
     use_cpu: bool = USE_CPU
     num_threads: Count | None = NUM_THREADS
 
     output_name: Name = option(..., "name of the model in the registry", examples=["model"])
-    logging_steps: Count = option(10, "steps between two logged lines (TRL)")
+    logging_steps: Count = option(10, "steps between two lines of the log (TRL)")
     eval_strategy: Literal["no", "steps", "epoch"] = option(
         "no", "when to evaluate on the test split (transformers); eval_steps implies 'steps'"
     )
     eval_steps: Count | None = option(None, "steps between evaluations (transformers: logging_steps)")
-    save_steps: Count | None = option(None, "steps between checkpoints (ours: only at the end)")
-    save_total_limit: Count | None = option(2, "checkpoints kept, the newest ones; null keeps all (ours)")
+    save_steps: Count | None = option(None, "steps between checkpoints (ours: none before the end)")
+    save_total_limit: Count | None = option(2, "number of checkpoints to keep, newest first; null: all (ours)")
     snapshot_steps: Steps = option(
-        None, "keep weights as name@vN#step: every n steps, or at a list of steps (ours: none)"
+        None, "keep weights as name@vN#step, every n steps or at a list of steps (ours: none)"
     )
-    report_to: ReportTo = option("none", "tracker of the metrics (ours: the run's own files)")
+    report_to: ReportTo = option("none", "experiment tracker (ours: only the run's own files)")
     engine: Literal["native", "trl"] = option(
-        "native", "training loop: ours, or TRL's trainer on the same examples in the same order (not ppo)"
+        "native", "training loop: native, or TRL's trainer on the same examples in the same order (not for ppo)"
     )
 
     _no_bools = field_validator("*", mode="before")(reject_bool)

@@ -1,12 +1,12 @@
-"""Packed batches: the one form in which every stage hands examples to a model.
+"""Packed batches: the input of every model in every stage.
 
-A row holds one or more trees. A tree is a prompt followed by K >= 1 completions; each completion attends to the
-prompt and to itself, not to its siblings, and continues the prompt's positions. So a pair costs one forward pass
-over prompt + chosen + rejected, and rows hold next to no padding.
+A row holds one or more trees. A tree is a prompt followed by K >= 1 completions. Each completion attends to the
+prompt and to itself, not to its siblings, and continues the prompt's positions. A pair therefore costs one forward
+pass over prompt + chosen + rejected, with almost no padding.
 
-Three layouts, from the fastest to the one that every model can read; the index vectors mean the same in all:
-* flat: one row holds all trees, one after another, and nothing is padding; for attention that is told where the trees
-  are (algorithms/attention.py). Trees that are all short are laid out as "trees" instead, where that is faster.
+There are three layouts, from the fastest to the one that every model can read. The index vectors mean the same in all:
+* flat: one row holds all trees without padding; for attention that receives the borders of the trees
+  (algorithms/attention.py). If all trees are short, the layout "trees" is used instead, because it is faster.
 * trees: rows of one length with a 4-D mask.
 * rows: one plain, right-padded row per completion.
 """
@@ -23,12 +23,12 @@ from torch import Tensor
 from rlhf_pipeline.data.tokenize import Example
 
 Layout = Literal["flat", "trees", "rows"]
-LAYOUTS: tuple[Layout, ...] = ("rows", "trees", "flat")  # who reads one of them reads those before it
-FLAT_FROM = 64  # tokens of the longest tree, below which masked rows are faster
+LAYOUTS: tuple[Layout, ...] = ("rows", "trees", "flat")  # a reader of one layout also reads those before it
+FLAT_FROM = 64  # tokens; if the longest tree is shorter, masked rows are faster
 
 
 def common_layout(*layouts: Layout) -> Layout:
-    """The best layout that all of several readers can read."""
+    """Return the fastest layout that all readers can read."""
     return min(layouts, key=LAYOUTS.index)
 
 
@@ -39,9 +39,9 @@ def reads(layout: Layout, batch: PackedBatch | None) -> bool:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Examples as tensors. B rows, T positions, C completions, N completion tokens; flat positions are b * T + t.
+    """Examples as tensors: B rows, T positions, C completions, N completion tokens; flat position b * T + t.
 
-    Completions are numbered in the order of the examples, whatever row they stand in.
+    Completions are numbered in the order of the examples, in whichever row they are.
     """
 
     input_ids: Tensor  # (B, T)
@@ -52,13 +52,13 @@ class PackedBatch:
     token_index: Tensor  # (N,) flat position of the token itself
     target_ids: Tensor  # (N,)
     completion_index: Tensor  # (N,) completion that the token belongs to
-    offset: Tensor  # (N,) place of the token in its completion
+    offset: Tensor  # (N,) index of the token in its completion
     lengths: Tensor  # (C,) tokens of each completion
     last_index: Tensor  # (C,) flat position of each completion's last token
     layout: Layout
     active_tokens: int  # positions that are not padding
     context_tokens: int  # sum over active positions of the tokens that each one attends to, itself included
-    num_prompts: int = 0  # that stand in the rows: one per tree, in the layout "rows" one per completion
+    num_prompts: int = 0  # prompts in the rows: one per tree; one per completion in the layout "rows"
     trees: tuple[tuple[int, tuple[int, ...]], ...] = ()  # flat: tokens of each tree's prompt and completions, in order
 
     @property
@@ -71,11 +71,11 @@ class PackedBatch:
 
     @property
     def num_predicting(self) -> int:
-        """Positions that predict a token; the last one of a prompt predicts the first of each completion."""
+        """Number of positions that predict a token; a prompt's last position predicts the first of each completion."""
         return self.num_tokens - self.num_completions + self.num_prompts
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch on another device."""
+        """Return the batch on another device."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **moved)
@@ -85,26 +85,26 @@ class PackedBatch:
         return values.new_zeros(self.num_completions).index_add(0, self.completion_index, values)
 
     def padded(self, values: Tensor, width: int | None = None) -> Tensor:
-        """Spread (N,) token values over a (C, R) matrix, zero where there is no token."""
+        """Arrange (N,) token values in a (C, R) matrix, with zeros for padding."""
         width = width or int(self.lengths.max())
         flat = values.new_zeros(self.num_completions * width)
         return flat.index_copy(0, self.completion_index * width + self.offset, values).view(-1, width)
 
     def mask(self, width: int | None = None) -> Tensor:
-        """(C, R) bool: true where a completion has a token."""
+        """Return a (C, R) bool mask, true for tokens."""
         width = width or int(self.lengths.max())
         return torch.arange(width, device=self.lengths.device) < self.lengths[:, None]
 
 
 def tree_length(example: Example) -> int:
-    """Positions that an example takes in the layout "trees"."""
+    """Return the number of positions of an example in the layout "trees"."""
     return len(example.prompt_ids) + sum(len(ids) for ids in example.completions)
 
 
 def micro_batches(examples: Sequence[Example], size: int, tokens: int | None = None) -> list[list[int]]:
-    """Cut the examples of an optimizer step into groups of similar length; returns indices.
+    """Divide the examples of an optimizer step into groups of similar length; returns indices.
 
-    A group holds at most `size` examples and, unless it is a single one, at most `tokens` tokens.
+    A group has at most `size` examples, and at most `tokens` tokens unless it is a single example.
     """
     order = sorted(range(len(examples)), key=lambda index: (-tree_length(examples[index]), index))
     if tokens is None:
@@ -122,7 +122,7 @@ def micro_batches(examples: Sequence[Example], size: int, tokens: int | None = N
 
 
 def merge_prompts(examples: Sequence[Example]) -> list[Example]:
-    """One tree for neighbours that have the same prompt; the completions keep their order."""
+    """Merge neighbouring examples with the same prompt into one tree; completions keep their order."""
     merged: list[Example] = []
     for example in examples:
         if merged and merged[-1].prompt_ids == example.prompt_ids:
@@ -170,13 +170,13 @@ def pack(
 
     Args:
         examples: each with a prompt of at least one token and at least one completion of at least one token.
-        pad_id: fills unused positions; nothing reads them.
-        row_length: positions of a row in the layout "trees"; the longest tree if None, and never less.
-        flat_from: in the layout "flat", the tokens of the longest tree below which the batch becomes one of "trees".
+        pad_id: id of unused positions; nothing reads them.
+        row_length: positions per row in the layout "trees"; None, or less than the longest tree: the longest tree.
+        flat_from: with "flat", batches whose longest tree has fewer tokens get the layout "trees".
     """
     if layout == "flat" and max(map(tree_length, examples)) < flat_from:
         layout = "trees"
-    # A segment is what stands contiguously in a row: (example, completions in it).
+    # A segment is a contiguous part of a row: (example, its completions).
     segments: list[tuple[int, list[int]]] = []
     for index, example in enumerate(examples):
         if not example.prompt_ids or not example.completions or not all(example.completions):

@@ -1,4 +1,4 @@
-"""Rows whose prompt is empty or white space: what a stage says of them, for a whole source and before it is split."""
+"""Find rows whose prompt is empty or white space, in a whole source before it is split."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ def blank_prompts(
     kind: str | None = None,
     source_tokenizer_digest: str | None = None,
 ) -> list[RowFault]:
-    """A fault for each record with nothing to answer.
+    """Return a fault for each record with an empty prompt.
 
     Args:
-        tokenizer: it decides: one with a BOS token takes an empty prompt, and some have tokens of white space. Without
-            it every prompt is named that is empty or white space and has no token ids of the source's own tokenizer.
-        kind: what a stage makes of the records; texts need no prompt.
+        tokenizer: decides which prompts are empty: one with a BOS token accepts an empty prompt, and some have tokens
+            for white space. Without a tokenizer, every empty or white-space prompt is a fault, unless it has token ids
+            from the source's own tokenizer.
+        kind: kind of record that the stage needs; "text" needs no prompt.
         source_tokenizer_digest: as for `tokenize`.
     """
     blank = [item for item in records if isinstance(item.prompt, str) and (not item.prompt or item.prompt.isspace())]
@@ -40,7 +41,7 @@ def blank_prompts(
     if tokenizer is None:
         own = source_tokenizer_digest is not None
         return [_unread(record) for record in blank if not (own and record.prompt_ids)]
-    # One at a time: a prompt that comes twice is a fault of both its rows.
+    # One at a time: a prompt that occurs twice is a fault of both rows.
     made = blank if kind is None else [item for record in blank for item in as_kind([record], kind)[0]]
     _, counts = tokenize(made, tokenizer, NO_LIMITS, source_tokenizer_digest=source_tokenizer_digest)
     return list({item.fault.where: item for item in counts.faults if item.reason == REASON}.values())
@@ -48,5 +49,5 @@ def blank_prompts(
 
 def _unread(record: Record) -> RowFault:
     found = "the prompt is white space" if record.prompt else "the prompt is empty"
-    fix = "give a prompt or drop the row (a tokenizer with a BOS token may take it: --tokenizer MODEL says)"
+    fix = "add a prompt or drop the row (a tokenizer with a BOS token may accept it: check with --tokenizer MODEL)"
     return row_fault(record.where, REASON, found, "a prompt", fix)

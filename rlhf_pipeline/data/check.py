@@ -1,4 +1,4 @@
-"""What `rlhf data check` and `rlhf data preview` say about a source, before anything is trained on it."""
+"""Describe and preview a source, for `rlhf data check` and `rlhf data preview`."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def describe(
 ) -> dict[str, Any]:
     """Describe a source that was read with `skip_bad_rows`: its format, faults, splits, duplicates, lengths; no text.
 
-    Lengths are in tokens where a tokenizer or the rows' own ids are at hand, else in characters. With a tokenizer it
-    also says which texts come back different from its tokens, and with `limits` what the length policy cuts or drops.
+    Lengths are in tokens if a tokenizer or the rows' own ids are available, else in characters. A tokenizer adds the
+    texts that differ after encoding and decoding; `limits` add what the length policy cuts or drops.
 
     Raises:
         DataError: no row of the source can be used.
     """
-    digest = records_digest(found.records)  # as a stage that leaves bad rows out has it
+    digest = records_digest(found.records)  # the digest of a stage that drops bad rows
     tokenised = None if tokenizer is None else _tokenised(found, tokenizer, limits or NO_LIMITS)
     found = _without_refused(found, tokenised)
     records = found.records
@@ -96,7 +96,7 @@ def preview(
     home: Path | None = None,
     base_dir: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the first `n` usable records of a source as plain data, as they were understood.
+    """Return the first `n` usable records of a source as plain data, after parsing.
 
     Raises:
         DataError: the source cannot be read, or no row of it can be used.
@@ -117,7 +117,7 @@ def preview(
 
 
 def _ties(found: RecordSet) -> int:
-    """Count pairs of responses between which the source has no preference."""
+    """Count pairs of responses without a preference."""
     ties = found.skipped["identical_pair"] + count_reasons(found.faults).get("identical_pair", 0)
     for record in found.records:
         ties += record.extra.get("label_probability") == 0.5
@@ -129,9 +129,9 @@ def _ties(found: RecordSet) -> int:
 def _win_graphs(records: Sequence[Record]) -> dict[str, int] | None:
     """Count the prompts with preferences, and those whose win graph is strongly connected; None without preferences.
 
-    The graph of a prompt has its responses as nodes and an edge from the better to the worse of each labelled pair
-    that is no tie. The Bradley-Terry loss of the prompt's responses has a finite minimiser exactly where a path of wins
-    leads from every response to every other (Ford 1957): one label a pair never is enough.
+    The graph of a prompt has its responses as nodes, and an edge from the better to the worse response of each labelled
+    pair without a tie. The Bradley-Terry loss has a finite minimiser if and only if a path of wins leads from every
+    response to every other (Ford 1957). One label per pair is never enough.
     """
     wins: dict[str, set[tuple[str, str]]] = {}
     for record in records:
@@ -145,7 +145,7 @@ def _win_graphs(records: Sequence[Record]) -> dict[str, int] | None:
 
 
 def _strongly_connected(edges: Collection[tuple[str, str]]) -> bool:
-    """Whether every node of a graph with these edges reaches every other: one of them reaches all, forth and back."""
+    """Whether a graph is strongly connected: one node reaches all others along the edges and against them."""
     nodes = {node for edge in edges for node in edge}
     forth: dict[str, set[str]] = {node: set() for node in nodes}
     back: dict[str, set[str]] = {node: set() for node in nodes}
@@ -195,7 +195,7 @@ def _measure(record: Record, tokenizer: PreTrainedTokenizerBase | None, has_ids:
 
 
 def _round_trip(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Count the texts for which decode(encode(text)) is not the text, and say where the first of them differ."""
+    """Count the texts that decode(encode(text)) changes, and describe where the first of them differ."""
     count, different, spaces = 0, 0, 0
     faults: list[str] = []
     for start in range(0, len(records), BATCH):
@@ -208,13 +208,13 @@ def _round_trip(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -
         count += len(named)
         for (record, name, text), ids in zip(named, token_ids(tokenizer, [text for *_, text in named])):
             if ids is None:
-                place = "no token for a part of it"
+                place = "no token for part of it"
             else:
                 back = text_of(tokenizer, ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
                 if back == text:
                     continue
                 shared = next((i for i, (a, b) in enumerate(zip(text, back)) if a != b), min(len(text), len(back)))
-                place = f"it comes back different from character {shared + 1} on"
+                place = f"it differs after decoding from character {shared + 1} on"
                 if "".join(back.split()) == "".join(text.split()):  # as tokenizers by words have it
                     different, spaces = different + 1, spaces + 1
                     continue
@@ -239,7 +239,7 @@ def _tokenised(found: RecordSet, tokenizer: PreTrainedTokenizerBase, limits: Len
 
 
 def _without_refused(found: RecordSet, tokenised: tuple[list[Example], Counts] | None) -> RecordSet:
-    """Take out the rows that reading lets pass and a stage refuses: as the tokenizer says, or with an empty prompt."""
+    """Remove the rows that a stage refuses after reading: empty prompts, and text without tokens."""
     blank = blank_prompts(found.records, source_tokenizer_digest=found.tokenizer_digest)
     faults = blank if tokenised is None else tokenised[1].faults
     out = {item.fault.where for item in faults}
@@ -248,7 +248,7 @@ def _without_refused(found: RecordSet, tokenised: tuple[list[Example], Counts] |
 
 
 def _length_policy(examples: list[Example], counts: Counts, limits: Lengths) -> dict[str, Any]:
-    """What `tokenize` would leave out or cut at these limits, by reason, and the examples that are left."""
+    """Return what `tokenize` drops or cuts at these limits, by reason, and the number of examples kept."""
     return {
         "max_prompt_length": limits.prompt,
         "response_length": limits.response,
@@ -261,7 +261,7 @@ def _length_policy(examples: list[Example], counts: Counts, limits: Lengths) -> 
 
 
 def _quantiles(values: list[int]) -> dict[str, int]:
-    """Return quantiles by the nearest rank."""
+    """Return the nearest-rank quantiles."""
     ordered = sorted(values)
     return {
         name: ordered[max(0, -(-int(share * 1000) * len(ordered) // 1000) - 1)] for name, share in QUANTILES.items()
@@ -269,7 +269,7 @@ def _quantiles(values: list[int]) -> dict[str, int]:
 
 
 def _longer_wins(lengths: Mapping[str, list[int]]) -> float | None:
-    """Return how often the longer response is the preferred one; equal lengths count one half."""
+    """Return the share of pairs in which the longer response is preferred; equal lengths count one half."""
     pairs = list(zip(lengths["chosen"], lengths["rejected"]))
     if not pairs:
         return None

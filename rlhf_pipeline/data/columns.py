@@ -1,4 +1,4 @@
-"""Reading one row's columns, with every fault noted and none raised."""
+"""Read the columns of one row; faults are collected, not raised."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IDENTICAL = "identical_pair"
 
 
 class Row:
-    """One row of a source; its readers return None where they noted a fault."""
+    """One row of a source; its readers return None after recording a fault."""
 
     def __init__(self, where: str, values: Mapping[str, Any]):
         self.where = where
@@ -23,11 +23,11 @@ class Row:
         self.faults: list[RowFault] = []
 
     def fault(self, reason: str, found: str, expected: str = "", fix: str = "") -> None:
-        """Note one fault of this row."""
+        """Record a fault of this row."""
         self.faults.append(row_fault(self.where, reason, found, expected, fix))
 
     def has(self, column: str) -> bool:
-        """Whether the column is there and not null."""
+        """Whether the column exists and is not null."""
         return self.values.get(column) is not None
 
     def value(self, column: str) -> Any:
@@ -73,7 +73,7 @@ class Row:
         return True
 
     def _plain_data(self, name: str, value: Any) -> bool:
-        """Check that a message's further entry is what JSON has, so that it can be hashed and kept."""
+        """Check that further entries of a message are plain JSON, so that they can be hashed and stored."""
         try:
             json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
@@ -104,7 +104,7 @@ class Row:
         return tuple(messages)
 
     def completion(self, name: str, value: Text | None, empty: bool = False) -> Text | None:
-        """Check that a completion says something and, as messages, ends in an assistant's turn."""
+        """Check that a completion is not empty and, if it is messages, ends with the assistant."""
         if value is None:
             return None
         if isinstance(value, str):
@@ -120,7 +120,7 @@ class Row:
         return value
 
     def flag(self, column: str) -> bool:
-        """Read an optional `ended` column; true where it is absent."""
+        """Read an optional `ended` column; true by default."""
         value = self.values.get(column)
         return True if value is None else self.as_flag(column, value)
 
@@ -139,7 +139,7 @@ class Row:
         """Check that `value` is a list of token ids."""
         if isinstance(value, (list, tuple)) and set(map(type, value)) <= {int} and min(value, default=0) >= 0:
             return tuple(value)
-        self.fault("wrong_type", f"{name!r} is not a list of token ids", "integers from 0 up")
+        self.fault("wrong_type", f"{name!r} is not a list of token ids", "integers >= 0")
         return None
 
     def number(self, name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float | None:
@@ -157,7 +157,7 @@ class Row:
         return None
 
     def split(self) -> str | None:
-        """Read the optional split that the row names itself."""
+        """Read the optional column `split`."""
         value = self.values.get("split")
         if value is not None and not isinstance(value, str):
             self.fault("wrong_type", f"'split' is {_kind(value)}", "text")
@@ -166,12 +166,12 @@ class Row:
         return value or None
 
     def check_prompt(self, prompt: Text) -> None:
-        """Check that a prompt of messages is one that a response can follow."""
+        """Check that a prompt of messages ends in a turn that a response can follow."""
         if not isinstance(prompt, str) and prompt[-1]["role"] not in ("user", "tool", "assistant"):
             self.fault("empty_prompt", f"the prompt ends in a turn of {prompt[-1]['role']!r}", "a user's turn")
 
     def all_ids(self, *columns: str) -> tuple[tuple[int, ...], ...] | None:
-        """Read columns of token ids, of which a row has all or none."""
+        """Read columns of token ids; a row must have all of them or none."""
         values = [self.values.get(column) for column in columns]
         if values.count(None) == len(columns):
             return None
@@ -183,7 +183,7 @@ class Row:
 
 
 def alike(prompt: Text, completions: tuple[Text, ...]) -> tuple[Text, tuple[Text, ...]]:
-    """Turn text into messages where the other part is messages already."""
+    """Turn text into messages if the prompt or a completion is messages."""
     if not isinstance(prompt, str) or any(not isinstance(text, str) for text in completions):
         prompt = _message("user", prompt)
         completions = tuple(_message("assistant", text) for text in completions)

@@ -1,4 +1,4 @@
-"""Which completions of a prompt are preferred to which: the untied pairs of rankings, as index vectors over a batch."""
+"""The untied pairs of rankings, as index vectors over a batch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from rlhf_pipeline.data.tokenize import Example
 
 @dataclass(frozen=True)
 class Comparisons:
-    """The preferences within a batch of E examples with C completions in all, up to K each: P untied pairs.
+    """The P untied pairs of a batch of E examples with C completions in total, at most K each.
 
-    better, worse: (P,) numbers of completions in the batch. siblings: (P,) untied pairs of the pair's example.
-    row, place: (C,) example of each completion, and its place among those of its example.
+    better, worse: (P,) indices of completions in the batch. siblings: (P,) untied pairs of the pair's example.
+    row, place: (C,) example of each completion, and its index within the example.
     """
 
     better: Tensor
@@ -28,7 +28,7 @@ class Comparisons:
 
     @staticmethod
     def of(examples: Sequence[Example]) -> Comparisons:
-        """The comparisons of examples, whose completions are numbered in their order."""
+        """Return the comparisons of examples; completions are numbered in order."""
         sizes = [len(example.completions) for example in examples]
         rows: list[tuple[int, int, int]] = []
         first = 0
@@ -43,30 +43,32 @@ class Comparisons:
         return Comparisons(better, worse, siblings, row, place, (len(sizes), max(sizes)))
 
     def to(self, device: torch.device | str) -> Comparisons:
-        """The same on another device."""
+        """Return the comparisons on another device."""
         return replace(self, **{name: value.to(device) for name, value in vars(self).items() if name != "shape"})
 
     def weight(self, like: Tensor) -> Tensor:
-        """(P,) 1 / untied pairs of the example, so that every example counts once; number type of `like`."""
+        """Return (P,) weights 1 / untied pairs of the example: every example counts once; dtype of `like`."""
         return self.siblings.to(like).reciprocal()
 
     def spread(self, values: Tensor) -> Tensor:
-        """Completion values (C,) as (E, K), zero where an example has fewer completions."""
+        """Arrange completion values (C,) as (E, K), padded with zeros."""
         rows, width = self.shape
         return values.new_zeros(rows * width).index_copy(0, self.row * width + self.place, values).view(rows, width)
 
     def mask(self) -> Tensor:
-        """(E, K) bool: true where an example has a completion."""
+        """Return an (E, K) bool mask, true for completions."""
         return self.spread(torch.ones_like(self.row)).bool()
 
     def gather(self, values: Tensor) -> Tensor:
-        """Values (E, K or more) as those of the completions, (C,)."""
+        """Return the completions' values (C,) from a matrix (E, K or more)."""
         return values.reshape(-1).index_select(0, self.row * values.shape[1] + self.place)
 
 
 def compare(examples: Sequence[Example], device: torch.device | str = "cpu") -> Comparisons | None:
-    """The comparisons of a batch with rankings; None where no example has more than two completions: chosen and
-    rejected alternate then."""
+    """Return the comparisons of a batch with rankings.
+
+    None if every example has at most two completions: chosen and rejected then alternate.
+    """
     if all(len(example.completions) <= 2 for example in examples):
         return None
     return Comparisons.of(examples).to(device)

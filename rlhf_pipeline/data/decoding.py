@@ -1,4 +1,4 @@
-"""Bytes to text and JSON values, and what is said of those that are neither."""
+"""Decode bytes to text and JSON values, and describe what cannot be decoded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _EVERY_OTHER = ([True, False, True, False], [False, True, False, True])
 
 
 class BadJsonError(ValueError):
-    """A value that JSON's grammar, or common sense, refuses: `reason` is the short name of the row's fault."""
+    """A value that is not valid JSON, or not usable; `reason` is the short name of the row's fault."""
 
     def __init__(self, reason: str, found: str, expected: str = "one JSON object"):
         super().__init__(found)
@@ -42,17 +42,17 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _constant(name: str) -> None:
-    raise BadJsonError("bad_json", f"{name}, which is no JSON", "a number or null")
+    raise BadJsonError("bad_json", f"{name}, which is not JSON", "a number or null")
 
 
 _STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
-_LOOSE = json.JSONDecoder()  # for the end of a value that the strict one refuses
+_LOOSE = json.JSONDecoder()  # finds the end of a value that the strict decoder refuses
 decode_json = _STRICT.decode
-"""Return the value of a JSON text; a key given twice, NaN and Infinity raise `BadJsonError`, bad syntax ValueError."""
+"""Return the value of a JSON text; duplicate keys, NaN and Infinity raise `BadJsonError`, bad syntax ValueError."""
 
 
 def bad_json(error: Exception, text: str = "") -> BadJsonError:
-    """Say what is wrong with a JSON text that raised `error`."""
+    """Describe what is wrong with a JSON text that raised `error`."""
     if isinstance(error, BadJsonError):
         return error
     if isinstance(error, RecursionError):
@@ -61,16 +61,16 @@ def bad_json(error: Exception, text: str = "") -> BadJsonError:
         if "\0" in text:
             return BadJsonError("bad_json", f"a NUL byte at column {text.index(chr(0)) + 1}")
         return BadJsonError("bad_json", f"{_syntax(error)} at column {error.colno}")
-    return BadJsonError("bad_json", "a number of too many digits", "a number")
+    return BadJsonError("bad_json", "a number with too many digits", "a number")
 
 
 def elements(text: str, name: str) -> Iterator[tuple[int, Any]]:
-    """Yield each element of a JSON array with its position, which `json.loads` would not tell.
+    """Yield each element of a JSON array with its position, which `json.loads` does not report.
 
     An element that can be read but not used is yielded as a `BadJsonError`.
 
     Raises:
-        DataError: bad syntax; what follows it cannot be told apart into rows, so the file as a whole is refused.
+        DataError: bad syntax; the rest cannot be separated into rows, so the whole file is refused.
     """
     position = _skip_space(text, text.index("[") + 1)
     try:
@@ -102,10 +102,10 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def refuse_encoding(content: bytes, name: str) -> None:
-    """Refuse a file that is UTF-16 or UTF-32 throughout, by its mark or its NUL bytes.
+    """Refuse a UTF-16 or UTF-32 file, recognised by its byte order mark or NUL bytes.
 
     Raises:
-        DataError: naming the encoding.
+        DataError: names the encoding.
     """
     found = next((f"{said} (byte order mark)" for mark, said in _MARKS.items() if content.startswith(mark)), None)
     if found is None and b"\0" in content[:_LOOKED_AT]:
@@ -121,14 +121,14 @@ def refuse_encoding(content: bytes, name: str) -> None:
 
 
 def not_utf8(raw: bytes, start: int) -> str:
-    """Say which byte of a text is not UTF-8, and what it would be in Latin-1."""
+    """Describe the byte that is not UTF-8, and its Latin-1 character."""
     byte = raw[start]
     guess = f", {bytes([byte]).decode('latin-1')!r} in Latin-1" if byte >= 0xA0 else ""
     return f"byte {start + 1} (0x{byte:02x}{guess}) is not UTF-8"
 
 
 def lone_surrogate(text: str, start: int) -> str:
-    """Say what the character at `start` is, which no UTF-8 has: a byte that was none, or half a pair."""
+    """Describe the character at `start`, which UTF-8 cannot hold: an invalid byte, or half a surrogate pair."""
     code = ord(text[start])
     if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte that is not UTF-8
         return f"is not UTF-8 at character {start + 1} (byte 0x{code - 0xDC00:02x})"
@@ -136,7 +136,7 @@ def lone_surrogate(text: str, start: int) -> str:
 
 
 def _syntax(error: json.JSONDecodeError) -> str:
-    """What the library says of bad syntax; some of its messages end in "at", for a place to follow."""
+    """Return the library's message on bad syntax without a final "at"."""
     return error.msg.removesuffix(" at")
 
 

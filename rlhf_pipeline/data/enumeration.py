@@ -1,8 +1,8 @@
 """All responses that a vocabulary, a stop token and a length limit allow, as the leaves of a tree.
 
-A node is a prefix of words (any token but the stop token); a leaf is a response: a prefix followed by the stop token,
-or `horizon` words, cut there. Leaves are numbered by depth: the ended responses with 0, 1, ... horizon - 1 words,
-then the cut ones; within a depth in the order of their words.
+A node is a prefix of words (any token except the stop token). A leaf is a response: a prefix followed by the stop
+token, or `horizon` words, cut there. Leaves are numbered by depth: first the ended responses with 0, 1, ...
+horizon - 1 words, then the cut responses; within a depth in the order of their words.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ MAX_LEAVES = 5_000_000
 
 @dataclass(frozen=True)
 class ResponseTree:
-    """The tree over `vocabulary` token ids of which `stop_id` ends a response, at most `horizon` tokens long.
+    """The tree of all responses of at most `horizon` tokens over `vocabulary` token ids; `stop_id` ends a response.
 
     Raises:
-        MismatchError: when it has more than 5 million leaves.
+        MismatchError: it has more than 5 million leaves.
     """
 
     vocabulary: int
@@ -77,7 +77,7 @@ class ResponseTree:
 
     @cached_property
     def responses(self) -> np.ndarray:
-        """(L, horizon) token ids of each leaf, the stop token included; what stands behind is 0."""
+        """(L, horizon) token ids of each leaf, stop token included, padded with 0."""
         table = np.zeros((self.num_leaves, self.horizon), dtype=np.int32)
         start = 0
         for depth in range(self.horizon + 1):
@@ -94,9 +94,9 @@ class ResponseTree:
 
 
 def pack_siblings(prefixes: Tensor, children: Tensor, layout: Layout = "trees") -> PackedBatch:
-    """The packed batch of n prefixes of equal length, each followed by the same one-token completions.
+    """Return the packed batch of n prefixes of equal length, each followed by the same one-token completions.
 
-    What `pack` makes of it, without its loops: a node of a response tree with all its children takes one row.
+    It equals the result of `pack`, computed without loops: a node of a response tree takes one row with its children.
 
     Args:
         prefixes: (n, P) token ids, P >= 1. children: (C,) token ids.

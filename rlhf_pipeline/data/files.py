@@ -1,4 +1,4 @@
-"""Local files to rows, each with its `file:line`, and what could not be read."""
+"""Read local files into rows, each with its `file:line`, and faults for what cannot be read."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _PLACE = re.compile(r"(.*):([0-9]+)(?: \(row ([0-9]+)\))?", re.DOTALL)
 
 @dataclass(frozen=True)
 class RowFault:
-    """A row that cannot be used: the short name of the reason, and the fault to show."""
+    """A row that cannot be used: the short name of the reason, and the fault for the user."""
 
     reason: str
     fault: Fault
@@ -45,7 +45,7 @@ def row_fault(where: str, reason: str, found: str, expected: str = "", fix: str 
 
 
 def by_line(faults: Sequence[RowFault]) -> list[RowFault]:
-    """Return faults in the order of their rows; several files or splits follow one another as they first come."""
+    """Return faults in the order of their rows; files and splits keep the order in which they first occur."""
     first: dict[str, int] = {}
 
     def place(item: RowFault) -> tuple[int, int, int]:
@@ -57,10 +57,10 @@ def by_line(faults: Sequence[RowFault]) -> list[RowFault]:
 
 
 def read_file(path: Path, name: str | None = None) -> tuple[Rows, list[RowFault]]:
-    """Read .jsonl, .json, .csv (each also with .gz) or .parquet; messages say `name` for the path.
+    """Read .jsonl, .json, .csv (each also with .gz) or .parquet; messages use `name` instead of the path.
 
     Raises:
-        DataError: the file as a whole cannot be read: unknown suffix, cut or damaged archive.
+        DataError: the whole file cannot be read: unknown suffix, truncated or damaged archive.
     """
     name = name or str(path)
     suffix = path.name.lower().removesuffix(".gz").rpartition(".")[2]
@@ -116,7 +116,7 @@ def _json_lines(content: bytes, name: str) -> tuple[Rows, list[RowFault]]:
             faults.append(row_fault(where, "not_utf8", not_utf8(line, error.start), "UTF-8"))
         except (ValueError, RecursionError) as error:
             bad = bad_json(error, text)
-            # The last line of a whole file ends in a newline, or is whole itself.
+            # The last line of a complete file ends in a newline, or is complete itself.
             cut = number == len(lines) and bad.reason == "bad_json"
             found = f"{bad.found}; the file ends within this row" if cut else bad.found
             faults.append(row_fault(where, bad.reason, found, bad.expected, "fetch the file again" if cut else ""))
@@ -178,8 +178,8 @@ def _csv(content: bytes, name: str) -> tuple[Rows, list[RowFault]]:
             except BadJsonError as bad:
                 faults.append(row_fault(where, bad.reason, bad.found, bad.expected))
     except csv.Error as error:
-        # A quote that is never closed swallows all that follows: the row that it stands in says where.
-        found = "a quote that opens in this row is never closed" if "end of data" in str(error) else str(error)
+        # An unclosed quote takes in all that follows, so the error names the row with the quote.
+        found = "a quote in this row is never closed" if "end of data" in str(error) else str(error)
         raise DataError(Fault(f"{name}:{line}", f"not CSV: {found}", "CSV with a header")) from error
     return rows, faults
 
@@ -191,7 +191,7 @@ def _refuse_twice(columns: Sequence[str], where: str) -> None:
 
 
 def _cell(column: str, cell: str | None) -> Any:
-    """Read lists, flags and numbers that CSV can hold only as text."""
+    """Read lists, flags and numbers, which CSV stores as text."""
     if cell is None:
         return None
     if column.endswith("ended"):

@@ -1,9 +1,9 @@
-"""What the rows of a source mean: detected from their columns, checked, turned into records.
+"""Detect the format of rows from their columns, check the rows, and turn them into records.
 
 | columns                                  | record        |
 | ---------------------------------------- | ------------- |
 | `prompt`, `chosen`, `rejected`           | pair          |
-| `chosen`, `rejected`                     | pair: the prompt is their common beginning; of HH transcripts, everything up to and including the last "Assistant:" |
+| `chosen`, `rejected`                     | pair: the prompt is their common beginning; in HH transcripts, everything up to and including the last "Assistant:" |
 | `prompt`, `completions`, `ranks`/`scores`| ranking (rank 1 is best; a higher score is better) |
 | `prompt`, `completion`                   | demonstration |
 | `messages`                               | demonstration: the last turn is the completion |
@@ -41,13 +41,13 @@ SHAREGPT_ROLES = {
 
 @dataclass
 class Parsed:
-    """The records of a source, and the rows that are none."""
+    """The records of a source, and its faulty and skipped rows."""
 
     format: str
     records: list[Record]
     faults: list[RowFault] = field(default_factory=list)
-    skipped: Counter[str] = field(default_factory=Counter)  # rows that are not wrong but say nothing
-    unread: str | None = None  # of implicit prompts: a column that looks like the prompt
+    skipped: Counter[str] = field(default_factory=Counter)  # valid rows without information
+    unread: str | None = None  # with implicit prompts: a column that looks like the prompt
 
 
 def count_reasons(faults: list[RowFault]) -> dict[str, int]:
@@ -60,7 +60,7 @@ def parse(rows: list[tuple[str, dict[str, Any]]], name: str) -> Parsed:
     """Detect the format of `rows` and turn them into records.
 
     Raises:
-        DataError: there are no rows, or no known format has their columns.
+        DataError: there are no rows, or their columns match no known format.
     """
     if not rows:
         raise DataError(Fault(name, "no rows", "at least one"))
@@ -77,7 +77,7 @@ def parse(rows: list[tuple[str, dict[str, Any]]], name: str) -> Parsed:
         elif record is not None and is_identical(record):
             parsed.skipped[IDENTICAL] += 1
         elif record is not None:
-            # Nobody else has seen the record yet; `dataclasses.replace` would check every field of it again.
+            # The record is new, so it may be changed; `dataclasses.replace` would check every field again.
             record.__dict__.update(where=where, split=split)
             parsed.records.append(record)
     if any(record.conversational for record in parsed.records[:1]):
@@ -92,10 +92,10 @@ def is_identical(record: Record) -> bool:
 
 
 def detect(rows: list[tuple[str, dict[str, Any]]], name: str) -> tuple[Callable[[Row], Record | None], str]:
-    """Return the layout that at least half of the rows have, else the most frequent one, and its name.
+    """Return the first layout that at least half of the rows match, else the most frequent one, and its name.
 
     Raises:
-        DataError: no known format has the columns.
+        DataError: the columns match no known format.
     """
     columns = {column for _, row in rows for column, value in row.items() if value is not None}
     shapes = Counter(frozenset(row) for _, row in rows)  # rows of a file are alike: few sets of columns

@@ -1,4 +1,4 @@
-"""From the kind of record that a source holds to the kind that a stage needs."""
+"""Convert records to the kind that a stage needs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from rlhf_pipeline.data.files import RowFault, row_fault
 from rlhf_pipeline.data.records import Record, messages, plain
 from rlhf_pipeline.errors import DataError, Fault
 
-# What can be made of what: everything else is refused. A preference is a pair or a ranking, whole; an order is one
-# without ties.
+# The possible conversions. A preference is a whole pair or ranking; an order is a preference without ties.
 MAKES = {
     "text": ("text", "demonstration"),
     "prompt": ("prompt",),
@@ -22,14 +21,14 @@ MAKES = {
 
 
 def as_kind(records: list[Record], kind: str, source: str = "") -> tuple[list[Record], Counter[str]]:
-    """Turn records into those of `kind`; also return how many were left out, by reason.
+    """Convert records to `kind`; also return how many were dropped, by reason.
 
-    Pairs and rankings give their best completion as a demonstration, and a ranking all its untied pairs. As preferences
-    they stay whole, but for rankings of ties only; as an order, but for rankings with ties: see `tied_rows`.
-    Prompts come once each. A text stays a text where a demonstration is asked for: it is trained on whole.
+    "demonstration" takes the best completion of pairs and rankings; a text stays a text and is trained on whole. "pair"
+    takes all untied pairs of a ranking. "preference" keeps pairs and rankings whole, except rankings in which all are
+    tied. "order" also drops rankings with any tie: see `tied_rows`. "prompt" gives each prompt once.
 
     Raises:
-        DataError: the records do not hold what `kind` needs.
+        DataError: some records cannot be converted to `kind`.
     """
     wrong = sorted({record.kind for record in records if kind not in MAKES[record.kind]})
     if wrong:
@@ -58,20 +57,20 @@ def as_kind(records: list[Record], kind: str, source: str = "") -> tuple[list[Re
 
 
 def tied_rows(records: list[Record]) -> list[RowFault]:
-    """A fault for each ranking in which two completions are equally good: an order has no ties."""
+    """Return a fault for each ranking in which two completions are equally good: an order has no ties."""
     faults = []
     for record in records:
         if record.kind == "ranking" and not _says(record, ties=False):
             goodness, measure = _goodness(record), "score" if "scores" in record.extra else "rank"
             i, j = next((i, j) for i, j in combinations(range(len(goodness)), 2) if goodness[i] == goodness[j])
             found = f"'completions[{i}]' and 'completions[{j}]' have the same {measure}"
-            fix = "break the tie, drop the row, or use another loss_type, which leaves tied pairs out"
+            fix = "break the tie, drop the row, or use another loss_type, which ignores tied pairs"
             faults.append(row_fault(record.where, "tied_ranking", found, "an order: plackett_luce has no ties", fix))
     return faults
 
 
 def _says(record: Record, ties: bool) -> bool:
-    """Whether a record prefers some completion to another; without `ties`, whether it orders all of them."""
+    """Whether a record has a preference; without `ties`, whether it orders all completions."""
     if record.kind == "pair":
         return True
     different = len(set(_goodness(record)))
@@ -79,7 +78,7 @@ def _says(record: Record, ties: bool) -> bool:
 
 
 def ranks_of(record: Record) -> list[int]:
-    """The rank of each completion of a ranking, 1 for the best, the same for equally good ones."""
+    """Return the rank of each completion of a ranking: 1 for the best, equal ranks for ties."""
     goodness = _goodness(record)
     levels = sorted(set(goodness), reverse=True)
     places = {value: rank for rank, value in enumerate(levels, start=1)}
@@ -99,7 +98,7 @@ def _prompts(records: list[Record], dropped: Counter[str]) -> list[Record]:
 
 
 def _goodness(record: Record) -> list[float]:
-    """Return one number per completion, higher for better: a score as it is, a rank (1 is best) negated."""
+    """Return one number per completion, higher is better: the score, or the negated rank."""
     if "scores" in record.extra:
         return list(record.extra["scores"])
     return [-rank for rank in record.extra["ranks"]]
@@ -132,7 +131,7 @@ def _pairs(record: Record) -> list[Record]:
 
 
 def _as_text(record: Record) -> Record:
-    """Join prompt and completion; messages stay messages, for the chat template to render as a whole."""
+    """Join prompt and completion; messages stay messages, so that the chat template renders them together."""
     prompt, completion = record.prompt, record.completions[0]
     joined = prompt + plain(completion) if isinstance(prompt, str) else (*messages(prompt), *messages(completion))
     ids = None

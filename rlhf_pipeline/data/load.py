@@ -1,23 +1,21 @@
-"""From the name of a source to the examples of a stage, with a report of what became of its rows."""
+"""Load the examples of a stage from a source, with a report on its rows."""
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_pipeline.data.blank import blank_prompts
-from rlhf_pipeline.data.columns import IDENTICAL
 from rlhf_pipeline.data.files import RowFault, by_line
-from rlhf_pipeline.data.formats import count_reasons, is_identical, parse
+from rlhf_pipeline.data.formats import count_reasons
 from rlhf_pipeline.data.kinds import as_kind, tied_rows
+from rlhf_pipeline.data.parsed import RecordSet, parsed_once
 from rlhf_pipeline.data.records import Record
-from rlhf_pipeline.data.sources import files_of, read_source, world_digest
 from rlhf_pipeline.data.splits import FRACTIONS, in_split
-from rlhf_pipeline.data.stamps import Stamp, stamp
 from rlhf_pipeline.data.tokenize import Example, tokenize
 from rlhf_pipeline.errors import DataError, Fault
 
@@ -26,32 +24,10 @@ if TYPE_CHECKING:
 
     from rlhf_pipeline.config.base import Lengths
 
-KEPT_BYTES = 256 << 20
-"""Size of the files whose records are kept in memory for the next part of a command that reads them."""
-
-
-@dataclass
-class RecordSet:
-    """Every usable record of a source, and the rows that are none."""
-
-    source: str
-    format: str
-    rows: int  # rows read, whatever became of them
-    records: list[Record]
-    faults: list[RowFault] = field(default_factory=list)
-    skipped: Counter[str] = field(default_factory=Counter)  # rows that are not wrong but say nothing
-    recorded_digest: str | None = None  # as collected data record it
-    unread: str | None = None  # of implicit prompts: a column that looks like the prompt
-
-    @property
-    def tokenizer_digest(self) -> str | None:
-        """The digest of the tokenizer of the token ids; computing that of the world imports transformers."""
-        return world_digest() if self.source.startswith("world:") else self.recorded_digest
-
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What became of one source's rows. A row with two faults counts under both reasons in `dropped`."""
+    """How many rows of a source were used, dropped or cut. A row with two faults counts twice in `dropped`."""
 
     source: str
     format: str
@@ -60,7 +36,7 @@ class SourceReport:
     source_rows: int  # in the whole source
     rows: int  # usable ones in the split
     kept: int  # examples
-    dropped: dict[str, int]  # faulty or skipped rows of the whole source, and what was left out of the split
+    dropped: dict[str, int]  # faulty or skipped rows of the whole source, and what was dropped from the split
     truncated: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,14 +54,14 @@ class SourceReport:
 
 @dataclass
 class ExampleSet:
-    """Tokenised examples, with one report for each source that they came from."""
+    """Tokenised examples, with one report per source."""
 
     examples: list[Example]
     reports: tuple[SourceReport, ...]
 
     @property
     def report(self) -> SourceReport:
-        """The report of the first, normally the only, source."""
+        """Report of the first source, normally the only one."""
         return self.reports[0]
 
 
@@ -104,14 +80,14 @@ def read_records(
 
     Args:
         source, config, split, home, base_dir: as for `read_source`.
-        skip_bad_rows: leave out and count rows with faults instead of refusing the source.
-        kind, tokenizer: of the stage, where known: its empty prompts are named with the other faults.
+        skip_bad_rows: drop and count faulty rows instead of refusing the source.
+        kind, tokenizer: those of the stage, if known; empty prompts are then reported with the other faults.
 
     Raises:
-        DataError: rows have faults (all of them are listed), or none is left.
+        DataError: rows have faults (all are listed), or no row is usable.
     """
     place: dict[str, Path | None] = {"home": home, "base_dir": base_dir}
-    found = _parsed_once(str(source), config, split, place)
+    found = parsed_once(str(source), config, split, place)
     if not skip_bad_rows:
         blank = [] if tokenizer is None else _blank(found, kind, tokenizer)
         refuse_faults([*found.faults, *blank], found.source, found.rows)
@@ -126,73 +102,8 @@ def read_records(
     return found
 
 
-def source_stamp(source: str, **place: Path | None) -> Stamp | None:
-    """Return the stamp of the files of a source; None where they are on the hub or too new for one.
-
-    Args:
-        place: `home` and `base_dir`, as for `read_source`.
-    """
-    files = files_of(source, **place)
-    return None if files is None else stamp(files)
-
-
-def _parsed_once(source: str, config: str | None, split: str | None, place: Mapping[str, Path | None]) -> RecordSet:
-    """The records of a source, which this process parses again only where its files have changed since.
-
-    What is returned is the caller's: its lists are copies; records themselves are frozen.
-    """
-    if (seen := source_stamp(source, **place)) is None:
-        return _parse(source, config, split, place)
-    key = (source, config, split, seen)
-    if key in _PARSED:
-        _PARSED.move_to_end(key)
-    else:
-        found = _parse(source, config, split, place)
-        if _size(key) > KEPT_BYTES:
-            return found
-        for outdated in [known for known in _PARSED if known[:3] == key[:3]]:
-            del _PARSED[outdated]
-        _PARSED[key] = found
-        while sum(map(_size, _PARSED)) > KEPT_BYTES:
-            _PARSED.popitem(last=False)
-    found = _PARSED[key]
-    return replace(found, records=list(found.records), faults=list(found.faults), skipped=Counter(found.skipped))
-
-
-_Key = tuple[str, str | None, str | None, Stamp]
-_PARSED: OrderedDict[_Key, RecordSet] = OrderedDict()  # the one used last at the end
-
-
-def _size(key: _Key) -> int:
-    """Bytes of the files of a parsed source."""
-    return sum(file[3] for file in key[3])
-
-
-def _parse(source: str, config: str | None, split: str | None, place: Mapping[str, Path | None]) -> RecordSet:
-    """Every record of a source and every row that is none.
-
-    Raises:
-        DataError: no row can be read, and errors of `read_source`.
-    """
-    read = read_source(source, config=config, split=split, **place)
-    if read.records is not None:
-        records = [record for record in read.records if not is_identical(record)]
-        skipped = Counter({IDENTICAL: len(read.records) - len(records)})
-        kinds = ", ".join(sorted({record.kind for record in records}))
-        found = RecordSet(read.name, kinds, len(read.records), records, [], +skipped, read.tokenizer_digest)
-    else:
-        faults, rows = list(read.faults), len(read.rows) + len({item.fault.where for item in read.faults})
-        if faults and not read.rows:
-            raise DataError([Fault(read.name, "no row can be read"), *(item.fault for item in faults)])
-        parsed = parse(read.rows, read.name)
-        faults = by_line([*faults, *parsed.faults])
-        found = RecordSet(read.name, parsed.format, rows, parsed.records, faults, parsed.skipped, read.tokenizer_digest)
-        found.unread = parsed.unread
-    return found
-
-
 def refuse_faults(faults: Sequence[RowFault], source: str, rows: int) -> None:
-    """Raise all faults of a source at once, with a count of each reason first.
+    """Raise all faults of a source at once, after a count of each reason.
 
     Raises:
         DataError: there are faults.
@@ -204,7 +115,7 @@ def refuse_faults(faults: Sequence[RowFault], source: str, rows: int) -> None:
             source,
             f"{wrong} of {rows} rows cannot be used ({_list(count_reasons(faults))})",
             "",
-            "mend them, or set `skip_bad_rows: true` to leave them out",
+            "fix them, or set `skip_bad_rows: true` to drop them",
         )
         raise DataError([summary, *(item.fault for item in faults)])
 
@@ -232,16 +143,16 @@ def load_examples(
 
     Args:
         source, config, home, base_dir: as for `read_source`.
-        kind: what the stage needs: text, prompt, demonstration, pair, preference or order.
+        kind: the kind that the stage needs: text, prompt, demonstration, pair, preference or order.
         split: name of a split, or "all".
         tokenizer, lengths: as for `tokenize`.
-        skip_bad_rows: leave out and count rows with faults instead of refusing the source.
-        fractions: share of each split where the source carries none.
-        max_samples: keep at most so many records, drawn by hash.
-        prepare: called with the records of the whole source first.
+        skip_bad_rows: drop and count faulty rows instead of refusing the source.
+        fractions: share of each split, if the source has no splits.
+        max_samples: maximum number of records, in hash order.
+        prepare: function applied to the records of the whole source first.
 
     Raises:
-        DataError: rows have faults, the split is not there, its records do not suit, or none is left.
+        DataError: rows have faults, the split does not exist, its records are of the wrong kind, or none is usable.
     """
     stage: dict[str, Any] = {"skip_bad_rows": skip_bad_rows, "kind": kind, "tokenizer": tokenizer}
     found = read_records(source, config=config, home=home, base_dir=base_dir, **stage)
@@ -268,7 +179,7 @@ def examples_of(
     fractions: Mapping[str, float] = FRACTIONS,
     max_samples: int | None = None,
 ) -> ExampleSet:
-    """Tokenise one split of records that are read already; arguments and errors as for `load_examples`."""
+    """Tokenise one split of given records; arguments and errors as for `load_examples`."""
     in_it = in_split(found.records, split, fractions, found.source)
     tied = tied_rows(in_it) if kind == "order" else []
     if not skip_bad_rows:
@@ -276,7 +187,7 @@ def examples_of(
     records, left_out = as_kind(in_it, kind, found.source)
     records = lowest_hashes(records, max_samples)
     examples, counts = tokenize(records, tokenizer, lengths, source_tokenizer_digest=found.tokenizer_digest)
-    if not skip_bad_rows:  # nor does a row pass whose prompt happens to hash into a split that nobody reads
+    if not skip_bad_rows:  # also faults in splits that this stage does not read
         refuse_faults([*counts.faults, *_blank(found, kind, tokenizer)], found.source, found.rows)
     dropped = Counter(count_reasons(found.faults)) + found.skipped + left_out + counts.dropped
     dropped += Counter(count_reasons([*tied, *counts.faults]))
@@ -307,22 +218,22 @@ def load_mixture(
 ) -> ExampleSet:
     """Load several sources in the proportion of their weights.
 
-    The mixture is the largest one in which no example comes twice: a source that has more than its share
-    gives the examples with the lowest hashes.
+    The mixture is the largest one without repeated examples: a source with more than its share contributes the
+    examples with the lowest hashes.
 
     Args:
-        datasets: of each source `dataset_name`, optional `dataset_config`, and `weight` (default 1).
-        max_samples: upper limit of the whole mixture.
+        datasets: for each source `dataset_name`, optionally `dataset_config` and `weight` (default 1).
+        max_samples: maximum size of the mixture.
         options: as for `load_examples`.
     """
     sets = [load_examples(entry["dataset_name"], config=entry.get("dataset_config"), **options) for entry in datasets]
     weights = [float(entry.get("weight", 1)) for entry in datasets]
     total = min(len(item.examples) * sum(weights) / weight for item, weight in zip(sets, weights))
     total = total if max_samples is None else min(total, max_samples)
-    # A small excess, so that a share that is whole but for rounding is not cut by one.
+    # The small addition keeps rounding errors from reducing a whole share by one.
     shares = [int(total * weight / sum(weights) + 1e-9) for weight in weights]
     examples = [example for item, share in zip(sets, shares) for example in lowest_hashes(item.examples, share)]
-    if options.get("kind") == "prompt":  # a prompt that two sources share comes once
+    if options.get("kind") == "prompt":  # a prompt of two sources is used once
         examples = list({example.prompt_key: example for example in examples}.values())
     if not examples:
         names = ", ".join(entry["dataset_name"] for entry in datasets)
@@ -333,11 +244,11 @@ def load_mixture(
 
 
 def lowest_hashes(items: list, limit: int | None) -> list:
-    """Return, in their order, the `limit` records or examples whose prompts have the lowest hashes."""
+    """Return the `limit` records or examples with the lowest hashes, in their original order."""
     if limit is None or len(items) <= limit:
         return items
-    # Hashed once more, with the number of the row among those of its prompt: the hash of the prompt itself decides
-    # its split, and a source with many rows per prompt should not lose whole prompts.
+    # The hash is of the prompt and of the row's number among those of the prompt: the prompt's own hash decides the
+    # split, and a source with many rows per prompt should not lose whole prompts.
     seen: Counter[str] = Counter()
     places = []
     for index, item in enumerate(items):
@@ -348,7 +259,7 @@ def lowest_hashes(items: list, limit: int | None) -> list:
 
 
 def records_digest(records: Sequence[Record]) -> str:
-    """Return the SHA-256 of records: what they say and their order."""
+    """Return the SHA-256 of the content and order of records."""
     digest = sha256()
     for record in records:
         digest.update(record.canonical().encode() + b"\n")

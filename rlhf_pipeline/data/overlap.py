@@ -1,7 +1,7 @@
-"""Rows of an evaluation split that training has seen: the same row, the same prompt, or nearly the same prompt.
+"""Find evaluation rows that are also training rows: the same row, the same prompt, or nearly the same prompt.
 
-The hash of the prompt keeps splits of our own making apart. A source that names its splits itself may not be so
-careful, and what is then reported on its test split is memory.
+Splits by the hash of the prompt never share a prompt. A source with its own splits may; results on its test split
+would then measure memorisation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rlhf_pipeline.data.splits import ALL, FRACTIONS, assign_splits, carries_spl
 from rlhf_pipeline.errors import DataError, Fault
 
 EVALUATED = ("validation", "test")
-"""Splits that figures are reported on and settings are chosen on, beside the config's own `dataset_test_split`."""
+"""Splits for reporting and for selecting settings, besides the config's own `dataset_test_split`."""
 
 _MARKS = r"[.,;:!?…'\"`´‘’‚“”„«»()\[\]{}_]"
 # Between two digits they are part of a number: 3.5 is not 35.
@@ -29,20 +29,20 @@ _PUNCTUATION = re.compile(rf"(?<!\d){_MARKS}+|{_MARKS}+(?!\d)")
 
 @lru_cache(maxsize=4096)
 def loose(text: str) -> str:
-    """Return a text without case, punctuation and differences of white space.
+    """Return a text without case, punctuation and extra white space.
 
-    Signs of arithmetic and of code stay: "3+4" and "3-4" are two texts. A text of nothing else is returned as it is.
+    Symbols of arithmetic and code stay: "3+4" and "3-4" differ. A text of punctuation only is returned unchanged.
     """
     return " ".join(_PUNCTUATION.sub("", normalise(text).casefold()).split()) or text
 
 
 def loose_key(record: Record) -> str:
-    """Return the prompt of a record, of a text record its text, as `loose` does."""
+    """Return the prompt of a record (the text of a text record), simplified by `loose`."""
     return loose(record.key)
 
 
 def leaks(records: Sequence[Record], splits: Sequence[str], train: str, held_out: Collection[str]) -> list[RowFault]:
-    """A fault for each row of the `held_out` splits of which `train` has the like, naming both rows.
+    """Return a fault for each row of the `held_out` splits that `train` repeats, naming both rows.
 
     Reasons: leaked_row (the whole row), leaked_prompt (the prompt), leaked_similar_prompt (see `loose_key`).
     """
@@ -68,21 +68,21 @@ def leaks(records: Sequence[Record], splits: Sequence[str], train: str, held_out
         elif exact is not None:
             reason, what, there = "leaked_prompt", "its prompt", exact
         else:
-            reason, what = "leaked_similar_prompt", "its prompt, but for case and punctuation,"
-        found = f"{what} of split {split!r} is in split {train!r} as well, {there}"
+            reason, what = "leaked_similar_prompt", "its prompt, except for case and punctuation,"
+        found = f"{what} of split {split!r} is also in split {train!r}, {there}"
         faults.append(row_fault(record.where, reason, found))
     return faults
 
 
 def keep_apart(found: RecordSet, train: str, test: str, *, skip_bad_rows: bool, allow_overlap: bool) -> RecordSet:
-    """Refuse a source whose own splits share prompts, or leave what training has seen out of its evaluation splits.
+    """Refuse a source whose own splits share prompts, or drop the shared rows from its evaluation splits.
 
     Args:
-        train: the split that is trained on. test: the split that is reported on, beside those of `EVALUATED`.
-        skip_bad_rows: leave the rows out and count them. allow_overlap: look for nothing.
+        train: the training split. test: the split for reporting, besides those of `EVALUATED`.
+        skip_bad_rows: drop and count the rows. allow_overlap: check nothing.
 
     Raises:
-        DataError: rows of an evaluation split are in `train` as well; all of them are listed.
+        DataError: rows of an evaluation split are also in `train`; all are listed.
     """
     ours = found.source.startswith(("world:", "collected:"))  # one row a prompt, or split by the prompt's hash
     if allow_overlap or ours or train in (ALL, test) or not carries_splits(found.records, found.source):
@@ -97,29 +97,29 @@ def keep_apart(found: RecordSet, train: str, test: str, *, skip_bad_rows: bool, 
         counted = ", ".join(f"{reason} {count}" for reason, count in count_reasons(faults).items())
         summary = Fault(
             found.source,
-            f"{len(faults)} of {asked} rows of the evaluation splits are in split {train!r} as well ({counted})",
+            f"{len(faults)} of {asked} rows of the evaluation splits are also in split {train!r} ({counted})",
             "splits that share no prompt",
-            "take them out of one of the two, set `skip_bad_rows: true` to leave them out of the evaluation, "
+            "remove them from one of the splits, set `skip_bad_rows: true` to drop them from the evaluation, "
             "or `allow_overlap: true` to keep them",
         )
         raise DataError([summary, *(item.fault for item in faults)])
     out = {item.fault.where for item in faults}
     records = [record for record in found.records if record.where not in out]
     if not carries_splits(records, found.source):
-        gone = f"no row of its evaluation splits is new: {train!r} holds them all"
+        gone = f"no row of its evaluation splits is new: {train!r} contains all of them"
         raise DataError(Fault(found.source, gone, "at least one"))
     return replace(found, records=records, faults=[*found.faults, *faults])
 
 
 def duplicates(records: Sequence[Record]) -> dict[str, int]:
-    """Count the rows that repeat an earlier one: exactly, and only but for case, punctuation and white space."""
+    """Count the rows that repeat an earlier row exactly, or except for case, punctuation and white space."""
     exact = len({record.canonical() for record in records})
     near = len({(loose_key(record), *(loose(plain(text)) for text in record.completions)) for record in records})
     return {"duplicate_rows": len(records) - exact, "similar_rows": max(0, exact - near)}
 
 
 def repeats(records: Sequence[Record], most: int) -> list[str]:
-    """Name the first rows that repeat an earlier one exactly, each with that row; at most `most`."""
+    """Return the first rows that repeat an earlier row exactly, each with that row; at most `most`."""
     first: dict[str, str] = {}
     found: list[str] = []
     for record in records:
@@ -134,7 +134,7 @@ def repeats(records: Sequence[Record], most: int) -> list[str]:
 
 
 def shared_prompts(records: Sequence[Record], splits: Sequence[str], *, near: bool = False) -> dict[str, int]:
-    """Count the prompts that two splits share, by `a/b`; with `near` but for case and punctuation."""
+    """Count the prompts that two splits share, by `a/b`; `near` ignores case and punctuation."""
     of: dict[str, set[str]] = {}
     for record, split in zip(records, splits):
         of.setdefault(split, set()).add(loose_key(record) if near else record.prompt_key)

@@ -1,4 +1,4 @@
-"""Layouts of rows that say which response is preferred: pairs and rankings."""
+"""Read rows with preferences: pairs and rankings."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rlhf_pipeline.errors import did_you_mean
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 STRAY_HUMAN = re.compile(r"(?<!\n\n)\bHuman:")
 PROMPT_NAMES = ("question", "instruction", "query", "input", "context")
-"""What data of others call the prompt."""
+"""Column names that other data sets use for the prompt."""
 
 
 def is_transcript(value: Any) -> bool:
-    """Whether `value` is a conversation in one text, as in Anthropic's HH-RLHF data."""
+    """Whether `value` is a conversation as one text, as in Anthropic's HH-RLHF data."""
     return isinstance(value, str) and value.lstrip().startswith("Human:") and ASSISTANT in value
 
 
@@ -27,7 +27,7 @@ def pair(row: Row) -> Record | None:
     if prompt is None or chosen is None or rejected is None:
         return None
     if isinstance(prompt, str) and all(not isinstance(side, str) and len(side) > 1 for side in (chosen, rejected)):
-        return _common(row, chosen, rejected)  # whole conversations that repeat the prompt beside them
+        return _common(row, chosen, rejected)  # whole conversations that repeat the prompt column
     if not isinstance(prompt, str):
         repeats = all(not isinstance(side, str) and side[: len(prompt)] == prompt for side in (chosen, rejected))
         if repeats and min(len(chosen), len(rejected)) > len(prompt):
@@ -47,7 +47,7 @@ def implicit(row: Row) -> Record | None:
 
 
 def unread_prompt(columns: Iterable[str]) -> str | None:
-    """The column that looks like a prompt under another name, and is not read."""
+    """Return the column that looks like a prompt under another name and is not read; None if there is none."""
     there = {str(column).lower(): column for column in columns}
     near = [name for name in PROMPT_NAMES if name in there]
     near += [name for name in there if did_you_mean(name, ["prompt"]) and not name.startswith("prompt_")]
@@ -60,7 +60,7 @@ def _common(row: Row, chosen: Text, rejected: Text) -> Record | None:
         return None
     shared = _shared_length(chosen, rejected)
     if isinstance(chosen, str):
-        # Back to the last word boundary, so that no word is torn; a space belongs to the word after it.
+        # Back to the last word boundary, so that no word is split; a space belongs to the word after it.
         boundary = re.search(r"\s\S*\Z", chosen[:shared])
         cut = 0 if boundary is None else boundary.start() + (chosen[boundary.start()] != " ")
     else:
@@ -95,8 +95,8 @@ def hh(row: Row) -> Record | None:
         prompts.append(text[: end + len(ASSISTANT)])
         replies.append(text[end + len(ASSISTANT) :])
         if STRAY_HUMAN.search(text.lstrip(), 1):
-            # A turn of Human within a paragraph: nobody can say where the reply before it ends.
-            row.fault("no_assistant_turn", f"{name!r} has a 'Human:' that begins no paragraph", "whole turns")
+            # A turn of Human within a paragraph: the end of the reply before it is unknown.
+            row.fault("no_assistant_turn", f"{name!r} has a 'Human:' that does not begin a paragraph", "whole turns")
     if prompts[0] != prompts[1]:
         row.fault("prompts_differ", "'chosen' and 'rejected' differ before the last reply", "one prompt for both")
         return None

@@ -1,4 +1,4 @@
-"""What every source is turned into: one record per row, whatever the row looked like."""
+"""Records: the common form of the rows of all sources."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _encode = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", 
 
 @dataclass(frozen=True)
 class Record:
-    """One row of a source: a prompt and its completions, as text or messages, with token ids where known.
+    """One row of a source: a prompt and its completions, as text or messages, with token ids if known.
 
-    A `text` has no prompt and one completion; a `prompt` has no completion; a `demonstration` has one;
+    A `text` has no prompt and one completion; a `prompt` has no completion; a `demonstration` has one completion;
     a `pair` has two, the preferred one first; a `ranking` has two or more, in the order of the row.
     """
 
     kind: str
     prompt: Text | None
     completions: tuple[Text, ...] = ()
-    ended: tuple[bool, ...] = ()  # per completion: false where it was cut, so that it gets no EOS
+    ended: tuple[bool, ...] = ()  # per completion; false: it was cut and gets no EOS
     where: str = ""  # file:line, for messages
-    split: str | None = None  # the split that the source itself gives this row
+    split: str | None = None  # the split in the source
     prompt_ids: tuple[int, ...] | None = None
     completion_ids: tuple[tuple[int, ...], ...] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)  # ranks, scores, label_probability
@@ -42,7 +42,7 @@ class Record:
 
     @property
     def key(self) -> str:
-        """The text that names the prompt: NFC-normalised, stripped; of a text record its text."""
+        """The text that identifies the prompt, NFC-normalised and stripped; for a text record, its text."""
         if self.prompt is None and self.completions:
             return normalise(plain(self.completions[0]))
         if not self.prompt and self.prompt_ids is not None:
@@ -51,11 +51,11 @@ class Record:
 
     @property
     def prompt_key(self) -> str:
-        """The SHA-256 of `key`: equal for two records exactly if they have the same prompt."""
+        """SHA-256 of `key`: two records have the same one if and only if they have the same prompt."""
         return _hash(self.key)
 
     def canonical(self) -> str:
-        """Return the content as one line of JSON, without where it came from; digests are made of it."""
+        """Return the content as one line of JSON, without its origin; digests use it."""
         content = {
             "kind": self.kind,
             "prompt": self.prompt,
@@ -70,23 +70,23 @@ class Record:
 
 @lru_cache(maxsize=4096)
 def _hash(text: str) -> str:
-    """SHA-256 of a text. The rows of one prompt tend to follow one another: they need it once."""
+    """Return the SHA-256 of a text; cached, because rows of one prompt often follow one another."""
     return sha256(text.encode()).hexdigest()
 
 
 def plain(text: Text) -> str:
-    """Return a text as it is, and messages as `role: content` paragraphs."""
+    """Return a text unchanged, and messages as `role: content` paragraphs."""
     if isinstance(text, str):
         return text
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in text)
 
 
 def messages(text: Text | None) -> Messages:
-    """Return a text that is messages, as every part of a record is where one is (`columns.alike`)."""
+    """Return a text that is known to be messages."""
     assert text is not None and not isinstance(text, str)
     return text
 
 
 def normalise(text: str) -> str:
-    """Return `text` in Unicode NFC without white space at its ends."""
+    """Return `text` in Unicode NFC, stripped."""
     return unicodedata.normalize("NFC", text).strip()

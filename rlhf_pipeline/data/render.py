@@ -1,4 +1,4 @@
-"""Records to the texts that are tokenised; messages go through the tokenizer's chat template."""
+"""Render records as texts for the tokenizer; messages go through its chat template."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Rendered:
 
     prompt: str
     completions: tuple[str, ...]
-    templated: bool  # by a chat template, which writes BOS itself
+    templated: bool  # rendered by a chat template, which writes BOS itself
 
     def texts(self) -> list[str]:
-        """Return what is tokenised: the prompt, and the prompt with each completion."""
+        """Return the texts to tokenise: the prompt, and the prompt with each completion."""
         return [self.prompt, *(self.prompt + completion for completion in self.completions)]
 
 
@@ -30,7 +30,7 @@ def render(record: Record, tokenizer: PreTrainedTokenizerBase) -> Rendered:
     """Return the record as text.
 
     Raises:
-        DataError: the record has messages and the tokenizer no chat template, or the template refuses them.
+        DataError: the record has messages but the tokenizer has no chat template, or the template refuses them.
     """
     if not record.conversational:
         return Rendered(plain(record.prompt or ""), tuple(map(plain, record.completions)), False)
@@ -47,7 +47,7 @@ def render(record: Record, tokenizer: PreTrainedTokenizerBase) -> Rendered:
 
     try:
         return _templated(record, tokenizer, apply_chat_template)
-    except Exception as error:  # a template is a program: it fails in whatever way it likes
+    except Exception as error:  # a template is a program and may raise any error
         raise DataError(Fault(record.where, f"the chat template refuses these messages: {error}")) from error
 
 
@@ -61,7 +61,7 @@ def _templated(record: Record, tokenizer: PreTrainedTokenizerBase, apply: Callab
     parts = [
         apply({"prompt": prompt, "completion": _plain_list(completion)}, tokenizer) for completion in record.completions
     ]
-    # A template may write the prompt differently before different completions; what all share is the prompt.
+    # A template may render the prompt differently before different completions; the common part is the prompt.
     shared = min((part["prompt"] for part in parts), key=len)
     completions = tuple(
         _closed((part["prompt"] + part["completion"])[len(shared) :], ended, tokenizer.eos_token)
@@ -71,7 +71,7 @@ def _templated(record: Record, tokenizer: PreTrainedTokenizerBase, apply: Callab
 
 
 def _closed(text: str, ended: bool, eos: str) -> str:
-    """Cut what a template writes after its EOS, and the EOS as well where the response did not end."""
+    """Remove the text after a template's EOS, and also the EOS if the response did not end."""
     stripped = text.rstrip()
     if not stripped.endswith(eos):
         return text

@@ -1,4 +1,4 @@
-"""JSON that carries the SHA-256 of its own text: one changed bit anywhere in the file is seen."""
+"""JSON that contains the SHA-256 of its own text, so that any changed bit is detected."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _BLANK = "0" * 64
 
 
 def seal(fields: Mapping[str, Any]) -> str:
-    """Return strict JSON whose last value is the SHA-256 of this very text with that value's digits as zeros."""
+    """Return strict JSON whose last value is the SHA-256 of the text, computed with zeros in place of this value."""
     content = {FORMAT: LATEST, **fields, SEAL: _BLANK}
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return _with(text, _BLANK, sha256(text.encode()).hexdigest())
 
 
 def unseal(text: str) -> dict[str, Any]:
-    """Return what a sealed text holds; one without format and seal was written before there were seals.
+    """Return the fields of a sealed text; a text without format and seal comes from an earlier release.
 
     Raises:
-        ValueError: it is not strict JSON with an object at the top, or not the text that was sealed.
+        ValueError: the text is not a strict JSON object, or was changed after sealing.
     """
     try:
         fields = json.loads(text, parse_constant=_refuse_constant)
@@ -34,9 +34,9 @@ def unseal(text: str) -> dict[str, Any]:
     if FORMAT in fields or SEAL in fields:
         found = fields.get(SEAL)
         blank = _with(text, found, _BLANK) if isinstance(found, str) and len(found) == len(_BLANK) else ""
-        # Both words are needed: otherwise a changed bit in the name of one would pass for a file without a seal.
+        # Both keys are needed: otherwise a changed bit in one key would look like a file without a seal.
         if FORMAT not in fields or not blank or sha256(blank.encode()).hexdigest() != found:
-            raise ValueError(f"its text is not what was written: its SHA-256 is not the one in {SEAL}")
+            raise ValueError(f"its text was changed: its SHA-256 is not the one in {SEAL}")
     return fields
 
 

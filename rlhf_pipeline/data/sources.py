@@ -1,6 +1,6 @@
-"""Where rows come from: the hub, saved data sets, local files, the world, collected data.
+"""Read sources: the hub, saved data sets, local files, the built-in world, collected data.
 
-A source is read as it is; `formats` decides what its rows mean. Rows of a local file keep `file:line`.
+This module only reads; `formats` interprets the rows. Rows of a local file keep `file:line`.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ COLLECTED = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,63})(@v(?P<version
 
 
 def part_of(source: str, config: str | None, kind: str) -> str | None:
-    """The part of a source to read: `config`, else of a built-in world its prompts where prompts are asked for.
+    """Return the part of a source to read: `config`, or "prompts" if a stage needs the prompts of a built-in world.
 
-    A world's population is made of its prompts (stages/population.py).
+    A world's population is generated from its prompts (stages/population.py).
     """
     return "prompts" if config in (None, "population") and kind == "prompt" and source.startswith("world:") else config
 
 
 @dataclass
 class Source:
-    """The rows of one source, or its records where it has them ready."""
+    """The rows of one source, or its records if the source provides them."""
 
-    name: str  # as it is reported: `collected:` names carry their version
+    name: str  # for reports; `collected:` names include their version
     kind: str  # file, saved, hub, collected, world
     rows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # (where, row)
     faults: list[RowFault] = field(default_factory=list)  # rows that could not be read
     records: list[Record] | None = None
-    tokenizer_digest: str | None = None  # of the tokenizer of collected token ids
+    tokenizer_digest: str | None = None  # tokenizer of collected token ids
     path: Path | None = None
 
 
@@ -56,15 +56,15 @@ def read_source(
 
     Args:
         source: hub id, directory saved by `datasets`, local file, `world:verdicts` or `collected:NAME[@vN]`.
-        config: configuration of a hub data set, or what is read of the world.
-        split: of a hub or saved data set, only this split is read, if it has one of that name.
+        config: configuration of a hub data set, or part of the built-in world.
+        split: read only this split of a hub or saved data set, if it exists.
         home: home directory with collected data; default `$RLHF_HOME`, else `./rlhf_home`.
-        base_dir: where relative paths are looked for after the working directory.
+        base_dir: second place to look up relative paths, after the working directory.
 
     Raises:
-        DataError: the source cannot be read at all.
-        UnknownReference: a collected data set, world or local file that is not there.
-        DamagedFile: collected data that are not what their manifest says.
+        DataError: the source cannot be read.
+        UnknownReference: the collected data set, world or local file does not exist.
+        DamagedFile: collected data differ from their manifest.
     """
     source = str(source)
     if source.startswith("world:"):
@@ -81,7 +81,7 @@ def read_source(
 
 
 def files_of(source: str, *, home: Path | None = None, base_dir: Path | None = None) -> list[Path] | None:
-    """Return the files that a source is read from: none for a built-in world; None where they are not known (the hub).
+    """Return the files of a source: [] for a built-in world, None if they are unknown (the hub).
 
     Raises:
         UnknownReference: as `read_source`.
@@ -98,17 +98,17 @@ def files_of(source: str, *, home: Path | None = None, base_dir: Path | None = N
 
 
 def local_path(source: str, base_dir: Path | None = None) -> Path | None:
-    """Return the file or directory that `source` names, or None where it is a hub id.
+    """Return the file or directory that `source` names, or None if it is a hub id.
 
     Raises:
-        UnknownReference: it looks like a path and nothing is there.
+        UnknownReference: `source` looks like a path, but nothing exists there.
     """
     try:
         given = Path(source).expanduser()
         for candidate in (given, base_dir / given if base_dir else given):
             if candidate.exists():
                 return candidate
-    except (OSError, RuntimeError, ValueError) as error:  # a name too long, `~` of a user that is not there, a NUL
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, `~` of an unknown user, a NUL byte
         reason = getattr(error, "strerror", None) or str(error)
         raise UnknownReference(f"{source[:80]}: not a path ({reason}); expected a source") from None
     if source.startswith((".", "/", "~")) or source.lower().endswith(FILE_SUFFIXES):
@@ -141,7 +141,7 @@ def home_directory(home: Path | None) -> Path:
 
 
 def _collected_records(source: str, home: Path | None) -> tuple[str, Path]:
-    """The name of collected data with their version, and the file of their records."""
+    """Return the name of collected data with its version, and the file of its records."""
     text = source.removeprefix("collected:")
     match = COLLECTED.fullmatch(text)
     if not match:
@@ -156,7 +156,7 @@ def _collected_records(source: str, home: Path | None) -> tuple[str, Path]:
     if not versions:
         names = [entry.name for entry in data.iterdir()] if data.is_dir() else []
         near = did_you_mean(match["name"], names)
-        raise UnknownReference(f"{source}: no collected data of this name in {data}{'; ' + near if near else ''}")
+        raise UnknownReference(f"{source}: no collected data with this name in {data}{'; ' + near if near else ''}")
     version = int(match["version"]) if match["version"] else versions[-1]
     if version not in versions:
         there = ", ".join(f"v{number}" for number in versions)
@@ -199,11 +199,11 @@ def _saved(source: str, path: Path, split: str | None) -> Source:
         rows = list(_dataset_rows(source, datasets.load_from_disk(str(path)), split))
     except DataError:
         raise
-    except Exception as error:  # the library raises whatever its readers raise
+    except Exception as error:  # the library passes on the errors of its readers
         raise DataError(
             Fault(
                 source,
-                f"not a directory saved by `datasets`, or not a whole one ({_first_line(error)})",
+                f"not a complete directory saved by `datasets` ({_first_line(error)})",
                 "Dataset.save_to_disk output",
             )
         ) from error
@@ -219,13 +219,13 @@ def _hub(source: str, config: str | None, split: str | None) -> Source:
 
     try:
         loaded = datasets.load_dataset(source, config)
-    except Exception as error:  # connection, missing repository, config or credentials: all end here
+    except Exception as error:  # connection, missing repository, config or credentials
         raise DataError(
             Fault(
                 source,
-                f"no such local file, and the hub did not give it ({_first_line(error)})",
-                "a local file, a saved directory, or a hub data set that can be reached",
-                "offline, save it elsewhere with `save_to_disk` and give the directory",
+                f"no such local file, and it cannot be loaded from the hub ({_first_line(error)})",
+                "a local file, a saved directory, or a reachable hub data set",
+                "if offline, save the data set elsewhere with `save_to_disk` and name that directory",
             )
         ) from error
     return Source(source, "hub", list(_dataset_rows(source, loaded, split)))
@@ -244,17 +244,17 @@ def _dataset_rows(source: str, loaded: Any, split: str | None) -> Iterator[tuple
 
 
 def _refuse_media(source: str, table: Any) -> None:
-    """Refuse columns that the library would open files or addresses to decode: pictures, sounds.
+    """Refuse columns that the library would decode by opening files or addresses: images, audio.
 
     Raises:
-        DataError: naming the columns.
+        DataError: names the columns.
     """
     from datasets.features.features import require_decoding
 
     features = getattr(table, "features", None) or {}
     if found := [name for name, feature in features.items() if require_decoding(feature)]:
         raise DataError(
-            Fault(source, f"columns that are no text: {', '.join(found)}", "text, numbers and lists", "remove them")
+            Fault(source, f"columns that are not text: {', '.join(found)}", "text, numbers and lists", "remove them")
         )
 
 

@@ -1,4 +1,4 @@
-"""Which split a record belongs to: what the source says, else the hash of its prompt."""
+"""Assign records to splits: by the source's own splits, else by the hash of the prompt."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ ALL = "all"
 def split_of(prompt: str, fractions: Mapping[str, float] = FRACTIONS) -> str:
     """Return the split of a prompt, the same for every source and stage.
 
-    The first 64 bits of the SHA-256 of the prompt (NFC-normalised, stripped) are a number in [0, 1); the
-    splits divide that range in the order train, judge, validation, test, then any others by name.
+    The first 64 bits of the SHA-256 of the prompt (NFC-normalised, stripped) give a number in [0, 1). The splits
+    divide this range in the order train, judge, validation, test, then others by name.
     """
     place = int.from_bytes(sha256(normalise(prompt).encode()).digest()[:8], "big") / 2**64
     names = [name for name in SPLITS if name in fractions] + sorted(set(fractions) - set(SPLITS))
@@ -31,8 +31,7 @@ def split_of(prompt: str, fractions: Mapping[str, float] = FRACTIONS) -> str:
 
 
 def carries_splits(records: Iterable[Record], source: str = "") -> bool:
-    """Whether a source names its splits itself: it has rows of more than one, or is data that we collected, whose
-    rows say where their prompts belong even if all come from one split."""
+    """Whether a source has its own splits: rows of more than one split, or collected data with a split in each row."""
     named = {record.split for record in records} - {None}
     return len(named) > 1 or (bool(named) and source.startswith("collected:"))
 
@@ -41,7 +40,7 @@ def assign_splits(records: list[Record], fractions: Mapping[str, float] = FRACTI
     """Return the split of each record.
 
     Raises:
-        DataError: some rows of a source that carries splits name none.
+        DataError: a source has its own splits, but some rows have none.
     """
     if not carries_splits(records, source):
         return [split_of(record.key, fractions) for record in records]
@@ -56,10 +55,10 @@ def assign_splits(records: list[Record], fractions: Mapping[str, float] = FRACTI
 def in_split(
     records: list[Record], split: str, fractions: Mapping[str, float] = FRACTIONS, source: str = ""
 ) -> list[Record]:
-    """Return the records of one split; of the split "all", every record.
+    """Return the records of one split, or every record for "all".
 
     Raises:
-        DataError: there is no split of that name, or it is empty.
+        DataError: the split does not exist or is empty.
     """
     if split == ALL:
         return records
@@ -70,10 +69,8 @@ def in_split(
     carried = carries_splits(records, source)
     names = sorted(set(assigned)) if carried else list(fractions)
     if split in names:
-        raise DataError(
-            Fault(source, f"split {split!r} is empty: none of {len(records)} records falls into it", "more rows")
-        )
-    origin = "the source carries" if carried else "there are"
+        raise DataError(Fault(source, f"split {split!r} is empty: it has none of {len(records)} records", "more rows"))
+    origin = "one of the source's splits:" if carried else "one of"
     raise DataError(
         Fault(source, f"no split {split!r}", f"{origin} {', '.join(names)} (or all)", did_you_mean(split, names))
     )

@@ -1,4 +1,4 @@
-"""Whether files are still those that this process has read before, without reading them again."""
+"""Tell without reading files again whether they have changed since this process read them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-SETTLED = 0.05  # seconds; file systems keep times in ticks of some milliseconds, within which a file can change twice
+SETTLED = 0.05  # seconds; file times have ticks of some milliseconds, within which a file can change twice
 
 Stamp = tuple[tuple[str, int, int, int, int, int], ...]
 
 
 def stamp(paths: Iterable[Path]) -> Stamp | None:
-    """Return path, device, inode, size and the times of the last change of every file.
+    """Return path, device, inode, size and change times of every file.
 
-    None where a file is not there, or was changed so recently that a further change could go unseen. A stamp is taken
-    before the files are read.
+    None if a file is missing, or was changed so recently that another change could be missed. Take the stamp before
+    reading the files.
     """
     parts = []
     try:

@@ -1,7 +1,7 @@
 """Records to token ids under one length policy for all stages.
 
-A prompt longer than `lengths.prompt` is cut from the left; an example with a completion longer than
-`lengths.response`, its EOS included, is left out and counted. A completion gets EOS exactly where it ended.
+A prompt longer than `lengths.prompt` is cut on the left. An example with a completion longer than `lengths.response`
+(EOS included) is dropped and counted. A completion gets EOS only if it ended.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BATCH = 2048  # texts handed to the tokenizer at once
 
 @dataclass
 class Example:
-    """One prompt and its K completions as token ids, masks by length, EOS included where `ended`."""
+    """One prompt and its K completions as token ids; a completion includes EOS if it `ended`."""
 
     prompt_ids: list[int]
     completions: list[list[int]]
@@ -39,21 +39,26 @@ class Example:
     label_probability: float | None = None  # P(first preferred over second); None: a hard label
     prompt_text: str = ""
     completion_texts: tuple[str, ...] = ()
-    ranks: tuple[int, ...] | None = None  # of a ranking, rising; equal ones are tied. None: best first, without ties
+    ranks: tuple[int, ...] | None = (
+        None  # of a ranking, ascending; equal ranks are ties. None: best first, without ties
+    )
     prompt_truncated: bool = False
 
     def untied(self) -> list[tuple[int, int]]:
-        """Pairs (i, j) of completions of which i is preferred to j; of a pair (0, 1), of a single completion none."""
+        """Return the pairs (i, j) in which completion i is preferred to j.
+
+        A pair gives [(0, 1)]; a single completion gives [].
+        """
         if len(self.completions) == 2 and self.ranks is None:
             return [(0, 1)]
         return untied(self.completions, self.ranks)
 
 
 def untied(completions: Sequence[list[int]], ranks: Sequence[int] | None = None) -> list[tuple[int, int]]:
-    """Pairs (i, j) of completions of which i is ranked above j; two equal responses carry no preference and are none.
+    """Return the pairs (i, j) in which completion i ranks above j; equal responses form no pair.
 
     Args:
-        ranks: one per completion, 1 for the best; None: they stand best first, without ties.
+        ranks: one per completion, 1 for the best; None: completions are ordered best first, without ties.
     """
     ranks = range(len(completions)) if ranks is None else ranks
     pairs = combinations(range(len(completions)), 2)
@@ -63,7 +68,7 @@ def untied(completions: Sequence[list[int]], ranks: Sequence[int] | None = None)
 
 @dataclass
 class Counts:
-    """What tokenisation left out or cut, by reason, and the rows that cannot be tokenised."""
+    """What tokenisation dropped or cut, by reason, and the rows that cannot be tokenised."""
 
     dropped: Counter[str] = field(default_factory=Counter)
     truncated: Counter[str] = field(default_factory=Counter)
@@ -92,12 +97,12 @@ def tokenize(
     """Turn records into examples, in their order.
 
     Args:
-        records: of one kind, or of any kinds that `kind` can be made of.
-        tokenizer: with an EOS token.
+        records: all of one kind, or of any kinds that convert to `kind`.
+        tokenizer: must have an EOS token.
         lengths: limits in tokens: `prompt`, `response` (with EOS) and `total`.
-        source_tokenizer_digest: of the tokenizer that the records' own token ids belong to; they are used as
-            they are where it is that of `tokenizer`, else the texts are tokenised anew.
-        kind: what the records are turned into first; default: nothing else.
+        source_tokenizer_digest: digest of the tokenizer of the records' own token ids. The ids are used if it is the
+            digest of `tokenizer`; otherwise the texts are tokenised again.
+        kind: kind that the records are converted to first; None: no conversion.
     """
     counts = Counts()
     if kind is not None:
@@ -115,10 +120,10 @@ def tokenize(
 
 
 def prompts_of_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, lengths: Lengths) -> list[Example]:
-    """Prompts that were typed.
+    """Tokenise prompts from the command line.
 
     Raises:
-        DataError: when one cannot be tokenised (a word that a word-level vocabulary does not have).
+        DataError: a prompt cannot be tokenised (it has a word outside a word-level vocabulary).
     """
     records = [Record("prompt", text, where=f"--prompt {text!r}") for text in texts]
     examples, counts = tokenize(records, tokenizer, lengths)
@@ -164,7 +169,7 @@ def _encode(
                         record.where,
                         "unknown_token",
                         "text that the tokenizer has no token for",
-                        "text of its vocabulary",
+                        "text within its vocabulary",
                     )
                 )
                 continue
@@ -181,13 +186,13 @@ def _has_ids(record: Record) -> bool:
 
 
 def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the BOS that the tokenizer sets before a text of its own accord, if it does."""
+    """Return the BOS that the tokenizer adds before a text, if it adds one."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int] | None]:
-    """Token ids of each text without special tokens; None where the tokenizer has no token for a part of it."""
+    """Return the token ids of each text without special tokens; None if the tokenizer has no token for part of it."""
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     if not texts:
         return []
@@ -200,7 +205,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
 
 
 def _agreement(prompt: list[int], whole: list[int]) -> int:
-    """Return how many ids from the start are the same in both."""
+    """Return the length of the common prefix of two lists of ids."""
     if whole[: len(prompt)] == prompt:
         return len(prompt)
     return next((i for i, (a, b) in enumerate(zip(prompt, whole)) if a != b), min(len(prompt), len(whole)))
@@ -218,7 +223,7 @@ def _fit(encoded: _Encoded, tokenizer: PreTrainedTokenizerBase, lengths: Lengths
         return None
     ended, texts, ranks = list(record.ended), encoded.completion_texts, None
     shortened = False
-    if record.kind == "ranking":  # it does without completions that do not fit; those that are left stand best first
+    if record.kind == "ranking":  # completions that are too long are dropped; the others are ordered best first
         places = ranks_of(record)
         fitting = [k for k, ids in enumerate(completions) if len(ids) <= lengths.response]
         shortened = len(fitting) < len(completions)
@@ -252,7 +257,7 @@ def _fit(encoded: _Encoded, tokenizer: PreTrainedTokenizerBase, lengths: Lengths
 
 
 def _left_out(kind: str, completions: list[list[int]], ranks: Sequence[int] | None, longest: int) -> str | None:
-    """Why an example cannot be used, if it cannot: it is too long, or prefers nothing."""
+    """Return why an example cannot be used (too long, or no preference); None if it can."""
     if any(len(ids) > longest for ids in completions):
         return "completion_too_long"
     if kind == "pair":
@@ -268,7 +273,7 @@ def _closed(ids: list[int], ended: bool, eos: int) -> list[int]:
     closed = ids[-1:] == [eos]
     if ended:
         return ids if closed else [*ids, eos]
-    return ids[:-1] if closed and len(ids) > 1 else ids  # a cut response has no end token, whatever its text says
+    return ids[:-1] if closed and len(ids) > 1 else ids  # a cut response has no end token, even if its text has one
 
 
 def _chunks(encoded: _Encoded, eos: int, total: int, counts: Counts) -> list[Example]:

@@ -1,4 +1,4 @@
-"""Tokenizers: loading with a PAD that is not EOS, training, and digests that name them."""
+"""Load tokenizers (with a PAD that is not EOS), train them, and compute their digests."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ BYTES = 256
 
 
 def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model directory or hub id; where PAD is absent or EOS, a new one is added.
+    """Load the tokenizer of a model directory or hub id; if PAD is missing or equals EOS, a new PAD is added.
 
-    The added PAD may be one id beyond the model's embedding, which then has to grow by a row.
+    The new PAD may be one id beyond the model's embedding, which then needs another row.
 
     Raises:
         BadInput: there is no tokenizer, or it has no EOS token.
@@ -28,23 +28,25 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:  # missing files, unreachable hub, bad JSON: each library layer has its own
+    except Exception as error:  # missing files, unreachable hub, bad JSON: many types of error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"{path}: no tokenizer can be loaded ({reason}); expected a Hugging Face one") from error
+        raise BadInput(
+            f"{path}: the tokenizer cannot be loaded ({reason}); expected a Hugging Face tokenizer"
+        ) from error
     if tokenizer.eos_token_id is None:
-        raise BadInput(f"{path}: the tokenizer has no EOS token, so that no response could end; set `eos_token`")
+        raise BadInput(f"{path}: the tokenizer has no EOS token, so no response could end; set `eos_token`")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": PAD})
     return tokenizer
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], **options: Any) -> str:
-    """Decode the ids of one text, its special tokens included unless `options`, those of `decode`, say otherwise."""
+    """Decode the ids of one text; special tokens are kept by default. `options` go to `decode`."""
     return cast(str, tokenizer.decode(list(ids), **options))
 
 
 def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE: any text round-trips, and the same texts give the same tokenizer.
+    """Train a byte-level BPE: it can encode any text, and training is deterministic.
 
     Raises:
         ConfigError: `vocab_size` is too small for the bytes and the two special tokens.
@@ -71,9 +73,9 @@ def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTok
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the SHA-256 of what decides ids: vocabulary, merges, normalisation, special tokens.
+    """Return the SHA-256 of everything that affects ids: vocabulary, merges, normalisation, special tokens.
 
-    The chat template has its own digest; truncation and padding are left out, since calls change them.
+    The chat template has its own digest. Truncation and padding are excluded because calls change them.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -86,7 +88,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def chat_template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return the SHA-256 of the chat template, or None where there is none."""
+    """Return the SHA-256 of the chat template, or None if there is none."""
     template = getattr(tokenizer, "chat_template", None)
     return None if template is None else _digest(template)
 

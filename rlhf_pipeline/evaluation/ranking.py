@@ -89,7 +89,7 @@ def rank(wins: Any, *, baseline: int = 0, level: float = 0.95) -> list[Standing]
     """Elo of k models, 400 / ln 10 points per unit of log-odds, the baseline at 1000.
 
     The interval is Student's t over prompts of the distance to the baseline, with the variance of an M-estimator
-    clustered by prompt (P prompts, g_p the score of prompt p, H the information of all; White 1982, eq. 3.3):
+    clustered by prompt (P prompts, g_p the score of prompt p, H the information of all; White 1982):
 
         var(s) = P / (P - 1) H^+ (sum_p g_p g_p') H^+
 

@@ -97,7 +97,7 @@ def wilson_interval(mean: float, size: float, quantile: float) -> tuple[float, f
     """The shares q with |mean - q| <= t sqrt(q (1 - q) / n): inside [0, 1], and never of one point.
 
     Wilson 1927, with an effective size n in the place of the sample size and Student's t in that of the normal
-    quantile, as for complex samples in Korn and Graubard 1998.
+    quantile, as Korn and Graubard 1998 have it for the exact interval of clustered samples.
 
     Returns:
         (low, high); (0, 1) where size is 0 or the quantile infinite.

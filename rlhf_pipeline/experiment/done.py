@@ -19,7 +19,8 @@ from rlhf_pipeline.compare.points import Point
 from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.dump import config_digest
 from rlhf_pipeline.config.grid import Node
-from rlhf_pipeline.data.load import read_records, records_digest, source_stamp
+from rlhf_pipeline.data.load import read_records, records_digest
+from rlhf_pipeline.data.parsed import source_stamp
 from rlhf_pipeline.data.sources import files_of, part_of
 from rlhf_pipeline.data.splits import assign_splits, in_split
 from rlhf_pipeline.data.stamps import Stamp

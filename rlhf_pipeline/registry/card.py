@@ -32,17 +32,17 @@ def model_card(manifest: Manifest) -> str:
         _table("Data", ("source", "split", "rows", "dropped", "digest"), _data(manifest)),
         _table("Options that move the optimum", ("option", "value"), (manifest.moves_optimum or {}).items()),
         _table("Metrics", ("metric", "value"), _flat({k: v for k, v in manifest.metrics.items() if k != "health"})),
-        _table("Health", ("cause", "since step", "until step", "seen", "meaning", "to try"), _health(manifest)),
-        _table("Cost", ("what", "value"), _flat({k: v for k, v in manifest.cost.items() if k != "at_step"})),
-        _table("Made with", ("what", "version"), _flat({**manifest.code, **manifest.environment})),
+        _table("Health", ("cause", "since step", "until step", "value", "meaning", "to try"), _health(manifest)),
+        _table("Cost", ("item", "value"), _flat({k: v for k, v in manifest.cost.items() if k != "at_step"})),
+        _table("Software", ("item", "version"), _flat({**manifest.code, **manifest.environment})),
         f"## Config\n\n{fence(json.dumps(plain(manifest.config), indent=2, ensure_ascii=False), 'json')}",
-        "The full record, with the digest of every file, is `manifest.json`.",
+        "`manifest.json` has the full record, with the digest of every file.",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def escape(text: Any) -> str:
-    """Return a text that markdown shows as it is, on one line and within a table cell."""
+    """Return a text that markdown shows literally, on one line and within a table cell."""
     line = " ".join(str(text).split())
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return _SPECIAL.sub(r"\\\1", line)
@@ -74,7 +74,7 @@ def _use(manifest: Manifest) -> str:
         auto = "AutoModelForSequenceClassification"
         note = (
             "\n\nThe score of a prompt and response is the single logit minus `reward_shift` of "
-            "`config.json` (0 where it is absent); plain transformers gives the logit."
+            "`config.json` (0 if it is absent). Plain transformers returns the logit."
         )
     else:
         auto, note = "AutoModelForCausalLM", ""

@@ -16,7 +16,7 @@ MANIFEST = "manifest.json"
 CARD = "README.md"
 SNAPSHOTS = "snapshots"
 
-# Left behind by trainers next to a model; no part of it.
+# Folders that trainers leave beside a model; not part of it.
 _TRAINER_FOLDER = re.compile(r"checkpoint-\d+|runs")
 _SNAPSHOT = re.compile(rf"{SNAPSHOTS}/step-([0-9]+)/")
 _CHUNK = 1 << 20
@@ -41,9 +41,9 @@ def file_sha256(path: Path) -> str:
 
 
 def known_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, which this process reads once as long as it does not change.
+    """Return the SHA-256 of a file; this process reads it again only if it has changed.
 
-    For what is about to be loaded; `rlhf models verify` reads every file (`file_sha256`).
+    Used before loading; `rlhf models verify` always reads every file (`file_sha256`).
     """
     seen = stamp([path])
     return file_sha256(path) if seen is None else _sha256_of(path, seen)
@@ -55,14 +55,14 @@ def _sha256_of(path: Path, seen: Stamp) -> str:
 
 
 def file_entry(path: Path) -> FileEntry:
-    """Return the entry of a file as it is now."""
+    """Return the size and SHA-256 of a file."""
     return FileEntry(size=path.stat().st_size, sha256=file_sha256(path))
 
 
 def list_files(folder: Path, *, links: bool = False) -> dict[str, Path]:
-    """Return every file below a folder by its path there, without the manifest and hidden files.
+    """Return every file below a folder by its relative path, without the manifest and hidden files.
 
-    `links`: also every symbolic link, wherever it leads.
+    `links`: include every symbolic link, whatever its target.
     """
     found = {}
     for path in sorted(folder.rglob("*")):
@@ -77,8 +77,7 @@ def list_files(folder: Path, *, links: bool = False) -> dict[str, Path]:
 def files_digest(files: Mapping[str, FileEntry]) -> str:
     """Return the digest of a model: the SHA-256 over the sorted paths and digests of its files.
 
-    The model card and snapshots are no part of it, so that the same weights, tokenizer and config have
-    the same digest wherever they lie.
+    The model card and snapshots are excluded, so the same weights, tokenizer and config always have the same digest.
     """
     digest = hashlib.sha256()
     for path in sorted(files):
@@ -88,7 +87,7 @@ def files_digest(files: Mapping[str, FileEntry]) -> str:
 
 
 def snapshot_folder(step: int) -> str:
-    """Return where a version keeps the weights of a step: a complete folder in Hugging Face's format."""
+    """Return the folder of a version's snapshot at a step: a complete folder in Hugging Face's format."""
     return f"{SNAPSHOTS}/step-{step}"
 
 
@@ -99,12 +98,12 @@ def snapshot_files(files: Mapping[str, FileEntry], step: int) -> dict[str, FileE
 
 
 def snapshot_steps(files: Mapping[str, FileEntry]) -> list[int]:
-    """Return the steps of which these files hold a snapshot, in order."""
+    """Return the steps of the snapshots among these files, in order."""
     return sorted({int(match[1]) for path in files if (match := _SNAPSHOT.match(path))})
 
 
 def folder_files(folder: Path) -> dict[str, FileEntry]:
-    """Return the entries of a model folder that has no manifest, without what trainers leave beside it."""
+    """Return the entries of a model folder without a manifest, except folders that trainers leave beside it."""
     return {
         relative: file_entry(path)
         for relative, path in list_files(folder).items()

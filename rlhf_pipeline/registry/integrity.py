@@ -1,4 +1,4 @@
-"""Whether files are what their manifest says."""
+"""Check files against their manifest."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from rlhf_pipeline.registry.references import Resolved
 Sha256 = Callable[[Path], str]
 
 UNLISTED = "not in manifest.json"
-_FIX = "restore it from a copy, or put it aside with rlhf models verify --repair and make it again"
+_FIX = "restore it from a copy, or quarantine it with rlhf models verify --repair and create it again"
 
 
 def verify_files(resolved: Resolved) -> None:
-    """Check a model or data set before it is loaded; without a manifest there is nothing to check.
+    """Check a model or data set before loading; without a manifest there is nothing to check.
 
     Raises:
         DamagedFile: a file is missing, changed, or not of this version.
     """
-    # Neither the card nor the snapshots beside a model change what is loaded.
+    # The card and the snapshots beside a model are not loaded.
     faults = list(_problems(resolved, known_sha256, skip=(CARD, f"{SNAPSHOTS}/")))
     if faults:
         raise DamagedFile("\n".join(str(fault) for fault in faults))
 
 
 def problems(resolved: Resolved) -> list[Fault]:
-    """Return everything about a version's files that its manifest contradicts."""
+    """Return all differences between a version's files and its manifest."""
     return list(_problems(resolved, file_sha256))
 
 
@@ -37,15 +37,15 @@ def _problems(resolved: Resolved, sha256: Sha256, skip: tuple[str, ...] = ()) ->
         return
     try:
         yield from _contradictions(resolved, resolved.path, sha256, skip)
-    except FileNotFoundError as error:  # by another process, while it was being read
+    except FileNotFoundError as error:  # another process removed it meanwhile
         yield Fault(resolved.label, f"{error.filename} has just been removed", "", "look again")
 
 
 def _contradictions(resolved: Resolved, folder: Path, sha256: Sha256, skip: tuple[str, ...]) -> Iterator[Fault]:
     fix = _FIX
     if resolved.kind == "directory":
-        fix = "restore it, or delete manifest.json to use the folder as a plain model of its own"
-    ours = resolved.kind in ("registry", "data")  # a folder of the hub's cache is made of links
+        fix = "restore it, or delete manifest.json to use the folder as a plain model"
+    ours = resolved.kind in ("registry", "data")  # folders in the hub's cache consist of links
     present = {path: file for path, file in list_files(folder, links=ours).items() if not path.startswith(skip)}
     listed = {path: entry for path, entry in resolved.files.items() if not path.startswith(skip)}
     for path, entry in sorted(listed.items()):
@@ -54,11 +54,11 @@ def _contradictions(resolved: Resolved, folder: Path, sha256: Sha256, skip: tupl
         if file is None:
             yield Fault(where, "missing", f"{entry.size} bytes", fix)
         elif ours and file.is_symlink():
-            yield Fault(where, "a symbolic link", "a file of its own", fix)
+            yield Fault(where, "a symbolic link", "a regular file", fix)
         elif (size := file.stat().st_size) != entry.size:
             yield Fault(where, f"{size} bytes", f"{entry.size} bytes (manifest.json)", fix)
         elif (found := sha256(file)) != entry.sha256:
             yield Fault(where, f"sha256 {found}", f"sha256 {entry.sha256} (manifest.json)", fix)
     for path in present:
-        # A file that nobody listed, such as an adapter's config, can change what is loaded.
+        # An unlisted file, such as an adapter's config, can change what is loaded.
         yield Fault(f"{resolved.label}: {path}", UNLISTED, "", "move it elsewhere")

@@ -1,4 +1,4 @@
-"""The lengths of prompt and response that a config takes over from the model it starts from."""
+"""Lengths of prompt and response that a config inherits from its parent model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Config = TypeVar("Config", bound=TrainingConfig | CollectConfig)
 
 
 def with_lengths(config: Config, registry: Registry) -> tuple[Config, str | None]:
-    """Return the config with the lengths that its parent was trained with where it names none, and a line for the log.
+    """Return the config with its parent's lengths if it has none, and a line for the log.
 
-    The digest of the returned config names a run and its model; nothing fills in the config later.
+    The digest of the returned config identifies a run and its model; the config is not changed later.
 
     Raises:
         UnknownReference, DamagedFile: the parent cannot be found or read.
@@ -32,22 +32,22 @@ def with_lengths(config: Config, registry: Registry) -> tuple[Config, str | None
         return config, None
     filled = cast(Config, config.model_copy(update=trained))
     lengths = filled.lengths()
-    told = f"lengths as {parent.label} was trained with: prompt {lengths.prompt}, response {lengths.response}"
+    told = f"lengths from {parent.label}: prompt {lengths.prompt}, response {lengths.response}"
     return filled, told
 
 
 def _start_of(config: TrainingConfig | CollectConfig) -> tuple[str, str | None] | None:
-    """The model that a config starts from, with its revision on the hub; None where it makes a new one."""
+    """Return the model that a config starts from, and its hub revision; None if it starts from random weights."""
     if isinstance(config, CollectConfig):
         return config.policy, None
     return None if config.model_name_or_path is None else (config.model_name_or_path, config.model_revision)
 
 
 def require_positions(config: TrainingConfig | CollectConfig, parent: Resolved) -> None:
-    """Check that the parent has as many positions as prompt and response are long together.
+    """Check that the parent has enough positions for prompt and response.
 
     Raises:
-        ConfigError: it has fewer.
+        ConfigError: it has too few.
         DamagedFile: its config.json cannot be read.
     """
     positions = positions_of(parent)
@@ -64,7 +64,7 @@ def require_positions(config: TrainingConfig | CollectConfig, parent: Resolved) 
 
 
 def positions_of(resolved: Resolved) -> int | None:
-    """Return the number of positions of a model, where a config.json on this machine names it.
+    """Return the number of positions of a model, if a local config.json has it.
 
     Raises:
         DamagedFile: the file cannot be read.

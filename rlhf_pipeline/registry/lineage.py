@@ -1,4 +1,4 @@
-"""Where a version comes from: its parents by role, theirs, and the data of each."""
+"""The lineage of a version: its ancestors by role, and the data of each."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Status = Literal["present", "missing", "changed", "damaged", "outside"]
 class Node:
     """A model or data source in a lineage.
 
-    `status`: present; missing; changed (it is there with another digest than the one recorded);
-    damaged (its manifest cannot be read); outside (hub models and data sources, which are not looked up).
+    `status`: present; missing; changed (its digest differs from the recorded one); damaged (its manifest cannot be
+    read); outside (hub models and data sources, which are not looked up).
     """
 
     role: str
@@ -41,19 +41,19 @@ class Node:
 
 
 def lineage_of(registry: Registry, resolved: Resolved, role: str = "model") -> Node:
-    """Return the tree of everything that went into a model or data set."""
+    """Return the tree of all ancestors and data of a model or data set."""
     return _node(registry, resolved, role, resolved.digest, "present", ())
 
 
 def stands_apart(registry: Registry, reference: Resolved, start: Resolved) -> bool:
-    """Tell whether a model is neither `start` nor one that `start` was trained from, as far as manifests say."""
+    """Whether a model is neither `start` nor an ancestor of `start`, according to the manifests."""
 
     def identity(model: Resolved | Parent) -> str | None:
         named = model.label if isinstance(model, Resolved) else model.ref
-        return model.digest or named  # what lies on the hub has no digest
+        return model.digest or named  # a hub model has no digest
 
     sought, found, seen = identity(reference), start, set()
-    while found.label not in seen:  # a folder's manifest is anybody's: it may name itself
+    while found.label not in seen:  # the manifest of a folder is not trusted: it may name itself
         seen.add(found.label)
         base = found.manifest.parents.get("base") if found.manifest is not None else None
         if sought in (identity(found), base and identity(base)):
@@ -90,7 +90,7 @@ def render(node: Node) -> Tree:
 
 
 def _shown(text: str) -> str:
-    """A text of a manifest, which may be anybody's, within one line of a terminal."""
+    """Return a text of an untrusted manifest on one line of a terminal."""
     return visible(text).replace("\n", "\\n")
 
 
@@ -104,7 +104,7 @@ def _node(
 ) -> Node:
     manifest = resolved.manifest
     origins: list[Node] = []
-    # A folder's manifest is anybody's: it may name itself among its parents.
+    # The manifest of a folder is not trusted: it may name itself among its parents.
     if manifest is not None and resolved.label not in above:
         above = (*above, resolved.label)
         for parent_role, parent in manifest.parents.items():

@@ -1,4 +1,4 @@
-"""What a version says about itself: `manifest.json`."""
+"""The manifest of a version: `manifest.json`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from rlhf_pipeline.registry.digests import MANIFEST, FileEntry, files_digest
 
 MODEL_STAGES = ("sft", "reward", "ppo", "dpo")
 DATA_STAGE = "collect"
-MOST_BYTES = 64 << 20  # a manifest has kilobytes
+MOST_BYTES = 64 << 20  # a normal manifest has kilobytes
 
 
 class Parent(BaseModel):
-    """A model that went into a version, by reference and digest (none for a model on the hub)."""
+    """A parent model, by reference and digest (None for a hub model)."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
@@ -30,7 +30,7 @@ class Parent(BaseModel):
 
 
 class DataEntry(BaseModel):
-    """A data source that went into a version; what else is said about it is kept."""
+    """A data source of a version; further fields are kept."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
@@ -42,7 +42,7 @@ class DataEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """Name, origin and files of one version; fields that a newer release added are passed over."""
+    """Name, origin and files of one version; unknown fields of newer releases are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
@@ -59,11 +59,11 @@ class Manifest(BaseModel):
     code: dict[str, Any] = {}
     environment: dict[str, Any] = {}
     metrics: dict[str, Any] = {}
-    moves_optimum: dict[str, Any] | None = None  # None: by a release that did not write it; see registry/optimum.py
+    moves_optimum: dict[str, Any] | None = None  # None: from an older release, see registry/optimum.py
     may_move_optimum: dict[str, Any] = {}
     cost: dict[str, Any] = {}
     created: str = ""
-    run: str = ""  # the folder of runs/ that it comes from, and a mark of that very run
+    run: str = ""  # its folder in runs/, and an identifier of the run
     files: dict[str, FileEntry]
 
     @field_validator("files")
@@ -86,12 +86,12 @@ class Manifest(BaseModel):
         return files_digest(self.files)
 
     def to_json(self) -> str:
-        """Return strict JSON with a digest of its own text; numbers that JSON cannot hold (nan, inf) become null."""
+        """Return strict JSON with a digest of its own text; nan and inf become null."""
         return seal(plain(self.model_dump()))
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON has it: lists, string keys, no nan, scalars of numpy and torch as numbers."""
+    """Return a value as plain JSON: lists, string keys, no nan, numpy and torch scalars as numbers."""
     if isinstance(value, BaseModel):
         return plain(value.model_dump())
     if isinstance(value, Mapping):
@@ -110,10 +110,10 @@ def plain(value: Any) -> Any:
 
 
 def without_reach(manifest: Manifest) -> Manifest:
-    """Return the manifest of a folder, which anybody may have written, without what would reach beyond the machine.
+    """Return the untrusted manifest of a folder without anything that could access the network or run code.
 
-    Its config keeps no data source that is not at hand, no leave to run a model's code, and no value of another kind
-    than what reads it expects; nor do its metrics and its cost.
+    The result has no data source that is not local, no permission to run a model's code, and no value of an unexpected
+    type in config, metrics and cost.
     """
 
     def given(source: str) -> bool:
@@ -179,7 +179,7 @@ def _is_slope(value: Any) -> bool:
     return bool(ends) and all(end is None or _is_number(end) for end in ends)
 
 
-# What is read from the config and the metrics of a manifest, and of what kind it is.
+# The fields of a manifest's config and metrics that are read, and checks of their types.
 _KINDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("stop_token", "dataset_config", "reward_model_path"), _is_text),
     **dict.fromkeys(("temperature", "kl_coef", "beta"), _is_amount),
@@ -190,7 +190,7 @@ _METRICS = {"calibration_slope": _is_slope, "gate": _is_object, "health": _are_f
 
 
 def build_manifest(**fields: Any) -> Manifest:
-    """Return a validated manifest of values that need not be plain JSON yet."""
+    """Return a validated manifest; the values are converted to plain JSON first."""
     return Manifest.model_validate(plain(fields))
 
 
@@ -198,7 +198,7 @@ def parse_manifest(text: str, where: str) -> Manifest:
     """Return the manifest in a text.
 
     Raises:
-        DamagedFile: the text is not strict JSON, not what was written, or misses what a manifest must have.
+        DamagedFile: the text is not strict JSON, was changed, or lacks a required field.
     """
     try:
         return Manifest.model_validate(unseal(text))
@@ -209,7 +209,7 @@ def parse_manifest(text: str, where: str) -> Manifest:
     except ValueError as error:
         faults = str(error)
     raise DamagedFile(
-        f"{where}: not a valid manifest ({faults}); a manifest is written once and never edited: "
+        f"{where}: not a valid manifest ({faults}); a manifest must not be edited: "
         "restore the file, or remove this version"
     )
 
@@ -224,7 +224,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         if (size := path.stat().st_size) > MOST_BYTES:
             raise DamagedFile(
-                f"{path}: {size} bytes; no manifest is that long: restore the file, or remove this version"
+                f"{path}: {size} bytes, too long for a manifest: restore the file, or remove this version"
             )
         text = path.read_bytes().decode("utf-8")
     except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""What moves the optimum of a model, or of a reward model that it was trained on: `moves_optimum` of a manifest."""
+"""The options that move the optimum of a model or of its reward models: `moves_optimum` of a manifest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CLASSES = {"reward": STAGES["train-rm"], "ppo": STAGES["ppo"], "dpo": STAGES["d
 
 
 def own_moves(manifest: Manifest) -> dict[str, Any]:
-    """The model's own options that move its optimum; a manifest of an earlier release is read by its config."""
+    """Return the model's own options that move its optimum; for an older manifest, computed from its config."""
     if manifest.moves_optimum is not None:
         return {name: value for name, value in manifest.moves_optimum.items() if not name.startswith(REWARD_MODEL)}
     if manifest.stage not in _CLASSES:
@@ -24,9 +24,9 @@ def own_moves(manifest: Manifest) -> dict[str, Any]:
 
 
 def carried_moves(parents: Mapping[str, Resolved]) -> dict[str, Any]:
-    """What moved the minimiser of the reward models among a policy's parents, as `reward_model.option`.
+    """Return the options that moved the minimiser of a policy's reward models, as `reward_model.option`.
 
-    Of a model without a manifest nothing is known, and nothing is said.
+    A reward model without a manifest is skipped, because its options are unknown.
     """
     return {
         f"{role}.{name}": value
@@ -37,13 +37,13 @@ def carried_moves(parents: Mapping[str, Resolved]) -> dict[str, Any]:
 
 
 def optimum_fields(config: TrainingConfig, parents: Mapping[str, Resolved]) -> dict[str, dict[str, Any]]:
-    """The manifest's fields `moves_optimum` and `may_move_optimum` of a model with these parents."""
+    """Return the manifest fields `moves_optimum` and `may_move_optimum` of a model with these parents."""
     own = _of_parents(moves_optimum(config), parents)
     return {"moves_optimum": own | carried_moves(parents), "may_move_optimum": may_move_optimum(config)}
 
 
 def _of_parents(moved: dict[str, Any], parents: Mapping[str, Any]) -> dict[str, Any]:
-    """Options without a `ref_model` that is the model which training started from."""
+    """Return the options, without `ref_model` if it is the model that training started from."""
     base, reference = parents.get("base"), parents.get("reference")
     if base is not None and reference is not None and base.digest == reference.digest:
         return {name: value for name, value in moved.items() if name != "ref_model"}

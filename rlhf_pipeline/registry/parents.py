@@ -1,4 +1,4 @@
-"""The models that a registered model was trained from, by their role, and the price of KL that it was trained at."""
+"""Parents of a registered model by their role, and the beta that it was trained with."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rlhf_pipeline.registry.store import Registry
 
 
 def parent_of(registry: Registry, resolved: Resolved, role: str) -> Resolved | None:
-    """Return the parent that has a role in a model's manifest; None without one.
+    """Return the parent with a role in a model's manifest; None without one.
 
     Raises:
-        MismatchError: what has the parent's name here is another model, or a folder's manifest names one on the hub.
-        UnknownReference: the parent is not there.
+        MismatchError: the model of the parent's name has another digest, or a folder's manifest names a hub model.
+        UnknownReference: the parent does not exist.
     """
     parent = resolved.manifest.parents.get(role) if resolved.manifest is not None else None
     if parent is None:
@@ -22,13 +22,13 @@ def parent_of(registry: Registry, resolved: Resolved, role: str) -> Resolved | N
     found = registry.resolve(parent.ref)
     if resolved.kind == "directory" and found.kind == "hub":
         raise MismatchError(
-            f"{resolved.label}: its manifest.json names {found.label} on the hub as its {role.replace('_', ' ')}; what "
-            "the manifest of a folder names is not fetched: name it yourself (--reference, --reward-model)"
+            f"{resolved.label}: its manifest.json names {found.label} on the hub as its {role.replace('_', ' ')}; "
+            "models named by a folder's manifest are not downloaded: name it yourself (--reference, --reward-model)"
         )
     if parent.digest is not None and found.digest != parent.digest:
         raise MismatchError(
             f"{resolved.label}: its {role.replace('_', ' ')} was {parent.ref} with the digest {parent.digest[:12]}; "
-            f"here {found.label} has {str(found.digest)[:12]}: use the home it was trained in, or name one "
+            f"here {found.label} has {str(found.digest)[:12]}: use the home in which it was trained, or name one "
             "(--reference, --reward-model)"
         )
     return found
@@ -38,7 +38,7 @@ def reference_of(registry: Registry, resolved: Resolved) -> Resolved | None:
     """Return the reference of a policy: its manifest's, else its nearest SFT ancestor, else None.
 
     Raises:
-        MismatchError, UnknownReference: as `parent_of`.
+        MismatchError, UnknownReference: as for `parent_of`.
     """
     manifest = resolved.manifest
     if manifest is None:
@@ -55,7 +55,7 @@ def reward_models_of(registry: Registry, resolved: Resolved) -> Iterator[Resolve
     """Yield the reward models that a policy was trained on.
 
     Raises:
-        MismatchError, UnknownReference: as `parent_of`.
+        MismatchError, UnknownReference: as for `parent_of`.
     """
     for role in resolved.manifest.parents if resolved.manifest is not None else ():
         if role.startswith("reward_model") and (found := parent_of(registry, resolved, role)) is not None:
@@ -66,13 +66,13 @@ def reward_model_of(registry: Registry, models: Sequence[Resolved]) -> str | Non
     """Return the label of the first reward model that one of these policies was trained on; None without one.
 
     Raises:
-        MismatchError, UnknownReference: as `parent_of`.
+        MismatchError, UnknownReference: as for `parent_of`.
     """
     found = (parent_of(registry, resolved, "reward_model") for resolved in models)
     return next((parent.label for parent in found if parent is not None), None)
 
 
 def beta_of(resolved: Resolved) -> float | None:
-    """Return the price of KL that a model was trained at; None for 0, which has no optimum, and where none is known."""
+    """Return the beta (`kl_coef`) that a model was trained with; None if it is 0 (no optimum) or unknown."""
     config = resolved.manifest.config if resolved.manifest is not None else {}
     return config.get("kl_coef", config.get("beta")) or None

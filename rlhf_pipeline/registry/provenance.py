@@ -1,4 +1,4 @@
-"""Which code and which environment made a version."""
+"""The code and environment that made a version."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ PACKAGES = (
 
 
 def code_state() -> dict[str, Any]:
-    """Return the package's version and, in a git checkout, its commit and whether files differ from it."""
+    """Return the package's version and, in a git checkout, its commit and whether files were modified."""
     state: dict[str, Any] = {"package": rlhf_pipeline.__version__, "commit": None, "modified": None}
     package = Path(rlhf_pipeline.__file__).resolve().parent
     top = _git(package, "rev-parse", "--show-toplevel")
-    # An installed copy may lie inside somebody else's checkout: that commit would say nothing.
+    # An installed copy may be inside another project's checkout, whose commit would be wrong.
     if top is None or Path(top).resolve() != package.parent:
         return state
     state["commit"] = _git(package, "rev-parse", "--verify", "HEAD")
@@ -64,7 +64,7 @@ def environment() -> dict[str, Any]:
     return found | {package: _installed(package) for package in PACKAGES}
 
 
-@functools.cache  # reading it takes longer than training a tiny model for a step
+@functools.cache  # reading it takes longer than a training step of a tiny model
 def _installed(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

@@ -25,10 +25,10 @@ _HUB = re.compile(
 
 @dataclass(frozen=True)
 class Reference:
-    """What a reference says, before anything is looked up; a text can be read in several ways.
+    """A parsed reference before any look-up; a text can have several meanings.
 
-    `name` is set where the text may name a model of the registry, `hub_id` where it may name one on the
-    hub; any text may be a folder.
+    `name` is set if the text may name a model of the registry, `hub_id` if it may name a hub model. Any text may name a
+    folder.
     """
 
     text: str
@@ -42,9 +42,9 @@ class Reference:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A model or data set that exists: where it lies and what it says about itself.
+    """An existing model or data set: its location and manifest.
 
-    `kind` is which reading of the reference was taken; `data` is collected data of the registry.
+    `kind` is the meaning of the reference that was chosen; "data" is collected data of the registry.
     """
 
     kind: Literal["registry", "directory", "hub", "data"]
@@ -68,12 +68,12 @@ class Resolved:
 
     @property
     def location(self) -> str:
-        """What `from_pretrained` takes: the folder or the hub id (its revision is apart)."""
+        """The argument of `from_pretrained`: the folder or the hub id (without its revision)."""
         return str(self.name if self.path is None else self.path)
 
     @property
     def stage(self) -> str | None:
-        """The stage that made it, where a manifest says so."""
+        """The stage that made it, if there is a manifest."""
         return None if self.manifest is None else self.manifest.stage
 
     @property
@@ -92,26 +92,26 @@ class Resolved:
 
     @cached_property
     def digest(self) -> str | None:
-        """The digest of its files: the manifest's, else that of the folder as it is; none on the hub."""
+        """The digest of its files: from the manifest, else computed from the folder; None on the hub."""
         if self.manifest is not None:
             return files_digest(self.files)
         return None if self.path is None else files_digest(folder_files(self.path))
 
     @property
     def parent(self) -> Parent:
-        """How a manifest refers to it."""
+        """The entry for a child's manifest."""
         return Parent(ref=self.label, digest=self.digest)
 
     @property
     def taken(self) -> str:
-        """One line for the log: which reading of the reference was taken."""
+        """One line for the log: the meaning of the reference that was chosen."""
         what = {"registry": "the registry's", "directory": "the folder", "hub": "the hub's"}
         return f"{self.text!r} is {what.get(self.kind, 'the data')} {self.label}"
 
 
 @dataclass(frozen=True)
 class Version(Resolved):
-    """A version that lies in a home, or a snapshot of it; its manifest is None where that cannot be read."""
+    """A version in a home, or a snapshot of it; its manifest is None if it cannot be read."""
 
     kind: Literal["registry", "data"]
     path: Path
@@ -129,7 +129,7 @@ class Version(Resolved):
 
 
 def parse_reference(text: str) -> Reference:
-    """Return the ways in which a text can be read as a reference.
+    """Return the possible meanings of a text as a reference.
 
     Raises:
         UnknownReference: the text is empty.
@@ -138,11 +138,11 @@ def parse_reference(text: str) -> Reference:
     if not text:
         raise UnknownReference("an empty reference; expected a registry name, a folder, or org/name")
     if any(ord(char) < 32 or ord(char) == 127 for char in text):
-        raise UnknownReference(f"{text!r}: a reference has no control characters; expected a registry name or a folder")
+        raise UnknownReference(f"{text!r}: has control characters; expected a registry name or a folder")
     try:
         os.fsencode(text)
     except UnicodeEncodeError:
-        raise UnknownReference(f"{text!r}: no file system can hold half a surrogate pair") from None
+        raise UnknownReference(f"{text!r}: has half a surrogate pair, which no file name can have") from None
     if match := _REGISTRY.fullmatch(text):
         pick = match["pick"]
         version = _VERSION.fullmatch(pick) if pick else None
@@ -159,5 +159,5 @@ def parse_reference(text: str) -> Reference:
 
 
 def is_version_word(word: str) -> bool:
-    """Tell whether a word reads as a version (`v3`), which no alias may."""
+    """Whether a word looks like a version (`v3`), which an alias may not."""
     return re.fullmatch(r"v[0-9]+", word) is not None

@@ -1,4 +1,4 @@
-"""What is wrong in a home, and mending it: what is damaged is put aside as it is, and nothing is deleted."""
+"""Find faults in a home and repair them: damaged items are quarantined unchanged, nothing is deleted."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLLECTED = "collected:"
 
 @dataclass(frozen=True)
 class Mended:
-    """What was wrong (`what`), what was done about it, and where in the quarantine the damaged things lie."""
+    """A repair: the damaged item (`what`), the action (`done`), and its path in the quarantine."""
 
     what: str
     done: str
@@ -35,10 +35,10 @@ class Mended:
 
 
 def faults_of(registry: Registry, reference: str | None = None) -> list[Fault]:
-    """Return everything that is wrong with one model or data set, or with all of a home.
+    """Return all faults of one model or data set, or of a whole home.
 
     Raises:
-        UnknownReference: the reference names nothing.
+        UnknownReference: the reference does not exist.
     """
     if reference is not None:
         try:
@@ -60,7 +60,7 @@ def faults_of(registry: Registry, reference: str | None = None) -> list[Fault]:
 
 
 def version_faults(item: Version) -> list[Fault]:
-    """Return what is wrong with the folder of one version: its manifest, its place, its files."""
+    """Return the faults of one version's folder: its manifest, location and files."""
     try:
         manifest = read_manifest(item.path)
     except DamagedFile as error:
@@ -73,24 +73,25 @@ def version_faults(item: Version) -> list[Fault]:
 
 
 def repair(registry: Registry, reference: str | None = None) -> list[Mended]:
-    """Put every damaged version into quarantine and take away the aliases that named it; returns what was done.
+    """Quarantine every damaged version and remove its aliases; returns the repairs.
 
-    A model card that can be written again is, and a file that is not of its version alone is put aside. The next lookup
-    of a name falls to the version before; the number of a version in quarantine is not given to another.
+    A damaged model card is written again if possible. If the only fault is a file that does not belong to the version,
+    only that file is quarantined. The name then refers to the previous version, and the number of a quarantined version
+    is not used again.
 
     Raises:
-        BadInput: the reference is no version of this home.
+        BadInput: the reference is not a version in this home.
     """
     if reference is not None:
         found = _find(registry, reference, damaged=True)
         if not isinstance(found, Version) or found.step is not None:
-            raise BadInput(f"{found.label}: --repair takes a version of this home: name, name@vN or name@alias")
+            raise BadInput(f"{found.label}: --repair needs a version in this home: name, name@vN or name@alias")
         shelf = registry.data if found.kind == "data" else registry.models
         return list(_repair_version(registry, shelf, found)) if version_faults(found) else []
     done: list[Mended] = []
     for shelf in (registry.models, registry.data):
         for name in shelf.names():
-            # The files about a name first: mending its versions reads and writes them.
+            # First the files of the name: repairing its versions reads and writes them.
             if _name_faults(shelf, name):
                 done += _repair_name(registry, shelf, name)
             for item in shelf.versions(name):
@@ -100,7 +101,7 @@ def repair(registry: Registry, reference: str | None = None) -> list[Mended]:
 
 
 def _find(registry: Registry, text: str, *, damaged: bool = False) -> Resolved:
-    """What a reference names; `damaged`: also a version whose manifest cannot be read."""
+    """Resolve a reference; `damaged`: also to a version whose manifest cannot be read."""
     data = text.startswith(COLLECTED)
     try:
         return registry.resolve_data(text[len(COLLECTED) :]) if data else registry.resolve(text)
@@ -114,7 +115,7 @@ def _find(registry: Registry, text: str, *, damaged: bool = False) -> Resolved:
     if reference.alias is not None:
         version = shelf.aliases(reference.name or "").get(reference.alias, 0)
     if version not in items or reference.step is not None:
-        raise UnknownReference(f"{text}: no version of this home that could be mended")
+        raise UnknownReference(f"{text}: not a version in this home that can be repaired")
     return items[version]
 
 
@@ -146,23 +147,23 @@ def _repair_name(registry: Registry, shelf: Shelf, name: str) -> Iterator[Mended
             place = _put_aside(registry.home, folder / REMOVED, f"{name}-removed", ".json")
             known = {int(word[1:]) for word in in_quarantine(registry.home, name)} | _named(registry, name)
             shelf.set_gone(name, known - set(shelf.numbers(name)))
-            yield Mended(f"{name}: {REMOVED}", "put into quarantine; made again of what is known", place)
+            yield Mended(f"{name}: {REMOVED}", "quarantined; written again from the known versions", place)
         try:
             aliases = shelf.aliases(name)
         except DamagedFile:
             place = _put_aside(registry.home, folder / ALIASES, f"{name}-aliases", ".json")
-            yield Mended(f"{name}: {ALIASES}", "put into quarantine; set the aliases again", place)
+            yield Mended(f"{name}: {ALIASES}", "quarantined; set the aliases again", place)
             return
         numbers = shelf.numbers(name)
         lost = sorted(alias for alias, version in aliases.items() if version not in numbers)
         if lost:
             shelf.set_aliases(name, {alias: version for alias, version in aliases.items() if alias not in lost})
         for alias in lost:
-            yield Mended(f"{name}@{alias}", f"removed: it named v{aliases[alias]}, which is not there")
+            yield Mended(f"{name}@{alias}", f"removed: it named v{aliases[alias]}, which does not exist")
 
 
 def _named(registry: Registry, name: str) -> set[int]:
-    """Versions of a name that others come from: their numbers were given, whether or not they are there."""
+    """Return the versions of a name that other versions refer to, existing or not: their numbers are used."""
     found = set()
     for item in [*registry.models.all(), *registry.data.all()]:
         manifest = item.manifest
@@ -178,14 +179,14 @@ def _named(registry: Registry, name: str) -> set[int]:
 def _repair_version(registry: Registry, shelf: Shelf, item: Version) -> Iterator[Mended]:
     name, version = item.name, item.version
     with storage.locked(shelf.base / name):
-        if not item.path.is_dir() or not (faults := version_faults(item)):  # removed or mended meanwhile
+        if not item.path.is_dir() or not (faults := version_faults(item)):  # removed or repaired meanwhile
             return
         _require_one_disk(registry.home, item.path)
         if all(fault.found == UNLISTED or fault.where == f"{item.label}: {CARD}" for fault in faults):
             yield from _light_repairs(registry.home, item)
             if not version_faults(item):
                 return
-        # In this order a process that is killed here leaves nothing that the next repair would not mend.
+        # In this order the next repair can finish the work of a process that is killed here.
         shelf.set_gone(name, {*shelf.gone(name), version})
         aliases = shelf.aliases(name)
         pointing = sorted(alias for alias, number in aliases.items() if number == version)
@@ -197,7 +198,7 @@ def _repair_version(registry: Registry, shelf: Shelf, item: Version) -> Iterator
             if pointing:
                 shelf.set_aliases(name, aliases)
             raise
-    yield Mended(item.label, "put into quarantine", place)
+    yield Mended(item.label, "quarantined", place)
     for alias in pointing:
         yield Mended(f"{name}@{alias}", f"removed: it named v{version}")
     left = shelf.numbers(name)
@@ -208,7 +209,7 @@ def _repair_version(registry: Registry, shelf: Shelf, item: Version) -> Iterator
 
 
 def _light_repairs(home: Path, item: Version) -> Iterator[Mended]:
-    """Mend what does not touch the model: files that are not of the version, and the model card."""
+    """Repair what does not affect the model: files that do not belong to the version, and the model card."""
     try:
         manifest = read_manifest(item.path)
     except DamagedFile:
@@ -216,7 +217,7 @@ def _light_repairs(home: Path, item: Version) -> Iterator[Mended]:
     for relative, path in list_files(item.path, links=True).items():
         if relative not in manifest.files:
             place = _put_aside(home, path, f"{item.name}-v{item.version}-{path.name}")
-            yield Mended(f"{item.label}: {relative}", "not of this version: put into quarantine", place)
+            yield Mended(f"{item.label}: {relative}", "not part of this version: quarantined", place)
     entry, card = manifest.files.get(CARD), item.path / CARD
     if entry is None or (card.is_file() and not card.is_symlink() and file_entry(card) == entry):
         return
@@ -227,14 +228,14 @@ def _light_repairs(home: Path, item: Version) -> Iterator[Mended]:
     if file_entry(card) == entry:
         yield Mended(f"{item.label}: {CARD}", "written again", None)
     if aside:
-        yield Mended(f"{item.label}: {CARD}", "what was there is in quarantine", aside)
+        yield Mended(f"{item.label}: {CARD}", "the earlier file is in quarantine", aside)
 
 
 def _require_one_disk(home: Path, path: Path) -> None:
-    """Check, before anything is changed, that what is damaged can be moved into the quarantine.
+    """Check before any change that a damaged item can be moved into the quarantine.
 
     Raises:
-        RunFailed: they lie on two disks.
+        RunFailed: they are on different disks.
     """
     folder = home / QUARANTINE
     with storage.writing(folder, "the quarantine"):
@@ -245,13 +246,13 @@ def _require_one_disk(home: Path, path: Path) -> None:
 
 def _two_disks(path: Path, folder: Path) -> RunFailed:
     return RunFailed(
-        f"{path}: damaged, and cannot be moved to {folder}, which lies on another disk; its aliases are as they were; "
-        f"let {folder.name} be a folder on the same disk, or move {path.name} out of the registry by hand"
+        f"{path}: damaged, and cannot be moved to {folder}, which is on another disk; its aliases are unchanged; "
+        f"put {folder.name} on the same disk, or move {path.name} out of the registry by hand"
     )
 
 
 def _put_aside(home: Path, path: Path, name: str, ending: str = "") -> str:
-    """Move a file or folder, whole, into the quarantine under a name that is free."""
+    """Move a file or folder into the quarantine under an unused name."""
     folder = home / QUARANTINE
     with storage.locked(folder):
         stem = f"{name}-{datetime.now(timezone.utc).strftime('%Y%m%dT%H%M%SZ')}"
@@ -262,7 +263,7 @@ def _put_aside(home: Path, path: Path, name: str, ending: str = "") -> str:
         try:
             os.rename(path, target)
         except OSError as error:
-            if error.errno == errno.EXDEV:  # also between two mounts of one disk
+            if error.errno == errno.EXDEV:  # also for two mounts of one disk
                 raise _two_disks(path, folder) from error
             raise
         storage.sync(folder)

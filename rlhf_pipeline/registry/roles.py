@@ -1,4 +1,4 @@
-"""Whether a model can play a role: policies generate, reward models score."""
+"""Roles of models: policies generate, reward models score."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _FIX: dict[Role, str] = {
 
 
 def check_role(resolved: Resolved, role: Role) -> None:
-    """Check that a model can play a role, as far as can be told before it is loaded.
+    """Check that a model has a role, as far as this is known before loading.
 
-    A model on the hub, or one whose config names no architecture, passes: loading it tells.
+    A hub model, or one whose config has no architecture, passes; loading it checks again.
 
     Raises:
-        MismatchError: it plays another role.
+        MismatchError: it has another role.
         DamagedFile: its config cannot be read.
     """
     found, evidence = role_of(resolved)
@@ -47,7 +47,7 @@ def check_role(resolved: Resolved, role: Role) -> None:
 
 
 def role_of(resolved: Resolved) -> tuple[Role | None, str]:
-    """Return the role that a model plays and what says so; the latter is empty where nothing does."""
+    """Return the role of a model and the evidence for it; empty evidence if the role is unknown."""
     if resolved.stage in _ROLE_OF_STAGE:
         role = _ROLE_OF_STAGE[resolved.stage]
         kind = "policy" if role == "policy" else "reward model"
@@ -69,10 +69,10 @@ def role_of(resolved: Resolved) -> tuple[Role | None, str]:
 
 
 def read_json(path: Path) -> dict:
-    """Return the object in one of a model's JSON files; an empty one where there is no such file.
+    """Return the object in one of a model's JSON files; {} if the file does not exist.
 
     Raises:
-        DamagedFile: it holds something else.
+        DamagedFile: it is not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

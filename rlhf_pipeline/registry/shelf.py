@@ -1,4 +1,4 @@
-"""One kind of thing by name and version: `<base>/<name>/v<N>/`, numbered, immutable, whole or absent."""
+"""Versions of models or of collected data: `<base>/<name>/v<N>/`, numbered, immutable, whole or absent."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _VERSION_FOLDER = re.compile(r"v([1-9][0-9]*)")
 
 
 class Shelf:
-    """The models, or the collected data, of a home."""
+    """The models or the collected data of a home."""
 
     def __init__(self, base: Path, kind: Literal["registry", "data"]):
         self.base = base
@@ -42,7 +42,7 @@ class Shelf:
         return sorted(path.name for path in self.base.iterdir() if self.numbers(path.name))
 
     def numbers(self, name: str) -> list[int]:
-        """Return the versions of a name, oldest first; none where there is no such name."""
+        """Return the versions of a name, oldest first; [] for an unknown name."""
         folder = self.base / name
         if NAME.fullmatch(name) is None or not folder.is_dir():
             return []
@@ -50,15 +50,15 @@ class Shelf:
         return sorted(int(match[1]) for path, match in matches if match and path.is_dir())
 
     def folder(self, name: str, version: int) -> Path:
-        """Return where a version lies."""
+        """Return the folder of a version."""
         return self.base / name / f"v{version}"
 
     def all(self) -> list[Version]:
-        """Return every version by name and number; one without a readable manifest has None there."""
+        """Return every version by name and number; its manifest is None if unreadable."""
         return [item for name in self.names() for item in self.versions(name)]
 
     def versions(self, name: str) -> list[Version]:
-        """Return every version of a name by number; one without a readable manifest has None there."""
+        """Return every version of a name by number; its manifest is None if unreadable."""
         found = []
         for version in self.numbers(name):
             path = self.folder(name, version)
@@ -70,7 +70,7 @@ class Shelf:
         return found
 
     def of_run(self, name: str, run: str) -> Version | None:
-        """Return the version of a name that a run has published, if it has."""
+        """Return the version of a name that a run has published; None if there is none."""
         own = [item for item in self.versions(name) if item.manifest is not None and item.manifest.run == run]
         return own[-1] if own else None
 
@@ -83,7 +83,7 @@ class Shelf:
         parents: Mapping[str, Resolved | Parent] | None = None,
         **fields: Any,
     ) -> Version:
-        """Let `write` fill a folder and publish it as the next version; nothing appears where it fails.
+        """Let `write` fill a folder and publish it as the next version; if it fails, nothing is published.
 
         Raises:
             BadInput: the name is not allowed.
@@ -102,9 +102,9 @@ class Shelf:
                 raise ValueError(f"nothing was written for {name}")
             storage.sync_tree(staged)
             storage.sweep(self.base / name)
-            # Without the lock a version could be published and removed between the count and the claim.
+            # Without the lock a version could be published and removed between counting and claiming.
             with storage.locked(self.base / name):
-                # A removed version's number is not given to another: references to it must not change meaning.
+                # The number of a removed version is not used again: references to it must not change meaning.
                 version = max([0, *self.numbers(name), *self.gone(name)])
                 while True:
                     version += 1
@@ -117,7 +117,7 @@ class Shelf:
                         return Version(self.kind, manifest.label, target, name, version, manifest=manifest)
 
     def aliases(self, name: str) -> dict[str, int]:
-        """Return the aliases of a name with the version that each names.
+        """Return the aliases of a name, each with its version.
 
         Raises:
             DamagedFile: the file of aliases cannot be read.
@@ -138,7 +138,7 @@ class Shelf:
         storage.replace_text(self.base / name / ALIASES, json.dumps(content, indent=2) + "\n")
 
     def remove(self, name: str, version: int) -> None:
-        """Remove a version at once and for good; the caller holds the lock of its folder."""
+        """Remove a version permanently; the caller holds the lock of its folder."""
         self.set_gone(name, {*self.gone(name), version})
         hidden = self.base / f".{name}-{uuid.uuid4().hex[:12]}.tmp"
         os.rename(self.folder(name, version), hidden)
@@ -147,16 +147,16 @@ class Shelf:
         shutil.rmtree(hidden, ignore_errors=True)
 
     def require(self, resolved: Version) -> None:
-        """Look under the lock of its name whether a version that was found before it is still there.
+        """Check, under the lock of its name, that a version found earlier still exists.
 
         Raises:
-            UnknownReference: it has been removed meanwhile.
+            UnknownReference: it was removed meanwhile.
         """
         if resolved.version not in self.numbers(resolved.name):
             raise UnknownReference(f"{resolved.label} has just been removed")
 
     def gone(self, name: str) -> list[int]:
-        """Return the versions of a name that were removed or put into quarantine.
+        """Return the versions of a name that were removed or quarantined.
 
         Raises:
             DamagedFile: the file of removed versions cannot be read.
@@ -168,7 +168,7 @@ class Shelf:
         return found
 
     def set_gone(self, name: str, versions: Iterable[int]) -> None:
-        """Replace the versions that were removed; the caller holds the lock of the name's folder."""
+        """Replace the list of removed versions; the caller holds the lock of the name's folder."""
         content = {"versions": sorted(set(versions))}
         storage.replace_text(self.base / name / REMOVED, json.dumps(content) + "\n")
 
@@ -184,7 +184,7 @@ def check_name(name: str, what: str) -> None:
 
 
 def in_quarantine(home: Path, name: str) -> list[str]:
-    """Return the versions of a name that lie in quarantine, as `v3`."""
+    """Return the versions of a name that are in quarantine, as `v3`."""
     found = (path.name[len(name) + 1 :].split("-")[0] for path in (home / QUARANTINE).glob(f"{name}-v*-*"))
     return sorted({word for word in found if word[1:].isdigit()}, key=lambda word: int(word[1:]))
 

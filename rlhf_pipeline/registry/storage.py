@@ -19,16 +19,16 @@ from typing import IO
 
 from rlhf_pipeline.errors import RlhfError, RunFailed
 
-# A temporary file lives for a moment: one this old was left by a process that was killed.
+# Temporary files are short-lived: one this old was left by a killed process.
 _STALE_SECONDS = 24 * 3600
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
-# How libraries written in Rust (safetensors, tokenizers), and `shutil` of several files, say that a call has failed.
+# The form of system errors in Rust libraries (safetensors, tokenizers) and in `shutil` for several files.
 _OS_ERROR = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
 
 
 def error_number(error: BaseException | None) -> int | None:
-    """Return the errno behind an error, also where a library has it in its message alone; None where there is none."""
+    """Return the errno of an error, also if only its message has it; None if there is none."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno
@@ -39,9 +39,9 @@ def error_number(error: BaseException | None) -> int | None:
 
 
 def failure_of(error: BaseException, place: object, what: str = "") -> str | None:
-    """Say in one line that the disk is full, or that something may not be used; None for any other error.
+    """Return one line about a full disk or a missing permission; None for any other error.
 
-    what: what was being written; empty where it is not known whether anything was.
+    what: what was being written; empty if unknown.
     """
     number = error_number(error)
     named = getattr(error, "filename", None)
@@ -50,21 +50,21 @@ def failure_of(error: BaseException, place: object, what: str = "") -> str | Non
     during = f" while writing {what}" if what else ""
     if number in _FULL:
         found = f"disk full: {place}: {os.strerror(number)}{during}"
-        return f"{found}; what was there before is as it was; free some space and run the same command again"
+        return f"{found}; earlier files are unchanged; free some space and run the same command again"
     if number in _CLOSED:
         found = f"no permission: {place}: {os.strerror(number)}{during}"
         if not what:
-            return f"{found}; allow its use to this account, or name another place"
-        return f"{found}; what was there before is as it was; allow writing there, or use another place (--home)"
+            return f"{found}; give this account access, or use another place"
+        return f"{found}; earlier files are unchanged; allow writing there, or use another place (--home)"
     return None
 
 
 @contextmanager
 def writing(place: Path, what: str) -> Iterator[None]:
-    """Turn a full disk and a lack of permission into one line that says where.
+    """Turn errors about a full disk or a missing permission into one line with the place.
 
     Raises:
-        RunFailed: the disk is full, or nothing may be written at `place`.
+        RunFailed: the disk is full, or writing at `place` is not permitted.
     """
     try:
         yield
@@ -77,10 +77,10 @@ def writing(place: Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def staging(parent: Path, name: str) -> Iterator[Path]:
-    """Yield a new hidden folder beside the final place; what is left of it at the end is removed.
+    """Yield a new hidden folder beside the final place; if it is still there at the end, it is removed.
 
     Raises:
-        RunFailed: the disk is full, or nothing may be written there.
+        RunFailed: the disk is full, or writing there is not permitted.
     """
     with writing(parent, name):
         parent.mkdir(parents=True, exist_ok=True)
@@ -94,10 +94,10 @@ def staging(parent: Path, name: str) -> Iterator[Path]:
 
 
 def _new_folder(parent: Path, name: str) -> tuple[Path, int]:
-    """Make a folder and hold its lock, by which `sweep` knows that its maker lives.
+    """Create a folder and hold its lock, which shows `sweep` that its process is alive.
 
-    The system releases the lock when the process ends, however it ends; numbers of processes, which other containers
-    give again, play no part.
+    The system releases the lock when the process ends in any way. Process ids are not used, because other containers
+    repeat them.
     """
     while True:
         folder = parent / f".{name}-{uuid.uuid4().hex[:12]}.tmp"
@@ -119,7 +119,7 @@ _held: weakref.WeakSet[IO[str]] = weakref.WeakSet()
 
 
 def only_here(file: IO[str]) -> None:
-    """Let a file whose lock is held not be inherited: a forked worker that outlives its parent would keep the lock."""
+    """Close a locked file in forked children: a worker that outlives its parent would keep the lock."""
     _held.add(file)
 
 
@@ -134,10 +134,10 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 def lock(handle: int, how: int) -> bool:
-    """Lock an open file; return False where the file system knows no locks.
+    """Lock an open file; return False if the file system has no locks.
 
     Raises:
-        BlockingIOError: it is held by another, and `how` says not to wait.
+        BlockingIOError: another process holds the lock, and `how` does not wait.
     """
     try:
         fcntl.flock(handle, how)
@@ -149,11 +149,11 @@ def lock(handle: int, how: int) -> bool:
 
 
 def sweep(parent: Path) -> None:
-    """Remove what processes that have died left half-written in a folder; never what a living one is at work on."""
+    """Remove unfinished files of dead processes from a folder; never those of a running process."""
     for path in parent.glob(".*.tmp"):
         try:
             _remove_if_dead(path)
-        except OSError:  # somebody is at work on it, has just removed it, or it is not ours to remove
+        except OSError:  # it is in use, has just been removed, or may not be removed
             continue
 
 
@@ -163,7 +163,7 @@ def _remove_if_dead(path: Path) -> None:
         locked = lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         about = os.fstat(handle)
         is_folder = stat.S_ISDIR(about.st_mode)
-        # Makers of folders hold their lock; files are written without one.
+        # Processes lock the folders that they create; files are written without a lock.
         if not (locked and is_folder) and time.time() - about.st_mtime <= _STALE_SECONDS:
             return
         if is_folder:
@@ -175,10 +175,10 @@ def _remove_if_dead(path: Path) -> None:
 
 
 def claim(staged: Path, target: Path) -> bool:
-    """Rename a staged folder to its final place; return False where that place is taken.
+    """Rename a staged folder to its final place; return False if that place is taken.
 
-    Renaming onto a folder that is not empty fails, and no version is empty: of several processes that
-    claim the same version exactly one succeeds.
+    Renaming onto a non-empty folder fails, and no version is empty. Exactly one of several processes that claim the
+    same version succeeds.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -192,7 +192,7 @@ def claim(staged: Path, target: Path) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Bring a file or the entries of a folder to disk."""
+    """Sync a file or the entries of a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -201,7 +201,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Bring every file and folder below `folder`, and itself, to disk."""
+    """Sync a folder and every file and folder below it to disk."""
     for path in folder.rglob("*"):
         if path.is_file() or path.is_dir():
             sync(path)
@@ -209,10 +209,10 @@ def sync_tree(folder: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file so that readers see the old content or the new, never a part.
+    """Write a text file atomically: readers see the old content or the new one.
 
     Raises:
-        RunFailed: the disk is full, or nothing may be written there.
+        RunFailed: the disk is full, or writing there is not permitted.
     """
     with writing(path.parent, path.name):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -230,10 +230,10 @@ def replace_text(path: Path, text: str) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock: for changes that read before they write.
+    """Hold a folder's lock, for changes that read before they write.
 
     Raises:
-        RunFailed: nothing may be written there, or the disk is full.
+        RunFailed: writing there is not permitted, or the disk is full.
     """
     with writing(folder, "its lock"):
         folder.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from rlhf_pipeline.registry.references import Reference, Resolved, Version, is_v
 from rlhf_pipeline.registry.shelf import Shelf, check_name, in_quarantine
 
 RECORDS = "records.jsonl"
-LOOKUPS = 20  # how often a reference is looked up anew while versions of its name are being removed
+LOOKUPS = 20  # attempts to look up a reference while versions of its name are being removed
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +40,11 @@ class Registry:
         self.data = Shelf(self.home / "data", "data")
 
     def publish(self, name: str, stage: str, write: Callable[[Path], None], **fields: Any) -> Version:
-        """Publish a model as the next version of `name`: `write` saves its files into the folder it is given.
+        """Publish a model as the next version of `name`; `write` saves its files into the given folder.
 
-        Snapshots go into `snapshots/step-<n>/` of that folder. `fields` are the manifest's: config,
+        Snapshots go into `snapshots/step-<n>/` of that folder. `fields` are those of the manifest: config,
         config_digest, parents {role: Resolved or Parent}, data, tokenizer_digest, chat_template_digest,
-        seed, metrics, cost. Nothing appears where `write` fails.
+        seed, metrics, cost. If `write` fails, nothing is published.
 
         Raises:
             BadInput: the name is not allowed.
@@ -65,12 +65,12 @@ class Registry:
         return self.data.publish(name, DATA_STAGE, write, **fields)
 
     def resolve(self, text: str | Path, *, revision: str | None = None) -> Resolved:
-        """Return what a reference names: a model of the registry, else a folder, else a model on the hub.
+        """Resolve a reference: to a model of the registry, else a folder, else a hub model.
 
-        `revision` is that of a hub model whose reference names none.
+        `revision` applies to a hub model whose reference has none.
 
         Raises:
-            UnknownReference: it names nothing; the message lists near names, versions and aliases.
+            UnknownReference: nothing was found; the message lists similar names, versions and aliases.
             DamagedFile: the version's manifest is missing or not valid.
         """
         reference = parse_reference(str(text))
@@ -90,7 +90,7 @@ class Registry:
         """Return collected data by `NAME` (its latest version) or `NAME@vN`.
 
         Raises:
-            UnknownReference: there is none; the message lists near names and versions.
+            UnknownReference: nothing was found; the message lists similar names and versions.
             DamagedFile: the version's manifest is missing or not valid.
         """
         reference = parse_reference(text)
@@ -127,14 +127,14 @@ class Registry:
         return None
 
     def alias(self, reference: str, alias: str) -> Version:
-        """Let `name@alias` name a version of that name from now on; what it named before is replaced.
+        """Set `name@alias` to a version of that name, replacing an earlier one.
 
         Raises:
-            BadInput: the alias is not allowed, or the reference is no version of the registry.
+            BadInput: the alias is not allowed, or the reference is not a version of the registry.
         """
         check_name(alias, "alias")
         if is_version_word(alias):
-            raise BadInput(f"alias {alias!r} reads as a version; choose a word")
+            raise BadInput(f"alias {alias!r} looks like a version; choose another word")
         resolved = self._own(reference, "an alias")
         with storage.locked(self.models.base / resolved.name):
             self.models.require(resolved)
@@ -146,8 +146,8 @@ class Registry:
         """Remove a version; its number is not used again.
 
         Raises:
-            BadInput: something comes from it or an alias names it (`force` removes it all the same, and
-                the aliases), or the reference is no version of the registry.
+            BadInput: the version has children or an alias (`force` removes it and its aliases anyway), or the
+                reference is not a version of the registry.
         """
         resolved = self._own(reference, "removing")
         with storage.locked(self.models.base / resolved.name):
@@ -159,7 +159,7 @@ class Registry:
             reasons += [f"the alias {', '.join(pointing)} names it"] if pointing else []
             if reasons and not force:
                 found = f"{resolved.label} is in use: {' and '.join(reasons)}"
-                raise BadInput(f"{found}; remove what needs it first, or use --force")
+                raise BadInput(f"{found}; remove these first, or use --force")
             if pointing:
                 rest = {alias: version for alias, version in aliases.items() if alias not in pointing}
                 self.models.set_aliases(resolved.name, rest)
@@ -167,15 +167,15 @@ class Registry:
         return resolved
 
     def export(self, reference: str, target: Path | str) -> Path:
-        """Copy a model's files and manifest into a new or empty folder, ready for plain transformers.
+        """Copy a model's files and manifest into a new or empty folder, for use with plain transformers.
 
         Raises:
-            BadInput: the folder is not empty, or the reference is no model of the registry.
-            DamagedFile: a file is not what the manifest says.
+            BadInput: the folder is not empty, or the reference is not a model of the registry.
+            DamagedFile: a file differs from the manifest.
         """
         resolved = self._resolved(reference)
         if not isinstance(resolved, Version) or resolved.kind != "registry":
-            raise BadInput(f"{resolved.label} is not in the registry; only its models are exported")
+            raise BadInput(f"{resolved.label} is not in the registry; only models of the registry can be exported")
         target = Path(target).expanduser().absolute()
         blocked = any(above.exists() and not above.is_dir() for above in target.parents)
         if blocked or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
@@ -190,7 +190,7 @@ class Registry:
             storage.replace_text(staged / MANIFEST, manifest.to_json())
             storage.sync_tree(staged)
             if not storage.claim(staged, target):
-                raise BadInput(f"{target}: was filled meanwhile; export into a new or empty folder")
+                raise BadInput(f"{target}: was filled by another process; export into a new or empty folder")
         return target
 
     def _users(self, resolved: Resolved) -> list[str]:
@@ -207,7 +207,7 @@ class Registry:
     def _own(self, reference: str, purpose: str) -> Version:
         resolved = self._resolved(reference)
         if not isinstance(resolved, Version) or resolved.kind != "registry" or resolved.step is not None:
-            raise BadInput(f"{resolved.label}: {purpose} takes a version of the registry: name@vN")
+            raise BadInput(f"{resolved.label}: {purpose} needs a version of the registry: name@vN")
         return resolved
 
     def _version(self, reference: Reference, name: str) -> Version:
@@ -220,7 +220,7 @@ class Registry:
             except DamagedFile:
                 if path.is_dir():
                     raise
-                # It was removed between the two looks: what the reference names now is another version, or none.
+                # It was removed meanwhile: the reference now names another version, or none.
         else:
             raise self._unknown(reference)
         if step is not None:
@@ -232,8 +232,8 @@ class Registry:
 
     def _number(self, reference: Reference, name: str) -> int:
         alias, version = reference.alias, reference.version
-        # Aliases are read only where one may be meant: a damaged file of aliases stops nothing else. They are read
-        # before the versions are counted: an alias may name one that has just appeared.
+        # Aliases are read only if needed: a damaged alias file stops nothing else. They are read before the versions,
+        # because an alias may name a version that has just appeared.
         if alias is not None:
             version = self.models.aliases(name).get(alias)
         numbers = self.models.numbers(name)
@@ -254,7 +254,7 @@ class Registry:
         names = self.models.names()
         hint = did_you_mean(reference.name or reference.text, names)
         if reference.name and (aside := in_quarantine(self.home, reference.name)):
-            hint = f"{', '.join(aside)} of it, damaged, in quarantine"
+            hint = f"damaged and in quarantine: {', '.join(aside)}"
         if not hint:
             hint = f"there are {', '.join(names[:10])}" if names else "the registry has no models yet"
         return UnknownReference(
@@ -264,9 +264,7 @@ class Registry:
 
 def _directory(reference: Reference, folder: Path) -> Resolved:
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise UnknownReference(
-            f"{folder}: a folder without config.json; expected a model in Hugging Face's format there"
-        )
+        raise UnknownReference(f"{folder}: a folder without config.json; expected a model in Hugging Face's format")
     path = folder.resolve()
     manifest = without_reach(read_manifest(path)) if (path / MANIFEST).is_file() else None
     return Resolved("directory", reference.text, path, manifest=manifest)
@@ -280,4 +278,4 @@ def _said(numbers: Iterable[int], aliases: Mapping[str, int] | None = None) -> s
 
 def _steps(files: Mapping[str, FileEntry]) -> str:
     steps = snapshot_steps(files)
-    return f"there are the steps {', '.join(map(str, steps))}" if steps else "it has no snapshots"
+    return f"there are steps {', '.join(map(str, steps))}" if steps else "it has no snapshots"

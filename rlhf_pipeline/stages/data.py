@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ from rlhf_pipeline.data.load import (
     read_records,
 )
 from rlhf_pipeline.data.overlap import keep_apart
+from rlhf_pipeline.data.parsed import collector_at_rest
 from rlhf_pipeline.data.records import plain
 from rlhf_pipeline.data.sources import part_of
 from rlhf_pipeline.data.splits import in_split
@@ -27,19 +26,6 @@ from rlhf_pipeline.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@contextmanager
-def collector_at_rest() -> Iterator[None]:
-    """Let Python's garbage collector rest while rows become examples: millions of objects that all stay, and that it
-    would walk through again and again."""
-    resting = not gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if not resting:
-            gc.enable()
 
 
 def preference_kind(config: TrainingConfig) -> str:

@@ -91,7 +91,7 @@ def test_dry_run_trains_and_writes_nothing(capsys, lab, tmp_path: Path) -> None:
         assert sorted(lab.home.rglob("*")) == before
 
 
-def test_run_does_everything_once(capsys, monkeypatch, tmp_path: Path) -> None:
+def test_run_does_everything_once(capsys, request, tmp_path: Path) -> None:
     from tests.conftest import TINY_LLAMA
 
     home = tmp_path / "home"
@@ -136,7 +136,7 @@ compare: {arms: [dpo], baseline: sft, config: compare.yaml}
     assert [row["name"] for row in first["comparison"]["rows"]] == ["sft@v1", "dpo@v1", "best of 2 of sft@v1"]
     assert Path(first["comparison"]["path"]) == home / "reports/small/results.json"
     assert (home / "reports/small/index.html").is_file()
-    monkeypatch.setattr("rlhf_pipeline.report.write_report", lambda *_: None)  # once is enough
+    request.getfixturevalue("undrawn")  # one page is enough
     second = json_of(capsys, *words)
     assert [entry["skipped"] for entry in second["stages"].values()] == [True] * 4
     assert second["comparison"]["rows"][0]["metrics"] == first["comparison"]["rows"][0]["metrics"]
@@ -170,19 +170,21 @@ def test_evaluate_a_policy_and_a_reward_model(capsys, tiny) -> None:
     assert "true reward" in capsys.readouterr().out
 
 
-def test_compare_by_references(capsys, lab) -> None:
+def test_compare_by_references(capsys, lab, request) -> None:
     lab.run("dpo", output_name="dpo")
     words = ["compare", "dpo", "--baseline", "sft", "--samples", "2", "--best-of", "1,2", "--home", str(lab.home)]
     words += ["--max-new-tokens", "2"]
     result = json_of(capsys, *words)
     assert [row["name"] for row in result["rows"]] == ["sft@v1", "dpo@v1", "best of 1 of sft@v1", "best of 2 of sft@v1"]
     assert json.loads(Path(result["path"]).read_text()) == result
+    assert Path(result["report"]).is_file()
+    request.getfixturevalue("undrawn")  # one page is enough
     assert main(words) == 0
     out = capsys.readouterr().out
     assert "dpo@v1" in out and "true reward" in out and result["path"] in out
 
 
-def test_a_comparison_says_each_thing_once_and_nothing_of_what_is_not_there(capsys, lab) -> None:
+def test_a_comparison_says_each_thing_once_and_nothing_of_what_is_not_there(capsys, lab, undrawn) -> None:
     lab.run("dpo", output_name="dpo", max_steps=1)
     shared = ("--samples", "1", "--max-prompts", "2", "--home", str(lab.home), "use_cpu=true", "exact=false")
     assert main(["compare", "dpo", "--baseline", "sft", "--reference", "sft", *shared]) == 0

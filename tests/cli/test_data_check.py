@@ -45,8 +45,9 @@ def test_the_first_lines_say_what_the_figures_mean(capsys, rows) -> None:
     assert main(["data", "check", rows(*film, film[0])]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("length alone predicts 100% of the labels (the longer response is preferred)")
-    assert lines[2].startswith("1 of 41 rows repeat an earlier one exactly: ") and "rows.jsonl:41 as " in lines[2]
-    assert lines[3].startswith("rows of the splits: train ")
+    assert lines[2].startswith("0 of 40 prompts have labels with a finite best reward for each response")
+    assert lines[3].startswith("1 of 41 rows repeat an earlier one exactly: ") and "rows.jsonl:41 as " in lines[3]
+    assert lines[4].startswith("rows of the splits: train ")
 
 
 def test_a_question_that_is_no_prompt_is_named(capsys, rows) -> None:

@@ -82,7 +82,7 @@ def test_data(capsys, tiny, tmp_path: Path) -> None:
         "pairs.jsonl:2",
         "pairs.jsonl:3",
     ]
-    assert error["faults"][0]["fix"] == "mend them, or set `skip_bad_rows: true` to leave them out"
+    assert error["faults"][0]["fix"] == "fix them, or set `skip_bad_rows: true` to drop them"
     assert (error["faults"][1]["found"], error["faults"][1]["expected"]) == ("null: 'rejected' is null", "a value")
 
 

@@ -38,7 +38,7 @@ def arms(tiny, tmp_path_factory):
     lab.run("ppo", output_name="decayed-ppo", reward_model_path="decayed", weight_decay=0.1, max_steps=1)
     lab.run("dpo", output_name="decayed-dpo", weight_decay=0.1, max_steps=1)
     lab.run("dpo", output_name="ipo", loss_type="ipo", max_steps=1)
-    lab.run("dpo", output_name="population", dataset_name="world:verdicts", max_steps=1)
+    lab.run("dpo", output_name="population", dataset_name="world:verdicts", max_train_samples=2, max_steps=1)
     return lab
 
 

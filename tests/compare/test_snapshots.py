@@ -258,7 +258,7 @@ def command(lab, capsys, *words: str) -> Any:
 OPTIONS = ("--baseline", "sft", "--samples", "2", "exact=false", "use_cpu=true", "num_threads=1", "shown_prompts=1")
 
 
-def test_the_command_adds_them_to_the_curves(runs, capsys):
+def test_the_command_adds_them_to_the_curves(runs, capsys, request):
     words = ("compare", "ppo", "dpo", *OPTIONS, "--name", "curves")
     made = json.loads(command(runs, capsys, *words, "--snapshots", "--json"))
     by_name = {row["name"]: row for row in made["rows"]}
@@ -287,6 +287,7 @@ def test_the_command_adds_them_to_the_curves(runs, capsys):
     assert "4 snapshots on the way there" in text and "behind the curves stand snapshots too" in text
     assert "ppo@v1#1" in text  # in the ranking
 
+    request.getfixturevalue("undrawn")  # one page is enough
     shown = command(runs, capsys, *words, "--snapshots")
     assert "ppo@v1#1" not in shown and "snapshots behind the curves" in shown and "ppo@v1 2, dpo@v1 2" in shown
     plain = json.loads(command(runs, capsys, *words, "--json"))
@@ -295,7 +296,7 @@ def test_the_command_adds_them_to_the_curves(runs, capsys):
     assert ours == [{key: row[key] for key in ("metrics", "cost", "win_rate") if key in row} for row in plain["rows"]]
 
 
-def test_without_a_baseline_the_first_model_is_it_and_no_snapshot(runs, capsys):
+def test_without_a_baseline_the_first_model_is_it_and_no_snapshot(runs, capsys, undrawn):
     words = ("compare", "ppo", "dpo", *OPTIONS[2:], "--name", "bare", "--snapshots", "--json")
     made = json.loads(command(runs, capsys, *words))
     assert made["baseline"] == made["rows"][0]["name"] == "ppo@v1"

@@ -104,7 +104,7 @@ def test_texts_that_do_not_come_back_from_their_tokens_are_named(jsonl, letters)
     # "x" has no token and comes back as nothing; "bd" comes back as "b d".
     assert (found["texts"], found["different"], found["white_space_only"]) == (6, 2, 1)
     (place,) = found["first"]
-    assert place.endswith("rows.jsonl:2: completion 1: it comes back different from character 1 on")
+    assert place.endswith("rows.jsonl:2: completion 1: it differs after decoding from character 1 on")
 
 
 def test_what_the_length_policy_would_do_is_counted(jsonl, letters):

@@ -47,8 +47,8 @@ def test_the_reason_is_the_strongest_and_both_rows_are_named(pair):
         ("f:6", "leaked_similar_prompt"),
     ]
     found = [item.fault.found for item in faults]
-    assert found[0].endswith("this row of split 'test' is in split 'train' as well, f:3")
-    assert found[1].endswith("its prompt of split 'test' is in split 'train' as well, f:2")
+    assert found[0].endswith("this row of split 'test' is also in split 'train', f:3")
+    assert found[1].endswith("its prompt of split 'test' is also in split 'train', f:2")
     assert found[2].endswith("f:1")
     assert leaks([*train, *held_out], ["train"] * 7, "train", {"test"}) == []
     assert leaks(train, ["train", "judge", "other"], "train", {"test"}) == []
@@ -72,7 +72,7 @@ def test_overlap_is_refused_left_out_or_allowed(jsonl):
     with pytest.raises(DataError) as caught:
         apart(source)
     summary, fault = caught.value.faults
-    assert "1 of 2 rows of the evaluation splits are in split 'train' as well (leaked_similar_prompt 1)" in str(summary)
+    assert "1 of 2 rows of the evaluation splits are also in split 'train' (leaked_similar_prompt 1)" in str(summary)
     assert "skip_bad_rows" in str(summary) and "allow_overlap" in str(summary)
     assert fault.where.endswith("rows.jsonl:3") and fault.found.endswith("rows.jsonl:1")
     left = apart(source, skip=True)

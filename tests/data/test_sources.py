@@ -111,7 +111,7 @@ def test_what_is_no_source_is_said(tmp_path, monkeypatch, jsonl):
     with pytest.raises(DataError, match="not a Parquet file"):
         read_source("rows.parquet")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="not a directory saved by `datasets`"):
+    with pytest.raises(DataError, match="not a complete directory saved by `datasets`"):
         read_source("empty")
     (tmp_path / "rows.txt").write_text("a")
     with pytest.raises(DataError, match="unknown kind of file"):
@@ -125,7 +125,7 @@ def test_a_hub_that_cannot_be_reached_is_said_in_one_fault(monkeypatch):
         raise ConnectionError(f"Couldn't reach {name}")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(DataError, match="org/name: no such local file, and the hub did not give it"):
+    with pytest.raises(DataError, match="org/name: no such local file, and it cannot be loaded from the hub"):
         read_source("org/name")
 
 
@@ -207,7 +207,8 @@ def test_marks_line_ends_and_archives_are_no_faults(tmp_path, name, content):
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
 def test_lines_of_10_mb_are_read(tmp_path, name):
-    from rlhf_pipeline.data.check import check_source
+    from rlhf_pipeline.data.check import describe
+    from rlhf_pipeline.data.load import read_records
 
     prompt = 'one, "two" three four five six seven ' * 270_000
     rows = [{"chosen": prompt + "three", "rejected": prompt + "four"}] * 2
@@ -222,7 +223,7 @@ def test_lines_of_10_mb_are_read(tmp_path, name):
     else:
         text = "\n".join(map(json.dumps, rows)) if name == "rows.jsonl" else json.dumps(rows)
         path.write_text(text, encoding="utf-8")
-    found = check_source(str(path))
+    found = describe(read_records(str(path), skip_bad_rows=True))
     assert (found["usable"], found["lengths"]["prompt"]["max"]) == (2, len(prompt) - 1)
     assert found["duplicate_rows"] == 1
 

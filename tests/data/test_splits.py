@@ -37,12 +37,12 @@ def test_carried_splits_win_where_there_is_more_than_one():
 
 def test_splits_that_are_not_there_are_named():
     hashed = [Record("prompt", "abc")]
-    with pytest.raises(DataError, match=r"f: no split 'tests'; expected there are train, .* did you mean 'test'"):
+    with pytest.raises(DataError, match=r"f: no split 'tests'; expected one of train, .* did you mean 'test'"):
         in_split(hashed, "tests", source="f")
     with pytest.raises(DataError, match="split 'test' is empty"):
         in_split(hashed, "test")
     carried = [Record("prompt", "a", split="x"), Record("prompt", "b", split="y")]
-    with pytest.raises(DataError, match="no split 'train'; expected the source carries x, y"):
+    with pytest.raises(DataError, match="no split 'train'; expected one of the source's splits: x, y"):
         in_split(carried, "train")
     with pytest.raises(DataError, match="f:3: no split"):
         in_split([*carried, Record("prompt", "c", where="f:3")], "x")

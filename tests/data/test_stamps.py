@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_pipeline.data import load, sources, stamps
+from rlhf_pipeline.data import parsed as parsing
+from rlhf_pipeline.data import sources, stamps
 from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.errors import DataError
 
@@ -20,7 +21,7 @@ ROW = {"prompt": "abc", "chosen": "a", "rejected": "b"}
 def parsed(monkeypatch) -> Counter[str]:
     """How often each file is parsed, by its name; files count as settled at once."""
     monkeypatch.setattr(stamps, "SETTLED", 0)
-    monkeypatch.setattr(load, "_PARSED", type(load._PARSED)())
+    monkeypatch.setattr(parsing, "_PARSED", type(parsing._PARSED)())
     counts: Counter[str] = Counter()
     read_file = sources.read_file
 
@@ -58,7 +59,7 @@ def test_a_changed_file_is_parsed_again(jsonl, parsed, change):
     later(source, 10 if change == "time" else 0)
     assert read_records(source).records[0].prompt == ("xyz" if change == "content" else "abc")
     assert parsed == {"rows.jsonl": 2}
-    assert len(load._PARSED) == 1  # the outdated one has gone
+    assert len(parsing._PARSED) == 1  # the outdated one has gone
 
 
 def test_what_a_caller_does_with_its_records_stays_with_it(jsonl, parsed):
@@ -84,11 +85,11 @@ def test_no_more_is_kept_than_the_bound(jsonl, parsed, monkeypatch):
     sizes = {name: os.stat(jsonl(ROW, name=name)).st_size for name in ("a.jsonl", "b.jsonl", "c.jsonl")}
     one = sizes["a.jsonl"]
     paths = {name: jsonl(ROW, name=name) for name in sizes}
-    monkeypatch.setattr(load, "KEPT_BYTES", 2 * one)
+    monkeypatch.setattr(parsing, "KEPT_BYTES", 2 * one)
     for name in ("a.jsonl", "b.jsonl", "a.jsonl", "c.jsonl", "a.jsonl", "b.jsonl"):
         read_records(paths[name])  # c takes the place of b, which is read least recently
     assert parsed == {"a.jsonl": 1, "b.jsonl": 2, "c.jsonl": 1}
-    monkeypatch.setattr(load, "KEPT_BYTES", one - 1)
+    monkeypatch.setattr(parsing, "KEPT_BYTES", one - 1)
     for _ in range(2):
         later(paths["c.jsonl"])
         read_records(paths["c.jsonl"])

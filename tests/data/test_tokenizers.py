@@ -49,7 +49,7 @@ def test_pad_is_added_and_never_eos(tmp_path, letters, pad):
 
 
 def test_a_tokenizer_that_cannot_end_or_is_not_there_is_refused(tmp_path, letters):
-    with pytest.raises(BadInput, match="no tokenizer can be loaded"):
+    with pytest.raises(BadInput, match="the tokenizer cannot be loaded"):
         load_tokenizer(str(tmp_path))
     letters.eos_token = None
     letters.save_pretrained(tmp_path)

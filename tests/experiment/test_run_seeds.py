@@ -80,6 +80,9 @@ def handed_over(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 
     def run_compare(config, home, **options):
         calls.append({"config": config, **options})
+        report = home / "reports" / config.name
+        report.mkdir(parents=True, exist_ok=True)
+        (report / "results.json").write_text("{}")
         return {"rows": []}
 
     stand_in = ModuleType("rlhf_pipeline.compare.run")

@@ -49,6 +49,7 @@ def test_what_it_writes_runs_from_end_to_end(init, lab, tmp_path):
     quick += [f"{stage}.max_prompt_length=6" for stage in values["stages"]]
     quick += [f"{stage}.response_length=4" for stage in values["stages"]]
     quick += ["ppo.total_episodes=16", "ppo.rollout_batch_size=16", "compare.max_prompts=2"]
+    quick += ["compare.max_new_tokens=2"]
     assert main(["run", str(tmp_path / "experiment.yaml"), "--home", str(lab.home), *quick]) == 0
     results = json.loads((lab.home / "reports/pairs/results.json").read_text())
     assert [row["name"] for row in results["rows"]] == ["sft@v2", "ppo@v1", "dpo@v1"]

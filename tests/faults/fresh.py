@@ -219,6 +219,6 @@ def every_kind(template: Path, subject: Subject, folder: Path, count: int, seed:
         "hostile names": names(folder / "names", count, seed),
         "hostile files": files(template, folder / "files", count, seed),
         "flipped bits": flips(template, subject, folder / "flips", count, seed),
-        "figures that are not finite": finite(template, folder / "finite", count),
-        "memory that runs out": memory(template, folder / "memory", count),
+        "values that are not finite": finite(template, folder / "finite", count),
+        "runs out of memory": memory(template, folder / "memory", count),
     }

@@ -1,4 +1,4 @@
-"""`make faults`: everything that can be done to a run, its files and its inputs, at length; prints what came of it.
+"""`make faults`: everything that can be done to a run, its files and its inputs, at length; prints the results.
 
     python -m tests.faults.run [--only kills,stops,...] [--seed N] [--share F] [--output docs/faults.md]
 
@@ -58,12 +58,16 @@ def _kills(bench: Bench) -> list[Row]:
     found = kills.kills(bench.subjects(), bench.folder / "kills", count=bench.count(300), fresh=fresh, seed=bench.seed)
     trials = found["trials"]
     what = (
-        f"SIGKILL at {found['hits']} random points of {trials} runs (four stages and `rlhf run`; {fresh} in processes "
-        "of their own), then the same command again"
+        f"SIGKILL at {found['hits']} random points of {trials} runs (four stages and `rlhf run`; {fresh} in fresh "
+        "processes), then the same command again"
     )
     whole = trials - len(found["failed"])
     return [
-        Row(what, f"{whole} of {trials} resumed, no version torn, weights and metrics bit for bit", found["failed"])
+        Row(
+            what,
+            f"{whole} of {trials} resumed; no torn version, weights and metrics bit for bit the same",
+            found["failed"],
+        )
     ]
 
 
@@ -72,10 +76,10 @@ def _stops(bench: Bench) -> list[Row]:
     found = kills.stops(bench.stages(), folder, steps=bench.steps(), fresh=fresh, seed=bench.seed)
     whole = found["trials"] - len(found["failed"])
     what = (
-        f"stopped and resumed at every step of a {bench.steps()}-step run of each stage, one run at all of them; and "
+        f"each stage stopped and resumed at every step of a {bench.steps()}-step run, and at all of them in one run; "
     )
-    what += f"at {fresh} random steps in processes of their own"
-    return [Row(what, f"{whole} of {found['trials']} equal bit for bit", found["failed"])]
+    what += f"and at {fresh} random steps in fresh processes"
+    return [Row(what, f"{whole} of {found['trials']} identical bit for bit", found["failed"])]
 
 
 def _terminate(bench: Bench) -> list[Row]:
@@ -84,8 +88,8 @@ def _terminate(bench: Bench) -> list[Row]:
     count = max(bench.count(50) - fresh, 2)
     found = kills.terminate(demo, bench.folder / "terminate", count=count, fresh=fresh, seed=bench.seed)
     whole, trials = found["trials"] - len(found["failed"]), found["trials"]
-    what = f"SIGTERM at {trials} random moments of training the demo's models ({fresh} in processes of their own)"
-    came = f"{whole} checkpoints and exit code 143, the longest wait {found['longest_wait_seconds']:.1f} s"
+    what = f"SIGTERM at {trials} random moments while training the demo's models ({fresh} in fresh processes)"
+    came = f"{whole} checkpoints and exit code 143; longest wait {found['longest_wait_seconds']:.1f} s"
     return [Row(what, came, found["failed"])]
 
 
@@ -110,21 +114,23 @@ def _disks(bench: Bench) -> list[Row]:
     from tests.faults.disks import disk_full, read_only
 
     found = disk_full(bench.count(30), bench.folder / "disks")
-    disk = "a small disk of its own" if found["mounted"] else "a limit on the size of files"
+    disk = "a small separate disk" if found["mounted"] else "a limit on the size of files"
     what = f"{disk}, full at {found['full']} points of a run, a collection, a comparison and PPO "
-    what += f"({found['in_fresh_processes']} in processes of their own)"
+    what += f"({found['in_fresh_processes']} in fresh processes)"
     whole = found["trials"] - len({failure.partition(": ")[0] for failure in found["failed"]})
     rows = [
         Row(
             what,
-            f"{whole} of {found['trials']}: one line, nothing damaged, and it goes on when there is room",
+            f"{whole} of {found['trials']}: an error of one line, nothing damaged, resumed with free space",
             found["failed"],
         )
     ]
-    for folder, fresh, where in (("closed", False, ""), ("closed-fresh", True, ", in processes of their own")):
+    for folder, fresh, where in (("closed", False, ""), ("closed-fresh", True, ", in fresh processes")):
         closed = read_only(bench.folder / folder, fresh=fresh)
-        came = f"{closed['trials'] - len(closed['failed'])} of {closed['trials']}: one line, nothing damaged"
-        what = f"a home that may not be written, {closed['trials']} commands{where}"
+        came = (
+            f"{closed['trials'] - len(closed['failed'])} of {closed['trials']}: an error of one line, nothing damaged"
+        )
+        what = f"a read-only home, {closed['trials']} commands{where}"
         rows.append(Row(what, came, closed["failed"]))
     return rows
 
@@ -134,7 +140,7 @@ def _bad_files(bench: Bench) -> list[Row]:
 
     passed, failed = _tests(["tests/faults/test_bad_files.py"], bench.folder / "bad")
     what = f"{len(bad_data.BAD)} bad data files and {len(bad_configs.BAD)} bad configs"
-    return [Row(what, f"{max(passed - 1, 0)} end with exit code 2 and the place named, no traceback", failed)]
+    return [Row(what, f"{max(passed - 1, 0)} end with exit code 2 and no traceback; the error names the place", failed)]
 
 
 def _fuzz(bench: Bench) -> list[Row]:
@@ -142,23 +148,24 @@ def _fuzz(bench: Bench) -> list[Row]:
 
     found = fuzz(600 * bench.share, bench.seed)
     counts = ", ".join(f"{name} {count:,}" for name, count in found["by_target"].items())
-    what = f"{found['seconds'] / 60:.0f} minutes of made-up YAML, configs, rows and references ({counts})"
+    what = f"{found['seconds'] / 60:.0f} minutes of generated YAML, configs, rows and references ({counts})"
     return [Row(what, f"{len(found['failures'])} uncaught exceptions", found["failures"])]
 
 
 def _finite(bench: Bench) -> list[Row]:
     passed, failed = _tests(["tests/training/test_finite.py"], bench.folder / "finite")
     what = (
-        "NaN and infinities put into log-probability, score, reward, value, advantage, loss, gradient, in every stage"
+        "NaN and infinities injected into log-probability, score, reward, value, advantage, loss, gradient, "
+        "in every stage"
     )
-    came = f"{passed} of {passed + len(failed)} tests: stopped before the step, the place and the rows named"
+    came = f"{passed} of {passed + len(failed)} tests: stopped before the step; the error names the place and the rows"
     return [Row(what, came, failed)]
 
 
 def _memory(bench: Bench) -> list[Row]:
     passed, failed = _tests(["tests/training/test_memory.py"], bench.folder / "memory")
-    what = "memory that runs out in training, scoring, sampling and evaluation"
-    came = f"{passed} of {passed + len(failed)} tests: halved, weights to 1e-6 those of the whole step"
+    what = "out of memory in training, scoring, sampling and evaluation"
+    came = f"{passed} of {passed + len(failed)} tests: batches halved, weights within 1e-6 of the unhalved step"
     return [Row(what, came, failed)]
 
 
@@ -176,7 +183,7 @@ def _files(bench: Bench) -> list[Row]:
     home = subjects.make_template(bench.folder / "hostile")
     found = hostile_files(home, bench.folder / "hostile-files")
     what = f"{found['cases']} hostile files: pickles, tags, remote code, templates, archives, links, pages"
-    return [Row(what, f"{len(found['failed'])} executions, escapes or questions to the network", found["failed"])]
+    return [Row(what, f"{len(found['failed'])} executions, escapes or network requests", found["failed"])]
 
 
 def _registry(bench: Bench) -> list[Row]:
@@ -185,8 +192,8 @@ def _registry(bench: Bench) -> list[Row]:
     rows = []
     for processes, each, method in ((16, 50, "fork"), (20, 10, "spawn")):
         found = concurrency(bench.count(processes), bench.count(each), method=method)
-        what = f"{found['processes']} processes{'' if method == 'fork' else ', each started by itself'}, "
-        what += f"{found['registered']} registrations, while others read and move aliases"
+        what = f"{found['processes']} {'' if method == 'fork' else 'separately started '}processes, "
+        what += f"{found['registered']} registrations, while other processes read and move aliases"
         came = f"{found['distinct']} distinct versions, {len(found['lost'])} lost; {len(found['torn'])} torn reads"
         rows.append(Row(what, f"{came} of {found['reads']}", [] if found["ok"] else [found]))
     return rows
@@ -203,7 +210,7 @@ def _fresh(bench: Bench) -> list[Row]:
         done = list(trials)
         failed = [asdict(trial) for trial in done if trial.faults]
         came = f"{len(done) - len(failed)} of {len(done)} as in the other rows"
-        rows.append(Row(f"{len(done)} {kind}, in processes of their own", came, failed))
+        rows.append(Row(f"{len(done)} {kind}, in fresh processes", came, failed))
     return rows
 
 
@@ -216,7 +223,11 @@ def _flips(bench: Bench) -> list[Row]:
     done = found["flips"] + found["cuts"]
     what = f"{found['flips']} bits flipped, {found['cuts']} cuts in {found['files']} files of checkpoints, models, data"
     return [
-        Row(what, f"{done - len(found['missed'])} of {done} seen, the file named", [*found["missed"], *found["after"]])
+        Row(
+            what,
+            f"{done - len(found['missed'])} of {done} detected; the error names the file",
+            [*found["missed"], *found["after"]],
+        )
     ]
 
 

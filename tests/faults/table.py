@@ -9,12 +9,12 @@ from importlib.metadata import version
 from typing import Any
 
 HOW = """\
-Every kind is seeded: a failure can be had again with `python -m tests.faults.run --only KIND --seed N`. Real commands
-run in children that are forked from a parent which has everything imported, and some of each kind in processes of their
-own. The rows of one kind share its time evenly."""
+Every kind of fault is seeded: `python -m tests.faults.run --only KIND --seed N` repeats a failure. Most trials run real
+commands in children forked from a parent that has imported everything; some trials of each kind run in a fresh process.
+The time of a kind is divided evenly among its rows."""
 NOT_SEEN = """\
-What it does not see: a power failure (files and folders are synced, in an order that allows for one, but nobody has
-pulled a plug), file systems without locks beyond one test, more than one machine, a GPU that runs out of memory."""
+Not covered: a power failure (files and folders are synced in an order that should survive one, but nobody has cut the
+power), file systems without locks (except for one test), several machines, a GPU that runs out of memory."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Row:
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown: what was done, what came of it, how long it took."""
-    lines = ["| what is done | what comes of it | failed | time |", "| --- | --- | ---: | ---: |"]
+    lines = ["| fault | result | failed | time |", "| --- | --- | ---: | ---: |"]
     lines += [f"| {row.what} | {row.came} | {len(row.failed)} | {row.seconds:.0f} s |" for row in rows]
     return "\n".join(lines)
 

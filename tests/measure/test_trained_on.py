@@ -73,7 +73,7 @@ def test_a_comparison_says_once_that_the_data_have_changed(capsys, own):
     assert "have changed since it was trained" in Path(results["report"]).read_text()
 
 
-def test_data_that_are_what_they_were_are_passed_over(capsys, own):
+def test_data_that_are_what_they_were_are_passed_over(capsys, own, undrawn):
     assert compare(own) == 0
     captured = capsys.readouterr()
     assert "have changed" not in captured.err and json.loads(captured.out)["data_changed"] == []
@@ -106,7 +106,7 @@ def test_data_that_are_not_there_are_somebodys(capsys, own, words, whose):
     assert f"the data of {whose} (named in its manifest)" in error and "--prompts SOURCE" in error
 
 
-def test_the_remedy_of_missing_data_works(capsys, own):
+def test_the_remedy_of_missing_data_works(capsys, own, undrawn):
     Path(FILE).unlink()
     assert compare(own) == 2
     assert "the data of ppo@v1 (named in its manifest)" in capsys.readouterr().err

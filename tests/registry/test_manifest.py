@@ -79,7 +79,7 @@ def test_the_digest_is_that_of_the_text_with_zeros_in_its_place():
 def test_any_change_of_the_text_is_seen(old, new):
     text = manifest(seed=3, config={"learning_rate": 1e-5}).to_json()
     assert text.count(old) == 1
-    with pytest.raises(DamagedFile, match="not what was written"):
+    with pytest.raises(DamagedFile, match="its text was changed"):
         parse_manifest(text.replace(old, new), "here")
 
 

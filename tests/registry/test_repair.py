@@ -37,7 +37,7 @@ def test_a_damaged_version_goes_whole_and_the_one_before_is_found(registry, mode
     assert sorted(path.relative_to(aside) for path in aside.rglob("*")) == before
     assert (aside / "model.safetensors").read_text() == "twx"
     assert [(one.what, one.done) for one in done] == [
-        ("demo@v2", "put into quarantine"),
+        ("demo@v2", "quarantined"),
         ("demo@best", "removed: it named v2"),
         ("demo@last", "removed: it named v2"),
         ("demo", "is now demo@v1"),
@@ -83,7 +83,7 @@ def test_one_reference_is_repaired_and_the_others_stay(registry, two):
     assert len(faults_of(registry)) == 1
     repair(registry, "demo")
     assert registry.models.numbers("demo") == [] and len(quarantine(registry)) == 2
-    with pytest.raises(UnknownReference, match="v1, v2 of it, damaged, in quarantine"):
+    with pytest.raises(UnknownReference, match="damaged and in quarantine: v1, v2"):
         registry.resolve("demo")
 
 
@@ -93,7 +93,7 @@ def test_a_card_is_written_again_and_what_is_not_of_the_version_is_put_aside(reg
     (two[1].path / "adapter_config.json").write_text("{}")
     done = [(one.what, one.done) for one in repair(registry)]
     assert ("demo@v1: README.md", "written again") in done and ("demo@v2: README.md", "written again") in done
-    assert ("demo@v2: adapter_config.json", "not of this version: put into quarantine") in done
+    assert ("demo@v2: adapter_config.json", "not part of this version: quarantined") in done
     assert sorted(path.read_text() for path in quarantine(registry)) == ["edited", "{}"]
     assert faults_of(registry) == [] and registry.models.numbers("demo") == [1, 2]
 
@@ -131,7 +131,7 @@ def test_removed_versions_that_are_no_numbers_are_a_fault(registry, two, content
 def test_an_alias_that_names_nothing_is_removed(registry, two):
     aliases = registry.home / "models/demo/aliases.json"
     aliases.write_text(json.dumps({"best": "v9", "first": "v1"}))
-    assert [str(one) for one in repair(registry)] == ["demo@best: removed: it named v9, which is not there"]
+    assert [str(one) for one in repair(registry)] == ["demo@best: removed: it named v9, which does not exist"]
     assert registry.models.aliases("demo") == {"first": 1}
 
 
@@ -147,7 +147,7 @@ def test_data_are_repaired_too(registry):
 def test_what_is_no_version_is_not_repaired(registry, two, tmp_path):
     folder = registry.export("demo", tmp_path / "out")
     for text in (str(folder), "demo@v1#5"):
-        with pytest.raises(BadInput, match="--repair takes a version"):
+        with pytest.raises(BadInput, match="--repair needs a version"):
             repair(registry, text)
     with pytest.raises(UnknownReference):
         repair(registry, "nothing")
@@ -215,4 +215,4 @@ def test_a_quarantine_on_another_disk_is_one_line_and_changes_nothing(registry, 
     assert after[1] == before[1] and after[0]["aliases.json"] == before[0]["aliases.json"]
     assert seen == "by the rename" or after == before
     monkeypatch.undo()
-    assert next(iter(repair(registry))).done == "put into quarantine"
+    assert next(iter(repair(registry))).done == "quarantined"

@@ -153,7 +153,7 @@ def test_order_is_registry_then_folder_then_hub(registry, model, tmp_path, monke
         ("unlike", "there are demo"),
         ("demo@v9", "no version v9; there are v1, best \\(v1\\)"),
         ("demo@bset", "no alias 'bset'.*did you mean 'best'"),
-        ("demo@v1#5", "no snapshot of step 5; there are the steps 10, 20"),
+        ("demo@v1#5", "no snapshot of step 5; there are steps 10, 20"),
         ("./nowhere", "not a folder"),
         ("a/b/c", "not a hub id"),
     ],
@@ -265,9 +265,9 @@ def test_number_of_a_removed_version_is_not_used_again(registry, model):
 @pytest.mark.parametrize("text", ["org/name", "demo@v1#5"])
 def test_only_versions_are_removed_or_named(registry, model, text):
     registry.publish("demo", "sft", model(steps=(5,)))
-    with pytest.raises(BadInput, match="takes a version of the registry"):
+    with pytest.raises(BadInput, match="needs a version of the registry"):
         registry.remove(text)
-    with pytest.raises(BadInput, match="takes a version of the registry"):
+    with pytest.raises(BadInput, match="needs a version of the registry"):
         registry.alias(text, "best")
 
 

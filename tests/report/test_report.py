@@ -121,6 +121,7 @@ def files(directory: Path) -> Iterator[tuple[str, bytes]]:
             yield str(path.relative_to(directory)), path.read_bytes()
 
 
+@pytest.mark.check
 def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
     results = Results.model_validate(full() | {"curves": {}})
     before = results.model_copy(deep=True)

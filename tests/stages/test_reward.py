@@ -155,7 +155,7 @@ def test_the_calibration_slope_is_that_of_the_held_out_pairs(lab):
     tokenizer = tokenizer_of(resolved)
     pairs, _ = StageData(config, lab.home, lambda _: None).split("pair", "test", tokenizer)
     model = load_reward_model(resolved, config, CPU)
-    scores = score_examples(model, pairs, batch_size=32, pad_id=tokenizer.pad_token_id, device=CPU)
+    scores = score_examples(model, pairs, responses_at_once=32, pad_id=tokenizer.pad_token_id, device=CPU)
     prompts = [pair.prompt_key for pair in pairs]
     total = 0.0
     for (chosen, rejected), prompt in zip(scores, prompts, strict=True):

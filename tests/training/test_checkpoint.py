@@ -226,7 +226,7 @@ def test_the_state_is_json_without_pickles(tmp_path):
     assert {path.suffix for path in directory.iterdir()} == {".json", ".safetensors"}
 
 
-@pytest.mark.parametrize(("given", "total", "steps"), [(0, 10, 0), (3, 10, 3), (0.25, 10, 2), (0.3, 10, 3)])
+@pytest.mark.parametrize(("given", "total", "steps"), [(0, 10, 0), (3, 10, 3), (0.25, 10, 3), (0.3, 10, 3)])
 def test_warm_up_below_1_is_a_fraction(given, total, steps):
     assert resolve_warmup(given, total) == steps
 

@@ -31,8 +31,11 @@ _ADJECTIVE_IDS = [TOKEN_ID[word] for word in ADJECTIVES]
 
 
 def _completion(rng: np.random.Generator, shape: str, cumulative: list[float]) -> tuple[list[int], bool]:
-    """One completion of a shape. `cumulative`: the adjectives' cumulative probabilities, to be inverted at a uniform
-    number: what `rng.choice` draws with these probabilities, at a fifth of its time."""
+    """Sample one completion of a shape.
+
+    cumulative: cumulative probabilities of the adjectives, inverted at a uniform number. This draws the same words as
+        `rng.choice` in a fifth of the time.
+    """
     if shape == "noise":
         words = [int(word) for word in rng.choice(_RESPONSE_WORDS, size=rng.integers(0, RESPONSE_LENGTH + 1))]
     else:
@@ -50,7 +53,7 @@ def _completion(rng: np.random.Generator, shape: str, cumulative: list[float]) -
 
 
 def demonstrations(genre: str, aspect: str, count: int = PER_PROMPT, seed: int = 0) -> list[tuple[list[int], bool]]:
-    """Sample `count` completions (token ids, ended) for one prompt; the same ones for the same seed."""
+    """Sample `count` completions (token ids, ended) for one prompt; deterministic for a given seed."""
     g, a = GENRES.index(genre), ASPECTS.index(aspect)
     rng = np.random.default_rng([seed, g, a])
     weights = np.exp(TASTE * VALUE[g, a, [TOKEN_ID[word] for word in ADJECTIVES]])

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Build the tokenizer: one token a word, no unknown-word token, no beginning-of-text token."""
+    """Build the tokenizer: one token per word, without unknown-word and beginning-of-text tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -21,5 +21,5 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def is_world_tokenizer(candidate: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer has exactly this world's words, so that the true reward can judge its responses."""
+    """Whether a tokenizer has exactly this world's words, so that the true reward can score its responses."""
     return candidate.get_vocab() == TOKEN_ID
