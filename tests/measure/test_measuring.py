@@ -13,6 +13,7 @@ from torch.nn.functional import softplus
 from rlhf_pipeline.cli.main import main
 from rlhf_pipeline.compare.run import run_compare
 from rlhf_pipeline.data.load import read_records
+from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.measure.evaluate import run_evaluate
 from rlhf_pipeline.measure.exact import run_exact
 from rlhf_pipeline.measure.generate import run_generate
@@ -40,11 +41,15 @@ def arms(tiny, tmp_path_factory):
 # 1. As trained, whatever the temperature of sampling.
 
 
+def pairs_of(lab, split: str) -> list[Example]:
+    tokenizer = tokenizer_of(lab.registry.resolve("dpo"))
+    return StageData(lab.config("dpo"), lab.home, lambda _: None).split("pair", split, tokenizer)[0]
+
+
 def margins(lab, split: str) -> torch.Tensor:
     """beta (log pi / pi_ref of the chosen response - that of the rejected one), by plain forward passes, in float64."""
-    config = lab.config("dpo")
+    config, pairs = lab.config("dpo"), pairs_of(lab, split)
     tokenizer = tokenizer_of(lab.registry.resolve("dpo"))
-    pairs, _ = StageData(config, lab.home, lambda _: None).split("pair", split, tokenizer)
     models = [load_policy(lab.registry.resolve(name), config, tokenizer, CPU, frozen=True) for name in ("dpo", "sft")]
     rows = []
     for pair in pairs:
@@ -62,8 +67,9 @@ def margins(lab, split: str) -> torch.Tensor:
 def test_implicit_rewards_are_of_the_policy_as_trained(arms, temperature):
     values = {"name": "warm", "arms": ["dpo"], "baseline": "sft", "samples": 1, "temperature": temperature}
     found = run_compare(arms.config("compare", **values), arms.home, quiet=True).preferences.scorers["dpo@v1"]
-    expected = margins(arms, "test")
-    assert found.nll == pytest.approx(float(softplus(-expected).mean()), abs=1e-6)
+    expected, prompts = margins(arms, "test"), [pair.prompt_key for pair in pairs_of(arms, "test")]
+    weights = torch.tensor([1 / prompts.count(prompt) for prompt in prompts]).double()  # a prompt counts the same
+    assert found.nll == pytest.approx(float(weights @ softplus(-expected) / weights.sum()), abs=1e-6)
     assert found.accuracy.mean == pytest.approx(float((expected > 0).double().mean()), abs=0.05)
 
 
