@@ -115,6 +115,12 @@ def test_metrics_and_costs_of_another_kind_are_not_kept(lab, foreign):
     assert bill(lab.registry, model).flops == 0.0
 
 
+def test_a_gate_of_another_kind_is_not_kept(foreign):
+    good = {"passed": False, "reason": "few"}
+    for gate, kept in ((good, True), ({}, False), ({"passed": "perhaps", "reason": "few"}, False)):
+        assert bool(gates_of([foreign(metrics={"gate": gate})])) is kept
+
+
 def test_a_dpo_model_without_a_reference_is_none(foreign):
     assert not trained_by_dpo(foreign({"beta": 0.5}, stage="dpo", parents={}))
     assert not trained_by_dpo(foreign({"beta": "x"}, stage="dpo", parents={"reference": {"ref": "sft@v1"}}))
