@@ -11,6 +11,7 @@ from rlhf_pipeline.compare.fairness import stop_token_of
 from rlhf_pipeline.compare.points import Point
 from rlhf_pipeline.compare.preference_quality import preference_quality
 from rlhf_pipeline.compare.rows import Scorers, bill
+from rlhf_pipeline.compare.run import gates_of
 from rlhf_pipeline.errors import DamagedFile, MismatchError
 from rlhf_pipeline.measure.bench import set_up
 from rlhf_pipeline.measure.leaves import trained_reward
