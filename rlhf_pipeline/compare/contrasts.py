@@ -7,7 +7,6 @@ are corrected for their number (Holm).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import combinations
 
 import numpy as np
@@ -20,19 +19,7 @@ from rlhf_pipeline.evaluation.frontier import Curve, area_between, common_range,
 from rlhf_pipeline.evaluation.sampled import SHARES, Samples
 from rlhf_pipeline.evaluation.seeds import Inference, contrast, holm, infer
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.report.results import (
-    ArmEntry,
-    Contrast,
-    ContrastKind,
-    Cost,
-    Exact,
-    Frontier,
-    Interval,
-    Overoptimised,
-    Ranking,
-    Summary,
-    WinRate,
-)
+from rlhf_pipeline.report.results import ArmEntry, Contrast, ContrastKind, Cost, Exact, Interval, Sides, Summary
 
 SPREAD = 1.2
 """An arm whose dearest point costs less than this times its cheapest has no curve of reward against cost."""
@@ -273,19 +260,6 @@ def _described(arm: Arm, chooser: str | None, registry: Registry) -> ArmEntry:
     )
 
 
-@dataclass(frozen=True)
-class Compared:
-    """The sections of results.json that set arms against each other."""
-
-    summary: list[Summary]
-    arms: dict[str, ArmEntry] = field(default_factory=dict)
-    contrasts: list[Contrast] = field(default_factory=list)
-    win_rates: list[WinRate] = field(default_factory=list)
-    ranking: Ranking | None = None
-    frontier: Frontier | None = None
-    overoptimisation: dict[str, Overoptimised] | None = None
-
-
 def compare_arms(
     measured: Sequence[Measured],
     baseline: Measured,
@@ -296,7 +270,7 @@ def compare_arms(
     exact: Exact | None = None,
     demonstrations: Samples | None = None,
     reference: Measured | None = None,
-) -> Compared:
+) -> Sides:
     """Set arms against each other, the baseline and the demonstrations.
 
     Args:
@@ -306,7 +280,7 @@ def compare_arms(
     arms = arms_of(measured)
     finals = [arm.finals for arm in arms]
     if primary is None:
-        return Compared(summary_of(finals))
+        return Sides(summary=summary_of(finals), arms={}, contrasts=[])
     figures = [primary, *(name for name in FIGURES if name != primary and name in measured[0].test.values)]
     swept = any(len(arm.settings) > 1 for arm in finals)
     chooser = chooser_of(measured)
@@ -317,7 +291,7 @@ def compare_arms(
         objectives = {row.model: row.objective for row in exact.rows}
         entries += [entry for a, b in combinations(finals, 2) for entry in _exact(a, b, objectives)]
     described = {arm.name: _described(arm, chooser, registry) for arm in arms}
-    return Compared(
+    return Sides(
         summary=summary_of(finals),
         arms=described,
         contrasts=_declared(entries, declared, primary, swept),

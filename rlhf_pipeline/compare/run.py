@@ -266,7 +266,7 @@ def compared(
         preferences=preference_quality(bench, config, finals),
         data_changed=bench.data_changed,
         demonstrations=None if shown is None else describe(shown),
-        **vars(against),
+        **dict(against),
     )
     return Results(
         **dict(findings),

@@ -505,8 +505,8 @@ class Ancestor(Part):
     data: list[DataReport]
 
 
-class Findings(Part):
-    """All that a verdict is drawn from."""
+class Measurements(Part):
+    """What was compared, how, and what was measured of each model."""
 
     version: Literal[1] = VERSION
     name: str
@@ -535,6 +535,11 @@ class Findings(Part):
     preferences: Preferences | None
     data_changed: list[DataChange]
     demonstrations: Demonstrations | None
+
+
+class Sides(Part):
+    """What sets arms against each other."""
+
     summary: list[Summary]
     arms: dict[str, ArmEntry]
     contrasts: list[Contrast]
@@ -546,6 +551,10 @@ class Findings(Part):
     def find(self, **wanted: Any) -> Iterator[Contrast]:
         """Contrasts with these values."""
         return (one for one in self.contrasts if all(getattr(one, key) == value for key, value in wanted.items()))
+
+
+class Findings(Sides, Measurements):
+    """All that a verdict is drawn from."""
 
 
 class Results(Findings):

@@ -15,13 +15,13 @@ from rlhf_pipeline.cli.main import main
 from rlhf_pipeline.compare import rows
 from rlhf_pipeline.compare.aim import Aim
 from rlhf_pipeline.compare.arms import arms_of, common_seeds
-from rlhf_pipeline.compare.contrasts import Compared, compare_arms
+from rlhf_pipeline.compare.contrasts import compare_arms
 from rlhf_pipeline.compare.points import Point, trials, with_snapshots
 from rlhf_pipeline.compare.rankings import MOST_RANKED, ranking_section
 from rlhf_pipeline.compare.rows import COST_KEYS, Measured, bill
 from rlhf_pipeline.compare.verdict import verdict
 from rlhf_pipeline.evaluation.frontier import pareto
-from rlhf_pipeline.report.results import Findings
+from rlhf_pipeline.report.results import Findings, Sides
 from tests.compare.test_contrasts import PROMPTS, contrasts, found, samples
 from tests.compare.test_verdict import NOTHING
 
@@ -128,7 +128,7 @@ B = {1: (150.0, 0.5, 0.75), 2: (300.0, 1.5, 1.5), None: (600.0, 2.5, 3.0)}  # re
 BASELINE = point("sft", None, None, None, true_reward=0.0, kl=0.0)
 
 
-def compared(measured: list[Measured]) -> Compared:
+def compared(measured: list[Measured]) -> Sides:
     return compare_arms(measured, BASELINE, "true_reward", "auto", SimpleNamespace(resolve=None))
 
 
@@ -224,7 +224,7 @@ def test_too_many_to_rank_leaves_out_the_worst_snapshots():
 
 def test_the_verdict_speaks_of_matched_cost_and_matched_kl():
     results = compared([*run_of("a", 0, A), *run_of("b", 0, B)])
-    found_ = Findings(**{**NOTHING, "primary": "true_reward", **vars(results)})
+    found_ = Findings(**{**NOTHING, "primary": "true_reward", **dict(results)})
     said = {line.topic: line.text for line in verdict(found_).lines}
     assert said["cost"].startswith("a is ahead of b in true reward at 275 FLOPs: a - b = +1.375")
     assert said["matched KL"].startswith("b is ahead of a in true reward at a KL of 1.75 nats")

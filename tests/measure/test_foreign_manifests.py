@@ -11,6 +11,7 @@ from rlhf_pipeline.compare.fairness import stop_token_of
 from rlhf_pipeline.compare.points import Point
 from rlhf_pipeline.compare.preference_quality import preference_quality
 from rlhf_pipeline.compare.rows import Scorers, bill
+from rlhf_pipeline.compare.run import gates_of
 from rlhf_pipeline.errors import DamagedFile, MismatchError
 from rlhf_pipeline.measure.bench import set_up
 from rlhf_pipeline.measure.leaves import trained_reward
@@ -113,6 +114,12 @@ def test_metrics_and_costs_of_another_kind_are_not_kept(lab, foreign):
     )
     assert model.manifest.metrics == {"loss": "x"} and model.manifest.cost == {"wall_seconds": 3.0}
     assert bill(lab.registry, model).flops == 0.0
+
+
+def test_a_gate_of_another_kind_is_not_kept(foreign):
+    good = {"passed": False, "reason": "few"}
+    for gate, kept in ((good, True), ({}, False), ({"passed": "perhaps", "reason": "few"}, False)):
+        assert bool(gates_of([foreign(metrics={"gate": gate})])) is kept
 
 
 def test_a_dpo_model_without_a_reference_is_none(foreign):
