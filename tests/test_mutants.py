@@ -76,6 +76,7 @@ def test_a_patch_is_read_and_fits_at_any_line_and_indentation(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.check
 def test_only_a_failed_assertion_catches_a_fault_and_a_survivor_is_the_exit_code(tmp_path, capsys):
     faults = {
         "wrong": ("mean = total * count", "caught"),

@@ -155,6 +155,7 @@ def said_by(results: dict[str, Any]) -> str:
     return " ".join("".join(parsed(page_of(results)).itertext()).split())
 
 
+@pytest.mark.check
 def test_the_plain_comparison_of_two_models() -> None:
     made = page_of(plain())
     assert sections(made) == set(SECTIONS) - {"overoptimisation"}  # one point is no curve
@@ -163,6 +164,7 @@ def test_the_plain_comparison_of_two_models() -> None:
     assert "Every model on its own" not in said and "Every model on its own (8)" in said_by(full())
 
 
+@pytest.mark.check
 def test_without_a_judge_no_judge_is_spoken_of() -> None:
     verdict = {"headline": "dpo leads", "certain": False, "lines": []}
     results = without_judge(plain()) | {"verdict": verdict, "configs": {}, "lineage": [], "command": None}
@@ -173,6 +175,7 @@ def test_without_a_judge_no_judge_is_spoken_of() -> None:
     assert "judge" in said_by(plain()) and "judge" not in said_by(results)
 
 
+@pytest.mark.check
 def test_arms_that_differ_in_more_are_named_with_what_differs() -> None:
     said = said_by(not_comparable(plain()))
     assert "No. The arms differ in more than the algorithm. It was asked for with --allow-mismatch." in said
@@ -365,6 +368,7 @@ def test_the_figure_shows_as_many_points_as_the_csv_has(text: str) -> None:
         assert {hue: colours.count(hue) for hue in set(colours)} == {"hue-0": 4, "hue-1": 4, "hue-2": 2, "muted": 1}
 
 
+@pytest.mark.check
 def test_files_of_an_earlier_report_go(tmp_path: Path) -> None:
     write_report(Results.model_validate(plain()), tmp_path)
     assert (tmp_path / "points" / "ranking.csv").is_file()

@@ -27,6 +27,9 @@ def with_more_snapshots(results: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
+pytestmark = pytest.mark.check  # each test draws pages, which takes seconds
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("report")

@@ -73,7 +73,8 @@ def test_every_reward_model_is_on_the_bill(lab):
     arm = lab.registry.resolve("ppo")
     steps = [lab.registry.resolve(name).manifest.cost["optimizer_steps"] for name in ("ppo", "reward", "second")]
     assert set(arm.manifest.parents) == {"base", "reference", "reward_model", "reward_model_2"}
-    assert bill(lab.registry, arm)["optimizer_steps"] == sum(steps)
+    spent = bill(lab.registry, arm)
+    assert spent is not None and spent.optimizer_steps == sum(steps)
 
 
 def test_a_model_that_cannot_be_decoded_in_batches_is_not_sampled_from(lab):

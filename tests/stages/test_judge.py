@@ -64,7 +64,7 @@ def test_it_is_logged_where_a_run_is_logged_and_stands_among_the_parents(judged)
     assert "judge" not in lab.registry.resolve(plain.model).manifest.parents
     assert not any("judge" in name for row in lab.rows(plain.run) for name in row)
     drawn = curves(lab.registry, [lab.registry.resolve(watched.model)])["watched@v1"]["objective/judge"]
-    assert drawn == [[row["step"], row["objective/judge"]] for row in rows]
+    assert drawn == [(row["step"], row["objective/judge"]) for row in rows]
 
 
 def test_it_is_called_at_logged_updates_alone_and_its_mean_is_per_response(lab, function):
@@ -99,7 +99,7 @@ def test_its_cost_is_apart(judged):
     lab, plain, watched = judged
     assert [watched.cost[name] for name in COUNTS] == [plain.cost[name] for name in COUNTS]
     ours, theirs = (bill(lab.registry, lab.registry.resolve(result.model)) for result in (watched, plain))
-    assert [ours[name] for name in COUNTS] == [theirs[name] for name in COUNTS]
+    assert [getattr(ours, name) for name in COUNTS] == [getattr(theirs, name) for name in COUNTS]
     assert "judge_flops" not in plain.cost and "judge" not in plain.cost["seconds"]
     assert watched.cost["seconds"]["judge"] > 0
     # One layer: four matrices of 16 x 16, three of 16 x 32; attention of width 16 over 1 + 2 + ... + length tokens.
