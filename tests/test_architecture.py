@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Collection, Iterable, Mapping
@@ -166,3 +167,14 @@ def test_the_command_line_imports_nothing_heavy() -> None:
     code = f"import sys, rlhf_pipeline.cli.main; print([m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_walk_from_yaml_to_report_names_files_that_are_there() -> None:
+    """docs/architecture.md: one pair from YAML to report in at most 40 files per arm."""
+    text = (ROOT.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    walk = text.partition("## A walk")[2].partition("\n## ")[0]
+    dpo, _, ppo = walk.partition("For PPO")
+    shared, own = (re.findall(r"^\|(?: \d+ \|)? `([\w/]+\.py)` \|", part, re.MULTILINE) for part in (dpo, ppo))
+    missing = [name for name in [*shared, *own] if not (ROOT / name).is_file()]
+    assert not missing and len(set(shared)) == len(shared) <= 40
+    assert len(shared) - 5 - 3 + len(own) <= 40  # five files are DPO's own, three say nothing new of PPO
