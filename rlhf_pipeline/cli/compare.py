@@ -157,7 +157,7 @@ def print_comparison(results: Results) -> None:
         ]
     if _rescaled(shown):
         notes.append(
-            "effective beta: beta in units of the labels' reward: kl_coef x calibration slope of the reward model"
+            "effective beta: kl_coef x calibration slope of the reward model = beta in units of labels' reward"
         )
     if passed:
         known = ", ".join(f"{arm} {count}" for arm, count in passed.items())
