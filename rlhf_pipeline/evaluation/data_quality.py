@@ -96,7 +96,7 @@ def _minimum(graphs: Mapping[str, int] | None) -> Iterator[str]:
         f"{graphs['connected']} of {graphs['prompts']} prompts have labels with a finite best reward for each response "
         "(a chain of wins leads from each response to each other; one label per pair gives none). On the "
         "other prompts the loss of a reward model or of DPO keeps falling as reward differences grow, at any beta: the "
-        "result depends on when training stops. Choose the step by held-out pairs, or label pairs several times"
+        "result depends on when training stops. Choose the step by held-out pairs, or label each pair more than once"
     )
 
 
