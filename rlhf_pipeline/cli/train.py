@@ -100,7 +100,7 @@ def _print_runs(result: dict[str, Any]) -> None:
 
 
 def _state(entry: dict[str, Any]) -> str:
-    return "done already" if entry["skipped"] else "done"
+    return "already done" if entry["skipped"] else "done"
 
 
 STAGES = {

@@ -122,7 +122,7 @@ def _off_scale(arm: str, clear: Sequence[Row], models: int) -> str:
     text += f"{_ends(first.slope)} on held-out pairs, so kl_coef {clear[0].beta:g} is a beta of {_ends(first)} in "
     text += "units of the labels' reward"
     if len(slopes) > 1:
-        text += f"; so are {len(slopes)} of its {models} models, with slopes {min(slopes):.2f} to {max(slopes):.2f}"
+        text += f"; this applies to {len(slopes)} of its {models} models, slopes {min(slopes):.2f} to {max(slopes):.2f}"
     return text
 
 

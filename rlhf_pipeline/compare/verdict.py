@@ -264,7 +264,7 @@ def _next(results: Findings) -> Iterator[Line]:
     if any(limited_by_reward_model):
         yield line(
             "next",
-            "for PPO: use more or newer preference pairs, a larger reward model, or stay closer to the reference",
+            "for PPO: use more or newer preference pairs, a larger reward model, or a smaller KL to the reference",
         )
     if not all(limited_by_reward_model):
         yield line("next", "for PPO: use more updates, a smaller learning rate at the end, or larger rollouts")

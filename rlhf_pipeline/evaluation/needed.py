@@ -94,4 +94,4 @@ def needed(
     if count is None:
         return None
     both = not parted and method in (OVER_BOTH, SHARE_OVER[OVER_BOTH])
-    return {"count": count, "unit": "seeds and as many times more prompts" if both else unit}
+    return {"count": count, "unit": "seeds (and prompts in proportion)" if both else unit}

@@ -182,7 +182,10 @@ def _caption(view: View) -> str:
         said += " ★ marks the primary figure."
     if _has_wins(view):
         spread = "; round brackets hold the smallest and the largest over seeds" if view.has_seeds() else ""
-        said += f" Win rate against {clean(view.results.baseline)}: a tie counts one half{spread}. Ties: share of ties."
+        said += (
+            f" Win rate against {clean(view.results.baseline)}: a tie counts one half{spread}. The next column has the "
+            "share of ties."
+        )
     if view.best_of_n:
         said += " ≤ marks an upper bound."
     if _has_cost(view):
@@ -231,10 +234,10 @@ def _contrasts(view: View, points: Points) -> Markup | None:
     methods = sorted({one.estimate.method for one in found if one.estimate is not None})
     how = f" ({', '.join(methods)})" if methods else ""
     caption = linked(
-        f"The first arm minus the second, with the 95 % interval{how}, on one scale for each figure. The vertical "
-        "line marks zero; the colour is that of the arm with the larger value. If an interval contains zero, the arms "
-        "cannot be told apart. The primary contrast was declared in advance; p (Holm) is corrected for the number of "
-        "the other contrasts.",
+        f"Each line is the first arm minus the second, with the 95 % interval{how}, on one scale for each figure. The "
+        "vertical line marks zero; the colour is that of the arm with the larger value. If an interval contains zero, "
+        "the arms cannot be told apart. The primary contrast was declared in advance; p (Holm) is corrected for the "
+        "number of the other contrasts.",
         [file],
     )
     more = None
@@ -281,9 +284,10 @@ def _win_rates(view: View) -> Markup | None:
     if not lines:
         return None
     caption = (
-        "How often a response scores higher than an independent response of the other model to the same prompt; a tie "
-        "counts one half. The vertical line marks one half. At equal length: the win rate that a logistic model "
-        "predicts for responses of equal length; it is an association, not a cause."
+        "How often a response scores higher than an independent response of the other model to the same prompt, with "
+        "the 95 % interval; a tie counts one half. The vertical line marks one half. At equal "
+        "length: the win rate that a logistic model predicts for responses of equal length; it is an association, not "
+        "a cause."
     )
     return join([h("h3", "Win rates"), table(WIN_RATES, [Group(lines)], label="Win rates", caption=caption)])
 
