@@ -30,7 +30,7 @@ def compare(
         typer.Argument(metavar="[REF|KEY=VALUE]...", help="Models; overrides of the config.", show_default=False),
     ] = None,
 ) -> None:
-    """Compare policies on the same prompts with the same random numbers; writes reports/NAME/ with index.html."""
+    """Compare policies on the same prompts with the same random numbers, and write reports/NAME/ with index.html."""
     arms, overrides = references_and_overrides(references or [])
     config = settings.load(overrides, arms=arms or None).config
     if common.dry_run:
@@ -60,17 +60,17 @@ def setting_text(setting: Mapping[str, Any]) -> str:
 
 
 def _effective_beta(row: Row) -> float | None:
-    """A model's price of KL in units of its labels' reward, where it is known."""
+    """A model's beta in units of its labels' reward; None if it is not known."""
     return None if row.effective_beta is None else row.effective_beta.mean
 
 
 def _rescaled(rows: Sequence[Row]) -> bool:
-    """Whether a model's price of KL is known in units of its labels' reward."""
+    """Whether an effective beta is known for any model."""
     return any(_effective_beta(row) is not None for row in rows)
 
 
 def _figure(row: Row, name: str) -> str:
-    """A figure of a model; of best-of-n the KL is an upper bound."""
+    """A figure of a model; the KL of best-of-n is an upper bound."""
     bound = name == "kl" and row.kl_bound is not None
     return f"<= {row.kl_bound:.2f}" if bound else interval(row.metrics.get(name))
 
@@ -125,7 +125,7 @@ def _cost_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def print_comparison(results: Results) -> None:
-    """The verdict and the tables of a comparison, and where its results are; snapshots are counted, not shown."""
+    """Print the tables, the verdict and the paths of a comparison; snapshots are counted, not shown."""
     passed = Counter(row.arm for row in results.rows if row.step is not None)
     shown = [row for row in results.rows if row.step is None]
     names = [name for name in SHOWN if name in shown[0].metrics]
@@ -145,21 +145,23 @@ def print_comparison(results: Results) -> None:
     legend += [f"RM score by {scorers}" if scorers else "", f"judge {results.judge}" if results.judge else ""]
     legend += ["<= marks an upper bound" if any(row.kl_bound is not None for row in shown) else ""]
     notes = [
-        f"figures: mean with the 95 % interval, {spread}: ± half of it, or [low, high] where it is not symmetric",
+        f"figures: mean and 95 % interval, {spread}: ± half its width, or [low, high] if it is not symmetric",
         *filter(None, ["; ".join(filter(None, legend))]),
     ]
     if not many:
         notes += [
-            f"win rate (a tie is half a win; ties: their share) and gain (in standard deviations of its responses) "
-            f"against {results.baseline}",
-            *(["no win rates with one sample a prompt: give --samples 2 or more"] if results.samples < 2 else []),
-            "cost: the arm's own run and, for PPO, that of its reward model; stages that arms share are on no bill",
+            "win rate (a tie counts as half a win; ties: share of ties) and gain (in standard deviations of the "
+            f"baseline's responses) against {results.baseline}",
+            *(["no win rates with one sample per prompt: set --samples to 2 or more"] if results.samples < 2 else []),
+            "cost: the arm's own run and, for PPO, that of its reward model; shared stages are not counted",
         ]
     if _rescaled(shown):
-        notes.append("effective beta: kl_coef x the reward model's calibration slope: KL's price in the labels' reward")
+        notes.append(
+            "effective beta: kl_coef x calibration slope of the reward model = beta in units of labels' reward"
+        )
     if passed:
         known = ", ".join(f"{arm} {count}" for arm, count in passed.items())
-        notes.append(f"snapshots behind the curves of contrasts, frontier and ranking: {known}; tables: final models")
+        notes.append(f"snapshots (used for contrasts, frontier and ranking): {known}; the tables show final models")
     emit_lines([*notes, "", *verdict_lines(results.verdict), ""])
     emit_lines([f"results  {results.path}", f"report   {results.report}"])
 

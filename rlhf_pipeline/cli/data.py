@@ -30,15 +30,15 @@ def check(
     source: SourceArgument,
     dataset_config: PartOption = None,
     tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", help="Model whose tokenizer measures lengths (else characters).")
+        str | None, typer.Option("--tokenizer", help="Model whose tokenizer measures lengths (default: characters).")
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option("--max-length", help="Limit to measure against, tokens; needs --tokenizer.", min=1)
+        int | None, typer.Option("--max-length", help="Length limit for the check, tokens; needs --tokenizer.", min=1)
     ] = None,
     max_prompt_length: Annotated[int | None, typer.Option("--max-prompt-length", help="As in a config.", min=1)] = None,
     response_length: Annotated[int | None, typer.Option("--response-length", help="As in a config.", min=1)] = None,
 ) -> None:
-    """Faults, splits, duplicates, leakage, label noise and lengths of a source; exit 2 when a stage would refuse it."""
+    """Faults, splits, duplicates, leakage, label noise and lengths of a source; exit 2 if a stage would refuse it."""
     from rlhf_pipeline.config.base import resolve_lengths
     from rlhf_pipeline.data.check import describe
     from rlhf_pipeline.data.load import read_records
@@ -79,10 +79,10 @@ def check(
 def preview(
     common: Common,
     source: SourceArgument,
-    rows: Annotated[int, typer.Option("--rows", "-n", help="How many.", min=1)] = 3,
+    rows: Annotated[int, typer.Option("--rows", "-n", help="Number of rows.", min=1)] = 3,
     dataset_config: PartOption = None,
 ) -> None:
-    """The first rows, as they were understood."""
+    """The first rows, as the data reader parses them."""
     from rlhf_pipeline.data.check import preview as first_rows
 
     found = first_rows(source, rows, config=dataset_config, home=common.home_path)
@@ -147,7 +147,7 @@ def export_world(
         counts[part] = len(records)
         with (directory / f"{part}.jsonl").open("w", encoding="utf-8") as file:
             for record in records:
-                # The token ids stand beside the text: a response of the end token alone has no text.
+                # Token ids are written beside the text: a response that is only the end token has no text.
                 row: dict[str, Any] = {"prompt": record.prompt, "prompt_ids": record.prompt_ids, "split": record.split}
                 if record.completions and record.completion_ids:
                     row |= {"completion": record.completions[0], "completion_ids": record.completion_ids[0]}
@@ -166,7 +166,7 @@ def collect(
     ] = None,
     overrides: OverridesArgument = None,
 ) -> None:
-    """Sample K responses per prompt from a policy, let a judge label them, publish the pairs."""
+    """Sample K responses per prompt from a policy, label them with a judge, and publish the pairs."""
     words = list(overrides or [])
     if policy is not None and "=" in policy:
         words, policy = [policy, *words], None

@@ -1,4 +1,4 @@
-"""`rlhf evaluate | generate`, and what the commands that measure models share."""
+"""`rlhf evaluate | generate`, and the common parts of commands that measure models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NAMES = {
 
 
 def evaluate(common: Common, settings: Settings, words: WordsArgument) -> None:
-    """Figures of one model: a policy by its samples, a reward model by held-out pairs."""
+    """Evaluate one model: a policy on sampled responses, a reward model on held-out pairs."""
     model, overrides = one_reference("evaluate", words)
     config = settings.load(overrides).config
     if common.dry_run:
@@ -57,7 +57,7 @@ def evaluate(common: Common, settings: Settings, words: WordsArgument) -> None:
 
 
 def emit_measuring(common: Common, config: PromptsConfig, models: Sequence[str]) -> None:
-    """Resolve the models and print what would be measured.
+    """Resolve the models and print the plan of a dry run.
 
     Raises:
         UnknownReference, MismatchError, DamagedFile.
@@ -80,7 +80,7 @@ def generate(
     words: WordsArgument,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; may be repeated.")] = None,
 ) -> None:
-    """Sample responses of a policy to prompts, given here or from a source."""
+    """Sample responses of a policy to prompts from the command line or from a source."""
     model, overrides = one_reference("generate", words)
     config = settings.load(overrides).config
     if common.dry_run:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def print_exact(exact: Exact, split: str) -> None:
-    """The table of exact figures, and what its columns mean."""
+    """Print the table of exact figures, and what its columns mean."""
     columns = (
         "model",
         "beta",
@@ -42,15 +42,16 @@ def print_exact(exact: Exact, split: str) -> None:
     title = f"exact figures over all {exact.responses:,} responses to {exact.prompts} prompts ({split})"
     emit_table(title, columns, rows)
     lines = [
-        f"objective: {exact.reward} reward - beta KL to {exact.reference}; share: of what an optimal policy "
-        "gains over the reference",
-        "βKL(π‖π*): distance to the optimum of the true reward, all causes together",
+        f"objective: {exact.reward} reward - beta KL to {exact.reference}; share: the part of the optimal "
+        "policy's gain over the reference that a model reaches",
+        "βKL(π‖π*): distance from the optimum of the true reward, from all causes together",
     ]
     if exact.reward_model:
         lines.append(
-            f"βKL(π‖π*_RM): to the optimum of the reward that a PPO model was trained on (its optimisation error), or "
-            f"of {exact.reward_model} for DPO (their disagreement); learned rewards over {exact.reward_model_prompts} "
+            "βKL(π‖π*_RM): distance from the optimum of the reward that a PPO model was trained on (its optimisation "
+            "error); for DPO, "
+            f"from that of {exact.reward_model} (their disagreement); taken over {exact.reward_model_prompts} "
             "prompts"
         )
-    lines.append("these figures do not add up: a part may be larger than the whole")
+    lines.append("these distances do not add up: the second may be larger than the first")
     emit_lines(lines)

@@ -1,4 +1,4 @@
-"""`rlhf init`: an experiment's file for somebody's own pairs."""
+"""`rlhf init`: write an experiment file for the user's own pairs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf_pipeline.cli.options import Common, command
 from rlhf_pipeline.cli.output import emit_json, emit_lines
 from rlhf_pipeline.errors import BadInput
 
-_THERE = "{}: there is such a file; expected a new one: pass --out FILE"
+_THERE = "{}: the file exists already; expected a new file: pass --out FILE"
 
 
 def init(
@@ -24,7 +24,7 @@ def init(
         str | None, typer.Option("--model", help="Model to start from (default: a small one from scratch).")
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="File to write; it must not exist.")] = Path("experiment.yaml"),
-    seeds: Annotated[int, typer.Option("--seeds", help="How many.", min=1, max=100)] = 3,
+    seeds: Annotated[int, typer.Option("--seeds", help="Number of seeds.", min=1, max=100)] = 3,
 ) -> None:
     """Write an experiment for your own pairs: SFT, reward model, judge, PPO and DPO, with lengths from the data."""
     if os.path.lexists(out):
@@ -40,7 +40,7 @@ def init(
     plan = plan_starter(source, model=model, seeds=seeds, folder=folder, home=common.home_path)
     try:
         file = out.open("x", encoding="utf-8")
-    except FileExistsError:  # made meanwhile
+    except FileExistsError:  # created in the meantime
         raise BadInput(_THERE.format(out)) from None
     try:
         with file:

@@ -1,4 +1,4 @@
-"""The libraries of every command that reads a model, imported in one go."""
+"""Import the libraries that every command with a model needs."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import sys
 
 
 def load_libraries() -> None:
-    """Import torch, accelerate and the models of transformers while the garbage collector rests.
+    """Import torch, accelerate and the models of transformers with the garbage collector off.
 
-    Their three thousand modules make about a million objects, all of which stay. The collector would walk through them
-    over and over while they are imported, at every full collection afterwards, and once more when the process ends.
-    Where torch is imported already nothing happens: the collector of a caller's process is the caller's affair.
+    Their three thousand modules make about a million objects that stay in memory. The collector would scan them many
+    times during the import, in every later full collection, and at the end of the process. If torch is already
+    imported, this does nothing and leaves the collector of the caller's process as it is.
     """
     if "torch" in sys.modules:
         return
@@ -22,7 +22,7 @@ def load_libraries() -> None:
         import torch  # noqa: F401
         from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel  # noqa: F401
 
-        gc.freeze()  # the objects so far are never looked at again
+        gc.freeze()  # the collector ignores the objects that exist now
     finally:
         if not resting:
             gc.enable()

@@ -1,4 +1,4 @@
-"""The `rlhf` command: the app, and how errors end."""
+"""The `rlhf` command: the app, and how errors are reported."""
 
 from __future__ import annotations
 
@@ -72,34 +72,34 @@ app.add_typer(config.app, name="config")
 
 @functools.cache
 def _command() -> Callable[..., Any]:
-    """The parser of the app, built once per process: nine tenths of the time of a short command."""
+    """The parser of the app, built once per process: building takes nine tenths of the time of a short command."""
     return typer.main.get_command(app)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 1 failed, 2 bad input, 130 / 143 interrupted."""
-    # Progress bars and advice of libraries do not belong into the result; the user's own settings win.
+    # Progress bars and advice of libraries are not part of the result; settings of the user take precedence.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # No library reports what is done with it; they read this when they are imported.
+    # No library sends usage reports; libraries read these variables when they are imported.
     for variable in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "VLLM_NO_USAGE_STATS"):
         os.environ.setdefault(variable, "1")
     words = sys.argv[1:] if arguments is None else arguments
     try:
         result = _command()(args=words, standalone_mode=False, prog_name="rlhf")
-        if result == INTERRUPTED:  # typer makes a number of Ctrl-C, and says nothing
+        if result == INTERRUPTED:  # typer turns Ctrl-C into an exit code without a message
             raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except (Exception, KeyboardInterrupt) as error:
         failure = _failure(error, words)
-        if "--json" in words and os.environ.get("RANK", "0") == "0":  # one object, however many processes fail
-            with contextlib.suppress(OSError):  # stdout itself may be what failed
+        if "--json" in words and os.environ.get("RANK", "0") == "0":  # one object, even if several processes fail
+            with contextlib.suppress(OSError):  # writing to stdout may be what failed
                 faults = [fault.as_dict() for fault in failure.faults]
                 emit_json({"error": {"kind": failure.kind, "faults": faults}})
                 sys.stdout.flush()
         if "--debug" in words and failure.kind not in ("arguments", "interrupted"):
             raise
-        if show := getattr(error, "show", None):  # usage errors of the argument parser know how to show themselves
+        if show := getattr(error, "show", None):  # usage errors of the argument parser print themselves
             show(file=sys.stderr)
             sys.stderr.write("".join(f"{visible(fault.fix)}\n" for fault in failure.faults if fault.fix))
         else:
@@ -119,7 +119,7 @@ class Failure:
 
 
 def _failure(error: BaseException, words: Sequence[str]) -> Failure:
-    """Return what an error means to the user."""
+    """Describe an error for the user."""
     if isinstance(error, RlhfError):
         return Failure(error.exit_code, error.kind, str(error), faults_of(error))
     if isinstance(error, KeyboardInterrupt):
@@ -139,7 +139,7 @@ def _said(code: int, kind: str, message: str) -> Failure:
 
 
 INTERRUPTED = 130
-# What they write is written at their end, and at once.
+# These commands write their result at the end, in one step.
 MEASURING = ("compare", "evaluate", "exact", "generate")
 
 
@@ -148,14 +148,14 @@ def _interrupted(words: Sequence[str]) -> str:
     commands = [word for place, word in enumerate(words) if place - 1 not in flags and not word.startswith("-")]
     command = commands[0] if commands else None
     if command == "run":
-        return "interrupted; the stages that are done are kept, and the same command goes on from there"
+        return "interrupted; finished stages are kept, and the same command continues after them"
     if command in MEASURING:
-        return f"interrupted: no result of this {command} was kept; the same command begins anew"
-    return "interrupted before the run had anything to keep"
+        return f"interrupted: no result of this {command} was kept; the same command starts again from the beginning"
+    return "interrupted before the run had saved anything"
 
 
 def _advice_on_option(error: Any, words: Sequence[str]) -> str:
-    """A line on how keys of a config are given, where an option is unknown to a command that reads one."""
+    """How to pass keys of a config, for an unknown option of a command that reads a config; else an empty string."""
     option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
     if option is None or context is None:
         return ""
@@ -168,7 +168,7 @@ def _advice_on_option(error: Any, words: Sequence[str]) -> str:
     if stage == "experiment":
         return "keys of the config are given without dashes, after the name of their stage: dpo.learning_rate=1e-5"
     if key not in SCHEMAS[stage].model_fields and key not in ALIASES[stage]:
-        known = "learning_rate" in SCHEMAS[stage].model_fields  # the others have options for most of their keys
+        known = "learning_rate" in SCHEMAS[stage].model_fields  # the other commands have options for most keys
         return "keys of the config are given without dashes, as in learning_rate=1e-5" if known else ""
     value = "VALUE"
     for word, following in zip(words, [*words[1:], ""], strict=True):
@@ -178,10 +178,10 @@ def _advice_on_option(error: Any, words: Sequence[str]) -> str:
 
 
 def _unexpected(error: BaseException, words: Sequence[str]) -> Failure:
-    """Return what an error of Python, of the system or of a library means to the user."""
+    """Describe an error of Python, of the system or of a library for the user."""
     from rlhf_pipeline.registry.storage import failure_of
 
-    if "torch" in sys.modules:  # without it there is no model whose memory could run out
+    if "torch" in sys.modules:  # without torch no model is in memory
         from rlhf_pipeline.models.memory import ADVICE, first_line, ran_out
 
         if ran_out(error):
@@ -194,13 +194,13 @@ def _unexpected(error: BaseException, words: Sequence[str]) -> Failure:
             return _said(2, "input", f"{place}{error.strerror}; expected a path that can be opened")
         return _said(1, "system", f"{place}{error.strerror or error}; nothing that was registered is damaged")
     if isinstance(error, ValueError) and "embedded null" in str(error):
-        return _said(2, "input", "a path with a NUL character; expected one that can be opened")
+        return _said(2, "input", "found a path with a NUL character; expected a path that can be opened")
     text = f"unexpected {type(error).__name__}: {error}; run it again with --debug for the traceback"
     return _said(1, "unexpected", text)
 
 
 def _home_of(words: Sequence[str]) -> str:
-    """The home of a command that ended before it could say so."""
+    """The home directory of a command that failed early."""
     for word, following in zip(words, [*words[1:], ""], strict=True):
         if word == "--home" or word.startswith("--home="):
             return word.partition("=")[2] or following

@@ -85,7 +85,7 @@ def lineage(
     common: Common,
     reference: RefArgument,
 ) -> None:
-    """Where a model comes from, down to the digests of its data."""
+    """Show the lineage of a model, down to the digests of its data."""
     from rlhf_pipeline.registry.lineage import lineage_of, render
 
     registry = common.registry
@@ -102,7 +102,7 @@ def alias(
     reference: RefArgument,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The alias, as in name@ALIAS.", show_default=False)],
 ) -> None:
-    """Let NAME point to a version from now on."""
+    """Point the alias NAME to a version."""
     resolved = common.registry.alias(reference, name)
     emit(
         {"alias": f"{resolved.name}@{name}", "model": resolved.label},
@@ -117,7 +117,7 @@ def export(
     reference: RefArgument,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty directory.", show_default=False)],
 ) -> None:
-    """Copy a model into a directory that plain transformers loads."""
+    """Copy a model into a directory that transformers can load."""
     target = common.registry.export(reference, directory)
     emit({"path": str(target)}, [f"exported to {target}"], json=common.json)
 
@@ -126,7 +126,7 @@ def export(
 def remove(
     common: Common,
     reference: RefArgument,
-    force: Annotated[bool, typer.Option("--force", help="Also if others come from it or aliases name it.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also if it has descendants or aliases.")] = False,
 ) -> None:
     """Remove one version."""
     resolved = common.registry.remove(reference, force=force)
@@ -140,22 +140,22 @@ def verify(
         str | None, typer.Argument(metavar="[REF]", help="One model, or collected:NAME; all if not given.")
     ] = None,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Put damaged versions into HOME/quarantine; nothing is deleted.")
+        bool, typer.Option("--repair", help="Move damaged versions to HOME/quarantine; nothing is deleted.")
     ] = False,
 ) -> None:
-    """Check sizes and digests of all files; exit 2 when something is wrong and was not mended."""
+    """Check sizes and digests of all files; exit 2 if something is wrong and was not repaired."""
     from rlhf_pipeline.registry.repair import registry_faults
     from rlhf_pipeline.registry.repair import repair as mend
 
     registry = common.registry
     done = mend(registry, reference) if repair else []
-    # After a repair the reference may name another version, or nothing.
+    # After a repair the reference may name another version, or none.
     faults = [] if reference is not None and done else registry_faults(registry, reference)
     if common.json:
         result = {"ok": not faults, "faults": [str(fault) for fault in faults]}
         emit_json(result | ({"repaired": [asdict(one) for one in done]} if repair else {}))
     else:
         emit_lines([str(one) for one in done])
-        emit_lines([str(fault) for fault in faults] or (["all files are what their manifests say"] if not done else []))
+        emit_lines([str(fault) for fault in faults] or (["all files match their manifests"] if not done else []))
     if faults:
         raise typer.Exit(2)

@@ -1,4 +1,4 @@
-"""Commands and their options: those that every command has, and those that stand for keys of a config."""
+"""Commands and their options: those of every command, and those that set keys of a config."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEFAULT_HOME = "rlhf_home"
 
 @dataclass(frozen=True)
 class Common:
-    """What the common options say."""
+    """The values of the common options."""
 
     home: Path | None = None
     json: bool = False
@@ -52,14 +52,14 @@ class Common:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a command line says of a config: its command, its file, and the options that stand for its keys."""
+    """The config part of a command line: its command, its file, and the options that set its keys."""
 
     stage: str
     path: Path | None
     given: dict[str, Any]
 
     def load(self, overrides: Iterable[str] | None, **more: Any) -> Loaded:
-        """Read and check the config: options win over the file, overrides over both.
+        """Read and check the config: options override the file, KEY=VALUE overrides both.
 
         Raises:
             ConfigError: one or more faults, all of them listed.
@@ -78,7 +78,7 @@ HomeOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object to stdout.")]
 DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Resolve, validate and estimate; train and write nothing.")
+    bool, typer.Option("--dry-run", help="Resolve, validate and estimate; train nothing and write nothing.")
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file.", show_default=False)]
@@ -90,7 +90,7 @@ WordsArgument = Annotated[
     typer.Argument(metavar="REF|KEY=VALUE", help="The model; overrides of the config.", show_default=False),
 ]
 ResumeOption = Annotated[
-    bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished run of the same config, or start afresh.")
+    bool, typer.Option("--resume/--no-resume", help="Resume an unfinished run of the same config, or start a new one.")
 ]
 _COMMON: dict[str, tuple[Any, Any]] = {
     "home": (HomeOption, None),
@@ -107,7 +107,7 @@ def command(
 
     Args:
         dry_run: whether the command has --dry-run.
-        config: whose config the command reads: it gets --config, and the function gets `Settings`.
+        config: the command whose config is read; adds --config, and the function gets `Settings`.
         keys: names of the config's keys, or their aliases, that are options too; type, default and help are those of
             the pydantic field. An option that is not given is not in `Settings.given`.
         help: the help text; by default the function's docstring.
@@ -201,17 +201,17 @@ def references_and_overrides(words: Sequence[str]) -> tuple[list[str], list[str]
         if "=" in word and Path(word).is_dir():
             return False
         key, equals, _ = word.partition("=")
-        # A YAML file is no model either: as an override, the user is asked to give it as --config.
+        # A YAML file is not a model either: as an override, its error message names --config.
         return "/" not in key if equals else word.endswith((".yaml", ".yml")) and Path(word).is_file()
 
     return [word for word in words if not is_override(word)], [word for word in words if is_override(word)]
 
 
 def one_reference(command: str, words: Sequence[str]) -> tuple[str, list[str]]:
-    """The one model that a command takes, and the overrides beside it.
+    """Return the only model of a command, and its overrides.
 
     Raises:
-        BadInput: none is named, or several are.
+        BadInput: no model or several models are named.
     """
     references, overrides = references_and_overrides(words)
     if len(references) != 1:

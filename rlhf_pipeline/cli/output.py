@@ -1,4 +1,4 @@
-"""stdout carries the result: tables for people, or exactly one JSON object."""
+"""Output of results to stdout: tables for people, or exactly one JSON object."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def emit_json(value: Any) -> None:
-    """Print one JSON object, parts of results.json as they stand there, NaN and infinities as null."""
+    """Print one JSON object; parts of results.json keep their form, NaN and infinities become null."""
     from pydantic import BaseModel
 
     def clean(item: Any) -> Any:
@@ -44,7 +44,7 @@ def emit(value: Any, lines: Sequence[str], *, json: bool) -> None:
 
 
 def emit_plan(plan: Mapping[str, Any], undone: str, *, json: bool) -> None:
-    """Print what a dry run found, its notes below the table."""
+    """Print the result of a dry run, with its notes below the table."""
     if json:
         emit_json(plan)
         return
@@ -53,7 +53,7 @@ def emit_plan(plan: Mapping[str, Any], undone: str, *, json: bool) -> None:
 
 
 def printer() -> Console:
-    """A rich console on stdout, wide enough for tables where there is no terminal."""
+    """A rich console on stdout, wide enough for tables if stdout is not a terminal."""
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else max(200, shutil.get_terminal_size().columns)
@@ -61,14 +61,14 @@ def printer() -> Console:
 
 
 NARROWEST = 20
-"""Columns that the values of a table of keys and values have at least; with less they stand below their keys."""
+"""The least width of the values in a table of keys and values; with less room they are printed below their keys."""
 
 
 def emit_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, folds: Sequence[str] = ()) -> None:
     """Print a table; the first column is left-aligned, the rest right-aligned, and nothing is cut.
 
-    Where it is wider than the terminal: of a table of keys and values the values fold; columns named in `folds` fold
-    between words; any other table is turned, as many rows beside each other as fit.
+    If the table is wider than the terminal, the values of a table of keys and values are folded, and columns named in
+    `folds` are folded between words; any other table is transposed, with as many rows side by side as fit.
     """
     names, cells = [visible(name) for name in columns], [[visible(cell) for cell in row] for row in rows]
     console, text = printer(), visible(title)
@@ -88,19 +88,19 @@ def emit_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def cell_width(text: str) -> int:
-    """Columns that a text takes in a terminal."""
+    """Number of terminal columns that a text takes."""
     from rich.cells import cell_len
 
     return cell_len(text)
 
 
 def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
-    """The width of each column of a table, heads included."""
+    """The width of each column of a table, including its header."""
     return [max(map(cell_width, column)) for column in zip(*rows, strict=True)]
 
 
 def _total(widths: Sequence[int]) -> int:
-    """The width of a table of such columns: each has a space on both sides, and a border follows and begins."""
+    """The width of a table with these columns, including padding and borders."""
     return sum(widths) + 3 * len(widths) + 1
 
 
@@ -119,7 +119,7 @@ def _table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]], *, f
 
 
 def _print_pairs(console: Console, title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Keys and values: long values fold beside their keys, or below them where there is no room."""
+    """Print keys and values: long values fold beside their keys, or below them if there is no room."""
     from rich.padding import Padding
     from rich.text import Text
 
@@ -135,7 +135,7 @@ def _print_pairs(console: Console, title: str, names: Sequence[str], rows: Seque
 
 
 def _print_turned(console: Console, title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """What were columns as rows, and what were rows as columns: as many in one table as fit."""
+    """Print a transposed table, split into several tables if it is too wide."""
     from rich.text import Text
 
     if not rows:
@@ -166,7 +166,7 @@ def emit_lines(lines: Sequence[str]) -> None:
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """A figure for a table: a dash where there is none."""
+    """A figure for a table; a dash if there is none."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "-"
     if isinstance(value, bool):
@@ -177,7 +177,7 @@ def number(value: Any, digits: int = 3) -> str:
 
 
 def interval(estimate: Interval | None, digits: int = 2) -> str:
-    """mean ± half of the 95 % interval where it is symmetric in the digits that are printed, else mean [low, high]."""
+    """mean ± half of the 95 % interval if it is symmetric in the printed digits, else mean [low, high]."""
     if estimate is None:
         return "-"
     mean = estimate.mean

@@ -1,4 +1,4 @@
-"""`rlhf report`: the page of a comparison, made again from its results.json."""
+"""`rlhf report`: make the page of a comparison again from its results.json."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _folder(home: Path, name: str) -> Path:
     """
     names = sorted(path.parent.name for path in (home / "reports").glob(f"*/{RESULTS}"))
     if name not in names:
-        there = f"there are {', '.join(names)}" if names else "there are none yet: rlhf compare makes one"
+        there = f"there are {', '.join(names)}" if names else "there is no report yet: run rlhf compare to make one"
         near = did_you_mean(name, names)
         raise UnknownReference("; ".join(filter(None, (f"no report {name!r} in {home / 'reports'}", near or there))))
     return home / "reports" / name

@@ -34,7 +34,7 @@ def train(common: Common, settings: Settings, overrides: OverridesArgument = Non
     from rlhf_pipeline.experiment.run import stage_function
 
     result = stage_function(stage)(loaded.config, common.home_path, resume=resume, notes=loaded.notes)
-    if not result.model:  # one of several processes, and not the one that registers
+    if not result.model:  # a process that does not register the model
         return
     if common.json:
         emit_json(result.as_dict())
@@ -44,7 +44,7 @@ def train(common: Common, settings: Settings, overrides: OverridesArgument = Non
 
 
 def check_models(config: CommandConfig, registry: Registry) -> None:
-    """Check the models that a config names as its stage will, before the libraries are imported.
+    """Check the models that a config names in the same way as its stage, before the libraries are imported.
 
     Raises:
         UnknownReference, MismatchError, DamagedFile.
@@ -63,7 +63,7 @@ def run(
     overrides: OverridesArgument = None,
     resume: ResumeOption = True,
 ) -> None:
-    """Run the stages of an experiment, for every seed and setting, then compare; what is done is skipped."""
+    """Run the stages of an experiment, for every seed and setting, then compare; finished runs are skipped."""
     if common.dry_run:
         from rlhf_pipeline.experiment.estimate import estimate_experiment
 
@@ -87,7 +87,7 @@ def run(
 
 
 def _print_runs(result: dict[str, Any]) -> None:
-    """The models of an experiment without a comparison: a line for each stage, or for each seed and setting of it."""
+    """Print the models of an experiment without a comparison: one line for each stage, or for each seed and setting."""
     if "points" not in result:
         stages = [(name, entry["model"], _state(entry)) for name, entry in result["stages"].items()]
         emit_table(result["experiment"], ("stage", "model", "state"), stages)
@@ -100,7 +100,7 @@ def _print_runs(result: dict[str, Any]) -> None:
 
 
 def _state(entry: dict[str, Any]) -> str:
-    return "done already" if entry["skipped"] else "done"
+    return "already done" if entry["skipped"] else "done"
 
 
 STAGES = {

@@ -1,1 +1,1 @@
-"""Arms against each other: fairness, rows, contrasts, frontiers, rankings, the verdict."""
+"""Comparisons of arms: fairness, rows, contrasts, frontiers, rankings, the verdict."""

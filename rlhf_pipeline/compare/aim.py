@@ -1,4 +1,4 @@
-"""What a model was trained towards: which optimum, what moved it, and PPO's beta in units of the labels' reward."""
+"""What a model was trained towards: its optimum, the options that moved it, and its beta in units of labels' reward."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report.results import EffectiveBeta, Row, Span
 
 OF_THE_LOSS = ("loss_type", "label_smoothing")
-"""The options of DPO whose optimum is declared where the losses are."""
+"""The options of DPO whose effect on the optimum is declared beside the losses (`algorithms.preference`)."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Aim:
     """What a model was trained towards.
 
     Args:
-        optimum: how it stands to pi_ref exp(r / beta).
-        moved: the options that moved it, own ones and those of reward models (`reward_model.option`).
+        optimum: how it relates to pi_ref exp(r / beta).
+        moved: the options that moved it: its own, and those of its reward models (`reward_model.option`).
         may_move: the options that moved it if the critic was wrong.
         effective_beta: see `effective_beta_of`.
     """
@@ -35,7 +35,7 @@ class Aim:
 
 
 def aim_of(registry: Registry, resolved: Resolved) -> Aim:
-    """What a model was trained towards, by its manifest and those of its reward models."""
+    """Read what a model was trained towards from its manifest and those of its reward models."""
     manifest = resolved.manifest
     if manifest is None:
         return Aim()
@@ -44,7 +44,7 @@ def aim_of(registry: Registry, resolved: Resolved) -> Aim:
 
 
 def moved_options(registry: Registry, resolved: Resolved) -> dict[str, object]:
-    """The options that moved a model's optimum; of a model of an earlier release, by its parents' configs too."""
+    """Return the options that moved a model's optimum; for an earlier release, its parents' configs are read too."""
     manifest = resolved.manifest
     if manifest is None:
         return {}
@@ -65,14 +65,15 @@ def _optimum(manifest: Manifest, moved: Mapping[str, object]) -> Optimum:
 
 
 def effective_beta_of(registry: Registry, resolved: Resolved) -> EffectiveBeta | None:
-    """PPO's price of KL in units of the reward that the labels were drawn by: kl_coef x slope / weight.
+    """PPO's beta in units of the reward that the labels were drawn from: kl_coef x slope / weight.
 
-    The labels' reward is s r where the reward model gives r and s is its calibration slope on held-out pairs. PPO on
-    w r at kl_coef b aims at pi_ref exp(w r / b) = pi_ref exp(s r / (b s / w)): DPO's optimum at beta = b s / w.
+    If the reward model gives r and its calibration slope on held-out pairs is s, the labels' reward is s r. The optimum
+    of PPO on w r at kl_coef b is pi_ref exp(w r / b) = pi_ref exp(s r / (b s / w)): DPO's optimum at beta = b s / w.
 
     Returns:
-        mean, low, high (those of the slope times b / w), slope, reward_model; mean None and why_not where there is no
-        finite slope; None for what was not trained by PPO on one reward model whose slope is known.
+        mean, low and high (those of the slope, times b / w), slope and reward_model. Without a finite slope, mean is
+        None and why_not gives the reason. None for a model that was not trained by PPO on one reward model of known
+        slope.
     """
     manifest, beta = resolved.manifest, beta_of(resolved)
     if manifest is None or manifest.stage != "ppo" or beta is None:
@@ -92,7 +93,7 @@ def effective_beta_of(registry: Registry, resolved: Resolved) -> EffectiveBeta |
 
 
 def describe_aims(rows: Sequence[Row]) -> Iterator[str]:
-    """Sentences on arms whose optimum or whose price of KL is not what beta says."""
+    """Yield sentences on arms whose optimum or effective beta is not the one that beta names."""
     arms: dict[str, list[Row]] = {}
     for row in rows:
         if row.step is None and row.arm is not None:
@@ -102,8 +103,8 @@ def describe_aims(rows: Sequence[Row]) -> Iterator[str]:
         if kinds:
             moved = {name: value for row in finals for name, value in row.moves_optimum.items()}
             listed = ", ".join(f"{name}={value}" for name, value in moved.items())
-            what = "its beta on another scale" if kinds == {"scale"} else "another optimum"
-            yield f"{arm} has {what} ({listed}): it is in no contrast at one beta, only as trained and at matched KL"
+            what = "beta on another scale" if kinds == {"scale"} else "another optimum"
+            yield f"{arm} has {what} ({listed}): it is compared as trained and at matched KL only, not at one beta"
     for arm, finals in arms.items():
         clear = [row for row in finals if row.effective_beta is not None and _excludes_one(row.effective_beta.slope)]
         if clear:
@@ -118,10 +119,10 @@ def _off_scale(arm: str, clear: Sequence[Row], models: int) -> str:
     known = [row.effective_beta for row in clear if row.effective_beta is not None]
     first, slopes = known[0], [found.slope.mean for found in known if found.slope.mean is not None]
     text = f"{arm}: the rewards of {first.reward_model} are not on the scale of the labels: calibration slope "
-    text += f"{_ends(first.slope)} on held-out pairs, so kl_coef {clear[0].beta:g} is a beta of {_ends(first)} in the "
-    text += "labels' own reward"
+    text += f"{_ends(first.slope)} on held-out pairs, so kl_coef {clear[0].beta:g} is a beta of {_ends(first)} in "
+    text += "units of the labels' reward"
     if len(slopes) > 1:
-        text += f"; {len(slopes)} of its {models} models are like this, slopes {min(slopes):.2f} to {max(slopes):.2f}"
+        text += f"; this applies to {len(slopes)} of its {models} models, slopes {min(slopes):.2f} to {max(slopes):.2f}"
     return text
 
 

@@ -1,4 +1,4 @@
-"""Points as tables: an arm's figures by setting, seed and prompt, so that arms can be paired by seed and prompt."""
+"""Figures of an arm as tables over setting, seed and prompt, so that arms can be paired by seed and prompt."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ Seeds = Sequence[int | None]
 
 
 class Setting(tuple[tuple[str, str], ...]):
-    """The swept values of a point as a key: (name, value as JSON) pairs; `values` are the values themselves, `step`
-    that of a snapshot."""
+    """The swept values of a point as a dictionary key: (name, value as JSON) pairs.
+
+    `values` holds the values themselves; `step` is the step of a snapshot.
+    """
 
     values: dict[str, object]
     step: int | None = None
 
 
 def setting_key(setting: Mapping[str, object], step: int | None = None) -> Setting:
-    """A setting, or a snapshot on the way to it, as a key, whatever its values are."""
+    """Return a setting, or a snapshot of it, as a dictionary key."""
     pairs = [(name, json.dumps(value, sort_keys=True, default=str)) for name, value in sorted(setting.items())]
     key = Setting(pairs if step is None else [*pairs, ("#", str(step))])
     key.values, key.step = dict(setting), step
@@ -42,17 +44,17 @@ class Arm:
 
     @property
     def settings(self) -> list[Setting]:
-        """In the order in which they were given."""
+        """The settings, in the order in which they were given."""
         return list(self.points)
 
     @property
     def finals(self) -> Arm:
-        """The arm without its snapshots: what was trained to its end."""
+        """The arm without its snapshots: final models only."""
         return Arm(self.name, {setting: found for setting, found in self.points.items() if setting.step is None})
 
     @property
     def snapshots(self) -> int:
-        """How many snapshots stand behind its curve, over all settings and seeds."""
+        """Number of snapshots, over all settings and seeds."""
         return sum(len(found) for setting, found in self.points.items() if setting.step is not None)
 
     def complete(self, seeds: Seeds) -> list[Setting]:
@@ -63,29 +65,29 @@ class Arm:
         return list(self.points[setting])
 
     def beta(self, setting: Setting) -> float | None:
-        """The price of KL at a setting, the same for all its seeds; None where the optimum at it is not DPO's."""
+        """The beta of a setting, the same for all its seeds; None if the optimum is not pi_ref exp(r / beta) / Z."""
         return beta_of(self._first(setting).model) if self.optimum(setting) == "same" else None
 
     def optimum(self, setting: Setting) -> Optimum:
-        """How the optimum at a setting stands to pi_ref exp(r / beta), the same for all its seeds."""
+        """How the optimum of a setting relates to pi_ref exp(r / beta), the same for all its seeds."""
         return self._first(setting).aim.optimum
 
     def _first(self, setting: Setting) -> Measured:
         return next(iter(self.points[setting].values()))
 
     def samples(self, setting: Setting, seeds: Seeds, figure: str) -> np.ndarray:
-        """(S, P, N) a figure of every response."""
+        """A figure of every response, (S, P, N): seeds, prompts, samples."""
         rows = [self.points[setting][seed].test for seed in seeds]
         return np.stack([row.values[figure].reshape(len(row.examples), -1) for row in rows])
 
     def values(self, setting: Setting, seeds: Seeds, figure: str, split: str = "test") -> np.ndarray:
-        """(S, P) means over the samples of each prompt."""
+        """A figure as a mean over the samples of each prompt, (S, P)."""
         return np.stack([self.points[setting][seed].values(figure, split) for seed in seeds])
 
     def stacked(
         self, seeds: Seeds, figure: str, split: str = "test", settings: Sequence[Setting] | None = None
     ) -> np.ndarray:
-        """(S, G, P) of some settings, by default of all that these seeds have."""
+        """`values` of several settings, (S, G, P); by default of all settings that these seeds have."""
         chosen = self.complete(seeds) if settings is None else settings
         return np.stack([self.values(setting, seeds, figure, split) for setting in chosen], 1)
 
@@ -95,14 +97,13 @@ class Arm:
         return all(point.validation is not None for points in self.points.values() for point in points.values())
 
     def envelope(self, seeds: Seeds, chooser: str | None, cost: np.ndarray | None = None) -> list[Setting]:
-        """The settings and snapshots that no other one beats in KL (or in cost) and in the chooser's figure, on the
-        validation prompts.
+        """The settings and snapshots that are Pareto-optimal in KL (or cost) and the chooser's figure.
 
-        The chooser is what a user would have (a judge, a reward model), not the truth that is then shown on test
-        prompts. Without validation figures these are all.
+        They are chosen on the validation prompts. The chooser is a figure that a user has (a judge, a reward model),
+        not the true reward that is shown on the test prompts. Without validation figures, all of them are returned.
 
         Args:
-            cost: (S, G) of `complete(seeds)`, in the place of KL.
+            cost: (S, G), the cost of `complete(seeds)`; replaces KL if it is given.
         """
         known = self.complete(seeds)
         if chooser is None or not self.validated or len(known) < 2:
@@ -111,13 +112,13 @@ class Arm:
         return [known[index] for index in choose(Curve.of(x, self.stacked(seeds, chooser, "validation")))]
 
     def curve(self, seeds: Seeds, figure: str, chooser: str | None) -> Curve:
-        """A figure against KL of the envelope's settings, on the test prompts."""
+        """A figure against KL at the settings of the envelope, on the test prompts."""
         settings = self.envelope(seeds, chooser)
         return Curve.of(self.stacked(seeds, "kl", settings=settings), self.stacked(seeds, figure, settings=settings))
 
 
 def arms_of(measured: Sequence[Measured]) -> list[Arm]:
-    """The arms of a comparison, in order; an arm of one point has one seed, whatever it is called."""
+    """The arms of a comparison, in order; an arm with one point has one seed, whatever its name."""
     found: dict[str, dict[Setting, dict[int | None, Measured]]] = {}
     for one in measured:
         setting = setting_key(one.point.setting, one.point.step)
@@ -126,17 +127,17 @@ def arms_of(measured: Sequence[Measured]) -> list[Arm]:
 
 
 def common_seeds(*arms: Arm) -> list[int | None]:
-    """Seeds that every setting of every arm has, snapshots aside."""
+    """Seeds that every setting of every arm has, without snapshots."""
     every = [set(arm.seeds(setting)) for arm in arms for setting in arm.finals.settings]
     shared = set.intersection(*every)
     return sorted(shared, key=lambda seed: (seed is None, seed))
 
 
 def paired_by_seed(a: Arm, b: Arm) -> tuple[Arm, Arm, list[int | None]]:
-    """Two arms with the seeds that they have in common; single seeds of different number are paired with each other.
+    """Pair two arms by the seeds that they have in common; two arms with one seed each are always paired.
 
     Returns:
-        both arms and their seeds; an empty list where nothing can be paired.
+        both arms and their seeds; an empty list if nothing can be paired.
     """
     seeds = common_seeds(a, b)
     if seeds:

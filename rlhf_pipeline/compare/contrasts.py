@@ -22,16 +22,16 @@ from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report.results import ArmEntry, Contrast, ContrastKind, Cost, Exact, Interval, Sides, Summary
 
 SPREAD = 1.2
-"""An arm whose dearest point costs less than this times its cheapest has no curve of reward against cost."""
+"""An arm has a curve of reward against cost if its largest cost is at least this many times its smallest."""
 
 NO_RANGE = (
-    "all points of an arm cost about the same: there is no range of cost (snapshots would make one: snapshot_steps "
-    "where the arms are trained, snapshots: true in the comparison)"
+    "all points of an arm cost about the same: there is no range of cost (for snapshots, which give a range, set "
+    "snapshot_steps in training and snapshots: true in the comparison)"
 )
 
 NOT_CHOSEN = (
-    "several settings cost the same, and nothing says which a user would take: that needs validation prompts, and a "
-    "judge or a reward model"
+    "several settings cost the same; to choose one of them, the comparison needs validation prompts and a judge or a "
+    "reward model"
 )
 
 FIGURES = ("true_reward", "judge", "score", "kl", "length")
@@ -58,7 +58,7 @@ def _entry(
 def _beta_text(a: Arm, b: Arm, one: Setting, other: Setting) -> str:
     unlike = [arm.name for arm, setting in ((a, one), (b, other)) if arm.optimum(setting) != "same"]
     if unlike:
-        return f"as trained, with another optimum for {' and '.join(unlike)}"
+        return f"as trained, with a different optimum for {' and '.join(unlike)}"
     mine, theirs = a.beta(one), b.beta(other)
     if mine is None or theirs is None:
         return "as trained"
@@ -66,13 +66,13 @@ def _beta_text(a: Arm, b: Arm, one: Setting, other: Setting) -> str:
 
 
 def _same_setting(a: Arm, b: Arm, seeds: Seeds, figures: Sequence[str]) -> Iterator[Contrast]:
-    """Both arms at their one setting, or at each beta that both have."""
+    """Compare both arms at their only setting, or at each beta that both have."""
     pairs = [(one, other) for one in a.settings for other in b.settings]
     unlike = [arm.name for arm in (a, b) if any(arm.optimum(setting) != "same" for setting in arm.settings)]
     if len(pairs) > 1 and unlike:
-        why = f"at one beta {' and '.join(unlike)} would have another optimum; compare at matched KL"
+        why = f"at one beta the optimum of {' and '.join(unlike)} is different; compare at matched KL"
         yield _entry("same beta", a, b, figures[0], "at one beta", None, why)
-    if len(pairs) > 1:  # where more than beta was swept, nothing says which settings belong together
+    if len(pairs) > 1:  # if more than beta was swept, the settings cannot be paired
         pairs = [(one, other) for one, other in pairs if a.beta(one) is not None and a.beta(one) == b.beta(other)]
         pairs = pairs if len({one for one, _ in pairs}) == len({other for _, other in pairs}) == len(pairs) else []
     kind: ContrastKind = "as trained" if len(pairs) == 1 else "same beta"
@@ -83,7 +83,7 @@ def _same_setting(a: Arm, b: Arm, seeds: Seeds, figures: Sequence[str]) -> Itera
 
 
 def chooser_of(measured: Sequence[Measured]) -> str | None:
-    """What a user would choose a setting by: the judge, else the reward model; never the truth."""
+    """The figure by which a setting is chosen: the judge's score, else the reward model's; never the true reward."""
     return next((name for name in ("judge", "score") if name in measured[0].test.values), None)
 
 
@@ -103,17 +103,17 @@ def _selected(a: Arm, b: Arm, seeds: Seeds, figure: str, chooser: str) -> Contra
 
 
 def _setting_text(setting: Setting) -> str:
-    return ", ".join(f"{name} {value}" for name, value in setting.values.items()) or "the only one"
+    return ", ".join(f"{name} {value}" for name, value in setting.values.items()) or "only setting"
 
 
 def _cost(registry: Registry, arm: Arm, seeds: Seeds, settings: Sequence[Setting]) -> np.ndarray:
-    """(S, G) FLOPs of each point; NaN where the bill is not known."""
+    """FLOPs of each point, (S, G); NaN if the cost is not known."""
     bills = [[bill(registry, arm.points[setting][seed].model) for setting in settings] for seed in seeds]
     return np.array([[np.nan if one is None else one.flops for one in row] for row in bills])
 
 
 def _at_equal_cost(a: Arm, b: Arm, seeds: Seeds, figure: str, chooser: str | None, registry: Registry) -> Contrast:
-    """A figure at one cost that both arms reach, each by the points that no cheaper one of its own beats."""
+    """Compare a figure at one cost that both arms reach, on the Pareto-optimal points of each arm."""
 
     def entry(found: Inference | None = None, why_not: str | None = None, at: str = "at equal FLOPs") -> Contrast:
         return _entry("cost", a, b, figure, at, found, why_not)
@@ -124,7 +124,7 @@ def _at_equal_cost(a: Arm, b: Arm, seeds: Seeds, figure: str, chooser: str | Non
         cost = _cost(registry, arm, seeds, known)
         if not np.isfinite(cost).all():
             unknown = {arm.points[known[j]][seeds[i]].name for i, j in np.argwhere(~np.isfinite(cost))}
-            return entry(why_not=f"the bill of a point is not known ({sorted(unknown)[0]})")
+            return entry(why_not=f"the cost of a point is not known ({sorted(unknown)[0]})")
         if cost.max() < SPREAD * cost.min():
             return entry(why_not=NO_RANGE)
         if len(arm.finals.settings) > 1 and (chooser is None or not arm.validated):
@@ -138,7 +138,7 @@ def _at_equal_cost(a: Arm, b: Arm, seeds: Seeds, figure: str, chooser: str | Non
 
 
 def _matched(a: Arm, b: Arm, seeds: Seeds, figure: str, chooser: str | None, registry: Registry) -> Iterator[Contrast]:
-    """A figure at one KL that both arms reach, on average over all KLs that both reach, and at equal FLOPs."""
+    """Compare a figure at one KL that both arms reach, on average over their common range of KL, and at equal FLOPs."""
     names = (a.name, b.name)
     one, other = a.curve(seeds, figure, chooser), b.curve(seeds, figure, chooser)
     found = difference_at(one, other, names=names)
@@ -146,9 +146,9 @@ def _matched(a: Arm, b: Arm, seeds: Seeds, figure: str, chooser: str | None, reg
     yield _entry("matched KL", a, b, figure, text, found.inference, found.why_not)
     shared = common_range(one, other)
     found = area_between(one, other, names=names)
-    text = "on average over all KLs that both reach"
+    text = "on average over the KLs that both reach"
     if shared is not None:
-        text = f"on average over KLs of {shared[0]:.2f} to {shared[1]:.2f} nats"
+        text = f"on average over KLs from {shared[0]:.2f} to {shared[1]:.2f} nats"
     yield _entry("area", a, b, figure, text, found.inference, found.why_not)
     yield _at_equal_cost(a, b, seeds, figure, chooser, registry)
 
@@ -156,10 +156,10 @@ def _matched(a: Arm, b: Arm, seeds: Seeds, figure: str, chooser: str | None, reg
 def contrasts_of(
     a: Arm, b: Arm, figures: Sequence[str], chooser: str | None, swept: bool, registry: Registry
 ) -> list[Contrast]:
-    """All contrasts of two arms: what they came to by their final models, where they passed by their snapshots too.
+    """All contrasts of two arms: those of the final models, and at matched KL and cost those of the snapshots too.
 
     Args:
-        swept: final models of an arm differ in their setting.
+        swept: whether an arm has final models at several settings.
     """
     a, b, seeds = paired_by_seed(a, b)
     if not seeds:
@@ -175,7 +175,7 @@ def contrasts_of(
 
 
 def _exact(a: Arm, b: Arm, objectives: Mapping[str | None, float]) -> Iterator[Contrast]:
-    """The exact objective at each beta that both arms have: no sampling error, these prompts, t over seeds."""
+    """Compare the exact objective at each beta that both arms have: no sampling error, these prompts, t over seeds."""
     a, b, seeds = paired_by_seed(a, b)
     for one in a.settings:
         for other in b.settings:
@@ -190,15 +190,15 @@ def _exact(a: Arm, b: Arm, objectives: Mapping[str | None, float]) -> Iterator[C
             if len(seeds) > 1:
                 yield _entry("exact", a, b, "objective", text, contrast(*sides))
             else:
-                why = f"of these two runs it is exactly {sides[0][0] - sides[1][0]:+.3f}, one seed says no more"
+                why = f"the exact difference is {sides[0][0] - sides[1][0]:+.3f}; one seed gives no interval"
                 yield _entry("exact", a, b, "objective", text, None, why)
 
 
 def _declared(entries: Sequence[Contrast], wanted: str, primary: str, swept: bool) -> list[Contrast]:
-    """The contrasts, one of them marked as primary, with the p-values of the others corrected for their number."""
+    """Mark one contrast as primary and correct the p-values of the others for their number (Holm)."""
     if wanted == "auto":
         matched = swept and any(entry.kind == "matched KL" for entry in entries)
-        wanted = "matched_kl" if matched else "as_trained"  # that snapshots are shown changes no declaration
+        wanted = "matched_kl" if matched else "as_trained"  # snapshots do not change the primary contrast
     kinds = {"matched_kl": ("matched KL",), "selected": ("selected",), "as_trained": ("as trained", "same beta")}
     order = [kinds[wanted], *(kind for kind in kinds.values() if kind != kinds[wanted])]
     found = (entry for kind in order for entry in entries if entry.kind in kind and entry.figure == primary)
@@ -211,14 +211,14 @@ def _declared(entries: Sequence[Contrast], wanted: str, primary: str, swept: boo
 
 
 def _effective_beta(arm: Arm, setting: Setting) -> float | None:
-    """The mean over seeds of what kl_coef comes to in units of the labels' reward; None where one is not known."""
+    """The mean over seeds of the effective beta; None if one of them is not known."""
     found = [one.aim.effective_beta for one in arm.points[setting].values()]
     known = [beta.mean for beta in found if beta is not None and beta.mean is not None]
     return float(np.mean(known)) if len(known) == len(found) else None
 
 
 def summary_of(arms: Sequence[Arm]) -> list[Summary]:
-    """Every figure of every arm and setting, over its seeds and prompts."""
+    """Summarise every figure of every arm and setting over its seeds and prompts."""
     rows = []
     for arm in arms:
         for setting in arm.settings:
@@ -241,7 +241,7 @@ def summary_of(arms: Sequence[Arm]) -> list[Summary]:
 
 
 def _described(arm: Arm, chooser: str | None, registry: Registry) -> ArmEntry:
-    """How an arm was tuned, and what it cost on average over its seeds; snapshots are no trials."""
+    """Describe how an arm was tuned, and its mean cost over seeds; snapshots do not count as trials."""
     finals, seeds = arm.finals, common_seeds(arm)
     selected = None
     if len(finals.settings) > 1 and chooser and seeds and finals.validated:
@@ -271,11 +271,11 @@ def compare_arms(
     demonstrations: Samples | None = None,
     reference: Measured | None = None,
 ) -> Sides:
-    """Set arms against each other, the baseline and the demonstrations.
+    """Compare the arms with each other, with the baseline and with the demonstrations.
 
     Args:
-        primary: the figure that says how good a response is. declared: `primary_contrast` of the config. reference:
-            what KL is measured to.
+        primary: the figure that measures how good a response is. declared: `primary_contrast` of the config.
+        reference: the model that KL is measured to.
     """
     arms = arms_of(measured)
     finals = [arm.finals for arm in arms]

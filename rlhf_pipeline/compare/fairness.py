@@ -1,6 +1,6 @@
-"""Whether arms can be compared: what they have in common but the way they were trained.
+"""Fairness: the facts that have to be equal between arms, so that only the way of training differs.
 
-A difference in any of these facts would be measured as if it were a difference between PPO and DPO.
+A difference in one of these facts would be measured as a difference between PPO and DPO.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def _short(digest: str | None) -> str:
 
 
 def _data_of(manifest: Manifest) -> set[str]:
-    """Source, split and digest of each source of a model's data, and how many pairs were taken in all."""
+    """Source, split and digest of each source of a model's data, and the total number of pairs."""
     pairs = manifest.metrics.get("train_pairs", "unknown")
     return {f"{e.source} [{e.split}] {_short(e.digest)}, {pairs} pairs" for e in manifest.data}
 
 
 def _preferences_of(registry: Registry, resolved: Resolved, manifest: Manifest) -> str:
-    """The preference data behind a policy: DPO's own, or those of PPO's reward models; and other rewards."""
+    """The preference data of a policy: DPO's own, or those of PPO's reward models, and any other rewards."""
     if manifest.stage == "dpo":
         return " + ".join(sorted(_data_of(manifest))) or NONE
     found: set[str] = set()
@@ -47,14 +47,14 @@ def _preferences_of(registry: Registry, resolved: Resolved, manifest: Manifest) 
 
 
 def _lengths_of(config: Mapping[str, int | None]) -> str:
-    """The length policy, however it was written down."""
+    """The length policy, in one form for all ways to configure it."""
     named = [config.get(key) for key in ("max_prompt_length", "response_length", "max_length")]
     lengths = resolve_lengths(*named)
     return f"prompt {lengths.prompt}, response {lengths.response}"
 
 
 def stop_token_of(resolved: Resolved) -> str:
-    """The token that ends a response: the config's, else the tokenizer's end token, by name."""
+    """Name of the token that ends a response: the one in the config, else the tokenizer's EOS token."""
     stop = resolved.manifest.config.get("stop_token") if resolved.manifest is not None else None
     if stop is None and resolved.path is not None:
         stop = read_json(resolved.path / "tokenizer_config.json").get("eos_token")
@@ -62,20 +62,20 @@ def stop_token_of(resolved: Resolved) -> str:
 
 
 def _prompts_of(manifest: Manifest) -> str:
-    """The set of prompts that a policy was trained on, by the digest of the records that they came from."""
+    """Digest of the records that the training prompts of a policy came from."""
     return " + ".join(sorted(_short(entry.digest) for entry in manifest.data)) or NONE
 
 
 def facts_of(registry: Registry, resolved: Resolved) -> dict[str, str]:
-    """What has to be equal between arms, as text; empty for a model without a manifest.
+    """Facts that have to be equal between arms, as text; empty for a model without a manifest.
 
-    A stage that has no such thing (an SFT model has no preference data) says nothing about it.
+    A fact that a stage does not have is left out (an SFT model has no preference data).
     """
     manifest = resolved.manifest
     if manifest is None:
         return {}
     config = manifest.config
-    bf16 = manifest.metrics.get("bf16", config.get("bf16"))  # the first is what `auto` came to
+    bf16 = manifest.metrics.get("bf16", config.get("bf16"))  # the metric holds the value that `auto` resolved to
     facts = {
         "tokenizer": _short(manifest.tokenizer_digest),
         "chat template": _short(manifest.chat_template_digest) if manifest.chat_template_digest else NONE,
@@ -99,7 +99,7 @@ def facts_of(registry: Registry, resolved: Resolved) -> dict[str, str]:
 
 
 def differences(registry: Registry, arms: Mapping[str, Sequence[Resolved]]) -> list[Difference]:
-    """The facts in which arms differ; digests decide where there are any, so one model under two names is the same."""
+    """The facts in which arms differ; models and data are compared by digest, so names do not matter."""
     facts = {arm: [facts_of(registry, model) for model in models] for arm, models in arms.items()}
     names = list(dict.fromkeys(name for rows in facts.values() for row in rows for name in row))
     found = []
@@ -115,7 +115,7 @@ def differences(registry: Registry, arms: Mapping[str, Sequence[Resolved]]) -> l
 
 
 def differences_by_seed(registry: Registry, points: Sequence[tuple[str, int | None, Resolved]]) -> list[Difference]:
-    """`differences` over all points, and seed by seed: what pairs two arms has to be alike in each pair.
+    """`differences` over all points and for each seed, since arms are paired by seed.
 
     Args:
         points: (arm, seed, model) of each.
@@ -135,7 +135,7 @@ def differences_by_seed(registry: Registry, points: Sequence[tuple[str, int | No
 
 
 def _trained_on(registry: Registry, resolved: Resolved) -> set[str]:
-    """Digests of the data behind a policy: its own, or for PPO those of its reward models."""
+    """Digests of a policy's training data; for PPO, of the data of its reward models."""
     if resolved.manifest is None:
         return set()
     behind = [resolved]
@@ -145,17 +145,17 @@ def _trained_on(registry: Registry, resolved: Resolved) -> set[str]:
 
 
 def judge_overlap(registry: Registry, judge: Resolved | None, models: Sequence[Resolved]) -> list[Difference]:
-    """A judge that is one of the arms' own reward models, or was trained on pairs that an arm was trained on."""
+    """Report a judge that is a reward model of an arm, or that was trained on pairs that an arm was trained on."""
     if judge is None or judge.manifest is None:
         return []
     seen = {entry.digest for entry in judge.manifest.data}
     saw = [model.label for model in models if seen & _trained_on(registry, model)]
-    values = dict.fromkeys(saw, f"pairs that {judge.label} was trained on too")
+    values = dict.fromkeys(saw, f"pairs that {judge.label} was also trained on")
     return [Difference(what="judge: not held out", values=values)] if values else []
 
 
 def truth_overlap(registry: Registry, truth: Resolved | None, models: Sequence[Resolved]) -> list[Difference]:
-    """A model that is said to be the truth, and that an arm was trained to please."""
+    """Report a true-reward model that is also the reward model of an arm."""
     if truth is None:
         return []
     found = {}
@@ -163,12 +163,12 @@ def truth_overlap(registry: Registry, truth: Resolved | None, models: Sequence[R
         rewards = list(reward_models_of(registry, model))
         if any(reward.digest == truth.digest for reward in rewards):
             found[model.label] = f"{truth.label} as its own reward model"
-    return [Difference(what="true_reward: what an arm is trained to please", values=found)] if found else []
+    return [Difference(what="true_reward: a reward that an arm is trained on", values=found)] if found else []
 
 
 def _identity(name: str, value: str) -> str:
-    """What decides whether two values are the same: of models and data their digests, not their names; of options that
-    move the optimum their values, not the stage: PPO with its reward model has the same weight decay as DPO with it."""
+    """The part of a value that is compared: the digest of models and data, not the name; the values of options that
+    move the optimum, not the stage (weight decay of a PPO reward model equals the same weight decay of DPO)."""
     if name == MOVED:
         return ", ".join(sorted(set(re.sub(r"\breward_model(_\d+)?\.", "", value).split(", "))))
     if name not in ("SFT parent", "reference", "preference data"):
@@ -189,6 +189,6 @@ def require_comparable(found: Sequence[Difference]) -> None:
     if found:
         listed = "\n".join(f"  {difference}" for difference in found)
         raise MismatchError(
-            f"these arms differ in more than the way they were trained:\n{listed}\ntrain them alike, or compare them "
-            "all the same with --allow-mismatch: the report then says so"
+            f"these arms differ in more than the way they were trained:\n{listed}\ntrain them "
+            "under the same conditions, or compare them anyway with --allow-mismatch: the report then says so"
         )

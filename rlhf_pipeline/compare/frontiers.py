@@ -1,4 +1,4 @@
-"""Reward against KL of every arm, the exact frontier where it is known, and over-optimisation."""
+"""Reward against KL for every arm, the exact frontier if it is known, and over-optimisation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _points(arm: Arm, figure: str) -> list[FrontierPoint]:
 
 
 def _arm(arm: Arm, figure: str, chooser: str | None) -> FrontierArm:
-    """Points, the envelope of the means over seeds, and its interval at places that every seed reaches."""
+    """Points of an arm, the envelope of the means over seeds, and its interval at KLs that every seed reaches."""
     points, seeds = _points(arm, figure), common_seeds(arm)
     if not seeds or len(arm.complete(seeds)) < 2:
         return FrontierArm(points=points, envelope=[], band=[])
@@ -49,7 +49,7 @@ def _arm(arm: Arm, figure: str, chooser: str | None) -> FrontierArm:
 
 
 def frontier_section(arms: Sequence[Arm], figure: str, chooser: str | None, exact: Exact | None) -> Frontier | None:
-    """The arms' frontiers on the test prompts; None where no KL was measured."""
+    """The frontiers of the arms on the test prompts; None if no KL was measured."""
     if any(
         "kl" not in point.test.values for arm in arms for points in arm.points.values() for point in points.values()
     ):
@@ -68,18 +68,19 @@ def frontier_section(arms: Sequence[Arm], figure: str, chooser: str | None, exac
 
 
 def _start(reference: Measured, arm: Arm, seed: int | None) -> np.ndarray:
-    """(P,) the reference's mean score on each prompt, by the reward model that scored an arm's points of a seed."""
+    """The reference's mean score on each prompt, (P,), by the reward model of an arm's seed."""
     samples = reference.scored_by(next(iter(arm.finals.points.values()))[seed].scorer)
     return samples.by_prompt("score").mean(1)
 
 
 def over_optimisation_section(arms: Sequence[Arm], reference: Measured | None) -> dict[str, Overoptimised] | None:
-    """For each arm the proxy (the training reward model) and what is really wanted (the truth, else the judge) against
-    sqrt(KL), both above the reference's; Gao et al.'s form fitted to the latter alone.
+    """For each arm, the gains of the proxy and of the gold reward over the reference, against sqrt(KL).
+
+    The proxy is the training reward model's score; the gold reward is the true reward, else the judge's score. The form
+    of Gao et al. 2022, eq. 1, is fitted to the gold reward only.
 
     Args:
-        reference: the model that KL is measured to, on the same prompts: a gain over another one is no function of
-            this distance that begins at 0.
+        reference: the model that KL is measured to, on the same prompts; only the gain over this model is 0 at KL 0.
     """
     if reference is None:
         return None

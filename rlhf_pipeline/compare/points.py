@@ -18,11 +18,11 @@ class Point:
 
     Args:
         arm: the way of training: the name of an experiment's stage, or a reference.
-        seed: the experiment's seed that it belongs to, else its own; None where neither is known.
-        setting: the swept values that made it: its own by key, those of stages before it as `stage.key`.
+        seed: the seed of the experiment, else the model's own; None if neither is known.
+        setting: the swept values: its own by key, those of earlier stages as `stage.key`.
         model: its reference.
-        step: of a snapshot on the way to the model; None for the model itself, and for a snapshot that was named as an
-            arm: it is all that its arm has.
+        step: the step of a snapshot; None for the final model, and for a snapshot that was named as an arm, since it
+            is the only point of its arm.
     """
 
     arm: str
@@ -35,8 +35,8 @@ class Point:
 def points_of(compare: StageSpec, made: Sequence[tuple[Node, str]], registry: Registry) -> tuple[Point, ...]:
     """The points of a comparison's arms, arm by arm, each in running order.
 
-    An arm that names a stage has all its nodes; one from outside the experiment is a point by itself. With `snapshots`
-    each model comes after those of its run.
+    An arm that names a stage has all nodes of that stage; a model from outside the experiment is one point. With
+    `snapshots`, the snapshots of a run come before its model.
 
     Args:
         compare: the comparison, in which arms still name stages. made: every node with the model that it made.
@@ -59,9 +59,9 @@ def points_of(compare: StageSpec, made: Sequence[tuple[Node, str]], registry: Re
 
 
 def with_snapshots(point: Point, model: Resolved, wanted: bool = True) -> list[Point]:
-    """A point after the snapshots of its run, these in order of steps; by itself where none are wanted.
+    """The snapshots of a point's run in order of steps, then the point; only the point if none are wanted.
 
-    A snapshot of the same files as the model (that of the last step) is the model itself and left out.
+    A snapshot with the same files as the model (that of the last step) is left out.
     """
     if not wanted or model.kind != "registry" or model.step is not None:
         return [point]
@@ -71,7 +71,7 @@ def with_snapshots(point: Point, model: Resolved, wanted: bool = True) -> list[P
 
 
 def trials(points: Iterable[Point]) -> dict[str, int]:
-    """How many settings were tried for each arm; a snapshot is no trial of its own."""
+    """Number of settings that were tried for each arm; snapshots do not count."""
     settings: dict[str, list[dict[str, object]]] = {}
     for point in points:
         known = settings.setdefault(point.arm, [])

@@ -1,4 +1,4 @@
-"""Explicit against implicit reward: how well reward models and DPO policies order the same held-out pairs."""
+"""Explicit and implicit reward: how well reward models and DPO policies order the same held-out pairs."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from rlhf_pipeline.stages.reward_quality import score_examples
 from rlhf_pipeline.training.reference_cache import cached_logprobs, completion_logprob_sums
 
 PAIRS = 4096
-"""Held-out pairs that are scored, by hash order."""
+"""The most held-out pairs that are scored, taken in hash order."""
 
 LONGER = "longer wins"
-"""The scorer that takes the longer response."""
+"""The scorer that prefers the longer response."""
 
 
 def _pairs(bench: Bench, config: CompareConfig, sources: Sequence[Resolved]) -> list[Example]:
@@ -48,7 +48,7 @@ def _pairs(bench: Bench, config: CompareConfig, sources: Sequence[Resolved]) -> 
                     continue
                 data = StageData(trained, bench.registry.home, lambda _: None)
                 found, _ = data.split("pair", config.split, bench.tokenizer, limit=PAIRS, required=False)
-        except UnknownReference as error:  # the prompts came from elsewhere
+        except UnknownReference as error:  # the prompts came from another source
             bench.say(f"note: no held-out pairs: {error}")
             continue
         if found:
@@ -61,7 +61,7 @@ def _implicit(bench: Bench, model: Resolved, pairs: Sequence[Example]) -> list[f
     """beta log(pi / pi_ref) of the chosen response minus that of the rejected one."""
     reference = dpo_reference(bench.registry, model)
     key = {"model": reference.digest, "dtype": bench.config.dtype, "bf16": False}
-    # Nothing is sampled: both are read at the temperature that the policy was trained at.
+    # Nothing is sampled: both models are evaluated at the temperature that the policy was trained at.
     policy, frozen = (bench.policy(one, training_temperature(model)) for one in (model, reference))
     ref_logprobs = cached_logprobs(frozen, pairs, bench.registry.home / "cache", key, **bench.reading).logprobs
     rewards = completion_logprob_sums(policy, pairs, **bench.reading).double() - ref_logprobs.double()
@@ -80,7 +80,7 @@ def preference_quality(
 ) -> Preferences | None:
     """Accuracy and calibration of every reward model and, for the first seed, of every DPO policy; None without pairs.
 
-    The test sets the first reward model against the first DPO policy, on the same pairs.
+    The test compares the first reward model with the first DPO policy on the same pairs.
     """
     known = [(point, model) for point, model in trained if model.manifest is not None]
     first_seed = min((point.seed for point, _ in known if point.seed is not None), default=None)
@@ -107,7 +107,7 @@ def preference_quality(
 
 
 def _scorer(name: str, values: Sequence[float], clusters: Sequence[str]) -> Scorer:
-    """Accuracy and calibration; lengths are no log-odds: they have an order, not a confidence."""
+    """Accuracy and calibration of a scorer; length has no calibration, since lengths are not log-odds."""
     right = Interval.of(accuracy(values, clusters))
     if name == LONGER:
         return Scorer(accuracy=right, ece=None, nll=None, brier=None, bins=[])

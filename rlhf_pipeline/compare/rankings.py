@@ -1,4 +1,4 @@
-"""Who wins against whom: win rates between arms and against the baseline, and one ranking of all models."""
+"""Win rates between arms and against the baseline, and one ranking of all models."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from rlhf_pipeline.report.results import ArmEntry, Interval, LengthControlled, R
 MOST_RANKED = 40
 
 Side = tuple[np.ndarray, np.ndarray]
-"""(S, P, N) a figure and the length of every response of one side of a win rate."""
+"""A figure and the length of every response of one side of a win rate, (S, P, N) each."""
 
 
 def _setting(arm: Arm, described: Mapping[str, ArmEntry]) -> Setting:
-    """The setting that speaks for an arm: the selected one, else its first."""
+    """The setting that represents an arm: the selected one, else the first."""
     chosen = described[arm.name].selected
     return arm.settings[0] if chosen is None else setting_key(chosen)
 
@@ -42,9 +42,10 @@ def _stacked(samples: Sequence[Samples], figure: str) -> np.ndarray:
 
 
 def win_rate_entry(names: tuple[str, str], figure: str, mine: Side, theirs: Side, *, coupled: bool) -> WinRate:
-    """A win rate, plain and at equal length, with its share of ties, or why there is none.
+    """A win rate, plain and at equal length, with the share of ties, or the reason why there is none.
 
-    coupled: both sides are policies, which are sampled with the same random numbers.
+    Args:
+        coupled: whether both sides are policies sampled with the same random numbers.
     """
     a, b = names
     if coupled and mine[0].shape[-1] < 2:
@@ -108,11 +109,11 @@ def win_rate_section(
 def ranking_section(measured: Sequence[Measured], figure: str) -> Ranking | None:
     """Elo of every model with an interval over prompts, the baseline at 1000, and the share of ties in its comparisons.
 
-    None with fewer than two models, or with one sample a prompt (see `win_rates.pairs_of`).
+    None with fewer than two models, or with one sample per prompt (see `win_rates.pairs_of`).
 
-    Where there are too many, final models come before snapshots, and of these the best.
+    If there are too many models, final models are kept first, then the best snapshots.
     """
-    known = {one.name: one for one in [*measured[1:], measured[0]]}  # the baseline as itself, whatever arm it is of
+    known = {one.name: one for one in [*measured[1:], measured[0]]}  # the baseline takes precedence
     distinct = [measured[0], *(one for one in known.values() if one is not measured[0])]
     distinct.sort(
         key=lambda one: (one.point.step is not None, -one.values(figure).mean() if one.point.step is not None else 0.0)

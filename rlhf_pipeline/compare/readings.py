@@ -1,4 +1,4 @@
-"""What a report shows beside figures: responses to read, training curves, origins and configs."""
+"""Other parts of a report: responses to read, training curves, lineage and configs."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ CURVES = (
     "loss/bradley_terry",
     "accuracy",
 )
-"""Metrics of a training run that are drawn, by the names of metrics.jsonl."""
+"""Metrics of a training run that are drawn, by their names in metrics.jsonl."""
 
 POINTS = 200
-"""Points of a curve that are kept."""
+"""The most points of a curve that are kept."""
 
 
 def shown_samples(bench: Bench, measured: Mapping[str, Samples], count: int) -> list[Shown]:
-    """Responses of every model to the same few prompts, the same draw for each, with their scores.
+    """Responses of every model to the same few prompts, with their scores.
 
-    The first response of each to the first prompts: nothing is picked.
+    They are the first responses to the first prompts: none are selected.
     """
     return [
         Shown(
@@ -68,7 +68,7 @@ def prompt_texts(bench: Bench) -> list[str]:
 
 
 def curves(registry: Registry, models: Sequence[Resolved]) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """(step, value) of the metrics that are drawn, for every model whose run is still in the home."""
+    """(step, value) of the metrics that are drawn, for every model whose run folder still exists."""
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
     runs = _runs_by_model(registry)
     for model in models:
@@ -80,7 +80,7 @@ def curves(registry: Registry, models: Sequence[Resolved]) -> dict[str, dict[str
             try:
                 values = json.loads(row)
             except ValueError:
-                continue  # the last line of a killed process
+                continue  # the last line of a killed process may be cut
             for name in CURVES:
                 if isinstance(values.get(name), int | float):
                     lines.setdefault(name, []).append((values["step"], values[name]))

@@ -1,4 +1,4 @@
-"""One row of a comparison for each trained model: sampled figures with intervals, prompt by prompt, and its bill."""
+"""One row of a comparison for each trained model: sampled figures with intervals, and the training cost."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ COST_KEYS = ("wall_seconds", "flops", "tokens_trained", "tokens_generated", "opt
 
 
 MOST_COMPARED = 8
-"""Samples of a prompt that self-BLEU sets against each other; its cost grows with their square."""
+"""The most samples of a prompt that self-BLEU compares; its cost grows with their square."""
 
 
 @dataclass
 class Measured:
-    """A point, its model, and its samples on the test prompts and, where settings are chosen, on validation ones."""
+    """A point, its model, and its samples on the test prompts and, if settings are chosen, on validation prompts."""
 
     point: Point
     model: Resolved
     test: Samples
     validation: Samples | None = None
-    scorer: str | None = None  # whose score it is
-    scores: dict[str, np.ndarray] = field(default_factory=dict)  # by other reward models, of the baseline
+    scorer: str | None = None  # the reward model of `score`
+    scores: dict[str, np.ndarray] = field(default_factory=dict)  # the baseline's scores by other reward models
     aim: Aim = field(default_factory=Aim)
 
     def scored_by(self, scorer: str | None) -> Samples:
-        """The samples with the score of another point's reward model, so that the two can be set side by side."""
+        """The samples with the scores of another point's reward model, so that the two points can be compared."""
         if scorer not in self.scores:
             return self.test
         return replace(self.test, values={**self.test.values, "score": self.scores[scorer]})
@@ -54,17 +54,18 @@ class Measured:
         return self.model.label
 
     def values(self, figure: str, split: str = "test") -> np.ndarray:
-        """(P,) mean of a figure over the samples of each prompt."""
+        """Mean of a figure over the samples of each prompt, (P,)."""
         samples = self.test if split == "test" else self.validation
-        assert samples is not None, "only figures that were measured are asked for"
+        assert samples is not None, "only measured figures are requested"
         return samples.values[figure].reshape(len(samples.examples), -1).mean(1)
 
 
 def bill(registry: Registry, resolved: Resolved) -> Cost | None:
-    """What an arm cost: its own run and, for PPO, those of its reward models. Shared stages are on no bill.
+    """Training cost of a model: its own run and, for PPO, those of its reward models; shared stages are not counted.
 
-    Of a snapshot: its run up to that step, and its reward models whole. Counts and seconds add up; peak memory is that
-    of the largest stage. None where it is not known: outside the registry, and for a snapshot of an earlier version.
+    The cost of a snapshot is its run up to that step, plus the whole cost of its reward models. Counts and seconds are
+    added; peak memory is that of the largest stage. None if the cost is not known: for a model outside the registry,
+    and for a snapshot of an earlier release.
     """
     cost = resolved.manifest.cost if resolved.manifest is not None else {}
     if resolved.step is not None:
@@ -76,7 +77,7 @@ def bill(registry: Registry, resolved: Resolved) -> Cost | None:
     for model in reward_models_of(registry, resolved):
         part = bill(registry, model)
         if part is None:
-            return None  # a reward model from elsewhere: nobody knows what it cost
+            return None  # the cost of a reward model from outside the registry is not known
         total = {key: value + getattr(part, key) for key, value in total.items()}
         peak = max(peak, part.peak_memory_bytes)
     return Cost(**total, peak_memory_bytes=peak)
@@ -84,7 +85,7 @@ def bill(registry: Registry, resolved: Resolved) -> Cost | None:
 
 @dataclass
 class Scorers:
-    """The reward model that scores a point: the one asked for, else that which PPO of the same seed was trained on."""
+    """The reward model that scores a point: the one in the config, else that of the PPO model of the same seed."""
 
     bench: Bench
     by_seed: Mapping[int | None, str]
@@ -96,7 +97,7 @@ class Scorers:
         """Find the reward model of each seed in the manifests.
 
         Raises:
-            MismatchError: one of them is another model here, or a folder's manifest names it on the hub.
+            MismatchError: a reward model has other files than the manifest says, or is on the hub.
         """
         found: dict[int | None, str] = {}
         for point, model in () if asked_for else points:
@@ -106,13 +107,13 @@ class Scorers:
         return cls(bench, found, asked_for)
 
     def label(self, seed: int | None) -> str | None:
-        """Who scores the points of a seed."""
+        """Name of the reward model that scores the points of a seed."""
         if self.asked_for or seed not in self.by_seed:
             return self.bench.scorer.label if self.bench.scorer is not None else None
         return self.by_seed[seed]
 
     def get(self, seed: int | None) -> RewardSource | None:
-        """The scorer of a seed; None where the bench's own is right."""
+        """The scorer of a seed; None if it is the bench's own scorer."""
         label = self.label(seed)
         if label is None or self.bench.scorer is None or label == self.bench.scorer.label or not names_a_model(label):
             return None
@@ -128,7 +129,7 @@ class Scorers:
 def measure_points(
     points: Sequence[tuple[Point, Resolved]], test: Bench, validation: Bench | None, *, asked_for: bool
 ) -> list[Measured]:
-    """Sample and score every model by the same plans: same prompts, same random numbers."""
+    """Sample and score every model with the same plan: same prompts, same random numbers."""
     scorers = Scorers.of(test, points, asked_for)
     found = []
     for number, (point, model) in enumerate(points, start=1):
@@ -152,9 +153,9 @@ def _score_by_all(one: Measured, scorers: Scorers, points: Sequence[Point], benc
 def measured_reference(
     start: Measured, points: Sequence[tuple[Point, Resolved]], bench: Bench, *, asked_for: bool
 ) -> Measured | None:
-    """The model that KL is measured to, on the same prompts: `start` where it is that model, else sampled for it.
+    """Measure the reference on the same prompts, or return `start` if it is that model.
 
-    None where there is no reference, or no reward model whose over-optimisation could be seen.
+    None if there is no reference, or no reward model whose over-optimisation could be assessed.
     """
     reference, policy = bench.reference, bench.reference_policy()
     if reference is None or policy is None or bench.scorer is None:
@@ -162,7 +163,7 @@ def measured_reference(
     own = start.model
     if own.label == reference.label or (own.digest is not None and own.digest == reference.digest):
         return start
-    bench.say(f"{reference.label} is sampled too: over-optimisation is a gain over the model that KL is measured to")
+    bench.say(f"{reference.label} is also sampled: over-optimisation is a gain over the model that KL is measured to")
     point = Point(reference.label, None, {}, reference.label)
     found = Measured(point, reference, measure(bench, policy), None, bench.scorer.label)
     _score_by_all(found, Scorers.of(bench, points, asked_for), [point for point, _ in points], bench)
@@ -170,7 +171,7 @@ def measured_reference(
 
 
 def row_of(registry: Registry, measured: Measured, baseline: Measured, diversity: Diversity | None = None) -> Row:
-    """The row of one point; all but the baseline's own are set against it."""
+    """The row of one point; every row except the baseline's is compared with the baseline."""
     point, model, figures = measured.point, measured.model, measured.test
     row = Row(
         name=measured.name,
@@ -199,7 +200,7 @@ def row_of(registry: Registry, measured: Measured, baseline: Measured, diversity
     theirs = baseline.scored_by(measured.scorer)
     difference, spread = paired_difference(figures, theirs, primary), float(np.std(theirs.values[primary]))
     mine, other = figures.by_prompt(primary), theirs.by_prompt(primary)
-    several = mine.shape[1] > 1  # with one sample a prompt there is no win rate: both drew by the same random number
+    several = mine.shape[1] > 1  # one sample per prompt gives no win rate: both sides used the same random number
     against = {
         "win_rate": Interval.of(win_rate(mine, other, coupled=True).estimate) if several else None,
         "ties": tie_share(mine, other, coupled=True) if several else None,
@@ -210,7 +211,7 @@ def row_of(registry: Registry, measured: Measured, baseline: Measured, diversity
 
 
 def diversities(measured: Sequence[Measured], bench: Bench) -> list[Diversity]:
-    """distinct-n at the number of tokens that all models have, and self-BLEU over the samples of a prompt."""
+    """distinct-n over the number of tokens that all models have, and self-BLEU over the samples of a prompt."""
     responses = [[ids for example in one.test.examples for ids in example.completions] for one in measured]
     budget, found = token_budget(responses), []
     for one, mine in zip(measured, responses, strict=True):

@@ -1,4 +1,4 @@
-"""Compare ways of training: same prompts, same random numbers, one answer."""
+"""Compare trained models on the same prompts with the same random numbers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from rlhf_pipeline.training.tracking import console
 
 
 def _require_one_stop_token(models: Sequence[Resolved]) -> None:
-    """Refuse models whose responses end in different tokens: one rule cuts all of them.
+    """Refuse models whose responses end in different tokens, since one stop token is used for all models.
 
     Raises:
         MismatchError: naming two of them.
@@ -53,7 +53,7 @@ def _require_one_stop_token(models: Sequence[Resolved]) -> None:
     for label, token in tokens.items():
         if first is not None and token != first[1]:
             raise MismatchError(
-                f"{label} was trained with stop_token {token!r}; expected {first[1]!r}, that of {first[0]}; "
+                f"{label} was trained with stop_token {token!r}; expected {first[1]!r}, the stop token of {first[0]}; "
                 "compare models whose responses end in the same token"
             )
 
@@ -65,7 +65,7 @@ def _reference(
     baseline: Resolved | None,
     say: Callable[[str], None],
 ) -> Resolved | None:
-    """The model that KL is measured to: the one asked for, else the first that an arm was trained against, else the
+    """The model that KL is measured to: `reference` of the config, else the first reference of an arm, else the
     baseline, else the first arm's SFT model."""
     if config.reference:
         return find_policies(registry, [config.reference], say)[0]
@@ -74,12 +74,12 @@ def _reference(
     reference = known[0] if known else baseline or reference_of(registry, arms[0])
     for label, found in against.items():
         if reference is not None and found is not None and found.digest != reference.digest:
-            say(f"note: {label} was trained against {found.label}; KL is measured to {reference.label} for all")
+            say(f"note: {label} was trained with {found.label}; KL is measured to {reference.label} for all")
     return reference
 
 
 def gates_of(models: Sequence[Resolved]) -> dict[str, Gate]:
-    """The gate of every reward model among these, by its name; one of another kind is not kept."""
+    """The gate of every reward model among these models, by name; gates of another format are left out."""
     found = {}
     for model in models:
         with suppress(ValidationError):
@@ -91,7 +91,7 @@ def gates_of(models: Sequence[Resolved]) -> dict[str, Gate]:
 def _exact(
     bench: Bench, config: CompareConfig, models: Sequence[Resolved], trained: Sequence[tuple[Point, Resolved]]
 ) -> Exact | None:
-    """Exact figures of the models, where every response can be listed and a price of KL is known."""
+    """Exact figures of the models, if every response can be listed and a beta is known."""
     betas = [beta for model in models if (beta := beta_of(model)) is not None]
     if not (config.exact and bench.knows_truth and bench.reference is not None and betas):
         return None
@@ -117,7 +117,7 @@ def _exact(
 def _find_points(
     registry: Registry, config: CompareConfig, points: Sequence[Point] | None, say: Callable[[str], None]
 ) -> list[tuple[Point, Resolved]]:
-    """The points with their models; without an experiment every reference is an arm of one model."""
+    """The points with their models; without an experiment every reference is an arm with one model."""
     if points is None:
         named = {model.label: model for model in find_policies(registry, list(config.arms), say)}
         arms = [with_snapshots(Point(label, None, {}, label), one, config.snapshots) for label, one in named.items()]
@@ -130,9 +130,9 @@ def _find_points(
 
 
 def run_compare(config: CompareConfig, home: Path, **options) -> Results:
-    """Compare arms as `compared` does (same options), and write reports/<name>/results.json and index.html."""
+    """Compare arms with `compared` (same options) and write reports/<name>/results.json and index.html."""
     results = compared(config, home, **options)
-    replace_text(Path(results.path), results.text())  # first: the report needs nothing else
+    replace_text(Path(results.path), results.text())  # checked first: the report needs it
     from rlhf_pipeline.report import write_report
 
     write_report(results, Path(results.report).parent)
@@ -149,18 +149,18 @@ def compared(
     resampled: Sequence[str] = (),
     command: str | None = None,
 ) -> Results:
-    """Compare arms with a baseline and return what is to stand in results.json; writes no report.
+    """Compare arms with a baseline and return the content of results.json; writes no report.
 
     Args:
         points: every trained model of every arm, from an experiment; without them the arms are the references of
-            the config. resampled: stages that a seed draws anew. command: how to run this again.
+            the config. resampled: stages that every seed runs again. command: the command that reproduces this.
 
     Raises:
         MismatchError: the arms differ in more than the way they were trained, and `allow_mismatch` is not set.
-        RunFailed: nothing can be written into the home; found before anything is sampled.
+        RunFailed: the home is not writable; checked before anything is sampled.
     """
 
-    said: set[str] = set()  # one reference is looked up for several parts: once is enough
+    said: set[str] = set()  # several parts look up the same reference: print each message once
 
     def say(text: str) -> None:
         if not quiet and text not in said:
@@ -174,7 +174,7 @@ def compared(
     arms = list(dict.fromkeys(point.arm for point, _ in trained))
     finals = [(point, model) for point, model in trained if point.step is None]
     if config.snapshots:
-        say(f"{len(trained) - len(finals)} snapshots of {len(finals)} models are points of the curves")
+        say(f"{len(trained) - len(finals)} snapshots of {len(finals)} models are added to the curves")
     found_differences = differences_by_seed(registry, [(point.arm, point.seed, model) for point, model in finals])
     judge = find_model(registry, config.judge, "reward_model") if config.judge and names_a_model(config.judge) else None
     found_differences += judge_overlap(registry, judge, [model for _, model in finals])
@@ -185,7 +185,7 @@ def compared(
     if not config.allow_mismatch:
         require_comparable(found_differences)
     for difference in found_differences:
-        say(f"note: not alike in {difference}")
+        say(f"note: the arms differ in {difference}")
     baseline = find_policies(registry, [config.baseline], say)[0] if config.baseline else None
     models = ([baseline] if baseline is not None else []) + [model for _, model in finals]
     reference = _reference(registry, config, [model for _, model in finals], baseline, say)
@@ -195,8 +195,8 @@ def compared(
         config = config.model_copy(update={"reward_model": trained_on})
     report = home / "reports" / config.name
     with staging(report if report.is_dir() else report.parent, config.name):
-        pass  # a place that cannot be written is found before hours of sampling, not after them
-    # The first arm that knows its data: those of the baseline, their SFT model, may be of another kind.
+        pass  # a folder that cannot be written is found before hours of sampling, not after
+    # The first arm with known data; the data of the baseline (the SFT model) may be of another kind.
     example = next((model for _, model in finals if knows_data(model)), models[0])
     memory = Memory(say, advice=MEASURING_ADVICE)
     plan = functools.partial(set_up, reference=reference, samples=config.samples, seed=config.seed, memory=memory)
@@ -209,7 +209,7 @@ def compared(
         try:
             validation = plan(registry, held, example, device, say=say)
         except DataError as error:
-            advice = "a split of the prompts to choose settings on, or null to choose nothing"
+            advice = "a split of the prompts for choosing settings, or null to choose no setting"
             raise ConfigError(Fault("validation_split", str(error), advice)) from None
 
     # 2. Sample and score every model by the same plan.
@@ -224,7 +224,7 @@ def compared(
     )
     primary = primary_figure(start.test)
 
-    # 3. What follows from the figures.
+    # 3. Contrasts, rankings and the verdict.
     known = [one for model in models for one in (model, *reward_models_of(registry, model))]
     behind = list({one.label: one for one in known}.values())
     exact = _exact(bench, config, list({model.label: model for model in models}.values()), finals)

@@ -1,7 +1,7 @@
-"""The verdict in words: rules that read the figures of results.json and say no more than these do.
+"""The verdict in words: fixed rules applied to the figures of results.json.
 
-A contrast whose 95 % interval excludes 0 is a difference; one whose interval holds 0 is "cannot tell", with the number
-of seeds or prompts that would settle it if the difference stayed what it is.
+A contrast whose 95 % interval excludes 0 is a difference. If the interval contains 0, the verdict is "cannot tell",
+with the number of seeds or prompts that would settle it if the difference stayed the same.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ FIGURES = {
     "score": "the reward model's score",
 }
 APART = 2.0
-"""Arms at one beta whose KLs differ by more than this factor, with intervals that do not meet, are far apart."""
+"""Arms at one beta are far apart if their KLs differ by more than this factor and the intervals do not overlap."""
 NOTABLE_LENGTH = 0.1
-"""A difference in mean length beyond this share of the baseline's is worth a word."""
+"""A difference in mean length is reported if it is above this share of the baseline's mean length."""
 
 
 def line(topic: str, text: str, certain: bool = True) -> Line:
@@ -39,9 +39,11 @@ def _interval(estimate: Interval) -> str:
 
 
 def say_contrast(contrast: Contrast, topic: str, caveat: str = "") -> Line:
-    """One contrast in words.
+    """Return the verdict line of one contrast.
 
-    caveat: what is to be known of who judged it.
+    Args:
+        topic: the heading of the line.
+        caveat: a known weakness of the model that gives the figure, appended to the place of the contrast.
     """
     a, b, estimate = contrast.a, contrast.b, contrast.estimate
     figure, at = FIGURES.get(contrast.figure, contrast.figure), contrast.at + caveat
@@ -51,23 +53,23 @@ def say_contrast(contrast: Contrast, topic: str, caveat: str = "") -> Line:
         ahead, behind = (a, b) if estimate.mean > 0 else (b, a)
         text = f"{ahead} is ahead of {behind} in {figure} {at}: {a} - {b} = {_interval(estimate)}"
         if not estimate.method.startswith("t over seeds"):
-            text += " (one seed: this is about these runs, not about their kind)"
+            text += " (one seed: this holds for these runs and says nothing about other seeds)"
         return line(topic, text)
     text = f"cannot tell {a} from {b} in {figure} {at}: {a} - {b} = {_interval(estimate)}"
     more = None
     if estimate.ends is not None:
         more = needed(Estimate(estimate.mean, *estimate.ends, estimate.n, estimate.clusters, estimate.method))
     if more is not None:
-        text += f"; it would take about {more['count']:,} {more['unit']} to tell, if the difference stayed what it is"
+        text += f"; about {more['count']:,} {more['unit']} would settle it if the difference stayed the same"
     return line(topic, text, False)
 
 
-RIVALS = {"coin": "a coin", "longer_wins": "'the longer wins'", "tfidf": "a TF-IDF model of the words"}
-"""What a reward model's gate sets it against, in words."""
+RIVALS = {"coin": "a coin", "longer_wins": "'the longer response wins'", "tfidf": "a TF-IDF model of the words"}
+"""The baselines of a reward model's gate, in words."""
 
 
 def _caveat(results: Findings, figure: str) -> str:
-    """`, by a judge that is no better than 'the longer wins'`, where who gives a figure has failed its gate."""
+    """Return the caveat of a figure whose model has failed its gate, else an empty string."""
     who, role = {"judge": (results.judge, "judge"), "score": (results.reward_model, "reward model")}.get(
         figure, (None, "")
     )
@@ -76,25 +78,23 @@ def _caveat(results: Findings, figure: str) -> str:
         return ""
     unbeaten = [text for rival, text in RIVALS.items() if not gate.beats.get(rival, True)]
     why = f"is no better than {' and '.join(unbeaten)}" if unbeaten else "has not passed its gate"
-    return f", by a {role} that {why}"
+    return f", measured by a {role} that {why}"
 
 
 def _primary(results: Findings) -> Line:
     for contrast in results.find(primary=True):
         return say_contrast(contrast, "primary", _caveat(results, contrast.figure))
     if results.contrasts:
-        return line(
-            "primary", "cannot tell: none of the contrasts that could be declared beforehand can be formed", False
-        )
-    return line("primary", "one arm alone: there is nothing to compare it with but the baseline", False)
+        return line("primary", "cannot tell: none of the contrasts that can be primary could be computed", False)
+    return line("primary", "only one arm: it can be compared with the baseline only", False)
 
 
 TOPICS = ("as trained", "matched KL", "selected", "cost")
-"""The kinds of contrast that are said, each under its own name, in the figure that is primary."""
+"""The kinds of contrast in the primary figure that the verdict lists, each under its own name."""
 
 
 def _topic(contrast: Contrast, primary: str | None) -> str | None:
-    """What a contrast is said under; None for those that stay in the table: one topic is one answer."""
+    """Return the topic of a contrast; None if the contrast is only in the table."""
     if contrast.figure == "judge" and contrast.figure != primary:
         return "judge" if contrast.kind in ("as trained", "matched KL") else None
     if contrast.kind == "exact":
@@ -103,38 +103,38 @@ def _topic(contrast: Contrast, primary: str | None) -> str | None:
 
 
 def _said_as_trained(results: Findings, contrast: Contrast) -> bool:
-    """Whether the final models answer already what a contrast at matched KL would say again."""
+    """Whether a contrast at matched KL would repeat a contrast of the final models."""
     said = results.find(kind="as trained", a=contrast.a, b=contrast.b, figure=contrast.figure)
     return contrast.kind == "matched KL" and any(True for _ in said)
 
 
 def _others(results: Findings) -> Iterator[Line]:
-    """The contrasts beside the primary one; those that the correction for their number takes away say so."""
+    """Yield the other contrasts; a line says so if Holm's correction removes its significance."""
     for contrast in results.find(primary=False):
         topic = _topic(contrast, results.primary)
         if topic is None or (topic == "judge" and _said_as_trained(results, contrast)):
             continue
         said, holm = say_contrast(contrast, topic), contrast.p_holm
         if said.certain and holm is not None and holm > 0.05:
-            text = f"{said.text}; not after the correction for several contrasts (Holm p = {holm:.2f})"
+            text = f"{said.text}; not significant after the correction for several contrasts (Holm p = {holm:.2f})"
             said = line(topic, text, False)
         yield said
 
 
 Shortfall = tuple[float, float, float]
-"""Beta, and means over an arm's models: what is missing to the optimum of the true reward, and to the model's own."""
+"""Beta, and the mean gaps of an arm's models: to the optimum of the true reward, and to that of the learned one."""
 
 PARTS = {"ppo": "optimisation_gap", "dpo": "disagreement"}
-"""What of an arm's gap to the optimum an exact row says, by stage."""
+"""The field of an exact row with the gap to the optimum of the learned reward, by stage."""
 
 
 def _shortfalls(results: Findings, stage: str) -> list[Shortfall]:
-    """What keeps a stage's models from the optimum, beta by beta, where that is known exactly."""
+    """Return the exact gaps of a stage's models, one entry for each beta."""
     by_beta: dict[float, list[tuple[float, float]]] = {}
     for row in results.exact.rows if results.exact is not None else ():
         part: Gap | None = getattr(row, PARTS[stage])
         if row.stage == stage and part is not None and row.gap_true_there is not None:
-            # Both over the prompts of the part, which a reward model's score of every response makes few.
+            # Both are means over the prompts of the learned gap, which needs a score of every response: these are few.
             by_beta.setdefault(row.beta, []).append((row.gap_true_there.value, part.value))
     found = []
     for beta, gaps in by_beta.items():
@@ -145,25 +145,25 @@ def _shortfalls(results: Findings, stage: str) -> list[Shortfall]:
 
 
 def _reward_model_limits(shortfall: Shortfall) -> bool:
-    """Whether the reward model's own error keeps PPO from the optimum more than its optimisation does."""
+    """Whether the reward model's error limits PPO more than its optimisation error does."""
     _, total, own = shortfall
     return own < total / 2
 
 
 def _limits(results: Findings) -> Iterator[Line]:
-    """What keeps each arm from the optimum, where that is known exactly, beta by beta; and what else stands out."""
+    """Yield what limits each arm: exact gaps to the optimum at each beta, failed gates, and other notable figures."""
     for shortfall in _shortfalls(results, "ppo"):
         cause = (
-            "the reward model's own error limits it more than optimisation does"
+            "the reward model's error limits PPO more than optimisation does"
             if _reward_model_limits(shortfall)
-            else "its optimisation is at least half of what is missing"
+            else "the optimisation error is at least half of the total"
         )
-        yield line("limits", f"{_short_of('PPO', shortfall)} (its own optimisation); {cause}")
+        yield line("limits", f"{_short_of('PPO', shortfall)} (optimisation error); {cause}")
     for shortfall in _shortfalls(results, "dpo"):
-        yield line("limits", f"{_short_of('DPO', shortfall)} (its disagreement with the reward model)")
+        yield line("limits", f"{_short_of('DPO', shortfall)} (disagreement with the reward model)")
     for model, gate in results.gates.items():
         if not gate.passed:
-            yield line("limits", f"{model} failed its gate: {gate.reason}; what it says of the arms says little")
+            yield line("limits", f"{model} failed its gate: {gate.reason}; its scores say little about the arms")
     yield from (line("limits", text) for text in describe_aims(results.rows))
     yield from _apart_in_kl(results)
     yield from _reward_model(results)
@@ -174,11 +174,11 @@ def _limits(results: Findings) -> Iterator[Line]:
 def _short_of(name: str, shortfall: Shortfall) -> str:
     beta, total, own = shortfall
     away = f"{name} at beta {beta:g} is {total:.3f} short of the optimum of the true reward"
-    return f"{away}; to that of the reward model it is {own:.3f}"
+    return f"{away}; its distance from the optimum of the reward model is {own:.3f}"
 
 
 def _apart_in_kl(results: Findings) -> Iterator[Line]:
-    """Arms that one beta has taken to very different KLs: what is different there is not the algorithm alone."""
+    """Yield a line for arms that one beta has taken to very different KLs: their differences also come from KL."""
     said: set[tuple[str, str]] = set()
     entries = [entry for entry in results.summary if entry.beta is not None and "kl" in entry.metrics]
     for one, other in combinations(entries, 2):
@@ -189,8 +189,8 @@ def _apart_in_kl(results: Findings) -> Iterator[Line]:
         if high.mean > APART * max(low.mean, 0.0) and high.ends[0] > low.ends[1]:
             said.add(arms)
             figures = " against ".join(f"{kl.mean:.2f} [{kl.low:.2f}, {kl.high:.2f}]" for kl in (high, low))
-            text = f"at one beta, {one.beta:g}, {far.arm} is much farther from the reference than {near.arm}"
-            text += f": a KL of {figures} nats; a difference between them is one of that distance too"
+            text = f"at the same beta, {one.beta:g}, {far.arm} is much farther from the reference than {near.arm}"
+            text += f": KL {figures} nats; part of their difference may come from this distance"
             yield line("limits", text)
 
 
@@ -201,7 +201,7 @@ def _reward_model(results: Findings) -> Iterator[Line]:
     for name, scorer in scorers.items():
         gate = results.gates.get(name)
         if name == LONGER or (gate is not None and not gate.passed):
-            continue  # its gate has said so
+            continue  # reported with its gate
         if LONGER in scorers and scorer.accuracy.mean <= scorers[LONGER].accuracy.mean:
             yield line("limits", f"{name} orders held-out pairs no better than 'the longer response wins'")
     if test is not None and test.difference.excludes():
@@ -212,7 +212,7 @@ def _over_optimisation(results: Findings) -> Iterator[Line]:
     for arm, entry in _over_optimised(results).items():
         peak = None if entry.fit is None else entry.fit.peak
         where = f" beyond sqrt(KL) = {peak:.2f}" if peak is not None else ""
-        yield line("limits", f"{arm} is over-optimised{where}: the proxy still rises while the gold reward falls")
+        yield line("limits", f"{arm} is over-optimised{where}: the proxy reward rises while the gold reward falls")
 
 
 def _over_optimised(results: Findings) -> dict[str, Overoptimised]:
@@ -231,7 +231,7 @@ def _length(results: Findings) -> Iterator[Line]:
 
 
 def _two_prices(results: Findings) -> bool:
-    """Whether arms with one setting each, contrasted as trained, were trained at different betas."""
+    """Whether two arms that are compared as trained have no beta in common."""
     betas: dict[str, set[float | None]] = {}
     for entry in results.summary:
         betas.setdefault(entry.arm, set()).add(entry.beta)
@@ -243,44 +243,44 @@ def _two_prices(results: Findings) -> bool:
 
 
 def _next(results: Findings) -> Iterator[Line]:
-    """What to try, from what limits the arms."""
+    """Yield what to try next, derived from what limits the arms."""
     if not results.comparable.ok:
         listed = ", ".join(difference.what for difference in results.comparable.differences)
-        yield line("next", f"train the arms alike first: they differ in {listed}")
+        yield line("next", f"first train the arms under the same conditions: they differ in {listed}")
     if _two_prices(results):
         yield line(
-            "next", "the arms pay different prices of KL: train them at one beta, or sweep it to compare at matched KL"
+            "next", "the arms were trained at different betas: use one beta, or sweep beta to compare at matched KL"
         )
     matched = any(contrast.estimate is not None for contrast in results.find(kind="matched KL"))
     if not matched and any(True for _ in _apart_in_kl(results)):
         text = "sweep beta for every arm, or keep snapshots of the runs, to compare them at matched KL"
-        yield line("next", f"{text}: one beta has taken them to different distances from the reference")
+        yield line("next", f"{text}: at the same beta their distances from the reference differ")
     trials = {arm: entry.trials for arm, entry in results.arms.items()}
     if len(set(trials.values())) > 1:
         most = max(trials, key=lambda arm: trials[arm])
         counts = ", ".join(f"{arm}: {number} settings" for arm, number in trials.items())
-        yield line("next", f"{most} was tuned more ({counts}): tune all arms alike")
+        yield line("next", f"{most} was tuned more ({counts}): tune all arms equally")
     limited_by_reward_model = [_reward_model_limits(shortfall) for shortfall in _shortfalls(results, "ppo")]
     if any(limited_by_reward_model):
         yield line(
             "next",
-            "for PPO: more or fresher preference pairs, a larger reward model, or a smaller step from the reference",
+            "for PPO: use more or newer preference pairs, a larger reward model, or a smaller KL to the reference",
         )
     if not all(limited_by_reward_model):
-        yield line("next", "for PPO: more updates, a smaller learning rate at the end, larger rollouts")
+        yield line("next", "for PPO: use more updates, a smaller learning rate at the end, or larger rollouts")
     if _over_optimised(results):
-        yield line("next", "raise beta (kl_coef), or stop at the KL where the judge peaks")
+        yield line("next", "raise beta (kl_coef), or stop at the KL where the gold reward peaks")
     seeds = min((entry.seeds for entry in results.summary), default=len(results.seeds))
     if seeds < 3:
-        yield line("next", "run at least 3 seeds: with fewer nothing is known about the spread between runs")
+        yield line("next", "run at least 3 seeds: fewer seeds do not show the variation between runs")
 
 
 def verdict(results: Findings) -> Verdict:
-    """Headline and lines; every line says whether the figures carry it."""
+    """Return the headline and the lines; every line says whether the figures support it."""
     head, text = _primary(results), ""
     said = [line("data", change.text) for change in results.data_changed]
     said += [*_others(results), *_limits(results), *_next(results)]
     if results.primary == "score" and results.contrasts:
-        text = " (PPO was trained to raise this very number: it is no judge of it)"
-        said.append(line("next", "judge by what no arm was trained on: a reward model on held-out pairs, --judge REF"))
+        text = " (PPO was trained to maximise this score, so it is not an independent measure)"
+        said.append(line("next", "use a judge that no compared model was trained on (a reward model): --judge REF"))
     return Verdict(headline=head.text + text, certain=head.certain, lines=said)

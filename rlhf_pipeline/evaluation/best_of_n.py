@@ -1,4 +1,4 @@
-"""Best-of-n: the baseline that trains nothing."""
+"""Best-of-n: the baseline without training."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ MASS_TOLERANCE = 1e-5
 
 
 def best_of_n(chooser: np.ndarray, measured: np.ndarray, n: int) -> np.ndarray:
-    """Expected figure of the best of n samples, for each prompt, from N >= n samples of it.
+    """Expected figure of the best of n samples for each prompt, from N >= n samples of that prompt.
 
     With the samples sorted by the chooser, the i-th smallest is the best of a random n-subset with probability
-    C(i-1, n-1) / C(N, n). Averaged over all subsets this is unbiased for every n at once; responses that the
-    chooser scores the same share their weight.
+    C(i-1, n-1) / C(N, n). The average over all subsets is unbiased for every n; responses with equal
+    scores of the chooser share their weight.
 
     Args:
         chooser: (P, N) scores that choose. measured: (P, N) the figure of interest.
@@ -24,7 +24,7 @@ def best_of_n(chooser: np.ndarray, measured: np.ndarray, n: int) -> np.ndarray:
         (P,).
 
     Raises:
-        ValueError: when n is not in 1 ... N.
+        ValueError: n is not in 1 ... N.
     """
     prompts, total = chooser.shape
     if not 1 <= n <= total:
@@ -42,17 +42,17 @@ def best_of_n(chooser: np.ndarray, measured: np.ndarray, n: int) -> np.ndarray:
 def kl_bound(n: int) -> float:
     """Upper bound of KL(best-of-n || reference) in nats: log n - (n - 1) / n.
 
-    A bound, not the value: it is loose where responses repeat (Beirami et al. 2024).
+    This is a bound, not the value; it is loose if responses repeat (Beirami et al. 2024).
     """
     return log(n) - (n - 1) / n
 
 
 @dataclass(frozen=True)
 class ChooserLaw:
-    """The distribution of a chooser's values under the reference, where every response can be listed.
+    """The distribution of a chooser's values under the reference, for prompts whose responses can all be listed.
 
-    log_mass: (U,) log-probability of each distinct value, rising. log_below: (U,) log F of the values up to and with
-    it. measured: (U,) mean of the measured figure among the responses of that value.
+    log_mass: (U,) log-probability of each distinct value, in rising order. log_below: (U,) log F, the log-probability
+    of all values up to and including it. measured: (U,) mean of the measured figure among the responses of that value.
     """
 
     log_mass: np.ndarray
@@ -61,10 +61,10 @@ class ChooserLaw:
 
     @classmethod
     def of(cls, chooser: np.ndarray, measured: np.ndarray, ref_logprobs: np.ndarray) -> ChooserLaw:
-        """From three arrays over all responses of one prompt, (L,) each.
+        """Make the law from three arrays over all responses of one prompt, (L,) each.
 
         Raises:
-            ValueError: for different lengths, or probabilities that do not sum to 1 within 1e-5.
+            ValueError: the lengths differ, or the probabilities do not sum to 1 within 1e-5.
         """
         values, figure, logs = (np.asarray(x, dtype=np.float64) for x in (chooser, measured, ref_logprobs))
         probability = np.exp(logs)
@@ -79,7 +79,7 @@ class ChooserLaw:
         total = np.bincount(place, weights=probability * figure, minlength=len(distinct))
         kept = mass > 0
         mass, total = mass[kept], total[kept]
-        # F near 1 is 1 less the mass above it, without loss of digits; so is its logarithm.
+        # F near 1 is computed as 1 minus the mass above it, to keep all digits; so is its logarithm.
         above = np.append(np.cumsum(mass[:0:-1])[::-1], 0.0)
         below = np.cumsum(mass)
         log_below = np.where(above < 0.5, np.log1p(-np.minimum(above, 0.5)), np.log(below))
@@ -100,7 +100,7 @@ class ChooserLaw:
             raise ValueError(f"best of {n}: expected n of at least 1")
         before = np.append(-np.inf, self.log_below[:-1])
         # F(v)^n - F(v-)^n = -F(v)^n expm1(n log(F(v-) / F(v)))
-        with np.errstate(divide="ignore", invalid="ignore"):  # a value that cannot be the best counts 0
+        with np.errstate(divide="ignore", invalid="ignore"):  # a value that cannot be the best contributes 0
             log_best = n * self.log_below + np.log(-np.expm1(n * (before - self.log_below)))
             best = np.exp(log_best)
             terms = np.where(best > 0, best * (log_best - self.log_mass), 0.0)

@@ -1,4 +1,4 @@
-"""Exact figures of the KL-regularised objective where every response can be listed.
+"""Exact figures of the KL-regularised objective, for prompts whose responses can all be listed.
 
 With a reward R, a reference pi_ref and beta > 0, the objective of a policy is, per prompt,
 
@@ -29,10 +29,10 @@ MASS_TOLERANCE = 1e-5
 
 
 def require_mass(logprobs: Tensor, label: str) -> float:
-    """sum_y pi(y), which has to be 1.
+    """sum_y pi(y), which must be 1.
 
     Raises:
-        RunFailed: when it differs from 1 by more than 1e-5: the log-probabilities are not those of a policy.
+        RunFailed: it differs from 1 by more than 1e-5: the log-probabilities are not those of a policy.
     """
     mass = float(logprobs.exp().sum())
     if not abs(mass - 1.0) <= MASS_TOLERANCE:
@@ -65,7 +65,7 @@ def optimum(ref_logprobs: Tensor, reward: Tensor, beta: float) -> Tensor:
 @dataclass(frozen=True)
 class PolicyFigures:
     """Figures of one policy on one prompt. kl: to the reference; gap = J* - J = beta KL(pi || pi*);
-    attainable = J* - J(pi_ref): what optimisation can gain."""
+    attainable = J* - J(pi_ref), the largest possible gain."""
 
     reward: float
     kl: float
@@ -91,7 +91,7 @@ def policy_figures(logprobs: Tensor, ref_logprobs: Tensor, reward: Tensor, beta:
 class RewardLaw:
     """The distribution of the reward under the reference: its distinct values, and the log of their mass.
 
-    Everything about pi* but its responses follows from it, and the world's reward has few distinct values.
+    It determines every figure of pi* except its responses; the world's reward has few distinct values.
     """
 
     values: Tensor
@@ -116,7 +116,7 @@ class RewardLaw:
 
 @dataclass(frozen=True)
 class GibbsFrontier:
-    """The Gibbs frontier over a grid of betas, each common to all prompts: (G,) means over prompts."""
+    """The Gibbs frontier over a grid of betas, each used for all prompts: (G,) means over prompts."""
 
     betas: Tensor
     reward: Tensor
@@ -124,10 +124,10 @@ class GibbsFrontier:
     log_partition: Tensor
 
     def bound(self, kl: float) -> float:
-        """The most reward that any policy has at a mean KL: min over beta of [beta KL + beta mean log Z].
+        """The largest reward of any policy at a mean KL: min over beta of [beta KL + beta mean log Z].
 
-        By weak duality every beta bounds the reward from above, so a grid errs on the safe side; a line through
-        the frontier's points would lie below the curve.
+        By weak duality every beta gives an upper bound, so a grid gives an upper bound too; a line through the
+        frontier's points would be below the curve.
         """
         return float((self.betas * (kl + self.log_partition)).min())
 

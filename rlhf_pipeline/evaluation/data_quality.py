@@ -1,4 +1,4 @@
-"""What is to be said of a source in words; how far simple rules predict its labels, and so how noisy they can be."""
+"""Findings on a source in words, and how well simple rules predict its labels, which bounds the label noise."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from rlhf_pipeline.evaluation.preference_metrics import accuracy, longer_wins, t
 
 FOLDS = 5
 PAIRS = 5000
-"""Most pairs that are looked at, by hash order: five fits of TF-IDF take seconds then."""
+"""The most pairs that are used, in hash order: five fits of TF-IDF then take seconds."""
 
 SHORTCUT = 0.65
-"""Share of the labels from which a rule that knows nothing of quality is worth a sentence."""
+"""A rule that ignores quality is reported if it predicts at least this share of the labels."""
 FEW_PAIRS = 20
-"""Below so many pairs the interval of a rule is no measure of anything."""
+"""With fewer pairs, the interval of a rule is too wide to be useful."""
 FEW_JUDGE_PAIRS = 200
 """Rule of thumb: a reward model trained on fewer pairs seldom beats length and TF-IDF."""
 FEW_TEST_PROMPTS = 100
-"""Below so many prompts the 95 % interval of a win rate is wider than .1 to either side."""
+"""With fewer prompts, the 95 % interval of a win rate is wider than ±.1."""
 NAMED = 3
 
 
 def findings(found: Mapping[str, Any]) -> list[str]:
-    """Say in plain sentences what the figures of a source mean for training on it, the gravest first.
+    """Return sentences on what the figures of a source mean for training on it, the most serious first.
 
-    A win rate over n prompts has a standard error of about .5 / sqrt(n): a coin's, sqrt(p (1 - p) / n) at p = 1/2.
+    The standard error of a win rate over n prompts is about .5 / sqrt(n): sqrt(p (1 - p) / n) at p = 1/2.
 
     Args:
         found: what `data.check.describe` returns, with `label_noise`.
@@ -48,30 +48,30 @@ def findings(found: Mapping[str, Any]) -> list[str]:
 def _stops(found: Mapping[str, Any]) -> Iterator[str]:
     if found["faulty_rows"]:
         yield (
-            f"{found['faulty_rows']} of {found['rows']} rows stop a stage ({_counts(found['faults'])}): mend them, or "
-            "leave them out with `skip_bad_rows: true`"
+            f"{found['faulty_rows']} of {found['rows']} rows stop a stage ({_counts(found['faults'])}): correct them "
+            "or leave them out with `skip_bad_rows: true`"
         )
     if found["unread_column"] is not None:
         yield (
-            f"the column {found['unread_column']!r} is not read; did you mean prompt? As it is, the prompt is what "
-            "'chosen' and 'rejected' begin with alike"
+            f"the column {found['unread_column']!r} is not read; did you mean prompt? Without it, the prompt is the "
+            "common beginning of 'chosen' and 'rejected'"
         )
     if found["leaked_rows"]:
         yield (
-            f"leakage: {found['leaked_rows']} rows of evaluation splits are in 'train' as well "
+            f"leakage: {found['leaked_rows']} rows of evaluation splits are also in 'train' "
             f"({_counts(found['leaks'])}): a stage refuses them"
         )
     similar = found["similar_prompt_overlap"]
     shared = {name: similar.get("/".join(sorted((name, "train"))), 0) for name in EVALUATED}
     if any(shared.values()) and not found["leaked_rows"]:
-        yield f"leakage: 'train' has prompts of evaluation splits, but for case and punctuation ({_counts(shared)})"
+        yield f"leakage: 'train' has prompts of evaluation splits, apart from case and punctuation ({_counts(shared)})"
 
 
 def _rules(noise: Mapping[str, Any] | None) -> Iterator[str]:
     if noise is None:
         return
     if noise["contradicted"]:
-        yield f"{noise['contradicted']} pairs have their opposite labelled too"
+        yield f"{noise['contradicted']} pairs also occur with the opposite label"
     if noise["pairs"] < FEW_PAIRS:
         return
     longer, words = noise["longer_wins"], noise["tfidf"]
@@ -80,11 +80,11 @@ def _rules(noise: Mapping[str, Any] | None) -> Iterator[str]:
         side = "longer" if longer["accuracy"] > 0.5 else "shorter"
         yield (
             f"length alone predicts {share:.0%} of the labels (the {side} response is preferred): a model can learn "
-            "length in the place of quality; read the length-controlled win rates of `rlhf compare`"
+            "length instead of quality; read the length-controlled win rates of `rlhf compare`"
         )
     if words["accuracy"] >= SHORTCUT and words["accuracy_low"] > 0.5:
         yield (
-            f"words alone (TF-IDF, on prompts that it has not seen) predict {words['accuracy']:.0%} of the labels: a "
+            f"words alone (TF-IDF, on held-out prompts) predict {words['accuracy']:.0%} of the labels: a "
             "reward model has to beat that to pass its gate"
         )
 
@@ -94,9 +94,9 @@ def _minimum(graphs: Mapping[str, int] | None) -> Iterator[str]:
         return
     yield (
         f"{graphs['connected']} of {graphs['prompts']} prompts have labels with a finite best reward for each response "
-        "(a chain of wins leads from each response to each other; one label a pair never makes one). On the others the "
-        "loss of a reward model or of DPO keeps falling as reward differences grow, at any beta: the result depends on "
-        "when training stops. Choose the step by held-out pairs, or label the same pairs several times"
+        "(a chain of wins leads from each response to each other; one label per pair gives none). On the "
+        "other prompts the loss of a reward model or of DPO keeps falling as reward differences grow, at any beta: the "
+        "result depends on when training stops. Choose the step by held-out pairs, or label each pair more than once"
     )
 
 
@@ -112,21 +112,21 @@ def _sizes(found: Mapping[str, Any]) -> Iterator[str]:
     if not splits:
         return
     names = [*(name for name in SPLITS if hashed or name in splits), *sorted(set(splits) - set(SPLITS))]
-    origin = "by the hash of the prompt, default `split_fractions`" if hashed else "as the source has them"
+    origin = "by the hash of the prompt, default `split_fractions`" if hashed else "as in the source"
     yield f"rows of the splits: {', '.join(f'{name} {splits.get(name, 0)}' for name in names)} ({origin})"
     judged = splits.get("judge", 0)
     if set(found["kinds"]) <= {"pair", "ranking"} and judged < FEW_JUDGE_PAIRS and (hashed or judged):
         what = "pairs" if "pair" in found["kinds"] else "rankings"
-        fix = "raise split_fractions.judge" if hashed else "give it more rows"
+        fix = "raise split_fractions.judge" if hashed else "add rows to it"
         yield (
-            f"judge split: {judged} {what}; a judge trained on so few can hardly pass its gate: {fix}"
+            f"judge split: {judged} {what}; a judge trained on so few is unlikely to pass its gate: {fix}"
             if judged
             else f"judge split: no {what}; no judge can be trained on it: {fix}"
         )
     prompts = found["split_prompts"].get("test", 0)
     if "text" in found["kinds"] or prompts >= FEW_TEST_PROMPTS or not (hashed or prompts):
         return
-    fix = "raise split_fractions.test" if hashed else "give it more prompts"
+    fix = "raise split_fractions.test" if hashed else "add prompts to it"
     if not prompts:
         yield f"test split: no prompts; nothing can be compared on it: {fix}"
         return
@@ -144,9 +144,9 @@ def _counts(counts: Mapping[str, int]) -> str:
 def label_noise(records: Sequence[Record]) -> dict[str, Any] | None:
     """Held-out accuracy of "longer wins" and of TF-IDF with Bradley-Terry on all pairs; None without pairs.
 
-    Every pair is held out once: FOLDS folds by prompt, the model fitted on the others. A rule that agrees with a share
-    a of the labels, or with 1 - a of them, shows that at most 1 - a are flipped at random (`noise_at_most`, from the
-    ends of the 95 % intervals); a rule of length that does so shows a shortcut. Rankings count as their untied pairs.
+    Every pair is held out once: FOLDS folds by prompt, with the model fitted on the other folds. If a rule agrees with
+    a share a (or 1 - a) of the labels, at most 1 - a are flipped at random (`noise_at_most`, from the ends of the 95 %
+    intervals); if that rule is length, the labels have a shortcut. Rankings count as their untied pairs.
 
     Returns:
         pairs, prompts, longer_wins and tfidf (accuracy, accuracy_low, accuracy_high), noise_at_most, contradicted:
@@ -185,12 +185,12 @@ def label_noise(records: Sequence[Record]) -> dict[str, Any] | None:
 
 
 def _fold(pair: Record) -> int:
-    """The fold of a pair: prompts that differ in case or punctuation alone fall into one."""
+    """The fold of a pair; prompts that differ only in case or punctuation are in the same fold."""
     return int.from_bytes(sha256(f"fold {loose_key(pair)}".encode()).digest()[:8], "big") % FOLDS
 
 
 def _contradicted(pairs: Sequence[Record]) -> int:
-    """Count the pairs of which the opposite is labelled somewhere else."""
+    """Count the pairs that also occur with the opposite label."""
     said = [(pair.prompt_key, *zip(map(plain, pair.completions), pair.ended, strict=True)) for pair in pairs]
     all_said = set(said)
     return sum((prompt, worse, better) in all_said for prompt, better, worse in said)

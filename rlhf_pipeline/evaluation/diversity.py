@@ -15,7 +15,7 @@ fewer than four words."""
 
 
 def token_budget(arms: Iterable[Sequence[Sequence[Hashable]]]) -> int:
-    """The tokens that every arm has: the smallest total over arms, each a list of responses."""
+    """The number of tokens that every arm has: the smallest total over arms, each a list of responses."""
     return min(sum(len(response) for response in responses) for responses in arms)
 
 
@@ -24,18 +24,18 @@ def distinct(
 ) -> dict[str, float]:
     """Distinct n-grams over all n-grams among the first `budget` tokens of the responses in a fixed shuffled order.
 
-    The ratio falls with the amount of text, so only figures at one budget compare (`token_budget`). The order is a
-    function of the number of responses and the seed; n-grams lie within one response; the last one may be cut.
+    The ratio falls with the amount of text, so only figures with the same budget can be compared (`token_budget`). The
+    order depends on the number of responses and the seed; n-grams are within one response; the last one may be cut.
     (Li et al. 2016, distinct-n.)
 
     Args:
         responses: tokens of each response, ids or words.
 
     Returns:
-        {"distinct_1": ..., "distinct_2": ..., "distinct_4": ..., "tokens": budget}; 0 where there is no n-gram.
+        {"distinct_1": ..., "distinct_2": ..., "distinct_4": ..., "tokens": budget}; 0 if there is no n-gram.
 
     Raises:
-        ValueError: with fewer tokens than the budget, or a budget below 1.
+        ValueError: there are fewer tokens than the budget, or the budget is below 1.
     """
     total = sum(len(response) for response in responses)
     if not 1 <= budget <= total:
@@ -58,14 +58,14 @@ def self_bleu(responses: Sequence[Sequence[str]], *, tokenize: str = "13a") -> f
     """Mean over responses of BLEU against the other responses to the same prompt, 0 (all differ) to 1 (all equal).
 
     (Zhu et al. 2018, Texygen; BLEU by sacrebleu, Post 2018, settings in SELF_BLEU.) It rises with the number of
-    responses to a prompt: compare at equal numbers. An empty response counts 1 beside another empty one, else 0.
+    responses per prompt, so compare only equal numbers. An empty response counts 1 beside another empty one, else 0.
 
     Args:
         responses: texts, one list per prompt, at least two in each. tokenize: sacrebleu's name of a tokenisation;
             "char" for writing without spaces.
 
     Raises:
-        ValueError: without prompts, or with a prompt of fewer than two responses.
+        ValueError: there are no prompts, or a prompt has fewer than two responses.
     """
     if not responses or min(len(texts) for texts in responses) < 2:
         raise ValueError("self-BLEU: found a prompt with fewer than two responses, expected at least two for each")

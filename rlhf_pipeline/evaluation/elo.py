@@ -1,4 +1,4 @@
-"""One scale for several models: Bradley-Terry strengths from their wins over one another."""
+"""Elo of several models: Bradley-Terry strengths from their wins over one another."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Bound = Literal["at least", "at most"]
 
 @dataclass(frozen=True)
 class Standing:
-    """Elo of one model, or where no finite number is the most likely one (`bound`), the end that is known of it.
+    """Elo of one model; if its maximum-likelihood value is infinite, the known end of its interval (`bound`).
 
-    With a bound `elo.mean` is that end, and the interval goes on to infinity on the other side.
+    With a bound, `elo.mean` is that end, and the other end of the interval is infinite.
     """
 
     elo: Estimate
@@ -52,8 +52,8 @@ def bradley_terry(wins: ArrayLike) -> np.ndarray:
         (k,), in log-odds.
 
     Raises:
-        ValueError: for other shapes, negative wins, or where a path of wins does not lead from every model to every
-            other: the maximum is finite and unique then and only then (Ford 1957).
+        ValueError: wrong shapes, negative wins, or no path of wins from every model to every other one. The maximum
+            is finite and unique if and only if there are such paths (Ford 1957).
     """
     table = np.asarray(wins, dtype=np.float64)
     if table.ndim != 2 or table.shape[0] != table.shape[1] or not len(table) or (table < 0).any():
@@ -94,17 +94,17 @@ def rank(wins: ArrayLike, *, baseline: int = 0, level: float = 0.95) -> list[Sta
 
         var(s) = P / (P - 1) H^+ (sum_p g_p g_p') H^+
 
-    A model that the baseline never beat, not even by others (or that never beat it), has no finite Elo: its standing is
-    a bound, the Elo that it would have if every unbroken row of wins over P prompts were as short of certain as
-    Wilson's interval for P of P allows. Between two models that is the end of the win rate's interval on the scale of
-    Elo. What separates groups says nothing within one: those of the baseline's group have their finite values.
+    A model without a path of wins from the baseline to it (or from it to the baseline) has no finite Elo. Its standing
+    is a bound: every unbroken row of wins over P prompts counts as the lower end of Wilson's interval for P of P. For
+    two models this is the end of the win rate's interval on the Elo scale. Models in the baseline's group keep their
+    finite values.
 
     Args:
         wins: (P, k, k): the share of comparisons on a prompt that i won against j (`win_rates.prompt_win_rates`),
             0 where they were not compared.
 
     Raises:
-        ValueError: for other shapes, or models that no path of wins joins with the baseline.
+        ValueError: wrong shapes, or models that no path of wins joins with the baseline.
     """
     table = np.asarray(wins, dtype=np.float64)
     if table.ndim != 3 or table.shape[1] != table.shape[2] or table.shape[1] < 2:
@@ -148,7 +148,7 @@ def _bounds(
 ) -> dict[int, Standing]:
     """The ends of the models outside the baseline's group.
 
-    certain: what an unbroken row of wins is taken for; 0 where one prompt says nothing.
+    certain: the win rate that an unbroken row of wins counts as; 0 if there is only one prompt.
     """
     played = totals + totals.T
     unbroken = (totals > 0) & ~reachable(totals).T

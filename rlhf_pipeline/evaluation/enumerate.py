@@ -1,4 +1,4 @@
-"""What a model makes of every response to a prompt: log-probabilities, or scores.
+"""Evaluate a model on every response to a prompt: log-probabilities, or scores.
 
 A policy's probability of a response is a product of next-token distributions at its prefixes, so only the inner nodes
 of the tree need a forward pass; a reward model is read once per leaf. Nodes are read a family at a time: one row of
@@ -19,7 +19,7 @@ from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.modules import Policy, RewardModel
 
 ROWS = 256
-"""Rows that are read at once where nobody says otherwise."""
+"""Default number of rows in one forward pass."""
 
 
 def _by_family(
@@ -34,10 +34,10 @@ def _by_family(
     memory: Memory | None,
     device: torch.device | str,
 ) -> Tensor:
-    """What `read` says of the nodes of one depth with the given children, family by family, in order.
+    """Apply `read` to the nodes of one depth with the given children, family by family, in order.
 
-    A family takes one row, in the layout "rows" one for each child; where memory runs out, half as many rows are read
-    from there on.
+    A family takes one row, or one row for each child in the layout "rows". If memory runs out, the number of rows is
+    halved from then on.
     """
     prompt, nodes = torch.tensor(list(prompt_ids), dtype=torch.long), tree.prefixes(depth)
     families = rows_at_once // len(children) if layout == "rows" else rows_at_once
@@ -71,8 +71,8 @@ def leaf_logprobs(
     rounding of the model's own number type.
 
     Args:
-        rows_at_once: prefixes, each with all its next tokens, that are read in one pass. memory: keeps the halvings of
-            a run.
+        rows_at_once: prefixes, each with all its next tokens, that are read in one pass. memory: remembers how
+            often the number was halved.
     """
     prompt, root = torch.tensor([list(prompt_ids)]), tree.words[:1]
     batch = pack_siblings(prompt, root, policy.reader.layout).to(device)
@@ -125,7 +125,7 @@ def leaf_scores(
     memory: Memory | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """r(x, y) of every leaf y: (L,) fp32 on the CPU; reads `score_pooling` as the model itself does.
+    """r(x, y) of every leaf y: (L,) fp32 on the CPU, with the model's own `score_pooling`.
 
     Args:
         rows_at_once, memory: see `leaf_logprobs`.

@@ -1,11 +1,11 @@
-"""What an arm reaches at a given KL (or a given cost): its frontier, and the difference of two arms' frontiers.
+"""The frontier of an arm: its reward at a given KL (or cost), and the difference of two arms' frontiers.
 
-An arm is trained at several settings; each gives a point (KL to the reference, reward). On validation prompts the
-Pareto-optimal settings are chosen, on test prompts their points are joined by straight lines. Nothing is ever read
-beyond an arm's own range. A chord lies below a concave curve, so a coarse grid of settings costs an arm a little: give
-the arms compared grids of like density. Equal KL is not equal optimisation (Gao et al. 2022, section 3.3).
+An arm is trained at several settings; each gives a point (KL to the reference, reward). The Pareto-optimal settings are
+chosen on validation prompts; their points on test prompts are joined by straight lines. Nothing is extrapolated beyond
+an arm's own range. A chord is below a concave curve, so a coarse grid of settings underestimates an arm slightly: use
+grids of similar density for the compared arms. Equal KL is not equal optimisation (Gao et al. 2022, section 3.3).
 
-Everything here takes any x in the place of KL, FLOPs for one.
+KL may be replaced by any x, for example FLOPs.
 Legend: S seeds, G settings, P prompts, B replicates, M places.
 """
 
@@ -21,10 +21,10 @@ from rlhf_pipeline.evaluation.seeds import Inference, from_replicates
 from rlhf_pipeline.evaluation.statistics import RESAMPLES, count_blocks
 
 MOST_MISSED = 0.05
-"""A statistic that more than this share of the replicates does not reach is undefined."""
+"""A statistic is undefined if more than this share of the replicates does not reach it."""
 
 SLACK = 1e-9
-"""Of an arm's range: what rounding may put a place outside of it."""
+"""Tolerance for rounding at the ends of an arm's range, as a share of the range."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Curve:
 
     @classmethod
     def of(cls, x: ArrayLike, reward: ArrayLike) -> Curve:
-        """From reward (S, G, P), or (G, P) for one seed, and x of that shape or without its prompts (a cost).
+        """Make a curve from reward (S, G, P), or (G, P) for one seed, and x of the same shape, or without prompts.
 
         Raises:
-            ValueError: for other shapes, or figures that are not finite.
+            ValueError: wrong shapes, or figures that are not finite.
         """
         y, at = np.asarray(reward, dtype=np.float64), np.asarray(x, dtype=np.float64)
         if y.ndim not in (2, 3) or not y.size or at.shape not in (y.shape, y.shape[:-1]):
@@ -80,9 +80,9 @@ def choose(validation: Curve) -> list[int]:
 
 
 def interpolate(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """y at given places on the lines that join the points in the order of x; NaN outside [min x, max x].
+    """Linear interpolation of y at the given places, with the points in the order of x; NaN outside [min x, max x].
 
-    x, y: (..., G). at: (M,) or (..., M) -> (..., M). At a place that several points share the later one counts.
+    x, y: (..., G). at: (M,) or (..., M) -> (..., M). If several points have the same x, the last one counts.
     """
     order = np.argsort(x, axis=-1, kind="stable")
     x, y = np.take_along_axis(x, order, -1), np.take_along_axis(y, order, -1)
@@ -99,7 +99,7 @@ def interpolate(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
 
 
 def common_range(*curves: Curve) -> tuple[float, float] | None:
-    """The x that every seed of every arm reaches, by means over prompts; None where there is none."""
+    """The range of x that every seed of every arm reaches, by means over prompts; None if there is none."""
     means = [curve.means()[0] for curve in curves]
     low, high = max(x.min(1).max() for x in means), min(x.max(1).min() for x in means)
     return (float(low), float(high)) if low < high else None
@@ -107,8 +107,10 @@ def common_range(*curves: Curve) -> tuple[float, float] | None:
 
 @dataclass(frozen=True)
 class Reading:
-    """Something read off one or two curves, or why not. at: the place; missed: share of the replicates that do not
-    reach it (they are left out of the interval)."""
+    """A statistic of one or two curves, or the reason why there is none.
+
+    at: its x; missed: the share of replicates that do not reach it (they are left out of the interval).
+    """
 
     inference: Inference | None
     at: float | None
@@ -167,14 +169,14 @@ def reward_at(
 ) -> Reading:
     """The reward of one arm at x = at, each seed by its own curve, with the interval of `seeds.from_replicates`.
 
-    Undefined where a seed's curve, or more than 5 % of the replicates, does not reach it.
+    Undefined if the curve of a seed, or more than 5 % of the replicates, does not reach it.
     """
     place = np.array([at])
     return _read(
         lambda points: interpolate(*points[0], place)[..., 0],
         [curve],
         at=at,
-        reached=f"{_ranges([curve], [name])}, wanted is {at:.3g}",
+        reached=f"{_ranges([curve], [name])}, requested is {at:.3g}",
         fixed_prompts=fixed_prompts,
         resamples=resamples,
         seed=seed,
@@ -193,11 +195,11 @@ def difference_at(
 ) -> Reading:
     """The reward of a minus that of b at the same x, by default the middle of their common range.
 
-    One seed: interpolated anew in every replicate over prompts. More: each seed's difference from its own two curves,
-    and t over them, with the replicates' variance beside it unless `fixed_prompts`.
+    One seed: the interval is that of the replicates over prompts, each with its own interpolation. Several seeds: t
+    over the differences of the seeds, with the variance of the replicates added unless `fixed_prompts` is set.
 
     Args:
-        a, b: the same seeds and prompts; each its own settings, chosen on other prompts (`choose`).
+        a, b: curves with the same seeds and prompts, each with its own settings, chosen on other prompts (`choose`).
 
     Raises:
         ValueError: where seeds or prompts do not match.
@@ -213,7 +215,7 @@ def difference_at(
         lambda points: interpolate(*points[0], place)[..., 0] - interpolate(*points[1], place)[..., 0],
         [a, b],
         at=at,
-        reached=f"{reached}, wanted is {at:.3g}",
+        reached=f"{reached}, requested is {at:.3g}",
         fixed_prompts=fixed_prompts,
         resamples=resamples,
         seed=seed,
@@ -243,7 +245,7 @@ def area_between(
     seed: int = 0,
 ) -> Reading:
     """The area between two arms' curves over their common range of x, divided by its width: the mean difference in
-    reward over that range. The range is each seed's, and each replicate's, own.
+    reward over that range. Each seed and each replicate has its own range.
 
     Raises:
         ValueError: where seeds or prompts do not match.

@@ -1,4 +1,4 @@
-"""How many more seeds or prompts would settle a difference that cannot be told."""
+"""The number of seeds or prompts that would settle an uncertain difference."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rlhf_pipeline.evaluation.seeds import OVER_BOTH, OVER_SEEDS, SHARE_OVER, In
 from rlhf_pipeline.evaluation.statistics import FEW_CLUSTERS, WILSON, Estimate, student_quantile
 
 MOST = 1_000_000
-"""An effect that more units than this would be needed for counts as none."""
+"""An effect that needs more units than this counts as no effect."""
 
 
 def _smallest(enough: Callable[[int], bool]) -> int | None:
-    """The smallest count from 2 on that is enough, where more never is less; None beyond MOST."""
+    """The smallest count from 2 on for which `enough`, a monotone condition, holds; None beyond MOST."""
     low, high = 1, 2
     while not enough(high):
         if high >= MOST:
@@ -27,12 +27,12 @@ def _smallest(enough: Callable[[int], bool]) -> int | None:
 
 
 def _prompt_quantile(prompts: float, method: str) -> float:
-    """The quantile that an interval over prompts has: of a bootstrap the normal one, else Student's."""
+    """The quantile of an interval over prompts: the normal one for a bootstrap, else Student's."""
     return student_quantile(math.inf if method != WILSON and prompts >= FEW_CLUSTERS else prompts - 1)
 
 
 def _as_inference(estimate: Estimate, null: float) -> Inference:
-    """An interval with its whole squared standard error on the unit that it counts."""
+    """Turn an interval into an `Inference` whose whole squared standard error belongs to the unit that it counts."""
     units, shares = estimate.clusters, (WILSON, *SHARE_OVER.values())
     seeds = estimate.method in (*SHARE_OVER, *SHARE_OVER.values())
     quantile = student_quantile(units - 1) if seeds else _prompt_quantile(units, estimate.method)
@@ -54,7 +54,7 @@ def needed(
     *,
     null: float = 0.0,
 ) -> dict[str, Any] | None:
-    """How many seeds or prompts would make the 95 % interval exclude `null` if effect and spread stayed as they are.
+    """The number of seeds or prompts at which the 95 % interval excludes `null`, if effect and spread stay the same.
 
     The smallest N' >= 2 with q(N') sqrt(v N / N' + w) < |mean - null|: N the present number, v the part of the squared
     standard error that more of this unit reduces, w the other part; q the 97.5 % quantile: Student's with N' - 1
@@ -67,9 +67,8 @@ def needed(
         unit: what there could be more of; by default what the interval counts.
 
     Returns:
-        {"count", "unit"}; None where it would take more than a million (there is no effect to speak of), where the
-        other part alone is too large, where the interval does not cover this unit, or where one unit leaves nothing to
-        go by.
+        {"count", "unit"}; None if more than a million are needed, if the other part of the variance alone is too
+        large, if the interval does not cover this unit, or if there is only one unit.
     """
     parted = isinstance(found, Inference)
     if not isinstance(found, Inference):
@@ -95,4 +94,4 @@ def needed(
     if count is None:
         return None
     both = not parted and method in (OVER_BOTH, SHARE_OVER[OVER_BOTH])
-    return {"count": count, "unit": "seeds and as many times more prompts" if both else unit}
+    return {"count": count, "unit": "seeds (and prompts in proportion)" if both else unit}

@@ -1,14 +1,14 @@
-"""Overoptimisation: the reward that is optimised keeps rising while the one that is meant falls.
+"""Over-optimisation: the optimised reward (proxy) keeps rising while the gold reward falls.
 
 Gao et al. 2022 ("Scaling laws for reward model overoptimization"), eq. 1, with d = sqrt(KL(pi || pi_ref)):
 
     best-of-n  R(d) - R(0) = d (alpha - beta d)            peak at d = alpha / (2 beta)
     RL         R(d) - R(0) = d (alpha - beta ln d)         peak at d = exp(alpha / beta - 1)
 
-R is the judge's reward or the true one, never the one that was optimised, and R(0) that of the reference, from which d
-is measured. The RL form has an infinite slope at 0 and is no description of what happens near it. Neither form predicts
-anything outside the distances that it was fitted to, and both can peak where a reward only levels off: a peak is no
-finding by itself (`overoptimised`). Legend: S seeds, G points (settings or snapshots), P prompts.
+R is the judge's score or the true reward, never the optimised one; R(0) is the reward of the reference, from which d is
+measured. The RL form has an infinite slope at 0 and does not describe small d. Neither form predicts anything outside
+the distances that it was fitted to, and both can peak where a reward only levels off: a peak alone is no finding
+(`overoptimised`). Legend: S seeds, G points (settings or snapshots), P prompts.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from rlhf_pipeline.evaluation.seeds import holm, infer
 Form = Literal["bon", "rl"]
 
 NEAR = 0.5
-"""The RL form is fitted to points with d of at least this: KL 0.25."""
+"""The RL form is fitted to points with d of at least this (KL 0.25)."""
 
 FEWEST = 3
-"""Distances that a fit of two numbers needs, if it is to say more than its points."""
+"""The least number of different distances for a fit of two parameters."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ def fit_gain(form: Form, distance: ArrayLike, gain: ArrayLike, *, near: float = 
         near: points of the RL form below this distance are left out.
 
     Returns:
-        None with fewer than three different distances to fit to.
+        None if there are fewer than three different distances.
 
     Raises:
-        ValueError: for lists of different length, negative distances, or figures that are not finite.
+        ValueError: the lengths differ, a distance is negative, or a figure is not finite.
     """
     d, y = np.asarray(distance, dtype=np.float64), np.asarray(gain, dtype=np.float64)
     if d.shape != y.shape or d.ndim != 1 or (d < 0).any() or not (np.isfinite(d).all() and np.isfinite(y).all()):

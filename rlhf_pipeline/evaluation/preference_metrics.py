@@ -1,7 +1,7 @@
-"""How good a scorer of preference pairs is: accuracy, calibration, and the baselines it has to beat.
+"""Quality of a scorer of preference pairs: accuracy, calibration, and the baselines that it has to beat.
 
-A ranking is its untied pairs here. Every prompt counts the same, however many pairs it has; intervals are clustered by
-prompt.
+A ranking counts as its untied pairs. Every prompt has the same weight, however many pairs it has; intervals are
+clustered by prompt.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def pair_differences(scores: Sequence[Sequence[float]], examples: Sequence[Examp
     """score(better) - score(worse) of every untied pair of the examples, and the prompt of each.
 
     Args:
-        scores: of each example one per completion, in its order; what stands behind them is passed over.
+        scores: for each example one score per completion, in its order; further scores are ignored.
     """
     found = [
         (row[better] - row[worse], example.prompt_key)
@@ -51,7 +51,7 @@ def expected_calibration_error(
     ECE = sum_b w_b |mean correctness_b - mean confidence_b|, w_b the bin's share of the weight (Guo et al. 2017, eq. 3)
 
     Args:
-        clusters: the prompt of each pair, which then weighs 1 / (pairs of its prompt); by default all weigh the same.
+        clusters: the prompt of each pair, its weight is then 1 / (pairs of its prompt); by default weights are equal.
     """
     weights = _weights(differences, clusters)
     found = zip(_bins(differences, bins), reliability_bins(differences, clusters, bins), strict=True)
@@ -63,7 +63,7 @@ def reliability_bins(
 ) -> list[tuple[float, float, int]]:
     """(mean confidence, mean correctness, pairs) of bins of equally many pairs, by rising confidence max(p, 1 - p).
 
-    A calibrated scorer's bins lie on the diagonal of a plot of correctness against confidence; ties are half right.
+    The bins of a calibrated scorer are on the diagonal of correctness against confidence; a tie counts as half correct.
 
     Args:
         clusters: see `expected_calibration_error`.
@@ -95,7 +95,7 @@ def _bins(differences: Numbers, bins: int) -> list[np.ndarray]:
 
 
 def calibration_slope(differences: Numbers, clusters: Sequence[str], *, level: float = 0.95) -> Estimate | None:
-    """The s of P(label) = sigma(s x difference) that is most likely, with an interval clustered by prompt.
+    """Maximum-likelihood s of P(label) = sigma(s x difference), with an interval clustered by prompt.
 
         sum over pairs of w d sigma(-s d) = 0,    d = r_w - r_l,    w = 1 / pairs of the prompt
 
@@ -107,7 +107,7 @@ def calibration_slope(differences: Numbers, clusters: Sequence[str], *, level: f
         differences: score(chosen) - score(rejected), (pairs,). clusters: the prompt of each pair.
 
     Returns:
-        None where no finite s is most likely: no pair is ordered wrongly, none rightly, or all are ties.
+        None if the maximum is not finite: all pairs are ordered correctly, all wrongly, or all are ties.
     """
     from scipy.special import expit
 
@@ -146,7 +146,7 @@ def compare_scorers(differences: Numbers, others: Numbers, clusters: Sequence[st
     """Accuracy of one scorer minus that of another on the same pairs, with a two-sided p-value.
 
     With one pair per prompt p is McNemar's, exact: of the pairs on which the two differ in correctness, the number on
-    which the first does better is binomial(., 1/2) if they are equally good (McNemar 1947; a tie counts as half right,
+    which the first is better is binomial(., 1/2) if they are equally good (McNemar 1947; a tie counts as half right,
     so that this is the sign test). With several, pairs of one prompt depend on each other, and p is of the clustered
     interval. The interval is clustered by prompt in either case and need not agree with McNemar's p at the border.
 
@@ -195,9 +195,9 @@ def preference_metrics(differences: Numbers, clusters: Sequence[str]) -> dict[st
 
 
 def bayes_accuracy(label_probabilities: Sequence[float | None], clusters: Sequence[str]) -> float | None:
-    """The labels' own ceiling: mean of max(p, 1 - p) where P(label) = p is known for every pair, else None.
+    """The best possible accuracy on noisy labels: mean of max(p, 1 - p), p = P(label); None if p is not always known.
 
-    Averaged as `accuracy` is, so that the two can be compared.
+    It is averaged like `accuracy`, so that the two can be compared.
     """
     known = [p for p in label_probabilities if p is not None]
     if not known or len(known) < len(label_probabilities):
@@ -216,7 +216,7 @@ def tfidf_bradley_terry(
     """Score differences on `test` of a Bradley-Terry model on TF-IDF features fitted on `train`.
 
     sigma(w . [x(chosen) - x(rejected)]) by L2-regularised logistic regression without intercept; each pair is
-    shown both ways round. Texts are (chosen, rejected). Words are runs of letters or signs, so that texts of any
+    used in both orders. Texts are (chosen, rejected). Words are runs of letters or signs, so that texts of any
     vocabulary have features.
     """
     from scipy.sparse import vstack

@@ -1,4 +1,4 @@
-"""What a policy's samples are like: reward, KL to the reference, length, end tokens."""
+"""Figures of a policy's samples: reward, KL to the reference, length, end tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHARES = frozenset({"ended", "well_formed"})
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """The same prompts and the same random numbers for every policy that is given the same plan."""
+    """A plan of sampling: every policy with the same plan has the same prompts and random numbers."""
 
     prompts: list[Example]
     samples: int
@@ -48,7 +48,7 @@ class Samples:
     values: dict[str, np.ndarray] = field(default_factory=dict)
 
     def by_prompt(self, name: str) -> np.ndarray:
-        """(P, A) one figure of each prompt's responses."""
+        """One figure of each prompt's responses, (P, A)."""
         return self.values[name].reshape(len(self.examples), -1)
 
     def estimate(self, name: str) -> Estimate:
@@ -120,7 +120,7 @@ def add_kl(samples: Samples, policy: Policy, reference: Policy, plan: SamplingPl
 def paired_difference(mine: Samples, theirs: Samples, name: str) -> Estimate:
     """Mean of mine minus theirs, prompt by prompt.
 
-    Common random numbers leave a difference of means unbiased and make its interval shorter.
+    With common random numbers a difference of means stays unbiased and its interval is shorter.
     """
     a, b = mine.by_prompt(name).mean(1), theirs.by_prompt(name).mean(1)
     return cluster_mean(a - b, [example.prompt_key for example in mine.examples])

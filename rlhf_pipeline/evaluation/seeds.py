@@ -1,8 +1,8 @@
-"""What several seeds and several prompts say together: intervals and p-values.
+"""Intervals and p-values over several seeds and prompts.
 
-Which statement is wanted decides the interval. "On these prompts" (all there are, or exact figures of them): Student's
-t over seeds. "On prompts like these": the crossed form, in which prompts count as drawn too; a t over seeds alone
-covers far too little there. One seed carries no statement about other seeds, whatever its interval.
+The interval depends on the statement. "On these prompts" (all prompts that exist, or exact figures): Student's t over
+seeds. "On prompts like these": the crossed form, in which prompts count as sampled too; the coverage of a t over seeds
+alone is far too low there. One seed supports no statement about other seeds, whatever its interval.
 
 Legend: S seeds, P prompts; values (S, P) hold one figure per seed and prompt, (S,) one per seed.
 """
@@ -39,7 +39,7 @@ from rlhf_pipeline.evaluation.statistics import (
 OVER_SEEDS = "t over seeds"
 OVER_BOTH = "t over seeds and prompts"
 SHARE_OVER = {OVER_SEEDS: "wilson over seeds", OVER_BOTH: "wilson over seeds and prompts"}
-"""What the method of a share is called in the place of a plain mean's."""
+"""The name of a share's method, by the name of a plain mean's method."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Inference:
 
     @property
     def over_seeds(self) -> bool:
-        """Whether this says anything about seeds that were not run."""
+        """Whether the inference covers seeds that were not run."""
         return self.seeds > 1
 
 
@@ -95,7 +95,7 @@ def _over_units(
     variance, quantile = seed_variance + prompt_variance, student_quantile(seeds - 1, level)
     error = math.sqrt(variance)
     if agree is not None:
-        # That all prompts agree is no finding over few seeds: it keeps the quantile of that many prompts.
+        # Agreement of all prompts is no evidence over few seeds: it keeps the quantile of that many prompts.
         scale = (student_quantile(units - 1, level) / quantile) ** 2 if math.isfinite(quantile) else 1.0
         size = effective_size(mean, variance, units, agree, min(scale, 1.0))
         low, high = wilson_interval(mean, size, quantile)
@@ -126,7 +126,7 @@ def over_seeds(values: ArrayLike, *, level: float = 0.95, null: float = 0.0, sha
         values: (S, P) or (S,). share: all of them are in [0, 1]; the interval is Wilson's.
 
     Raises:
-        ValueError: for an empty or not finite table. One seed is no error: its interval is infinite.
+        ValueError: the table is empty or not finite. One seed is not an error: its interval is infinite.
     """
     table = _table(values)
     per_seed = table if table.ndim == 1 else table.mean(1)
@@ -143,8 +143,8 @@ def over_seeds_and_prompts(
     """The crossed form: m +- t(S - 1) sqrt(s_seed^2 / S + s_prompt^2 / P).
 
     s_seed is the standard deviation of the S seed means, s_prompt that of the P prompt means. With effects of seed and
-    prompt and a rest e, each of the two terms holds e's share sigma_e^2 / (S P), which belongs into the sum once: the
-    interval is conservative, the more so by its S - 1 degrees of freedom where prompts dominate. Measured for 3 and 5
+    prompt and a rest e, each of the two terms holds e's share sigma_e^2 / (S P), which should be counted once: the
+    interval is conservative, and more so with its S - 1 degrees of freedom if prompts dominate. Measured for 3 and 5
     seeds, 16 and 64 prompts: 95 to 100 %. (Satterthwaite's degrees of freedom would be shorter and cover 92 % at 3
     seeds where both effects are of one size.)
 
@@ -152,7 +152,7 @@ def over_seeds_and_prompts(
         values: (S, P), S and P at least 2.
 
     Raises:
-        ValueError: for another shape, or values that are not finite.
+        ValueError: the shape is wrong, or values are not finite.
     """
     table = _table(values)
     if table.ndim != 2 or min(table.shape) < 2:
@@ -181,7 +181,7 @@ def over_prompts(
     """One seed: the interval of `statistics.cluster_mean` over prompts (P,). It says nothing about other seeds.
 
     Raises:
-        ValueError: for an empty or not finite list.
+        ValueError: the list is empty or not finite.
     """
     table = _table(values).ravel()
     estimate, p = clustered(table, range(len(table)), level=level, null=null, share=share, resamples=resamples)
@@ -232,10 +232,10 @@ def from_replicates(
     share: bool = False,
     agree: float = 0.0,
 ) -> Inference:
-    """`infer` for a statistic that is no mean over prompts: one value per seed, and its bootstrap over prompts.
+    """`infer` for a statistic that is not a mean over prompts: one value per seed, and its bootstrap over prompts.
 
-    One seed: the interval of the replicates. More: t over the seeds' values, and unless `fixed_prompts`, with the
-    variance over replicates of the mean over seeds in the place of s_prompt^2 / P.
+    One seed: the interval of the replicates. Several seeds: t over the seeds' values; unless `fixed_prompts` is set,
+    the variance over replicates of the mean over seeds replaces s_prompt^2 / P.
 
     Args:
         values: (S,). replicates: (B, S), the statistic with prompts redrawn, the same draws for every seed.
@@ -268,7 +268,7 @@ def from_replicates(
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Holm's step-down p-values (Holm 1979): p_(i) becomes max over j <= i of min(1, (m - j + 1) p_(j)).
 
-    None (a contrast that could not be computed) stays None and is no member of the family.
+    None (a contrast that could not be computed) stays None and does not count.
     """
     tests = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)

@@ -1,6 +1,6 @@
 """Intervals for means over prompts.
 
-Everywhere a prompt counts the same, however many responses or pairs it has: the estimand is the mean of the prompts'
+Every prompt has the same weight, however many responses or pairs it has: the estimand is the mean of the prompts'
 means, as in the losses.
 """
 
@@ -22,10 +22,10 @@ DOUBT = 0.5
 """Prompts that go wholly the other way, added where all that were seen agree, before a share's variance is taken."""
 
 ROUNDING = 1e-15
-"""A variance up to this is rounding."""
+"""A variance up to this is a rounding error."""
 
 BLOCK = 2**18
-"""Most numbers of one block of resampled prompts: 2 MiB."""
+"""The most numbers in one block of resampled prompts (2 MiB)."""
 
 Numbers = Sequence[float] | np.ndarray
 """One figure per response, pair or prompt, (N,)."""
@@ -57,15 +57,15 @@ def student_quantile(degrees: float, level: float = 0.95) -> float:
 
 
 def agreement(means: np.ndarray) -> float:
-    """The share of prompts (P,) that are wholly on the nearer side: at 1 where the mean is at least 1/2, else at 0."""
+    """The share of prompts (P,) whose mean is exactly the nearer end: 1 if the overall mean is at least 1/2, else 0."""
     return float((means == (1.0 if means.mean() >= 0.5 else 0.0)).mean())
 
 
 def effective_size(mean: float, variance: float, units: int, agree: float = 0.0, scale: float = 1.0) -> float:
-    """Independent yes-or-no answers that say as much about a share as its clustered sample does: m (1 - m) / variance.
+    """The number of independent yes-or-no answers as informative as a clustered sample: m (1 - m) / variance.
 
-    A share whose prompts all agree shows no variance, and that is no knowledge. So the variance is taken of the U
-    prompts and w = agree^2 / 2 of a further one that goes wholly the other way (to 0 where the share p is at least 1/2,
+    If all prompts agree, the sample variance is 0, which is too small. So the variance is computed over the U prompts
+    and w = agree^2 / 2 of a further one that goes wholly the other way (to 0 where the share p is at least 1/2,
     else to 1), with m the mean of these U + w:
 
         n = U m (1 - m) / s'^2,   s'^2 = ((U - 1) U variance + scale w U / (U + w) max(p, 1 - p)^2) / (U + w - 1)
@@ -80,7 +80,7 @@ def effective_size(mean: float, variance: float, units: int, agree: float = 0.0,
         scale: of what is added, where the quantile of `variance` is larger than that of U prompts (few seeds).
 
     Returns:
-        n; 0 where the variance is not known (infinite).
+        n; 0 if the variance is not known (infinite).
     """
     if not math.isfinite(variance):
         return 0.0
@@ -94,20 +94,20 @@ def effective_size(mean: float, variance: float, units: int, agree: float = 0.0,
 
 
 def wilson_interval(mean: float, size: float, quantile: float) -> tuple[float, float]:
-    """The shares q with |mean - q| <= t sqrt(q (1 - q) / n): inside [0, 1], and never of one point.
+    """The interval of shares q with |mean - q| <= t sqrt(q (1 - q) / n): inside [0, 1], with a positive width.
 
-    Wilson 1927, with an effective size n in the place of the sample size and Student's t in that of the normal
-    quantile, as Korn and Graubard 1998 have it for the exact interval of clustered samples.
+    Wilson 1927, with an effective size n instead of the sample size and Student's t instead of the normal quantile, as
+    in Korn and Graubard 1998 for the exact interval of clustered samples.
 
     Returns:
-        (low, high); (0, 1) where size is 0 or the quantile infinite.
+        (low, high); (0, 1) if size is 0 or the quantile is infinite.
     """
     if size <= 0 or not math.isfinite(quantile):
         return 0.0, 1.0
     square = quantile**2 / size
     centre = (mean + square / 2) / (1 + square)
     half = math.sqrt(square * (mean * (1 - mean) + square / 4)) / (1 + square)
-    # The end at 0 or 1 is exact: rounding must not leave the mean outside.
+    # The end at 0 or 1 is exact: rounding must not exclude the mean.
     return min(max(centre - half, 0.0), mean), max(min(centre + half, 1.0), mean)
 
 
@@ -126,7 +126,7 @@ def prompt_means(values: Numbers, clusters: Sequence[Hashable]) -> np.ndarray:
 
 
 def prompt_weights(clusters: Sequence[Hashable]) -> np.ndarray:
-    """The weight of each value in a mean in which every prompt counts the same: (N,), positive, sum 1."""
+    """The weight of each value in a mean with equal weights of prompts: (N,), positive, sum 1."""
     codes = _codes(clusters)
     counts = np.bincount(codes)
     return 1.0 / (counts[codes] * len(counts))

@@ -1,7 +1,8 @@
 """Win rates, plain and at equal length, of independent responses.
 
-`compare` gives every model the same random numbers, which differences of means gain from. A win rate is no difference
-of means: response i of two models is then a dependent pair, and pairs of one index are left out (`pairs_of`).
+`compare` gives every model the same random numbers, which shortens intervals of differences of means. A win rate is not
+a difference of means: response i of two models is a dependent pair, so pairs with equal index are left out
+(`pairs_of`).
 
 Legend: S seeds, P prompts, A and B responses per prompt of the two sides.
 """
@@ -17,14 +18,14 @@ from rlhf_pipeline.evaluation.seeds import Inference, from_replicates, infer
 from rlhf_pipeline.evaluation.statistics import RESAMPLES, agreement, count_blocks
 
 RIDGE = 0.01
-"""On phi of the length-controlled model, where each prompt carries the weight 1: it keeps phi finite where length
+"""Ridge on phi of the length-controlled model, in which each prompt has weight 1: it keeps phi finite where length
 decides every comparison, and moves an estimate from 100 prompts by about a thousandth of its value."""
 
 NEWTON_STEPS = 60
 
 
 ONE_SAMPLE = (
-    "one response a prompt, drawn with the same random numbers on both sides, says nothing of independent responses: "
+    "with one response per prompt and the same random numbers on both sides there are no independent responses: "
     "sample at least 2"
 )
 
@@ -32,12 +33,12 @@ ONE_SAMPLE = (
 def pairs_of(one: int, other: int, coupled: bool) -> np.ndarray:
     """Which pairs of a prompt's responses are compared: (A, B) of bool.
 
-    `coupled`: response i of both sides was drawn with the same random numbers (`SamplingPlan`), so it is no independent
-    pair and is left out: over i != j the share won is an unbiased estimate of P(a > b) + P(a = b) / 2 of independent
+    `coupled`: response i of both sides was drawn with the same random numbers (`SamplingPlan`), so the pair is
+    dependent and is left out: over i != j the share won is unbiased for P(a > b) + P(a = b) / 2 of independent
     responses (a two-sample U-statistic without its diagonal; with it the bias is (P(a_i > b_i) - P(a > b)) / A).
 
     Raises:
-        ValueError: coupled sides of different size, or of one response each.
+        ValueError: coupled sides have different sizes, or one response each.
     """
     if not coupled:
         return np.ones((one, other), dtype=bool)
@@ -62,7 +63,7 @@ def prompt_win_rates(a: ArrayLike, b: ArrayLike, *, coupled: bool) -> np.ndarray
     """P(a response of a beats one of b to the same prompt), ties one half, over the pairs of `pairs_of`:
     (..., P, A), (..., P, B) -> (..., P).
 
-    The other side may be a policy or the demonstrations; leave out prompts that have none.
+    The other side may be a policy or the demonstrations; leave out prompts without demonstrations.
 
     Args:
         coupled: both sides were sampled with the same random numbers.
@@ -90,9 +91,9 @@ def win_rate(a: ArrayLike, b: ArrayLike, *, coupled: bool, fixed_prompts: bool =
 
 @dataclass(frozen=True)
 class LengthControlled:
-    """A win rate at equal length, or the reason why there is none. phi: the log-odds that length carries, over seeds.
+    """A win rate at equal length, or the reason why there is none. phi: log-odds per unit of length, mean over seeds.
 
-    Associational: it takes out what goes with length among these responses, whether length causes it or not.
+    It is an association: it removes everything that goes with length in these responses, causal or not.
     """
 
     inference: Inference | None
@@ -103,7 +104,7 @@ class LengthControlled:
 def _cells(won: np.ndarray, gap: np.ndarray, unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weight and won weight of each (prompt, length difference), from (P, pairs): (P, U) each; a prompt weighs 1.
 
-    The likelihood sees a comparison's length difference and outcome only, so that these cells are all it needs.
+    The likelihood depends only on the length difference and outcome of each comparison, so these cells are sufficient.
     """
     prompts = len(won)
     place = np.searchsorted(unit, gap) + len(unit) * np.arange(prompts)[:, None]
@@ -169,7 +170,7 @@ def length_controlled_win_rate(
         coupled: both sides were sampled with the same random numbers.
 
     Returns:
-        Undefined, with the reason, where 0 is not inside the range of dlen: equal length would be extrapolated.
+        Undefined, with the reason, if 0 is not inside the range of dlen: equal length would be extrapolated.
 
     Raises:
         ValueError: where shapes do not match; see `pairs_of`.

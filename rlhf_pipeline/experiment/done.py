@@ -1,7 +1,7 @@
-"""Which parts of an experiment are done.
+"""Find the parts of an experiment that are done.
 
-A run is done where a version with the same config, parents and data exists; the comparison where its report was made of
-the same config, models, data and source code. Nothing here imports torch.
+A run is done if a version with the same config, parents and data exists; the comparison is done if its report was made
+from the same config, models, data and source code. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def expected_data(config: StageConfig, home: Path) -> list[str]:
 
 
 def _splits(config: StageConfig, home: Path, source: str, part: str | None) -> Sequence[str]:
-    """The splits of a source that a stage reads to make something of them."""
+    """The splits of a source that a stage uses."""
     if isinstance(config, TrainingConfig):
         return [config.dataset_train_split]
     if config.splits:
@@ -61,7 +61,7 @@ def _splits(config: StageConfig, home: Path, source: str, part: str | None) -> S
 
 
 def _split_digest(config: StageConfig, home: Path, name: str, part: str | None, split: str) -> str:
-    """The digest of one split's records, which are read and digested once as long as their files do not change."""
+    """The digest of one split's records; it is computed once as long as the files do not change."""
     what = (home.resolve(), name, part, split, tuple(config.split_fractions.items()), config.skip_bad_rows)
     seen = source_stamp(name, home=home)
     return _digest(*what) if seen is None else _known_digest(seen, *what)
@@ -80,13 +80,13 @@ def _digest(
 
 
 def find_done(config: StageConfig, registry: Registry) -> Resolved | None:
-    """The latest version that this very config has made from the same parents and data, if there is one."""
-    # Earlier releases digested the config as it was given, before its parent's lengths were filled in.
+    """The latest version that was made from the same config, parents and data; None if there is none."""
+    # Earlier releases computed the digest before the parent's lengths were filled in.
     digests = list(dict.fromkeys(map(config_digest, (with_lengths(config, registry)[0], config))))
     shelf = registry.data if config.stage == "collect" else registry.models
     made = {item.manifest.config_digest for item in shelf.all() if item.manifest is not None}
     if not made & set(digests):
-        return None  # the cheap answer first: reading the data takes a moment
+        return None  # the cheap check first: reading the data is slow
     parents = {role: parent.digest for role, parent in parents_of(registry, config).items()}
     made_by, data = REGISTRY_STAGE[config.stage], expected_data(config, registry.home)
     found = (registry.find(made_by, digest, parents, data, name=config.output_name) for digest in digests)
@@ -94,7 +94,7 @@ def find_done(config: StageConfig, registry: Registry) -> Resolved | None:
 
 
 def survey(nodes: Sequence[Node], registry: Registry) -> list[Resolved | None]:
-    """The version that each node has made already; None where there is none, or where an input is still to be made."""
+    """The version that each node has already made; None if there is none, or if an input does not exist yet."""
     found: list[Resolved | None] = []
     outputs: dict[int, str] = {}
     for place, node in enumerate(nodes):
@@ -107,18 +107,18 @@ def survey(nodes: Sequence[Node], registry: Registry) -> list[Resolved | None]:
 
 
 def output_of(node: Node, label: str) -> str:
-    """How a config names what a node has made."""
+    """The name by which a config refers to the output of a node."""
     return f"collected:{label}" if node.spec.stage == "collect" else label
 
 
 INPUTS = "inputs.json"
-"""Beside results.json: the digests of what a comparison was made of and of what came out."""
+"""File beside results.json with the digests of a comparison's inputs and results."""
 
 
 def comparison_inputs(
     config: CompareConfig, points: Sequence[Point], resampled: Sequence[str], registry: Registry
 ) -> str | None:
-    """The digest of everything that a comparison is made of; None where it cannot be told: functions, hub data."""
+    """The digest of all inputs of a comparison; None if it is not known (Python functions, data on the hub)."""
     named = [config.reward_model, config.judge, config.true_reward]
     if any(source is not None and is_function_name(source) for source in named):
         return None
@@ -130,7 +130,7 @@ def comparison_inputs(
         values = model.manifest.config if model.manifest is not None else {}
         parts = values.get("datasets") or [values]
         sources |= {part[key] for part in parts for key in ("dataset_name", "prompts") if part.get(key)}
-        # What `collected:NAME` was then is a version with its number: what is read now may be another one.
+        # `collected:NAME` is replaced by its numbered version: it may name another version now.
         sources |= {entry.source for entry in model.manifest.data} if model.manifest is not None else set()
     data = {source: _file_digests(source, registry.home) for source in sorted(sources)}
     if None in data.values() or any(model.digest is None for model in models.values()):
@@ -147,7 +147,7 @@ def comparison_inputs(
 
 
 def _with_ancestors(models: Sequence[Resolved], registry: Registry) -> dict[str, Resolved]:
-    """Models and all that they come from, by label, as far as they are there."""
+    """Models and all their ancestors that exist, by label."""
     found: dict[str, Resolved] = {}
     waiting = list(models)
     while waiting:
@@ -161,7 +161,7 @@ def _with_ancestors(models: Sequence[Resolved], registry: Registry) -> dict[str,
 
 
 def _file_digests(source: str, home: Path) -> list[str] | None:
-    """The digests of a source's files; none where it is not there, None where it lies on the hub."""
+    """The digests of a source's files; empty if the source is missing, None if it is on the hub."""
     try:
         files = files_of(source, home=home)
         return None if files is None else [known_sha256(path) for path in files]
@@ -170,13 +170,13 @@ def _file_digests(source: str, home: Path) -> list[str] | None:
 
 
 def note_comparison(report: Path, inputs: str) -> None:
-    """Write beside results.json what it was made of."""
+    """Write the digests of the inputs beside results.json."""
     content = {"inputs": inputs, "results": file_sha256(report / RESULTS)}
     replace_text(report / INPUTS, json.dumps(content) + "\n")
 
 
 def compared_already(report: Path, inputs: str) -> Results | None:
-    """The results of a comparison that was made of these inputs and lies there as it was written; else None."""
+    """The results of a comparison that was made from these inputs and is unchanged on disk; else None."""
     try:
         known = json.loads((report / INPUTS).read_text(encoding="utf-8"))
         if known != {"inputs": inputs, "results": file_sha256(report / RESULTS)} or not (report / PAGE).is_file():
@@ -184,4 +184,4 @@ def compared_already(report: Path, inputs: str) -> Results | None:
         results = load(report / RESULTS)
     except (OSError, ValueError, DamagedFile):
         return None
-    return results if results.path == str(report / RESULTS) else None  # a home that has moved names old places
+    return results if results.path == str(report / RESULTS) else None  # a home that was moved has old paths

@@ -1,4 +1,4 @@
-"""What a run would do, without training: `--dry-run`."""
+"""Describe what a run would do, without training: `--dry-run`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _parameters(resolved: Resolved) -> int | None:
 
 
 def _new_parameters(config: SftConfig) -> int:
-    """Number of parameters of a model from scratch, made without memory."""
+    """Number of parameters of a model from scratch, counted without allocating it."""
     import torch
 
     from rlhf_pipeline.models.loading import model_of_config, new_config
@@ -61,13 +61,13 @@ def _new_parameters(config: SftConfig) -> int:
 
 
 def _training_memory(parameters: int, config: TrainingConfig) -> int:
-    """Bytes of weights, gradients and AdamW's two moments, and of the frozen models; activations come on top."""
+    """Bytes of weights, gradients and AdamW's two moments, and of the frozen models, without activations."""
     width = BYTES[config.dtype]
     trained, frozen = parameters * 4 * width, 0
     if isinstance(config, DpoConfig):
         frozen = parameters * width
     if isinstance(config, PpoConfig):
-        # The reference, the reward model and the judge; a reward function is counted as a model, to be safe.
+        # The reference, the reward model and the judge; a reward function is counted as a model (upper bound).
         frozen = parameters * width * (2 + ("judge" in config.parents()))
         trained *= 1 if config.value_init == "shared" else 2
     return trained + frozen
@@ -77,7 +77,7 @@ def estimate_stage(config: StageConfig, home: Path) -> dict[str, Any]:
     """Resolve the models, read the data and count updates, parameters and memory.
 
     Raises:
-        BadInput: whatever the run itself would refuse before training.
+        BadInput: anything that the run itself would refuse before training.
     """
     registry = Registry(home)
     config, _ = with_lengths(config, registry)
@@ -127,15 +127,15 @@ def _training_rows(config: TrainingConfig, home: Path) -> int:
 
 
 def estimate_experiment(path: Path, overrides: list[str], home: Path) -> dict[str, Any]:
-    """Check an experiment as `rlhf run` would, and say which of its runs are done already.
+    """Check an experiment as `rlhf run` does, and report which of its runs are done.
 
-    Runs behind one that is not done cannot be looked up: their inputs do not exist yet.
+    A run that depends on an unfinished run cannot be looked up: its inputs do not exist yet.
     """
     registry = Registry(home)
     experiment = load_experiment(path, overrides, known_models=registry.models.names())
     nodes = expand(experiment)
     done = checked(experiment, nodes, registry)
-    states = ["to run" if found is None else f"done already, {found.label}" for found in done]
+    states = ["to run" if found is None else f"already done, {found.label}" for found in done]
     finished = sum(found is not None for found in done)
     return {
         "experiment": experiment.name,

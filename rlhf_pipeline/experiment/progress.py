@@ -1,4 +1,4 @@
-"""How far an experiment is: runs done, and about how long the rest takes."""
+"""Progress of an experiment: finished runs, and an estimate of the remaining time."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from statistics import fmean
 
 
 def time_left(waiting: Sequence[str], seconds: Mapping[str, Sequence[float]]) -> float | None:
-    """Seconds that the waiting runs take if each takes the mean of its stage's so far; None where one is not known.
+    """Estimated seconds for the waiting runs: each takes the mean of its stage so far. None if a mean is not known.
 
     Args:
-        waiting: the stage of each run. seconds: what runs of a stage have taken.
+        waiting: the stage of each waiting run. seconds: the durations of finished runs, by stage.
     """
     if any(not seconds.get(name) for name in waiting):
         return None
@@ -18,7 +18,7 @@ def time_left(waiting: Sequence[str], seconds: Mapping[str, Sequence[float]]) ->
 
 
 def spoken(seconds: float) -> str:
-    """A duration as a rough guess: `40 s`, `12 min`, `2.5 h`."""
+    """A rounded duration: `40 s`, `12 min`, `2.5 h`."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{round(seconds / 60)} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
@@ -28,7 +28,7 @@ class Progress:
     """Counts the runs of an experiment.
 
     Args:
-        names: the stage of each run, in running order. done: whether it is known to be done already.
+        names: the stage of each run, in running order. done: whether each run is known to be done.
     """
 
     def __init__(self, names: Sequence[str], done: Sequence[bool]):
@@ -37,7 +37,7 @@ class Progress:
         self.ran = self.skipped = 0
 
     def ended(self, place: int, skipped: bool, seconds: float | None) -> None:
-        """Take note of a run that is done: what it takes, or what it took when it was made."""
+        """Record a finished run with its duration."""
         self._done[place] = True
         self.skipped += skipped
         self.ran += not skipped
@@ -45,7 +45,7 @@ class Progress:
             self._seconds.setdefault(self._names[place], []).append(seconds)
 
     def told(self, place: int) -> str:
-        """What is behind the run at this place and what is left with it: `ran 6, skipped 0; about 12 min left`."""
+        """Finished runs and the time left, including the run at `place`: `ran 6, skipped 0; about 12 min left`."""
         waiting = [name for name, done in zip(self._names[place:], self._done[place:], strict=True) if not done]
         left = time_left(waiting, self._seconds)
         counts = f"ran {self.ran}, skipped {self.skipped}"

@@ -1,4 +1,4 @@
-"""Run an experiment: its stages for every seed and setting, what is done skipped, then the comparison."""
+"""Run an experiment: its stages for every seed and setting (finished runs are skipped), then the comparison."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def stage_function(stage: str) -> Callable[..., StageResult]:
-    """The function that runs a stage, by its command name; imported when asked for."""
+    """The function that runs a stage, by its command name; imported on demand."""
     from rlhf_pipeline.stages import collect, dpo, ppo, reward, sft
 
     functions: dict[str, Callable[..., StageResult]] = {
@@ -57,10 +57,10 @@ def checked(experiment: Experiment, nodes: Sequence[Node], registry: Registry) -
     """Check every model and data source that exists already, before the first stage runs.
 
     Returns:
-        The version that each node has made already; None where it is still to be made.
+        The version that each node has already made; None if there is none yet.
 
     Raises:
-        BadInput: with all faults of all stages.
+        BadInput: lists all faults of all stages.
     """
     faults = _input_faults(experiment, registry)
     done: list[Resolved | None] = [None] * len(nodes) if faults else survey(nodes, registry)
@@ -72,7 +72,7 @@ def checked(experiment: Experiment, nodes: Sequence[Node], registry: Registry) -
 
 
 def _new_model_faults(specs: Sequence[StageSpec]) -> list[Fault]:
-    """The faults of models from random weights; to read their configs imports transformers."""
+    """The faults of models from random weights; this imports transformers to read their configs."""
     faults: list[Fault] = []
     for spec in specs:
         if (described := getattr(spec.config, "model_init", None)) is not None:
@@ -86,9 +86,9 @@ def _new_model_faults(specs: Sequence[StageSpec]) -> list[Fault]:
 
 
 def _input_faults(experiment: Experiment, registry: Registry) -> list[Fault]:
-    """What is wrong with the functions, models and data that an experiment names."""
+    """The faults of the functions, models and data that an experiment names."""
     faults: list[Fault] = []
-    checked: dict[tuple[Any, ...], str | None] = {}  # a source is read once, however many points name it
+    checked: dict[tuple[Any, ...], str | None] = {}  # each source is read once, even if many points name it
     for spec in experiment.everything():
         for source in functions(spec.config):
             try:
@@ -119,7 +119,7 @@ def _input_faults(experiment: Experiment, registry: Registry) -> list[Fault]:
 def _problem(
     mention: Mention, registry: Registry, config: StageConfig | CompareConfig, split: str | None
 ) -> str | None:
-    """What is wrong with what a config names, or None; of data also where the split that is trained on has no rows."""
+    """The fault of a mention in a config, or None; data without rows in the training split are also a fault."""
     try:
         if mention.role == "data":
             found = read_records(
@@ -137,7 +137,7 @@ def _problem(
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one node of an experiment."""
+    """The result of one node of an experiment."""
 
     node: Node
     model: str
@@ -145,7 +145,7 @@ class Outcome:
     seconds: float | None
 
     def as_point(self) -> dict[str, Any]:
-        """Its line in the result of an experiment with several seeds or settings."""
+        """The entry of this node in the result of an experiment with several seeds or settings."""
         return {
             "stage_name": self.node.name,
             "seed": self.node.spec.config.seed if self.node.seed is None else self.node.seed,
@@ -166,18 +166,18 @@ def run_experiment(
     command: str | None = None,
     before_work: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Run what is missing of an experiment and compare; returns the outcome of each stage and the comparison.
+    """Run the unfinished parts of an experiment and compare; returns the outcome of each stage and the comparison.
 
     Args:
-        command: how to run this again, for the report. before_work: called before a stage or the comparison runs; not
-            called where everything is done.
+        command: the command that reproduces this, for the report. before_work: called before a stage or the comparison
+            runs; not called if everything is done.
     """
 
     def say(text: str) -> None:
         if not quiet:
             console.print(text, markup=False, style="bold")
 
-    # 1. Everything that can be wrong, and what is done already.
+    # 1. Check everything, and find what is done.
     registry = Registry(home)
     experiment = load_experiment(path, overrides, known_models=registry.models.names())
     for note in experiment.notes:
@@ -188,7 +188,7 @@ def run_experiment(
     for line in _about(experiment, nodes, drawn):
         say(line)
 
-    # 2. The rest, in order. A node whose input has just been made may turn out to be done: it is looked up again.
+    # 2. Run the rest in order. A node whose input was just made may already be done, so it is looked up again.
     outputs: dict[int, str] = {}
     outcomes: list[Outcome] = []
     progress = Progress([node.name for node in nodes], [found is not None for found in done])
@@ -197,12 +197,12 @@ def run_experiment(
         found = done[place] or find_done(config, registry)
         if found is not None:
             outcomes.append(Outcome(node, found.label, True, _seconds(found.manifest.cost if found.manifest else {})))
-            say(f"[{place + 1}/{len(nodes)}] {node.label}: done already, {found.label}")
+            say(f"[{place + 1}/{len(nodes)}] {node.label}: already done, {found.label}")
         else:
             say(f"[{place + 1}/{len(nodes)}] {node.label} ({progress.told(place)})")
             later = sum(ready is not None for ready in done[place + 1 :])
             before_work()
-            told = f"of {len(nodes)} are done; the same command goes on from here"
+            told = f"of {len(nodes)} are done; the same command continues from here"
             try:
                 result = stage_function(node.spec.stage)(config, home, resume=resume, quiet=quiet)
             except Interrupted:
@@ -210,13 +210,13 @@ def run_experiment(
                 raise
             if (number := result.stopped_by) is not None:
                 raise Interrupted(
-                    f"stopped by signal {number} when {node.label} was done: {place + 1 + later} {told}", number
+                    f"stopped by signal {number} after {node.label} was done: {place + 1 + later} {told}", number
                 )
             outcomes.append(Outcome(node, result.model, False, _seconds(result.cost)))
         progress.ended(place, outcomes[-1].skipped, outcomes[-1].seconds)
         outputs[place] = output_of(node, outcomes[-1].model)
 
-    # 3. The result: a stage's own line is that of its first node.
+    # 3. The result: the entry of a stage is that of its first node.
     first: dict[str, Outcome] = {}
     for outcome in outcomes:
         first.setdefault(outcome.node.name, outcome)
@@ -233,13 +233,13 @@ def run_experiment(
 
 
 def _about(experiment: Experiment, nodes: Sequence[Node], drawn: Sequence[str]) -> list[str]:
-    """What an experiment with several seeds or settings comes to, in words; nothing for a plain one."""
+    """Describe the seeds and settings of an experiment; empty for a single run of each stage."""
     lines = []
     if len(experiment.seeds) > 1:
         shared = [spec.name for spec in experiment.stages if spec.name not in drawn]
         seeds = ", ".join(map(str, experiment.seeds))
         once = f"; run once: {', '.join(shared)}" if shared else ""
-        lines.append(f"seeds {seeds}: each draws {', '.join(drawn) or 'nothing'} anew{once}")
+        lines.append(f"seeds {seeds}: each runs {', '.join(drawn) or 'nothing'} again{once}")
     for name, points in experiment.swept.items():
         count = len(points)
         lines.append(f"sweep of {name}: {count} setting{'s' if count > 1 else ''} of {', '.join(points[0].setting)}")
@@ -260,7 +260,7 @@ def _compared(
     before_work: Callable[[], None],
     **options: Any,
 ) -> Results | None:
-    """The experiment's comparison: the config names the first node of each stage, the points are all of them."""
+    """Make the experiment's comparison: the config names the first node of each stage, the points are all nodes."""
     if experiment.compare is None:
         return None
     models: dict[str, str] = {}
@@ -271,7 +271,7 @@ def _compared(
     report = registry.home / "reports" / config.name
     inputs = comparison_inputs(config, points, drawn, registry)
     if inputs is not None and (results := compared_already(report, inputs)) is not None:
-        say(f"compared already: {report / RESULTS} (remove that folder to compare again)")
+        say(f"already compared: {report / RESULTS} (remove the folder to compare again)")
         return results
     against = f" with {config.baseline}" if config.baseline else ""
     say(f"comparing {', '.join(point.model for point in points)}{against}")

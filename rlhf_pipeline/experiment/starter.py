@@ -1,4 +1,4 @@
-"""`rlhf init`: an experiment in one file for somebody's own preference pairs, with lengths and sizes from the data."""
+"""`rlhf init`: an experiment file for the user's own preference pairs, with lengths and sizes from the data."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MEASURED = 5000
-"""Records whose lengths are looked at: enough for a quantile."""
+"""Number of records whose lengths are measured."""
 FEW = 1500
-"""Below so many pairs the default shares leave too little to the judge and to the test."""
+"""With fewer pairs, the default shares leave too few for the judge and the test split."""
 SHARES_OF_FEW = {"train": 0.6, "judge": 0.2, "validation": 0.05, "test": 0.15}
 
 
@@ -42,11 +42,11 @@ def _up(value: int) -> int:
 
 
 def _lengths(prompt: int, response: int, positions: int | None) -> tuple[int, int, list[str]]:
-    """Limits that hold all but a hundredth of the data, and what a model's positions take of them."""
+    """Length limits that cover 99 % of the data, reduced to the positions of the model, and warnings."""
     prompt, response = _up(prompt), _up(response + 1)  # its EOS
     if positions is None or prompt + response <= positions:
         return prompt, response, []
-    # A prompt can be cut, a response cannot: it has what it needs, up to three quarters.
+    # A prompt can be cut, a response cannot: a response may take up to three quarters of the positions.
     least = min(prompt, positions // 4)
     fits = min(response, positions - least)
     told = (
@@ -57,16 +57,16 @@ def _lengths(prompt: int, response: int, positions: int | None) -> tuple[int, in
 
 
 def _warnings(splits: dict[str, int], prompts: int, faulty: int, rows: int) -> list[str]:
-    """What is left out, and what the size of the data means for the answer."""
-    said = [f"{faulty} of {rows} rows are faulty and left out: rlhf data check names them"] if faulty else []
+    """Warnings on rows that are left out and on splits that are too small."""
+    said = [f"{faulty} of {rows} rows are faulty and left out: rlhf data check lists them"] if faulty else []
     if splits.get("judge", 0) < FEW_JUDGE_PAIRS:
         said.append(
-            f"{splits.get('judge', 0)} pairs for the judge: it may be no better than 'the longer response wins', "
-            "and then it decides nothing"
+            f"{splits.get('judge', 0)} pairs for the judge: it may be no better than 'the longer response wins'; "
+            "then its scores decide nothing"
         )
     if prompts < FEW_TEST_PROMPTS:
         width = 100 * 1.96 * 0.5 / math.sqrt(max(prompts, 1))
-        said.append(f"{prompts} test prompts: a win rate is known to about +- {width:.0f} points of a hundred")
+        said.append(f"{prompts} test prompts: the 95 % interval of a win rate is about ±{width:.0f} percentage points")
     return said
 
 
@@ -74,10 +74,11 @@ def plan_starter(source: str, *, model: str | None, seeds: int, folder: Path, ho
     """Read the pairs and choose lengths, splits and sizes.
 
     Args:
-        source: preference pairs or rankings. model: to start from; None: from scratch. folder: where the file will lie.
+        source: preference pairs or rankings. model: the model to start from; None trains one from scratch.
+        folder: where the file will be written.
 
     Raises:
-        BadInput: the source says nothing of preferences, or there is no such model.
+        BadInput: the source has no preferences, or the model does not exist.
     """
     found = read_records(source, home=home, skip_bad_rows=True)
     records = [record for record in found.records if record.kind in ("pair", "ranking")]
@@ -99,9 +100,7 @@ def plan_starter(source: str, *, model: str | None, seeds: int, folder: Path, ho
     described = describe(replace(found, records=lowest_hashes(records, MEASURED)), tokenizer=tokenizer)
     measured = described["lengths"]
     if not {"prompt", "chosen"} <= measured.keys():
-        why = (
-            "all of them are ties" if described["ties"] else f"none has a prompt that {model or 'a tokenizer'} can read"
-        )
+        why = "all are ties" if described["ties"] else f"no pair has a prompt that {model or 'a tokenizer'} can read"
         raise BadInput(f"{source}: found no pair to learn from ({why}); see rlhf data check")
     longest = max(measured[name]["p99"] for name in ("chosen", "rejected"))
     prompt, response, told = _lengths(measured["prompt"]["p99"], longest, positions)
@@ -127,23 +126,23 @@ def plan_starter(source: str, *, model: str | None, seeds: int, folder: Path, ho
 
 
 def _split(source: str, splits: Mapping[str, int], part: str, carried: bool) -> str:
-    """The split that plays a part: the one of that name, else the only one whose name begins with it."""
+    """The split for a part (train, test, ...): the split of that name, else the only one whose name begins with it."""
     found = [part] if part in splits else [name for name in splits if name.startswith(part)]
     if len(found) != 1:
         there = ", ".join(f"{name} ({count})" for name, count in splits.items())
         if not carried:
             raise BadInput(
-                f"{source}: too few different prompts: by their hash they fall into {there}; expected some in {part!r}"
+                f"{source}: too few different prompts: the hash puts them into {there}; expected some in {part!r}"
             )
         raise BadInput(
-            f"{source}: found the splits {there}; expected rows in one that is called {part!r}, or begins so: give "
-            "more rows or other names, or write the experiment by hand (docs/experiments.md)"
+            f"{source}: found the splits {there}; expected rows in a split whose name begins with {part!r}: add "
+            "rows or rename the splits, or write the experiment by hand (docs/experiments.md)"
         )
     return found[0]
 
 
 def _tokenizer(learned: Sequence[Record], resolved: Resolved | None) -> tuple[PreTrainedTokenizerBase, int | None]:
-    """What measures lengths, and the positions of the model; without a model what `sft` would train."""
+    """The tokenizer that measures lengths, and the positions of the model; without a model, those that `sft` trains."""
     if resolved is None:
         texts = (plain(text) for record in learned for text in (record.prompt or "", *record.completions))
         return train_byte_level_bpe(texts, VOCABULARY), POSITIONS
@@ -157,21 +156,21 @@ def _positions_on_the_hub(resolved: Resolved) -> int | None:
 
     try:
         config = AutoConfig.from_pretrained(resolved.location, revision=resolved.revision)
-    except (OSError, ValueError):  # code of its own, or none: loading the model will tell
+    except (OSError, ValueError):  # a config with custom code, or none: loading the model will report it
         return None
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def _model(resolved: Resolved | None, model: str | None, folder: Path) -> str | None:
-    """How the file names a model: the version as it is now, a directory, or a hub id."""
+    """The name of a model in the file: its present version, a directory, or a hub id."""
     if resolved is None or isinstance(resolved, Version):
         return None if resolved is None else resolved.label
     return model if resolved.path is None else _path(resolved.path, folder)
 
 
 def _path(path: Path, folder: Path) -> str:
-    """A path as the file has it: whole, except beside the working directory's own file, where it can move along."""
+    """A path in the file: absolute, but relative if the file is in the working directory, so that both can be moved."""
     text = os.path.join(".", os.path.relpath(path, folder)) if folder == Path.cwd() else str(path.absolute())
     try:
         text.encode("utf-8")

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 VOCABULARY = 4096
 POSITIONS = 512
-"""Longest sequence that a model from scratch is made for."""
+"""The longest sequence, in tokens, of a model from scratch."""
 
 
 @dataclass(frozen=True)
 class Starter:
-    """What the file is made of. pairs: usable rows that say which response is better. model: None is from scratch."""
+    """The values of the file. pairs: number of usable preferences. model: None trains one from scratch."""
 
     name: str
     dataset: str
@@ -35,12 +35,12 @@ class Starter:
 
 
 def _quoted(text: str | None) -> str:
-    """A text as YAML has it in double quotes."""
+    """A text as a double-quoted YAML string."""
     return json.dumps(text, ensure_ascii=text is not None and not text.isprintable())
 
 
 def render_starter(plan: Starter) -> str:
-    """The experiment's YAML, with a comment wherever somebody may want another value."""
+    """The experiment's YAML, with a comment at values that a user may want to change."""
     scratch, small = plan.model is None, plan.splits[plan.train] < 2000
     device, parts = (16, 1 if small else 2) if scratch else (4, 4 if small else 8)
     rollout = 64 if small else 128
@@ -66,8 +66,8 @@ def render_starter(plan: Starter) -> str:
         "device": device,
         "rollout": rollout,
         "episodes": 100 * rollout,
-        "judged": "    judge: judge                             # watches the responses and moves nothing\n",
-        "again": "    num_train_epochs: 3                      # few pairs: three times over\n" if small else "",
+        "judged": "    judge: judge                             # scores the responses; has no effect on training\n",
+        "again": "    num_train_epochs: 3                      # few pairs: three epochs\n" if small else "",
         "sft_rate": "1.0e-3" if scratch else "1.0e-5",
         "reward_rate": "1.0e-4" if scratch else "1.0e-5",
         "ppo_rate": "5.0e-5" if scratch else "3.0e-6",
@@ -94,12 +94,12 @@ _SCRATCH = f"""\
       num_attention_heads: 4, num_key_value_heads: 4, tie_word_embeddings: true,
       max_position_embeddings: {POSITIONS}, initializer_range: 0.05}}
     tokenizer_init: {{type: byte_level_bpe, vocab_size: {VOCABULARY}}}
-    completion_only_loss: false              # it has to learn the language too
+    completion_only_loss: false              # the model also has to learn the language
     num_train_epochs: 5
 """
-_SKIP = "      skip_bad_rows: true                    # faulty rows: {}; `rlhf data check` names them\n"
+_SKIP = "      skip_bad_rows: true                    # faulty rows: {}; `rlhf data check` lists them\n"
 _JUDGE = """\
-  judge:                                     # on pairs that no arm sees; its seed keeps it one for all
+  judge:                                     # on pairs that no arm is trained on; one judge for all seeds
     stage: train-rm
     model_name_or_path: sft
     <<: *data
@@ -111,22 +111,22 @@ _JUDGE = """\
 """
 _FILE = """\
 # SFT, reward model, PPO and DPO on {pairs} preferences, compared. Keys: docs/experiments.md, docs/config.md.
-#   rlhf run THIS --dry-run        checks everything, trains nothing
-#   rlhf run THIS                  runs it; what is done is skipped, what was stopped goes on
+#   rlhf run THIS --dry-run        checks everything and trains nothing
+#   rlhf run THIS                  runs it; finished runs are skipped, stopped runs continue
 name: {name}
-seeds: {seeds}                             # each draws reward model, PPO and DPO anew
+seeds: {seeds}                             # each seed trains its own reward model, PPO and DPO
 stages:
-  sft:                                       # on the preferred responses
+  sft:                                       # trained on the preferred responses
     stage: sft
 {start}    <<: &data
       dataset_name: {dataset}
 {parts}{skip}{shares}\
-      max_prompt_length: {prompt:<19} # tokens, enough for 99 %; longer prompts are cut from the left
-      response_length: {response:<21} # tokens with the end; longer responses are left out
+      max_prompt_length: {prompt:<19} # tokens, enough for 99 %; longer prompts are cut on the left
+      response_length: {response:<21} # tokens with EOS; longer responses are left out
     learning_rate: {sft_rate}
     lr_scheduler_type: cosine
     warmup_steps: 0.05
-{size}    save_steps: 100                          # a killed run goes on from here
+{size}    save_steps: 100                          # a killed run continues from the last save
   reward:
     stage: train-rm
     model_name_or_path: sft
@@ -141,10 +141,10 @@ stages:
     reward_model_path: reward
 {judged}\
     <<: *data
-    kl_coef: 0.1                             # PPO's beta: the same as DPO's, so that both have one optimum
+    kl_coef: 0.1                             # PPO's beta: the same as DPO's, so that both have the same optimum
     learning_rate: {ppo_rate}
-    total_episodes: {episodes:<24} # responses in all: 100 updates
-    rollout_batch_size: {rollout:<20} # responses in an update
+    total_episodes: {episodes:<24} # total number of responses: 100 updates
+    rollout_batch_size: {rollout:<20} # responses per update
     num_mini_batches: 4
     per_device_train_batch_size: {device}
     save_steps: 10
@@ -156,7 +156,7 @@ stages:
     learning_rate: {dpo_rate}
     warmup_steps: 0.1
 {again}{size}    save_steps: 100
-# One point each says little of two methods that trade reward against KL: try several betas.
+# One beta says little about methods that trade reward against KL: try several betas.
 # sweep: {{ppo.kl_coef: [.03, .1, .3], dpo.beta: [.03, .1, .3]}}
 compare:
   arms: [ppo, dpo]

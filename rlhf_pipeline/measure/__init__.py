@@ -1,1 +1,1 @@
-"""One model on a bench: prompts, samples, scores, exact figures."""
+"""Measurement of one model: prompts, samples, scores, exact figures."""

@@ -1,4 +1,4 @@
-"""The models of an evaluation, their prompts, their reference and who scores them."""
+"""Set up an evaluation: its models, prompts, reference and reward sources."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Reading(TypedDict):
-    """How responses are read: the options of `completion_logprob_sums` and `score_examples`."""
+    """How a model evaluates responses: the options of `completion_logprob_sums` and `score_examples`."""
 
     responses_at_once: int
     memory: Memory
@@ -45,42 +45,42 @@ class Reading(TypedDict):
 
 @dataclass
 class Bench:
-    """What one or more policies are evaluated with."""
+    """What policies are evaluated with: prompts, reference, reward sources and settings."""
 
     registry: Registry
     config: PromptsConfig
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
     plan: SamplingPlan
-    knows_truth: bool  # the world's reward, which can be computed for every response there is
+    knows_truth: bool  # the world's reward, which can be computed for every response
     reference: Resolved | None
-    scorer: RewardSource | None  # the reward model of training, or what was asked for
-    judge: RewardSource | None  # a reward model trained on pairs that no arm has seen
-    truth: RewardSource | None  # what labelled the data, outside the built-in world
+    scorer: RewardSource | None  # the training reward model, or the one in the config
+    judge: RewardSource | None  # a reward model trained on pairs that none of the compared models were trained on
+    truth: RewardSource | None  # the reward source that labelled the data, outside the built-in world
     say: Callable[[str], None]
     _reference: Policy | None = None
     data: list[DataReport] = field(default_factory=list)
     data_changed: list[DataChange] = field(default_factory=list)  # since models were trained on them
 
     def compare_data(self, resolved: Resolved, sources: Sequence[RecordSet]) -> None:
-        """Say once what of a model's own data has changed since it was trained, and keep it for the results."""
+        """Report once what has changed in a model's data since it was trained, and keep it for the results."""
         for change in note_changes(self.data_changed, changes_of(resolved, sources)):
             self.say(f"note: {change.text}")
 
     @property
     def reading(self) -> Reading:
-        """How responses are read here."""
+        """The `Reading` of this bench."""
         at_once, memory = self.plan.responses_at_once, self.plan.memory
         return Reading(responses_at_once=at_once, memory=memory, pad_id=self.plan.pad_id, device=self.device)
 
     def policy(self, resolved: Resolved, temperature: float | None = None) -> Policy:
-        """Load a policy, after checking that it reads the same token ids as the others.
+        """Load a policy, after checking that it has the same tokenizer as the others.
 
         Args:
-            temperature: divides its logits; None: that of sampling.
+            temperature: divides its logits; None uses the sampling temperature.
 
         Raises:
-            MismatchError: when its tokenizer is another.
+            MismatchError: its tokenizer is different.
         """
         theirs = tokenizer_of(resolved, self.config.trust_remote_code)
         if tokenizer_digest(theirs) != tokenizer_digest(self.tokenizer):
@@ -99,7 +99,7 @@ class Bench:
 
     @property
     def truth_label(self) -> str | None:
-        """What `true_reward` comes from, or None where nobody knows it."""
+        """The source of `true_reward`; None if the true reward is not known."""
         return self.truth.label if self.truth is not None else "world" if self.knows_truth else None
 
     def reference_policy(self) -> Policy | None:
@@ -115,10 +115,10 @@ def knows_data(resolved: Resolved) -> bool:
 
 
 def _lengths(config: PromptsConfig, resolved: Resolved) -> Lengths:
-    """Prompt and response lengths: asked for, else as trained, else what the model's positions allow.
+    """Prompt and response lengths: those of the config, else of training, else what the model's positions allow.
 
     Raises:
-        ConfigError: when more is asked for than the model has positions.
+        ConfigError: the lengths need more positions than the model has.
     """
     positions = positions_of(resolved)
     named = [resolved.config.get(key) for key in ("max_prompt_length", "response_length", "max_length")]
@@ -141,14 +141,14 @@ def _lengths(config: PromptsConfig, resolved: Resolved) -> Lengths:
 def load_prompts(
     registry: Registry, config: PromptsConfig, resolved: Resolved, tokenizer: PreTrainedTokenizerBase, lengths: Lengths
 ) -> tuple[list[Example], list[DataReport], RecordSet | None]:
-    """The prompts of an evaluation: those asked for, else the chosen split of the model's own data.
+    """The prompts of an evaluation: those of the config, else the chosen split of the model's own data.
 
     Returns:
         The prompts, a report for each source, and the records that they come from if they are the model's own.
 
     Raises:
-        ConfigError: when none are named and the model does not know its data.
-        UnknownReference, DataError: the source is not there, or cannot be used.
+        ConfigError: no prompts are named and the data of the model are not known.
+        UnknownReference, DataError: the source is missing or cannot be used.
     """
     source = source_of(config, resolved)
     if source is None:
@@ -226,7 +226,7 @@ def set_up(
 
     def source(text: str | None) -> RewardSource | None:
         if text is None or (in_world and text in WORLD_NAMES):
-            return None  # the world's reward is a figure of its own
+            return None  # the world's reward has its own figure
         return load_reward(registry, text, config, first, tokenizer, device).source
 
     scorer, judge, truth = (source(getattr(config, key, None)) for key in ("reward_model", "judge", "true_reward"))
@@ -238,8 +238,8 @@ def set_up(
 
 
 def add_rewards(bench: Bench, samples: Samples, scorer: RewardSource | None = None) -> None:
-    """Add what responses are worth by everyone who can say: the truth, the reward model (`scorer` in place of the
-    bench's), the judge."""
+    """Add the scores of responses by the true reward, the reward model (`scorer` replaces the bench's) and the
+    judge, as far as these are known."""
     if bench.knows_truth:
         add_world_reward(samples)
     sources = {"true_reward": bench.truth, "score": scorer or bench.scorer, "judge": bench.judge}

@@ -1,4 +1,4 @@
-"""Best-of-n of a policy whose samples are measured already."""
+"""Best-of-n from the measured samples of a policy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlhf_pipeline.report.results import BEST_OF_N, Interval, Row
 
 
 def primary_figure(samples: Samples) -> str | None:
-    """The figure that says how good a response is: the truth where it is known, else the judge's score."""
+    """The figure that measures how good a response is: the true reward if it is known, else the judge's score."""
     return next((name for name in ("true_reward", "judge", "score") if name in samples.values), None)
 
 
@@ -23,7 +23,7 @@ def _chooser(bench: Bench, figure: str) -> str | None:
 
 
 def enough_samples(bench: Bench, baseline: Resolved, drawn: Samples, sizes: tuple[int, ...]) -> Samples:
-    """The samples `drawn` from the baseline; where best-of-n needs more than every model has, more of it alone."""
+    """The samples `drawn` from the baseline, or more samples of the baseline if best-of-n needs them."""
     needed = max(sizes, default=0)
     if needed <= bench.plan.samples:
         return drawn
@@ -34,7 +34,7 @@ def enough_samples(bench: Bench, baseline: Resolved, drawn: Samples, sizes: tupl
 
 
 def best_of_n_rows(bench: Bench, baseline: Samples, label: str, sizes: tuple[int, ...]) -> list[Row]:
-    """Best-of-n of the baseline: chosen by the reward model where there is one, judged by the truth."""
+    """Best-of-n of the baseline: chosen by the reward model if there is one, measured by the true reward."""
     chooser_name = "score" if "score" in baseline.values else primary_figure(baseline)
     if chooser_name is None:
         return []

@@ -1,4 +1,4 @@
-"""The demonstrations that SFT imitates, as a side of a comparison: those of held-out prompts."""
+"""Demonstrations of held-out prompts, as one side of a comparison."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from rlhf_pipeline.stages.data import StageData
 
 
 def demonstrations_of(bench: Bench, sft: Resolved | None, split: str) -> Samples | None:
-    """Demonstrations of the bench's prompts with their figures, the same number for each; None where a prompt has none.
+    """Demonstrations of the bench's prompts with their figures, equally many for each; None if a prompt has none.
 
-    They come from the split of the SFT model's own data that the prompts are of, so it has not seen them.
+    They come from the same split of the SFT model's data as the prompts, so SFT was not trained on them.
     """
     if sft is None or sft.manifest is None or sft.manifest.stage != "sft":
         return None
@@ -29,7 +29,7 @@ def demonstrations_of(bench: Bench, sft: Resolved | None, split: str) -> Samples
         data = StageData(config, bench.registry.home, lambda _: None)
         found, _ = data.split("demonstration", split, bench.tokenizer, required=False)
     except BadInput:
-        return None  # the source is no longer where it was: the comparison does without
+        return None  # the source is missing: the comparison has no demonstrations
     by_prompt: dict[str, list[Example]] = {}
     for example in found:
         by_prompt.setdefault(example.prompt_key, []).append(example)
@@ -57,5 +57,5 @@ def _figures(bench: Bench, examples: list[Example]) -> Samples:
 
 
 def describe(samples: Samples) -> Demonstrations:
-    """What results.json says about the demonstrations."""
+    """The entry of results.json for the demonstrations."""
     return Demonstrations(each=len(samples.examples[0].completions), metrics=Interval.table(samples.table()))

@@ -34,7 +34,7 @@ from rlhf_pipeline.training.tracking import console
 
 
 def measure(bench: Bench, policy: Policy, scorer: RewardSource | None = None) -> Samples:
-    """Sample a policy by the bench's plan and add every figure that is known; `scorer` in place of the bench's."""
+    """Sample a policy by the bench's plan and add every known figure; `scorer` replaces the bench's."""
     samples = draw(policy, bench.plan)
     add_rewards(bench, samples, scorer)
     reference = bench.reference_policy()
@@ -45,7 +45,7 @@ def measure(bench: Bench, policy: Policy, scorer: RewardSource | None = None) ->
 
 @sharing_models()
 def run_evaluate(reference_text: str, config: EvaluateConfig, home: Path, *, quiet: bool = False) -> dict[str, Any]:
-    """Figures of one model by name; intervals and rows as results.json has them."""
+    """Return the figures of one model by name; intervals and rows have the form of results.json."""
 
     def say(text: str) -> None:
         if not quiet:

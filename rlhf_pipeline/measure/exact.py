@@ -1,4 +1,4 @@
-"""`rlhf exact`: models of the built-in world against the optimum that is known in closed form."""
+"""`rlhf exact`: compare models of the built-in world with the optimum, which is known in closed form."""
 
 from __future__ import annotations
 
@@ -45,35 +45,36 @@ from rlhf_pipeline.training.open_run import make_accelerator
 from rlhf_pipeline.training.tracking import console
 
 FRONTIER_TOLERANCE = 1e-4
-"""What rounding in fp32 log-probabilities may lift a policy above the frontier, in units of reward."""
+"""Tolerance for a policy above the exact frontier, for rounding of fp32 log-probabilities, in units of reward."""
 
 
 @dataclass
 class ExactBench:
-    """What models are set against: the tables, the reward of the objective, and a reward model for the rest.
+    """What models are compared with: the tables, the reward of the objective, and reward models.
 
-    few: prompts of the figures that need a reward model's score of every response.
+    Args:
+        few: number of prompts for figures that need a reward model's score of every response.
     """
 
     leaves: Leaves
     reward: Reward
-    beta: float | None  # asked for, for all models
-    usual_beta: float  # of models that were not trained at one
+    beta: float | None  # from the config, for all models
+    usual_beta: float  # of models that were not trained at a beta
     reward_model: str | None
     few: int
-    reward_models: Mapping[str, str] = field(default_factory=dict)  # by policy, where seeds have one each
+    reward_models: Mapping[str, str] = field(default_factory=dict)  # by policy, if each seed has its own
     frontiers: dict[int, GibbsFrontier] = field(default_factory=dict)
 
     def beta_for(self, model: Resolved) -> float:
-        """The beta that a model is scored at: the one asked for, else its own, else that of the first that has one."""
+        """The beta of a model's objective: the config's, else its own, else that of the first model with one."""
         return self.beta or beta_of(model) or self.usual_beta
 
     def learned_for(self, model: Resolved) -> str | None:
-        """The reward model that a DPO policy is set against: that of its seed, else the one of all."""
+        """The reward model that a DPO policy is compared with: that of its seed, else the common one."""
         return self.reward_models.get(model.label, self.reward_model)
 
     def count(self, reward: Reward) -> int:
-        """How many prompts a figure over this reward is taken over."""
+        """Number of prompts of the figures for this reward."""
         learned = any(source != "world" for _, source in reward)
         total = len(self.leaves.prompts)
         return min(self.few, total) if learned else total
@@ -87,15 +88,15 @@ class ExactBench:
 
 
 def exact_row(exact: ExactBench, model: Resolved | None, logprobs: Sequence[Tensor], beta: float) -> ExactRow:
-    """Expected reward, KL, objective and gap of a policy, means over prompts, and the same prompt by prompt.
+    """Expected reward, KL, objective and gap of a policy, as means over prompts and for each prompt.
 
     share = (J - J_ref) / (J* - J_ref) of the means: 1 at the optimum, 0 at the reference.
 
     Args:
-        model: None for the optimum. logprobs: of each prompt those of all responses, (L,).
+        model: None for the optimum. logprobs: for each prompt, the log-probabilities of all responses, (L,).
 
     Raises:
-        RunFailed: when the policy has more reward than its KL allows: no policy can.
+        RunFailed: the policy has more reward than is possible at its KL, so a figure is wrong.
     """
     leaves, label = exact.leaves, None if model is None else model.label
     count = min(exact.count(exact.reward), len(logprobs))
@@ -131,7 +132,7 @@ def exact_row(exact: ExactBench, model: Resolved | None, logprobs: Sequence[Tens
 
 
 def gap_to(exact: ExactBench, logprobs: Sequence[Tensor], reward: Reward, beta: float) -> Gap:
-    """beta KL(pi || pi*_reward), mean over the prompts that this reward allows for."""
+    """beta KL(pi || pi*_reward), the mean over the prompts of this reward."""
     count = min(exact.count(reward), len(logprobs))
     leaves = exact.leaves
     values = [
@@ -152,15 +153,16 @@ def policy_row(exact: ExactBench, resolved: Resolved, beta: float, loss: Trainin
         parts["optimisation_gap"] = gap_to(exact, logprobs, trained_on, beta)
     if trained_by_dpo(resolved) and learned is not None:
         parts["disagreement"] = gap_to(exact, logprobs, ((1.0, learned),), beta)
-    for part in list(parts.values()):  # the total over the same prompts, so that the two can be read side by side
+    for part in list(parts.values()):  # the total over the same prompts, so that the two can be compared
         parts["gap_true_there"] = gap_to(exact, logprobs[: part.prompts], TRUTH, beta)
     return exact_row(exact, resolved, logprobs, beta).model_copy(update={**parts, "training_loss": loss})
 
 
 def optimum_row(exact: ExactBench, model: Resolved | None, beta: float) -> ExactRow:
-    """The optimum under a reward model, measured as a policy: the best that training on it can lead to.
+    """Measure the optimum under a reward model as a policy: the best result of training on this reward model.
 
-    model: None for the optimum of the objective itself.
+    Args:
+        model: None for the optimum of the objective itself.
     """
     own: Reward = exact.reward if model is None else ((1.0, model.label),)
     leaves = exact.leaves
@@ -169,7 +171,7 @@ def optimum_row(exact: ExactBench, model: Resolved | None, beta: float) -> Exact
 
 
 def best_of_n_exactly(exact: ExactBench, sizes: Sequence[int]) -> list[ExactBestOfN]:
-    """Best-of-n of the reference, without sampling: chosen by the reward model where there is one, scored by the
+    """Best-of-n of the reference, computed without sampling: chosen by the reward model if there is one, scored by the
     objective's reward."""
     chooser: Reward = TRUTH if exact.reward_model is None else ((1.0, exact.reward_model),)
     count, leaves = min(exact.count(chooser), exact.count(exact.reward)), exact.leaves
@@ -190,7 +192,7 @@ def best_of_n_exactly(exact: ExactBench, sizes: Sequence[int]) -> list[ExactBest
 def exact_figures(
     exact: ExactBench, models: Sequence[Resolved], losses: Mapping[str, TrainingLoss], best_of: Sequence[int] = ()
 ) -> Exact:
-    """One row for each model, one for the optimum at each beta that occurs, and the frontier that none may cross."""
+    """One row for each model, one for the optimum at each beta, and the exact frontier."""
     bench, rows = exact.leaves.bench, []
     for model in models:
         beta = exact.beta_for(model)
@@ -231,17 +233,17 @@ def run_exact(references: list[str], config: ExactConfig, home: Path, *, quiet: 
     long_run = find_model(registry, config.long_run, "policy") if config.long_run else None
     if long_run is not None and not trained_by_dpo(long_run):
         expected = "a DPO model, whose manifest names its reference and its beta"
-        raise ConfigError(Fault("long_run", f"{long_run.label} does not say that `rlhf dpo` trained it", expected))
+        raise ConfigError(Fault("long_run", f"{long_run.label} was not trained by `rlhf dpo`", expected))
     known = [found for model in models if (found := reference_of(registry, model)) is not None]
     reference = reference or next(iter(known), None)
     if reference is None:
         raise ConfigError(Fault(models[0].label, "its reference is not known", "--reference REF, the frozen SFT model"))
     for model, found in ((model, reference_of(registry, model)) for model in models):
         if found is not None and found.digest != reference.digest:
-            say(f"note: {model.label} was trained against {found.label}; KL is measured to {reference.label} for all")
+            say(f"note: {model.label} was trained with {found.label}; KL is measured to {reference.label} for all")
     bench = set_up(registry, config, reference, device, reference=reference, samples=0, seed=0, say=say)
 
-    # 2. What they are set against; 3. rows.
+    # 2. What they are compared with; 3. rows.
     reward: Reward = TRUTH
     if config.reward not in WORLD_NAMES:
         reward = ((1.0, find_model(registry, config.reward, "reward_model", say=say).label),)
@@ -249,7 +251,7 @@ def run_exact(references: list[str], config: ExactConfig, home: Path, *, quiet: 
     betas = [beta for model in models if (beta := beta_of(model)) is not None]
     usual_beta = betas[0] if betas else config.beta
     if usual_beta is None:
-        raise ConfigError(Fault("beta", "none of these models was trained at a beta", "--beta B, the price of KL"))
+        raise ConfigError(Fault("beta", "none of these models was trained at a beta", "--beta B"))
     exact = ExactBench(
         Leaves.of(bench),
         reward,

@@ -1,4 +1,4 @@
-"""Sample responses of one policy to read them."""
+"""Sample responses of one policy, for reading."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run_generate(
         first, more = cut[0], f" and {len(cut) - 1} more" if len(cut) > 1 else ""
         say(
             f"note: {first.where}{more}: longer than max_prompt_length {len(first.prompt_ids)}, cut on the left; the "
-            f"model has read {text_of(bench.tokenizer, first.prompt_ids)!r}"
+            f"model reads {text_of(bench.tokenizer, first.prompt_ids)!r}"
         )
     responses = []
     for example in samples.examples:

@@ -1,4 +1,4 @@
-"""The tables behind exact figures: what the reference and each reward say of every response to every prompt."""
+"""The tables for exact figures: log-probabilities and rewards of every response to every prompt."""
 
 from __future__ import annotations
 
@@ -35,11 +35,13 @@ TRUTH: Reward = ((1.0, "world"),)
 
 
 def trained_reward(registry: Registry, resolved: Resolved) -> Reward | None:
-    """The reward whose optimum a PPO policy was trained towards; None when it was not, when it is a Python function,
-    and when an option moved the optimum elsewhere (a penalty, gamma, a temperature).
+    """The reward whose optimum a PPO policy was trained towards.
+
+    None for a policy that was not trained by PPO, for a Python reward function, and if an option moved the optimum (a
+    penalty, gamma, a temperature).
 
     Raises:
-        MismatchError: its parents are not the reward models of its config, or are other ones here.
+        MismatchError: its parents are not the reward models of its config, or have other files now.
     """
     manifest = resolved.manifest
     if manifest is None or manifest.stage != "ppo" or own_moves(manifest):
@@ -63,7 +65,7 @@ def trained_reward(registry: Registry, resolved: Resolved) -> Reward | None:
 
 
 def _number(role: str) -> int:
-    """The place of a role like reward_model_2 among a policy's reward models."""
+    """The index in a role such as reward_model_2."""
     last = role.rpartition("_")[2]
     return int(last) if last.isdigit() else 1
 
@@ -76,7 +78,7 @@ class _Reading(TypedDict):
 
 @dataclass
 class Leaves:
-    """Tables of one bench: made when they are first asked for, scores of reward models kept on disk by digest."""
+    """Tables of one bench: made at first use; scores of reward models are cached on disk by digest."""
 
     bench: Bench
     reference_model: Resolved
@@ -87,10 +89,10 @@ class Leaves:
 
     @classmethod
     def of(cls, bench: Bench) -> Leaves:
-        """Walk the reference's tree for every prompt of the bench.
+        """Evaluate the reference on the tree of responses for every prompt of the bench.
 
         Raises:
-            MismatchError: when the model's responses are not those of the built-in world.
+            MismatchError: the model's responses are not those of the built-in world.
         """
         reference, policy = bench.reference, bench.reference_policy() if bench.knows_truth else None
         if reference is None or policy is None:
@@ -119,13 +121,13 @@ class Leaves:
         return _Reading(rows_at_once=plan.responses_at_once, memory=plan.memory, device=self.bench.device)
 
     def logprobs(self, policy: Policy, index: int) -> Tensor:
-        """(L,) log-probabilities of a policy for one prompt, checked to be those of a distribution."""
+        """Log-probabilities of a policy for one prompt, (L,), checked to sum to 1."""
         found = leaf_logprobs(policy, self.prompts[index].prompt_ids, self.tree, **self._reading)
         require_mass(found, f"prompt {index + 1}")
         return found
 
     def reward(self, reward: Reward, index: int) -> Tensor:
-        """(L,) float64 values of a weighted reward for one prompt."""
+        """Values of a weighted reward for one prompt, (L,) float64."""
         total = torch.zeros(self.tree.num_leaves, dtype=torch.float64)
         for weight, source in reward:
             table = self._world(index) if source == "world" else self._scores(source, index).double()
@@ -138,7 +140,7 @@ class Leaves:
         return self._truth[index]
 
     def _scores(self, text: str, index: int) -> Tensor:
-        """Scores of one reward model, from the cache where its files, the prompt and the tree are the same."""
+        """Scores of one reward model, from the cache if its files, the prompt and the tree are the same."""
         bench = self.bench
         resolved = find_model(bench.registry, text, "reward_model")
         key = {
@@ -161,6 +163,6 @@ class Leaves:
         if resolved.label not in self._models:
             bench = self.bench
             require_same_tokenizer(self.reference_model, resolved, bench.tokenizer, bench.config.trust_remote_code)
-            bench.say(f"scoring every response with {resolved.label}: {self.tree.num_leaves:,} a prompt")
+            bench.say(f"scoring every response with {resolved.label}: {self.tree.num_leaves:,} per prompt")
             self._models[resolved.label] = load_reward_model(resolved, bench.config, bench.device)
         return self._models[resolved.label]

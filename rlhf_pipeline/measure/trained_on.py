@@ -1,4 +1,4 @@
-"""How a model was trained: its temperature, and its data read again: whose they are, and what has changed of them."""
+"""How a model was trained: its temperature, and what has changed in its data since then."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ DIGITS = 12
 
 @contextmanager
 def owned_by(resolved: Resolved, values: Mapping[str, object], remedy: str = "pass --prompts SOURCE") -> Iterator[None]:
-    """Say of a source that is not there that the manifest of a model names it, and what to do.
+    """Add to the error for a missing source which model's manifest names it, and what to do.
 
     Args:
-        values: of the model's config; its local sources are looked for first, before what a config says of them.
+        values: the values of the model's config; its local sources are looked up first.
 
     Raises:
-        UnknownReference, DataError: those of reading a source, with the model's name.
+        UnknownReference, DataError: the errors of reading a source, with the model's name added.
     """
     whose = f"these are the data of {resolved.label} (named in its manifest): run it where it was trained, or {remedy}"
     datasets = values.get("datasets")
@@ -38,7 +38,7 @@ def owned_by(resolved: Resolved, values: Mapping[str, object], remedy: str = "pa
     except UnknownReference as error:
         raise UnknownReference(f"{error}; {whose}") from None
     except DataError as error:
-        if None not in there:  # no source that may lie on the hub
+        if None not in there:  # not a source that may be on the hub
             raise
         raise DataError([*error.faults, Fault("", whose)]) from None
 
@@ -49,12 +49,12 @@ def training_temperature(resolved: Resolved) -> float:
 
 
 def changes_of(resolved: Resolved, sources: Sequence[RecordSet]) -> list[DataChange]:
-    """What of a model's data is not what its manifest says, split by split, by the digests of the records.
+    """The splits of a model's data whose records have other digests than its manifest has.
 
-    The built-in world is passed over: its prompts and its demonstrations are two parts of it, and neither changes.
+    The built-in world is left out, since it never changes.
 
     Args:
-        sources: what was read of them now, each whole.
+        sources: the sources as they are now, each read whole.
     """
     manifest = resolved.manifest
     if manifest is None:
@@ -65,7 +65,7 @@ def changes_of(resolved: Resolved, sources: Sequence[RecordSet]) -> list[DataCha
         there = [one for one in sources if _base(one.source) == _base(entry.source)]
         if not there or entry.split is None or entry.source.startswith("world:"):
             continue
-        # Several parts of one source have one name: it is unchanged if it is any of them.
+        # Several parts of one source have the same name: it is unchanged if any of them matches.
         parts = [(one, _records(one, entry.split, fractions)) for one in there]
         if any(records and records_digest(records) == entry.digest for _, records in parts):
             continue
@@ -100,7 +100,7 @@ def _records(read: RecordSet, split: str, fractions: Mapping[str, float]) -> lis
 
 
 def note_changes(known: list[DataChange], changes: Sequence[DataChange]) -> list[DataChange]:
-    """Add to the changes that are known those of other data; returns these."""
+    """Add the changes of data that are not known yet, and return those."""
 
     def data(change: DataChange) -> tuple[str | None, ...]:
         return change.source, change.split, change.found, change.expected
@@ -112,5 +112,5 @@ def note_changes(known: list[DataChange], changes: Sequence[DataChange]) -> list
 
 
 def _base(source: str) -> str:
-    """A source without the version of collected data."""
+    """The name of a source, without the version of collected data."""
     return source.partition("@")[0] if source.startswith("collected:") else source

@@ -1,4 +1,4 @@
-"""How far DPO models are from the best training loss that is known on their data."""
+"""How far the training loss of DPO models is above the best known loss on their data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ POPULATION_PAIRS = 4096
 
 
 def trained_by_dpo(resolved: Resolved) -> bool:
-    """Whether a model comes from `rlhf dpo`, and says from which reference and at which beta."""
+    """Whether a model was trained by `rlhf dpo` and its manifest has the reference and beta."""
     made = resolved.manifest
     return made is not None and made.stage == "dpo" and "reference" in made.parents and bool(made.config.get("beta"))
 
@@ -48,14 +48,14 @@ def dpo_reference(registry: Registry, resolved: Resolved) -> Resolved:
 
 
 def dpo_config(resolved: Resolved) -> DpoConfig:
-    """The config that a DPO model was trained by."""
+    """The training config of a DPO model."""
     values = own_data(dpo_manifest(resolved))
     with owned_by(resolved, values, "leave its training loss out (--no-training-loss)"):
         return load_config("dpo", None, extra=values).config
 
 
 def own_data(manifest: Manifest) -> dict[str, object]:
-    """The values of a model's config, its collected data by the version that it was trained on."""
+    """The values of a model's config, with collected data at the version that it was trained on."""
     values = {key: value for key, value in manifest.config.items() if value is not None}
     source = manifest.data[0].source if manifest.data else ""
     if source.startswith("collected:") and "dataset_name" in values:
@@ -64,7 +64,7 @@ def own_data(manifest: Manifest) -> dict[str, object]:
 
 
 def problem_of(resolved: Resolved) -> tuple[object, ...]:
-    """What defines a DPO model's training loss: two models with the same one can be set against each other."""
+    """The data, reference, beta and loss of a DPO model; two models with the same ones can be compared."""
     manifest, config = dpo_manifest(resolved), dpo_config(resolved)
     keys = ("beta", "loss_type", "label_smoothing", "soft_labels", "population_proposal", "max_train_samples")
     data = tuple(entry.digest for entry in manifest.data)
@@ -81,11 +81,11 @@ def training_loss(bench: Bench, resolved: Resolved) -> float:
     """
     config = dpo_config(resolved)
     reference = dpo_reference(bench.registry, resolved)
-    # Nothing is sampled: both are read at the temperature that the policy was trained at.
+    # Nothing is sampled: both models are evaluated at the temperature that the policy was trained at.
     policy, frozen = (bench.policy(one, training_temperature(resolved)) for one in (resolved, reference))
     data = StageData(config, bench.registry.home, lambda _: None)
     target: Tensor | None
-    least = 0.0  # the sum of the losses of the exact optimum, where that is known
+    least = 0.0  # the sum of the losses of the exact optimum, if it is known
     if config.population:
         prompts, _ = data.split("prompt", config.dataset_train_split, bench.tokenizer, limit=config.max_train_samples)
         population = Population(
@@ -127,10 +127,10 @@ def training_loss(bench: Bench, resolved: Resolved) -> float:
 def excess_training_losses(
     bench: Bench, models: Sequence[Resolved], long_run: Resolved | None
 ) -> dict[str, TrainingLoss]:
-    """For each DPO model its training loss and what it lies above the best that is known, by label.
+    """The training loss of each DPO model and its excess over the best known loss, by label.
 
-    best: of the models with the same data, reference, beta and loss, `long_run` included; a model that stands alone
-    has no excess (None). On the world's population the best is the exact optimum.
+    The best known loss is the smallest of the models with the same data, reference, beta and loss, including
+    `long_run`; a single model has no excess (None). On the world's population it is the loss of the exact optimum.
     """
     candidates = [model for model in models if trained_by_dpo(model)]
     if long_run is not None and long_run.label not in {model.label for model in candidates}:

@@ -1,6 +1,6 @@
-"""What the page draws: markers, legends, intervals in a table's cell, and figures by matplotlib.
+"""Drawing: markers, legends, intervals in table cells, and figures by matplotlib.
 
-A figure becomes SVG that belongs to the page: its font, its colours by CSS variable, text as text.
+A figure becomes inline SVG with the font of the page, CSS variables as colours, and text as text.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Paint = Callable[["Axes"], Late | None]
 Entry = tuple[Look, str, str | None]
 """An entry of a legend: look, name, kind of line (`line`, `dashed`, `thin`; None: a marker)."""
 
-# matplotlib draws in colours that stand for a CSS variable each; `_style` puts the variable in their place.
+# matplotlib draws in placeholder colours, one for each CSS variable; `_style` replaces them by the variables.
 _CODES = {name: f"#fe01{index:02x}" for index, name in enumerate(LIGHT)}
 _NAMES = {code: name for name, code in _CODES.items()}
 
@@ -87,7 +87,7 @@ def colour(name: str) -> str:
 
 @contextmanager
 def plotting() -> Iterator[None]:
-    """matplotlib with our settings and nobody else's, put back afterwards."""
+    """matplotlib with our settings only; the caller's settings are restored afterwards."""
     import matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():
@@ -102,7 +102,7 @@ def plotting() -> Iterator[None]:
 def draw(
     ident: str, title: str, description: str, paint: Paint, *, size: tuple[int, int], class_: str | None = None
 ) -> Markup:
-    """One figure of width x height CSS pixels; `paint` may return what to do once the places of all things are known.
+    """One figure of width x height CSS pixels; `paint` may return a function to call after the layout is final.
 
     `ident` is unique in the page: all ids of the figure begin with it.
     """
@@ -124,7 +124,7 @@ def draw(
 
 
 def dress(axes: Axes, x: str, y: str) -> None:
-    """Name the axes: x below, y on top, where it can be read without turning the head."""
+    """Name the axes: x below, y on top, so that it is horizontal."""
     axes.set_xlabel(short(x, 60))
     axes.set_title(short(y, 60))
     axes.margins(0.06, 0.1)
@@ -191,7 +191,7 @@ def _inline(saved: bytes, ident: str, title: str, description: str, class_: str 
 
 
 def _tidy(item: ET.Element) -> None:
-    """Take away indentation, empty groups and groups that only hold another group."""
+    """Remove indentation, empty groups and groups that only hold another group."""
     for child in list(item):
         _tidy(child)
         child.tail = None
@@ -227,9 +227,9 @@ def place_labels(
     points: Sequence[tuple[float, float]],
     lines: Sequence[tuple[float, float]] = (),
 ) -> None:
-    """Write (x, y, text, hue) beside their points, where they hide no point, no other label and, if they can, no line.
+    """Write (x, y, text, hue) beside their points, without hiding points or other labels and, if possible, lines.
 
-    A label for which there is no room is left out: the table and the CSV have it.
+    A label without room is left out: the table and the CSV file have it.
     """
     height = 13.0
     where = axes.transData.transform
@@ -298,7 +298,7 @@ def legend(entries: Iterable[Entry]) -> Markup:
 
 
 def arm_legend(view: View, arms: Iterable[str], *more: Entry) -> Markup:
-    """The arms of a figure and what else is in it."""
+    """The legend of the arms and further entries of a figure."""
     return legend([*((view.look(arm), "best of n" if arm == BEST_OF_N else arm, None) for arm in arms), *more])
 
 
@@ -319,7 +319,7 @@ def panels(made: Sequence[Markup], *, large: bool = False) -> Markup:
 
 
 def plot(body: Markup, caption: str, files: Sequence[str], key: Markup) -> Markup:
-    """A figure with its legend on top, and below what one sees and where its numbers are."""
+    """A figure with its legend on top, and its caption and the links to its CSV files below."""
     return h("figure", key, body, h("figcaption", linked(caption, files)), class_="chart")
 
 
@@ -357,7 +357,7 @@ def span(found: Iterable[Interval | None], *also: float) -> tuple[float, float]:
 def mark(
     axes: Axes, x: Sequence[float], y: Sequence[float], look: Look, *, size: float = 6.5, filled: bool = True
 ) -> None:
-    """Points in the colour and with the marker of what they belong to, set off from lines behind them."""
+    """Points in the colour and with the marker of their arm, drawn above the lines."""
     hue, page = colour(look.hue), colour("page")
     size *= SIZES.get(look.marker, 1.0)
     face, edge, width = (hue, page, 0.7) if filled else (page, hue, 1.5)
@@ -365,7 +365,7 @@ def mark(
 
 
 def trail(axes: Axes, line: Sequence[tuple[float, float]], look: Look) -> None:
-    """The snapshots of a run, smaller and lighter than models, on a thin line that ends at the run's model."""
+    """The snapshots of a run, smaller and lighter than models, on a thin line that ends at the run's final model."""
     hue, size = colour(look.hue), 4 * SIZES.get(look.marker, 1.0)
     x, y = zip(*line)
     axes.plot(x, y, color=hue, lw=0.9, alpha=0.4, zorder=1.6)
@@ -373,7 +373,7 @@ def trail(axes: Axes, line: Sequence[tuple[float, float]], look: Look) -> None:
 
 
 def error_bars(axes: Axes, x: float, y: float, look: Look, across: Ends, upright: Ends) -> None:
-    """The intervals of a point, thin, behind it."""
+    """The intervals of a point, as thin lines behind it."""
     hue = colour(look.hue)
     if upright is not None:
         axes.plot([x, x], upright, color=hue, lw=1.1, alpha=0.45, zorder=2, solid_capstyle="butt")

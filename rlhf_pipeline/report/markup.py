@@ -1,4 +1,4 @@
-"""What may be written into the page: text and numbers made fit to be read, and HTML that is well-formed XML.
+"""Text, numbers and elements of the page; the HTML is well-formed XML.
 
 Everything is escaped by construction: a plain string is text, only `Markup` is markup.
 """
@@ -13,10 +13,10 @@ from html import escape
 from rlhf_pipeline.report.results import EffectiveBeta, Interval
 
 BIDI = frozenset([0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
-"""Characters that reorder the text around them: shown by their number, never obeyed."""
+"""Characters that reorder the text around them; the page shows their code instead."""
 
 NOTHING = "–"
-"""Stands in a cell that has no figure."""
+"""The text of a cell without a figure."""
 
 UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -30,7 +30,7 @@ def _shown(code: int) -> str:
 
 
 def clean(value: object) -> str:
-    """A text that XML, HTML and a reader can hold: newline and tab stay, what cannot be shown is made visible."""
+    """A text that is valid in XML and HTML: newline and tab stay; other control characters are shown by symbols."""
     text = str(value).replace("\r\n", "\n")
     if text.isascii() and text.isprintable():
         return text
@@ -68,7 +68,7 @@ def count(value: float | None) -> str:
 
 
 def plain(value: object) -> str:
-    """A setting's value, in as few digits as tell it apart: 0.1, 2, 1e-05."""
+    """A setting's value in as few digits as possible: 0.1, 2, 1e-05."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return clean(value)
     return f"{value:g}".replace("-", "−", 1 if value < 0 else 0)
@@ -103,7 +103,7 @@ def tick(value: float) -> str:
 
 
 def duration(value: float | None) -> str:
-    """Seconds as a person says them: 42 s, 3 min 20 s, 1 h 12 min."""
+    """A duration given in seconds, in suitable units: 42 s, 3 min 20 s, 1 h 12 min."""
     if value is None:
         return NOTHING
     if value < 10:
@@ -143,7 +143,7 @@ VOID = frozenset({"meta", "br", "hr", "img", "link", "wbr"})
 
 
 class Markup(str):
-    """Text that is markup already; everything else is escaped on its way into the page."""
+    """Text that is already markup; all other text is escaped."""
 
     __slots__ = ()
 
@@ -154,7 +154,7 @@ def safe(value: object) -> Markup:
 
 
 def join(parts: Iterable[object], between: str = "") -> Markup:
-    """Parts one after the other."""
+    """Join parts into one markup."""
     return Markup(safe(between).join(safe(part) for part in parts if part is not None))
 
 
@@ -171,7 +171,7 @@ def h(tag: str, *children: object, **attributes: object) -> Markup:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: its header, and whether it holds numbers (set flush right)."""
+    """A column of a table: its header, and whether it holds numbers (right-aligned)."""
 
     title: object
     numeric: bool = True
@@ -180,15 +180,15 @@ class Column:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of a table under a common header; without a header just rows. The first cell of a row is its header."""
+    """Rows of a table with an optional common header. The first cell of a row is its header."""
 
     rows: Sequence[Sequence[object]]
     header: object = None
-    marked: frozenset[int] = frozenset()  # numbers of rows that stand out
+    marked: frozenset[int] = frozenset()  # indices of highlighted rows
 
 
 def table(columns: Sequence[Column], groups: Sequence[Group], *, label: str, caption: object = None) -> Markup:
-    """A table in a container of its own that scrolls where the page is too narrow for it."""
+    """A table in a container that scrolls if the page is too narrow."""
 
     def kind(column: Column) -> str | None:
         return "n" if column.numeric else None
@@ -212,26 +212,26 @@ def table(columns: Sequence[Column], groups: Sequence[Group], *, label: str, cap
 
 
 def details(summary: object, *children: object, class_: str | None = None) -> Markup:
-    """Something to open."""
+    """A folded element with a summary."""
     return h("details", h("summary", summary), *children, class_=class_)
 
 
 def facts(pairs: Iterable[tuple[object, object]]) -> Markup:
-    """Short facts side by side: what, and its value; values of None are left out."""
+    """Short facts side by side, as (name, value); values of None are left out."""
     return h("dl", *(h("div", h("dt", what), h("dd", value)) for what, value in pairs if value is not None))
 
 
 FEW_ROWS = 12
-"""Rows that a table may have without being folded away, where it is not what the report is about."""
+"""A secondary table with more rows is folded."""
 
 
 def folded(summary: str, rows: int, made: Markup) -> Markup:
-    """A table as it is where it is short, else to open."""
+    """A table, folded if it is long."""
     return made if rows <= FEW_ROWS else details(summary, made, class_="unfold")
 
 
 def linked(caption: str, files: Sequence[str]) -> Markup:
-    """A caption, and where the numbers are."""
+    """A caption with links to the CSV files of its figures."""
     links = join([h("a", name, href=name) for name in files], ", ")
     return join([caption, " Points: ", links, "."])
 
@@ -248,7 +248,7 @@ def estimate(found: Interval | EffectiveBeta | None, digits: int = 2) -> Markup:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page under a heading of its own."""
+    """A part of the page with its own heading."""
 
     ident: str
     title: str
@@ -261,6 +261,6 @@ class Section:
 
 
 def section(ident: str, title: str, *body: Markup | None) -> Section | None:
-    """A section of the parts that there are; None without any."""
+    """A section of the parts that are not None; None if there are none."""
     parts = [part for part in body if part is not None]
     return Section(ident, title, join(parts)) if parts else None

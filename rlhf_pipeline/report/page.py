@@ -1,4 +1,4 @@
-"""The page: title and verdict, then a section for everything there are data for; and its folder."""
+"""The page: title, verdict, and a section for each part with data; and its folder."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SECTIONS: tuple[Callable[[View, Points], Section | None], ...] = (
     glossary_section,
 )
 
-# Nothing may be loaded or run, whatever a model wrote: styles and pictures that are part of the page, and no more.
+# Only styles and pictures inside the page are allowed: model output can load or run nothing.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 SHORT = {
@@ -49,11 +49,11 @@ SHORT = {
     "samples": "Samples",
     "reproduce": "Reproduce",
 }
-"""Titles in the list of contents, where the heading is too long for it."""
+"""Short titles for the list of contents."""
 
 
 def page(results: Results, points: Points) -> str:
-    """The whole page as HTML that is XML as well; what is plotted is kept in `points`."""
+    """The whole page as HTML that is also valid XML; plotted figures are added to `points`."""
     view = View(results)
     made = [found for make in SECTIONS if (found := make(view, points)) is not None]
     name = clean(results.name)
@@ -98,5 +98,5 @@ def write_report(results: Results, directory: Path) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         points.write(directory)
         replace_text(directory / PAGE, text)
-        points.remove_stale(directory)  # last: the page before this one may still refer to them
+        points.remove_stale(directory)  # last: the previous page may still refer to them
     return directory / PAGE

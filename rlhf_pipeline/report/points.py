@@ -1,4 +1,4 @@
-"""The numbers behind the figures, as CSV files."""
+"""The plotted figures as CSV files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def cells(found: Interval | None) -> tuple[float | None, float | None, float | N
 
 
 class Points:
-    """Tables of what was plotted, by name of the file."""
+    """Tables of plotted figures, by file name."""
 
     def __init__(self) -> None:
         self.tables: dict[str, tuple[Sequence[str], list[Sequence[object]]]] = {}
@@ -33,23 +33,23 @@ class Points:
         return f"{FOLDER}/{name}.csv"
 
     def files(self) -> dict[str, str]:
-        """Content of each file: numbers in full precision (read back they are the same), None as an empty cell."""
+        """Content of each file: numbers in full precision (unchanged when read back), None as an empty cell."""
         return {f"{name}.csv": _csv(columns, rows) for name, (columns, rows) in self.tables.items()}
 
     def write(self, directory: Path) -> None:
-        """Write the files, each whole or not at all."""
+        """Write the files, each of them atomically."""
         for name, content in self.files().items():
             replace_text(directory / FOLDER / name, content)
 
     def remove_stale(self, directory: Path) -> None:
-        """Take away the files of an earlier report that this one does not have."""
+        """Remove the files of an earlier report that this report does not have."""
         for path in (directory / FOLDER).glob("*.csv"):
             if path.stem not in self.tables:
                 path.unlink()
 
 
 def _cell(text: str) -> str:
-    """A text that no spreadsheet takes for a formula."""
+    """A text that a spreadsheet does not read as a formula."""
     return f"'{text}" if text[:1] in tuple("=+-@\t") and text[:1] else text
 
 

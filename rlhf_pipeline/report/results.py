@@ -1,7 +1,7 @@
-"""results.json as types: what `rlhf compare` writes, and all that the verdict, the tables, the page and users read.
+"""results.json as types: `rlhf compare` writes it; the verdict, the tables, the page and users read it.
 
 `load(path)` returns a `Results`. `results.schema.json` beside this module is the JSON schema of the same classes. A
-number that JSON cannot hold (the infinite end of an interval) is null.
+number that JSON cannot represent (the infinite end of an interval) is null.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rlhf_pipeline.evaluation.statistics import Estimate
 VERSION: Literal[1] = 1
 SCHEMA = Path(__file__).with_name("results.schema.json")
 BEST_OF_N = "best-of-n"
-"""The stage of a row that is no model: the best of n samples of the baseline."""
+"""The stage of a row of best-of-n, which is not a trained model."""
 
 
 def _finite(value: Any) -> Any:
@@ -28,20 +28,20 @@ def _finite(value: Any) -> Any:
 
 
 Optimum = Literal["same", "scale", "other"]
-"""How the optimum of a model stands to pi_ref exp(r / beta): the same, at another beta, or another one."""
+"""How the optimum of a model relates to pi_ref exp(r / beta): the same, the same form at another beta, or another."""
 
 Number = Annotated[float | None, BeforeValidator(_finite)]
-"""A number; None where it is not known, or infinite."""
+"""A number; None if it is not known or infinite."""
 
 
 class Part(BaseModel):
-    """A part of results.json: frozen, without unknown keys."""
+    """A part of results.json: immutable, without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Interval(Part):
-    """A mean with its 95 % interval; n values of so many clusters (prompts or seeds); the ends are None if unknown."""
+    """A mean with its 95 % interval over n values in `clusters` (prompts or seeds); the ends are None if unknown."""
 
     mean: float
     low: Number
@@ -52,17 +52,17 @@ class Interval(Part):
 
     @classmethod
     def of(cls, found: Estimate) -> Interval:
-        """An estimate as results.json has it."""
+        """Convert an estimate to its form in results.json."""
         return cls.model_validate(found.as_dict())
 
     @classmethod
     def table(cls, found: Mapping[str, Estimate]) -> dict[str, Interval]:
-        """Several estimates by name."""
+        """Convert several estimates, by name."""
         return {name: cls.of(estimate) for name, estimate in found.items()}
 
     @property
     def ends(self) -> tuple[float, float] | None:
-        """Both ends, where they are known."""
+        """Both ends, if they are known."""
         return None if self.low is None or self.high is None else (self.low, self.high)
 
     def excludes(self, value: float = 0.0) -> bool:
@@ -71,7 +71,7 @@ class Interval(Part):
 
 
 class DataReport(Part):
-    """What became of the rows of one source, as a manifest has it."""
+    """The use of the rows of one source, as recorded in a manifest."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
     source: str
@@ -81,9 +81,9 @@ class DataReport(Part):
 
 
 class DataChange(Part):
-    """Data that are no longer what the manifest of a model says.
+    """Data that no longer match the manifest of a model.
 
-    `found` and `expected` are digests; `found` is None where the split is gone. `text` is one sentence.
+    `found` and `expected` are digests; `found` is None if the split is missing. `text` is one sentence.
     """
 
     model: str
@@ -97,7 +97,7 @@ class DataChange(Part):
 
 
 class Span(Part):
-    """A number with both ends of its 95 % interval; all None where there is none."""
+    """A number with both ends of its 95 % interval; all are None if there is none."""
 
     mean: Number
     low: Number
@@ -114,7 +114,7 @@ class Gate(Part):
 
 
 class Difference(Part):
-    """One fact in which the arms differ, and what it is for each of them."""
+    """One fact in which the arms differ, with the value of each arm."""
 
     what: str
     values: dict[str, str]
@@ -124,7 +124,7 @@ class Difference(Part):
 
 
 class Comparable(Part):
-    """Whether the arms differ in nothing but the way they were trained."""
+    """Whether the arms differ only in the way they were trained."""
 
     ok: bool
     differences: list[Difference]
@@ -132,7 +132,7 @@ class Comparable(Part):
 
 
 class Cost(Part):
-    """What training cost: seconds, floating-point operations, tokens, optimizer steps, bytes."""
+    """The cost of training: seconds, floating-point operations, tokens, optimizer steps, bytes."""
 
     wall_seconds: float
     flops: float
@@ -143,7 +143,7 @@ class Cost(Part):
 
 
 class Diversity(Part):
-    """distinct-n over the first `tokens` tokens, as many for every model; self-BLEU of the samples of a prompt."""
+    """distinct-n over `tokens` tokens, the same number for every model; self-BLEU of the samples of a prompt."""
 
     distinct_1: float
     distinct_2: float
@@ -198,7 +198,7 @@ class Row(Part):
 
 
 class ExactPerPrompt(Part):
-    """The exact figures prompt by prompt."""
+    """The exact figures for each prompt."""
 
     reward: list[float]
     kl: list[float]
@@ -216,7 +216,7 @@ class Gap(Part):
 
 
 class TrainingLoss(Part):
-    """A DPO policy's training loss, and how far above the best known one it lies."""
+    """A DPO policy's training loss, and its excess over the best known loss."""
 
     training_loss: float
     best: str
@@ -248,7 +248,7 @@ class ExactRow(Part):
 
 
 class ExactBestOfN(Part):
-    """Best-of-n of the reference without sampling."""
+    """Best-of-n of the reference, computed without sampling."""
 
     n: int
     chosen_by: str
@@ -266,7 +266,7 @@ class Gibbs(Part):
 
 
 class Exact(Part):
-    """Exact figures over all responses, where every response can be listed."""
+    """Exact figures over all responses, for a model whose responses can all be listed."""
 
     reward: str
     reference: str
@@ -281,14 +281,14 @@ class Exact(Part):
 
 
 class ExactResults(Exact):
-    """What `rlhf exact` prints: the exact figures, where their prompts come from, and data that have changed."""
+    """The output of `rlhf exact`: the exact figures, the source of their prompts, and data that have changed."""
 
     split: str
     data_changed: list[DataChange]
 
 
 class Scorer(Part):
-    """How well one scorer orders held-out pairs; `bins` are (mean confidence, mean correctness, pairs)."""
+    """Accuracy and calibration of one scorer on held-out pairs; `bins`: (mean confidence, mean correctness, pairs)."""
 
     accuracy: Interval
     ece: Number
@@ -316,7 +316,7 @@ class Preferences(Part):
 
 
 class Demonstrations(Part):
-    """The demonstrations of the same prompts."""
+    """Figures of the demonstrations for the same prompts."""
 
     each: int
     metrics: dict[str, Interval]
@@ -336,7 +336,7 @@ class Summary(Part):
 
 
 class ArmEntry(Part):
-    """How an arm was tuned, and what it cost at the setting that speaks for it."""
+    """The tuning of an arm, and its cost at the setting that represents it."""
 
     trials: int
     snapshots: int
@@ -346,7 +346,7 @@ class ArmEntry(Part):
 
 
 ContrastKind = Literal["as trained", "same beta", "selected", "matched KL", "area", "cost", "exact"]
-"""What two arms are set against each other at."""
+"""The conditions at which two arms are compared."""
 
 
 class Contrast(Part):
@@ -387,7 +387,7 @@ class WinRate(Part):
 
 
 class Ranked(Part):
-    """One model's Elo; None where not even an end of its interval is known."""
+    """One model's Elo; None if no end of its interval is known."""
 
     name: str
     arm: str
@@ -581,7 +581,7 @@ def load(path: str | Path) -> Results:
     """The results of a comparison from its results.json.
 
     Raises:
-        DamagedFile: there is no such file, it is no JSON, or not what `rlhf compare` of this version wrote.
+        DamagedFile: the file is missing, is not JSON, or was not written by `rlhf compare` of this version.
     """
     path = Path(path)
     try:
@@ -590,11 +590,11 @@ def load(path: str | Path) -> Results:
         raise DamagedFile(f"{path}: cannot be read ({error.strerror}); rlhf compare writes it") from None
     except ValueError as error:
         raise DamagedFile(
-            f"{path}: found no JSON ({error}), expected what rlhf compare writes; compare again"
+            f"{path}: found invalid JSON ({error}); expected the output of rlhf compare; compare again"
         ) from None
     version = found.get("version") if isinstance(found, dict) else None
     if version != VERSION:
-        expected = f"expected version {VERSION}, what rlhf compare writes now; compare again"
+        expected = f"expected version {VERSION} of this rlhf compare; compare again"
         raise DamagedFile(f"{path}: found {'no version' if version is None else f'version {version}'}, {expected}")
     try:
         return Results.model_validate(found)
@@ -602,11 +602,11 @@ def load(path: str | Path) -> Results:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise DamagedFile(
-            f"{path}: {error.error_count()} faults, the first at {where}: {first['msg']}; expected what rlhf compare "
-            "writes; compare again"
+            f"{path}: {error.error_count()} faults, the first at {where}: {first['msg']}; expected the output of "
+            "rlhf compare; compare again"
         ) from None
 
 
 def schema() -> str:
-    """The JSON schema of results.json, as the file `SCHEMA` has it."""
+    """The JSON schema of results.json, equal to the file `SCHEMA`."""
     return json.dumps(Results.model_json_schema(), indent=1) + "\n"

@@ -1,9 +1,9 @@
-"""How the page looks: the colours and markers of what is compared, and the style sheet.
+"""Style of the page: colours and markers of the arms, and the style sheet.
 
-An arm keeps its colour and marker everywhere, on light and dark ground, on screen and on paper. Hues after Okabe and
-Ito's palette for colour-blind readers, each set twice so that text in it keeps a contrast of at least 4.5 to 1 on the
-page and on panels. Arms differ in the marker as well: colour is never all that tells them apart. The style sheet loads
-no fonts and no pictures.
+An arm has the same colour and marker everywhere: on light and dark backgrounds, on screen and on paper. The hues follow
+Okabe and Ito's palette for colour-blind readers. Each has a light and a dark version, so that coloured text has a
+contrast of at least 4.5 to 1 on the page and on panels. Arms also differ in the marker, not only in colour. The style
+sheet loads no fonts and no pictures.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Look:
-    """How something that is compared looks: the name of its colour, its marker, and whether it is filled."""
+    """The look of a compared item: the name of its colour, its marker, and whether the marker is filled."""
 
     hue: str
     marker: str = "o"
@@ -84,9 +84,10 @@ NEUTRAL = Look("muted", "o")
 
 
 def looks(names: Sequence[str], stages: Mapping[str, str] | None = None) -> dict[str, Look]:
-    """A look for each name: `ppo`, `ppo@v1` or the first arm of the stage ppo always has PPO's, others the next free.
+    """A look for each name: `ppo`, `ppo@v1` or the first arm of stage ppo has PPO's look, others the next free one.
 
-    stages: the stage of an arm, where it is known.
+    Args:
+        stages: the stage of each arm, if it is known.
     """
     stages = stages or {}
     places: dict[str, int] = {}
@@ -103,7 +104,7 @@ def looks(names: Sequence[str], stages: Mapping[str, str] | None = None) -> dict
 
 
 def swatch(look: Look) -> Markup:
-    """The marker of something that is compared, for a legend or a table."""
+    """The marker of a compared item, for a legend or a table."""
     fill = look.css if look.filled else "none"
     path = h("path", d=SHAPES[look.marker], style=f"fill:{fill};stroke:{look.css};stroke-width:1.6")
     return h("svg", path, class_="swatch", viewBox="-6.5 -6.5 13 13", aria_hidden="true")

@@ -1,4 +1,4 @@
-"""One comparison as the page shows it: rows, arms in order, how each looks, and what a model or a figure is called."""
+"""One comparison as the page shows it: rows, arms in order, looks, and names of models and figures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def setting_text(setting: Setting) -> str:
 
 
 def setting_key(setting: Setting) -> Key:
-    """A setting as something to sort and group by."""
+    """A setting as a key for sorting and grouping."""
     return tuple(
         (name, float(value) if isinstance(value, int | float) else 0.0, str(value)) for name, value in setting.items()
     )
@@ -45,7 +45,7 @@ def setting_csv(setting: Setting) -> str:
 
 
 class View:
-    """One comparison: its rows, its arms in order, and how each of them looks."""
+    """One comparison: its rows, its arms in order, and the look of each arm."""
 
     def __init__(self, results: Results):
         self.results = results
@@ -66,7 +66,7 @@ class View:
         return BEST_OF_N if row.arm is None else row.arm
 
     def is_baseline(self, row: Row) -> bool:
-        """Whether the row is of the model that the others are set against."""
+        """Whether the row belongs to the baseline."""
         return row.stage != BEST_OF_N and row.model == self.results.baseline
 
     def baseline(self) -> list[Row]:
@@ -87,7 +87,7 @@ class View:
         return NEUTRAL if row is None or self.is_baseline(row) else self.look(self.arm(row))
 
     def kind(self, model: str) -> str:
-        """What a model is: its arm, "reward model", or its stage."""
+        """The kind of a model: its arm, "reward model", or its stage."""
         row = self.by_model.get(model)
         arm = "" if row is None else self.arm(row)
         if arm in self.arms:
@@ -96,7 +96,7 @@ class View:
         return REWARD_MODEL if stage == "reward" else stage
 
     def title(self, model: str) -> str:
-        """What to call a model: its name, or where an arm has many models its setting and seed."""
+        """The title of a model: its name, or its setting and seed if its arm has several models."""
         row = self.by_model.get(model)
         if row is None or self.is_baseline(row) or len(self.models(self.arm(row))) < 2:
             return model
@@ -120,16 +120,16 @@ class View:
         return next((one for one in self.results.summary if (one.arm, one.setting) == (arm, setting)), None)
 
     def figures(self) -> list[str]:
-        """Names of all figures that any row has, the known ones first."""
+        """Names of all figures in any row, known figures first."""
         found = dict.fromkeys(name for row in self.rows for name in row.metrics)
         return [name for name in FIGURES if name in found] + [name for name in found if name not in FIGURES]
 
     def name_of(self, figure: str) -> str:
-        """What a figure is called in words."""
+        """The name of a figure in words."""
         return FIGURES.get(figure, figure.replace("_", " "))
 
     def is_selected(self, row: Row) -> bool:
-        """Whether the row is of the setting that was selected for its arm."""
+        """Whether the row has the selected setting of its arm."""
         entry = self.results.arms.get(self.arm(row))
         return entry is not None and bool(entry.selected) and row.setting == entry.selected
 
@@ -143,7 +143,7 @@ class View:
         return self.results.seeds or sorted({row.seed for row in self.trained if row.seed is not None})
 
     def basis(self) -> str:
-        """What the figures are taken over: prompts, samples, seeds, intervals."""
+        """The basis of the figures: prompts, samples, seeds, intervals."""
         prompts = plural(self.results.prompts, f"{self.results.split} prompt")
         parts = [f"{prompts} × {plural(self.results.samples, 'sample')}"]
         if len(self.seeds()) > 1:
@@ -154,5 +154,5 @@ class View:
             parts.append("no intervals")
         else:
             over = f"over {plural(found.clusters, 'prompt')}"
-            parts.append(f"95 % intervals: {METHODS.get(found.method, found.method)} {over}, of shares Wilson's")
+            parts.append(f"95 % intervals: {METHODS.get(found.method, found.method)} {over}, for shares Wilson's")
         return "; ".join(parts) + "."

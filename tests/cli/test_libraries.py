@@ -125,7 +125,7 @@ def test_an_experiment_that_is_done_imports_no_library(lab, tmp_path) -> None:
     assert first["codes"] == [0] and "torch" in first["found"][0]
     second = imported(HEAVY, words)
     assert second["codes"] == [0] and second["found"] == [[]]
-    assert "compared already" in second["said"][0]
+    assert "already compared" in second["said"][0]
 
 
 def test_where_torch_is_imported_the_collector_is_left_alone() -> None:

@@ -122,8 +122,8 @@ def test_a_prompt_that_is_cut_is_said(capsys, tiny) -> None:
     [
         (["generate", "sft", "--prompt", PROMPT], "error: interrupted: no result of this generate was"),
         (["compare", "sft", "dpo"], "error: interrupted: no result of this compare was kept"),
-        (["run", "experiment.yaml"], "error: interrupted; the stages that are done are kept"),
-        (["dpo"], "error: interrupted before the run had anything to keep"),
+        (["run", "experiment.yaml"], "error: interrupted; finished stages are kept"),
+        (["dpo"], "error: interrupted before the run had saved anything"),
     ],
 )
 def test_an_interrupt_says_what_is_kept(capsys, monkeypatch, words: list[str], line: str) -> None:

@@ -98,7 +98,10 @@ def test_a_mismatch_that_is_allowed_is_reported(arms):
     assert result.comparable.ok is False and result.comparable.allowed is True
     (difference,) = result.comparable.differences
     assert difference.values == {"penalised@v1": "missing_eos_penalty=1.0", "dpo@v1": "none"}
-    assert any(entry.topic == "next" and "train the arms alike" in entry.text for entry in result.verdict.lines)
+    assert any(
+        entry.topic == "next" and "first train the arms under the same conditions" in entry.text
+        for entry in result.verdict.lines
+    )
     matched = compare(arms, "ppo", "dpo", baseline="sft", name="matched")
     assert matched.comparable == Comparable(ok=True, differences=[], allowed=False)
 
@@ -138,9 +141,9 @@ def test_the_effective_beta_is_kl_coef_times_the_slope_of_the_reward_model(arms)
     assert row["shrunk-ppo@v1"].may_move_optimum == {"lam": 0.95}
     said = " ".join(line.text for line in result.verdict.lines)
     assert "another optimum (reward_model.center_rewards_coefficient=0.1)" in said
-    assert {entry.at for entry in result.contrasts} == {"as trained, with another optimum for shrunk-ppo@v1"}
+    assert {entry.at for entry in result.contrasts} == {"as trained, with a different optimum for shrunk-ppo@v1"}
     page = Path(result.report).read_text(encoding="utf-8")
-    assert "effective β" in page and "Moves the optimum only with a wrong critic" in page
+    assert "effective β" in page and "Options that move the optimum if the critic is wrong" in page
     half = [{"source": "shrunk", "weight": 0.5}]
     light = arms.run("ppo", output_name="light", reward_model_path=None, reward_functions=half, max_steps=1)
     weighed = aim_of(arms.registry, arms.registry.resolve(light.model)).effective_beta
@@ -168,7 +171,7 @@ def test_a_judge_that_saw_the_arms_pairs_is_no_judge(arms):
 
 
 def test_an_arms_own_reward_model_is_not_the_truth(arms):
-    with pytest.raises(MismatchError, match="true_reward: what an arm is trained to please: ppo@v1 has reward@v1"):
+    with pytest.raises(MismatchError, match="true_reward: a reward that an arm is trained on: ppo@v1 has reward@v1"):
         compare(arms, "ppo", "dpo", baseline="sft", true_reward="reward")
 
 

@@ -320,7 +320,7 @@ def test_settings_are_not_chosen_on_what_is_shown(split):
 def test_without_a_split_to_choose_on_it_says_which_key(arms, tmp_path):
     arms.run("dpo", output_name="passed", max_steps=2, snapshot_steps=1)
     prompts = {"prompts": "world:verdicts", "validation_split": "nowhere"}
-    with pytest.raises(ConfigError, match=r"validation_split: .*null to choose nothing"):
+    with pytest.raises(ConfigError, match=r"validation_split: .*null to choose no setting"):
         compare(arms, arms=["passed"], baseline="sft", samples=1, snapshots=True, **(prompts | {"prompts": None}))
 
 

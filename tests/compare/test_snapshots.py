@@ -165,16 +165,16 @@ def test_where_there_is_no_cost_to_read_it_says_what_to_do():
     ends = [*run_of("a", None, {None: A[None]}), *run_of("b", None, B)]
     entry = found(contrasts(ends, swept=False), kind="cost", figure="true_reward")
     assert entry.estimate is None
-    assert "snapshot_steps where the arms are trained, snapshots: true in the comparison" in entry.why_not
+    assert "snapshot_steps in training and snapshots: true in the comparison" in entry.why_not
     older = [*run_of("a", None, {**A, 2: (None, 2.0, 2.0)}), *run_of("b", None, B)]
     entry = found(contrasts(older, swept=False), kind="cost", figure="true_reward")
-    assert entry.why_not == "the bill of a point is not known (a-0.5-None#2)"
+    assert entry.why_not == "the cost of a point is not known (a-0.5-None#2)"
 
 
 def test_where_nobody_chooses_among_settings_of_one_cost_nothing_is_read_at_equal_flops():
     both = [*run_of("a", None, A), point("a", None, None, 400.0, beta=1.0, kl=0.5, true_reward=0.0)]
     entry = found(contrasts([*both, *run_of("b", None, B)]), kind="cost", figure="true_reward")
-    assert entry.estimate is None and "nothing says which a user would take" in entry.why_not
+    assert entry.estimate is None and "to choose one of them" in entry.why_not
 
 
 def test_final_models_alone_are_trials_settings_and_what_is_selected():
@@ -284,12 +284,12 @@ def test_the_command_adds_them_to_the_curves(runs, capsys, request):
         **{f"{m}@v1#{n}": str(n) for m in ("ppo", "dpo") for n in (1, 2)},
     }
     text = (folder / "index.html").read_text()
-    assert "4 snapshots on the way there" in text and "behind the curves stand snapshots too" in text
+    assert "points are 4 snapshots" in text and "the curves also use snapshots" in text
     assert "ppo@v1#1" in text  # in the ranking
 
     request.getfixturevalue("undrawn")  # one page is enough
     shown = command(runs, capsys, *words, "--snapshots")
-    assert "ppo@v1#1" not in shown and "snapshots behind the curves" in shown and "ppo@v1 2, dpo@v1 2" in shown
+    assert "ppo@v1#1" not in shown and "snapshots (used for contrasts" in shown and "ppo@v1 2, dpo@v1 2" in shown
     plain = json.loads(command(runs, capsys, *words, "--json"))
     assert [row["name"] for row in plain["rows"]] == ["sft@v1", "ppo@v1", "dpo@v1"]
     ours = [{key: row[key] for key in ("metrics", "cost", "win_rate") if key in row} for row in made["rows"][:3]]

@@ -131,13 +131,13 @@ def test_what_would_settle_it_is_said():
     text = say_contrast(entry(estimate(0.2, 0.3)), "primary").text
     assert "ppo - dpo = +0.200 [-0.100, +0.500]" in text
     # t over 5 seeds: s = .3 / 2.776 x sqrt 5; the smallest S with t(S - 1) s / sqrt S < .2 is 9.
-    assert "it would take about 9 seeds to tell" in text
-    assert "would take" not in say_contrast(entry(estimate(0.0, 0.3)), "primary").text
+    assert "about 9 seeds would settle it" in text
+    assert "would settle" not in say_contrast(entry(estimate(0.0, 0.3)), "primary").text
 
 
 def test_one_seed_speaks_of_its_runs_only():
-    assert "not about their kind" in said(contrasts=[entry(estimate(0.3, 0.2, "t"))]).headline
-    assert "not about their kind" not in said(contrasts=[entry(estimate(0.3, 0.2))]).headline
+    assert "says nothing about other seeds" in said(contrasts=[entry(estimate(0.3, 0.2, "t"))]).headline
+    assert "says nothing about other seeds" not in said(contrasts=[entry(estimate(0.3, 0.2))]).headline
 
 
 def test_what_was_not_reached_is_said():
@@ -191,7 +191,7 @@ def exact_row(stage: str, total: float, **parts: float) -> ExactRow:
     )
 
 
-@pytest.mark.parametrize(("own", "words"), [(0.05, "reward model's own error limits it"), (0.4, "at least half")])
+@pytest.mark.parametrize(("own", "words"), [(0.05, "the reward model's error limits PPO"), (0.4, "at least half")])
 def test_what_limits_ppo(own, words):
     rows = [exact_row("ppo", 0.5, optimisation_gap=own), exact_row("dpo", 0.7, disagreement=0.6)]
     found = topics(exact=exact(*rows))
@@ -202,7 +202,7 @@ def test_what_limits_ppo(own, words):
 
 def test_advice_comes_from_figures_and_not_from_sentences():
     """A stage whose name holds a sentence of the verdict changes no advice."""
-    name = "the reward model's own error limits it: its optimisation is at least half, over-optimised, as trained ("
+    name = "the reward model's error limits PPO: optimisation error is at least half, over-optimised, as trained ("
     contrasts = [entry(estimate(0.3, 0.2), a=name, name=f"{name} - dpo", primary=False, kind="as trained", p_holm=0.01)]
     gates = {name: Gate(passed=False, reason=name)}
     found = topics(contrasts=contrasts, gates=gates, seeds=[0, 1, 2])
@@ -216,7 +216,7 @@ def test_arms_at_two_betas_are_told_so():
 
     contrasts = [entry(estimate(0.3, 0.2))]
     advice = topics(contrasts=contrasts, summary=summary(0.1))["next"]
-    assert any("different prices of KL" in text for text in advice)
+    assert any("trained at different betas" in text for text in advice)
     assert "next" not in topics(contrasts=contrasts, summary=summary(0.5))
 
 
@@ -264,12 +264,15 @@ def gate(*unbeaten: str, passed: bool = False) -> Gate:
 @pytest.mark.parametrize(
     ("found", "words"),
     [
-        (gate("longer_wins"), "at beta 0.5, by a judge that is no better than 'the longer wins': ppo - dpo ="),
+        (
+            gate("longer_wins"),
+            "at beta 0.5, measured by a judge that is no better than 'the longer response wins': ppo - dpo =",
+        ),
         (
             gate("coin", "tfidf"),
-            ", by a judge that is no better than a coin and a TF-IDF model of the words: ppo - dpo",
+            ", measured by a judge that is no better than a coin and a TF-IDF model of the words: ppo - dpo",
         ),
-        (Gate(passed=False, reason="few"), ", by a judge that has not passed its gate: ppo - dpo ="),
+        (Gate(passed=False, reason="few"), ", measured by a judge that has not passed its gate: ppo - dpo ="),
         (gate(passed=True), "at beta 0.5: ppo - dpo ="),
     ],
 )
@@ -284,7 +287,7 @@ def test_a_judge_that_failed_its_gate_stands_in_the_headline(found, words):
 def test_a_reward_model_that_failed_its_gate_stands_in_a_headline_by_its_score():
     results = {"reward_model": "reward@v1", "gates": {"reward@v1": gate("longer_wins")}, "primary": "score"}
     found = said(**results, contrasts=[entry(estimate(0.3, 0.2), figure="score")])
-    assert "by a reward model that is no better than 'the longer wins'" in found.headline
+    assert "measured by a reward model that is no better than 'the longer response wins'" in found.headline
 
 
 def test_one_limit_of_a_model_is_said_once():
@@ -315,7 +318,7 @@ def test_arms_that_one_beta_has_taken_far_apart(one, other, apart):
     for summary in ([one, other], [other, one]):
         trained = entry(estimate(0.3, 0.2))
         found = topics(contrasts=[trained], summary=summary)
-        words = [text for text in found.get("limits", []) if "at one beta" in text]
+        words = [text for text in found.get("limits", []) if "at the same beta, " in text]
         answers = [text for text in found.get("next", []) if "compare them at matched KL" in text]
         assert (len(words), len(answers)) == (apart, apart)
         if apart:
@@ -327,8 +330,8 @@ def test_arms_that_one_beta_has_taken_far_apart(one, other, apart):
 
 def test_far_apart_says_both_kls():
     found = topics(summary=[kl_of("ppo", 3.0, 0.5), kl_of("dpo", 1.0, 0.5)])
-    assert "at one beta, 0.5" in found["limits"][0]
-    assert "a KL of 3.00 [2.50, 3.50] against 1.00 [0.50, 1.50] nats" in found["limits"][0]
+    assert "at the same beta, 0.5" in found["limits"][0]
+    assert "KL 3.00 [2.50, 3.50] against 1.00 [0.50, 1.50] nats" in found["limits"][0]
 
 
 def test_data_that_have_changed_come_first():
@@ -342,7 +345,7 @@ def test_data_that_have_changed_come_first():
 def test_arms_that_are_not_alike_come_first():
     unlike = Comparable(ok=False, differences=[Difference(what="lengths", values={})], allowed=True)
     found = topics(comparable=unlike, seeds=[0, 1, 2])
-    assert found["next"] == ["train the arms alike first: they differ in lengths"]
+    assert found["next"] == ["first train the arms under the same conditions: they differ in lengths"]
 
 
 def test_results_with_nothing_in_them_have_a_verdict():
@@ -362,7 +365,7 @@ def test_a_reward_model_off_the_scale_of_its_labels_is_said_where_the_interval_e
     assert len(lines) == count
     if low == 2.0:
         assert "calibration slope 2.20 [2.00, 2.40] on held-out pairs" in lines[0]
-        assert "kl_coef 0.5 is a beta of 1.10 [1.00, 1.20] in the labels' own reward" in lines[0]
+        assert "kl_coef 0.5 is a beta of 1.10 [1.00, 1.20] in units of the labels' reward" in lines[0]
 
 
 def test_an_unknown_slope_is_passed_over():
@@ -373,4 +376,6 @@ def test_an_unknown_slope_is_passed_over():
 
 def test_an_arm_with_another_optimum_is_named_with_what_moved_it():
     (words,) = topics(rows=[row("dpo", optimum="scale", moves_optimum={"loss_type": "ipo"})])["limits"]
-    assert words.startswith("dpo has its beta on another scale (loss_type=ipo): it is in no contrast at one beta")
+    assert words.startswith(
+        "dpo has beta on another scale (loss_type=ipo): it is compared as trained and at matched KL only"
+    )

@@ -83,7 +83,9 @@ def test_nothing_is_extrapolated():
     assert "no common range: ppo covers 1 to 2, dpo covers 3 to 4" in found.why_not
     found = difference_at(a, flat([1.5, 4], [5, 6]), 3.0, names=("ppo", "dpo"))
     assert (
-        found.inference is None and "not reached: ppo covers 1 to 2" in found.why_not and "wanted is 3" in found.why_not
+        found.inference is None
+        and "not reached: ppo covers 1 to 2" in found.why_not
+        and "requested is 3" in found.why_not
     )
     assert reward_at(a, 2.1).inference is None and reward_at(a, 2.0).inference is not None
     assert area_between(a, b).inference is None

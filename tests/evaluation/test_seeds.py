@@ -208,7 +208,7 @@ def test_needed_of_the_crossed_form():
     assert needed(crossed(0.13, 0.1), "prompts") is None  # .13 > 1 / t(4)^2
     # Without the parts: both growing alike. t(N - 1) sqrt(.45 x 5 / N) < 1 first at N = 12 (.9531; 11: 1.0077).
     found = needed(crossed(0.4, 0.05).estimate)
-    assert found == {"count": 12, "unit": "seeds and as many times more prompts"}
+    assert found == {"count": 12, "unit": "seeds (and prompts in proportion)"}
 
 
 def test_needed_is_none_without_an_effect():

@@ -133,7 +133,7 @@ def test_stopped_and_gone_on_with_every_run_is_made_once(lab, path, handed_over,
     assert stopped.value.exit_code == 143 and seen == [0.1, 0.5]
     assert made(lab) == Counter(chosen=1, start=1, scorer=1, ppo=2, dpo=1)
     told = capsys.readouterr().err
-    assert "seeds 0, 1: each draws scorer, ppo, dpo anew; run once: chosen, start" in told
+    assert "seeds 0, 1: each runs scorer, ppo, dpo again; run once: chosen, start" in told
     assert "[1/12] chosen (ran 0, skipped 0)\n" in told
     assert re.search(r"\[7/12\] dpo beta=0.5 seed 0 \(ran 6, skipped 0; about \d+ s left\)\n", told)
     assert "stopped in dpo beta=0.5 seed 0: 6 of 12 are done" in told
@@ -142,7 +142,7 @@ def test_stopped_and_gone_on_with_every_run_is_made_once(lab, path, handed_over,
     dry = estimate_experiment(path, [], lab.home)
     assert (dry["runs"], dry["done"], dry["to_run"]) == (12, 6, 6)
     assert list(dry["stages"]) == RUNS
-    assert dry["stages"]["ppo beta=0.5 seed 0"] == "ppo: done already, ppo@v2"
+    assert dry["stages"]["ppo beta=0.5 seed 0"] == "ppo: already done, ppo@v2"
     assert dry["stages"]["dpo beta=0.5 seed 0"] == "dpo: to run"
 
     # 3. A failure in the tenth run; then all of it.

@@ -135,7 +135,7 @@ def test_few_pairs_give_the_judge_and_the_test_more_and_say_what_they_are_worth(
     assert all(stage["split_fractions"] == shares for stage in values["stages"].values())
     assert values["compare"]["split_fractions"] == shares
     assert values["stages"]["dpo"]["num_train_epochs"] == values["stages"]["reward"]["num_train_epochs"] == 3
-    assert "pairs for the judge" in said and "test prompts: a win rate is known to about +- " in said
+    assert "pairs for the judge" in said and "test prompts: the 95 % interval of a win rate is about ±" in said
     code, said, values = init(different(3000), "--model", "sft", out="more.yaml")
     assert "num_train_epochs" not in values["stages"]["dpo"]
     assert "split_fractions" not in values["compare"] and "split_fractions" not in values["stages"]["sft"]
@@ -192,7 +192,7 @@ RANKED = [{"prompt": row["prompt"]} for row in different(60)]
         (different(60), ("--seeds", "0"), "seeds"),
         (different(2), (), "too few different prompts"),
         ([{"prompt": "a", "completions": ["b", "c"], "ranks": [1, 1]}] * 9, (), "too few different prompts"),
-        ([{**row, "completions": ["b", "c"], "ranks": [1, 1]} for row in RANKED], (), "all of them are ties"),
+        ([{**row, "completions": ["b", "c"], "ranks": [1, 1]} for row in RANKED], (), "all are ties"),
     ],
 )
 def test_what_is_refused_leaves_no_file(init, tmp_path, rows, words, message):

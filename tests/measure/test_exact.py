@@ -97,7 +97,7 @@ def test_a_long_run_that_dpo_has_not_trained_is_refused(arms, tmp_path):
         with pytest.raises(ConfigError) as caught:
             exact(arms, "dpo", **SHORT, long_run=long_run)
         (fault,) = caught.value.faults
-        assert (fault.where, fault.found) == ("long_run", f"{label} does not say that `rlhf dpo` trained it")
+        assert (fault.where, fault.found) == ("long_run", f"{label} was not trained by `rlhf dpo`")
         assert fault.expected.startswith("a DPO model")
 
 

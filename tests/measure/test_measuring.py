@@ -265,11 +265,15 @@ def others(tiny, tmp_path_factory):
     [
         ("sft", {}, "true reward: the built-in world's, since the prompts are those of world:verdicts"),
         ("honest", {}, "true reward: the built-in world's, since it labelled collected:pairs"),
-        ("own", {"true_reward": "world"}, "true reward: the built-in world's, since true_reward asks for it"),
-        ("own", {"reward_model": "world"}, "true reward: the built-in world's, since reward_model asks for it"),
+        ("own", {"true_reward": "world"}, "true reward: the built-in world's, since true_reward names it"),
+        ("own", {"reward_model": "world"}, "true reward: the built-in world's, since reward_model names it"),
         ("own", {"prompts": "world:verdicts"}, "since the prompts are those of world:verdicts"),
-        ("own", {}, "note: own@v1 reads the words of world:verdicts, but nothing says that the world labelled"),
-        ("judged", {}, "note: judged@v1 reads the words of world:verdicts, but nothing says that the world labelled"),
+        ("own", {}, "note: own@v1 has the tokenizer of world:verdicts, but nothing shows that the world labelled"),
+        (
+            "judged",
+            {},
+            "note: judged@v1 has the tokenizer of world:verdicts, but nothing shows that the world labelled",
+        ),
     ],
 )
 def test_the_world_judges_by_the_data_or_by_request(others, capsys, name, changes, says):

@@ -178,7 +178,7 @@ def test_the_command_says_what_it_did(registry, two, capsys):
     assert found["ok"] and found["faults"] == [] and len(found["repaired"]) == 4
     assert main(["models", "verify", *home]) == 0
     assert main(["models", "verify", "--repair", "demo", *home]) == 0
-    assert capsys.readouterr().out.count("all files are what their manifests say") == 2
+    assert capsys.readouterr().out.count("all files match their manifests") == 2
     verify_files(registry.resolve("demo"))
     (two[0].path / "manifest.json").unlink()
     assert main(["models", "verify", "demo", *home]) == 2

@@ -121,7 +121,7 @@ def measured(probed: Path, folder: Path, width: int, scheme: str) -> dict:
 def test_the_page_says_nothing_and_asks_for_nothing(report: Path, tmp_path: Path, scheme: str) -> None:
     printed, console, asked = browse(report, tmp_path, "--dump-dom", scheme=scheme)
     assert console == "" and asked == []
-    assert "These do not add up" in printed and printed.count("<svg") == report.read_text().count("<svg")
+    assert "These distances do not add up" in printed and printed.count("<svg") == report.read_text().count("<svg")
 
 
 def test_a_page_that_does_is_found_out(tmp_path: Path) -> None:

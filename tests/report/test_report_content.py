@@ -133,7 +133,7 @@ def test_over_optimisation_that_was_found_has_its_peak() -> None:
     assert "dpo: no over-optimisation found" in said_by(found) and "peak at KL" not in said_by(found)
     entry |= {"found": True, "why": "it falls"}
     said = said_by(found)
-    assert "dpo: over-optimised: what counts falls while the reward model's score rises (it falls)" in said
+    assert "dpo: over-optimised: the gold reward falls while the reward model's score rises (it falls)" in said
     assert "α 2.00, β 1.00, peak at KL 2.25." in said
 
 
@@ -178,7 +178,7 @@ def test_without_a_judge_no_judge_is_spoken_of() -> None:
 @pytest.mark.check
 def test_arms_that_differ_in_more_are_named_with_what_differs() -> None:
     said = said_by(not_comparable(plain()))
-    assert "No. The arms differ in more than the algorithm. It was asked for with --allow-mismatch." in said
+    assert "No. The arms differ in more than the algorithm. --allow-mismatch was set." in said
     assert "training prompts 3,840 prompts 3,712 prompts" in said.replace("prompts3", "prompts 3")
     assert "Yes. The arms share" in said_by(plain())
 
@@ -297,7 +297,7 @@ def test_a_ranking_says_bounds_and_ties() -> None:
         ("bad@v1", "≤ 650", "2 %"),
     ]
     said = "".join(section.itertext())
-    assert "no Elo is the most likely one" in said and "3 more models were left out." in said
+    assert "their most likely Elo is not finite" in said and "3 more models were left out." in said
     assert points.tables["ranking"][1][0] == ["ppo@v1", 1353.2, None, None, "at least", 0.0]
 
 
@@ -398,7 +398,7 @@ def test_the_command_makes_the_page_again(capsys: pytest.CaptureFixture, tmp_pat
 
 def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     code, _, err = command(capsys, "report", "x", "--home", str(tmp_path))
-    assert code == 2 and "there are none yet" in err
+    assert code == 2 and "there is no report yet" in err
     folder = tmp_path / "reports" / "frontier"
     folder.mkdir(parents=True)
     (folder / "results.json").write_text('{"name": ')

@@ -51,7 +51,7 @@ def test_tables_are_those_of_final_models(text: str) -> None:
     plain = page_of(finals(full()))
     for ident in ("fair", "curves", "preferences", "responses", "exact", "samples", "lineage", "reproduce"):
         assert section_of(text, ident) == section_of(plain, ident)
-    added = " Final models alone; behind the curves stand snapshots too (4 of ppo and 4 of dpo)."
+    added = " The table shows final models only; the curves also use snapshots (4 of ppo and 4 of dpo)."
     assert section_of(text, "results").replace(added, "") == section_of(plain, "results")
     assert added in section_of(text, "results")
 
@@ -91,11 +91,11 @@ def test_a_long_ranking_shows_the_best_snapshot_of_each_arm(tmp_path: Path) -> N
     assert said.count("#") == 2
     for arm, row in best.items():
         assert f"{arm} β {row['setting']['beta']:g}, seed {row['seed']} #{row['step']}" in said
-    shown = "Of the snapshots only the best of each arm is shown (best on these very prompts, so flattered); "
+    shown = "Only the best snapshot of each arm is shown (chosen on these prompts, so its Elo is biased upwards); "
     assert f"{shown}{3 * RUNS - 2} more are in the CSV." in said
     assert len(rows_of(tmp_path / "points" / "ranking.csv")) == 1 + RUNS + 3 * RUNS
 
 
 def test_a_short_ranking_shows_all(text: str) -> None:
     said = section_of(text, "ranking")
-    assert said.count("#") == RUNS and "only the best" not in said
+    assert said.count("#") == RUNS and "Only the best" not in said

@@ -47,7 +47,7 @@ def test_an_interval_excludes_what_lies_outside() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "found no JSON"),
+        ("{", "found invalid JSON"),
         ("[]", "found no version, expected version 1"),
         ('{"version": 99}', "found version 99, expected version 1"),
         ('{"version": 1}', "faults, the first at name: Field required"),

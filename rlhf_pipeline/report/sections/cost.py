@@ -1,4 +1,4 @@
-"""What the arms cost, and what they get for it."""
+"""The cost of each arm, and reward against cost."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ BILL: dict[str, tuple[str, Callable[[float], str]]] = {
 AXES = {"flops": "training FLOPs", "wall_seconds": "wall time, seconds"}
 
 Spent = tuple[Row, float, Interval]
-"""A model, what it cost, and what it got for it."""
+"""A model, its cost, and its primary figure."""
 
 
 def cost_section(view: View, points: Points) -> Section | None:
-    """The bill of each arm, and reward against FLOPs and wall time."""
+    """The cost of each arm, and reward against FLOPs and wall time."""
     return section("cost", "Cost", _bill(view), _panels(view, points))
 
 
 def _mean_bill(view: View, arm: str) -> Cost | None:
-    """The mean bill of an arm: that of the results, else the mean over its rows."""
+    """The mean cost of an arm: the one in the results, else the mean over its rows."""
     entry = view.results.arms.get(arm)
     if entry is not None and entry.cost is not None:
         return entry.cost
@@ -69,19 +69,19 @@ def _bill(view: View) -> Markup | None:
     ]
     mean = "Means over the seeds of the selected models. " if view.has_seeds() else ""
     caption = (
-        f"{_ratio(bills)}{mean}The bill of PPO includes its reward model; what the "
-        "arms share (SFT, preference pairs) is on no bill. Peak memory is of the largest stage."
+        f"{_ratio(bills)}{mean}The cost of PPO includes its reward model; stages that "
+        "the arms share (SFT, preference pairs) are not counted. Peak memory is that of the largest stage."
     )
     return table(columns, [Group(lines)], label="Cost of each arm", caption=caption)
 
 
 def _ratio(bills: dict[str, Cost]) -> str:
-    """Which of two arms trains for fewer FLOPs, in words."""
+    """A sentence that compares the FLOPs of two arms."""
     flops = sorted((bill.flops, arm) for arm, bill in bills.items() if bill.flops)
     if len(flops) != 2:
         return ""
     (less, cheap), (more, dear) = flops
-    return f"{clean(dear)} takes {number(more / less, 1)} times the FLOPs of {clean(cheap)}. "
+    return f"{clean(dear)} uses {number(more / less, 1)} times the FLOPs of {clean(cheap)}. "
 
 
 def _panels(view: View, points: Points) -> Markup | None:
@@ -104,16 +104,16 @@ def _panels(view: View, points: Points) -> Markup | None:
     columns = ["arm", "setting", "seed", "step", "model", "cost", "spent", figure, f"{figure}_low", f"{figure}_high"]
     file = points.add("cost", columns, csv)
     caption = (
-        "Each point is one model: what it got for what its own training and that of its reward model cost. "
+        "Each point is one model. Its cost is that of its own training and of the training of its reward model. "
         f"{view.basis()}"
     )
     if view.snapshots:
-        caption += " Small and light: snapshots, at the bill up to their step, joined run by run."
+        caption += " Small light points are snapshots, with the cost up to their step; a line joins those of one run."
     return plot(panels(made), caption, [file], arm_legend(view, view.arms))
 
 
 def _run(found: list[Spent], model: str) -> list[tuple[float, float]]:
-    """(cost, reward) of the snapshots on the way to a model, in order of steps, and of the model."""
+    """(cost, reward) of a model's snapshots, in order of steps, and of the model."""
     steps = [
         (row.step or 0, spent, reward.mean)
         for row, spent, reward in found

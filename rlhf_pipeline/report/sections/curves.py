@@ -52,10 +52,10 @@ PANELS = {
     "loss/bradley_terry": "Bradley-Terry loss",
     "loss/nll": "negative log-likelihood per token",
 }
-"""Metrics of metrics.jsonl that are drawn, in this order, and what they are called."""
+"""Metrics of metrics.jsonl that are drawn, in this order, and their titles."""
 
 MOST = 240
-"""Points of a line that are drawn; of longer ones the extremes of each stretch."""
+"""The most points of a line that are drawn; a longer line keeps the extremes of each stretch."""
 
 Pair = tuple[float, float]
 Points3 = Sequence[tuple[float, float, float]]
@@ -63,7 +63,7 @@ Points3 = Sequence[tuple[float, float, float]]
 
 @dataclass(frozen=True)
 class _Shown:
-    """What the figure of reward against KL shows."""
+    """The contents of the figure of reward against KL."""
 
     frontier: Frontier
     points: dict[str, list[FrontierPoint]]  # final models, by arm
@@ -75,13 +75,13 @@ class _Shown:
 
     @property
     def right(self) -> float:
-        """The largest KL of anything that was measured."""
+        """The largest KL of anything in the figure."""
         known = [one.kl.ends[1] if one.kl.ends else one.kl.mean for arm in self.points.values() for one in arm]
         known += [one.kl.mean for arm in self.passed.values() for one in arm]
         return max([*known, *(bound for _, bound, _ in self.best_of), *(kl.mean for _, kl, _ in self.base)])
 
     def runs(self, arm: str) -> list[list[Pair]]:
-        """(KL, reward) of the snapshots of each run of an arm in order of steps, and of the model at its end."""
+        """(KL, reward) for each run of an arm: its snapshots in order of steps, then its final model."""
         found = []
         for end in self.points[arm]:
             run = [one for one in self.passed[arm] if one.model.partition("#")[0] == end.model]
@@ -146,10 +146,10 @@ def frontier_section(view: View, points: Points) -> Section | None:
 
 def _frontier_caption(view: View, found: _Shown) -> str:
     frontier, models = found.frontier, sum(map(len, found.points.values()))
-    said = [f"Each point is a trained model ({models} in all) with its 95 % intervals both ways. {view.basis()}"]
+    said = [f"Each point is a trained model ({models} in all) with 95 % intervals in both directions. {view.basis()}"]
     if passed := sum(map(len, found.passed.values())):
         said.append(
-            f"Small and light: {passed} snapshots on the way there, joined run by run; the curves use them too."
+            f"Small light points are {passed} snapshots; a line joins those of one run. The envelope uses them too."
         )
     if any(entry.envelope for entry in frontier.arms.values()):
         chosen = f"The envelope joins the means over seeds of the {'settings and snapshots' if passed else 'settings'}"
@@ -160,9 +160,9 @@ def _frontier_caption(view: View, found: _Shown) -> str:
         left, right = frontier.common_range
         said.append(f"Both arms reach KL {number(left)} to {number(right)} (shaded).")
     if found.gibbs:
-        said.append("No policy lies above the exact frontier; a sampled point may, by as much as its interval allows.")
+        said.append("No policy lies above the exact frontier; a sampled point may lie above it within its interval.")
     if found.best_of:
-        said.append("Best of n stands at the upper bound of its KL (log n − (n − 1)/n): the truth lies to the left.")
+        said.append("Best of n is drawn at the upper bound of its KL (log n − (n − 1)/n): its KL is at most that.")
     return " ".join(said)
 
 
@@ -269,9 +269,9 @@ def _setting_labels(points: list[FrontierPoint], hue: str) -> list[tuple[float, 
 
 
 def fitted(fit: GaoFit | None) -> list[Pair]:
-    """Gao et al.'s form (2022, eq. 1) between the distances that it was fitted to; outside it predicts nothing.
+    """Gao et al.'s form (2022, eq. 1), d (alpha - beta ln d) with d = sqrt(KL), within the range it was fitted to.
 
-    d (alpha - beta ln d) with d = sqrt(KL).
+    Outside that range it predicts nothing.
     """
     if fit is None:
         return []
@@ -283,7 +283,7 @@ def overoptimisation_section(view: View, points: Points) -> Section | None:
     """One panel for each arm: proxy and judge against the square root of KL, with the fitted form."""
     entries = {arm: entry for arm, entry in (view.results.overoptimisation or {}).items() if entry.points}
     if all(len(entry.points) < 2 for entry in entries.values()):
-        return None  # one point is no curve
+        return None  # one point is not a curve
     found = {arm: sorted(entry.points) for arm, entry in entries.items()}
     curves = {arm: fitted(entry.fit) for arm, entry in entries.items()}
     csv = [[arm, *point] for arm, line in found.items() for point in line]
@@ -306,10 +306,10 @@ def overoptimisation_section(view: View, points: Points) -> Section | None:
     )
     caption = (
         "Gain over the reference against the square root of KL, one point for each setting"
-        f"{' and snapshot' if view.snapshots else ''}, the mean of its seeds. "
-        "Where the solid line bends down while the dashed one climbs, more optimisation makes responses worse. The "
-        "form (Gao et al. 2022) is fitted to the filled points only and drawn between them; a dotted upright marks its "
-        f"peak where over-optimisation was found. {view.basis()}"
+        f"{' and snapshot' if view.snapshots else ''}, averaged over seeds. "
+        "Where the solid line falls while the dashed line rises, more optimisation makes responses worse. The form "
+        "(Gao et al. 2022) is fitted to the filled points only and drawn within their range; a dotted vertical line "
+        f"marks its peak if over-optimisation was found. {view.basis()}"
     )
     said = h("ul", *(_finding(view, arm, entry) for arm, entry in entries.items()), class_="findings")
     body = plot(panels(made, large=large), caption, files, key)
@@ -317,7 +317,7 @@ def overoptimisation_section(view: View, points: Points) -> Section | None:
 
 
 def _peak(entry: Overoptimised) -> float | None:
-    """Where the form has its maximum, if over-optimisation was found: it can peak where a reward only levels off."""
+    """The maximum of the form if over-optimisation was found; it can also peak where a reward only levels off."""
     return entry.fit.peak if entry.fit is not None and entry.found else None
 
 
@@ -326,7 +326,7 @@ def _finding(view: View, arm: str, entry: Overoptimised) -> Markup:
     if entry.found is not None:
         text = "no over-optimisation found"
     if entry.found:
-        text = "over-optimised: what counts falls while the reward model's score rises"
+        text = "over-optimised: the gold reward falls while the reward model's score rises"
     if entry.why:
         text += f" ({clean(entry.why)})"
     if fit is not None:
@@ -379,7 +379,7 @@ def curves_section(view: View, points: Points) -> Section | None:
     arms = [arm for arm in [*view.arms, REWARD_MODEL] if arm in drawn]
     others: list[Entry] = [(NEUTRAL, "other stages", "line")] if drawn - set(arms) else []
     caption = (
-        f"One line for each of {plural(len(curves), 'run')}, as it logged itself on training batches; settings and "
+        f"One line for each of {plural(len(curves), 'run')}; it shows values logged during training. Settings and "
         "seeds of an arm share its colour. A step of PPO is one update: a rollout and all of its minibatches."
     )
     return section("curves", "Training", plot(panels(made), caption, [file], arm_legend(view, arms, *others)))
@@ -404,7 +404,7 @@ def _training_panel(view: View, ident: str, title: str, lines: dict[str, list[Pa
 
 
 def thinned(line: list[Pair], most: int = MOST) -> list[Pair]:
-    """At most `most` points of a line: its ends, and the lowest and highest of each stretch between them."""
+    """At most `most` points of a line: its ends, and the lowest and highest point of each stretch between them."""
     if len(line) <= most:
         return line
     stretches = (most - 2) // 2

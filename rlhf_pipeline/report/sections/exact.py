@@ -1,4 +1,4 @@
-"""Exact figures: how near each model comes to the optimum that is known in closed form."""
+"""Exact figures: the distance of each model from the optimum, which is known in closed form."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 PANELS = {
     "share": "share of the attainable objective",
-    "gap_true": "β KL(π‖π*): all causes together",
+    "gap_true": "β KL(π‖π*): from all causes",
     "gap_learned": "β KL(π‖π*) of the learned reward",
 }
 COLUMNS = tuple(
@@ -42,7 +42,7 @@ BEST_OF_N_COLUMNS = (Column("policy", False), Column("reward"), Column("KL"), Co
 
 
 def _learned(row: ExactRow) -> float | None:
-    """PPO's distance to the optimum of what it was trained on, DPO's disagreement with the reward model."""
+    """PPO's distance from the optimum of its training reward, or DPO's disagreement with the reward model."""
     gap = row.optimisation_gap or row.disagreement
     return None if gap is None else gap.value
 
@@ -58,9 +58,9 @@ def exact_section(view: View, points: Points) -> Section | None:
         return None
     warning = h(
         "p",
-        h("b", "These do not add up. "),
-        "A distance to the optimum of one reward and a distance to that of another are not parts of a whole: the "
-        "part may be larger than the whole, and a difference may be negative.",
+        h("b", "These distances do not add up. "),
+        "The distance from the optimum of a learned reward is not a part of the distance from the optimum of the true "
+        "reward: it may be larger, and the difference of the two may be negative.",
         class_="aside",
     )
     body = _panels(view, exact, points), warning, _table(view, exact), _best_of_n(view, exact)
@@ -86,13 +86,13 @@ def _panels(view: View, exact: Exact, points: Points) -> Markup | None:
         if found:
             made.append(_panel(view, name, title, found))
     if len({entry[0] for entry in csv}) <= len(arms):
-        return None  # one model an arm, or none: the table says it all
+        return None  # at most one model per arm: the table has everything
     file = points.add("exact", ["model", "beta", "figure", "value"], csv)
     caption = (
         f"Exact: over all {count(exact.responses)} responses to {count(exact.prompts)} "
-        "prompts, so the figures have no sampling error; they vary from training to training only. A share of 100 % is "
-        "the optimum, 0 % the reference; a distance of 0 is the optimum. Learned reward: PPO's optimisation error, "
-        "DPO's disagreement with the reward model."
+        "prompts, so the figures have no sampling error; they vary only between training runs. A share of 100 % is the "
+        "optimum, 0 % the reference; a distance of 0 is the optimum. For the learned reward, the distance is PPO's "
+        "optimisation error, or DPO's disagreement with the reward model."
     )
     return plot(panels(made), caption, [file], arm_legend(view, [arm for arm in view.arms if arm in arms]))
 
@@ -133,14 +133,14 @@ def _table(view: View, exact: Exact) -> Markup:
         for row in exact.rows
     ]
     caption = (
-        f"Objective: reward − β KL to {clean(exact.reference)}. Share: of what an "
-        "optimal policy gains over the reference."
+        f"Objective: reward − β KL to {clean(exact.reference)}. Share: the part of the "
+        "optimal policy's gain over the reference that a model reaches."
     )
     if exact.reward_model:
         few = f", over {count(exact.reward_model_prompts)} prompts" if exact.reward_model_prompts else ""
         caption += (
-            " βKL(π‖π*RM): for PPO to the optimum of the reward it was trained on (its optimisation error), for DPO "
-            f"to that of {clean(exact.reward_model)} (their disagreement){few}."
+            " βKL(π‖π*RM): for PPO, the distance from the optimum of the reward it was trained on (optimisation "
+            f"error); for DPO, from the optimum of {clean(exact.reward_model)} (their disagreement){few}."
         )
     made = table(COLUMNS, [Group(lines)], label="Exact figures", caption=caption)
     return folded(f"Exact figures of every model ({len(lines)})", len(lines), made)
@@ -158,7 +158,7 @@ def _best_of_n(view: View, exact: Exact) -> Markup | None:
     first = exact.best_of_n[0]
     caption = (
         f"Exact best of n of the reference, chosen by {clean(first.chosen_by)}, over "
-        f"{count(first.prompts)} prompts: not those of the sampled figures where these are more."
+        f"{count(first.prompts)} prompts; the sampled figures may be taken over more prompts."
     )
     made = table(BEST_OF_N_COLUMNS, [Group(lines)], label="Exact best of n", caption=caption)
     return join([h("h3", "Best of n, exactly"), made])

@@ -1,4 +1,4 @@
-"""Where everything comes from and what it means: lineage, how to do it again, glossary."""
+"""Lineage of the models, how to reproduce the report, and the glossary."""
 
 from __future__ import annotations
 
@@ -24,97 +24,105 @@ from rlhf_pipeline.report.view import View
 DIGITS = 12
 
 ENTRIES: dict[str, tuple[str, str, str]] = {
-    "true_reward": ("true reward", "What a response is worth by the rule that the labels came from.", "R(x, y)"),
-    "score": ("RM score", "What the reward model that was trained on gives a response, less its shift.", "r(x, y)"),
-    "judge": ("judge", "What a reward model gives that was trained on pairs no arm has seen.", "r_judge(x, y)"),
+    "true_reward": ("true reward", "Reward of a response under the rule that produced the labels.", "R(x, y)"),
+    "score": ("RM score", "Score of the reward model that PPO was trained on, minus its shift.", "r(x, y)"),
+    "judge": (
+        "judge",
+        "Score of a reward model trained on pairs that none of the compared models were trained on.",
+        "r_judge(x, y)",
+    ),
     "kl": (
         "KL",
-        "Distance to the reference per response: along sampled responses, at each position the exact sum over the "
-        "vocabulary.",
+        "Distance from the reference per response: the exact KL over the vocabulary at each position, summed over the "
+        "positions of sampled responses.",
         "E_y Σ_t KL(π(·|x, y<t) ‖ π_ref(·|x, y<t))",
     ),
-    "kl_k1": ("KL (k1)", "The same by log-ratios of the sampled tokens: unbiased, noisier.", "E Σ_t log π/π_ref"),
-    "kl_k3": ("KL (k3)", "The same by a form that is never negative: unbiased.", "E Σ_t (π_ref/π − 1 − log π_ref/π)"),
-    "length": ("length", "Tokens of a response, its end token included.", "|y|"),
-    "ended": ("ended by EOS", "Share of responses that end by themselves instead of being cut.", "P(y ends in EOS)"),
+    "kl_k1": ("KL (k1)", "KL estimated from log-ratios of sampled tokens: unbiased, noisier.", "E Σ_t log π/π_ref"),
+    "kl_k3": (
+        "KL (k3)",
+        "KL estimated by an unbiased form that is never negative.",
+        "E Σ_t (π_ref/π − 1 − log π_ref/π)",
+    ),
+    "length": ("length", "Tokens of a response, including its end token.", "|y|"),
+    "ended": ("ended by EOS", "Share of responses that end with EOS instead of being cut.", "P(y ends in EOS)"),
     "well_formed": (
         "well formed",
         "Share of responses that the grammar of the built-in world accepts.",
         "P(y ∈ grammar)",
     ),
-    "entropy": ("entropy", "Surprise of the policy at its own responses.", "−E log π(y|x)"),
+    "entropy": ("entropy", "Entropy of the policy's responses, in nats.", "−E log π(y|x)"),
     "win_rate": (
         "win rate",
-        "How often a response scores higher than the other model's to the same prompt, ties one half.",
+        "How often a response scores higher than the other model's response to the same prompt; a tie counts one half.",
         "P(a > b) + ½ P(a = b)",
     ),
     "length_controlled": (
         "at equal length",
-        "Win rate that a logistic model gives at equal length.",
+        "Win rate at equal length, as a logistic model predicts it.",
         "logit P = θ + φ tanh(Δlen / sd(Δlen)), σ(θ)",
     ),
-    "elo": ("Elo", "Bradley-Terry strength on the scale of chess.", "P(a > b) = 1 / (1 + 10^((E_b − E_a) / 400))"),
+    "elo": ("Elo", "Bradley-Terry strength on the Elo scale of chess.", "P(a > b) = 1 / (1 + 10^((E_b − E_a) / 400))"),
     "matched_kl": (
         "matched KL",
-        "Both arms compared at one distance, interpolated within each arm's own range, never beyond it.",
+        "Both arms compared at one KL, interpolated within the range of each arm and never extrapolated.",
         "R_a(KL) − R_b(KL)",
     ),
     "gibbs": (
         "exact frontier",
-        "The most reward that any policy can have at a KL: that of the optima at all β.",
+        "The largest reward that any policy can have at a given KL; the optimal policies of all β reach it.",
         "π* ∝ π_ref exp(R / β)",
     ),
     "kl_bound": ("KL of best of n", "An upper bound, loose where responses repeat.", "log n − (n − 1)/n"),
     "share": (
         "share",
-        "How much of what the optimum gains over the reference a model gains.",
+        "The part of the optimum's gain over the reference that a model reaches.",
         "(J − J_ref) / (J* − J_ref)",
     ),
     "effective_beta": (
         "effective β",
-        "PPO's price of KL in units of the reward that the labels were drawn by; s is the reward model's calibration "
+        "PPO's β in units of the reward that the labels were drawn from; s is the reward model's calibration "
         "slope on held-out pairs.",
         "kl_coef · s, P(label) = σ(s (r_w − r_l))",
     ),
-    "gap": ("βKL(π‖π*)", "What is missing to the optimum, in units of reward.", "J* − J(π) = β KL(π ‖ π*)"),
-    "gao": ("over-optimisation", "How gain depends on distance (Gao et al. 2022), d = √KL.", "d (α − β ln d)"),
+    "gap": ("βKL(π‖π*)", "Distance from the optimum, in units of reward.", "J* − J(π) = β KL(π ‖ π*)"),
+    "gao": ("over-optimisation", "Gain in reward as a function of d = √KL (Gao et al. 2022).", "d (α − β ln d)"),
     "ece": (
         "ECE",
         "Mean distance between confidence and accuracy over bins of equal size.",
         "Σ_b n_b/n |acc_b − conf_b|",
     ),
-    "nll": ("NLL", "Log loss of the labels; log 2 = 0.693 is a coin.", "−mean log σ(r_w − r_l)"),
-    "brier": ("Brier", "Squared error of the probability; 0.25 is a coin.", "mean (1 − σ(r_w − r_l))²"),
+    "nll": ("NLL", "Log loss of the labels; a coin has log 2 = 0.693.", "−mean log σ(r_w − r_l)"),
+    "brier": ("Brier", "Squared error of the probability; a coin has 0.25.", "mean (1 − σ(r_w − r_l))²"),
     "distinct": (
         "distinct-n",
-        "Share of n-grams that are different, at a fixed number of tokens.",
+        "Share of distinct n-grams among a fixed number of tokens.",
         "|set of n-grams| / |n-grams|",
     ),
     "self_bleu": (
         "self-BLEU",
-        "How much a response repeats the others to its prompt; 1 is all the same.",
+        "Overlap of a response with the other responses to its prompt; 1 if all are the same.",
         "mean BLEU(y, others)",
     ),
     "flops": (
         "FLOPs",
-        "Of training: forward once, backward twice, frozen models forward only.",
+        "Cost of training: a backward pass counts as two forward passes; frozen models only run forward.",
         "≈ 6 N per trained token, 2 N per scored one",
     ),
     "interval": (
         "95 % interval",
-        "Over prompts, all samples of a prompt together; over seeds by Student t.",
+        "Over prompts, with the samples of a prompt as one cluster; over seeds by Student's t.",
         "[low, high]",
     ),
     "p_holm": (
         "p (Holm)",
-        "p-value that allows for the other contrasts looked at.",
+        "p-value corrected for the number of contrasts.",
         "max over j ≤ k of min(1, (m − j + 1) p_(j))",
     ),
 }
 
 
 def lineage_section(view: View, points: Points) -> Section | None:
-    """Every model that took part, its digest and what it was made from."""
+    """Every model behind the comparison, with its digest and its parents."""
     lines = []
     for entry in view.results.lineage:
         digest = clean(entry.digest or "")
@@ -134,7 +142,7 @@ def lineage_section(view: View, points: Points) -> Section | None:
         return None
     columns = [Column(title, False) for title in ("model", "stage", "digest", "made from")]
     caption = (
-        f"First {DIGITS} digits of the SHA-256 over a version's files; results.json has them all. A version never "
+        f"First {DIGITS} digits of the SHA-256 over a version's files; results.json has all digits. A version never "
         "changes."
     )
     made = table(columns, [Group(lines)], label="Lineage", caption=caption)
@@ -142,7 +150,7 @@ def lineage_section(view: View, points: Points) -> Section | None:
 
 
 def reproduce_section(view: View, points: Points) -> Section | None:
-    """The command, what it depends on, and the configs behind each model."""
+    """The command, its seed and temperature, and the config of each model."""
     results, configs = view.results, view.results.configs
     body: list[Markup] = []
     if results.command:
@@ -189,13 +197,13 @@ def _present(view: View) -> set[str]:
 
 
 def footer() -> Markup:
-    """Where the numbers are."""
+    """The source of the figures."""
     return h(
         "footer",
         h(
             "p",
             "Made by rlhf from ",
             h("code", "results.json"),
-            " beside this page, which has every figure in full precision. The page loads nothing from anywhere.",
+            " beside this page. That file has every figure in full precision. The page loads nothing from outside.",
         ),
     )

@@ -1,4 +1,4 @@
-"""What the models say of responses and what they answer: held-out pairs, length and diversity, samples to read."""
+"""Accuracy on held-out pairs, length and diversity of responses, and samples to read."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ SCORERS = (
     Column("accuracy"),
     Column("95 % interval", False),
     Column("ECE", hint="expected calibration error: 0 is best"),
-    Column("NLL", hint="log loss; 0.693 is a coin"),
-    Column("Brier", hint="squared error of the probability; 0.25 is a coin"),
+    Column("NLL", hint="log loss; a coin has 0.693"),
+    Column("Brier", hint="squared error of the probability; a coin has 0.25"),
 )
 FIGURES = {
     "length": "length, tokens",
@@ -73,10 +73,10 @@ SHARES = ("ended", "well_formed")
 DIGITS = {"length": 2, "entropy": 2}
 
 LONG = 600
-"""Characters of a response that are shown before one has to open it."""
+"""A longer response, in characters, is shown folded."""
 
 AT_ONCE = 4
-"""Models that are shown side by side; the others have to be opened."""
+"""Models that are shown side by side; the others are folded."""
 
 Bins = list[tuple[float, float, int]]
 
@@ -95,10 +95,10 @@ def preferences_section(view: View, points: Points) -> Section | None:
         figures = [number(value, 3) for value in (entry.ece, entry.nll, entry.brier)]
         lines.append([named(look, view.title(name)), estimate(entry.accuracy, 3), bar, *figures])
     caption = (
-        f"{basis}; accuracy counts ties one half, its interval is clustered by prompt; the upright line is chance."
+        f"{basis}; accuracy counts a tie as one half; the interval is clustered by prompt; the vertical line is chance."
     )
     made = table(SCORERS, [Group(lines)], label="Accuracy and calibration", caption=caption)
-    title = "Telling good from bad: reward model and DPO"
+    title = "Accuracy on held-out pairs: reward model and DPO"
     return section("preferences", title, made, _test(preferences), _reliability(view, preferences, points, basis))
 
 
@@ -106,7 +106,7 @@ def _test(preferences: Preferences) -> Markup | None:
     test = preferences.test
     if test is None:
         return None
-    said = "the interval excludes a tie" if test.difference.excludes() else "they cannot be told apart"
+    said = "the interval excludes zero" if test.difference.excludes() else "the interval contains zero"
     text = f"{clean(test.name)}: {interval_text(test.difference, 3)}, p {probability(test.p)}"
     return h("p", f"{text} ({clean(test.method)}); {said}.")
 
@@ -126,9 +126,8 @@ def _reliability(view: View, preferences: Preferences, points: Points, basis: st
         made.append(_reliability_panel(view, f"reliability-{index}", names[kind], ours, low))
     key = legend([*((view.look(kind), names[kind], None) for kind in kinds), (NEUTRAL, "calibrated", "dashed")])
     caption = (
-        f"{basis}, in bins of equal size by confidence; larger markers hold more pairs, one line for each model. On "
-        "the dashed line a scorer is right as often as it says; below it is too sure of itself, above it not sure "
-        "enough."
+        f"{basis}, in bins of equal size by confidence; larger markers hold more pairs; each model has one line. On "
+        "the dashed line accuracy equals confidence; below it a scorer is overconfident, above it underconfident."
     )
     return plot(panels(made, large=True), caption, [file], key)
 
@@ -137,7 +136,7 @@ def _reliability_panel(view: View, ident: str, name: str, bins: dict[str, Bins],
     most = max(size for found in bins.values() for *_, size in found)
 
     def paint(axes: Axes) -> None:
-        dress(axes, "confidence: the probability it gave", f"{name}: share of pairs it got right")
+        dress(axes, "confidence: predicted probability", f"{name}: share of pairs ordered correctly")
         axes.plot([low, 1], [low, 1], color=colour("muted"), lw=1.2, dashes=(4, 3), zorder=1)
         for label, found in bins.items():
             look = view.look(view.kind(label))
@@ -150,7 +149,8 @@ def _reliability_panel(view: View, ident: str, name: str, bins: dict[str, Bins],
         axes.set_ylim(low - room, 1 + room)
 
     ends = "; ".join(
-        f"{clean(label)}: {len(found)} bins, the surest says {number(found[-1][0])} and is right {number(found[-1][1])}"
+        f"{clean(label)}: {len(found)} bins, the last with confidence {number(found[-1][0])} and accuracy "
+        f"{number(found[-1][1])}"
         for label, found in bins.items()
     )
     return panel(ident, f"Reliability of {name}", f"{ends}.", paint, RELIABILITY)
@@ -194,7 +194,7 @@ def _response_panels(view: View, points: Points, present: dict[str, str]) -> Mar
         return None
     file = points.add("responses", ["arm", "setting", "seed", "model", "figure", "kl", "value", "low", "high"], csv)
     more: list[Entry] = [(NEUTRAL, clean(row.name), None) for row in view.baseline()[:1]]
-    caption = f"Each point is one model, placed by its KL to the reference. {view.basis()}"
+    caption = f"Each point is one model at its KL to the reference. {view.basis()}"
     return plot(panels(made), caption, [file], arm_legend(view, view.arms, *more))
 
 
@@ -240,10 +240,10 @@ def _responses_table(view: View, present: dict[str, str]) -> Markup:
 
 
 def samples_section(view: View, points: Points) -> Section | None:
-    """Responses of all models to the same prompts. Model output is untrusted: text and nothing else."""
+    """Responses of all models to the same prompts. Model output is untrusted: it is written as plain text only."""
     if not view.results.samples_shown:
         return None
-    intro = h("p", "The same prompts for all models; what each response scored stands below it.")
+    intro = h("p", "All models answer the same prompts; the scores of a response are shown below it.")
     made = [_prompt(view, shown) for shown in view.results.samples_shown]
     return section("samples", "Samples, side by side", intro, *made)
 
@@ -258,7 +258,7 @@ def _prompt(view: View, shown: Shown) -> Markup:
 
 
 def _shown_first(view: View, names: list[str]) -> list[str]:
-    """The baseline and one model of each arm, of the selected setting where one is; all where they are few."""
+    """The baseline and one model of each arm, at the selected setting if there is one; all models if they are few."""
     if len(names) <= AT_ONCE:
         return names
     first = [row.name for row in view.baseline() if row.name in names][:1]
@@ -279,7 +279,7 @@ def _card(view: View, name: str, found: list[Response]) -> Markup:
 
 def _response(view: View, response: Response) -> Markup:
     text = clean(response.text)
-    cut = h("span", "cut", class_="chip quiet", title="cut at the longest response, without an end token")
+    cut = h("span", "cut", class_="chip quiet", title="cut at the maximum response length, without an end token")
     known = {"true_reward": response.true_reward, "judge": response.judge, "score": response.score}
     scores = [
         h("span", f"{view.name_of(name)} ", h("b", number(value))) for name, value in known.items() if value is not None
@@ -293,5 +293,5 @@ def _response(view: View, response: Response) -> Markup:
 
 
 def _text(text: str) -> Markup:
-    """Untrusted text in a box of its own, so that its direction of writing does not reach what stands beside it."""
+    """Untrusted text in its own element, so that its writing direction does not affect the text beside it."""
     return h("bdi", clean(text), dir="auto")

@@ -53,16 +53,16 @@ WIN_RATES = (
 RANKING = (Column("place"), Column("model", False), Column("Elo"), Column("95 % interval", False), Column("ties"))
 
 FEW = 12
-"""Contrasts that are shown without being asked for; of more only those in the figures that decide."""
+"""If there are more contrasts, only those in the primary figure and the judge's score are shown unfolded."""
 
 MANY = 20
-"""Entries of a ranking beyond which only the best snapshot of each arm is shown."""
+"""In a ranking with more entries, only the best snapshot of each arm is shown."""
 
 BOUNDS = {"at least": "≥ ", "at most": "≤ "}
 
 Summarised = Mapping[str, Interval]
 Cell = Callable[[list[Row], Summarised], Markup | str]
-"""A cell of the main table, of one model or of one setting over its seeds and what the summary says of these."""
+"""Makes a cell of the main table from the rows of one setting and its summary over seeds."""
 
 
 def results_section(view: View, points: Points) -> Section | None:
@@ -71,7 +71,7 @@ def results_section(view: View, points: Points) -> Section | None:
 
 
 def _over_seeds(found: Sequence[Interval | EffectiveBeta | None]) -> Markup:
-    """The mean over seeds with the smallest and the largest; one seed keeps its own interval."""
+    """The mean over seeds with the smallest and the largest value; with one seed, its own interval."""
     means = [item.mean for item in found if item is not None and item.mean is not None]
     if len(means) < 2:
         return estimate(next((item for item in found if item is not None), None))
@@ -89,7 +89,7 @@ def _figure(name: str) -> Cell:
         if name in summarised:
             return estimate(summarised[name])
         bound = rows[0].kl_bound
-        if name == "kl" and bound is not None:  # best-of-n: its KL is not measured
+        if name == "kl" and bound is not None:  # the KL of best-of-n is not measured
             return h("span", "≤ ", number(bound), class_="bound")
         return _over_seeds([row.metrics.get(name) for row in rows])
 
@@ -97,7 +97,7 @@ def _figure(name: str) -> Cell:
 
 
 def _columns(view: View) -> list[tuple[Column, Cell]]:
-    """The columns of the main table that any row has something for."""
+    """The columns of the main table for which any row has a value."""
     made: list[tuple[Column, Cell]] = []
     if any(row.effective_beta is not None and row.effective_beta.mean is not None for row in view.rows):
         column = Column("effective β", hint="kl_coef × calibration slope of the reward model")
@@ -179,21 +179,24 @@ def _caption(view: View) -> str:
     methods = ", ".join(sorted({clean(entry.method) for entry in view.results.summary}))
     said = f"Each line: mean over {over} with its 95 % interval ({methods}). {view.basis()}"
     if view.primary:
-        said += " ★ primary figure."
+        said += " ★ marks the primary figure."
     if _has_wins(view):
-        spread = ", over seeds with the smallest and the largest in round brackets" if view.has_seeds() else ""
-        said += f" Win rate against {clean(view.results.baseline)}: ties count one half{spread}; beside it their share."
+        spread = "; round brackets hold the smallest and the largest over seeds" if view.has_seeds() else ""
+        said += (
+            f" Win rate against {clean(view.results.baseline)}: a tie counts one half{spread}. The next column has the "
+            "share of ties."
+        )
     if view.best_of_n:
         said += " ≤ marks an upper bound."
     if _has_cost(view):
-        said += " Training: the arm's own runs and, for PPO, those of its reward model."
+        said += " Training: cost of the arm's own runs and, for PPO, of those of its reward model."
     if passed := view.passed():
-        said += f" Final models alone; behind the curves stand snapshots too ({passed})."
+        said += f" The table shows final models only; the curves also use snapshots ({passed})."
     return said
 
 
 def _every_model(view: View) -> Markup | None:
-    """Each model on a line of its own, where the main table puts seeds together."""
+    """Each model on its own line, if the main table combines seeds."""
     if not view.has_seeds():
         return None
     made = _columns(view)
@@ -231,10 +234,10 @@ def _contrasts(view: View, points: Points) -> Markup | None:
     methods = sorted({one.estimate.method for one in found if one.estimate is not None})
     how = f" ({', '.join(methods)})" if methods else ""
     caption = linked(
-        f"Difference of the first arm to the second with its 95 % interval{how}, on one scale for each "
-        "figure; the upright line is zero, the colour that of the arm with more. An interval that holds zero does "
-        "not tell the arms apart. The primary contrast was declared beforehand; p (Holm) allows for having looked at "
-        "the others.",
+        f"Each line is the first arm minus the second, with the 95 % interval{how}, on one scale for each figure. The "
+        "vertical line marks zero; the colour is that of the arm with the larger value. If an interval contains zero, "
+        "the arms cannot be told apart. The primary contrast was declared in advance; p (Holm) is corrected for the "
+        "number of the other contrasts.",
         [file],
     )
     more = None
@@ -281,9 +284,10 @@ def _win_rates(view: View) -> Markup | None:
     if not lines:
         return None
     caption = (
-        "How often a response scores higher than an independent one of the other's to the same prompt, ties one half, "
-        "with its 95 % interval and the share of ties; the upright line is one half. At equal length: what a logistic "
-        "model says of responses of one length, an association."
+        "How often a response scores higher than an independent response of the other model to the same prompt, with "
+        "the 95 % interval; a tie counts one half. The vertical line marks one half. At equal "
+        "length: the win rate that a logistic model predicts for responses of equal length; it is an association, not "
+        "a cause."
     )
     return join([h("h3", "Win rates"), table(WIN_RATES, [Group(lines)], label="Win rates", caption=caption)])
 
@@ -314,17 +318,17 @@ def ranking_section(view: View, points: Points) -> Section | None:
                 ]
             )
     text = (
-        "Bradley-Terry strengths from responses to the same prompts, on the scale of Elo: 100 points more are a win "
-        "rate of 64 %, 200 of 76 %. Models whose intervals overlap much are not told apart. A tie is half a win for "
-        "each, which draws models together: the last column has the share of ties in a model's comparisons."
+        "Bradley-Terry strengths from responses to the same prompts, on the Elo scale: a lead of 100 points is a win "
+        "rate of 64 %, a lead of 200 points 76 %. Models whose intervals overlap widely cannot be told apart. A tie "
+        "counts as half a win for both, which moves models together; the last column has each model's share of ties."
     )
     if ranking.separable:
         text += (
-            " ≥ and ≤: some models never lost to the others, so no Elo is the most likely one; the figure is the end "
-            "of the 95 % interval that this number of prompts allows."
+            " ≥ and ≤: some models never lost to the others, so their most likely Elo is not finite; the figure is "
+            "the known end of the 95 % interval for this number of prompts."
         )
     if hidden:
-        text += " Of the snapshots only the best of each arm is shown (best on these very prompts, so flattered)"
+        text += " Only the best snapshot of each arm is shown (chosen on these prompts, so its Elo is biased upwards)"
         text += f"; {count(len(hidden))} more are in the CSV."
     if ranking.left_out:
         text += f" {count(ranking.left_out)} more models were left out."

@@ -38,7 +38,7 @@ UNCERTAIN = h("span", "not certain", class_="chip")
 
 
 def headline(view: View) -> Markup:
-    """The verdict in words; what is not certain says so."""
+    """The verdict in words; uncertain lines are marked."""
     verdict = view.results.verdict
     topics: dict[str, list[Markup]] = {}
     for line in verdict.lines:
@@ -57,12 +57,12 @@ def headline(view: View) -> Markup:
 
 
 def overview(view: View) -> Markup:
-    """The numbers that say what kind of comparison this is."""
+    """The facts of the comparison: prompts, samples, seeds, reference, judge."""
     results, seeds = view.results, [str(seed) for seed in view.seeds()]
     return facts(
         [
             ("prompts", f"{count(results.prompts)} of {results.split}"),
-            ("samples a prompt", count(results.samples)),
+            ("samples per prompt", count(results.samples)),
             ("seeds", words(seeds) if seeds else None),
             ("temperature", plain(results.temperature)),
             ("longest response", plural(results.response_length, "token")),
@@ -76,14 +76,14 @@ def overview(view: View) -> Markup:
 
 
 def fairness(view: View, points: Points) -> Section | None:
-    """Is it a fair comparison: what differs between the arms other than the algorithm, and how much each was tuned."""
+    """What differs between the arms other than the algorithm, and how much each arm was tuned."""
     comparable = view.results.comparable
     answer = h("b", "Yes. ", class_="good")
-    said = "The arms share SFT parent, preference data, prompts, tokens, lengths and sampling."
+    said = "The arms share the SFT parent, preference data, prompts, tokenizer, lengths and sampling."
     if not comparable.ok:
         answer = h("b", "No. ", class_="bad")
-        allowed = " It was asked for with --allow-mismatch." if comparable.allowed else ""
-        said = f"The arms differ in more than the algorithm.{allowed} Read every figure with this in mind."
+        allowed = " --allow-mismatch was set." if comparable.allowed else ""
+        said = f"The arms differ in more than the algorithm.{allowed} Every figure may be affected by it."
     parts = [h("p", answer, said), _differences(view), _conditions(view), _tuning(view), _resampled(view)]
     return section("fair", "Is it a fair comparison?", *parts)
 
@@ -103,9 +103,11 @@ def _by_arm(view: View, said: dict[str, str]) -> Markup:
 
 
 def _conditions(view: View) -> Markup | None:
-    """The options that move an arm's optimum only where its critic is wrong: said, and no reason to refuse."""
+    """The options that move an arm's optimum only if its critic is wrong; they are reported, not refused."""
     found = {view.arm(row): setting_text(row.may_move_optimum) for row in view.trained if row.may_move_optimum}
-    return h("p", "Moves the optimum only with a wrong critic: ", _by_arm(view, found), ".") if found else None
+    return (
+        h("p", "Options that move the optimum if the critic is wrong: ", _by_arm(view, found), ".") if found else None
+    )
 
 
 def _tuning(view: View) -> Markup | None:
@@ -113,7 +115,7 @@ def _tuning(view: View) -> Markup | None:
     if not trials:
         return None
     said = _by_arm(view, {arm: plural(number_of, "trial") for arm, number_of in trials.items()})
-    uneven = " The arm with more trials was tuned more: part of its lead may be that."
+    uneven = " The arm with more trials was tuned more: part of its lead may come from tuning."
     return h("p", "Tuning: ", said, ".", uneven if len(set(trials.values())) > 1 else "")
 
 
@@ -121,4 +123,4 @@ def _resampled(view: View) -> Markup | None:
     stages = [clean(stage) for stage in view.results.resampled]
     if len(view.seeds()) < 2 or not stages:
         return None
-    return h("p", f"A seed draws anew: {words(stages)}. All else is shared by the seeds.")
+    return h("p", f"Each seed runs these stages again: {words(stages)}. The seeds share everything else.")
