@@ -30,11 +30,29 @@ def require_checkpointing(model: nn.Module) -> None:
         ConfigError: when it cannot.
     """
     from transformers import PreTrainedModel
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and not module.supports_gradient_checkpointing:
             found = f"{type(module).__name__} cannot compute its activations again"
             raise ConfigError(Fault("gradient_checkpointing", found, "false for this architecture"))
+        if isinstance(module, GradientCheckpointingLayer) and not _checkpoints(type(module)):
+            found = f"another package has replaced {type(module).__name__}.forward; all activations would be kept"
+            fix = "do not load that package, or set gradient_checkpointing: false"
+            raise ConfigError(Fault("gradient_checkpointing", found, "the layer's own forward", fix))
+
+
+def _checkpoints(layer: type[nn.Module]) -> bool:
+    """Whether a layer's class still has the forward that transformers checkpoints.
+
+    Since transformers 5.2x a wrapper around `forward` checkpoints, but only while it is the class's own `forward`
+    (findings/checkpointing_off_by_class_patch.sh).
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if "__init_subclass__" not in vars(GradientCheckpointingLayer):
+        return True
+    return getattr(getattr(layer.forward, "__code__", None), "co_name", "") == "forward_with_checkpointing"
 
 
 def checkpoint_activations(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.errors import ConfigError
 from rlhf_pipeline.models.actor_critic import make_actor_critic
 from rlhf_pipeline.models.selfcheck import inspect_model
 from rlhf_pipeline.training import precision
@@ -63,6 +64,17 @@ def saved_bytes(module, batch) -> int:
         scores = module(batch)
     (scores.logprobs.sum() + scores.values.sum()).backward()
     return sum(kept.values())
+
+
+def test_a_layer_whose_forward_another_package_has_replaced_is_not_checkpointed(monkeypatch):
+    """transformers then keeps all activations in silence: findings/checkpointing_off_by_class_patch.sh."""
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    layer = type(model.model.layers[0])
+    checkpoint_activations(model)
+    original = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda self, *args, **kwargs: original(self, *args, **kwargs))
+    with pytest.raises(ConfigError, match=r"another package has replaced LlamaDecoderLayer\.forward"):
+        checkpoint_activations(model)
 
 
 @pytest.mark.parametrize("value_init", ["sft", "shared"])
