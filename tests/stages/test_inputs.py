@@ -44,7 +44,7 @@ def test_a_resumed_run_refuses_other_data(lab, tmp_path, monkeypatch):
     write_pairs(data, "great", "dull")
     interrupted(lab, monkeypatch, **everything)
     write_pairs(data, "dull", "great")
-    with pytest.raises(MismatchError, match=r"begun with other inputs: data .*--no-resume"):
+    with pytest.raises(MismatchError, match=r"started with other inputs: data .*--no-resume"):
         lab.run("dpo", **everything)
     assert lab.run("dpo", resume=False, **everything).model == "dpo@v1"
 
