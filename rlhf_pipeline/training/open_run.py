@@ -239,7 +239,7 @@ def _made_before(home: Path, name: str, digest: str) -> list[str]:
     versions = {f"{name}@v{number}" for number in Registry(home).models.numbers(name)}
     made = [(run, model) for run, model in finished_runs(home, name, digest) if model in versions]
     return [
-        f"run {run} of this config has finished as {model}: this run creates a new version; `{model}` is the old one"
+        f"run {run} of this config has finished as {model}: this run creates a new version; use `{model}` for the old one"
         for run, model in made[-1:]
     ]
 
@@ -286,7 +286,7 @@ def _signals(run: Run):
         yield
     except _Stopped:
         number = run.stopped_by or signal.SIGINT
-        told = f"stopped by signal {int(number)} before the first update; run the same command to start again"
+        told = f"stopped by signal {int(number)} before an update; run the same command again"
         raise Interrupted(told, number) from None
     finally:
         for number, handler in before.items():

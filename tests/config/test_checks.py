@@ -68,7 +68,7 @@ import pytest
             "ppo",
             {"reward_model_path": None, "reward_functions": ["m:f", "world"], "judge": "world"},
             "judge",
-            "'world' judges",
+            "'world' is the reward",
         ),
         ("ppo", {"judge": "a b:f"}, "judge", "found 'a b:f'"),
         ("ppo", {"judge": ""}, "judge", "found ''"),

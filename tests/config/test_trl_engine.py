@@ -11,7 +11,7 @@ REFUSED = [
     ("sft", {"micro_batch_tokens": 512}, "micro_batch_tokens", "only by the number of examples"),
     ("train-rm", {"score_pooling": "mean"}, "score_pooling", "the score at the last token"),
     ("dpo", {"loss_type": "ipo"}, "loss_type", "averages them over each response's tokens"),
-    ("dpo", {"loss_type": "plackett_luce"}, "loss_type", "takes pairs alone"),
+    ("dpo", {"loss_type": "plackett_luce"}, "loss_type", "accepts only pairs"),
     ("dpo", {"label_smoothing": 0.1}, "label_smoothing", "ignores silently"),
     ("dpo", {"soft_labels": True}, "soft_labels", "only on hard labels"),
     ("dpo", {"dataset_name": "world:verdicts", "max_steps": 3}, "dataset_name", "fresh pairs at every step"),

@@ -156,7 +156,7 @@ TEXT = [
         f"{b}: &{b} {{<<: [{', '.join([f'*{a}'] * 9)}]}}\n" for a, b in zip("abcdefgh", "bcdefghi")), ":",
         "aliases expand"),
     _whole("deep nesting", "sft", SFT + "model_init: " + "[" * 20_000, ":4", "nested too deeply"),
-    _whole("deep nesting, closed", "sft", SFT + "model_init: " + "[" * 90 + "]" * 90, ":4", "nested more than 50 deep"),
+    _whole("deep nesting, closed", "sft", SFT + "model_init: " + "[" * 90 + "]" * 90, ":4", "more than 50 levels deep"),
     _whole("half a character", "sft", SFT + 'dataset_config: "\\ud800"\n', ":4: dataset_config", "surrogate"),
     _whole("key that is a number", "dpo", DPO + "3: 4\n", ":4", "'3' is not the name of a key"),
     _whole("key that is a list", "dpo", DPO + "? [a]\n: b\n", ":4", "a key that is a sequence"),

@@ -83,7 +83,7 @@ def test_pairs_of_one_prompt_count_as_one_opinion():
     """Ten pairs that are all right, of two prompts: too few to pass."""
     gate = gate_of(signs("++++++++++"), {"longer_wins": signs("----------")}, PROMPTS[:2] * 5)
     assert gate["passed"] is False
-    assert "only 2 held-out prompts" in gate["reason"]
+    assert "found 2 held-out prompts" in gate["reason"]
 
 
 def random_pairs(path):

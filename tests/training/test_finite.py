@@ -259,7 +259,7 @@ def test_a_weight(fails, stage):
     assert told["bad"] == told["of"] == (8 if stage in ("sft", "ppo") else 16)
     assert told["micro_batches"] == [0, 1]
     assert len(told["weights_not_finite"]) == 1 and "norm" in told["weights_not_finite"][0]
-    assert "weights are not finite themselves" in told["message"]
+    assert "weights themselves are not finite" in told["message"]
 
 
 @pytest.mark.parametrize("bad", BAD)
