@@ -239,7 +239,7 @@ def _made_before(home: Path, name: str, digest: str) -> list[str]:
     versions = {f"{name}@v{number}" for number in Registry(home).models.numbers(name)}
     made = [(run, model) for run, model in finished_runs(home, name, digest) if model in versions]
     return [
-        f"run {run} of this config has finished as {model}: this run creates a new version; use `{model}` for the old one"
+        f"run {run} of this config has finished as {model}: this run creates a new version; `{model}` names the old one"
         for run, model in made[-1:]
     ]
 
