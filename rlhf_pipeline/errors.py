@@ -2,7 +2,7 @@
 
     class                        kind        exit
     RlhfError                    failed      1
-    ├── BadInput                 input       2: the user can mend it
+    ├── BadInput                 input       2: the user can correct it
     │   ├── ConfigError          config         faults of a config, an override or an argument
     │   ├── DataError            data           faults of a data source
     │   ├── UnknownReference     reference      no such model or data set
@@ -11,8 +11,8 @@
     ├── RunFailed                run         1: diverged, out of memory, disk full
     └── Interrupted              interrupted 130 / 143: stopped by a signal, checkpoint written
 
-An error says what was found and where, what was expected, and what to do. `kind` names the class in the JSON of a
-failed command.
+A message states what was found and where, what was expected, and what to do. `kind` names the class in the JSON output
+of a failed command.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-# What a terminal would obey and not show (control characters but tab and newline, marks that reorder text), and halves
-# of surrogate pairs, which no encoding holds.
+# Characters that a terminal executes instead of showing (control characters except tab and newline, marks that reorder
+# text), and halves of surrogate pairs, which no encoding can represent.
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def visible(text: str) -> str:
-    """A text for the terminal: what it would obey is shown by its escape."""
+    """The text with escapes in place of the characters that a terminal would execute."""
     return UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
@@ -41,17 +41,17 @@ class Fault:
     expected: str = ""
     fix: str = ""
     key: str = field(default="", compare=False)
-    """The key of the config that is at fault, where there is one; it stands at the end of `where`."""
+    """The key of the config that is at fault, if there is one; `where` ends with it."""
 
     @classmethod
     def read(cls, line: str) -> Fault:
-        """Return the fault that a line of a message states: `found; expected X; fix`, as `str` of a fault writes it."""
+        """Parse a line of a message, `found; expected X; fix`, as `str` of a fault writes it."""
         found, _, rest = line.partition("; expected ")
         expected, _, fix = rest.partition("; ")
         return cls("", found, expected, fix)
 
     def as_dict(self) -> dict[str, str]:
-        """Return the fault for JSON: `where` without the key, which has a field of its own."""
+        """Return the fault for JSON; `where` omits the key, which has its own field."""
         where = "" if self.where == self.key else self.where.removesuffix(f": {self.key}") if self.key else self.where
         found = self.found.removeprefix("found ")
         return {"where": where, "key": self.key, "found": found, "expected": self.expected, "fix": self.fix}
@@ -62,7 +62,7 @@ class Fault:
             parts.append(f"expected {self.expected}")
         if self.fix:
             parts.append(self.fix)
-        # Half a surrogate pair in a key or a value is shown by its number: no stream or file can hold it.
+        # Half a surrogate pair in a key or a value is shown by its number, because no stream or file can hold it.
         return "; ".join(parts).encode(errors="backslashreplace").decode()
 
 
@@ -81,7 +81,7 @@ class BadInput(RlhfError):
 
 
 class FaultyInput(BadInput):
-    """An input with one or more faults, all of them listed."""
+    """An input with one or more faults; the message lists them, at most SHOWN."""
 
     SHOWN = 20
 
@@ -122,15 +122,15 @@ class MismatchError(BadInput):
 
 
 class DamagedFile(BadInput):
-    """A file whose content is not what its manifest says."""
+    """A file whose content differs from its manifest."""
 
     kind = "damaged"
 
 
 class RunFailed(RlhfError):
-    """A run that could not go on: diverged, out of memory, disk full.
+    """A run that could not continue: diverged, out of memory, disk full.
 
-    agreed: whether every process of the run raises one now, and none may leave before all of them do.
+    agreed: whether every process of the run raises this error now. No process may then exit before all have raised it.
     """
 
     kind = "run"
@@ -148,7 +148,7 @@ class Interrupted(RlhfError):
 
 
 def faults_of(error: RlhfError) -> list[Fault]:
-    """Return what is wrong, fault by fault: the faults of an input, else a fault for each line of the message."""
+    """Return the faults of an error: those of a faulty input, else one fault per line of the message."""
     return error.faults if isinstance(error, FaultyInput) else list(map(Fault.read, str(error).split("\n")))
 
 

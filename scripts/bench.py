@@ -1,10 +1,10 @@
-"""Every stage side by side with its peer: SFT, reward model and DPO with TRL's trainers, PPO with TRL 1.12's.
+"""Benchmark every stage against its peer: SFT, reward model and DPO with TRL's trainers, PPO with that of TRL 1.12.
 
     .venv/bin/python scripts/bench.py [--hh FILE] [--stages dpo,reward,sft,ppo,ppo_shared] [--bf16] [--quick]
 
-Makes the work once (bench_work.py), runs both sides in turn, each in a process of its own (bench_ours.py,
-bench_peer.py), at least three times, and writes docs/benchmarks.md and the figures beside it as JSON. The environment
-of TRL 1.12 is made where it is missing, as scripts/parity_ppo.py makes it.
+Prepares the work once (bench_work.py), runs both sides alternately, each in its own process (bench_ours.py,
+bench_peer.py), at least three times, and writes docs/benchmarks.md and its figures as JSON. It creates the environment
+of TRL 1.12 if that is missing, as scripts/parity_ppo.py does.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OURS, PPO_PEER = "ours and TRL's other trainers", "TRL's PPO"
 
 
 class BenchError(Exception):
-    """What stops a benchmark. code: 2 for what the user can mend, else 1."""
+    """An error that stops a benchmark. code: 2 if the user can correct it, else 1."""
 
     def __init__(self, message: str, code: int = 1):
         super().__init__(message)
@@ -52,7 +52,7 @@ def processor() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
+    """The machine on which the figures were measured."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     system = f"{platform.system()} {platform.machine()}"
     return {
@@ -64,7 +64,7 @@ def machine() -> dict[str, Any]:
 
 
 def child_environment(threads: int, folder: Path) -> dict[str, str]:
-    """Threads pinned, nothing sent or fetched, no cache of an earlier run, no GPU."""
+    """The environment of a run: fixed threads, no network, no cache of an earlier run, no GPU."""
     pinned = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     return {
         **os.environ,
@@ -82,7 +82,7 @@ def call(python: Path | str, script: str, *words: str, environment: dict[str, st
     """The JSON on the last line of a script's output.
 
     Raises:
-        BenchError: the script failed, with the end of what it said.
+        BenchError: the script failed; the message has the end of its output.
     """
     command = [str(python), str(Path(__file__).with_name(script)), *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -97,7 +97,7 @@ def peer_of_ppo(environment: Path, interpreter: str) -> Path:
     """The interpreter of the environment with TRL 1.12.
 
     Raises:
-        BenchError: it cannot be made.
+        BenchError: the environment cannot be created.
     """
     from parity_ppo import peer_python
 
@@ -105,13 +105,13 @@ def peer_of_ppo(environment: Path, interpreter: str) -> Path:
         return peer_python(environment, interpreter)
     except (OSError, subprocess.CalledProcessError) as error:
         raise BenchError(
-            f"{environment}: the environment of TRL 1.12 cannot be made ({error}); "
-            "leave its stages out: --stages dpo,reward,sft"
+            f"{environment}: cannot create the environment of TRL 1.12 ({error}); "
+            "run the other stages only: --stages dpo,reward,sft"
         ) from None
 
 
 def turns(stages: Sequence[str], number: int) -> list[tuple[str, str]]:
-    """The runs of a round, (side, stage): a peer's stage once, and who is first alternating."""
+    """The runs of a round as (side, stage); each stage of the peer once, and the sides alternate in going first."""
     order: list[tuple[str, str]] = []
     for peer in dict.fromkeys(map(peer_stage, stages)):
         ours = [("ours", stage) for stage in stages if peer_stage(stage) == peer]
@@ -123,7 +123,7 @@ def require_same_work(runs: Sequence[dict[str, Any]]) -> None:
     """Check that both sides of a round took the same examples in every step.
 
     Raises:
-        BenchError: naming the first step that differs.
+        BenchError: a step differs; the message names the first one.
     """
     peers = {(run["stage"], run["precision"], run["round"]): run for run in runs if run["side"] == "peer"}
     for run in runs:
@@ -141,7 +141,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All rounds, and the machine's peak before and after them."""
     from bench_work import QUICK, Sizes, prepare
 
-    # What can be wrong is found before anything takes long.
+    # Check everything that can be wrong before the long work.
     work = prepare(folder / "work", options.hh, QUICK if options.quick else Sizes(), options.threads)
     needs_ppo = "ppo" in map(peer_stage, options.stages)
     ppo_python = peer_of_ppo(options.environment, options.python) if needs_ppo else sys.executable
@@ -193,7 +193,7 @@ def dump(found: dict[str, Any]) -> str:
 
 
 def command_of(options: argparse.Namespace) -> str:
-    """The command that makes these figures again, without the folders of this machine."""
+    """The command that reproduces these figures, without the folders of this machine."""
     words = ["python", "scripts/bench.py"]
     words += ["--hh", options.hh.name] if options.hh else []
     words += ["--stages", ",".join(options.stages)] if options.stages != list(TITLES) else []
@@ -207,19 +207,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, checked.
 
     Raises:
-        BenchError: a stage that does not exist, or too few rounds.
+        BenchError: a stage does not exist, or there are too few rounds.
     """
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--hh", type=Path, metavar="FILE", help="preference pairs; without it a synthetic set")
     parser.add_argument("--stages", default=",".join(TITLES), help="default: all")
     parser.add_argument("--repeats", type=int, help=f"rounds (default and least {LEAST}; with --quick 1)")
-    parser.add_argument("--bf16", action="store_true", help="the same again with bf16 autocast")
-    parser.add_argument("--quick", action="store_true", help="a smoke test on a few examples, its figures mean nothing")
+    parser.add_argument("--bf16", action="store_true", help="run everything also with bf16 autocast")
+    parser.add_argument("--quick", action="store_true", help="a smoke test on a few examples; its figures mean nothing")
     parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--output", type=Path, help="default: docs/benchmarks.md; with --quick build/bench_quick.md")
-    parser.add_argument("--json", type=Path, help="default: beside the output")
-    parser.add_argument("--environment", type=Path, default=ROOT / ".peer/trl-1.12", help="that of TRL 1.12")
-    parser.add_argument("--python", default=sys.executable, help="the interpreter that makes it")
+    parser.add_argument("--json", type=Path, help="default: the output with the suffix .json")
+    parser.add_argument("--environment", type=Path, default=ROOT / ".peer/trl-1.12", help="environment of TRL 1.12")
+    parser.add_argument("--python", default=sys.executable, help="interpreter that creates the environment")
     options = parser.parse_args(arguments)
     options.stages = [stage.strip() for stage in options.stages.split(",") if stage.strip()]
     unknown = [stage for stage in options.stages if stage not in TITLES]

@@ -2,8 +2,8 @@
 
     python scripts/bench_ours.py STAGE WORK.json [--bf16]
 
-Runs the stage's own code from a config, as `rlhf` does, in a home of its own. Watched from outside: the windows that
-go into the loop and the ends of its updates.
+Runs the stage's own code from a config, as `rlhf` does, in a separate home. The stopwatch observes the windows that go
+into the loop and the ends of its updates.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def config_of(stage: str, work: dict[str, Any], bf16: bool) -> tuple[str, Any]:
 
 
 def sequences(example: Any) -> list[list[int]]:
-    """The token ids of an example: prompt and each completion, or the prompt alone."""
+    """The token ids of an example: the prompt with each completion, or only the prompt."""
     return [example.prompt_ids + ids for ids in example.completions] or [example.prompt_ids]
 
 

@@ -1,11 +1,11 @@
-"""The peer's side of bench.py: one timed run of a trainer of TRL's.
+"""The peer's side of bench.py: one timed run of a TRL trainer.
 
     python scripts/bench_peer.py STAGE WORK.json [--bf16]
 
-Runs in TRL's environment and imports nothing of this project. The trainers are TRL's own, on texts, and prepare them
-themselves (PPO's takes token ids). What differs from their defaults: no gradient checkpointing (on by default, costs
-time), nothing logged, saved, reported or evaluated, fp32 unless asked for, and the order of the examples, which is
-that of the other side.
+Runs in TRL's environment and imports nothing of this project except its bench scripts. The trainers are TRL's own; they
+get texts and prepare them themselves (PPO's gets token ids). Differences from their defaults: no gradient checkpointing
+(on by default, costs time); no logging, saving, reporting or evaluation; fp32 unless --bf16; the order of the examples
+is that of the other side.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ STAGES = ("sft", "reward", "dpo", "ppo")
 
 
 def read_rows(path: str, order: list[int]) -> list[dict[str, Any]]:
-    """The rows of a JSONL file, in the order in which they are trained on."""
+    """The rows of a JSONL file in training order."""
     rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     return [rows[index] for index in order]
 
 
 def columns(stage: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What TRL's trainer of a stage expects of a row."""
+    """The columns that TRL's trainer of a stage expects."""
     if stage == "sft":
         return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
     if stage == "ppo":
@@ -38,7 +38,7 @@ def columns(stage: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def sequences(row: dict[str, Any]) -> list[list[int]]:
-    """The token ids of a row as a trainer collates it: prompt and each completion, or the prompt alone."""
+    """The token ids of a row as a trainer collates it: the prompt with each completion, or only the prompt."""
     if "input_ids" in row:
         return [list(row["input_ids"])]
     prompt = list(row.get("prompt_ids", ()))
@@ -46,7 +46,7 @@ def sequences(row: dict[str, Any]) -> list[list[int]]:
 
 
 def common_arguments(work: dict[str, Any], directory: str, bf16: bool) -> dict[str, Any]:
-    """What the configs of all trainers have in common."""
+    """The common arguments of all trainers' configs."""
     return {
         "output_dir": directory,
         "learning_rate": work["learning_rate"],
@@ -64,7 +64,7 @@ def common_arguments(work: dict[str, Any], directory: str, bf16: bool) -> dict[s
 
 
 def make_timing(watch: Stopwatch) -> Any:
-    """A callback that tells the stopwatch when training begins and when a step is done."""
+    """A callback that notifies the stopwatch of the start of training and the end of each step."""
     from transformers import TrainerCallback
 
     class Timing(TrainerCallback):
@@ -78,7 +78,7 @@ def make_timing(watch: Stopwatch) -> Any:
 
 
 def noted(collate: Any, watch: Stopwatch) -> Any:
-    """A collator that notes the examples of each step."""
+    """A collator that records the examples of each step."""
 
     def collated(rows: list[dict[str, Any]]) -> Any:
         watch.saw([sequences(row) for row in rows])
@@ -128,7 +128,7 @@ def train_pairs(stage: str, work: dict[str, Any], watch: Stopwatch, directory: s
 
 def train_ppo(work: dict[str, Any], watch: Stopwatch, directory: str, bf16: bool) -> None:
     """PPO with the trainer of TRL 1.12."""
-    if bf16:  # this trainer's Accelerator takes its precision from here alone
+    if bf16:  # the only place from which this trainer's Accelerator reads its precision
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     import torch
     from datasets import Dataset
@@ -147,8 +147,8 @@ def train_ppo(work: dict[str, Any], watch: Stopwatch, directory: str, bf16: bool
     rows = columns("ppo", read_rows(work["prompts"], work["prompt_order"]))
     arguments = PPOConfig(
         **common_arguments(work, directory, bf16),
-        # Its optimizer steps every `gradient_accumulation_steps` micro-batches, whatever a minibatch is. With 1, and a
-        # micro-batch that a minibatch does not fill, it steps once a minibatch, as is meant.
+        # Its optimizer steps every `gradient_accumulation_steps` micro-batches, regardless of the minibatch. With 1 and
+        # a micro-batch that is larger than a minibatch, it steps once per minibatch, as intended.
         per_device_train_batch_size=sizes["rollout"],
         gradient_accumulation_steps=1,
         num_mini_batches=sizes["minibatches"],
@@ -174,7 +174,7 @@ def train_ppo(work: dict[str, Any], watch: Stopwatch, directory: str, bf16: bool
         callbacks=[make_timing(watch)],
     )
     trainer.remove_callback(PrinterCallback)
-    # Its own loader shuffles; this one hands out the same batches in the other side's order.
+    # Its own loader shuffles; this one returns the same batches in the order of the other side.
     loader = DataLoader(
         trainer.train_dataset,
         batch_size=sizes["rollout"],

@@ -1,9 +1,9 @@
-"""What both sides of bench.py measure with: a stopwatch, memory, and the machine's own matrix product.
+"""Measuring tools for both sides of bench.py: a stopwatch, peak memory, and the rate of a matrix product.
 
     python scripts/bench_probe.py THREADS
 
-prints the rates of a matrix product. Imports nothing but the standard library and torch, which the environments of
-both sides have.
+prints the rates of a matrix product. Imports only the standard library and torch, which the environments of both sides
+have.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-BEGAN = time.perf_counter()  # before torch is imported: what a side takes to get ready counts from here
+BEGAN = time.perf_counter()  # before the import of torch: the set-up time of a side starts here
 LOAD_BEFORE = os.getloadavg()[0]
 PACKAGES = ("rlhf-pipeline", "trl", "torch", "transformers", "accelerate", "datasets", "tokenizers")
 PRODUCT = 1024
@@ -33,7 +33,7 @@ Rows = Sequence[Sequence[Sequence[int]]]  # examples, each the token ids of its 
 
 
 def _status(key: str) -> int | None:
-    """A figure of /proc/self/status in bytes, where there is one."""
+    """A value of /proc/self/status in bytes; None if it is missing."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -43,24 +43,24 @@ def _status(key: str) -> int | None:
 
 def peak_bytes() -> int:
     """Peak resident memory of this process."""
-    # Not ru_maxrss where it can be helped: on Linux a process starts with what its parent had in memory.
+    # ru_maxrss is the last resort: on Linux it starts at the memory of the parent process.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return _status("VmHWM") or int(peak if sys.platform == "darwin" else peak * 1024)
 
 
 def restart_peak() -> None:
-    """Let the peak count from now on (Linux; elsewhere it goes on from the start of the process)."""
+    """Reset the peak (on Linux; elsewhere it remains that since the start of the process)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def digest(rows: Rows) -> str:
-    """A name for the examples of one step, whatever their order within it."""
+    """A digest of the examples of one step, independent of their order."""
     return hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:
-    """Versions of what this process computes with."""
+    """Versions of the libraries in this process."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -69,10 +69,10 @@ def versions() -> dict[str, str]:
 
 
 class Stopwatch:
-    """Times the steps of one run. A step is an optimizer step; of PPO an update (a rollout and all steps on it).
+    """Times the steps of one run. A step is an optimizer step; for PPO it is an update (a rollout and all its steps).
 
     Args:
-        warmup: first steps that do not count. examples: examples (episodes) of one step.
+        warmup: the number of first steps that do not count. examples: examples (episodes) per step.
     """
 
     def __init__(self, *, warmup: int, examples: int):
@@ -87,8 +87,8 @@ class Stopwatch:
         self.peak = self.training_peak = 0
 
     def ready(self, optimizer: Any = None) -> None:
-        """Everything is loaded: the first step comes next."""
-        # Accelerate and the trainers wrap the optimizer, some of them not yet at this point.
+        """Record the end of set-up, just before the first step."""
+        # Accelerate and the trainers wrap the optimizer, some of them after this point.
         inner = getattr(optimizer, "optimizer", optimizer)
         if inner is not None:
             inner.register_step_post_hook(self._stepped)
@@ -103,13 +103,13 @@ class Stopwatch:
         self.optimizer_steps += 1
 
     def saw(self, rows: Rows) -> None:
-        """Note the examples of a step; they are read after the run."""
+        """Record the examples of a step; they are read after the run."""
         self.seen.append(rows)
 
     def tick(self, flops: float | None = None, loss: float | None = None) -> None:
-        """A step is done. flops: counted since the start; loss: of this step."""
+        """Record the end of a step. flops: FLOPs since the start. loss: loss of this step."""
         self.times.append(time.perf_counter())
-        self.training_peak = peak_bytes()  # not at the end of the run, where models are saved
+        self.training_peak = peak_bytes()  # before the end of the run, when models are saved
         self.flops += [] if flops is None else [flops]
         self.losses += [] if loss is None else [loss]
 
@@ -124,7 +124,7 @@ class Stopwatch:
         seconds = [after - before for before, after in zip(self.times, self.times[1:])]
         timed = seconds[self.warmup :]
         if not timed:
-            raise RuntimeError(f"{stage}: {len(seconds)} steps, {self.warmup} of them warm-up: nothing was timed")
+            raise RuntimeError(f"{stage}: {len(seconds)} steps, {self.warmup} of them warm-up: no step was timed")
         return {
             "side": side,
             "stage": stage,
@@ -148,7 +148,7 @@ class Stopwatch:
 
 
 def run_side(side: str, stages: Sequence[str], measure: Callable[[str, dict[str, Any], bool], Stopwatch]) -> int:
-    """The command line of one side: `STAGE WORK.json [--bf16]`; the last line on stdout is the report."""
+    """Run the command line of one side, `STAGE WORK.json [--bf16]`; the last line on stdout is the report."""
     parser = argparse.ArgumentParser(description=f"One timed run of bench.py: {side}.")
     parser.add_argument("stage", choices=stages)
     parser.add_argument("work", type=Path, help="the file that bench.py has written")
@@ -157,7 +157,7 @@ def run_side(side: str, stages: Sequence[str], measure: Callable[[str, dict[str,
     try:
         work = json.loads(options.work.read_text())
     except (OSError, ValueError) as error:
-        print(f"error: {options.work}: not the work of bench.py ({error})", file=sys.stderr)
+        print(f"error: {options.work}: not a work file of bench.py ({error})", file=sys.stderr)
         return 2
     with contextlib.redirect_stdout(sys.stderr):  # trainers print there
         report = measure(options.stage, work, options.bf16).report(side, options.stage, options.bf16)
@@ -166,7 +166,7 @@ def run_side(side: str, stages: Sequence[str], measure: Callable[[str, dict[str,
 
 
 def product_rates(threads: int) -> dict[str, float]:
-    """FLOP/s of the fastest of some products of two square matrices, by precision."""
+    """FLOP/s of the fastest of several products of two square matrices, by precision."""
     import torch
 
     torch.set_num_threads(threads)

@@ -1,10 +1,10 @@
-"""Where the time of this package's side of bench.py goes: torch's profiler over the timed steps of each stage.
+"""Profile this package's side of bench.py: torch's profiler over the timed steps of each stage.
 
     .venv/bin/python scripts/bench_profile.py [--hh FILE] [--stages dpo,reward,...] [--bf16] [--examples N]
                                               [--threads N]
 
-Adds up the operators' own time by what they are for and prints a table: shares of the time that all operators take on
-the thread that calls them. The profiler itself costs a few percent, most of it between the operators.
+Adds up the operators' own time by purpose and prints a table of shares of the time that all operators take on the
+calling thread. The profiler itself costs a few percent, mostly between the operators.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-# The first group whose pattern an operator's name matches takes its time.
+# The time of an operator counts for the first group whose pattern matches its name.
 GROUPS = {
     "products with weights": r"^aten::(mm|addmm|linear|matmul)$",
     "attention's products": r"^aten::(bmm|baddbmm|_scaled_dot_product.*|_flash.*)$",
@@ -38,7 +38,7 @@ def shares(times: Iterable[tuple[str, float]]) -> dict[str, float]:
     """The share of each group in the time of all operators.
 
     Args:
-        times: of each operator its name and its own time, without that of the operators it calls.
+        times: the name of each operator and its own time, without that of the operators it calls.
     """
     totals = dict.fromkeys([*GROUPS, REST], 0.0)
     for name, time in times:
@@ -49,14 +49,14 @@ def shares(times: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 
 def profile_stage(stage: str, work: dict[str, Any], bf16: bool) -> tuple[dict[str, float], float]:
-    """The shares of one stage's timed steps, and the seconds that they took under the profiler."""
+    """The shares for the timed steps of one stage, and their seconds under the profiler."""
     import bench_ours
     from torch.profiler import ProfilerActivity, profile
 
     profiler = profile(activities=[ProfilerActivity.CPU])
 
     class Watch(bench_ours.Stopwatch):
-        """Starts the profiler where the warm-up ends."""
+        """Starts the profiler at the end of the warm-up."""
 
         def tick(self, *figures: Any) -> None:
             super().tick(*figures)
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stages", default=",".join(TITLES), help="default: all")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument(
-        "--examples", type=int, default=160, help="of SFT, reward model and DPO; PPO: one rollout of 32"
+        "--examples", type=int, default=160, help="examples for SFT, reward model and DPO; PPO: one rollout of 32"
     )
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""From the runs of bench.py to its figures and to docs/benchmarks.md."""
+"""Compute the figures of bench.py from its runs, and write docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ TITLES = {
     "ppo_shared": "PPO, shared trunk",
 }
 UNITS = {"dpo": "pairs", "reward": "pairs", "sft": "examples", "ppo": "episodes", "ppo_shared": "episodes"}
-# How many times the peer's rate ours should at least be, and what it should become; fp32.
+# Ratio of our rate to the peer's in fp32: the required minimum, and the aim.
 TARGETS = {"dpo": (4.5, 8.0), "reward": (2.5, 5.0), "sft": (1.8, 3.0), "ppo": (1.8, 3.0), "ppo_shared": (3.0, 5.0)}
 PEER_STAGE = {"ppo_shared": "ppo"}
-"""The peer has no shared trunk: its runs with a separate critic stand beside both."""
+"""The peer has no shared trunk: both PPO stages are compared with its separate critic."""
 
 Run = dict[str, Any]
 
 
 def machine_line(found: dict[str, Any], loads: Sequence[float]) -> str:
-    """What the figures were taken on, and how busy it was."""
+    """The machine on which the figures were measured, and its load."""
     machine = found["machine"]
     return (
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB, {machine['system']}; "
@@ -38,7 +38,7 @@ def peer_stage(stage: str) -> str:
 
 
 def rate(run: Run) -> float:
-    """Examples (episodes) a second."""
+    """Examples (episodes) per second."""
     return run["examples"] / sum(run["seconds"])
 
 
@@ -53,13 +53,13 @@ def _pick(runs: Sequence[Run], side: str, stage: str, precision: str) -> list[Ru
 
 
 def _work_flops(runs: Sequence[Run], stage: str) -> float | None:
-    """FLOPs of an example of this work, as our formula counts them: the same figure for both sides and precisions."""
+    """FLOPs of one example by the formula of this package: the same value for both sides and precisions."""
     counted = [run["flops"] / run["examples"] for run in runs if run["stage"] == stage and run["flops"]]
     return statistics.median(counted) if counted else None
 
 
 def summarise(runs: Sequence[Run], peak: dict[str, float]) -> list[dict[str, Any]]:
-    """One row for each stage and precision of which both sides have the same rounds; ratios are of one round each.
+    """One row for each stage and precision with the same rounds on both sides; each ratio is taken within one round.
 
     Args:
         runs: reports of both sides, each with its round. peak: FLOP/s of a matrix product, by precision.
@@ -96,7 +96,7 @@ def summarise(runs: Sequence[Run], peak: dict[str, float]) -> list[dict[str, Any
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """Where the median ratio stands."""
+    """Compare the median ratio with minimum and aim."""
     if row["floor"] is None:
         return ""
     ratio = row["ratio"]["median"]
@@ -143,7 +143,7 @@ def rate_table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def setup_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What the rates leave out, and what shows that both sides did the same, as lines of Markdown."""
+    """Quantities outside the rates, and those that must agree on both sides, as lines of Markdown."""
     lines = [
         "| stage | | GFLOP per example | set-up, s, ours / TRL | warm-up, s | optimizer steps | mean loss |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
@@ -168,7 +168,7 @@ def setup_table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def describe_work(work: dict[str, Any], repeats: int) -> list[str]:
-    """The work in words."""
+    """A description of the work, as paragraphs."""
     sizes, lengths = work["sizes"], work["lengths"]
     model = sizes["model"]
     listed = ", ".join(f"{name} {found['median']:g} ({found['p95']:g})" for name, found in lengths.items())
@@ -197,7 +197,7 @@ def describe_work(work: dict[str, Any], repeats: int) -> list[str]:
 
 
 def document(found: dict[str, Any]) -> str:
-    """docs/benchmarks.md. found: what bench.py writes as JSON."""
+    """The text of docs/benchmarks.md. found: the JSON that bench.py writes."""
     rows, peaks = found["rows"], found["peaks"]
     plain = [row for row in rows if row["precision"] == "fp32"]
     bf16 = [row for row in rows if row["precision"] == "bf16"]

@@ -1,4 +1,4 @@
-"""The work of bench.py: examples, prompts, one tokenizer and two models with random weights, for both sides."""
+"""The work of bench.py for both sides: examples, prompts, a tokenizer and two models with random weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LLAMA = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much work there is. Warm-ups (steps; PPO: updates) come on top of `examples` and `episodes`."""
+    """The amount of work. Warm-up (in steps; PPO: in updates) is in addition to `examples` and `episodes`."""
 
     examples: int = 320
     batch: int = 8
@@ -78,11 +78,11 @@ QUICK = Sizes(
 
 
 def synthetic_pairs(count: int, seed: int = SEED) -> list[dict[str, str]]:
-    """Transcripts of made-up words whose lengths are log-normal with HH's medians and 95th percentiles."""
+    """Transcripts of invented words; their lengths are log-normal with HH's medians and 95th percentiles."""
     draw = random.Random(seed)
     letters = ("bdfgklmnprstvz", "aeiou")
     words = ["".join(draw.choice(part) for _ in range(draw.randint(1, 3)) for part in letters) for _ in range(1200)]
-    words = sorted(set(words), key=lambda word: (len(word), word))  # short words are the frequent ones
+    words = sorted(set(words), key=lambda word: (len(word), word))  # short words are more frequent
     weights = [1 / (rank + 10) for rank in range(len(words))]
 
     def text(part: str, less: int = 0) -> str:
@@ -110,7 +110,7 @@ def read_pairs(source: Path | None, folder: Path, sizes: Sizes) -> list[Record]:
     """The pairs of a file, or of the synthetic set.
 
     Raises:
-        BadInput: the file is not there or holds no pairs.
+        BadInput: the file does not exist or has no pairs.
     """
     if source is None:
         source = folder / "synthetic.jsonl"
@@ -121,7 +121,7 @@ def read_pairs(source: Path | None, folder: Path, sizes: Sizes) -> list[Record]:
 
 
 def fitting_pairs(examples: Sequence[Example], sizes: Sizes) -> list[Example]:
-    """The first pairs whose prompt and longer response together fit, so that neither side cuts or drops one."""
+    """The first pairs whose prompt and longer response fit together, so that neither side cuts or drops a pair."""
     fits = [e for e in examples if len(e.prompt_ids) + max(map(len, e.completions)) <= sizes.max_length]
     return fits[: sizes.pairs]
 
@@ -141,16 +141,16 @@ def length_table(pairs: Sequence[Example], prompts: Sequence[Example]) -> dict[s
 
 
 def make_models(folder: Path, tokenizer: Any, sizes: Sizes) -> dict[str, Any]:
-    """A policy, and a reward model on its trunk, both with random weights; where they are and their size."""
+    """Make a policy and a reward model on its trunk, both with random weights; return their paths and their size."""
     from transformers.utils import logging
 
     from rlhf_pipeline.models.loading import init_causal_lm, init_reward_model, save_model
 
-    logging.set_verbosity_error()  # a head without weights is what is wanted here
+    logging.set_verbosity_error()  # a head without weights is intended here
     logging.disable_progress_bar()
     policy = init_causal_lm({**sizes.model, "vocab_size": sizes.vocab_size}, tokenizer, seed=SEED)
     save_model(policy, tokenizer, folder / "policy")
-    # The head that `rlhf train-rm` draws from this seed: both sides start from the same weights.
+    # The head that `rlhf train-rm` draws from this seed, so that both sides start from the same weights.
     reward = init_reward_model(folder / "policy", tokenizer, seed=SEED)
     save_model(reward, tokenizer, folder / "reward")
     return {
@@ -161,10 +161,10 @@ def make_models(folder: Path, tokenizer: Any, sizes: Sizes) -> dict[str, Any]:
 
 
 def prepare(folder: Path, source: Path | None, sizes: Sizes, threads: int) -> dict[str, Any]:
-    """Write everything that a run needs into a folder; returns what is in its work.json.
+    """Write everything that a run needs into a folder; returns the content of its work.json.
 
     Raises:
-        BadInput: the file is not there, or has too few pairs or prompts that fit.
+        BadInput: the file does not exist, or has too few pairs or prompts that fit.
     """
     folder.mkdir(parents=True, exist_ok=True)
     records = read_pairs(source, folder, sizes)
@@ -191,7 +191,7 @@ def prepare(folder: Path, source: Path | None, sizes: Sizes, threads: int) -> di
         "prompts": write_rows(
             folder / "prompts.jsonl", [{"prompt": e.prompt_text, "prompt_ids": e.prompt_ids} for e in prompts]
         ),
-        # The order in which the package's loop takes them: the peer gets its rows in it.
+        # The order of the package's loop; the peer gets its rows in the same order.
         "order": epoch_order(len(pairs), SEED, 0),
         "prompt_order": epoch_order(len(prompts), SEED, 0),
         **make_models(folder, tokenizer, sizes),

@@ -1,4 +1,4 @@
-"""Write docs/config.md: every key of every config, its type, its default and what it does.
+"""Write docs/config.md: every key of every config, with its type, its default and its description.
 
 python scripts/config_reference.py docs/config.md
 """

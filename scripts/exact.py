@@ -1,10 +1,10 @@
-"""How near PPO and DPO come to the closed-form optimum of the built-in world, on several seeds.
+"""Measure the distance of PPO and DPO from the closed-form optimum of the built-in world, on several seeds.
 
     python scripts/exact.py [--seeds 0 1 2] [--home rlhf_home] [--output docs/exact.md] [KEY=VALUE ...]
 
-Runs configs/exact/experiment.yaml through `rlhf run` once for each seed (what is done is skipped), then `rlhf exact`
-on the training prompts and on the held-out ones. Prints the gap of each arm, as a share of what an optimal policy
-gains over the reference, and fails when an arm misses its bound on any seed.
+Runs configs/exact/experiment.yaml with `rlhf run` once for each seed (finished stages are skipped), then `rlhf exact`
+on the training prompts and on the held-out prompts. Prints the gap of each arm, as a share of an optimal policy's gain
+over the reference, and fails if an arm misses its bound on any seed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from rlhf_pipeline.cli.main import main as rlhf
 
 EXPERIMENT = Path(__file__).parent.parent / "configs" / "exact" / "experiment.yaml"
-# Largest gap on the training prompts; the reference proposal hardly ever shows the responses that matter.
+# Largest gap on the training prompts; the reference proposal rarely draws the responses that matter.
 BOUNDS = {"ppo-critic": 0.03, "ppo-shared": 0.03, "dpo": 0.01, "dpo-reference": None}
 ARMS = {
     "ppo-critic": "PPO, separate critic",
@@ -43,7 +43,7 @@ def call(*words: str) -> dict[str, Any]:
 
 
 def run_seed(seed: int, home: str, overrides: list[str]) -> dict[str, dict[str, Any]]:
-    """Train all arms with one seed and measure them; by arm: gap on train and test, reward, KL, seconds."""
+    """Train all arms with one seed and measure them; returns by arm: gap on train and test, reward, KL, seconds."""
     stages = call("run", str(EXPERIMENT), f"seeds=[{seed}]", *overrides, "--home", home)["stages"]
     models = {arm: stages[arm]["model"] for arm in ARMS}
     found: dict[str, dict[str, Any]] = {arm: {"seed": seed, "model": model} for arm, model in models.items()}

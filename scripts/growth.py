@@ -1,10 +1,10 @@
-"""How time and memory grow: DPO with length, data, vocabulary and micro-batch, a reward model with completions.
+"""Measure how time and memory grow: DPO with length, data, vocabulary, micro-batch; a reward model with completions.
 
     .venv/bin/python scripts/growth.py [SERIES ...] [--quick]
 
-Prints one table per series: the median time of a unit of work, the same over the lowest of the series (a cost is linear
-while that stays near 1), and the peak of resident memory above that before the timed steps. Llama with random weights
-and made-up tokens, the package's own windows, step functions and loop; nothing around them. A few minutes.
+Prints one table per series: the median time of a unit of work, its ratio to the lowest of the series (near 1 if the
+cost is linear), and the peak of resident memory above that before the timed steps. The model is a Llama with random
+weights and random tokens, with the package's own windows, step functions and loop. It takes a few minutes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from rlhf_pipeline.training.reference_cache import completion_logprob_sums
 from rlhf_pipeline.training.windows import Loss, example_windows
 
 PAD = 0
-SMALL = {"hidden_size": 64, "intermediate_size": 172}  # of the vocabulary series: the weights stay small
+SMALL = {"hidden_size": 64, "intermediate_size": 172}  # for the vocabulary series, so that the weights stay small
 TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
 SERIES = {
     "length": ("tokens of a pair", "a token", (128, 256, 512, 1024, 2048), (16, 32)),
@@ -51,10 +51,10 @@ SERIES = {
     "completions": ("completions of a prompt", "a completion", (2, 4, 8, 16), (2, 4)),
     "batch": ("pairs of a micro-batch", "a pair", (1, 2, 4, 8, 16, 32, 64), (2, 4)),
 }
-"""What grows, what the time is divided by, how far it grows, and how far with --quick."""
+"""The growing quantity, the unit of the time, the values, and the values with --quick."""
 
 Times = tuple[list[float], int | None]
-"""Seconds of each timed step, and the peak of memory above that before them, in bytes (Linux)."""
+"""Seconds of each timed step, and the peak of memory above that before the steps, in bytes (Linux)."""
 
 
 def draw(count: int, prompt: int, completions: Sequence[int], vocabulary: int) -> list[Example]:
@@ -97,7 +97,7 @@ def timed(
     micro_batch: int,
     accumulation: int = 1,
 ) -> Times:
-    """Train on examples; the first two steps make gradients, the optimizer's state and what else is there once."""
+    """Train on examples; the first two steps, which allocate gradients and optimizer state, are not timed."""
     from accelerate import Accelerator
 
     accelerator, watch = Accelerator(cpu=True), Stopwatch(warmup=1, examples=1)
@@ -105,7 +105,7 @@ def timed(
     def updated(number: int, *_: Any) -> None:
         if number == 1:
             with contextlib.suppress(OSError, AttributeError):
-                ctypes.CDLL(None).malloc_trim(0)  # glibc: what is resident then is what is in use
+                ctypes.CDLL(None).malloc_trim(0)  # glibc: resident memory is then the memory in use
             watch.ready()
         else:
             watch.tick()
@@ -139,14 +139,14 @@ def timed(
 
 
 def dpo(config: Any, pairs: list[Example], steps: int, micro_batch: int, accumulation: int = 1) -> Times:
-    """DPO with the reference's log-probabilities at hand."""
+    """DPO with precomputed log-probabilities of the reference."""
     policy = policy_of(config)
     known = completion_logprob_sums(policy, pairs, responses_at_once=2 * micro_batch, pad_id=PAD, device="cpu")
     return timed(policy, pairs, partial(dpo_step, beta=0.1, reference=known), steps, micro_batch, accumulation)
 
 
 def read_and_tokenise(count: int, vocabulary: int) -> Times:
-    """Read a file of `count` short pairs and make examples of it."""
+    """Read a file of `count` short pairs and convert it to examples."""
     rows = [{key: text[:40] for key, text in row.items()} for row in synthetic_pairs(min(count, 1000))]
     tokenizer = train_byte_level_bpe((text for row in rows for text in row.values()), vocabulary)
     rows = [{**rows[i % len(rows)], "prompt": f"{i} {rows[i % len(rows)]['prompt']}"} for i in range(count)]
@@ -159,7 +159,7 @@ def read_and_tokenise(count: int, vocabulary: int) -> Times:
 
 
 def measure(series: str, value: int, quick: bool) -> tuple[Times, int]:
-    """Time one point of a series; returns the times and how many units of work one of them is."""
+    """Time one point of a series; returns the times, and the units of work in each."""
     model, vocabulary, steps = (TINY, 300, 2) if quick else ({}, 4096, 8)
     if series == "length":
         pairs = 8 if value <= 1024 else 4
@@ -170,7 +170,7 @@ def measure(series: str, value: int, quick: bool) -> tuple[Times, int]:
     if series == "vocabulary":
         examples = draw(16, 256, (128, 128), value) if not quick else draw(16, 8, (4, 4), value)
         return dpo(config_of(model or SMALL, value), examples, steps, 8), 8
-    if series == "completions":  # a prompt and all of them are one tree, as `rlhf train-rm` takes them
+    if series == "completions":  # a prompt with all completions is one tree, as in `rlhf train-rm`
         prompts = 16 // value
         examples = draw(2 * prompts, 64, [32] * value, vocabulary)
         return timed(reward_model_of(config_of(model, vocabulary)), examples, reward_step, steps, prompts), 16
@@ -180,7 +180,7 @@ def measure(series: str, value: int, quick: bool) -> tuple[Times, int]:
 
 
 def table(series: str, found: Sequence[tuple[int, Times, int]]) -> Iterator[str]:
-    """The lines of a Markdown table. found: of each point its value, its times and its units of work."""
+    """The lines of a Markdown table. found: value, times and units of work of each point."""
     grows, unit, *_ = SERIES[series]
     each = [statistics.median(seconds) / units for _, (seconds, _), units in found]
     yield f"| {grows} | µs for {unit} | over the lowest | peak memory, MiB |"

@@ -1,8 +1,9 @@
-"""Plant known faults in a copy of the package and require that the named tests catch each of them.
+"""Plant known faults in a copy of the package, and check that the named tests catch each of them.
 
-A fault is a file of tests/mutants/: what it breaks, `test:` lines, `quick` for some of each kind, and one hunk of a
-diff, which fits where its old lines stand once in the file, at any line and indentation. The named tests pass in an
-unchanged copy, and each has to fail by an assertion in the broken one. The exit code is 1 if a fault survives.
+A fault is a file of tests/mutants/: a description, `test:` lines, `quick` for some faults of each kind, and one hunk of
+a diff. The old lines of the hunk must occur exactly once in the source, at any line and indentation. The named tests
+must pass in an unchanged copy, and each must fail by an assertion in the broken copy. The exit code is 1 if a fault
+survives.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ FOLDER = ROOT / "tests/mutants"
 
 @dataclass(frozen=True)
 class Mutant:
-    """One fault: in `path` the lines `old` become `new`, and each of `tests` has to fail."""
+    """One fault: it replaces the lines `old` in `path` by `new`, and each of `tests` must fail."""
 
     name: str
     path: str
@@ -37,7 +38,7 @@ class Mutant:
     quick: bool
 
     def apply(self, source: str) -> str:
-        """Return the broken source. Raises ValueError where the old lines do not stand in it exactly once."""
+        """Return the broken source. Raises ValueError if the old lines do not occur exactly once."""
         lines, wanted = source.splitlines(), [line.strip() for line in self.old]
         places = range(len(lines) - len(wanted) + 1)
         found = [at for at in places if [line.strip() for line in lines[at : at + len(wanted)]] == wanted]
@@ -59,11 +60,11 @@ def read(file: Path) -> Mutant:
 
 
 def run_tests(tests: Sequence[str], mutant: Mutant | None = None) -> tuple[dict[str, set[str]], str]:
-    """Run tests in a copy: per test the outcomes of its cases ("passed", "assertion", "error"), and the output."""
+    """Run tests in a copy; return the outcomes per test ("passed", "assertion", "error"), and the output."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         copy, report = Path(folder), Path(folder) / "report.xml"
         shutil.copy(ROOT / "pyproject.toml", copy)
-        for name in ("rlhf_pipeline", "tests"):  # no bytecode: it could be that of an unbroken file
+        for name in ("rlhf_pipeline", "tests"):  # no bytecode, which could be that of the unchanged file
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         if mutant is not None:
             path = copy / mutant.path
@@ -84,7 +85,7 @@ def run_tests(tests: Sequence[str], mutant: Mutant | None = None) -> tuple[dict[
 
 
 def judge(mutant: Mutant) -> tuple[Mutant, str, str, float]:
-    """Return what became of a fault ("caught", or why it was not), the tests' output, and the seconds it took."""
+    """Return the result of a fault ("caught", or why not), the tests' output, and the seconds."""
     start, word = time.perf_counter(), "caught"
     outcomes, output = run_tests(mutant.tests, mutant)
     if survived := [test for test, found in outcomes.items() if "assertion" not in found]:
@@ -107,7 +108,7 @@ def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
     chosen = [mutants[name] for name in options.names or mutants if mutants[name].quick or not options.quick]
     outcomes, output = run_tests(sorted({test for mutant in chosen for test in mutant.tests}))
     if failing := [test for test, found in outcomes.items() if found != {"passed"}]:
-        print(output, "without a mutant these do not pass:", *failing, sep="\n")
+        print(output, "these tests do not pass without a mutant:", *failing, sep="\n")
         return 1
     print(f"{len(outcomes)} tests pass without a mutant")
     survivors: list[str] = []

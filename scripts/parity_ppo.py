@@ -2,11 +2,12 @@
 
     .venv/bin/python scripts/parity_ppo.py [--environment DIRECTORY] [--python INTERPRETER] [--output FILE.json]
 
-Makes the peer's environment (once), one tiny model of every role with random weights and eight fixed rollouts, runs
-the peer's real `PPOTrainer.train()` on them in several settings (parity_ppo_peer.py), computes the same with this
-package (parity_ppo_ours.py, parity_ppo_compare.py), and writes both and their differences to
-tests/rollout/data/parity_ppo.json, the weights and the peer's gradients beside it. tests/rollout/test_parity_ppo.py
-computes our half anew; docs/parity_ppo.md says what came out. Exits with 1 when something that should agree does not.
+Creates the peer's environment (once), one tiny model of every role with random weights, and eight fixed rollouts. Runs
+the peer's real `PPOTrainer.train()` on them in several settings (parity_ppo_peer.py), and computes the same with this
+package (parity_ppo_ours.py, parity_ppo_compare.py). Writes both and their differences to
+tests/rollout/data/parity_ppo.json, with the weights and the peer's gradients in the same folder.
+tests/rollout/test_parity_ppo.py computes this package's side again; docs/parity_ppo.md describes the results. The exit
+code is 1 if quantities that should agree do not.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ MODEL = {
     "bos_token_id": None,
     "eos_token_id": STOP,
 }
-# Per rollout: tokens of the prompt, tokens of the response, whether it ended. The first is the stop token alone, the
-# second ends with its last possible token.
+# Per rollout: tokens of the prompt, tokens of the response, whether it ended. The first is only the stop token,
+# the second ends with its last possible token.
 SHAPES = (
     (3, 1, True),
     (6, 8, True),
@@ -94,7 +95,7 @@ ESTIMATES = ("rewards", "returns", "advantages_before", "advantages")
 
 
 def case(keep: tuple[str, ...], *, critic: str = "reward", keep_steps: int = 0, **changes: Any) -> dict[str, Any]:
-    """A setting of the peer. keep: tensors to write down; keep_steps: optimizer steps whose gradients are kept."""
+    """A setting of the peer. keep: tensors to save; keep_steps: optimizer steps whose gradients are saved."""
     settings = {
         "rollouts": "fixed",
         "critic": critic,
@@ -143,7 +144,7 @@ STEP_COUNTS = [
 
 
 def make_rollouts() -> dict[str, list[dict[str, Any]]]:
-    """The fixed rollouts, and the same with a pad token drawn amid the seventh response."""
+    """The fixed rollouts, and the same with a pad token inside the seventh response."""
     draw = random.Random(SEED)
 
     def tokens(count: int) -> list[int]:
@@ -160,7 +161,7 @@ def make_rollouts() -> dict[str, list[dict[str, Any]]]:
 
 
 def make_weights() -> dict[str, torch.Tensor]:
-    """Random weights of all roles; the reference is the actor with noise."""
+    """Random weights of all roles; the reference is the actor plus noise."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     def weights(auto_class: Any, seed: int, **extra: Any) -> dict[str, torch.Tensor]:
@@ -178,11 +179,11 @@ def make_weights() -> dict[str, torch.Tensor]:
 
 
 def peer_python(environment: Path, interpreter: str) -> Path:
-    """The interpreter of the peer's environment, which is made where it is missing or differs from PINS."""
+    """The interpreter of the peer's environment, which is created if it is missing or differs from PINS."""
     python, stamp = environment / "bin/python", environment / "pins.txt"
     wanted = "\n".join(PINS)
     if not (python.is_file() and stamp.is_file() and stamp.read_text() == wanted):
-        print(f"making the peer's environment in {environment}", file=sys.stderr)
+        print(f"creating the peer's environment in {environment}", file=sys.stderr)
         subprocess.run([interpreter, "-m", "venv", str(environment)], check=True)
         (environment / ".gitignore").write_text("*\n")
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PINS], check=True)
@@ -208,7 +209,7 @@ def table(comparisons: list[Comparison]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--environment", type=Path, default=ENVIRONMENT, help="the peer's virtual environment")
-    parser.add_argument("--python", default=sys.executable, help="the interpreter that makes it")
+    parser.add_argument("--python", default=sys.executable, help="the interpreter that creates the environment")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""What parity_ppo.py compares: for every quantity the peer's figures, ours, and the tolerance or why they differ."""
+"""The comparisons of parity_ppo.py: the peer's and our figures for every quantity, and a tolerance or a reason."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COUNTED = "the peer's slot counts as a token"
 
 
 def _estimates(case: Case) -> Iterator[Comparison]:
-    """Token rewards, advantages and returns, as they are and on the peer's slots."""
+    """Token rewards, advantages and returns, unchanged and on the peer's slots."""
     name, mask, peer = case.name, case.mask, case.peer
     ours, slots = case.raw(case.rollout), case.raw(case.slots)
     a = case.arguments
@@ -48,7 +48,7 @@ def _estimates(case: Case) -> Iterator[Comparison]:
 
 
 def _tokens(case: Case) -> Iterator[Comparison]:
-    """What the models say about the rollouts."""
+    """The outputs of the models for the rollouts."""
     name, mask, rollout, peer = case.name, case.mask, case.rollout, case.peer
     yield Comparison(name, "response lengths", peer["sequence_lengths"] + 1, mask.sum(1), 0.0)
     yield Comparison(name, "token log-probabilities", peer["logprobs"][mask], rollout.logprobs[mask])
@@ -73,7 +73,7 @@ def _metric(
 
 
 def _losses(case: Case) -> Iterator[Comparison]:
-    """Losses and gradients at each of the peer's optimizer steps, at the weights that the peer has there."""
+    """Losses and gradients at each of the peer's optimizer steps, with the peer's weights at that step."""
     metrics: list[dict[str, Tensor]] = []
     for step, (window, theirs) in enumerate(zip(case.windows, case.peer_micro_batches, strict=True)):
         model, name, tokens = case.actor_critic(step), f"{case.name}, step {step + 1}", window.counts["tokens"]
@@ -109,7 +109,7 @@ def _losses(case: Case) -> Iterator[Comparison]:
 
 
 def _step_metrics(case: Case, mean: dict[str, float]) -> Iterator[Comparison]:
-    """The logged figures of the optimizer steps; `mean`: ours over tokens, averaged over steps."""
+    """The logged figures of the optimizer steps. mean: our means over tokens, averaged over steps."""
     cells, count = case.mask.numel(), int(case.mask.sum())
     spread = ", ours spread over padding"
     yield _metric(case, "policy/clipfrac_avg", mean["policy/clipfrac_avg"])
@@ -125,7 +125,7 @@ def _step_metrics(case: Case, mean: dict[str, float]) -> Iterator[Comparison]:
 
 
 def _micro_batches(case: Case) -> Iterator[Comparison]:
-    """Four micro-batches of two: losses of each, their means, the accumulated gradient, the trainer's own averages."""
+    """Four micro-batches of two: their losses, the means, the accumulated gradient, the trainer's own averages."""
     name, model = case.name, case.actor_critic()
     parts = [case.part(theirs["rows"]) for theirs in case.peer_micro_batches]
     sums = [case.losses(part, model).terms["loss/policy_avg"][0] * case.bessel for part in parts]
@@ -163,13 +163,13 @@ def _reward_whitening(case: Case) -> Iterator[Comparison]:
 
 
 def _stop_token(case: Case) -> Iterator[Comparison]:
-    """A stop token that is not the tokenizer's end-of-text token, and a penalty for responses that were cut."""
+    """A stop token that differs from the tokenizer's end-of-text token, and a penalty for cut responses."""
     why = "the peer looks for the end-of-text token in the response, not for the stop token at its end"
     yield Comparison(case.name, "scores with missing_eos_penalty", case.peer["scores"], case.rollout.scores, None, why)
 
 
 def _sampled_pad(case: Case) -> Iterator[Comparison]:
-    """A pad token drawn amid a response."""
+    """A pad token sampled inside a response."""
     lengths, peer = case.peer["sequence_lengths"] + 1, case.peer
     why = "the peer ends a response at a sampled pad token; here it is a token like any other"
     yield Comparison(case.name, "response lengths", lengths, case.mask.sum(1), None, why)
@@ -192,7 +192,7 @@ PARTS: dict[str, tuple[Callable[[Case], Iterator[Comparison]], ...]] = {
 
 
 def _optimizer_steps(document: dict[str, Any], weights: Weights) -> Iterator[Comparison]:
-    """Optimizer steps that one rollout gets under several ways of cutting it."""
+    """The number of optimizer steps on one rollout, for several ways of cutting it."""
     for counted in document["peer"]["step_counts"]:
         arguments, batches = counted["arguments"], counted["dataset_batches"]
         ours = len(Case(document, weights, "defaults", arguments=arguments).windows)
@@ -211,7 +211,7 @@ def _optimizer_steps(document: dict[str, Any], weights: Weights) -> Iterator[Com
 
 
 def compare(document: dict[str, Any], weights: Weights) -> list[Comparison]:
-    """All comparisons, from the peer's figures in `document` and ours as computed now."""
+    """All comparisons, from the peer's figures in `document` and our newly computed ones."""
     found = []
     for name, parts in PARTS.items():
         case = Case(document, weights, name)

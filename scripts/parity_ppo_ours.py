@@ -1,8 +1,8 @@
-"""This package's side of parity_ppo.py: the same rollouts through the project's own functions, and the comparison.
+"""This package's side of parity_ppo.py: its own functions on the same rollouts, and the comparison.
 
-The peer gives a response that ended before the length limit one slot more: an absorbing step behind the stop token
-that carries the score, a value (read at the stop token) and no log-probability. "On the peer's slots" means: this
-package's functions, unchanged, on masks that have this slot too.
+The peer gives a response that ended before the length limit one more slot: an absorbing step after the stop token with
+the score, a value (read at the stop token) and no log-probability. "On the peer's slots" means: this package's
+functions, unchanged, on masks that include this slot.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One quantity of both sides. tolerance: of the largest absolute difference; None where it differs on purpose."""
+    """One quantity of both sides. tolerance: limit of the largest absolute difference; None: it differs on purpose."""
 
     case: str
     quantity: str
@@ -61,7 +61,7 @@ class Comparison:
         return self.tolerance is None or self.difference <= self.tolerance
 
     def as_dict(self) -> dict[str, Any]:
-        """The row of the report, with both sides' figures where they are few."""
+        """The row of the report, with the figures of both sides if they are few."""
         row = {"case": self.case, "quantity": self.quantity, "difference": float(f"{self.difference:.3g}")}
         row |= {"tolerance": self.tolerance, "why": self.why}
         if self.ours.numel() > (8 if self.tolerance is not None else 64):
@@ -72,7 +72,7 @@ class Comparison:
 
 
 def bessel(mask: Tensor) -> float:
-    """sqrt((n - 1) / n) of n active entries: what a factor 1 / std becomes with the unbiased variance."""
+    """sqrt((n - 1) / n) for n active entries: the ratio of 1 / std with the unbiased variance to ours."""
     count = int(mask.sum())
     return math.sqrt((count - 1) / count)
 
@@ -110,7 +110,7 @@ class Case:
         return RewardModel(model, inspect_reward_model(model))
 
     def actor_critic(self, step: int = 0) -> ActorCritic:
-        """Actor and critic with the weights that the peer has before its optimizer step number `step`."""
+        """Actor and critic with the peer's weights before its optimizer step number `step`."""
         prefix, critic = (f"{self.name}/{step}/", "critic") if step else ("", self.setting["critic"])
         actor, critic = self._policy(f"{prefix}actor"), self._classifier(f"{prefix}{critic}")
         temperature = self.arguments["temperature"]
@@ -156,7 +156,7 @@ class Case:
 
     @cached_property
     def _run(self) -> tuple[Rollout, Estimates, list[Window]]:
-        """The project's own PPO with nothing replaced but the sampler; rows in the order of the file."""
+        """The project's own PPO with only the sampler replaced; rows in the order of the file."""
         model, seen = self.actor_critic(), {}
         setup = PpoSetup(
             self.config,
@@ -210,7 +210,7 @@ class Case:
 
     @property
     def bessel(self) -> float:
-        """sqrt((n - 1) / n): the peer whitens with the unbiased variance, this package with that of the tokens."""
+        """sqrt((n - 1) / n): the peer whitens with the unbiased variance, this package with the population variance."""
         return bessel(self.mask)
 
     def raw(self, rollout: Rollout, *, whiten_rewards: bool = False) -> Estimates:
@@ -224,7 +224,7 @@ class Case:
         return Estimates(rewards, *gae(rewards, rollout.values, mask, **discounts))
 
     def slot_values(self, model: ActorCritic) -> Tensor:
-        """(C, R) values of the critic, also behind the last token of a response that is not full."""
+        """Values (C, R) of the critic, also after the last token of a response shorter than the limit."""
         pad_id = self.inputs["pad_id"]
         # A filler token makes the packed forward pass read the critic at the last real token as well.
         longer = [replace(e, completions=[(e.completions[0] + [pad_id])[: self.width]]) for e in self.examples]
@@ -248,7 +248,7 @@ class Case:
         return PpoBatch(batch, *(matrix[rows] for matrix in fixed), first=True)
 
     def slot_value_loss(self, model: ActorCritic, rows: list[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Mean value loss and fraction of clipped tokens on the peer's slots, of some rows or all."""
+        """Mean value loss and fraction of clipped tokens on the peer's slots, for some rows or all."""
         rows = list(range(len(self.examples))) if rows is None else rows
         matrices = (self.slot_values(model), self.slots.values, self.raw(self.slots).returns, self.slots.mask)
         limit, count = self.arguments["cliprange_value"], self.slots.mask[rows].sum()

@@ -1,11 +1,11 @@
-"""The peer's side of parity_ppo.py: TRL's own PPOTrainer.train() on fixed rollouts, its tensors written down.
+"""The peer's side of parity_ppo.py: runs TRL's own PPOTrainer.train() on fixed rollouts and saves its tensors.
 
     python parity_ppo_peer.py INPUTS.json WEIGHTS.safetensors OUT_DIRECTORY
 
-Runs in the peer's environment and imports nothing of this project. Nothing of the peer's arithmetic is replaced:
-the only thing patched is the draw of the next token (`torch.multinomial` inside the peer's generation), so that the
-fixed responses come out; what the trainer computes is read from its local variables where it calls `masked_whiten`,
-leaves `accelerator.accumulate` and steps the optimizer.
+Runs in the peer's environment and imports nothing of this project. The peer's arithmetic is unchanged. The only patch
+is the draw of the next token (`torch.multinomial` inside the peer's generation), which then gives the fixed responses.
+The trainer's results are read from its local variables when it calls `masked_whiten`, leaves `accelerator.accumulate`
+and steps the optimizer.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MICRO_BATCH = ("pg_loss", "vf_loss", "pg_clipfrac", "vf_clipfrac", "approxkl", "
 
 
 class Models:
-    """The four models from one file of weights, made anew for every run."""
+    """The four models from one file of weights, created again for every run."""
 
     def __init__(self, config: dict[str, Any], weights: dict[str, torch.Tensor], reward_as_critic: bool):
         def load(auto_class: Any, name: str, **extra: Any) -> torch.nn.Module:
@@ -58,7 +58,7 @@ class Models:
 
 
 def tokenizer_of(vocab_size: int, pad_id: int, eos_id: int) -> PreTrainedTokenizerFast:
-    """A tokenizer whose words are the numbers of its tokens."""
+    """A tokenizer whose words are its token ids."""
     words = Tokenizer(WordLevel({str(i): i for i in range(vocab_size)}, unk_token=str(pad_id)))
     return PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token=str(pad_id), eos_token=str(eos_id), padding_side="left"
@@ -67,7 +67,7 @@ def tokenizer_of(vocab_size: int, pad_id: int, eos_id: int) -> PreTrainedTokeniz
 
 @contextmanager
 def forced_sampling(rollouts: list[dict[str, Any]], pad_id: int):
-    """Inside, the peer's `generate` draws each prompt's fixed response, one token a step."""
+    """A context in which the peer's `generate` draws each prompt's fixed response, one token per step."""
     original_generate, original_draw = ppo_trainer.generate, torch.multinomial
     by_prompt = {tuple(row["prompt"]): row["response"] for row in rollouts}
 
@@ -78,7 +78,7 @@ def forced_sampling(rollouts: list[dict[str, Any]], pad_id: int):
 
         def draw(probabilities, num_samples):
             nonlocal step
-            # The peer's sampler puts the pad token behind a response that has ended, whatever is drawn there.
+            # After the end of a response the peer's sampler writes the pad token, whatever is drawn.
             chosen = [response[step] if step < len(response) else pad_id for response in responses]
             step += 1
             return torch.tensor(chosen)[:, None]
@@ -98,7 +98,7 @@ def forced_sampling(rollouts: list[dict[str, Any]], pad_id: int):
 
 @contextmanager
 def whitening_seen(record: dict[str, Any]):
-    """Inside, every call of the peer's `masked_whiten` leaves its input and its caller's tensors in `record`."""
+    """A context in which every call of the peer's `masked_whiten` records its input and its caller's tensors."""
     original = ppo_trainer.masked_whiten
 
     def masked_whiten(values, mask, shift_mean=True):
@@ -193,8 +193,8 @@ def run_case(inputs: dict[str, Any], weights: dict[str, torch.Tensor], case: dic
             ref_model=models.reference,
             reward_model=models.reward,
             value_model=models.critic,
-            # Whatever rows it is handed the collator returns the fixed prompts, left-padded, in their order;
-            # accelerate treats the last batch of a pass over the data set in its own way, so the number counts.
+            # The collator ignores its rows and returns the fixed prompts, left-padded, in their order. Accelerate
+            # treats the last batch of a pass over the data set differently, so the number of rows matters.
             train_dataset=Dataset.from_list([{"input_ids": [0]}] * len(rollouts) * case["dataset_batches"]),
             data_collator=lambda rows: {"input_ids": torch.tensor(queries)},
         )

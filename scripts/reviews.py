@@ -1,9 +1,9 @@
-"""Prepare `make reviews`: film reviews as text to learn, their openings as prompts, labelled sentences for the reward.
+"""Prepare `make reviews`: film reviews as training text, their openings as prompts, labelled sentences for the reward.
 
     python scripts/reviews.py DATA [--out build/reviews]
 
 DATA holds Pang and Lee's polarity data set v2.0 (1,000 positive and 1,000 negative reviews) and their sentence polarity
-data set v1.0, as folders or as zip files, whatever their names.
+data set v1.0, as folders or zip files of any name.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 FRACTIONS = (("train", 0.76), ("judge", 0.08), ("validation", 0.06), ("test", 0.10))
 OPENINGS = range(3, 9)  # words: as many as the DPO paper's prefixes have tokens, 2 to 8
-WINDOW, LEAD = 40, 8  # words of a row to learn, and of what stands in its prompt
+WINDOW, LEAD = 40, 8  # words of a row, and those of its prompt
 MOST_BYTES = 256 << 20  # both data sets unpacked have some 12 MiB
-ADVICE = "unpack or download the polarity data set v2.0 and the sentence polarity data set v1.0 there"
+ADVICE = "download the polarity data set v2.0 and the sentence polarity data set v1.0 to this folder"
 
 
 class NoData(Exception):
-    """The folder does not hold what is needed."""
+    """A required data set is missing from the folder."""
 
 
 def members(data: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
-    """Every file of a folder and of the zip files in it; names of members are looked at and never written to.
+    """Every file of a folder and of the zip files in it; member names are only compared, never used as paths.
 
     Raises:
-        NoData: a zip file cannot be read, or unpacks to more than such a data set holds.
+        NoData: a zip file cannot be read, or is larger than such a data set when unpacked.
     """
     for path in sorted(data.rglob("*")):
         if path.suffix == ".zip":
@@ -47,14 +47,14 @@ def members(data: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
                         )
                     files = [(info.filename, archive.read(info)) for info in infos]
             except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OverflowError) as error:
-                raise NoData(f"{path}: no whole zip file ({error}); download it again") from None
+                raise NoData(f"{path}: not a complete zip file ({error}); download it again") from None
             yield from ((PurePosixPath(name), content) for name, content in files)
         elif path.is_file() and path.suffix in (".txt", ".pos", ".neg"):
             yield PurePosixPath(path.relative_to(data).as_posix()), path.read_bytes()
 
 
 def decoded(content: bytes) -> str:
-    """Text of either encoding in which the files are about."""
+    """The text of a file in either of the encodings in use."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError:
@@ -62,7 +62,7 @@ def decoded(content: bytes) -> str:
 
 
 def split_of(name: str) -> str:
-    """The split of a review: all that comes from it goes the same way."""
+    """The split of a review; everything from one review is in the same split."""
     place = int.from_bytes(sha256(name.encode()).digest()[:8], "big") / 2**64
     for split, share in FRACTIONS:
         place -= share
@@ -72,8 +72,11 @@ def split_of(name: str) -> str:
 
 
 def windows(words: list[str], split: str) -> Iterator[dict[str, object]]:
-    """A review in rows of WINDOW words, the first few as the prompt; a last row that reaches the review's last word has
-    ended, and a rest of at most LEAD words, which would be all prompt, is left out."""
+    """Cut a review into rows of WINDOW words, with the first LEAD words of each as its prompt.
+
+    A row that reaches the last word of the review has ended. A rest of at most LEAD words would be only a prompt, so it
+    is left out.
+    """
     for start in range(0, len(words), WINDOW):
         piece = words[start : start + WINDOW]
         if len(piece) > LEAD:
@@ -82,10 +85,10 @@ def windows(words: list[str], split: str) -> Iterator[dict[str, object]]:
 
 
 def openings(reviews: Iterable[tuple[str, list[str]]]) -> Iterator[dict[str, str]]:
-    """First words of reviews: every length for training, one for each review that is held out.
+    """The first words of reviews: every length for training, one length for each held-out review.
 
-    An opening that several reviews have belongs to the first of test, validation, judge and train that has it, so that
-    nothing is trained on what is held out.
+    An opening that several reviews share belongs to the first of test, validation, judge and train that has it, so that
+    no held-out opening is trained on.
     """
     found: dict[str, str] = {}
     order = [split for split, _ in FRACTIONS]
@@ -100,17 +103,17 @@ def openings(reviews: Iterable[tuple[str, list[str]]]) -> Iterator[dict[str, str
 
 
 def write(path: Path, rows: Iterable[dict[str, object]]) -> int:
-    """Rows as JSONL; returns their number."""
+    """Write rows as JSONL; returns their number."""
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return len(lines)
 
 
 def prepare(data: Path, out: Path, say: Callable[[str], object]) -> None:
-    """Write reviews.jsonl, openings.jsonl and sentences.jsonl, and say how good the classifier is.
+    """Write reviews.jsonl, openings.jsonl and sentences.jsonl, and print the quality of the classifier.
 
     Raises:
-        NoData: one of the two data sets is not there.
+        NoData: one of the two data sets is missing.
     """
     if not data.is_dir():
         raise NoData(f"{data}: no such folder; {ADVICE}")
@@ -120,7 +123,7 @@ def prepare(data: Path, out: Path, say: Callable[[str], object]) -> None:
     for name, content in members(data):
         key = name.parent.name if name.parent.name in ("pos", "neg") else "", name.name
         if key in seen:
-            continue  # zipped and unpacked: the same file twice
+            continue  # the same file, both zipped and unpacked
         seen.add(key)
         if name.name in ("rt-polarity.pos", "rt-polarity.neg"):
             label = int(name.suffix == ".pos")
@@ -147,7 +150,7 @@ def prepare(data: Path, out: Path, say: Callable[[str], object]) -> None:
 
 
 def main() -> None:
-    """Prepare the folder that is named."""
+    """Prepare the folder on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="folder with both data sets")
     parser.add_argument("--out", type=Path, default=Path("build/reviews"))

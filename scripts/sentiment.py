@@ -1,7 +1,7 @@
 """The true reward of `make reviews`: log-odds of a sentiment classifier on the prompt with its continuation.
 
-TF-IDF of words and word pairs, and logistic regression (scikit-learn), fitted on sentences about films that no model
-of the experiment reads. In configs: `scripts.sentiment:log_odds`.
+The classifier is TF-IDF of words and word pairs with logistic regression (scikit-learn), fitted on sentences about
+films that no model of the experiment reads. Configs name it `scripts.sentiment:log_odds`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 HOLD_OUT_EVERY = 5
-"""Every fifth sentence is held out: the accuracy is of the very classifier that rewards."""
+"""Every fifth sentence is held out, so the accuracy is that of the same classifier that gives the reward."""
 
 ROOT = Path(__file__).parent.parent
 
 
 def prepared() -> Path:
-    """The folder that `scripts/reviews.py` has filled."""
+    """The folder that `scripts/reviews.py` writes."""
     return Path(os.environ.get("REVIEWS_DIR") or ROOT / "build" / "reviews")
 
 
@@ -28,7 +28,7 @@ def read_sentences(path: Path) -> tuple[list[str], list[int]]:
     """Sentences with their labels, 1 for positive."""
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is missing: make reviews DATA=FOLDER makes it (REVIEWS_DIR names another place)"
+            f"{path} is missing; create it with make reviews DATA=FOLDER, or set REVIEWS_DIR to another folder"
         )
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [row["text"] for row in rows], [row["label"] for row in rows]
@@ -40,8 +40,8 @@ def fit(texts: Sequence[str], labels: Sequence[int]) -> Any:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    # C by the likelihood of four folds of what it is fitted on (2: .518 nats, 4: .495, 8: .487, 16: .492): log-odds at
-    # unit scale have to mean what they say.
+    # C is chosen by the likelihood on four folds of the fitted sentences (2: .518 nats, 4: .495, 8: .487, 16: .492), so
+    # that the log-odds are calibrated.
     words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True, token_pattern=r"\S+")
     return make_pipeline(words, LogisticRegression(C=8.0, max_iter=1000)).fit(list(texts), list(labels))
 
@@ -59,8 +59,7 @@ def classifier(path: Path) -> Any:
 
 
 def quality(path: Path) -> dict[str, float]:
-    """Accuracy with the half-width of its 95 % interval, and the mean negative log-likelihood in nats, on the
-    sentences that are held out."""
+    """Accuracy, half-width of its 95 % interval, and mean negative log-likelihood in nats, on held-out sentences."""
     import numpy as np
 
     texts, labels = read_sentences(path)

@@ -1,14 +1,14 @@
-"""How long a user waits before anything trains: two updates of every stage on the demo's model, as fresh processes.
+"""Measure the waiting time before training: two updates of every stage on the demo's model, each in a new process.
 
     .venv/bin/python scripts/startup.py [--stages dpo,ppo] [--pairs N] [--threads N] [--repeats N] [--home DIR]
                                         [--quick]
 
-Makes the demo's SFT model, pairs and reward model in a temporary home by the command line, trained for two updates, as
-what they have learnt takes no time (or takes sft, pairs and reward of --home, and adds versions of startup-STAGE).
-Then times, in turn and each as a process of its own from its start to its end: `rlhf --help`, the import of torch,
-transformers and accelerate, the import of everything that a stage's models need, and
+Makes the demo's SFT model, pairs and reward model in a temporary home with the command line. Two updates are enough,
+because the quality of the models does not affect the time. (With --home it uses sft, pairs and reward of that home, and
+adds versions of startup-STAGE.) Then times in turn, each as a process from start to end: `rlhf --help`; the import of
+torch, transformers and accelerate; the import of everything that a stage's models need; and
 `rlhf STAGE --config configs/demo/STAGE.yaml max_steps=2`. DPO computes the reference's log-probabilities in its first
-run and finds them in the cache afterwards. Prints a table on stdout.
+run and reads them from the cache afterwards. Prints a table on stdout.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ IMPORTING = {
 
 
 class StartupError(Exception):
-    """A command that failed, with what it said."""
+    """A command that failed; the message has its output."""
 
 
 def seconds(command: Sequence[str], environment: dict[str, str]) -> float:
     """Wall time of a process from its start to its end.
 
     Raises:
-        StartupError: when it fails.
+        StartupError: the process failed.
     """
     started = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -62,7 +62,7 @@ def stage_command(stage: str, home: Path, **overrides: object) -> list[str]:
 
 
 def make_inputs(home: Path, pairs: int, environment: dict[str, str]) -> None:
-    """The demo's SFT model, pairs and reward model, hardly trained."""
+    """Make the demo's SFT model, pairs and reward model with two updates each."""
     sft, reward = (stage_command(stage, home, max_steps=UPDATES) for stage in ("sft", "train-rm"))
     collect = [*RLHF, "data", "collect", "--home", str(home), "--config", str(DEMO / "pairs.yaml"), f"num={pairs}"]
     for command in (sft, collect, reward):
@@ -70,18 +70,18 @@ def make_inputs(home: Path, pairs: int, environment: dict[str, str]) -> None:
 
 
 def commands(stages: Sequence[str], home: Path) -> dict[str, list[str]]:
-    """What is timed, by the name it has in the table."""
+    """The timed commands, by their names in the table."""
     timed = {HELP: [*RLHF, "--help"]}
     timed |= {name: [sys.executable, "-c", code] for name, code in IMPORTING.items()}
     for stage in stages:
-        # A name of its own, so that the inputs stay the latest versions of theirs.
+        # A separate name, so that the inputs remain the latest versions of their names.
         name = f"startup-{stage}"
         timed[f"rlhf {stage}"] = stage_command(stage, home, max_steps=UPDATES, output_name=name)
     return timed
 
 
 def measure(timed: dict[str, list[str]], repeats: int, environment: dict[str, str]) -> dict[str, list[float]]:
-    """Seconds of every command, taken in turn, so that a slow minute of the machine is shared by all of them."""
+    """Seconds of every command; the commands take turns, so that a slow minute of the machine affects all of them."""
     taken: dict[str, list[float]] = {name: [] for name in timed}
     for _ in range(repeats):
         for name, command in timed.items():
@@ -103,14 +103,14 @@ def table(taken: dict[str, list[float]]) -> str:
 
 
 def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; a stage that there is not ends it with exit code 2."""
+    """Parse the command line; an unknown stage ends the process with exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", default=",".join(CONFIGS), help="which, separated by commas")
-    parser.add_argument("--pairs", type=int, help=f"how many pairs are collected (default {PAIRS}, as the demo)")
+    parser.add_argument("--stages", default=",".join(CONFIGS), help="stages, separated by commas")
+    parser.add_argument("--pairs", type=int, help=f"number of pairs to collect (default {PAIRS}, as in the demo)")
     parser.add_argument("--threads", type=int, default=THREADS)
-    parser.add_argument("--repeats", type=int, help=f"how often everything is timed (default {REPEATS})")
-    parser.add_argument("--home", type=Path, help="a home that has sft, pairs and reward")
-    parser.add_argument("--quick", action="store_true", help="few pairs, everything once")
+    parser.add_argument("--repeats", type=int, help=f"number of times that everything is timed (default {REPEATS})")
+    parser.add_argument("--home", type=Path, help="a home with the models sft and reward and the data pairs")
+    parser.add_argument("--quick", action="store_true", help="few pairs, everything timed once")
     options = parser.parse_args(words)
     options.stages = [stage for stage in options.stages.split(",") if stage]
     if unknown := [stage for stage in options.stages if stage not in CONFIGS]:

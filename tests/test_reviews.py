@@ -168,7 +168,7 @@ def test_a_zip_file_that_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypa
 
 def test_a_zip_file_that_was_cut_is_named(data: Path, tmp_path: Path) -> None:
     (tmp_path / "reviews.zip").write_bytes((data / "reviews.zip").read_bytes()[:-100])
-    with pytest.raises(reviews.NoData, match=r"reviews\.zip: no whole zip file"):
+    with pytest.raises(reviews.NoData, match=r"reviews\.zip: not a complete zip file"):
         reviews.prepare(tmp_path, tmp_path / "out", say=print)
 
 

@@ -1,4 +1,4 @@
-"""From scores and log-probabilities to token rewards, advantages and returns."""
+"""Token rewards, advantages and returns from scores and log-probabilities."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from rlhf_pipeline.algorithms.kl import k1
 
 
 def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
-    """Reward of each response token: r_t = -beta (log pi - log pi_ref)_t, plus the score at the last token.
+    """Reward of each response token: r_t = -beta (log pi - log pi_ref)_t, plus the score R at the last token.
 
-    So that sum_t r_t = R - beta sum_t k1_t. Source: Ouyang et al. 2022 (InstructGPT), eq. 2; Ziegler et al.
-    2019, eq. 2.
+    The sum over a response is sum_t r_t = R - beta sum_t k1_t. Source: Ouyang et al. 2022 (InstructGPT), eq. 2;
+    Ziegler et al. 2019, eq. 2.
 
     Args:
         scores: (C,). logprobs, ref_logprobs: (C, R). mask: (C, R) bool, a prefix of ones in each row.
@@ -51,7 +51,7 @@ def gae(
     next_value = torch.zeros_like(running)
     for t in range(values.shape[1] - 1, -1, -1):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        # Inactive steps carry zero rewards and values, so nothing flows back from behind the response.
+        # Inactive steps have zero rewards and values, so they do not affect the response.
         running = torch.where(mask[:, t], delta + gamma * lam * running, zero)
         next_value = values[:, t]
         advantages[:, t] = running

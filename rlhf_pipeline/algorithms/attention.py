@@ -1,4 +1,4 @@
-"""Attention within packed trees: no padding, no mask of length x length, nothing of that size kept."""
+"""Attention within packed trees, without padding and without a matrix of length x length in memory."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Tree = tuple[int, tuple[int, ...]]
-"""Tokens of a prompt, and of each of its completions, which follow it one after another."""
+"""The number of tokens of a prompt, and of each of its completions, which follow it in sequence."""
 
 QUERIES = 160
-"""Queries that are scored at once, at most: their scores stay in the processor's cache."""
+"""The largest number of queries scored at once, so that their scores stay in the processor's cache."""
 WHOLE = 192
-"""Tokens of a tree, up to which scoring pairs that may not see each other costs less than avoiding them."""
+"""Up to this number of tokens in a tree, scoring masked pairs of tokens costs less than avoiding them."""
 KEPT = 4
-"""Attention is kept for the backward pass as long as it takes no more memory than this many copies of the queries."""
+"""Attention is kept for the backward pass if it takes at most the memory of this many copies of the queries."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Queries [first, end) of a row and the n keys that they are scored against: those of [start, start + shared) and
-    of [rest, end). bias: (r, n), 0 where a query may see a key, else -inf."""
+    """Queries [first, end) of a row and their n keys, [start, start + shared) and [rest, end).
+
+    bias: (r, n), 0 where a query may see a key, else -inf.
+    """
 
     start: int
     shared: int
@@ -35,13 +37,13 @@ class Block:
     bias: Tensor
 
     def keys(self, states: Tensor) -> Tensor:
-        """(H, n, D) of (H, T, D) keys or values; a copy only where they are not contiguous."""
+        """Select the block's (H, n, D) from (H, T, D) keys or values; a copy only if they are not contiguous."""
         if not self.shared:
             return states[:, self.rest : self.end]
         return torch.cat((states[:, self.start : self.start + self.shared], states[:, self.rest : self.end]), dim=1)
 
     def add(self, total: Tensor, part: Tensor) -> None:
-        """Add (H, n, D) to where `keys` were taken from."""
+        """Add `part` (H, n, D) to the positions of `total` that `keys` selects."""
         if self.shared:
             total[:, self.start : self.start + self.shared] += part[:, : self.shared]
             total[:, self.rest : self.end] += part[:, self.shared :]
@@ -51,7 +53,7 @@ class Block:
 
 @lru_cache(maxsize=32)
 def _band(rows: int, before: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(rows, before + rows): row i sees `window` columns up to before + i."""
+    """A bias (rows, before + rows): row i sees `window` columns up to before + i."""
     seen = torch.ones(rows, before + rows, dtype=torch.bool, device=device).tril(before)
     if window is not None:
         seen &= torch.ones_like(seen).triu(before - window + 1)
@@ -59,15 +61,15 @@ def _band(rows: int, before: int, window: int | None, dtype: torch.dtype, device
 
 
 def _causal(queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(r, n): the last r of n positions are the queries' own, and each sees `window` positions up to itself."""
-    # It depends on distances alone, so that all sizes are views of one matrix: none is kept for each block.
+    """A bias (r, n): the queries are the last r of n positions, and each sees `window` positions up to itself."""
+    # The bias depends only on distances, so all sizes are views of one matrix.
     before = keys - queries
     rows, reach = (max(256, 1 << (size - 1).bit_length()) for size in (queries, before))
     return _band(rows, reach, window, dtype, device)[:queries, reach - before : reach + queries]
 
 
 def _whole(prompt: int, completions: Sequence[int], window: int | None, like: Tensor) -> Tensor:
-    """(L, L) for a whole tree: no completion sees an earlier one."""
+    """A bias (L, L) for a whole tree: no completion sees another one."""
     length = prompt + sum(completions)
     bias = _causal(length, length, None, like.dtype, like.device).clone()
     begin = prompt
@@ -97,12 +99,12 @@ def attention_plan(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> list[Block]:
-    """What `tree_attention` does, for trees that stand one after another: made once, used by every layer.
+    """The blocks that `tree_attention` computes for consecutive trees; made once and used by every layer.
 
     Args:
-        trees: (tokens of the prompt, tokens of each completion).
-        window: a token sees keys less than this many positions before it, where a completion's positions continue its
-            prompt's; None: all.
+        trees: (tokens of the prompt, tokens of each completion) of each tree.
+        window: a token sees only keys less than this many positions before it; None: all. The positions of a completion
+            continue those of its prompt.
     """
     like = torch.empty(0, dtype=dtype, device=device)
     plan, start = [], 0
@@ -125,13 +127,13 @@ def attention_plan(
 
 
 def _probabilities(block: Block, query: Tensor, keys: Tensor, groups: int) -> Tensor:
-    """(H, G * r, n) attention of the block's r queries, in G heads for each key head."""
+    """The attention (H, G * r, n) of the block's r queries, with G query heads per key head."""
     bias = block.bias if groups == 1 else block.bias.repeat(groups, 1)
     return torch.softmax(torch.baddbmm(bias, query, keys.transpose(1, 2)), dim=-1)
 
 
 def _heads_together(states: Tensor, first: int, end: int) -> Tensor:
-    """(H_kv, G * r, D) of rows [first, end) of (H_kv, G, T, D)."""
+    """Rows [first, end) of (H_kv, G, T, D) as (H_kv, G * r, D)."""
     if states.shape[1] == 1:
         return states[:, 0, first:end]
     return states[:, :, first:end].flatten(1, 2)
@@ -162,7 +164,7 @@ class _TreeAttention(torch.autograd.Function):
         heads, groups = scaled.shape[:2]
         grads = grad_output.unflatten(0, (heads, groups))
         grad_key, grad_value, pieces = torch.zeros_like(key), torch.zeros_like(value), []
-        with torch.autocast(grad_output.device.type, enabled=False):  # a caller may be within autocast again
+        with torch.autocast(grad_output.device.type, enabled=False):  # the caller of backward() may be within autocast
             for number, block in enumerate(ctx.plan):
                 keys = block.keys(key)
                 query, grad = (_heads_together(states, block.first, block.end) for states in (scaled, grads))
@@ -176,15 +178,15 @@ class _TreeAttention(torch.autograd.Function):
 
 
 def tree_attention(query: Tensor, key: Tensor, value: Tensor, plan: list[Block], *, scale: float) -> Tensor:
-    """Return softmax(scale Q K^T + M) V, where M lets a token see its prompt and its own completion, up to itself.
+    """Return softmax(scale Q K^T + M) V; under M a token sees its prompt and its own completion, up to itself.
 
-    Computed in at least fp32, block by block of queries: the work grows with the pairs of tokens that may see each
-    other (next to none is done for others), the memory with the tokens.
+    Computed in at least fp32, in blocks of queries. The work grows with the number of pairs of tokens that may see each
+    other (there is almost none for other pairs), the memory with the number of tokens.
 
     Args:
         query: (H, T, D); key: (H_kv, T, D) and value: (H_kv, T, D_v), where H_kv divides H (query heads that share a
             key head are neighbours).
-        plan: of trees whose tokens add up to T, in the type in which it is computed.
+        plan: an `attention_plan` of trees whose tokens add up to T; its dtype is that of the computation.
 
     Returns:
         (H, T, D_v) in the type of `value`.

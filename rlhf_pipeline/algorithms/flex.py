@@ -1,7 +1,7 @@
 """Tree attention on accelerators: torch's FlexAttention with the trees as its block mask.
 
-Never run on a GPU by this project so far. `flex_works` therefore asks the machine: only where forward and backward pass
-agree with `tree_attention` is it used, else rows with a 4-D mask are.
+This project has not yet run it on a GPU. `flex_works` therefore tests it on the machine: it is used only if forward and
+backward pass agree with `tree_attention`; otherwise rows with a 4-D mask are used.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 from rlhf_pipeline.algorithms.attention import Tree, attention_plan, tree_attention
 
 BLOCK = 128
-"""Tokens of a block of the mask: FlexAttention's own."""
+"""Tokens per block of the mask, FlexAttention's default."""
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 
 def flex_plan(trees: Sequence[Tree], *, window: int | None = None, device: torch.device | str = "cpu") -> BlockMask:
-    """The block mask of trees that stand one after another: made once, used by every layer.
+    """The block mask of consecutive trees; made once and used by every layer.
 
     Args:
         trees, window: see `attention_plan`.
@@ -45,14 +45,14 @@ def flex_plan(trees: Sequence[Tree], *, window: int | None = None, device: torch
         seen = seen & ((branch[key] == 0) | (branch[key] == branch[query]))
         return seen if window is None else seen & (position[query] - position[key] < window)
 
-    # Which blocks may see which is known from their ends: no mask of length x length is made.
+    # The ends of two blocks decide whether one may see the other, so no length x length mask is made.
     length = len(tree_of)
     starts = torch.arange(0, length, BLOCK)
     ends = (starts + BLOCK).clamp_max(length) - 1
     trees_at = torch.tensor(tree_of)
     low, high = trees_at[starts], trees_at[ends]
     number = torch.arange(len(starts))
-    visible = (number[:, None] >= number) & (low[:, None] <= high)  # trees stand in order
+    visible = (number[:, None] >= number) & (low[:, None] <= high)  # trees are in order
     counts = visible.sum(-1).int()
     indices = visible.int().argsort(dim=-1, descending=True, stable=True).int()
     return BlockMask.from_kv_blocks(
@@ -85,7 +85,7 @@ def flex_works(device: str, dtype: torch.dtype, width: int, heads: tuple[int, in
     """Whether FlexAttention gives the outputs and gradients of `tree_attention` on a device, to 2e-2 of the largest.
 
     Args:
-        dtype: of the states. width: of a head. heads: of queries, and of keys and values.
+        dtype: dtype of the states. width: size of a head. heads: number of query heads, and of key and value heads.
     """
     trees = [(150, (20, 35)), (9, (5,)), (40, (1, 2, 3))]
     length = sum(prompt + sum(completions) for prompt, completions in trees)
@@ -96,7 +96,7 @@ def flex_works(device: str, dtype: torch.dtype, width: int, heads: tuple[int, in
     )
     results = []
     try:
-        # Whoever asks may be scoring, or autocasting.
+        # The caller may have disabled gradients or enabled autocast.
         with torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
             for flex in (True, False):
                 q, k, v = (states.clone().requires_grad_() for states in (query, key, value))
@@ -105,7 +105,7 @@ def flex_works(device: str, dtype: torch.dtype, width: int, heads: tuple[int, in
                 else:
                     output = tree_attention(q, k, v, attention_plan(trees, device=device), scale=width**-0.5)
                 results.append([output, *torch.autograd.grad(output, (q, k, v), slope)])
-    except Exception:  # whatever a compiler, a driver or a version of torch has to say: then without it
+    except Exception:  # any error of a compiler, a driver or a version of torch: do without it
         return False
     return all(
         bool((one.float() - other.float()).abs().max() <= 2e-2 * other.float().abs().max())

@@ -1,8 +1,8 @@
 """Estimators of KL(pi || pi_ref) from log-probabilities of sampled tokens.
 
-Source: J. Schulman, "Approximating KL divergence" (2020). With log-ratio d = log pi - log pi_ref under samples
-of pi: k1 = d and k3 = exp(-d) - 1 + d are unbiased for the KL, k2 = d^2 / 2 is not. Only k1 belongs into the
-reward: the policy gradient of E[k2] or E[k3] in the reward is not that of the KL.
+Source: J. Schulman, "Approximating KL divergence" (2020). For samples of pi with log-ratio d = log pi - log pi_ref,
+k1 = d and k3 = exp(-d) - 1 + d are unbiased estimators of the KL; k2 = d^2 / 2 is biased. Only k1 may be used in the
+reward: with k2 or k3 in the reward, the policy gradient is not that of the KL. All are elementwise, in nats.
 """
 
 from __future__ import annotations

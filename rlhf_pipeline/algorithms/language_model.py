@@ -6,6 +6,10 @@ from torch import Tensor
 
 
 def negative_log_likelihood(logprobs: Tensor) -> Tensor:
-    """Sum over completion tokens of -log pi(token | prefix); logprobs: (N,), active tokens only."""
+    """Negative log-likelihood in nats: sum over completion tokens of -log pi(token | prefix).
+
+    Args:
+        logprobs: (N,), active tokens only.
+    """
     assert logprobs.ndim == 1
     return -logprobs.sum()

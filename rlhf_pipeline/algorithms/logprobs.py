@@ -1,4 +1,4 @@
-"""The one place where hidden states become log-probabilities of tokens."""
+"""Log-probabilities of tokens from hidden states; no other module computes them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
-"""Positions x vocabulary that are worked on at once: 16 MiB in fp32 on a CPU, 256 MiB on a GPU."""
+"""The largest positions x vocabulary of a chunk: 16 MiB in fp32 on a CPU, 256 MiB on a GPU."""
 
 KEPT_ELEMENTS = 2**24
-"""The most probabilities that are kept for the backward pass, 64 MiB in fp32; more are computed again, by chunks."""
+"""The largest number of probabilities kept for the backward pass, 64 MiB in fp32; more are computed again in chunks."""
 
 
 def _rows(elements: int | None, device: torch.device, vocabulary: int) -> int:
@@ -39,7 +39,7 @@ class OutputHead:
 def _score(
     head: OutputHead, hidden: Tensor, targets: Tensor, rows: int, *, entropy: bool, keep: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Log-probabilities (N,), entropies (N,) if asked for, and all probabilities (N, V) if they are to be kept."""
+    """Log-probabilities (N,), entropies (N,) if `entropy`, and all probabilities (N, V) if `keep`."""
     count, wide = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
     logprobs = hidden.new_empty(count, dtype=wide)
     entropies = torch.empty_like(logprobs) if entropy else None
@@ -59,8 +59,8 @@ def _score(
 class _TokenLogprobs(torch.autograd.Function):
     """log softmax(h W^T / T)[target] with its own backward pass: d logits = slope (onehot(target) - p) / T.
 
-    Of size N x V, p alone is kept, in the precision that it was computed in; or nothing, and the backward pass
-    computes p again by chunks.
+    p is the only tensor of size N x V that is kept, in the precision of its computation. Or nothing is kept, and the
+    backward pass computes p again in chunks.
     """
 
     @staticmethod
@@ -93,7 +93,7 @@ class _TokenLogprobs(torch.autograd.Function):
         to_hidden = torch.empty_like(hidden) if wants_hidden else None
         to_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
         to_bias = torch.zeros_like(bias, dtype=wide) if wants_bias else None
-        # In the precision of the forward pass, whatever autocast surrounds this one.
+        # In the precision of the forward pass, regardless of the autocast around the backward pass.
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], ctx.rows):
                 piece = slice(start, start + ctx.rows)
@@ -108,7 +108,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 if to_hidden is not None:
                     to_hidden[piece] = logits @ weight
                 if to_weight is not None and weight.dtype == wide:
-                    torch.addmm(to_weight, logits.t(), hidden[piece], out=to_weight)  # torch's counter sees no addmm_
+                    torch.addmm(to_weight, logits.t(), hidden[piece], out=to_weight)  # FLOP counters ignore addmm_
                 elif to_weight is not None:
                     to_weight += logits.t() @ hidden[piece]
         return (
@@ -130,22 +130,22 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """Return log softmax(hidden W^T / T)[target] and the entropy of each distribution.
 
-    Computed in at least fp32 and in chunks of positions, with a backward pass of its own: memory is bounded by
-    `chunk_elements` and `kept_elements`, not by N x V. Without gradients nothing is kept.
+    Computed in at least fp32, in chunks of positions, with its own backward pass: memory is bounded by `chunk_elements`
+    and `kept_elements`, not by N x V. Without gradients nothing is kept.
 
     Args:
         hidden: (N, D) states at the positions that predict `targets`.
         targets: (N,) token ids.
-        entropy: False where nobody reads it (frozen references); it costs an exponential of all logits.
-        chunk_elements: positions x vocabulary that are worked on at once; None: `CHUNK_ELEMENTS` of the device.
-        kept_elements: up to this many probabilities are kept for the backward pass.
+        entropy: whether to compute the entropy, which costs an exponential of all logits; False for references.
+        chunk_elements: the largest positions x vocabulary of a chunk; None: `CHUNK_ELEMENTS` of the device.
+        kept_elements: the largest number of probabilities kept for the backward pass.
 
     Returns:
-        logprobs (N,), differentiable once; entropy (N,), in nats, detached, or None.
+        logprobs (N,), in nats, differentiable once; entropy (N,), in nats, detached, or None.
     """
     assert hidden.ndim == 2 and targets.shape == hidden.shape[:1]
     weight, bias = head.weight, head.bias
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:  # cast once, not by chunks
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:  # cast once, not per chunk
         low = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(low), weight.to(low), None if bias is None else bias.to(low)
     rows = _rows(chunk_elements, hidden.device, weight.shape[0])
@@ -168,9 +168,9 @@ def token_kl(
     *,
     chunk_elements: int | None = None,
 ) -> Tensor:
-    """Return the exact KL at each position: sum_v pi(v) [log pi(v) - log pi_ref(v)], shape (N,).
+    """Return the exact KL at each position, (N,) in nats: sum_v pi(v) [log pi(v) - log pi_ref(v)].
 
-    Summed along responses sampled from pi it is an unbiased, low-variance estimate of the sequence KL.
+    Its sum over a response sampled from pi is an unbiased, low-variance estimate of the sequence KL.
     """
     assert hidden.shape[0] == ref_hidden.shape[0]
     rows = _rows(chunk_elements, hidden.device, head.weight.shape[0])

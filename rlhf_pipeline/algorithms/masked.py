@@ -1,4 +1,4 @@
-"""Statistics over the active entries of a padded tensor; what stands in inactive entries never matters."""
+"""Statistics over the active entries of a padded tensor; the values of inactive entries have no effect."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Sum `values` where `mask` is true: sum_i m_i x_i.
 
     Args:
-        values: any shape; inactive entries may hold anything, NaN and infinity included.
+        values: any shape; inactive entries may hold any value, including NaN and infinity.
         mask: bool, same shape.
-        dim: the dimension to sum over, all if None.
+        dim: the dimension to sum over; None: all.
     """
     assert values.shape == mask.shape and mask.dtype == torch.bool
     kept = torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
@@ -25,7 +25,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def moments(count: Tensor, total: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population variance from a count, a sum and a sum of squares (which add up over ranks)."""
+    """Mean and population variance from a count, a sum and a sum of squares, which can be added up over ranks."""
     mean = total / count
     return mean, (square / count - mean**2).clamp_min(0.0)
 
@@ -42,7 +42,7 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True, reduce=lamb
     active = torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device)).double()
     count, total, square = reduce(torch.stack([mask.sum().double(), active.sum(), (active**2).sum()])).unbind()
     mean, var = moments(count, total, square)
-    # Two passes would be safer for huge means; in float64 one is exact enough for advantages and rewards.
+    # Two passes would be safer for very large means; in float64 one pass is exact enough for advantages and rewards.
     scaled = (active - mean) * torch.rsqrt(var + 1e-8)
     if not shift_mean:
         scaled = scaled + mean

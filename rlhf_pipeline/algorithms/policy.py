@@ -1,4 +1,4 @@
-"""PPO's two losses, as sums over the active tokens, and the weights of tokens that another policy has sampled."""
+"""PPO's two losses, as sums over active tokens, and importance weights of tokens that another policy has sampled."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlhf_pipeline.algorithms.masked import masked_sum
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """Sums over active tokens. loss: differentiable; the rest are detached."""
+    """Sums over active tokens. loss is differentiable; the other fields are detached."""
 
     loss: Tensor
     clipped: Tensor
@@ -24,8 +24,10 @@ class PolicyLoss:
 
 @dataclass(frozen=True)
 class ImportanceWeights:
-    """weights: (C, R), detached, 1 where there is no token. Sums over active tokens: truncated, the weights at the cap;
-    difference, |log pi_old - log mu|."""
+    """weights: (C, R), detached, 1 at inactive entries.
+
+    Sums over active tokens: truncated, the number of weights at the cap; difference, |log pi_old - log mu| in nats.
+    """
 
     weights: Tensor
     truncated: Tensor
@@ -36,10 +38,10 @@ class ImportanceWeights:
 def importance_weights(
     old_logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, *, cap: float
 ) -> ImportanceWeights:
-    """Truncated importance weights of tokens: w = min(pi_old / mu, cap), mu the policy that sampled them.
+    """Truncated importance weights of tokens: w = min(pi_old / mu, cap); mu is the policy that sampled them.
 
-    Each weight stands for its own token: with an infinite cap the expected weighted step is that of pi_old's choices
-    after the prefixes that mu has sampled, and which prefixes those are is not corrected.
+    Each weight corrects its own token. With an infinite cap the expected weighted step is that of tokens sampled from
+    pi_old after prefixes sampled from mu; the distribution of the prefixes is not corrected.
 
     Source: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training" (TIS).
 
@@ -71,13 +73,13 @@ def clipped_policy_loss(
         logprobs, old_logprobs, advantages: (C, R); only `logprobs` carries a gradient.
         mask: (C, R) bool.
         cliprange: eps > 0.
-        weights: (C, R), w > 0; None: 1. The other sums know nothing of them.
+        weights: (C, R), w > 0; None: 1. Only the loss uses them, not the other sums.
     """
     assert logprobs.shape == old_logprobs.shape == advantages.shape == mask.shape
     if weights is not None:
         assert weights.shape == mask.shape
         advantages = weights.detach() * advantages  # w max(a, b) = max(w a, w b)
-    # Inactive entries may hold NaN: they are neutralised before, not after, the exponential.
+    # Inactive entries may hold NaN, so they are masked before the exponential, not after it.
     log_ratio = torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs))
     advantages = torch.where(mask, advantages, torch.zeros_like(advantages))
     ratio = log_ratio.exp()
@@ -99,7 +101,7 @@ def clipped_policy_loss(
 def clipped_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, cliprange_value: float
 ) -> tuple[Tensor, Tensor]:
-    """Value loss 0.5 max((V - G)^2, (clip(V, V_old - eps, V_old + eps) - G)^2), summed over tokens.
+    """Clipped value loss: sum over tokens of 0.5 max((V - G)^2, (clip(V, V_old - eps, V_old + eps) - G)^2).
 
     Source: the PPO reference implementation (baselines, ppo2), as analysed by Huang et al. 2022, detail 9.
 
@@ -107,7 +109,7 @@ def clipped_value_loss(
         values: (C, R), carries the gradient. old_values, returns: (C, R). mask: (C, R) bool.
 
     Returns:
-        the loss sum and the number of clipped tokens.
+        the sum of the loss and the number of clipped tokens.
     """
     assert values.shape == old_values.shape == returns.shape == mask.shape
     zero = torch.zeros((), dtype=values.dtype, device=values.device)

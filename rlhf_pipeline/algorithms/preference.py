@@ -1,4 +1,4 @@
-"""Losses on preferences, as sums over pairs or rankings; and the statistics that are logged beside them."""
+"""Losses on preferences, as sums over pairs or rankings, and the statistics that are logged with them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 
 
 def _total(losses: Tensor, weight: Tensor | None) -> Tensor:
-    """Sum over pairs of weight x loss; weight: (P,), None: 1 each."""
+    """Sum over pairs of weight x loss. weight: (P,); None: 1 each."""
     assert weight is None or weight.shape == losses.shape
     return losses.sum() if weight is None else (weight * losses).sum()
 
@@ -26,11 +26,11 @@ def bradley_terry_loss(
 ) -> Tensor:
     """Negative log-likelihood of the preferences: sum over pairs of -weight log sigma(r_w - r_l - margin).
 
-    Source: Ouyang et al. 2022 (InstructGPT), eq. 1: the pairs of a prompt with K completions weigh 1 / C(K, 2) each,
-    1 / untied pairs where some are tied; the margin: Touvron et al. 2023 (Llama 2), eq. 2.
+    Source: Ouyang et al. 2022 (InstructGPT), eq. 1, where each pair of a prompt with K completions has the weight
+    1 / C(K, 2), or 1 / (untied pairs) if some are tied; for the margin, Touvron et al. 2023 (Llama 2), eq. 2.
 
     Args:
-        chosen_scores, rejected_scores: (P,), one score per pair. margin: (P,) or None. weight: (P,); None: 1 each.
+        chosen_scores, rejected_scores: (P,). margin: (P,) or None. weight: (P,); None: 1 each.
     """
     assert chosen_scores.ndim == 1 and chosen_scores.shape == rejected_scores.shape
     difference = chosen_scores - rejected_scores
@@ -40,7 +40,7 @@ def bradley_terry_loss(
 def centering_loss(chosen_scores: Tensor, rejected_scores: Tensor, *, weight: Tensor | None = None) -> Tensor:
     """Auxiliary loss that keeps scores near zero: sum over pairs of weight (r_w + r_l)^2.
 
-    Source: Eisenstein et al. 2023, eq. 4. Args: as of `bradley_terry_loss`.
+    Source: Eisenstein et al. 2023, eq. 4. Args: see `bradley_terry_loss`.
     """
     assert chosen_scores.shape == rejected_scores.shape
     return _total((chosen_scores + rejected_scores) ** 2, weight)
@@ -48,7 +48,7 @@ def centering_loss(chosen_scores: Tensor, rejected_scores: Tensor, *, weight: Te
 
 @dataclass(frozen=True)
 class PreferenceLoss:
-    """Sum over pairs and, per completion, the implicit rewards beta x log-ratio (detached, (P,))."""
+    """The loss as a sum over pairs, and the implicit rewards beta x log-ratio of both sides, (P,) each, detached."""
 
     loss: Tensor
     chosen_rewards: Tensor
@@ -56,7 +56,7 @@ class PreferenceLoss:
 
 
 def smoothed_target(target: Tensor | None, label_smoothing: float) -> Tensor | None:
-    """Probability of the label that a labeller who errs at rate eps would give: p (1 - eps) + (1 - p) eps.
+    """Probability that a labeller with error rate eps prefers the chosen response: p (1 - eps) + (1 - p) eps.
 
     Args:
         target: (P,) p, the probability that the chosen response is preferred; None: the label is certain.
@@ -89,15 +89,15 @@ def dpo_sigmoid_loss(
     target: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> PreferenceLoss:
-    """DPO: sum over pairs of -p log sigma(h) - (1 - p) log sigma(-h), times a weight.
+    """DPO: weighted sum over pairs of -p log sigma(h) - (1 - p) log sigma(-h).
 
         h = beta [(log pi - log pi_ref)(y_w) - (log pi - log pi_ref)(y_l)]
 
-    Its gradient is (sigma(h) - p) grad h. Source: Rafailov et al. 2023, eq. 7, with p = 1; with p = 1 - eps it is
-    the conservative loss of Mitchell 2023 ("A note on DPO with noisy preferences & relationship to IPO").
+    The gradient of a pair is (sigma(h) - p) grad h. Source: Rafailov et al. 2023, eq. 7, with p = 1; with p = 1 - eps
+    it is the conservative loss of Mitchell 2023 ("A note on DPO with noisy preferences & relationship to IPO").
 
     Args:
-        each (P,): log-probabilities of whole responses, summed over their tokens, in at least fp32.
+        *_logprobs: (P,) log-probabilities of whole responses, summed over their tokens, in nats, in at least fp32.
         beta: > 0, strength of the KL term of the objective that this loss optimises.
         target: (P,) or a scalar, the probability p that the chosen response is preferred; None: 1.
         weight: (P,); None: 1 each.
@@ -119,16 +119,16 @@ def ipo_loss(
     target: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> PreferenceLoss:
-    """IPO: sum over pairs of p (h - 1 / (2 tau))^2 + (1 - p) (h + 1 / (2 tau))^2, tau = beta, times a weight.
+    """IPO: weighted sum over pairs of p (h - 1 / (2 tau))^2 + (1 - p) (h + 1 / (2 tau))^2, with tau = beta.
 
-        h = (log pi - log pi_ref)(y_w) - (log pi - log pi_ref)(y_l),    free of beta
+        h = (log pi - log pi_ref)(y_w) - (log pi - log pi_ref)(y_l),    without beta
 
-    Its minimiser, with both responses drawn from mu, is pi_ref exp(E_{y' ~ mu} p(y > y') / tau) / Z: it is bounded
-    however certain the labels are. Source: Azar et al. 2023, eq. 17, with p = 1. The paper's log-probabilities are
-    sums over a response's tokens; the loss that TRL calls ipo takes means over them.
+    If both responses are drawn from mu, the minimiser is pi_ref exp(E_{y' ~ mu} p(y > y') / tau) / Z, which is bounded
+    even for certain labels. Source: Azar et al. 2023, eq. 17, with p = 1. The paper sums log-probabilities over a
+    response's tokens; the loss that TRL calls ipo takes their mean.
 
-    Args: as of `dpo_sigmoid_loss`. The implicit rewards are beta x log-ratio as there, for comparison: the loss
-        itself does not see them.
+    Args: see `dpo_sigmoid_loss`. The implicit rewards are beta x log-ratio, as there, for comparison; the loss does not
+        use them.
     """
     chosen, rejected = _log_ratios(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
     h, aim = chosen - rejected, 1.0 / (2.0 * beta)
@@ -139,37 +139,37 @@ def ipo_loss(
 def plackett_luce_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, beta: float) -> Tensor:
     """DPO on rankings: sum over prompts of -sum_k log softmax(s_k, ..., s_K)_k, s = beta (log pi - log pi_ref).
 
-    The best completion is chosen among all, the next among those that are left, and so on; K = 2 is the sigmoid loss.
-    The gradient by s_j is sum_{k <= j} softmax(s_k, ..., s_K)_j - 1. Source: Rafailov et al. 2023, appendix A.3;
-    Plackett 1975, Luce 1959.
+    The best completion is chosen among all, the next among the remaining ones, and so on; K = 2 gives the sigmoid loss.
+    The derivative with respect to s_j is sum_{k <= j} softmax(s_k, ..., s_K)_j - 1. Source: Rafailov et al. 2023,
+    appendix A.3; Plackett 1975, Luce 1959.
 
     Args:
-        logprobs, ref_logprobs: (E, K) of whole responses, summed over their tokens, best first, no ties.
-        mask: (E, K) bool, where there is a response: a prompt's own come first.
-        beta: > 0, as of `dpo_sigmoid_loss`.
+        logprobs, ref_logprobs: (E, K) of whole responses, summed over their tokens, in nats, best first, without ties.
+        mask: (E, K) bool, true for responses, false for padding at the end.
+        beta: > 0, see `dpo_sigmoid_loss`.
     """
     assert logprobs.ndim == 2 and logprobs.shape == ref_logprobs.shape == mask.shape
     scores = torch.where(mask, beta * (logprobs - ref_logprobs), 0.0)
     width = scores.shape[1]
     left = torch.ones(width, width, dtype=torch.bool, device=scores.device).triu() & mask[:, None, :]
-    left = left | torch.eye(width, dtype=torch.bool, device=scores.device)  # where there is none: alone, and so certain
+    left = left | torch.eye(width, dtype=torch.bool, device=scores.device)  # padding: alone, so its probability is 1
     among = scores[:, None, :].expand(-1, width, -1).masked_fill(~left, -torch.inf)
     return (among.logsumexp(2) - scores).sum()
 
 
 Optimum = Literal["same", "scale", "other"]
-"""How a minimiser stands to pi_ref exp(r / beta): the same; the same family on another scale of beta; another."""
+"""The relation of a minimiser to pi_ref exp(r / beta): the same; the same family at another beta; another."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A preference loss, its minimiser, and what it has to be given.
+    """A preference loss, its minimiser and its inputs.
 
-    loss: (chosen, rejected, ref_chosen, ref_rejected, *, beta, target, weight) -> PreferenceLoss; of a listwise one
+    loss: (chosen, rejected, ref_chosen, ref_rejected, *, beta, target, weight) -> PreferenceLoss; for a listwise loss
         (logprobs, ref_logprobs, mask, *, beta) -> the sum over prompts.
-    optimum: how its minimiser stands to that of DPO and PPO at the same beta; arms are contrasted at one beta only
-        where it is the same.
-    length_normalised: whether its log-probabilities are means over a response's tokens instead of sums.
+    optimum: the relation of its minimiser to that of DPO and PPO at the same beta; arms are compared at one beta only
+        if it is "same".
+    length_normalised: whether it takes the mean of the log-probabilities over a response's tokens instead of the sum.
     listwise: whether it reads all completions of a prompt at once, in their order, instead of pairs.
     """
 
@@ -188,12 +188,12 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def loss_optimum(loss_type: str, label_smoothing: float = 0.0) -> Optimum:
-    """The optimum of a loss with its label smoothing: cDPO's margins are those of smoothed labels, on another scale."""
+    """The optimum of a loss with label smoothing, which puts DPO's margins on another scale."""
     found = OBJECTIVES[loss_type].optimum
     return "scale" if label_smoothing and found == "same" else found
 
 
 def correct(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """1 where the chosen one scores higher, one half on ties, else 0; shape (P,)."""
+    """1 if the chosen response scores higher, one half for a tie, else 0; shape (P,)."""
     assert chosen.shape == rejected.shape
     return (chosen > rejected).to(torch.float64) + 0.5 * (chosen == rejected).to(torch.float64)

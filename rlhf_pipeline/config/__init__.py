@@ -1,4 +1,4 @@
-"""Configs: strict, frozen, and checked in full before anything heavy is imported."""
+"""Configs: strict, frozen, and fully checked before any heavy import."""
 
 from rlhf_pipeline.config.base import Lengths, moves_optimum, resolve_lengths
 from rlhf_pipeline.config.dump import config_digest, dump_yaml

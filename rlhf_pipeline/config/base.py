@@ -1,4 +1,4 @@
-"""Every config class shares this: the field function, value types, lengths, what moves the optimum."""
+"""Code that all config classes share: the field function, value types, lengths, what moves the optimum."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def option(
     names: Literal["policy", "reward", "data"] | None = None,
     **limits: Any,
 ) -> Any:
-    """Return a pydantic field with a description, which says whether the option moves the optimum.
+    """Return a pydantic field; its description states whether the option moves the optimum.
 
     Args:
-        moves_optimum: whether some value moves the minimiser of a loss (of a reward model: that of PPO on it too).
-        neutral: the value that moves nothing, or a tuple of such values; by default the default.
-        moving: the one value that moves the optimum, where all others are neutral.
-        unless: another option and the value of it at which this one moves nothing.
-        condition: what has to be true of the run, and no config tells, for the optimum to move.
+        moves_optimum: whether a value can move the minimiser of a loss (for a reward model, that of PPO on it too).
+        neutral: the value, or tuple of values, that does not move the optimum; by default the default.
+        moving: the only value that moves the optimum, if all others are neutral.
+        unless: another option, and its value with which this option does not move the optimum.
+        condition: a property of the run, unknown from the config, that must hold for the optimum to move.
         names: what the value names: a policy, a reward model or another reward source, or data; see `mentions`.
     """
     extra: dict[str, Any] = {} if names is None else {"names": names}
@@ -60,7 +60,7 @@ def option(
 
 def wrong(expected: str, fix: str = "") -> PydanticCustomError:
     """Return the error that a validator raises: what was expected, and what to do."""
-    # pydantic takes no half surrogate pairs, which a value quoted in `fix` may have.
+    # pydantic accepts no half surrogate pairs, which a value quoted in `fix` may contain.
     said = {
         name: text.encode(errors="backslashreplace").decode() for name, text in (("expected", expected), ("fix", fix))
     }
@@ -75,7 +75,7 @@ def takes_bool(annotation: Any) -> bool:
 
 
 def reject_bool(cls: type[BaseModel], value: Any, info: Any) -> Any:
-    """Refuse true and false where a number or text is meant: pydantic would read them as 1 and 0."""
+    """Refuse true and false for a number or text; pydantic would read them as 1 and 0."""
     if isinstance(value, bool) and not takes_bool(cls.model_fields[info.field_name].annotation):
         raise wrong("a number or text, not true or false")
     return value
@@ -145,8 +145,10 @@ NUM_THREADS = option(None, "CPU threads (default: torch's choice)")
 
 
 class CommandConfig(BaseModel):
-    """What a command reads: strict and frozen; `checks` yield the faults that lie between its keys, and `remarks` what
-    a right config does otherwise than one may think."""
+    """The config of a command, strict and frozen.
+
+    `checks` yield faults that concern several keys; `remarks` yield notes about effects that a user may not expect.
+    """
 
     model_config = STRICT
     stage: ClassVar[str]
@@ -155,7 +157,7 @@ class CommandConfig(BaseModel):
 
 
 class ModelInput(NamedTuple):
-    """A model that a stage starts from or reads: its reference, what it has to be, and its revision on the hub."""
+    """A model that a stage starts from or reads: its reference, its required role, and its revision on the hub."""
 
     reference: str
     role: Literal["policy", "reward_model"] = "policy"
@@ -163,16 +165,16 @@ class ModelInput(NamedTuple):
 
 
 class DataInput(NamedTuple):
-    """A source that a stage reads, and the part of it; None: the source's own default."""
+    """A source that a stage reads, and its part; None: the source's default part."""
 
     source: str
     part: str | None
 
 
 def part_of(source: str, config: str | None, kind: str) -> str | None:
-    """Return the part of a source to read: `config`, else of a built-in world its prompts where prompts are asked for.
+    """Return the part of a source to read: `config`, or the prompts of a built-in world if prompts are requested.
 
-    A world's population is made of its prompts (stages/population.py).
+    The population of a world is made from its prompts (stages/population.py).
     """
     return "prompts" if config in (None, "population") and kind == "prompt" and source.startswith("world:") else config
 
@@ -187,10 +189,10 @@ class Lengths:
 
 
 def resolve_lengths(prompt: int | None, response: int | None, total: int | None) -> Lengths:
-    """Return all three lengths from those that are given.
+    """Return all three lengths, in tokens, from those that are given.
 
-    Given two the third follows. `total` alone is halved, the odd token going to the prompt. With `prompt`
-    or `response` alone, or none, `total` is TRL's default of 1024.
+    Two lengths determine the third. `total` alone is halved; the prompt gets an odd token. With only `prompt`, only
+    `response` or none, `total` is TRL's default of 1024.
 
     Raises:
         ConfigError: the three disagree, or leave no token for the prompt or the response.
@@ -202,7 +204,7 @@ def resolve_lengths(prompt: int | None, response: int | None, total: int | None)
                     "max_length",
                     f"max_prompt_length {prompt} + response_length {response} is not max_length {total}",
                     f"max_length {prompt + response}",
-                    "give two of the three: the third follows",
+                    "give two of the three lengths; they determine the third",
                 )
             )
         total = prompt + response
@@ -227,7 +229,7 @@ def resolve_lengths(prompt: int | None, response: int | None, total: int | None)
 
 
 class HasLengths(Protocol):
-    """A config with the three lengths, of which two decide the third."""
+    """A config with the three lengths; two of them determine the third."""
 
     @property
     def max_prompt_length(self) -> int | None: ...
@@ -239,7 +241,7 @@ class HasLengths(Protocol):
 
 
 class HasSplits(Protocol):
-    """A config that says how a source without splits is split."""
+    """A config with the fractions by which a source without splits is split."""
 
     @property
     def split_fractions(self) -> dict[str, float]: ...
@@ -253,7 +255,7 @@ class HasPart(Protocol):
 
 
 def lengths_told(config: HasLengths) -> tuple[str, str]:
-    """Return the one length that a config names, else max_length, and all three with where they come from."""
+    """Return the name of a config's only length (else max_length), and all three lengths with their origin."""
     found = config.lengths()
     lengths = dict(zip(LENGTHS, (found.prompt, found.response, found.total), strict=True))
     given = [key for key in LENGTHS if getattr(config, key) is not None]
@@ -285,17 +287,17 @@ def check_fractions(config: HasSplits) -> Iterator[Fault]:
 
 
 def check_world(config: HasPart, key: str = "dataset_name") -> Iterator[Fault]:
-    """Yield the faults of a built-in world that does not exist, or of a part of it that does not."""
+    """Yield the faults of a built-in world, or a part of it, that does not exist."""
     source = getattr(config, key)
     if source is None or not source.startswith("world:"):
         return
     if source != "world:verdicts":
-        yield Fault(key, f"found {source!r}", "'world:verdicts', the one built-in world")
+        yield Fault(key, f"found {source!r}", "'world:verdicts', the only built-in world")
     part, parts = config.dataset_config, ["demonstrations", "prompts"]
     if getattr(config, "stage", None) == "dpo":
-        parts = ["population"]  # fresh pairs: the world has no others, `rlhf data collect` makes them
+        parts = ["population"]  # fresh pairs; the world has no recorded pairs, `rlhf data collect` makes them
     if part is not None and part not in parts:
-        fix = "population is a source of `rlhf dpo` alone" if part == "population" else ""
+        fix = "population is a source for `rlhf dpo` only" if part == "population" else ""
         yield Fault("dataset_config", f"found {part!r}", " or ".join(repr(name) for name in parts), fix)
 
 
@@ -310,16 +312,16 @@ def moves_optimum(config: BaseModel) -> dict[str, Any]:
 
 
 def may_move_optimum(config: BaseModel) -> dict[str, Any]:
-    """Return the options that move the optimum on a condition which no config tells, with their values."""
+    """Return the options that move the optimum under a condition unknown from the config, with their values."""
     return moving_options(type(config), config.model_dump(), conditional=True)
 
 
 def moving_options(kind: type[BaseModel], values: Mapping[str, Any], *, conditional: bool = False) -> dict[str, Any]:
-    """Return what `moves_optimum` does, of values that need not be those of a config of this release.
+    """Return the options that move the optimum, from raw values that may be those of another release.
 
     Args:
-        kind: the config class of the stage. values: its keys; an absent one has its default.
-        conditional: return the options that move the optimum on a condition, not those that always do.
+        kind: the config class of the stage. values: its keys; a missing key has its default.
+        conditional: return the options that move the optimum under a condition, instead of those that always do.
     """
     given = {name: values.get(name, field.default) for name, field in kind.model_fields.items()}
     moved = {}
@@ -343,5 +345,5 @@ def _is_neutral(value: Any, extra: Mapping[str, Any]) -> bool:
 
 
 def _is_idle(given: Mapping[str, Any], extra: Mapping[str, Any]) -> bool:
-    """Whether another option's value takes the effect of this one away."""
+    """Whether the value of another option removes the effect of this one."""
     return "unless" in extra and given[extra["unless"][0]] == extra["unless"][1]

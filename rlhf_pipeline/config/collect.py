@@ -38,7 +38,7 @@ from rlhf_pipeline.config.reward_names import names_a_model
 
 
 class CollectConfig(CommandConfig):
-    """Config of `rlhf data collect` and of an experiment's `collect` stage."""
+    """Config of `rlhf data collect` and of the `collect` stage of an experiment."""
 
     stage: ClassVar[str] = "collect"
     checks: ClassVar = (check_prompts, check_lengths, check_fractions)
@@ -82,7 +82,7 @@ class CollectConfig(CommandConfig):
     _no_bools = field_validator("*", mode="before")(reject_bool)
 
     def parents(self) -> dict[str, ModelInput]:
-        """Return the models that the data come from, by their role in the manifest."""
+        """Return the models that produce the data, by their role in the manifest."""
         found = {"policy": ModelInput(self.policy)}
         return found | ({"judge": ModelInput(self.judge, "reward_model")} if names_a_model(self.judge) else {})
 

@@ -1,4 +1,4 @@
-"""Keys of `rlhf evaluate`, `rlhf compare` and `rlhf exact`: the same prompts, read the same way, for every model."""
+"""Keys of `rlhf evaluate`, `rlhf compare` and `rlhf exact`, which read the same prompts for every model."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ REWARD_MODEL_PROMPTS = "maximum number of prompts for exact figures that need a 
 
 
 def check_arms(config: CompareConfig) -> Iterator[Fault]:
-    """Yield the faults of arms named twice, or of a single model with nothing to compare it to."""
+    """Yield the faults of arms named twice, or of a single model without another one to compare it with."""
     seen: set[str] = set()
     for index, arm in enumerate(config.arms):
         if arm in seen:
             yield Fault(f"arms.{index}", f"{arm!r} is named twice", "each model once")
         seen.add(arm)
     if config.baseline in seen:
-        yield Fault("baseline", f"{config.baseline!r} is an arm as well", "another model, or no baseline")
+        yield Fault("baseline", f"{config.baseline!r} is also an arm", "another model, or no baseline")
     elif len(seen) + (config.baseline is not None) < 2:
-        yield Fault("arms", f"{config.arms[0]!r} has nothing to be compared to", "two models or a baseline")
+        yield Fault("arms", f"{config.arms[0]!r} is the only model", "two models or a baseline")
 
 
 def check_validation(config: CompareConfig) -> Iterator[Fault]:
-    """Yield the fault of settings chosen on the very prompts that they are shown on."""
+    """Yield the fault of settings that are chosen on the same prompts as those of the results."""
     if config.validation_split is not None and config.split in (config.validation_split, "all"):
-        found = f"split {config.split!r} holds the prompts of validation_split {config.validation_split!r}"
-        yield Fault("validation_split", f"{found}: settings would be chosen on what is shown", "another split, or null")
+        found = f"split {config.split!r} has the prompts of validation_split {config.validation_split!r}"
+        yield Fault("validation_split", f"{found}: settings would be chosen on the results", "another split, or null")
 
 
 class PromptsConfig(CommandConfig):
-    """What every evaluation needs: prompts, a reference, and how to load models."""
+    """Keys of every evaluation: prompts, a reference, and how to load models."""
 
     checks: ClassVar[Checks] = (check_prompts, check_fractions)
 
@@ -108,7 +108,7 @@ class EvaluateConfig(PromptsConfig):
 
 
 class GenerateConfig(EvaluateConfig):
-    """Config of `rlhf generate`: few responses, to be read and not measured."""
+    """Config of `rlhf generate`: a few responses for reading, not for measuring."""
 
     stage: ClassVar[str] = "generate"
 

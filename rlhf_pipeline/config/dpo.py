@@ -13,33 +13,33 @@ from rlhf_pipeline.errors import Fault
 
 
 def _single(value: Any) -> Any:
-    """Return the only entry of a list: TRL writes loss_type as one."""
+    """Return the only entry of a list, because TRL writes loss_type as a list."""
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def check_smoothing(config: DpoConfig) -> Iterator[Fault]:
-    """Yield the fault of label smoothing with a loss that it is not defined for."""
+    """Yield the fault of label smoothing with a loss that does not define it."""
     if config.label_smoothing and config.loss_type != "sigmoid":
         found = f"label_smoothing {config.label_smoothing:g} with loss_type {config.loss_type}"
         yield Fault("label_smoothing", found, "label_smoothing 0, or loss_type sigmoid")
 
 
 def check_ranking_loss(config: DpoConfig) -> Iterator[Fault]:
-    """Yield the faults of a loss on rankings with what only pairs have: probabilities of their labels."""
+    """Yield the faults of a loss on rankings with label probabilities, which only pairs have."""
     if config.loss_type != "plackett_luce":
         return
     if config.soft_labels:
         fix = "soft_labels false, or loss_type sigmoid"
-        yield Fault("soft_labels", "found true with loss_type plackett_luce, which ranks without probabilities", fix)
+        yield Fault("soft_labels", "found true with loss_type plackett_luce, which uses no label probabilities", fix)
     if config.population:
-        found = f"found 'plackett_luce', and {config.dataset_name} draws pairs with label probabilities"
-        yield Fault("loss_type", found, "'sigmoid', its equal on pairs")
+        found = f"found 'plackett_luce', but {config.dataset_name} draws pairs with label probabilities"
+        yield Fault("loss_type", found, "'sigmoid', which is the same loss on pairs")
 
 
 def check_population(config: DpoConfig) -> Iterator[Fault]:
-    """Yield the faults of a run on fresh pairs: it has no epochs, and no lists of pairs to cache."""
+    """Yield the faults of a run on fresh pairs, which has no epochs and no list of pairs to cache."""
     if config.population and config.max_steps < 1:
-        yield Fault("max_steps", f"found {config.max_steps}", "a number >= 1: pairs drawn anew have no epochs")
+        yield Fault("max_steps", f"found {config.max_steps}", "a number >= 1: fresh pairs have no epochs")
 
 
 def check_dpo_engine(config: DpoConfig) -> Iterator[Fault]:
@@ -50,15 +50,15 @@ def check_dpo_engine(config: DpoConfig) -> Iterator[Fault]:
         found = "TRL has no ipo on summed log-probabilities: its 'ipo' averages them over each response's tokens"
         yield Fault("loss_type", found, "'sigmoid' or 'ipo_mean'", NATIVE)
     if config.loss_type == "plackett_luce":
-        found = "found 'plackett_luce', and TRL's trainer takes pairs alone: rankings are split into theirs"
+        found = "found 'plackett_luce', but TRL's trainer accepts only pairs and splits rankings into pairs"
         yield Fault("loss_type", found, "'sigmoid' or 'ipo_mean'", NATIVE)
     if config.label_smoothing and config.loss_type == "sigmoid":
-        found = f"found {config.label_smoothing:g}, which TRL's sigmoid loss ignores without a word"
+        found = f"found {config.label_smoothing:g}, which TRL's sigmoid loss ignores silently"
         yield Fault("label_smoothing", found, "0", NATIVE)
     if config.soft_labels:
-        yield Fault("soft_labels", "TRL trains on hard labels alone", "false", NATIVE)
+        yield Fault("soft_labels", "TRL trains only on hard labels", "false", NATIVE)
     if config.population:
-        found = f"{config.dataset_name}: pairs drawn anew at every step with label probabilities, which TRL lacks"
+        found = f"{config.dataset_name}: fresh pairs at every step with label probabilities, which TRL does not support"
         yield Fault("dataset_name", found, "recorded pairs", NATIVE)
 
 
@@ -116,16 +116,16 @@ class DpoConfig(TrainingConfig):
     )
 
     def parents(self) -> dict[str, ModelInput]:
-        """Return the models that the policy comes from: its start, and the reference, by default the same."""
+        """Return the models that the policy comes from: its start and the reference, which is by default the same."""
         found = super().parents()
         return found | {"reference": found["base"] if self.ref_model is None else ModelInput(self.ref_model)}
 
     @property
     def population(self) -> bool:
-        """Whether the pairs are drawn anew at every step from the built-in world."""
+        """Whether pairs are drawn from the built-in world at every step."""
         return self.dataset_name == "world:verdicts"
 
     @property
     def reads_prompts(self) -> bool:
-        """Whether the stage takes nothing but prompts from its data."""
+        """Whether the stage reads only prompts from its data."""
         return self.population

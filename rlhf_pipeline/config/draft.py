@@ -1,4 +1,4 @@
-"""The raw values of one config before validation, with the place that each came from."""
+"""The raw values of one config before validation, with the place of each value."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Override:
     where: str
 
     def place(self, path: KeyPath) -> str:
-        """Return where a value of this override stands."""
+        """Return the place of a value of this override."""
         return self.where
 
 
@@ -38,7 +38,7 @@ def parse_overrides(
     """Return the overrides and the faults of those that are not `key=value`.
 
     Args:
-        on_file: what to do where one names a file; `{}` stands for its name.
+        on_file: the advice if an override is the name of a file; `{}` stands for the name.
     """
     parsed: list[Override] = []
     faults: list[Fault] = []
@@ -90,11 +90,11 @@ class Draft:
     _places: dict[KeyPath, tuple[Place, KeyPath]] = field(default_factory=dict)
 
     def where(self, path: KeyPath) -> str:
-        """Return the place that the value at `path` came from, and its key."""
+        """Return the place of the value at `path`, and its key."""
         return self._origin(path)[0]
 
     def _origin(self, path: KeyPath) -> tuple[str, str]:
-        """Return the place that the value at `path` came from, its key included, and the key as it is written there."""
+        """Return the place of the value at `path`, including its key, and the key as it is written there."""
         for length in range(len(path), 0, -1):
             if path[:length] in self._places:
                 place, written = self._places[path[:length]]
@@ -102,8 +102,8 @@ class Draft:
         return f"{self.label}: {dotted(path)}", dotted(path)
 
     def apart(self, names: Sequence[str]) -> tuple[str, str] | None:
-        """Return which of these keys was given last, and where each stands; None where all stand in one file."""
-        given = [name for name in (str(path[0]) for path in self._places) if name in names]  # in the order of giving
+        """Return which of these keys was given last, and the place of each; None if all are in one file."""
+        given = [name for name in (str(path[0]) for path in self._places) if name in names]  # in the order given
         given = [name for name in given if self.values.get(name) is not None]
         places = [self.where((name,)) for name in given]
         if len({place.partition(":")[0] for place in places}) < 2:
@@ -111,7 +111,7 @@ class Draft:
         return given[-1], ", ".join(places)
 
     def fault(self, path: KeyPath, found: str, expected: str = "", fix: str = "") -> None:
-        """Record a fault of the value at `path`."""
+        """Record a fault in the value at `path`."""
         where, key = self._origin(path)
         self.faults.append(Fault(where, found, expected, fix, key))
 
@@ -122,13 +122,13 @@ class Draft:
         self.add(document.values, document.where, folder)
 
     def add(self, values: Mapping[str, Any], place: Place, folder: Path | None = None) -> None:
-        """Add a layer of values: `place` tells where a key stands, `folder` what paths are relative to."""
+        """Add a layer of values; `place` returns the place of a key, and paths are relative to `folder`."""
         given = self._canonical_names(values, place)
         for key, (written, value) in given.items():
             self._put(key, copy.deepcopy(value), place, written, folder)
 
     def override(self, overrides: Iterable[Override]) -> None:
-        """Add overrides, dotted keys into mappings included."""
+        """Add overrides, including dotted keys into mappings."""
         written: dict[KeyPath, str] = {}
         for override in overrides:
             given = str(override.path[0])
@@ -143,7 +143,7 @@ class Draft:
                 self._override_inside(path, override)
 
     def settle(self) -> None:
-        """Take out the keys that do not reach the config: refused with a fault, or without effect."""
+        """Remove the keys that are not part of the config: refused with a fault, or without effect."""
         for key, value in list(self.values.items()):
             entry = keys.later(self.stage, key)
             if key in keys.REFUSED:
@@ -185,7 +185,7 @@ class Draft:
         self.folders[key] = folder
 
     def _canonical_names(self, values: Mapping[str, Any], place: Place) -> dict[str, tuple[str, Any]]:
-        """Return {canonical key: (key as written, value)}; one key by two names is a fault."""
+        """Return {canonical key: (key as written, value)}; a key given by two names is a fault."""
         given: dict[str, tuple[str, Any]] = {}
         for key, value in values.items():
             if not isinstance(key, str) or key != key.encode(errors="replace").decode():
@@ -194,7 +194,7 @@ class Draft:
             alias = keys.ALIASES[self.stage].get(key)
             canonical = alias.canonical if alias else key
             if canonical in given:
-                found = f"the same key as {given[canonical][0]}, which is given as well"
+                found = f"the same key as {given[canonical][0]}, which is also given"
                 self.faults.append(Fault(place((key,)), found, "one of the two", "remove one", key))
                 continue
             if alias:

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from rlhf_pipeline.config import yaml
 
-# Keys that change how a run is watched, kept or paced, and not what comes out of it.
+# Keys that change how a run is logged, stored or paced, but not its result.
 RUN_ONLY = frozenset({"logging_steps", "save_steps", "save_total_limit", "num_threads", "report_to"})
 
 
@@ -19,7 +19,7 @@ def dump_yaml(config: BaseModel) -> str:
 
 
 def config_digest(config: BaseModel) -> str:
-    """Return the SHA-256 of the config, without the keys that only concern how a run is watched."""
+    """Return the SHA-256 of the config, without the keys that do not change the result of a run."""
     values = {key: value for key, value in config.model_dump(mode="json").items() if key not in RUN_ONLY}
     stage = getattr(type(config), "stage", type(config).__name__)
     text = json.dumps({"stage": stage, "config": values}, sort_keys=True, ensure_ascii=True)

@@ -48,7 +48,7 @@ def load_experiment(
 
 
 class _Reader:
-    """Gathers the drafts of one experiment, and their faults."""
+    """Collects the drafts of one experiment, and their faults."""
 
     def __init__(self, path: Path, known_models: Collection[str]):
         self.path, self.folder = path, path.parent
@@ -58,9 +58,9 @@ class _Reader:
         self.known_models = known_models
 
     def read(self, overrides: Iterable[str] | Mapping[str, Any]) -> Experiment | None:
-        """Return the experiment, or None where its own file is faulty."""
+        """Return the experiment, or None if its own file has faults."""
         self.plan.add_document(read_document(self.path), self.folder)
-        parsed, faults = parse_overrides(overrides, on_file="one experiment is run: remove it")
+        parsed, faults = parse_overrides(overrides, on_file="only one experiment can be run: remove it")
         self.plan.faults.extend(faults)
         own, inner = self._share_out(parsed, self._entries())
         self.plan.override(own)
@@ -136,7 +136,7 @@ class _Reader:
             return draft
         source = self.folder / name
         document = read_document(source)
-        if not os.path.isfile(source):  # false for a name that no file can have
+        if not os.path.isfile(source):  # false also for a name that no file can have
             where = self.plan.where((*path, "config"))
             document.faults = [dataclasses.replace(fault, where=f"{where}: {fault.where}") for fault in document.faults]
         draft.label = str(source)
@@ -144,20 +144,20 @@ class _Reader:
         return draft
 
     def _complete(self, draft: Draft, path: KeyPath, entry: Mapping[str, Any], overrides: Iterable[Override]) -> None:
-        """Add what the experiment itself says about a stage or the comparison."""
+        """Add the experiment's own values for a stage or the comparison."""
         spoken_for = ("config",) if draft.stage == "compare" else ("stage", "config")
         values = {key: value for key, value in entry.items() if key not in spoken_for}
         draft.add(values, lambda key: self.plan.where((*path, *key)), self.folder)
         draft.override(overrides)
 
     def _points(self, name: str, draft: Draft, axes: Sequence[Axis], links: Links) -> list[StageSpec[StageConfig]]:
-        """Return a stage at all points of its sweep, the values of the last key changing fastest."""
+        """Return a stage at all points of its sweep; the values of the last key change fastest."""
         found: dict[tuple[int, ...], StageSpec[StageConfig]] = {}
         for point in itertools.product(*(range(len(axis.overrides)) for axis in axes)):
             here = copy.deepcopy(draft)
             before = len(here.notes)
             here.override(at(axes, point))
-            del here.notes[before:]  # a note for each value would say the same
+            del here.notes[before:]  # the notes of all values are the same
             spec = self._spec(name, here, links, STAGES[here.stage])
             if spec is not None:
                 setting = {axis.name: swept(axis, spec.config) for axis in axes}
@@ -166,7 +166,7 @@ class _Reader:
         return list(found.values())
 
     def _spec(self, name: str, draft: Draft, links: Links, kind: type[C]) -> StageSpec[C] | None:
-        """Check and link a stage or the comparison, whose config is of the class `kind`."""
+        """Check and link a stage or the comparison; `kind` is the class of its config."""
         linked = links.find(name, draft)
         config = validate(draft)
         self.faults.extend(draft.faults)
@@ -224,7 +224,7 @@ def _across(
     compare: StageSpec[CompareConfig] | None,
     path: Path,
 ) -> Iterator[Fault]:
-    """Yield the faults of stages that each are right, and not together."""
+    """Yield the faults of stages that are valid alone but not together."""
     published: dict[tuple[bool, str], str] = {}
     for spec in stages:
         key = (spec.stage in TRAINING, spec.config.output_name)

@@ -1,4 +1,4 @@
-"""The keys of a config class as people read them: one reader for options, `rlhf config` and docs/config.md."""
+"""The keys of a config class in readable form, for command-line options, `rlhf config` and docs/config.md."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _VALUES = {"integer": int, "number": float, "boolean": bool}
 
 @dataclass(frozen=True)
 class Key:
-    """A key of a config: its type in words, the Python type of its option, and its default as YAML has it."""
+    """A key of a config: its type in words, the Python type of its option, and its default in YAML."""
 
     name: str
     words: str
@@ -28,7 +28,7 @@ class Key:
 
     @property
     def default_text(self) -> str:
-        """The default as a YAML file would have it."""
+        """The default as YAML text."""
         if self.required:
             return "required"
         return self.default if isinstance(self.default, str) else json.dumps(self.default)
@@ -60,13 +60,13 @@ def keys_of(stage: str) -> dict[str, Key]:
 
 
 def key_of(stage: str, keys: Mapping[str, Key], name: str) -> Key:
-    """Return the key that a command knows by this name or alias."""
+    """Return the key of a command with this name or alias."""
     alias = ALIASES[stage].get(name)
     return keys[alias.canonical if alias else name]
 
 
 def _value(field: Mapping[str, Any]) -> type:
-    """Return the Python type of a field's option: text where values of several types are possible."""
+    """Return the Python type of a field's option; text if values of several types are possible."""
     parts = [part for part in field.get("anyOf", [field]) if part.get("type") != "null"]
     return _VALUES.get(parts[0].get("type", ""), str) if len(parts) == 1 else str
 

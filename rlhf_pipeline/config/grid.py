@@ -1,4 +1,4 @@
-"""The runs that an experiment comes to: its stages for every seed and setting, in running order."""
+"""The runs of an experiment: its stages for every seed and setting, in running order."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Node:
 
     Args:
         spec: the stage with its seed and its swept values; links still name stages.
-        seed: the one of the experiment's seeds that it belongs to; None where all share it.
-        setting: its own swept values by key, then those of the stages that it comes from as `stage.key`.
-        inputs: the place, among all nodes, of the run of each stage that it is linked to.
+        seed: its seed among those of the experiment; None if all seeds share the run.
+        setting: its own swept values by key, then those of the stages before it as `stage.key`.
+        inputs: for each linked stage, the index of its run among all nodes.
     """
 
     spec: StageSpec[StageConfig]
@@ -35,24 +35,24 @@ class Node:
 
     @property
     def label(self) -> str:
-        """Its stage, setting and seed: `ppo beta=0.1 seed 1`; no two nodes of an experiment share one."""
+        """Its stage, setting and seed, as `ppo beta=0.1 seed 1`; labels are unique within an experiment."""
         words = [self.name, *(f"{key}={_shown(value)}" for key, value in self.setting.items())]
         return " ".join(words if self.seed is None else [*words, f"seed {self.seed}"])
 
     def resolved(self, outputs: Mapping[int, str]) -> StageConfig:
-        """Return the config with links replaced by the references of the nodes' outputs, by place.
+        """Return the config with links replaced by the references in `outputs`, by index of the node.
 
         Raises:
-            KeyError: a node that this one is linked to has no output in `outputs`.
+            KeyError: a linked node has no output in `outputs`.
         """
         return self.spec.resolved({name: outputs[place] for name, place in self.inputs.items()})
 
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """A node before its place is known.
+    """A node before its index is known.
 
-    `choices` says what it and all it comes from have chosen: a seed, and a point of each stage's sweep by number.
+    `choices` are those of the node and of all nodes before it: a seed, and the number of a point in each stage's sweep.
     """
 
     spec: StageSpec[StageConfig]
@@ -65,11 +65,11 @@ _SEED = ""  # no stage has this name
 
 
 def expand(experiment: Experiment) -> tuple[Node, ...]:
-    """Return every run of an experiment, each after those it comes from.
+    """Return every run of an experiment, each after its inputs.
 
-    A stage is run once for each seed where that seed draws it or one of its inputs anew, once for each point of its
-    own sweep, and once for each of its inputs' runs; inputs that come from one stage come from the same run of it.
-    What all seeds share is first, then one seed after the other, so that a run that is stopped leaves whole seeds.
+    A stage runs once for each seed that resamples the stage or one of its inputs, once for each point of its own sweep,
+    and once for each run of its inputs. Inputs that come from one stage come from the same run of this stage. The runs
+    that all seeds share are first, then one seed after the other, so an interrupted experiment leaves complete seeds.
     """
     runs: dict[str, list[_Run]] = {}
     for spec in experiment.stages:
@@ -80,14 +80,14 @@ def expand(experiment: Experiment) -> tuple[Node, ...]:
 
 
 def resampled(nodes: Iterable[Node]) -> tuple[str, ...]:
-    """Return the stages that a seed draws anew, those for the sake of their input included."""
+    """Return the stages that each seed runs again, including those that follow from their inputs."""
     return tuple(dict.fromkeys(node.name for node in nodes if node.seed is not None))
 
 
 def _runs_of(
     experiment: Experiment, spec: StageSpec[StageConfig], runs: Mapping[str, Sequence[_Run]]
 ) -> Iterator[_Run]:
-    """Yield the runs of a stage, given those of all stages before it; each config with the same inputs once."""
+    """Yield the runs of a stage, given those of all earlier stages; each config with the same inputs once."""
     drawn = spec.name in experiment.drawn_by_seed
     seen = set()
     for number, point in enumerate(experiment.points(spec)):
@@ -100,7 +100,7 @@ def _runs_of(
             values = {(spec.name, key): value for key, value in point.setting.items()}
             for run in inputs:
                 values |= {key: value for key, value in run.swept.items() if key not in values}
-            # Without a seed from an input: one run, or one for each seed.
+            # No input has a seed: one run, or one for each seed.
             seeds = [choices[_SEED]] if _SEED in choices else range(len(experiment.seeds)) if drawn else [None]
             for seed in seeds:
                 here, config = {**choices, **own}, point.config
@@ -115,7 +115,7 @@ def _runs_of(
 
 
 def _agreed(inputs: Iterable[_Run]) -> dict[str, int] | None:
-    """Return the choices of all inputs together, or None where they contradict each other."""
+    """Return the choices of all inputs together, or None if they contradict each other."""
     merged: dict[str, int] = {}
     for run in inputs:
         if any(merged.get(name, chosen) != chosen for name, chosen in run.choices.items()):
@@ -133,7 +133,7 @@ def _node(experiment: Experiment, run: _Run, places: Mapping[_Run, int]) -> Node
 
 
 def _shown(value: Any) -> str:
-    """A value as short as it can be told apart from all others."""
+    """The shortest text of a value that is different from those of other values."""
     if isinstance(value, float):
         short = f"{value:g}"
         return short if float(short) == value else repr(value)

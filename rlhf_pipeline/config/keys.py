@@ -1,4 +1,4 @@
-"""Keys by other names, keys of later versions, and keys of transformers and TRL that a run here does not use."""
+"""Aliases of keys, keys of later versions, and keys of transformers and TRL that this package does not use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlhf_pipeline.errors import did_you_mean
 
 @dataclass(frozen=True)
 class Alias:
-    """Another name of a key, and why the note is given."""
+    """Another name of a key, and the reason in its note."""
 
     canonical: str
     note: str
@@ -72,7 +72,7 @@ LATER: dict[str, Later] = {
     "kl_target": Later((None,), ("ppo",)),
     "load_best_model_at_end": Later((None, False)),
     "report_to": Later((None, "none", [], ["none"])),
-}  # and every key that begins with lora_
+}  # and every key that starts with lora_
 
 NOT_USED = frozenset(
     (
@@ -82,30 +82,30 @@ NOT_USED = frozenset(
         *("dataset_num_proc", "preprocessing_num_workers", "dataloader_num_workers", "dataloader_pin_memory"),
     )
 )
-"""Keys of transformers and TRL for logging, uploading and speed: no value of them changes what is trained."""
+"""Keys of transformers and TRL for logging, uploading and speed; they do not change the result of training."""
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """A key of which a run here knows only some values, those of what it does without the key, and what else to do."""
+    """A key with a fixed behaviour in this package: the values that match it, and what to do for other values."""
 
     values: tuple[Any, ...]
     instead: str
 
 
 FIXED: dict[str, Fixed] = {
-    "do_train": Fixed((True, None), "a stage trains whenever it is run"),
+    "do_train": Fixed((True, None), "a stage always trains"),
     "fp16": Fixed((False, None), "use bf16, or dtype float16"),
     "tf32": Fixed((False, None), "use bf16 for speed"),
     "optim": Fixed(("adamw_torch", "adamw_torch_fused"), "every stage trains with AdamW"),
-    "save_strategy": Fixed(("steps",), "save_steps says when checkpoints are written"),
-    "logging_strategy": Fixed(("steps",), "logging_steps says when metrics are logged"),
+    "save_strategy": Fixed(("steps",), "save_steps sets when checkpoints are written"),
+    "logging_strategy": Fixed(("steps",), "logging_steps sets when metrics are logged"),
     "dataset_text_field": Fixed(("text", None), "rename the column of the data to text"),
     "dataset_streaming": Fixed((False,), "a stage reads its data once, before it trains"),
     "packing": Fixed((False, None), "batches hold whole examples without padding, and a step keeps its examples"),
     "kl_estimator": Fixed(("k1",), "the KL in the reward is k1: the log-ratio"),
 }
-"""Keys of which other values would train, or keep, something else: those are refused."""
+"""Keys whose other values would change what is trained or stored; other values are refused."""
 
 _ENTRIES: dict[str, type[BaseModel]] = {"reward_functions": RewardFunction, "datasets": DatasetEntry}
 
@@ -113,7 +113,7 @@ REFUSED = {
     "output_dir": "use output_name: a name in the registry, under --home DIR or RLHF_HOME",
     "disable_dropout": "remove it: dropout is off in every stage, unless sft has `dropout: true`",
 }
-"""Keys of which no value is taken, and what to do."""
+"""Keys that are always refused, and what to do instead."""
 
 
 def later(stage: str, key: str) -> Later | None:
@@ -125,23 +125,23 @@ def later(stage: str, key: str) -> Later | None:
 
 
 def note_on_unused(stage: str, key: str, value: Any) -> str | None:
-    """Return what to say of a key of TRL's without which a run of this stage does the same; None of any other key."""
+    """Return the note on a TRL key that does not change a run of this stage; None for any other key."""
     if stage not in TRAINING:
         return None
     if key in NOT_USED:
         return "not used here"
     if key in FIXED and same(value, FIXED[key].values):
-        return "not used here: this is what a run does without it"
+        return "not used here: a run does the same without it"
     return None
 
 
 def same(value: Any, values: tuple[Any, ...]) -> bool:
-    """Return whether `value` is one of `values`, where 0 and False are different."""
+    """Return whether `value` is one of `values`; 0 and False are different."""
     return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in values)
 
 
 def shown(values: tuple[Any, ...]) -> str:
-    """Return the values as a YAML file would have them, the empty ones left out."""
+    """Return the values as YAML text, without empty ones."""
     told = [value for value in values if value is not None and value not in ([], ["none"])]
     texts = [str(value).lower() if isinstance(value, bool) else str(value) for value in told]
     return " or ".join(texts) or "no value"

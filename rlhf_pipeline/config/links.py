@@ -16,18 +16,18 @@ _MEANT = {"policy": "a policy", "reward": "a reward model", "data": "data"}
 
 
 class Links:
-    """Tells which values name an earlier stage, and refuses those that name none, a later or a wrong one."""
+    """Finds the values that name an earlier stage, and refuses names of no stage, a later one or a wrong one."""
 
     def __init__(self, commands: Mapping[str, str], known_models: Collection[str]):
         self._commands, self._known = commands, set(known_models)
         self._earlier: set[str] = set()
 
     def done(self, name: str) -> None:
-        """Take note that the stages read from now on come after this one."""
+        """Record that this stage comes before the stages that are read from now on."""
         self._earlier.add(name)
 
     def find(self, name: str, draft: Draft) -> set[str]:
-        """Return the earlier stages that a draft names; other names of stages are faults of it."""
+        """Return the earlier stages that a draft names; names of other stages are faults."""
         links: set[str] = set()
         for mention in raw_mentions(draft.values, SCHEMAS[draft.stage]):
             if mention.text not in self._commands:
@@ -52,7 +52,7 @@ class Links:
         return f"{text} ({', '.join(fitting)})" if fitting else text
 
     def _check_outside(self, draft: Draft, mention: Mention) -> None:
-        """Refuse a bare name that nothing bears; paths and hub ids are left to whoever loads them."""
+        """Refuse a bare name that does not exist; paths and hub ids are checked when they are loaded."""
         text = mention.text
         bare = re.split("[@#]", text, maxsplit=1)[0]
         if "/" in text or text.startswith((".", "~")) or os.path.exists(text):

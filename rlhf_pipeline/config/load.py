@@ -1,4 +1,4 @@
-"""Read, complete and check a config: every fault of it in one error."""
+"""Read, complete and check a config, and report all faults in one error."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rlhf_pipeline.errors import ConfigError, Fault, did_you_mean
 
 @dataclass(frozen=True)
 class Loaded:
-    """A valid config, and notes on what was read otherwise than written."""
+    """A valid config, and notes on values that were interpreted differently from the text."""
 
     config: Any
     notes: tuple[str, ...] = ()
@@ -40,7 +40,7 @@ def load_config(
         stage: sft, train-rm, ppo, dpo, collect, evaluate, compare or exact.
         path: the YAML file, or None.
         overrides: `key=value` texts, or a mapping of (dotted) keys to values; they win over everything.
-        extra: values handed over by a caller; they win over the file.
+        extra: values from the caller; they win over the file.
 
     Raises:
         ConfigError: one or more faults, all of them listed.
@@ -51,9 +51,9 @@ def load_config(
         draft.add_document(read_document(Path(path)), Path(path).parent)
     if extra:
         draft.add(extra, lambda key: f"{stage}: {'.'.join(map(str, key))}")
-    other = "did you mean --config {}?" if path is None else f"one config is read, {path}: remove it"
+    other = "did you mean --config {}?" if path is None else f"only one config is read, {path}: remove it"
     parsed, faults = parse_overrides(overrides, on_file=other)
-    # What is missing stands in that file.
+    # A missing key belongs in that file.
     draft.unreadable |= path is None and any(fault.found == A_FILE for fault in faults)
     draft.faults.extend(faults)
     draft.override(parsed)
@@ -64,7 +64,7 @@ def load_config(
 
 
 def in_order(faults: Iterable[Fault]) -> list[Fault]:
-    """Return the faults file by file in the order of their lines, those without a line after these."""
+    """Return the faults by file in the order of their lines, then those without a line."""
     order: dict[str, int] = {}
     places = []
     for fault in faults:
@@ -89,7 +89,7 @@ def validate(draft: Draft) -> CommandConfig | None:
         try:
             for fault in check(_Part(config, faulty) if faulty else config):
                 if check is check_lengths and (apart := draft.apart(LENGTHS)):
-                    # The last word is told, and what it contradicts: that may stand in a file.
+                    # Report the value given last and the one it contradicts, which may be in a file.
                     fault = replace(fault, where=apart[0], found=f"{fault.found} (given: {apart[1]})")
                 path = tuple(map(as_index, fault.where.split(".")))
                 if not (draft.unreadable and fault.found == "missing"):
@@ -102,11 +102,11 @@ def validate(draft: Draft) -> CommandConfig | None:
 
 
 class _FaultyFieldError(Exception):
-    """A check asked for a field that is wrong by itself."""
+    """A check has read a field that is itself faulty."""
 
 
 class _Part:
-    """The fields of a config that are right by themselves, for the checks between fields."""
+    """The valid fields of a config, for the checks between fields."""
 
     def __init__(self, config: BaseModel, faulty: set[str]):
         self._config, self._faulty = config, faulty
@@ -118,7 +118,7 @@ class _Part:
 
 
 def _valid_part(schema: type[CommandConfig], values: Mapping[str, Any], faulty: set[str]) -> CommandConfig:
-    """Return a config with the faulty fields at stand-in values; checks do not see these."""
+    """Return a config with placeholder values for the faulty fields, which checks cannot read."""
     fields = schema.model_fields.items()
     stand_ins = {name: field.examples[0] for name, field in fields if field.is_required() and field.examples}
     valid = {key: value for key, value in values.items() if key not in faulty}
@@ -126,12 +126,12 @@ def _valid_part(schema: type[CommandConfig], values: Mapping[str, Any], faulty: 
 
 
 def _translate(error: ValidationError, draft: Draft, report_missing: bool) -> set[str]:
-    """Add pydantic's errors to the draft's faults; return the top-level keys they are about."""
+    """Add pydantic's errors to the draft's faults; return their top-level keys."""
     errors = error.errors(include_url=False)
     faulty = {str(entry["loc"][0]) for entry in errors}
     for entry in errors:
         path: KeyPath = entry["loc"]
-        # A list whose only entry is faulty is then also "too short": the entry's fault says it all.
+        # pydantic also reports a list with one faulty entry as "too short"; the entry's fault is enough.
         nested = any(other["loc"][: len(path)] == path != other["loc"] for other in errors)
         if (entry["type"] == "too_short" and nested) or (entry["type"] == "missing" and not report_missing):
             continue

@@ -1,4 +1,4 @@
-"""Which values of a config name models and data, and which of these are local paths."""
+"""The values of a config that name models and data, and which of them are local paths."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
 class Mention:
     """A value of a config that names a model or data.
 
-    role: policy, reward (a reward model or another reward source) or data. part: of data, the part that is asked for.
+    role: policy, reward (a reward model or another reward source) or data. part: the requested part of the data.
     """
 
     path: KeyPath
@@ -32,12 +32,12 @@ class Mention:
 
 
 def mentions(config: CommandConfig) -> Iterator[Mention]:
-    """Yield the models and data that a config names: the built-in world and module:function left out."""
+    """Yield the models and data that a config names, without the built-in world and module:function."""
     return raw_mentions(config.model_dump(), type(config))
 
 
 def raw_mentions(values: Mapping[str, Any], kind: type[BaseModel]) -> Iterator[Mention]:
-    """Yield what `mentions` does, of values that are not checked yet; `kind` declares the keys."""
+    """Yield the mentions in values that are not yet checked; `kind` declares the keys."""
     return (found for found in _named(values, kind) if not _is_built_in(found))
 
 
@@ -74,14 +74,14 @@ def _entries(path: KeyPath, value: Any) -> Iterator[tuple[KeyPath, Any]]:
 
 
 def _inner_class(annotation: Any) -> type[BaseModel] | None:
-    """The config class of a field's entries; None where they are plain values."""
+    """The config class of a field's entries; None if they are plain values."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next(filter(None, map(_inner_class, get_args(annotation))), None)
 
 
 def set_value(values: Any, path: KeyPath, value: Any) -> None:
-    """Set the value at `path` of nested dicts and lists; tuples on the way become lists."""
+    """Set the value at `path` in nested dicts and lists; tuples on the path become lists."""
     for part in path[:-1]:
         if isinstance(values[part], tuple):
             values[part] = list(values[part])
@@ -90,9 +90,9 @@ def set_value(values: Any, path: KeyPath, value: Any) -> None:
 
 
 def find_local_paths(draft: Draft) -> None:
-    """Replace the paths that are relative to a config's folder; a path that does not exist is a fault.
+    """Resolve paths that are relative to a config's folder; a path that does not exist is a fault.
 
-    A path is looked for in the working directory first, then beside the file that names it.
+    A path is searched first in the working directory, then in the folder of the file that names it.
     """
     for mention in list(raw_mentions(draft.values, SCHEMAS[draft.stage])):
         if not _looks_local(mention):
@@ -102,7 +102,7 @@ def find_local_paths(draft: Draft) -> None:
             path = Path(mention.text).expanduser()
             candidates = [path] if path.is_absolute() or folder is None else [path, folder / path]
             found = next((candidate for candidate in candidates if candidate.exists()), None)
-        except (OSError, RuntimeError, ValueError) as error:  # a name too long, `~` of a user that is not there, a NUL
+        except (OSError, RuntimeError, ValueError) as error:  # a name too long, `~` of an unknown user, a NUL
             reason = getattr(error, "strerror", None) or error
             draft.fault(mention.path, f"not a path: {reason}", "a path that exists")
             continue

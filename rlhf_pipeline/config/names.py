@@ -1,4 +1,4 @@
-"""What a model, data set, alias or report may be called: a name of a file on every system, and nothing else."""
+"""Valid names of models, data sets, aliases and reports: they must be file names on every system."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ NAME_RULE = (
     "a letter or digit, then up to 63 letters, digits, '.', '_' or '-', not with a '.' at the end and not a device of "
     "Windows such as con or nul"
 )
-# A home may be copied to Windows, where these names, with any ending, are devices.
+# A home may be copied to Windows, where these names are devices, with any suffix.
 _DEVICE = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?", re.IGNORECASE)
 
 
 def is_name(text: str) -> bool:
-    """Return whether something new may have this name."""
+    """Return whether a new model, data set, alias or report may have this name."""
     if re.fullmatch(NAME_PATTERN.strip("^$"), text) is None or text.endswith("."):
         return False
     return _DEVICE.fullmatch(text) is None

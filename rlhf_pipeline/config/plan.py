@@ -1,4 +1,4 @@
-"""Keys of `rlhf run`: the file that names an experiment's stages; their own configs are in `experiment`."""
+"""Keys of `rlhf run`: the file that names the stages of an experiment; `experiment` reads the configs of the stages."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rlhf_pipeline.config.base import CommandConfig, Name, Seed, option, wrong
 from rlhf_pipeline.errors import Fault, did_you_mean
 
 COMMANDS = ("sft", "train-rm", "ppo", "dpo", "collect")
-# What `seed_resamples: arms` means: what is compared, and the reward models that it is trained on.
+# The meaning of `seed_resamples: arms`: the compared models, and the reward models that they are trained on.
 ARMS = ("train-rm", "ppo", "dpo")
-# A dot would read as a key inside a stage in `stage.key=value`.
+# In `stage.key=value` a dot would separate a stage from a key.
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _RESERVED = ("name", "seeds", "seed_resamples", "stages", "compare", "sweep", "world")
 
@@ -22,7 +22,7 @@ _RESERVED = ("name", "seeds", "seed_resamples", "stages", "compare", "sweep", "w
 def _resamples(value: Any) -> Any:
     if isinstance(value, str):
         if value not in ("arms", "all"):
-            raise wrong("arms, all, or a list of stages", f"write [{value}] for that stage alone")
+            raise wrong("arms, all, or a list of stages", f"write [{value}] for this stage only")
         return value
     if not isinstance(value, list | tuple) or not value or not all(isinstance(name, str) for name in value):
         raise wrong("arms, all, or a list of stages")
@@ -32,13 +32,13 @@ def _resamples(value: Any) -> Any:
 def check_stages(config: ExperimentConfig) -> Iterator[Fault]:
     """Yield the faults of stages' names and commands."""
     if not config.stages:
-        yield Fault("stages", "there are none", "at least one stage")
+        yield Fault("stages", "found none", "at least one stage")
     for name, entry in config.stages.items():
         where = f"stages.{name}"
         if not _STAGE_NAME.fullmatch(name):
-            yield Fault("stages", f"{name!r} is no name of a stage", "1 to 64 letters, digits, '_' or '-'")
+            yield Fault("stages", f"{name!r} is not a valid stage name", "1 to 64 letters, digits, '_' or '-'")
         elif name in _RESERVED:
-            yield Fault(where, f"the name {name!r} is taken", "another name for the stage")
+            yield Fault(where, f"the name {name!r} is reserved", "another name for the stage")
         command = entry.get("stage")
         if command is None:
             yield Fault(f"{where}.stage", "missing", f"one of {', '.join(COMMANDS)}")
@@ -91,11 +91,11 @@ class ExperimentConfig(CommandConfig):
 
 
 def drawn_by_seed(config: ExperimentConfig, commands: Mapping[str, str], pinned: Collection[str]) -> tuple[str, ...]:
-    """Return the stages that each seed draws anew by themselves, in order; what depends on them follows.
+    """Return the stages that each seed runs again by the config, in order, without the stages that depend on them.
 
     Args:
         commands: the command of each stage.
-        pinned: stages that set a seed of their own; they keep it unless they are listed by name.
+        pinned: stages that set their own seed; they keep it unless they are listed by name.
     """
     chosen = config.seed_resamples
     if len(config.seeds or ()) < 2:

@@ -55,16 +55,16 @@ def _engine(value: Any) -> Any:
 
 
 def check_rollout_engine(config: PpoConfig) -> Iterator[Fault]:
-    """Yield the faults of vLLM where it is not installed, or could not do what the config says."""
+    """Yield the faults of `rollout_engine: vllm`: it is not installed, or does not support the config."""
     if config.rollout_engine == "native":
         return
     native = "or rollout_engine: native"
     if importlib.util.find_spec("vllm") is None:
-        found = "found 'vllm', and there is no package vllm in this environment"
+        found = "found 'vllm', but there is no package vllm in this environment"
         fix = f"pip install 'vllm>=0.22,<=0.31' (the versions that TRL 1.16 supports), {native}"
         yield Fault("rollout_engine", found, "vllm installed", fix)
     if config.use_cpu:
-        found = "found true with rollout_engine vllm, which chooses its device itself and needs a GPU"
+        found = "found true with rollout_engine vllm, which needs a GPU and chooses its device itself"
         yield Fault("use_cpu", found, "use_cpu: false", native)
     if config.temperature < 0.01:
         found = f"found {config.temperature:g}, which vllm would raise to 0.01"
@@ -72,22 +72,22 @@ def check_rollout_engine(config: PpoConfig) -> Iterator[Fault]:
 
 
 def check_reward(config: PpoConfig) -> Iterator[Fault]:
-    """Yield the faults of no reward, of two ways to name it, or of a critic without its reward model."""
+    """Yield the faults of a missing reward, of two rewards, or of a critic without its reward model."""
     if config.value_init == "reward_model" and config.reward_model_path is None:
-        found = "value_init is reward_model and there is no reward_model_path"
+        found = "value_init is reward_model, but there is no reward_model_path"
         yield Fault("value_init", found, "sft or shared, or reward_model_path")
     if config.reward_model_path is None and config.reward_functions is None:
         yield Fault("reward_model_path", "missing", "reward_model_path or reward_functions")
     if config.reward_model_path is not None and config.reward_functions is not None:
-        yield Fault("reward_functions", "reward_model_path is given as well", "one of the two", "remove one")
+        yield Fault("reward_functions", "reward_model_path is also given", "one of the two", "remove one")
 
 
 def check_reward_sources(config: PpoConfig) -> Iterator[Fault]:
-    """Yield the faults of reward sources that cannot be what their key asks for."""
+    """Yield the faults of reward sources that do not fit their key."""
     path = config.reward_model_path
     if path is not None and (path == "world" or ":" in path):
         fix = f"write reward_functions: [{{source: {path}}}]"
-        yield Fault("reward_model_path", f"{path!r} is no reward model", "name, directory or hub id", fix)
+        yield Fault("reward_model_path", f"{path!r} is not a reward model", "name, directory or hub id", fix)
     for index, entry in enumerate(config.reward_functions or ()):
         yield from _check_source(f"reward_functions.{index}.source", entry.source)
 
@@ -100,12 +100,12 @@ def _check_source(where: str, source: str) -> Iterator[Fault]:
 
 
 def check_judge(config: PpoConfig) -> Iterator[Fault]:
-    """Yield the faults of a judge that is no source of scores, or one that the policy is trained on."""
+    """Yield the faults of a judge that is not a reward source, or that the policy is trained on."""
     if config.judge is None:
         return
     yield from _check_source("judge", config.judge)
     if config.judge in [reward.source for reward in config.rewards]:
-        found = f"{config.judge!r} judges, and is the reward that the policy is trained on"
+        found = f"{config.judge!r} is the reward that the policy is trained on"
         fix = "train a reward model on other pairs (rlhf train-rm dataset_train_split=judge), or remove judge"
         yield Fault("judge", found, "a held-out reward model, module:function or world", fix)
 
@@ -122,7 +122,7 @@ def check_episodes(config: PpoConfig) -> Iterator[Fault]:
 
 
 def remark_on_episodes(config: PpoConfig) -> Iterator[str]:
-    """Yield a note where the rollouts of a run do not add up to its episodes."""
+    """Yield a note if the rollouts of a run do not add up to its episodes."""
     size, updates = config.rollout_batch_size, config.updates
     if config.max_steps < 1 and (config.total_episodes or 0) % size:
         counted = f"{updates} update{'s' if updates > 1 else ''} of {size} episodes"
@@ -130,12 +130,12 @@ def remark_on_episodes(config: PpoConfig) -> Iterator[str]:
 
 
 def check_epochs(config: PpoConfig) -> Iterator[Fault]:
-    """Yield the faults of keys that count passes over the data, which PPO does not make."""
+    """Yield the faults of keys that PPO does not use: passes over the data, and evaluation."""
     if config.num_train_epochs != 1:
-        found = f"found {config.num_train_epochs:g}, and ppo counts episodes"
+        found = f"found {config.num_train_epochs:g}, but ppo counts episodes"
         yield Fault("num_train_epochs", found, "total_episodes, or max_steps in updates", "remove it")
     if config.eval_strategy != "no":
-        found = f"found {config.eval_strategy!r}, and every update of ppo measures fresh samples already"
+        found = f"found {config.eval_strategy!r}, but every update of ppo already measures fresh samples"
         yield Fault("eval_strategy", found, "'no'", "remove eval_strategy and eval_steps")
 
 
@@ -156,8 +156,8 @@ def check_batches(config: PpoConfig) -> Iterator[Fault]:
         return
     given, follows = config.gradient_accumulation_steps, minibatch // micro
     if given not in (None, follows):
-        found = f"found {given}, and a minibatch of {minibatch} is {follows} micro-batches of {micro}"
-        yield Fault("gradient_accumulation_steps", found, str(follows), "leave it out: it follows")
+        found = f"found {given}, but a minibatch of {minibatch} is {follows} micro-batches of {micro}"
+        yield Fault("gradient_accumulation_steps", found, str(follows), "remove it: it is computed")
 
 
 def check_schedule(config: PpoConfig) -> Iterator[Fault]:
@@ -286,12 +286,14 @@ class PpoConfig(TrainingConfig):
 
     @property
     def reads_prompts(self) -> bool:
-        """Whether the stage takes nothing but prompts from its data."""
+        """Whether the stage reads only prompts from its data."""
         return True
 
     def parents(self) -> dict[str, ModelInput]:
-        """Return the models that the policy comes from: its start (the reference as well), its reward models in order,
-        and the judge if it is a model."""
+        """Return the models that the policy comes from, by role.
+
+        These are its start, which is also the reference, its reward models in order, and the judge if it is a model.
+        """
         found = super().parents()
         found["reference"] = found["base"]
         models = [reward.source for reward in self.rewards if names_a_model(reward.source)]
@@ -303,12 +305,12 @@ class PpoConfig(TrainingConfig):
 
     @property
     def minibatch_size(self) -> int:
-        """Responses in one optimizer step, on all devices together."""
+        """The number of responses in one optimizer step, on all devices together."""
         return self.rollout_batch_size // self.num_mini_batches
 
     @property
     def updates(self) -> int:
-        """Updates in the whole run, one rollout each."""
+        """The number of updates in the run, one rollout each."""
         return self.max_steps if self.max_steps > 0 else (self.total_episodes or 0) // self.rollout_batch_size
 
     @property

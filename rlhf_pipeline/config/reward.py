@@ -13,7 +13,7 @@ from rlhf_pipeline.errors import Fault
 def check_reward_engine(config: RewardConfig) -> Iterator[Fault]:
     """Yield the faults of `engine: trl` for the reward model."""
     if config.engine == "trl" and config.score_pooling != "last":
-        found = f"found {config.score_pooling!r}, and TRL trains the score at the last token"
+        found = f"found {config.score_pooling!r}, but TRL trains the score at the last token"
         yield Fault("score_pooling", found, "'last'", NATIVE)
 
 

@@ -1,4 +1,4 @@
-"""What the name of a reward source means: the built-in world, a Python function, or a reward model."""
+"""The meaning of a reward source's name: the built-in world, a Python function, or a reward model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def load_function(source: str) -> Callable[..., Sequence[float]]:
     """Import a reward function named `module:function`, also from the current directory.
 
     Raises:
-        ConfigError: when there is no such module or function.
+        ConfigError: there is no such module or function, or the import fails.
     """
     module_name, _, name = source.partition(":")
     here = str(Path.cwd())
@@ -40,7 +40,7 @@ def load_function(source: str) -> Callable[..., Sequence[float]]:
     try:
         with contextlib.redirect_stdout(sys.stderr):
             function = getattr(importlib.import_module(module_name), name)
-    except Exception as error:  # whatever the user's module does when it is imported
+    except Exception as error:  # the user's module may raise any error on import
         raise ConfigError(
             Fault(
                 source, f"cannot import it ({type(error).__name__}: {error})", "module:function, importable from here"

@@ -1,4 +1,4 @@
-"""Keys of `rlhf sft`: supervised fine-tuning, of a model or of one from scratch."""
+"""Keys of `rlhf sft`: supervised fine-tuning of an existing model or one from scratch."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def _tokenizer_init(value: Any) -> Any:
 
 
 def check_start(config: SftConfig) -> Iterator[Fault]:
-    """Yield the faults of no start, of two, or of a model from scratch without its tokenizer."""
+    """Yield the faults of a missing start, of two starts, or of a model from scratch without its tokenizer."""
     existing, fresh, tokenizer = config.model_name_or_path, config.model_init, config.tokenizer_init
     if existing is None and fresh is None:
-        yield Fault("model_name_or_path", "missing", "model_name_or_path, or model_init to start fresh")
+        yield Fault("model_name_or_path", "missing", "model_name_or_path, or model_init to start from scratch")
     if existing is not None and fresh is not None:
-        yield Fault("model_init", "model_name_or_path is given as well", "one of the two", "remove one")
+        yield Fault("model_init", "model_name_or_path is also given", "one of the two", "remove one")
     if fresh is not None and tokenizer is None:
-        yield Fault("tokenizer_init", "missing", f"{_TOKENIZERS}, since model_init starts from scratch")
+        yield Fault("tokenizer_init", "missing", f"{_TOKENIZERS}, because model_init starts from scratch")
     if existing is not None and fresh is None and tokenizer is not None:
-        found = "the model of model_name_or_path brings its own tokenizer"
+        found = "the model of model_name_or_path has its own tokenizer"
         yield Fault("tokenizer_init", found, "tokenizer_init only with model_init", "remove it")
 
 

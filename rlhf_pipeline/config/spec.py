@@ -1,4 +1,4 @@
-"""A checked experiment: its stages with valid configs, in which links still name stages."""
+"""A checked experiment: its stages with valid configs; links in the configs still name stages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ C = TypeVar("C", bound=CommandConfig, covariant=True)
 
 @dataclass(frozen=True)
 class StageSpec(Generic[C]):
-    """One stage of an experiment, or its comparison: a valid config in which links still name stages.
+    """One stage of an experiment, or its comparison; links in its valid config still name stages.
 
     `setting` holds the values of the stage's swept keys.
     """
@@ -33,7 +33,7 @@ class StageSpec(Generic[C]):
         """Return the config with each linked stage's name replaced by its output's reference.
 
         Raises:
-            KeyError: a stage that this one is linked to has no output in `outputs`.
+            KeyError: a linked stage has no output in `outputs`.
         """
         values = self.config.model_dump()
         for path, earlier in self.links.items():
@@ -46,9 +46,9 @@ class Experiment:
     """A whole experiment, checked.
 
     Args:
-        stages: each with the first seed, and at the first point of its own sweep.
-        swept: all points of the stages that are swept. drawn_by_seed: stages that each seed draws anew by themselves,
-            not for the sake of their input. pinned: stages whose seed the experiment itself sets.
+        stages: each stage with the first seed, at the first point of its own sweep.
+        swept: all points of the swept stages. drawn_by_seed: stages that each seed runs again by the config, without
+            those that follow from their inputs. pinned: stages whose seed the experiment itself sets.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Experiment:
     pinned: frozenset[str] = frozenset()
 
     def points(self, spec: StageSpec[StageConfig]) -> tuple[StageSpec[StageConfig], ...]:
-        """Return a stage at all points of its own sweep: itself where it has none."""
+        """Return a stage at all points of its own sweep, or only itself without a sweep."""
         return self.swept.get(spec.name, (spec,))
 
     def everything(self) -> Iterator[StageSpec[StageConfig | CompareConfig]]:

@@ -1,4 +1,4 @@
-"""The `sweep` of an experiment: which keys of which stages take several values."""
+"""The `sweep` of an experiment: the keys of its stages that take several values."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from rlhf_pipeline.config.stages import SCHEMAS
 from rlhf_pipeline.config.yaml import KeyPath
 from rlhf_pipeline.errors import Fault, did_you_mean
 
-# What PPO calls kl_coef is DPO's beta: one name in settings, so that arms can be set side by side.
+# PPO's kl_coef is DPO's beta: settings use one name, so that arms can be compared.
 _SETTING_NAMES: dict[KeyPath, str] = {("ppo", "kl_coef"): "beta"}
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A swept key of a stage; `name` is what a setting calls it, `overrides` hold its values and their places."""
+    """A swept key of a stage; `name` is its name in a setting, `overrides` hold its values and their places."""
 
     key: str
     stage: str
@@ -37,7 +37,7 @@ def canonical(command: str, path: KeyPath) -> KeyPath:
 
 
 def spelling(sweep: Any, stage: str, command: str, path: KeyPath) -> str:
-    """Return how the sweep writes a key of a stage already, else the key as it is: an override by alias replaces it."""
+    """Return a stage's key as the sweep already writes it, else the key itself, so an override by alias replaces it."""
     text = ".".join(map(str, (stage, *path)))
     if command not in keys.ALIASES or not isinstance(sweep, dict):
         return text
@@ -51,12 +51,12 @@ def spelling(sweep: Any, stage: str, command: str, path: KeyPath) -> str:
 def read_sweep(
     plan: Draft, commands: Mapping[str, str], overrides: Mapping[str, Sequence[Override]]
 ) -> tuple[list[Axis], list[str]]:
-    """Return the axes of an experiment's sweep, and notes on those that an override of their key replaces.
+    """Return the axes of an experiment's sweep, and notes on axes that an override of their key replaces.
 
     Args:
         plan: the experiment's own values; faults of the sweep's keys are added to its faults.
         commands: the command of each stage.
-        overrides: those of each stage.
+        overrides: the overrides of each stage.
     """
     sweep = plan.values.get("sweep")
     axes: list[Axis] = []
@@ -78,12 +78,12 @@ def read_sweep(
 
 
 def given_twice(override: Override) -> Fault:
-    """Return the fault of a value that a sweep has twice."""
+    """Return the fault of a value that a sweep contains twice."""
     return Fault(override.where, f"{override.value!r} is given twice", "each value once", "remove one")
 
 
 def _axis(plan: Draft, commands: Mapping[str, str], text: str, values: Any) -> Axis | None:
-    """Return an axis with the values that it has once, or None where its key cannot be swept."""
+    """Return an axis with its distinct values, or None if its key cannot be swept."""
     place: KeyPath = ("sweep", text)
     stage, dot, rest = text.partition(".")
     stages = plan.values.get("stages")
@@ -96,7 +96,7 @@ def _axis(plan: Draft, commands: Mapping[str, str], text: str, values: Any) -> A
         plan.fault(place, f"{text!r} names no key of a stage", "stage.key: [value, ...]")
         return None
     if stage not in commands:
-        return None  # of unknown kind: a fault of the stage's own
+        return None  # of unknown kind: the stage itself reports this fault
     command, path = commands[stage], _path(rest)
     refused = next(_refusals(command, str(canonical(command, path)[0])), None)
     if refused is not None:
@@ -118,13 +118,13 @@ def _axis(plan: Draft, commands: Mapping[str, str], text: str, values: Any) -> A
 
 
 def _refusals(command: str, key: str) -> Iterator[tuple[str, str, str]]:
-    """Yield why a key of a stage command cannot be swept: what was found, what was expected, what to do."""
+    """Yield the reasons why a key of a stage command cannot be swept: what was found, what was expected, what to do."""
     if key == "seed":
         yield "a seed is not a setting", "seeds: [...] of the experiment", ""
     if key == "output_name":
         yield "points are versions of one name", "no sweep of output_name", "remove it"
     if key in RUN_ONLY:
-        yield f"{key} does not change what comes out of a run", "a key that does", "remove it"
+        yield f"{key} does not change the result of a run", "a key that does", "remove it"
     if key not in SCHEMAS[command].model_fields:
         if keys.later(command, key) is not None:
             yield "this key is not available yet in this version", "", "remove it"
@@ -137,12 +137,12 @@ def _path(text: str) -> KeyPath:
 
 
 def _overlap(first: Iterable[Any], second: Iterable[Any]) -> bool:
-    """Return whether two paths are the same, or one leads into the other."""
+    """Return whether two paths are the same, or one is a prefix of the other."""
     return all(a == b for a, b in zip(first, second, strict=False))
 
 
 def swept(axis: Axis, config: CommandConfig) -> Any:
-    """Return the value that a valid config has at the path of an axis."""
+    """Return the value of a valid config at the path of an axis."""
     value: Any = config.model_dump()
     for part in axis.path:
         value = value[part]
@@ -150,12 +150,12 @@ def swept(axis: Axis, config: CommandConfig) -> Any:
 
 
 def at(axes: Sequence[Axis], point: Sequence[int]) -> list[Override]:
-    """Return the overrides that put a stage at a point of its axes, given by the number of each value."""
+    """Return the overrides for a point of a stage's axes, given by the number of the value on each axis."""
     return [axis.overrides[number] for axis, number in zip(axes, point, strict=True)]
 
 
 def repeated(axes: Sequence[Axis], configs: Mapping[tuple[int, ...], CommandConfig]) -> Iterator[Fault]:
-    """Yield the faults of values that are written differently and are the same: at the first values of other axes."""
+    """Yield the faults of equal values that are written differently, at the first values of the other axes."""
     for number, axis in enumerate(axes):
         seen: list[Any] = []
         for index, override in enumerate(axis.overrides):

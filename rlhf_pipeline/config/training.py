@@ -1,4 +1,4 @@
-"""The keys that `sft`, `train-rm`, `ppo` and `dpo` have in common, and the checks between them."""
+"""The common keys of `sft`, `train-rm`, `ppo` and `dpo`, and the checks between them."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ class DatasetEntry(BaseModel):
 
 
 NATIVE = "or engine: native"
-"""What a fault of `engine: trl` ends with."""
+"""The advice in every fault of `engine: trl`."""
 
 
 def check_engine(config: TrainingConfig) -> Iterator[Fault]:
-    """Yield the faults of what `engine: trl` does in no stage."""
+    """Yield the faults of keys that `engine: trl` supports in no stage."""
     if config.engine != "trl":
         return
     if config.stage == "ppo":
-        found = "found 'trl', and TRL 1.16 has no PPO trainer"
+        found = "found 'trl', but TRL 1.16 has no PPO trainer"
         yield Fault("engine", found, "'native'", "engine: trl works for sft, train-rm and dpo")
         return
     if config.save_steps is not None:
@@ -72,12 +72,12 @@ def check_engine(config: TrainingConfig) -> Iterator[Fault]:
     if config.snapshot_steps is not None:
         yield Fault("snapshot_steps", "engine trl takes no snapshots", "no snapshot_steps", NATIVE)
     if config.micro_batch_tokens is not None:
-        found = "engine trl cuts micro-batches by examples only"
+        found = "engine trl limits micro-batches only by the number of examples"
         yield Fault("micro_batch_tokens", found, "no micro_batch_tokens", NATIVE)
 
 
 class TrainingConfig(CommandConfig):
-    """Keys that every training stage has, in the names of Hugging Face and TRL."""
+    """Keys of every training stage, with the names of Hugging Face and TRL."""
 
     stage: ClassVar[str]
 
@@ -179,11 +179,11 @@ class TrainingConfig(CommandConfig):
 
     @property
     def reads_prompts(self) -> bool:
-        """Whether the stage takes nothing but prompts from its data."""
+        """Whether the stage reads only prompts from its data."""
         return False
 
     def parents(self) -> dict[str, ModelInput]:
-        """Return the models that the stage's model comes from, by their role in its manifest; the start is first."""
+        """Return the parents of the stage's model, by their role in its manifest; the start is first."""
         if self.model_name_or_path is None:
             return {}
         return {"base": ModelInput(self.model_name_or_path, revision=self.model_revision)}
@@ -208,18 +208,18 @@ def check_model(config: TrainingConfig) -> Iterator[Fault]:
 
 
 def check_data(config: TrainingConfig) -> Iterator[Fault]:
-    """Yield the fault of no source, or of two ways to name it."""
+    """Yield the fault of a missing source, or of two sources."""
     if config.datasets is None and config.dataset_name is None:
         yield Fault("dataset_name", "missing", "dataset_name: SOURCE, or datasets: for a mixture")
     if config.datasets is not None and config.dataset_name is not None:
-        yield Fault("datasets", "dataset_name is given as well", "one of the two", "remove one")
+        yield Fault("datasets", "dataset_name is also given", "one of the two", "remove one")
     if config.datasets is not None and config.dataset_config is not None:
         fix = "write dataset_config into the entries of datasets"
-        yield Fault("dataset_config", "it belongs to dataset_name, and datasets is given", fix=fix)
+        yield Fault("dataset_config", "it belongs to dataset_name, but datasets is given", fix=fix)
 
 
 def check_mixture(config: TrainingConfig) -> Iterator[Fault]:
-    """Yield the faults of the built-in world inside a mixture."""
+    """Yield the faults of the built-in world in a mixture."""
     for index, entry in enumerate(config.datasets or ()):
         for fault in check_world(entry):
             yield Fault(f"datasets.{index}.{fault.where}", fault.found, fault.expected, fault.fix)
@@ -227,8 +227,8 @@ def check_mixture(config: TrainingConfig) -> Iterator[Fault]:
 
 def check_precision(config: TrainingConfig) -> Iterator[Fault]:
     """Yield the fault of bfloat16 autocast over float16 weights."""
-    if config.bf16 and config.dtype == "float16":  # auto too: the machine that says yes may be the next one
-        yield Fault("bf16", "bf16 is on and dtype is float16", "dtype float32 or bfloat16 with bf16")
+    if config.bf16 and config.dtype == "float16":  # auto too: another machine may turn it on
+        yield Fault("bf16", "bf16 is on, but dtype is float16", "dtype float32 or bfloat16 with bf16")
 
 
 def check_max_steps(config: TrainingConfig) -> Iterator[Fault]:
@@ -248,7 +248,7 @@ def check_warmup(config: TrainingConfig) -> Iterator[Fault]:
 
 
 def check_eval(config: TrainingConfig) -> Iterator[Fault]:
-    """Yield the fault of steps between evaluations that a strategy does not use."""
+    """Yield the fault of `eval_steps` with a strategy that does not use it."""
     if config.eval_steps is not None and config.eval_strategy != "steps":
         found = f"eval_strategy {config.eval_strategy!r} does not use eval_steps"
         yield Fault("eval_steps", found, "eval_strategy 'steps', or no eval_steps")

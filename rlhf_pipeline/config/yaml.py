@@ -1,7 +1,7 @@
-"""YAML with line numbers, and without YAML 1.1's surprises.
+"""YAML with line numbers, and without the surprises of YAML 1.1.
 
-Plain scalars follow YAML 1.2: `1e-5` is a number, `no`, `010` and dates are text or decimal numbers. A key
-given twice is a fault, not a silent overwrite.
+Plain scalars follow YAML 1.2: `1e-5` is a number; `no` and dates are text; `010` is the decimal number 10. A key that
+is given twice is a fault, not a silent overwrite.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _PLAIN: dict[str, tuple[re.Pattern[str], str]] = {
 _MOST_NODES = 20_000
 _MOST_BYTES = 1_000_000
 _DEEPEST = 50
-# What a config is made of; other tags (!!binary, !!set, !!timestamp) would be values that no key takes.
+# The tags of a config's values; no key accepts values with other tags (!!binary, !!set, !!timestamp).
 _TYPES: dict[type[yaml.Node], frozenset[str]] = {
     kind: frozenset(f"tag:yaml.org,2002:{name}" for name in names)
     for kind, names in (
@@ -51,12 +51,12 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern]]]] = {}  # type: ignore[misc]  # stub errs
 
     def construct_decimal(self, node: yaml.ScalarNode) -> int:
-        """Read an integer in base ten, with leading zeros or not."""
+        """Read an integer in base ten, with or without leading zeros."""
         return int(self.construct_scalar(node).replace("_", ""))
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that also quotes text which only our loader would read as a number."""
+    """SafeDumper that also quotes text that only this loader would read as a number."""
 
 
 for _name, (_pattern, _first) in _PLAIN.items():
@@ -67,7 +67,7 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 
 @dataclass
 class Document:
-    """A YAML mapping, the line of each of its keys, and what is wrong with it."""
+    """A YAML mapping, the line of each of its keys, and its faults."""
 
     source: str
     values: dict[str, Any] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class Document:
     faults: list[Fault] = field(default_factory=list)
 
     def where(self, path: KeyPath) -> str:
-        """Return `file:line: key` of the value at `path`."""
+        """Return the place of the value at `path`, as `file:line: key`."""
         dotted = ".".join(map(str, path))
         for length in range(len(path), 0, -1):
             if path[:length] in self.lines:
@@ -109,17 +109,17 @@ def parse_value(text: str) -> Any:
 
 
 def as_index(part: str) -> str | int:
-    """Return a part of a dotted key as the index of a list where it can be one."""
+    """Return a part of a dotted key as the index of a list if it can be one."""
     return int(part) if part.isascii() and part.isdigit() and len(part) < 10 else part
 
 
 def dump(values: dict[str, Any]) -> str:
-    """Return YAML text that this module, and any other YAML reader, reads back as `values`."""
+    """Return YAML text that this module and every other YAML reader read back as `values`."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def read_document(path: Path) -> Document:
-    """Read a YAML file; what cannot be read becomes the document's faults."""
+    """Read a YAML file; errors become faults of the document."""
     document = Document(str(path))
     try:
         with path.open("rb") as file:
@@ -156,7 +156,7 @@ def _parse(text: str, document: Document) -> None:
         if root is None:
             return
         if not isinstance(root, yaml.MappingNode):
-            found = f"found a {root.id}"  # type: ignore[attr-defined]  # all kinds of nodes have one
+            found = f"found a {root.id}"  # type: ignore[attr-defined]  # every kind of node has it
             document.faults.append(Fault(f"{document.source}:{_line(root)}", found, "lines of `key: value`"))
             return
         nodes = _Walk(document)
@@ -178,12 +178,12 @@ def _parse(text: str, document: Document) -> None:
     except RecursionError:
         line = 1 if loader is None else loader.line + 1
         document.faults.append(Fault(f"{document.source}:{line}", "nested too deeply", "lines of `key: value`"))
-    except ValueError as error:  # YAML's reader has its own for everything else
+    except ValueError as error:  # YAML's reader has its own errors for everything else
         document.faults.append(Fault(document.source, f"cannot be read as YAML: {error}"))
 
 
 def _refuse_half_characters(document: Document) -> None:
-    """Note the texts that an escape such as "\\ud800" made half a character: no file, name or message can hold them."""
+    """Record texts with half a character from an escape such as "\\ud800"; no file, name or message can hold them."""
 
     def visit(value: Any, path: KeyPath) -> None:
         if isinstance(value, dict):
@@ -207,7 +207,7 @@ def _refuse_half_characters(document: Document) -> None:
 
 
 class _TooManyError(Exception):
-    """The document unfolds to more nodes than a config has."""
+    """The document expands to more nodes than a config may have."""
 
     def __init__(self, found: str, line: int):
         super().__init__(found)
@@ -216,14 +216,14 @@ class _TooManyError(Exception):
 
 @dataclass
 class _Walk:
-    """Collects the line of each key, and the keys given twice."""
+    """Collects the line of each key, and the keys that are given twice."""
 
     document: Document
     count: int = 0
     reader: _Loader = field(default_factory=lambda: _Loader(""))
 
     def mapping(self, node: yaml.MappingNode, path: KeyPath) -> None:
-        """Visit a mapping: what it merges first, so that its own keys win."""
+        """Visit a mapping; merged mappings come first, so that its own keys win."""
         self.visit(node, path)
         for key, value in node.value:
             if key.tag == _MERGE:
@@ -260,9 +260,9 @@ class _Walk:
         """Count a node, and check its type."""
         self.count += 1
         if self.count > _MOST_NODES:
-            raise _TooManyError(f"aliases unfold to more than {_MOST_NODES} values, or into themselves", _line(node))
+            raise _TooManyError(f"aliases expand to more than {_MOST_NODES} values, or to themselves", _line(node))
         if len(path) > _DEEPEST:
-            found = f"aliases unfold into themselves, or values are nested more than {_DEEPEST} deep"
+            found = f"aliases expand to themselves, or values are nested more than {_DEEPEST} levels deep"
             raise _TooManyError(found, _line(node))
         if node.tag not in _TYPES[type(node)]:
             found = f"a value of the type {node.tag.replace('tag:yaml.org,2002:', '!!')}"
@@ -270,7 +270,7 @@ class _Walk:
             self.document.faults.append(Fault(where, found, "a plain value", "remove the tag"))
 
     def scalar(self, node: yaml.ScalarNode, path: KeyPath) -> None:
-        """Check that a scalar is what its tag says: `!!int abc` and numbers of thousands of digits are not."""
+        """Check that a scalar fits its tag: `!!int abc` and numbers of thousands of digits do not."""
         try:
             self.reader.construct_object(node)
         except (ValueError, KeyError):

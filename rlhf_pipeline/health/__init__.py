@@ -1,1 +1,1 @@
-"""What goes wrong while a stage trains, by name: watches over its figures, and what each usually means."""
+"""Problems during training, by name: watches read the metrics of a stage and say what a problem usually means."""

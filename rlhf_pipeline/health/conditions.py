@@ -1,4 +1,4 @@
-"""What conditions have in common: means, their errors, and what "late" means."""
+"""Functions that the conditions share: means, standard errors, and what "late" means."""
 
 from __future__ import annotations
 
@@ -26,5 +26,8 @@ def late(h: History, f: Facts) -> bool:
 
 
 def width(f: Facts) -> int:
-    """Updates of a sixth of the run: when it is late they lie in the second half of its first third."""
+    """The number of updates in a sixth of the run, at most RECENT.
+
+    When `late` first holds, these updates are the second half of the first third of the run.
+    """
     return max(1, min(RECENT, f.total // 6))

@@ -1,7 +1,8 @@
 """Watches of the stages that train on examples: SFT, the reward model and DPO.
 
-A condition takes the history of the figures and the facts of the run, and returns the value to report or None. Most
-look at a sixth of the run, once its first third is over; noise bands keep single updates from counting.
+A condition takes the history of the metrics and the facts of the run, and returns the value to report or None. Most
+conditions read the last sixth of the run, once the first third is over. Noise bands prevent findings from single
+updates.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ LOG_2 = math.log(2)
 
 
 def near_chance(name: str) -> Condition:
-    """Whether accuracy is at most one standard error above one half, over 400 pairs or more of a late run: a model
-    that is right 57 % of the time is more than two further errors away."""
+    """A condition: late in the run, accuracy over 400 or more pairs is at most one standard error above one half.
+
+    A model with an accuracy of 57 % is more than two standard errors above this limit.
+    """
 
     def condition(h: History, f: Facts) -> float | None:
         values = h.recent(name, width(f))
@@ -29,7 +32,10 @@ def near_chance(name: str) -> Condition:
 
 
 def loss_above_log_2(h: History, f: Facts) -> float | None:
-    """By two standard errors over ten updates or more of a late run: "one half" for every pair would do better."""
+    """Late, the mean loss over at least ten updates exceeds log 2 by two standard errors.
+
+    log 2 is the loss of a model that answers "one half" for every pair.
+    """
     values = h.recent("loss/bradley_terry", width(f))
     if not late(h, f) or len(values) < 10:
         return None
@@ -37,8 +43,11 @@ def loss_above_log_2(h: History, f: Facts) -> float | None:
 
 
 def reward_overfit(h: History, f: Facts) -> float | None:
-    """Two evaluations in a row below the best one by .02 and by half of the interval's half-width (the pairs are the
-    same ones, so the difference is surer than the figures), with training accuracy .1 above: learnt by heart."""
+    """Held-out accuracy in two consecutive evaluations is below the earlier best, and training accuracy is .1 above it.
+
+    The drop must exceed .02 and half of the interval's half-width. Half is enough because both evaluations use the same
+    pairs, so the difference is more certain than either accuracy.
+    """
     held_out, training = h.recent("eval_accuracy"), h.recent("accuracy")[-10:]
     if len(held_out) < 3 or not training:
         return None
@@ -48,16 +57,20 @@ def reward_overfit(h: History, f: Facts) -> float | None:
 
 
 def chosen_falls(h: History, f: Facts) -> float | None:
-    """By a nat per token of the chosen responses, over ten updates: each token a third as likely as it was. Some fall
-    is in the optimum itself (r / beta - log Z of a middling response is below 0); half a nat is seen in sound runs on
-    responses of three tokens, which have the largest share of the KL per token."""
+    """Over ten updates the chosen responses have lost a nat per token: each token is a third as likely as before.
+
+    Some fall is part of the optimum (r / beta - log Z is below 0 for an average response). Healthy runs on responses of
+    three tokens, which have the largest KL per token, show half a nat.
+    """
     values = h.recent("logps/chosen_minus_reference", 10)
     return mean(values) if values and mean(values) < -f.tokens else None
 
 
 def margin_negative(h: History, f: Facts) -> float | None:
-    """Implicit accuracy below one half, or a mean margin below 0, by two standard errors over ten late updates. A
-    margin within .01 of 0 is that of a policy that has not moved: what is left of its sign is rounding and ties."""
+    """Late, implicit accuracy is below one half or the mean margin below 0, by two standard errors over ten updates.
+
+    A margin within .01 of 0 means that the policy has not moved: its sign comes from rounding and ties.
+    """
     margins, right = (h.recent(name, width(f)) for name in ("rewards/margins", "rewards/accuracies"))
     if not late(h, f) or len(margins) < 10 or not right or abs(mean(margins)) < 0.01:
         return None
@@ -66,13 +79,17 @@ def margin_negative(h: History, f: Facts) -> float | None:
 
 
 def margin_exploding(h: History, f: Facts) -> float | None:
-    """Above 10 with .99 of the pairs right, over ten updates: odds of 22,000 to 1, which no label deserves."""
+    """Over ten updates the margin is above 10 with 99 % of the pairs correct.
+
+    A margin of 10 means odds of 22,000 to 1, which no label justifies.
+    """
     margins, right = h.recent("rewards/margins", 10), h.recent("rewards/accuracies", 10)
     return mean(margins) if margins and right and mean(margins) > 10 and mean(right) >= 0.99 else None
 
 
 def dpo_overfit(h: History, f: Facts) -> float | None:
-    """Two evaluations in a row whose loss is .05 nats above the best one, with .97 of the training pairs right."""
+    """The held-out loss in two consecutive evaluations is .05 nats above the earlier best, with 97 % of the training
+    pairs correct."""
     held_out, right = h.recent("eval_nll"), h.recent("rewards/accuracies", 10)
     if len(held_out) < 3 or not right or mean(right) < 0.97:
         return None
@@ -80,7 +97,7 @@ def dpo_overfit(h: History, f: Facts) -> float | None:
 
 
 def nothing_learnt(h: History, f: Facts) -> float | None:
-    """Late, the margin is within .01 of 0 (odds of 1.01) and the sigmoid loss within .01 of log 2, where it began."""
+    """Late, the margin is within .01 of 0 (odds of 1.01) and the sigmoid loss within .01 of log 2, its first value."""
     margins, losses = (h.recent(name, width(f)) for name in ("rewards/margins", "loss/dpo"))
     if not late(h, f) or len(margins) < 10 or not losses:
         return None
@@ -89,8 +106,11 @@ def nothing_learnt(h: History, f: Facts) -> float | None:
 
 
 def loss_not_falling(h: History, f: Facts) -> float | None:
-    """Late, over ten updates or more: less than 1 % below the first ten, where two standard errors of the difference
-    are at most 5 %: a fall by a tenth is then more than three further ones away."""
+    """Late, the loss over at least ten updates is less than 1 % below that of the first ten updates.
+
+    The condition requires that two standard errors of the difference are at most 5 %. A fall of 10 % is then more than
+    three standard errors above the limit.
+    """
     values, start = h.recent("loss/nll", width(f)), h.first("loss/nll", 10)
     if not late(h, f) or len(values) < 10 or not start:
         return None
@@ -106,8 +126,8 @@ SFT = (
         "loss_not_falling",
         ("loss/nll",),
         loss_not_falling,
-        "the model learns nothing from these data, or knew them before",
-        "learning_rate (up where the loss stands still, down where it jumps), warmup_steps down; look at the data with "
+        "the model learns nothing from these data, or already knew them",
+        "learning_rate (up if the loss is flat, down if it jumps), warmup_steps down; look at the data with "
         "rlhf data preview",
         patience=5,
         relief=10,
@@ -118,8 +138,8 @@ REWARD = (
         "near_chance",
         ("accuracy",),
         near_chance("accuracy"),
-        "the reward model tells chosen from rejected no better than a coin",
-        "learning_rate, more pairs, a larger model; see that chosen and rejected are not mixed up in the data",
+        "the reward model separates chosen from rejected responses no better than a coin",
+        "learning_rate, more pairs, a larger model; check that chosen and rejected are not swapped in the data",
         patience=5,
         relief=10,
     ),
@@ -127,7 +147,7 @@ REWARD = (
         "loss_above_log_2",
         ("loss/bradley_terry",),
         loss_above_log_2,
-        "the scores are worse than the answer 'one half' for every pair: they are sure and wrong",
+        "the loss is higher than with the answer 'one half' for every pair: the scores are confident and wrong",
         "learning_rate down, warmup_steps up, max_grad_norm down",
         patience=5,
         relief=10,
@@ -136,7 +156,7 @@ REWARD = (
         "overfit",
         ("eval_accuracy", "eval_accuracy_low", "eval_accuracy_high", "accuracy"),
         reward_overfit,
-        "held-out accuracy falls while the margin on the training pairs grows: they are learnt by heart",
+        "held-out accuracy falls and is well below training accuracy: the training pairs are memorised",
         "num_train_epochs down, learning_rate down, weight_decay up, more pairs",
         relief=2,
     ),
@@ -146,8 +166,8 @@ DPO = (
         "chosen_falls",
         ("logps/chosen_minus_reference",),
         chosen_falls,
-        "chosen responses have become much less likely than under the reference: DPO rewards the margin alone, and "
-        "mass has gone to responses that are in no pair",
+        "chosen responses have become much less likely than under the reference: DPO rewards only the margin, and "
+        "probability has moved to responses that are in no pair",
         "learning_rate down, beta up, num_train_epochs down; SFT on the chosen responses first",
         relief=10,
     ),
@@ -156,7 +176,7 @@ DPO = (
         ("rewards/margins", "rewards/accuracies"),
         margin_negative,
         "the policy prefers the rejected responses more than the reference does",
-        "learning_rate down; see that chosen and rejected are not mixed up, and that ref_model is the SFT model",
+        "learning_rate down; check that chosen and rejected are not swapped, and that ref_model is the SFT model",
         patience=5,
         relief=10,
     ),
@@ -164,7 +184,7 @@ DPO = (
         "margin_exploding",
         ("rewards/margins", "rewards/accuracies"),
         margin_exploding,
-        "the policy is surer of the training pairs than any label can be: they are learnt by heart",
+        "the policy is more certain of the training pairs than any label can be: the pairs are memorised",
         "num_train_epochs down, learning_rate down, label_smoothing, loss_type ipo",
         relief=10,
     ),
@@ -172,7 +192,7 @@ DPO = (
         "overfit",
         ("eval_nll", "rewards/accuracies"),
         dpo_overfit,
-        "the loss on held-out pairs rises while nearly all training pairs are right: they are learnt by heart",
+        "the loss on held-out pairs rises while nearly all training pairs are correct: the pairs are memorised",
         "num_train_epochs down, learning_rate down, beta up, more pairs",
         relief=2,
     ),
@@ -180,7 +200,7 @@ DPO = (
         "nothing_learnt",
         ("loss/dpo", "rewards/margins"),
         nothing_learnt,
-        "the policy is where it started: its steps are too small, or chosen and rejected are the same",
+        "the policy has not moved from its start: the steps are too small, or chosen and rejected are the same",
         "learning_rate up, warmup_steps down; look at the pairs with rlhf data preview",
         patience=5,
         relief=10,

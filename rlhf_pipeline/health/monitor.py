@@ -1,7 +1,7 @@
-"""Named causes instead of bare numbers: watches over the figures of a run, and what they have found.
+"""A monitor that applies watches to the metrics of a run and keeps their findings.
 
-The watches of each stage stand in `health/`; docs/health.md lists them. A monitor holds a short history of
-the figures that its watches read; the history is part of a checkpoint, so a resumed run finds what a whole one finds.
+The watches of each stage are in `health/`; docs/health.md lists them. A monitor holds a short history of the metrics
+that its watches read. The history is part of a checkpoint, so a resumed run has the findings of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from rlhf_pipeline.config.training import TrainingConfig
 
 RECENT = 100
-"""Values of a figure that are kept, the last ones."""
+"""The number of last values kept of each metric."""
 FIRST = 20
-"""Values of a figure that are kept, the first ones."""
+"""The number of first values kept of each metric."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the watches know of a run besides its figures.
+    """What the watches know of a run besides its metrics.
 
-    total: updates in all. size: responses (ppo) or examples of one update, over all ranks. tokens: of a chosen
-    response, on average. low_precision: 16 bits in the weights or the forward pass.
+    total: number of updates. size: responses (ppo) or examples per update, over all ranks. tokens: mean length of a
+    chosen response. low_precision: whether weights or forward pass use 16 bits.
     """
 
     total: int
@@ -39,7 +39,10 @@ class Facts:
 
 
 def facts_of(config: TrainingConfig, total: int, ranks: int, known: Mapping[str, float], *, bf16: bool) -> Facts:
-    """The facts of a run of `total` updates on `ranks` processes; known: from its stage; bf16: autocast is on."""
+    """The facts of a run of `total` updates on `ranks` processes.
+
+    known: facts that the stage supplies. bf16: whether autocast is on.
+    """
     rollout = getattr(config, "rollout_batch_size", None)
     examples = config.per_device_train_batch_size * (config.gradient_accumulation_steps or 1) * ranks
     return Facts(
@@ -54,10 +57,10 @@ def facts_of(config: TrainingConfig, total: int, ranks: int, known: Mapping[str,
 
 
 class History:
-    """The first and the last values of some figures; what is not finite is left out.
+    """The first and the last values of some metrics, without values that are not finite.
 
-    The name "A with B" stands for the values of A at the updates that have a B, so that the two can be set side by
-    side; the update's number is the figure "step".
+    The name "A with B" selects the values of A at the updates that have a value of B, so that A and B can be compared.
+    The metric "step" is the number of the update.
     """
 
     def __init__(self, names: Iterable[str]):
@@ -81,11 +84,11 @@ class History:
         return bool(self._recent[name])
 
     def first(self, name: str, count: int) -> list[float]:
-        """The first `count` values (at most FIRST); none while there are fewer."""
+        """The first `count` values (at most FIRST), or [] while there are fewer."""
         return self._first[name][:count] if len(self._first[name]) >= count else []
 
     def recent(self, name: str, count: int | None = None) -> list[float]:
-        """The last `count` values (None: all that are kept, at most RECENT); none while there are fewer."""
+        """The last `count` values (None: all that are kept, at most RECENT), or [] while there are fewer."""
         values = self._recent[name]
         if count is None:
             return list(values)
@@ -102,13 +105,14 @@ class History:
 
 @dataclass(frozen=True)
 class Watch:
-    """One cause and how it shows.
+    """One cause and the condition that detects it.
 
-    figures: what it reads; it looks whenever the first one arrives, which is also the one that it reports.
-    condition: the value to report, or None where nothing is wrong.
-    blanks: what fills the {names} in message and knob.
-    patience: looks in a row until it is named. relief: looks in a row without it until it counts as over, which takes
-    a tenth of the run at least: a figure that hovers about its limit is one finding and not ten.
+    figures: the metrics that the condition reads. It is evaluated when the first one arrives, which is also reported.
+    condition: returns the value to report, or None if nothing is wrong.
+    blanks: returns the values for the {names} in message and knob.
+    patience: consecutive evaluations with the cause before a finding. relief: consecutive evaluations without the cause
+    before it counts as over; this takes at least a tenth of the run, so a metric that fluctuates around its limit is
+    one finding.
     """
 
     cause: str
@@ -123,7 +127,7 @@ class Watch:
 
 @dataclass
 class Finding:
-    """A cause that was seen. until_step: None while it lasts."""
+    """A cause that a watch has found. until_step: the last step with the cause, or None while the cause lasts."""
 
     cause: str
     figure: str
@@ -134,7 +138,7 @@ class Finding:
     knob: str
 
     def line(self) -> str:
-        """One line for the log: what was seen since when, what it usually means, what to turn."""
+        """One line for the log: cause, first step, value, usual meaning, what to change."""
         return (
             f"health: {self.cause} since step {self.since_step}: {self.figure} is {self.value:.4g}; {self.message}. "
             f"Try: {self.knob}"
@@ -149,14 +153,14 @@ class Finding:
 
 @dataclass
 class _Streak:
-    seen: int = 0  # looks in a row at which the condition held
-    absent: int = 0  # looks in a row at which it did not
-    since: int = 0  # step of the first of the former
-    until: int = 0  # step at which it held last
+    seen: int = 0  # consecutive evaluations at which the condition held
+    absent: int = 0  # consecutive evaluations at which it did not hold
+    since: int = 0  # first step of the current streak with the condition
+    until: int = 0  # last step at which the condition held
 
 
 class Monitor:
-    """Watches over one run; `findings` in the order in which they were named."""
+    """The watches of one run; `findings` are in the order in which they were found."""
 
     def __init__(self, watches: Sequence[Watch], facts: Facts):
         self.watches, self.facts = tuple(watches), facts
@@ -165,7 +169,7 @@ class Monitor:
         self._streaks = {watch.cause: _Streak() for watch in watches}
 
     def update(self, step: int, metrics: Mapping[str, float]) -> list[Finding]:
-        """Take in the figures of an update, or of an evaluation after it; return what is named for the first time."""
+        """Read the metrics of an update, or of an evaluation after it, and return the new findings."""
         self.history.add(step, metrics)
         return [found for watch in self.watches if (found := self._look(watch, step, metrics)) is not None]
 
@@ -194,20 +198,20 @@ class Monitor:
         return found
 
     def lasting(self) -> dict[str, float]:
-        """What is wrong now, for an update's line in metrics.jsonl: `health/CAUSE` and the value it was named at."""
+        """The causes that last, for a line of metrics.jsonl: `health/CAUSE` and the value at which it was found."""
         return {f"health/{found.cause}": found.value for found in self.findings if found.until_step is None}
 
     def report(self) -> list[dict[str, Any]]:
-        """The findings as a manifest has them."""
+        """The findings for the manifest."""
         return [asdict(finding) for finding in self.findings]
 
     def state(self) -> dict[str, Any]:
-        """Everything that changes, as JSON has it."""
+        """The state for a checkpoint, as JSON values."""
         streaks = {cause: asdict(streak) for cause, streak in self._streaks.items()}
         return {"history": self.history.state(), "streaks": streaks, "findings": self.report()}
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
-        """Go on from a `state`; without one (a checkpoint of an earlier release) start anew."""
+        """Restore a `state`; None (a checkpoint of an earlier release) changes nothing."""
         if state is None:
             return
         self.history.restore(state["history"])

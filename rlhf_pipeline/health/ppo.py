@@ -1,7 +1,7 @@
 """Watches of PPO.
 
-A condition takes the history of the figures and the facts of the run, and returns the value to report or None. Means
-over WINDOW updates and noise bands keep single updates from counting.
+A condition takes the history of the metrics and the facts of the run, and returns the value to report or None. Means
+over WINDOW updates and noise bands prevent findings from single updates.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ JUDGED_SCORE, JUDGED_SPREAD, JUDGED_STEP = (
 
 
 def above(name: str, limit: float) -> Condition:
-    """Whether the mean of the last WINDOW values is above a limit."""
+    """A condition: the mean of the last WINDOW values is above a limit."""
 
     def condition(h: History, f: Facts) -> float | None:
         values = h.recent(name, WINDOW)
@@ -32,8 +32,12 @@ def above(name: str, limit: float) -> Condition:
 
 
 def kl_negative(h: History, f: Facts) -> float | None:
-    """For n responses of the policy itself P(mean of log pi / pi_ref < -c / n) <= exp(-c), by Markov: the mean of
-    pi_ref / pi is at most 1. c = 14: less than one false alarm in a million updates, whatever the two models are."""
+    """The mean KL estimate over WINDOW updates is below -14 / (WINDOW n) and below the rounding error.
+
+    For n responses sampled from the policy, P(mean of log pi / pi_ref < -c / n) <= exp(-c) by Markov's inequality,
+    because the mean of pi_ref / pi is at most 1. With c = 14 a false alarm occurs less than once in a million updates,
+    for any two models.
+    """
     values = h.recent("objective/kl", WINDOW)
     if not values:
         return None
@@ -43,8 +47,11 @@ def kl_negative(h: History, f: Facts) -> float | None:
 
 
 def kl_exploding(h: History, f: Facts) -> float | None:
-    """Twice the KL of five updates ago, above 10 nats and no more score for it; or, with more than 1 nat, an objective
-    below that of the first update, where the policy is the reference: then the reference itself would be better."""
+    """KL is above 10 nats and twice that of five updates before, without a higher score; or KL is above 1 nat and the
+    objective is below that of the first update.
+
+    In the first update the policy is the reference, so a lower objective means that the reference itself is better.
+    """
     kl, scores = h.recent("objective/kl", 2 * WINDOW), h.recent("objective/scores", 2 * WINDOW)
     spread, objective = h.recent("objective/scores_std", WINDOW), h.recent("objective/rlhf_reward", WINDOW)
     if not (kl and scores and spread and objective):
@@ -61,7 +68,7 @@ def kl_exploding(h: History, f: Facts) -> float | None:
 
 
 def kl_zero(h: History, f: Facts) -> float | None:
-    """Neither estimator moved off 0 in three updates after the first that trains the actor, while scores differ."""
+    """Both KL estimates are exactly 0 in three updates after the first that trains the actor, while scores differ."""
     names = ("objective/kl", "objective/kl_k3", "objective/scores_std")
     kl, k3, spread = (h.recent(name, 3) for name in names)
     if h.step <= f.critic_warmup_steps + 3 or not (kl and k3 and spread):
@@ -70,7 +77,7 @@ def kl_zero(h: History, f: Facts) -> float | None:
 
 
 def scores_equal(h: History, f: Facts) -> float | None:
-    """A spread of 1e-6 of the score is what rounding leaves of equal ones."""
+    """The spread of the scores is at most 1e-6 of the score three times in a row: rounding of equal scores."""
     spread, scores = h.recent("objective/scores_std", 3), h.recent("objective/scores", 3)
     if not (spread and scores):
         return None
@@ -79,24 +86,34 @@ def scores_equal(h: History, f: Facts) -> float | None:
 
 
 def ratio_off(h: History, f: Facts) -> float | None:
-    """Largest |ratio - 1| of a response token before the first step: up to 1e-5 by fp32's rounding. 16 bits leave
-    steps of .004 in a relative log-probability, so a tenth is beyond their rounding."""
+    """The largest |ratio - 1| of a response token before the first step is above rounding error, twice in a row.
+
+    Rounding in fp32 gives up to 1e-5. In 16 bits log-probabilities have a relative precision of .004, so .1 is beyond
+    rounding.
+    """
     values = h.recent("first_minibatch/ratio_error", 2)
     limit = 0.1 if f.low_precision else 1e-3
     return min(values) if values and min(values) > limit else None
 
 
 def sampler_off(h: History, f: Facts) -> float | None:
-    """Mean |difference| of a token's log-probability between an engine that samples and the model: two programs of 16
-    bits differ by some hundredths, two of fp32 by rounding; a model that has moved on without the engine by more."""
+    """The mean |difference| of a token's log-probability between sampling engine and model is above rounding error,
+    twice in a row.
+
+    Two programs in 16 bits differ by a few hundredths, two in fp32 by rounding. An engine that has missed weight
+    updates differs by more.
+    """
     values = h.recent("sampler/logprob_difference", 2)
     limit = 0.1 if f.low_precision else 0.01
     return min(values) if values and min(values) > limit else None
 
 
 def value_useless(h: History, f: Facts) -> float | None:
-    """Explained variance below 0 in five updates running, by .05 on average (a critic that knows nothing has 0, give
-    or take), after a fifth of the run: between 10 updates, which a fresh critic needs, and 50."""
+    """Explained variance is below 0 in five consecutive updates, and below -.05 on average.
+
+    A critic that knows nothing has about 0. The condition applies after a fifth of the run, but not before 10 updates,
+    which a new critic needs, and not later than 50.
+    """
     values = h.recent("val/explained_variance", WINDOW)
     if not values or h.step <= min(max(10, f.total // 5), 50):
         return None
@@ -104,8 +121,11 @@ def value_useless(h: History, f: Facts) -> float | None:
 
 
 def eos_lost(h: History, f: Facts) -> float | None:
-    """The share of ended responses is below half of that of the first three updates, by four standard errors (a
-    run has hundreds of looks); or none of 60 responses or more ended (rule of three: a rate below 5 %)."""
+    """The share of ended responses is below half of that of the first three updates by four standard errors; or no
+    response of 60 or more has ended.
+
+    Four standard errors, because a run has hundreds of evaluations. None of 60 means a rate below 5 % (rule of three).
+    """
     values = h.recent("val/ended", 3 + WINDOW)
     if not values:
         return None
@@ -117,8 +137,10 @@ def eos_lost(h: History, f: Facts) -> float | None:
 
 
 def length_drift(h: History, f: Facts) -> float | None:
-    """Half as long again, or half as long, as in the first three updates; the spread of lengths is at most about their
-    mean, which bounds the standard error of the difference, and four of these have to be passed as well."""
+    """The response length is outside .5 to 1.5 times that of the first three updates, by four standard errors.
+
+    The standard deviation of the lengths is taken to be their mean, about its upper bound.
+    """
     values = h.recent("val/response_length", 3 + WINDOW)
     if not values:
         return None
@@ -128,22 +150,25 @@ def length_drift(h: History, f: Facts) -> float | None:
 
 
 def entropy_gone(h: History, f: Facts) -> float | None:
-    """A tenth of the entropy per token of the first update: below that most tokens are certain."""
+    """The entropy per token is below a tenth of that of the first update: most tokens are then certain."""
     values, start = h.recent("policy/entropy_avg", WINDOW), h.first("policy/entropy_avg", 1)
     return mean(values) if values and mean(values) < 0.1 * start[0] else None
 
 
 def judge_best(h: History) -> int | None:
-    """Where in the history of the judge the best WINDOW looks before the last WINDOW begin; None without as many."""
+    """The index at which the judge's best WINDOW scores begin, before the last WINDOW; None if there are too few."""
     upto = [0.0, *itertools.accumulate(h.recent(JUDGE))]
     starts = range(len(upto) - 2 * WINDOW)
     return max(starts, key=lambda start: upto[start + WINDOW] - upto[start], default=None)
 
 
 def judge_falls(h: History, f: Facts) -> float | None:
-    """Over the last WINDOW looks the judge is lower than over its best WINDOW before, by five standard errors (the
-    best of up to ninety is a lucky one) and a tenth of the spread of its scores; the score that is trained on is above
-    that of the first WINDOW looks by three, and since the judge's best it has not fallen by two."""
+    """The judge's mean over the last WINDOW scores is below its best earlier WINDOW, and the training score is higher.
+
+    The judge must be lower by five standard errors (the best of up to ninety is a lucky one) and by a tenth of the
+    spread of its scores. The score that is trained on must be three standard errors above its first WINDOW values, and
+    must not have fallen by two standard errors since the judge's best.
+    """
     best = judge_best(h)
     if best is None:
         return None
@@ -158,7 +183,7 @@ def judge_falls(h: History, f: Facts) -> float | None:
 
 @dataclass(frozen=True)
 class Looks:
-    """(mean, variance over responses) of a score over WINDOW looks: the first, those at the judge's best, the last."""
+    """(mean, variance over responses) of a score over WINDOW values: the first, those at the judge's best, the last."""
 
     first: tuple[float, float]
     then: tuple[float, float]
@@ -177,12 +202,12 @@ class Looks:
         )
 
     def change(self, before: tuple[float, float], f: Facts) -> tuple[float, float]:
-        """Now minus before, and its standard error."""
+        """The difference `now` - `before`, and its standard error."""
         return self.now[0] - before[0], math.sqrt((self.now[1] + before[1]) / (WINDOW * f.size))
 
 
 def judge_was(h: History, f: Facts) -> dict[str, Any]:
-    """What the judge said at its best, and the update about which that was."""
+    """The judge's best mean score, and the update in the middle of its window."""
     best = judge_best(h) or 0
     at = int(h.recent(JUDGED_STEP)[best + WINDOW // 2])
     return {"best": f"{mean(h.recent(JUDGE)[best : best + WINDOW]):.4g}", "step": at}
@@ -195,13 +220,13 @@ PPO = (
         kl_negative,
         "a KL is never negative, so the responses are not samples of the policy that is scored: sampling and scoring "
         "disagree, or the reference is not where the policy started",
-        "temperature 1; see that sampler and trainer use the same precision (bf16 false) and the same reference",
+        "temperature 1; check that sampler and trainer use the same precision (bf16 false) and the same reference",
     ),
     Watch(
         "kl_exploding",
         ("objective/kl", "objective/scores", "objective/scores_std", "objective/rlhf_reward"),
         kl_exploding,
-        "the policy leaves the reference and the reward does not pay for it",
+        "the policy leaves the reference and gains no reward for it",
         "kl_coef up, learning_rate down, num_ppo_epochs down",
     ),
     Watch(
@@ -216,64 +241,64 @@ PPO = (
         ("objective/scores_std", "objective/scores"),
         scores_equal,
         "all responses get the same score, so there is nothing to learn from",
-        "the reward function or reward model; if scores differed before, kl_coef up (the policy says one thing only)",
+        "the reward function or reward model; if scores differed before, kl_coef up (the policy repeats one response)",
     ),
     Watch(
         "ratio_off",
         ("first_minibatch/ratio_error",),
         ratio_off,
-        "before its first step the policy's probabilities already differ from those that its advantages are for",
+        "before the first step on a rollout the policy's log-probabilities already differ from those of the rollout",
         "bf16 false, attn_implementation eager; no dropout in the model",
     ),
     Watch(
         "sampler_off",
         ("sampler/logprob_difference",),
         sampler_off,
-        "the engine that samples gives its tokens other probabilities than the model that trains: its weights, its "
-        "precision or its temperature are others, and importance weights mend that in part only",
+        "the sampling engine gives its tokens other probabilities than the trained model: weights, precision or "
+        "temperature of the engine differ, and importance weights correct only a part of the difference",
         "rollout_engine native; the versions of vllm and transformers",
     ),
     Watch(
         "value_useless",
         ("val/explained_variance",),
         value_useless,
-        "the critic predicts returns worse than a constant, so advantages are noisier than without it",
+        "the critic predicts returns worse than a constant, so the advantages are noisier than without a critic",
         "critic_warmup_steps up, vf_coef up, value_init, learning_rate",
     ),
     Watch(
         "eos_lost",
         ("val/ended",),
         eos_lost,
-        "responses no longer end but are cut, and are scored unfinished",
-        "missing_eos_penalty, response_length up, kl_coef up; see that the SFT data end in the stop token",
+        "responses no longer end; they are cut at response_length and scored unfinished",
+        "missing_eos_penalty, response_length up, kl_coef up; check that the SFT data end with the stop token",
     ),
     Watch(
         "length_drift",
         ("val/response_length",),
         length_drift,
-        "responses have become much longer or shorter than at the start: the reward may pay for length itself",
+        "responses have become much longer or shorter than at the start: the reward may favour length itself",
         "kl_coef up, missing_eos_penalty; compare the reward model with 'longer wins'",
     ),
     Watch(
         "clipping",
         ("policy/clipfrac_avg",),
         above("policy/clipfrac_avg", 0.5),  # more than half of the tokens' gradient is cut off
-        "most tokens are clipped: the policy moves further on one rollout than the rollout can vouch for",
+        "most tokens are clipped: the updates on one rollout are too large",
         "learning_rate down, num_ppo_epochs down, rollout_batch_size up",
     ),
     Watch(
         "entropy_gone",
         ("policy/entropy_avg",),
         entropy_gone,
-        "the policy has become almost deterministic and explores no more",
+        "the policy has become almost deterministic and no longer explores",
         "kl_coef up, learning_rate down",
     ),
     Watch(
         "judge_falls",
         (JUDGE, JUDGE_SPREAD, JUDGED_SCORE, JUDGED_SPREAD, JUDGED_STEP),
         judge_falls,
-        "the judge has fallen from its best, {best}, while the score has risen and not fallen since: the policy "
-        "exploits the errors of its reward model (over-optimisation)",
+        "the judge's score has fallen from its best, {best}, while the training score has risen: the policy exploits "
+        "the errors of its reward model (over-optimisation)",
         "kl_coef up; stop near step {step}, where the judge was best (snapshot_steps keeps its weights); more or "
         "better pairs for the reward model",
         blanks=judge_was,

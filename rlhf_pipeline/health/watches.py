@@ -1,4 +1,4 @@
-"""The watches of each stage: what is seen, what it usually means, which knob to turn; docs/health.md is their list."""
+"""The watches of each stage. docs/health.md lists them: condition, usual meaning, what to change."""
 
 from rlhf_pipeline.health.examples import DPO, REWARD, SFT
 from rlhf_pipeline.health.ppo import PPO

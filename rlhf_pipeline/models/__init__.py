@@ -1,1 +1,1 @@
-"""Loading and initialising models, the one forward pass over packed batches, and the models of each role."""
+"""Loading and initialising models, the forward pass over packed batches, and the modules of each role."""

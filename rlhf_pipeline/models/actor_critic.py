@@ -25,12 +25,12 @@ def make_actor_critic(
     reward_model: RewardModel | None = None,
     temperature: float = 1.0,
 ) -> ActorCritic:
-    """Give the actor a critic.
+    """Combine the actor with a critic.
 
-    * reward_model: a trunk of its own, copied from the reward model; the value head is the reward head with bias
-      -reward_shift, so that read at the last response token it gives the reward model's score.
-    * sft: a trunk of its own, copied from the actor before training; the head starts at 0.
-    * shared: a head on the actor's trunk, starting at 0, so the critic says 0 at step 0.
+    * reward_model: a separate trunk, copied from the reward model; the value head is the reward head with bias
+      -reward_shift, so at the last response token it gives the reward model's score.
+    * sft: a separate trunk, copied from the actor before training; the head starts at 0.
+    * shared: a head on the actor's trunk; it starts at 0, so all values are 0 at step 0.
     """
     critic: PreTrainedModel | None
     if value_init == "reward_model":
@@ -55,9 +55,9 @@ def make_actor_critic(
 
 
 def describe_critic(value_init: ValueInit, reward_model_label: str | None = None) -> str:
-    """One line for the log: what the critic is and where it came from."""
+    """One line for the log: the kind of critic and its initialisation."""
     return {
-        "reward_model": f"critic: a trunk of its own, initialised from the reward model {reward_model_label}",
-        "sft": "critic: a trunk of its own, initialised from the SFT model; value head at 0",
-        "shared": "critic: a value head on the actor's trunk, starting at 0",
+        "reward_model": f"critic: a separate trunk, initialised from the reward model {reward_model_label}",
+        "sft": "critic: a separate trunk, initialised from the SFT model; the value head starts at 0",
+        "shared": "critic: a value head on the actor's trunk; it starts at 0",
     }[value_init]

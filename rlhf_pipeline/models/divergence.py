@@ -1,4 +1,4 @@
-"""How far two policies are apart along given responses."""
+"""The distance of two policies on given responses."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from rlhf_pipeline.models.modules import Policy
 
 @dataclass(frozen=True)
 class Divergence:
-    """Per completion token, (N,): log-probabilities under both, entropy of the policy, and the exact KL
-    sum_v pi(v) log(pi(v) / pi_ref(v)) of the next-token distributions at its position."""
+    """Values per completion token, (N,) in nats: log-probabilities under both models, entropy of the policy, exact KL.
+
+    The KL is that of the next-token distributions at the token's position: sum_v pi(v) log(pi(v) / pi_ref(v)).
+    """
 
     logprobs: Tensor
     ref_logprobs: Tensor
@@ -34,7 +36,7 @@ def divergence(policy: Policy, reference: Policy, batch: PackedBatch) -> Diverge
             head = output_head(one.model, one.temperature)
             scored.append((head, hidden, *token_logprobs(head, hidden, batch.target_ids, entropy=one is policy)))
         (head, hidden, logprobs, entropy), (ref_head, ref_hidden, ref_logprobs, _) = scored
-        assert entropy is not None  # asked for of the policy
+        assert entropy is not None  # the policy was asked for it
         return Divergence(logprobs, ref_logprobs, entropy, token_kl(head, hidden, ref_head, ref_hidden))
     mine, theirs = (
         torch.log_softmax(predicting_logits(one.model, batch) / one.temperature, -1) for one in (policy, reference)

@@ -1,8 +1,8 @@
-"""The one forward pass: hidden states of a packed batch, and the head that reads them.
+"""The forward pass: hidden states of a packed batch, and the head on them.
 
-A `Reader` knows how to read one architecture. Most causal models of transformers take a 4-D mask with position
-ids, and their logits are a linear map of the last hidden state; where either does not hold, `inspect_model`
-(selfcheck.py) finds out at load time and a slower, equally correct way is taken.
+A `Reader` describes how to read one architecture. Most causal models of transformers take a 4-D mask with position ids,
+and their logits are a linear map of the last hidden state. `inspect_model` (selfcheck.py) checks both at load time; if
+one does not hold, a slower, equally correct method is used.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 class Reader:
     """How to read an architecture.
 
-    layout: the best one that the attention can read (data/batch.py).
-    head: "linear" where logits = W h + b, else "own" (the model's own forward computes the logits).
-    decodes: whether left-padded, cached decoding gives the same logits, so that the model can be sampled from.
+    layout: the fastest layout that the attention can read (data/batch.py).
+    head: "linear" if logits = W h + b, else "own" (the model's own forward computes the logits).
+    decodes: whether left-padded, cached decoding gives the same logits, which sampling needs.
     """
 
     layout: Layout = "trees"
@@ -37,8 +37,11 @@ class Reader:
 
 
 def _allowed(batch: PackedBatch, window: int | None) -> Tensor:
-    """(B, 1, T, T) bool: query q may see key k when both stand in one tree, k is not later, and k is in the
-    prompt or in q's own completion; with a sliding window also position(q) - position(k) < window."""
+    """The visible keys of each query, (B, 1, T, T) bool.
+
+    Query q may see key k if both are in one tree, k is not later, and k is in the prompt or in q's own completion; with
+    a sliding window, position(q) - position(k) < window must hold too.
+    """
     tree, branch, position = batch.tree, batch.branch, batch.position_ids
     steps = torch.arange(tree.shape[1], device=tree.device)
     allowed = (tree[:, :, None] == tree[:, None, :]) & (steps[:, None] >= steps)
@@ -55,10 +58,10 @@ def _as_kind(allowed: Tensor, attention: str, dtype: torch.dtype) -> Tensor:
 
 
 def attention_mask(batch: PackedBatch, config: object, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-    """The mask of a packed batch in the form that a model with this config takes.
+    """The mask of a packed batch in the form that a model with this config accepts.
 
-    A dict by layer type where full and sliding layers alternate; a 2-D mask in the layout "rows"; a `TreeMask` in
-    the layout "flat".
+    A 2-D mask in the layout "rows", a `TreeMask` in the layout "flat", and a dict by layer type if full and sliding
+    layers alternate.
     """
     if batch.layout == "rows":
         return (batch.tree >= 0).long()
@@ -84,7 +87,7 @@ def trunk_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def hidden_states(trunk: nn.Module, batch: PackedBatch, index: Tensor | None = None) -> Tensor:
-    """Last hidden states of a packed batch at flat positions `index` (K,): (K, D); without it all, (B * T, D)."""
+    """Last hidden states of a packed batch at flat positions `index` (K,): (K, D). Without `index`: all, (B * T, D)."""
     dtype = next(trunk.parameters()).dtype
     with reading(trunk, index):
         output = trunk(
@@ -104,7 +107,7 @@ def output_head(model: PreTrainedModel, temperature: float = 1.0) -> OutputHead:
 
 
 def predicting_logits(model: PreTrainedModel, batch: PackedBatch, index: Tensor | None = None) -> Tensor:
-    """(N, V) logits at the predicting positions (or at `index`) by the model's own forward, in at least fp32."""
+    """Logits (N, V) at the predicting positions (or at `index`) by the model's own forward, in at least fp32."""
     dtype = next(model.parameters()).dtype
     logits = model(
         input_ids=batch.input_ids,
@@ -119,7 +122,7 @@ def predicting_logits(model: PreTrainedModel, batch: PackedBatch, index: Tensor 
 def next_token_logprobs(
     model: PreTrainedModel, reader: Reader, batch: PackedBatch, index: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """Log-probabilities of every next token at flat positions `index` (K,): (K, V), in at least fp32."""
+    """Log-probabilities of every next token at flat positions `index` (K,): (K, V) in nats, in at least fp32."""
     if reader.head == "linear":
         hidden = hidden_states(trunk_of(model), batch).index_select(0, index)
         return torch.log_softmax(output_head(model, temperature).logits(hidden), dim=-1)
@@ -129,11 +132,11 @@ def next_token_logprobs(
 def completion_logprobs(
     model: PreTrainedModel, reader: Reader, batch: PackedBatch, temperature: float = 1.0, *, entropy: bool = True
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Log-probability of every completion token, entropy of its distribution, and the hidden states it was read from.
+    """Log-probability of every completion token, entropy of its distribution, and the hidden states behind them.
 
     Returns:
-        logprobs (N,) differentiable; entropy (N,) detached, None if not asked for; hidden (N, D), or None where the
-        model's own forward was used.
+        logprobs (N,) in nats, differentiable; entropy (N,) in nats, detached, or None if not requested; hidden (N, D),
+        or None if the model's own forward was used.
     """
     if reader.head == "linear":
         hidden = hidden_states(trunk_of(model), batch, batch.predict_index)

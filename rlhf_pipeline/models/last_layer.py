@@ -1,8 +1,8 @@
-"""The last layer, only where somebody reads it.
+"""Compute the last layer only at positions whose hidden states are read.
 
-Every position's keys and values are needed, but the query and output projections and the MLP of the last layer only
-at the positions whose hidden states are read: completions, or the last token of each. Hooks on these modules, which
-work position by position, take those rows out before and put them back after; the other rows get what came in.
+The keys and values of every position are needed. The query and output projections and the MLP of the last layer are
+needed only at the positions that are read: completions, or the last token of each. Hooks on these modules, which work
+position by position, select these rows before and put them back after; other rows keep the input of the module.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ def _position_wise(trunk: nn.Module) -> list[nn.Module]:
 
 
 def skipping_modules(trunk: nn.Module) -> list[nn.Module]:
-    """The modules of a trunk that compute only what is read."""
+    """The modules of a trunk that compute only the rows that are read."""
     return [module for module in _position_wise(trunk) if _take in module._forward_pre_hooks.values()]
 
 
 def skip_unread(trunk: nn.Module) -> bool:
-    """Let the last layer of a trunk compute only what is read; returns whether there is anything to skip."""
+    """Make the last layer of a trunk compute only the rows that are read; returns whether it has such modules."""
     for module in _position_wise(trunk):
         if _take not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_take)
@@ -81,12 +81,12 @@ def _checkpoints(trunk: nn.Module) -> bool:
 
 @contextmanager
 def reading(trunk: nn.Module, index: Tensor | None) -> Iterator[None]:
-    """Within it, only the flat positions `index` (repeated or not) of what `trunk` returns mean anything."""
-    # A checkpointed layer runs once more in the backward pass, outside of this.
+    """A context in which only the flat positions `index` (repeated or not) of the output of `trunk` are valid."""
+    # A checkpointed layer runs again in the backward pass, outside this context.
     if index is None or (trunk.training and _checkpoints(trunk)):
         yield
         return
-    token = _read.set(torch.unique(index))  # a repeated row would get its gradient twice
+    token = _read.set(torch.unique(index))  # a repeated row would receive its gradient twice
     try:
         yield
     finally:

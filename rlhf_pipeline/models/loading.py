@@ -1,4 +1,4 @@
-"""Models from a path, a hub id or a config alone; always with dropout off unless asked for."""
+"""Load models from a path or hub id, or make them from a config; dropout is off by default."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _config(path: str, revision: str | None, trust_remote_code: bool) -> Any:
         require_sizes(config)
         require_full_precision(config)
         return config
-    except Exception as error:  # each architecture reads its values in its own way
+    except Exception as error:  # architectures raise different errors
         refuse_to_hide(error)
         raise BadInput(f"{path}: its config.json cannot be used ({first_line(error)})") from error
 
@@ -51,7 +51,7 @@ def _from_pretrained(auto_class: Any, path: str | Path, *, dtype: str, revision:
         return auto_class.from_pretrained(
             str(path), revision=revision, dtype=DTYPES.get(dtype, dtype), use_safetensors=True, **options
         )
-    except Exception as error:  # sizes that contradict each other end in whatever torch raises
+    except Exception as error:  # torch raises various errors for contradictory sizes
         refuse_to_hide(error)
         raise BadInput(
             f"{path}: cannot load it as a model ({first_line(error)}); expected a directory or hub id with "
@@ -69,7 +69,7 @@ def load_causal_lm(
     dropout: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model; with `tokenizer`, make room in the embedding for tokens it has added."""
+    """Load a causal language model; with `tokenizer`, extend the embedding to its added tokens."""
     from transformers import AutoModelForCausalLM
 
     config = _config(str(path), revision, trust_remote_code)
@@ -88,7 +88,7 @@ def load_causal_lm(
 
 
 def adopt_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the model the tokenizer's special ids, and embedding rows for every token."""
+    """Set the model's special ids to those of the tokenizer, and give every token an embedding row."""
     embedding = cast(nn.Embedding, model.get_input_embeddings())
     if len(tokenizer) > embedding.weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
@@ -100,10 +100,10 @@ def adopt_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 
 def new_config(model_init: dict[str, Any], *, dropout: bool = False, **special: Any) -> Any:
-    """The transformers config that `model_init` describes: `model_type`, and values of that config.
+    """The transformers config that `model_init` describes by `model_type` and values for its keys.
 
     Raises:
-        ConfigError: for an unknown `model_type` or key, or values that the architecture refuses.
+        ConfigError: `model_type` or a key is unknown, or the architecture refuses a value.
     """
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -127,7 +127,7 @@ def new_config(model_init: dict[str, Any], *, dropout: bool = False, **special: 
         if key not in known
     ]
     faults += [
-        Fault(f"model_init: {key}", f"found {value}, and dropout is off", "0", "set dropout: true to train with it")
+        Fault(f"model_init: {key}", f"found {value}, but dropout is off", "0", "set dropout: true to train with it")
         for key, value in settings.items()
         if not dropout and ("dropout" in key or "pdrop" in key) and value
     ]
@@ -135,16 +135,16 @@ def new_config(model_init: dict[str, Any], *, dropout: bool = False, **special: 
         raise ConfigError(faults)
     try:
         config = AutoConfig.for_model(model_type, **{**special, **settings})
-    except Exception as error:  # each architecture checks its values in its own way
+    except Exception as error:  # architectures raise different errors here too
         raise ConfigError(Fault("model_init", f"{model_type} refuses these values: {first_line(error)}")) from error
     return config if dropout else without_dropout(config)
 
 
 def model_of_config(config: Any, **options: Any) -> PreTrainedModel:
-    """A causal language model with random weights.
+    """Make a causal language model with random weights.
 
     Raises:
-        ConfigError: when the architecture has none, or its sizes do not fit together.
+        ConfigError: the architecture has no causal language model, or its sizes do not fit together.
     """
     from transformers import AutoModelForCausalLM
 
@@ -154,7 +154,7 @@ def model_of_config(config: Any, **options: Any) -> PreTrainedModel:
         raise ConfigError(
             Fault(
                 "model_init",
-                f"no causal language model can be made of {config.model_type}: {first_line(error)}",
+                f"cannot make a causal language model of {config.model_type}: {first_line(error)}",
                 "a decoder-only architecture with sizes that fit together",
             )
         ) from error
@@ -172,7 +172,7 @@ def init_causal_lm(
     """Make a model with random weights from `model_type` and config keys of transformers.
 
     Raises:
-        ConfigError: for an unknown `model_type` or config key, or values that do not fit.
+        ConfigError: `model_type` or a config key is unknown, or values do not fit.
     """
     config = new_config(
         model_init,
@@ -199,9 +199,9 @@ def init_reward_model(
     trust_remote_code: bool = False,
     score_pooling: str = "last",
 ) -> PreTrainedModel:
-    """A reward model on the trunk of a language model: a new scalar head without bias, std 1 / sqrt(d + 1).
+    """Make a reward model: the trunk of a language model with a new scalar head without bias, std 1 / sqrt(d + 1).
 
-    Source of the initialisation: Stiennon et al. 2020, as kept by Huang et al. 2024 (N+ details), detail 11.
+    Source of the initialisation: Stiennon et al. 2020; Huang et al. 2024 (N+ details), detail 11.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -241,7 +241,7 @@ def load_sequence_classifier(
     """Load a trained reward model (a sequence classifier with one label).
 
     Raises:
-        MismatchError: when it has another number of labels, no head, or one with a bias (which would be dropped).
+        MismatchError: it has another number of labels, no head, or a head with a bias (which would be dropped).
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -269,13 +269,13 @@ def load_sequence_classifier(
 
 
 def store_reward_shift(model: PreTrainedModel, mean_score: float) -> None:
-    """Keep the constant that makes reference samples score 0 on average: our score = plain score - shift.
+    """Store the constant that gives reference samples the mean score 0: score = head output - shift.
 
     Raises:
-        ValueError: when the model has one already (a second normalisation would hide the first).
+        ValueError: the model already has one (a second normalisation would hide the first).
     """
     if getattr(model.config, "reward_shift", 0.0):
-        raise ValueError(f"this reward model is normalised already (reward_shift {model.config.reward_shift})")
+        raise ValueError(f"this reward model is already normalised (reward_shift {model.config.reward_shift})")
     model.config.reward_shift = float(mean_score)
 
 
@@ -284,6 +284,6 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     model.save_pretrained(directory, safe_serialization=True)
     tokenizer.save_pretrained(directory)
     config = json.loads((directory / "config.json").read_text())
-    if "auto_map" in config:  # never hand on a pointer to code that somebody would run unasked
+    if "auto_map" in config:  # never pass on a pointer to code that a user might run unintentionally
         del config["auto_map"]
         (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

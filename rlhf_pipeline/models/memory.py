@@ -1,6 +1,6 @@
-"""Memory that runs out: what is computed at a time is halved, and computed again.
+"""Halve the work and repeat it when memory runs out.
 
-An optimizer step keeps its examples: its micro-batches hold half as many, and there are twice as many of them.
+An optimizer step keeps its examples: it has twice as many micro-batches of half the size.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ T = TypeVar("T")
 MOST_HALVINGS = 3
 ADVICE = (
     "try a smaller max_length (or max_prompt_length and response_length), gradient_checkpointing: true, bf16: auto, "
-    "a smaller model, or in ppo value_init: shared"
+    "a smaller model, or value_init: shared in ppo"
 )
 PLURALS = {"example": "examples", "response": "responses", "prefix": "prefixes"}
 MEASURING_ADVICE = "try a smaller per_device_eval_batch_size, shorter responses or a smaller model"
 
 
 class Bill(Protocol):
-    """The counts of a cost meter."""
+    """The counters of a cost meter."""
 
     flops: float
     tokens_trained: int
@@ -33,17 +33,17 @@ class Bill(Protocol):
 
 
 def release() -> None:
-    """Give back what nothing refers to any more."""
+    """Free memory that is no longer referenced."""
     gc.collect()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
 class Memory:
-    """How often each kind of work has been halved in a run, and who repeats it.
+    """Repeats work with smaller batches when memory runs out, and counts the halvings of each kind of work in a run.
 
-    say: logs every halving. meter: what a failed attempt has put on the bill is taken off again. advice: what to do
-    when nothing helps.
+    say: logs every halving. meter: the cost meter, from which the cost of a failed attempt is subtracted. advice: what
+    to do if the work does not fit after all halvings.
     """
 
     def __init__(
@@ -51,25 +51,25 @@ class Memory:
     ):
         self.say, self.meter, self.advice = say, meter, advice
         self.halvings: dict[str, int] = {}
-        self.repeats = True  # false where one process alone cannot repeat its work
+        self.repeats = True  # false if a single process cannot repeat its work alone
         self._holding, self._unit = 1, "example"
 
     def holds(self, size: int, unit: str = "example") -> None:
-        """Note how many examples (or other units) are computed at a time from here on."""
+        """Record how many examples (or other units) are computed at a time from now on."""
         self._holding, self._unit = size, unit
 
     def fitting(self, doing: str, size: int) -> int:
-        """What is left of a batch of `size` after the halvings so far: ceil(size / 2^halvings)."""
+        """The size of a batch of `size` after the halvings so far: ceil(size / 2^halvings)."""
         return -(-size // 2 ** self.halvings.get(doing, 0))
 
     def repeat(self, doing: str, work: Callable[[int], T], discard: Callable[[], None] = lambda: None) -> T:
-        """work(halvings so far), again with one halving more each time that memory runs out.
+        """Run work(halvings so far), and repeat it with one more halving each time memory runs out.
 
         Args:
-            doing: names the kind of work. discard: throws away what a failed attempt has left.
+            doing: the name of the kind of work. discard: removes the results of a failed attempt.
 
         Raises:
-            RunFailed: after three halvings, or where a single example does not fit.
+            RunFailed: three halvings were not enough, or a single example does not fit.
         """
         while True:
             times, bill = self.halvings.get(doing, 0), self._bill()
@@ -79,14 +79,14 @@ class Memory:
                 if not ran_out(error):
                     raise
                 found = first_line(error)
-            # Only here, where the error is gone, does nothing refer to the tensors of its frames any more.
+            # The error is gone only here, and with it the last references to the tensors of its frames.
             self._put_back(bill)
             discard()
             release()
             self._halve(doing, times, found)
 
     def shrink(self, doing: str, size: int, work: Callable[[int], T], unit: str = "response") -> T:
-        """work(responses at a time), with their number halved each time that memory runs out; see `repeat`."""
+        """Run work(responses at a time), and halve their number each time memory runs out; see `repeat`."""
 
         def sized(_times: int) -> T:
             self.holds(self.fitting(doing, size), unit)
@@ -104,7 +104,7 @@ class Memory:
         self.halvings[doing] = times + 1
         kept = ", an optimizer step keeps its examples" if unit == "example" else ""
         self.say(
-            f"out of memory in {doing}: {size} not fit ({found}); halved from here on (halving {times + 1} of "
+            f"out of memory in {doing}: {size} not fit ({found}); halved from now on (halving {times + 1} of "
             f"{MOST_HALVINGS}){kept}"
         )
 

@@ -1,4 +1,4 @@
-"""The modules that are trained and asked: policy, reward model, actor-critic.
+"""The modules for training and scoring: policy, reward model, actor-critic.
 
 Every forward goes through `__call__`, so that a wrapped module (DDP, FSDP) sees it.
 """
@@ -22,7 +22,7 @@ ValueInit = Literal["reward_model", "sft", "shared"]
 
 @dataclass(frozen=True)
 class TokenScores:
-    """logprobs: (N,); entropy: (N,), detached, or None where nobody reads it; values: (N,) or None."""
+    """logprobs: (N,) in nats; entropy: (N,) in nats, detached, or None if not requested; values: (N,) or None."""
 
     logprobs: Tensor
     entropy: Tensor | None
@@ -30,9 +30,9 @@ class TokenScores:
 
 
 class Policy(nn.Module):
-    """A causal language model read through packed batches; logits are divided by `temperature` everywhere.
+    """A causal language model that scores packed batches; logits are always divided by `temperature`.
 
-    entropy: whether to compute that of each distribution.
+    entropy: whether to compute the entropy of each distribution.
     """
 
     def __init__(self, model: PreTrainedModel, reader: Reader, temperature: float = 1.0, *, entropy: bool = True):
@@ -61,8 +61,8 @@ def sequence_head(model: PreTrainedModel) -> nn.Linear:
 class RewardModel(nn.Module):
     """A sequence classifier with one label, read at each completion's last token.
 
-    score = head(hidden at the last token) - reward_shift; with pooling "mean" the hidden states of all
-    completion tokens are averaged first. `reward_shift` comes from the config of the model.
+    score = head(hidden at the last token) - reward_shift. With pooling "mean" the hidden states of all completion
+    tokens are first averaged. `reward_shift` comes from the config of the model.
     """
 
     def __init__(self, model: PreTrainedModel, reader: Reader):
@@ -96,8 +96,8 @@ class RewardModel(nn.Module):
 class ActorCritic(nn.Module):
     """Actor and critic in one module: FSDP and DeepSpeed accept one trainable module.
 
-    The critic is a value head on its own trunk, or (`shared`) on the actor's. values[n] is read at the position
-    that predicts token n: it is V of the prefix before that token.
+    The critic is a value head on its own trunk, or (`shared`) on the actor's. values[n] is read at the position that
+    predicts token n, so it is V of the prefix before that token.
     """
 
     def __init__(
@@ -132,18 +132,17 @@ class ActorCritic(nn.Module):
 
 
 def shared_storage(one: nn.Module, other: nn.Module) -> list[str]:
-    """Names of parameters of `other` that live in the same memory as a parameter of `one`."""
+    """Names of parameters of `other` that share memory with a parameter of `one`."""
     mine = {parameter.untyped_storage().data_ptr() for parameter in one.parameters() if parameter.numel()}
     return [name for name, parameter in other.named_parameters() if parameter.untyped_storage().data_ptr() in mine]
 
 
 def assert_independent(policy: nn.Module, frozen: nn.Module) -> None:
-    """Check that a frozen model is really another model than the one in training.
+    """Check that a frozen model is independent of the model in training.
 
     Raises:
-        RuntimeError: when they share memory, or when a module of `frozen` has a `forward` of its own instead of its
-            class's (a library that patches `forward` in place leaves one, and a deep copy of such a model computes
-            with the original's weights, held in a closure).
+        RuntimeError: they share memory, or a module of `frozen` has a patched `forward` (some libraries replace
+            `forward` in place; a deep copy of such a model computes with the original's weights, held in a closure).
     """
     if shared := shared_storage(policy, frozen):
         raise RuntimeError(f"the frozen model shares memory with the policy: {', '.join(shared[:3])}")

@@ -1,4 +1,4 @@
-"""What is said where somebody else's files cannot be loaded as a model."""
+"""Errors for files that cannot be loaded as a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "cu
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an error says that there is no memory left, of the accelerator or of the machine."""
+    """Whether an error means that the memory of the accelerator or of the machine ran out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in _NO_MEMORY):
@@ -23,10 +23,10 @@ def ran_out(error: BaseException) -> bool:
 
 
 def require_full_precision(config: Any) -> None:
-    """Refuse a config of quantised weights, and forget which code of experts it asks for: either would be fetched.
+    """Refuse a config with quantised weights, and remove its choice of code for experts; both would be downloaded.
 
     Raises:
-        ValueError: naming the key.
+        ValueError: the config has `quantization_config`.
     """
     for part in (config, config.get_text_config()):
         if getattr(part, "quantization_config", None) is not None:
@@ -35,10 +35,10 @@ def require_full_precision(config: Any) -> None:
 
 
 def require_sizes(config: Any) -> None:
-    """Refuse a config with a size below 1, at which some architectures fail only when they are used.
+    """Refuse a config with a size below 1, with which some architectures fail only when they are used.
 
     Raises:
-        ValueError: naming it.
+        ValueError: a size is below 1; the message names it.
     """
     text = config.get_text_config()
     for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
@@ -48,11 +48,11 @@ def require_sizes(config: Any) -> None:
 
 
 def refuse_to_hide(error: Exception) -> None:
-    """Raise an error that says nothing about the model's files: no memory, no room, no leave to read."""
+    """Raise errors that do not concern the content of the model's files: no memory, disk full, no permission."""
     if ran_out(error) or "allocate memory" in str(error) or failure_of(error, "") is not None:
         raise error
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its name; at most 200 characters."""
+    """The first line of an error's message, or its class name; at most 200 characters."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

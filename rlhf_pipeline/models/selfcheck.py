@@ -1,4 +1,4 @@
-"""Find out, at load time, how an architecture can be read: packed log-probabilities against plain ones."""
+"""Choose the reader of an architecture at load time, by comparing packed log-probabilities with plain ones."""
 
 from __future__ import annotations
 
@@ -35,8 +35,10 @@ def _probe_examples(vocab_size: int) -> list[Example]:
 
 
 def _ways(model: PreTrainedModel, examples: list[Example]) -> Iterator[tuple[PackedBatch, bool]]:
-    """The ways of reading a model from the fastest on: sets the model up for each, yields the examples for it and
-    whether its last layer skips what nobody reads."""
+    """The ways of reading a model, the fastest first.
+
+    Sets the model up for each way; yields the packed examples, and whether the last layer skips unread positions.
+    """
     device = next(model.parameters()).device
     for layout in reversed(LAYOUTS):
         if layout == "flat":
@@ -74,7 +76,7 @@ def _plain_logprobs(model: PreTrainedModel, examples: list[Example]) -> torch.Te
 
 @torch.no_grad()
 def _sees_the_future(model: PreTrainedModel, ids: list[int]) -> bool:
-    """Whether the last token of a sequence changes what the model predicts before it."""
+    """Whether the last token of a sequence changes the model's predictions before it."""
     sequence = torch.tensor([ids], device=next(model.parameters()).device)
     whole = model(input_ids=sequence, use_cache=False).logits[0, :-1]
     cut = model(input_ids=sequence[:, :-1], use_cache=False).logits[0]
@@ -83,7 +85,7 @@ def _sees_the_future(model: PreTrainedModel, ids: list[int]) -> bool:
 
 @torch.no_grad()
 def _decodes_with_a_cache(model: PreTrainedModel, examples: list[Example]) -> bool:
-    """Whether left-padded, cached decoding gives the logits of the plain forward pass: what sampling relies on."""
+    """Whether left-padded, cached decoding gives the logits of the plain forward pass, which sampling needs."""
     from transformers import DynamicCache
 
     device = next(model.parameters()).device
@@ -114,21 +116,21 @@ def inspect_model(model: PreTrainedModel) -> Reader:
     """Return the fastest way of reading a causal language model that agrees with its own forward pass.
 
     Raises:
-        BadInput: when none does.
+        BadInput: no way agrees, or the model is not causal.
     """
     was_training = model.training
     model.eval()
     try:
         parameter = next(model.parameters())
-        # The first ids are safe in every vocabulary, also where the embedding has rows that no token uses.
+        # The first ids are valid in every vocabulary, even if the embedding has rows that no token uses.
         examples = _probe_examples(min(model.get_output_embeddings().weight.shape[0], 512))
         plain = _plain_logprobs(model, examples)
         if _sees_the_future(model, examples[0].prompt_ids):
             raise BadInput(
-                f"{type(model).__name__}: a later token changes what it predicts before it; "
+                f"{type(model).__name__}: found a model in which a later token changes earlier predictions; "
                 "expected a decoder-only causal language model"
             )
-        # A soft cap is invisible at the small logits of an untrained model, so it is asked for, not probed.
+        # The small logits of an untrained model do not show a soft cap, so the config is read instead.
         capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None) is not None
         for batch, skipping in _ways(model, examples):
             for head in (*(() if capped else ("linear",)), *(() if skipping else ("own",))):
@@ -136,23 +138,23 @@ def inspect_model(model: PreTrainedModel) -> Reader:
                 try:
                     logprobs, _, _ = completion_logprobs(model, reader, batch)
                 except (RuntimeError, ValueError, TypeError, AttributeError):
-                    continue  # an architecture that rejects this form of input: the next way is tried
+                    continue  # the architecture rejects this form of input: try the next way
                 if _agree(logprobs, plain, parameter.dtype):
                     return replace(reader, decodes=_decodes_with_a_cache(model, examples))
     finally:
         model.train(was_training)
     raise BadInput(
-        f"{type(model).__name__}: packed log-probabilities do not agree with the model's own in any layout; "
+        f"{type(model).__name__}: found packed log-probabilities that differ from the model's own in every layout; "
         "expected a decoder-only causal language model"
     )
 
 
 @torch.no_grad()
 def inspect_reward_model(model: PreTrainedModel) -> Reader:
-    """The same for a sequence classifier with one label, against its own pooled score.
+    """Return the fastest way of reading a sequence classifier with one label that agrees with its own pooled score.
 
     Raises:
-        BadInput: when no layout agrees.
+        BadInput: no layout agrees.
     """
     model.eval()
     parameter = next(model.parameters())
@@ -162,7 +164,7 @@ def inspect_reward_model(model: PreTrainedModel) -> Reader:
     for example in examples:
         for completion in example.completions:
             ids = torch.tensor([example.prompt_ids + completion], device=parameter.device)
-            # The plain trunk and the head: HF's own pooling would skip a final PAD id, which a probe may hold.
+            # The plain trunk and the head: transformers' own pooling would skip a final PAD id, which a probe may hold.
             hidden = trunk_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
             plain.append(sequence_head(model)(hidden[-1]).squeeze(-1))
     expected = torch.stack(plain).float()
@@ -175,7 +177,7 @@ def inspect_reward_model(model: PreTrainedModel) -> Reader:
         if _agree(scores, expected, parameter.dtype):
             return Reader(batch.layout)
     raise BadInput(
-        f"{type(model).__name__}: packed scores do not agree with the model's own; "
+        f"{type(model).__name__}: found packed scores that differ from the model's own; "
         "expected a decoder-only sequence classifier with num_labels=1"
     )
 

@@ -1,4 +1,4 @@
-"""Frozen models that several parts of one command read: loaded once, and given up when the command ends."""
+"""Frozen models that several parts of one command read: loaded once, and released at the end of the command."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import TypeVar, cast
 from torch import nn
 
 KEPT_BYTES = 1 << 30
-"""Weights that are kept for the next part that reads them; a model that does not fit in is loaded anew each time."""
+"""The limit for kept weights; a model beyond it is loaded again each time."""
 
 Module = TypeVar("Module", bound=nn.Module)
-_kept: OrderedDict[Hashable, nn.Module] | None = None  # the one used last at the end; None outside `sharing_models`
+_kept: OrderedDict[Hashable, nn.Module] | None = None  # the last used one at the end; None outside `sharing_models`
 
 
 @contextmanager
 def sharing_models() -> Iterator[None]:
-    """Let `shared` keep models until the end of the block, or of the function that it decorates.
+    """Let `shared` keep models until the end of the block or the decorated function.
 
-    Nothing is kept across runs: the memory that a run is billed must not depend on what ran before it.
+    Nothing is kept across runs, because the measured memory of a run must not depend on earlier runs.
     """
     global _kept
     before, _kept = _kept, OrderedDict()
@@ -31,10 +31,10 @@ def sharing_models() -> Iterator[None]:
 
 
 def shared(key: Hashable, load: Callable[[], Module]) -> Module:
-    """Return the frozen model of a key: loaded now, or the one that was loaded for it within `sharing_models`.
+    """Return the frozen model of a key: one already loaded within `sharing_models`, or a newly loaded one.
 
     Args:
-        key: everything that decides what `load` returns. load: returns a model whose parameters are frozen.
+        key: everything that determines the result of `load`. load: returns a model with frozen parameters.
     """
     if _kept is None:
         return load()

@@ -1,4 +1,4 @@
-"""Tree attention as one of the attentions that a transformers model can be told to use."""
+"""Tree attention as an attention implementation of transformers."""
 
 from __future__ import annotations
 
@@ -17,21 +17,24 @@ if TYPE_CHECKING:
 
 NAME = "rlhf_trees"
 REFUSED = ("softcap", "s_aux", "sinks", "position_bias")
-"""What an architecture may add to its scores: not in `tree_attention`."""
+"""Options that change an architecture's attention scores; `tree_attention` does not support them."""
 
 
 class TreeMask(Tensor):
-    """What stands in the place of a 4-D mask, which transformers hands to every layer as it is.
+    """A replacement of the 4-D mask, which transformers passes to every layer unchanged.
 
-    plan: for the trees of the one row; a block mask of FlexAttention on accelerators.
+    plan: the blocks for the trees of the row; on accelerators a block mask of FlexAttention.
     """
 
     plan: list[Block] | BlockMask
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # so do torch's own
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch does
 
     @classmethod
     def of(cls, trees: Sequence[Tree], window: int | None, dtype: torch.dtype, device: torch.device) -> TreeMask:
-        """Of the trees of one row; window: of sliding-window layers, in positions; dtype: of the model."""
+        """The mask of the trees of one row.
+
+        window: the window of sliding-window layers, in positions. dtype: the dtype of the model.
+        """
         mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device).as_subclass(cls)
         longest = max(prompt + max(completions, default=0) for prompt, completions in trees)
         window = window if window is not None and window < longest else None
@@ -43,7 +46,7 @@ class TreeMask(Tensor):
         return mask
 
     def detach(self) -> TreeMask:
-        """Itself: it has no gradient, and reentrant checkpointing would go on with a plain tensor."""
+        """Return the mask itself: it has no gradient, and reentrant checkpointing would make it a plain tensor."""
         return self
 
 
@@ -57,7 +60,7 @@ def _forward(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """An attention of transformers: (1, H, T, D) with a `TreeMask` -> (1, T, H, D); else that of sdpa."""
+    """The attention function for transformers: (1, H, T, D) with a `TreeMask` -> (1, T, H, D); else sdpa."""
     if not isinstance(attention_mask, TreeMask):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -66,7 +69,7 @@ def _forward(
         )
     added = [name for name in REFUSED if options.get(name) is not None]
     if added or dropout:
-        raise ValueError(f"tree attention has no {', '.join(added) or 'dropout'}")
+        raise ValueError(f"tree attention does not support {', '.join(added) or 'dropout'}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     attend = tree_attention if isinstance(attention_mask.plan, list) else flex_tree_attention
     output = attend(query[0], key[0], value[0], attention_mask.plan, scale=scale)  # type: ignore[arg-type]
@@ -74,7 +77,7 @@ def _forward(
 
 
 def _drops_attention(config: Any) -> bool:
-    """Whether a model of this config drops attention while it trains; the keys of architectures differ."""
+    """Whether a model with this config has attention dropout in training; the keys differ between architectures."""
     return any(
         value
         for part in (config, config.get_text_config())
@@ -88,20 +91,20 @@ def _flex_works(model: PreTrainedModel, device: torch.device) -> bool:
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     few = getattr(config, "num_key_value_heads", None) or heads
-    dtypes = {next(model.parameters()).dtype, torch.bfloat16}  # as it is, and under autocast
+    dtypes = {next(model.parameters()).dtype, torch.bfloat16}  # its own dtype, and that of autocast
     return all(flex_works(str(device), dtype, width, (heads, few)) for dtype in dtypes)
 
 
 def use_tree_attention(model: PreTrainedModel) -> bool:
-    """Let a model that computes with sdpa use tree attention where it gets a `TreeMask`; returns whether it does.
+    """Let a model with sdpa use tree attention for a `TreeMask`; returns whether it can.
 
-    Nothing of it is saved with the model.
+    This setting is not saved with the model.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, _forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)  # for what is not packed: decoding, plain sequences
+    AttentionMaskInterface.register(NAME, sdpa_mask)  # for inputs that are not packed: decoding, plain sequences
     if getattr(model.config, "_attn_implementation", None) == NAME:
         return True
     if getattr(model.config, "_attn_implementation", None) != "sdpa" or not hasattr(model, "set_attn_implementation"):

@@ -1,1 +1,1 @@
-"""Sampling responses and scoring them: prompts -> Rollout."""
+"""Sampling and scoring of responses: prompts -> Rollout."""

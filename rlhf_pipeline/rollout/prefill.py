@@ -1,4 +1,4 @@
-"""Prompts into a key-value cache, and what the model says next: the first half of sampling."""
+"""Run prompts into a key-value cache and return the next-token logits: the first half of sampling."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlhf_pipeline.models.tree_attention import TreeMask
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer of a cache that has room for what is to come: a new token is written, not all tokens copied."""
+    """A cache layer with room for all later tokens: a new token is written in place, without copying the others."""
 
     def __init__(self, room: int):
         super().__init__()
@@ -52,8 +52,10 @@ class RoomyLayer(DynamicLayer):
 
 @dataclass
 class Prefilled:
-    """logits: (S, V) for the token after each prompt. attention: (S, W), 0 at the padding on the left of the cache.
-    positions: (S,) of each prompt's last token."""
+    """A filled cache. logits: (S, V) for the token after each prompt. attention: (S, W), 0 at the left padding.
+
+    positions: (S,) positions of each prompt's last token.
+    """
 
     logits: Tensor
     cache: Cache
@@ -66,13 +68,13 @@ def _plain_cache(config: Any) -> DynamicCache:
 
 
 def shares_prompts(config: Any) -> bool:
-    """Whether every layer of a cache keeps all it has seen, so that a prompt can be run once for several rows."""
+    """Whether every cache layer keeps all tokens, so that a prompt can be run once for several rows."""
     layers = _plain_cache(config).layers
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
 
 def _roomy_cache(config: Any, room: int) -> Cache:
-    """A cache with room, where every layer keeps all it has seen; else the one that the model's config asks for."""
+    """A cache with room if every layer keeps all tokens, else the cache that the model's config requires."""
     plain = _plain_cache(config)
     if not shares_prompts(config):
         return plain
@@ -97,9 +99,9 @@ def prefill(
     """Run the prompts through a model.
 
     Args:
-        model: see `sample`. room: tokens that will be fed after the prompts.
-        trunk: of a model that reads the layout "flat": each different prompt is then computed once and without
-            padding; None: they are padded on the left.
+        model: see `sample`. room: the number of tokens that will follow the prompts.
+        trunk: the trunk of a model that reads the layout "flat"; each distinct prompt is then computed once, without
+            padding. None: the prompts are padded on the left.
     """
     width = max(map(len, prompts))
     attention = (_left_padded([[1] * len(ids) for ids in prompts], 0)).to(device)
@@ -145,11 +147,11 @@ def _prefill_flat(
             use_cache=True,
             logits_to_keep=ends - 1,
         ).logits[0]
-    # Where each column of the padded cache comes from; what stands left of a prompt is masked.
+    # The source of each column of the padded cache; columns to the left of a prompt are masked.
     columns = torch.arange(attention.shape[1], device=device) - attention.shape[1]
     source = (ends[which][:, None] + columns).clamp_min(0).flatten()
     for roomy, layer in zip(cache.layers, plain.layers, strict=True):
-        assert isinstance(roomy, RoomyLayer) and isinstance(layer, DynamicLayer)  # where `prefill` comes this way
+        assert isinstance(roomy, RoomyLayer) and isinstance(layer, DynamicLayer)  # guaranteed on this path
         keys, values = (
             states[0].index_select(1, source).unflatten(1, attention.shape).transpose(0, 1)
             for states in (cast(Tensor, layer.keys), cast(Tensor, layer.values))

@@ -34,30 +34,30 @@ def sample_for_prompts(
 ) -> tuple[list[Example], list[list[Response]]]:
     """Sample `samples` responses for each prompt.
 
-    The uniform numbers depend on the generator's seed, the number of prompts, `samples` and `response_length`
-    only: policies sampled with the same ones share their random numbers.
+    The uniform numbers depend only on the generator's seed, the number of prompts, `samples` and `response_length`, so
+    two policies with the same values use common random numbers.
 
     Args:
-        prompts: examples whose completions, if any, are ignored. responses_at_once: sampled in one batch; half as
-            many where memory runs out. memory: keeps the halvings of a run. module: what to call, if not `policy`
-            itself (the wrapped module).
+        prompts: examples; their completions are ignored. responses_at_once: the number sampled in one batch, halved
+            when memory runs out. memory: keeps the halvings of a run. module: the wrapped module to call instead of
+            `policy`.
 
     Raises:
-        BadInput: for an architecture that cannot be decoded in batches. RunFailed: memory has run out for good.
+        BadInput: the architecture cannot be decoded in batches. RunFailed: memory ran out after all halvings.
 
     Returns:
         the prompts as examples with the sampled completions, and the responses with their log-probabilities.
     """
     if not policy.reader.decodes:
         raise BadInput(
-            f"{type(policy.language_model).__name__}: left-padded decoding with a cache does not give the model's own "
-            "logits, so it cannot be sampled from; expected a model with attention and a key-value cache"
+            f"{type(policy.language_model).__name__}: left-padded decoding with a cache gives other logits than the "
+            "model's forward pass, so sampling is impossible; expected a model with attention and a key-value cache"
         )
     uniforms = draw_uniforms(len(prompts) * samples, response_length, generator)
     ids = [prompt.prompt_ids for prompt in prompts for _ in range(samples)]
     model = policy.language_model
     training = model.training
-    model.eval()  # a checkpointed model that is in training takes no cache
+    model.eval()  # in training mode a checkpointed model uses no cache
     try:
         draw = partial(
             sample_grouped,
@@ -79,7 +79,7 @@ def sample_for_prompts(
 
 
 def answered(prompts: Sequence[Example], drawn: Sequence[Response]) -> tuple[list[Example], list[list[Response]]]:
-    """The prompts as examples with their responses, of which each has as many, and the responses by prompt."""
+    """The prompts as examples with their responses (the same number for each), and the responses by prompt."""
     samples = len(drawn) // len(prompts)
     groups = [list(drawn[start : start + samples]) for start in range(0, len(drawn), samples)]
     sampled = [
@@ -97,18 +97,19 @@ def answered(prompts: Sequence[Example], drawn: Sequence[Response]) -> tuple[lis
 
 
 def logprob_matrix(drawn: Sequence[Response], width: int) -> torch.Tensor:
-    """(C, R) log-probabilities of the sampled tokens under their sampler, 0 where there is no token."""
+    """Log-probabilities (C, R) of the sampled tokens under their sampler, in nats; 0 at padding."""
     return torch.tensor([response.logprobs + [0.0] * (width - len(response.logprobs)) for response in drawn])
 
 
 def prompts_run(
     policy: Policy | ActorCritic, sampled: Sequence[Example], responses_at_once: int, memory: Memory
 ) -> list[int] | None:
-    """Lengths of the prompts that `sample_for_prompts` has computed, for a cost meter: in each of its batches every
-    different one once; None where each response had its own.
+    """Lengths of the prompts that `sample_for_prompts` has computed, for a cost meter.
+
+    Each batch computes a distinct prompt once; None if each response computed its own prompt.
 
     Args:
-        sampled: prompts with their responses, as it has just returned them, with the same `responses_at_once` and
+        sampled: the examples that `sample_for_prompts` has just returned, with the same `responses_at_once` and
             `memory`.
     """
     from rlhf_pipeline.rollout.prefill import shares_prompts  # imports transformers

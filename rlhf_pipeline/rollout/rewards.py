@@ -1,4 +1,4 @@
-"""Reward sources: the world's true reward, a reward model, a Python function; and weighted sums of them."""
+"""Reward sources: the world's true reward, a reward model, a Python function, and weighted sums of these."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class BadScores(RunFailed):
-    """A reward source has given scores that are not finite. label: which source; scores: (C,) what it said."""
+    """A reward source has returned scores that are not finite. label: the source; scores: (C,) its scores."""
 
     def __init__(self, message: str, label: str, scores: Tensor):
         super().__init__(message)
@@ -36,11 +36,11 @@ class RewardSource(Protocol):
 
     @property
     def label(self) -> str:
-        """What it is called in logs and manifests."""
+        """The name of the source in logs and manifests."""
         ...
 
     def score(self, examples: Sequence[Example], packed: PackedBatch | None = None) -> Tensor:
-        """Scores (C,) in fp32, completions in the order of the examples."""
+        """Scores (C,) in fp32, in the order of the examples and their completions."""
         ...
 
 
@@ -80,9 +80,9 @@ class ModelReward:
 
 @dataclass(frozen=True)
 class FunctionReward:
-    """A Python function f(prompts, completions, **columns) -> list of floats, in TRL's signature.
+    """A Python function f(prompts, completions, **columns) -> list of floats, with TRL's signature.
 
-    Columns: completion_ids, ended. Texts are decoded without the stop token.
+    The columns are completion_ids and ended. Texts are decoded without the stop token.
     """
 
     label: str
@@ -99,14 +99,14 @@ class FunctionReward:
                 ids.append(list(completion))
                 ended.append(bool(end))
         try:
-            # stdout carries the result of the command: what the function prints goes to stderr.
+            # stdout is for the result of the command, so the function's output goes to stderr.
             with contextlib.redirect_stdout(sys.stderr):
                 values = self.function(prompts, completions, completion_ids=ids, ended=ended)
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             raise RunFailed(
                 f"reward function {self.label}: {type(error).__name__}: {error} ({place.filename}:{place.lineno}); "
-                "it is called as f(prompts, completions, completion_ids=..., ended=...)"
+                "the call was f(prompts, completions, completion_ids=..., ended=...)"
             ) from error
         try:
             numbers = [] if any(isinstance(value, str) for value in values) else [_float(value) for value in values]
@@ -129,7 +129,7 @@ class FunctionReward:
 
 
 def _float(value: Any) -> float:
-    """A number as a float; one that is too large is infinite, and refused as that."""
+    """A number as a float; a number that is too large becomes infinite and is refused later."""
     try:
         return float(value)
     except OverflowError:
@@ -138,7 +138,11 @@ def _float(value: Any) -> float:
 
 @dataclass(frozen=True)
 class WeightedReward:
-    """sum_i weight_i * score_i; scores that are not finite raise BadScores, which names their source."""
+    """The weighted sum sum_i weight_i * score_i.
+
+    Raises:
+        BadScores: scores are not finite; the message names their source.
+    """
 
     parts: tuple[tuple[float, RewardSource], ...]
 

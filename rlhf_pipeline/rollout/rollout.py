@@ -1,4 +1,4 @@
-"""A rollout: sampled responses with everything that PPO needs to know about them."""
+"""A rollout: sampled responses with all values that PPO needs."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from rlhf_pipeline.data.tokenize import Example
 
 @dataclass(frozen=True)
 class Rollout:
-    """C responses of at most R tokens; matrices are (C, R), zero where there is no token."""
+    """C responses of at most R tokens; matrices are (C, R), zero at padding."""
 
     examples: list[Example]  # one completion each
     mask: Tensor  # (C, R) bool
     ended: Tensor  # (C,) bool
-    scores: Tensor  # (C,) what the reward source said, penalties included
-    logprobs: Tensor  # of the policy that sampled, recomputed with the training forward
+    scores: Tensor  # (C,) scores of the reward source, including penalties
+    logprobs: Tensor  # of the sampling policy, recomputed with the training forward
     ref_logprobs: Tensor
     values: Tensor  # of the critic, at the positions that predict each token
     entropy: Tensor
-    sampler_logprobs: Tensor | None = None  # as another engine gave them while it sampled; None: the model itself did
+    sampler_logprobs: Tensor | None = None  # those of the engine that sampled; None: the model itself sampled
 
     def importance(self, cap: float) -> ImportanceWeights | None:
-        """Truncated importance weights of the sampled tokens; None where they are 1."""
+        """Truncated importance weights of the sampled tokens; None if the model itself sampled (all are 1)."""
         if self.sampler_logprobs is None:
             return None
         return importance_weights(self.logprobs, self.sampler_logprobs, self.mask, cap=cap)
@@ -36,9 +36,9 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Estimates:
-    """Per token, (C, R): rewards with the KL in them, advantages and returns, whitened where the config asks for it.
+    """Values per token, (C, R): rewards including the KL, advantages and returns, whitened if configured.
 
-    importance: weights of the tokens that another engine has sampled; None: the model itself has.
+    importance: weights of tokens that another engine has sampled; None: the model itself sampled.
     """
 
     rewards: Tensor
@@ -48,14 +48,14 @@ class Estimates:
 
 
 def apply_missing_eos_penalty(scores: Tensor, ended: Tensor, penalty: float | None) -> Tensor:
-    """Subtract `penalty` from the score of each response that was cut; this moves the optimum."""
+    """Subtract `penalty` from the score (C,) of each response that was cut; this moves the optimum."""
     return scores if not penalty else scores - penalty * (~ended).to(scores.dtype)
 
 
 def rollout_metrics(
     rollout: Rollout, estimates: Estimates, *, kl_coef: float, reduce=lambda sums: sums
 ) -> dict[str, float]:
-    """Figures of a rollout in TRL's names: means per sequence of sums over its tokens.
+    """Metrics of a rollout under TRL's names: means over sequences of sums over their tokens.
 
     explained_variance = 1 - var(return - value) / var(return), over active tokens.
     """
@@ -101,8 +101,10 @@ def rollout_metrics(
 
 
 def sampler_metrics(mask: Tensor, found: ImportanceWeights | None, *, reduce=lambda sums: sums) -> dict[str, float]:
-    """How far an engine is from the model that trains: per token, the mean |log pi_old - log mu| and the share of
-    importance weights that the cap has cut; nothing where the model itself has sampled."""
+    """The distance of a sampling engine from the trained model; {} if the model itself sampled.
+
+    Per token: the mean |log pi_old - log mu| in nats, and the share of importance weights that the cap has truncated.
+    """
     if found is None:
         return {}
     sums = reduce(torch.stack([mask.sum().double(), found.difference.double(), found.truncated.double()]))

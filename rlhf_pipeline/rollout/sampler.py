@@ -1,8 +1,8 @@
 """Sample responses with a KV cache.
 
-Each response draws from its own row of uniform numbers by inverting the cumulative distribution, so what is sampled
-does not depend on how prompts are batched, nor on which neighbours have finished. Two policies that are given the
-same uniforms are compared with common random numbers.
+Each response is drawn from its own row of uniform numbers by inverting the cumulative distribution, so it does not
+depend on the batching of prompts or on finished neighbours. Two policies with the same uniforms are compared with
+common random numbers.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Response:
-    """One sampled response. ids: its tokens, with the stop token if it ended; ended: false where it was cut."""
+    """One sampled response. ids: its tokens, including the stop token if it ended; ended: false if it was cut."""
 
     ids: list[int]
     ended: bool
-    logprobs: list[float]  # of each token under the sampler, at its temperature
+    logprobs: list[float]  # of each token under the sampler at its temperature, in nats
 
 
 def draw_uniforms(count: int, response_length: int, generator: torch.Generator) -> Tensor:
-    """(count, response_length) uniform numbers in [0, 1), float64."""
+    """Uniform numbers in [0, 1), (count, response_length) float64."""
     return torch.rand(count, response_length, generator=generator, dtype=torch.float64)
 
 
@@ -33,16 +33,16 @@ def pick(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> tuple[Te
     """Sample by inversion: the first token whose cumulative probability exceeds u.
 
     Args:
-        logits: (S, V), divided by `temperature` here, in at least fp32. uniforms: (S,) float64 in [0, 1).
+        logits: (S, V); this function divides them by `temperature` in at least fp32. uniforms: (S,) float64 in [0, 1).
 
     Returns:
         token ids (S,) and their log-probabilities (S,).
     """
-    # Widened first, as the training forward does: bf16 would round the quotient.
+    # Convert to fp32 before dividing, as the training forward does: bf16 would round the quotient.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logprobs = torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
     cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
-    # Scaled to its own total, so that u < 1 always falls inside; a token of probability 0 spans no interval.
+    # u is scaled by the total, so u < 1 always falls inside; a token of probability 0 has an empty interval.
     threshold = uniforms[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
     return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
@@ -66,17 +66,17 @@ def sample(
     Args:
         model: called as model(input_ids, attention_mask, position_ids, past_key_values, ...) -> .logits; a wrapped
             module is called through its own `__call__`.
-        prompts: token ids; padded on the left here, positions counted from each prompt's first token.
+        prompts: token ids; this function pads them on the left; positions start at each prompt's first token.
         uniforms: (len(prompts), R).
-        stop_id: ends a response and belongs to it. A stop token in the prompt ends nothing.
-        cache_config: the model's config, which says what each layer's cache must hold.
+        stop_id: ends a response and is a part of it. A stop token in the prompt has no effect.
+        cache_config: the model's config, which determines the cache of each layer.
         trunk: see `prefill`.
     """
     from rlhf_pipeline.rollout.prefill import prefill  # imports transformers
 
     count, limit = uniforms.shape
     uniforms = uniforms.to(device)
-    # The last token that is sampled is never fed back.
+    # The last sampled token is never fed back.
     options = {"pad_id": pad_id, "device": device, "cache_config": cache_config, "trunk": trunk}
     state = prefill(model, prompts, room=limit - 1, **options)
     logits, cache, attention, positions = state.logits, state.cache, state.attention, state.positions
@@ -128,7 +128,7 @@ def sample_grouped(
     responses_at_once: int,
     **options,
 ) -> list[Response]:
-    """`sample` in batches of prompts of similar length; the responses come back in the order of the prompts."""
+    """`sample` in batches of prompts of similar length; the responses are in the order of the prompts."""
     responses: list[Response | None] = [None] * len(prompts)
     for rows in length_groups(prompts, responses_at_once):
         drawn = sample(model, [prompts[row] for row in rows], uniforms[rows], **options)

@@ -1,4 +1,4 @@
-"""Scores of given responses, a bounded number of them at a time: what every measurement reads them through."""
+"""Score given responses, a bounded number at a time; every measurement uses this module."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.models.memory import Memory
 
 Scorer = Callable[[Sequence[Example]], Tensor]
-"""From examples to (C, ...): one row for each of their C responses, in their order."""
+"""A function from examples to (C, ...): one row for each of their C responses, in their order."""
 
 Place = tuple[int, int]
 """An example and one of its responses, by number."""
@@ -25,10 +25,10 @@ Place = tuple[int, int]
 def score(
     scorer: Scorer, examples: Sequence[Example], *, responses_at_once: int, memory: Memory | None = None
 ) -> Tensor:
-    """What a scorer says of every response of some examples.
+    """Apply a scorer to every response of some examples.
 
-    Responses are read in the order of their lengths, at most `responses_at_once` in one call; where memory runs out,
-    half as many from there on.
+    Responses are scored in the order of their lengths, at most `responses_at_once` in one call; this number is halved
+    when memory runs out.
 
     Args:
         examples: at least one. memory: keeps the halvings of a run.
@@ -37,7 +37,7 @@ def score(
         (C, ...) on the CPU, the responses in the order of the examples.
 
     Raises:
-        RunFailed: after three halvings, or where a single response does not fit.
+        RunFailed: three halvings were not enough, or a single response does not fit.
     """
     memory = memory or Memory()
     order = sorted(range(len(examples)), key=lambda number: (-tree_length(examples[number]), number))
@@ -61,7 +61,7 @@ def _score_some(scorer: Scorer, examples: Sequence[Example], places: Sequence[Pl
 
 
 def _trees(examples: Sequence[Example], places: Sequence[Place]) -> Iterator[Example]:
-    """Examples with the responses at some places only; those of one example share its prompt."""
+    """Examples with only the responses at `places`; responses of one example share its prompt."""
     for number, group in groupby(places, key=lambda place: place[0]):
         example, chosen = examples[number], [k for _, k in group]
         if len(chosen) == len(example.completions):
@@ -72,10 +72,10 @@ def _trees(examples: Sequence[Example], places: Sequence[Place]) -> Iterator[Exa
 
 
 def by_example(values: Tensor, examples: Sequence[Example]) -> list[list[float]]:
-    """(C,) values of responses as one list for each example."""
+    """Split values (C,) of responses into one list per example."""
     return [part.tolist() for part in values.split([len(example.completions) for example in examples])]
 
 
 def most_responses(examples: Sequence[Example]) -> int:
-    """The number of responses of the example that has the most; 1 without examples."""
+    """The largest number of responses of an example; 1 without examples."""
     return max((len(example.completions) for example in examples), default=1)

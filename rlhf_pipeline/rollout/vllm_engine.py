@@ -1,8 +1,8 @@
-"""Sampling by vLLM in this process, with the weights of the model that trains.
+"""Sampling by vLLM in this process, with the weights of the trained model.
 
-Written against vLLM's documentation and TRL 1.16's use of it (vLLM 0.22 to 0.31); never run with vLLM itself. Nothing
-but `LLM`, `SamplingParams`, `LLM.generate`, `LLM.apply_model` and a model's `load_weights` is used. Token ids go in and
-come out, so that no tokenizer is loaded and no text stands between what is sampled and what is trained on.
+Written from vLLM's documentation and TRL 1.16's use of it (vLLM 0.22 to 0.31); not yet run with vLLM itself. It uses
+only `LLM`, `SamplingParams`, `LLM.generate`, `LLM.apply_model` and a model's `load_weights`. Input and output are token
+ids, so no tokenizer is loaded and training uses exactly the sampled tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SEEDS = 2**62
 
 @contextlib.contextmanager
 def _failures(doing: str, fix: str) -> Iterator[None]:
-    """Tell what vLLM has raised in one line; what it prints goes to stderr, stdout carries a command's result."""
+    """Convert errors of vLLM to one line; its output goes to stderr, because stdout is for the command's result."""
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
@@ -36,21 +36,21 @@ def _failures(doing: str, fix: str) -> Iterator[None]:
 
 
 def actor_weights(policy: Policy | ActorCritic) -> Iterator[tuple[str, torch.Tensor]]:
-    """The language model's parameters under their Hugging Face names, tied ones once; nothing of a critic."""
+    """The language model's parameters under their Hugging Face names, tied ones once, without a critic."""
     for name, parameter in policy.language_model.named_parameters():
         yield name, parameter.detach()
 
 
 def response_of(output: Any, stop_id: int, response_length: int) -> Response:
-    """One completion of vLLM as a response.
+    """Convert one completion of vLLM to a response.
 
-    Whether it ended is read from its last token: versions differ in what they call a stop token at the last place.
+    The last token decides whether it ended, because versions report a stop token at the last position differently.
 
     Args:
-        output: has token_ids, finish_reason and, for every token, a dict {token id: has .logprob}.
+        output: has token_ids, finish_reason and, for every token, a dict {token id: object with .logprob}.
 
     Raises:
-        RunFailed: where the tokens cannot be what was asked for.
+        RunFailed: the tokens do not fit the request.
     """
     ids = [int(token) for token in output.token_ids]
     ended = bool(ids) and ids[-1] == stop_id
@@ -70,14 +70,14 @@ def response_of(output: Any, stop_id: int, response_length: int) -> Response:
 
 
 class VllmEngine:
-    """vLLM's engine beside the model that trains, on the same GPU.
+    """vLLM's engine on the same GPU as the trained model.
 
     Args:
-        model: folder or hub id of the policy at its start. dtype: what it computes in ("bfloat16", ...).
-        max_length: prompt and response, in tokens. memory: share of the GPU's memory that it takes.
+        model: folder or hub id of the initial policy. dtype: the dtype of the computation ("bfloat16", ...).
+        max_length: tokens of prompt and response. memory: share of the GPU's memory for the engine.
 
     Raises:
-        RunFailed: when vLLM cannot be imported or started.
+        RunFailed: vLLM cannot be imported or started.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class VllmEngine:
         revision: str | None = None,
         trust_remote_code: bool = False,
     ):
-        # One process: the weights are handed over in memory, and the order of the work is the same every time.
+        # One process, so that the weights are passed in memory and the order of the work is fixed.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         with _failures("importing it", "install a vllm that fits this torch, or use rollout_engine: native"):
             import vllm
@@ -108,18 +108,18 @@ class VllmEngine:
                 dtype=dtype,
                 max_model_len=max_length,
                 gpu_memory_utilization=memory,
-                logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, temperature included
-                enable_prefix_caching=False,  # keys and values of the weights before would outlive them
+                logprobs_mode="processed_logprobs",  # of the sampling distribution, including temperature
+                enable_prefix_caching=False,  # keys and values of earlier weights would remain
                 seed=seed,
             )
 
     def load_weights(self, policy: Policy | ActorCritic) -> None:
-        """Give the engine the weights that the policy has now."""
+        """Copy the current weights of the policy into the engine."""
 
-        def load(model: Any) -> None:  # vllm's own form of the model
+        def load(model: Any) -> None:  # vllm's own implementation of the model
             model.load_weights(actor_weights(policy))
 
-        with _failures("taking over the policy's weights", "use rollout_engine: native"), torch.no_grad():
+        with _failures("loading the policy's weights", "use rollout_engine: native"), torch.no_grad():
             self._llm.apply_model(load)
 
     def generate(
@@ -134,14 +134,14 @@ class VllmEngine:
     ) -> list[Response]:
         """Sample `samples` responses for each prompt, in the order of the prompts.
 
-        Each response has a seed of its own, drawn from the generator: a function of the generator's seed and of the
-        response's number. vLLM promises the same tokens again on the same hardware and version only.
+        Each response has its own seed from the generator, which depends only on the generator's seed and the response's
+        number. vLLM reproduces the tokens only on the same hardware and version.
 
         Args:
-            prompts: token ids. stop_id: ends a response and belongs to it; the model's own EOS is no other end.
+            prompts: token ids. stop_id: ends a response and is a part of it; the model's own EOS does not end it.
 
         Raises:
-            RunFailed: when vLLM fails, or answers with something else than was asked for.
+            RunFailed: vLLM fails, or its result does not fit the request.
         """
         asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts for _ in range(samples)]
         seeds = torch.randint(SEEDS, (len(asked),), generator=generator).tolist()
@@ -157,7 +157,7 @@ class VllmEngine:
                     max_tokens=response_length,
                     stop_token_ids=[stop_id],
                     ignore_eos=True,
-                    logprobs=0,  # of the sampled token alone
+                    logprobs=0,  # of the sampled token only
                     detokenize=False,
                 )
                 for seed in seeds
@@ -165,5 +165,5 @@ class VllmEngine:
             outputs = self._llm.generate(asked, sampling_params=parameters, use_tqdm=False)
         found = [list(output.prompt_token_ids) for output in outputs]
         if found != [prompt["prompt_token_ids"] for prompt in asked]:
-            raise RunFailed(f"rollout_engine vllm: {len(asked)} prompts went in, and others came back")
+            raise RunFailed(f"rollout_engine vllm: found results for other prompts than the {len(asked)} requested")
         return [response_of(output.outputs[0], stop_id, response_length) for output in outputs]

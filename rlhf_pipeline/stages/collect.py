@@ -1,4 +1,4 @@
-"""Collect preference data: sample K responses per prompt from a policy and label them by a reward source."""
+"""Collect preference data: sample K responses per prompt from a policy and label them with a reward source."""
 
 from __future__ import annotations
 
@@ -36,13 +36,17 @@ DRAWS_AT_ONCE = 2048
 
 
 def preference_order(scores: Tensor, labels: str, generator: torch.Generator) -> Tensor:
-    """The order, best first, of K responses per prompt.
+    """Order the K responses to each prompt, best first.
 
-    "bradley-terry": by score plus Gumbel noise, which is a draw from the Plackett-Luce model at unit scale; for
-    K = 2 the first wins with probability sigma(r_1 - r_2). "rank": by score alone, ties in the order of sampling.
+    "bradley-terry" sorts by score plus Gumbel noise, which samples from the Plackett-Luce model at unit scale; for
+    K = 2 the first response wins with probability sigma(r_1 - r_2). "rank" sorts by score; ties keep the order of
+    sampling.
 
     Args:
         scores: (P, K).
+
+    Returns:
+        (P, K) indices of the responses.
     """
     if labels == "rank":
         return torch.argsort(scores, dim=1, descending=True, stable=True)
@@ -59,7 +63,7 @@ def to_row(
     labels: str,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Any]:
-    """One labelled prompt as a row: a pair for K = 2, a ranking for more. Token ids stand beside the text."""
+    """One labelled prompt as a row: a pair for K = 2, a ranking for larger K. The row has texts and token ids."""
 
     def text(k: int) -> str:
         ids = example.completions[k]
@@ -88,7 +92,7 @@ def to_row(
 def prompts_by_split(
     found: RecordSet, config: CollectConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[tuple[Example, str]], tuple]:
-    """Every distinct prompt with the split it belongs to."""
+    """Every distinct prompt with its split, and a report per split."""
     prompts: list[tuple[Example, str]] = []
     reports: tuple = ()
     for split in config.splits or sorted(set(assign_splits(found.records, config.split_fractions, found.source))):
@@ -109,7 +113,7 @@ def prompts_by_split(
 def run_collect(
     config: CollectConfig, home: Path, *, notes: Sequence[str] = (), quiet: bool = False, **_options
 ) -> StageResult:
-    """Sample, label and publish `num` records; those whose two responses are identical say nothing."""
+    """Sample and label `num` records and publish them; pairs of identical responses are left out."""
 
     def say(text: str) -> None:
         if not quiet:
@@ -124,7 +128,7 @@ def run_collect(
     accelerator = make_accelerator(config)
     if accelerator.num_processes > 1:
         raise BadInput(
-            f"collecting data: found {accelerator.num_processes} processes, expected one; start it without a launcher"
+            f"data collect: found {accelerator.num_processes} processes, expected one; start it without a launcher"
         )
     device = accelerator.device
     seed_everything(config.seed)
@@ -143,9 +147,9 @@ def run_collect(
     say(f"collecting {amount}, judge {config.judge}")
     moved = moves_optimum(config)
     if moved:
-        say("labels=rank moves the optimum: labels that never err say nothing of the size of a preference")
+        say("labels=rank moves the optimum: labels without errors carry no information on the size of a preference")
 
-    # 2. Sample and label, in blocks; each prompt in turn.
+    # 2. Sample and label in blocks, cycling through the prompts.
     generator = torch.Generator().manual_seed(config.seed)
     shape = ModelShape.of(policy.model)
     at_once: dict[str, Any] = {"responses_at_once": config.per_device_eval_batch_size, "memory": memory}

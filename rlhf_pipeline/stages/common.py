@@ -1,4 +1,4 @@
-"""What the stages share: finding models, loading them, publishing results."""
+"""Functions that the stages share: find models, load models, publish results."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ C = TypeVar("C", bound=TrainingConfig | CollectConfig)
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage command prints: the model (or data), where it is, its figures and its cost.
+    """What a stage command prints: the model (or data), its path, its metrics and its cost.
 
-    stopped_by: a signal that came when all updates were done; it is not printed.
+    stopped_by: a signal that arrived after the last update; it is not printed.
     """
 
     stage: str
@@ -66,7 +66,7 @@ def find_model(
     revision: str | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Resolved:
-    """Resolve a reference, check that it plays `role` and that its files are what its manifest says.
+    """Resolve a reference, and check that its model plays `role` and that its files match its manifest.
 
     Raises:
         UnknownReference, MismatchError, DamagedFile.
@@ -79,7 +79,7 @@ def find_model(
 
 
 def find_base(run: Run, config: TrainingConfig) -> Resolved:
-    """The language model that a stage starts from, checked to have the positions that the lengths need."""
+    """Find the language model that a stage starts from, and check that it has enough positions for the lengths."""
     assert config.model_name_or_path is not None  # `check_model` of the config
     revision, say = config.model_revision, run.log.say
     parent = find_model(run.registry, config.model_name_or_path, "policy", revision=revision, say=say)
@@ -88,14 +88,14 @@ def find_base(run: Run, config: TrainingConfig) -> Resolved:
 
 
 def tokenizer_of(resolved: Resolved, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies beside a model."""
+    """The tokenizer stored with a model."""
     return load_tokenizer(resolved.location, revision=resolved.revision, trust_remote_code=trust_remote_code)
 
 
 def load_language_model(
     resolved: Resolved, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, **options
 ) -> PreTrainedModel:
-    """Load a causal language model as a config asks for it."""
+    """Load a causal language model with the options of a config."""
     return load_causal_lm(
         resolved.location,
         dtype=config.dtype,
@@ -117,9 +117,9 @@ def load_policy(
     frozen: bool = False,
     **options,
 ) -> Policy:
-    """Load a policy onto a device and find out how to read it; `frozen` takes its gradients away.
+    """Load a policy onto a device and choose its reader; `frozen` disables its gradients.
 
-    Frozen policies of one model share it within `sharing_models`, whatever their temperature.
+    Within `sharing_models`, frozen policies of one model share its weights, also at different temperatures.
     """
 
     def load() -> Policy:
@@ -136,7 +136,7 @@ def load_policy(
 
 
 def load_reward_model(resolved: Resolved, config: ModelConfig, device: torch.device) -> RewardModel:
-    """Load a frozen reward model onto a device; within `sharing_models` once."""
+    """Load a frozen reward model onto a device; within `sharing_models` it is loaded once."""
 
     def load() -> RewardModel:
         model = load_sequence_classifier(
@@ -152,29 +152,29 @@ def load_reward_model(resolved: Resolved, config: ModelConfig, device: torch.dev
 
 
 def _identity(resolved: Resolved, config: ModelConfig, device: torch.device) -> tuple[Any, ...]:
-    """What decides which weights a config loads, how and where to."""
+    """A key of the loaded weights: the model, the options for loading and the device."""
     how = (config.dtype, config.attn_implementation, config.trust_remote_code, str(device))
     return (resolved.location, resolved.revision, resolved.digest, *how)
 
 
 def onto(device: torch.device, model: PreTrainedModel) -> PreTrainedModel:
-    """A model on a device."""
+    """Move a model to a device."""
     return model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides that it is a method
 
 
 def require_same_tokenizer(
     policy: Resolved, other: Resolved, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False
 ) -> None:
-    """Check that a reward model or reference reads the policy's token ids, by the tokenizer files themselves.
+    """Check that a reward model or reference has the policy's tokenizer, by the digest of its files.
 
     Raises:
-        MismatchError: naming both.
+        MismatchError: the tokenizers differ; the message names both models.
     """
     theirs = tokenizer_digest(tokenizer_of(other, trust_remote_code))
     ours = tokenizer_digest(tokenizer)
     if ours != theirs:
         raise MismatchError(
-            f"{other.label}: tokenizer {theirs[:12]}; expected {ours[:12]}, that of the policy {policy.label}; "
+            f"{other.label}: found tokenizer {theirs[:12]}, expected {ours[:12]} of the policy {policy.label}; "
             "use models that come from one SFT model"
         )
 
@@ -187,7 +187,7 @@ def example_schedule(
     pad_id: int,
     count: Callable[[Example], dict[str, float]],
 ) -> tuple[Callable[[Any, int], Iterator[Window]], int]:
-    """The windows of a stage that draws from fixed examples, and how many updates they make."""
+    """The windows of a stage that trains on fixed examples, and the number of updates."""
     config, ranks = run.config, run.accelerator.num_processes
     size = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks
     total = total_steps(len(examples), size, config.num_train_epochs, config.max_steps)
@@ -213,13 +213,13 @@ def example_schedule(
 
 
 def inputs_of(parents: Mapping[str, Resolved], reports: Sequence[SourceReport]) -> dict[str, str | None]:
-    """Digests of what a run is made of: its parents by role, and its data."""
+    """Digests of the inputs of a run: its parents by role, and its data."""
     data = {f"data {report.source} [{report.split}]": report.digest for report in reports}
     return {role: resolved.digest for role, resolved in parents.items()} | data
 
 
 def log_moves(run: Run, parents: Mapping[str, Resolved]) -> None:
-    """Log the options, own ones and those of reward models, that move the optimum."""
+    """Log the options of this run and of its reward models that move the optimum."""
     fields = optimum_fields(run.config, parents)
     moved, may_move = (", ".join(f"{k}={v}" for k, v in fields[name].items()) for name in fields)
     if moved and run.stage == "reward":
@@ -231,8 +231,8 @@ def log_moves(run: Run, parents: Mapping[str, Resolved]) -> None:
         run.log.say(f"these options move the optimum away from pi_ref exp(r / beta): {moved}")
     if may_move:
         run.log.say(
-            f"note: {may_move} leaves the optimum in place as long as the critic is right (lam 1: always); "
-            "val/explained_variance says how much of the returns the critic explains"
+            f"note: {may_move} does not move the optimum if the critic is exact (with lam 1: never); "
+            "val/explained_variance is the share of the returns' variance that the critic explains"
         )
 
 
@@ -245,7 +245,7 @@ def publish(
     reports: Sequence[SourceReport],
     metrics: dict[str, Any],
 ) -> StageResult:
-    """Register the model with its snapshots, end the run, and say what came out."""
+    """Register the model with its snapshots, end the run, and return the result."""
     run.accelerator.wait_for_everyone()
     if not run.accelerator.is_main_process:
         return StageResult(run.stage, "", "", str(run.directory), metrics, {})
@@ -259,7 +259,7 @@ def publish(
     if run.config.bf16 == "auto":
         metrics = {**metrics, "bf16": uses_bf16(run.config)}
     cost = run.meter.report()
-    # A process that was killed between registering and finishing has registered this model already.
+    # A process that was killed between registering and finishing has already registered this model.
     published = run.registry.models.of_run(run.config.output_name, run.origin) or run.registry.publish(
         run.config.output_name,
         run.stage,

@@ -1,4 +1,4 @@
-"""The examples of a stage: its config's sources, read once, under one length policy."""
+"""The examples of a stage: the sources of its config, read once, with the same length limits."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 
 def preference_kind(config: TrainingConfig) -> str:
-    """What a stage reads preferences as: rankings whole, beside pairs; TRL's trainers know pairs alone."""
+    """The kind of example that a stage reads: pairs and rankings; TRL's trainers read only pairs."""
     return "pair" if config.engine == "trl" else "preference"
 
 
 def kept_apart(config: TrainingConfig, found: RecordSet) -> RecordSet:
-    """The records of a source without evaluation rows that its own training split holds; see `keep_apart`.
+    """Remove evaluation rows that are also in the training split of their source; see `keep_apart`.
 
     Raises:
-        DataError: there are such rows, and the config leaves neither them out nor the question.
+        DataError: there are such rows, and neither `skip_bad_rows` nor `allow_overlap` is set.
     """
     return keep_apart(
         found,
@@ -51,7 +51,7 @@ class StageData:
     """The data of one config (`dataset_name` or a mixture), by split and kind.
 
     Args:
-        config: a training config. home: where collected data lie. say: takes a line for the log.
+        config: a training config. home: the folder of collected data. say: writes a line to the log.
     """
 
     def __init__(self, config: TrainingConfig, home: Path, say: Callable[[str], None]):
@@ -74,10 +74,10 @@ class StageData:
         return self._read
 
     def sources(self, kind: str) -> list[RecordSet]:
-        """The records of each source, whole.
+        """All records of each source.
 
         Raises:
-            DataError, UnknownReference: one cannot be read.
+            DataError, UnknownReference: a source cannot be read.
         """
         if not self.config.datasets:
             return [self._records(kind)]
@@ -98,7 +98,7 @@ class StageData:
         """Examples of one split, and a report per source.
 
         Raises:
-            DataError: rows have faults, or nothing is left and the split is `required`.
+            DataError: rows have faults, or a `required` split has no examples.
         """
         config = self.config
         options: dict[str, Any] = {
@@ -122,7 +122,7 @@ class StageData:
         except DataError as error:
             if required:
                 raise
-            self.say(f"no examples of the split {split!r}: {str(error).splitlines()[0]}")
+            self.say(f"no examples in the split {split!r}: {str(error).splitlines()[0]}")
             return [], ()
         for report in loaded.reports:
             self.say("data: " + report.summary())

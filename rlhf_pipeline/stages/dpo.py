@@ -1,4 +1,4 @@
-"""Direct preference optimisation, with reference log-probabilities computed once and cached."""
+"""Direct preference optimisation (Rafailov et al. 2023); reference log-probabilities are computed once and cached."""
 
 from __future__ import annotations
 
@@ -50,15 +50,16 @@ def dpo_step(
     label_smoothing: float = 0.0,
     targets: Tensor | None = None,
 ) -> Loss:
-    """Preference loss of a micro-batch; denominator: prompts, which is pairs where there are no rankings.
+    """Preference loss of a micro-batch; its denominator is prompts (equal to pairs if there are no rankings).
 
-    The untied pairs of a ranking weigh 1 / their number each; `plackett_luce` reads it whole. Metrics are means over
-    pairs; rewards/*: beta x summed log-ratio, whatever the loss.
+    Each untied pair of a ranking has the weight 1 / (number of its untied pairs); `plackett_luce` reads the whole
+    ranking. Metrics are means over pairs; rewards/* are beta x summed log-ratio for every loss.
 
     Args:
-        reference: (examples, K) log-probabilities of all examples, or what scores a batch under the frozen reference.
+        reference: (examples, K) log-probabilities of all examples, or a function that scores a batch under the frozen
+            reference.
         targets: (examples,) probability that the chosen response of each pair is preferred; None: the label is certain.
-        Both are passed over where the micro-batch brings facts of its own.
+        A micro-batch with `facts` of its own uses these instead of `reference` and `targets`.
     """
     objective = OBJECTIVES[loss_type]
     batch, weight, compared = micro_batch.batch, micro_batch.weight, micro_batch.compared
@@ -73,7 +74,7 @@ def dpo_step(
         rows = reference[micro_batch.indices].to(logprobs.device)
         ref_logprobs = rows[:, :2].reshape(-1) if compared is None else compared.gather(rows)
     else:
-        assert reference is not None  # without facts of a micro-batch's own there is always one
+        assert reference is not None  # required if the micro-batch has no facts
         with torch.no_grad():
             ref_logprobs = batch.per_completion(reference(batch).logprobs)
         meter.score(shape, batch)
@@ -109,8 +110,10 @@ def dpo_step(
 
 
 def chosen_tokens(pairs: Pairs, config: DpoConfig) -> float:
-    """Mean length of the chosen responses, of rankings the best; of pairs that are yet to be drawn, the longest that it
-    can be."""
+    """Mean number of tokens of the chosen responses (in rankings: the best).
+
+    For pairs that are drawn at every step, the largest possible length.
+    """
     lengths = [len(example.completions[0]) for example in pairs.examples]
     return sum(lengths) / len(lengths) if lengths else float(config.lengths().response)
 
@@ -119,13 +122,13 @@ def run_dpo(config: DpoConfig, home: Path, **options) -> StageResult:
     """Train a policy on preference pairs or rankings with DPO and register it."""
     with open_run("dpo", config, home, **options) as run:
         config = run.config
-        # 1. Policy and frozen reference: two loads of files, never two views of one model.
+        # 1. Policy and frozen reference, loaded separately, so that they share no weights.
         parent = find_base(run, config)
         ref_parent = find_model(run.registry, config.ref_model, "policy") if config.ref_model else parent
         if stands_apart(run.registry, ref_parent, parent):
             run.log.say(
-                f"note: ref_model {ref_parent.label} is neither {parent.label}, which training starts from, nor a model"
-                f" that it comes from: KL and implicit reward are to {ref_parent.label}, in PPO to {parent.label}"
+                f"note: ref_model {ref_parent.label} is neither {parent.label}, the start of training, nor one of its "
+                f"ancestors; DPO measures KL and implicit reward to {ref_parent.label}, PPO to {parent.label}"
             )
         tokenizer: PreTrainedTokenizerBase = tokenizer_of(parent, config.trust_remote_code)
         if config.ref_model:
@@ -134,7 +137,7 @@ def run_dpo(config: DpoConfig, home: Path, **options) -> StageResult:
         frozen = load_policy(ref_parent, config, tokenizer, run.device, frozen=True)
         assert_independent(policy, frozen)
 
-        # 2. The pairs, and what the reference thinks of them.
+        # 2. The pairs, and their log-probabilities under the reference.
         source = fresh_pairs if config.population else recorded_pairs
         pairs = source(run, policy, frozen, ref_parent.digest, tokenizer)
         parents = {"base": parent, "reference": ref_parent}
@@ -177,8 +180,8 @@ def run_dpo(config: DpoConfig, home: Path, **options) -> StageResult:
         fall = last.get("logps/chosen_minus_reference", 0.0)
         if fall < -1e-4:
             run.log.say(
-                f"the chosen responses' log-probability fell by {-fall:.3g} nats against the reference: DPO raises the "
-                "margin, not the chosen response itself (no fault by itself)"
+                f"the log-probability of the chosen responses is {-fall:.3g} nats below the reference: DPO raises the "
+                "margin, not the chosen response itself (this alone is no fault)"
             )
 
         # 4. Evaluate and register.

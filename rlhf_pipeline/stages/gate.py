@@ -1,4 +1,4 @@
-"""The gate of a reward model: what it has to beat on held-out pairs before PPO on it means anything."""
+"""The gate of a reward model: the baselines that it must beat on held-out pairs before PPO on it is meaningful."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ FEW_PROMPTS = 5
 COIN = "coin"
 ROUNDING = 1e-9
 """Differences in accuracy up to this are rounding."""
-NO_HELD_OUT = "it has no gate: no held-out pairs were seen when it was trained, or an earlier release trained it"
-UNKNOWN = "it has no gate: it is not of this registry, and how it does on held-out pairs is not known"
-BELIEVE = "what PPO makes of it says little"
+NO_HELD_OUT = "it has no gate: it was trained without held-out pairs or by an earlier release"
+UNKNOWN = "it has no gate: it is not in this registry, so its accuracy on held-out pairs is unknown"
+BELIEVE = "the results of PPO on it mean little"
 
 
 def gate_of(
     differences: Sequence[float], rivals: Mapping[str, Sequence[float]], clusters: Sequence[str]
 ) -> dict[str, Any]:
-    """Set a reward model against baselines on the same pairs.
+    """Compare a reward model with baselines on the same pairs.
 
-    A baseline is beaten by a strictly higher accuracy, a coin by an interval above one half. An accuracy that only
-    equals a baseline's does not beat it: a model that has learned that baseline and nothing else has it too. The
-    interval of the difference is that of the paired differences in being right (ties one half), clustered by prompt;
-    where it contains 0 the reason says that the baseline is beaten, but not beyond doubt.
+    A reward model beats a baseline if its accuracy is strictly higher, and a coin if its interval lies above one half.
+    Equal accuracy is not enough: a model that has learned only the baseline reaches it too. The interval of the
+    difference is that of the paired differences in correctness (ties count one half), clustered by prompt. If it
+    contains 0, the reason states that the result is not certain.
 
     Args:
-        differences: score(chosen) - score(rejected) of the reward model. rivals: the same of each baseline.
+        differences: score(chosen) - score(rejected) of the reward model, one per pair.
+        rivals: the same differences for each baseline.
+        clusters: the prompt of each pair.
 
     Returns:
         passed; beats {baseline: bool}; differences {baseline: {mean, low, high}} in accuracy; reason, one sentence.
@@ -41,16 +43,16 @@ def gate_of(
     beats = {COIN: against.low > 0.5} | {name: gap.mean > ROUNDING for name, gap in gaps.items()}
     parts = [f"held-out accuracy {against}"]
     if not beats[COIN]:
-        parts.append("one half is not below its interval: it cannot be told from a coin")
+        parts.append("its interval is not above one half: it may be no better than a coin")
     for name, gap in gaps.items():
         verb = "beats" if beats[name] else "does not beat"
-        doubt = " (the interval contains 0: not beyond doubt)" if gap.low <= 0 <= gap.high else ""
+        doubt = " (the interval contains 0: not certain)" if gap.low <= 0 <= gap.high else ""
         if not beats[name] and gap.mean >= -ROUNDING:
-            doubt = " (as accurate as that, and no more)"
+            doubt = " (equal accuracy)"
         parts.append(f"{verb} {name}, difference {gap}{doubt}")
     few = against.clusters < FEW_PROMPTS
     if few:
-        parts = [f"only {against.clusters} held-out prompts, expected at least {FEW_PROMPTS}: these figures say little"]
+        parts = [f"found {against.clusters} held-out prompts, expected at least {FEW_PROMPTS}: too few for a result"]
     return {
         "passed": not few and all(beats.values()),
         "beats": beats,
@@ -67,7 +69,7 @@ def _right(differences: Sequence[float]) -> np.ndarray:
 def repeat_gates(
     models: Sequence[Resolved], say: Callable[..., None], *, what: str = "reward model", believe: str = BELIEVE
 ) -> None:
-    """Say which reward models failed their gate, or never stood before it; one line each."""
+    """Log one line for each reward model that failed its gate or has no gate."""
     for model in models:
         gate = None if model.manifest is None else model.manifest.metrics.get("gate")
         if isinstance(gate, Mapping) and gate.get("passed"):

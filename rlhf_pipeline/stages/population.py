@@ -1,12 +1,12 @@
 """The population of preference pairs of `world:verdicts`: fresh pairs at every step, with their exact labels.
 
-Both responses of a pair are drawn independently from one proposal mu(. | x), and the label is not drawn but given as
-its probability p = sigma(R(y_1) - R(y_2)). With the Bradley-Terry model true and mu of full support, the minimiser of
-DPO's expected loss is pi_ref exp(R / beta) / Z, whatever mu is: what keeps a run from it is optimisation alone
-(Rafailov et al. 2023, section 4 and theorem 1). Proposals:
+Both responses of a pair are drawn independently from one proposal mu(. | x). The label is not drawn; it is given as its
+probability p = sigma(R(y_1) - R(y_2)). If the Bradley-Terry model holds and mu has full support, the minimiser of DPO's
+expected loss is pi_ref exp(R / beta) / Z for every mu, so only optimisation keeps a run from it (Rafailov et al. 2023,
+section 4 and theorem 1). Proposals:
 
-* mixture: one half pi_ref, one half the exact optimum, so that the responses that matter are seen;
-* reference: pi_ref alone, as when pairs are collected from the SFT model.
+* mixture: one half pi_ref and one half the exact optimum, so that likely responses of the optimum are in the pairs;
+* reference: pi_ref, as when pairs are collected from the SFT model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Proposal = Literal["mixture", "reference"]
 
 @dataclass(frozen=True)
 class PromptTable:
-    """All responses to one prompt. ref_logprobs, reward, cumulative (of the proposal): (L,) float64."""
+    """All L responses to one prompt: reference log-probabilities, rewards, cumulative proposal; each (L,) float64."""
 
     prompt: Example
     ref_logprobs: Tensor
@@ -42,11 +42,11 @@ class PromptTable:
 
 
 class Population:
-    """Draws pairs and knows their reference log-probabilities and labels.
+    """Draws pairs with their exact reference log-probabilities and label probabilities.
 
     Args:
-        reference: the frozen reference; every response is scored under it once.
-        prompts: of the world. beta: of the optimum that the mixture holds. reading: options of `leaf_logprobs`.
+        reference: the frozen reference; it scores every response once.
+        prompts: prompts of the world. beta: the beta of the mixture's optimum. reading: options of `leaf_logprobs`.
     """
 
     def __init__(
@@ -74,7 +74,11 @@ class Population:
             self.tables.append(PromptTable(prompt, logprobs, reward, mass.cumsum(0)))
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[list[Example], PairFacts]:
-        """Draw pairs: prompts in equal shares (up to one), both responses from the proposal, the label by its law."""
+        """Draw `count` pairs from the proposal, with equal numbers per prompt (up to one).
+
+        The response that is named chosen is drawn with the label's probability. The facts hold the reference's
+        log-probabilities, (count, 2), and the probability that the chosen response is preferred, (count,), as float64.
+        """
         start = int(torch.randint(len(self.tables), (), generator=generator))
         numbers = torch.rand(count, 3, dtype=torch.float64, generator=generator)
         examples: list[Example | None] = [None] * count
@@ -115,7 +119,7 @@ class Population:
         device: torch.device | str = "cpu",
         micro_batch_tokens: int | None = None,
     ) -> Iterator[Window]:
-        """Windows of fresh pairs: a function of seed and step alone, so resuming needs no state."""
+        """Windows of fresh pairs; they depend only on seed and step, so resuming needs no state."""
 
         def packed(drawn: Sequence[Example]) -> PackedBatch:
             return pack(drawn, pad_id, layout=layout).to(device)
@@ -136,6 +140,6 @@ class Population:
             yield Window(batches, counts, epoch=float(step + 1))
 
     def report(self, prompts: SourceReport, pairs: int) -> SourceReport:
-        """What a manifest says about the pairs; the digest is that of their prompts, the one thing that was read."""
+        """The manifest's entry for the pairs; its digest is that of the prompts, the only data read."""
         name = f"{prompts.source} population ({self.proposal})"
         return replace(prompts, source=name, format="pair", source_rows=pairs, rows=pairs, kept=pairs)

@@ -38,30 +38,30 @@ from rlhf_pipeline.training.windows import Loss, Window
 
 
 def ppo_windows(setup: PpoSetup, module: nn.Module, start: int) -> Iterator[Window]:
-    """PPO's minibatches from update `start` on; the loop takes one optimizer step on each, with the loss of `ppo_step`.
+    """Yield PPO's minibatches from update `start` on; the loop takes one optimizer step on each, with `ppo_step`.
 
-    Source: Ouyang et al. 2022 (InstructGPT), section 3.5; Schulman et al. 2017, algorithm 1. C responses have at most R
-    tokens: scores are (C,), all other tensors (C, R). `module` is the actor-critic, wrapped or not.
+    Source: Ouyang et al. 2022 (InstructGPT), section 3.5; Schulman et al. 2017, algorithm 1. For C responses of at most
+    R tokens, scores are (C,) and all other tensors (C, R). `module` is the actor-critic, wrapped or not.
     """
     config, reduce = setup.config, setup.reduce
     for update in range(start, config.updates):
         setup.actor_critic.actor_frozen = update < config.critic_warmup_steps
 
-        # 1. Sample a response to each prompt, and cut the rollout into minibatches, anew for each epoch.
+        # 1. Sample a response to each prompt; shuffle the rollout into minibatches for each epoch.
         sampled = sample_responses(setup, module, update)
         epochs = shuffled_minibatches(setup, sampled, update)
 
-        # 2. Score: log-probabilities of policy and reference, values of the critic, a reward for each response.
+        # 2. Score: log-probabilities of policy and reference, values of the critic, a score for each response.
         scored = score_responses(setup, module, update, sampled, epochs)
         rollout, mask = scored.rollout, scored.rollout.mask
 
-        # 3. Rewards of the tokens: -beta (log pi - log pi_ref), plus the score at the last token.
+        # 3. Token rewards: -beta (log pi - log pi_ref), plus the score at the last token.
         logprobs, ref_logprobs = rollout.logprobs, rollout.ref_logprobs
         rewards = token_rewards(rollout.scores, logprobs, ref_logprobs, mask, kl_coef=config.kl_coef)
-        if config.whiten_rewards:  # off unless asked for: it adds a constant to every token, which moves the optimum
+        if config.whiten_rewards:  # off by default: it moves the optimum
             rewards = whiten(rewards, mask, shift_mean=False, reduce=reduce)
 
-        # 4. Advantages and returns by GAE. Whitening the advantages changes the scale of the step alone.
+        # 4. Advantages and returns by GAE. Whitening the advantages changes only the scale of the step.
         advantages, returns = gae(rewards, rollout.values, mask, gamma=config.gamma, lam=config.lam)
         if config.whiten_advantages:
             advantages = whiten(advantages, mask, reduce=reduce)
@@ -78,7 +78,7 @@ def ppo_windows(setup: PpoSetup, module: nn.Module, start: int) -> Iterator[Wind
 def ppo_step(
     model: ActorCritic, micro_batch: PpoBatch, *, config: PpoConfig, meter: CostMeter, shapes: dict[str, ModelShape]
 ) -> Loss:
-    """Clipped policy loss + vf_coef x clipped value loss of a micro-batch: sums over its tokens."""
+    """Loss of a micro-batch: clipped policy loss + vf_coef x clipped value loss, as sums over its tokens."""
     batch, mask = micro_batch.batch, micro_batch.mask
     scores = model(batch)
     count_training(meter, shapes, batch, actor=scores.logprobs.requires_grad)
@@ -92,7 +92,7 @@ def ppo_step(
     old_values, returns = micro_batch.old_values, micro_batch.returns
     value, clipped = clipped_value_loss(values, old_values, returns, mask, cliprange_value=config.cliprange_value)
 
-    # While the critic warms up the actor's graph is cut, so the policy loss is reported and trains nothing.
+    # During critic warm-up the actor has no graph, so the policy loss is only reported.
     per = config.loss_normalization
     terms: dict[str, tuple[Tensor, str, float]]
     terms = {"loss/value_avg": (value, per, config.vf_coef), "loss/policy_avg": (policy.loss, per, 1.0)}
@@ -101,7 +101,7 @@ def ppo_step(
 
 
 def count_training(meter: CostMeter, shapes: dict[str, ModelShape], batch: PackedBatch, *, actor: bool) -> None:
-    """Put a training pass of actor and critic on the bill; a frozen actor (critic warm-up) is only read."""
+    """Count the cost of a training pass of actor and critic; a frozen actor (critic warm-up) counts a forward pass."""
     meter.tokens_trained += batch.active_tokens
     trains = {"actor": actor, "critic": True}
     for name in trains.keys() & shapes.keys():
@@ -111,7 +111,7 @@ def count_training(meter: CostMeter, shapes: dict[str, ModelShape], batch: Packe
 def step_metrics(
     micro_batch: PpoBatch, scores: TokenScores, logprobs: Tensor, policy: PolicyLoss, value_clipped: Tensor
 ) -> dict[str, tuple[Tensor, str]]:
-    """Figures of a micro-batch in TRL's names, as sums with the names of their denominators."""
+    """Metrics of a micro-batch under TRL's names: sums with the names of their denominators."""
     assert scores.entropy is not None
     metrics = {
         "policy/approxkl_avg": (policy.approx_kl, "tokens"),
@@ -131,7 +131,7 @@ def step_metrics(
 
 
 def derive(metrics: Metrics) -> Metrics:
-    """Turn E[ratio^2] into the variance of the ratio."""
+    """Replace E[ratio^2] by the variance of the ratio, E[ratio^2] - E[ratio]^2."""
     metrics = dict(metrics)
     square = metrics.pop("val/ratio_square", 0.0)
     metrics["val/ratio_var"] = max(square - metrics.get("val/ratio", 0.0) ** 2, 0.0)
@@ -142,7 +142,7 @@ def run_ppo(config: PpoConfig, home: Path, **options) -> StageResult:
     """Train an actor-critic by PPO and register the actor."""
     with open_run("ppo", config, home, **options) as run:
         config = run.config
-        # 1. Actor, critic, frozen reference (another load of the actor's files), rewards, judge.
+        # 1. Actor, critic, frozen reference (loaded separately from the actor's files), rewards, judge.
         parent = find_base(run, config)
         tokenizer = tokenizer_of(parent, config.trust_remote_code)
         accelerator = run.accelerator
@@ -185,7 +185,7 @@ def run_ppo(config: PpoConfig, home: Path, **options) -> StageResult:
             inputs=inputs_of(models.parents, reports),
             save=lambda directory: save_model(models.actor_critic.actor, tokenizer, directory),
             decode=functools.partial(text_of, tokenizer),
-            warmup_offset=1,  # an update is a whole rollout: at rate 0 it would be sampled for nothing
+            warmup_offset=1,  # an update is a whole rollout, which a learning rate of 0 would waste
         )
         last = train(run, models.actor_critic, plan)
 

@@ -1,4 +1,4 @@
-"""The models of a run of PPO: loaded, checked, and named in the log."""
+"""Load, check and log the models of a PPO run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PpoModels:
-    """Everything that is loaded for PPO. parents: of the manifest, by role; shapes: for the bill, by role."""
+    """The loaded models of PPO. parents: entries of the manifest, by role; shapes: for counting cost, by role."""
 
     actor_critic: ActorCritic
     reference: Policy
@@ -42,10 +42,10 @@ class PpoModels:
 def load_models(
     run: Run[PpoConfig], config: PpoConfig, parent: Resolved, tokenizer: PreTrainedTokenizerBase
 ) -> PpoModels:
-    """Load actor, frozen reference (another load of the same files), rewards, critic and judge.
+    """Load actor, frozen reference (loaded separately from the same files), rewards, critic and judge.
 
     Raises:
-        ConfigError: no such stop token.
+        ConfigError: the stop token does not exist.
         MismatchError: models that do not fit together; see `load_reward` and `load_judge`.
     """
     assert config.value_init is not None  # the config fills it in
@@ -91,7 +91,7 @@ def stop_id_of(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of the token that ends a response.
 
     Raises:
-        ConfigError: when `stop_token` is not one token of the tokenizer.
+        ConfigError: `stop_token` is not one token of the tokenizer.
     """
     if config.stop_token is None:
         return tokenizer.eos_token_id
@@ -102,10 +102,10 @@ def stop_id_of(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def check_processes(config: PpoConfig, count: int) -> None:
-    """Check that a run can be shared by `count` processes.
+    """Check that `count` processes can share a run.
 
     Raises:
-        ConfigError: when they do not divide the minibatch, or vLLM is to sample for several.
+        ConfigError: `count` does not divide the minibatch, or `rollout_engine: vllm` has several processes.
     """
     if config.rollout_engine == "vllm" and count > 1:
         found = f"found 'vllm' on {count} processes"
@@ -116,7 +116,7 @@ def check_processes(config: PpoConfig, count: int) -> None:
 
 
 def load_engine(run: Run[PpoConfig], config: PpoConfig, policy: Resolved, model: torch.nn.Module) -> VllmEngine | None:
-    """The engine that samples in the place of the model; None for the native sampler."""
+    """The engine that samples instead of the model; None for the native sampler."""
     if config.rollout_engine == "native":
         return None
     dtype = torch.bfloat16 if uses_bf16(config) else next(model.parameters()).dtype
@@ -130,5 +130,5 @@ def load_engine(run: Run[PpoConfig], config: PpoConfig, policy: Resolved, model:
         trust_remote_code=config.trust_remote_code,
     )
     capped = f"importance weights up to {config.importance_weight_cap:g}"
-    run.log.say(f"rollouts by vllm {engine.version} in {dtype}, {capped}; untried so far with vllm itself")
+    run.log.say(f"rollouts by vllm {engine.version} in {dtype}, {capped}; not yet tested with vllm itself")
     return engine

@@ -1,4 +1,4 @@
-"""Where DPO's pairs and rankings come from: a source's rows, or the built-in world's population; held-out figures."""
+"""DPO's pairs and rankings, from the rows of a source or the population of the built-in world; held-out metrics."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ ReferenceScores = Tensor | Callable[[PackedBatch], TokenScores]
 
 
 def label_probabilities(examples: Sequence[Example]) -> Tensor:
-    """(examples,) recorded probability that the first response is preferred, float64.
+    """The recorded probability that the first response of each example is preferred, (examples,) float64.
 
     Raises:
-        DataError: examples without one.
+        DataError: an example has no `label_probability`.
     """
     lacking = [example for example in examples if example.label_probability is None]
     if lacking:
         expected = "label_probability, as `rlhf data collect` records it for pairs with labels: bradley-terry"
-        found, fix = "no label_probability, which soft_labels trains on", "or soft_labels: false"
+        found, fix = "no label_probability, which soft_labels needs", "or set soft_labels: false"
         raise DataError([Fault(example.where, found, expected, fix) for example in lacking])
     return torch.tensor([example.label_probability for example in examples], dtype=torch.float64)
 
@@ -58,8 +58,12 @@ def implicit_reward_metrics(
     beta: float,
     **options: Any,
 ) -> dict[str, float]:
-    """How well the implicit reward beta log(pi / pi_ref) orders held-out pairs, those of rankings included, and the
-    sigmoid loss on them; options: of `completion_logprob_sums`."""
+    """Accuracy and sigmoid loss of the implicit reward beta log(pi / pi_ref) on held-out pairs and rankings.
+
+    Args:
+        reference: (examples, K) log-probabilities of the completions under the reference, in nats.
+        options: options of `completion_logprob_sums`.
+    """
     logprobs = completion_logprob_sums(policy, examples, **options)
     rewards = beta * (logprobs - reference)
     metrics = preference_metrics(*pair_differences(rewards.tolist(), examples))
@@ -67,15 +71,16 @@ def implicit_reward_metrics(
 
 
 def kind_of(config: DpoConfig) -> str:
-    """What a config of `rlhf dpo` trains on: pairs and rankings, or rankings without ties, or (TRL) pairs alone."""
+    """The kind of example that `rlhf dpo` reads: pairs and rankings, rankings without ties, or (TRL) only pairs."""
     return "order" if OBJECTIVES[config.loss_type].listwise else preference_kind(config)
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Where the windows of a run come from, and what is known of its pairs besides their tokens.
+    """The windows of a run, and what is known of its pairs besides their tokens.
 
-    examples: empty where pairs are drawn anew. reference, targets: see `dpo_step`. evaluate: figures on held-out pairs.
+    examples: empty if pairs are drawn at every step. reference, targets: see `dpo_step`. evaluate: returns the metrics
+    on held-out pairs.
     """
 
     examples: list[Example]
@@ -90,10 +95,10 @@ class Pairs:
 def recorded_pairs(
     run: Run, policy: Policy, frozen: Policy, frozen_digest: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> Pairs:
-    """The pairs and rankings of the config's sources, with the reference's log-probabilities from the cache.
+    """The pairs and rankings of the config's sources, with cached log-probabilities of the reference.
 
     Raises:
-        DataError: rankings with ties where the loss takes none, or nothing to train on.
+        DataError: a ranking has ties and the loss accepts none, or there is nothing to train on.
     """
     config = run.config
     data = StageData(config, run.registry.home, run.log.say)
@@ -113,7 +118,7 @@ def recorded_pairs(
         return cached_logprobs(frozen, rows, cache, key, **options(rows))
 
     def score_reference(batch: PackedBatch) -> TokenScores:
-        with run.accelerator.autocast():  # in the precision that the policy is trained in
+        with run.accelerator.autocast():  # the precision of the policy's training
             return frozen(batch)
 
     with run.meter.part("reference"), run.accelerator.autocast():
@@ -123,7 +128,7 @@ def recorded_pairs(
             found = referred(examples)
             reference = found.logprobs
             run.log.say(f"reference log-probabilities: {'from the cache' if found.hit else 'computed and cached'}")
-            # On the bill whether or not an earlier run has paid it: the cost of an arm must not depend on luck.
+            # Counted also when the cache had them: the cost of an arm must not depend on earlier runs.
             shape = ModelShape.of(frozen.model)
             run.meter.flops += found.flops(shape, examples) if run.checkpoint is None else 0.0
     layout = common_layout(policy.reader.layout, frozen.reader.layout)
@@ -140,10 +145,10 @@ def recorded_pairs(
 def fresh_pairs(
     run: Run, policy: Policy, frozen: Policy, frozen_digest: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> Pairs:
-    """Pairs of the built-in world, drawn anew at every step with their exact label probabilities.
+    """Pairs of the built-in world, drawn at every step with their exact label probabilities.
 
     Raises:
-        MismatchError: when the policy has other words than the world.
+        MismatchError: the policy's tokenizer is not that of the world.
     """
     config, size = run.config, run.config.per_device_train_batch_size * run.config.gradient_accumulation_steps
     if not world.is_world_tokenizer(tokenizer):
@@ -164,13 +169,13 @@ def fresh_pairs(
             device=run.device,
             memory=run.memory,
         )
-    if run.checkpoint is None:  # what the reference's walk through the tree costs is on the bill
+    if run.checkpoint is None:  # count the reference's pass over all responses
         shape = ModelShape.of(frozen.model)
         counts = (walk_counts(len(prompt.prompt_ids), population.tree) for prompt in prompts)
         run.meter.flops += sum(shape.forward_flops(*count) for count in counts)
     ranks = run.accelerator.num_processes
     report = population.report(reports[0], config.max_steps * size * ranks)
-    run.log.say(f"pairs: fresh at every step, from {len(prompts)} prompts, proposal {config.population_proposal}")
+    run.log.say(f"pairs: drawn at every step from {len(prompts)} prompts, proposal {config.population_proposal}")
 
     def windows(_prepared: Any, start: int) -> Iterator[Window]:
         return population.windows(

@@ -1,4 +1,4 @@
-"""The reward model: Bradley-Terry on pairs and rankings, normalised afterwards, set against two baselines."""
+"""The reward model: Bradley-Terry training on pairs and rankings, normalisation, comparison with two baselines."""
 
 from __future__ import annotations
 
@@ -58,9 +58,10 @@ def reward_step(
     shape: ModelShape,
     center_rewards_coefficient: float | None = None,
 ) -> Loss:
-    """Bradley-Terry loss of a micro-batch; denominator: prompts, which is pairs where there are no rankings.
+    """Bradley-Terry loss of a micro-batch; its denominator is prompts (equal to pairs if there are no rankings).
 
-    A ranking is one tree, read in one pass; its untied pairs weigh 1 / their number each. Metrics are means over pairs.
+    A ranking is one tree, read in one pass; each of its untied pairs has the weight 1 / (number of its untied pairs).
+    Metrics are means over pairs.
     """
     scores = model(micro_batch.batch)
     meter.train(shape, micro_batch.batch)
@@ -83,7 +84,7 @@ def reward_step(
     return Loss(terms, {name: (value * weight, "pairs") for name, value in metrics.items()}, checked)
 
 
-NO_SLOPE = "not a number: the held-out pairs are all ordered rightly, all wrongly or all tied, so no finite slope fits"
+NO_SLOPE = "undefined: all held-out pairs are ordered correctly, wrongly or as ties, so no finite slope fits"
 Scores = Callable[[Sequence[Example]], list[list[float]]]
 
 
@@ -95,8 +96,10 @@ def center(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
 ) -> float:
-    """Store the shift that makes the parent's samples (or the chosen responses, of rankings the best) score 0 on
-    average."""
+    """Store and return the shift that gives the parent's samples a mean score of 0.
+
+    With `reward_centering: chosen` the chosen responses (in rankings: the best) get the mean score 0.
+    """
     config = run.config
     if config.reward_centering == "none":
         return 0.0
@@ -151,7 +154,7 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
         network = onto(run.device, network)
         model = read_reward_model(network).train()
         if config.score_pooling == "mean":
-            run.log.say("score_pooling mean: plain transformers reads the last token only and scores differently")
+            run.log.say("score_pooling mean: transformers itself reads only the last token and gives other scores")
         log_moves(run, {"base": parent})
 
         # 2. The pairs and rankings.
@@ -223,7 +226,7 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
 
 
 def describe_quality(run: Run, metrics: dict[str, Any]) -> None:
-    """Say how the reward model stands against its baselines and whether it passed its gate."""
+    """Log the accuracy of the reward model and its baselines, the calibration slope, and whether the gate failed."""
     line = (
         f"held-out accuracy {metrics['accuracy']:.3f} [{metrics['accuracy_low']:.3f}, {metrics['accuracy_high']:.3f}]"
     )
@@ -237,12 +240,12 @@ def describe_quality(run: Run, metrics: dict[str, Any]) -> None:
         run.log.say(f"calibration slope: {slope['why_not']}")
     else:
         run.log.say(
-            f"calibration slope {slope['mean']:.3f} [{slope['low']:.3f}, {slope['high']:.3f}]: in units of the labels' "
-            "own reward PPO on this model has the beta kl_coef x slope"
+            f"calibration slope {slope['mean']:.3f} [{slope['low']:.3f}, {slope['high']:.3f}]: PPO on this model has "
+            "an effective beta of kl_coef x slope, in units of the reward behind the labels"
         )
     if not metrics["gate"]["passed"]:
         run.log.say(
-            f"WARNING: this reward model fails its gate: {metrics['gate']['reason']}; more or cleaner pairs, a larger "
-            "model or another learning_rate are needed before PPO on it means anything",
+            f"WARNING: this reward model fails its gate: {metrics['gate']['reason']}; use more or cleaner pairs, a "
+            "larger model or another learning_rate before PPO",
             style="yellow",
         )

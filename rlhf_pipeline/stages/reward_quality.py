@@ -1,4 +1,4 @@
-"""What is said of a reward model: its scores, how it orders held-out pairs, and the baselines beside it."""
+"""The quality of a reward model: its scores, its metrics on held-out pairs, and those of the baselines."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def score_examples(
     pad_id: int,
     device: torch.device,
 ) -> list[list[float]]:
-    """Scores of all completions of each example, in fp32, read by `score`."""
+    """Scores of all completions of each example, in fp32, computed by `score`."""
     source = ModelReward("reward model", model, pad_id, device)
     return by_example(score(source.score, examples, responses_at_once=responses_at_once, memory=memory), examples)
 
@@ -49,7 +49,8 @@ def prompts_of_pairs(examples: Sequence[Example]) -> list[str]:
 
 
 def baseline_differences(train: Sequence[Example], held_out: Sequence[Example]) -> dict[str, list[float]]:
-    """Score differences on held-out pairs of "longer wins" and of TF-IDF with Bradley-Terry fitted on `train`."""
+    """Score differences of the baselines on held-out pairs: "longer wins", and TF-IDF with Bradley-Terry fitted on
+    `train`."""
 
     def texts(examples: Sequence[Example]) -> list[tuple[str, str]]:
         return [(e.completion_texts[i], e.completion_texts[j]) for e in examples for i, j in e.untied()]
@@ -62,7 +63,7 @@ def baseline_differences(train: Sequence[Example], held_out: Sequence[Example]) 
 def cached_baseline_differences(
     train: Sequence[Example], held_out: Sequence[Example], cache: Path
 ) -> dict[str, list[float]]:
-    """`baseline_differences`, kept in a cache: they depend on the pairs alone, and many runs share these."""
+    """`baseline_differences` with a cache: they depend only on the pairs, which many runs share."""
     content = [[e.completion_texts, e.completions, e.ranks] for e in (*train, *held_out)]
     key = [version("scikit-learn"), len(train), content]
     name = sha256(json.dumps(key, ensure_ascii=False).encode(errors="surrogatepass")).hexdigest()
@@ -78,7 +79,7 @@ def cached_baseline_differences(
 def baseline_accuracies(
     differences: Mapping[str, Sequence[float]], held_out: Sequence[Example]
 ) -> dict[str, dict[str, float]]:
-    """Held-out accuracy of baselines, with interval."""
+    """Held-out accuracy of baselines, with a 95 % interval."""
     clusters = prompts_of_pairs(held_out)
     return {
         name: {"accuracy": estimate.mean, "accuracy_low": estimate.low, "accuracy_high": estimate.high}
@@ -87,12 +88,12 @@ def baseline_accuracies(
 
 
 def baselines(train: Sequence[Example], held_out: Sequence[Example]) -> dict[str, dict[str, float]]:
-    """Held-out accuracy, with interval, of both baselines."""
+    """Held-out accuracy of both baselines, with a 95 % interval."""
     return baseline_accuracies(baseline_differences(train, held_out), held_out)
 
 
 def describe_pairs(scores: Sequence[Sequence[float]], held_out: Sequence[Example]) -> dict[str, Any]:
-    """Accuracy, calibration and the labels' ceiling on held-out pairs; cut responses apart."""
+    """Accuracy, calibration and the labels' ceiling on held-out pairs, and mean scores of ended and cut responses."""
     differences, clusters = pair_differences(scores, held_out)
     metrics: dict[str, Any] = preference_metrics(differences, clusters)
     labels = [example.label_probability for example in held_out for _ in example.untied()]

@@ -1,4 +1,4 @@
-"""Load the reward sources that a config names: rewards, labellers, and the judge of a run of PPO."""
+"""Load the reward sources that a config names: rewards, labellers, and the judge of a PPO run."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from rlhf_pipeline.training.open_run import Run
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BELIEVE_JUDGE = "what it says of the policy says little"
+BELIEVE_JUDGE = "its scores of the policy mean little"
 
 
 @dataclass(frozen=True)
 class LoadedReward:
-    """A reward source, and the registered model behind it if there is one."""
+    """A reward source, and its registered model if it has one."""
 
     source: RewardSource
     resolved: Resolved | None = None
@@ -57,14 +57,14 @@ def load_reward(
     """Load one source: "world", module:function, or a reference to a reward model.
 
     Raises:
-        MismatchError: the world asked to score a policy with another vocabulary, a policy passed as a reward model,
-            or a reward model with another tokenizer.
+        MismatchError: the world cannot score this policy's vocabulary, the reference is not a reward model, or the
+            reward model has another tokenizer.
     """
     if text in WORLD_NAMES:
         if not world.is_world_tokenizer(tokenizer):
             raise MismatchError(
                 f"reward 'world': found the tokenizer of {policy.label} with {len(tokenizer)} tokens, expected that of "
-                f"{world.NAME}; the world's true reward can score its own words only"
+                f"{world.NAME}; the world's true reward can score only its own words"
             )
         return LoadedReward(WorldReward())
     if is_function_name(text):
@@ -76,17 +76,17 @@ def load_reward(
 
 
 def weighted(parts: Sequence[tuple[float, LoadedReward]]) -> WeightedReward:
-    """The sum of weighted sources."""
+    """The weighted sum of sources."""
     return WeightedReward(tuple((weight, loaded.source) for weight, loaded in parts))
 
 
 def load_judge(
     run: Run[PpoConfig], rewards: Sequence[LoadedReward], policy: Resolved, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Judge | None, Resolved | None]:
-    """The judge that the config names and the model behind it, if there is one; its faults are said.
+    """Load the judge that the config names, with its model if it has one, and log warnings about it.
 
     Raises:
-        MismatchError: it is one of the rewards, under whatever name, or cannot read the policy's tokens.
+        MismatchError: the judge is one of the rewards, under any name, or cannot read the policy's tokens.
     """
     config = run.config
     if config.judge is None:
@@ -95,8 +95,8 @@ def load_judge(
     for reward in rewards:
         if _is_same(judge, reward):
             raise MismatchError(
-                f"judge {config.judge!r} is {_name(judge)}, and the policy is trained on {_name(reward)}, which is the "
-                "same; expected a judge that the policy is not trained on: train a reward model on other pairs "
+                f"judge {config.judge!r}: found {_name(judge)}, the same as the training reward {_name(reward)}; "
+                "expected a judge that the policy is not trained on; train a reward model on other pairs "
                 "(rlhf train-rm dataset_train_split=judge), or remove judge"
             )
     say = run.log.say
@@ -109,13 +109,13 @@ def load_judge(
                 both = f"judge {judge.source.label} and reward model {reward.source.label}"
                 why = f"were trained on the same pairs ({', '.join(shared)}), so they share errors"
                 say(f"WARNING: {both} {why}; a judge should be held out", style="yellow")
-    say(f"judge: {judge.source.label} scores the rollouts that are logged, and nothing is trained on it")
+    say(f"judge: {judge.source.label} scores the logged rollouts; nothing is trained on it")
     shape = None if judge.model is None else ModelShape.of(judge.model.model, head=False)
     return Judge(judge.source, shape, config.logging_steps), judge.resolved
 
 
 def _is_same(judge: LoadedReward, reward: LoadedReward) -> bool:
-    """Whether two sources are one: models by their weights, where those are known, else by where they come from."""
+    """Whether two sources are the same; models compare by their digests if known, otherwise by location."""
     if judge.resolved is None or reward.resolved is None:
         return judge.resolved is reward.resolved and judge.source.label == reward.source.label
     ours, theirs = judge.resolved, reward.resolved
@@ -125,13 +125,13 @@ def _is_same(judge: LoadedReward, reward: LoadedReward) -> bool:
 
 
 def _name(loaded: LoadedReward) -> str:
-    """Its label, with the digest of a model."""
+    """The label of a source, with the digest of its model if known."""
     digest = loaded.resolved.digest if loaded.resolved is not None else None
     return f"{loaded.source.label} {digest[:12]}" if digest else loaded.source.label
 
 
 def _pairs_of(model: Resolved | None) -> dict[str, str]:
-    """Digest -> source of the pairs that a model was trained on, as far as that is known."""
+    """The data that a model was trained on, digest -> source; {} if unknown."""
     if model is None or model.manifest is None:
         return {}
     return {entry.digest: f"{entry.source} [{entry.split}]" for entry in model.manifest.data}

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: from a language model, or from random weights (pretraining included)."""
+"""Supervised fine-tuning of a language model, or training from random weights (pretraining)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ EVAL_EXAMPLES = 1024
 
 
 def sft_step(model: Policy, micro_batch: ExampleBatch, *, meter: CostMeter, shape: ModelShape) -> Loss:
-    """Negative log-likelihood of the completion tokens; denominator: tokens."""
+    """Negative log-likelihood of the completion tokens, a sum in nats; its denominator is tokens."""
     batch = micro_batch.batch
     scores = model(batch)
     meter.train(shape, batch)
@@ -57,7 +57,7 @@ def sft_step(model: Policy, micro_batch: ExampleBatch, *, meter: CostMeter, shap
 
 
 def count_tokens(example: Example) -> dict[str, float]:
-    """An example's share of the denominators."""
+    """The counts that an example adds to the denominators."""
     return {"tokens": float(sum(len(ids) for ids in example.completions))}
 
 
@@ -70,14 +70,14 @@ def mean_nll(
     pad_id: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """Mean negative log-likelihood per completion token, and per whole completion, in nats, read by `score`."""
+    """Mean negative log-likelihood per completion token and per completion, in nats, computed by `score`."""
 
     def logprobs(part: Sequence[Example]) -> Tensor:
         batch = pack(part, pad_id, layout=policy.reader.layout).to(device)
         return batch.per_completion(policy(batch).logprobs.double())
 
     was_training = policy.training
-    policy.eval()  # where dropout was asked for, it is for training alone
+    policy.eval()  # dropout is for training only
     try:
         total = -float(score(logprobs, examples, responses_at_once=responses_at_once, memory=memory).sum())
     finally:
@@ -87,7 +87,7 @@ def mean_nll(
 
 
 def make_tokenizer(run: Run[SftConfig], data: StageData) -> PreTrainedTokenizerBase:
-    """The tokenizer that `tokenizer_init` describes: the world's, or byte-level BPE trained on the train split."""
+    """The tokenizer of `tokenizer_init`: that of the world, or byte-level BPE trained on the train split."""
     settings = run.config.tokenizer_init
     assert settings is not None  # `check_start` of the config
     if settings["type"] == "world":
@@ -101,7 +101,7 @@ def make_tokenizer(run: Run[SftConfig], data: StageData) -> PreTrainedTokenizerB
 def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
     """Train on demonstrations (or plain text) and register the model."""
     if config.model_init is not None:
-        new_config(config.model_init, dropout=config.dropout)  # its keys, before a tokenizer is trained
+        new_config(config.model_init, dropout=config.dropout)  # check its keys before training a tokenizer
     with open_run("sft", config, home, **options) as run:
         config = run.config
         # 1. The model: an existing one, or a new one with its tokenizer.

@@ -1,1 +1,1 @@
-"""The loop and what it needs: windows, optimizer, checkpoints, tracking, cost."""
+"""The training loop and its parts: windows, optimizer, checkpoints, tracking, cost."""

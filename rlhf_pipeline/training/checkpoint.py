@@ -1,4 +1,4 @@
-"""Checkpoints of a run: safetensors and JSON, whole or not at all, enough to go on bit for bit.
+"""Checkpoints of a run: safetensors and JSON, written atomically; a resumed run continues bit for bit.
 
 checkpoints/step-<n>/
     model.safetensors       trainable weights
@@ -7,7 +7,7 @@ checkpoints/step-<n>/
     state.json              counters, schedule, optimizer settings
     manifest.json           sizes and digests of all the other files; written last
 
-A checkpoint without a manifest, or with a file that is not what the manifest says, is no checkpoint.
+A checkpoint without a manifest, or with a file that differs from the manifest, is damaged and not used.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", STATE)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read and whose files are what they were when written."""
+    """A checkpoint whose files match its manifest."""
 
     directory: Path
     step: int
@@ -78,10 +78,10 @@ def save_checkpoint(
     extra: dict[str, Any],
     keep: int | None,
 ) -> Path:
-    """Write checkpoints/step-<n> under `root` beside its target, sync it, rename it; then prune to the `keep` newest.
+    """Write checkpoints/step-<n> under `root` to a temporary name, sync and rename it; then keep the `keep` newest.
 
     Raises:
-        RunFailed: the disk is full; the checkpoints before are as they were.
+        RunFailed: the disk is full; earlier checkpoints are unchanged.
     """
     from safetensors.torch import save_file
 
@@ -108,13 +108,13 @@ def save_checkpoint(
         sync(root)
     older = [found for found in _steps(root) if found <= step]
     for old in older[keep:] if keep else []:
-        os.rename(root / f"{PREFIX}{old}", root / f".{PREFIX}{old}.old.tmp")  # gone at once, or there as it was
+        os.rename(root / f"{PREFIX}{old}", root / f".{PREFIX}{old}.old.tmp")  # atomic: removed or unchanged
     clear_leftovers(root)
     return target
 
 
 def clear_leftovers(root: Path) -> None:
-    """Remove what a process that died while it wrote has left; the caller is the only one that writes here."""
+    """Remove the temporary files of a killed process; the caller must be the only writer in `root`."""
     for path in root.glob(".*.tmp"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -133,10 +133,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DamagedFile(f"{path}: missing") from error
-    except (ValueError, RecursionError) as error:  # another OSError speaks of the disk, not of the checkpoint
+    except (ValueError, RecursionError) as error:  # another OSError is about the disk, not the checkpoint
         raise DamagedFile(f"{path}: cannot be read ({error})") from error
     if not isinstance(found, dict):
-        raise DamagedFile(f"{path}: a {type(found).__name__}, not an object")
+        raise DamagedFile(f"{path}: found a {type(found).__name__}, expected an object")
     return found
 
 
@@ -144,7 +144,7 @@ def verify_checkpoint(directory: Path) -> Checkpoint:
     """Read a checkpoint's state and check its files.
 
     Raises:
-        DamagedFile: naming the file that is missing, or not what was written.
+        DamagedFile: a file is missing or damaged; the message names it.
     """
     manifest = directory / MANIFEST
     files = _read_json(manifest).get("files")
@@ -155,26 +155,26 @@ def verify_checkpoint(directory: Path) -> Checkpoint:
         if not path.is_file():
             raise DamagedFile(f"{path}: missing")
         if file_entry(path).model_dump() != expected:
-            raise DamagedFile(f"{path}: its content is not what {MANIFEST} says was written")
+            raise DamagedFile(f"{path}: its content differs from {MANIFEST} of this checkpoint")
     state = _read_json(directory / STATE)
     return Checkpoint(directory, state["step"], state)
 
 
 def put_damaged_aside(root: Path, warn=lambda text: None) -> None:
-    """Rename checkpoints that are newer than the newest intact one, so that none stands in the way of new ones.
+    """Rename damaged checkpoints that are newer than the newest intact one to `damaged-step-<n>`.
 
-    They are kept as `damaged-step-<n>`. The caller is the only one that writes here.
+    New checkpoints can then take their names. The caller must be the only writer in `root`.
 
     Raises:
-        MismatchError: there are none but those of an earlier version of this package, which had no manifests.
+        MismatchError: all checkpoints are from an earlier version of this package, which wrote no manifests.
     """
     steps = _steps(root)
     if steps and not any((root / f"{PREFIX}{step}" / MANIFEST).exists() for step in steps):
         newest = root / f"{PREFIX}{steps[0]}" / STATE
         if newest.exists() and "files" in _read_json(newest):
             raise MismatchError(
-                f"{root}: checkpoints of an earlier version of this package; finish the run with that version, or "
-                "start afresh with --no-resume"
+                f"{root}: found checkpoints of an earlier version of this package; finish the run with that version, "
+                "or start a new run with --no-resume"
             )
     for step in steps:
         directory = root / f"{PREFIX}{step}"
@@ -185,16 +185,16 @@ def put_damaged_aside(root: Path, warn=lambda text: None) -> None:
             aside = root / f"damaged-{directory.name}"
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(directory, aside)
-            warn(f"{error}; kept as {aside.name}, the run goes on from the checkpoint before it, if there is one")
+            warn(f"{error}; kept as {aside.name}; the run continues from the previous checkpoint, if there is one")
 
 
 def newest_checkpoint(root: Path, warn=lambda text: None) -> Checkpoint | None:
-    """The newest checkpoint that is intact; damaged ones are named through `warn` and passed over."""
+    """The newest intact checkpoint, or None; `warn` reports damaged ones, which are skipped."""
     for step in _steps(root):
         try:
             return verify_checkpoint(root / f"{PREFIX}{step}")
         except DamagedFile as error:
-            warn(f"{error}; the checkpoint before it is used")
+            warn(f"{error}; using the previous checkpoint")
     return None
 
 
@@ -216,7 +216,7 @@ def random_states() -> dict[str, torch.Tensor]:
 
 
 def set_random_states(states: dict[str, torch.Tensor]) -> None:
-    """Put the states of `random_states` back."""
+    """Restore the states that `random_states` returned."""
     torch.set_rng_state(states["torch"])
     version, *words = states["python"].tolist()
     gauss = states["python.gauss"].tolist()
@@ -232,10 +232,10 @@ def set_random_states(states: dict[str, torch.Tensor]) -> None:
 def restore(
     checkpoint: Checkpoint, *, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any
 ) -> dict[str, Any]:
-    """Put a checkpoint back into model, optimizer, schedule and random-number state; returns its `extra`.
+    """Restore model, optimizer, schedule and random-number states from a checkpoint; returns its `extra`.
 
     Raises:
-        MismatchError: when it was written by a model of another shape.
+        MismatchError: the checkpoint is of a model with another shape.
     """
     from safetensors.torch import load_file
 
@@ -251,7 +251,7 @@ def restore(
         index, name = key.split(".", 1)
         entries.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": entries, "param_groups": checkpoint.state["param_groups"]})
-    # The lambdas follow from the config: None keeps those that the scheduler has.
+    # The lambdas follow from the config: None keeps those of the scheduler.
     kept = [None] * len(scheduler.lr_lambdas)
     scheduler.load_state_dict({**checkpoint.state["scheduler"], "lr_lambdas": kept})
     set_random_states(load_file(checkpoint.directory / FILES[2]))

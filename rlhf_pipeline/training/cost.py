@@ -1,4 +1,4 @@
-"""What a run costs: time, floating-point operations, tokens, optimizer steps, peak memory."""
+"""The cost of a run: time, floating-point operations, tokens, optimizer steps, peak memory."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the FLOP formula needs.
+    """The sizes of a model that the FLOP formula needs.
 
-    matmul, head: weights in matrix products; attention: layers x query width. skipped: those of the weights that work
-    only where hidden states are read (models/last_layer.py). reads: where that is: at the positions that predict a
-    completion's token, at these tokens themselves, or at the last one of each completion. recomputed: weights whose
-    products the backward pass computes again (`gradient_checkpointing`); 0 without.
+    matmul, head: weights in matrix products of the trunk and the output head. attention: layers x query width.
+    skipped: weights that are used only at positions whose hidden states are read (models/last_layer.py). reads: these
+    positions: those that predict a completion's token, the completion's tokens, or the last token of each completion.
+    recomputed: weights whose products the backward pass computes again (`gradient_checkpointing`); otherwise 0.
     """
 
     matmul: int
@@ -40,9 +40,9 @@ class ModelShape:
 
     @staticmethod
     def of(model: PreTrainedModel, *, head: bool = True, checkpointed: bool = False) -> ModelShape:
-        """Read the shape off a transformers model (a sequence classifier or a bare trunk with head=False).
+        """The shape of a transformers model; head=False for a sequence classifier or a bare trunk.
 
-        checkpointed: whether it trains with `gradient_checkpointing`; its last layer then skips nothing in a batch.
+        checkpointed: whether it trains with `gradient_checkpointing`; its last layer then computes every position.
         """
         trunk = trunk_of(model)
         embeddings = {id(module.weight) for module in trunk.modules() if isinstance(module, nn.Embedding)}
@@ -65,19 +65,23 @@ class ModelShape:
         )
 
     def forward_flops(self, tokens: int, context_tokens: int, head_tokens: int, read: int | None = None) -> float:
-        """FLOPs of a forward pass: 2 N_matmul tokens + 4 layers d_attn sum(context) + 2 N_head head_tokens, less
-        2 N_skipped (tokens - read) where only some positions are read.
+        """FLOPs of a forward pass.
 
-        Source: Kaplan et al. 2020, table 1, with the attention term counted over the context really attended to
-        and the output head only where it is computed.
+            2 N_matmul tokens + 4 layers d_attn sum(context) + 2 N_head head_tokens - 2 N_skipped (tokens - read)
+
+        read: the number of positions read; None: all, so the last term is 0. Source: Kaplan et al. 2020, table 1, with
+        the attention term summed over the actual context and the output head counted only where it is computed.
         """
         unread = 0 if read is None else tokens - read
         matmul = self.matmul * tokens - self.skipped * unread
         return 2.0 * matmul + 4.0 * self.attention * context_tokens + 2.0 * self.head * head_tokens
 
     def training_flops(self, tokens: int, context_tokens: int, head_tokens: int, read: int | None = None) -> float:
-        """FLOPs of a forward and a backward pass: 3 forward passes, and with `gradient_checkpointing`
-        2 N_recomputed tokens + 4 layers d_attn sum(context) of the layers that are computed again."""
+        """FLOPs of a forward and a backward pass: three times a forward pass.
+
+        With `gradient_checkpointing`, plus 2 N_recomputed tokens + 4 layers d_attn sum(context) for the layers that are
+        computed again.
+        """
         again = 2.0 * self.recomputed * tokens + 4.0 * self.attention * context_tokens if self.recomputed else 0.0
         return 3.0 * self.forward_flops(tokens, context_tokens, head_tokens, read) + again
 
@@ -94,10 +98,10 @@ class ModelShape:
     def decode_flops(
         self, prompt_lengths: list[int], response_lengths: list[int], prompts: list[int] | None = None
     ) -> float:
-        """FLOPs of cached sampling: the prompts, then one token at a time over its real context.
+        """FLOPs of cached sampling: the prompts, then one token at a time over its actual context.
 
-        prompts: lengths of those that are run, where responses to one prompt share it and only its last token is
-        read; None: every response's own, whole.
+        prompts: lengths of the prompts that are run, if responses to one prompt share it; only the last token of each
+        is then read. None: each response runs its own prompt, and every position is read.
         """
         total = 0.0
         for prompt in prompt_lengths if prompts is None else prompts:
@@ -111,8 +115,8 @@ class ModelShape:
 def _recomputed_weights(trunk: nn.Module) -> int:
     """Weights of the layers that `gradient_checkpointing` computes again.
 
-    The backward pass stops computing a layer again when it has all that was saved. So a layer's last product is left
-    out, unless a norm reads what it gives.
+    The backward pass stops the recomputation of a layer once it has every saved tensor. So the last product of a layer
+    is not computed again, unless a norm reads its result.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -125,17 +129,19 @@ def _recomputed_weights(trunk: nn.Module) -> int:
 
 
 PHASES = ("generation", "scoring", "update")
-"""The parts of PPO's time."""
+"""The phases of a PPO update."""
 JUDGE = "judge"
-"""The part of a run's time that its judge takes."""
+"""The name of the judge's part of a run's time."""
 
 
 def reset_peak_memory() -> None:
-    """Let the peak start anew, so that stages that share a process have each their own; where the system cannot, the
-    peak stays that of the whole process."""
+    """Reset the peak memory, so that each stage in a process has its own peak.
+
+    If the system does not support the reset, the peak remains that of the whole process.
+    """
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
-    # No Linux, or no right to do so: the peak of the process it is.
+    # Not Linux, or not permitted: the peak remains that of the process.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
@@ -154,9 +160,9 @@ def peak_memory_bytes() -> int:
 
 @dataclass
 class CostMeter:
-    """Running totals; `seconds` keeps the wall time of named parts, `at_step` the bill at each snapshot.
+    """Running totals; `seconds` holds the wall time of named parts, `at_step` the cost at each snapshot.
 
-    A judge that watches a run is no part of the training: its FLOPs and its seconds (the part JUDGE) are kept apart.
+    A judge is not a part of training: its FLOPs and seconds (the part JUDGE) are counted separately.
     """
 
     flops: float = 0.0
@@ -165,9 +171,9 @@ class CostMeter:
     optimizer_steps: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
-    earlier_seconds: float = 0.0  # before a resume, the judge's included
+    earlier_seconds: float = 0.0  # before a resume, including the judge's
     judge_flops: float = 0.0  # of all ranks
-    at_step: dict[str, dict[str, float]] = field(default_factory=dict)  # by step as text, as JSON has it
+    at_step: dict[str, dict[str, float]] = field(default_factory=dict)  # keys are steps as text, as in JSON
 
     def train(self, shape: ModelShape, batch: PackedBatch) -> None:
         """Count a training pass (forward and backward) of one model."""
@@ -193,18 +199,20 @@ class CostMeter:
         return _Timed(self, name)
 
     def shares(self) -> dict[str, float]:
-        """Each phase's share of PPO's time; nothing for other stages. An update ends with what is done after it:
-        evaluation, snapshots, checkpoints."""
+        """The share of each phase in PPO's time; {} for other stages.
+
+        The phase "update" includes evaluation, snapshots and checkpoints after the update.
+        """
         spent = {name: self.seconds[name] for name in PHASES if name in self.seconds}
         total = sum(spent.values())
         return {name: value / total for name, value in spent.items()} if len(spent) == len(PHASES) and total else {}
 
     def wall_seconds(self) -> float:
-        """Seconds since the start, those before a resume included and those of the judge left out."""
+        """Seconds since the start, including those before a resume, without those of the judge."""
         return self.earlier_seconds + time.perf_counter() - self.started - self.seconds.get(JUDGE, 0.0)
 
     def mark(self, step: int, **counts: float) -> None:
-        """Keep the bill of the run up to a step; `counts` are the totals that are not this meter's own."""
+        """Store the cost of the run up to a step; `counts` replaces totals of this meter."""
         own = {name: getattr(self, name) for name in ("flops", "tokens_trained", "tokens_generated", "optimizer_steps")}
         self.at_step[str(step)] = {"wall_seconds": round(self.wall_seconds(), 3)} | own | counts
 

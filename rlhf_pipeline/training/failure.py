@@ -1,11 +1,11 @@
-"""What a run that met a number which is not finite leaves behind.
+"""The record of a run that stopped at a number which is not finite.
 
 runs/<run-id>/failure/
     failure.json        the figure, the update, the rows with their texts and token ids, the last metrics
-    batch.safetensors   the micro-batches that hold the rows, as they were packed: <number>.<tensor>
+    batch.safetensors   the packed micro-batches that hold the rows: <number>.<tensor>
 
-`failure/` is what a run stands still at. Once the run has been resumed and has done that update, the folder is renamed
-to failure-1/ (the next one to failure-2/): it is kept for whoever wants to look, and no longer reads as current.
+A run with a `failure/` is blocked. Once the resumed run has passed the failed update, the folder is renamed to
+failure-1/ (the next one to failure-2/), where it remains for inspection.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ SMALLER_STEPS = (
 
 
 def advice(what: str, weights: Sequence[str]) -> str:
-    """What to try after a figure was not finite."""
+    """The advice for a figure that is not finite."""
     if weights and "reference" not in what:
-        return f"{SMALLER_STEPS}; where the model came so, `rlhf models verify` and its parent"
+        return f"{SMALLER_STEPS}; if the weights were loaded like this, check the model with `rlhf models verify`"
     if "reference" in what:
         return "check the reference model (`rlhf models verify`), or try fp32 (bf16: false, dtype: float32)"
     if what == "log-probabilities of the sampler":
         return "use rollout_engine: native, or another version of vllm"
     if what.startswith("rewards"):
-        return "mend the source of the reward: it has to give a finite number for every response"
+        return "correct the source of the reward: it must give a finite number for every response"
     if what in ("advantages", "returns"):
-        return f"{SMALLER_STEPS}, or rewards of a smaller scale"
+        return f"{SMALLER_STEPS}, or scale the rewards down"
     return SMALLER_STEPS
 
 
 def _printable(value: Any) -> Any:
-    """JSON has no NaN and no infinities: they are written as text."""
+    """The value with NaN and infinities, which JSON does not have, as text."""
     if isinstance(value, Mapping):
         return {key: _printable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -84,14 +84,17 @@ def _described(row: BadRow, decode: Decode | None) -> dict[str, Any]:
 
 
 def write_failure(directory: Path, failure: NotFinite, known: Mapping[str, Any], decode: Decode | None) -> Path:
-    """Write the failure of a run into its directory, whole, in the place of an earlier one.
+    """Write the failure of a run into its directory, atomically, and replace an earlier one.
 
     Args:
-        known: what the run knows besides: last metrics, learning rate, parents. decode: token ids to text; None: the
+        known: other facts of the run: last metrics, learning rate, parents. decode: token ids to text; None: use the
             recorded texts.
 
+    Returns:
+        the folder.
+
     Raises:
-        RunFailed: the disk is full, or nothing may be written there.
+        RunFailed: the disk is full, or the directory is not writable.
     """
     from safetensors.torch import save_file
 
@@ -124,7 +127,7 @@ def write_failure(directory: Path, failure: NotFinite, known: Mapping[str, Any],
 
 
 def failed_update(directory: Path) -> int | None:
-    """Return the number of the update that a run has failed at; None without a failure, 0 where it cannot be read."""
+    """Return the number of the failed update; None without a failure, 0 if it cannot be read."""
     try:
         return int(json.loads((directory / FOLDER / "failure.json").read_text(encoding="ascii"))["update"])
     except FileNotFoundError:
@@ -134,7 +137,7 @@ def failed_update(directory: Path) -> int | None:
 
 
 def put_aside(directory: Path) -> str:
-    """Rename the failure that a run has got over to the first free of failure-1, failure-2, ...; returns that name."""
+    """Rename `failure/`, whose update the run has passed, to the first free failure-<n>; return the new name."""
     number = 1
     while (target := directory / f"{FOLDER}-{number}").exists():
         number += 1
@@ -144,7 +147,7 @@ def put_aside(directory: Path) -> str:
 
 
 def told(failure: NotFinite, checkpoints: Path, kept: str) -> RunFailed:
-    """The failure as it is told: what it was, where the run goes on, where the batch lies, what to try."""
+    """The error for the user: the failure, the last checkpoint, where the batch is stored, what to try."""
     steps = [int(step) for path in checkpoints.glob(f"{PREFIX}*") if (step := path.name.removeprefix(PREFIX)).isdigit()]
     last = f"the last checkpoint is {checkpoints.name}/{PREFIX}{max(steps)}" if steps else "there is no checkpoint"
     error = RunFailed(f"{failure}; {last}; {kept}; {advice(failure.what, failure.weights)}")

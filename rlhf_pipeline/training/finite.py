@@ -1,7 +1,7 @@
-"""Nothing that is not finite reaches an optimizer: which figure it is, and of which examples.
+"""Stop a run before the optimizer uses a number that is not finite, and find the figure and its examples.
 
-Whether all is well is one reduction per window, read together with the gradient's norm. Only where it is not does a
-second look find the figure, the rows and, of losses and gradients, the examples that give it on their own.
+The check is one reduction per window, read together with the gradient's norm. Only if it fails, a second pass finds the
+figure and the rows and, for losses and gradients, the examples that are not finite when computed alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LOSS, GRADIENT = "loss", "gradient"
 
 @dataclass(frozen=True)
 class Seen:
-    """What was computed of a micro-batch: its share of the window's loss, and what that was made of, detached."""
+    """The results of a micro-batch, detached: its share of the window's loss, and the tensors in the loss."""
 
     micro_batch: Any
     loss: Tensor
@@ -38,9 +38,9 @@ class Seen:
 
 @dataclass(frozen=True)
 class BadRow:
-    """An example with something that is not finite; completion: which of its own, None for the example as a whole.
+    """An example with a value that is not finite. completion: the number of the completion; None: the whole example.
 
-    values: of each bad figure what it is ("nan", "inf", "-inf"), with the token of the completion or the parameter.
+    values: each bad value ("nan", "inf", "-inf") with its token in the completion or its parameter.
     """
 
     micro_batch: int
@@ -50,10 +50,11 @@ class BadRow:
 
 
 class NotFinite(RunFailed):
-    """Something is not finite, and nothing of the step was applied.
+    """A figure is not finite, and the step was not applied.
 
-    what: the figure. rows: where it was found; total: out of how many. batches: the micro-batches that hold the rows,
-    by number, or all of the window where no row gives it alone. weights: names of weights that are not finite.
+    what: the figure. rows: the bad rows; total: the number of rows checked. batches: the micro-batches that hold the
+    rows, by number, or all of the window if no row is bad when computed alone. weights: names of weights that are not
+    finite.
     """
 
     def __init__(
@@ -77,8 +78,8 @@ class NotFinite(RunFailed):
         parts += [detail] if detail else []
         if self.weights:
             more = f" and {len(self.weights) - 1} more" if len(self.weights) > 1 else ""
-            parts.append(f"weights are not finite themselves: {self.weights[0]}{more}")
-        super().__init__("; ".join([*parts, "nothing of this step was applied"]))
+            parts.append(f"the weights themselves are not finite: {self.weights[0]}{more}")
+        super().__init__("; ".join([*parts, "this step was not applied"]))
 
 
 def all_finite(values: Iterable[Tensor]) -> Tensor:
@@ -87,14 +88,14 @@ def all_finite(values: Iterable[Tensor]) -> Tensor:
 
 
 def figures(seen: Sequence[Seen]) -> Iterator[Tensor]:
-    """Every tensor of a window that has to be finite before its gradients are looked at."""
+    """The tensors of a window that are checked before its gradients."""
     for one in seen:
         yield one.loss
         yield from one.checked.values()
 
 
 def bad_places(value: Tensor) -> dict[int, list[dict[str, Any]]]:
-    """What is not finite in (C,) or (C, R) values, by row: each one's value as text, and of (C, R) its token."""
+    """The values that are not finite in a (C,) or (C, R) tensor, by row: as text, and for (C, R) with their token."""
     bad = ~torch.isfinite(value)
     found: dict[int, list[dict[str, Any]]] = {}
     for (row, *token), number in zip(bad.nonzero().tolist(), value[bad].tolist(), strict=True):
@@ -103,7 +104,7 @@ def bad_places(value: Tensor) -> dict[int, list[dict[str, Any]]]:
 
 
 def bad_completions(batch: PackedBatch, value: Tensor) -> dict[int, list[dict[str, Any]]]:
-    """`bad_places` of (N,), (C,) or (C, R) values of a packed batch, by the number of the completion."""
+    """`bad_places` for the (N,), (C,) or (C, R) values of a packed batch, by the number of the completion."""
     per_token = value.ndim == 1 and len(value) == batch.num_tokens != batch.num_completions
     return bad_places(batch.padded(value) if per_token else value)
 
@@ -123,10 +124,10 @@ def refuse(
     quiet: Callable[[], AbstractContextManager],
     grad_norm: Tensor | None = None,
 ) -> NotFinite:
-    """What to raise for a window that is not finite: the first figure that is not, in the order of the computation.
+    """The error for a window that is not finite; it names the first bad figure in the order of the computation.
 
     Args:
-        seen: the window's micro-batches. counts: its denominators. quiet: the context in which an example can be
+        seen: the window's micro-batches. counts: its denominators. quiet: a context in which one example can be
             computed alone.
     """
     weights = broken_weights(model)
@@ -148,7 +149,7 @@ def refuse(
 
 
 def rows_of(number: int, examples: Sequence[Example], bad: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[BadRow]:
-    """The rows of a micro-batch, whose completions are numbered in the order of its examples."""
+    """The bad rows of a micro-batch; its completions are numbered in the order of its examples."""
     owners = [(example, place) for example in examples for place in range(len(example.completions))]
     return [BadRow(number, *owners[row], values) for row, values in sorted(bad.items()) if row < len(owners)]
 
@@ -167,7 +168,7 @@ def _one_by_one(
     counts: Mapping[str, float],
     quiet: Callable[[], AbstractContextManager],
 ) -> list[BadRow]:
-    """The examples whose loss or gradient is not finite where they are computed alone."""
+    """The examples whose loss or gradient is not finite when computed alone."""
     rows: list[BadRow] = []
     named = {name: value for name, value in model.named_parameters() if value.requires_grad}
     for number, one in enumerate(seen):
@@ -179,7 +180,7 @@ def _one_by_one(
                 with quiet():
                     total = step(model, one.micro_batch.part(slice(place, place + 1))).total(counts)
                     values = _bad_figures(what, total, named)
-            except Exception:  # what is told is the first failure, not one of the search for its place
+            except Exception:  # report the first failure, not one of this search
                 return rows
             if values:
                 rows.append(BadRow(number, example, None, values))

@@ -1,4 +1,4 @@
-"""Micro-batches in halves, where memory runs out (models/memory.py)."""
+"""Cut micro-batches in halves when memory runs out (models/memory.py)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def pieces(count: int, halvings: int) -> list[slice]:
-    """Where `count` things are cut that are halved so many times, the larger half first; one thing stays whole."""
+    """The slices of `count` items after `halvings` halvings, the larger half first; a single item is not cut."""
     cut = [slice(0, count)]
     for _ in range(halvings):
         cut = [half for whole in cut for half in _halves(whole)]
@@ -20,7 +20,7 @@ def _halves(whole: slice) -> list[slice]:
 
 
 def cut_micro_batches(micro_batches: Sequence[Any], halvings: int) -> Iterator[Any]:
-    """The micro-batches of a window, each halved so many times; trees stay whole."""
+    """The micro-batches of a window, each halved `halvings` times; trees are not cut."""
     for micro_batch in micro_batches:
         cut = pieces(size_of(micro_batch), halvings)
         yield from [micro_batch] if len(cut) == 1 else (micro_batch.part(piece) for piece in cut)

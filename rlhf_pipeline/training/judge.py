@@ -1,4 +1,4 @@
-"""Who watches a run of PPO: a reward source that scores the rollouts and moves nothing."""
+"""The judge of a PPO run: a reward source that scores the rollouts and does not affect training."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from rlhf_pipeline.training.cost import CostMeter, ModelShape
 
 @dataclass(frozen=True)
 class Judge:
-    """A reward source that no gradient has seen.
+    """A reward source that nothing is trained on.
 
-    shape: of its model, for the bill of its own; None of a function. every: updates between two looks.
+    shape: the shape of its model, for its own cost; None for a function. every: it scores every `every`-th update.
     """
 
     source: RewardSource
@@ -34,10 +34,10 @@ class Judge:
         meter: CostMeter,
         reduce: Callable[[Tensor], Tensor],
     ) -> dict[str, float]:
-        """Mean and standard deviation of its scores over the responses of a rollout, on all ranks together.
+        """Mean and standard deviation of the judge's scores over the responses of a rollout, on all ranks.
 
         Args:
-            sampled: C responses. rows: the places in it that each batch of `packed` holds.
+            sampled: C responses. rows: for each batch of `packed`, the indices of its responses in `sampled`.
         """
         sums = []
         for members, batch in zip(rows, packed, strict=True):

@@ -24,7 +24,7 @@ OnUpdate = Callable[[int, dict[str, float], Window], None]
 
 
 class Sums:
-    """Metric sums of an update, kept on the device and read out with one synchronisation."""
+    """Metric sums of an update, kept on the device and read with one synchronisation."""
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
@@ -71,21 +71,21 @@ def fit(
     start: int = 0,
     memory: Memory | None = None,
 ) -> int:
-    """Train on windows until they end; returns the number of optimizer steps taken.
+    """Train on all windows; returns the number of optimizer steps taken.
 
-    For each window: every micro-batch's loss SUMS are divided by the window's global counts and added up over
-    micro-batches and ranks; then gradients are checked, clipped and applied. So micro-batches of 1 x 8 and 8 x 1, and
-    one rank and several, take the same step. Where memory runs out the window is computed again in halves.
+    For each window, the loss SUMS of its micro-batches are divided by the window's global counts and added up over
+    micro-batches and ranks; then the gradients are checked, clipped and applied. So 1 x 8 and 8 x 1 micro-batches, and
+    one rank and several, take the same step. If memory runs out, the window is computed again in halves.
 
     Args:
         step: maps (model, micro-batch) to a `Loss`.
-        max_grad_norm: clip to this global norm; 0 clips nothing.
+        max_grad_norm: clip to this global norm; 0 disables clipping.
         on_update: called with (updates done, metrics, window) when a window ends an update.
-        start: updates done before (after a resume). memory: keeps the halvings of the run.
+        start: updates done before a resume. memory: keeps the halvings of the run.
 
     Raises:
-        NotFinite: when a loss, what it is made of, or a gradient is not finite, before the optimizer steps.
-        RunFailed: when not even halved micro-batches fit.
+        NotFinite: a loss, a tensor in it, or a gradient is not finite; the optimizer has not stepped.
+        RunFailed: halved micro-batches do not fit into memory either.
     """
     memory, ranks = memory or Memory(), Ranks(accelerator, model)
     memory.repeats = ranks.alone
@@ -93,7 +93,7 @@ def fit(
     refused = partial(refuse, model=model, step=step, quiet=ranks.accumulating)
 
     def accumulate(window: Window, halvings: int) -> tuple[Sums, list[Seen]]:
-        """Add up the gradients of a window, its micro-batches halved so often."""
+        """Add up the gradients of a window with its micro-batches halved `halvings` times."""
         batches = list(cut_micro_batches(window.micro_batches, halvings - window.halvings))
         found, seen = Sums(), []
         for number, micro_batch in enumerate(batches, 1):
@@ -107,7 +107,7 @@ def fit(
         return found, seen
 
     def computed(window: Window) -> tuple[Sums, list[Seen]]:
-        """`accumulate` as far as memory goes; over several ranks only what is finite is added up."""
+        """`accumulate`, halved until it fits into memory; several ranks add up gradients only if all are finite."""
         attempt = partial(accumulate, window)
         found, seen = memory.repeat("training", attempt, partial(optimizer.zero_grad, set_to_none=True))
         if ranks.count > 1 and not bool(all_finite(figures(seen))):

@@ -77,7 +77,7 @@ class Run(Generic[C]):
 
     @property
     def origin(self) -> str:
-        """What a manifest calls this run: its folder, and a mark that a later folder of this name has not."""
+        """The name of this run in manifests: its folder, and a mark that a later folder of the same name lacks."""
         return f"{self.id}/{read_status(self.directory).get('token')}"
 
     @property
@@ -89,32 +89,32 @@ class Run(Generic[C]):
         return self.directory / "checkpoints"
 
     def finish(self, model: str) -> None:
-        """Mark the run as finished: the next one with this config starts a new version."""
+        """Mark the run as finished; the next run of this config creates a new version."""
         write_status(self.directory, status="finished", model=model, token=read_status(self.directory).get("token"))
 
 
 def make_accelerator(config: ModelConfig) -> Accelerator:
-    """Accelerate with this config's device and precision; threads pinned if asked for."""
+    """An Accelerator with the device and precision of a config; also sets the number of threads if configured."""
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # one bar of our own is enough
+    transformers_logging.disable_progress_bar()  # this package shows its own
     transformers_logging.set_verbosity_error()
 
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     precision = "bf16" if uses_bf16(config) else "no"
     _forget_other_precision(precision)
-    # While the critic warms up the actor has no gradient, which DDP takes for a fault unless it is told. Buffers do not
-    # change, and a process that repeats a forward pass must not wait for the others to send theirs.
+    # During critic warm-up the actor has no gradient, which DDP otherwise reports as an error. Buffers do not change,
+    # and a process that repeats a forward pass must not wait for the buffers of the others.
     frozen_actor = bool(getattr(config, "critic_warmup_steps", 0))
     kept = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=frozen_actor)
     return Accelerator(cpu=config.use_cpu, mixed_precision=precision, kwargs_handlers=[kept])
 
 
 def _forget_other_precision(precision: str) -> None:
-    """Let a run in this process have another precision than the one before it: Accelerate keeps it per process."""
+    """Reset the precision that Accelerate keeps per process, if an earlier run in this process had another one."""
     from accelerate.state import AcceleratorState
 
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
@@ -133,10 +133,10 @@ def seed_everything(seed: int) -> None:
 def _agree_on_directory(
     accelerator: Accelerator, home: Path, config: TrainingConfig, digest: str, resume: bool
 ) -> tuple[Path, IO[str] | None]:
-    """The run's directory and its lock; with several processes the first one chooses it for all.
+    """The run's directory and its lock; with several processes the first one chooses the directory for all.
 
     Raises:
-        BadInput: another process trains this run.
+        BadInput: another process is training this run.
     """
     chosen: list[Any] = [None]
     lock, refused = None, None
@@ -167,11 +167,12 @@ def open_run(
     quiet: bool = False,
     notes: Sequence[str] = (),
 ) -> Iterator[Run[C]]:
-    """Open the run of a config, in which what follows from its parent is filled in first; resume an unfinished run
-    of that config, else start a new one.
+    """Resume the unfinished run of a config, or start a new one.
+
+    Options that follow from the parent model are filled into the config first.
 
     Yields:
-        Run. On leaving, signals and the log are put back; the run counts as finished only after `finish`.
+        Run. On exit, signal handlers and log are restored; the run counts as finished only after `finish`.
     """
     started = time.perf_counter()
     reset_peak_memory()
@@ -213,17 +214,17 @@ def open_run(
             if begun and checkpoint is None:
                 why = "engine trl writes none" if config.engine == "trl" else "save_steps is off"
                 why = "" if config.save_steps else f" ({why})"
-                log.say(f"nothing to resume: no checkpoint{why}; run {directory.name} begins anew")
+                log.say(f"nothing to resume: no checkpoint{why}; run {directory.name} starts again from the beginning")
             log.rewind(checkpoint.step if checkpoint else 0)
         run = Run(stage, config, Registry(home), directory, accelerator, log, checkpoint)
         run.meter.started = started
         log.say(f"{stage}: run {run.id}, {accelerator.device}, {torch.get_num_threads()} threads, seed {config.seed}")
         if config.bf16 == "auto":
-            log.say(f"bf16 auto: {'on, this machine is faster with it' if uses_bf16(config) else 'off here'}")
+            log.say(f"bf16 auto: {'on, it is faster on this machine' if uses_bf16(config) else 'off on this machine'}")
         with _signals(run):
             yield run
     except BadInput:
-        # What the user has to mend first has left nothing to go on with.
+        # A run that stopped at a faulty input has nothing to resume.
         if accelerator.is_main_process and run_is_empty(directory):
             shutil.rmtree(directory, ignore_errors=True)
         raise
@@ -234,35 +235,35 @@ def open_run(
 
 
 def _made_before(home: Path, name: str, digest: str) -> list[str]:
-    """A line on the newest version that a finished run of this config has made, where it is still there."""
+    """A line about the newest existing version that a finished run of this config has created; [] without one."""
     versions = {f"{name}@v{number}" for number in Registry(home).models.numbers(name)}
     made = [(run, model) for run, model in finished_runs(home, name, digest) if model in versions]
     return [
-        f"run {run} of this config has finished as {model}: this makes a new version; `{model}` pins the old one"
+        f"run {run} of this config has finished as {model}: this run creates a new version; `{model}` names the old one"
         for run, model in made[-1:]
     ]
 
 
 def run_is_empty(directory: Path) -> bool:
-    """Whether a run has neither metrics nor checkpoints nor snapshots, and no account of a failure."""
+    """Whether a run has no metrics, checkpoints, snapshots or failure."""
     metrics = directory / "metrics.jsonl"
     kept = [directory / name for name in ("checkpoints", "snapshots", FAILURE)]
     return not any(path.exists() for path in kept) and not (metrics.exists() and metrics.stat().st_size)
 
 
 class _Stopped(BaseException):
-    """A signal where nothing has to be finished; no handler of errors takes it for one, as that of a library would."""
+    """A signal before the first update; a BaseException, so that no `except Exception` of a library catches it."""
 
 
 @contextmanager
 def _signals(run: Run):
-    """SIGINT and SIGTERM let the current update finish; a second one ends the process at once.
+    """SIGINT and SIGTERM let the current update finish; a second signal ends the process at once.
 
-    Before the first update there is nothing to finish: the run ends there and then (of several processes, after it).
-    After the last update the model is evaluated and registered first.
+    Before the first update a single process stops at once, several processes after it. After the last update the model
+    is first evaluated and registered.
 
     Raises:
-        Interrupted: before the first update.
+        Interrupted: a signal arrived before the first update.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -275,17 +276,17 @@ def _signals(run: Run):
         if run.phase == "preparing" and run.accelerator.num_processes == 1:
             raise _Stopped
         if run.phase == "ending":
-            run.log.say(f"signal {number}: all updates are done, registering the model (again to stop at once)")
+            run.log.say(f"signal {number}: all updates are done, registering the model (repeat to stop at once)")
             return
         then = "writing a checkpoint" if run.config.engine == "native" else "stopping"
-        run.log.say(f"signal {number}: finishing this update, then {then} (again to stop at once)")
+        run.log.say(f"signal {number}: finishing this update, then {then} (repeat to stop at once)")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     except _Stopped:
         number = run.stopped_by or signal.SIGINT
-        told = f"stopped by signal {int(number)} before an update; the same command begins here again"
+        told = f"stopped by signal {int(number)} before an update; run the same command again"
         raise Interrupted(told, number) from None
     finally:
         for number, handler in before.items():

@@ -24,7 +24,10 @@ def make_optimizer(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> AdamW:
-    """AdamW, fused; weight decay spares vectors (norms, biases)."""
+    """AdamW, fused; weight decay applies to matrices only, not to vectors (norms, biases).
+
+    Source: Loshchilov and Hutter 2019.
+    """
     decayed: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
     for parameter in parameters:
@@ -39,7 +42,7 @@ def make_optimizer(
 
 
 def resolve_warmup(warmup_steps: float, total: int) -> int:
-    """Steps of warm-up; a value below 1 is a fraction of all steps, rounded up.
+    """The number of warm-up steps; a value below 1 is a fraction of all steps, rounded up.
 
     Source: transformers, `TrainingArguments.get_warmup_steps`, which TRL uses as well.
     """
@@ -47,23 +50,23 @@ def resolve_warmup(warmup_steps: float, total: int) -> int:
 
 
 def rate_factor(name: str, step: int, *, warmup: int, total: int, offset: int = 0) -> float:
-    """The share of the learning rate at a step.
+    """The factor of the learning rate at a step.
 
     (step + offset) / (warmup + offset) while step < warmup; then, with p = (step - warmup) / (total - warmup):
     `linear` 1 - p, `cosine` (1 + cos(pi p)) / 2, `constant_with_warmup` 1. `constant` is 1 throughout.
 
-    Source: transformers' schedules of these names at offset 0. (Importing transformers takes longer than the first
+    Source: transformers' schedules of the same names, at offset 0. (Importing transformers takes longer than the first
     steps of a small run.)
 
     Args:
-        step: steps done before, 0 for the first. warmup, total: in steps.
-        offset: 0, and the first step of a warm-up has rate 0; 1, and it has rate 1 / (warmup + 1).
+        step: the number of steps done before, 0 for the first. warmup, total: in steps.
+        offset: the factor of the first warm-up step is 0 with offset 0, and 1 / (warmup + 1) with offset 1.
 
     Raises:
-        ValueError: for another name.
+        ValueError: the name is unknown.
     """
     if name not in SCHEDULES:
-        raise ValueError(f"no schedule {name!r}: one of {', '.join(SCHEDULES)}")
+        raise ValueError(f"unknown schedule {name!r}; expected one of {', '.join(SCHEDULES)}")
     if name == "constant":
         return 1.0
     if step < warmup:
@@ -79,13 +82,13 @@ def rate_factor(name: str, step: int, *, warmup: int, total: int, offset: int = 
 def make_scheduler(
     optimizer: torch.optim.Optimizer, name: str, *, warmup_steps: float, total: int, offset: int = 0
 ) -> LambdaLR:
-    """The schedule of this name over `total` steps (see `rate_factor`).
+    """The schedule `name` over `total` steps (see `rate_factor`).
 
     Raises:
-        ConfigError: when the run is a single step and its rate is 0.
+        ConfigError: the run has a single step, and its learning rate is 0.
     """
     warmup = resolve_warmup(warmup_steps, total)
     if total == 1 and rate_factor(name, 0, warmup=warmup, total=total, offset=offset) == 0.0:
-        found = f"found {warmup_steps:g} in a run of one step, which warm-up gives a learning rate of 0"
+        found = f"found {warmup_steps:g} in a run of one step, whose learning rate is then 0"
         raise ConfigError(Fault("warmup_steps", found, "warmup_steps: 0, or a longer run"))
     return LambdaLR(optimizer, lambda step: rate_factor(name, step, warmup=warmup, total=total, offset=offset))

@@ -1,4 +1,4 @@
-"""What the stages on preferences share: denominators, (C,) tensors as the two sides of pairs, the losses on them."""
+"""Functions that the preference stages share: denominators, splitting (C,) tensors into pairs, preference losses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlhf_pipeline.data.tokenize import Example
 
 
 def count_pairs(example: Example) -> dict[str, float]:
-    """The share of the denominators of a pair or a ranking: one prompt, and its untied pairs."""
+    """The counts that a pair or ranking adds to the denominators: one prompt, and its untied pairs."""
     return {
         "prompts": 1.0,
         "pairs": float(len(example.untied())),
@@ -22,14 +22,14 @@ def count_pairs(example: Example) -> dict[str, float]:
 
 
 def total_pairs(examples: Sequence[Example]) -> int:
-    """Untied pairs of all examples."""
+    """The number of untied pairs of all examples."""
     return sum(len(example.untied()) for example in examples)
 
 
 def split_pairs(values: Tensor, compared: Comparisons | None = None) -> tuple[Tensor, Tensor]:
-    """Completion values (C,) as those of the preferred and of the other completion of each pair, two of (P,).
+    """Split completion values (C,) into those of the preferred and of the other completion of each pair, (P,) each.
 
-    compared: the pairs; None: C = 2P, chosen and rejected alternating.
+    compared: the pairs; None: C = 2P, and chosen and rejected alternate.
     """
     if compared is not None:
         return values.index_select(0, compared.better), values.index_select(0, compared.worse)
@@ -47,11 +47,12 @@ def preference_loss(
     beta: float,
     target: Tensor | None = None,
 ) -> PreferenceLoss:
-    """A loss of the table on a batch of pairs and rankings, as a sum over prompts; its rewards are those of the pairs.
+    """A preference loss on a batch of pairs and rankings, as a sum over prompts, and the implicit rewards of the pairs.
 
     Args:
-        logprobs, ref_logprobs: (C,) of whole responses, summed over their tokens. lengths: (C,) of these, in tokens.
-        compared: as of `split_pairs`. target: (P,) as of the pair losses.
+        logprobs, ref_logprobs: (C,) log-probabilities of whole responses, summed over tokens, in nats.
+        lengths: (C,) tokens of the responses.
+        compared: see `split_pairs`. target: (P,), see the pair losses.
     """
     (chosen, rejected), (ref_chosen, ref_rejected) = (split_pairs(x, compared) for x in (logprobs, ref_logprobs))
     if objective.listwise:

@@ -1,4 +1,4 @@
-"""What PPO hands on: sampled responses, the scored rollout, its micro-batches."""
+"""The data of PPO's steps: sampled responses, the scored rollout, its micro-batches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Minibatches = list[list[list[int]]]
 
 @dataclass(frozen=True)
 class Sampled:
-    """Sampled responses. logprobs: (C, R), as another engine gave them while it sampled; None: the model sampled."""
+    """Sampled responses. logprobs: (C, R), those of the engine that sampled; None: the policy itself sampled."""
 
     examples: list[Example]
     logprobs: Tensor | None = None
@@ -29,9 +29,9 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Scored:
-    """The scored rollout of an update as its epochs see it.
+    """The scored rollout of an update.
 
-    first: the micro-batches of the first epoch, as they were packed and scored. halvings: how often all were halved.
+    first: the packed micro-batches of the first epoch. halvings: the number of halvings of all micro-batches.
     """
 
     update: int
@@ -52,13 +52,13 @@ class Scored:
     def require_finite(
         self, named: Mapping[str, Tensor], model: nn.Module, details: Mapping[str, str] | None = None
     ) -> None:
-        """Check (C,) or (C, R) figures, in the order in which they were made.
+        """Check (C,) or (C, R) figures in the order of their computation.
 
         Args:
-            details: by the name of a figure, what is known of it.
+            details: text for the error, by the name of a figure.
 
         Raises:
-            NotFinite: naming the first that is not.
+            NotFinite: a figure is not finite; the error names the first one.
         """
         if bool(all_finite(named.values())):
             return
@@ -75,9 +75,9 @@ class Scored:
 
 @dataclass(frozen=True)
 class PpoBatch:
-    """A micro-batch of responses; matrices are (C, R), fixed while the policy moves.
+    """A micro-batch of responses; matrices are (C, R) and stay fixed during the epochs.
 
-    examples, pack: as of `ExampleBatch`, one response to an example.
+    examples, pack: see `ExampleBatch`; each example has one response.
     """
 
     batch: PackedBatch
@@ -86,14 +86,14 @@ class PpoBatch:
     old_values: Tensor
     advantages: Tensor
     returns: Tensor
-    first: bool  # of the first minibatch of the first epoch, where ratio must be 1
-    weights: Tensor | None = None  # importance weights, where another engine has sampled
+    first: bool  # whether it is in the first minibatch of the first epoch, where the ratio must be 1
+    weights: Tensor | None = None  # importance weights, if another engine has sampled
     examples: Sequence[Example] = ()
     pack: Pack | None = None
-    share: float = 1.0  # of the micro-batch that it was cut from
+    share: float = 1.0  # share of the micro-batch that it was cut from
 
     def part(self, rows: slice) -> PpoBatch:
-        """Some of its responses as a micro-batch; what is fixed of them stays as it is."""
+        """Some of its responses as a micro-batch, with their fixed values."""
         assert self.pack is not None
         examples = self.examples[rows]
         names = ("mask", "old_logprobs", "old_values", "advantages", "returns")
@@ -109,5 +109,5 @@ class PpoBatch:
 
 
 def cut_rows(groups: list[list[int]], halvings: int) -> list[list[int]]:
-    """Groups of row numbers, each halved so many times."""
+    """Groups of row numbers, each halved `halvings` times."""
     return [group[piece] for group in groups for piece in pieces(len(group), halvings)]

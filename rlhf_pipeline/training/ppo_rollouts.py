@@ -1,4 +1,4 @@
-"""The details of PPO's rollouts: sample responses, run the models on them, cut them into windows, describe them."""
+"""The steps of PPO's rollouts: sample responses, run the models, cut windows, compute metrics."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from rlhf_pipeline.training.windows import Window, epoch_order
 
 @dataclass
 class PpoSetup:
-    """The models and prompts of a run of PPO, and what this process works with.
+    """The models and prompts of a PPO run, and the resources of this process.
 
     actor_critic: the module itself; the functions below also get the wrapped one. reward: scores whole responses.
-    engine: samples in place of the policy. judge: scores the rollouts that are logged, and trains nothing.
-    shapes: of the models, by role, for the cost. autocast: the precision of training. reduce: sums over all processes.
-    together: runs work on every process; if it fails on one, it fails on all.
+    engine: samples instead of the policy. judge: scores the logged rollouts; nothing is trained on it.
+    shapes: the shapes of the models by role, for the cost. autocast: the precision of training. reduce: sums over all
+    processes. together: runs work on every process; if it fails on one, it fails on all.
     """
 
     config: PpoConfig
@@ -67,20 +67,20 @@ class PpoSetup:
         return self.config.rollout_batch_size // self.world_size
 
     def generator(self, update: int, purpose: int) -> torch.Generator:
-        """Random numbers for one purpose of an update, from seed and process alone; 0: sampling, 1: shuffling."""
+        """The generator for one purpose of an update (0: sampling, 1: shuffling), from seed, update and process."""
         seed = ((self.config.seed * 1_000_003 + update) * 8 + purpose) * 4096 + self.rank
         return torch.Generator().manual_seed(seed % 2**63)
 
     def pack(self, chosen: Sequence[Example]) -> PackedBatch:
         """Responses as a batch for actor and critic."""
         layout = self.actor_critic.reader.layout
-        # With a mask of length x length a tree of many responses would cost more than it saves.
+        # With a length x length mask, a tree of many responses costs more than it saves.
         trees = merge_prompts(chosen) if layout == "flat" else chosen
         return pack(trees, self.pad_id, layout=layout).to(self.device)
 
 
 def prompts_of(setup: PpoSetup, update: int) -> list[Example]:
-    """This process's prompts of an update: a continuous pass over the prompts, shuffled anew for each epoch."""
+    """This process's prompts for an update: consecutive prompts from passes over all prompts, each pass shuffled."""
     size = setup.config.rollout_batch_size
     orders: dict[int, list[int]] = {}
     chosen = []
@@ -93,10 +93,10 @@ def prompts_of(setup: PpoSetup, update: int) -> list[Example]:
 
 
 def sample_responses(setup: PpoSetup, module: nn.Module, update: int) -> Sampled:
-    """One response of the policy (or of the engine with its weights) to each prompt of an update.
+    """Sample one response from the policy (or the engine with its weights) to each prompt of an update.
 
     Raises:
-        RunFailed: out of memory.
+        RunFailed: memory ran out.
     """
 
     def sampled() -> Sampled:
@@ -111,7 +111,7 @@ def sample_responses(setup: PpoSetup, module: nn.Module, update: int) -> Sampled
 
 
 def _sample(setup: PpoSetup, module: nn.Module, update: int) -> tuple[Sampled, list[int] | None]:
-    """The responses, and the lengths of the prompts that were run (None: one for each)."""
+    """The responses, and the lengths of the prompts that were run (None: one prompt per response)."""
     config, prompts = setup.config, prompts_of(setup, update)
     width = config.lengths().response
     options: dict[str, Any] = {"samples": 1, "response_length": width, "stop_id": setup.stop_id}
@@ -127,7 +127,7 @@ def _sample(setup: PpoSetup, module: nn.Module, update: int) -> tuple[Sampled, l
 
 
 def shuffled_minibatches(setup: PpoSetup, sampled: Sampled, update: int) -> list[Minibatches]:
-    """For each epoch a random partition of the responses: minibatches of micro-batches of row numbers."""
+    """A random partition of the responses for each epoch: minibatches of micro-batches of row numbers."""
     config, examples, shuffle = setup.config, sampled.examples, setup.generator(update, 1)
     epochs = []
     for _ in range(config.num_ppo_epochs):
@@ -139,7 +139,7 @@ def shuffled_minibatches(setup: PpoSetup, sampled: Sampled, update: int) -> list
             chosen = [examples[i] for i in members]
             groups = micro_batches(chosen, config.per_device_train_batch_size, config.micro_batch_tokens)
             rows = [[members[i] for i in group] for group in groups]
-            # Responses to one prompt stand together, so that they share it.
+            # Responses to one prompt are adjacent, so that they share it.
             minibatches.append([sorted(group, key=lambda row: (examples[row].prompt_ids, row)) for group in rows])
         epochs.append(minibatches)
     return epochs
@@ -148,12 +148,12 @@ def shuffled_minibatches(setup: PpoSetup, sampled: Sampled, update: int) -> list
 def score_responses(
     setup: PpoSetup, module: nn.Module, update: int, sampled: Sampled, epochs: list[Minibatches]
 ) -> Scored:
-    """The responses with what policy, reference, critic and reward say about them, by the forward pass of training.
+    """Score the responses with policy, reference, critic and reward, using the forward pass of training.
 
-    The micro-batches of the first epoch are packed once, scored, and trained on: the first ratio is 1.
+    The micro-batches of the first epoch are packed once, scored and then trained on, so the first ratio is 1.
 
     Raises:
-        NotFinite: a reward, value or log-probability (the sampler's too). RunFailed: out of memory.
+        NotFinite: a reward, value or log-probability (also of the sampler) is not finite. RunFailed: memory ran out.
     """
 
     def attempt(halvings: int) -> tuple[Scored, BadScores | None]:
@@ -181,7 +181,7 @@ def score_responses(
 def run_models(
     setup: PpoSetup, module: nn.Module, sampled: Sampled, minibatches: Minibatches, packed: list[list[PackedBatch]]
 ) -> tuple[Rollout, BadScores | None]:
-    """The rollout, and the first complaint about rewards that are not finite, which `score_responses` reports."""
+    """The rollout, and the first error about rewards that are not finite, which `score_responses` raises."""
     examples, width = sampled.examples, setup.config.lengths().response
     count, device = len(examples), setup.device
     names = ("logprobs", "ref_logprobs", "values", "entropy")
@@ -223,10 +223,10 @@ def _in_layout(setup: PpoSetup, layout: Layout, batch: PackedBatch, chosen: Sequ
 
 
 def check_and_describe(setup: PpoSetup, scored: Scored, estimates: Estimates) -> dict[str, float]:
-    """The figures of a rollout for the log, those of the judge included.
+    """The metrics of a rollout, including those of the judge.
 
     Raises:
-        NotFinite: an advantage or return.
+        NotFinite: an advantage or return is not finite.
     """
     config, rollout = setup.config, scored.rollout
     named = {"advantages": estimates.advantages, "returns": estimates.returns}

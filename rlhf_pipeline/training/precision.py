@@ -1,4 +1,4 @@
-"""What a run computes in, and what it keeps for the backward pass."""
+"""The precision of a run, and what it keeps for the backward pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rlhf_pipeline.errors import ConfigError, Fault
 
 
 def has_fast_bf16(use_cpu: bool) -> bool:
-    """Whether this machine multiplies bfloat16 faster than fp32: a GPU that knows it, or a CPU with AVX512-BF16."""
+    """Whether this machine multiplies bfloat16 faster than fp32: a GPU with bf16, or a CPU with AVX512-BF16."""
     if torch.cuda.is_available() and not use_cpu:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
@@ -18,23 +18,23 @@ def has_fast_bf16(use_cpu: bool) -> bool:
 
 
 def uses_bf16(config: ModelConfig) -> bool:
-    """Whether a run autocasts to bfloat16; `bf16: auto` asks the machine."""
+    """Whether a run autocasts to bfloat16; `bf16: auto` means `has_fast_bf16`."""
     asked = getattr(config, "bf16", False)
     return has_fast_bf16(config.use_cpu) if asked == "auto" else bool(asked)
 
 
 def require_checkpointing(model: nn.Module) -> None:
-    """Check that an architecture can compute activations again.
+    """Check that an architecture can recompute its activations.
 
     Raises:
-        ConfigError: when it cannot.
+        ConfigError: it cannot.
     """
     from transformers import PreTrainedModel
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and not module.supports_gradient_checkpointing:
-            found = f"{type(module).__name__} cannot compute its activations again"
+            found = f"{type(module).__name__} cannot recompute its activations"
             raise ConfigError(Fault("gradient_checkpointing", found, "false for this architecture"))
         if isinstance(module, GradientCheckpointingLayer) and not _checkpoints(type(module)):
             found = f"another package has replaced {type(module).__name__}.forward; all activations would be kept"
@@ -56,11 +56,13 @@ def _checkpoints(layer: type[nn.Module]) -> bool:
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Let every transformers model inside of `model` keep its layers' inputs only and compute the rest again in the
-    backward pass: the same gradients for about a third more work.
+    """Enable gradient checkpointing in every transformers model inside `model`.
+
+    Layers keep only their inputs and recompute the rest in the backward pass: the same gradients for about a third more
+    work.
 
     Raises:
-        ConfigError: for an architecture that cannot.
+        ConfigError: an architecture does not support it.
     """
     from transformers import PreTrainedModel
 

@@ -1,4 +1,4 @@
-"""What the processes of a run do together within an optimizer step."""
+"""Communication between the processes of a run within an optimizer step."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 T = TypeVar("T")
-# As DDP's own buckets: few calls, and two at a time are little memory beside the gradients.
+# The size of DDP's own buckets: few calls, and two buckets take little memory compared with the gradients.
 BUCKET_BYTES = 25 * 2**20
 
 
 class Ranks:
-    """The processes of a run as its loop sees them.
+    """The processes of a run, for the training loop.
 
-    Under DDP gradients are added up once a window's last micro-batch is done, not within its backward pass: until then
-    no process waits for another, so one that runs out of memory repeats its share alone.
+    Under DDP gradients are added up after the last micro-batch of a window, not within its backward pass. Until then no
+    process waits for another, so a process that runs out of memory can repeat its share alone.
     """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module):
         self.accelerator, self.model = accelerator, model
         self.count = accelerator.num_processes
         self.alone = self.count == 1 or isinstance(model, DistributedDataParallel)
-        # What averages gradients by itself divides by the number of processes; a sum does not.
+        # A wrapper that averages gradients divides by the number of processes; a sum does not.
         self.factor = 1 if self.alone else self.count
 
     def accumulating(self, last: bool = False) -> contextlib.AbstractContextManager:
-        """Around the forward and backward pass of a micro-batch: nothing is exchanged, unless it has to be."""
+        """A context for the forward and backward pass of a micro-batch, without communication if possible."""
         return self.accelerator.no_sync(self.model) if self.alone or not last else contextlib.nullcontext()
 
     def reduce(self, values: Tensor) -> Tensor:
@@ -46,17 +46,17 @@ class Ranks:
         return self.accelerator.reduce(values, "sum") if self.count > 1 else values
 
     def agreed(self, failure: NotFinite) -> RunFailed:
-        """What to raise for a failure that every process has met: one of those that know its rows tells of it."""
+        """The error for a failure on every process; a process that knows the bad rows reports them."""
         if self.count == 1:
             return failure
         mine = torch.tensor([float(bool(failure.rows))], device=self.accelerator.device)
         return _agreed(self.accelerator, failure, int(self.accelerator.gather(mine).argmax()))
 
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every gradient by its sum over all processes: g = g_1 + ... + g_n, 0 where a process has none.
+        """Replace every gradient by its sum over all processes: g = g_1 + ... + g_n, with 0 for a missing gradient.
 
-        What no process has a gradient for keeps none. The processes agree on the parameters first, so that all of them
-        make the same calls, whichever parameters their own examples have used.
+        A parameter without a gradient on any process keeps none. The processes first agree on the parameters, so that
+        all make the same calls, whichever parameters their own examples have used.
         """
         if self.count == 1 or not self.alone:
             return
@@ -74,14 +74,14 @@ class Ranks:
         begun: list[Callable[[], None]] = []
         for bucket in buckets(gradients):
             begun.append(_begin_sum(bucket))
-            if len(begun) > 1:  # one was on its way while the next was put together
+            if len(begun) > 1:  # a bucket is sent while the next one is filled
                 begun.pop(0)()
         for finish in begun:
             finish()
 
 
 def buckets(gradients: Iterable[Tensor], most: int = BUCKET_BYTES) -> list[list[Tensor]]:
-    """Gradients in their order, cut by dtype into buckets of at most `most` bytes; a larger one has its own."""
+    """Gradients in their order, cut by dtype into buckets of at most `most` bytes; a larger one has its own bucket."""
     found: list[list[Tensor]] = []
     filling: dict[torch.dtype, tuple[list[Tensor], int]] = {}
     for gradient in gradients:
@@ -96,7 +96,7 @@ def buckets(gradients: Iterable[Tensor], most: int = BUCKET_BYTES) -> list[list[
 
 
 def _begin_sum(bucket: Sequence[Tensor]) -> Callable[[], None]:
-    """Begin to add up a bucket over all processes; what is returned waits for the end and writes the sums back."""
+    """Start to add up a bucket over all processes; the returned function waits and writes the sums back."""
     in_place = len(bucket) == 1 and bucket[0].is_contiguous()
     flat = bucket[0] if in_place else torch.cat([gradient.reshape(-1) for gradient in bucket])
     handle = dist.all_reduce(flat, async_op=True)
@@ -111,10 +111,11 @@ def _begin_sum(bucket: Sequence[Tensor]) -> Callable[[], None]:
 
 
 def together(accelerator: Accelerator, memory: Memory, work: Callable[[], T]) -> T:
-    """work() on every process; a failure of one is a failure of all, and halvings of one are those of all.
+    """Run work() on every process; a failure or a halving on one process applies to all.
 
     Raises:
-        RunFailed: the one with the first process's own cause is told; on the others it says that another has failed.
+        RunFailed: work() failed on a process; the first such process reports its cause, and the others report that
+            another process has failed.
     """
     if accelerator.num_processes == 1:
         return work()
@@ -134,6 +135,6 @@ def together(accelerator: Accelerator, memory: Memory, work: Callable[[], T]) ->
 
 def _agreed(accelerator: Accelerator, failure: RunFailed | None, first: int) -> RunFailed:
     if failure is None or first != accelerator.process_index:
-        failure = RunFailed(f"process {first} of this run has failed; its message says why")
+        failure = RunFailed(f"process {first} of this run has failed; see its message")
     failure.agreed = True
     return failure

@@ -1,7 +1,7 @@
 """Log-probabilities of responses under a frozen reference, computed once and kept on disk.
 
-The key is made of the reference's files, its number type and every token id of the examples: whatever changes one
-of them misses the cache.
+The key consists of the reference's files, its dtype and every token id of the examples. If one of them changes, the
+log-probabilities are computed again.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from rlhf_pipeline.training.tensor_cache import read_tensor, write_tensor
 
 @dataclass(frozen=True)
 class ReferenceLogprobs:
-    """logprobs: see `completion_logprob_sums`; hit: whether they came from the disk."""
+    """logprobs: see `completion_logprob_sums`; hit: whether they were read from the cache."""
 
     logprobs: Tensor
     hit: bool
 
     def flops(self, shape: ModelShape, examples: Sequence[Example]) -> float:
-        """What one forward pass over the examples costs."""
+        """FLOPs of one forward pass over the examples."""
         total = 0.0
         for example in examples:
             prompt = len(example.prompt_ids)
@@ -67,9 +67,9 @@ def completion_logprob_sums(
     pad_id: int,
     device: torch.device | str,
 ) -> Tensor:
-    """log pi(y | x) of every completion, read by `score`: (examples, K) on the CPU, in at least fp32.
+    """log pi(y | x) of every completion in nats, computed by `score`: (examples, K) on the CPU, in at least fp32.
 
-    K is that of the example with the most completions; NaN stands where another has none.
+    K is the largest number of completions of an example; examples with fewer are filled with NaN.
     """
     if not examples:
         return torch.zeros(0, 2)
@@ -91,22 +91,22 @@ def _is_whole(logprobs: Tensor, examples: Sequence[Example]) -> bool:
 def cached_logprobs(
     policy: Policy, examples: Sequence[Example], cache: Path, key: dict[str, Any], **options
 ) -> ReferenceLogprobs:
-    """`completion_logprob_sums` of a frozen reference, from the cache where it is there.
+    """`completion_logprob_sums` of a frozen reference, from the cache if possible.
 
     Args:
-        key: what identifies the reference; without a digest (a model on the hub) nothing is cached.
-        options: of `completion_logprob_sums`.
+        key: identifies the reference; without a digest (a model on the hub) nothing is cached.
+        options: options of `completion_logprob_sums`.
     """
     if key.get("model") is None or not examples:
         return ReferenceLogprobs(completion_logprob_sums(policy, examples, **options), False)
     content = {**key, "temperature": policy.temperature, "examples": examples_digest(examples)}
     name = sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     path = cache / f"reference-{name[:32]}.safetensors"
-    stored = read_tensor(path)  # a damaged entry is as good as none: it is computed again and replaced
+    stored = read_tensor(path)  # None also for a damaged entry, which is computed again and replaced
     if stored is not None and stored.shape[0] == len(examples) and _is_whole(stored, examples):
         return ReferenceLogprobs(stored, True)
     logprobs = completion_logprob_sums(policy, examples, **options)
-    if not _is_whole(logprobs, examples):  # the run that reads them stops; the next one has to compute them anew
+    if not _is_whole(logprobs, examples):  # the run stops at them; the next run must compute them again
         return ReferenceLogprobs(logprobs, False)
     write_tensor(path, logprobs)
     return ReferenceLogprobs(logprobs, False)

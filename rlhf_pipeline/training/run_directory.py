@@ -1,4 +1,4 @@
-"""The directory of a run: its name, whether it is finished, and that one process at a time works in it.
+"""The directory of a run: its name, its status, and a lock that admits one process at a time.
 
 runs/<output_name>-<config digest>[-k]/
     run.json       status (running, finished), process, model
@@ -23,7 +23,7 @@ STATUS, CONFIG, LOCK = "run.json", "config.yaml", ".lock"
 
 
 def read_status(directory: Path) -> dict[str, Any]:
-    """What a run says of itself; nothing where its file is not there or not whole."""
+    """The status of a run; {} if the file is missing or damaged."""
     try:
         found = json.loads((directory / STATUS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -32,7 +32,7 @@ def read_status(directory: Path) -> dict[str, Any]:
 
 
 def write_status(directory: Path, **status: Any) -> None:
-    """Replace what a run says of itself."""
+    """Replace the status of a run."""
     replace_text(directory / STATUS, json.dumps(status) + "\n")
 
 
@@ -42,7 +42,7 @@ def is_finished(directory: Path) -> bool:
 
 
 def finished_runs(home: Path, name: str, digest: str) -> list[tuple[str, str]]:
-    """Runs of a config that have registered their model, the newest last, each with its model."""
+    """Runs of a config that have registered their model, each with its model, the newest last."""
     base = home / "runs" / f"{name}-{digest[:10]}"
     places = [(number, base if number == 1 else base.with_name(f"{base.name}-{number}")) for number in _numbers(base)]
     found = [(place.name, read_status(place)) for _, place in sorted(places)]
@@ -58,7 +58,7 @@ def _numbers(base: Path) -> list[int]:
 
 
 def run_directory(home: Path, name: str, digest: str, *, resume: bool) -> Path:
-    """runs/<name>-<digest>[-k]: the newest unfinished one if `resume`, else the first number after all that exist."""
+    """runs/<name>-<digest>[-k]: the newest unfinished run if `resume`, else the next free number k."""
     base = home / "runs" / f"{name}-{digest[:10]}"
     numbers = _numbers(base)
 
@@ -73,12 +73,12 @@ def run_directory(home: Path, name: str, digest: str, *, resume: bool) -> Path:
 
 
 def open_directory(home: Path, name: str, digest: str, *, resume: bool) -> tuple[Path, IO[str]]:
-    """Make or take up the directory of a run, and its lock, which lasts until the file is closed or the process ends.
+    """Create or reopen the directory of a run, and lock it until the returned file is closed or the process ends.
 
-    Where the file system knows no locks, nobody is kept out.
+    If the file system does not support locks, other processes are not kept out.
 
     Raises:
-        BadInput: another process is at work on this very run.
+        BadInput: another process is training this run.
     """
     while True:
         directory = run_directory(home, name, digest, resume=resume)
@@ -103,11 +103,11 @@ def open_directory(home: Path, name: str, digest: str, *, resume: bool) -> tuple
             if resume:
                 process = read_status(directory).get("pid", "another one")
                 raise BadInput(
-                    f"run {directory.name} is being trained by process {process}; wait for it, or stop it, "
-                    "or train a second version beside it with --no-resume"
+                    f"run {directory.name} is being trained by process {process}; wait for it, stop it, "
+                    "or train a second version at the same time with --no-resume"
                 ) from None
             continue
-        if not same or is_finished(directory):  # removed, or finished by the process that held the lock a moment ago
+        if not same or is_finished(directory):  # removed, or finished by the process that has just released the lock
             file.close()
             continue
         only_here(file)
@@ -126,10 +126,10 @@ def unfinished_with_other_config(directory: Path, name: str, config: dict[str, A
             continue
         if not isinstance(before, dict) or before.get("output_name") != name:
             continue
-        # What a config leaves open is filled in while a run goes on: no difference.
+        # Options that a config leaves open are filled in during a run; this is no difference.
         changed = [key for key, value in config.items() if value is not None and before.get(key) != value]
         if changed:
             listed = ", ".join(f"{key} {before.get(key)!r} there, {config[key]!r} here" for key in changed[:5])
             more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-            lines.append(f"run {other.name} is unfinished, but of another config ({listed}{more}): not resumed")
+            lines.append(f"run {other.name} is unfinished but has another config ({listed}{more}): not resumed")
     return lines

@@ -1,4 +1,4 @@
-"""Around the loop: prepare, restore, log, evaluate, save, stop on a signal."""
+"""The work around the training loop: prepare, restore, log, evaluate, save, stop on a signal."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ Metrics = dict[str, float]
 
 @dataclass
 class Plan:
-    """What a stage hands to `train`.
+    """What a stage passes to `train`.
 
-    windows: called with (the prepared model, updates done before); yields the windows that are left.
-    total: updates in all. shown: names of the metrics for the live line.
-    derive: turns the metrics of an update into what is logged.
-    inputs: digests of the models and data that the run is made of; a checkpoint of other ones is refused.
-    evaluate: figures at an evaluation. save: writes a snapshot of the model into a directory.
-    decode: token ids to text, for what a failed run leaves behind.
+    windows: called with (the prepared model, updates done before); yields the remaining windows.
+    total: number of updates. shown: names of the metrics in the live line.
+    derive: converts the metrics of an update into those that are logged.
+    inputs: digests of the models and data of the run; a checkpoint with other inputs is refused.
+    evaluate: returns the metrics of an evaluation. save: writes a snapshot of the model into a directory.
+    decode: token ids to text, for the record of a failed run.
     warmup_offset: see `rate_factor`. 0: the first update of a warm-up has rate 0, as in transformers.
-    known: what the watches have to know of the run besides its config (fields of `Facts`).
-    health: what they found, filled in by `train`, as a manifest has it.
+    known: facts that the watches need besides the config (fields of `Facts`).
+    health: the findings of the watches for the manifest, filled in by `train`.
     """
 
     windows: Callable[[nn.Module, int], Iterable[Window]]
@@ -74,25 +74,25 @@ def _every(setting: int | tuple[int, ...] | None, step: int) -> bool:
 
 
 def evaluates_at(config: TrainingConfig, step: int, epoch: float) -> bool:
-    """Whether a run evaluates after a step, with which `epoch` epochs are done."""
+    """Whether a run evaluates after a step; `epoch` is the number of epochs done after it."""
     if config.eval_strategy == "epoch":
-        before = epoch * (step - 1) / step  # epochs grow evenly with steps
+        before = epoch * (step - 1) / step  # epochs are proportional to steps
         return int(before + 1e-9) < int(epoch + 1e-9)
     return config.eval_strategy == "steps" and _every(config.eval_steps, step)
 
 
 def _agree_to_stop(run: Run) -> None:
-    """Let a signal to one process stop all of them after the same update."""
+    """Make a signal to one process stop all processes after the same update."""
     if run.accelerator.num_processes > 1:
         signals = run.accelerator.gather(torch.tensor([run.stopped_by or 0], device=run.device))
         run.stopped_by = int(signals.max()) or None
 
 
 def _require_same_inputs(run: Run, checkpoint: Checkpoint, inputs: Mapping[str, str | None]) -> None:
-    """Refuse to go on from a checkpoint that other models or data have made.
+    """Refuse to resume from a checkpoint that was made with other models or data.
 
     Raises:
-        MismatchError: naming what differs.
+        MismatchError: the inputs differ; the message names them.
     """
     before = checkpoint.state["extra"].get("inputs", {})
     changed = sorted(name for name in {*before, *inputs} if before.get(name) != inputs.get(name))
@@ -102,12 +102,12 @@ def _require_same_inputs(run: Run, checkpoint: Checkpoint, inputs: Mapping[str, 
             for name in changed
         )
         raise MismatchError(
-            f"run {run.id} was begun with other inputs: {listed}; put them back, or start afresh with --no-resume"
+            f"run {run.id} was started with other inputs: {listed}; restore them, or start a new run with --no-resume"
         )
 
 
 def _keep_snapshot(root: Path, step: int, save: Callable[[Path], None]) -> None:
-    """Write snapshots/step-<n> whole, and to disk before a checkpoint says that this step is done."""
+    """Write snapshots/step-<n> atomically, and sync it before the checkpoint of the same step is written."""
     target = root / f"step-{step}"
     with staging(root, target.name) as staged:
         save(staged)
@@ -118,32 +118,32 @@ def _keep_snapshot(root: Path, step: int, save: Callable[[Path], None]) -> None:
 
 
 def _told(run: Run, error: Exception, plan: Plan, known: Mapping[str, Any]) -> Exception:
-    """The error as the user gets it; what was not finite is written down with its batch."""
+    """The error for the user; for a figure that is not finite, its batch is written first."""
     if isinstance(error, NotFinite):
         try:
-            kept = f"the batch lies in {write_failure(run.directory, error, known, plan.decode)}"
-        except Exception as unwritten:  # whatever it is, what stopped the run is told
-            kept = f"the batch could not be kept ({first_line(unwritten)})"
+            kept = f"the batch is stored in {write_failure(run.directory, error, known, plan.decode)}"
+        except Exception as unwritten:  # the cause that stopped the run is always reported
+            kept = f"the batch could not be stored ({first_line(unwritten)})"
         error = told(error, run.checkpoints, kept)
     elif ran_out(error):
         error = RunFailed(f"out of memory: {first_line(error)}; {ADVICE}")
     if isinstance(error, RunFailed) and error.agreed:
-        run.accelerator.wait_for_everyone()  # a launcher ends all processes when the first one leaves
+        run.accelerator.wait_for_everyone()  # a launcher ends all processes when the first one exits
     return error
 
 
 def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
-    """Train `model` in place by a plan, from the run's checkpoint if it has one.
+    """Train `model` in place, from the run's checkpoint if it has one.
 
     Returns:
         the metrics of the last update.
 
     Raises:
-        Interrupted: after a signal; a checkpoint was written.
-        RunFailed: when something is not finite (runs/<id>/failure/ then has the batch), or memory has run out.
+        Interrupted: a signal arrived; a checkpoint was written.
+        RunFailed: a figure is not finite (runs/<id>/failure/ holds the batch), or memory ran out.
     """
     config = run.config
-    model.train()  # all of it: activations of a part in eval mode (a critic copied from a frozen model) would be kept
+    model.train()  # every part: a part in eval mode (a critic copied from a frozen model) would keep its activations
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     optimizer = make_optimizer(
@@ -161,9 +161,9 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
         offset=plan.warmup_offset,
     )
     start = 0
-    # Examples are dealt out by the number of processes: another number would read on at another place.
+    # Examples are distributed over the processes: with another number of processes, other examples would follow.
     inputs = {**plan.inputs, "processes": str(run.accelerator.num_processes)}
-    if config.bf16 == "auto":  # the machine that goes on may have said otherwise
+    if config.bf16 == "auto":  # the machine that resumes may decide otherwise
         inputs["precision"] = "bf16" if uses_bf16(config) else config.dtype
     last: Metrics = {}
     monitor = plan.monitor(run)
@@ -185,7 +185,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
     before = {name: getattr(run.meter, name) for name in counts}
 
     def over_ranks() -> Metrics:
-        """The meter's counts, with those of the other ranks' shares of the training."""
+        """The meter's counts, summed over all ranks."""
         grown = [getattr(run.meter, name) - before[name] for name in counts]
         if run.accelerator.num_processes > 1:
             here = torch.tensor(grown, dtype=torch.float64, device=run.device)
@@ -227,7 +227,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
             tell(run.log, monitor.update(step, figures))
         if failed_at is not None and step >= failed_at:
             kept, failed_at = put_aside(run.directory), None
-            run.log.say(f"update {step} is done, where this run had failed; what it failed at is now in {kept}/")
+            run.log.say(f"update {step}, which had failed before, is done; the record of the failure is now in {kept}/")
         if plan.save is not None and _every(config.snapshot_steps, step):
             # Every rank takes part in the count; the window of this update is not counted yet.
             run.meter.mark(step, **over_ranks(), optimizer_steps=steps_before + taken + 1)
@@ -237,7 +237,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
         if run.stopped_by is not None:
             save(step)
             raise Interrupted(
-                f"stopped by signal {run.stopped_by} at step {step} of {plan.total}; the same command resumes it",
+                f"stopped by signal {run.stopped_by} at step {step} of {plan.total}; run the same command to resume",
                 run.stopped_by,
             )
         if config.save_steps and step % config.save_steps == 0 and step < plan.total:
@@ -247,7 +247,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
         nonlocal taken
         for window in windows:
             yield window
-            taken += 1  # the loop comes back for the next window once it has stepped
+            taken += 1  # the loop asks for the next window after its step
 
     run.phase = "updating"
     try:

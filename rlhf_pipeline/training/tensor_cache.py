@@ -1,4 +1,4 @@
-"""Tensors in `cache/`: written whole or not at all, and read only where they are what was written."""
+"""Tensors in `cache/`: written atomically, and verified when read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _digest(tensor: Tensor) -> str:
 
 
 def read_tensor(path: Path) -> Tensor | None:
-    """The tensor in a file; None where there is none or it is damaged, as it is computed again then."""
+    """The tensor in a file; None if the file is missing or damaged, so that the caller computes it again."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -30,7 +30,7 @@ def read_tensor(path: Path) -> Tensor | None:
 
 
 def write_tensor(path: Path, tensor: Tensor) -> None:
-    """Write a tensor on the CPU with its digest, beside its place first."""
+    """Write a CPU tensor with its digest, first to a temporary name."""
     from safetensors.torch import save_file
 
     tensor = tensor.contiguous()

@@ -27,11 +27,11 @@ from rlhf_pipeline.health.monitor import Finding
 from rlhf_pipeline.registry.storage import replace_text
 
 RATE_OVER = 50
-"""Updates that the shown rate looks back on."""
+"""The number of updates over which the shown rate is averaged."""
 
 
 class _Console(Console):
-    """A console for what manifests, files and models say: nothing in it steers the terminal."""
+    """A console for text from manifests, files and models; it shows control characters as escapes."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         super().print(*(visible(item) if isinstance(item, str) else item for item in objects), **options)
@@ -41,7 +41,7 @@ console = _Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def jsonable(value: Any) -> Any:
-    """Replace NaN and infinities, which JSON does not have, by None, at any depth."""
+    """Replace NaN and infinities, which JSON does not have, by None, at every depth."""
     if isinstance(value, dict):
         return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -64,7 +64,7 @@ def _step_of(row: str) -> float:
 
 
 def logged(step: int, every: int, total: int) -> bool:
-    """Whether an update is logged: every `every`-th one, and the first and the last."""
+    """Whether an update is logged: every `every`-th, the first and the last."""
     return step % every == 0 or step in (1, total)
 
 
@@ -72,9 +72,9 @@ class RunLog:
     """The files of one run directory and the live line of a training run.
 
     Args:
-        directory: runs/<run-id>, exists.
-        total: updates in all. shown: names of the metrics that matter, for the live line.
-        quiet: no progress (tests, ranks other than the first). writes: false on these ranks.
+        directory: runs/<run-id>; it must exist.
+        total: number of updates. shown: names of the metrics in the live line.
+        quiet: no progress (tests, ranks other than the first). writes: false on ranks other than the first.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class RunLog:
         self.last: dict[str, float] = {}
 
     def rewind(self, step: int) -> None:
-        """Forget what was logged after `step`: a resumed run writes it again."""
+        """Remove what was logged after `step`, because a resumed run writes it again."""
         path = self.directory / "metrics.jsonl"
         self._metrics.close()
         rows = path.read_text(encoding="utf-8").splitlines()
@@ -110,21 +110,21 @@ class RunLog:
         self._metrics = path.open("a", encoding="utf-8")
 
     def sync(self) -> None:
-        """Bring what was logged to disk: a checkpoint that outlives a power failure must not outlive its metrics."""
+        """Sync the log to disk, so that after a power failure a checkpoint has all of its metrics."""
         if self._metrics.name != os.devnull:
             os.fsync(self._metrics.fileno())
 
     def say(self, text: str, *, style: str | None = None) -> None:
-        """One line to log.txt and to stderr."""
+        """Write one line to log.txt and to stderr."""
         self._log.write(visible(text) + "\n")
         self._log.flush()
         if not self.quiet:
             console.print(text, style=style, markup=False)
 
     def update(self, step: int, metrics: dict[str, float], note: str = "") -> None:
-        """Log an update; every `logging_steps` updates, and the first and the last, to metrics.jsonl.
+        """Log an update; metrics.jsonl gets every `logging_steps`-th update, the first and the last.
 
-        note: for the live line only.
+        note: text for the live line only.
         """
         self._times.append((time.perf_counter(), step))
         due = logged(step, self.logging_steps, self.total)
@@ -142,12 +142,12 @@ class RunLog:
             console.print(f"{self.title} {step}/{self.total}  {pace}{line}", markup=False)
 
     def _rate(self) -> float:
-        """Updates per second over the last ones; 0 after the first, whose time is mostly that of starting up."""
+        """Updates per second over the last updates; 0 after the first, which includes the start-up."""
         (before, first), (now, last) = self._times[0], self._times[-1]
         return (last - first) / max(now - before, 1e-9)
 
     def _heartbeat(self, step: int) -> bool:
-        """Without a terminal about twenty lines a run are enough."""
+        """Whether to print progress at a step without a terminal: about twenty lines per run."""
         every = max(self.logging_steps, -(-self.total // 20))
         return step in (1, self.total) or step % every < self.logging_steps
 
@@ -169,7 +169,7 @@ class RunLog:
         self._progress.update(self._task, completed=step, rate=f"{rate:.3g}/s", line=line)
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
-        """Write figures that are not of an update (evaluations) to metrics.jsonl."""
+        """Write metrics that do not belong to an update (evaluations) to metrics.jsonl."""
         self._metrics.write(json.dumps(jsonable({"step": step, **metrics})) + "\n")
         self._metrics.flush()
 
@@ -182,7 +182,7 @@ class RunLog:
 
 
 def progress(items: Sequence[Any], title: str):
-    """Iterate over long work with a bar on stderr (rate, remaining time), where stderr is a terminal."""
+    """Iterate over items, with a progress bar on stderr if stderr is a terminal."""
     if not sys.stderr.isatty():
         yield from items
         return
@@ -192,12 +192,12 @@ def progress(items: Sequence[Any], title: str):
 
 
 def tell(log: RunLog, findings: Sequence[Finding]) -> None:
-    """One line in the log for each new finding."""
+    """Log one line for each new finding."""
     for finding in findings:
         log.say(finding.line(), style="yellow")
 
 
 def tell_all(log: RunLog, findings: Sequence[Finding]) -> None:
-    """One line at the end of a run that names all findings; none where there are none."""
+    """Log one line with all findings at the end of a run, or nothing without findings."""
     if findings:
         log.say(f"health: {', '.join(finding.span() for finding in findings)}", style="yellow")

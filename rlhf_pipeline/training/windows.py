@@ -1,6 +1,6 @@
-"""Windows: what one optimizer step trains on.
+"""Windows: the data of one optimizer step.
 
-SFT, the reward model and DPO draw windows from a sampler; PPO's are yielded by a generator of rollouts.
+SFT, the reward model and DPO draw windows from a sampler; a generator of rollouts yields those of PPO.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from rlhf_pipeline.data.tokenize import Example
 class Window:
     """One optimizer step: its micro-batches on this rank, and the denominators over all ranks.
 
-    counts: by name ("tokens", "pairs", "prompts", "sequences", ...), over the whole window and all ranks, known
-        before the first backward pass.
-    ends_update: whether the learning-rate schedule steps and metrics are logged after it. Always, but in PPO,
-        where only the last minibatch of a rollout ends an update.
-    metrics: figures that are known already (of a rollout), logged with the update.
-    halvings: how often its micro-batches were halved already, for lack of memory.
+    counts: denominators by name ("tokens", "pairs", "prompts", "sequences", ...), over the whole window and all ranks,
+        known before the first backward pass.
+    ends_update: whether the learning-rate schedule steps and metrics are logged after this window. Always true, except
+        in PPO, where only the last minibatch of a rollout ends an update.
+    metrics: metrics that are already known (of a rollout), logged with the update.
+    halvings: how often its micro-batches have already been halved for lack of memory.
     """
 
     micro_batches: Sequence[Any]
@@ -40,11 +40,11 @@ class Window:
 
 @dataclass
 class Loss:
-    """What a step returns for one micro-batch: SUMS, each with the name of its denominator.
+    """The loss of one micro-batch: SUMS, each with the name of its denominator.
 
     terms: name -> (sum, denominator, weight); the loss is sum_i weight_i * sum_i / count[denominator_i].
     metrics: name -> (sum, denominator), detached.
-    checked: what the loss is made of and has to be finite, named in the plural: per token (N,), per completion (C,) or
+    checked: the tensors in the loss, which must be finite, named in the plural: per token (N,), per completion (C,) or
         (C, R).
     """
 
@@ -59,8 +59,11 @@ class Loss:
 
 @dataclass(frozen=True)
 class PairFacts:
-    """What is known exactly of P pairs. ref_logprobs: (P, 2) of chosen and rejected; target: (P,) the probability
-    that the chosen response is preferred."""
+    """Exact facts of P pairs.
+
+    ref_logprobs: (P, 2) log-probabilities of chosen and rejected under the reference, in nats.
+    target: (P,) probability that the chosen response is preferred.
+    """
 
     ref_logprobs: Tensor
     target: Tensor
@@ -74,16 +77,17 @@ Pack = Callable[[Sequence[Example]], PackedBatch]
 
 @dataclass(frozen=True)
 class ExampleBatch:
-    """Packed examples and their numbers in the data set (for cached reference log-probabilities).
+    """Packed examples and their indices in the data set (for cached reference log-probabilities).
 
-    facts: what the source of pairs that are drawn anew at every step knows about them, in place of numbers.
+    facts: exact facts of pairs that are drawn at every step; such pairs have no index in a data set.
     compared: the preferences among the completions; None: chosen and rejected alternate (or there are none).
-    examples, pack: what `batch` was made of and by what; without them it cannot be cut, nor told what it holds.
+    examples, pack: the examples of `batch` and the function that packed them; needed to cut the batch and to name its
+        examples in an error.
     """
 
     batch: PackedBatch
     indices: list[int]
-    weight: float = 1.0  # 0 for a stand-in on a rank that has no example in this window
+    weight: float = 1.0  # 0 for a placeholder on a rank without an example in this window
     facts: PairFacts | None = None
     compared: Comparisons | None = None
     examples: Sequence[Example] = ()
@@ -105,7 +109,7 @@ class ExampleBatch:
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    """The order of `count` examples in one epoch: a function of seed and epoch alone, so resuming needs no state."""
+    """The order of `count` examples in one epoch; it depends only on seed and epoch, so resuming needs no state."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=generator).tolist()
 
@@ -138,11 +142,11 @@ def example_windows(
     device: torch.device | str = "cpu",
     micro_batch_tokens: int | None = None,
 ) -> Iterator[Window]:
-    """Windows of micro_batch_size x accumulation x world_size examples, shuffled anew each epoch.
+    """Windows of micro_batch_size x accumulation x world_size examples, shuffled in each epoch.
 
-    Which examples make up a window depends on seed, window size and step alone; within it they are grouped by length
-    and, with `micro_batch_tokens`, cut where a micro-batch would hold more tokens. `count(example)` gives what an
-    example contributes to the denominators.
+    The examples of a window depend only on seed, window size and step. Within a window, examples are grouped by length;
+    `micro_batch_tokens` limits the tokens of a micro-batch. `count(example)` returns the counts that an example adds to
+    the denominators.
     """
 
     def packed(chosen: Sequence[Example]) -> PackedBatch:

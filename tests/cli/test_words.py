@@ -74,7 +74,7 @@ def test_a_config_without_its_option(capsys, write, tiny, name: str) -> None:
     error = said(capsys, "dpo", config, "--home", str(tiny.home))
     assert f"did you mean --config {config}?" in error and "missing" not in error
     error = said(capsys, "dpo", "--config", config, config, "--home", str(tiny.home))
-    assert "one config is read" in error and "dataset_name: missing" in error
+    assert "only one config is read" in error and "dataset_name: missing" in error
 
 
 def test_a_config_beside_a_model(capsys, write, tiny) -> None:

@@ -312,7 +312,7 @@ def test_an_sft_arm_is_no_reference(arms):
 @pytest.mark.parametrize("split", ["validation", "all"])
 def test_settings_are_not_chosen_on_what_is_shown(split):
     given = {"arms": ["dpo"], "baseline": "sft", "split": split}
-    with pytest.raises(ConfigError, match="settings would be chosen on what is shown"):
+    with pytest.raises(ConfigError, match="settings would be chosen on the results"):
         load_config("compare", None, extra=given)
     assert load_config("compare", None, extra=given | {"validation_split": None}).config.split == split
 

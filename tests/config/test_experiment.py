@@ -199,8 +199,8 @@ def test_data_from_outside_the_experiment(demo, write):
             "experiment.yaml:8: stages.dpo.stage: found 'dop'; expected one of",
         ),
         ("{stage: dpo, ", "{", "experiment.yaml:8: stages.dpo.stage: missing; expected one of"),
-        ("  dpo: ", "  a.b: ", "experiment.yaml:3: stages: 'a.b' is no name"),
-        ("  dpo: ", "  world: ", "experiment.yaml:8: stages.world: the name 'world' is taken"),
+        ("  dpo: ", "  a.b: ", "experiment.yaml:3: stages: 'a.b' is not a valid stage name"),
+        ("  dpo: ", "  world: ", "experiment.yaml:8: stages.world: the name 'world' is reserved"),
         ("name: demo\n", "", "experiment.yaml: name: missing"),
         (
             "seeds: [3]",

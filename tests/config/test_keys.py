@@ -94,7 +94,7 @@ def test_the_population_of_the_world_is_a_source_of_dpo_alone(faults, load):
     changes = {"dataset_name": "world:verdicts", "dataset_config": "population", "max_steps": 5}
     assert load("dpo", **changes).population
     for stage in ("sft", "train-rm", "ppo"):
-        assert "of `rlhf dpo` alone" in faults(stage, **changes)["dataset_config"].fix
+        assert "for `rlhf dpo` only" in faults(stage, **changes)["dataset_config"].fix
     assert "no epochs" in faults("dpo", **{**changes, "max_steps": -1})["max_steps"].expected
 
 
@@ -109,7 +109,7 @@ def test_a_key_for_logging_uploading_or_speed_takes_any_value_with_a_note(valid,
 @pytest.mark.parametrize(
     ("key", "accepted", "others", "advice"),
     [
-        ("do_train", [True, None], [False], "a stage trains"),
+        ("do_train", [True, None], [False], "a stage always trains"),
         ("fp16", [False, None], [True, 0], "use bf16"),
         ("tf32", [False, None], [True], "use bf16"),
         ("optim", ["adamw_torch", "adamw_torch_fused"], ["sgd", "adafactor", "adamw_8bit"], "AdamW"),
@@ -126,7 +126,7 @@ def test_a_key_that_would_train_differently_is_refused_unless_it_says_what_a_run
 ):
     for value in accepted:
         loaded = load_config("dpo", None, extra={**valid["dpo"], key: value})
-        assert loaded.notes == (f"dpo: {key}: not used here: this is what a run does without it",)
+        assert loaded.notes == (f"dpo: {key}: not used here: a run does the same without it",)
     for value in others:
         refused = faults("dpo", **{key: value})
         assert (

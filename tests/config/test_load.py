@@ -70,7 +70,7 @@ def test_all_faults_at_once_in_the_order_of_their_lines(write):
         f"{path}:5: lr_scheduler_type: found 'liner'; "
         "expected one of linear, cosine, constant, constant_with_warmup; did you mean 'linear'?",
         f"{path}:6: max_length: max_prompt_length 5 + response_length 6 is not max_length 10; "
-        "expected max_length 11; give two of the three: the third follows",
+        "expected max_length 11; give two of the three lengths; they determine the third",
         f"{path}:9: split_fractions: the fractions sum to 1.1; expected a sum of 1",
         f"{path}: model_name_or_path: missing; expected the model to start from: name, directory or hub id",
         f"{path}: dataset_name: missing; expected dataset_name: SOURCE, or datasets: for a mixture",

@@ -38,7 +38,7 @@ def test_null_is_the_native_sampler(valid):
 def test_vllm_that_is_not_there_is_a_fault_that_says_what_to_install(faults, installed):
     installed(False)
     fault = faults("ppo", rollout_engine="vllm")["rollout_engine"]
-    assert fault.found == "found 'vllm', and there is no package vllm in this environment"
+    assert fault.found == "found 'vllm', but there is no package vllm in this environment"
     assert fault.expected == "vllm installed"
     assert "pip install 'vllm>=0.22,<=0.31'" in fault.fix and fault.fix.endswith("or rollout_engine: native")
 
@@ -53,7 +53,7 @@ def test_vllm_chooses_its_device_itself(faults, installed):
     installed(True)
     refused = faults("ppo", rollout_engine="vllm", use_cpu=True)
     assert list(refused) == ["use_cpu"]
-    assert "chooses its device itself and needs a GPU" in refused["use_cpu"].found
+    assert "needs a GPU and chooses its device itself" in refused["use_cpu"].found
     installed(False)
     assert set(faults("ppo", rollout_engine="vllm", use_cpu=True)) == {"rollout_engine", "use_cpu"}
 

@@ -103,7 +103,7 @@ def test_all_faults_of_a_sweep_at_once_with_their_lines(demo):
         "experiment.yaml:22: sweep.ppo.seed: a seed is not a setting; expected seeds: [...] of the experiment",
         "experiment.yaml:23: sweep.ppo.output_name: points are versions of one name; "
         "expected no sweep of output_name; remove it",
-        "experiment.yaml:24: sweep.ppo.logging_steps: logging_steps does not change what comes out of a run; "
+        "experiment.yaml:24: sweep.ppo.logging_steps: logging_steps does not change the result of a run; "
         "expected a key that does; remove it",
         "experiment.yaml:25: sweep.ppo.kl_target: this key is not available yet in this version; remove it",
         "experiment.yaml:26: sweep.ppo.output_dir: ppo has no such key; "
@@ -159,7 +159,7 @@ def test_swept_links_are_checked_like_all_others(demo):
         ("seeds=[1, 2, 1]", "1 is given twice; expected each seed once"),
         (
             "seed_resamples=dpo",
-            "found 'dpo'; expected arms, all, or a list of stages; write [dpo] for that stage alone",
+            "found 'dpo'; expected arms, all, or a list of stages; write [dpo] for this stage only",
         ),
         ("seed_resamples=[]", "found []; expected arms, all, or a list of stages"),
         ("seed_resamples=3", "found 3; expected arms, all, or a list of stages"),

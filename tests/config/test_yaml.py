@@ -93,7 +93,7 @@ def test_all_duplicate_keys_are_faults(write):
         ("a: 1\nb: " + "[" * 5000 + "\n", ":2", "nested too deeply"),
         ("a: 1\n---\nb: 2\n", ":2", "not YAML"),
         ("a: 1\nb: \x07\n", ":2", "a character that YAML does not allow"),
-        ("a: &x [*x]\n", ":1", "aliases unfold"),
+        ("a: &x [*x]\n", ":1", "aliases expand"),
     ],
 )
 def test_what_is_not_a_config_is_a_fault_with_its_line(write, text, place, found):
@@ -107,14 +107,14 @@ def test_an_alias_bomb_is_refused_quickly(write):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
     (fault,) = read_document(write("a.yaml", "\n".join(lines))).faults
-    assert "aliases unfold" in fault.found
+    assert "aliases expand" in fault.found
 
 
 def test_a_bomb_of_merges_of_nothing_is_refused_quickly(write):
     lines = ["a0: &a0 {}"]
     lines += [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 10)]
     (fault,) = read_document(write("a.yaml", "\n".join(lines))).faults
-    assert "aliases unfold" in fault.found
+    assert "aliases expand" in fault.found
 
 
 def test_files_that_cannot_be_read(tmp_path, write):

@@ -117,7 +117,7 @@ VALUES = [
     _line("engine of another stage", "ppo", "engine: trl"),
     _line("no such engine", "dpo", "engine: tlr", "native"),
     _line("reward twice", "ppo", "reward_functions: [{source: world}]", "reward_model_path"),
-    _line("arm twice", "compare", "baseline: a", "is an arm as well"),
+    _line("arm twice", "compare", "baseline: a", "is also an arm"),
     _line("split that chooses and shows", "compare", "validation_split: test", "another split"),
     _line("name of a device", "compare", "name: con", "Windows"),
     _line("name with a path", "compare", "name: ../up", "letters"),
@@ -149,14 +149,14 @@ TEXT = [
     _whole("tag that does not fit", "sft", SFT + "seed: !!int many\n", ":4: seed", "'many' cannot be read as int"),
     _whole("tag of true that does not fit", "sft", SFT + "bf16: !!bool maybe\n", ":4: bf16", "'maybe' cannot be read"),
     _whole("alias of nothing", "sft", SFT + "seed: *there\n", ":4", "not YAML"),
-    _whole("alias of itself", "sft", SFT + "model_init: &a {model_type: *a}\n", ":4", "aliases unfold"),
+    _whole("alias of itself", "sft", SFT + "model_init: &a {model_type: *a}\n", ":4", "aliases expand"),
     _whole("alias bomb", "sft", "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
-        f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")), ":", "aliases unfold"),
+        f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")), ":", "aliases expand"),
     _whole("bomb of merges", "sft", "a: &a {}\n" + "".join(
         f"{b}: &{b} {{<<: [{', '.join([f'*{a}'] * 9)}]}}\n" for a, b in zip("abcdefgh", "bcdefghi")), ":",
-        "aliases unfold"),
+        "aliases expand"),
     _whole("deep nesting", "sft", SFT + "model_init: " + "[" * 20_000, ":4", "nested too deeply"),
-    _whole("deep nesting, closed", "sft", SFT + "model_init: " + "[" * 90 + "]" * 90, ":4", "nested more than 50 deep"),
+    _whole("deep nesting, closed", "sft", SFT + "model_init: " + "[" * 90 + "]" * 90, ":4", "more than 50 levels deep"),
     _whole("half a character", "sft", SFT + 'dataset_config: "\\ud800"\n', ":4: dataset_config", "surrogate"),
     _whole("key that is a number", "dpo", DPO + "3: 4\n", ":4", "'3' is not the name of a key"),
     _whole("key that is a list", "dpo", DPO + "? [a]\n: b\n", ":4", "a key that is a sequence"),
@@ -166,13 +166,13 @@ TEXT = [
     _whole("model without a tokenizer", "sft", "model_init: {model_type: llama}\ndataset_name: world:verdicts\n"
         "output_name: x\n", ": tokenizer_init", "missing"),
     _whole("no arms", "compare", "arms: []\n", ":1: arms", "at least one"),
-    _whole("one arm", "compare", "arms: [a]\n", ":1: arms", "nothing to be compared to"),
+    _whole("one arm", "compare", "arms: [a]\n", ":1: arms", "is the only model"),
     _whole("same arm twice", "compare", "arms: [a, a, b]\n", ":1: arms.1", "named twice"),
 ]  # fmt: skip
 
 EXPERIMENTS = [
     _whole("experiment without stages", "run", "name: trial\n", ": stages", "missing"),
-    _whole("experiment with no stage", "run", "name: trial\nstages: {}\n", ":2: stages", "there are none"),
+    _whole("experiment with no stage", "run", "name: trial\nstages: {}\n", ":2: stages", "found none"),
     _whole("stages that are a list", "run", "name: trial\nstages: [sft]\n", ":2: stages", "a mapping"),
     _whole("stage of no kind", "run", EXPERIMENT + "  more: {config: a.yaml}\n", ":6: stages.more.stage", "missing"),
     _whole("stage of an unknown kind", "run", EXPERIMENT.replace("stage: dpo", "stage: dbo"), ":5: stages.last.stage"),

@@ -166,7 +166,7 @@ def finite(template: Path, folder: Path, count: int) -> Iterator[Trial]:
             whole[stage] = digests(home)
         home = Subject(stage, template, words).home(folder / str(number))
         done = children.fresh([*words, "--home", str(home)], said, trap=("spoil", stage, figure, bad)).wait()
-        wanted = (f"update {UPDATE}: the {NAMED.get(figure, figure)} ", "nothing of this step was applied", LAST)
+        wanted = (f"update {UPDATE}: the {NAMED.get(figure, figure)} ", "this step was not applied", LAST)
         faults = [f"not said: {words!r}: {done.err[-2000:]}" for words in wanted if words not in done.err]
         faults += [f"exit code {done.code}"] if done.code != 1 or "Traceback" in done.err else []
         kept = [json.loads(path.read_text())["cause"] for path in home.glob("runs/*/failure/failure.json")]

@@ -45,7 +45,7 @@ def test_interrupted_by_the_keyboard(disturbed, tmp_path):
     home = subject.home(tmp_path / "home")
     stopped = children.run(subject.command(home), tmp_path, before=kills.signal_at(2, signal.SIGINT))
     assert stopped.code == 130
-    assert "the same command resumes it" in stopped.err and "Traceback" not in stopped.err
+    assert "run the same command to resume" in stopped.err and "Traceback" not in stopped.err
 
 
 def test_the_harness_sees_a_difference(disturbed, tmp_path):

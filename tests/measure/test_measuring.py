@@ -208,7 +208,7 @@ def test_where_memory_runs_out_responses_are_halved(measured, arms, monkeypatch,
     said = " ".join(capsys.readouterr().err.split())
     assert passes.refused == said.count("out of memory in ") and passes.refused % 2 == 0  # 16 and 8, of each kind
     assert "16 responses at a time do not fit" in said or "16 prefixes at a time do not fit" in said
-    assert "(CUDA out of memory. Tried to allocate 20 MiB); halved from here on (halving 1 of 3)" in said
+    assert "(CUDA out of memory. Tried to allocate 20 MiB); halved from now on (halving 1 of 3)" in said
     assert max(passes.held) <= 5 and "optimizer step" not in said
 
 

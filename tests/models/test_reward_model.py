@@ -171,7 +171,7 @@ def test_shift_and_pooling_survive_a_save_and_plain_transformers_lacks_the_shift
 def test_a_second_normalisation_is_refused(make_model):
     model = make_model("llama", scorer=True)
     store_reward_shift(model, 0.5)
-    with pytest.raises(ValueError, match=r"normalised already \(reward_shift 0.5\)"):
+    with pytest.raises(ValueError, match=r"already normalised \(reward_shift 0.5\)"):
         store_reward_shift(model, 0.1)
     assert model.config.reward_shift == 0.5
 

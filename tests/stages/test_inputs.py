@@ -44,7 +44,7 @@ def test_a_resumed_run_refuses_other_data(lab, tmp_path, monkeypatch):
     write_pairs(data, "great", "dull")
     interrupted(lab, monkeypatch, **everything)
     write_pairs(data, "dull", "great")
-    with pytest.raises(MismatchError, match=r"begun with other inputs: data .*--no-resume"):
+    with pytest.raises(MismatchError, match=r"started with other inputs: data .*--no-resume"):
         lab.run("dpo", **everything)
     assert lab.run("dpo", resume=False, **everything).model == "dpo@v1"
 
@@ -62,7 +62,7 @@ def test_a_reference_with_another_tokenizer_is_refused(lab, tmp_path):
     (other / "manifest.json").unlink()
     text = (other / "tokenizer.json").read_text().replace('"great"', '"grand"')
     (other / "tokenizer.json").write_text(text)
-    with pytest.raises(MismatchError, match=r"other: tokenizer .*the policy sft@v1"):
+    with pytest.raises(MismatchError, match=r"other: found tokenizer .*the policy sft@v1"):
         lab.run("dpo", ref_model=str(other))
 
 
@@ -89,5 +89,5 @@ def test_a_model_that_cannot_be_decoded_in_batches_is_not_sampled_from(lab):
         max_train_samples=20,
         max_steps=1,
     )
-    with pytest.raises(BadInput, match="cannot be sampled from"):
+    with pytest.raises(BadInput, match="so sampling is impossible"):
         lab.run("collect", policy="mamba")

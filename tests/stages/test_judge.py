@@ -60,7 +60,7 @@ def test_it_is_logged_where_a_run_is_logged_and_stands_among_the_parents(judged)
     assert watched.metrics["train"]["objective/judge"] == rows[-1]["objective/judge"]
     parent = lab.registry.resolve(watched.model).manifest.parents["judge"]
     assert (parent.ref, parent.digest) == ("held@v1", lab.registry.resolve("held").digest)
-    assert "judge: held@v1 scores the rollouts that are logged, and nothing is trained on it" in log_of(watched)
+    assert "judge: held@v1 scores the logged rollouts; nothing is trained on it" in log_of(watched)
     assert "judge" not in lab.registry.resolve(plain.model).manifest.parents
     assert not any("judge" in name for row in lab.rows(plain.run) for name in row)
     drawn = curves(lab.registry, [lab.registry.resolve(watched.model)])["watched@v1"]["objective/judge"]
@@ -183,7 +183,7 @@ def test_a_resumed_run_says_and_counts_the_same(judged, lab, monkeypatch):
 
 
 def test_the_reward_itself_is_no_judge(lab, function):
-    with pytest.raises(ConfigError, match=r"judge: 'reward' judges, and is the reward"):
+    with pytest.raises(ConfigError, match=r"judge: 'reward' is the reward"):
         lab.run("ppo", judge="reward")
     name = function(lambda prompts, completions, **_: [0.0] * len(prompts))
     with pytest.raises(ConfigError, match="judge: 'judges_of_a_test:judge'"):
@@ -195,7 +195,7 @@ def test_nor_is_it_under_another_name(lab, again):
     lab.registry.alias("reward", "best")
     again = str(lab.home / again) if "/" in again else again
     with pytest.raises(
-        MismatchError, match=rf"judge '{again}' is .*trained on reward@v1 [0-9a-f]{{12}}, which is the same"
+        MismatchError, match=rf"judge '{again}': found .*the same as the training reward reward@v1 [0-9a-f]{{12}}"
     ):
         lab.run("ppo", judge=again)
     assert lab.registry.models.names() == ["reward", "sft"]
@@ -203,7 +203,9 @@ def test_nor_is_it_under_another_name(lab, again):
 
 def test_nor_is_the_world_where_the_world_rewards(lab):
     world = {"reward_model_path": None, "reward_functions": ["world"]}
-    with pytest.raises(MismatchError, match="judge 'world:verdicts' is world, and the policy is trained on world"):
+    with pytest.raises(
+        MismatchError, match="judge 'world:verdicts': found world, the same as the training reward world"
+    ):
         lab.run("ppo", **world, judge="world:verdicts")
 
 
@@ -294,7 +296,7 @@ def test_a_stage_of_an_experiment_judges(judged, tmp_path, capsys):
     assert all(stage["skipped"] for stage in run().values())
     again = run("umpire.seed=3")
     assert {name for name, stage in again.items() if not stage["skipped"]} == {"umpire", "policy"}
-    assert "'scorer' judges, and is the reward" in run("policy.judge=scorer", code=2)
+    assert "'scorer' is the reward" in run("policy.judge=scorer", code=2)
     assert "names no stage of the experiment and no model" in run("policy.judge=nobody", code=2)
     stages["policy"]["judge"] = "first"
     path.write_text(yaml.safe_dump({"name": "trial", "stages": {"first": {**shared, "stage": "sft"}, **stages}}))
@@ -352,7 +354,7 @@ def test_what_a_user_gets_wrong_is_said_in_one_line(lab, capsys):
     config = lab.home / "ppo.yaml"
     config.write_text(yaml.safe_dump(lab.config("ppo").model_dump(mode="json")))
     for judge, message in (
-        ("reward", "'reward' judges, and is the reward that the policy is trained on"),
+        ("reward", "'reward' is the reward that the policy is trained on"),
         ("a b:f", "found 'a b:f'; expected world, a reward model, or module:function"),
         ("no_such_module:judge", "no_such_module:judge"),
         ("nobody", "nobody"),

@@ -63,7 +63,9 @@ def test_a_finished_run_and_the_version_that_it_has_made(lab) -> None:
     assert "has finished" not in log_of(first.run)
     second = lab.run("sft", max_steps=1)
     name = Path(first.run).name
-    assert f"note: run {name} of this config has finished as tuned@v1: this makes a new version" in log_of(second.run)
+    assert f"note: run {name} of this config has finished as tuned@v1: this run creates a new version" in log_of(
+        second.run
+    )
     third = lab.run("sft", max_steps=1)
     assert f"run {name}-2 of this config has finished as tuned@v2" in log_of(third.run) and third.model == "tuned@v3"
     assert "has finished" not in log_of(lab.run("sft", max_steps=1, seed=1).run)
@@ -76,7 +78,7 @@ def test_a_finished_run_and_the_version_that_it_has_made(lab) -> None:
 @pytest.mark.parametrize(("settings", "why"), [({}, " (save_steps is off)"), ({"save_steps": 50}, "")])
 def test_an_unfinished_run_without_a_checkpoint(lab, settings: dict[str, int], why: str) -> None:
     result = lab.run("sft", max_steps=1, **settings)
-    said = f"nothing to resume: no checkpoint{why}; run {Path(result.run).name} begins anew"
+    said = f"nothing to resume: no checkpoint{why}; run {Path(result.run).name} starts again from the beginning"
     assert "nothing to resume" not in log_of(result.run)
     status = Path(result.run) / "run.json"  # as a process that was killed leaves it
     status.write_text(json.dumps({"status": "running", "token": "other"}))
@@ -86,7 +88,7 @@ def test_an_unfinished_run_without_a_checkpoint(lab, settings: dict[str, int], w
 
 def test_a_reference_that_training_does_not_start_from(lab) -> None:
     other, child = lab.run("sft", max_steps=1), lab.run("sft", max_steps=1, seed=1, output_name="child")
-    said = "note: ref_model tuned@v1 is neither child@v1, which training starts from, nor a model"
+    said = "note: ref_model tuned@v1 is neither child@v1, the start of training, nor one of its ancestors"
     assert said in log_of(lab.run("dpo", model_name_or_path="child", ref_model=other.model, max_steps=1).run)
     for number, reference in enumerate(("child@v1", "sft", "sft@v1")):
         result = lab.run("dpo", model_name_or_path="child", ref_model=reference, max_steps=1, seed=number)
@@ -105,7 +107,7 @@ def test_lengths_that_contradict_name_where_each_was_given(tmp_path: Path) -> No
     assert str(refused.value) == (
         "override response_length=200: max_prompt_length 6 + response_length 200 is not max_length 10 (given: "
         f"{path}:4: max_prompt_length, {path}:5: max_length, override response_length=200); expected max_length 206; "
-        "give two of the three: the third follows"
+        "give two of the three lengths; they determine the third"
     )
 
 

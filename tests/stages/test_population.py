@@ -141,7 +141,7 @@ def test_dpo_trains_on_the_population(lab):
 
 def test_the_world_means_the_population_to_dpo_and_only_to_it(lab):
     assert lab.config("dpo", dataset_name="world:verdicts").population
-    with pytest.raises(ConfigError, match="population is a source of `rlhf dpo` alone"):
+    with pytest.raises(ConfigError, match="population is a source for `rlhf dpo` only"):
         lab.config("train-rm", **POPULATION)
     with pytest.raises(ConfigError, match="expected 'population'"):
         lab.config("dpo", dataset_name="world:verdicts", dataset_config="demonstrations")

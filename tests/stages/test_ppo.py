@@ -165,8 +165,8 @@ def test_what_moves_the_optimum_with_a_wrong_critic_is_recorded_apart(lab):
     assert lab.registry.resolve(default.model).manifest.may_move_optimum == {"lam": 0.95}
     assert lab.registry.resolve(unbiased.model).manifest.may_move_optimum == {}
     assert moves_of(lab, default) == moves_of(lab, unbiased) == {}
-    assert "lam=0.95 leaves the optimum in place as long as the critic is right" in log_of(default)
-    assert "critic is right" not in log_of(unbiased)
+    assert "lam=0.95 does not move the optimum if the critic is exact" in log_of(default)
+    assert "critic is exact" not in log_of(unbiased)
 
 
 def test_whitened_rewards_train_another_model(lab):

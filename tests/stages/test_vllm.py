@@ -241,7 +241,7 @@ def test_a_vllm_that_cannot_take_the_weights_ends_the_run_in_a_line(lab, fake, m
         raise KeyError("model.layers.0.mlp.experts")
 
     monkeypatch.setattr(fake_vllm.Model, "load_weights", refuse)
-    with pytest.raises(RunFailed, match="taking over the policy's weights: KeyError"):
+    with pytest.raises(RunFailed, match="loading the policy's weights: KeyError"):
         lab.run("ppo", **VLLM)
 
 
@@ -279,7 +279,7 @@ def test_without_vllm_the_command_line_says_what_is_missing(lab, tmp_path, capsy
     assert cli(lab, tmp_path, **VLLM) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and "Traceback" not in captured.err
-    assert "rollout_engine: found 'vllm', and there is no package vllm in this environment" in captured.err
+    assert "rollout_engine: found 'vllm', but there is no package vllm in this environment" in captured.err
     assert "pip install 'vllm>=0.22,<=0.31'" in captured.err
     # An empty folder is no run: other tests leave one in the home that this is a copy of.
     assert not list(lab.home.glob("runs/*"))

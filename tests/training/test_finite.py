@@ -144,7 +144,7 @@ def fails(lab, monkeypatch, whole):
                 message = str(error)
                 assert error.exit_code == 1
         assert message.startswith(f"update {UPDATE}: the {figure} ")
-        assert "nothing of this step was applied" in message and f"the last checkpoint is {LAST}" in message
+        assert "this step was not applied" in message and f"the last checkpoint is {LAST}" in message
         (directory,) = (lab.home / "runs").iterdir()
         assert str(directory / "failure") in message
         kept = load_file(directory / LAST / "model.safetensors")
@@ -259,7 +259,7 @@ def test_a_weight(fails, stage):
     assert told["bad"] == told["of"] == (8 if stage in ("sft", "ppo") else 16)
     assert told["micro_batches"] == [0, 1]
     assert len(told["weights_not_finite"]) == 1 and "norm" in told["weights_not_finite"][0]
-    assert "weights are not finite themselves" in told["message"]
+    assert "weights themselves are not finite" in told["message"]
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -409,7 +409,7 @@ def test_each_reward_source_is_named(fails, bad):
     assert_names(told, spoiled[0], 0, bad, 16)
     assert told["rows"][0]["micro_batch"] == 2
     assert "reward world: found scores that are not finite" in told["message"]
-    assert "mend the source of the reward" in told["message"]
+    assert "correct the source of the reward" in told["message"]
 
 
 def test_a_reward_function_by_the_command_line(lab, tmp_path, monkeypatch, capsys):
@@ -477,7 +477,7 @@ def test_a_failure_that_a_resumed_run_has_passed_is_kept_under_another_name(lab,
     assert failures() == {"failure": 4, "failure-1": 3}
     result = lab.run("sft", **SETTINGS, max_steps=5)
     assert failures() == {"failure-1": 3, "failure-2": 4}
-    assert "update 4 is done, where this run had failed" in (Path(result.run) / "log.txt").read_text()
+    assert "update 4, which had failed before, is done" in (Path(result.run) / "log.txt").read_text()
     assert sorted(path.name for path in (Path(result.run) / "failure-1").iterdir()) == [
         "batch.safetensors",
         "failure.json",

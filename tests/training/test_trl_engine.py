@@ -250,7 +250,7 @@ def test_a_signal_ends_the_run_and_the_next_one_begins_anew(lab, pairs, monkeypa
     assert Path(again.run) == broken
     assert lab.rows(again.run) == lab.rows(whole.run)
     assert again.cost["optimizer_steps"] == 5
-    assert "begins anew" in (broken / "log.txt").read_text()
+    assert "starts again from the beginning" in (broken / "log.txt").read_text()
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(lab, pairs, monkeypatch):
@@ -301,7 +301,7 @@ def test_responses_that_end_in_the_padding_token_are_named(lab, pairs):
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_are_refused(count):
     run = SimpleNamespace(accelerator=SimpleNamespace(num_processes=count), device=torch.device("cpu"))
-    with pytest.raises(BadInput, match=f"engine: trl in {count} processes; expected one"):
+    with pytest.raises(BadInput, match=f"engine: found trl in {count} processes, expected one"):
         engine._require_one_device(run)
 
 

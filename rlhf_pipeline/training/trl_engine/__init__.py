@@ -1,4 +1,4 @@
-"""`engine: trl`: the same run on TRL's own trainer, to check the native loop against."""
+"""`engine: trl`: the same run with TRL's own trainer, as a check of the native loop."""
 
 from rlhf_pipeline.training.trl_engine.train import train_with_trl
 

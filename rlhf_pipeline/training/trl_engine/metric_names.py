@@ -25,10 +25,10 @@ _NOT_OURS = ("epoch", "loss", "step")
 
 
 def native_names(stage: str, logs: dict[str, float], config: TrainingConfig) -> dict[str, float]:
-    """One line of TRL's log as the native loop would name it; what has no native counterpart is under `trl/`.
+    """One line of TRL's log with the native names; metrics without a native counterpart are under `trl/`.
 
-    TRL reports Bradley-Terry and the centering term as one sum, which is logged as `loss`. Scores of chosen and
-    rejected responses follow from its mean m over both and its margin d: m + d/2 and m - d/2.
+    TRL reports Bradley-Terry and the centering term as one sum, which is logged as `loss`. The scores of chosen and
+    rejected responses follow from their common mean m and their margin d: m + d/2 and m - d/2.
     """
     loss = "loss" if isinstance(config, RewardConfig) and config.center_rewards_coefficient else _LOSS[stage]
     metrics = {loss: logs["loss"]}

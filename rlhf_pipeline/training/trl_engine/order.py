@@ -1,4 +1,4 @@
-"""Which examples TRL's trainer sees, in which columns and in which order."""
+"""The examples for TRL's trainer, their columns and their order."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.training.windows import epoch_order
 
 IGNORED = -100
-"""The label that TRL's losses leave out."""
+"""The label that TRL's losses ignore."""
 
 
 def sft_columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
-    """input_ids and labels: prompt and completion, the loss on the completion alone."""
+    """input_ids and labels: prompt and completion, with the loss only on the completion."""
     rows = [(e.prompt_ids + e.completions[0], [IGNORED] * len(e.prompt_ids) + e.completions[0]) for e in examples]
     return {"input_ids": [ids for ids, _ in rows], "labels": [labels for _, labels in rows]}
 
@@ -28,7 +28,7 @@ def reward_columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
 
 
 def dpo_columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
-    """prompt_ids, and the responses alone as chosen_ids and rejected_ids."""
+    """prompt_ids, and the responses without the prompt as chosen_ids and rejected_ids."""
     return {
         "prompt_ids": [e.prompt_ids for e in examples],
         "chosen_ids": [e.completions[0] for e in examples],
@@ -42,9 +42,9 @@ COLUMNS = {"sft": sft_columns, "reward": reward_columns, "dpo": dpo_columns}
 class WindowSampler:
     """Indices in the order of `example_windows`, for a data loader that cuts them into micro-batches.
 
-    Every window but an epoch's last one holds whole micro-batches, and an epoch begins with a new one: a loader that
-    takes `micro_batch_size` indices at a time, and a trainer that steps after `accumulation` batches and at the end
-    of the epoch, so make the same windows of the same micro-batches as the native loop.
+    Every window except the last of an epoch has whole micro-batches, and an epoch starts with a new window. So a loader
+    that takes `micro_batch_size` indices at a time, with a trainer that steps after `accumulation` batches and at the
+    end of the epoch, makes the same windows of the same micro-batches as the native loop.
     """
 
     def __init__(self, examples: Sequence[Example], *, micro_batch_size: int, accumulation: int, seed: int):
@@ -72,7 +72,7 @@ class WindowSampler:
             yield [members[place] for group in groups for place in group]
 
     def all_windows(self) -> Iterator[list[int]]:
-        """The windows of one epoch after the other, without end."""
+        """The windows of all epochs in sequence, without end."""
         epoch = 0
         while True:
             yield from self.windows(epoch)

@@ -38,22 +38,22 @@ def train_with_trl(
 ) -> Metrics:
     """Train `model` in place with TRL's trainer of this stage; the counterpart of `train`.
 
-    Data order, optimizer and schedule are ours; forward pass, loss, accumulation, clipping and step are TRL's. Every
-    optimizer step sees the examples that the native loop gives it, in the same micro-batches. The losses agree but
-    in an epoch's last window where its micro-batches have different sizes: reward model and DPO average the means of
-    the micro-batches there, the native loop averages over pairs.
+    Data order, optimizer and schedule are those of this package; forward pass, loss, accumulation, clipping and step
+    are TRL's. Every optimizer step gets the examples of the native loop, in the same micro-batches. The losses agree,
+    except in the last window of an epoch if its micro-batches have different sizes: TRL then averages the means of the
+    micro-batches for reward model and DPO, while the native loop averages over pairs.
 
     Args:
-        plan: `total`, `shown`, `evaluate`, `known` and `health` of it are used. TRL's trainer gets no checkpoint and
-            takes no snapshot.
-        model: the plain transformers model, of which only the weights are different afterwards.
+        plan: the trainer uses its `total`, `shown`, `evaluate`, `known` and `health`; it reads no checkpoint and takes
+            no snapshots.
+        model: the plain transformers model; only its weights are changed.
         reference: the frozen model of DPO.
 
     Returns:
         the metrics of the last update.
 
     Raises:
-        BadInput: with several processes or GPUs. Interrupted: after a signal. RunFailed: a loss is not finite.
+        BadInput: there are several processes or GPUs. Interrupted: a signal arrived. RunFailed: a loss is not finite.
     """
     import trl
     from datasets import Dataset
@@ -63,7 +63,7 @@ def train_with_trl(
     if config.gradient_checkpointing:
         require_checkpointing(model)
     run.log.say(
-        f"engine: TRL {trl.__version__} on transformers; it writes no checkpoints: a run that is cut short begins anew"
+        f"engine: TRL {trl.__version__} on transformers; it writes no checkpoints: an interrupted run starts again"
     )
     _warn_of_final_padding(run, tokenizer.pad_token_id, examples)
     sampler = WindowSampler(
@@ -101,10 +101,10 @@ def train_with_trl(
             figures = plan.evaluate()
             run.log.record(step, figures)
             tell(run.log, monitor.update(step, figures))
-        if run.stopped_by is not None and step < plan.total:  # after the last one the model is registered first
+        if run.stopped_by is not None and step < plan.total:  # after the last step the model is first registered
             raise Interrupted(
                 f"stopped by signal {run.stopped_by} at step {step} of {plan.total}; engine trl keeps no checkpoint: "
-                "the same command begins anew",
+                "run the same command to start again",
                 run.stopped_by,
             )
 
@@ -133,32 +133,32 @@ def train_with_trl(
 def _require_one_device(run: Run) -> None:
     if run.accelerator.num_processes > 1:
         raise BadInput(
-            f"engine: trl in {run.accelerator.num_processes} processes; expected one; "
+            f"engine: found trl in {run.accelerator.num_processes} processes, expected one; "
             "start it without a launcher, or use engine: native"
         )
     if run.device.type == "cuda" and torch.cuda.device_count() > 1:
         raise BadInput(
-            f"engine: trl sees {torch.cuda.device_count()} GPUs; expected one; "
-            "name one with CUDA_VISIBLE_DEVICES, or use engine: native"
+            f"engine: found trl with {torch.cuda.device_count()} GPUs, expected one; "
+            "select one with CUDA_VISIBLE_DEVICES, or use engine: native"
         )
 
 
 def _warn_of_final_padding(run: Run, pad_id: int, examples: Sequence[Example]) -> None:
-    """The sequence classifiers of transformers, which TRL trains, read the score at the last token that is not PAD."""
+    """Log responses that end with PAD: transformers' classifiers read the score at the last token that is not PAD."""
     if run.stage != "reward":
         return
     ends = [ids[-1] == pad_id for example in examples for ids in example.completions]
     if any(ends):
         found = f"{sum(ends)} of {len(ends)} responses end in the padding token"
-        run.log.say(f"{found}: TRL reads their score at an earlier token, and is not the native loop there")
+        run.log.say(f"{found}: TRL reads their score at an earlier token, so it differs from the native loop")
 
 
 def _count(
     meter: CostMeter, shape: ModelShape, examples: Sequence[Example], *, trained: bool = False, scored: bool = False
 ) -> None:
-    """Put examples on the bill as TRL computes them: a row for each prompt with a completion, padding left out.
+    """Count the cost of examples as TRL computes them: one row for each prompt with a completion, without padding.
 
-    trained: by a pass forward and backward. scored: by a forward pass of the reference.
+    trained: count a forward and a backward pass. scored: count a forward pass of the reference.
     """
     tokens = context = head = 0
     for example in examples:

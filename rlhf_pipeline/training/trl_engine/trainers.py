@@ -1,4 +1,4 @@
-"""TRL's trainers with our data, order and log; losses and steps are theirs."""
+"""TRL's trainers with this package's data, order and log; losses and steps are TRL's."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ if TYPE_CHECKING:
     from rlhf_pipeline.training.open_run import Run
 
 DPO_LOSSES = {"sigmoid": "sigmoid", "ipo_mean": "ipo"}
-"""Our `loss_type` -> TRL's."""
+"""This package's `loss_type` -> TRL's."""
 
 
 class Driven:
-    """Mixed into a trainer of TRL's: what it trains on, in which order, and who hears of it."""
+    """A mixin for TRL's trainers that sets their examples, order and log."""
 
     sampler: WindowSampler
     on_update: Callable[[int, dict[str, float]], None]
-    state: Any  # of the trainer, as the next one is
+    state: Any  # an attribute of the trainer, like the next one
     _tr_loss: Any
 
     def _prepare_dataset(self, dataset: Any, *_args: Any, **_options: Any) -> Any:
-        """The ids as they are: nothing is rendered, closed with EOS, truncated, filtered or shuffled."""
+        """Return the ids unchanged: no chat template, EOS, truncation, filter or shuffling."""
         return dataset
 
     def _get_train_sampler(self, *_args: Any) -> WindowSampler:
         return self.sampler
 
     def _send_telemetry(self) -> None:
-        """Nothing is sent."""
+        """Send nothing."""
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Refuse to step on a loss or gradient that is not finite, as the native loop does."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
-        loss = float(self._tr_loss)  # of this step alone, since every step is logged
+        loss = float(self._tr_loss)  # of this step only, because every step is logged
         if not (math.isfinite(loss) and math.isfinite(float(norm))):
             raise RunFailed(
                 f"update {self.state.global_step + 1}: the loss or the gradient is not finite (loss {loss}, gradient "
-                f"norm {float(norm)}); nothing of this step was applied. Try a smaller learning_rate, a smaller "
+                f"norm {float(norm)}); this step was not applied; try a smaller learning_rate, a smaller "
                 "max_grad_norm, or fp32"
             )
         return norm
@@ -58,7 +58,7 @@ class Driven:
 
 
 def common_arguments(run: Run, total: int) -> dict[str, Any]:
-    """What the three configs of TRL have in common."""
+    """The common arguments of TRL's three configs."""
     config = run.config
     return {
         "output_dir": str(run.directory),
@@ -81,7 +81,7 @@ def common_arguments(run: Run, total: int) -> dict[str, Any]:
         "gradient_checkpointing": config.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "dataloader_pin_memory": False,
-        # The Accelerate of this run is there already: the trainer must not reset what it shares.
+        # This run already has an Accelerator: the trainer must not reset its shared state.
         "accelerator_config": {"use_configured_state": True},
     }
 
@@ -94,10 +94,10 @@ def make_trainer(
     reference: torch.nn.Module | None,
     **options: Any,
 ) -> Any:
-    """TRL's trainer of this stage, not yet given its sampler.
+    """TRL's trainer of this stage, without its sampler.
 
     Args:
-        options: for the trainer itself: train_dataset, processing_class, optimizers.
+        options: arguments of the trainer: train_dataset, processing_class, optimizers.
     """
     import trl
     from transformers import PrinterCallback
@@ -121,5 +121,5 @@ def make_trainer(
             precompute_ref_log_probs=config.precompute_ref_log_probs,
         )
     trainer = type(f"Driven{base.__name__}", (Driven, base), {})(model=model, args=arguments, **options)
-    trainer.remove_callback(PrinterCallback)  # the log is ours
+    trainer.remove_callback(PrinterCallback)  # this package writes the log
     return trainer

@@ -1,8 +1,8 @@
-"""Undo what a library's trainer leaves behind on a model and in the process.
+"""Undo a library trainer's changes to a model and to the process.
 
-TRL replaces `model.forward` by one that keeps the original's in a closure (`add_fused_lm_head`): a deep copy of such
-a model goes on computing with the original's weights. Accelerate wraps it once more for mixed precision. The Trainer
-of transformers writes `use_cache` and special tokens into the config, which would be published with the model.
+TRL replaces `model.forward` by a function that holds the original one in a closure (`add_fused_lm_head`), so a deep
+copy of such a model computes with the original's weights. Accelerate wraps it again for mixed precision. The Trainer of
+transformers writes `use_cache` and special tokens into the config, which would be published with the model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ABSENT = object()
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    """Every distinct config object of a model, nested ones and that of generation included."""
+    """Every distinct config object of a model, including nested ones and the generation config."""
     found = [config for module in model.modules() if (config := getattr(module, "config", None)) is not None]
     found += [config.get_text_config() for config in found if hasattr(config, "get_text_config")]
     found.append(getattr(model, "generation_config", None))
@@ -28,7 +28,7 @@ def _configs(model: nn.Module) -> list[Any]:
 
 
 def _values(config: Any, configs: list[Any]) -> dict[str, Any]:
-    """A copy of a config's values; nested configs stay the objects that they are."""
+    """A copy of a config's values; nested configs are not copied."""
     nested = {id(other) for other in configs}
     return {key: value if id(value) in nested else copy.deepcopy(value) for key, value in vars(config).items()}
 
@@ -39,10 +39,10 @@ def _hooks(module: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def untouched(*models: nn.Module) -> Iterator[None]:
-    """On leaving, take everything but the trained weights back to what it was on entering.
+    """A context that on exit restores everything except the trained weights.
 
-    That is, of every module: attributes that were added, `forward` and `gradient_checkpointing` on the instance, hooks,
-    and training mode; and the values of every config.
+    It restores the values of every config and, for every module, added attributes, `forward` and
+    `gradient_checkpointing` on the instance, hooks, and training mode.
     """
     modules = [
         (
@@ -80,7 +80,7 @@ def untouched(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def contained() -> Iterator[None]:
-    """Keep a trainer's progress bars and notes on its own future quiet, and Accelerate's shared state as it was."""
+    """A context without a trainer's progress bars and deprecation notes; it restores Accelerate's shared state."""
     import datasets
     from accelerate.state import GradientState
 
@@ -95,8 +95,8 @@ def contained() -> Iterator[None]:
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        # A trainer that stops within an epoch leaves its data loader as the active one, and perhaps gradients
-        # that wait for more micro-batches: the next optimizer in this process would not step.
+        # A trainer that stops within an epoch leaves its data loader active, and perhaps gradients that wait for
+        # more micro-batches, so the next optimizer in this process would not step.
         gradients.dataloader_references, gradients.sync_gradients = before, synchronised
         if bars:
             datasets.enable_progress_bars()
