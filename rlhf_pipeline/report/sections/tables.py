@@ -320,8 +320,8 @@ def ranking_section(view: View, points: Points) -> Section | None:
     text = (
         "Bradley-Terry strengths from responses to the same prompts, on the Elo scale: a lead of 100 points is a win "
         "rate of 64 %, a lead of 200 points 76 %. The baseline is fixed at 1,000. Models whose intervals overlap "
-        "widely cannot be told apart. A tie counts as half a win for both, which moves models together; the last column has "
-        "each model's share of ties."
+        "widely cannot be told apart. A tie counts as half a win for both, which moves models together; the last "
+        "column has each model's share of ties."
     )
     if ranking.separable:
         text += (
