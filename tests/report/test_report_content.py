@@ -252,7 +252,7 @@ def test_figures_as_they_are_printed() -> None:
     ]
     bill = ["1.50 TFLOP", "3 min 20 s"]
     assert lines_of(page_of(bare(plain()) | {"rows": rows})) == [
-        ["arm and setting", "true reward ★", "KL", "win rate", "ties", "training", "wall time"],
+        ["arm and setting", "true reward ★", "KL", "win rate", "ties", "FLOPs", "wall time"],
         ["sft@v1", "0.00 [−1.50, 1.50]", "–", "–", "–", "–", "–"],
         ["dpo@v1, β 0.1", "1.23 [1.10, 1.36]", "2.00 [1.00, 3.00]", "0.75 [0.50, 1.00]", "15 %", *bill],
         ["best of n of sft@v1"],

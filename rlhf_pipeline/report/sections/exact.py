@@ -38,7 +38,7 @@ COLUMNS = tuple(
     Column(title, title != "model")
     for title in ("model", "β", "reward", "KL", "objective", "share", "βKL(π‖π*)", "βKL(π‖π*RM)")
 )
-BEST_OF_N_COLUMNS = (Column("policy", False), Column("reward"), Column("KL"), Column("its bound"))
+BEST_OF_N_COLUMNS = (Column("policy", False), Column("reward"), Column("KL"), Column("bound of KL"))
 
 
 def _learned(row: ExactRow) -> float | None:
@@ -133,6 +133,7 @@ def _table(view: View, exact: Exact) -> Markup:
         for row in exact.rows
     ]
     caption = (
+        f"Exact: over all {count(exact.responses)} responses to {count(exact.prompts)} prompts. "
         f"Objective: reward − β KL to {clean(exact.reference)}. Share: the part of the "
         "optimal policy's gain over the reference that a model reaches."
     )

@@ -25,7 +25,7 @@ DIGITS = 12
 
 ENTRIES: dict[str, tuple[str, str, str]] = {
     "true_reward": ("true reward", "Reward of a response under the rule that produced the labels.", "R(x, y)"),
-    "score": ("RM score", "Score of the reward model that PPO was trained on, minus its shift.", "r(x, y)"),
+    "score": ("RM score", "Score of the reward model that PPO was trained on, minus a constant.", "r(x, y)"),
     "judge": (
         "judge",
         "Score of a reward model trained on pairs that none of the compared models were trained on.",
@@ -53,7 +53,8 @@ ENTRIES: dict[str, tuple[str, str, str]] = {
     "entropy": ("entropy", "Entropy of the policy's responses, in nats.", "−E log π(y|x)"),
     "win_rate": (
         "win rate",
-        "How often a response scores higher than the other model's response to the same prompt; a tie counts one half.",
+        "How often a response scores higher than the other side's response to the same prompt; a tie counts one half. "
+        "Demonstrations are held-out responses from the data of the SFT model.",
         "P(a > b) + ½ P(a = b)",
     ),
     "length_controlled": (
@@ -84,7 +85,11 @@ ENTRIES: dict[str, tuple[str, str, str]] = {
         "slope on held-out pairs.",
         "kl_coef · s, P(label) = σ(s (r_w − r_l))",
     ),
-    "gap": ("βKL(π‖π*)", "Distance from the optimum, in units of reward.", "J* − J(π) = β KL(π ‖ π*)"),
+    "gap": (
+        "βKL(π‖π*)",
+        "Distance from the optimum, in units of reward; J is the objective.",
+        "J* − J(π) = β KL(π ‖ π*)",
+    ),
     "gao": ("over-optimisation", "Gain in reward as a function of d = √KL (Gao et al. 2022).", "d (α − β ln d)"),
     "ece": (
         "ECE",

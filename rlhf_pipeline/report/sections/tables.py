@@ -115,7 +115,7 @@ def _columns(view: View) -> list[tuple[Column, Cell]]:
         def bills(rows: list[Row], key: str) -> float | None:
             return _mean([getattr(row.cost, key) for row in rows if row.cost is not None])
 
-        made.append((Column("training"), lambda rows, _: scaled(bills(rows, "flops"), "FLOP")))
+        made.append((Column("FLOPs"), lambda rows, _: scaled(bills(rows, "flops"), "FLOP")))
         made.append((Column("wall time"), lambda rows, _: duration(bills(rows, "wall_seconds"))))
     return made
 
@@ -179,7 +179,7 @@ def _caption(view: View) -> str:
     methods = ", ".join(sorted({clean(entry.method) for entry in view.results.summary}))
     said = f"Each line: mean over {over} with its 95 % interval ({methods}). {view.basis()}"
     if view.primary:
-        said += " ★ marks the primary figure."
+        said += " ★ marks the primary figure, the one in the headline of the verdict."
     if _has_wins(view):
         spread = "; round brackets hold the smallest and the largest over seeds" if view.has_seeds() else ""
         said += (
@@ -189,7 +189,7 @@ def _caption(view: View) -> str:
     if view.best_of_n:
         said += " ≤ marks an upper bound."
     if _has_cost(view):
-        said += " Training: cost of the arm's own runs and, for PPO, of those of its reward model."
+        said += " FLOPs and wall time: training of the model and, for PPO, of its reward model."
     if passed := view.passed():
         said += f" The table shows final models only; the curves also use snapshots ({passed})."
     return said
@@ -234,10 +234,10 @@ def _contrasts(view: View, points: Points) -> Markup | None:
     methods = sorted({one.estimate.method for one in found if one.estimate is not None})
     how = f" ({', '.join(methods)})" if methods else ""
     caption = linked(
-        f"Each line is the first arm minus the second, with the 95 % interval{how}, on one scale for each figure. The "
-        "vertical line marks zero; the colour is that of the arm with the larger value. If an interval contains zero, "
-        "the arms cannot be told apart. The primary contrast was declared in advance; p (Holm) is corrected for the "
-        "number of the other contrasts.",
+        f"Each line is the first arm minus the second, with the 95 % interval{how}. Lines of the same figure share one "
+        "scale. The vertical line marks zero; the colour is that of the arm with the larger value. If an interval "
+        "contains zero, the arms cannot be told apart. The primary contrast was declared in advance; p (Holm) is "
+        "corrected for the number of the other contrasts.",
         [file],
     )
     more = None
@@ -319,8 +319,9 @@ def ranking_section(view: View, points: Points) -> Section | None:
             )
     text = (
         "Bradley-Terry strengths from responses to the same prompts, on the Elo scale: a lead of 100 points is a win "
-        "rate of 64 %, a lead of 200 points 76 %. Models whose intervals overlap widely cannot be told apart. A tie "
-        "counts as half a win for both, which moves models together; the last column has each model's share of ties."
+        "rate of 64 %, a lead of 200 points 76 %. The baseline is fixed at 1,000. Models whose intervals overlap "
+        "widely cannot be told apart. A tie counts as half a win for both, which moves models together; the last "
+        "column has each model's share of ties."
     )
     if ranking.separable:
         text += (

@@ -61,7 +61,7 @@ def overview(view: View) -> Markup:
     results, seeds = view.results, [str(seed) for seed in view.seeds()]
     return facts(
         [
-            ("prompts", f"{count(results.prompts)} of {results.split}"),
+            ("prompts", f"{count(results.prompts)} (split: {results.split})"),
             ("samples per prompt", count(results.samples)),
             ("seeds", words(seeds) if seeds else None),
             ("temperature", plain(results.temperature)),
@@ -79,11 +79,11 @@ def fairness(view: View, points: Points) -> Section | None:
     """What differs between the arms other than the algorithm, and how much each arm was tuned."""
     comparable = view.results.comparable
     answer = h("b", "Yes. ", class_="good")
-    said = "The arms share the SFT parent, preference data, prompts, tokenizer, lengths and sampling."
+    said = "The arms share the SFT parent, preference data, prompts, tokenizer, length limits and sampling."
     if not comparable.ok:
         answer = h("b", "No. ", class_="bad")
         allowed = " --allow-mismatch was set." if comparable.allowed else ""
-        said = f"The arms differ in more than the algorithm.{allowed} Every figure may be affected by it."
+        said = f"The arms differ in more than the algorithm.{allowed} This may affect every figure."
     parts = [h("p", answer, said), _differences(view), _conditions(view), _tuning(view), _resampled(view)]
     return section("fair", "Is it a fair comparison?", *parts)
 
@@ -115,7 +115,7 @@ def _tuning(view: View) -> Markup | None:
     if not trials:
         return None
     said = _by_arm(view, {arm: plural(number_of, "trial") for arm, number_of in trials.items()})
-    uneven = " The arm with more trials was tuned more: part of its lead may come from tuning."
+    uneven = " The arm with more trials was tuned more: a lead of that arm may partly come from tuning."
     return h("p", "Tuning: ", said, ".", uneven if len(set(trials.values())) > 1 else "")
 
 
