@@ -162,11 +162,10 @@ def _remove_if_dead(path: Path) -> None:
     try:
         locked = lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         about = os.fstat(handle)
-        is_folder = stat.S_ISDIR(about.st_mode)
-        # Processes lock the folders that they create; files are written without a lock.
-        if not (locked and is_folder) and time.time() - about.st_mtime <= _STALE_SECONDS:
+        # Processes lock the folders and files that they create; without locks the age decides.
+        if not locked and time.time() - about.st_mtime <= _STALE_SECONDS:
             return
-        if is_folder:
+        if stat.S_ISDIR(about.st_mode):
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink()
@@ -216,16 +215,29 @@ def replace_text(path: Path, text: str) -> None:
     """
     with writing(path.parent, path.name):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:12]}.tmp")
+        sweep(path.parent)
+        temporary, file = _new_file(path)
         try:
-            with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            with file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+                os.replace(temporary, path)  # under the lock of the file, so that `sweep` leaves it alone
         finally:
             temporary.unlink(missing_ok=True)
         sync(path.parent)
+
+
+def _new_file(path: Path) -> tuple[Path, IO[str]]:
+    """Create a temporary file beside a file and hold its lock; see `_new_folder`."""
+    while True:
+        temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:12]}.tmp")
+        file = temporary.open("x", encoding="utf-8", newline="\n")
+        lock(file.fileno(), fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):  # swept before it was locked
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(temporary)):
+                return temporary, file
+        file.close()
 
 
 @contextmanager

@@ -97,7 +97,44 @@ def test_leftovers_of_the_dead_go_at_the_next_staging_and_the_work_of_the_living
         assert (alive / "part").exists() and own.is_dir()
 
 
-def test_temporary_files_go_after_a_day(tmp_path):
+def test_a_file_that_a_dead_process_left_goes_with_the_next_one_of_its_folder(tmp_path):
+    left = tmp_path / ".curves.csv-0ae6bed7f5d7.tmp"
+    left.write_text("half")
+    storage.replace_text(tmp_path / "index.html", "page")
+    assert os.listdir(tmp_path) == ["index.html"]
+
+
+def test_a_file_that_is_being_written_is_not_swept(tmp_path, monkeypatch):
+    replace, swept = os.replace, []
+
+    def sweeping(source, target):
+        storage.sweep(tmp_path)
+        swept.append(os.path.exists(source))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", sweeping)
+    storage.replace_text(tmp_path / "aliases.json", "new")
+    assert swept == [True] and (tmp_path / "aliases.json").read_text() == "new"
+
+
+def test_a_file_that_is_swept_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    lock, made = storage.lock, []
+
+    def late(handle, how):
+        made.append(sorted(tmp_path.glob(".*.tmp")))
+        if len(made) == 1:
+            made[0][0].unlink()
+        return lock(handle, how)
+
+    monkeypatch.setattr(storage, "sweep", lambda parent: None)
+    monkeypatch.setattr(storage, "lock", late)
+    storage.replace_text(tmp_path / "aliases.json", "new")
+    assert len(made) == 2 and (tmp_path / "aliases.json").read_text() == "new"
+    assert os.listdir(tmp_path) == ["aliases.json"]
+
+
+def test_where_there_are_no_locks_temporary_files_go_after_a_day(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "lock", lambda handle, how: False)
     old, young = tmp_path / ".aliases.json-old.tmp", tmp_path / ".aliases.json-young.tmp"
     for file in (old, young):
         file.write_text("{")
