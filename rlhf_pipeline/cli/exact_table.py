@@ -39,7 +39,8 @@ def print_exact(exact: Exact, split: str) -> None:
                 number(row.training_loss and row.training_loss.excess, 4),
             )
         )
-    title = f"exact figures over all {exact.responses:,} responses to {exact.prompts} prompts ({split})"
+    prompts = f"{exact.prompts} prompt{'' if exact.prompts == 1 else 's'}"
+    title = f"exact figures over all {exact.responses:,} responses to {prompts} ({split})"
     emit_table(title, columns, rows)
     lines = [
         f"objective: {exact.reward} reward - beta KL to {exact.reference}; share: the part of the optimal "

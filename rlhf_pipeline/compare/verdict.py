@@ -35,7 +35,8 @@ def line(topic: str, text: str, certain: bool = True) -> Line:
 
 def _interval(estimate: Interval) -> str:
     low, high = estimate.ends or (-inf, inf)
-    return f"{estimate.mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+    digits = next((n for n in (3, 4, 5) if all(round(end, n) for end in (low, high) if end and isfinite(end))), 6)
+    return f"{estimate.mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def say_contrast(contrast: Contrast, topic: str, caveat: str = "") -> Line:

@@ -127,6 +127,11 @@ def words(items: list[str]) -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else ""
 
 
+def headed(text: str) -> str:
+    """A text with a capital first letter; "KL" stays "KL"."""
+    return text[:1].upper() + text[1:]
+
+
 def plural(number_of: int, noun: str) -> str:
     """1 seed, 3 seeds."""
     return f"{number_of:,} {noun}{'' if number_of == 1 else 's'}"

@@ -127,6 +127,12 @@ def test_an_interval_that_is_not_known_is_infinite_in_words():
     assert say_contrast(entry(unknown), "primary").text.endswith("ppo - dpo = +1.000 [-inf, +inf]")
 
 
+def test_an_end_that_is_not_zero_is_not_printed_as_zero():
+    found = Interval(mean=-0.018, low=-0.036, high=-0.0003, n=64, clusters=8, method="t")
+    assert "= -0.0180 [-0.0360, -0.0003]" in say_contrast(entry(found), "primary").text
+    assert "= -0.018 [-0.036, +0.000]" in say_contrast(entry(found.model_copy(update={"high": 0.0})), "primary").text
+
+
 def test_what_would_settle_it_is_said():
     text = say_contrast(entry(estimate(0.2, 0.3)), "primary").text
     assert "ppo - dpo = +0.200 [-0.100, +0.500]" in text

@@ -14,6 +14,7 @@ from rlhf_pipeline.report.markup import (
     clean,
     count,
     duration,
+    headed,
     memory,
     number,
     scaled,
@@ -150,5 +151,5 @@ def _panel(view: View, key: str, title: str, found: list[Spent]) -> Markup:
     small = len(found) - len(finals)
     models = f"{len(finals)} models{f' and {small} snapshots' if small else ''}"
     ends = f"{models}, from {scaled(min(spent))} to {scaled(max(spent))}."
-    heading = f"{view.name_of(view.primary).capitalize()} against {title}"
+    heading = f"{headed(view.name_of(view.primary))} against {title}"
     return panel(f"cost-{key.replace('_', '-')}", heading, ends, paint)

@@ -25,7 +25,7 @@ from rlhf_pipeline.report.drawing import (
     plot,
     trail,
 )
-from rlhf_pipeline.report.markup import Markup, Section, clean, h, join, number, plural, section, short
+from rlhf_pipeline.report.markup import Markup, Section, clean, h, headed, join, number, plural, section, short
 from rlhf_pipeline.report.points import Points, cells
 from rlhf_pipeline.report.results import BEST_OF_N, Frontier, FrontierPoint, GaoFit, Interval, Overoptimised, Row
 from rlhf_pipeline.report.style import NEUTRAL
@@ -123,7 +123,7 @@ def frontier_section(view: View, points: Points) -> Section | None:
     frontier = found.frontier
     arms = [arm for arm in view.arms if arm in found.points]
     reference = short(view.results.reference or "the reference", 40)
-    title = f"{view.name_of(frontier.figure).capitalize()} against KL to {reference}"
+    title = f"{headed(view.name_of(frontier.figure))} against KL to {reference}"
     more: list[Entry] = [(NEUTRAL, short(name, 40), None) for name, _, _ in found.base[:1]]
     if any(entry.envelope for entry in frontier.arms.values()):
         more.append((NEUTRAL, "envelope with its 95 % band" if any(found.band.values()) else "envelope", "line"))
@@ -135,7 +135,8 @@ def frontier_section(view: View, points: Points) -> Section | None:
     for arm in arms:
         kls, rewards = ([getattr(one, name).mean for one in found.points[arm]] for name in ("kl", "reward"))
         said.append(
-            f"{arm}: {len(kls)} points, KL {number(min(kls))} to {number(max(kls))}, {view.name_of(frontier.figure)} "
+            f"{arm}: {plural(len(kls), 'point')}, KL {number(min(kls))} to {number(max(kls))}, "
+            f"{view.name_of(frontier.figure)} "
             f"{number(min(rewards))} to {number(max(rewards))}"
         )
     body = both("frontier-figure", title, f"{'; '.join(said)}.", lambda axes: _paint(axes, view, found))
@@ -400,7 +401,7 @@ def _training_panel(view: View, ident: str, title: str, lines: dict[str, list[Pa
         if low < 0 < high:
             axes.axhline(0, color=colour("line"), lw=1.2, zorder=1)
 
-    return panel(ident, title.capitalize(), f"{'; '.join(ends[:12])}{rest}.", paint)
+    return panel(ident, headed(title), f"{'; '.join(ends[:12])}{rest}.", paint)
 
 
 def thinned(line: list[Pair], most: int = MOST) -> list[Pair]:

@@ -15,10 +15,12 @@ from rlhf_pipeline.report.markup import (
     count,
     folded,
     h,
+    headed,
     join,
     number,
     percent,
     plain,
+    plural,
     section,
     table,
 )
@@ -117,7 +119,7 @@ def _panel(view: View, name: str, title: str, found: list[tuple[str, float, floa
 
     values = [value for *_, value in found]
     ends = f"{len(found)} models, from {number(min(values), 3)} to {number(max(values), 3)}."
-    return panel(f"exact-{name.replace('_', '-')}", f"{title.capitalize()}, by β", ends, paint)
+    return panel(f"exact-{name.replace('_', '-')}", f"{headed(title)}, by β", ends, paint)
 
 
 def _table(view: View, exact: Exact) -> Markup:
@@ -133,12 +135,12 @@ def _table(view: View, exact: Exact) -> Markup:
         for row in exact.rows
     ]
     caption = (
-        f"Exact: over all {count(exact.responses)} responses to {count(exact.prompts)} prompts. "
+        f"Exact: over all {count(exact.responses)} responses to {plural(exact.prompts, 'prompt')}. "
         f"Objective: reward − β KL to {clean(exact.reference)}. Share: the part of the "
         "optimal policy's gain over the reference that a model reaches."
     )
     if exact.reward_model:
-        few = f", over {count(exact.reward_model_prompts)} prompts" if exact.reward_model_prompts else ""
+        few = f", over {plural(exact.reward_model_prompts, 'prompt')}" if exact.reward_model_prompts else ""
         caption += (
             " βKL(π‖π*RM): for PPO, the distance from the optimum of the reward it was trained on (optimisation "
             f"error); for DPO, from the optimum of {clean(exact.reward_model)} (their disagreement){few}."
@@ -159,7 +161,7 @@ def _best_of_n(view: View, exact: Exact) -> Markup | None:
     first = exact.best_of_n[0]
     caption = (
         f"Exact best of n of the reference, chosen by {clean(first.chosen_by)}, over "
-        f"{count(first.prompts)} prompts; the sampled figures may be taken over more prompts."
+        f"{plural(first.prompts, 'prompt')}; the sampled figures may be taken over more prompts."
     )
     made = table(BEST_OF_N_COLUMNS, [Group(lines)], label="Exact best of n", caption=caption)
     return join([h("h3", "Best of n, exactly"), made])

@@ -31,6 +31,7 @@ from rlhf_pipeline.report.markup import (
     details,
     estimate,
     h,
+    headed,
     interval_text,
     join,
     number,
@@ -211,7 +212,7 @@ def _response_panel(view: View, ident: str, title: str, found: list[tuple[Row, f
 
     values = [mean for _, _, mean, _ in found]
     description = f"{len(found)} models, from {number(min(values), 3)} to {number(max(values), 3)}."
-    return panel(ident, f"{title.capitalize()} against KL", description, paint)
+    return panel(ident, f"{headed(title)} against KL", description, paint)
 
 
 def _responses_table(view: View, present: dict[str, str]) -> Markup:
