@@ -165,7 +165,7 @@ def test_a_signal_when_a_stage_is_done_stops_before_the_next(lab, experiment, mo
     path, of = experiment(compare=False), runner.stage_function
     with monkeypatch.context() as patch:
         patch.setattr(runner, "stage_function", lambda name: lambda *a, **o: replace(of(name)(*a, **o), stopped_by=15))
-        with pytest.raises(Interrupted, match="signal 15 when start was done: 1 of 5 are done") as caught:
+        with pytest.raises(Interrupted, match="signal 15 after start was done: 1 of 5 are done") as caught:
             run(lab, path)
     assert caught.value.exit_code == 143
     assert lab.registry.models.names() == ["reward", "sft", "start"]

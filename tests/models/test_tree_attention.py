@@ -250,7 +250,7 @@ def test_what_an_architecture_adds_to_its_scores_is_refused(make_model, examples
     states = torch.zeros(1, 2, 21, 4)
     function = ALL_ATTENTION_FUNCTIONS[NAME]
     assert function(None, states, states, states, mask)[0].shape == (1, 21, 2, 4)
-    with pytest.raises(ValueError, match=f"no {next(iter(option))}"):
+    with pytest.raises(ValueError, match=f"tree attention does not support {next(iter(option))}"):
         function(None, states, states, states, mask, **option)
 
 

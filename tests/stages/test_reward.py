@@ -131,7 +131,7 @@ def test_mean_pooling_is_kept_in_the_config(lab):
     result = lab.run("train-rm", score_pooling="mean")
     model, tokenizer, examples = read(lab, result.model, lab.config("train-rm"))
     assert model.pooling == "mean"
-    assert "plain transformers" in (Path(result.run) / "log.txt").read_text()
+    assert "transformers itself reads only the last token" in (Path(result.run) / "log.txt").read_text()
     scores = score_examples(model, examples[:8], responses_at_once=8, pad_id=tokenizer.pad_token_id, device=CPU)
     example, completion = examples[0], examples[0].completions[0]
     with torch.no_grad():
@@ -175,4 +175,4 @@ def test_margins_that_separate_the_labels_have_no_slope(lab, rankings):
     result = lab.run("train-rm", dataset_name=rankings(rows=rows), max_steps=1)
     found = result.metrics["calibration_slope"]
     assert found["mean"] is None and "no finite slope fits" in found["why_not"]
-    assert "calibration slope: not a number" in (Path(result.run) / "log.txt").read_text()
+    assert f"calibration slope: {found['why_not']}" in (Path(result.run) / "log.txt").read_text()
