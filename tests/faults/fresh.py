@@ -184,7 +184,7 @@ ROOM = ((4, 0), (2, 0), (1, 0), (4, 1), (0, 2))
 
 def memory(template: Path, folder: Path, count: int) -> Iterator[Trial]:
     """With less room the weights are those of the whole step to 1e-6; with none the run ends with exit code 1."""
-    from tests.training.test_memory import SETTINGS
+    from tests.training.test_halves import SETTINGS
 
     whole: dict[str, Lab] = {}
     stages = (("sft", 1), ("train-rm", 2), ("dpo", 2), ("ppo", 1))

@@ -37,9 +37,9 @@ def spoil(stage: str, figure: str, bad: str) -> None:
 
 def memory(most: str, error: str) -> None:
     """Training that has room for only so many completions; `error` numbers the way in which that is said."""
-    from tests.training import test_memory
+    from tests.training import test_halves
 
-    test_memory.Limit(pytest.MonkeyPatch(), int(most), error=test_memory.ERRORS[int(error)])
+    test_halves.Limit(pytest.MonkeyPatch(), int(most), error=test_halves.ERRORS[int(error)])
 
 
 def closed() -> None:
