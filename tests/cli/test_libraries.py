@@ -106,6 +106,7 @@ def test_training_on_token_ids_imports_only_what_it_uses(lab) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.check
 def test_an_experiment_that_is_done_imports_no_library(lab, tmp_path) -> None:
     """Its stages and its comparison are looked up; torch comes with the first thing that is to be made."""
     cpu = {"use_cpu": True, "num_threads": 1}

@@ -234,6 +234,7 @@ def test_a_comparison_that_is_there_is_not_made_again(lab, experiment, counts, m
     assert again() and not again()
 
 
+@pytest.mark.check
 def test_prompts_that_have_changed_are_compared_on_again(lab, experiment, tmp_path, counts):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "the pacing of this horror was"}\n')
@@ -246,6 +247,7 @@ def test_prompts_that_have_changed_are_compared_on_again(lab, experiment, tmp_pa
     assert not counts["loaded"]
 
 
+@pytest.mark.check
 def test_what_a_function_scores_is_compared_each_time(lab, experiment, tmp_path, counts, monkeypatch):
     (tmp_path / "truth_of_this_test.py").write_text(
         "def truth(prompts, completions, **_):\n    return [1.0] * len(prompts)\n"

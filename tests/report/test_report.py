@@ -146,6 +146,7 @@ def test_the_settings_of_matplotlib_are_put_back() -> None:
     assert dict(matplotlib.rcParams) == before
 
 
+@pytest.mark.check
 def test_the_report_needs_neither_torch_nor_a_display() -> None:
     code = (
         "import sys; from tests.report.report_fixture import plain; "

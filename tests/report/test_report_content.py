@@ -260,6 +260,7 @@ def test_figures_as_they_are_printed() -> None:
     ]
 
 
+@pytest.mark.check
 def test_an_effective_beta_has_a_column_of_its_own() -> None:
     found = plain()
     span = {"mean": 1.1, "low": 0.9, "high": 1.3}
@@ -385,6 +386,7 @@ def command(capsys: pytest.CaptureFixture, *words: str) -> tuple[int, str, str]:
     return code, out, err
 
 
+@pytest.mark.check
 def test_the_command_makes_the_page_again(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     folder = tmp_path / "reports" / "small"
     folder.mkdir(parents=True)
