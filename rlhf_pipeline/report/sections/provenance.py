@@ -93,8 +93,8 @@ ENTRIES: dict[str, tuple[str, str, str]] = {
     "gao": ("over-optimisation", "Gain in reward as a function of d = √KL (Gao et al. 2022).", "d (α − β ln d)"),
     "ece": (
         "ECE",
-        "Mean distance between confidence and accuracy over bins of equal size.",
-        "Σ_b n_b/n |acc_b − conf_b|",
+        "Mean distance between confidence and accuracy over bins of equally many pairs; prompts weigh the same.",
+        "Σ_b w_b |acc_b − conf_b|, w_b: share of the weight",
     ),
     "nll": ("NLL", "Log loss of the labels; a coin has log 2 = 0.693.", "−mean log σ(r_w − r_l)"),
     "brier": ("Brier", "Squared error of the probability; a coin has 0.25.", "mean (1 − σ(r_w − r_l))²"),
