@@ -12,11 +12,11 @@ from typing import Any, cast
 
 from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.draft import Draft, Override, parse_overrides
+from rlhf_pipeline.config.grid import C, Experiment, StageSpec
 from rlhf_pipeline.config.links import Links
 from rlhf_pipeline.config.load import in_order, validate
 from rlhf_pipeline.config.mentions import mentions
 from rlhf_pipeline.config.plan import ExperimentConfig, drawn_by_seed
-from rlhf_pipeline.config.spec import C, Experiment, StageSpec
 from rlhf_pipeline.config.stages import STAGES, TRAINING, StageConfig
 from rlhf_pipeline.config.sweep import Axis, at, read_sweep, repeated, spelling, swept
 from rlhf_pipeline.config.yaml import KeyPath, read_document

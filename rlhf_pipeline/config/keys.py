@@ -7,7 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from rlhf_pipeline.config.stages import SCHEMAS, STAGES, TRAINING, DatasetEntry, RewardFunction
+from rlhf_pipeline.config.ppo import RewardFunction
+from rlhf_pipeline.config.stages import SCHEMAS, STAGES, TRAINING
+from rlhf_pipeline.config.training import DatasetEntry
 from rlhf_pipeline.errors import did_you_mean
 
 

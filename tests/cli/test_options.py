@@ -15,7 +15,7 @@ from rlhf_pipeline.cli.evaluate import SAMPLING_KEYS
 from rlhf_pipeline.cli.exact import KEYS as EXACT
 from rlhf_pipeline.cli.main import app, main
 from rlhf_pipeline.cli.options import key_options
-from rlhf_pipeline.config import SCHEMAS
+from rlhf_pipeline.config.stages import SCHEMAS
 
 GOLDEN = Path(__file__).with_name("options.txt")
 

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_pipeline.config import STAGES, load_config
 from rlhf_pipeline.config.keys import ALIASES, FIXED, LATER, NOT_USED, REFUSED
-from rlhf_pipeline.config.stages import SCHEMAS
+from rlhf_pipeline.config.load import load_config
+from rlhf_pipeline.config.stages import SCHEMAS, STAGES
 from rlhf_pipeline.errors import ConfigError
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from rlhf_pipeline.config import load_config
+from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.errors import BadInput, ConfigError
 
 DPO = "model_name_or_path: sft\ndataset_name: org/data\noutput_name: dpo\nbeta: .2\n"
