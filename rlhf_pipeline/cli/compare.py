@@ -1,4 +1,4 @@
-"""`rlhf compare`: the command, and the tables of a comparison."""
+"""`rlhf compare | report`, and the tables of a comparison."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rlhf_pipeline.cli.evaluate import MEASURING_KEYS, NAMES, emit_measuring
-from rlhf_pipeline.cli.exact_table import print_exact
+from rlhf_pipeline.cli.exact import print_exact
 from rlhf_pipeline.cli.libraries import load_libraries
-from rlhf_pipeline.cli.options import Common, Settings, command, references_and_overrides
-from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_table, interval, number
+from rlhf_pipeline.cli.options import Common, Settings, references_and_overrides
+from rlhf_pipeline.cli.output import emit, emit_json, emit_lines, emit_table, interval, number
+from rlhf_pipeline.errors import UnknownReference, did_you_mean
 
 if TYPE_CHECKING:
     from rlhf_pipeline.report.results import Results, Row, Verdict
 
-KEYS = ("baseline", "name", *MEASURING_KEYS, "snapshots", "allow_mismatch")
+COMPARE_KEYS = ("baseline", "name", *MEASURING_KEYS, "snapshots", "allow_mismatch")
 
 
 def compare(
@@ -174,6 +176,30 @@ def verdict_lines(verdict: Verdict) -> list[str]:
     ]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    command(app, "compare", dry_run=True, config="compare", keys=KEYS)(compare)
+RESULTS = "results.json"
+
+
+def _folder(home: Path, name: str) -> Path:
+    """The folder of a report.
+
+    Raises:
+        UnknownReference: no such report.
+    """
+    names = sorted(path.parent.name for path in (home / "reports").glob(f"*/{RESULTS}"))
+    if name not in names:
+        there = f"there are {', '.join(names)}" if names else "there is no report yet: run rlhf compare to make one"
+        near = did_you_mean(name, names)
+        raise UnknownReference("; ".join(filter(None, (f"no report {name!r} in {home / 'reports'}", near or there))))
+    return home / "reports" / name
+
+
+def report(
+    common: Common,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the comparison.", show_default=False)],
+) -> None:
+    """Make reports/NAME/index.html again from its results.json."""
+    directory = _folder(common.home_path, name)
+    from rlhf_pipeline.report import load, write_report
+
+    path = write_report(load(directory / RESULTS), directory)
+    emit({"path": str(path)}, [f"report  {path}"], json=common.json)

@@ -132,8 +132,7 @@ class Draft:
         written: dict[KeyPath, str] = {}
         for override in overrides:
             given = str(override.path[0])
-            alias = keys.ALIASES[self.stage].get(given)
-            path = (alias.canonical if alias else given, *override.path[1:])
+            path = (keys.canonical(self.stage, given), *override.path[1:])
             if written.setdefault(path, given) != given:
                 found = f"{written[path]} and {given} are the same key"
                 self.faults.append(Fault(override.where, found, "one of the two", "remove one", given))
@@ -145,15 +144,15 @@ class Draft:
     def settle(self) -> None:
         """Remove the keys that are not part of the config: refused with a fault, or without effect."""
         for key, value in list(self.values.items()):
-            entry = keys.later(self.stage, key)
+            off = keys.later(self.stage, key)
             if key in keys.REFUSED:
                 self.fault((key,), "this key is not used", fix=keys.REFUSED[key])
-            elif entry is not None and not keys.same(value, entry.neutral):
+            elif off is not None and not keys.same(value, off):
                 found = f"{keys.shown((value,))} is not available yet in this version"
-                self.fault((key,), found, keys.shown(entry.neutral), "remove it")
+                self.fault((key,), found, keys.shown(off), "remove it")
             elif note := keys.note_on_unused(self.stage, key, value):
                 self.notes.append(f"{self.where((key,))}: {note}")
-            elif entry is None or key in keys.SCHEMAS[self.stage].model_fields:
+            elif off is None or key in keys.SCHEMAS[self.stage].model_fields:
                 continue
             del self.values[key]
 
@@ -191,14 +190,13 @@ class Draft:
             if not isinstance(key, str) or key != key.encode(errors="replace").decode():
                 self.faults.append(Fault(place((key,)), f"{key!r} is not the name of a key", "a name"))
                 continue
-            alias = keys.ALIASES[self.stage].get(key)
-            canonical = alias.canonical if alias else key
+            canonical = keys.canonical(self.stage, key)
             if canonical in given:
                 found = f"the same key as {given[canonical][0]}, which is also given"
                 self.faults.append(Fault(place((key,)), found, "one of the two", "remove one", key))
                 continue
-            if alias:
-                note = f"{place((key,))}: {alias.note}"
+            if canonical != key:
+                note = f"{place((key,))}: {keys.note_on_alias(key, canonical)}"
                 if note not in self.notes:
                     self.notes.append(note)
                 if key == "warmup_ratio" and not _is_ratio(value):

@@ -32,8 +32,7 @@ class Axis:
 
 def canonical(command: str, path: KeyPath) -> KeyPath:
     """Return the path of a key of a stage command, with its alias replaced."""
-    alias = keys.ALIASES[command].get(str(path[0]))
-    return (alias.canonical, *path[1:]) if alias else path
+    return (keys.canonical(command, str(path[0])), *path[1:])
 
 
 def spelling(sweep: Any, stage: str, command: str, path: KeyPath) -> str:
