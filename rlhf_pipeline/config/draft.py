@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.config import keys
-from rlhf_pipeline.config.yaml import Document, KeyPath, as_index, parse_value
+from rlhf_pipeline.config.yaml import Document, KeyPath, as_index, dotted, parse_value
 from rlhf_pipeline.errors import Fault
 
 Place = Callable[[KeyPath], str]
@@ -32,9 +32,7 @@ class Override:
 A_FILE = "a file, not an override"
 
 
-def parse_overrides(
-    overrides: Iterable[str] | Mapping[str, Any], *, on_file: str = "remove it"
-) -> tuple[list[Override], list[Fault]]:
+def parse_overrides(overrides: Iterable[str], *, on_file: str) -> tuple[list[Override], list[Fault]]:
     """Return the overrides and the faults of those that are not `key=value`.
 
     Args:
@@ -42,12 +40,9 @@ def parse_overrides(
     """
     parsed: list[Override] = []
     faults: list[Fault] = []
-    if isinstance(overrides, Mapping):
-        parsed = [Override(_split(key), value, f"override {key}={value}") for key, value in overrides.items()]
-        return parsed, faults
-    for text in [overrides] if isinstance(overrides, str) else overrides:
+    for text in overrides:
         key, equals, value = text.partition("=")
-        where, path = f"override {text}", _split(key.strip())
+        where, path = f"override {text}", split_key(key.strip())
         if not equals and _is_file(text):
             faults.append(Fault(where, A_FILE, "key=value", on_file.replace("{}", text)))
             continue
@@ -67,13 +62,9 @@ def _is_file(text: str) -> bool:
     return text.lower().endswith((".yaml", ".yml")) or os.path.isfile(text)
 
 
-def _split(key: str) -> KeyPath:
+def split_key(key: str) -> KeyPath:
+    """Return the path of a dotted key."""
     return tuple(as_index(part) if i else part for i, part in enumerate(key.split(".")))
-
-
-def dotted(path: KeyPath) -> str:
-    """Return a path as `key.inner.0`."""
-    return ".".join(map(str, path))
 
 
 @dataclass

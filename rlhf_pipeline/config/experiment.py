@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -13,19 +14,21 @@ from typing import Any, cast
 from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.draft import Draft, Override, parse_overrides
 from rlhf_pipeline.config.grid import C, Experiment, StageSpec
-from rlhf_pipeline.config.links import Links
 from rlhf_pipeline.config.load import in_order, validate
-from rlhf_pipeline.config.mentions import mentions
+from rlhf_pipeline.config.mentions import DATA_SUFFIXES, Mention, mentions, raw_mentions
 from rlhf_pipeline.config.plan import ExperimentConfig, drawn_by_seed
-from rlhf_pipeline.config.stages import STAGES, TRAINING, StageConfig
+from rlhf_pipeline.config.stages import SCHEMAS, STAGES, TRAINING, StageConfig
 from rlhf_pipeline.config.sweep import Axis, at, read_sweep, repeated, spelling, swept
-from rlhf_pipeline.config.yaml import KeyPath, read_document
+from rlhf_pipeline.config.yaml import KeyPath, dotted, read_document
 from rlhf_pipeline.errors import ConfigError, Fault, did_you_mean
+
+_PRODUCERS = {"policy": ("sft", "ppo", "dpo"), "reward": ("train-rm",), "data": ("collect",)}
+_MEANT = {"policy": "a policy", "reward": "a reward model", "data": "data"}
 
 
 def load_experiment(
     path: Path | str,
-    overrides: Iterable[str] | Mapping[str, Any] = (),
+    overrides: Iterable[str] = (),
     *,
     known_models: Collection[str] = (),
 ) -> Experiment:
@@ -47,6 +50,60 @@ def load_experiment(
     return experiment
 
 
+class _Links:
+    """Finds the values that name an earlier stage, and refuses names of no stage, a later one or a wrong one."""
+
+    def __init__(self, commands: Mapping[str, str], known_models: Collection[str]):
+        self._commands, self._known = commands, set(known_models)
+        self._earlier: set[str] = set()
+
+    def done(self, name: str) -> None:
+        """Record that this stage comes before the stages that are read from now on."""
+        self._earlier.add(name)
+
+    def find(self, name: str, draft: Draft) -> set[str]:
+        """Return the earlier stages that a draft names; names of other stages are faults."""
+        links: set[str] = set()
+        for mention in raw_mentions(draft.values, SCHEMAS[draft.stage]):
+            if mention.text not in self._commands:
+                self._check_outside(draft, mention)
+            elif mention.text not in self._earlier:
+                when = "this stage itself" if mention.text == name else "a later stage"
+                expected, fix = self._expected(mention.role), "change the order of the stages"
+                draft.fault(mention.path, f"{mention.text!r} is {when}", expected, fix)
+            elif self._commands[mention.text] not in _PRODUCERS[mention.role]:
+                command, meant = self._commands[mention.text], _MEANT[mention.role]
+                found = f"the stage {mention.text!r} is a {command} stage, which does not make {meant}"
+                draft.fault(mention.path, found, self._expected(mention.role))
+            else:
+                links.add(mention.text)
+        return links
+
+    def _expected(self, role: str) -> str:
+        producers = _PRODUCERS[role]
+        fitting = [name for name, command in self._commands.items() if command in producers]
+        fitting = [name for name in fitting if name in self._earlier]
+        text = f"an earlier stage of kind {' or '.join(producers)}"
+        return f"{text} ({', '.join(fitting)})" if fitting else text
+
+    def _check_outside(self, draft: Draft, mention: Mention) -> None:
+        """Refuse a bare name that does not exist; paths and hub ids are checked when they are loaded."""
+        text = mention.text
+        bare = re.split("[@#]", text, maxsplit=1)[0]
+        if "/" in text or text.startswith((".", "~")) or os.path.exists(text):
+            return
+        if mention.role == "data":
+            near = did_you_mean(text, self._commands)
+            if near and ":" not in text and not text.endswith(DATA_SUFFIXES):
+                draft.fault(mention.path, f"{text!r} names no stage", self._expected("data"), near)
+        elif bare not in self._known:
+            near = did_you_mean(bare, [*self._commands, *sorted(self._known)])
+            if bare in self._commands:
+                near = f"write {bare} for the output of the stage"
+            found = f"{text!r} names no stage of the experiment and no model of the registry"
+            draft.fault(mention.path, found, self._expected(mention.role), near)
+
+
 class _Reader:
     """Collects the drafts of one experiment, and their faults."""
 
@@ -57,7 +114,7 @@ class _Reader:
         self.plan = Draft("experiment", str(path))
         self.known_models = known_models
 
-    def read(self, overrides: Iterable[str] | Mapping[str, Any]) -> Experiment | None:
+    def read(self, overrides: Iterable[str]) -> Experiment | None:
         """Return the experiment, or None if its own file has faults."""
         self.plan.add_document(read_document(self.path), self.folder)
         parsed, faults = parse_overrides(overrides, on_file="only one experiment can be run: remove it")
@@ -73,7 +130,7 @@ class _Reader:
         self.notes.extend(notes)
 
         seeds = (config.seeds or ()) if config is not None else ()
-        links = Links(commands, self.known_models)
+        links = _Links(commands, self.known_models)
         stages: list[StageSpec[StageConfig]] = []
         every: dict[str, tuple[StageSpec[StageConfig], ...]] = {}
         for name, command in commands.items():
@@ -112,7 +169,7 @@ class _Reader:
         entries = stages.items() if isinstance(stages, dict) else ()
         return {str(name): entry for name, entry in entries if isinstance(entry, dict)}
 
-    def _compare(self, overrides: list[Override], links: Links) -> StageSpec[CompareConfig] | None:
+    def _compare(self, overrides: list[Override], links: _Links) -> StageSpec[CompareConfig] | None:
         entry = self.plan.values.get("compare")
         if not isinstance(entry, dict):
             for override in overrides:
@@ -125,7 +182,7 @@ class _Reader:
 
     def _draft(self, path: KeyPath, command: str, entry: Mapping[str, Any], default: Mapping[str, Any]) -> Draft:
         draft = Draft(command, f"{self.plan.where(path)}")
-        draft.add(default, lambda key: f"{self.plan.where(path)}.{'.'.join(map(str, key))}")
+        draft.add(default, lambda key: f"{self.plan.where(path)}.{dotted(key)}")
         name = entry.get("config")
         if name is None:
             return draft
@@ -150,7 +207,7 @@ class _Reader:
         draft.add(values, lambda key: self.plan.where((*path, *key)), self.folder)
         draft.override(overrides)
 
-    def _points(self, name: str, draft: Draft, axes: Sequence[Axis], links: Links) -> list[StageSpec[StageConfig]]:
+    def _points(self, name: str, draft: Draft, axes: Sequence[Axis], links: _Links) -> list[StageSpec[StageConfig]]:
         """Return a stage at all points of its sweep; the values of the last key change fastest."""
         found: dict[tuple[int, ...], StageSpec[StageConfig]] = {}
         for point in itertools.product(*(range(len(axis.overrides)) for axis in axes)):
@@ -165,7 +222,7 @@ class _Reader:
         self.faults.extend(repeated(axes, {point: spec.config for point, spec in found.items()}))
         return list(found.values())
 
-    def _spec(self, name: str, draft: Draft, links: Links, kind: type[C]) -> StageSpec[C] | None:
+    def _spec(self, name: str, draft: Draft, links: _Links, kind: type[C]) -> StageSpec[C] | None:
         """Check and link a stage or the comparison; `kind` is the class of its config."""
         linked = links.find(name, draft)
         config = validate(draft)

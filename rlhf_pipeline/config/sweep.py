@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_pipeline.config import keys
 from rlhf_pipeline.config.base import CommandConfig
-from rlhf_pipeline.config.draft import Draft, Override, parse_overrides
+from rlhf_pipeline.config.draft import Draft, Override, split_key
 from rlhf_pipeline.config.dump import RUN_ONLY
 from rlhf_pipeline.config.stages import SCHEMAS
 from rlhf_pipeline.config.yaml import KeyPath
@@ -42,7 +42,7 @@ def spelling(sweep: Any, stage: str, command: str, path: KeyPath) -> str:
         return text
     for key in sweep:
         name, _, rest = str(key).partition(".")
-        if name == stage and rest and canonical(command, _path(rest)) == canonical(command, path):
+        if name == stage and rest and canonical(command, split_key(rest)) == canonical(command, path):
             return str(key)
     return text
 
@@ -96,7 +96,7 @@ def _axis(plan: Draft, commands: Mapping[str, str], text: str, values: Any) -> A
         return None
     if stage not in commands:
         return None  # of unknown kind: the stage itself reports this fault
-    command, path = commands[stage], _path(rest)
+    command, path = commands[stage], split_key(rest)
     refused = next(_refusals(command, str(canonical(command, path)[0])), None)
     if refused is not None:
         plan.fault(place, *refused)
@@ -128,11 +128,6 @@ def _refusals(command: str, key: str) -> Iterator[tuple[str, str, str]]:
         if keys.later(command, key) is not None:
             yield "this key is not available yet in this version", "", "remove it"
         yield f"{command} has no such key", "", keys.REFUSED.get(key) or keys.advice_on_unknown(command, key)
-
-
-def _path(text: str) -> KeyPath:
-    (override,), _ = parse_overrides({text: None})
-    return override.path
 
 
 def _overlap(first: Iterable[Any], second: Iterable[Any]) -> bool:

@@ -36,7 +36,7 @@ def test_overrides_reach_into_mappings_and_lists(load, valid):
     overrides = ["split_fractions.train=.7", "split_fractions.test=.18"]
     config = load_config("dpo", None, overrides, extra=valid["dpo"]).config
     assert config.split_fractions == {"train": 0.7, "judge": 0.08, "validation": 0.04, "test": 0.18}
-    overrides = {"model_init.model_type": "llama", "tokenizer_init": "world", "model_name_or_path": None}
+    overrides = ["model_init.model_type=llama", "tokenizer_init=world", "model_name_or_path=null"]
     assert load_config("sft", None, overrides, extra=valid["sft"]).config.model_init == {"model_type": "llama"}
 
 
