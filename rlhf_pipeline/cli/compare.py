@@ -6,7 +6,6 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -61,14 +60,9 @@ def setting_text(setting: Mapping[str, Any]) -> str:
     )
 
 
-def _effective_beta(row: Row) -> float | None:
-    """A model's beta in units of its labels' reward; None if it is not known."""
-    return None if row.effective_beta is None else row.effective_beta.mean
-
-
 def _rescaled(rows: Sequence[Row]) -> bool:
     """Whether an effective beta is known for any model."""
-    return any(_effective_beta(row) is not None for row in rows)
+    return any(row.effective_beta is not None for row in rows)
 
 
 def _figure(row: Row, name: str) -> str:
@@ -84,7 +78,7 @@ def _model_rows(results: Results, shown: Sequence[Row], names: Sequence[str]) ->
     for row in shown:
         cells = [row.name, "-" if row.beta is None else f"{row.beta:g}"]
         if rescaled:
-            cells.append(number(_effective_beta(row), 2))
+            cells.append(number(row.effective_beta and row.effective_beta.mean, 2))
         cells += [_figure(row, name) for name in names]
         if primary:
             cells += [interval(row.win_rate), number(row.ties, 2), number(row.gain_in_sd, 2)]
@@ -179,27 +173,17 @@ def verdict_lines(verdict: Verdict) -> list[str]:
 RESULTS = "results.json"
 
 
-def _folder(home: Path, name: str) -> Path:
-    """The folder of a report.
-
-    Raises:
-        UnknownReference: no such report.
-    """
-    names = sorted(path.parent.name for path in (home / "reports").glob(f"*/{RESULTS}"))
-    if name not in names:
-        there = f"there are {', '.join(names)}" if names else "there is no report yet: run rlhf compare to make one"
-        near = did_you_mean(name, names)
-        raise UnknownReference("; ".join(filter(None, (f"no report {name!r} in {home / 'reports'}", near or there))))
-    return home / "reports" / name
-
-
 def report(
     common: Common,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the comparison.", show_default=False)],
 ) -> None:
     """Make reports/NAME/index.html again from its results.json."""
-    directory = _folder(common.home_path, name)
+    reports = common.home_path / "reports"
+    names = sorted(path.parent.name for path in reports.glob(f"*/{RESULTS}"))
+    if name not in names:
+        there = f"there are {', '.join(names)}" if names else "there is no report yet: run rlhf compare to make one"
+        raise UnknownReference(f"no report {name!r} in {reports}; {did_you_mean(name, names) or there}")
     from rlhf_pipeline.report import load, write_report
 
-    path = write_report(load(directory / RESULTS), directory)
+    path = write_report(load(reports / name / RESULTS), reports / name)
     emit({"path": str(path)}, [f"report  {path}"], json=common.json)

@@ -16,7 +16,6 @@ from rlhf_pipeline.errors import ConfigError, Fault
 
 DEFAULT_MAX_LENGTH = 1024
 LENGTHS = ("max_prompt_length", "response_length", "max_length")
-DEFAULT_SPLITS = {"train": 0.8, "judge": 0.08, "validation": 0.04, "test": 0.08}
 
 
 def option(
@@ -108,14 +107,13 @@ Counts = Annotated[tuple[Count, ...], BeforeValidator(_listed)]
 Texts = Annotated[tuple[Text, ...], BeforeValidator(_listed)]
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 Checks = tuple[Callable[[Any], Iterator[Fault]], ...]
-Remarks = tuple[Callable[[Any], Iterator[str]], ...]
 
 
 # Fields of several classes.
 MAX_LENGTH = option(None, "maximum length of prompt and response together, in tokens (TRL: 1024)")
 SKIP_BAD_ROWS = option(False, "drop and count faulty rows instead of stopping (ours: stop)")
 SPLIT_FRACTIONS = option(
-    DEFAULT_SPLITS,
+    {"train": 0.8, "judge": 0.08, "validation": 0.04, "test": 0.08},
     "share of prompts in each split of a source without splits; the hash of the prompt decides",
     min_length=1,
 )
@@ -161,7 +159,7 @@ class CommandConfig(Keys):
 
     stage: ClassVar[str]
     checks: ClassVar[Checks]
-    remarks: ClassVar[Remarks] = ()
+    remarks: ClassVar[tuple[Callable[[Any], Iterator[str]], ...]] = ()
 
 
 class ModelInput(NamedTuple):

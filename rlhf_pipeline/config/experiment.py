@@ -18,7 +18,7 @@ from rlhf_pipeline.config.load import in_order, validate
 from rlhf_pipeline.config.mentions import DATA_SUFFIXES, Mention, mentions, raw_mentions
 from rlhf_pipeline.config.plan import ExperimentConfig, drawn_by_seed
 from rlhf_pipeline.config.stages import SCHEMAS, STAGES, TRAINING, StageConfig
-from rlhf_pipeline.config.sweep import Axis, at, read_sweep, repeated, spelling, swept
+from rlhf_pipeline.config.sweep import Axis, read_sweep, repeated, spelling, swept
 from rlhf_pipeline.config.yaml import KeyPath, dotted, read_document
 from rlhf_pipeline.errors import ConfigError, Fault, did_you_mean
 
@@ -81,8 +81,7 @@ class _Links:
 
     def _expected(self, role: str) -> str:
         producers = _PRODUCERS[role]
-        fitting = [name for name, command in self._commands.items() if command in producers]
-        fitting = [name for name in fitting if name in self._earlier]
+        fitting = [name for name in self._commands if self._commands[name] in producers and name in self._earlier]
         text = f"an earlier stage of kind {' or '.join(producers)}"
         return f"{text} ({', '.join(fitting)})" if fitting else text
 
@@ -213,7 +212,7 @@ class _Reader:
         for point in itertools.product(*(range(len(axis.overrides)) for axis in axes)):
             here = copy.deepcopy(draft)
             before = len(here.notes)
-            here.override(at(axes, point))
+            here.override(axis.overrides[number] for axis, number in zip(axes, point, strict=True))
             del here.notes[before:]  # the notes of all values are the same
             spec = self._spec(name, here, links, STAGES[here.stage])
             if spec is not None:

@@ -143,11 +143,6 @@ def swept(axis: Axis, config: CommandConfig) -> Any:
     return value
 
 
-def at(axes: Sequence[Axis], point: Sequence[int]) -> list[Override]:
-    """Return the overrides for a point of a stage's axes, given by the number of the value on each axis."""
-    return [axis.overrides[number] for axis, number in zip(axes, point, strict=True)]
-
-
 def repeated(axes: Sequence[Axis], configs: Mapping[tuple[int, ...], CommandConfig]) -> Iterator[Fault]:
     """Yield the faults of equal values that are written differently, at the first values of the other axes."""
     for number, axis in enumerate(axes):

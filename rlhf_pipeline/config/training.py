@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import model_validator
 
@@ -72,8 +72,6 @@ def check_engine(config: TrainingConfig) -> Iterator[Fault]:
 
 class TrainingConfig(WithLengths):
     """Keys of every training stage, with the names of Hugging Face and TRL."""
-
-    stage: ClassVar[str]
 
     model_name_or_path: Text | None = option(
         None, "model to start from: registry name, directory or hub id", names="policy"
