@@ -52,12 +52,8 @@ SHOWN = ("true_reward", "judge", "score", "kl", "well_formed", "ended", "length"
 
 def setting_text(setting: Mapping[str, Any]) -> str:
     """`beta 0.1`, or a dash."""
-    return (
-        ", ".join(
-            f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in setting.items()
-        )
-        or "-"
-    )
+    texts = (f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in setting.items())
+    return ", ".join(texts) or "-"
 
 
 def _rescaled(rows: Sequence[Row]) -> bool:

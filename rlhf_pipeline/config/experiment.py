@@ -45,8 +45,8 @@ def load_experiment(
     """
     reader = _Reader(Path(path), known_models)
     experiment = reader.read(overrides)
-    if experiment is None or reader.faults:
-        raise ConfigError(in_order(dict.fromkeys(reader.faults)))
+    if experiment is None or reader.plan.faults:
+        raise ConfigError(in_order(dict.fromkeys(reader.plan.faults)))
     return experiment
 
 
@@ -108,8 +108,6 @@ class _Reader:
 
     def __init__(self, path: Path, known_models: Collection[str]):
         self.path, self.folder = path, path.parent
-        self.faults: list[Fault] = []
-        self.notes: list[str] = []
         self.plan = Draft("experiment", str(path))
         self.known_models = known_models
 
@@ -124,9 +122,7 @@ class _Reader:
         entries = self._entries()
         commands = {name: str(entry.get("stage")) for name, entry in entries.items()}
         commands = {name: command for name, command in commands.items() if command in STAGES}
-        axes, notes = read_sweep(self.plan, commands, inner)
-        self.faults.extend(self.plan.faults)
-        self.notes.extend(notes)
+        axes = read_sweep(self.plan, commands, inner)
 
         seeds = (config.seeds or ()) if config is not None else ()
         links = _Links(commands, self.known_models)
@@ -143,7 +139,7 @@ class _Reader:
             every[name] = tuple(points)
             links.done(name)
         compare = self._compare(inner.get("compare", []), links)
-        self.faults.extend(_across(stages, every, compare, self.path))
+        self.plan.faults.extend(_across(stages, every, compare, self.path))
         if config is None:
             return None
         pinned = frozenset(
@@ -157,7 +153,7 @@ class _Reader:
             seeds,
             tuple(stages),
             compare,
-            tuple(dict.fromkeys(self.notes)),
+            tuple(dict.fromkeys(self.plan.notes)),
             {name: points for name, points in every.items() if any(axis.stage == name for axis in axes)},
             drawn_by_seed(config, commands, pinned),
             pinned,
@@ -172,7 +168,7 @@ class _Reader:
         entry = self.plan.values.get("compare")
         if not isinstance(entry, dict):
             for override in overrides:
-                self.faults.append(Fault(override.where, "the experiment has no compare section"))
+                self.plan.faults.append(Fault(override.where, "the experiment has no compare section"))
             return None
         name = self.plan.values.get("name")
         draft = self._draft(("compare",), "compare", entry, {"name": name} if name else {})
@@ -187,7 +183,7 @@ class _Reader:
             return draft
         if not isinstance(name, str) or not name:
             where = self.plan.where((*path, "config"))
-            self.faults.append(Fault(where, f"found {name!r}", "a YAML file, relative to this one"))
+            self.plan.faults.append(Fault(where, f"found {name!r}", "a YAML file, relative to this one"))
             draft.unreadable = True
             return draft
         source = self.folder / name
@@ -218,15 +214,15 @@ class _Reader:
             if spec is not None:
                 setting = {axis.name: swept(axis, spec.config) for axis in axes}
                 found[point] = dataclasses.replace(spec, setting=setting)
-        self.faults.extend(repeated(axes, {point: spec.config for point, spec in found.items()}))
+        self.plan.faults.extend(repeated(axes, {point: spec.config for point, spec in found.items()}))
         return list(found.values())
 
     def _spec(self, name: str, draft: Draft, links: _Links, kind: type[C]) -> StageSpec[C] | None:
         """Check and link a stage or the comparison; `kind` is the class of its config."""
         linked = links.find(name, draft)
         config = validate(draft)
-        self.faults.extend(draft.faults)
-        self.notes.extend(draft.notes)
+        self.plan.faults.extend(draft.faults)
+        self.plan.notes.extend(draft.notes)
         if not isinstance(config, kind):
             return None
         places = {found.path: found.text for found in mentions(config) if found.text in linked}
@@ -253,7 +249,7 @@ class _Reader:
             elif top in ExperimentConfig.model_fields:
                 own.append(override)
             else:
-                self.faults.append(_unknown_override(override, entries))
+                self.plan.faults.append(_unknown_override(override, entries))
         return own, inner
 
 

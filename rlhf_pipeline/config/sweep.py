@@ -47,19 +47,16 @@ def spelling(sweep: Any, stage: str, command: str, path: KeyPath) -> str:
     return text
 
 
-def read_sweep(
-    plan: Draft, commands: Mapping[str, str], overrides: Mapping[str, Sequence[Override]]
-) -> tuple[list[Axis], list[str]]:
-    """Return the axes of an experiment's sweep, and notes on axes that an override of their key replaces.
+def read_sweep(plan: Draft, commands: Mapping[str, str], overrides: Mapping[str, Sequence[Override]]) -> list[Axis]:
+    """Return the axes of an experiment's sweep, without those that an override of their key replaces.
 
     Args:
-        plan: the experiment's own values; faults of the sweep's keys are added to its faults.
+        plan: the experiment's own values; it gets the faults of the sweep's keys, and notes on axes that are replaced.
         commands: the command of each stage.
         overrides: the overrides of each stage.
     """
     sweep = plan.values.get("sweep")
     axes: list[Axis] = []
-    notes: list[str] = []
     for key, values in sweep.items() if isinstance(sweep, dict) else ():
         axis = _axis(plan, commands, str(key), values)
         if axis is None:
@@ -70,10 +67,10 @@ def read_sweep(
         if before is not None:
             plan.fault(("sweep", axis.key), f"the same key as {before.key}", "one of the two", "remove one")
         elif by:
-            notes.append(f"{by[-1].where}: replaces the sweep of {axis.key}")
+            plan.notes.append(f"{by[-1].where}: replaces the sweep of {axis.key}")
         else:
             axes.append(axis)
-    return axes, notes
+    return axes
 
 
 def given_twice(override: Override) -> Fault:
