@@ -87,9 +87,8 @@ def print_exact(exact: Exact, split: str) -> None:
     if exact.reward_model:
         lines.append(
             "βKL(π‖π*_RM): distance from the optimum of the reward that a PPO model was trained on (its optimisation "
-            "error); for DPO, "
-            f"from that of {exact.reward_model} (their disagreement); taken over {exact.reward_model_prompts} "
-            "prompts"
+            f"error); for DPO, from that of {exact.reward_model} (their disagreement); taken over "
+            f"{exact.reward_model_prompts} prompts"
         )
     lines.append("these distances do not add up: the second may be larger than the first")
     emit_lines(lines)

@@ -102,6 +102,9 @@ def test_an_unknown_stage():
     ("key", "value", "expected"),
     [
         ("seed", True, "a number or text, not true or false"),
+        ("dtype", True, "one of float32, bfloat16, float16, auto"),
+        ("split_fractions", True, "a mapping"),
+        ("datasets", True, "a list"),
         ("seed", 1.5, "a whole number"),
         ("seed", -1, "a number >= 0"),
         ("learning_rate", None, "a number"),
