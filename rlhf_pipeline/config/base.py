@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
@@ -56,9 +56,8 @@ def option(
 def wrong(expected: str, fix: str = "") -> PydanticCustomError:
     """Return the error that a validator raises: what was expected, and what to do."""
     # pydantic accepts no half surrogate pairs, which a value quoted in `fix` may contain.
-    said = {
-        name: text.encode(errors="backslashreplace").decode() for name, text in (("expected", expected), ("fix", fix))
-    }
+    texts = {"expected": expected, "fix": fix}
+    said = {name: text.encode(errors="backslashreplace").decode() for name, text in texts.items()}
     return PydanticCustomError("wrong_value", "expected {expected}", said)
 
 
@@ -258,12 +257,10 @@ class HasPart(Protocol):
 
 def lengths_told(config: WithLengths) -> tuple[str, str]:
     """Return the name of a config's only length (else max_length), and all three lengths with their origin."""
-    found = config.lengths()
-    lengths = dict(zip(LENGTHS, (found.prompt, found.response, found.total), strict=True))
     given = [key for key in LENGTHS if getattr(config, key) is not None]
     both = {"max_prompt_length", "response_length"} <= set(given)
     told = []
-    for key, value in lengths.items():
+    for key, value in zip(LENGTHS, astuple(config.lengths()), strict=True):
         by_default = key == "max_length" and not both
         told.append(f"{key} {value}" + ("" if key in given else ", the default" if by_default else ", which follows"))
     return given[0] if len(given) == 1 else "max_length", "; ".join(told)
