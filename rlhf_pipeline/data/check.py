@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_pipeline.data.blank import NO_LIMITS, blank_prompts
-from rlhf_pipeline.data.files import by_line
-from rlhf_pipeline.data.formats import count_reasons
+from rlhf_pipeline.data.formats import RecordSet, count_reasons
 from rlhf_pipeline.data.kinds import as_kind
-from rlhf_pipeline.data.load import RecordSet, read_records, records_digest
+from rlhf_pipeline.data.load import NO_LIMITS, blank_prompts, read_records, records_digest
 from rlhf_pipeline.data.overlap import EVALUATED, duplicates, leaks, repeats, shared_prompts
 from rlhf_pipeline.data.records import Record, plain
 from rlhf_pipeline.data.render import render
@@ -46,15 +43,22 @@ def describe(
         DataError: no row of the source can be used.
     """
     digest = records_digest(found.records)  # the digest of a stage that drops bad rows
-    tokenised = None if tokenizer is None else _tokenised(found, tokenizer, limits or NO_LIMITS)
-    found = _without_refused(found, tokenised)
+    if tokenizer is None:
+        faults = blank_prompts(found)
+    else:
+        limit, own = limits or NO_LIMITS, found.tokenizer_digest
+        examples, counts = tokenize(found.records, tokenizer, limit, source_tokenizer_digest=own)
+        faults = counts.faults
+    found = found.without(faults)  # the rows that a stage refuses after reading: empty prompts, text without tokens
     records = found.records
     splits = assign_splits(records, fractions, found.source)
     unit, lengths = _lengths(records, tokenizer)
     leaked = leaks(records, splits, "train", EVALUATED) if carries_splits(records, found.source) else []
-    measured: dict[str, Any] = {} if tokenizer is None else {"round_trip": _round_trip(records, tokenizer)}
-    if tokenised is not None and limits is not None:
-        measured["length_policy"] = _length_policy(*tokenised, limits)
+    measured: dict[str, Any] = {}
+    if tokenizer is not None:
+        measured["round_trip"] = _round_trip(records, tokenizer)
+        if limits is not None:
+            measured["length_policy"] = _length_policy(examples, counts, limits)
     return {
         "source": found.source,
         "format": found.format,
@@ -88,20 +92,13 @@ def describe(
     }
 
 
-def preview(
-    source: str,
-    n: int = 3,
-    *,
-    config: str | None = None,
-    home: Path | None = None,
-    base_dir: Path | None = None,
-) -> list[dict[str, Any]]:
+def preview(source: str, n: int = 3, *, config: str | None = None, home: Path | None = None) -> list[dict[str, Any]]:
     """Return the first `n` usable records of a source as plain data, after parsing.
 
     Raises:
         DataError: the source cannot be read, or no row of it can be used.
     """
-    found = read_records(source, config=config, home=home, base_dir=base_dir, skip_bad_rows=True)
+    found = read_records(source, config=config, home=home, skip_bad_rows=True)
     return [
         {
             "where": record.where,
@@ -147,19 +144,17 @@ def _win_graphs(records: Sequence[Record]) -> dict[str, int] | None:
 def _strongly_connected(edges: Collection[tuple[str, str]]) -> bool:
     """Whether a graph is strongly connected: one node reaches all others along the edges and against them."""
     nodes = {node for edge in edges for node in edge}
-    forth: dict[str, set[str]] = {node: set() for node in nodes}
-    back: dict[str, set[str]] = {node: set() for node in nodes}
-    for better, worse in edges:
-        forth[better].add(worse)
-        back[worse].add(better)
-    for next_of in (forth, back):
-        first = min(nodes, default="")
-        seen, waiting = {first}, [first]
-        while waiting and nodes:
+    for start, end in ((0, 1), (1, 0)):
+        next_of: dict[str, set[str]] = {node: set() for node in nodes}
+        for edge in edges:
+            next_of[edge[start]].add(edge[end])
+        seen: set[str] = set()
+        waiting = [*nodes][:1]
+        while waiting:
             new = next_of[waiting.pop()] - seen
             seen |= new
             waiting += new
-        if len(seen) < len(nodes):
+        if seen != nodes:
             return False
     return len(nodes) > 1
 
@@ -232,19 +227,6 @@ def _texts_of(record: Record) -> Iterator[tuple[str, str]]:
             yield name, part
         else:
             yield from ((f"{name}, message {i}", message["content"]) for i, message in enumerate(part, 1))
-
-
-def _tokenised(found: RecordSet, tokenizer: PreTrainedTokenizerBase, limits: Lengths) -> tuple[list[Example], Counts]:
-    return tokenize(found.records, tokenizer, limits, source_tokenizer_digest=found.tokenizer_digest)
-
-
-def _without_refused(found: RecordSet, tokenised: tuple[list[Example], Counts] | None) -> RecordSet:
-    """Remove the rows that a stage refuses after reading: empty prompts, and text without tokens."""
-    blank = blank_prompts(found.records, source_tokenizer_digest=found.tokenizer_digest)
-    faults = blank if tokenised is None else tokenised[1].faults
-    out = {item.fault.where for item in faults}
-    records = [record for record in found.records if record.where not in out]
-    return replace(found, records=records, faults=by_line([*found.faults, *faults]))
 
 
 def _length_policy(examples: list[Example], counts: Counts, limits: Lengths) -> dict[str, Any]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_pipeline.data.blank import blank_prompts
-from rlhf_pipeline.data.files import RowFault, by_line
-from rlhf_pipeline.data.formats import count_reasons
+from rlhf_pipeline.config.base import Lengths
+from rlhf_pipeline.data.files import RowFault, by_line, row_fault
+from rlhf_pipeline.data.formats import RecordSet, count_reasons
 from rlhf_pipeline.data.kinds import as_kind, tied_rows
-from rlhf_pipeline.data.parsed import RecordSet, parsed_once
+from rlhf_pipeline.data.parsed import parsed_once
 from rlhf_pipeline.data.records import Record
 from rlhf_pipeline.data.splits import FRACTIONS, in_split
 from rlhf_pipeline.data.tokenize import Example, tokenize
@@ -22,7 +22,8 @@ from rlhf_pipeline.errors import DataError, Fault
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlhf_pipeline.config.base import Lengths
+ANY = 2**31
+NO_LIMITS = Lengths(ANY, ANY, 2 * ANY)
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,6 @@ def read_records(
     config: str | None = None,
     split: str | None = None,
     home: Path | None = None,
-    base_dir: Path | None = None,
     skip_bad_rows: bool = False,
     kind: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -79,17 +79,16 @@ def read_records(
     """Read a source and turn its rows into records.
 
     Args:
-        source, config, split, home, base_dir: as for `read_source`.
+        source, config, split, home: as for `read_source`.
         skip_bad_rows: drop and count faulty rows instead of refusing the source.
         kind, tokenizer: those of the stage, if known; empty prompts are then reported with the other faults.
 
     Raises:
         DataError: rows have faults (all are listed), or no row is usable.
     """
-    place: dict[str, Path | None] = {"home": home, "base_dir": base_dir}
-    found = parsed_once(str(source), config, split, place)
+    found = parsed_once(str(source), config, split, home)
     if not skip_bad_rows:
-        blank = [] if tokenizer is None else _blank(found, kind, tokenizer)
+        blank = [] if tokenizer is None else blank_prompts(found, tokenizer, kind)
         refuse_faults([*found.faults, *blank], found.source, found.rows)
     if not found.records:
         reasons = {**count_reasons(found.faults), **found.skipped}
@@ -120,52 +119,33 @@ def refuse_faults(faults: Sequence[RowFault], source: str, rows: int) -> None:
         raise DataError([summary, *(item.fault for item in faults)])
 
 
-def _blank(found: RecordSet, kind: str | None, tokenizer: PreTrainedTokenizerBase) -> list[RowFault]:
-    return blank_prompts(found.records, tokenizer, kind=kind, source_tokenizer_digest=found.tokenizer_digest)
-
-
-def load_examples(
-    source: str,
-    *,
-    kind: str,
-    split: str,
-    tokenizer: PreTrainedTokenizerBase,
-    lengths: Lengths,
-    config: str | None = None,
-    home: Path | None = None,
-    skip_bad_rows: bool = False,
-    fractions: Mapping[str, float] = FRACTIONS,
-    max_samples: int | None = None,
-    base_dir: Path | None = None,
-    prepare: Callable[[RecordSet], RecordSet] | None = None,
-) -> ExampleSet:
-    """Load one split of a source as tokenised examples.
+def blank_prompts(
+    found: RecordSet, tokenizer: PreTrainedTokenizerBase | None = None, kind: str | None = None
+) -> list[RowFault]:
+    """Return a fault for each record of a whole source whose prompt is empty or white space.
 
     Args:
-        source, config, home, base_dir: as for `read_source`.
-        kind: the kind that the stage needs: text, prompt, demonstration, pair, preference or order.
-        split: name of a split, or "all".
-        tokenizer, lengths: as for `tokenize`.
-        skip_bad_rows: drop and count faulty rows instead of refusing the source.
-        fractions: share of each split, if the source has no splits.
-        max_samples: maximum number of records, in hash order.
-        prepare: function applied to the records of the whole source first.
-
-    Raises:
-        DataError: rows have faults, the split does not exist, its records are of the wrong kind, or none is usable.
+        tokenizer: decides which prompts are empty: one with a BOS token accepts an empty prompt, and some have tokens
+            for white space. Without a tokenizer, every empty or white-space prompt is a fault, unless it has token ids
+            from the source's own tokenizer.
+        kind: kind of record that the stage needs; "text" needs no prompt.
     """
-    stage: dict[str, Any] = {"skip_bad_rows": skip_bad_rows, "kind": kind, "tokenizer": tokenizer}
-    found = read_records(source, config=config, home=home, base_dir=base_dir, **stage)
-    return examples_of(
-        found if prepare is None else prepare(found),
-        kind=kind,
-        split=split,
-        tokenizer=tokenizer,
-        lengths=lengths,
-        skip_bad_rows=skip_bad_rows,
-        fractions=fractions,
-        max_samples=max_samples,
-    )
+    blank = [one for one in found.records if isinstance(one.prompt, str) and (not one.prompt or one.prompt.isspace())]
+    if not blank or kind == "text":
+        return []
+    digest = found.tokenizer_digest
+    if tokenizer is None:
+        fix = "add a prompt or drop the row (a tokenizer with a BOS token may accept it: check with --tokenizer MODEL)"
+        said = {True: "the prompt is white space", False: "the prompt is empty"}
+        return [
+            row_fault(record.where, "empty_prompt", said[bool(record.prompt)], "a prompt", fix)
+            for record in blank
+            if digest is None or not record.prompt_ids
+        ]
+    # One at a time: a prompt that occurs twice is a fault of both rows.
+    made = blank if kind is None else [item for record in blank for item in as_kind([record], kind)[0]]
+    _, counts = tokenize(made, tokenizer, NO_LIMITS, source_tokenizer_digest=digest)
+    return list({item.fault.where: item for item in counts.faults if item.reason == "empty_prompt"}.values())
 
 
 def examples_of(
@@ -179,7 +159,19 @@ def examples_of(
     fractions: Mapping[str, float] = FRACTIONS,
     max_samples: int | None = None,
 ) -> ExampleSet:
-    """Tokenise one split of given records; arguments and errors as for `load_examples`."""
+    """Tokenise one split of given records.
+
+    Args:
+        kind: the kind that the stage needs: text, prompt, demonstration, pair, preference or order.
+        split: name of a split, or "all".
+        tokenizer, lengths: as for `tokenize`.
+        skip_bad_rows: drop and count faulty rows instead of refusing the source.
+        fractions: share of each split, if the source has no splits.
+        max_samples: maximum number of records, in hash order.
+
+    Raises:
+        DataError: rows have faults, the split does not exist, its records are of the wrong kind, or none is usable.
+    """
     in_it = in_split(found.records, split, fractions, found.source)
     tied = tied_rows(in_it) if kind == "order" else []
     if not skip_bad_rows:
@@ -188,7 +180,7 @@ def examples_of(
     records = lowest_hashes(records, max_samples)
     examples, counts = tokenize(records, tokenizer, lengths, source_tokenizer_digest=found.tokenizer_digest)
     if not skip_bad_rows:  # also faults in splits that this stage does not read
-        refuse_faults([*counts.faults, *_blank(found, kind, tokenizer)], found.source, found.rows)
+        refuse_faults([*counts.faults, *blank_prompts(found, tokenizer, kind)], found.source, found.rows)
     dropped = Counter(count_reasons(found.faults)) + found.skipped + left_out + counts.dropped
     dropped += Counter(count_reasons([*tied, *counts.faults]))
     if not examples:
@@ -214,7 +206,7 @@ def examples_of(
 
 
 def load_mixture(
-    datasets: Sequence[Mapping[str, Any]], *, max_samples: int | None = None, **options: Any
+    found: Sequence[RecordSet], weights: Sequence[float], *, max_samples: int | None = None, **options: Any
 ) -> ExampleSet:
     """Load several sources in the proportion of their weights.
 
@@ -222,12 +214,11 @@ def load_mixture(
     examples with the lowest hashes.
 
     Args:
-        datasets: for each source `dataset_name`, optionally `dataset_config` and `weight` (default 1).
+        found, weights: the records of each source, and its weight.
         max_samples: maximum size of the mixture.
-        options: as for `load_examples`.
+        options: as for `examples_of`.
     """
-    sets = [load_examples(entry["dataset_name"], config=entry.get("dataset_config"), **options) for entry in datasets]
-    weights = [float(entry.get("weight", 1)) for entry in datasets]
+    sets = [examples_of(item, **options) for item in found]
     total = min(len(item.examples) * sum(weights) / weight for item, weight in zip(sets, weights))
     total = total if max_samples is None else min(total, max_samples)
     # The small addition keeps rounding errors from reducing a whole share by one.
@@ -236,7 +227,7 @@ def load_mixture(
     if options.get("kind") == "prompt":  # a prompt of two sources is used once
         examples = list({example.prompt_key: example for example in examples}.values())
     if not examples:
-        names = ", ".join(entry["dataset_name"] for entry in datasets)
+        names = ", ".join(item.source for item in found)
         raise DataError(
             Fault(f"datasets: {names}", "no example is left at these weights", "at least one", "more samples")
         )

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from itertools import combinations
 
 from rlhf_pipeline.data.files import RowFault, row_fault
-from rlhf_pipeline.data.formats import count_reasons
-from rlhf_pipeline.data.load import RecordSet
+from rlhf_pipeline.data.formats import RecordSet, count_reasons
 from rlhf_pipeline.data.records import Record, normalise, plain
 from rlhf_pipeline.data.splits import ALL, FRACTIONS, assign_splits, carries_splits
 from rlhf_pipeline.errors import DataError, Fault
@@ -103,12 +101,11 @@ def keep_apart(found: RecordSet, train: str, test: str, *, skip_bad_rows: bool, 
             "or `allow_overlap: true` to keep them",
         )
         raise DataError([summary, *(item.fault for item in faults)])
-    out = {item.fault.where for item in faults}
-    records = [record for record in found.records if record.where not in out]
-    if not carries_splits(records, found.source):
+    kept = found.without(faults)
+    if not carries_splits(kept.records, found.source):
         gone = f"no row of its evaluation splits is new: {train!r} contains all of them"
         raise DataError(Fault(found.source, gone, "at least one"))
-    return replace(found, records=records, faults=[*found.faults, *faults])
+    return kept
 
 
 def duplicates(records: Sequence[Record]) -> dict[str, int]:

@@ -28,12 +28,10 @@ class Source:
     """The rows of one source, or its records if the source provides them."""
 
     name: str  # for reports; `collected:` names include their version
-    kind: str  # file, saved, hub, collected, world
     rows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # (where, row)
     faults: list[RowFault] = field(default_factory=list)  # rows that could not be read
     records: list[Record] | None = None
     tokenizer_digest: str | None = None  # tokenizer of collected token ids
-    path: Path | None = None
 
 
 def read_source(
@@ -42,7 +40,6 @@ def read_source(
     config: str | None = None,
     split: str | None = None,
     home: Path | None = None,
-    base_dir: Path | None = None,
 ) -> Source:
     """Read every row of `source`.
 
@@ -51,7 +48,6 @@ def read_source(
         config: configuration of a hub data set, or part of the built-in world.
         split: read only this split of a hub or saved data set, if it exists.
         home: home directory with collected data; default `$RLHF_HOME`, else `./rlhf_home`.
-        base_dir: second place to look up relative paths, after the working directory.
 
     Raises:
         DataError: the source cannot be read.
@@ -63,16 +59,16 @@ def read_source(
         return _world(source, config)
     if source.startswith("collected:"):
         return _collected(source, home)
-    path = local_path(source, base_dir)
+    path = local_path(source)
     if path is None:
         return _hub(source, config, split)
     if path.is_dir():
         return _saved(source, path, split)
     rows, faults = read_file(path)
-    return Source(source, "file", rows, faults, path=path)
+    return Source(source, rows, faults)
 
 
-def files_of(source: str, *, home: Path | None = None, base_dir: Path | None = None) -> list[Path] | None:
+def files_of(source: str, *, home: Path | None = None) -> list[Path] | None:
     """Return the files of a source: [] for a built-in world, None if they are unknown (the hub).
 
     Raises:
@@ -83,13 +79,13 @@ def files_of(source: str, *, home: Path | None = None, base_dir: Path | None = N
     if source.startswith("collected:"):
         _, records = _collected_records(source, home)
         return [records, records.with_name("manifest.json")]
-    path = local_path(source, base_dir)
+    path = local_path(source)
     if path is None or not path.is_dir():
         return None if path is None else [path]
     return sorted(file for file in path.rglob("*") if file.is_file())
 
 
-def local_path(source: str, base_dir: Path | None = None) -> Path | None:
+def local_path(source: str) -> Path | None:
     """Return the file or directory that `source` names, or None if it is a hub id.
 
     Raises:
@@ -97,9 +93,8 @@ def local_path(source: str, base_dir: Path | None = None) -> Path | None:
     """
     try:
         given = Path(source).expanduser()
-        for candidate in (given, base_dir / given if base_dir else given):
-            if candidate.exists():
-                return candidate
+        if given.exists():
+            return given
     except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, `~` of an unknown user, a NUL byte
         reason = getattr(error, "strerror", None) or str(error)
         raise UnknownReference(f"{source[:80]}: not a path ({reason}); expected a source") from None
@@ -115,7 +110,7 @@ def _world(source: str, config: str | None) -> Source:
         raise UnknownReference(f"{source}: no such world; known: {', '.join(WORLDS)}")
     from rlhf_pipeline.data import world
 
-    return Source(source, "world", records=list(world.records(config)))
+    return Source(source, records=world.records(config))
 
 
 @functools.cache
@@ -127,18 +122,13 @@ def world_digest() -> str:
     return tokenizer_digest(world.tokenizer())
 
 
-def home_directory(home: Path | None) -> Path:
-    """Return `home`, else `$RLHF_HOME`, else `./rlhf_home`."""
-    return Path(home if home is not None else os.environ.get("RLHF_HOME") or "rlhf_home")
-
-
 def _collected_records(source: str, home: Path | None) -> tuple[str, Path]:
     """Return the name of collected data with its version, and the file of its records."""
     text = source.removeprefix("collected:")
     match = COLLECTED.fullmatch(text)
     if not match:
         raise UnknownReference(f"{source}: not a name; expected collected:NAME or collected:NAME@vN")
-    data = home_directory(home) / "data"
+    data = Path(home or os.environ.get("RLHF_HOME") or "rlhf_home") / "data"
     folder = data / match["name"]
     versions = sorted(
         int(entry.name[1:])
@@ -160,7 +150,7 @@ def _collected(source: str, home: Path | None) -> Source:
     name, path = _collected_records(source, home)
     manifest = _checked_manifest(path)
     rows, faults = read_file(path, name=name)
-    return Source(name, "collected", rows, faults, tokenizer_digest=manifest.get("tokenizer_digest"), path=path)
+    return Source(name, rows, faults, tokenizer_digest=manifest.get("tokenizer_digest"))
 
 
 def _checked_manifest(records: Path) -> dict[str, Any]:
@@ -199,7 +189,7 @@ def _saved(source: str, path: Path, split: str | None) -> Source:
                 "Dataset.save_to_disk output",
             )
         ) from error
-    return Source(source, "saved", rows, path=path)
+    return Source(source, rows)
 
 
 def _hub(source: str, config: str | None, split: str | None) -> Source:
@@ -220,7 +210,7 @@ def _hub(source: str, config: str | None, split: str | None) -> Source:
                 "if offline, save the data set elsewhere with `save_to_disk` and name that directory",
             )
         ) from error
-    return Source(source, "hub", list(_dataset_rows(source, loaded, split)))
+    return Source(source, list(_dataset_rows(source, loaded, split)))
 
 
 def _dataset_rows(source: str, loaded: Any, split: str | None) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_pipeline.config.training import TrainingConfig
-from rlhf_pipeline.data.load import (
-    ExampleSet,
-    RecordSet,
-    SourceReport,
-    examples_of,
-    load_mixture,
-    read_records,
-)
+from rlhf_pipeline.data.load import RecordSet, SourceReport, examples_of, load_mixture, read_records
 from rlhf_pipeline.data.overlap import keep_apart
 from rlhf_pipeline.data.parsed import collector_at_rest
 from rlhf_pipeline.data.records import plain
@@ -56,35 +48,23 @@ class StageData:
 
     def __init__(self, config: TrainingConfig, home: Path, say: Callable[[str], None]):
         self.config, self.home, self.say = config, home, say
-        self._read: RecordSet | None = None
+        self._read: list[RecordSet] = []
 
-    def _records(self, kind: str, tokenizer: PreTrainedTokenizerBase | None = None) -> RecordSet:
-        if self._read is None:
-            ((source, part),) = self.config.sources()
-            with collector_at_rest():
-                found = read_records(
-                    source,
-                    config=part,
-                    home=self.home,
-                    skip_bad_rows=self.config.skip_bad_rows,
-                    kind=kind,
-                    tokenizer=tokenizer,
-                )
-                self._read = kept_apart(self.config, found)
-        return self._read
-
-    def sources(self, kind: str) -> list[RecordSet]:
+    def sources(self, kind: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[RecordSet]:
         """All records of each source.
 
         Raises:
             DataError, UnknownReference: a source cannot be read.
         """
-        if not self.config.datasets:
-            return [self._records(kind)]
-        return [
-            read_records(source, config=part, home=self.home, skip_bad_rows=self.config.skip_bad_rows)
-            for source, part in self.config.sources()
-        ]
+        if not self._read:
+            skip = self.config.skip_bad_rows
+            options: dict[str, Any] = {"skip_bad_rows": skip, "kind": kind, "tokenizer": tokenizer}
+            with collector_at_rest():
+                self._read = [
+                    kept_apart(self.config, read_records(source, config=part, home=self.home, **options))
+                    for source, part in self.config.sources()
+                ]
+        return self._read
 
     def split(
         self,
@@ -112,13 +92,11 @@ class StageData:
         }
         try:
             with collector_at_rest():
+                found = self.sources(kind, tokenizer)
                 if config.datasets:
-                    entries = [entry.model_dump() for entry in config.datasets]
-                    loaded: ExampleSet = load_mixture(
-                        entries, home=self.home, prepare=partial(kept_apart, config), **options
-                    )
+                    loaded = load_mixture(found, [entry.weight for entry in config.datasets], **options)
                 else:
-                    loaded = examples_of(self._records(kind, tokenizer), **options)
+                    loaded = examples_of(found[0], **options)
         except DataError as error:
             if required:
                 raise

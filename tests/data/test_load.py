@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlhf_pipeline.data.load import examples_of, load_examples, load_mixture, read_records
+from rlhf_pipeline.data.load import examples_of, load_mixture, read_records
 from rlhf_pipeline.data.splits import split_of
 from rlhf_pipeline.errors import DataError
 
@@ -13,7 +13,10 @@ GOOD = {"prompt": "abc", "chosen": "a", "rejected": "b"}  # in train by the hash
 
 
 def load(source: str, tokenizer, kind="pair", split="all", **options):
-    return load_examples(source, kind=kind, split=split, tokenizer=tokenizer, lengths=LENGTHS, **options)
+    reading = {name: value for name, value in options.items() if name in ("config", "skip_bad_rows")}
+    choosing = {name: value for name, value in options.items() if name != "config"}
+    found = read_records(source, kind=kind, tokenizer=tokenizer, **reading)
+    return examples_of(found, kind=kind, split=split, tokenizer=tokenizer, lengths=LENGTHS, **choosing)
 
 
 def test_all_faults_are_raised_at_once_and_counted(jsonl):
@@ -89,21 +92,19 @@ def test_a_mixture_keeps_the_proportion_of_its_weights(jsonl, letters):
     letters_of = [a + b for a in "abcd" for b in "abcd"]
     many = jsonl(*({"prompt": prompt} for prompt in letters_of), name="many.jsonl")
     few = jsonl({"prompt": "d"}, {"prompt": "a"}, name="few.jsonl")
-    sources = [{"dataset_name": many, "weight": 3}, {"dataset_name": few}]
+    sources = [read_records(many), read_records(few)]
     options = {"kind": "prompt", "split": "all", "tokenizer": letters, "lengths": LENGTHS}
-    mixture = load_mixture(sources, **options)
+    mixture = load_mixture(sources, [3, 1], **options)
     assert [len(example.prompt_text) for example in mixture.examples] == [2] * 6 + [1] * 2
     assert [report.kept for report in mixture.reports] == [16, 2]
-    assert len(load_mixture(sources, max_samples=4, **options).examples) == 4
+    assert len(load_mixture(sources, [3, 1], max_samples=4, **options).examples) == 4
 
 
 def test_the_world_is_loaded_by_its_own_ids():
     from rlhf_pipeline.data import world
 
     tokenizer = world.tokenizer()
-    found = load_examples(
-        "world:verdicts", kind="prompt", split="train", tokenizer=tokenizer, lengths=LENGTHS, config="prompts"
-    )
+    found = load("world:verdicts", tokenizer, kind="prompt", split="train", config="prompts")
     assert found.report.kept == sum(split == "train" for split in world.SPLITS.values())
     example = found.examples[0]
     assert example.prompt_ids == world.encode(example.prompt_text)
