@@ -8,11 +8,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from rlhf_pipeline.data.formats import RecordSet, count_reasons
 from rlhf_pipeline.data.kinds import as_kind
 from rlhf_pipeline.data.load import NO_LIMITS, blank_prompts, read_records, records_digest
 from rlhf_pipeline.data.overlap import EVALUATED, duplicates, leaks, repeats, shared_prompts
-from rlhf_pipeline.data.records import Record, plain
+from rlhf_pipeline.data.records import Record, plain, shared_length
 from rlhf_pipeline.data.render import render
 from rlhf_pipeline.data.splits import FRACTIONS, assign_splits, carries_splits
 from rlhf_pipeline.data.tokenize import BATCH, Counts, Example, token_ids, tokenize
@@ -208,8 +210,7 @@ def _round_trip(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -
                 back = text_of(tokenizer, ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
                 if back == text:
                     continue
-                shared = next((i for i, (a, b) in enumerate(zip(text, back)) if a != b), min(len(text), len(back)))
-                place = f"it differs after decoding from character {shared + 1} on"
+                place = f"it differs after decoding from character {shared_length(text, back) + 1} on"
                 if "".join(back.split()) == "".join(text.split()):  # as tokenizers by words have it
                     different, spaces = different + 1, spaces + 1
                     continue
@@ -244,10 +245,8 @@ def _length_policy(examples: list[Example], counts: Counts, limits: Lengths) -> 
 
 def _quantiles(values: list[int]) -> dict[str, int]:
     """Return the nearest-rank quantiles."""
-    ordered = sorted(values)
-    return {
-        name: ordered[max(0, -(-int(share * 1000) * len(ordered) // 1000) - 1)] for name, share in QUANTILES.items()
-    }
+    found = np.quantile(values, [*QUANTILES.values()], method="inverted_cdf")
+    return dict(zip(QUANTILES, found.tolist()))
 
 
 def _longer_wins(lengths: Mapping[str, list[int]]) -> float | None:

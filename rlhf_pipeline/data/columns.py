@@ -175,9 +175,7 @@ class SourceRow:
         values = [self.values.get(column) for column in columns]
         if values.count(None) == len(columns):
             return None
-        read = [
-            self.ids(column) if value is None else self.as_ids(column, value) for column, value in zip(columns, values)
-        ]
+        read = [self.ids(column) for column in columns]
         ids = tuple(one for one in read if one is not None)
         return ids if len(ids) == len(read) else None
 

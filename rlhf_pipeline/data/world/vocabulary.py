@@ -1,4 +1,4 @@
-"""The words of `world:verdicts`, its prompts and its splits.
+"""The words of `world:verdicts`, their tokenizer, its prompts and its splits.
 
 A prompt is "the ASPECT of this GENRE was"; a response has at most `RESPONSE_LENGTH` tokens, the end token
 included. Every token string up to that length is a possible response: 954,305 per prompt.
@@ -6,7 +6,12 @@ included. Every token string up to that length is a possible response: 954,305 p
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rlhf_pipeline.errors import DataError, Fault, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 NAME = "world:verdicts"
 PAD, EOS = "<pad>", "<eos>"
@@ -35,19 +40,13 @@ def encode(text: str) -> list[int]:
     Raises:
         DataError: for a word that the world does not have.
     """
-    unknown = [word for word in text.split() if word not in TOKEN_ID]
-    if unknown:
-        faults = [
-            Fault(
-                f"{text!r}",
-                f"unknown word {word!r}",
-                "words of world:verdicts",
-                did_you_mean(word, VOCABULARY),
-            )
-            for word in unknown
-        ]
-        raise DataError(faults)
-    return [TOKEN_ID[word] for word in text.split()]
+    words = text.split()
+    if unknown := [word for word in words if word not in TOKEN_ID]:
+        expected = f"words of {NAME}"
+        raise DataError(
+            [Fault(repr(text), f"unknown word {word!r}", expected, did_you_mean(word, VOCABULARY)) for word in unknown]
+        )
+    return [TOKEN_ID[word] for word in words]
 
 
 def decode(ids: list[int]) -> str:
@@ -67,6 +66,21 @@ def parse_prompt(ids: list[int]) -> tuple[int, int]:
         if " ".join(words) == prompt_text(genre, aspect):
             return GENRES.index(genre), ASPECTS.index(aspect)
     raise DataError(Fault(" ".join(words), "not a prompt of world:verdicts", "'the ASPECT of this GENRE was'"))
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Build the tokenizer: one token per word, without unknown-word and beginning-of-text tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel(vocab=dict(TOKEN_ID)))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS, padding_side="left")
+
+
+def is_world_tokenizer(candidate: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer has exactly this world's words, so that the true reward can score its responses."""
+    return candidate.get_vocab() == TOKEN_ID
 
 
 def _split(genre: int, aspect: int) -> str:
