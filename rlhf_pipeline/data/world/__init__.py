@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from rlhf_pipeline.data.records import Record
 from rlhf_pipeline.data.world.grammar import demonstrations
 from rlhf_pipeline.data.world.reward import Verdicts, true_reward, verdicts
@@ -43,11 +41,11 @@ def records(config: str | None = None) -> list[Record]:
     rows: list[Record] = []
     for (genre, aspect), split in SPLITS.items():
         text = prompt_text(genre, aspect)
-        prompt = Record("prompt", text, split=split, prompt_ids=tuple(encode(text)), completion_ids=())
+        prompt = tuple(encode(text))
         if config == "prompts":
-            rows.append(prompt)
+            rows.append(Record("prompt", text, (), (), f"{NAME}:{len(rows) + 1}", split, prompt, ()))
             continue
         for ids, ended in demonstrations(genre, aspect):
-            words, own = decode(ids[:-1] if ended else ids), (tuple(ids),)
-            rows.append(replace(prompt, kind="demonstration", completions=(words,), ended=(ended,), completion_ids=own))
-    return [replace(row, where=f"{NAME}:{number}") for number, row in enumerate(rows, 1)]
+            words, where = decode(ids[:-1] if ended else ids), f"{NAME}:{len(rows) + 1}"
+            rows.append(Record("demonstration", text, (words,), (ended,), where, split, prompt, (tuple(ids),)))
+    return rows
