@@ -53,19 +53,6 @@ class SourceReport:
         return "; ".join(parts)
 
 
-@dataclass
-class ExampleSet:
-    """Tokenised examples, with one report per source."""
-
-    examples: list[Example]
-    reports: tuple[SourceReport, ...]
-
-    @property
-    def report(self) -> SourceReport:
-        """Report of the first source, normally the only one."""
-        return self.reports[0]
-
-
 def read_records(
     source: str,
     *,
@@ -158,8 +145,8 @@ def examples_of(
     skip_bad_rows: bool = False,
     fractions: Mapping[str, float] = FRACTIONS,
     max_samples: int | None = None,
-) -> ExampleSet:
-    """Tokenise one split of given records.
+) -> tuple[list[Example], SourceReport]:
+    """Tokenise one split of given records; also report on its rows.
 
     Args:
         kind: the kind that the stage needs: text, prompt, demonstration, pair, preference or order.
@@ -191,7 +178,7 @@ def examples_of(
                 f"prompts of at most {lengths.prompt} and responses of at most {lengths.response} tokens",
             )
         )
-    report = SourceReport(
+    return examples, SourceReport(
         source=found.source,
         format=found.format,
         split=split,
@@ -202,13 +189,12 @@ def examples_of(
         dropped=dict(sorted(dropped.items())),
         truncated=dict(sorted((+counts.truncated).items())),
     )
-    return ExampleSet(examples, (report,))
 
 
 def load_mixture(
     found: Sequence[RecordSet], weights: Sequence[float], *, max_samples: int | None = None, **options: Any
-) -> ExampleSet:
-    """Load several sources in the proportion of their weights.
+) -> tuple[list[Example], tuple[SourceReport, ...]]:
+    """Tokenise several sources in the proportion of their weights; also report on the rows of each.
 
     The mixture is the largest one without repeated examples: a source with more than its share contributes the
     examples with the lowest hashes.
@@ -218,12 +204,12 @@ def load_mixture(
         max_samples: maximum size of the mixture.
         options: as for `examples_of`.
     """
-    sets = [examples_of(item, **options) for item in found]
-    total = min(len(item.examples) * sum(weights) / weight for item, weight in zip(sets, weights))
+    sets, reports = zip(*(examples_of(item, **options) for item in found))
+    total = min(len(examples) * sum(weights) / weight for examples, weight in zip(sets, weights))
     total = total if max_samples is None else min(total, max_samples)
     # The small addition keeps rounding errors from reducing a whole share by one.
     shares = [int(total * weight / sum(weights) + 1e-9) for weight in weights]
-    examples = [example for item, share in zip(sets, shares) for example in lowest_hashes(item.examples, share)]
+    examples = [example for item, share in zip(sets, shares) for example in lowest_hashes(item, share)]
     if options.get("kind") == "prompt":  # a prompt of two sources is used once
         examples = list({example.prompt_key: example for example in examples}.values())
     if not examples:
@@ -231,7 +217,7 @@ def load_mixture(
         raise DataError(
             Fault(f"datasets: {names}", "no example is left at these weights", "at least one", "more samples")
         )
-    return ExampleSet(examples, tuple(report for item in sets for report in item.reports))
+    return examples, reports
 
 
 def lowest_hashes(items: list, limit: int | None) -> list:

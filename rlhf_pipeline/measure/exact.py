@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -218,13 +219,9 @@ def exact_figures(
 
 
 @sharing_models()
-def run_exact(references: list[str], config: ExactConfig, home: Path, *, quiet: bool = False) -> ExactResults:
+def run_exact(references: list[str], config: ExactConfig, home: Path) -> ExactResults:
     """Exact figures of policies and reward models."""
-
-    def say(text: str) -> None:
-        if not quiet:
-            console.print(text, markup=False)
-
+    say = partial(console.print, markup=False)
     # 1. Models, their reference, prompts.
     registry = Registry(home)
     device = make_accelerator(config).device

@@ -94,17 +94,19 @@ class StageData:
             with collector_at_rest():
                 found = self.sources(kind, tokenizer)
                 if config.datasets:
-                    loaded = load_mixture(found, [entry.weight for entry in config.datasets], **options)
+                    weights = [entry.weight for entry in config.datasets]
+                    examples, reports = load_mixture(found, weights, **options)
                 else:
-                    loaded = examples_of(found[0], **options)
+                    examples, report = examples_of(found[0], **options)
+                    reports = (report,)
         except DataError as error:
             if required:
                 raise
             self.say(f"no examples in the split {split!r}: {str(error).splitlines()[0]}")
             return [], ()
-        for report in loaded.reports:
+        for report in reports:
             self.say("data: " + report.summary())
-        return loaded.examples, loaded.reports
+        return examples, reports
 
     def texts(self, split: str) -> list[str]:
         """All texts of a split, for training a tokenizer."""
