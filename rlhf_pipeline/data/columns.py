@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -144,16 +145,12 @@ class SourceRow:
 
     def number(self, name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float | None:
         """Check that `value` is a finite number from `low` to `high`."""
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            try:
-                finite = math.isfinite(value)
-            except OverflowError:  # an integer beyond every float
-                finite = False
-            if finite and low <= value <= high:
-                return value
-            self.fault("wrong_type", f"{name!r} is out of range", f"a number from {low:g} to {high:g}")
-        else:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             self.fault("wrong_type", f"{name!r} is {_kind(value)}", "a number")
+        elif low <= value <= high and abs(value) <= sys.float_info.max:  # an integer may be beyond every float
+            return value
+        else:
+            self.fault("wrong_type", f"{name!r} is out of range", f"a number from {low:g} to {high:g}")
         return None
 
     def split(self) -> str | None:
