@@ -123,11 +123,9 @@ def detect(rows: list[tuple[str, dict[str, Any]]], name: str) -> tuple[Callable[
             preferences.is_transcript(row.get("chosen")) and preferences.is_transcript(row.get("rejected"))
             for _, row in rows
         )
-        return (
-            (preferences.hh, "pair, HH transcripts")
-            if 2 * transcripts >= len(rows)
-            else (preferences.implicit, "pair, implicit prompt")
-        )
+        if 2 * transcripts >= len(rows):
+            return preferences.hh, "pair, HH transcripts"
+        return preferences.implicit, "pair, implicit prompt"
     return layout, label
 
 
@@ -170,10 +168,8 @@ def _from_sharegpt(turn: dict[str, Any]) -> dict[str, Any]:
     if "from" not in turn or "value" not in turn:
         return turn
     role = turn["from"]
-    return {
-        "role": SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role,
-        "content": turn["value"],
-    }
+    role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
+    return {"role": role, "content": turn["value"]}
 
 
 def _conversation(row: SourceRow, name: str, messages: Messages) -> Record | None:

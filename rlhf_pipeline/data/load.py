@@ -79,12 +79,8 @@ def read_records(
         refuse_faults([*found.faults, *blank], found.source, found.rows)
     if not found.records:
         reasons = {**count_reasons(found.faults), **found.skipped}
-        raise DataError(
-            [
-                Fault(found.source, f"no rows left of {found.rows} ({_list(reasons)})", "at least one usable row"),
-                *(item.fault for item in found.faults),
-            ]
-        )
+        none = Fault(found.source, f"no rows left of {found.rows} ({_list(reasons)})", "at least one usable row")
+        raise DataError([none, *(item.fault for item in found.faults)])
     return found
 
 
@@ -97,12 +93,8 @@ def refuse_faults(faults: Sequence[RowFault], source: str, rows: int) -> None:
     faults = by_line(list(dict.fromkeys(faults)))
     if faults:
         wrong = len({item.fault.where for item in faults})
-        summary = Fault(
-            source,
-            f"{wrong} of {rows} rows cannot be used ({_list(count_reasons(faults))})",
-            "",
-            "fix them, or set `skip_bad_rows: true` to drop them",
-        )
+        found = f"{wrong} of {rows} rows cannot be used ({_list(count_reasons(faults))})"
+        summary = Fault(source, found, fix="fix them, or set `skip_bad_rows: true` to drop them")
         raise DataError([summary, *(item.fault for item in faults)])
 
 
@@ -171,13 +163,9 @@ def examples_of(
     dropped = Counter(count_reasons(found.faults)) + found.skipped + left_out + counts.dropped
     dropped += Counter(count_reasons([*tied, *counts.faults]))
     if not examples:
-        raise DataError(
-            Fault(
-                found.source,
-                f"split {split!r}: no example left of {len(in_it)} rows ({_list(dropped)})",
-                f"prompts of at most {lengths.prompt} and responses of at most {lengths.response} tokens",
-            )
-        )
+        none = f"split {split!r}: no example left of {len(in_it)} rows ({_list(dropped)})"
+        expected = f"prompts of at most {lengths.prompt} and responses of at most {lengths.response} tokens"
+        raise DataError(Fault(found.source, none, expected))
     return examples, SourceReport(
         source=found.source,
         format=found.format,
@@ -213,10 +201,8 @@ def load_mixture(
     if options.get("kind") == "prompt":  # a prompt of two sources is used once
         examples = list({example.prompt_key: example for example in examples}.values())
     if not examples:
-        names = ", ".join(item.source for item in found)
-        raise DataError(
-            Fault(f"datasets: {names}", "no example is left at these weights", "at least one", "more samples")
-        )
+        where = f"datasets: {', '.join(item.source for item in found)}"
+        raise DataError(Fault(where, "no example is left at these weights", "at least one", "more samples"))
     return examples, reports
 
 

@@ -128,11 +128,8 @@ def ranking(row: SourceRow) -> Record | None:
     if measures is None or len(given) < len(texts):
         return None
     if not isinstance(measures, list) or len(measures) != len(values) or len(flags) != len(values):
-        row.fault(
-            "wrong_type",
-            f"{measure!r} or 'ended' has another length than 'completions'",
-            "one per completion",
-        )
+        found = f"{measure!r} or 'ended' has another length than 'completions'"
+        row.fault("wrong_type", found, "one per completion")
         return None
     numbers = tuple(row.number(f"{measure}[{i}]", value) for i, value in enumerate(measures))
     prompt, completions = alike(prompt, given)

@@ -40,14 +40,10 @@ def render(record: Record, tokenizer: PreTrainedTokenizerBase) -> Rendered:
     if not record.conversational:
         return as_plain(record)
     if not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            Fault(
-                record.where,
-                "messages, and the tokenizer has no chat template",
-                "plain text, or a tokenizer with `chat_template`",
-                "use a chat model's tokenizer, or give the data as text",
-            )
-        )
+        found = "messages, and the tokenizer has no chat template"
+        expected = "plain text, or a tokenizer with `chat_template`"
+        fix = "use a chat model's tokenizer, or give the data as text"
+        raise DataError(Fault(record.where, found, expected, fix))
     from trl.data_utils import apply_chat_template
 
     try:

@@ -182,13 +182,8 @@ def _saved(source: str, path: Path, split: str | None) -> Source:
     except DataError:
         raise
     except Exception as error:  # the library passes on the errors of its readers
-        raise DataError(
-            Fault(
-                source,
-                f"not a complete directory saved by `datasets` ({_first_line(error)})",
-                "Dataset.save_to_disk output",
-            )
-        ) from error
+        found = f"not a complete directory saved by `datasets` ({_first_line(error)})"
+        raise DataError(Fault(source, found, "Dataset.save_to_disk output")) from error
     return Source(source, rows)
 
 
@@ -202,14 +197,10 @@ def _hub(source: str, config: str | None, split: str | None) -> Source:
     try:
         loaded = datasets.load_dataset(source, config)
     except Exception as error:  # connection, missing repository, config or credentials
-        raise DataError(
-            Fault(
-                source,
-                f"no such local file, and it cannot be loaded from the hub ({_first_line(error)})",
-                "a local file, a saved directory, or a reachable hub data set",
-                "if offline, save the data set elsewhere with `save_to_disk` and name that directory",
-            )
-        ) from error
+        found = f"no such local file, and it cannot be loaded from the hub ({_first_line(error)})"
+        expected = "a local file, a saved directory, or a reachable hub data set"
+        fix = "if offline, save the data set elsewhere with `save_to_disk` and name that directory"
+        raise DataError(Fault(source, found, expected, fix)) from error
     return Source(source, list(_dataset_rows(source, loaded, split)))
 
 
@@ -235,9 +226,8 @@ def _refuse_media(source: str, table: Any) -> None:
 
     features = getattr(table, "features", None) or {}
     if found := [name for name, feature in features.items() if require_decoding(feature)]:
-        raise DataError(
-            Fault(source, f"columns that are not text: {', '.join(found)}", "text, numbers and lists", "remove them")
-        )
+        columns = f"columns that are not text: {', '.join(found)}"
+        raise DataError(Fault(source, columns, "text, numbers and lists", "remove them"))
 
 
 def _first_line(error: Exception) -> str:
