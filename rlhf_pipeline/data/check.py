@@ -30,11 +30,7 @@ QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
 
 def describe(
-    found: RecordSet,
-    *,
-    fractions: Mapping[str, float] = FRACTIONS,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    limits: Lengths | None = None,
+    found: RecordSet, *, tokenizer: PreTrainedTokenizerBase | None = None, limits: Lengths | None = None
 ) -> dict[str, Any]:
     """Describe a source that was read with `skip_bad_rows`: its format, faults, splits, duplicates, lengths; no text.
 
@@ -53,7 +49,7 @@ def describe(
         faults = counts.faults
     found = found.without(faults)  # the rows that a stage refuses after reading: empty prompts, text without tokens
     records = found.records
-    splits = assign_splits(records, fractions, found.source)
+    splits = assign_splits(records, FRACTIONS, found.source)
     unit, lengths = _lengths(records, tokenizer)
     leaked = leaks(records, splits, "train", EVALUATED) if carries_splits(records, found.source) else []
     measured: dict[str, Any] = {}
@@ -182,13 +178,8 @@ def _measure(record: Record, tokenizer: PreTrainedTokenizerBase | None, has_ids:
     if tokenizer is None:
         return len(plain(record.prompt or "")), [len(plain(completion)) for completion in record.completions]
     rendered = render(record, tokenizer)
-    ids = tokenizer(
-        [rendered.prompt, *rendered.completions],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        verbose=False,
-    )["input_ids"]
-    return len(ids[0]), [len(tokens) for tokens in ids[1:]]
+    prompt, *completions = (len(ids or ()) for ids in token_ids(tokenizer, [rendered.prompt, *rendered.completions]))
+    return prompt, completions
 
 
 def _round_trip(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

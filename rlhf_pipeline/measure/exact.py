@@ -59,20 +59,12 @@ class ExactBench:
 
     leaves: Leaves
     reward: Reward
-    beta: float | None  # from the config, for all models
+    beta: float | None  # from the config, for all models; None: the one that each was trained at
     usual_beta: float  # of models that were not trained at a beta
-    reward_model: str | None
+    reward_model: str | None  # that DPO policies are compared with
     few: int
     reward_models: Mapping[str, str] = field(default_factory=dict)  # by policy, if each seed has its own
     frontiers: dict[int, GibbsFrontier] = field(default_factory=dict)
-
-    def beta_for(self, model: Resolved) -> float:
-        """The beta of a model's objective: the config's, else its own, else that of the first model with one."""
-        return self.beta or beta_of(model) or self.usual_beta
-
-    def learned_for(self, model: Resolved) -> str | None:
-        """The reward model that a DPO policy is compared with: that of its seed, else the common one."""
-        return self.reward_models.get(model.label, self.reward_model)
 
     def count(self, reward: Reward) -> int:
         """Number of prompts of the figures for this reward."""
@@ -148,7 +140,7 @@ def policy_row(exact: ExactBench, resolved: Resolved, beta: float, loss: Trainin
     policy = exact.leaves.bench.policy(resolved)
     logprobs = [exact.leaves.logprobs(policy, index) for index in range(len(exact.leaves.prompts))]
     trained_on = trained_reward(exact.leaves.bench.registry, resolved)
-    learned = exact.learned_for(resolved)
+    learned = exact.reward_models.get(resolved.label, exact.reward_model)
     parts: dict[str, Gap] = {}
     if trained_on is not None:
         parts["optimisation_gap"] = gap_to(exact, logprobs, trained_on, beta)
@@ -196,7 +188,7 @@ def exact_figures(
     """One row for each model, one for the optimum at each beta, and the exact frontier."""
     bench, rows = exact.leaves.bench, []
     for model in models:
-        beta = exact.beta_for(model)
+        beta = exact.beta or beta_of(model) or exact.usual_beta
         if role_of(model)[0] == "reward_model":
             rows.append(optimum_row(exact, model, beta))
         else:
