@@ -57,7 +57,6 @@ def read_records(
     source: str,
     *,
     config: str | None = None,
-    split: str | None = None,
     home: Path | None = None,
     skip_bad_rows: bool = False,
     kind: str | None = None,
@@ -66,14 +65,14 @@ def read_records(
     """Read a source and turn its rows into records.
 
     Args:
-        source, config, split, home: as for `read_source`.
+        source, config, home: as for `read_source`.
         skip_bad_rows: drop and count faulty rows instead of refusing the source.
         kind, tokenizer: those of the stage, if known; empty prompts are then reported with the other faults.
 
     Raises:
         DataError: rows have faults (all are listed), or no row is usable.
     """
-    found = parsed_once(str(source), config, split, home)
+    found = parsed_once(str(source), config, home)
     if not skip_bad_rows:
         blank = [] if tokenizer is None else blank_prompts(found, tokenizer, kind)
         refuse_faults([*found.faults, *blank], found.source, found.rows)

@@ -7,7 +7,7 @@ would then measure memorisation.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 from itertools import combinations
 
@@ -39,36 +39,32 @@ def loose_key(record: Record) -> str:
     return loose(record.key)
 
 
+REPEATED: dict[str, tuple[str, Callable[[Record], str]]] = {
+    "leaked_row": ("this row", Record.canonical),
+    "leaked_prompt": ("its prompt", lambda record: record.prompt_key),
+    "leaked_similar_prompt": ("its prompt, except for case and punctuation,", loose_key),
+}
+"""What a row can share with another, the strongest first."""
+
+
 def leaks(records: Sequence[Record], splits: Sequence[str], train: str, held_out: Collection[str]) -> list[RowFault]:
     """Return a fault for each row of the `held_out` splits that `train` repeats, naming both rows.
 
     Reasons: leaked_row (the whole row), leaked_prompt (the prompt), leaked_similar_prompt (see `loose_key`).
     """
-    similar: dict[str, str] = {}
-    prompts: dict[str, str] = {}
-    rows: dict[str, str] = {}
+    known: dict[str, dict[str, str]] = {reason: {} for reason in REPEATED}
     for record, split in zip(records, splits):
         if split == train:
-            similar.setdefault(loose_key(record), record.where)
-            prompts.setdefault(record.prompt_key, record.where)
-            rows.setdefault(record.canonical(), record.where)
+            for reason, (_, key) in REPEATED.items():
+                known[reason].setdefault(key(record), record.where)
     faults = []
     for record, split in zip(records, splits):
-        if split not in held_out or split == train:
-            continue
-        there = similar.get(loose_key(record))
-        if there is None:
-            continue
-        exact = prompts.get(record.prompt_key)
-        whole = rows.get(record.canonical()) if exact is not None else None
-        if whole is not None:
-            reason, what, there = "leaked_row", "this row", whole
-        elif exact is not None:
-            reason, what, there = "leaked_prompt", "its prompt", exact
-        else:
-            reason, what = "leaked_similar_prompt", "its prompt, except for case and punctuation,"
-        found = f"{what} of split {split!r} is also in split {train!r}, {there}"
-        faults.append(row_fault(record.where, reason, found))
+        if split in held_out and split != train:
+            for reason, (what, key) in REPEATED.items():
+                if there := known[reason].get(key(record)):
+                    found = f"{what} of split {split!r} is also in split {train!r}, {there}"
+                    faults.append(row_fault(record.where, reason, found))
+                    break
     return faults
 
 

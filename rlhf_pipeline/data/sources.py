@@ -34,19 +34,12 @@ class Source:
     tokenizer_digest: str | None = None  # tokenizer of collected token ids
 
 
-def read_source(
-    source: str,
-    *,
-    config: str | None = None,
-    split: str | None = None,
-    home: Path | None = None,
-) -> Source:
+def read_source(source: str, *, config: str | None = None, home: Path | None = None) -> Source:
     """Read every row of `source`.
 
     Args:
         source: hub id, directory saved by `datasets`, local file, `world:verdicts` or `collected:NAME[@vN]`.
         config: configuration of a hub data set, or part of the built-in world.
-        split: read only this split of a hub or saved data set, if it exists.
         home: home directory with collected data; default `$RLHF_HOME`, else `./rlhf_home`.
 
     Raises:
@@ -61,9 +54,9 @@ def read_source(
         return _collected(source, home)
     path = local_path(source)
     if path is None:
-        return _hub(source, config, split)
+        return _hub(source, config)
     if path.is_dir():
-        return _saved(source, path, split)
+        return _saved(source, path)
     rows, faults = read_file(path)
     return Source(source, rows, faults)
 
@@ -174,11 +167,11 @@ def _checked_manifest(records: Path) -> dict[str, Any]:
     return manifest
 
 
-def _saved(source: str, path: Path, split: str | None) -> Source:
+def _saved(source: str, path: Path) -> Source:
     import datasets
 
     try:
-        rows = list(_dataset_rows(source, datasets.load_from_disk(str(path)), split))
+        rows = list(_dataset_rows(source, datasets.load_from_disk(str(path))))
     except DataError:
         raise
     except Exception as error:  # the library passes on the errors of its readers
@@ -187,7 +180,7 @@ def _saved(source: str, path: Path, split: str | None) -> Source:
     return Source(source, rows)
 
 
-def _hub(source: str, config: str | None, split: str | None) -> Source:
+def _hub(source: str, config: str | None) -> Source:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise UnknownReference(
             f"{source}: no such file, and not a hub id; expected a path, org/name, world:verdicts or collected:NAME"
@@ -201,18 +194,18 @@ def _hub(source: str, config: str | None, split: str | None) -> Source:
         expected = "a local file, a saved directory, or a reachable hub data set"
         fix = "if offline, save the data set elsewhere with `save_to_disk` and name that directory"
         raise DataError(Fault(source, found, expected, fix)) from error
-    return Source(source, list(_dataset_rows(source, loaded, split)))
+    return Source(source, list(_dataset_rows(source, loaded)))
 
 
-def _dataset_rows(source: str, loaded: Any, split: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+def _dataset_rows(source: str, loaded: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     if not hasattr(loaded, "keys"):
         _refuse_media(source, loaded)
         yield from ((f"{source}:{number}", dict(row)) for number, row in enumerate(loaded, 1))
         return
     several = len(loaded) > 1
-    for name in [split] if split in loaded else list(loaded):
-        _refuse_media(source, loaded[name])
-        for number, row in enumerate(loaded[name], 1):
+    for name, table in loaded.items():
+        _refuse_media(source, table)
+        for number, row in enumerate(table, 1):
             yield f"{source}[{name}]:{number}", {**row, "split": name} if several else dict(row)
 
 

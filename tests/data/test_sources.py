@@ -95,7 +95,6 @@ def test_parquet_and_saved_data_sets_are_read(tmp_path):
     two = read_source(str(tmp_path / "two"))
     assert [row["split"] for row in values(two)] == ["train", "train", "test"]
     assert places(two)[-1] == "two[test]:1"
-    assert values(read_source(str(tmp_path / "two"), split="test")) == [{**rows[0], "split": "test"}]
 
 
 def test_what_is_no_source_is_said(tmp_path, monkeypatch, jsonl):
