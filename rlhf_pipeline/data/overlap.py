@@ -10,12 +10,16 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 from itertools import combinations
+from typing import TYPE_CHECKING
 
 from rlhf_pipeline.data.files import RowFault, row_fault
 from rlhf_pipeline.data.formats import RecordSet, count_reasons
 from rlhf_pipeline.data.records import Record, normalise, plain
 from rlhf_pipeline.data.splits import ALL, FRACTIONS, assign_splits, carries_splits
 from rlhf_pipeline.errors import DataError, Fault
+
+if TYPE_CHECKING:
+    from rlhf_pipeline.config.training import TrainingConfig
 
 EVALUATED = ("validation", "test")
 """Splits for reporting and for selecting settings, besides the config's own `dataset_test_split`."""
@@ -68,25 +72,26 @@ def leaks(records: Sequence[Record], splits: Sequence[str], train: str, held_out
     return faults
 
 
-def keep_apart(found: RecordSet, train: str, test: str, *, skip_bad_rows: bool, allow_overlap: bool) -> RecordSet:
+def keep_apart(found: RecordSet, config: TrainingConfig) -> RecordSet:
     """Refuse a source whose own splits share prompts, or drop the shared rows from its evaluation splits.
 
     Args:
-        train: the training split. test: the split for reporting, besides those of `EVALUATED`.
-        skip_bad_rows: drop and count the rows. allow_overlap: check nothing.
+        config: its `dataset_test_split` is a split for reporting, besides those of `EVALUATED`; `skip_bad_rows` drops
+            and counts the rows; `allow_overlap` checks nothing.
 
     Raises:
         DataError: rows of an evaluation split are also in `train`; all are listed.
     """
     ours = found.source.startswith(("world:", "collected:"))  # one row a prompt, or split by the prompt's hash
-    if allow_overlap or ours or train in (ALL, test) or not carries_splits(found.records, found.source):
+    train, test = config.dataset_train_split, config.dataset_test_split
+    if config.allow_overlap or ours or train in (ALL, test) or not carries_splits(found.records, found.source):
         return found
     splits = assign_splits(found.records, FRACTIONS, found.source)
     held_out = {test, *EVALUATED} - {train}
     faults = leaks(found.records, splits, train, held_out)
     if not faults:
         return found
-    if not skip_bad_rows:
+    if not config.skip_bad_rows:
         asked = sum(split in held_out for split in splits)
         counted = ", ".join(f"{reason} {count}" for reason, count in count_reasons(faults).items())
         summary = Fault(

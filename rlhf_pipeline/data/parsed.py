@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from rlhf_pipeline.data.columns import IDENTICAL
 from rlhf_pipeline.data.files import by_line
-from rlhf_pipeline.data.formats import RecordSet, is_identical, parse
+from rlhf_pipeline.data.formats import RecordSet, parse
 from rlhf_pipeline.data.sources import files_of, read_source
 from rlhf_pipeline.data.stamps import Stamp, stamp
 from rlhf_pipeline.errors import DataError, Fault
@@ -80,10 +79,7 @@ def _parse(source: str, config: str | None, home: Path | None) -> RecordSet:
     """
     read = read_source(source, config=config, home=home)
     if read.records is not None:
-        records = [record for record in read.records if not is_identical(record)]
-        skipped = Counter({IDENTICAL: len(read.records) - len(records)})
-        kinds = ", ".join(sorted({record.kind for record in records}))
-        return RecordSet(read.name, kinds, len(read.records), records, skipped=+skipped)
+        return RecordSet(read.name, read.records[0].kind, len(read.records), read.records)
     if read.faults and not read.rows:
         raise DataError([Fault(read.name, "no row can be read"), *(item.fault for item in read.faults)])
     found = parse(read.rows, read.name)

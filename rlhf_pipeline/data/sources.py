@@ -30,7 +30,7 @@ class Source:
     name: str  # for reports; `collected:` names include their version
     rows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # (where, row)
     faults: list[RowFault] = field(default_factory=list)  # rows that could not be read
-    records: list[Record] | None = None
+    records: list[Record] | None = None  # of the built-in world, all of one kind
     tokenizer_digest: str | None = None  # tokenizer of collected token ids
 
 

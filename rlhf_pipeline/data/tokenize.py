@@ -39,9 +39,7 @@ class Example:
     label_probability: float | None = None  # P(first preferred over second); None: a hard label
     prompt_text: str = ""
     completion_texts: tuple[str, ...] = ()
-    ranks: tuple[int, ...] | None = (
-        None  # of a ranking, ascending; equal ranks are ties. None: best first, without ties
-    )
+    ranks: tuple[int, ...] | None = None  # of a ranking, ascending; equal ones are ties. None: best first, no ties
     prompt_truncated: bool = False
 
     def untied(self) -> list[tuple[int, int]]:

@@ -24,21 +24,6 @@ def preference_kind(config: TrainingConfig) -> str:
     return "pair" if config.engine == "trl" else "preference"
 
 
-def kept_apart(config: TrainingConfig, found: RecordSet) -> RecordSet:
-    """Remove evaluation rows that are also in the training split of their source; see `keep_apart`.
-
-    Raises:
-        DataError: there are such rows, and neither `skip_bad_rows` nor `allow_overlap` is set.
-    """
-    return keep_apart(
-        found,
-        config.dataset_train_split,
-        config.dataset_test_split,
-        skip_bad_rows=config.skip_bad_rows,
-        allow_overlap=config.allow_overlap,
-    )
-
-
 class StageData:
     """The data of one config (`dataset_name` or a mixture), by split and kind.
 
@@ -61,7 +46,7 @@ class StageData:
             options: dict[str, Any] = {"skip_bad_rows": skip, "kind": kind, "tokenizer": tokenizer}
             with collector_at_rest():
                 self._read = [
-                    kept_apart(self.config, read_records(source, config=part, home=self.home, **options))
+                    keep_apart(read_records(source, config=part, home=self.home, **options), self.config)
                     for source, part in self.config.sources()
                 ]
         return self._read

@@ -26,7 +26,6 @@ VOCABULARY = (PAD, EOS, *FRAME, *GENRES, *ASPECTS, *MODIFIERS, CONJUNCTION, *ADJ
 TOKEN_ID = {word: index for index, word in enumerate(VOCABULARY)}
 PAD_ID, EOS_ID = TOKEN_ID[PAD], TOKEN_ID[EOS]
 RESPONSE_LENGTH = 4
-PROMPT_LENGTH = 6
 
 
 def prompt_text(genre: str, aspect: str) -> str:
@@ -60,12 +59,17 @@ def parse_prompt(ids: list[int]) -> tuple[int, int]:
     Raises:
         DataError: when the ids are not a prompt of this world.
     """
-    words = [VOCABULARY[index] if 0 <= index < len(VOCABULARY) else "?" for index in ids]
-    if len(words) == PROMPT_LENGTH and words[1] in ASPECTS and words[4] in GENRES:
-        genre, aspect = words[4], words[1]
-        if " ".join(words) == prompt_text(genre, aspect):
-            return GENRES.index(genre), ASPECTS.index(aspect)
-    raise DataError(Fault(" ".join(words), "not a prompt of world:verdicts", "'the ASPECT of this GENRE was'"))
+    if found := _PROMPTS.get(tuple(ids)):
+        return found
+    text = " ".join(VOCABULARY[index] if 0 <= index < len(VOCABULARY) else "?" for index in ids)
+    raise DataError(Fault(text, f"not a prompt of {NAME}", f"{prompt_text('GENRE', 'ASPECT')!r}"))
+
+
+_PROMPTS = {
+    tuple(encode(prompt_text(genre, aspect))): (g, a)
+    for g, genre in enumerate(GENRES)
+    for a, aspect in enumerate(ASPECTS)
+}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
