@@ -22,8 +22,7 @@ from rlhf_pipeline.errors import DataError, Fault
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ANY = 2**31
-NO_LIMITS = Lengths(ANY, ANY, 2 * ANY)
+NO_LIMITS = Lengths(2**31, 2**31, 2**32)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, islice
 from typing import TYPE_CHECKING
 
 from rlhf_pipeline.data.files import RowFault, row_fault
@@ -118,17 +118,9 @@ def duplicates(records: Sequence[Record]) -> dict[str, int]:
 
 def repeats(records: Sequence[Record], most: int) -> list[str]:
     """Return the first rows that repeat an earlier row exactly, each with that row; at most `most`."""
-    first: dict[str, str] = {}
-    found: list[str] = []
-    for record in records:
-        if len(found) == most:
-            break
-        content = record.canonical()
-        if content in first:
-            found.append(f"{record.where} as {first[content]}")
-        else:
-            first[content] = record.where
-    return found
+    first: dict[str, Record] = {}
+    pairs = ((record, first.setdefault(record.canonical(), record)) for record in records)
+    return list(islice((f"{row.where} as {earlier.where}" for row, earlier in pairs if row is not earlier), most))
 
 
 def shared_prompts(records: Sequence[Record], splits: Sequence[str], *, near: bool = False) -> dict[str, int]:

@@ -223,12 +223,12 @@ def run_exact(references: list[str], config: ExactConfig, home: Path) -> ExactRe
     if long_run is not None and not trained_by_dpo(long_run):
         expected = "a DPO model, whose manifest names its reference and its beta"
         raise ConfigError(Fault("long_run", f"{long_run.label} was not trained by `rlhf dpo`", expected))
-    known = [found for model in models if (found := reference_of(registry, model)) is not None]
-    reference = reference or next(iter(known), None)
+    known = [(model, found) for model in models if (found := reference_of(registry, model)) is not None]
+    reference = reference or next((found for _, found in known), None)
     if reference is None:
         raise ConfigError(Fault(models[0].label, "its reference is not known", "--reference REF, the frozen SFT model"))
-    for model, found in ((model, reference_of(registry, model)) for model in models):
-        if found is not None and found.digest != reference.digest:
+    for model, found in known:
+        if found.digest != reference.digest:
             say(f"note: {model.label} was trained with {found.label}; KL is measured to {reference.label} for all")
     bench = set_up(registry, config, reference, device, reference=reference, samples=0, seed=0, say=say)
 
