@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from rlhf_pipeline.evaluation.seeds import holm, infer
+from rlhf_pipeline.evaluation.statistics import LEVEL
 
 Form = Literal["bon", "rl"]
 
@@ -112,9 +113,6 @@ def overoptimised(
     proxy: ArrayLike,
     gold: ArrayLike,
     fitted: Fit | None,
-    *,
-    fixed_prompts: bool = False,
-    level: float = 0.95,
 ) -> Overoptimisation:
     """Whether the gold reward falls while the optimised one still rises, within the range of the data.
 
@@ -124,7 +122,7 @@ def overoptimised(
     2. from some nearer point to the farthest one, paired by seed and prompt, the gold reward falls and the optimised
        one rises, each significantly. Per point p is the larger of the two p-values; over the points, Holm's correction
        (all of them are looked at, so the choice of the highest one costs nothing). Where the gold reward only
-       levels off, this is wrong in at most 1 - level of cases.
+       levels off, this is wrong in at most 5 % of cases.
 
     Args:
         distance: (G,) d = sqrt(KL). proxy, gold: (S, G, P) or (G, P), the rewards.
@@ -146,8 +144,8 @@ def overoptimised(
     nearer = [i for i in range(len(d)) if d[i] < d[last]]
     p_values: list[float | None] = []
     for i in nearer:
-        fall = infer(measured[:, last] - measured[:, i], fixed_prompts=fixed_prompts)
-        rise = infer(optimised[:, last] - optimised[:, i], fixed_prompts=fixed_prompts)
+        fall = infer(measured[:, last] - measured[:, i])
+        rise = infer(optimised[:, last] - optimised[:, i])
         if fall.p is None or rise.p is None:
             p_values.append(None)
         else:
@@ -155,7 +153,7 @@ def overoptimised(
     known = [(p, i) for p, i in zip(holm(p_values), nearer) if p is not None]
     if not known:
         return Overoptimisation(False, "one prompt and one seed: no interval")
-    certain = [(p, i) for p, i in known if p < 1 - level]
+    certain = [(p, i) for p, i in known if p < 1 - LEVEL]
     if not certain:
         least = min(known)[0]
         return Overoptimisation(
