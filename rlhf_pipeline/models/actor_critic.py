@@ -54,10 +54,10 @@ def make_actor_critic(
     return ActorCritic(actor, reader, critic, value_head, temperature)
 
 
-def describe_critic(value_init: ValueInit, reward_model_label: str | None = None) -> str:
+def describe_critic(value_init: ValueInit, reward_model: str | None) -> str:
     """One line for the log: the kind of critic and its initialisation."""
     return {
-        "reward_model": f"critic: a separate trunk, initialised from the reward model {reward_model_label}",
+        "reward_model": f"critic: a separate trunk, initialised from the reward model {reward_model}",
         "sft": "critic: a separate trunk, initialised from the SFT model; the value head starts at 0",
         "shared": "critic: a value head on the actor's trunk; it starts at 0",
     }[value_init]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_pipeline.errors import DamagedFile, UnknownReference, visible
@@ -40,9 +40,9 @@ class Ancestor:
         return asdict(self)
 
 
-def lineage_of(registry: Registry, resolved: Resolved, role: str = "model") -> Ancestor:
+def lineage_of(registry: Registry, resolved: Resolved) -> Ancestor:
     """Return the tree of all ancestors and data of a model or data set."""
-    return _node(registry, resolved, role, resolved.digest, "present", ())
+    return _node(registry, resolved, "model", resolved.digest, "present", ())
 
 
 def stands_apart(registry: Registry, reference: Resolved, start: Resolved) -> bool:
@@ -107,10 +107,8 @@ def _node(
     # The manifest of a folder is not trusted: it may name itself among its parents.
     if manifest is not None and resolved.label not in above:
         above = (*above, resolved.label)
-        for parent_role, parent in manifest.parents.items():
-            origins.append(_parent(registry, parent_role, parent, above))
-        for entry in manifest.data:
-            origins.append(_data(registry, entry, above))
+        origins += [_parent(registry, name, parent, above) for name, parent in manifest.parents.items()]
+        origins += [_data(registry, entry, above) for entry in manifest.data]
     return Ancestor(role, resolved.label, recorded, status, stage=resolved.stage, origins=origins)
 
 
@@ -128,16 +126,14 @@ def _parent(registry: Registry, role: str, parent: Parent, above: tuple[str, ...
 
 
 def _data(registry: Registry, entry: DataEntry, above: tuple[str, ...]) -> Ancestor:
-    status: Status = "outside"
-    stage, origins = None, []
-    if entry.source.startswith(COLLECTED):
-        try:
-            resolved = registry.resolve_data(entry.source.removeprefix(COLLECTED))
-        except UnknownReference:
-            status = "missing"
-        except DamagedFile:
-            status = "damaged"
-        else:
-            node = _node(registry, resolved, "data", entry.digest, "present", above)
-            status, stage, origins = node.status, node.stage, node.origins
-    return Ancestor("data", entry.source, entry.digest, status, stage, entry.split, entry.rows, origins)
+    data = Ancestor("data", entry.source, entry.digest, "outside", split=entry.split, rows=entry.rows)
+    if not entry.source.startswith(COLLECTED):
+        return data
+    try:
+        resolved = registry.resolve_data(entry.source.removeprefix(COLLECTED))
+    except UnknownReference:
+        return replace(data, status="missing")
+    except DamagedFile:
+        return replace(data, status="damaged")
+    found = _node(registry, resolved, "data", entry.digest, "present", above)
+    return replace(data, stage=found.stage, status=found.status, origins=found.origins)
