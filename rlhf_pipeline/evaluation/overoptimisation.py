@@ -47,25 +47,12 @@ class Fit:
     points: int
     residual: float
 
-    def __call__(self, distance: ArrayLike) -> np.ndarray:
-        """The form at the distances d; NaN outside the data."""
-        d = np.asarray(distance, dtype=np.float64)
-        inside = (d >= self.least) & (d <= self.largest)
-        return np.where(inside, _features(self.form, d) @ np.array([self.alpha, self.beta]), np.nan)
 
-
-def _features(form: Form, d: np.ndarray) -> np.ndarray:
-    """(..., 2) such that R(d) - R(0) = features . (alpha, beta); d ln d is 0 at 0."""
-    falling = d**2 if form == "bon" else d * np.log(np.where(d > 0, d, 1.0))
-    return np.stack([d, -falling], -1)
-
-
-def fit_gain(form: Form, distance: ArrayLike, gain: ArrayLike, *, near: float = NEAR) -> Fit | None:
+def fit_gain(form: Form, distance: ArrayLike, gain: ArrayLike) -> Fit | None:
     """Least squares of one form, linear in alpha and beta.
 
     Args:
         distance: (G,) d = sqrt(KL). gain: (G,) R - R(reference), of the judge or the truth.
-        near: points of the RL form below this distance are left out.
 
     Returns:
         None if there are fewer than three different distances.
@@ -78,11 +65,11 @@ def fit_gain(form: Form, distance: ArrayLike, gain: ArrayLike, *, near: float = 
         raise ValueError(
             f"found distances {d.shape} and gains {y.shape}, expected equally many, finite, distances >= 0"
         )
-    used = d >= near if form == "rl" else d > 0
+    used = d >= NEAR if form == "rl" else d > 0
     d, y = d[used], y[used]
     if len(np.unique(d)) < FEWEST:
         return None
-    features = _features(form, d)
+    features = np.stack([d, -(d**2 if form == "bon" else d * np.log(d))], -1)
     (alpha, beta), *_ = np.linalg.lstsq(features, y, rcond=None)
     residual = float(np.sqrt(np.mean((features @ np.array([alpha, beta]) - y) ** 2)))
     peak = None

@@ -216,9 +216,7 @@ def longer_wins(chosen: Sequence[Sized], rejected: Sequence[Sized]) -> list[floa
     return [float(len(one) - len(other)) for one, other in zip(chosen, rejected, strict=True)]
 
 
-def tfidf_bradley_terry(
-    train: Sequence[tuple[str, str]], test: Sequence[tuple[str, str]], *, max_features: int = 20_000
-) -> list[float]:
+def tfidf_bradley_terry(train: Sequence[tuple[str, str]], test: Sequence[tuple[str, str]]) -> list[float]:
     """Score differences on `test` of a Bradley-Terry model on TF-IDF features fitted on `train`.
 
     sigma(w . [x(chosen) - x(rejected)]) by L2-regularised logistic regression without intercept; each pair is
@@ -232,7 +230,7 @@ def tfidf_bradley_terry(
     if not train or not test:
         return [0.0] * len(test)
     vectorizer = TfidfVectorizer(
-        ngram_range=(1, 2), sublinear_tf=True, max_features=max_features, token_pattern=r"(?u)\w+|[^\w\s]+"
+        ngram_range=(1, 2), sublinear_tf=True, max_features=20_000, token_pattern=r"(?u)\w+|[^\w\s]+"
     )
     try:
         vectorizer.fit([text for pair in train for text in pair])

@@ -131,12 +131,6 @@ class ActorCritic(nn.Module):
         return TokenScores(logprobs, entropy, values.to(logprobs.dtype))
 
 
-def shared_storage(one: nn.Module, other: nn.Module) -> list[str]:
-    """Names of parameters of `other` that share memory with a parameter of `one`."""
-    mine = {parameter.untyped_storage().data_ptr() for parameter in one.parameters() if parameter.numel()}
-    return [name for name, parameter in other.named_parameters() if parameter.untyped_storage().data_ptr() in mine]
-
-
 def assert_independent(policy: nn.Module, frozen: nn.Module) -> None:
     """Check that a frozen model is independent of the model in training.
 
@@ -144,7 +138,9 @@ def assert_independent(policy: nn.Module, frozen: nn.Module) -> None:
         RuntimeError: they share memory, or a module of `frozen` has a patched `forward` (some libraries replace
             `forward` in place; a deep copy of such a model computes with the original's weights, held in a closure).
     """
-    if shared := shared_storage(policy, frozen):
+    mine = {parameter.untyped_storage().data_ptr() for parameter in policy.parameters() if parameter.numel()}
+    named = frozen.named_parameters()
+    if shared := [name for name, parameter in named if parameter.untyped_storage().data_ptr() in mine]:
         raise RuntimeError(f"the frozen model shares memory with the policy: {', '.join(shared[:3])}")
     for name, module in frozen.named_modules():
         if "forward" in vars(module):
