@@ -85,14 +85,13 @@ def fit_gain(form: Form, distance: ArrayLike, gain: ArrayLike) -> Fit | None:
 
 @dataclass(frozen=True)
 class Overoptimisation:
-    """Whether it was found, in words why or why not. since: index of the point from which the gold reward fell to
-    that of the farthest one, of all that qualify the highest; p: of this fall (of the clearest one where none is
-    certain), corrected for the points looked at."""
+    """Whether it was found, in words why or why not. p: of the fall of the gold reward to that of the farthest point,
+    from the highest of all points that qualify (of the clearest fall where none is certain), corrected for the points
+    looked at."""
 
     found: bool
     why: str
     p: float | None = None
-    since: int | None = None
 
 
 def overoptimised(
@@ -147,4 +146,4 @@ def overoptimised(
             False, "no fall of the gold reward beside a rise of the optimised one is certain", least
         )
     p, since = max(certain, key=lambda one: measured[:, one[1]].mean())
-    return Overoptimisation(True, f"the gold reward falls from d = {d[since]:.2f} to {d[last]:.2f}", p, since)
+    return Overoptimisation(True, f"the gold reward falls from d = {d[since]:.2f} to {d[last]:.2f}", p)

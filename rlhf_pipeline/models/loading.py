@@ -17,13 +17,6 @@ from rlhf_pipeline.models.refusals import first_line, refuse_to_hide, require_fu
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
-
 
 def without_dropout(config: Any) -> Any:
     """Set every dropout probability of a transformers config to 0, in place; returns the config."""
@@ -60,7 +53,7 @@ def _load(
         return auto_class.from_pretrained(
             str(path),
             revision=revision,
-            dtype=DTYPES.get(dtype, dtype),
+            dtype=dtype,
             use_safetensors=True,
             config=config,
             attn_implementation=attn_implementation,
@@ -186,7 +179,9 @@ def init_causal_lm(
         bos_token_id=tokenizer.bos_token_id,
     )
     torch.manual_seed(seed)
-    model = model_of_config(config, dtype=DTYPES.get(dtype, torch.float32), attn_implementation=attn_implementation)
+    model = model_of_config(
+        config, dtype="float32" if dtype == "auto" else dtype, attn_implementation=attn_implementation
+    )
     adopt_tokenizer(model, tokenizer)
     return model
 
