@@ -6,8 +6,8 @@ import shutil
 
 from rich.console import Console
 
-from rlhf_pipeline.registry import DataEntry, Parent
 from rlhf_pipeline.registry.lineage import lineage_of, render
+from rlhf_pipeline.registry.manifest import DataEntry, Parent
 
 
 def demo(registry, model):

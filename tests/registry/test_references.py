@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_pipeline.errors import UnknownReference
-from rlhf_pipeline.registry import Reference, Resolved, Version, parse_reference
+from rlhf_pipeline.registry.references import Reference, Resolved, Version, parse_reference
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_labels_and_locations():
 
 @pytest.mark.parametrize("text", ["~\ud800", "a\ud800b"])
 def test_half_a_surrogate_pair_is_no_reference(text, tmp_path):
-    from rlhf_pipeline.registry import Registry
+    from rlhf_pipeline.registry.store import Registry
 
     with pytest.raises(UnknownReference, match="surrogate"):
         Registry(tmp_path).resolve(text)
