@@ -91,7 +91,7 @@ def lineage(
     registry = common.registry
     node = lineage_of(registry, registry.resolve(reference))
     if common.json:
-        emit_json(node.to_dict())
+        emit_json(asdict(node))
     else:
         printer().print(render(node))
 

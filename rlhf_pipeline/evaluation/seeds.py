@@ -10,13 +10,16 @@ Legend: S seeds, P prompts; values (S, P) hold one figure per seed and prompt, (
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from rlhf_pipeline.evaluation.statistics import (
+    FEW_CLUSTERS,
     Estimate,
     agreement,
     clustered,
@@ -36,6 +39,9 @@ OVER_SEEDS = "t over seeds"
 OVER_BOTH = "t over seeds and prompts"
 SHARE_OVER = {OVER_SEEDS: "wilson over seeds", OVER_BOTH: "wilson over seeds and prompts"}
 """The name of a share's method, by the name of a plain mean's method."""
+
+MOST = 1_000_000
+"""An effect that needs more seeds or prompts than this counts as no effect."""
 
 
 @dataclass(frozen=True)
@@ -198,3 +204,37 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         running = max(running, min(1.0, (len(tests) - rank) * p))
         adjusted[place] = running
     return adjusted
+
+
+def needed(difference: Estimate) -> dict[str, Any] | None:
+    """The number of seeds or prompts at which the 95 % interval excludes 0, if effect and spread stay the same.
+
+    The smallest N' >= 2 with q(N') (h / q(N)) sqrt(N / N') < |mean|: N the present number of what the interval counts,
+    h its longer half, q the 97.5 % quantile: Student's with N' - 1 degrees of freedom; for prompts the normal one from
+    50 on, as in intervals. An interval over seeds and prompts does not hold the parts of its variance: the answer is
+    then for both growing in the same proportion.
+
+    Returns:
+        {"count", "unit"}; None if more than a million are needed, or if there is only one.
+    """
+    now, effect = difference.clusters, abs(difference.mean)
+    over_seeds = difference.method in (OVER_SEEDS, OVER_BOTH)
+    if now < 2:
+        return None
+
+    def quantile(count: int) -> float:
+        return student_quantile(math.inf if count >= FEW_CLUSTERS and not over_seeds else count - 1)
+
+    half = max(difference.high - difference.mean, difference.mean - difference.low)
+    variance = (half / quantile(now)) ** 2
+
+    def enough(count: int) -> bool:
+        return quantile(count) * math.sqrt(variance * now / count) < effect
+
+    count = 2 + bisect_left(range(2, MOST + 1), True, key=enough)
+    if count > MOST:
+        return None
+    unit = (
+        "seeds (and prompts in proportion)" if difference.method == OVER_BOTH else "seeds" if over_seeds else "prompts"
+    )
+    return {"count": count, "unit": unit}

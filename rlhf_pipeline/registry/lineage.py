@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
 
 from rlhf_pipeline.errors import DamagedFile, UnknownReference, visible
 from rlhf_pipeline.registry.manifest import DataEntry, Parent
@@ -34,10 +34,6 @@ class Ancestor:
     split: str | None = None
     rows: int | None = None
     origins: list[Ancestor] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the tree as plain dicts."""
-        return asdict(self)
 
 
 def lineage_of(registry: Registry, resolved: Resolved) -> Ancestor:

@@ -7,12 +7,12 @@ import math
 import numpy as np
 import pytest
 
-from rlhf_pipeline.evaluation.needed import needed
 from rlhf_pipeline.evaluation.seeds import (
     contrast,
     from_replicates,
     holm,
     infer,
+    needed,
     over_prompts,
     over_seeds,
     over_seeds_and_prompts,
