@@ -86,4 +86,5 @@ def reward_model_of(registry: Registry, models: Sequence[Resolved]) -> str | Non
 
 def beta_of(resolved: Resolved) -> float | None:
     """Return the beta (`kl_coef`) that a model was trained with; None if it is 0 (no optimum) or unknown."""
-    return resolved.config.get("kl_coef", resolved.config.get("beta")) or None
+    config = resolved.manifest.config if resolved.manifest is not None else {}
+    return config.get("kl_coef", config.get("beta")) or None
