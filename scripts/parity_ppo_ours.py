@@ -22,8 +22,7 @@ from rlhf_pipeline.algorithms.policy import clipped_value_loss
 from rlhf_pipeline.config.ppo import PpoConfig
 from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.tokenize import Example
-from rlhf_pipeline.models.actor_critic import make_actor_critic
-from rlhf_pipeline.models.modules import ActorCritic, Policy, RewardModel
+from rlhf_pipeline.models.modules import ActorCritic, Policy, RewardModel, make_actor_critic
 from rlhf_pipeline.models.selfcheck import inspect_model, inspect_reward_model
 from rlhf_pipeline.rollout.rewards import ModelReward
 from rlhf_pipeline.rollout.rollout import Estimates, Rollout

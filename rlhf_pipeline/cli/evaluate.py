@@ -62,7 +62,7 @@ def emit_measuring(common: Common, config: PromptsConfig, models: Sequence[str])
     Raises:
         UnknownReference, MismatchError, DamagedFile.
     """
-    from rlhf_pipeline.registry import check_role
+    from rlhf_pipeline.registry.roles import check_role
 
     registry, labels = common.registry, []
     for text in models:

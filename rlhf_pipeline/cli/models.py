@@ -84,7 +84,7 @@ def lineage(common: Common, reference: RefArgument) -> None:
     registry = common.registry
     node = lineage_of(registry, registry.resolve(reference))
     if common.json:
-        emit_json(node.to_dict())
+        emit_json(asdict(node))
     else:
         printer().print(render(node))
 

@@ -17,7 +17,7 @@ from rlhf_pipeline.errors import BadInput
 
 if TYPE_CHECKING:
     from rlhf_pipeline.config.load import Loaded
-    from rlhf_pipeline.registry import Registry
+    from rlhf_pipeline.registry.store import Registry
 
 HOME_VARIABLE = "RLHF_HOME"
 DEFAULT_HOME = "rlhf_home"
@@ -45,7 +45,7 @@ class Common:
     @property
     def registry(self) -> Registry:
         """The registry in the home directory."""
-        from rlhf_pipeline.registry import Registry
+        from rlhf_pipeline.registry.store import Registry
 
         return Registry(self.home_path)
 

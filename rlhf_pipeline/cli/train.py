@@ -14,7 +14,7 @@ from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_plan, emit_tabl
 
 if TYPE_CHECKING:
     from rlhf_pipeline.config.base import CommandConfig
-    from rlhf_pipeline.registry import Registry
+    from rlhf_pipeline.registry.store import Registry
 
 NOT_TRAINED = "nothing was trained"
 
@@ -50,7 +50,7 @@ def check_models(config: CommandConfig, registry: Registry) -> None:
         UnknownReference, MismatchError, DamagedFile.
     """
     from rlhf_pipeline.config.mentions import mentions
-    from rlhf_pipeline.registry import check_role
+    from rlhf_pipeline.registry.roles import check_role
 
     for mention in mentions(config):
         if mention.role != "data":

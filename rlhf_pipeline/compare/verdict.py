@@ -12,7 +12,7 @@ from math import inf, isfinite
 
 from rlhf_pipeline.compare.aim import describe_aims
 from rlhf_pipeline.compare.preference_quality import LONGER
-from rlhf_pipeline.evaluation.needed import needed
+from rlhf_pipeline.evaluation.seeds import needed
 from rlhf_pipeline.evaluation.statistics import Estimate
 from rlhf_pipeline.report.results import Contrast, Findings, Gap, Interval, Line, Overoptimised, Verdict
 

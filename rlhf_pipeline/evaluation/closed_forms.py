@@ -139,10 +139,10 @@ def frontier(laws: Sequence[RewardLaw], betas: Sequence[float]) -> GibbsFrontier
     return GibbsFrontier(torch.tensor(list(betas), dtype=torch.float64), reward, kl, log_z)
 
 
-def beta_grid(low: float = 0.02, high: float = 50.0, count: int = 256) -> list[float]:
-    """A dense grid of betas, evenly spaced in their logarithm."""
-    start, end = torch.tensor([low, high]).log10().tolist()
-    return torch.logspace(start, end, count, dtype=torch.float64).tolist()
+def beta_grid() -> list[float]:
+    """A dense grid of betas from 0.02 to 50, evenly spaced in their logarithm."""
+    start, end = torch.tensor([0.02, 50.0]).log10().tolist()
+    return torch.logspace(start, end, 256, dtype=torch.float64).tolist()
 
 
 def world_reward(prompt_ids: Sequence[int], tree: ResponseTree) -> Tensor:

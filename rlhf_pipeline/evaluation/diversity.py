@@ -54,15 +54,14 @@ def distinct(
     return found
 
 
-def self_bleu(responses: Sequence[Sequence[str]], *, tokenize: str = "13a") -> float:
+def self_bleu(responses: Sequence[Sequence[str]]) -> float:
     """Mean over responses of BLEU against the other responses to the same prompt, 0 (all differ) to 1 (all equal).
 
     (Zhu et al. 2018, Texygen; BLEU by sacrebleu, Post 2018, settings in SELF_BLEU.) It rises with the number of
     responses per prompt, so compare only equal numbers. An empty response counts 1 beside another empty one, else 0.
 
     Args:
-        responses: texts, one list per prompt, at least two in each. tokenize: sacrebleu's name of a tokenisation;
-            "char" for writing without spaces.
+        responses: texts, one list per prompt, at least two in each.
 
     Raises:
         ValueError: there are no prompts, or a prompt has fewer than two responses.
@@ -71,7 +70,7 @@ def self_bleu(responses: Sequence[Sequence[str]], *, tokenize: str = "13a") -> f
         raise ValueError("self-BLEU: found a prompt with fewer than two responses, expected at least two for each")
     from sacrebleu.metrics.bleu import BLEU
 
-    bleu = BLEU(**{**SELF_BLEU, "tokenize": tokenize})
+    bleu = BLEU(**SELF_BLEU)
     scores = []
     for texts in responses:
         for i, text in enumerate(texts):

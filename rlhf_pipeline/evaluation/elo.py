@@ -86,7 +86,7 @@ def _information(played: np.ndarray, s: np.ndarray) -> np.ndarray:
     return np.diag(curvature.sum(1)) - curvature
 
 
-def rank(wins: ArrayLike, *, baseline: int = 0, level: float = 0.95) -> list[Standing]:
+def rank(wins: ArrayLike, *, baseline: int = 0) -> list[Standing]:
     """Elo of k models, 400 / ln 10 points per unit of log-odds, the baseline at 1000.
 
     The interval is Student's t over prompts of the distance to the baseline, with the variance of an M-estimator
@@ -116,7 +116,7 @@ def rank(wins: ArrayLike, *, baseline: int = 0, level: float = 0.95) -> list[Sta
     above, below = reach[:, baseline], reach[baseline]
     if not (above | below).all():
         raise ValueError("found models that no path of wins joins with the baseline, expected each to be compared")
-    quantile = student_quantile(prompts - 1, level)
+    quantile = student_quantile(prompts - 1)
     found: dict[int, Standing] = {}
     group = np.flatnonzero(above & below)
     inside = table[:, group][:, :, group]

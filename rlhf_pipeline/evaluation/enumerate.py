@@ -8,6 +8,8 @@ a packed batch holds a prefix and all its children, so each prefix is computed o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +20,15 @@ from rlhf_pipeline.models.forward import hidden_states, next_token_logprobs, tru
 from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.modules import Policy, RewardModel
 
-ROWS = 256
-"""Default number of rows in one forward pass."""
+
+@dataclass(frozen=True)
+class Reading:
+    """How a tree is read. rows_at_once: prefixes, each with all its next tokens, that are read in one pass; memory:
+    remembers how often their number was halved."""
+
+    rows_at_once: int = 256
+    memory: Memory = field(default_factory=Memory)
+    device: torch.device | str = "cpu"
 
 
 def _by_family(
@@ -29,10 +38,7 @@ def _by_family(
     depth: int,
     children: Tensor,
     layout: Layout,
-    *,
-    rows_at_once: int,
-    memory: Memory | None,
-    device: torch.device | str,
+    reading: Reading,
 ) -> Tensor:
     """Apply `read` to the nodes of one depth with the given children, family by family, in order.
 
@@ -40,57 +46,40 @@ def _by_family(
     halved from then on.
     """
     prompt, nodes = torch.tensor(list(prompt_ids), dtype=torch.long), tree.prefixes(depth)
-    families = rows_at_once // len(children) if layout == "rows" else rows_at_once
-    most, memory, found = min(max(1, families), len(nodes)), memory or Memory(), []
+    families = reading.rows_at_once // len(children) if layout == "rows" else reading.rows_at_once
+    most, found = min(max(1, families), len(nodes)), []
 
     def some(size: int) -> tuple[int, Tensor]:
         part = nodes[:size]
         prefixes = torch.cat([prompt.expand(len(part), -1), part], 1)
-        return len(part), read(pack_siblings(prefixes, children, layout).to(device))
+        return len(part), read(pack_siblings(prefixes, children, layout).to(reading.device))
 
     while len(nodes):
-        count, values = memory.shrink("exact figures", most, some, "prefix")
+        count, values = reading.memory.shrink("exact figures", most, some, "prefix")
         found.append(values)
         nodes = nodes[count:]
     return torch.cat(found)
 
 
 @torch.no_grad()
-def leaf_logprobs(
-    policy: Policy,
-    prompt_ids: Sequence[int],
-    tree: ResponseTree,
-    *,
-    rows_at_once: int = ROWS,
-    memory: Memory | None = None,
-    device: torch.device | str = "cpu",
-) -> Tensor:
+def leaf_logprobs(policy: Policy, prompt_ids: Sequence[int], tree: ResponseTree, **reading: Any) -> Tensor:
     """log pi(y | x) of every leaf y: (L,) float64 on the CPU.
 
     log pi(y | x) = sum_t log pi(y_t | x, y_<t), summed in float64; exp of it sums to 1 over the leaves up to the
     rounding of the model's own number type.
 
     Args:
-        rows_at_once: prefixes, each with all its next tokens, that are read in one pass. memory: remembers how
-            often the number was halved.
+        reading: the fields of `Reading`.
     """
-    prompt, root = torch.tensor([list(prompt_ids)]), tree.words[:1]
-    batch = pack_siblings(prompt, root, policy.reader.layout).to(device)
-    steps = [_distributions(policy, batch, batch.predict_index)]
+    how, layout = Reading(**reading), policy.reader.layout
+    root = pack_siblings(torch.tensor([list(prompt_ids)]), tree.words[:1], layout).to(how.device)
+    steps = [_distributions(policy, root, root.predict_index)]
+
+    def below(batch: PackedBatch) -> Tensor:
+        return _distributions(policy, batch, batch.last_index)
+
     for depth in range(1, tree.horizon):  # the nodes of one depth are the children of the nodes above
-        steps.append(
-            _by_family(
-                lambda batch: _distributions(policy, batch, batch.last_index),
-                prompt_ids,
-                tree,
-                depth - 1,
-                tree.words,
-                policy.reader.layout,
-                rows_at_once=rows_at_once,
-                memory=memory,
-                device=device,
-            )
-        )
+        steps.append(_by_family(below, prompt_ids, tree, depth - 1, tree.words, layout, how))
 
     ended, here = [], torch.zeros(1, dtype=torch.float64)
     for step in steps:
@@ -116,34 +105,21 @@ def walk_counts(prompt_length: int, tree: ResponseTree) -> tuple[int, int, int]:
 
 
 @torch.no_grad()
-def leaf_scores(
-    model: RewardModel,
-    prompt_ids: Sequence[int],
-    tree: ResponseTree,
-    *,
-    rows_at_once: int = ROWS,
-    memory: Memory | None = None,
-    device: torch.device | str = "cpu",
-) -> Tensor:
+def leaf_scores(model: RewardModel, prompt_ids: Sequence[int], tree: ResponseTree, **reading: Any) -> Tensor:
     """r(x, y) of every leaf y: (L,) fp32 on the CPU, with the model's own `score_pooling`.
 
     Args:
-        rows_at_once, memory: see `leaf_logprobs`.
+        reading: the fields of `Reading`.
     """
+    how = Reading(**reading)
 
     def scores(depth: int, children: Tensor) -> Tensor:
         """(W^depth, C) scores of the responses that end in a child of a node of one depth."""
-        return _by_family(
-            lambda batch: _child_scores(model, batch, depth).view(-1, len(children)).cpu(),
-            prompt_ids,
-            tree,
-            depth,
-            children,
-            model.reader.layout,
-            rows_at_once=rows_at_once,
-            memory=memory,
-            device=device,
-        )
+
+        def read(batch: PackedBatch) -> Tensor:
+            return _child_scores(model, batch, depth).view(-1, len(children)).cpu()
+
+        return _by_family(read, prompt_ids, tree, depth, children, model.reader.layout, how)
 
     stop = torch.tensor([tree.stop_id])
     ended = [scores(depth, stop).flatten() for depth in range(tree.horizon - 1)]

@@ -127,9 +127,7 @@ def _read(
     *,
     at: float | None,
     reached: str,
-    fixed_prompts: bool,
     resamples: int,
-    seed: int,
 ) -> Reading:
     """A statistic of the curves' points, ((..., S, G), (..., S, G)) each -> (..., S), NaN where undefined: for each
     seed, and in every replicate over prompts."""
@@ -141,13 +139,13 @@ def _read(
     if np.isnan(values).any():
         missed = float(np.isnan(values).mean())
         return Reading(None, at, missed, f"not reached: {reached}")
-    blocks = count_blocks(prompts, resamples=resamples, seed=seed)
+    blocks = count_blocks(prompts, resamples=resamples)
     replicates = np.concatenate([statistic([curve.means(counts) for curve in curves]) for counts in blocks])
     lost = np.isnan(replicates).any(1)
     missed = float(lost.mean())
     if missed > MOST_MISSED:
         return Reading(None, at, missed, f"not reached in {missed:.0%} of the resampled sets of prompts: {reached}")
-    return Reading(from_replicates(values, replicates[~lost], prompts, fixed_prompts=fixed_prompts), at, missed)
+    return Reading(from_replicates(values, replicates[~lost], prompts), at, missed)
 
 
 def _ranges(curves: Sequence[Curve], names: Sequence[str]) -> str:
@@ -163,9 +161,7 @@ def reward_at(
     at: float,
     *,
     name: str = "the arm",
-    fixed_prompts: bool = False,
     resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> Reading:
     """The reward of one arm at x = at, each seed by its own curve, with the interval of `seeds.from_replicates`.
 
@@ -177,9 +173,7 @@ def reward_at(
         [curve],
         at=at,
         reached=f"{_ranges([curve], [name])}, requested is {at:.3g}",
-        fixed_prompts=fixed_prompts,
         resamples=resamples,
-        seed=seed,
     )
 
 
@@ -189,14 +183,12 @@ def difference_at(
     at: float | None = None,
     *,
     names: tuple[str, str] = ("the first", "the second"),
-    fixed_prompts: bool = False,
     resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> Reading:
     """The reward of a minus that of b at the same x, by default the middle of their common range.
 
     One seed: the interval is that of the replicates over prompts, each with its own interpolation. Several seeds: t
-    over the differences of the seeds, with the variance of the replicates added unless `fixed_prompts` is set.
+    over the differences of the seeds, with the variance of the replicates added.
 
     Args:
         a, b: curves with the same seeds and prompts, each with its own settings, chosen on other prompts (`choose`).
@@ -216,9 +208,7 @@ def difference_at(
         [a, b],
         at=at,
         reached=f"{reached}, requested is {at:.3g}",
-        fixed_prompts=fixed_prompts,
         resamples=resamples,
-        seed=seed,
     )
 
 
@@ -240,9 +230,7 @@ def area_between(
     b: Curve,
     *,
     names: tuple[str, str] = ("the first", "the second"),
-    fixed_prompts: bool = False,
     resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> Reading:
     """The area between two arms' curves over their common range of x, divided by its width: the mean difference in
     reward over that range. Each seed and each replicate has its own range.
@@ -255,7 +243,5 @@ def area_between(
         [a, b],
         at=None,
         reached=f"no common range: {_ranges([a, b], names)}",
-        fixed_prompts=fixed_prompts,
         resamples=resamples,
-        seed=seed,
     )

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from rlhf_pipeline.evaluation.seeds import holm, infer
+from rlhf_pipeline.evaluation.statistics import LEVEL
 
 Form = Literal["bon", "rl"]
 
@@ -46,25 +47,12 @@ class Fit:
     points: int
     residual: float
 
-    def __call__(self, distance: ArrayLike) -> np.ndarray:
-        """The form at the distances d; NaN outside the data."""
-        d = np.asarray(distance, dtype=np.float64)
-        inside = (d >= self.least) & (d <= self.largest)
-        return np.where(inside, _features(self.form, d) @ np.array([self.alpha, self.beta]), np.nan)
 
-
-def _features(form: Form, d: np.ndarray) -> np.ndarray:
-    """(..., 2) such that R(d) - R(0) = features . (alpha, beta); d ln d is 0 at 0."""
-    falling = d**2 if form == "bon" else d * np.log(np.where(d > 0, d, 1.0))
-    return np.stack([d, -falling], -1)
-
-
-def fit_gain(form: Form, distance: ArrayLike, gain: ArrayLike, *, near: float = NEAR) -> Fit | None:
+def fit_gain(form: Form, distance: ArrayLike, gain: ArrayLike) -> Fit | None:
     """Least squares of one form, linear in alpha and beta.
 
     Args:
         distance: (G,) d = sqrt(KL). gain: (G,) R - R(reference), of the judge or the truth.
-        near: points of the RL form below this distance are left out.
 
     Returns:
         None if there are fewer than three different distances.
@@ -77,11 +65,11 @@ def fit_gain(form: Form, distance: ArrayLike, gain: ArrayLike, *, near: float = 
         raise ValueError(
             f"found distances {d.shape} and gains {y.shape}, expected equally many, finite, distances >= 0"
         )
-    used = d >= near if form == "rl" else d > 0
+    used = d >= NEAR if form == "rl" else d > 0
     d, y = d[used], y[used]
     if len(np.unique(d)) < FEWEST:
         return None
-    features = _features(form, d)
+    features = np.stack([d, -(d**2 if form == "bon" else d * np.log(d))], -1)
     (alpha, beta), *_ = np.linalg.lstsq(features, y, rcond=None)
     residual = float(np.sqrt(np.mean((features @ np.array([alpha, beta]) - y) ** 2)))
     peak = None
@@ -97,14 +85,13 @@ def fit_gain(form: Form, distance: ArrayLike, gain: ArrayLike, *, near: float = 
 
 @dataclass(frozen=True)
 class Overoptimisation:
-    """Whether it was found, in words why or why not. since: index of the point from which the gold reward fell to
-    that of the farthest one, of all that qualify the highest; p: of this fall (of the clearest one where none is
-    certain), corrected for the points looked at."""
+    """Whether it was found, in words why or why not. p: of the fall of the gold reward to that of the farthest point,
+    from the highest of all points that qualify (of the clearest fall where none is certain), corrected for the points
+    looked at."""
 
     found: bool
     why: str
     p: float | None = None
-    since: int | None = None
 
 
 def overoptimised(
@@ -112,9 +99,6 @@ def overoptimised(
     proxy: ArrayLike,
     gold: ArrayLike,
     fitted: Fit | None,
-    *,
-    fixed_prompts: bool = False,
-    level: float = 0.95,
 ) -> Overoptimisation:
     """Whether the gold reward falls while the optimised one still rises, within the range of the data.
 
@@ -124,7 +108,7 @@ def overoptimised(
     2. from some nearer point to the farthest one, paired by seed and prompt, the gold reward falls and the optimised
        one rises, each significantly. Per point p is the larger of the two p-values; over the points, Holm's correction
        (all of them are looked at, so the choice of the highest one costs nothing). Where the gold reward only
-       levels off, this is wrong in at most 1 - level of cases.
+       levels off, this is wrong in at most 5 % of cases.
 
     Args:
         distance: (G,) d = sqrt(KL). proxy, gold: (S, G, P) or (G, P), the rewards.
@@ -146,8 +130,8 @@ def overoptimised(
     nearer = [i for i in range(len(d)) if d[i] < d[last]]
     p_values: list[float | None] = []
     for i in nearer:
-        fall = infer(measured[:, last] - measured[:, i], fixed_prompts=fixed_prompts)
-        rise = infer(optimised[:, last] - optimised[:, i], fixed_prompts=fixed_prompts)
+        fall = infer(measured[:, last] - measured[:, i])
+        rise = infer(optimised[:, last] - optimised[:, i])
         if fall.p is None or rise.p is None:
             p_values.append(None)
         else:
@@ -155,11 +139,11 @@ def overoptimised(
     known = [(p, i) for p, i in zip(holm(p_values), nearer) if p is not None]
     if not known:
         return Overoptimisation(False, "one prompt and one seed: no interval")
-    certain = [(p, i) for p, i in known if p < 1 - level]
+    certain = [(p, i) for p, i in known if p < 1 - LEVEL]
     if not certain:
         least = min(known)[0]
         return Overoptimisation(
             False, "no fall of the gold reward beside a rise of the optimised one is certain", least
         )
     p, since = max(certain, key=lambda one: measured[:, one[1]].mean())
-    return Overoptimisation(True, f"the gold reward falls from d = {d[since]:.2f} to {d[last]:.2f}", p, since)
+    return Overoptimisation(True, f"the gold reward falls from d = {d[since]:.2f} to {d[last]:.2f}", p)

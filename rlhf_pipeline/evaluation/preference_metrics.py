@@ -13,8 +13,15 @@ from typing import Any
 import numpy as np
 
 from rlhf_pipeline.data.tokenize import Example
-from rlhf_pipeline.evaluation.resampling import clustered, student_quantile
-from rlhf_pipeline.evaluation.statistics import Estimate, Numbers, cluster_mean, prompt_weights
+from rlhf_pipeline.evaluation.statistics import (
+    Estimate,
+    Numbers,
+    cluster_mean,
+    clustered,
+    prompt_codes,
+    prompt_weights,
+    student_quantile,
+)
 
 CALIBRATION_BINS = 15
 
@@ -94,7 +101,7 @@ def _bins(differences: Numbers, bins: int) -> list[np.ndarray]:
     return [group for group in np.array_split(order, bins) if len(group)]
 
 
-def calibration_slope(differences: Numbers, clusters: Sequence[str], *, level: float = 0.95) -> Estimate | None:
+def calibration_slope(differences: Numbers, clusters: Sequence[str]) -> Estimate | None:
     """Maximum-likelihood s of P(label) = sigma(s x difference), with an interval clustered by prompt.
 
         sum over pairs of w d sigma(-s d) = 0,    d = r_w - r_l,    w = 1 / pairs of the prompt
@@ -114,8 +121,7 @@ def calibration_slope(differences: Numbers, clusters: Sequence[str], *, level: f
     difference = np.asarray(differences, dtype=np.float64)
     if not ((difference > 0).any() and (difference < 0).any()):
         return None
-    numbers: dict[str, int] = {}
-    codes = np.array([numbers.setdefault(cluster, len(numbers)) for cluster in clusters])
+    codes = prompt_codes(clusters)
     weights = 1.0 / np.bincount(codes)[codes]
     scale = float(np.abs(difference).max())
     d = difference / scale
@@ -132,13 +138,13 @@ def calibration_slope(differences: Numbers, clusters: Sequence[str], *, level: f
     for _ in range(200):
         middle = (low + high) / 2
         low, high = (middle, high) if steps(middle).sum() > 0 else (low, middle)
-    s, groups = (low + high) / 2, len(numbers)
+    s, groups = (low + high) / 2, int(codes.max()) + 1
     by_prompt = np.bincount(codes, weights=steps(s))
     curvature = float((weights * d**2 * expit(s * d) * expit(-s * d)).sum())
     half = math.inf
     if groups > 1 and curvature > 0:
         error = math.sqrt(groups / (groups - 1) * float((by_prompt**2).sum())) / curvature
-        half = student_quantile(groups - 1, level) * error
+        half = student_quantile(groups - 1) * error
     return Estimate(s / scale, (s - half) / scale, (s + half) / scale, len(d), groups, "t")
 
 
@@ -210,9 +216,7 @@ def longer_wins(chosen: Sequence[Sized], rejected: Sequence[Sized]) -> list[floa
     return [float(len(one) - len(other)) for one, other in zip(chosen, rejected, strict=True)]
 
 
-def tfidf_bradley_terry(
-    train: Sequence[tuple[str, str]], test: Sequence[tuple[str, str]], *, max_features: int = 20_000
-) -> list[float]:
+def tfidf_bradley_terry(train: Sequence[tuple[str, str]], test: Sequence[tuple[str, str]]) -> list[float]:
     """Score differences on `test` of a Bradley-Terry model on TF-IDF features fitted on `train`.
 
     sigma(w . [x(chosen) - x(rejected)]) by L2-regularised logistic regression without intercept; each pair is
@@ -226,7 +230,7 @@ def tfidf_bradley_terry(
     if not train or not test:
         return [0.0] * len(test)
     vectorizer = TfidfVectorizer(
-        ngram_range=(1, 2), sublinear_tf=True, max_features=max_features, token_pattern=r"(?u)\w+|[^\w\s]+"
+        ngram_range=(1, 2), sublinear_tf=True, max_features=20_000, token_pattern=r"(?u)\w+|[^\w\s]+"
     )
     try:
         vectorizer.fit([text for pair in train for text in pair])

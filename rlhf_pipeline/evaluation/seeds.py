@@ -1,8 +1,8 @@
 """Intervals and p-values over several seeds and prompts.
 
-The interval depends on the statement. "On these prompts" (all prompts that exist, or exact figures): Student's t over
-seeds. "On prompts like these": the crossed form, in which prompts count as sampled too; the coverage of a t over seeds
-alone is far too low there. One seed supports no statement about other seeds, whatever its interval.
+The interval depends on the statement. "On these prompts": Student's t over seeds. "On prompts like these": the crossed
+form, in which prompts count as sampled too; the coverage of a t over seeds alone is far too low there. One seed
+supports no statement about other seeds, whatever its interval.
 
 Legend: S seeds, P prompts; values (S, P) hold one figure per seed and prompt, (S,) one per seed.
 """
@@ -10,6 +10,7 @@ Legend: S seeds, P prompts; values (S, P) hold one figure per seed and prompt, (
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,20 +18,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rlhf_pipeline.evaluation.resampling import (
+from rlhf_pipeline.evaluation.statistics import (
+    FEW_CLUSTERS,
+    Estimate,
+    agreement,
     clustered,
+    effective_size,
     replicate_interval,
     replicate_p,
     share_error,
+    share_over_prompts,
     standard_error,
     student_p,
-)
-from rlhf_pipeline.evaluation.statistics import (
-    RESAMPLES,
-    WILSON,
-    Estimate,
-    agreement,
-    effective_size,
     student_quantile,
     variance_of_mean,
     wilson_interval,
@@ -41,29 +40,20 @@ OVER_BOTH = "t over seeds and prompts"
 SHARE_OVER = {OVER_SEEDS: "wilson over seeds", OVER_BOTH: "wilson over seeds and prompts"}
 """The name of a share's method, by the name of a plain mean's method."""
 
+MOST = 1_000_000
+"""An effect that needs more seeds or prompts than this counts as no effect."""
+
 
 @dataclass(frozen=True)
 class Inference:
     """A mean over seeds and prompts, and the two-sided p-value of "it is `null`".
 
-    p is None where one unit leaves no degrees of freedom. seed_variance and prompt_variance are the two parts of the
-    squared standard error (of a share that is tested: were it `null`): the one shrinks with 1 / S, the other with
-    1 / P. In `estimate`, clusters counts what the degrees of freedom count: seeds where method says "over seeds" or
-    "over seeds and prompts", else prompts.
+    p is None where one unit leaves no degrees of freedom. In `estimate`, clusters counts what the degrees of freedom
+    count: seeds where method says "over seeds" or "over seeds and prompts", else prompts.
     """
 
     estimate: Estimate
     p: float | None
-    seeds: int
-    prompts: int
-    seed_variance: float
-    prompt_variance: float
-    null: float = 0.0
-
-    @property
-    def over_seeds(self) -> bool:
-        """Whether the inference covers seeds that were not run."""
-        return self.seeds > 1
 
 
 def _table(values: ArrayLike) -> np.ndarray:
@@ -76,48 +66,27 @@ def _table(values: ArrayLike) -> np.ndarray:
 
 
 def _over_units(
-    mean: float,
-    seed_variance: float,
-    prompt_variance: float,
-    shape: tuple[int, int],
-    *,
-    method: str,
-    units: int,
-    agree: float | None,
-    level: float,
-    null: float,
+    mean: float, variance: float, shape: tuple[int, int], method: str, *, units: int, agree: float | None, null: float
 ) -> Inference:
-    """mean +- t(S - 1) sqrt(seed_variance + prompt_variance); of a share Wilson's interval with that quantile.
+    """mean +- t(S - 1) sqrt(variance); of a share Wilson's interval with that quantile.
 
     units, agree: of a share, see `statistics.effective_size`; any other figure has no `agree`.
     """
     seeds, prompts = shape
-    variance, quantile = seed_variance + prompt_variance, student_quantile(seeds - 1, level)
-    error = math.sqrt(variance)
+    quantile, error = student_quantile(seeds - 1), math.sqrt(variance)
     if agree is not None:
         # Agreement of all prompts is no evidence over few seeds: it keeps the quantile of that many prompts.
-        scale = (student_quantile(units - 1, level) / quantile) ** 2 if math.isfinite(quantile) else 1.0
+        scale = (student_quantile(units - 1) / quantile) ** 2 if math.isfinite(quantile) else 1.0
         size = effective_size(mean, variance, units, agree, min(scale, 1.0))
         low, high = wilson_interval(mean, size, quantile)
         error, method = share_error(size, null), SHARE_OVER[method]
-        seed_variance, prompt_variance = _rescaled(seed_variance, prompt_variance, error**2)
     else:
         low, high = mean - quantile * error, mean + quantile * error
     estimate = Estimate(mean, low, high, seeds * prompts, seeds, method)
-    p = student_p(mean - null, error, seeds - 1)
-    return Inference(estimate, p, seeds, prompts, seed_variance, prompt_variance, null)
+    return Inference(estimate, student_p(mean - null, error, seeds - 1))
 
 
-def _rescaled(seed_variance: float, prompt_variance: float, total: float) -> tuple[float, float]:
-    """Two parts of a variance in their proportion, with another sum; of no variance at all, the prompts' part is it."""
-    variance = seed_variance + prompt_variance
-    if not math.isfinite(total) or not math.isfinite(variance):
-        return seed_variance, prompt_variance
-    share = seed_variance / variance if variance > 0 else 0.0
-    return share * total, (1 - share) * total
-
-
-def over_seeds(values: ArrayLike, *, level: float = 0.95, null: float = 0.0, share: bool = False) -> Inference:
+def over_seeds(values: ArrayLike, *, null: float = 0.0, share: bool = False) -> Inference:
     """Student's t over seeds, conditional on these prompts: m +- t(S - 1) s_seed / sqrt(S).
 
     m_s is the mean of seed s over its prompts, m the mean and s_seed the standard deviation of the m_s.
@@ -131,15 +100,12 @@ def over_seeds(values: ArrayLike, *, level: float = 0.95, null: float = 0.0, sha
     table = _table(values)
     per_seed = table if table.ndim == 1 else table.mean(1)
     shape = (len(per_seed), 1 if table.ndim == 1 else table.shape[1])
-    variance, units = variance_of_mean(per_seed), max(shape)
-    mean = float(per_seed.mean())
     agree = agreement(table if table.ndim == 1 else table.mean(0)) if share else None
-    return _over_units(mean, variance, 0.0, shape, method=OVER_SEEDS, units=units, agree=agree, level=level, null=null)
+    mean, variance = float(per_seed.mean()), variance_of_mean(per_seed)
+    return _over_units(mean, variance, shape, OVER_SEEDS, units=max(shape), agree=agree, null=null)
 
 
-def over_seeds_and_prompts(
-    values: ArrayLike, *, level: float = 0.95, null: float = 0.0, share: bool = False
-) -> Inference:
+def over_seeds_and_prompts(values: ArrayLike, *, null: float = 0.0, share: bool = False) -> Inference:
     """The crossed form: m +- t(S - 1) sqrt(s_seed^2 / S + s_prompt^2 / P).
 
     s_seed is the standard deviation of the S seed means, s_prompt that of the P prompt means. With effects of seed and
@@ -158,55 +124,35 @@ def over_seeds_and_prompts(
     if table.ndim != 2 or min(table.shape) < 2:
         raise ValueError(f"found values of shape {table.shape}, expected at least 2 seeds and 2 prompts")
     seeds, prompts = table.shape
-    seed_variance = float(table.mean(1).var(ddof=1) / seeds)
-    prompt_variance = float(table.mean(0).var(ddof=1) / prompts)
-    mean, shape = float(table.mean()), (seeds, prompts)
+    variance = variance_of_mean(table.mean(1)) + variance_of_mean(table.mean(0))
     agree = agreement(table.mean(0)) if share else None
     return _over_units(
-        mean,
-        seed_variance,
-        prompt_variance,
-        shape,
-        method=OVER_BOTH,
-        units=prompts,
-        agree=agree,
-        level=level,
-        null=null,
+        float(table.mean()), variance, (seeds, prompts), OVER_BOTH, units=prompts, agree=agree, null=null
     )
 
 
-def over_prompts(
-    values: ArrayLike, *, level: float = 0.95, null: float = 0.0, share: bool = False, resamples: int = RESAMPLES
-) -> Inference:
+def over_prompts(values: ArrayLike, *, null: float = 0.0, share: bool = False) -> Inference:
     """One seed: the interval of `statistics.cluster_mean` over prompts (P,). It says nothing about other seeds.
 
     Raises:
         ValueError: the list is empty or not finite.
     """
     table = _table(values).ravel()
-    estimate, p = clustered(table, range(len(table)), level=level, null=null, share=share, resamples=resamples)
-    variance = variance_of_mean(table)
-    if share:
-        size = effective_size(estimate.mean, variance, len(table), agreement(table))
-        _, variance = _rescaled(0.0, variance, share_error(size, null) ** 2)
-    return Inference(estimate, p, 1, len(table), 0.0, variance, null)
+    return Inference(*clustered(table, range(len(table)), null=null, share=share))
 
 
-def infer(values: ArrayLike, *, fixed_prompts: bool = False, **options: Any) -> Inference:
-    """The mean of (S, P) or (S,) with the interval that fits: over prompts for one seed, else over seeds, and over
-    prompts too unless `fixed_prompts` says that these are all the prompts there are.
-
-    Options: level, null, share.
-    """
+def infer(values: ArrayLike, *, null: float = 0.0, share: bool = False) -> Inference:
+    """The mean of (S, P) or (S,) with the interval that fits: over prompts for one seed, over seeds for one figure of
+    each seed, else over seeds and prompts."""
     table = _table(values)
     if table.ndim == 2 and len(table) == 1:
-        return over_prompts(table, **options)
-    if table.ndim == 1 or fixed_prompts or table.shape[1] == 1:
-        return over_seeds(table, **options)
-    return over_seeds_and_prompts(table, **options)
+        return over_prompts(table, null=null, share=share)
+    if table.ndim == 1 or table.shape[1] == 1:
+        return over_seeds(table, null=null, share=share)
+    return over_seeds_and_prompts(table, null=null, share=share)
 
 
-def contrast(a: ArrayLike, b: ArrayLike, *, fixed_prompts: bool = False, level: float = 0.95) -> Inference:
+def contrast(a: ArrayLike, b: ArrayLike) -> Inference:
     """Mean of a - b, paired by seed and prompt; see `infer`.
 
     Args:
@@ -218,51 +164,32 @@ def contrast(a: ArrayLike, b: ArrayLike, *, fixed_prompts: bool = False, level: 
     one, other = _table(a), _table(b)
     if one.shape != other.shape:
         raise ValueError(f"found shapes {one.shape} and {other.shape}, expected the same seeds and prompts in both")
-    return infer(one - other, fixed_prompts=fixed_prompts, level=level)
+    return infer(one - other)
 
 
 def from_replicates(
-    values: np.ndarray,
-    replicates: np.ndarray,
-    prompts: int,
-    *,
-    fixed_prompts: bool = False,
-    level: float = 0.95,
-    null: float = 0.0,
-    share: bool = False,
-    agree: float = 0.0,
+    values: np.ndarray, replicates: np.ndarray, prompts: int, *, null: float = 0.0, agree: float | None = None
 ) -> Inference:
     """`infer` for a statistic that is not a mean over prompts: one value per seed, and its bootstrap over prompts.
 
-    One seed: the interval of the replicates. Several seeds: t over the seeds' values; unless `fixed_prompts` is set,
-    the variance over replicates of the mean over seeds replaces s_prompt^2 / P.
+    One seed: the interval of the replicates. Several seeds: t over the seeds' values; the variance over replicates of
+    the mean over seeds replaces s_prompt^2 / P.
 
     Args:
         values: (S,). replicates: (B, S), the statistic with prompts redrawn, the same draws for every seed.
-        agree: of a share, see `statistics.effective_size`.
+        agree: of a share, see `statistics.effective_size`; None for any other statistic.
     """
     seeds = len(values)
     if seeds > 1:
-        seed_variance = float(values.var(ddof=1) / seeds)
-        prompt_variance = 0.0 if fixed_prompts else standard_error(replicates.mean(1), prompts) ** 2
-        method, units = (OVER_SEEDS, max(seeds, prompts)) if fixed_prompts else (OVER_BOTH, prompts)
+        variance = variance_of_mean(values) + standard_error(replicates.mean(1), prompts) ** 2
         mean, shape = float(values.mean()), (seeds, prompts)
-        known = agree if share else None
-        return _over_units(
-            mean, seed_variance, prompt_variance, shape, method=method, units=units, agree=known, level=level, null=null
-        )
+        return _over_units(mean, variance, shape, OVER_BOTH, units=prompts, agree=agree, null=null)
     value, column = float(values[0]), replicates[:, 0]
-    error = standard_error(column, prompts)
-    if share:
-        size = effective_size(value, error**2, prompts, agree)
-        ends = wilson_interval(value, size, student_quantile(prompts - 1, level))
-        estimate = Estimate(value, *ends, prompts, prompts, WILSON)
-        at_null = share_error(size, null)
-        _, variance = _rescaled(0.0, error**2, at_null**2)
-        return Inference(estimate, student_p(value - null, at_null, prompts - 1), 1, prompts, 0.0, variance, null)
-    estimate = replicate_interval(value, column, prompts, n=prompts, level=level)
+    if agree is not None:
+        variance = standard_error(column, prompts) ** 2
+        return Inference(*share_over_prompts(value, variance, prompts, agree, n=prompts, null=null))
     p = replicate_p(value, column, prompts, null=null)
-    return Inference(estimate, p, 1, prompts, 0.0, error**2, null)
+    return Inference(replicate_interval(value, column, prompts, n=prompts), p)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -277,3 +204,37 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         running = max(running, min(1.0, (len(tests) - rank) * p))
         adjusted[place] = running
     return adjusted
+
+
+def needed(difference: Estimate) -> dict[str, Any] | None:
+    """The number of seeds or prompts at which the 95 % interval excludes 0, if effect and spread stay the same.
+
+    The smallest N' >= 2 with q(N') (h / q(N)) sqrt(N / N') < |mean|: N the present number of what the interval counts,
+    h its longer half, q the 97.5 % quantile: Student's with N' - 1 degrees of freedom; for prompts the normal one from
+    50 on, as in intervals. An interval over seeds and prompts does not hold the parts of its variance: the answer is
+    then for both growing in the same proportion.
+
+    Returns:
+        {"count", "unit"}; None if more than a million are needed, or if there is only one.
+    """
+    now, effect = difference.clusters, abs(difference.mean)
+    over_seeds = difference.method in (OVER_SEEDS, OVER_BOTH)
+    if now < 2:
+        return None
+
+    def quantile(count: int) -> float:
+        return student_quantile(math.inf if count >= FEW_CLUSTERS and not over_seeds else count - 1)
+
+    half = max(difference.high - difference.mean, difference.mean - difference.low)
+    variance = (half / quantile(now)) ** 2
+
+    def enough(count: int) -> bool:
+        return quantile(count) * math.sqrt(variance * now / count) < effect
+
+    count = 2 + bisect_left(range(2, MOST + 1), True, key=enough)
+    if count > MOST:
+        return None
+    unit = (
+        "seeds (and prompts in proportion)" if difference.method == OVER_BOTH else "seeds" if over_seeds else "prompts"
+    )
+    return {"count": count, "unit": unit}

@@ -1,7 +1,17 @@
-"""Intervals for means over prompts.
+"""Intervals and p-values over prompts, of means and of statistics that are computed anew in bootstrap replicates.
 
 Every prompt has the same weight, however many responses or pairs it has: the estimand is the mean of the prompts'
 means, as in the losses.
+
+A statistic that is no plain mean (a curve read at one KL, a strength, a refitted win rate) is computed anew in every
+replicate: prompts drawn with replacement. From 50 prompts on its interval is the percentile interval of the replicates
+(Efron and Tibshirani 1993, chapter 13). Below, that covers too little, and the replicates give a standard error only:
+
+    value +- t(P - 1) sqrt(P / (P - 1)) sd(replicates)
+
+For a plain mean this is Student's t over prompt means, up to the resampling noise. A share has Wilson's interval at any
+number of prompts. Measured by simulation (tests/evaluation/test_coverage.py) the percentile interval of 100 prompts
+covers 93.5 to 94.5 %, the t of 16 prompts 95 to 96 %. Shapes: B replicates, P prompts.
 """
 
 from __future__ import annotations
@@ -12,6 +22,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+LEVEL = 0.95
 FEW_CLUSTERS = 50
 RESAMPLES = 2000
 
@@ -49,11 +60,22 @@ class Estimate:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def student_quantile(degrees: float, level: float = 0.95) -> float:
-    """The t that |T| exceeds with probability 1 - level; infinite without degrees of freedom."""
+def student_quantile(degrees: float) -> float:
+    """The t that |T| exceeds with probability 5 %; infinite without degrees of freedom."""
     from scipy.special import stdtrit  # Student's quantile; importing scipy.stats takes .3 s
 
-    return float(stdtrit(degrees, (1 + level) / 2)) if degrees > 0 else math.inf
+    return float(stdtrit(degrees, (1 + LEVEL) / 2)) if degrees > 0 else math.inf
+
+
+def student_p(difference: float, error: float, degrees: float) -> float | None:
+    """Two-sided p-value of a difference with this standard error; None without degrees of freedom."""
+    from scipy.special import stdtr
+
+    if degrees <= 0 or not math.isfinite(error):
+        return None
+    if error == 0:
+        return 1.0 if difference == 0 else 0.0
+    return float(2 * stdtr(degrees, -abs(difference) / error))
 
 
 def agreement(means: np.ndarray) -> float:
@@ -111,6 +133,25 @@ def wilson_interval(mean: float, size: float, quantile: float) -> tuple[float, f
     return min(max(centre - half, 0.0), mean), max(min(centre + half, 1.0), mean)
 
 
+def share_error(size: float, null: float) -> float:
+    """The standard error of a share were it `null`: sqrt(null (1 - null) / n), n its `effective_size`.
+
+    Wilson's interval excludes `null` exactly where |mean - null| is more than Student's t times this. Infinite where
+    nothing can be tested: without a variance, or with a `null` that is not strictly between 0 and 1.
+    """
+    return math.sqrt(null * (1 - null) / size) if size > 0 and 0 < null < 1 else math.inf
+
+
+def share_over_prompts(
+    mean: float, variance: float, prompts: int, agree: float, *, n: int, null: float
+) -> tuple[Estimate, float | None]:
+    """A share with Wilson's interval over prompts, and the two-sided p-value of "it is `null`"."""
+    size = effective_size(mean, variance, prompts, agree)
+    ends = wilson_interval(mean, size, student_quantile(prompts - 1))
+    p = student_p(mean - null, share_error(size, null), prompts - 1)
+    return Estimate(mean, *ends, n, prompts, WILSON), p
+
+
 def prompt_means(values: Numbers, clusters: Sequence[Hashable]) -> np.ndarray:
     """The mean of each prompt's values, in the order of first appearance: (N,), (N,) -> (P,).
 
@@ -121,28 +162,29 @@ def prompt_means(values: Numbers, clusters: Sequence[Hashable]) -> np.ndarray:
         raise ValueError(
             f"found {len(values)} values and {len(clusters)} clusters, expected equally many, at least one"
         )
-    codes = _codes(clusters)
+    codes = prompt_codes(clusters)
     return np.bincount(codes, weights=np.asarray(values, dtype=np.float64)) / np.bincount(codes)
 
 
 def prompt_weights(clusters: Sequence[Hashable]) -> np.ndarray:
     """The weight of each value in a mean with equal weights of prompts: (N,), positive, sum 1."""
-    codes = _codes(clusters)
+    codes = prompt_codes(clusters)
     counts = np.bincount(codes)
     return 1.0 / (counts[codes] * len(counts))
 
 
-def _codes(clusters: Sequence[Hashable]) -> np.ndarray:
+def prompt_codes(clusters: Sequence[Hashable]) -> np.ndarray:
+    """The number of each value's prompt, counted from 0 in the order of first appearance: (N,)."""
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(cluster, len(numbers)) for cluster in clusters], dtype=np.int64)
 
 
-def count_blocks(prompts: int, *, resamples: int = RESAMPLES, seed: int = 0) -> Iterator[np.ndarray]:
+def count_blocks(prompts: int, *, resamples: int = RESAMPLES) -> Iterator[np.ndarray]:
     """How often each prompt is drawn in each of B replicates, in blocks of rows: (b, P) float64, rows sum to P.
 
     The blocks hold at most `BLOCK` numbers (one row, where that is more); what is drawn does not depend on their size.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     rows = max(1, BLOCK // prompts)
     for start in range(0, resamples, rows):
         size = min(rows, resamples - start)
@@ -150,9 +192,9 @@ def count_blocks(prompts: int, *, resamples: int = RESAMPLES, seed: int = 0) -> 
         yield np.bincount(drawn.ravel(), minlength=size * prompts).reshape(size, prompts).astype(np.float64)
 
 
-def mean_replicates(means: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+def mean_replicates(means: np.ndarray, *, resamples: int = RESAMPLES) -> np.ndarray:
     """The mean over prompts in each bootstrap replicate: (P,) -> (B,)."""
-    blocks = count_blocks(len(means), resamples=resamples, seed=seed)
+    blocks = count_blocks(len(means), resamples=resamples)
     return np.concatenate([counts @ means / len(means) for counts in blocks])
 
 
@@ -161,14 +203,70 @@ def variance_of_mean(means: np.ndarray) -> float:
     return float(means.var(ddof=1) / len(means)) if len(means) > 1 else math.inf
 
 
-def cluster_mean(
+def standard_error(replicates: np.ndarray, prompts: int) -> float:
+    """sqrt(P / (P - 1)) sd(replicates): the factor undoes the bootstrap's division by P. (B,) -> number."""
+    if prompts < 2:
+        return math.inf
+    return float(replicates.std() * math.sqrt(prompts / (prompts - 1)))
+
+
+def replicate_interval(value: float, replicates: np.ndarray, prompts: int, *, n: int) -> Estimate:
+    """A statistic with the interval that its replicates (B,) give; see the head of this module."""
+    if prompts < FEW_CLUSTERS:
+        half = student_quantile(prompts - 1) * standard_error(replicates, prompts)
+        return Estimate(value, value - half, value + half, n, prompts, "t")
+    low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(value, float(low), float(high), n, prompts, "bootstrap")
+
+
+def replicate_p(value: float, replicates: np.ndarray, prompts: int, *, null: float = 0.0) -> float | None:
+    """Two-sided p-value of "the statistic is `null`".
+
+    From 50 prompts on p = 2 min(1 + #{replicates <= null}, 1 + #{replicates >= null}) / (B + 1), at most 1: the level
+    at which the percentile interval just reaches `null`. Where no replicate reaches it, they say no more than that p is
+    below 2 / (B + 1), which a correction for some fifty contrasts would always take away: then it is the tail of
+    Student's t with P - 1 degrees of freedom, and at most that. Below 50 prompts: Student's t.
+    """
+    tail = student_p(value - null, standard_error(replicates, prompts), prompts - 1)
+    if prompts < FEW_CLUSTERS:
+        return tail
+    beyond = min(np.count_nonzero(replicates <= null), np.count_nonzero(replicates >= null))
+    p = min(1.0, 2 * (1 + beyond) / (1 + len(replicates)))
+    return p if beyond or tail is None else min(p, tail)
+
+
+def clustered(
     values: Numbers,
     clusters: Sequence[Hashable],
     *,
-    level: float = 0.95,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
+    null: float = 0.0,
     share: bool = False,
+    resamples: int = RESAMPLES,
+) -> tuple[Estimate, float | None]:
+    """`cluster_mean` and the two-sided p-value of "the mean is `null`".
+
+    Args:
+        values, clusters: equally many; values of one cluster are treated as dependent.
+
+    Raises:
+        ValueError: without values, or with lists of different length.
+    """
+    means = prompt_means(values, clusters)
+    mean, variance, groups = float(means.mean()), variance_of_mean(means), len(means)
+    if share:
+        return share_over_prompts(mean, variance, groups, agreement(means), n=len(values), null=null)
+    if groups < FEW_CLUSTERS:
+        error = math.sqrt(variance)
+        half = student_quantile(groups - 1) * error
+        estimate = Estimate(mean, mean - half, mean + half, len(values), groups, "t")
+        return estimate, student_p(mean - null, error, groups - 1)
+    replicates = mean_replicates(means, resamples=resamples)
+    estimate = replicate_interval(mean, replicates, groups, n=len(values))
+    return estimate, replicate_p(mean, replicates, groups, null=null)
+
+
+def cluster_mean(
+    values: Numbers, clusters: Sequence[Hashable], *, share: bool = False, resamples: int = RESAMPLES
 ) -> Estimate:
     """The mean over prompts of the mean of a prompt's `values`, with an interval over prompts.
 
@@ -178,21 +276,4 @@ def cluster_mean(
     Raises:
         ValueError: without values, or with lists of different length.
     """
-    means = prompt_means(values, clusters)
-    mean, variance, groups = float(means.mean()), variance_of_mean(means), len(means)
-    if share:
-        size = effective_size(mean, variance, groups, agreement(means))
-        ends = wilson_interval(mean, size, student_quantile(groups - 1, level))
-        return Estimate(mean, *ends, len(values), groups, WILSON)
-    if groups < FEW_CLUSTERS:
-        half = student_quantile(groups - 1, level) * math.sqrt(variance) if groups > 1 else math.inf
-        return Estimate(mean, mean - half, mean + half, len(values), groups, "t")
-    return replicate_percentiles(
-        mean, mean_replicates(means, resamples=resamples, seed=seed), groups, n=len(values), level=level
-    )
-
-
-def replicate_percentiles(value: float, replicates: np.ndarray, prompts: int, *, n: int, level: float) -> Estimate:
-    """A statistic with the percentile interval of its replicates (B,) (Efron and Tibshirani 1993, chapter 13)."""
-    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(value, float(low), float(high), n, prompts, "bootstrap")
+    return clustered(values, clusters, share=share, resamples=resamples)[0]

@@ -79,14 +79,14 @@ def tie_share(a: ArrayLike, b: ArrayLike, *, coupled: bool) -> float:
     return float((_outcomes(a, b, coupled) == 0.5).mean())
 
 
-def win_rate(a: ArrayLike, b: ArrayLike, *, coupled: bool, fixed_prompts: bool = False) -> Inference:
+def win_rate(a: ArrayLike, b: ArrayLike, *, coupled: bool) -> Inference:
     """The mean of `prompt_win_rates` with its interval and the p-value of "it is one half"; see `seeds.infer`.
 
     Args:
         a: (P, A) or (S, P, A) figures of one side's responses. b: (P, B) or (S, P, B), the same seeds and prompts.
     """
     rates = np.atleast_2d(prompt_win_rates(a, b, coupled=coupled))
-    return infer(rates, fixed_prompts=fixed_prompts, null=0.5, share=True)
+    return infer(rates, null=0.5, share=True)
 
 
 @dataclass(frozen=True)
@@ -153,10 +153,8 @@ def length_controlled_win_rate(
     length_b: ArrayLike,
     *,
     coupled: bool,
-    fixed_prompts: bool = False,
     ridge: float = RIDGE,
     resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> LengthControlled:
     """LC = sigma(theta) of logit P(a wins) = theta + phi tanh(dlen / sd(dlen)), the win rate at equal length.
 
@@ -198,16 +196,9 @@ def length_controlled_win_rate(
         theta, phi = _fit(weight.sum(0, keepdims=True), total.sum(0, keepdims=True), feature, ridge)
         values.append(_sigmoid(theta)[0])
         slopes.append(phi[0])
-        blocks = count_blocks(len(won), resamples=resamples, seed=seed)  # the same draws for every seed
+        blocks = count_blocks(len(won), resamples=resamples)  # the same draws for every seed
         thetas = [_fit(counts @ weight, counts @ total, feature, ridge)[0] for counts in blocks]
         replicates.append(_sigmoid(np.concatenate(thetas)))
-    found = from_replicates(
-        np.array(values),
-        np.stack(replicates, 1),
-        one.shape[1],
-        fixed_prompts=fixed_prompts,
-        null=0.5,
-        share=True,
-        agree=agreement(outcomes.mean((0, 2))),
-    )
+    agree = agreement(outcomes.mean((0, 2)))
+    found = from_replicates(np.array(values), np.stack(replicates, 1), one.shape[1], null=0.5, agree=agree)
     return LengthControlled(found, float(np.mean(slopes)), None)

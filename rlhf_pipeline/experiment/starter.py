@@ -21,9 +21,10 @@ from rlhf_pipeline.data.tokenizers import load_tokenizer, train_byte_level_bpe
 from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.evaluation.data_quality import FEW_JUDGE_PAIRS, FEW_TEST_PROMPTS
 from rlhf_pipeline.experiment.starter_file import POSITIONS, VOCABULARY, Starter
-from rlhf_pipeline.registry import Registry, Resolved, Version
 from rlhf_pipeline.registry.lengths import positions_of
+from rlhf_pipeline.registry.references import Resolved, Version
 from rlhf_pipeline.registry.roles import check_role
+from rlhf_pipeline.registry.store import Registry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,7 +8,7 @@ one does not hold, a slower, equally correct method is used.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,16 +86,20 @@ def trunk_of(model: PreTrainedModel) -> PreTrainedModel:
     return cast("PreTrainedModel", model.base_model)
 
 
+def _inputs(batch: PackedBatch, module: nn.Module) -> dict[str, Any]:
+    mask = attention_mask(batch, module.config, next(module.parameters()).dtype)
+    return {
+        "input_ids": batch.input_ids,
+        "attention_mask": mask,
+        "position_ids": batch.position_ids,
+        "use_cache": False,
+    }
+
+
 def hidden_states(trunk: nn.Module, batch: PackedBatch, index: Tensor | None = None) -> Tensor:
     """Last hidden states of a packed batch at flat positions `index` (K,): (K, D). Without `index`: all, (B * T, D)."""
-    dtype = next(trunk.parameters()).dtype
     with reading(trunk, index):
-        output = trunk(
-            input_ids=batch.input_ids,
-            attention_mask=attention_mask(batch, trunk.config, dtype),
-            position_ids=batch.position_ids,
-            use_cache=False,
-        )
+        output = trunk(**_inputs(batch, trunk))
     flat = output.last_hidden_state.flatten(0, 1)
     return flat if index is None else flat.index_select(0, index)
 
@@ -108,14 +112,8 @@ def output_head(model: PreTrainedModel, temperature: float = 1.0) -> OutputHead:
 
 def predicting_logits(model: PreTrainedModel, batch: PackedBatch, index: Tensor | None = None) -> Tensor:
     """Logits (N, V) at the predicting positions (or at `index`) by the model's own forward, in at least fp32."""
-    dtype = next(model.parameters()).dtype
-    logits = model(
-        input_ids=batch.input_ids,
-        attention_mask=attention_mask(batch, model.config, dtype),
-        position_ids=batch.position_ids,
-        use_cache=False,
-    ).logits
-    logits = logits.flatten(0, 1).index_select(0, batch.predict_index if index is None else index)
+    index = batch.predict_index if index is None else index
+    logits = model(**_inputs(batch, model)).logits.flatten(0, 1).index_select(0, index)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

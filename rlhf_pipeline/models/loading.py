@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,13 +17,6 @@ from rlhf_pipeline.models.refusals import first_line, refuse_to_hide, require_fu
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
-
 
 def without_dropout(config: Any) -> Any:
     """Set every dropout probability of a transformers config to 0, in place; returns the config."""
@@ -33,23 +27,38 @@ def without_dropout(config: Any) -> Any:
     return config
 
 
-def _config(path: str, revision: str | None, trust_remote_code: bool) -> Any:
+def _load(
+    auto_class: Any,
+    path: str | Path,
+    prepare: Callable[[Any], Any],
+    *,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Any:
+    """Load a model by an auto class of transformers; `prepare` checks and changes its config before."""
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
         require_sizes(config)
         require_full_precision(config)
-        return config
     except Exception as error:  # architectures raise different errors
         refuse_to_hide(error)
         raise BadInput(f"{path}: its config.json cannot be used ({first_line(error)})") from error
-
-
-def _from_pretrained(auto_class: Any, path: str | Path, *, dtype: str, revision: str | None, **options) -> Any:
+    prepare(config)
     try:
         return auto_class.from_pretrained(
-            str(path), revision=revision, dtype=DTYPES.get(dtype, dtype), use_safetensors=True, **options
+            str(path),
+            revision=revision,
+            dtype=dtype,
+            use_safetensors=True,
+            config=config,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            **options,
         )
     except Exception as error:  # torch raises various errors for contradictory sizes
         refuse_to_hide(error)
@@ -60,28 +69,15 @@ def _from_pretrained(auto_class: Any, path: str | Path, *, dtype: str, revision:
 
 
 def load_causal_lm(
-    path: str | Path,
-    *,
-    dtype: str = "float32",
-    attn_implementation: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    dropout: bool = False,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    path: str | Path, *, dropout: bool = False, tokenizer: PreTrainedTokenizerBase | None = None, **options: Any
 ) -> PreTrainedModel:
-    """Load a causal language model; with `tokenizer`, extend the embedding to its added tokens."""
+    """Load a causal language model; with `tokenizer`, extend the embedding to its added tokens.
+
+    options: dtype, attn_implementation, revision, trust_remote_code.
+    """
     from transformers import AutoModelForCausalLM
 
-    config = _config(str(path), revision, trust_remote_code)
-    model = _from_pretrained(
-        AutoModelForCausalLM,
-        path,
-        dtype=dtype,
-        revision=revision,
-        config=config if dropout else without_dropout(config),
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-    )
+    model = _load(AutoModelForCausalLM, path, (lambda config: config) if dropout else without_dropout, **options)
     if tokenizer is not None:
         adopt_tokenizer(model, tokenizer)
     return model
@@ -183,42 +179,31 @@ def init_causal_lm(
         bos_token_id=tokenizer.bos_token_id,
     )
     torch.manual_seed(seed)
-    model = model_of_config(config, dtype=DTYPES.get(dtype, torch.float32), attn_implementation=attn_implementation)
+    model = model_of_config(
+        config, dtype="float32" if dtype == "auto" else dtype, attn_implementation=attn_implementation
+    )
     adopt_tokenizer(model, tokenizer)
     return model
 
 
 def init_reward_model(
-    path: str | Path,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    seed: int,
-    dtype: str = "float32",
-    attn_implementation: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    score_pooling: str = "last",
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, *, seed: int, score_pooling: str = "last", **options: Any
 ) -> PreTrainedModel:
     """Make a reward model: the trunk of a language model with a new scalar head without bias, std 1 / sqrt(d + 1).
 
     Source of the initialisation: Stiennon et al. 2020; Huang et al. 2024 (N+ details), detail 11.
+
+    options: see `load_causal_lm`.
     """
     from transformers import AutoModelForSequenceClassification
 
     from rlhf_pipeline.models.modules import sequence_head
 
-    config = without_dropout(_config(str(path), revision, trust_remote_code))
-    config.num_labels = 1
-    config.pad_token_id = tokenizer.pad_token_id
-    model = _from_pretrained(
-        AutoModelForSequenceClassification,
-        path,
-        dtype=dtype,
-        revision=revision,
-        config=config,
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-    )
+    def with_one_score(config: Any) -> None:
+        without_dropout(config).num_labels = 1
+        config.pad_token_id = tokenizer.pad_token_id
+
+    model = _load(AutoModelForSequenceClassification, path, with_one_score, **options)
     adopt_tokenizer(model, tokenizer)
     head = sequence_head(model)
     generator = torch.Generator().manual_seed(seed)
@@ -230,35 +215,24 @@ def init_reward_model(
     return model
 
 
-def load_sequence_classifier(
-    path: str | Path,
-    *,
-    dtype: str = "float32",
-    attn_implementation: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> PreTrainedModel:
+def load_sequence_classifier(path: str | Path, **options: Any) -> PreTrainedModel:
     """Load a trained reward model (a sequence classifier with one label).
+
+    options: see `load_causal_lm`.
 
     Raises:
         MismatchError: it has another number of labels, no head, or a head with a bias (which would be dropped).
     """
     from transformers import AutoModelForSequenceClassification
 
-    config = without_dropout(_config(str(path), revision, trust_remote_code))
-    if config.num_labels != 1:
-        raise MismatchError(
-            f"{path}: found a classifier with {config.num_labels} labels, expected a reward model with 1"
-        )
-    model, report = _from_pretrained(
-        AutoModelForSequenceClassification,
-        path,
-        dtype=dtype,
-        revision=revision,
-        config=config,
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
+    def require_one_label(config: Any) -> None:
+        if without_dropout(config).num_labels != 1:
+            raise MismatchError(
+                f"{path}: found a classifier with {config.num_labels} labels, expected a reward model with 1"
+            )
+
+    model, report = _load(
+        AutoModelForSequenceClassification, path, require_one_label, output_loading_info=True, **options
     )
     heads = ("score.", "classifier.")
     if dropped := sorted(key for key in report["unexpected_keys"] if key.startswith(heads)):

@@ -6,7 +6,7 @@ An optimizer step keeps its examples: it has twice as many micro-batches of half
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -80,7 +80,8 @@ class Memory:
                     raise
                 found = first_line(error)
             # The error is gone only here, and with it the last references to the tensors of its frames.
-            self._put_back(bill)
+            for name, value in bill.items():
+                setattr(self.meter, name, value)
             discard()
             release()
             self._halve(doing, times, found)
@@ -111,7 +112,3 @@ class Memory:
     def _bill(self) -> dict[str, Any]:
         names = ("flops", "tokens_trained", "tokens_generated")
         return {} if self.meter is None else {name: getattr(self.meter, name) for name in names}
-
-    def _put_back(self, bill: Mapping[str, Any]) -> None:
-        for name, value in bill.items():
-            setattr(self.meter, name, value)

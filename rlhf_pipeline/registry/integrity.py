@@ -35,30 +35,27 @@ def problems(resolved: Resolved) -> list[Fault]:
 def _problems(resolved: Resolved, sha256: Sha256, skip: tuple[str, ...] = ()) -> Iterator[Fault]:
     if resolved.manifest is None or resolved.path is None:
         return
-    try:
-        yield from _contradictions(resolved, resolved.path, sha256, skip)
-    except FileNotFoundError as error:  # another process removed it meanwhile
-        yield Fault(resolved.label, f"{error.filename} has just been removed", "", "look again")
-
-
-def _contradictions(resolved: Resolved, folder: Path, sha256: Sha256, skip: tuple[str, ...]) -> Iterator[Fault]:
     fix = _FIX
     if resolved.kind == "directory":
         fix = "restore it, or delete manifest.json to use the folder as a plain model"
     ours = resolved.kind in ("registry", "data")  # folders in the hub's cache consist of links
-    present = {path: file for path, file in list_files(folder, links=ours).items() if not path.startswith(skip)}
-    listed = {path: entry for path, entry in resolved.files.items() if not path.startswith(skip)}
-    for path, entry in sorted(listed.items()):
-        where = f"{resolved.label}: {path}"
-        file = present.pop(path, None)
-        if file is None:
-            yield Fault(where, "missing", f"{entry.size} bytes", fix)
-        elif ours and file.is_symlink():
-            yield Fault(where, "a symbolic link", "a regular file", fix)
-        elif (size := file.stat().st_size) != entry.size:
-            yield Fault(where, f"{size} bytes", f"{entry.size} bytes (manifest.json)", fix)
-        elif (found := sha256(file)) != entry.sha256:
-            yield Fault(where, f"sha256 {found}", f"sha256 {entry.sha256} (manifest.json)", fix)
-    for path in present:
-        # An unlisted file, such as an adapter's config, can change what is loaded.
-        yield Fault(f"{resolved.label}: {path}", UNLISTED, "", "move it elsewhere")
+    try:
+        found = list_files(resolved.path, links=ours).items()
+        present = {path: file for path, file in found if not path.startswith(skip)}
+        listed = {path: entry for path, entry in resolved.files.items() if not path.startswith(skip)}
+        for path, entry in sorted(listed.items()):
+            where = f"{resolved.label}: {path}"
+            file = present.pop(path, None)
+            if file is None:
+                yield Fault(where, "missing", f"{entry.size} bytes", fix)
+            elif ours and file.is_symlink():
+                yield Fault(where, "a symbolic link", "a regular file", fix)
+            elif (size := file.stat().st_size) != entry.size:
+                yield Fault(where, f"{size} bytes", f"{entry.size} bytes (manifest.json)", fix)
+            elif (digest := sha256(file)) != entry.sha256:
+                yield Fault(where, f"sha256 {digest}", f"sha256 {entry.sha256} (manifest.json)", fix)
+        for path in present:
+            # An unlisted file, such as an adapter's config, can change what is loaded.
+            yield Fault(f"{resolved.label}: {path}", UNLISTED, "", "move it elsewhere")
+    except FileNotFoundError as error:  # another process removed it meanwhile
+        yield Fault(resolved.label, f"{error.filename} has just been removed", "", "look again")

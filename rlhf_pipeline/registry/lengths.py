@@ -27,8 +27,7 @@ def with_lengths(config: Config, registry: Registry) -> tuple[Config, str | None
     if start is None or any(getattr(config, name) is not None for name in LENGTHS):
         return config, None
     parent = registry.resolve(start.reference, revision=start.revision)
-    known = {} if parent.manifest is None else parent.manifest.config
-    trained = {name: known[name] for name in LENGTHS if known.get(name) is not None}
+    trained = {name: parent.config[name] for name in LENGTHS if parent.config.get(name) is not None}
     if not trained:
         return config, None
     filled = cast(Config, config.model_copy(update=trained))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
 
 from rlhf_pipeline.errors import DamagedFile, UnknownReference, visible
 from rlhf_pipeline.registry.manifest import DataEntry, Parent
@@ -35,14 +35,10 @@ class Ancestor:
     rows: int | None = None
     origins: list[Ancestor] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the tree as plain dicts."""
-        return asdict(self)
 
-
-def lineage_of(registry: Registry, resolved: Resolved, role: str = "model") -> Ancestor:
+def lineage_of(registry: Registry, resolved: Resolved) -> Ancestor:
     """Return the tree of all ancestors and data of a model or data set."""
-    return _node(registry, resolved, role, resolved.digest, "present", ())
+    return _node(registry, resolved, "model", resolved.digest, "present", ())
 
 
 def stands_apart(registry: Registry, reference: Resolved, start: Resolved) -> bool:
@@ -107,10 +103,8 @@ def _node(
     # The manifest of a folder is not trusted: it may name itself among its parents.
     if manifest is not None and resolved.label not in above:
         above = (*above, resolved.label)
-        for parent_role, parent in manifest.parents.items():
-            origins.append(_parent(registry, parent_role, parent, above))
-        for entry in manifest.data:
-            origins.append(_data(registry, entry, above))
+        origins += [_parent(registry, name, parent, above) for name, parent in manifest.parents.items()]
+        origins += [_data(registry, entry, above) for entry in manifest.data]
     return Ancestor(role, resolved.label, recorded, status, stage=resolved.stage, origins=origins)
 
 
@@ -128,16 +122,14 @@ def _parent(registry: Registry, role: str, parent: Parent, above: tuple[str, ...
 
 
 def _data(registry: Registry, entry: DataEntry, above: tuple[str, ...]) -> Ancestor:
-    status: Status = "outside"
-    stage, origins = None, []
-    if entry.source.startswith(COLLECTED):
-        try:
-            resolved = registry.resolve_data(entry.source.removeprefix(COLLECTED))
-        except UnknownReference:
-            status = "missing"
-        except DamagedFile:
-            status = "damaged"
-        else:
-            node = _node(registry, resolved, "data", entry.digest, "present", above)
-            status, stage, origins = node.status, node.stage, node.origins
-    return Ancestor("data", entry.source, entry.digest, status, stage, entry.split, entry.rows, origins)
+    data = Ancestor("data", entry.source, entry.digest, "outside", split=entry.split, rows=entry.rows)
+    if not entry.source.startswith(COLLECTED):
+        return data
+    try:
+        resolved = registry.resolve_data(entry.source.removeprefix(COLLECTED))
+    except UnknownReference:
+        return replace(data, status="missing")
+    except DamagedFile:
+        return replace(data, status="damaged")
+    found = _node(registry, resolved, "data", entry.digest, "present", above)
+    return replace(data, stage=found.stage, status=found.status, origins=found.origins)

@@ -222,16 +222,13 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        if (size := path.stat().st_size) > MOST_BYTES:
-            raise DamagedFile(
-                f"{path}: {size} bytes, too long for a manifest: restore the file, or remove this version"
-            )
-        text = path.read_bytes().decode("utf-8")
+        if (size := path.stat().st_size) <= MOST_BYTES:
+            return parse_manifest(path.read_bytes().decode("utf-8"), str(path))
+        found = f"{size} bytes, too long for a manifest:"
     except (FileNotFoundError, NotADirectoryError):
-        raise DamagedFile(
-            f"{path}: missing; every version has a manifest: restore the file, or remove this version"
-        ) from None
-    except (UnicodeDecodeError, IsADirectoryError) as error:
-        found = "a folder" if isinstance(error, IsADirectoryError) else "not UTF-8"
-        raise DamagedFile(f"{path}: {found}; restore the file, or remove this version") from None
-    return parse_manifest(text, str(path))
+        found = "missing; every version has a manifest:"
+    except IsADirectoryError:
+        found = "a folder;"
+    except UnicodeDecodeError:
+        found = "not UTF-8;"
+    raise DamagedFile(f"{path}: {found} restore the file, or remove this version")

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from rlhf_pipeline.config.names import NAME_PATTERN
 from rlhf_pipeline.errors import UnknownReference
 from rlhf_pipeline.registry.digests import FileEntry, files_digest, folder_files, snapshot_files
-from rlhf_pipeline.registry.manifest import Manifest, Parent, read_manifest
+from rlhf_pipeline.registry.manifest import Manifest, Parent
 
 NAME = re.compile(NAME_PATTERN.strip("^$"))
 _VERSION = re.compile(r"v([0-9]{1,15})")
@@ -118,15 +118,6 @@ class Version(Resolved):
     name: str
     version: int
 
-    @property
-    def intact_manifest(self) -> Manifest:
-        """The manifest.
-
-        Raises:
-            DamagedFile: it cannot be read.
-        """
-        return read_manifest(self.path) if self.manifest is None else self.manifest
-
 
 def parse_reference(text: str) -> Reference:
     """Return the possible meanings of a text as a reference.
@@ -156,8 +147,3 @@ def parse_reference(text: str) -> Reference:
     if match := _HUB.fullmatch(text):
         return Reference(text, hub_id=match["id"], revision=match["revision"])
     return Reference(text)
-
-
-def is_version_word(word: str) -> bool:
-    """Whether a word looks like a version (`v3`), which an alias may not."""
-    return re.fullmatch(r"v[0-9]+", word) is not None

@@ -14,12 +14,11 @@ from rlhf_pipeline.registry import storage
 from rlhf_pipeline.registry.card import model_card
 from rlhf_pipeline.registry.digests import CARD, MANIFEST, file_entry, list_files
 from rlhf_pipeline.registry.integrity import UNLISTED, problems
+from rlhf_pipeline.registry.lineage import COLLECTED
 from rlhf_pipeline.registry.manifest import read_manifest
 from rlhf_pipeline.registry.references import Resolved, Version, parse_reference
 from rlhf_pipeline.registry.shelf import ALIASES, QUARANTINE, REMOVED, Shelf, in_quarantine
 from rlhf_pipeline.registry.store import Registry
-
-COLLECTED = "collected:"
 
 
 @dataclass(frozen=True)

@@ -68,8 +68,8 @@ def role_of(resolved: Resolved) -> tuple[Role | None, str]:
     return None, f"a model of the architecture {', '.join(architectures)}" if architectures else ""
 
 
-def read_json(path: Path) -> dict:
-    """Return the object in one of a model's JSON files; {} if the file does not exist.
+def read_json(path: Path, fix: str = "restore the file") -> dict:
+    """Return the object in a JSON file; {} if the file does not exist.
 
     Raises:
         DamagedFile: it is not a JSON object.
@@ -79,7 +79,7 @@ def read_json(path: Path) -> dict:
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError, IsADirectoryError) as error:
-        raise DamagedFile(f"{path}: not valid JSON ({error}); restore the file") from None
+        raise DamagedFile(f"{path}: not valid JSON ({error}); {fix}") from None
     if not isinstance(content, dict):
-        raise DamagedFile(f"{path}: {type(content).__name__}, expected a JSON object; restore the file")
+        raise DamagedFile(f"{path}: {type(content).__name__}, expected a JSON object; {fix}")
     return content

@@ -20,6 +20,7 @@ from rlhf_pipeline.registry.digests import CARD, MANIFEST, file_entry, list_file
 from rlhf_pipeline.registry.manifest import Manifest, Parent, build_manifest, read_manifest
 from rlhf_pipeline.registry.provenance import code_state, environment
 from rlhf_pipeline.registry.references import NAME, Resolved, Version
+from rlhf_pipeline.registry.roles import read_json
 
 ALIASES = "aliases.json"
 REMOVED = "removed.json"
@@ -124,7 +125,7 @@ class Shelf:
         """
         path = self.base / name / ALIASES
         found = {}
-        for alias, version in _read_json(path).items():
+        for alias, version in read_json(path, _MEND).items():
             match = _VERSION_FOLDER.fullmatch(version) if isinstance(version, str) else None
             if match is None or NAME.fullmatch(alias) is None:
                 expected = 'an alias and a version such as "v1"'
@@ -162,7 +163,7 @@ class Shelf:
             DamagedFile: the file of removed versions cannot be read.
         """
         path = self.base / name / REMOVED
-        found = _read_json(path).get("versions", [])
+        found = read_json(path, _MEND).get("versions", [])
         if not isinstance(found, list) or any(type(number) is not int or number < 1 for number in found):
             raise DamagedFile(f"{path}: expected a list of versions; {_MEND}")
         return found
@@ -193,15 +194,3 @@ def _with_card(staged: Path, manifest: Manifest) -> Manifest:
     card = staged / CARD
     storage.replace_text(card, model_card(manifest))
     return manifest.model_copy(update={"files": {**manifest.files, CARD: file_entry(card)}})
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, RecursionError, IsADirectoryError) as error:
-        raise DamagedFile(f"{path}: not valid JSON ({error}); {_MEND}") from None
-    if not isinstance(content, dict):
-        raise DamagedFile(f"{path}: {type(content).__name__}, expected a JSON object; {_MEND}")
-    return content

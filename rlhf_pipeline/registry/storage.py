@@ -12,7 +12,7 @@ import stat
 import time
 import uuid
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -85,7 +85,7 @@ def staging(parent: Path, name: str) -> Iterator[Path]:
     with writing(parent, name):
         parent.mkdir(parents=True, exist_ok=True)
         sweep(parent)
-        folder, handle = _new_folder(parent, name)
+        folder, handle = _new(parent / name, Path.mkdir)
         try:
             yield folder
         finally:
@@ -93,26 +93,21 @@ def staging(parent: Path, name: str) -> Iterator[Path]:
             os.close(handle)
 
 
-def _new_folder(parent: Path, name: str) -> tuple[Path, int]:
-    """Create a folder and hold its lock, which shows `sweep` that its process is alive.
+def _new(path: Path, create: Callable[[Path], None]) -> tuple[Path, int]:
+    """Create a temporary file or folder beside a path and hold its lock, which shows `sweep` that its process is alive.
 
     The system releases the lock when the process ends in any way. Process ids are not used, because other containers
     repeat them.
     """
     while True:
-        folder = parent / f".{name}-{uuid.uuid4().hex[:12]}.tmp"
-        folder.mkdir()
-        try:
-            handle = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:  # swept before it was locked
-            continue
-        try:
+        temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:12]}.tmp")
+        create(temporary)
+        with contextlib.suppress(FileNotFoundError):  # swept before it was locked
+            handle = os.open(temporary, os.O_RDONLY)
             lock(handle, fcntl.LOCK_EX)
-            if os.path.samestat(os.fstat(handle), os.stat(folder)):
-                return folder, handle
-        except FileNotFoundError:
-            pass
-        os.close(handle)
+            if temporary.exists():
+                return temporary, handle
+            os.close(handle)
 
 
 _held: weakref.WeakSet[IO[str]] = weakref.WeakSet()
@@ -216,28 +211,17 @@ def replace_text(path: Path, text: str) -> None:
     with writing(path.parent, path.name):
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
-        temporary, file = _new_file(path)
+        temporary, handle = _new(path, lambda new: new.touch(exist_ok=False))
         try:
-            with file:
+            with temporary.open("w", encoding="utf-8", newline="\n") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-                os.replace(temporary, path)  # under the lock of the file, so that `sweep` leaves it alone
+            os.replace(temporary, path)  # under the lock of the file, so that `sweep` leaves it alone
         finally:
             temporary.unlink(missing_ok=True)
+            os.close(handle)
         sync(path.parent)
-
-
-def _new_file(path: Path) -> tuple[Path, IO[str]]:
-    """Create a temporary file beside a file and hold its lock; see `_new_folder`."""
-    while True:
-        temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:12]}.tmp")
-        file = temporary.open("x", encoding="utf-8", newline="\n")
-        lock(file.fileno(), fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):  # swept before it was locked
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(temporary)):
-                return temporary, file
-        file.close()
 
 
 @contextmanager

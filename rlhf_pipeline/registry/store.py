@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from rlhf_pipeline.registry.digests import (
 )
 from rlhf_pipeline.registry.integrity import verify_files
 from rlhf_pipeline.registry.manifest import DATA_STAGE, MODEL_STAGES, plain, read_manifest, without_reach
-from rlhf_pipeline.registry.references import Reference, Resolved, Version, is_version_word, parse_reference
+from rlhf_pipeline.registry.references import Reference, Resolved, Version, parse_reference
 from rlhf_pipeline.registry.shelf import Shelf, check_name, in_quarantine
 
 RECORDS = "records.jsonl"
@@ -133,7 +134,7 @@ class Registry:
             BadInput: the alias is not allowed, or the reference is not a version of the registry.
         """
         check_name(alias, "alias")
-        if is_version_word(alias):
+        if re.fullmatch(r"v[0-9]+", alias):
             raise BadInput(f"alias {alias!r} looks like a version; choose another word")
         resolved = self._own(reference, "an alias")
         with storage.locked(self.models.base / resolved.name):
@@ -173,7 +174,7 @@ class Registry:
             BadInput: the folder is not empty, or the reference is not a model of the registry.
             DamagedFile: a file differs from the manifest.
         """
-        resolved = self._resolved(reference)
+        resolved = self.resolve(reference)
         if not isinstance(resolved, Version) or resolved.kind != "registry":
             raise BadInput(f"{resolved.label} is not in the registry; only models of the registry can be exported")
         target = Path(target).expanduser().absolute()
@@ -181,12 +182,13 @@ class Registry:
         if blocked or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
             raise BadInput(f"{target}: exists and is not empty; export into a new or empty folder")
         verify_files(resolved)
+        assert resolved.manifest is not None  # a reference to a version whose manifest is damaged does not resolve
         files = {path: item for path, item in resolved.files.items() if not path.startswith(f"{SNAPSHOTS}/")}
         with storage.staging(target.parent, target.name) as staged:
             for path in files:
                 (staged / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(resolved.path / path, staged / path)
-            manifest = resolved.intact_manifest.model_copy(update={"files": files})
+            manifest = resolved.manifest.model_copy(update={"files": files})
             storage.replace_text(staged / MANIFEST, manifest.to_json())
             storage.sync_tree(staged)
             if not storage.claim(staged, target):
@@ -201,11 +203,8 @@ class Registry:
             and any(p.ref.partition("#")[0] == resolved.label for p in item.manifest.parents.values())
         ]
 
-    def _resolved(self, reference: str | Resolved) -> Resolved:
-        return reference if isinstance(reference, Resolved) else self.resolve(reference)
-
     def _own(self, reference: str, purpose: str) -> Version:
-        resolved = self._resolved(reference)
+        resolved = self.resolve(reference)
         if not isinstance(resolved, Version) or resolved.kind != "registry" or resolved.step is not None:
             raise BadInput(f"{resolved.label}: {purpose} needs a version of the registry: name@vN")
         return resolved

@@ -9,8 +9,7 @@ import torch
 
 from rlhf_pipeline.config.ppo import PpoConfig
 from rlhf_pipeline.errors import ConfigError, Fault
-from rlhf_pipeline.models.actor_critic import describe_critic, make_actor_critic
-from rlhf_pipeline.models.modules import ActorCritic, Policy, assert_independent
+from rlhf_pipeline.models.modules import ActorCritic, Policy, assert_independent, describe_critic, make_actor_critic
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.rollout.rewards import WeightedReward
 from rlhf_pipeline.rollout.vllm_engine import VllmEngine

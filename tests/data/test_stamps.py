@@ -104,7 +104,7 @@ def test_a_file_that_was_just_written_is_parsed_each_time(jsonl, parsed, monkeyp
 
 
 def test_the_latest_version_of_collected_data_is_looked_up_each_time(tmp_path, parsed):
-    from rlhf_pipeline.registry import Registry
+    from rlhf_pipeline.registry.store import Registry
 
     registry = Registry(tmp_path)
     for prompt in ("first", "second"):
@@ -116,7 +116,7 @@ def test_the_latest_version_of_collected_data_is_looked_up_each_time(tmp_path, p
 
 def test_changed_collected_data_are_refused_after_they_were_read(tmp_path, parsed):
     from rlhf_pipeline.errors import DamagedFile
-    from rlhf_pipeline.registry import Registry
+    from rlhf_pipeline.registry.store import Registry
 
     version = Registry(tmp_path).publish_data("pairs", [ROW])
     read_records("collected:pairs", home=tmp_path)

@@ -68,11 +68,6 @@ def test_each_response_counts_the_same_and_prompts_do_not_mix():
     assert self_bleu([["a b c d", "a b c d", "w x y z"]]) == pytest.approx(2 / 3, abs=1e-12)
 
 
-def test_writing_without_spaces():
-    assert self_bleu([["abcde", "abcdx"]], tokenize="char") > 0.5
-    assert self_bleu([["abcde", "abcdx"]]) == pytest.approx(0.0, abs=1e-12)
-
-
 @pytest.mark.parametrize("responses", [[], [["a"]], [["a", "b"], ["c"]]])
 def test_a_response_without_company_is_refused(responses):
     with pytest.raises(ValueError, match="fewer than two"):

@@ -8,7 +8,6 @@ import torch
 from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.enumeration import ResponseTree
 from rlhf_pipeline.data.tokenize import Example
-from rlhf_pipeline.evaluation import enumerate as module
 from rlhf_pipeline.evaluation.enumerate import leaf_logprobs, leaf_scores
 from rlhf_pipeline.models.modules import Policy
 from rlhf_pipeline.models.selfcheck import inspect_model, read_reward_model
@@ -65,9 +64,8 @@ def test_scores_are_those_of_each_response_alone(name, pooling):
     assert found.std() > 0.05
 
 
-def test_the_number_of_families_at_once_changes_nothing(monkeypatch):
+def test_the_number_of_families_at_once_changes_nothing():
     tree = ResponseTree(7, 1, 4)
     policy = Policy(build("llama", **SMALL), inspect_model(build("llama", **SMALL)))
     whole = leaf_logprobs(policy, [3, 2], tree)
-    monkeypatch.setattr(module, "ROWS", 5)
-    torch.testing.assert_close(leaf_logprobs(policy, [3, 2], tree), whole, rtol=0, atol=1e-5)
+    torch.testing.assert_close(leaf_logprobs(policy, [3, 2], tree, rows_at_once=5), whole, rtol=0, atol=1e-5)

@@ -8,24 +8,25 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rlhf_pipeline.evaluation.resampling import (
+from rlhf_pipeline.evaluation.statistics import (
+    cluster_mean,
     clustered,
+    count_blocks,
     replicate_interval,
     replicate_p,
     standard_error,
     student_p,
+    student_quantile,
 )
-from rlhf_pipeline.evaluation.statistics import cluster_mean, count_blocks, student_quantile
 
 
-def draw_counts(prompts: int, *, resamples: int = 2000, seed: int = 0) -> np.ndarray:
-    return np.concatenate(list(count_blocks(prompts, resamples=resamples, seed=seed)))
+def draw_counts(prompts: int, *, resamples: int = 2000) -> np.ndarray:
+    return np.concatenate(list(count_blocks(prompts, resamples=resamples)))
 
 
 def test_students_t_from_tables():
     assert student_quantile(4) == pytest.approx(2.776445, abs=1e-6)
     assert student_quantile(math.inf) == pytest.approx(1.959964, abs=1e-6)
-    assert student_quantile(9, 0.9) == pytest.approx(1.833113, abs=1e-6)
     assert student_quantile(0) == math.inf
     assert student_p(2.776445, 1.0, 4) == pytest.approx(0.05, abs=1e-6)
     assert student_p(-1.0, 0.5, 1) == pytest.approx(2 * (0.5 - math.atan(2) / math.pi), abs=1e-12)  # Cauchy
@@ -37,7 +38,6 @@ def test_counts_are_draws_with_replacement():
     assert counts.shape == (5000, 7) and (counts.sum(1) == 7).all()
     assert counts.var() == pytest.approx(6 / 7, rel=0.05)  # binomial(7, 1/7)
     assert (counts == draw_counts(7, resamples=5000)).all()
-    assert (counts != draw_counts(7, resamples=5000, seed=1)).any()
 
 
 def test_the_replicates_are_those_of_the_interval_of_a_mean():

@@ -7,13 +7,12 @@ import math
 import numpy as np
 import pytest
 
-from rlhf_pipeline.evaluation.needed import needed
 from rlhf_pipeline.evaluation.seeds import (
-    Inference,
     contrast,
     from_replicates,
     holm,
     infer,
+    needed,
     over_prompts,
     over_seeds,
     over_seeds_and_prompts,
@@ -39,8 +38,7 @@ def test_t_over_seeds_by_hand():
     assert (found.estimate.mean, found.estimate.n, found.estimate.clusters) == (2.0, 6, 3)
     assert found.estimate.high - 2 == pytest.approx(T[2] / math.sqrt(3), abs=1e-4)
     assert found.p == pytest.approx(p_of_2_degrees(2 * math.sqrt(3)), abs=1e-12)
-    assert (found.seeds, found.prompts, found.over_seeds, found.estimate.method) == (3, 2, True, "t over seeds")
-    assert (found.seed_variance, found.prompt_variance) == (pytest.approx(1 / 3), 0.0)
+    assert found.estimate.method == "t over seeds"
     alone = over_seeds([1.0, 2.0, 3.0])
     assert (alone.estimate.low, alone.estimate.high, alone.p) == (found.estimate.low, found.estimate.high, found.p)
 
@@ -52,7 +50,6 @@ def test_the_crossed_form_by_hand():
     error = math.sqrt(1 + 4 / 3)
     assert found.estimate.mean == pytest.approx(2.0)
     assert found.estimate.high - 2 == pytest.approx(T[1] * error, rel=1e-5)
-    assert (found.seed_variance, found.prompt_variance) == pytest.approx((1.0, 4 / 3))
     assert found.p == pytest.approx(1 - 2 / math.pi * math.atan(2 / error), abs=1e-12)  # Cauchy
     assert found.estimate.method == "t over seeds and prompts"
 
@@ -62,8 +59,7 @@ def test_one_seed_is_the_interval_over_prompts_and_says_so():
         values = np.random.default_rng(0).normal(size=count)
         found = infer(values[None])
         assert found.estimate == cluster_mean(values, range(count))
-        assert not found.over_seeds and found.seeds == 1 and found.prompts == count
-        assert found == over_prompts(values) == infer(values[None], fixed_prompts=True)
+        assert found == over_prompts(values)
     assert over_prompts([1.0, 2.0, 3.0]).p == pytest.approx(p_of_2_degrees(2 * math.sqrt(3)), abs=1e-12)
 
 
@@ -71,13 +67,12 @@ def test_one_number_has_no_interval_and_no_p_value():
     for values in ([1.5], [[1.5]]):
         found = infer(values)
         assert (found.estimate.mean, found.estimate.low, found.p) == (1.5, -math.inf, None)
-        assert needed(found) is None
+        assert needed(found.estimate) is None
 
 
 def test_infer_takes_the_statement_that_is_wanted():
     table = np.random.default_rng(1).normal(size=(3, 8))
     assert infer(table) == over_seeds_and_prompts(table)
-    assert infer(table, fixed_prompts=True) == over_seeds(table)
     assert infer(table[:, 0]) == over_seeds(table[:, 0])
     assert infer(table[:, :1]) == over_seeds(table[:, :1])  # one prompt: nothing to say about others
 
@@ -99,13 +94,12 @@ def test_differences_are_paired():
 
 def test_a_share_ends_at_0_and_1_and_is_tested_against_one_half():
     found = over_seeds([0.9, 1.0, 0.95], null=0.5, share=True)
-    assert found.estimate.method == "wilson over seeds" and found.over_seeds
+    assert found.estimate.method == "wilson over seeds"
     # Squares .005; one seed of three is at 1: w = 1/9/2 of a seed more at 0 adds w 3 / (3 + w) x .95^2; over 2 + w.
     w = 1 / 18
     middle = 2.85 / (3 + w)
     size = 3 * middle * (1 - middle) / ((0.005 + w * 3 / (3 + w) * 0.95**2) / (2 + w))
     assert found.p == pytest.approx(p_of_2_degrees(0.45 / math.sqrt(0.25 / size)), abs=1e-12)
-    assert needed(found) == needed(found.estimate, null=0.5)
     assert 0 < found.estimate.low < 0.95 < found.estimate.high < 1
 
 
@@ -139,21 +133,17 @@ def test_replicates_of_a_mean_give_what_the_mean_gives():
     draw = np.random.default_rng(3)
     table = draw.normal(size=(4, 64)) + draw.normal(size=(4, 1)) + draw.normal(size=64)
     replicates = draw_counts(64, resamples=20_000) @ table.T / 64
-    for fixed in (True, False):
-        mine, theirs = (
-            from_replicates(table.mean(1), replicates, 64, fixed_prompts=fixed),
-            infer(table, fixed_prompts=fixed),
-        )
-        assert (mine.estimate.low, mine.estimate.high) == pytest.approx(
-            (theirs.estimate.low, theirs.estimate.high), rel=1e-9 if fixed else 0.02
-        )
-        assert mine.p == pytest.approx(theirs.p, rel=1e-9 if fixed else 0.05)
+    mine, theirs = from_replicates(table.mean(1), replicates, 64), infer(table)
+    assert (mine.estimate.low, mine.estimate.high) == pytest.approx(
+        (theirs.estimate.low, theirs.estimate.high), rel=0.02
+    )
+    assert mine.p == pytest.approx(theirs.p, rel=0.05)
     one = from_replicates(table[:1].mean(1), draw_counts(64) @ table[:1].T / 64, 64)
     theirs = over_prompts(table[0])
     assert (one.estimate.low, one.estimate.high, one.p) == pytest.approx(
         (theirs.estimate.low, theirs.estimate.high, theirs.p), abs=1e-12
     )
-    assert not one.over_seeds
+    assert one.estimate.method == "bootstrap"
 
 
 def test_holm_by_hand():
@@ -167,53 +157,31 @@ def test_needed_seeds_by_hand():
     # Mean 1, s = 2 over three seeds. t(N - 1) x 2 / sqrt(N) < 1 first at N = 18: 2.109816 x 2 / sqrt 18 = .9946;
     # at 17, 2.119905 x 2 / sqrt 17 = 1.0283.
     found = over_seeds([-1.0, 1.0, 3.0])
-    assert found.estimate.mean == 1.0 and found.seed_variance == pytest.approx(4 / 3)
-    assert needed(found) == {"count": 18, "unit": "seeds"}
+    assert found.estimate.mean == 1.0
     assert needed(found.estimate) == {"count": 18, "unit": "seeds"}
-    assert needed(found, "prompts") is None
 
 
 def test_needed_prompts_by_hand():
     # From 50 on: (1.959964 s / effect)^2 with s^2 = .25 x 80/79 and an effect of .05: 389.01.
-    values = np.array([0.55, -0.45] * 40)
-    found = over_prompts(values)
-    assert needed(found) == {"count": 390, "unit": "prompts"}
-    assert needed(found, "seeds") is None
-    # Below 50, an estimate alone: half-width 1 at 10 prompts, effect 1/2: t(N - 1) sqrt(10 / N) / t(9) < 1/2.
+    half = 1.959964 * math.sqrt(0.25 / 79)
+    found = needed(Estimate(0.05, 0.05 - half, 0.05 + half, 80, 80, "bootstrap"))
+    assert found == {"count": 390, "unit": "prompts"}
+    # Below 50: half-width 1 at 10 prompts, effect 1/2: t(N - 1) sqrt(10 / N) / t(9) < 1/2.
     found = needed(Estimate(0.5, -0.5, 1.5, 10, 10, "t"))
     assert found == {"count": 33, "unit": "prompts"}
     assert 2.036933 * math.sqrt(10 / 33) / T[9] < 0.5 < 2.039513 * math.sqrt(10 / 32) / T[9]
 
 
-def test_needed_of_a_win_rate_counts_from_one_half():
-    cut = Estimate(0.55, 0.05, 1.0, 10, 10, "t")  # half-width .5; cut at 1
-    whole = Estimate(0.05, -0.45, 0.55, 10, 10, "t")
-    assert needed(cut, null=0.5) == needed(whole)
-
-
 def test_needed_of_the_crossed_form():
-    def crossed(seed: float, prompt: float) -> Inference:
-        half = T[4] * math.sqrt(seed + prompt)
-        return Inference(Estimate(1.0, 1 - half, 1 + half, 80, 5, "t over seeds and prompts"), 0.5, 5, 16, seed, prompt)
-
-    # Prompts with S - 1 degrees: 2.776445 sqrt(.05 + .4 x 16 / P) < 1, so P > 6.4 / (.129724 - .05) = 80.3.
-    assert needed(crossed(0.05, 0.4), "prompts") == {"count": 81, "unit": "prompts"}
-    # Seeds: t(N - 1) sqrt(.4 x 5 / N + .05) < 1: N = 12 has 2.200985 sqrt(.216667) = 1.0245, 13 has 2.178813
-    # sqrt(.203846) = .98372.
-    assert needed(crossed(0.4, 0.05), "seeds") == {"count": 13, "unit": "seeds"}
-    assert needed(crossed(0.4, 0.05)) == needed(crossed(0.4, 0.05), "seeds")
-    # What the other part alone leaves too wide cannot be mended.
-    assert needed(crossed(0.05, 1.0), "seeds") is None
-    assert needed(crossed(1.0, 0.13), "seeds") is not None
-    assert needed(crossed(0.13, 0.1), "prompts") is None  # .13 > 1 / t(4)^2
-    # Without the parts: both growing alike. t(N - 1) sqrt(.45 x 5 / N) < 1 first at N = 12 (.9531; 11: 1.0077).
-    found = needed(crossed(0.4, 0.05).estimate)
+    # Both growing alike, from 5 seeds: t(N - 1) sqrt(.45 x 5 / N) < 1 first at N = 12 (.9531; 11: 1.0077).
+    half = T[4] * math.sqrt(0.45)
+    found = needed(Estimate(1.0, 1 - half, 1 + half, 80, 5, "t over seeds and prompts"))
     assert found == {"count": 12, "unit": "seeds (and prompts in proportion)"}
 
 
 def test_needed_is_none_without_an_effect():
-    assert needed(over_seeds([-1.0, 1.0, 0.0])) is None
-    assert needed(over_prompts(np.array([1.0, -1.0] * 40) + 1e-4)) is None  # 4e8 prompts
+    assert needed(over_seeds([-1.0, 1.0, 0.0]).estimate) is None
+    assert needed(over_prompts(np.array([1.0, -1.0] * 40) + 1e-4).estimate) is None  # 4e8 prompts
     assert needed(Estimate(1.0, -math.inf, math.inf, 1, 1, "t")) is None
 
 
@@ -221,5 +189,5 @@ def test_needed_is_none_without_an_effect():
 def test_what_excludes_0_needs_no_more_than_it_has(seed):
     values = np.random.default_rng(seed).normal(0.6, 1.0, 12)
     found = over_seeds(values)
-    enough = needed(found)["count"] <= 12
+    enough = needed(found.estimate)["count"] <= 12
     assert enough == (found.p < 0.05) == (found.estimate.low > 0)

@@ -40,7 +40,6 @@ def test_the_win_rate_is_tested_against_one_half():
     tail = math.atan(t / math.sqrt(3)) + (t / math.sqrt(3)) / (1 + t * t / 3)
     assert found.p == pytest.approx(1 - 2 / math.pi * tail, abs=1e-9)
     assert win_rate(a, a, coupled=False).p == 1.0
-    assert not found.over_seeds
 
 
 def coupled_draws(a: np.ndarray, b: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -114,7 +113,7 @@ def test_seeds_pair_with_seeds():
     a, b = draw.normal(1.0, 1.0, (3, 20, 4)), draw.normal(size=(3, 20, 2))
     found = win_rate(a, b, coupled=False)
     assert found == infer(prompt_win_rates(a, b, coupled=False), null=0.5, share=True)
-    assert found.over_seeds and found.estimate.clusters == 3
+    assert found.estimate.method == "wilson over seeds and prompts" and found.estimate.clusters == 3
 
 
 def test_without_an_effect_of_length_it_is_the_win_rate():
@@ -179,13 +178,11 @@ def test_seeds_have_their_own_fits():
     draw = np.random.default_rng(3)
     parts = [synthetic(draw, 60, 0.3, 1.0) for _ in range(3)]
     stacked = [np.stack(column) for column in zip(*parts)]
-    found = length_controlled_win_rate(*stacked, coupled=False, fixed_prompts=True)
+    found = length_controlled_win_rate(*stacked, coupled=False)
     # The unit of length is that of all seeds together: it differs from each one's by a few per cent.
     alone = [length_controlled_win_rate(*part, coupled=False).inference.estimate.mean for part in parts]
     assert found.inference.estimate.mean == pytest.approx(np.mean(alone), abs=0.01)
-    assert found.inference.estimate.method == "wilson over seeds"
-    general = length_controlled_win_rate(*stacked, coupled=False)
-    assert general.inference.prompt_variance > 0 == found.inference.prompt_variance
+    assert found.inference.estimate.method == "wilson over seeds and prompts"
 
 
 @pytest.mark.parametrize(

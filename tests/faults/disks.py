@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.registry import Registry, verify_files
+from rlhf_pipeline.registry.integrity import verify_files
 from rlhf_pipeline.registry.repair import registry_faults
+from rlhf_pipeline.registry.store import Registry
 from tests.conftest import DEFAULTS
 from tests.faults import children
 from tests.faults.subjects import _write, make_template, stage_config

@@ -10,8 +10,9 @@ from typing import Any
 
 from rlhf_pipeline.data.sources import read_source
 from rlhf_pipeline.errors import DamagedFile
-from rlhf_pipeline.registry import Registry, verify_files
+from rlhf_pipeline.registry.integrity import verify_files
 from rlhf_pipeline.registry.repair import registry_faults
+from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.training.checkpoint import newest_checkpoint, verify_checkpoint
 from tests.conftest import Lab
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.cli.main import main
-from rlhf_pipeline.registry import Registry
+from rlhf_pipeline.registry.store import Registry
 
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """What a terminal would obey."""

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.errors import UnknownReference
-from rlhf_pipeline.registry import Registry, verify_files
+from rlhf_pipeline.registry.integrity import verify_files
 from rlhf_pipeline.registry.repair import registry_faults
+from rlhf_pipeline.registry.store import Registry
 
 NAME = "shared"
 CODE = {"package": "test"}

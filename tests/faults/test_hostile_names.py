@@ -8,8 +8,8 @@ import pytest
 
 from rlhf_pipeline.cli.main import main
 from rlhf_pipeline.config.names import is_name
-from rlhf_pipeline.registry import Registry
 from rlhf_pipeline.registry.digests import MANIFEST, list_files
+from rlhf_pipeline.registry.store import Registry
 from tests.faults.hostile_names import NAMES, OBEYED, WAYS, attack, command, make_place, tree
 
 FEW = 6  # of every so many names one is used in a given way; `hostile_names` uses all in all ways

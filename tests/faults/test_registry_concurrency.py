@@ -5,8 +5,9 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 from rlhf_pipeline.errors import UnknownReference
-from rlhf_pipeline.registry import Registry, verify_files
+from rlhf_pipeline.registry.integrity import verify_files
 from rlhf_pipeline.registry.repair import registry_faults
+from rlhf_pipeline.registry.store import Registry
 from tests.faults.registry_load import concurrency
 
 

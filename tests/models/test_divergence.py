@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf_pipeline.data.batch import pack
-from rlhf_pipeline.models.divergence import divergence
+from rlhf_pipeline.evaluation.sampled import divergence
 from rlhf_pipeline.models.forward import Reader
 from rlhf_pipeline.models.modules import Policy
 from rlhf_pipeline.models.tree_attention import use_tree_attention

@@ -10,7 +10,6 @@ import torch
 
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.batch import pack
-from rlhf_pipeline.models.actor_critic import describe_critic, make_actor_critic
 from rlhf_pipeline.models.forward import Reader, hidden_states, trunk_of
 from rlhf_pipeline.models.loading import (
     init_causal_lm,
@@ -19,7 +18,7 @@ from rlhf_pipeline.models.loading import (
     save_model,
     store_reward_shift,
 )
-from rlhf_pipeline.models.modules import Policy, assert_independent
+from rlhf_pipeline.models.modules import Policy, assert_independent, describe_critic, make_actor_critic
 from rlhf_pipeline.models.selfcheck import inspect_model, read_reward_model
 
 CLOSE = {"rtol": 0, "atol": 1e-5}

@@ -11,10 +11,9 @@ from rlhf_pipeline.algorithms import attention
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.tokenize import Example
-from rlhf_pipeline.models.actor_critic import make_actor_critic
 from rlhf_pipeline.models.forward import Reader, completion_logprobs
 from rlhf_pipeline.models.loading import save_model
-from rlhf_pipeline.models.modules import Policy, assert_independent
+from rlhf_pipeline.models.modules import Policy, assert_independent, make_actor_critic
 from rlhf_pipeline.models.selfcheck import inspect_model, inspect_reward_model, read_reward_model
 from rlhf_pipeline.models.tree_attention import NAME, TreeMask, use_sdpa, use_tree_attention
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_pipeline.registry import Registry
+from rlhf_pipeline.registry.store import Registry
 
 
 @pytest.fixture

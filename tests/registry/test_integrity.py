@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_pipeline.errors import DamagedFile
-from rlhf_pipeline.registry import verify_files
+from rlhf_pipeline.registry.integrity import verify_files
 from rlhf_pipeline.registry.repair import registry_faults
 
 # sha256 of "weights" and of "WEIGHTS", from `printf weights | sha256sum`

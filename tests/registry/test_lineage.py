@@ -3,11 +3,12 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from dataclasses import asdict
 
 from rich.console import Console
 
-from rlhf_pipeline.registry import DataEntry, Parent
 from rlhf_pipeline.registry.lineage import lineage_of, render
+from rlhf_pipeline.registry.manifest import DataEntry, Parent
 
 
 def demo(registry, model):
@@ -39,7 +40,7 @@ def test_tree_of_roles_down_to_the_data(registry, model):
     expected = [("policy", "sft@v1", "present", sft), ("reward_model", "reward@v1", "present", reward), pairs]
     tree = lineage_of(registry, registry.resolve("ppo"))
     assert shape(tree) == ("model", "ppo@v1", "present", expected)
-    assert json.loads(json.dumps(tree.to_dict()))["origins"][2]["digest"] == "p"
+    assert json.loads(json.dumps(asdict(tree)))["origins"][2]["digest"] == "p"
 
 
 def test_removed_and_changed_parents_are_marked(registry, model, tmp_path):

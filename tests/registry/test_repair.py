@@ -10,7 +10,8 @@ import pytest
 
 from rlhf_pipeline.cli.main import main
 from rlhf_pipeline.errors import BadInput, RunFailed, UnknownReference
-from rlhf_pipeline.registry import DataEntry, verify_files
+from rlhf_pipeline.registry.integrity import verify_files
+from rlhf_pipeline.registry.manifest import DataEntry
 from rlhf_pipeline.registry.repair import registry_faults, repair
 
 

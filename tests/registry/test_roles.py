@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rlhf_pipeline.errors import DamagedFile, MismatchError
-from rlhf_pipeline.registry import check_role
+from rlhf_pipeline.registry.roles import check_role
 
 
 @pytest.mark.parametrize(

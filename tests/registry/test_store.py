@@ -11,7 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from rlhf_pipeline.errors import BadInput, DamagedFile, UnknownReference
-from rlhf_pipeline.registry import DataEntry, Parent, storage, verify_files
+from rlhf_pipeline.registry import storage
+from rlhf_pipeline.registry.integrity import verify_files
+from rlhf_pipeline.registry.manifest import DataEntry, Parent
 from rlhf_pipeline.registry.repair import registry_faults
 
 
@@ -71,7 +73,7 @@ def test_nothing_appears_where_writing_fails(registry, model, error):
 def test_nothing_appears_where_the_process_is_killed(registry):
     code = f"""
         import os, signal
-        from rlhf_pipeline.registry import Registry
+        from rlhf_pipeline.registry.store import Registry
 
         def write(folder):
             (folder / "model.safetensors").write_text("half")

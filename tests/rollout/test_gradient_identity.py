@@ -14,7 +14,7 @@ from torch import nn
 from rlhf_pipeline.algorithms.kl import k3
 from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.tokenize import Example
-from rlhf_pipeline.models.divergence import divergence
+from rlhf_pipeline.evaluation.sampled import divergence
 from rlhf_pipeline.models.forward import Reader
 from rlhf_pipeline.models.modules import ActorCritic, Policy
 from rlhf_pipeline.training.loop import fit

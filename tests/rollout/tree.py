@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from rlhf_pipeline.config.ppo import PpoConfig
 from rlhf_pipeline.data.batch import PackedBatch
 from rlhf_pipeline.data.tokenize import Example
-from rlhf_pipeline.models.actor_critic import make_actor_critic
 from rlhf_pipeline.models.forward import Reader
-from rlhf_pipeline.models.modules import ActorCritic, TokenScores
+from rlhf_pipeline.models.modules import ActorCritic, TokenScores, make_actor_critic
 from rlhf_pipeline.rollout.rollout import Estimates, Rollout
 from rlhf_pipeline.rollout.sampler import Response
 from rlhf_pipeline.stages import ppo

@@ -165,8 +165,8 @@ def test_a_sampler_that_is_off_moves_the_weights_and_the_model(lab, fake):
 def test_only_the_actors_parameters_are_handed_over_and_tied_ones_once(lab):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from rlhf_pipeline.models.actor_critic import make_actor_critic
     from rlhf_pipeline.models.forward import Reader
+    from rlhf_pipeline.models.modules import make_actor_critic
 
     sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 5}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes))

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import ConfigError
-from rlhf_pipeline.models.actor_critic import make_actor_critic
+from rlhf_pipeline.models.modules import make_actor_critic
 from rlhf_pipeline.models.selfcheck import inspect_model
 from rlhf_pipeline.training import precision
 from rlhf_pipeline.training.precision import checkpoint_activations, has_fast_bf16, uses_bf16
