@@ -38,7 +38,7 @@ Paint = Callable[["Axes"], Late | None]
 Entry = tuple[Look, str, str | None]
 """An entry of a legend: look, name, kind of line (`line`, `dashed`, `thin`; None: a marker)."""
 
-# matplotlib draws in placeholder colours, one for each CSS variable; `_style` replaces them by the variables.
+# matplotlib draws in placeholder colours, one for each CSS variable; `_attribute` replaces them by the variables.
 _CODES = {name: f"#fe01{index:02x}" for index, name in enumerate(LIGHT)}
 _NAMES = {code: name for name, code in _CODES.items()}
 
@@ -120,7 +120,7 @@ def draw(
             figure.draw_without_rendering()
             figure.set_layout_engine("none")
             late(axes)
-        return _inline(_saved(figure), ident, title, description, class_)
+        return _inline(figure, ident, title, description, class_)
 
 
 def dress(axes: Axes, x: str, y: str) -> None:
@@ -130,95 +130,41 @@ def dress(axes: Axes, x: str, y: str) -> None:
     axes.margins(0.06, 0.1)
 
 
-def _saved(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
-
-
-def _style(text: str) -> str:
-    """A style with CSS variables for colours and without fonts."""
-    kept = []
-    for declaration in text.split(";"):
-        name, _, value = (part.strip() for part in declaration.partition(":"))
-        if name == "font":
-            size = re.search(r"[\d.]+px", value)
-            weight = re.match(r"bold|[5-9]00", value)
-            kept += [f"font-size:{size.group()}"] if size else []
-            kept += [f"font-weight:{weight.group()}"] if weight else []
-        elif name and name not in ("font-family", "font-stretch", "font-variant", "font-style"):
-            code = value.lower()
-            kept.append(f"{name}:var(--{_NAMES[code]})" if code in _NAMES else f"{name}:{value}")
-    return ";".join(kept)
-
-
-def _rounded(text: str) -> str:
-    """Coordinates to a hundredth of a pixel."""
-    return re.sub(r"-?\d+\.\d+", lambda found: f"{round(float(found.group()), 2) + 0.0:g}", text)
-
-
-def _inline(saved: bytes, ident: str, title: str, description: str, class_: str | None) -> Markup:
-    """The SVG as part of the page: no metadata, no namespaces, ids of its own, a title and a description."""
+def _inline(figure: Figure, ident: str, title: str, description: str, class_: str | None) -> Markup:
+    """The figure as part of the page: no metadata, no namespaces, ids of its own, a title and a description."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    saved = re.sub("<metadata>.*?</metadata>|<style.*?</style>", "", buffer.getvalue(), flags=re.DOTALL)
     root = ET.fromstring(saved)
-    for parent in list(root.iter()):
-        parent.tag = parent.tag.rpartition("}")[2]
-        for child in [c for c in parent if c.tag in (f"{{{SVG}}}metadata", f"{{{SVG}}}style")]:
-            parent.remove(child)
-        parent.attrib = {name.rpartition("}")[2]: value for name, value in parent.attrib.items()}
-        if "style" in parent.attrib:
-            parent.attrib["style"] = _style(parent.attrib["style"])
-        for name in {"d", "x", "y", "width", "height", "points", "transform"} & set(parent.attrib):
-            parent.attrib[name] = " ".join(_rounded(parent.attrib[name]).split())
-        if parent.attrib.get("transform", "").startswith("rotate(-0 "):
-            del parent.attrib["transform"]
-    _tidy(root)
-    _rename(root, ident)
-    box = root.attrib["viewBox"]
-    width = box.split()[2]
-    inner = "".join(ET.tostring(child, encoding="unicode").rstrip() for child in root)
+    for item in root.iter():
+        item.tag, item.tail = item.tag.rpartition("}")[2], None
+        if item.tag != "text":
+            item.text = None
+        if item.tag == "g":
+            item.attrib.pop("id", None)  # nothing refers to it
+        item.attrib = {name.rpartition("}")[2]: _attribute(name, value, ident) for name, value in item.attrib.items()}
     return h(
         "svg",
         h("title", title, id=f"{ident}-title"),
         h("desc", description, id=f"{ident}-desc"),
-        Markup(inner),
+        Markup("".join(ET.tostring(child, encoding="unicode") for child in root)),
         xmlns=SVG,
-        viewBox=box,
+        viewBox=root.attrib["viewBox"],
         role="img",
         class_=f"plot {class_ or ''}".strip(),
-        style=f"max-width:{_rounded(width)}px",
+        style=f"max-width:{root.attrib['viewBox'].split()[2]}px",
         aria_labelledby=f"{ident}-title {ident}-desc",
     )
 
 
-def _tidy(item: ET.Element) -> None:
-    """Remove indentation, empty groups and groups that only hold another group."""
-    for child in list(item):
-        _tidy(child)
-        child.tail = None
-        if child.tag == "g":
-            child.text = None
-            child.attrib.pop("id", None)
-            if len(child) == 0:
-                item.remove(child)
-            elif len(child) == 1 and not child.attrib:
-                item[list(item).index(child)] = child[0]
-
-
-def _rename(root: ET.Element, ident: str) -> None:
-    """Keep the ids that something refers to, under names that are unique in the page."""
-    used: dict[str, str] = {}
-    for item in root.iter():
-        for name, value in item.attrib.items():
-            for target in re.findall(r"url\(#([^)]+)\)", value) + ([value[1:]] if name == "href" else []):
-                used.setdefault(target, f"{ident}-{len(used)}")
-    for item in root.iter():
-        if (old := item.attrib.pop("id", None)) in used:
-            item.attrib["id"] = used[old]
-        for name, value in list(item.attrib.items()):
-            if name == "href":
-                item.attrib[name] = f"#{used[value[1:]]}"
-            elif "url(#" in value:
-                item.attrib[name] = re.sub(r"url\(#([^)]+)\)", lambda found: f"url(#{used[found.group(1)]})", value)
+def _attribute(name: str, value: str, ident: str) -> str:
+    """An attribute with CSS variables for colours, coordinates to a hundredth of a pixel, and ids that are unique."""
+    if name == "id":
+        return f"{ident}-{value}"
+    value = re.sub(r"([:;])?\s+", lambda found: found.group(1) or " ", value.strip())
+    value = re.sub("#fe01..", lambda found: f"var(--{_NAMES[found.group()]})", value)
+    value = re.sub(r"-?\d+\.\d+", lambda found: f"{round(float(found.group()), 2) + 0.0:g}", value)
+    return re.sub(r"url\(#|^#", rf"\g<0>{ident}-", value)
 
 
 def place_labels(
@@ -231,23 +177,24 @@ def place_labels(
 
     A label without room is left out: the table and the CSV file have it.
     """
+    from matplotlib.transforms import Bbox
+
     height = 13.0
     where = axes.transData.transform
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in (where(point) for point in points)]
-    crossed = [(x - 2, y - 2, x + 2, y + 2) for x, y in (where(point) for point in lines)]
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in map(where, points)]
+    crossed = [Bbox.from_bounds(x - 2, y - 2, 4, 4) for x, y in map(where, lines)]
     frame = axes.get_window_extent()
     for x, y, text, hue in labels:
         text = clean(text)
         cx, cy = where((x, y))
         width = 6.6 * len(text)
-        free: list[tuple[bool, int, float, float, str, tuple[float, float, float, float]]] = []
+        free: list[tuple[bool, int, float, float, str, Bbox]] = []
         for dx, dy, align in _PLACES:
             left = cx + dx - {"left": 0.0, "center": width / 2, "right": width}[align]
-            bottom = cy + dy - height / 2
-            box = (left, bottom, left + width, bottom + height)
-            inside = frame.x0 <= box[0] and box[2] <= frame.x1 and frame.y0 <= box[1] and box[3] <= frame.y1 + 4
-            if inside and not any(_overlap(box, other) for other in taken):
-                free.append((any(_overlap(box, other) for other in crossed), len(free), dx, dy, align, box))
+            box = Bbox.from_bounds(left, cy + dy - height / 2, width, height)
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1 + 4
+            if inside and not box.count_overlaps(taken):
+                free.append((box.count_overlaps(crossed) > 0, len(free), dx, dy, align, box))
         if not free:
             continue
         _, _, dx, dy, align, box = min(free)
@@ -270,10 +217,6 @@ _PLACES = tuple(
         (-12 * far, 0, "right"),
     )
 )
-
-
-def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def named(look: Look, name: str) -> Markup:

@@ -214,6 +214,7 @@ _CHARTS = """
 .plot{display:block;width:100%;height:auto;
  font:12px system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue","Noto Sans","Liberation Sans",Arial,sans-serif;
  font-variant-numeric:tabular-nums}
+.plot text{font-family:inherit!important}
 .plot *{stroke-linejoin:round;stroke-linecap:butt}
 .plot.narrow{display:none}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;padding:0;margin:0 0 .5rem;font-size:.85rem;
