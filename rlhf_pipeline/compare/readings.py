@@ -6,13 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.evaluation.sampled import Samples
 from rlhf_pipeline.measure.bench import Bench
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report.results import Ancestor, DataReport, Response, Shown
+from rlhf_pipeline.training.run_directory import read_status
 
 CURVES = (
     "objective/rlhf_reward",
@@ -42,11 +42,8 @@ def shown_samples(bench: Bench, measured: Mapping[str, Samples], count: int) -> 
     They are the first responses to the first prompts: none are selected.
     """
     return [
-        Shown(
-            prompt=_text(bench, prompt),
-            responses={name: [_response(bench, samples, number)] for name, samples in measured.items()},
-        )
-        for number, prompt in enumerate(bench.plan.prompts[:count])
+        Shown(prompt=prompt, responses={name: [_response(bench, samples, i)] for name, samples in measured.items()})
+        for i, prompt in enumerate(prompt_texts(bench)[:count])
     ]
 
 
@@ -58,13 +55,9 @@ def _response(bench: Bench, samples: Samples, number: int) -> Response:
     return Response(text=text_of(bench.tokenizer, ids[: len(ids) - int(ended)]), ended=bool(ended), **scores)
 
 
-def _text(bench: Bench, prompt: Example) -> str:
-    return prompt.prompt_text or text_of(bench.tokenizer, prompt.prompt_ids)
-
-
 def prompt_texts(bench: Bench) -> list[str]:
     """The text of each prompt of an evaluation, in order."""
-    return [_text(bench, prompt) for prompt in bench.plan.prompts]
+    return [prompt.prompt_text or text_of(bench.tokenizer, prompt.prompt_ids) for prompt in bench.plan.prompts]
 
 
 def curves(registry: Registry, models: Sequence[Resolved]) -> dict[str, dict[str, list[tuple[float, float]]]]:
@@ -89,20 +82,14 @@ def curves(registry: Registry, models: Sequence[Resolved]) -> dict[str, dict[str
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    stride = -(-len(points) // POINTS)
-    return points[::stride] if stride <= 1 or (len(points) - 1) % stride == 0 else [*points[::stride], points[-1]]
+    return [*points[: -1 : -(-len(points) // POINTS)], points[-1]]
 
 
 def _runs_by_model(registry: Registry) -> dict[str, Path]:
     """metrics.jsonl of the finished run of each registered model."""
     found = {}
-    for status in sorted((registry.home / "runs").glob("*/run.json")):
-        try:
-            model = json.loads(status.read_text(encoding="utf-8")).get("model")
-        except (OSError, ValueError):
-            continue
-        metrics = status.with_name("metrics.jsonl")
-        if model and metrics.is_file():
+    for metrics in sorted((registry.home / "runs").glob("*/metrics.jsonl")):
+        if model := read_status(metrics.parent).get("model"):
             found[model] = metrics
     return found
 

@@ -236,11 +236,8 @@ def _two_prices(results: Findings) -> bool:
     betas: dict[str, set[float | None]] = {}
     for entry in results.summary:
         betas.setdefault(entry.arm, set()).add(entry.beta)
-    for contrast in results.find(kind="as trained"):
-        mine, theirs = (betas.get(arm, {None}) for arm in (contrast.a, contrast.b))
-        if None not in mine | theirs and not mine & theirs:
-            return True
-    return False
+    sides = ((betas.get(one.a, {None}), betas.get(one.b, {None})) for one in results.find(kind="as trained"))
+    return any(None not in mine | theirs and not mine & theirs for mine, theirs in sides)
 
 
 def _next(results: Findings) -> Iterator[Line]:
