@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rlhf_pipeline.report.markup import NOTHING, Markup, clean, h, interval_text, join, linked, short
-from rlhf_pipeline.report.results import BEST_OF_N, Interval
+from rlhf_pipeline.report.results import BEST_OF_N, FrontierPoint, Interval, Row
 from rlhf_pipeline.report.style import LIGHT, Look, swatch
 from rlhf_pipeline.report.view import View
 
@@ -298,27 +298,39 @@ def span(found: Iterable[Interval | None], *also: float) -> tuple[float, float]:
 
 
 def mark(
-    axes: Axes, x: Sequence[float], y: Sequence[float], look: Look, *, size: float = 6.5, filled: bool = True
+    axes: Axes,
+    x: float,
+    y: float,
+    look: Look,
+    across: Ends = None,
+    upright: Ends = None,
+    *,
+    size: float = 6.5,
+    filled: bool = True,
 ) -> None:
-    """Points in the colour and with the marker of their arm, drawn above the lines."""
+    """A point in the colour and with the marker of its arm, above the lines, and its intervals as thin lines behind."""
     hue, page = colour(look.hue), colour("page")
+    for ends, xs, ys in ((upright, [x, x], upright), (across, across, [y, y])):
+        if ends is not None:
+            axes.plot(xs, ys, color=hue, lw=1.1, alpha=0.45, zorder=2, solid_capstyle="butt")
     size *= SIZES.get(look.marker, 1.0)
     face, edge, width = (hue, page, 0.7) if filled else (page, hue, 1.5)
-    axes.plot(x, y, ls="", marker=look.marker, ms=size, mfc=face, mec=edge, mew=width, zorder=4)
+    axes.plot([x], [y], ls="", marker=look.marker, ms=size, mfc=face, mec=edge, mew=width, zorder=4)
 
 
-def trail(axes: Axes, line: Sequence[tuple[float, float]], look: Look) -> None:
-    """The snapshots of a run, smaller and lighter than models, on a thin line that ends at the run's final model."""
-    hue, size = colour(look.hue), 4 * SIZES.get(look.marker, 1.0)
-    x, y = zip(*line)
-    axes.plot(x, y, color=hue, lw=0.9, alpha=0.4, zorder=1.6)
-    axes.plot(x[:-1], y[:-1], ls="", marker=look.marker, ms=size, mfc=hue, mec="none", alpha=0.5, zorder=3)
+def trail(
+    axes: Axes, model: str, places: Sequence[tuple[Row | FrontierPoint, float, float]], look: Look
+) -> list[tuple[float, float]]:
+    """A model's snapshots in order of steps, small and light, on a thin line that ends at the model.
 
-
-def error_bars(axes: Axes, x: float, y: float, look: Look, across: Ends, upright: Ends) -> None:
-    """The intervals of a point, as thin lines behind it."""
-    hue = colour(look.hue)
-    if upright is not None:
-        axes.plot([x, x], upright, color=hue, lw=1.1, alpha=0.45, zorder=2, solid_capstyle="butt")
-    if across is not None:
-        axes.plot(across, [y, y], color=hue, lw=1.1, alpha=0.45, zorder=2, solid_capstyle="butt")
+    Args:
+        places: (row, x, y) of all models and snapshots. Returns the (x, y) that are joined.
+    """
+    run = [(one.step, x, y) for one, x, y in places if one.step is not None and one.model.partition("#")[0] == model]
+    line = [(x, y) for _, x, y in sorted(run)] + [(x, y) for one, x, y in places if one.model == model]
+    if run:
+        hue, size = colour(look.hue), 4 * SIZES.get(look.marker, 1.0)
+        x, y = zip(*line)
+        axes.plot(x, y, color=hue, lw=0.9, alpha=0.4, zorder=1.6)
+        axes.plot(x[:-1], y[:-1], ls="", marker=look.marker, ms=size, mfc=hue, mec="none", alpha=0.5, zorder=3)
+    return line

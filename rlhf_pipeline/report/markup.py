@@ -6,14 +6,18 @@ Everything is escaped by construction: a plain string is text, only `Markup` is 
 from __future__ import annotations
 
 import math
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from rlhf_pipeline.errors import UNSEEN
 from rlhf_pipeline.report.results import EffectiveBeta, Interval
 
-BIDI = frozenset([0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
-"""Characters that reorder the text around them; the page shows their code instead."""
+_ENDS_OF_PLANES = "".join(chr(plane << 16 | end) for plane in range(17) for end in (0xFFFE, 0xFFFF))
+_UNFIT = re.compile(f"{UNSEEN.pattern}|[\ufdd0-\ufdef{_ENDS_OF_PLANES}]")
+"""Characters that XML 1.0 (section 2.2) does not hold, C1 controls, non-characters and marks that reorder text."""
 
 NOTHING = "–"
 """The text of a cell without a figure."""
@@ -21,29 +25,17 @@ NOTHING = "–"
 UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def _shown(code: int) -> str:
-    if code < 0x20:
-        return chr(0x2400 + code)  # the control pictures: ␀ ... ␟
-    if code in BIDI:
-        return f"⟨U+{code:04X}⟩"
-    return "\N{REPLACEMENT CHARACTER}"
-
-
 def clean(value: object) -> str:
     """A text that is valid in XML and HTML: newline and tab stay; other control characters are shown by symbols."""
-    text = str(value).replace("\r\n", "\n")
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(char if _allowed(ord(char)) else _shown(ord(char)) for char in text)
+    return _UNFIT.sub(_shown, str(value).replace("\r\n", "\n"))
 
 
-def _allowed(code: int) -> bool:
-    """Whether XML 1.0 holds the character (section 2.2) and it is neither C1 control, non-character nor reordering."""
+def _shown(found: re.Match[str]) -> str:
+    code = ord(found[0])
     if code < 0x20:
-        return code in (0x09, 0x0A)
-    if 0x7F <= code <= 0x9F or 0xD800 <= code <= 0xDFFF or 0xFDD0 <= code <= 0xFDEF or code & 0xFFFE == 0xFFFE:
-        return False
-    return code not in BIDI
+        return chr(0x2400 + code)  # the control pictures: ␀ ... ␟
+    # A mark that reorders text is shown by its code.
+    return f"⟨U+{code:04X}⟩" if unicodedata.category(found[0]) == "Cf" else "\N{REPLACEMENT CHARACTER}"
 
 
 def short(value: object, length: int) -> str:

@@ -1,4 +1,4 @@
-"""The parts of a report: numbers as text, colours that can be read, lines that are thinned, forms that are drawn."""
+"""The parts of a report: numbers as text, colours that can be read, forms that are drawn."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from rlhf_pipeline.report.markup import (
 )
 from rlhf_pipeline.report.points import Points, cells
 from rlhf_pipeline.report.results import GaoFit, Interval, Results
-from rlhf_pipeline.report.sections.curves import fitted, thinned
+from rlhf_pipeline.report.sections.curves import fitted
 from rlhf_pipeline.report.style import DARK, LIGHT, looks
 from rlhf_pipeline.report.view import View, setting_text
 from tests.report.report_fixture import plain as plain_results
@@ -149,16 +149,6 @@ def test_an_interval_as_text_as_markup_and_in_a_csv() -> None:
         assert interval_text(unknown) == "1.00" and cells(unknown) == (1.0, None, None)
         assert estimate(unknown) == "<b>1.00</b>"
     assert estimate(None) == '<span class="none">–</span>' and cells(None) == (None, None, None)
-
-
-def test_long_lines_keep_their_ends_and_extremes() -> None:
-    line = [(float(i), math.sin(i / 7)) for i in range(5000)]
-    line[1234], line[4321] = (1234.0, 9.0), (4321.0, -9.0)
-    kept = thinned(line, 100)
-    assert len(kept) <= 100 and kept[0] == line[0] and kept[-1] == line[-1]
-    assert (1234.0, 9.0) in kept and (4321.0, -9.0) in kept
-    assert kept == sorted(kept) and set(kept) <= set(line)
-    assert thinned(line[:100], 100) == line[:100]
 
 
 def test_the_form_of_over_optimisation() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from rlhf_pipeline.report.drawing import arm_legend, arm_name, dress, error_bars, mark, panel, panels, plot, trail
+from rlhf_pipeline.report.drawing import arm_legend, arm_name, dress, mark, panel, panels, plot, trail
 from rlhf_pipeline.report.markup import (
     Column,
     Group,
@@ -113,21 +113,11 @@ def _panels(view: View, points: Points) -> Markup | None:
     return plot(panels(made), caption, [file], arm_legend(view, view.arms))
 
 
-def _run(found: list[Spent], model: str) -> list[tuple[float, float]]:
-    """(cost, reward) of a model's snapshots, in order of steps, and of the model."""
-    steps = [
-        (row.step or 0, spent, reward.mean)
-        for row, spent, reward in found
-        if row.step is not None and row.model.partition("#")[0] == model
-    ]
-    ends = [(spent, reward.mean) for row, spent, reward in found if row.model == model]
-    return [*((spent, reward) for _, spent, reward in sorted(steps)), *ends]
-
-
 def _panel(view: View, key: str, title: str, found: list[Spent]) -> Markup:
     spent = [value for _, value, _ in found]
     wide = max(spent) / min(spent) > 30
     finals = [one for one in found if one[0].step is None]
+    places = [(row, cost, reward.mean) for row, cost, reward in found]
 
     def paint(axes: Axes) -> None:
         from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -135,10 +125,8 @@ def _panel(view: View, key: str, title: str, found: list[Spent]) -> Markup:
         dress(axes, f"{title}{' (logarithmic)' if wide else ''}", view.name_of(view.primary))
         for row, cost, reward in finals:
             look = view.look_of(row)
-            if len(line := _run(found, row.model)) > 1:
-                trail(axes, line, look)
-            error_bars(axes, cost, reward.mean, look, None, reward.ends)
-            mark(axes, [cost], [reward.mean], look)
+            trail(axes, row.model, places, look)
+            mark(axes, cost, reward.mean, look, upright=reward.ends)
         if wide:
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(numticks=5))

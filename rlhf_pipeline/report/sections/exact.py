@@ -106,7 +106,7 @@ def _panel(view: View, name: str, title: str, found: list[tuple[str, float, floa
         betas = sorted({beta for _, beta, _ in found})
         dress(axes, "β", title)
         for arm, beta, value in found:
-            mark(axes, [beta], [value], view.look(arm))
+            mark(axes, beta, value, view.look(arm))
         if len(betas) > 1:
             axes.set_xscale("log")
         axes.xaxis.set_major_locator(FixedLocator(betas))

@@ -11,7 +11,6 @@ from rlhf_pipeline.report.drawing import (
     arm_name,
     colour,
     dress,
-    error_bars,
     interval_bar,
     legend,
     mark,
@@ -144,7 +143,7 @@ def _reliability_panel(view: View, ident: str, name: str, bins: dict[str, Bins],
             x, y, _ = zip(*found)
             axes.plot(x, y, color=colour(look.hue), lw=1.5, alpha=0.7, zorder=2)
             for at, right, size in found:
-                mark(axes, [at], [right], look, size=4 + 3 * size / most)
+                mark(axes, at, right, look, size=4 + 3 * size / most)
         room = 0.03 * (1 - low)
         axes.set_xlim(low - room, 1 + room)
         axes.set_ylim(low - room, 1 + room)
@@ -207,8 +206,7 @@ def _response_panel(view: View, ident: str, title: str, found: list[tuple[Row, f
             if len(line) > 1:
                 axes.plot(*zip(*line), color=colour(view.look(arm).hue), lw=1.2, alpha=0.4, zorder=1)
         for row, kl, mean, ends in found:
-            error_bars(axes, kl, mean, view.look_of(row), None, ends)
-            mark(axes, [kl], [mean], view.look_of(row))
+            mark(axes, kl, mean, view.look_of(row), upright=ends)
 
     values = [mean for _, _, mean, _ in found]
     description = f"{len(found)} models, from {number(min(values), 3)} to {number(max(values), 3)}."
