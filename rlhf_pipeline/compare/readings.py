@@ -12,25 +12,8 @@ from rlhf_pipeline.measure.bench import Bench
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report.results import Ancestor, DataReport, Response, Shown
+from rlhf_pipeline.report.sections.curves import PANELS
 from rlhf_pipeline.training.run_directory import read_status
-
-CURVES = (
-    "objective/rlhf_reward",
-    "objective/scores",
-    "objective/judge",
-    "objective/kl",
-    "val/ended",
-    "val/response_length",
-    "val/explained_variance",
-    "loss/dpo",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen_minus_reference",
-    "loss/nll",
-    "loss/bradley_terry",
-    "accuracy",
-)
-"""Metrics of a training run that are drawn, by their names in metrics.jsonl."""
 
 POINTS = 200
 """The most points of a curve that are kept."""
@@ -74,7 +57,7 @@ def curves(registry: Registry, models: Sequence[Resolved]) -> dict[str, dict[str
                 values = json.loads(row)
             except ValueError:
                 continue  # the last line of a killed process may be cut
-            for name in CURVES:
+            for name in PANELS:
                 if isinstance(values.get(name), int | float):
                     lines.setdefault(name, []).append((values["step"], values[name]))
         found[model.label] = {name: _thinned(points) for name, points in lines.items()}

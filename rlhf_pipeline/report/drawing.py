@@ -9,8 +9,7 @@ import io
 import re
 import warnings
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rlhf_pipeline.report.markup import NOTHING, Markup, clean, h, interval_text, join, linked, short
@@ -85,20 +84,6 @@ def colour(name: str) -> str:
     return _CODES[name]
 
 
-@contextmanager
-def plotting() -> Iterator[None]:
-    """matplotlib with our settings only; the caller's settings are restored afterwards."""
-    import matplotlib
-
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        # The layout's font lacks many of the world's characters; the browser's fonts have them.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        warnings.filterwarnings("ignore", message=".*Matplotlib currently does not support")
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_SETTINGS)
-        yield
-
-
 def draw(
     ident: str, title: str, description: str, paint: Paint, *, size: tuple[int, int], class_: str | None = None
 ) -> Markup:
@@ -106,10 +91,16 @@ def draw(
 
     `ident` is unique in the page: all ids of the figure begin with it.
     """
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with plotting():
+    with matplotlib.rc_context(), warnings.catch_warnings():  # the caller's settings are restored afterwards
+        # The layout's font lacks many of the world's characters; the browser's fonts have them.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        warnings.filterwarnings("ignore", message=".*Matplotlib currently does not support")
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_SETTINGS)
         figure = Figure(figsize=(size[0] / 72, size[1] / 72))
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()

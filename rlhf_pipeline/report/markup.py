@@ -80,18 +80,19 @@ def scaled(value: float | None, unit: str = "") -> str:
     """A large count with a prefix: 1.20 TFLOP, 3.4 M."""
     if value is None:
         return NOTHING
-    for size, prefix in UNITS:
-        if abs(value) >= size:
-            return f"{number(value / size, 3 - len(str(int(abs(value) / size))))} {prefix}{unit}"
-    return f"{value:g} {unit}".strip()
+    size, prefix = _prefix(value)
+    shown = number(value / size, 3 - len(str(int(abs(value / size))))) if prefix else f"{value:g}"
+    return f"{shown} {prefix}{unit}".strip()
 
 
 def tick(value: float) -> str:
     """A large number in as few digits as an axis needs: 0, 500, 1.2 T."""
-    for size, prefix in UNITS:
-        if abs(value) >= size:
-            return f"{value / size:g} {prefix}"
-    return f"{value:g}"
+    size, prefix = _prefix(value)
+    return f"{value / size:g} {prefix}".strip()
+
+
+def _prefix(value: float) -> tuple[float, str]:
+    return next((unit for unit in UNITS if abs(value) >= unit[0]), (1.0, ""))
 
 
 def duration(value: float | None) -> str:
@@ -249,15 +250,13 @@ class Section:
 
     ident: str
     title: str
-    body: Markup
-
-    def html(self) -> Markup:
-        """The section as markup."""
-        heading = f"{self.ident}-h"
-        return h("section", h("h2", self.title, id=heading), self.body, id=self.ident, aria_labelledby=heading)
+    html: Markup
 
 
 def section(ident: str, title: str, *body: Markup | None) -> Section | None:
     """A section of the parts that are not None; None if there are none."""
     parts = [part for part in body if part is not None]
-    return Section(ident, title, join(parts)) if parts else None
+    if not parts:
+        return None
+    heading = h("h2", title, id=f"{ident}-h")
+    return Section(ident, title, h("section", heading, *parts, id=ident, aria_labelledby=f"{ident}-h"))

@@ -211,9 +211,7 @@ tr.marked>*{background:var(--panel)}
 
 _CHARTS = """
 .chart{margin-top:.4rem}
-.plot{display:block;width:100%;height:auto;
- font:12px system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue","Noto Sans","Liberation Sans",Arial,sans-serif;
- font-variant-numeric:tabular-nums}
+.plot{display:block;width:100%;height:auto;font-size:12px;font-variant-numeric:tabular-nums}
 .plot text{font-family:inherit!important}
 .plot *{stroke-linejoin:round;stroke-linecap:butt}
 .plot.narrow{display:none}

@@ -35,22 +35,22 @@ if TYPE_CHECKING:
 STEPS = 80
 
 PANELS = {
+    "objective/rlhf_reward": "reward minus β KL",
     "objective/scores": "reward of the rollouts",
     "objective/judge": "judge's score of the rollouts",
     "objective/kl": "KL of the rollouts, nats per response",
-    "objective/rlhf_reward": "reward minus β KL",
-    "val/response_length": "response length, tokens",
     "val/ended": "share ended by EOS",
+    "val/response_length": "response length, tokens",
     "val/explained_variance": "explained variance of the critic",
-    "rewards/accuracies": "accuracy on the training pairs, DPO",
-    "accuracy": "accuracy on the training pairs, reward model",
-    "rewards/margins": "margin of DPO's implicit reward",
-    "logps/chosen_minus_reference": "log-probability of chosen minus reference's",
     "loss/dpo": "DPO loss",
-    "loss/bradley_terry": "Bradley-Terry loss",
+    "rewards/margins": "margin of DPO's implicit reward",
+    "rewards/accuracies": "accuracy on the training pairs, DPO",
+    "logps/chosen_minus_reference": "log-probability of chosen minus reference's",
     "loss/nll": "negative log-likelihood per token",
+    "loss/bradley_terry": "Bradley-Terry loss",
+    "accuracy": "accuracy on the training pairs, reward model",
 }
-"""Metrics of metrics.jsonl that are drawn, in this order, and their titles."""
+"""Metrics of metrics.jsonl that results.json keeps and the page draws, in this order, and their titles."""
 
 Pair = tuple[float, float]
 Points3 = Sequence[tuple[float, float, float]]
