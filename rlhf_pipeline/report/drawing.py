@@ -12,9 +12,10 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from rlhf_pipeline.report.markup import NOTHING, Markup, clean, h, interval_text, join, linked, short
+from rlhf_pipeline.report.markup import Markup, h, join, linked
 from rlhf_pipeline.report.results import BEST_OF_N, FrontierPoint, Interval, Row
 from rlhf_pipeline.report.style import LIGHT, Look, swatch
+from rlhf_pipeline.report.text import NOTHING, clean, interval_text, short
 from rlhf_pipeline.report.view import View
 
 if TYPE_CHECKING:

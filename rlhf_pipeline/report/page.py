@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rlhf_pipeline.registry.storage import replace_text, writing
-from rlhf_pipeline.report.markup import Markup, Section, clean, h, words
+from rlhf_pipeline.report.markup import Markup, Section, h
 from rlhf_pipeline.report.points import Points
 from rlhf_pipeline.report.results import Results
 from rlhf_pipeline.report.sections.cost import cost_section
@@ -17,6 +17,7 @@ from rlhf_pipeline.report.sections.responses import preferences_section, respons
 from rlhf_pipeline.report.sections.tables import ranking_section, results_section
 from rlhf_pipeline.report.sections.verdict import fairness, headline, overview
 from rlhf_pipeline.report.style import CSS
+from rlhf_pipeline.report.text import clean, words
 from rlhf_pipeline.report.view import View
 
 PAGE = "index.html"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rlhf_pipeline.report.glossary import ENTRIES
-from rlhf_pipeline.report.markup import clean, plain, plural, words
 from rlhf_pipeline.report.results import BEST_OF_N, Results, Row, Summary
 from rlhf_pipeline.report.style import NEUTRAL, Look, looks
+from rlhf_pipeline.report.text import clean, plain, plural, words
 
 REWARD_MODEL = "reward model"
 METHODS = {"t": "Student t"}

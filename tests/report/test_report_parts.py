@@ -14,14 +14,15 @@ import pytest
 from rlhf_pipeline.errors import RunFailed
 from rlhf_pipeline.report import page as pages
 from rlhf_pipeline.report.drawing import draw, place_labels
-from rlhf_pipeline.report.markup import (
-    Markup,
+from rlhf_pipeline.report.markup import Markup, estimate, h, join
+from rlhf_pipeline.report.points import Points, cells
+from rlhf_pipeline.report.results import GaoFit, Interval, Results
+from rlhf_pipeline.report.sections.curves import fitted
+from rlhf_pipeline.report.style import DARK, LIGHT, looks
+from rlhf_pipeline.report.text import (
     clean,
     duration,
-    estimate,
-    h,
     interval_text,
-    join,
     memory,
     number,
     percent,
@@ -32,10 +33,6 @@ from rlhf_pipeline.report.markup import (
     tick,
     words,
 )
-from rlhf_pipeline.report.points import Points, cells
-from rlhf_pipeline.report.results import GaoFit, Interval, Results
-from rlhf_pipeline.report.sections.curves import fitted
-from rlhf_pipeline.report.style import DARK, LIGHT, looks
 from rlhf_pipeline.report.view import View, setting_text
 from tests.report.report_fixture import plain as plain_results
 

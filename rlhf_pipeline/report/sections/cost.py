@@ -6,24 +6,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rlhf_pipeline.report.drawing import arm_legend, arm_name, dress, mark, panel, panels, plot, trail
-from rlhf_pipeline.report.markup import (
-    Column,
-    Group,
-    Markup,
-    Section,
-    clean,
-    count,
-    duration,
-    headed,
-    memory,
-    number,
-    scaled,
-    section,
-    table,
-    tick,
-)
+from rlhf_pipeline.report.markup import Column, Group, Markup, Section, section, table
 from rlhf_pipeline.report.points import Points, cells
 from rlhf_pipeline.report.results import Cost, Interval, Row
+from rlhf_pipeline.report.text import clean, count, duration, headed, memory, number, scaled, tick
 from rlhf_pipeline.report.view import View, setting_csv
 
 if TYPE_CHECKING:

@@ -23,10 +23,11 @@ from rlhf_pipeline.report.drawing import (
     plot,
     trail,
 )
-from rlhf_pipeline.report.markup import Markup, Section, clean, h, headed, join, number, plural, section, short
+from rlhf_pipeline.report.markup import Markup, Section, h, join, section
 from rlhf_pipeline.report.points import Points, cells
 from rlhf_pipeline.report.results import BEST_OF_N, Frontier, FrontierPoint, GaoFit, Overoptimised
 from rlhf_pipeline.report.style import NEUTRAL
+from rlhf_pipeline.report.text import clean, headed, number, plural, short
 from rlhf_pipeline.report.view import REWARD_MODEL, Key, View, setting_csv, setting_key, setting_text
 
 if TYPE_CHECKING:

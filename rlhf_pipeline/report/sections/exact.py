@@ -6,26 +6,10 @@ import math
 from typing import TYPE_CHECKING
 
 from rlhf_pipeline.report.drawing import arm_legend, dress, mark, named, panel, panels, plot
-from rlhf_pipeline.report.markup import (
-    Column,
-    Group,
-    Markup,
-    Section,
-    clean,
-    count,
-    folded,
-    h,
-    headed,
-    join,
-    number,
-    percent,
-    plain,
-    plural,
-    section,
-    table,
-)
+from rlhf_pipeline.report.markup import Column, Group, Markup, Section, folded, h, join, section, table
 from rlhf_pipeline.report.points import Points
 from rlhf_pipeline.report.results import BEST_OF_N, Exact, ExactRow
+from rlhf_pipeline.report.text import clean, count, headed, number, percent, plain, plural
 from rlhf_pipeline.report.view import View
 
 if TYPE_CHECKING:

@@ -3,23 +3,9 @@
 from __future__ import annotations
 
 from rlhf_pipeline.report.glossary import ENTRIES
-from rlhf_pipeline.report.markup import (
-    NOTHING,
-    Column,
-    Group,
-    Markup,
-    Section,
-    clean,
-    details,
-    folded,
-    h,
-    join,
-    plain,
-    plural,
-    section,
-    table,
-)
+from rlhf_pipeline.report.markup import Column, Group, Markup, Section, details, folded, h, join, section, table
 from rlhf_pipeline.report.points import Points
+from rlhf_pipeline.report.text import NOTHING, clean, plain, plural
 from rlhf_pipeline.report.view import View
 
 DIGITS = 12

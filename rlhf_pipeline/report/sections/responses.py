@@ -20,29 +20,11 @@ from rlhf_pipeline.report.drawing import (
     plot,
     span,
 )
-from rlhf_pipeline.report.markup import (
-    Column,
-    Group,
-    Markup,
-    Section,
-    clean,
-    count,
-    details,
-    estimate,
-    h,
-    headed,
-    interval_text,
-    join,
-    number,
-    percent,
-    plural,
-    probability,
-    section,
-    table,
-)
+from rlhf_pipeline.report.markup import Column, Group, Markup, Section, details, estimate, h, join, section, table
 from rlhf_pipeline.report.points import Points
 from rlhf_pipeline.report.results import Preferences, Response, Row, Shown
 from rlhf_pipeline.report.style import NEUTRAL
+from rlhf_pipeline.report.text import clean, count, headed, interval_text, number, percent, plural, probability
 from rlhf_pipeline.report.view import View, setting_csv, setting_text
 
 if TYPE_CHECKING:

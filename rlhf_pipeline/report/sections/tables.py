@@ -6,30 +6,32 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rlhf_pipeline.report.drawing import arm_name, interval_bar, named, span
 from rlhf_pipeline.report.markup import (
-    NOTHING,
     Column,
     Group,
     Markup,
     Section,
-    clean,
-    count,
     details,
-    duration,
     estimate,
     h,
     join,
     linked,
+    section,
+    table,
+)
+from rlhf_pipeline.report.points import Points, cells
+from rlhf_pipeline.report.results import BEST_OF_N, Contrast, EffectiveBeta, Interval, Row
+from rlhf_pipeline.report.text import (
+    NOTHING,
+    clean,
+    count,
+    duration,
     number,
     percent,
     plain,
     plural,
     probability,
     scaled,
-    section,
-    table,
 )
-from rlhf_pipeline.report.points import Points, cells
-from rlhf_pipeline.report.results import BEST_OF_N, Contrast, EffectiveBeta, Interval, Row
 from rlhf_pipeline.report.view import View, setting_text
 
 MAIN = ("true_reward", "judge", "score", "kl")

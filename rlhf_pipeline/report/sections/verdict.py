@@ -3,24 +3,9 @@
 from __future__ import annotations
 
 from rlhf_pipeline.report.drawing import arm_name
-from rlhf_pipeline.report.markup import (
-    NOTHING,
-    Column,
-    Group,
-    Markup,
-    Section,
-    clean,
-    count,
-    facts,
-    h,
-    join,
-    plain,
-    plural,
-    section,
-    table,
-    words,
-)
+from rlhf_pipeline.report.markup import Column, Group, Markup, Section, facts, h, join, section, table
 from rlhf_pipeline.report.points import Points
+from rlhf_pipeline.report.text import NOTHING, clean, count, plain, plural, words
 from rlhf_pipeline.report.view import View, setting_text
 
 TOPICS = {
