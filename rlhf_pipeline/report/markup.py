@@ -51,6 +51,11 @@ class Column:
     hint: str | None = None
 
 
+def columns(alignment: str, *titles: str) -> list[Column]:
+    """Columns with these titles; `alignment` has a letter for each: l for text, r for numbers."""
+    return [Column(title, letter == "r") for letter, title in zip(alignment, titles, strict=True)]
+
+
 @dataclass(frozen=True)
 class Group:
     """Rows of a table with an optional common header. The first cell of a row is its header."""

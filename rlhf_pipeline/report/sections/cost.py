@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from rlhf_pipeline.report.drawing import arm_legend, arm_name, dress, mark, panel, panels, plot, trail
-from rlhf_pipeline.report.markup import Column, Group, Markup, Section, section, table
+from rlhf_pipeline.report.charts import arm_legend, arm_name, panel, panels, plot
+from rlhf_pipeline.report.drawing import dress, mark, trail
+from rlhf_pipeline.report.markup import Group, Markup, Section, columns, section, table
 from rlhf_pipeline.report.points import Points, cells
 from rlhf_pipeline.report.results import Cost, Interval, Row
 from rlhf_pipeline.report.text import clean, count, duration, headed, memory, number, scaled, tick
@@ -49,7 +50,7 @@ def _bill(view: View) -> Markup | None:
     bills = {arm: bill for arm in view.arms if (bill := _mean_bill(view, arm)) is not None}
     if not bills:
         return None
-    columns = [Column("arm", False), *(Column(name) for name, _ in BILL.values())]
+    heads = columns("l" + "r" * len(BILL), "arm", *(name for name, _ in BILL.values()))
     lines = [
         [arm_name(view, arm), *(text(getattr(bill, key)) for key, (_, text) in BILL.items())]
         for arm, bill in bills.items()
@@ -59,7 +60,7 @@ def _bill(view: View) -> Markup | None:
         f"{_ratio(bills)}{mean}The cost of PPO includes its reward model; stages that "
         "the arms share (SFT, preference pairs) are not counted. Peak memory is that of the largest stage."
     )
-    return table(columns, [Group(lines)], label="Cost of each arm", caption=caption)
+    return table(heads, [Group(lines)], label="Cost of each arm", caption=caption)
 
 
 def _ratio(bills: dict[str, Cost]) -> str:
@@ -88,8 +89,8 @@ def _panels(view: View, points: Points) -> Markup | None:
     if not made:
         return None
     figure = view.primary
-    columns = ["arm", "setting", "seed", "step", "model", "cost", "spent", figure, f"{figure}_low", f"{figure}_high"]
-    file = points.add("cost", columns, csv)
+    names = ["arm", "setting", "seed", "step", "model", "cost", "spent", figure, f"{figure}_low", f"{figure}_high"]
+    file = points.add("cost", names, csv)
     caption = (
         "Each point is one model. Its cost is that of its own training and of the training of its reward model. "
         f"{view.basis()}"

@@ -6,23 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rlhf_pipeline.report.drawing import (
-    LARGE,
-    PANEL,
-    Entry,
-    Late,
-    arm_legend,
-    arm_name,
-    both,
-    colour,
-    dress,
-    mark,
-    panel,
-    panels,
-    place_labels,
-    plot,
-    trail,
-)
+from rlhf_pipeline.report.charts import LARGE, PANEL, Entry, arm_legend, arm_name, both, panel, panels, plot
+from rlhf_pipeline.report.drawing import Late, colour, dress, mark, place_labels, trail
 from rlhf_pipeline.report.markup import Markup, Section, h, join, section
 from rlhf_pipeline.report.points import Points, cells
 from rlhf_pipeline.report.results import BEST_OF_N, Frontier, FrontierPoint, GaoFit, Overoptimised

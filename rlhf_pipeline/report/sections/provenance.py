@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlhf_pipeline.report.glossary import ENTRIES
-from rlhf_pipeline.report.markup import Column, Group, Markup, Section, details, folded, h, join, section, table
+from rlhf_pipeline.report.markup import Group, Markup, Section, columns, details, folded, h, join, section, table
 from rlhf_pipeline.report.points import Points
 from rlhf_pipeline.report.text import NOTHING, clean, plain, plural
 from rlhf_pipeline.report.view import View
@@ -30,12 +30,13 @@ def lineage_section(view: View, points: Points) -> Section | None:
         )
     if not lines:
         return None
-    columns = [Column(title, False) for title in ("model", "stage", "digest", "made from")]
     caption = (
         f"First {DIGITS} digits of the SHA-256 over a version's files; results.json has all digits. A version never "
         "changes."
     )
-    made = table(columns, [Group(lines)], label="Lineage", caption=caption)
+    made = table(
+        columns("llll", "model", "stage", "digest", "made from"), [Group(lines)], label="Lineage", caption=caption
+    )
     return section("lineage", "Lineage", folded(f"All models and data ({len(lines)})", len(lines), made))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlhf_pipeline.report.drawing import arm_name
+from rlhf_pipeline.report.charts import arm_name
 from rlhf_pipeline.report.markup import Column, Group, Markup, Section, facts, h, join, section, table
 from rlhf_pipeline.report.points import Points
 from rlhf_pipeline.report.text import NOTHING, clean, count, plain, plural, words
