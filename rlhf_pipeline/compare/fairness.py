@@ -61,11 +61,6 @@ def stop_token_of(resolved: Resolved) -> str:
     return str(stop.get("content", stop) if isinstance(stop, dict) else stop)
 
 
-def _prompts_of(manifest: Manifest) -> str:
-    """Digest of the records that the training prompts of a policy came from."""
-    return " + ".join(sorted(_short(entry.digest) for entry in manifest.data)) or NONE
-
-
 def facts_of(registry: Registry, resolved: Resolved) -> dict[str, str]:
     """Facts that have to be equal between arms, as text; empty for a model without a manifest.
 
@@ -92,7 +87,7 @@ def facts_of(registry: Registry, resolved: Resolved) -> dict[str, str]:
         "reference": f"{reference.ref} {_short(reference.digest)}" if reference else "unknown",
         "preference data": _preferences_of(registry, resolved, manifest),
         "labels": "their probabilities" if config.get("soft_labels") else "as drawn",
-        "prompts": _prompts_of(manifest),
+        "prompts": " + ".join(sorted(_short(entry.digest) for entry in manifest.data)) or NONE,
         "training temperature": f"{training_temperature(resolved):g}",
         MOVED: ", ".join(f"{k}={v}" for k, v in sorted(moved.items())) or NONE,
     }

@@ -27,8 +27,7 @@ SIZES = {"^": 1.3, "v": 1.3, "P": 1.25, "X": 1.2, "D": 0.92}
 """Markers that look smaller or larger than a circle of their size."""
 
 Ends = tuple[float, float] | None
-Late = Callable[["Axes"], None]
-Paint = Callable[["Axes"], Late | None]
+Paint = Callable[["Axes"], None]
 
 # matplotlib draws in placeholder colours, one for each CSS variable; `_attribute` replaces them by the variables.
 _CODES = {name: f"#fe01{index:02x}" for index, name in enumerate(LIGHT)}
@@ -80,10 +79,7 @@ def colour(name: str) -> str:
 def draw(
     ident: str, title: str, description: str, paint: Paint, *, size: tuple[int, int], class_: str | None = None
 ) -> Markup:
-    """One figure of width x height CSS pixels; `paint` may return a function to call after the layout is final.
-
-    `ident` is unique in the page: all ids of the figure begin with it.
-    """
+    """One figure of width x height CSS pixels; `ident` is unique in the page: all ids of the figure begin with it."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -99,11 +95,7 @@ def draw(
         axes = figure.add_subplot()
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
-        late = paint(axes)
-        if late is not None:
-            figure.draw_without_rendering()
-            figure.set_layout_engine("none")
-            late(axes)
+        paint(axes)
         return _inline(figure, ident, title, description, class_)
 
 
@@ -159,10 +151,14 @@ def place_labels(
 ) -> None:
     """Write (x, y, text, hue) beside their points, without hiding points or other labels and, if possible, lines.
 
-    A label without room is left out: the table and the CSV file have it.
+    Everything else must be drawn before: this fixes the layout. A label without room is left out: the table and the
+    CSV file have it.
     """
     from matplotlib.transforms import Bbox
 
+    if (figure := axes.get_figure(root=True)) is not None:
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
     height = 13.0
     where = axes.transData.transform
     taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in map(where, points)]

@@ -94,11 +94,6 @@ def details(summary: object, *children: object, class_: str | None = None) -> Ma
     return h("details", h("summary", summary), *children, class_=class_)
 
 
-def facts(pairs: Iterable[tuple[object, object]]) -> Markup:
-    """Short facts side by side, as (name, value); values of None are left out."""
-    return h("dl", *(h("div", h("dt", what), h("dd", value)) for what, value in pairs if value is not None))
-
-
 FEW_ROWS = 12
 """A secondary table with more rows is folded."""
 

@@ -175,14 +175,11 @@ def test_labels_hide_neither_points_nor_one_another() -> None:
         axes.plot(*zip(*points), ls="", marker="o")
         labels = [(x, y, f"label {i}", "ink") for i, (x, y) in enumerate(points)]
 
-        def late(done):
-            place_labels(done, labels, points)
-            where = done.transData.transform
-            renderer = done.figure.canvas.get_renderer()
-            found = [text.get_window_extent(renderer) for text in done.texts]
-            boxes.append((found, [where(point) for point in points], done.get_window_extent()))
-
-        return late
+        place_labels(axes, labels, points)
+        where = axes.transData.transform
+        renderer = axes.figure.canvas.get_renderer()
+        found = [text.get_window_extent(renderer) for text in axes.texts]
+        boxes.append((found, [where(point) for point in points], axes.get_window_extent()))
 
     svg = draw("x", "title", "description", paint, size=(400, 300))
     (found, points, frame), *_ = boxes

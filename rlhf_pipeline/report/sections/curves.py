@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rlhf_pipeline.report.charts import LARGE, PANEL, Entry, arm_legend, arm_name, both, panel, panels, plot
-from rlhf_pipeline.report.drawing import Late, colour, dress, mark, place_labels, trail
+from rlhf_pipeline.report.drawing import colour, dress, mark, place_labels, trail
 from rlhf_pipeline.report.markup import Markup, Section, h, join, section
 from rlhf_pipeline.report.points import Points, cells
 from rlhf_pipeline.report.results import BEST_OF_N, Frontier, FrontierPoint, GaoFit, Overoptimised
@@ -152,7 +152,7 @@ def _frontier_files(found: _Shown, points: Points) -> list[str]:
     return files
 
 
-def _paint(axes: Axes, view: View, found: _Shown) -> Late:
+def _paint(axes: Axes, view: View, found: _Shown) -> None:
     frontier = found.frontier
     dress(axes, "KL to the reference, nats per response", view.name_of(frontier.figure))
     right = found.right * 1.06 or 1.0
@@ -207,7 +207,7 @@ def _paint(axes: Axes, view: View, found: _Shown) -> Late:
     lines = [(kl_at, height) for curve in curves for kl_at, height in curve if kl_at <= right]
     if frontier.matched_kl is not None:
         lines += [(frontier.matched_kl, bottom + (top - bottom) * step / 60) for step in range(61)]
-    return lambda done: place_labels(done, labels, spots, lines)
+    place_labels(axes, labels, spots, lines)
 
 
 def _setting_labels(points: list[FrontierPoint], hue: str) -> list[tuple[float, float, str, str]]:
