@@ -153,12 +153,9 @@ def truth_overlap(registry: Registry, truth: Resolved | None, models: Sequence[R
     """Report a true-reward model that is also the reward model of an arm."""
     if truth is None:
         return []
-    found = {}
-    for model in models:
-        rewards = list(reward_models_of(registry, model))
-        if any(reward.digest == truth.digest for reward in rewards):
-            found[model.label] = f"{truth.label} as its own reward model"
-    return [Difference(what="true_reward: a reward that an arm is trained on", values=found)] if found else []
+    own = [one.label for one in models if truth.digest in {reward.digest for reward in reward_models_of(registry, one)}]
+    values = dict.fromkeys(own, f"{truth.label} as its own reward model")
+    return [Difference(what="true_reward: a reward that an arm is trained on", values=values)] if values else []
 
 
 def _identity(name: str, value: str) -> str:

@@ -31,7 +31,6 @@ def shown_samples(bench: Bench, measured: Mapping[str, Samples], count: int) -> 
 
 
 def _response(bench: Bench, samples: Samples, number: int) -> Response:
-    """The first response to a prompt."""
     ids, ended = samples.examples[number].completions[0], samples.examples[number].ended[0]
     figures = ("true_reward", "score", "judge")
     scores = {key: float(samples.by_prompt(key)[number, 0]) for key in figures if key in samples.values}

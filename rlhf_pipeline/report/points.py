@@ -50,7 +50,7 @@ class Points:
 
 def _cell(text: str) -> str:
     """A text that a spreadsheet does not read as a formula."""
-    return f"'{text}" if text[:1] in tuple("=+-@\t") and text[:1] else text
+    return f"'{text}" if text.startswith(tuple("=+-@\t")) else text
 
 
 def _csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
