@@ -1,18 +1,8 @@
 """Every error that this package raises on purpose.
 
-    class                        kind        exit
-    RlhfError                    failed      1
-    ├── BadInput                 input       2: the user can correct it
-    │   ├── ConfigError          config         faults of a config, an override or an argument
-    │   ├── DataError            data           faults of a data source
-    │   ├── UnknownReference     reference      no such model or data set
-    │   ├── MismatchError        mismatch       two things that do not belong together
-    │   └── DamagedFile          damaged        a file is not what its manifest says
-    ├── RunFailed                run         1: diverged, out of memory, disk full
-    └── Interrupted              interrupted 130 / 143: stopped by a signal, checkpoint written
-
 A message states what was found and where, what was expected, and what to do. `kind` names the class in the JSON output
-of a failed command.
+of a failed command; `exit_code` is 1 for a run that failed, 2 for input that the user can correct, and 128 + the number
+of the signal that stopped the run.
 """
 
 from __future__ import annotations

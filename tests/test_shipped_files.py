@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_pipeline.config import SCHEMAS, load_config, load_experiment
+from rlhf_pipeline.config.experiment import load_experiment
+from rlhf_pipeline.config.load import load_config
+from rlhf_pipeline.config.stages import SCHEMAS
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -67,7 +69,7 @@ def test_every_experiment_is_valid(path: Path, beside_data: None) -> None:
 
 
 def test_ppo_and_dpo_have_one_beta_and_no_option_that_moves_the_optimum(beside_data: None) -> None:
-    from rlhf_pipeline.config import moves_optimum
+    from rlhf_pipeline.config.base import moves_optimum
 
     for folder in ("demo", "hh", "exact", "reviews"):
         ppo = load_config("ppo", ROOT / "configs" / folder / "ppo.yaml").config

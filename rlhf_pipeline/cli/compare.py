@@ -1,4 +1,4 @@
-"""`rlhf compare`: the command, and the tables of a comparison."""
+"""`rlhf compare | report`, and the tables of a comparison."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlhf_pipeline.cli.evaluate import MEASURING_KEYS, NAMES, emit_measuring
-from rlhf_pipeline.cli.exact_table import print_exact
+from rlhf_pipeline.cli.exact import print_exact
 from rlhf_pipeline.cli.libraries import load_libraries
-from rlhf_pipeline.cli.options import Common, Settings, command, references_and_overrides
-from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_table, interval, number
+from rlhf_pipeline.cli.options import Common, Settings, references_and_overrides
+from rlhf_pipeline.cli.output import emit, emit_json, emit_lines, emit_table, interval, number
+from rlhf_pipeline.errors import UnknownReference, did_you_mean
 
 if TYPE_CHECKING:
     from rlhf_pipeline.report.results import Results, Row, Verdict
 
-KEYS = ("baseline", "name", *MEASURING_KEYS, "snapshots", "allow_mismatch")
+COMPARE_KEYS = ("baseline", "name", *MEASURING_KEYS, "snapshots", "allow_mismatch")
 
 
 def compare(
@@ -51,22 +52,13 @@ SHOWN = ("true_reward", "judge", "score", "kl", "well_formed", "ended", "length"
 
 def setting_text(setting: Mapping[str, Any]) -> str:
     """`beta 0.1`, or a dash."""
-    return (
-        ", ".join(
-            f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in setting.items()
-        )
-        or "-"
-    )
-
-
-def _effective_beta(row: Row) -> float | None:
-    """A model's beta in units of its labels' reward; None if it is not known."""
-    return None if row.effective_beta is None else row.effective_beta.mean
+    texts = (f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in setting.items())
+    return ", ".join(texts) or "-"
 
 
 def _rescaled(rows: Sequence[Row]) -> bool:
     """Whether an effective beta is known for any model."""
-    return any(_effective_beta(row) is not None for row in rows)
+    return any(row.effective_beta is not None for row in rows)
 
 
 def _figure(row: Row, name: str) -> str:
@@ -82,7 +74,7 @@ def _model_rows(results: Results, shown: Sequence[Row], names: Sequence[str]) ->
     for row in shown:
         cells = [row.name, "-" if row.beta is None else f"{row.beta:g}"]
         if rescaled:
-            cells.append(number(_effective_beta(row), 2))
+            cells.append(number(row.effective_beta and row.effective_beta.mean, 2))
         cells += [_figure(row, name) for name in names]
         if primary:
             cells += [interval(row.win_rate), number(row.ties, 2), number(row.gain_in_sd, 2)]
@@ -174,6 +166,20 @@ def verdict_lines(verdict: Verdict) -> list[str]:
     ]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    command(app, "compare", dry_run=True, config="compare", keys=KEYS)(compare)
+RESULTS = "results.json"
+
+
+def report(
+    common: Common,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the comparison.", show_default=False)],
+) -> None:
+    """Make reports/NAME/index.html again from its results.json."""
+    reports = common.home_path / "reports"
+    names = sorted(path.parent.name for path in reports.glob(f"*/{RESULTS}"))
+    if name not in names:
+        there = f"there are {', '.join(names)}" if names else "there is no report yet: run rlhf compare to make one"
+        raise UnknownReference(f"no report {name!r} in {reports}; {did_you_mean(name, names) or there}")
+    from rlhf_pipeline.report import load, write_report
+
+    path = write_report(load(reports / name / RESULTS), reports / name)
+    emit({"path": str(path)}, [f"report  {path}"], json=common.json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 from rlhf_pipeline.cli.libraries import load_libraries
 from rlhf_pipeline.cli.options import Common, OverridesArgument, Settings, command
 from rlhf_pipeline.cli.output import emit, emit_json, emit_lines, emit_plan, emit_table, flat_metrics, number
+from rlhf_pipeline.errors import BadInput
 
 app = typer.Typer(no_args_is_help=True, help="Check, preview, collect, list and export data.")
 
@@ -42,7 +44,6 @@ def check(
     from rlhf_pipeline.config.base import resolve_lengths
     from rlhf_pipeline.data.check import describe
     from rlhf_pipeline.data.load import read_records
-    from rlhf_pipeline.errors import BadInput
     from rlhf_pipeline.evaluation.data_quality import findings, label_noise
 
     given = (max_prompt_length, response_length, max_length)
@@ -133,10 +134,7 @@ def export_world(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty directory.", show_default=False)],
 ) -> None:
     """Write the built-in world as JSONL files (demonstrations, prompts) and its tokenizer."""
-    import json as json_module
-
     from rlhf_pipeline.data import world
-    from rlhf_pipeline.errors import BadInput
 
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise BadInput(f"{directory}: exists and is not empty; expected a new or empty directory")
@@ -152,7 +150,7 @@ def export_world(
                 if record.completions and record.completion_ids:
                     row |= {"completion": record.completions[0], "completion_ids": record.completion_ids[0]}
                     row["ended"] = record.ended[0]
-                file.write(json_module.dumps(row) + "\n")
+                file.write(json.dumps(row) + "\n")
     world.tokenizer().save_pretrained(directory / "tokenizer")
     emit({"path": str(directory), **counts}, [f"wrote {counts} and the tokenizer to {directory}"], json=common.json)
 

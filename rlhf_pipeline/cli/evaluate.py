@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rlhf_pipeline.cli.libraries import load_libraries
-from rlhf_pipeline.cli.options import Common, Settings, WordsArgument, command, one_reference
+from rlhf_pipeline.cli.options import Common, Settings, WordsArgument, one_reference
 from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_plan, emit_table, flat_metrics, interval
 
 if TYPE_CHECKING:
@@ -100,9 +100,3 @@ def generate(
             score = "" if response.get("score") is None else f"  (score {response['score']:.2f})"
             lines.append(f"  {response['text']}{'' if response['ended'] else ' ...'}{score}")
     emit_lines(lines)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to the app."""
-    command(app, "evaluate", dry_run=True, config="evaluate", keys=MEASURING_KEYS)(evaluate)
-    command(app, "generate", dry_run=True, config="generate", keys=SAMPLING_KEYS)(generate)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from rlhf_pipeline.cli.libraries import load_libraries
-from rlhf_pipeline.cli.options import Common, command
+from rlhf_pipeline.cli.options import Common
 from rlhf_pipeline.cli.output import emit_json, emit_lines
 from rlhf_pipeline.errors import BadInput
 
@@ -66,8 +66,3 @@ def init(
             f"next: rlhf run {shlex.quote(str(out))} --dry-run{at}",
         ]
     )
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    command(app, "init")(init)

@@ -15,7 +15,11 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from rlhf_pipeline import __version__
-from rlhf_pipeline.cli import compare, config, data, evaluate, exact, init, models, report, train
+from rlhf_pipeline.cli import config, data, models
+from rlhf_pipeline.cli.compare import COMPARE_KEYS, compare, report
+from rlhf_pipeline.cli.evaluate import MEASURING_KEYS, SAMPLING_KEYS, evaluate, generate
+from rlhf_pipeline.cli.exact import EXACT_KEYS, exact
+from rlhf_pipeline.cli.init import init
 from rlhf_pipeline.cli.options import (
     DEFAULT_HOME,
     HOME_VARIABLE,
@@ -24,8 +28,10 @@ from rlhf_pipeline.cli.options import (
     DryRunOption,
     HomeOption,
     JsonOption,
+    command,
 )
 from rlhf_pipeline.cli.output import emit_json
+from rlhf_pipeline.cli.train import STAGES, run, train
 from rlhf_pipeline.errors import Fault, RlhfError, faults_of, visible
 
 app = typer.Typer(
@@ -59,12 +65,15 @@ def root(
     context.obj = Common(home, json, dry_run, debug)
 
 
-init.register(app)
-train.register(app)
-evaluate.register(app)
-compare.register(app)
-exact.register(app)
-report.register(app)
+command(app, "init")(init)
+for _stage, _help in STAGES.items():
+    command(app, _stage, dry_run=True, config=_stage, help=_help)(train)
+command(app, "run", dry_run=True)(run)
+command(app, "evaluate", dry_run=True, config="evaluate", keys=MEASURING_KEYS)(evaluate)
+command(app, "generate", dry_run=True, config="generate", keys=SAMPLING_KEYS)(generate)
+command(app, "compare", dry_run=True, config="compare", keys=COMPARE_KEYS)(compare)
+command(app, "exact", dry_run=True, config="exact", keys=EXACT_KEYS)(exact)
+command(app, "report")(report)
 app.add_typer(models.app, name="models")
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")

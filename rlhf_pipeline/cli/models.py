@@ -10,6 +10,7 @@ import typer
 
 from rlhf_pipeline.cli.options import Common, command
 from rlhf_pipeline.cli.output import emit, emit_json, emit_lines, emit_table, flat_metrics, printer
+from rlhf_pipeline.errors import UnknownReference
 
 app = typer.Typer(no_args_is_help=True, help="List, show, alias, export, remove and verify registered models.")
 
@@ -59,13 +60,8 @@ def list_models(common: Common) -> None:
 
 
 @command(app, "show")
-def show(
-    common: Common,
-    reference: RefArgument,
-) -> None:
+def show(common: Common, reference: RefArgument) -> None:
     """One model's manifest."""
-    from rlhf_pipeline.errors import UnknownReference
-
     resolved = common.registry.resolve(reference)
     if resolved.manifest is None:
         raise UnknownReference(f"{resolved.label}: no manifest; only registered models have one")
@@ -81,10 +77,7 @@ def show(
 
 
 @command(app, "lineage")
-def lineage(
-    common: Common,
-    reference: RefArgument,
-) -> None:
+def lineage(common: Common, reference: RefArgument) -> None:
     """Show the lineage of a model, down to the digests of its data."""
     from rlhf_pipeline.registry.lineage import lineage_of, render
 

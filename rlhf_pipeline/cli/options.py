@@ -172,12 +172,13 @@ def _with_keys(config: str, keys: Sequence[str]) -> type[TyperCommand]:
 
 def key_options(config: str, names: Sequence[str]) -> list[Any]:
     """Return the options of a config's keys, as click knows them; the value is None where an option is not given."""
-    from rlhf_pipeline.config.fields import key_of, keys_of
+    from rlhf_pipeline.config.fields import keys_of
+    from rlhf_pipeline.config.keys import canonical
 
     known = keys_of(config)
     options = {}
     for name in names:
-        key = key_of(config, known, name)
+        key = known[canonical(config, name)]
         word = f"--{name.replace('_', '-')}"
         default = "" if key.default in (None, []) or key.default is False else f" (default: {key.default_text})"
         names_of = f"{word}/--no-{word[2:]}" if key.value is bool and key.default else word

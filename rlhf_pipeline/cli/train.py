@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlhf_pipeline.cli.libraries import load_libraries
-from rlhf_pipeline.cli.options import Common, OverridesArgument, ResumeOption, Settings, command
+from rlhf_pipeline.cli.options import Common, OverridesArgument, ResumeOption, Settings
 from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_plan, emit_table, flat_metrics
 
 if TYPE_CHECKING:
@@ -109,10 +109,3 @@ STAGES = {
     "ppo": "PPO with actor, frozen reference, critic and reward.",
     "dpo": "Direct preference optimisation on preference pairs.",
 }
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to the app."""
-    for stage, text in STAGES.items():
-        command(app, stage, dry_run=True, config=stage, help=text)(train)
-    command(app, "run", dry_run=True)(run)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from rlhf_pipeline.config.grid import Node
-from rlhf_pipeline.config.spec import StageSpec
+from rlhf_pipeline.config.grid import Node, StageSpec
 from rlhf_pipeline.registry.digests import files_digest, snapshot_files, snapshot_steps
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry

@@ -18,7 +18,7 @@ from rlhf_pipeline.evaluation.preference_metrics import (
 )
 from rlhf_pipeline.measure.bench import Bench
 from rlhf_pipeline.measure.trained_on import owned_by, training_temperature
-from rlhf_pipeline.measure.training_loss import dpo_manifest, dpo_reference, own_data, trained_by_dpo
+from rlhf_pipeline.measure.training_loss import dpo_reference, own_data, trained_by_dpo
 from rlhf_pipeline.registry.parents import reward_models_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.report.results import Interval, Preferences, Scorer, ScorerTest
@@ -40,7 +40,7 @@ def _pairs(bench: Bench, config: CompareConfig, sources: Sequence[Resolved]) -> 
         if model.manifest is None:
             continue
         stage = "dpo" if model.manifest.stage == "dpo" else "train-rm"
-        values = own_data(model.manifest)
+        values = own_data(model)
         try:
             with owned_by(model, values, "do without figures on its held-out pairs"):
                 trained = load_config(stage, None, extra=values).config
@@ -65,8 +65,7 @@ def _implicit(bench: Bench, model: Resolved, pairs: Sequence[Example]) -> list[f
     policy, frozen = (bench.policy(one, training_temperature(model)) for one in (model, reference))
     ref_logprobs = cached_logprobs(frozen, pairs, bench.registry.home / "cache", key, **bench.reading).logprobs
     rewards = completion_logprob_sums(policy, pairs, **bench.reading).double() - ref_logprobs.double()
-    beta = float(dpo_manifest(model).config["beta"])
-    return (beta * (rewards[:, 0] - rewards[:, 1])).tolist()
+    return (float(model.config["beta"]) * (rewards[:, 0] - rewards[:, 1])).tolist()
 
 
 def _explicit(bench: Bench, model: Resolved, pairs: Sequence[Example]) -> list[float]:

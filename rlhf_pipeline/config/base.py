@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from rlhf_pipeline.config.names import NAME_PATTERN, NAME_RULE, is_name
@@ -16,10 +16,6 @@ from rlhf_pipeline.errors import ConfigError, Fault
 
 DEFAULT_MAX_LENGTH = 1024
 LENGTHS = ("max_prompt_length", "response_length", "max_length")
-DEFAULT_SPLITS = {"train": 0.8, "judge": 0.08, "validation": 0.04, "test": 0.08}
-STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), defer_build=True)
-
-_NO_NEUTRAL = object()
 
 
 def option(
@@ -27,7 +23,7 @@ def option(
     description: str,
     *,
     moves_optimum: bool = False,
-    neutral: Any = _NO_NEUTRAL,
+    neutral: Any = None,
     moving: float | None = None,
     unless: tuple[str, float] | None = None,
     condition: str = "",
@@ -46,8 +42,7 @@ def option(
     """
     extra: dict[str, Any] = {} if names is None else {"names": names}
     if moves_optimum:
-        neutral = default if neutral is _NO_NEUTRAL else neutral
-        extra |= {"moves_optimum": True, "neutral": neutral, "condition": condition}
+        extra |= {"moves_optimum": True, "neutral": default if neutral is None else neutral, "condition": condition}
         description += "; moves the optimum" if moving is None else f"; {moving:g} moves the optimum"
         if moving is not None:
             extra["moving"] = moving
@@ -61,24 +56,9 @@ def option(
 def wrong(expected: str, fix: str = "") -> PydanticCustomError:
     """Return the error that a validator raises: what was expected, and what to do."""
     # pydantic accepts no half surrogate pairs, which a value quoted in `fix` may contain.
-    said = {
-        name: text.encode(errors="backslashreplace").decode() for name, text in (("expected", expected), ("fix", fix))
-    }
+    texts = {"expected": expected, "fix": fix}
+    said = {name: text.encode(errors="backslashreplace").decode() for name, text in texts.items()}
     return PydanticCustomError("wrong_value", "expected {expected}", said)
-
-
-def takes_bool(annotation: Any) -> bool:
-    """Return whether true and false are values of this annotation."""
-    if get_origin(annotation) in (Union, types.UnionType, Annotated):
-        return any(takes_bool(part) for part in get_args(annotation))
-    return annotation in (bool, Any)
-
-
-def reject_bool(cls: type[BaseModel], value: Any, info: Any) -> Any:
-    """Refuse true and false for a number or text; pydantic would read them as 1 and 0."""
-    if isinstance(value, bool) and not takes_bool(cls.model_fields[info.field_name].annotation):
-        raise wrong("a number or text, not true or false")
-    return value
 
 
 def _warmup(value: float) -> float:
@@ -109,7 +89,7 @@ def _report_to(value: Any) -> Any:
 def _listed(value: Any) -> Any:
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]
-    return [value] if isinstance(value, int) else value
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 Count = Annotated[int, Field(ge=1)]
@@ -126,14 +106,13 @@ Counts = Annotated[tuple[Count, ...], BeforeValidator(_listed)]
 Texts = Annotated[tuple[Text, ...], BeforeValidator(_listed)]
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 Checks = tuple[Callable[[Any], Iterator[Fault]], ...]
-Remarks = tuple[Callable[[Any], Iterator[str]], ...]
 
 
 # Fields of several classes.
 MAX_LENGTH = option(None, "maximum length of prompt and response together, in tokens (TRL: 1024)")
 SKIP_BAD_ROWS = option(False, "drop and count faulty rows instead of stopping (ours: stop)")
 SPLIT_FRACTIONS = option(
-    DEFAULT_SPLITS,
+    {"train": 0.8, "judge": 0.08, "validation": 0.04, "test": 0.08},
     "share of prompts in each split of a source without splits; the hash of the prompt decides",
     min_length=1,
 )
@@ -144,16 +123,42 @@ USE_CPU = option(False, "use the CPU even if there is a GPU (transformers)")
 NUM_THREADS = option(None, "CPU threads (default: torch's choice)")
 
 
-class CommandConfig(BaseModel):
-    """The config of a command, strict and frozen.
+class Keys(BaseModel):
+    """Keys of a config, strict and frozen."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), defer_build=True
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bools(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false for a number or text; pydantic would read them as 1 and 0."""
+        if isinstance(value, bool):
+            kinds = set(_kinds(cls.model_fields[str(info.field_name)].annotation))
+            if kinds & {int, float, str} and bool not in kinds:
+                raise wrong("a number or text, not true or false")
+        return value
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """Yield the types whose values a field takes."""
+    if get_origin(annotation) in (Union, types.UnionType, Annotated):
+        for part in get_args(annotation):
+            yield from _kinds(part)
+    else:
+        yield annotation
+
+
+class CommandConfig(Keys):
+    """The config of a command.
 
     `checks` yield faults that concern several keys; `remarks` yield notes about effects that a user may not expect.
     """
 
-    model_config = STRICT
     stage: ClassVar[str]
     checks: ClassVar[Checks]
-    remarks: ClassVar[Remarks] = ()
+    remarks: ClassVar[tuple[Callable[[Any], Iterator[str]], ...]] = ()
 
 
 class ModelInput(NamedTuple):
@@ -228,16 +233,12 @@ def resolve_lengths(prompt: int | None, response: int | None, total: int | None)
     return Lengths(prompt, response, total)
 
 
-class HasLengths(Protocol):
-    """A config with the three lengths; two of them determine the third."""
+class WithLengths(CommandConfig):
+    """A config with the keys LENGTHS; two of them determine the third."""
 
-    @property
-    def max_prompt_length(self) -> int | None: ...
-    @property
-    def response_length(self) -> int | None: ...
-    @property
-    def max_length(self) -> int | None: ...
-    def lengths(self) -> Lengths: ...
+    def lengths(self) -> Lengths:
+        """Return the longest prompt, response and sum, in tokens; see `resolve_lengths`."""
+        return resolve_lengths(*(getattr(self, key) for key in LENGTHS))
 
 
 class HasSplits(Protocol):
@@ -254,23 +255,21 @@ class HasPart(Protocol):
     def dataset_config(self) -> str | None: ...
 
 
-def lengths_told(config: HasLengths) -> tuple[str, str]:
+def lengths_told(config: WithLengths) -> tuple[str, str]:
     """Return the name of a config's only length (else max_length), and all three lengths with their origin."""
-    found = config.lengths()
-    lengths = dict(zip(LENGTHS, (found.prompt, found.response, found.total), strict=True))
     given = [key for key in LENGTHS if getattr(config, key) is not None]
     both = {"max_prompt_length", "response_length"} <= set(given)
     told = []
-    for key, value in lengths.items():
+    for key, value in zip(LENGTHS, astuple(config.lengths()), strict=True):
         by_default = key == "max_length" and not both
         told.append(f"{key} {value}" + ("" if key in given else ", the default" if by_default else ", which follows"))
     return given[0] if len(given) == 1 else "max_length", "; ".join(told)
 
 
-def check_lengths(config: HasLengths) -> Iterator[Fault]:
+def check_lengths(config: WithLengths) -> Iterator[Fault]:
     """Yield the fault of lengths that contradict each other."""
     try:
-        resolve_lengths(config.max_prompt_length, config.response_length, config.max_length)
+        resolve_lengths(*(getattr(config, key) for key in LENGTHS))
     except ConfigError as error:
         yield from error.faults
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import field_validator
-
 from rlhf_pipeline.config.base import (
     ATTENTION,
     DTYPE,
@@ -15,29 +13,26 @@ from rlhf_pipeline.config.base import (
     SKIP_BAD_ROWS,
     SPLIT_FRACTIONS,
     USE_CPU,
-    CommandConfig,
     Count,
     DataInput,
     Dtype,
-    Lengths,
     ModelInput,
     Name,
     Positive,
     Seed,
     Text,
     Texts,
+    WithLengths,
     check_fractions,
     check_lengths,
     check_prompts,
     option,
     part_of,
-    reject_bool,
-    resolve_lengths,
 )
 from rlhf_pipeline.config.reward_names import names_a_model
 
 
-class CollectConfig(CommandConfig):
+class CollectConfig(WithLengths):
     """Config of `rlhf data collect` and of the `collect` stage of an experiment."""
 
     stage: ClassVar[str] = "collect"
@@ -79,8 +74,6 @@ class CollectConfig(CommandConfig):
     use_cpu: bool = USE_CPU
     num_threads: Count | None = NUM_THREADS
 
-    _no_bools = field_validator("*", mode="before")(reject_bool)
-
     def parents(self) -> dict[str, ModelInput]:
         """Return the models that produce the data, by their role in the manifest."""
         found = {"policy": ModelInput(self.policy)}
@@ -89,7 +82,3 @@ class CollectConfig(CommandConfig):
     def sources(self) -> list[DataInput]:
         """Return the source of the prompts."""
         return [DataInput(self.prompts, part_of(self.prompts, self.dataset_config, "prompt"))]
-
-    def lengths(self) -> Lengths:
-        """Return the longest prompt, response and sum, in tokens; see `resolve_lengths`."""
-        return resolve_lengths(self.max_prompt_length, self.response_length, self.max_length)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
-from pydantic import field_validator
-
 from rlhf_pipeline.config.base import (
     ATTENTION,
     DTYPE,
@@ -28,7 +26,6 @@ from rlhf_pipeline.config.base import (
     check_fractions,
     check_prompts,
     option,
-    reject_bool,
 )
 from rlhf_pipeline.errors import Fault
 
@@ -85,8 +82,6 @@ class PromptsConfig(CommandConfig):
     trust_remote_code: bool = REMOTE_CODE
     use_cpu: bool = USE_CPU
     num_threads: Count | None = NUM_THREADS
-
-    _no_bools = field_validator("*", mode="before")(reject_bool)
 
 
 class EvaluateConfig(PromptsConfig):

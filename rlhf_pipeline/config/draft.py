@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.config import keys
-from rlhf_pipeline.config.yaml import Document, KeyPath, as_index, parse_value
+from rlhf_pipeline.config.yaml import Document, KeyPath, as_index, dotted, parse_value
 from rlhf_pipeline.errors import Fault
 
 Place = Callable[[KeyPath], str]
@@ -32,9 +32,7 @@ class Override:
 A_FILE = "a file, not an override"
 
 
-def parse_overrides(
-    overrides: Iterable[str] | Mapping[str, Any], *, on_file: str = "remove it"
-) -> tuple[list[Override], list[Fault]]:
+def parse_overrides(overrides: Iterable[str], *, on_file: str) -> tuple[list[Override], list[Fault]]:
     """Return the overrides and the faults of those that are not `key=value`.
 
     Args:
@@ -42,12 +40,9 @@ def parse_overrides(
     """
     parsed: list[Override] = []
     faults: list[Fault] = []
-    if isinstance(overrides, Mapping):
-        parsed = [Override(_split(key), value, f"override {key}={value}") for key, value in overrides.items()]
-        return parsed, faults
-    for text in [overrides] if isinstance(overrides, str) else overrides:
+    for text in overrides:
         key, equals, value = text.partition("=")
-        where, path = f"override {text}", _split(key.strip())
+        where, path = f"override {text}", split_key(key.strip())
         if not equals and _is_file(text):
             faults.append(Fault(where, A_FILE, "key=value", on_file.replace("{}", text)))
             continue
@@ -67,13 +62,9 @@ def _is_file(text: str) -> bool:
     return text.lower().endswith((".yaml", ".yml")) or os.path.isfile(text)
 
 
-def _split(key: str) -> KeyPath:
+def split_key(key: str) -> KeyPath:
+    """Return the path of a dotted key."""
     return tuple(as_index(part) if i else part for i, part in enumerate(key.split(".")))
-
-
-def dotted(path: KeyPath) -> str:
-    """Return a path as `key.inner.0`."""
-    return ".".join(map(str, path))
 
 
 @dataclass
@@ -132,8 +123,7 @@ class Draft:
         written: dict[KeyPath, str] = {}
         for override in overrides:
             given = str(override.path[0])
-            alias = keys.ALIASES[self.stage].get(given)
-            path = (alias.canonical if alias else given, *override.path[1:])
+            path = (keys.canonical(self.stage, given), *override.path[1:])
             if written.setdefault(path, given) != given:
                 found = f"{written[path]} and {given} are the same key"
                 self.faults.append(Fault(override.where, found, "one of the two", "remove one", given))
@@ -145,15 +135,15 @@ class Draft:
     def settle(self) -> None:
         """Remove the keys that are not part of the config: refused with a fault, or without effect."""
         for key, value in list(self.values.items()):
-            entry = keys.later(self.stage, key)
+            off = keys.later(self.stage, key)
             if key in keys.REFUSED:
                 self.fault((key,), "this key is not used", fix=keys.REFUSED[key])
-            elif entry is not None and not keys.same(value, entry.neutral):
+            elif off is not None and not keys.same(value, off):
                 found = f"{keys.shown((value,))} is not available yet in this version"
-                self.fault((key,), found, keys.shown(entry.neutral), "remove it")
+                self.fault((key,), found, keys.shown(off), "remove it")
             elif note := keys.note_on_unused(self.stage, key, value):
                 self.notes.append(f"{self.where((key,))}: {note}")
-            elif entry is None or key in keys.SCHEMAS[self.stage].model_fields:
+            elif off is None or key in keys.SCHEMAS[self.stage].model_fields:
                 continue
             del self.values[key]
 
@@ -191,14 +181,13 @@ class Draft:
             if not isinstance(key, str) or key != key.encode(errors="replace").decode():
                 self.faults.append(Fault(place((key,)), f"{key!r} is not the name of a key", "a name"))
                 continue
-            alias = keys.ALIASES[self.stage].get(key)
-            canonical = alias.canonical if alias else key
+            canonical = keys.canonical(self.stage, key)
             if canonical in given:
                 found = f"the same key as {given[canonical][0]}, which is also given"
                 self.faults.append(Fault(place((key,)), found, "one of the two", "remove one", key))
                 continue
-            if alias:
-                note = f"{place((key,))}: {alias.note}"
+            if canonical != key:
+                note = f"{place((key,))}: {keys.note_on_alias(key, canonical)}"
                 if note not in self.notes:
                     self.notes.append(note)
                 if key == "warmup_ratio" and not _is_ratio(value):

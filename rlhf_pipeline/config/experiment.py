@@ -6,26 +6,29 @@ import copy
 import dataclasses
 import itertools
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.draft import Draft, Override, parse_overrides
-from rlhf_pipeline.config.links import Links
+from rlhf_pipeline.config.grid import C, Experiment, StageSpec
 from rlhf_pipeline.config.load import in_order, validate
-from rlhf_pipeline.config.mentions import mentions
+from rlhf_pipeline.config.mentions import DATA_SUFFIXES, Mention, mentions, raw_mentions
 from rlhf_pipeline.config.plan import ExperimentConfig, drawn_by_seed
-from rlhf_pipeline.config.spec import C, Experiment, StageSpec
-from rlhf_pipeline.config.stages import STAGES, TRAINING, StageConfig
-from rlhf_pipeline.config.sweep import Axis, at, read_sweep, repeated, spelling, swept
-from rlhf_pipeline.config.yaml import KeyPath, read_document
+from rlhf_pipeline.config.stages import SCHEMAS, STAGES, TRAINING, StageConfig
+from rlhf_pipeline.config.sweep import Axis, read_sweep, repeated, spelling, swept
+from rlhf_pipeline.config.yaml import KeyPath, dotted, read_document
 from rlhf_pipeline.errors import ConfigError, Fault, did_you_mean
+
+_PRODUCERS = {"policy": ("sft", "ppo", "dpo"), "reward": ("train-rm",), "data": ("collect",)}
+_MEANT = {"policy": "a policy", "reward": "a reward model", "data": "data"}
 
 
 def load_experiment(
     path: Path | str,
-    overrides: Iterable[str] | Mapping[str, Any] = (),
+    overrides: Iterable[str] = (),
     *,
     known_models: Collection[str] = (),
 ) -> Experiment:
@@ -42,9 +45,62 @@ def load_experiment(
     """
     reader = _Reader(Path(path), known_models)
     experiment = reader.read(overrides)
-    if experiment is None or reader.faults:
-        raise ConfigError(in_order(dict.fromkeys(reader.faults)))
+    if experiment is None or reader.plan.faults:
+        raise ConfigError(in_order(dict.fromkeys(reader.plan.faults)))
     return experiment
+
+
+class _Links:
+    """Finds the values that name an earlier stage, and refuses names of no stage, a later one or a wrong one."""
+
+    def __init__(self, commands: Mapping[str, str], known_models: Collection[str]):
+        self._commands, self._known = commands, set(known_models)
+        self._earlier: set[str] = set()
+
+    def done(self, name: str) -> None:
+        """Record that this stage comes before the stages that are read from now on."""
+        self._earlier.add(name)
+
+    def find(self, name: str, draft: Draft) -> set[str]:
+        """Return the earlier stages that a draft names; names of other stages are faults."""
+        links: set[str] = set()
+        for mention in raw_mentions(draft.values, SCHEMAS[draft.stage]):
+            if mention.text not in self._commands:
+                self._check_outside(draft, mention)
+            elif mention.text not in self._earlier:
+                when = "this stage itself" if mention.text == name else "a later stage"
+                expected, fix = self._expected(mention.role), "change the order of the stages"
+                draft.fault(mention.path, f"{mention.text!r} is {when}", expected, fix)
+            elif self._commands[mention.text] not in _PRODUCERS[mention.role]:
+                command, meant = self._commands[mention.text], _MEANT[mention.role]
+                found = f"the stage {mention.text!r} is a {command} stage, which does not make {meant}"
+                draft.fault(mention.path, found, self._expected(mention.role))
+            else:
+                links.add(mention.text)
+        return links
+
+    def _expected(self, role: str) -> str:
+        producers = _PRODUCERS[role]
+        fitting = [name for name in self._commands if self._commands[name] in producers and name in self._earlier]
+        text = f"an earlier stage of kind {' or '.join(producers)}"
+        return f"{text} ({', '.join(fitting)})" if fitting else text
+
+    def _check_outside(self, draft: Draft, mention: Mention) -> None:
+        """Refuse a bare name that does not exist; paths and hub ids are checked when they are loaded."""
+        text = mention.text
+        bare = re.split("[@#]", text, maxsplit=1)[0]
+        if "/" in text or text.startswith((".", "~")) or os.path.exists(text):
+            return
+        if mention.role == "data":
+            near = did_you_mean(text, self._commands)
+            if near and ":" not in text and not text.endswith(DATA_SUFFIXES):
+                draft.fault(mention.path, f"{text!r} names no stage", self._expected("data"), near)
+        elif bare not in self._known:
+            near = did_you_mean(bare, [*self._commands, *sorted(self._known)])
+            if bare in self._commands:
+                near = f"write {bare} for the output of the stage"
+            found = f"{text!r} names no stage of the experiment and no model of the registry"
+            draft.fault(mention.path, found, self._expected(mention.role), near)
 
 
 class _Reader:
@@ -52,12 +108,10 @@ class _Reader:
 
     def __init__(self, path: Path, known_models: Collection[str]):
         self.path, self.folder = path, path.parent
-        self.faults: list[Fault] = []
-        self.notes: list[str] = []
         self.plan = Draft("experiment", str(path))
         self.known_models = known_models
 
-    def read(self, overrides: Iterable[str] | Mapping[str, Any]) -> Experiment | None:
+    def read(self, overrides: Iterable[str]) -> Experiment | None:
         """Return the experiment, or None if its own file has faults."""
         self.plan.add_document(read_document(self.path), self.folder)
         parsed, faults = parse_overrides(overrides, on_file="only one experiment can be run: remove it")
@@ -68,12 +122,10 @@ class _Reader:
         entries = self._entries()
         commands = {name: str(entry.get("stage")) for name, entry in entries.items()}
         commands = {name: command for name, command in commands.items() if command in STAGES}
-        axes, notes = read_sweep(self.plan, commands, inner)
-        self.faults.extend(self.plan.faults)
-        self.notes.extend(notes)
+        axes = read_sweep(self.plan, commands, inner)
 
         seeds = (config.seeds or ()) if config is not None else ()
-        links = Links(commands, self.known_models)
+        links = _Links(commands, self.known_models)
         stages: list[StageSpec[StageConfig]] = []
         every: dict[str, tuple[StageSpec[StageConfig], ...]] = {}
         for name, command in commands.items():
@@ -87,7 +139,7 @@ class _Reader:
             every[name] = tuple(points)
             links.done(name)
         compare = self._compare(inner.get("compare", []), links)
-        self.faults.extend(_across(stages, every, compare, self.path))
+        self.plan.faults.extend(_across(stages, every, compare, self.path))
         if config is None:
             return None
         pinned = frozenset(
@@ -101,7 +153,7 @@ class _Reader:
             seeds,
             tuple(stages),
             compare,
-            tuple(dict.fromkeys(self.notes)),
+            tuple(dict.fromkeys(self.plan.notes)),
             {name: points for name, points in every.items() if any(axis.stage == name for axis in axes)},
             drawn_by_seed(config, commands, pinned),
             pinned,
@@ -112,11 +164,11 @@ class _Reader:
         entries = stages.items() if isinstance(stages, dict) else ()
         return {str(name): entry for name, entry in entries if isinstance(entry, dict)}
 
-    def _compare(self, overrides: list[Override], links: Links) -> StageSpec[CompareConfig] | None:
+    def _compare(self, overrides: list[Override], links: _Links) -> StageSpec[CompareConfig] | None:
         entry = self.plan.values.get("compare")
         if not isinstance(entry, dict):
             for override in overrides:
-                self.faults.append(Fault(override.where, "the experiment has no compare section"))
+                self.plan.faults.append(Fault(override.where, "the experiment has no compare section"))
             return None
         name = self.plan.values.get("name")
         draft = self._draft(("compare",), "compare", entry, {"name": name} if name else {})
@@ -125,13 +177,13 @@ class _Reader:
 
     def _draft(self, path: KeyPath, command: str, entry: Mapping[str, Any], default: Mapping[str, Any]) -> Draft:
         draft = Draft(command, f"{self.plan.where(path)}")
-        draft.add(default, lambda key: f"{self.plan.where(path)}.{'.'.join(map(str, key))}")
+        draft.add(default, lambda key: f"{self.plan.where(path)}.{dotted(key)}")
         name = entry.get("config")
         if name is None:
             return draft
         if not isinstance(name, str) or not name:
             where = self.plan.where((*path, "config"))
-            self.faults.append(Fault(where, f"found {name!r}", "a YAML file, relative to this one"))
+            self.plan.faults.append(Fault(where, f"found {name!r}", "a YAML file, relative to this one"))
             draft.unreadable = True
             return draft
         source = self.folder / name
@@ -150,27 +202,27 @@ class _Reader:
         draft.add(values, lambda key: self.plan.where((*path, *key)), self.folder)
         draft.override(overrides)
 
-    def _points(self, name: str, draft: Draft, axes: Sequence[Axis], links: Links) -> list[StageSpec[StageConfig]]:
+    def _points(self, name: str, draft: Draft, axes: Sequence[Axis], links: _Links) -> list[StageSpec[StageConfig]]:
         """Return a stage at all points of its sweep; the values of the last key change fastest."""
         found: dict[tuple[int, ...], StageSpec[StageConfig]] = {}
         for point in itertools.product(*(range(len(axis.overrides)) for axis in axes)):
             here = copy.deepcopy(draft)
             before = len(here.notes)
-            here.override(at(axes, point))
+            here.override(axis.overrides[number] for axis, number in zip(axes, point, strict=True))
             del here.notes[before:]  # the notes of all values are the same
             spec = self._spec(name, here, links, STAGES[here.stage])
             if spec is not None:
                 setting = {axis.name: swept(axis, spec.config) for axis in axes}
                 found[point] = dataclasses.replace(spec, setting=setting)
-        self.faults.extend(repeated(axes, {point: spec.config for point, spec in found.items()}))
+        self.plan.faults.extend(repeated(axes, {point: spec.config for point, spec in found.items()}))
         return list(found.values())
 
-    def _spec(self, name: str, draft: Draft, links: Links, kind: type[C]) -> StageSpec[C] | None:
+    def _spec(self, name: str, draft: Draft, links: _Links, kind: type[C]) -> StageSpec[C] | None:
         """Check and link a stage or the comparison; `kind` is the class of its config."""
         linked = links.find(name, draft)
         config = validate(draft)
-        self.faults.extend(draft.faults)
-        self.notes.extend(draft.notes)
+        self.plan.faults.extend(draft.faults)
+        self.plan.notes.extend(draft.notes)
         if not isinstance(config, kind):
             return None
         places = {found.path: found.text for found in mentions(config) if found.text in linked}
@@ -197,7 +249,7 @@ class _Reader:
             elif top in ExperimentConfig.model_fields:
                 own.append(override)
             else:
-                self.faults.append(_unknown_override(override, entries))
+                self.plan.faults.append(_unknown_override(override, entries))
         return own, inner
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_pipeline.config.keys import ALIASES
 from rlhf_pipeline.config.stages import schema_class
 
 _TYPES = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text", "null": "null"}
@@ -57,12 +56,6 @@ def keys_of(stage: str) -> dict[str, Key]:
         )
         for name, field in schema["properties"].items()
     }
-
-
-def key_of(stage: str, keys: Mapping[str, Key], name: str) -> Key:
-    """Return the key of a command with this name or alias."""
-    alias = ALIASES[stage].get(name)
-    return keys[alias.canonical if alias else name]
 
 
 def _value(field: Mapping[str, Any]) -> type:

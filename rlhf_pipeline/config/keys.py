@@ -2,77 +2,66 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
 
-from rlhf_pipeline.config.stages import SCHEMAS, STAGES, TRAINING, DatasetEntry, RewardFunction
+from rlhf_pipeline.config.ppo import RewardFunction
+from rlhf_pipeline.config.stages import SCHEMAS, STAGES, TRAINING
+from rlhf_pipeline.config.training import DatasetEntry
 from rlhf_pipeline.errors import did_you_mean
 
-
-@dataclass(frozen=True)
-class Alias:
-    """Another name of a key, and the reason in its note."""
-
-    canonical: str
-    note: str
-
-
-def _old(canonical: str) -> Alias:
-    return Alias(canonical, f"an old name of {canonical}")
-
-
-def _other(canonical: str) -> Alias:
-    return Alias(canonical, f"another name of {canonical}")
-
-
-_COMMON_ALIASES = {
-    "torch_dtype": _old("dtype"),
-    "warmup_ratio": Alias("warmup_steps", "an old name of warmup_steps, where a value below 1 is a fraction"),
-    "evaluation_strategy": _old("eval_strategy"),
-    "max_seq_length": _old("max_length"),
-    "max_completion_length": _other("response_length"),
-    "max_new_tokens": _other("response_length"),
+_OLD = {
+    "torch_dtype": "dtype",
+    "warmup_ratio": "warmup_steps",
+    "evaluation_strategy": "eval_strategy",
+    "max_seq_length": "max_length",
 }
-_SAMPLING_ALIASES = {key: _COMMON_ALIASES[key] for key in ("torch_dtype",)}
-ALIASES: dict[str, dict[str, Alias]] = {
-    **{stage: dict(_COMMON_ALIASES) for stage in TRAINING},
+_RESPONSE = {"max_completion_length": "response_length", "max_new_tokens": "response_length"}
+_SAMPLING = {"torch_dtype": "dtype"}
+ALIASES: dict[str, dict[str, str]] = {
+    **dict.fromkeys(TRAINING, _OLD | _RESPONSE),
+    "ppo": {
+        **_OLD,
+        **_RESPONSE,
+        "sft_model_path": "model_name_or_path",
+        "beta": "kl_coef",
+        "reward_model": "reward_model_path",
+    },
     "collect": {
-        **{key: _COMMON_ALIASES[key] for key in ("torch_dtype", "max_completion_length", "max_new_tokens")},
-        "model_name_or_path": _other("policy"),
-        "dataset_name": _other("prompts"),
-        "name": _other("output_name"),
+        **_SAMPLING,
+        **_RESPONSE,
+        "model_name_or_path": "policy",
+        "dataset_name": "prompts",
+        "name": "output_name",
     },
     "experiment": {},
-    "evaluate": _SAMPLING_ALIASES,
-    "generate": _SAMPLING_ALIASES,
-    "compare": _SAMPLING_ALIASES,
-    "exact": {**_SAMPLING_ALIASES, "kl_coef": _other("beta")},
+    **dict.fromkeys(("evaluate", "generate", "compare"), _SAMPLING),
+    "exact": {**_SAMPLING, "kl_coef": "beta"},
 }
-ALIASES["ppo"] |= {
-    "sft_model_path": _other("model_name_or_path"),
-    "beta": _other("kl_coef"),
-    "reward_model": _other("reward_model_path"),
+"""Other names of keys, by command."""
+
+
+def canonical(stage: str, key: str) -> str:
+    """Return the key of a command that `key` is another name of, or `key` itself."""
+    return ALIASES[stage].get(key, key)
+
+
+def note_on_alias(alias: str, key: str) -> str:
+    """Return the note on a key that is given by another name."""
+    note = f"an old name of {key}" if alias in _OLD else f"another name of {key}"
+    return f"{note}, where a value below 1 is a fraction" if alias == "warmup_ratio" else note
+
+
+LATER: dict[str, tuple[Any, ...]] = {
+    "use_peft": (None, False),
+    "load_in_4bit": (None, False),
+    "load_in_8bit": (None, False),
+    "kl_target": (None,),
+    "load_best_model_at_end": (None, False),
+    "report_to": (None, "none", [], ["none"]),
 }
-
-
-@dataclass(frozen=True)
-class Later:
-    """A key that works in a later version: the values that mean "off", and where it belongs."""
-
-    neutral: tuple[Any, ...]
-    stages: tuple[str, ...] = TRAINING
-
-
-LATER: dict[str, Later] = {
-    "use_peft": Later((None, False)),
-    "load_in_4bit": Later((None, False)),
-    "load_in_8bit": Later((None, False)),
-    "kl_target": Later((None,), ("ppo",)),
-    "load_best_model_at_end": Later((None, False)),
-    "report_to": Later((None, "none", [], ["none"])),
-}  # and every key that starts with lora_
+"""Keys that work in a later version, as every key that starts with lora_, and the values that mean "off"."""
 
 NOT_USED = frozenset(
     (
@@ -85,27 +74,19 @@ NOT_USED = frozenset(
 """Keys of transformers and TRL for logging, uploading and speed; they do not change the result of training."""
 
 
-@dataclass(frozen=True)
-class Fixed:
-    """A key with a fixed behaviour in this package: the values that match it, and what to do for other values."""
-
-    values: tuple[Any, ...]
-    instead: str
-
-
-FIXED: dict[str, Fixed] = {
-    "do_train": Fixed((True, None), "a stage always trains"),
-    "fp16": Fixed((False, None), "use bf16, or dtype float16"),
-    "tf32": Fixed((False, None), "use bf16 for speed"),
-    "optim": Fixed(("adamw_torch", "adamw_torch_fused"), "every stage trains with AdamW"),
-    "save_strategy": Fixed(("steps",), "save_steps sets when checkpoints are written"),
-    "logging_strategy": Fixed(("steps",), "logging_steps sets when metrics are logged"),
-    "dataset_text_field": Fixed(("text", None), "rename the column of the data to text"),
-    "dataset_streaming": Fixed((False,), "a stage reads its data once, before it trains"),
-    "packing": Fixed((False, None), "batches hold whole examples without padding, and a step keeps its examples"),
-    "kl_estimator": Fixed(("k1",), "the KL in the reward is k1: the log-ratio"),
+FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "do_train": ((True, None), "a stage always trains"),
+    "fp16": ((False, None), "use bf16, or dtype float16"),
+    "tf32": ((False, None), "use bf16 for speed"),
+    "optim": (("adamw_torch", "adamw_torch_fused"), "every stage trains with AdamW"),
+    "save_strategy": (("steps",), "save_steps sets when checkpoints are written"),
+    "logging_strategy": (("steps",), "logging_steps sets when metrics are logged"),
+    "dataset_text_field": (("text", None), "rename the column of the data to text"),
+    "dataset_streaming": ((False,), "a stage reads its data once, before it trains"),
+    "packing": ((False, None), "batches hold whole examples without padding, and a step keeps its examples"),
+    "kl_estimator": (("k1",), "the KL in the reward is k1: the log-ratio"),
 }
-"""Keys whose other values would change what is trained or stored; other values are refused."""
+"""Keys with a fixed behaviour: the values that match it, and what to do instead of any other, which is refused."""
 
 _ENTRIES: dict[str, type[BaseModel]] = {"reward_functions": RewardFunction, "datasets": DatasetEntry}
 
@@ -116,12 +97,11 @@ REFUSED = {
 """Keys that are always refused, and what to do instead."""
 
 
-def later(stage: str, key: str) -> Later | None:
-    """Return the entry of a key that belongs to a later version, or None."""
-    entry = LATER.get(key)
-    if entry is None and key.startswith("lora_"):
-        entry = Later((None,))
-    return entry if entry is not None and stage in entry.stages else None
+def later(stage: str, key: str) -> tuple[Any, ...] | None:
+    """Return the values that mean "off" if the key belongs to a later version, or None."""
+    if stage not in TRAINING or (key == "kl_target" and stage != "ppo"):
+        return None
+    return (None,) if key.startswith("lora_") else LATER.get(key)
 
 
 def note_on_unused(stage: str, key: str, value: Any) -> str | None:
@@ -130,7 +110,7 @@ def note_on_unused(stage: str, key: str, value: Any) -> str | None:
         return None
     if key in NOT_USED:
         return "not used here"
-    if key in FIXED and same(value, FIXED[key].values):
+    if key in FIXED and same(value, FIXED[key][0]):
         return "not used here: a run does the same without it"
     return None
 
@@ -150,12 +130,12 @@ def shown(values: tuple[Any, ...]) -> str:
 def advice_on_unknown(stage: str, key: str) -> str:
     """Return what to do about a key that this stage does not have."""
     if key in FIXED and stage in TRAINING:
-        return f"remove it, or set {shown(FIXED[key].values)}: {FIXED[key].instead}"
-    schema: type[BaseModel] = SCHEMAS[stage]
+        values, instead = FIXED[key]
+        return f"remove it, or set {shown(values)}: {instead}"
     owners = [other for other, fields in STAGES.items() if stage in STAGES and key in fields.model_fields]
     if owners:
         return f"it is a key of {', '.join(owners)}"
-    return did_you_mean(key, [*schema.model_fields, *ALIASES[stage]]) or "remove it"
+    return did_you_mean(key, [*SCHEMAS[stage].model_fields, *ALIASES[stage]]) or "remove it"
 
 
 def advice_on_unknown_inside(key: str, inner: str) -> str:

@@ -15,7 +15,7 @@ from rlhf_pipeline.config.draft import A_FILE, Draft, parse_overrides
 from rlhf_pipeline.config.keys import advice_on_unknown, advice_on_unknown_inside
 from rlhf_pipeline.config.mentions import find_local_paths
 from rlhf_pipeline.config.stages import SCHEMAS, schema_class
-from rlhf_pipeline.config.yaml import KeyPath, as_index, read_document
+from rlhf_pipeline.config.yaml import KeyPath, as_index, dotted, read_document
 from rlhf_pipeline.errors import ConfigError, Fault, did_you_mean
 
 
@@ -30,7 +30,7 @@ class Loaded:
 def load_config(
     stage: str,
     path: Path | str | None,
-    overrides: Iterable[str] | Mapping[str, Any] = (),
+    overrides: Iterable[str] = (),
     *,
     extra: Mapping[str, Any] | None = None,
 ) -> Loaded:
@@ -39,7 +39,7 @@ def load_config(
     Args:
         stage: sft, train-rm, ppo, dpo, collect, evaluate, compare or exact.
         path: the YAML file, or None.
-        overrides: `key=value` texts, or a mapping of (dotted) keys to values; they win over everything.
+        overrides: `key=value` texts; they win over everything.
         extra: values from the caller; they win over the file.
 
     Raises:
@@ -50,7 +50,7 @@ def load_config(
     if path is not None:
         draft.add_document(read_document(Path(path)), Path(path).parent)
     if extra:
-        draft.add(extra, lambda key: f"{stage}: {'.'.join(map(str, key))}")
+        draft.add(extra, lambda key: f"{stage}: {dotted(key)}")
     other = "did you mean --config {}?" if path is None else f"only one config is read, {path}: remove it"
     parsed, faults = parse_overrides(overrides, on_file=other)
     # A missing key belongs in that file.

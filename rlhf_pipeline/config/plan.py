@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator
 
@@ -78,7 +78,7 @@ class ExperimentConfig(CommandConfig):
         "seeds of the experiment; stages that run once use the first (default: each stage's own seed)",
         min_length=1,
     )
-    seed_resamples: Annotated[str | tuple[str, ...], BeforeValidator(_resamples)] = option(
+    seed_resamples: Annotated[Literal["arms", "all"] | tuple[str, ...], BeforeValidator(_resamples)] = option(
         "arms", "stages that each further seed repeats: arms (train-rm, ppo and dpo), all, or a list of stages (ours)"
     )
     stages: dict[str, dict[str, Any]] = option(

@@ -6,33 +6,29 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from rlhf_pipeline.config.base import (
-    STRICT,
     Count,
     Fraction,
+    Keys,
     ModelInput,
     NonNegative,
     Positive,
     Text,
     Warmup,
     option,
-    reject_bool,
 )
 from rlhf_pipeline.config.reward_names import names_a_model
 from rlhf_pipeline.config.training import COMMON_CHECKS, TrainingConfig, check_model
 from rlhf_pipeline.errors import Fault
 
 
-class RewardFunction(BaseModel):
+class RewardFunction(Keys):
     """One term of the reward."""
 
-    model_config = STRICT
     source: Text = option(..., "world, a reward model, or module:function", names="reward")
     weight: float = option(1.0, "weight of this score in the sum (ours); other than 1 moves the optimum")
-
-    _no_bools = field_validator("*", mode="before")(reject_bool)
 
 
 def _reward_functions(value: Any) -> Any:
@@ -93,9 +89,7 @@ def check_reward_sources(config: PpoConfig) -> Iterator[Fault]:
 
 
 def _check_source(where: str, source: str) -> Iterator[Fault]:
-    module, colon, function = source.partition(":")
-    named = all(part.isidentifier() for part in module.split(".")) and function.isidentifier()
-    if colon and not named:
+    if ":" in source and names_a_model(source):
         yield Fault(where, f"found {source!r}", "world, a reward model, or module:function")
 
 
@@ -162,18 +156,19 @@ def check_batches(config: PpoConfig) -> Iterator[Fault]:
 
 def check_schedule(config: PpoConfig) -> Iterator[Fault]:
     """Yield the faults of warm-ups that are longer than the run."""
-    if config.max_steps == -1 and config.total_episodes is not None:
-        updates = config.total_episodes // config.rollout_batch_size
-        limit = "total_episodes / rollout_batch_size"
+    if config.max_steps != -1:
+        updates, limit = config.max_steps, "max_steps"
+    else:
+        updates, limit = (
+            (config.total_episodes or 0) // config.rollout_batch_size,
+            "total_episodes / rollout_batch_size",
+        )
         if 1 <= updates < config.warmup_steps:
             found = f"warm-up of {config.warmup_steps} updates in a run of {updates}"
             yield Fault("warmup_steps", found, f"at most {limit}")
-        if 1 <= updates <= config.critic_warmup_steps:
-            found = f"the actor is frozen for {config.critic_warmup_steps} updates in a run of {updates}"
-            yield Fault("critic_warmup_steps", found, f"less than {limit}")
-    elif 1 <= config.max_steps <= config.critic_warmup_steps:
-        found = f"the actor is frozen for {config.critic_warmup_steps} updates in a run of {config.max_steps}"
-        yield Fault("critic_warmup_steps", found, "less than max_steps")
+    if 1 <= updates <= config.critic_warmup_steps:
+        found = f"the actor is frozen for {config.critic_warmup_steps} updates in a run of {updates}"
+        yield Fault("critic_warmup_steps", found, f"less than {limit}")
 
 
 class PpoConfig(TrainingConfig):
@@ -234,7 +229,7 @@ class PpoConfig(TrainingConfig):
     vf_coef: NonNegative = option(
         0.1, "weight of the value loss (TRL)", moves_optimum=True, moving=0.0, unless=("lam", 1.0)
     )
-    gamma: Fraction = option(1.0, "discount per token (TRL)", moves_optimum=True, neutral=1.0)
+    gamma: Fraction = option(1.0, "discount per token (TRL)", moves_optimum=True)
     lam: Fraction = option(
         0.95,
         "lambda of GAE: 1 is unbiased; less reduces the variance and discounts what the critic misses (TRL)",

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator
 
-from rlhf_pipeline.config.base import NonNegative, Positive, check_lengths, option, resolve_lengths, wrong
+from rlhf_pipeline.config.base import NonNegative, Positive, check_lengths, option, wrong
 from rlhf_pipeline.config.training import COMMON_CHECKS, TrainingConfig
 from rlhf_pipeline.errors import Fault
 
@@ -55,7 +55,7 @@ def check_positions(config: SftConfig) -> Iterator[Fault]:
     """Yield the fault of a model from scratch with fewer positions than the longest sequence."""
     if any(check_lengths(config)):
         return
-    total = resolve_lengths(config.max_prompt_length, config.response_length, config.max_length).total
+    total = config.lengths().total
     for key in ("max_position_embeddings", "n_positions"):
         positions = (config.model_init or {}).get(key)
         if isinstance(positions, int) and positions < total:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from rlhf_pipeline.config.base import CommandConfig, Lengths, moves_optimum
+from rlhf_pipeline.config.base import CommandConfig
 from rlhf_pipeline.config.collect import CollectConfig
 from rlhf_pipeline.config.compare import CompareConfig, EvaluateConfig, ExactConfig, GenerateConfig, PromptsConfig
 from rlhf_pipeline.config.dpo import DpoConfig
 from rlhf_pipeline.config.plan import ExperimentConfig
-from rlhf_pipeline.config.ppo import PpoConfig, RewardFunction
+from rlhf_pipeline.config.ppo import PpoConfig
 from rlhf_pipeline.config.reward import RewardConfig
 from rlhf_pipeline.config.sft import SftConfig
-from rlhf_pipeline.config.training import DatasetEntry, TrainingConfig
+from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.errors import ConfigError, Fault, did_you_mean
 
 ModelConfig = TrainingConfig | CollectConfig | PromptsConfig
@@ -45,26 +45,3 @@ def schema_class(stage: str) -> type[CommandConfig]:
         near = did_you_mean(stage, SCHEMAS)
         raise ConfigError(Fault("stage", f"found {stage!r}", f"one of {', '.join(SCHEMAS)}", near))
     return SCHEMAS[stage]
-
-
-__all__ = [
-    "SCHEMAS",
-    "STAGES",
-    "TRAINING",
-    "CollectConfig",
-    "CompareConfig",
-    "DatasetEntry",
-    "DpoConfig",
-    "EvaluateConfig",
-    "ExactConfig",
-    "ExperimentConfig",
-    "GenerateConfig",
-    "Lengths",
-    "PpoConfig",
-    "RewardConfig",
-    "RewardFunction",
-    "SftConfig",
-    "TrainingConfig",
-    "moves_optimum",
-    "schema_class",
-]

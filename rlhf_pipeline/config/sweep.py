@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_pipeline.config import keys
 from rlhf_pipeline.config.base import CommandConfig
-from rlhf_pipeline.config.draft import Draft, Override, parse_overrides
+from rlhf_pipeline.config.draft import Draft, Override, split_key
 from rlhf_pipeline.config.dump import RUN_ONLY
 from rlhf_pipeline.config.stages import SCHEMAS
 from rlhf_pipeline.config.yaml import KeyPath
@@ -32,8 +32,7 @@ class Axis:
 
 def canonical(command: str, path: KeyPath) -> KeyPath:
     """Return the path of a key of a stage command, with its alias replaced."""
-    alias = keys.ALIASES[command].get(str(path[0]))
-    return (alias.canonical, *path[1:]) if alias else path
+    return (keys.canonical(command, str(path[0])), *path[1:])
 
 
 def spelling(sweep: Any, stage: str, command: str, path: KeyPath) -> str:
@@ -43,24 +42,21 @@ def spelling(sweep: Any, stage: str, command: str, path: KeyPath) -> str:
         return text
     for key in sweep:
         name, _, rest = str(key).partition(".")
-        if name == stage and rest and canonical(command, _path(rest)) == canonical(command, path):
+        if name == stage and rest and canonical(command, split_key(rest)) == canonical(command, path):
             return str(key)
     return text
 
 
-def read_sweep(
-    plan: Draft, commands: Mapping[str, str], overrides: Mapping[str, Sequence[Override]]
-) -> tuple[list[Axis], list[str]]:
-    """Return the axes of an experiment's sweep, and notes on axes that an override of their key replaces.
+def read_sweep(plan: Draft, commands: Mapping[str, str], overrides: Mapping[str, Sequence[Override]]) -> list[Axis]:
+    """Return the axes of an experiment's sweep, without those that an override of their key replaces.
 
     Args:
-        plan: the experiment's own values; faults of the sweep's keys are added to its faults.
+        plan: the experiment's own values; it gets the faults of the sweep's keys, and notes on axes that are replaced.
         commands: the command of each stage.
         overrides: the overrides of each stage.
     """
     sweep = plan.values.get("sweep")
     axes: list[Axis] = []
-    notes: list[str] = []
     for key, values in sweep.items() if isinstance(sweep, dict) else ():
         axis = _axis(plan, commands, str(key), values)
         if axis is None:
@@ -71,10 +67,10 @@ def read_sweep(
         if before is not None:
             plan.fault(("sweep", axis.key), f"the same key as {before.key}", "one of the two", "remove one")
         elif by:
-            notes.append(f"{by[-1].where}: replaces the sweep of {axis.key}")
+            plan.notes.append(f"{by[-1].where}: replaces the sweep of {axis.key}")
         else:
             axes.append(axis)
-    return axes, notes
+    return axes
 
 
 def given_twice(override: Override) -> Fault:
@@ -97,7 +93,7 @@ def _axis(plan: Draft, commands: Mapping[str, str], text: str, values: Any) -> A
         return None
     if stage not in commands:
         return None  # of unknown kind: the stage itself reports this fault
-    command, path = commands[stage], _path(rest)
+    command, path = commands[stage], split_key(rest)
     refused = next(_refusals(command, str(canonical(command, path)[0])), None)
     if refused is not None:
         plan.fault(place, *refused)
@@ -131,11 +127,6 @@ def _refusals(command: str, key: str) -> Iterator[tuple[str, str, str]]:
         yield f"{command} has no such key", "", keys.REFUSED.get(key) or keys.advice_on_unknown(command, key)
 
 
-def _path(text: str) -> KeyPath:
-    (override,), _ = parse_overrides({text: None})
-    return override.path
-
-
 def _overlap(first: Iterable[Any], second: Iterable[Any]) -> bool:
     """Return whether two paths are the same, or one is a prefix of the other."""
     return all(a == b for a, b in zip(first, second, strict=False))
@@ -147,11 +138,6 @@ def swept(axis: Axis, config: CommandConfig) -> Any:
     for part in axis.path:
         value = value[part]
     return value
-
-
-def at(axes: Sequence[Axis], point: Sequence[int]) -> list[Override]:
-    """Return the overrides for a point of a stage's axes, given by the number of the value on each axis."""
-    return [axis.overrides[number] for axis, number in zip(axes, point, strict=True)]
 
 
 def repeated(axes: Sequence[Axis], configs: Mapping[tuple[int, ...], CommandConfig]) -> Iterator[Fault]:

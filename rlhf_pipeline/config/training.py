@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, field_validator, model_validator
+from pydantic import model_validator
 
 from rlhf_pipeline.config.base import (
     ATTENTION,
@@ -15,13 +15,11 @@ from rlhf_pipeline.config.base import (
     REMOTE_CODE,
     SKIP_BAD_ROWS,
     SPLIT_FRACTIONS,
-    STRICT,
     USE_CPU,
-    CommandConfig,
     Count,
     DataInput,
     Dtype,
-    Lengths,
+    Keys,
     ModelInput,
     Name,
     NonNegative,
@@ -31,28 +29,24 @@ from rlhf_pipeline.config.base import (
     Steps,
     Text,
     Warmup,
+    WithLengths,
     check_fractions,
     check_lengths,
     check_world,
     option,
     part_of,
-    reject_bool,
-    resolve_lengths,
 )
 from rlhf_pipeline.errors import Fault
 
 
-class DatasetEntry(BaseModel):
+class DatasetEntry(Keys):
     """One source of a weighted mixture."""
 
-    model_config = STRICT
     dataset_name: Text = option(
         ..., "data source: hub id, directory, file, world:verdicts or collected:NAME", names="data"
     )
     dataset_config: Text | None = option(None, "configuration of the source (default: its own)")
     weight: Positive = option(1.0, "weight in the mixture, relative to the other sources (ours: equal)")
-
-    _no_bools = field_validator("*", mode="before")(reject_bool)
 
 
 NATIVE = "or engine: native"
@@ -76,10 +70,8 @@ def check_engine(config: TrainingConfig) -> Iterator[Fault]:
         yield Fault("micro_batch_tokens", found, "no micro_batch_tokens", NATIVE)
 
 
-class TrainingConfig(CommandConfig):
+class TrainingConfig(WithLengths):
     """Keys of every training stage, with the names of Hugging Face and TRL."""
-
-    stage: ClassVar[str]
 
     model_name_or_path: Text | None = option(
         None, "model to start from: registry name, directory or hub id", names="policy"
@@ -163,8 +155,6 @@ class TrainingConfig(CommandConfig):
         "native", "training loop: native, or TRL's trainer on the same examples in the same order (not for ppo)"
     )
 
-    _no_bools = field_validator("*", mode="before")(reject_bool)
-
     @model_validator(mode="before")
     @classmethod
     def _eval_steps_imply_strategy(cls, values: Any) -> Any:
@@ -195,10 +185,6 @@ class TrainingConfig(CommandConfig):
         assert self.dataset_name is not None  # `check_data`
         kind = "prompt" if self.reads_prompts else "row"
         return [DataInput(self.dataset_name, part_of(self.dataset_name, self.dataset_config, kind))]
-
-    def lengths(self) -> Lengths:
-        """Return the longest prompt, response and sum, in tokens; see `resolve_lengths`."""
-        return resolve_lengths(self.max_prompt_length, self.response_length, self.max_length)
 
 
 def check_model(config: TrainingConfig) -> Iterator[Fault]:

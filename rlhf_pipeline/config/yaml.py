@@ -76,11 +76,15 @@ class Document:
 
     def where(self, path: KeyPath) -> str:
         """Return the place of the value at `path`, as `file:line: key`."""
-        dotted = ".".join(map(str, path))
         for length in range(len(path), 0, -1):
             if path[:length] in self.lines:
-                return f"{self.source}:{self.lines[path[:length]]}: {dotted}"
-        return f"{self.source}: {dotted}" if dotted else self.source
+                return f"{self.source}:{self.lines[path[:length]]}: {dotted(path)}"
+        return f"{self.source}: {dotted(path)}" if path else self.source
+
+
+def dotted(path: KeyPath) -> str:
+    """Return a path as `key.inner.0`."""
+    return ".".join(map(str, path))
 
 
 def parse_value(text: str) -> Any:
@@ -96,16 +100,13 @@ def parse_value(text: str) -> Any:
         if node is None:
             return None
         _Walk(document).value(node, ())
-        if not document.faults:
-            document.values = {"": loader.construct_document(node)}
-            _refuse_half_characters(document)
+        if document.faults:
+            raise ValueError(document.faults[0].found)
+        return loader.construct_document(node)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except (yaml.YAMLError, ValueError, _TooManyError) as error:
         raise ValueError(getattr(error, "problem", None) or str(error)) from error
-    if document.faults:
-        raise ValueError(document.faults[0].found)
-    return document.values[""]
 
 
 def as_index(part: str) -> str | int:
@@ -159,11 +160,9 @@ def _parse(text: str, document: Document) -> None:
             found = f"found a {root.id}"  # type: ignore[attr-defined]  # every kind of node has it
             document.faults.append(Fault(f"{document.source}:{_line(root)}", found, "lines of `key: value`"))
             return
-        nodes = _Walk(document)
-        nodes.mapping(root, ())
+        _Walk(document).mapping(root, ())
         if not document.faults:
             document.values = loader.construct_document(root)
-            _refuse_half_characters(document)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{document.source}:{mark.line + 1}" if mark else document.source
@@ -180,30 +179,6 @@ def _parse(text: str, document: Document) -> None:
         document.faults.append(Fault(f"{document.source}:{line}", "nested too deeply", "lines of `key: value`"))
     except ValueError as error:  # YAML's reader has its own errors for everything else
         document.faults.append(Fault(document.source, f"cannot be read as YAML: {error}"))
-
-
-def _refuse_half_characters(document: Document) -> None:
-    """Record texts with half a character from an escape such as "\\ud800"; no file, name or message can hold them."""
-
-    def visit(value: Any, path: KeyPath) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                visit(key, path)
-                visit(inner, (*path, str(key)))
-        elif isinstance(value, list):
-            for index, inner in enumerate(value):
-                visit(inner, (*path, index))
-        elif isinstance(value, str) and not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                found = f"half of a surrogate pair at character {error.start + 1}"
-                shown = tuple(str(part).encode(errors="replace").decode() for part in path)
-                document.faults.append(Fault(document.where(path or shown), found, "whole characters"))
-
-    visit(document.values, ())
-    if document.faults:
-        document.values = {}
 
 
 class _TooManyError(Exception):
@@ -233,12 +208,9 @@ class _Walk:
                         self.mapping(part, path)
         first: dict[str, int] = {}
         for name, key, value in self._keys(node, path):
-            where = f"{self.document.source}:{_line(key)}: {'.'.join(map(str, (*path, name)))}"
             if name in first:
                 found = f"given twice, first on line {first[name]}"
-                fault = Fault(where, found, "each key once", "remove one")
-                if fault not in self.document.faults:
-                    self.document.faults.append(fault)
+                self.fault(key, (*path, name), found, "each key once", "remove one")
             first.setdefault(name, _line(key))
             self.document.lines[(*path, name)] = _line(key)
             self.value(value, (*path, name))
@@ -266,29 +238,37 @@ class _Walk:
             raise _TooManyError(found, _line(node))
         if node.tag not in _TYPES[type(node)]:
             found = f"a value of the type {node.tag.replace('tag:yaml.org,2002:', '!!')}"
-            where = f"{self.document.source}:{_line(node)}: {'.'.join(map(str, path))}"
-            self.document.faults.append(Fault(where, found, "a plain value", "remove the tag"))
+            self.fault(node, path, found, "a plain value", "remove the tag")
 
     def scalar(self, node: yaml.ScalarNode, path: KeyPath) -> None:
-        """Check that a scalar fits its tag: `!!int abc` and numbers of thousands of digits do not."""
+        """Check that a scalar fits its tag (`!!int abc` and numbers of thousands of digits do not) and can be encoded.
+
+        An escape such as "\\ud800" is half a character; no file, name or message can hold it.
+        """
         try:
+            node.value.encode()
             self.reader.construct_object(node)
+        except UnicodeEncodeError as error:
+            self.fault(node, path, f"half of a surrogate pair at character {error.start + 1}", "whole characters")
         except (ValueError, KeyError):
-            where = f"{self.document.source}:{_line(node)}: {'.'.join(map(str, path))}"
-            name = node.tag.rpartition(":")[2]
             shown = repr(node.value if len(node.value) <= 40 else f"{node.value[:37]}...")
-            self.document.faults.append(Fault(where, f"{shown} cannot be read as {name}", "a plain value"))
+            self.fault(node, path, f"{shown} cannot be read as {node.tag.rpartition(':')[2]}", "a plain value")
+
+    def fault(self, node: yaml.Node, path: KeyPath, found: str, expected: str, fix: str = "") -> None:
+        """Record a fault once; merged mappings are visited once for each place that they are merged into."""
+        where = f"{self.document.source}:{_line(node)}" + (f": {dotted(path)}" if path else "")
+        fault = Fault(where, found, expected, fix)
+        if fault not in self.document.faults:
+            self.document.faults.append(fault)
 
     def _keys(self, node: yaml.MappingNode, path: KeyPath) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
         for key, value in node.value:
             if key.tag == _MERGE:
                 continue
             if not isinstance(key, yaml.ScalarNode):
-                where = f"{self.document.source}:{_line(key)}"
-                self.document.faults.append(Fault(where, f"a key that is a {key.id}", "a name"))
+                self.fault(key, (), f"a key that is a {key.id}", "a name")
             elif not path and not key.tag.endswith(":str"):
-                where = f"{self.document.source}:{_line(key)}"
-                self.document.faults.append(Fault(where, f"{key.value!r} is not the name of a key", "a name"))
+                self.fault(key, (), f"{key.value!r} is not the name of a key", "a name")
             elif key.tag not in _TYPES[yaml.ScalarNode]:
                 self.visit(key, (*path, key.value))
             else:

@@ -14,7 +14,8 @@ There are three layouts, from the fastest to the one that every model can read. 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -76,8 +77,7 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Return the batch on another device."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
     def per_completion(self, values: Tensor) -> Tensor:
@@ -192,10 +192,7 @@ def pack(
     else:
         width = max(max(lengths), row_length or 0)
         rows = _assign_rows(lengths, width) if layout == "trees" else [[number] for number in range(len(segments))]
-    first_completion = [0]
-    for example in examples:
-        first_completion.append(first_completion[-1] + len(example.completions))
-
+    first_completion = [0, *accumulate(len(example.completions) for example in examples)]
     total = first_completion[-1]
     spans: list[tuple[int, int, int]] = [(0, 0, 0)] * total  # flat start, length, flat position before it
     ids_rows, position_rows, tree_rows, branch_rows = [], [], [], []

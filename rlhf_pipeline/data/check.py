@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_pipeline.data.blank import NO_LIMITS, blank_prompts
-from rlhf_pipeline.data.files import by_line
-from rlhf_pipeline.data.formats import count_reasons
+import numpy as np
+
+from rlhf_pipeline.data.formats import RecordSet, count_reasons
 from rlhf_pipeline.data.kinds import as_kind
-from rlhf_pipeline.data.load import RecordSet, read_records, records_digest
+from rlhf_pipeline.data.load import NO_LIMITS, blank_prompts, read_records, records_digest
 from rlhf_pipeline.data.overlap import EVALUATED, duplicates, leaks, repeats, shared_prompts
-from rlhf_pipeline.data.records import Record, plain
+from rlhf_pipeline.data.records import Record, plain, shared_length
 from rlhf_pipeline.data.render import render
 from rlhf_pipeline.data.splits import FRACTIONS, assign_splits, carries_splits
 from rlhf_pipeline.data.tokenize import BATCH, Counts, Example, token_ids, tokenize
@@ -31,11 +30,7 @@ QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
 
 def describe(
-    found: RecordSet,
-    *,
-    fractions: Mapping[str, float] = FRACTIONS,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    limits: Lengths | None = None,
+    found: RecordSet, *, tokenizer: PreTrainedTokenizerBase | None = None, limits: Lengths | None = None
 ) -> dict[str, Any]:
     """Describe a source that was read with `skip_bad_rows`: its format, faults, splits, duplicates, lengths; no text.
 
@@ -46,15 +41,22 @@ def describe(
         DataError: no row of the source can be used.
     """
     digest = records_digest(found.records)  # the digest of a stage that drops bad rows
-    tokenised = None if tokenizer is None else _tokenised(found, tokenizer, limits or NO_LIMITS)
-    found = _without_refused(found, tokenised)
+    if tokenizer is None:
+        faults = blank_prompts(found)
+    else:
+        limit, own = limits or NO_LIMITS, found.tokenizer_digest
+        examples, counts = tokenize(found.records, tokenizer, limit, source_tokenizer_digest=own)
+        faults = counts.faults
+    found = found.without(faults)  # the rows that a stage refuses after reading: empty prompts, text without tokens
     records = found.records
-    splits = assign_splits(records, fractions, found.source)
+    splits = assign_splits(records, FRACTIONS, found.source)
     unit, lengths = _lengths(records, tokenizer)
     leaked = leaks(records, splits, "train", EVALUATED) if carries_splits(records, found.source) else []
-    measured: dict[str, Any] = {} if tokenizer is None else {"round_trip": _round_trip(records, tokenizer)}
-    if tokenised is not None and limits is not None:
-        measured["length_policy"] = _length_policy(*tokenised, limits)
+    measured: dict[str, Any] = {}
+    if tokenizer is not None:
+        measured["round_trip"] = _round_trip(records, tokenizer)
+        if limits is not None:
+            measured["length_policy"] = _length_policy(examples, counts, limits)
     return {
         "source": found.source,
         "format": found.format,
@@ -88,20 +90,13 @@ def describe(
     }
 
 
-def preview(
-    source: str,
-    n: int = 3,
-    *,
-    config: str | None = None,
-    home: Path | None = None,
-    base_dir: Path | None = None,
-) -> list[dict[str, Any]]:
+def preview(source: str, n: int = 3, *, config: str | None = None, home: Path | None = None) -> list[dict[str, Any]]:
     """Return the first `n` usable records of a source as plain data, after parsing.
 
     Raises:
         DataError: the source cannot be read, or no row of it can be used.
     """
-    found = read_records(source, config=config, home=home, base_dir=base_dir, skip_bad_rows=True)
+    found = read_records(source, config=config, home=home, skip_bad_rows=True)
     return [
         {
             "where": record.where,
@@ -147,19 +142,17 @@ def _win_graphs(records: Sequence[Record]) -> dict[str, int] | None:
 def _strongly_connected(edges: Collection[tuple[str, str]]) -> bool:
     """Whether a graph is strongly connected: one node reaches all others along the edges and against them."""
     nodes = {node for edge in edges for node in edge}
-    forth: dict[str, set[str]] = {node: set() for node in nodes}
-    back: dict[str, set[str]] = {node: set() for node in nodes}
-    for better, worse in edges:
-        forth[better].add(worse)
-        back[worse].add(better)
-    for next_of in (forth, back):
-        first = min(nodes, default="")
-        seen, waiting = {first}, [first]
-        while waiting and nodes:
+    for start, end in ((0, 1), (1, 0)):
+        next_of: dict[str, set[str]] = {node: set() for node in nodes}
+        for edge in edges:
+            next_of[edge[start]].add(edge[end])
+        seen: set[str] = set()
+        waiting = [*nodes][:1]
+        while waiting:
             new = next_of[waiting.pop()] - seen
             seen |= new
             waiting += new
-        if len(seen) < len(nodes):
+        if seen != nodes:
             return False
     return len(nodes) > 1
 
@@ -185,13 +178,8 @@ def _measure(record: Record, tokenizer: PreTrainedTokenizerBase | None, has_ids:
     if tokenizer is None:
         return len(plain(record.prompt or "")), [len(plain(completion)) for completion in record.completions]
     rendered = render(record, tokenizer)
-    ids = tokenizer(
-        [rendered.prompt, *rendered.completions],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        verbose=False,
-    )["input_ids"]
-    return len(ids[0]), [len(tokens) for tokens in ids[1:]]
+    prompt, *completions = (len(ids or ()) for ids in token_ids(tokenizer, [rendered.prompt, *rendered.completions]))
+    return prompt, completions
 
 
 def _round_trip(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -213,8 +201,7 @@ def _round_trip(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -
                 back = text_of(tokenizer, ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
                 if back == text:
                     continue
-                shared = next((i for i, (a, b) in enumerate(zip(text, back)) if a != b), min(len(text), len(back)))
-                place = f"it differs after decoding from character {shared + 1} on"
+                place = f"it differs after decoding from character {shared_length(text, back) + 1} on"
                 if "".join(back.split()) == "".join(text.split()):  # as tokenizers by words have it
                     different, spaces = different + 1, spaces + 1
                     continue
@@ -234,19 +221,6 @@ def _texts_of(record: Record) -> Iterator[tuple[str, str]]:
             yield from ((f"{name}, message {i}", message["content"]) for i, message in enumerate(part, 1))
 
 
-def _tokenised(found: RecordSet, tokenizer: PreTrainedTokenizerBase, limits: Lengths) -> tuple[list[Example], Counts]:
-    return tokenize(found.records, tokenizer, limits, source_tokenizer_digest=found.tokenizer_digest)
-
-
-def _without_refused(found: RecordSet, tokenised: tuple[list[Example], Counts] | None) -> RecordSet:
-    """Remove the rows that a stage refuses after reading: empty prompts, and text without tokens."""
-    blank = blank_prompts(found.records, source_tokenizer_digest=found.tokenizer_digest)
-    faults = blank if tokenised is None else tokenised[1].faults
-    out = {item.fault.where for item in faults}
-    records = [record for record in found.records if record.where not in out]
-    return replace(found, records=records, faults=by_line([*found.faults, *faults]))
-
-
 def _length_policy(examples: list[Example], counts: Counts, limits: Lengths) -> dict[str, Any]:
     """Return what `tokenize` drops or cuts at these limits, by reason, and the number of examples kept."""
     return {
@@ -262,10 +236,8 @@ def _length_policy(examples: list[Example], counts: Counts, limits: Lengths) -> 
 
 def _quantiles(values: list[int]) -> dict[str, int]:
     """Return the nearest-rank quantiles."""
-    ordered = sorted(values)
-    return {
-        name: ordered[max(0, -(-int(share * 1000) * len(ordered) // 1000) - 1)] for name, share in QUANTILES.items()
-    }
+    found = np.quantile(values, [*QUANTILES.values()], method="inverted_cdf")
+    return dict(zip(QUANTILES, found.tolist()))
 
 
 def _longer_wins(lengths: Mapping[str, list[int]]) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -144,16 +145,12 @@ class SourceRow:
 
     def number(self, name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float | None:
         """Check that `value` is a finite number from `low` to `high`."""
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            try:
-                finite = math.isfinite(value)
-            except OverflowError:  # an integer beyond every float
-                finite = False
-            if finite and low <= value <= high:
-                return value
-            self.fault("wrong_type", f"{name!r} is out of range", f"a number from {low:g} to {high:g}")
-        else:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             self.fault("wrong_type", f"{name!r} is {_kind(value)}", "a number")
+        elif low <= value <= high and abs(value) <= sys.float_info.max:  # an integer may be beyond every float
+            return value
+        else:
+            self.fault("wrong_type", f"{name!r} is out of range", f"a number from {low:g} to {high:g}")
         return None
 
     def split(self) -> str | None:
@@ -175,9 +172,7 @@ class SourceRow:
         values = [self.values.get(column) for column in columns]
         if values.count(None) == len(columns):
             return None
-        read = [
-            self.ids(column) if value is None else self.as_ids(column, value) for column, value in zip(columns, values)
-        ]
+        read = [self.ids(column) for column in columns]
         ids = tuple(one for one in read if one is not None)
         return ids if len(ids) == len(read) else None
 

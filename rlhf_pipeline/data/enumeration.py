@@ -7,14 +7,15 @@ horizon - 1 words, then the cut responses; within a depth in the order of their 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_pipeline.data.batch import Layout, PackedBatch
+from rlhf_pipeline.data.batch import Layout, PackedBatch, pack
+from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import MismatchError
 
 MAX_LEAVES = 5_000_000
@@ -96,41 +97,31 @@ class ResponseTree:
 def pack_siblings(prefixes: Tensor, children: Tensor, layout: Layout = "trees") -> PackedBatch:
     """Return the packed batch of n prefixes of equal length, each followed by the same one-token completions.
 
-    It equals the result of `pack`, computed without loops: a node of a response tree takes one row with its children.
+    It equals the result of `pack`, which is computed for the first prefix and shifted for the others.
 
     Args:
         prefixes: (n, P) token ids, P >= 1. children: (C,) token ids.
     """
     count, width = prefixes.shape
-    fan = len(children)
-    if layout == "rows":
-        ids = torch.cat([prefixes.repeat_interleave(fan, 0), children.repeat(count)[:, None]], 1)
-        row = torch.arange(count * fan) * (width + 1)
-        before, last = row + width - 1, row + width
-        positions = torch.arange(width + 1).expand_as(ids)
-        branch = (positions == width) * torch.arange(1, fan + 1).repeat(count)[:, None]
-    else:
-        ids = torch.cat([prefixes, children.expand(count, fan)], 1)
-        row = torch.arange(count) * (width + fan)
-        before = (row + width - 1).repeat_interleave(fan)
-        last = (row[:, None] + width + torch.arange(fan)).flatten()
-        positions = torch.cat([torch.arange(width), torch.full((fan,), width)]).expand_as(ids)
-        branch = torch.cat([torch.zeros(width, dtype=torch.long), torch.arange(1, fan + 1)]).expand_as(ids)
-    total = count * fan
-    return PackedBatch(
+    example = Example(prefixes[0].tolist(), [[child] for child in children.tolist()], [], prompt_key="", where="")
+    one = pack([example], 0, layout="rows" if layout == "rows" else "trees")
+    first = one.input_ids.numel() * torch.arange(count)[:, None]  # flat position of each prefix's first row
+    ids = one.input_ids.repeat(count, 1)
+    ids[:, :width] = prefixes.repeat_interleave(len(one.input_ids), 0)
+    return replace(
+        one,
         input_ids=ids,
-        position_ids=positions.contiguous(),
-        tree=torch.zeros_like(ids),
-        branch=branch.contiguous(),
-        predict_index=before,
-        token_index=last,
+        position_ids=one.position_ids.repeat(count, 1),
+        tree=one.tree.repeat(count, 1),
+        branch=one.branch.repeat(count, 1),
+        predict_index=(first + one.predict_index).flatten(),
+        token_index=(first + one.token_index).flatten(),
         target_ids=children.repeat(count),
-        completion_index=torch.arange(total),
-        offset=torch.zeros(total, dtype=torch.long),
-        lengths=torch.ones(total, dtype=torch.long),
-        last_index=last,
-        layout="rows" if layout == "rows" else "trees",
+        completion_index=torch.arange(count * len(children)),
+        offset=one.offset.repeat(count),
+        lengths=one.lengths.repeat(count),
+        last_index=(first + one.last_index).flatten(),
         active_tokens=ids.numel(),
-        context_tokens=int((positions + 1).sum()),
-        num_prompts=total if layout == "rows" else count,
+        context_tokens=count * one.context_tokens,
+        num_prompts=count * one.num_prompts,
     )

@@ -87,14 +87,8 @@ def _content(path: Path, name: str) -> bytes:
                 content += piece
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         line = content.count(b"\n") + 1
-        raise DataError(
-            Fault(
-                f"{name}:{line}",
-                f"damaged or cut gzip file ({error})",
-                "a whole archive",
-                "fetch the file again",
-            )
-        ) from error
+        where, found = f"{name}:{line}", f"damaged or cut gzip file ({error})"
+        raise DataError(Fault(where, found, "a whole archive", "fetch the file again")) from error
     whole = bytes(content)
     refuse_encoding(whole, name)
     return whole

@@ -21,33 +21,42 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlhf_pipeline.data import preferences
 from rlhf_pipeline.data.columns import IDENTICAL, SourceRow, alike
-from rlhf_pipeline.data.files import RowFault
+from rlhf_pipeline.data.files import RowFault, by_line
 from rlhf_pipeline.data.records import Messages, Record
+from rlhf_pipeline.data.sources import world_digest
 from rlhf_pipeline.errors import DataError, Fault
 
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 @dataclass
-class Parsed:
-    """The records of a source, and its faulty and skipped rows."""
+class RecordSet:
+    """Every usable record of a source, and its faulty and skipped rows."""
 
+    source: str
     format: str
+    rows: int  # all rows read
     records: list[Record]
     faults: list[RowFault] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)  # valid rows without information
+    recorded_digest: str | None = None  # from the manifest of collected data
     unread: str | None = None  # with implicit prompts: a column that looks like the prompt
+
+    @property
+    def tokenizer_digest(self) -> str | None:
+        """The digest of the tokenizer that the records' token ids belong to; a world's is computed by transformers."""
+        return world_digest() if self.source.startswith("world:") else self.recorded_digest
+
+    def without(self, faults: list[RowFault]) -> RecordSet:
+        """Return the set without the rows that have these further faults."""
+        out = {item.fault.where for item in faults}
+        records = [record for record in self.records if record.where not in out]
+        return replace(self, records=records, faults=by_line([*self.faults, *faults]))
 
 
 def count_reasons(faults: list[RowFault]) -> dict[str, int]:
@@ -56,7 +65,7 @@ def count_reasons(faults: list[RowFault]) -> dict[str, int]:
     return dict(sorted(Counter(reason for _, reason in pairs).items()))
 
 
-def parse(rows: list[tuple[str, dict[str, Any]]], name: str) -> Parsed:
+def parse(rows: list[tuple[str, dict[str, Any]]], name: str) -> RecordSet:
     """Detect the format of `rows` and turn them into records.
 
     Raises:
@@ -65,7 +74,7 @@ def parse(rows: list[tuple[str, dict[str, Any]]], name: str) -> Parsed:
     if not rows:
         raise DataError(Fault(name, "no rows", "at least one"))
     layout, label = detect(rows, name)
-    parsed = Parsed(label, [])
+    parsed = RecordSet(name, label, len(rows), [])
     if layout is preferences.implicit:
         parsed.unread = preferences.unread_prompt(dict.fromkeys(column for _, values in rows for column in values))
     for where, values in rows:
@@ -114,11 +123,9 @@ def detect(rows: list[tuple[str, dict[str, Any]]], name: str) -> tuple[Callable[
             preferences.is_transcript(row.get("chosen")) and preferences.is_transcript(row.get("rejected"))
             for _, row in rows
         )
-        return (
-            (preferences.hh, "pair, HH transcripts")
-            if 2 * transcripts >= len(rows)
-            else (preferences.implicit, "pair, implicit prompt")
-        )
+        if 2 * transcripts >= len(rows):
+            return preferences.hh, "pair, HH transcripts"
+        return preferences.implicit, "pair, implicit prompt"
     return layout, label
 
 
@@ -161,10 +168,8 @@ def _from_sharegpt(turn: dict[str, Any]) -> dict[str, Any]:
     if "from" not in turn or "value" not in turn:
         return turn
     role = turn["from"]
-    return {
-        "role": SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role,
-        "content": turn["value"],
-    }
+    role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
+    return {"role": role, "content": turn["value"]}
 
 
 def _conversation(row: SourceRow, name: str, messages: Messages) -> Record | None:

@@ -37,7 +37,11 @@ def as_kind(records: list[Record], kind: str, source: str = "") -> tuple[list[Re
         raise DataError(Fault("", found, f"for this stage: {able}", "choose another source"))
     dropped: Counter[str] = Counter()
     if kind == "prompt":
-        return _prompts(records, dropped), dropped
+        first: dict[str, Record] = {}
+        for record in records:
+            first.setdefault(record.prompt_key, record)
+        dropped["duplicate_prompt"] = len(records) - len(first)
+        return [_pick(record, "prompt") for record in first.values()], +dropped
     made: list[Record] = []
     for record in records:
         if record.kind == kind or record.kind == "text":
@@ -71,8 +75,6 @@ def tied_rows(records: list[Record]) -> list[RowFault]:
 
 def _says(record: Record, ties: bool) -> bool:
     """Whether a record has a preference; without `ties`, whether it orders all completions."""
-    if record.kind == "pair":
-        return True
     different = len(set(_goodness(record)))
     return different > 1 if ties else different == len(record.completions)
 
@@ -85,20 +87,10 @@ def ranks_of(record: Record) -> list[int]:
     return [places[value] for value in goodness]
 
 
-def _prompts(records: list[Record], dropped: Counter[str]) -> list[Record]:
-    prompts: dict[str, Record] = {}
-    for record in records:
-        if record.prompt_key in prompts:
-            dropped["duplicate_prompt"] += 1
-        else:
-            prompts[record.prompt_key] = replace(
-                record, kind="prompt", completions=(), ended=(), completion_ids=None, extra={}
-            )
-    return list(prompts.values())
-
-
 def _goodness(record: Record) -> list[float]:
     """Return one number per completion, higher is better: the score, or the negated rank."""
+    if record.kind == "pair":
+        return [1.0, 0.0]
     if "scores" in record.extra:
         return list(record.extra["scores"])
     return [-rank for rank in record.extra["ranks"]]
@@ -117,8 +109,6 @@ def _pick(record: Record, kind: str, *indices: int) -> Record:
 
 
 def _best(record: Record) -> Record:
-    if record.kind == "pair":
-        return _pick(record, "demonstration", 0)
     goodness = _goodness(record)
     return _pick(record, "demonstration", goodness.index(max(goodness)))
 

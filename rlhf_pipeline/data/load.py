@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_pipeline.data.blank import blank_prompts
-from rlhf_pipeline.data.files import RowFault, by_line
-from rlhf_pipeline.data.formats import count_reasons
+from rlhf_pipeline.config.base import Lengths
+from rlhf_pipeline.data.files import RowFault, by_line, row_fault
+from rlhf_pipeline.data.formats import RecordSet, count_reasons
 from rlhf_pipeline.data.kinds import as_kind, tied_rows
-from rlhf_pipeline.data.parsed import RecordSet, parsed_once
+from rlhf_pipeline.data.parsed import parsed_once
 from rlhf_pipeline.data.records import Record
 from rlhf_pipeline.data.splits import FRACTIONS, in_split
 from rlhf_pipeline.data.tokenize import Example, tokenize
@@ -22,7 +22,7 @@ from rlhf_pipeline.errors import DataError, Fault
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlhf_pipeline.config.base import Lengths
+NO_LIMITS = Lengths(2**31, 2**31, 2**32)
 
 
 @dataclass(frozen=True)
@@ -52,26 +52,11 @@ class SourceReport:
         return "; ".join(parts)
 
 
-@dataclass
-class ExampleSet:
-    """Tokenised examples, with one report per source."""
-
-    examples: list[Example]
-    reports: tuple[SourceReport, ...]
-
-    @property
-    def report(self) -> SourceReport:
-        """Report of the first source, normally the only one."""
-        return self.reports[0]
-
-
 def read_records(
     source: str,
     *,
     config: str | None = None,
-    split: str | None = None,
     home: Path | None = None,
-    base_dir: Path | None = None,
     skip_bad_rows: bool = False,
     kind: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -79,26 +64,21 @@ def read_records(
     """Read a source and turn its rows into records.
 
     Args:
-        source, config, split, home, base_dir: as for `read_source`.
+        source, config, home: as for `read_source`.
         skip_bad_rows: drop and count faulty rows instead of refusing the source.
         kind, tokenizer: those of the stage, if known; empty prompts are then reported with the other faults.
 
     Raises:
         DataError: rows have faults (all are listed), or no row is usable.
     """
-    place: dict[str, Path | None] = {"home": home, "base_dir": base_dir}
-    found = parsed_once(str(source), config, split, place)
+    found = parsed_once(str(source), config, home)
     if not skip_bad_rows:
-        blank = [] if tokenizer is None else _blank(found, kind, tokenizer)
+        blank = [] if tokenizer is None else blank_prompts(found, tokenizer, kind)
         refuse_faults([*found.faults, *blank], found.source, found.rows)
     if not found.records:
         reasons = {**count_reasons(found.faults), **found.skipped}
-        raise DataError(
-            [
-                Fault(found.source, f"no rows left of {found.rows} ({_list(reasons)})", "at least one usable row"),
-                *(item.fault for item in found.faults),
-            ]
-        )
+        none = Fault(found.source, f"no rows left of {found.rows} ({_list(reasons)})", "at least one usable row")
+        raise DataError([none, *(item.fault for item in found.faults)])
     return found
 
 
@@ -111,61 +91,38 @@ def refuse_faults(faults: Sequence[RowFault], source: str, rows: int) -> None:
     faults = by_line(list(dict.fromkeys(faults)))
     if faults:
         wrong = len({item.fault.where for item in faults})
-        summary = Fault(
-            source,
-            f"{wrong} of {rows} rows cannot be used ({_list(count_reasons(faults))})",
-            "",
-            "fix them, or set `skip_bad_rows: true` to drop them",
-        )
+        found = f"{wrong} of {rows} rows cannot be used ({_list(count_reasons(faults))})"
+        summary = Fault(source, found, fix="fix them, or set `skip_bad_rows: true` to drop them")
         raise DataError([summary, *(item.fault for item in faults)])
 
 
-def _blank(found: RecordSet, kind: str | None, tokenizer: PreTrainedTokenizerBase) -> list[RowFault]:
-    return blank_prompts(found.records, tokenizer, kind=kind, source_tokenizer_digest=found.tokenizer_digest)
-
-
-def load_examples(
-    source: str,
-    *,
-    kind: str,
-    split: str,
-    tokenizer: PreTrainedTokenizerBase,
-    lengths: Lengths,
-    config: str | None = None,
-    home: Path | None = None,
-    skip_bad_rows: bool = False,
-    fractions: Mapping[str, float] = FRACTIONS,
-    max_samples: int | None = None,
-    base_dir: Path | None = None,
-    prepare: Callable[[RecordSet], RecordSet] | None = None,
-) -> ExampleSet:
-    """Load one split of a source as tokenised examples.
+def blank_prompts(
+    found: RecordSet, tokenizer: PreTrainedTokenizerBase | None = None, kind: str | None = None
+) -> list[RowFault]:
+    """Return a fault for each record of a whole source whose prompt is empty or white space.
 
     Args:
-        source, config, home, base_dir: as for `read_source`.
-        kind: the kind that the stage needs: text, prompt, demonstration, pair, preference or order.
-        split: name of a split, or "all".
-        tokenizer, lengths: as for `tokenize`.
-        skip_bad_rows: drop and count faulty rows instead of refusing the source.
-        fractions: share of each split, if the source has no splits.
-        max_samples: maximum number of records, in hash order.
-        prepare: function applied to the records of the whole source first.
-
-    Raises:
-        DataError: rows have faults, the split does not exist, its records are of the wrong kind, or none is usable.
+        tokenizer: decides which prompts are empty: one with a BOS token accepts an empty prompt, and some have tokens
+            for white space. Without a tokenizer, every empty or white-space prompt is a fault, unless it has token ids
+            from the source's own tokenizer.
+        kind: kind of record that the stage needs; "text" needs no prompt.
     """
-    stage: dict[str, Any] = {"skip_bad_rows": skip_bad_rows, "kind": kind, "tokenizer": tokenizer}
-    found = read_records(source, config=config, home=home, base_dir=base_dir, **stage)
-    return examples_of(
-        found if prepare is None else prepare(found),
-        kind=kind,
-        split=split,
-        tokenizer=tokenizer,
-        lengths=lengths,
-        skip_bad_rows=skip_bad_rows,
-        fractions=fractions,
-        max_samples=max_samples,
-    )
+    blank = [one for one in found.records if isinstance(one.prompt, str) and (not one.prompt or one.prompt.isspace())]
+    if not blank or kind == "text":
+        return []
+    digest = found.tokenizer_digest
+    if tokenizer is None:
+        fix = "add a prompt or drop the row (a tokenizer with a BOS token may accept it: check with --tokenizer MODEL)"
+        said = {True: "the prompt is white space", False: "the prompt is empty"}
+        return [
+            row_fault(record.where, "empty_prompt", said[bool(record.prompt)], "a prompt", fix)
+            for record in blank
+            if digest is None or not record.prompt_ids
+        ]
+    # One at a time: a prompt that occurs twice is a fault of both rows.
+    made = blank if kind is None else [item for record in blank for item in as_kind([record], kind)[0]]
+    _, counts = tokenize(made, tokenizer, NO_LIMITS, source_tokenizer_digest=digest)
+    return list({item.fault.where: item for item in counts.faults if item.reason == "empty_prompt"}.values())
 
 
 def examples_of(
@@ -178,8 +135,20 @@ def examples_of(
     skip_bad_rows: bool = False,
     fractions: Mapping[str, float] = FRACTIONS,
     max_samples: int | None = None,
-) -> ExampleSet:
-    """Tokenise one split of given records; arguments and errors as for `load_examples`."""
+) -> tuple[list[Example], SourceReport]:
+    """Tokenise one split of given records; also report on its rows.
+
+    Args:
+        kind: the kind that the stage needs: text, prompt, demonstration, pair, preference or order.
+        split: name of a split, or "all".
+        tokenizer, lengths: as for `tokenize`.
+        skip_bad_rows: drop and count faulty rows instead of refusing the source.
+        fractions: share of each split, if the source has no splits.
+        max_samples: maximum number of records, in hash order.
+
+    Raises:
+        DataError: rows have faults, the split does not exist, its records are of the wrong kind, or none is usable.
+    """
     in_it = in_split(found.records, split, fractions, found.source)
     tied = tied_rows(in_it) if kind == "order" else []
     if not skip_bad_rows:
@@ -188,18 +157,14 @@ def examples_of(
     records = lowest_hashes(records, max_samples)
     examples, counts = tokenize(records, tokenizer, lengths, source_tokenizer_digest=found.tokenizer_digest)
     if not skip_bad_rows:  # also faults in splits that this stage does not read
-        refuse_faults([*counts.faults, *_blank(found, kind, tokenizer)], found.source, found.rows)
+        refuse_faults([*counts.faults, *blank_prompts(found, tokenizer, kind)], found.source, found.rows)
     dropped = Counter(count_reasons(found.faults)) + found.skipped + left_out + counts.dropped
     dropped += Counter(count_reasons([*tied, *counts.faults]))
     if not examples:
-        raise DataError(
-            Fault(
-                found.source,
-                f"split {split!r}: no example left of {len(in_it)} rows ({_list(dropped)})",
-                f"prompts of at most {lengths.prompt} and responses of at most {lengths.response} tokens",
-            )
-        )
-    report = SourceReport(
+        none = f"split {split!r}: no example left of {len(in_it)} rows ({_list(dropped)})"
+        expected = f"prompts of at most {lengths.prompt} and responses of at most {lengths.response} tokens"
+        raise DataError(Fault(found.source, none, expected))
+    return examples, SourceReport(
         source=found.source,
         format=found.format,
         split=split,
@@ -210,37 +175,33 @@ def examples_of(
         dropped=dict(sorted(dropped.items())),
         truncated=dict(sorted((+counts.truncated).items())),
     )
-    return ExampleSet(examples, (report,))
 
 
 def load_mixture(
-    datasets: Sequence[Mapping[str, Any]], *, max_samples: int | None = None, **options: Any
-) -> ExampleSet:
-    """Load several sources in the proportion of their weights.
+    found: Sequence[RecordSet], weights: Sequence[float], *, max_samples: int | None = None, **options: Any
+) -> tuple[list[Example], tuple[SourceReport, ...]]:
+    """Tokenise several sources in the proportion of their weights; also report on the rows of each.
 
     The mixture is the largest one without repeated examples: a source with more than its share contributes the
     examples with the lowest hashes.
 
     Args:
-        datasets: for each source `dataset_name`, optionally `dataset_config` and `weight` (default 1).
+        found, weights: the records of each source, and its weight.
         max_samples: maximum size of the mixture.
-        options: as for `load_examples`.
+        options: as for `examples_of`.
     """
-    sets = [load_examples(entry["dataset_name"], config=entry.get("dataset_config"), **options) for entry in datasets]
-    weights = [float(entry.get("weight", 1)) for entry in datasets]
-    total = min(len(item.examples) * sum(weights) / weight for item, weight in zip(sets, weights))
+    sets, reports = zip(*(examples_of(item, **options) for item in found))
+    total = min(len(examples) * sum(weights) / weight for examples, weight in zip(sets, weights))
     total = total if max_samples is None else min(total, max_samples)
     # The small addition keeps rounding errors from reducing a whole share by one.
     shares = [int(total * weight / sum(weights) + 1e-9) for weight in weights]
-    examples = [example for item, share in zip(sets, shares) for example in lowest_hashes(item.examples, share)]
+    examples = [example for item, share in zip(sets, shares) for example in lowest_hashes(item, share)]
     if options.get("kind") == "prompt":  # a prompt of two sources is used once
         examples = list({example.prompt_key: example for example in examples}.values())
     if not examples:
-        names = ", ".join(entry["dataset_name"] for entry in datasets)
-        raise DataError(
-            Fault(f"datasets: {names}", "no example is left at these weights", "at least one", "more samples")
-        )
-    return ExampleSet(examples, tuple(report for item in sets for report in item.reports))
+        where = f"datasets: {', '.join(item.source for item in found)}"
+        raise DataError(Fault(where, "no example is left at these weights", "at least one", "more samples"))
+    return examples, reports
 
 
 def lowest_hashes(items: list, limit: int | None) -> list:

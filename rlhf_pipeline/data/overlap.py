@@ -7,17 +7,19 @@ would then measure memorisation.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, islice
+from typing import TYPE_CHECKING
 
 from rlhf_pipeline.data.files import RowFault, row_fault
-from rlhf_pipeline.data.formats import count_reasons
-from rlhf_pipeline.data.load import RecordSet
+from rlhf_pipeline.data.formats import RecordSet, count_reasons
 from rlhf_pipeline.data.records import Record, normalise, plain
 from rlhf_pipeline.data.splits import ALL, FRACTIONS, assign_splits, carries_splits
 from rlhf_pipeline.errors import DataError, Fault
+
+if TYPE_CHECKING:
+    from rlhf_pipeline.config.training import TrainingConfig
 
 EVALUATED = ("validation", "test")
 """Splits for reporting and for selecting settings, besides the config's own `dataset_test_split`."""
@@ -41,58 +43,55 @@ def loose_key(record: Record) -> str:
     return loose(record.key)
 
 
+REPEATED: dict[str, tuple[str, Callable[[Record], str]]] = {
+    "leaked_row": ("this row", Record.canonical),
+    "leaked_prompt": ("its prompt", lambda record: record.prompt_key),
+    "leaked_similar_prompt": ("its prompt, except for case and punctuation,", loose_key),
+}
+"""What a row can share with another, the strongest first."""
+
+
 def leaks(records: Sequence[Record], splits: Sequence[str], train: str, held_out: Collection[str]) -> list[RowFault]:
     """Return a fault for each row of the `held_out` splits that `train` repeats, naming both rows.
 
     Reasons: leaked_row (the whole row), leaked_prompt (the prompt), leaked_similar_prompt (see `loose_key`).
     """
-    similar: dict[str, str] = {}
-    prompts: dict[str, str] = {}
-    rows: dict[str, str] = {}
+    known: dict[str, dict[str, str]] = {reason: {} for reason in REPEATED}
     for record, split in zip(records, splits):
         if split == train:
-            similar.setdefault(loose_key(record), record.where)
-            prompts.setdefault(record.prompt_key, record.where)
-            rows.setdefault(record.canonical(), record.where)
+            for reason, (_, key) in REPEATED.items():
+                known[reason].setdefault(key(record), record.where)
     faults = []
     for record, split in zip(records, splits):
-        if split not in held_out or split == train:
-            continue
-        there = similar.get(loose_key(record))
-        if there is None:
-            continue
-        exact = prompts.get(record.prompt_key)
-        whole = rows.get(record.canonical()) if exact is not None else None
-        if whole is not None:
-            reason, what, there = "leaked_row", "this row", whole
-        elif exact is not None:
-            reason, what, there = "leaked_prompt", "its prompt", exact
-        else:
-            reason, what = "leaked_similar_prompt", "its prompt, except for case and punctuation,"
-        found = f"{what} of split {split!r} is also in split {train!r}, {there}"
-        faults.append(row_fault(record.where, reason, found))
+        if split in held_out and split != train:
+            for reason, (what, key) in REPEATED.items():
+                if there := known[reason].get(key(record)):
+                    found = f"{what} of split {split!r} is also in split {train!r}, {there}"
+                    faults.append(row_fault(record.where, reason, found))
+                    break
     return faults
 
 
-def keep_apart(found: RecordSet, train: str, test: str, *, skip_bad_rows: bool, allow_overlap: bool) -> RecordSet:
+def keep_apart(found: RecordSet, config: TrainingConfig) -> RecordSet:
     """Refuse a source whose own splits share prompts, or drop the shared rows from its evaluation splits.
 
     Args:
-        train: the training split. test: the split for reporting, besides those of `EVALUATED`.
-        skip_bad_rows: drop and count the rows. allow_overlap: check nothing.
+        config: its `dataset_test_split` is a split for reporting, besides those of `EVALUATED`; `skip_bad_rows` drops
+            and counts the rows; `allow_overlap` checks nothing.
 
     Raises:
         DataError: rows of an evaluation split are also in `train`; all are listed.
     """
     ours = found.source.startswith(("world:", "collected:"))  # one row a prompt, or split by the prompt's hash
-    if allow_overlap or ours or train in (ALL, test) or not carries_splits(found.records, found.source):
+    train, test = config.dataset_train_split, config.dataset_test_split
+    if config.allow_overlap or ours or train in (ALL, test) or not carries_splits(found.records, found.source):
         return found
     splits = assign_splits(found.records, FRACTIONS, found.source)
     held_out = {test, *EVALUATED} - {train}
     faults = leaks(found.records, splits, train, held_out)
     if not faults:
         return found
-    if not skip_bad_rows:
+    if not config.skip_bad_rows:
         asked = sum(split in held_out for split in splits)
         counted = ", ".join(f"{reason} {count}" for reason, count in count_reasons(faults).items())
         summary = Fault(
@@ -103,12 +102,11 @@ def keep_apart(found: RecordSet, train: str, test: str, *, skip_bad_rows: bool, 
             "or `allow_overlap: true` to keep them",
         )
         raise DataError([summary, *(item.fault for item in faults)])
-    out = {item.fault.where for item in faults}
-    records = [record for record in found.records if record.where not in out]
-    if not carries_splits(records, found.source):
+    kept = found.without(faults)
+    if not carries_splits(kept.records, found.source):
         gone = f"no row of its evaluation splits is new: {train!r} contains all of them"
         raise DataError(Fault(found.source, gone, "at least one"))
-    return replace(found, records=records, faults=[*found.faults, *faults])
+    return kept
 
 
 def duplicates(records: Sequence[Record]) -> dict[str, int]:
@@ -120,17 +118,9 @@ def duplicates(records: Sequence[Record]) -> dict[str, int]:
 
 def repeats(records: Sequence[Record], most: int) -> list[str]:
     """Return the first rows that repeat an earlier row exactly, each with that row; at most `most`."""
-    first: dict[str, str] = {}
-    found: list[str] = []
-    for record in records:
-        if len(found) == most:
-            break
-        content = record.canonical()
-        if content in first:
-            found.append(f"{record.where} as {first[content]}")
-        else:
-            first[content] = record.where
-    return found
+    first: dict[str, Record] = {}
+    pairs = ((record, first.setdefault(record.canonical(), record)) for record in records)
+    return list(islice((f"{row.where} as {earlier.where}" for row, earlier in pairs if row is not earlier), most))
 
 
 def shared_prompts(records: Sequence[Record], splits: Sequence[str], *, near: bool = False) -> dict[str, int]:

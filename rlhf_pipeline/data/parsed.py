@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import gc
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
-from rlhf_pipeline.data.columns import IDENTICAL
-from rlhf_pipeline.data.files import RowFault, by_line
-from rlhf_pipeline.data.formats import is_identical, parse
-from rlhf_pipeline.data.records import Record
-from rlhf_pipeline.data.sources import files_of, read_source, world_digest
+from rlhf_pipeline.data.files import by_line
+from rlhf_pipeline.data.formats import RecordSet, parse
+from rlhf_pipeline.data.sources import files_of, read_source
 from rlhf_pipeline.data.stamps import Stamp, stamp
 from rlhf_pipeline.errors import DataError, Fault
 
@@ -21,50 +19,27 @@ KEPT_BYTES = 256 << 20
 """Size of the files whose records are kept in memory for the next part of a command that reads them."""
 
 
-@dataclass
-class RecordSet:
-    """Every usable record of a source, and its faulty and skipped rows."""
-
-    source: str
-    format: str
-    rows: int  # all rows read
-    records: list[Record]
-    faults: list[RowFault] = field(default_factory=list)
-    skipped: Counter[str] = field(default_factory=Counter)  # valid rows without information
-    recorded_digest: str | None = None  # from the manifest of collected data
-    unread: str | None = None  # with implicit prompts: a column that looks like the prompt
-
-    @property
-    def tokenizer_digest(self) -> str | None:
-        """The digest of the tokenizer that the records' token ids belong to; a world's is computed by transformers."""
-        return world_digest() if self.source.startswith("world:") else self.recorded_digest
-
-
-def source_stamp(source: str, **place: Path | None) -> Stamp | None:
-    """Return the stamp of the files of a source; None where they are on the hub or too new for one.
-
-    Args:
-        place: `home` and `base_dir`, as for `read_source`.
-    """
-    files = files_of(source, **place)
+def source_stamp(source: str, home: Path | None) -> Stamp | None:
+    """Return the stamp of the files of a source; None where they are on the hub or too new for one."""
+    files = files_of(source, home=home)
     return None if files is None else stamp(files)
 
 
-def parsed_once(source: str, config: str | None, split: str | None, place: Mapping[str, Path | None]) -> RecordSet:
+def parsed_once(source: str, config: str | None, home: Path | None) -> RecordSet:
     """The records of a source, which this process parses again only where its files have changed since.
 
     What is returned is the caller's: its lists are copies; records themselves are frozen.
     """
-    if (seen := source_stamp(source, **place)) is None:
-        return _parse(source, config, split, place)
-    key = (source, config, split, seen)
+    if (seen := source_stamp(source, home)) is None:
+        return _parse(source, config, home)
+    key = (source, config, seen)
     if key in _PARSED:
         _PARSED.move_to_end(key)
     else:
-        found = _parse(source, config, split, place)
+        found = _parse(source, config, home)
         if _size(key) > KEPT_BYTES:
             return found
-        for outdated in [known for known in _PARSED if known[:3] == key[:3]]:
+        for outdated in [known for known in _PARSED if known[:2] == key[:2]]:
             del _PARSED[outdated]
         _PARSED[key] = found
         while sum(map(_size, _PARSED)) > KEPT_BYTES:
@@ -73,13 +48,13 @@ def parsed_once(source: str, config: str | None, split: str | None, place: Mappi
     return replace(found, records=list(found.records), faults=list(found.faults), skipped=Counter(found.skipped))
 
 
-_Key = tuple[str, str | None, str | None, Stamp]
+_Key = tuple[str, str | None, Stamp]
 _PARSED: OrderedDict[_Key, RecordSet] = OrderedDict()  # the one used last at the end
 
 
 def _size(key: _Key) -> int:
     """Bytes of the files of a parsed source."""
-    return sum(file[3] for file in key[3])
+    return sum(file[3] for file in key[2])
 
 
 @contextmanager
@@ -96,24 +71,19 @@ def collector_at_rest() -> Iterator[None]:
 
 
 @collector_at_rest()
-def _parse(source: str, config: str | None, split: str | None, place: Mapping[str, Path | None]) -> RecordSet:
+def _parse(source: str, config: str | None, home: Path | None) -> RecordSet:
     """Every record of a source and every row that is none.
 
     Raises:
         DataError: no row can be read, and errors of `read_source`.
     """
-    read = read_source(source, config=config, split=split, **place)
+    read = read_source(source, config=config, home=home)
     if read.records is not None:
-        records = [record for record in read.records if not is_identical(record)]
-        skipped = Counter({IDENTICAL: len(read.records) - len(records)})
-        kinds = ", ".join(sorted({record.kind for record in records}))
-        found = RecordSet(read.name, kinds, len(read.records), records, [], +skipped, read.tokenizer_digest)
-    else:
-        faults, rows = list(read.faults), len(read.rows) + len({item.fault.where for item in read.faults})
-        if faults and not read.rows:
-            raise DataError([Fault(read.name, "no row can be read"), *(item.fault for item in faults)])
-        parsed = parse(read.rows, read.name)
-        faults = by_line([*faults, *parsed.faults])
-        found = RecordSet(read.name, parsed.format, rows, parsed.records, faults, parsed.skipped, read.tokenizer_digest)
-        found.unread = parsed.unread
+        return RecordSet(read.name, read.records[0].kind, len(read.records), read.records)
+    if read.faults and not read.rows:
+        raise DataError([Fault(read.name, "no row can be read"), *(item.fault for item in read.faults)])
+    found = parse(read.rows, read.name)
+    found.rows += len({item.fault.where for item in read.faults})
+    found.faults = by_line([*read.faults, *found.faults])
+    found.recorded_digest = read.tokenizer_digest
     return found

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rlhf_pipeline.data.columns import IDENTICAL, SourceRow, alike
-from rlhf_pipeline.data.records import Record, Text
+from rlhf_pipeline.data.records import Record, Text, shared_length
 from rlhf_pipeline.errors import did_you_mean
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -58,7 +58,7 @@ def _common(row: SourceRow, chosen: Text, rejected: Text) -> Record | None:
     if chosen == rejected:
         row.fault(IDENTICAL, "'chosen' equals 'rejected'", "two different responses", "drop the row")
         return None
-    shared = _shared_length(chosen, rejected)
+    shared = shared_length(chosen, rejected)
     if isinstance(chosen, str):
         # Back to the last word boundary, so that no word is split; a space belongs to the word after it.
         boundary = re.search(r"\s\S*\Z", chosen[:shared])
@@ -71,14 +71,6 @@ def _common(row: SourceRow, chosen: Text, rejected: Text) -> Record | None:
         row.fault("prompts_differ", "'chosen' and 'rejected' have no common beginning", "one prompt for both", fix)
         return None
     return _finish_pair(row, chosen[:cut], chosen[cut:], rejected[cut:])
-
-
-def _shared_length(first: Text, second: Text) -> int:
-    low, high = 0, min(len(first), len(second))
-    while low < high:  # halved, so that texts of megabytes are compared as fast as they are copied
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if first[low:middle] == second[low:middle] else (low, middle - 1)
-    return low
 
 
 def hh(row: SourceRow) -> Record | None:
@@ -136,11 +128,8 @@ def ranking(row: SourceRow) -> Record | None:
     if measures is None or len(given) < len(texts):
         return None
     if not isinstance(measures, list) or len(measures) != len(values) or len(flags) != len(values):
-        row.fault(
-            "wrong_type",
-            f"{measure!r} or 'ended' has another length than 'completions'",
-            "one per completion",
-        )
+        found = f"{measure!r} or 'ended' has another length than 'completions'"
+        row.fault("wrong_type", found, "one per completion")
         return None
     numbers = tuple(row.number(f"{measure}[{i}]", value) for i, value in enumerate(measures))
     prompt, completions = alike(prompt, given)

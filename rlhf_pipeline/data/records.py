@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import sha256
@@ -90,3 +90,14 @@ def messages(text: Text | None) -> Messages:
 def normalise(text: str) -> str:
     """Return `text` in Unicode NFC, stripped."""
     return unicodedata.normalize("NFC", text).strip()
+
+
+def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Return the length of the common beginning of two texts or lists."""
+    low, high = 0, min(len(first), len(second))
+    if first[:high] == second[:high]:
+        return high
+    while low < high:  # halved, so that texts of megabytes are compared as fast as they are copied
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if first[low:middle] == second[low:middle] else (low, middle - 1)
+    return low

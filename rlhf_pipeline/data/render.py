@@ -26,6 +26,11 @@ class Rendered:
         return [self.prompt, *(self.prompt + completion for completion in self.completions)]
 
 
+def as_plain(record: Record) -> Rendered:
+    """Return the record as text, without a chat template."""
+    return Rendered(plain(record.prompt or ""), tuple(map(plain, record.completions)), False)
+
+
 def render(record: Record, tokenizer: PreTrainedTokenizerBase) -> Rendered:
     """Return the record as text.
 
@@ -33,16 +38,12 @@ def render(record: Record, tokenizer: PreTrainedTokenizerBase) -> Rendered:
         DataError: the record has messages but the tokenizer has no chat template, or the template refuses them.
     """
     if not record.conversational:
-        return Rendered(plain(record.prompt or ""), tuple(map(plain, record.completions)), False)
+        return as_plain(record)
     if not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            Fault(
-                record.where,
-                "messages, and the tokenizer has no chat template",
-                "plain text, or a tokenizer with `chat_template`",
-                "use a chat model's tokenizer, or give the data as text",
-            )
-        )
+        found = "messages, and the tokenizer has no chat template"
+        expected = "plain text, or a tokenizer with `chat_template`"
+        fix = "use a chat model's tokenizer, or give the data as text"
+        raise DataError(Fault(record.where, found, expected, fix))
     from trl.data_utils import apply_chat_template
 
     try:

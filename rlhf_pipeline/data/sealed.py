@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
 
+from rlhf_pipeline.data.decoding import decode_json
+
 FORMAT, SEAL = "format", "manifest_sha256"
 LATEST = 2
 _BLANK = "0" * 64
@@ -26,7 +28,7 @@ def unseal(text: str) -> dict[str, Any]:
         ValueError: the text is not a strict JSON object, or was changed after sealing.
     """
     try:
-        fields = json.loads(text, parse_constant=_refuse_constant)
+        fields = decode_json(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(fields, dict):
@@ -43,7 +45,3 @@ def unseal(text: str) -> dict[str, Any]:
 def _with(text: str, old: str, new: str) -> str:
     head, found, tail = text.rpartition(f'"{SEAL}": "{old}"')
     return f'{head}"{SEAL}": "{new}"{tail}' if found else ""
-
-
-def _refuse_constant(word: str) -> float:
-    raise ValueError(f"{word} is not JSON")

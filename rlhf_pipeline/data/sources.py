@@ -28,30 +28,19 @@ class Source:
     """The rows of one source, or its records if the source provides them."""
 
     name: str  # for reports; `collected:` names include their version
-    kind: str  # file, saved, hub, collected, world
     rows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # (where, row)
     faults: list[RowFault] = field(default_factory=list)  # rows that could not be read
-    records: list[Record] | None = None
+    records: list[Record] | None = None  # of the built-in world, all of one kind
     tokenizer_digest: str | None = None  # tokenizer of collected token ids
-    path: Path | None = None
 
 
-def read_source(
-    source: str,
-    *,
-    config: str | None = None,
-    split: str | None = None,
-    home: Path | None = None,
-    base_dir: Path | None = None,
-) -> Source:
+def read_source(source: str, *, config: str | None = None, home: Path | None = None) -> Source:
     """Read every row of `source`.
 
     Args:
         source: hub id, directory saved by `datasets`, local file, `world:verdicts` or `collected:NAME[@vN]`.
         config: configuration of a hub data set, or part of the built-in world.
-        split: read only this split of a hub or saved data set, if it exists.
         home: home directory with collected data; default `$RLHF_HOME`, else `./rlhf_home`.
-        base_dir: second place to look up relative paths, after the working directory.
 
     Raises:
         DataError: the source cannot be read.
@@ -63,16 +52,16 @@ def read_source(
         return _world(source, config)
     if source.startswith("collected:"):
         return _collected(source, home)
-    path = local_path(source, base_dir)
+    path = local_path(source)
     if path is None:
-        return _hub(source, config, split)
+        return _hub(source, config)
     if path.is_dir():
-        return _saved(source, path, split)
+        return _saved(source, path)
     rows, faults = read_file(path)
-    return Source(source, "file", rows, faults, path=path)
+    return Source(source, rows, faults)
 
 
-def files_of(source: str, *, home: Path | None = None, base_dir: Path | None = None) -> list[Path] | None:
+def files_of(source: str, *, home: Path | None = None) -> list[Path] | None:
     """Return the files of a source: [] for a built-in world, None if they are unknown (the hub).
 
     Raises:
@@ -83,13 +72,13 @@ def files_of(source: str, *, home: Path | None = None, base_dir: Path | None = N
     if source.startswith("collected:"):
         _, records = _collected_records(source, home)
         return [records, records.with_name("manifest.json")]
-    path = local_path(source, base_dir)
+    path = local_path(source)
     if path is None or not path.is_dir():
         return None if path is None else [path]
     return sorted(file for file in path.rglob("*") if file.is_file())
 
 
-def local_path(source: str, base_dir: Path | None = None) -> Path | None:
+def local_path(source: str) -> Path | None:
     """Return the file or directory that `source` names, or None if it is a hub id.
 
     Raises:
@@ -97,9 +86,8 @@ def local_path(source: str, base_dir: Path | None = None) -> Path | None:
     """
     try:
         given = Path(source).expanduser()
-        for candidate in (given, base_dir / given if base_dir else given):
-            if candidate.exists():
-                return candidate
+        if given.exists():
+            return given
     except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, `~` of an unknown user, a NUL byte
         reason = getattr(error, "strerror", None) or str(error)
         raise UnknownReference(f"{source[:80]}: not a path ({reason}); expected a source") from None
@@ -115,7 +103,7 @@ def _world(source: str, config: str | None) -> Source:
         raise UnknownReference(f"{source}: no such world; known: {', '.join(WORLDS)}")
     from rlhf_pipeline.data import world
 
-    return Source(source, "world", records=list(world.records(config)))
+    return Source(source, records=world.records(config))
 
 
 @functools.cache
@@ -127,18 +115,13 @@ def world_digest() -> str:
     return tokenizer_digest(world.tokenizer())
 
 
-def home_directory(home: Path | None) -> Path:
-    """Return `home`, else `$RLHF_HOME`, else `./rlhf_home`."""
-    return Path(home if home is not None else os.environ.get("RLHF_HOME") or "rlhf_home")
-
-
 def _collected_records(source: str, home: Path | None) -> tuple[str, Path]:
     """Return the name of collected data with its version, and the file of its records."""
     text = source.removeprefix("collected:")
     match = COLLECTED.fullmatch(text)
     if not match:
         raise UnknownReference(f"{source}: not a name; expected collected:NAME or collected:NAME@vN")
-    data = home_directory(home) / "data"
+    data = Path(home or os.environ.get("RLHF_HOME") or "rlhf_home") / "data"
     folder = data / match["name"]
     versions = sorted(
         int(entry.name[1:])
@@ -160,7 +143,7 @@ def _collected(source: str, home: Path | None) -> Source:
     name, path = _collected_records(source, home)
     manifest = _checked_manifest(path)
     rows, faults = read_file(path, name=name)
-    return Source(name, "collected", rows, faults, tokenizer_digest=manifest.get("tokenizer_digest"), path=path)
+    return Source(name, rows, faults, tokenizer_digest=manifest.get("tokenizer_digest"))
 
 
 def _checked_manifest(records: Path) -> dict[str, Any]:
@@ -184,25 +167,20 @@ def _checked_manifest(records: Path) -> dict[str, Any]:
     return manifest
 
 
-def _saved(source: str, path: Path, split: str | None) -> Source:
+def _saved(source: str, path: Path) -> Source:
     import datasets
 
     try:
-        rows = list(_dataset_rows(source, datasets.load_from_disk(str(path)), split))
+        rows = list(_dataset_rows(source, datasets.load_from_disk(str(path))))
     except DataError:
         raise
     except Exception as error:  # the library passes on the errors of its readers
-        raise DataError(
-            Fault(
-                source,
-                f"not a complete directory saved by `datasets` ({_first_line(error)})",
-                "Dataset.save_to_disk output",
-            )
-        ) from error
-    return Source(source, "saved", rows, path=path)
+        found = f"not a complete directory saved by `datasets` ({_first_line(error)})"
+        raise DataError(Fault(source, found, "Dataset.save_to_disk output")) from error
+    return Source(source, rows)
 
 
-def _hub(source: str, config: str | None, split: str | None) -> Source:
+def _hub(source: str, config: str | None) -> Source:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise UnknownReference(
             f"{source}: no such file, and not a hub id; expected a path, org/name, world:verdicts or collected:NAME"
@@ -212,26 +190,22 @@ def _hub(source: str, config: str | None, split: str | None) -> Source:
     try:
         loaded = datasets.load_dataset(source, config)
     except Exception as error:  # connection, missing repository, config or credentials
-        raise DataError(
-            Fault(
-                source,
-                f"no such local file, and it cannot be loaded from the hub ({_first_line(error)})",
-                "a local file, a saved directory, or a reachable hub data set",
-                "if offline, save the data set elsewhere with `save_to_disk` and name that directory",
-            )
-        ) from error
-    return Source(source, "hub", list(_dataset_rows(source, loaded, split)))
+        found = f"no such local file, and it cannot be loaded from the hub ({_first_line(error)})"
+        expected = "a local file, a saved directory, or a reachable hub data set"
+        fix = "if offline, save the data set elsewhere with `save_to_disk` and name that directory"
+        raise DataError(Fault(source, found, expected, fix)) from error
+    return Source(source, list(_dataset_rows(source, loaded)))
 
 
-def _dataset_rows(source: str, loaded: Any, split: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+def _dataset_rows(source: str, loaded: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     if not hasattr(loaded, "keys"):
         _refuse_media(source, loaded)
         yield from ((f"{source}:{number}", dict(row)) for number, row in enumerate(loaded, 1))
         return
     several = len(loaded) > 1
-    for name in [split] if split in loaded else list(loaded):
-        _refuse_media(source, loaded[name])
-        for number, row in enumerate(loaded[name], 1):
+    for name, table in loaded.items():
+        _refuse_media(source, table)
+        for number, row in enumerate(table, 1):
             yield f"{source}[{name}]:{number}", {**row, "split": name} if several else dict(row)
 
 
@@ -245,9 +219,8 @@ def _refuse_media(source: str, table: Any) -> None:
 
     features = getattr(table, "features", None) or {}
     if found := [name for name, feature in features.items() if require_decoding(feature)]:
-        raise DataError(
-            Fault(source, f"columns that are not text: {', '.join(found)}", "text, numbers and lists", "remove them")
-        )
+        columns = f"columns that are not text: {', '.join(found)}"
+        raise DataError(Fault(source, columns, "text, numbers and lists", "remove them"))
 
 
 def _first_line(error: Exception) -> str:

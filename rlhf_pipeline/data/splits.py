@@ -46,9 +46,8 @@ def assign_splits(records: list[Record], fractions: Mapping[str, float] = FRACTI
         return [split_of(record.key, fractions) for record in records]
     nameless = [record for record in records if record.split is None]
     if nameless:
-        raise DataError(
-            [Fault(record.where, "no split", "a split in each row or in none of them") for record in nameless]
-        )
+        expected = "a split in each row or in none of them"
+        raise DataError([Fault(record.where, "no split", expected) for record in nameless])
     return [record.split or "" for record in records]
 
 
@@ -71,6 +70,5 @@ def in_split(
     if split in names:
         raise DataError(Fault(source, f"split {split!r} is empty: it has none of {len(records)} records", "more rows"))
     origin = "one of the source's splits:" if carried else "one of"
-    raise DataError(
-        Fault(source, f"no split {split!r}", f"{origin} {', '.join(names)} (or all)", did_you_mean(split, names))
-    )
+    expected = f"{origin} {', '.join(names)} (or all)"
+    raise DataError(Fault(source, f"no split {split!r}", expected, did_you_mean(split, names)))

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from rlhf_pipeline.data.files import RowFault, row_fault
 from rlhf_pipeline.data.kinds import as_kind, ranks_of
-from rlhf_pipeline.data.records import Record, plain
-from rlhf_pipeline.data.render import render
+from rlhf_pipeline.data.records import Record, shared_length
+from rlhf_pipeline.data.render import Rendered, as_plain, render
 from rlhf_pipeline.data.tokenizers import tokenizer_digest
 from rlhf_pipeline.errors import DataError
 
@@ -39,9 +39,7 @@ class Example:
     label_probability: float | None = None  # P(first preferred over second); None: a hard label
     prompt_text: str = ""
     completion_texts: tuple[str, ...] = ()
-    ranks: tuple[int, ...] | None = (
-        None  # of a ranking, ascending; equal ranks are ties. None: best first, without ties
-    )
+    ranks: tuple[int, ...] | None = None  # of a ranking, ascending; equal ones are ties. None: best first, no ties
     prompt_truncated: bool = False
 
     def untied(self) -> list[tuple[int, int]]:
@@ -77,11 +75,10 @@ class Counts:
 
 @dataclass
 class _Encoded:
-    """One record's ids before the length policy."""
+    """One record's texts and ids before the length policy."""
 
     record: Record
-    prompt_text: str
-    completion_texts: tuple[str, ...]
+    texts: Rendered
     prompt_ids: list[int]
     completions: list[list[int]]
 
@@ -151,34 +148,26 @@ def _encode(
     for start in range(0, len(records), BATCH):
         batch = records[start : start + BATCH]
         ready = [own_ids and _has_ids(record) for record in batch]
-        rendered = [None if done else render(record, tokenizer) for done, record in zip(ready, batch)]
-        texts = [text for item in rendered if item is not None for text in item.texts()]
+        rendered = [as_plain(record) if done else render(record, tokenizer) for done, record in zip(ready, batch)]
+        texts = [text for done, item in zip(ready, rendered) if not done for text in item.texts()]
         ids = iter(token_ids(tokenizer, texts))
-        for record, item in zip(batch, rendered):
-            if item is None:
-                prompt = list(record.prompt_ids or ())
+        for record, done, item in zip(batch, ready, rendered):
+            if done:
                 completions = [list(tokens) for tokens in record.completion_ids or ()]
-                readable = tuple(map(plain, record.completions))
-                yield _Encoded(record, plain(record.prompt or ""), readable, prompt, completions)
+                yield _Encoded(record, item, list(record.prompt_ids or ()), completions)
                 continue
             encoded = [next(ids) for _ in item.texts()]
             known = [tokens for tokens in encoded if tokens is not None]
             if len(known) < len(encoded):
-                counts.faults.append(
-                    row_fault(
-                        record.where,
-                        "unknown_token",
-                        "text that the tokenizer has no token for",
-                        "text within its vocabulary",
-                    )
-                )
+                found = "text that the tokenizer has no token for"
+                counts.faults.append(row_fault(record.where, "unknown_token", found, "text within its vocabulary"))
                 continue
             prompt, *wholes = known
             # One shared prompt: as far as every completion's own tokenisation agrees with it.
-            shared = min([_agreement(prompt, whole) for whole in wholes], default=len(prompt))
+            shared = min([shared_length(prompt, whole) for whole in wholes], default=len(prompt))
             completions = [whole[shared:] for whole in wholes]
             start_ids = [] if item.templated else prefix
-            yield _Encoded(record, item.prompt, item.completions, start_ids + prompt[:shared], completions)
+            yield _Encoded(record, item, start_ids + prompt[:shared], completions)
 
 
 def _has_ids(record: Record) -> bool:
@@ -204,13 +193,6 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
         return [ids for text in texts for ids in token_ids(tokenizer, [text])]
 
 
-def _agreement(prompt: list[int], whole: list[int]) -> int:
-    """Return the length of the common prefix of two lists of ids."""
-    if whole[: len(prompt)] == prompt:
-        return len(prompt)
-    return next((i for i, (a, b) in enumerate(zip(prompt, whole)) if a != b), min(len(prompt), len(whole)))
-
-
 def _fit(encoded: _Encoded, tokenizer: PreTrainedTokenizerBase, lengths: Lengths, counts: Counts) -> Example | None:
     record, prompt, bos = encoded.record, encoded.prompt_ids, tokenizer.bos_token_id
     completions = [_closed(ids, ended, tokenizer.eos_token_id) for ids, ended in zip(encoded.completions, record.ended)]
@@ -221,7 +203,7 @@ def _fit(encoded: _Encoded, tokenizer: PreTrainedTokenizerBase, lengths: Lengths
     if not all(completions):
         counts.faults.append(row_fault(record.where, "empty_completion", "a completion has no token", "a response"))
         return None
-    ended, texts, ranks = list(record.ended), encoded.completion_texts, None
+    ended, texts, ranks = list(record.ended), encoded.texts.completions, None
     shortened = False
     if record.kind == "ranking":  # completions that are too long are dropped; the others are ordered best first
         places = ranks_of(record)
@@ -249,7 +231,7 @@ def _fit(encoded: _Encoded, tokenizer: PreTrainedTokenizerBase, lengths: Lengths
         record.prompt_key,
         record.where,
         record.extra.get("label_probability"),
-        encoded.prompt_text,
+        encoded.texts.prompt,
         texts,
         ranks,
         truncated,

@@ -11,6 +11,7 @@ from rlhf_pipeline.config.mentions import functions
 from rlhf_pipeline.config.reward_names import load_function
 from rlhf_pipeline.config.stages import CollectConfig, DpoConfig, PpoConfig, SftConfig, StageConfig, TrainingConfig
 from rlhf_pipeline.data.load import read_records
+from rlhf_pipeline.data.overlap import keep_apart
 from rlhf_pipeline.data.splits import in_split
 from rlhf_pipeline.experiment.run import checked
 from rlhf_pipeline.registry.lengths import with_lengths
@@ -18,7 +19,6 @@ from rlhf_pipeline.registry.parents import parents_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import check_role
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.stages.data import kept_apart
 from rlhf_pipeline.training.windows import total_steps
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}
@@ -120,7 +120,7 @@ def _training_rows(config: TrainingConfig, home: Path) -> int:
     count = 0
     for source, part in config.sources():
         found = read_records(source, config=part, home=home, skip_bad_rows=config.skip_bad_rows)
-        found = kept_apart(config, found)
+        found = keep_apart(found, config)
         rows = in_split(found.records, config.dataset_train_split, config.split_fractions, found.source)
         count += len({record.prompt_key for record in rows}) if config.reads_prompts else len(rows)
     return min(count, config.max_train_samples or count)

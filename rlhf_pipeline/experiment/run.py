@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 from rlhf_pipeline.compare.points import points_of
 from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.experiment import load_experiment
-from rlhf_pipeline.config.grid import Node, expand, resampled
+from rlhf_pipeline.config.grid import Experiment, Node, StageSpec, expand, resampled
 from rlhf_pipeline.config.mentions import Mention, functions, mentions
 from rlhf_pipeline.config.reward_names import load_function
-from rlhf_pipeline.config.spec import Experiment, StageSpec
 from rlhf_pipeline.config.stages import StageConfig
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.data.load import read_records

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_pipeline.config.names import is_name
-from rlhf_pipeline.data.blank import blank_prompts
 from rlhf_pipeline.data.check import describe
-from rlhf_pipeline.data.load import lowest_hashes, read_records
+from rlhf_pipeline.data.load import blank_prompts, lowest_hashes, read_records
 from rlhf_pipeline.data.overlap import EVALUATED, leaks
 from rlhf_pipeline.data.records import Record, plain
 from rlhf_pipeline.data.sources import local_path
@@ -93,7 +92,7 @@ def plan_starter(source: str, *, model: str | None, seeds: int, folder: Path, ho
     tested = len({record.prompt_key for record, split in zip(records, assigned, strict=True) if split == test})
     learned = [record for record, split in zip(records, assigned, strict=True) if split == train]
     leaked = leaks(records, assigned, train, {test, *EVALUATED}) if carried else []
-    blank = blank_prompts(found.records, source_tokenizer_digest=found.tokenizer_digest)
+    blank = blank_prompts(found)
 
     resolved = None if model is None else Registry(home).resolve(model)
     tokenizer, positions = _tokenizer(learned, resolved)

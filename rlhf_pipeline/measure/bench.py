@@ -19,10 +19,10 @@ from rlhf_pipeline.data.tokenizers import tokenizer_digest
 from rlhf_pipeline.errors import ConfigError, Fault, MismatchError
 from rlhf_pipeline.evaluation.sampled import Samples, SamplingPlan, add_score, add_world_reward
 from rlhf_pipeline.measure.trained_on import changes_of, note_changes, owned_by
-from rlhf_pipeline.measure.truth import labelled_by_world, source_of
 from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
 from rlhf_pipeline.models.modules import Policy
 from rlhf_pipeline.registry.lengths import positions_of
+from rlhf_pipeline.registry.lineage import COLLECTED
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report.results import DataChange, DataReport
@@ -32,6 +32,10 @@ from rlhf_pipeline.stages.reward_sources import load_reward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+REWARD_KEYS = ("true_reward", "reward_model", "judge", "reward")
+"""Keys of evaluation configs that name a reward."""
 
 
 class Reading(TypedDict):
@@ -150,7 +154,7 @@ def load_prompts(
         ConfigError: no prompts are named and the data of the model are not known.
         UnknownReference, DataError: the source is missing or cannot be used.
     """
-    source = source_of(config, resolved)
+    source = config.prompts or resolved.config.get("dataset_name")
     if source is None:
         where = f"prompts of {resolved.label}"
         raise ConfigError(Fault(where, "not known", "a source of prompts", "give --prompts SOURCE"))
@@ -162,7 +166,7 @@ def load_prompts(
     own = config.prompts is None and part == part_of(source, resolved.config.get("dataset_config"), "prompt")
     with owned_by(resolved, {"dataset_name": source}) if config.prompts is None else nullcontext():
         found = read_records(source, config=part, home=registry.home, skip_bad_rows=skip)
-    loaded = examples_of(
+    examples, report = examples_of(
         found,
         kind="prompt",
         split=config.split,
@@ -171,8 +175,8 @@ def load_prompts(
         skip_bad_rows=skip,
         fractions=fractions or config.split_fractions,
     )
-    reports = [DataReport(**report.to_dict()) for report in loaded.reports]
-    return lowest_hashes(loaded.examples, config.max_prompts), reports, found if own else None
+    chosen = lowest_hashes(examples, config.max_prompts)
+    return chosen, [DataReport(**report.to_dict())], found if own else None
 
 
 def _stop_id(resolved: Resolved, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -184,6 +188,43 @@ def _stop_id(resolved: Resolved, tokenizer: PreTrainedTokenizerBase) -> int:
             f"{resolved.label}: its manifest.json names the stop token {stop!r}; expected a token of its tokenizer"
         )
     return found
+
+
+def labelled_by_world(
+    registry: Registry, config: PromptsConfig, resolved: Resolved, say: Callable[[str], None]
+) -> bool:
+    """Whether the world's reward is the true reward of a model with the world's tokenizer; logs the reason.
+
+    It is if a key of the config names the world, if the prompts are the world's, or if the world labelled the collected
+    data. The tokenizer alone decides nothing: the model may have been trained on other data.
+
+    Raises:
+        UnknownReference, DamagedFile: collected data are missing or damaged.
+    """
+    source = config.prompts or resolved.config.get("dataset_name")
+    asked = [key for key in REWARD_KEYS if key in config.model_fields_set and getattr(config, key) in WORLD_NAMES]
+    if asked:
+        say(f"true reward: the built-in world's, since {asked[0]} names it")
+    elif source == world.NAME:
+        say(f"true reward: the built-in world's, since the prompts are those of {source}")
+    elif source is not None and _judged_by_world(registry, source):
+        say(f"true reward: the built-in world's, since it labelled {source}")
+    else:
+        say(
+            f"note: {resolved.label} has the tokenizer of {world.NAME}, but nothing shows that the world labelled "
+            f"{source or 'its data'}: the world's reward is not used; to use it, set true_reward: world "
+            "(--true-reward world; rlhf exact: --reward world)"
+        )
+        return False
+    return True
+
+
+def _judged_by_world(registry: Registry, source: str) -> bool:
+    """Whether a source is collected data that the world labelled."""
+    if not source.startswith(COLLECTED):
+        return False
+    manifest = registry.resolve_data(source.removeprefix(COLLECTED)).manifest
+    return manifest is not None and manifest.config.get("judge") in WORLD_NAMES
 
 
 def set_up(

@@ -46,10 +46,6 @@ def demonstrations_of(bench: Bench, sft: Resolved | None, split: str) -> Samples
             return None
         completions = [example.completions[0] for example in chosen]
         examples.append(replace(prompt, completions=completions, ended=[example.ended[0] for example in chosen]))
-    return _figures(bench, examples)
-
-
-def _figures(bench: Bench, examples: list[Example]) -> Samples:
     samples = Samples(examples, [example.prompt_key for example in examples for _ in example.completions])
     samples.values["length"] = np.array([len(ids) for e in examples for ids in e.completions], dtype=np.float64)
     add_rewards(bench, samples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,9 @@ def measure(bench: Bench, policy: Policy, scorer: RewardSource | None = None) ->
 
 
 @sharing_models()
-def run_evaluate(reference_text: str, config: EvaluateConfig, home: Path, *, quiet: bool = False) -> dict[str, Any]:
+def run_evaluate(reference_text: str, config: EvaluateConfig, home: Path) -> dict[str, Any]:
     """Return the figures of one model by name; intervals and rows have the form of results.json."""
-
-    def say(text: str) -> None:
-        if not quiet:
-            console.print(text, markup=False)
-
+    say = partial(console.print, markup=False)
     registry = Registry(home)
     device = make_accelerator(config).device
     resolved = registry.resolve(reference_text)

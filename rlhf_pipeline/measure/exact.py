@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -58,20 +59,12 @@ class ExactBench:
 
     leaves: Leaves
     reward: Reward
-    beta: float | None  # from the config, for all models
+    beta: float | None  # from the config, for all models; None: the one that each was trained at
     usual_beta: float  # of models that were not trained at a beta
-    reward_model: str | None
+    reward_model: str | None  # that DPO policies are compared with
     few: int
     reward_models: Mapping[str, str] = field(default_factory=dict)  # by policy, if each seed has its own
     frontiers: dict[int, GibbsFrontier] = field(default_factory=dict)
-
-    def beta_for(self, model: Resolved) -> float:
-        """The beta of a model's objective: the config's, else its own, else that of the first model with one."""
-        return self.beta or beta_of(model) or self.usual_beta
-
-    def learned_for(self, model: Resolved) -> str | None:
-        """The reward model that a DPO policy is compared with: that of its seed, else the common one."""
-        return self.reward_models.get(model.label, self.reward_model)
 
     def count(self, reward: Reward) -> int:
         """Number of prompts of the figures for this reward."""
@@ -147,7 +140,7 @@ def policy_row(exact: ExactBench, resolved: Resolved, beta: float, loss: Trainin
     policy = exact.leaves.bench.policy(resolved)
     logprobs = [exact.leaves.logprobs(policy, index) for index in range(len(exact.leaves.prompts))]
     trained_on = trained_reward(exact.leaves.bench.registry, resolved)
-    learned = exact.learned_for(resolved)
+    learned = exact.reward_models.get(resolved.label, exact.reward_model)
     parts: dict[str, Gap] = {}
     if trained_on is not None:
         parts["optimisation_gap"] = gap_to(exact, logprobs, trained_on, beta)
@@ -195,7 +188,7 @@ def exact_figures(
     """One row for each model, one for the optimum at each beta, and the exact frontier."""
     bench, rows = exact.leaves.bench, []
     for model in models:
-        beta = exact.beta_for(model)
+        beta = exact.beta or beta_of(model) or exact.usual_beta
         if role_of(model)[0] == "reward_model":
             rows.append(optimum_row(exact, model, beta))
         else:
@@ -218,13 +211,9 @@ def exact_figures(
 
 
 @sharing_models()
-def run_exact(references: list[str], config: ExactConfig, home: Path, *, quiet: bool = False) -> ExactResults:
+def run_exact(references: list[str], config: ExactConfig, home: Path) -> ExactResults:
     """Exact figures of policies and reward models."""
-
-    def say(text: str) -> None:
-        if not quiet:
-            console.print(text, markup=False)
-
+    say = partial(console.print, markup=False)
     # 1. Models, their reference, prompts.
     registry = Registry(home)
     device = make_accelerator(config).device
@@ -234,12 +223,12 @@ def run_exact(references: list[str], config: ExactConfig, home: Path, *, quiet: 
     if long_run is not None and not trained_by_dpo(long_run):
         expected = "a DPO model, whose manifest names its reference and its beta"
         raise ConfigError(Fault("long_run", f"{long_run.label} was not trained by `rlhf dpo`", expected))
-    known = [found for model in models if (found := reference_of(registry, model)) is not None]
-    reference = reference or next(iter(known), None)
+    known = [(model, found) for model in models if (found := reference_of(registry, model)) is not None]
+    reference = reference or next((found for _, found in known), None)
     if reference is None:
         raise ConfigError(Fault(models[0].label, "its reference is not known", "--reference REF, the frozen SFT model"))
-    for model, found in ((model, reference_of(registry, model)) for model in models):
-        if found is not None and found.digest != reference.digest:
+    for model, found in known:
+        if found.digest != reference.digest:
             say(f"note: {model.label} was trained with {found.label}; KL is measured to {reference.label} for all")
     bench = set_up(registry, config, reference, device, reference=reference, samples=0, seed=0, say=say)
 

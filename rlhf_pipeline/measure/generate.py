@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,20 @@ def run_generate(
     """Responses of a policy to typed prompts, or to those of a source."""
     registry = Registry(home)
     device = make_accelerator(config).device
-
-    def say(text: str) -> None:
-        console.print(text, markup=False)
-
+    say = partial(console.print, markup=False)
     resolved = find_model(registry, reference_text, "policy", say=say)
-    memory = Memory(say, advice=MEASURING_ADVICE)
-    ask = functools.partial(set_up, samples=config.samples, seed=config.seed, texts=texts, memory=memory)
-    bench = ask(registry, config, resolved, device, reference=None, say=lambda _: None)
+    bench = set_up(
+        registry,
+        config,
+        resolved,
+        device,
+        reference=None,
+        samples=config.samples,
+        seed=config.seed,
+        say=lambda _: None,
+        memory=Memory(say, advice=MEASURING_ADVICE),
+        texts=texts,
+    )
     for change in bench.data_changed:
         say(f"note: {change.text}")
     samples = draw(bench.policy(resolved), bench.plan)

@@ -22,7 +22,7 @@ from rlhf_pipeline.measure.bench import Bench
 from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.modules import Policy, RewardModel
 from rlhf_pipeline.registry.optimum import own_moves
-from rlhf_pipeline.registry.parents import parent_of
+from rlhf_pipeline.registry.parents import reward_models_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.stages.common import find_model, load_reward_model, require_same_tokenizer
@@ -48,7 +48,7 @@ def trained_reward(registry: Registry, resolved: Resolved) -> Reward | None:
         return None
     config = manifest.config
     parts = config.get("reward_functions") or [{"source": config.get("reward_model_path"), "weight": 1.0}]
-    models = iter(sorted((role for role in manifest.parents if role.startswith("reward_model")), key=_number))
+    models = reward_models_of(registry, resolved)
     reward = []
     for part in parts:
         source = part["source"]
@@ -56,18 +56,12 @@ def trained_reward(registry: Registry, resolved: Resolved) -> Reward | None:
             return None
         if source in WORLD_NAMES:
             source = "world"
-        elif (role := next(models, None)) is not None and (model := parent_of(registry, resolved, role)) is not None:
+        elif (model := next(models, None)) is not None:
             source = model.label
         else:
             raise MismatchError(f"{resolved.label}: the reward {source!r} of its config is not among its parents")
         reward.append((float(part.get("weight", 1.0)), source))
     return tuple(reward)
-
-
-def _number(role: str) -> int:
-    """The index in a role such as reward_model_2."""
-    last = role.rpartition("_")[2]
-    return int(last) if last.isdigit() else 1
 
 
 class _Reading(TypedDict):

@@ -14,7 +14,6 @@ from rlhf_pipeline.data import world
 from rlhf_pipeline.data.comparisons import Comparisons
 from rlhf_pipeline.measure.bench import Bench
 from rlhf_pipeline.measure.trained_on import owned_by, training_temperature
-from rlhf_pipeline.registry.manifest import Manifest
 from rlhf_pipeline.registry.parents import parent_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
@@ -34,12 +33,6 @@ def trained_by_dpo(resolved: Resolved) -> bool:
     return made is not None and made.stage == "dpo" and "reference" in made.parents and bool(made.config.get("beta"))
 
 
-def dpo_manifest(resolved: Resolved) -> Manifest:
-    """The manifest of a model that was `trained_by_dpo`."""
-    assert resolved.manifest is not None
-    return resolved.manifest
-
-
 def dpo_reference(registry: Registry, resolved: Resolved) -> Resolved:
     """The reference of a model that was `trained_by_dpo`."""
     found = parent_of(registry, resolved, "reference")
@@ -49,15 +42,15 @@ def dpo_reference(registry: Registry, resolved: Resolved) -> Resolved:
 
 def dpo_config(resolved: Resolved) -> DpoConfig:
     """The training config of a DPO model."""
-    values = own_data(dpo_manifest(resolved))
+    values = own_data(resolved)
     with owned_by(resolved, values, "leave its training loss out (--no-training-loss)"):
         return load_config("dpo", None, extra=values).config
 
 
-def own_data(manifest: Manifest) -> dict[str, object]:
+def own_data(resolved: Resolved) -> dict[str, object]:
     """The values of a model's config, with collected data at the version that it was trained on."""
-    values = {key: value for key, value in manifest.config.items() if value is not None}
-    source = manifest.data[0].source if manifest.data else ""
+    values = {key: value for key, value in resolved.config.items() if value is not None}
+    source = resolved.manifest.data[0].source if resolved.manifest and resolved.manifest.data else ""
     if source.startswith("collected:") and "dataset_name" in values:
         values["dataset_name"] = source
     return values
@@ -65,7 +58,8 @@ def own_data(manifest: Manifest) -> dict[str, object]:
 
 def problem_of(resolved: Resolved) -> tuple[object, ...]:
     """The data, reference, beta and loss of a DPO model; two models with the same ones can be compared."""
-    manifest, config = dpo_manifest(resolved), dpo_config(resolved)
+    manifest, config = resolved.manifest, dpo_config(resolved)
+    assert manifest is not None
     keys = ("beta", "loss_type", "label_smoothing", "soft_labels", "population_proposal", "max_train_samples")
     data = tuple(entry.digest for entry in manifest.data)
     return (manifest.parents["reference"].digest, data, *(getattr(config, key) for key in keys))
@@ -142,8 +136,7 @@ def excess_training_losses(
             continue
         peers = [other for other in candidates if problem_of(other) == problem_of(model)]
         best = min(peers, key=lambda other: losses[other.label])
-        drawn_anew = dpo_manifest(model).config.get("dataset_name") == world.NAME
-        exact = drawn_anew and dpo_config(model).loss_type == "sigmoid"
+        exact = model.config.get("dataset_name") == world.NAME and dpo_config(model).loss_type == "sigmoid"
         known = exact or len(peers) > 1
         result[model.label] = TrainingLoss(
             training_loss=losses[model.label],

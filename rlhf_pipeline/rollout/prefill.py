@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from rlhf_pipeline.models.last_layer import reading
@@ -63,27 +64,21 @@ class Prefilled:
     positions: Tensor
 
 
-def _plain_cache(config: Any) -> DynamicCache:
-    return DynamicCache(config=config) if config is not None else DynamicCache()
-
-
 def shares_prompts(config: Any) -> bool:
     """Whether every cache layer keeps all tokens, so that a prompt can be run once for several rows."""
-    layers = _plain_cache(config).layers
+    layers = DynamicCache(config=config).layers
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
 
 def _roomy_cache(config: Any, room: int) -> Cache:
     """A cache with room if every layer keeps all tokens, else the cache that the model's config requires."""
-    plain = _plain_cache(config)
-    if not shares_prompts(config):
-        return plain
-    return Cache(layers=[RoomyLayer(room) for _ in plain.layers])
+    plain = DynamicCache(config=config)
+    return Cache(layers=[RoomyLayer(room) for _ in plain.layers]) if shares_prompts(config) else plain
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> Tensor:
-    width = max(map(len, prompts))
-    return torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in prompts], dtype=torch.long)
+    rows = [torch.tensor(ids) for ids in prompts]
+    return pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
 
 
 def prefill(
@@ -104,7 +99,7 @@ def prefill(
             padding. None: the prompts are padded on the left.
     """
     width = max(map(len, prompts))
-    attention = (_left_padded([[1] * len(ids) for ids in prompts], 0)).to(device)
+    attention = _left_padded([[1] * len(ids) for ids in prompts], 0).to(device)
     positions = (attention.cumsum(-1) - 1).clamp_min(0)
     cache = _roomy_cache(cache_config, width + room)
     if trunk is not None and any(isinstance(layer, RoomyLayer) for layer in cache.layers):
@@ -136,7 +131,7 @@ def _prefill_flat(
     ends = lengths.cumsum(0)
     ids = torch.tensor([token for prompt in number for token in prompt], device=device)
     flat_positions = torch.arange(len(ids), device=device) - torch.repeat_interleave(ends - lengths, lengths)
-    plain = _plain_cache(config)
+    plain = DynamicCache(config=config)
     mask = TreeMask.of([(len(prompt), ()) for prompt in number], None, next(trunk.parameters()).dtype, device)
     with reading(trunk, ends - 1):
         logits = model(

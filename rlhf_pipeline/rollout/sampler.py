@@ -129,9 +129,8 @@ def sample_grouped(
     **options,
 ) -> list[Response]:
     """`sample` in batches of prompts of similar length; the responses are in the order of the prompts."""
-    responses: list[Response | None] = [None] * len(prompts)
+    drawn: dict[int, Response] = {}
     for rows in length_groups(prompts, responses_at_once):
-        drawn = sample(model, [prompts[row] for row in rows], uniforms[rows], **options)
-        for row, response in zip(rows, drawn, strict=True):
-            responses[row] = response
-    return responses  # type: ignore[return-value]
+        some = sample(model, [prompts[row] for row in rows], uniforms[rows], **options)
+        drawn.update(zip(rows, some, strict=True))
+    return [drawn[row] for row in range(len(prompts))]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import groupby
 
 import torch
@@ -40,24 +39,21 @@ def score(
         RunFailed: three halvings were not enough, or a single response does not fit.
     """
     memory = memory or Memory()
-    order = sorted(range(len(examples)), key=lambda number: (-tree_length(examples[number]), number))
-    places = [(number, k) for number in order for k in range(len(examples[number].completions))]
+    places = [(number, k) for number, example in enumerate(examples) for k in range(len(example.completions))]
+    lengths = [tree_length(example) for example in examples]
+    order = sorted(range(len(places)), key=lambda index: -lengths[places[index][0]])  # equal ones keep their order
+    left = [places[index] for index in order]
     most, found = min(responses_at_once, len(places)), []
-    while places:
-        read, values = memory.shrink("evaluation", most, partial(_score_some, scorer, examples, places))
+
+    def some(size: int) -> tuple[int, Tensor]:
+        return len(left[:size]), scorer(list(_trees(examples, left[:size]))).cpu()
+
+    while left:
+        read, values = memory.shrink("evaluation", most, some)
         found.append(values)
-        places = places[read:]
-    first = [0]
-    for example in examples:
-        first.append(first[-1] + len(example.completions))
-    index = torch.tensor([first[number] + k for number in order for k in range(len(examples[number].completions))])
+        left = left[read:]
     values = torch.cat(found)
-    return torch.empty_like(values).index_copy_(0, index, values)
-
-
-def _score_some(scorer: Scorer, examples: Sequence[Example], places: Sequence[Place], size: int) -> tuple[int, Tensor]:
-    chosen = places[:size]
-    return len(chosen), scorer(list(_trees(examples, chosen))).cpu()
+    return torch.empty_like(values).index_copy_(0, torch.tensor(order), values)
 
 
 def _trees(examples: Sequence[Example], places: Sequence[Place]) -> Iterator[Example]:

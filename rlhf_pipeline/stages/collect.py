@@ -96,7 +96,7 @@ def prompts_by_split(
     prompts: list[tuple[Example, str]] = []
     reports: tuple = ()
     for split in config.splits or sorted(set(assign_splits(found.records, config.split_fractions, found.source))):
-        loaded = examples_of(
+        examples, report = examples_of(
             found,
             kind="prompt",
             split=split,
@@ -105,8 +105,8 @@ def prompts_by_split(
             skip_bad_rows=config.skip_bad_rows,
             fractions=config.split_fractions,
         )
-        prompts += [(example, split) for example in loaded.examples]
-        reports += loaded.reports
+        prompts += [(example, split) for example in examples]
+        reports += (report,)
     return prompts, reports
 
 

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_pipeline.config.training import TrainingConfig
-from rlhf_pipeline.data.load import (
-    ExampleSet,
-    RecordSet,
-    SourceReport,
-    examples_of,
-    load_mixture,
-    read_records,
-)
+from rlhf_pipeline.data.load import RecordSet, SourceReport, examples_of, load_mixture, read_records
 from rlhf_pipeline.data.overlap import keep_apart
 from rlhf_pipeline.data.parsed import collector_at_rest
 from rlhf_pipeline.data.records import plain
@@ -32,21 +24,6 @@ def preference_kind(config: TrainingConfig) -> str:
     return "pair" if config.engine == "trl" else "preference"
 
 
-def kept_apart(config: TrainingConfig, found: RecordSet) -> RecordSet:
-    """Remove evaluation rows that are also in the training split of their source; see `keep_apart`.
-
-    Raises:
-        DataError: there are such rows, and neither `skip_bad_rows` nor `allow_overlap` is set.
-    """
-    return keep_apart(
-        found,
-        config.dataset_train_split,
-        config.dataset_test_split,
-        skip_bad_rows=config.skip_bad_rows,
-        allow_overlap=config.allow_overlap,
-    )
-
-
 class StageData:
     """The data of one config (`dataset_name` or a mixture), by split and kind.
 
@@ -56,35 +33,23 @@ class StageData:
 
     def __init__(self, config: TrainingConfig, home: Path, say: Callable[[str], None]):
         self.config, self.home, self.say = config, home, say
-        self._read: RecordSet | None = None
+        self._read: list[RecordSet] = []
 
-    def _records(self, kind: str, tokenizer: PreTrainedTokenizerBase | None = None) -> RecordSet:
-        if self._read is None:
-            ((source, part),) = self.config.sources()
-            with collector_at_rest():
-                found = read_records(
-                    source,
-                    config=part,
-                    home=self.home,
-                    skip_bad_rows=self.config.skip_bad_rows,
-                    kind=kind,
-                    tokenizer=tokenizer,
-                )
-                self._read = kept_apart(self.config, found)
-        return self._read
-
-    def sources(self, kind: str) -> list[RecordSet]:
+    def sources(self, kind: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[RecordSet]:
         """All records of each source.
 
         Raises:
             DataError, UnknownReference: a source cannot be read.
         """
-        if not self.config.datasets:
-            return [self._records(kind)]
-        return [
-            read_records(source, config=part, home=self.home, skip_bad_rows=self.config.skip_bad_rows)
-            for source, part in self.config.sources()
-        ]
+        if not self._read:
+            skip = self.config.skip_bad_rows
+            options: dict[str, Any] = {"skip_bad_rows": skip, "kind": kind, "tokenizer": tokenizer}
+            with collector_at_rest():
+                self._read = [
+                    keep_apart(read_records(source, config=part, home=self.home, **options), self.config)
+                    for source, part in self.config.sources()
+                ]
+        return self._read
 
     def split(
         self,
@@ -112,21 +77,21 @@ class StageData:
         }
         try:
             with collector_at_rest():
+                found = self.sources(kind, tokenizer)
                 if config.datasets:
-                    entries = [entry.model_dump() for entry in config.datasets]
-                    loaded: ExampleSet = load_mixture(
-                        entries, home=self.home, prepare=partial(kept_apart, config), **options
-                    )
+                    weights = [entry.weight for entry in config.datasets]
+                    examples, reports = load_mixture(found, weights, **options)
                 else:
-                    loaded = examples_of(self._records(kind, tokenizer), **options)
+                    examples, report = examples_of(found[0], **options)
+                    reports = (report,)
         except DataError as error:
             if required:
                 raise
             self.say(f"no examples in the split {split!r}: {str(error).splitlines()[0]}")
             return [], ()
-        for report in loaded.reports:
+        for report in reports:
             self.say("data: " + report.summary())
-        return loaded.examples, loaded.reports
+        return examples, reports
 
     def texts(self, split: str) -> list[str]:
         """All texts of a split, for training a tokenizer."""

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from rlhf_pipeline.cli.main import main
-from rlhf_pipeline.config import SCHEMAS
+from rlhf_pipeline.config.stages import SCHEMAS
 
 
 def printed(capsys: pytest.CaptureFixture, *words: str) -> str:

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import typer
 
-from rlhf_pipeline.cli.compare import KEYS as COMPARE
+from rlhf_pipeline.cli.compare import COMPARE_KEYS
 from rlhf_pipeline.cli.evaluate import SAMPLING_KEYS
-from rlhf_pipeline.cli.exact import KEYS as EXACT
+from rlhf_pipeline.cli.exact import EXACT_KEYS
 from rlhf_pipeline.cli.main import app, main
 from rlhf_pipeline.cli.options import key_options
-from rlhf_pipeline.config import SCHEMAS
+from rlhf_pipeline.config.stages import SCHEMAS
 
 GOLDEN = Path(__file__).with_name("options.txt")
 
@@ -47,7 +47,9 @@ def test_the_options_of_every_command() -> None:
     assert described() == GOLDEN.read_text().splitlines()
 
 
-@pytest.mark.parametrize(("stage", "names"), [("compare", COMPARE), ("generate", SAMPLING_KEYS), ("exact", EXACT)])
+@pytest.mark.parametrize(
+    ("stage", "names"), [("compare", COMPARE_KEYS), ("generate", SAMPLING_KEYS), ("exact", EXACT_KEYS)]
+)
 def test_an_option_says_what_its_key_says(stage: str, names: tuple[str, ...]) -> None:
     fields = SCHEMAS[stage].model_fields
     for option in key_options(stage, names):

@@ -36,7 +36,7 @@ def compare(lab, **changes):
 
 
 def evaluate(lab, reference, **changes):
-    return run_evaluate(reference, lab.config("evaluate", **changes), lab.home, quiet=True)
+    return run_evaluate(reference, lab.config("evaluate", **changes), lab.home)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_pipeline.config import config_digest, dump_yaml, load_config
+from rlhf_pipeline.config.dump import config_digest, dump_yaml
+from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.config.stages import SCHEMAS
 
 RICH = {

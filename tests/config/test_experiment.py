@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_pipeline.config import load_experiment
+from rlhf_pipeline.config.experiment import load_experiment
 from rlhf_pipeline.errors import ConfigError
 
 FILES = {

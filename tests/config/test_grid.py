@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_pipeline.config import Experiment, SftConfig, StageSpec, load_experiment
-from rlhf_pipeline.config.grid import Node, expand, resampled
+from rlhf_pipeline.config.experiment import load_experiment
+from rlhf_pipeline.config.grid import Experiment, Node, StageSpec, expand, resampled
+from rlhf_pipeline.config.sft import SftConfig
 
 FILES = {
     "experiment.yaml": """\

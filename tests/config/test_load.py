@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from rlhf_pipeline.config import load_config
+from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.errors import BadInput, ConfigError
 
 DPO = "model_name_or_path: sft\ndataset_name: org/data\noutput_name: dpo\nbeta: .2\n"
@@ -36,7 +36,7 @@ def test_overrides_reach_into_mappings_and_lists(load, valid):
     overrides = ["split_fractions.train=.7", "split_fractions.test=.18"]
     config = load_config("dpo", None, overrides, extra=valid["dpo"]).config
     assert config.split_fractions == {"train": 0.7, "judge": 0.08, "validation": 0.04, "test": 0.18}
-    overrides = {"model_init.model_type": "llama", "tokenizer_init": "world", "model_name_or_path": None}
+    overrides = ["model_init.model_type=llama", "tokenizer_init=world", "model_name_or_path=null"]
     assert load_config("sft", None, overrides, extra=valid["sft"]).config.model_init == {"model_type": "llama"}
 
 
@@ -102,6 +102,9 @@ def test_an_unknown_stage():
     ("key", "value", "expected"),
     [
         ("seed", True, "a number or text, not true or false"),
+        ("dtype", True, "one of float32, bfloat16, float16, auto"),
+        ("split_fractions", True, "a mapping"),
+        ("datasets", True, "a list"),
         ("seed", 1.5, "a whole number"),
         ("seed", -1, "a number >= 0"),
         ("learning_rate", None, "a number"),

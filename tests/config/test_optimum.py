@@ -7,8 +7,8 @@ from typing import Any, get_args
 import pytest
 
 from rlhf_pipeline.algorithms.preference import OBJECTIVES, Optimum, loss_optimum
-from rlhf_pipeline.config import STAGES, moves_optimum
-from rlhf_pipeline.config.base import may_move_optimum, moving_options
+from rlhf_pipeline.config.base import may_move_optimum, moves_optimum, moving_options
+from rlhf_pipeline.config.stages import STAGES
 
 CRITIC = "with a wrong critic"
 DECAY = ([0.0], [0.01])

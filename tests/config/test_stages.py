@@ -3,8 +3,8 @@ from __future__ import annotations
 import pydantic
 import pytest
 
-from rlhf_pipeline.config import Lengths, mentions, moves_optimum, resolve_lengths
-from rlhf_pipeline.config.base import part_of
+from rlhf_pipeline.config.base import Lengths, moves_optimum, part_of, resolve_lengths
+from rlhf_pipeline.config.mentions import mentions
 from rlhf_pipeline.config.plan import COMMANDS
 from rlhf_pipeline.config.stages import SCHEMAS, STAGES
 from rlhf_pipeline.errors import ConfigError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_pipeline.config import load_experiment
+from rlhf_pipeline.config.experiment import load_experiment
 from rlhf_pipeline.config.grid import expand
 from rlhf_pipeline.errors import ConfigError
 from tests.config.test_grid import FILES, change, labels, nodes_of

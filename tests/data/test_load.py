@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlhf_pipeline.data.load import examples_of, load_examples, load_mixture, read_records
+from rlhf_pipeline.data.load import examples_of, load_mixture, read_records
 from rlhf_pipeline.data.splits import split_of
 from rlhf_pipeline.errors import DataError
 
@@ -13,7 +13,10 @@ GOOD = {"prompt": "abc", "chosen": "a", "rejected": "b"}  # in train by the hash
 
 
 def load(source: str, tokenizer, kind="pair", split="all", **options):
-    return load_examples(source, kind=kind, split=split, tokenizer=tokenizer, lengths=LENGTHS, **options)
+    reading = {name: value for name, value in options.items() if name in ("config", "skip_bad_rows")}
+    choosing = {name: value for name, value in options.items() if name != "config"}
+    found = read_records(source, kind=kind, tokenizer=tokenizer, **reading)
+    return examples_of(found, kind=kind, split=split, tokenizer=tokenizer, lengths=LENGTHS, **choosing)
 
 
 def test_all_faults_are_raised_at_once_and_counted(jsonl):
@@ -28,7 +31,7 @@ def test_all_faults_are_raised_at_once_and_counted(jsonl):
 
 def test_bad_rows_are_skipped_and_counted_on_request(jsonl, letters):
     source = jsonl(GOOD, {**GOOD, "chosen": None}, "{", {**GOOD, "prompt": "d", "chosen": "aaaaa"})
-    report = load(source, letters, skip_bad_rows=True).report
+    report = load(source, letters, skip_bad_rows=True)[1]
     assert (report.source_rows, report.rows, report.kept, report.format) == (4, 2, 1, "pair")
     assert report.dropped == {"bad_json": 1, "completion_too_long": 1, "null": 1}
     assert "1 examples of 2 rows; dropped: bad_json 1" in report.summary()
@@ -37,16 +40,16 @@ def test_bad_rows_are_skipped_and_counted_on_request(jsonl, letters):
 def test_ties_are_counted_or_refused_as_the_loss_needs(jsonl, letters):
     whole = {"prompt": "abc", "completions": ["a", "b", "c"], "ranks": [2, 1, 3]}
     source = jsonl(whole, {**whole, "ranks": [1, 1, 2]}, {**whole, "ranks": [1, 1, 1]})
-    loaded = load(source, letters, kind="preference")
-    assert [example.ranks for example in loaded.examples] == [(1, 2, 3), (1, 1, 2)]
-    assert loaded.report.dropped == {"tied_ranking": 1}
+    examples, report = load(source, letters, kind="preference")
+    assert [example.ranks for example in examples] == [(1, 2, 3), (1, 1, 2)]
+    assert report.dropped == {"tied_ranking": 1}
     with pytest.raises(DataError) as caught:
         load(source, letters, kind="order")
     summary, *faults = caught.value.faults
     assert "2 of 3 rows cannot be used (tied_ranking 2)" in str(summary) and "skip_bad_rows" in str(summary)
     assert [fault.where.rpartition(":")[2] for fault in faults] == ["2", "3"]
-    loaded = load(source, letters, kind="order", skip_bad_rows=True)
-    assert (loaded.report.kept, loaded.report.dropped) == (1, {"tied_ranking": 2})
+    examples, report = load(source, letters, kind="order", skip_bad_rows=True)
+    assert (report.kept, report.dropped) == (1, {"tied_ranking": 2})
 
 
 def test_no_rows_left_is_an_error_also_when_skipping(jsonl, letters):
@@ -62,26 +65,26 @@ def test_faults_of_tokenisation_are_raised_or_counted(jsonl, letters):
     source = jsonl(GOOD, {**GOOD, "prompt": ""})
     with pytest.raises(DataError, match=r"1 of 2 rows cannot be used \(empty_prompt 1\)"):
         load(source, letters)
-    assert load(source, letters, skip_bad_rows=True).report.dropped == {"empty_prompt": 1}
+    assert load(source, letters, skip_bad_rows=True)[1].dropped == {"empty_prompt": 1}
 
 
 def test_the_digest_names_the_content_of_the_split_and_not_the_file(jsonl, letters):
     other = {**GOOD, "prompt": "a"}
-    first = load(jsonl(GOOD, other, name="a.jsonl"), letters).report.digest
-    assert load(jsonl(GOOD, other, name="b.jsonl.gz"), letters, kind="prompt").report.digest == first
-    assert load(jsonl(other, GOOD), letters).report.digest != first
-    assert load(jsonl(GOOD), letters).report.digest != first
-    assert load(jsonl(GOOD, {**other, "chosen_ended": False}), letters).report.digest != first
+    first = load(jsonl(GOOD, other, name="a.jsonl"), letters)[1].digest
+    assert load(jsonl(GOOD, other, name="b.jsonl.gz"), letters, kind="prompt")[1].digest == first
+    assert load(jsonl(other, GOOD), letters)[1].digest != first
+    assert load(jsonl(GOOD), letters)[1].digest != first
+    assert load(jsonl(GOOD, {**other, "chosen_ended": False}), letters)[1].digest != first
 
 
 def test_a_sample_is_the_same_whatever_the_order_of_the_rows(jsonl, letters):
     prompts = ["a", "b", "c", "d", "aa", "ab", "ac", "ad"]
     rows = [{"prompt": prompt} for prompt in prompts]
-    chosen = load(jsonl(*rows), letters, kind="prompt", max_samples=3).examples
-    again = load(jsonl(*reversed(rows)), letters, kind="prompt", max_samples=3).examples
+    chosen = load(jsonl(*rows), letters, kind="prompt", max_samples=3)[0]
+    again = load(jsonl(*reversed(rows)), letters, kind="prompt", max_samples=3)[0]
     assert len(chosen) == 3
     assert [example.prompt_text for example in again] == [example.prompt_text for example in reversed(chosen)]
-    larger = load(jsonl(*rows), letters, kind="prompt", max_samples=5).examples
+    larger = load(jsonl(*rows), letters, kind="prompt", max_samples=5)[0]
     assert {example.prompt_text for example in chosen} < {example.prompt_text for example in larger}
 
 
@@ -89,23 +92,21 @@ def test_a_mixture_keeps_the_proportion_of_its_weights(jsonl, letters):
     letters_of = [a + b for a in "abcd" for b in "abcd"]
     many = jsonl(*({"prompt": prompt} for prompt in letters_of), name="many.jsonl")
     few = jsonl({"prompt": "d"}, {"prompt": "a"}, name="few.jsonl")
-    sources = [{"dataset_name": many, "weight": 3}, {"dataset_name": few}]
+    sources = [read_records(many), read_records(few)]
     options = {"kind": "prompt", "split": "all", "tokenizer": letters, "lengths": LENGTHS}
-    mixture = load_mixture(sources, **options)
-    assert [len(example.prompt_text) for example in mixture.examples] == [2] * 6 + [1] * 2
-    assert [report.kept for report in mixture.reports] == [16, 2]
-    assert len(load_mixture(sources, max_samples=4, **options).examples) == 4
+    examples, reports = load_mixture(sources, [3, 1], **options)
+    assert [len(example.prompt_text) for example in examples] == [2] * 6 + [1] * 2
+    assert [report.kept for report in reports] == [16, 2]
+    assert len(load_mixture(sources, [3, 1], max_samples=4, **options)[0]) == 4
 
 
 def test_the_world_is_loaded_by_its_own_ids():
     from rlhf_pipeline.data import world
 
     tokenizer = world.tokenizer()
-    found = load_examples(
-        "world:verdicts", kind="prompt", split="train", tokenizer=tokenizer, lengths=LENGTHS, config="prompts"
-    )
-    assert found.report.kept == sum(split == "train" for split in world.SPLITS.values())
-    example = found.examples[0]
+    examples, report = load("world:verdicts", tokenizer, kind="prompt", split="train", config="prompts")
+    assert report.kept == sum(split == "train" for split in world.SPLITS.values())
+    example = examples[0]
     assert example.prompt_ids == world.encode(example.prompt_text)
 
 
@@ -127,14 +128,14 @@ def test_the_hh_file_is_loaded_and_tokenised(hh_file):
     tokenizer = train_byte_level_bpe(texts, 4096)
     lengths = SimpleNamespace(prompt=256, response=256, total=512)
     options = {"split": "all", "tokenizer": tokenizer, "lengths": lengths}
-    pairs = examples_of(found, kind="pair", **options)
-    assert pairs.report.kept + pairs.report.dropped.get("completion_too_long", 0) == 2259
-    for example in pairs.examples[::100]:
+    pairs, report = examples_of(found, kind="pair", **options)
+    assert report.kept + report.dropped.get("completion_too_long", 0) == 2259
+    for example in pairs[::100]:
         for completion, text in zip(example.completions, example.completion_texts):
             tail = tokenizer(example.prompt_text + text)["input_ids"] + [tokenizer.eos_token_id]
             assert (example.prompt_ids + completion)[-len(completion) - 1 :] == tail[-len(completion) - 1 :]
-    prompts = examples_of(found, kind="prompt", **options)
-    assert (prompts.report.kept, prompts.report.dropped["duplicate_prompt"]) == (2257, 2)
+    _, report = examples_of(found, kind="prompt", **options)
+    assert (report.kept, report.dropped["duplicate_prompt"]) == (2257, 2)
 
 
 def test_an_empty_prompt_is_refused_in_whichever_split_it_falls(jsonl, letters):
@@ -147,10 +148,10 @@ def test_an_empty_prompt_is_refused_in_whichever_split_it_falls(jsonl, letters):
         assert [fault.where[-2:] for fault in caught.value.faults[1:]] == [":2", ":3", ":4"]
         with pytest.raises(DataError, match="empty_prompt 3"):
             examples_of(read_records(source), kind=kind, split="train", tokenizer=letters, lengths=LENGTHS)
-    assert load(source, letters, split="train", skip_bad_rows=True).report.kept == 1
-    assert load(source, letters, kind="text", split="train").report.kept == 1  # a text needs no prompt
+    assert load(source, letters, split="train", skip_bad_rows=True)[1].kept == 1
+    assert load(source, letters, kind="text", split="train")[1].kept == 1  # a text needs no prompt
     letters.bos_token = "d"
-    assert load(source, letters, split="train").report.kept == 1
+    assert load(source, letters, split="train")[1].kept == 1
 
 
 def test_faults_are_in_the_order_of_their_lines_and_empty_prompts_among_them(jsonl, letters):

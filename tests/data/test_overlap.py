@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from rlhf_pipeline.config.load import load_config
@@ -64,7 +66,8 @@ ROWS = [
 
 
 def apart(source: str, train: str = "train", test: str = "test", *, skip: bool = False, allow: bool = False):
-    return keep_apart(read_records(source), train, test, skip_bad_rows=skip, allow_overlap=allow)
+    splits = {"dataset_train_split": train, "dataset_test_split": test}
+    return keep_apart(read_records(source), SimpleNamespace(**splits, skip_bad_rows=skip, allow_overlap=allow))
 
 
 def test_overlap_is_refused_left_out_or_allowed(jsonl):

@@ -7,7 +7,7 @@ from hashlib import sha256
 import pytest
 
 from rlhf_pipeline.data.files import by_line, row_fault
-from rlhf_pipeline.data.sources import local_path, read_source
+from rlhf_pipeline.data.sources import read_source
 from rlhf_pipeline.errors import DamagedFile, DataError, UnknownReference
 
 
@@ -95,7 +95,6 @@ def test_parquet_and_saved_data_sets_are_read(tmp_path):
     two = read_source(str(tmp_path / "two"))
     assert [row["split"] for row in values(two)] == ["train", "train", "test"]
     assert places(two)[-1] == "two[test]:1"
-    assert values(read_source(str(tmp_path / "two"), split="test")) == [{**rows[0], "split": "test"}]
 
 
 def test_what_is_no_source_is_said(tmp_path, monkeypatch, jsonl):
@@ -127,14 +126,6 @@ def test_a_hub_that_cannot_be_reached_is_said_in_one_fault(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(DataError, match="org/name: no such local file, and it cannot be loaded from the hub"):
         read_source("org/name")
-
-
-def test_relative_paths_are_found_beside_the_config(tmp_path, jsonl, monkeypatch):
-    jsonl({"text": "a"})
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    assert local_path("rows.jsonl", tmp_path) == tmp_path / "rows.jsonl"
-    assert local_path("org/name", tmp_path) is None
 
 
 def collect(home, version: int, text: str, digest: str | None = None) -> None:

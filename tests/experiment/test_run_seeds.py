@@ -16,7 +16,7 @@ import yaml
 
 from rlhf_pipeline.cli.main import main
 from rlhf_pipeline.compare.points import Point
-from rlhf_pipeline.config import load_experiment
+from rlhf_pipeline.config.experiment import load_experiment
 from rlhf_pipeline.config.grid import expand
 from rlhf_pipeline.errors import ConfigError, Interrupted
 from rlhf_pipeline.experiment.estimate import estimate_experiment

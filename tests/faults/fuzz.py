@@ -23,7 +23,6 @@ from rlhf_pipeline.config.yaml import dump, read_document
 from rlhf_pipeline.data.check import describe
 from rlhf_pipeline.data.files import read_file
 from rlhf_pipeline.data.formats import LAYOUTS, parse
-from rlhf_pipeline.data.load import RecordSet
 from rlhf_pipeline.data.sources import local_path
 from rlhf_pipeline.errors import RlhfError
 from rlhf_pipeline.registry.references import parse_reference
@@ -177,8 +176,7 @@ def read_rows(folder: Path, found: tuple[str, bytes]) -> None:
         for item in (*faults, *parsed.faults):
             str(item.fault).encode()
         if parsed.records:
-            found_set = RecordSet(path.name, parsed.format, len(read), parsed.records, parsed.faults, parsed.skipped)
-            json.dumps(describe(found_set)).encode()
+            json.dumps(describe(parsed)).encode()
     except RlhfError as error:
         str(error)
 

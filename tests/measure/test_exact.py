@@ -36,7 +36,7 @@ def arms(tiny, tmp_path_factory):
 
 
 def exact(lab, *references, **changes):
-    return run_exact(list(references), lab.config("exact", **changes), lab.home, quiet=True)
+    return run_exact(list(references), lab.config("exact", **changes), lab.home)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_the_optimum_under_a_reward_model_is_that_of_its_scores(arms, result):
 
 def test_sampled_figures_agree_with_the_exact_ones(arms):
     changes = {"samples": 512, "split": "test", **SHORT}
-    sampled = run_evaluate("longer", arms.config("evaluate", **changes), arms.home, quiet=True)["metrics"]
+    sampled = run_evaluate("longer", arms.config("evaluate", **changes), arms.home)["metrics"]
     row = rows(exact(arms, "longer", **SHORT))["longer@v1"]
     for name, figure in (("true_reward", "reward"), ("kl", "kl")):
         values = sampled[name]

@@ -76,7 +76,7 @@ def test_implicit_rewards_are_of_the_policy_as_trained(arms, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_training_losses_are_of_the_policy_as_trained(arms, temperature):
     config = arms.config("exact", max_new_tokens=1, max_prompts=2, temperature=temperature)
-    rows = {row.name: row for row in run_exact(["dpo", "longer"], config, arms.home, quiet=True).rows}
+    rows = {row.name: row for row in run_exact(["dpo", "longer"], config, arms.home).rows}
     expected = float(softplus(-margins(arms, "train")).mean())
     assert rows["dpo@v1"].training_loss.training_loss == pytest.approx(expected, abs=1e-6)
 
@@ -84,8 +84,8 @@ def test_training_losses_are_of_the_policy_as_trained(arms, temperature):
 def test_sampled_and_exact_figures_are_at_the_temperature_of_sampling(arms):
     def figures(temperature: float) -> tuple[float, float]:
         short = {"max_new_tokens": 1, "max_prompts": 2, "temperature": temperature, "training_loss": False}
-        (row, _) = run_exact(["dpo"], arms.config("exact", **short), arms.home, quiet=True).rows
-        sampled = run_evaluate("dpo", arms.config("evaluate", temperature=temperature), arms.home, quiet=True)
+        (row, _) = run_exact(["dpo"], arms.config("exact", **short), arms.home).rows
+        sampled = run_evaluate("dpo", arms.config("evaluate", temperature=temperature), arms.home)
         return row.reward, sampled["metrics"]["entropy"].mean
 
     warm, cold = figures(1.0), figures(0.25)

@@ -17,7 +17,7 @@ SMALL = {"response_length": 2, "dataset_name": "world:verdicts", "max_train_samp
 def gap(lab, model: str) -> float:
     """(J* - J) / (J* - J_ref) on the training prompts."""
     config = lab.config("exact", split="train", max_prompts=4, beta=BETA)
-    rows = {row.name: row for row in run_exact([model], config, lab.home, quiet=True).rows}
+    rows = {row.name: row for row in run_exact([model], config, lab.home).rows}
     return rows[model].gap / rows[model].attainable
 
 

@@ -259,7 +259,7 @@ def test_held_out_figures_are_those_of_the_pairs(lab, rankings):
 
     source = rankings(30, ties=True)
     made = lab.run("train-rm", dataset_name=source, **ALL)
-    whole = run_evaluate(made.model, lab.config("evaluate", split="all"), lab.home, quiet=True)["metrics"]
+    whole = run_evaluate(made.model, lab.config("evaluate", split="all"), lab.home)["metrics"]
     pairs = []
     for row in (json.loads(line) for line in Path(source).read_text().splitlines()):
         for i, a in enumerate(row["ranks"]):
@@ -269,7 +269,7 @@ def test_held_out_figures_are_those_of_the_pairs(lab, rankings):
                     sides |= {"chosen_ended": row["ended"][i], "rejected_ended": row["ended"][j]}
                     pairs.append({"prompt": row["prompt"], **sides})
     written = lab.config("evaluate", split="all", prompts=rankings(rows=pairs))
-    split = run_evaluate(made.model, written, lab.home, quiet=True)["metrics"]
+    split = run_evaluate(made.model, written, lab.home)["metrics"]
     for name in ("accuracy", "accuracy_low", "accuracy_high", "pairs", "prompts", "nll", "brier", "ece"):
         assert whole[name] == pytest.approx(split[name], abs=1e-6), name
     assert whole["baselines"]["longer_wins"] == pytest.approx(split["baselines"]["longer_wins"], abs=1e-9)
@@ -379,6 +379,6 @@ def test_the_training_loss_that_exact_reports_is_that_of_the_log(lab, rankings):
     for name, value in expected.items():
         changes = {"dataset_name": source, **ALL, "loss_type": name, "learning_rate": 1e-12}
         lab.run("dpo", output_name=name, max_steps=1, per_device_train_batch_size=12, **changes)
-        made = run_exact([name], lab.config("exact", max_new_tokens=1, prompts="world:verdicts"), lab.home, quiet=True)
+        made = run_exact([name], lab.config("exact", max_new_tokens=1, prompts="world:verdicts"), lab.home)
         (row,) = [row for row in made.rows if row.name == f"{name}@v1"]
         assert row.training_loss.training_loss == pytest.approx(value, abs=1e-5)

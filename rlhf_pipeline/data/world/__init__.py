@@ -5,7 +5,6 @@ from __future__ import annotations
 from rlhf_pipeline.data.records import Record
 from rlhf_pipeline.data.world.grammar import demonstrations
 from rlhf_pipeline.data.world.reward import Verdicts, true_reward, verdicts
-from rlhf_pipeline.data.world.tokenizer import is_world_tokenizer, tokenizer
 from rlhf_pipeline.data.world.vocabulary import (
     ASPECTS,
     EOS_ID,
@@ -17,32 +16,12 @@ from rlhf_pipeline.data.world.vocabulary import (
     VOCABULARY,
     decode,
     encode,
+    is_world_tokenizer,
     parse_prompt,
     prompt_text,
+    tokenizer,
 )
 from rlhf_pipeline.errors import ConfigError, Fault
-
-__all__ = [
-    "ASPECTS",
-    "EOS_ID",
-    "GENRES",
-    "NAME",
-    "PAD_ID",
-    "RESPONSE_LENGTH",
-    "SPLITS",
-    "VOCABULARY",
-    "Verdicts",
-    "decode",
-    "demonstrations",
-    "encode",
-    "is_world_tokenizer",
-    "parse_prompt",
-    "prompt_text",
-    "records",
-    "tokenizer",
-    "true_reward",
-    "verdicts",
-]
 
 CONFIGS = ("demonstrations", "prompts")
 
@@ -62,34 +41,11 @@ def records(config: str | None = None) -> list[Record]:
     rows: list[Record] = []
     for (genre, aspect), split in SPLITS.items():
         text = prompt_text(genre, aspect)
-        ids = tuple(encode(text))
+        prompt = tuple(encode(text))
         if config == "prompts":
-            rows.append(
-                Record(
-                    "prompt",
-                    text,
-                    (),
-                    (),
-                    f"{NAME}:{len(rows) + 1}",
-                    split,
-                    prompt_ids=ids,
-                    completion_ids=(),
-                )
-            )
+            rows.append(Record("prompt", text, (), (), f"{NAME}:{len(rows) + 1}", split, prompt, ()))
             continue
-        for completion, ended in demonstrations(genre, aspect):
-            words = decode(completion[:-1] if ended else completion)
-            where = f"{NAME}:{len(rows) + 1}"
-            rows.append(
-                Record(
-                    "demonstration",
-                    text,
-                    (words,),
-                    (ended,),
-                    where,
-                    split,
-                    prompt_ids=ids,
-                    completion_ids=(tuple(completion),),
-                )
-            )
+        for ids, ended in demonstrations(genre, aspect):
+            words, where = decode(ids[:-1] if ended else ids), f"{NAME}:{len(rows) + 1}"
+            rows.append(Record("demonstration", text, (words,), (ended,), where, split, prompt, (tuple(ids),)))
     return rows

@@ -133,8 +133,7 @@ def true_reward(
 def verdicts(prompts: Sequence[list[int]], completions: Sequence[list[int]], ended: Sequence[bool]) -> Verdicts:
     """Reward of completions (token ids, with their end token where `ended`) of prompts of this world."""
     count = len(prompts)
-    parsed = {tuple(ids): parse_prompt(list(ids)) for ids in {tuple(ids) for ids in prompts}}
-    pairs = np.array([parsed[tuple(ids)] for ids in prompts], dtype=np.int64).reshape(count, 2)
+    pairs = np.array([parse_prompt(ids) for ids in prompts], dtype=np.int64).reshape(count, 2)
     words = np.array([len(ids) - bool(end) for ids, end in zip(completions, ended, strict=True)], dtype=np.int64)
     responses = np.zeros((count, RESPONSE_LENGTH), dtype=np.int64)
     for row, ids in enumerate(completions):

@@ -1,4 +1,4 @@
-"""The words of `world:verdicts`, its prompts and its splits.
+"""The words of `world:verdicts`, their tokenizer, its prompts and its splits.
 
 A prompt is "the ASPECT of this GENRE was"; a response has at most `RESPONSE_LENGTH` tokens, the end token
 included. Every token string up to that length is a possible response: 954,305 per prompt.
@@ -6,7 +6,12 @@ included. Every token string up to that length is a possible response: 954,305 p
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rlhf_pipeline.errors import DataError, Fault, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 NAME = "world:verdicts"
 PAD, EOS = "<pad>", "<eos>"
@@ -21,7 +26,6 @@ VOCABULARY = (PAD, EOS, *FRAME, *GENRES, *ASPECTS, *MODIFIERS, CONJUNCTION, *ADJ
 TOKEN_ID = {word: index for index, word in enumerate(VOCABULARY)}
 PAD_ID, EOS_ID = TOKEN_ID[PAD], TOKEN_ID[EOS]
 RESPONSE_LENGTH = 4
-PROMPT_LENGTH = 6
 
 
 def prompt_text(genre: str, aspect: str) -> str:
@@ -35,19 +39,13 @@ def encode(text: str) -> list[int]:
     Raises:
         DataError: for a word that the world does not have.
     """
-    unknown = [word for word in text.split() if word not in TOKEN_ID]
-    if unknown:
-        faults = [
-            Fault(
-                f"{text!r}",
-                f"unknown word {word!r}",
-                "words of world:verdicts",
-                did_you_mean(word, VOCABULARY),
-            )
-            for word in unknown
-        ]
-        raise DataError(faults)
-    return [TOKEN_ID[word] for word in text.split()]
+    words = text.split()
+    if unknown := [word for word in words if word not in TOKEN_ID]:
+        expected = f"words of {NAME}"
+        raise DataError(
+            [Fault(repr(text), f"unknown word {word!r}", expected, did_you_mean(word, VOCABULARY)) for word in unknown]
+        )
+    return [TOKEN_ID[word] for word in words]
 
 
 def decode(ids: list[int]) -> str:
@@ -61,12 +59,32 @@ def parse_prompt(ids: list[int]) -> tuple[int, int]:
     Raises:
         DataError: when the ids are not a prompt of this world.
     """
-    words = [VOCABULARY[index] if 0 <= index < len(VOCABULARY) else "?" for index in ids]
-    if len(words) == PROMPT_LENGTH and words[1] in ASPECTS and words[4] in GENRES:
-        genre, aspect = words[4], words[1]
-        if " ".join(words) == prompt_text(genre, aspect):
-            return GENRES.index(genre), ASPECTS.index(aspect)
-    raise DataError(Fault(" ".join(words), "not a prompt of world:verdicts", "'the ASPECT of this GENRE was'"))
+    if found := _PROMPTS.get(tuple(ids)):
+        return found
+    text = " ".join(VOCABULARY[index] if 0 <= index < len(VOCABULARY) else "?" for index in ids)
+    raise DataError(Fault(text, f"not a prompt of {NAME}", f"{prompt_text('GENRE', 'ASPECT')!r}"))
+
+
+_PROMPTS = {
+    tuple(encode(prompt_text(genre, aspect))): (g, a)
+    for g, genre in enumerate(GENRES)
+    for a, aspect in enumerate(ASPECTS)
+}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Build the tokenizer: one token per word, without unknown-word and beginning-of-text tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel(vocab=dict(TOKEN_ID)))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS, padding_side="left")
+
+
+def is_world_tokenizer(candidate: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer has exactly this world's words, so that the true reward can score its responses."""
+    return candidate.get_vocab() == TOKEN_ID
 
 
 def _split(genre: int, aspect: int) -> str:
