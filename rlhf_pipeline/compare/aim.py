@@ -126,5 +126,5 @@ def _off_scale(arm: str, clear: Sequence[Row], models: int) -> str:
     return text
 
 
-def _ends(span: Span | EffectiveBeta) -> str:
+def _ends(span: Span) -> str:
     return f"{span.mean:.2f} [{span.low:.2f}, {span.high:.2f}]"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,22 +17,18 @@ Seeds = Sequence[int | None]
 """The seeds of an arm; None where it is not known."""
 
 
-class Setting(tuple[tuple[str, str], ...]):
-    """The swept values of a point as a dictionary key: (name, value as JSON) pairs.
+@dataclass(frozen=True)
+class Setting:
+    """The swept values of a point as a dictionary key; `step` is the step of a snapshot."""
 
-    `values` holds the values themselves; `step` is the step of a snapshot.
-    """
-
-    values: dict[str, object]
-    step: int | None = None
+    key: str
+    step: int | None
+    values: dict[str, object] = field(compare=False)
 
 
 def setting_key(setting: Mapping[str, object], step: int | None = None) -> Setting:
     """Return a setting, or a snapshot of it, as a dictionary key."""
-    pairs = [(name, json.dumps(value, sort_keys=True, default=str)) for name, value in sorted(setting.items())]
-    key = Setting(pairs if step is None else [*pairs, ("#", str(step))])
-    key.values, key.step = dict(setting), step
-    return key
+    return Setting(json.dumps(setting, sort_keys=True, default=str), step, dict(setting))
 
 
 @dataclass(frozen=True)
@@ -74,11 +70,6 @@ class Arm:
 
     def _first(self, setting: Setting) -> Measured:
         return next(iter(self.points[setting].values()))
-
-    def samples(self, setting: Setting, seeds: Seeds, figure: str) -> np.ndarray:
-        """A figure of every response, (S, P, N): seeds, prompts, samples."""
-        rows = [self.points[setting][seed].test for seed in seeds]
-        return np.stack([row.values[figure].reshape(len(row.examples), -1) for row in rows])
 
     def values(self, setting: Setting, seeds: Seeds, figure: str, split: str = "test") -> np.ndarray:
         """A figure as a mean over the samples of each prompt, (S, P)."""

@@ -61,11 +61,6 @@ def stop_token_of(resolved: Resolved) -> str:
     return str(stop.get("content", stop) if isinstance(stop, dict) else stop)
 
 
-def _prompts_of(manifest: Manifest) -> str:
-    """Digest of the records that the training prompts of a policy came from."""
-    return " + ".join(sorted(_short(entry.digest) for entry in manifest.data)) or NONE
-
-
 def facts_of(registry: Registry, resolved: Resolved) -> dict[str, str]:
     """Facts that have to be equal between arms, as text; empty for a model without a manifest.
 
@@ -92,7 +87,7 @@ def facts_of(registry: Registry, resolved: Resolved) -> dict[str, str]:
         "reference": f"{reference.ref} {_short(reference.digest)}" if reference else "unknown",
         "preference data": _preferences_of(registry, resolved, manifest),
         "labels": "their probabilities" if config.get("soft_labels") else "as drawn",
-        "prompts": _prompts_of(manifest),
+        "prompts": " + ".join(sorted(_short(entry.digest) for entry in manifest.data)) or NONE,
         "training temperature": f"{training_temperature(resolved):g}",
         MOVED: ", ".join(f"{k}={v}" for k, v in sorted(moved.items())) or NONE,
     }
@@ -158,12 +153,9 @@ def truth_overlap(registry: Registry, truth: Resolved | None, models: Sequence[R
     """Report a true-reward model that is also the reward model of an arm."""
     if truth is None:
         return []
-    found = {}
-    for model in models:
-        rewards = list(reward_models_of(registry, model))
-        if any(reward.digest == truth.digest for reward in rewards):
-            found[model.label] = f"{truth.label} as its own reward model"
-    return [Difference(what="true_reward: a reward that an arm is trained on", values=found)] if found else []
+    own = [one.label for one in models if truth.digest in {reward.digest for reward in reward_models_of(registry, one)}]
+    values = dict.fromkeys(own, f"{truth.label} as its own reward model")
+    return [Difference(what="true_reward: a reward that an arm is trained on", values=values)] if values else []
 
 
 def _identity(name: str, value: str) -> str:

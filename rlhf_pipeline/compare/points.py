@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rlhf_pipeline.config.grid import Node, StageSpec
@@ -67,13 +67,3 @@ def with_snapshots(point: Point, model: Resolved, wanted: bool = True) -> list[P
     files = model.files
     steps = [step for step in snapshot_steps(files) if files_digest(snapshot_files(files, step)) != model.digest]
     return [*(replace(point, model=f"{model.label}#{step}", step=step) for step in steps), point]
-
-
-def trials(points: Iterable[Point]) -> dict[str, int]:
-    """Number of settings that were tried for each arm; snapshots do not count."""
-    settings: dict[str, list[dict[str, object]]] = {}
-    for point in points:
-        known = settings.setdefault(point.arm, [])
-        if point.setting not in known:
-            known.append(point.setting)
-    return {arm: len(known) for arm, known in settings.items()}

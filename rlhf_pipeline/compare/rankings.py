@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from math import isfinite
 
 import numpy as np
 
-from rlhf_pipeline.compare.arms import Arm, Seeds, Setting, paired_by_seed, setting_key
+from rlhf_pipeline.compare.arms import Arm, Setting, paired_by_seed, setting_key
 from rlhf_pipeline.compare.rows import Measured
 from rlhf_pipeline.evaluation.elo import rank
 from rlhf_pipeline.evaluation.sampled import Samples
@@ -33,12 +33,9 @@ def _setting(arm: Arm, described: Mapping[str, ArmEntry]) -> Setting:
     return arm.settings[0] if chosen is None else setting_key(chosen)
 
 
-def _side(arm: Arm, setting: Setting, seeds: Seeds, figure: str) -> Side:
-    return arm.samples(setting, seeds, figure), arm.samples(setting, seeds, "length")
-
-
-def _stacked(samples: Sequence[Samples], figure: str) -> np.ndarray:
-    return np.stack([one.by_prompt(figure) for one in samples])
+def _side(samples: Iterable[Samples], figure: str) -> Side:
+    figures, lengths = zip(*((one.by_prompt(figure), one.by_prompt("length")) for one in samples), strict=True)
+    return np.stack(figures), np.stack(lengths)
 
 
 def win_rate_entry(names: tuple[str, str], figure: str, mine: Side, theirs: Side, *, coupled: bool) -> WinRate:
@@ -85,24 +82,21 @@ def win_rate_section(
     for a, b in combinations(arms, 2):
         one, other, seeds = paired_by_seed(a, b)
         if seeds:
-            mine, theirs = (_side(arm, _setting(arm, described), seeds, figure) for arm in (one, other))
+            points = [arm.points[_setting(arm, described)] for arm in (one, other)]
+            mine, theirs = (_side([found[seed].test for seed in seeds], figure) for found in points)
             entries.append(win_rate_entry((a.name, b.name), figure, mine, theirs, coupled=True))
-    others = [(baseline.name, baseline.test)]
-    if demonstrations is not None and figure in demonstrations.values:
-        others.append(("demonstrations", demonstrations))
     for arm in arms:
-        setting = _setting(arm, described)
-        if all(point is baseline or point.name == baseline.name for point in arm.points[setting].values()):
+        found = arm.points[_setting(arm, described)].values()
+        if all(point.name == baseline.name for point in found):
             continue
-        mine = _side(arm, setting, arm.seeds(setting), figure)
-        for name, samples in others:
-            seen = [
-                baseline.scored_by(point.scorer) if samples is baseline.test else samples
-                for point in arm.points[setting].values()
-            ]
-            theirs = _stacked(seen, figure), _stacked(seen, "length")
-            coupled = samples is baseline.test
-            entries.append(win_rate_entry((arm.name, name), figure, mine, theirs, coupled=coupled))
+        mine, theirs = (
+            _side((point.test for point in found), figure),
+            _side((baseline.scored_by(point.scorer) for point in found), figure),
+        )
+        entries.append(win_rate_entry((arm.name, baseline.name), figure, mine, theirs, coupled=True))
+        if demonstrations is not None and figure in demonstrations.values:
+            shown = _side([demonstrations] * len(found), figure)
+            entries.append(win_rate_entry((arm.name, "demonstrations"), figure, mine, shown, coupled=False))
     return entries
 
 

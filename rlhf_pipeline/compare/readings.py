@@ -6,31 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.evaluation.sampled import Samples
 from rlhf_pipeline.measure.bench import Bench
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report.results import Ancestor, DataReport, Response, Shown
-
-CURVES = (
-    "objective/rlhf_reward",
-    "objective/scores",
-    "objective/judge",
-    "objective/kl",
-    "val/ended",
-    "val/response_length",
-    "val/explained_variance",
-    "loss/dpo",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen_minus_reference",
-    "loss/nll",
-    "loss/bradley_terry",
-    "accuracy",
-)
-"""Metrics of a training run that are drawn, by their names in metrics.jsonl."""
+from rlhf_pipeline.report.sections.curves import PANELS
+from rlhf_pipeline.training.run_directory import read_status
 
 POINTS = 200
 """The most points of a curve that are kept."""
@@ -42,29 +25,21 @@ def shown_samples(bench: Bench, measured: Mapping[str, Samples], count: int) -> 
     They are the first responses to the first prompts: none are selected.
     """
     return [
-        Shown(
-            prompt=_text(bench, prompt),
-            responses={name: [_response(bench, samples, number)] for name, samples in measured.items()},
-        )
-        for number, prompt in enumerate(bench.plan.prompts[:count])
+        Shown(prompt=prompt, responses={name: [_response(bench, samples, i)] for name, samples in measured.items()})
+        for i, prompt in enumerate(prompt_texts(bench)[:count])
     ]
 
 
 def _response(bench: Bench, samples: Samples, number: int) -> Response:
-    """The first response to a prompt."""
     ids, ended = samples.examples[number].completions[0], samples.examples[number].ended[0]
     figures = ("true_reward", "score", "judge")
     scores = {key: float(samples.by_prompt(key)[number, 0]) for key in figures if key in samples.values}
     return Response(text=text_of(bench.tokenizer, ids[: len(ids) - int(ended)]), ended=bool(ended), **scores)
 
 
-def _text(bench: Bench, prompt: Example) -> str:
-    return prompt.prompt_text or text_of(bench.tokenizer, prompt.prompt_ids)
-
-
 def prompt_texts(bench: Bench) -> list[str]:
     """The text of each prompt of an evaluation, in order."""
-    return [_text(bench, prompt) for prompt in bench.plan.prompts]
+    return [prompt.prompt_text or text_of(bench.tokenizer, prompt.prompt_ids) for prompt in bench.plan.prompts]
 
 
 def curves(registry: Registry, models: Sequence[Resolved]) -> dict[str, dict[str, list[tuple[float, float]]]]:
@@ -81,7 +56,7 @@ def curves(registry: Registry, models: Sequence[Resolved]) -> dict[str, dict[str
                 values = json.loads(row)
             except ValueError:
                 continue  # the last line of a killed process may be cut
-            for name in CURVES:
+            for name in PANELS:
                 if isinstance(values.get(name), int | float):
                     lines.setdefault(name, []).append((values["step"], values[name]))
         found[model.label] = {name: _thinned(points) for name, points in lines.items()}
@@ -89,20 +64,14 @@ def curves(registry: Registry, models: Sequence[Resolved]) -> dict[str, dict[str
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    stride = -(-len(points) // POINTS)
-    return points[::stride] if stride <= 1 or (len(points) - 1) % stride == 0 else [*points[::stride], points[-1]]
+    return [*points[: -1 : -(-len(points) // POINTS)], points[-1]]
 
 
 def _runs_by_model(registry: Registry) -> dict[str, Path]:
     """metrics.jsonl of the finished run of each registered model."""
     found = {}
-    for status in sorted((registry.home / "runs").glob("*/run.json")):
-        try:
-            model = json.loads(status.read_text(encoding="utf-8")).get("model")
-        except (OSError, ValueError):
-            continue
-        metrics = status.with_name("metrics.jsonl")
-        if model and metrics.is_file():
+    for metrics in sorted((registry.home / "runs").glob("*/metrics.jsonl")):
+        if model := read_status(metrics.parent).get("model"):
             found[model] = metrics
     return found
 

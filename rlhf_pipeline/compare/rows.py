@@ -9,7 +9,6 @@ import numpy as np
 
 from rlhf_pipeline.compare.aim import Aim, aim_of
 from rlhf_pipeline.compare.points import Point
-from rlhf_pipeline.config.reward_names import names_a_model
 from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.evaluation.diversity import distinct, self_bleu, token_budget
 from rlhf_pipeline.evaluation.sampled import Samples, paired_difference, scores_of
@@ -57,7 +56,7 @@ class Measured:
         """Mean of a figure over the samples of each prompt, (P,)."""
         samples = self.test if split == "test" else self.validation
         assert samples is not None, "only measured figures are requested"
-        return samples.values[figure].reshape(len(samples.examples), -1).mean(1)
+        return samples.by_prompt(figure).mean(1)
 
 
 def bill(registry: Registry, resolved: Resolved) -> Cost | None:
@@ -89,7 +88,6 @@ class Scorers:
 
     bench: Bench
     by_seed: Mapping[int | None, str]
-    asked_for: bool
     _loaded: dict[str, RewardSource] = field(default_factory=dict)
 
     @classmethod
@@ -104,21 +102,14 @@ class Scorers:
             parent = parent_of(bench.registry, model, "reward_model")
             if parent is not None:
                 found.setdefault(point.seed, parent.label)
-        return cls(bench, found, asked_for)
-
-    def label(self, seed: int | None) -> str | None:
-        """Name of the reward model that scores the points of a seed."""
-        if self.asked_for or seed not in self.by_seed:
-            return self.bench.scorer.label if self.bench.scorer is not None else None
-        return self.by_seed[seed]
+        return cls(bench, found)
 
     def get(self, seed: int | None) -> RewardSource | None:
-        """The scorer of a seed; None if it is the bench's own scorer."""
-        label = self.label(seed)
-        if label is None or self.bench.scorer is None or label == self.bench.scorer.label or not names_a_model(label):
-            return None
+        """The scorer of a seed; None without a reward model."""
+        bench, label = self.bench, self.by_seed.get(seed)
+        if label is None or bench.scorer is None or label == bench.scorer.label:
+            return bench.scorer
         if label not in self._loaded:
-            bench = self.bench
             policy = bench.reference or bench.registry.resolve(label)
             self._loaded[label] = load_reward(
                 bench.registry, label, bench.config, policy, bench.tokenizer, bench.device
@@ -127,46 +118,43 @@ class Scorers:
 
 
 def measure_points(
-    points: Sequence[tuple[Point, Resolved]], test: Bench, validation: Bench | None, *, asked_for: bool
+    points: Sequence[tuple[Point, Resolved]], test: Bench, validation: Bench | None, scorers: Scorers
 ) -> list[Measured]:
     """Sample and score every model with the same plan: same prompts, same random numbers."""
-    scorers = Scorers.of(test, points, asked_for)
     found = []
     for number, (point, model) in enumerate(points, start=1):
         policy, scorer = test.policy(model), scorers.get(point.seed)
         held = None if validation is None else measure(validation, policy, scorer)
         samples, aim = measure(test, policy, scorer), aim_of(test.registry, model)
-        found.append(Measured(point, model, samples, held, scorers.label(point.seed), aim=aim))
+        found.append(Measured(point, model, samples, held, None if scorer is None else scorer.label, aim=aim))
         test.say(f"[{number}/{len(points)}] measured {model.label}")
-    _score_by_all(next(one for one in found if one.point.step is None), scorers, [point for point, _ in points], test)
+    _score_by_all(next(one for one in found if one.point.step is None), scorers, [point for point, _ in points])
     return found
 
 
-def _score_by_all(one: Measured, scorers: Scorers, points: Sequence[Point], bench: Bench) -> None:
+def _score_by_all(one: Measured, scorers: Scorers, points: Sequence[Point]) -> None:
     """Add the scores of a model's responses by the reward model of every seed of these points."""
     for seed in dict.fromkeys(point.seed for point in points):
-        label, source = scorers.label(seed), scorers.get(seed) or bench.scorer
-        if source is not None and label is not None and label != one.scorer:
-            one.scores[label] = scores_of(one.test, source, bench.plan)
+        source = scorers.get(seed)
+        if source is not None and source.label != one.scorer:
+            one.scores[source.label] = scores_of(one.test, source, scorers.bench.plan)
 
 
-def measured_reference(
-    start: Measured, points: Sequence[tuple[Point, Resolved]], bench: Bench, *, asked_for: bool
-) -> Measured | None:
+def measured_reference(start: Measured, points: Sequence[Point], scorers: Scorers) -> Measured | None:
     """Measure the reference on the same prompts, or return `start` if it is that model.
 
     None if there is no reference, or no reward model whose over-optimisation could be assessed.
     """
+    bench, own = scorers.bench, start.model
     reference, policy = bench.reference, bench.reference_policy()
     if reference is None or policy is None or bench.scorer is None:
         return None
-    own = start.model
     if own.label == reference.label or (own.digest is not None and own.digest == reference.digest):
         return start
     bench.say(f"{reference.label} is also sampled: over-optimisation is a gain over the model that KL is measured to")
     point = Point(reference.label, None, {}, reference.label)
     found = Measured(point, reference, measure(bench, policy), None, bench.scorer.label)
-    _score_by_all(found, Scorers.of(bench, points, asked_for), [point for point, _ in points], bench)
+    _score_by_all(found, scorers, points)
     return found
 
 
@@ -176,7 +164,7 @@ def row_of(registry: Registry, measured: Measured, baseline: Measured, diversity
     row = Row(
         name=measured.name,
         arm=point.arm,
-        seed=point.seed if point.seed is not None else _seed(model),
+        seed=model.manifest.seed if point.seed is None and model.manifest is not None else point.seed,
         setting=dict(point.setting),
         step=point.step,
         model=model.label,
@@ -222,7 +210,3 @@ def diversities(measured: Sequence[Measured], bench: Bench) -> list[Diversity]:
         overlap = self_bleu(texts) if bench.plan.samples > 1 else None
         found.append(Diversity.model_validate({**distinct(mine, budget), "self_bleu": overlap}))
     return found
-
-
-def _seed(model: Resolved) -> int | None:
-    return model.manifest.seed if model.manifest is not None else None

@@ -20,7 +20,7 @@ from rlhf_pipeline.compare.fairness import (
 from rlhf_pipeline.compare.points import Point, with_snapshots
 from rlhf_pipeline.compare.preference_quality import preference_quality
 from rlhf_pipeline.compare.readings import configs, curves, lineage, prompt_texts, shown_samples
-from rlhf_pipeline.compare.rows import Measured, diversities, measure_points, measured_reference, row_of
+from rlhf_pipeline.compare.rows import Scorers, diversities, measure_points, measured_reference, row_of
 from rlhf_pipeline.compare.verdict import verdict
 from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.reward_names import names_a_model
@@ -118,15 +118,15 @@ def _find_points(
     registry: Registry, config: CompareConfig, points: Sequence[Point] | None, say: Callable[[str], None]
 ) -> list[tuple[Point, Resolved]]:
     """The points with their models; without an experiment every reference is an arm with one model."""
+    found: dict[str, Resolved] = {}
     if points is None:
-        named = {model.label: model for model in find_policies(registry, list(config.arms), say)}
-        arms = [with_snapshots(Point(label, None, {}, label), one, config.snapshots) for label, one in named.items()]
+        found = {model.label: model for model in find_policies(registry, list(config.arms), say)}
+        arms = [with_snapshots(Point(label, None, {}, label), one, config.snapshots) for label, one in found.items()]
         points = [point for arm in arms for point in arm]
-    else:
-        named = {}
-    others = dict.fromkeys(point.model for point in points if point.model not in named)
-    found = {text: find_policies(registry, [text], say)[0] for text in others}
-    return [(point, (named | found)[point.model]) for point in points]
+    for point in points:
+        if point.model not in found:
+            found[point.model] = find_policies(registry, [point.model], say)[0]
+    return [(point, found[point.model]) for point in points]
 
 
 def run_compare(config: CompareConfig, home: Path, **options) -> Results:
@@ -171,24 +171,24 @@ def compared(
     registry = Registry(home)
     device = make_accelerator(config).device
     trained = _find_points(registry, config, points, say)
-    arms = list(dict.fromkeys(point.arm for point, _ in trained))
     finals = [(point, model) for point, model in trained if point.step is None]
     if config.snapshots:
         say(f"{len(trained) - len(finals)} snapshots of {len(finals)} models are added to the curves")
     found_differences = differences_by_seed(registry, [(point.arm, point.seed, model) for point, model in finals])
-    judge = find_model(registry, config.judge, "reward_model") if config.judge and names_a_model(config.judge) else None
-    found_differences += judge_overlap(registry, judge, [model for _, model in finals])
-    truth = config.true_reward if config.true_reward and names_a_model(config.true_reward) else None
-    found_differences += truth_overlap(
-        registry, find_model(registry, truth, "reward_model") if truth else None, [model for _, model in finals]
+    final_models = [model for _, model in finals]
+    judge, truth = (
+        find_model(registry, text, "reward_model") if text and names_a_model(text) else None
+        for text in (config.judge, config.true_reward)
     )
+    found_differences += judge_overlap(registry, judge, final_models)
+    found_differences += truth_overlap(registry, truth, final_models)
     if not config.allow_mismatch:
         require_comparable(found_differences)
     for difference in found_differences:
         say(f"note: the arms differ in {difference}")
     baseline = find_policies(registry, [config.baseline], say)[0] if config.baseline else None
-    models = ([baseline] if baseline is not None else []) + [model for _, model in finals]
-    reference = _reference(registry, config, [model for _, model in finals], baseline, say)
+    models = ([baseline] if baseline is not None else []) + final_models
+    reference = _reference(registry, config, final_models, baseline, say)
     _require_one_stop_token(models)
     asked_for = config.reward_model is not None
     if not asked_for and (trained_on := reward_model_of(registry, models)):
@@ -197,12 +197,12 @@ def compared(
     with staging(report if report.is_dir() else report.parent, config.name):
         pass  # a folder that cannot be written is found before hours of sampling, not after
     # The first arm with known data; the data of the baseline (the SFT model) may be of another kind.
-    example = next((model for _, model in finals if knows_data(model)), models[0])
+    example = next(filter(knows_data, final_models), models[0])
     memory = Memory(say, advice=MEASURING_ADVICE)
     plan = functools.partial(set_up, reference=reference, samples=config.samples, seed=config.seed, memory=memory)
     bench = plan(registry, config, example, device, say=say)
-    kinds = {arm: {(str(point.setting), point.step) for point, _ in trained if point.arm == arm} for arm in arms}
-    swept = any(len(found) > 1 for found in kinds.values())  # one setting with snapshots has a curve too
+    kinds = {(point.arm, str(point.setting), point.step) for point, _ in trained}
+    swept = len(kinds) > len({arm for arm, *_ in kinds})  # one setting with snapshots has a curve too
     validation = None
     if swept and config.validation_split and config.prompts is None:
         held = config.model_copy(update={"split": config.validation_split})
@@ -214,7 +214,8 @@ def compared(
 
     # 2. Sample and score every model by the same plan.
     first = [(Point(models[0].label, None, {}, models[0].label), models[0])] if baseline is not None else []
-    measured: list[Measured] = measure_points([*first, *trained], bench, validation, asked_for=asked_for)
+    scorers = Scorers.of(bench, [*first, *trained], asked_for)
+    measured = measure_points([*first, *trained], bench, validation, scorers)
     ended = [one for one in measured if one.point.step is None]
     start = ended[0]  # the baseline, else the first arm's first model
     rows = [row_of(registry, one, start, found) for one, found in zip(ended, diversities(ended, bench), strict=True)]
@@ -237,7 +238,7 @@ def compared(
         registry,
         exact=exact,
         demonstrations=shown,
-        reference=measured_reference(start, trained, bench, asked_for=asked_for),
+        reference=measured_reference(start, [point for point, _ in trained], scorers),
     )
     findings = Findings(
         name=config.name,

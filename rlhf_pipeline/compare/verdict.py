@@ -14,7 +14,7 @@ from rlhf_pipeline.compare.aim import describe_aims
 from rlhf_pipeline.compare.preference_quality import LONGER
 from rlhf_pipeline.evaluation.seeds import needed
 from rlhf_pipeline.evaluation.statistics import Estimate
-from rlhf_pipeline.report.results import Contrast, Findings, Gap, Interval, Line, Overoptimised, Verdict
+from rlhf_pipeline.report.results import Contrast, Findings, Interval, Line, Overoptimised, Verdict
 
 FIGURES = {
     "objective": "the exact objective, reward - beta KL,",
@@ -122,46 +122,30 @@ def _others(results: Findings) -> Iterator[Line]:
         yield said
 
 
-Shortfall = tuple[float, float, float]
-"""Beta, and the mean gaps of an arm's models: to the optimum of the true reward, and to that of the learned one."""
+def _shortfalls(results: Findings, stage: str) -> list[tuple[float, float, float]]:
+    """Return the exact gaps of a stage's models: for each beta, (beta, total, own).
 
-PARTS = {"ppo": "optimisation_gap", "dpo": "disagreement"}
-"""The field of an exact row with the gap to the optimum of the learned reward, by stage."""
-
-
-def _shortfalls(results: Findings, stage: str) -> list[Shortfall]:
-    """Return the exact gaps of a stage's models, one entry for each beta."""
+    Both are means over the models: the gap to the optimum of the true reward, and to that of the learned one.
+    """
     by_beta: dict[float, list[tuple[float, float]]] = {}
     for row in results.exact.rows if results.exact is not None else ():
-        part: Gap | None = getattr(row, PARTS[stage])
+        part = row.optimisation_gap if stage == "ppo" else row.disagreement
         if row.stage == stage and part is not None and row.gap_true_there is not None:
             # Both are means over the prompts of the learned gap, which needs a score of every response: these are few.
             by_beta.setdefault(row.beta, []).append((row.gap_true_there.value, part.value))
-    found = []
-    for beta, gaps in by_beta.items():
-        total, own = (sum(values) / len(gaps) for values in zip(*gaps, strict=True))
-        if isfinite(total) and isfinite(own):
-            found.append((beta, total, own))
-    return found
-
-
-def _reward_model_limits(shortfall: Shortfall) -> bool:
-    """Whether the reward model's error limits PPO more than its optimisation error does."""
-    _, total, own = shortfall
-    return own < total / 2
+    means = [(beta, *(sum(values) / len(gaps) for values in zip(*gaps))) for beta, gaps in by_beta.items()]
+    return [(beta, total, own) for beta, total, own in means if isfinite(total) and isfinite(own)]
 
 
 def _limits(results: Findings) -> Iterator[Line]:
     """Yield what limits each arm: exact gaps to the optimum at each beta, failed gates, and other notable figures."""
-    for shortfall in _shortfalls(results, "ppo"):
-        cause = (
-            "the reward model's error limits PPO more than optimisation does"
-            if _reward_model_limits(shortfall)
-            else "the optimisation error is at least half of the total"
-        )
-        yield line("limits", f"{_short_of('PPO', shortfall)} (optimisation error); {cause}")
-    for shortfall in _shortfalls(results, "dpo"):
-        yield line("limits", f"{_short_of('DPO', shortfall)} (disagreement with the reward model)")
+    for beta, total, own in _shortfalls(results, "ppo"):
+        cause = "the optimisation error is at least half of the total"
+        if own < total / 2:
+            cause = "the reward model's error limits PPO more than optimisation does"
+        yield line("limits", f"{_short_of('PPO', beta, total, own)} (optimisation error); {cause}")
+    for gaps in _shortfalls(results, "dpo"):
+        yield line("limits", f"{_short_of('DPO', *gaps)} (disagreement with the reward model)")
     for model, gate in results.gates.items():
         if not gate.passed:
             yield line("limits", f"{model} failed its gate: {gate.reason}; its scores say little about the arms")
@@ -172,8 +156,7 @@ def _limits(results: Findings) -> Iterator[Line]:
     yield from _length(results)
 
 
-def _short_of(name: str, shortfall: Shortfall) -> str:
-    beta, total, own = shortfall
+def _short_of(name: str, beta: float, total: float, own: float) -> str:
     away = f"{name} at beta {beta:g} is {total:.3f} short of the optimum of the true reward"
     return f"{away}; its distance from the optimum of the reward model is {own:.3f}"
 
@@ -236,11 +219,8 @@ def _two_prices(results: Findings) -> bool:
     betas: dict[str, set[float | None]] = {}
     for entry in results.summary:
         betas.setdefault(entry.arm, set()).add(entry.beta)
-    for contrast in results.find(kind="as trained"):
-        mine, theirs = (betas.get(arm, {None}) for arm in (contrast.a, contrast.b))
-        if None not in mine | theirs and not mine & theirs:
-            return True
-    return False
+    sides = ((betas.get(one.a, {None}), betas.get(one.b, {None})) for one in results.find(kind="as trained"))
+    return any(None not in mine | theirs and not mine & theirs for mine, theirs in sides)
 
 
 def _next(results: Findings) -> Iterator[Line]:
@@ -261,7 +241,7 @@ def _next(results: Findings) -> Iterator[Line]:
         most = max(trials, key=lambda arm: trials[arm])
         counts = ", ".join(f"{arm}: {number} settings" for arm, number in trials.items())
         yield line("next", f"{most} was tuned more ({counts}): tune all arms equally")
-    limited_by_reward_model = [_reward_model_limits(shortfall) for shortfall in _shortfalls(results, "ppo")]
+    limited_by_reward_model = [own < total / 2 for _, total, own in _shortfalls(results, "ppo")]
     if any(limited_by_reward_model):
         yield line(
             "next",

@@ -1,148 +1,16 @@
-"""Text, numbers and elements of the page; the HTML is well-formed XML.
+"""Elements of the page; the HTML is well-formed XML.
 
 Everything is escaped by construction: a plain string is text, only `Markup` is markup.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
 from rlhf_pipeline.report.results import EffectiveBeta, Interval
-
-BIDI = frozenset([0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
-"""Characters that reorder the text around them; the page shows their code instead."""
-
-NOTHING = "–"
-"""The text of a cell without a figure."""
-
-UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-
-
-def _shown(code: int) -> str:
-    if code < 0x20:
-        return chr(0x2400 + code)  # the control pictures: ␀ ... ␟
-    if code in BIDI:
-        return f"⟨U+{code:04X}⟩"
-    return "\N{REPLACEMENT CHARACTER}"
-
-
-def clean(value: object) -> str:
-    """A text that is valid in XML and HTML: newline and tab stay; other control characters are shown by symbols."""
-    text = str(value).replace("\r\n", "\n")
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(char if _allowed(ord(char)) else _shown(ord(char)) for char in text)
-
-
-def _allowed(code: int) -> bool:
-    """Whether XML 1.0 holds the character (section 2.2) and it is neither C1 control, non-character nor reordering."""
-    if code < 0x20:
-        return code in (0x09, 0x0A)
-    if 0x7F <= code <= 0x9F or 0xD800 <= code <= 0xDFFF or 0xFDD0 <= code <= 0xFDEF or code & 0xFFFE == 0xFFFE:
-        return False
-    return code not in BIDI
-
-
-def short(value: object, length: int) -> str:
-    """The text on one line, cut to `length` characters."""
-    text = " ".join(clean(value).split())
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """A figure for a table, with a true minus sign; a dash where there is none."""
-    if value is None or not math.isfinite(value):
-        return NOTHING
-    text = f"{value:,.{0 if abs(value) >= 10000 else digits}f}"
-    if float(text.replace(",", "")) == 0:
-        text = text.lstrip("-")  # no minus sign before a zero
-    return text.replace("-", "−")
-
-
-def count(value: float | None) -> str:
-    """A whole number with separators."""
-    return number(value, 0)
-
-
-def plain(value: object) -> str:
-    """A setting's value in as few digits as possible: 0.1, 2, 1e-05."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return clean(value)
-    return f"{value:g}".replace("-", "−", 1 if value < 0 else 0)
-
-
-def percent(value: float | None, digits: int = 1) -> str:
-    """A share in per cent."""
-    return NOTHING if value is None else f"{number(100 * value, digits)} %"
-
-
-def probability(value: float | None) -> str:
-    """A p-value: three decimals, and "< 0.001" below that."""
-    return NOTHING if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def scaled(value: float | None, unit: str = "") -> str:
-    """A large count with a prefix: 1.20 TFLOP, 3.4 M."""
-    if value is None:
-        return NOTHING
-    for size, prefix in UNITS:
-        if abs(value) >= size:
-            return f"{number(value / size, 3 - len(str(int(abs(value) / size))))} {prefix}{unit}"
-    return f"{value:g} {unit}".strip()
-
-
-def tick(value: float) -> str:
-    """A large number in as few digits as an axis needs: 0, 500, 1.2 T."""
-    for size, prefix in UNITS:
-        if abs(value) >= size:
-            return f"{value / size:g} {prefix}"
-    return f"{value:g}"
-
-
-def duration(value: float | None) -> str:
-    """A duration given in seconds, in suitable units: 42 s, 3 min 20 s, 1 h 12 min."""
-    if value is None:
-        return NOTHING
-    if value < 10:
-        return f"{value:.1f} s"
-    seconds = round(value)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    minutes = round(value / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def memory(value: float) -> str:
-    """Bytes in MiB or GiB."""
-    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
-
-
-def words(items: list[str]) -> str:
-    """a, b and c."""
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else ""
-
-
-def headed(text: str) -> str:
-    """A text with a capital first letter; "KL" stays "KL"."""
-    return text[:1].upper() + text[1:]
-
-
-def plural(number_of: int, noun: str) -> str:
-    """1 seed, 3 seeds."""
-    return f"{number_of:,} {noun}{'' if number_of == 1 else 's'}"
-
-
-def interval_text(found: Interval, digits: int = 2) -> str:
-    """1.23 [1.10, 1.36]."""
-    if found.ends is None:
-        return number(found.mean, digits)
-    return f"{number(found.mean, digits)} [{number(found.low, digits)}, {number(found.high, digits)}]"
-
+from rlhf_pipeline.report.text import NOTHING, clean, number
 
 VOID = frozenset({"meta", "br", "hr", "img", "link", "wbr"})
 
@@ -183,6 +51,11 @@ class Column:
     hint: str | None = None
 
 
+def columns(alignment: str, *titles: str) -> list[Column]:
+    """Columns with these titles; `alignment` has a letter for each: l for text, r for numbers."""
+    return [Column(title, letter == "r") for letter, title in zip(alignment, titles, strict=True)]
+
+
 @dataclass(frozen=True)
 class Group:
     """Rows of a table with an optional common header. The first cell of a row is its header."""
@@ -221,11 +94,6 @@ def details(summary: object, *children: object, class_: str | None = None) -> Ma
     return h("details", h("summary", summary), *children, class_=class_)
 
 
-def facts(pairs: Iterable[tuple[object, object]]) -> Markup:
-    """Short facts side by side, as (name, value); values of None are left out."""
-    return h("dl", *(h("div", h("dt", what), h("dd", value)) for what, value in pairs if value is not None))
-
-
 FEW_ROWS = 12
 """A secondary table with more rows is folded."""
 
@@ -257,15 +125,13 @@ class Section:
 
     ident: str
     title: str
-    body: Markup
-
-    def html(self) -> Markup:
-        """The section as markup."""
-        heading = f"{self.ident}-h"
-        return h("section", h("h2", self.title, id=heading), self.body, id=self.ident, aria_labelledby=heading)
+    html: Markup
 
 
 def section(ident: str, title: str, *body: Markup | None) -> Section | None:
     """A section of the parts that are not None; None if there are none."""
     parts = [part for part in body if part is not None]
-    return Section(ident, title, join(parts)) if parts else None
+    if not parts:
+        return None
+    heading = h("h2", title, id=f"{ident}-h")
+    return Section(ident, title, h("section", heading, *parts, id=ident, aria_labelledby=f"{ident}-h"))

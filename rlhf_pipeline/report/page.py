@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rlhf_pipeline.registry.storage import replace_text, writing
-from rlhf_pipeline.report.markup import Markup, Section, clean, h, join, words
+from rlhf_pipeline.report.markup import Markup, Section, h
 from rlhf_pipeline.report.points import Points
 from rlhf_pipeline.report.results import Results
 from rlhf_pipeline.report.sections.cost import cost_section
@@ -17,6 +17,7 @@ from rlhf_pipeline.report.sections.responses import preferences_section, respons
 from rlhf_pipeline.report.sections.tables import ranking_section, results_section
 from rlhf_pipeline.report.sections.verdict import fairness, headline, overview
 from rlhf_pipeline.report.style import CSS
+from rlhf_pipeline.report.text import clean, words
 from rlhf_pipeline.report.view import View
 
 PAGE = "index.html"
@@ -57,17 +58,15 @@ def page(results: Results, points: Points) -> str:
     view = View(results)
     made = [found for make in SECTIONS if (found := make(view, points)) is not None]
     name = clean(results.name)
+    lead = f"Comparison of {words([clean(arm) for arm in view.arms])}" if view.arms else "Comparison"
+    links = [h("li", h("a", SHORT.get(found.ident, found.title), href=f"#{found.ident}")) for found in made]
     header = h(
         "header",
         h("h1", name),
-        h(
-            "p",
-            f"Comparison of {words([clean(arm) for arm in view.arms])}" if view.arms else "Comparison",
-            class_="lead",
-        ),
-        _contents(made),
+        h("p", lead, class_="lead"),
+        h("nav", h("ul", *links), aria_label="Contents"),
     )
-    main = h("main", headline(view), overview(view), *(found.html() for found in made))
+    main = h("main", headline(view), overview(view), *(found.html for found in made))
     head = h(
         "head",
         h("meta", charset="utf-8"),
@@ -80,11 +79,6 @@ def page(results: Results, points: Points) -> str:
     )
     body = h("body", h("div", h("div", header, main, footer()), class_="sheet"))
     return f"<!DOCTYPE html>\n{h('html', head, body, lang='en')}\n"
-
-
-def _contents(made: list[Section]) -> Markup:
-    entries = [h("li", h("a", SHORT.get(found.ident, found.title), href=f"#{found.ident}")) for found in made]
-    return h("nav", h("ul", join(entries)), aria_label="Contents")
 
 
 def write_report(results: Results, directory: Path) -> Path:

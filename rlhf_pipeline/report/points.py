@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rlhf_pipeline.registry.storage import replace_text
-from rlhf_pipeline.report.markup import clean
 from rlhf_pipeline.report.results import Interval
+from rlhf_pipeline.report.text import clean
 
 FOLDER = "points"
 
@@ -50,7 +50,7 @@ class Points:
 
 def _cell(text: str) -> str:
     """A text that a spreadsheet does not read as a formula."""
-    return f"'{text}" if text[:1] in tuple("=+-@\t") and text[:1] else text
+    return f"'{text}" if text.startswith(tuple("=+-@\t")) else text
 
 
 def _csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

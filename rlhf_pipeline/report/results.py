@@ -152,12 +152,9 @@ class Diversity(Part):
     self_bleu: Number
 
 
-class EffectiveBeta(Part):
+class EffectiveBeta(Span):
     """PPO's beta in units of the labels' reward: kl_coef times the calibration slope of its reward model."""
 
-    mean: Number
-    low: Number
-    high: Number
     slope: Span
     reward_model: str
     why_not: str | None

@@ -13,44 +13,27 @@ from dataclasses import dataclass
 
 from rlhf_pipeline.report.markup import Markup, h
 
-LIGHT = {
-    "page": "#ffffff",
-    "panel": "#f5f7f9",
-    "ink": "#191d23",
-    "muted": "#565f6b",
-    "line": "#d5dbe2",
-    "grid": "#e6eaee",
-    "accent": "#1f5fc4",
-    "warn": "#9a4b00",
-    "hue-0": "#1f5fc4",
-    "hue-1": "#b14d06",
-    "hue-2": "#0a7658",
-    "hue-3": "#7a3ab2",
-    "hue-4": "#b3306b",
-    "hue-5": "#0a6d87",
-    "hue-6": "#736300",
-    "hue-7": "#745146",
+COLOURS = {
+    "page": ("#ffffff", "#101318"),
+    "panel": ("#f5f7f9", "#191e25"),
+    "ink": ("#191d23", "#e7eaee"),
+    "muted": ("#565f6b", "#a3adb9"),
+    "line": ("#d5dbe2", "#353d47"),
+    "grid": ("#e6eaee", "#272e37"),
+    "accent": ("#1f5fc4", "#82b4ff"),
+    "warn": ("#9a4b00", "#f2b069"),
+    "hue-0": ("#1f5fc4", "#7db2ff"),
+    "hue-1": ("#b14d06", "#f2a65e"),
+    "hue-2": ("#0a7658", "#4fcb9f"),
+    "hue-3": ("#7a3ab2", "#cda2f5"),
+    "hue-4": ("#b3306b", "#f58db9"),
+    "hue-5": ("#0a6d87", "#5cc8e0"),
+    "hue-6": ("#736300", "#d8c74c"),
+    "hue-7": ("#745146", "#d3ac9d"),
 }
-DARK = {
-    "page": "#101318",
-    "panel": "#191e25",
-    "ink": "#e7eaee",
-    "muted": "#a3adb9",
-    "line": "#353d47",
-    "grid": "#272e37",
-    "accent": "#82b4ff",
-    "warn": "#f2b069",
-    "hue-0": "#7db2ff",
-    "hue-1": "#f2a65e",
-    "hue-2": "#4fcb9f",
-    "hue-3": "#cda2f5",
-    "hue-4": "#f58db9",
-    "hue-5": "#5cc8e0",
-    "hue-6": "#d8c74c",
-    "hue-7": "#d3ac9d",
-}
-HUES = 8
-MARKERS = ("o", "s", "D", "^", "v", "P", "X", "h")
+"""Every colour, on a light and on a dark background."""
+
+LIGHT, DARK = (dict(zip(COLOURS, shades)) for shades in zip(*COLOURS.values()))
 RESERVED = {"ppo": 0, "dpo": 1, "best-of-n": 2}
 
 # The same shapes as matplotlib's markers, for legends in the text; a box of 12 x 12 around (0, 0).
@@ -64,6 +47,7 @@ SHAPES = {
     "X": "M-5 -2.8L-2.8 -5L0 -2.2L2.8 -5L5 -2.8L2.2 0L5 2.8L2.8 5L0 2.2L-2.8 5L-5 2.8L-2.2 0Z",
     "h": "M0 -5L4.4 -2.5V2.5L0 5L-4.4 2.5V-2.5Z",
 }
+MARKERS = tuple(SHAPES)
 
 
 @dataclass(frozen=True)
@@ -96,10 +80,10 @@ def looks(names: Sequence[str], stages: Mapping[str, str] | None = None) -> dict
             index = RESERVED.get(called(name))
             if index is not None and name not in places and index not in places.values():
                 places[name] = index
-    free = [index for index in range(HUES) if index not in RESERVED.values()]
+    free = [index for index in range(len(MARKERS)) if index not in RESERVED.values()]
     for name in names:
         if name not in places:
-            places[name] = free.pop(0) if free else len(places) % HUES
+            places[name] = free.pop(0) if free else len(places) % len(MARKERS)
     return {name: Look(f"hue-{i}", MARKERS[i], filled=name != "best-of-n") for name, i in places.items()}
 
 
@@ -211,9 +195,8 @@ tr.marked>*{background:var(--panel)}
 
 _CHARTS = """
 .chart{margin-top:.4rem}
-.plot{display:block;width:100%;height:auto;
- font:12px system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue","Noto Sans","Liberation Sans",Arial,sans-serif;
- font-variant-numeric:tabular-nums}
+.plot{display:block;width:100%;height:auto;font-size:12px;font-variant-numeric:tabular-nums}
+.plot text{font-family:inherit!important}
 .plot *{stroke-linejoin:round;stroke-linecap:butt}
 .plot.narrow{display:none}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;padding:0;margin:0 0 .5rem;font-size:.85rem;

@@ -4,22 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rlhf_pipeline.report.markup import clean, plain, plural, words
+from rlhf_pipeline.report.glossary import ENTRIES
 from rlhf_pipeline.report.results import BEST_OF_N, Results, Row, Summary
 from rlhf_pipeline.report.style import NEUTRAL, Look, looks
+from rlhf_pipeline.report.text import clean, plain, plural, words
 
-FIGURES = {
-    "true_reward": "true reward",
-    "judge": "judge",
-    "score": "RM score",
-    "kl": "KL",
-    "kl_k1": "KL (k1)",
-    "kl_k3": "KL (k3)",
-    "length": "length",
-    "ended": "ended by EOS",
-    "well_formed": "well formed",
-    "entropy": "entropy",
-}
 REWARD_MODEL = "reward model"
 METHODS = {"t": "Student t"}
 
@@ -119,14 +108,13 @@ class View:
         """Figures of one arm at one setting over seeds and prompts."""
         return next((one for one in self.results.summary if (one.arm, one.setting) == (arm, setting)), None)
 
-    def figures(self) -> list[str]:
-        """Names of all figures in any row, known figures first."""
-        found = dict.fromkeys(name for row in self.rows for name in row.metrics)
-        return [name for name in FIGURES if name in found] + [name for name in found if name not in FIGURES]
+    def figures(self) -> set[str]:
+        """Names of all figures in any row."""
+        return {name for row in self.rows for name in row.metrics}
 
     def name_of(self, figure: str) -> str:
         """The name of a figure in words."""
-        return FIGURES.get(figure, figure.replace("_", " "))
+        return ENTRIES[figure][0] if figure in ENTRIES else figure.replace("_", " ")
 
     def is_selected(self, row: Row) -> bool:
         """Whether the row has the selected setting of its arm."""

@@ -1,10 +1,9 @@
-"""How far an experiment is, how long it takes, and what was tried: by hand."""
+"""How far an experiment is, and how long it takes: by hand."""
 
 from __future__ import annotations
 
 import pytest
 
-from rlhf_pipeline.compare.points import Point, trials
 from rlhf_pipeline.experiment.progress import Progress, spoken, time_left
 
 
@@ -45,8 +44,3 @@ def test_progress_says_nothing_of_time_until_every_stage_was_seen() -> None:
     later = Progress(["ppo", "ppo", "ppo", "ppo"], [False, False, False, True])
     later.ended(0, False, 120.0)
     assert later.told(1) == "ran 1, skipped 0; about 4 min left"
-
-
-def test_settings_tried_for_each_arm() -> None:
-    points = [Point("ppo", seed, {"beta": beta}, "m") for seed in (0, 1, 2) for beta in (0.1, 0.3)]
-    assert trials([*points, Point("dpo", 0, {}, "m"), Point("dpo", 1, {}, "n")]) == {"ppo": 2, "dpo": 1}

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from rlhf_pipeline.cli.main import main
-from rlhf_pipeline.compare.points import Point, trials
+from rlhf_pipeline.compare.points import Point
 from rlhf_pipeline.config.experiment import load_experiment
 from rlhf_pipeline.config.grid import expand
 from rlhf_pipeline.errors import ConfigError, Interrupted
@@ -211,7 +211,8 @@ def test_more_seeds_and_settings_run_only_what_is_new(lab, path, handed_over):
     # An arm that no seed draws anew is one point, with the seed that made it.
     assert [p for p in handed_over[-1]["points"] if p.arm == "ppo"] == [Point("ppo", 0, {}, "ppo@v1")]
     assert handed_over[-1]["resampled"] == ("dpo",)
-    assert trials(handed_over[-1]["points"]) == {"ppo": 1, "dpo": 2}
+    settings = {(point.arm, *point.setting.items()) for point in handed_over[-1]["points"]}
+    assert settings == {("ppo",), ("dpo", ("beta", 0.1)), ("dpo", ("beta", 0.7))}
 
 
 def test_one_seed_without_a_sweep_has_the_result_it_always_had(lab, path, handed_over):

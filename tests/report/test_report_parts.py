@@ -1,4 +1,4 @@
-"""The parts of a report: numbers as text, colours that can be read, lines that are thinned, forms that are drawn."""
+"""The parts of a report: numbers as text, colours that can be read, forms that are drawn."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ import pytest
 from rlhf_pipeline.errors import RunFailed
 from rlhf_pipeline.report import page as pages
 from rlhf_pipeline.report.drawing import draw, place_labels
-from rlhf_pipeline.report.markup import (
-    Markup,
+from rlhf_pipeline.report.markup import Markup, estimate, h, join
+from rlhf_pipeline.report.points import Points, cells
+from rlhf_pipeline.report.results import GaoFit, Interval, Results
+from rlhf_pipeline.report.sections.curves import fitted
+from rlhf_pipeline.report.style import DARK, LIGHT, looks
+from rlhf_pipeline.report.text import (
     clean,
     duration,
-    estimate,
-    h,
     interval_text,
-    join,
     memory,
     number,
     percent,
@@ -32,10 +33,6 @@ from rlhf_pipeline.report.markup import (
     tick,
     words,
 )
-from rlhf_pipeline.report.points import Points, cells
-from rlhf_pipeline.report.results import GaoFit, Interval, Results
-from rlhf_pipeline.report.sections.curves import fitted, thinned
-from rlhf_pipeline.report.style import DARK, LIGHT, looks
 from rlhf_pipeline.report.view import View, setting_text
 from tests.report.report_fixture import plain as plain_results
 
@@ -151,16 +148,6 @@ def test_an_interval_as_text_as_markup_and_in_a_csv() -> None:
     assert estimate(None) == '<span class="none">–</span>' and cells(None) == (None, None, None)
 
 
-def test_long_lines_keep_their_ends_and_extremes() -> None:
-    line = [(float(i), math.sin(i / 7)) for i in range(5000)]
-    line[1234], line[4321] = (1234.0, 9.0), (4321.0, -9.0)
-    kept = thinned(line, 100)
-    assert len(kept) <= 100 and kept[0] == line[0] and kept[-1] == line[-1]
-    assert (1234.0, 9.0) in kept and (4321.0, -9.0) in kept
-    assert kept == sorted(kept) and set(kept) <= set(line)
-    assert thinned(line[:100], 100) == line[:100]
-
-
 def test_the_form_of_over_optimisation() -> None:
     fit = GaoFit(form="rl", alpha=2.0, beta=0.5, peak=None, least=1.0, largest=math.e, points=4, residual=0.0)
     drawn = fitted(fit)
@@ -188,14 +175,11 @@ def test_labels_hide_neither_points_nor_one_another() -> None:
         axes.plot(*zip(*points), ls="", marker="o")
         labels = [(x, y, f"label {i}", "ink") for i, (x, y) in enumerate(points)]
 
-        def late(done):
-            place_labels(done, labels, points)
-            where = done.transData.transform
-            renderer = done.figure.canvas.get_renderer()
-            found = [text.get_window_extent(renderer) for text in done.texts]
-            boxes.append((found, [where(point) for point in points], done.get_window_extent()))
-
-        return late
+        place_labels(axes, labels, points)
+        where = axes.transData.transform
+        renderer = axes.figure.canvas.get_renderer()
+        found = [text.get_window_extent(renderer) for text in axes.texts]
+        boxes.append((found, [where(point) for point in points], axes.get_window_extent()))
 
     svg = draw("x", "title", "description", paint, size=(400, 300))
     (found, points, frame), *_ = boxes

@@ -5,25 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from rlhf_pipeline.report.drawing import arm_legend, arm_name, dress, error_bars, mark, panel, panels, plot, trail
-from rlhf_pipeline.report.markup import (
-    Column,
-    Group,
-    Markup,
-    Section,
-    clean,
-    count,
-    duration,
-    headed,
-    memory,
-    number,
-    scaled,
-    section,
-    table,
-    tick,
-)
+from rlhf_pipeline.report.charts import arm_legend, arm_name, panel, panels, plot
+from rlhf_pipeline.report.drawing import dress, mark, trail
+from rlhf_pipeline.report.markup import Group, Markup, Section, columns, section, table
 from rlhf_pipeline.report.points import Points, cells
 from rlhf_pipeline.report.results import Cost, Interval, Row
+from rlhf_pipeline.report.text import clean, count, duration, headed, memory, number, scaled, tick
 from rlhf_pipeline.report.view import View, setting_csv
 
 if TYPE_CHECKING:
@@ -63,7 +50,7 @@ def _bill(view: View) -> Markup | None:
     bills = {arm: bill for arm in view.arms if (bill := _mean_bill(view, arm)) is not None}
     if not bills:
         return None
-    columns = [Column("arm", False), *(Column(name) for name, _ in BILL.values())]
+    heads = columns("l" + "r" * len(BILL), "arm", *(name for name, _ in BILL.values()))
     lines = [
         [arm_name(view, arm), *(text(getattr(bill, key)) for key, (_, text) in BILL.items())]
         for arm, bill in bills.items()
@@ -73,7 +60,7 @@ def _bill(view: View) -> Markup | None:
         f"{_ratio(bills)}{mean}The cost of PPO includes its reward model; stages that "
         "the arms share (SFT, preference pairs) are not counted. Peak memory is that of the largest stage."
     )
-    return table(columns, [Group(lines)], label="Cost of each arm", caption=caption)
+    return table(heads, [Group(lines)], label="Cost of each arm", caption=caption)
 
 
 def _ratio(bills: dict[str, Cost]) -> str:
@@ -102,8 +89,8 @@ def _panels(view: View, points: Points) -> Markup | None:
     if not made:
         return None
     figure = view.primary
-    columns = ["arm", "setting", "seed", "step", "model", "cost", "spent", figure, f"{figure}_low", f"{figure}_high"]
-    file = points.add("cost", columns, csv)
+    names = ["arm", "setting", "seed", "step", "model", "cost", "spent", figure, f"{figure}_low", f"{figure}_high"]
+    file = points.add("cost", names, csv)
     caption = (
         "Each point is one model. Its cost is that of its own training and of the training of its reward model. "
         f"{view.basis()}"
@@ -113,21 +100,11 @@ def _panels(view: View, points: Points) -> Markup | None:
     return plot(panels(made), caption, [file], arm_legend(view, view.arms))
 
 
-def _run(found: list[Spent], model: str) -> list[tuple[float, float]]:
-    """(cost, reward) of a model's snapshots, in order of steps, and of the model."""
-    steps = [
-        (row.step or 0, spent, reward.mean)
-        for row, spent, reward in found
-        if row.step is not None and row.model.partition("#")[0] == model
-    ]
-    ends = [(spent, reward.mean) for row, spent, reward in found if row.model == model]
-    return [*((spent, reward) for _, spent, reward in sorted(steps)), *ends]
-
-
 def _panel(view: View, key: str, title: str, found: list[Spent]) -> Markup:
     spent = [value for _, value, _ in found]
     wide = max(spent) / min(spent) > 30
     finals = [one for one in found if one[0].step is None]
+    places = [(row, cost, reward.mean) for row, cost, reward in found]
 
     def paint(axes: Axes) -> None:
         from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -135,10 +112,8 @@ def _panel(view: View, key: str, title: str, found: list[Spent]) -> Markup:
         dress(axes, f"{title}{' (logarithmic)' if wide else ''}", view.name_of(view.primary))
         for row, cost, reward in finals:
             look = view.look_of(row)
-            if len(line := _run(found, row.model)) > 1:
-                trail(axes, line, look)
-            error_bars(axes, cost, reward.mean, look, None, reward.ends)
-            mark(axes, [cost], [reward.mean], look)
+            trail(axes, row.model, places, look)
+            mark(axes, cost, reward.mean, look, upright=reward.ends)
         if wide:
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(numticks=5))

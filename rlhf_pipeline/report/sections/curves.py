@@ -4,31 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rlhf_pipeline.report.drawing import (
-    LARGE,
-    PANEL,
-    Entry,
-    Late,
-    arm_legend,
-    arm_name,
-    both,
-    colour,
-    dress,
-    error_bars,
-    mark,
-    panel,
-    panels,
-    place_labels,
-    plot,
-    trail,
-)
-from rlhf_pipeline.report.markup import Markup, Section, clean, h, headed, join, number, plural, section, short
+from rlhf_pipeline.report.charts import LARGE, PANEL, Entry, arm_legend, arm_name, both, panel, panels, plot
+from rlhf_pipeline.report.drawing import colour, dress, mark, place_labels, trail
+from rlhf_pipeline.report.markup import Markup, Section, h, join, section
 from rlhf_pipeline.report.points import Points, cells
-from rlhf_pipeline.report.results import BEST_OF_N, Frontier, FrontierPoint, GaoFit, Interval, Overoptimised, Row
+from rlhf_pipeline.report.results import BEST_OF_N, Frontier, FrontierPoint, GaoFit, Overoptimised
 from rlhf_pipeline.report.style import NEUTRAL
+from rlhf_pipeline.report.text import clean, headed, number, plural, short
 from rlhf_pipeline.report.view import REWARD_MODEL, Key, View, setting_csv, setting_key, setting_text
 
 if TYPE_CHECKING:
@@ -37,41 +21,50 @@ if TYPE_CHECKING:
 STEPS = 80
 
 PANELS = {
+    "objective/rlhf_reward": "reward minus β KL",
     "objective/scores": "reward of the rollouts",
     "objective/judge": "judge's score of the rollouts",
     "objective/kl": "KL of the rollouts, nats per response",
-    "objective/rlhf_reward": "reward minus β KL",
-    "val/response_length": "response length, tokens",
     "val/ended": "share ended by EOS",
+    "val/response_length": "response length, tokens",
     "val/explained_variance": "explained variance of the critic",
-    "rewards/accuracies": "accuracy on the training pairs, DPO",
-    "accuracy": "accuracy on the training pairs, reward model",
-    "rewards/margins": "margin of DPO's implicit reward",
-    "logps/chosen_minus_reference": "log-probability of chosen minus reference's",
     "loss/dpo": "DPO loss",
-    "loss/bradley_terry": "Bradley-Terry loss",
+    "rewards/margins": "margin of DPO's implicit reward",
+    "rewards/accuracies": "accuracy on the training pairs, DPO",
+    "logps/chosen_minus_reference": "log-probability of chosen minus reference's",
     "loss/nll": "negative log-likelihood per token",
+    "loss/bradley_terry": "Bradley-Terry loss",
+    "accuracy": "accuracy on the training pairs, reward model",
 }
-"""Metrics of metrics.jsonl that are drawn, in this order, and their titles."""
-
-MOST = 240
-"""The most points of a line that are drawn; a longer line keeps the extremes of each stretch."""
+"""Metrics of metrics.jsonl that results.json keeps and the page draws, in this order, and their titles."""
 
 Pair = tuple[float, float]
 Points3 = Sequence[tuple[float, float, float]]
 
 
-@dataclass(frozen=True)
 class _Shown:
     """The contents of the figure of reward against KL."""
 
-    frontier: Frontier
-    points: dict[str, list[FrontierPoint]]  # final models, by arm
-    passed: dict[str, list[FrontierPoint]]  # snapshots, by arm
-    band: dict[str, list[tuple[float, float, float]]]
-    base: list[tuple[str, Interval, Interval]]
-    best_of: list[tuple[Row, float, Interval]]  # best of n, the upper bound of its KL, reward
-    gibbs: list[Pair]
+    def __init__(self, view: View, frontier: Frontier):
+        arms, figure = frontier.arms, frontier.figure
+        self.frontier = frontier
+        self.points = {arm: [one for one in entry.points if one.step is None] for arm, entry in arms.items()}
+        self.passed = {arm: [one for one in entry.points if one.step is not None] for arm, entry in arms.items()}
+        self.band = {
+            arm: [(kl, low, high) for kl, low, high in entry.band if low is not None and high is not None]
+            for arm, entry in arms.items()
+        }
+        self.base = [
+            (row.name, row.metrics["kl"], row.metrics[figure])
+            for row in view.baseline()
+            if {"kl", figure} <= row.metrics.keys()
+        ]
+        self.best_of = [
+            (row, row.kl_bound, row.metrics[figure])
+            for row in view.best_of_n
+            if row.kl_bound is not None and figure in row.metrics
+        ]
+        self.gibbs = [] if frontier.gibbs is None else sorted(zip(frontier.gibbs.kl, frontier.gibbs.reward))
 
     @property
     def right(self) -> float:
@@ -80,46 +73,12 @@ class _Shown:
         known += [one.kl.mean for arm in self.passed.values() for one in arm]
         return max([*known, *(bound for _, bound, _ in self.best_of), *(kl.mean for _, kl, _ in self.base)])
 
-    def runs(self, arm: str) -> list[list[Pair]]:
-        """(KL, reward) for each run of an arm: its snapshots in order of steps, then its final model."""
-        found = []
-        for end in self.points[arm]:
-            run = [one for one in self.passed[arm] if one.model.partition("#")[0] == end.model]
-            run.sort(key=lambda one: one.step or 0)
-            if run:
-                found.append([(one.kl.mean, one.reward.mean) for one in [*run, end]])
-        return found
-
-
-def _shown(view: View, frontier: Frontier) -> _Shown:
-    arms, figure = frontier.arms, frontier.figure
-    return _Shown(
-        frontier,
-        points={arm: [one for one in entry.points if one.step is None] for arm, entry in arms.items()},
-        passed={arm: [one for one in entry.points if one.step is not None] for arm, entry in arms.items()},
-        band={
-            arm: [(kl, low, high) for kl, low, high in entry.band if low is not None and high is not None]
-            for arm, entry in arms.items()
-        },
-        base=[
-            (row.name, row.metrics["kl"], row.metrics[figure])
-            for row in view.baseline()
-            if {"kl", figure} <= row.metrics.keys()
-        ],
-        best_of=[
-            (row, row.kl_bound, row.metrics[figure])
-            for row in view.best_of_n
-            if row.kl_bound is not None and figure in row.metrics
-        ],
-        gibbs=[] if frontier.gibbs is None else sorted(zip(frontier.gibbs.kl, frontier.gibbs.reward)),
-    )
-
 
 def frontier_section(view: View, points: Points) -> Section | None:
     """The figure of reward against KL."""
     if view.results.frontier is None:
         return None
-    found = _shown(view, view.results.frontier)
+    found = _Shown(view, view.results.frontier)
     frontier = found.frontier
     arms = [arm for arm in view.arms if arm in found.points]
     reference = short(view.results.reference or "the reference", 40)
@@ -193,7 +152,7 @@ def _frontier_files(found: _Shown, points: Points) -> list[str]:
     return files
 
 
-def _paint(axes: Axes, view: View, found: _Shown) -> Late:
+def _paint(axes: Axes, view: View, found: _Shown) -> None:
     frontier = found.frontier
     dress(axes, "KL to the reference, nats per response", view.name_of(frontier.figure))
     right = found.right * 1.06 or 1.0
@@ -220,27 +179,21 @@ def _paint(axes: Axes, view: View, found: _Shown) -> Late:
         if entry.envelope:
             axes.plot(*zip(*entry.envelope), color=hue, lw=2.2, zorder=3)
             curves.append(entry.envelope)
-        for line in found.runs(arm):
-            trail(axes, line, look)
-            heights += [reward for _, reward in line]
-            spots += line
+        every = [(one, one.kl.mean, one.reward.mean) for one in entry.points]
         for one in finals:
-            error_bars(axes, one.kl.mean, one.reward.mean, look, one.kl.ends, one.reward.ends)
-            heights += [one.reward.mean, *(one.reward.ends or ())]
-        x, y = [one.kl.mean for one in finals], [one.reward.mean for one in finals]
-        mark(axes, x, y, look, size=7)
-        spots += zip(x, y)
+            line = trail(axes, one.model, every, look)
+            mark(axes, one.kl.mean, one.reward.mean, look, one.kl.ends, one.reward.ends, size=7)
+            heights += [*(reward for _, reward in line), *(one.reward.ends or ())]
+            spots += line
         labels += _setting_labels(finals, look.hue)
     for name, kl, reward in found.base:
-        error_bars(axes, kl.mean, reward.mean, NEUTRAL, kl.ends, reward.ends)
-        mark(axes, [kl.mean], [reward.mean], NEUTRAL, size=7)
+        mark(axes, kl.mean, reward.mean, NEUTRAL, kl.ends, reward.ends, size=7)
         heights.append(reward.mean)
         spots.append((kl.mean, reward.mean))
         labels.append((kl.mean, reward.mean, short(name, 24), "muted"))
     look = view.look(BEST_OF_N)
     for row, bound, reward in found.best_of:
-        error_bars(axes, bound, reward.mean, look, None, reward.ends)
-        mark(axes, [bound], [reward.mean], look, size=7, filled=False)
+        mark(axes, bound, reward.mean, look, None, reward.ends, size=7, filled=False)
         if bound > 0:
             to = [max(0.0, bound - 0.04 * right), bound]
             axes.plot(to, [reward.mean] * 2, color=colour(look.hue), lw=1.4, ls=":", zorder=2)
@@ -254,7 +207,7 @@ def _paint(axes: Axes, view: View, found: _Shown) -> Late:
     lines = [(kl_at, height) for curve in curves for kl_at, height in curve if kl_at <= right]
     if frontier.matched_kl is not None:
         lines += [(frontier.matched_kl, bottom + (top - bottom) * step / 60) for step in range(61)]
-    return lambda done: place_labels(done, labels, spots, lines)
+    place_labels(axes, labels, spots, lines)
 
 
 def _setting_labels(points: list[FrontierPoint], hue: str) -> list[tuple[float, float, str, str]]:
@@ -347,8 +300,10 @@ def _overoptimisation_panel(
         dress(axes, "√KL", f"{arm}: gain over the reference")
         axes.axhline(0, color=colour("line"), lw=1.2, zorder=1)
         axes.plot(d, proxy, color=hue, lw=1.3, dashes=(4, 3), alpha=0.8, zorder=2)
-        mark(axes, d, proxy, look, filled=False)
-        mark(axes, d, gold, look, size=7)
+        for at, gain in zip(d, proxy):
+            mark(axes, at, gain, look, filled=False)
+        for at, gain in zip(d, gold):
+            mark(axes, at, gain, look, size=7)
         right = max(d) * 1.05 or 1.0
         if curve:
             axes.plot(*zip(*curve), color=hue, lw=2.2, zorder=2.5)
@@ -396,23 +351,9 @@ def _training_panel(view: View, ident: str, title: str, lines: dict[str, list[Pa
         for model, line in lines.items():
             hue = colour(view.look(view.kind(model)).hue)
             marker = "o" if len(line) == 1 else None
-            axes.plot(*zip(*thinned(line)), color=hue, lw=1.4, alpha=faint, marker=marker, ms=4)
+            axes.plot(*zip(*line), color=hue, lw=1.4, alpha=faint, marker=marker, ms=4)
         low, high = axes.get_ylim()
         if low < 0 < high:
             axes.axhline(0, color=colour("line"), lw=1.2, zorder=1)
 
     return panel(ident, headed(title), f"{'; '.join(ends[:12])}{rest}.", paint)
-
-
-def thinned(line: list[Pair], most: int = MOST) -> list[Pair]:
-    """At most `most` points of a line: its ends, and the lowest and highest point of each stretch between them."""
-    if len(line) <= most:
-        return line
-    stretches = (most - 2) // 2
-    inner = line[1:-1]
-    kept = [line[0]]
-    for index in range(stretches):
-        stretch = inner[index * len(inner) // stretches : (index + 1) * len(inner) // stretches]
-        lowest, highest = (pick(range(len(stretch)), key=lambda i: stretch[i][1]) for pick in (min, max))
-        kept += [stretch[i] for i in sorted({lowest, highest})]
-    return [*kept, line[-1]]

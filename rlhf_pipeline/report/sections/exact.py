@@ -5,27 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from rlhf_pipeline.report.drawing import arm_legend, dress, mark, named, panel, panels, plot
-from rlhf_pipeline.report.markup import (
-    Column,
-    Group,
-    Markup,
-    Section,
-    clean,
-    count,
-    folded,
-    h,
-    headed,
-    join,
-    number,
-    percent,
-    plain,
-    plural,
-    section,
-    table,
-)
+from rlhf_pipeline.report.charts import arm_legend, named, panel, panels, plot
+from rlhf_pipeline.report.drawing import dress, mark
+from rlhf_pipeline.report.markup import Group, Markup, Section, columns, folded, h, join, section, table
 from rlhf_pipeline.report.points import Points
 from rlhf_pipeline.report.results import BEST_OF_N, Exact, ExactRow
+from rlhf_pipeline.report.text import clean, count, headed, number, percent, plain, plural
 from rlhf_pipeline.report.view import View
 
 if TYPE_CHECKING:
@@ -36,11 +21,8 @@ PANELS = {
     "gap_true": "β KL(π‖π*): from all causes",
     "gap_learned": "β KL(π‖π*) of the learned reward",
 }
-COLUMNS = tuple(
-    Column(title, title != "model")
-    for title in ("model", "β", "reward", "KL", "objective", "share", "βKL(π‖π*)", "βKL(π‖π*RM)")
-)
-BEST_OF_N_COLUMNS = (Column("policy", False), Column("reward"), Column("KL"), Column("bound of KL"))
+COLUMNS = columns("lrrrrrrr", "model", "β", "reward", "KL", "objective", "share", "βKL(π‖π*)", "βKL(π‖π*RM)")
+BEST_OF_N_COLUMNS = columns("lrrr", "policy", "reward", "KL", "bound of KL")
 
 
 def _learned(row: ExactRow) -> float | None:
@@ -106,7 +88,7 @@ def _panel(view: View, name: str, title: str, found: list[tuple[str, float, floa
         betas = sorted({beta for _, beta, _ in found})
         dress(axes, "β", title)
         for arm, beta, value in found:
-            mark(axes, [beta], [value], view.look(arm))
+            mark(axes, beta, value, view.look(arm))
         if len(betas) > 1:
             axes.set_xscale("log")
         axes.xaxis.set_major_locator(FixedLocator(betas))

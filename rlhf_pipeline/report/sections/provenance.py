@@ -2,128 +2,13 @@
 
 from __future__ import annotations
 
-from rlhf_pipeline.report.markup import (
-    NOTHING,
-    Column,
-    Group,
-    Markup,
-    Section,
-    clean,
-    details,
-    folded,
-    h,
-    join,
-    plain,
-    plural,
-    section,
-    table,
-)
+from rlhf_pipeline.report.glossary import ENTRIES
+from rlhf_pipeline.report.markup import Group, Markup, Section, columns, details, folded, h, join, section, table
 from rlhf_pipeline.report.points import Points
+from rlhf_pipeline.report.text import NOTHING, clean, plain, plural
 from rlhf_pipeline.report.view import View
 
 DIGITS = 12
-
-ENTRIES: dict[str, tuple[str, str, str]] = {
-    "true_reward": ("true reward", "Reward of a response under the rule that produced the labels.", "R(x, y)"),
-    "score": ("RM score", "Score of the reward model that PPO was trained on, minus a constant.", "r(x, y)"),
-    "judge": (
-        "judge",
-        "Score of a reward model trained on pairs that none of the compared models were trained on.",
-        "r_judge(x, y)",
-    ),
-    "kl": (
-        "KL",
-        "Distance from the reference per response: the exact KL over the vocabulary at each position, summed over the "
-        "positions of sampled responses.",
-        "E_y Σ_t KL(π(·|x, y<t) ‖ π_ref(·|x, y<t))",
-    ),
-    "kl_k1": ("KL (k1)", "KL estimated from log-ratios of sampled tokens: unbiased, noisier.", "E Σ_t log π/π_ref"),
-    "kl_k3": (
-        "KL (k3)",
-        "KL estimated by an unbiased form that is never negative.",
-        "E Σ_t (π_ref/π − 1 − log π_ref/π)",
-    ),
-    "length": ("length", "Tokens of a response, including its end token.", "|y|"),
-    "ended": ("ended by EOS", "Share of responses that end with EOS instead of being cut.", "P(y ends in EOS)"),
-    "well_formed": (
-        "well formed",
-        "Share of responses that the grammar of the built-in world accepts.",
-        "P(y ∈ grammar)",
-    ),
-    "entropy": ("entropy", "Entropy of the policy's responses, in nats.", "−E log π(y|x)"),
-    "win_rate": (
-        "win rate",
-        "How often a response scores higher than the other side's response to the same prompt; a tie counts one half. "
-        "Demonstrations are held-out responses from the data of the SFT model.",
-        "P(a > b) + ½ P(a = b)",
-    ),
-    "length_controlled": (
-        "at equal length",
-        "Win rate at equal length, as a logistic model predicts it.",
-        "logit P = θ + φ tanh(Δlen / sd(Δlen)), σ(θ)",
-    ),
-    "elo": ("Elo", "Bradley-Terry strength on the Elo scale of chess.", "P(a > b) = 1 / (1 + 10^((E_b − E_a) / 400))"),
-    "matched_kl": (
-        "matched KL",
-        "Both arms compared at one KL, interpolated within the range of each arm and never extrapolated.",
-        "R_a(KL) − R_b(KL)",
-    ),
-    "gibbs": (
-        "exact frontier",
-        "The largest reward that any policy can have at a given KL; the optimal policies of all β reach it.",
-        "π* ∝ π_ref exp(R / β)",
-    ),
-    "kl_bound": ("KL of best of n", "An upper bound, loose where responses repeat.", "log n − (n − 1)/n"),
-    "share": (
-        "share",
-        "The part of the optimum's gain over the reference that a model reaches.",
-        "(J − J_ref) / (J* − J_ref)",
-    ),
-    "effective_beta": (
-        "effective β",
-        "PPO's β in units of the reward that the labels were drawn from; s is the reward model's calibration "
-        "slope on held-out pairs.",
-        "kl_coef · s, P(label) = σ(s (r_w − r_l))",
-    ),
-    "gap": (
-        "βKL(π‖π*)",
-        "Distance from the optimum, in units of reward; J is the objective.",
-        "J* − J(π) = β KL(π ‖ π*)",
-    ),
-    "gao": ("over-optimisation", "Gain in reward as a function of d = √KL (Gao et al. 2022).", "d (α − β ln d)"),
-    "ece": (
-        "ECE",
-        "Mean distance between confidence and accuracy over bins of equally many pairs; prompts weigh the same.",
-        "Σ_b w_b |acc_b − conf_b|, w_b: share of the weight",
-    ),
-    "nll": ("NLL", "Log loss of the labels; a coin has log 2 = 0.693.", "−mean log σ(r_w − r_l)"),
-    "brier": ("Brier", "Squared error of the probability; a coin has 0.25.", "mean (1 − σ(r_w − r_l))²"),
-    "distinct": (
-        "distinct-n",
-        "Share of distinct n-grams among a fixed number of tokens.",
-        "|set of n-grams| / |n-grams|",
-    ),
-    "self_bleu": (
-        "self-BLEU",
-        "Overlap of a response with the other responses to its prompt; 1 if all are the same.",
-        "mean BLEU(y, others)",
-    ),
-    "flops": (
-        "FLOPs",
-        "Cost of training: a backward pass counts as two forward passes; frozen models only run forward.",
-        "≈ 6 N per trained token, 2 N per scored one",
-    ),
-    "interval": (
-        "95 % interval",
-        "Over prompts, with the samples of a prompt as one cluster; over seeds by Student's t.",
-        "[low, high]",
-    ),
-    "p_holm": (
-        "p (Holm)",
-        "p-value corrected for the number of contrasts.",
-        "max over j ≤ k of min(1, (m − j + 1) p_(j))",
-    ),
-}
 
 
 def lineage_section(view: View, points: Points) -> Section | None:
@@ -145,12 +30,13 @@ def lineage_section(view: View, points: Points) -> Section | None:
         )
     if not lines:
         return None
-    columns = [Column(title, False) for title in ("model", "stage", "digest", "made from")]
     caption = (
         f"First {DIGITS} digits of the SHA-256 over a version's files; results.json has all digits. A version never "
         "changes."
     )
-    made = table(columns, [Group(lines)], label="Lineage", caption=caption)
+    made = table(
+        columns("llll", "model", "stage", "digest", "made from"), [Group(lines)], label="Lineage", caption=caption
+    )
     return section("lineage", "Lineage", folded(f"All models and data ({len(lines)})", len(lines), made))
 
 
@@ -198,7 +84,7 @@ def _present(view: View) -> set[str]:
         "interval": True,
         "p_holm": any(one.p_holm is not None for one in results.contrasts),
     }
-    return {key for key, there in asked.items() if there} | set(view.figures())
+    return {key for key, there in asked.items() if there} | view.figures()
 
 
 def footer() -> Markup:

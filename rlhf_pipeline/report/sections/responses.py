@@ -2,48 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
-from rlhf_pipeline.report.drawing import (
-    Ends,
+from rlhf_pipeline.report.charts import (
     Entry,
     arm_legend,
     arm_name,
-    colour,
-    dress,
-    error_bars,
     interval_bar,
     legend,
-    mark,
     named,
     panel,
     panels,
     plot,
     span,
 )
+from rlhf_pipeline.report.drawing import Ends, colour, dress, mark
 from rlhf_pipeline.report.markup import (
     Column,
     Group,
     Markup,
     Section,
-    clean,
-    count,
+    columns,
     details,
     estimate,
     h,
-    headed,
-    interval_text,
     join,
-    number,
-    percent,
-    plural,
-    probability,
     section,
     table,
 )
 from rlhf_pipeline.report.points import Points
 from rlhf_pipeline.report.results import Preferences, Response, Row, Shown
 from rlhf_pipeline.report.style import NEUTRAL
+from rlhf_pipeline.report.text import clean, count, headed, interval_text, number, percent, plural, probability
 from rlhf_pipeline.report.view import View, setting_csv, setting_text
 
 if TYPE_CHECKING:
@@ -51,27 +43,22 @@ if TYPE_CHECKING:
 
 RELIABILITY = (420, 360)
 SCORERS = (
-    Column("scorer", False),
-    Column("accuracy"),
-    Column("95 % interval", False),
+    *columns("lrl", "scorer", "accuracy", "95 % interval"),
     Column("ECE", hint="expected calibration error: 0 is best"),
     Column("NLL", hint="log loss; a coin has 0.693"),
     Column("Brier", hint="squared error of the probability; a coin has 0.25"),
 )
-FIGURES = {
-    "length": "length, tokens",
-    "ended": "share ended by EOS",
-    "well_formed": "share well formed",
-    "entropy": "entropy, nats per response",
+FIGURES: dict[str, tuple[str, str, Callable[[float | None], str]]] = {
+    "length": ("length, tokens", "length", number),
+    "ended": ("share ended by EOS", "ended by EOS", percent),
+    "well_formed": ("share well formed", "well formed", percent),
+    "entropy": ("entropy, nats per response", "entropy", number),
+    "distinct_1": ("distinct-1", "distinct-1", partial(number, digits=3)),
+    "distinct_2": ("distinct-2", "distinct-2", partial(number, digits=3)),
+    "distinct_4": ("distinct-4", "distinct-4", partial(number, digits=3)),
+    "self_bleu": ("self-BLEU", "self-BLEU", partial(number, digits=3)),
 }
-DIVERSITY = {
-    "distinct_1": "distinct-1",
-    "distinct_2": "distinct-2",
-    "distinct_4": "distinct-4",
-    "self_bleu": "self-BLEU",
-}
-SHARES = ("ended", "well_formed")
-DIGITS = {"length": 2, "entropy": 2}
+"""Title of the panel, title of the column, and format of every figure of the responses."""
 
 LONG = 600
 """A longer response, in characters, is shown folded."""
@@ -144,7 +131,7 @@ def _reliability_panel(view: View, ident: str, name: str, bins: dict[str, Bins],
             x, y, _ = zip(*found)
             axes.plot(x, y, color=colour(look.hue), lw=1.5, alpha=0.7, zorder=2)
             for at, right, size in found:
-                mark(axes, [at], [right], look, size=4 + 3 * size / most)
+                mark(axes, at, right, look, size=4 + 3 * size / most)
         room = 0.03 * (1 - low)
         axes.set_xlim(low - room, 1 + room)
         axes.set_ylim(low - room, 1 + room)
@@ -159,27 +146,25 @@ def _reliability_panel(view: View, ident: str, name: str, bins: dict[str, Bins],
 
 def _value(row: Row, name: str) -> tuple[float, Ends] | None:
     """A figure of a row's responses with its interval; diversity has none."""
-    if name in FIGURES:
-        found = row.metrics.get(name)
-        return None if found is None else (found.mean, found.ends)
-    value = None if row.diversity is None else getattr(row.diversity, name)
+    if (found := row.metrics.get(name)) is not None:
+        return found.mean, found.ends
+    value = getattr(row.diversity, name, None)
     return None if value is None else (value, None)
 
 
 def responses_section(view: View, points: Points) -> Section | None:
     """Panels of length, endings, entropy and diversity against KL, and their table."""
-    named_so = FIGURES | DIVERSITY
-    present = {name: title for name, title in named_so.items() if any(_value(row, name) for row in view.rows)}
+    present = [name for name in FIGURES if any(_value(row, name) for row in view.rows)]
     if not present:
         return None
     body = _response_panels(view, points, present), _responses_table(view, present)
     return section("responses", "Length and diversity", *body)
 
 
-def _response_panels(view: View, points: Points, present: dict[str, str]) -> Markup | None:
+def _response_panels(view: View, points: Points, present: list[str]) -> Markup | None:
     csv: list[list[object]] = []
     made = []
-    for place, (name, title) in enumerate(present.items()):
+    for place, name in enumerate(present):
         found = []
         for row in view.trained:
             value = _value(row, name)
@@ -190,7 +175,7 @@ def _response_panels(view: View, points: Points, present: dict[str, str]) -> Mar
         for row, kl, mean, ends in found:
             place_of = [view.arm(row), setting_csv(row.setting), row.seed, row.name]
             csv.append([*place_of, name, kl, mean, *(ends or (None, None))])
-        made.append(_response_panel(view, f"responses-{place}", title, found))
+        made.append(_response_panel(view, f"responses-{place}", FIGURES[name][0], found))
     if not made:
         return None
     file = points.add("responses", ["arm", "setting", "seed", "model", "figure", "kl", "value", "low", "high"], csv)
@@ -207,23 +192,21 @@ def _response_panel(view: View, ident: str, title: str, found: list[tuple[Row, f
             if len(line) > 1:
                 axes.plot(*zip(*line), color=colour(view.look(arm).hue), lw=1.2, alpha=0.4, zorder=1)
         for row, kl, mean, ends in found:
-            error_bars(axes, kl, mean, view.look_of(row), None, ends)
-            mark(axes, [kl], [mean], view.look_of(row))
+            mark(axes, kl, mean, view.look_of(row), upright=ends)
 
     values = [mean for _, _, mean, _ in found]
     description = f"{len(found)} models, from {number(min(values), 3)} to {number(max(values), 3)}."
     return panel(ident, f"{headed(title)} against KL", description, paint)
 
 
-def _responses_table(view: View, present: dict[str, str]) -> Markup:
+def _responses_table(view: View, present: list[str]) -> Markup:
     """Means over the seeds of each setting."""
 
     def line(name: Markup, rows: list[Row]) -> list[object]:
         cells: list[object] = [name]
         for figure in present:
             known = [value[0] for row in rows if (value := _value(row, figure)) is not None]
-            mean = sum(known) / len(known) if known else None
-            cells.append(percent(mean) if figure in SHARES else number(mean, DIGITS.get(figure, 3)))
+            cells.append(FIGURES[figure][2](sum(known) / len(known) if known else None))
         return cells
 
     groups = [Group([line(named(NEUTRAL, row.name), [row]) for row in view.baseline()])]
@@ -232,12 +215,11 @@ def _responses_table(view: View, present: dict[str, str]) -> Markup:
         lines = [line(join([arm_name(view, arm), " ", setting_text(rows[0].setting)]), rows) for rows in settings]
         groups.append(Group(lines))
     groups.append(Group([line(named(view.look_of(row), f"best of {row.n}"), [row]) for row in view.best_of_n]))
-    titles = [view.name_of(name) if name in FIGURES else title for name, title in present.items()]
-    columns = [Column("model", False), *map(Column, titles)]
+    heads = columns("l" + "r" * len(present), "model", *(FIGURES[name][1] for name in present))
     tokens = [row.diversity.tokens for row in view.rows if row.diversity is not None]
     caption = "Means over the seeds of a setting. " if view.has_seeds() else ""
     caption += f"Distinct-n and self-BLEU over {count(max(tokens))} tokens of each model." if tokens else view.basis()
-    return table(columns, [group for group in groups if group.rows], label="Length and diversity", caption=caption)
+    return table(heads, [group for group in groups if group.rows], label="Length and diversity", caption=caption)
 
 
 def samples_section(view: View, points: Points) -> Section | None:

@@ -4,53 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from rlhf_pipeline.report.drawing import arm_name, interval_bar, named, span
+from rlhf_pipeline.report.charts import arm_name, interval_bar, named, span
 from rlhf_pipeline.report.markup import (
-    NOTHING,
     Column,
     Group,
     Markup,
     Section,
-    clean,
-    count,
+    columns,
     details,
-    duration,
     estimate,
     h,
     join,
     linked,
+    section,
+    table,
+)
+from rlhf_pipeline.report.points import Points, cells
+from rlhf_pipeline.report.results import BEST_OF_N, Contrast, EffectiveBeta, Interval, Row
+from rlhf_pipeline.report.text import (
+    NOTHING,
+    clean,
+    count,
+    duration,
     number,
     percent,
     plain,
     plural,
     probability,
     scaled,
-    section,
-    table,
 )
-from rlhf_pipeline.report.points import Points, cells
-from rlhf_pipeline.report.results import BEST_OF_N, Contrast, EffectiveBeta, Interval, Row
 from rlhf_pipeline.report.view import View, setting_text
 
 MAIN = ("true_reward", "judge", "score", "kl")
-CONTRASTS = (
-    Column("contrast", False),
-    Column("figure", False),
-    Column("where", False),
-    Column("difference"),
-    Column("95 % interval", False),
-    Column("p"),
-    Column("p (Holm)"),
-)
-WIN_RATES = (
-    Column("pair", False),
-    Column("by", False),
-    Column("win rate"),
-    Column("ties"),
-    Column("from 0 to 1", False),
-    Column("at equal length"),
-)
-RANKING = (Column("place"), Column("model", False), Column("Elo"), Column("95 % interval", False), Column("ties"))
+CONTRASTS = columns("lllrlrr", "contrast", "figure", "where", "difference", "95 % interval", "p", "p (Holm)")
+WIN_RATES = columns("llrrlr", "pair", "by", "win rate", "ties", "from 0 to 1", "at equal length")
+RANKING = columns("rlrlr", "place", "model", "Elo", "95 % interval", "ties")
 
 FEW = 12
 """If there are more contrasts, only those in the primary figure and the judge's score are shown unfolded."""
@@ -143,14 +131,13 @@ def _main(view: View) -> Markup:
         note = h("span", f"of {clean(view.results.baseline)}{chosen}", class_="note")
         header = join([named(view.look(BEST_OF_N), "best of n"), " ", note])
         groups.append(Group([line(f"n = {row.n}", [row], {}) for row in best], header))
-    columns = [Column("arm and setting", False), *(column for column, _ in made)]
-    return table(columns, groups, label="Main table", caption=_caption(view))
+    heads = [Column("arm and setting", False), *(column for column, _ in made)]
+    return table(heads, groups, label="Main table", caption=_caption(view))
 
 
 def _arm(
     view: View, arm: str, settings: list[list[Row]], line: Callable[[object, list[Row], Summarised], list[object]]
 ) -> Group:
-    """The lines of one arm: one for each setting."""
     lines = []
     for rows in settings:
         text = setting_text(rows[0].setting) or clean(rows[0].name)
@@ -167,7 +154,6 @@ def _arm(
 
 
 def _single(arm: str, rows: list[Row]) -> str:
-    """The name of an arm's only line."""
     row = rows[0]
     name = arm if len(rows) > 1 else clean(row.name)
     beta = "" if row.beta is None else f"β {plain(row.beta)}"
@@ -204,9 +190,9 @@ def _every_model(view: View) -> Markup | None:
         [named(view.look_of(row), view.title(row.model)), *(cell([row], {}) for _, cell in made)]
         for row in view.models()
     ]
-    columns = [Column("model", False), *(column for column, _ in made)]
+    heads = [Column("model", False), *(column for column, _ in made)]
     caption = f"Mean with its interval over prompts. {view.basis()}"
-    body = table(columns, [Group(lines)], label="Every model", caption=caption)
+    body = table(heads, [Group(lines)], label="Every model", caption=caption)
     return details(f"Every model on its own ({len(lines)})", body, class_="unfold")
 
 
@@ -216,7 +202,6 @@ def _or_why(found: Interval | None, why_not: str | None) -> Markup:
 
 
 def _contrasts(view: View, points: Points) -> Markup | None:
-    """Differences between arms, with p-values."""
     found = sorted(view.results.contrasts, key=lambda entry: not entry.primary)
     if not found:
         return None
@@ -269,7 +254,6 @@ def _differences(view: View, found: list[Contrast]) -> Group:
 
 
 def _win_rates(view: View) -> Markup | None:
-    """Win rates of pairs, plain and at equal length."""
     lines = [
         [
             f"{clean(one.a)} against {clean(one.b)}",
@@ -298,8 +282,8 @@ def ranking_section(view: View, points: Points) -> Section | None:
     found = [(one, one.elo) for one in (ranking.rows if ranking is not None else ()) if one.elo is not None]
     if ranking is None or not found:
         return None
-    columns = ["name", "elo", "low", "high", "bound", "ties"]
-    file = points.add("ranking", columns, [[one.name, *cells(elo), one.bound, one.ties] for one, elo in found])
+    names = ["name", "elo", "low", "high", "bound", "ties"]
+    file = points.add("ranking", names, [[one.name, *cells(elo), one.bound, one.ties] for one, elo in found])
     passed = [one for one, _ in reversed(found) if one.step is not None]
     best = {one.arm: one.name for one in passed}  # the last of an arm: its best
     hidden = {one.name for one in passed if len(found) > MANY and one.name not in best.values()}

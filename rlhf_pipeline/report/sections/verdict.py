@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-from rlhf_pipeline.report.drawing import arm_name
-from rlhf_pipeline.report.markup import (
-    NOTHING,
-    Column,
-    Group,
-    Markup,
-    Section,
-    clean,
-    count,
-    facts,
-    h,
-    join,
-    plain,
-    plural,
-    section,
-    table,
-    words,
-)
+from rlhf_pipeline.report.charts import arm_name
+from rlhf_pipeline.report.markup import Column, Group, Markup, Section, h, join, section, table
 from rlhf_pipeline.report.points import Points
+from rlhf_pipeline.report.text import NOTHING, clean, count, plain, plural, words
 from rlhf_pipeline.report.view import View, setting_text
 
 TOPICS = {
@@ -59,20 +44,19 @@ def headline(view: View) -> Markup:
 def overview(view: View) -> Markup:
     """The facts of the comparison: prompts, samples, seeds, reference, judge."""
     results, seeds = view.results, [str(seed) for seed in view.seeds()]
-    return facts(
-        [
-            ("prompts", f"{count(results.prompts)} (split: {results.split})"),
-            ("samples per prompt", count(results.samples)),
-            ("seeds", words(seeds) if seeds else None),
-            ("temperature", plain(results.temperature)),
-            ("longest response", plural(results.response_length, "token")),
-            ("primary figure", view.name_of(results.primary) if results.primary else None),
-            ("KL measured to", results.reference),
-            ("baseline", results.baseline),
-            ("reward model", results.reward_model),
-            ("judge", results.judge),
-        ]
-    )
+    known = [
+        ("prompts", f"{count(results.prompts)} (split: {results.split})"),
+        ("samples per prompt", count(results.samples)),
+        ("seeds", words(seeds) if seeds else None),
+        ("temperature", plain(results.temperature)),
+        ("longest response", plural(results.response_length, "token")),
+        ("primary figure", view.name_of(results.primary) if results.primary else None),
+        ("KL measured to", results.reference),
+        ("baseline", results.baseline),
+        ("reward model", results.reward_model),
+        ("judge", results.judge),
+    ]
+    return h("dl", *(h("div", h("dt", what), h("dd", value)) for what, value in known if value is not None))
 
 
 def fairness(view: View, points: Points) -> Section | None:
