@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,9 +188,7 @@ def run_collect(
     records = list(rows())
     # 3. Publish.
     parents = {"policy": parent} | ({"judge": labeller.resolved} if labeller.resolved is not None else {})
-    counts: dict[str, int] = {}
-    for row in records:
-        counts[row["split"]] = counts.get(row["split"], 0) + 1
+    counts = dict(Counter(row["split"] for row in records))
     metrics = {"records": len(records), "dropped": dropped, "by_split": counts, "judge": config.judge}
     cost = meter.report()
     published = registry.publish_data(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from rlhf_pipeline.config.collect import CollectConfig
+from rlhf_pipeline.config.dump import config_digest
 from rlhf_pipeline.config.stages import ModelConfig
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.data.batch import Layout
@@ -92,19 +93,14 @@ def tokenizer_of(resolved: Resolved, trust_remote_code: bool = False) -> PreTrai
     return load_tokenizer(resolved.location, revision=resolved.revision, trust_remote_code=trust_remote_code)
 
 
-def load_language_model(
-    resolved: Resolved, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, **options
-) -> PreTrainedModel:
-    """Load a causal language model with the options of a config."""
-    return load_causal_lm(
-        resolved.location,
-        dtype=config.dtype,
-        attn_implementation=config.attn_implementation,
-        revision=resolved.revision,
-        trust_remote_code=config.trust_remote_code,
-        tokenizer=tokenizer,
-        **options,
-    )
+def loading_options(resolved: Resolved, config: ModelConfig) -> dict[str, Any]:
+    """The options for loading a model's files."""
+    return {
+        "dtype": config.dtype,
+        "attn_implementation": config.attn_implementation,
+        "revision": resolved.revision,
+        "trust_remote_code": config.trust_remote_code,
+    }
 
 
 def load_policy(
@@ -123,7 +119,8 @@ def load_policy(
     """
 
     def load() -> Policy:
-        model = onto(device, load_language_model(resolved, config, tokenizer, **options))
+        how = loading_options(resolved, config) | options
+        model = onto(device, load_causal_lm(resolved.location, tokenizer=tokenizer, **how))
         policy = Policy(model, inspect_model(model), temperature, entropy=not frozen)
         policy.train(not frozen)
         return policy.requires_grad_(False) if frozen else policy
@@ -139,13 +136,7 @@ def load_reward_model(resolved: Resolved, config: ModelConfig, device: torch.dev
     """Load a frozen reward model onto a device; within `sharing_models` it is loaded once."""
 
     def load() -> RewardModel:
-        model = load_sequence_classifier(
-            resolved.location,
-            dtype=config.dtype,
-            attn_implementation=config.attn_implementation,
-            revision=resolved.revision,
-            trust_remote_code=config.trust_remote_code,
-        )
+        model = load_sequence_classifier(resolved.location, **loading_options(resolved, config))
         return read_reward_model(onto(device, model)).eval().requires_grad_(False)
 
     return shared(("reward model", *_identity(resolved, config, device)), load)
@@ -153,8 +144,7 @@ def load_reward_model(resolved: Resolved, config: ModelConfig, device: torch.dev
 
 def _identity(resolved: Resolved, config: ModelConfig, device: torch.device) -> tuple[Any, ...]:
     """A key of the loaded weights: the model, the options for loading and the device."""
-    how = (config.dtype, config.attn_implementation, config.trust_remote_code, str(device))
-    return (resolved.location, resolved.revision, resolved.digest, *how)
+    return (resolved.location, resolved.digest, str(device), *loading_options(resolved, config).values())
 
 
 def onto(device: torch.device, model: PreTrainedModel) -> PreTrainedModel:
@@ -266,7 +256,7 @@ def publish(
         write,
         run=run.origin,
         config=run.config.model_dump(mode="json"),
-        config_digest=run.config_digest,
+        config_digest=config_digest(run.config),
         parents=dict(parents),
         data=[report.to_dict() for report in reports],
         tokenizer_digest=tokenizer_digest(tokenizer),

@@ -16,10 +16,10 @@ from rlhf_pipeline.rollout.rewards import WeightedReward
 from rlhf_pipeline.rollout.vllm_engine import VllmEngine
 from rlhf_pipeline.stages.common import load_policy
 from rlhf_pipeline.stages.gate import repeat_gates
-from rlhf_pipeline.stages.reward_sources import LoadedModel, load_judge, load_reward, weighted
+from rlhf_pipeline.stages.reward_sources import LoadedModel, load_judge, load_reward
 from rlhf_pipeline.training.cost import ModelShape
-from rlhf_pipeline.training.judge import Judge
 from rlhf_pipeline.training.open_run import Run
+from rlhf_pipeline.training.ppo_rollouts import Judge
 from rlhf_pipeline.training.precision import uses_bf16
 
 if TYPE_CHECKING:
@@ -50,11 +50,7 @@ def load_models(
     """
     assert config.value_init is not None  # the config fills it in
     stop_id = stop_id_of(config, tokenizer)
-    sources = [
-        (part.weight, load_reward(run.registry, part.source, config, parent, tokenizer, run.device))
-        for part in config.rewards
-    ]
-    rewards = [loaded for _, loaded in sources]
+    rewards = [load_reward(run.registry, part.source, config, parent, tokenizer, run.device) for part in config.rewards]
     actor = load_policy(parent, config, tokenizer, run.device, temperature=config.temperature)
     reference = load_policy(parent, config, tokenizer, run.device, temperature=config.temperature, frozen=True)
     models = [loaded for loaded in rewards if isinstance(loaded, LoadedModel)]
@@ -70,7 +66,8 @@ def load_models(
         assert_independent(actor_critic, frozen)
     run.log.say(describe_critic(config.value_init, models[0].source.label if models else None))
     judge, judge_model = load_judge(run, rewards, parent, tokenizer)
-    reward = weighted(sources)
+    weights = [part.weight for part in config.rewards]
+    reward = WeightedReward(tuple(zip(weights, (loaded.source for loaded in rewards), strict=True)))
     run.log.say(f"reward: {reward.label}; KL to {parent.label} at beta {config.kl_coef:g}")
 
     parents = {"base": parent, "reference": parent}

@@ -50,26 +50,6 @@ def label_probabilities(examples: Sequence[Example]) -> Tensor:
     return torch.tensor([example.label_probability for example in examples], dtype=torch.float64)
 
 
-def implicit_reward_metrics(
-    policy: Policy,
-    reference: Tensor,
-    examples: Sequence[Example],
-    *,
-    beta: float,
-    **options: Any,
-) -> dict[str, float]:
-    """Accuracy and sigmoid loss of the implicit reward beta log(pi / pi_ref) on held-out pairs and rankings.
-
-    Args:
-        reference: (examples, K) log-probabilities of the completions under the reference, in nats.
-        options: options of `completion_logprob_sums`.
-    """
-    logprobs = completion_logprob_sums(policy, examples, **options)
-    rewards = beta * (logprobs - reference)
-    metrics = preference_metrics(*pair_differences(rewards.tolist(), examples))
-    return {f"eval_{name}": value for name, value in metrics.items()}
-
-
 def kind_of(config: DpoConfig) -> str:
     """The kind of example that `rlhf dpo` reads: pairs and rankings, rankings without ties, or (TRL) only pairs."""
     return "order" if OBJECTIVES[config.loss_type].listwise else preference_kind(config)
@@ -135,9 +115,12 @@ def recorded_pairs(
     windows, total = example_schedule(run, examples, layout=layout, pad_id=tokenizer.pad_token_id, count=count_pairs)
 
     def evaluate() -> dict[str, float]:
+        """Accuracy and sigmoid loss of the implicit reward beta log(pi / pi_ref) on held-out pairs and rankings."""
         if not held_out:
             return {}
-        return implicit_reward_metrics(policy, held_out_reference, held_out, beta=config.beta, **options(held_out))
+        rewards = config.beta * (completion_logprob_sums(policy, held_out, **options(held_out)) - held_out_reference)
+        metrics = preference_metrics(*pair_differences(rewards.tolist(), held_out))
+        return {f"eval_{name}": value for name, value in metrics.items()}
 
     return Pairs(examples, reports, windows, total, reference, targets, evaluate)
 

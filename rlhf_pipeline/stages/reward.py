@@ -26,6 +26,7 @@ from rlhf_pipeline.stages.common import (
     find_base,
     inputs_of,
     load_policy,
+    loading_options,
     log_moves,
     onto,
     publish,
@@ -43,7 +44,7 @@ from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.open_run import Run, open_run
 from rlhf_pipeline.training.pairs import count_pairs, split_pairs, total_pairs
 from rlhf_pipeline.training.session import Plan, train
-from rlhf_pipeline.training.trl_engine import train_with_trl
+from rlhf_pipeline.training.trl_engine.train import train_with_trl
 from rlhf_pipeline.training.windows import ExampleBatch, Loss
 
 if TYPE_CHECKING:
@@ -145,11 +146,8 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
             parent.location,
             tokenizer,
             seed=config.seed,
-            dtype=config.dtype,
-            attn_implementation=config.attn_implementation,
-            revision=parent.revision,
-            trust_remote_code=config.trust_remote_code,
             score_pooling=config.score_pooling,
+            **loading_options(parent, config),
         )
         network = onto(run.device, network)
         model = read_reward_model(network).train()

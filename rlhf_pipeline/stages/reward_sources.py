@@ -16,12 +16,12 @@ from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.models.modules import RewardModel
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.rollout.rewards import FunctionReward, ModelReward, RewardSource, WeightedReward, WorldReward
+from rlhf_pipeline.rollout.rewards import FunctionReward, ModelReward, RewardSource, WorldReward
 from rlhf_pipeline.stages.common import find_model, load_reward_model, require_same_tokenizer
 from rlhf_pipeline.stages.gate import repeat_gates
 from rlhf_pipeline.training.cost import ModelShape
-from rlhf_pipeline.training.judge import Judge
 from rlhf_pipeline.training.open_run import Run
+from rlhf_pipeline.training.ppo_rollouts import Judge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,11 +73,6 @@ def load_reward(
     require_same_tokenizer(policy, resolved, tokenizer, config.trust_remote_code)
     model = load_reward_model(resolved, config, device)
     return LoadedModel(ModelReward(resolved.label, model, tokenizer.pad_token_id, device), resolved, model)
-
-
-def weighted(parts: Sequence[tuple[float, LoadedReward]]) -> WeightedReward:
-    """The weighted sum of sources."""
-    return WeightedReward(tuple((weight, loaded.source) for weight, loaded in parts))
 
 
 def load_judge(

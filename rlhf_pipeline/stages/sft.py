@@ -35,7 +35,7 @@ from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.open_run import Run, open_run
 from rlhf_pipeline.training.session import Plan, train
-from rlhf_pipeline.training.trl_engine import train_with_trl
+from rlhf_pipeline.training.trl_engine.train import train_with_trl
 from rlhf_pipeline.training.windows import ExampleBatch, Loss
 
 if TYPE_CHECKING:

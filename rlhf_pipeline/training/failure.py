@@ -11,9 +11,7 @@ failure-1/ (the next one to failure-2/), where it remains for inspection.
 from __future__ import annotations
 
 import json
-import math
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -22,9 +20,10 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_pipeline.errors import RunFailed
-from rlhf_pipeline.registry.storage import staging, sync, sync_tree
-from rlhf_pipeline.training.checkpoint import PREFIX
+from rlhf_pipeline.registry.storage import sync
+from rlhf_pipeline.training.checkpoint import PREFIX, replacing, steps_in
 from rlhf_pipeline.training.finite import BadRow, NotFinite
+from rlhf_pipeline.training.tracking import jsonable
 
 FOLDER = "failure"
 Decode = Callable[[Sequence[int]], str]
@@ -46,15 +45,6 @@ def advice(what: str, weights: Sequence[str]) -> str:
     if what in ("advantages", "returns"):
         return f"{SMALLER_STEPS}, or scale the rewards down"
     return SMALLER_STEPS
-
-
-def _printable(value: Any) -> Any:
-    """The value with NaN and infinities, which JSON does not have, as text."""
-    if isinstance(value, Mapping):
-        return {key: _printable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_printable(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _described(row: BadRow, decode: Decode | None) -> dict[str, Any]:
@@ -115,15 +105,10 @@ def write_failure(directory: Path, failure: NotFinite, known: Mapping[str, Any],
         for field in fields(batch)
         if isinstance(value := getattr(batch, field.name), Tensor)
     }
-    target = directory / FOLDER
-    with staging(directory, FOLDER) as staged:
-        (staged / "failure.json").write_text(json.dumps(_printable(told), indent=1) + "\n", encoding="ascii")
+    with replacing(directory / FOLDER) as staged:
+        (staged / "failure.json").write_text(json.dumps(jsonable(told, str), indent=1) + "\n", encoding="ascii")
         save_file(tensors, staged / "batch.safetensors")
-        sync_tree(staged)
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(staged, target)
-        sync(directory)
-    return target
+    return directory / FOLDER
 
 
 def failed_update(directory: Path) -> int | None:
@@ -148,8 +133,8 @@ def put_aside(directory: Path) -> str:
 
 def told(failure: NotFinite, checkpoints: Path, kept: str) -> RunFailed:
     """The error for the user: the failure, the last checkpoint, where the batch is stored, what to try."""
-    steps = [int(step) for path in checkpoints.glob(f"{PREFIX}*") if (step := path.name.removeprefix(PREFIX)).isdigit()]
-    last = f"the last checkpoint is {checkpoints.name}/{PREFIX}{max(steps)}" if steps else "there is no checkpoint"
+    steps = steps_in(checkpoints)
+    last = f"the last checkpoint is {checkpoints.name}/{PREFIX}{steps[0]}" if steps else "there is no checkpoint"
     error = RunFailed(f"{failure}; {last}; {kept}; {advice(failure.what, failure.weights)}")
     error.agreed = failure.agreed
     return error

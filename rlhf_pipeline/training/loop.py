@@ -12,9 +12,8 @@ from torch import nn
 
 from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.training.finite import Seen, all_finite, figures, refuse
-from rlhf_pipeline.training.halves import cut_micro_batches, size_of
 from rlhf_pipeline.training.ranks import Ranks, together
-from rlhf_pipeline.training.windows import Loss, Window
+from rlhf_pipeline.training.windows import Loss, Window, cut_micro_batches, size_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -26,10 +26,21 @@ from rlhf_pipeline.rollout.rollout import (
 )
 from rlhf_pipeline.rollout.vllm_engine import VllmEngine
 from rlhf_pipeline.training.cost import JUDGE, CostMeter, ModelShape
-from rlhf_pipeline.training.judge import Judge
 from rlhf_pipeline.training.ppo_batches import Minibatches, PpoBatch, Sampled, Scored, cut_rows
 from rlhf_pipeline.training.tracking import logged
 from rlhf_pipeline.training.windows import Window, epoch_order
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A reward source that scores the rollouts and does not affect training.
+
+    shape: the shape of its model, for its own cost; None for a function. every: it scores every `every`-th update.
+    """
+
+    source: RewardSource
+    shape: ModelShape | None
+    every: int
 
 
 @dataclass
@@ -236,8 +247,23 @@ def check_and_describe(setup: PpoSetup, scored: Scored, estimates: Estimates) ->
     metrics["episodes"] = float((scored.update + 1) * config.rollout_batch_size)
     if setup.judge is not None and logged(scored.update + 1, setup.judge.every, config.updates):
         with setup.meter.part(JUDGE), setup.autocast():
-            metrics |= setup.judge.look(rollout.examples, scored.rows, scored.packed, setup.meter, setup.reduce)
+            metrics |= judged(setup, setup.judge, scored)
     return metrics
+
+
+@torch.no_grad()
+def judged(setup: PpoSetup, judge: Judge, scored: Scored) -> dict[str, float]:
+    """Mean and standard deviation of the judge's scores over the responses of a rollout, on all ranks."""
+    sums = []
+    for rows, batch in zip(scored.rows, scored.packed, strict=True):
+        scores = judge.source.score([scored.rollout.examples[i] for i in rows], batch).cpu().double()
+        flops = 0.0 if judge.shape is None else judge.shape.batch_flops(batch)
+        added = torch.tensor([len(scores), scores.sum(), (scores**2).sum(), flops], dtype=torch.float64)
+        sums.append(added.to(batch.lengths.device))
+    count, total, square, flops = setup.reduce(torch.stack(sums).sum(0)).tolist()
+    setup.meter.judge_flops += flops
+    mean = total / count
+    return {"objective/judge": mean, "objective/judge_std": max(square / count - mean**2, 0.0) ** 0.5}
 
 
 def minibatch_window(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.errors import Interrupted, MismatchError, RunFailed
@@ -18,9 +18,8 @@ from rlhf_pipeline.health.monitor import Monitor, facts_of
 from rlhf_pipeline.health.watches import WATCHES
 from rlhf_pipeline.models.memory import ADVICE
 from rlhf_pipeline.models.refusals import first_line, ran_out
-from rlhf_pipeline.registry.storage import staging, sync, sync_tree
-from rlhf_pipeline.training.checkpoint import Checkpoint, restore, save_checkpoint
-from rlhf_pipeline.training.cost import JUDGE
+from rlhf_pipeline.training.checkpoint import Checkpoint, replacing, restore, save_checkpoint
+from rlhf_pipeline.training.cost import COUNTS, JUDGE
 from rlhf_pipeline.training.failure import Decode, failed_update, put_aside, told, write_failure
 from rlhf_pipeline.training.finite import NotFinite
 from rlhf_pipeline.training.loop import Step, fit
@@ -106,17 +105,6 @@ def _require_same_inputs(run: Run, checkpoint: Checkpoint, inputs: Mapping[str, 
         )
 
 
-def _keep_snapshot(root: Path, step: int, save: Callable[[Path], None]) -> None:
-    """Write snapshots/step-<n> atomically, and sync it before the checkpoint of the same step is written."""
-    target = root / f"step-{step}"
-    with staging(root, target.name) as staged:
-        save(staged)
-        sync_tree(staged)
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(staged, target)
-        sync(root)
-
-
 def _told(run: Run, error: Exception, plan: Plan, known: Mapping[str, Any]) -> Exception:
     """The error for the user; for a figure that is not finite, its batch is written first."""
     if isinstance(error, NotFinite):
@@ -130,6 +118,32 @@ def _told(run: Run, error: Exception, plan: Plan, known: Mapping[str, Any]) -> E
     if isinstance(error, RunFailed) and error.agreed:
         run.accelerator.wait_for_everyone()  # a launcher ends all processes when the first one exits
     return error
+
+
+def optimizer_and_schedule(config: TrainingConfig, model: nn.Module, plan: Plan) -> tuple[AdamW, LambdaLR]:
+    """The optimizer of a config and the schedule of its learning rate."""
+    optimizer = make_optimizer(
+        model.parameters(),
+        learning_rate=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
+    name, offset = config.lr_scheduler_type, plan.warmup_offset
+    warmup_steps, total = config.warmup_steps, plan.total
+    return optimizer, make_scheduler(optimizer, name, warmup_steps=warmup_steps, total=total, offset=offset)
+
+
+def log_update(
+    run: Run, plan: Plan, monitor: Monitor, step: int, metrics: Metrics, epoch: float, shares: str = ""
+) -> None:
+    """Log an update, the evaluation after it if one is due, and the findings of the watches."""
+    tell(run.log, monitor.update(step, metrics))
+    run.log.update(step, metrics | monitor.lasting(), shares)
+    if plan.evaluate is not None and evaluates_at(run.config, step, epoch):
+        figures = plan.evaluate()
+        run.log.record(step, figures)
+        tell(run.log, monitor.update(step, figures))
 
 
 def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
@@ -146,20 +160,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
     model.train()  # every part: a part in eval mode (a critic copied from a frozen model) would keep its activations
     if config.gradient_checkpointing:
         checkpoint_activations(model)
-    optimizer = make_optimizer(
-        model.parameters(),
-        learning_rate=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-    )
-    scheduler = make_scheduler(
-        optimizer,
-        config.lr_scheduler_type,
-        warmup_steps=config.warmup_steps,
-        total=plan.total,
-        offset=plan.warmup_offset,
-    )
+    optimizer, scheduler = optimizer_and_schedule(config, model, plan)
     start = 0
     # Examples are distributed over the processes: with another number of processes, other examples would follow.
     inputs = {**plan.inputs, "processes": str(run.accelerator.num_processes)}
@@ -218,13 +219,8 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
     def on_update(step: int, metrics: Metrics, window: Window) -> None:
         nonlocal last, failed_at
         last = plan.derive(metrics)
-        tell(run.log, monitor.update(step, last))
         shares = "  ".join(f"{name} {share:.0%}" for name, share in run.meter.shares().items())
-        run.log.update(step, last | monitor.lasting(), shares)
-        if plan.evaluate is not None and evaluates_at(config, step, window.epoch):
-            figures = plan.evaluate()
-            run.log.record(step, figures)
-            tell(run.log, monitor.update(step, figures))
+        log_update(run, plan, monitor, step, last, window.epoch, shares)
         if failed_at is not None and step >= failed_at:
             kept, failed_at = put_aside(run.directory), None
             run.log.say(f"update {step}, which had failed before, is done; the record of the failure is now in {kept}/")
@@ -232,7 +228,8 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
             # Every rank takes part in the count; the window of this update is not counted yet.
             run.meter.mark(step, **over_ranks(), optimizer_steps=steps_before + taken + 1)
             if run.accelerator.is_main_process:
-                _keep_snapshot(run.directory / "snapshots", step, plan.save)
+                with replacing(run.directory / "snapshots" / f"step-{step}") as staged:
+                    plan.save(staged)
         _agree_to_stop(run)
         if run.stopped_by is not None:
             save(step)
@@ -281,8 +278,8 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
 
 def _restore_meter(run: Run, cost: dict[str, Any]) -> None:
     meter = run.meter
-    meter.flops, meter.tokens_trained = cost["flops"], cost["tokens_trained"]
-    meter.tokens_generated, meter.optimizer_steps = cost["tokens_generated"], cost["optimizer_steps"]
+    for name in COUNTS:
+        setattr(meter, name, cost[name])
     meter.seconds = dict(cost["seconds"])
     meter.earlier_seconds = cost["wall"] + meter.seconds.get(JUDGE, 0.0)
     meter.judge_flops = cost.get("judge_flops", 0.0)
