@@ -31,6 +31,7 @@ from rlhf_pipeline.registry.roles import Role, check_role
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.training.open_run import Run
 from rlhf_pipeline.training.precision import uses_bf16
+from rlhf_pipeline.training.session import Plan
 from rlhf_pipeline.training.tracking import jsonable
 from rlhf_pipeline.training.windows import Window, example_windows, total_steps
 
@@ -228,27 +229,26 @@ def log_moves(run: Run, parents: Mapping[str, Resolved]) -> None:
 
 def publish(
     run: Run,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    plan: Plan,
     *,
     parents: Mapping[str, Resolved],
     reports: Sequence[SourceReport],
     metrics: dict[str, Any],
 ) -> StageResult:
-    """Register the model with its snapshots, end the run, and return the result."""
+    """Register the plan's model with its snapshots, end the run, and return the result."""
     run.accelerator.wait_for_everyone()
     if not run.accelerator.is_main_process:
         return StageResult(run.stage, "", "", str(run.directory), metrics, {})
     snapshots = run.directory / "snapshots"
 
     def write(directory: Path) -> None:
-        save_model(model, tokenizer, directory)
+        save_model(plan.model, plan.tokenizer, directory)
         if snapshots.is_dir():
             shutil.copytree(snapshots, directory / "snapshots")
 
     if run.config.bf16 == "auto":
         metrics = {**metrics, "bf16": uses_bf16(run.config)}
-    cost = run.meter.report()
+    cost, tokenizer = run.meter.report(), plan.tokenizer
     # A process that was killed between registering and finishing has already registered this model.
     published = run.registry.models.of_run(run.config.output_name, run.origin) or run.registry.publish(
         run.config.output_name,

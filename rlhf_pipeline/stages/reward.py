@@ -12,9 +12,8 @@ import torch
 from rlhf_pipeline.algorithms.preference import bradley_terry_loss, centering_loss, correct
 from rlhf_pipeline.config.reward import RewardConfig
 from rlhf_pipeline.data.tokenize import Example
-from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.evaluation.preference_metrics import calibration_slope, pair_differences
-from rlhf_pipeline.models.loading import init_reward_model, save_model, store_reward_shift
+from rlhf_pipeline.models.loading import init_reward_model, store_reward_shift
 from rlhf_pipeline.models.modules import RewardModel
 from rlhf_pipeline.models.selfcheck import read_reward_model
 from rlhf_pipeline.registry.references import Resolved
@@ -109,8 +108,8 @@ def center(
         mean = sum(row[0] for row in scores) / len(scores)
     else:
         policy = load_policy(parent, config, tokenizer, run.device, frozen=True)
-        at_once = max(64, config.per_device_eval_batch_size)
-        count = config.reward_centering_samples
+        most, count = max(64, config.per_device_eval_batch_size), config.reward_centering_samples
+        at_once: dict[str, Any] = {"responses_at_once": most, "memory": run.memory}
         distinct = list({example.prompt_key: example for example in examples}.values())
         prompts = [distinct[i % len(distinct)] for i in range(count)]
         sampled, _ = sample_for_prompts(
@@ -121,16 +120,12 @@ def center(
             stop_id=tokenizer.eos_token_id,
             pad_id=tokenizer.pad_token_id,
             generator=torch.Generator().manual_seed(config.seed),
-            responses_at_once=at_once,
-            memory=run.memory,
+            **at_once,
             device=run.device,
         )
-        prefilled = prompts_run(policy, sampled, at_once, run.memory)
+        run.meter.generate(ModelShape.of(policy.model), sampled, prompts_run(policy, sampled, **at_once))
         scores = score(sampled)
         mean = sum(row[0] for row in scores) / count
-        shape = ModelShape.of(policy.model)
-        lengths = [len(e.prompt_ids) for e in sampled], [len(e.completions[0]) for e in sampled]
-        run.meter.generate(shape, *lengths, prefilled)
     store_reward_shift(model.model, mean)
     return mean
 
@@ -192,13 +187,13 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
             step,
             total,
             shown=("loss/bradley_terry", "accuracy", "margin", "learning_rate"),
+            model=network,
+            tokenizer=tokenizer,
             inputs=inputs_of({"base": parent}, reports),
             evaluate=evaluate,
-            save=lambda directory: save_model(network, tokenizer, directory),
-            decode=functools.partial(text_of, tokenizer),
         )
         if config.engine == "trl":
-            last = train_with_trl(run, plan, model=network, tokenizer=tokenizer, examples=examples, shape=shape)
+            last = train_with_trl(run, plan, examples=examples, shape=shape)
         else:
             last = train(run, model, plan)
 
@@ -220,7 +215,7 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
             metrics["calibration_slope"] = {"mean": None, "why_not": NO_SLOPE} if slope is None else slope.as_dict()
             metrics["gate"] = gate_of(differences, rivals, prompts)
             describe_quality(run, metrics)
-        return publish(run, network, tokenizer, parents={"base": parent}, reports=reports, metrics=metrics)
+        return publish(run, plan, parents={"base": parent}, reports=reports, metrics=metrics)
 
 
 def describe_quality(run: Run, metrics: dict[str, Any]) -> None:

@@ -15,8 +15,8 @@ from rlhf_pipeline.config.sft import SftConfig
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.tokenize import Example, whole_sequence
-from rlhf_pipeline.data.tokenizers import text_of, train_byte_level_bpe
-from rlhf_pipeline.models.loading import init_causal_lm, new_config, save_model
+from rlhf_pipeline.data.tokenizers import train_byte_level_bpe
+from rlhf_pipeline.models.loading import init_causal_lm, new_config
 from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.modules import Policy
 from rlhf_pipeline.models.selfcheck import inspect_model
@@ -160,13 +160,13 @@ def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
             functools.partial(sft_step, meter=run.meter, shape=shape),
             total,
             shown=("loss/nll", "entropy", "learning_rate"),
+            model=policy.model,
+            tokenizer=tokenizer,
             inputs=inputs_of(parents, reports),
             evaluate=evaluate,
-            save=lambda directory: save_model(policy.model, tokenizer, directory),
-            decode=functools.partial(text_of, tokenizer),
         )
         if config.engine == "trl":
-            last = train_with_trl(run, plan, model=policy.model, tokenizer=tokenizer, examples=examples, shape=shape)
+            last = train_with_trl(run, plan, examples=examples, shape=shape)
         else:
             last = train(run, policy, plan)
 
@@ -178,4 +178,4 @@ def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
             "train_examples": len(examples),
             "eval_examples": len(held_out),
         }
-        return publish(run, policy.model, tokenizer, parents=parents, reports=reports, metrics=metrics)
+        return publish(run, plan, parents=parents, reports=reports, metrics=metrics)

@@ -6,7 +6,7 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from rlhf_pipeline.data.batch import PackedBatch
+from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.models.forward import trunk_of
 from rlhf_pipeline.models.last_layer import skipping_modules
 
@@ -186,14 +187,10 @@ class CostMeter:
         """Count a forward pass of a frozen model."""
         self.flops += shape.batch_flops(batch)
 
-    def generate(
-        self,
-        shape: ModelShape,
-        prompt_lengths: list[int],
-        response_lengths: list[int],
-        prompts: list[int] | None = None,
-    ) -> None:
-        """Count sampled responses; see `ModelShape.decode_flops`."""
+    def generate(self, shape: ModelShape, sampled: Sequence[Example], prompts: list[int] | None = None) -> None:
+        """Count the sampled responses of some examples; see `ModelShape.decode_flops`."""
+        prompt_lengths = [len(example.prompt_ids) for example in sampled for _ in example.completions]
+        response_lengths = [len(ids) for example in sampled for ids in example.completions]
         self.flops += shape.decode_flops(prompt_lengths, response_lengths, prompts)
         self.tokens_generated += sum(response_lengths)
 

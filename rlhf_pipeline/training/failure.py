@@ -12,21 +12,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.errors import RunFailed
 from rlhf_pipeline.registry.storage import sync
 from rlhf_pipeline.training.checkpoint import PREFIX, replacing, steps_in
 from rlhf_pipeline.training.finite import BadRow, NotFinite
 from rlhf_pipeline.training.tracking import jsonable
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 FOLDER = "failure"
-Decode = Callable[[Sequence[int]], str]
 SMALLER_STEPS = (
     "try a smaller learning_rate, a smaller max_grad_norm, more warmup_steps, or fp32 (bf16: false, dtype: float32)"
 )
@@ -47,17 +50,14 @@ def advice(what: str, weights: Sequence[str]) -> str:
     return SMALLER_STEPS
 
 
-def _described(row: BadRow, decode: Decode | None) -> dict[str, Any]:
+def _described(row: BadRow, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     example = row.example
     chosen = range(len(example.completions)) if row.completion is None else [row.completion]
-
-    def text(ids: Sequence[int], recorded: str) -> str:
-        return recorded if decode is None else decode(ids)
 
     completions = [
         {
             "number": k,
-            "text": text(example.completions[k], example.completion_texts[k] if example.completion_texts else ""),
+            "text": text_of(tokenizer, example.completions[k]),
             "ids": list(example.completions[k]),
             "ended": bool(example.ended[k]),
         }
@@ -66,19 +66,20 @@ def _described(row: BadRow, decode: Decode | None) -> dict[str, Any]:
     return {
         "where": example.where,
         "micro_batch": row.micro_batch,
-        "prompt": text(example.prompt_ids, example.prompt_text),
+        "prompt": text_of(tokenizer, example.prompt_ids),
         "prompt_ids": list(example.prompt_ids),
         "completions": completions,
         "values": list(row.values),
     }
 
 
-def write_failure(directory: Path, failure: NotFinite, known: Mapping[str, Any], decode: Decode | None) -> Path:
+def write_failure(
+    directory: Path, failure: NotFinite, known: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> Path:
     """Write the failure of a run into its directory, atomically, and replace an earlier one.
 
     Args:
-        known: other facts of the run: last metrics, learning rate, parents. decode: token ids to text; None: use the
-            recorded texts.
+        known: other facts of the run: last metrics, learning rate, parents.
 
     Returns:
         the folder.
@@ -96,7 +97,7 @@ def write_failure(directory: Path, failure: NotFinite, known: Mapping[str, Any],
         "bad": len(failure.rows),
         "of": failure.total,
         "weights_not_finite": failure.weights,
-        "rows": [_described(row, decode) for row in failure.rows],
+        "rows": [_described(row, tokenizer) for row in failure.rows],
         **known,
     }
     tensors = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_pipeline.config.ppo import PpoConfig
-from rlhf_pipeline.data.batch import Layout, PackedBatch, merge_prompts, micro_batches, pack, reads
+from rlhf_pipeline.data.batch import PackedBatch, merge_prompts, micro_batches, pack, reads
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.modules import ActorCritic, Policy
@@ -72,11 +72,6 @@ class PpoSetup:
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums
     together: Callable[[Callable[[], Any]], Any] = lambda work: work()
 
-    @property
-    def rollout_size(self) -> int:
-        """Responses that this process samples for one update."""
-        return self.config.rollout_batch_size // self.world_size
-
     def generator(self, update: int, purpose: int) -> torch.Generator:
         """The generator for one purpose of an update (0: sampling, 1: shuffling), from seed, update and process."""
         seed = ((self.config.seed * 1_000_003 + update) * 8 + purpose) * 4096 + self.rank
@@ -113,9 +108,7 @@ def sample_responses(setup: PpoSetup, module: nn.Module, update: int) -> Sampled
     def sampled() -> Sampled:
         with setup.meter.part("generation"):
             found, prompts = _sample(setup, module, update)
-            prompt_lengths = [len(example.prompt_ids) for example in found.examples]
-            lengths = [len(example.completions[0]) for example in found.examples]
-            setup.meter.generate(setup.shapes["actor"], prompt_lengths, lengths, prompts)
+            setup.meter.generate(setup.shapes["actor"], found.examples, prompts)
         return found
 
     return setup.together(sampled)
@@ -131,7 +124,7 @@ def _sample(setup: PpoSetup, module: nn.Module, update: int) -> tuple[Sampled, l
         setup.engine.load_weights(setup.actor_critic)
         drawn = setup.engine.generate([prompt.prompt_ids for prompt in prompts], **options)
         return Sampled(answered(prompts, drawn)[0], logprob_matrix(drawn, width).to(setup.device)), None
-    at_once: dict[str, Any] = {"responses_at_once": setup.rollout_size, "memory": setup.memory}
+    at_once: dict[str, Any] = {"responses_at_once": len(prompts), "memory": setup.memory}
     options |= {"pad_id": setup.pad_id, "device": setup.device, "module": module}
     examples, _ = sample_for_prompts(setup.actor_critic, prompts, **options, **at_once)
     return Sampled(examples), prompts_run(setup.actor_critic, examples, **at_once)
@@ -204,8 +197,9 @@ def run_models(
         for rows, batch in zip(minibatch, batches, strict=True):
             setup.memory.holds(len(rows))
             chosen, index = [examples[i] for i in rows], torch.tensor(rows, device=device)
-            policy = module(batch)
-            reference = setup.reference(_in_layout(setup, setup.reference.reader.layout, batch, chosen))
+            policy, layout = module(batch), setup.reference.reader.layout
+            readable = batch if reads(layout, batch) else pack(chosen, setup.pad_id, layout=layout).to(device)
+            reference = setup.reference(readable)
             found = (policy.logprobs, reference.logprobs, policy.values, policy.entropy)
             for name, value in zip(names, found, strict=True):
                 matrices[name][index] = batch.padded(value, width).to(matrices[name].dtype)
@@ -227,10 +221,6 @@ def run_models(
         **matrices,
     )
     return rollout, refused
-
-
-def _in_layout(setup: PpoSetup, layout: Layout, batch: PackedBatch, chosen: Sequence[Example]) -> PackedBatch:
-    return batch if reads(layout, batch) else pack(chosen, setup.pad_id, layout=layout).to(setup.device)
 
 
 def check_and_describe(setup: PpoSetup, scored: Scored, estimates: Estimates) -> dict[str, float]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,11 +15,12 @@ from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.errors import Interrupted, MismatchError, RunFailed
 from rlhf_pipeline.health.monitor import Monitor, facts_of
 from rlhf_pipeline.health.watches import WATCHES
+from rlhf_pipeline.models.loading import save_model
 from rlhf_pipeline.models.memory import ADVICE
 from rlhf_pipeline.models.refusals import first_line, ran_out
 from rlhf_pipeline.training.checkpoint import Checkpoint, replacing, restore, save_checkpoint
 from rlhf_pipeline.training.cost import COUNTS, JUDGE
-from rlhf_pipeline.training.failure import Decode, failed_update, put_aside, told, write_failure
+from rlhf_pipeline.training.failure import failed_update, put_aside, told, write_failure
 from rlhf_pipeline.training.finite import NotFinite
 from rlhf_pipeline.training.loop import Step, fit
 from rlhf_pipeline.training.open_run import Run
@@ -28,6 +28,9 @@ from rlhf_pipeline.training.optimizer import make_optimizer, make_scheduler
 from rlhf_pipeline.training.precision import checkpoint_activations, uses_bf16
 from rlhf_pipeline.training.tracking import tell, tell_all
 from rlhf_pipeline.training.windows import Window
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Metrics = dict[str, float]
 
@@ -39,9 +42,9 @@ class Plan:
     windows: called with (the prepared model, updates done before); yields the remaining windows.
     total: number of updates. shown: names of the metrics in the live line.
     derive: converts the metrics of an update into those that are logged.
+    model, tokenizer: what the stage publishes; `train` writes snapshots of them.
     inputs: digests of the models and data of the run; a checkpoint with other inputs is refused.
-    evaluate: returns the metrics of an evaluation. save: writes a snapshot of the model into a directory.
-    decode: token ids to text, for the record of a failed run.
+    evaluate: returns the metrics of an evaluation.
     warmup_offset: see `rate_factor`. 0: the first update of a warm-up has rate 0, as in transformers.
     known: facts that the watches need besides the config (fields of `Facts`).
     health: the findings of the watches for the manifest, filled in by `train`.
@@ -51,11 +54,11 @@ class Plan:
     step: Step
     total: int
     shown: Sequence[str]
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    inputs: Mapping[str, str | None]
     derive: Callable[[Metrics], Metrics] = lambda metrics: metrics
-    inputs: Mapping[str, str | None] = field(default_factory=dict)
     evaluate: Callable[[], Metrics] | None = None
-    save: Callable[[Path], None] | None = None
-    decode: Decode | None = None
     warmup_offset: int = 0
     known: Mapping[str, float] = field(default_factory=dict)
     health: list[dict[str, Any]] = field(default_factory=list)
@@ -109,7 +112,7 @@ def _told(run: Run, error: Exception, plan: Plan, known: Mapping[str, Any]) -> E
     """The error for the user; for a figure that is not finite, its batch is written first."""
     if isinstance(error, NotFinite):
         try:
-            kept = f"the batch is stored in {write_failure(run.directory, error, known, plan.decode)}"
+            kept = f"the batch is stored in {write_failure(run.directory, error, known, plan.tokenizer)}"
         except Exception as unwritten:  # the cause that stopped the run is always reported
             kept = f"the batch could not be stored ({first_line(unwritten)})"
         error = told(error, run.checkpoints, kept)
@@ -224,12 +227,12 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
         if failed_at is not None and step >= failed_at:
             kept, failed_at = put_aside(run.directory), None
             run.log.say(f"update {step}, which had failed before, is done; the record of the failure is now in {kept}/")
-        if plan.save is not None and _every(config.snapshot_steps, step):
+        if _every(config.snapshot_steps, step):
             # Every rank takes part in the count; the window of this update is not counted yet.
             run.meter.mark(step, **over_ranks(), optimizer_steps=steps_before + taken + 1)
             if run.accelerator.is_main_process:
                 with replacing(run.directory / "snapshots" / f"step-{step}") as staged:
-                    plan.save(staged)
+                    save_model(plan.model, plan.tokenizer, staged)
         _agree_to_stop(run)
         if run.stopped_by is not None:
             save(step)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -22,9 +21,6 @@ from rlhf_pipeline.training.trl_engine.order import WindowSampler, columns
 from rlhf_pipeline.training.trl_engine.trainers import make_trainer
 from rlhf_pipeline.training.trl_engine.untouched import contained, untouched
 from rlhf_pipeline.training.windows import steps_per_epoch
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _SAME = ("learning_rate", "grad_norm")
 _SHARED = {
@@ -48,13 +44,11 @@ def train_with_trl(
     run: Run,
     plan: Plan,
     *,
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     shape: ModelShape,
     reference: nn.Module | None = None,
 ) -> Metrics:
-    """Train `model` in place with TRL's trainer of this stage; the counterpart of `train`.
+    """Train the plan's model in place with TRL's trainer of this stage; the counterpart of `train`.
 
     Data order, optimizer and schedule are those of this package; forward pass, loss, accumulation, clipping and step
     are TRL's. Every optimizer step gets the examples of the native loop, in the same micro-batches. The losses agree,
@@ -62,9 +56,8 @@ def train_with_trl(
     micro-batches for reward model and DPO, while the native loop averages over pairs.
 
     Args:
-        plan: the trainer uses its `total`, `shown`, `evaluate`, `known` and `health`; it reads no checkpoint and takes
-            no snapshots.
-        model: the plain transformers model; only its weights are changed.
+        plan: the trainer uses its `total`, `shown`, `model`, `tokenizer`, `evaluate`, `known` and `health`; it reads no
+            checkpoint and takes no snapshots. Of the model only the weights are changed.
         reference: the frozen model of DPO.
 
     Returns:
@@ -77,13 +70,13 @@ def train_with_trl(
     from datasets import Dataset
 
     _require_one_device(run)
-    config = run.config
+    config, model = run.config, plan.model
     if config.gradient_checkpointing:
         require_checkpointing(model)
     run.log.say(
         f"engine: TRL {trl.__version__} on transformers; it writes no checkpoints: an interrupted run starts again"
     )
-    _warn_of_final_padding(run, tokenizer.pad_token_id, examples)
+    _warn_of_final_padding(run, plan.tokenizer.pad_token_id, examples)
     sampler = WindowSampler(
         examples,
         micro_batch_size=config.per_device_train_batch_size,
@@ -124,7 +117,7 @@ def train_with_trl(
             model=model,
             reference=reference,
             train_dataset=Dataset.from_dict(columns(run.stage, examples)),
-            processing_class=tokenizer,
+            processing_class=plan.tokenizer,
             optimizers=optimizers,
         )
         trainer.sampler, trainer.on_update = sampler, on_update
