@@ -171,12 +171,7 @@ def require_same_tokenizer(
 
 
 def example_schedule(
-    run: Run,
-    examples: Sequence[Example],
-    *,
-    layout: Layout,
-    pad_id: int,
-    count: Callable[[Example], dict[str, float]],
+    run: Run, examples: Sequence[Example], *, layout: Layout, pad_id: int
 ) -> tuple[Callable[[Any, int], Iterator[Window]], int]:
     """The windows of a stage that trains on fixed examples, and the number of updates."""
     config, ranks = run.config, run.accelerator.num_processes
@@ -193,7 +188,6 @@ def example_schedule(
             seed=config.seed,
             pad_id=pad_id,
             layout=layout,
-            count=count,
             start=start,
             rank=run.accelerator.process_index,
             world_size=ranks,

@@ -25,7 +25,6 @@ from rlhf_pipeline.stages.data import StageData, preference_kind
 from rlhf_pipeline.stages.population import Population
 from rlhf_pipeline.training.cost import ModelShape
 from rlhf_pipeline.training.open_run import Run
-from rlhf_pipeline.training.pairs import count_pairs
 from rlhf_pipeline.training.precision import uses_bf16
 from rlhf_pipeline.training.reference_cache import ReferenceLogprobs, cached_logprobs, completion_logprob_sums
 from rlhf_pipeline.training.windows import Window
@@ -112,7 +111,7 @@ def recorded_pairs(
             shape = ModelShape.of(frozen.model)
             run.meter.flops += found.flops(shape, examples) if run.checkpoint is None else 0.0
     layout = common_layout(policy.reader.layout, frozen.reader.layout)
-    windows, total = example_schedule(run, examples, layout=layout, pad_id=tokenizer.pad_token_id, count=count_pairs)
+    windows, total = example_schedule(run, examples, layout=layout, pad_id=tokenizer.pad_token_id)
 
     def evaluate() -> dict[str, float]:
         """Accuracy and sigmoid loss of the implicit reward beta log(pi / pi_ref) on held-out pairs and rankings."""

@@ -41,7 +41,7 @@ from rlhf_pipeline.stages.reward_quality import (
 )
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.open_run import Run, open_run
-from rlhf_pipeline.training.pairs import count_pairs, split_pairs, total_pairs
+from rlhf_pipeline.training.pairs import split_pairs, total_pairs
 from rlhf_pipeline.training.session import Plan, train
 from rlhf_pipeline.training.trl_engine.train import train_with_trl
 from rlhf_pipeline.training.windows import ExampleBatch, Loss
@@ -157,9 +157,7 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
 
         # 3. Train.
         shape = ModelShape.of(network, head=False, checkpointed=config.gradient_checkpointing)
-        windows, total = example_schedule(
-            run, examples, layout=model.reader.layout, pad_id=tokenizer.pad_token_id, count=count_pairs
-        )
+        windows, total = example_schedule(run, examples, layout=model.reader.layout, pad_id=tokenizer.pad_token_id)
 
         def scored(rows: Sequence[Example]) -> list[list[float]]:
             return score_examples(

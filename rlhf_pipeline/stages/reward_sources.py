@@ -106,7 +106,7 @@ def load_judge(
                 say(f"WARNING: {both} {why}; a judge should be held out", style="yellow")
     say(f"judge: {judge.source.label} scores the logged rollouts; nothing is trained on it")
     shape = None if judge.model is None else ModelShape.of(judge.model.model, head=False)
-    return Judge(judge.source, shape, config.logging_steps), judge.resolved
+    return Judge(judge.source, shape), judge.resolved
 
 
 def _is_same(judge: LoadedReward, reward: LoadedReward) -> bool:

@@ -56,11 +56,6 @@ def sft_step(model: Policy, micro_batch: ExampleBatch, *, meter: CostMeter, shap
     return Loss({"nll": (loss, "tokens", 1.0)}, {"entropy": (entropy, "tokens")}, checked)
 
 
-def count_tokens(example: Example) -> dict[str, float]:
-    """The counts that an example adds to the denominators."""
-    return {"tokens": float(sum(len(ids) for ids in example.completions))}
-
-
 def mean_nll(
     policy: Policy,
     examples: Sequence[Example],
@@ -139,9 +134,7 @@ def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
 
         # 3. Train.
         shape = ModelShape.of(policy.model, checkpointed=config.gradient_checkpointing)
-        windows, total = example_schedule(
-            run, examples, layout=policy.reader.layout, pad_id=tokenizer.pad_token_id, count=count_tokens
-        )
+        windows, total = example_schedule(run, examples, layout=policy.reader.layout, pad_id=tokenizer.pad_token_id)
 
         def evaluate() -> dict[str, float]:
             if not held_out:

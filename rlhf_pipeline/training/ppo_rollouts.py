@@ -33,14 +33,13 @@ from rlhf_pipeline.training.windows import Window, epoch_order
 
 @dataclass(frozen=True)
 class Judge:
-    """A reward source that scores the rollouts and does not affect training.
+    """A reward source that scores the logged rollouts and does not affect training.
 
-    shape: the shape of its model, for its own cost; None for a function. every: it scores every `every`-th update.
+    shape: the shape of its model, for its own cost; None for a function.
     """
 
     source: RewardSource
     shape: ModelShape | None
-    every: int
 
 
 @dataclass
@@ -235,7 +234,7 @@ def check_and_describe(setup: PpoSetup, scored: Scored, estimates: Estimates) ->
     metrics = rollout_metrics(rollout, estimates, kl_coef=config.kl_coef, reduce=setup.reduce)
     metrics |= sampler_metrics(rollout.mask, estimates.importance, reduce=setup.reduce)
     metrics["episodes"] = float((scored.update + 1) * config.rollout_batch_size)
-    if setup.judge is not None and logged(scored.update + 1, setup.judge.every, config.updates):
+    if setup.judge is not None and logged(scored.update + 1, config.logging_steps, config.updates):
         with setup.meter.part(JUDGE), setup.autocast():
             metrics |= judged(setup, setup.judge, scored)
     return metrics

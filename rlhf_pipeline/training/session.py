@@ -181,8 +181,6 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
         run.log.say(f"resumed at step {start} of {plan.total}")
     run.log.total, run.log.shown = plan.total, plan.shown
     prepared, prepared_optimizer = run.accelerator.prepare(model, optimizer)
-    steps_before = run.meter.optimizer_steps
-    taken = 0
     failed_at = failed_update(run.directory) if run.accelerator.is_main_process else None
 
     counts = ("flops", "tokens_trained", "tokens_generated")
@@ -201,7 +199,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
         counted = asdict(run.meter) | over_ranks() | {"wall": run.meter.wall_seconds()}
         if not run.accelerator.is_main_process:
             return
-        counted["optimizer_steps"] = steps_before + taken + 1  # the window of this update is not counted yet
+        counted["optimizer_steps"] += 1  # the window of this update is not counted yet
         run.log.sync()
         save_checkpoint(
             run.checkpoints,
@@ -229,7 +227,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
             run.log.say(f"update {step}, which had failed before, is done; the record of the failure is now in {kept}/")
         if _every(config.snapshot_steps, step):
             # Every rank takes part in the count; the window of this update is not counted yet.
-            run.meter.mark(step, **over_ranks(), optimizer_steps=steps_before + taken + 1)
+            run.meter.mark(step, **over_ranks(), optimizer_steps=run.meter.optimizer_steps + 1)
             if run.accelerator.is_main_process:
                 with replacing(run.directory / "snapshots" / f"step-{step}") as staged:
                     save_model(plan.model, plan.tokenizer, staged)
@@ -244,10 +242,9 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
             save(step)
 
     def counted(windows: Iterable[Window]) -> Iterable[Window]:
-        nonlocal taken
         for window in windows:
             yield window
-            taken += 1  # the loop asks for the next window after its step
+            run.meter.optimizer_steps += 1  # the loop asks for the next window after its step
 
     run.phase = "updating"
     try:
@@ -271,7 +268,6 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
             raise
         raise failed from error
     run.phase = "ending"
-    run.meter.optimizer_steps = steps_before + taken
     for name, value in over_ranks().items():
         setattr(run.meter, name, value)
     tell_all(run.log, monitor.findings)

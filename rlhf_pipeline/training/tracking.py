@@ -20,6 +20,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    track,
 )
 
 from rlhf_pipeline.errors import visible
@@ -176,8 +177,6 @@ def progress(items: Sequence[Any], title: str):
     if not sys.stderr.isatty():
         yield from items
         return
-    from rich.progress import track
-
     yield from track(items, description=title, console=console, transient=True)
 
 

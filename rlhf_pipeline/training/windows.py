@@ -151,6 +151,15 @@ def total_steps(count: int, window_size: int, epochs: float, max_steps: int) -> 
     return max(1, math.ceil(epochs * steps_per_epoch(count, window_size) - 1e-9))
 
 
+def counts_of(examples: Sequence[Example]) -> dict[str, float]:
+    """The denominators of a window of examples: its prompts, their untied pairs, the tokens of the completions."""
+    return {
+        "prompts": float(len(examples)),
+        "pairs": float(sum(len(example.untied()) for example in examples)),
+        "tokens": float(sum(len(ids) for example in examples for ids in example.completions)),
+    }
+
+
 def example_windows(
     examples: Sequence[Example],
     *,
@@ -160,7 +169,6 @@ def example_windows(
     seed: int,
     pad_id: int,
     layout: Layout = "trees",
-    count: Callable[[Example], dict[str, float]],
     start: int = 0,
     rank: int = 0,
     world_size: int = 1,
@@ -170,8 +178,7 @@ def example_windows(
     """Windows of micro_batch_size x accumulation x world_size examples, shuffled in each epoch.
 
     The examples of a window depend only on seed, window size and step. Within a window, examples are grouped by length;
-    `micro_batch_tokens` limits the tokens of a micro-batch. `count(example)` returns the counts that an example adds to
-    the denominators.
+    `micro_batch_tokens` limits the tokens of a micro-batch.
     """
 
     def packed(chosen: Sequence[Example]) -> PackedBatch:
@@ -186,10 +193,7 @@ def example_windows(
             order = epoch_order(len(examples), seed, epoch)
         place = step % per_epoch
         members = order[place * size : (place + 1) * size]
-        counts: dict[str, float] = {}
-        for index in members:
-            for name, value in count(examples[index]).items():
-                counts[name] = counts.get(name, 0.0) + value
+        counts = counts_of([examples[index] for index in members])
         mine = members[rank::world_size]
         weight = 1.0
         if not mine:  # fewer examples than ranks: every rank must take part in the backward pass
