@@ -186,9 +186,8 @@ def open_run(
             described = yaml.safe_load(dump_yaml(config))
             begun = (directory / CONFIG).exists()
             if not begun:
-                for line in _made_before(home, config.output_name, digest):
-                    log.say(f"note: {line}")
-                for line in unfinished_with_other_config(directory, config.output_name, described):
+                other = unfinished_with_other_config(directory, config.output_name, described)
+                for line in [*_made_before(home, config.output_name, digest), *other]:
                     log.say(f"note: {line}")
             replace_text(directory / CONFIG, dump_yaml(config))
             for place in (directory, directory / "snapshots", directory / "checkpoints"):
