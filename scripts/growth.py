@@ -37,7 +37,6 @@ from rlhf_pipeline.stages.reward import reward_step
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.loop import fit
 from rlhf_pipeline.training.optimizer import make_optimizer, make_scheduler
-from rlhf_pipeline.training.pairs import count_pairs
 from rlhf_pipeline.training.reference_cache import completion_logprob_sums
 from rlhf_pipeline.training.windows import Loss, example_windows
 
@@ -120,7 +119,6 @@ def timed(
         seed=SEED,
         pad_id=PAD,
         layout=model.reader.layout,
-        count=count_pairs,
         steps=steps + 2,
     )
     fit(

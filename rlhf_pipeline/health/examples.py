@@ -9,26 +9,21 @@ from __future__ import annotations
 
 import math
 
-from rlhf_pipeline.health.conditions import Condition, error, late, mean, width
-from rlhf_pipeline.health.monitor import Facts, History, Watch
+from rlhf_pipeline.health.monitor import Facts, History, Watch, error, late, mean, width
 
 LOG_2 = math.log(2)
 
 
-def near_chance(name: str) -> Condition:
-    """A condition: late in the run, accuracy over 400 or more pairs is at most one standard error above one half.
+def near_chance(h: History, f: Facts) -> float | None:
+    """Late in the run, accuracy over 400 or more pairs is at most one standard error above one half.
 
     A model with an accuracy of 57 % is more than two standard errors above this limit.
     """
-
-    def condition(h: History, f: Facts) -> float | None:
-        values = h.recent(name, width(f))
-        pairs = len(values) * f.size
-        if not late(h, f) or pairs < 400:
-            return None
-        return mean(values) if mean(values) <= 0.5 + math.sqrt(0.25 / pairs) else None
-
-    return condition
+    values = h.recent("accuracy", width(f))
+    pairs = len(values) * f.size
+    if not late(h, f) or pairs < 400:
+        return None
+    return mean(values) if mean(values) <= 0.5 + math.sqrt(0.25 / pairs) else None
 
 
 def loss_above_log_2(h: History, f: Facts) -> float | None:
@@ -137,7 +132,7 @@ REWARD = (
     Watch(
         "near_chance",
         ("accuracy",),
-        near_chance("accuracy"),
+        near_chance,
         "the reward model separates chosen from rejected responses no better than a coin",
         "learning_rate, more pairs, a larger model; check that chosen and rejected are not swapped in the data",
         patience=5,

@@ -8,27 +8,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-from rlhf_pipeline.health.conditions import Condition, mean
-from rlhf_pipeline.health.monitor import Facts, History, Watch
+from rlhf_pipeline.health.monitor import Facts, History, Watch, mean
 
 WINDOW = 5
 JUDGE, JUDGE_SPREAD = "objective/judge", "objective/judge_std"
 JUDGED_SCORE, JUDGED_SPREAD, JUDGED_STEP = (
     f"{name} with {JUDGE}" for name in ("objective/scores", "objective/scores_std", "step")
 )
-
-
-def above(name: str, limit: float) -> Condition:
-    """A condition: the mean of the last WINDOW values is above a limit."""
-
-    def condition(h: History, f: Facts) -> float | None:
-        values = h.recent(name, WINDOW)
-        return mean(values) if values and mean(values) > limit else None
-
-    return condition
 
 
 def kl_negative(h: History, f: Facts) -> float | None:
@@ -149,6 +138,12 @@ def length_drift(h: History, f: Facts) -> float | None:
     return now if not 0.5 * start <= now <= 1.5 * start and abs(now - start) > 4 * noise else None
 
 
+def clipping(h: History, f: Facts) -> float | None:
+    """More than half of the tokens' gradient is cut off, on average over WINDOW updates."""
+    values = h.recent("policy/clipfrac_avg", WINDOW)
+    return mean(values) if values and mean(values) > 0.5 else None
+
+
 def entropy_gone(h: History, f: Facts) -> float | None:
     """The entropy per token is below a tenth of that of the first update: most tokens are then certain."""
     values, start = h.recent("policy/entropy_avg", WINDOW), h.first("policy/entropy_avg", 1)
@@ -172,38 +167,28 @@ def judge_falls(h: History, f: Facts) -> float | None:
     best = judge_best(h)
     if best is None:
         return None
-    judge, scores = Looks.of(h, JUDGE, JUDGE_SPREAD, best), Looks.of(h, JUDGED_SCORE, JUDGED_SPREAD, best)
-    fall, noise = judge.change(judge.then, f)
-    worse = -fall > max(5 * noise, 0.1 * math.sqrt(judge.now[1]))
-    gained, noise_of_gain = scores.change(scores.first, f)
-    since, noise_since = scores.change(scores.then, f)
+    judge, scores = (JUDGE, JUDGE_SPREAD), (JUDGED_SCORE, JUDGED_SPREAD)
+    at_best = slice(best, best + WINDOW)
+    fall, noise = change(h, f, judge, [h.recent(name)[at_best] for name in judge])
+    gained, noise_of_gain = change(h, f, scores, [h.first(name, WINDOW) for name in scores])
+    since, noise_since = change(h, f, scores, [h.recent(name)[at_best] for name in scores])
+    worse = -fall > max(5 * noise, 0.1 * math.sqrt(mean_square(h.recent(JUDGE_SPREAD, WINDOW))))
     optimised = gained > 3 * noise_of_gain and since > -2 * noise_since
-    return judge.now[0] if worse and optimised else None
+    return mean(h.recent(JUDGE, WINDOW)) if worse and optimised else None
 
 
-@dataclass(frozen=True)
-class Looks:
-    """(mean, variance over responses) of a score over WINDOW values: the first, those at the judge's best, the last."""
+def change(h: History, f: Facts, names: Sequence[str], before: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """The change of a mean score from WINDOW values `before` to the last WINDOW values, and its standard error.
 
-    first: tuple[float, float]
-    then: tuple[float, float]
-    now: tuple[float, float]
+    names: the score and its standard deviation over responses; before: values of both.
+    """
+    now = [h.recent(name, WINDOW) for name in names]
+    variance = mean_square(now[1]) + mean_square(before[1])
+    return mean(now[0]) - mean(before[0]), math.sqrt(variance / (WINDOW * f.size))
 
-    @classmethod
-    def of(cls, h: History, name: str, spread: str, best: int) -> Looks:
-        def read(values: list[float], spreads: list[float]) -> tuple[float, float]:
-            return mean(values), mean([value**2 for value in spreads])
 
-        recent = (h.recent(name), h.recent(spread))
-        return cls(
-            first=read(h.first(name, WINDOW), h.first(spread, WINDOW)),
-            then=read(*(values[best : best + WINDOW] for values in recent)),
-            now=read(*(values[-WINDOW:] for values in recent)),
-        )
-
-    def change(self, before: tuple[float, float], f: Facts) -> tuple[float, float]:
-        """The difference `now` - `before`, and its standard error."""
-        return self.now[0] - before[0], math.sqrt((self.now[1] + before[1]) / (WINDOW * f.size))
+def mean_square(values: Sequence[float]) -> float:
+    return mean([value**2 for value in values])
 
 
 def judge_was(h: History, f: Facts) -> dict[str, Any]:
@@ -282,7 +267,7 @@ PPO = (
     Watch(
         "clipping",
         ("policy/clipfrac_avg",),
-        above("policy/clipfrac_avg", 0.5),  # more than half of the tokens' gradient is cut off
+        clipping,
         "most tokens are clipped: the updates on one rollout are too large",
         "learning_rate down, num_ppo_epochs down, rollout_batch_size up",
     ),

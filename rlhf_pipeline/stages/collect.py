@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,41 +156,33 @@ def run_collect(
     at_once: dict[str, Any] = {"responses_at_once": config.per_device_eval_batch_size, "memory": memory}
     dropped = {"identical_pair": 0}
 
-    def rows() -> Iterator[dict[str, Any]]:
-        for start in progress(range(0, config.num, DRAWS_AT_ONCE), "collecting"):
-            block = [prompts[i % len(prompts)] for i in range(start, min(start + DRAWS_AT_ONCE, config.num))]
-            sampled, _ = sample_for_prompts(
-                policy,
-                [example for example, _ in block],
-                samples=config.k,
-                response_length=config.lengths().response,
-                stop_id=tokenizer.eos_token_id,
-                pad_id=tokenizer.pad_token_id,
-                generator=generator,
-                temperature=config.temperature,
-                **at_once,
-                device=device,
-            )
-            meter.generate(
-                shape,
-                [len(e.prompt_ids) for e in sampled for _ in e.completions],
-                [len(ids) for e in sampled for ids in e.completions],
-                prompts_run(policy, sampled, **at_once),
-            )
-            values = by_example(score(labeller.source.score, sampled, **at_once), sampled)
-            orders = preference_order(torch.tensor(values), config.labels, generator).tolist()
-            for (_, split), example, scored, order in zip(block, sampled, values, orders, strict=True):
-                if config.k == 2 and example.completions[0] == example.completions[1]:
-                    dropped["identical_pair"] += 1
-                    continue
-                yield to_row(example, split, scored, order, config.labels, tokenizer)
+    records: list[dict[str, Any]] = []
+    for start in progress(range(0, config.num, DRAWS_AT_ONCE), "collecting"):
+        block = [prompts[i % len(prompts)] for i in range(start, min(start + DRAWS_AT_ONCE, config.num))]
+        sampled, _ = sample_for_prompts(
+            policy,
+            [example for example, _ in block],
+            samples=config.k,
+            response_length=config.lengths().response,
+            stop_id=tokenizer.eos_token_id,
+            pad_id=tokenizer.pad_token_id,
+            generator=generator,
+            temperature=config.temperature,
+            **at_once,
+            device=device,
+        )
+        meter.generate(shape, sampled, prompts_run(policy, sampled, **at_once))
+        values = by_example(score(labeller.source.score, sampled, **at_once), sampled)
+        orders = preference_order(torch.tensor(values), config.labels, generator).tolist()
+        for (_, split), example, scored, order in zip(block, sampled, values, orders, strict=True):
+            if config.k == 2 and example.completions[0] == example.completions[1]:
+                dropped["identical_pair"] += 1
+                continue
+            records.append(to_row(example, split, scored, order, config.labels, tokenizer))
 
-    records = list(rows())
     # 3. Publish.
     parents = {"policy": parent} | ({"judge": labeller.resolved} if labeller.resolved is not None else {})
-    counts: dict[str, int] = {}
-    for row in records:
-        counts[row["split"]] = counts.get(row["split"], 0) + 1
+    counts = dict(Counter(row["split"] for row in records))
     metrics = {"records": len(records), "dropped": dropped, "by_split": counts, "judge": config.judge}
     cost = meter.report()
     published = registry.publish_data(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from rlhf_pipeline.config.collect import CollectConfig
+from rlhf_pipeline.config.dump import config_digest
 from rlhf_pipeline.config.stages import ModelConfig
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.data.batch import Layout
@@ -30,6 +31,7 @@ from rlhf_pipeline.registry.roles import Role, check_role
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.training.open_run import Run
 from rlhf_pipeline.training.precision import uses_bf16
+from rlhf_pipeline.training.session import Plan
 from rlhf_pipeline.training.tracking import jsonable
 from rlhf_pipeline.training.windows import Window, example_windows, total_steps
 
@@ -92,19 +94,14 @@ def tokenizer_of(resolved: Resolved, trust_remote_code: bool = False) -> PreTrai
     return load_tokenizer(resolved.location, revision=resolved.revision, trust_remote_code=trust_remote_code)
 
 
-def load_language_model(
-    resolved: Resolved, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, **options
-) -> PreTrainedModel:
-    """Load a causal language model with the options of a config."""
-    return load_causal_lm(
-        resolved.location,
-        dtype=config.dtype,
-        attn_implementation=config.attn_implementation,
-        revision=resolved.revision,
-        trust_remote_code=config.trust_remote_code,
-        tokenizer=tokenizer,
-        **options,
-    )
+def loading_options(resolved: Resolved, config: ModelConfig) -> dict[str, Any]:
+    """The options for loading a model's files."""
+    return {
+        "dtype": config.dtype,
+        "attn_implementation": config.attn_implementation,
+        "revision": resolved.revision,
+        "trust_remote_code": config.trust_remote_code,
+    }
 
 
 def load_policy(
@@ -123,7 +120,8 @@ def load_policy(
     """
 
     def load() -> Policy:
-        model = onto(device, load_language_model(resolved, config, tokenizer, **options))
+        how = loading_options(resolved, config) | options
+        model = onto(device, load_causal_lm(resolved.location, tokenizer=tokenizer, **how))
         policy = Policy(model, inspect_model(model), temperature, entropy=not frozen)
         policy.train(not frozen)
         return policy.requires_grad_(False) if frozen else policy
@@ -139,13 +137,7 @@ def load_reward_model(resolved: Resolved, config: ModelConfig, device: torch.dev
     """Load a frozen reward model onto a device; within `sharing_models` it is loaded once."""
 
     def load() -> RewardModel:
-        model = load_sequence_classifier(
-            resolved.location,
-            dtype=config.dtype,
-            attn_implementation=config.attn_implementation,
-            revision=resolved.revision,
-            trust_remote_code=config.trust_remote_code,
-        )
+        model = load_sequence_classifier(resolved.location, **loading_options(resolved, config))
         return read_reward_model(onto(device, model)).eval().requires_grad_(False)
 
     return shared(("reward model", *_identity(resolved, config, device)), load)
@@ -153,8 +145,7 @@ def load_reward_model(resolved: Resolved, config: ModelConfig, device: torch.dev
 
 def _identity(resolved: Resolved, config: ModelConfig, device: torch.device) -> tuple[Any, ...]:
     """A key of the loaded weights: the model, the options for loading and the device."""
-    how = (config.dtype, config.attn_implementation, config.trust_remote_code, str(device))
-    return (resolved.location, resolved.revision, resolved.digest, *how)
+    return (resolved.location, resolved.digest, str(device), *loading_options(resolved, config).values())
 
 
 def onto(device: torch.device, model: PreTrainedModel) -> PreTrainedModel:
@@ -180,12 +171,7 @@ def require_same_tokenizer(
 
 
 def example_schedule(
-    run: Run,
-    examples: Sequence[Example],
-    *,
-    layout: Layout,
-    pad_id: int,
-    count: Callable[[Example], dict[str, float]],
+    run: Run, examples: Sequence[Example], *, layout: Layout, pad_id: int
 ) -> tuple[Callable[[Any, int], Iterator[Window]], int]:
     """The windows of a stage that trains on fixed examples, and the number of updates."""
     config, ranks = run.config, run.accelerator.num_processes
@@ -202,7 +188,6 @@ def example_schedule(
             seed=config.seed,
             pad_id=pad_id,
             layout=layout,
-            count=count,
             start=start,
             rank=run.accelerator.process_index,
             world_size=ranks,
@@ -238,27 +223,26 @@ def log_moves(run: Run, parents: Mapping[str, Resolved]) -> None:
 
 def publish(
     run: Run,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    plan: Plan,
     *,
     parents: Mapping[str, Resolved],
     reports: Sequence[SourceReport],
     metrics: dict[str, Any],
 ) -> StageResult:
-    """Register the model with its snapshots, end the run, and return the result."""
+    """Register the plan's model with its snapshots, end the run, and return the result."""
     run.accelerator.wait_for_everyone()
     if not run.accelerator.is_main_process:
         return StageResult(run.stage, "", "", str(run.directory), metrics, {})
     snapshots = run.directory / "snapshots"
 
     def write(directory: Path) -> None:
-        save_model(model, tokenizer, directory)
+        save_model(plan.model, plan.tokenizer, directory)
         if snapshots.is_dir():
             shutil.copytree(snapshots, directory / "snapshots")
 
     if run.config.bf16 == "auto":
         metrics = {**metrics, "bf16": uses_bf16(run.config)}
-    cost = run.meter.report()
+    cost, tokenizer = run.meter.report(), plan.tokenizer
     # A process that was killed between registering and finishing has already registered this model.
     published = run.registry.models.of_run(run.config.output_name, run.origin) or run.registry.publish(
         run.config.output_name,
@@ -266,7 +250,7 @@ def publish(
         write,
         run=run.origin,
         config=run.config.model_dump(mode="json"),
-        config_digest=run.config_digest,
+        config_digest=config_digest(run.config),
         parents=dict(parents),
         data=[report.to_dict() for report in reports],
         tokenizer_digest=tokenizer_digest(tokenizer),

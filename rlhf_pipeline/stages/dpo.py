@@ -11,8 +11,6 @@ from torch import Tensor
 
 from rlhf_pipeline.algorithms.preference import OBJECTIVES, correct, smoothed_target
 from rlhf_pipeline.config.dpo import DpoConfig
-from rlhf_pipeline.data.tokenizers import text_of
-from rlhf_pipeline.models.loading import save_model
 from rlhf_pipeline.models.modules import Policy, assert_independent
 from rlhf_pipeline.registry.lineage import stands_apart
 from rlhf_pipeline.stages.common import (
@@ -31,7 +29,7 @@ from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.open_run import open_run
 from rlhf_pipeline.training.pairs import preference_loss, split_pairs, total_pairs
 from rlhf_pipeline.training.session import Plan, train
-from rlhf_pipeline.training.trl_engine import train_with_trl
+from rlhf_pipeline.training.trl_engine.train import train_with_trl
 from rlhf_pipeline.training.windows import ExampleBatch, Loss
 
 if TYPE_CHECKING:
@@ -68,8 +66,9 @@ def dpo_step(
     meter.tokens_trained += batch.active_tokens
     logprobs = batch.per_completion(scores.logprobs)
     known = micro_batch.facts
+    target = None if targets is None else targets[micro_batch.indices].to(logprobs)
     if known is not None:
-        ref_logprobs = known.ref_logprobs.to(logprobs).view(-1)
+        ref_logprobs, target = known.ref_logprobs.to(logprobs).view(-1), known.target.to(logprobs)
     elif isinstance(reference, Tensor):
         rows = reference[micro_batch.indices].to(logprobs.device)
         ref_logprobs = rows[:, :2].reshape(-1) if compared is None else compared.gather(rows)
@@ -78,11 +77,6 @@ def dpo_step(
         with torch.no_grad():
             ref_logprobs = batch.per_completion(reference(batch).logprobs)
         meter.score(shape, batch)
-    target: Tensor | None
-    if known is not None:
-        target = known.target.to(logprobs)
-    else:
-        target = None if targets is None else targets[micro_batch.indices].to(logprobs)
     result = preference_loss(
         objective,
         logprobs,
@@ -159,22 +153,14 @@ def run_dpo(config: DpoConfig, home: Path, **options) -> StageResult:
             ),
             pairs.total,
             shown=("loss/dpo", "rewards/accuracies", "rewards/margins", "logps/chosen", "learning_rate"),
+            model=policy.model,
+            tokenizer=tokenizer,
             inputs=inputs_of(parents, pairs.reports),
             evaluate=pairs.evaluate,
-            save=lambda directory: save_model(policy.model, tokenizer, directory),
-            decode=functools.partial(text_of, tokenizer),
             known={"tokens": chosen_tokens(pairs, config)},
         )
         if config.engine == "trl":
-            last = train_with_trl(
-                run,
-                plan,
-                model=policy.model,
-                tokenizer=tokenizer,
-                examples=pairs.examples,
-                shape=shape,
-                reference=frozen.model,
-            )
+            last = train_with_trl(run, plan, examples=pairs.examples, shape=shape, reference=frozen.model)
         else:
             last = train(run, policy, plan)
         fall = last.get("logps/chosen_minus_reference", 0.0)
@@ -191,4 +177,4 @@ def run_dpo(config: DpoConfig, home: Path, **options) -> StageResult:
             **pairs.evaluate(),
             "train_pairs": total_pairs(pairs.examples) or sum(report.kept for report in pairs.reports),
         }
-        return publish(run, policy.model, tokenizer, parents=parents, reports=pairs.reports, metrics=metrics)
+        return publish(run, plan, parents=parents, reports=pairs.reports, metrics=metrics)

@@ -26,7 +26,7 @@ from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.evaluation.closed_forms import optimum, require_mass, world_reward
 from rlhf_pipeline.evaluation.enumerate import leaf_logprobs
 from rlhf_pipeline.models.modules import Policy
-from rlhf_pipeline.training.windows import ExampleBatch, PairFacts, Window
+from rlhf_pipeline.training.windows import ExampleBatch, PairFacts, Window, counts_of
 
 Proposal = Literal["mixture", "reference"]
 
@@ -129,15 +129,13 @@ class Population:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
             examples, facts = self.draw(size, generator)
             mine = list(range(rank, size, world_size))
-            tokens = sum(len(ids) for example in examples for ids in example.completions)
-            counts = {"prompts": float(size), "pairs": float(size), "tokens": float(tokens)}
             batches = []
             for group in micro_batches([examples[i] for i in mine], micro_batch_size, micro_batch_tokens):
                 members = [mine[i] for i in group]
                 drawn = [examples[i] for i in members]
                 known = PairFacts(facts.ref_logprobs[members].to(device), facts.target[members].to(device))
                 batches.append(ExampleBatch(packed(drawn), members, facts=known, examples=drawn, pack=packed))
-            yield Window(batches, counts, epoch=float(step + 1))
+            yield Window(batches, counts_of(examples), epoch=float(step + 1))
 
     def report(self, prompts: SourceReport, pairs: int) -> SourceReport:
         """The manifest's entry for the pairs; its digest is that of the prompts, the only data read."""

@@ -14,13 +14,11 @@ from rlhf_pipeline.algorithms.masked import whiten
 from rlhf_pipeline.algorithms.policy import PolicyLoss, clipped_policy_loss, clipped_value_loss
 from rlhf_pipeline.config.ppo import PpoConfig
 from rlhf_pipeline.data.batch import PackedBatch
-from rlhf_pipeline.data.tokenizers import text_of
-from rlhf_pipeline.models.loading import save_model
 from rlhf_pipeline.models.modules import ActorCritic, TokenScores
 from rlhf_pipeline.rollout.rollout import Estimates
 from rlhf_pipeline.stages.common import StageResult, find_base, inputs_of, log_moves, publish, tokenizer_of
 from rlhf_pipeline.stages.data import StageData
-from rlhf_pipeline.stages.ppo_models import check_processes, load_engine, load_models
+from rlhf_pipeline.stages.ppo_models import check_processes, load_setup
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.open_run import open_run
 from rlhf_pipeline.training.ppo_batches import PpoBatch
@@ -32,7 +30,6 @@ from rlhf_pipeline.training.ppo_rollouts import (
     score_responses,
     shuffled_minibatches,
 )
-from rlhf_pipeline.training.ranks import together
 from rlhf_pipeline.training.session import Metrics, Plan, train
 from rlhf_pipeline.training.windows import Loss, Window
 
@@ -142,54 +139,32 @@ def run_ppo(config: PpoConfig, home: Path, **options) -> StageResult:
     """Train an actor-critic by PPO and register the actor."""
     with open_run("ppo", config, home, **options) as run:
         config = run.config
-        # 1. Actor, critic, frozen reference (loaded separately from the actor's files), rewards, judge.
         parent = find_base(run, config)
         tokenizer = tokenizer_of(parent, config.trust_remote_code)
-        accelerator = run.accelerator
-        check_processes(config, accelerator.num_processes)
-        models = load_models(run, config, parent, tokenizer)
-        log_moves(run, models.parents)
-
-        # 2. Prompts.
+        check_processes(config, run.accelerator.num_processes)
+        # 1. Prompts.
         data = StageData(config, run.registry.home, run.log.say)
         prompts, reports = data.split("prompt", config.dataset_train_split, tokenizer, limit=config.max_train_samples)
 
+        # 2. Actor, critic, frozen reference (loaded separately from the actor's files), rewards, judge.
+        setup, parents = load_setup(run, parent, tokenizer, prompts)
+        log_moves(run, parents)
+
         # 3. Train.
-        setup = PpoSetup(
-            config,
-            models.actor_critic,
-            models.reference,
-            models.reward,
-            prompts,
-            stop_id=models.stop_id,
-            pad_id=tokenizer.pad_token_id,
-            meter=run.meter,
-            shapes=models.shapes,
-            engine=load_engine(run, config, parent, models.actor_critic.actor),
-            judge=models.judge,
-            memory=run.memory,
-            device=run.device,
-            autocast=accelerator.autocast,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            reduce=lambda sums: accelerator.reduce(sums, "sum") if accelerator.num_processes > 1 else sums,
-            together=functools.partial(together, accelerator, run.memory),
-        )
         shown = ("scores", "judge", "kl", "rlhf_reward")
         plan = Plan(
             functools.partial(ppo_windows, setup),
-            functools.partial(ppo_step, config=config, meter=run.meter, shapes=models.shapes),
+            functools.partial(ppo_step, config=config, meter=run.meter, shapes=setup.shapes),
             config.updates,
             shown=(*(f"objective/{name}" for name in shown), "val/ended", "val/explained_variance"),
+            model=setup.actor_critic.actor,
+            tokenizer=tokenizer,
+            inputs=inputs_of(parents, reports),
             derive=derive,
-            inputs=inputs_of(models.parents, reports),
-            save=lambda directory: save_model(models.actor_critic.actor, tokenizer, directory),
-            decode=functools.partial(text_of, tokenizer),
             warmup_offset=1,  # an update is a whole rollout, which a learning rate of 0 would waste
         )
-        last = train(run, models.actor_critic, plan)
+        last = train(run, setup.actor_critic, plan)
 
         # 4. Register the actor.
         metrics = {"train": last, "health": plan.health, "prompts": len(prompts)}
-        actor = models.actor_critic.actor
-        return publish(run, actor, tokenizer, parents=models.parents, reports=reports, metrics=metrics)
+        return publish(run, plan, parents=parents, reports=reports, metrics=metrics)

@@ -1,59 +1,49 @@
-"""Load, check and log the models of a PPO run."""
+"""Load, check and log the models of a PPO run, and put them together with its prompts."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from rlhf_pipeline.config.ppo import PpoConfig
+from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import ConfigError, Fault
-from rlhf_pipeline.models.modules import ActorCritic, Policy, assert_independent, describe_critic, make_actor_critic
+from rlhf_pipeline.models.modules import assert_independent, describe_critic, make_actor_critic
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.rollout.rewards import WeightedReward
 from rlhf_pipeline.rollout.vllm_engine import VllmEngine
 from rlhf_pipeline.stages.common import load_policy
 from rlhf_pipeline.stages.gate import repeat_gates
-from rlhf_pipeline.stages.reward_sources import LoadedModel, load_judge, load_reward, weighted
+from rlhf_pipeline.stages.reward_sources import LoadedModel, load_judge, load_reward
 from rlhf_pipeline.training.cost import ModelShape
-from rlhf_pipeline.training.judge import Judge
 from rlhf_pipeline.training.open_run import Run
+from rlhf_pipeline.training.ppo_rollouts import PpoSetup
 from rlhf_pipeline.training.precision import uses_bf16
+from rlhf_pipeline.training.ranks import together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
-class PpoModels:
-    """The loaded models of PPO. parents: entries of the manifest, by role; shapes: for counting cost, by role."""
-
-    actor_critic: ActorCritic
-    reference: Policy
-    reward: WeightedReward
-    judge: Judge | None
-    stop_id: int
-    parents: dict[str, Resolved]
-    shapes: dict[str, ModelShape]
-
-
-def load_models(
-    run: Run[PpoConfig], config: PpoConfig, parent: Resolved, tokenizer: PreTrainedTokenizerBase
-) -> PpoModels:
+def load_setup(
+    run: Run[PpoConfig], parent: Resolved, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Example]
+) -> tuple[PpoSetup, dict[str, Resolved]]:
     """Load actor, frozen reference (loaded separately from the same files), rewards, critic and judge.
+
+    Returns:
+        the setup of the run, and the parents for its manifest, by role.
 
     Raises:
         ConfigError: the stop token does not exist.
         MismatchError: models that do not fit together; see `load_reward` and `load_judge`.
     """
+    config, accelerator = run.config, run.accelerator
     assert config.value_init is not None  # the config fills it in
     stop_id = stop_id_of(config, tokenizer)
-    sources = [
-        (part.weight, load_reward(run.registry, part.source, config, parent, tokenizer, run.device))
-        for part in config.rewards
-    ]
-    rewards = [loaded for _, loaded in sources]
+    rewards = [load_reward(run.registry, part.source, config, parent, tokenizer, run.device) for part in config.rewards]
     actor = load_policy(parent, config, tokenizer, run.device, temperature=config.temperature)
     reference = load_policy(parent, config, tokenizer, run.device, temperature=config.temperature, frozen=True)
     models = [loaded for loaded in rewards if isinstance(loaded, LoadedModel)]
@@ -69,7 +59,8 @@ def load_models(
         assert_independent(actor_critic, frozen)
     run.log.say(describe_critic(config.value_init, models[0].source.label if models else None))
     judge, judge_model = load_judge(run, rewards, parent, tokenizer)
-    reward = weighted(sources)
+    weights = [part.weight for part in config.rewards]
+    reward = WeightedReward(tuple(zip(weights, (loaded.source for loaded in rewards), strict=True)))
     run.log.say(f"reward: {reward.label}; KL to {parent.label} at beta {config.kl_coef:g}")
 
     parents = {"base": parent, "reference": parent}
@@ -83,7 +74,27 @@ def load_models(
         shapes[role] = ModelShape.of(loaded.model.model, head=False)
     if judge_model is not None:
         parents["judge"] = judge_model
-    return PpoModels(actor_critic, reference, reward, judge, stop_id, parents, shapes)
+    setup = PpoSetup(
+        config,
+        actor_critic,
+        reference,
+        reward,
+        prompts,
+        stop_id=stop_id,
+        pad_id=tokenizer.pad_token_id,
+        meter=run.meter,
+        shapes=shapes,
+        engine=load_engine(run, config, parent, actor_critic.actor),
+        judge=judge,
+        memory=run.memory,
+        device=run.device,
+        autocast=accelerator.autocast,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        reduce=lambda sums: accelerator.reduce(sums, "sum") if accelerator.num_processes > 1 else sums,
+        together=partial(together, accelerator, run.memory),
+    )
+    return setup, parents
 
 
 def stop_id_of(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -25,7 +25,6 @@ from rlhf_pipeline.stages.data import StageData, preference_kind
 from rlhf_pipeline.stages.population import Population
 from rlhf_pipeline.training.cost import ModelShape
 from rlhf_pipeline.training.open_run import Run
-from rlhf_pipeline.training.pairs import count_pairs
 from rlhf_pipeline.training.precision import uses_bf16
 from rlhf_pipeline.training.reference_cache import ReferenceLogprobs, cached_logprobs, completion_logprob_sums
 from rlhf_pipeline.training.windows import Window
@@ -48,26 +47,6 @@ def label_probabilities(examples: Sequence[Example]) -> Tensor:
         found, fix = "no label_probability, which soft_labels needs", "or set soft_labels: false"
         raise DataError([Fault(example.where, found, expected, fix) for example in lacking])
     return torch.tensor([example.label_probability for example in examples], dtype=torch.float64)
-
-
-def implicit_reward_metrics(
-    policy: Policy,
-    reference: Tensor,
-    examples: Sequence[Example],
-    *,
-    beta: float,
-    **options: Any,
-) -> dict[str, float]:
-    """Accuracy and sigmoid loss of the implicit reward beta log(pi / pi_ref) on held-out pairs and rankings.
-
-    Args:
-        reference: (examples, K) log-probabilities of the completions under the reference, in nats.
-        options: options of `completion_logprob_sums`.
-    """
-    logprobs = completion_logprob_sums(policy, examples, **options)
-    rewards = beta * (logprobs - reference)
-    metrics = preference_metrics(*pair_differences(rewards.tolist(), examples))
-    return {f"eval_{name}": value for name, value in metrics.items()}
 
 
 def kind_of(config: DpoConfig) -> str:
@@ -132,12 +111,15 @@ def recorded_pairs(
             shape = ModelShape.of(frozen.model)
             run.meter.flops += found.flops(shape, examples) if run.checkpoint is None else 0.0
     layout = common_layout(policy.reader.layout, frozen.reader.layout)
-    windows, total = example_schedule(run, examples, layout=layout, pad_id=tokenizer.pad_token_id, count=count_pairs)
+    windows, total = example_schedule(run, examples, layout=layout, pad_id=tokenizer.pad_token_id)
 
     def evaluate() -> dict[str, float]:
+        """Accuracy and sigmoid loss of the implicit reward beta log(pi / pi_ref) on held-out pairs and rankings."""
         if not held_out:
             return {}
-        return implicit_reward_metrics(policy, held_out_reference, held_out, beta=config.beta, **options(held_out))
+        rewards = config.beta * (completion_logprob_sums(policy, held_out, **options(held_out)) - held_out_reference)
+        metrics = preference_metrics(*pair_differences(rewards.tolist(), held_out))
+        return {f"eval_{name}": value for name, value in metrics.items()}
 
     return Pairs(examples, reports, windows, total, reference, targets, evaluate)
 

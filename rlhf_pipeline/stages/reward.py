@@ -12,9 +12,8 @@ import torch
 from rlhf_pipeline.algorithms.preference import bradley_terry_loss, centering_loss, correct
 from rlhf_pipeline.config.reward import RewardConfig
 from rlhf_pipeline.data.tokenize import Example
-from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.evaluation.preference_metrics import calibration_slope, pair_differences
-from rlhf_pipeline.models.loading import init_reward_model, save_model, store_reward_shift
+from rlhf_pipeline.models.loading import init_reward_model, store_reward_shift
 from rlhf_pipeline.models.modules import RewardModel
 from rlhf_pipeline.models.selfcheck import read_reward_model
 from rlhf_pipeline.registry.references import Resolved
@@ -26,6 +25,7 @@ from rlhf_pipeline.stages.common import (
     find_base,
     inputs_of,
     load_policy,
+    loading_options,
     log_moves,
     onto,
     publish,
@@ -41,9 +41,9 @@ from rlhf_pipeline.stages.reward_quality import (
 )
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.open_run import Run, open_run
-from rlhf_pipeline.training.pairs import count_pairs, split_pairs, total_pairs
+from rlhf_pipeline.training.pairs import split_pairs, total_pairs
 from rlhf_pipeline.training.session import Plan, train
-from rlhf_pipeline.training.trl_engine import train_with_trl
+from rlhf_pipeline.training.trl_engine.train import train_with_trl
 from rlhf_pipeline.training.windows import ExampleBatch, Loss
 
 if TYPE_CHECKING:
@@ -108,8 +108,8 @@ def center(
         mean = sum(row[0] for row in scores) / len(scores)
     else:
         policy = load_policy(parent, config, tokenizer, run.device, frozen=True)
-        at_once = max(64, config.per_device_eval_batch_size)
-        count = config.reward_centering_samples
+        most, count = max(64, config.per_device_eval_batch_size), config.reward_centering_samples
+        at_once: dict[str, Any] = {"responses_at_once": most, "memory": run.memory}
         distinct = list({example.prompt_key: example for example in examples}.values())
         prompts = [distinct[i % len(distinct)] for i in range(count)]
         sampled, _ = sample_for_prompts(
@@ -120,16 +120,12 @@ def center(
             stop_id=tokenizer.eos_token_id,
             pad_id=tokenizer.pad_token_id,
             generator=torch.Generator().manual_seed(config.seed),
-            responses_at_once=at_once,
-            memory=run.memory,
+            **at_once,
             device=run.device,
         )
-        prefilled = prompts_run(policy, sampled, at_once, run.memory)
+        run.meter.generate(ModelShape.of(policy.model), sampled, prompts_run(policy, sampled, **at_once))
         scores = score(sampled)
         mean = sum(row[0] for row in scores) / count
-        shape = ModelShape.of(policy.model)
-        lengths = [len(e.prompt_ids) for e in sampled], [len(e.completions[0]) for e in sampled]
-        run.meter.generate(shape, *lengths, prefilled)
     store_reward_shift(model.model, mean)
     return mean
 
@@ -145,11 +141,8 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
             parent.location,
             tokenizer,
             seed=config.seed,
-            dtype=config.dtype,
-            attn_implementation=config.attn_implementation,
-            revision=parent.revision,
-            trust_remote_code=config.trust_remote_code,
             score_pooling=config.score_pooling,
+            **loading_options(parent, config),
         )
         network = onto(run.device, network)
         model = read_reward_model(network).train()
@@ -164,9 +157,7 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
 
         # 3. Train.
         shape = ModelShape.of(network, head=False, checkpointed=config.gradient_checkpointing)
-        windows, total = example_schedule(
-            run, examples, layout=model.reader.layout, pad_id=tokenizer.pad_token_id, count=count_pairs
-        )
+        windows, total = example_schedule(run, examples, layout=model.reader.layout, pad_id=tokenizer.pad_token_id)
 
         def scored(rows: Sequence[Example]) -> list[list[float]]:
             return score_examples(
@@ -194,13 +185,13 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
             step,
             total,
             shown=("loss/bradley_terry", "accuracy", "margin", "learning_rate"),
+            model=network,
+            tokenizer=tokenizer,
             inputs=inputs_of({"base": parent}, reports),
             evaluate=evaluate,
-            save=lambda directory: save_model(network, tokenizer, directory),
-            decode=functools.partial(text_of, tokenizer),
         )
         if config.engine == "trl":
-            last = train_with_trl(run, plan, model=network, tokenizer=tokenizer, examples=examples, shape=shape)
+            last = train_with_trl(run, plan, examples=examples, shape=shape)
         else:
             last = train(run, model, plan)
 
@@ -222,7 +213,7 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
             metrics["calibration_slope"] = {"mean": None, "why_not": NO_SLOPE} if slope is None else slope.as_dict()
             metrics["gate"] = gate_of(differences, rivals, prompts)
             describe_quality(run, metrics)
-        return publish(run, network, tokenizer, parents={"base": parent}, reports=reports, metrics=metrics)
+        return publish(run, plan, parents={"base": parent}, reports=reports, metrics=metrics)
 
 
 def describe_quality(run: Run, metrics: dict[str, Any]) -> None:

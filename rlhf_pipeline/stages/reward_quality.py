@@ -43,11 +43,6 @@ def score_examples(
     return by_example(score(source.score, examples, responses_at_once=responses_at_once, memory=memory), examples)
 
 
-def prompts_of_pairs(examples: Sequence[Example]) -> list[str]:
-    """The prompt of each untied pair of the examples."""
-    return [example.prompt_key for example in examples for _ in example.untied()]
-
-
 def baseline_differences(train: Sequence[Example], held_out: Sequence[Example]) -> dict[str, list[float]]:
     """Score differences of the baselines on held-out pairs: "longer wins", and TF-IDF with Bradley-Terry fitted on
     `train`."""
@@ -80,7 +75,7 @@ def baseline_accuracies(
     differences: Mapping[str, Sequence[float]], held_out: Sequence[Example]
 ) -> dict[str, dict[str, float]]:
     """Held-out accuracy of baselines, with a 95 % interval."""
-    clusters = prompts_of_pairs(held_out)
+    clusters = [example.prompt_key for example in held_out for _ in example.untied()]
     return {
         name: {"accuracy": estimate.mean, "accuracy_low": estimate.low, "accuracy_high": estimate.high}
         for name, estimate in ((name, accuracy(values, clusters)) for name, values in differences.items())

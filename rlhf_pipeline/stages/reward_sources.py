@@ -16,12 +16,12 @@ from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.models.modules import RewardModel
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.rollout.rewards import FunctionReward, ModelReward, RewardSource, WeightedReward, WorldReward
+from rlhf_pipeline.rollout.rewards import FunctionReward, ModelReward, RewardSource, WorldReward
 from rlhf_pipeline.stages.common import find_model, load_reward_model, require_same_tokenizer
 from rlhf_pipeline.stages.gate import repeat_gates
 from rlhf_pipeline.training.cost import ModelShape
-from rlhf_pipeline.training.judge import Judge
 from rlhf_pipeline.training.open_run import Run
+from rlhf_pipeline.training.ppo_rollouts import Judge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,11 +75,6 @@ def load_reward(
     return LoadedModel(ModelReward(resolved.label, model, tokenizer.pad_token_id, device), resolved, model)
 
 
-def weighted(parts: Sequence[tuple[float, LoadedReward]]) -> WeightedReward:
-    """The weighted sum of sources."""
-    return WeightedReward(tuple((weight, loaded.source) for weight, loaded in parts))
-
-
 def load_judge(
     run: Run[PpoConfig], rewards: Sequence[LoadedReward], policy: Resolved, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Judge | None, Resolved | None]:
@@ -111,7 +106,7 @@ def load_judge(
                 say(f"WARNING: {both} {why}; a judge should be held out", style="yellow")
     say(f"judge: {judge.source.label} scores the logged rollouts; nothing is trained on it")
     shape = None if judge.model is None else ModelShape.of(judge.model.model, head=False)
-    return Judge(judge.source, shape, config.logging_steps), judge.resolved
+    return Judge(judge.source, shape), judge.resolved
 
 
 def _is_same(judge: LoadedReward, reward: LoadedReward) -> bool:

@@ -15,8 +15,8 @@ from rlhf_pipeline.config.sft import SftConfig
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.tokenize import Example, whole_sequence
-from rlhf_pipeline.data.tokenizers import text_of, train_byte_level_bpe
-from rlhf_pipeline.models.loading import init_causal_lm, new_config, save_model
+from rlhf_pipeline.data.tokenizers import train_byte_level_bpe
+from rlhf_pipeline.models.loading import init_causal_lm, new_config
 from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.modules import Policy
 from rlhf_pipeline.models.selfcheck import inspect_model
@@ -35,7 +35,7 @@ from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.open_run import Run, open_run
 from rlhf_pipeline.training.session import Plan, train
-from rlhf_pipeline.training.trl_engine import train_with_trl
+from rlhf_pipeline.training.trl_engine.train import train_with_trl
 from rlhf_pipeline.training.windows import ExampleBatch, Loss
 
 if TYPE_CHECKING:
@@ -54,11 +54,6 @@ def sft_step(model: Policy, micro_batch: ExampleBatch, *, meter: CostMeter, shap
     entropy = scores.entropy.sum() * micro_batch.weight
     checked = {"log-probabilities of the policy": scores.logprobs}
     return Loss({"nll": (loss, "tokens", 1.0)}, {"entropy": (entropy, "tokens")}, checked)
-
-
-def count_tokens(example: Example) -> dict[str, float]:
-    """The counts that an example adds to the denominators."""
-    return {"tokens": float(sum(len(ids) for ids in example.completions))}
 
 
 def mean_nll(
@@ -139,9 +134,7 @@ def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
 
         # 3. Train.
         shape = ModelShape.of(policy.model, checkpointed=config.gradient_checkpointing)
-        windows, total = example_schedule(
-            run, examples, layout=policy.reader.layout, pad_id=tokenizer.pad_token_id, count=count_tokens
-        )
+        windows, total = example_schedule(run, examples, layout=policy.reader.layout, pad_id=tokenizer.pad_token_id)
 
         def evaluate() -> dict[str, float]:
             if not held_out:
@@ -160,13 +153,13 @@ def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
             functools.partial(sft_step, meter=run.meter, shape=shape),
             total,
             shown=("loss/nll", "entropy", "learning_rate"),
+            model=policy.model,
+            tokenizer=tokenizer,
             inputs=inputs_of(parents, reports),
             evaluate=evaluate,
-            save=lambda directory: save_model(policy.model, tokenizer, directory),
-            decode=functools.partial(text_of, tokenizer),
         )
         if config.engine == "trl":
-            last = train_with_trl(run, plan, model=policy.model, tokenizer=tokenizer, examples=examples, shape=shape)
+            last = train_with_trl(run, plan, examples=examples, shape=shape)
         else:
             last = train(run, policy, plan)
 
@@ -178,4 +171,4 @@ def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
             "train_examples": len(examples),
             "eval_examples": len(held_out),
         }
-        return publish(run, policy.model, tokenizer, parents=parents, reports=reports, metrics=metrics)
+        return publish(run, plan, parents=parents, reports=reports, metrics=metrics)

@@ -16,6 +16,8 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -56,16 +58,18 @@ def unshared(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], d
     return tensors, aliases
 
 
-def _optimizer_tensors(
-    optimizer: torch.optim.Optimizer,
-) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    state = optimizer.state_dict()
-    tensors = {
-        f"{index}.{name}": value.detach().cpu().contiguous()
-        for index, entry in state["state"].items()
-        for name, value in entry.items()
-    }
-    return tensors, state["param_groups"]
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Yield a new folder that takes the place of `target` at the end, after a sync to disk; see `staging`."""
+    with staging(target.parent, target.name) as staged:
+        yield staged
+        sync_tree(staged)
+        before = staged.with_name(f"{staged.name}.old.tmp")
+        if target.exists():
+            os.rename(target, before)
+        os.rename(staged, target)
+        sync(target.parent)
+        shutil.rmtree(before, ignore_errors=True)
 
 
 def save_checkpoint(
@@ -87,26 +91,26 @@ def save_checkpoint(
 
     target = root / f"{PREFIX}{step}"
     weights, aliases = unshared(model.state_dict())
-    tensors, groups = _optimizer_tensors(optimizer)
+    optimizer_state = optimizer.state_dict()
+    tensors = {
+        f"{index}.{name}": value.detach().cpu().contiguous()
+        for index, entry in optimizer_state["state"].items()
+        for name, value in entry.items()
+    }
     state = {
         "step": step,
         "aliases": aliases,
-        "param_groups": groups,
+        "param_groups": optimizer_state["param_groups"],
         "scheduler": {key: value for key, value in scheduler.state_dict().items() if key != "lr_lambdas"},
         "extra": extra,
     }
-    with staging(root, target.name) as temporary:
+    with replacing(target) as temporary:
         for name, content in zip(FILES, (weights, tensors, random_states())):
             save_file(content, temporary / name)
         (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
         files = {name: file_entry(temporary / name).model_dump() for name in FILES}
         (temporary / MANIFEST).write_text(json.dumps({"files": files}, separators=(",", ":")), encoding="utf-8")
-        sync_tree(temporary)
-        if target.exists():
-            os.rename(target, temporary.with_name(f"{temporary.name}.old.tmp"))
-        os.rename(temporary, target)
-        sync(root)
-    older = [found for found in _steps(root) if found <= step]
+    older = [found for found in steps_in(root) if found <= step]
     for old in older[keep:] if keep else []:
         os.rename(root / f"{PREFIX}{old}", root / f".{PREFIX}{old}.old.tmp")  # atomic: removed or unchanged
     clear_leftovers(root)
@@ -122,7 +126,7 @@ def clear_leftovers(root: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _steps(root: Path) -> list[int]:
+def steps_in(root: Path) -> list[int]:
     """Steps of the checkpoints under `root`, newest first."""
     found = [path.name[len(PREFIX) :] for path in root.glob(f"{PREFIX}*")] if root.is_dir() else []
     return sorted((int(name) for name in found if name.isdigit()), reverse=True)
@@ -168,7 +172,7 @@ def put_damaged_aside(root: Path, warn=lambda text: None) -> None:
     Raises:
         MismatchError: all checkpoints are from an earlier version of this package, which wrote no manifests.
     """
-    steps = _steps(root)
+    steps = steps_in(root)
     if steps and not any((root / f"{PREFIX}{step}" / MANIFEST).exists() for step in steps):
         newest = root / f"{PREFIX}{steps[0]}" / STATE
         if newest.exists() and "files" in _read_json(newest):
@@ -190,7 +194,7 @@ def put_damaged_aside(root: Path, warn=lambda text: None) -> None:
 
 def newest_checkpoint(root: Path, warn=lambda text: None) -> Checkpoint | None:
     """The newest intact checkpoint, or None; `warn` reports damaged ones, which are skipped."""
-    for step in _steps(root):
+    for step in steps_in(root):
         try:
             return verify_checkpoint(root / f"{PREFIX}{step}")
         except DamagedFile as error:

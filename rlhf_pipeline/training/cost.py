@@ -6,6 +6,7 @@ import contextlib
 import resource
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from rlhf_pipeline.data.batch import PackedBatch
+from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.models.forward import trunk_of
 from rlhf_pipeline.models.last_layer import skipping_modules
 
@@ -128,6 +130,8 @@ def _recomputed_weights(trunk: nn.Module) -> int:
     return total
 
 
+COUNTS = ("flops", "tokens_trained", "tokens_generated", "optimizer_steps")
+"""The counters of a `CostMeter`."""
 PHASES = ("generation", "scoring", "update")
 """The phases of a PPO update."""
 JUDGE = "judge"
@@ -183,20 +187,22 @@ class CostMeter:
         """Count a forward pass of a frozen model."""
         self.flops += shape.batch_flops(batch)
 
-    def generate(
-        self,
-        shape: ModelShape,
-        prompt_lengths: list[int],
-        response_lengths: list[int],
-        prompts: list[int] | None = None,
-    ) -> None:
-        """Count sampled responses; see `ModelShape.decode_flops`."""
+    def generate(self, shape: ModelShape, sampled: Sequence[Example], prompts: list[int] | None = None) -> None:
+        """Count the sampled responses of some examples; see `ModelShape.decode_flops`."""
+        prompt_lengths = [len(example.prompt_ids) for example in sampled for _ in example.completions]
+        response_lengths = [len(ids) for example in sampled for ids in example.completions]
         self.flops += shape.decode_flops(prompt_lengths, response_lengths, prompts)
         self.tokens_generated += sum(response_lengths)
 
-    def part(self, name: str) -> _Timed:
-        """A context manager that adds its wall time to a named part."""
-        return _Timed(self, name)
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """A context that adds its wall time to a named part."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - begin
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
     def shares(self) -> dict[str, float]:
         """The share of each phase in PPO's time; {} for other stages.
@@ -213,17 +219,17 @@ class CostMeter:
 
     def mark(self, step: int, **counts: float) -> None:
         """Store the cost of the run up to a step; `counts` replaces totals of this meter."""
-        own = {name: getattr(self, name) for name in ("flops", "tokens_trained", "tokens_generated", "optimizer_steps")}
-        self.at_step[str(step)] = {"wall_seconds": round(self.wall_seconds(), 3)} | own | counts
+        self.at_step[str(step)] = {"wall_seconds": round(self.wall_seconds(), 3)} | self.counts() | counts
+
+    def counts(self) -> dict[str, Any]:
+        """The counters by name."""
+        return {name: getattr(self, name) for name in COUNTS}
 
     def report(self) -> dict[str, Any]:
         """The `cost` of a manifest."""
         cost: dict[str, Any] = {
             "wall_seconds": round(self.wall_seconds(), 3),
-            "flops": self.flops,
-            "tokens_trained": self.tokens_trained,
-            "tokens_generated": self.tokens_generated,
-            "optimizer_steps": self.optimizer_steps,
+            **self.counts(),
             "peak_memory_bytes": peak_memory_bytes(),
         }
         if self.seconds:
@@ -235,15 +241,3 @@ class CostMeter:
         if self.at_step:
             cost["at_step"] = self.at_step
         return cost
-
-
-class _Timed:
-    def __init__(self, meter: CostMeter, name: str):
-        self.meter, self.name = meter, name
-
-    def __enter__(self) -> None:
-        self.begin = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        spent = time.perf_counter() - self.begin
-        self.meter.seconds[self.name] = self.meter.seconds.get(self.name, 0.0) + spent

@@ -11,23 +11,25 @@ failure-1/ (the next one to failure-2/), where it remains for inspection.
 from __future__ import annotations
 
 import json
-import math
 import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.errors import RunFailed
-from rlhf_pipeline.registry.storage import staging, sync, sync_tree
-from rlhf_pipeline.training.checkpoint import PREFIX
+from rlhf_pipeline.registry.storage import sync
+from rlhf_pipeline.training.checkpoint import PREFIX, replacing, steps_in
 from rlhf_pipeline.training.finite import BadRow, NotFinite
+from rlhf_pipeline.training.tracking import jsonable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FOLDER = "failure"
-Decode = Callable[[Sequence[int]], str]
 SMALLER_STEPS = (
     "try a smaller learning_rate, a smaller max_grad_norm, more warmup_steps, or fp32 (bf16: false, dtype: float32)"
 )
@@ -48,26 +50,14 @@ def advice(what: str, weights: Sequence[str]) -> str:
     return SMALLER_STEPS
 
 
-def _printable(value: Any) -> Any:
-    """The value with NaN and infinities, which JSON does not have, as text."""
-    if isinstance(value, Mapping):
-        return {key: _printable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_printable(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _described(row: BadRow, decode: Decode | None) -> dict[str, Any]:
+def _described(row: BadRow, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     example = row.example
     chosen = range(len(example.completions)) if row.completion is None else [row.completion]
-
-    def text(ids: Sequence[int], recorded: str) -> str:
-        return recorded if decode is None else decode(ids)
 
     completions = [
         {
             "number": k,
-            "text": text(example.completions[k], example.completion_texts[k] if example.completion_texts else ""),
+            "text": text_of(tokenizer, example.completions[k]),
             "ids": list(example.completions[k]),
             "ended": bool(example.ended[k]),
         }
@@ -76,19 +66,20 @@ def _described(row: BadRow, decode: Decode | None) -> dict[str, Any]:
     return {
         "where": example.where,
         "micro_batch": row.micro_batch,
-        "prompt": text(example.prompt_ids, example.prompt_text),
+        "prompt": text_of(tokenizer, example.prompt_ids),
         "prompt_ids": list(example.prompt_ids),
         "completions": completions,
         "values": list(row.values),
     }
 
 
-def write_failure(directory: Path, failure: NotFinite, known: Mapping[str, Any], decode: Decode | None) -> Path:
+def write_failure(
+    directory: Path, failure: NotFinite, known: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> Path:
     """Write the failure of a run into its directory, atomically, and replace an earlier one.
 
     Args:
-        known: other facts of the run: last metrics, learning rate, parents. decode: token ids to text; None: use the
-            recorded texts.
+        known: other facts of the run: last metrics, learning rate, parents.
 
     Returns:
         the folder.
@@ -106,7 +97,7 @@ def write_failure(directory: Path, failure: NotFinite, known: Mapping[str, Any],
         "bad": len(failure.rows),
         "of": failure.total,
         "weights_not_finite": failure.weights,
-        "rows": [_described(row, decode) for row in failure.rows],
+        "rows": [_described(row, tokenizer) for row in failure.rows],
         **known,
     }
     tensors = {
@@ -115,15 +106,10 @@ def write_failure(directory: Path, failure: NotFinite, known: Mapping[str, Any],
         for field in fields(batch)
         if isinstance(value := getattr(batch, field.name), Tensor)
     }
-    target = directory / FOLDER
-    with staging(directory, FOLDER) as staged:
-        (staged / "failure.json").write_text(json.dumps(_printable(told), indent=1) + "\n", encoding="ascii")
+    with replacing(directory / FOLDER) as staged:
+        (staged / "failure.json").write_text(json.dumps(jsonable(told, str), indent=1) + "\n", encoding="ascii")
         save_file(tensors, staged / "batch.safetensors")
-        sync_tree(staged)
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(staged, target)
-        sync(directory)
-    return target
+    return directory / FOLDER
 
 
 def failed_update(directory: Path) -> int | None:
@@ -148,8 +134,8 @@ def put_aside(directory: Path) -> str:
 
 def told(failure: NotFinite, checkpoints: Path, kept: str) -> RunFailed:
     """The error for the user: the failure, the last checkpoint, where the batch is stored, what to try."""
-    steps = [int(step) for path in checkpoints.glob(f"{PREFIX}*") if (step := path.name.removeprefix(PREFIX)).isdigit()]
-    last = f"the last checkpoint is {checkpoints.name}/{PREFIX}{max(steps)}" if steps else "there is no checkpoint"
+    steps = steps_in(checkpoints)
+    last = f"the last checkpoint is {checkpoints.name}/{PREFIX}{steps[0]}" if steps else "there is no checkpoint"
     error = RunFailed(f"{failure}; {last}; {kept}; {advice(failure.what, failure.weights)}")
     error.agreed = failure.agreed
     return error

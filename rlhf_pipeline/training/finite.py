@@ -31,10 +31,6 @@ class Seen:
     loss: Tensor
     checked: Mapping[str, Tensor]
 
-    @staticmethod
-    def of(micro_batch: Any, loss: Loss, total: Tensor) -> Seen:
-        return Seen(micro_batch, total.detach(), {name: value.detach() for name, value in loss.checked.items()})
-
 
 @dataclass(frozen=True)
 class BadRow:

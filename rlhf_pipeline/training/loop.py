@@ -12,9 +12,8 @@ from torch import nn
 
 from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.training.finite import Seen, all_finite, figures, refuse
-from rlhf_pipeline.training.halves import cut_micro_batches, size_of
 from rlhf_pipeline.training.ranks import Ranks, together
-from rlhf_pipeline.training.windows import Loss, Window
+from rlhf_pipeline.training.windows import Loss, Window, cut_micro_batches, size_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -27,14 +26,12 @@ class Sums:
     """Metric sums of an update, kept on the device and read with one synchronisation."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-        self._names: dict[str, str] = {}
+        self._sums: dict[str, tuple[torch.Tensor, str]] = {}  # each with the name of its denominator
         self._counts: dict[str, float] = {}
 
     def add(self, name: str, value: torch.Tensor, denominator: str) -> None:
         value = value.detach().double()
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._names[name] = denominator
+        self._sums[name] = (self._sums[name][0] + value if name in self._sums else value, denominator)
 
     def add_loss(self, loss: Loss) -> None:
         for name, (value, denominator, _) in loss.terms.items():
@@ -43,8 +40,8 @@ class Sums:
             self.add(name, value, denominator)
 
     def merge(self, other: Sums) -> None:
-        for name, value in other._sums.items():
-            self.add(name, value, other._names[name])
+        for name, (value, denominator) in other._sums.items():
+            self.add(name, value, denominator)
 
     def count(self, counts: dict[str, float]) -> None:
         for name, value in counts.items():
@@ -53,9 +50,9 @@ class Sums:
     def read(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         if not self._sums:
             return {}
-        values = reduce(torch.stack(list(self._sums.values()))).tolist()
-        named = zip(self._sums, values, strict=True)
-        return {name: value / max(self._counts[self._names[name]], 1e-12) for name, value in named}
+        totals = reduce(torch.stack([value for value, _ in self._sums.values()])).tolist()
+        counts = [max(self._counts[denominator], 1e-12) for _, denominator in self._sums.values()]
+        return {name: total / count for name, total, count in zip(self._sums, totals, counts, strict=True)}
 
 
 def fit(
@@ -103,7 +100,8 @@ def fit(
                 total = loss.total(window.counts)
                 found.add_loss(loss)
                 accelerator.backward(total * ranks.factor)
-            seen.append(Seen.of(micro_batch, loss, total))
+            checked = {name: value.detach() for name, value in loss.checked.items()}
+            seen.append(Seen(micro_batch, total.detach(), checked))
         return found, seen
 
     def computed(window: Window) -> tuple[Sums, list[Seen]]:

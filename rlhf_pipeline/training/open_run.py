@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
@@ -59,13 +59,10 @@ class Run(Generic[C]):
     accelerator: Accelerator
     log: RunLog
     checkpoint: Checkpoint | None
-    meter: CostMeter = field(default_factory=CostMeter)
+    meter: CostMeter
+    memory: Memory
     stopped_by: int | None = None
     phase: Literal["preparing", "updating", "ending"] = "preparing"
-    memory: Memory = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.memory = Memory(self.log.say, self.meter)
 
     @property
     def device(self) -> torch.device:
@@ -81,10 +78,6 @@ class Run(Generic[C]):
         return f"{self.id}/{read_status(self.directory).get('token')}"
 
     @property
-    def config_digest(self) -> str:
-        return config_digest(self.config)
-
-    @property
     def checkpoints(self) -> Path:
         return self.directory / "checkpoints"
 
@@ -97,6 +90,7 @@ def make_accelerator(config: ModelConfig) -> Accelerator:
     """An Accelerator with the device and precision of a config; also sets the number of threads if configured."""
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # this package shows its own
@@ -105,20 +99,14 @@ def make_accelerator(config: ModelConfig) -> Accelerator:
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     precision = "bf16" if uses_bf16(config) else "no"
-    _forget_other_precision(precision)
+    # Accelerate keeps the precision per process: an earlier run in this process may have had another one.
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state(reset_partial_state=False)
     # During critic warm-up the actor has no gradient, which DDP otherwise reports as an error. Buffers do not change,
     # and a process that repeats a forward pass must not wait for the buffers of the others.
     frozen_actor = bool(getattr(config, "critic_warmup_steps", 0))
     kept = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=frozen_actor)
     return Accelerator(cpu=config.use_cpu, mixed_precision=precision, kwargs_handlers=[kept])
-
-
-def _forget_other_precision(precision: str) -> None:
-    """Reset the precision that Accelerate keeps per process, if an earlier run in this process had another one."""
-    from accelerate.state import AcceleratorState
-
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
-        AcceleratorState._reset_state(reset_partial_state=False)
 
 
 def seed_everything(seed: int) -> None:
@@ -185,8 +173,6 @@ def open_run(
     log = RunLog(
         directory,
         title=config.output_name,
-        total=0,
-        shown=(),
         logging_steps=config.logging_steps,
         quiet=quiet,
         writes=accelerator.is_main_process,
@@ -200,14 +186,12 @@ def open_run(
             described = yaml.safe_load(dump_yaml(config))
             begun = (directory / CONFIG).exists()
             if not begun:
-                for line in _made_before(home, config.output_name, digest):
-                    log.say(f"note: {line}")
-                for line in unfinished_with_other_config(directory, config.output_name, described):
+                other = unfinished_with_other_config(directory, config.output_name, described)
+                for line in [*_made_before(home, config.output_name, digest), *other]:
                     log.say(f"note: {line}")
             replace_text(directory / CONFIG, dump_yaml(config))
-            clear_leftovers(directory)
-            clear_leftovers(directory / "snapshots")
-            clear_leftovers(directory / "checkpoints")
+            for place in (directory, directory / "snapshots", directory / "checkpoints"):
+                clear_leftovers(place)
             put_damaged_aside(directory / "checkpoints", warn=log.say)
         checkpoint = newest_checkpoint(directory / "checkpoints", warn=log.say)
         if accelerator.is_main_process:
@@ -216,8 +200,9 @@ def open_run(
                 why = "" if config.save_steps else f" ({why})"
                 log.say(f"nothing to resume: no checkpoint{why}; run {directory.name} starts again from the beginning")
             log.rewind(checkpoint.step if checkpoint else 0)
-        run = Run(stage, config, Registry(home), directory, accelerator, log, checkpoint)
-        run.meter.started = started
+        meter = CostMeter(started=started)
+        memory = Memory(log.say, meter)
+        run = Run(stage, config, Registry(home), directory, accelerator, log, checkpoint, meter, memory)
         log.say(f"{stage}: run {run.id}, {accelerator.device}, {torch.get_num_threads()} threads, seed {config.seed}")
         if config.bf16 == "auto":
             log.say(f"bf16 auto: {'on, it is faster on this machine' if uses_bf16(config) else 'off on this machine'}")

@@ -28,16 +28,11 @@ def make_optimizer(
 
     Source: Loshchilov and Hutter 2019.
     """
-    decayed: list[nn.Parameter] = []
-    spared: list[nn.Parameter] = []
-    for parameter in parameters:
-        if parameter.requires_grad:
-            (decayed if parameter.ndim > 1 else spared).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": spared, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.ndim > 1]
+    vectors = [parameter for parameter in trained if parameter.ndim <= 1]
+    decays = ((matrices, weight_decay), (vectors, 0.0))
+    groups: list[dict[str, Any]] = [{"params": held, "weight_decay": decay} for held, decay in decays if held]
     return AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
 
 

@@ -1,4 +1,4 @@
-"""Functions that the preference stages share: denominators, splitting (C,) tensors into pairs, preference losses."""
+"""Functions that the preference stages share: splitting (C,) tensors into pairs, preference losses."""
 
 from __future__ import annotations
 
@@ -10,15 +10,6 @@ from torch import Tensor
 from rlhf_pipeline.algorithms.preference import Objective, PreferenceLoss
 from rlhf_pipeline.data.comparisons import Comparisons
 from rlhf_pipeline.data.tokenize import Example
-
-
-def count_pairs(example: Example) -> dict[str, float]:
-    """The counts that a pair or ranking adds to the denominators: one prompt, and its untied pairs."""
-    return {
-        "prompts": 1.0,
-        "pairs": float(len(example.untied())),
-        "tokens": float(sum(len(ids) for ids in example.completions)),
-    }
 
 
 def total_pairs(examples: Sequence[Example]) -> int:

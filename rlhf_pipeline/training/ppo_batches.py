@@ -12,8 +12,7 @@ from rlhf_pipeline.data.batch import PackedBatch
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.rollout.rollout import Rollout
 from rlhf_pipeline.training.finite import BadRow, NotFinite, all_finite, bad_places, broken_weights
-from rlhf_pipeline.training.halves import pieces
-from rlhf_pipeline.training.windows import Pack
+from rlhf_pipeline.training.windows import Pack, pieces
 
 Minibatches = list[list[list[int]]]
 """The minibatches of an epoch, each a list of micro-batches, each a list of row numbers of the rollout."""

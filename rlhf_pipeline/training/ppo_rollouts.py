@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_pipeline.config.ppo import PpoConfig
-from rlhf_pipeline.data.batch import Layout, PackedBatch, merge_prompts, micro_batches, pack, reads
+from rlhf_pipeline.data.batch import PackedBatch, merge_prompts, micro_batches, pack, reads
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.modules import ActorCritic, Policy
@@ -26,10 +26,20 @@ from rlhf_pipeline.rollout.rollout import (
 )
 from rlhf_pipeline.rollout.vllm_engine import VllmEngine
 from rlhf_pipeline.training.cost import JUDGE, CostMeter, ModelShape
-from rlhf_pipeline.training.judge import Judge
 from rlhf_pipeline.training.ppo_batches import Minibatches, PpoBatch, Sampled, Scored, cut_rows
 from rlhf_pipeline.training.tracking import logged
 from rlhf_pipeline.training.windows import Window, epoch_order
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A reward source that scores the logged rollouts and does not affect training.
+
+    shape: the shape of its model, for its own cost; None for a function.
+    """
+
+    source: RewardSource
+    shape: ModelShape | None
 
 
 @dataclass
@@ -60,11 +70,6 @@ class PpoSetup:
     world_size: int = 1
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums
     together: Callable[[Callable[[], Any]], Any] = lambda work: work()
-
-    @property
-    def rollout_size(self) -> int:
-        """Responses that this process samples for one update."""
-        return self.config.rollout_batch_size // self.world_size
 
     def generator(self, update: int, purpose: int) -> torch.Generator:
         """The generator for one purpose of an update (0: sampling, 1: shuffling), from seed, update and process."""
@@ -102,9 +107,7 @@ def sample_responses(setup: PpoSetup, module: nn.Module, update: int) -> Sampled
     def sampled() -> Sampled:
         with setup.meter.part("generation"):
             found, prompts = _sample(setup, module, update)
-            prompt_lengths = [len(example.prompt_ids) for example in found.examples]
-            lengths = [len(example.completions[0]) for example in found.examples]
-            setup.meter.generate(setup.shapes["actor"], prompt_lengths, lengths, prompts)
+            setup.meter.generate(setup.shapes["actor"], found.examples, prompts)
         return found
 
     return setup.together(sampled)
@@ -120,7 +123,7 @@ def _sample(setup: PpoSetup, module: nn.Module, update: int) -> tuple[Sampled, l
         setup.engine.load_weights(setup.actor_critic)
         drawn = setup.engine.generate([prompt.prompt_ids for prompt in prompts], **options)
         return Sampled(answered(prompts, drawn)[0], logprob_matrix(drawn, width).to(setup.device)), None
-    at_once: dict[str, Any] = {"responses_at_once": setup.rollout_size, "memory": setup.memory}
+    at_once: dict[str, Any] = {"responses_at_once": len(prompts), "memory": setup.memory}
     options |= {"pad_id": setup.pad_id, "device": setup.device, "module": module}
     examples, _ = sample_for_prompts(setup.actor_critic, prompts, **options, **at_once)
     return Sampled(examples), prompts_run(setup.actor_critic, examples, **at_once)
@@ -193,8 +196,9 @@ def run_models(
         for rows, batch in zip(minibatch, batches, strict=True):
             setup.memory.holds(len(rows))
             chosen, index = [examples[i] for i in rows], torch.tensor(rows, device=device)
-            policy = module(batch)
-            reference = setup.reference(_in_layout(setup, setup.reference.reader.layout, batch, chosen))
+            policy, layout = module(batch), setup.reference.reader.layout
+            readable = batch if reads(layout, batch) else pack(chosen, setup.pad_id, layout=layout).to(device)
+            reference = setup.reference(readable)
             found = (policy.logprobs, reference.logprobs, policy.values, policy.entropy)
             for name, value in zip(names, found, strict=True):
                 matrices[name][index] = batch.padded(value, width).to(matrices[name].dtype)
@@ -218,10 +222,6 @@ def run_models(
     return rollout, refused
 
 
-def _in_layout(setup: PpoSetup, layout: Layout, batch: PackedBatch, chosen: Sequence[Example]) -> PackedBatch:
-    return batch if reads(layout, batch) else pack(chosen, setup.pad_id, layout=layout).to(setup.device)
-
-
 def check_and_describe(setup: PpoSetup, scored: Scored, estimates: Estimates) -> dict[str, float]:
     """The metrics of a rollout, including those of the judge.
 
@@ -234,10 +234,25 @@ def check_and_describe(setup: PpoSetup, scored: Scored, estimates: Estimates) ->
     metrics = rollout_metrics(rollout, estimates, kl_coef=config.kl_coef, reduce=setup.reduce)
     metrics |= sampler_metrics(rollout.mask, estimates.importance, reduce=setup.reduce)
     metrics["episodes"] = float((scored.update + 1) * config.rollout_batch_size)
-    if setup.judge is not None and logged(scored.update + 1, setup.judge.every, config.updates):
+    if setup.judge is not None and logged(scored.update + 1, config.logging_steps, config.updates):
         with setup.meter.part(JUDGE), setup.autocast():
-            metrics |= setup.judge.look(rollout.examples, scored.rows, scored.packed, setup.meter, setup.reduce)
+            metrics |= judged(setup, setup.judge, scored)
     return metrics
+
+
+@torch.no_grad()
+def judged(setup: PpoSetup, judge: Judge, scored: Scored) -> dict[str, float]:
+    """Mean and standard deviation of the judge's scores over the responses of a rollout, on all ranks."""
+    sums = []
+    for rows, batch in zip(scored.rows, scored.packed, strict=True):
+        scores = judge.source.score([scored.rollout.examples[i] for i in rows], batch).cpu().double()
+        flops = 0.0 if judge.shape is None else judge.shape.batch_flops(batch)
+        added = torch.tensor([len(scores), scores.sum(), (scores**2).sum(), flops], dtype=torch.float64)
+        sums.append(added.to(batch.lengths.device))
+    count, total, square, flops = setup.reduce(torch.stack(sums).sum(0)).tolist()
+    setup.meter.judge_flops += flops
+    mean = total / count
+    return {"objective/judge": mean, "objective/judge_std": max(square / count - mean**2, 0.0) ** 0.5}
 
 
 def minibatch_window(

@@ -44,32 +44,29 @@ def is_finished(directory: Path) -> bool:
 def finished_runs(home: Path, name: str, digest: str) -> list[tuple[str, str]]:
     """Runs of a config that have registered their model, each with its model, the newest last."""
     base = home / "runs" / f"{name}-{digest[:10]}"
-    places = [(number, base if number == 1 else base.with_name(f"{base.name}-{number}")) for number in _numbers(base)]
-    found = [(place.name, read_status(place)) for _, place in sorted(places)]
+    found = [(_place(base, number).name, read_status(_place(base, number))) for number in _numbers(base)]
     return [(run, str(status["model"])) for run, status in found if status.get("status") == "finished"]
 
 
 def _numbers(base: Path) -> list[int]:
+    """The numbers of a config's runs, in order."""
     numbers = [1] if base.exists() else []
     for path in base.parent.glob(f"{base.name}-*"):
         ending = path.name[len(base.name) + 1 :]
         numbers += [int(ending)] if ending.isdecimal() and int(ending) > 1 else []
-    return numbers
+    return sorted(numbers)
+
+
+def _place(base: Path, number: int) -> Path:
+    return base if number == 1 else base.with_name(f"{base.name}-{number}")
 
 
 def run_directory(home: Path, name: str, digest: str, *, resume: bool) -> Path:
     """runs/<name>-<digest>[-k]: the newest unfinished run if `resume`, else the next free number k."""
     base = home / "runs" / f"{name}-{digest[:10]}"
     numbers = _numbers(base)
-
-    def place(number: int) -> Path:
-        return base if number == 1 else base.with_name(f"{base.name}-{number}")
-
-    if resume:
-        for number in sorted(numbers, reverse=True):
-            if not is_finished(place(number)):
-                return place(number)
-    return place(max(numbers, default=0) + 1)
+    unfinished = [number for number in numbers if not is_finished(_place(base, number))] if resume else []
+    return _place(base, unfinished[-1] if unfinished else max(numbers, default=0) + 1)
 
 
 def open_directory(home: Path, name: str, digest: str, *, resume: bool) -> tuple[Path, IO[str]]:

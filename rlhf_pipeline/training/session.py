@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.errors import Interrupted, MismatchError, RunFailed
 from rlhf_pipeline.health.monitor import Monitor, facts_of
 from rlhf_pipeline.health.watches import WATCHES
+from rlhf_pipeline.models.loading import save_model
 from rlhf_pipeline.models.memory import ADVICE
 from rlhf_pipeline.models.refusals import first_line, ran_out
-from rlhf_pipeline.registry.storage import staging, sync, sync_tree
-from rlhf_pipeline.training.checkpoint import Checkpoint, restore, save_checkpoint
-from rlhf_pipeline.training.cost import JUDGE
-from rlhf_pipeline.training.failure import Decode, failed_update, put_aside, told, write_failure
+from rlhf_pipeline.training.checkpoint import Checkpoint, replacing, restore, save_checkpoint
+from rlhf_pipeline.training.cost import COUNTS, JUDGE
+from rlhf_pipeline.training.failure import failed_update, put_aside, told, write_failure
 from rlhf_pipeline.training.finite import NotFinite
 from rlhf_pipeline.training.loop import Step, fit
 from rlhf_pipeline.training.open_run import Run
@@ -29,6 +28,9 @@ from rlhf_pipeline.training.optimizer import make_optimizer, make_scheduler
 from rlhf_pipeline.training.precision import checkpoint_activations, uses_bf16
 from rlhf_pipeline.training.tracking import tell, tell_all
 from rlhf_pipeline.training.windows import Window
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Metrics = dict[str, float]
 
@@ -40,9 +42,9 @@ class Plan:
     windows: called with (the prepared model, updates done before); yields the remaining windows.
     total: number of updates. shown: names of the metrics in the live line.
     derive: converts the metrics of an update into those that are logged.
+    model, tokenizer: what the stage publishes; `train` writes snapshots of them.
     inputs: digests of the models and data of the run; a checkpoint with other inputs is refused.
-    evaluate: returns the metrics of an evaluation. save: writes a snapshot of the model into a directory.
-    decode: token ids to text, for the record of a failed run.
+    evaluate: returns the metrics of an evaluation.
     warmup_offset: see `rate_factor`. 0: the first update of a warm-up has rate 0, as in transformers.
     known: facts that the watches need besides the config (fields of `Facts`).
     health: the findings of the watches for the manifest, filled in by `train`.
@@ -52,11 +54,11 @@ class Plan:
     step: Step
     total: int
     shown: Sequence[str]
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    inputs: Mapping[str, str | None]
     derive: Callable[[Metrics], Metrics] = lambda metrics: metrics
-    inputs: Mapping[str, str | None] = field(default_factory=dict)
     evaluate: Callable[[], Metrics] | None = None
-    save: Callable[[Path], None] | None = None
-    decode: Decode | None = None
     warmup_offset: int = 0
     known: Mapping[str, float] = field(default_factory=dict)
     health: list[dict[str, Any]] = field(default_factory=list)
@@ -106,22 +108,11 @@ def _require_same_inputs(run: Run, checkpoint: Checkpoint, inputs: Mapping[str, 
         )
 
 
-def _keep_snapshot(root: Path, step: int, save: Callable[[Path], None]) -> None:
-    """Write snapshots/step-<n> atomically, and sync it before the checkpoint of the same step is written."""
-    target = root / f"step-{step}"
-    with staging(root, target.name) as staged:
-        save(staged)
-        sync_tree(staged)
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(staged, target)
-        sync(root)
-
-
 def _told(run: Run, error: Exception, plan: Plan, known: Mapping[str, Any]) -> Exception:
     """The error for the user; for a figure that is not finite, its batch is written first."""
     if isinstance(error, NotFinite):
         try:
-            kept = f"the batch is stored in {write_failure(run.directory, error, known, plan.decode)}"
+            kept = f"the batch is stored in {write_failure(run.directory, error, known, plan.tokenizer)}"
         except Exception as unwritten:  # the cause that stopped the run is always reported
             kept = f"the batch could not be stored ({first_line(unwritten)})"
         error = told(error, run.checkpoints, kept)
@@ -130,6 +121,32 @@ def _told(run: Run, error: Exception, plan: Plan, known: Mapping[str, Any]) -> E
     if isinstance(error, RunFailed) and error.agreed:
         run.accelerator.wait_for_everyone()  # a launcher ends all processes when the first one exits
     return error
+
+
+def optimizer_and_schedule(config: TrainingConfig, model: nn.Module, plan: Plan) -> tuple[AdamW, LambdaLR]:
+    """The optimizer of a config and the schedule of its learning rate."""
+    optimizer = make_optimizer(
+        model.parameters(),
+        learning_rate=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
+    name, offset = config.lr_scheduler_type, plan.warmup_offset
+    warmup_steps, total = config.warmup_steps, plan.total
+    return optimizer, make_scheduler(optimizer, name, warmup_steps=warmup_steps, total=total, offset=offset)
+
+
+def log_update(
+    run: Run, plan: Plan, monitor: Monitor, step: int, metrics: Metrics, epoch: float, shares: str = ""
+) -> None:
+    """Log an update, the evaluation after it if one is due, and the findings of the watches."""
+    tell(run.log, monitor.update(step, metrics))
+    run.log.update(step, metrics | monitor.lasting(), shares)
+    if plan.evaluate is not None and evaluates_at(run.config, step, epoch):
+        figures = plan.evaluate()
+        run.log.record(step, figures)
+        tell(run.log, monitor.update(step, figures))
 
 
 def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
@@ -146,20 +163,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
     model.train()  # every part: a part in eval mode (a critic copied from a frozen model) would keep its activations
     if config.gradient_checkpointing:
         checkpoint_activations(model)
-    optimizer = make_optimizer(
-        model.parameters(),
-        learning_rate=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-    )
-    scheduler = make_scheduler(
-        optimizer,
-        config.lr_scheduler_type,
-        warmup_steps=config.warmup_steps,
-        total=plan.total,
-        offset=plan.warmup_offset,
-    )
+    optimizer, scheduler = optimizer_and_schedule(config, model, plan)
     start = 0
     # Examples are distributed over the processes: with another number of processes, other examples would follow.
     inputs = {**plan.inputs, "processes": str(run.accelerator.num_processes)}
@@ -177,8 +181,6 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
         run.log.say(f"resumed at step {start} of {plan.total}")
     run.log.total, run.log.shown = plan.total, plan.shown
     prepared, prepared_optimizer = run.accelerator.prepare(model, optimizer)
-    steps_before = run.meter.optimizer_steps
-    taken = 0
     failed_at = failed_update(run.directory) if run.accelerator.is_main_process else None
 
     counts = ("flops", "tokens_trained", "tokens_generated")
@@ -197,7 +199,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
         counted = asdict(run.meter) | over_ranks() | {"wall": run.meter.wall_seconds()}
         if not run.accelerator.is_main_process:
             return
-        counted["optimizer_steps"] = steps_before + taken + 1  # the window of this update is not counted yet
+        counted["optimizer_steps"] += 1  # the window of this update is not counted yet
         run.log.sync()
         save_checkpoint(
             run.checkpoints,
@@ -218,21 +220,17 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
     def on_update(step: int, metrics: Metrics, window: Window) -> None:
         nonlocal last, failed_at
         last = plan.derive(metrics)
-        tell(run.log, monitor.update(step, last))
         shares = "  ".join(f"{name} {share:.0%}" for name, share in run.meter.shares().items())
-        run.log.update(step, last | monitor.lasting(), shares)
-        if plan.evaluate is not None and evaluates_at(config, step, window.epoch):
-            figures = plan.evaluate()
-            run.log.record(step, figures)
-            tell(run.log, monitor.update(step, figures))
+        log_update(run, plan, monitor, step, last, window.epoch, shares)
         if failed_at is not None and step >= failed_at:
             kept, failed_at = put_aside(run.directory), None
             run.log.say(f"update {step}, which had failed before, is done; the record of the failure is now in {kept}/")
-        if plan.save is not None and _every(config.snapshot_steps, step):
+        if _every(config.snapshot_steps, step):
             # Every rank takes part in the count; the window of this update is not counted yet.
-            run.meter.mark(step, **over_ranks(), optimizer_steps=steps_before + taken + 1)
+            run.meter.mark(step, **over_ranks(), optimizer_steps=run.meter.optimizer_steps + 1)
             if run.accelerator.is_main_process:
-                _keep_snapshot(run.directory / "snapshots", step, plan.save)
+                with replacing(run.directory / "snapshots" / f"step-{step}") as staged:
+                    save_model(plan.model, plan.tokenizer, staged)
         _agree_to_stop(run)
         if run.stopped_by is not None:
             save(step)
@@ -244,10 +242,9 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
             save(step)
 
     def counted(windows: Iterable[Window]) -> Iterable[Window]:
-        nonlocal taken
         for window in windows:
             yield window
-            taken += 1  # the loop asks for the next window after its step
+            run.meter.optimizer_steps += 1  # the loop asks for the next window after its step
 
     run.phase = "updating"
     try:
@@ -271,7 +268,6 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
             raise
         raise failed from error
     run.phase = "ending"
-    run.meter.optimizer_steps = steps_before + taken
     for name, value in over_ranks().items():
         setattr(run.meter, name, value)
     tell_all(run.log, monitor.findings)
@@ -281,8 +277,8 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
 
 def _restore_meter(run: Run, cost: dict[str, Any]) -> None:
     meter = run.meter
-    meter.flops, meter.tokens_trained = cost["flops"], cost["tokens_trained"]
-    meter.tokens_generated, meter.optimizer_steps = cost["tokens_generated"], cost["optimizer_steps"]
+    for name in COUNTS:
+        setattr(meter, name, cost[name])
     meter.seconds = dict(cost["seconds"])
     meter.earlier_seconds = cost["wall"] + meter.seconds.get(JUDGE, 0.0)
     meter.judge_flops = cost.get("judge_flops", 0.0)

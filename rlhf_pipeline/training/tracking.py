@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +20,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    track,
 )
 
 from rlhf_pipeline.errors import visible
@@ -40,20 +41,13 @@ class _Console(Console):
 console = _Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def jsonable(value: Any) -> Any:
-    """Replace NaN and infinities, which JSON does not have, by None, at every depth."""
-    if isinstance(value, dict):
-        return {key: jsonable(item) for key, item in value.items()}
+def jsonable(value: Any, instead: Callable[[float], Any] = lambda _: None) -> Any:
+    """Replace NaN and infinities, which JSON does not have, by instead(value), at every depth."""
+    if isinstance(value, Mapping):
+        return {key: jsonable(item, instead) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [jsonable(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def format_metric(name: str, value: float) -> str:
-    """`name value` with four significant digits."""
-    return f"{name} {value:.4g}"
+        return [jsonable(item, instead) for item in value]
+    return instead(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step_of(row: str) -> float:
@@ -82,9 +76,9 @@ class RunLog:
         directory: Path,
         *,
         title: str,
-        total: int,
-        shown: Sequence[str],
         logging_steps: int,
+        total: int = 0,
+        shown: Sequence[str] = (),
         quiet: bool = False,
         writes: bool = True,
     ):
@@ -98,7 +92,6 @@ class RunLog:
         self._progress: Progress | None = None
         self._task: Any = None
         self._times: deque[tuple[float, int]] = deque(maxlen=RATE_OVER)
-        self.last: dict[str, float] = {}
 
     def rewind(self, step: int) -> None:
         """Remove what was logged after `step`, because a resumed run writes it again."""
@@ -128,12 +121,10 @@ class RunLog:
         """
         self._times.append((time.perf_counter(), step))
         due = logged(step, self.logging_steps, self.total)
-        line = "  ".join(format_metric(name, metrics[name]) for name in self.shown if name in metrics)
+        line = "  ".join(f"{name} {metrics[name]:.4g}" for name in self.shown if name in metrics)
         line += f"  {note}" if note else ""
         if due:
-            self.last = metrics
-            self._metrics.write(json.dumps(jsonable({"step": step, **metrics})) + "\n")
-            self._metrics.flush()
+            self.record(step, metrics)
         if self._live:
             self._show(step, line)
         elif due and not self.quiet and self._heartbeat(step):
@@ -169,7 +160,7 @@ class RunLog:
         self._progress.update(self._task, completed=step, rate=f"{rate:.3g}/s", line=line)
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
-        """Write metrics that do not belong to an update (evaluations) to metrics.jsonl."""
+        """Write metrics of an update, or of an evaluation after it, to metrics.jsonl."""
         self._metrics.write(json.dumps(jsonable({"step": step, **metrics})) + "\n")
         self._metrics.flush()
 
@@ -186,8 +177,6 @@ def progress(items: Sequence[Any], title: str):
     if not sys.stderr.isatty():
         yield from items
         return
-    from rich.progress import track
-
     yield from track(items, description=title, console=console, transient=True)
 
 

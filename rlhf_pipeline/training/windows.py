@@ -108,6 +108,31 @@ class ExampleBatch:
         )
 
 
+def cut_micro_batches(micro_batches: Sequence[Any], halvings: int) -> Iterator[Any]:
+    """The micro-batches of a window, each halved `halvings` times (models/memory.py); trees are not cut."""
+    for micro_batch in micro_batches:
+        cut = pieces(size_of(micro_batch), halvings)
+        yield from [micro_batch] if len(cut) == 1 else (micro_batch.part(piece) for piece in cut)
+
+
+def size_of(micro_batch: Any) -> int:
+    """The number of examples that a micro-batch can be cut into."""
+    return len(getattr(micro_batch, "examples", ())) or 1
+
+
+def pieces(count: int, halvings: int) -> list[slice]:
+    """The slices of `count` items after `halvings` halvings, the larger half first; a single item is not cut."""
+    cut = [slice(0, count)]
+    for _ in range(halvings):
+        cut = [half for whole in cut for half in _halves(whole)]
+    return cut
+
+
+def _halves(whole: slice) -> list[slice]:
+    middle = (whole.start + whole.stop + 1) // 2
+    return [whole] if middle == whole.stop else [slice(whole.start, middle), slice(middle, whole.stop)]
+
+
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     """The order of `count` examples in one epoch; it depends only on seed and epoch, so resuming needs no state."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -126,6 +151,15 @@ def total_steps(count: int, window_size: int, epochs: float, max_steps: int) -> 
     return max(1, math.ceil(epochs * steps_per_epoch(count, window_size) - 1e-9))
 
 
+def counts_of(examples: Sequence[Example]) -> dict[str, float]:
+    """The denominators of a window of examples: its prompts, their untied pairs, the tokens of the completions."""
+    return {
+        "prompts": float(len(examples)),
+        "pairs": float(sum(len(example.untied()) for example in examples)),
+        "tokens": float(sum(len(ids) for example in examples for ids in example.completions)),
+    }
+
+
 def example_windows(
     examples: Sequence[Example],
     *,
@@ -135,7 +169,6 @@ def example_windows(
     seed: int,
     pad_id: int,
     layout: Layout = "trees",
-    count: Callable[[Example], dict[str, float]],
     start: int = 0,
     rank: int = 0,
     world_size: int = 1,
@@ -145,8 +178,7 @@ def example_windows(
     """Windows of micro_batch_size x accumulation x world_size examples, shuffled in each epoch.
 
     The examples of a window depend only on seed, window size and step. Within a window, examples are grouped by length;
-    `micro_batch_tokens` limits the tokens of a micro-batch. `count(example)` returns the counts that an example adds to
-    the denominators.
+    `micro_batch_tokens` limits the tokens of a micro-batch.
     """
 
     def packed(chosen: Sequence[Example]) -> PackedBatch:
@@ -161,10 +193,7 @@ def example_windows(
             order = epoch_order(len(examples), seed, epoch)
         place = step % per_epoch
         members = order[place * size : (place + 1) * size]
-        counts: dict[str, float] = {}
-        for index in members:
-            for name, value in count(examples[index]).items():
-                counts[name] = counts.get(name, 0.0) + value
+        counts = counts_of([examples[index] for index in members])
         mine = members[rank::world_size]
         weight = 1.0
         if not mine:  # fewer examples than ranks: every rank must take part in the backward pass

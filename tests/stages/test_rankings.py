@@ -21,8 +21,7 @@ from rlhf_pipeline.models.selfcheck import inspect_model, read_reward_model
 from rlhf_pipeline.stages.dpo import dpo_step
 from rlhf_pipeline.stages.reward import reward_step
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
-from rlhf_pipeline.training.pairs import count_pairs
-from rlhf_pipeline.training.windows import ExampleBatch
+from rlhf_pipeline.training.windows import ExampleBatch, counts_of
 
 SIZES = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32, "vocab_size": 50, "initializer_range": 0.5}
 UNDROPPED = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -193,8 +192,8 @@ def test_for_pairs_plackett_luce_is_the_sigmoid_loss(policy):
 
 
 def test_metrics_are_sums_over_untied_pairs(scorer, policy):
-    assert [count_pairs(found)["pairs"] for found in MIXED] == [5, 1, 2, 10]
-    assert [count_pairs(found)["prompts"] for found in MIXED] == [1, 1, 1, 1]
+    assert [counts_of([found])["pairs"] for found in MIXED] == [5, 1, 2, 10]
+    assert [counts_of([found])["prompts"] for found in MIXED] == [1, 1, 1, 1]
     with torch.no_grad():
         scores = [[float(score) for score in plain_scores(scorer, found)] for found in MIXED]
         logps = [[float(logp) for logp in plain_logprobs(policy, found)] for found in MIXED]

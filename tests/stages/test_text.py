@@ -162,12 +162,12 @@ def test_completion_only_loss_leaves_prompts_alone(text, tmp_path):
     tokenizer = tokenizer_of(lab.registry.resolve("base"))
     examples, _ = StageData(config, lab.home, lambda _: None).split("demonstration", "all", tokenizer)
     from rlhf_pipeline.data.tokenize import whole_sequence
-    from rlhf_pipeline.stages.sft import count_tokens
+    from rlhf_pipeline.training.windows import counts_of
 
     example = examples[0]
-    assert count_tokens(example) == {"tokens": len(example.completions[0])}
-    whole = count_tokens(whole_sequence(example))
-    assert whole == {"tokens": len(example.prompt_ids) + len(example.completions[0]) - 1}
+    assert counts_of([example])["tokens"] == len(example.completions[0])
+    whole = counts_of([whole_sequence(example)])
+    assert whole["tokens"] == len(example.prompt_ids) + len(example.completions[0]) - 1
     only, all_ = (
         lab.run(
             "sft",

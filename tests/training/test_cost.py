@@ -67,10 +67,15 @@ def test_padding_costs_nothing():
     assert shape.batch_flops(pack([example], 0, row_length=30)) == shape.batch_flops(pack([example], 0))
 
 
+def sampled(*lengths: tuple[int, int]) -> list[Example]:
+    """A response to each prompt, by the lengths of both."""
+    return [Example([1] * prompt, [[2] * response], [True], "k", "w") for prompt, response in lengths]
+
+
 def test_flops_of_cached_sampling():
     # A prompt of 6 and a response of 3: the last token is not fed back, so 8 positions over 1 + ... + 8 = 36.
     meter = CostMeter()
-    meter.generate(ModelShape.of(llama()), [6, 6], [3, 1])
+    meter.generate(ModelShape.of(llama()), sampled((6, 3), (6, 1)))
     one, other = (2 * MATMUL * n + 4 * ATTENTION * n * (n + 1) // 2 for n in (8, 6))
     assert meter.report()["flops"] == one + 2 * HEAD * 3 + other + 2 * HEAD
     assert meter.report()["tokens_generated"] == 4
@@ -163,7 +168,7 @@ def test_cached_sampling_against_the_counter_of_torch():
     lengths = [len(response.ids) for response in drawn]
     assert lengths == [9, 9]
     shape, meter = ModelShape.of(model), CostMeter()
-    meter.generate(shape, [10, 10], lengths)
+    meter.generate(shape, sampled(*((10, length) for length in lengths)))
     # Only the prompt has a square to mask; every later token attends to all there is.
     assert found == pytest.approx(meter.flops + 2 * masked_away(shape, 10), rel=0.02)
 
@@ -206,7 +211,7 @@ def test_flops_of_sampling_that_shares_prompts():
     skip_unread(model.model)
     shape, meter = ModelShape.of(model), CostMeter()
     skipped = 2 * 256 + 3 * 512
-    meter.generate(shape, [6, 6], [3, 1], [6])
+    meter.generate(shape, sampled((6, 3), (6, 1)), [6])
     prompt = 2 * (MATMUL * 6 - skipped * 5) + 4 * ATTENTION * 21
     responses = 2 * MATMUL * 2 + 4 * ATTENTION * (7 + 8) + 2 * HEAD * (3 + 1)
     assert meter.report()["flops"] == prompt + responses

@@ -15,7 +15,7 @@ from rlhf_pipeline.errors import RunFailed
 from rlhf_pipeline.models.memory import Memory, ran_out
 from rlhf_pipeline.models.modules import ActorCritic, Policy, RewardModel
 from rlhf_pipeline.training.cost import CostMeter
-from rlhf_pipeline.training.halves import pieces
+from rlhf_pipeline.training.windows import pieces
 
 # A large epsilon keeps AdamW's step proportional to small gradients, so that weights show gradients as they are.
 SETTINGS = {

@@ -45,9 +45,9 @@ def trained(lab, pairs, monkeypatch):
         module, kept = STAGES[stage], {}
         publish, load_policy = module.publish, getattr(module, "load_policy", None)
 
-        def keep(run, model, *args, **options):
-            kept["model"] = model
-            return publish(run, model, *args, **options)
+        def keep(run, plan, **options):
+            kept["model"] = plan.model
+            return publish(run, plan, **options)
 
         def load(*args, frozen=False, **options):
             policy = load_policy(*args, frozen=frozen, **options)
@@ -135,11 +135,11 @@ def test_nothing_but_weights_is_different_afterwards(lab, trained, monkeypatch, 
         seen["during"] = parts(model)
         return trainer
 
-    def trains(run, plan, *, model, reference=None, **options):
+    def trains(run, plan, *, reference=None, **options):
         options |= {"reference": reference} if reference is not None else {}
-        models = [part for part in (model, reference) if part is not None]
+        models = [part for part in (plan.model, reference) if part is not None]
         before = [parts(part) for part in models]
-        last = train_with_trl(run, plan, model=model, **options)
+        last = train_with_trl(run, plan, **options)
         assert seen["during"] != before[0]
         assert [parts(part) for part in models] == before
         seen["models"] = models

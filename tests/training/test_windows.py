@@ -18,7 +18,7 @@ def members(windows) -> list[list[int]]:
 
 
 def windows(count=10, steps=6, size=4, accumulation=1, **options):
-    options = {"seed": 0, "pad_id": 0, "count": lambda e: {"tokens": float(len(e.completions[0]))}, **options}
+    options = {"seed": 0, "pad_id": 0, **options}
     return list(
         example_windows(examples(count), steps=steps, micro_batch_size=size, accumulation=accumulation, **options)
     )
@@ -85,5 +85,5 @@ def test_a_rank_without_an_example_gets_a_stand_in_of_weight_0():
 
 def test_counts_add_up_over_the_window():
     (window,) = windows(count=6, steps=1, size=2, accumulation=3)
-    assert window.counts == {"tokens": 2 * (1 + 2 + 3)}
+    assert window.counts == {"prompts": 6, "pairs": 0, "tokens": 2 * (1 + 2 + 3)}
     assert window.epoch == 1.0

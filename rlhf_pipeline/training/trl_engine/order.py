@@ -13,30 +13,20 @@ IGNORED = -100
 """The label that TRL's losses ignore."""
 
 
-def sft_columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
-    """input_ids and labels: prompt and completion, with the loss only on the completion."""
-    rows = [(e.prompt_ids + e.completions[0], [IGNORED] * len(e.prompt_ids) + e.completions[0]) for e in examples]
-    return {"input_ids": [ids for ids, _ in rows], "labels": [labels for _, labels in rows]}
+def columns(stage: str, examples: Sequence[Example]) -> dict[str, list[Any]]:
+    """The columns that TRL's trainer of a stage reads.
 
-
-def reward_columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
-    """chosen_ids and rejected_ids: each the prompt and a response."""
-    return {
-        name: [e.prompt_ids + e.completions[k] for e in examples]
-        for k, name in enumerate(("chosen_ids", "rejected_ids"))
-    }
-
-
-def dpo_columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
-    """prompt_ids, and the responses without the prompt as chosen_ids and rejected_ids."""
-    return {
-        "prompt_ids": [e.prompt_ids for e in examples],
-        "chosen_ids": [e.completions[0] for e in examples],
-        "rejected_ids": [e.completions[1] for e in examples],
-    }
-
-
-COLUMNS = {"sft": sft_columns, "reward": reward_columns, "dpo": dpo_columns}
+    sft: prompt and completion as input_ids, with labels only for the completion. reward: the prompt with each response,
+    as chosen_ids and rejected_ids. dpo: prompt_ids, and each response without the prompt.
+    """
+    if stage == "sft":
+        labels = [[IGNORED] * len(e.prompt_ids) + e.completions[0] for e in examples]
+        return {"input_ids": [e.prompt_ids + e.completions[0] for e in examples], "labels": labels}
+    pair = (("chosen_ids", 0), ("rejected_ids", 1))
+    if stage == "reward":
+        return {name: [e.prompt_ids + e.completions[k] for e in examples] for name, k in pair}
+    prompts = [e.prompt_ids for e in examples]
+    return {"prompt_ids": prompts} | {name: [e.completions[k] for e in examples] for name, k in pair}
 
 
 class WindowSampler:

@@ -3,40 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from rlhf_pipeline.config.dpo import DpoConfig
+from rlhf_pipeline.config.reward import RewardConfig
+from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import BadInput, Interrupted
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.open_run import Run
-from rlhf_pipeline.training.optimizer import make_optimizer, make_scheduler
 from rlhf_pipeline.training.precision import require_checkpointing
-from rlhf_pipeline.training.session import Metrics, Plan, evaluates_at
-from rlhf_pipeline.training.tracking import tell, tell_all
-from rlhf_pipeline.training.trl_engine.metric_names import native_names
-from rlhf_pipeline.training.trl_engine.order import COLUMNS, WindowSampler
+from rlhf_pipeline.training.session import Metrics, Plan, log_update, optimizer_and_schedule
+from rlhf_pipeline.training.tracking import tell_all
+from rlhf_pipeline.training.trl_engine.order import WindowSampler, columns
 from rlhf_pipeline.training.trl_engine.trainers import make_trainer
 from rlhf_pipeline.training.trl_engine.untouched import contained, untouched
 from rlhf_pipeline.training.windows import steps_per_epoch
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+_SAME = ("learning_rate", "grad_norm")
+_SHARED = {
+    "sft": ("entropy",),
+    "reward": ("accuracy", "margin"),
+    "dpo": (
+        "entropy",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+    ),
+}
+_LOSS = {"sft": "loss/nll", "reward": "loss/bradley_terry", "dpo": "loss/dpo"}
+_NOT_OURS = ("epoch", "loss", "step")
 
 
 def train_with_trl(
     run: Run,
     plan: Plan,
     *,
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     shape: ModelShape,
     reference: nn.Module | None = None,
 ) -> Metrics:
-    """Train `model` in place with TRL's trainer of this stage; the counterpart of `train`.
+    """Train the plan's model in place with TRL's trainer of this stage; the counterpart of `train`.
 
     Data order, optimizer and schedule are those of this package; forward pass, loss, accumulation, clipping and step
     are TRL's. Every optimizer step gets the examples of the native loop, in the same micro-batches. The losses agree,
@@ -44,9 +56,8 @@ def train_with_trl(
     micro-batches for reward model and DPO, while the native loop averages over pairs.
 
     Args:
-        plan: the trainer uses its `total`, `shown`, `evaluate`, `known` and `health`; it reads no checkpoint and takes
-            no snapshots.
-        model: the plain transformers model; only its weights are changed.
+        plan: the trainer uses its `total`, `shown`, `model`, `tokenizer`, `evaluate`, `known` and `health`; it reads no
+            checkpoint and takes no snapshots. Of the model only the weights are changed.
         reference: the frozen model of DPO.
 
     Returns:
@@ -59,13 +70,13 @@ def train_with_trl(
     from datasets import Dataset
 
     _require_one_device(run)
-    config = run.config
+    config, model = run.config, plan.model
     if config.gradient_checkpointing:
         require_checkpointing(model)
     run.log.say(
         f"engine: TRL {trl.__version__} on transformers; it writes no checkpoints: an interrupted run starts again"
     )
-    _warn_of_final_padding(run, tokenizer.pad_token_id, examples)
+    _warn_of_final_padding(run, plan.tokenizer.pad_token_id, examples)
     sampler = WindowSampler(
         examples,
         micro_batch_size=config.per_device_train_batch_size,
@@ -74,14 +85,7 @@ def train_with_trl(
     )
     per_epoch = steps_per_epoch(len(examples), sampler.size)
     windows = sampler.all_windows()
-    optimizer = make_optimizer(
-        model.parameters(),
-        learning_rate=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-    )
-    scheduler = make_scheduler(optimizer, config.lr_scheduler_type, warmup_steps=config.warmup_steps, total=plan.total)
+    optimizers = optimizer_and_schedule(config, model, plan)
     run.log.total, run.log.shown = plan.total, plan.shown
     precomputes = reference is not None and config.precompute_ref_log_probs
     last: Metrics = {}
@@ -95,12 +99,7 @@ def train_with_trl(
         _count(run.meter, shape, members, trained=True, scored=scored)
         run.meter.optimizer_steps += 1
         last = native_names(run.stage, logs, config) | {"epoch": epoch}
-        tell(run.log, monitor.update(step, last))
-        run.log.update(step, last | monitor.lasting())
-        if plan.evaluate is not None and evaluates_at(config, step, epoch):
-            figures = plan.evaluate()
-            run.log.record(step, figures)
-            tell(run.log, monitor.update(step, figures))
+        log_update(run, plan, monitor, step, last, epoch)
         if run.stopped_by is not None and step < plan.total:  # after the last step the model is first registered
             raise Interrupted(
                 f"stopped by signal {run.stopped_by} at step {step} of {plan.total}; engine trl keeps no checkpoint: "
@@ -117,9 +116,9 @@ def train_with_trl(
             plan.total,
             model=model,
             reference=reference,
-            train_dataset=Dataset.from_dict(COLUMNS[run.stage](examples)),
-            processing_class=tokenizer,
-            optimizers=(optimizer, scheduler),
+            train_dataset=Dataset.from_dict(columns(run.stage, examples)),
+            processing_class=plan.tokenizer,
+            optimizers=optimizers,
         )
         trainer.sampler, trainer.on_update = sampler, on_update
         run.phase = "updating"
@@ -151,6 +150,25 @@ def _warn_of_final_padding(run: Run, pad_id: int, examples: Sequence[Example]) -
     if any(ends):
         found = f"{sum(ends)} of {len(ends)} responses end in the padding token"
         run.log.say(f"{found}: TRL reads their score at an earlier token, so it differs from the native loop")
+
+
+def native_names(stage: str, logs: dict[str, float], config: TrainingConfig) -> dict[str, float]:
+    """One line of TRL's log with the native names; metrics without a native counterpart are under `trl/`.
+
+    TRL reports Bradley-Terry and the centering term as one sum, which is logged as `loss`. The scores of chosen and
+    rejected responses follow from their common mean m and their margin d: m + d/2 and m - d/2.
+    """
+    loss = "loss" if isinstance(config, RewardConfig) and config.center_rewards_coefficient else _LOSS[stage]
+    metrics = {loss: logs["loss"]}
+    shared = (*_SHARED[stage], *_SAME)
+    metrics |= {name: float(logs[name]) for name in shared if name in logs}
+    if stage == "reward":
+        metrics["chosen_score"] = logs["mean_reward"] + logs["margin"] / 2
+        metrics["rejected_score"] = logs["mean_reward"] - logs["margin"] / 2
+    if isinstance(config, DpoConfig):
+        metrics["logps/chosen_minus_reference"] = logs["rewards/chosen"] / config.beta
+    rest = {name: value for name, value in logs.items() if name not in (*shared, *_NOT_OURS)}
+    return metrics | {f"trl/{name}": float(value) for name, value in rest.items()}
 
 
 def _count(
