@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from parity_ppo_compare import compare
-from parity_ppo_ours import Comparison
+from parity_ppo_ours import Comparison, nine_digits
 from safetensors.torch import load_file, save, save_file
 
 ROOT = Path(__file__).parent.parent
@@ -231,7 +231,7 @@ def main() -> int:
         command = [str(python), str(Path(__file__).with_name("parity_ppo_peer.py"))]
         command += [str(folder / name) for name in ("inputs.json", "weights.safetensors", "out")]
         subprocess.run(command, check=True, stdout=sys.stderr)
-        peer = json.loads((folder / "out/peer.json").read_text())
+        peer = json.loads((folder / "out/peer.json").read_text(), parse_float=nine_digits)
         weights = load_file(folder / "weights.safetensors") | load_file(folder / "out/peer.safetensors")
     document = {
         "provenance": {
