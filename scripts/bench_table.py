@@ -16,8 +16,6 @@ TITLES = {
 UNITS = {"dpo": "pairs", "reward": "pairs", "sft": "examples", "ppo": "episodes", "ppo_shared": "episodes"}
 # Ratio of our rate to the peer's in fp32: the required minimum, and the aim.
 TARGETS = {"dpo": (4.5, 8.0), "reward": (2.5, 5.0), "sft": (1.8, 3.0), "ppo": (1.8, 3.0), "ppo_shared": (3.0, 5.0)}
-PEER_STAGE = {"ppo_shared": "ppo"}
-"""The peer has no shared trunk: both PPO stages are compared with its separate critic."""
 
 Run = dict[str, Any]
 
@@ -33,8 +31,8 @@ def machine_line(found: dict[str, Any], loads: Sequence[float]) -> str:
 
 
 def peer_stage(stage: str) -> str:
-    """The peer's stage that a stage is compared with."""
-    return PEER_STAGE.get(stage, stage)
+    """The peer's stage that a stage is compared with; it has no shared trunk, only a separate critic."""
+    return "ppo" if stage == "ppo_shared" else stage
 
 
 def rate(run: Run) -> float:

@@ -120,12 +120,6 @@ def read_pairs(source: Path | None, folder: Path, sizes: Sizes) -> list[Record]:
     return as_kind(read_records(str(source), skip_bad_rows=True).records, "pair", str(source))[0]
 
 
-def fitting_pairs(examples: Sequence[Example], sizes: Sizes) -> list[Example]:
-    """The first pairs whose prompt and longer response fit together, so that neither side cuts or drops a pair."""
-    fits = [e for e in examples if len(e.prompt_ids) + max(map(len, e.completions)) <= sizes.max_length]
-    return fits[: sizes.pairs]
-
-
 def length_table(pairs: Sequence[Example], prompts: Sequence[Example]) -> dict[str, dict[str, float]]:
     """Median and 95th percentile of tokens."""
     parts = {
@@ -171,8 +165,10 @@ def prepare(folder: Path, source: Path | None, sizes: Sizes, threads: int) -> di
     texts = [plain(text) for record in records for text in (record.prompt, *record.completions)]
     tokenizer = train_byte_level_bpe(texts, sizes.vocab_size)
     longest = Lengths(sizes.max_length, sizes.max_length, 2 * sizes.max_length)
-    pairs = fitting_pairs(tokenize(records, tokenizer, longest)[0], sizes)
+    pairs, _ = tokenize(records, tokenizer, longest)
     prompts, _ = tokenize(records, tokenizer, longest, kind="prompt")
+    # Prompt and longer response fit together, so that neither side cuts or drops a pair.
+    pairs = [e for e in pairs if len(e.prompt_ids) + max(map(len, e.completions)) <= sizes.max_length][: sizes.pairs]
     prompts = [e for e in prompts if len(e.prompt_ids) <= sizes.prompt_length][: sizes.prompts]
     for what, found, wanted in (("pairs", pairs, sizes.pairs), ("prompts", prompts, sizes.prompts)):
         if len(found) < wanted:

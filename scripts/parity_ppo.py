@@ -21,6 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -87,25 +88,23 @@ ARGUMENTS = {
     "missing_eos_penalty": None,
     "stop_token_id": STOP,
 }
-ALL = (
-    *("logprobs", "ref_logprobs", "kl", "values", "scores", "sequence_lengths", "rewards", "returns"),
-    *("advantages_before", "advantages"),
-)
 ESTIMATES = ("rewards", "returns", "advantages_before", "advantages")
+ALL = ("logprobs", "ref_logprobs", "kl", "values", "scores", "sequence_lengths", *ESTIMATES)
 
 
-def case(keep: tuple[str, ...], *, critic: str = "reward", keep_steps: int = 0, **changes: Any) -> dict[str, Any]:
+def case(
+    keep: Sequence[str], *, rollouts="fixed", critic="reward", eos_id=STOP, keep_steps=0, **changes: Any
+) -> dict[str, Any]:
     """A setting of the peer. keep: tensors to save; keep_steps: optimizer steps whose gradients are saved."""
-    settings = {
-        "rollouts": "fixed",
+    return {
+        "rollouts": rollouts,
         "critic": critic,
-        "eos_id": STOP,
+        "eos_id": eos_id,
         "dataset_batches": 2,
         "keep": list(keep),
         "keep_steps": keep_steps,
+        "arguments": {**ARGUMENTS, **changes},
     }
-    settings |= {key: changes.pop(key) for key in tuple(changes) if key in settings}
-    return {**settings, "arguments": {**ARGUMENTS, **changes}}
 
 
 CASES = {
@@ -135,11 +134,7 @@ STEP_COUNTS = [
             "num_mini_batches": minibatches,
         },
     }
-    for batches, accumulation, minibatches in (
-        *((2, 4, minibatches) for minibatches in (1, 2, 4)),
-        *((2, 1, minibatches) for minibatches in (1, 4)),
-        (1, 4, 1),
-    )
+    for batches, accumulation, minibatches in ((2, 4, 1), (2, 4, 2), (2, 4, 4), (2, 1, 1), (2, 1, 4), (1, 4, 1))
 ]
 
 

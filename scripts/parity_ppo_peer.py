@@ -56,9 +56,7 @@ def load_models(config: dict[str, Any], weights: dict[str, torch.Tensor], critic
 
     models = {role: load(AutoModelForCausalLM, role) for role in ("actor", "reference")}
     names = {"reward": "reward", "critic": critic}
-    return models | {
-        role: load(AutoModelForSequenceClassification, name, num_labels=1) for role, name in names.items()
-    }
+    return models | {role: load(AutoModelForSequenceClassification, name, num_labels=1) for role, name in names.items()}
 
 
 def tokenizer_of(vocab_size: int, pad_id: int, eos_id: int) -> PreTrainedTokenizerFast:

@@ -23,6 +23,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench_probe import failure
+
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "configs/demo"
 RLHF = (sys.executable, "-m", "rlhf_pipeline.cli.main")
@@ -36,23 +38,15 @@ IMPORTING = {
 }
 
 
-class StartupError(Exception):
-    """A command that failed; the message has its output."""
-
-
 def seconds(command: Sequence[str], environment: dict[str, str]) -> float:
     """Wall time of a process from its start to its end.
 
     Raises:
-        StartupError: the process failed.
+        CalledProcessError: the process failed.
     """
     started = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    passed = time.perf_counter() - started
-    if done.returncode:
-        said = "\n".join(done.stderr.strip().splitlines()[-5:])
-        raise StartupError(f"{' '.join(command)} ended with exit code {done.returncode}:\n{said}")
-    return passed
+    subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    return time.perf_counter() - started
 
 
 def stage_command(stage: str, home: Path, **overrides: object) -> list[str]:
@@ -131,8 +125,8 @@ def main(words: Sequence[str] | None = None) -> int:
             if options.home is None:
                 make_inputs(home, options.pairs, environment)
             taken = measure(commands(options.stages, home.resolve()), options.repeats, environment)
-    except StartupError as error:
-        sys.stderr.write(f"error: {error}\n")
+    except subprocess.CalledProcessError as error:
+        sys.stderr.write(f"error: {failure(error)}\n")
         return 1
     sys.stdout.write(table(taken) + "\n")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from rlhf_pipeline.stages.data import kept_apart
 from rlhf_pipeline.training.windows import total_steps
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}
-MIB = 2**20
 
 
 def _parameters(resolved: Resolved) -> int | None:
@@ -34,11 +34,7 @@ def _parameters(resolved: Resolved) -> int | None:
     count = 0
     for path in resolved.path.glob("*.safetensors"):
         with safe_open(path, framework="np") as weights:
-            for name in weights.keys():  # noqa: SIM118 (not a dict)
-                size = 1
-                for dimension in weights.get_slice(name).get_shape():
-                    size *= dimension
-                count += size
+            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
     return count or None
 
 
@@ -111,7 +107,7 @@ def estimate_stage(config: StageConfig, home: Path) -> dict[str, Any]:
         parameters = _new_parameters(config) if isinstance(config, SftConfig) else None
     if parameters is not None:
         result["parameters"] = parameters
-        result["memory_mib_without_activations"] = round(_training_memory(parameters, config) / MIB, 1)
+        result["memory_mib_without_activations"] = round(_training_memory(parameters, config) / 2**20, 1)
     return result
 
 
