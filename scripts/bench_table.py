@@ -202,43 +202,35 @@ def document(found: dict[str, Any]) -> str:
     start, end = ({name: value / 1e9 for name, value in peaks[place].items()} for place in (0, -1))
     best = {name: max(start[name], end[name]) for name in start}
     loads = [load for run in found["runs"] for load in run["load"]]
-    lines = ["# Benchmarks", "", f"Made by `{found['command']}` on {found['date']}."]
+    blocks = ["# Benchmarks", f"Made by `{found['command']}` on {found['date']}."]
     if found["quick"]:
-        lines += ["", "A smoke test on a tiny model and a few examples: its figures do not measure speed."]
-    lines += ["", *rate_table(plain)] if plain else []
+        blocks.append("A smoke test on a tiny model and a few examples: its figures do not measure speed.")
+    if plain:
+        blocks.append("\n".join(rate_table(plain)))
     if bf16:
         but = " (TRL's PPO still samples and scores in fp32)" if any("ppo" in row["stage"] for row in bf16) else ""
-        lines += ["", f"bf16 autocast on both sides{but}:", ""]
-        lines += rate_table(bf16)
-    lines += [
-        "",
+        blocks += [f"bf16 autocast on both sides{but}:", "\n".join(rate_table(bf16))]
+    sides = found["versions"].values()
+    versions = ["| | " + " | ".join(found["versions"]) + " |", "| --- |" + " --- |" * len(sides)]
+    for name in dict.fromkeys(name for side in sides for name in side):
+        versions.append(f"| {name} | " + " | ".join(side.get(name, "-") for side in sides) + " |")
+    blocks += [
         "Share of the peak: the rate in FLOP/s divided by the rate of a matrix product. FLOPs follow the package's "
         "formula (a pair's prompt counts once, no padding). The matrix product is that of two "
         f"{found['product']} x {found['product']} matrices on {found['threads']} threads of this machine: "
         f"{best['fp32']:.0f} GFLOP/s in fp32, {best['bf16']:.0f} in bf16 (at the start {start['fp32']:.0f} and "
-        f"{start['bf16']:.0f}, at the end {end['fp32']:.0f} and {end['bf16']:.0f}).",
+        f"{start['bf16']:.0f}, at the end {end['fp32']:.0f} and {end['bf16']:.0f}).\n"
         "Peak memory: of the whole process, the largest of all rounds. For training: the part above the memory in use "
         "when the first step began.",
-        "",
         "## The work",
-        "",
-        *[text for line in describe_work(found["work"], found["repeats"]) for text in (line, "")],
+        *describe_work(found["work"], found["repeats"]),
         "## Not included in the rates",
-        "",
-        *setup_table(rows),
-        "",
+        "\n".join(setup_table(rows)),
         "Set-up: imports, loading models, tokenising. Losses are means over all steps and agree if both sides computed "
         "the same. PPO has no loss here, because each side samples its own responses. TRL's PPO has no shared trunk, "
         "so both PPO rows are compared with its separate critic. TRL's PPO does not clip gradients; ours does.",
-        "",
         "## The machine",
-        "",
         machine_line(found, loads),
-        "",
-        "| | " + " | ".join(found["versions"]) + " |",
-        "| --- |" + " --- |" * len(found["versions"]),
+        "\n".join(versions),
     ]
-    names = dict.fromkeys(name for side in found["versions"].values() for name in side)
-    for name in names:
-        lines.append(f"| {name} | " + " | ".join(side.get(name, "-") for side in found["versions"].values()) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(blocks) + "\n"
