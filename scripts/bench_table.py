@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 TITLES = {
@@ -16,18 +17,16 @@ TITLES = {
 UNITS = {"dpo": "pairs", "reward": "pairs", "sft": "examples", "ppo": "episodes", "ppo_shared": "episodes"}
 # Ratio of our rate to the peer's in fp32: the required minimum, and the aim.
 TARGETS = {"dpo": (4.5, 8.0), "reward": (2.5, 5.0), "sft": (1.8, 3.0), "ppo": (1.8, 3.0), "ppo_shared": (3.0, 5.0)}
+SETUP = {
+    "GFLOP per example": ("gflop_per_example", ".2f"),
+    "set-up, s, ours / TRL": ("setup_seconds", ".1f"),
+    "warm-up, s": ("warmup_seconds", ".1f"),
+    "optimizer steps": ("optimizer_steps", "d"),
+    "mean loss": ("loss", ".5f"),
+}
+"""Columns of the second table: key of a side and format."""
 
 Run = dict[str, Any]
-
-
-def machine_line(found: dict[str, Any], loads: Sequence[float]) -> str:
-    """The machine on which the figures were measured, and its load."""
-    machine = found["machine"]
-    return (
-        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB, {machine['system']}; "
-        f"{found['threads']} threads pinned; the one-minute load average was {min(loads):.1f} to "
-        f"{max(loads):.1f} during the run."
-    )
 
 
 def peer_stage(stage: str) -> str:
@@ -62,9 +61,8 @@ def summarise(runs: Sequence[Run], peak: dict[str, float]) -> list[dict[str, Any
     Args:
         runs: reports of both sides, each with its round. peak: FLOP/s of a matrix product, by precision.
     """
-    cells = dict.fromkeys((run["stage"], run["precision"]) for run in runs if run["side"] == "ours")
     rows = []
-    for stage, precision in sorted(cells, key=lambda cell: (cell[1] != "fp32", list(TITLES).index(cell[0]))):
+    for precision, stage in product(("fp32", "bf16"), TITLES):
         ours = _pick(runs, "ours", stage, precision)
         peer = _pick(runs, "peer", peer_stage(stage), precision)
         if not peer or [run["round"] for run in ours] != [run["round"] for run in peer]:
@@ -142,25 +140,12 @@ def rate_table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def setup_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Quantities outside the rates, and those that must agree on both sides, as lines of Markdown."""
-    lines = [
-        "| stage | | GFLOP per example | set-up, s, ours / TRL | warm-up, s | optimizer steps | mean loss |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-
-    def both(row: dict[str, Any], key: str, form: str) -> str:
-        found = (row[side][key] for side in ("ours", "peer"))
-        return " / ".join("-" if value is None else format(value, form) for value in found)
-
+    lines = ["| stage | | " + " | ".join(SETUP) + " |", "| --- | --- |" + " ---: |" * len(SETUP)]
     for row in rows:
-        cells = (
-            TITLES[row["stage"]],
-            row["precision"],
-            both(row, "gflop_per_example", ".2f"),
-            both(row, "setup_seconds", ".1f"),
-            both(row, "warmup_seconds", ".1f"),
-            both(row, "optimizer_steps", "d"),
-            both(row, "loss", ".5f"),
-        )
+        cells = [TITLES[row["stage"]], row["precision"]]
+        for key, form in SETUP.values():
+            found = (row[side][key] for side in ("ours", "peer"))
+            cells.append(" / ".join("-" if value is None else format(value, form) for value in found))
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -201,7 +186,7 @@ def document(found: dict[str, Any]) -> str:
     bf16 = [row for row in rows if row["precision"] == "bf16"]
     start, end = ({name: value / 1e9 for name, value in peaks[place].items()} for place in (0, -1))
     best = {name: max(start[name], end[name]) for name in start}
-    loads = [load for run in found["runs"] for load in run["load"]]
+    machine, loads = found["machine"], [load for run in found["runs"] for load in run["load"]]
     blocks = ["# Benchmarks", f"Made by `{found['command']}` on {found['date']}."]
     if found["quick"]:
         blocks.append("A smoke test on a tiny model and a few examples: its figures do not measure speed.")
@@ -230,7 +215,9 @@ def document(found: dict[str, Any]) -> str:
         "the same. PPO has no loss here, because each side samples its own responses. TRL's PPO has no shared trunk, "
         "so both PPO rows are compared with its separate critic. TRL's PPO does not clip gradients; ours does.",
         "## The machine",
-        machine_line(found, loads),
+        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB, {machine['system']}; "
+        f"{found['threads']} threads pinned; the one-minute load average was {min(loads):.1f} to "
+        f"{max(loads):.1f} during the run.",
         "\n".join(versions),
     ]
     return "\n\n".join(blocks) + "\n"

@@ -159,18 +159,20 @@ def make_weights() -> dict[str, torch.Tensor]:
     """Random weights of all roles; the reference is the actor plus noise."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    def weights(auto_class: Any, seed: int, **extra: Any) -> dict[str, torch.Tensor]:
+    def weights(role: str, auto_class: Any, seed: int, **extra: Any) -> dict[str, torch.Tensor]:
         torch.manual_seed(seed)
         model = auto_class.from_config(AutoConfig.for_model(**MODEL, **extra), dtype=torch.float32)
-        return {name: value.clone() for name, value in model.state_dict().items()}
+        return model.state_dict(prefix=f"{role}/")
 
-    actor = weights(AutoModelForCausalLM, SEED)
+    actor = weights("actor", AutoModelForCausalLM, SEED)
     noise = torch.Generator().manual_seed(SEED)
-    reference = {name: value + 0.1 * torch.randn(value.shape, generator=noise) for name, value in actor.items()}
-    reward = weights(AutoModelForSequenceClassification, SEED + 1, num_labels=1)
-    critic = weights(AutoModelForSequenceClassification, SEED + 2, num_labels=1)
-    roles = {"actor": actor, "reference": reference, "reward": reward, "critic": critic}
-    return {f"{role}/{name}": value for role, state in roles.items() for name, value in state.items()}
+    reference = {
+        name.replace("actor/", "reference/"): value + 0.1 * torch.randn(value.shape, generator=noise)
+        for name, value in actor.items()
+    }
+    reward = weights("reward", AutoModelForSequenceClassification, SEED + 1, num_labels=1)
+    critic = weights("critic", AutoModelForSequenceClassification, SEED + 2, num_labels=1)
+    return {**actor, **reference, **reward, **critic}
 
 
 def peer_python(environment: Path, interpreter: str) -> Path:

@@ -59,14 +59,6 @@ def load_models(config: dict[str, Any], weights: dict[str, torch.Tensor], critic
     return models | {role: load(AutoModelForSequenceClassification, name, num_labels=1) for role, name in names.items()}
 
 
-def tokenizer_of(vocab_size: int, pad_id: int, eos_id: int) -> PreTrainedTokenizerFast:
-    """A tokenizer whose words are its token ids."""
-    words = Tokenizer(WordLevel({str(i): i for i in range(vocab_size)}, unk_token=str(pad_id)))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token=str(pad_id), eos_token=str(eos_id), padding_side="left"
-    )
-
-
 def fixed_generation(rollouts: list[dict[str, Any]], pad_id: int) -> Callable:
     """The peer's `generate`, which draws each prompt's fixed response, one token per step."""
     original = ppo_trainer.generate
@@ -138,7 +130,9 @@ class Seen:
 def run_case(inputs: dict[str, Any], weights: dict[str, torch.Tensor], case: dict[str, Any]) -> Seen:
     """One update of the peer's trainer."""
     rollouts, pad_id = inputs["rollouts"][case["rollouts"]], inputs["pad_id"]
-    tokenizer = tokenizer_of(inputs["model"]["vocab_size"], pad_id, case["eos_id"])
+    words = Tokenizer(WordLevel({str(i): i for i in range(inputs["model"]["vocab_size"])}, unk_token=str(pad_id)))
+    names = {"pad_token": str(pad_id), "eos_token": str(case["eos_id"])}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, padding_side="left", **names)
     models = load_models(inputs["model"], weights, case["critic"])
     width = max(len(row["prompt"]) for row in rollouts)
     queries = [[pad_id] * (width - len(row["prompt"])) + row["prompt"] for row in rollouts]

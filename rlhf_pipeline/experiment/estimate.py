@@ -13,6 +13,7 @@ from rlhf_pipeline.config.reward_names import load_function
 from rlhf_pipeline.config.stages import CollectConfig, DpoConfig, PpoConfig, SftConfig, StageConfig, TrainingConfig
 from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.data.splits import in_split
+from rlhf_pipeline.data.world import VOCABULARY
 from rlhf_pipeline.experiment.run import checked
 from rlhf_pipeline.registry.lengths import with_lengths
 from rlhf_pipeline.registry.parents import parents_of
@@ -45,11 +46,7 @@ def _new_parameters(config: SftConfig) -> int:
     from rlhf_pipeline.models.loading import model_of_config, new_config
 
     assert config.model_init is not None and config.tokenizer_init is not None  # `check_start` of the config
-    vocabulary = config.tokenizer_init.get("vocab_size")
-    if vocabulary is None:
-        from rlhf_pipeline.data.world import VOCABULARY
-
-        vocabulary = len(VOCABULARY)
+    vocabulary = config.tokenizer_init.get("vocab_size") or len(VOCABULARY)
     described = new_config(config.model_init, dropout=config.dropout, vocab_size=vocabulary)
     with torch.device("meta"):
         model = model_of_config(described)
