@@ -30,11 +30,8 @@ from parity_ppo import ENVIRONMENT, dump, peer_python
 from rlhf_pipeline.errors import BadInput, RlhfError
 
 ROOT = Path(__file__).parent.parent
-OUTPUT = ROOT / "docs/benchmarks.md"
-QUICK_OUTPUT = ROOT / "build/bench_quick.md"
 LEAST = 3
 THREADS = 2
-OURS, PPO_PEER = "ours and TRL's other trainers", "TRL's PPO"
 
 
 def processor() -> str:
@@ -152,9 +149,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             require_same_work(runs)
     peaks.append(peak())
     best = {name: max(found[name] for found in peaks) for name in peaks[0]}
-    versions = {OURS: next(run["versions"] for run in runs if run["side"] == "ours")}
+    versions = {"ours and TRL's other trainers": next(run["versions"] for run in runs if run["side"] == "ours")}
     if needs_ppo:
-        versions[PPO_PEER] = next(run["versions"] for run in runs if (run["side"], run["stage"]) == ("peer", "ppo"))
+        versions["TRL's PPO"] = next(run["versions"] for run in runs if (run["side"], run["stage"]) == ("peer", "ppo"))
     left_out = ("policy", "reward", "pairs", "prompts", "order", "prompt_order")
     return {
         "command": command_of(options),
@@ -212,7 +209,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         raise BadInput(f"--repeats: found {options.repeats}; expected at least {least}, for a median and a spread")
     if options.threads < 1:
         raise BadInput(f"--threads: found {options.threads}; expected at least 1")
-    options.output = options.output or (QUICK_OUTPUT if options.quick else OUTPUT)
+    options.output = options.output or ROOT / ("build/bench_quick.md" if options.quick else "docs/benchmarks.md")
     options.json = options.json or options.output.with_suffix(".json")
     return options
 

@@ -29,12 +29,7 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 PACKAGES = ("trl", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")

@@ -74,15 +74,6 @@ def commands(stages: Sequence[str], home: Path) -> dict[str, list[str]]:
     return timed
 
 
-def measure(timed: dict[str, list[str]], repeats: int, environment: dict[str, str]) -> dict[str, list[float]]:
-    """Seconds of every command; the commands take turns, so that a slow minute of the machine affects all of them."""
-    taken: dict[str, list[float]] = {name: [] for name in timed}
-    for _ in range(repeats):
-        for name, command in timed.items():
-            taken[name].append(seconds(command, environment))
-    return taken
-
-
 def table(taken: dict[str, list[float]]) -> str:
     """Median and range of every command, and the share of the plain import in the stages' medians."""
     plain = statistics.median(taken[PLAIN])
@@ -96,8 +87,8 @@ def table(taken: dict[str, list[float]]) -> str:
     return "\n".join(lines)
 
 
-def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line; an unknown stage ends the process with exit code 2."""
+def main(words: Sequence[str] | None = None) -> int:
+    """Make the inputs, time everything, print the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", default=",".join(CONFIGS), help="stages, separated by commas")
     parser.add_argument("--pairs", type=int, help=f"number of pairs to collect (default {PAIRS}, as in the demo)")
@@ -111,12 +102,6 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--stages {unknown[0]}: expected some of {', '.join(CONFIGS)}")
     options.pairs = options.pairs or (QUICK_PAIRS if options.quick else PAIRS)
     options.repeats = options.repeats or (1 if options.quick else REPEATS)
-    return options
-
-
-def main(words: Sequence[str] | None = None) -> int:
-    """Make the inputs, time everything, print the table; returns the exit code."""
-    options = parse_arguments(words)
     pinned = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(options.threads))
     environment = {**os.environ, **pinned, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     try:
@@ -124,7 +109,11 @@ def main(words: Sequence[str] | None = None) -> int:
             home = options.home or Path(folder) / "home"
             if options.home is None:
                 make_inputs(home, options.pairs, environment)
-            taken = measure(commands(options.stages, home.resolve()), options.repeats, environment)
+            timed = commands(options.stages, home.resolve())
+            taken: dict[str, list[float]] = {name: [] for name in timed}
+            for _ in range(options.repeats):  # the commands take turns, so that a slow minute affects all of them
+                for name, command in timed.items():
+                    taken[name].append(seconds(command, environment))
     except subprocess.CalledProcessError as error:
         sys.stderr.write(f"error: {failure(error)}\n")
         return 1
