@@ -14,12 +14,13 @@ import json
 import platform
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import zip_longest
 from math import isfinite
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -73,56 +74,45 @@ def fixed_generation(rollouts: list[dict[str, Any]], pad_id: int) -> Callable:
     return generate
 
 
-class Seen:
-    """The trainer's tensors, micro-batches, optimizer steps and last log."""
+@contextmanager
+def watched(trainer: PPOTrainer, models: Models) -> Iterator[SimpleNamespace]:
+    """A context that records the trainer's tensors, micro-batches, last log, and the optimizer's own steps."""
+    seen = SimpleNamespace(rollout={}, micro_batches=[], gradients=[], weights=[], metrics={})
+    accumulate, optimizer, log = trainer.accelerator.accumulate, trainer.optimizer.optimizer, trainer.log
+    step, whiten = optimizer.step, ppo_trainer.masked_whiten
 
-    def __init__(self) -> None:
-        self.rollout: dict[str, torch.Tensor] = {}
-        self.micro_batches: list[dict[str, Any]] = []
-        self.gradients: list[dict[str, torch.Tensor]] = []
-        self.weights: list[dict[str, torch.Tensor]] = []
-        self.metrics: dict[str, float] = {}
+    def masked_whiten(values, mask, shift_mean=True):
+        caller = sys._getframe(1).f_locals
+        if shift_mean:  # the advantages; returns and token rewards are final here
+            seen.rollout |= {name: caller[name].clone() for name in ROLLOUT}
+        seen.rollout["advantages_before" if shift_mean else "rewards_before"] = values.clone()
+        return whiten(values, mask, shift_mean)
 
-    def whitening(self, original: Callable) -> Callable:
-        """The peer's `masked_whiten`, which records its input and its caller's tensors."""
+    @contextmanager
+    def accumulated(*parts):
+        with accumulate(*parts):
+            yield
+        caller = sys._getframe(2).f_locals  # of the `with` statement, whose exit resumes this generator
+        figures = {name: caller[name].detach().clone() for name in MICRO_BATCH}
+        seen.micro_batches.append({"rows": caller["micro_batch_inds"].tolist(), **figures})
+        seen.rollout["advantages"] = caller["advantages"].clone()
 
-        def masked_whiten(values, mask, shift_mean=True):
-            caller = sys._getframe(1).f_locals
-            if shift_mean:  # the advantages; returns and token rewards are final here
-                self.rollout |= {name: caller[name].clone() for name in ROLLOUT}
-            self.rollout["advantages_before" if shift_mean else "rewards_before"] = values.clone()
-            return original(values, mask, shift_mean)
+    def counted(*args, **kwargs):
+        named = {f"{role}/{name}": p for role in ("actor", "critic") for name, p in models[role].named_parameters()}
+        seen.weights.append({name: p.detach().clone() for name, p in named.items()})
+        seen.gradients.append({name: p.grad.clone() for name, p in named.items() if p.grad is not None})
+        return step(*args, **kwargs)
 
-        return masked_whiten
+    def logged(metrics, *args, **kwargs):
+        seen.metrics = {name: value for name, value in metrics.items() if "/" in name and isfinite(value)}
+        return log(metrics, *args, **kwargs)
 
-    def watch(self, trainer: PPOTrainer, models: Models) -> None:
-        """Record what the trainer does from now on; counts the optimizer's own steps."""
-        accumulate, optimizer, log = trainer.accelerator.accumulate, trainer.optimizer.optimizer, trainer.log
-        step = optimizer.step
-
-        @contextmanager
-        def accumulated(*parts):
-            with accumulate(*parts):
-                yield
-            caller = sys._getframe(2).f_locals  # of the `with` statement, whose exit resumes this generator
-            figures = {name: caller[name].detach().clone() for name in MICRO_BATCH}
-            self.micro_batches.append({"rows": caller["micro_batch_inds"].tolist(), **figures})
-            self.rollout["advantages"] = caller["advantages"].clone()
-
-        def counted(*args, **kwargs):
-            named = {f"{role}/{name}": p for role in ("actor", "critic") for name, p in models[role].named_parameters()}
-            self.weights.append({name: p.detach().clone() for name, p in named.items()})
-            self.gradients.append({name: p.grad.clone() for name, p in named.items() if p.grad is not None})
-            return step(*args, **kwargs)
-
-        def logged(metrics, *args, **kwargs):
-            self.metrics = {name: value for name, value in metrics.items() if "/" in name and isfinite(value)}
-            return log(metrics, *args, **kwargs)
-
-        trainer.accelerator.accumulate, optimizer.step, trainer.log = accumulated, counted, logged
+    trainer.accelerator.accumulate, optimizer.step, trainer.log = accumulated, counted, logged
+    with mock.patch.object(ppo_trainer, "masked_whiten", masked_whiten):
+        yield seen
 
 
-def run_case(inputs: dict[str, Any], weights: dict[str, torch.Tensor], case: dict[str, Any]) -> Seen:
+def run_case(inputs: dict[str, Any], weights: dict[str, torch.Tensor], case: dict[str, Any]) -> SimpleNamespace:
     """One update of the peer's trainer."""
     rollouts, pad_id = inputs["rollouts"][case["rollouts"]], inputs["pad_id"]
     words = Tokenizer(WordLevel({str(i): i for i in range(inputs["model"]["vocab_size"])}, unk_token=str(pad_id)))
@@ -160,13 +150,8 @@ def run_case(inputs: dict[str, Any], weights: dict[str, torch.Tensor], case: dic
             train_dataset=Dataset.from_list([{"input_ids": [0]}] * len(rollouts) * case["dataset_batches"]),
             data_collator=lambda rows: {"input_ids": torch.tensor(queries)},
         )
-        seen = Seen()
-        seen.watch(trainer, models)
-        fixed = {
-            "generate": fixed_generation(rollouts, pad_id),
-            "masked_whiten": seen.whitening(ppo_trainer.masked_whiten),
-        }
-        with mock.patch.multiple(ppo_trainer, **fixed):
+        generate = fixed_generation(rollouts, pad_id)
+        with mock.patch.object(ppo_trainer, "generate", generate), watched(trainer, models) as seen:
             trainer.train()
     return seen
 
