@@ -19,47 +19,36 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from bench_probe import PRODUCT
+from bench_probe import PRODUCT, failure
 from bench_table import TITLES, document, peer_stage, rate, summarise
+from parity_ppo import ENVIRONMENT, dump, peer_python
+
+from rlhf_pipeline.errors import BadInput, RlhfError
 
 ROOT = Path(__file__).parent.parent
-OUTPUT = ROOT / "docs/benchmarks.md"
-QUICK_OUTPUT = ROOT / "build/bench_quick.md"
 LEAST = 3
 THREADS = 2
-OURS, PPO_PEER = "ours and TRL's other trainers", "TRL's PPO"
-
-
-class BenchError(Exception):
-    """An error that stops a benchmark. code: 2 if the user can correct it, else 1."""
-
-    def __init__(self, message: str, code: int = 1):
-        super().__init__(message)
-        self.code = code
 
 
 def processor() -> str:
     """The name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
+    with suppress(OSError):
+        if found := re.search(r"^model name\s*: *(.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return found[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def machine() -> dict[str, Any]:
     """The machine on which the figures were measured."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    system = f"{platform.system()} {platform.machine()}"
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
-        "memory_gib": memory / 2**30,
-        "system": system,
+        "memory_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
+        "system": f"{platform.system()} {platform.machine()}",
     }
 
 
@@ -82,29 +71,23 @@ def call(python: Path | str, script: str, *words: str, environment: dict[str, st
     """The JSON on the last line of a script's output.
 
     Raises:
-        BenchError: the script failed; the message has the end of its output.
+        CalledProcessError: the script failed.
     """
     command = [str(python), str(Path(__file__).with_name(script)), *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
-        said = "\n".join(done.stderr.splitlines()[-15:])
-        raise BenchError(f"{script} {' '.join(words)}: exit status {done.returncode}\n{said}")
-    return json.loads(lines[-1])
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def peer_of_ppo(environment: Path, interpreter: str) -> Path:
     """The interpreter of the environment with TRL 1.12.
 
     Raises:
-        BenchError: the environment cannot be created.
+        RlhfError: the environment cannot be created.
     """
-    from parity_ppo import peer_python
-
     try:
         return peer_python(environment, interpreter)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise BenchError(
+        raise RlhfError(
             f"{environment}: cannot create the environment of TRL 1.12 ({error}); "
             "run the other stages only: --stages dpo,reward,sft"
         ) from None
@@ -123,7 +106,7 @@ def require_same_work(runs: Sequence[dict[str, Any]]) -> None:
     """Check that both sides of a round took the same examples in every step.
 
     Raises:
-        BenchError: a step differs; the message names the first one.
+        RlhfError: a step differs; the message names the first one.
     """
     peers = {(run["stage"], run["precision"], run["round"]): run for run in runs if run["side"] == "peer"}
     for run in runs:
@@ -134,7 +117,7 @@ def require_same_work(runs: Sequence[dict[str, Any]]) -> None:
         step = next((n for n, (mine, theirs) in enumerate(pairs, 1) if mine != theirs), None)
         counts = f"{len(run['digests'])} steps of ours, {len(peer['digests'])} of the peer's"
         where = counts if step is None else f"step {step}"
-        raise BenchError(f"{run['stage']}, round {run['round']}: {where}: the two sides took other examples")
+        raise RlhfError(f"{run['stage']}, round {run['round']}: {where}: the two sides took other examples")
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -166,9 +149,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             require_same_work(runs)
     peaks.append(peak())
     best = {name: max(found[name] for found in peaks) for name in peaks[0]}
-    versions = {OURS: next(run["versions"] for run in runs if run["side"] == "ours")}
+    versions = {"ours and TRL's other trainers": next(run["versions"] for run in runs if run["side"] == "ours")}
     if needs_ppo:
-        versions[PPO_PEER] = next(run["versions"] for run in runs if (run["side"], run["stage"]) == ("peer", "ppo"))
+        versions["TRL's PPO"] = next(run["versions"] for run in runs if (run["side"], run["stage"]) == ("peer", "ppo"))
     left_out = ("policy", "reward", "pairs", "prompts", "order", "prompt_order")
     return {
         "command": command_of(options),
@@ -186,12 +169,6 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def dump(found: dict[str, Any]) -> str:
-    """JSON with one line for each list of numbers."""
-    text = json.dumps(found, indent=1)
-    return re.sub(r"\[[^\[\]{}\"]*\]", lambda part: "[" + " ".join(part[0][1:-1].split()) + "]", text) + "\n"
-
-
 def command_of(options: argparse.Namespace) -> str:
     """The command that reproduces these figures, without the folders of this machine."""
     words = ["python", "scripts/bench.py"]
@@ -207,7 +184,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, checked.
 
     Raises:
-        BenchError: a stage does not exist, or there are too few rounds.
+        BadInput: a stage does not exist, or there are too few rounds.
     """
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--hh", type=Path, metavar="FILE", help="preference pairs; without it a synthetic set")
@@ -218,28 +195,26 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--output", type=Path, help="default: docs/benchmarks.md; with --quick build/bench_quick.md")
     parser.add_argument("--json", type=Path, help="default: the output with the suffix .json")
-    parser.add_argument("--environment", type=Path, default=ROOT / ".peer/trl-1.12", help="environment of TRL 1.12")
+    parser.add_argument("--environment", type=Path, default=ENVIRONMENT, help="environment of TRL 1.12")
     parser.add_argument("--python", default=sys.executable, help="interpreter that creates the environment")
     options = parser.parse_args(arguments)
     options.stages = [stage.strip() for stage in options.stages.split(",") if stage.strip()]
     unknown = [stage for stage in options.stages if stage not in TITLES]
     if unknown or not options.stages:
-        raise BenchError(f"--stages: found {', '.join(unknown) or 'none'}; expected some of {','.join(TITLES)}", 2)
+        raise BadInput(f"--stages: found {', '.join(unknown) or 'none'}; expected some of {','.join(TITLES)}")
     options.stages = [stage for stage in TITLES if stage in options.stages]
     least = 1 if options.quick else LEAST
     options.repeats = least if options.repeats is None else options.repeats
     if options.repeats < least:
-        raise BenchError(f"--repeats: found {options.repeats}; expected at least {least}, for a median and a spread", 2)
+        raise BadInput(f"--repeats: found {options.repeats}; expected at least {least}, for a median and a spread")
     if options.threads < 1:
-        raise BenchError(f"--threads: found {options.threads}; expected at least 1", 2)
-    options.output = options.output or (QUICK_OUTPUT if options.quick else OUTPUT)
+        raise BadInput(f"--threads: found {options.threads}; expected at least 1")
+    options.output = options.output or ROOT / ("build/bench_quick.md" if options.quick else "docs/benchmarks.md")
     options.json = options.json or options.output.with_suffix(".json")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from rlhf_pipeline.errors import RlhfError
-
     try:
         options = parse(arguments)
         with tempfile.TemporaryDirectory() as folder:
@@ -248,9 +223,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for path, content in ((options.json, dump(found)), (options.output, text)):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content, encoding="utf-8")
-    except BenchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
+    except subprocess.CalledProcessError as error:
+        print(f"error: {failure(error)}", file=sys.stderr)
+        return 1
     except RlhfError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

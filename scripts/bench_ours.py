@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -104,12 +103,13 @@ def measure(stage: str, work: dict[str, Any], bf16: bool = False) -> Stopwatch:
         watch.ready(options["optimizer"])
         return fit(model, watched(windows), step, on_update=updated, **options)
 
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(session, "fit", timed_fit))
-        stack.enter_context(mock.patch.object(common, "example_windows", noted_windows))
-        stack.enter_context(mock.patch.object(ppo_rollouts, "sample_for_prompts", noted_prompts))
-        home = stack.enter_context(tempfile.TemporaryDirectory())
-        command, config = config_of(stage, work, bf16)
+    command, config = config_of(stage, work, bf16)
+    with (
+        mock.patch.object(session, "fit", timed_fit),
+        mock.patch.object(common, "example_windows", noted_windows),
+        mock.patch.object(ppo_rollouts, "sample_for_prompts", noted_prompts),
+        tempfile.TemporaryDirectory() as home,
+    ):
         stage_function(command)(config, Path(home), resume=False, quiet=True)
     return watch
 

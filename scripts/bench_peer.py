@@ -28,15 +28,6 @@ def read_rows(path: str, order: list[int]) -> list[dict[str, Any]]:
     return [rows[index] for index in order]
 
 
-def columns(stage: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The columns that TRL's trainer of a stage expects."""
-    if stage == "sft":
-        return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
-    if stage == "ppo":
-        return [{"input_ids": row["prompt_ids"]} for row in rows]
-    return [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
-
-
 def sequences(row: dict[str, Any]) -> list[list[int]]:
     """The token ids of a row as a trainer collates it: the prompt with each completion, or only the prompt."""
     if "input_ids" in row:
@@ -104,8 +95,11 @@ def train_pairs(stage: str, work: dict[str, Any], watch: Stopwatch, directory: s
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": False,
     }
+    rows = read_rows(work["pairs"], work["order"])
+    if stage == "sft":
+        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
     options: dict[str, Any] = {
-        "train_dataset": Dataset.from_list(columns(stage, read_rows(work["pairs"], work["order"]))),
+        "train_dataset": Dataset.from_list(rows),
         "processing_class": AutoTokenizer.from_pretrained(work["policy"]),
         "callbacks": [make_timing(watch)],
     }
@@ -144,7 +138,7 @@ def train_ppo(work: dict[str, Any], watch: Stopwatch, directory: str, bf16: bool
 
     sizes = work["sizes"]
     tokenizer = AutoTokenizer.from_pretrained(work["policy"], padding_side="left")
-    rows = columns("ppo", read_rows(work["prompts"], work["prompt_order"]))
+    rows = [{"input_ids": row["prompt_ids"]} for row in read_rows(work["prompts"], work["prompt_order"])]
     arguments = PPOConfig(
         **common_arguments(work, directory, bf16),
         # Its optimizer steps every `gradient_accumulation_steps` micro-batches, regardless of the minibatch. With 1 and

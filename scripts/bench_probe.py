@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -34,11 +35,11 @@ Rows = Sequence[Sequence[Sequence[int]]]  # examples, each the token ids of its 
 
 def _status(key: str) -> int | None:
     """A value of /proc/self/status in bytes; None if it is missing."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def peak_bytes() -> int:
@@ -66,6 +67,12 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
+
+
+def failure(error: subprocess.CalledProcessError) -> str:
+    """The message on a command that failed, with the end of its output."""
+    said = "\n".join(error.stderr.strip().splitlines()[-15:])
+    return f"{' '.join(map(str, error.cmd))} ended with exit code {error.returncode}:\n{said}"
 
 
 class Stopwatch:

@@ -10,12 +10,10 @@ calling thread. The profiler itself costs a few percent, mostly between the oper
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -55,16 +53,14 @@ def profile_stage(stage: str, work: dict[str, Any], bf16: bool) -> tuple[dict[st
 
     profiler = profile(activities=[ProfilerActivity.CPU])
 
-    class Watch(bench_ours.Stopwatch):
-        """Starts the profiler at the end of the warm-up."""
+    tick = bench_ours.Stopwatch.tick
 
-        def tick(self, *figures: Any) -> None:
-            super().tick(*figures)
-            if len(self.times) == self.warmup + 1:
-                profiler.start()
+    def ticked(watch: Any, *figures: Any) -> None:
+        tick(watch, *figures)
+        if len(watch.times) == watch.warmup + 1:  # the end of the warm-up
+            profiler.start()
 
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(bench_ours, "Stopwatch", Watch))
+    with mock.patch.object(bench_ours.Stopwatch, "tick", ticked):
         watch = bench_ours.measure(stage, work, bf16)
         profiler.stop()
     found = profiler.key_averages()
@@ -103,8 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     columns = {}
     with tempfile.TemporaryDirectory() as folder:
         sizes = Sizes(examples=options.examples, episodes=Sizes().rollout)
-        prepare(Path(folder), options.hh, sizes, options.threads)
-        work = json.loads((Path(folder) / "work.json").read_text())
+        work = prepare(Path(folder), options.hh, sizes, options.threads)
         for stage in stages:
             columns[TITLES[stage]], seconds = profile_stage(stage, work, options.bf16)
             print(f"{TITLES[stage]}: {seconds:.1f} s under the profiler", file=sys.stderr)

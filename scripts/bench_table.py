@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 TITLES = {
@@ -16,25 +17,21 @@ TITLES = {
 UNITS = {"dpo": "pairs", "reward": "pairs", "sft": "examples", "ppo": "episodes", "ppo_shared": "episodes"}
 # Ratio of our rate to the peer's in fp32: the required minimum, and the aim.
 TARGETS = {"dpo": (4.5, 8.0), "reward": (2.5, 5.0), "sft": (1.8, 3.0), "ppo": (1.8, 3.0), "ppo_shared": (3.0, 5.0)}
-PEER_STAGE = {"ppo_shared": "ppo"}
-"""The peer has no shared trunk: both PPO stages are compared with its separate critic."""
+SETUP = {
+    "GFLOP per example": ("gflop_per_example", ".2f"),
+    "set-up, s, ours / TRL": ("setup_seconds", ".1f"),
+    "warm-up, s": ("warmup_seconds", ".1f"),
+    "optimizer steps": ("optimizer_steps", "d"),
+    "mean loss": ("loss", ".5f"),
+}
+"""Columns of the second table: key of a side and format."""
 
 Run = dict[str, Any]
 
 
-def machine_line(found: dict[str, Any], loads: Sequence[float]) -> str:
-    """The machine on which the figures were measured, and its load."""
-    machine = found["machine"]
-    return (
-        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB, {machine['system']}; "
-        f"{found['threads']} threads pinned; the one-minute load average was {min(loads):.1f} to "
-        f"{max(loads):.1f} during the run."
-    )
-
-
 def peer_stage(stage: str) -> str:
-    """The peer's stage that a stage is compared with."""
-    return PEER_STAGE.get(stage, stage)
+    """The peer's stage that a stage is compared with; it has no shared trunk, only a separate critic."""
+    return "ppo" if stage == "ppo_shared" else stage
 
 
 def rate(run: Run) -> float:
@@ -64,9 +61,8 @@ def summarise(runs: Sequence[Run], peak: dict[str, float]) -> list[dict[str, Any
     Args:
         runs: reports of both sides, each with its round. peak: FLOP/s of a matrix product, by precision.
     """
-    cells = dict.fromkeys((run["stage"], run["precision"]) for run in runs if run["side"] == "ours")
     rows = []
-    for stage, precision in sorted(cells, key=lambda cell: (cell[1] != "fp32", list(TITLES).index(cell[0]))):
+    for precision, stage in product(("fp32", "bf16"), TITLES):
         ours = _pick(runs, "ours", stage, precision)
         peer = _pick(runs, "peer", peer_stage(stage), precision)
         if not peer or [run["round"] for run in ours] != [run["round"] for run in peer]:
@@ -144,25 +140,12 @@ def rate_table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def setup_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Quantities outside the rates, and those that must agree on both sides, as lines of Markdown."""
-    lines = [
-        "| stage | | GFLOP per example | set-up, s, ours / TRL | warm-up, s | optimizer steps | mean loss |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-
-    def both(row: dict[str, Any], key: str, form: str) -> str:
-        found = (row[side][key] for side in ("ours", "peer"))
-        return " / ".join("-" if value is None else format(value, form) for value in found)
-
+    lines = ["| stage | | " + " | ".join(SETUP) + " |", "| --- | --- |" + " ---: |" * len(SETUP)]
     for row in rows:
-        cells = (
-            TITLES[row["stage"]],
-            row["precision"],
-            both(row, "gflop_per_example", ".2f"),
-            both(row, "setup_seconds", ".1f"),
-            both(row, "warmup_seconds", ".1f"),
-            both(row, "optimizer_steps", "d"),
-            both(row, "loss", ".5f"),
-        )
+        cells = [TITLES[row["stage"]], row["precision"]]
+        for key, form in SETUP.values():
+            found = (row[side][key] for side in ("ours", "peer"))
+            cells.append(" / ".join("-" if value is None else format(value, form) for value in found))
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -203,44 +186,38 @@ def document(found: dict[str, Any]) -> str:
     bf16 = [row for row in rows if row["precision"] == "bf16"]
     start, end = ({name: value / 1e9 for name, value in peaks[place].items()} for place in (0, -1))
     best = {name: max(start[name], end[name]) for name in start}
-    loads = [load for run in found["runs"] for load in run["load"]]
-    lines = ["# Benchmarks", "", f"Made by `{found['command']}` on {found['date']}."]
+    machine, loads = found["machine"], [load for run in found["runs"] for load in run["load"]]
+    blocks = ["# Benchmarks", f"Made by `{found['command']}` on {found['date']}."]
     if found["quick"]:
-        lines += ["", "A smoke test on a tiny model and a few examples: its figures do not measure speed."]
-    lines += ["", *rate_table(plain)] if plain else []
+        blocks.append("A smoke test on a tiny model and a few examples: its figures do not measure speed.")
+    if plain:
+        blocks.append("\n".join(rate_table(plain)))
     if bf16:
         but = " (TRL's PPO still samples and scores in fp32)" if any("ppo" in row["stage"] for row in bf16) else ""
-        lines += ["", f"bf16 autocast on both sides{but}:", ""]
-        lines += rate_table(bf16)
-    lines += [
-        "",
+        blocks += [f"bf16 autocast on both sides{but}:", "\n".join(rate_table(bf16))]
+    sides = found["versions"].values()
+    versions = ["| | " + " | ".join(found["versions"]) + " |", "| --- |" + " --- |" * len(sides)]
+    for name in dict.fromkeys(name for side in sides for name in side):
+        versions.append(f"| {name} | " + " | ".join(side.get(name, "-") for side in sides) + " |")
+    blocks += [
         "Share of the peak: the rate in FLOP/s divided by the rate of a matrix product. FLOPs follow the package's "
         "formula (a pair's prompt counts once, no padding). The matrix product is that of two "
         f"{found['product']} x {found['product']} matrices on {found['threads']} threads of this machine: "
         f"{best['fp32']:.0f} GFLOP/s in fp32, {best['bf16']:.0f} in bf16 (at the start {start['fp32']:.0f} and "
-        f"{start['bf16']:.0f}, at the end {end['fp32']:.0f} and {end['bf16']:.0f}).",
+        f"{start['bf16']:.0f}, at the end {end['fp32']:.0f} and {end['bf16']:.0f}).\n"
         "Peak memory: of the whole process, the largest of all rounds. For training: the part above the memory in use "
         "when the first step began.",
-        "",
         "## The work",
-        "",
-        *[text for line in describe_work(found["work"], found["repeats"]) for text in (line, "")],
+        *describe_work(found["work"], found["repeats"]),
         "## Not included in the rates",
-        "",
-        *setup_table(rows),
-        "",
+        "\n".join(setup_table(rows)),
         "Set-up: imports, loading models, tokenising. Losses are means over all steps and agree if both sides computed "
         "the same. PPO has no loss here, because each side samples its own responses. TRL's PPO has no shared trunk, "
         "so both PPO rows are compared with its separate critic. TRL's PPO does not clip gradients; ours does.",
-        "",
         "## The machine",
-        "",
-        machine_line(found, loads),
-        "",
-        "| | " + " | ".join(found["versions"]) + " |",
-        "| --- |" + " --- |" * len(found["versions"]),
+        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB, {machine['system']}; "
+        f"{found['threads']} threads pinned; the one-minute load average was {min(loads):.1f} to "
+        f"{max(loads):.1f} during the run.",
+        "\n".join(versions),
     ]
-    names = dict.fromkeys(name for side in found["versions"].values() for name in side)
-    for name in names:
-        lines.append(f"| {name} | " + " | ".join(side.get(name, "-") for side in found["versions"].values()) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(blocks) + "\n"

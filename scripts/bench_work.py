@@ -14,7 +14,7 @@ from typing import Any
 from rlhf_pipeline.config.base import Lengths
 from rlhf_pipeline.data.kinds import as_kind
 from rlhf_pipeline.data.load import read_records
-from rlhf_pipeline.data.records import Record, plain
+from rlhf_pipeline.data.records import plain
 from rlhf_pipeline.data.tokenize import Example, tokenize
 from rlhf_pipeline.data.tokenizers import train_byte_level_bpe
 from rlhf_pipeline.errors import BadInput
@@ -106,26 +106,6 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> str:
     return str(path)
 
 
-def read_pairs(source: Path | None, folder: Path, sizes: Sizes) -> list[Record]:
-    """The pairs of a file, or of the synthetic set.
-
-    Raises:
-        BadInput: the file does not exist or has no pairs.
-    """
-    if source is None:
-        source = folder / "synthetic.jsonl"
-        write_rows(source, synthetic_pairs(sizes.synthetic_rows))
-    elif not source.is_file():
-        raise BadInput(f"--hh {source}: no such file; expected preference pairs (chosen, rejected), or leave it out")
-    return as_kind(read_records(str(source), skip_bad_rows=True).records, "pair", str(source))[0]
-
-
-def fitting_pairs(examples: Sequence[Example], sizes: Sizes) -> list[Example]:
-    """The first pairs whose prompt and longer response fit together, so that neither side cuts or drops a pair."""
-    fits = [e for e in examples if len(e.prompt_ids) + max(map(len, e.completions)) <= sizes.max_length]
-    return fits[: sizes.pairs]
-
-
 def length_table(pairs: Sequence[Example], prompts: Sequence[Example]) -> dict[str, dict[str, float]]:
     """Median and 95th percentile of tokens."""
     parts = {
@@ -167,12 +147,17 @@ def prepare(folder: Path, source: Path | None, sizes: Sizes, threads: int) -> di
         BadInput: the file does not exist, or has too few pairs or prompts that fit.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    records = read_pairs(source, folder, sizes)
+    if source is not None and not source.is_file():
+        raise BadInput(f"--hh {source}: no such file; expected preference pairs (chosen, rejected), or leave it out")
+    path = str(source or write_rows(folder / "synthetic.jsonl", synthetic_pairs(sizes.synthetic_rows)))
+    records, _ = as_kind(read_records(path, skip_bad_rows=True).records, "pair", path)
     texts = [plain(text) for record in records for text in (record.prompt, *record.completions)]
     tokenizer = train_byte_level_bpe(texts, sizes.vocab_size)
     longest = Lengths(sizes.max_length, sizes.max_length, 2 * sizes.max_length)
-    pairs = fitting_pairs(tokenize(records, tokenizer, longest)[0], sizes)
+    pairs, _ = tokenize(records, tokenizer, longest)
     prompts, _ = tokenize(records, tokenizer, longest, kind="prompt")
+    # Prompt and longer response fit together, so that neither side cuts or drops a pair.
+    pairs = [e for e in pairs if len(e.prompt_ids) + max(map(len, e.completions)) <= sizes.max_length][: sizes.pairs]
     prompts = [e for e in prompts if len(e.prompt_ids) <= sizes.prompt_length][: sizes.prompts]
     for what, found, wanted in (("pairs", pairs, sizes.pairs), ("prompts", prompts, sizes.prompts)):
         if len(found) < wanted:

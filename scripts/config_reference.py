@@ -9,19 +9,10 @@ import sys
 from pathlib import Path
 
 from rlhf_pipeline.config.fields import keys_of
+from rlhf_pipeline.config.keys import SCHEMAS
 
-TITLES = {
-    "sft": "rlhf sft",
-    "train-rm": "rlhf train-rm",
-    "ppo": "rlhf ppo",
-    "dpo": "rlhf dpo",
-    "collect": "rlhf data collect",
-    "evaluate": "rlhf evaluate",
-    "generate": "rlhf generate",
-    "compare": "rlhf compare",
-    "exact": "rlhf exact",
-    "experiment": "rlhf run",
-}
+COMMANDS = {"collect": "data collect", "experiment": "run"}
+"""Commands of the schemas that have another name."""
 INTRODUCTION = """# Config keys
 
 Made by `python scripts/config_reference.py docs/config.md`. The same table in a terminal: `rlhf config keys STAGE`
@@ -33,8 +24,13 @@ YAML file. Commands also read other names of some keys (`torch_dtype`, `beta` in
 def reference() -> str:
     """The whole page."""
     lines = [INTRODUCTION]
-    for stage, title in TITLES.items():
-        lines += [f"## {title}", "", "| key | type | default | what it does |", "| --- | --- | --- | --- |"]
+    for stage in SCHEMAS:
+        lines += [
+            f"## rlhf {COMMANDS.get(stage, stage)}",
+            "",
+            "| key | type | default | what it does |",
+            "| --- | --- | --- | --- |",
+        ]
         for key in keys_of(stage).values():
             default = "required" if key.required else f"`{key.default_text}`"
             description = key.description.replace("|", "\\|")

@@ -76,11 +76,6 @@ def config_of(changes: dict[str, Any], vocabulary: int, longest: int = 0) -> Any
     return new_config({**LLAMA, **changes, "vocab_size": vocabulary, "max_position_embeddings": positions})
 
 
-def policy_of(config: Any) -> Policy:
-    model = model_of_config(config, dtype=torch.float32)
-    return Policy(model, inspect_model(model)).train()
-
-
 def reward_model_of(config: Any) -> RewardModel:
     from transformers import AutoModelForSequenceClassification
 
@@ -138,7 +133,8 @@ def timed(
 
 def dpo(config: Any, pairs: list[Example], steps: int, micro_batch: int, accumulation: int = 1) -> Times:
     """DPO with precomputed log-probabilities of the reference."""
-    policy = policy_of(config)
+    model = model_of_config(config, dtype=torch.float32)
+    policy = Policy(model, inspect_model(model)).train()
     known = completion_logprob_sums(policy, pairs, responses_at_once=2 * micro_batch, pad_id=PAD, device="cpu")
     return timed(policy, pairs, partial(dpo_step, beta=0.1, reference=known), steps, micro_batch, accumulation)
 

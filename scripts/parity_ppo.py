@@ -21,13 +21,14 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from parity_ppo_compare import compare
-from parity_ppo_ours import Comparison
+from parity_ppo_ours import Comparison, nine_digits
 from safetensors.torch import load_file, save, save_file
 
 ROOT = Path(__file__).parent.parent
@@ -87,25 +88,23 @@ ARGUMENTS = {
     "missing_eos_penalty": None,
     "stop_token_id": STOP,
 }
-ALL = (
-    *("logprobs", "ref_logprobs", "kl", "values", "scores", "sequence_lengths", "rewards", "returns"),
-    *("advantages_before", "advantages"),
-)
 ESTIMATES = ("rewards", "returns", "advantages_before", "advantages")
+ALL = ("logprobs", "ref_logprobs", "kl", "values", "scores", "sequence_lengths", *ESTIMATES)
 
 
-def case(keep: tuple[str, ...], *, critic: str = "reward", keep_steps: int = 0, **changes: Any) -> dict[str, Any]:
+def case(
+    keep: Sequence[str], *, rollouts="fixed", critic="reward", eos_id=STOP, keep_steps=0, **changes: Any
+) -> dict[str, Any]:
     """A setting of the peer. keep: tensors to save; keep_steps: optimizer steps whose gradients are saved."""
-    settings = {
-        "rollouts": "fixed",
+    return {
+        "rollouts": rollouts,
         "critic": critic,
-        "eos_id": STOP,
+        "eos_id": eos_id,
         "dataset_batches": 2,
         "keep": list(keep),
         "keep_steps": keep_steps,
+        "arguments": {**ARGUMENTS, **changes},
     }
-    settings |= {key: changes.pop(key) for key in tuple(changes) if key in settings}
-    return {**settings, "arguments": {**ARGUMENTS, **changes}}
 
 
 CASES = {
@@ -135,11 +134,7 @@ STEP_COUNTS = [
             "num_mini_batches": minibatches,
         },
     }
-    for batches, accumulation, minibatches in (
-        *((2, 4, minibatches) for minibatches in (1, 2, 4)),
-        *((2, 1, minibatches) for minibatches in (1, 4)),
-        (1, 4, 1),
-    )
+    for batches, accumulation, minibatches in ((2, 4, 1), (2, 4, 2), (2, 4, 4), (2, 1, 1), (2, 1, 4), (1, 4, 1))
 ]
 
 
@@ -164,18 +159,20 @@ def make_weights() -> dict[str, torch.Tensor]:
     """Random weights of all roles; the reference is the actor plus noise."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    def weights(auto_class: Any, seed: int, **extra: Any) -> dict[str, torch.Tensor]:
+    def weights(role: str, auto_class: Any, seed: int, **extra: Any) -> dict[str, torch.Tensor]:
         torch.manual_seed(seed)
         model = auto_class.from_config(AutoConfig.for_model(**MODEL, **extra), dtype=torch.float32)
-        return {name: value.clone() for name, value in model.state_dict().items()}
+        return model.state_dict(prefix=f"{role}/")
 
-    actor = weights(AutoModelForCausalLM, SEED)
+    actor = weights("actor", AutoModelForCausalLM, SEED)
     noise = torch.Generator().manual_seed(SEED)
-    reference = {name: value + 0.1 * torch.randn(value.shape, generator=noise) for name, value in actor.items()}
-    reward = weights(AutoModelForSequenceClassification, SEED + 1, num_labels=1)
-    critic = weights(AutoModelForSequenceClassification, SEED + 2, num_labels=1)
-    roles = {"actor": actor, "reference": reference, "reward": reward, "critic": critic}
-    return {f"{role}/{name}": value for role, state in roles.items() for name, value in state.items()}
+    reference = {
+        name.replace("actor/", "reference/"): value + 0.1 * torch.randn(value.shape, generator=noise)
+        for name, value in actor.items()
+    }
+    reward = weights("reward", AutoModelForSequenceClassification, SEED + 1, num_labels=1)
+    critic = weights("critic", AutoModelForSequenceClassification, SEED + 2, num_labels=1)
+    return {**actor, **reference, **reward, **critic}
 
 
 def peer_python(environment: Path, interpreter: str) -> Path:
@@ -231,7 +228,7 @@ def main() -> int:
         command = [str(python), str(Path(__file__).with_name("parity_ppo_peer.py"))]
         command += [str(folder / name) for name in ("inputs.json", "weights.safetensors", "out")]
         subprocess.run(command, check=True, stdout=sys.stderr)
-        peer = json.loads((folder / "out/peer.json").read_text())
+        peer = json.loads((folder / "out/peer.json").read_text(), parse_float=nine_digits)
         weights = load_file(folder / "weights.safetensors") | load_file(folder / "out/peer.safetensors")
     document = {
         "provenance": {

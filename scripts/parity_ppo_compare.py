@@ -103,9 +103,9 @@ def _losses(case: Case) -> Iterator[Comparison]:
             yield Comparison(name, "entropy of each token", entropy[case.mask], case.rollout.entropy[case.mask])
         figures = {key: value / tokens for key, (value, denominator) in loss.metrics.items() if denominator == "tokens"}
         metrics.append({**figures, "slot_clipped": slot_clipped})
-    yield from _step_metrics(case, {key: float(sum(found[key] for found in metrics)) / len(metrics) for key in figures})
-    slot_clipped = sum(found["slot_clipped"] for found in metrics) / len(metrics)
-    yield _metric(case, "val/clipfrac_avg", slot_clipped, note=", on the peer's slots")
+    yield from _step_metrics(
+        case, {key: float(sum(found[key] for found in metrics)) / len(metrics) for key in metrics[0]}
+    )
 
 
 def _step_metrics(case: Case, mean: dict[str, float]) -> Iterator[Comparison]:
@@ -122,6 +122,7 @@ def _step_metrics(case: Case, mean: dict[str, float]) -> Iterator[Comparison]:
     yield _metric(case, "val/ratio_var", derive(mean)["val/ratio_var"], None, why=why)
     yield _metric(case, "policy/entropy_avg", mean["policy/entropy_avg"], None, why=PADDING)
     yield _metric(case, "val/clipfrac_avg", mean["val/clipfrac_avg"], None, why=COUNTED)
+    yield _metric(case, "val/clipfrac_avg", mean["slot_clipped"], note=", on the peer's slots")
 
 
 def _micro_batches(case: Case) -> Iterator[Comparison]:

@@ -23,7 +23,7 @@ from rlhf_pipeline.config.ppo import PpoConfig
 from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.models.modules import ActorCritic, Policy, RewardModel, make_actor_critic
-from rlhf_pipeline.models.selfcheck import inspect_model, inspect_reward_model
+from rlhf_pipeline.models.selfcheck import inspect_model, read_reward_model
 from rlhf_pipeline.rollout.rewards import ModelReward
 from rlhf_pipeline.rollout.rollout import Estimates, Rollout
 from rlhf_pipeline.stages import ppo
@@ -35,6 +35,11 @@ from rlhf_pipeline.training.windows import Loss, Window
 
 FP32 = 1e-5
 Weights = dict[str, Tensor]
+
+
+def nine_digits(number: float | str) -> float:
+    """A number rounded to 9 significant digits, which is exact for fp32."""
+    return float(f"{float(number):.9g}")
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Comparison:
         if self.ours.numel() > (8 if self.tolerance is not None else 64):
             return row
         sides = {"peer": self.peer, "ours": self.ours}
-        numbers = {side: [float(f"{x:.9g}") for x in value.flatten().tolist()] for side, value in sides.items()}
+        numbers = {side: [nine_digits(x) for x in value.flatten().tolist()] for side, value in sides.items()}
         return {**row, **{side: found if self.ours.ndim else found[0] for side, found in numbers.items()}}
 
 
@@ -87,6 +92,25 @@ class Case:
         figures = document["peer"]["cases"][name]
         self.peer = {key: torch.tensor(value) for key, value in figures["rollout"].items()}
         self.peer_micro_batches, self.peer_metrics = figures["micro_batches"], figures["metrics"]
+        self.examples = [
+            Example(row["prompt"], [row["response"]], [row["ended"]], prompt_key=str(i), where=f"rollout {i}")
+            for i, row in enumerate(self.inputs["rollouts"][self.setting["rollouts"]])
+        ]
+        peers_own = ("stop_token_id", "gradient_accumulation_steps")
+        self.config = PpoConfig(
+            model_name_or_path="peer",
+            output_name="ours",
+            max_steps=1,  # one update on all responses
+            rollout_batch_size=len(self.examples),
+            max_prompt_length=max(len(example.prompt_ids) for example in self.examples),
+            response_length=self.width,
+            seed=self.inputs["seed"],
+            **{name: value for name, value in self.arguments.items() if name not in peers_own},
+        )
+        self.rollout, self.estimates, self.windows = self._run()
+        self.mask = self.rollout.mask
+        # The peer whitens with the unbiased variance, this package with the population variance.
+        self.bessel = bessel(self.mask)
 
     def _load(self, auto_class: Any, prefix: str, **extra: Any) -> torch.nn.Module:
         from transformers import AutoConfig
@@ -105,8 +129,7 @@ class Case:
     def _classifier(self, prefix: str) -> RewardModel:
         from transformers import AutoModelForSequenceClassification
 
-        model = self._load(AutoModelForSequenceClassification, prefix, num_labels=1)
-        return RewardModel(model, inspect_reward_model(model))
+        return read_reward_model(self._load(AutoModelForSequenceClassification, prefix, num_labels=1))
 
     def actor_critic(self, step: int = 0) -> ActorCritic:
         """Actor and critic with the peer's weights before its optimizer step number `step`."""
@@ -117,46 +140,9 @@ class Case:
             actor.model, actor.reader, "reward_model", reward_model=critic, temperature=temperature
         )
 
-    @cached_property
-    def examples(self) -> list[Example]:
-        rows = self.inputs["rollouts"][self.setting["rollouts"]]
-        return [
-            Example(row["prompt"], [row["response"]], [row["ended"]], prompt_key=str(i), where=f"rollout {i}")
-            for i, row in enumerate(rows)
-        ]
-
-    @property
-    def config(self) -> PpoConfig:
-        """One update on all responses."""
-        names = (
-            "num_ppo_epochs",
-            "num_mini_batches",
-            "per_device_train_batch_size",
-            "temperature",
-            "kl_coef",
-            "gamma",
-            "lam",
-            "whiten_rewards",
-            "missing_eos_penalty",
-            "cliprange",
-            "cliprange_value",
-            "vf_coef",
-        )
-        return PpoConfig(
-            model_name_or_path="peer",
-            output_name="ours",
-            max_steps=1,
-            rollout_batch_size=len(self.examples),
-            max_prompt_length=max(len(example.prompt_ids) for example in self.examples),
-            response_length=self.width,
-            seed=self.inputs["seed"],
-            **{name: self.arguments[name] for name in names},
-        )
-
-    @cached_property
     def _run(self) -> tuple[Rollout, Estimates, list[Window]]:
         """The project's own PPO with only the sampler replaced; rows in the order of the file."""
-        model, seen = self.actor_critic(), {}
+        model = self.actor_critic()
         setup = PpoSetup(
             self.config,
             model,
@@ -168,49 +154,22 @@ class Case:
             meter=CostMeter(),
             shapes={"actor": ModelShape.of(model.actor)},
         )
-        described = ppo.check_and_describe
 
         def fixed(_, prompts, **__):
             return [self.examples[int(prompt.prompt_key)] for prompt in prompts], []
 
-        def watched(setup, scored, estimates):
-            seen["rollout"], seen["estimates"] = scored.rollout, estimates
-            return described(setup, scored, estimates)
-
         with (
             mock.patch.object(ppo_rollouts, "sample_for_prompts", fixed),
-            mock.patch.object(ppo, "check_and_describe", watched),
+            mock.patch.object(ppo, "check_and_describe", wraps=ppo.check_and_describe) as described,
         ):
             windows = list(ppo.ppo_windows(setup, model, 0))
-        rollout, estimates = seen["rollout"], seen["estimates"]
-        place = {example.prompt_key: number for number, example in enumerate(rollout.examples)}
-        order = torch.tensor([place[example.prompt_key] for example in self.examples])
+        _, scored, estimates = described.call_args.args
+        order = torch.tensor([int(example.prompt_key) for example in scored.rollout.examples]).argsort()
 
         def sort(part: Any) -> Any:
             return replace(part, **{k: v[order] for k, v in vars(part).items() if isinstance(v, Tensor)})
 
-        return replace(sort(rollout), examples=self.examples), sort(estimates), windows
-
-    @property
-    def rollout(self) -> Rollout:
-        return self._run[0]
-
-    @property
-    def estimates(self) -> Estimates:
-        return self._run[1]
-
-    @property
-    def windows(self) -> list[Window]:
-        return self._run[2]
-
-    @property
-    def mask(self) -> Tensor:
-        return self.rollout.mask
-
-    @property
-    def bessel(self) -> float:
-        """sqrt((n - 1) / n): the peer whitens with the unbiased variance, this package with the population variance."""
-        return bessel(self.mask)
+        return replace(sort(scored.rollout), examples=self.examples), sort(estimates), windows
 
     def raw(self, rollout: Rollout, *, whiten_rewards: bool = False) -> Estimates:
         """Estimates before the advantages are whitened."""
@@ -242,8 +201,8 @@ class Case:
 
     def part(self, rows: list[int]) -> PpoBatch:
         """Some rows as a micro-batch."""
-        batch, (rollout, estimates, _) = pack([self.examples[i] for i in rows], self.inputs["pad_id"]), self._run
-        fixed = (rollout.mask, rollout.logprobs, rollout.values, estimates.advantages, estimates.returns)
+        batch, estimates = pack([self.examples[i] for i in rows], self.inputs["pad_id"]), self.estimates
+        fixed = (self.mask, self.rollout.logprobs, self.rollout.values, estimates.advantages, estimates.returns)
         return PpoBatch(batch, *(matrix[rows] for matrix in fixed), first=True)
 
     def slot_value_loss(self, model: ActorCritic, rows: list[int] | None = None) -> tuple[Tensor, Tensor]:

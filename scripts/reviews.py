@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
+from rlhf_pipeline.errors import BadInput
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 FRACTIONS = (("train", 0.76), ("judge", 0.08), ("validation", 0.06), ("test", 0.10))
@@ -26,15 +28,11 @@ MOST_BYTES = 256 << 20  # both data sets unpacked have some 12 MiB
 ADVICE = "download the polarity data set v2.0 and the sentence polarity data set v1.0 to this folder"
 
 
-class NoData(Exception):
-    """A required data set is missing from the folder."""
-
-
 def members(data: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
     """Every file of a folder and of the zip files in it; member names are only compared, never used as paths.
 
     Raises:
-        NoData: a zip file cannot be read, or is larger than such a data set when unpacked.
+        BadInput: a zip file cannot be read, or is larger than such a data set when unpacked.
     """
     for path in sorted(data.rglob("*")):
         if path.suffix == ".zip":
@@ -42,12 +40,12 @@ def members(data: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
                 with zipfile.ZipFile(path) as archive:
                     infos = sorted((info for info in archive.infolist() if not info.is_dir()), key=lambda i: i.filename)
                     if sum(info.file_size for info in infos) > MOST_BYTES:
-                        raise NoData(
+                        raise BadInput(
                             f"{path}: unpacks to more than {MOST_BYTES >> 20} MiB; expected one of the data sets"
                         )
                     files = [(info.filename, archive.read(info)) for info in infos]
             except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OverflowError) as error:
-                raise NoData(f"{path}: not a complete zip file ({error}); download it again") from None
+                raise BadInput(f"{path}: not a complete zip file ({error}); download it again") from None
             yield from ((PurePosixPath(name), content) for name, content in files)
         elif path.is_file() and path.suffix in (".txt", ".pos", ".neg"):
             yield PurePosixPath(path.relative_to(data).as_posix()), path.read_bytes()
@@ -113,10 +111,10 @@ def prepare(data: Path, out: Path, say: Callable[[str], object]) -> None:
     """Write reviews.jsonl, openings.jsonl and sentences.jsonl, and print the quality of the classifier.
 
     Raises:
-        NoData: one of the two data sets is missing.
+        BadInput: one of the two data sets is missing.
     """
     if not data.is_dir():
-        raise NoData(f"{data}: no such folder; {ADVICE}")
+        raise BadInput(f"{data}: no such folder; {ADVICE}")
     reviews: list[tuple[str, list[str]]] = []
     sentences: list[dict[str, object]] = []
     seen: set[tuple[str, str]] = set()
@@ -132,9 +130,9 @@ def prepare(data: Path, out: Path, say: Callable[[str], object]) -> None:
         elif name.parent.name in ("pos", "neg") and name.name.startswith("cv"):
             reviews.append((split_of(f"{name.parent.name}/{name.name}"), decoded(content).split()))
     if not reviews:
-        raise NoData(f"{data}: found no reviews (pos/cv*.txt, neg/cv*.txt); {ADVICE}")
+        raise BadInput(f"{data}: found no reviews (pos/cv*.txt, neg/cv*.txt); {ADVICE}")
     if not sentences:
-        raise NoData(f"{data}: found no sentences (rt-polarity.pos, rt-polarity.neg); {ADVICE}")
+        raise BadInput(f"{data}: found no sentences (rt-polarity.pos, rt-polarity.neg); {ADVICE}")
     out.mkdir(parents=True, exist_ok=True)
     rows = (row for split, words in reviews for row in windows(words, split))
     say(f"{write(out / 'reviews.jsonl', rows):6} rows of text from {len(reviews)} reviews\n")
@@ -157,7 +155,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         prepare(options.data, options.out, sys.stderr.write)
-    except NoData as error:
+    except BadInput as error:
         parser.exit(2, f"{error}\n")
 
 

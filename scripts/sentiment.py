@@ -16,13 +16,6 @@ from typing import Any
 HOLD_OUT_EVERY = 5
 """Every fifth sentence is held out, so the accuracy is that of the same classifier that gives the reward."""
 
-ROOT = Path(__file__).parent.parent
-
-
-def prepared() -> Path:
-    """The folder that `scripts/reviews.py` writes."""
-    return Path(os.environ.get("REVIEWS_DIR") or ROOT / "build" / "reviews")
-
 
 def read_sentences(path: Path) -> tuple[list[str], list[int]]:
     """Sentences with their labels, 1 for positive."""
@@ -79,4 +72,5 @@ def quality(path: Path) -> dict[str, float]:
 def log_odds(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     """log P(positive) - log P(negative) of each prompt with its continuation."""
     texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-    return classifier(prepared() / "sentences.jsonl").decision_function(texts).tolist()
+    folder = os.environ.get("REVIEWS_DIR") or Path(__file__).parent.parent / "build/reviews"  # of scripts/reviews.py
+    return classifier(Path(folder) / "sentences.jsonl").decision_function(texts).tolist()

@@ -23,6 +23,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench_probe import failure
+
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "configs/demo"
 RLHF = (sys.executable, "-m", "rlhf_pipeline.cli.main")
@@ -36,23 +38,15 @@ IMPORTING = {
 }
 
 
-class StartupError(Exception):
-    """A command that failed; the message has its output."""
-
-
 def seconds(command: Sequence[str], environment: dict[str, str]) -> float:
     """Wall time of a process from its start to its end.
 
     Raises:
-        StartupError: the process failed.
+        CalledProcessError: the process failed.
     """
     started = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    passed = time.perf_counter() - started
-    if done.returncode:
-        said = "\n".join(done.stderr.strip().splitlines()[-5:])
-        raise StartupError(f"{' '.join(command)} ended with exit code {done.returncode}:\n{said}")
-    return passed
+    subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    return time.perf_counter() - started
 
 
 def stage_command(stage: str, home: Path, **overrides: object) -> list[str]:
@@ -80,15 +74,6 @@ def commands(stages: Sequence[str], home: Path) -> dict[str, list[str]]:
     return timed
 
 
-def measure(timed: dict[str, list[str]], repeats: int, environment: dict[str, str]) -> dict[str, list[float]]:
-    """Seconds of every command; the commands take turns, so that a slow minute of the machine affects all of them."""
-    taken: dict[str, list[float]] = {name: [] for name in timed}
-    for _ in range(repeats):
-        for name, command in timed.items():
-            taken[name].append(seconds(command, environment))
-    return taken
-
-
 def table(taken: dict[str, list[float]]) -> str:
     """Median and range of every command, and the share of the plain import in the stages' medians."""
     plain = statistics.median(taken[PLAIN])
@@ -102,8 +87,8 @@ def table(taken: dict[str, list[float]]) -> str:
     return "\n".join(lines)
 
 
-def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line; an unknown stage ends the process with exit code 2."""
+def main(words: Sequence[str] | None = None) -> int:
+    """Make the inputs, time everything, print the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", default=",".join(CONFIGS), help="stages, separated by commas")
     parser.add_argument("--pairs", type=int, help=f"number of pairs to collect (default {PAIRS}, as in the demo)")
@@ -117,12 +102,6 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--stages {unknown[0]}: expected some of {', '.join(CONFIGS)}")
     options.pairs = options.pairs or (QUICK_PAIRS if options.quick else PAIRS)
     options.repeats = options.repeats or (1 if options.quick else REPEATS)
-    return options
-
-
-def main(words: Sequence[str] | None = None) -> int:
-    """Make the inputs, time everything, print the table; returns the exit code."""
-    options = parse_arguments(words)
     pinned = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(options.threads))
     environment = {**os.environ, **pinned, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     try:
@@ -130,9 +109,13 @@ def main(words: Sequence[str] | None = None) -> int:
             home = options.home or Path(folder) / "home"
             if options.home is None:
                 make_inputs(home, options.pairs, environment)
-            taken = measure(commands(options.stages, home.resolve()), options.repeats, environment)
-    except StartupError as error:
-        sys.stderr.write(f"error: {error}\n")
+            timed = commands(options.stages, home.resolve())
+            taken: dict[str, list[float]] = {name: [] for name in timed}
+            for _ in range(options.repeats):  # the commands take turns, so that a slow minute affects all of them
+                for name, command in timed.items():
+                    taken[name].append(seconds(command, environment))
+    except subprocess.CalledProcessError as error:
+        sys.stderr.write(f"error: {failure(error)}\n")
         return 1
     sys.stdout.write(table(taken) + "\n")
     return 0

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from rlhf_pipeline.errors import RlhfError
+
 MODULES = ("bench", "bench_ours", "bench_peer", "bench_probe", "bench_table", "bench_work")
 
 
@@ -190,7 +192,7 @@ def test_other_examples_on_one_side_are_an_error(bench) -> None:
     runs = [run("ours", "dpo", 1, 1.0), run("peer", "dpo", 1, 2.0)]
     bench.bench.require_same_work(runs)
     runs[1]["digests"] = ["a", "x", "c"]
-    with pytest.raises(bench.bench.BenchError, match="dpo, round 1: step 2: the two sides took other examples"):
+    with pytest.raises(RlhfError, match="dpo, round 1: step 2: the two sides took other examples"):
         bench.bench.require_same_work(runs)
 
 

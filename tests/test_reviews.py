@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_pipeline.errors import BadInput
 from scripts import reviews, sentiment
 
 GOOD, BAD = ("great", "fun", "moving", "sharp"), ("dull", "awful", "lazy", "tired")
@@ -162,13 +163,13 @@ def test_a_zip_file_that_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypa
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("pos/cv001.txt", b"\0" * ((1 << 20) + 1))
     assert (tmp_path / "bomb.zip").stat().st_size < 10_000
-    with pytest.raises(reviews.NoData, match=r"bomb\.zip: unpacks to more than 1 MiB"):
+    with pytest.raises(BadInput, match=r"bomb\.zip: unpacks to more than 1 MiB"):
         list(reviews.members(tmp_path))
 
 
 def test_a_zip_file_that_was_cut_is_named(data: Path, tmp_path: Path) -> None:
     (tmp_path / "reviews.zip").write_bytes((data / "reviews.zip").read_bytes()[:-100])
-    with pytest.raises(reviews.NoData, match=r"reviews\.zip: not a complete zip file"):
+    with pytest.raises(BadInput, match=r"reviews\.zip: not a complete zip file"):
         reviews.prepare(tmp_path, tmp_path / "out", say=print)
 
 
@@ -177,9 +178,9 @@ def test_a_folder_without_the_data_is_refused(data: Path, tmp_path: Path, missin
     for path in data.iterdir():
         if (path.suffix == ".zip") != (missing == "reviews"):
             (tmp_path / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(reviews.NoData, match=f"found no {missing}.*v1.0"):
+    with pytest.raises(BadInput, match=f"found no {missing}.*v1.0"):
         reviews.prepare(tmp_path, tmp_path / "out", say=print)
-    with pytest.raises(reviews.NoData, match="no such folder"):
+    with pytest.raises(BadInput, match="no such folder"):
         reviews.prepare(tmp_path / "absent", tmp_path / "out", say=print)
     assert not (tmp_path / "out").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rlhf_pipeline.config.stages import CollectConfig, DpoConfig, PpoConfig, Sft
 from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.data.overlap import keep_apart
 from rlhf_pipeline.data.splits import in_split
+from rlhf_pipeline.data.world import VOCABULARY
 from rlhf_pipeline.experiment.run import checked
 from rlhf_pipeline.registry.lengths import with_lengths
 from rlhf_pipeline.registry.parents import parents_of
@@ -22,7 +24,6 @@ from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.training.windows import total_steps
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}
-MIB = 2**20
 
 
 def _parameters(resolved: Resolved) -> int | None:
@@ -34,11 +35,7 @@ def _parameters(resolved: Resolved) -> int | None:
     count = 0
     for path in resolved.path.glob("*.safetensors"):
         with safe_open(path, framework="np") as weights:
-            for name in weights.keys():  # noqa: SIM118 (not a dict)
-                size = 1
-                for dimension in weights.get_slice(name).get_shape():
-                    size *= dimension
-                count += size
+            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
     return count or None
 
 
@@ -49,11 +46,7 @@ def _new_parameters(config: SftConfig) -> int:
     from rlhf_pipeline.models.loading import model_of_config, new_config
 
     assert config.model_init is not None and config.tokenizer_init is not None  # `check_start` of the config
-    vocabulary = config.tokenizer_init.get("vocab_size")
-    if vocabulary is None:
-        from rlhf_pipeline.data.world import VOCABULARY
-
-        vocabulary = len(VOCABULARY)
+    vocabulary = config.tokenizer_init.get("vocab_size") or len(VOCABULARY)
     described = new_config(config.model_init, dropout=config.dropout, vocab_size=vocabulary)
     with torch.device("meta"):
         model = model_of_config(described)
@@ -111,7 +104,7 @@ def estimate_stage(config: StageConfig, home: Path) -> dict[str, Any]:
         parameters = _new_parameters(config) if isinstance(config, SftConfig) else None
     if parameters is not None:
         result["parameters"] = parameters
-        result["memory_mib_without_activations"] = round(_training_memory(parameters, config) / MIB, 1)
+        result["memory_mib_without_activations"] = round(_training_memory(parameters, config) / 2**20, 1)
     return result
 
 

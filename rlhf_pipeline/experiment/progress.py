@@ -24,29 +24,16 @@ def spoken(seconds: float) -> str:
     return f"{round(seconds / 60)} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
-class Progress:
-    """Counts the runs of an experiment.
+def told(waiting: Sequence[str], ended: Sequence[tuple[str, bool, float | None]]) -> str:
+    """Finished runs and the time left: `ran 6, skipped 0; about 12 min left`.
 
     Args:
-        names: the stage of each run, in running order. done: whether each run is known to be done.
+        waiting: the stage of each waiting run. ended: the stage of each finished run, whether it was skipped, seconds.
     """
-
-    def __init__(self, names: Sequence[str], done: Sequence[bool]):
-        self._names, self._done = list(names), list(done)
-        self._seconds: dict[str, list[float]] = {}
-        self.ran = self.skipped = 0
-
-    def ended(self, place: int, skipped: bool, seconds: float | None) -> None:
-        """Record a finished run with its duration."""
-        self._done[place] = True
-        self.skipped += skipped
-        self.ran += not skipped
-        if seconds is not None:
-            self._seconds.setdefault(self._names[place], []).append(seconds)
-
-    def told(self, place: int) -> str:
-        """Finished runs and the time left, including the run at `place`: `ran 6, skipped 0; about 12 min left`."""
-        waiting = [name for name, done in zip(self._names[place:], self._done[place:], strict=True) if not done]
-        left = time_left(waiting, self._seconds)
-        counts = f"ran {self.ran}, skipped {self.skipped}"
-        return counts if left is None else f"{counts}; about {spoken(left)} left"
+    seconds: dict[str, list[float]] = {}
+    for name, _, taken in ended:
+        if taken is not None:
+            seconds.setdefault(name, []).append(taken)
+    skipped = sum(was_skipped for _, was_skipped, _ in ended)
+    counts, left = f"ran {len(ended) - skipped}, skipped {skipped}", time_left(waiting, seconds)
+    return counts if left is None else f"{counts}; about {spoken(left)} left"

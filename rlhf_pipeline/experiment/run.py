@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +27,9 @@ from rlhf_pipeline.experiment.done import (
     output_of,
     survey,
 )
-from rlhf_pipeline.experiment.progress import Progress
+from rlhf_pipeline.experiment.progress import told
 from rlhf_pipeline.registry.references import Resolved
-from rlhf_pipeline.registry.roles import Role, check_role
+from rlhf_pipeline.registry.roles import check_role
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report import Results
 from rlhf_pipeline.training.tracking import console
@@ -127,8 +127,7 @@ def _problem(
             if split is not None:
                 in_split(found.records, split, config.split_fractions, found.source)
         else:
-            role: Role = "policy" if mention.role == "policy" else "reward_model"
-            check_role(registry.resolve(mention.text), role)
+            check_role(registry.resolve(mention.text), "policy" if mention.role == "policy" else "reward_model")
     except BadInput as error:
         return str(error)
     return None
@@ -190,29 +189,30 @@ def run_experiment(
     # 2. Run the rest in order. A node whose input was just made may already be done, so it is looked up again.
     outputs: dict[int, str] = {}
     outcomes: list[Outcome] = []
-    progress = Progress([node.name for node in nodes], [found is not None for found in done])
     for place, node in enumerate(nodes):
         config = node.resolved(outputs)
         found = done[place] or find_done(config, registry)
         if found is not None:
-            outcomes.append(Outcome(node, found.label, True, _seconds(found.manifest.cost if found.manifest else {})))
+            cost = found.manifest.cost if found.manifest else {}
+            outcomes.append(Outcome(node, found.label, True, cost.get("wall_seconds")))
             say(f"[{place + 1}/{len(nodes)}] {node.label}: already done, {found.label}")
         else:
-            say(f"[{place + 1}/{len(nodes)}] {node.label} ({progress.told(place)})")
+            waiting = [later.name for later, ready in zip(nodes[place:], done[place:], strict=True) if ready is None]
+            ended = [(outcome.node.name, outcome.skipped, outcome.seconds) for outcome in outcomes]
+            say(f"[{place + 1}/{len(nodes)}] {node.label} ({told(waiting, ended)})")
             later = sum(ready is not None for ready in done[place + 1 :])
             before_work()
-            told = f"of {len(nodes)} are done; the same command continues from here"
+            rest = f"of {len(nodes)} are done; the same command continues from here"
             try:
                 result = stage_function(node.spec.stage)(config, home, resume=resume, quiet=quiet)
             except Interrupted:
-                say(f"stopped in {node.label}: {place + later} {told}")
+                say(f"stopped in {node.label}: {place + later} {rest}")
                 raise
             if (number := result.stopped_by) is not None:
                 raise Interrupted(
-                    f"stopped by signal {number} after {node.label} was done: {place + 1 + later} {told}", number
+                    f"stopped by signal {number} after {node.label} was done: {place + 1 + later} {rest}", number
                 )
-            outcomes.append(Outcome(node, result.model, False, _seconds(result.cost)))
-        progress.ended(place, outcomes[-1].skipped, outcomes[-1].seconds)
+            outcomes.append(Outcome(node, result.model, False, result.cost.get("wall_seconds")))
         outputs[place] = output_of(node, outcomes[-1].model)
 
     # 3. The result: the entry of a stage is that of its first node.
@@ -243,11 +243,6 @@ def _about(experiment: Experiment, nodes: Sequence[Node], drawn: Sequence[str]) 
         count = len(points)
         lines.append(f"sweep of {name}: {count} setting{'s' if count > 1 else ''} of {', '.join(points[0].setting)}")
     return [*lines, f"{len(nodes)} runs in all"] if lines else []
-
-
-def _seconds(cost: Mapping[str, Any]) -> float | None:
-    seconds = cost.get("wall_seconds")
-    return None if seconds is None else float(seconds)
 
 
 def _compared(

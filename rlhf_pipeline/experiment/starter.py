@@ -36,14 +36,9 @@ FEW = 1500
 SHARES_OF_FEW = {"train": 0.6, "judge": 0.2, "validation": 0.05, "test": 0.15}
 
 
-def _up(value: int) -> int:
-    """The next multiple of eight."""
-    return max(8, -(-value // 8) * 8)
-
-
 def _lengths(prompt: int, response: int, positions: int | None) -> tuple[int, int, list[str]]:
     """Length limits that cover 99 % of the data, reduced to the positions of the model, and warnings."""
-    prompt, response = _up(prompt), _up(response + 1)  # its EOS
+    prompt, response = (max(8, -(-length // 8) * 8) for length in (prompt, response + 1))  # multiples of 8; its EOS
     if positions is None or prompt + response <= positions:
         return prompt, response, []
     # A prompt can be cut, a response cannot: a response may take up to three quarters of the positions.

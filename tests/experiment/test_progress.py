@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_pipeline.experiment.progress import Progress, spoken, time_left
+from rlhf_pipeline.experiment.progress import spoken, time_left, told
 
 
 def test_the_time_that_is_left_is_the_mean_of_each_stage() -> None:
@@ -31,16 +31,13 @@ def test_durations_in_words(seconds, text) -> None:
 
 
 def test_progress_says_nothing_of_time_until_every_stage_was_seen() -> None:
-    progress = Progress(["sft", "ppo", "ppo", "dpo", "ppo"], [True, False, False, False, True])
-    progress.ended(0, True, 5.0)
-    assert progress.told(1) == "ran 0, skipped 1"
-    progress.ended(1, False, 100.0)
-    assert progress.told(2) == "ran 1, skipped 1"  # how long dpo takes is not known
-    progress.ended(2, False, 140.0)
-    progress.ended(3, False, 60.0)
-    progress.ended(4, True, 120.0)
-    assert (progress.ran, progress.skipped) == (3, 2)
+    # The runs sft, ppo, ppo, dpo, ppo, of which the first and the last are known to be done.
+    ended = [("sft", True, 5.0)]
+    assert told(["ppo", "ppo", "dpo"], ended) == "ran 0, skipped 1"
+    ended.append(("ppo", False, 100.0))
+    assert told(["ppo", "dpo"], ended) == "ran 1, skipped 1"  # how long dpo takes is not known
+    ended += [("ppo", False, 140.0), ("dpo", False, 60.0), ("ppo", True, 120.0)]
+    assert told([], ended) == "ran 3, skipped 2; about 1 s left"
     # Of three runs the last is done already: two of ppo at a mean of 120 s.
-    later = Progress(["ppo", "ppo", "ppo", "ppo"], [False, False, False, True])
-    later.ended(0, False, 120.0)
-    assert later.told(1) == "ran 1, skipped 0; about 4 min left"
+    assert told(["ppo", "ppo"], [("ppo", False, 120.0)]) == "ran 1, skipped 0; about 4 min left"
+    assert told(["ppo"], [("ppo", False, 120.0), ("ppo", False, None)]) == "ran 2, skipped 0; about 2 min left"
