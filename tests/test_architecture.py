@@ -13,6 +13,7 @@ import rlhf_pipeline
 
 ROOT = Path(rlhf_pipeline.__file__).parent
 ROOMS = (
+    "foreign",
     "config",
     "algorithms",
     "data",

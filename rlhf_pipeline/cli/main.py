@@ -19,6 +19,7 @@ from rlhf_pipeline.cli import config, data, models
 from rlhf_pipeline.cli.compare import COMPARE_KEYS, compare, report
 from rlhf_pipeline.cli.evaluate import MEASURING_KEYS, SAMPLING_KEYS, evaluate, generate
 from rlhf_pipeline.cli.exact import EXACT_KEYS, exact
+from rlhf_pipeline.cli.imports import import_file
 from rlhf_pipeline.cli.init import init
 from rlhf_pipeline.cli.options import (
     DEFAULT_HOME,
@@ -66,6 +67,7 @@ def root(
 
 
 command(app, "init")(init)
+command(app, "import")(import_file)
 for _stage, _help in STAGES.items():
     command(app, _stage, dry_run=True, config=_stage, help=_help)(train)
 command(app, "run", dry_run=True)(run)

@@ -86,6 +86,10 @@ def _report_to(value: Any) -> Any:
     return "none" if value in (None, [], ["none"]) else value
 
 
+def _dtype(value: Any) -> Any:
+    return "float32" if value is None else value  # as in alignment-handbook and in older releases of transformers
+
+
 def _listed(value: Any) -> Any:
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]
@@ -104,7 +108,7 @@ Steps = Annotated[int | tuple[int, ...] | None, BeforeValidator(_steps)]
 ReportTo = Annotated[Literal["none"], BeforeValidator(_report_to)]
 Counts = Annotated[tuple[Count, ...], BeforeValidator(_listed)]
 Texts = Annotated[tuple[Text, ...], BeforeValidator(_listed)]
-Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+Dtype = Annotated[Literal["float32", "bfloat16", "float16", "auto"], BeforeValidator(_dtype)]
 Checks = tuple[Callable[[Any], Iterator[Fault]], ...]
 
 
@@ -170,10 +174,14 @@ class ModelInput(NamedTuple):
 
 
 class DataInput(NamedTuple):
-    """A source that a stage reads, and its part; None: the source's default part."""
+    """A source that a stage reads, and its part; None: the source's default part.
+
+    split: the split of the source that is used whole, or all; None: the stage's own splits.
+    """
 
     source: str
     part: str | None
+    split: str | None = None
 
 
 def part_of(source: str, config: str | None, kind: str) -> str | None:

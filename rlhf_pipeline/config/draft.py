@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.config import keys
+from rlhf_pipeline.config.shorthands import SHORTHANDS, expand
 from rlhf_pipeline.config.yaml import Document, KeyPath, as_index, dotted, parse_value
-from rlhf_pipeline.errors import Fault
+from rlhf_pipeline.errors import ConfigError, Fault
 
 Place = Callable[[KeyPath], str]
 
@@ -133,7 +134,9 @@ class Draft:
                 self._override_inside(path, override)
 
     def settle(self) -> None:
-        """Remove the keys that are not part of the config: refused with a fault, or without effect."""
+        """Expand shorthands; remove the keys that are not part of the config: refused, or without effect."""
+        if self.stage in keys.TRAINING:
+            self._expand()
         for key, value in list(self.values.items()):
             off = keys.later(self.stage, key)
             if key in keys.REFUSED:
@@ -146,6 +149,24 @@ class Draft:
             elif off is None or key in keys.SCHEMAS[self.stage].model_fields:
                 continue
             del self.values[key]
+
+    def _expand(self) -> None:
+        """Replace the shorthands of TRL and alignment-handbook; see shorthands.py."""
+        try:
+            expanded = list(expand(self.stage, self.values))
+        except ConfigError as error:
+            for fault in error.faults:
+                self.fault((fault.where,), fault.found, fault.expected, fault.fix)
+            for key in SHORTHANDS:
+                self.values.pop(key, None)
+            return
+        for found in expanded:
+            self.notes.append(f"{self.where((found.key,))}: {found.note}")
+            place, written = self._places.get((found.key,), (lambda _: self.label, (found.key,)))
+            for key in found.used:
+                self.values.pop(key, None)
+            for key, value in found.values.items():
+                self._put(key, value, place, str(written[0]), self.folders.get(found.key))
 
     def _override_inside(self, path: KeyPath, override: Override) -> None:
         top, last = str(path[0]), path[-1]

@@ -10,7 +10,9 @@ from pydantic import BaseModel
 from rlhf_pipeline.config import yaml
 
 # Keys that change how a run is logged, stored or paced, but not its result.
-RUN_ONLY = frozenset({"logging_steps", "save_steps", "save_total_limit", "num_threads", "report_to"})
+RUN_ONLY = frozenset(
+    {"logging_steps", "save_strategy", "save_steps", "save_total_limit", "num_threads", "report_to", "output_dir"}
+)
 
 
 def dump_yaml(config: BaseModel) -> str:

@@ -10,6 +10,7 @@ from rlhf_pipeline.config.ppo import RewardFunction
 from rlhf_pipeline.config.stages import SCHEMAS, STAGES, TRAINING
 from rlhf_pipeline.config.training import DatasetEntry
 from rlhf_pipeline.errors import did_you_mean
+from rlhf_pipeline.foreign.tools import meaning
 
 _OLD = {
     "torch_dtype": "dtype",
@@ -65,24 +66,36 @@ LATER: dict[str, tuple[Any, ...]] = {
 
 NOT_USED = frozenset(
     (
-        *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push"),
+        *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_token"),
+        *("hub_revision", "hub_model_revision", "push_to_hub_revision", "push_to_hub_model_id", "trackio_space_id"),
         *("run_name", "log_level", "logging_dir", "logging_first_step", "disable_tqdm", "num_sample_generations"),
+        *("wandb_project", "wandb_entity", "wandb_run_group", "exp_name", "save_only_model", "save_safetensors"),
         *("do_eval", "overwrite_output_dir", "remove_unused_columns", "padding_free", "gradient_checkpointing_kwargs"),
         *("dataset_num_proc", "preprocessing_num_workers", "dataloader_num_workers", "dataloader_pin_memory"),
+        *("ddp_timeout", "ddp_find_unused_parameters", "use_liger_kernel", "torch_compile", "packing_strategy"),
+        *("accelerate_config", "local_rollout_forward_batch_size", "ds3_gather_for_generation"),
     )
 )
 """Keys of transformers and TRL for logging, uploading and speed; they do not change the result of training."""
 
 
+_NO_EXTRA_TOKENS = (
+    {"add_special_tokens": False, "append_concat_token": False},
+    {"add_special_tokens": False},
+    {"append_concat_token": False},
+)
 FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "do_train": ((True, None), "a stage always trains"),
     "fp16": ((False, None), "use bf16, or dtype float16"),
     "tf32": ((False, None), "use bf16 for speed"),
     "optim": (("adamw_torch", "adamw_torch_fused"), "every stage trains with AdamW"),
-    "save_strategy": (("steps",), "save_steps sets when checkpoints are written"),
     "logging_strategy": (("steps",), "logging_steps sets when metrics are logged"),
     "dataset_text_field": (("text", None), "rename the column of the data to text"),
     "dataset_streaming": ((False,), "a stage reads its data once, before it trains"),
+    "streaming": ((False,), "a stage reads its data once, before it trains"),
+    "dataset_kwargs": (_NO_EXTRA_TOKENS, "a chat template already has its special tokens"),
+    "average_tokens_across_devices": ((True, None), "a step divides once by the tokens of all processes"),
+    "num_processes": ((1, None), "start it by accelerate launch --num_processes N"),
     "packing": ((False, None), "batches hold whole examples without padding, and a step keeps its examples"),
     "kl_estimator": (("k1",), "the KL in the reward is k1: the log-ratio"),
 }
@@ -91,7 +104,6 @@ FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
 _ENTRIES: dict[str, type[BaseModel]] = {"reward_functions": RewardFunction, "datasets": DatasetEntry}
 
 REFUSED = {
-    "output_dir": "use output_name: a name in the registry, under --home DIR or RLHF_HOME",
     "disable_dropout": "remove it: dropout is off in every stage, unless sft has `dropout: true`",
 }
 """Keys that are always refused, and what to do instead."""
@@ -106,7 +118,7 @@ def later(stage: str, key: str) -> tuple[Any, ...] | None:
 
 def note_on_unused(stage: str, key: str, value: Any) -> str | None:
     """Return the note on a TRL key that does not change a run of this stage; None for any other key."""
-    if stage not in TRAINING:
+    if stage not in TRAINING or key in SCHEMAS[stage].model_fields:
         return None
     if key in NOT_USED:
         return "not used here"
@@ -135,6 +147,8 @@ def advice_on_unknown(stage: str, key: str) -> str:
     owners = [other for other, fields in STAGES.items() if stage in STAGES and key in fields.model_fields]
     if owners:
         return f"it is a key of {', '.join(owners)}"
+    if stage in TRAINING and (meant := meaning(key)):
+        return meant
     return did_you_mean(key, [*SCHEMAS[stage].model_fields, *ALIASES[stage]]) or "remove it"
 
 

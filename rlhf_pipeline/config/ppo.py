@@ -20,6 +20,7 @@ from rlhf_pipeline.config.base import (
     option,
 )
 from rlhf_pipeline.config.reward_names import names_a_model
+from rlhf_pipeline.config.shorthands import ROLLOUT
 from rlhf_pipeline.config.training import COMMON_CHECKS, TrainingConfig, check_model
 from rlhf_pipeline.errors import Fault
 
@@ -124,13 +125,15 @@ def remark_on_episodes(config: PpoConfig) -> Iterator[str]:
 
 
 def check_epochs(config: PpoConfig) -> Iterator[Fault]:
-    """Yield the faults of keys that PPO does not use: passes over the data, and evaluation."""
+    """Yield the faults of keys that PPO does not use: passes over the data, their ends, and evaluation."""
     if config.num_train_epochs != 1:
         found = f"found {config.num_train_epochs:g}, but ppo counts episodes"
         yield Fault("num_train_epochs", found, "total_episodes, or max_steps in updates", "remove it")
     if config.eval_strategy != "no":
         found = f"found {config.eval_strategy!r}, but every update of ppo already measures fresh samples"
         yield Fault("eval_strategy", found, "'no'", "remove eval_strategy and eval_steps")
+    if config.save_strategy == "epoch":
+        yield Fault("save_strategy", "found 'epoch', but ppo counts updates", "'steps' or 'no'", "set save_steps")
 
 
 def check_batches(config: PpoConfig) -> Iterator[Fault]:
@@ -216,7 +219,7 @@ class PpoConfig(TrainingConfig):
         "initial critic (InstructGPT: reward_model; sft without a reward model); shared: a value head on the actor",
     )
     total_episodes: Count | None = option(None, "responses to sample in the whole run; required without max_steps")
-    rollout_batch_size: Count = option(64, "responses sampled per update, on all devices together (ours)")
+    rollout_batch_size: Count = option(ROLLOUT, "responses sampled per update, on all devices together (ours)")
     num_ppo_epochs: Count = option(4, "passes over each rollout (TRL)")
     num_mini_batches: Count = option(
         4, "minibatches per epoch: optimizer steps in one pass over a rollout (PPO's code; TRL: 1)"

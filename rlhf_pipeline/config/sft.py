@@ -80,4 +80,9 @@ class SftConfig(TrainingConfig):
     tokenizer_init: Annotated[dict[str, Any] | None, BeforeValidator(_tokenizer_init)] = option(
         None, f"tokenizer of a model that starts from random weights: {_TOKENIZERS}"
     )
+    packing: bool = option(
+        False,
+        "fill rows of max_length tokens with whole examples, best fit; batch sizes then count rows, not "
+        "examples. Examples of a row do not attend to each other (TRL: bfd)",
+    )
     dropout: bool = option(False, "keep the model's own dropout during training (ours: off in every stage)")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from rlhf_pipeline.config.base import (
     ATTENTION,
@@ -35,8 +35,19 @@ from rlhf_pipeline.config.base import (
     check_world,
     option,
     part_of,
+    wrong,
 )
 from rlhf_pipeline.errors import Fault
+
+
+def _cadence(value: Any) -> Any:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (number and (0 < value < 1 or (value >= 1 and float(value).is_integer()))):
+        raise wrong("a whole number >= 1, or a fraction between 0 and 1")
+    return int(value) if number and value >= 1 else value
+
+
+Cadence = Annotated[int | float | None, BeforeValidator(_cadence)]
 
 
 class DatasetEntry(Keys):
@@ -46,7 +57,15 @@ class DatasetEntry(Keys):
         ..., "data source: hub id, directory, file, world:verdicts or collected:NAME", names="data"
     )
     dataset_config: Text | None = option(None, "configuration of the source (default: its own)")
+    split: Text | None = option(
+        None, "train on this split of the source, whole, or on all its rows (all); default: dataset_train_split"
+    )
     weight: Positive = option(1.0, "weight in the mixture, relative to the other sources (ours: equal)")
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = option(
+        None,
+        "share of this source's training examples, in hash order; the mixture then joins all shares, without weights",
+    )
+    max_samples: Count | None = option(None, "maximum number of examples of this source, in hash order (default: all)")
 
 
 NATIVE = "or engine: native"
@@ -61,10 +80,13 @@ def check_engine(config: TrainingConfig) -> Iterator[Fault]:
         found = "found 'trl', but TRL 1.16 has no PPO trainer"
         yield Fault("engine", found, "'native'", "engine: trl works for sft, train-rm and dpo")
         return
-    if config.save_steps is not None:
-        yield Fault("save_steps", "engine trl writes no checkpoints and cannot resume", "no save_steps", NATIVE)
+    if config.save_steps is not None or config.save_strategy == "epoch":
+        key = "save_steps" if config.save_steps is not None else "save_strategy"
+        yield Fault(key, "engine trl writes no checkpoints and cannot resume", f"no {key}", NATIVE)
     if config.snapshot_steps is not None:
         yield Fault("snapshot_steps", "engine trl takes no snapshots", "no snapshot_steps", NATIVE)
+    if getattr(config, "packing", False):
+        yield Fault("packing", "engine trl trains on the examples one by one", "false", NATIVE)
     if config.micro_batch_tokens is not None:
         found = "engine trl limits micro-batches only by the number of examples"
         yield Fault("micro_batch_tokens", found, "no micro_batch_tokens", NATIVE)
@@ -92,6 +114,11 @@ class TrainingConfig(WithLengths):
     datasets: tuple[DatasetEntry, ...] | None = option(
         None, "weighted mixture of sources, instead of dataset_name", names="data", min_length=1
     )
+    test_split_size: Cadence = option(
+        None,
+        "examples to hold out of dataset_train_split for evaluation, whole prompts by hash, instead of "
+        "dataset_test_split; below 1: a fraction (TRL)",
+    )
     max_train_samples: Count | None = option(None, "maximum number of training examples, in hash order (default: all)")
     skip_bad_rows: bool = SKIP_BAD_ROWS
     allow_overlap: bool = option(
@@ -100,6 +127,15 @@ class TrainingConfig(WithLengths):
         "ignoring case and punctuation (ours: stop; skip_bad_rows drops them from the evaluation)",
     )
     split_fractions: dict[str, float] = SPLIT_FRACTIONS
+    instruction_style: Literal["sections", "alpaca", "plain"] = option(
+        "sections",
+        "prompt of Alpaca rows: sections such as ### Instruction (ours), the same after Alpaca's opening sentence, or "
+        "plain: instruction and input",
+    )
+    text_as_chat: bool = option(
+        False,
+        "put prompts and completions that are text into the chat template, as turns of user and assistant",
+    )
     max_prompt_length: Count | None = option(
         None, "maximum prompt length, in tokens; longer prompts are cut on the left"
     )
@@ -139,13 +175,25 @@ class TrainingConfig(WithLengths):
     use_cpu: bool = USE_CPU
     num_threads: Count | None = NUM_THREADS
 
-    output_name: Name = option(..., "name of the model in the registry", examples=["model"])
+    output_name: Name = option(
+        ..., "name of the model in the registry (default: the last part of output_dir)", examples=["model"]
+    )
+    output_dir: Text | None = option(
+        None, "folder for a copy of the model for plain transformers; it replaces an earlier copy of this name"
+    )
     logging_steps: Count = option(10, "steps between two lines of the log (TRL)")
     eval_strategy: Literal["no", "steps", "epoch"] = option(
         "no", "when to evaluate on the test split (transformers); eval_steps implies 'steps'"
     )
-    eval_steps: Count | None = option(None, "steps between evaluations (transformers: logging_steps)")
-    save_steps: Count | None = option(None, "steps between checkpoints (ours: none before the end)")
+    eval_steps: Cadence = option(
+        None, "steps between evaluations; below 1: a fraction of all steps (transformers: logging_steps)"
+    )
+    save_strategy: Literal["no", "steps", "epoch"] = option(
+        "steps", "when to write checkpoints: every save_steps, at the end of every epoch, or never (transformers)"
+    )
+    save_steps: Cadence = option(
+        None, "steps between checkpoints; below 1: a fraction of all steps (ours: none before the end)"
+    )
     save_total_limit: Count | None = option(2, "number of checkpoints to keep, newest first; null: all (ours)")
     snapshot_steps: Steps = option(
         None, "keep weights as name@vN#step, every n steps or at a list of steps (ours: none)"
@@ -181,7 +229,7 @@ class TrainingConfig(WithLengths):
     def sources(self) -> list[DataInput]:
         """Return the sources that the stage reads, in the order of its manifest's data."""
         if self.datasets is not None:
-            return [DataInput(entry.dataset_name, entry.dataset_config) for entry in self.datasets]
+            return [DataInput(entry.dataset_name, entry.dataset_config, entry.split) for entry in self.datasets]
         assert self.dataset_name is not None  # `check_data`
         kind = "prompt" if self.reads_prompts else "row"
         return [DataInput(self.dataset_name, part_of(self.dataset_name, self.dataset_config, kind))]
@@ -209,6 +257,19 @@ def check_mixture(config: TrainingConfig) -> Iterator[Fault]:
     for index, entry in enumerate(config.datasets or ()):
         for fault in check_world(entry):
             yield Fault(f"datasets.{index}.{fault.where}", fault.found, fault.expected, fault.fix)
+
+
+def check_fractions_of_sources(config: TrainingConfig) -> Iterator[Fault]:
+    """Yield the faults of a mixture with fractions and weights, and of an evaluation that has no examples."""
+    entries = config.datasets or ()
+    shares = [entry.fraction is not None for entry in entries]
+    for index, entry in enumerate(entries):
+        if any(shares) and entry.weight != 1:
+            fix = "remove the weights, or the fractions"
+            yield Fault(f"datasets.{index}.weight", "other sources have a fraction", "fractions or weights", fix)
+    if config.eval_strategy != "no" and any(entry.split for entry in entries) and config.test_split_size is None:
+        found = "the sources of datasets name the split to train on, so there is none to evaluate on"
+        yield Fault("eval_strategy", found, "test_split_size, or eval_strategy 'no'")
 
 
 def check_precision(config: TrainingConfig) -> Iterator[Fault]:
@@ -244,6 +305,7 @@ COMMON_CHECKS = (
     check_data,
     check_world,
     check_mixture,
+    check_fractions_of_sources,
     check_lengths,
     check_fractions,
     check_precision,

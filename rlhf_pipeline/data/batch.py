@@ -13,6 +13,7 @@ There are three layouts, from the fastest to the one that every model can read. 
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -155,6 +156,23 @@ def _assign_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         room[row] -= lengths[index]
         if room[row] < shortest:
             open_rows.remove(row)
+    return rows
+
+
+def fill_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Return rows of indices: best fit, longest first; a row has at most `capacity` tokens, or one longer entry."""
+    rows: list[list[int]] = []
+    open_rows: list[tuple[int, int]] = []  # (room, row), by room
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        place = bisect_left(open_rows, (lengths[index], -1))
+        if place < len(open_rows):
+            room, row = open_rows.pop(place)
+        else:
+            room, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        if room > lengths[index]:
+            insort(open_rows, (room - lengths[index], row))
     return rows
 
 

@@ -29,6 +29,7 @@ from rlhf_pipeline.data.columns import IDENTICAL, SourceRow, alike
 from rlhf_pipeline.data.files import RowFault, by_line
 from rlhf_pipeline.data.records import Messages, Record
 from rlhf_pipeline.data.sources import world_digest
+from rlhf_pipeline.data.styles import instruction_prompt
 from rlhf_pipeline.errors import DataError, Fault
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
@@ -45,6 +46,7 @@ class RecordSet:
     faults: list[RowFault] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)  # valid rows without information
     recorded_digest: str | None = None  # from the manifest of collected data
+    whole: str | None = None  # the split, or all, whose rows are used whole; None: a stage chooses among the splits
     unread: str | None = None  # with implicit prompts: a column that looks like the prompt
 
     @property
@@ -187,10 +189,9 @@ def _alpaca(row: SourceRow) -> Record | None:
     given = row.string("input") if row.has("input") else ""
     if instruction is None or output is None or given is None:
         return None
-    middle = f"### Input:\n{given}\n\n" if given.strip() else ""
-    prompt = f"### Instruction:\n{instruction}\n\n{middle}### Response:\n"
+    prompt = instruction_prompt("sections", instruction, given)
     row.completion("output", output)
-    return Record("demonstration", prompt, (output,), (row.flag("ended"),))
+    return Record("demonstration", prompt, (output,), (row.flag("ended"),), instruction=(instruction, given))
 
 
 def _text(row: SourceRow) -> Record | None:

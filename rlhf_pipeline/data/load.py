@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_pipeline.config.base import Lengths
+from rlhf_pipeline.config.training import DatasetEntry
 from rlhf_pipeline.data.files import RowFault, by_line, row_fault
 from rlhf_pipeline.data.formats import RecordSet, count_reasons
 from rlhf_pipeline.data.kinds import as_kind, tied_rows
 from rlhf_pipeline.data.parsed import parsed_once
 from rlhf_pipeline.data.records import Record
-from rlhf_pipeline.data.splits import FRACTIONS, in_split
+from rlhf_pipeline.data.splits import ALL, FRACTIONS, in_split
+from rlhf_pipeline.data.styles import PLAIN, Style
 from rlhf_pipeline.data.tokenize import Example, tokenize
 from rlhf_pipeline.errors import DataError, Fault
 
@@ -56,6 +59,7 @@ def read_records(
     source: str,
     *,
     config: str | None = None,
+    split: str | None = None,
     home: Path | None = None,
     skip_bad_rows: bool = False,
     kind: str | None = None,
@@ -65,13 +69,15 @@ def read_records(
 
     Args:
         source, config, home: as for `read_source`.
+        split: read this split, or all rows (all), and use them whole; None: the stage chooses among the splits.
         skip_bad_rows: drop and count faulty rows instead of refusing the source.
         kind, tokenizer: those of the stage, if known; empty prompts are then reported with the other faults.
 
     Raises:
         DataError: rows have faults (all are listed), or no row is usable.
     """
-    found = parsed_once(str(source), config, home)
+    found = parsed_once(str(source), config, home, None if split == ALL else split)
+    found.whole = split
     if not skip_bad_rows:
         blank = [] if tokenizer is None else blank_prompts(found, tokenizer, kind)
         refuse_faults([*found.faults, *blank], found.source, found.rows)
@@ -125,6 +131,15 @@ def blank_prompts(
     return list({item.fault.where: item for item in counts.faults if item.reason == "empty_prompt"}.values())
 
 
+def rows_of(found: RecordSet, split: str, fractions: Mapping[str, float]) -> list[Record]:
+    """Return the records of a split; of a source that is used whole, all.
+
+    Raises:
+        DataError: the split does not exist or is empty.
+    """
+    return found.records if found.whole else in_split(found.records, split, fractions, found.source)
+
+
 def examples_of(
     found: RecordSet,
     *,
@@ -135,6 +150,7 @@ def examples_of(
     skip_bad_rows: bool = False,
     fractions: Mapping[str, float] = FRACTIONS,
     max_samples: int | None = None,
+    style: Style = PLAIN,
 ) -> tuple[list[Example], SourceReport]:
     """Tokenise one split of given records; also report on its rows.
 
@@ -145,15 +161,16 @@ def examples_of(
         skip_bad_rows: drop and count faulty rows instead of refusing the source.
         fractions: share of each split, if the source has no splits.
         max_samples: maximum number of records, in hash order.
+        style: how text becomes a prompt.
 
     Raises:
         DataError: rows have faults, the split does not exist, its records are of the wrong kind, or none is usable.
     """
-    in_it = in_split(found.records, split, fractions, found.source)
+    in_it = rows_of(found, split, fractions)
     tied = tied_rows(in_it) if kind == "order" else []
     if not skip_bad_rows:
         refuse_faults(tied, found.source, len(in_it))
-    records, left_out = as_kind(in_it, kind, found.source)
+    records, left_out = as_kind([style.apply(record) for record in in_it], kind, found.source)
     records = lowest_hashes(records, max_samples)
     examples, counts = tokenize(records, tokenizer, lengths, source_tokenizer_digest=found.tokenizer_digest)
     if not skip_bad_rows:  # also faults in splits that this stage does not read
@@ -167,7 +184,7 @@ def examples_of(
     return examples, SourceReport(
         source=found.source,
         format=found.format,
-        split=split,
+        split=found.whole or split,
         digest=records_digest(in_it),
         source_rows=found.rows,
         rows=len(in_it),
@@ -178,30 +195,62 @@ def examples_of(
 
 
 def load_mixture(
-    found: Sequence[RecordSet], weights: Sequence[float], *, max_samples: int | None = None, **options: Any
+    found: Sequence[RecordSet], entries: Sequence[DatasetEntry], *, max_samples: int | None = None, **options: Any
 ) -> tuple[list[Example], tuple[SourceReport, ...]]:
-    """Tokenise several sources in the proportion of their weights; also report on the rows of each.
+    """Tokenise several sources in the proportion of their weights, or a fraction of each; also report on each.
 
-    The mixture is the largest one without repeated examples: a source with more than its share contributes the
-    examples with the lowest hashes.
+    By weights, the mixture is the largest one without repeated examples: a source with more than its share contributes
+    the examples with the lowest hashes.
 
     Args:
-        found, weights: the records of each source, and its weight.
+        found, entries: the records of each source, and its entry in the config.
         max_samples: maximum size of the mixture.
         options: as for `examples_of`.
     """
-    sets, reports = zip(*(examples_of(item, **options) for item in found))
-    total = min(len(examples) * sum(weights) / weight for examples, weight in zip(sets, weights))
-    total = total if max_samples is None else min(total, max_samples)
+    sets, reports = zip(
+        *(examples_of(item, max_samples=entry.max_samples, **options) for item, entry in zip(found, entries))
+    )
     # The small addition keeps rounding errors from reducing a whole share by one.
-    shares = [int(total * weight / sum(weights) + 1e-9) for weight in weights]
+    if any(entry.fraction is not None for entry in entries):
+        fractions = [1.0 if entry.fraction is None else entry.fraction for entry in entries]
+        shares = [int(len(examples) * fraction + 1e-9) for examples, fraction in zip(sets, fractions)]
+    else:
+        weights = [entry.weight for entry in entries]
+        total = min(len(examples) * sum(weights) / weight for examples, weight in zip(sets, weights))
+        total = total if max_samples is None else min(total, max_samples)
+        shares = [int(total * weight / sum(weights) + 1e-9) for weight in weights]
     examples = [example for item, share in zip(sets, shares) for example in lowest_hashes(item, share)]
+    examples = lowest_hashes(examples, max_samples)
     if options.get("kind") == "prompt":  # a prompt of two sources is used once
         examples = list({example.prompt_key: example for example in examples}.values())
     if not examples:
         where = f"datasets: {', '.join(item.source for item in found)}"
         raise DataError(Fault(where, "no example is left at these weights", "at least one", "more samples"))
     return examples, reports
+
+
+def hold_out(examples: Sequence[Example], size: float) -> tuple[list[Example], list[Example]]:
+    """Return the examples to train on and those to evaluate on: whole prompts, in the order of their hashes.
+
+    Args:
+        size: how many examples to evaluate on, at least; below 1: a fraction of all.
+
+    Raises:
+        DataError: no example is left to train on.
+    """
+    wanted = int(size) if size >= 1 else math.ceil(size * len(examples))
+    rows = Counter(example.prompt_key for example in examples)
+    held: set[str] = set()
+    for key in sorted(rows, key=lambda key: sha256(f"held out {key}".encode()).hexdigest()):
+        if wanted <= 0:
+            break
+        held.add(key)
+        wanted -= rows[key]
+    train = [example for example in examples if example.prompt_key not in held]
+    if not train:
+        found = f"{size:g} leaves none of {len(examples)} examples of {len(rows)} prompts for training"
+        raise DataError(Fault("test_split_size", found, "a smaller number"))
+    return train, [example for example in examples if example.prompt_key in held]
 
 
 def lowest_hashes(items: list, limit: int | None) -> list:

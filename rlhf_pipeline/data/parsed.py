@@ -25,21 +25,21 @@ def source_stamp(source: str, home: Path | None) -> Stamp | None:
     return None if files is None else stamp(files)
 
 
-def parsed_once(source: str, config: str | None, home: Path | None) -> RecordSet:
+def parsed_once(source: str, config: str | None, home: Path | None, split: str | None = None) -> RecordSet:
     """The records of a source, which this process parses again only where its files have changed since.
 
     What is returned is the caller's: its lists are copies; records themselves are frozen.
     """
     if (seen := source_stamp(source, home)) is None:
-        return _parse(source, config, home)
-    key = (source, config, seen)
+        return _parse(source, config, home, split)
+    key = (source, config, split, seen)
     if key in _PARSED:
         _PARSED.move_to_end(key)
     else:
-        found = _parse(source, config, home)
+        found = _parse(source, config, home, split)
         if _size(key) > KEPT_BYTES:
             return found
-        for outdated in [known for known in _PARSED if known[:2] == key[:2]]:
+        for outdated in [known for known in _PARSED if known[:3] == key[:3]]:
             del _PARSED[outdated]
         _PARSED[key] = found
         while sum(map(_size, _PARSED)) > KEPT_BYTES:
@@ -48,13 +48,13 @@ def parsed_once(source: str, config: str | None, home: Path | None) -> RecordSet
     return replace(found, records=list(found.records), faults=list(found.faults), skipped=Counter(found.skipped))
 
 
-_Key = tuple[str, str | None, Stamp]
+_Key = tuple[str, str | None, str | None, Stamp]
 _PARSED: OrderedDict[_Key, RecordSet] = OrderedDict()  # the one used last at the end
 
 
 def _size(key: _Key) -> int:
     """Bytes of the files of a parsed source."""
-    return sum(file[3] for file in key[2])
+    return sum(file[3] for file in key[3])
 
 
 @contextmanager
@@ -71,13 +71,13 @@ def collector_at_rest() -> Iterator[None]:
 
 
 @collector_at_rest()
-def _parse(source: str, config: str | None, home: Path | None) -> RecordSet:
+def _parse(source: str, config: str | None, home: Path | None, split: str | None) -> RecordSet:
     """Every record of a source and every row that is none.
 
     Raises:
         DataError: no row can be read, and errors of `read_source`.
     """
-    read = read_source(source, config=config, home=home)
+    read = read_source(source, config=config, split=split, home=home)
     if read.records is not None:
         return RecordSet(read.name, read.records[0].kind, len(read.records), read.records)
     if read.faults and not read.rows:

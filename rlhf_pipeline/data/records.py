@@ -33,6 +33,7 @@ class Record:
     prompt_ids: tuple[int, ...] | None = None
     completion_ids: tuple[tuple[int, ...], ...] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)  # ranks, scores, label_probability
+    instruction: tuple[str, str] | None = None  # instruction and input of an Alpaca row, which the prompt is made of
 
     @property
     def conversational(self) -> bool:

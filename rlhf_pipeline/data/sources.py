@@ -9,7 +9,7 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,31 +34,44 @@ class Source:
     tokenizer_digest: str | None = None  # tokenizer of collected token ids
 
 
-def read_source(source: str, *, config: str | None = None, home: Path | None = None) -> Source:
+def read_source(
+    source: str, *, config: str | None = None, split: str | None = None, home: Path | None = None
+) -> Source:
     """Read every row of `source`.
 
     Args:
         source: hub id, directory saved by `datasets`, local file, `world:verdicts` or `collected:NAME[@vN]`.
         config: configuration of a hub data set, or part of the built-in world.
+        split: read only this split.
         home: home directory with collected data; default `$RLHF_HOME`, else `./rlhf_home`.
 
     Raises:
-        DataError: the source cannot be read.
+        DataError: the source cannot be read, or has no such split.
         UnknownReference: the collected data set, world or local file does not exist.
         DamagedFile: collected data differ from their manifest.
     """
     source = str(source)
-    if source.startswith("world:"):
-        return _world(source, config)
-    if source.startswith("collected:"):
-        return _collected(source, home)
+    if source.startswith(("world:", "collected:")):
+        if split is not None:
+            raise _no_split(source, split, [])
+        return _world(source, config) if source.startswith("world:") else _collected(source, home)
     path = local_path(source)
     if path is None:
-        return _hub(source, config)
+        return _hub(source, config, split)
     if path.is_dir():
-        return _saved(source, path)
+        return _saved(source, path, split)
     rows, faults = read_file(path)
+    if split is not None:
+        named = {str(row["split"]) for _, row in rows if "split" in row}
+        rows = [(where, row) for where, row in rows if row.get("split") == split]
+        if not rows:
+            raise _no_split(source, split, sorted(named))
     return Source(source, rows, faults)
+
+
+def _no_split(source: str, split: str, names: Iterable[str]) -> DataError:
+    expected = f"one of {', '.join(names)}, or all" if names else "all: the source has no splits"
+    return DataError(Fault(source, f"no split {split!r}", expected, did_you_mean(split, names)))
 
 
 def files_of(source: str, *, home: Path | None = None) -> list[Path] | None:
@@ -167,11 +180,11 @@ def _checked_manifest(records: Path) -> dict[str, Any]:
     return manifest
 
 
-def _saved(source: str, path: Path) -> Source:
+def _saved(source: str, path: Path, split: str | None) -> Source:
     import datasets
 
     try:
-        rows = list(_dataset_rows(source, datasets.load_from_disk(str(path))))
+        rows = list(_dataset_rows(source, datasets.load_from_disk(str(path)), split))
     except DataError:
         raise
     except Exception as error:  # the library passes on the errors of its readers
@@ -180,7 +193,7 @@ def _saved(source: str, path: Path) -> Source:
     return Source(source, rows)
 
 
-def _hub(source: str, config: str | None) -> Source:
+def _hub(source: str, config: str | None, split: str | None) -> Source:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise UnknownReference(
             f"{source}: no such file, and not a hub id; expected a path, org/name, world:verdicts or collected:NAME"
@@ -194,16 +207,20 @@ def _hub(source: str, config: str | None) -> Source:
         expected = "a local file, a saved directory, or a reachable hub data set"
         fix = "if offline, save the data set elsewhere with `save_to_disk` and name that directory"
         raise DataError(Fault(source, found, expected, fix)) from error
-    return Source(source, list(_dataset_rows(source, loaded)))
+    return Source(source, list(_dataset_rows(source, loaded, split)))
 
 
-def _dataset_rows(source: str, loaded: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def _dataset_rows(source: str, loaded: Any, split: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     if not hasattr(loaded, "keys"):
+        if split is not None:
+            raise _no_split(source, split, [])
         _refuse_media(source, loaded)
         yield from ((f"{source}:{number}", dict(row)) for number, row in enumerate(loaded, 1))
         return
     several = len(loaded) > 1
-    for name, table in loaded.items():
+    if split is not None and split not in loaded:
+        raise _no_split(source, split, list(loaded))
+    for name, table in loaded.items() if split is None else [(split, loaded[split])]:
         _refuse_media(source, table)
         for number, row in enumerate(table, 1):
             yield f"{source}[{name}]:{number}", {**row, "split": name} if several else dict(row)

@@ -22,10 +22,10 @@ from rlhf_pipeline.config.grid import Node
 from rlhf_pipeline.config.reward_names import is_function_name, names_a_model
 from rlhf_pipeline.config.stages import StageConfig
 from rlhf_pipeline.config.training import TrainingConfig
-from rlhf_pipeline.data.load import read_records, records_digest
+from rlhf_pipeline.data.load import read_records, records_digest, rows_of
 from rlhf_pipeline.data.parsed import source_stamp
 from rlhf_pipeline.data.sources import files_of
-from rlhf_pipeline.data.splits import assign_splits, in_split
+from rlhf_pipeline.data.splits import assign_splits
 from rlhf_pipeline.data.stamps import Stamp
 from rlhf_pipeline.errors import DamagedFile, UnknownReference
 from rlhf_pipeline.registry.digests import file_sha256, known_sha256
@@ -44,9 +44,9 @@ REGISTRY_STAGE = {"sft": "sft", "train-rm": "reward", "ppo": "ppo", "dpo": "dpo"
 def expected_data(config: StageConfig, home: Path) -> list[str]:
     """Digests of the data that a stage with this config would train on (or take prompts from)."""
     return [
-        _split_digest(config, home, source, part, split)
-        for source, part in config.sources()
-        for split in _splits(config, home, source, part)
+        _split_digest(config, home, source, part, split, whole)
+        for source, part, whole in config.sources()
+        for split in ([whole] if whole else _splits(config, home, source, part))
     ]
 
 
@@ -60,9 +60,9 @@ def _splits(config: StageConfig, home: Path, source: str, part: str | None) -> S
     return sorted(set(assign_splits(found.records, config.split_fractions, found.source)))
 
 
-def _split_digest(config: StageConfig, home: Path, name: str, part: str | None, split: str) -> str:
+def _split_digest(config: StageConfig, home: Path, name: str, part: str | None, split: str, whole: str | None) -> str:
     """The digest of one split's records; it is computed once as long as the files do not change."""
-    what = (home.resolve(), name, part, split, tuple(config.split_fractions.items()), config.skip_bad_rows)
+    what = (home.resolve(), name, part, whole, split, tuple(config.split_fractions.items()), config.skip_bad_rows)
     seen = source_stamp(name, home=home)
     return _digest(*what) if seen is None else _known_digest(seen, *what)
 
@@ -73,10 +73,16 @@ def _known_digest(seen: Stamp, *what: Any) -> str:
 
 
 def _digest(
-    home: Path, name: str, part: str | None, split: str, fractions: tuple[tuple[str, float], ...], skip_bad_rows: bool
+    home: Path,
+    name: str,
+    part: str | None,
+    whole: str | None,
+    split: str,
+    fractions: tuple[tuple[str, float], ...],
+    skip_bad_rows: bool,
 ) -> str:
-    found = read_records(name, config=part, home=home, skip_bad_rows=skip_bad_rows)
-    return records_digest(in_split(found.records, split, dict(fractions), found.source))
+    found = read_records(name, config=part, split=whole, home=home, skip_bad_rows=skip_bad_rows)
+    return records_digest(rows_of(found, split, dict(fractions)))
 
 
 def find_done(config: StageConfig, registry: Registry) -> Resolved | None:

@@ -11,16 +11,15 @@ from rlhf_pipeline.config.grid import expand
 from rlhf_pipeline.config.mentions import functions
 from rlhf_pipeline.config.reward_names import load_function
 from rlhf_pipeline.config.stages import CollectConfig, DpoConfig, PpoConfig, SftConfig, StageConfig, TrainingConfig
-from rlhf_pipeline.data.load import read_records
+from rlhf_pipeline.data.load import read_records, rows_of
 from rlhf_pipeline.data.overlap import keep_apart
-from rlhf_pipeline.data.splits import in_split
 from rlhf_pipeline.data.world import VOCABULARY
 from rlhf_pipeline.experiment.run import checked
 from rlhf_pipeline.registry.lengths import with_lengths
 from rlhf_pipeline.registry.parents import parents_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import check_role
-from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.registry.store import Registry, folder_for_copy
 from rlhf_pipeline.training.windows import total_steps
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}
@@ -83,10 +82,12 @@ def estimate_stage(config: StageConfig, home: Path) -> dict[str, Any]:
     for source in functions(config):
         load_function(source)
     if isinstance(config, CollectConfig):
-        ((source, part),) = config.sources()
+        ((source, part, _),) = config.sources()
         found = read_records(source, config=part, home=home, skip_bad_rows=config.skip_bad_rows)
         prompts = len({record.prompt_key for record in found.records})
         return result | {"prompts": prompts, "records": config.num, "responses_each": config.k}
+    if config.output_dir is not None:
+        folder_for_copy(config.output_dir, config.output_name)
     rows = _training_rows(config, home)
     result |= {"prompts" if config.reads_prompts else "rows": rows, "lengths": vars(config.lengths())}
     if isinstance(config, PpoConfig):
@@ -97,7 +98,8 @@ def estimate_stage(config: StageConfig, home: Path) -> dict[str, Any]:
         }
     else:
         size = config.per_device_train_batch_size * (config.gradient_accumulation_steps or 1)
-        result["optimizer_steps"] = total_steps(rows, size, config.num_train_epochs, config.max_steps)
+        if config.max_steps > 0 or not (isinstance(config, SftConfig) and config.packing):  # rows are not packed here
+            result["optimizer_steps"] = total_steps(rows, size, config.num_train_epochs, config.max_steps)
     if "base" in parents:
         parameters = _parameters(parents["base"])
     else:
@@ -111,11 +113,15 @@ def estimate_stage(config: StageConfig, home: Path) -> dict[str, Any]:
 def _training_rows(config: TrainingConfig, home: Path) -> int:
     """Rows of the training split, before the length policy; for PPO distinct prompts."""
     count = 0
-    for source, part in config.sources():
-        found = read_records(source, config=part, home=home, skip_bad_rows=config.skip_bad_rows)
-        found = keep_apart(found, config)
-        rows = in_split(found.records, config.dataset_train_split, config.split_fractions, found.source)
-        count += len({record.prompt_key for record in rows}) if config.reads_prompts else len(rows)
+    for entry, (source, part, split) in zip(config.datasets or (None,), config.sources(), strict=True):
+        found = read_records(source, config=part, split=split, home=home, skip_bad_rows=config.skip_bad_rows)
+        rows = rows_of(keep_apart(found, config), config.dataset_train_split, config.split_fractions)
+        usable = len({record.prompt_key for record in rows}) if config.reads_prompts else len(rows)
+        if entry is not None:
+            usable = int(min(usable, entry.max_samples or usable) * (entry.fraction or 1) + 1e-9)
+        count += usable
+    held = config.test_split_size or 0
+    count -= math.ceil(held * count) if held < 1 else int(held)
     return min(count, config.max_train_samples or count)
 
 

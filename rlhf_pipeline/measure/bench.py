@@ -14,6 +14,7 @@ from rlhf_pipeline.config.compare import PromptsConfig
 from rlhf_pipeline.config.reward_names import WORLD_NAMES
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.load import RecordSet, examples_of, lowest_hashes, read_records
+from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.tokenize import Example, prompts_of_texts
 from rlhf_pipeline.data.tokenizers import tokenizer_digest
 from rlhf_pipeline.errors import ConfigError, Fault, MismatchError
@@ -174,6 +175,7 @@ def load_prompts(
         lengths=lengths,
         skip_bad_rows=skip,
         fractions=fractions or config.split_fractions,
+        style=Style.of(resolved.config),
     )
     chosen = lowest_hashes(examples, config.max_prompts)
     return chosen, [DataReport(**report.to_dict())], found if own else None

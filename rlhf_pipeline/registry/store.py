@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,24 @@ RECORDS = "records.jsonl"
 LOOKUPS = 20  # attempts to look up a reference while versions of its name are being removed
 
 log = logging.getLogger(__name__)
+
+
+def folder_for_copy(target: Path | str, name: str | None = None) -> Path:
+    """Return the absolute path of a folder for a copy of a model: new, empty, or with an earlier copy of `name`.
+
+    Raises:
+        BadInput: the folder has other content, or is not a folder.
+    """
+    target = Path(target).expanduser().absolute()
+    blocked = any(above.exists() and not above.is_dir() for above in target.parents)
+    if not blocked and (not target.exists() or (target.is_dir() and not any(target.iterdir()))):
+        return target
+    if name is not None and target.is_dir():
+        with suppress(DamagedFile):
+            if read_manifest(target).name == name:
+                return target
+    free = "a new or empty folder" + (f", or one with a copy of {name}" if name is not None else "")
+    raise BadInput(f"{target}: exists and is not empty; export into {free}")
 
 
 class Registry:
@@ -167,20 +186,20 @@ class Registry:
             self.models.remove(resolved.name, resolved.version)
         return resolved
 
-    def export(self, reference: str, target: Path | str) -> Path:
+    def export(self, reference: str, target: Path | str, *, replace: bool = False) -> Path:
         """Copy a model's files and manifest into a new or empty folder, for use with plain transformers.
 
+        Args:
+            replace: also into a folder with an earlier copy of a model of this name, which is removed.
+
         Raises:
-            BadInput: the folder is not empty, or the reference is not a model of the registry.
+            BadInput: the folder is not free, or the reference is not a model of the registry.
             DamagedFile: a file differs from the manifest.
         """
         resolved = self.resolve(reference)
         if not isinstance(resolved, Version) or resolved.kind != "registry":
             raise BadInput(f"{resolved.label} is not in the registry; only models of the registry can be exported")
-        target = Path(target).expanduser().absolute()
-        blocked = any(above.exists() and not above.is_dir() for above in target.parents)
-        if blocked or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
-            raise BadInput(f"{target}: exists and is not empty; export into a new or empty folder")
+        target = folder_for_copy(target, resolved.name if replace else None)
         verify_files(resolved)
         assert resolved.manifest is not None  # a reference to a version whose manifest is damaged does not resolve
         files = {path: item for path, item in resolved.files.items() if not path.startswith(f"{SNAPSHOTS}/")}
@@ -191,6 +210,8 @@ class Registry:
             manifest = resolved.manifest.model_copy(update={"files": files})
             storage.replace_text(staged / MANIFEST, manifest.to_json())
             storage.sync_tree(staged)
+            if replace and target.exists():
+                shutil.rmtree(target)
             if not storage.claim(staged, target):
                 raise BadInput(f"{target}: was filled by another process; export into a new or empty folder")
         return target

@@ -16,6 +16,7 @@ from rlhf_pipeline.config.collect import CollectConfig
 from rlhf_pipeline.config.dump import config_digest
 from rlhf_pipeline.data.load import RecordSet, examples_of, read_records
 from rlhf_pipeline.data.splits import assign_splits
+from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import chat_template_digest, text_of, tokenizer_digest
 from rlhf_pipeline.errors import BadInput
@@ -91,9 +92,9 @@ def to_row(
 
 
 def prompts_by_split(
-    found: RecordSet, config: CollectConfig, tokenizer: PreTrainedTokenizerBase
+    found: RecordSet, config: CollectConfig, tokenizer: PreTrainedTokenizerBase, style: Style
 ) -> tuple[list[tuple[Example, str]], tuple]:
-    """Every distinct prompt with its split, and a report per split."""
+    """Every distinct prompt with its split, in the style that the policy was trained in, and a report per split."""
     prompts: list[tuple[Example, str]] = []
     reports: tuple = ()
     for split in config.splits or sorted(set(assign_splits(found.records, config.split_fractions, found.source))):
@@ -105,6 +106,7 @@ def prompts_by_split(
             lengths=config.lengths(),
             skip_bad_rows=config.skip_bad_rows,
             fractions=config.split_fractions,
+            style=style,
         )
         prompts += [(example, split) for example in examples]
         reports += (report,)
@@ -141,9 +143,9 @@ def run_collect(
     tokenizer = tokenizer_of(parent, config.trust_remote_code)
     policy = load_policy(parent, config, tokenizer, device, frozen=True)
     labeller = load_reward(registry, config.judge, config, parent, tokenizer, device)
-    ((source, part),) = config.sources()
+    ((source, part, _),) = config.sources()
     found = read_records(source, config=part, home=home, skip_bad_rows=config.skip_bad_rows)
-    prompts, reports = prompts_by_split(found, config, tokenizer)
+    prompts, reports = prompts_by_split(found, config, tokenizer, Style.of(parent.config))
     amount = f"{config.num} x {config.k} responses of {parent.label} to {len(prompts)} prompts"
     say(f"collecting {amount}, judge {config.judge}")
     moved = moves_optimum(config)

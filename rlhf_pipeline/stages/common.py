@@ -12,9 +12,9 @@ import torch
 
 from rlhf_pipeline.config.collect import CollectConfig
 from rlhf_pipeline.config.dump import config_digest
-from rlhf_pipeline.config.stages import ModelConfig
+from rlhf_pipeline.config.stages import ModelConfig, SftConfig
 from rlhf_pipeline.config.training import TrainingConfig
-from rlhf_pipeline.data.batch import Layout
+from rlhf_pipeline.data.batch import Layout, fill_rows, tree_length
 from rlhf_pipeline.data.load import SourceReport
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import chat_template_digest, load_tokenizer, tokenizer_digest
@@ -176,7 +176,11 @@ def example_schedule(
     """The windows of a stage that trains on fixed examples, and the number of updates."""
     config, ranks = run.config, run.accelerator.num_processes
     size = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks
-    total = total_steps(len(examples), size, config.num_train_epochs, config.max_steps)
+    bins, room = None, config.lengths().total
+    if isinstance(config, SftConfig) and config.packing:
+        bins = fill_rows([tree_length(example) for example in examples], room)
+        run.log.say(f"packing: {len(examples)} examples in {len(bins)} rows of up to {room} tokens")
+    total = total_steps(len(examples if bins is None else bins), size, config.num_train_epochs, config.max_steps)
 
     def windows(_prepared: Any, start: int) -> Iterator[Window]:
         return example_windows(
@@ -192,6 +196,8 @@ def example_schedule(
             rank=run.accelerator.process_index,
             world_size=ranks,
             device=run.device,
+            bins=bins,
+            bin_tokens=room,
         )
 
     return windows, total
@@ -262,5 +268,7 @@ def publish(
     )
     run.finish(published.label)
     run.log.say(f"registered {published.label}")
+    if run.config.output_dir is not None:
+        run.log.say(f"copied to {run.registry.export(published.label, run.config.output_dir, replace=True)}")
     path, directory = str(published.path), str(run.directory)
     return StageResult(run.stage, published.label, path, directory, metrics, cost, run.stopped_by)

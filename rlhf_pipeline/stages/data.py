@@ -7,11 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_pipeline.config.training import TrainingConfig
-from rlhf_pipeline.data.load import RecordSet, SourceReport, examples_of, load_mixture, read_records
+from rlhf_pipeline.data.load import (
+    RecordSet,
+    SourceReport,
+    examples_of,
+    hold_out,
+    load_mixture,
+    lowest_hashes,
+    read_records,
+    rows_of,
+)
 from rlhf_pipeline.data.overlap import keep_apart
 from rlhf_pipeline.data.parsed import collector_at_rest
 from rlhf_pipeline.data.records import plain
-from rlhf_pipeline.data.splits import in_split
+from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import DataError
 
@@ -46,8 +55,8 @@ class StageData:
             options: dict[str, Any] = {"skip_bad_rows": skip, "kind": kind, "tokenizer": tokenizer}
             with collector_at_rest():
                 self._read = [
-                    keep_apart(read_records(source, config=part, home=self.home, **options), self.config)
-                    for source, part in self.config.sources()
+                    keep_apart(read_records(source, config=part, split=split, home=self.home, **options), self.config)
+                    for source, part, split in self.config.sources()
                 ]
         return self._read
 
@@ -66,24 +75,33 @@ class StageData:
             DataError: rows have faults, or a `required` split has no examples.
         """
         config = self.config
+        trains = split == config.dataset_train_split
+        divided = config.test_split_size if trains or split == config.dataset_test_split else None
         options: dict[str, Any] = {
             "kind": kind,
-            "split": split,
+            "split": split if divided is None else config.dataset_train_split,
             "tokenizer": tokenizer,
             "lengths": config.lengths(),
             "skip_bad_rows": config.skip_bad_rows,
             "fractions": config.split_fractions,
-            "max_samples": limit,
+            "style": Style.of(config.model_dump(include={"instruction_style", "text_as_chat"})),
         }
+        most = limit if divided is None else None
         try:
             with collector_at_rest():
                 found = self.sources(kind, tokenizer)
                 if config.datasets:
-                    weights = [entry.weight for entry in config.datasets]
-                    examples, reports = load_mixture(found, weights, **options)
+                    entries = config.datasets
+                    if not trains and divided is None:  # a fraction is of the training examples
+                        entries = tuple(entry.model_copy(update={"fraction": None}) for entry in entries)
+                    examples, reports = load_mixture(found, entries, max_samples=most, **options)
                 else:
-                    examples, report = examples_of(found[0], **options)
+                    examples, report = examples_of(found[0], max_samples=most, **options)
                     reports = (report,)
+                if divided is not None:
+                    parts = hold_out(examples, divided)
+                    self.say(f"test_split_size: {len(parts[0])} examples to train on, {len(parts[1])} held out")
+                    examples = lowest_hashes(parts[0] if trains else parts[1], limit)
         except DataError as error:
             if required:
                 raise
@@ -98,7 +116,7 @@ class StageData:
         config = self.config
         texts: list[str] = []
         for found in self.sources("text"):
-            for record in in_split(found.records, split, config.split_fractions, found.source):
+            for record in rows_of(found, split, config.split_fractions):
                 pieces = [*([record.prompt] if record.prompt is not None else []), *record.completions]
                 texts.extend(plain(piece) for piece in pieces)
         return texts

@@ -26,7 +26,7 @@ from rlhf_pipeline.errors import BadInput, Interrupted
 from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.registry.lengths import with_lengths
 from rlhf_pipeline.registry.storage import replace_text
-from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.registry.store import Registry, folder_for_copy
 from rlhf_pipeline.training.checkpoint import Checkpoint, clear_leftovers, newest_checkpoint, put_damaged_aside
 from rlhf_pipeline.training.cost import CostMeter, reset_peak_memory
 from rlhf_pipeline.training.failure import FOLDER as FAILURE
@@ -164,6 +164,8 @@ def open_run(
     """
     started = time.perf_counter()
     reset_peak_memory()
+    if config.output_dir is not None:
+        folder_for_copy(config.output_dir, config.output_name)
     config, lengths = with_lengths(config, Registry(home))
     digest = config_digest(config)
     accelerator = make_accelerator(config)
@@ -197,7 +199,7 @@ def open_run(
         if accelerator.is_main_process:
             if begun and checkpoint is None:
                 why = "engine trl writes none" if config.engine == "trl" else "save_steps is off"
-                why = "" if config.save_steps else f" ({why})"
+                why = "" if config.save_steps or config.save_strategy == "epoch" else f" ({why})"
                 log.say(f"nothing to resume: no checkpoint{why}; run {directory.name} starts again from the beginning")
             log.rewind(checkpoint.step if checkpoint else 0)
         meter = CostMeter(started=started)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,6 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.errors import Interrupted, MismatchError, RunFailed
 from rlhf_pipeline.health.monitor import Monitor, facts_of
 from rlhf_pipeline.health.watches import WATCHES
@@ -75,12 +75,19 @@ def _every(setting: int | tuple[int, ...] | None, step: int) -> bool:
     return step in setting if isinstance(setting, tuple) else step % setting == 0
 
 
-def evaluates_at(config: TrainingConfig, step: int, epoch: float) -> bool:
-    """Whether a run evaluates after a step; `epoch` is the number of epochs done after it."""
-    if config.eval_strategy == "epoch":
+def is_due(strategy: str, every: float | None, step: int, total: int, epoch: float) -> bool:
+    """Whether a run evaluates or saves after a step.
+
+    Args:
+        strategy: no, steps or epoch. every: the number of steps, or below 1 a fraction of all steps, rounded up.
+        total: steps of the run. epoch: number of epochs done after this step.
+    """
+    if strategy == "epoch":
         before = epoch * (step - 1) / step  # epochs are proportional to steps
         return int(before + 1e-9) < int(epoch + 1e-9)
-    return config.eval_strategy == "steps" and _every(config.eval_steps, step)
+    if strategy == "no" or every is None:
+        return False
+    return step % (math.ceil(every * total) if every < 1 else int(every)) == 0
 
 
 def _agree_to_stop(run: Run) -> None:
@@ -143,7 +150,8 @@ def log_update(
     """Log an update, the evaluation after it if one is due, and the findings of the watches."""
     tell(run.log, monitor.update(step, metrics))
     run.log.update(step, metrics | monitor.lasting(), shares)
-    if plan.evaluate is not None and evaluates_at(run.config, step, epoch):
+    config = run.config
+    if plan.evaluate is not None and is_due(config.eval_strategy, config.eval_steps, step, plan.total, epoch):
         figures = plan.evaluate()
         run.log.record(step, figures)
         tell(run.log, monitor.update(step, figures))
@@ -238,7 +246,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
                 f"stopped by signal {run.stopped_by} at step {step} of {plan.total}; run the same command to resume",
                 run.stopped_by,
             )
-        if config.save_steps and step % config.save_steps == 0 and step < plan.total:
+        if step < plan.total and is_due(config.save_strategy, config.save_steps, step, plan.total, window.epoch):
             save(step)
 
     def counted(windows: Iterable[Window]) -> Iterable[Window]:

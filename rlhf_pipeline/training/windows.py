@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -174,33 +175,41 @@ def example_windows(
     world_size: int = 1,
     device: torch.device | str = "cpu",
     micro_batch_tokens: int | None = None,
+    bins: Sequence[Sequence[int]] | None = None,
+    bin_tokens: int = 0,
 ) -> Iterator[Window]:
     """Windows of micro_batch_size x accumulation x world_size examples, shuffled in each epoch.
 
     The examples of a window depend only on seed, window size and step. Within a window, examples are grouped by length;
-    `micro_batch_tokens` limits the tokens of a micro-batch.
+    `micro_batch_tokens` limits the tokens of a micro-batch. With `bins` (indices of examples that fill `bin_tokens`
+    tokens together), a window has as many bins in place of examples.
     """
 
     def packed(chosen: Sequence[Example]) -> PackedBatch:
         return pack(chosen, pad_id, layout=layout).to(device)
 
     size = micro_batch_size * accumulation * world_size
-    per_epoch = steps_per_epoch(len(examples), size)
+    units = [(index,) for index in range(len(examples))] if bins is None else bins
+    most = micro_batch_size
+    if bins is not None:
+        most, whole = len(examples), bin_tokens * micro_batch_size
+        micro_batch_tokens = min(whole, micro_batch_tokens or whole)
+    per_epoch = steps_per_epoch(len(units), size)
     epoch, order = -1, []
     for step in range(start, steps):
         if step // per_epoch != epoch:
             epoch = step // per_epoch
-            order = epoch_order(len(examples), seed, epoch)
+            order = epoch_order(len(units), seed, epoch)
         place = step % per_epoch
-        members = order[place * size : (place + 1) * size]
-        counts = counts_of([examples[index] for index in members])
-        mine = members[rank::world_size]
+        members = [units[unit] for unit in order[place * size : (place + 1) * size]]
+        counts = counts_of([examples[index] for index in chain.from_iterable(members)])
+        mine = list(chain.from_iterable(members[rank::world_size]))
         weight = 1.0
         if not mine:  # fewer examples than ranks: every rank must take part in the backward pass
-            mine, weight = members[:1], 0.0
+            mine, weight = list(members[0]), 0.0
         chosen = [examples[index] for index in mine]
         batches = []
-        for group in micro_batches(chosen, micro_batch_size, micro_batch_tokens):
+        for group in micro_batches(chosen, most, micro_batch_tokens):
             grouped = [chosen[i] for i in group]
             numbers = [mine[i] for i in group]
             compared = compare(grouped, device)

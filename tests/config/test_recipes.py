@@ -1,0 +1,307 @@
+"""Published recipes: how many run, what `rlhf import` carries, and that no key is dropped silently."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_pipeline.cli.main import main
+from rlhf_pipeline.config.foreign_files import read_config, with_dataset_info
+from rlhf_pipeline.config.importing import import_config
+from rlhf_pipeline.config.load import load_config
+from rlhf_pipeline.errors import ConfigError
+from rlhf_pipeline.foreign.table import JOINT, Translation
+from rlhf_pipeline.foreign.tools import TOOLS, meaning
+
+UNEDITED, MEANT = 4, 8
+"""Lower bounds of the counts that `scripts/recipes.py` prints."""
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The script."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+        yield importlib.import_module("recipes")
+
+
+@pytest.fixture(scope="module")
+def recipes(script) -> dict[str, Any]:
+    """The stored recipes, as tool/name."""
+    return {f"{recipe.tool}/{recipe.name}": recipe for recipe in script.stored()}
+
+
+@pytest.fixture
+def translated(recipes, tmp_path):
+    """Translate a stored recipe by its table, with keys that this version may not have yet."""
+
+    def run(name: str, **changes: Any) -> Translation:
+        recipe = recipes[name]
+        file = recipe.write(tmp_path)
+        tool = TOOLS[recipe.tool]
+        values = tool.flat(read_config(file))
+        if recipe.tool == "llamafactory":
+            values = with_dataset_info(values, file)
+        return tool.translate({**values, **changes}, recipe.stage)
+
+    return run
+
+
+def test_the_counts_do_not_fall(script, recipes):
+    runs, unedited, means, every = script.count()
+    assert (unedited, every) == (25, 54) and len(recipes) == 54
+    assert runs >= UNEDITED and means >= MEANT
+
+
+def test_a_dpo_recipe_of_alignment_handbook_runs_unedited(recipes, tmp_path):
+    loaded = load_config("dpo", recipes["alignment-handbook/zephyr-7b-beta-dpo-full"].write(tmp_path))
+    config = loaded.config
+    assert (config.learning_rate, config.beta, config.loss_type, config.num_train_epochs) == (5e-7, 0.01, "sigmoid", 1)
+    assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 16
+    assert vars(config.lengths()) == {"prompt": 512, "response": 512, "total": 1024}
+    assert (config.dtype, config.bf16, config.warmup_steps, config.seed) == ("float32", True, 0.1, 42)
+    entries = [(entry.dataset_name, entry.split, entry.fraction) for entry in config.datasets]
+    source = "HuggingFaceH4/ultrafeedback_binarized"
+    assert entries == [(source, "train_prefs", 1.0), (source, "test_prefs", 1.0)] and config.test_split_size == 2000
+    assert (config.save_strategy, config.save_steps, config.eval_steps) == ("steps", 100, 100)
+    assert (config.output_name, config.output_dir) == ("zephyr-7b-dpo-full", "data/zephyr-7b-dpo-full")
+    assert any("dataset_mixture: read as datasets" in note for note in loaded.notes)
+
+
+# Values read from the files; batch: examples per optimizer step on one device.
+CARRIED = {
+    "llamafactory/llama3-lora-dpo": (
+        {"learning_rate": 5e-6, "beta": 0.1, "loss_type": "sigmoid", "max_length": 2048, "num_train_epochs": 3.0}
+        | {"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "lora_target_modules": "all-linear", "use_peft": True},
+        8,
+    ),
+    "llamafactory/llama3-full-sft": (
+        {"learning_rate": 1e-5, "max_length": 2048, "num_train_epochs": 3.0, "instruction_style": "plain"}
+        | {"text_as_chat": True, "seed": 42},
+        2,
+    ),
+    "llamafactory/llama3-qlora-sft": ({"load_in_4bit": True, "lora_r": 8, "test_split_size": 0.1}, 8),
+    "axolotl/llama3-lora-1b": (
+        {"learning_rate": 2e-4, "max_length": 2048, "num_train_epochs": 1, "packing": True, "warmup_steps": 10}
+        | {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "instruction_style": "alpaca", "optim": "adamw_8bit"},
+        4,
+    ),
+    "axolotl/qwen2-dpo": (
+        {
+            "learning_rate": 2e-4,
+            "max_length": 2048,
+            "num_train_epochs": 4,
+            "column_mapping": {"prompt": "conversation"},
+        },
+        8,
+    ),
+    "open-instruct/sft-default": (
+        {"learning_rate": 2e-5, "max_length": 4096, "num_train_epochs": 2, "max_grad_norm": 0.0, "dtype": "bfloat16"}
+        | {"max_train_samples": 10000},
+        16,
+    ),
+    "open-instruct/olmo2-7b-dpo": ({"beta": 5, "loss_type": "sigmoid_norm", "learning_rate": 5e-7}, 4),
+    "openrlhf/llama3-dpo": (
+        {"learning_rate": 5e-7, "beta": 0.1, "max_length": 8192, "num_train_epochs": 1.0, "adam_beta2": 0.95}
+        | {"lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "warmup_steps": 0.03, "text_as_chat": True},
+        256,
+    ),
+    "openrlhf/llama3-rm": ({"learning_rate": 9e-6, "reward_centering": "none"}, 256),
+    "torchtune/llama3_2-1b-qlora": (
+        {"learning_rate": 3e-4, "weight_decay": 0.01, "max_grad_norm": 0.0, "load_in_4bit": True, "lora_r": 64}
+        | {"lora_target_modules": ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]},
+        32,
+    ),
+    "torchtune/llama3_1-8b-lora-dpo": ({"max_steps": 1000, "beta": 0.1, "weight_decay": 0.05}, 32),
+    "verl/gemma-2b-sft": ({"num_train_epochs": 3.0, "learning_rate": 1e-5, "weight_decay": 0.01}, 256),
+}
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_what_a_table_carries(translated, name):
+    expected, batch = CARRIED[name]
+    config = translated(name).config
+    assert {key: config.get(key) for key in expected} == expected
+    assert config["per_device_train_batch_size"] * config["gradient_accumulation_steps"] == batch
+
+
+def test_the_batches_of_ppo(translated):
+    config = translated("verl/qwen2-7b-ppo-rm").config
+    sizes = ("rollout_batch_size", "num_mini_batches", "per_device_train_batch_size", "response_length", "kl_coef")
+    assert [config[key] for key in sizes] == [1024, 4, 16, 512, 0.001]
+    config = translated("openrlhf/llama3-ppo").config
+    assert [config[key] for key in sizes] == [1024, 8, 2, 1024, 0.01] and config["total_episodes"] == 100_000
+    config = translated("llamafactory/llama3-lora-ppo").config
+    assert [config[key] for key in sizes] == [8, 8, 1, 512, 0.2]
+    config = translated("torchtune/mistral-7b-ppo").config
+    assert [config[key] for key in sizes] == [64, 2, 32, 58, 0.01]
+
+
+def test_all_rows_of_a_source_are_trained_on(translated):
+    config = translated("open-instruct/sft-default").config
+    names = [(entry["dataset_name"], entry["split"], entry["fraction"]) for entry in config["datasets"]]
+    assert names == [("allenai/tulu-v2-sft-mixture", "train", 0.5), ("HuggingFaceH4/no_robots", "train", 0.8)]
+    (entry,) = translated("llamafactory/llama3-lora-dpo").config["datasets"]
+    assert entry["dataset_name"].endswith("data/dpo_en_demo.json")
+    assert {key: entry[key] for key in ("split", "fraction", "max_samples")} == {
+        "split": "all",
+        "fraction": 1.0,
+        "max_samples": 1000,
+    }
+
+
+SAYS_THE_STAGE = ("rl", "reward_model", "stage", "program", "loss._component_", "dataset_info")
+"""Keys that the stage follows from, and the list of data sets, which is no key."""
+
+
+def _other(value: Any) -> Any:
+    """Another value of the same type."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return type(value)(value * 2 + 1)
+    if isinstance(value, list):
+        return [*value, "other"]
+    return {**value, "other": 1.0} if isinstance(value, dict) else f"{value}other"
+
+
+def test_no_key_is_dropped_silently(recipes, translated):
+    """Each key is written, or in `lost`; another value of a key that is read with others changes the result."""
+    silent = []
+    for name, recipe in recipes.items():
+        if recipe.tool not in TOOLS:
+            continue
+        found, tool = translated(name), TOOLS[recipe.tool]
+        told = {loss.key for loss in found.lost} | set(found.origin.values())
+        for key, value in found.given.items():
+            entry = tool.entry(key)
+            if value is None or key in {*told, *SAYS_THE_STAGE} or (entry is not None and value in entry.off):
+                continue
+            if entry is JOINT:
+                try:
+                    other = translated(name, **{key: _other(value)})
+                except ConfigError:
+                    continue
+                if (other.config, other.lost) != (found.config, found.lost):
+                    continue
+            elif entry is not None and entry.ours and entry.values is not None:
+                written = entry.values(value) if callable(entry.values) else entry.values[value]
+                if written is None:
+                    continue  # a value such as `false` that means this package's default
+            silent.append(f"{name}: {key}")
+    assert not silent, "\n".join(silent)
+
+
+def test_an_unknown_key_is_lost_and_may_change_training(translated):
+    found = translated("axolotl/llama3-lora-1b", sequence_length=9, unheard_of=1)
+    by_key = {loss.key: loss for loss in found.lost}
+    assert by_key["unheard_of"].changes_training and "did you mean 'sequence_len'" in by_key["sequence_length"].why
+
+
+def test_an_import_loads(recipes, tmp_path):
+    """What `import_config` returns is a valid config, but for files that are not here and numbers to be given."""
+    for name, recipe in recipes.items():
+        found = import_config(recipe.write(tmp_path / name))
+        assert found.stage == recipe.stage and found.tool == recipe.tool.replace("alignment-handbook", "trl"), name
+        left = [note for note in found.notes if note.startswith("to mend") and ": there is no '" not in note]
+        assert all("total_episodes: missing" in note for note in left), (name, left)
+
+
+def test_the_command_writes_yaml_and_what_is_lost(recipes, tmp_path, capsys):
+    file = recipes["axolotl/llama3-dpo-lora-8b"].write(tmp_path)
+    assert main(["import", str(file)]) == 0
+    out, told = capsys.readouterr()
+    (tmp_path / "ours.yaml").write_text(out)
+    config = load_config("dpo", tmp_path / "ours.yaml").config
+    assert (config.learning_rate, config.num_train_epochs, config.max_length) == (2e-4, 4, 4096)
+    assert f"{file}: a config of axolotl, for `rlhf dpo --config FILE`" in told
+    assert "lost, which changes what is trained: load_in_8bit: True: 4 bits or none are here" in told
+    assert "no effect here: " in told
+    assert main(["import", str(file), "--json", "--from", "axolotl"]) == 0
+    found = json.loads(capsys.readouterr()[0])
+    assert found["config"]["learning_rate"] == 2e-4 and found["stage"] == "dpo"
+    eight = next(loss for loss in found["lost"] if loss["key"] == "load_in_8bit")
+    assert eight == {
+        "key": "load_in_8bit",
+        "value": True,
+        "why": "4 bits or none are here",
+        "changes_training": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "expected"),
+    [
+        ("a: 1\n", "x.yaml", "found no key that tells the tool"),
+        ("rl: kto\nbase_model: m\n", "x.yaml", "found 'kto'"),
+        ("stage: kto\ncutoff_len: 9\n", "x.yaml", "found 'kto'"),
+        ("echo hello\n", "x.sh", "starts no known program"),
+        ("", "x.yaml", "found no keys"),
+    ],
+)
+def test_a_file_that_is_not_for_this_package(tmp_path, text, name, expected):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=expected):
+        import_config(tmp_path / name)
+
+
+def test_wrong_options_of_import(tmp_path):
+    (tmp_path / "x.yaml").write_text("base_model: m\n")
+    with pytest.raises(ConfigError, match="did you mean 'axolotl'"):
+        import_config(tmp_path / "x.yaml", "axolotle")
+    with pytest.raises(ConfigError, match="one of sft, train-rm, ppo, dpo"):
+        import_config(tmp_path / "x.yaml", None, "kto")
+
+
+def test_a_shell_script_is_read_as_the_shell_reads_it(tmp_path):
+    script = tmp_path / "run.sh"
+    script.write_text(
+        "set -x\nDATA=org/pairs\nread -r -d '' commands <<EOF\nopenrlhf.cli.train_dpo \\\n   --dataset $DATA \\\n"
+        "   --learning_rate 5e-7 \\\n   --bf16 \\\n   --adam_betas 0.9 0.95\nEOF\n    # --ipo [for IPO]\n"
+        "deepspeed --module $commands\n"
+    )
+    assert read_config(script) == {
+        "program": "openrlhf.cli.train_dpo",
+        "dataset": "org/pairs",
+        "learning_rate": 5e-7,
+        "bf16": True,
+        "adam_betas": [0.9, 0.95],
+    }
+    script.write_text(
+        "files=\"['$HOME/a.parquet', 'b.parquet']\"\n"
+        'python3 -m verl.trainer.main_ppo \\\n    data.train_files="$files" \\\n'
+        "    +trainer.val=null \\\n    trainer.logger=['console'] $@\n"
+    )
+    assert read_config(script) == {
+        "program": "verl.trainer.main_ppo",
+        "data.train_files": ["$HOME/a.parquet", "b.parquet"],
+        "trainer.val": None,
+        "trainer.logger": ["console"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("base_model", "a key of axolotl: use model_name_or_path"),
+        ("cutoff_len", "a key of llamafactory"),
+        ("sequence_len", "a key of axolotl: use max_length"),
+        ("pref_loss", "a key of llamafactory: use loss_type"),
+        ("lmbda", "a key of torchtune: use lam"),
+        ("deepspeed", "it distributes the work"),
+    ],
+)
+def test_a_key_of_another_tool_gets_its_meaning(faults, key, expected):
+    assert expected in meaning(key)
+    for stage in ("sft", "dpo", "ppo", "train-rm"):
+        fix = faults(stage, **{key: "x"})[key].fix
+        assert expected in fix and "did you mean" not in fix
+
+
+def test_a_misspelt_key_still_gets_the_nearest_spelling(faults):
+    assert meaning("learning_rat") == ""
+    assert faults("dpo", learning_rat=1)["learning_rat"].fix == "did you mean 'learning_rate'?"
