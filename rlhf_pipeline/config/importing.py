@@ -126,7 +126,7 @@ def _keep_what_this_version_has(result: Translation) -> None:
     fields = SCHEMAS[result.stage].model_fields
     for key, value in list(result.config.items()):
         later = keys.later(result.stage, key)
-        refused = later is not None and not keys.same(value, later.neutral)
+        refused = later is not None and not keys.same(value, later)
         if key in fields and not refused:
             continue
         if keys.note_on_unused(result.stage, key, value) or (later is not None and not refused):

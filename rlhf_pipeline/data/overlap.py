@@ -84,13 +84,9 @@ def keep_apart(found: RecordSet, config: TrainingConfig) -> RecordSet:
     """
     ours = found.source.startswith(("world:", "collected:"))  # one row a prompt, or split by the prompt's hash
     train, test = config.dataset_train_split, config.dataset_test_split
-    if (
-        found.whole
-        or config.allow_overlap
-        or ours
-        or train in (ALL, test)
-        or not carries_splits(found.records, found.source)
-    ):
+    if found.whole or config.allow_overlap:
+        return found
+    if ours or train in (ALL, test) or not carries_splits(found.records, found.source):
         return found
     splits = assign_splits(found.records, FRACTIONS, found.source)
     held_out = {test, *EVALUATED} - {train}

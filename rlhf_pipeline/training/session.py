@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.errors import Interrupted, MismatchError, RunFailed
 from rlhf_pipeline.health.monitor import Monitor, facts_of
 from rlhf_pipeline.health.watches import WATCHES

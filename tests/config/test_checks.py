@@ -80,7 +80,7 @@ import pytest
         ("ppo", {"per_device_train_batch_size": 5}, "per_device_train_batch_size", "a minibatch of 16"),
         (
             "ppo",
-            {"gradient_accumulation_steps": 4},
+            {"gradient_accumulation_steps": 4, "rollout_batch_size": 64},
             "gradient_accumulation_steps",
             "found 4, but a minibatch of 16",
         ),

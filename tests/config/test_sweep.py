@@ -106,8 +106,8 @@ def test_all_faults_of_a_sweep_at_once_with_their_lines(demo):
         "experiment.yaml:24: sweep.ppo.logging_steps: logging_steps does not change the result of a run; "
         "expected a key that does; remove it",
         "experiment.yaml:25: sweep.ppo.kl_target: this key is not available yet in this version; remove it",
-        "experiment.yaml:26: sweep.ppo.output_dir: ppo has no such key; "
-        "use output_name: a name in the registry, under --home DIR or RLHF_HOME",
+        "experiment.yaml:26: sweep.ppo.output_dir: output_dir does not change the result of a run; "
+        "expected a key that does; remove it",
         "experiment.yaml:28: sweep.sft.learning_rate.0: found -1; expected a number > 0",
         "experiment.yaml:28: sweep.sft.learning_rate.1: found -2; expected a number > 0",
     ]

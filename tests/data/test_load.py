@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from hashlib import sha256
 from types import SimpleNamespace
 
 import pytest
 
-from rlhf_pipeline.data.load import examples_of, load_mixture, read_records
+from rlhf_pipeline.config.training import DatasetEntry
+from rlhf_pipeline.data.load import examples_of, hold_out, load_mixture, read_records
 from rlhf_pipeline.data.splits import split_of
 from rlhf_pipeline.errors import DataError
 
@@ -94,10 +96,50 @@ def test_a_mixture_keeps_the_proportion_of_its_weights(jsonl, letters):
     few = jsonl({"prompt": "d"}, {"prompt": "a"}, name="few.jsonl")
     sources = [read_records(many), read_records(few)]
     options = {"kind": "prompt", "split": "all", "tokenizer": letters, "lengths": LENGTHS}
-    examples, reports = load_mixture(sources, [3, 1], **options)
+    weighted = [DatasetEntry(dataset_name=name, weight=weight) for name, weight in (("many", 3), ("few", 1))]
+    examples, reports = load_mixture(sources, weighted, **options)
     assert [len(example.prompt_text) for example in examples] == [2] * 6 + [1] * 2
     assert [report.kept for report in reports] == [16, 2]
-    assert len(load_mixture(sources, [3, 1], max_samples=4, **options)[0]) == 4
+    assert len(load_mixture(sources, weighted, max_samples=4, **options)[0]) == 4
+
+
+def test_a_mixture_of_fractions_joins_a_share_of_each_source(jsonl, letters):
+    many = jsonl(*({"prompt": a + b} for a in "abcd" for b in "abcd"), name="many.jsonl")
+    few = jsonl({"prompt": "d"}, {"prompt": "a"}, name="few.jsonl")
+    sources = [read_records(many, split="all"), read_records(few, split="all")]
+    options = {"kind": "prompt", "split": "train", "tokenizer": letters, "lengths": LENGTHS}
+
+    def lengths(*entries, **more):
+        named = [DatasetEntry(dataset_name="x", **entry) for entry in entries]
+        return [len(example.prompt_text) for example in load_mixture(sources, named, **more, **options)[0]]
+
+    # int(16 * .25) = 4 and both: the splits by hash are not used for sources that are read whole.
+    assert lengths({"fraction": 0.25}, {}) == [2] * 4 + [1] * 2
+    assert lengths({"fraction": 1.0, "max_samples": 5}, {"fraction": 0.5}) == [2] * 5 + [1]
+    assert len(lengths({"fraction": 1.0}, {"fraction": 1.0}, max_samples=7)) == 7
+
+
+def test_held_out_examples_are_whole_prompts_by_hash(jsonl, letters):
+    rows = [{"prompt": prompt, "completion": end} for prompt in ("a", "b", "c", "d") for end in "ab"]
+    examples, _ = load(jsonl(*rows), letters, kind="demonstration")
+    keys = sorted({example.prompt_key for example in examples}, key=lambda k: sha256(f"held out {k}".encode()).digest())
+    for size, prompts in ((1, 1), (2, 1), (3, 2), (0.25, 1), (0.3, 2)):  # each prompt has two of the eight examples
+        train, held = hold_out(examples, size)
+        assert {example.prompt_key for example in held} == set(keys[:prompts])
+        assert sorted(map(id, train + held)) == sorted(map(id, examples))
+    with pytest.raises(DataError, match="test_split_size: 7 leaves none of 8 examples of 4 prompts"):
+        hold_out(examples, 7)
+
+
+def test_a_split_of_a_file_is_read_whole(jsonl):
+    source = jsonl(*({"prompt": letter, "split": name} for letter, name in zip("abcd", ("dev", "new", "new", "test"))))
+    found = read_records(source, split="new")
+    assert [record.prompt for record in found.records] == ["b", "c"] and found.whole == "new"
+    assert len(read_records(source, split="all").records) == 4
+    with pytest.raises(DataError, match="no split 'neu'; expected one of dev, new, test, or all; did you mean 'new'"):
+        read_records(source, split="neu")
+    with pytest.raises(DataError, match="expected all: the source has no splits"):
+        read_records("world:verdicts", split="train")
 
 
 def test_the_world_is_loaded_by_its_own_ids():

@@ -73,7 +73,7 @@ VALUES = [
     _line("misspelt key", "sft", "lerning_rate: 1e-4", "did you mean 'learning_rate'"),
     _line("key of another stage", "sft", "kl_coef: 0.1", "it is a key of ppo"),
     _line("key of nothing", "train-rm", "wings: 2", "train-rm has no such key"),
-    _line("key that is not used", "dpo", "output_dir: here", "output_name"),
+    _line("key that is not used", "dpo", "disable_dropout: true", "dropout is off"),
     _line("key of a later version", "dpo", "use_peft: true", "not available yet"),
     _line("text for a number", "sft", "learning_rate: fast", "found 'fast'", "a number"),
     _line("list for a number", "dpo", "beta: [0.1]", "a number"),

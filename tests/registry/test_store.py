@@ -304,6 +304,22 @@ def test_export_overwrites_nothing(registry, model, tmp_path):
         registry.export(str(empty), tmp_path / "other")
 
 
+def test_a_copy_replaces_an_earlier_copy_of_its_name_and_nothing_else(registry, model, tmp_path):
+    target = tmp_path / "out"
+    for weights in ("first", "second"):
+        made = registry.publish("demo", "sft", model(weights))
+        registry.export(made.label, target, replace=True)
+        assert (target / "model.safetensors").read_text() == weights
+    registry.publish("other", "sft", model("other"))
+    with pytest.raises(BadInput, match="or one with a copy of other"):
+        registry.export("other", target, replace=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("notes")
+    with pytest.raises(BadInput, match="exists and is not empty"):
+        registry.export("demo", tmp_path / "mine", replace=True)
+    assert (target / "model.safetensors").read_text() == "second" and (tmp_path / "mine" / "notes.txt").exists()
+
+
 def test_damaged_version_is_not_exported(registry, model, tmp_path):
     made = registry.publish("demo", "sft", model())
     (made.path / "model.safetensors").write_text("WEIGHTS")

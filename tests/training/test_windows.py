@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from rlhf_pipeline.data.batch import fill_rows
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.training.windows import epoch_order, example_windows, steps_per_epoch, total_steps
 
@@ -87,3 +88,34 @@ def test_counts_add_up_over_the_window():
     (window,) = windows(count=6, steps=1, size=2, accumulation=3)
     assert window.counts == {"prompts": 6, "pairs": 0, "tokens": 2 * (1 + 2 + 3)}
     assert window.epoch == 1.0
+
+
+def test_rows_are_filled_best_fit_longest_first():
+    # 7 opens a row with room for 3, 6 one with room for 4; 4 fits the second, 3 the first, 2 opens a third.
+    assert fill_rows([4, 7, 2, 6, 3], 10) == [[1, 4], [3, 0], [2]]
+    assert fill_rows([5, 5, 5], 10) == [[0, 1], [2]]
+    assert fill_rows([12, 3], 10) == [[0], [1]]
+
+
+def test_packed_windows_count_rows_of_tokens():
+    """Examples of 3, 4 and 5 tokens in rows of 8: a window of two rows has all of their examples."""
+    bins = fill_rows([3 + i % 3 for i in range(10)], 8)
+    assert sorted(index for row in bins for index in row) == list(range(10)) and len(bins) == 5
+    found = windows(count=10, steps=6, size=1, accumulation=2, bins=bins, bin_tokens=8)
+    per_window = members(found)
+    order = [index for epoch in (0, 1) for index in epoch_order(5, 0, epoch)]
+    expected = [order[:2], order[2:4], order[4:5], order[5:7], order[7:9], order[9:]]
+    assert per_window == [sorted(i for row in chosen for i in bins[row]) for chosen in expected]
+    for window in found:
+        for batch in window.micro_batches:
+            assert sum(len(example.prompt_ids) + len(example.completions[0]) for example in batch.examples) <= 8
+    assert [window.epoch for window in found] == [(step + 1) / 3 for step in range(6)]
+
+
+def test_ranks_share_the_rows_of_a_packed_window():
+    bins = [[0, 1], [2], [3, 4, 5]]
+    parts = [
+        members(windows(count=6, steps=1, size=1, accumulation=1, bins=bins, bin_tokens=99, rank=rank, world_size=3))
+        for rank in range(3)
+    ]
+    assert sorted(tuple(part[0]) for part in parts) == [(0, 1), (2,), (3, 4, 5)]
