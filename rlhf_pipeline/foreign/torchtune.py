@@ -117,6 +117,20 @@ _SOURCES = {
     "stack_exchange_paired_dataset": "lvwerra/stack-exchange-paired",
     "hh_rlhf_helpful_dataset": "RLHFlow/HH-RLHF-Helpful-standard",
 }
+_LLAMA = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + "
+    "'<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+_QWEN = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}"
+    "{% if not loop.last or message['role'] != 'assistant' %}{{ '\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+TEMPLATES = {"llama3_tokenizer": _LLAMA, "qwen2_5_tokenizer": _QWEN}
+"""What its tokenizers make of a chat: without the system message that the models' own templates add."""
+_POSITIONS = {"llama3_1": 131072, "llama3_2": 131072, "llama3": 8192, "qwen2_5": 32768, "mistral": 32768}
+"""The positions of a model of a module, its limit where max_seq_len is null."""
 _LAYERS = {"output_proj": "o_proj"}
 _MLP = ("gate_proj", "up_proj", "down_proj")
 
@@ -203,20 +217,27 @@ def _data(values: Mapping[str, Any], result: Translation) -> None:
     if longest is not None:
         result.put("max_length", longest, "tokenizer.max_seq_len")
     elif result.stage != "ppo":
-        result.lose("tokenizer.max_seq_len", None, "there is a limit here: set max_length to the model's positions")
+        family = str(values.get("model._component_", "")).rpartition(".")[0].rpartition(".")[2]
+        if family in _POSITIONS:
+            result.put("max_length", _POSITIONS[family], "tokenizer.max_seq_len")
+        else:
+            result.lose("tokenizer.max_seq_len", None, "there is a limit here: set max_length to the model's positions")
     source = given.get("source") or _SOURCES.get(component)
     if source is None:
         result.lose("dataset._component_", component, "the source of this dataset is not known: set dataset_name")
         return
     result.put("datasets", [whole_split(source, given.get("split", "train"))], "dataset.source")
+    tokenizer = str(values.get("tokenizer._component_", "")).rpartition(".")[2]
     if component.startswith("alpaca"):
-        why = "rows are put into the chat format of torchtune's own tokenizer"
         result.put("instruction_style", "alpaca", "dataset._component_")
         result.put("text_as_chat", True, "dataset._component_")
         result.put("completion_only_loss", not given.get("train_on_input", True), "dataset._component_")
+    if result.stage == "sft" and tokenizer in TEMPLATES:
+        result.put("chat_template", TEMPLATES[tokenizer], "tokenizer._component_")
+    elif result.stage == "sft":
+        why = "it has a chat format of its own: set chat_template"
         result.lose("tokenizer._component_", values.get("tokenizer._component_"), why)
     else:
-        tokenizer = values.get("tokenizer._component_")
         result.lose("tokenizer._component_", tokenizer, "the tokenizer is that of the model's folder", changes=False)
     if component == "stack_exchange_paired_dataset":
         result.put(

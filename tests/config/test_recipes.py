@@ -14,8 +14,10 @@ from rlhf_pipeline.config.foreign_files import read_config, with_dataset_info
 from rlhf_pipeline.config.importing import import_config
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.errors import ConfigError
+from rlhf_pipeline.foreign.open_instruct import TULU
 from rlhf_pipeline.foreign.table import JOINT, Translation
 from rlhf_pipeline.foreign.tools import TOOLS, meaning
+from rlhf_pipeline.foreign.torchtune import TEMPLATES
 
 UNEDITED, MEANT = 4, 8
 """Lower bounds of the counts that `scripts/recipes.py` prints."""
@@ -127,6 +129,27 @@ def test_what_a_table_carries(translated, name):
     config = translated(name).config
     assert {key: config.get(key) for key in expected} == expected
     assert config["per_device_train_batch_size"] * config["gradient_accumulation_steps"] == batch
+
+
+def test_the_chat_formats_of_torchtune_and_open_instruct():
+    """What their tokenizers make of two turns, by hand."""
+    jinja2 = pytest.importorskip("jinja2")
+    turns = [{"role": "user", "content": "q "}, {"role": "assistant", "content": "a"}]
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    header = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    expected = {
+        TEMPLATES["llama3_tokenizer"]: (
+            "<s>" + header.format("user") + "q<|eot_id|>",
+            header.format("assistant"),
+            "a<|eot_id|>",
+        ),
+        TEMPLATES["qwen2_5_tokenizer"]: ("<|im_start|>user\nq <|im_end|>\n", "<|im_start|>assistant\n", "a<|im_end|>"),
+        TULU: ("<|user|>\nq \n", "<|assistant|>\n", "a</s>"),
+    }
+    for text, (prompt, opening, completion) in expected.items():
+        template = jinja2.Template(text)
+        assert template.render(messages=turns, **tokens) == prompt + opening + completion
+        assert template.render(messages=turns[:1], add_generation_prompt=True, **tokens) == prompt + opening
 
 
 def test_the_batches_of_ppo(translated):
