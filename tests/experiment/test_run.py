@@ -191,7 +191,7 @@ def counts(monkeypatch):
         return call
 
     monkeypatch.setattr(sources, "read_file", count("parsed", sources.read_file, 0))
-    monkeypatch.setattr(loading, "_from_pretrained", count("loaded", loading._from_pretrained, 1))
+    monkeypatch.setattr(loading, "_load", count("loaded", loading._load, 1))
     reading = count("hashed", digests.file_sha256, 0)
     for module in (digests, integrity):
         monkeypatch.setattr(module, "file_sha256", reading)
