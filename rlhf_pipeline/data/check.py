@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlhf_pipeline.data.encode import BATCH, Counts, token_ids
 from rlhf_pipeline.data.formats import RecordSet, count_reasons
 from rlhf_pipeline.data.kinds import as_kind
 from rlhf_pipeline.data.load import NO_LIMITS, blank_prompts, read_records, records_digest
@@ -17,7 +18,7 @@ from rlhf_pipeline.data.overlap import EVALUATED, duplicates, leaks, repeats, sh
 from rlhf_pipeline.data.records import Record, plain, shared_length
 from rlhf_pipeline.data.render import render
 from rlhf_pipeline.data.splits import FRACTIONS, assign_splits, carries_splits
-from rlhf_pipeline.data.tokenize import BATCH, Counts, Example, token_ids, tokenize
+from rlhf_pipeline.data.tokenize import Example, tokenize
 from rlhf_pipeline.data.tokenizers import text_of
 
 if TYPE_CHECKING:

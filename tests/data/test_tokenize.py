@@ -28,12 +28,14 @@ def test_eos_stands_where_the_completion_ended_and_once(letters, pair):
     assert ids(pair("a", "b<eos>", "c"), letters) == ([A], [[B, EOS], [C, EOS]])
 
 
-def test_where_tokens_reach_over_the_border_the_common_prefix_decides(letters, pair):
+def test_where_a_token_reaches_over_the_border_the_prompts_own_ids_win(letters, pair):
     demonstration = Record("demonstration", "ab", ("cd",), (False,))
-    assert ids(demonstration, letters) == ([A], [[BC, D]])
-    assert ids(pair("ab", "cd", "dd", (False, False)), letters) == ([A], [[BC, D], [B, D, D]])
-    assert ids(pair("ab", "dd", "cd", (False, False)), letters) == ([A], [[B, D, D], [BC, D]])
-    assert ids(pair("ab", "dd", "da", (False, False)), letters) == ([A, B], [[D, D], [D, A]])
+    assert ids(demonstration, letters) == ([A, B], [[C, D]])
+    assert ids(pair("ab", "cd", "dd", (False, False)), letters) == ([A, B], [[C, D], [D, D]])
+    assert ids(pair("ab", "dd", "cd", (False, False)), letters) == ([A, B], [[D, D], [C, D]])
+    _, counts = tokenize([pair("ab", "cd", "dd", where="f:1"), pair("ab", "dd", "da", where="f:2")], letters, WIDE)
+    assert counts.truncated == {"token_across_border": 1}
+    assert counts.rows == {"token_across_border": ["f:1"]}
 
 
 def test_a_long_prompt_is_cut_from_the_left(letters):
