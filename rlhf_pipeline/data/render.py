@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rlhf_pipeline.data.records import Messages, Record, messages, plain, shared_length
 from rlhf_pipeline.errors import DataError, Fault
@@ -101,11 +101,12 @@ def _templated(record: Record, tokenizer: PreTrainedTokenizerBase, replies: bool
     return Rendered(prompt, tuple(completions), True, spans, tuple(sorted(notes)))
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, turns: Messages, values: Mapping[str, Any], **how: bool) -> str:
+def _apply(tokenizer: PreTrainedTokenizerBase, turns: Messages, values: Mapping[str, Any], **how: Any) -> str:
     """Return messages as text, with a record's own `tools` and `chat_template_kwargs`."""
     options = values.get("chat_template_kwargs") or {}
     tools = values.get("tools") or None  # some templates write a heading for an empty list
-    return tokenizer.apply_chat_template([*map(dict, turns)], tools=tools, tokenize=False, **how, **options)
+    text = tokenizer.apply_chat_template([*map(dict, turns)], tools=tools, tokenize=False, **how, **options)
+    return cast(str, text)
 
 
 def _reasoning(turns: Messages) -> Iterator[str]:
@@ -153,7 +154,7 @@ def _marked(
     from transformers.utils.chat_template_utils import render_jinja_template
 
     options = tokenizer.special_tokens_map | (values.get("chat_template_kwargs") or {})
-    _, places = render_jinja_template(
+    marked: Any = render_jinja_template(
         conversations=[[*map(dict, turns)]],
         tools=values.get("tools") or None,
         chat_template=template,
@@ -161,7 +162,7 @@ def _marked(
         add_generation_prompt=True,
         **options,
     )
-    return places[0]
+    return marked[1][0]
 
 
 def _closed(text: str, ended: bool, eos: str) -> str:

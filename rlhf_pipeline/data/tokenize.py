@@ -40,6 +40,11 @@ class Example:
     prompt_truncated: bool = False
     trained: list[bool] | None = None  # of the tokens of the only completion: whether SFT trains it; None: all
 
+    @property
+    def tokens_trained(self) -> int:
+        """The number of completion tokens that SFT trains."""
+        return sum(map(len, self.completions)) if self.trained is None else sum(self.trained)
+
     def untied(self) -> list[tuple[int, int]]:
         """Return the pairs (i, j) in which completion i is preferred to j.
 

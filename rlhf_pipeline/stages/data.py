@@ -68,6 +68,7 @@ class StageData:
         *,
         limit: int | None = None,
         required: bool = True,
+        all_replies: bool = False,
     ) -> tuple[list[Example], tuple[SourceReport, ...]]:
         """Examples of one split, and a report per source.
 
@@ -85,6 +86,7 @@ class StageData:
             "skip_bad_rows": config.skip_bad_rows,
             "fractions": config.split_fractions,
             "style": Style.of(config.model_dump(include={"instruction_style", "text_as_chat"})),
+            "all_replies": all_replies,
         }
         most = limit if divided is None else None
         try:

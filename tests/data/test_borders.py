@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -112,7 +112,7 @@ def check_all(name: str, tokenizer, same) -> int:
         prompt = f"Answer{ending}"
         alone = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         rows = [Record("demonstration", prompt, (reply,), (False,)) for reply in BEGINNINGS]
-        rows += [Record("pair", prompt, pair, (False, False)) for pair in zip(BEGINNINGS, BEGINNINGS[1:])]
+        rows += [Record("pair", prompt, pair, (False, False)) for pair in pairwise(BEGINNINGS)]
         rows += [Record("prompt", prompt)]
         examples, counts = tokenize(rows, tokenizer, WIDE)
         left_out = counts.dropped["identical_pair"]  # white space is lost
