@@ -27,6 +27,17 @@ SourceArgument = Annotated[
         show_default=False,
     ),
 ]
+TemplateOption = Annotated[
+    str | None,
+    typer.Option("--chat-template", help="Chat template for --tokenizer: a name or Jinja text, as in a config."),
+]
+TemplatePathOption = Annotated[
+    str | None, typer.Option("--chat-template-path", help="File or tokenizer with that chat template.")
+]
+TemplateValuesOption = Annotated[
+    str | None, typer.Option("--chat-template-kwargs", help="Values for the chat template, as a JSON object.")
+]
+EosOption = Annotated[str | None, typer.Option("--eos-token", help="Token that ends a response, as in a config.")]
 PartOption = Annotated[str | None, typer.Option("--dataset-config", help="Configuration of the source.")]
 
 
@@ -43,6 +54,10 @@ def check(
     ] = None,
     max_prompt_length: Annotated[int | None, typer.Option("--max-prompt-length", help="As in a config.", min=1)] = None,
     response_length: Annotated[int | None, typer.Option("--response-length", help="As in a config.", min=1)] = None,
+    chat_template: TemplateOption = None,
+    chat_template_path: TemplatePathOption = None,
+    chat_template_kwargs: TemplateValuesOption = None,
+    eos_token: EosOption = None,
 ) -> None:
     """Faults, splits, duplicates, leakage, label noise and lengths of a source; exit 2 if a stage would refuse it."""
     from rlhf_pipeline.config.base import resolve_lengths
@@ -54,7 +69,8 @@ def check(
     limits = None if given == (None, None, None) else resolve_lengths(*given)
     if limits is not None and tokenizer is None:
         raise BadInput("--max-length: lengths are in tokens; expected --tokenizer MODEL beside it")
-    reader = _tokenizer(common, tokenizer)
+    keys = (chat_template, chat_template_path, chat_template_kwargs, eos_token)
+    reader = _tokenizer(common, tokenizer, *keys)
     found = read_records(source, config=dataset_config, home=common.home_path, skip_bad_rows=True)
     result = describe(found, tokenizer=reader, limits=limits) | {"label_noise": label_noise(found.records)}
     result["findings"] = findings(result)
@@ -88,11 +104,16 @@ def preview(
         Literal["all_assistant", "last", "all"],
         typer.Option("--train-on", help="Trained tokens of a conversation, as in `rlhf sft`."),
     ] = "all_assistant",
+    chat_template: TemplateOption = None,
+    chat_template_path: TemplatePathOption = None,
+    chat_template_kwargs: TemplateValuesOption = None,
+    eos_token: EosOption = None,
 ) -> None:
     """The first rows, as the data reader parses them, and as a tokenizer reads them."""
     from rlhf_pipeline.data.check import preview as first_rows
 
-    reader = _tokenizer(common, tokenizer)
+    keys = (chat_template, chat_template_path, chat_template_kwargs, eos_token)
+    reader = _tokenizer(common, tokenizer, *keys)
     found = first_rows(source, rows, config=dataset_config, home=common.home_path, tokenizer=reader, train_on=train_on)
     if common.json:
         emit_json({"source": source, "rows": found})
@@ -106,14 +127,26 @@ def preview(
         emit_lines([*lines, *_token_lines(row.get("tokens"))])
 
 
-def _tokenizer(common: Common, reference: str | None) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer of a model; None without a reference."""
+def _tokenizer(
+    common: Common, reference: str | None, template: str | None, path: str | None, values: str | None, eos: str | None
+) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of a model with the given chat template and EOS; None without a reference."""
+    from rlhf_pipeline.config.load import load_config
+
+    given = {"chat_template": template, "chat_template_path": path, "eos_token": eos}
     if reference is None:
+        if any((*given.values(), values)):
+            raise BadInput("--chat-template, --eos-token: they belong to a tokenizer; expected --tokenizer MODEL too")
         return None
+    words = [] if values is None else [f"chat_template_kwargs={values}"]
+    config = load_config(
+        "evaluate", None, words, extra={key: value for key, value in given.items() if value is not None}
+    ).config
+    from rlhf_pipeline.data.templates import apply_template_keys
     from rlhf_pipeline.data.tokenizers import load_tokenizer
 
     resolved = common.registry.resolve(reference)
-    return load_tokenizer(resolved.location, revision=resolved.revision)
+    return apply_template_keys(load_tokenizer(resolved.location, resolved.revision, eos_token=eos), config)
 
 
 def _token_lines(tokens: dict[str, Any] | None) -> Iterator[str]:

@@ -14,6 +14,7 @@ from rlhf_pipeline.data.encode import BATCH, Counts, token_ids
 from rlhf_pipeline.data.formats import RecordSet, count_reasons
 from rlhf_pipeline.data.kinds import as_kind
 from rlhf_pipeline.data.load import NO_LIMITS, blank_prompts, read_records, records_digest
+from rlhf_pipeline.data.marks import marked_rows
 from rlhf_pipeline.data.overlap import EVALUATED, duplicates, leaks, repeats, shared_prompts
 from rlhf_pipeline.data.records import Record, plain, shared_length
 from rlhf_pipeline.data.render import render
@@ -57,6 +58,10 @@ def describe(
     measured: dict[str, Any] = {}
     if tokenizer is not None:
         measured["round_trip"] = _round_trip(records, tokenizer)
+        named = {**counts.rows, "control_tokens_in_text": marked_rows(records, tokenizer)}
+        measured["tokens"] = {
+            reason: {"rows": len(rows), "first": rows[:SHOWN_FAULTS]} for reason, rows in named.items() if rows
+        }
         if limits is not None:
             measured["length_policy"] = _length_policy(examples, counts, limits)
     return {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rlhf_pipeline.data.borders import completion_ids, first_at, offsets_of
 from rlhf_pipeline.data.files import RowFault, row_fault
 from rlhf_pipeline.data.records import Record, messages
-from rlhf_pipeline.data.render import Rendered, TemplateRefusal, as_plain, render
+from rlhf_pipeline.data.render import REASONING, REWRITTEN, Rendered, TemplateRefusal, as_plain, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 BATCH = 2048  # texts handed to the tokenizer at once
 ACROSS = "token_across_border"
 TURNS = "turns_dropped"
+ADVICE = {
+    REASONING: "the chat template removes the reasoning of replies: pairs that differ in it alone become equal, other "
+    "rows train the answer alone; to keep it, set the value that the template has for this in `chat_template_kwargs`, "
+    "or another `chat_template`",
+    REWRITTEN: "the chat template writes the prompt otherwise where a reply follows it: the prompt is trained as it is "
+    "sampled, and the reply follows it as the template has it",
+    ACROSS: "the tokenizer puts a token across the end of the prompt: the prompt keeps its own ids, as in sampling",
+    TURNS: "the prompt is too long: its first turns are left out, its system turn stays",
+}
+"""What a reason in `Counts.rows` means, and what to do."""
 SYSTEM_ROLES = ("system", "developer")
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from rlhf_pipeline.data.marks import control_tokens
 from rlhf_pipeline.data.records import Messages, Record, messages, plain, shared_length
 from rlhf_pipeline.errors import DataError, Fault
 
@@ -53,7 +54,7 @@ def render(record: Record, tokenizer: PreTrainedTokenizerBase, *, replies: bool 
 
     Raises:
         TemplateRefusal: the chat template does not accept the messages.
-        DataError: the record has messages but the tokenizer has no chat template.
+        DataError: the record has messages but the tokenizer has no chat template, or none that can be compiled.
     """
     if not record.conversational:
         rendered = as_plain(record)
@@ -68,6 +69,9 @@ def render(record: Record, tokenizer: PreTrainedTokenizerBase, *, replies: bool 
     try:
         return _templated(record, tokenizer, replies)
     except Exception as error:  # a template is a program and may raise any error
+        if type(error).__name__ == "TemplateSyntaxError":
+            found = f"the chat template is not Jinja: {error}"
+            raise DataError(Fault("chat_template", found, "a template that transformers can compile")) from error
         raise TemplateRefusal(str(error) or type(error).__name__) from error
 
 
@@ -96,8 +100,9 @@ def _templated(record: Record, tokenizer: PreTrainedTokenizerBase, replies: bool
         completions.append(closed(text[border:], ended))
     spans: tuple[tuple[int, int], ...] = ()
     if replies:
+        marks = control_tokens(tokenizer)
         found = _replies(tokenizer, turns, prompt, record.extra)
-        spans = tuple((start, start + len(closed(prompt[start:end], True))) for start, end in found)
+        spans = tuple((start, start + _to_last_mark(prompt[start:end], marks)) for start, end in found)
     return Rendered(prompt, tuple(completions), True, spans, tuple(sorted(notes)))
 
 
@@ -163,6 +168,12 @@ def _marked(
         **options,
     )
     return marked[1][0]
+
+
+def _to_last_mark(text: str, marks: Collection[str]) -> int:
+    """Return the length of a turn up to its last control token, if no word follows; else its whole length."""
+    end = max((text.rfind(mark) + len(mark) for mark in marks if mark in text), default=len(text))
+    return len(text) if re.search(r"\w", text[end:]) else end
 
 
 def _closed(text: str, ended: bool, eos: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_pipeline.config.training import TrainingConfig
+from rlhf_pipeline.data.encode import ADVICE
 from rlhf_pipeline.data.load import (
     RecordSet,
     SourceReport,
@@ -20,6 +21,7 @@ from rlhf_pipeline.data.load import (
 from rlhf_pipeline.data.overlap import keep_apart
 from rlhf_pipeline.data.parsed import collector_at_rest
 from rlhf_pipeline.data.records import plain
+from rlhf_pipeline.data.render import REASONING, REWRITTEN
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import DataError
@@ -111,6 +113,9 @@ class StageData:
             return [], ()
         for report in reports:
             self.say("data: " + report.summary())
+        for reason in (REASONING, REWRITTEN):
+            if any(report.truncated.get(reason) for report in reports):
+                self.say(f"note: {ADVICE[reason]}")
         return examples, reports
 
     def texts(self, split: str) -> list[str]:

@@ -15,6 +15,7 @@ from rlhf_pipeline.config.sft import SftConfig
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.shown import trained_text
+from rlhf_pipeline.data.templates import apply_template_keys
 from rlhf_pipeline.data.tokenize import Example, whole_sequence
 from rlhf_pipeline.data.tokenizers import train_byte_level_bpe
 from rlhf_pipeline.models.loading import init_causal_lm, new_config
@@ -106,10 +107,10 @@ def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
             parents["base"] = find_base(run, config)
         data = StageData(config, run.registry.home, run.log.say)
         if parents:
-            tokenizer = tokenizer_of(parents["base"], config.trust_remote_code)
+            tokenizer = tokenizer_of(parents["base"], config.trust_remote_code, config)
             policy = load_policy(parents["base"], config, tokenizer, run.device, dropout=config.dropout)
         else:
-            tokenizer = make_tokenizer(run, data)
+            tokenizer = apply_template_keys(make_tokenizer(run, data), config)
             assert config.model_init is not None  # `check_start` of the config
             model = init_causal_lm(
                 config.model_init,

@@ -65,7 +65,11 @@ def expected_nll(folder: str, source: str, train_on: str) -> float:
                 turns[-1].append(place)
                 inside = token != end
         replies = [places for places in turns if places]
-        trained = {"all_assistant": sum(replies, []), "last": replies[-1], "all": range(1, len(ids))}[train_on]
+        trained = {
+            "all_assistant": [place for places in replies for place in places],
+            "last": replies[-1],
+            "all": range(1, len(ids)),
+        }[train_on]
         with torch.no_grad():
             logprobs = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
         total -= sum(float(logprobs[place - 1, ids[place]]) for place in trained)
@@ -108,4 +112,4 @@ def test_the_preview_shows_ids_borders_and_trained_tokens(capsys, lab, chat, sou
     assert tokens["trained_text"] == [["4<|im_end|>", "6<|im_end|>", "8<|im_end|>"]]
     assert main([*words, "--train-on", "last"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if "trained" in line][0] == "  trained     2 tokens '8<|im_end|>'"
+    assert next(line for line in lines if "trained" in line) == "  trained     2 tokens '8<|im_end|>'"
