@@ -16,8 +16,8 @@ IGNORED = -100
 def columns(stage: str, examples: Sequence[Example]) -> dict[str, list[Any]]:
     """The columns that TRL's trainer of a stage reads.
 
-    sft: prompt and completion as input_ids, with labels only for its trained tokens. reward: the prompt with each response,
-    as chosen_ids and rejected_ids. dpo: prompt_ids, and each response without the prompt.
+    sft: prompt and completion as input_ids, with labels only for its trained tokens. reward: the prompt with each
+    response, as chosen_ids and rejected_ids. dpo: prompt_ids, and each response without the prompt.
     """
     if stage == "sft":
         labels = [[IGNORED] * len(e.prompt_ids) + _targets(e) for e in examples]
