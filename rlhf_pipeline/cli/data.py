@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -12,6 +13,9 @@ from rlhf_pipeline.cli.libraries import load_libraries
 from rlhf_pipeline.cli.options import Common, OverridesArgument, Settings, command
 from rlhf_pipeline.cli.output import emit, emit_json, emit_lines, emit_plan, emit_table, flat_metrics, number
 from rlhf_pipeline.errors import BadInput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 app = typer.Typer(no_args_is_help=True, help="Check, preview, collect, list and export data.")
 
@@ -23,6 +27,17 @@ SourceArgument = Annotated[
         show_default=False,
     ),
 ]
+TemplateOption = Annotated[
+    str | None,
+    typer.Option("--chat-template", help="Chat template for --tokenizer: a name or Jinja text, as in a config."),
+]
+TemplatePathOption = Annotated[
+    str | None, typer.Option("--chat-template-path", help="File or tokenizer with that chat template.")
+]
+TemplateValuesOption = Annotated[
+    str | None, typer.Option("--chat-template-kwargs", help="Values for the chat template, as a JSON object.")
+]
+EosOption = Annotated[str | None, typer.Option("--eos-token", help="Token that ends a response, as in a config.")]
 PartOption = Annotated[str | None, typer.Option("--dataset-config", help="Configuration of the source.")]
 
 
@@ -39,6 +54,10 @@ def check(
     ] = None,
     max_prompt_length: Annotated[int | None, typer.Option("--max-prompt-length", help="As in a config.", min=1)] = None,
     response_length: Annotated[int | None, typer.Option("--response-length", help="As in a config.", min=1)] = None,
+    chat_template: TemplateOption = None,
+    chat_template_path: TemplatePathOption = None,
+    chat_template_kwargs: TemplateValuesOption = None,
+    eos_token: EosOption = None,
 ) -> None:
     """Faults, splits, duplicates, leakage, label noise and lengths of a source; exit 2 if a stage would refuse it."""
     from rlhf_pipeline.config.base import resolve_lengths
@@ -50,12 +69,8 @@ def check(
     limits = None if given == (None, None, None) else resolve_lengths(*given)
     if limits is not None and tokenizer is None:
         raise BadInput("--max-length: lengths are in tokens; expected --tokenizer MODEL beside it")
-    reader = None
-    if tokenizer is not None:
-        from rlhf_pipeline.data.tokenizers import load_tokenizer
-
-        resolved = common.registry.resolve(tokenizer)
-        reader = load_tokenizer(resolved.location, revision=resolved.revision)
+    keys = (chat_template, chat_template_path, chat_template_kwargs, eos_token)
+    reader = _tokenizer(common, tokenizer, *keys)
     found = read_records(source, config=dataset_config, home=common.home_path, skip_bad_rows=True)
     result = describe(found, tokenizer=reader, limits=limits) | {"label_noise": label_noise(found.records)}
     result["findings"] = findings(result)
@@ -82,11 +97,24 @@ def preview(
     source: SourceArgument,
     rows: Annotated[int, typer.Option("--rows", "-n", help="Number of rows.", min=1)] = 3,
     dataset_config: PartOption = None,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="Model whose tokenizer shows token ids, borders, trained tokens.")
+    ] = None,
+    train_on: Annotated[
+        Literal["all_assistant", "last", "all"],
+        typer.Option("--train-on", help="Trained tokens of a conversation, as in `rlhf sft`."),
+    ] = "all_assistant",
+    chat_template: TemplateOption = None,
+    chat_template_path: TemplatePathOption = None,
+    chat_template_kwargs: TemplateValuesOption = None,
+    eos_token: EosOption = None,
 ) -> None:
-    """The first rows, as the data reader parses them."""
+    """The first rows, as the data reader parses them, and as a tokenizer reads them."""
     from rlhf_pipeline.data.check import preview as first_rows
 
-    found = first_rows(source, rows, config=dataset_config, home=common.home_path)
+    keys = (chat_template, chat_template_path, chat_template_kwargs, eos_token)
+    reader = _tokenizer(common, tokenizer, *keys)
+    found = first_rows(source, rows, config=dataset_config, home=common.home_path, tokenizer=reader, train_on=train_on)
     if common.json:
         emit_json({"source": source, "rows": found})
         return
@@ -96,7 +124,44 @@ def preview(
             lines.append(f"  prompt      {row['prompt']!r}")
         for completion, ended in zip(row["completions"], row["ended"], strict=True):
             lines.append(f"  completion  {completion!r}{'' if ended else '  (cut)'}")
-        emit_lines(lines)
+        emit_lines([*lines, *_token_lines(row.get("tokens"))])
+
+
+def _tokenizer(
+    common: Common, reference: str | None, template: str | None, path: str | None, values: str | None, eos: str | None
+) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of a model with the given chat template and EOS; None without a reference."""
+    from rlhf_pipeline.config.load import load_config
+
+    given = {"chat_template": template, "chat_template_path": path, "eos_token": eos}
+    if reference is None:
+        if any((*given.values(), values)):
+            raise BadInput("--chat-template, --eos-token: they belong to a tokenizer; expected --tokenizer MODEL too")
+        return None
+    words = [] if values is None else [f"chat_template_kwargs={values}"]
+    config = load_config(
+        "evaluate", None, words, extra={key: value for key, value in given.items() if value is not None}
+    ).config
+    from rlhf_pipeline.data.templates import apply_template_keys
+    from rlhf_pipeline.data.tokenizers import load_tokenizer
+
+    resolved = common.registry.resolve(reference)
+    return apply_template_keys(load_tokenizer(resolved.location, resolved.revision, eos_token=eos), config)
+
+
+def _token_lines(tokens: dict[str, Any] | None) -> Iterator[str]:
+    """Yield the lines on a row's tokens: ids of the prompt, of each completion, and the text of the trained ones."""
+    if tokens is None:
+        return
+    if "left_out" in tokens:
+        yield f"  left out    {tokens['left_out']}"
+        return
+    yield f"  prompt      {len(tokens['prompt_ids'])} tokens {tokens['prompt_ids']}"
+    for ids, flags, texts in zip(tokens["completion_ids"], tokens["trained"], tokens["trained_text"], strict=True):
+        yield f"  completion  {len(ids)} tokens {ids}"
+        yield f"  trained     {sum(flags)} tokens {', '.join(map(repr, texts))}"
+    for reason, count in tokens["cut"].items():
+        yield f"  cut         {reason} {count}"
 
 
 @command(app, "list")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from rlhf_pipeline.config.base import (
     ATTENTION,
@@ -30,13 +30,20 @@ from rlhf_pipeline.config.base import (
     part_of,
 )
 from rlhf_pipeline.config.reward_names import names_a_model
+from rlhf_pipeline.config.template import (
+    CHAT_TEMPLATE,
+    CHAT_TEMPLATE_KWARGS,
+    CHAT_TEMPLATE_PATH,
+    EOS_TOKEN,
+    check_template,
+)
 
 
 class CollectConfig(WithLengths):
     """Config of `rlhf data collect` and of the `collect` stage of an experiment."""
 
     stage: ClassVar[str] = "collect"
-    checks: ClassVar = (check_prompts, check_lengths, check_fractions)
+    checks: ClassVar = (check_prompts, check_lengths, check_fractions, check_template)
 
     policy: Text = option(
         ..., "model that samples the responses: registry name, directory or hub id", names="policy", examples=["model"]
@@ -70,6 +77,10 @@ class CollectConfig(WithLengths):
     dtype: Dtype = DTYPE
     attn_implementation: Text | None = ATTENTION
     trust_remote_code: bool = REMOTE_CODE
+    chat_template: Text | None = CHAT_TEMPLATE
+    chat_template_path: Text | None = CHAT_TEMPLATE_PATH
+    chat_template_kwargs: dict[str, Any] | None = CHAT_TEMPLATE_KWARGS
+    eos_token: Text | None = EOS_TOKEN
     seed: Seed = option(0, "random seed for sampling and labels")
     use_cpu: bool = USE_CPU
     num_threads: Count | None = NUM_THREADS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from rlhf_pipeline.config.base import (
     ATTENTION,
@@ -26,6 +26,13 @@ from rlhf_pipeline.config.base import (
     check_fractions,
     check_prompts,
     option,
+)
+from rlhf_pipeline.config.template import (
+    CHAT_TEMPLATE,
+    CHAT_TEMPLATE_KWARGS,
+    CHAT_TEMPLATE_PATH,
+    EOS_TOKEN,
+    check_template,
 )
 from rlhf_pipeline.errors import Fault
 
@@ -57,7 +64,7 @@ def check_validation(config: CompareConfig) -> Iterator[Fault]:
 class PromptsConfig(CommandConfig):
     """Keys of every evaluation: prompts, a reference, and how to load models."""
 
-    checks: ClassVar[Checks] = (check_prompts, check_fractions)
+    checks: ClassVar[Checks] = (check_prompts, check_fractions, check_template)
 
     split: Text = option("test", "split to take the prompts from, or 'all'")
     prompts: Text | None = option(None, "source of the prompts (default: the model's own training data)", names="data")
@@ -80,6 +87,10 @@ class PromptsConfig(CommandConfig):
     dtype: Dtype = DTYPE
     attn_implementation: Text | None = ATTENTION
     trust_remote_code: bool = REMOTE_CODE
+    chat_template: Text | None = CHAT_TEMPLATE
+    chat_template_path: Text | None = CHAT_TEMPLATE_PATH
+    chat_template_kwargs: dict[str, Any] | None = CHAT_TEMPLATE_KWARGS
+    eos_token: Text | None = EOS_TOKEN
     use_cpu: bool = USE_CPU
     num_threads: Count | None = NUM_THREADS
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator
 
@@ -51,6 +51,12 @@ def check_start(config: SftConfig) -> Iterator[Fault]:
         yield Fault("tokenizer_init", found, "tokenizer_init only with model_init", "remove it")
 
 
+def check_trained(config: SftConfig) -> Iterator[Fault]:
+    """Yield the fault of a loss on all tokens that is also to be on the last turn only."""
+    if config.train_on == "last" and not config.completion_only_loss:
+        yield Fault("train_on", "'last', but completion_only_loss is false", "one of the two", "remove one")
+
+
 def check_positions(config: SftConfig) -> Iterator[Fault]:
     """Yield the fault of a model from scratch with fewer positions than the longest sequence."""
     if any(check_lengths(config)):
@@ -67,13 +73,20 @@ class SftConfig(TrainingConfig):
     """Config of `rlhf sft`."""
 
     stage: ClassVar[str] = "sft"
-    checks: ClassVar = (check_start, *COMMON_CHECKS, check_positions)
+    checks: ClassVar = (check_start, *COMMON_CHECKS, check_trained, check_positions)
 
     learning_rate: Positive = option(2e-5, "peak learning rate of AdamW (TRL)")
     weight_decay: NonNegative = option(
         0.0, "AdamW's decoupled weight decay, per step and times the learning rate (TRL)"
     )
-    completion_only_loss: bool = option(True, "compute the loss only on the completion, not on the prompt (TRL)")
+    completion_only_loss: bool = option(
+        True, "compute the loss only on the completion, not on the prompt (TRL); false: as train_on: all"
+    )
+    train_on: Literal["all_assistant", "last", "all"] = option(
+        "all_assistant",
+        "trained tokens of a conversation (rows with `messages`): every turn of the assistant, its last turn, or all "
+        "tokens, prompts too (ours: every turn)",
+    )
     model_init: Annotated[dict[str, Any] | None, BeforeValidator(_model_init)] = option(
         None, "start from random weights: a mapping with model_type and values of the model's config"
     )
@@ -86,3 +99,8 @@ class SftConfig(TrainingConfig):
         "examples. Examples of a row do not attend to each other (TRL: bfd)",
     )
     dropout: bool = option(False, "keep the model's own dropout during training (ours: off in every stage)")
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether the loss is on all tokens, prompts too."""
+        return self.train_on == "all" or not self.completion_only_loss

@@ -37,6 +37,13 @@ from rlhf_pipeline.config.base import (
     part_of,
     wrong,
 )
+from rlhf_pipeline.config.template import (
+    CHAT_TEMPLATE,
+    CHAT_TEMPLATE_KWARGS,
+    CHAT_TEMPLATE_PATH,
+    EOS_TOKEN,
+    check_template,
+)
 from rlhf_pipeline.errors import Fault
 
 
@@ -102,6 +109,10 @@ class TrainingConfig(WithLengths):
     dtype: Dtype = DTYPE
     attn_implementation: Text | None = ATTENTION
     trust_remote_code: bool = REMOTE_CODE
+    chat_template: Text | None = CHAT_TEMPLATE
+    chat_template_path: Text | None = CHAT_TEMPLATE_PATH
+    chat_template_kwargs: dict[str, Any] | None = CHAT_TEMPLATE_KWARGS
+    eos_token: Text | None = EOS_TOKEN
 
     dataset_name: Text | None = option(
         None,
@@ -302,6 +313,7 @@ def check_eval(config: TrainingConfig) -> Iterator[Fault]:
 
 
 COMMON_CHECKS = (
+    check_template,
     check_data,
     check_world,
     check_mixture,

@@ -43,7 +43,8 @@ def reads(layout: Layout, batch: PackedBatch | None) -> bool:
 class PackedBatch:
     """Examples as tensors: B rows, T positions, C completions, N completion tokens; flat position b * T + t.
 
-    Completions are numbered in the order of the examples, in whichever row they are.
+    Completions are numbered in the order of the examples, in whichever row they are. The N tokens are without those
+    that an example does not train (`Example.trained`).
     """
 
     input_ids: Tensor  # (B, T)
@@ -248,6 +249,12 @@ def pack(
     offset = torch.arange(int(count.sum())) - torch.repeat_interleave(count.cumsum(0) - count, count)
     token_index = start[completion_index] + offset
     predict_index = torch.where(offset == 0, before[completion_index], token_index - 1)
+    if any(example.trained is not None for example in examples):
+        flags = [flag for e in examples for flag in e.trained or [True] * sum(map(len, e.completions))]
+        read = torch.tensor(flags).nonzero().squeeze(1)
+        completion_index, offset, token_index, predict_index = (
+            index[read] for index in (completion_index, offset, token_index, predict_index)
+        )
     input_ids = torch.tensor(ids_rows, dtype=torch.long)
     return PackedBatch(
         input_ids=input_ids,

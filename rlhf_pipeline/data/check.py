@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlhf_pipeline.data.encode import BATCH, Counts, token_ids
 from rlhf_pipeline.data.formats import RecordSet, count_reasons
 from rlhf_pipeline.data.kinds import as_kind
 from rlhf_pipeline.data.load import NO_LIMITS, blank_prompts, read_records, records_digest
+from rlhf_pipeline.data.marks import marked_rows
 from rlhf_pipeline.data.overlap import EVALUATED, duplicates, leaks, repeats, shared_prompts
 from rlhf_pipeline.data.records import Record, plain, shared_length
 from rlhf_pipeline.data.render import render
+from rlhf_pipeline.data.shown import token_rows
 from rlhf_pipeline.data.splits import FRACTIONS, assign_splits, carries_splits
-from rlhf_pipeline.data.tokenize import BATCH, Counts, Example, token_ids, tokenize
+from rlhf_pipeline.data.tokenize import Example, tokenize
 from rlhf_pipeline.data.tokenizers import text_of
 
 if TYPE_CHECKING:
@@ -55,6 +58,10 @@ def describe(
     measured: dict[str, Any] = {}
     if tokenizer is not None:
         measured["round_trip"] = _round_trip(records, tokenizer)
+        named = {**counts.rows, "control_tokens_in_text": marked_rows(records, tokenizer)}
+        measured["tokens"] = {
+            reason: {"rows": len(rows), "first": rows[:SHOWN_FAULTS]} for reason, rows in named.items() if rows
+        }
         if limits is not None:
             measured["length_policy"] = _length_policy(examples, counts, limits)
     return {
@@ -90,13 +97,30 @@ def describe(
     }
 
 
-def preview(source: str, n: int = 3, *, config: str | None = None, home: Path | None = None) -> list[dict[str, Any]]:
+def preview(
+    source: str,
+    n: int = 3,
+    *,
+    config: str | None = None,
+    home: Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    train_on: str = "all_assistant",
+) -> list[dict[str, Any]]:
     """Return the first `n` usable records of a source as plain data, after parsing.
+
+    Args:
+        tokenizer: adds `tokens` to each row: see `token_rows`. train_on: as in the config of SFT.
 
     Raises:
         DataError: the source cannot be read, or no row of it can be used.
     """
     found = read_records(source, config=config, home=home, skip_bad_rows=True)
+    first = found.records[:n]
+    tokens: list[dict[str, Any]] = [{} for _ in first]
+    if tokenizer is not None:
+        own = found.tokenizer_digest
+        made = token_rows(first, tokenizer, NO_LIMITS, digest=own, train_on=train_on)
+        tokens = [{"tokens": row} for row in made]
     return [
         {
             "where": record.where,
@@ -106,8 +130,9 @@ def preview(source: str, n: int = 3, *, config: str | None = None, home: Path | 
             "completions": [plain(completion) for completion in record.completions],
             "ended": list(record.ended),
             **record.extra,
+            **row,
         }
-        for record in found.records[:n]
+        for record, row in zip(first, tokens)
     ]
 
 

@@ -181,7 +181,7 @@ def _conversation(row: SourceRow, name: str, messages: Messages) -> Record | Non
         row.fault("empty_prompt", f"{name!r} has one turn only", "a user's turn and an assistant's")
         return None
     row.check_prompt(messages[:-1])
-    return Record("demonstration", messages[:-1], (messages[-1:],), (row.flag("ended"),))
+    return Record("demonstration", messages[:-1], (messages[-1:],), (row.flag("ended"),), turns=True)
 
 
 def _alpaca(row: SourceRow) -> Record | None:

@@ -151,13 +151,14 @@ def examples_of(
     fractions: Mapping[str, float] = FRACTIONS,
     max_samples: int | None = None,
     style: Style = PLAIN,
+    all_replies: bool = False,
 ) -> tuple[list[Example], SourceReport]:
     """Tokenise one split of given records; also report on its rows.
 
     Args:
         kind: the kind that the stage needs: text, prompt, demonstration, pair, preference or order.
         split: name of a split, or "all".
-        tokenizer, lengths: as for `tokenize`.
+        tokenizer, lengths, all_replies: as for `tokenize`.
         skip_bad_rows: drop and count faulty rows instead of refusing the source.
         fractions: share of each split, if the source has no splits.
         max_samples: maximum number of records, in hash order.
@@ -172,7 +173,8 @@ def examples_of(
         refuse_faults(tied, found.source, len(in_it))
     records, left_out = as_kind([style.apply(record) for record in in_it], kind, found.source)
     records = lowest_hashes(records, max_samples)
-    examples, counts = tokenize(records, tokenizer, lengths, source_tokenizer_digest=found.tokenizer_digest)
+    own = found.tokenizer_digest
+    examples, counts = tokenize(records, tokenizer, lengths, source_tokenizer_digest=own, all_replies=all_replies)
     if not skip_bad_rows:  # also faults in splits that this stage does not read
         refuse_faults([*counts.faults, *blank_prompts(found, tokenizer, kind)], found.source, found.rows)
     dropped = Counter(count_reasons(found.faults)) + found.skipped + left_out + counts.dropped

@@ -34,6 +34,7 @@ class Record:
     completion_ids: tuple[tuple[int, ...], ...] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)  # ranks, scores, label_probability
     instruction: tuple[str, str] | None = None  # instruction and input of an Alpaca row, which the prompt is made of
+    turns: bool = False  # the last turn of a conversation, whose earlier assistant's turns may be trained too
 
     @property
     def conversational(self) -> bool:

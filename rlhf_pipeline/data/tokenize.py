@@ -1,21 +1,20 @@
 """Records to token ids under one length policy for all stages.
 
-A prompt longer than `lengths.prompt` is cut on the left. An example with a completion longer than `lengths.response`
-(EOS included) is dropped and counted. A completion gets EOS only if it ended.
+A prompt longer than `lengths.prompt` is cut on the left; one of messages loses whole turns there. An example with a
+completion longer than `lengths.response` (EOS included) is dropped and counted. A completion gets EOS only if it ended.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from rlhf_pipeline.data.files import RowFault, row_fault
+from rlhf_pipeline.data.encode import Counts, Encoded, encode, with_fewer_turns
+from rlhf_pipeline.data.files import row_fault
 from rlhf_pipeline.data.kinds import as_kind, ranks_of
-from rlhf_pipeline.data.records import Record, shared_length
-from rlhf_pipeline.data.render import Rendered, as_plain, render
+from rlhf_pipeline.data.records import Record
 from rlhf_pipeline.data.tokenizers import tokenizer_digest
 from rlhf_pipeline.errors import DataError
 
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rlhf_pipeline.config.base import Lengths
-
-BATCH = 2048  # texts handed to the tokenizer at once
 
 
 @dataclass
@@ -41,6 +38,12 @@ class Example:
     completion_texts: tuple[str, ...] = ()
     ranks: tuple[int, ...] | None = None  # of a ranking, ascending; equal ones are ties. None: best first, no ties
     prompt_truncated: bool = False
+    trained: list[bool] | None = None  # of the tokens of the only completion: whether SFT trains it; None: all
+
+    @property
+    def tokens_trained(self) -> int:
+        """The number of completion tokens that SFT trains."""
+        return sum(map(len, self.completions)) if self.trained is None else sum(self.trained)
 
     def untied(self) -> list[tuple[int, int]]:
         """Return the pairs (i, j) in which completion i is preferred to j.
@@ -64,25 +67,6 @@ def untied(completions: Sequence[list[int]], ranks: Sequence[int] | None = None)
     return [(i, j) for i, j in ordered if completions[i] != completions[j]]
 
 
-@dataclass
-class Counts:
-    """What tokenisation dropped or cut, by reason, and the rows that cannot be tokenised."""
-
-    dropped: Counter[str] = field(default_factory=Counter)
-    truncated: Counter[str] = field(default_factory=Counter)
-    faults: list[RowFault] = field(default_factory=list)
-
-
-@dataclass
-class _Encoded:
-    """One record's texts and ids before the length policy."""
-
-    record: Record
-    texts: Rendered
-    prompt_ids: list[int]
-    completions: list[list[int]]
-
-
 def tokenize(
     records: Sequence[Record],
     tokenizer: PreTrainedTokenizerBase,
@@ -90,6 +74,7 @@ def tokenize(
     *,
     source_tokenizer_digest: str | None = None,
     kind: str | None = None,
+    all_replies: bool = False,
 ) -> tuple[list[Example], Counts]:
     """Turn records into examples, in their order.
 
@@ -100,6 +85,11 @@ def tokenize(
         source_tokenizer_digest: digest of the tokenizer of the records' own token ids. The ids are used if it is the
             digest of `tokenizer`; otherwise the texts are tokenised again.
         kind: kind that the records are converted to first; None: no conversion.
+        all_replies: of a conversation, also train on the assistant's turns in the prompt. The example's prompt then
+            ends at the first of them, and its completion is the rest of the conversation.
+
+    Raises:
+        DataError: there are messages, but the tokenizer has no chat template.
     """
     counts = Counts()
     if kind is not None:
@@ -107,12 +97,15 @@ def tokenize(
         counts.dropped += left_out
     own_ids = source_tokenizer_digest is not None and source_tokenizer_digest == tokenizer_digest(tokenizer)
     examples: list[Example] = []
-    for encoded in _encode(records, tokenizer, own_ids, counts):
+    for encoded in encode(records, tokenizer, own_ids, counts, all_replies):
         if encoded.record.kind == "text":
             examples += _chunks(encoded, tokenizer.eos_token_id, lengths.total, counts)
-        else:
-            example = _fit(encoded, tokenizer, lengths, counts)
-            examples += [] if example is None else [example]
+            continue
+        shorter: Encoded | None = encoded
+        if encoded.texts.templated and len(encoded.prompt_ids) > lengths.prompt:
+            shorter = with_fewer_turns(encoded, tokenizer, lengths.prompt, counts, all_replies)
+        example = None if shorter is None else _fit(shorter, tokenizer, lengths, counts)
+        examples += [] if example is None else [example]
     return examples, counts
 
 
@@ -138,62 +131,10 @@ def whole_sequence(example: Example) -> Example:
     if len(example.completions) != 1:
         raise ValueError(f"{example.where}: expected one completion, found {len(example.completions)}")
     joined = example.prompt_ids[1:] + example.completions[0]
-    return replace(example, prompt_ids=example.prompt_ids[:1], completions=[joined])
+    return replace(example, prompt_ids=example.prompt_ids[:1], completions=[joined], trained=None)
 
 
-def _encode(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, own_ids: bool, counts: Counts
-) -> Iterator[_Encoded]:
-    prefix = _prefix(tokenizer)
-    for start in range(0, len(records), BATCH):
-        batch = records[start : start + BATCH]
-        ready = [own_ids and _has_ids(record) for record in batch]
-        rendered = [as_plain(record) if done else render(record, tokenizer) for done, record in zip(ready, batch)]
-        texts = [text for done, item in zip(ready, rendered) if not done for text in item.texts()]
-        ids = iter(token_ids(tokenizer, texts))
-        for record, done, item in zip(batch, ready, rendered):
-            if done:
-                completions = [list(tokens) for tokens in record.completion_ids or ()]
-                yield _Encoded(record, item, list(record.prompt_ids or ()), completions)
-                continue
-            encoded = [next(ids) for _ in item.texts()]
-            known = [tokens for tokens in encoded if tokens is not None]
-            if len(known) < len(encoded):
-                found = "text that the tokenizer has no token for"
-                counts.faults.append(row_fault(record.where, "unknown_token", found, "text within its vocabulary"))
-                continue
-            prompt, *wholes = known
-            # One shared prompt: as far as every completion's own tokenisation agrees with it.
-            shared = min([shared_length(prompt, whole) for whole in wholes], default=len(prompt))
-            completions = [whole[shared:] for whole in wholes]
-            start_ids = [] if item.templated else prefix
-            yield _Encoded(record, item, start_ids + prompt[:shared], completions)
-
-
-def _has_ids(record: Record) -> bool:
-    return (record.prompt_ids if record.kind == "prompt" else record.completion_ids) is not None
-
-
-def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the BOS that the tokenizer adds before a text, if it adds one."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
-
-
-def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int] | None]:
-    """Return the token ids of each text without special tokens; None if the tokenizer has no token for part of it."""
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    if not texts:
-        return []
-    try:
-        return tokenizer(texts, **options)["input_ids"]
-    except Exception:  # a word-level tokenizer without an unknown token raises a bare Exception
-        if len(texts) == 1:
-            return [None]
-        return [ids for text in texts for ids in token_ids(tokenizer, [text])]
-
-
-def _fit(encoded: _Encoded, tokenizer: PreTrainedTokenizerBase, lengths: Lengths, counts: Counts) -> Example | None:
+def _fit(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, lengths: Lengths, counts: Counts) -> Example | None:
     record, prompt, bos = encoded.record, encoded.prompt_ids, tokenizer.bos_token_id
     completions = [_closed(ids, ended, tokenizer.eos_token_id) for ids, ended in zip(encoded.completions, record.ended)]
     if not prompt and bos is None:
@@ -219,12 +160,13 @@ def _fit(encoded: _Encoded, tokenizer: PreTrainedTokenizerBase, lengths: Lengths
     if shortened:
         counts.truncated["ranking_shortened"] += 1
     prompt = prompt or [bos]
-    truncated = len(prompt) > lengths.prompt
-    if truncated:
+    truncated = encoded.truncated
+    if len(prompt) > lengths.prompt:
+        truncated = True
         counts.truncated["prompt_truncated"] += 1
         keeps_bos = prompt[0] == bos and lengths.prompt > 1  # models that begin with BOS need it there
         prompt = [bos, *prompt[1 - lengths.prompt :]] if keeps_bos else prompt[-lengths.prompt :]
-    return Example(
+    example = Example(
         prompt,
         completions,
         ended,
@@ -235,6 +177,19 @@ def _fit(encoded: _Encoded, tokenizer: PreTrainedTokenizerBase, lengths: Lengths
         texts,
         ranks,
         truncated,
+    )
+    return _with_replies(example, encoded.trained) if encoded.trained and any(encoded.trained) else example
+
+
+def _with_replies(example: Example, trained: list[bool]) -> Example:
+    """Move the border to the first trained token of the prompt."""
+    border = max(trained.index(True), 1)  # at least one token of prompt
+    completion = example.completions[0]
+    return replace(
+        example,
+        prompt_ids=example.prompt_ids[:border],
+        completions=[example.prompt_ids[border:] + completion],
+        trained=trained[border:] + [True] * len(completion),
     )
 
 
@@ -258,7 +213,7 @@ def _closed(ids: list[int], ended: bool, eos: int) -> list[int]:
     return ids[:-1] if closed and len(ids) > 1 else ids  # a cut response has no end token, even if its text has one
 
 
-def _chunks(encoded: _Encoded, eos: int, total: int, counts: Counts) -> list[Example]:
+def _chunks(encoded: Encoded, eos: int, total: int, counts: Counts) -> list[Example]:
     """Cut a text into sequences of at most `total` tokens; the first token of each is its prompt."""
     record = encoded.record
     ended = record.ended[0]

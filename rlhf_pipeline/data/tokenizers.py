@@ -16,13 +16,18 @@ EOS, PAD = "<|endoftext|>", "<|pad|>"
 BYTES = 256
 
 
-def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str, revision: str | None = None, trust_remote_code: bool = False, *, eos_token: str | None = None
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model directory or hub id; if PAD is missing or equals EOS, a new PAD is added.
 
     The new PAD may be one id beyond the model's embedding, which then needs another row.
 
+    Args:
+        eos_token: replaces the tokenizer's EOS.
+
     Raises:
-        BadInput: there is no tokenizer, or it has no EOS token.
+        BadInput: there is no tokenizer, it has no EOS token, or `eos_token` is not one of its tokens.
     """
     from transformers import AutoTokenizer
 
@@ -33,6 +38,10 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
         raise BadInput(
             f"{path}: the tokenizer cannot be loaded ({reason}); expected a Hugging Face tokenizer"
         ) from error
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise ConfigError(Fault("eos_token", f"{eos_token!r} is not a token of {path}", "one of its tokens"))
+        tokenizer.eos_token = eos_token
     if tokenizer.eos_token_id is None:
         raise BadInput(f"{path}: the tokenizer has no EOS token, so no response could end; set `eos_token`")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
+from rlhf_pipeline.data.encode import ADVICE
 from rlhf_pipeline.data.kinds import as_kind
 from rlhf_pipeline.data.load import lowest_hashes
 from rlhf_pipeline.data.overlap import EVALUATED, loose_key
@@ -26,6 +27,7 @@ FEW_JUDGE_PAIRS = 200
 FEW_TEST_PROMPTS = 100
 """With fewer prompts, the 95 % interval of a win rate is wider than ±.1."""
 NAMED = 3
+CONTROL = "their text has control tokens or marks of a chat template, encoded as such: was it rendered before?"
 
 
 def findings(found: Mapping[str, Any]) -> list[str]:
@@ -41,6 +43,7 @@ def findings(found: Mapping[str, Any]) -> list[str]:
         *_rules(found.get("label_noise")),
         *_minimum(found.get("win_graphs")),
         *_repeated(found),
+        *_tokens(found.get("tokens", {})),
         *_sizes(found),
     ]
 
@@ -105,6 +108,13 @@ def _repeated(found: Mapping[str, Any]) -> Iterator[str]:
         first = found["duplicate_list"][:NAMED]
         more = ", ..." if count > len(first) else ""
         yield f"{count} of {found['usable']} rows repeat an earlier one exactly: {', '.join(first)}{more}"
+
+
+def _tokens(found: Mapping[str, Any]) -> Iterator[str]:
+    for reason, rows in found.items():
+        first = rows["first"][:NAMED]
+        more = ", ..." if rows["rows"] > len(first) else ""
+        yield f"{rows['rows']} rows ({', '.join(first)}{more}): {ADVICE.get(reason, CONTROL)}"
 
 
 def _sizes(found: Mapping[str, Any]) -> Iterator[str]:

@@ -87,7 +87,7 @@ class Bench:
         Raises:
             MismatchError: its tokenizer is different.
         """
-        theirs = tokenizer_of(resolved, self.config.trust_remote_code)
+        theirs = tokenizer_of(resolved, self.config.trust_remote_code, self.config)
         if tokenizer_digest(theirs) != tokenizer_digest(self.tokenizer):
             raise MismatchError(
                 f"{resolved.label}: found another tokenizer than that of the first model; expected models that read "
@@ -243,7 +243,7 @@ def set_up(
     texts: Sequence[str] = (),
 ) -> Bench:
     """Prepare the evaluation of `first` and of models like it, on typed `texts` or on a split's prompts."""
-    tokenizer = tokenizer_of(first, config.trust_remote_code)
+    tokenizer = tokenizer_of(first, config.trust_remote_code, config)
     lengths = _lengths(config, first)
     data: list[DataReport] = []
     own: RecordSet | None = None

@@ -97,7 +97,7 @@ def _evaluate_reward_model(
         training = load_config("train-rm", None, extra=trained).config
         data, kind = StageData(training, registry.home, say), preference_kind(training)
         changed = [] if config.prompts else changes_of(resolved, data.sources(kind))
-    tokenizer = tokenizer_of(resolved, config.trust_remote_code)
+    tokenizer = tokenizer_of(resolved, config.trust_remote_code, config)
     for change in changed:
         say(f"note: {change.text}")
     train, _ = data.split(kind, training.dataset_train_split, tokenizer, required=False)

@@ -140,7 +140,7 @@ def run_collect(
     if told:
         say(told)
     require_positions(config, parent)
-    tokenizer = tokenizer_of(parent, config.trust_remote_code)
+    tokenizer = tokenizer_of(parent, config.trust_remote_code, config)
     policy = load_policy(parent, config, tokenizer, device, frozen=True)
     labeller = load_reward(registry, config.judge, config, parent, tokenizer, device)
     ((source, part, _),) = config.sources()

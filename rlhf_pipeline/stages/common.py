@@ -13,9 +13,11 @@ import torch
 from rlhf_pipeline.config.collect import CollectConfig
 from rlhf_pipeline.config.dump import config_digest
 from rlhf_pipeline.config.stages import ModelConfig, SftConfig
+from rlhf_pipeline.config.template import HasTemplate
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.data.batch import Layout, fill_rows, tree_length
 from rlhf_pipeline.data.load import SourceReport
+from rlhf_pipeline.data.templates import apply_template_keys
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import chat_template_digest, load_tokenizer, tokenizer_digest
 from rlhf_pipeline.errors import MismatchError
@@ -89,9 +91,13 @@ def find_base(run: Run, config: TrainingConfig) -> Resolved:
     return parent
 
 
-def tokenizer_of(resolved: Resolved, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer stored with a model."""
-    return load_tokenizer(resolved.location, revision=resolved.revision, trust_remote_code=trust_remote_code)
+def tokenizer_of(
+    resolved: Resolved, trust_remote_code: bool = False, config: HasTemplate | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer stored with a model, with the chat template and the EOS that a config gives it."""
+    eos = None if config is None else config.eos_token
+    tokenizer = load_tokenizer(resolved.location, resolved.revision, trust_remote_code, eos_token=eos)
+    return tokenizer if config is None else apply_template_keys(tokenizer, config)
 
 
 def loading_options(resolved: Resolved, config: ModelConfig) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_pipeline.config.training import TrainingConfig
+from rlhf_pipeline.data.encode import ADVICE
 from rlhf_pipeline.data.load import (
     RecordSet,
     SourceReport,
@@ -20,6 +21,7 @@ from rlhf_pipeline.data.load import (
 from rlhf_pipeline.data.overlap import keep_apart
 from rlhf_pipeline.data.parsed import collector_at_rest
 from rlhf_pipeline.data.records import plain
+from rlhf_pipeline.data.render import REASONING, REWRITTEN
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import DataError
@@ -68,6 +70,7 @@ class StageData:
         *,
         limit: int | None = None,
         required: bool = True,
+        all_replies: bool = False,
     ) -> tuple[list[Example], tuple[SourceReport, ...]]:
         """Examples of one split, and a report per source.
 
@@ -85,6 +88,7 @@ class StageData:
             "skip_bad_rows": config.skip_bad_rows,
             "fractions": config.split_fractions,
             "style": Style.of(config.model_dump(include={"instruction_style", "text_as_chat"})),
+            "all_replies": all_replies,
         }
         most = limit if divided is None else None
         try:
@@ -109,6 +113,9 @@ class StageData:
             return [], ()
         for report in reports:
             self.say("data: " + report.summary())
+        for reason in (REASONING, REWRITTEN):
+            if any(report.truncated.get(reason) for report in reports):
+                self.say(f"note: {ADVICE[reason]}")
         return examples, reports
 
     def texts(self, split: str) -> list[str]:

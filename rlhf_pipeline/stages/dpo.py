@@ -124,7 +124,7 @@ def run_dpo(config: DpoConfig, home: Path, **options) -> StageResult:
                 f"note: ref_model {ref_parent.label} is neither {parent.label}, the start of training, nor one of its "
                 f"ancestors; DPO measures KL and implicit reward to {ref_parent.label}, PPO to {parent.label}"
             )
-        tokenizer: PreTrainedTokenizerBase = tokenizer_of(parent, config.trust_remote_code)
+        tokenizer: PreTrainedTokenizerBase = tokenizer_of(parent, config.trust_remote_code, config)
         if config.ref_model:
             require_same_tokenizer(parent, ref_parent, tokenizer, config.trust_remote_code)
         policy = load_policy(parent, config, tokenizer, run.device)

@@ -140,7 +140,7 @@ def run_ppo(config: PpoConfig, home: Path, **options) -> StageResult:
     with open_run("ppo", config, home, **options) as run:
         config = run.config
         parent = find_base(run, config)
-        tokenizer = tokenizer_of(parent, config.trust_remote_code)
+        tokenizer = tokenizer_of(parent, config.trust_remote_code, config)
         check_processes(config, run.accelerator.num_processes)
         # 1. Prompts.
         data = StageData(config, run.registry.home, run.log.say)

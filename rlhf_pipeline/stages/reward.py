@@ -136,7 +136,7 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
         config = run.config
         # 1. The trunk of a language model with a new scalar head.
         parent = find_base(run, config)
-        tokenizer: PreTrainedTokenizerBase = tokenizer_of(parent, config.trust_remote_code)
+        tokenizer: PreTrainedTokenizerBase = tokenizer_of(parent, config.trust_remote_code, config)
         network = init_reward_model(
             parent.location,
             tokenizer,

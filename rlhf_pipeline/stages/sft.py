@@ -14,6 +14,8 @@ from rlhf_pipeline.algorithms.language_model import negative_log_likelihood
 from rlhf_pipeline.config.sft import SftConfig
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.batch import pack
+from rlhf_pipeline.data.shown import trained_text
+from rlhf_pipeline.data.templates import apply_template_keys
 from rlhf_pipeline.data.tokenize import Example, whole_sequence
 from rlhf_pipeline.data.tokenizers import train_byte_level_bpe
 from rlhf_pipeline.models.loading import init_causal_lm, new_config
@@ -65,7 +67,7 @@ def mean_nll(
     pad_id: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """Mean negative log-likelihood per completion token and per completion, in nats, computed by `score`."""
+    """Mean negative log-likelihood per trained token and per completion, in nats, computed by `score`."""
 
     def logprobs(part: Sequence[Example]) -> Tensor:
         batch = pack(part, pad_id, layout=policy.reader.layout).to(device)
@@ -77,7 +79,7 @@ def mean_nll(
         total = -float(score(logprobs, examples, responses_at_once=responses_at_once, memory=memory).sum())
     finally:
         policy.train(was_training)
-    tokens = sum(len(ids) for example in examples for ids in example.completions)
+    tokens = sum(example.tokens_trained for example in examples)
     return {"eval_nll": total / tokens, "eval_nll_per_sequence": total / len(examples)}
 
 
@@ -105,10 +107,10 @@ def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
             parents["base"] = find_base(run, config)
         data = StageData(config, run.registry.home, run.log.say)
         if parents:
-            tokenizer = tokenizer_of(parents["base"], config.trust_remote_code)
+            tokenizer = tokenizer_of(parents["base"], config.trust_remote_code, config)
             policy = load_policy(parents["base"], config, tokenizer, run.device, dropout=config.dropout)
         else:
-            tokenizer = make_tokenizer(run, data)
+            tokenizer = apply_template_keys(make_tokenizer(run, data), config)
             assert config.model_init is not None  # `check_start` of the config
             model = init_causal_lm(
                 config.model_init,
@@ -123,14 +125,12 @@ def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
         run.log.say(f"model: {sum(p.numel() for p in policy.parameters()):,} parameters, {policy.reader}")
 
         # 2. The data.
-        examples, reports = data.split(
-            "demonstration", config.dataset_train_split, tokenizer, limit=config.max_train_samples
-        )
-        held_out, _ = data.split(
-            "demonstration", config.dataset_test_split, tokenizer, limit=EVAL_EXAMPLES, required=False
-        )
-        if not config.completion_only_loss:
+        read = functools.partial(data.split, "demonstration", all_replies=config.train_on == "all_assistant")
+        examples, reports = read(config.dataset_train_split, tokenizer, limit=config.max_train_samples)
+        held_out, _ = read(config.dataset_test_split, tokenizer, limit=EVAL_EXAMPLES, required=False)
+        if config.trains_all:
             examples, held_out = ([whole_sequence(e) for e in part] for part in (examples, held_out))
+        run.log.say(f"first example: {trained_text(examples[0], tokenizer)}")
 
         # 3. Train.
         shape = ModelShape.of(policy.model, checkpointed=config.gradient_checkpointing)

@@ -153,11 +153,11 @@ def total_steps(count: int, window_size: int, epochs: float, max_steps: int) -> 
 
 
 def counts_of(examples: Sequence[Example]) -> dict[str, float]:
-    """The denominators of a window of examples: its prompts, their untied pairs, the tokens of the completions."""
+    """The denominators of a window of examples: its prompts, their untied pairs, its trained tokens."""
     return {
         "prompts": float(len(examples)),
         "pairs": float(sum(len(example.untied()) for example in examples)),
-        "tokens": float(sum(len(ids) for example in examples for ids in example.completions)),
+        "tokens": float(sum(example.tokens_trained for example in examples)),
     }
 
 

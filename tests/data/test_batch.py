@@ -261,3 +261,18 @@ def test_neighbours_with_one_prompt_become_one_tree():
     assert torch.equal(one.target_ids, other.target_ids) and torch.equal(one.lengths, other.lengths)
     assert (one.active_tokens, other.active_tokens) == (2 + 3 + 1 + 1 + 2 + 1, 2 + 3 + 1 + 1 + 2 + 1 + 2)
     assert (one.num_predicting, other.num_predicting) == (4, 5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_index_vectors_leave_out_tokens_that_are_not_trained(layout):
+    turns = example([5, 6], [7, 8, 9, 10])
+    turns.trained = [True, False, False, True]
+    batch = pack([ONE, turns, PAIR], PAD, layout=layout, flat_from=1)
+    assert batch.target_ids.tolist() == [12, 13, 14, 7, 10, 8, 9, 10]
+    ids = batch.input_ids.view(-1)
+    assert ids[batch.token_index].tolist() == batch.target_ids.tolist()
+    assert ids[batch.predict_index].tolist() == [11, 12, 13, 6, 9, 7, 8, 7]
+    assert batch.completion_index.tolist() == [0, 0, 0, 1, 1, 2, 2, 3]
+    assert batch.lengths.tolist() == [3, 4, 2, 1]
+    assert ids[batch.last_index].tolist() == [14, 10, 9, 10]
+    assert batch.num_tokens == 8 and turns.tokens_trained == 2

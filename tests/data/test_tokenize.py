@@ -28,12 +28,14 @@ def test_eos_stands_where_the_completion_ended_and_once(letters, pair):
     assert ids(pair("a", "b<eos>", "c"), letters) == ([A], [[B, EOS], [C, EOS]])
 
 
-def test_where_tokens_reach_over_the_border_the_common_prefix_decides(letters, pair):
+def test_where_a_token_reaches_over_the_border_the_prompts_own_ids_win(letters, pair):
     demonstration = Record("demonstration", "ab", ("cd",), (False,))
-    assert ids(demonstration, letters) == ([A], [[BC, D]])
-    assert ids(pair("ab", "cd", "dd", (False, False)), letters) == ([A], [[BC, D], [B, D, D]])
-    assert ids(pair("ab", "dd", "cd", (False, False)), letters) == ([A], [[B, D, D], [BC, D]])
-    assert ids(pair("ab", "dd", "da", (False, False)), letters) == ([A, B], [[D, D], [D, A]])
+    assert ids(demonstration, letters) == ([A, B], [[C, D]])
+    assert ids(pair("ab", "cd", "dd", (False, False)), letters) == ([A, B], [[C, D], [D, D]])
+    assert ids(pair("ab", "dd", "cd", (False, False)), letters) == ([A, B], [[D, D], [C, D]])
+    _, counts = tokenize([pair("ab", "cd", "dd", where="f:1"), pair("ab", "dd", "da", where="f:2")], letters, WIDE)
+    assert counts.truncated == {"token_across_border": 1}
+    assert counts.rows == {"token_across_border": ["f:1"]}
 
 
 def test_a_long_prompt_is_cut_from_the_left(letters):
@@ -170,6 +172,62 @@ def test_messages_go_through_the_chat_template(chat):
     assert ids(record, chat) == ([A, B, D], [[A, EOS], [D]])
     assert ids(Record("prompt", (user,)), chat) == ([A, B, D], [])
     assert ids(Record("text", None, ((user, bot),), (True,)), chat) == ([A], [[B, D, A, EOS]])
+
+
+def talk(*texts: str, system: str | None = None) -> tuple[dict[str, str], ...]:
+    """Messages of user and assistant in turn."""
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return (*([{"role": "system", "content": system}] if system else []), *turns)
+
+
+def conversation(*texts: str, **fields) -> Record:
+    turns = talk(*texts)
+    return Record("demonstration", turns[:-1], (turns[-1:],), (True,), "f:1", turns=True, **fields)
+
+
+NEWLINE = 6
+
+
+@pytest.mark.parametrize("marks", [False, True])
+def test_every_turn_of_the_assistant_is_trained(chat, marks):
+    """By hand: users' turns are `a` and text, the assistant's `d`, text, <eos> and a newline; texts and <eos> train."""
+    if marks:
+        reply, newline = "{{ m.content }}<eos>", "{{ '\\n' }}"
+        assert chat.chat_template.count(f"d{reply}\n") == 1
+        marked = f"d{{% generation %}}{reply}{{% endgeneration %}}{newline}"
+        chat.chat_template = chat.chat_template.replace(f"d{reply}\n", marked)
+    record = conversation("b", "cb", "c", "dd", "b", "a")
+    (example,), _ = tokenize([record], chat, limits(30, 30), all_replies=True)
+    assert example.prompt_ids == [A, B, D]
+    rest = [C, B, EOS, NEWLINE, A, C, D, D, D, EOS, NEWLINE, A, B, D, A, EOS]
+    trained = [1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 1, 1]
+    assert (example.completions, example.trained) == ([rest], [bool(flag) for flag in trained])
+    assert example.tokens_trained == 8
+    (last,), _ = tokenize([record], chat, limits(30, 30))
+    assert (last.prompt_ids + last.completions[0], last.trained) == (example.prompt_ids + rest, None)
+    assert last.completions == [[A, EOS]]
+    whole = whole_sequence(example)
+    assert (whole.prompt_ids, whole.completions, whole.trained) == ([A], [[B, D, *rest]], None)
+
+
+def test_a_template_that_writes_the_last_turn_otherwise_is_followed(chat):
+    """Like Qwen3: the last reply has its reasoning, or an empty one, the earlier ones have not."""
+    chat.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}a{{ m.content }}{% else %}d"
+        "{% if loop.last %}cc{% endif %}{{ m.content }}<eos>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}d{% endif %}"
+    )
+    (example,), _ = tokenize([conversation("b", "b", "b", "a")], chat, limits(30, 30), all_replies=True)
+    assert (example.prompt_ids, example.completions) == ([A, B, D], [[B, EOS, NEWLINE, A, B, D, C, C, A, EOS]])
+    assert example.trained == [True, True, *[False] * 4, *[True] * 4]
+
+
+def test_one_reply_and_prompts_of_their_own_train_the_completion(chat):
+    single = conversation("b", "a")
+    given = Record("demonstration", talk("b", "a", "c"), (talk("", "d")[1:],), (True,))  # columns prompt and completion
+    for record in (single, given):
+        (example,), _ = tokenize([record], chat, limits(30, 30), all_replies=True)
+        assert example.trained is None and example.prompt_ids[-1] == D
 
 
 def test_messages_without_a_chat_template_are_refused(letters):

@@ -16,17 +16,22 @@ IGNORED = -100
 def columns(stage: str, examples: Sequence[Example]) -> dict[str, list[Any]]:
     """The columns that TRL's trainer of a stage reads.
 
-    sft: prompt and completion as input_ids, with labels only for the completion. reward: the prompt with each response,
-    as chosen_ids and rejected_ids. dpo: prompt_ids, and each response without the prompt.
+    sft: prompt and completion as input_ids, with labels only for its trained tokens. reward: the prompt with each
+    response, as chosen_ids and rejected_ids. dpo: prompt_ids, and each response without the prompt.
     """
     if stage == "sft":
-        labels = [[IGNORED] * len(e.prompt_ids) + e.completions[0] for e in examples]
+        labels = [[IGNORED] * len(e.prompt_ids) + _targets(e) for e in examples]
         return {"input_ids": [e.prompt_ids + e.completions[0] for e in examples], "labels": labels}
     pair = (("chosen_ids", 0), ("rejected_ids", 1))
     if stage == "reward":
         return {name: [e.prompt_ids + e.completions[k] for e in examples] for name, k in pair}
     prompts = [e.prompt_ids for e in examples]
     return {"prompt_ids": prompts} | {name: [e.completions[k] for e in examples] for name, k in pair}
+
+
+def _targets(example: Example) -> list[int]:
+    ids, trained = example.completions[0], example.trained
+    return ids if trained is None else [token if flag else IGNORED for token, flag in zip(ids, trained)]
 
 
 class WindowSampler:

@@ -1,0 +1,172 @@
+"""One prompt for training and sampling: prompts keep the ids that they have alone, for every kind of tokenizer."""
+
+from __future__ import annotations
+
+from itertools import pairwise, product
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from rlhf_pipeline.data.borders import decoded
+from rlhf_pipeline.data.records import Record
+from rlhf_pipeline.data.tokenize import tokenize
+
+ENDINGS = ("", ":", ": ", ":\n", ":\n\n", ":\n\n\n", ' "', " (", ".", ".\n \n", ":\n\n- ")
+BEGINNINGS = ("wax.", " wax.", "\nwax.", "\n\nwax.", "- wax.", '"wax."', "(wax.)", ".wax.", "the wax. ")
+TEXTS = [f"Answer{ending}{beginning} the answer" for ending, beginning in product(ENDINGS, BEGINNINGS)] * 3
+WIDE = SimpleNamespace(prompt=99, response=99, total=198)
+SMOLLM2 = Path(__file__).parents[2] / "build" / "smollm2"
+
+
+def made(core, **options):
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>", **options)
+
+
+def byte_level():
+    """Like GPT-2 and Llama 3: byte-level BPE, whose pieces are cut by a regular expression."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder, core.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=True)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core.train_from_iterator(
+        TEXTS,
+        trainers.BpeTrainer(
+            vocab_size=400, special_tokens=["<eos>", "<unk>"], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    return made(core)
+
+
+def sentence_piece(model, trainer, where: str):
+    """Like Llama 2 (BPE) and T5 (Unigram): a space before a text, spaces as a letter, pieces across white space."""
+    from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+
+    core = Tokenizer(model)
+    if where == "normalizer":
+        core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=where, split=False)
+    strip = [] if where == "never" else [decoders.Strip(" ", 1, 0)]
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), *strip])
+    core.train_from_iterator(TEXTS, trainer)
+    return made(core)
+
+
+def sentence_piece_bpe(where: str):
+    from tokenizers import models, trainers
+
+    options = {"vocab_size": 150, "special_tokens": ["<eos>", "<unk>"], "show_progress": False}
+    return sentence_piece(models.BPE(unk_token="<unk>"), trainers.BpeTrainer(**options), where)
+
+
+def unigram(where: str):
+    from tokenizers import models, trainers
+
+    special = ["<eos>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>", show_progress=False)
+    return sentence_piece(models.Unigram(), trainer, where)
+
+
+def word_piece():
+    """Like BERT: words and their rests, white space is lost."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    core = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(cleanup=False)
+    trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=["<eos>", "<unk>"], show_progress=False)
+    core.train_from_iterator(TEXTS, trainer)
+    return made(core)
+
+
+def word_level():
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    core = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.train_from_iterator(TEXTS, trainers.WordLevelTrainer(special_tokens=["<eos>", "<unk>"], show_progress=False))
+    return made(core)
+
+
+EXACT = {
+    "byte-level BPE": byte_level,
+    "BPE, space by normalizer": lambda: sentence_piece_bpe("normalizer"),
+    "BPE, space always": lambda: sentence_piece_bpe("always"),
+    "BPE, space first": lambda: sentence_piece_bpe("first"),
+    "BPE, no space": lambda: sentence_piece_bpe("never"),
+    "Unigram, space always": lambda: unigram("always"),
+    "Unigram, space first": lambda: unigram("first"),
+    "Unigram, no space": lambda: unigram("never"),
+}
+WITHOUT_WHITE_SPACE = {"WordPiece": word_piece, "WordLevel": word_level}
+
+
+def check_all(name: str, tokenizer, same) -> int:
+    """Check every ending with every beginning, and all beginnings as one ranking; return how many tokens were cut."""
+    cut = 0
+    for ending in ENDINGS:
+        prompt = f"Answer{ending}"
+        alone = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        rows = [Record("demonstration", prompt, (reply,), (False,)) for reply in BEGINNINGS]
+        rows += [Record("pair", prompt, pair, (False, False)) for pair in pairwise(BEGINNINGS)]
+        rows += [Record("prompt", prompt)]
+        examples, counts = tokenize(rows, tokenizer, WIDE)
+        left_out = counts.dropped["identical_pair"]  # white space is lost
+        assert len(examples) + left_out == len(rows), (name, prompt, counts)
+        cut += counts.truncated["token_across_border"]
+        for example in examples:
+            assert example.prompt_ids == alone, (name, prompt, example.completion_texts)
+            for text, ids in zip(example.completion_texts, example.completions):
+                assert same(decoded(tokenizer, alone + ids), prompt + text), (name, prompt, text)
+    return cut
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_prompt_keeps_its_ids_and_the_text_is_kept(name):
+    tokenizer = EXACT[name]()
+    for text in ("Answer: wax.", "Answer:\n\n- wax."):
+        assert decoded(tokenizer, tokenizer(text)["input_ids"]) == text, name
+    assert check_all(name, tokenizer, lambda found, text: found == text) > 0
+
+
+@pytest.mark.parametrize("name", WITHOUT_WHITE_SPACE)
+def test_a_prompt_keeps_its_ids_where_white_space_is_lost(name):
+    tokenizer = WITHOUT_WHITE_SPACE[name]()
+
+    def same(found: str, text: str) -> bool:
+        return "<unk>" in found or "".join(found.split()) == "".join(text.split())
+
+    check_all(name, tokenizer, same)
+
+
+@pytest.mark.check
+def test_a_prompt_keeps_its_ids_with_smollm2():
+    if not SMOLLM2.is_dir():
+        pytest.skip("build/smollm2 is not there: scripts/smollm2.py makes it")
+    from rlhf_pipeline.data.tokenizers import load_tokenizer
+
+    assert check_all("SmolLM2", load_tokenizer(str(SMOLLM2)), lambda found, text: found == text) > 30
+
+
+def test_a_prompt_of_a_blank_line_keeps_it():
+    """By hand: `Answer:` and a blank line are four tokens alone; before a reply the line's two ends are two tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {
+        token: i for i, token in enumerate(["<eos>", "<unk>", "A", ":", "Ċ", "ĊĊ", "wax", "w", "a", "x", "wa"])
+    }
+    merges = [("Ċ", "Ċ"), ("w", "a"), ("wa", "x")]
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = made(core)
+    assert tokenizer("A:\n\nwax")["input_ids"] == [2, 3, 4, 4, 6]  # trained from before
+    assert tokenizer("A:\n\n")["input_ids"] == [2, 3, 5]  # sampled from
+    rows = [Record("demonstration", "A:\n\n", ("wax",), (True,), "f:1"), Record("prompt", "A:\n\n")]
+    (trained, sampled), counts = tokenize(rows, tokenizer, WIDE)
+    assert (trained.prompt_ids, trained.completions) == ([2, 3, 5], [[6, 0]])
+    assert sampled.prompt_ids == [2, 3, 5]
+    assert counts.rows == {"token_across_border": ["f:1"]}

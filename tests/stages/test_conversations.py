@@ -1,0 +1,115 @@
+"""SFT on conversations: which tokens are trained, in the loss, in the first lines of a run, and with TRL's trainer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_pipeline.cli.main import main
+from rlhf_pipeline.data.tokenizers import load_tokenizer, train_byte_level_bpe
+from rlhf_pipeline.models.loading import init_causal_lm, load_causal_lm, save_model
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SUMS = ("2+2?", "4", "3+3?", "6", "4+4?", "8")
+OPTIONS = {"dataset_train_split": "all", "dataset_test_split": "all", "max_steps": 1, "max_prompt_length": 60}
+OPTIONS |= {"response_length": 8, "per_device_train_batch_size": 4}
+
+
+def talk(*texts: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory) -> str:
+    """A directory with a tiny random model whose tokenizer has ChatML."""
+    tokenizer = train_byte_level_bpe(["user assistant 2 + 2 ? 4"] * 4, 300)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"})
+    tokenizer.chat_template = CHATML
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    settings = {"model_type": "llama", **sizes, "max_position_embeddings": 128}
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    save_model(init_causal_lm(settings, tokenizer, seed=1), tokenizer, folder)
+    return str(folder)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    rows = [talk(*SUMS), talk(*SUMS[:2]), talk(*SUMS[2:]), talk("1+1?", "2", "5?", "5")]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
+    return str(path)
+
+
+def expected_nll(folder: str, source: str, train_on: str) -> float:
+    """The mean over trained tokens of -log p by plain transformers, with the trained tokens found by their marks."""
+    tokenizer, model = load_tokenizer(folder), load_causal_lm(folder)
+    start, end, new_line = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>", "Ċ"))
+    total, count = 0.0, 0
+    for line in Path(source).read_text().splitlines():
+        ids = tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=True, return_dict=False)
+        ids = ids[: len(ids) - ids[::-1].index(end)]  # without the newline behind the last turn
+        turns, inside, header = [], False, False
+        for place, token in enumerate(ids):
+            if token == start:
+                header, inside = True, False
+                turns.append([])
+            elif header and token == new_line:
+                header, inside = False, tokenizer.decode(ids[place - 9 : place]).endswith("assistant")
+            elif inside:
+                turns[-1].append(place)
+                inside = token != end
+        replies = [places for places in turns if places]
+        trained = {
+            "all_assistant": [place for places in replies for place in places],
+            "last": replies[-1],
+            "all": range(1, len(ids)),
+        }[train_on]
+        with torch.no_grad():
+            logprobs = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        total -= sum(float(logprobs[place - 1, ids[place]]) for place in trained)
+        count += len(trained)
+    return total / count
+
+
+@pytest.mark.parametrize("train_on", ["all_assistant", "last", "all"])
+def test_the_loss_is_the_mean_over_the_trained_tokens(lab, chat, source, train_on) -> None:
+    result = lab.run("sft", output_name="x", model_name_or_path=chat, dataset_name=source, train_on=train_on, **OPTIONS)
+    expected = expected_nll(chat, source, train_on)
+    assert lab.rows(result.run)[0]["loss/nll"] == pytest.approx(expected, abs=1e-5)
+    (said,) = [line for line in (Path(result.run) / "log.txt").read_text().splitlines() if "first example" in line]
+    trained = {"all_assistant": ": 6 of ", "last": ": 2 of ", "all": "tokens trained: "}[train_on]
+    assert trained in said and said.endswith('8<|im_end|>"')
+
+
+def test_every_turn_of_the_assistant_is_the_default(lab, chat, source) -> None:
+    config = lab.config("sft", output_name="x", model_name_or_path=chat, dataset_name=source)
+    assert config.train_on == "all_assistant" and not config.trains_all
+
+
+@pytest.mark.check
+def test_trl_trains_the_same_tokens(lab, chat, source) -> None:
+    options = {**OPTIONS, "model_name_or_path": chat, "dataset_name": source, "max_steps": 3}
+    runs = [lab.run("sft", output_name=engine, engine=engine, **options).run for engine in ("native", "trl")]
+    for ours, theirs in zip(*map(lab.rows, runs), strict=True):
+        assert ours["loss/nll"] == pytest.approx(theirs["loss/nll"], abs=1e-5)
+
+
+def test_the_preview_shows_ids_borders_and_trained_tokens(capsys, lab, chat, source) -> None:
+    words = ["--home", str(lab.home), "data", "preview", source, "--tokenizer", chat]
+    assert main([*words, "--json", "-n", "1"]) == 0
+    tokens = json.loads(capsys.readouterr().out)["rows"][0]["tokens"]
+    tokenizer = load_tokenizer(chat)
+    ids = tokens["prompt_ids"] + tokens["completion_ids"][0]
+    whole = tokenizer.apply_chat_template(talk(*SUMS), tokenize=True, return_dict=False)
+    assert ids == whole[: len(ids)] and tokenizer.decode(whole[len(ids) :]) == "\n"
+    assert tokenizer.decode(tokens["prompt_ids"]).endswith("2+2?<|im_end|>\n<|im_start|>assistant\n")
+    assert tokens["trained_text"] == [["4<|im_end|>", "6<|im_end|>", "8<|im_end|>"]]
+    assert main([*words, "--train-on", "last"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert next(line for line in lines if "trained" in line) == "  trained     2 tokens '8<|im_end|>'"
