@@ -21,6 +21,7 @@ from rlhf_pipeline.data.tokenizers import chat_template_digest, load_tokenizer, 
 from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.models.loading import load_causal_lm, load_sequence_classifier, save_model
 from rlhf_pipeline.models.modules import Policy, RewardModel
+from rlhf_pipeline.models.noise import require_no_noise
 from rlhf_pipeline.models.selfcheck import inspect_model, read_reward_model
 from rlhf_pipeline.models.sharing import shared
 from rlhf_pipeline.registry.integrity import verify_files
