@@ -41,8 +41,7 @@ def without_noise(config: Any) -> Any:
 
 
 def _random_state(device: torch.device) -> tuple[Any, ...]:
-    drawn = np.random.get_state()  # noqa: NPY002 (models draw from it)
-    states = [torch.get_rng_state().tolist(), random.getstate(), drawn[1].tolist(), drawn[2]]
+    states = [torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device).tolist())
     return tuple(states)
@@ -60,7 +59,7 @@ def require_no_noise(model: PreTrainedModel) -> None:
     ids = torch.tensor([example.prompt_ids + example.completions[1]], device=parameter.device)
     before = _random_state(parameter.device)
     devices = [parameter.device] if parameter.device.type == "cuda" else []
-    others = random.getstate(), np.random.get_state()  # noqa: NPY002
+    others = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices):
             expected = model.eval()(input_ids=ids, use_cache=False).logits
@@ -77,4 +76,4 @@ def require_no_noise(model: PreTrainedModel) -> None:
     finally:
         model.train(was_training)
         random.setstate(others[0])
-        np.random.set_state(others[1])  # noqa: NPY002
+        np.random.set_state(others[1])

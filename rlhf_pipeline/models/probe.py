@@ -44,11 +44,12 @@ def probe_examples(model: PreTrainedModel) -> list[Example]:
 def agree(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     """Whether two results of a model of this dtype differ by rounding at most."""
     relative = {torch.float64: 1e-10, torch.float32: 1e-5}.get(dtype, 2e-2)
-    return bool((found - expected).abs().max() <= relative * expected.abs().max().clamp_min(1.0))
+    limit = relative * expected.abs().max().clamp_min(1.0)
+    return bool((found - expected).abs().max() <= limit)
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
     configs += [config.get_text_config() for config in configs if hasattr(config, "get_text_config")]
     return list({id(config): config for config in configs}.values())
 

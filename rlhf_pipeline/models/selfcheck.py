@@ -31,7 +31,8 @@ def _ways(model: PreTrainedModel, examples: list[Example]) -> Iterator[tuple[lis
     """
     device = next(model.parameters()).device
     # Our masks know only the windows of `sliding_window`; in "rows" the model makes its masks itself.
-    for layout in ("rows",) if has_other_windows(model) else reversed(LAYOUTS):
+    layouts = LAYOUTS[:1] if has_other_windows(model) else LAYOUTS
+    for layout in reversed(layouts):
         if layout == "flat":
             if not use_tree_attention(model):
                 continue
@@ -45,6 +46,10 @@ def _ways(model: PreTrainedModel, examples: list[Example]) -> Iterator[tuple[lis
             yield batches, True
         compute_all(trunk_of(model))
         yield batches, False
+
+
+def _logprobs(model: PreTrainedModel, reader: Reader) -> Callable[[PackedBatch], torch.Tensor]:
+    return lambda batch: completion_logprobs(model, reader, batch)[0]
 
 
 def _all_agree(
@@ -139,7 +144,7 @@ def inspect_model(model: PreTrainedModel) -> Reader:
         for batches, skipping in _ways(model, examples):
             for head in (*(() if capped else ("linear",)), *(() if skipping else ("own",))):
                 reader = Reader(batches[0].layout, head)
-                if _all_agree(lambda batch, r=reader: completion_logprobs(model, r, batch)[0], batches, plain, dtype):
+                if _all_agree(_logprobs(model, reader), batches, plain, dtype):
                     return replace(reader, decodes=_decodes_with_a_cache(model, examples))
     raise BadInput(
         f"{type(model).__name__}: found packed log-probabilities that differ from the model's own in every layout; "

@@ -123,6 +123,8 @@ def load_policy(
     def load() -> Policy:
         how = loading_options(resolved, config) | options
         model = onto(device, load_causal_lm(resolved.location, tokenizer=tokenizer, **how))
+        if not frozen and not options.get("dropout"):
+            require_no_noise(model)
         policy = Policy(model, inspect_model(model), temperature, entropy=not frozen)
         policy.train(not frozen)
         return policy.requires_grad_(False) if frozen else policy

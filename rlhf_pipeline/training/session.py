@@ -61,7 +61,7 @@ class Plan:
     derive: Callable[[Metrics], Metrics] = lambda metrics: metrics
     evaluate: Callable[[], Metrics] | None = None
     warmup_offset: int = 0
-    known: Mapping[str, float] = field(default_factory=dict)
+    known: Mapping[str, Any] = field(default_factory=dict)
     health: list[dict[str, Any]] = field(default_factory=list)
 
     def monitor(self, run: Run) -> Monitor:

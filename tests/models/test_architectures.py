@@ -1,4 +1,4 @@
-"""Models as others publish them: composite models, windows, noise, heads, missing weights. Truth: transformers alone."""
+"""Models as others publish them: composite, with windows, noise, heads of their own. Truth: transformers alone."""
 
 from __future__ import annotations
 
