@@ -173,8 +173,8 @@ DPO = (
         "not_the_reference",
         ("logps/chosen_minus_reference", "step"),
         not_the_reference,
-        "the policy is not its reference at the first step, so the loss is not that of DPO: the forward pass has noise, "
-        "or the two read or load the same files in other ways",
+        "the policy is not its reference at the first step, so this is not the loss of DPO: the forward pass has "
+        "noise, or the two read the same files in other ways",
         "attn_implementation: eager, bf16: false; delete the cache of reference log-probabilities (HOME/cache)",
         relief=10,
     ),

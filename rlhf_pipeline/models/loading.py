@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from rlhf_pipeline.errors import BadInput, ConfigError, Fault, MismatchError, did_you_mean
+from rlhf_pipeline.models.needs import require_kernel
 from rlhf_pipeline.models.noise import is_noise, without_noise
 from rlhf_pipeline.models.refusals import first_line, refuse_to_hide, require_full_precision, require_sizes
 
@@ -177,7 +178,7 @@ def init_causal_lm(
     """Make a model with random weights from `model_type` and config keys of transformers.
 
     Raises:
-        ConfigError: `model_type` or a config key is unknown, or values do not fit.
+        ConfigError: `model_type` or a config key is unknown, values do not fit, or the attention kernel is not here.
     """
     config = new_config(
         model_init,
@@ -187,6 +188,8 @@ def init_causal_lm(
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
     )
+    if attn_implementation is not None:
+        require_kernel(config, attn_implementation)
     torch.manual_seed(seed)
     model = model_of_config(
         config, dtype="float32" if dtype == "auto" else dtype, attn_implementation=attn_implementation

@@ -25,7 +25,6 @@ from rlhf_pipeline.models.noise import require_no_noise
 from rlhf_pipeline.models.selfcheck import inspect_model, read_reward_model
 from rlhf_pipeline.models.sharing import shared
 from rlhf_pipeline.registry.integrity import verify_files
-from rlhf_pipeline.registry.lengths import require_positions
 from rlhf_pipeline.registry.optimum import optimum_fields
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import Role, check_role
@@ -82,12 +81,10 @@ def find_model(
 
 
 def find_base(run: Run, config: TrainingConfig) -> Resolved:
-    """Find the language model that a stage starts from, and check that it has enough positions for the lengths."""
+    """Find the language model that a stage starts from."""
     assert config.model_name_or_path is not None  # `check_model` of the config
     revision, say = config.model_revision, run.log.say
-    parent = find_model(run.registry, config.model_name_or_path, "policy", revision=revision, say=say)
-    require_positions(config, parent)
-    return parent
+    return find_model(run.registry, config.model_name_or_path, "policy", revision=revision, say=say)
 
 
 def tokenizer_of(resolved: Resolved, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
