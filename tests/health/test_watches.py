@@ -211,7 +211,9 @@ EXAMPLE_CASES = {
         80,
     ),
 }
-CASES = {("ppo", cause): case for cause, case in PPO_CASES.items()} | EXAMPLE_CASES
+STUCK = {"weights/changed": after(21, 0.049, before=0.06)}, {"weights/changed": after(21, 0.051, before=0.06)}, 21
+STUCK_CASES = {(stage, "weights_stuck"): STUCK for stage in HEALTHY}
+CASES = {("ppo", cause): case for cause, case in PPO_CASES.items()} | EXAMPLE_CASES | STUCK_CASES
 LENGTH = {"ppo": 60, "sft": 240, "reward": 240, "dpo": 240}
 
 
