@@ -86,7 +86,7 @@ _NO_EXTRA_TOKENS = (
 )
 FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "do_train": ((True, None), "a stage always trains"),
-    "fp16": ((False, None), "use bf16, or dtype float16"),
+    "fp16": ((False, None), "use bf16"),
     "tf32": ((False, None), "use bf16 for speed"),
     "optim": (("adamw_torch", "adamw_torch_fused"), "every stage trains with AdamW"),
     "logging_strategy": (("steps",), "logging_steps sets when metrics are logged"),

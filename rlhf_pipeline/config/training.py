@@ -284,9 +284,10 @@ def check_fractions_of_sources(config: TrainingConfig) -> Iterator[Fault]:
 
 
 def check_precision(config: TrainingConfig) -> Iterator[Fault]:
-    """Yield the fault of bfloat16 autocast over float16 weights."""
-    if config.bf16 and config.dtype == "float16":  # auto too: another machine may turn it on
-        yield Fault("bf16", "bf16 is on, but dtype is float16", "dtype float32 or bfloat16 with bf16")
+    """Yield the fault of weights in float16, in which AdamW's epsilon of 1e-8 is 0: steps would have no bound."""
+    if config.dtype == "float16":
+        found = "float16 cannot be trained: in it AdamW's epsilon rounds to 0"
+        yield Fault("dtype", found, "float32 (with bf16: true for speed), or bfloat16")
 
 
 def check_max_steps(config: TrainingConfig) -> Iterator[Fault]:

@@ -29,10 +29,20 @@ def load_tokenizer(
     Raises:
         BadInput: there is no tokenizer, it has no EOS token, or `eos_token` is not one of its tokens.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+    how: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), **how)
+        # For some model types (qwen2) transformers takes another class than the one that saved the tokenizer, with
+        # other ids for the same text (findings/tokenizer_class_by_model_type.sh).
+        general = (PreTrainedTokenizerFast.__name__, "PreTrainedTokenizerFast")
+        if (
+            type(tokenizer).__name__ not in general
+            and get_tokenizer_config(path, **how).get("tokenizer_class") in general
+        ):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path), **how)
     except Exception as error:  # missing files, unreachable hub, bad JSON: many types of error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(

@@ -15,6 +15,7 @@ from rlhf_pipeline.data.load import read_records, rows_of
 from rlhf_pipeline.data.overlap import keep_apart
 from rlhf_pipeline.data.world import VOCABULARY
 from rlhf_pipeline.experiment.run import checked
+from rlhf_pipeline.models.needs import require_kernel, require_needs
 from rlhf_pipeline.registry.lengths import with_lengths
 from rlhf_pipeline.registry.parents import parents_of
 from rlhf_pipeline.registry.references import Resolved
@@ -47,6 +48,8 @@ def _new_parameters(config: SftConfig) -> int:
     assert config.model_init is not None and config.tokenizer_init is not None  # `check_start` of the config
     vocabulary = config.tokenizer_init.get("vocab_size") or len(VOCABULARY)
     described = new_config(config.model_init, dropout=config.dropout, vocab_size=vocabulary)
+    if config.attn_implementation is not None:
+        require_kernel(described, config.attn_implementation)
     with torch.device("meta"):
         model = model_of_config(described)
     return sum(parameter.numel() for parameter in model.parameters())
@@ -79,6 +82,7 @@ def estimate_stage(config: StageConfig, home: Path) -> dict[str, Any]:
         check_role(parent, named[role].role)
         if role != "reference" or named[role] != named["base"]:
             result["model" if role == "base" else role] = parent.label
+    require_needs(config, parents)
     for source in functions(config):
         load_function(source)
     if isinstance(config, CollectConfig):

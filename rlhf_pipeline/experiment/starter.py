@@ -143,18 +143,7 @@ def _tokenizer(learned: Sequence[Record], resolved: Resolved | None) -> tuple[Pr
         return train_byte_level_bpe(texts, VOCABULARY), POSITIONS
     check_role(resolved, "policy")
     tokenizer = load_tokenizer(resolved.location, revision=resolved.revision)
-    return tokenizer, positions_of(resolved) if resolved.path is not None else _positions_on_the_hub(resolved)
-
-
-def _positions_on_the_hub(resolved: Resolved) -> int | None:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(resolved.location, revision=resolved.revision)
-    except (OSError, ValueError):  # a config with custom code, or none: loading the model will report it
-        return None
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return positions if isinstance(positions, int) and positions > 0 else None
+    return tokenizer, positions_of(resolved)
 
 
 def _model(resolved: Resolved | None, model: str | None, folder: Path) -> str | None:

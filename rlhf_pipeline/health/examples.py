@@ -51,6 +51,18 @@ def reward_overfit(h: History, f: Facts) -> float | None:
     return held_out[-1] if drop > max(0.02, half / 2) and mean(training) > held_out[-1] + 0.1 else None
 
 
+def not_the_reference(h: History, f: Facts) -> float | None:
+    """At the first step, before the policy has moved, its chosen responses are not as likely as under the reference.
+
+    Rounding accounts for 1e-4 nats and 1e-5 per token (16 bits: .05 per token).
+    """
+    if not f.from_reference or h.first("step", 1) != [1]:
+        return None
+    limit = 0.05 * f.tokens if f.low_precision else 1e-4 + 1e-5 * f.tokens
+    value = h.first("logps/chosen_minus_reference", 1)[0]
+    return value if abs(value) > limit else None
+
+
 def chosen_falls(h: History, f: Facts) -> float | None:
     """Over ten updates the chosen responses have lost a nat per token: each token is a third as likely as before.
 
@@ -157,6 +169,15 @@ REWARD = (
     ),
 )
 DPO = (
+    Watch(
+        "not_the_reference",
+        ("logps/chosen_minus_reference", "step"),
+        not_the_reference,
+        "the policy is not its reference at the first step, so this is not the loss of DPO: the forward pass has "
+        "noise, or the two read the same files in other ways",
+        "attn_implementation: eager, bf16: false; delete the cache of reference log-probabilities (HOME/cache)",
+        relief=10,
+    ),
     Watch(
         "chosen_falls",
         ("logps/chosen_minus_reference",),

@@ -26,7 +26,8 @@ class Facts:
     """What the watches know of a run besides its metrics.
 
     total: number of updates. size: responses (ppo) or examples per update, over all ranks. tokens: mean length of a
-    chosen response. low_precision: whether weights or forward pass use 16 bits.
+    chosen response. low_precision: whether weights or forward pass use 16 bits. from_reference: whether
+    the policy starts as its reference (dpo).
     """
 
     total: int
@@ -36,9 +37,10 @@ class Facts:
     kl_coef: float = 0.0
     critic_warmup_steps: int = 0
     loss_type: str = "sigmoid"
+    from_reference: bool = False
 
 
-def facts_of(config: TrainingConfig, total: int, ranks: int, known: Mapping[str, float], *, bf16: bool) -> Facts:
+def facts_of(config: TrainingConfig, total: int, ranks: int, known: Mapping[str, Any], *, bf16: bool) -> Facts:
     """The facts of a run of `total` updates on `ranks` processes.
 
     known: facts that the stage supplies. bf16: whether autocast is on.

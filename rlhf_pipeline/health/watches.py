@@ -2,5 +2,9 @@
 
 from rlhf_pipeline.health.examples import DPO, REWARD, SFT
 from rlhf_pipeline.health.ppo import PPO
+from rlhf_pipeline.health.weights import WEIGHTS_STUCK
 
-WATCHES = {"sft": SFT, "reward": REWARD, "ppo": PPO, "dpo": DPO}
+WATCHES = {
+    stage: (*watches, WEIGHTS_STUCK)
+    for stage, watches in {"sft": SFT, "reward": REWARD, "ppo": PPO, "dpo": DPO}.items()
+}

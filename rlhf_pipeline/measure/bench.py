@@ -22,7 +22,7 @@ from rlhf_pipeline.evaluation.sampled import Samples, SamplingPlan, add_score, a
 from rlhf_pipeline.measure.trained_on import changes_of, note_changes, owned_by
 from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
 from rlhf_pipeline.models.modules import Policy
-from rlhf_pipeline.registry.lengths import positions_of
+from rlhf_pipeline.registry.lengths import limit_of
 from rlhf_pipeline.registry.lineage import COLLECTED
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
@@ -125,7 +125,7 @@ def _lengths(config: PromptsConfig, resolved: Resolved) -> Lengths:
     Raises:
         ConfigError: the lengths need more positions than the model has.
     """
-    positions = positions_of(resolved)
+    positions, limit = limit_of(resolved)
     named = [resolved.config.get(key) for key in ("max_prompt_length", "response_length", "max_length")]
     if positions is not None and not any(named):
         named[2] = min(positions, DEFAULT_MAX_LENGTH)
@@ -137,7 +137,7 @@ def _lengths(config: PromptsConfig, resolved: Resolved) -> Lengths:
             Fault(
                 "--max-new-tokens" if config.max_new_tokens else "max_prompt_length",
                 f"a prompt of up to {prompt} and a response of up to {response} tokens",
-                f"together at most {positions}, the positions of {resolved.label}",
+                f"together at most {positions}, {limit} {resolved.label}",
             )
         )
     return Lengths(prompt, response, prompt + response)

@@ -62,13 +62,22 @@ def attention_mask(batch: PackedBatch, config: object, dtype: torch.dtype) -> Te
 
     A 2-D mask in the layout "rows", a `TreeMask` in the layout "flat", and a dict by layer type if full and sliding
     layers alternate.
+
+    config: of the model; a composite model (text and images) has the keys of its attention in its text config.
+
+    Raises:
+        ValueError: a kind of layer whose mask is not known, in another layout than "rows".
     """
     if batch.layout == "rows":
         return (batch.tree >= 0).long()
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
     attention = getattr(config, "_attn_implementation", "sdpa")
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ())
-    if window is not None and getattr(config, "use_sliding_window", True) is False:
+    if unknown := kinds - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"the mask of {', '.join(sorted(unknown))} is not known")
+    if window is not None and (window < 1 or getattr(config, "use_sliding_window", True) is False):
         window = None
 
     def mask(width: int | None) -> Tensor:

@@ -12,19 +12,15 @@ import torch
 from torch import nn
 
 from rlhf_pipeline.errors import BadInput, ConfigError, Fault, MismatchError, did_you_mean
+from rlhf_pipeline.models.needs import require_kernel
+from rlhf_pipeline.models.noise import is_noise, without_noise
 from rlhf_pipeline.models.refusals import first_line, refuse_to_hide, require_full_precision, require_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def without_dropout(config: Any) -> Any:
-    """Set every dropout probability of a transformers config to 0, in place; returns the config."""
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        for key, value in list(vars(part).items()):
-            if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
-                setattr(part, key, 0.0)
-    return config
+HEADS = ("score.", "classifier.")
 
 
 def _load(
@@ -36,9 +32,15 @@ def _load(
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    **options: Any,
-) -> Any:
-    """Load a model by an auto class of transformers; `prepare` checks and changes its config before."""
+    new_head: bool = False,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load a model by an auto class of transformers, with the loading report of transformers.
+
+    prepare: checks and changes its config before. new_head: whether the files may lack the score head.
+
+    Raises:
+        BadInput: no config or weights that can be used, or weights that the files lack.
+    """
     from transformers import AutoConfig
 
     try:
@@ -50,7 +52,7 @@ def _load(
         raise BadInput(f"{path}: its config.json cannot be used ({first_line(error)})") from error
     prepare(config)
     try:
-        return auto_class.from_pretrained(
+        model, report = auto_class.from_pretrained(
             str(path),
             revision=revision,
             dtype=dtype,
@@ -58,7 +60,7 @@ def _load(
             config=config,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
-            **options,
+            output_loading_info=True,
         )
     except Exception as error:  # torch raises various errors for contradictory sizes
         refuse_to_hide(error)
@@ -66,6 +68,14 @@ def _load(
             f"{path}: cannot load it as a model ({first_line(error)}); expected a directory or hub id with "
             "config.json and safetensors weights"
         ) from error
+    lacking = sorted(key for key in report["missing_keys"] if not (new_head and key.startswith(HEADS)))
+    if lacking:
+        named = ", ".join(lacking[:4]) + (f" and {len(lacking) - 4} more" if len(lacking) > 4 else "")
+        raise BadInput(
+            f"{path}: its files lack weights of {type(model).__name__}: {named}; expected all of them (transformers "
+            "would draw them at random); restore the files, or correct architectures and sizes in config.json"
+        )
+    return model, report
 
 
 def load_causal_lm(
@@ -77,7 +87,7 @@ def load_causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
-    model = _load(AutoModelForCausalLM, path, (lambda config: config) if dropout else without_dropout, **options)
+    model, _ = _load(AutoModelForCausalLM, path, (lambda config: config) if dropout else without_noise, **options)
     if tokenizer is not None:
         adopt_tokenizer(model, tokenizer)
     return model
@@ -125,7 +135,7 @@ def new_config(model_init: dict[str, Any], *, dropout: bool = False, **special: 
     faults += [
         Fault(f"model_init: {key}", f"found {value}, but dropout is off", "0", "set dropout: true to train with it")
         for key, value in settings.items()
-        if not dropout and ("dropout" in key or "pdrop" in key) and value
+        if not dropout and is_noise(key, value)
     ]
     if faults:
         raise ConfigError(faults)
@@ -133,7 +143,7 @@ def new_config(model_init: dict[str, Any], *, dropout: bool = False, **special: 
         config = AutoConfig.for_model(model_type, **{**special, **settings})
     except Exception as error:  # architectures raise different errors here too
         raise ConfigError(Fault("model_init", f"{model_type} refuses these values: {first_line(error)}")) from error
-    return config if dropout else without_dropout(config)
+    return config if dropout else without_noise(config)
 
 
 def model_of_config(config: Any, **options: Any) -> PreTrainedModel:
@@ -168,7 +178,7 @@ def init_causal_lm(
     """Make a model with random weights from `model_type` and config keys of transformers.
 
     Raises:
-        ConfigError: `model_type` or a config key is unknown, or values do not fit.
+        ConfigError: `model_type` or a config key is unknown, values do not fit, or the attention kernel is not here.
     """
     config = new_config(
         model_init,
@@ -178,6 +188,8 @@ def init_causal_lm(
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
     )
+    if attn_implementation is not None:
+        require_kernel(config, attn_implementation)
     torch.manual_seed(seed)
     model = model_of_config(
         config, dtype="float32" if dtype == "auto" else dtype, attn_implementation=attn_implementation
@@ -200,10 +212,10 @@ def init_reward_model(
     from rlhf_pipeline.models.modules import sequence_head
 
     def with_one_score(config: Any) -> None:
-        without_dropout(config).num_labels = 1
+        without_noise(config).num_labels = 1
         config.pad_token_id = tokenizer.pad_token_id
 
-    model = _load(AutoModelForSequenceClassification, path, with_one_score, **options)
+    model, _ = _load(AutoModelForSequenceClassification, path, with_one_score, new_head=True, **options)
     adopt_tokenizer(model, tokenizer)
     head = sequence_head(model)
     generator = torch.Generator().manual_seed(seed)
@@ -226,18 +238,15 @@ def load_sequence_classifier(path: str | Path, **options: Any) -> PreTrainedMode
     from transformers import AutoModelForSequenceClassification
 
     def require_one_label(config: Any) -> None:
-        if without_dropout(config).num_labels != 1:
+        if without_noise(config).num_labels != 1:
             raise MismatchError(
                 f"{path}: found a classifier with {config.num_labels} labels, expected a reward model with 1"
             )
 
-    model, report = _load(
-        AutoModelForSequenceClassification, path, require_one_label, output_loading_info=True, **options
-    )
-    heads = ("score.", "classifier.")
-    if dropped := sorted(key for key in report["unexpected_keys"] if key.startswith(heads)):
+    model, report = _load(AutoModelForSequenceClassification, path, require_one_label, new_head=True, **options)
+    if dropped := sorted(key for key in report["unexpected_keys"] if key.startswith(HEADS)):
         raise MismatchError(f"{path}: found {dropped[0]}, which transformers would drop; expected a head without bias")
-    if absent := sorted(key for key in report["missing_keys"] if key.startswith(heads)):
+    if absent := sorted(key for key in report["missing_keys"] if key.startswith(HEADS)):
         raise MismatchError(f"{path}: found no {absent[0]}, expected a trained reward model")
     return model
 

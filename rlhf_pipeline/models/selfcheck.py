@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from rlhf_pipeline.data.batch import LAYOUTS, PackedBatch, pack
 from rlhf_pipeline.data.tokenize import Example
@@ -15,47 +15,55 @@ from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.models.forward import Reader, completion_logprobs, hidden_states, trunk_of
 from rlhf_pipeline.models.last_layer import compute_all, skip_unread
 from rlhf_pipeline.models.modules import RewardModel, sequence_head
+from rlhf_pipeline.models.noise import require_no_noise
+from rlhf_pipeline.models.probe import agree, has_other_windows, probe_examples, short_windows
 from rlhf_pipeline.models.tree_attention import use_sdpa, use_tree_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def _probe_examples(vocab_size: int) -> list[Example]:
-    """Two trees of different lengths, two completions each, of arbitrary tokens."""
-    draw = torch.Generator().manual_seed(0)
-
-    def tokens(count: int) -> list[int]:
-        return torch.randint(0, vocab_size, (count,), generator=draw).tolist()
-
-    return [
-        Example(tokens(5), [tokens(3), tokens(6)], [True, True], prompt_key="a", where="self-check"),
-        Example(tokens(2), [tokens(4), tokens(1)], [True, True], prompt_key="b", where="self-check"),
-    ]
-
-
-def _ways(model: PreTrainedModel, examples: list[Example]) -> Iterator[tuple[PackedBatch, bool]]:
+def _ways(model: PreTrainedModel, examples: list[Example]) -> Iterator[tuple[list[PackedBatch], bool]]:
     """The ways of reading a model, the fastest first.
 
-    Sets the model up for each way; yields the packed examples, and whether the last layer skips unread positions.
+    Sets the model up for each way; yields two batches, of all examples and of the last one alone, and whether the last
+    layer skips unread positions.
     """
     device = next(model.parameters()).device
-    for layout in reversed(LAYOUTS):
+    # Our masks know only the windows of `sliding_window`; in "rows" the model makes its masks itself.
+    layouts = LAYOUTS[:1] if has_other_windows(model) else LAYOUTS
+    for layout in reversed(layouts):
         if layout == "flat":
             if not use_tree_attention(model):
                 continue
         else:
             use_sdpa(model)
-        batch = pack(examples, pad_id=0, layout=layout, row_length=24, flat_from=0).to(device)
+        batches = [
+            pack(some, pad_id=0, layout=layout, row_length=24, flat_from=0).to(device)
+            for some in (examples, examples[-1:])
+        ]
         if skip_unread(trunk_of(model)):
-            yield batch, True
+            yield batches, True
         compute_all(trunk_of(model))
-        yield batch, False
+        yield batches, False
 
 
-def _agree(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
-    relative = {torch.float64: 1e-10, torch.float32: 1e-5}.get(dtype, 2e-2)
-    return bool((found - expected).abs().max() <= relative * expected.abs().max().clamp_min(1.0))
+def _logprobs(model: PreTrainedModel, reader: Reader) -> Callable[[PackedBatch], torch.Tensor]:
+    return lambda batch: completion_logprobs(model, reader, batch)[0]
+
+
+def _all_agree(
+    read: Callable[[PackedBatch], torch.Tensor], batches: list[PackedBatch], expected: torch.Tensor, dtype: torch.dtype
+) -> bool:
+    """Whether what is read from each batch of `_ways` agrees; `expected` belongs to all examples.
+
+    Another batch must not change a sequence's figures.
+    """
+    try:
+        found = [read(batch) for batch in batches]
+    except (RuntimeError, ValueError, TypeError, AttributeError):
+        return False  # the architecture rejects this form of input
+    return all(agree(values, expected[-len(values) :], dtype) for values in found)
 
 
 @torch.no_grad()
@@ -80,7 +88,7 @@ def _sees_the_future(model: PreTrainedModel, ids: list[int]) -> bool:
     sequence = torch.tensor([ids], device=next(model.parameters()).device)
     whole = model(input_ids=sequence, use_cache=False).logits[0, :-1]
     cut = model(input_ids=sequence[:, :-1], use_cache=False).logits[0]
-    return not _agree(whole, cut, whole.dtype)
+    return not agree(whole, cut, whole.dtype)
 
 
 @torch.no_grad()
@@ -108,7 +116,7 @@ def _decodes_with_a_cache(model: PreTrainedModel, examples: list[Example]) -> bo
             ).logits[:, -1]
     except (RuntimeError, ValueError, TypeError, AttributeError):
         return False
-    return _agree(logits.float(), expected.float(), next(model.parameters()).dtype)
+    return agree(logits.float(), expected.float(), next(model.parameters()).dtype)
 
 
 @torch.no_grad()
@@ -120,10 +128,11 @@ def inspect_model(model: PreTrainedModel) -> Reader:
     """
     was_training = model.training
     model.eval()
-    try:
-        parameter = next(model.parameters())
-        # The first ids are valid in every vocabulary, even if the embedding has rows that no token uses.
-        examples = _probe_examples(min(model.get_output_embeddings().weight.shape[0], 512))
+    with ExitStack() as after:
+        after.callback(model.train, was_training)
+        after.enter_context(short_windows(model))
+        dtype = next(model.parameters()).dtype
+        examples = probe_examples(model)
         plain = _plain_logprobs(model, examples)
         if _sees_the_future(model, examples[0].prompt_ids):
             raise BadInput(
@@ -132,17 +141,11 @@ def inspect_model(model: PreTrainedModel) -> Reader:
             )
         # The small logits of an untrained model do not show a soft cap, so the config is read instead.
         capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None) is not None
-        for batch, skipping in _ways(model, examples):
+        for batches, skipping in _ways(model, examples):
             for head in (*(() if capped else ("linear",)), *(() if skipping else ("own",))):
-                reader = Reader(batch.layout, head)
-                try:
-                    logprobs, _, _ = completion_logprobs(model, reader, batch)
-                except (RuntimeError, ValueError, TypeError, AttributeError):
-                    continue  # the architecture rejects this form of input: try the next way
-                if _agree(logprobs, plain, parameter.dtype):
+                reader = Reader(batches[0].layout, head)
+                if _all_agree(_logprobs(model, reader), batches, plain, dtype):
                     return replace(reader, decodes=_decodes_with_a_cache(model, examples))
-    finally:
-        model.train(was_training)
     raise BadInput(
         f"{type(model).__name__}: found packed log-probabilities that differ from the model's own in every layout; "
         "expected a decoder-only causal language model"
@@ -151,37 +154,32 @@ def inspect_model(model: PreTrainedModel) -> Reader:
 
 @torch.no_grad()
 def inspect_reward_model(model: PreTrainedModel) -> Reader:
-    """Return the fastest way of reading a sequence classifier with one label that agrees with its own pooled score.
+    """Return the fastest way of reading a sequence classifier with one label that agrees with its own logits.
 
     Raises:
         BadInput: no layout agrees.
     """
     model.eval()
-    parameter = next(model.parameters())
-    embedding = cast(nn.Embedding, model.get_input_embeddings())
-    examples = _probe_examples(min(embedding.weight.shape[0], 512))
-    plain = []
-    for example in examples:
-        for completion in example.completions:
-            ids = torch.tensor([example.prompt_ids + completion], device=parameter.device)
-            # The plain trunk and the head: transformers' own pooling would skip a final PAD id, which a probe may hold.
-            hidden = trunk_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
-            plain.append(sequence_head(model)(hidden[-1]).squeeze(-1))
-    expected = torch.stack(plain).float()
-    for batch, _ in _ways(model, examples):
-        try:
-            hidden = hidden_states(trunk_of(model), batch, batch.last_index)
-        except (RuntimeError, ValueError, TypeError, AttributeError):
-            continue
-        scores = sequence_head(model)(hidden).squeeze(-1).float()
-        if _agree(scores, expected, parameter.dtype):
-            return Reader(batch.layout)
+    dtype, examples = next(model.parameters()).dtype, probe_examples(model)
+    device = next(model.parameters()).device
+    with short_windows(model):
+        sequences = [example.prompt_ids + completion for example in examples for completion in example.completions]
+        plain = [model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, 0] for ids in sequences]
+        expected = torch.stack(plain).float()
+
+        def scores(batch: PackedBatch) -> torch.Tensor:
+            return sequence_head(model)(hidden_states(trunk_of(model), batch, batch.last_index)).squeeze(-1).float()
+
+        for batches, _ in _ways(model, examples):
+            if _all_agree(scores, batches, expected, dtype):
+                return Reader(batches[0].layout)
     raise BadInput(
         f"{type(model).__name__}: found packed scores that differ from the model's own; "
-        "expected a decoder-only sequence classifier with num_labels=1"
+        "expected a decoder-only sequence classifier with num_labels=1 and a linear head on its last hidden states"
     )
 
 
 def read_reward_model(model: PreTrainedModel) -> RewardModel:
-    """Wrap a sequence classifier as a reward model."""
+    """Wrap a sequence classifier as a reward model; its trunk may become a critic, which is trained."""
+    require_no_noise(model)
     return RewardModel(model, inspect_reward_model(model))

@@ -283,6 +283,14 @@ class Registry:
 
 
 def _directory(reference: Reference, folder: Path) -> Resolved:
+    packed = sorted(folder.glob("*.gguf"))
+    if packed and not any(folder.glob("*.safetensors")):
+        raise BadInput(
+            f"{folder}: found GGUF weights ({packed[0].name}), which cannot be trained; expected safetensors; convert "
+            f"them once (pip install gguf): AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file={packed[0].name!r}, "
+            "quantization_config=GgufConfig(dequantize=True)).save_pretrained(NEW), and put the tokenizer of the "
+            "original model beside them (the one that transformers makes from GGUF may split text in another way)"
+        )
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise UnknownReference(f"{folder}: a folder without config.json; expected a model in Hugging Face's format")
     path = folder.resolve()

@@ -21,7 +21,9 @@ from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import chat_template_digest, text_of, tokenizer_digest
 from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
-from rlhf_pipeline.registry.lengths import require_positions, with_lengths
+from rlhf_pipeline.models.needs import require_needs
+from rlhf_pipeline.registry.lengths import with_lengths
+from rlhf_pipeline.registry.parents import parents_of
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.responses import prompts_run, sample_for_prompts
 from rlhf_pipeline.rollout.scoring import by_example, score
@@ -139,7 +141,7 @@ def run_collect(
     parent = find_model(registry, config.policy, "policy", say=say)
     if told:
         say(told)
-    require_positions(config, parent)
+    require_needs(config, parents_of(registry, config))
     tokenizer = tokenizer_of(parent, config.trust_remote_code, config)
     policy = load_policy(parent, config, tokenizer, device, frozen=True)
     labeller = load_reward(registry, config.judge, config, parent, tokenizer, device)

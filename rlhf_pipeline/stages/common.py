@@ -23,10 +23,10 @@ from rlhf_pipeline.data.tokenizers import chat_template_digest, load_tokenizer, 
 from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.models.loading import load_causal_lm, load_sequence_classifier, save_model
 from rlhf_pipeline.models.modules import Policy, RewardModel
+from rlhf_pipeline.models.noise import require_no_noise
 from rlhf_pipeline.models.selfcheck import inspect_model, read_reward_model
 from rlhf_pipeline.models.sharing import shared
 from rlhf_pipeline.registry.integrity import verify_files
-from rlhf_pipeline.registry.lengths import require_positions
 from rlhf_pipeline.registry.optimum import optimum_fields
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import Role, check_role
@@ -83,12 +83,10 @@ def find_model(
 
 
 def find_base(run: Run, config: TrainingConfig) -> Resolved:
-    """Find the language model that a stage starts from, and check that it has enough positions for the lengths."""
+    """Find the language model that a stage starts from."""
     assert config.model_name_or_path is not None  # `check_model` of the config
     revision, say = config.model_revision, run.log.say
-    parent = find_model(run.registry, config.model_name_or_path, "policy", revision=revision, say=say)
-    require_positions(config, parent)
-    return parent
+    return find_model(run.registry, config.model_name_or_path, "policy", revision=revision, say=say)
 
 
 def tokenizer_of(
@@ -128,6 +126,8 @@ def load_policy(
     def load() -> Policy:
         how = loading_options(resolved, config) | options
         model = onto(device, load_causal_lm(resolved.location, tokenizer=tokenizer, **how))
+        if not frozen and not options.get("dropout"):
+            require_no_noise(model)
         policy = Policy(model, inspect_model(model), temperature, entropy=not frozen)
         policy.train(not frozen)
         return policy.requires_grad_(False) if frozen else policy

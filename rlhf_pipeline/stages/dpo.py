@@ -157,7 +157,7 @@ def run_dpo(config: DpoConfig, home: Path, **options) -> StageResult:
             tokenizer=tokenizer,
             inputs=inputs_of(parents, pairs.reports),
             evaluate=pairs.evaluate,
-            known={"tokens": chosen_tokens(pairs, config)},
+            known={"tokens": chosen_tokens(pairs, config), "from_reference": ref_parent.label == parent.label},
         )
         if config.engine == "trl":
             last = train_with_trl(run, plan, examples=pairs.examples, shape=shape, reference=frozen.model)

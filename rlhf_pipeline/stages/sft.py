@@ -21,6 +21,7 @@ from rlhf_pipeline.data.tokenizers import train_byte_level_bpe
 from rlhf_pipeline.models.loading import init_causal_lm, new_config
 from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.modules import Policy
+from rlhf_pipeline.models.noise import require_no_noise
 from rlhf_pipeline.models.selfcheck import inspect_model
 from rlhf_pipeline.rollout.scoring import score
 from rlhf_pipeline.stages.common import (
@@ -121,6 +122,8 @@ def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
                 dropout=config.dropout,
             )
             model = onto(run.device, model)
+            if not config.dropout:
+                require_no_noise(model)
             policy = Policy(model, inspect_model(model)).train()
         run.log.say(f"model: {sum(p.numel() for p in policy.parameters()):,} parameters, {policy.reader}")
 

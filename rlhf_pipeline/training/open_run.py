@@ -24,7 +24,9 @@ from rlhf_pipeline.config.stages import ModelConfig
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.errors import BadInput, Interrupted
 from rlhf_pipeline.models.memory import Memory
+from rlhf_pipeline.models.needs import remarks_on, require_needs
 from rlhf_pipeline.registry.lengths import with_lengths
+from rlhf_pipeline.registry.parents import parents_of
 from rlhf_pipeline.registry.storage import replace_text
 from rlhf_pipeline.registry.store import Registry, folder_for_copy
 from rlhf_pipeline.training.checkpoint import Checkpoint, clear_leftovers, newest_checkpoint, put_damaged_aside
@@ -167,6 +169,8 @@ def open_run(
     if config.output_dir is not None:
         folder_for_copy(config.output_dir, config.output_name)
     config, lengths = with_lengths(config, Registry(home))
+    parents = parents_of(Registry(home), config)
+    require_needs(config, parents)
     digest = config_digest(config)
     accelerator = make_accelerator(config)
     seed_everything(config.seed)
@@ -184,6 +188,8 @@ def open_run(
             log.say(f"note: {note}")
         if lengths:
             log.say(lengths)
+        for line in remarks_on(parents["base"]) if "base" in parents else ():
+            log.say(line)
         if accelerator.is_main_process:
             described = yaml.safe_load(dump_yaml(config))
             begun = (directory / CONFIG).exists()

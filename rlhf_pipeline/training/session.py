@@ -27,6 +27,7 @@ from rlhf_pipeline.training.loop import Step, fit
 from rlhf_pipeline.training.open_run import Run
 from rlhf_pipeline.training.optimizer import make_optimizer, make_scheduler
 from rlhf_pipeline.training.precision import checkpoint_activations, uses_bf16
+from rlhf_pipeline.training.rounding import changed_share, sample_weights
 from rlhf_pipeline.training.tracking import tell, tell_all
 from rlhf_pipeline.training.windows import Window
 
@@ -61,7 +62,7 @@ class Plan:
     derive: Callable[[Metrics], Metrics] = lambda metrics: metrics
     evaluate: Callable[[], Metrics] | None = None
     warmup_offset: int = 0
-    known: Mapping[str, float] = field(default_factory=dict)
+    known: Mapping[str, Any] = field(default_factory=dict)
     health: list[dict[str, Any]] = field(default_factory=list)
 
     def monitor(self, run: Run) -> Monitor:
@@ -191,6 +192,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
     run.log.total, run.log.shown = plan.total, plan.shown
     prepared, prepared_optimizer = run.accelerator.prepare(model, optimizer)
     failed_at = failed_update(run.directory) if run.accelerator.is_main_process else None
+    weights = sample_weights(model.parameters())
 
     counts = ("flops", "tokens_trained", "tokens_generated")
     before = {name: getattr(run.meter, name) for name in counts}
@@ -229,6 +231,8 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
     def on_update(step: int, metrics: Metrics, window: Window) -> None:
         nonlocal last, failed_at
         last = plan.derive(metrics)
+        if weights and 3 * (step - start) >= plan.total:
+            last["weights/changed"] = changed_share(weights)
         shares = "  ".join(f"{name} {share:.0%}" for name, share in run.meter.shares().items())
         log_update(run, plan, monitor, step, last, window.epoch, shares)
         if failed_at is not None and step >= failed_at:

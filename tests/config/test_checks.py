@@ -37,7 +37,7 @@ import pytest
             "model_name_or_path",
         ),
         ("sft", {"tokenizer_init": "world"}, "tokenizer_init", "the model of model_name_or_path"),
-        ("sft", {"bf16": True, "dtype": "float16"}, "bf16", "bf16 is on, but dtype is float16"),
+        *((stage, {"dtype": "float16"}, "dtype", "float16 cannot be trained") for stage in ("sft", "ppo", "dpo")),
         ("sft", {"eval_strategy": "epoch", "eval_steps": 5}, "eval_steps", "eval_strategy 'epoch'"),
         ("sft", {"warmup_steps": 9, "max_steps": 8}, "warmup_steps", "warm-up of 9 steps in a run of 8"),
         (

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from rlhf_pipeline.data import world
 from rlhf_pipeline.data.tokenizers import (
     chat_template_digest,
     load_tokenizer,
@@ -55,3 +58,12 @@ def test_a_tokenizer_that_cannot_end_or_is_not_there_is_refused(tmp_path, letter
     letters.save_pretrained(tmp_path)
     with pytest.raises(BadInput, match="has no EOS token"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_saved_tokenizer_keeps_its_ids_beside_a_model_of_any_type(tmp_path):
+    """transformers would read it beside qwen2 as another tokenizer, which gives no ids at all."""
+    tokenizer, text = world.tokenizer(), "the plot of this drama"
+    tokenizer.save_pretrained(tmp_path)
+    for model_type in ("llama", "qwen2", "phi3"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        assert load_tokenizer(str(tmp_path))(text)["input_ids"] == tokenizer(text)["input_ids"], model_type

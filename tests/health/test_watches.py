@@ -14,7 +14,7 @@ from rlhf_pipeline.health.watches import WATCHES
 LOG_2 = math.log(2)
 EVERY = 5  # steps between two evaluations
 PPO = Facts(total=60, size=64, kl_coef=0.1)
-EXAMPLES = Facts(total=240, size=32, tokens=20)
+EXAMPLES = Facts(total=240, size=32, tokens=20, from_reference=True)
 
 # Healthy runs of 60 updates of PPO and of 240 steps of the others, as functions of the step: no watch says a word.
 HEALTHY = {
@@ -46,7 +46,7 @@ HEALTHY = {
         "loss/dpo": lambda step: 0.69 - 0.0005 * step,
         "rewards/margins": lambda step: 0.02 * step,
         "rewards/accuracies": lambda step: 0.7,
-        "logps/chosen_minus_reference": lambda step: -0.01 * step,
+        "logps/chosen_minus_reference": lambda step: -0.01 * (step - 1),
         "eval_nll": lambda step: 0.65,
     },
 }
@@ -177,6 +177,12 @@ EXAMPLE_CASES = {
         {"eval_accuracy": lambda step: 0.579 if step % 2 else 0.6, "accuracy": lambda step: 0.9},
         110,
     ),
+    # 20 tokens: 1e-4 + 20 x 1e-5 = 3e-4 nats at the first step.
+    ("dpo", "not_the_reference"): (
+        {"logps/chosen_minus_reference": after(2, 0.0, before=-3.1e-4)},
+        {"logps/chosen_minus_reference": after(2, -1.0, before=-2.9e-4)},
+        1,
+    ),
     # 20 tokens: ten steps below -20 nats.
     ("dpo", "chosen_falls"): (
         {"logps/chosen_minus_reference": after(31, -20.1)},
@@ -205,7 +211,9 @@ EXAMPLE_CASES = {
         80,
     ),
 }
-CASES = {("ppo", cause): case for cause, case in PPO_CASES.items()} | EXAMPLE_CASES
+STUCK = {"weights/changed": after(21, 0.049, before=0.06)}, {"weights/changed": after(21, 0.051, before=0.06)}, 21
+STUCK_CASES = {(stage, "weights_stuck"): STUCK for stage in HEALTHY}
+CASES = {("ppo", cause): case for cause, case in PPO_CASES.items()} | EXAMPLE_CASES | STUCK_CASES
 LENGTH = {"ppo": 60, "sft": 240, "reward": 240, "dpo": 240}
 
 

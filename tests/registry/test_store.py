@@ -167,6 +167,14 @@ def test_unknown_references_say_what_there_is(registry, model, text, said):
         registry.resolve(text)
 
 
+def test_gguf_weights_alone_are_refused_with_the_way_to_convert_them(registry, model, tmp_path):
+    (tmp_path / "model.Q4.gguf").write_bytes(b"GGUF")
+    with pytest.raises(BadInput, match=r"GGUF weights \(model.Q4.gguf\).*gguf_file='model.Q4.gguf'.*dequantize=True"):
+        registry.resolve(tmp_path)
+    model()(tmp_path)  # safetensors beside it
+    assert registry.resolve(tmp_path).kind == "directory"
+
+
 def test_folder_without_a_config_is_no_model(registry, tmp_path):
     with pytest.raises(UnknownReference, match=r"without config\.json"):
         registry.resolve(tmp_path)

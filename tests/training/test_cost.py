@@ -13,7 +13,7 @@ from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.models.forward import hidden_states, output_head, trunk_of
 from rlhf_pipeline.models.last_layer import skip_unread
-from rlhf_pipeline.models.loading import without_dropout
+from rlhf_pipeline.models.noise import without_noise
 from rlhf_pipeline.rollout.sampler import sample
 from rlhf_pipeline.training.cost import CostMeter, ModelShape, peak_memory_bytes, reset_peak_memory
 from rlhf_pipeline.training.precision import checkpoint_activations
@@ -244,7 +244,7 @@ def tiny_of(model_type: str):
     if model_type == "gemma3_text":
         sizes |= {"head_dim": 16, "num_key_value_heads": 4}
     special = {"bos_token_id": 0, "eos_token_id": 0}
-    config = without_dropout(AutoConfig.for_model(model_type, **sizes, **special))
+    config = without_noise(AutoConfig.for_model(model_type, **sizes, **special))
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
 
 

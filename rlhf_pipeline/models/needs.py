@@ -1,0 +1,90 @@
+"""What a run needs of its models: checked from their configs before it trains, and by its dry run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rlhf_pipeline.config.stages import StageConfig
+from rlhf_pipeline.config.training import TrainingConfig
+from rlhf_pipeline.errors import ConfigError, Fault
+from rlhf_pipeline.models.refusals import first_line
+from rlhf_pipeline.registry.lengths import require_positions
+from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.registry.roles import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def require_needs(config: StageConfig, parents: Mapping[str, Resolved]) -> None:
+    """Check positions, number type and attention kernel of the models of a stage.
+
+    Raises:
+        ConfigError: a model has too few positions, its stored weights cannot be trained, or the kernel cannot be used.
+        DamagedFile: a config.json cannot be read.
+    """
+    for role, parent in parents.items():
+        require_positions(config, parent)
+        if config.attn_implementation is not None:
+            scores = role.startswith("reward_model") or role == "judge"
+            _require_kernel_of(parent, config.attn_implementation, config.trust_remote_code, scores=scores)
+    base = parents.get("base")
+    if isinstance(config, TrainingConfig) and config.dtype == "auto" and base is not None:
+        stored = _described(base)
+        if stored.get("dtype", stored.get("torch_dtype")) == "float16":
+            found = f"auto, and {base.label} is stored in float16, in which AdamW's epsilon rounds to 0"
+            raise ConfigError(Fault("dtype", found, "float32 (with bf16: true for speed), or bfloat16"))
+
+
+def remarks_on(base: Resolved) -> list[str]:
+    """Lines for the log: what of a model's config has no effect on training here."""
+    described = _described(base)
+    text = described.get("text_config", described)
+    if not isinstance(text, dict) or not text.get("output_router_logits") or not text.get("router_aux_loss_coef"):
+        return []
+    return [
+        f"note: router_aux_loss_coef {text['router_aux_loss_coef']:g} of {base.label} has no effect: the loss that "
+        "balances its experts is not added"
+    ]
+
+
+def _described(resolved: Resolved) -> dict[str, Any]:
+    return {} if resolved.path is None else read_json(resolved.path / "config.json")
+
+
+def _require_kernel_of(resolved: Resolved, kernel: str, trust_remote_code: bool, *, scores: bool) -> None:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            resolved.location, revision=resolved.revision, trust_remote_code=trust_remote_code
+        )
+    except Exception:  # loading the model will report it
+        return
+    require_kernel(config, kernel, scores=scores)
+
+
+def require_kernel(config: PreTrainedConfig, kernel: str, *, scores: bool = False) -> None:
+    """Check that a model with this config can be made with an attention kernel, without its weights.
+
+    scores: whether it is a sequence classifier.
+
+    Raises:
+        ConfigError: transformers refuses the kernel, for this architecture or without its package.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    auto_class = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    with torch.device("meta"):
+        try:
+            auto_class.from_config(copy.deepcopy(config), attn_implementation=kernel)
+        except Exception as error:
+            try:
+                auto_class.from_config(copy.deepcopy(config))
+            except Exception:  # the kernel is not the cause; loading the model will report it
+                return
+            found = f"{kernel!r} cannot be used here ({first_line(error)})"
+            raise ConfigError(Fault("attn_implementation", found, "eager, sdpa, or no value")) from error

@@ -1,0 +1,79 @@
+"""Random noise in a forward pass (dropout, dropped layers, router jitter): switched off, and looked for at load."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from rlhf_pipeline.errors import BadInput
+from rlhf_pipeline.models.probe import agree, probe_examples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WORDS = ("drop", "jitter")
+PASSES = 8  # of a model that draws random numbers; a layer that is dropped with probability .1 stays in all with .43
+
+
+def is_noise(key: str, value: object) -> bool:
+    """Whether a key of a transformers config is a probability or a scale of noise that is not 0."""
+    return any(word in key for word in WORDS) and isinstance(value, float) and value > 0
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    yield config
+    for value in vars(config).values():
+        if hasattr(value, "get_text_config"):
+            yield from _parts(value)
+
+
+def without_noise(config: Any) -> Any:
+    """Set all noise of a transformers config and of its parts to 0, in place; returns the config."""
+    for part in _parts(config):
+        for key, value in list(vars(part).items()):
+            if is_noise(key, value):
+                setattr(part, key, 0.0)
+    return config
+
+
+def _random_state(device: torch.device) -> tuple[Any, ...]:
+    states = [torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device).tolist())
+    return tuple(states)
+
+
+@torch.no_grad()
+def require_no_noise(model: PreTrainedModel) -> None:
+    """Check that a model computes in training mode what it computes in evaluation mode.
+
+    Raises:
+        BadInput: it does not.
+    """
+    parameter, was_training = next(model.parameters()), model.training
+    example = probe_examples(model)[0]
+    ids = torch.tensor([example.prompt_ids + example.completions[1]], device=parameter.device)
+    before = _random_state(parameter.device)
+    devices = [parameter.device] if parameter.device.type == "cuda" else []
+    others = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices):
+            expected = model.eval()(input_ids=ids, use_cache=False).logits
+            model.train()
+            for _ in range(PASSES):
+                if not agree(model(input_ids=ids, use_cache=False).logits, expected, parameter.dtype):
+                    raise BadInput(
+                        f"{type(model).__name__}: found other logits in training mode than in evaluation mode, with "
+                        "every dropout of its config at 0; expected a model without noise, so that policy and "
+                        "reference agree at the first step"
+                    )
+                if _random_state(parameter.device) == before:
+                    break  # it draws no random numbers, so every further pass is the same
+    finally:
+        model.train(was_training)
+        random.setstate(others[0])
+        np.random.set_state(others[1])
