@@ -118,10 +118,11 @@ class Lab:
         return Registry(self.home)
 
     def weights(self, reference: str) -> dict[str, Any]:
-        """The weights of a registered model."""
+        """The weights of a registered model, or of its adapter."""
         from safetensors.torch import load_file
 
-        return load_file(self.registry.resolve(reference).path / "model.safetensors")
+        folder = self.registry.resolve(reference).path
+        return load_file(next(folder.glob("*model.safetensors")))
 
     def rows(self, run: str) -> list[dict[str, Any]]:
         """The lines of a run's metrics.jsonl."""

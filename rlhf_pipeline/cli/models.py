@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from rlhf_pipeline.cli.libraries import load_libraries
 from rlhf_pipeline.cli.options import Common, command
 from rlhf_pipeline.cli.output import emit, emit_json, emit_lines, emit_table, flat_metrics, printer
-from rlhf_pipeline.errors import UnknownReference
+from rlhf_pipeline.errors import BadInput, UnknownReference
 
 app = typer.Typer(no_args_is_help=True, help="List, show, alias, export, remove and verify registered models.")
 
@@ -69,7 +70,7 @@ def show(common: Common, reference: RefArgument) -> None:
     if common.json:
         emit_json({"path": str(resolved.path), **content})
         return
-    keys = ("stage", "parents", "seed", "created", "config", "moves_optimum", "metrics", "cost")
+    keys = ("stage", "parents", "adapter", "seed", "created", "config", "moves_optimum", "metrics", "cost")
     shown = {key: content[key] for key in keys}
     emit_table(f"{resolved.label}  {resolved.path}", ("what", "value"), flat_metrics(shown))
     findings = resolved.manifest.metrics.get("health") or []
@@ -109,8 +110,22 @@ def export(
     common: Common,
     reference: RefArgument,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty directory.", show_default=False)],
+    merge: Annotated[bool, typer.Option("--merge", help="Add adapters to the weights they stand on.")] = False,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="With --merge: float32, bfloat16 or float16 (default: of training).")
+    ] = None,
 ) -> None:
-    """Copy a model into a directory that transformers can load."""
+    """Copy a model into a directory that transformers can load; an adapter needs its base there, or --merge."""
+    if dtype is not None and not merge:
+        raise BadInput("--dtype: found without --merge; files are copied as they are: add --merge, or leave it out")
+    if merge:
+        load_libraries()
+        from rlhf_pipeline.stages.export import export_merged
+
+        done = export_merged(common.registry, reference, directory, dtype)
+        told = done.pop("told")
+        emit(done, [f"exported to {done['path']} in {done['dtype']}", told], json=common.json)
+        return
     target = common.registry.export(reference, directory)
     emit({"path": str(target)}, [f"exported to {target}"], json=common.json)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from rlhf_pipeline.config.adapter import ADAPTER_KEYS
 from rlhf_pipeline.config.ppo import RewardFunction
 from rlhf_pipeline.config.stages import SCHEMAS, STAGES, TRAINING
 from rlhf_pipeline.config.training import DatasetEntry
@@ -55,14 +56,12 @@ def note_on_alias(alias: str, key: str) -> str:
 
 
 LATER: dict[str, tuple[Any, ...]] = {
-    "use_peft": (None, False),
-    "load_in_4bit": (None, False),
     "load_in_8bit": (None, False),
     "kl_target": (None,),
     "load_best_model_at_end": (None, False),
     "report_to": (None, "none", [], ["none"]),
 }
-"""Keys that work in a later version, as every key that starts with lora_, and the values that mean "off"."""
+"""Keys that work in a later version, as every other key that starts with lora_, and the values that mean "off"."""
 
 NOT_USED = frozenset(
     (
@@ -97,6 +96,7 @@ FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "average_tokens_across_devices": ((True, None), "a step divides once by the tokens of all processes"),
     "num_processes": ((1, None), "start it by accelerate launch --num_processes N"),
     "packing": ((False, None), "batches hold whole examples without padding, and a step keeps its examples"),
+    "lora_task_type": (("CAUSAL_LM", "SEQ_CLS", None), "the stage sets the task of its adapter"),
     "kl_estimator": (("k1",), "the KL in the reward is k1: the log-ratio"),
 }
 """Keys with a fixed behaviour: the values that match it, and what to do instead of any other, which is refused."""
@@ -113,7 +113,8 @@ def later(stage: str, key: str) -> tuple[Any, ...] | None:
     """Return the values that mean "off" if the key belongs to a later version, or None."""
     if stage not in TRAINING or (key == "kl_target" and stage != "ppo"):
         return None
-    return (None,) if key.startswith("lora_") else LATER.get(key)
+    unknown = key.startswith("lora_") and key not in FIXED and key not in ADAPTER_KEYS
+    return (None,) if unknown else LATER.get(key)
 
 
 def note_on_unused(stage: str, key: str, value: Any) -> str | None:

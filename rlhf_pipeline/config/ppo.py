@@ -60,6 +60,9 @@ def check_rollout_engine(config: PpoConfig) -> Iterator[Fault]:
         found = "found 'vllm', but there is no package vllm in this environment"
         fix = f"pip install 'vllm>=0.22,<=0.31' (the versions that TRL 1.16 supports), {native}"
         yield Fault("rollout_engine", found, "vllm installed", fix)
+    if config.use_peft:
+        found = "found true with rollout_engine vllm, which would need the adapter's weights merged at every update"
+        yield Fault("use_peft", found, "use_peft: false", native)
     if config.use_cpu:
         found = "found true with rollout_engine vllm, which needs a GPU and chooses its device itself"
         yield Fault("use_cpu", found, "use_cpu: false", native)
@@ -122,6 +125,13 @@ def remark_on_episodes(config: PpoConfig) -> Iterator[str]:
     if config.max_steps < 1 and (config.total_episodes or 0) % size:
         counted = f"{updates} update{'s' if updates > 1 else ''} of {size} episodes"
         yield f"total_episodes {config.total_episodes} is not a multiple of rollout_batch_size {size}: {counted}"
+
+
+def remark_on_dropout(config: PpoConfig) -> Iterator[str]:
+    """Yield a note if the adapter is to be trained with dropout."""
+    if config.use_peft and config.lora_dropout:
+        why = "the ratio of PPO compares two passes, which would drop different inputs"
+        yield f"lora_dropout {config.lora_dropout:g} is not used: {why}"
 
 
 def check_epochs(config: PpoConfig) -> Iterator[Fault]:
@@ -190,7 +200,7 @@ class PpoConfig(TrainingConfig):
         check_batches,
         check_schedule,
     )
-    remarks: ClassVar = (remark_on_episodes,)
+    remarks: ClassVar = (remark_on_episodes, remark_on_dropout)
 
     learning_rate: Positive = option(3e-6, "peak learning rate of AdamW (N+ implementation details)")
     adam_epsilon: Positive = option(1e-5, "constant added to AdamW's denominator (N+ implementation details)")
@@ -266,6 +276,11 @@ class PpoConfig(TrainingConfig):
     )
     vllm_gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = option(
         0.3, "with vllm: share of the GPU's memory for vLLM's weights and cache (TRL)"
+    )
+    shared_base: bool = option(
+        False,
+        "with use_peft: hold actor, reference, critic and reward model as adapters on one copy of the weights; the "
+        "reward model must be an adapter on the weights of model_name_or_path (ours: off)",
     )
     critic_warmup_steps: int = option(0, "number of first updates that train only the critic (TRL: none)", ge=0)
     loss_normalization: Literal["tokens", "sequences"] = option(

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from rlhf_pipeline.config.adapter import check_adapter
 from rlhf_pipeline.config.base import (
     ATTENTION,
     DTYPE,
@@ -28,6 +29,7 @@ from rlhf_pipeline.config.base import (
     Seed,
     Steps,
     Text,
+    Texts,
     Warmup,
     WithLengths,
     check_fractions,
@@ -182,6 +184,25 @@ class TrainingConfig(WithLengths):
         False, "autocast to bfloat16, weights stay in dtype; auto: if that is faster on this machine (ours: off)"
     )
     gradient_checkpointing: bool = option(False, "recompute activations to save memory (ours: off)")
+
+    use_peft: bool = option(False, "train a LoRA adapter (peft) on frozen weights instead of all weights (TRL: off)")
+    lora_r: Count = option(16, "rank of the adapter's matrices (TRL)")
+    lora_alpha: Count = option(32, "scale of the adapter: lora_alpha / lora_r times B A is added to a weight (TRL)")
+    lora_dropout: NonNegative = option(
+        0.0, "dropout of the adapter's inputs in training; ppo uses none (ours: off; TRL: .05)", lt=1
+    )
+    lora_target_modules: Texts | None = option(
+        None, "names of the modules that get an adapter, or all-linear (default: peft's choice for the architecture)"
+    )
+    lora_modules_to_save: Texts | None = option(
+        None, "names of modules that are trained and stored whole, beside the adapter (TRL: none)"
+    )
+    use_rslora: bool = option(False, "scale the adapter by lora_alpha / sqrt(lora_r) (Kalajdzievski 2023; TRL: off)")
+    use_dora: bool = option(False, "train magnitude and direction of a weight apart (DoRA, Liu et al. 2024; TRL: off)")
+    load_in_4bit: bool = option(
+        False, "hold the frozen weights in 4 bits, NF4 (QLoRA, Dettmers et al. 2023; needs bitsandbytes; TRL: off)"
+    )
+
     seed: Seed = option(0, "random seed for initialisation, data order and sampling (ours)")
     use_cpu: bool = USE_CPU
     num_threads: Count | None = NUM_THREADS
@@ -326,4 +347,5 @@ COMMON_CHECKS = (
     check_warmup,
     check_eval,
     check_engine,
+    check_adapter,
 )

@@ -9,6 +9,7 @@ from typing import Any
 from rlhf_pipeline.config.experiment import load_experiment
 from rlhf_pipeline.config.grid import expand
 from rlhf_pipeline.config.mentions import functions
+from rlhf_pipeline.config.reward import RewardConfig
 from rlhf_pipeline.config.reward_names import load_function
 from rlhf_pipeline.config.stages import CollectConfig, DpoConfig, PpoConfig, SftConfig, StageConfig, TrainingConfig
 from rlhf_pipeline.data.load import read_records, rows_of
@@ -16,6 +17,7 @@ from rlhf_pipeline.data.overlap import keep_apart
 from rlhf_pipeline.data.world import VOCABULARY
 from rlhf_pipeline.experiment.run import checked
 from rlhf_pipeline.models.needs import require_kernel, require_needs
+from rlhf_pipeline.registry.adapters import chain_of, require_same_base
 from rlhf_pipeline.registry.lengths import with_lengths
 from rlhf_pipeline.registry.parents import parents_of
 from rlhf_pipeline.registry.references import Resolved
@@ -55,16 +57,44 @@ def _new_parameters(config: SftConfig) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _training_memory(parameters: int, config: TrainingConfig) -> int:
-    """Bytes of weights, gradients and AdamW's two moments, and of the frozen models, without activations."""
+def _adapter_parameters(config: TrainingConfig, parent: Resolved) -> int:
+    """Number of trained parameters of an adapter, counted without allocating it.
+
+    Raises:
+        ConfigError: the architecture has no such modules.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    from rlhf_pipeline.models.adapters import add_adapter
+    from rlhf_pipeline.models.loading import model_of_config
+
+    whole, _ = chain_of(parent)
+    described = AutoConfig.from_pretrained(whole.location, revision=whole.revision)
+    with torch.device("meta"):
+        model = model_of_config(described)
+        add_adapter(model, config, parent.label)
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return count + described.get_text_config().hidden_size * isinstance(config, RewardConfig)  # the score head
+
+
+def _training_memory(parameters: int, adapter: int | None, config: TrainingConfig) -> int:
+    """Bytes of weights, gradients and AdamW's two moments, and of the frozen models, without activations.
+
+    adapter: parameters of the adapter that is trained on frozen weights; None: all weights are trained.
+    """
     width = BYTES[config.dtype]
-    trained, frozen = parameters * 4 * width, 0
+    trained, frozen = (parameters if adapter is None else adapter) * 4 * width, 0
     if isinstance(config, DpoConfig):
         frozen = parameters * width
     if isinstance(config, PpoConfig):
         # The reference, the reward model and the judge; a reward function is counted as a model (upper bound).
         frozen = parameters * width * (2 + ("judge" in config.parents()))
         trained *= 1 if config.value_init == "shared" else 2
+    if adapter is not None:
+        # Actor and reference, and critic and reward model, have the same weights; with shared_base all four.
+        shared_base = isinstance(config, PpoConfig) and config.shared_base
+        frozen = max(frozen - parameters * width * shared_base, parameters * width)
     return trained + frozen
 
 
@@ -83,6 +113,10 @@ def estimate_stage(config: StageConfig, home: Path) -> dict[str, Any]:
         if role != "reference" or named[role] != named["base"]:
             result["model" if role == "base" else role] = parent.label
     require_needs(config, parents)
+    if isinstance(config, PpoConfig) and config.shared_base:
+        for role in named:
+            if role.startswith("reward_model"):
+                require_same_base(parents["base"], parents[role])
     for source in functions(config):
         load_function(source)
     if isinstance(config, CollectConfig):
@@ -105,12 +139,16 @@ def estimate_stage(config: StageConfig, home: Path) -> dict[str, Any]:
         if config.max_steps > 0 or not (isinstance(config, SftConfig) and config.packing):  # rows are not packed here
             result["optimizer_steps"] = total_steps(rows, size, config.num_train_epochs, config.max_steps)
     if "base" in parents:
-        parameters = _parameters(parents["base"])
+        parameters = _parameters(chain_of(parents["base"])[0])
     else:
         parameters = _new_parameters(config) if isinstance(config, SftConfig) else None
     if parameters is not None:
         result["parameters"] = parameters
-        result["memory_mib_without_activations"] = round(_training_memory(parameters, config) / 2**20, 1)
+        adapter = None
+        if config.use_peft:
+            adapter = result["trained_parameters"] = _adapter_parameters(config, parents["base"])
+        memory = _training_memory(parameters, adapter, config)
+        result["memory_mib_without_activations"] = round(memory / 2**20, 1)
     return result
 
 

@@ -138,18 +138,18 @@ class Leaves:
         bench = self.bench
         resolved = find_model(bench.registry, text, "reward_model")
         key = {
-            "model": resolved.digest,
+            "model": resolved.identity,
             "dtype": bench.config.dtype,
             "prompt": self.prompts[index].prompt_ids,
             "tree": [self.tree.vocabulary, self.tree.stop_id, self.tree.horizon],
         }
         name = sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         path: Path = bench.registry.home / "cache" / f"leaves-{name[:32]}.safetensors"
-        stored = None if resolved.digest is None else read_tensor(path)
+        stored = None if resolved.identity is None else read_tensor(path)
         if stored is not None and stored.shape == (self.tree.num_leaves,):
             return stored
         scores = leaf_scores(self._model(resolved), self.prompts[index].prompt_ids, self.tree, **self._reading)
-        if resolved.digest is not None:
+        if resolved.identity is not None:
             write_tensor(path, scores)
         return scores
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from rlhf_pipeline.errors import BadInput, ConfigError, Fault, MismatchError, did_you_mean
+from rlhf_pipeline.models.adapters import TRAINED, adapters_of, save_adapter
 from rlhf_pipeline.models.needs import require_kernel
 from rlhf_pipeline.models.noise import is_noise, without_noise
 from rlhf_pipeline.models.refusals import first_line, refuse_to_hide, require_full_precision, require_sizes
@@ -32,19 +33,24 @@ def _load(
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    described_by: Path | None = None,
     new_head: bool = False,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load a model by an auto class of transformers, with the loading report of transformers.
 
-    prepare: checks and changes its config before. new_head: whether the files may lack the score head.
+    prepare: checks and changes its config before. described_by: the folder of an adapter on the weights in `path`; its
+    config holds, if it has one. new_head: whether the files may lack the score head.
 
     Raises:
         BadInput: no config or weights that can be used, or weights that the files lack.
     """
     from transformers import AutoConfig
 
+    told: tuple[str, str | None] = (str(path), revision)
+    if described_by is not None and (described_by / "config.json").is_file():
+        told = str(described_by), None
     try:
-        config = AutoConfig.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(told[0], revision=told[1], trust_remote_code=trust_remote_code)
         require_sizes(config)
         require_full_precision(config)
     except Exception as error:  # architectures raise different errors
@@ -83,7 +89,7 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """Load a causal language model; with `tokenizer`, extend the embedding to its added tokens.
 
-    options: dtype, attn_implementation, revision, trust_remote_code.
+    options: dtype, attn_implementation, revision, trust_remote_code, described_by (see `_load`).
     """
     from transformers import AutoModelForCausalLM
 
@@ -227,8 +233,8 @@ def init_reward_model(
     return model
 
 
-def load_sequence_classifier(path: str | Path, **options: Any) -> PreTrainedModel:
-    """Load a trained reward model (a sequence classifier with one label).
+def load_sequence_classifier(path: str | Path, *, described_by: Path | None = None, **options: Any) -> PreTrainedModel:
+    """Load a trained reward model (a sequence classifier with one label); an adapter has its head.
 
     options: see `load_causal_lm`.
 
@@ -238,15 +244,19 @@ def load_sequence_classifier(path: str | Path, **options: Any) -> PreTrainedMode
     from transformers import AutoModelForSequenceClassification
 
     def require_one_label(config: Any) -> None:
+        if described_by is not None and not (described_by / "config.json").is_file():
+            config.num_labels = 1  # the base may be a language model, whose config says nothing of labels
         if without_noise(config).num_labels != 1:
             raise MismatchError(
                 f"{path}: found a classifier with {config.num_labels} labels, expected a reward model with 1"
             )
 
-    model, report = _load(AutoModelForSequenceClassification, path, require_one_label, new_head=True, **options)
+    options |= {"described_by": described_by, "new_head": True}
+    model, report = _load(AutoModelForSequenceClassification, path, require_one_label, **options)
     if dropped := sorted(key for key in report["unexpected_keys"] if key.startswith(HEADS)):
         raise MismatchError(f"{path}: found {dropped[0]}, which transformers would drop; expected a head without bias")
-    if absent := sorted(key for key in report["missing_keys"] if key.startswith(HEADS)):
+    absent = sorted(key for key in report["missing_keys"] if key.startswith(HEADS))
+    if absent and described_by is None:
         raise MismatchError(f"{path}: found no {absent[0]}, expected a trained reward model")
     return model
 
@@ -263,8 +273,11 @@ def store_reward_shift(model: PreTrainedModel, mean_score: float) -> None:
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write weights (safetensors), config and tokenizer in the Hugging Face layout."""
-    model.save_pretrained(directory, safe_serialization=True)
+    """Write weights (safetensors), config and tokenizer in the Hugging Face layout; of an adapter its own weights."""
+    if TRAINED in adapters_of(model):
+        save_adapter(model, directory)
+    else:
+        model.save_pretrained(directory, safe_serialization=True)
     tokenizer.save_pretrained(directory)
     config = json.loads((directory / "config.json").read_text())
     if "auto_map" in config:  # never pass on a pointer to code that a user might run unintentionally

@@ -5,7 +5,7 @@ Every forward goes through `__call__`, so that a wrapped module (DDP, FSDP) sees
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_pipeline.data.batch import PackedBatch, common_layout
+from rlhf_pipeline.models.adapters import trunk_on_same_weights, whole_trunk
 from rlhf_pipeline.models.forward import Reader, completion_logprobs, hidden_states, trunk_of
+from rlhf_pipeline.models.last_layer import skip_unread, skipping_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -138,6 +140,8 @@ def make_actor_critic(
     value_init: ValueInit,
     *,
     reward_model: RewardModel | None = None,
+    start: PreTrainedModel | None = None,
+    adapt: Callable[[PreTrainedModel], None] | None = None,
     temperature: float = 1.0,
 ) -> ActorCritic:
     """Combine the actor with a critic.
@@ -146,17 +150,32 @@ def make_actor_critic(
       -reward_shift, so at the last response token it gives the reward model's score.
     * sft: a separate trunk, copied from the actor before training; the head starts at 0.
     * shared: a head on the actor's trunk; it starts at 0, so all values are 0 at step 0.
+
+    Args:
+        start: the actor without the adapter that is trained, if it has one.
+        adapt: puts an adapter into the critic's trunk, which then shares its frozen weights instead of copying them.
     """
+
+    def copied(source: PreTrainedModel) -> PreTrainedModel:
+        trunk = trunk_of(source)
+        if adapt is None:
+            return whole_trunk(source)
+        critic = trunk_on_same_weights(source)
+        adapt(critic)
+        if skipping_modules(trunk):
+            skip_unread(critic)
+        return critic
+
     critic: PreTrainedModel | None
     if value_init == "reward_model":
         if reward_model is None:
             raise ValueError("value_init 'reward_model' needs a reward model")
         source = reward_model.model
-        critic = copy.deepcopy(trunk_of(source))
+        critic = copied(source)
         reader = replace(reader, layout=common_layout(reader.layout, reward_model.reader.layout))  # both read one batch
         weight, bias = sequence_head(source).weight.detach().clone(), -reward_model.reward_shift
     else:
-        critic = copy.deepcopy(trunk_of(actor)) if value_init == "sft" else None
+        critic = copied(actor if start is None else start) if value_init == "sft" else None
         parameter = next(actor.parameters())
         width = actor.get_output_embeddings().weight.shape[1]
         weight, bias = torch.zeros(1, width, dtype=parameter.dtype, device=parameter.device), 0.0
@@ -164,8 +183,6 @@ def make_actor_critic(
     with torch.no_grad():
         value_head.weight.copy_(weight)
         value_head.bias.fill_(bias)
-    if critic is not None:
-        critic.requires_grad_(True)
     return ActorCritic(actor, reader, critic, value_head, temperature)
 
 
@@ -182,10 +199,12 @@ def assert_independent(policy: nn.Module, frozen: nn.Module) -> None:
     """Check that a frozen model is independent of the model in training.
 
     Raises:
-        RuntimeError: they share memory, or a module of `frozen` has a patched `forward` (some libraries replace
-            `forward` in place; a deep copy of such a model computes with the original's weights, held in a closure).
+        RuntimeError: they share memory that is trained, or a module of `frozen` has a patched `forward` (some libraries
+            replace `forward` in place; a deep copy of such a model computes with the original's weights, held in a
+            closure). Frozen weights below adapters may be shared: no optimizer step changes them.
     """
-    mine = {parameter.untyped_storage().data_ptr() for parameter in policy.parameters() if parameter.numel()}
+    trained = [parameter for parameter in policy.parameters() if parameter.numel() and parameter.requires_grad]
+    mine = {parameter.untyped_storage().data_ptr() for parameter in trained}
     named = frozen.named_parameters()
     if shared := [name for name, parameter in named if parameter.untyped_storage().data_ptr() in mine]:
         raise RuntimeError(f"the frozen model shares memory with the policy: {', '.join(shared[:3])}")

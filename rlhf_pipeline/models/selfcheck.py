@@ -12,6 +12,7 @@ import torch
 from rlhf_pipeline.data.batch import LAYOUTS, PackedBatch, pack
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import BadInput
+from rlhf_pipeline.models.adapters import stirred
 from rlhf_pipeline.models.forward import Reader, completion_logprobs, hidden_states, trunk_of
 from rlhf_pipeline.models.last_layer import compute_all, skip_unread
 from rlhf_pipeline.models.modules import RewardModel, sequence_head
@@ -119,13 +120,18 @@ def _decodes_with_a_cache(model: PreTrainedModel, examples: list[Example]) -> bo
     return agree(logits.float(), expected.float(), next(model.parameters()).dtype)
 
 
-@torch.no_grad()
 def inspect_model(model: PreTrainedModel) -> Reader:
     """Return the fastest way of reading a causal language model that agrees with its own forward pass.
 
     Raises:
         BadInput: no way agrees, or the model is not causal.
     """
+    with stirred(model):
+        return _inspect_model(model)
+
+
+@torch.no_grad()
+def _inspect_model(model: PreTrainedModel) -> Reader:
     was_training = model.training
     model.eval()
     with ExitStack() as after:
@@ -152,13 +158,18 @@ def inspect_model(model: PreTrainedModel) -> Reader:
     )
 
 
-@torch.no_grad()
 def inspect_reward_model(model: PreTrainedModel) -> Reader:
     """Return the fastest way of reading a sequence classifier with one label that agrees with its own logits.
 
     Raises:
         BadInput: no layout agrees.
     """
+    with stirred(model):
+        return _inspect_reward_model(model)
+
+
+@torch.no_grad()
+def _inspect_reward_model(model: PreTrainedModel) -> Reader:
     model.eval()
     dtype, examples = next(model.parameters()).dtype, probe_examples(model)
     device = next(model.parameters()).device

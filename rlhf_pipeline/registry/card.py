@@ -28,6 +28,7 @@ def model_card(manifest: Manifest) -> str:
         _front_matter(manifest),
         f"{title}\n\n{_WHAT.get(manifest.stage, '')}",
         _use(manifest),
+        _table("Adapter", ("what", "value"), _flat(manifest.adapter)),
         _table("Parents", ("role", "model", "digest"), _parents(manifest)),
         _table("Data", ("source", "split", "rows", "dropped", "digest"), _data(manifest)),
         _table("Options that move the optimum", ("option", "value"), (manifest.moves_optimum or {}).items()),
@@ -58,7 +59,7 @@ def fence(text: str, language: str = "") -> str:
 def _front_matter(manifest: Manifest) -> str:
     task = "text-classification" if manifest.stage == "reward" else "text-generation"
     fields: dict[str, Any] = {
-        "library_name": "transformers",
+        "library_name": "peft" if manifest.adapter else "transformers",
         "pipeline_tag": task,
         "tags": ["rlhf", manifest.stage],
     }
@@ -78,10 +79,19 @@ def _use(manifest: Manifest) -> str:
         )
     else:
         auto, note = "AutoModelForCausalLM", ""
+    load = f"model = {auto}.from_pretrained(folder)"
+    if manifest.adapter:
+        labels = ", num_labels=1" if manifest.stage == "reward" else ""
+        load = f"base = {auto}.from_pretrained(base_folder{labels})\nmodel = PeftModel.from_pretrained(base, folder)"
+        load = f"from peft import PeftModel\n{load}"
+        base = escape(manifest.parents["base"].ref)
+        note += (
+            f"\n\nThis is an adapter: it holds only the difference to its base, {base}, whose folder is `base_folder`. "
+            "If the base is an adapter itself, or for a tool without peft, `rlhf models export REF DIR --merge` writes "
+            "whole weights."
+        )
     code = (
-        f"from transformers import AutoTokenizer, {auto}\n\n"
-        f"model = {auto}.from_pretrained(folder)\n"
-        "tokenizer = AutoTokenizer.from_pretrained(folder)"
+        f"from transformers import AutoTokenizer, {auto}\n\n{load}\ntokenizer = AutoTokenizer.from_pretrained(folder)"
     )
     return f"## Use\n\n{fence(code, 'python')}{note}"
 

@@ -62,6 +62,7 @@ class Manifest(BaseModel):
     moves_optimum: dict[str, Any] | None = None  # None: from an older release, see registry/optimum.py
     may_move_optimum: dict[str, Any] = {}
     cost: dict[str, Any] = {}
+    adapter: dict[str, Any] = {}  # facts of an adapter on the parent `base`; {}: whole weights
     created: str = ""
     run: str = ""  # its folder in runs/, and an identifier of the run
     files: dict[str, FileEntry]

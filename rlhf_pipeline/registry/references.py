@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -44,7 +44,8 @@ class Reference:
 class Resolved:
     """An existing model or data set: its location and manifest.
 
-    `kind` is the meaning of the reference that was chosen; "data" is collected data of the registry.
+    `kind` is the meaning of the reference that was chosen; "data" is collected data of the registry. `find_base`
+    resolves the base of an adapter.
     """
 
     kind: Literal["registry", "directory", "hub", "data"]
@@ -55,6 +56,16 @@ class Resolved:
     step: int | None = None
     revision: str | None = None
     manifest: Manifest | None = None
+    find_base: Callable[[Resolved], Resolved] | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def base(self) -> Resolved | None:
+        """The model that an adapter stands on; None for a whole model.
+
+        Raises:
+            BadInput, MismatchError, UnknownReference: see `base_of` in registry/adapters.py.
+        """
+        return None if self.find_base is None else self.find_base(self)
 
     @property
     def label(self) -> str:
@@ -96,6 +107,14 @@ class Resolved:
         if self.manifest is not None:
             return files_digest(self.files)
         return None if self.path is None else files_digest(folder_files(self.path))
+
+    @property
+    def identity(self) -> str | None:
+        """The digest of all weights, those of an adapter's base included; None if one is on the hub."""
+        if self.base is None:
+            return self.digest
+        below = self.base.identity
+        return None if below is None else f"{self.digest} on {below}"
 
     @property
     def parent(self) -> Parent:

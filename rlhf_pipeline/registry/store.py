@@ -9,15 +9,21 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace as changed
 from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.errors import BadInput, DamagedFile, UnknownReference, did_you_mean
 from rlhf_pipeline.registry import storage
+from rlhf_pipeline.registry.adapters import base_of, is_adapter
+from rlhf_pipeline.registry.card import model_card
 from rlhf_pipeline.registry.digests import (
+    CARD,
     MANIFEST,
     SNAPSHOTS,
     FileEntry,
+    file_entry,
+    list_files,
     snapshot_files,
     snapshot_folder,
     snapshot_steps,
@@ -104,7 +110,7 @@ class Registry:
         else:
             raise self._unknown(reference)
         log.info("%s", resolved.taken)
-        return resolved
+        return self._on_base(resolved)
 
     def resolve_data(self, text: str) -> Version:
         """Return collected data by `NAME` (its latest version) or `NAME@vN`.
@@ -186,29 +192,48 @@ class Registry:
             self.models.remove(resolved.name, resolved.version)
         return resolved
 
-    def export(self, reference: str, target: Path | str, *, replace: bool = False) -> Path:
+    def export(
+        self,
+        reference: str | Resolved,
+        target: Path | str,
+        write: Callable[[Path], None] | None = None,
+        *,
+        replace: bool = False,
+        **metrics: Any,
+    ) -> Path:
         """Copy a model's files and manifest into a new or empty folder, for use with plain transformers.
 
         Args:
+            write: writes other files for the same model: those of merged weights. metrics: further metrics for the
+                manifest.
             replace: also into a folder with an earlier copy of a model of this name, which is removed.
 
         Raises:
             BadInput: the folder is not free, or the reference is not a model of the registry.
             DamagedFile: a file differs from the manifest.
         """
-        resolved = self.resolve(reference)
-        if not isinstance(resolved, Version) or resolved.kind != "registry":
+        resolved = reference if isinstance(reference, Resolved) else self.resolve(reference)
+        if write is None and (not isinstance(resolved, Version) or resolved.kind != "registry"):
             raise BadInput(f"{resolved.label} is not in the registry; only models of the registry can be exported")
         target = folder_for_copy(target, resolved.name if replace else None)
         verify_files(resolved)
-        assert resolved.manifest is not None  # a reference to a version whose manifest is damaged does not resolve
-        files = {path: item for path, item in resolved.files.items() if not path.startswith(f"{SNAPSHOTS}/")}
+        manifest = resolved.manifest
         with storage.staging(target.parent, target.name) as staged:
-            for path in files:
-                (staged / path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(resolved.path / path, staged / path)
-            manifest = resolved.manifest.model_copy(update={"files": files})
-            storage.replace_text(staged / MANIFEST, manifest.to_json())
+            if write is not None:
+                write(staged)
+                if manifest is not None:
+                    changes = {"adapter": {}, "metrics": {**manifest.metrics, **metrics}}
+                    manifest = manifest.model_copy(update=changes)
+                    storage.replace_text(staged / CARD, model_card(manifest))
+                files = {path: file_entry(file) for path, file in list_files(staged).items()}
+            else:
+                assert resolved.path is not None  # models of the registry are folders
+                files = {path: item for path, item in resolved.files.items() if not path.startswith(f"{SNAPSHOTS}/")}
+                for path in files:
+                    (staged / path).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(resolved.path / path, staged / path)
+            if manifest is not None:
+                storage.replace_text(staged / MANIFEST, manifest.model_copy(update={"files": files}).to_json())
             storage.sync_tree(staged)
             if replace and target.exists():
                 shutil.rmtree(target)
@@ -229,6 +254,12 @@ class Registry:
         if not isinstance(resolved, Version) or resolved.kind != "registry" or resolved.step is not None:
             raise BadInput(f"{resolved.label}: {purpose} needs a version of the registry: name@vN")
         return resolved
+
+    def _on_base(self, resolved: Resolved) -> Resolved:
+        """The same model; an adapter also finds its base, when something asks for it."""
+        if resolved.path is None or not is_adapter(resolved.path):
+            return resolved
+        return changed(resolved, find_base=lambda found: base_of(found, self.resolve))
 
     def _version(self, reference: Reference, name: str) -> Version:
         step = reference.step

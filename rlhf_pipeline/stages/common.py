@@ -12,6 +12,7 @@ import torch
 
 from rlhf_pipeline.config.collect import CollectConfig
 from rlhf_pipeline.config.dump import config_digest
+from rlhf_pipeline.config.reward import RewardConfig
 from rlhf_pipeline.config.stages import ModelConfig, SftConfig
 from rlhf_pipeline.config.template import HasTemplate
 from rlhf_pipeline.config.training import TrainingConfig
@@ -21,11 +22,14 @@ from rlhf_pipeline.data.templates import apply_template_keys
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import chat_template_digest, load_tokenizer, tokenizer_digest
 from rlhf_pipeline.errors import MismatchError
-from rlhf_pipeline.models.loading import load_causal_lm, load_sequence_classifier, save_model
+from rlhf_pipeline.models.adapted import classifier_on, load_adapted
+from rlhf_pipeline.models.adapters import adapter_facts, add_adapter, on_same_weights
+from rlhf_pipeline.models.loading import init_reward_model, load_causal_lm, load_sequence_classifier, save_model
 from rlhf_pipeline.models.modules import Policy, RewardModel
 from rlhf_pipeline.models.noise import require_no_noise
 from rlhf_pipeline.models.selfcheck import inspect_model, read_reward_model
 from rlhf_pipeline.models.sharing import shared
+from rlhf_pipeline.registry.adapters import chain_of
 from rlhf_pipeline.registry.integrity import verify_files
 from rlhf_pipeline.registry.optimum import optimum_fields
 from rlhf_pipeline.registry.references import Resolved
@@ -78,7 +82,11 @@ def find_model(
     resolved = registry.resolve(text, revision=revision)
     say(resolved.taken)
     check_role(resolved, role)
-    verify_files(resolved)
+    below, adapters = chain_of(resolved)
+    for part in (*adapters, below):
+        verify_files(part)
+    if adapters:
+        say(f"{resolved.label} is an adapter on {' on '.join(part.label for part in (*adapters[-2::-1], below))}")
     return resolved
 
 
@@ -92,20 +100,27 @@ def find_base(run: Run, config: TrainingConfig) -> Resolved:
 def tokenizer_of(
     resolved: Resolved, trust_remote_code: bool = False, config: HasTemplate | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer stored with a model, with the chat template and the EOS that a config gives it."""
+    """The tokenizer stored with a model, with the chat template and the EOS that a config gives it.
+
+    An adapter without a tokenizer has that of its base.
+    """
+    if resolved.base is not None and not (Path(resolved.location) / "tokenizer_config.json").is_file():
+        return tokenizer_of(resolved.base, trust_remote_code, config)
     eos = None if config is None else config.eos_token
     tokenizer = load_tokenizer(resolved.location, resolved.revision, trust_remote_code, eos_token=eos)
     return tokenizer if config is None else apply_template_keys(tokenizer, config)
 
 
-def loading_options(resolved: Resolved, config: ModelConfig) -> dict[str, Any]:
-    """The options for loading a model's files."""
-    return {
-        "dtype": config.dtype,
-        "attn_implementation": config.attn_implementation,
-        "revision": resolved.revision,
-        "trust_remote_code": config.trust_remote_code,
-    }
+def loading_options(config: ModelConfig) -> dict[str, Any]:
+    """The options of a config for loading a model's files."""
+    return {key: getattr(config, key) for key in ("dtype", "attn_implementation", "trust_remote_code")}
+
+
+def load_language_model(
+    resolved: Resolved, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, **options
+) -> PreTrainedModel:
+    """Load a causal language model with the options of a config; `options` may be those of `load_adapted` too."""
+    return load_adapted(load_causal_lm, resolved, **loading_options(config), tokenizer=tokenizer, **options)
 
 
 def load_policy(
@@ -122,28 +137,79 @@ def load_policy(
 
     Within `sharing_models`, frozen policies of one model share its weights, also at different temperatures.
     """
+    if not frozen:
+        merged = not getattr(config, "use_peft", False)
+        model = onto(device, load_language_model(resolved, config, tokenizer, merged=merged, **options))
+        if not options.get("dropout"):
+            require_no_noise(model)
+        return policy_to_train(model, config, resolved.label, temperature)
 
     def load() -> Policy:
-        how = loading_options(resolved, config) | options
-        model = onto(device, load_causal_lm(resolved.location, tokenizer=tokenizer, **how))
-        if not frozen and not options.get("dropout"):
-            require_no_noise(model)
-        policy = Policy(model, inspect_model(model), temperature, entropy=not frozen)
-        policy.train(not frozen)
-        return policy.requires_grad_(False) if frozen else policy
+        return frozen_policy(onto(device, load_language_model(resolved, config, tokenizer, **options)), temperature)
 
-    if not frozen:
-        return load()
     read_as = (tokenizer_digest(tokenizer), *sorted(options.items()))
     found = shared(("policy", *_identity(resolved, config, device), *read_as), load)
     return Policy(found.model, found.reader, temperature, entropy=False).eval()
 
 
-def load_reward_model(resolved: Resolved, config: ModelConfig, device: torch.device) -> RewardModel:
-    """Load a frozen reward model onto a device; within `sharing_models` it is loaded once."""
+def policy_to_train(model: PreTrainedModel, config: ModelConfig, parent: str, temperature: float = 1.0) -> Policy:
+    """A policy that is trained: all weights, or with `use_peft` a new adapter on them; `parent` names the model."""
+    if isinstance(config, TrainingConfig) and config.use_peft:
+        add_adapter(model, config, parent)
+    return Policy(model, inspect_model(model), temperature).train()
+
+
+def frozen_policy(model: PreTrainedModel, temperature: float = 1.0) -> Policy:
+    """A policy that is only read."""
+    return Policy(model, inspect_model(model), temperature, entropy=False).eval().requires_grad_(False)
+
+
+def load_policy_and_reference(
+    parent: Resolved,
+    config: TrainingConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    *,
+    reference: Resolved | None = None,
+    temperature: float = 1.0,
+) -> tuple[Policy, Policy]:
+    """Load the policy to train and its frozen reference; by default that is the parent.
+
+    With `use_peft` the parent is read without the new adapter, over the same weights. Otherwise the two models are
+    loaded separately, so that they share no weights.
+    """
+    if not config.use_peft or (reference is not None and reference.label != parent.label):
+        read: dict[str, Any] = {"temperature": temperature}
+        policy = load_policy(parent, config, tokenizer, device, **read)
+        read |= {"frozen": True} | ({} if config.use_peft else {"merged": True})
+        return policy, load_policy(reference or parent, config, tokenizer, device, **read)
+    model = onto(device, load_language_model(parent, config, tokenizer))
+    require_no_noise(model)
+    below = on_same_weights(model)
+    return policy_to_train(model, config, parent.label, temperature), frozen_policy(below, temperature)
+
+
+def new_reward_model(parent: Resolved, config: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A reward model to train: the trunk of a language model, or with `use_peft` an adapter on it, and a new head."""
+    how: dict[str, Any] = {"seed": config.seed, "score_pooling": config.score_pooling, "merged": not config.use_peft}
+    model = load_adapted(init_reward_model, parent, tokenizer=tokenizer, **loading_options(config), **how)
+    if config.use_peft:
+        add_adapter(model, config, parent.label)
+    return model
+
+
+def load_reward_model(
+    resolved: Resolved, config: ModelConfig, device: torch.device, below: PreTrainedModel | None = None
+) -> RewardModel:
+    """Load a frozen reward model onto a device; within `sharing_models` it is loaded once.
+
+    below: the base of the reward model in memory, whose weights it uses.
+    """
+    if below is not None:
+        return read_reward_model(classifier_on(below, resolved)).eval().requires_grad_(False)
 
     def load() -> RewardModel:
-        model = load_sequence_classifier(resolved.location, **loading_options(resolved, config))
+        model = load_adapted(load_sequence_classifier, resolved, **loading_options(config))
         return read_reward_model(onto(device, model)).eval().requires_grad_(False)
 
     return shared(("reward model", *_identity(resolved, config, device)), load)
@@ -151,7 +217,7 @@ def load_reward_model(resolved: Resolved, config: ModelConfig, device: torch.dev
 
 def _identity(resolved: Resolved, config: ModelConfig, device: torch.device) -> tuple[Any, ...]:
     """A key of the loaded weights: the model, the options for loading and the device."""
-    return (resolved.location, resolved.digest, str(device), *loading_options(resolved, config).values())
+    return (resolved.location, resolved.revision, resolved.identity, *loading_options(config).values(), str(device))
 
 
 def onto(device: torch.device, model: PreTrainedModel) -> PreTrainedModel:
@@ -271,6 +337,7 @@ def publish(
         metrics=metrics,
         **optimum_fields(run.config, parents),
         cost=cost,
+        adapter=adapter_facts(plan.model),
     )
     run.finish(published.label)
     run.log.say(f"registered {published.label}")

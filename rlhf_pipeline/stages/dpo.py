@@ -18,7 +18,7 @@ from rlhf_pipeline.stages.common import (
     find_base,
     find_model,
     inputs_of,
-    load_policy,
+    load_policy_and_reference,
     log_moves,
     publish,
     require_same_tokenizer,
@@ -116,7 +116,7 @@ def run_dpo(config: DpoConfig, home: Path, **options) -> StageResult:
     """Train a policy on preference pairs or rankings with DPO and register it."""
     with open_run("dpo", config, home, **options) as run:
         config = run.config
-        # 1. Policy and frozen reference, loaded separately, so that they share no weights.
+        # 1. Policy and frozen reference; they share no weights that are trained.
         parent = find_base(run, config)
         ref_parent = find_model(run.registry, config.ref_model, "policy") if config.ref_model else parent
         if stands_apart(run.registry, ref_parent, parent):
@@ -127,13 +127,15 @@ def run_dpo(config: DpoConfig, home: Path, **options) -> StageResult:
         tokenizer: PreTrainedTokenizerBase = tokenizer_of(parent, config.trust_remote_code, config)
         if config.ref_model:
             require_same_tokenizer(parent, ref_parent, tokenizer, config.trust_remote_code)
-        policy = load_policy(parent, config, tokenizer, run.device)
-        frozen = load_policy(ref_parent, config, tokenizer, run.device, frozen=True)
+        policy, frozen = load_policy_and_reference(parent, config, tokenizer, run.device, reference=ref_parent)
         assert_independent(policy, frozen)
 
         # 2. The pairs, and their log-probabilities under the reference.
+        known_as = ref_parent.identity
+        if known_as is not None and ref_parent.base is not None and not config.use_peft:
+            known_as += " merged"  # equal up to rounding
         source = fresh_pairs if config.population else recorded_pairs
-        pairs = source(run, policy, frozen, ref_parent.digest, tokenizer)
+        pairs = source(run, policy, frozen, known_as, tokenizer)
         parents = {"base": parent, "reference": ref_parent}
         log_moves(run, parents)
 

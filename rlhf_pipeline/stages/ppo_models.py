@@ -11,11 +11,12 @@ import torch
 from rlhf_pipeline.config.ppo import PpoConfig
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import ConfigError, Fault
-from rlhf_pipeline.models.modules import assert_independent, describe_critic, make_actor_critic
+from rlhf_pipeline.models.adapters import add_adapter
+from rlhf_pipeline.models.modules import ActorCritic, assert_independent, describe_critic, make_actor_critic
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.rollout.rewards import WeightedReward
 from rlhf_pipeline.rollout.vllm_engine import VllmEngine
-from rlhf_pipeline.stages.common import load_policy
+from rlhf_pipeline.stages.common import load_policy_and_reference
 from rlhf_pipeline.stages.gate import repeat_gates
 from rlhf_pipeline.stages.reward_sources import LoadedModel, load_judge, load_reward
 from rlhf_pipeline.training.cost import ModelShape
@@ -31,7 +32,10 @@ if TYPE_CHECKING:
 def load_setup(
     run: Run[PpoConfig], parent: Resolved, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Example]
 ) -> tuple[PpoSetup, dict[str, Resolved]]:
-    """Load actor, frozen reference (loaded separately from the same files), rewards, critic and judge.
+    """Load actor, frozen reference, rewards, critic and judge.
+
+    With `use_peft` actor and critic are adapters, on the weights of the reference and of the reward model. With
+    `shared_base` all four are adapters on one copy of the weights.
 
     Returns:
         the setup of the run, and the parents for its manifest, by role.
@@ -43,9 +47,11 @@ def load_setup(
     config, accelerator = run.config, run.accelerator
     assert config.value_init is not None  # the config fills it in
     stop_id = stop_id_of(config, tokenizer)
-    rewards = [load_reward(run.registry, part.source, config, parent, tokenizer, run.device) for part in config.rewards]
-    actor = load_policy(parent, config, tokenizer, run.device, temperature=config.temperature)
-    reference = load_policy(parent, config, tokenizer, run.device, temperature=config.temperature, frozen=True)
+    actor, reference = load_policy_and_reference(parent, config, tokenizer, run.device, temperature=config.temperature)
+    below = reference.model if config.shared_base else None
+    rewards = [
+        load_reward(run.registry, part.source, config, parent, tokenizer, run.device, below) for part in config.rewards
+    ]
     models = [loaded for loaded in rewards if isinstance(loaded, LoadedModel)]
     repeat_gates([loaded.resolved for loaded in models], run.log.say)
     actor_critic = make_actor_critic(
@@ -53,11 +59,15 @@ def load_setup(
         actor.reader,
         config.value_init,
         reward_model=models[0].model if models else None,
+        start=reference.model,
+        adapt=partial(add_adapter, config=config, base=parent.label) if config.use_peft else None,
         temperature=config.temperature,
     ).to(run.device)
     for frozen in (reference, *(loaded.model for loaded in models)):
         assert_independent(actor_critic, frozen)
     run.log.say(describe_critic(config.value_init, models[0].source.label if models else None))
+    if config.use_peft:
+        run.log.say(describe_weights(actor_critic, reference, *(loaded.model for loaded in models)))
     judge, judge_model = load_judge(run, rewards, parent, tokenizer)
     weights = [part.weight for part in config.rewards]
     reward = WeightedReward(tuple(zip(weights, (loaded.source for loaded in rewards), strict=True)))
@@ -97,6 +107,13 @@ def load_setup(
     return setup, parents
 
 
+def describe_weights(actor_critic: ActorCritic, *frozen: torch.nn.Module) -> str:
+    """One line for the log: how many weights are trained, and how many are in memory once."""
+    held = {p.data_ptr(): p.numel() for module in (actor_critic, *frozen) for p in module.parameters()}
+    trained = sum(p.numel() for p in actor_critic.parameters() if p.requires_grad)
+    return f"weights: {trained:,} are trained, of {sum(held.values()):,} in memory for all models"
+
+
 def stop_id_of(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of the token that ends a response.
 
@@ -126,9 +143,17 @@ def check_processes(config: PpoConfig, count: int) -> None:
 
 
 def load_engine(run: Run[PpoConfig], config: PpoConfig, policy: Resolved, model: torch.nn.Module) -> VllmEngine | None:
-    """The engine that samples instead of the model; None for the native sampler."""
+    """The engine that samples instead of the model; None for the native sampler.
+
+    Raises:
+        ConfigError: the policy starts from an adapter, which the engine cannot load.
+    """
     if config.rollout_engine == "native":
         return None
+    if policy.base is not None:
+        fix = "start from rlhf models export REF DIR --merge, or use rollout_engine: native"
+        found = f"found 'vllm', but {policy.label} is an adapter"
+        raise ConfigError(Fault("rollout_engine", found, "whole weights", fix))
     dtype = torch.bfloat16 if uses_bf16(config) else next(model.parameters()).dtype
     engine = VllmEngine(
         policy.location,

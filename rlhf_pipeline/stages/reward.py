@@ -13,7 +13,7 @@ from rlhf_pipeline.algorithms.preference import bradley_terry_loss, centering_lo
 from rlhf_pipeline.config.reward import RewardConfig
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.evaluation.preference_metrics import calibration_slope, pair_differences
-from rlhf_pipeline.models.loading import init_reward_model, store_reward_shift
+from rlhf_pipeline.models.loading import store_reward_shift
 from rlhf_pipeline.models.modules import RewardModel
 from rlhf_pipeline.models.selfcheck import read_reward_model
 from rlhf_pipeline.registry.references import Resolved
@@ -25,8 +25,8 @@ from rlhf_pipeline.stages.common import (
     find_base,
     inputs_of,
     load_policy,
-    loading_options,
     log_moves,
+    new_reward_model,
     onto,
     publish,
     tokenizer_of,
@@ -137,14 +137,7 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
         # 1. The trunk of a language model with a new scalar head.
         parent = find_base(run, config)
         tokenizer: PreTrainedTokenizerBase = tokenizer_of(parent, config.trust_remote_code, config)
-        network = init_reward_model(
-            parent.location,
-            tokenizer,
-            seed=config.seed,
-            score_pooling=config.score_pooling,
-            **loading_options(parent, config),
-        )
-        network = onto(run.device, network)
+        network = onto(run.device, new_reward_model(parent, config, tokenizer))
         model = read_reward_model(network).train()
         if config.score_pooling == "mean":
             run.log.say("score_pooling mean: transformers itself reads only the last token and gives other scores")

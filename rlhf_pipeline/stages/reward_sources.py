@@ -14,6 +14,7 @@ from rlhf_pipeline.config.stages import ModelConfig
 from rlhf_pipeline.data import world
 from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.models.modules import RewardModel
+from rlhf_pipeline.registry.adapters import require_same_base
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.rewards import FunctionReward, ModelReward, RewardSource, WorldReward
@@ -24,7 +25,7 @@ from rlhf_pipeline.training.open_run import Run
 from rlhf_pipeline.training.ppo_rollouts import Judge
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BELIEVE_JUDGE = "its scores of the policy mean little"
 
@@ -53,8 +54,11 @@ def load_reward(
     policy: Resolved,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
+    below: PreTrainedModel | None = None,
 ) -> LoadedReward:
     """Load one source: "world", module:function, or a reference to a reward model.
+
+    below: the policy without the adapter that is trained; a reward model uses its weights (`shared_base`).
 
     Raises:
         MismatchError: the world cannot score this policy's vocabulary, the reference is not a reward model, or the
@@ -71,7 +75,9 @@ def load_reward(
         return LoadedReward(FunctionReward(text, load_function(text), tokenizer))
     resolved = find_model(registry, text, "reward_model")
     require_same_tokenizer(policy, resolved, tokenizer, config.trust_remote_code)
-    model = load_reward_model(resolved, config, device)
+    if below is not None:
+        require_same_base(policy, resolved)
+    model = load_reward_model(resolved, config, device, below)
     return LoadedModel(ModelReward(resolved.label, model, tokenizer.pad_token_id, device), resolved, model)
 
 

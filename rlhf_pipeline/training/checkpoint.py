@@ -72,6 +72,12 @@ def replacing(target: Path) -> Iterator[Path]:
         shutil.rmtree(before, ignore_errors=True)
 
 
+def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The part of a state dict that training changes: everything except frozen parameters."""
+    frozen = {name for name, value in model.named_parameters(remove_duplicate=False) if not value.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
 def save_checkpoint(
     root: Path,
     step: int,
@@ -90,7 +96,7 @@ def save_checkpoint(
     from safetensors.torch import save_file
 
     target = root / f"{PREFIX}{step}"
-    weights, aliases = unshared(model.state_dict())
+    weights, aliases = unshared(trained_state(model))
     optimizer_state = optimizer.state_dict()
     tensors = {
         f"{index}.{name}": value.detach().cpu().contiguous()
@@ -246,7 +252,10 @@ def restore(
     weights = load_file(checkpoint.directory / FILES[0])
     weights |= {alias: weights[name] for alias, name in checkpoint.state["aliases"].items()}
     try:
-        model.load_state_dict(weights)
+        # Frozen weights are those of the models that the run was started with; `Plan.inputs` has their digests.
+        absent = sorted(trained_state(model).keys() - weights.keys())
+        if absent or model.load_state_dict(weights, strict=False).unexpected_keys:
+            raise RuntimeError(f"it lacks {absent[0]}" if absent else "it has weights that this model lacks")
     except RuntimeError as error:
         first_lines = " ".join(str(error).split())[:200]
         raise MismatchError(f"{checkpoint.directory}: not a checkpoint of this model: {first_lines}") from error

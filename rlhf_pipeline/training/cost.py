@@ -6,7 +6,7 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,6 +31,8 @@ class ModelShape:
     skipped: weights that are used only at positions whose hidden states are read (models/last_layer.py). reads: these
     positions: those that predict a completion's token, the completion's tokens, or the last token of each completion.
     recomputed: weights whose products the backward pass computes again (`gradient_checkpointing`); otherwise 0.
+    frozen, frozen_head, frozen_skipped: those of `matmul`, `head` and `skipped` that take no gradient when the model
+    trains: the weights below an adapter.
     """
 
     matmul: int
@@ -39,6 +41,9 @@ class ModelShape:
     skipped: int = 0
     reads: Literal["predicting", "tokens", "last"] = "predicting"
     recomputed: int = 0
+    frozen: int = 0
+    frozen_head: int = 0
+    frozen_skipped: int = 0
 
     @staticmethod
     def of(model: PreTrainedModel, *, head: bool = True, checkpointed: bool = False) -> ModelShape:
@@ -48,22 +53,24 @@ class ModelShape:
         """
         trunk = trunk_of(model)
         embeddings = {id(module.weight) for module in trunk.modules() if isinstance(module, nn.Embedding)}
-        matmul = sum(p.numel() for p in trunk.parameters() if p.ndim == 2 and id(p) not in embeddings)
+        weights = [p for p in _computed(trunk) if p.ndim == 2 and id(p) not in embeddings]
         config: Any = trunk.config.get_text_config()
         heads = getattr(config, "num_attention_heads", 1)
         width = (getattr(config, "head_dim", None) or config.hidden_size // heads) * heads
         output = model.get_output_embeddings() if head and hasattr(model, "get_output_embeddings") else None
-        skipped = sum(p.numel() for module in skipping_modules(trunk) for p in module.parameters() if p.ndim == 2)
+        skipped = [p for module in skipping_modules(trunk) for p in _computed(module) if p.ndim == 2]
+        head_weights = [] if output is None else [p for p in _computed(output) if p.ndim == 2]
         classifier = not head and (hasattr(model, "score") or hasattr(model, "classifier"))
         mean = getattr(trunk.config, "score_pooling", None) == "mean"
         pooled: Literal["tokens", "last"] = "tokens" if mean else "last"
         return ModelShape(
-            matmul,
-            output.weight.numel() if output is not None else 0,
+            _sizes(weights),
+            _sizes(head_weights),
             config.num_hidden_layers * width,
-            skipped,
+            _sizes(skipped),
             pooled if classifier else "predicting",
             _recomputed_weights(trunk) if checkpointed else 0,
+            *(_sizes(p for p in part if not p.requires_grad) for part in (weights, head_weights, skipped)),
         )
 
     def forward_flops(self, tokens: int, context_tokens: int, head_tokens: int, read: int | None = None) -> float:
@@ -79,13 +86,16 @@ class ModelShape:
         return 2.0 * matmul + 4.0 * self.attention * context_tokens + 2.0 * self.head * head_tokens
 
     def training_flops(self, tokens: int, context_tokens: int, head_tokens: int, read: int | None = None) -> float:
-        """FLOPs of a forward and a backward pass: three times a forward pass.
+        """FLOPs of a forward and a backward pass: three times a forward pass, without the gradients of frozen weights.
 
+        These would be 2 N_frozen tokens, counted as in `forward_flops`; gradients of activations pass through them.
         With `gradient_checkpointing`, plus 2 N_recomputed tokens + 4 layers d_attn sum(context) for the layers that are
         computed again.
         """
         again = 2.0 * self.recomputed * tokens + 4.0 * self.attention * context_tokens if self.recomputed else 0.0
-        return 3.0 * self.forward_flops(tokens, context_tokens, head_tokens, read) + again
+        unread = 0 if read is None else tokens - read
+        spared = self.frozen * tokens - self.frozen_skipped * unread + self.frozen_head * head_tokens
+        return 3.0 * self.forward_flops(tokens, context_tokens, head_tokens, read) - 2.0 * spared + again
 
     def batch_counts(self, batch: PackedBatch) -> tuple[int, int, int, int | None]:
         """The arguments of `forward_flops` and `training_flops` for a packed batch."""
@@ -112,6 +122,15 @@ class ModelShape:
             fed = response - 1  # the last sampled token is never fed back
             total += self.forward_flops(fed, fed * prompt + fed * (fed + 1) // 2, response)
         return total
+
+
+def _computed(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a module that its forward pass uses: not those that an adapter has replaced by a copy."""
+    return [p for name, p in module.named_parameters() if "original_module" not in name.split(".")]
+
+
+def _sizes(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def _recomputed_weights(trunk: nn.Module) -> int:

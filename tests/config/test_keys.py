@@ -58,10 +58,8 @@ def test_max_new_tokens_is_a_key_of_evaluate_itself(load):
 @pytest.mark.parametrize(
     ("stage", "key", "value"),
     [
-        ("dpo", "use_peft", True),
-        ("dpo", "lora_r", 16),
         ("dpo", "lora_whatever", 1),
-        ("dpo", "load_in_4bit", True),
+        ("dpo", "load_in_8bit", True),
         ("ppo", "kl_target", 6),
         ("sft", "load_best_model_at_end", True),
         ("sft", "report_to", "wandb"),
@@ -82,8 +80,8 @@ def test_keys_of_later_versions_may_say_off(valid, key):
 
 
 def test_an_override_can_turn_a_later_key_off_again(valid):
-    extra = {**valid["dpo"], "use_peft": True}
-    assert load_config("dpo", None, ["use_peft=false"], extra=extra).config.beta == 0.1
+    extra = {**valid["dpo"], "load_in_8bit": True}
+    assert load_config("dpo", None, ["load_in_8bit=false"], extra=extra).config.beta == 0.1
 
 
 def test_the_population_of_the_world_is_a_source_of_dpo_alone(faults, load):
@@ -117,6 +115,7 @@ def test_a_key_for_logging_uploading_or_speed_takes_any_value_with_a_note(valid,
         ("average_tokens_across_devices", [True, None], [False, 1], "divides once"),
         ("num_processes", [1, None], [4, True], "accelerate launch"),
         ("packing", [False, None], [True], "a step keeps its examples"),
+        ("lora_task_type", ["CAUSAL_LM", "SEQ_CLS", None], ["SEQ_2_SEQ_LM"], "the stage sets"),
         ("kl_estimator", ["k1"], ["k3"], "log-ratio"),
     ],
 )

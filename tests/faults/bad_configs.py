@@ -74,7 +74,7 @@ VALUES = [
     _line("key of another stage", "sft", "kl_coef: 0.1", "it is a key of ppo"),
     _line("key of nothing", "train-rm", "wings: 2", "train-rm has no such key"),
     _line("key that is not used", "dpo", "disable_dropout: true", "dropout is off"),
-    _line("key of a later version", "dpo", "use_peft: true", "not available yet"),
+    _line("key of a later version", "dpo", "load_in_8bit: true", "not available yet"),
     _line("text for a number", "sft", "learning_rate: fast", "found 'fast'", "a number"),
     _line("list for a number", "dpo", "beta: [0.1]", "a number"),
     _line("mapping for a number", "dpo", "beta: {value: 0.1}", "a number"),

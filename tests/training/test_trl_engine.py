@@ -43,7 +43,8 @@ def trained(lab, pairs, monkeypatch):
 
     def run(stage, **changes):
         module, kept = STAGES[stage], {}
-        publish, load_policy = module.publish, getattr(module, "load_policy", None)
+        publish = module.publish
+        load_policy, load_both = (getattr(module, f"load_policy{both}", None) for both in ("", "_and_reference"))
 
         def keep(run, plan, **options):
             kept["model"] = plan.model
@@ -54,9 +55,16 @@ def trained(lab, pairs, monkeypatch):
             kept["frozen" if frozen else "policy"] = policy
             return policy
 
+        def load_two(*args, **options):
+            kept["policy"], kept["frozen"] = load_both(*args, **options)
+            return kept["policy"], kept["frozen"]
+
         with monkeypatch.context() as patch:
             patch.setattr(module, "publish", keep)
-            patch.setattr(module, "load_policy", load)
+            if load_both is not None:
+                patch.setattr(module, "load_policy_and_reference", load_two)
+            else:
+                patch.setattr(module, "load_policy", load)
             changes = {"dataset_train_split": "all", "dataset_test_split": "all", "max_steps": 3, **changes}
             result = lab.run(stage, engine="trl", dataset_name=pairs(), **changes)
         return kept, result

@@ -103,6 +103,8 @@ def make_trainer(
     from transformers import PrinterCallback
 
     config, common = run.config, common_arguments(run, total)
+    # TRL's other trainers would set an adapter's dropout to 0 as well; the model's own is already 0.
+    dropout: dict[str, Any] = {"disable_dropout": not config.lora_dropout}
     base: type[Trainer]
     arguments: TrainingArguments
     if run.stage == "sft":
@@ -110,11 +112,13 @@ def make_trainer(
         base, arguments = trl.SFTTrainer, trl.SFTConfig(**common, router_aux_loss_coef=0.0)
     elif run.stage == "reward":
         base = trl.RewardTrainer
-        arguments = trl.RewardConfig(**common, center_rewards_coefficient=config.center_rewards_coefficient or None)
+        centering = config.center_rewards_coefficient or None
+        arguments = trl.RewardConfig(**common, **dropout, center_rewards_coefficient=centering)
     else:
         base, options = trl.DPOTrainer, {**options, "ref_model": reference}
         arguments = trl.DPOConfig(
             **common,
+            **dropout,
             router_aux_loss_coef=0.0,
             beta=config.beta,
             loss_type=[DPO_LOSSES[config.loss_type]],
