@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlhf_pipeline.data.formats import count_reasons, parse
+from rlhf_pipeline.data.formats import SCHEMAS, count_reasons, parse
 from rlhf_pipeline.data.kinds import as_kind, ranks_of
 from rlhf_pipeline.data.load import read_records
 
@@ -521,3 +522,10 @@ def test_columns_are_renamed_before_the_format_is_detected(jsonl):
         read_records(source, columns=(("prompt", "qq"),))
     with pytest.raises(Exception, match=r"column_mapping\.promt.*no format has a column 'promt'.*'prompt'"):
         read_records(source, columns=(("promt", "q"),))
+
+
+def test_every_format_is_in_the_documentation():
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    for schema in SCHEMAS:
+        lacking = [column for column in schema.columns if f"`{column}`" not in text]
+        assert not lacking, f"{schema.label}: {lacking}"
