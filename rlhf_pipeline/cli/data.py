@@ -23,7 +23,7 @@ SourceArgument = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="Hub id, directory, .jsonl[.gz], .json, .csv, .parquet, world:verdicts or collected:NAME.",
+        help="Hub id, directory of files, .jsonl[.gz], .json, .csv, .parquet, world:verdicts or collected:NAME.",
         show_default=False,
     ),
 ]
@@ -39,6 +39,25 @@ TemplateValuesOption = Annotated[
 ]
 EosOption = Annotated[str | None, typer.Option("--eos-token", help="Token that ends a response, as in a config.")]
 PartOption = Annotated[str | None, typer.Option("--dataset-config", help="Configuration of the source.")]
+ColumnsOption = Annotated[
+    list[str] | None,
+    typer.Option("--column-mapping", metavar="OURS=THEIRS", help="A column to rename; may be repeated."),
+]
+
+
+def _columns(given: list[str] | None) -> tuple[tuple[str, str], ...]:
+    """The pairs of --column-mapping.
+
+    Raises:
+        BadInput: an option is not OURS=THEIRS.
+    """
+    from rlhf_pipeline.errors import BadInput
+
+    pairs = [(word, *word.partition("=")) for word in given or ()]
+    for word, ours, _, theirs in pairs:
+        if not ours or not theirs:
+            raise BadInput(f"--column-mapping {word}: expected OURS=THEIRS, for example prompt=question")
+    return tuple((ours, theirs) for _, ours, _, theirs in pairs)
 
 
 @command(app, "check")
@@ -46,6 +65,7 @@ def check(
     common: Common,
     source: SourceArgument,
     dataset_config: PartOption = None,
+    column_mapping: ColumnsOption = None,
     tokenizer: Annotated[
         str | None, typer.Option("--tokenizer", help="Model whose tokenizer measures lengths (default: characters).")
     ] = None,
@@ -71,7 +91,8 @@ def check(
         raise BadInput("--max-length: lengths are in tokens; expected --tokenizer MODEL beside it")
     keys = (chat_template, chat_template_path, chat_template_kwargs, eos_token)
     reader = _tokenizer(common, tokenizer, *keys)
-    found = read_records(source, config=dataset_config, home=common.home_path, skip_bad_rows=True)
+    columns = _columns(column_mapping)
+    found = read_records(source, dataset_config, columns=columns, home=common.home_path, skip_bad_rows=True)
     result = describe(found, tokenizer=reader, limits=limits) | {"label_noise": label_noise(found.records)}
     result["findings"] = findings(result)
     if common.json:
@@ -97,6 +118,7 @@ def preview(
     source: SourceArgument,
     rows: Annotated[int, typer.Option("--rows", "-n", help="Number of rows.", min=1)] = 3,
     dataset_config: PartOption = None,
+    column_mapping: ColumnsOption = None,
     tokenizer: Annotated[
         str | None, typer.Option("--tokenizer", help="Model whose tokenizer shows token ids, borders, trained tokens.")
     ] = None,
@@ -114,7 +136,8 @@ def preview(
 
     keys = (chat_template, chat_template_path, chat_template_kwargs, eos_token)
     reader = _tokenizer(common, tokenizer, *keys)
-    found = first_rows(source, rows, config=dataset_config, home=common.home_path, tokenizer=reader, train_on=train_on)
+    reading: dict[str, Any] = {"config": dataset_config, "columns": _columns(column_mapping), "home": common.home_path}
+    found = first_rows(source, rows, **reading, tokenizer=reader, train_on=train_on)
     if common.json:
         emit_json({"source": source, "rows": found})
         return

@@ -44,12 +44,12 @@ def emit(value: Any, lines: Sequence[str], *, json: bool) -> None:
 
 
 def emit_plan(plan: Mapping[str, Any], undone: str, *, json: bool) -> None:
-    """Print the result of a dry run, with its notes below the table."""
+    """Print the result of a dry run, with what it says of its data and its notes below the table."""
     if json:
         emit_json(plan)
         return
     emit_table(f"dry run: {undone}", ("what", "value"), flat_metrics(plan))
-    emit_lines([f"note: {note}" for note in plan.get("notes", ())])
+    emit_lines([*plan.get("data", ()), *(f"note: {note}" for note in plan.get("notes", ()))])
 
 
 def printer() -> Console:

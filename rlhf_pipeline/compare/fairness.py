@@ -49,7 +49,7 @@ def _preferences_of(registry: Registry, resolved: Resolved, manifest: Manifest) 
 def _lengths_of(config: Mapping[str, int | None]) -> str:
     """The length policy, in one form for all ways to configure it."""
     named = [config.get(key) for key in ("max_prompt_length", "response_length", "max_length")]
-    lengths = resolve_lengths(*named)
+    lengths = resolve_lengths(*named, samples=True)
     return f"prompt {lengths.prompt}, response {lengths.response}"
 
 

@@ -115,6 +115,9 @@ Checks = tuple[Callable[[Any], Iterator[Fault]], ...]
 # Fields of several classes.
 MAX_LENGTH = option(None, "maximum length of prompt and response together, in tokens (TRL: 1024)")
 SKIP_BAD_ROWS = option(False, "drop and count faulty rows instead of stopping (ours: stop)")
+COLUMN_MAPPING = option(
+    None, "columns to rename before the format is detected, {ours: theirs}: {prompt: question} reads question as prompt"
+)
 SPLIT_FRACTIONS = option(
     {"train": 0.8, "judge": 0.08, "validation": 0.04, "test": 0.08},
     "share of prompts in each split of a source without splits; the hash of the prompt decides",
@@ -174,14 +177,23 @@ class ModelInput(NamedTuple):
 
 
 class DataInput(NamedTuple):
-    """A source that a stage reads, and its part; None: the source's default part.
+    """A source that a stage reads, in the order of the arguments of `read_records`.
 
-    split: the split of the source that is used whole, or all; None: the stage's own splits.
+    part: None is the source's default part. split: the split of the source that is used whole, or all; None: the
+    stage's own splits. columns: (ours, theirs) for each column to rename. test: another source, whose rows are the
+    evaluation splits.
     """
 
     source: str
     part: str | None
     split: str | None = None
+    columns: tuple[tuple[str, str], ...] = ()
+    test: str | None = None
+
+
+def renames(mapping: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
+    """Return a `column_mapping` as a value that can be hashed."""
+    return tuple(sorted((mapping or {}).items()))
 
 
 def part_of(source: str, config: str | None, kind: str) -> str | None:
@@ -201,11 +213,15 @@ class Lengths:
     total: int
 
 
-def resolve_lengths(prompt: int | None, response: int | None, total: int | None) -> Lengths:
+def resolve_lengths(prompt: int | None, response: int | None, total: int | None, *, samples: bool = False) -> Lengths:
     """Return all three lengths, in tokens, from those that are given.
 
-    Two lengths determine the third. `total` alone is halved; the prompt gets an odd token. With only `prompt`, only
-    `response` or none, `total` is TRL's default of 1024.
+    Two lengths determine the third. `total` alone limits the sum, and leaves each part at least one token. A response
+    that is sampled needs a limit of its own: then `total` alone is halved, and the prompt gets an odd token. With only
+    `prompt`, only `response` or none, `total` is TRL's default of 1024.
+
+    Args:
+        samples: whether responses are sampled.
 
     Raises:
         ConfigError: the three disagree, or leave no token for the prompt or the response.
@@ -225,6 +241,8 @@ def resolve_lengths(prompt: int | None, response: int | None, total: int | None)
     named = "response_length" if response is not None else "max_prompt_length"
     where, fix = ("max_length", "raise max_length") if total is not None else (named, "lower it, or set max_length")
     total = DEFAULT_MAX_LENGTH if total is None else total
+    if prompt is None and response is None and not samples:
+        prompt = response = total - 1
     if response is None:
         response = total - prompt if prompt is not None else total // 2
     if prompt is None:
@@ -242,11 +260,27 @@ def resolve_lengths(prompt: int | None, response: int | None, total: int | None)
 
 
 class WithLengths(CommandConfig):
-    """A config with the keys LENGTHS; two of them determine the third."""
+    """A config with the keys LENGTHS; `samples`: whether its stage samples the responses that it trains on."""
+
+    samples: ClassVar[bool] = False
 
     def lengths(self) -> Lengths:
-        """Return the longest prompt, response and sum, in tokens; see `resolve_lengths`."""
-        return resolve_lengths(*(getattr(self, key) for key in LENGTHS))
+        """Return the longest prompt, response and sum of the stage's data, in tokens; see `resolve_lengths`."""
+        return resolve_lengths(*(getattr(self, key) for key in LENGTHS), samples=self.samples)
+
+    def sampled_lengths(self) -> Lengths:
+        """Return the longest prompt, response and sum where responses are sampled, in tokens."""
+        return resolve_lengths(*(getattr(self, key) for key in LENGTHS), samples=True)
+
+
+def remark_on_halves(config: WithLengths) -> Iterator[str]:
+    """Note that `max_length` alone is halved in a stage that samples."""
+    if [key for key in LENGTHS if getattr(config, key) is not None] == ["max_length"]:
+        found = config.lengths()
+        yield (
+            f"max_length {found.total} alone: responses are sampled up to {found.response} tokens and prompts cut to "
+            f"{found.prompt}; response_length sets another border"
+        )
 
 
 class HasSplits(Protocol):

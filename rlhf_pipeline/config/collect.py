@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from rlhf_pipeline.config.base import (
     ATTENTION,
+    COLUMN_MAPPING,
     DTYPE,
     MAX_LENGTH,
     NUM_THREADS,
@@ -28,6 +29,8 @@ from rlhf_pipeline.config.base import (
     check_prompts,
     option,
     part_of,
+    remark_on_halves,
+    renames,
 )
 from rlhf_pipeline.config.reward_names import names_a_model
 from rlhf_pipeline.config.template import (
@@ -44,6 +47,8 @@ class CollectConfig(WithLengths):
 
     stage: ClassVar[str] = "collect"
     checks: ClassVar = (check_prompts, check_lengths, check_fractions, check_template)
+    remarks: ClassVar = (remark_on_halves,)
+    samples: ClassVar[bool] = True
 
     policy: Text = option(
         ..., "model that samples the responses: registry name, directory or hub id", names="policy", examples=["model"]
@@ -65,6 +70,7 @@ class CollectConfig(WithLengths):
     )
     temperature: Positive = option(1.0, "sampling temperature; 1: the policy itself")
     dataset_config: Text | None = option(None, "configuration of the prompts' source (default: its own)")
+    column_mapping: dict[Text, Text] | None = COLUMN_MAPPING
     splits: Texts | None = option(None, "splits to take the prompts from (default: all)", min_length=1)
     split_fractions: dict[str, float] = SPLIT_FRACTIONS
     skip_bad_rows: bool = SKIP_BAD_ROWS
@@ -92,4 +98,5 @@ class CollectConfig(WithLengths):
 
     def sources(self) -> list[DataInput]:
         """Return the source of the prompts."""
-        return [DataInput(self.prompts, part_of(self.prompts, self.dataset_config, "prompt"))]
+        part = part_of(self.prompts, self.dataset_config, "prompt")
+        return [DataInput(self.prompts, part, None, renames(self.column_mapping))]

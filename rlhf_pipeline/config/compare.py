@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from rlhf_pipeline.config.base import (
     ATTENTION,
+    COLUMN_MAPPING,
     DTYPE,
     NUM_THREADS,
     REMOTE_CODE,
@@ -69,6 +70,7 @@ class PromptsConfig(CommandConfig):
     split: Text = option("test", "split to take the prompts from, or 'all'")
     prompts: Text | None = option(None, "source of the prompts (default: the model's own training data)", names="data")
     dataset_config: Text | None = option(None, "configuration of the prompts' source (default: its own)")
+    column_mapping: dict[Text, Text] | None = COLUMN_MAPPING
     max_prompts: Count = option(256, MOST_PROMPTS)
     temperature: Positive = option(1.0, "temperature of sampling and of the exact figures; 1: the policy itself")
     max_new_tokens: Count | None = option(

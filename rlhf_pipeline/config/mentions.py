@@ -9,12 +9,13 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from rlhf_pipeline.config.base import CommandConfig
+from rlhf_pipeline.config.base import CommandConfig, renames
 from rlhf_pipeline.config.draft import Draft
 from rlhf_pipeline.config.reward_names import is_function_name, names_a_model
 from rlhf_pipeline.config.stages import SCHEMAS
 from rlhf_pipeline.config.yaml import KeyPath
 
+_READING = ("dataset_config", "column_mapping")
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
 
 
@@ -22,13 +23,15 @@ DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
 class Mention:
     """A value of a config that names a model or data.
 
-    role: policy, reward (a reward model or another reward source) or data. part: the requested part of the data.
+    role: policy, reward (a reward model or another reward source) or data. part, columns: the requested part of the
+    data, and the columns to rename.
     """
 
     path: KeyPath
     role: str
     text: str
     part: str | None = None
+    columns: tuple[tuple[str, str], ...] = ()
 
 
 def mentions(config: CommandConfig) -> Iterator[Mention]:
@@ -58,8 +61,13 @@ def _named(values: Mapping[str, Any], kind: type[BaseModel]) -> Iterator[Mention
             if isinstance(value, Mapping) and inner is not None:
                 yield from (replace(found, path=(*path, *found.path)) for found in _named(value, inner))
             elif isinstance(value, str):
-                part = values.get("dataset_config") if role == "data" else None
-                yield Mention(path, role, value, part if isinstance(part, str) else None)
+                part, columns = (values.get(name) if role == "data" else None for name in _READING)
+                named = columns if isinstance(columns, dict) and all(map(_is_text, columns.items())) else None
+                yield Mention(path, role, value, part if isinstance(part, str) else None, renames(named))
+
+
+def _is_text(item: tuple[Any, Any]) -> bool:
+    return all(isinstance(value, str) for value in item)
 
 
 def _is_built_in(found: Mention) -> bool:

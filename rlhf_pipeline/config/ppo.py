@@ -18,6 +18,7 @@ from rlhf_pipeline.config.base import (
     Text,
     Warmup,
     option,
+    remark_on_halves,
 )
 from rlhf_pipeline.config.reward_names import names_a_model
 from rlhf_pipeline.config.shorthands import ROLLOUT
@@ -200,7 +201,8 @@ class PpoConfig(TrainingConfig):
         check_batches,
         check_schedule,
     )
-    remarks: ClassVar = (remark_on_episodes, remark_on_dropout)
+    remarks: ClassVar = (remark_on_episodes, remark_on_dropout, remark_on_halves)
+    samples: ClassVar[bool] = True
 
     learning_rate: Positive = option(3e-6, "peak learning rate of AdamW (N+ implementation details)")
     adam_epsilon: Positive = option(1e-5, "constant added to AdamW's denominator (N+ implementation details)")

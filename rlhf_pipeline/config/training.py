@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from rlhf_pipeline.config.adapter import check_adapter
 from rlhf_pipeline.config.base import (
     ATTENTION,
+    COLUMN_MAPPING,
     DTYPE,
     MAX_LENGTH,
     NUM_THREADS,
@@ -37,6 +38,7 @@ from rlhf_pipeline.config.base import (
     check_world,
     option,
     part_of,
+    renames,
     wrong,
 )
 from rlhf_pipeline.config.template import (
@@ -69,6 +71,7 @@ class DatasetEntry(Keys):
     split: Text | None = option(
         None, "train on this split of the source, whole, or on all its rows (all); default: dataset_train_split"
     )
+    column_mapping: dict[Text, Text] | None = COLUMN_MAPPING
     weight: Positive = option(1.0, "weight in the mixture, relative to the other sources (ours: equal)")
     fraction: Annotated[float, Field(gt=0, le=1)] | None = option(
         None,
@@ -124,6 +127,12 @@ class TrainingConfig(WithLengths):
     dataset_config: Text | None = option(None, "configuration of the source (default: its own)")
     dataset_train_split: Text = option("train", "split to train on, or 'all' (TRL)")
     dataset_test_split: Text = option("test", "split to evaluate on (TRL)")
+    dataset_test_name: Text | None = option(
+        None,
+        "source of the test split, if it is not dataset_name; all rows of dataset_name are then train",
+        names="data",
+    )
+    column_mapping: dict[Text, Text] | None = COLUMN_MAPPING
     datasets: tuple[DatasetEntry, ...] | None = option(
         None, "weighted mixture of sources, instead of dataset_name", names="data", min_length=1
     )
@@ -261,10 +270,14 @@ class TrainingConfig(WithLengths):
     def sources(self) -> list[DataInput]:
         """Return the sources that the stage reads, in the order of its manifest's data."""
         if self.datasets is not None:
-            return [DataInput(entry.dataset_name, entry.dataset_config, entry.split) for entry in self.datasets]
+            return [
+                DataInput(entry.dataset_name, entry.dataset_config, entry.split, renames(entry.column_mapping))
+                for entry in self.datasets
+            ]
         assert self.dataset_name is not None  # `check_data`
         kind = "prompt" if self.reads_prompts else "row"
-        return [DataInput(self.dataset_name, part_of(self.dataset_name, self.dataset_config, kind))]
+        part = part_of(self.dataset_name, self.dataset_config, kind)
+        return [DataInput(self.dataset_name, part, None, renames(self.column_mapping), self.dataset_test_name)]
 
 
 def check_model(config: TrainingConfig) -> Iterator[Fault]:
@@ -279,9 +292,15 @@ def check_data(config: TrainingConfig) -> Iterator[Fault]:
         yield Fault("dataset_name", "missing", "dataset_name: SOURCE, or datasets: for a mixture")
     if config.datasets is not None and config.dataset_name is not None:
         yield Fault("datasets", "dataset_name is also given", "one of the two", "remove one")
-    if config.datasets is not None and config.dataset_config is not None:
-        fix = "write dataset_config into the entries of datasets"
-        yield Fault("dataset_config", "it belongs to dataset_name, but datasets is given", fix=fix)
+    for key in ("dataset_config", "column_mapping", "dataset_test_name"):
+        if config.datasets is not None and getattr(config, key) is not None:
+            fix = f"write {key} into the entries of datasets" if key in DatasetEntry.model_fields else "remove it"
+            yield Fault(key, "it belongs to dataset_name, but datasets is given", fix=fix)
+    if config.dataset_test_name is not None and config.test_split_size is not None:
+        yield Fault("test_split_size", "dataset_test_name is also given", "one of the two", "remove one")
+    if config.dataset_test_name is not None and config.dataset_train_split == "all":
+        found = "found 'all', which also has the rows of dataset_test_name"
+        yield Fault("dataset_train_split", found, "train: all rows of dataset_name")
 
 
 def check_mixture(config: TrainingConfig) -> Iterator[Fault]:

@@ -15,7 +15,7 @@ from rlhf_pipeline.data.formats import RecordSet, count_reasons
 from rlhf_pipeline.data.kinds import as_kind
 from rlhf_pipeline.data.load import NO_LIMITS, blank_prompts, read_records, records_digest
 from rlhf_pipeline.data.marks import marked_rows
-from rlhf_pipeline.data.overlap import EVALUATED, duplicates, leaks, repeats, shared_prompts
+from rlhf_pipeline.data.overlap import duplicates, leaked_rows, repeats, shared_prompts
 from rlhf_pipeline.data.records import Record, plain, shared_length
 from rlhf_pipeline.data.render import render
 from rlhf_pipeline.data.shown import token_rows
@@ -54,7 +54,8 @@ def describe(
     records = found.records
     splits = assign_splits(records, FRACTIONS, found.source)
     unit, lengths = _lengths(records, tokenizer)
-    leaked = leaks(records, splits, "train", EVALUATED) if carries_splits(records, found.source) else []
+    by_split = leaked_rows(records, splits) if carries_splits(records, found.source) else {}
+    leaked = [item for items in by_split.values() for item in items]
     measured: dict[str, Any] = {}
     if tokenizer is not None:
         measured["round_trip"] = _round_trip(records, tokenizer)
@@ -85,6 +86,10 @@ def describe(
         "splits": dict(Counter(splits)),
         "split_prompts": dict(Counter(split for _, split in {(r.prompt_key, s) for r, s in zip(records, splits)})),
         "unread_column": found.unread,
+        "not_read": list(found.not_read),
+        "contradicted": found.against["contradicted"],
+        "notes": found.notes(),
+        "labels": dict(Counter(str(record.extra["label"]).lower() for record in records if "label" in record.extra)),
         "prompt_overlap": shared_prompts(records, splits),
         "similar_prompt_overlap": shared_prompts(records, splits, near=True),
         "leaked_rows": len(leaked),
@@ -102,11 +107,12 @@ def preview(
     n: int = 3,
     *,
     config: str | None = None,
+    columns: Sequence[tuple[str, str]] = (),
     home: Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     train_on: str = "all_assistant",
 ) -> list[dict[str, Any]]:
-    """Return the first `n` usable records of a source as plain data, after parsing.
+    """Return the first `n` usable records of a source as plain data, after parsing; arguments as for `read_records`.
 
     Args:
         tokenizer: adds `tokens` to each row: see `token_rows`. train_on: as in the config of SFT.
@@ -114,7 +120,7 @@ def preview(
     Raises:
         DataError: the source cannot be read, or no row of it can be used.
     """
-    found = read_records(source, config=config, home=home, skip_bad_rows=True)
+    found = read_records(source, config, columns=tuple(columns), home=home, skip_bad_rows=True)
     first = found.records[:n]
     tokens: list[dict[str, Any]] = [{} for _ in first]
     if tokenizer is not None:
@@ -138,7 +144,8 @@ def preview(
 
 def _ties(found: RecordSet) -> int:
     """Count pairs of responses without a preference."""
-    ties = found.skipped["identical_pair"] + count_reasons(found.faults).get("identical_pair", 0)
+    ties = found.skipped["tied_pair"] + found.skipped["identical_pair"] + found.against["equal"]
+    ties += count_reasons(found.faults).get("identical_pair", 0)
     for record in found.records:
         ties += record.extra.get("label_probability") == 0.5
         measures = record.extra.get("ranks", record.extra.get("scores", ()))

@@ -5,23 +5,32 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from rlhf_pipeline.data.decoding import lone_surrogate
-from rlhf_pipeline.data.files import RowFault, row_fault
-from rlhf_pipeline.data.records import Messages, Text
+from rlhf_pipeline.data.files import RowFault, Rows, row_fault
+from rlhf_pipeline.data.records import Messages, Record, Text
+from rlhf_pipeline.data.styles import instruction_prompt
 
 IDENTICAL = "identical_pair"
+TIED = "tied_pair"
 
 
 class SourceRow:
-    """One row of a source; its readers return None after recording a fault."""
+    """One row of a source; its readers return None after recording a fault.
 
-    def __init__(self, where: str, values: Mapping[str, Any]):
+    Args:
+        columns: those of the whole source that are not empty in every row.
+    """
+
+    def __init__(self, where: str, values: Mapping[str, Any], columns: Collection[str] = ()):
         self.where = where
         self.values = values
+        self.columns = columns
         self.faults: list[RowFault] = []
+        self.skipped: str | None = None  # why a valid row makes no record
 
     def fault(self, reason: str, found: str, expected: str = "", fix: str = "") -> None:
         """Record a fault of this row."""
@@ -47,6 +56,24 @@ class SourceRow:
             return value
         value = self.value(column)
         return None if value is None else self.as_text(column, value)
+
+    def prompt(self, column: str = "prompt") -> Text | None:
+        """Read a required prompt. A source with a column `system` has messages: its text is their system turn."""
+        text = self.text(column)
+        return None if text is None else self.with_system(text)
+
+    def with_system(self, prompt: Text) -> Text | None:
+        """Put the text of the column `system` before a prompt, if the source has this column."""
+        if "system" not in self.columns:
+            return prompt
+        turns, system = _message("user", prompt), self.string("system") if self.has("system") else ""
+        if not system or not system.strip():
+            return None if system is None else turns
+        if turns[0]["role"] != "system":
+            return ({"role": "system", "content": system}, *turns)
+        if turns[0]["content"].strip() != system.strip():
+            self.fault("prompts_differ", "'system' is not the system turn of the messages", "one system turn")
+        return turns
 
     def string(self, column: str) -> str | None:
         """Read a required column of plain text."""
@@ -86,6 +113,9 @@ class SourceRow:
         messages = []
         for number, item in enumerate(value, 1):
             message = {key: cell for key, cell in item.items() if cell is not None}
+            if message.get("tool_calls"):  # such a turn may have no text
+                message.setdefault("content", "")
+                item = message
             for key in ("role", "content"):
                 if key not in item:
                     self.fault("missing_column", f"message {number} of {name!r} has no {key!r}", "role and content")
@@ -115,7 +145,8 @@ class SourceRow:
             return None
         else:
             last = value[-1]["content"]
-        if not empty and not last.strip():
+        calls = not isinstance(value, str) and "tool_calls" in value[-1]
+        if not empty and not calls and not last.strip():
             self.fault("empty_completion", f"{name!r} is empty", "a response", "drop the row")
             return None
         return value
@@ -177,6 +208,49 @@ class SourceRow:
         return ids if len(ids) == len(read) else None
 
 
+@dataclass(frozen=True)
+class Schema:
+    """The columns of a known format, and how its rows are read.
+
+    Args:
+        columns: those that a row must have.
+        read: makes the record of a row; returns None after a fault, or for a row that makes no record.
+        label: the name of the format.
+        also: further columns that are read if they exist.
+        gather: replaces the rows first, if a record is spread over several rows, or one row has several records.
+    """
+
+    columns: tuple[str, ...]
+    read: Callable[[SourceRow], Record | None]
+    label: str
+    also: tuple[str, ...] = ()
+    gather: Callable[[Rows], tuple[Rows, list[RowFault]]] | None = None
+
+
+def alpaca_prompt(row: SourceRow) -> Text | None:
+    """Read `instruction`, `input`, `system` and `history`: as Alpaca's template, or as messages if the source has the
+    columns `system` or `history`."""
+    instruction, given = row.string("instruction"), row.string("input") if row.has("input") else ""
+    if instruction is None or given is None:
+        return None
+    if not {"system", "history"} & set(row.columns):
+        return instruction_prompt("sections", instruction, given)
+    rounds = row.value("history") if row.has("history") else []
+    if not isinstance(rounds, list) or any(not isinstance(turns, list) or len(turns) != 2 for turns in rounds):
+        row.fault("wrong_type", "'history' is not a list of [question, answer]", "a list of pairs of texts")
+        return None
+    roles = ("user", "assistant")
+    turns = [{"role": role, "content": text} for pair in rounds for role, text in zip(roles, pair)]
+    question = f"{instruction}\n{given}" if given.strip() else instruction
+    messages = row.as_text("history", [*turns, {"role": "user", "content": question}])
+    return None if messages is None else row.with_system(messages)
+
+
+def alpaca_parts(row: SourceRow) -> tuple[str, str]:
+    """Return the instruction and the input of a row whose prompt `alpaca_prompt` has read as text."""
+    return row.values["instruction"], row.values.get("input") or ""
+
+
 def alike(prompt: Text, completions: tuple[Text, ...]) -> tuple[Text, tuple[Text, ...]]:
     """Turn text into messages if the prompt or a completion is messages."""
     if not isinstance(prompt, str) or any(not isinstance(text, str) for text in completions):
@@ -197,5 +271,6 @@ def _kind(value: Any) -> str:
         str: "text",
         list: "a list",
         dict: "an object",
+        type(None): "null",
     }
     return "an empty list" if value == [] else names.get(type(value), f"a {type(value).__name__}")

@@ -24,11 +24,11 @@ from rlhf_pipeline.data.decoding import (
 from rlhf_pipeline.errors import DataError, Fault
 
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz", ".gz")
-CSV_LISTS = ("completions", "ranks", "scores", "messages", "conversations")
+CSV_LISTS = ("completions", "ranks", "scores", "messages", "conversations", "history")
 CSV_FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 Rows = list[tuple[str, dict[str, Any]]]
-_PLACE = re.compile(r"(.*):([0-9]+)(?: \(row ([0-9]+)\))?", re.DOTALL)
+_PLACE = re.compile(r"(.*):([0-9]+)(?: \((?:row|prompt) ([0-9]+)\))?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class RowFault:
 
     reason: str
     fault: Fault
+    split: str | None = None  # the row's split, if the source names one
 
 
 def row_fault(where: str, reason: str, found: str, expected: str = "", fix: str = "") -> RowFault:

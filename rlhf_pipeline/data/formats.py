@@ -1,36 +1,22 @@
 """Detect the format of rows from their columns, check the rows, and turn them into records.
 
-| columns                                  | record        |
-| ---------------------------------------- | ------------- |
-| `prompt`, `chosen`, `rejected`           | pair          |
-| `chosen`, `rejected`                     | pair: the prompt is their common beginning; in HH transcripts, everything up to and including the last "Assistant:" |
-| `prompt`, `completions`, `ranks`/`scores`| ranking (rank 1 is best; a higher score is better) |
-| `prompt`, `completion`                   | demonstration |
-| `messages`                               | demonstration: the last turn is the completion |
-| `instruction`, [`input`,] `output`       | demonstration (Alpaca) |
-| `conversations` of `from`, `value`       | demonstration (ShareGPT) |
-| `text`                                   | text          |
-| `prompt`                                 | prompt        |
-
-Prompts and completions are text, or lists of messages. Optional columns: `ended`, `chosen_ended`,
-`rejected_ended`, `split`, `label_probability`, and token ids: `prompt_ids`, `completion_ids`, `chosen_ids`,
-`rejected_ids`.
-"""  # noqa: E501
+`SCHEMAS` has every known format; docs/data.md lists them. Prompts and completions are text, or lists of messages.
+"""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rlhf_pipeline.data import preferences
-from rlhf_pipeline.data.columns import IDENTICAL, SourceRow, alike
-from rlhf_pipeline.data.files import RowFault, by_line
-from rlhf_pipeline.data.records import Messages, Record
+from rlhf_pipeline.data import preferences, public
+from rlhf_pipeline.data.columns import IDENTICAL, Schema, SourceRow, alike, alpaca_parts, alpaca_prompt
+from rlhf_pipeline.data.files import RowFault, Rows, by_line
+from rlhf_pipeline.data.records import TEMPLATE_VALUES, Messages, Record
 from rlhf_pipeline.data.sources import world_digest
-from rlhf_pipeline.data.styles import instruction_prompt
-from rlhf_pipeline.errors import DataError, Fault
+from rlhf_pipeline.errors import DataError, Fault, did_you_mean
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -48,6 +34,16 @@ class RecordSet:
     recorded_digest: str | None = None  # from the manifest of collected data
     whole: str | None = None  # the split, or all, whose rows are used whole; None: a stage chooses among the splits
     unread: str | None = None  # with implicit prompts: a column that looks like the prompt
+    not_read: tuple[str, ...] = ()  # columns with content that the format does not read
+    against: Counter[str] = field(default_factory=Counter)  # rows whose scores contradict or do not support the label
+
+    def notes(self) -> list[str]:
+        """Return sentences on what a stage does not read, and on labels that other columns contradict."""
+        said = [f"not read: {', '.join(self.not_read)}"] if self.not_read else []
+        for reason, what in (("contradicted", "contradict the label"), ("equal", "are equal")):
+            if count := self.against[reason]:
+                said.append(f"scores {what} in {count} of {self.rows} rows: the label is used, not the scores")
+        return said
 
     @property
     def tokenizer_digest(self) -> str | None:
@@ -67,33 +63,127 @@ def count_reasons(faults: list[RowFault]) -> dict[str, int]:
     return dict(sorted(Counter(reason for _, reason in pairs).items()))
 
 
-def parse(rows: list[tuple[str, dict[str, Any]]], name: str) -> RecordSet:
+def parse(rows: Rows, name: str, mapping: Mapping[str, str] | None = None) -> RecordSet:
     """Detect the format of `rows` and turn them into records.
 
+    Args:
+        mapping: {our name: their name} of columns to rename first.
+
     Raises:
-        DataError: there are no rows, or their columns match no known format.
+        DataError: there are no rows, their columns match no known format, or a column of `mapping` does not exist.
     """
     if not rows:
         raise DataError(Fault(name, "no rows", "at least one"))
-    layout, label = detect(rows, name)
-    parsed = RecordSet(name, label, len(rows), [])
-    if layout is preferences.implicit:
+    parsed = RecordSet(name, "", len(rows), [])
+    rows = renamed(rows, mapping, name) if mapping else rows
+    columns = _filled(rows)
+    schema = detect(rows, columns, name)
+    not_read = columns - {*schema.columns, *schema.also, "split"}
+    if schema.gather is not None:
+        columns = set()
+        rows, parsed.faults = schema.gather(rows)
+    labelled = schema.read in _DEMONSTRATIONS and _are_labels(rows)
+    scores = [names for names in preferences.SCORES if columns.issuperset(names)]
+    if schema.read is preferences.implicit:
         parsed.unread = preferences.unread_prompt(dict.fromkeys(column for _, values in rows for column in values))
     for where, values in rows:
-        row = SourceRow(where, values)
-        record = layout(row)
+        row = SourceRow(where, values, columns)
+        record = schema.read(row)
         split = row.split()
+        if record is not None and (labelled or record.conversational):
+            _add_values(row, record, labelled)
         if row.faults:
-            parsed.faults += row.faults
+            parsed.faults += [replace(item, split=split) for item in row.faults] if split else row.faults
+        elif row.skipped is not None:
+            parsed.skipped[row.skipped] += 1
         elif record is not None and is_identical(record):
             parsed.skipped[IDENTICAL] += 1
         elif record is not None:
             # The record is new, so it may be changed; `dataclasses.replace` would check every field again.
             record.__dict__.update(where=where, split=split)
             parsed.records.append(record)
+            if record.completions[1:] and (reason := preferences.against_label(values, scores)):
+                parsed.against[reason] += 1
+    parsed.format = schema.label
+    if labelled:
+        parsed.format, not_read = f"{schema.label}, labelled", not_read - {"label"}
     if any(record.conversational for record in parsed.records[:1]):
-        parsed.format += ", conversational"
+        parsed.format, not_read = f"{parsed.format}, conversational", not_read - {*TEMPLATE_VALUES}
+    parsed.not_read = tuple(sorted(map(str, not_read)))
     return parsed
+
+
+def renamed(rows: Rows, mapping: Mapping[str, str], name: str) -> Rows:
+    """Rename columns of all rows by {our name: their name}; a column that has our name already is left out.
+
+    Raises:
+        DataError: one of our names is no column of a format, or a column does not exist.
+    """
+    ours = {column for schema in SCHEMAS for column in (*schema.columns, *schema.also)} | {"label", "split"}
+    theirs = {str(column) for column in dict.fromkeys(column for _, row in rows for column in row)}
+    faults = [
+        Fault(f"{name}: column_mapping.{key}", f"no format has a column {key!r}", fix=did_you_mean(key, ours))
+        for key in mapping
+        if key not in ours | {*TEMPLATE_VALUES}
+    ]
+    faults += [
+        Fault(
+            f"{name}: column_mapping.{key}",
+            f"no column {column!r}",
+            f"one of {', '.join(sorted(theirs))}",
+            did_you_mean(column, theirs),
+        )
+        for key, column in mapping.items()
+        if column not in theirs
+    ]
+    if faults:
+        raise DataError(faults)
+    gone = {*mapping, *mapping.values()}
+    return [
+        (
+            where,
+            {key: value for key, value in row.items() if key not in gone}
+            | {key: row[column] for key, column in mapping.items() if column in row},
+        )
+        for where, row in rows
+    ]
+
+
+def _filled(rows: Rows) -> set[str]:
+    """Return the columns that are not empty in every row; an empty `prompt` is one too."""
+    found: set[str] = set()
+    for _, row in rows:
+        for column, value in row.items():
+            if column not in found and value is not None and (value not in ("", [], {}) or column == "prompt"):
+                found.add(column)
+    return found
+
+
+def _are_labels(rows: Rows) -> bool:
+    """Whether the column `label` says of each completion if it is good: true and false, or 1 and 0."""
+    labels = [row["label"] for _, row in rows if row.get("label") is not None]
+    return bool(labels) and all(isinstance(label, int) and label in (0, 1) for label in labels)
+
+
+def _add_values(row: SourceRow, record: Record, labelled: bool) -> None:
+    """Add a row's label, and what its chat template reads, to its record."""
+    extra: dict[str, Any] = {}
+    if labelled and (label := row.value("label")) is not None:
+        extra["label"] = bool(label)
+    for column, kind in TEMPLATE_VALUES.items() if record.conversational else ():
+        if not row.has(column):
+            continue
+        value = row.values[column]
+        if isinstance(value, str):  # as JSON
+            try:
+                value = json.loads(value)
+            except ValueError:
+                value = None
+        if isinstance(value, kind):
+            extra[column] = value
+        else:
+            row.fault("wrong_type", f"{column!r} is not a {kind.__name__}", f"a {kind.__name__}, or one as JSON text")
+    record.__dict__.update(extra={**record.extra, **extra}, kind="labelled" if labelled else record.kind)
 
 
 def is_identical(record: Record) -> bool:
@@ -102,8 +192,11 @@ def is_identical(record: Record) -> bool:
     return record.kind == "pair" and ids is not None and ids[0] == ids[1] and record.ended[0] == record.ended[1]
 
 
-def detect(rows: list[tuple[str, dict[str, Any]]], name: str) -> tuple[Callable[[SourceRow], Record | None], str]:
-    """Return the first layout that at least half of the rows match, else the most frequent one, and its name.
+def detect(rows: Rows, filled: Collection[str], name: str) -> Schema:
+    """Return the first schema that at least half of the rows match, else the most frequent one.
+
+    Args:
+        filled: the columns that are not empty in every row.
 
     Raises:
         DataError: the columns match no known format.
@@ -111,28 +204,34 @@ def detect(rows: list[tuple[str, dict[str, Any]]], name: str) -> tuple[Callable[
     columns = {column for _, row in rows for column, value in row.items() if value is not None}
     shapes = Counter(frozenset(row) for _, row in rows)  # rows of a file are alike: few sets of columns
     counts = [
-        sum(count for shape, count in shapes.items() if all(column in columns & shape for column in required))
-        for required, _, _ in LAYOUTS
+        sum(count for shape, count in shapes.items() if columns & shape >= set(schema.columns)) for schema in SCHEMAS
     ]
     if not any(counts):
-        known = "; ".join(", ".join(required) for required, _, _ in LAYOUTS)
+        known = "; ".join(", ".join(schema.columns) for schema in OWN)
         there = ", ".join(sorted(map(str, columns))) or "none"
-        raise DataError(Fault(name, f"columns {there}", f"one of the column sets: {known}", "rename the columns"))
-    chosen = next((i for i, count in enumerate(counts) if 2 * count >= len(rows)), counts.index(max(counts)))
-    _, layout, label = LAYOUTS[chosen]
-    if layout is preferences.pair and "prompt" not in columns:
-        transcripts = sum(
-            preferences.is_transcript(row.get("chosen")) and preferences.is_transcript(row.get("rejected"))
-            for _, row in rows
-        )
-        if 2 * transcripts >= len(rows):
-            return preferences.hh, "pair, HH transcripts"
-        return preferences.implicit, "pair, implicit prompt"
-    return layout, label
+        fix = "name them in column_mapping, for example {prompt: question, completion: answer}, or rename them"
+        raise DataError(Fault(name, f"columns {there}", f"one of the column sets: {known}", fix))
+    place = next((i for i, count in enumerate(counts) if 2 * count >= len(rows)), counts.index(max(counts)))
+    return _pairs_of(SCHEMAS[place], filled, rows) if SCHEMAS[place] is PAIR else SCHEMAS[place]
+
+
+def _pairs_of(schema: Schema, columns: Collection[str], rows: Rows) -> Schema:
+    """Return the schema of pairs without a column `prompt`."""
+    prompt = preferences.prompt_column(columns)
+    if prompt == "prompt":
+        return schema
+    sides = ("chosen", "rejected")
+    transcripts = sum(all(preferences.is_transcript(row.get(side)) for side in sides) for _, row in rows)
+    if 2 * transcripts >= len(rows):
+        return HH
+    if prompt is None:
+        return IMPLICIT
+    read = [name for name in ("system", "history", prompt, "input") if name in columns]
+    return replace(schema, label=f"pair, the prompt is {' and '.join(map(repr, read))}", also=(*schema.also, *read))
 
 
 def _demonstration(row: SourceRow) -> Record | None:
-    prompt, completion = row.text("prompt"), row.text("completion")
+    prompt, completion = row.prompt(), row.text("completion")
     if prompt is None or completion is None:
         return None
     ids = row.all_ids("prompt_ids", "completion_ids")
@@ -181,17 +280,31 @@ def _conversation(row: SourceRow, name: str, messages: Messages) -> Record | Non
         row.fault("empty_prompt", f"{name!r} has one turn only", "a user's turn and an assistant's")
         return None
     row.check_prompt(messages[:-1])
-    return Record("demonstration", messages[:-1], (messages[-1:],), (row.flag("ended"),), turns=True)
+    prompt = row.with_system(messages[:-1])
+    return Record("demonstration", prompt, (messages[-1:],), (row.flag("ended"),), turns=True)
+
+
+def _sharegpt_pair(row: SourceRow) -> Record | None:
+    turns = [*row.values["conversations"]] if isinstance(row.value("conversations"), list) else [None]
+    sides = [row.value("chosen"), row.value("rejected")]
+    if not all(isinstance(turn, dict) for turn in [*turns, *sides]):
+        row.fault("wrong_type", "'conversations', 'chosen' and 'rejected' are not turns", "objects of from, value")
+        return None
+    read = [row.as_text("conversations", [_from_sharegpt(turn) for turn in part]) for part in (turns, *zip(sides))]
+    prompt = None if read[0] is None else row.with_system(read[0])
+    if prompt is None or read[1] is None or read[2] is None:
+        return None
+    return preferences.finish_pair(row, prompt, read[1], read[2])
 
 
 def _alpaca(row: SourceRow) -> Record | None:
-    instruction, output = row.string("instruction"), row.string("output")
-    given = row.string("input") if row.has("input") else ""
-    if instruction is None or output is None or given is None:
+    prompt, output = alpaca_prompt(row), row.string("output")
+    if prompt is None or output is None:
         return None
-    prompt = instruction_prompt("sections", instruction, given)
-    row.completion("output", output)
-    return Record("demonstration", prompt, (output,), (row.flag("ended"),), instruction=(instruction, given))
+    prompt, (completion,) = alike(prompt, (output,))
+    row.completion("output", completion)
+    read = alpaca_parts(row) if isinstance(prompt, str) else None
+    return Record("demonstration", prompt, (completion,), (row.flag("ended"),), instruction=read)
 
 
 def _text(row: SourceRow) -> Record | None:
@@ -203,7 +316,7 @@ def _text(row: SourceRow) -> Record | None:
 
 
 def _prompt(row: SourceRow) -> Record | None:
-    prompt = row.text("prompt")
+    prompt = row.prompt()
     if prompt is None:
         return None
     row.check_prompt(prompt)
@@ -211,14 +324,25 @@ def _prompt(row: SourceRow) -> Record | None:
     return Record("prompt", prompt, prompt_ids=ids[0] if ids else None)
 
 
-LAYOUTS: list[tuple[tuple[str, ...], Callable[[SourceRow], Record | None], str]] = [
-    (("chosen", "rejected"), preferences.pair, "pair"),
-    (("prompt", "completions", "ranks"), preferences.ranking, "ranking"),
-    (("prompt", "completions", "scores"), preferences.ranking, "ranking"),
-    (("prompt", "completion"), _demonstration, "demonstration"),
-    (("messages",), _messages, "demonstration, messages"),
-    (("instruction", "output"), _alpaca, "demonstration, Alpaca"),
-    (("conversations",), _sharegpt, "demonstration, ShareGPT"),
-    (("text",), _text, "text"),
-    (("prompt",), _prompt, "prompt"),
+_ENDED = ("ended", "prompt_ids", "completion_ids")
+_SIDES = ("chosen_ended", "rejected_ended", "prompt_ids", "chosen_ids", "rejected_ids", "label_probability")
+_SCORED = tuple(name for names in preferences.SCORES for name in names)
+PAIR = Schema(("chosen", "rejected"), preferences.pair, "pair", ("prompt", "system", *_SIDES, *_SCORED))
+IMPLICIT = replace(PAIR, read=preferences.implicit, label="pair, implicit prompt")
+HH = Schema(PAIR.columns, preferences.hh, "pair, HH transcripts", (*_SIDES, *_SCORED))
+OWN = [
+    Schema(("conversations", "chosen", "rejected"), _sharegpt_pair, "pair, ShareGPT", ("system", *_SIDES, *_SCORED)),
+    PAIR,
+    Schema(("prompt", "completions", "ranks"), preferences.ranking, "ranking", ("system", "scores", *_ENDED)),
+    Schema(("prompt", "completions", "scores"), preferences.ranking, "ranking", ("system", *_ENDED)),
+    Schema(("prompt", "completion"), _demonstration, "demonstration", ("system", *_ENDED)),
+    Schema(("messages",), _messages, "demonstration, messages", ("system", "ended")),
+    Schema(("instruction", "output"), _alpaca, "demonstration, Alpaca", ("input", "system", "history", "ended")),
+    Schema(("conversations",), _sharegpt, "demonstration, ShareGPT", ("system", "ended")),
+    Schema(("text",), _text, "text", ("ended",)),
+    Schema(("prompt",), _prompt, "prompt", ("system", "prompt_ids")),
 ]
+"""The formats of this project and of general tools."""
+SCHEMAS: list[Schema] = [*public.SCHEMAS, *OWN]
+"""All formats, in the order in which they are tried."""
+_DEMONSTRATIONS = (_demonstration, _messages, _sharegpt, _alpaca)

@@ -7,13 +7,14 @@ from dataclasses import replace
 from itertools import combinations
 
 from rlhf_pipeline.data.files import RowFault, row_fault
-from rlhf_pipeline.data.records import Record, messages, plain
+from rlhf_pipeline.data.records import TEMPLATE_VALUES, Record, messages, plain
 from rlhf_pipeline.errors import DataError, Fault
 
 # The possible conversions. A preference is a whole pair or ranking; an order is a preference without ties.
 MAKES = {
     "text": ("text", "demonstration"),
     "prompt": ("prompt",),
+    "labelled": ("prompt",),  # a completion that may be bad is not a demonstration
     "demonstration": ("text", "prompt", "demonstration"),
     "pair": ("text", "prompt", "demonstration", "pair", "preference", "order"),
     "ranking": ("text", "prompt", "demonstration", "pair", "ranking", "preference", "order"),
@@ -34,7 +35,8 @@ def as_kind(records: list[Record], kind: str, source: str = "") -> tuple[list[Re
     if wrong:
         able = ", ".join(name for name, made in MAKES.items() if kind in made)
         found = f"{source or records[0].where} holds records of kind {', '.join(wrong)}"
-        raise DataError(Fault("", found, f"for this stage: {able}", "choose another source"))
+        fix = "keep only the rows whose label is true, without the column label" if "labelled" in wrong else ""
+        raise DataError(Fault("", found, f"for this stage: {able}", fix or "choose another source"))
     dropped: Counter[str] = Counter()
     if kind == "prompt":
         first: dict[str, Record] = {}
@@ -104,7 +106,7 @@ def _pick(record: Record, kind: str, *indices: int) -> Record:
         completions=tuple(record.completions[i] for i in indices),
         ended=tuple(record.ended[i] for i in indices),
         completion_ids=None if ids is None else tuple(ids[i] for i in indices),
-        extra={},
+        extra={name: record.extra[name] for name in TEMPLATE_VALUES if name in record.extra},
     )
 
 

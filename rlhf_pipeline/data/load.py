@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,9 @@ from rlhf_pipeline.config.training import DatasetEntry
 from rlhf_pipeline.data.files import RowFault, by_line, row_fault
 from rlhf_pipeline.data.formats import RecordSet, count_reasons
 from rlhf_pipeline.data.kinds import as_kind, tied_rows
-from rlhf_pipeline.data.parsed import parsed_once
+from rlhf_pipeline.data.parsed import Columns, parsed_once
 from rlhf_pipeline.data.records import Record
-from rlhf_pipeline.data.splits import ALL, FRACTIONS, in_split
+from rlhf_pipeline.data.splits import ALL, FRACTIONS, carries_splits, in_split
 from rlhf_pipeline.data.styles import PLAIN, Style
 from rlhf_pipeline.data.tokenize import Example, tokenize
 from rlhf_pipeline.errors import DataError, Fault
@@ -57,11 +57,14 @@ class SourceReport:
 
 def read_records(
     source: str,
-    *,
     config: str | None = None,
     split: str | None = None,
+    columns: Columns = (),
+    test: str | None = None,
+    *,
     home: Path | None = None,
     skip_bad_rows: bool = False,
+    splits: Collection[str] | None = None,
     kind: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> RecordSet:
@@ -70,22 +73,70 @@ def read_records(
     Args:
         source, config, home: as for `read_source`.
         split: read this split, or all rows (all), and use them whole; None: the stage chooses among the splits.
+        columns: (ours, theirs) for each column to rename.
+        test: another source, whose rows are the evaluation splits.
         skip_bad_rows: drop and count faulty rows instead of refusing the source.
+        splits: faults in other splits of the source's own are not reported; None: all are.
         kind, tokenizer: those of the stage, if known; empty prompts are then reported with the other faults.
 
     Raises:
         DataError: rows have faults (all are listed), or no row is usable.
     """
-    found = parsed_once(str(source), config, home, None if split == ALL else split)
+    found = parsed_once(str(source), config, None if split == ALL else split, columns, home)
     found.whole = split
+    if test is not None:
+        found = with_test_rows(found, parsed_once(str(test), config, None, columns, home))
     if not skip_bad_rows:
         blank = [] if tokenizer is None else blank_prompts(found, tokenizer, kind)
-        refuse_faults([*found.faults, *blank], found.source, found.rows)
+        refuse_faults(_of_splits(found, [*found.faults, *blank], splits), found.source, found.rows)
     if not found.records:
         reasons = {**count_reasons(found.faults), **found.skipped}
         none = Fault(found.source, f"no rows left of {found.rows} ({_list(reasons)})", "at least one usable row")
         raise DataError([none, *(item.fault for item in found.faults)])
     return found
+
+
+def with_test_rows(found: RecordSet, test: RecordSet) -> RecordSet:
+    """Return the records of a source with those of another one as its evaluation splits.
+
+    Without splits of their own, the rows of the first are the split train, and those of the second the split test. Else
+    they keep their splits, except that the second gives no training rows and replaces the splits that both have.
+
+    Raises:
+        DataError: the token ids of the two are of different tokenizers, or the second has training rows only.
+    """
+    if found.tokenizer_digest != test.tokenizer_digest:
+        kinds = "token ids of another tokenizer, or none"
+        raise DataError(Fault(test.source, f"{kinds}, unlike {found.source}", "test rows of the same tokenizer"))
+
+    def named(one: RecordSet, split: str) -> RecordSet:
+        if carries_splits(one.records, one.source):
+            return one
+        records = [replace(record, split=split) for record in one.records]
+        return replace(one, records=records, faults=[replace(item, split=split) for item in one.faults])
+
+    first, second = named(found, "train"), named(test, "test")
+    tested = {record.split for record in second.records if not str(record.split).startswith("train")}
+    if not tested:
+        raise DataError(Fault(test.source, "all of its rows are of training splits", "rows of a split for evaluation"))
+    return replace(
+        first,
+        rows=first.rows + second.rows,
+        records=[record for record in first.records if record.split not in tested]
+        + [record for record in second.records if record.split in tested],
+        faults=[item for item in first.faults if item.split not in tested]
+        + [item for item in second.faults if item.split is None or item.split in tested],
+        skipped=first.skipped + second.skipped,
+        against=first.against + second.against,
+        not_read=tuple(sorted({*first.not_read, *second.not_read})),
+    )
+
+
+def _of_splits(found: RecordSet, faults: Sequence[RowFault], splits: Collection[str] | None) -> Sequence[RowFault]:
+    """Return the faults that concern some of a source's own splits."""
+    if splits is None or ALL in splits or found.whole or not carries_splits(found.records, found.source):
+        return faults
+    return [item for item in faults if item.split is None or item.split in splits]
 
 
 def refuse_faults(faults: Sequence[RowFault], source: str, rows: int) -> None:
@@ -128,7 +179,9 @@ def blank_prompts(
     # One at a time: a prompt that occurs twice is a fault of both rows.
     made = blank if kind is None else [item for record in blank for item in as_kind([record], kind)[0]]
     _, counts = tokenize(made, tokenizer, NO_LIMITS, source_tokenizer_digest=digest)
-    return list({item.fault.where: item for item in counts.faults if item.reason == "empty_prompt"}.values())
+    splits = {record.where: record.split for record in blank}
+    named = {item.fault.where: item for item in counts.faults if item.reason == "empty_prompt"}
+    return [replace(item, split=splits[where]) for where, item in named.items()]
 
 
 def rows_of(found: RecordSet, split: str, fractions: Mapping[str, float]) -> list[Record]:
@@ -175,13 +228,14 @@ def examples_of(
     records = lowest_hashes(records, max_samples)
     own = found.tokenizer_digest
     examples, counts = tokenize(records, tokenizer, lengths, source_tokenizer_digest=own, all_replies=all_replies)
-    if not skip_bad_rows:  # also faults in splits that this stage does not read
-        refuse_faults([*counts.faults, *blank_prompts(found, tokenizer, kind)], found.source, found.rows)
+    if not skip_bad_rows:  # of the whole source, unless it has splits of its own
+        others = _of_splits(found, [*found.faults, *blank_prompts(found, tokenizer, kind)], {split})
+        refuse_faults([*counts.faults, *others], found.source, found.rows)
     dropped = Counter(count_reasons(found.faults)) + found.skipped + left_out + counts.dropped
     dropped += Counter(count_reasons([*tied, *counts.faults]))
     if not examples:
         none = f"split {split!r}: no example left of {len(in_it)} rows ({_list(dropped)})"
-        expected = f"prompts of at most {lengths.prompt} and responses of at most {lengths.response} tokens"
+        expected = f"responses of at most {lengths.response} tokens"
         raise DataError(Fault(found.source, none, expected))
     return examples, SourceReport(
         source=found.source,
@@ -209,7 +263,7 @@ def load_mixture(
         max_samples: maximum size of the mixture.
         options: as for `examples_of`.
     """
-    sets, reports = zip(
+    sets, counted = zip(
         *(examples_of(item, max_samples=entry.max_samples, **options) for item, entry in zip(found, entries))
     )
     # The small addition keeps rounding errors from reducing a whole share by one.
@@ -221,14 +275,22 @@ def load_mixture(
         total = min(len(examples) * sum(weights) / weight for examples, weight in zip(sets, weights))
         total = total if max_samples is None else min(total, max_samples)
         shares = [int(total * weight / sum(weights) + 1e-9) for weight in weights]
-    examples = [example for item, share in zip(sets, shares) for example in lowest_hashes(item, share)]
-    examples = lowest_hashes(examples, max_samples)
+    chosen = [lowest_hashes(item, share) for item, share in zip(sets, shares)]
+    examples = lowest_hashes([example for part in chosen for example in part], max_samples)
     if options.get("kind") == "prompt":  # a prompt of two sources is used once
         examples = list({example.prompt_key: example for example in examples}.values())
+    used = set(map(id, examples))
+    reports = tuple(_mixed(report, sum(id(one) in used for one in part)) for report, part in zip(counted, chosen))
     if not examples:
         where = f"datasets: {', '.join(item.source for item in found)}"
         raise DataError(Fault(where, "no example is left at these weights", "at least one", "more samples"))
     return examples, reports
+
+
+def _mixed(report: SourceReport, used: int) -> SourceReport:
+    """Return the report of a source of which a mixture uses only its share."""
+    left = {"beyond_its_share": report.kept - used} if used < report.kept else {}
+    return replace(report, kept=used, dropped=dict(sorted({**report.dropped, **left}.items())))
 
 
 def hold_out(examples: Sequence[Example], size: float) -> tuple[list[Example], list[Example]]:

@@ -24,6 +24,19 @@ if TYPE_CHECKING:
 EVALUATED = ("validation", "test")
 """Splits for reporting and for selecting settings, besides the config's own `dataset_test_split`."""
 
+
+def evaluation_splits(train: str) -> tuple[str, ...]:
+    """Return the evaluation splits that belong to a training split: of train_prefs, validation_prefs and test_prefs."""
+    rest = train.removeprefix("train") if train.startswith("train") else ""
+    return tuple(name + rest for name in EVALUATED)
+
+
+def leaked_rows(records: Sequence[Record], splits: Sequence[str]) -> dict[str, list[RowFault]]:
+    """Return the faults of `leaks` for each training split of a source: those whose names begin with train."""
+    trained = sorted(split for split in set(splits) if split.startswith("train"))
+    return {train: leaks(records, splits, train, evaluation_splits(train)) for train in trained}
+
+
 _MARKS = r"[.,;:!?…'\"`´‘’‚“”„«»()\[\]{}_]"
 # Between two digits they are part of a number: 3.5 is not 35.
 _PUNCTUATION = re.compile(rf"(?<!\d){_MARKS}+|{_MARKS}+(?!\d)")
@@ -89,7 +102,7 @@ def keep_apart(found: RecordSet, config: TrainingConfig) -> RecordSet:
     if ours or train in (ALL, test) or not carries_splits(found.records, found.source):
         return found
     splits = assign_splits(found.records, FRACTIONS, found.source)
-    held_out = {test, *EVALUATED} - {train}
+    held_out = {test, *evaluation_splits(train)} - {train}
     faults = leaks(found.records, splits, train, held_out)
     if not faults:
         return found

@@ -15,6 +15,7 @@ from rlhf_pipeline.data.sources import files_of, read_source
 from rlhf_pipeline.data.stamps import Stamp, stamp
 from rlhf_pipeline.errors import DataError, Fault
 
+Columns = tuple[tuple[str, str], ...]
 KEPT_BYTES = 256 << 20
 """Size of the files whose records are kept in memory for the next part of a command that reads them."""
 
@@ -25,21 +26,24 @@ def source_stamp(source: str, home: Path | None) -> Stamp | None:
     return None if files is None else stamp(files)
 
 
-def parsed_once(source: str, config: str | None, home: Path | None, split: str | None = None) -> RecordSet:
+def parsed_once(source: str, config: str | None, split: str | None, columns: Columns, home: Path | None) -> RecordSet:
     """The records of a source, which this process parses again only where its files have changed since.
+
+    Args:
+        split: read only this split. columns: the pairs of a `column_mapping`.
 
     What is returned is the caller's: its lists are copies; records themselves are frozen.
     """
     if (seen := source_stamp(source, home)) is None:
-        return _parse(source, config, home, split)
-    key = (source, config, split, seen)
+        return _parse(source, config, split, columns, home)
+    key = (source, config, split, columns, seen)
     if key in _PARSED:
         _PARSED.move_to_end(key)
     else:
-        found = _parse(source, config, home, split)
+        found = _parse(source, config, split, columns, home)
         if _size(key) > KEPT_BYTES:
             return found
-        for outdated in [known for known in _PARSED if known[:3] == key[:3]]:
+        for outdated in [known for known in _PARSED if known[:-1] == key[:-1]]:
             del _PARSED[outdated]
         _PARSED[key] = found
         while sum(map(_size, _PARSED)) > KEPT_BYTES:
@@ -48,13 +52,13 @@ def parsed_once(source: str, config: str | None, home: Path | None, split: str |
     return replace(found, records=list(found.records), faults=list(found.faults), skipped=Counter(found.skipped))
 
 
-_Key = tuple[str, str | None, str | None, Stamp]
+_Key = tuple[str, str | None, str | None, Columns, Stamp]
 _PARSED: OrderedDict[_Key, RecordSet] = OrderedDict()  # the one used last at the end
 
 
 def _size(key: _Key) -> int:
     """Bytes of the files of a parsed source."""
-    return sum(file[3] for file in key[3])
+    return sum(file[3] for file in key[-1])
 
 
 @contextmanager
@@ -71,7 +75,7 @@ def collector_at_rest() -> Iterator[None]:
 
 
 @collector_at_rest()
-def _parse(source: str, config: str | None, home: Path | None, split: str | None) -> RecordSet:
+def _parse(source: str, config: str | None, split: str | None, columns: Columns, home: Path | None) -> RecordSet:
     """Every record of a source and every row that is none.
 
     Raises:
@@ -82,7 +86,7 @@ def _parse(source: str, config: str | None, home: Path | None, split: str | None
         return RecordSet(read.name, read.records[0].kind, len(read.records), read.records)
     if read.faults and not read.rows:
         raise DataError([Fault(read.name, "no row can be read"), *(item.fault for item in read.faults)])
-    found = parse(read.rows, read.name)
+    found = parse(read.rows, read.name, dict(columns))
     found.rows += len({item.fault.where for item in read.faults})
     found.faults = by_line([*read.faults, *found.faults])
     found.recorded_digest = read.tokenizer_digest

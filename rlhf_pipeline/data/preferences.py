@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
-from rlhf_pipeline.data.columns import IDENTICAL, SourceRow, alike
+from rlhf_pipeline.data.columns import IDENTICAL, SourceRow, alike, alpaca_parts, alpaca_prompt
 from rlhf_pipeline.data.records import Record, Text, shared_length
 from rlhf_pipeline.errors import did_you_mean
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 STRAY_HUMAN = re.compile(r"(?<!\n\n)\bHuman:")
 PROMPT_NAMES = ("question", "instruction", "query", "input", "context")
-"""Column names that other data sets use for the prompt."""
+"""Column names that other data sets use for the prompt, the one that is read first."""
+SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("rating_chosen", "rating_rejected"),
+    ("chosen_rating", "rejected_rating"),
+)
+"""Columns that other data sets use for the scores behind a label."""
 
 
 def is_transcript(value: Any) -> bool:
@@ -23,16 +32,24 @@ def is_transcript(value: Any) -> bool:
 
 def pair(row: SourceRow) -> Record | None:
     """Read a pair whose prompt has its own column."""
-    prompt, chosen, rejected = row.text("prompt"), row.text("chosen"), row.text("rejected")
-    if prompt is None or chosen is None or rejected is None:
+    name = prompt_column(row.columns) or "prompt"
+    alpaca = name == "instruction" and "input" in row.columns
+    own = alpaca_prompt(row) if alpaca else row.text(name)
+    chosen, rejected = row.text("chosen"), row.text("rejected")
+    if own is None or chosen is None or rejected is None:
         return None
-    if isinstance(prompt, str) and all(not isinstance(side, str) and len(side) > 1 for side in (chosen, rejected)):
+    if isinstance(own, str) and all(not isinstance(side, str) and len(side) > 1 for side in (chosen, rejected)):
         return _common(row, chosen, rejected)  # whole conversations that repeat the prompt column
-    if not isinstance(prompt, str):
-        repeats = all(not isinstance(side, str) and side[: len(prompt)] == prompt for side in (chosen, rejected))
-        if repeats and min(len(chosen), len(rejected)) > len(prompt):
-            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-    return _finish_pair(row, prompt, chosen, rejected)
+    prompt = own if alpaca else row.with_system(own)
+    if prompt is None:
+        return None
+    for begin in (own, prompt):
+        sides = [side for side in (chosen, rejected) if not isinstance(side, str) and len(side) > len(begin)]
+        if not isinstance(begin, str) and len(sides) == 2 and all(side[: len(begin)] == begin for side in sides):
+            chosen, rejected = chosen[len(begin) :], rejected[len(begin) :]
+            break
+    record = finish_pair(row, prompt, chosen, rejected)
+    return replace(record, instruction=alpaca_parts(row)) if record and alpaca and isinstance(prompt, str) else record
 
 
 def implicit(row: SourceRow) -> Record | None:
@@ -46,10 +63,16 @@ def implicit(row: SourceRow) -> Record | None:
     return _common(row, chosen, rejected)
 
 
+def prompt_column(columns: Iterable[str]) -> str | None:
+    """Return the column that is the prompt of pairs; None if there is none, so that both sides begin with it."""
+    there = set(columns)
+    return next((name for name in ("prompt", *PROMPT_NAMES) if name in there), None)
+
+
 def unread_prompt(columns: Iterable[str]) -> str | None:
-    """Return the column that looks like a prompt under another name and is not read; None if there is none."""
+    """Return the column that looks like a misspelt prompt and is not read; None if there is none."""
     there = {str(column).lower(): column for column in columns}
-    near = [name for name in PROMPT_NAMES if name in there]
+    near = [name for name in PROMPT_NAMES if name in there]  # in capitals
     near += [name for name in there if did_you_mean(name, ["prompt"]) and not name.startswith("prompt_")]
     return there[near[0]] if near else None
 
@@ -70,7 +93,8 @@ def _common(row: SourceRow, chosen: Text, rejected: Text) -> Record | None:
         fix = "" if unread is None else f"the column {unread!r} is not read; did you mean prompt?"
         row.fault("prompts_differ", "'chosen' and 'rejected' have no common beginning", "one prompt for both", fix)
         return None
-    return _finish_pair(row, chosen[:cut], chosen[cut:], rejected[cut:])
+    prompt = row.with_system(chosen[:cut])
+    return None if prompt is None else finish_pair(row, prompt, chosen[cut:], rejected[cut:])
 
 
 def hh(row: SourceRow) -> Record | None:
@@ -92,17 +116,20 @@ def hh(row: SourceRow) -> Record | None:
     if prompts[0] != prompts[1]:
         row.fault("prompts_differ", "'chosen' and 'rejected' differ before the last reply", "one prompt for both")
         return None
-    return _finish_pair(row, prompts[0], *replies)
+    return finish_pair(row, prompts[0], replies[0], replies[1])
 
 
-def _finish_pair(row: SourceRow, prompt: Text, chosen: Text, rejected: Text) -> Record | None:
+def finish_pair(
+    row: SourceRow, prompt: Text, chosen: Text, rejected: Text, names: tuple[str, str] = ("chosen", "rejected")
+) -> Record | None:
+    """Check a pair and return its record; `names` are the columns of both sides, for messages."""
     ids = row.all_ids("prompt_ids", "chosen_ids", "rejected_ids")
     prompt, (chosen, rejected) = alike(prompt, (chosen, rejected))
     ended = (row.flag("chosen_ended"), row.flag("rejected_ended"))
-    row.completion("chosen", chosen, empty=ids is not None)
-    row.completion("rejected", rejected, empty=ids is not None)
+    for name, text in zip(names, (chosen, rejected)):
+        row.completion(name, text, empty=ids is not None)
     if ids is None and chosen == rejected and ended[0] == ended[1]:
-        row.fault(IDENTICAL, "'chosen' equals 'rejected'", "two different responses", "drop the row")
+        row.fault(IDENTICAL, f"{names[0]!r} equals {names[1]!r}", "two different responses", "drop the row")
     row.check_prompt(prompt)
     extra = {}
     if row.has("label_probability"):
@@ -113,7 +140,7 @@ def _finish_pair(row: SourceRow, prompt: Text, chosen: Text, rejected: Text) -> 
 
 def ranking(row: SourceRow) -> Record | None:
     """Read a ranking of two or more completions by their ranks or scores."""
-    prompt, values = row.text("prompt"), row.value("completions")
+    prompt, values = row.prompt(), row.value("completions")
     if prompt is None or values is None:
         return None
     if not isinstance(values, (list, tuple)) or len(values) < 2:
@@ -146,3 +173,26 @@ def ranking(row: SourceRow) -> Record | None:
     row.check_prompt(prompt)
     ended = tuple(row.as_flag(f"ended[{i}]", flag) for i, flag in enumerate(flags))
     return Record("ranking", prompt, completions, ended, "", None, prompt_ids, completion_ids, {measure: numbers})
+
+
+def against_label(values: Mapping[str, Any], columns: Sequence[tuple[str, str]]) -> str | None:
+    """Compare a row's label with its scores: "contradicted", "equal", or None if they agree or are not known.
+
+    Ranks are compared with scores, `chosen` and `rejected` with the columns of `SCORES` that the source has. A label
+    that was drawn with a known probability contradicts nothing.
+    """
+    gaps: list[float] = []
+    if _numbers(values.get("ranks")) and _numbers(values.get("scores")):
+        measures = list(zip(values["ranks"], values["scores"]))
+        signs = [(b[0] - a[0]) * (a[1] - b[1]) for a, b in combinations(measures, 2)]
+        gaps = [min(signs, default=0)] if min(signs, default=0) < 0 else []
+    elif values.get("label_probability") is None:
+        both: list[Any] = [[values.get(name) for name in names] for names in columns]
+        gaps = [pair[0] - pair[1] for pair in both if _numbers(pair)]
+    if not gaps or min(gaps) > 0:
+        return None
+    return "contradicted" if min(gaps) < 0 else "equal"
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(one) in (int, float) for one in value)

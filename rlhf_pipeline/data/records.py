@@ -13,6 +13,9 @@ from typing import Any
 Messages = tuple[dict[str, str], ...]
 Text = str | Messages
 
+TEMPLATE_VALUES: dict[str, type] = {"tools": list, "chat_template_kwargs": dict}
+"""Columns beside messages that the chat template reads, and the type of their values."""
+
 _encode = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -20,8 +23,9 @@ _encode = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", 
 class Record:
     """One row of a source: a prompt and its completions, as text or messages, with token ids if known.
 
-    A `text` has no prompt and one completion; a `prompt` has no completion; a `demonstration` has one completion;
-    a `pair` has two, the preferred one first; a `ranking` has two or more, in the order of the row.
+    A `text` has no prompt and one completion; a `prompt` has no completion; a `demonstration` has one completion, and
+    so has a `labelled`, which says whether it is good; a `pair` has two, the preferred one first; a `ranking` has two
+    or more, in the order of the row.
     """
 
     kind: str
@@ -32,7 +36,7 @@ class Record:
     split: str | None = None  # the split in the source
     prompt_ids: tuple[int, ...] | None = None
     completion_ids: tuple[tuple[int, ...], ...] | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)  # ranks, scores, label_probability
+    extra: Mapping[str, Any] = field(default_factory=dict)  # ranks, scores, label_probability, label, TEMPLATE_VALUES
     instruction: tuple[str, str] | None = None  # instruction and input of an Alpaca row, which the prompt is made of
     turns: bool = False  # the last turn of a conversation, whose earlier assistant's turns may be trained too
 

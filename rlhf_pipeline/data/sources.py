@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,14 @@ from rlhf_pipeline.data.sealed import unseal
 from rlhf_pipeline.errors import DamagedFile, DataError, Fault, UnknownReference, did_you_mean
 
 WORLDS = ("world:verdicts",)
+SHARD = re.compile(r"(.+)-[0-9]{5}-of-[0-9]{5}")
+PART_NUMBER = re.compile(r"[-_. ]*[0-9]+$")
+SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""Words in the names of files of a split, as in `datasets`."""
 COLLECTED = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,63})(@v(?P<version>[0-9]{1,15}))?")
 
 
@@ -40,7 +48,7 @@ def read_source(
     """Read every row of `source`.
 
     Args:
-        source: hub id, directory saved by `datasets`, local file, `world:verdicts` or `collected:NAME[@vN]`.
+        source: hub id, directory of files or saved by `datasets`, local file, `world:verdicts`, `collected:NAME[@vN]`.
         config: configuration of a hub data set, or part of the built-in world.
         split: read only this split.
         home: home directory with collected data; default `$RLHF_HOME`, else `./rlhf_home`.
@@ -59,7 +67,8 @@ def read_source(
     if path is None:
         return _hub(source, config, split)
     if path.is_dir():
-        return _saved(source, path, split)
+        files = data_files(path)
+        return _folder(source, path, files, split) if files else _saved(source, path, split)
     rows, faults = read_file(path)
     if split is not None:
         named = {str(row["split"]) for _, row in rows if "split" in row}
@@ -180,6 +189,54 @@ def _checked_manifest(records: Path) -> dict[str, Any]:
     return manifest
 
 
+def data_files(folder: Path) -> list[Path]:
+    """Return the data files of a folder, in order; [] for a folder that `datasets` has saved."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name.lower().endswith(FILE_SUFFIXES))
+    names = {file.name for file in files}
+    saved = {"state.json", "dataset_dict.json"} & names or any(folder.glob("*.arrow"))
+    return [] if saved else [file for file in files if file.name not in ("dataset_info.json", "dataset_infos.json")]
+
+
+def _split_of_file(path: Path, folder: Path) -> str | None:
+    """Return the split that a file's name stands for, else the name of its folder; None if neither names one.
+
+    `data/train_prefs-00000-of-00001.parquet` and `train_prefs.jsonl` are of the split train_prefs; `test.jsonl`,
+    `hh_test_2.jsonl` and `test/0000.parquet` of test.
+    """
+    stem = path.name.partition(".")[0]
+    if shard := SHARD.fullmatch(stem):
+        return shard[1]
+    for name in (stem, *(parent.name for parent in path.relative_to(folder).parents if parent.name)):
+        words = re.split(r"[-_. ]+", PART_NUMBER.sub("", name.lower()))
+        if (place := next((i for i, word in enumerate(words) if word in SPLIT_WORDS), None)) is not None:
+            return "_".join([SPLIT_WORDS[words[place]], *(words[1:] if place == 0 else ())])
+    return None
+
+
+def _folder(source: str, folder: Path, files: list[Path], split: str | None) -> Source:
+    """Read a folder of data files; more than one split in their names are the splits of the source.
+
+    Raises:
+        DataError: some files name a split and others do not, or none is of `split`.
+    """
+    splits = {file: _split_of_file(file, folder) for file in files}
+    several = len(set(splits.values())) > 1
+    if several and (nameless := [file for file, split in splits.items() if split is None]):
+        shown = ", ".join(str(file.relative_to(folder)) for file in nameless[:3])
+        named = ", ".join(sorted(split for split in set(splits.values()) if split is not None))
+        expected = "a split in every file's name: train..., validation... or test..."
+        raise DataError(Fault(source, f"files of the splits {named}, and {shown}", expected, "name the files apart"))
+    if split is not None and split not in splits.values():
+        raise _no_split(source, split, sorted({name for name in splits.values() if name}))
+    found = Source(source)
+    for file, name in splits.items():
+        if split in (None, name):
+            rows, faults = read_file(file)
+            found.rows += [(where, {**row, "split": name}) for where, row in rows] if several else rows
+            found.faults += [replace(item, split=name) for item in faults] if several else faults
+    return found
+
+
 def _saved(source: str, path: Path, split: str | None) -> Source:
     import datasets
 
@@ -188,8 +245,8 @@ def _saved(source: str, path: Path, split: str | None) -> Source:
     except DataError:
         raise
     except Exception as error:  # the library passes on the errors of its readers
-        found = f"not a complete directory saved by `datasets` ({_first_line(error)})"
-        raise DataError(Fault(source, found, "Dataset.save_to_disk output")) from error
+        found = f"no data files, and not a complete directory saved by `datasets` ({_first_line(error)})"
+        raise DataError(Fault(source, found, "files of .jsonl[.gz], .json, .csv or .parquet")) from error
     return Source(source, rows)
 
 

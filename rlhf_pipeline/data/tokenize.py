@@ -1,7 +1,8 @@
 """Records to token ids under one length policy for all stages.
 
-A prompt longer than `lengths.prompt` is cut on the left; one of messages loses whole turns there. An example with a
-completion longer than `lengths.response` (EOS included) is dropped and counted. A completion gets EOS only if it ended.
+A prompt longer than `lengths.prompt`, or than its longest completion leaves of `lengths.total`, is cut on the left; one
+of messages loses whole turns there. An example with a completion longer than `lengths.response` (EOS included) is
+dropped and counted. A completion gets EOS only if it ended.
 """
 
 from __future__ import annotations
@@ -102,8 +103,9 @@ def tokenize(
             examples += _chunks(encoded, tokenizer.eos_token_id, lengths.total, counts)
             continue
         shorter: Encoded | None = encoded
-        if encoded.texts.templated and len(encoded.prompt_ids) > lengths.prompt:
-            shorter = with_fewer_turns(encoded, tokenizer, lengths.prompt, counts, all_replies)
+        room = _room(_ended(encoded, tokenizer.eos_token_id), lengths)
+        if encoded.texts.templated and len(encoded.prompt_ids) > room:
+            shorter = with_fewer_turns(encoded, tokenizer, room, counts, all_replies)
         example = None if shorter is None else _fit(shorter, tokenizer, lengths, counts)
         examples += [] if example is None else [example]
     return examples, counts
@@ -136,7 +138,7 @@ def whole_sequence(example: Example) -> Example:
 
 def _fit(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, lengths: Lengths, counts: Counts) -> Example | None:
     record, prompt, bos = encoded.record, encoded.prompt_ids, tokenizer.bos_token_id
-    completions = [_closed(ids, ended, tokenizer.eos_token_id) for ids, ended in zip(encoded.completions, record.ended)]
+    completions = _ended(encoded, tokenizer.eos_token_id)
     if not prompt and bos is None:
         fix = "give a prompt, or a tokenizer with a BOS token"
         counts.faults.append(row_fault(record.where, "empty_prompt", "the prompt has no token", "a prompt", fix))
@@ -160,12 +162,11 @@ def _fit(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, lengths: Lengths,
     if shortened:
         counts.truncated["ranking_shortened"] += 1
     prompt = prompt or [bos]
-    truncated = encoded.truncated
-    if len(prompt) > lengths.prompt:
-        truncated = True
+    room = _room(completions, lengths)
+    truncated = encoded.truncated or len(prompt) > room
+    if len(prompt) > room:
         counts.truncated["prompt_truncated"] += 1
-        keeps_bos = prompt[0] == bos and lengths.prompt > 1  # models that begin with BOS need it there
-        prompt = [bos, *prompt[1 - lengths.prompt :]] if keeps_bos else prompt[-lengths.prompt :]
+    prompt = cut_prompt(prompt, room, bos)
     example = Example(
         prompt,
         completions,
@@ -191,6 +192,24 @@ def _with_replies(example: Example, trained: list[bool]) -> Example:
         completions=[example.prompt_ids[border:] + completion],
         trained=trained[border:] + [True] * len(completion),
     )
+
+
+def cut_prompt(ids: list[int], longest: int, bos: int | None) -> list[int]:
+    """Return the last `longest` tokens of a prompt; a BOS at its beginning stays, for models that need it there."""
+    if len(ids) <= longest:
+        return ids
+    return [ids[0], *ids[1 - longest :]] if ids[0] == bos and longest > 1 else ids[-longest:]
+
+
+def _room(completions: Sequence[list[int]], lengths: Lengths) -> int:
+    """Return the most tokens that a prompt may have before completions; those that are too long do not count."""
+    longest = max((len(ids) for ids in completions if len(ids) <= lengths.response), default=0)
+    return min(lengths.prompt, lengths.total - longest)
+
+
+def _ended(encoded: Encoded, eos: int) -> list[list[int]]:
+    """Return the completions with EOS where they ended."""
+    return [_closed(ids, ended, eos) for ids, ended in zip(encoded.completions, encoded.record.ended)]
 
 
 def _left_out(kind: str, completions: list[list[int]], ranks: Sequence[int] | None, longest: int) -> str | None:

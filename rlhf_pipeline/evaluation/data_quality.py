@@ -59,10 +59,16 @@ def _stops(found: Mapping[str, Any]) -> Iterator[str]:
             f"the column {found['unread_column']!r} is not read; did you mean prompt? Without it, the prompt is the "
             "common beginning of 'chosen' and 'rejected'"
         )
+    if found["labels"]:
+        yield (
+            f"each row has a label ({_counts(found['labels'])}), as for KTO: no stage trains on such rows, and "
+            "`rlhf sft` refuses them, because it would also learn what is labelled false"
+        )
+    yield from found["notes"]
     if found["leaked_rows"]:
         yield (
-            f"leakage: {found['leaked_rows']} rows of evaluation splits are also in 'train' "
-            f"({_counts(found['leaks'])}): a stage refuses them"
+            f"leakage: {found['leaked_rows']} rows of evaluation splits are also in their training split "
+            f"({_counts(found['leaks'])}): a stage that trains on it refuses them"
         )
     similar = found["similar_prompt_overlap"]
     shared = {name: similar.get("/".join(sorted((name, "train"))), 0) for name in EVALUATED}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.compare.points import Point
+from rlhf_pipeline.config.base import DataInput
 from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.dump import config_digest
 from rlhf_pipeline.config.grid import Node
@@ -44,44 +45,38 @@ REGISTRY_STAGE = {"sft": "sft", "train-rm": "reward", "ppo": "ppo", "dpo": "dpo"
 def expected_data(config: StageConfig, home: Path) -> list[str]:
     """Digests of the data that a stage with this config would train on (or take prompts from)."""
     return [
-        _split_digest(config, home, source, part, split, whole)
-        for source, part, whole in config.sources()
-        for split in ([whole] if whole else _splits(config, home, source, part))
+        _split_digest(config, home, data, split)
+        for data in config.sources()
+        for split in ([data.split] if data.split else _splits(config, home, data))
     ]
 
 
-def _splits(config: StageConfig, home: Path, source: str, part: str | None) -> Sequence[str]:
+def _splits(config: StageConfig, home: Path, data: DataInput) -> Sequence[str]:
     """The splits of a source that a stage uses."""
     if isinstance(config, TrainingConfig):
         return [config.dataset_train_split]
     if config.splits:
         return config.splits
-    found = read_records(source, config=part, home=home, skip_bad_rows=config.skip_bad_rows)
+    found = read_records(*data, home=home, skip_bad_rows=config.skip_bad_rows)
     return sorted(set(assign_splits(found.records, config.split_fractions, found.source)))
 
 
-def _split_digest(config: StageConfig, home: Path, name: str, part: str | None, split: str, whole: str | None) -> str:
+def _split_digest(config: StageConfig, home: Path, data: DataInput, split: str) -> str:
     """The digest of one split's records; it is computed once as long as the files do not change."""
-    what = (home.resolve(), name, part, whole, split, tuple(config.split_fractions.items()), config.skip_bad_rows)
-    seen = source_stamp(name, home=home)
-    return _digest(*what) if seen is None else _known_digest(seen, *what)
+    what = (home.resolve(), data, split, tuple(config.split_fractions.items()), config.skip_bad_rows)
+    seen = [source_stamp(name, home=home) for name in (data.source, data.test) if name is not None]
+    return _digest(*what) if None in seen else _known_digest(tuple(seen), *what)
 
 
 @functools.lru_cache(maxsize=256)
-def _known_digest(seen: Stamp, *what: Any) -> str:
+def _known_digest(seen: tuple[Stamp | None, ...], *what: Any) -> str:
     return _digest(*what)
 
 
 def _digest(
-    home: Path,
-    name: str,
-    part: str | None,
-    whole: str | None,
-    split: str,
-    fractions: tuple[tuple[str, float], ...],
-    skip_bad_rows: bool,
+    home: Path, data: DataInput, split: str, fractions: tuple[tuple[str, float], ...], skip_bad_rows: bool
 ) -> str:
-    found = read_records(name, config=part, split=whole, home=home, skip_bad_rows=skip_bad_rows)
+    found = read_records(*data, home=home, skip_bad_rows=skip_bad_rows, splits={split})
     return records_digest(rows_of(found, split, dict(fractions)))
 
 
@@ -135,7 +130,8 @@ def comparison_inputs(
     for model in models.values():
         values = model.manifest.config if model.manifest is not None else {}
         parts = values.get("datasets") or [values]
-        sources |= {part[key] for part in parts for key in ("dataset_name", "prompts") if part.get(key)}
+        keys = ("dataset_name", "dataset_test_name", "prompts")
+        sources |= {part[key] for part in parts for key in keys if part.get(key)}
         # `collected:NAME` is replaced by its numbered version: it may name another version now.
         sources |= {entry.source for entry in model.manifest.data} if model.manifest is not None else set()
     data = {source: _file_digests(source, registry.home) for source in sorted(sources)}

@@ -12,8 +12,8 @@ from rlhf_pipeline.config.mentions import functions
 from rlhf_pipeline.config.reward import RewardConfig
 from rlhf_pipeline.config.reward_names import load_function
 from rlhf_pipeline.config.stages import CollectConfig, DpoConfig, PpoConfig, SftConfig, StageConfig, TrainingConfig
-from rlhf_pipeline.data.load import read_records, rows_of
-from rlhf_pipeline.data.overlap import keep_apart
+from rlhf_pipeline.data.load import read_records
+from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.world import VOCABULARY
 from rlhf_pipeline.experiment.run import checked
 from rlhf_pipeline.models.needs import require_kernel, require_needs
@@ -23,6 +23,8 @@ from rlhf_pipeline.registry.parents import parents_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import check_role
 from rlhf_pipeline.registry.store import Registry, folder_for_copy
+from rlhf_pipeline.stages.common import packed_rows, tokenizer_of
+from rlhf_pipeline.stages.data import StageData, prompts_by_split
 from rlhf_pipeline.training.windows import total_steps
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}
@@ -119,15 +121,27 @@ def estimate_stage(config: StageConfig, home: Path) -> dict[str, Any]:
                 require_same_base(parents["base"], parents[role])
     for source in functions(config):
         load_function(source)
+    said: list[str] = []
+    base = next(iter(parents.values()), None)
     if isinstance(config, CollectConfig):
-        ((source, part, _),) = config.sources()
-        found = read_records(source, config=part, home=home, skip_bad_rows=config.skip_bad_rows)
-        prompts = len({record.prompt_key for record in found.records})
-        return result | {"prompts": prompts, "records": config.num, "responses_each": config.k}
+        assert base is not None  # the policy
+        (data,) = config.sources()
+        found = read_records(*data, home=home, skip_bad_rows=config.skip_bad_rows, splits=config.splits)
+        tokenizer = tokenizer_of(base, config.trust_remote_code, config)
+        prompts, reports = prompts_by_split(found, config, tokenizer, Style.of(base.config))
+        result |= {"prompts": len(prompts), "records": config.num, "responses_each": config.k}
+        return result | {"data": [report.summary() for report in reports] + found.notes()}
     if config.output_dir is not None:
         folder_for_copy(config.output_dir, config.output_name)
-    rows = _training_rows(config, home)
-    result |= {"prompts" if config.reads_prompts else "rows": rows, "lengths": vars(config.lengths())}
+    stage_data = StageData(config, home, said.append)
+    if base is not None:
+        tokenizer = tokenizer_of(base, config.trust_remote_code, config)
+    else:
+        assert isinstance(config, SftConfig) and config.tokenizer_init is not None  # `check_start` of the config
+        tokenizer = stage_data.new_tokenizer(config.tokenizer_init)
+    examples, _ = stage_data.training(tokenizer)
+    counted = "prompts" if config.reads_prompts else "rows"
+    result |= {counted: len(examples), "lengths": vars(config.lengths()), "data": said}
     if isinstance(config, PpoConfig):
         result |= {
             "updates": config.updates,
@@ -136,8 +150,9 @@ def estimate_stage(config: StageConfig, home: Path) -> dict[str, Any]:
         }
     else:
         size = config.per_device_train_batch_size * (config.gradient_accumulation_steps or 1)
-        if config.max_steps > 0 or not (isinstance(config, SftConfig) and config.packing):  # rows are not packed here
-            result["optimizer_steps"] = total_steps(rows, size, config.num_train_epochs, config.max_steps)
+        rows = packed_rows(config, examples)
+        count = len(examples if rows is None else rows)
+        result["optimizer_steps"] = total_steps(count, size, config.num_train_epochs, config.max_steps)
     if "base" in parents:
         parameters = _parameters(chain_of(parents["base"])[0])
     else:
@@ -150,21 +165,6 @@ def estimate_stage(config: StageConfig, home: Path) -> dict[str, Any]:
         memory = _training_memory(parameters, adapter, config)
         result["memory_mib_without_activations"] = round(memory / 2**20, 1)
     return result
-
-
-def _training_rows(config: TrainingConfig, home: Path) -> int:
-    """Rows of the training split, before the length policy; for PPO distinct prompts."""
-    count = 0
-    for entry, (source, part, split) in zip(config.datasets or (None,), config.sources(), strict=True):
-        found = read_records(source, config=part, split=split, home=home, skip_bad_rows=config.skip_bad_rows)
-        rows = rows_of(keep_apart(found, config), config.dataset_train_split, config.split_fractions)
-        usable = len({record.prompt_key for record in rows}) if config.reads_prompts else len(rows)
-        if entry is not None:
-            usable = int(min(usable, entry.max_samples or usable) * (entry.fraction or 1) + 1e-9)
-        count += usable
-    held = config.test_split_size or 0
-    count -= math.ceil(held * count) if held < 1 else int(held)
-    return min(count, config.max_train_samples or count)
 
 
 def estimate_experiment(path: Path, overrides: list[str], home: Path) -> dict[str, Any]:

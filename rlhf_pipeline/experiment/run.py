@@ -104,6 +104,7 @@ def _input_faults(experiment: Experiment, registry: Registry) -> list[Fault]:
                 mention.role,
                 mention.text,
                 mention.part,
+                mention.columns,
                 config.skip_bad_rows,
                 split,
                 *config.split_fractions.items(),
@@ -122,7 +123,12 @@ def _problem(
     try:
         if mention.role == "data":
             found = read_records(
-                mention.text, config=mention.part, home=registry.home, skip_bad_rows=config.skip_bad_rows
+                mention.text,
+                mention.part,
+                columns=mention.columns,
+                home=registry.home,
+                skip_bad_rows=config.skip_bad_rows,
+                splits=None if split is None else {split},
             )
             if split is not None:
                 in_split(found.records, split, config.split_fractions, found.source)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rlhf_pipeline.config.names import is_name
 from rlhf_pipeline.data.check import describe
 from rlhf_pipeline.data.load import blank_prompts, lowest_hashes, read_records
-from rlhf_pipeline.data.overlap import EVALUATED, leaks
+from rlhf_pipeline.data.overlap import evaluation_splits, leaks
 from rlhf_pipeline.data.records import Record, plain
 from rlhf_pipeline.data.sources import local_path
 from rlhf_pipeline.data.splits import FRACTIONS, assign_splits, carries_splits
@@ -87,7 +87,7 @@ def plan_starter(source: str, *, model: str | None, seeds: int, folder: Path, ho
     train, test = (_split(source, splits, part, carried) for part in ("train", "test"))
     tested = len({record.prompt_key for record, split in zip(records, assigned, strict=True) if split == test})
     learned = [record for record, split in zip(records, assigned, strict=True) if split == train]
-    leaked = leaks(records, assigned, train, {test, *EVALUATED}) if carried else []
+    leaked = leaks(records, assigned, train, {test, *evaluation_splits(train)}) if carried else []
     blank = blank_prompts(found)
 
     resolved = None if model is None else Registry(home).resolve(model)

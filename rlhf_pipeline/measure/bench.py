@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import torch
 
-from rlhf_pipeline.config.base import DEFAULT_MAX_LENGTH, Lengths, part_of, resolve_lengths
+from rlhf_pipeline.config.base import DEFAULT_MAX_LENGTH, Lengths, part_of, renames, resolve_lengths
 from rlhf_pipeline.config.compare import PromptsConfig
 from rlhf_pipeline.config.reward_names import WORLD_NAMES
 from rlhf_pipeline.data import world
@@ -129,7 +129,7 @@ def _lengths(config: PromptsConfig, resolved: Resolved) -> Lengths:
     named = [resolved.config.get(key) for key in ("max_prompt_length", "response_length", "max_length")]
     if positions is not None and not any(named):
         named[2] = min(positions, DEFAULT_MAX_LENGTH)
-    trained = resolve_lengths(*named)
+    trained = resolve_lengths(*named, samples=True)
     response = config.max_new_tokens or trained.response
     prompt = config.max_prompt_length or trained.prompt
     if positions is not None and prompt + response > positions:
@@ -162,11 +162,17 @@ def load_prompts(
     part = part_of(source, config.dataset_config, "prompt")
     if part is None and config.prompts is None:
         part = resolved.config.get("dataset_config")
+    columns, test = renames(config.column_mapping), None
+    if config.prompts is None:
+        columns = columns or renames(resolved.config.get("column_mapping"))
+        test = resolved.config.get("dataset_test_name")
     fractions = config.split_fractions if config.prompts else resolved.config.get("split_fractions")
     skip = config.skip_bad_rows or bool(not config.prompts and resolved.config.get("skip_bad_rows"))
     own = config.prompts is None and part == part_of(source, resolved.config.get("dataset_config"), "prompt")
     with owned_by(resolved, {"dataset_name": source}) if config.prompts is None else nullcontext():
-        found = read_records(source, config=part, home=registry.home, skip_bad_rows=skip)
+        found = read_records(
+            source, part, None, columns, test, home=registry.home, skip_bad_rows=skip, splits={config.split}
+        )
     examples, report = examples_of(
         found,
         kind="prompt",

@@ -92,7 +92,8 @@ def _evaluate_reward_model(
         raise ConfigError(Fault(resolved.label, "its preference data are not known", "a reward model of the registry"))
     trained = {k: v for k, v in resolved.manifest.config.items() if v is not None}
     if config.prompts:
-        trained |= {"dataset_name": config.prompts, "dataset_config": config.dataset_config}
+        read = {"dataset_config": config.dataset_config, "column_mapping": config.column_mapping}
+        trained |= {"dataset_name": config.prompts, "dataset_test_name": None, **read}
     with nullcontext() if config.prompts else owned_by(resolved, trained):
         training = load_config("train-rm", None, extra=trained).config
         data, kind = StageData(training, registry.home, say), preference_kind(training)

@@ -29,7 +29,8 @@ def owned_by(resolved: Resolved, values: Mapping[str, object], remedy: str = "pa
     whose = f"these are the data of {resolved.label} (named in its manifest): run it where it was trained, or {remedy}"
     datasets = values.get("datasets")
     parts = datasets if isinstance(datasets, list) else [values]
-    named = [str(part["dataset_name"]) for part in parts if part.get("dataset_name")]
+    keys = ("dataset_name", "dataset_test_name")
+    named = [str(part[key]) for part in parts for key in keys if part.get(key)]
     files = [source for source in named if not source.startswith(("world:", "collected:"))]
     there: list[object] = []
     try:

@@ -18,9 +18,9 @@ from rlhf_pipeline.registry.parents import parent_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report.results import TrainingLoss
-from rlhf_pipeline.stages.data import StageData
+from rlhf_pipeline.stages.data import StageData, training_kind
 from rlhf_pipeline.stages.population import Population
-from rlhf_pipeline.stages.preference_pairs import kind_of, label_probabilities
+from rlhf_pipeline.stages.preference_pairs import label_probabilities
 from rlhf_pipeline.training.pairs import preference_loss
 from rlhf_pipeline.training.reference_cache import cached_logprobs, completion_logprob_sums
 
@@ -81,12 +81,12 @@ def training_loss(bench: Bench, resolved: Resolved) -> float:
     target: Tensor | None
     least = 0.0  # the sum of the losses of the exact optimum, if it is known
     if config.population:
-        prompts, _ = data.split("prompt", config.dataset_train_split, bench.tokenizer, limit=config.max_train_samples)
+        prompts, _ = data.training(bench.tokenizer)
         population = Population(
             frozen,
             prompts,
             stop_id=bench.tokenizer.eos_token_id,
-            response_length=config.lengths().response,
+            response_length=config.sampled_lengths().response,
             beta=config.beta,
             proposal=config.population_proposal,
             device=bench.device,
@@ -98,9 +98,8 @@ def training_loss(bench: Bench, resolved: Resolved) -> float:
         if config.loss_type == "sigmoid":
             least = float(torch.special.entr(torch.stack([facts.target, 1 - facts.target])).sum())
     else:
-        kind, split = kind_of(config), config.dataset_train_split
-        examples, _ = data.split(kind, split, bench.tokenizer, limit=config.max_train_samples)
-        bench.compare_data(resolved, data.sources(kind))
+        examples, _ = data.training(bench.tokenizer)
+        bench.compare_data(resolved, data.sources(training_kind(config)))
         key = {"model": reference.digest, "dtype": config.dtype, "bf16": False}
         ref_logprobs = cached_logprobs(frozen, examples, bench.registry.home / "cache", key, **bench.reading).logprobs
         target = label_probabilities(examples) if config.soft_labels else None

@@ -36,8 +36,10 @@ def with_lengths(config: Config, registry: Registry) -> tuple[Config, str | None
         return config, None
     filled = cast(Config, config.model_copy(update=trained))
     lengths = filled.lengths()
-    told = f"lengths from {parent.label}: prompt {lengths.prompt}, response {lengths.response}"
-    return filled, told
+    told = f"prompt {lengths.prompt}, response {lengths.response}"
+    if lengths.prompt + lengths.response > lengths.total:
+        told = f"prompt and response together {lengths.total}"
+    return filled, f"lengths from {parent.label}: {told}"
 
 
 def require_positions(config: TrainingConfig | CollectConfig, parent: Resolved) -> None:

@@ -129,7 +129,7 @@ def without_reach(manifest: Manifest) -> Manifest:
             return type(value) is int and 0 < value < 1 << 31
         if key in _KINDS:
             return _KINDS[key](value)
-        if key in ("dataset_name", "prompts"):
+        if key in ("dataset_name", "dataset_test_name", "prompts"):
             return isinstance(value, str) and given(value)
         if key == "datasets":
             parts = value if isinstance(value, list) else []
@@ -163,6 +163,10 @@ def _are_fractions(value: Any) -> bool:
     return amounts and math.isclose(sum(value.values()), 1.0, abs_tol=1e-6)
 
 
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_text, (*value, *value.values())))
+
+
 def _are_rewards(value: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(part, dict) and _is_text(part.get("source")) and _is_number(part.get("weight", 1.0))
@@ -185,6 +189,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("stop_token", "dataset_config", "reward_model_path"), _is_text),
     **dict.fromkeys(("temperature", "kl_coef", "beta"), _is_amount),
     "split_fractions": _are_fractions,
+    "column_mapping": _are_texts,
     "reward_functions": _are_rewards,
 }
 _METRICS = {"calibration_slope": _is_slope, "gate": _is_object, "health": _are_findings}

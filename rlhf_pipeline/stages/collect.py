@@ -14,8 +14,7 @@ from torch import Tensor
 from rlhf_pipeline.config.base import moves_optimum
 from rlhf_pipeline.config.collect import CollectConfig
 from rlhf_pipeline.config.dump import config_digest
-from rlhf_pipeline.data.load import RecordSet, examples_of, read_records
-from rlhf_pipeline.data.splits import assign_splits
+from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import chat_template_digest, text_of, tokenizer_digest
@@ -28,6 +27,7 @@ from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.responses import prompts_run, sample_for_prompts
 from rlhf_pipeline.rollout.scoring import by_example, score
 from rlhf_pipeline.stages.common import StageResult, find_model, load_policy, tokenizer_of
+from rlhf_pipeline.stages.data import prompts_by_split
 from rlhf_pipeline.stages.reward_sources import load_reward
 from rlhf_pipeline.training.cost import CostMeter, ModelShape, reset_peak_memory
 from rlhf_pipeline.training.open_run import make_accelerator, seed_everything
@@ -93,28 +93,6 @@ def to_row(
     return row | {"ranks": ranks, "scores": list(scores)}
 
 
-def prompts_by_split(
-    found: RecordSet, config: CollectConfig, tokenizer: PreTrainedTokenizerBase, style: Style
-) -> tuple[list[tuple[Example, str]], tuple]:
-    """Every distinct prompt with its split, in the style that the policy was trained in, and a report per split."""
-    prompts: list[tuple[Example, str]] = []
-    reports: tuple = ()
-    for split in config.splits or sorted(set(assign_splits(found.records, config.split_fractions, found.source))):
-        examples, report = examples_of(
-            found,
-            kind="prompt",
-            split=split,
-            tokenizer=tokenizer,
-            lengths=config.lengths(),
-            skip_bad_rows=config.skip_bad_rows,
-            fractions=config.split_fractions,
-            style=style,
-        )
-        prompts += [(example, split) for example in examples]
-        reports += (report,)
-    return prompts, reports
-
-
 def run_collect(
     config: CollectConfig, home: Path, *, notes: Sequence[str] = (), quiet: bool = False, **_options
 ) -> StageResult:
@@ -145,8 +123,10 @@ def run_collect(
     tokenizer = tokenizer_of(parent, config.trust_remote_code, config)
     policy = load_policy(parent, config, tokenizer, device, frozen=True)
     labeller = load_reward(registry, config.judge, config, parent, tokenizer, device)
-    ((source, part, _),) = config.sources()
-    found = read_records(source, config=part, home=home, skip_bad_rows=config.skip_bad_rows)
+    (data,) = config.sources()
+    found = read_records(*data, home=home, skip_bad_rows=config.skip_bad_rows, splits=config.splits)
+    for note in found.notes():
+        say(f"{found.source}: {note}")
     prompts, reports = prompts_by_split(found, config, tokenizer, Style.of(parent.config))
     amount = f"{config.num} x {config.k} responses of {parent.label} to {len(prompts)} prompts"
     say(f"collecting {amount}, judge {config.judge}")

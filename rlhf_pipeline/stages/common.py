@@ -242,15 +242,21 @@ def require_same_tokenizer(
         )
 
 
+def packed_rows(config: TrainingConfig, examples: Sequence[Example]) -> list[list[int]] | None:
+    """The examples of each row, by number, if the config packs them; else None."""
+    if not isinstance(config, SftConfig) or not config.packing:
+        return None
+    return fill_rows([tree_length(example) for example in examples], config.lengths().total)
+
+
 def example_schedule(
     run: Run, examples: Sequence[Example], *, layout: Layout, pad_id: int
 ) -> tuple[Callable[[Any, int], Iterator[Window]], int]:
     """The windows of a stage that trains on fixed examples, and the number of updates."""
     config, ranks = run.config, run.accelerator.num_processes
     size = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks
-    bins, room = None, config.lengths().total
-    if isinstance(config, SftConfig) and config.packing:
-        bins = fill_rows([tree_length(example) for example in examples], room)
+    bins, room = packed_rows(config, examples), config.lengths().total
+    if bins is not None:
         run.log.say(f"packing: {len(examples)} examples in {len(bins)} rows of up to {room} tokens")
     total = total_steps(len(examples if bins is None else bins), size, config.num_train_epochs, config.max_steps)
 

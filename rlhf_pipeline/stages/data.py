@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_pipeline.config.training import TrainingConfig
+from rlhf_pipeline.algorithms.preference import OBJECTIVES
+from rlhf_pipeline.config.stages import CollectConfig, DpoConfig, PpoConfig, SftConfig, TrainingConfig
+from rlhf_pipeline.data import world
 from rlhf_pipeline.data.encode import ADVICE
 from rlhf_pipeline.data.load import (
     RecordSet,
@@ -22,8 +24,11 @@ from rlhf_pipeline.data.overlap import keep_apart
 from rlhf_pipeline.data.parsed import collector_at_rest
 from rlhf_pipeline.data.records import plain
 from rlhf_pipeline.data.render import REASONING, REWRITTEN
+from rlhf_pipeline.data.splits import assign_splits
 from rlhf_pipeline.data.styles import Style
+from rlhf_pipeline.data.templates import apply_template_keys
 from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.data.tokenizers import train_byte_level_bpe
 from rlhf_pipeline.errors import DataError
 
 if TYPE_CHECKING:
@@ -33,6 +38,44 @@ if TYPE_CHECKING:
 def preference_kind(config: TrainingConfig) -> str:
     """The kind of example that a stage reads: pairs and rankings; TRL's trainers read only pairs."""
     return "pair" if config.engine == "trl" else "preference"
+
+
+def training_kind(config: TrainingConfig) -> str:
+    """The kind of example that a stage trains on; of prompts alone, the stage makes the rest itself."""
+    if isinstance(config, SftConfig):
+        return "demonstration"
+    if isinstance(config, PpoConfig) or (isinstance(config, DpoConfig) and config.population):
+        return "prompt"
+    if isinstance(config, DpoConfig) and OBJECTIVES[config.loss_type].listwise:
+        return "order"
+    return preference_kind(config)
+
+
+def trains_all_replies(config: TrainingConfig) -> bool:
+    """Whether a stage trains on every turn of the assistant in a conversation."""
+    return isinstance(config, SftConfig) and config.train_on == "all_assistant"
+
+
+def prompts_by_split(
+    found: RecordSet, config: CollectConfig, tokenizer: PreTrainedTokenizerBase, style: Style
+) -> tuple[list[tuple[Example, str]], tuple[SourceReport, ...]]:
+    """Every distinct prompt with its split, in the style that the policy was trained in, and a report per split."""
+    prompts: list[tuple[Example, str]] = []
+    reports: tuple[SourceReport, ...] = ()
+    for split in config.splits or sorted(set(assign_splits(found.records, config.split_fractions, found.source))):
+        examples, report = examples_of(
+            found,
+            kind="prompt",
+            split=split,
+            tokenizer=tokenizer,
+            lengths=config.lengths(),
+            skip_bad_rows=config.skip_bad_rows,
+            fractions=config.split_fractions,
+            style=style,
+        )
+        prompts += [(example, split) for example in examples]
+        reports += (report,)
+    return prompts, reports
 
 
 class StageData:
@@ -53,13 +96,17 @@ class StageData:
             DataError, UnknownReference: a source cannot be read.
         """
         if not self._read:
-            skip = self.config.skip_bad_rows
-            options: dict[str, Any] = {"skip_bad_rows": skip, "kind": kind, "tokenizer": tokenizer}
+            config = self.config
+            splits = {config.dataset_train_split, config.dataset_test_split}
+            options: dict[str, Any] = {"skip_bad_rows": config.skip_bad_rows, "kind": kind, "tokenizer": tokenizer}
             with collector_at_rest():
                 self._read = [
-                    keep_apart(read_records(source, config=part, split=split, home=self.home, **options), self.config)
-                    for source, part, split in self.config.sources()
+                    keep_apart(read_records(*data, home=self.home, splits=splits, **options), config)
+                    for data in config.sources()
                 ]
+            for found in self._read:
+                for note in found.notes():
+                    self.say(f"data: {found.source}: {note}")
         return self._read
 
     def split(
@@ -117,6 +164,25 @@ class StageData:
             if any(report.truncated.get(reason) for report in reports):
                 self.say(f"note: {ADVICE[reason]}")
         return examples, reports
+
+    def training(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Example], tuple[SourceReport, ...]]:
+        """What the stage trains on (its prompts, if it samples the rest), and a report per source.
+
+        Raises:
+            DataError: rows have faults, or none can be used.
+        """
+        config = self.config
+        kind, split, limit = training_kind(config), config.dataset_train_split, config.max_train_samples
+        return self.split(kind, split, tokenizer, limit=limit, all_replies=trains_all_replies(config))
+
+    def new_tokenizer(self, settings: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+        """Return the tokenizer of a `tokenizer_init`: the world's, or byte-level BPE trained on the training split."""
+        if settings["type"] == "world":
+            return apply_template_keys(world.tokenizer(), self.config)
+        texts = self.texts(self.config.dataset_train_split)
+        tokenizer = train_byte_level_bpe(texts, settings["vocab_size"])
+        self.say(f"tokenizer: byte-level BPE of {len(tokenizer)} tokens, trained on {len(texts)} texts")
+        return apply_template_keys(tokenizer, self.config)
 
     def texts(self, split: str) -> list[str]:
         """All texts of a split, for training a tokenizer."""

@@ -109,7 +109,7 @@ def chosen_tokens(pairs: Pairs, config: DpoConfig) -> float:
     For pairs that are drawn at every step, the largest possible length.
     """
     lengths = [len(example.completions[0]) for example in pairs.examples]
-    return sum(lengths) / len(lengths) if lengths else float(config.lengths().response)
+    return sum(lengths) / len(lengths) if lengths else float(config.sampled_lengths().response)
 
 
 def run_dpo(config: DpoConfig, home: Path, **options) -> StageResult:

@@ -144,7 +144,7 @@ def run_ppo(config: PpoConfig, home: Path, **options) -> StageResult:
         check_processes(config, run.accelerator.num_processes)
         # 1. Prompts.
         data = StageData(config, run.registry.home, run.log.say)
-        prompts, reports = data.split("prompt", config.dataset_train_split, tokenizer, limit=config.max_train_samples)
+        prompts, reports = data.training(tokenizer)
 
         # 2. Actor, critic, frozen reference (loaded separately from the actor's files), rewards, judge.
         setup, parents = load_setup(run, parent, tokenizer, prompts)

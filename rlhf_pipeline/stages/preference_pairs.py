@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlhf_pipeline.algorithms.preference import OBJECTIVES
-from rlhf_pipeline.config.dpo import DpoConfig
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.batch import PackedBatch, common_layout
 from rlhf_pipeline.data.load import SourceReport
@@ -49,11 +47,6 @@ def label_probabilities(examples: Sequence[Example]) -> Tensor:
     return torch.tensor([example.label_probability for example in examples], dtype=torch.float64)
 
 
-def kind_of(config: DpoConfig) -> str:
-    """The kind of example that `rlhf dpo` reads: pairs and rankings, rankings without ties, or (TRL) only pairs."""
-    return "order" if OBJECTIVES[config.loss_type].listwise else preference_kind(config)
-
-
 @dataclass(frozen=True)
 class Pairs:
     """The windows of a run, and what is known of its pairs besides their tokens.
@@ -81,8 +74,7 @@ def recorded_pairs(
     """
     config = run.config
     data = StageData(config, run.registry.home, run.log.say)
-    kind = kind_of(config)
-    examples, reports = data.split(kind, config.dataset_train_split, tokenizer, limit=config.max_train_samples)
+    examples, reports = data.training(tokenizer)
     held_out, _ = data.split(preference_kind(config), config.dataset_test_split, tokenizer, required=False)
     targets = label_probabilities(examples) if config.soft_labels else None
     cache = run.registry.home / "cache"
@@ -139,13 +131,13 @@ def fresh_pairs(
             f"{world.NAME}, whose responses are enumerated"
         )
     data = StageData(config, run.registry.home, run.log.say)
-    prompts, reports = data.split("prompt", config.dataset_train_split, tokenizer, limit=config.max_train_samples)
+    prompts, reports = data.training(tokenizer)
     with run.meter.part("population"):
         population = Population(
             frozen,
             prompts,
             stop_id=tokenizer.eos_token_id,
-            response_length=config.lengths().response,
+            response_length=config.sampled_lengths().response,
             beta=config.beta,
             proposal=config.population_proposal,
             device=run.device,

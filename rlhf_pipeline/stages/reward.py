@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import torch
 
 from rlhf_pipeline.algorithms.preference import bradley_terry_loss, centering_loss, correct
 from rlhf_pipeline.config.reward import RewardConfig
-from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.data.tokenize import Example, cut_prompt
 from rlhf_pipeline.evaluation.preference_metrics import calibration_slope, pair_differences
 from rlhf_pipeline.models.loading import store_reward_shift
 from rlhf_pipeline.models.modules import RewardModel
@@ -111,12 +112,14 @@ def center(
         most, count = max(64, config.per_device_eval_batch_size), config.reward_centering_samples
         at_once: dict[str, Any] = {"responses_at_once": most, "memory": run.memory}
         distinct = list({example.prompt_key: example for example in examples}.values())
+        limits, bos = config.sampled_lengths(), tokenizer.bos_token_id
+        distinct = [replace(one, prompt_ids=cut_prompt(one.prompt_ids, limits.prompt, bos)) for one in distinct]
         prompts = [distinct[i % len(distinct)] for i in range(count)]
         sampled, _ = sample_for_prompts(
             policy,
             prompts,
             samples=1,
-            response_length=config.lengths().response,
+            response_length=limits.response,
             stop_id=tokenizer.eos_token_id,
             pad_id=tokenizer.pad_token_id,
             generator=torch.Generator().manual_seed(config.seed),
@@ -145,7 +148,7 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
 
         # 2. The pairs and rankings.
         data, kind = StageData(config, run.registry.home, run.log.say), preference_kind(config)
-        examples, reports = data.split(kind, config.dataset_train_split, tokenizer, limit=config.max_train_samples)
+        examples, reports = data.training(tokenizer)
         held_out, _ = data.split(kind, config.dataset_test_split, tokenizer, required=False)
 
         # 3. Train.

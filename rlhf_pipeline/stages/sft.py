@@ -12,12 +12,9 @@ from torch import Tensor
 
 from rlhf_pipeline.algorithms.language_model import negative_log_likelihood
 from rlhf_pipeline.config.sft import SftConfig
-from rlhf_pipeline.data import world
 from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.shown import trained_text
-from rlhf_pipeline.data.templates import apply_template_keys
 from rlhf_pipeline.data.tokenize import Example, whole_sequence
-from rlhf_pipeline.data.tokenizers import train_byte_level_bpe
 from rlhf_pipeline.models.loading import init_causal_lm, new_config
 from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.modules import Policy
@@ -34,15 +31,15 @@ from rlhf_pipeline.stages.common import (
     publish,
     tokenizer_of,
 )
-from rlhf_pipeline.stages.data import StageData
+from rlhf_pipeline.stages.data import StageData, trains_all_replies
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
-from rlhf_pipeline.training.open_run import Run, open_run
+from rlhf_pipeline.training.open_run import open_run
 from rlhf_pipeline.training.session import Plan, train
 from rlhf_pipeline.training.trl_engine.train import train_with_trl
 from rlhf_pipeline.training.windows import ExampleBatch, Loss
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 EVAL_EXAMPLES = 1024
 
@@ -84,18 +81,6 @@ def mean_nll(
     return {"eval_nll": total / tokens, "eval_nll_per_sequence": total / len(examples)}
 
 
-def make_tokenizer(run: Run[SftConfig], data: StageData) -> PreTrainedTokenizerBase:
-    """The tokenizer of `tokenizer_init`: that of the world, or byte-level BPE trained on the train split."""
-    settings = run.config.tokenizer_init
-    assert settings is not None  # `check_start` of the config
-    if settings["type"] == "world":
-        return world.tokenizer()
-    texts = data.texts(run.config.dataset_train_split)
-    tokenizer = train_byte_level_bpe(texts, settings["vocab_size"])
-    run.log.say(f"tokenizer: byte-level BPE of {len(tokenizer)} tokens, trained on {len(texts)} texts")
-    return tokenizer
-
-
 def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
     """Train on demonstrations (or plain text) and register the model."""
     if config.model_init is not None:
@@ -111,8 +96,8 @@ def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
             tokenizer = tokenizer_of(parents["base"], config.trust_remote_code, config)
             policy = load_policy(parents["base"], config, tokenizer, run.device, dropout=config.dropout)
         else:
-            tokenizer = apply_template_keys(make_tokenizer(run, data), config)
-            assert config.model_init is not None  # `check_start` of the config
+            assert config.model_init is not None and config.tokenizer_init is not None  # `check_start` of the config
+            tokenizer = data.new_tokenizer(config.tokenizer_init)
             model = init_causal_lm(
                 config.model_init,
                 tokenizer,
@@ -128,9 +113,15 @@ def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
         run.log.say(f"model: {sum(p.numel() for p in policy.parameters()):,} parameters, {policy.reader}")
 
         # 2. The data.
-        read = functools.partial(data.split, "demonstration", all_replies=config.train_on == "all_assistant")
-        examples, reports = read(config.dataset_train_split, tokenizer, limit=config.max_train_samples)
-        held_out, _ = read(config.dataset_test_split, tokenizer, limit=EVAL_EXAMPLES, required=False)
+        examples, reports = data.training(tokenizer)
+        held_out, _ = data.split(
+            "demonstration",
+            config.dataset_test_split,
+            tokenizer,
+            limit=EVAL_EXAMPLES,
+            required=False,
+            all_replies=trains_all_replies(config),
+        )
         if config.trains_all:
             examples, held_out = ([whole_sequence(e) for e in part] for part in (examples, held_out))
         run.log.say(f"first example: {trained_text(examples[0], tokenizer)}")

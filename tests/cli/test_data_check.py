@@ -50,8 +50,45 @@ def test_the_first_lines_say_what_the_figures_mean(capsys, rows) -> None:
     assert lines[4].startswith("rows of the splits: train ")
 
 
-def test_a_question_that_is_no_prompt_is_named(capsys, rows) -> None:
-    row = {"question": "What is the capital of Italy?", "chosen": "The city is Rome", "rejected": "The city is Bari"}
+def test_a_misspelt_prompt_is_named(capsys, rows) -> None:
+    row = {"promt": "What is the capital of Italy?", "chosen": "The city is Rome", "rejected": "The city is Bari"}
     assert main(["data", "check", rows(row, row | {"chosen": "Rome", "rejected": "Bari"})]) == 2
     out = capsys.readouterr().out
-    assert out.count("the column 'question' is not read; did you mean prompt?") == 2  # of the source, and of its line
+    assert out.count("the column 'promt' is not read; did you mean prompt?") == 2  # of the source, and of its line
+
+
+def test_data_check_and_a_stage_find_the_same_in_splits_of_any_name(capsys, rows, tiny) -> None:
+    good = {"chosen": " great", "rejected": " dull"}
+    prompts = [f"the {aspect} of this {genre} was" for aspect in ("plot", "music") for genre in ("horror", "drama")]
+    train = [{**good, "prompt": prompt, "split": "train_prefs"} for prompt in prompts]
+    leaked = [{**row, "split": "test_prefs"} for row in train[:2]]
+    other = [{"prompt": "music", "chosen": " great", "rejected": " great", "split": "train_sft"}]
+    splits = ["dataset_train_split=train_prefs", "dataset_test_split=test_prefs"]
+    stage = ["dpo", "model_name_or_path=sft", "output_name=x", *splits, "--dry-run", "--home", str(tiny.home)]
+    lengths = ["max_prompt_length=6", "response_length=4"]
+
+    source = rows(*train, *leaked)
+    assert main(["data", "check", source, "--json"]) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert (found["leaked_rows"], found["leaks"]) == (2, {"leaked_row": 2})
+    assert main([*stage, *lengths, f"dataset_name={source}"]) == 2
+    assert "2 of 2 rows of the evaluation splits are also in split 'train_prefs'" in capsys.readouterr().err
+
+    source = rows(*train[1:], {**train[0], "split": "test_prefs"}, *other)
+    assert main(["data", "check", source]) == 2  # of the whole source
+    assert "identical_pair" in capsys.readouterr().out
+    assert main([*stage, *lengths, f"dataset_name={source}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 3
+
+
+def test_columns_are_renamed_in_check_and_preview(capsys, rows) -> None:
+    source = rows({"q": "who", "a": "me"}, {"q": "where", "a": "here"})
+    words = ["--column-mapping", "prompt=q", "--column-mapping", "completion=a", "--json"]
+    assert main(["data", "check", source, *words]) == 0
+    assert json.loads(capsys.readouterr().out)["kinds"] == {"demonstration": 2}
+    assert main(["data", "preview", source, *words]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["completions"] == ["me"]
+    assert main(["data", "check", source, "--column-mapping", "prompt"]) == 2
+    assert "--column-mapping prompt: expected OURS=THEIRS" in capsys.readouterr().err
+    assert main(["data", "check", source]) == 2
+    assert "column_mapping" in capsys.readouterr().err

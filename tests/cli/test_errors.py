@@ -210,9 +210,10 @@ def test_what_a_reward_function_prints_is_not_on_stdout(capsys, lab, tmp_path, m
 
 
 def test_prompts_of_training_in_the_test_split(capsys, write, tiny) -> None:
-    rows = [GOOD | {"split": "train"}, GOOD | {"split": "train", "prompt": "the plot of this film was"}]
-    rows.append(GOOD | {"split": "test", "prompt": "The plot of this drama was:"})
-    rows.append(GOOD | {"split": "test", "prompt": "the plot of this comedy was"})
+    good = GOOD | {"chosen": " great", "rejected": " dull"}
+    rows = [good | {"split": "train"}, good | {"split": "train", "prompt": "the plot of this horror was"}]
+    rows.append(good | {"split": "test", "prompt": "The plot of this drama was:"})
+    rows.append(good | {"split": "test", "prompt": "the plot of this comedy was"})
     data = write("pairs.jsonl", pairs(*rows))
     config = write("dpo.yaml", DPO + f"dataset_name: {data}\n")
     words = ("dpo", "--config", config, "--home", str(tiny.home), "--dry-run")

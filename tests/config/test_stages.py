@@ -35,10 +35,10 @@ def test_the_commands_of_an_experiment_are_the_stages():
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ((None, None, None), (512, 512, 1024)),
+        ((None, None, None), (1023, 1023, 1024)),
         ((100, None, None), (100, 924, 1024)),
         ((None, 48, None), (976, 48, 1024)),
-        ((None, None, 31), (16, 15, 31)),
+        ((None, None, 31), (30, 30, 31)),
         ((10, 20, None), (10, 20, 30)),
         ((10, None, 31), (10, 21, 31)),
         ((None, 20, 31), (11, 20, 31)),
@@ -48,6 +48,16 @@ def test_the_commands_of_an_experiment_are_the_stages():
 )
 def test_given_two_lengths_the_third_follows(given, expected):
     assert resolve_lengths(*given) == Lengths(*expected)
+
+
+def test_a_total_alone_is_halved_where_responses_are_sampled(load):
+    assert resolve_lengths(None, None, 31, samples=True) == Lengths(16, 15, 31)
+    assert resolve_lengths(None, None, None, samples=True) == Lengths(512, 512, 1024)
+    assert resolve_lengths(10, None, 31, samples=True) == resolve_lengths(10, None, 31)
+    for stage, expected in (("sft", (30, 30, 31)), ("ppo", (16, 15, 31)), ("collect", (16, 15, 31))):
+        config = load(stage, max_length=31)
+        assert config.lengths() == Lengths(*expected)
+        assert config.sampled_lengths() == Lengths(16, 15, 31)
 
 
 @pytest.mark.parametrize("given", [(11, 20, 30), (None, None, 1), (1024, None, None), (None, 31, 31), (40, None, 31)])

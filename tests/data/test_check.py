@@ -166,3 +166,22 @@ def test_rows_that_repeat_earlier_ones_are_named(jsonl):
     named = [[part[-1] for part in line.split(" as ")] for line in found["duplicate_list"]]
     assert (found["duplicate_rows"], named) == (2, [["3", "1"], ["4", "1"]])
     assert sum(found["split_prompts"].values()) == 2
+
+
+def test_leaks_are_found_in_splits_of_any_name(jsonl):
+    pairs = [{"prompt": "ab"[n % 2] * (n + 1), "chosen": "a", "rejected": "b"} for n in range(40)]
+    rows = [{**row, "split": "train_prefs"} for row in pairs] + [{**row, "split": "test_prefs"} for row in pairs[:10]]
+    rows += [{**pairs[0], "split": "test_sft"}, {**pairs[1], "prompt": "c", "split": "train_sft"}]
+    found = check_source(jsonl(*rows))
+    assert (found["leaked_rows"], found["leaks"]) == (10, {"leaked_row": 10})
+    assert "this row of split 'test_prefs' is also in split 'train_prefs'" in found["leak_list"][0]
+
+
+def test_what_is_not_read_and_labels_are_described(jsonl):
+    rows = [{"prompt": "a", "completion": "b", "label": label, "tools": [{}]} for label in (True, False, True)]
+    found = check_source(jsonl(*rows))
+    assert found["labels"] == {"true": 2, "false": 1}
+    assert (found["not_read"], found["notes"]) == (["tools"], ["not read: tools"])
+    scored = {"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 1, "score_rejected": 2}
+    found = check_source(jsonl(scored, {**scored, "prompt": "b", "score_rejected": 1}))
+    assert (found["contradicted"], found["ties"]) == (1, 1)

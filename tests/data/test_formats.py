@@ -232,10 +232,8 @@ def test_faults_never_show_the_text_of_a_row():
     assert all(secret not in str(item.fault) for item in understand(*rows).faults)
 
 
-@pytest.mark.parametrize(
-    "column", ["question", "Question", "instruction", "query", "input", "context", "promt", "prompts"]
-)
-def test_a_prompt_under_another_name_is_named(column):
+@pytest.mark.parametrize("column", ["Question", "promt", "prompts"])
+def test_a_misspelt_prompt_is_named(column):
     parsed = understand(
         {column: "q", "chosen": "Paris", "rejected": "Rome"}, {column: "q", "chosen": "a b", "rejected": "a c"}
     )

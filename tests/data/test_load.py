@@ -99,7 +99,8 @@ def test_a_mixture_keeps_the_proportion_of_its_weights(jsonl, letters):
     weighted = [DatasetEntry(dataset_name=name, weight=weight) for name, weight in (("many", 3), ("few", 1))]
     examples, reports = load_mixture(sources, weighted, **options)
     assert [len(example.prompt_text) for example in examples] == [2] * 6 + [1] * 2
-    assert [report.kept for report in reports] == [16, 2]
+    assert [report.kept for report in reports] == [6, 2]
+    assert [report.dropped for report in reports] == [{"beyond_its_share": 10}, {}]
     assert len(load_mixture(sources, weighted, max_samples=4, **options)[0]) == 4
 
 
@@ -201,3 +202,44 @@ def test_faults_are_in_the_order_of_their_lines_and_empty_prompts_among_them(jso
     with pytest.raises(DataError) as caught:
         load(source, letters, split="train")
     assert [fault.where[-2:] for fault in caught.value.faults[1:]] == [":1", ":2", ":3", ":4", ":5"]
+
+
+SIDES = {"chosen": "a", "rejected": "b"}
+
+
+def test_faults_of_other_splits_are_not_a_stages_business(jsonl, letters):
+    rows = [{"prompt": "a", **SIDES, "split": split} for split in ("train_prefs", "test_prefs")]
+    identical = {"prompt": "b", "chosen": "a", "rejected": "a", "split": "train_sft"}
+    blank = {"prompt": "", **SIDES, "split": "train_sft"}
+    source = jsonl(*rows, identical, blank)
+    with pytest.raises(DataError, match=r"1 of 4 rows cannot be used \(identical_pair 1\)"):
+        read_records(source)
+    found = read_records(source, splits={"train_prefs", "test_prefs"}, tokenizer=letters, kind="pair")
+    options = {"kind": "pair", "tokenizer": letters, "lengths": LENGTHS}
+    assert len(examples_of(found, split="train_prefs", **options)[0]) == 1
+    for split in ("train_sft", "all"):
+        with pytest.raises(DataError, match=r"rows\.jsonl:3: identical_pair"):
+            examples_of(found, split=split, **options)
+    hashed = jsonl({"prompt": "a", **SIDES}, {"prompt": "b", "chosen": "a", "rejected": "a"})
+    with pytest.raises(DataError, match="identical_pair"):  # by the hash of the prompt, any split may have them
+        read_records(hashed, splits={"train"})
+
+
+def test_a_second_source_is_the_test_split(jsonl, letters):
+    first = jsonl({"prompt": "a", **SIDES}, {"prompt": "b", **SIDES}, name="first.jsonl")
+    second = jsonl({"prompt": "c", **SIDES}, "{", name="second.jsonl")
+    with pytest.raises(DataError, match=r"second\.jsonl:2: bad_json"):
+        read_records(first, test=second, splits={"train", "test"})
+    found = read_records(first, test=second, splits={"train", "test"}, skip_bad_rows=True)
+    assert (found.rows, found.source) == (4, first)
+    options = {"kind": "pair", "tokenizer": letters, "lengths": LENGTHS, "skip_bad_rows": True}
+    for split, prompts in (("train", ["a", "b"]), ("test", ["c"])):
+        assert [example.prompt_text for example in examples_of(found, split=split, **options)[0]] == prompts
+    splits = [{"prompt": p, **SIDES, "split": s} for p, s in (("a", "train"), ("b", "test"), ("c", "judge"))]
+    other = [{"prompt": p, **SIDES, "split": s} for p, s in (("d", "train"), ("aa", "test"))]
+    found = read_records(jsonl(*splits, name="x.jsonl"), test=jsonl(*other, name="y.jsonl"))
+    assert [(record.prompt, record.split) for record in found.records] == [
+        ("a", "train"),
+        ("c", "judge"),
+        ("aa", "test"),
+    ]

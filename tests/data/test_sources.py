@@ -97,6 +97,56 @@ def test_parquet_and_saved_data_sets_are_read(tmp_path):
     assert places(two)[-1] == "two[test]:1"
 
 
+def test_a_folder_as_the_hub_has_it_is_read_with_its_splits(tmp_path):
+    import datasets
+
+    (tmp_path / "data").mkdir()
+    (tmp_path / "README.md").write_text("a card")
+    for split, texts in (("train_prefs", ["a", "b", "c"]), ("test_prefs", ["d"]), ("train_sft", ["e"])):
+        shards = [texts[:2], texts[2:]] if len(texts) > 2 else [texts]
+        for number, part in enumerate(shards):
+            name = f"{split}-{number:05}-of-{len(shards):05}.parquet"
+            datasets.Dataset.from_list([{"text": text} for text in part]).to_parquet(tmp_path / "data" / name)
+    source = read_source(str(tmp_path))
+    assert [(row["split"], row["text"]) for row in values(source)] == [
+        *[("test_prefs", "d"), ("train_prefs", "a"), ("train_prefs", "b"), ("train_prefs", "c"), ("train_sft", "e")],
+    ]
+    assert places(source)[3] == "train_prefs-00001-of-00002.parquet:1"
+    assert values(read_source(str(tmp_path), split="train_sft")) == [{"text": "e", "split": "train_sft"}]
+    with pytest.raises(DataError, match="no split 'prefs'; expected one of test_prefs, train_prefs, train_sft, or all"):
+        read_source(str(tmp_path), split="prefs")
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (("train.jsonl", "test.jsonl"), {"train", "test"}),
+        (("train_prefs.jsonl", "test_prefs.jsonl.gz"), {"train_prefs", "test_prefs"}),
+        (("hh_train_1.jsonl", "hh_train_2.jsonl", "hh_eval.jsonl"), {"train", "test"}),
+        (("train/0000.jsonl", "train/0001.jsonl", "dev/0000.jsonl"), {"train", "validation"}),
+        (("valid.json", "training.csv"), {"train", "validation"}),
+        (("train-00.jsonl", "train-01.jsonl"), {None}),  # one split is none
+        (("part1.jsonl", "part2.jsonl"), {None}),
+        (("math-00000-of-00001.jsonl", "code-00000-of-00001.jsonl"), {"math", "code"}),
+    ],
+)
+def test_the_names_of_files_name_their_splits(tmp_path, names, splits):
+    for name in names:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("text\na\n" if name.endswith("csv") else '{"text": "a"}\n')
+    rows = values(read_source(str(tmp_path)))
+    assert len(rows) == len(names)
+    assert {row.get("split") for row in rows} == splits
+
+
+def test_a_folder_with_files_of_no_split_beside_others_is_refused(tmp_path):
+    for name in ("train.jsonl", "test.jsonl", "prompts.jsonl"):
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    with pytest.raises(DataError, match=r"files of the splits test, train, and prompts\.jsonl"):
+        read_source(str(tmp_path))
+
+
 def test_what_is_no_source_is_said(tmp_path, monkeypatch, jsonl):
     jsonl({"text": "a"}, name="pairs.jsonl")
     monkeypatch.chdir(tmp_path)

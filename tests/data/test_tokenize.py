@@ -240,3 +240,14 @@ def test_whole_sequence_moves_the_prompt_into_the_completion():
     assert whole_sequence(example) == Example([1], [[2, 3, 4, 5]], [True], "key", "f:1")
     with pytest.raises(ValueError, match="f:1: expected one completion, found 2"):
         whole_sequence(Example([1], [[2], [3]], [True, True], "key", "f:1"))
+
+
+def test_a_total_alone_limits_the_sum_and_cuts_the_prompt(letters, pair):
+    total = SimpleNamespace(prompt=5, response=5, total=6)
+    assert ids(pair("aaa", "bd", "c"), letters, total) == ([A] * 3, [[B, D, EOS], [C, EOS]])
+    (example,), counts = tokenize([pair("abdd", "ddd", "c")], letters, total)  # 4 tokens of the longer side leave 2
+    assert (example.prompt_ids, example.prompt_truncated) == ([D, D], True)
+    assert dict(counts.truncated) == {"prompt_truncated": 1}
+    assert tokenize([pair("a", "ddddd", "c")], letters, total)[1].dropped == {"completion_too_long": 1}
+    (example,), _ = tokenize([Record("prompt", "dddda" * 2)], letters, total)
+    assert example.prompt_ids == [D, D, D, D, A]

@@ -74,6 +74,8 @@ def said(**changes) -> str:
         "faulty_rows": 0,
         "faults": {},
         "unread_column": None,
+        "labels": {},
+        "notes": [],
         "leaked_rows": 0,
         "leaks": {},
         "similar_prompt_overlap": {"test/train": 0, "judge/train": 3},

@@ -108,7 +108,7 @@ def test_a_part_of_a_source_is_that_of_its_own_entry():
     config = load_config("sft", None, extra=values).config
     found = {mention.text: mention.part for mention in mentions(config) if mention.role == "data"}
     assert found == {"org/a": "en", "org/b": None}
-    assert config.sources() == [("org/a", "en", None), ("org/b", None, None)]
+    assert config.sources() == [("org/a", "en", None, (), None), ("org/b", None, None, (), None)]
 
 
 def test_paths_of_exact_figures_are_looked_for_beside_their_file(tmp_path, monkeypatch):

@@ -20,18 +20,17 @@ from rlhf_pipeline.config.experiment import load_experiment
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.config.stages import SCHEMAS
 from rlhf_pipeline.config.yaml import dump, read_document
+from rlhf_pipeline.data import formats
 from rlhf_pipeline.data.check import describe
 from rlhf_pipeline.data.files import read_file
-from rlhf_pipeline.data.formats import LAYOUTS, parse
 from rlhf_pipeline.data.sources import local_path
 from rlhf_pipeline.errors import RlhfError
 from rlhf_pipeline.registry.references import parse_reference
 from rlhf_pipeline.registry.store import Registry
 
 COLUMNS = [
-    *sorted({column for required, *_ in LAYOUTS for column in required}),
-    "input", "split", "ended", "chosen_ended", "label_probability", "prompt_ids", "completion_ids", "chosen_ids",
-    "rejected_ids", "role", "content", "from", "value", "name",
+    *sorted({column for schema in formats.SCHEMAS for column in (*schema.columns, *schema.also)}),
+    "split", "label", "tools", "chat_template_kwargs", "content", "from", "value", "name", "tool_calls",
 ]  # fmt: skip
 KEYS = {stage: sorted(schema.model_fields) for stage, schema in SCHEMAS.items()}
 STAGES = tuple(SCHEMAS)
@@ -65,10 +64,10 @@ rows = st.one_of(
     st.dictionaries(st.sampled_from(COLUMNS), st.one_of(values, turns), max_size=6),
     *(
         st.fixed_dictionaries(
-            {column: st.one_of(text, words, turns, values) for column in required},
-            optional=dict.fromkeys(("split", "ended", "label_probability", "prompt_ids"), values),
+            {column: st.one_of(text, words, turns, values) for column in schema.columns},
+            optional=dict.fromkeys({"label", "tools", "split", *schema.also} - {*schema.columns}, values),
         )
-        for required, *_ in LAYOUTS
+        for schema in formats.SCHEMAS
     ),
 )
 
@@ -172,7 +171,7 @@ def read_rows(folder: Path, found: tuple[str, bytes]) -> None:
     path.write_bytes(content)
     try:
         read, faults = read_file(path)
-        parsed = parse(read, path.name)
+        parsed = formats.parse(read, path.name)
         for item in (*faults, *parsed.faults):
             str(item.fault).encode()
         if parsed.records:
