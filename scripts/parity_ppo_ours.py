@@ -149,7 +149,7 @@ class Case:
             self._policy("reference"),
             ModelReward("reward", self._classifier("reward"), self.inputs["pad_id"]),
             [replace(example, completions=[], ended=[]) for example in self.examples],
-            stop_id=self.inputs["stop_id"],
+            stop_ids=[self.inputs["stop_id"]],
             pad_id=self.inputs["pad_id"],
             meter=CostMeter(),
             shapes={"actor": ModelShape.of(model.actor)},

@@ -60,6 +60,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "num": 60,
     },
     "evaluate": {**CPU},
+    "generate": {**CPU},
     "compare": {**CPU, "exact": False},
     "exact": {**CPU},
 }

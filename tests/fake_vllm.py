@@ -24,6 +24,7 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int | None = None
     stop_token_ids: list[int] = field(default_factory=list)
+    allowed_token_ids: list[int] | None = None
     ignore_eos: bool = False
     max_tokens: int = 16
     logprobs: int | None = None

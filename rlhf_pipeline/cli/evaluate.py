@@ -78,7 +78,11 @@ def generate(
     common: Common,
     settings: Settings,
     words: WordsArgument,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; may be repeated.")] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", help="A prompt; may be repeated. A chat model reads it as a user's turn."),
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Give the model the prompts without its chat template.")] = False,
 ) -> None:
     """Sample responses of a policy to prompts from the command line or from a source."""
     model, overrides = one_reference("generate", words)
@@ -89,7 +93,7 @@ def generate(
     load_libraries()
     from rlhf_pipeline.measure.generate import run_generate
 
-    result = run_generate(model, config, common.home_path, texts=prompt or [])
+    result = run_generate(model, config, common.home_path, texts=prompt or [], raw=raw)
     if common.json:
         emit_json(result)
         return

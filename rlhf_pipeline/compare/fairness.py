@@ -11,14 +11,15 @@ from collections.abc import Mapping, Sequence
 from rlhf_pipeline.compare.aim import moved_options
 from rlhf_pipeline.config.base import resolve_lengths
 from rlhf_pipeline.config.reward_names import names_a_model
+from rlhf_pipeline.data.tokenizers import stop_ids
 from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.measure.trained_on import training_temperature
 from rlhf_pipeline.registry.manifest import Manifest
 from rlhf_pipeline.registry.parents import reward_models_of
 from rlhf_pipeline.registry.references import Resolved
-from rlhf_pipeline.registry.roles import read_json
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report.results import Difference
+from rlhf_pipeline.stages.common import tokenizer_of
 
 NONE = "none"
 MOVED = "options that move the optimum"
@@ -53,12 +54,10 @@ def _lengths_of(config: Mapping[str, int | None]) -> str:
     return f"prompt {lengths.prompt}, response {lengths.response}"
 
 
-def stop_token_of(resolved: Resolved) -> str:
-    """Name of the token that ends a response: the one in the config, else the tokenizer's EOS token."""
-    stop = resolved.manifest.config.get("stop_token") if resolved.manifest is not None else None
-    if stop is None and resolved.path is not None:
-        stop = read_json(resolved.path / "tokenizer_config.json").get("eos_token")
-    return str(stop.get("content", stop) if isinstance(stop, dict) else stop)
+def stop_tokens_of(resolved: Resolved) -> str:
+    """Names of the tokens that end a response."""
+    tokenizer = tokenizer_of(resolved)
+    return " or ".join(sorted(map(str, tokenizer.convert_ids_to_tokens(list(stop_ids(tokenizer))))))
 
 
 def facts_of(registry: Registry, resolved: Resolved) -> dict[str, str]:
@@ -75,7 +74,7 @@ def facts_of(registry: Registry, resolved: Resolved) -> dict[str, str]:
         "tokenizer": _short(manifest.tokenizer_digest),
         "chat template": _short(manifest.chat_template_digest) if manifest.chat_template_digest else NONE,
         "lengths": _lengths_of(config),
-        "stop token": stop_token_of(resolved),
+        "stop token": stop_tokens_of(resolved),
         "dtype": f"{config.get('dtype')}{' with bf16 autocast' if bf16 else ''}",
     }
     if manifest.stage not in ("ppo", "dpo"):

@@ -14,7 +14,6 @@ from rlhf_pipeline.compare.fairness import (
     differences_by_seed,
     judge_overlap,
     require_comparable,
-    stop_token_of,
     truth_overlap,
 )
 from rlhf_pipeline.compare.points import Point, with_snapshots
@@ -24,7 +23,7 @@ from rlhf_pipeline.compare.rows import Scorers, diversities, measure_points, mea
 from rlhf_pipeline.compare.verdict import verdict
 from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.reward_names import names_a_model
-from rlhf_pipeline.errors import ConfigError, DataError, Fault, MismatchError
+from rlhf_pipeline.errors import ConfigError, DataError, Fault
 from rlhf_pipeline.measure.bench import Bench, find_policies, knows_data, set_up
 from rlhf_pipeline.measure.best_of import best_of_n_rows, enough_samples, primary_figure
 from rlhf_pipeline.measure.demonstrations import demonstrations_of, describe
@@ -40,22 +39,6 @@ from rlhf_pipeline.report.results import Comparable, Exact, Findings, Gate, Resu
 from rlhf_pipeline.stages.common import find_model
 from rlhf_pipeline.training.open_run import make_accelerator
 from rlhf_pipeline.training.tracking import console
-
-
-def _require_one_stop_token(models: Sequence[Resolved]) -> None:
-    """Refuse models whose responses end in different tokens, since one stop token is used for all models.
-
-    Raises:
-        MismatchError: naming two of them.
-    """
-    tokens = {model.label: stop_token_of(model) for model in models if model.manifest is not None}
-    first = next(iter(tokens.items()), None)
-    for label, token in tokens.items():
-        if first is not None and token != first[1]:
-            raise MismatchError(
-                f"{label} was trained with stop_token {token!r}; expected {first[1]!r}, the stop token of {first[0]}; "
-                "compare models whose responses end in the same token"
-            )
 
 
 def _reference(
@@ -189,7 +172,6 @@ def compared(
     baseline = find_policies(registry, [config.baseline], say)[0] if config.baseline else None
     models = ([baseline] if baseline is not None else []) + final_models
     reference = _reference(registry, config, final_models, baseline, say)
-    _require_one_stop_token(models)
     asked_for = config.reward_model is not None
     if not asked_for and (trained_on := reward_model_of(registry, models)):
         config = config.model_copy(update={"reward_model": trained_on})
@@ -199,7 +181,14 @@ def compared(
     # The first arm with known data; the data of the baseline (the SFT model) may be of another kind.
     example = next(filter(knows_data, final_models), models[0])
     memory = Memory(say, advice=MEASURING_ADVICE)
-    plan = functools.partial(set_up, reference=reference, samples=config.samples, seed=config.seed, memory=memory)
+    plan = functools.partial(
+        set_up,
+        reference=reference,
+        samples=config.samples,
+        seed=config.seed,
+        memory=memory,
+        models=models,
+    )
     bench = plan(registry, config, example, device, say=say)
     kinds = {(point.arm, str(point.setting), point.step) for point, _ in trained}
     swept = len(kinds) > len({arm for arm, *_ in kinds})  # one setting with snapshots has a curve too

@@ -101,6 +101,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
+StopToken = Annotated[Text | None, BeforeValidator(lambda value: None if value == "eos" else value)]
 Name = Annotated[str, Field(pattern=NAME_PATTERN), AfterValidator(_name)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Warmup = Annotated[float, Field(ge=0), AfterValidator(_warmup)]
@@ -125,6 +126,11 @@ SPLIT_FRACTIONS = option(
 )
 DTYPE = option("float32", "number type of the weights (TRL)")
 ATTENTION = option(None, "attention kernel (default: the model's choice)")
+STOP_TOKEN = option(
+    None,
+    "token that ends a response too, besides EOS and the model's stop ids (generation_config), and that closes "
+    "training targets that have none of these; null or 'eos': EOS (TRL)",
+)
 REMOTE_CODE = option(False, "run code from the model's repository (transformers: off)")
 USE_CPU = option(False, "use the CPU even if there is a GPU (transformers)")
 NUM_THREADS = option(None, "CPU threads (default: torch's choice)")

@@ -13,6 +13,7 @@ from rlhf_pipeline.config.base import (
     REMOTE_CODE,
     SKIP_BAD_ROWS,
     SPLIT_FRACTIONS,
+    STOP_TOKEN,
     USE_CPU,
     Count,
     DataInput,
@@ -21,6 +22,7 @@ from rlhf_pipeline.config.base import (
     Name,
     Positive,
     Seed,
+    StopToken,
     Text,
     Texts,
     WithLengths,
@@ -87,6 +89,7 @@ class CollectConfig(WithLengths):
     chat_template_path: Text | None = CHAT_TEMPLATE_PATH
     chat_template_kwargs: dict[str, Any] | None = CHAT_TEMPLATE_KWARGS
     eos_token: Text | None = EOS_TOKEN
+    stop_token: StopToken = STOP_TOKEN
     seed: Seed = option(0, "random seed for sampling and labels")
     use_cpu: bool = USE_CPU
     num_threads: Count | None = NUM_THREADS

@@ -13,6 +13,7 @@ from rlhf_pipeline.config.base import (
     REMOTE_CODE,
     SKIP_BAD_ROWS,
     SPLIT_FRACTIONS,
+    STOP_TOKEN,
     USE_CPU,
     Checks,
     CommandConfig,
@@ -22,6 +23,7 @@ from rlhf_pipeline.config.base import (
     Name,
     Positive,
     Seed,
+    StopToken,
     Text,
     Texts,
     check_fractions,
@@ -93,6 +95,7 @@ class PromptsConfig(CommandConfig):
     chat_template_path: Text | None = CHAT_TEMPLATE_PATH
     chat_template_kwargs: dict[str, Any] | None = CHAT_TEMPLATE_KWARGS
     eos_token: Text | None = EOS_TOKEN
+    stop_token: StopToken = STOP_TOKEN
     use_cpu: bool = USE_CPU
     num_threads: Count | None = NUM_THREADS
 

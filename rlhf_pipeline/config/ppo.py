@@ -44,10 +44,6 @@ def _reward_functions(value: Any) -> Any:
 RewardFunctions = Annotated[tuple[RewardFunction, ...] | None, BeforeValidator(_reward_functions)]
 
 
-def _stop_token(value: Any) -> Any:
-    return None if value == "eos" else value
-
-
 def _engine(value: Any) -> Any:
     return "native" if value is None else value
 
@@ -256,9 +252,6 @@ class PpoConfig(TrainingConfig):
     whiten_rewards: bool = option(False, "scale the rewards per token to variance 1 (TRL: off)", moves_optimum=True)
     missing_eos_penalty: NonNegative | None = option(
         None, "penalty subtracted from the score of a cut response (TRL: none)", moves_optimum=True
-    )
-    stop_token: Annotated[Text | None, BeforeValidator(_stop_token)] = option(
-        None, "token that ends a response; null or 'eos': the tokenizer's EOS (TRL)"
     )
     temperature: Positive = option(
         1.0,

@@ -30,7 +30,7 @@ EOS_TOKEN = option(
 
 
 class HasTemplate(Protocol):
-    """A config with the keys of chat templates."""
+    """A config with the keys of chat templates and of the tokens that end a response."""
 
     @property
     def chat_template(self) -> str | None: ...
@@ -40,6 +40,8 @@ class HasTemplate(Protocol):
     def chat_template_kwargs(self) -> dict[str, Any] | None: ...
     @property
     def eos_token(self) -> str | None: ...
+    @property
+    def stop_token(self) -> str | None: ...
 
 
 def check_template(config: HasTemplate) -> Iterator[Fault]:

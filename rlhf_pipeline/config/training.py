@@ -17,6 +17,7 @@ from rlhf_pipeline.config.base import (
     REMOTE_CODE,
     SKIP_BAD_ROWS,
     SPLIT_FRACTIONS,
+    STOP_TOKEN,
     USE_CPU,
     Count,
     DataInput,
@@ -29,6 +30,7 @@ from rlhf_pipeline.config.base import (
     ReportTo,
     Seed,
     Steps,
+    StopToken,
     Text,
     Texts,
     Warmup,
@@ -118,6 +120,7 @@ class TrainingConfig(WithLengths):
     chat_template_path: Text | None = CHAT_TEMPLATE_PATH
     chat_template_kwargs: dict[str, Any] | None = CHAT_TEMPLATE_KWARGS
     eos_token: Text | None = EOS_TOKEN
+    stop_token: StopToken = STOP_TOKEN
 
     dataset_name: Text | None = option(
         None,

@@ -26,6 +26,7 @@ from rlhf_pipeline.data.tokenize import Example
 
 Layout = Literal["flat", "trees", "rows"]
 LAYOUTS: tuple[Layout, ...] = ("rows", "trees", "flat")  # a reader of one layout also reads those before it
+FILLER = 0  # the id of unused positions: every embedding has it, also where the tokenizer has no PAD
 FLAT_FROM = 64  # tokens; if the longest tree is shorter, masked rows are faster
 
 

@@ -2,13 +2,15 @@
 
 A prompt longer than `lengths.prompt`, or than its longest completion leaves of `lengths.total`, is cut on the left; one
 of messages loses whole turns there. An example with a completion longer than `lengths.response` (EOS included) is
-dropped and counted. A completion gets EOS only if it ended.
+dropped and counted. A completion gets a stop token (EOS unless the config names one) only if it ended and its text has
+none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import combinations
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,7 @@ from rlhf_pipeline.data.encode import Counts, Encoded, encode, with_fewer_turns
 from rlhf_pipeline.data.files import row_fault
 from rlhf_pipeline.data.kinds import as_kind, ranks_of
 from rlhf_pipeline.data.records import Record
-from rlhf_pipeline.data.tokenizers import tokenizer_digest
+from rlhf_pipeline.data.tokenizers import stop_ids, text_of, tokenizer_digest
 from rlhf_pipeline.errors import DataError
 
 if TYPE_CHECKING:
@@ -24,10 +26,12 @@ if TYPE_CHECKING:
 
     from rlhf_pipeline.config.base import Lengths
 
+Closer = Callable[[list[int], bool], list[int]]
+
 
 @dataclass
 class Example:
-    """One prompt and its K completions as token ids; a completion includes EOS if it `ended`."""
+    """One prompt and its K completions as token ids; a completion includes its stop token if it `ended`."""
 
     prompt_ids: list[int]
     completions: list[list[int]]
@@ -98,26 +102,33 @@ def tokenize(
         counts.dropped += left_out
     own_ids = source_tokenizer_digest is not None and source_tokenizer_digest == tokenizer_digest(tokenizer)
     examples: list[Example] = []
+    closed = _closer(tokenizer)
     for encoded in encode(records, tokenizer, own_ids, counts, all_replies):
         if encoded.record.kind == "text":
-            examples += _chunks(encoded, tokenizer.eos_token_id, lengths.total, counts)
+            examples += _chunks(encoded, closed, lengths.total, counts)
             continue
         shorter: Encoded | None = encoded
-        room = _room(_ended(encoded, tokenizer.eos_token_id), lengths)
+        room = _room(_ended(encoded, closed), lengths)
         if encoded.texts.templated and len(encoded.prompt_ids) > room:
             shorter = with_fewer_turns(encoded, tokenizer, room, counts, all_replies)
-        example = None if shorter is None else _fit(shorter, tokenizer, lengths, counts)
+        example = None if shorter is None else _fit(shorter, tokenizer, closed, lengths, counts)
         examples += [] if example is None else [example]
     return examples, counts
 
 
-def prompts_of_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, lengths: Lengths) -> list[Example]:
+def prompts_of_texts(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, lengths: Lengths, *, raw: bool = True
+) -> list[Example]:
     """Tokenise prompts from the command line.
+
+    Args:
+        raw: false: each is what a user says to a chat model, by the chat template if the tokenizer has one.
 
     Raises:
         DataError: a prompt cannot be tokenised (it has a word outside a word-level vocabulary).
     """
-    records = [Record("prompt", text, where=f"--prompt {text!r}") for text in texts]
+    said = [text if raw or not tokenizer.chat_template else ({"role": "user", "content": text},) for text in texts]
+    records = [Record("prompt", prompt, where=f"--prompt {text!r}") for text, prompt in zip(texts, said)]
     examples, counts = tokenize(records, tokenizer, lengths)
     if counts.faults:
         raise DataError([item.fault for item in counts.faults])
@@ -136,9 +147,11 @@ def whole_sequence(example: Example) -> Example:
     return replace(example, prompt_ids=example.prompt_ids[:1], completions=[joined], trained=None)
 
 
-def _fit(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, lengths: Lengths, counts: Counts) -> Example | None:
+def _fit(
+    encoded: Encoded, tokenizer: PreTrainedTokenizerBase, closed: Closer, lengths: Lengths, counts: Counts
+) -> Example | None:
     record, prompt, bos = encoded.record, encoded.prompt_ids, tokenizer.bos_token_id
-    completions = _ended(encoded, tokenizer.eos_token_id)
+    completions = _ended(encoded, closed)
     if not prompt and bos is None:
         fix = "give a prompt, or a tokenizer with a BOS token"
         counts.faults.append(row_fault(record.where, "empty_prompt", "the prompt has no token", "a prompt", fix))
@@ -207,9 +220,9 @@ def _room(completions: Sequence[list[int]], lengths: Lengths) -> int:
     return min(lengths.prompt, lengths.total - longest)
 
 
-def _ended(encoded: Encoded, eos: int) -> list[list[int]]:
-    """Return the completions with EOS where they ended."""
-    return [_closed(ids, ended, eos) for ids, ended in zip(encoded.completions, encoded.record.ended)]
+def _ended(encoded: Encoded, closed: Closer) -> list[list[int]]:
+    """Return the completions with a stop token where they ended."""
+    return [closed(ids, ended) for ids, ended in zip(encoded.completions, encoded.record.ended)]
 
 
 def _left_out(kind: str, completions: list[list[int]], ranks: Sequence[int] | None, longest: int) -> str | None:
@@ -225,18 +238,32 @@ def _left_out(kind: str, completions: list[list[int]], ranks: Sequence[int] | No
     return "tied_ranking" if len(set(ranks)) == 1 else "identical_pair"
 
 
-def _closed(ids: list[int], ended: bool, eos: int) -> list[int]:
-    closed = ids[-1:] == [eos]
-    if ended:
-        return ids if closed else [*ids, eos]
-    return ids[:-1] if closed and len(ids) > 1 else ids  # a cut response has no end token, even if its text has one
+def _closer(tokenizer: PreTrainedTokenizerBase) -> Closer:
+    """The function that gives a completion its end: exactly one stop token if it ended, none if it was cut.
+
+    A text that ends in stop tokens, as a template writes them, ends at the first of these; white space between and
+    behind them is dropped. Otherwise the stop token of the config, or EOS, is appended.
+    """
+    stops = stop_ids(tokenizer)
+    is_blank = cache(lambda token: not text_of(tokenizer, [token]).strip())
+
+    def closed(ids: list[int], ended: bool) -> list[int]:
+        end, place = None, len(ids)
+        while place and (ids[place - 1] in stops or is_blank(ids[place - 1])):
+            place -= 1
+            end = place if ids[place] in stops else end
+        if ended:
+            return [*ids, stops[0]] if end is None else ids[: end + 1]
+        return ids[:end] if end else ids  # a cut response has no stop token, even if its text has one
+
+    return closed
 
 
-def _chunks(encoded: Encoded, eos: int, total: int, counts: Counts) -> list[Example]:
+def _chunks(encoded: Encoded, closed: Closer, total: int, counts: Counts) -> list[Example]:
     """Cut a text into sequences of at most `total` tokens; the first token of each is its prompt."""
     record = encoded.record
     ended = record.ended[0]
-    ids = _closed(encoded.prompt_ids + encoded.completions[0], ended, eos)
+    ids = closed(encoded.prompt_ids + encoded.completions[0], ended)
     starts = range(0, len(ids), total)
     counts.truncated["text_cut_into_chunks"] += len(starts) > 1
     examples = []

@@ -130,8 +130,9 @@ def leaf_scores(model: RewardModel, prompt_ids: Sequence[int], tree: ResponseTre
 def _child_scores(model: RewardModel, batch: PackedBatch, depth: int) -> Tensor:
     """Scores of the responses of a batch, each a prefix of `depth` tokens and one token more."""
     hidden = hidden_states(trunk_of(model.model), batch)
-    picked = hidden.index_select(0, batch.last_index)
-    if model.pooling == "mean":
+    mean = model.pooling == "mean"
+    picked = hidden.index_select(0, batch.last_index if mean else model.last_index(batch))
+    if mean:
         for back in range(depth):
             picked = picked + hidden.index_select(0, batch.predict_index - back)
         picked = picked / (depth + 1)

@@ -33,7 +33,7 @@ class SamplingPlan:
     response_length: int
     temperature: float
     seed: int
-    stop_id: int
+    stop_ids: Sequence[int]
     pad_id: int
     responses_at_once: int
     memory: Memory = field(default_factory=Memory)
@@ -68,7 +68,7 @@ def draw(policy: Policy, plan: SamplingPlan) -> Samples:
         plan.prompts,
         samples=plan.samples,
         response_length=plan.response_length,
-        stop_id=plan.stop_id,
+        stop_ids=plan.stop_ids,
         pad_id=plan.pad_id,
         generator=torch.Generator().manual_seed(plan.seed),
         temperature=plan.temperature,
@@ -120,13 +120,14 @@ def divergence(policy: Policy, reference: Policy, batch: PackedBatch) -> Diverge
         scored = []
         for one in (policy, reference):
             hidden = hidden_states(trunk_of(one.model), batch, batch.predict_index)
-            head = output_head(one.model, one.temperature)
+            head = output_head(one.model, one.temperature, one.reader.tokens)
             scored.append((head, hidden, *token_logprobs(head, hidden, batch.target_ids, entropy=one is policy)))
         (head, hidden, logprobs, entropy), (ref_head, ref_hidden, ref_logprobs, _) = scored
         assert entropy is not None  # the policy was asked for it
         return Divergence(logprobs, ref_logprobs, entropy, token_kl(head, hidden, ref_head, ref_hidden))
     mine, theirs = (
-        torch.log_softmax(predicting_logits(one.model, batch) / one.temperature, -1) for one in (policy, reference)
+        torch.log_softmax(predicting_logits(one.model, batch, tokens=one.reader.tokens) / one.temperature, -1)
+        for one in (policy, reference)
     )
     target = batch.target_ids[:, None]
     return Divergence(

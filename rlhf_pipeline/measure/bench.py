@@ -13,10 +13,11 @@ from rlhf_pipeline.config.base import DEFAULT_MAX_LENGTH, Lengths, part_of, rena
 from rlhf_pipeline.config.compare import PromptsConfig
 from rlhf_pipeline.config.reward_names import WORLD_NAMES
 from rlhf_pipeline.data import world
+from rlhf_pipeline.data.batch import FILLER
 from rlhf_pipeline.data.load import RecordSet, examples_of, lowest_hashes, read_records
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.tokenize import Example, prompts_of_texts
-from rlhf_pipeline.data.tokenizers import tokenizer_digest
+from rlhf_pipeline.data.tokenizers import same_but_for_pad, stop_ids
 from rlhf_pipeline.errors import ConfigError, Fault, MismatchError
 from rlhf_pipeline.evaluation.sampled import Samples, SamplingPlan, add_score, add_world_reward
 from rlhf_pipeline.measure.trained_on import changes_of, note_changes, owned_by
@@ -79,7 +80,7 @@ class Bench:
         return Reading(responses_at_once=at_once, memory=memory, pad_id=self.plan.pad_id, device=self.device)
 
     def policy(self, resolved: Resolved, temperature: float | None = None) -> Policy:
-        """Load a policy, after checking that it has the same tokenizer as the others.
+        """Load a policy, after checking that it has the same tokenizer as the others, except for PAD.
 
         Args:
             temperature: divides its logits; None uses the sampling temperature.
@@ -88,7 +89,7 @@ class Bench:
             MismatchError: its tokenizer is different.
         """
         theirs = tokenizer_of(resolved, self.config.trust_remote_code, self.config)
-        if tokenizer_digest(theirs) != tokenizer_digest(self.tokenizer):
+        if not same_but_for_pad(theirs, self.tokenizer):
             raise MismatchError(
                 f"{resolved.label}: found another tokenizer than that of the first model; expected models that read "
                 "the same token ids; compare only models of one family"
@@ -187,17 +188,6 @@ def load_prompts(
     return chosen, [DataReport(**report.to_dict())], found if own else None
 
 
-def _stop_id(resolved: Resolved, tokenizer: PreTrainedTokenizerBase) -> int:
-    stop = resolved.config.get("stop_token")
-    if not stop:
-        return tokenizer.eos_token_id
-    if (found := tokenizer.get_vocab().get(stop)) is None:
-        raise MismatchError(
-            f"{resolved.label}: its manifest.json names the stop token {stop!r}; expected a token of its tokenizer"
-        )
-    return found
-
-
 def labelled_by_world(
     registry: Registry, config: PromptsConfig, resolved: Resolved, say: Callable[[str], None]
 ) -> bool:
@@ -247,14 +237,24 @@ def set_up(
     say: Callable[[str], None],
     memory: Memory | None = None,
     texts: Sequence[str] = (),
+    raw: bool = True,
+    models: Sequence[Resolved] = (),
 ) -> Bench:
-    """Prepare the evaluation of `first` and of models like it, on typed `texts` or on a split's prompts."""
-    tokenizer = tokenizer_of(first, config.trust_remote_code, config)
+    """Prepare the evaluation of `first` and of models like it, on typed `texts` or on a split's prompts.
+
+    raw: see `prompts_of_texts`.
+    models: those that are compared. A response of any of them ends at the stop ids of any of them.
+    """
+    tokenizer, *others = (
+        tokenizer_of(model, config.trust_remote_code, config)
+        for model in (first, *(model for model in models if model.label != first.label))
+    )
+    stops = [stop_ids(one) for one in (tokenizer, *others)]
     lengths = _lengths(config, first)
     data: list[DataReport] = []
     own: RecordSet | None = None
     if texts:
-        prompts = prompts_of_texts(texts, tokenizer, lengths)
+        prompts = prompts_of_texts(texts, tokenizer, lengths, raw=raw)
     else:
         prompts, data, own = load_prompts(registry, config, first, tokenizer, lengths)
     plan = SamplingPlan(
@@ -263,14 +263,17 @@ def set_up(
         response_length=lengths.response,
         temperature=config.temperature,
         seed=seed,
-        stop_id=_stop_id(first, tokenizer),
-        pad_id=tokenizer.pad_token_id,
+        stop_ids=tuple(dict.fromkeys(stop for own in stops for stop in own)),
+        pad_id=FILLER,
         responses_at_once=config.per_device_eval_batch_size,
         memory=memory or Memory(say, advice=MEASURING_ADVICE),
         device=device,
     )
     drawn = f", {samples} samples each, seed {seed}" if samples else ""
     say(f"{len(prompts)} prompts of the split {config.split!r}{drawn}")
+    if models and len({frozenset(own) for own in stops}) > 1:
+        named = " or ".join(map(str, tokenizer.convert_ids_to_tokens(list(plan.stop_ids))))
+        say(f"note: the models end their responses with different tokens; here a response of any model ends at {named}")
     in_world = world.is_world_tokenizer(tokenizer)
 
     def source(text: str | None) -> RewardSource | None:

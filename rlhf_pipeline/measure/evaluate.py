@@ -12,6 +12,7 @@ import torch
 
 from rlhf_pipeline.config.compare import EvaluateConfig
 from rlhf_pipeline.config.load import load_config
+from rlhf_pipeline.data.batch import FILLER
 from rlhf_pipeline.errors import ConfigError, Fault
 from rlhf_pipeline.evaluation.sampled import Samples, add_kl, draw
 from rlhf_pipeline.measure.bench import Bench, add_rewards, set_up
@@ -109,7 +110,7 @@ def _evaluate_reward_model(
         held_out,
         responses_at_once=config.per_device_eval_batch_size,
         memory=Memory(say, advice=MEASURING_ADVICE),
-        pad_id=tokenizer.pad_token_id,
+        pad_id=FILLER,
         device=device,
     )
     metrics = describe_pairs(scores, held_out)

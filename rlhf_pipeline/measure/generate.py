@@ -20,9 +20,12 @@ from rlhf_pipeline.training.tracking import console
 
 
 def run_generate(
-    reference_text: str, config: GenerateConfig, home: Path, *, texts: Sequence[str] = ()
+    reference_text: str, config: GenerateConfig, home: Path, *, texts: Sequence[str] = (), raw: bool = False
 ) -> dict[str, Any]:
-    """Responses of a policy to typed prompts, or to those of a source."""
+    """Responses of a policy to typed prompts, or to those of a source.
+
+    A typed prompt is what a user says to a chat model; `raw`: the text itself, without the chat template.
+    """
     registry = Registry(home)
     device = make_accelerator(config).device
     say = partial(console.print, markup=False)
@@ -38,7 +41,10 @@ def run_generate(
         say=lambda _: None,
         memory=Memory(say, advice=MEASURING_ADVICE),
         texts=texts,
+        raw=raw,
     )
+    if texts and not raw and bench.tokenizer.chat_template:
+        say("note: each prompt is a user's turn in the model's chat template; --raw gives the model the text itself")
     for change in bench.data_changed:
         say(f"note: {change.text}")
     samples = draw(bench.policy(resolved), bench.plan)
@@ -53,7 +59,7 @@ def run_generate(
             f"model reads {text_of(bench.tokenizer, first.prompt_ids)!r}"
         )
     responses = []
-    for example in samples.examples:
+    for place, example in enumerate(samples.examples):
         rows = []
         for ids, ended in zip(example.completions, example.ended, strict=True):
             text = text_of(bench.tokenizer, ids[: len(ids) - int(ended)])
@@ -61,7 +67,7 @@ def run_generate(
             if scores is not None:
                 row["score"] = next(scores)
             rows.append(row)
-        prompt = example.prompt_text or text_of(bench.tokenizer, example.prompt_ids)
+        prompt = texts[place] if texts else example.prompt_text or text_of(bench.tokenizer, example.prompt_ids)
         responses.append({"prompt": prompt, "prompt_truncated": example.prompt_truncated, "responses": rows})
     return {
         "model": resolved.label,

@@ -100,7 +100,13 @@ class Leaves:
                 f"{reference.label}: found {outputs} outputs, expected {len(world.VOCABULARY)}, the words of "
                 f"{world.NAME}"
             )
-        tree = ResponseTree(outputs, bench.plan.stop_id, bench.plan.response_length)
+        stop, *others = bench.plan.stop_ids
+        if others:
+            raise MismatchError(
+                f"{reference.label}: found {1 + len(others)} tokens that end a response, expected one; exact figures "
+                "list all responses with one stop token: use sampled figures"
+            )
+        tree = ResponseTree(outputs, stop, bench.plan.response_length)
         leaves = cls(bench, reference, tree)
         leaves.reference = [leaves.logprobs(policy, index) for index in range(len(bench.plan.prompts))]
         return leaves

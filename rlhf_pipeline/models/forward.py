@@ -29,11 +29,13 @@ class Reader:
     layout: the fastest layout that the attention can read (data/batch.py).
     head: "linear" if logits = W h + b, else "own" (the model's own forward computes the logits).
     decodes: whether left-padded, cached decoding gives the same logits, which sampling needs.
+    tokens: the number of ids that are tokens; later outputs get no probability. None: all outputs are tokens.
     """
 
     layout: Layout = "trees"
     head: Literal["linear", "own"] = "linear"
     decodes: bool = True
+    tokens: int | None = None
 
 
 def _allowed(batch: PackedBatch, window: int | None) -> Tensor:
@@ -113,16 +115,22 @@ def hidden_states(trunk: nn.Module, batch: PackedBatch, index: Tensor | None = N
     return flat if index is None else flat.index_select(0, index)
 
 
-def output_head(model: PreTrainedModel, temperature: float = 1.0) -> OutputHead:
-    """The output head of a causal language model."""
+def output_head(model: PreTrainedModel, temperature: float = 1.0, tokens: int | None = None) -> OutputHead:
+    """The output head of a causal language model; `tokens`: see `Reader`."""
     head = model.get_output_embeddings()
-    return OutputHead(head.weight, getattr(head, "bias", None), temperature)
+    bias = getattr(head, "bias", None)
+    return OutputHead(head.weight[:tokens], None if bias is None else bias[:tokens], temperature)
 
 
-def predicting_logits(model: PreTrainedModel, batch: PackedBatch, index: Tensor | None = None) -> Tensor:
-    """Logits (N, V) at the predicting positions (or at `index`) by the model's own forward, in at least fp32."""
+def predicting_logits(
+    model: PreTrainedModel, batch: PackedBatch, index: Tensor | None = None, *, tokens: int | None = None
+) -> Tensor:
+    """Logits (N, V) at the predicting positions (or at `index`) by the model's own forward, in at least fp32.
+
+    tokens: see `Reader`.
+    """
     index = batch.predict_index if index is None else index
-    logits = model(**_inputs(batch, model)).logits.flatten(0, 1).index_select(0, index)
+    logits = model(**_inputs(batch, model)).logits[..., :tokens].flatten(0, 1).index_select(0, index)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -132,8 +140,8 @@ def next_token_logprobs(
     """Log-probabilities of every next token at flat positions `index` (K,): (K, V) in nats, in at least fp32."""
     if reader.head == "linear":
         hidden = hidden_states(trunk_of(model), batch).index_select(0, index)
-        return torch.log_softmax(output_head(model, temperature).logits(hidden), dim=-1)
-    return torch.log_softmax(predicting_logits(model, batch, index) / temperature, dim=-1)
+        return torch.log_softmax(output_head(model, temperature, reader.tokens).logits(hidden), dim=-1)
+    return torch.log_softmax(predicting_logits(model, batch, index, tokens=reader.tokens) / temperature, dim=-1)
 
 
 def completion_logprobs(
@@ -147,9 +155,9 @@ def completion_logprobs(
     """
     if reader.head == "linear":
         hidden = hidden_states(trunk_of(model), batch, batch.predict_index)
-        head = output_head(model, temperature)
+        head = output_head(model, temperature, reader.tokens)
         return *token_logprobs(head, hidden, batch.target_ids, entropy=entropy), hidden
-    all_logprobs = torch.log_softmax(predicting_logits(model, batch) / temperature, dim=-1)
+    all_logprobs = torch.log_softmax(predicting_logits(model, batch, tokens=reader.tokens) / temperature, dim=-1)
     with torch.no_grad():
         entropies = -(all_logprobs.exp() * all_logprobs).sum(-1) if entropy else None
     return all_logprobs.gather(-1, batch.target_ids[:, None]).squeeze(-1), entropies, None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from rlhf_pipeline.data.tokenizers import stop_ids, token_count
 from rlhf_pipeline.errors import BadInput, ConfigError, Fault, MismatchError, did_you_mean
 from rlhf_pipeline.models.adapters import TRAINED, adapters_of, save_adapter
 from rlhf_pipeline.models.needs import require_kernel
@@ -100,15 +101,50 @@ def load_causal_lm(
 
 
 def adopt_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Set the model's special ids to those of the tokenizer, and give every token an embedding row."""
-    embedding = cast(nn.Embedding, model.get_input_embeddings())
-    if len(tokenizer) > embedding.weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer))
-    for config in (model.config, getattr(model, "generation_config", None)):
-        if config is not None:
+    """Give every token of the tokenizer an embedding row, and set the model's special ids to those of the tokenizer.
+
+    `token_count` becomes the number of ids that are tokens where the model has more rows; see `Reader.tokens`.
+
+    The ids that end a response become the model's `eos_token_id`. A tokenizer without PAD leaves the model's PAD.
+    """
+    count = token_count(tokenizer)
+    _add_rows(model, count)
+    rows = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
+    model.token_count = count if count < rows else None  # type: ignore[assignment]  # an attribute of ours
+    stops = stop_ids(tokenizer)
+    configs = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
+    for config in {id(config): config for config in configs if config is not None}.values():
+        if tokenizer.pad_token_id is not None:
             config.pad_token_id = tokenizer.pad_token_id
-            config.eos_token_id = tokenizer.eos_token_id
-            config.bos_token_id = tokenizer.bos_token_id
+        config.eos_token_id = list(stops) if len(stops) > 1 else stops[0]
+        config.bos_token_id = tokenizer.bos_token_id
+    embedding = cast(nn.Embedding, model.get_input_embeddings())
+    if getattr(embedding, "padding_idx", None) in stops:
+        embedding.padding_idx = None  # torch gives this row no gradient, and a PAD that ends responses is trained
+
+
+@torch.no_grad()
+def _add_rows(model: PreTrainedModel, count: int) -> None:
+    """Extend the embedding, and the output head, to `count` rows; every new row is the mean of the old ones.
+
+    Source of the mean: Hewitt (2021), Initializing new word embeddings. It is the same in every load of a model, so a
+    policy equals its reference. A head of its own stays one, also if the config ties it: resizing would tie it.
+    """
+    embedding = cast(nn.Embedding, model.get_input_embeddings())
+    old = embedding.weight.shape[0]
+    if count <= old:
+        return
+    head = model.get_output_embeddings()
+    own = None if head is None or head.weight is embedding.weight else head.weight.clone()
+    model.resize_token_embeddings(count, mean_resizing=False)
+    weight = cast(nn.Embedding, model.get_input_embeddings()).weight
+    weight[old:] = weight[:old].float().mean(0)
+    if own is not None:
+        new = own.float().mean(0, keepdim=True).to(own.dtype).expand(count - old, -1)
+        head = cast(nn.Linear, model.get_output_embeddings())
+        head.weight = nn.Parameter(torch.cat([own, new]), requires_grad=head.weight.requires_grad)
+    if getattr(head, "bias", None) is not None:
+        head.bias[old:] = head.bias[:old].float().mean()
 
 
 def new_config(model_init: dict[str, Any], *, dropout: bool = False, **special: Any) -> Any:
@@ -219,7 +255,6 @@ def init_reward_model(
 
     def with_one_score(config: Any) -> None:
         without_noise(config).num_labels = 1
-        config.pad_token_id = tokenizer.pad_token_id
 
     model, _ = _load(AutoModelForSequenceClassification, path, with_one_score, new_head=True, **options)
     adopt_tokenizer(model, tokenizer)

@@ -35,12 +35,14 @@ class TokenScores:
 class Policy(nn.Module):
     """A causal language model that scores packed batches; logits are always divided by `temperature`.
 
-    entropy: whether to compute the entropy of each distribution.
+    entropy: whether to compute the entropy of each distribution. Outputs that are no token of its tokenizer have no
+    probability; `adopt_tokenizer` counts the tokens.
     """
 
     def __init__(self, model: PreTrainedModel, reader: Reader, temperature: float = 1.0, *, entropy: bool = True):
         super().__init__()
-        self.model, self.reader, self.temperature, self.entropy = model, reader, temperature, entropy
+        self.model, self.temperature, self.entropy = model, temperature, entropy
+        self.reader = replace(reader, tokens=getattr(model, "token_count", None))
 
     @property
     def language_model(self) -> PreTrainedModel:
@@ -65,7 +67,8 @@ class RewardModel(nn.Module):
     """A sequence classifier with one label, read at each completion's last token.
 
     score = head(hidden at the last token) - reward_shift. With pooling "mean" the hidden states of all completion
-    tokens are first averaged. `reward_shift` comes from the config of the model.
+    tokens are first averaged. `reward_shift` and `score_pooling` come from the config of the model. A model without
+    them is not ours: it is read where transformers reads it, at the last token that is not its PAD.
     """
 
     def __init__(self, model: PreTrainedModel, reader: Reader):
@@ -78,7 +81,7 @@ class RewardModel(nn.Module):
 
     @property
     def pooling(self) -> str:
-        return getattr(self.model.config, "score_pooling", None) or "last"
+        return getattr(self.model.config, "score_pooling", None) or "not_pad"
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Scores (C,) in at least fp32."""
@@ -87,8 +90,21 @@ class RewardModel(nn.Module):
             total = tokens.new_zeros(batch.num_completions, tokens.shape[1])
             picked = total.index_add(0, batch.completion_index, tokens) / batch.lengths[:, None].to(tokens.dtype)
         else:
-            picked = hidden_states(trunk_of(self.model), batch, batch.last_index)
+            picked = hidden_states(trunk_of(self.model), batch, self.last_index(batch))
         return self.read(picked)
+
+    def last_index(self, batch: PackedBatch) -> Tensor:
+        """Flat positions (C,) where the scores of completions are read, with a pooling other than "mean"."""
+        if self.pooling == "last":
+            return batch.last_index
+        pad, index = self.model.config.get_text_config().pad_token_id, batch.last_index
+        if pad is None:
+            return index
+        ids, positions = batch.input_ids.flatten(), batch.position_ids.flatten()
+        starts, before = (flat[batch.offset == 0] for flat in (batch.token_index, batch.predict_index))
+        while bool((skipped := (ids[index] == pad) & (positions[index] > 0)).any()):
+            index = torch.where(skipped, torch.where(index == starts, before, index - 1), index)
+        return index
 
     def read(self, hidden: Tensor) -> Tensor:
         """Scores of (pooled) hidden states: head(hidden) - reward_shift, in at least fp32."""

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from rlhf_pipeline.models.last_layer import reading
 from rlhf_pipeline.models.tree_attention import TreeMask
@@ -62,6 +62,14 @@ class Prefilled:
     cache: Cache
     attention: Tensor
     positions: Tensor
+
+
+def can_drop_rows(cache: Cache) -> bool:
+    """Whether rows can be taken out of a cache: not where a layer keeps a recurrent state (linear attention, Mamba)."""
+    return all(
+        hasattr(layer, "batch_select_indices") and not isinstance(layer, LinearAttentionCacheLayerMixin)
+        for layer in cache.layers
+    )
 
 
 def shares_prompts(config: Any) -> bool:

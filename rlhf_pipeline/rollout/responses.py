@@ -17,13 +17,26 @@ from rlhf_pipeline.models.modules import ActorCritic, Policy
 from rlhf_pipeline.rollout.sampler import Response, draw_uniforms, length_groups, sample_grouped
 
 
+def require_decoding(policy: Policy | ActorCritic) -> None:
+    """Check that a policy can be sampled from.
+
+    Raises:
+        BadInput: the architecture cannot be decoded in batches.
+    """
+    if not policy.reader.decodes:
+        raise BadInput(
+            f"{type(policy.language_model).__name__}: left-padded decoding with a cache gives other logits than the "
+            "model's forward pass, so sampling is impossible; expected a model with attention and a key-value cache"
+        )
+
+
 def sample_for_prompts(
     policy: Policy | ActorCritic,
     prompts: Sequence[Example],
     *,
     samples: int,
     response_length: int,
-    stop_id: int,
+    stop_ids: Sequence[int],
     pad_id: int,
     generator: torch.Generator,
     temperature: float = 1.0,
@@ -48,11 +61,7 @@ def sample_for_prompts(
     Returns:
         the prompts as examples with the sampled completions, and the responses with their log-probabilities.
     """
-    if not policy.reader.decodes:
-        raise BadInput(
-            f"{type(policy.language_model).__name__}: left-padded decoding with a cache gives other logits than the "
-            "model's forward pass, so sampling is impossible; expected a model with attention and a key-value cache"
-        )
+    require_decoding(policy)
     uniforms = draw_uniforms(len(prompts) * samples, response_length, generator)
     ids = [prompt.prompt_ids for prompt in prompts for _ in range(samples)]
     model = policy.language_model
@@ -64,11 +73,12 @@ def sample_for_prompts(
             module if module is not None else policy,
             ids,
             uniforms,
-            stop_id=stop_id,
+            stop_ids=stop_ids,
             pad_id=pad_id,
             temperature=temperature,
             device=device,
             cache_config=model.config,
+            tokens=policy.reader.tokens,
             trunk=trunk_of(model) if policy.reader.layout == "flat" else None,
         )
         most = min(responses_at_once, len(ids))

@@ -54,55 +54,57 @@ def sample(
     prompts: Sequence[Sequence[int]],
     uniforms: Tensor,
     *,
-    stop_id: int,
+    stop_ids: Sequence[int],
     pad_id: int,
     temperature: float = 1.0,
     device: torch.device | str = "cpu",
     cache_config: Any = None,
     trunk: nn.Module | None = None,
+    tokens: int | None = None,
 ) -> list[Response]:
-    """Sample one response per prompt, until `stop_id` or the width of `uniforms`.
+    """Sample one response per prompt, until a stop id or the width of `uniforms`.
 
     Args:
         model: called as model(input_ids, attention_mask, position_ids, past_key_values, ...) -> .logits; a wrapped
             module is called through its own `__call__`.
         prompts: token ids; this function pads them on the left; positions start at each prompt's first token.
         uniforms: (len(prompts), R).
-        stop_id: ends a response and is a part of it. A stop token in the prompt has no effect.
+        stop_ids: each ends a response and is a part of it. A stop token in the prompt has no effect.
         cache_config: the model's config, which determines the cache of each layer.
-        trunk: see `prefill`.
+        trunk: see `prefill`. tokens: the number of ids that are tokens; later outputs are never sampled.
     """
-    from rlhf_pipeline.rollout.prefill import prefill  # imports transformers
+    from rlhf_pipeline.rollout.prefill import can_drop_rows, prefill  # imports transformers
 
     count, limit = uniforms.shape
-    uniforms = uniforms.to(device)
+    uniforms, stops = uniforms.to(device), torch.tensor(list(stop_ids), device=device)
     # The last sampled token is never fed back.
     options = {"pad_id": pad_id, "device": device, "cache_config": cache_config, "trunk": trunk}
     state = prefill(model, prompts, room=limit - 1, **options)
     logits, cache, attention, positions = state.logits, state.cache, state.attention, state.positions
-    alive = torch.arange(count, device=device)
+    alive, drops = torch.arange(count, device=device), can_drop_rows(cache)
     tokens_out = torch.zeros((count, limit), dtype=torch.long, device=device)
     logprobs_out = torch.zeros((count, limit), dtype=torch.float32, device=device)
     lengths = torch.full((count,), limit, dtype=torch.long, device=device)
     ended = torch.zeros(count, dtype=torch.bool, device=device)
 
     for step in range(limit):
-        tokens, logprobs = pick(logits, uniforms[alive, step], temperature)
-        tokens_out[alive, step] = tokens
+        drawn, logprobs = pick(logits[:, :tokens], uniforms[alive, step], temperature)
+        tokens_out[alive, step] = drawn
         logprobs_out[alive, step] = logprobs.float()
-        stopped = tokens == stop_id
+        stopped = torch.isin(drawn, stops) & ~ended[alive]
         ended[alive[stopped]] = True
         lengths[alive[stopped]] = step + 1
-        if step + 1 == limit or bool(stopped.all()):
+        finished = ended[alive]
+        if step + 1 == limit or bool(finished.all()):
             break
-        keep = (~stopped).nonzero().squeeze(-1)
-        if keep.numel() < alive.numel():  # finished sequences leave the batch
+        keep = (~finished).nonzero().squeeze(-1)
+        if keep.numel() < alive.numel() and drops:  # finished sequences leave the batch
             cache.batch_select_indices(keep)
-            alive, tokens, positions, attention = alive[keep], tokens[keep], positions[keep], attention[keep]
+            alive, drawn, positions, attention = alive[keep], drawn[keep], positions[keep], attention[keep]
         positions = positions + 1
         attention = torch.cat([attention, attention.new_ones(attention.shape[0], 1)], dim=1)
         logits = model(
-            input_ids=tokens[:, None],
+            input_ids=drawn[:, None],
             attention_mask=attention,
             position_ids=positions[:, None],
             past_key_values=cache,

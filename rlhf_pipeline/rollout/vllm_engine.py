@@ -41,7 +41,7 @@ def actor_weights(policy: Policy | ActorCritic) -> Iterator[tuple[str, torch.Ten
         yield name, parameter.detach()
 
 
-def response_of(output: Any, stop_id: int, response_length: int) -> Response:
+def response_of(output: Any, stop_ids: Sequence[int], response_length: int) -> Response:
     """Convert one completion of vLLM to a response.
 
     The last token decides whether it ended, because versions report a stop token at the last position differently.
@@ -53,14 +53,14 @@ def response_of(output: Any, stop_id: int, response_length: int) -> Response:
         RunFailed: the tokens do not fit the request.
     """
     ids = [int(token) for token in output.token_ids]
-    ended = bool(ids) and ids[-1] == stop_id
-    place = next((number for number, token in enumerate(ids) if token == stop_id), len(ids) - 1)
+    ended = bool(ids) and ids[-1] in stop_ids
+    place = next((number for number, token in enumerate(ids) if token in stop_ids), len(ids) - 1)
     whole = 0 < len(ids) <= response_length and place == len(ids) - 1 and (ended or len(ids) == response_length)
     if not whole or output.finish_reason not in ("stop", "length"):
         raise RunFailed(
             f"rollout_engine vllm: found a response of {len(ids)} tokens that {'ends' if ended else 'does not end'} in "
-            f"the stop token {stop_id} (finish_reason {output.finish_reason!r}); expected one up to its first stop "
-            f"token, or {response_length} tokens without; use rollout_engine: native"
+            f"a stop token {list(stop_ids)} (finish_reason {output.finish_reason!r}); expected one up to its first "
+            f"stop token, or {response_length} tokens without; use rollout_engine: native"
         )
     if output.logprobs is None or len(output.logprobs) != len(ids):
         found = "none" if output.logprobs is None else str(len(output.logprobs))
@@ -128,9 +128,10 @@ class VllmEngine:
         *,
         samples: int,
         response_length: int,
-        stop_id: int,
+        stop_ids: Sequence[int],
         generator: torch.Generator,
         temperature: float = 1.0,
+        tokens: int | None = None,
     ) -> list[Response]:
         """Sample `samples` responses for each prompt, in the order of the prompts.
 
@@ -138,7 +139,8 @@ class VllmEngine:
         number. vLLM reproduces the tokens only on the same hardware and version.
 
         Args:
-            prompts: token ids. stop_id: ends a response and is a part of it; the model's own EOS does not end it.
+            prompts: token ids. stop_ids: each ends a response and is a part of it; no other token does.
+            tokens: the number of ids that are tokens; later outputs are never sampled.
 
         Raises:
             RunFailed: vLLM fails, or its result does not fit the request.
@@ -155,10 +157,11 @@ class VllmEngine:
                     min_p=0.0,
                     seed=seed,
                     max_tokens=response_length,
-                    stop_token_ids=[stop_id],
+                    stop_token_ids=list(stop_ids),
                     ignore_eos=True,
                     logprobs=0,  # of the sampled token only
                     detokenize=False,
+                    allowed_token_ids=None if tokens is None else list(range(tokens)),
                 )
                 for seed in seeds
             ]
@@ -166,4 +169,4 @@ class VllmEngine:
         found = [list(output.prompt_token_ids) for output in outputs]
         if found != [prompt["prompt_token_ids"] for prompt in asked]:
             raise RunFailed(f"rollout_engine vllm: found results for other prompts than the {len(asked)} requested")
-        return [response_of(output.outputs[0], stop_id, response_length) for output in outputs]
+        return [response_of(output.outputs[0], stop_ids, response_length) for output in outputs]

@@ -14,10 +14,11 @@ from torch import Tensor
 from rlhf_pipeline.config.base import moves_optimum
 from rlhf_pipeline.config.collect import CollectConfig
 from rlhf_pipeline.config.dump import config_digest
+from rlhf_pipeline.data.batch import FILLER
 from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.tokenize import Example
-from rlhf_pipeline.data.tokenizers import chat_template_digest, text_of, tokenizer_digest
+from rlhf_pipeline.data.tokenizers import chat_template_digest, stop_ids, text_of, tokenizer_digest
 from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
 from rlhf_pipeline.models.needs import require_needs
@@ -148,8 +149,8 @@ def run_collect(
             [example for example, _ in block],
             samples=config.k,
             response_length=config.lengths().response,
-            stop_id=tokenizer.eos_token_id,
-            pad_id=tokenizer.pad_token_id,
+            stop_ids=stop_ids(tokenizer),
+            pad_id=FILLER,
             generator=generator,
             temperature=config.temperature,
             **at_once,

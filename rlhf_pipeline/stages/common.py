@@ -20,7 +20,13 @@ from rlhf_pipeline.data.batch import Layout, fill_rows, tree_length
 from rlhf_pipeline.data.load import SourceReport
 from rlhf_pipeline.data.templates import apply_template_keys
 from rlhf_pipeline.data.tokenize import Example
-from rlhf_pipeline.data.tokenizers import chat_template_digest, load_tokenizer, tokenizer_digest
+from rlhf_pipeline.data.tokenizers import (
+    chat_template_digest,
+    load_tokenizer,
+    same_but_for_pad,
+    set_stop_token,
+    tokenizer_digest,
+)
 from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.models.adapted import classifier_on, load_adapted
 from rlhf_pipeline.models.adapters import adapter_facts, add_adapter, on_same_weights
@@ -100,14 +106,24 @@ def find_base(run: Run, config: TrainingConfig) -> Resolved:
 def tokenizer_of(
     resolved: Resolved, trust_remote_code: bool = False, config: HasTemplate | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer stored with a model, with the chat template and the EOS that a config gives it.
+    """The tokenizer stored with a model, with the chat template, the EOS and the stop token that a config gives it.
 
-    An adapter without a tokenizer has that of its base.
+    An adapter without a tokenizer has that of its base. Without a stop token in the config, that of the model's own
+    config is used.
+
+    Raises:
+        ConfigError: a token of the config is not one token. MismatchError: that of the model's config is not.
     """
     if resolved.base is not None and not (Path(resolved.location) / "tokenizer_config.json").is_file():
         return tokenizer_of(resolved.base, trust_remote_code, config)
     eos = None if config is None else config.eos_token
     tokenizer = load_tokenizer(resolved.location, resolved.revision, trust_remote_code, eos_token=eos)
+    trained = resolved.config.get("stop_token")
+    if trained is not None and trained not in tokenizer.get_vocab():
+        raise MismatchError(
+            f"{resolved.label}: its manifest.json names the stop token {trained!r}; expected a token of its tokenizer"
+        )
+    set_stop_token(tokenizer, (config.stop_token if config is not None else None) or trained)
     return tokenizer if config is None else apply_template_keys(tokenizer, config)
 
 
@@ -228,16 +244,16 @@ def onto(device: torch.device, model: PreTrainedModel) -> PreTrainedModel:
 def require_same_tokenizer(
     policy: Resolved, other: Resolved, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False
 ) -> None:
-    """Check that a reward model or reference has the policy's tokenizer, by the digest of its files.
+    """Check that a reward model or reference has the policy's tokenizer; their PAD may differ.
 
     Raises:
         MismatchError: the tokenizers differ; the message names both models.
     """
-    theirs = tokenizer_digest(tokenizer_of(other, trust_remote_code))
-    ours = tokenizer_digest(tokenizer)
-    if ours != theirs:
+    theirs = tokenizer_of(other, trust_remote_code)
+    if not same_but_for_pad(tokenizer, theirs):
+        found, expected = (tokenizer_digest(one)[:12] for one in (theirs, tokenizer))
         raise MismatchError(
-            f"{other.label}: found tokenizer {theirs[:12]}, expected {ours[:12]} of the policy {policy.label}; "
+            f"{other.label}: found tokenizer {found}, expected {expected} of the policy {policy.label}; "
             "use models that come from one SFT model"
         )
 

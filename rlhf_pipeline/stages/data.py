@@ -28,7 +28,7 @@ from rlhf_pipeline.data.splits import assign_splits
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.templates import apply_template_keys
 from rlhf_pipeline.data.tokenize import Example
-from rlhf_pipeline.data.tokenizers import train_byte_level_bpe
+from rlhf_pipeline.data.tokenizers import set_stop_token, train_byte_level_bpe
 from rlhf_pipeline.errors import DataError
 
 if TYPE_CHECKING:
@@ -178,10 +178,12 @@ class StageData:
     def new_tokenizer(self, settings: Mapping[str, Any]) -> PreTrainedTokenizerBase:
         """Return the tokenizer of a `tokenizer_init`: the world's, or byte-level BPE trained on the training split."""
         if settings["type"] == "world":
-            return apply_template_keys(world.tokenizer(), self.config)
-        texts = self.texts(self.config.dataset_train_split)
-        tokenizer = train_byte_level_bpe(texts, settings["vocab_size"])
-        self.say(f"tokenizer: byte-level BPE of {len(tokenizer)} tokens, trained on {len(texts)} texts")
+            tokenizer = world.tokenizer()
+        else:
+            texts = self.texts(self.config.dataset_train_split)
+            tokenizer = train_byte_level_bpe(texts, settings["vocab_size"])
+            self.say(f"tokenizer: byte-level BPE of {len(tokenizer)} tokens, trained on {len(texts)} texts")
+        set_stop_token(tokenizer, self.config.stop_token)
         return apply_template_keys(tokenizer, self.config)
 
     def texts(self, split: str) -> list[str]:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlhf_pipeline.config.ppo import PpoConfig
+from rlhf_pipeline.data.batch import FILLER
 from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.data.tokenizers import stop_ids
 from rlhf_pipeline.errors import ConfigError, Fault
 from rlhf_pipeline.models.adapters import add_adapter
 from rlhf_pipeline.models.modules import ActorCritic, assert_independent, describe_critic, make_actor_critic
@@ -41,12 +43,10 @@ def load_setup(
         the setup of the run, and the parents for its manifest, by role.
 
     Raises:
-        ConfigError: the stop token does not exist.
         MismatchError: models that do not fit together; see `load_reward` and `load_judge`.
     """
     config, accelerator = run.config, run.accelerator
     assert config.value_init is not None  # the config fills it in
-    stop_id = stop_id_of(config, tokenizer)
     actor, reference = load_policy_and_reference(parent, config, tokenizer, run.device, temperature=config.temperature)
     below = reference.model if config.shared_base else None
     rewards = [
@@ -90,8 +90,8 @@ def load_setup(
         reference,
         reward,
         prompts,
-        stop_id=stop_id,
-        pad_id=tokenizer.pad_token_id,
+        stop_ids=stop_ids(tokenizer),
+        pad_id=FILLER,
         meter=run.meter,
         shapes=shapes,
         engine=load_engine(run, config, parent, actor_critic.actor),
@@ -112,20 +112,6 @@ def describe_weights(actor_critic: ActorCritic, *frozen: torch.nn.Module) -> str
     held = {p.data_ptr(): p.numel() for module in (actor_critic, *frozen) for p in module.parameters()}
     trained = sum(p.numel() for p in actor_critic.parameters() if p.requires_grad)
     return f"weights: {trained:,} are trained, of {sum(held.values()):,} in memory for all models"
-
-
-def stop_id_of(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the token that ends a response.
-
-    Raises:
-        ConfigError: `stop_token` is not one token of the tokenizer.
-    """
-    if config.stop_token is None:
-        return tokenizer.eos_token_id
-    found = tokenizer.get_vocab().get(config.stop_token)
-    if found is None:
-        raise ConfigError(Fault("stop_token", f"{config.stop_token!r} is not a token of the policy's tokenizer"))
-    return found
 
 
 def check_processes(config: PpoConfig, count: int) -> None:

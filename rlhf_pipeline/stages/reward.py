@@ -12,13 +12,15 @@ import torch
 
 from rlhf_pipeline.algorithms.preference import bradley_terry_loss, centering_loss, correct
 from rlhf_pipeline.config.reward import RewardConfig
+from rlhf_pipeline.data.batch import FILLER
 from rlhf_pipeline.data.tokenize import Example, cut_prompt
+from rlhf_pipeline.data.tokenizers import stop_ids, with_padding
 from rlhf_pipeline.evaluation.preference_metrics import calibration_slope, pair_differences
 from rlhf_pipeline.models.loading import store_reward_shift
 from rlhf_pipeline.models.modules import RewardModel
 from rlhf_pipeline.models.selfcheck import read_reward_model
 from rlhf_pipeline.registry.references import Resolved
-from rlhf_pipeline.rollout.responses import prompts_run, sample_for_prompts
+from rlhf_pipeline.rollout.responses import prompts_run, require_decoding, sample_for_prompts
 from rlhf_pipeline.rollout.scoring import most_responses
 from rlhf_pipeline.stages.common import (
     StageResult,
@@ -120,8 +122,8 @@ def center(
             prompts,
             samples=1,
             response_length=limits.response,
-            stop_id=tokenizer.eos_token_id,
-            pad_id=tokenizer.pad_token_id,
+            stop_ids=stop_ids(tokenizer),
+            pad_id=FILLER,
             generator=torch.Generator().manual_seed(config.seed),
             **at_once,
             device=run.device,
@@ -140,7 +142,10 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
         # 1. The trunk of a language model with a new scalar head.
         parent = find_base(run, config)
         tokenizer: PreTrainedTokenizerBase = tokenizer_of(parent, config.trust_remote_code, config)
-        network = onto(run.device, new_reward_model(parent, config, tokenizer))
+        if config.reward_centering == "reference_samples":  # after training; seen before it
+            require_decoding(load_policy(parent, config, tokenizer, run.device, frozen=True))
+        padded = with_padding(tokenizer, new=not config.use_peft)  # an adapter leaves the embedding as it is
+        network = onto(run.device, new_reward_model(parent, config, padded))
         model = read_reward_model(network).train()
         if config.score_pooling == "mean":
             run.log.say("score_pooling mean: transformers itself reads only the last token and gives other scores")
@@ -153,7 +158,7 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
 
         # 3. Train.
         shape = ModelShape.of(network, head=False, checkpointed=config.gradient_checkpointing)
-        windows, total = example_schedule(run, examples, layout=model.reader.layout, pad_id=tokenizer.pad_token_id)
+        windows, total = example_schedule(run, examples, layout=model.reader.layout, pad_id=FILLER)
 
         def scored(rows: Sequence[Example]) -> list[list[float]]:
             return score_examples(
@@ -161,7 +166,7 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
                 rows,
                 responses_at_once=config.per_device_eval_batch_size * most_responses(rows),
                 memory=run.memory,
-                pad_id=tokenizer.pad_token_id,
+                pad_id=FILLER,
                 device=run.device,
             )
 
@@ -182,7 +187,7 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
             total,
             shown=("loss/bradley_terry", "accuracy", "margin", "learning_rate"),
             model=network,
-            tokenizer=tokenizer,
+            tokenizer=padded,
             inputs=inputs_of({"base": parent}, reports),
             evaluate=evaluate,
         )

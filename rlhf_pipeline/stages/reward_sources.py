@@ -12,6 +12,7 @@ from rlhf_pipeline.config.ppo import PpoConfig
 from rlhf_pipeline.config.reward_names import WORLD_NAMES, is_function_name, load_function
 from rlhf_pipeline.config.stages import ModelConfig
 from rlhf_pipeline.data import world
+from rlhf_pipeline.data.batch import FILLER
 from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.models.modules import RewardModel
 from rlhf_pipeline.registry.adapters import require_same_base
@@ -78,7 +79,7 @@ def load_reward(
     if below is not None:
         require_same_base(policy, resolved)
     model = load_reward_model(resolved, config, device, below)
-    return LoadedModel(ModelReward(resolved.label, model, tokenizer.pad_token_id, device), resolved, model)
+    return LoadedModel(ModelReward(resolved.label, model, FILLER, device), resolved, model)
 
 
 def load_judge(

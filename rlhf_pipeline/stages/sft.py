@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlhf_pipeline.algorithms.language_model import negative_log_likelihood
 from rlhf_pipeline.config.sft import SftConfig
-from rlhf_pipeline.data.batch import pack
+from rlhf_pipeline.data.batch import FILLER, pack
 from rlhf_pipeline.data.shown import trained_text
 from rlhf_pipeline.data.tokenize import Example, whole_sequence
 from rlhf_pipeline.models.loading import init_causal_lm, new_config
@@ -128,7 +128,7 @@ def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
 
         # 3. Train.
         shape = ModelShape.of(policy.model, checkpointed=config.gradient_checkpointing)
-        windows, total = example_schedule(run, examples, layout=policy.reader.layout, pad_id=tokenizer.pad_token_id)
+        windows, total = example_schedule(run, examples, layout=policy.reader.layout, pad_id=FILLER)
 
         def evaluate() -> dict[str, float]:
             if not held_out:
@@ -138,7 +138,7 @@ def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
                 held_out,
                 responses_at_once=config.per_device_eval_batch_size,
                 memory=run.memory,
-                pad_id=tokenizer.pad_token_id,
+                pad_id=FILLER,
                 device=run.device,
             )
 

@@ -57,7 +57,7 @@ class PpoSetup:
     reference: Policy
     reward: RewardSource
     prompts: Sequence[Example]
-    stop_id: int
+    stop_ids: Sequence[int]
     pad_id: int
     meter: CostMeter
     shapes: dict[str, ModelShape]
@@ -117,11 +117,12 @@ def _sample(setup: PpoSetup, module: nn.Module, update: int) -> tuple[Sampled, l
     """The responses, and the lengths of the prompts that were run (None: one prompt per response)."""
     config, prompts = setup.config, prompts_of(setup, update)
     width = config.lengths().response
-    options: dict[str, Any] = {"samples": 1, "response_length": width, "stop_id": setup.stop_id}
+    options: dict[str, Any] = {"samples": 1, "response_length": width, "stop_ids": setup.stop_ids}
     options |= {"generator": setup.generator(update, 0), "temperature": config.temperature}
     if setup.engine is not None:
         setup.engine.load_weights(setup.actor_critic)
-        drawn = setup.engine.generate([prompt.prompt_ids for prompt in prompts], **options)
+        tokens = setup.actor_critic.reader.tokens
+        drawn = setup.engine.generate([prompt.prompt_ids for prompt in prompts], tokens=tokens, **options)
         return Sampled(answered(prompts, drawn)[0], logprob_matrix(drawn, width).to(setup.device)), None
     at_once: dict[str, Any] = {"responses_at_once": len(prompts), "memory": setup.memory}
     options |= {"pad_id": setup.pad_id, "device": setup.device, "module": module}

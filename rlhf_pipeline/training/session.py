@@ -19,6 +19,7 @@ from rlhf_pipeline.health.watches import WATCHES
 from rlhf_pipeline.models.loading import save_model
 from rlhf_pipeline.models.memory import ADVICE
 from rlhf_pipeline.models.refusals import first_line, ran_out
+from rlhf_pipeline.models.saving import mend_generation, require_saving
 from rlhf_pipeline.training.checkpoint import Checkpoint, replacing, restore, save_checkpoint
 from rlhf_pipeline.training.cost import COUNTS, JUDGE
 from rlhf_pipeline.training.failure import failed_update, put_aside, told, write_failure
@@ -159,6 +160,18 @@ def log_update(
         tell(run.log, monitor.update(step, figures))
 
 
+def rehearse(run: Run, plan: Plan) -> None:
+    """Check before training that the model can be published, and log what was mended for that.
+
+    Raises:
+        BadInput: see `require_saving`.
+    """
+    if mended := mend_generation(plan.model):
+        run.log.say(f"note: {mended}")
+    if run.accelerator.is_main_process:
+        require_saving(plan.model, plan.tokenizer)
+
+
 def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
     """Train `model` in place, from the run's checkpoint if it has one.
 
@@ -170,6 +183,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
         RunFailed: a figure is not finite (runs/<id>/failure/ holds the batch), or memory ran out.
     """
     config = run.config
+    rehearse(run, plan)
     model.train()  # every part: a part in eval mode (a critic copied from a frozen model) would keep its activations
     if config.gradient_checkpointing:
         checkpoint_activations(model)

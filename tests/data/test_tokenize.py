@@ -10,7 +10,7 @@ from rlhf_pipeline.data.tokenizers import tokenizer_digest
 from rlhf_pipeline.errors import DataError
 
 WIDE = SimpleNamespace(prompt=10, response=10, total=20)
-EOS, A, B, C, D, BC = 0, 2, 3, 4, 5, 7
+EOS, A, B, C, D, LINE, BC = 0, 2, 3, 4, 5, 6, 7
 
 
 def limits(prompt: int, response: int) -> SimpleNamespace:
@@ -26,6 +26,25 @@ def ids(record: Record, tokenizer, lengths=WIDE, **options) -> tuple[list[int], 
 def test_eos_stands_where_the_completion_ended_and_once(letters, pair):
     assert ids(pair("a", "b", "c", (True, False)), letters) == ([A], [[B, EOS], [C]])
     assert ids(pair("a", "b<eos>", "c"), letters) == ([A], [[B, EOS], [C, EOS]])
+
+
+@pytest.mark.parametrize(
+    ("text", "ended", "cut"),
+    [
+        ("bd", [B, D], [B]),
+        ("bd\n", [B, D], [B]),
+        ("bd\n<eos>", [B, D], [B]),
+        ("b\n<eos>\nd", [B, LINE, EOS], [B, LINE]),
+        ("b\n", [B, LINE, EOS], [B, LINE]),
+        ("bda", [B, D, A, EOS], [B, D, A]),  # a stop token within a text ends nothing
+        ("d", [D], [D]),
+    ],
+)
+def test_a_text_that_ends_in_stop_tokens_ends_at_the_first_of_them(letters, text, ended, cut):
+    """The stop ids of the model: EOS, and d as the end of a turn."""
+    letters.model_stop_ids = (D, EOS)
+    for flag, expected in ((True, ended), (False, cut)):
+        assert ids(Record("demonstration", "a", (text,), (flag,)), letters) == ([A], [expected])
 
 
 def test_where_a_token_reaches_over_the_border_the_prompts_own_ids_win(letters, pair):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -8,8 +9,11 @@ from rlhf_pipeline.data import world
 from rlhf_pipeline.data.tokenizers import (
     chat_template_digest,
     load_tokenizer,
+    same_but_for_pad,
+    token_count,
     tokenizer_digest,
     train_byte_level_bpe,
+    with_padding,
 )
 from rlhf_pipeline.errors import BadInput, ConfigError
 
@@ -44,11 +48,27 @@ def test_digests_survive_saving_and_use(tmp_path, chat):
 
 
 @pytest.mark.parametrize("pad", [None, "<eos>"])
-def test_pad_is_added_and_never_eos(tmp_path, letters, pad):
+def test_pad_is_left_alone_and_added_for_scores_alone(tmp_path, letters, pad):
     letters.pad_token = pad
     letters.save_pretrained(tmp_path)
     loaded = load_tokenizer(str(tmp_path))
-    assert (loaded.pad_token, loaded.pad_token_id, loaded.eos_token_id) == ("<|pad|>", 8, 0)
+    padded = with_padding(loaded)
+    assert (loaded.pad_token, padded.pad_token, padded.pad_token_id, padded.eos_token_id) == (pad, "<|pad|>", 8, 0)
+    assert (token_count(loaded), token_count(padded)) == (8, 9)
+    assert with_padding(padded) is padded
+    assert tokenizer_digest(loaded) == tokenizer_digest(padded)  # the digest before PAD was left alone
+    loaded.unk_token = "c"
+    assert (with_padding(loaded).pad_token, token_count(with_padding(loaded))) == ("c", 8)
+
+
+def test_tokenizers_that_differ_in_pad_alone_read_alike(letters):
+    none, own, of_eos, new, other = (copy.deepcopy(letters) for _ in range(5))
+    none.pad_token, own.pad_token, of_eos.pad_token = None, "a", "<eos>"
+    new.add_special_tokens({"pad_token": "[PAD]"})
+    other.add_tokens(["xy"])
+    like = [none, own, of_eos, new]
+    assert all(same_but_for_pad(one, two) for one in like for two in like)
+    assert not any(same_but_for_pad(one, other) for one in like)
 
 
 def test_a_tokenizer_that_cannot_end_or_is_not_there_is_refused(tmp_path, letters):

@@ -47,7 +47,7 @@ def tiny(seed: int, vocab: int = 4, temperature: float = 1.0) -> Policy:
 
 def plan(prompts: list[list[int]], samples: int, **changes) -> SamplingPlan:
     examples = [Example(ids, [], [], prompt_key=str(ids), where="here") for ids in prompts]
-    values = {"response_length": 3, "temperature": 1.0, "seed": 0, "stop_id": 1, "pad_id": 0, "responses_at_once": 7}
+    values = {"response_length": 3, "temperature": 1.0, "seed": 0, "stop_ids": [1], "pad_id": 0, "responses_at_once": 7}
     return SamplingPlan(examples, samples, **{**values, **changes})
 
 

@@ -7,16 +7,17 @@ import json
 import pytest
 
 from rlhf_pipeline.cli.main import main
-from rlhf_pipeline.compare.fairness import stop_token_of
 from rlhf_pipeline.compare.points import Point
 from rlhf_pipeline.compare.preference_quality import preference_quality
 from rlhf_pipeline.compare.rows import Scorers, bill
 from rlhf_pipeline.compare.run import gates_of
-from rlhf_pipeline.errors import DamagedFile, MismatchError
+from rlhf_pipeline.data.tokenizers import stop_ids
+from rlhf_pipeline.errors import MismatchError, RlhfError
 from rlhf_pipeline.measure.bench import set_up
 from rlhf_pipeline.measure.leaves import trained_reward
 from rlhf_pipeline.measure.training_loss import trained_by_dpo
 from rlhf_pipeline.registry.lengths import positions_of
+from rlhf_pipeline.stages.common import tokenizer_of
 
 HUB = {"ref": "evil/model", "digest": None}
 REWARD = {"reward_model_path": "evil/model"}
@@ -130,17 +131,18 @@ def test_a_dpo_model_without_a_reference_is_none(foreign):
 
 @pytest.mark.parametrize("text", ["[]", "{", "[" * 100_000])
 def test_broken_files_beside_a_model_are_named(foreign, text):
-    model = foreign()
-    for name, read in (("config.json", positions_of), ("tokenizer_config.json", stop_token_of)):
+    for name, read in (("config.json", positions_of), ("generation_config.json", tokenizer_of)):
+        model = foreign()
         (model.path / name).write_text(text)
-        with pytest.raises(DamagedFile, match=name):
+        with pytest.raises(RlhfError, match=name):
             read(model)
 
 
-def test_an_end_token_that_is_a_list(foreign):
+@pytest.mark.parametrize("stops", [-1, 10**30, "a", [None, 1, {}], [5]])
+def test_stop_ids_that_are_no_tokens_end_nothing(foreign, stops):
     model = foreign()
-    (model.path / "tokenizer_config.json").write_text('{"eos_token": ["a"]}')
-    assert stop_token_of(model) == "['a']"
+    (model.path / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    assert stop_ids(tokenizer_of(model)) == ((1, 5) if stops == [5] else (1,))
 
 
 def test_a_stop_token_that_the_tokenizer_does_not_have(lab, foreign):

@@ -86,6 +86,7 @@ def test_deleting_eos_changes_the_score_and_appended_pads_do_not(make_model, exa
 
 def test_a_sampled_pad_is_a_token_and_lengths_say_where_to_read(make_model, examples):
     model = make_model("llama", scorer=True)
+    model.config.score_pooling = "last"  # as in every reward model of ours
     scorer = read_reward_model(model)
     ending = altered(examples, lambda ids: [*ids, 0])
     sequences = [e.prompt_ids + c for e in ending for c in e.completions]
@@ -94,6 +95,20 @@ def test_a_sampled_pad_is_a_token_and_lengths_say_where_to_read(make_model, exam
         expected = torch.stack([model.score(state)[0] for state in hidden])
     torch.testing.assert_close(score(scorer, ending), expected, **CLOSE)
     assert (score(scorer, ending) - score(scorer, examples)).abs().min() > 1e-4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("pad", [None, 0, 1, 5])
+def test_a_model_that_is_not_ours_is_read_where_transformers_reads_it(make_model, examples, layout, pad):
+    """Its last token that is not PAD: with PAD = EOS (1) the one before EOS, in the prompt if the response is EOS."""
+    model = make_model("llama", scorer=True)
+    model.config.pad_token_id = pad
+    scorer = RewardModel(model, Reader(layout))
+    read_reward_model(model)
+    bare = Example([7, 5, 5], [[1], [5, 5, 1], [5]], [True] * 3, prompt_key="", where="")
+    only = Example([1, 1], [[1, 1]], [True], prompt_key="", where="")
+    every = [*examples, bare, only]
+    torch.testing.assert_close(score(scorer, every, flat_from=0), plain(model, every), **CLOSE)
 
 
 @pytest.mark.parametrize("flat_from", [0, 1000])
@@ -114,10 +129,6 @@ def test_pooling_mean_averages_the_response_tokens(make_model, examples, flat_fr
     assert (score(scorer, examples) - plain(model, examples)).abs().max() > 1e-2
 
 
-def test_pooling_last_is_the_default(make_model):
-    assert RewardModel(make_model("llama", scorer=True), Reader()).pooling == "last"
-
-
 @pytest.fixture
 def language_model(make_model, tmp_path):
     """A saved tiny Llama with the words of the built-in world."""
@@ -128,6 +139,7 @@ def language_model(make_model, tmp_path):
 
 def test_a_new_head_has_no_bias_and_the_std_of_its_width(language_model):
     model = init_reward_model(language_model, world.tokenizer(), seed=1)
+    assert RewardModel(model, Reader()).pooling == "last"
     head = sequence_head(model)
     assert head.bias is None and head.weight.shape == (1, 16)
     same, other = (init_reward_model(language_model, world.tokenizer(), seed=seed) for seed in (1, 2))

@@ -87,9 +87,9 @@ def test_flat_and_padded_prompts_agree_and_each_is_run_once(model):
 def test_the_same_responses_whatever_the_cache(model, temperature):
     uniforms = draw_uniforms(len(PROMPTS), 9, torch.Generator().manual_seed(1))
     options = {"pad_id": 0, "temperature": temperature}
-    endless = sample(model, PROMPTS, uniforms, stop_id=-1, **options)
+    endless = sample(model, PROMPTS, uniforms, stop_ids=[-1], **options)
     tokens = Counter(token for response in endless for token in response.ids[1:-1])
-    options["stop_id"] = tokens.most_common(1)[0][0]  # so that some responses end early
+    options["stop_ids"] = [tokens.most_common(1)[0][0]]  # so that some responses end early
     found = [
         sample(model, PROMPTS, uniforms, cache_config=model.config, trunk=trunk_of(model), **options),
         sample(model, PROMPTS, uniforms, cache_config=model.config, **options),

@@ -225,7 +225,7 @@ def ppo_windows(
         reference,
         Reward(),
         responses,
-        stop_id=EOS,
+        stop_ids=[EOS],
         pad_id=EOS,
         meter=CostMeter(),
         shapes={"actor": FREE},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -213,14 +214,16 @@ def test_another_stop_token_ends_responses(lab, function):
         return [float(flag) for flag in ended]
 
     result = lab.run("ppo", reward_model_path=None, reward_functions=[function(judge)], stop_token="and", max_steps=4)
-    from rlhf_pipeline.data.world import encode
+    from rlhf_pipeline.data.world import EOS_ID, encode
 
-    (stop,) = encode("and")
-    assert any(ended for _, _, ended in seen)
+    stops = {*encode("and"), EOS_ID}
+    assert {ids[-1] for _, ids, ended in seen if ended} == stops
     for text, ids, ended in seen:
-        assert (stop in ids) == ended
-        assert ids.index(stop) == len(ids) - 1 if ended else len(ids) == 4
+        assert [place for place, token in enumerate(ids) if token in stops] == [len(ids) - 1] * ended
+        assert ended or len(ids) == 4
         assert "and" not in text.split()
+    generation = json.loads((lab.registry.resolve(result.model).path / "generation_config.json").read_text())
+    assert set(generation["eos_token_id"]) == stops
     rows = lab.rows(result.run)
     assert [row["objective/scores"] for row in rows] == [row["val/ended"] for row in rows]
 

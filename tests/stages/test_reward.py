@@ -40,7 +40,7 @@ def test_samples_of_the_parent_score_0_on_average(lab):
         [distinct[i % len(distinct)] for i in range(96)],
         samples=1,
         response_length=4,
-        stop_id=tokenizer.eos_token_id,
+        stop_ids=[tokenizer.eos_token_id],
         pad_id=tokenizer.pad_token_id,
         generator=torch.Generator().manual_seed(3),
         responses_at_once=96,

@@ -79,14 +79,13 @@ def test_seeds_depend_on_the_runs_seed_and_on_nothing_else(lab, fake):
     assert not set(a) & set(c)
 
 
-def test_another_stop_token_and_an_eos_that_ends_nothing(lab, fake):
+def test_another_stop_token_ends_responses_too(lab, fake):
     from rlhf_pipeline.data.world import EOS_ID, encode
 
     result = lab.run("ppo", **VLLM, stop_token="and")
     (engine,) = fake.made
-    assert {tuple(parameters.stop_token_ids) for _, parameters in engine.asked} == {tuple(encode("and"))}
+    assert {tuple(parameters.stop_token_ids) for _, parameters in engine.asked} == {(*encode("and"), EOS_ID)}
     assert all(parameters.ignore_eos for _, parameters in engine.asked)
-    assert encode("and") != [EOS_ID]
     assert max(differences(lab, result)) <= 1e-5
 
 
@@ -196,11 +195,12 @@ def output(ids, reason="length", logprobs=None):
         ([0], "stop", True),
         ([3, 4, 5, 6], "length", False),
         ([3, 4, 5, 0], "stop", True),
+        ([3, 4, 9], "stop", True),
         ([3, 4, 5, 0], "length", True),  # versions up to 0.9 looked at the length first
     ],
 )
 def test_a_response_ends_in_its_stop_token(ids, reason, ended):
-    found = response_of(output(ids, reason), 0, 4)
+    found = response_of(output(ids, reason), [0, 9], 4)
     assert (found.ids, found.ended, found.logprobs) == (ids, ended, [-0.5] * len(ids))
 
 
@@ -217,14 +217,14 @@ def test_a_response_ends_in_its_stop_token(ids, reason, ended):
 )
 def test_a_response_that_cannot_be_is_refused(ids, reason):
     with pytest.raises(RunFailed, match="rollout_engine vllm: found a response of"):
-        response_of(output(ids, reason), 0, 4)
+        response_of(output(ids, reason), [0], 4)
 
 
 def test_missing_log_probabilities_are_refused():
     with pytest.raises(RunFailed, match="expected 2 log-probabilities, found 1"):
-        response_of(output([3, 0], "stop", [{3: SimpleNamespace(logprob=-1.0)}]), 0, 4)
+        response_of(output([3, 0], "stop", [{3: SimpleNamespace(logprob=-1.0)}]), [0], 4)
     with pytest.raises(RunFailed, match="found none"):
-        response_of(SimpleNamespace(token_ids=[0], finish_reason="stop", logprobs=None), 0, 4)
+        response_of(SimpleNamespace(token_ids=[0], finish_reason="stop", logprobs=None), [0], 4)
 
 
 def test_a_vllm_that_does_not_start_ends_the_run_in_a_line(lab, fake, monkeypatch):
@@ -287,7 +287,7 @@ def test_without_vllm_the_command_line_says_what_is_missing(lab, tmp_path, capsy
 
 def test_responses_come_in_the_order_of_the_prompts(lab, fake):
     engine = VllmEngine(str(lab.registry.resolve("sft").path), dtype="float32", max_length=10, memory=0.3, seed=0)
-    options = {"samples": 2, "response_length": 4, "stop_id": 1}
+    options = {"samples": 2, "response_length": 4, "stop_ids": [1]}
     prompts = [[5, 6, 7], [8, 9]]
 
     def draw(seed):

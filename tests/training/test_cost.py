@@ -162,7 +162,7 @@ def test_cached_sampling_against_the_counter_of_torch():
 
     def run():
         uniforms = torch.rand(2, responses, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        drawn.extend(sample(model, prompts, uniforms, stop_id=-1, pad_id=0, cache_config=model.config))
+        drawn.extend(sample(model, prompts, uniforms, stop_ids=[-1], pad_id=0, cache_config=model.config))
 
     found = counted(run)
     lengths = [len(response.ids) for response in drawn]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +16,7 @@ from rlhf_pipeline.errors import BadInput, Interrupted
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.open_run import Run
 from rlhf_pipeline.training.precision import require_checkpointing
-from rlhf_pipeline.training.session import Metrics, Plan, log_update, optimizer_and_schedule
+from rlhf_pipeline.training.session import Metrics, Plan, log_update, optimizer_and_schedule, rehearse
 from rlhf_pipeline.training.tracking import tell_all
 from rlhf_pipeline.training.trl_engine.order import WindowSampler, columns
 from rlhf_pipeline.training.trl_engine.trainers import make_trainer
@@ -71,12 +72,15 @@ def train_with_trl(
 
     _require_one_device(run)
     config, model = run.config, plan.model
+    rehearse(run, plan)
     if config.gradient_checkpointing:
         require_checkpointing(model)
     run.log.say(
         f"engine: TRL {trl.__version__} on transformers; it writes no checkpoints: an interrupted run starts again"
     )
     _warn_of_final_padding(run, plan.tokenizer.pad_token_id, examples)
+    if (tokens := getattr(model, "token_count", None)) is not None and run.stage != "reward":
+        run.log.say(f"TRL gives probability to the outputs beyond the {tokens} tokens too, the native loop does not")
     sampler = WindowSampler(
         examples,
         micro_batch_size=config.per_device_train_batch_size,
@@ -117,7 +121,7 @@ def train_with_trl(
             model=model,
             reference=reference,
             train_dataset=Dataset.from_dict(columns(run.stage, examples)),
-            processing_class=plan.tokenizer,
+            processing_class=copy.deepcopy(plan.tokenizer),  # TRL gives it a PAD if it has none
             optimizers=optimizers,
         )
         trainer.sampler, trainer.on_update = sampler, on_update
