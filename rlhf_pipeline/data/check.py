@@ -20,6 +20,7 @@ from rlhf_pipeline.data.records import Record, plain, shared_length
 from rlhf_pipeline.data.render import render
 from rlhf_pipeline.data.shown import token_rows
 from rlhf_pipeline.data.splits import FRACTIONS, assign_splits, carries_splits
+from rlhf_pipeline.data.templates import template_of
 from rlhf_pipeline.data.tokenize import Example, tokenize
 from rlhf_pipeline.data.tokenizers import text_of
 
@@ -88,7 +89,7 @@ def describe(
         "unread_column": found.unread,
         "not_read": list(found.not_read),
         "contradicted": found.against["contradicted"],
-        "notes": found.notes(),
+        "notes": found.notes(template_of(tokenizer)),
         "labels": dict(Counter(str(record.extra["label"]).lower() for record in records if "label" in record.extra)),
         "prompt_overlap": shared_prompts(records, splits),
         "similar_prompt_overlap": shared_prompts(records, splits, near=True),

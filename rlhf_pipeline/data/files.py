@@ -24,7 +24,11 @@ from rlhf_pipeline.data.decoding import (
 from rlhf_pipeline.errors import DataError, Fault
 
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz", ".gz")
-CSV_LISTS = ("completions", "ranks", "scores", "messages", "conversations", "history")
+CSV_LISTS = ("completions", "ranks", "scores", "messages", "conversations", "answers", "info", "summaries")
+CSV_NUMBERS = (
+    *("label_probability", "labels", "choice", "better_response_id", "helpfulness"),
+    *("overall_preference", "preference_strength", "preference"),
+)
 CSV_FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 Rows = list[tuple[str, dict[str, Any]]]
@@ -199,7 +203,7 @@ def _cell(column: str, cell: str | None) -> Any:
                 return cell or None
             bad = bad_json(error, cell)
             raise BadJsonError(bad.reason, f"in {column!r}: {bad.found}", "a JSON list") from error
-    if column == "label_probability":
+    if column in CSV_NUMBERS or column.startswith(("score_", "rating_")) or column.endswith(("_score", "_rating")):
         try:
             return float(cell)
         except ValueError:

@@ -18,6 +18,7 @@ from rlhf_pipeline.data.records import TEMPLATE_VALUES, Messages, Record
 from rlhf_pipeline.data.sources import world_digest
 from rlhf_pipeline.errors import DataError, Fault, did_you_mean
 
+LABELS = {1: True, 0: False, -1: False, "true": True, "false": False, "1": True, "0": False, "-1": False}
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -37,9 +38,16 @@ class RecordSet:
     not_read: tuple[str, ...] = ()  # columns with content that the format does not read
     against: Counter[str] = field(default_factory=Counter)  # rows whose scores contradict or do not support the label
 
-    def notes(self) -> list[str]:
-        """Return sentences on what a stage does not read, and on labels that other columns contradict."""
+    def notes(self, template: str | None = None) -> list[str]:
+        """Return sentences on what a stage does not read, and on labels that other columns contradict.
+
+        Args:
+            template: the chat template, if it is known; it may not read the values of `TEMPLATE_VALUES`.
+        """
         said = [f"not read: {', '.join(self.not_read)}"] if self.not_read else []
+        given = {name for record in self.records if record.extra for name in _for_template(record)}
+        if template is not None and (unread := sorted(name for name in given if name not in template)):
+            said.append(f"not read by the chat template: {', '.join(unread)}")
         for reason, what in (("contradicted", "contradict the label"), ("equal", "are equal")):
             if count := self.against[reason]:
                 said.append(f"scores {what} in {count} of {self.rows} rows: the label is used, not the scores")
@@ -55,6 +63,12 @@ class RecordSet:
         out = {item.fault.where for item in faults}
         records = [record for record in self.records if record.where not in out]
         return replace(self, records=records, faults=by_line([*self.faults, *faults]))
+
+
+def _for_template(record: Record) -> list[str]:
+    """Return the names by which a chat template reads a record's own values."""
+    tools = ["tools"] if record.extra.get("tools") else []
+    return [*tools, *record.extra.get("chat_template_kwargs", ())]
 
 
 def count_reasons(faults: list[RowFault]) -> dict[str, int]:
@@ -160,16 +174,22 @@ def _filled(rows: Rows) -> set[str]:
 
 
 def _are_labels(rows: Rows) -> bool:
-    """Whether the column `label` says of each completion if it is good: true and false, or 1 and 0."""
+    """Whether the column `label` says of each completion if it is good: true and false, 1 and 0, or 1 and -1."""
     labels = [row["label"] for _, row in rows if row.get("label") is not None]
-    return bool(labels) and all(isinstance(label, int) and label in (0, 1) for label in labels)
+    return bool(labels) and all(_is_good(label) is not None for label in labels)
+
+
+def _is_good(label: Any) -> bool | None:
+    """Return what a label says, or None if it is something else, such as a class."""
+    label = label.strip().lower() if isinstance(label, str) else label
+    return LABELS.get(label) if isinstance(label, (bool, int, float, str)) else None
 
 
 def _add_values(row: SourceRow, record: Record, labelled: bool) -> None:
     """Add a row's label, and what its chat template reads, to its record."""
     extra: dict[str, Any] = {}
     if labelled and (label := row.value("label")) is not None:
-        extra["label"] = bool(label)
+        extra["label"] = _is_good(label)
     for column, kind in TEMPLATE_VALUES.items() if record.conversational else ():
         if not row.has(column):
             continue

@@ -32,6 +32,12 @@ BUILT_IN = {
 """Every turn ends with the tokenizer's EOS, which is `<|im_end|>` in ChatML proper: a base model knows it already."""
 
 
+def template_of(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    """Return the chat template of a tokenizer as text; None if it has none."""
+    template = getattr(tokenizer, "chat_template", None)
+    return str(template) if template else None
+
+
 def apply_template_keys(tokenizer: PreTrainedTokenizerBase, config: HasTemplate) -> PreTrainedTokenizerBase:
     """Give a tokenizer the chat template and its values of a config; they are then saved with it.
 

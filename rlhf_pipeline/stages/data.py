@@ -26,7 +26,7 @@ from rlhf_pipeline.data.records import plain
 from rlhf_pipeline.data.render import REASONING, REWRITTEN
 from rlhf_pipeline.data.splits import assign_splits
 from rlhf_pipeline.data.styles import Style
-from rlhf_pipeline.data.templates import apply_template_keys
+from rlhf_pipeline.data.templates import apply_template_keys, template_of
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import set_stop_token, train_byte_level_bpe
 from rlhf_pipeline.errors import DataError
@@ -105,7 +105,7 @@ class StageData:
                     for data in config.sources()
                 ]
             for found in self._read:
-                for note in found.notes():
+                for note in found.notes(template_of(tokenizer)):
                     self.say(f"data: {found.source}: {note}")
         return self._read
 

@@ -429,6 +429,9 @@ def test_labelled_completions_are_no_demonstrations(jsonl):
     assert [record.prompt for record in as_kind(records, "prompt")[0]] == ["Does it rain?"]
     chat = [{"messages": [*ASKED, *SAID_YES], "label": 1}, {"messages": [*ASKED, *SAID_NO], "label": 0}]
     assert [record.kind for record in read_records(jsonl(*chat)).records] == ["labelled", "labelled"]
+    for good, bad in ((1, -1), ("True", "false"), (1.0, 0.0), ("1", "0")):
+        texts = [{"prompt": "p", "completion": "a", "label": good}, {"prompt": "p", "completion": "b", "label": bad}]
+        assert [record.extra["label"] for record in read_records(jsonl(*texts)).records] == [True, False]
     classes = [{"prompt": "p", "completion": "a", "label": "good"}, {"prompt": "p", "completion": "b", "label": 3}]
     found = read_records(jsonl(*classes))
     assert ([record.kind for record in found.records], found.not_read) == (["demonstration"] * 2, ("label",))
@@ -437,6 +440,22 @@ def test_labelled_completions_are_no_demonstrations(jsonl):
 def test_a_label_that_is_missing_is_a_fault():
     parsed = parse([("f:1", SETS["KTO"][0][0]), ("f:2", {"prompt": "p", "completion": "a", "label": None})], "f")
     assert count_reasons(parsed.faults) == {"null": 1}
+
+
+def test_numbers_and_labels_in_csv(tmp_path):
+    def records(header: str, *lines: str) -> list[Any]:
+        path = tmp_path / "rows.csv"
+        path.write_text("\n".join((header, *lines)) + "\n")
+        return read_records(str(path)).records
+
+    found = records("prompt,completion,label", "p,a,True", "p,b,False")
+    assert [(record.kind, record.extra["label"]) for record in found] == [("labelled", True), ("labelled", False)]
+    (pair,) = records("prompt,response_0,response_1,better_response_id", "p,a,b,1")
+    assert pair.completions == ("b", "a")
+    (ranking,) = records("prompt,response,helpfulness", "p,a,1", "p,b,4")
+    assert ranks_of(ranking) == [2, 1]
+    (pair,) = records("prompt,response_1,response_2,preference", "p,a,b,-2")
+    assert pair.completions == ("a", "b")
 
 
 def test_scores_that_contradict_the_label_are_counted():
@@ -479,6 +498,13 @@ def test_tools_and_template_values_stay_with_the_messages(tools):
     assert (plain.records[0].extra, plain.not_read) == ({}, ("tools",))
     wrong = parse([("f:1", {**row, "tools": "{"})], "f")
     assert "'tools' is not a list" in str(wrong.faults[0].fault)
+
+
+def test_what_the_template_does_not_read_is_a_note():
+    row = {"messages": [*ASKED, *SAID_YES], "tools": TOOLS, "chat_template_kwargs": {"thinking": False}}
+    parsed = parse([("f:1", row), ("f:2", {**row, "tools": None, "chat_template_kwargs": None})], "f")
+    assert parsed.notes() == parsed.notes("{% if tools %}{{ tools }}{% endif %}{{ thinking }}") == []
+    assert parsed.notes("{{ messages }}") == ["not read by the chat template: thinking, tools"]
 
 
 def test_a_turn_that_calls_a_tool_may_have_no_text():
