@@ -23,7 +23,7 @@ from rlhf_pipeline.evaluation.sampled import Samples, SamplingPlan, add_score, a
 from rlhf_pipeline.measure.trained_on import changes_of, note_changes, owned_by
 from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
 from rlhf_pipeline.models.modules import Policy
-from rlhf_pipeline.registry.lengths import limit_of
+from rlhf_pipeline.registry.lengths import limit_of, positions_of
 from rlhf_pipeline.registry.lineage import COLLECTED
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
@@ -87,6 +87,7 @@ class Bench:
 
         Raises:
             MismatchError: its tokenizer is different.
+            ConfigError: it has too few positions.
         """
         theirs = tokenizer_of(resolved, self.config.trust_remote_code, self.config)
         if not same_but_for_pad(theirs, self.tokenizer):
@@ -94,6 +95,9 @@ class Bench:
                 f"{resolved.label}: found another tokenizer than that of the first model; expected models that read "
                 "the same token ids; compare only models of one family"
             )
+        longest = max((len(prompt.prompt_ids) for prompt in self.plan.prompts), default=0)
+        response = self.plan.response_length
+        require_room(self.config, resolved, Lengths(longest, response, longest + response))
         return load_policy(
             resolved,
             self.config,
@@ -126,22 +130,33 @@ def _lengths(config: PromptsConfig, resolved: Resolved) -> Lengths:
     Raises:
         ConfigError: the lengths need more positions than the model has.
     """
-    positions, limit = limit_of(resolved)
+    positions = positions_of(resolved)
     named = [resolved.config.get(key) for key in ("max_prompt_length", "response_length", "max_length")]
     if positions is not None and not any(named):
         named[2] = min(positions, DEFAULT_MAX_LENGTH)
     trained = resolve_lengths(*named, samples=True)
     response = config.max_new_tokens or trained.response
     prompt = config.max_prompt_length or trained.prompt
-    if positions is not None and prompt + response > positions:
+    lengths = Lengths(prompt, response, prompt + response)
+    require_room(config, resolved, lengths)
+    return lengths
+
+
+def require_room(config: PromptsConfig, resolved: Resolved, lengths: Lengths) -> None:
+    """Check that a model has enough positions for a prompt and a response.
+
+    Raises:
+        ConfigError: it has too few.
+    """
+    positions, limit = limit_of(resolved)
+    if positions is not None and lengths.total > positions:
         raise ConfigError(
             Fault(
                 "--max-new-tokens" if config.max_new_tokens else "max_prompt_length",
-                f"a prompt of up to {prompt} and a response of up to {response} tokens",
+                f"a prompt of up to {lengths.prompt} and a response of up to {lengths.response} tokens",
                 f"together at most {positions}, {limit} {resolved.label}",
             )
         )
-    return Lengths(prompt, response, prompt + response)
 
 
 def load_prompts(
@@ -279,7 +294,10 @@ def set_up(
     def source(text: str | None) -> RewardSource | None:
         if text is None or (in_world and text in WORLD_NAMES):
             return None  # the world's reward has its own figure
-        return load_reward(registry, text, config, first, tokenizer, device).source
+        loaded = load_reward(registry, text, config, first, tokenizer, device)
+        if loaded.resolved is not None:
+            require_room(config, loaded.resolved, lengths)
+        return loaded.source
 
     scorer, judge, truth = (source(getattr(config, key, None)) for key in ("reward_model", "judge", "true_reward"))
     known = truth is None and in_world and labelled_by_world(registry, config, first, say)

@@ -9,6 +9,7 @@ import pytest
 
 from rlhf_pipeline.errors import ConfigError
 from rlhf_pipeline.experiment.estimate import estimate_stage
+from rlhf_pipeline.measure.evaluate import run_evaluate
 from rlhf_pipeline.models.needs import remarks_on
 from rlhf_pipeline.registry.lengths import positions_in
 
@@ -122,3 +123,12 @@ def test_a_router_loss_that_is_not_added_is_said(lab, tmp_path):
     assert remarks_on(lab.registry.resolve(folder)) == expected
     result = lab.run("dpo", model_name_or_path=folder, max_steps=1)
     assert expected[0] in (lab.home / "runs" / result.run / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("role", ["reference", "reward_model"])
+def test_too_few_positions_of_a_model_that_is_measured_with(lab, tmp_path, role):
+    folder = folder_with(lab, tmp_path, "sft" if role == "reference" else "reward", max_position_embeddings=7)
+    few = {"prompts": "world:verdicts", "max_prompts": 4, "samples": 2, "max_new_tokens": 4}
+    config = lab.config("evaluate", **few, **{role: folder})
+    with pytest.raises(ConfigError, match=f"max-new-tokens: a prompt of up to .* at most 7, the positions of {folder}"):
+        run_evaluate("sft", config, lab.home)
