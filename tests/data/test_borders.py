@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -170,3 +171,37 @@ def test_a_prompt_of_a_blank_line_keeps_it():
     assert (trained.prompt_ids, trained.completions) == ([2, 3, 5], [[6, 0]])
     assert sampled.prompt_ids == [2, 3, 5]
     assert counts.rows == {"token_across_border": ["f:1"]}
+
+
+def test_a_slow_tokenizer_keeps_the_border_too():
+    """By hand: one token for each letter, and `bc` for both; it knows no offsets."""
+    from transformers import PreTrainedTokenizer
+
+    class Letters(PreTrainedTokenizer):
+        tokens = ("<eos>", "<unk>", "a", "b", "c", "d", "bc")
+
+        @property
+        def vocab_size(self):
+            return len(self.tokens)
+
+        def get_vocab(self):
+            return {token: number for number, token in enumerate(self.tokens)}
+
+        def _tokenize(self, text, **_options):
+            return re.findall("bc|.", text)
+
+        def _convert_token_to_id(self, token):
+            return self.tokens.index(token)
+
+        def _convert_id_to_token(self, index):
+            return self.tokens[index]
+
+        def convert_tokens_to_string(self, tokens):
+            return "".join(tokens)
+
+    tokenizer = Letters(eos_token="<eos>", unk_token="<unk>")
+    assert not tokenizer.is_fast
+    rows = [Record("pair", "ab", ("cd", "dd"), (True, False))]
+    (example,), counts = tokenize(rows, tokenizer, WIDE)
+    assert (example.prompt_ids, example.completions) == ([2, 3], [[4, 5, 0], [5, 5]])
+    assert counts.truncated == {"token_across_border": 1}
