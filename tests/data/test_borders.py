@@ -205,3 +205,17 @@ def test_a_slow_tokenizer_keeps_the_border_too():
     (example,), counts = tokenize(rows, tokenizer, WIDE)
     assert (example.prompt_ids, example.completions) == ([2, 3], [[4, 5, 0], [5, 5]])
     assert counts.truncated == {"token_across_border": 1}
+
+
+def test_words_without_an_unknown_token_keep_the_border_too():
+    """By hand: `inside` is a word, and so are `in` and `side`; nothing else is, also no white space."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({"<eos>": 0, "in": 1, "side": 2, "inside": 3}))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+    rows = [Record("pair", "in", ("side", " side in"), (True, True)), Record("prompt", "out", where="f:2")]
+    (example,), counts = tokenize(rows, tokenizer, WIDE)
+    assert (example.prompt_ids, example.completions) == ([1], [[2, 0], [2, 1, 0]])
+    assert [(item.reason, item.fault.where) for item in counts.faults] == [("unknown_token", "f:2")]
