@@ -77,7 +77,7 @@ class CollectConfig(WithLengths):
     split_fractions: dict[str, float] = SPLIT_FRACTIONS
     skip_bad_rows: bool = SKIP_BAD_ROWS
     max_prompt_length: Count | None = option(
-        None, "maximum prompt length, in tokens; longer prompts are cut on the left"
+        None, "maximum prompt length, in tokens; longer prompts are cut on the left, those of messages by whole turns"
     )
     response_length: Count | None = option(None, "maximum response length, in tokens, EOS included")
     max_length: Count | None = MAX_LENGTH

@@ -162,7 +162,7 @@ class TrainingConfig(WithLengths):
         "put prompts and completions that are text into the chat template, as turns of user and assistant",
     )
     max_prompt_length: Count | None = option(
-        None, "maximum prompt length, in tokens; longer prompts are cut on the left"
+        None, "maximum prompt length, in tokens; longer prompts are cut on the left, those of messages by whole turns"
     )
     response_length: Count | None = option(
         None, "maximum response length, in tokens, EOS included; longer responses are dropped"

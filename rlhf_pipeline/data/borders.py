@@ -15,7 +15,7 @@ from rlhf_pipeline.data.tokenizers import text_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PLAIN = {"add_special_tokens": False, "verbose": False}
+PLAIN = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
 ANCHORS = ("\n", ".", "a", "1", "(", "e", "▁")
 """Texts before a piece that is encoded, because some tokenizers put a space before a text; one of them ends a token."""
 NEAR = 4
@@ -42,7 +42,19 @@ def completion_ids(
             return ids
         if nearly is None and "".join(found.split()) == "".join(text.split()):
             nearly = ids
-    return tokenizer(completion, **PLAIN)["input_ids"] if nearly is None else nearly
+    return nearly or (token_ids(tokenizer, [completion])[0] or [])
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int] | None]:
+    """Return the token ids of each text without special tokens; None if the tokenizer has no token for part of it."""
+    if not texts:
+        return []
+    try:
+        return tokenizer(texts, **PLAIN)["input_ids"]
+    except Exception:  # a word-level tokenizer without an unknown token raises a bare Exception
+        if len(texts) == 1:
+            return [None]
+        return [ids for text in texts for ids in token_ids(tokenizer, [text])]
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -55,16 +67,20 @@ def first_at(offsets: Sequence[tuple[int, int]], place: int) -> int:
     return next((number for number, (_, end) in enumerate(offsets) if end > place), len(offsets))
 
 
-def offsets_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
-    """Return the characters (start, end) of each token of a text.
+def offsets_of(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[tuple[int, int]]]:
+    """Return the characters (start, end) of each token of each text.
 
-    A slow tokenizer does not know them: the text is then decoded token by token.
+    A slow tokenizer does not know them: the texts are then decoded token by token.
     """
+    if not texts:
+        return []
     if tokenizer.is_fast:
-        return tokenizer(text, return_offsets_mapping=True, **PLAIN)["offset_mapping"]
-    ids = tokenizer(text, **PLAIN)["input_ids"]
-    ends = [len(decoded(tokenizer, ids[:number])) for number in range(1, len(ids) + 1)]
-    return list(zip([0, *ends], ends))
+        return tokenizer(texts, return_offsets_mapping=True, **PLAIN)["offset_mapping"]
+    found = []
+    for ids in tokenizer(texts, **PLAIN)["input_ids"]:
+        ends = [len(decoded(tokenizer, ids[:number])) for number in range(1, len(ids) + 1)]
+        found.append(list(zip([0, *ends], ends)))
+    return found
 
 
 def _candidates(
@@ -72,7 +88,7 @@ def _candidates(
 ) -> Iterator[list[int]]:
     """Yield ids for a completion: those of the whole text from the first possible token on, else its own."""
     border = len(prompt)
-    offsets = offsets_of(tokenizer, prompt + completion)
+    (offsets,) = offsets_of(tokenizer, [prompt + completion])
     if len(offsets) == len(whole):
         start = first_at(offsets, border)
         yield list(whole[start:])
@@ -86,6 +102,6 @@ def _candidates(
 def _inside(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[list[int]]:
     """Yield ids that a text can have within another text."""
     for anchor in ("", *ANCHORS):
-        before, ids = (tokenizer(piece, **PLAIN)["input_ids"] for piece in (anchor, anchor + text))
-        if ids[: len(before)] == before and ids[len(before) :]:
+        before, ids = token_ids(tokenizer, [anchor, anchor + text])
+        if before is not None and ids is not None and ids[: len(before)] == before and ids[len(before) :]:
             yield ids[len(before) :]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf_pipeline.data.encode import BATCH, Counts, token_ids
+from rlhf_pipeline.data.borders import token_ids
+from rlhf_pipeline.data.encode import BATCH, Counts
 from rlhf_pipeline.data.formats import RecordSet, count_reasons
 from rlhf_pipeline.data.kinds import as_kind
 from rlhf_pipeline.data.load import NO_LIMITS, blank_prompts, read_records, records_digest

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from rlhf_pipeline.data.borders import completion_ids, first_at, offsets_of
+from rlhf_pipeline.data.borders import completion_ids, first_at, offsets_of, token_ids
 from rlhf_pipeline.data.files import RowFault, row_fault
 from rlhf_pipeline.data.records import Record, messages
 from rlhf_pipeline.data.render import REASONING, REWRITTEN, Rendered, TemplateRefusal, as_plain, render
@@ -90,12 +90,14 @@ def encode(
                 found = f"the chat template refuses these messages: {refusal}"
                 counts.faults.append(row_fault(record.where, "refused_by_template", found))
         ids = iter(token_ids(tokenizer, [text for _, item, done in ready if not done for text in item.texts()]))
-        for record, item, done in ready:
+        groups = [[] if done else [next(ids) for _ in item.texts()] for _, item, done in ready]
+        marked = [item.prompt for (_, item, _), group in zip(ready, groups) if item.replies and None not in group]
+        offsets = iter(offsets_of(tokenizer, marked))
+        for (record, item, done), encoded in zip(ready, groups):
             if done:
                 completions = [list(tokens) for tokens in record.completion_ids or ()]
                 yield Encoded(record, item, list(record.prompt_ids or ()), completions)
                 continue
-            encoded = [next(ids) for _ in item.texts()]
             known = [tokens for tokens in encoded if tokens is not None]
             if len(known) < len(encoded):
                 found = "text that the tokenizer has no token for"
@@ -110,7 +112,7 @@ def encode(
                 counts.name(reason, record.where)
             if any(whole[: len(prompt)] != prompt for whole in wholes):
                 counts.name(ACROSS, record.where)
-            trained = _within(item.replies, offsets_of(tokenizer, item.prompt)) if item.replies else None
+            trained = _within(item.replies, next(offsets)) if item.replies else None
             start_ids = [] if item.templated or prompt[: len(prefix)] == prefix else prefix
             yield Encoded(record, item, start_ids + prompt, completions, trained)
 
@@ -162,16 +164,3 @@ def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the BOS that the tokenizer adds before a text, if it adds one."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
-
-
-def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int] | None]:
-    """Return the token ids of each text without special tokens; None if the tokenizer has no token for part of it."""
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    if not texts:
-        return []
-    try:
-        return tokenizer(texts, **options)["input_ids"]
-    except Exception:  # a word-level tokenizer without an unknown token raises a bare Exception
-        if len(texts) == 1:
-            return [None]
-        return [ids for text in texts for ids in token_ids(tokenizer, [text])]

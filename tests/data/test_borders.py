@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -170,3 +171,51 @@ def test_a_prompt_of_a_blank_line_keeps_it():
     assert (trained.prompt_ids, trained.completions) == ([2, 3, 5], [[6, 0]])
     assert sampled.prompt_ids == [2, 3, 5]
     assert counts.rows == {"token_across_border": ["f:1"]}
+
+
+def test_a_slow_tokenizer_keeps_the_border_too():
+    """By hand: one token for each letter, and `bc` for both; it knows no offsets."""
+    from transformers import PreTrainedTokenizer
+
+    class Letters(PreTrainedTokenizer):
+        tokens = ("<eos>", "<unk>", "a", "b", "c", "d", "bc")
+
+        @property
+        def vocab_size(self):
+            return len(self.tokens)
+
+        def get_vocab(self):
+            return {token: number for number, token in enumerate(self.tokens)}
+
+        def _tokenize(self, text, **_options):
+            return re.findall("bc|.", text)
+
+        def _convert_token_to_id(self, token):
+            return self.tokens.index(token)
+
+        def _convert_id_to_token(self, index):
+            return self.tokens[index]
+
+        def convert_tokens_to_string(self, tokens):
+            return "".join(tokens)
+
+    tokenizer = Letters(eos_token="<eos>", unk_token="<unk>")
+    assert not tokenizer.is_fast
+    rows = [Record("pair", "ab", ("cd", "dd"), (True, False))]
+    (example,), counts = tokenize(rows, tokenizer, WIDE)
+    assert (example.prompt_ids, example.completions) == ([2, 3], [[4, 5, 0], [5, 5]])
+    assert counts.truncated == {"token_across_border": 1}
+
+
+def test_words_without_an_unknown_token_keep_the_border_too():
+    """By hand: `inside` is a word, and so are `in` and `side`; nothing else is, also no white space."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({"<eos>": 0, "in": 1, "side": 2, "inside": 3}))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+    rows = [Record("pair", "in", ("side", " side in"), (True, True)), Record("prompt", "out", where="f:2")]
+    (example,), counts = tokenize(rows, tokenizer, WIDE)
+    assert (example.prompt_ids, example.completions) == ([1], [[2, 0], [2, 1, 0]])
+    assert [(item.reason, item.fault.where) for item in counts.faults] == [("unknown_token", "f:2")]

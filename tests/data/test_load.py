@@ -70,6 +70,23 @@ def test_faults_of_tokenisation_are_raised_or_counted(jsonl, letters):
     assert load(source, letters, skip_bad_rows=True)[1].dropped == {"empty_prompt": 1}
 
 
+def test_rows_that_the_chat_template_refuses_are_raised_together_or_counted(jsonl, chat):
+    chat.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + (
+        chat.chat_template
+    )
+    talk = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "a"}]
+    refused = [{"role": "system", "content": "c"}, *talk]
+    source = jsonl(*[{"messages": refused if i in (4, 8) else talk} for i in range(1, 10)])
+    with pytest.raises(DataError) as caught:
+        load(source, chat, kind="demonstration")
+    summary, *rows = map(str, caught.value.faults)
+    assert "2 of 9 rows cannot be used (refused_by_template 2)" in summary
+    assert [row.partition(": ")[0].rpartition(":")[2] for row in rows] == ["4", "8"]
+    assert all("no system turn" in row for row in rows)
+    examples, report = load(source, chat, kind="demonstration", skip_bad_rows=True)
+    assert len(examples) == 7 and report.dropped == {"refused_by_template": 2}
+
+
 def test_the_digest_names_the_content_of_the_split_and_not_the_file(jsonl, letters):
     other = {**GOOD, "prompt": "a"}
     first = load(jsonl(GOOD, other, name="a.jsonl"), letters)[1].digest

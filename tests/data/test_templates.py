@@ -257,6 +257,9 @@ def test_whole_turns_are_dropped_from_a_long_prompt_and_the_system_turn_stays():
         assert example.prompt_truncated == (kept > 1) and example.prompt_key == record.prompt_key
         (every,), _ = tokenize([record], tokenizer, limits, all_replies=True)
         assert len(trained_pieces(every, 0, tokenizer)) == {1: 3, 3: 2, 5: 1}[kept]
+    limits = SimpleNamespace(prompt=99, response=9, total=lengths[1] + 2)  # the total alone: a reply of two tokens
+    (example,), _ = tokenize([conversation(turns)], tokenizer, limits)
+    assert len(example.prompt_ids) == lengths[1]
     limits = SimpleNamespace(prompt=lengths[2] - 1, response=9, total=99)
     examples, counts = tokenize([conversation(turns)], tokenizer, limits)
     assert (examples, counts.dropped) == ([], {"prompt_too_long": 1})
