@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from rlhf_pipeline.errors import Fault
-
-if TYPE_CHECKING:
-    from rlhf_pipeline.config.training import TrainingConfig
 
 ADAPTER_KEYS = (
     *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save"),
@@ -17,7 +14,20 @@ ADAPTER_KEYS = (
 )
 
 
-def check_adapter(config: TrainingConfig) -> Iterator[Fault]:
+class HasAdapter(Protocol):
+    """A config with the keys of an adapter."""
+
+    @property
+    def model_fields_set(self) -> set[str]: ...
+    @property
+    def model_name_or_path(self) -> str | None: ...
+    @property
+    def use_peft(self) -> bool: ...
+    @property
+    def load_in_4bit(self) -> bool: ...
+
+
+def check_adapter(config: HasAdapter) -> Iterator[Fault]:
     """Yield the faults of an adapter that cannot be trained here, and of its keys without `use_peft`."""
     if not config.use_peft:
         named = [key for key in ADAPTER_KEYS if key in config.model_fields_set]
