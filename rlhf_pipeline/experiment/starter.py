@@ -121,8 +121,13 @@ def plan_starter(source: str, *, model: str | None, seeds: int, folder: Path, ho
 
 
 def _split(source: str, splits: Mapping[str, int], part: str, carried: bool) -> str:
-    """The split for a part (train, test, ...): the split of that name, else the only one whose name begins with it."""
+    """The split for a part (train, test, ...): the split of that name, else the only one whose name begins with it.
+
+    Of several, the one for preferences is taken: train_prefs, as UltraFeedback has beside train_sft and train_gen.
+    """
     found = [part] if part in splits else [name for name in splits if name.startswith(part)]
+    if f"{part}_prefs" in found:
+        found = [f"{part}_prefs"]
     if len(found) != 1:
         there = ", ".join(f"{name} ({count})" for name, count in splits.items())
         if not carried:

@@ -171,6 +171,16 @@ def test_a_source_with_splits_and_no_judge_among_them(init):
     assert "judge" not in values["compare"] and "judge" not in values["stages"]["ppo"]
 
 
+def test_the_splits_of_preferences_are_taken(init):
+    names = ("train_prefs", "train_prefs", "train_sft", "test_prefs", "test_gen")
+    rows = [{**row, "split": names[n % len(names)]} for n, row in enumerate(different(40))]
+    code, said, values = init(rows, "--model", "sft")
+    assert code == 0, said
+    for stage in ("sft", "reward", "dpo"):
+        assert values["stages"][stage]["dataset_train_split"] == "train_prefs"
+        assert values["stages"][stage]["dataset_test_split"] == "test_prefs"
+
+
 def test_faulty_rows_are_counted_and_left_out(init):
     empty = {"prompt": "", "chosen": " great", "rejected": " dull"}
     code, said, values = init([*different(60), {"prompt": "x", "chosen": "y"}, empty], "--model", "sft", "--json")
