@@ -57,6 +57,12 @@ def check_trained(config: SftConfig) -> Iterator[Fault]:
         yield Fault("train_on", "'last', but completion_only_loss is false", "one of the two", "remove one")
 
 
+def check_end(config: SftConfig) -> Iterator[Fault]:
+    """Yield the fault of an EOS for a tokenizer that is made with its own."""
+    if config.tokenizer_init is not None and config.eos_token is not None:
+        yield Fault("eos_token", "the tokenizer of tokenizer_init has its own", "no eos_token", "remove it")
+
+
 def check_positions(config: SftConfig) -> Iterator[Fault]:
     """Yield the fault of a model from scratch with fewer positions than the longest sequence."""
     if any(check_lengths(config)):
@@ -73,7 +79,7 @@ class SftConfig(TrainingConfig):
     """Config of `rlhf sft`."""
 
     stage: ClassVar[str] = "sft"
-    checks: ClassVar = (check_start, *COMMON_CHECKS, check_trained, check_positions)
+    checks: ClassVar = (check_start, *COMMON_CHECKS, check_trained, check_end, check_positions)
 
     learning_rate: Positive = option(2e-5, "peak learning rate of AdamW (TRL)")
     weight_decay: NonNegative = option(

@@ -86,6 +86,8 @@ def _at(path: str) -> str:
     """Return the template of a file, or of a tokenizer in a directory or on the hub."""
     if Path(path).is_file():
         return Path(path).read_text(encoding="utf-8")
+    if path.endswith((".jinja", ".j2")):
+        raise ConfigError(Fault("chat_template_path", f"{path!r} cannot be read (no such file)", "a Jinja file"))
     from transformers import AutoTokenizer
 
     try:

@@ -10,6 +10,7 @@ import torch
 
 from rlhf_pipeline.cli.main import main
 from rlhf_pipeline.data.tokenizers import load_tokenizer, train_byte_level_bpe
+from rlhf_pipeline.errors import ConfigError
 from rlhf_pipeline.models.loading import init_causal_lm, load_causal_lm, save_model
 
 CHATML = (
@@ -113,3 +114,35 @@ def test_the_preview_shows_ids_borders_and_trained_tokens(capsys, lab, chat, sou
     assert main([*words, "--train-on", "last"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert next(line for line in lines if "trained" in line) == "  trained     2 tokens '8<|im_end|>'"
+
+
+def test_a_dry_run_finds_what_is_wrong_with_the_template(capsys, lab, chat, source) -> None:
+    words = ["--home", str(lab.home), "sft", "--dry-run", f"model_name_or_path={chat}", f"dataset_name={source}"]
+    words += ["output_name=x", "use_cpu=true", "max_prompt_length=60", "response_length=8", "dataset_train_split=all"]
+    for override, error in (
+        ("chat_template_path=nowhere.jinja", "chat_template_path: 'nowhere.jinja' cannot be read"),
+        (
+            "chat_template=chatlm",
+            "chat_template=chatlm: found 'chatlm'; expected alpaca, chatml, zephyr, or Jinja text; did",
+        ),
+        ("chat_template='{{ raise_exception(\"no\") }}'", "4 of 4 rows cannot be used (refused_by_template 4)"),
+        ("eos_token=<none>", "eos_token: '<none>' is not a token"),
+    ):
+        assert main([*words, override]) == 2, override
+        assert error in capsys.readouterr().err, override
+    assert main(words) == 0
+
+
+def test_a_model_from_scratch_has_the_template_of_its_config(lab, source) -> None:
+    from rlhf_pipeline.stages.common import tokenizer_of
+
+    fresh = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    fresh |= {"num_attention_heads": 1, "max_position_embeddings": 128}
+    tokens = {"type": "byte_level_bpe", "vocab_size": 300}
+    start = {"model_name_or_path": None, "model_init": fresh, "tokenizer_init": tokens, "chat_template": "zephyr"}
+    result = lab.run("sft", output_name="fresh", dataset_name=source, **start, **OPTIONS)
+    resolved = lab.registry.resolve(result.model)
+    assert "<|assistant|>" in tokenizer_of(resolved).chat_template
+    assert resolved.manifest.chat_template_digest is not None
+    with pytest.raises(ConfigError, match="eos_token: the tokenizer of tokenizer_init has its own"):
+        lab.config("sft", output_name="x", dataset_name=source, eos_token="a", **start)
