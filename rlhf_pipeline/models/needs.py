@@ -10,6 +10,7 @@ from rlhf_pipeline.config.stages import StageConfig
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.errors import ConfigError, Fault
 from rlhf_pipeline.models.refusals import first_line
+from rlhf_pipeline.registry.adapters import described_by
 from rlhf_pipeline.registry.lengths import require_positions
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import read_json
@@ -51,12 +52,14 @@ def remarks_on(base: Resolved) -> list[str]:
 
 
 def _described(resolved: Resolved) -> dict[str, Any]:
+    resolved = described_by(resolved)
     return {} if resolved.path is None else read_json(resolved.path / "config.json")
 
 
 def _require_kernel_of(resolved: Resolved, kernel: str, trust_remote_code: bool, *, scores: bool) -> None:
     from transformers import AutoConfig
 
+    resolved = described_by(resolved)
     try:
         config = AutoConfig.from_pretrained(
             resolved.location, revision=resolved.revision, trust_remote_code=trust_remote_code

@@ -56,6 +56,17 @@ def base_of(resolved: Resolved, resolve: Callable[[str], Resolved]) -> Resolved:
     return base
 
 
+def described_by(resolved: Resolved) -> Resolved:
+    """Return the model whose folder has the config of a model: itself, or the base of an adapter without its own.
+
+    Raises:
+        The errors of `base_of`.
+    """
+    while resolved.path is not None and not (resolved.path / "config.json").is_file() and resolved.base is not None:
+        resolved = resolved.base
+    return resolved
+
+
 def chain_of(resolved: Resolved) -> tuple[Resolved, list[Resolved]]:
     """Return the whole model at the bottom of a model, and the adapters on it, the lowest first.
 

@@ -9,6 +9,7 @@ from rlhf_pipeline.config.base import LENGTHS, lengths_told
 from rlhf_pipeline.config.collect import CollectConfig
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.errors import ConfigError, Fault
+from rlhf_pipeline.registry.adapters import described_by
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import read_json
 from rlhf_pipeline.registry.store import Registry
@@ -77,6 +78,7 @@ def limit_of(resolved: Resolved) -> tuple[int | None, str]:
     Raises:
         DamagedFile: the file cannot be read.
     """
+    resolved = described_by(resolved)
     found = positions_in({} if resolved.path is None else read_json(resolved.path / "config.json"))
     if found[0] is not None or resolved.kind == "data":
         return found

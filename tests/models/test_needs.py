@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from rlhf_pipeline.errors import ConfigError
+from rlhf_pipeline.errors import BadInput, ConfigError
 from rlhf_pipeline.experiment.estimate import estimate_stage
 from rlhf_pipeline.measure.evaluate import run_evaluate
 from rlhf_pipeline.models.needs import remarks_on
@@ -56,7 +56,7 @@ def refusal_of(lab, stage, **changes) -> str:
     """The same refusal of the dry run and of the run; nothing is left of the run."""
     told = []
     for attempt in (lambda: estimate_stage(lab.config(stage, **changes), lab.home), lambda: lab.run(stage, **changes)):
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(BadInput) as caught:
             attempt()
         told.append(str(caught.value))
     assert told[0] == told[1] and not list((lab.home / "runs").glob("*"))
@@ -132,3 +132,23 @@ def test_too_few_positions_of_a_model_that_is_measured_with(lab, tmp_path, role)
     config = lab.config("evaluate", **few, **{role: folder})
     with pytest.raises(ConfigError, match=f"max-new-tokens: a prompt of up to .* at most 7, the positions of {folder}"):
         run_evaluate("sft", config, lab.home)
+
+
+def test_too_few_positions_of_the_base_of_an_adapter(lab, tmp_path):
+    """An adapter as peft saves it has no config.json: the positions are those of its base."""
+    base = folder_with(lab, tmp_path, max_position_embeddings=9)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    assert f"at most 9, the positions of {adapter}" in refusal_of(lab, "dpo", model_name_or_path=str(adapter))
+
+
+@pytest.mark.parametrize("stage", ["train-rm", "dpo", "ppo"])
+def test_a_chat_template_that_is_not_there(lab, tmp_path, stage):
+    turns = [[{"role": role, "content": text}] for role, text in (("user", "the plot was"), ("assistant", "great"))]
+    row = {"prompt": turns[0], "chosen": turns[1], "rejected": [{"role": "assistant", "content": "dull"}]}
+    data = tmp_path / "pairs.jsonl"
+    data.write_text(json.dumps(row) + "\n")
+    told = refusal_of(lab, stage, dataset_name=str(data), dataset_train_split="all")
+    assert "the tokenizer has no chat template" in told

@@ -39,7 +39,7 @@ ARCHITECTURES = {
     "olmo2": {key: value for key, value in SIZES.items() if key != "head_dim"},
     "opt": {**ALONE, "word_embed_proj_dim": 16, "ffn_dim": 32, "max_position_embeddings": 64, "layerdrop": 0.3},
 }
-METHODS = {"full": {}}
+METHODS = {"full": {}, "lora": {"use_peft": True, "lora_r": 2, "lora_target_modules": ["all-linear"]}}
 
 
 def published(model_type: str, folder) -> str:
