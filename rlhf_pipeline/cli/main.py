@@ -15,6 +15,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from rlhf_pipeline import __version__
+from rlhf_pipeline.api import DEFAULT_HOME, HOME_VARIABLE
 from rlhf_pipeline.cli import config, data, models
 from rlhf_pipeline.cli.compare import COMPARE_KEYS, compare, report
 from rlhf_pipeline.cli.evaluate import MEASURING_KEYS, SAMPLING_KEYS, evaluate, generate
@@ -22,8 +23,6 @@ from rlhf_pipeline.cli.exact import EXACT_KEYS, exact
 from rlhf_pipeline.cli.imports import import_file
 from rlhf_pipeline.cli.init import init
 from rlhf_pipeline.cli.options import (
-    DEFAULT_HOME,
-    HOME_VARIABLE,
     Common,
     DebugOption,
     DryRunOption,
