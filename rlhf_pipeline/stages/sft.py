@@ -31,7 +31,7 @@ from rlhf_pipeline.stages.common import (
     publish,
     tokenizer_of,
 )
-from rlhf_pipeline.stages.data import StageData, trains_all_replies
+from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.open_run import open_run
 from rlhf_pipeline.training.session import Plan, train
@@ -40,8 +40,6 @@ from rlhf_pipeline.training.windows import ExampleBatch, Loss
 
 if TYPE_CHECKING:
     pass
-
-EVAL_EXAMPLES = 1024
 
 
 def sft_step(model: Policy, micro_batch: ExampleBatch, *, meter: CostMeter, shape: ModelShape) -> Loss:
@@ -114,14 +112,7 @@ def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
 
         # 2. The data.
         examples, reports = data.training(tokenizer)
-        held_out, _ = data.split(
-            "demonstration",
-            config.dataset_test_split,
-            tokenizer,
-            limit=EVAL_EXAMPLES,
-            required=False,
-            all_replies=trains_all_replies(config),
-        )
+        held_out, _ = data.held_out("demonstration", tokenizer)
         if config.trains_all:
             examples, held_out = ([whole_sequence(e) for e in part] for part in (examples, held_out))
         run.log.say(f"first example: {trained_text(examples[0], tokenizer)}")
@@ -150,7 +141,7 @@ def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
             model=policy.model,
             tokenizer=tokenizer,
             inputs=inputs_of(parents, reports),
-            evaluate=evaluate,
+            evaluate=evaluate if held_out else None,
         )
         if config.engine == "trl":
             last = train_with_trl(run, plan, examples=examples, shape=shape)
