@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -80,11 +79,8 @@ def is_older(version: str, least: str) -> bool:
 
 def _packages() -> Iterator[Finding]:
     """Python, this package, and the packages that it requires."""
-    ours, python = version_of("rlhf-pipeline"), platform.python_version()
-    if sys.version_info < (3, 10):
-        yield Finding("python", "fault", python, "install Python 3.10 or newer")
-    else:
-        yield Finding("python", "ok", python)
+    ours = version_of("rlhf-pipeline")
+    yield Finding("python", "ok", platform.python_version())
     yield Finding("rlhf-pipeline", "ok", ours or "not installed by pip: run from its folder")
     for line in importlib.metadata.requires("rlhf-pipeline") or [] if ours else []:
         name, least = re.match(r"([A-Za-z0-9._-]+)(?:>=([0-9.]+))?", line).groups()  # type: ignore[union-attr]

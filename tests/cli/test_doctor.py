@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,7 +62,7 @@ def test_a_home_on_a_file_system_that_refuses(tmp_path, capsys, monkeypatch) -> 
 
 
 def test_little_disk_memory_and_too_many_threads_are_warnings(tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: os.statvfs_result and type("D", (), {"free": 2**29}))
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: SimpleNamespace(free=2**29))
     monkeypatch.setattr(doctor, "_memory", lambda: (2**34, 2**30))
     monkeypatch.setenv("OMP_NUM_THREADS", "4096")
     found = diagnosed(capsys, tmp_path)
