@@ -15,15 +15,15 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from rlhf_pipeline import __version__
+from rlhf_pipeline.api import DEFAULT_HOME, HOME_VARIABLE
 from rlhf_pipeline.cli import config, data, models
 from rlhf_pipeline.cli.compare import COMPARE_KEYS, compare, report
+from rlhf_pipeline.cli.doctor import doctor
 from rlhf_pipeline.cli.evaluate import MEASURING_KEYS, SAMPLING_KEYS, evaluate, generate
 from rlhf_pipeline.cli.exact import EXACT_KEYS, exact
 from rlhf_pipeline.cli.imports import import_file
 from rlhf_pipeline.cli.init import init
 from rlhf_pipeline.cli.options import (
-    DEFAULT_HOME,
-    HOME_VARIABLE,
     Common,
     DebugOption,
     DryRunOption,
@@ -38,7 +38,6 @@ from rlhf_pipeline.errors import Fault, RlhfError, faults_of, visible
 app = typer.Typer(
     name="rlhf",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Train a language model by RLHF (SFT, reward model, PPO) and by DPO on the same preference data, and compare.",
@@ -76,6 +75,7 @@ command(app, "generate", dry_run=True, config="generate", keys=SAMPLING_KEYS)(ge
 command(app, "compare", dry_run=True, config="compare", keys=COMPARE_KEYS)(compare)
 command(app, "exact", dry_run=True, config="exact", keys=EXACT_KEYS)(exact)
 command(app, "report")(report)
+command(app, "doctor")(doctor)
 app.add_typer(models.app, name="models")
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")

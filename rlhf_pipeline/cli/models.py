@@ -13,7 +13,7 @@ from rlhf_pipeline.cli.options import Common, command
 from rlhf_pipeline.cli.output import emit, emit_json, emit_lines, emit_table, flat_metrics, printer
 from rlhf_pipeline.errors import BadInput, UnknownReference
 
-app = typer.Typer(no_args_is_help=True, help="List, show, alias, export, remove and verify registered models.")
+app = typer.Typer(no_args_is_help=True, help="List, show, alias, export, push, remove and verify registered models.")
 
 RefArgument = Annotated[str, typer.Argument(metavar="REF", help="name, name@vN or name@alias.", show_default=False)]
 
@@ -128,6 +128,20 @@ def export(
         return
     target = common.registry.export(reference, directory)
     emit({"path": str(target)}, [f"exported to {target}"], json=common.json)
+
+
+@command(app, "push")
+def push(
+    common: Common,
+    reference: RefArgument,
+    name: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the hub.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private if it is new.")] = False,
+) -> None:
+    """Upload a model with its card and manifest to the hub."""
+    from rlhf_pipeline.registry.hub import push as upload
+
+    done = upload(common.registry, reference, name, private=private)
+    emit(done, [f"uploaded {done['model']} to {done['url']}"], json=common.json)
 
 
 @command(app, "remove")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,14 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from rlhf_pipeline.api import HOME_VARIABLE, home_directory
 from rlhf_pipeline.errors import BadInput
 
 if TYPE_CHECKING:
     from rlhf_pipeline.config.load import Loaded
     from rlhf_pipeline.registry.store import Registry
-
-HOME_VARIABLE = "RLHF_HOME"
-DEFAULT_HOME = "rlhf_home"
 
 
 @dataclass(frozen=True)
@@ -35,12 +32,7 @@ class Common:
     @property
     def home_path(self) -> Path:
         """The home directory: --home, else $RLHF_HOME, else ./rlhf_home."""
-        home = self.home or Path(os.environ.get(HOME_VARIABLE) or DEFAULT_HOME)
-        if any(ord(char) < 32 or ord(char) == 127 for char in str(home)):
-            raise BadInput(f"--home {str(home)!r}: expected a path without control characters")
-        if home.exists() and not home.is_dir():
-            raise BadInput(f"--home {home}: found a file, expected a directory (or a path where one can be made)")
-        return home
+        return home_directory(self.home)
 
     @property
     def registry(self) -> Registry:

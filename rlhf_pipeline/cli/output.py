@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rlhf_pipeline.api import printable
 from rlhf_pipeline.errors import UNSEEN, visible
 
 if TYPE_CHECKING:
@@ -20,18 +21,7 @@ if TYPE_CHECKING:
 
 def emit_json(value: Any) -> None:
     """Print one JSON object; parts of results.json keep their form, NaN and infinities become null."""
-    from pydantic import BaseModel
-
-    def clean(item: Any) -> Any:
-        if isinstance(item, BaseModel):
-            item = item.model_dump(mode="json", exclude_unset=True)
-        if isinstance(item, Mapping):
-            return {str(key): clean(part) for key, part in item.items()}
-        if isinstance(item, list | tuple):
-            return [clean(part) for part in item]
-        return None if isinstance(item, float) and not math.isfinite(item) else item
-
-    text = json_module.dumps(clean(value), ensure_ascii=False, default=str)
+    text = json_module.dumps(printable(value), ensure_ascii=False, default=str)
     sys.stdout.write(UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
 
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from rlhf_pipeline.api import check_models
 from rlhf_pipeline.cli.libraries import load_libraries
 from rlhf_pipeline.cli.options import Common, OverridesArgument, ResumeOption, Settings
 from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_plan, emit_table, flat_metrics
-
-if TYPE_CHECKING:
-    from rlhf_pipeline.config.base import CommandConfig
-    from rlhf_pipeline.registry.store import Registry
 
 NOT_TRAINED = "nothing was trained"
 
@@ -41,20 +38,6 @@ def train(common: Common, settings: Settings, overrides: OverridesArgument = Non
         return
     emit_table(f"{stage}: {result.model}", ("metric", "value"), flat_metrics(result.metrics))
     emit_lines([f"model  {result.model}", f"path   {result.path}", f"run    {result.run}"])
-
-
-def check_models(config: CommandConfig, registry: Registry) -> None:
-    """Check the models that a config names in the same way as its stage, before the libraries are imported.
-
-    Raises:
-        UnknownReference, MismatchError, DamagedFile.
-    """
-    from rlhf_pipeline.config.mentions import mentions
-    from rlhf_pipeline.registry.roles import check_role
-
-    for mention in mentions(config):
-        if mention.role != "data":
-            check_role(registry.resolve(mention.text), "policy" if mention.role == "policy" else "reward_model")
 
 
 def run(

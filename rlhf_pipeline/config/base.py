@@ -82,10 +82,6 @@ def _name(value: str) -> str:
     return value
 
 
-def _report_to(value: Any) -> Any:
-    return "none" if value in (None, [], ["none"]) else value
-
-
 def _dtype(value: Any) -> Any:
     return "float32" if value is None else value  # as in alignment-handbook and in older releases of transformers
 
@@ -106,7 +102,6 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN), AfterValidator(_name)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Warmup = Annotated[float, Field(ge=0), AfterValidator(_warmup)]
 Steps = Annotated[int | tuple[int, ...] | None, BeforeValidator(_steps)]
-ReportTo = Annotated[Literal["none"], BeforeValidator(_report_to)]
 Counts = Annotated[tuple[Count, ...], BeforeValidator(_listed)]
 Texts = Annotated[tuple[Text, ...], BeforeValidator(_listed)]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16", "auto"], BeforeValidator(_dtype)]

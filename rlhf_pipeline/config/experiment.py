@@ -27,7 +27,7 @@ _MEANT = {"policy": "a policy", "reward": "a reward model", "data": "data"}
 
 
 def load_experiment(
-    path: Path | str,
+    path: Mapping[str, Any] | Path | str,
     overrides: Iterable[str] = (),
     *,
     known_models: Collection[str] = (),
@@ -35,7 +35,8 @@ def load_experiment(
     """Return the experiment of a YAML file, with the configs of all its stages.
 
     Args:
-        path: the experiment's file; the configs it names are relative to its folder.
+        path: the experiment's file, or its content; the configs it names are relative to the file's folder, or to the
+            working directory.
         overrides: `stage.key=value` for a stage, `compare.key=value`, or `key=value` for the experiment.
         known_models: the registry's model names; a bare name that is neither a stage nor one of these
             is a fault.
@@ -43,7 +44,8 @@ def load_experiment(
     Raises:
         ConfigError: the faults of the experiment and of all configs together.
     """
-    reader = _Reader(Path(path), known_models)
+    file, content = (Path("experiment"), path) if isinstance(path, Mapping) else (Path(path), None)
+    reader = _Reader(file, content, known_models)
     experiment = reader.read(overrides)
     if experiment is None or reader.plan.faults:
         raise ConfigError(in_order(dict.fromkeys(reader.plan.faults)))
@@ -106,14 +108,17 @@ class _Links:
 class _Reader:
     """Collects the drafts of one experiment, and their faults."""
 
-    def __init__(self, path: Path, known_models: Collection[str]):
-        self.path, self.folder = path, path.parent
+    def __init__(self, path: Path, content: Mapping[str, Any] | None, known_models: Collection[str]):
+        self.path, self.folder, self.content = path, path.parent, content
         self.plan = Draft("experiment", str(path))
         self.known_models = known_models
 
     def read(self, overrides: Iterable[str]) -> Experiment | None:
         """Return the experiment, or None if its own file has faults."""
-        self.plan.add_document(read_document(self.path), self.folder)
+        if self.content is None:
+            self.plan.add_document(read_document(self.path), self.folder)
+        else:
+            self.plan.add(self.content, lambda key: f"experiment: {dotted(key)}", self.folder)
         parsed, faults = parse_overrides(overrides, on_file="only one experiment can be run: remove it")
         self.plan.faults.extend(faults)
         own, inner = self._share_out(parsed, self._entries())

@@ -58,8 +58,6 @@ def note_on_alias(alias: str, key: str) -> str:
 LATER: dict[str, tuple[Any, ...]] = {
     "load_in_8bit": (None, False),
     "kl_target": (None,),
-    "load_best_model_at_end": (None, False),
-    "report_to": (None, "none", [], ["none"]),
 }
 """Keys that work in a later version, as every other key that starts with lora_, and the values that mean "off"."""
 
@@ -87,7 +85,6 @@ FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "do_train": ((True, None), "a stage always trains"),
     "fp16": ((False, None), "use bf16"),
     "tf32": ((False, None), "use bf16 for speed"),
-    "optim": (("adamw_torch", "adamw_torch_fused"), "every stage trains with AdamW"),
     "logging_strategy": (("steps",), "logging_steps sets when metrics are logged"),
     "dataset_text_field": (("text", None), "rename the column of the data to text"),
     "dataset_streaming": ((False,), "a stage reads its data once, before it trains"),

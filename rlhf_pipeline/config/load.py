@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ class Loaded:
 
 def load_config(
     stage: str,
-    path: Path | str | None,
+    path: Mapping[str, Any] | str | os.PathLike[str] | None,
     overrides: Iterable[str] = (),
     *,
     extra: Mapping[str, Any] | None = None,
@@ -38,7 +39,7 @@ def load_config(
 
     Args:
         stage: sft, train-rm, ppo, dpo, collect, evaluate, compare or exact.
-        path: the YAML file, or None.
+        path: the YAML file, or its content, or None.
         overrides: `key=value` texts; they win over everything.
         extra: values from the caller; they win over the file.
 
@@ -46,8 +47,10 @@ def load_config(
         ConfigError: one or more faults, all of them listed.
     """
     schema_class(stage)
-    draft = Draft(stage, stage if path is None else str(path))
-    if path is not None:
+    draft = Draft(stage, stage if path is None or isinstance(path, Mapping) else str(path))
+    if isinstance(path, Mapping):
+        draft.add(path, lambda key: f"{stage}: {dotted(key)}")
+    elif path is not None:
         draft.add_document(read_document(Path(path)), Path(path).parent)
     if extra:
         draft.add(extra, lambda key: f"{stage}: {dotted(key)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field
 
 from rlhf_pipeline.config.adapter import check_adapter
 from rlhf_pipeline.config.base import (
@@ -27,7 +27,6 @@ from rlhf_pipeline.config.base import (
     Name,
     NonNegative,
     Positive,
-    ReportTo,
     Seed,
     Steps,
     StopToken,
@@ -41,8 +40,9 @@ from rlhf_pipeline.config.base import (
     option,
     part_of,
     renames,
-    wrong,
 )
+from rlhf_pipeline.config.evaluation import Cadence, WithEvaluation, check_eval, check_evaluations, check_metric
+from rlhf_pipeline.config.optim import SCHEDULES, check_optim, check_schedule
 from rlhf_pipeline.config.template import (
     CHAT_TEMPLATE,
     CHAT_TEMPLATE_KWARGS,
@@ -50,17 +50,8 @@ from rlhf_pipeline.config.template import (
     EOS_TOKEN,
     check_template,
 )
+from rlhf_pipeline.config.trackers import ReportTo, check_trackers
 from rlhf_pipeline.errors import Fault
-
-
-def _cadence(value: Any) -> Any:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value is not None and not (number and (0 < value < 1 or (value >= 1 and float(value).is_integer()))):
-        raise wrong("a whole number >= 1, or a fraction between 0 and 1")
-    return int(value) if number and value >= 1 else value
-
-
-Cadence = Annotated[int | float | None, BeforeValidator(_cadence)]
 
 
 class DatasetEntry(Keys):
@@ -101,12 +92,18 @@ def check_engine(config: TrainingConfig) -> Iterator[Fault]:
         yield Fault("snapshot_steps", "engine trl takes no snapshots", "no snapshot_steps", NATIVE)
     if getattr(config, "packing", False):
         yield Fault("packing", "engine trl trains on the examples one by one", "false", NATIVE)
+    if SCHEDULES[config.lr_scheduler_type].measures:
+        found = f"{config.lr_scheduler_type} does not work with engine trl"
+        yield Fault("lr_scheduler_type", found, "another schedule", NATIVE)
+    if config.follows_metric:
+        key = config.following_key
+        yield Fault(key, "engine trl keeps no weights of evaluations", f"no {key}", NATIVE)
     if config.micro_batch_tokens is not None:
         found = "engine trl limits micro-batches only by the number of examples"
         yield Fault("micro_batch_tokens", found, "no micro_batch_tokens", NATIVE)
 
 
-class TrainingConfig(WithLengths):
+class TrainingConfig(WithLengths, WithEvaluation):
     """Keys of every training stage, with the names of Hugging Face and TRL."""
 
     model_name_or_path: Text | None = option(
@@ -170,9 +167,6 @@ class TrainingConfig(WithLengths):
     max_length: Count | None = MAX_LENGTH
 
     learning_rate: Positive = option(..., "peak learning rate of AdamW", examples=[1e-5])
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
-        "linear", "learning rate schedule over all steps (transformers)"
-    )
     warmup_steps: Warmup = option(
         0, "steps of linear warm-up, starting at rate 0; below 1: a fraction of all steps, rounded up (transformers)"
     )
@@ -225,13 +219,6 @@ class TrainingConfig(WithLengths):
     output_dir: Text | None = option(
         None, "folder for a copy of the model for plain transformers; it replaces an earlier copy of this name"
     )
-    logging_steps: Count = option(10, "steps between two lines of the log (TRL)")
-    eval_strategy: Literal["no", "steps", "epoch"] = option(
-        "no", "when to evaluate on the test split (transformers); eval_steps implies 'steps'"
-    )
-    eval_steps: Cadence = option(
-        None, "steps between evaluations; below 1: a fraction of all steps (transformers: logging_steps)"
-    )
     save_strategy: Literal["no", "steps", "epoch"] = option(
         "steps", "when to write checkpoints: every save_steps, at the end of every epoch, or never (transformers)"
     )
@@ -242,22 +229,12 @@ class TrainingConfig(WithLengths):
     snapshot_steps: Steps = option(
         None, "keep weights as name@vN#step, every n steps or at a list of steps (ours: none)"
     )
-    report_to: ReportTo = option("none", "experiment tracker (ours: only the run's own files)")
+    report_to: ReportTo = option(
+        (), "experiment trackers beside metrics.jsonl, by accelerate's names; none, all, or a list (ours: none)"
+    )
     engine: Literal["native", "trl"] = option(
         "native", "training loop: native, or TRL's trainer on the same examples in the same order (not for ppo)"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _eval_steps_imply_strategy(cls, values: Any) -> Any:
-        implied = isinstance(values, dict) and values.get("eval_steps") is not None
-        return {"eval_strategy": "steps", **values} if implied else values
-
-    @model_validator(mode="after")
-    def _fill_eval_steps(self) -> TrainingConfig:
-        if self.eval_strategy == "steps" and self.eval_steps is None:
-            object.__setattr__(self, "eval_steps", self.logging_steps)
-        return self
 
     @property
     def reads_prompts(self) -> bool:
@@ -341,19 +318,12 @@ def check_max_steps(config: TrainingConfig) -> Iterator[Fault]:
 
 def check_warmup(config: TrainingConfig) -> Iterator[Fault]:
     """Yield the faults of a warm-up that the schedule does not have, or that is longer than the run."""
-    if config.warmup_steps and config.lr_scheduler_type == "constant":
+    if config.warmup_steps and not SCHEDULES[config.lr_scheduler_type].warms:
         expected = "warmup_steps 0, or lr_scheduler_type constant_with_warmup"
-        yield Fault("warmup_steps", "lr_scheduler_type constant has no warm-up", expected)
+        yield Fault("warmup_steps", f"lr_scheduler_type {config.lr_scheduler_type} has no warm-up", expected)
     if 1 <= config.max_steps < config.warmup_steps:
         found = f"warm-up of {config.warmup_steps} steps in a run of {config.max_steps}"
         yield Fault("warmup_steps", found, "at most max_steps")
-
-
-def check_eval(config: TrainingConfig) -> Iterator[Fault]:
-    """Yield the fault of `eval_steps` with a strategy that does not use it."""
-    if config.eval_steps is not None and config.eval_strategy != "steps":
-        found = f"eval_strategy {config.eval_strategy!r} does not use eval_steps"
-        yield Fault("eval_steps", found, "eval_strategy 'steps', or no eval_steps")
 
 
 COMMON_CHECKS = (
@@ -370,4 +340,9 @@ COMMON_CHECKS = (
     check_eval,
     check_engine,
     check_adapter,
+    check_optim,
+    check_schedule,
+    check_metric,
+    check_evaluations,
+    check_trackers,
 )

@@ -9,6 +9,7 @@ from typing import Any
 from rlhf_pipeline.config.experiment import load_experiment
 from rlhf_pipeline.config.grid import expand
 from rlhf_pipeline.config.mentions import functions
+from rlhf_pipeline.config.optim import OPTIMIZERS
 from rlhf_pipeline.config.reward import RewardConfig
 from rlhf_pipeline.config.reward_names import load_function
 from rlhf_pipeline.config.stages import CollectConfig, DpoConfig, PpoConfig, SftConfig, StageConfig, TrainingConfig
@@ -81,12 +82,13 @@ def _adapter_parameters(config: TrainingConfig, parent: Resolved) -> int:
 
 
 def _training_memory(parameters: int, adapter: int | None, config: TrainingConfig) -> int:
-    """Bytes of weights, gradients and AdamW's two moments, and of the frozen models, without activations.
+    """Bytes of weights, gradients and the optimizer's state, and of the frozen models, without activations.
 
     adapter: parameters of the adapter that is trained on frozen weights; None: all weights are trained.
     """
     width = BYTES[config.dtype]
-    trained, frozen = (parameters if adapter is None else adapter) * 4 * width, 0
+    held = 2 + OPTIMIZERS[config.optim].state / 4  # weights, gradients, state
+    trained, frozen = round((parameters if adapter is None else adapter) * width * held), 0
     if isinstance(config, DpoConfig):
         frozen = parameters * width
     if isinstance(config, PpoConfig):
@@ -153,6 +155,9 @@ def estimate_stage(config: StageConfig, home: Path) -> dict[str, Any]:
         rows = packed_rows(config, examples)
         count = len(examples if rows is None else rows)
         result["optimizer_steps"] = total_steps(count, size, config.num_train_epochs, config.max_steps)
+    if isinstance(config, RewardConfig) and config.reward_centering == "reference_samples":
+        count = config.reward_centering_samples
+        result["reward_centering"] = {"responses": count, "tokens_at_most": count * config.sampled_lengths().response}
     if "base" in parents:
         parameters = _parameters(chain_of(parents["base"])[0])
     else:

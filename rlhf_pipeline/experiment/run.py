@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,7 +161,7 @@ class Outcome:
 
 
 def run_experiment(
-    path: Path,
+    path: Mapping[str, Any] | Path,
     overrides: Sequence[str],
     home: Path,
     *,
@@ -173,8 +173,8 @@ def run_experiment(
     """Run the unfinished parts of an experiment and compare; returns the outcome of each stage and the comparison.
 
     Args:
-        command: the command that reproduces this, for the report. before_work: called before a stage or the comparison
-            runs; not called if everything is done.
+        path: the experiment's file, or its content. command: the command that reproduces this, for the report.
+        before_work: called before a stage or the comparison runs; not called if everything is done.
     """
 
     def say(text: str) -> None:

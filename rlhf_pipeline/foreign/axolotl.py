@@ -88,7 +88,7 @@ ENTRIES = {
     "flash_attention": to("attn_implementation", {True: "flash_attention_2", False: None}),
     "xformers_attention": IDLE,
     "sdp_attention": to("attn_implementation", {True: "sdpa", False: None}),
-    "early_stopping_patience": lost("there is no early stopping"),
+    "early_stopping_patience": to("early_stopping_patience"),
     "local_rank": IDLE,
     "loss_watchdog_*": idle("the watches of a run look at its loss"),
     "evals_per_epoch": JOINT,

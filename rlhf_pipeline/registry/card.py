@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
-
-import yaml
 
 from rlhf_pipeline.registry.manifest import Manifest, plain
 
@@ -18,6 +17,8 @@ _WHAT = {
     "dpo": "A policy trained by direct preference optimisation on preference pairs.",
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+_FILES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
+_LICENSE = re.compile(r"^license:[ \t]*[\"']?([a-z0-9][a-z0-9.-]{0,39})[\"']?[ \t]*$", re.MULTILINE)
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$-])")
 
 
@@ -57,17 +58,33 @@ def fence(text: str, language: str = "") -> str:
 
 
 def _front_matter(manifest: Manifest) -> str:
+    """The metadata of the hub: licence, base models and data sets that are on the hub."""
+    from huggingface_hub import ModelCardData
+
     task = "text-classification" if manifest.stage == "reward" else "text-generation"
-    fields: dict[str, Any] = {
-        "library_name": "peft" if manifest.adapter else "transformers",
-        "pipeline_tag": task,
-        "tags": ["rlhf", manifest.stage],
-    }
     bases = {parent.ref.split("@")[0] for parent in manifest.parents.values() if _HUB_ID.match(parent.ref)}
     bases = {base for base in bases if _HUB_ID.fullmatch(base)}
-    if bases:
-        fields["base_model"] = sorted(bases)
-    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
+    sources = {entry.source for entry in manifest.data if _HUB_ID.fullmatch(entry.source)}
+    fields = ModelCardData(
+        base_model=sorted(bases) or None,
+        datasets=sorted(source for source in sources if not source.endswith(_FILES)) or None,
+        license=manifest.license,
+        library_name="peft" if manifest.adapter else "transformers",
+        pipeline_tag=task,
+        tags=["rlhf", manifest.stage],
+    )
+    return f"---\n{fields.to_yaml(line_break=chr(10))}\n---"
+
+
+def license_of(folder: Path) -> str | None:
+    """Return the licence that the card of a model's folder names, or None."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")[:100_000]
+    except (OSError, ValueError):
+        return None
+    head = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    named = _LICENSE.search(head[1]) if head else None
+    return named[1] if named else None
 
 
 def _use(manifest: Manifest) -> str:

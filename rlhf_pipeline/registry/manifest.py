@@ -63,6 +63,7 @@ class Manifest(BaseModel):
     may_move_optimum: dict[str, Any] = {}
     cost: dict[str, Any] = {}
     adapter: dict[str, Any] = {}  # facts of an adapter on the parent `base`; {}: whole weights
+    license: str | None = None  # that of its parents
     created: str = ""
     run: str = ""  # its folder in runs/, and an identifier of the run
     files: dict[str, FileEntry]

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from rlhf_pipeline.config.names import NAME_RULE, is_name
 from rlhf_pipeline.errors import BadInput, DamagedFile, UnknownReference
 from rlhf_pipeline.registry import storage
-from rlhf_pipeline.registry.card import model_card
+from rlhf_pipeline.registry.card import license_of, model_card
 from rlhf_pipeline.registry.digests import CARD, MANIFEST, file_entry, list_files
 from rlhf_pipeline.registry.manifest import Manifest, Parent, build_manifest, read_manifest
 from rlhf_pipeline.registry.provenance import code_state, environment
@@ -96,6 +96,7 @@ class Shelf:
         fields["parents"] = {
             role: parent.parent if isinstance(parent, Resolved) else parent for role, parent in (parents or {}).items()
         }
+        fields["license"] = _license(parents or {})
         with storage.staging(self.base, name) as staged:
             write(staged)
             files = {path: file_entry(file) for path, file in list_files(staged).items() if path != CARD}
@@ -194,3 +195,13 @@ def _with_card(staged: Path, manifest: Manifest) -> Manifest:
     card = staged / CARD
     storage.replace_text(card, model_card(manifest))
     return manifest.model_copy(update={"files": {**manifest.files, CARD: file_entry(card)}})
+
+
+def _license(parents: Mapping[str, Resolved | Parent]) -> str | None:
+    """The licence of the parents, from their manifests or cards; None if it is not known or not the same for all."""
+    found = set()
+    for parent in parents.values():
+        if isinstance(parent, Resolved):
+            known = parent.manifest.license if parent.manifest is not None else None
+            found.add(known or (license_of(parent.path) if parent.path is not None else None))
+    return found.pop() if len(found) == 1 else None

@@ -340,6 +340,8 @@ def publish(
         if snapshots.is_dir():
             shutil.copytree(snapshots, directory / "snapshots")
 
+    if plan.best is not None:
+        metrics = {**metrics, "best": plan.best}
     if run.config.bf16 == "auto":
         metrics = {**metrics, "bf16": uses_bf16(run.config)}
     cost, tokenizer = run.meter.report(), plan.tokenizer

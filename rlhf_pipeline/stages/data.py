@@ -186,6 +186,12 @@ class StageData:
         set_stop_token(tokenizer, self.config.stop_token)
         return apply_template_keys(tokenizer, self.config)
 
+    def held_out(self, kind: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Example], tuple[SourceReport, ...]]:
+        """Examples to evaluate on, at most `max_eval_samples`; none if the test split has none."""
+        config = self.config
+        options: dict[str, Any] = {"limit": config.max_eval_samples, "all_replies": trains_all_replies(config)}
+        return self.split(kind, config.dataset_test_split, tokenizer, required=False, **options)
+
     def texts(self, split: str) -> list[str]:
         """All texts of a split, for training a tokenizer."""
         config = self.config

@@ -176,7 +176,7 @@ def run_dpo(config: DpoConfig, home: Path, **options) -> StageResult:
         metrics = {
             "train": last,
             "health": plan.health,
-            **pairs.evaluate(),
+            **(pairs.evaluate() if pairs.evaluate is not None else {}),
             "train_pairs": total_pairs(pairs.examples) or sum(report.kept for report in pairs.reports),
         }
         return publish(run, plan, parents=parents, reports=pairs.reports, metrics=metrics)

@@ -52,7 +52,7 @@ class Pairs:
     """The windows of a run, and what is known of its pairs besides their tokens.
 
     examples: empty if pairs are drawn at every step. reference, targets: see `dpo_step`. evaluate: returns the metrics
-    on held-out pairs.
+    on held-out pairs; None without held-out pairs.
     """
 
     examples: list[Example]
@@ -61,7 +61,7 @@ class Pairs:
     total: int
     reference: ReferenceScores | None = None
     targets: Tensor | None = None
-    evaluate: Callable[[], dict[str, float]] = dict
+    evaluate: Callable[[], dict[str, float]] | None = None
 
 
 def recorded_pairs(
@@ -75,7 +75,7 @@ def recorded_pairs(
     config = run.config
     data = StageData(config, run.registry.home, run.log.say)
     examples, reports = data.training(tokenizer)
-    held_out, _ = data.split(preference_kind(config), config.dataset_test_split, tokenizer, required=False)
+    held_out, _ = data.held_out(preference_kind(config), tokenizer)
     targets = label_probabilities(examples) if config.soft_labels else None
     cache = run.registry.home / "cache"
     key = {"model": frozen_digest, "dtype": config.dtype, "bf16": uses_bf16(config)}
@@ -107,13 +107,11 @@ def recorded_pairs(
 
     def evaluate() -> dict[str, float]:
         """Accuracy and sigmoid loss of the implicit reward beta log(pi / pi_ref) on held-out pairs and rankings."""
-        if not held_out:
-            return {}
         rewards = config.beta * (completion_logprob_sums(policy, held_out, **options(held_out)) - held_out_reference)
         metrics = preference_metrics(*pair_differences(rewards.tolist(), held_out))
         return {f"eval_{name}": value for name, value in metrics.items()}
 
-    return Pairs(examples, reports, windows, total, reference, targets, evaluate)
+    return Pairs(examples, reports, windows, total, reference, targets, evaluate if held_out else None)
 
 
 def fresh_pairs(

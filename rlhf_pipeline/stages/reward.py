@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from rlhf_pipeline.models.loading import store_reward_shift
 from rlhf_pipeline.models.modules import RewardModel
 from rlhf_pipeline.models.selfcheck import read_reward_model
 from rlhf_pipeline.registry.references import Resolved
-from rlhf_pipeline.rollout.responses import prompts_run, require_decoding, sample_for_prompts
+from rlhf_pipeline.registry.storage import replace_text
+from rlhf_pipeline.rollout.responses import prompts_run, sample_for_prompts
 from rlhf_pipeline.rollout.scoring import most_responses
 from rlhf_pipeline.stages.common import (
     StageResult,
@@ -91,32 +93,32 @@ NO_SLOPE = "undefined: all held-out pairs are ordered correctly, wrongly or as t
 Scores = Callable[[Sequence[Example]], list[list[float]]]
 
 
-def center(
-    run: Run,
-    model: RewardModel,
-    score: Scores,
-    parent: Resolved,
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-) -> float:
-    """Store and return the shift that gives the parent's samples a mean score of 0.
+CENTERING = "centering.json"
 
-    With `reward_centering: chosen` the chosen responses (in rankings: the best) get the mean score 0.
+
+def responses_to_center(
+    run: Run, parent: Resolved, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+) -> list[Example]:
+    """The parent's samples whose mean score will be 0; none if `reward_centering` takes other responses.
+
+    They do not depend on training, so they are sampled before it: a signal then stops the run at once, and a parent
+    that cannot sample is found first. A resumed run reads them from runs/<id>/centering.json.
     """
     config = run.config
-    if config.reward_centering == "none":
-        return 0.0
-    if config.reward_centering == "chosen":
-        scores = score(examples)
-        mean = sum(row[0] for row in scores) / len(scores)
-    else:
+    if config.reward_centering != "reference_samples":
+        return []
+    stored, count, limits = run.directory / CENTERING, config.reward_centering_samples, config.sampled_lengths()
+    prompts = _prompts_to_center(examples, count, limits.prompt, tokenizer.bos_token_id)
+    if run.checkpoint is not None and (found := _stored_responses(stored, prompts)):
+        return found
+    run.log.say(
+        f"reward_centering: sampling {count} responses of at most {limits.response} tokens from {parent.label} "
+        "(reward_centering: chosen needs none)"
+    )
+    with run.meter.part("centering"):
         policy = load_policy(parent, config, tokenizer, run.device, frozen=True)
-        most, count = max(64, config.per_device_eval_batch_size), config.reward_centering_samples
+        most = max(64, config.per_device_eval_batch_size)
         at_once: dict[str, Any] = {"responses_at_once": most, "memory": run.memory}
-        distinct = list({example.prompt_key: example for example in examples}.values())
-        limits, bos = config.sampled_lengths(), tokenizer.bos_token_id
-        distinct = [replace(one, prompt_ids=cut_prompt(one.prompt_ids, limits.prompt, bos)) for one in distinct]
-        prompts = [distinct[i % len(distinct)] for i in range(count)]
         sampled, _ = sample_for_prompts(
             policy,
             prompts,
@@ -129,8 +131,45 @@ def center(
             device=run.device,
         )
         run.meter.generate(ModelShape.of(policy.model), sampled, prompts_run(policy, sampled, **at_once))
-        scores = score(sampled)
-        mean = sum(row[0] for row in scores) / count
+    drawn = [len(example.completions[0]) for example in sampled]
+    ended = sum(example.ended[0] for example in sampled)
+    run.log.say(f"reward_centering: {ended} of {count} responses ended; mean length {sum(drawn) / count:.1f} tokens")
+    if run.accelerator.is_main_process:
+        rows = [(example.completions[0], example.ended[0]) for example in sampled]
+        replace_text(stored, json.dumps(rows) + "\n")
+    return sampled
+
+
+def _prompts_to_center(examples: Sequence[Example], count: int, longest: int, bos: int | None) -> list[Example]:
+    distinct = list({example.prompt_key: example for example in examples}.values())
+    distinct = [replace(one, prompt_ids=cut_prompt(one.prompt_ids, longest, bos)) for one in distinct]
+    return [distinct[i % len(distinct)] for i in range(count)]
+
+
+def _stored_responses(path: Path, prompts: Sequence[Example]) -> list[Example]:
+    """The responses that the run sampled before it was interrupted; none if there is no readable file of them."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return [
+            replace(prompt, completions=[ids], ended=[ended], label_probability=None, completion_texts=(), ranks=None)
+            for prompt, (ids, ended) in zip(prompts, rows, strict=True)
+        ]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def center(
+    run: Run, model: RewardModel, score: Scores, sampled: Sequence[Example], examples: Sequence[Example]
+) -> float:
+    """Store and return the shift that gives the parent's samples a mean score of 0.
+
+    With `reward_centering: chosen` the chosen responses (in rankings: the best) get the mean score 0.
+    """
+    centering = run.config.reward_centering
+    if centering == "none":
+        return 0.0
+    scores = score(examples if centering == "chosen" else sampled)
+    mean = sum(row[0] for row in scores) / len(scores)
     store_reward_shift(model.model, mean)
     return mean
 
@@ -142,8 +181,6 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
         # 1. The trunk of a language model with a new scalar head.
         parent = find_base(run, config)
         tokenizer: PreTrainedTokenizerBase = tokenizer_of(parent, config.trust_remote_code, config)
-        if config.reward_centering == "reference_samples":  # after training; seen before it
-            require_decoding(load_policy(parent, config, tokenizer, run.device, frozen=True))
         padded = with_padding(tokenizer, new=not config.use_peft)  # an adapter leaves the embedding as it is
         network = onto(run.device, new_reward_model(parent, config, padded))
         model = read_reward_model(network).train()
@@ -154,9 +191,10 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
         # 2. The pairs and rankings.
         data, kind = StageData(config, run.registry.home, run.log.say), preference_kind(config)
         examples, reports = data.training(tokenizer)
-        held_out, _ = data.split(kind, config.dataset_test_split, tokenizer, required=False)
+        held_out, _ = data.held_out(kind, tokenizer)
 
-        # 3. Train.
+        # 3. Responses to centre the scores on, then training.
+        sampled = responses_to_center(run, parent, examples, tokenizer)
         shape = ModelShape.of(network, head=False, checkpointed=config.gradient_checkpointing)
         windows, total = example_schedule(run, examples, layout=model.reader.layout, pad_id=FILLER)
 
@@ -189,7 +227,7 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
             model=network,
             tokenizer=padded,
             inputs=inputs_of({"base": parent}, reports),
-            evaluate=evaluate,
+            evaluate=evaluate if held_out else None,
         )
         if config.engine == "trl":
             last = train_with_trl(run, plan, examples=examples, shape=shape)
@@ -197,7 +235,7 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
             last = train(run, model, plan)
 
         # 4. Normalise, evaluate against the baselines, register.
-        shift = center(run, model, scored, parent, examples, tokenizer)
+        shift = center(run, model, scored, sampled, examples)
         metrics: dict[str, Any] = {
             "train": last,
             "health": plan.health,

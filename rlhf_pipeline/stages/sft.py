@@ -30,14 +30,12 @@ from rlhf_pipeline.stages.common import (
     publish,
     tokenizer_of,
 )
-from rlhf_pipeline.stages.data import StageData, trains_all_replies
+from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.open_run import open_run
 from rlhf_pipeline.training.session import Plan, train
 from rlhf_pipeline.training.trl_engine.train import train_with_trl
 from rlhf_pipeline.training.windows import ExampleBatch, Loss
-
-EVAL_EXAMPLES = 1024
 
 
 def sft_step(model: Policy, micro_batch: ExampleBatch, *, meter: CostMeter, shape: ModelShape) -> Loss:
@@ -110,14 +108,7 @@ def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
 
         # 2. The data.
         examples, reports = data.training(tokenizer)
-        held_out, _ = data.split(
-            "demonstration",
-            config.dataset_test_split,
-            tokenizer,
-            limit=EVAL_EXAMPLES,
-            required=False,
-            all_replies=trains_all_replies(config),
-        )
+        held_out, _ = data.held_out("demonstration", tokenizer)
         if config.trains_all:
             examples, held_out = ([whole_sequence(e) for e in part] for part in (examples, held_out))
         run.log.say(f"first example: {trained_text(examples[0], tokenizer)}")
@@ -146,7 +137,7 @@ def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
             model=policy.model,
             tokenizer=tokenizer,
             inputs=inputs_of(parents, reports),
-            evaluate=evaluate,
+            evaluate=evaluate if held_out else None,
         )
         if config.engine == "trl":
             last = train_with_trl(run, plan, examples=examples, shape=shape)

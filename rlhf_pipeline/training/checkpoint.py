@@ -16,7 +16,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,15 +98,12 @@ def save_checkpoint(
     target = root / f"{PREFIX}{step}"
     weights, aliases = unshared(trained_state(model))
     optimizer_state = optimizer.state_dict()
-    tensors = {
-        f"{index}.{name}": value.detach().cpu().contiguous()
-        for index, entry in optimizer_state["state"].items()
-        for name, value in entry.items()
-    }
+    tensors, values = flat_state(optimizer_state["state"])
     state = {
         "step": step,
         "aliases": aliases,
         "param_groups": optimizer_state["param_groups"],
+        "optimizer_values": values,
         "scheduler": {key: value for key, value in scheduler.state_dict().items() if key != "lr_lambdas"},
         "extra": extra,
     }
@@ -239,6 +236,48 @@ def set_random_states(states: dict[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state_all(devices[: torch.cuda.device_count()])
 
 
+def flat_state(state: Mapping[Any, Any], prefix: str = "") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors of an optimizer's state under dotted names, and its other values (numbers, texts, None)."""
+    tensors: dict[str, torch.Tensor] = {}
+    values: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            inner, rest = flat_state(value, f"{prefix}{name}.")
+            tensors |= inner
+            values |= rest
+        elif isinstance(value, torch.Tensor):
+            tensors[f"{prefix}{name}"] = value.detach().cpu().contiguous().clone()
+        elif value is None or isinstance(value, bool | int | float | str):
+            values[f"{prefix}{name}"] = value
+        else:
+            found = f"{prefix}{name} of the optimizer's state is a {type(value).__name__}"
+            raise TypeError(f"{found}; a checkpoint holds tensors, numbers and texts")
+    return tensors, values
+
+
+def nested_state(tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """The inverse of `flat_state`: the state of each parameter."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in [*tensors.items(), *values.items()]:
+        index, *names, last = key.split(".")
+        entry = state.setdefault(int(index), {})
+        for name in names:
+            entry = entry.setdefault(name, {})
+        entry[last] = value
+    return state
+
+
+def _keep_types(optimizer: torch.optim.Optimizer, entries: Mapping[int, Mapping[str, Any]]) -> None:
+    """Undo torch's cast of a loaded state to the type of its parameter: fp32 statistics of a bf16 weight stay fp32."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, saved in entries.items():
+        state = optimizer.state[parameters[index]]
+        for name, value in saved.items():
+            found = state.get(name)
+            if isinstance(value, torch.Tensor) and isinstance(found, torch.Tensor) and found.dtype != value.dtype:
+                state[name] = value.to(found.device)
+
+
 def restore(
     checkpoint: Checkpoint, *, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any
 ) -> dict[str, Any]:
@@ -259,13 +298,11 @@ def restore(
     except RuntimeError as error:
         first_lines = " ".join(str(error).split())[:200]
         raise MismatchError(f"{checkpoint.directory}: not a checkpoint of this model: {first_lines}") from error
-    entries: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in load_file(checkpoint.directory / FILES[1]).items():
-        index, name = key.split(".", 1)
-        entries.setdefault(int(index), {})[name] = value
+    entries = nested_state(load_file(checkpoint.directory / FILES[1]), checkpoint.state.get("optimizer_values", {}))
     optimizer.load_state_dict({"state": entries, "param_groups": checkpoint.state["param_groups"]})
+    _keep_types(optimizer, entries)
     # The lambdas follow from the config: None keeps those of the scheduler.
-    kept = [None] * len(scheduler.lr_lambdas)
-    scheduler.load_state_dict({**checkpoint.state["scheduler"], "lr_lambdas": kept})
+    kept = {"lr_lambdas": [None] * len(scheduler.lr_lambdas)} if hasattr(scheduler, "lr_lambdas") else {}
+    scheduler.load_state_dict({**checkpoint.state["scheduler"], **kept})
     set_random_states(load_file(checkpoint.directory / FILES[2]))
     return checkpoint.state["extra"]

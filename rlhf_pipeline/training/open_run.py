@@ -41,6 +41,7 @@ from rlhf_pipeline.training.run_directory import (
     unfinished_with_other_config,
     write_status,
 )
+from rlhf_pipeline.training.trackers import Trackers
 from rlhf_pipeline.training.tracking import RunLog
 
 if TYPE_CHECKING:
@@ -208,6 +209,7 @@ def open_run(
                 why = "" if config.save_steps or config.save_strategy == "epoch" else f" ({why})"
                 log.say(f"nothing to resume: no checkpoint{why}; run {directory.name} starts again from the beginning")
             log.rewind(checkpoint.step if checkpoint else 0)
+            log.trackers = Trackers(config, directory, log.say) if config.report_to else None
         meter = CostMeter(started=started)
         memory = Memory(log.say, meter)
         run = Run(stage, config, Registry(home), directory, accelerator, log, checkpoint, meter, memory)

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import Optimizer
 
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.errors import Interrupted, MismatchError, RunFailed
@@ -20,13 +19,14 @@ from rlhf_pipeline.models.loading import save_model
 from rlhf_pipeline.models.memory import ADVICE
 from rlhf_pipeline.models.refusals import first_line, ran_out
 from rlhf_pipeline.models.saving import mend_generation, require_saving
+from rlhf_pipeline.training.best import Best
 from rlhf_pipeline.training.checkpoint import Checkpoint, replacing, restore, save_checkpoint
 from rlhf_pipeline.training.cost import COUNTS, JUDGE
 from rlhf_pipeline.training.failure import failed_update, put_aside, told, write_failure
 from rlhf_pipeline.training.finite import NotFinite
 from rlhf_pipeline.training.loop import Step, fit
 from rlhf_pipeline.training.open_run import Run
-from rlhf_pipeline.training.optimizer import make_optimizer, make_scheduler
+from rlhf_pipeline.training.optimizer import Measured, make_scheduler, optimizer_of
 from rlhf_pipeline.training.precision import checkpoint_activations, uses_bf16
 from rlhf_pipeline.training.rounding import changed_share, sample_weights
 from rlhf_pipeline.training.tracking import tell, tell_all
@@ -51,6 +51,7 @@ class Plan:
     warmup_offset: see `rate_factor`. 0: the first update of a warm-up has rate 0, as in transformers.
     known: facts that the watches need besides the config (fields of `Facts`).
     health: the findings of the watches for the manifest, filled in by `train`.
+    best: the best evaluation, if the run follows its metric, filled in by `train`.
     """
 
     windows: Callable[[nn.Module, int], Iterable[Window]]
@@ -65,6 +66,7 @@ class Plan:
     warmup_offset: int = 0
     known: Mapping[str, Any] = field(default_factory=dict)
     health: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
 
     def monitor(self, run: Run) -> Monitor:
         """The watches of the run's stage."""
@@ -133,24 +135,25 @@ def _told(run: Run, error: Exception, plan: Plan, known: Mapping[str, Any]) -> E
     return error
 
 
-def optimizer_and_schedule(config: TrainingConfig, model: nn.Module, plan: Plan) -> tuple[AdamW, LambdaLR]:
+def optimizer_and_schedule(config: TrainingConfig, model: nn.Module, plan: Plan) -> tuple[Optimizer, Any]:
     """The optimizer of a config and the schedule of its learning rate."""
-    optimizer = make_optimizer(
-        model.parameters(),
-        learning_rate=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
+    optimizer = optimizer_of(config, model)
+    schedule = make_scheduler(
+        optimizer,
+        config.lr_scheduler_type,
+        warmup_steps=config.warmup_steps,
+        total=plan.total,
+        offset=plan.warmup_offset,
+        arguments=config.lr_scheduler_kwargs,
+        greater_is_better=config.best_is_greatest,
     )
-    name, offset = config.lr_scheduler_type, plan.warmup_offset
-    warmup_steps, total = config.warmup_steps, plan.total
-    return optimizer, make_scheduler(optimizer, name, warmup_steps=warmup_steps, total=total, offset=offset)
+    return optimizer, schedule
 
 
 def log_update(
     run: Run, plan: Plan, monitor: Monitor, step: int, metrics: Metrics, epoch: float, shares: str = ""
-) -> None:
-    """Log an update, the evaluation after it if one is due, and the findings of the watches."""
+) -> Metrics:
+    """Log an update, the evaluation after it if one is due, and the findings of the watches; return the evaluation."""
     tell(run.log, monitor.update(step, metrics))
     run.log.update(step, metrics | monitor.lasting(), shares)
     config = run.config
@@ -158,6 +161,8 @@ def log_update(
         figures = plan.evaluate()
         run.log.record(step, figures)
         tell(run.log, monitor.update(step, figures))
+        return figures
+    return {}
 
 
 def rehearse(run: Run, plan: Plan) -> None:
@@ -195,12 +200,17 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
         inputs["precision"] = "bf16" if uses_bf16(config) else config.dtype
     last: Metrics = {}
     monitor = plan.monitor(run)
+    best = Best(config, run.directory, writes=run.accelerator.is_main_process)
+    if config.follows_metric:
+        best.require(plan.evaluate is not None)
+    ended_early = False
     if run.checkpoint is not None:
         _require_same_inputs(run, run.checkpoint, inputs)
         extra = restore(run.checkpoint, model=model, optimizer=optimizer, scheduler=scheduler)
         start, last = run.checkpoint.step, extra["last"]
         _restore_meter(run, extra["cost"])
         monitor.restore(extra.get("health"))
+        best.restore(extra.get("best"))
         run.memory.halvings |= extra.get("halvings", {})
         run.log.say(f"resumed at step {start} of {plan.total}")
     run.log.total, run.log.shown = plan.total, plan.shown
@@ -237,18 +247,24 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
                 "last": last,
                 "inputs": inputs,
                 "health": monitor.state(),
+                "best": best.state(),
                 "halvings": run.memory.halvings,
             },
             keep=config.save_total_limit,
         )
+        best.saved()
 
     def on_update(step: int, metrics: Metrics, window: Window) -> None:
-        nonlocal last, failed_at
+        nonlocal last, failed_at, ended_early
         last = plan.derive(metrics)
         if weights and 3 * (step - start) >= plan.total:
             last["weights/changed"] = changed_share(weights)
         shares = "  ".join(f"{name} {share:.0%}" for name, share in run.meter.shares().items())
-        log_update(run, plan, monitor, step, last, window.epoch, shares)
+        figures = log_update(run, plan, monitor, step, last, window.epoch, shares)
+        if figures and isinstance(scheduler, Measured):
+            scheduler.measured(figures[best.metric])
+        if figures and config.follows_metric:
+            ended_early = best.consider(step, figures[best.metric], model)
         if failed_at is not None and step >= failed_at:
             kept, failed_at = put_aside(run.directory), None
             run.log.say(f"update {step}, which had failed before, is done; the record of the failure is now in {kept}/")
@@ -272,6 +288,8 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
         for window in windows:
             yield window
             run.meter.optimizer_steps += 1  # the loop asks for the next window after its step
+            if ended_early:
+                return
 
     run.phase = "updating"
     try:
@@ -297,9 +315,24 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
     run.phase = "ending"
     for name, value in over_ranks().items():
         setattr(run.meter, name, value)
+    if best.step is not None:
+        _end_with_best(run, plan, model, best, ended_early)
     tell_all(run.log, monitor.findings)
     plan.health = monitor.report()
     return last
+
+
+def _end_with_best(run: Run, plan: Plan, model: nn.Module, best: Best, ended_early: bool) -> None:
+    """Log the best evaluation, and put its weights into the model if the config asks for them."""
+    assert best.value is not None
+    plan.best = {"metric": best.metric, "value": best.value, "step": best.step, "ended_early": ended_early}
+    if ended_early:
+        misses = f"{best.misses} evaluation{'s' if best.misses > 1 else ''} in a row"
+        run.log.say(f"stopped early: {misses} did not better the one of step {best.step}")
+    if run.config.load_best_model_at_end:
+        run.accelerator.wait_for_everyone()
+        best.load(model)
+        run.log.say(f"the weights are those of step {best.step}, whose {best.metric} is the best: {best.value:.4g}")
 
 
 def _restore_meter(run: Run, cost: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -62,6 +62,14 @@ def logged(step: int, every: int, total: int) -> bool:
     return step % every == 0 or step in (1, total)
 
 
+class Trackers(Protocol):
+    """Where metrics go besides metrics.jsonl."""
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def finish(self) -> None: ...
+
+
 class RunLog:
     """The files of one run directory and the live line of a training run.
 
@@ -91,6 +99,7 @@ class RunLog:
         self._live = sys.stderr.isatty() and not quiet
         self._progress: Progress | None = None
         self._task: Any = None
+        self.trackers: Trackers | None = None
         self._times: deque[tuple[float, int]] = deque(maxlen=RATE_OVER)
 
     def rewind(self, step: int) -> None:
@@ -163,11 +172,15 @@ class RunLog:
         """Write metrics of an update, or of an evaluation after it, to metrics.jsonl."""
         self._metrics.write(json.dumps(jsonable({"step": step, **metrics})) + "\n")
         self._metrics.flush()
+        if self.trackers is not None:
+            self.trackers.record(step, metrics)
 
     def close(self) -> None:
         """Stop the live line and close the files."""
         if self._progress is not None:
             self._progress.stop()
+        if self.trackers is not None:
+            self.trackers.finish()
         self._metrics.close()
         self._log.close()
 

@@ -68,7 +68,9 @@ def test_all_faults_at_once_in_the_order_of_their_lines(write):
         f"{path}:3: learning_rte: dpo has no such key; did you mean 'learning_rate'?",
         f"{path}:4: learning_rate: found 0; expected a number > 0",
         f"{path}:5: lr_scheduler_type: found 'liner'; "
-        "expected one of linear, cosine, constant, constant_with_warmup; did you mean 'linear'?",
+        "expected one of linear, cosine, constant, constant_with_warmup, cosine_with_restarts, polynomial, "
+        "inverse_sqrt, cosine_with_min_lr, cosine_warmup_with_min_lr, warmup_stable_decay, reduce_lr_on_plateau, "
+        "greedy; did you mean 'linear'?",
         f"{path}:6: max_length: max_prompt_length 5 + response_length 6 is not max_length 10; "
         "expected max_length 11; give two of the three lengths; they determine the third",
         f"{path}:9: split_fractions: the fractions sum to 1.1; expected a sum of 1",

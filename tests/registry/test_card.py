@@ -21,12 +21,16 @@ def test_fence_is_longer_than_any_within():
 
 def test_front_matter_is_yaml_with_hub_bases_alone():
     parents = {"init": {"ref": "org/name@main"}, "reference": {"ref": "sft@v1"}, "other": {"ref": "/a/b"}}
-    head = card(parents=parents).split("---\n")[1]
+    sources = ("org/pairs", "org/rows.jsonl", "collected:pairs@v1", "world:verdicts", "./a/b")
+    data = [{"source": source, "digest": "d" * 64, "rows": 1} for source in sources]
+    head = card(parents=parents, data=data, license="mit").split("---\n")[1]
     assert yaml.safe_load(head) == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["rlhf", "sft"],
         "base_model": ["org/name"],
+        "datasets": ["org/pairs"],
+        "license": "mit",
     }
 
 

@@ -295,8 +295,8 @@ def test_a_signal_before_an_update_ends_the_run_at_once(whole, lab, monkeypatch,
             with pytest.raises(Interrupted):
                 lab.run(stage, **settings(stage))
     with monkeypatch.context() as patch:
-        make = session.make_optimizer
-        patch.setattr(session, "make_optimizer", lambda *a, **o: (os.kill(os.getpid(), number), make(*a, **o))[1])
+        make = session.optimizer_of
+        patch.setattr(session, "optimizer_of", lambda *a, **o: (os.kill(os.getpid(), number), make(*a, **o))[1])
         interrupt(patch, 4 if begun else 1, lambda: pytest.fail("an update was made"))
         with pytest.raises(Interrupted, match=f"signal {int(number)} before an update") as caught:
             lab.run(stage, **settings(stage))

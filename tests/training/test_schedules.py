@@ -30,6 +30,66 @@ def test_equals_transformers_schedule(name, warmup):
     assert rates(make_scheduler(ours, name, warmup_steps=warmup, total=TOTAL), ours) == rates(expected, theirs)
 
 
+OTHERS = [
+    ("cosine", {"num_cycles": 1.5}),
+    ("cosine_with_restarts", {"num_cycles": 3}),
+    ("polynomial", {"power": 2.0, "lr_end": 1e-5}),
+    ("inverse_sqrt", {}),
+    ("inverse_sqrt", {"timescale": 5}),
+    ("cosine_with_min_lr", {"min_lr": 1e-5}),
+    ("cosine_with_min_lr", {"min_lr_rate": 0.25}),
+    ("cosine_warmup_with_min_lr", {"min_lr_rate": 0.1, "warmup_lr_rate": 0.5}),
+    ("warmup_stable_decay", {"num_decay_steps": 10}),
+    (
+        "warmup_stable_decay",
+        {"num_decay_steps": 10, "num_stable_steps": 5, "decay_type": "1-sqrt", "min_lr_ratio": 0.2},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "kwargs"), OTHERS)
+@pytest.mark.parametrize("warmup", [0, 7])
+def test_every_other_schedule_equals_transformers_with_its_arguments(name, kwargs, warmup):
+    from transformers import get_scheduler
+
+    ours, theirs = (torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3e-4) for _ in range(2))
+    expected = get_scheduler(
+        name, theirs, num_warmup_steps=warmup, num_training_steps=TOTAL, scheduler_specific_kwargs=dict(kwargs)
+    )
+    found = make_scheduler(ours, name, warmup_steps=warmup, total=TOTAL, arguments=kwargs)
+    assert rates(found, ours) == rates(expected, theirs)
+
+
+def test_the_rate_of_warmup_stable_decay_by_hand():
+    """Warm-up of 2, 3 steps of the full rate, 4 of linear decay to 0; PPO's begins at 1/3."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    options = {"warmup_steps": 2, "total": 9, "arguments": {"num_decay_steps": 4, "decay_type": "linear"}}
+    schedule = make_scheduler(optimizer, "warmup_stable_decay", **options)
+    found = [factor(step) for factor in schedule.lr_lambdas for step in range(10)]
+    assert found == pytest.approx([0, 0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+    first = make_scheduler(optimizer, "warmup_stable_decay", **options, offset=1).lr_lambdas[0]
+    assert [first(step) for step in range(4)] == pytest.approx([1 / 3, 2 / 3, 1, 1])
+
+
+def test_a_schedule_that_measures_keeps_its_rate_between_evaluations():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    arguments = {"factor": 0.5, "patience": 1}
+    schedule = make_scheduler(optimizer, "reduce_lr_on_plateau", warmup_steps=0, total=9, arguments=arguments)
+    found = []
+    for value in (3.0, 2.0, 2.0, 2.0, 1.0):  # two evaluations in a row that are not better
+        schedule.step()
+        found.append(schedule.get_last_lr()[0])
+        schedule.measured(value)
+    assert found == [1, 1, 1, 1, 0.5]
+
+
+def test_a_value_that_transformers_refuses_is_a_fault_of_the_config():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    arguments = {"num_decay_steps": 4, "decay_type": "square"}
+    with pytest.raises(ConfigError, match=r"lr_scheduler_kwargs: transformers refuses .*square"):
+        make_scheduler(optimizer, "warmup_stable_decay", warmup_steps=0, total=9, arguments=arguments)
+
+
 def test_linear_by_hand():
     assert [rate_factor("linear", step, warmup=2, total=6) for step in range(8)] == [0, 0.5, 1, 0.75, 0.5, 0.25, 0, 0]
 

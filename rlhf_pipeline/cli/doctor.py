@@ -1,0 +1,184 @@
+"""`rlhf doctor`: whether this machine and its packages can run the other commands."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import typer
+
+from rlhf_pipeline.cli.options import Common
+from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_table
+
+GIB = 2**30
+LEAST_DISK, LEAST_MEMORY = 1.0, 2.0  # GiB: less is a warning
+OPTIONAL = {
+    "peft": "LoRA, DoRA and QLoRA adapters (use_peft)",
+    "bitsandbytes": "8-bit and paged optimizers (optim: adamw_8bit), 4-bit weights (load_in_4bit)",
+    "vllm": "PPO's sampling by vLLM (rollout_engine: vllm)",
+    "flash_attn": "attn_implementation: flash_attention_2",
+    "gguf": "GGUF weights, make real",
+    "tensorboard": "report_to: tensorboard",
+    "wandb": "report_to: wandb",
+    "trackio": "report_to: trackio",
+    "mlflow": "report_to: mlflow",
+}
+"""Packages that only some keys need, and what for."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at: a fault stops commands, a warning is about speed, memory or some keys."""
+
+    name: str
+    state: Literal["ok", "not installed", "warning", "fault"]
+    found: str
+    fix: str = ""
+
+
+def doctor(common: Common) -> None:
+    """Check versions, devices, memory, disk and optional packages; exit 1 if something will not work."""
+    findings = [*_packages(), *_machine(), *_torch(), *_home(common.home_path), *_optional(), *_combinations()]
+    faults = [finding for finding in findings if finding.state == "fault"]
+    if common.json:
+        emit_json({"ok": not faults, "checks": [asdict(finding) for finding in findings]})
+    else:
+        rows = [(finding.name, finding.state, finding.found) for finding in findings]
+        emit_table("rlhf doctor", ("what", "state", "found"), rows, folds=("found",))
+        emit_lines([f"{one.state}: {one.name}: {one.found}; {one.fix}" for one in findings if one.fix])
+        emit_lines(["all commands can run" if not faults else f"{len(faults)} faults: see above"])
+    if faults:
+        raise typer.Exit(1)
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def is_older(version: str, least: str) -> bool:
+    """Whether a version is older than another one, by its numbers: 5.9 is older than 5.20, 2.13.0+cpu is not 2.14."""
+
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in re.findall(r"\d+", text.partition("+")[0])[:3]]
+
+    return numbers(version) < numbers(least)
+
+
+def _packages() -> Iterator[Finding]:
+    """Python, this package, and the packages that it requires."""
+    ours = version_of("rlhf-pipeline")
+    yield Finding("python", "ok", platform.python_version())
+    yield Finding("rlhf-pipeline", "ok", ours or "not installed by pip: run from its folder")
+    for line in importlib.metadata.requires("rlhf-pipeline") or [] if ours else []:
+        name, least = re.match(r"([A-Za-z0-9._-]+)(?:>=([0-9.]+))?", line).groups()  # type: ignore[union-attr]
+        if "extra ==" in line:
+            continue
+        found = version_of(name)
+        if found is None:
+            yield Finding(name, "fault", "not installed", f"pip install '{name}>={least}'")
+        elif least and is_older(found, least):
+            yield Finding(name, "fault", f"{found}, older than {least}", f"pip install -U '{name}>={least}'")
+        else:
+            yield Finding(name, "ok", found)
+
+
+def _machine() -> Iterator[Finding]:
+    """Processor, memory."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if threads.isdecimal() and int(threads) > usable:
+        found = f"OMP_NUM_THREADS={threads} on {usable} cores"
+        yield Finding("processor", "warning", found, f"set OMP_NUM_THREADS to at most {usable}")
+    else:
+        yield Finding(
+            "processor", "ok", f"{platform.machine()}, {usable} cores, {threads or 'torch chooses the'} threads"
+        )
+    total, free = _memory()
+    if total is not None and free is not None:
+        found = f"{free / GIB:.1f} GiB free of {total / GIB:.1f} GiB"
+        fix = "close other programs, or use smaller batches" if free < LEAST_MEMORY * GIB else ""
+        yield Finding("memory", "warning" if fix else "ok", found, fix)
+
+
+def _memory() -> tuple[int | None, int | None]:
+    """Bytes of memory in all, and available; None where the system does not say."""
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="utf-8")
+        found = {name: int(size) * 1024 for name, size in re.findall(r"^(\w+): +(\d+) kB", text, re.MULTILINE)}
+        return found["MemTotal"], found["MemAvailable"]
+    except (OSError, KeyError):
+        return None, None
+
+
+def _torch() -> Iterator[Finding]:
+    """The devices that torch sees."""
+    try:
+        import torch
+    except Exception as error:  # a broken installation raises anything
+        yield Finding("torch", "fault", f"does not import: {error}", "install torch again")
+        return
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(index)
+            bf16 = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16"
+            yield Finding(f"cuda:{index}", "ok", f"{device.name}, {device.total_memory / GIB:.0f} GiB, {bf16}")
+    elif torch.backends.mps.is_available():
+        yield Finding("mps", "ok", "Apple's GPU")
+    elif torch.version.cuda or shutil.which("nvidia-smi"):
+        why = "torch is built for CUDA but finds no GPU" if torch.version.cuda else "torch is a CPU build beside a GPU"
+        yield Finding("gpu", "warning", why, "install the build of torch that fits the driver, or use use_cpu: true")
+    else:
+        yield Finding("gpu", "ok", f"none; torch uses the CPU with {torch.get_num_threads()} threads")
+
+
+def _home(home: Path) -> Iterator[Finding]:
+    """Whether the home directory, or the nearest folder above it, can be written, and its free disk."""
+    place = home.absolute()
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        yield Finding("home", "fault", f"{home}: not writable ({error.strerror})", "choose another one by --home DIR")
+        return
+    yield Finding("home", "ok", f"{home}{'' if home.exists() else ', which does not exist yet'}")
+    free = shutil.disk_usage(place).free
+    fix = "free some space, or choose another disk by --home DIR" if free < LEAST_DISK * GIB else ""
+    yield Finding("disk", "warning" if fix else "ok", f"{free / GIB:.1f} GiB free at {place}", fix)
+
+
+def _optional() -> Iterator[Finding]:
+    """Packages that only some keys need."""
+    for package, what in OPTIONAL.items():
+        if importlib.util.find_spec(package) is None:
+            yield Finding(package, "not installed", f"only for {what}")
+        else:
+            yield Finding(package, "ok", f"{version_of(package) or 'installed'}: {what}")
+
+
+def _combinations() -> Iterator[Finding]:
+    """Versions that do not work together, or have never been tried together."""
+    known: dict[str, Any] = {name: version_of(name) for name in ("vllm", "peft", "trl", "flash_attn", "torchao")}
+    if known["vllm"] and (is_older(known["vllm"], "0.22") or not is_older(known["vllm"], "0.32")):
+        found = f"vllm {known['vllm']}: TRL 1.16 supports 0.22 to 0.31"
+        yield Finding("vllm and trl", "warning", found, "pip install 'vllm>=0.22,<=0.31'")
+    if known["peft"] and is_older(known["peft"], "0.21"):
+        found = f"peft {known['peft']}: tested with 0.21 and newer"
+        yield Finding("peft version", "warning", found, "pip install -U 'peft>=0.21'")
+    if known["flash_attn"] and shutil.which("nvidia-smi") is None:
+        found = "flash_attn is installed, but there is no NVIDIA GPU"
+        yield Finding("flash_attn and device", "warning", found, "leave attn_implementation out")
