@@ -23,6 +23,7 @@ def init(
     model: Annotated[
         str | None, typer.Option("--model", help="Model to start from (default: a small one from scratch).")
     ] = None,
+    lora: Annotated[bool, typer.Option("--lora", help="Train LoRA adapters on the model in all stages.")] = False,
     out: Annotated[Path, typer.Option("--out", help="File to write; it must not exist.")] = Path("experiment.yaml"),
     seeds: Annotated[int, typer.Option("--seeds", help="Number of seeds.", min=1, max=100)] = 3,
 ) -> None:
@@ -37,7 +38,7 @@ def init(
     from rlhf_pipeline.experiment.starter_file import render_starter
 
     folder = out.parent.absolute()
-    plan = plan_starter(source, model=model, seeds=seeds, folder=folder, home=common.home_path)
+    plan = plan_starter(source, model=model, seeds=seeds, folder=folder, home=common.home_path, lora=lora)
     try:
         file = out.open("x", encoding="utf-8")
     except FileExistsError:  # created in the meantime

@@ -65,16 +65,20 @@ def _warnings(splits: dict[str, int], prompts: int, faulty: int, rows: int) -> l
     return said
 
 
-def plan_starter(source: str, *, model: str | None, seeds: int, folder: Path, home: Path) -> Starter:
+def plan_starter(
+    source: str, *, model: str | None, seeds: int, folder: Path, home: Path, lora: bool = False
+) -> Starter:
     """Read the pairs and choose lengths, splits and sizes.
 
     Args:
         source: preference pairs or rankings. model: the model to start from; None trains one from scratch.
-        folder: where the file will be written.
+        folder: where the file will be written. lora: train adapters on the model.
 
     Raises:
-        BadInput: the source has no preferences, or the model does not exist.
+        BadInput: the source has no preferences, or the model does not exist; adapters without a model.
     """
+    if lora and model is None:
+        raise BadInput("--lora: found no --model; expected the model whose weights the adapters leave frozen")
     found = read_records(source, home=home, skip_bad_rows=True)
     records = [record for record in found.records if record.kind in ("pair", "ranking")]
     if not records:
@@ -116,6 +120,7 @@ def plan_starter(source: str, *, model: str | None, seeds: int, folder: Path, ho
         shares=shares,
         max_prompt_length=prompt,
         response_length=response,
+        lora=lora,
         warnings=told + _warnings(splits, tested, faulty, found.rows),
     )
 

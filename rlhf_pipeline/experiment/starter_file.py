@@ -12,7 +12,10 @@ POSITIONS = 512
 
 @dataclass(frozen=True)
 class Starter:
-    """The values of the file. pairs: number of usable preferences. model: None trains one from scratch."""
+    """The values of the file. pairs: number of usable preferences. model: None trains one from scratch.
+
+    lora: whether all stages train adapters on the weights of `model`.
+    """
 
     name: str
     dataset: str
@@ -26,6 +29,7 @@ class Starter:
     shares: dict[str, float] | None
     max_prompt_length: int
     response_length: int
+    lora: bool = False
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -44,6 +48,7 @@ def render_starter(plan: Starter) -> str:
     scratch, small = plan.model is None, plan.splits[plan.train] < 2000
     device, parts = (16, 1 if small else 2) if scratch else (4, 4 if small else 8)
     rollout = 64 if small else 128
+    rates = _RATES["scratch" if scratch else "lora" if plan.lora else "whole"]
     values = {
         "pairs": f"{plan.pairs:,}",
         "name": _quoted(plan.name),
@@ -68,10 +73,9 @@ def render_starter(plan: Starter) -> str:
         "episodes": 100 * rollout,
         "judged": "    judge: judge                             # scores the responses; has no effect on training\n",
         "again": "    num_train_epochs: 3                      # few pairs: three epochs\n" if small else "",
-        "sft_rate": "1.0e-3" if scratch else "1.0e-5",
-        "reward_rate": "1.0e-4" if scratch else "1.0e-5",
-        "ppo_rate": "5.0e-5" if scratch else "3.0e-6",
-        "dpo_rate": "1.0e-4" if scratch else "1.0e-6",
+        "lora": _LORA if plan.lora else "",
+        "shared": _SHARED if plan.lora else "",
+        **{f"{stage}_rate": rate for stage, rate in zip(("sft", "reward", "ppo", "dpo"), rates, strict=True)},
         "compared": "".join(
             f"  {line}\n"
             for line, wanted in (
@@ -88,6 +92,19 @@ def render_starter(plan: Starter) -> str:
     return _FILE.format_map(values)
 
 
+_RATES = {
+    "scratch": ("1.0e-3", "1.0e-4", "5.0e-5", "1.0e-4"),
+    "whole": ("1.0e-5", "1.0e-5", "3.0e-6", "1.0e-6"),
+    "lora": ("2.0e-4", "1.0e-4", "3.0e-5", "1.0e-5"),  # adapters start at 0 and take about ten times the rate
+}
+"""Learning rates of sft, train-rm, ppo and dpo."""
+
+_LORA = """\
+      use_peft: true                         # LoRA adapters; the weights of the model are frozen
+      lora_r: 16
+      lora_alpha: 32
+"""
+_SHARED = "    shared_base: true                        # one copy of the frozen weights for all four models\n"
 _SCRATCH = f"""\
     # No model was named: a small one from scratch. `rlhf init --model REF` starts from another.
     model_init: {{model_type: llama, hidden_size: 256, intermediate_size: 688, num_hidden_layers: 4,
@@ -120,7 +137,7 @@ stages:
     stage: sft
 {start}    <<: &data
       dataset_name: {dataset}
-{parts}{skip}{shares}\
+{parts}{skip}{shares}{lora}\
       max_prompt_length: {prompt:<19} # tokens, enough for 99 %; longer prompts are cut on the left
       response_length: {response:<21} # tokens with EOS; longer responses are left out
     learning_rate: {sft_rate}
@@ -147,7 +164,7 @@ stages:
     rollout_batch_size: {rollout:<20} # responses per update
     num_mini_batches: 4
     per_device_train_batch_size: {device}
-    save_steps: 10
+{shared}    save_steps: 10
   dpo:
     stage: dpo
     model_name_or_path: sft
