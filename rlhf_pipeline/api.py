@@ -191,6 +191,8 @@ def load(
 ) -> LoadedModel | Results:
     """Load a model for use with transformers, or the results of a comparison as typed objects.
 
+    An adapter is added to the weights of its base.
+
     Args:
         reference: name, name@vN, name@alias, directory or hub id of a model; or a results.json, or its folder.
         dtype, device: of the model. trust_remote_code: run code from the model's repository.
@@ -214,10 +216,10 @@ def load(
     resolved = Registry(home_directory(home)).resolve(os.fspath(reference))
     verify_files(resolved)
     role, _ = role_of(resolved)
+    from rlhf_pipeline.models.adapted import load_adapted
     from rlhf_pipeline.models.loading import load_causal_lm, load_sequence_classifier
     from rlhf_pipeline.stages.common import tokenizer_of
 
     loader: Any = load_sequence_classifier if role == "reward_model" else load_causal_lm
-    options = {"dtype": dtype, "revision": resolved.revision, "trust_remote_code": trust_remote_code}
-    model = loader(resolved.location, **options)
+    model = load_adapted(loader, resolved, dtype=dtype, merged=True, trust_remote_code=trust_remote_code)
     return LoadedModel(model.to(device).eval(), tokenizer_of(resolved, trust_remote_code), resolved.manifest)

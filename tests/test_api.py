@@ -102,6 +102,21 @@ def test_collect_and_load(lab) -> None:
         rlhf_pipeline.load("nothing", home=lab.home)
 
 
+def test_an_adapter_is_loaded_on_its_base_with_the_weights_of_the_best_evaluation(lab) -> None:
+    pytest.importorskip("peft")
+    lora = {"use_peft": True, "lora_r": 2, "lora_target_modules": "all-linear", "learning_rate": 0.3}
+    best = {"eval_steps": 1, "max_steps": 4, "load_best_model_at_end": True, "snapshot_steps": 1}
+    result = rlhf_pipeline.sft(settings("sft", **lora, **best), home=lab.home, quiet=True)
+    step = result["metrics"]["best"]["step"]
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        found, kept, start = (
+            rlhf_pipeline.load(name, home=lab.home).model(ids).logits
+            for name in (result["model"], f"{result['model']}#{step}", "sft")
+        )
+    assert torch.allclose(found, kept, atol=1e-5) and not torch.allclose(found, start, atol=1e-2)
+
+
 def test_an_experiment_as_a_dict_then_its_results(lab, undrawn) -> None:
     shared = settings("dpo", output_name=None)
     stages = {"first": {"stage": "dpo", **shared}, "second": {"stage": "dpo", **shared, "model_name_or_path": "first"}}
