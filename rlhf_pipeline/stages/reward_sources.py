@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rlhf_pipeline.config.collect import CollectConfig
 from rlhf_pipeline.config.ppo import PpoConfig
 from rlhf_pipeline.config.reward_names import WORLD_NAMES, is_function_name, load_function
 from rlhf_pipeline.config.rewards import LlmJudge
@@ -19,6 +20,7 @@ from rlhf_pipeline.data.tokenizers import chat_template_digest, load_any_tokeniz
 from rlhf_pipeline.errors import ConfigError, Fault, MismatchError
 from rlhf_pipeline.models.modules import RewardModel
 from rlhf_pipeline.registry.adapters import require_same_base
+from rlhf_pipeline.registry.lengths import require_positions
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.functions import FunctionReward
@@ -101,10 +103,17 @@ def load_reward(
         source = _text_reward(resolved, form, config, tokenizer, device, say, bill)
         say(source.reads)
         return LoadedReward(source, resolved)
+    _require_positions(config, resolved)
     if below is not None:
         require_same_base(policy, resolved)
     model = load_reward_model(resolved, config, device, below)
     return LoadedReward(ModelReward(resolved.label, model, FILLER, device), resolved, model)
+
+
+def _require_positions(config: RewardConfigs, model: Resolved) -> None:
+    """Check the positions of a reward model that reads the policy's tokens; evaluations check their own lengths."""
+    if isinstance(config, PpoConfig | CollectConfig):
+        require_positions(config, model)
 
 
 def reads_text(model: Resolved) -> ConfigError:
@@ -122,6 +131,9 @@ def check_reward_models(config: RewardConfigs, policy: Resolved, models: Mapping
     """
     tokenizer = tokenizer_of(policy, config.trust_remote_code)
     forms = {role: form_of(model, config, policy, tokenizer) for role, model in models.items()}
+    for role, form in forms.items():
+        if form is None:
+            _require_positions(config, models[role])
     if isinstance(config, PpoConfig) and config.value_init == "reward_model" and forms["reward_model"] is not None:
         raise reads_text(models["reward_model"])
 

@@ -154,6 +154,15 @@ def test_a_model_of_the_registry_is_refused_unless_text_is_asked_for(lab, tmp_pa
     assert lab.run("collect", judge="strange", num=10, reward_tokenization="text").metrics["records"] > 0
 
 
+def test_positions_limit_what_is_read_as_ids_and_cut_what_is_read_as_text(lab, tmp_path):
+    short = save(tmp_path / "short", max_position_embeddings=5)
+    assert lab.run("collect", judge=short, num=10).metrics["records"] > 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(lab.registry.resolve("sft").path)
+    tokenizer.save_pretrained(short)  # the policy's: it is read as ids
+    with pytest.raises(ConfigError, match="positions"):
+        lab.run("collect", judge=short, num=10)
+
+
 def test_ids_are_asked_for(lab, foreign):
     with pytest.raises(MismatchError, match="found tokenizer"):
         lab.run("collect", judge=foreign, num=10, reward_tokenization="ids")
