@@ -22,9 +22,10 @@ from rlhf_pipeline.measure.training_loss import dpo_reference, own_data, trained
 from rlhf_pipeline.registry.parents import reward_models_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.report.results import Interval, Preferences, Scorer, ScorerTest
-from rlhf_pipeline.stages.common import find_model, load_reward_model
+from rlhf_pipeline.rollout.scoring import by_example, score
+from rlhf_pipeline.stages.common import find_model
 from rlhf_pipeline.stages.data import StageData
-from rlhf_pipeline.stages.reward_quality import score_examples
+from rlhf_pipeline.stages.reward_sources import load_reward
 from rlhf_pipeline.training.reference_cache import cached_logprobs, completion_logprob_sums
 
 PAIRS = 4096
@@ -34,7 +35,7 @@ LONGER = "longer wins"
 """The scorer that prefers the longer response."""
 
 
-def _pairs(bench: Bench, config: CompareConfig, sources: Sequence[Resolved]) -> list[Example]:
+def held_out_pairs(bench: Bench, config: CompareConfig, sources: Sequence[Resolved]) -> list[Example]:
     """The held-out pairs of the data that the first of these models was trained on."""
     for model in sources:
         if model.manifest is None:
@@ -70,8 +71,11 @@ def _implicit(bench: Bench, model: Resolved, pairs: Sequence[Example]) -> list[f
 
 def _explicit(bench: Bench, model: Resolved, pairs: Sequence[Example]) -> list[float]:
     """Score of the chosen response minus that of the rejected one."""
-    scores = score_examples(load_reward_model(model, bench.config, bench.device), pairs, **bench.reading)
-    return [chosen - rejected for chosen, rejected in scores]
+    policy, say = bench.reference or model, bench.say
+    reward = load_reward(bench.registry, model.label, bench.config, policy, bench.tokenizer, bench.device, say=say)
+    at_once, memory = bench.plan.responses_at_once, bench.plan.memory
+    scores = score(reward.source.score, pairs, responses_at_once=at_once, memory=memory)
+    return [chosen - rejected for chosen, rejected in by_example(scores, pairs)]
 
 
 def preference_quality(
@@ -87,7 +91,7 @@ def preference_quality(
     policies = list({model.label: model for model in policies}.values())
     labels = [reward.label for _, model in known for reward in reward_models_of(bench.registry, model)]
     models = [find_model(bench.registry, label, "reward_model") for label in dict.fromkeys(labels)]
-    pairs = _pairs(bench, config, [*policies, *models])
+    pairs = held_out_pairs(bench, config, [*policies, *models])
     if not pairs:
         return None
     clusters = [pair.prompt_key for pair in pairs]

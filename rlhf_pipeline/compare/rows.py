@@ -112,8 +112,8 @@ class Scorers:
         if label not in self._loaded:
             policy = bench.reference or bench.registry.resolve(label)
             self._loaded[label] = load_reward(
-                bench.registry, label, bench.config, policy, bench.tokenizer, bench.device
-            ).source
+                bench.registry, label, bench.config, policy, bench.tokenizer, bench.device, say=bench.say
+            ).scorer
         return self._loaded[label]
 
 

@@ -16,6 +16,7 @@ from rlhf_pipeline.compare.fairness import (
     require_comparable,
     truth_overlap,
 )
+from rlhf_pipeline.compare.llm_judged import llm_judged
 from rlhf_pipeline.compare.points import Point, with_snapshots
 from rlhf_pipeline.compare.preference_quality import preference_quality
 from rlhf_pipeline.compare.readings import configs, curves, lineage, prompt_texts, shown_samples
@@ -24,18 +25,19 @@ from rlhf_pipeline.compare.verdict import verdict
 from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.reward_names import names_a_model
 from rlhf_pipeline.errors import ConfigError, DataError, Fault
-from rlhf_pipeline.measure.bench import Bench, find_policies, knows_data, set_up
+from rlhf_pipeline.measure.bench import Bench, find_policies, knows_data, scored_as_trained, set_up
 from rlhf_pipeline.measure.best_of import best_of_n_rows, enough_samples, primary_figure
 from rlhf_pipeline.measure.demonstrations import demonstrations_of, describe
 from rlhf_pipeline.measure.exact import ExactBench, exact_figures
 from rlhf_pipeline.measure.leaves import TRUTH, Leaves
 from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
 from rlhf_pipeline.models.sharing import sharing_models
-from rlhf_pipeline.registry.parents import beta_of, parent_of, reference_of, reward_model_of, reward_models_of
+from rlhf_pipeline.registry.parents import beta_of, parent_of, reference_of, reward_models_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.storage import replace_text, staging
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report.results import Comparable, Exact, Findings, Gate, Results
+from rlhf_pipeline.rollout.llm import ChatModel
 from rlhf_pipeline.stages.common import find_model
 from rlhf_pipeline.training.open_run import make_accelerator
 from rlhf_pipeline.training.tracking import console
@@ -173,8 +175,10 @@ def compared(
     models = ([baseline] if baseline is not None else []) + final_models
     reference = _reference(registry, config, final_models, baseline, say)
     asked_for = config.reward_model is not None
-    if not asked_for and (trained_on := reward_model_of(registry, models)):
-        config = config.model_copy(update={"reward_model": trained_on})
+    config = scored_as_trained(config, registry, models)
+    chat = None if config.llm_judge is None else ChatModel.of(config.llm_judge, home)
+    if chat is not None:
+        chat.probe()
     report = home / "reports" / config.name
     with staging(report if report.is_dir() else report.parent, config.name):
         pass  # a folder that cannot be written is found before hours of sampling, not after
@@ -256,6 +260,7 @@ def compared(
         preferences=preference_quality(bench, config, finals),
         data_changed=bench.data_changed,
         demonstrations=None if shown is None else describe(shown),
+        llm_judge=None if chat is None else llm_judged(bench, config, chat, ended),
         **dict(against),
     )
     return Results(

@@ -375,7 +375,7 @@ def moving_options(kind: type[BaseModel], values: Mapping[str, Any], *, conditio
             moved[name] = given[name]
     sources = () if conditional else given.get("reward_functions") or ()
     if any(source.get("weight", 1) != 1 for source in sources):
-        moved["reward_functions"] = list(sources)
+        moved["reward_functions"] = [{key: part[key] for key in part if part[key] is not None} for part in sources]
     return moved
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
+
+from pydantic import model_validator
 
 from rlhf_pipeline.config.base import (
     ATTENTION,
@@ -35,6 +38,15 @@ from rlhf_pipeline.config.base import (
     renames,
 )
 from rlhf_pipeline.config.reward_names import names_a_model
+from rlhf_pipeline.config.rewards import (
+    PAIR_PLACES,
+    TOKENIZATION,
+    LlmJudge,
+    Tokenization,
+    check_request,
+    check_source,
+    with_source,
+)
 from rlhf_pipeline.config.template import (
     CHAT_TEMPLATE,
     CHAT_TEMPLATE_KWARGS,
@@ -42,13 +54,23 @@ from rlhf_pipeline.config.template import (
     EOS_TOKEN,
     check_template,
 )
+from rlhf_pipeline.errors import Fault
+
+
+def check_labeller(config: CollectConfig) -> Iterator[Fault]:
+    """Yield the faults of a language model as the labeller."""
+    yield from check_source("judge", config.judge, config.llm_judge)
+    yield from check_request("llm_judge", config.llm_judge, PAIR_PLACES)
+    if config.llm_judge is not None and config.labels != "rank":
+        found = f"found {config.labels!r}, but llm_judge decides each pair itself"
+        yield Fault("labels", found, "rank", "remove labels")
 
 
 class CollectConfig(WithLengths):
     """Config of `rlhf data collect` and of the `collect` stage of an experiment."""
 
     stage: ClassVar[str] = "collect"
-    checks: ClassVar = (check_prompts, check_lengths, check_fractions, check_template)
+    checks: ClassVar = (check_prompts, check_lengths, check_fractions, check_template, check_labeller)
     remarks: ClassVar = (remark_on_halves,)
     samples: ClassVar[bool] = True
 
@@ -61,6 +83,10 @@ class CollectConfig(WithLengths):
         "scorer that labels the responses: world, a reward model, or module:function",
         names="reward",
         examples=["world"],
+    )
+    reward_tokenization: Tokenization = TOKENIZATION
+    llm_judge: LlmJudge | None = option(
+        None, "language model that labels the responses, instead of judge: both orders of each pair, ties are left out"
     )
     num: Count = option(..., "number of records to collect", examples=[1])
     output_name: Name = option(..., "name of the data in the home directory", examples=["data"])
@@ -93,6 +119,12 @@ class CollectConfig(WithLengths):
     seed: Seed = option(0, "random seed for sampling and labels")
     use_cpu: bool = USE_CPU
     num_threads: Count | None = NUM_THREADS
+
+    @model_validator(mode="before")
+    @classmethod
+    def _labelled_by(cls, values: Any) -> Any:
+        judged = isinstance(values, Mapping) and values.get("llm_judge") is not None
+        return {"labels": "rank", **with_source(values, "judge")} if judged else values
 
     def parents(self) -> dict[str, ModelInput]:
         """Return the models that produce the data, by their role in the manifest."""

@@ -30,6 +30,7 @@ from rlhf_pipeline.config.base import (
     check_prompts,
     option,
 )
+from rlhf_pipeline.config.rewards import PAIR_PLACES, TOKENIZATION, LlmJudge, Tokenization, check_request
 from rlhf_pipeline.config.template import (
     CHAT_TEMPLATE,
     CHAT_TEMPLATE_KWARGS,
@@ -64,6 +65,11 @@ def check_validation(config: CompareConfig) -> Iterator[Fault]:
         yield Fault("validation_split", f"{found}: settings would be chosen on the results", "another split, or null")
 
 
+def check_llm_judge(config: CompareConfig) -> Iterator[Fault]:
+    """Yield the faults of a template that has no places for two responses."""
+    return check_request("llm_judge", config.llm_judge, PAIR_PLACES)
+
+
 class PromptsConfig(CommandConfig):
     """Keys of every evaluation: prompts, a reference, and how to load models."""
 
@@ -82,6 +88,7 @@ class PromptsConfig(CommandConfig):
     reward_model: Text | None = option(
         None, "scorer of the responses: a reward model, world or module:function (default: as trained)", names="reward"
     )
+    reward_tokenization: Tokenization = TOKENIZATION
     reference: Text | None = option(
         None, "reference model of the KL (default: the training's reference, else the SFT model)", names="policy"
     )
@@ -131,7 +138,7 @@ class CompareConfig(EvaluateConfig):
     """Config of `rlhf compare`."""
 
     stage: ClassVar[str] = "compare"
-    checks: ClassVar = (*EvaluateConfig.checks, check_arms, check_validation)
+    checks: ClassVar = (*EvaluateConfig.checks, check_arms, check_validation, check_llm_judge)
 
     name: Name = option("compare", "name of the report")
     arms: Texts = option(
@@ -143,6 +150,9 @@ class CompareConfig(EvaluateConfig):
     )
     baseline: Text | None = option(
         None, "model that the arms are compared with (default: the first arm)", names="policy"
+    )
+    llm_judge: LlmJudge | None = option(
+        None, "language model that compares the responses; its agreement with held-out labels is measured too"
     )
     validation_split: Text | None = option("validation", "split whose prompts select settings and snapshots")
     allow_mismatch: bool = option(

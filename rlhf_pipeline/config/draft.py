@@ -203,6 +203,8 @@ class Draft:
                 self.faults.append(Fault(place((key,)), f"{key!r} is not the name of a key", "a name"))
                 continue
             canonical = keys.canonical(self.stage, key)
+            if canonical == "judge" and isinstance(value, Mapping) and self.stage in keys.ASK_LLM:
+                canonical = "llm_judge"  # an endpoint instead of the name of a reward source
             if canonical in given:
                 found = f"the same key as {given[canonical][0]}, which is also given"
                 self.faults.append(Fault(place((key,)), found, "one of the two", "remove one", key))

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from rlhf_pipeline.config.adapter import ADAPTER_KEYS
-from rlhf_pipeline.config.ppo import RewardFunction
+from rlhf_pipeline.config.rewards import RewardFunction
 from rlhf_pipeline.config.stages import SCHEMAS, STAGES, TRAINING
 from rlhf_pipeline.config.training import DatasetEntry
 from rlhf_pipeline.errors import did_you_mean
@@ -42,6 +42,10 @@ ALIASES: dict[str, dict[str, str]] = {
     "exact": {**_SAMPLING, "kl_coef": "beta"},
 }
 """Other names of keys, by command."""
+
+
+ASK_LLM = ("collect", "compare")
+"""Commands in which `judge` may be a mapping with an endpoint, which stands for `llm_judge`."""
 
 
 def canonical(stage: str, key: str) -> str:

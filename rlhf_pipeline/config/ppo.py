@@ -11,7 +11,6 @@ from pydantic import BeforeValidator, Field, model_validator
 from rlhf_pipeline.config.base import (
     Count,
     Fraction,
-    Keys,
     ModelInput,
     NonNegative,
     Positive,
@@ -21,27 +20,18 @@ from rlhf_pipeline.config.base import (
     remark_on_halves,
 )
 from rlhf_pipeline.config.reward_names import names_a_model
+from rlhf_pipeline.config.rewards import (
+    RATING_PLACES,
+    TOKENIZATION,
+    RewardFunction,
+    RewardFunctions,
+    Tokenization,
+    check_request,
+    check_source,
+)
 from rlhf_pipeline.config.shorthands import ROLLOUT
 from rlhf_pipeline.config.training import COMMON_CHECKS, TrainingConfig, check_model
 from rlhf_pipeline.errors import Fault
-
-
-class RewardFunction(Keys):
-    """One term of the reward."""
-
-    source: Text = option(..., "world, a reward model, or module:function", names="reward")
-    weight: float = option(1.0, "weight of this score in the sum (ours); other than 1 moves the optimum")
-
-
-def _reward_functions(value: Any) -> Any:
-    if isinstance(value, str | dict):
-        value = [value]
-    if not isinstance(value, list | tuple):
-        return value
-    return [{"source": entry} if isinstance(entry, str) else entry for entry in value]
-
-
-RewardFunctions = Annotated[tuple[RewardFunction, ...] | None, BeforeValidator(_reward_functions)]
 
 
 def _engine(value: Any) -> Any:
@@ -73,10 +63,16 @@ def check_reward(config: PpoConfig) -> Iterator[Fault]:
     if config.value_init == "reward_model" and config.reward_model_path is None:
         found = "value_init is reward_model, but there is no reward_model_path"
         yield Fault("value_init", found, "sft or shared, or reward_model_path")
+    elif config.value_init == "reward_model" and config.reward_tokenization in ("text", "chat"):
+        found = f"value_init is reward_model, but with reward_tokenization {config.reward_tokenization} it reads text"
+        yield Fault("value_init", found, "sft or shared: the critic reads the policy's tokens", "set value_init: sft")
     if config.reward_model_path is None and config.reward_functions is None:
         yield Fault("reward_model_path", "missing", "reward_model_path or reward_functions")
     if config.reward_model_path is not None and config.reward_functions is not None:
         yield Fault("reward_functions", "reward_model_path is also given", "one of the two", "remove one")
+    if config.reward_combination != "sum" and len(config.reward_functions or ()) < 2:
+        found = f"found {config.reward_combination!r} with fewer than two rewards"
+        yield Fault("reward_combination", found, "two or more reward_functions", "or reward_combination: sum")
 
 
 def check_reward_sources(config: PpoConfig) -> Iterator[Fault]:
@@ -87,6 +83,8 @@ def check_reward_sources(config: PpoConfig) -> Iterator[Fault]:
         yield Fault("reward_model_path", f"{path!r} is not a reward model", "name, directory or hub id", fix)
     for index, entry in enumerate(config.reward_functions or ()):
         yield from _check_source(f"reward_functions.{index}.source", entry.source)
+        yield from check_source(f"reward_functions.{index}.source", entry.source, entry.llm_judge)
+        yield from check_request(f"reward_functions.{index}.llm_judge", entry.llm_judge, RATING_PLACES)
 
 
 def _check_source(where: str, source: str) -> Iterator[Fault]:
@@ -99,6 +97,7 @@ def check_judge(config: PpoConfig) -> Iterator[Fault]:
     if config.judge is None:
         return
     yield from _check_source("judge", config.judge)
+    yield from check_source("judge", config.judge, None)
     if config.judge in [reward.source for reward in config.rewards]:
         found = f"{config.judge!r} is the reward that the policy is trained on"
         fix = "train a reward model on other pairs (rlhf train-rm dataset_train_split=judge), or remove judge"
@@ -214,7 +213,19 @@ class PpoConfig(TrainingConfig):
 
     reward_model_path: Text | None = option(None, "reward model: registry name, directory or hub id", names="reward")
     reward_functions: RewardFunctions = option(
-        None, "rewards to sum, instead of reward_model_path: list of {source, weight}", names="reward", min_length=1
+        None,
+        "rewards to combine, instead of reward_model_path: list of {source, weight}; a function has the signature of "
+        "TRL's GRPO trainer, gets every column of the row, and may be async or return None (not applicable)",
+        names="reward",
+        min_length=1,
+    )
+    reward_tokenization: Tokenization = TOKENIZATION
+    reward_combination: Literal["sum", "min", "mean_minus_std"] = option(
+        "sum",
+        "how several reward_functions make one reward, from their scores times their weights: sum (TRL), min, or "
+        "mean_minus_std: their mean minus their standard deviation (reward model ensembles, Coste et al. 2024); the "
+        "optimum is then that of the combined reward",
+        moves_optimum=True,
     )
     judge: Text | None = option(
         None,
@@ -285,7 +296,8 @@ class PpoConfig(TrainingConfig):
     @model_validator(mode="after")
     def _fill_what_follows(self) -> PpoConfig:
         if self.value_init is None:
-            critic = "sft" if self.reward_model_path is None else "reward_model"
+            own_tokens = self.reward_model_path is None or self.reward_tokenization in ("text", "chat")
+            critic = "sft" if own_tokens else "reward_model"
             object.__setattr__(self, "value_init", critic)
         if self.gradient_accumulation_steps is None:
             steps = self.minibatch_size // self.per_device_train_batch_size

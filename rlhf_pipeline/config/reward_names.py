@@ -11,11 +11,13 @@ from pathlib import Path
 from rlhf_pipeline.errors import ConfigError, Fault
 
 WORLD_NAMES = ("world", "world:verdicts")
+LLM_PREFIX = "llm-judge:"
+"""Begins the name of a language model as a judge; no module has such a name."""
 
 
 def names_a_model(source: str) -> bool:
-    """Whether a reward source is a reference to a model: neither the world nor a function."""
-    return source not in WORLD_NAMES and not is_function_name(source)
+    """Whether a reward source is a reference to a model: neither the world, a function nor a language model."""
+    return source not in WORLD_NAMES and not source.startswith(LLM_PREFIX) and not is_function_name(source)
 
 
 def is_function_name(source: str) -> bool:

@@ -15,6 +15,8 @@ from rlhf_pipeline.errors import ConfigError, Fault, did_you_mean
 
 ModelConfig = TrainingConfig | CollectConfig | PromptsConfig
 """The config of a command that loads models."""
+RewardConfigs = PpoConfig | CollectConfig | PromptsConfig
+"""The config of a command that loads reward sources."""
 StageConfig = TrainingConfig | CollectConfig
 """The config of a stage: a command that makes a model or data."""
 STAGES: dict[str, type[TrainingConfig] | type[CollectConfig]] = {

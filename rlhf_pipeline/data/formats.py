@@ -93,8 +93,9 @@ def parse(rows: Rows, name: str, mapping: Mapping[str, str] | None = None) -> Re
     columns = _filled(rows)
     schema = detect(rows, columns, name)
     not_read = columns - {*schema.columns, *schema.also, "split"}
+    further = sorted(map(str, set().union(*(row for _, row in rows)) - {*schema.columns, *schema.also, "split"}))
     if schema.gather is not None:
-        columns = set()
+        columns, further = set(), []
         rows, parsed.faults = schema.gather(rows)
     labelled = schema.read in _DEMONSTRATIONS and _are_labels(rows)
     scores = [names for names in preferences.SCORES if columns.issuperset(names)]
@@ -115,6 +116,8 @@ def parse(rows: Rows, name: str, mapping: Mapping[str, str] | None = None) -> Re
         elif record is not None:
             # The record is new, so it may be changed; `dataclasses.replace` would check every field again.
             record.__dict__.update(where=where, split=split)
+            if further:
+                record.__dict__["columns"] = {column: values.get(column) for column in further}
             parsed.records.append(record)
             if record.completions[1:] and (reason := preferences.against_label(values, scores)):
                 parsed.against[reason] += 1

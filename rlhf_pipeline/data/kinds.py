@@ -43,7 +43,7 @@ def as_kind(records: list[Record], kind: str, source: str = "") -> tuple[list[Re
         for record in records:
             first.setdefault(record.prompt_key, record)
         dropped["duplicate_prompt"] = len(records) - len(first)
-        return [_pick(record, "prompt") for record in first.values()], +dropped
+        return [_prompt(record) for record in first.values()], +dropped
     made: list[Record] = []
     for record in records:
         if record.kind == kind or record.kind == "text":
@@ -108,6 +108,12 @@ def _pick(record: Record, kind: str, *indices: int) -> Record:
         completion_ids=None if ids is None else tuple(ids[i] for i in indices),
         extra={name: record.extra[name] for name in TEMPLATE_VALUES if name in record.extra},
     )
+
+
+def _prompt(record: Record) -> Record:
+    """Return the prompt of a record; of a pair, the two sides are kept as columns, as reward functions expect them."""
+    sides = dict(zip(("chosen", "rejected"), record.completions)) if record.kind == "pair" else {}
+    return replace(_pick(record, "prompt"), columns={**record.columns, **sides})
 
 
 def _best(record: Record) -> Record:

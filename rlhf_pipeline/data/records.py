@@ -39,6 +39,7 @@ class Record:
     extra: Mapping[str, Any] = field(default_factory=dict)  # ranks, scores, label_probability, label, TEMPLATE_VALUES
     instruction: tuple[str, str] | None = None  # instruction and input of an Alpaca row, which the prompt is made of
     turns: bool = False  # the last turn of a conversation, whose earlier assistant's turns may be trained too
+    columns: Mapping[str, Any] = field(default_factory=dict)  # what the format does not read, for reward functions
 
     @property
     def conversational(self) -> bool:

@@ -8,16 +8,16 @@ none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf_pipeline.data.encode import Counts, Encoded, encode, with_fewer_turns
 from rlhf_pipeline.data.files import row_fault
 from rlhf_pipeline.data.kinds import as_kind, ranks_of
-from rlhf_pipeline.data.records import Record
+from rlhf_pipeline.data.records import Messages, Record, messages
 from rlhf_pipeline.data.tokenizers import stop_ids, text_of, tokenizer_digest
 from rlhf_pipeline.errors import DataError
 
@@ -44,6 +44,8 @@ class Example:
     ranks: tuple[int, ...] | None = None  # of a ranking, ascending; equal ones are ties. None: best first, no ties
     prompt_truncated: bool = False
     trained: list[bool] | None = None  # of the tokens of the only completion: whether SFT trains it; None: all
+    messages: Messages | None = None  # of a chat: the turns of the whole prompt
+    columns: Mapping[str, Any] = field(default_factory=dict)  # of the row; a format reads none of them
 
     @property
     def tokens_trained(self) -> int:
@@ -191,6 +193,8 @@ def _fit(
         texts,
         ranks,
         truncated,
+        messages=messages(record.prompt) if record.conversational and record.prompt is not None else None,
+        columns=record.columns,
     )
     return _with_replies(example, encoded.trained) if encoded.trained and any(encoded.trained) else example
 

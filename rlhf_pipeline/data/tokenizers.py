@@ -29,6 +29,26 @@ def load_tokenizer(
     Raises:
         BadInput: there is no tokenizer, it has no EOS token, or `eos_token` is not one of its tokens.
     """
+    tokenizer = load_any_tokenizer(path, revision, trust_remote_code)
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise ConfigError(Fault("eos_token", f"{eos_token!r} is not a token of {path}", "one of its tokens"))
+        tokenizer.eos_token = eos_token
+    if tokenizer.eos_token_id is None:
+        raise BadInput(f"{path}: the tokenizer has no EOS token, so no response could end; set `eos_token`")
+    count = token_count(tokenizer)
+    tokenizer.model_stop_ids = tuple(stop for stop in _model_stop_ids(str(path), revision) if 0 <= stop < count)
+    return tokenizer
+
+
+def load_any_tokenizer(
+    path: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer as it is, also one without EOS or PAD, such as an encoder's.
+
+    Raises:
+        BadInput: there is no tokenizer.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
@@ -48,14 +68,6 @@ def load_tokenizer(
         raise BadInput(
             f"{path}: the tokenizer cannot be loaded ({reason}); expected a Hugging Face tokenizer"
         ) from error
-    if eos_token is not None:
-        if eos_token not in tokenizer.get_vocab():
-            raise ConfigError(Fault("eos_token", f"{eos_token!r} is not a token of {path}", "one of its tokens"))
-        tokenizer.eos_token = eos_token
-    if tokenizer.eos_token_id is None:
-        raise BadInput(f"{path}: the tokenizer has no EOS token, so no response could end; set `eos_token`")
-    count = token_count(tokenizer)
-    tokenizer.model_stop_ids = tuple(stop for stop in _model_stop_ids(str(path), revision) if 0 <= stop < count)
     return tokenizer
 
 

@@ -119,9 +119,9 @@ INPUTS = "inputs.json"
 def comparison_inputs(
     config: CompareConfig, points: Sequence[Point], resampled: Sequence[str], registry: Registry
 ) -> str | None:
-    """The digest of all inputs of a comparison; None if it is not known (Python functions, data on the hub)."""
+    """The digest of all inputs of a comparison; None if it is not known (functions, a language model, hub data)."""
     named = [config.reward_model, config.judge, config.true_reward]
-    if any(source is not None and is_function_name(source) for source in named):
+    if config.llm_judge is not None or any(source is not None and is_function_name(source) for source in named):
         return None
     texts = [point.model for point in points] + [text for text in (config.baseline, config.reference) if text]
     texts += [source for source in named if source is not None and names_a_model(source)]

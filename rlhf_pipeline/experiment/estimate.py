@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rlhf_pipeline.config.mentions import functions
 from rlhf_pipeline.config.optim import OPTIMIZERS
 from rlhf_pipeline.config.reward import RewardConfig
 from rlhf_pipeline.config.reward_names import load_function
+from rlhf_pipeline.config.rewards import LlmJudge
 from rlhf_pipeline.config.stages import CollectConfig, DpoConfig, PpoConfig, SftConfig, StageConfig, TrainingConfig
 from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.data.styles import Style
@@ -24,8 +26,10 @@ from rlhf_pipeline.registry.parents import parents_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import check_role
 from rlhf_pipeline.registry.store import Registry, folder_for_copy
+from rlhf_pipeline.rollout.llm import ChatModel
 from rlhf_pipeline.stages.common import packed_rows, tokenizer_of
 from rlhf_pipeline.stages.data import StageData, prompts_by_split
+from rlhf_pipeline.stages.reward_sources import check_reward_models
 from rlhf_pipeline.training.windows import total_steps
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}
@@ -58,6 +62,26 @@ def _new_parameters(config: SftConfig) -> int:
     with torch.device("meta"):
         model = model_of_config(described)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def llm_judges(config: StageConfig) -> list[LlmJudge]:
+    """The language models that a stage asks."""
+    if isinstance(config, CollectConfig):
+        return [config.llm_judge] if config.llm_judge is not None else []
+    rewards = config.rewards if isinstance(config, PpoConfig) else ()
+    return [part.llm_judge for part in rewards if part.llm_judge is not None]
+
+
+def _check_reward_models(config: StageConfig, parents: Mapping[str, Resolved]) -> None:
+    """Check reward models that may read other tokens than the policy; those with its tokenizer's digest do not."""
+    policy = parents.get("policy", parents.get("base"))
+    rewards = {role: model for role, model in parents.items() if role.startswith(("reward_model", "judge"))}
+    if policy is None or not isinstance(config, PpoConfig | CollectConfig):
+        return
+    ours = policy.manifest.tokenizer_digest if policy.manifest is not None else None
+    known = [model.manifest.tokenizer_digest if model.manifest is not None else None for model in rewards.values()]
+    if any(digest is None or digest != ours for digest in known):
+        check_reward_models(config, policy, rewards)
 
 
 def _adapter_parameters(config: TrainingConfig, parent: Resolved) -> int:
@@ -123,6 +147,9 @@ def estimate_stage(config: StageConfig, home: Path) -> dict[str, Any]:
                 require_same_base(parents["base"], parents[role])
     for source in functions(config):
         load_function(source)
+    for judge in llm_judges(config):
+        ChatModel.of(judge, home)
+    _check_reward_models(config, parents)
     said: list[str] = []
     base = next(iter(parents.values()), None)
     if isinstance(config, CollectConfig):

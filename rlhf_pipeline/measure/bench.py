@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 import torch
 
@@ -25,6 +25,7 @@ from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
 from rlhf_pipeline.models.modules import Policy
 from rlhf_pipeline.registry.lengths import limit_of, positions_of
 from rlhf_pipeline.registry.lineage import COLLECTED
+from rlhf_pipeline.registry.parents import reward_model_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report.results import DataChange, DataReport
@@ -35,6 +36,8 @@ from rlhf_pipeline.stages.reward_sources import load_reward
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
+C = TypeVar("C", bound=PromptsConfig)
 
 REWARD_KEYS = ("true_reward", "reward_model", "judge", "reward")
 """Keys of evaluation configs that name a reward."""
@@ -294,10 +297,10 @@ def set_up(
     def source(text: str | None) -> RewardSource | None:
         if text is None or (in_world and text in WORLD_NAMES):
             return None  # the world's reward has its own figure
-        loaded = load_reward(registry, text, config, first, tokenizer, device)
-        if loaded.resolved is not None:
+        loaded = load_reward(registry, text, config, first, tokenizer, device, say=say)
+        if loaded.model is not None and loaded.resolved is not None:  # one that reads text has its own limit
             require_room(config, loaded.resolved, lengths)
-        return loaded.source
+        return loaded.scorer
 
     scorer, judge, truth = (source(getattr(config, key, None)) for key in ("reward_model", "judge", "true_reward"))
     known = truth is None and in_world and labelled_by_world(registry, config, first, say)
@@ -305,6 +308,22 @@ def set_up(
     if own is not None:
         bench.compare_data(first, [own])
     return bench
+
+
+def scored_as_trained(config: C, registry: Registry, models: Sequence[Resolved]) -> C:
+    """The config with the reward model that one of these policies was trained on, read as in its training.
+
+    A `reward_model` or `reward_tokenization` of the config stays.
+
+    Raises:
+        MismatchError, UnknownReference: as for `parent_of`.
+    """
+    if config.reward_model is not None:
+        return config
+    found = reward_model_of(registry, models)
+    if "reward_tokenization" in config.model_fields_set:
+        found.pop("reward_tokenization", None)
+    return config.model_copy(update=found)
 
 
 def add_rewards(bench: Bench, samples: Samples, scorer: RewardSource | None = None) -> None:

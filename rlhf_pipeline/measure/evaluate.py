@@ -15,14 +15,14 @@ from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.data.batch import FILLER
 from rlhf_pipeline.errors import ConfigError, Fault
 from rlhf_pipeline.evaluation.sampled import Samples, add_kl, draw
-from rlhf_pipeline.measure.bench import Bench, add_rewards, set_up
+from rlhf_pipeline.measure.bench import Bench, add_rewards, scored_as_trained, set_up
 from rlhf_pipeline.measure.best_of import best_of_n_rows
 from rlhf_pipeline.measure.trained_on import changes_of, owned_by
 from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
 from rlhf_pipeline.models.modules import Policy
 from rlhf_pipeline.models.sharing import sharing_models
 from rlhf_pipeline.registry.integrity import verify_files
-from rlhf_pipeline.registry.parents import reference_of, reward_model_of
+from rlhf_pipeline.registry.parents import reference_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import role_of
 from rlhf_pipeline.registry.store import Registry
@@ -60,8 +60,7 @@ def run_evaluate(reference_text: str, config: EvaluateConfig, home: Path) -> dic
     reference = (
         find_model(registry, config.reference, "policy") if config.reference else reference_of(registry, resolved)
     )
-    if config.reward_model is None and (trained_on := reward_model_of(registry, [resolved])):
-        config = config.model_copy(update={"reward_model": trained_on})
+    config = scored_as_trained(config, registry, [resolved])
     drawn = max([config.samples, *config.best_of])
     bench = set_up(registry, config, resolved, device, reference=reference, samples=drawn, seed=config.seed, say=say)
     samples = measure(bench, bench.policy(resolved))

@@ -241,12 +241,13 @@ def run_exact(references: list[str], config: ExactConfig, home: Path) -> ExactRe
     usual_beta = betas[0] if betas else config.beta
     if usual_beta is None:
         raise ConfigError(Fault("beta", "none of these models was trained at a beta", "--beta B"))
+    trained_on = reward_model_of(registry, models).get("reward_model")
     exact = ExactBench(
         Leaves.of(bench),
         reward,
         beta=config.beta,
         usual_beta=usual_beta,
-        reward_model=config.reward_model or reward_model_of(registry, models) or next(iter(learned), None),
+        reward_model=config.reward_model or trained_on or next(iter(learned), None),
         few=config.reward_model_prompts,
     )
     losses = excess_training_losses(bench, models, long_run) if config.training_loss else {}

@@ -11,7 +11,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from rlhf_pipeline.config.reward_names import WORLD_NAMES, is_function_name
+from rlhf_pipeline.config.reward_names import WORLD_NAMES, names_a_model
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.enumeration import ResponseTree
 from rlhf_pipeline.data.tokenize import Example
@@ -37,8 +37,8 @@ TRUTH: Reward = ((1.0, "world"),)
 def trained_reward(registry: Registry, resolved: Resolved) -> Reward | None:
     """The reward whose optimum a PPO policy was trained towards.
 
-    None for a policy that was not trained by PPO, for a Python reward function, and if an option moved the optimum (a
-    penalty, gamma, a temperature).
+    None for a policy that was not trained by PPO, for a function or language model as reward, and if an option moved
+    the optimum (a penalty, gamma, a temperature).
 
     Raises:
         MismatchError: its parents are not the reward models of its config, or have other files now.
@@ -52,7 +52,7 @@ def trained_reward(registry: Registry, resolved: Resolved) -> Reward | None:
     reward = []
     for part in parts:
         source = part["source"]
-        if source is None or is_function_name(source):
+        if source is None or not (source in WORLD_NAMES or names_a_model(source)):
             return None
         if source in WORLD_NAMES:
             source = "world"

@@ -27,9 +27,10 @@ def require_needs(config: StageConfig, parents: Mapping[str, Resolved]) -> None:
         DamagedFile: a config.json cannot be read.
     """
     for role, parent in parents.items():
-        require_positions(config, parent)
+        scores = role.startswith("reward_model") or role == "judge"
+        if not scores or parent.manifest is not None:  # a reward model from elsewhere may read text: see `load_reward`
+            require_positions(config, parent)
         if config.attn_implementation is not None:
-            scores = role.startswith("reward_model") or role == "judge"
             _require_kernel_of(parent, config.attn_implementation, config.trust_remote_code, scores=scores)
     base = parents.get("base")
     if isinstance(config, TrainingConfig) and config.dtype == "auto" and base is not None:

@@ -192,6 +192,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "split_fractions": _are_fractions,
     "column_mapping": _are_texts,
     "reward_functions": _are_rewards,
+    "reward_tokenization": lambda value: value in ("auto", "ids", "text", "chat"),
 }
 _METRICS = {"calibration_slope": _is_slope, "gate": _is_object, "health": _are_findings}
 

@@ -74,14 +74,20 @@ def reward_models_of(registry: Registry, resolved: Resolved) -> Iterator[Resolve
             yield found
 
 
-def reward_model_of(registry: Registry, models: Sequence[Resolved]) -> str | None:
-    """Return the label of the first reward model that one of these policies was trained on; None without one.
+def reward_model_of(registry: Registry, models: Sequence[Resolved]) -> dict[str, str]:
+    """Return the keys of a config that name the first reward model that one of these policies was trained on.
+
+    These are `reward_model`, its label, and `reward_tokenization`, how it read the responses; {} without one.
 
     Raises:
         MismatchError, UnknownReference: as for `parent_of`.
     """
-    found = (parent_of(registry, resolved, "reward_model") for resolved in models)
-    return next((parent.label for parent in found if parent is not None), None)
+    for resolved in models:
+        parent = parent_of(registry, resolved, "reward_model")
+        if parent is not None:
+            how = resolved.config.get("reward_tokenization", "auto")
+            return {"reward_model": parent.label, "reward_tokenization": how}
+    return {}
 
 
 def beta_of(resolved: Resolved) -> float | None:

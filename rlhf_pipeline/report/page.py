@@ -12,6 +12,7 @@ from rlhf_pipeline.report.results import Results
 from rlhf_pipeline.report.sections.cost import cost_section
 from rlhf_pipeline.report.sections.curves import curves_section, frontier_section, overoptimisation_section
 from rlhf_pipeline.report.sections.exact import exact_section
+from rlhf_pipeline.report.sections.llm_judge import llm_judge_section
 from rlhf_pipeline.report.sections.provenance import footer, glossary_section, lineage_section, reproduce_section
 from rlhf_pipeline.report.sections.responses import preferences_section, responses_section, samples_section
 from rlhf_pipeline.report.sections.tables import ranking_section, results_section
@@ -28,6 +29,7 @@ SECTIONS: tuple[Callable[[View, Points], Section | None], ...] = (
     curves_section,
     overoptimisation_section,
     preferences_section,
+    llm_judge_section,
     responses_section,
     cost_section,
     ranking_section,
@@ -45,6 +47,7 @@ SHORT = {
     "fair": "Fair?",
     "frontier": "Frontier",
     "preferences": "Calibration",
+    "llm-judge": "LLM judge",
     "responses": "Responses",
     "exact": "Exact",
     "samples": "Samples",

@@ -312,6 +312,50 @@ class Preferences(Part):
     test: ScorerTest | None
 
 
+class LlmFigures(Part):
+    """A language model's verdicts on `comparisons` pairs, each read in both orders.
+
+    ties: share without a winner. first_place: share of single readings with a winner that the reply in the first place
+    won; one half without a preference for a place. disagreed: share of pairs whose two readings named different
+    winners; these are ties. unreadable: answers without a verdict.
+    """
+
+    comparisons: int
+    ties: Number
+    first_place: Number
+    disagreed: Number
+    unreadable: int
+
+
+class JudgedPair(LlmFigures):
+    """P(the judge prefers a response of a to one of b), ties one half; `why_not` says why there is none."""
+
+    a: str
+    b: str
+    estimate: Interval | None
+    why_not: str | None
+    p: Number
+
+
+class LabelAgreement(LlmFigures):
+    """The share of held-out labelled pairs that the judge orders as their label, ties one half."""
+
+    pairs: int
+    prompts: int
+    accuracy: Interval
+
+
+class LlmJudged(Part):
+    """Win rates by a language model, and its agreement with the labels of held-out pairs."""
+
+    judge: str
+    endpoint: str
+    pairs_per_prompt: int
+    pairs: list[JudgedPair]
+    labels: LabelAgreement | None
+    why_no_labels: str | None
+
+
 class Demonstrations(Part):
     """Figures of the demonstrations for the same prompts."""
 
@@ -532,6 +576,7 @@ class Measurements(Part):
     preferences: Preferences | None
     data_changed: list[DataChange]
     demonstrations: Demonstrations | None
+    llm_judge: LlmJudged | None = None
 
 
 class Sides(Part):

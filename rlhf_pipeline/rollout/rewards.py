@@ -1,14 +1,10 @@
-"""Reward sources: the world's true reward, a reward model, a Python function, and weighted sums of these."""
+"""Reward sources: the world's true reward, a reward model, and several sources as one reward."""
 
 from __future__ import annotations
 
-import contextlib
-import math
-import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -18,9 +14,6 @@ from rlhf_pipeline.data.batch import PackedBatch, pack, reads
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import RunFailed
 from rlhf_pipeline.models.modules import RewardModel
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class BadScores(RunFailed):
@@ -32,7 +25,12 @@ class BadScores(RunFailed):
 
 
 class RewardSource(Protocol):
-    """Scores completions. `packed` holds the same examples, for sources that read tensors; it may be None."""
+    """Scores completions. `packed` holds the same examples, for sources that read tensors; it may be None.
+
+    skips: whether the score nan means that the source does not apply to a response.
+    """
+
+    skips: ClassVar[bool]
 
     @property
     def label(self) -> str:
@@ -49,6 +47,7 @@ class WorldReward:
     """The true reward of `world:verdicts`."""
 
     label: str = "world"
+    skips: ClassVar[bool] = False
 
     def score(self, examples: Sequence[Example], packed: PackedBatch | None = None) -> Tensor:
         return torch.tensor(world_verdicts(examples).reward, dtype=torch.float32)
@@ -70,6 +69,7 @@ class ModelReward:
     model: RewardModel
     pad_id: int
     device: torch.device | str = "cpu"
+    skips: ClassVar[bool] = False
 
     @torch.no_grad()
     def score(self, examples: Sequence[Example], packed: PackedBatch | None = None) -> Tensor:
@@ -78,86 +78,62 @@ class ModelReward:
         return self.model(packed).float()
 
 
-@dataclass(frozen=True)
-class FunctionReward:
-    """A Python function f(prompts, completions, **columns) -> list of floats, with TRL's signature.
-
-    The columns are completion_ids and ended. Texts are decoded without the stop token.
-    """
-
-    label: str
-    function: Callable[..., Sequence[float]]
-    tokenizer: PreTrainedTokenizerBase
-
-    def score(self, examples: Sequence[Example], packed: PackedBatch | None = None) -> Tensor:
-        prompts, completions, ids, ended = [], [], [], []
-        for example in examples:
-            prompt = example.prompt_text or self.tokenizer.decode(example.prompt_ids)
-            for completion, end in zip(example.completions, example.ended, strict=True):
-                prompts.append(prompt)
-                completions.append(self.tokenizer.decode(completion[:-1] if end else completion))
-                ids.append(list(completion))
-                ended.append(bool(end))
-        try:
-            # stdout is for the result of the command, so the function's output goes to stderr.
-            with contextlib.redirect_stdout(sys.stderr):
-                values = self.function(prompts, completions, completion_ids=ids, ended=ended)
-        except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            raise RunFailed(
-                f"reward function {self.label}: {type(error).__name__}: {error} ({place.filename}:{place.lineno}); "
-                "the call was f(prompts, completions, completion_ids=..., ended=...)"
-            ) from error
-        try:
-            numbers = [] if any(isinstance(value, str) for value in values) else [_float(value) for value in values]
-        except (TypeError, ValueError):
-            numbers = []
-        if len(numbers) != len(prompts):
-            kinds = sorted({type(value).__name__ for value in values}) if isinstance(values, list | tuple) else ""
-            raise RunFailed(
-                f"reward function {self.label}: expected {len(prompts)} numbers, one per completion, found "
-                f"{len(values) if hasattr(values, '__len__') else type(values).__name__} values {kinds}"
-            )
-        scores = torch.tensor(numbers, dtype=torch.float32)
-        for index in (~torch.isfinite(scores)).nonzero().flatten().tolist()[:1]:
-            message = (
-                f"reward function {self.label}: found {numbers[index]} for the completion {completions[index]!r} of "
-                f"the prompt {prompts[index]!r}, expected a finite number in the range of fp32"
-            )
-            raise BadScores(message, self.label, scores)
-        return scores
+Combination = Literal["sum", "min", "mean_minus_std"]
 
 
-def _float(value: Any) -> float:
-    """A number as a float; a number that is too large becomes infinite and is refused later."""
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
+@dataclass
+class CombinedReward:
+    """Several sources as one reward, from the weighted scores s_i = weight_i * score_i of a response:
 
+        sum: sum_i s_i    min: min_i s_i    mean_minus_std: mean_i s_i - sqrt(mean_i (s_i - mean_i s_i)^2)
 
-@dataclass(frozen=True)
-class WeightedReward:
-    """The weighted sum sum_i weight_i * score_i.
+    A source that does not apply to a response (score nan, `skips`) is left out; a response to which none applies has
+    the reward 0, which is logged once. Source of min and of mean minus spread: Coste et al. 2024 (reward model
+    ensembles), section 3, with the standard deviation in place of the variance.
 
     Raises:
         BadScores: scores are not finite; the message names their source.
     """
 
     parts: tuple[tuple[float, RewardSource], ...]
+    combination: Combination = "sum"
+    say: Callable[[str], None] = lambda text: None
+    skips: ClassVar[bool] = False
+    _said: bool = False
 
     @property
     def label(self) -> str:
         if len(self.parts) == 1 and self.parts[0][0] == 1.0:
             return self.parts[0][1].label
-        return " + ".join(f"{weight:g} x {source.label}" for weight, source in self.parts)
+        terms = [source.label if weight == 1.0 else f"{weight:g} x {source.label}" for weight, source in self.parts]
+        if self.combination == "sum":
+            return " + ".join(f"{weight:g} x {source.label}" for weight, source in self.parts)
+        return f"{self.combination}({', '.join(terms)})"
 
     def score(self, examples: Sequence[Example], packed: PackedBatch | None = None) -> Tensor:
-        total = torch.zeros(sum(len(example.completions) for example in examples))
+        rows = []
         for weight, source in self.parts:
             scores = source.score(examples, packed).cpu()
-            if not bool(torch.isfinite(scores).all()):
+            if not bool((torch.isfinite(scores) | (torch.isnan(scores) & source.skips)).all()):
                 message = f"reward {source.label}: found scores that are not finite, expected finite ones"
                 raise BadScores(message, source.label, scores)
-            total = total + weight * scores
-        return total
+            rows.append(weight * scores)
+        applies = [~torch.isnan(row) for row in rows]
+        count = torch.stack(applies).sum(0)
+        if not self._said and bool((count == 0).any()):
+            self._said = True
+            self.say(f"{self.label}: returned None for a response; its reward is 0, so only the KL acts on it")
+        return torch.where(count == 0, 0.0, self._combined(rows, applies, count.clamp_min(1)))
+
+    def _combined(self, rows: Sequence[Tensor], applies: Sequence[Tensor], count: Tensor) -> Tensor:
+        if self.combination == "min":
+            filled = [torch.where(there, row, torch.inf) for row, there in zip(rows, applies, strict=True)]
+            return torch.stack(filled).amin(0)
+        total = torch.zeros_like(rows[0])
+        for row, there in zip(rows, applies, strict=True):
+            total = total + torch.where(there, row, 0.0)
+        if self.combination == "sum":
+            return total
+        mean = total / count
+        away = [torch.where(there, (row - mean) ** 2, 0.0) for row, there in zip(rows, applies, strict=True)]
+        return mean - (torch.stack(away).sum(0) / count).sqrt()

@@ -25,6 +25,8 @@ from rlhf_pipeline.models.needs import require_needs
 from rlhf_pipeline.registry.lengths import with_lengths
 from rlhf_pipeline.registry.parents import parents_of
 from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.rollout.llm import ChatModel
+from rlhf_pipeline.rollout.llm_judge import copeland
 from rlhf_pipeline.rollout.responses import prompts_run, sample_for_prompts
 from rlhf_pipeline.rollout.scoring import by_example, score
 from rlhf_pipeline.stages.common import StageResult, find_model, load_policy, tokenizer_of
@@ -67,8 +69,13 @@ def to_row(
     order: Sequence[int],
     labels: str,
     tokenizer: PreTrainedTokenizerBase,
+    *,
+    ties: bool = False,
 ) -> dict[str, Any]:
-    """One labelled prompt as a row: a pair for K = 2, a ranking for larger K. The row has texts and token ids."""
+    """One labelled prompt as a row: a pair for K = 2, a ranking for larger K. The row has texts and token ids.
+
+    ties: whether responses with equal scores have equal ranks.
+    """
 
     def text(k: int) -> str:
         ids = example.completions[k]
@@ -87,7 +94,7 @@ def to_row(
         return row
     ranks = [0] * len(order)
     for rank, k in enumerate(order, start=1):
-        ranks[k] = rank
+        ranks[k] = 1 + sum(score > scores[k] for score in scores) if ties else rank
     row["completions"] = [text(k) for k in range(len(order))]
     row["completion_ids"] = example.completions
     row["ended"] = list(example.ended)
@@ -123,7 +130,22 @@ def run_collect(
     require_needs(config, parents_of(registry, config))
     tokenizer = tokenizer_of(parent, config.trust_remote_code, config)
     policy = load_policy(parent, config, tokenizer, device, frozen=True)
-    labeller = load_reward(registry, config.judge, config, parent, tokenizer, device)
+    at_once: dict[str, Any] = {"responses_at_once": config.per_device_eval_batch_size, "memory": memory}
+    parents = {"policy": parent}
+    if config.llm_judge is not None:
+        chat = ChatModel.of(config.llm_judge, home)
+        chat.probe()
+
+        def scores_of(sampled: list[Example]) -> list[list[float]]:
+            return copeland(chat, sampled, tokenizer)
+
+    else:
+        labeller = load_reward(registry, config.judge, config, parent, tokenizer, device, say=say)
+        parents |= {"judge": labeller.resolved} if labeller.resolved is not None else {}
+
+        def scores_of(sampled: list[Example]) -> list[list[float]]:
+            return by_example(score(labeller.scorer.score, sampled, **at_once), sampled)
+
     (data,) = config.sources()
     found = read_records(*data, home=home, skip_bad_rows=config.skip_bad_rows, splits=config.splits)
     for note in found.notes():
@@ -138,7 +160,6 @@ def run_collect(
     # 2. Sample and label in blocks, cycling through the prompts.
     generator = torch.Generator().manual_seed(config.seed)
     shape = ModelShape.of(policy.model)
-    at_once: dict[str, Any] = {"responses_at_once": config.per_device_eval_batch_size, "memory": memory}
     dropped = {"identical_pair": 0}
 
     records: list[dict[str, Any]] = []
@@ -157,16 +178,19 @@ def run_collect(
             device=device,
         )
         meter.generate(shape, sampled, prompts_run(policy, sampled, **at_once))
-        values = by_example(score(labeller.source.score, sampled, **at_once), sampled)
+        values = scores_of(sampled)
         orders = preference_order(torch.tensor(values), config.labels, generator).tolist()
         for (_, split), example, scored, order in zip(block, sampled, values, orders, strict=True):
             if config.k == 2 and example.completions[0] == example.completions[1]:
                 dropped["identical_pair"] += 1
                 continue
-            records.append(to_row(example, split, scored, order, config.labels, tokenizer))
+            if config.llm_judge is not None and len(set(scored)) == 1:
+                dropped["tie"] = dropped.get("tie", 0) + 1
+                continue
+            ties = config.llm_judge is not None
+            records.append(to_row(example, split, scored, order, config.labels, tokenizer, ties=ties))
 
     # 3. Publish.
-    parents = {"policy": parent} | ({"judge": labeller.resolved} if labeller.resolved is not None else {})
     counts = dict(Counter(row["split"] for row in records))
     metrics = {"records": len(records), "dropped": dropped, "by_split": counts, "judge": config.judge}
     cost = meter.report()
@@ -184,5 +208,8 @@ def run_collect(
         moves_optimum=moved,
         cost=cost,
     )
-    say(f"published {published.label}: {len(records)} records, {dropped['identical_pair']} identical pairs left out")
+    left_out = f"{dropped['identical_pair']} identical pairs" + (
+        f" and {dropped['tie']} ties" if "tie" in dropped else ""
+    )
+    say(f"published {published.label}: {len(records)} records, {left_out} left out")
     return StageResult("collect", published.label, str(published.path), "", metrics, cost)

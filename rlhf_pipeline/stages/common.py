@@ -231,6 +231,31 @@ def load_reward_model(
     return shared(("reward model", *_identity(resolved, config, device)), load)
 
 
+def load_classifier(resolved: Resolved, config: ModelConfig, device: torch.device) -> PreTrainedModel:
+    """Load a frozen sequence classifier that is read by its own forward pass.
+
+    Raises:
+        MismatchError: its scores are not its own logits, since it was trained on the mean of the hidden states.
+    """
+
+    def load() -> PreTrainedModel:
+        model = load_sequence_classifier(
+            resolved.location,
+            dtype=config.dtype,
+            attn_implementation=config.attn_implementation,
+            revision=resolved.revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+        if getattr(model.config, "score_pooling", None) == "mean":
+            raise MismatchError(
+                f"{resolved.label}: found score_pooling mean, which plain transformers cannot compute; expected a "
+                "reward model that reads the last token, or reward_tokenization: ids"
+            )
+        return onto(device, model).eval().requires_grad_(False)
+
+    return shared(("classifier", *_identity(resolved, config, device)), load)
+
+
 def _identity(resolved: Resolved, config: ModelConfig, device: torch.device) -> tuple[Any, ...]:
     """A key of the loaded weights: the model, the options for loading and the device."""
     return (resolved.location, resolved.revision, resolved.identity, *loading_options(config).values(), str(device))

@@ -16,11 +16,11 @@ from rlhf_pipeline.errors import ConfigError, Fault
 from rlhf_pipeline.models.adapters import add_adapter
 from rlhf_pipeline.models.modules import ActorCritic, assert_independent, describe_critic, make_actor_critic
 from rlhf_pipeline.registry.references import Resolved
-from rlhf_pipeline.rollout.rewards import WeightedReward
+from rlhf_pipeline.rollout.rewards import CombinedReward
 from rlhf_pipeline.rollout.vllm_engine import VllmEngine
 from rlhf_pipeline.stages.common import load_policy_and_reference
 from rlhf_pipeline.stages.gate import repeat_gates
-from rlhf_pipeline.stages.reward_sources import LoadedModel, load_judge, load_reward
+from rlhf_pipeline.stages.reward_sources import load_judge, load_reward, reads_text
 from rlhf_pipeline.training.cost import ModelShape
 from rlhf_pipeline.training.open_run import Run
 from rlhf_pipeline.training.ppo_rollouts import PpoSetup
@@ -50,27 +50,43 @@ def load_setup(
     actor, reference = load_policy_and_reference(parent, config, tokenizer, run.device, temperature=config.temperature)
     below = reference.model if config.shared_base else None
     rewards = [
-        load_reward(run.registry, part.source, config, parent, tokenizer, run.device, below) for part in config.rewards
+        load_reward(
+            run.registry,
+            part.source,
+            config,
+            parent,
+            tokenizer,
+            run.device,
+            below,
+            llm_judge=part.llm_judge,
+            say=run.log.say,
+            bill=run.meter.count,
+        )
+        for part in config.rewards
     ]
-    models = [loaded for loaded in rewards if isinstance(loaded, LoadedModel)]
-    repeat_gates([loaded.resolved for loaded in models], run.log.say)
+    models = [loaded.model for loaded in rewards if loaded.model is not None]
+    named = [loaded.resolved for loaded in rewards if loaded.resolved is not None]
+    if config.value_init == "reward_model" and not models:
+        raise reads_text(named[0])
+    repeat_gates(named, run.log.say)
     actor_critic = make_actor_critic(
         actor.model,
         actor.reader,
         config.value_init,
-        reward_model=models[0].model if models else None,
+        reward_model=models[0] if models else None,
         start=reference.model,
         adapt=partial(add_adapter, config=config, base=parent.label) if config.use_peft else None,
         temperature=config.temperature,
     ).to(run.device)
-    for frozen in (reference, *(loaded.model for loaded in models)):
+    for frozen in (reference, *models):
         assert_independent(actor_critic, frozen)
-    run.log.say(describe_critic(config.value_init, models[0].source.label if models else None))
+    run.log.say(describe_critic(config.value_init, named[0].label if models else None))
     if config.use_peft:
-        run.log.say(describe_weights(actor_critic, reference, *(loaded.model for loaded in models)))
+        run.log.say(describe_weights(actor_critic, reference, *models))
     judge, judge_model = load_judge(run, rewards, parent, tokenizer)
     weights = [part.weight for part in config.rewards]
-    reward = WeightedReward(tuple(zip(weights, (loaded.source for loaded in rewards), strict=True)))
+    parts = tuple(zip(weights, (loaded.source for loaded in rewards), strict=True))
+    reward = CombinedReward(parts, config.reward_combination, run.log.say)
     run.log.say(f"reward: {reward.label}; KL to {parent.label} at beta {config.kl_coef:g}")
 
     parents = {"base": parent, "reference": parent}
@@ -79,9 +95,11 @@ def load_setup(
     if actor_critic.critic is not None:
         shapes["critic"] = ModelShape.of(actor_critic.critic, head=False, **trained)
     roles = [role for role in config.parents() if role.startswith("reward_model")]
-    for role, loaded in zip(roles, models, strict=True):
-        parents[role] = loaded.resolved
-        shapes[role] = ModelShape.of(loaded.model.model, head=False)
+    parents |= dict(zip(roles, named, strict=True))
+    with_model = (loaded for loaded in rewards if loaded.resolved is not None)
+    for role, loaded in zip(roles, with_model, strict=True):
+        if loaded.model is not None:
+            shapes[role] = ModelShape.of(loaded.model.model, head=False)
     if judge_model is not None:
         parents["judge"] = judge_model
     setup = PpoSetup(

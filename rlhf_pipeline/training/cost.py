@@ -202,6 +202,14 @@ class CostMeter:
         """Count a training pass (forward and backward) of one model."""
         self.flops += shape.training_flops(*shape.batch_counts(batch))
 
+    def count(self, flops: float) -> None:
+        """Count the forward pass of a frozen model that reads another input than packed batches."""
+        self.flops += flops
+
+    def count_judge(self, flops: float) -> None:
+        """Count a forward pass of a judge."""
+        self.judge_flops += flops
+
     def score(self, shape: ModelShape, batch: PackedBatch) -> None:
         """Count a forward pass of a frozen model."""
         self.flops += shape.batch_flops(batch)

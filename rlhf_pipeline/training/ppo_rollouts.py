@@ -15,6 +15,7 @@ from rlhf_pipeline.data.batch import PackedBatch, merge_prompts, micro_batches, 
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.modules import ActorCritic, Policy
+from rlhf_pipeline.rollout.functions import functions_of
 from rlhf_pipeline.rollout.responses import answered, logprob_matrix, prompts_run, sample_for_prompts
 from rlhf_pipeline.rollout.rewards import BadScores, RewardSource
 from rlhf_pipeline.rollout.rollout import (
@@ -163,6 +164,8 @@ def score_responses(
     def attempt(halvings: int) -> tuple[Scored, BadScores | None]:
         cut = [[cut_rows(minibatch, halvings) for minibatch in minibatches] for minibatches in epochs]
         first = [[setup.pack([sampled.examples[i] for i in rows]) for rows in minibatch] for minibatch in cut[0]]
+        for function in functions_of(setup.reward):
+            function.at(update, setup.config.updates)
         rollout, refused = run_models(setup, module, sampled, cut[0], first)
         return Scored(update, rollout, cut, first, halvings), refused
 
@@ -235,6 +238,8 @@ def check_and_describe(setup: PpoSetup, scored: Scored, estimates: Estimates) ->
     metrics = rollout_metrics(rollout, estimates, kl_coef=config.kl_coef, reduce=setup.reduce)
     metrics |= sampler_metrics(rollout.mask, estimates.importance, reduce=setup.reduce)
     metrics["episodes"] = float((scored.update + 1) * config.rollout_batch_size)
+    for function in functions_of(setup.reward):
+        metrics |= {f"reward/{name}": sum(values) / len(values) for name, values in function.logged.items()}
     if setup.judge is not None and logged(scored.update + 1, config.logging_steps, config.updates):
         with setup.meter.part(JUDGE), setup.autocast():
             metrics |= judged(setup, setup.judge, scored)

@@ -25,6 +25,7 @@ MOVES: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
         "whiten_rewards": ([False], [True]),
         "missing_eos_penalty": ([None, 0.0], [1.0]),
         "temperature": ([1.0], [0.7]),
+        "reward_combination": (["sum"], ["min", "mean_minus_std"]),
     },
     "dpo": {
         "weight_decay": DECAY,
@@ -34,6 +35,9 @@ MOVES: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
     },
     "collect": {"labels": (["bradley-terry"], ["rank"])},
 }
+SEVERAL = {"reward_model_path": None, "reward_functions": ["world", "module:function"]}
+BESIDE = {"reward_combination": SEVERAL}
+"""Keys that an option needs beside it."""
 MAY_MOVE = {"ppo": {"lam": ([1.0], [0.95, 0.0])}}
 
 
@@ -57,9 +61,9 @@ def test_each_option_moves_the_optimum_at_these_values_and_not_at_those(load, st
     assert moves_optimum(load(stage)) == {}
     for name, (neutral, moving) in MOVES[stage].items():
         for value in neutral:
-            assert moves_optimum(load(stage, **{name: value})) == {}, (name, value)
+            assert moves_optimum(load(stage, **BESIDE.get(name, {}), **{name: value})) == {}, (name, value)
         for value in moving:
-            assert moves_optimum(load(stage, **{name: value})) == {name: value}
+            assert moves_optimum(load(stage, **BESIDE.get(name, {}), **{name: value})) == {name: value}
 
 
 def test_a_discount_of_what_the_critic_misses_is_no_reason_to_refuse(load):
@@ -72,6 +76,10 @@ def test_a_discount_of_what_the_critic_misses_is_no_reason_to_refuse(load):
 def test_a_critic_that_is_never_trained_matters_only_below_lambda_1(load):
     assert moves_optimum(load("ppo", vf_coef=0, lam=0.95)) == {"vf_coef": 0.0}
     assert moves_optimum(load("ppo", vf_coef=0, lam=1)) == {}
+
+
+def test_a_combination_needs_two_rewards(faults):
+    assert "reward_combination" in faults("ppo", reward_combination="min")
 
 
 def test_values_of_an_earlier_release_are_read_with_todays_defaults():

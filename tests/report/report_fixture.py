@@ -41,6 +41,29 @@ def plain() -> dict[str, Any]:
     return _read("demo")
 
 
+def judged_by_llm(results: dict[str, Any], low: float = 0.61) -> dict[str, Any]:
+    """The results with a language model's verdicts; `low`: the lower end of its agreement with the labels."""
+    figures = {"comparisons": 16, "ties": 0.25, "first_place": 0.75, "disagreed": 0.125, "unreadable": 1}
+    interval = {"low": 0.4, "high": 0.8, "n": 16, "clusters": 16, "method": "Wilson"}
+    results["llm_judge"] = {
+        "judge": "llm-judge:tiny",
+        "endpoint": "http://127.0.0.1:8000/v1",
+        "pairs_per_prompt": 1,
+        "pairs": [
+            {"a": "ppo", "b": "sft", "estimate": {"mean": 0.6, **interval}, "why_not": None, "p": 0.031, **figures},
+            {"a": "dpo", "b": "<sft>", "estimate": None, "why_not": "too few samples", "p": None, **figures},
+        ],
+        "labels": {
+            **figures,
+            "pairs": 64,
+            "prompts": 32,
+            "accuracy": {"mean": 0.7, **interval, "low": low},
+        },
+        "why_no_labels": None,
+    }
+    return results
+
+
 def finals(results: dict[str, Any]) -> dict[str, Any]:
     """The results without the snapshots, their points and their places in the ranking."""
     results["rows"] = [row for row in results["rows"] if row.get("step") is None]

@@ -19,7 +19,7 @@ from rlhf_pipeline.report import Results, results, write_report
 from rlhf_pipeline.report.points import Points
 from rlhf_pipeline.report.sections.curves import PANELS
 from rlhf_pipeline.report.sections.verdict import TOPICS
-from tests.report.report_fixture import full, not_comparable, plain, without_judge, without_kl
+from tests.report.report_fixture import full, judged_by_llm, not_comparable, plain, without_judge, without_kl
 from tests.report.report_fixture_page import SECTIONS, SVG, page_of, parsed, rows_of, sections
 
 
@@ -203,7 +203,21 @@ def test_the_page_reads_no_field_that_a_comparison_does_not_have() -> None:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} & fields
     assert {"rows", "peak", "why_not", "length_controlled", "kl_bound", "may_move_optimum"} <= read
-    assert read <= {*named(full()), *named(plain()), *named(not_comparable(plain()))} | NEVER_IN_A_FIXTURE
+    unknown = judged_by_llm(plain())
+    unknown["llm_judge"] |= {"labels": None, "why_no_labels": "no pairs"}
+    given = (full(), plain(), not_comparable(plain()), judged_by_llm(plain()), unknown)
+    assert read <= {name for results in given for name in named(results)} | NEVER_IN_A_FIXTURE
+
+
+@pytest.mark.check
+def test_what_a_language_model_prefers_stands_beside_its_agreement_with_labels() -> None:
+    """Both figures with their intervals, its habits, and a warning where it is no better than a coin."""
+    text = said_by(judged_by_llm(plain()))
+    assert "llm-judge:tiny orders 0.700 [0.610, 0.800] of 64 held-out pairs of 32 prompts as labelled" in text
+    assert "more often than a coin" in text and "1 answers without a verdict" in text
+    assert "the reply in the first place wins 75 %" in text and "too few samples" in text
+    assert "no more than the agreement of a coin" in said_by(judged_by_llm(plain(), low=0.48))
+    assert "Judged by a language model" not in said_by(plain())
 
 
 NEVER_IN_A_FIXTURE = {"bound", "peak"}
