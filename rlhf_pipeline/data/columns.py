@@ -100,8 +100,8 @@ class SourceRow:
             return False
         return True
 
-    def _plain_data(self, name: str, value: Any) -> bool:
-        """Check that further entries of a message are plain JSON, so that they can be hashed and stored."""
+    def plain_data(self, name: str, value: Any) -> bool:
+        """Check that a value is plain JSON, so that it can be hashed and stored."""
         try:
             json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
@@ -129,7 +129,7 @@ class SourceRow:
                 if not self._encodable(name, item[key]):
                     return None
             further = {key: cell for key, cell in message.items() if key not in ("role", "content")}
-            if further and not self._plain_data(f"message {number} of {name!r}", further):
+            if further and not self.plain_data(f"message {number} of {name!r}", further):
                 return None
             messages.append(message)
         return tuple(messages)
@@ -217,6 +217,7 @@ class Schema:
         read: makes the record of a row; returns None after a fault, or for a row that makes no record.
         label: the name of the format.
         also: further columns that are read if they exist.
+        objects: a required column of lists of objects; with other values the columns are not of this format.
         gather: replaces the rows first, if a record is spread over several rows, or one row has several records.
     """
 
@@ -224,6 +225,7 @@ class Schema:
     read: Callable[[SourceRow], Record | None]
     label: str
     also: tuple[str, ...] = ()
+    objects: str | None = None
     gather: Callable[[Rows], tuple[Rows, list[RowFault]]] | None = None
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ from typing import Any
 
 from rlhf_pipeline.data import preferences, public
 from rlhf_pipeline.data.columns import IDENTICAL, Schema, SourceRow, alike, alpaca_parts, alpaca_prompt
+from rlhf_pipeline.data.decoding import decode_json
 from rlhf_pipeline.data.files import RowFault, Rows, by_line
 from rlhf_pipeline.data.records import TEMPLATE_VALUES, Messages, Record
 from rlhf_pipeline.data.sources import world_digest
@@ -199,11 +199,11 @@ def _add_values(row: SourceRow, record: Record, labelled: bool) -> None:
         value = row.values[column]
         if isinstance(value, str):  # as JSON
             try:
-                value = json.loads(value)
-            except ValueError:
+                value = decode_json(value)
+            except (ValueError, RecursionError):
                 value = None
         if isinstance(value, kind):
-            extra[column] = value
+            extra[column] = value if row.plain_data(repr(column), value) else None
         else:
             row.fault("wrong_type", f"{column!r} is not a {kind.__name__}", f"a {kind.__name__}, or one as JSON text")
     record.__dict__.update(extra={**record.extra, **extra}, kind="labelled" if labelled else record.kind)
@@ -227,7 +227,10 @@ def detect(rows: Rows, filled: Collection[str], name: str) -> Schema:
     columns = {column for _, row in rows for column, value in row.items() if value is not None}
     shapes = Counter(frozenset(row) for _, row in rows)  # rows of a file are alike: few sets of columns
     counts = [
-        sum(count for shape, count in shapes.items() if columns & shape >= set(schema.columns)) for schema in SCHEMAS
+        sum(count for shape, count in shapes.items() if columns & shape >= set(schema.columns))
+        if schema.objects is None or _has_objects(rows, schema.objects)
+        else 0
+        for schema in SCHEMAS
     ]
     if not any(counts):
         known = "; ".join(", ".join(schema.columns) for schema in OWN)
@@ -236,6 +239,12 @@ def detect(rows: Rows, filled: Collection[str], name: str) -> Schema:
         raise DataError(Fault(name, f"columns {there}", f"one of the column sets: {known}", fix))
     place = next((i for i, count in enumerate(counts) if 2 * count >= len(rows)), counts.index(max(counts)))
     return _pairs_of(SCHEMAS[place], filled, rows) if SCHEMAS[place] is PAIR else SCHEMAS[place]
+
+
+def _has_objects(rows: Rows, column: str) -> bool:
+    """Whether a value of a column is a list of objects."""
+    lists = (row[column] for _, row in rows if isinstance(row.get(column), list))
+    return any(isinstance(one, dict) for values in lists for one in values[:1])
 
 
 def _pairs_of(schema: Schema, columns: Collection[str], rows: Rows) -> Schema:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from rlhf_pipeline.data.columns import TIED, Schema, SourceRow
@@ -121,7 +122,7 @@ def _helpsteer2(rows: Rows) -> tuple[Rows, list[RowFault]]:
         prompt, response, split = row.text("prompt"), row.text("response"), row.split()
         score = row.value("helpfulness")
         score = None if score is None else row.number("helpfulness", score)
-        faults += row.faults
+        faults += [replace(item, split=split) for item in row.faults]
         if not row.faults:
             first: dict[str, Any] = {"prompt": prompt, "completions": [], "scores": [], "split": split}
             _, into = gathered.setdefault((str(prompt), split), (where, first))
@@ -192,10 +193,10 @@ SCHEMAS = [
     Schema(("prompt", "response_0", "response_1", "better_response_id"), _pku, "pair, PKU-SafeRLHF"),
     Schema(("history", "human_ref_A", "human_ref_B", "labels"), _shp, "pair, SHP"),
     Schema(("info", "summaries", "choice"), _tldr, "pair, TL;DR comparisons"),
-    Schema(("prompt", "answers"), _nectar, "ranking, Nectar"),
-    Schema(("instruction", "completions"), _ultrafeedback, "ranking, UltraFeedback"),
+    Schema(("prompt", "answers"), _nectar, "ranking, Nectar", objects="answers"),
+    Schema(("instruction", "completions"), _ultrafeedback, "ranking, UltraFeedback", objects="completions"),
     Schema(("prompt", "response", "helpfulness"), _several, "ranking, HelpSteer2 by helpfulness", gather=_helpsteer2),
-    Schema(("message_id", "parent_id", "role", "text"), _several, "ranking, OpenAssistant", _OASST, _flat),
+    Schema(("message_id", "parent_id", "role", "text"), _several, "ranking, OpenAssistant", _OASST, gather=_flat),
     Schema(("message_tree_id", "prompt"), _several, "ranking, OpenAssistant trees", gather=_trees),
 ]
 """The formats of public data sets; each has columns that no other format has."""

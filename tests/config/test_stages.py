@@ -58,6 +58,11 @@ def test_a_total_alone_is_halved_where_responses_are_sampled(load):
         config = load(stage, max_length=31)
         assert config.lengths() == Lengths(*expected)
         assert config.sampled_lengths() == Lengths(16, 15, 31)
+        (said,) = [line for remark in config.remarks for line in remark(config) if "alone" in line] or [None]
+        assert (said is None) == (stage == "sft")
+        assert said is None or "sampled up to 15 tokens and prompts cut to 16" in said
+    config = load("ppo", max_length=31, response_length=5)
+    assert not [line for remark in config.remarks for line in remark(config) if "alone" in line]
 
 
 @pytest.mark.parametrize("given", [(11, 20, 30), (None, None, 1), (1024, None, None), (None, 31, 31), (40, None, 31)])

@@ -377,6 +377,11 @@ def test_a_public_data_set_is_read_as_what_it_is(name, jsonl):
     assert ", ".join(found.not_read) == not_read
 
 
+def test_answers_without_ranks_are_no_ranking():
+    parsed = parse([("f:1", {"prompt": "2 + 2", "answers": ["4", "four"]})], "f")
+    assert ([record.kind for record in parsed.records], parsed.not_read) == (["prompt"], ("answers",))
+
+
 def test_ties_are_left_out_and_counted():
     for name in ("HelpSteer2, preference", "HelpSteer3"):
         rows = [(f"f:{number}", row) for number, row in enumerate(SETS[name][0], 1)]
@@ -408,6 +413,7 @@ def test_the_best_reply_is_the_demonstration_of_a_ranking(jsonl):
         ("TL;DR comparisons", {"info": {"title": "x"}}, "'info' has no post"),
         ("TL;DR comparisons", {"summaries": [{"text": " a"}, {}]}, "'summaries[1].text' is null"),
         ("Nectar", {"answers": ["a", "b"]}, "'answers' is not a list of objects"),
+        ("Nectar", {"answers": [{"answer": "a"}, {"answer": "b"}]}, "'ranks[0]' is null"),
         ("UltraFeedback", {"completions": [{"response": "a"}, {"response": "b"}]}, "'scores[0]' is null"),
         ("Alpaca with system and history", {"history": ["a"]}, "'history' is not a list of [question, answer]"),
         ("ShareGPT pairs", {"chosen": "a"}, "are not turns"),
