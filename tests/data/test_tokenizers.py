@@ -56,6 +56,7 @@ def test_pad_is_left_alone_and_added_for_scores_alone(tmp_path, letters, pad):
     assert (loaded.pad_token, padded.pad_token, padded.pad_token_id, padded.eos_token_id) == (pad, "<|pad|>", 8, 0)
     assert (token_count(loaded), token_count(padded)) == (8, 9)
     assert with_padding(padded) is padded
+    assert with_padding(loaded, new=False) is loaded  # for adapters, which cannot add a row
     assert tokenizer_digest(loaded) == tokenizer_digest(padded)  # the digest before PAD was left alone
     loaded.unk_token = "c"
     assert (with_padding(loaded).pad_token, token_count(with_padding(loaded))) == ("c", 8)
