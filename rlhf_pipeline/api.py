@@ -216,10 +216,14 @@ def load(
     resolved = Registry(home_directory(home)).resolve(os.fspath(reference))
     verify_files(resolved)
     role, _ = role_of(resolved)
+    import torch
+
     from rlhf_pipeline.models.adapted import load_adapted
     from rlhf_pipeline.models.loading import load_causal_lm, load_sequence_classifier
-    from rlhf_pipeline.stages.common import tokenizer_of
+    from rlhf_pipeline.stages.common import onto, tokenizer_of
 
     loader: Any = load_sequence_classifier if role == "reward_model" else load_causal_lm
     model = load_adapted(loader, resolved, dtype=dtype, merged=True, trust_remote_code=trust_remote_code)
-    return LoadedModel(model.to(device).eval(), tokenizer_of(resolved, trust_remote_code), resolved.manifest)
+    return LoadedModel(
+        onto(torch.device(device), model).eval(), tokenizer_of(resolved, trust_remote_code), resolved.manifest
+    )

@@ -12,7 +12,6 @@ import torch
 
 from rlhf_pipeline.config.collect import CollectConfig
 from rlhf_pipeline.config.dump import config_digest
-from rlhf_pipeline.config.reward import RewardConfig
 from rlhf_pipeline.config.stages import ModelConfig, SftConfig
 from rlhf_pipeline.config.template import HasTemplate
 from rlhf_pipeline.config.training import TrainingConfig
@@ -29,8 +28,8 @@ from rlhf_pipeline.data.tokenizers import (
 )
 from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.models.adapted import classifier_on, load_adapted
-from rlhf_pipeline.models.adapters import adapter_facts, add_adapter, on_same_weights
-from rlhf_pipeline.models.loading import init_reward_model, load_causal_lm, load_sequence_classifier, save_model
+from rlhf_pipeline.models.adapters import adapter_facts, add_adapter
+from rlhf_pipeline.models.loading import load_causal_lm, load_sequence_classifier, save_model
 from rlhf_pipeline.models.modules import Policy, RewardModel
 from rlhf_pipeline.models.noise import require_no_noise
 from rlhf_pipeline.models.selfcheck import inspect_model, read_reward_model
@@ -178,40 +177,6 @@ def policy_to_train(model: PreTrainedModel, config: ModelConfig, parent: str, te
 def frozen_policy(model: PreTrainedModel, temperature: float = 1.0) -> Policy:
     """A policy that is only read."""
     return Policy(model, inspect_model(model), temperature, entropy=False).eval().requires_grad_(False)
-
-
-def load_policy_and_reference(
-    parent: Resolved,
-    config: TrainingConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
-    *,
-    reference: Resolved | None = None,
-    temperature: float = 1.0,
-) -> tuple[Policy, Policy]:
-    """Load the policy to train and its frozen reference; by default that is the parent.
-
-    With `use_peft` the parent is read without the new adapter, over the same weights. Otherwise the two models are
-    loaded separately, so that they share no weights.
-    """
-    if not config.use_peft or (reference is not None and reference.label != parent.label):
-        read: dict[str, Any] = {"temperature": temperature}
-        policy = load_policy(parent, config, tokenizer, device, **read)
-        read |= {"frozen": True} | ({} if config.use_peft else {"merged": True})
-        return policy, load_policy(reference or parent, config, tokenizer, device, **read)
-    model = onto(device, load_language_model(parent, config, tokenizer))
-    require_no_noise(model)
-    below = on_same_weights(model)
-    return policy_to_train(model, config, parent.label, temperature), frozen_policy(below, temperature)
-
-
-def new_reward_model(parent: Resolved, config: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A reward model to train: the trunk of a language model, or with `use_peft` an adapter on it, and a new head."""
-    how: dict[str, Any] = {"seed": config.seed, "score_pooling": config.score_pooling, "merged": not config.use_peft}
-    model = load_adapted(init_reward_model, parent, tokenizer=tokenizer, **loading_options(config), **how)
-    if config.use_peft:
-        add_adapter(model, config, parent.label)
-    return model
 
 
 def load_reward_model(

@@ -18,13 +18,13 @@ from rlhf_pipeline.stages.common import (
     find_base,
     find_model,
     inputs_of,
-    load_policy_and_reference,
     log_moves,
     publish,
     require_same_tokenizer,
     tokenizer_of,
 )
 from rlhf_pipeline.stages.preference_pairs import Pairs, ReferenceScores, fresh_pairs, recorded_pairs
+from rlhf_pipeline.stages.starts import load_policy_and_reference
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.open_run import open_run
 from rlhf_pipeline.training.pairs import preference_loss, split_pairs, total_pairs

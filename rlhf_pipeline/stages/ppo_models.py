@@ -18,9 +18,9 @@ from rlhf_pipeline.models.modules import ActorCritic, assert_independent, descri
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.rollout.rewards import CombinedReward
 from rlhf_pipeline.rollout.vllm_engine import VllmEngine
-from rlhf_pipeline.stages.common import load_policy_and_reference
 from rlhf_pipeline.stages.gate import repeat_gates
 from rlhf_pipeline.stages.reward_sources import load_judge, load_reward, reads_text
+from rlhf_pipeline.stages.starts import load_policy_and_reference
 from rlhf_pipeline.training.cost import ModelShape
 from rlhf_pipeline.training.open_run import Run
 from rlhf_pipeline.training.ppo_rollouts import PpoSetup

@@ -31,7 +31,6 @@ from rlhf_pipeline.stages.common import (
     inputs_of,
     load_policy,
     log_moves,
-    new_reward_model,
     onto,
     publish,
     tokenizer_of,
@@ -44,6 +43,7 @@ from rlhf_pipeline.stages.reward_quality import (
     describe_pairs,
     score_examples,
 )
+from rlhf_pipeline.stages.starts import new_reward_model
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.open_run import Run, open_run
 from rlhf_pipeline.training.pairs import split_pairs, total_pairs
