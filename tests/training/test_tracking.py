@@ -50,7 +50,7 @@ def test_numbers_that_json_does_not_have_become_null():
 
 def test_what_a_terminal_would_obey_is_shown_on_it_and_in_the_file(tmp_path, capsys, monkeypatch):
     log = RunLog(tmp_path, title="x", total=1, shown=(), logging_steps=1)
-    monkeypatch.setattr(tracking.console, "file", sys.stderr)
+    monkeypatch.setattr(tracking.console, "_file", sys.stderr)  # `file` would be set to this test's stderr for good
     log.say("failed its gate: \x1b[2J\u202e\ud800")
     tracking.console.print("x\x9b31m", markup=False)
     log.close()
