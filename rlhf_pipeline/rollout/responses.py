@@ -17,19 +17,6 @@ from rlhf_pipeline.models.modules import ActorCritic, Policy
 from rlhf_pipeline.rollout.sampler import Response, draw_uniforms, length_groups, sample_grouped
 
 
-def require_decoding(policy: Policy | ActorCritic) -> None:
-    """Check that a policy can be sampled from.
-
-    Raises:
-        BadInput: the architecture cannot be decoded in batches.
-    """
-    if not policy.reader.decodes:
-        raise BadInput(
-            f"{type(policy.language_model).__name__}: left-padded decoding with a cache gives other logits than the "
-            "model's forward pass, so sampling is impossible; expected a model with attention and a key-value cache"
-        )
-
-
 def sample_for_prompts(
     policy: Policy | ActorCritic,
     prompts: Sequence[Example],
@@ -61,7 +48,11 @@ def sample_for_prompts(
     Returns:
         the prompts as examples with the sampled completions, and the responses with their log-probabilities.
     """
-    require_decoding(policy)
+    if not policy.reader.decodes:
+        raise BadInput(
+            f"{type(policy.language_model).__name__}: left-padded decoding with a cache gives other logits than the "
+            "model's forward pass, so sampling is impossible; expected a model with attention and a key-value cache"
+        )
     uniforms = draw_uniforms(len(prompts) * samples, response_length, generator)
     ids = [prompt.prompt_ids for prompt in prompts for _ in range(samples)]
     model = policy.language_model
