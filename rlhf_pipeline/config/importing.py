@@ -61,6 +61,9 @@ def import_config(path: Path, tool: str | None = None, stage: str | None = None)
         result.notes.append(f"taken as {stage}: no key tells the stage; another one: --stage")
     if "output_name" not in result.config and (name := name_of(path.stem)):
         result.put("output_name", name, "")
+    sources = result.config.get("datasets")
+    if sources and (mapping := result.config.pop("column_mapping", None)):  # a mixture has a mapping for each source
+        result.config["datasets"] = [{"column_mapping": mapping} | source for source in sources]
     _keep_what_this_version_has(result)
     return result
 
