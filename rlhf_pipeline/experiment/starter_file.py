@@ -73,6 +73,7 @@ def render_starter(plan: Starter) -> str:
         "episodes": 100 * rollout,
         "judged": "    judge: judge                             # scores the responses; has no effect on training\n",
         "again": "    num_train_epochs: 3                      # few pairs: three epochs\n" if small else "",
+        "centred": "" if scratch else _CENTRED,
         "lora": _LORA if plan.lora else "",
         "shared": _SHARED if plan.lora else "",
         **{f"{stage}_rate": rate for stage, rate in zip(("sft", "reward", "ppo", "dpo"), rates, strict=True)},
@@ -104,6 +105,7 @@ _LORA = """\
       lora_r: 16
       lora_alpha: 32
 """
+_CENTRED = "    reward_centering_samples: 64             # few, because a large model samples slowly\n"
 _SHARED = "    shared_base: true                        # one copy of the frozen weights for all four models\n"
 _SCRATCH = f"""\
     # No model was named: a small one from scratch. `rlhf init --model REF` starts from another.
@@ -124,7 +126,7 @@ _JUDGE = """\
     num_train_epochs: 3
     learning_rate: {reward_rate}
     warmup_steps: 0.1
-{size}    seed: 1000
+{centred}{size}    seed: 1000
 """
 _FILE = """\
 # SFT, reward model, PPO and DPO on {pairs} preferences, compared. Keys: docs/experiments.md, docs/config.md.
@@ -150,7 +152,7 @@ stages:
     <<: *data
     learning_rate: {reward_rate}
     warmup_steps: 0.1
-{again}{size}    save_steps: 100
+{centred}{again}{size}    save_steps: 100
 {judge}\
   ppo:
     stage: ppo
