@@ -74,13 +74,14 @@ def test_every_stage_has_its_function(lab, name, stage) -> None:
 
 
 def test_faults_of_dict_and_keywords_are_told_together(lab) -> None:
+    before = sorted((lab.home / "runs").glob("*"))
     with pytest.raises(ConfigError) as caught:
         rlhf_pipeline.dpo({**settings("dpo"), "betta": 1}, home=lab.home, max_steps="x")
     faults = {fault.key: fault.where for fault in caught.value.faults}
     assert faults == {"betta": "dpo: betta", "max_steps": "dpo: max_steps"}
     with pytest.raises(UnknownReference, match="no model 'stf'"):
         rlhf_pipeline.dpo(settings("dpo"), home=lab.home, model_name_or_path="stf")
-    assert not (lab.home / "runs").exists()
+    assert sorted((lab.home / "runs").glob("*")) == before
 
 
 def test_a_keyword_wins_over_the_alias_in_the_config(lab) -> None:
