@@ -136,6 +136,31 @@ def ipo_loss(
     return PreferenceLoss(_total(losses, weight), (beta * chosen).detach(), (beta * rejected).detach())
 
 
+def apo_zero_loss(
+    chosen_logprobs: Tensor,
+    rejected_logprobs: Tensor,
+    ref_chosen_logprobs: Tensor,
+    ref_rejected_logprobs: Tensor,
+    *,
+    beta: float,
+    target: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> PreferenceLoss:
+    """APO-zero: weighted sum over pairs of (2 p - 1) [sigma(s_l) - sigma(s_w)] + 1, s = beta (log pi - log pi_ref).
+
+    With p = 1 this is (1 - sigma(s_w)) + sigma(s_l): it raises the chosen response and lowers the rejected one, each by
+    itself. Its minimiser is not pi_ref exp(r / beta): responses that lose more often than they win get probability 0.
+    Source: D'Oosterlinck et al. 2024 (Anchored Preference Optimization), eq. 7, with p = 1.
+
+    Args: see `dpo_sigmoid_loss`.
+    """
+    chosen, rejected = _log_ratios(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
+    chosen, rejected = beta * chosen, beta * rejected
+    fall = torch.sigmoid(rejected) - torch.sigmoid(chosen)
+    losses = 1.0 + (fall if target is None else (2.0 * target - 1.0) * fall)
+    return PreferenceLoss(_total(losses, weight), chosen.detach(), rejected.detach())
+
+
 def plackett_luce_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, beta: float) -> Tensor:
     """DPO on rankings: sum over prompts of -sum_k log softmax(s_k, ..., s_K)_k, s = beta (log pi - log pi_ref).
 
@@ -183,6 +208,8 @@ OBJECTIVES: dict[str, Objective] = {
     "sigmoid": Objective(dpo_sigmoid_loss, "same"),
     "ipo": Objective(ipo_loss, "scale"),
     "ipo_mean": Objective(ipo_loss, "other", length_normalised=True),
+    "sigmoid_norm": Objective(dpo_sigmoid_loss, "other", length_normalised=True),
+    "apo_zero": Objective(apo_zero_loss, "other"),
     "plackett_luce": Objective(plackett_luce_loss, "same", listwise=True),
 }
 

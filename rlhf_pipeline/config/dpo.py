@@ -48,10 +48,10 @@ def check_dpo_engine(config: DpoConfig) -> Iterator[Fault]:
         return
     if config.loss_type == "ipo":
         found = "TRL has no ipo on summed log-probabilities: its 'ipo' averages them over each response's tokens"
-        yield Fault("loss_type", found, "'sigmoid' or 'ipo_mean'", NATIVE)
+        yield Fault("loss_type", found, "sigmoid, ipo_mean, sigmoid_norm or apo_zero", NATIVE)
     if config.loss_type == "plackett_luce":
         found = "found 'plackett_luce', but TRL's trainer accepts only pairs and splits rankings into pairs"
-        yield Fault("loss_type", found, "'sigmoid' or 'ipo_mean'", NATIVE)
+        yield Fault("loss_type", found, "sigmoid, ipo_mean, sigmoid_norm or apo_zero", NATIVE)
     if config.label_smoothing and config.loss_type == "sigmoid":
         found = f"found {config.label_smoothing:g}, which TRL's sigmoid loss ignores silently"
         yield Fault("label_smoothing", found, "0", NATIVE)
@@ -60,6 +60,9 @@ def check_dpo_engine(config: DpoConfig) -> Iterator[Fault]:
     if config.population:
         found = f"{config.dataset_name}: fresh pairs at every step with label probabilities, which TRL does not support"
         yield Fault("dataset_name", found, "recorded pairs", NATIVE)
+
+
+LossType = Literal["sigmoid", "ipo", "ipo_mean", "sigmoid_norm", "apo_zero", "plackett_luce"]
 
 
 class DpoConfig(TrainingConfig):
@@ -88,13 +91,14 @@ class DpoConfig(TrainingConfig):
     precompute_ref_log_probs: bool = option(
         True, "compute the reference's log-probabilities once, and cache them for all epochs and runs (ours)"
     )
-    loss_type: Annotated[Literal["sigmoid", "ipo", "ipo_mean", "plackett_luce"], BeforeValidator(_single)] = option(
+    loss_type: Annotated[LossType, BeforeValidator(_single)] = option(
         "sigmoid",
         "preference loss (DPO paper); ipo: squared loss on sums of log-probabilities (IPO paper), has another scale of "
-        "beta; ipo_mean: the same on their means (TRL's ipo), depends on lengths; plackett_luce: whole rankings "
-        "without ties (DPO paper, A.3), has sigmoid's optimum for rankings from the Plackett-Luce model, rewards x .91 "
-        "to .95 for others. The other losses read a ranking's untied pairs in one pass, each with weight 1 / their "
-        "number (InstructGPT)",
+        "beta; ipo_mean: the same on their means (TRL's ipo), depends on lengths; sigmoid_norm: sigmoid on means "
+        "(TRL), depends on lengths; apo_zero: each response by itself (APO paper), losers get probability 0; "
+        "plackett_luce: whole rankings without ties (DPO paper, A.3), has sigmoid's optimum for rankings from the "
+        "Plackett-Luce model, rewards x .91 to .95 for others. The other losses read a ranking's untied pairs in one "
+        "pass, each with weight 1 / their number (InstructGPT)",
         moves_optimum=True,
         neutral=("sigmoid", "plackett_luce"),
     )

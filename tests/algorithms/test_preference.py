@@ -104,6 +104,7 @@ def test_dpo_gradient_is_minus_beta_sigma_of_minus_h(logps):
     assert torch.autograd.gradcheck(lambda a, b: dpo_sigmoid_loss(a, b, *logps[2:], beta=beta).loss, inputs[:2])
 
 
+SIDES = ((0.5, -1.0, 0.0), (-1.0, 0.5, -1.0))  # log-ratios of the chosen and of the rejected responses of `logps`
 LOG_RATIOS = (1.5, -1.5, 1.0)  # of `logps`: differences of the log-ratios, free of beta
 
 
@@ -131,7 +132,14 @@ def test_the_gradient_of_each_loss_by_hand(logps, name, targets):
     inputs = [x.clone().requires_grad_() for x in logps]
     loss = OBJECTIVES[name].loss(*inputs, beta=beta, target=vector(*targets)).loss
     chosen, rejected, ref_chosen, ref_rejected = torch.autograd.grad(loss, inputs)
-    if name == "sigmoid":
+    if name == "apo_zero":  # each side by itself: (2 p - 1) beta sigma'(beta x), with the log-ratios x of both sides
+        sides = [[beta * sigmoid(beta * x) * sigmoid(-beta * x) for x in side] for side in SIDES]
+        ups, downs = ([(2 * p - 1) * slope for slope, p in zip(side, targets)] for side in sides)
+        assert chosen.tolist() == pytest.approx([-up for up in ups], abs=1e-12)
+        assert rejected.tolist() == pytest.approx(downs, abs=1e-12)
+        assert torch.equal(ref_chosen, -chosen) and torch.equal(ref_rejected, -rejected)
+        return
+    if name in ("sigmoid", "sigmoid_norm"):  # the means of sigmoid_norm are taken before
         expected = [beta * (sigmoid(beta * d) - p) for d, p in zip(LOG_RATIOS, targets)]
     else:
         expected = [2 * d - (2 * p - 1) / beta for d, p in zip(LOG_RATIOS, targets)]
@@ -208,7 +216,7 @@ def test_the_table_says_what_a_loss_reads(logps, name):
     objective = OBJECTIVES[name]
     losses = {objective.loss(*inputs, beta=0.5).loss.item() for inputs in (logps, (chosen, rejected, chosen, rejected))}
     assert len(losses) == 2  # every one reads the reference
-    assert objective.length_normalised == name.endswith("_mean")
+    assert objective.length_normalised == name.endswith(("_mean", "_norm"))
 
 
 @pytest.mark.parametrize("name", PAIR_LOSSES)

@@ -146,6 +146,56 @@ def test_ipo_over_means_of_one_length_is_ipo_at_another_scale(length):
     assert means.item() == pytest.approx(sums.item() / length**2, abs=1e-12)
 
 
+def test_dpo_over_means_weighs_the_reward_by_length():
+    """pi = ref exp(L (R / beta + c)), c such that the sum is 1."""
+    from scipy.optimize import brentq
+
+    def log_pi(c):
+        return LOG_REF + LENGTHS * (REWARD / BETA + c)
+
+    best = log_pi(brentq(lambda c: torch.logsumexp(log_pi(c), 0).item(), -50, 50, xtol=1e-15))
+    assert population_gradient("sigmoid_norm", best, lengths=LENGTHS).abs().max() < 1e-10
+    summed = LOG_REF + REWARD / BETA
+    assert population_gradient("sigmoid_norm", summed, lengths=LENGTHS).abs().max() > 1e-3
+
+
+def test_apo_zero_gives_losers_no_probability():
+    """Losers have 0; winners g_y beta sigma'(beta d_y) = lambda pi_y, with g the mass chosen less the mass rejected."""
+    from scipy.optimize import brentq
+
+    mu = LOG_MU.exp()
+    # Over pairs (i, j) of weight 2 mu_i mu_j p_ij the loss is sum_y -g_y sigma(beta d_y), up to a constant.
+    pairs = 2 * mu[:, None] * mu
+    gain = (pairs * PREFERENCE).sum(1) - (pairs * PREFERENCE).sum(0)
+    winners = gain > 0
+    assert 2 <= int(winners.sum()) < COUNT
+
+    def slope(ratio: float, index: int) -> float:
+        s = 1 / (1 + math.exp(-BETA * ratio))
+        return gain[index].item() * BETA * s * (1 - s)
+
+    def share(index: int, level: float) -> float:
+        """pi_y with g_y beta sigma'(beta d_y) = level pi_y; the left side over pi_y falls in pi_y if beta < 1."""
+        ref = LOG_REF[index].item()
+        return math.exp(brentq(lambda x: slope(x - ref, index) / math.exp(x) - level, -60.0, 5.0, xtol=1e-14))
+
+    indices = winners.nonzero().squeeze(1).tolist()
+    level = brentq(lambda x: sum(share(i, x) for i in indices) - 1.0, 1e-4, 1e4, xtol=1e-14)
+    best = torch.full((COUNT,), -80.0, dtype=torch.float64)
+    for i in indices:
+        best[i] = math.log(share(i, level))
+    assert population_gradient("apo_zero", best).abs().max() < 1e-10
+    assert population_gradient("apo_zero", LOG_REF).abs().max() > 1e-2
+    # A loser that is given a little is pushed down, a winner that is given too little is pushed up.
+    loser = int((~winners).nonzero()[0])
+    raised = best.clone()
+    raised[loser] = math.log(0.05)
+    assert population_gradient("apo_zero", torch.log_softmax(raised, 0))[loser] > 1e-3
+    one, two, ref_one, ref_two = (torch.tensor([x], dtype=torch.float64) for x in (-3.0, -5.0, -4.0, -4.5))
+    loss = OBJECTIVES["apo_zero"].loss(one, two, ref_one, ref_two, beta=BETA).loss.item()
+    assert loss == pytest.approx(1 - 1 / (1 + math.exp(-0.5)) + 1 / (1 + math.exp(0.25)), abs=1e-15)  # by hand
+
+
 def reward_gradient(rewards: Tensor, truth: Tensor, coefficient: float) -> Tensor:
     """Gradient of a reward model's loss over all ordered pairs, each label drawn with P = sigma(r_i - r_j)."""
     rewards = rewards.clone().requires_grad_()

@@ -7,20 +7,20 @@ import pytest
 from rlhf_pipeline.config.dpo import DpoConfig
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "ipo", "ipo_mean", "plackett_luce"])
+@pytest.mark.parametrize("name", ["sigmoid", "ipo", "ipo_mean", "sigmoid_norm", "apo_zero", "plackett_luce"])
 def test_a_loss_may_stand_in_a_list_of_one_as_trl_writes_it(load, name):
     assert load("dpo", loss_type=name).loss_type == load("dpo", loss_type=[name]).loss_type == name
 
 
-@pytest.mark.parametrize("value", ["hinge", "robust", "sigmoid_norm", "bco_pair", "Sigmoid", ["sigmoid", "ipo"]])
+@pytest.mark.parametrize("value", ["hinge", "robust", "bco_pair", "Sigmoid", ["sigmoid", "ipo"]])
 def test_a_loss_that_is_not_there_is_refused_with_those_that_are(faults, value):
     refused = faults("dpo", loss_type=value)
     assert list(refused) == ["loss_type"]
     assert repr(value) in refused["loss_type"].found
-    assert refused["loss_type"].expected == "one of sigmoid, ipo, ipo_mean, plackett_luce"
+    assert refused["loss_type"].expected == "one of sigmoid, ipo, ipo_mean, sigmoid_norm, apo_zero, plackett_luce"
 
 
-@pytest.mark.parametrize("name", ["ipo", "ipo_mean", "plackett_luce"])
+@pytest.mark.parametrize("name", ["ipo", "ipo_mean", "sigmoid_norm", "apo_zero", "plackett_luce"])
 def test_smoothing_belongs_to_the_sigmoid_loss(load, faults, name):
     assert load("dpo", label_smoothing=0.1).label_smoothing == 0.1
     assert load("dpo", label_smoothing=0, loss_type=name).loss_type == name

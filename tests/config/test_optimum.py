@@ -30,7 +30,7 @@ MOVES: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
     "dpo": {
         "weight_decay": DECAY,
         "ref_model": ([None], ["other"]),
-        "loss_type": (["sigmoid", "plackett_luce"], ["ipo", "ipo_mean"]),
+        "loss_type": (["sigmoid", "plackett_luce"], ["ipo", "ipo_mean", "sigmoid_norm", "apo_zero"]),
         "label_smoothing": ([0.0], [0.1]),
     },
     "collect": {"labels": (["bradley-terry"], ["rank"])},
@@ -91,7 +91,8 @@ def test_values_of_an_earlier_release_are_read_with_todays_defaults():
 
 def test_each_loss_declares_its_optimum():
     declared = {name: objective.optimum for name, objective in OBJECTIVES.items()}
-    assert declared == {"sigmoid": "same", "plackett_luce": "same", "ipo": "scale", "ipo_mean": "other"}
+    others = dict.fromkeys(("ipo_mean", "sigmoid_norm", "apo_zero"), "other")
+    assert declared == {"sigmoid": "same", "plackett_luce": "same", "ipo": "scale", **others}
     assert set(declared.values()) <= set(get_args(Optimum))
     neutral = STAGES["dpo"].model_fields["loss_type"].json_schema_extra["neutral"]
     assert set(neutral) == {name for name, kind in declared.items() if kind == "same"}

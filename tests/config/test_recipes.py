@@ -19,7 +19,7 @@ from rlhf_pipeline.foreign.table import JOINT, Translation
 from rlhf_pipeline.foreign.tools import TOOLS, meaning
 from rlhf_pipeline.foreign.torchtune import TEMPLATES
 
-UNEDITED, MEANT = 4, 8
+UNEDITED, MEANT = 22, 40
 """Lower bounds of the counts that `scripts/recipes.py` prints."""
 
 

@@ -209,6 +209,7 @@ def test_the_same_work_is_done_once(lab, experiment, counts):
     assert weights == {f"{name}/v1/model.safetensors": 1 for name in ("sft", "start", "scorer", "ppo", "dpo")}
 
 
+@pytest.mark.check
 def test_a_comparison_that_is_there_is_not_made_again(lab, experiment, counts, monkeypatch):
     """Nothing is loaded; what it was made of, or what lies there, being another, it is made again."""
     path, report = experiment(compare={"exact": False}), lab.home / "reports" / "trial"

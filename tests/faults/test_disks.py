@@ -9,6 +9,7 @@ from rlhf_pipeline.registry.repair import registry_faults
 from tests.faults.disks import disk_full, read_only
 
 
+@pytest.mark.check
 @pytest.mark.slow
 def test_a_full_disk_is_said_in_one_line_and_the_run_goes_on_when_there_is_room(tmp_path) -> None:
     found = disk_full(3, tmp_path, mount=False, only=("publish",))

@@ -36,6 +36,7 @@ def trap(note: Path) -> str:
     return textwrap.dedent(TRAP.format(note=str(note)))
 
 
+@pytest.mark.check
 @pytest.mark.slow
 def test_the_four_stages_and_a_comparison_ask_nobody(tmp_path, monkeypatch) -> None:
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):

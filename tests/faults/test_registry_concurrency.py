@@ -15,6 +15,7 @@ def model(folder):
     (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
 
 
+@pytest.mark.check
 def test_processes_that_register_read_and_move_aliases_at_once() -> None:
     found = concurrency(processes=4, registrations=8)
     assert found["ok"], {

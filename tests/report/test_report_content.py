@@ -124,6 +124,7 @@ def test_odd_comparisons_show_what_they_have() -> None:
     assert "no intervals" in odd("no intervals") and "no intervals" not in odd("no judge")
 
 
+@pytest.mark.check
 def test_over_optimisation_that_was_found_has_its_peak() -> None:
     found = full() | {"curves": {}}
     entry = found["overoptimisation"]["dpo"]

@@ -21,6 +21,7 @@ def gap(lab, model: str) -> float:
     return rows[model].gap / rows[model].attainable
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("value_init", ["sft", pytest.param("shared", marks=pytest.mark.check)])
 def test_ppo_comes_near_the_optimum(lab, value_init):
     result = lab.run(

@@ -90,8 +90,10 @@ def first_window(lab, config):
         ({"loss_type": "ipo"}, 1.0),  # (1 / (2 tau))^2 at tau = .5
         ({"loss_type": "ipo", "soft_labels": True}, 1.0),
         ({"loss_type": "ipo_mean"}, 1.0),
+        ({"loss_type": "sigmoid_norm"}, math.log(2)),
+        ({"loss_type": "apo_zero"}, 1.0),
     ],
-    ids=["sigmoid", "cdpo", "soft", "soft-cdpo", "ipo", "soft-ipo", "ipo-mean"],
+    ids=["sigmoid", "cdpo", "soft", "soft-cdpo", "ipo", "soft-ipo", "ipo-mean", "sigmoid-norm", "apo-zero"],
 )
 def test_loss_and_gradient_of_the_first_step(lab, changes, loss):
     """At h = 0 the slope in the log-ratio difference is beta (1/2 - p), of IPO (1 - 2 p) / tau; p = 1 if hard."""
@@ -103,10 +105,11 @@ def test_loss_and_gradient_of_the_first_step(lab, changes, loss):
     lengths = torch.tensor([[float(len(ids)) for ids in example.completions] for example in window])
     if config.soft_labels:
         assert p.unique().numel() > 4
-    if config.loss_type == "ipo_mean":
+    if config.loss_type in ("ipo_mean", "sigmoid_norm"):
         assert lengths.unique().numel() > 1
         logprobs = logprobs / lengths
-    slope = config.beta * (0.5 - p) if config.loss_type == "sigmoid" else (1 - 2 * p) / config.beta
+    sigmoid, ipo = config.beta * (0.5 - p), (1 - 2 * p) / config.beta
+    slope = {"sigmoid": sigmoid, "sigmoid_norm": sigmoid, "apo_zero": -config.beta / 4}.get(config.loss_type, ipo)
     (slope * (logprobs[:, 0] - logprobs[:, 1])).mean().backward()
     norm = math.sqrt(sum(float((parameter.grad**2).sum()) for parameter in policy.parameters()))
     first = lab.rows(lab.run("dpo", **changes).run)[0]

@@ -169,6 +169,7 @@ def test_every_generator_of_random_numbers_goes_on(tmp_path):
 FILES = ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "manifest.json"]
 
 
+@pytest.mark.check
 def test_every_flipped_bit_of_the_small_files_is_found(tmp_path):
     directory = save(tmp_path, 1, training())
     for name in ("state.json", "manifest.json", "rng.safetensors"):

@@ -17,6 +17,7 @@ def test_round_trip(tmp_path, tensor):
     assert [item.name for item in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.check
 def test_every_flipped_bit_and_every_cut_is_a_miss(tmp_path):
     path = tmp_path / "one.safetensors"
     tensor = torch.arange(6.0)

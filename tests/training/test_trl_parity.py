@@ -23,6 +23,8 @@ CASES = [
     ("dpo", {"beta": 0.5}),
     ("dpo", {"beta": 0.5, "precompute_ref_log_probs": False}),
     ("dpo", {"beta": 0.5, "loss_type": "ipo_mean"}),
+    ("dpo", {"beta": 0.5, "loss_type": "sigmoid_norm"}),
+    ("dpo", {"beta": 0.5, "loss_type": "apo_zero"}),
 ]
 # Windows of 8, 8 and 6 pairs: the last one of an epoch is smaller, in micro-batches of one size. 2.4 epochs: 8 steps.
 CUTS = {1: 8, 4: 2}

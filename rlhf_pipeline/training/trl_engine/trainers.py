@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from rlhf_pipeline.training.open_run import Run
 
-DPO_LOSSES = {"sigmoid": "sigmoid", "ipo_mean": "ipo"}
+DPO_LOSSES = {"sigmoid": "sigmoid", "ipo_mean": "ipo", "sigmoid_norm": "sigmoid_norm", "apo_zero": "apo_zero"}
 """This package's `loss_type` -> TRL's."""
 
 
