@@ -40,6 +40,7 @@ def test_the_import_loads_no_library() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("before", ["", "import rlhf_pipeline.compare.verdict;"])
 def test_compare_can_be_called_whatever_was_imported_before(before) -> None:
     code = f"{before}from rlhf_pipeline import compare\ntry: compare(armz=[])\nexcept Exception as e: print(e.kind)"

@@ -90,6 +90,7 @@ def test_a_model_that_cannot_be_used_is_told_before_any_library_is_imported(tiny
         assert expected in said
 
 
+@pytest.mark.check
 @pytest.mark.slow
 def test_training_on_token_ids_imports_only_what_it_uses(lab) -> None:
     ppo = {"reward_model_path": "reward", "rollout_batch_size": 16, "num_mini_batches": 2, "num_ppo_epochs": 1}

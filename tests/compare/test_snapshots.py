@@ -256,6 +256,7 @@ def command(lab, capsys, *words: str) -> Any:
 OPTIONS = ("--baseline", "sft", "--samples", "2", "exact=false", "use_cpu=true", "num_threads=1", "shown_prompts=1")
 
 
+@pytest.mark.check
 def test_the_command_adds_them_to_the_curves(runs, capsys, request):
     words = ("compare", "ppo", "dpo", *OPTIONS, "--name", "curves")
     made = json.loads(command(runs, capsys, *words, "--snapshots", "--json"))

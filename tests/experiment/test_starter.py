@@ -36,6 +36,7 @@ def different(count):
     return [{"prompt": " ".join(("the", *next(words))), "chosen": " great", "rejected": " dull"} for _ in range(count)]
 
 
+@pytest.mark.check
 @pytest.mark.slow
 def test_what_it_writes_runs_from_end_to_end(init, lab, tmp_path):
     prompts = [f"the {aspect} of this {genre} was" for aspect in ASPECTS for genre in GENRES]
@@ -54,6 +55,17 @@ def test_what_it_writes_runs_from_end_to_end(init, lab, tmp_path):
     results = json.loads((lab.home / "reports/pairs/results.json").read_text())
     assert [row["name"] for row in results["rows"]] == ["sft@v2", "ppo@v1", "dpo@v1"]
     assert results["judge"].startswith("judge@")
+
+
+def test_adapters_in_all_stages_on_one_copy_of_the_weights(init):
+    code, said, values = init(different(60), "--model", "sft", "--lora")
+    assert code == 0, said
+    stages = values["stages"]
+    assert all(stage["use_peft"] is True and stage["lora_r"] == 16 for stage in stages.values())
+    assert [name for name, stage in stages.items() if stage.get("shared_base")] == ["ppo"]
+    assert [stages[name]["learning_rate"] for name in ("sft", "reward", "ppo", "dpo")] == [2e-4, 1e-4, 3e-5, 1e-5]
+    code, said, _ = init(different(60), "--lora", out="none.yaml")
+    assert code == 2 and "--lora: found no --model" in said
 
 
 def test_paths_mean_the_same_wherever_the_file_lies(init, lab, tmp_path, monkeypatch):

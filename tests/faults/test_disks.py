@@ -16,6 +16,7 @@ def test_a_full_disk_is_said_in_one_line_and_the_run_goes_on_when_there_is_room(
     assert found["ok"] and found["full"] >= 2, found
 
 
+@pytest.mark.check
 @pytest.mark.slow
 def test_a_home_that_may_not_be_written_is_said_in_one_line(tmp_path) -> None:
     found = read_only(tmp_path, only=("publish", "collect"))

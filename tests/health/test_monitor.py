@@ -143,6 +143,7 @@ def test_a_constant_reward_is_named_once(lab, constant):
     assert "## Health" in card and "| scores\\_equal | 3 | the end |" in card
 
 
+@pytest.mark.check
 def test_a_kl_of_the_wrong_sign(lab, monkeypatch):
     k1 = rollout.k1
     monkeypatch.setattr(rollout, "k1", lambda logprobs, ref_logprobs: -k1(logprobs, ref_logprobs))
@@ -207,6 +208,7 @@ def test_a_pretrained_model_that_learns_nothing(lab):
         ("ppo", {"max_steps": 20, "rollout_batch_size": 64, "learning_rate": 3e-3}),
     ],
 )
+@pytest.mark.check
 def test_a_healthy_run_has_no_finding(lab, stage, changes):
     if stage == "sft":
         init = lab.registry.resolve("sft").manifest.config["model_init"]

@@ -41,6 +41,7 @@ def test_ppo_comes_near_the_optimum(lab, value_init):
     assert gap(lab, result.model) < 0.15  # .07 to .10 with either critic, over seeds
 
 
+@pytest.mark.check
 def test_population_dpo_comes_near_the_optimum(lab):
     result = lab.run("dpo", **SMALL, beta=BETA, learning_rate=2e-2, max_steps=150, per_device_train_batch_size=64)
     assert gap(lab, result.model) < 0.12  # .08

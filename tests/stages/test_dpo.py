@@ -118,6 +118,7 @@ def test_loss_and_gradient_of_the_first_step(lab, changes, loss):
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.check
 def test_soft_labels_train_towards_the_probabilities(lab):
     """The fitted margins come closer to log p / (1 - p) than those fitted to the labels that were drawn."""
     from rlhf_pipeline.data.batch import pack

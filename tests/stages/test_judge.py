@@ -314,6 +314,7 @@ def grating(prompts, completions, **_):
     return [-float("great" in text.split()) for text in completions]
 
 
+@pytest.mark.check
 def test_a_reward_that_rises_while_the_judge_falls_is_named_from_the_command_line(lab, capsys, monkeypatch):
     """A reward for one word and a judge that cannot stand it: 12 logged updates at most until it is named."""
     module = ModuleType("judges_of_a_test")

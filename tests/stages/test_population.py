@@ -131,6 +131,7 @@ def test_counts_are_those_of_the_whole_window(reference):
 POPULATION = {"dataset_name": "world:verdicts", "dataset_config": "population", "per_device_train_batch_size": 16}
 
 
+@pytest.mark.check
 def test_dpo_trains_on_the_population(lab):
     result = lab.run("dpo", **POPULATION, max_steps=3)
     rows = [row for row in lab.rows(result.run) if "loss/dpo" in row]

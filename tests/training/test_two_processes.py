@@ -81,6 +81,7 @@ def run_of(lab, name: str) -> Path:
     return run
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("stage", list(SHARES))
 def test_the_same_weights(both, stage):
     lab, one = both
