@@ -7,7 +7,9 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,3 +194,23 @@ def lab(tiny: Lab, tmp_path: Path) -> Lab:
 
     torch.set_num_threads(1)
     return tiny.copy(tmp_path / "home")
+
+
+@contextmanager
+def sigterm_at(step: int) -> Iterator[None]:
+    """Let training in this process receive SIGTERM at the end of a step, as from a scheduler."""
+    from rlhf_pipeline.training import session
+
+    fit = session.fit
+
+    def stopped(*args, on_update, **options):
+        def hook(number, metrics, window):
+            if number == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            on_update(number, metrics, window)
+
+        return fit(*args, on_update=hook, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "fit", stopped)
+        yield

@@ -14,6 +14,7 @@ from rlhf_pipeline.errors import Interrupted
 from rlhf_pipeline.experiment.estimate import estimate_stage
 from rlhf_pipeline.stages import reward
 from rlhf_pipeline.training import session
+from tests.conftest import sigterm_at
 
 
 def said(result_or_run) -> str:
@@ -54,20 +55,8 @@ def test_a_signal_while_sampling_ends_the_run_at_once(lab, monkeypatch, number) 
 def test_a_resumed_run_does_not_sample_again(lab, tmp_path, monkeypatch) -> None:
     options = {"max_steps": 4, "save_steps": 2}
     expected = lab.copy(tmp_path / "other").run("train-rm", **options)
-    fit = session.fit
-
-    def stopped(*args, on_update, **more):
-        def hook(step, metrics, window):
-            if step == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-            on_update(step, metrics, window)
-
-        return fit(*args, on_update=hook, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(session, "fit", stopped)
-        with pytest.raises(Interrupted):
-            lab.run("train-rm", **options)
+    with sigterm_at(3), pytest.raises(Interrupted):
+        lab.run("train-rm", **options)
     with monkeypatch.context() as patch:
         patch.setattr(reward, "sample_for_prompts", lambda *a, **o: pytest.fail("sampled twice"))
         found = lab.run("train-rm", **options)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -12,9 +10,8 @@ import torch
 from torch import nn
 
 from rlhf_pipeline.errors import ConfigError, Interrupted
-from rlhf_pipeline.training import session
 from rlhf_pipeline.training.best import Best
-from tests.conftest import word_rankings
+from tests.conftest import sigterm_at, word_rankings
 
 EVALUATED = {"eval_steps": 1, "max_steps": 6, "learning_rate": 0.3}
 
@@ -117,20 +114,8 @@ def test_a_resumed_run_ends_with_the_same_best_weights(lab, tmp_path, monkeypatc
     options = {**EVALUATED, "load_best_model_at_end": True, "early_stopping_patience": 3, **extra}
     other = lab.copy(tmp_path / "other")
     expected = other.run("sft", **options)
-    fit = session.fit
-
-    def stopped(*args, on_update, **more):
-        def hook(number, metrics, window):
-            if number == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-            on_update(number, metrics, window)
-
-        return fit(*args, on_update=hook, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(session, "fit", stopped)
-        with pytest.raises(Interrupted):
-            lab.run("sft", **options)
+    with sigterm_at(3), pytest.raises(Interrupted):
+        lab.run("sft", **options)
     found = lab.run("sft", **options)
     assert found.metrics == expected.metrics
     weights = other.weights(expected.model)

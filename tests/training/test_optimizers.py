@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import signal
 from pathlib import Path
 from typing import get_args
 
@@ -14,9 +12,9 @@ from torch import nn
 
 from rlhf_pipeline.config.optim import OPTIMIZERS, OptimName
 from rlhf_pipeline.errors import Interrupted
-from rlhf_pipeline.training import session
 from rlhf_pipeline.training.checkpoint import flat_state, nested_state, newest_checkpoint, restore, save_checkpoint
 from rlhf_pipeline.training.optimizer import embedding_parameters, make_optimizer, make_scheduler
+from tests.conftest import sigterm_at
 
 HAVE_BNB = importlib.util.find_spec("bitsandbytes") is not None
 NAMES = [name for name in get_args(OptimName) if HAVE_BNB or OPTIMIZERS[name].package is None]
@@ -154,20 +152,8 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(lab, tmp_path, monkeypa
     options = {"optim": optim, "max_steps": 4, "learning_rate": 1e-3, "lr_scheduler_type": "cosine"}
     other = lab.copy(tmp_path / "other")
     expected = other.run("dpo", **options)
-    fit = session.fit
-
-    def stopped(*args, on_update, **more):
-        def hook(number, metrics, window):
-            if number == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-            on_update(number, metrics, window)
-
-        return fit(*args, on_update=hook, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(session, "fit", stopped)
-        with pytest.raises(Interrupted):
-            lab.run("dpo", **options)
+    with sigterm_at(2), pytest.raises(Interrupted):
+        lab.run("dpo", **options)
     found = lab.run("dpo", **options)
     weights = other.weights(expected.model)
     assert all(torch.equal(value, weights[name]) for name, value in lab.weights(found.model).items())
