@@ -13,7 +13,7 @@ TORCH_STAMP := $(VENV)/.torch-index
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check exact mutants parity lint format type hh reviews bench growth faults clean
+.PHONY: help setup demo test check exact mutants parity lint format type hh reviews real bench growth faults clean
 
 help:
 	@echo "make demo     SFT, preference pairs, reward model, PPO and DPO on the built-in data, compared"
@@ -23,6 +23,7 @@ help:
 	@echo "make lint     ruff's checks      make format   ruff's formatting and fixes      make type     mypy's checks"
 	@echo "make hh       the experiment of configs/hh on real pairs: make hh HH=FILE"
 	@echo "make reviews  sentiment-controlled text from film reviews, after the DPO paper: make reviews DATA=FOLDER"
+	@echo "make real     SmolLM2-135M with LoRA on human pairs, then on a known reward: make real HH=FILE [DATA=FOLDER]"
 	@echo "make bench    every stage's speed and memory beside TRL's: make bench [HH=FILE]"
 	@echo "make faults   kill, stop, damage, fill up and deceive it, at length: about an hour"
 	@echo "make growth   how time and memory grow with length, data, vocabulary, completions and batch"
@@ -101,6 +102,16 @@ reviews: $(STAMP)
 	@test -n "$(DATA)" || { echo "make reviews DATA=FOLDER: a folder with the two polarity data sets (docs/reviews.md)"; exit 2; }
 	$(BIN)/python scripts/reviews.py "$(DATA)" --out build/reviews
 	$(BIN)/rlhf run configs/reviews/experiment.yaml
+
+# A pretrained model, on human pairs and, with DATA as for `reviews`, on a reward that is known. HH as for `hh`.
+real: $(STAMP)
+	@test -n "$(HH)" || { echo "make real HH=FILE [DATA=FOLDER]: a file (or hub id) of preference pairs (docs/real.md)"; exit 2; }
+	$(BIN)/python scripts/smollm2.py build/smollm2
+	$(BIN)/rlhf run configs/real/human/experiment.yaml $(foreach stage,sft reward judge ppo dpo,"$(stage).dataset_name=$(HH)")
+ifneq ($(DATA),)
+	$(BIN)/python scripts/reviews.py "$(DATA)" --out build/reviews
+	$(BIN)/rlhf run configs/real/sentiment/experiment.yaml
+endif
 
 # HH names preference pairs; without it the pairs are made up, with the lengths of HH's.
 bench: $(STAMP)

@@ -82,8 +82,8 @@ def windows(words: list[str], split: str) -> Iterator[dict[str, object]]:
             yield {"prompt": prompt, "completion": rest, "ended": start + WINDOW >= len(words), "split": split}
 
 
-def openings(reviews: Iterable[tuple[str, list[str]]]) -> Iterator[dict[str, str]]:
-    """The first words of reviews: every length for training, one length for each held-out review.
+def openings(reviews: Iterable[tuple[str, list[str]]], every_length: bool = True) -> Iterator[dict[str, str]]:
+    """The first words of reviews: every length for training (if asked for), one length for each held-out review.
 
     An opening that several reviews share belongs to the first of test, validation, judge and train that has it, so that
     no held-out opening is trained on.
@@ -91,7 +91,7 @@ def openings(reviews: Iterable[tuple[str, list[str]]]) -> Iterator[dict[str, str
     found: dict[str, str] = {}
     order = [split for split, _ in FRACTIONS]
     for split, words in reviews:
-        lengths = OPENINGS if split in ("train", "judge") else [OPENINGS[len(words) % len(OPENINGS)]]
+        lengths = OPENINGS if every_length and split in ("train", "judge") else [OPENINGS[len(words) % len(OPENINGS)]]
         for length in lengths:
             prompt = " ".join(words[:length])
             if prompt not in found or order.index(found[prompt]) < order.index(split):
@@ -108,7 +108,7 @@ def write(path: Path, rows: Iterable[dict[str, object]]) -> int:
 
 
 def prepare(data: Path, out: Path, say: Callable[[str], object]) -> None:
-    """Write reviews.jsonl, openings.jsonl and sentences.jsonl, and print the quality of the classifier.
+    """Write reviews.jsonl, openings.jsonl, openings_one.jsonl and sentences.jsonl, and print the quality of the classifier.
 
     Raises:
         BadInput: one of the two data sets is missing.
@@ -137,6 +137,7 @@ def prepare(data: Path, out: Path, say: Callable[[str], object]) -> None:
     rows = (row for split, words in reviews for row in windows(words, split))
     say(f"{write(out / 'reviews.jsonl', rows):6} rows of text from {len(reviews)} reviews\n")
     say(f"{write(out / 'openings.jsonl', openings(reviews)):6} openings\n")
+    say(f"{write(out / 'openings_one.jsonl', openings(reviews, every_length=False)):6} openings, one of each review\n")
     say(f"{write(out / 'sentences.jsonl', sentences):6} labelled sentences\n")
     from scripts.sentiment import quality
 

@@ -230,3 +230,29 @@ def test_the_whole_experiment(prepared: Path, tmp_path: Path, monkeypatch: pytes
     }
     assert [entry.what for entry in found.comparable.differences] == ["preference data"]
     assert (tmp_path / "home" / "reports" / "reviews" / "index.html").is_file()
+
+
+@pytest.mark.check
+def test_the_experiment_on_a_pretrained_model(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlhf_pipeline.experiment.run import run_experiment
+    from tests.test_real import small_base
+
+    monkeypatch.chdir(prepared.parent.parent)
+    monkeypatch.setenv("REVIEWS_DIR", str(prepared))
+    small_base(Path("build/smollm2"), [made_up(number, GOOD) for number in range(20)])
+    changes = [f"{name}.use_cpu=true" for name in ("sft", "pairs", "reward", "preferred", "dpo", "ppo", "ppo_true")]
+    changes += ["sft.max_prompt_length=96", "sft.response_length=300", "pairs.num=400", "pairs.max_prompt_length=64"]
+    for name in ("reward", "preferred", "dpo", "ppo", "ppo_true"):
+        changes += [f"{name}.max_steps=2", f"{name}.max_prompt_length=64"]
+    changes += [f"{name}.snapshot_steps=1" for name in ("dpo", "ppo", "ppo_true")]
+    changes += ["compare.use_cpu=true", "compare.max_prompts=4", "compare.samples=2", "compare.best_of=[2]"]
+    config = Path(reviews.__file__).parent.parent / "configs" / "real" / "sentiment" / "experiment.yaml"
+    found = run_experiment(config, changes, tmp_path / "home", quiet=True)["comparison"]
+    assert found.true_reward == "scripts.sentiment:log_odds" and found.primary == "true_reward"
+    assert {arm: len(curve.points) for arm, curve in found.frontier.arms.items()} == {
+        "ppo": 4,
+        "dpo": 4,
+        "ppo_true": 4,
+        "preferred": 1,
+    }
+    assert (tmp_path / "home" / "reports" / "real-sentiment" / "index.html").is_file()

@@ -44,7 +44,7 @@ FILES = (
 def beside_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Configs that name files which the user hands over: empty stand-ins in the working directory."""
     (tmp_path / "build" / "reviews").mkdir(parents=True)
-    for name in ("hh.jsonl.gz", "build/reviews/reviews.jsonl", "build/reviews/openings.jsonl"):
+    for name in ("hh.jsonl.gz", *(f"build/reviews/{part}.jsonl" for part in ("reviews", "openings", "openings_one"))):
         (tmp_path / name).write_bytes(b"")
     monkeypatch.chdir(tmp_path)
 
