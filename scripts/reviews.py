@@ -108,7 +108,7 @@ def write(path: Path, rows: Iterable[dict[str, object]]) -> int:
 
 
 def prepare(data: Path, out: Path, say: Callable[[str], object]) -> None:
-    """Write reviews.jsonl, openings.jsonl, openings_one.jsonl and sentences.jsonl, and print the quality of the classifier.
+    """Write reviews, openings, openings_one and sentences as JSONL files, and print the quality of the classifier.
 
     Raises:
         BadInput: one of the two data sets is missing.

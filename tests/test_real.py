@@ -9,7 +9,28 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-WORDS = "please tell me how to bake a good cake without an oven and why it rises when it is warm".split()
+WORDS = [
+    "please",
+    "tell",
+    "me",
+    "how",
+    "to",
+    "bake",
+    "a",
+    "good",
+    "cake",
+    "without",
+    "an",
+    "oven",
+    "and",
+    "why",
+    "it",
+    "rises",
+    "when",
+    "it",
+    "is",
+    "warm",
+]
 
 
 def small_base(folder: Path, texts: list[str]) -> None:
