@@ -250,9 +250,9 @@ def test_the_experiment_on_a_pretrained_model(prepared: Path, tmp_path: Path, mo
     found = run_experiment(config, changes, tmp_path / "home", quiet=True)["comparison"]
     assert found.true_reward == "scripts.sentiment:log_odds" and found.primary == "true_reward"
     assert {arm: len(curve.points) for arm, curve in found.frontier.arms.items()} == {
-        "ppo": 4,
-        "dpo": 4,
-        "ppo_true": 4,
+        "ppo": 2,
+        "dpo": 2,
+        "ppo_true": 2,
         "preferred": 1,
     }
     assert (tmp_path / "home" / "reports" / "real-sentiment" / "index.html").is_file()
