@@ -30,6 +30,7 @@ from rlhf_pipeline.rollout.llm import ChatModel
 from rlhf_pipeline.stages.common import packed_rows, tokenizer_of
 from rlhf_pipeline.stages.data import StageData, prompts_by_split
 from rlhf_pipeline.stages.reward_sources import check_reward_models
+from rlhf_pipeline.training.optimizer import require_schedule
 from rlhf_pipeline.training.windows import total_steps
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}
@@ -182,6 +183,7 @@ def estimate_stage(config: StageConfig, home: Path) -> dict[str, Any]:
         rows = packed_rows(config, examples)
         count = len(examples if rows is None else rows)
         result["optimizer_steps"] = total_steps(count, size, config.num_train_epochs, config.max_steps)
+        require_schedule(config, result["optimizer_steps"])
     if isinstance(config, RewardConfig) and config.reward_centering == "reference_samples":
         count = config.reward_centering_samples
         result["reward_centering"] = {"responses": count, "tokens_at_most": count * config.sampled_lengths().response}

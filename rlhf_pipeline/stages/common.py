@@ -41,6 +41,7 @@ from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import Role, check_role
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.training.open_run import Run
+from rlhf_pipeline.training.optimizer import require_schedule
 from rlhf_pipeline.training.precision import uses_bf16
 from rlhf_pipeline.training.session import Plan
 from rlhf_pipeline.training.tracking import jsonable
@@ -258,13 +259,18 @@ def packed_rows(config: TrainingConfig, examples: Sequence[Example]) -> list[lis
 def example_schedule(
     run: Run, examples: Sequence[Example], *, layout: Layout, pad_id: int
 ) -> tuple[Callable[[Any, int], Iterator[Window]], int]:
-    """The windows of a stage that trains on fixed examples, and the number of updates."""
+    """The windows of a stage that trains on fixed examples, and the number of updates.
+
+    Raises:
+        ConfigError: the schedule of the learning rate does not fit that number.
+    """
     config, ranks = run.config, run.accelerator.num_processes
     size = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks
     bins, room = packed_rows(config, examples), config.lengths().total
     if bins is not None:
         run.log.say(f"packing: {len(examples)} examples in {len(bins)} rows of up to {room} tokens")
     total = total_steps(len(examples if bins is None else bins), size, config.num_train_epochs, config.max_steps)
+    require_schedule(config, total)
 
     def windows(_prepared: Any, start: int) -> Iterator[Window]:
         return example_windows(

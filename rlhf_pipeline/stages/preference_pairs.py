@@ -77,6 +77,8 @@ def recorded_pairs(
     examples, reports = data.training(tokenizer)
     held_out, _ = data.held_out(preference_kind(config), tokenizer)
     targets = label_probabilities(examples) if config.soft_labels else None
+    layout = common_layout(policy.reader.layout, frozen.reader.layout)
+    windows, total = example_schedule(run, examples, layout=layout, pad_id=FILLER)
     cache = run.registry.home / "cache"
     key = {"model": frozen_digest, "dtype": config.dtype, "bf16": uses_bf16(config)}
 
@@ -102,8 +104,6 @@ def recorded_pairs(
             # Counted also when the cache had them: the cost of an arm must not depend on earlier runs.
             shape = ModelShape.of(frozen.model)
             run.meter.flops += found.flops(shape, examples) if run.checkpoint is None else 0.0
-    layout = common_layout(policy.reader.layout, frozen.reader.layout)
-    windows, total = example_schedule(run, examples, layout=layout, pad_id=FILLER)
 
     def evaluate() -> dict[str, float]:
         """Accuracy and sigmoid loss of the implicit reward beta log(pi / pi_ref) on held-out pairs and rankings."""

@@ -194,9 +194,9 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
         held_out, _ = data.held_out(kind, tokenizer)
 
         # 3. Responses to centre the scores on, then training.
+        windows, total = example_schedule(run, examples, layout=model.reader.layout, pad_id=FILLER)
         sampled = responses_to_center(run, parent, examples, tokenizer)
         shape = ModelShape.of(network, head=False, checkpointed=config.gradient_checkpointing)
-        windows, total = example_schedule(run, examples, layout=model.reader.layout, pad_id=FILLER)
 
         def scored(rows: Sequence[Example]) -> list[list[float]]:
             return score_examples(

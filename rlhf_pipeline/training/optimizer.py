@@ -294,6 +294,23 @@ def make_scheduler(
     return LambdaLR(optimizer, factor)
 
 
+def require_schedule(config: TrainingConfig, total: int) -> None:
+    """Check the schedule of a run of `total` updates, before anything expensive.
+
+    Raises:
+        ConfigError: see `make_scheduler`.
+    """
+    stand_in = SGD([nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+    make_scheduler(
+        stand_in,
+        config.lr_scheduler_type,
+        warmup_steps=config.warmup_steps,
+        total=total,
+        arguments=config.lr_scheduler_kwargs,
+        greater_is_better=config.best_is_greatest,
+    )
+
+
 def _of_transformers(
     optimizer: Optimizer, name: str, warmup: int | None, total: int | None, arguments: dict[str, Any]
 ) -> Any:

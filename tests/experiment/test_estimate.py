@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_pipeline.errors import DataError
+from rlhf_pipeline.errors import ConfigError, DataError
 from rlhf_pipeline.experiment.estimate import estimate_stage
 
 TOTAL = {"max_prompt_length": None, "response_length": None, "max_length": 14}
@@ -98,3 +98,18 @@ def test_columns_and_a_test_file_of_the_users_own(lab, tmp_path):
     assert made.metrics["eval_pairs"] == 5
     manifest = lab.registry.resolve(made.model).manifest
     assert [(entry.rows, entry.split) for entry in manifest.data] == [(16, "train")]
+
+
+@pytest.mark.parametrize("stage", ["sft", "train-rm", "dpo"])
+def test_a_run_without_a_learning_rate_is_refused_before_anything_is_sampled_or_scored(lab, stage, monkeypatch):
+    from rlhf_pipeline.stages import preference_pairs, reward
+
+    def too_early(*args, **options):
+        pytest.fail("the reference was read first")
+
+    monkeypatch.setattr(reward, "sample_for_prompts", too_early)
+    monkeypatch.setattr(preference_pairs, "cached_logprobs", too_early)
+    changes = {"max_steps": 1, "warmup_steps": 0.1, "lr_scheduler_type": "cosine"}
+    for what in (lambda: lab.run(stage, **changes), lambda: estimate_stage(lab.config(stage, **changes), lab.home)):
+        with pytest.raises(ConfigError, match=r"warmup_steps: found 0.1 in a run of one step"):
+            what()
