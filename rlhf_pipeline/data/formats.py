@@ -35,16 +35,21 @@ class RecordSet:
     recorded_digest: str | None = None  # from the manifest of collected data
     whole: str | None = None  # the split, or all, whose rows are used whole; None: a stage chooses among the splits
     unread: str | None = None  # with implicit prompts: a column that looks like the prompt
-    not_read: tuple[str, ...] = ()  # columns with content that the format does not read
+    not_read: tuple[str, ...] = ()  # columns with content that the format does not read; `Record.columns` has them
     against: Counter[str] = field(default_factory=Counter)  # rows whose scores contradict or do not support the label
 
-    def notes(self, template: str | None = None) -> list[str]:
+    def notes(self, template: str | None = None, functions: bool | None = None) -> list[str]:
         """Return sentences on what a stage does not read, and on labels that other columns contradict.
 
         Args:
             template: the chat template, if it is known; it may not read the values of `TEMPLATE_VALUES`.
+            functions: whether the stage has reward functions, which get all columns; None: no stage is known.
         """
-        said = [f"not read: {', '.join(self.not_read)}"] if self.not_read else []
+        named, said = ", ".join(self.not_read), []
+        if named and functions:
+            said.append(f"read by reward functions only: {named}")
+        elif named:
+            said.append(f"not read: {named}" + (" (except by reward functions)" if functions is None else ""))
         given = {name for record in self.records if record.extra for name in _for_template(record)}
         if template is not None and (unread := sorted(name for name in given if name not in template)):
             said.append(f"not read by the chat template: {', '.join(unread)}")

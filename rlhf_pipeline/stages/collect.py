@@ -14,6 +14,7 @@ from torch import Tensor
 from rlhf_pipeline.config.base import moves_optimum
 from rlhf_pipeline.config.collect import CollectConfig
 from rlhf_pipeline.config.dump import config_digest
+from rlhf_pipeline.config.mentions import functions
 from rlhf_pipeline.data.batch import FILLER
 from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.data.styles import Style
@@ -148,7 +149,7 @@ def run_collect(
 
     (data,) = config.sources()
     found = read_records(*data, home=home, skip_bad_rows=config.skip_bad_rows, splits=config.splits)
-    for note in found.notes():
+    for note in found.notes(functions=any(functions(config))):
         say(f"{found.source}: {note}")
     prompts, reports = prompts_by_split(found, config, tokenizer, Style.of(parent.config))
     amount = f"{config.num} x {config.k} responses of {parent.label} to {len(prompts)} prompts"
