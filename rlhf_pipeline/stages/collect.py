@@ -15,7 +15,6 @@ from rlhf_pipeline.config.base import moves_optimum
 from rlhf_pipeline.config.collect import CollectConfig
 from rlhf_pipeline.config.dump import config_digest
 from rlhf_pipeline.config.mentions import functions
-from rlhf_pipeline.data.batch import FILLER
 from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.tokenize import Example
@@ -172,7 +171,6 @@ def run_collect(
             samples=config.k,
             response_length=config.lengths().response,
             stop_ids=stop_ids(tokenizer),
-            pad_id=FILLER,
             generator=generator,
             temperature=config.temperature,
             **at_once,

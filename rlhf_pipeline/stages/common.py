@@ -256,7 +256,7 @@ def packed_rows(config: TrainingConfig, examples: Sequence[Example]) -> list[lis
 
 
 def example_schedule(
-    run: Run, examples: Sequence[Example], *, layout: Layout, pad_id: int
+    run: Run, examples: Sequence[Example], *, layout: Layout
 ) -> tuple[Callable[[Any, int], Iterator[Window]], int]:
     """The windows of a stage that trains on fixed examples, and the number of updates."""
     config, ranks = run.config, run.accelerator.num_processes
@@ -274,7 +274,6 @@ def example_schedule(
             micro_batch_tokens=config.micro_batch_tokens,
             accumulation=config.gradient_accumulation_steps,
             seed=config.seed,
-            pad_id=pad_id,
             layout=layout,
             start=start,
             rank=run.accelerator.process_index,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_pipeline.data import world
-from rlhf_pipeline.data.batch import FILLER, PackedBatch, common_layout
+from rlhf_pipeline.data.batch import PackedBatch, common_layout
 from rlhf_pipeline.data.load import SourceReport
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import DataError, Fault, MismatchError
@@ -82,8 +82,7 @@ def recorded_pairs(
 
     def options(rows: Sequence[Example]) -> dict[str, Any]:
         at_once = config.per_device_eval_batch_size * most_responses(rows)
-        where = {"pad_id": FILLER, "device": run.device}
-        return {"responses_at_once": at_once, "memory": run.memory, **where}
+        return {"responses_at_once": at_once, "memory": run.memory, "device": run.device}
 
     def referred(rows: Sequence[Example]) -> ReferenceLogprobs:
         return cached_logprobs(frozen, rows, cache, key, **options(rows))
@@ -103,7 +102,7 @@ def recorded_pairs(
             shape = ModelShape.of(frozen.model)
             run.meter.flops += found.flops(shape, examples) if run.checkpoint is None else 0.0
     layout = common_layout(policy.reader.layout, frozen.reader.layout)
-    windows, total = example_schedule(run, examples, layout=layout, pad_id=FILLER)
+    windows, total = example_schedule(run, examples, layout=layout)
 
     def evaluate() -> dict[str, float]:
         """Accuracy and sigmoid loss of the implicit reward beta log(pi / pi_ref) on held-out pairs and rankings."""
@@ -156,7 +155,6 @@ def fresh_pairs(
             micro_batch_tokens=config.micro_batch_tokens,
             accumulation=config.gradient_accumulation_steps,
             seed=config.seed,
-            pad_id=FILLER,
             layout=policy.reader.layout,
             start=start,
             rank=run.accelerator.process_index,

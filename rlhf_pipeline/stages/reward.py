@@ -13,7 +13,6 @@ import torch
 
 from rlhf_pipeline.algorithms.preference import bradley_terry_loss, centering_loss, correct
 from rlhf_pipeline.config.reward import RewardConfig
-from rlhf_pipeline.data.batch import FILLER
 from rlhf_pipeline.data.tokenize import Example, cut_prompt
 from rlhf_pipeline.data.tokenizers import stop_ids, with_padding
 from rlhf_pipeline.evaluation.preference_metrics import calibration_slope, pair_differences
@@ -125,7 +124,6 @@ def responses_to_center(
             samples=1,
             response_length=limits.response,
             stop_ids=stop_ids(tokenizer),
-            pad_id=FILLER,
             generator=torch.Generator().manual_seed(config.seed),
             **at_once,
             device=run.device,
@@ -196,7 +194,7 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
         # 3. Responses to centre the scores on, then training.
         sampled = responses_to_center(run, parent, examples, tokenizer)
         shape = ModelShape.of(network, head=False, checkpointed=config.gradient_checkpointing)
-        windows, total = example_schedule(run, examples, layout=model.reader.layout, pad_id=FILLER)
+        windows, total = example_schedule(run, examples, layout=model.reader.layout)
 
         def scored(rows: Sequence[Example]) -> list[list[float]]:
             return score_examples(
@@ -204,7 +202,6 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
                 rows,
                 responses_at_once=config.per_device_eval_batch_size * most_responses(rows),
                 memory=run.memory,
-                pad_id=FILLER,
                 device=run.device,
             )
 

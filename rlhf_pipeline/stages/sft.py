@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_pipeline.algorithms.language_model import negative_log_likelihood
 from rlhf_pipeline.config.sft import SftConfig
-from rlhf_pipeline.data.batch import FILLER, pack
+from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.shown import trained_text
 from rlhf_pipeline.data.tokenize import Example, whole_sequence
 from rlhf_pipeline.models.loading import init_causal_lm, new_config
@@ -56,13 +56,12 @@ def mean_nll(
     *,
     responses_at_once: int,
     memory: Memory | None = None,
-    pad_id: int,
     device: torch.device,
 ) -> dict[str, float]:
     """Mean negative log-likelihood per trained token and per completion, in nats, computed by `score`."""
 
     def logprobs(part: Sequence[Example]) -> Tensor:
-        batch = pack(part, pad_id, layout=policy.reader.layout).to(device)
+        batch = pack(part, layout=policy.reader.layout).to(device)
         return batch.per_completion(policy(batch).logprobs.double())
 
     was_training = policy.training
@@ -115,7 +114,7 @@ def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
 
         # 3. Train.
         shape = ModelShape.of(policy.model, checkpointed=config.gradient_checkpointing)
-        windows, total = example_schedule(run, examples, layout=policy.reader.layout, pad_id=FILLER)
+        windows, total = example_schedule(run, examples, layout=policy.reader.layout)
 
         def evaluate() -> dict[str, float]:
             if not held_out:
@@ -125,7 +124,6 @@ def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
                 held_out,
                 responses_at_once=config.per_device_eval_batch_size,
                 memory=run.memory,
-                pad_id=FILLER,
                 device=run.device,
             )
 

@@ -127,7 +127,7 @@ def test_packed_logprobs_are_those_of_the_adapted_model(make_model, examples, na
     reader = inspect_model(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     trained(model)
-    batch = pack(examples, 0, layout=reader.layout)
+    batch = pack(examples, layout=reader.layout)
     with torch.no_grad():
         found, _, _ = completion_logprobs(model, reader, batch)
         plain = []

@@ -79,7 +79,7 @@ def pairs(tokenizer):
 
 def population_loss(world: World, examples: list[Example], targets: Tensor, **options) -> Loss:
     """What the package's step says of all pairs, with soft labels."""
-    batch = ExampleBatch(pack(examples, 0), list(range(len(examples))))
+    batch = ExampleBatch(pack(examples), list(range(len(examples))))
     options = {"beta": BETA, "reference": world.reference, "targets": targets, **options}
     return dpo_step(world.policy, batch, meter=CostMeter(), shape=FREE, **options)
 
