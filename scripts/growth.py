@@ -25,7 +25,7 @@ import torch
 from bench_probe import Stopwatch
 from bench_work import LEARNING_RATE, LLAMA, SEED, synthetic_pairs, write_rows
 
-from rlhf_pipeline.config.base import Lengths
+from rlhf_pipeline.config.lengths import Lengths
 from rlhf_pipeline.data.load import examples_of, read_records
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import train_byte_level_bpe

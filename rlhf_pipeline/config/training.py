@@ -12,7 +12,6 @@ from rlhf_pipeline.config.base import (
     ATTENTION,
     COLUMN_MAPPING,
     DTYPE,
-    MAX_LENGTH,
     NUM_THREADS,
     REMOTE_CODE,
     SKIP_BAD_ROWS,
@@ -33,15 +32,14 @@ from rlhf_pipeline.config.base import (
     Text,
     Texts,
     Warmup,
-    WithLengths,
     check_fractions,
-    check_lengths,
     check_world,
     option,
     part_of,
     renames,
 )
 from rlhf_pipeline.config.evaluation import Cadence, WithEvaluation, check_eval, check_evaluations, check_metric
+from rlhf_pipeline.config.lengths import MAX_LENGTH, WithLengths, check_lengths
 from rlhf_pipeline.config.optim import SCHEDULES, check_optim, check_schedule
 from rlhf_pipeline.config.template import (
     CHAT_TEMPLATE,

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 import torch
 
-from rlhf_pipeline.config.base import DEFAULT_MAX_LENGTH, Lengths, part_of, renames, resolve_lengths
+from rlhf_pipeline.config.base import part_of, renames
 from rlhf_pipeline.config.compare import PromptsConfig
+from rlhf_pipeline.config.lengths import DEFAULT_MAX_LENGTH, Lengths, resolve_lengths
 from rlhf_pipeline.config.reward_names import WORLD_NAMES
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.load import RecordSet, examples_of, lowest_hashes, read_records

@@ -23,19 +23,10 @@ from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.storage import replace_text
 from rlhf_pipeline.rollout.responses import prompts_run, sample_for_prompts
 from rlhf_pipeline.rollout.scoring import most_responses
-from rlhf_pipeline.stages.common import (
-    StageResult,
-    example_schedule,
-    find_base,
-    inputs_of,
-    load_policy,
-    log_moves,
-    onto,
-    publish,
-    tokenizer_of,
-)
+from rlhf_pipeline.stages.common import example_schedule, find_base, load_policy, onto, tokenizer_of
 from rlhf_pipeline.stages.data import StageData, preference_kind
 from rlhf_pipeline.stages.gate import gate_of
+from rlhf_pipeline.stages.publish import StageResult, inputs_of, log_moves, publish
 from rlhf_pipeline.stages.reward_quality import (
     baseline_accuracies,
     cached_baseline_differences,

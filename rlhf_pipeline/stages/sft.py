@@ -20,17 +20,9 @@ from rlhf_pipeline.models.modules import Policy
 from rlhf_pipeline.models.noise import require_no_noise
 from rlhf_pipeline.models.selfcheck import inspect_model
 from rlhf_pipeline.rollout.scoring import score
-from rlhf_pipeline.stages.common import (
-    StageResult,
-    example_schedule,
-    find_base,
-    inputs_of,
-    load_policy,
-    onto,
-    publish,
-    tokenizer_of,
-)
+from rlhf_pipeline.stages.common import example_schedule, find_base, load_policy, onto, tokenizer_of
 from rlhf_pipeline.stages.data import StageData
+from rlhf_pipeline.stages.publish import StageResult, inputs_of, publish
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.open_run import open_run
 from rlhf_pipeline.training.session import Plan, train

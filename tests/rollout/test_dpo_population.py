@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlhf_pipeline.config.base import Lengths
+from rlhf_pipeline.config.lengths import Lengths
 from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.records import Record
 from rlhf_pipeline.data.tokenize import Example, tokenize

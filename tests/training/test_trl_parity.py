@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf_pipeline.config.base import resolve_lengths
+from rlhf_pipeline.config.lengths import resolve_lengths
 from rlhf_pipeline.data.batch import micro_batches
 from rlhf_pipeline.models.loading import init_reward_model
 from rlhf_pipeline.stages.common import tokenizer_of
