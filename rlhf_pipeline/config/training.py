@@ -83,7 +83,7 @@ def check_engine(config: TrainingConfig) -> Iterator[Fault]:
         found = "found 'trl', but TRL 1.16 has no PPO trainer"
         yield Fault("engine", found, "'native'", "engine: trl works for sft, train-rm and dpo")
         return
-    if config.save_steps is not None or config.save_strategy == "epoch":
+    if config.save_steps is not None or config.save_strategy in ("epoch", "best"):
         key = "save_steps" if config.save_steps is not None else "save_strategy"
         yield Fault(key, "engine trl writes no checkpoints and cannot resume", f"no {key}", NATIVE)
     if config.snapshot_steps is not None:
@@ -216,9 +216,6 @@ class TrainingConfig(WithLengths, WithEvaluation):
     )
     output_dir: Text | None = option(
         None, "folder for a copy of the model for plain transformers; it replaces an earlier copy of this name"
-    )
-    save_strategy: Literal["no", "steps", "epoch"] = option(
-        "steps", "when to write checkpoints: every save_steps, at the end of every epoch, or never (transformers)"
     )
     save_steps: Cadence = option(
         None, "steps between checkpoints; below 1: a fraction of all steps (ours: none before the end)"
