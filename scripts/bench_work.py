@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.config.base import Lengths
+from rlhf_pipeline.config.lengths import Lengths
 from rlhf_pipeline.data.kinds import as_kind
 from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.data.records import plain

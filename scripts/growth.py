@@ -25,7 +25,7 @@ import torch
 from bench_probe import Stopwatch
 from bench_work import LEARNING_RATE, LLAMA, SEED, synthetic_pairs, write_rows
 
-from rlhf_pipeline.config.base import Lengths
+from rlhf_pipeline.config.lengths import Lengths
 from rlhf_pipeline.data.load import examples_of, read_records
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import train_byte_level_bpe
@@ -112,7 +112,6 @@ def timed(
         micro_batch_size=micro_batch,
         accumulation=accumulation,
         seed=SEED,
-        pad_id=PAD,
         layout=model.reader.layout,
         steps=steps + 2,
     )
@@ -135,7 +134,7 @@ def dpo(config: Any, pairs: list[Example], steps: int, micro_batch: int, accumul
     """DPO with precomputed log-probabilities of the reference."""
     model = model_of_config(config, dtype=torch.float32)
     policy = Policy(model, inspect_model(model)).train()
-    known = completion_logprob_sums(policy, pairs, responses_at_once=2 * micro_batch, pad_id=PAD, device="cpu")
+    known = completion_logprob_sums(policy, pairs, responses_at_once=2 * micro_batch, device="cpu")
     return timed(policy, pairs, partial(dpo_step, beta=0.1, reference=known), steps, micro_batch, accumulation)
 
 

@@ -147,10 +147,9 @@ class Case:
             self.config,
             model,
             self._policy("reference"),
-            ModelReward("reward", self._classifier("reward"), self.inputs["pad_id"]),
+            ModelReward("reward", self._classifier("reward")),
             [replace(example, completions=[], ended=[]) for example in self.examples],
             stop_ids=[self.inputs["stop_id"]],
-            pad_id=self.inputs["pad_id"],
             meter=CostMeter(),
             shapes={"actor": ModelShape.of(model.actor)},
         )
@@ -186,7 +185,7 @@ class Case:
         pad_id = self.inputs["pad_id"]
         # A filler token makes the packed forward pass read the critic at the last real token as well.
         longer = [replace(e, completions=[(e.completions[0] + [pad_id])[: self.width]]) for e in self.examples]
-        batch = pack(longer, pad_id, layout=model.reader.layout)
+        batch = pack(longer, layout=model.reader.layout)
         return batch.padded(model(batch).values, self.width)
 
     @cached_property
@@ -201,7 +200,7 @@ class Case:
 
     def part(self, rows: list[int]) -> PpoBatch:
         """Some rows as a micro-batch."""
-        batch, estimates = pack([self.examples[i] for i in rows], self.inputs["pad_id"]), self.estimates
+        batch, estimates = pack([self.examples[i] for i in rows]), self.estimates
         fixed = (self.mask, self.rollout.logprobs, self.rollout.values, estimates.advantages, estimates.returns)
         return PpoBatch(batch, *(matrix[rows] for matrix in fixed), first=True)
 

@@ -11,7 +11,7 @@ from rlhf_pipeline.cli.main import main
 from rlhf_pipeline.config.load import load_config
 
 RECIPES = Path(__file__).parent.parent / "configs" / "recipes"
-ARCHITECTURES = {"pythia-1b-tldr": "gpt_neox", "smollm2-135m": "llama", "qwen2.5-0.5b": "qwen2"}
+ARCHITECTURES = {"pythia-1b-tldr": "gpt_neox", "smollm2-135m": "llama", "qwen2.5-0.5b": "qwen2", "zephyr-7b": "mistral"}
 STAGES = {"sft": "sft", "reward": "train-rm", "ppo": "ppo", "dpo": "dpo"}
 CONFIGS = sorted(path for path in RECIPES.glob("*/*.yaml") if path.stem in STAGES)
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"  # noqa: E501

@@ -80,7 +80,7 @@ def check(
     eos_token: EosOption = None,
 ) -> None:
     """Faults, splits, duplicates, leakage, label noise and lengths of a source; exit 2 if a stage would refuse it."""
-    from rlhf_pipeline.config.base import resolve_lengths
+    from rlhf_pipeline.config.lengths import resolve_lengths
     from rlhf_pipeline.data.check import describe
     from rlhf_pipeline.data.load import read_records
     from rlhf_pipeline.evaluation.data_quality import findings, label_noise

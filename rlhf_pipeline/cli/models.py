@@ -137,7 +137,7 @@ def push(
     name: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the hub.", show_default=False)],
     private: Annotated[bool, typer.Option("--private", help="Make the repository private if it is new.")] = False,
 ) -> None:
-    """Upload a model with its card and manifest to the hub."""
+    """Upload a model with its card and manifest to the hub; local paths in them become names of files."""
     from rlhf_pipeline.registry.hub import push as upload
 
     done = upload(common.registry, reference, name, private=private)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from rlhf_pipeline.compare.aim import moved_options
-from rlhf_pipeline.config.base import resolve_lengths
+from rlhf_pipeline.config.lengths import resolve_lengths
 from rlhf_pipeline.config.reward_names import names_a_model
 from rlhf_pipeline.data.tokenizers import stop_ids
 from rlhf_pipeline.errors import MismatchError

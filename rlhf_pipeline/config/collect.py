@@ -11,7 +11,6 @@ from rlhf_pipeline.config.base import (
     ATTENTION,
     COLUMN_MAPPING,
     DTYPE,
-    MAX_LENGTH,
     NUM_THREADS,
     REMOTE_CODE,
     SKIP_BAD_ROWS,
@@ -28,15 +27,13 @@ from rlhf_pipeline.config.base import (
     StopToken,
     Text,
     Texts,
-    WithLengths,
     check_fractions,
-    check_lengths,
     check_prompts,
     option,
     part_of,
-    remark_on_halves,
     renames,
 )
+from rlhf_pipeline.config.lengths import MAX_LENGTH, WithLengths, check_lengths, remark_on_halves
 from rlhf_pipeline.config.reward_names import names_a_model
 from rlhf_pipeline.config.rewards import (
     PAIR_PLACES,

@@ -46,6 +46,11 @@ class WithEvaluation(WithOptimizer):
     max_eval_samples: Count | None = option(
         2000, "maximum number of rows of the test split to evaluate on, in hash order; null: all (ours)"
     )
+    save_strategy: Literal["no", "steps", "epoch", "best"] = option(
+        "steps",
+        "when to write checkpoints: every save_steps, at the end of every epoch, after an evaluation that is the best "
+        "so far, or never (transformers)",
+    )
     load_best_model_at_end: bool = option(
         False, "register the weights of the best evaluation instead of the last ones (transformers)"
     )
@@ -76,13 +81,15 @@ class WithEvaluation(WithOptimizer):
 
     @property
     def follows_metric(self) -> bool:
-        """Whether the run needs the metric: for its best weights or to stop early."""
-        return self.load_best_model_at_end or self.early_stopping_patience is not None
+        """Whether the run needs the metric: for its best weights or checkpoints, or to stop early."""
+        return self.load_best_model_at_end or self.early_stopping_patience is not None or self.save_strategy == "best"
 
     @property
     def following_key(self) -> str:
         """The key that makes the run follow the metric."""
-        return "load_best_model_at_end" if self.load_best_model_at_end else "early_stopping_patience"
+        if self.load_best_model_at_end:
+            return "load_best_model_at_end"
+        return "save_strategy" if self.early_stopping_patience is None else "early_stopping_patience"
 
     @property
     def best_metric(self) -> str:

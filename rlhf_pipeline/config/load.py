@@ -11,9 +11,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from rlhf_pipeline.config.base import LENGTHS, CommandConfig, check_lengths
+from rlhf_pipeline.config.base import CommandConfig
 from rlhf_pipeline.config.draft import A_FILE, Draft, parse_overrides
 from rlhf_pipeline.config.keys import advice_on_unknown, advice_on_unknown_inside
+from rlhf_pipeline.config.lengths import LENGTHS, check_lengths
 from rlhf_pipeline.config.mentions import find_local_paths
 from rlhf_pipeline.config.stages import SCHEMAS, schema_class
 from rlhf_pipeline.config.yaml import KeyPath, as_index, dotted, read_document

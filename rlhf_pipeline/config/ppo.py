@@ -8,17 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from rlhf_pipeline.config.base import (
-    Count,
-    Fraction,
-    ModelInput,
-    NonNegative,
-    Positive,
-    Text,
-    Warmup,
-    option,
-    remark_on_halves,
-)
+from rlhf_pipeline.config.base import Count, Fraction, ModelInput, NonNegative, Positive, Text, Warmup, option
+from rlhf_pipeline.config.lengths import remark_on_halves
 from rlhf_pipeline.config.reward_names import names_a_model
 from rlhf_pipeline.config.rewards import (
     RATING_PLACES,

@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator
 
-from rlhf_pipeline.config.base import NonNegative, Positive, check_lengths, option, wrong
+from rlhf_pipeline.config.base import NonNegative, Positive, option, wrong
+from rlhf_pipeline.config.lengths import check_lengths
 from rlhf_pipeline.config.training import COMMON_CHECKS, TrainingConfig
 from rlhf_pipeline.errors import Fault
 

@@ -12,7 +12,6 @@ from rlhf_pipeline.config.base import (
     ATTENTION,
     COLUMN_MAPPING,
     DTYPE,
-    MAX_LENGTH,
     NUM_THREADS,
     REMOTE_CODE,
     SKIP_BAD_ROWS,
@@ -33,15 +32,14 @@ from rlhf_pipeline.config.base import (
     Text,
     Texts,
     Warmup,
-    WithLengths,
     check_fractions,
-    check_lengths,
     check_world,
     option,
     part_of,
     renames,
 )
 from rlhf_pipeline.config.evaluation import Cadence, WithEvaluation, check_eval, check_evaluations, check_metric
+from rlhf_pipeline.config.lengths import MAX_LENGTH, WithLengths, check_lengths
 from rlhf_pipeline.config.optim import SCHEDULES, check_optim, check_schedule
 from rlhf_pipeline.config.template import (
     CHAT_TEMPLATE,
@@ -85,7 +83,7 @@ def check_engine(config: TrainingConfig) -> Iterator[Fault]:
         found = "found 'trl', but TRL 1.16 has no PPO trainer"
         yield Fault("engine", found, "'native'", "engine: trl works for sft, train-rm and dpo")
         return
-    if config.save_steps is not None or config.save_strategy == "epoch":
+    if config.save_steps is not None or config.save_strategy in ("epoch", "best"):
         key = "save_steps" if config.save_steps is not None else "save_strategy"
         yield Fault(key, "engine trl writes no checkpoints and cannot resume", f"no {key}", NATIVE)
     if config.snapshot_steps is not None:
@@ -218,9 +216,6 @@ class TrainingConfig(WithLengths, WithEvaluation):
     )
     output_dir: Text | None = option(
         None, "folder for a copy of the model for plain transformers; it replaces an earlier copy of this name"
-    )
-    save_strategy: Literal["no", "steps", "epoch"] = option(
-        "steps", "when to write checkpoints: every save_steps, at the end of every epoch, or never (transformers)"
     )
     save_steps: Cadence = option(
         None, "steps between checkpoints; below 1: a fraction of all steps (ours: none before the end)"

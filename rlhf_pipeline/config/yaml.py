@@ -144,6 +144,13 @@ def read_document(path: Path) -> Document:
     return document
 
 
+def parse_document(text: str, source: str) -> Document:
+    """Read YAML text; errors become faults of the document, which name `source`."""
+    document = Document(source)
+    _parse(text, document)
+    return document
+
+
 def _neighbours(path: Path) -> str:
     found = sorted(other.name for other in path.parent.glob("*.y*ml"))[:8] if path.parent.is_dir() else []
     return f"{path.parent} has {', '.join(found)}" if found else ""

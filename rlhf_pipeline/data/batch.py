@@ -180,7 +180,6 @@ def fill_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 def pack(
     examples: Sequence[Example],
-    pad_id: int,
     *,
     layout: Layout = "trees",
     row_length: int | None = None,
@@ -190,7 +189,6 @@ def pack(
 
     Args:
         examples: each with a prompt of at least one token and at least one completion of at least one token.
-        pad_id: id of unused positions; nothing reads them.
         row_length: positions per row in the layout "trees"; None, or less than the longest tree: the longest tree.
         flat_from: with "flat", batches whose longest tree has fewer tokens get the layout "trees".
     """
@@ -239,7 +237,7 @@ def pack(
             trees += [tree] * (len(ids) - len(trees))
         padding = width - len(ids)
         padding_total += padding
-        ids_rows.append(ids + [pad_id] * padding)
+        ids_rows.append(ids + [FILLER] * padding)
         position_rows.append(positions + [0] * padding)
         tree_rows.append(trees + [-1] * padding)
         branch_rows.append(branch_of + [0] * padding)

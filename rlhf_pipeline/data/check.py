@@ -28,7 +28,7 @@ from rlhf_pipeline.data.tokenizers import text_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlhf_pipeline.config.base import Lengths
+    from rlhf_pipeline.config.lengths import Lengths
 
 SHOWN_FAULTS = 20
 QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}

@@ -104,7 +104,7 @@ def pack_siblings(prefixes: Tensor, children: Tensor, layout: Layout = "trees") 
     """
     count, width = prefixes.shape
     example = Example(prefixes[0].tolist(), [[child] for child in children.tolist()], [], prompt_key="", where="")
-    one = pack([example], 0, layout="rows" if layout == "rows" else "trees")
+    one = pack([example], layout="rows" if layout == "rows" else "trees")
     first = one.input_ids.numel() * torch.arange(count)[:, None]  # flat position of each prefix's first row
     ids = one.input_ids.repeat(count, 1)
     ids[:, :width] = prefixes.repeat_interleave(len(one.input_ids), 0)

@@ -10,16 +10,17 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rlhf_pipeline.data import preferences, public
-from rlhf_pipeline.data.columns import IDENTICAL, Schema, SourceRow, alike, alpaca_parts, alpaca_prompt
+from rlhf_pipeline.data import general, preferences, public
+from rlhf_pipeline.data.columns import IDENTICAL, Schema, SourceRow
 from rlhf_pipeline.data.decoding import decode_json
 from rlhf_pipeline.data.files import RowFault, Rows, by_line
-from rlhf_pipeline.data.records import TEMPLATE_VALUES, Messages, Record
+from rlhf_pipeline.data.records import TEMPLATE_VALUES, Record
 from rlhf_pipeline.data.sources import world_digest
 from rlhf_pipeline.errors import DataError, Fault, did_you_mean
 
+SCHEMAS: list[Schema] = [*public.SCHEMAS, *general.SCHEMAS]
+"""All formats, in the order in which they are tried."""
 LABELS = {1: True, 0: False, -1: False, "true": True, "false": False, "1": True, "0": False, "-1": False}
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 @dataclass
@@ -35,16 +36,21 @@ class RecordSet:
     recorded_digest: str | None = None  # from the manifest of collected data
     whole: str | None = None  # the split, or all, whose rows are used whole; None: a stage chooses among the splits
     unread: str | None = None  # with implicit prompts: a column that looks like the prompt
-    not_read: tuple[str, ...] = ()  # columns with content that the format does not read
+    not_read: tuple[str, ...] = ()  # columns with content that the format does not read; `Record.columns` has them
     against: Counter[str] = field(default_factory=Counter)  # rows whose scores contradict or do not support the label
 
-    def notes(self, template: str | None = None) -> list[str]:
+    def notes(self, template: str | None = None, functions: bool | None = None) -> list[str]:
         """Return sentences on what a stage does not read, and on labels that other columns contradict.
 
         Args:
             template: the chat template, if it is known; it may not read the values of `TEMPLATE_VALUES`.
+            functions: whether the stage has reward functions, which get all columns; None: no stage is known.
         """
-        said = [f"not read: {', '.join(self.not_read)}"] if self.not_read else []
+        named, said = ", ".join(self.not_read), []
+        if named and functions:
+            said.append(f"read by reward functions only: {named}")
+        elif named:
+            said.append(f"not read: {named}" + (" (except by reward functions)" if functions is None else ""))
         given = {name for record in self.records if record.extra for name in _for_template(record)}
         if template is not None and (unread := sorted(name for name in given if name not in template)):
             said.append(f"not read by the chat template: {', '.join(unread)}")
@@ -97,7 +103,7 @@ def parse(rows: Rows, name: str, mapping: Mapping[str, str] | None = None) -> Re
     if schema.gather is not None:
         columns, further = set(), []
         rows, parsed.faults = schema.gather(rows)
-    labelled = schema.read in _DEMONSTRATIONS and _are_labels(rows)
+    labelled = schema.read in general.DEMONSTRATIONS and _are_labels(rows)
     scores = [names for names in preferences.SCORES if columns.issuperset(names)]
     if schema.read is preferences.implicit:
         parsed.unread = preferences.unread_prompt(dict.fromkeys(column for _, values in rows for column in values))
@@ -233,12 +239,12 @@ def detect(rows: Rows, filled: Collection[str], name: str) -> Schema:
         for schema in SCHEMAS
     ]
     if not any(counts):
-        known = "; ".join(", ".join(schema.columns) for schema in OWN)
+        known = "; ".join(", ".join(schema.columns) for schema in general.SCHEMAS)
         there = ", ".join(sorted(map(str, columns))) or "none"
         fix = "name them in column_mapping, for example {prompt: question, completion: answer}, or rename them"
         raise DataError(Fault(name, f"columns {there}", f"one of the column sets: {known}", fix))
     place = next((i for i, count in enumerate(counts) if 2 * count >= len(rows)), counts.index(max(counts)))
-    return _pairs_of(SCHEMAS[place], filled, rows) if SCHEMAS[place] is PAIR else SCHEMAS[place]
+    return _pairs_of(SCHEMAS[place], filled, rows) if SCHEMAS[place] is general.PAIR else SCHEMAS[place]
 
 
 def _has_objects(rows: Rows, column: str) -> bool:
@@ -255,126 +261,8 @@ def _pairs_of(schema: Schema, columns: Collection[str], rows: Rows) -> Schema:
     sides = ("chosen", "rejected")
     transcripts = sum(all(preferences.is_transcript(row.get(side)) for side in sides) for _, row in rows)
     if 2 * transcripts >= len(rows):
-        return HH
+        return general.HH
     if prompt is None:
-        return IMPLICIT
+        return general.IMPLICIT
     read = [name for name in ("system", "history", prompt, "input") if name in columns]
     return replace(schema, label=f"pair, the prompt is {' and '.join(map(repr, read))}", also=(*schema.also, *read))
-
-
-def _demonstration(row: SourceRow) -> Record | None:
-    prompt, completion = row.prompt(), row.text("completion")
-    if prompt is None or completion is None:
-        return None
-    ids = row.all_ids("prompt_ids", "completion_ids")
-    prompt, (completion,) = alike(prompt, (completion,))
-    row.completion("completion", completion, empty=ids is not None)
-    row.check_prompt(prompt)
-    prompt_ids, completion_ids = (ids[0], ids[1:]) if ids else (None, None)
-    return Record("demonstration", prompt, (completion,), (row.flag("ended"),), "", None, prompt_ids, completion_ids)
-
-
-def _messages(row: SourceRow) -> Record | None:
-    messages = row.text("messages")
-    if messages is None:
-        return None
-    if isinstance(messages, str):
-        row.fault("wrong_type", "'messages' is text", "a list of messages")
-        return None
-    return _conversation(row, "messages", messages)
-
-
-def _sharegpt(row: SourceRow) -> Record | None:
-    turns = row.value("conversations")
-    if turns is None:
-        return None
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        row.fault("wrong_type", "'conversations' is not a list of objects", "a list of from, value")
-        return None
-    messages = row.as_text("conversations", [_from_sharegpt(turn) for turn in turns])
-    if messages is None or isinstance(messages, str):
-        return None
-    return _conversation(row, "conversations", messages)
-
-
-def _from_sharegpt(turn: dict[str, Any]) -> dict[str, Any]:
-    if "from" not in turn or "value" not in turn:
-        return turn
-    role = turn["from"]
-    role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
-    return {"role": role, "content": turn["value"]}
-
-
-def _conversation(row: SourceRow, name: str, messages: Messages) -> Record | None:
-    if row.completion(name, messages) is None:
-        return None
-    if len(messages) < 2:
-        row.fault("empty_prompt", f"{name!r} has one turn only", "a user's turn and an assistant's")
-        return None
-    row.check_prompt(messages[:-1])
-    prompt = row.with_system(messages[:-1])
-    return Record("demonstration", prompt, (messages[-1:],), (row.flag("ended"),), turns=True)
-
-
-def _sharegpt_pair(row: SourceRow) -> Record | None:
-    turns = [*row.values["conversations"]] if isinstance(row.value("conversations"), list) else [None]
-    sides = [row.value("chosen"), row.value("rejected")]
-    if not all(isinstance(turn, dict) for turn in [*turns, *sides]):
-        row.fault("wrong_type", "'conversations', 'chosen' and 'rejected' are not turns", "objects of from, value")
-        return None
-    read = [row.as_text("conversations", [_from_sharegpt(turn) for turn in part]) for part in (turns, *zip(sides))]
-    prompt = None if read[0] is None else row.with_system(read[0])
-    if prompt is None or read[1] is None or read[2] is None:
-        return None
-    return preferences.finish_pair(row, prompt, read[1], read[2])
-
-
-def _alpaca(row: SourceRow) -> Record | None:
-    prompt, output = alpaca_prompt(row), row.string("output")
-    if prompt is None or output is None:
-        return None
-    prompt, (completion,) = alike(prompt, (output,))
-    row.completion("output", completion)
-    read = alpaca_parts(row) if isinstance(prompt, str) else None
-    return Record("demonstration", prompt, (completion,), (row.flag("ended"),), instruction=read)
-
-
-def _text(row: SourceRow) -> Record | None:
-    text = row.string("text")
-    if text is None:
-        return None
-    row.completion("text", text)
-    return Record("text", None, (text,), (row.flag("ended"),))
-
-
-def _prompt(row: SourceRow) -> Record | None:
-    prompt = row.prompt()
-    if prompt is None:
-        return None
-    row.check_prompt(prompt)
-    ids = row.all_ids("prompt_ids")
-    return Record("prompt", prompt, prompt_ids=ids[0] if ids else None)
-
-
-_ENDED = ("ended", "prompt_ids", "completion_ids")
-_SIDES = ("chosen_ended", "rejected_ended", "prompt_ids", "chosen_ids", "rejected_ids", "label_probability")
-_SCORED = tuple(name for names in preferences.SCORES for name in names)
-PAIR = Schema(("chosen", "rejected"), preferences.pair, "pair", ("prompt", "system", *_SIDES, *_SCORED))
-IMPLICIT = replace(PAIR, read=preferences.implicit, label="pair, implicit prompt")
-HH = Schema(PAIR.columns, preferences.hh, "pair, HH transcripts", (*_SIDES, *_SCORED))
-OWN = [
-    Schema(("conversations", "chosen", "rejected"), _sharegpt_pair, "pair, ShareGPT", ("system", *_SIDES, *_SCORED)),
-    PAIR,
-    Schema(("prompt", "completions", "ranks"), preferences.ranking, "ranking", ("system", "scores", *_ENDED)),
-    Schema(("prompt", "completions", "scores"), preferences.ranking, "ranking", ("system", *_ENDED)),
-    Schema(("prompt", "completion"), _demonstration, "demonstration", ("system", *_ENDED)),
-    Schema(("messages",), _messages, "demonstration, messages", ("system", "ended")),
-    Schema(("instruction", "output"), _alpaca, "demonstration, Alpaca", ("input", "system", "history", "ended")),
-    Schema(("conversations",), _sharegpt, "demonstration, ShareGPT", ("system", "ended")),
-    Schema(("text",), _text, "text", ("ended",)),
-    Schema(("prompt",), _prompt, "prompt", ("system", "prompt_ids")),
-]
-"""The formats of this project and of general tools."""
-SCHEMAS: list[Schema] = [*public.SCHEMAS, *OWN]
-"""All formats, in the order in which they are tried."""
-_DEMONSTRATIONS = (_demonstration, _messages, _sharegpt, _alpaca)

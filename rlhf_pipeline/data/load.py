@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_pipeline.config.base import Lengths
+from rlhf_pipeline.config.lengths import Lengths
 from rlhf_pipeline.config.training import DatasetEntry
 from rlhf_pipeline.data.files import RowFault, by_line, row_fault
 from rlhf_pipeline.data.formats import RecordSet, count_reasons

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from rlhf_pipeline.config.base import Lengths
+from rlhf_pipeline.config.lengths import Lengths
 from rlhf_pipeline.data.borders import decoded
 from rlhf_pipeline.data.records import Record
 from rlhf_pipeline.data.tokenize import Example, tokenize, whole_sequence

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline.data.configs import declared_files
 from rlhf_pipeline.data.files import FILE_SUFFIXES, RowFault, read_file
 from rlhf_pipeline.data.records import Record
 from rlhf_pipeline.data.sealed import unseal
@@ -49,7 +50,7 @@ def read_source(
 
     Args:
         source: hub id, directory of files or saved by `datasets`, local file, `world:verdicts`, `collected:NAME[@vN]`.
-        config: configuration of a hub data set, or part of the built-in world.
+        config: configuration of a hub data set or of a folder whose README.md declares some, or part of the world.
         split: read only this split.
         home: home directory with collected data; default `$RLHF_HOME`, else `./rlhf_home`.
 
@@ -67,8 +68,7 @@ def read_source(
     if path is None:
         return _hub(source, config, split)
     if path.is_dir():
-        files = data_files(path)
-        return _folder(source, path, files, split) if files else _saved(source, path, split)
+        return _folder(source, path, config, split) if data_files(path) else _saved(source, path, split)
     rows, faults = read_file(path)
     if split is not None:
         named = {str(row["split"]) for _, row in rows if "split" in row}
@@ -213,23 +213,25 @@ def _split_of_file(path: Path, folder: Path) -> str | None:
     return None
 
 
-def _folder(source: str, folder: Path, files: list[Path], split: str | None) -> Source:
-    """Read a folder of data files; more than one split in their names are the splits of the source.
+def _folder(source: str, folder: Path, config: str | None, split: str | None) -> Source:
+    """Read a folder of data files; more than one split in its README.md, else in their names, are those of the source.
 
     Raises:
-        DataError: some files name a split and others do not, or none is of `split`.
+        DataError: some files name a split and others do not, none is of `split`, or errors of `declared_files`.
     """
-    splits = {file: _split_of_file(file, folder) for file in files}
-    several = len(set(splits.values())) > 1
-    if several and (nameless := [file for file, split in splits.items() if split is None]):
+    base, declared = declared_files(source, folder, config) or (folder, None)
+    splits = [(file, _split_of_file(file, base)) for file in data_files(base)] if declared is None else declared
+    names = {name for _, name in splits}
+    several = len(names) > 1
+    if several and (nameless := [file for file, name in splits if name is None]):
         shown = ", ".join(str(file.relative_to(folder)) for file in nameless[:3])
-        named = ", ".join(sorted(split for split in set(splits.values()) if split is not None))
+        named = ", ".join(sorted(name for name in names if name is not None))
         expected = "a split in every file's name: train..., validation... or test..."
         raise DataError(Fault(source, f"files of the splits {named}, and {shown}", expected, "name the files apart"))
-    if split is not None and split not in splits.values():
-        raise _no_split(source, split, sorted({name for name in splits.values() if name}))
+    if split is not None and split not in names:
+        raise _no_split(source, split, sorted({name for name in names if name}))
     found = Source(source)
-    for file, name in splits.items():
+    for file, name in splits:
         if split in (None, name):
             rows, faults = read_file(file)
             found.rows += [(where, {**row, "split": name}) for where, row in rows] if several else rows

@@ -24,7 +24,7 @@ from rlhf_pipeline.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlhf_pipeline.config.base import Lengths
+    from rlhf_pipeline.config.lengths import Lengths
 
 Closer = Callable[[list[int], bool], list[int]]
 

@@ -34,7 +34,6 @@ class SamplingPlan:
     temperature: float
     seed: int
     stop_ids: Sequence[int]
-    pad_id: int
     responses_at_once: int
     memory: Memory = field(default_factory=Memory)
     device: torch.device | str = "cpu"
@@ -69,7 +68,6 @@ def draw(policy: Policy, plan: SamplingPlan) -> Samples:
         samples=plan.samples,
         response_length=plan.response_length,
         stop_ids=plan.stop_ids,
-        pad_id=plan.pad_id,
         generator=torch.Generator().manual_seed(plan.seed),
         temperature=plan.temperature,
         responses_at_once=plan.responses_at_once,
@@ -145,7 +143,7 @@ def add_kl(samples: Samples, policy: Policy, reference: Policy, plan: SamplingPl
     layout = common_layout(policy.reader.layout, reference.reader.layout)
 
     def sums(part: Sequence[Example]) -> Tensor:
-        batch = pack(part, plan.pad_id, layout=layout).to(plan.device)
+        batch = pack(part, layout=layout).to(plan.device)
         found = divergence(policy, reference, batch)
         ratios = k1(found.logprobs, found.ref_logprobs), k3(found.logprobs, found.ref_logprobs)
         columns = [found.kl, *ratios, found.entropy]

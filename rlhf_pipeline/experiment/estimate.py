@@ -160,7 +160,9 @@ def estimate_stage(config: StageConfig, home: Path) -> dict[str, Any]:
         tokenizer = tokenizer_of(base, config.trust_remote_code, config)
         prompts, reports = prompts_by_split(found, config, tokenizer, Style.of(base.config))
         result |= {"prompts": len(prompts), "records": config.num, "responses_each": config.k}
-        return result | {"data": [report.summary() for report in reports] + found.notes()}
+        return result | {
+            "data": [report.summary() for report in reports] + found.notes(functions=any(functions(config)))
+        }
     if config.output_dir is not None:
         folder_for_copy(config.output_dir, config.output_name)
     stage_data = StageData(config, home, said.append)

@@ -35,7 +35,7 @@ from rlhf_pipeline.report import Results
 from rlhf_pipeline.training.tracking import console
 
 if TYPE_CHECKING:
-    from rlhf_pipeline.stages.common import StageResult
+    from rlhf_pipeline.stages.publish import StageResult
 
 
 def stage_function(stage: str) -> Callable[..., StageResult]:

@@ -18,6 +18,7 @@ from rlhf_pipeline.foreign.table import (
     to,
     whole_split,
 )
+from rlhf_pipeline.foreign.templates import AXOLOTL, put_template
 
 NAME = "axolotl"
 
@@ -64,7 +65,7 @@ ENTRIES = {
     "rl_beta": to("beta"),
     "dpo_label_smoothing": to("label_smoothing"),
     "chat_template": JOINT,
-    "chat_template_jinja": to("chat_template"),
+    "chat_template_jinja": JOINT,
     "datasets": JOINT,
     "test_datasets": lost("evaluation is on test_split_size, or a split of the source"),
     "dataset_prepared_path": IDLE,
@@ -101,17 +102,6 @@ ENTRIES = {
     "plugins": idle("plugins of axolotl are not loaded"),
     "neftune_noise_alpha": lost("no noise is added to the embeddings", 0),
 }
-_OWN_TEMPLATES = {
-    "tokenizer_default": "",
-    "llama3": "llama-3",
-    "qwen_25": "qwen2.5",
-    "qwen3": "qwen3",
-    "gemma": "gemma",
-    "gemma3": "gemma-3",
-    "phi_3": "phi-3",
-    "mistral_v1": "mistral",
-}
-"""Templates of axolotl that are the model's own, by a part of the model's name."""
 
 
 def _complete(values: Mapping[str, Any], result: Translation) -> None:
@@ -147,12 +137,12 @@ def _complete(values: Mapping[str, Any], result: Translation) -> None:
 
 
 def _template(values: Mapping[str, Any], result: Translation) -> None:
-    template = values.get("chat_template")
-    if template is None:
-        return
-    model = str(values.get("base_model", "")).lower()
-    own = template in _OWN_TEMPLATES and _OWN_TEMPLATES[template] in model
-    result.lose("chat_template", template, "the model's own chat template is used", changes=not own)
+    template, text, model = values.get("chat_template"), values.get("chat_template_jinja"), values.get("base_model")
+    if template in (None, "jinja"):
+        if text is not None:
+            result.put("chat_template" if "{" in text else "chat_template_path", text, "chat_template_jinja")
+    elif template != "tokenizer_default":
+        put_template(result, "chat_template", str(template), AXOLOTL, str(model))
 
 
 def _data(values: Mapping[str, Any], result: Translation) -> None:

@@ -20,6 +20,7 @@ from rlhf_pipeline.foreign.table import (
     to,
     whole_split,
 )
+from rlhf_pipeline.foreign.templates import LLAMAFACTORY, put_template
 
 NAME = "llamafactory"
 STAGES = {"sft": "sft", "pt": "sft", "rm": "train-rm", "ppo": "ppo", "dpo": "dpo"}
@@ -109,15 +110,13 @@ def _complete(values: Mapping[str, Any], result: Translation) -> None:
     elif bits is not None:
         result.lose("quantization_bit", bits, "only 4 bits are here")
     _data(values, result)
-    model, template = str(values.get("model_name_or_path", "")).lower(), values.get("template")
-    own = any(word in model for word in ("instruct", "chat", "-it"))
-    if template not in (None, "default", "empty"):
-        why = "the model's own chat template is used" + (
-            "" if own else ", and a base model has none: set chat_template"
-        )
-        result.lose("template", template, why, changes=not own)
+    template = values.get("template")
     if result.stage == "sft" and values.get("stage") == "pt":
         result.put("completion_only_loss", False, "stage")
+        if template is not None:
+            result.lose("template", template, "pre-training reads plain text", changes=False)
+    elif template is not None:
+        put_template(result, "template", template, LLAMAFACTORY, str(values.get("model_name_or_path")))
     result.name(values.get("output_dir"), "output_dir")
     cutoff = number(values, "cutoff_len", 2048)
     result.put("max_prompt_length" if result.stage == "ppo" else "max_length", cutoff, "cutoff_len")

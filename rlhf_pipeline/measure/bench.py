@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 import torch
 
-from rlhf_pipeline.config.base import DEFAULT_MAX_LENGTH, Lengths, part_of, renames, resolve_lengths
+from rlhf_pipeline.config.base import part_of, renames
 from rlhf_pipeline.config.compare import PromptsConfig
+from rlhf_pipeline.config.lengths import DEFAULT_MAX_LENGTH, Lengths, resolve_lengths
 from rlhf_pipeline.config.reward_names import WORLD_NAMES
 from rlhf_pipeline.data import world
-from rlhf_pipeline.data.batch import FILLER
 from rlhf_pipeline.data.load import RecordSet, examples_of, lowest_hashes, read_records
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.tokenize import Example, prompts_of_texts
@@ -48,7 +48,6 @@ class Reading(TypedDict):
 
     responses_at_once: int
     memory: Memory
-    pad_id: int
     device: torch.device
 
 
@@ -80,7 +79,7 @@ class Bench:
     def reading(self) -> Reading:
         """The `Reading` of this bench."""
         at_once, memory = self.plan.responses_at_once, self.plan.memory
-        return Reading(responses_at_once=at_once, memory=memory, pad_id=self.plan.pad_id, device=self.device)
+        return Reading(responses_at_once=at_once, memory=memory, device=self.device)
 
     def policy(self, resolved: Resolved, temperature: float | None = None) -> Policy:
         """Load a policy, after checking that it has the same tokenizer as the others, except for PAD.
@@ -282,7 +281,6 @@ def set_up(
         temperature=config.temperature,
         seed=seed,
         stop_ids=tuple(dict.fromkeys(stop for own in stops for stop in own)),
-        pad_id=FILLER,
         responses_at_once=config.per_device_eval_batch_size,
         memory=memory or Memory(say, advice=MEASURING_ADVICE),
         device=device,

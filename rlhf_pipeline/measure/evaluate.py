@@ -12,7 +12,6 @@ import torch
 
 from rlhf_pipeline.config.compare import EvaluateConfig
 from rlhf_pipeline.config.load import load_config
-from rlhf_pipeline.data.batch import FILLER
 from rlhf_pipeline.errors import ConfigError, Fault
 from rlhf_pipeline.evaluation.sampled import Samples, add_kl, draw
 from rlhf_pipeline.measure.bench import Bench, add_rewards, scored_as_trained, set_up
@@ -109,7 +108,6 @@ def _evaluate_reward_model(
         held_out,
         responses_at_once=config.per_device_eval_batch_size,
         memory=Memory(say, advice=MEASURING_ADVICE),
-        pad_id=FILLER,
         device=device,
     )
     metrics = describe_pairs(scores, held_out)

@@ -40,8 +40,7 @@ def _ways(model: PreTrainedModel, examples: list[Example]) -> Iterator[tuple[lis
         else:
             use_sdpa(model)
         batches = [
-            pack(some, pad_id=0, layout=layout, row_length=24, flat_from=0).to(device)
-            for some in (examples, examples[-1:])
+            pack(some, layout=layout, row_length=24, flat_from=0).to(device) for some in (examples, examples[-1:])
         ]
         if skip_unread(trunk_of(model)):
             yield batches, True

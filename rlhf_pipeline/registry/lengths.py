@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
-from rlhf_pipeline.config.base import LENGTHS, lengths_told
 from rlhf_pipeline.config.collect import CollectConfig
+from rlhf_pipeline.config.lengths import LENGTHS, lengths_told
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.errors import ConfigError, Fault
 from rlhf_pipeline.registry.adapters import described_by

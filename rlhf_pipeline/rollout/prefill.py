@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
+from rlhf_pipeline.data.batch import FILLER
 from rlhf_pipeline.models.last_layer import reading
 from rlhf_pipeline.models.tree_attention import TreeMask
 
@@ -94,7 +95,6 @@ def prefill(
     prompts: Sequence[Sequence[int]],
     *,
     room: int,
-    pad_id: int,
     device: torch.device | str = "cpu",
     cache_config: Any = None,
     trunk: nn.Module | None = None,
@@ -113,7 +113,7 @@ def prefill(
     if trunk is not None and any(isinstance(layer, RoomyLayer) for layer in cache.layers):
         return _prefill_flat(model, prompts, cache, attention, positions[:, -1], cache_config, trunk)
     logits = model(
-        input_ids=_left_padded(prompts, pad_id).to(device),
+        input_ids=_left_padded(prompts, FILLER).to(device),
         attention_mask=attention,
         position_ids=positions,
         past_key_values=cache,

@@ -67,14 +67,13 @@ class ModelReward:
 
     label: str
     model: RewardModel
-    pad_id: int
     device: torch.device | str = "cpu"
     skips: ClassVar[bool] = False
 
     @torch.no_grad()
     def score(self, examples: Sequence[Example], packed: PackedBatch | None = None) -> Tensor:
         if packed is None or not reads(self.model.reader.layout, packed):
-            packed = pack(examples, self.pad_id, layout=self.model.reader.layout).to(self.device)
+            packed = pack(examples, layout=self.model.reader.layout).to(self.device)
         return self.model(packed).float()
 
 

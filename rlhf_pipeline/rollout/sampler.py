@@ -55,7 +55,6 @@ def sample(
     uniforms: Tensor,
     *,
     stop_ids: Sequence[int],
-    pad_id: int,
     temperature: float = 1.0,
     device: torch.device | str = "cpu",
     cache_config: Any = None,
@@ -78,7 +77,7 @@ def sample(
     count, limit = uniforms.shape
     uniforms, stops = uniforms.to(device), torch.tensor(list(stop_ids), device=device)
     # The last sampled token is never fed back.
-    options = {"pad_id": pad_id, "device": device, "cache_config": cache_config, "trunk": trunk}
+    options = {"device": device, "cache_config": cache_config, "trunk": trunk}
     state = prefill(model, prompts, room=limit - 1, **options)
     logits, cache, attention, positions = state.logits, state.cache, state.attention, state.positions
     alive, drops = torch.arange(count, device=device), can_drop_rows(cache)

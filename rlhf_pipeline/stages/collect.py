@@ -14,7 +14,7 @@ from torch import Tensor
 from rlhf_pipeline.config.base import moves_optimum
 from rlhf_pipeline.config.collect import CollectConfig
 from rlhf_pipeline.config.dump import config_digest
-from rlhf_pipeline.data.batch import FILLER
+from rlhf_pipeline.config.mentions import functions
 from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.tokenize import Example
@@ -29,8 +29,9 @@ from rlhf_pipeline.rollout.llm import ChatModel
 from rlhf_pipeline.rollout.llm_judge import copeland
 from rlhf_pipeline.rollout.responses import prompts_run, sample_for_prompts
 from rlhf_pipeline.rollout.scoring import by_example, score
-from rlhf_pipeline.stages.common import StageResult, find_model, load_policy, tokenizer_of
+from rlhf_pipeline.stages.common import find_model, load_policy, tokenizer_of
 from rlhf_pipeline.stages.data import prompts_by_split
+from rlhf_pipeline.stages.publish import StageResult
 from rlhf_pipeline.stages.reward_sources import load_reward
 from rlhf_pipeline.training.cost import CostMeter, ModelShape, reset_peak_memory
 from rlhf_pipeline.training.open_run import make_accelerator, seed_everything
@@ -148,7 +149,7 @@ def run_collect(
 
     (data,) = config.sources()
     found = read_records(*data, home=home, skip_bad_rows=config.skip_bad_rows, splits=config.splits)
-    for note in found.notes():
+    for note in found.notes(functions=any(functions(config))):
         say(f"{found.source}: {note}")
     prompts, reports = prompts_by_split(found, config, tokenizer, Style.of(parent.config))
     amount = f"{config.num} x {config.k} responses of {parent.label} to {len(prompts)} prompts"
@@ -171,7 +172,6 @@ def run_collect(
             samples=config.k,
             response_length=config.lengths().response,
             stop_ids=stop_ids(tokenizer),
-            pad_id=FILLER,
             generator=generator,
             temperature=config.temperature,
             **at_once,

@@ -1,26 +1,21 @@
-"""Functions that the stages share: find models, load models, publish results."""
+"""Functions that the stages share: find models, load models, make windows of fixed examples."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from rlhf_pipeline.config.collect import CollectConfig
-from rlhf_pipeline.config.dump import config_digest
 from rlhf_pipeline.config.stages import ModelConfig, SftConfig
 from rlhf_pipeline.config.template import HasTemplate
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.data.batch import Layout, fill_rows, tree_length
-from rlhf_pipeline.data.load import SourceReport
 from rlhf_pipeline.data.templates import apply_template_keys
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import (
-    chat_template_digest,
     load_tokenizer,
     same_but_for_pad,
     set_stop_token,
@@ -28,48 +23,25 @@ from rlhf_pipeline.data.tokenizers import (
 )
 from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.models.adapted import classifier_on, load_adapted
-from rlhf_pipeline.models.adapters import adapter_facts, add_adapter
-from rlhf_pipeline.models.loading import load_causal_lm, load_sequence_classifier, save_model
+from rlhf_pipeline.models.adapters import add_adapter
+from rlhf_pipeline.models.loading import load_causal_lm, load_sequence_classifier
 from rlhf_pipeline.models.modules import Policy, RewardModel
 from rlhf_pipeline.models.noise import require_no_noise
 from rlhf_pipeline.models.selfcheck import inspect_model, read_reward_model
 from rlhf_pipeline.models.sharing import shared
 from rlhf_pipeline.registry.adapters import chain_of
 from rlhf_pipeline.registry.integrity import verify_files
-from rlhf_pipeline.registry.optimum import optimum_fields
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import Role, check_role
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.training.open_run import Run
 from rlhf_pipeline.training.optimizer import require_schedule
-from rlhf_pipeline.training.precision import uses_bf16
-from rlhf_pipeline.training.session import Plan
-from rlhf_pipeline.training.tracking import jsonable
 from rlhf_pipeline.training.windows import Window, example_windows, total_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 C = TypeVar("C", bound=TrainingConfig | CollectConfig)
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """What a stage command prints: the model (or data), its path, its metrics and its cost.
-
-    stopped_by: a signal that arrived after the last update; it is not printed.
-    """
-
-    stage: str
-    model: str
-    path: str
-    run: str
-    metrics: dict[str, Any]
-    cost: dict[str, Any]
-    stopped_by: int | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        return jsonable({name: value for name, value in asdict(self).items() if name != "stopped_by"})
 
 
 def find_model(
@@ -257,7 +229,7 @@ def packed_rows(config: TrainingConfig, examples: Sequence[Example]) -> list[lis
 
 
 def example_schedule(
-    run: Run, examples: Sequence[Example], *, layout: Layout, pad_id: int
+    run: Run, examples: Sequence[Example], *, layout: Layout
 ) -> tuple[Callable[[Any, int], Iterator[Window]], int]:
     """The windows of a stage that trains on fixed examples, and the number of updates.
 
@@ -280,7 +252,6 @@ def example_schedule(
             micro_batch_tokens=config.micro_batch_tokens,
             accumulation=config.gradient_accumulation_steps,
             seed=config.seed,
-            pad_id=pad_id,
             layout=layout,
             start=start,
             rank=run.accelerator.process_index,
@@ -291,77 +262,3 @@ def example_schedule(
         )
 
     return windows, total
-
-
-def inputs_of(parents: Mapping[str, Resolved], reports: Sequence[SourceReport]) -> dict[str, str | None]:
-    """Digests of the inputs of a run: its parents by role, and its data."""
-    data = {f"data {report.source} [{report.split}]": report.digest for report in reports}
-    return {role: resolved.digest for role, resolved in parents.items()} | data
-
-
-def log_moves(run: Run, parents: Mapping[str, Resolved]) -> None:
-    """Log the options of this run and of its reward models that move the optimum."""
-    fields = optimum_fields(run.config, parents)
-    moved, may_move = (", ".join(f"{k}={v}" for k, v in fields[name].items()) for name in fields)
-    if moved and run.stage == "reward":
-        run.log.say(
-            f"these options move the minimiser of the reward model: {moved}; PPO on this model has another optimum "
-            "than DPO at the same beta, and `rlhf compare` refuses to compare the two"
-        )
-    elif moved:
-        run.log.say(f"these options move the optimum away from pi_ref exp(r / beta): {moved}")
-    if may_move:
-        run.log.say(
-            f"note: {may_move} does not move the optimum if the critic is exact (with lam 1: never); "
-            "val/explained_variance is the share of the returns' variance that the critic explains"
-        )
-
-
-def publish(
-    run: Run,
-    plan: Plan,
-    *,
-    parents: Mapping[str, Resolved],
-    reports: Sequence[SourceReport],
-    metrics: dict[str, Any],
-) -> StageResult:
-    """Register the plan's model with its snapshots, end the run, and return the result."""
-    run.accelerator.wait_for_everyone()
-    if not run.accelerator.is_main_process:
-        return StageResult(run.stage, "", "", str(run.directory), metrics, {})
-    snapshots = run.directory / "snapshots"
-
-    def write(directory: Path) -> None:
-        save_model(plan.model, plan.tokenizer, directory)
-        if snapshots.is_dir():
-            shutil.copytree(snapshots, directory / "snapshots")
-
-    if plan.best is not None:
-        metrics = {**metrics, "best": plan.best}
-    if run.config.bf16 == "auto":
-        metrics = {**metrics, "bf16": uses_bf16(run.config)}
-    cost, tokenizer = run.meter.report(), plan.tokenizer
-    # A process that was killed between registering and finishing has already registered this model.
-    published = run.registry.models.of_run(run.config.output_name, run.origin) or run.registry.publish(
-        run.config.output_name,
-        run.stage,
-        write,
-        run=run.origin,
-        config=run.config.model_dump(mode="json"),
-        config_digest=config_digest(run.config),
-        parents=dict(parents),
-        data=[report.to_dict() for report in reports],
-        tokenizer_digest=tokenizer_digest(tokenizer),
-        chat_template_digest=chat_template_digest(tokenizer),
-        seed=run.config.seed,
-        metrics=metrics,
-        **optimum_fields(run.config, parents),
-        cost=cost,
-        adapter=adapter_facts(plan.model),
-    )
-    run.finish(published.label)
-    run.log.say(f"registered {published.label}")
-    if run.config.output_dir is not None:
-        run.log.say(f"copied to {run.registry.export(published.label, run.config.output_dir, replace=True)}")
-    path, directory = str(published.path), str(run.directory)
-    return StageResult(run.stage, published.label, path, directory, metrics, cost, run.stopped_by)

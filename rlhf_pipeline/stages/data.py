@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_pipeline.algorithms.preference import OBJECTIVES
+from rlhf_pipeline.config.mentions import functions
 from rlhf_pipeline.config.stages import CollectConfig, DpoConfig, PpoConfig, SftConfig, TrainingConfig
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.encode import ADVICE
@@ -105,7 +106,7 @@ class StageData:
                     for data in config.sources()
                 ]
             for found in self._read:
-                for note in found.notes(template_of(tokenizer)):
+                for note in found.notes(template_of(tokenizer), any(functions(config))):
                     self.say(f"data: {found.source}: {note}")
         return self._read
 

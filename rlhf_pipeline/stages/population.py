@@ -111,7 +111,6 @@ class Population:
         micro_batch_size: int,
         accumulation: int,
         seed: int,
-        pad_id: int,
         layout: Layout,
         start: int = 0,
         rank: int = 0,
@@ -122,7 +121,7 @@ class Population:
         """Windows of fresh pairs; they depend only on seed and step, so resuming needs no state."""
 
         def packed(drawn: Sequence[Example]) -> PackedBatch:
-            return pack(drawn, pad_id, layout=layout).to(device)
+            return pack(drawn, layout=layout).to(device)
 
         size = micro_batch_size * accumulation * world_size
         for step in range(start, steps):

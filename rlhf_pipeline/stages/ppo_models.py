@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlhf_pipeline.config.ppo import PpoConfig
-from rlhf_pipeline.data.batch import FILLER
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import stop_ids
 from rlhf_pipeline.errors import ConfigError, Fault
@@ -109,7 +108,6 @@ def load_setup(
         reward,
         prompts,
         stop_ids=stop_ids(tokenizer),
-        pad_id=FILLER,
         meter=run.meter,
         shapes=shapes,
         engine=load_engine(run, config, parent, actor_critic.actor),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_pipeline.data import world
-from rlhf_pipeline.data.batch import FILLER, PackedBatch, common_layout
+from rlhf_pipeline.data.batch import PackedBatch, common_layout
 from rlhf_pipeline.data.load import SourceReport
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import DataError, Fault, MismatchError
@@ -78,14 +78,13 @@ def recorded_pairs(
     held_out, _ = data.held_out(preference_kind(config), tokenizer)
     targets = label_probabilities(examples) if config.soft_labels else None
     layout = common_layout(policy.reader.layout, frozen.reader.layout)
-    windows, total = example_schedule(run, examples, layout=layout, pad_id=FILLER)
+    windows, total = example_schedule(run, examples, layout=layout)
     cache = run.registry.home / "cache"
     key = {"model": frozen_digest, "dtype": config.dtype, "bf16": uses_bf16(config)}
 
     def options(rows: Sequence[Example]) -> dict[str, Any]:
         at_once = config.per_device_eval_batch_size * most_responses(rows)
-        where = {"pad_id": FILLER, "device": run.device}
-        return {"responses_at_once": at_once, "memory": run.memory, **where}
+        return {"responses_at_once": at_once, "memory": run.memory, "device": run.device}
 
     def referred(rows: Sequence[Example]) -> ReferenceLogprobs:
         return cached_logprobs(frozen, rows, cache, key, **options(rows))
@@ -156,7 +155,6 @@ def fresh_pairs(
             micro_batch_tokens=config.micro_batch_tokens,
             accumulation=config.gradient_accumulation_steps,
             seed=config.seed,
-            pad_id=FILLER,
             layout=policy.reader.layout,
             start=start,
             rank=run.accelerator.process_index,

@@ -13,7 +13,6 @@ import torch
 
 from rlhf_pipeline.algorithms.preference import bradley_terry_loss, centering_loss, correct
 from rlhf_pipeline.config.reward import RewardConfig
-from rlhf_pipeline.data.batch import FILLER
 from rlhf_pipeline.data.tokenize import Example, cut_prompt
 from rlhf_pipeline.data.tokenizers import stop_ids, with_padding
 from rlhf_pipeline.evaluation.preference_metrics import calibration_slope, pair_differences
@@ -24,19 +23,10 @@ from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.storage import replace_text
 from rlhf_pipeline.rollout.responses import prompts_run, sample_for_prompts
 from rlhf_pipeline.rollout.scoring import most_responses
-from rlhf_pipeline.stages.common import (
-    StageResult,
-    example_schedule,
-    find_base,
-    inputs_of,
-    load_policy,
-    log_moves,
-    onto,
-    publish,
-    tokenizer_of,
-)
+from rlhf_pipeline.stages.common import example_schedule, find_base, load_policy, onto, tokenizer_of
 from rlhf_pipeline.stages.data import StageData, preference_kind
 from rlhf_pipeline.stages.gate import gate_of
+from rlhf_pipeline.stages.publish import StageResult, inputs_of, log_moves, publish
 from rlhf_pipeline.stages.reward_quality import (
     baseline_accuracies,
     cached_baseline_differences,
@@ -125,7 +115,6 @@ def responses_to_center(
             samples=1,
             response_length=limits.response,
             stop_ids=stop_ids(tokenizer),
-            pad_id=FILLER,
             generator=torch.Generator().manual_seed(config.seed),
             **at_once,
             device=run.device,
@@ -194,7 +183,7 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
         held_out, _ = data.held_out(kind, tokenizer)
 
         # 3. Responses to centre the scores on, then training.
-        windows, total = example_schedule(run, examples, layout=model.reader.layout, pad_id=FILLER)
+        windows, total = example_schedule(run, examples, layout=model.reader.layout)
         sampled = responses_to_center(run, parent, examples, tokenizer)
         shape = ModelShape.of(network, head=False, checkpointed=config.gradient_checkpointing)
 
@@ -204,7 +193,6 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
                 rows,
                 responses_at_once=config.per_device_eval_batch_size * most_responses(rows),
                 memory=run.memory,
-                pad_id=FILLER,
                 device=run.device,
             )
 

@@ -35,11 +35,10 @@ def score_examples(
     *,
     responses_at_once: int,
     memory: Memory | None = None,
-    pad_id: int,
     device: torch.device,
 ) -> list[list[float]]:
     """Scores of all completions of each example, in fp32, computed by `score`."""
-    source = ModelReward("reward model", model, pad_id, device)
+    source = ModelReward("reward model", model, device)
     return by_example(score(source.score, examples, responses_at_once=responses_at_once, memory=memory), examples)
 
 

@@ -15,7 +15,6 @@ from rlhf_pipeline.config.reward_names import WORLD_NAMES, is_function_name, loa
 from rlhf_pipeline.config.rewards import LlmJudge
 from rlhf_pipeline.config.stages import RewardConfigs
 from rlhf_pipeline.data import world
-from rlhf_pipeline.data.batch import FILLER
 from rlhf_pipeline.data.tokenizers import chat_template_digest, load_any_tokenizer
 from rlhf_pipeline.errors import ConfigError, Fault, MismatchError
 from rlhf_pipeline.models.modules import RewardModel
@@ -107,7 +106,7 @@ def load_reward(
     if below is not None:
         require_same_base(policy, resolved)
     model = load_reward_model(resolved, config, device, below)
-    return LoadedReward(ModelReward(resolved.label, model, FILLER, device), resolved, model)
+    return LoadedReward(ModelReward(resolved.label, model, device), resolved, model)
 
 
 def _require_positions(config: RewardConfigs, model: Resolved) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_pipeline.algorithms.language_model import negative_log_likelihood
 from rlhf_pipeline.config.sft import SftConfig
-from rlhf_pipeline.data.batch import FILLER, pack
+from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.shown import trained_text
 from rlhf_pipeline.data.tokenize import Example, whole_sequence
 from rlhf_pipeline.models.loading import init_causal_lm, new_config
@@ -20,17 +20,9 @@ from rlhf_pipeline.models.modules import Policy
 from rlhf_pipeline.models.noise import require_no_noise
 from rlhf_pipeline.models.selfcheck import inspect_model
 from rlhf_pipeline.rollout.scoring import score
-from rlhf_pipeline.stages.common import (
-    StageResult,
-    example_schedule,
-    find_base,
-    inputs_of,
-    load_policy,
-    onto,
-    publish,
-    tokenizer_of,
-)
+from rlhf_pipeline.stages.common import example_schedule, find_base, load_policy, onto, tokenizer_of
 from rlhf_pipeline.stages.data import StageData
+from rlhf_pipeline.stages.publish import StageResult, inputs_of, publish
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.open_run import open_run
 from rlhf_pipeline.training.session import Plan, train
@@ -56,13 +48,12 @@ def mean_nll(
     *,
     responses_at_once: int,
     memory: Memory | None = None,
-    pad_id: int,
     device: torch.device,
 ) -> dict[str, float]:
     """Mean negative log-likelihood per trained token and per completion, in nats, computed by `score`."""
 
     def logprobs(part: Sequence[Example]) -> Tensor:
-        batch = pack(part, pad_id, layout=policy.reader.layout).to(device)
+        batch = pack(part, layout=policy.reader.layout).to(device)
         return batch.per_completion(policy(batch).logprobs.double())
 
     was_training = policy.training
@@ -115,7 +106,7 @@ def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
 
         # 3. Train.
         shape = ModelShape.of(policy.model, checkpointed=config.gradient_checkpointing)
-        windows, total = example_schedule(run, examples, layout=policy.reader.layout, pad_id=FILLER)
+        windows, total = example_schedule(run, examples, layout=policy.reader.layout)
 
         def evaluate() -> dict[str, float]:
             if not held_out:
@@ -125,7 +116,6 @@ def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
                 held_out,
                 responses_at_once=config.per_device_eval_batch_size,
                 memory=run.memory,
-                pad_id=FILLER,
                 device=run.device,
             )
 

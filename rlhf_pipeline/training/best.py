@@ -28,6 +28,7 @@ class Best:
         self.metric, self.greater = config.best_metric, config.best_is_greatest
         self.patience, self.threshold = config.early_stopping_patience, config.early_stopping_threshold
         self.keeps, self.folder, self.writes = config.load_best_model_at_end, directory / "best", writes
+        self.key = config.following_key
         self.value: float | None = None
         self.step: int | None = None
         self.misses = 0
@@ -41,8 +42,7 @@ class Best:
         """
         if not evaluates:
             found = f"there are no held-out examples to measure {self.metric} on"
-            key = "load_best_model_at_end" if self.keeps else "early_stopping_patience"
-            raise ConfigError(Fault(key, found, "a dataset_test_split with examples", f"or remove {key}"))
+            raise ConfigError(Fault(self.key, found, "a dataset_test_split with examples", f"or remove {self.key}"))
 
     def consider(self, step: int, value: float, model: nn.Module) -> bool:
         """Keep the weights of a better evaluation; returns whether the run must stop."""

@@ -206,7 +206,7 @@ def open_run(
         if accelerator.is_main_process:
             if begun and checkpoint is None:
                 why = "engine trl writes none" if config.engine == "trl" else "save_steps is off"
-                why = "" if config.save_steps or config.save_strategy == "epoch" else f" ({why})"
+                why = "" if config.save_steps or config.save_strategy in ("epoch", "best") else f" ({why})"
                 log.say(f"nothing to resume: no checkpoint{why}; run {directory.name} starts again from the beginning")
             log.rewind(checkpoint.step if checkpoint else 0)
             log.trackers = Trackers(config, directory, log.say) if config.report_to else None

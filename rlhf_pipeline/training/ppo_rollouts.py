@@ -59,7 +59,6 @@ class PpoSetup:
     reward: RewardSource
     prompts: Sequence[Example]
     stop_ids: Sequence[int]
-    pad_id: int
     meter: CostMeter
     shapes: dict[str, ModelShape]
     engine: VllmEngine | None = None
@@ -82,7 +81,7 @@ class PpoSetup:
         layout = self.actor_critic.reader.layout
         # With a length x length mask, a tree of many responses costs more than it saves.
         trees = merge_prompts(chosen) if layout == "flat" else chosen
-        return pack(trees, self.pad_id, layout=layout).to(self.device)
+        return pack(trees, layout=layout).to(self.device)
 
 
 def prompts_of(setup: PpoSetup, update: int) -> list[Example]:
@@ -126,7 +125,7 @@ def _sample(setup: PpoSetup, module: nn.Module, update: int) -> tuple[Sampled, l
         drawn = setup.engine.generate([prompt.prompt_ids for prompt in prompts], tokens=tokens, **options)
         return Sampled(answered(prompts, drawn)[0], logprob_matrix(drawn, width).to(setup.device)), None
     at_once: dict[str, Any] = {"responses_at_once": len(prompts), "memory": setup.memory}
-    options |= {"pad_id": setup.pad_id, "device": setup.device, "module": module}
+    options |= {"device": setup.device, "module": module}
     examples, _ = sample_for_prompts(setup.actor_critic, prompts, **options, **at_once)
     return Sampled(examples), prompts_run(setup.actor_critic, examples, **at_once)
 
@@ -201,7 +200,7 @@ def run_models(
             setup.memory.holds(len(rows))
             chosen, index = [examples[i] for i in rows], torch.tensor(rows, device=device)
             policy, layout = module(batch), setup.reference.reader.layout
-            readable = batch if reads(layout, batch) else pack(chosen, setup.pad_id, layout=layout).to(device)
+            readable = batch if reads(layout, batch) else pack(chosen, layout=layout).to(device)
             reference = setup.reference(readable)
             found = (policy.logprobs, reference.logprobs, policy.values, policy.entropy)
             for name, value in zip(names, found, strict=True):

@@ -64,7 +64,6 @@ def completion_logprob_sums(
     *,
     responses_at_once: int,
     memory: Memory | None = None,
-    pad_id: int,
     device: torch.device | str,
 ) -> Tensor:
     """log pi(y | x) of every completion in nats, computed by `score`: (examples, K) on the CPU, in at least fp32.
@@ -75,7 +74,7 @@ def completion_logprob_sums(
         return torch.zeros(0, 2)
 
     def sums(part: Sequence[Example]) -> Tensor:
-        batch = pack(part, pad_id, layout=policy.reader.layout).to(device)
+        batch = pack(part, layout=policy.reader.layout).to(device)
         return batch.per_completion(policy(batch).logprobs)
 
     found, most = score(sums, examples, responses_at_once=responses_at_once, memory=memory), most_responses(examples)

@@ -84,13 +84,14 @@ def is_due(strategy: str, every: float | None, step: int, total: int, epoch: flo
     """Whether a run evaluates or saves after a step.
 
     Args:
-        strategy: no, steps or epoch. every: the number of steps, or below 1 a fraction of all steps, rounded up.
+        strategy: no, steps or epoch; best depends on the evaluations, not on the step. every: the number of steps, or
+            below 1 a fraction of all steps, rounded up.
         total: steps of the run. epoch: number of epochs done after this step.
     """
     if strategy == "epoch":
         before = epoch * (step - 1) / step  # epochs are proportional to steps
         return int(before + 1e-9) < int(epoch + 1e-9)
-    if strategy == "no" or every is None:
+    if strategy in ("no", "best") or every is None:
         return False
     return step % (math.ceil(every * total) if every < 1 else int(every)) == 0
 
@@ -281,7 +282,8 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
                 f"stopped by signal {run.stopped_by} at step {step} of {plan.total}; run the same command to resume",
                 run.stopped_by,
             )
-        if step < plan.total and is_due(config.save_strategy, config.save_steps, step, plan.total, window.epoch):
+        due = is_due(config.save_strategy, config.save_steps, step, plan.total, window.epoch)
+        if step < plan.total and (due or (config.save_strategy == "best" and best.step == step)):
             save(step)
 
     def counted(windows: Iterable[Window]) -> Iterable[Window]:

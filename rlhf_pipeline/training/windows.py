@@ -168,7 +168,6 @@ def example_windows(
     micro_batch_size: int,
     accumulation: int,
     seed: int,
-    pad_id: int,
     layout: Layout = "trees",
     start: int = 0,
     rank: int = 0,
@@ -186,7 +185,7 @@ def example_windows(
     """
 
     def packed(chosen: Sequence[Example]) -> PackedBatch:
-        return pack(chosen, pad_id, layout=layout).to(device)
+        return pack(chosen, layout=layout).to(device)
 
     size = micro_batch_size * accumulation * world_size
     units = [(index,) for index in range(len(examples))] if bins is None else bins

@@ -80,9 +80,10 @@ def test_a_schedule_that_measures_needs_evaluations_and_has_no_warm_up(faults, l
     assert load("dpo", lr_scheduler_type=name, eval_steps=5).lr_scheduler_type == name
 
 
-@pytest.mark.parametrize("key", ["load_best_model_at_end", "early_stopping_patience"])
-def test_the_best_model_needs_evaluations_of_the_native_engine(faults, load, key) -> None:
-    value = True if key.startswith("load") else 3
+@pytest.mark.parametrize(
+    ("key", "value"), [("load_best_model_at_end", True), ("early_stopping_patience", 3), ("save_strategy", "best")]
+)
+def test_the_best_model_needs_evaluations_of_the_native_engine(faults, load, key, value) -> None:
     assert "eval_strategy is no" in faults("sft", **{key: value})[key].found
     assert "engine trl" in faults("sft", engine="trl", eval_steps=2, **{key: value})[key].found
     assert "snapshot_steps" in faults("ppo", **{key: value})[key].fix

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from rlhf_pipeline.cli.main import main
 from rlhf_pipeline.config.foreign_files import read_config, with_dataset_info
 from rlhf_pipeline.config.importing import import_config
 from rlhf_pipeline.config.load import load_config
+from rlhf_pipeline.data.templates import BUILT_IN
 from rlhf_pipeline.errors import ConfigError
 from rlhf_pipeline.foreign.open_instruct import TULU
 from rlhf_pipeline.foreign.table import JOINT, Translation
+from rlhf_pipeline.foreign.templates import AXOLOTL, LLAMAFACTORY
 from rlhf_pipeline.foreign.tools import TOOLS, meaning
 from rlhf_pipeline.foreign.torchtune import TEMPLATES
 
@@ -150,6 +152,95 @@ def test_the_chat_formats_of_torchtune_and_open_instruct():
         template = jinja2.Template(text)
         assert template.render(messages=turns, **tokens) == prompt + opening + completion
         assert template.render(messages=turns[:1], add_generation_prompt=True, **tokens) == prompt + opening
+
+
+A_CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+SPOKEN = {  # of a chat with the tokens <s> and </s>, by hand from the two tools' own tables
+    "alpaca": (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nq\n\n### Response:\na</s>\n\n"
+    ),
+    "chatml": "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n",
+    "default": "Human: q</s>\nAssistant:a</s>\n",
+    "llama3": (
+        "<s><|start_header_id|>user<|end_header_id|>\n\nq<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+        "a<|eot_id|>"
+    ),
+    "qwen": (
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+    ),
+    "zephyr": "<|system|>\nYou are Zephyr, a helpful assistant.</s><|user|>\nq</s><|assistant|>\na</s>",
+    "gemma": "<s><start_of_turn>user\nq<end_of_turn>\n<start_of_turn>model\na<end_of_turn>\n",
+}
+
+
+def rendered(text: str, messages: list[dict[str, str]], eos: str = "</s>", **options: Any) -> str:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    options |= {"bos_token": "<s>", "eos_token": eos}
+    return render_jinja_template([messages], chat_template=text, **options)[0][0]
+
+
+@pytest.mark.parametrize("tool", ["llamafactory", "axolotl"])
+def test_named_templates_make_the_text_of_their_tool(translated, tool):
+    recipe, key, model, ours = {
+        "llamafactory": ("llama3-full-sft", "template", "model_name_or_path", LLAMAFACTORY),
+        "axolotl": ("llama3-dpo-lora-8b", "chat_template", "base_model", AXOLOTL),
+    }[tool]
+    for name, found in ours.items():
+        if not found.text:
+            continue
+        changes = {key: name, model: "org/base", "special_tokens.eos_token": None}
+        config = translated(f"{tool}/{recipe}", **changes).config
+        eos, text = config.get("eos_token"), BUILT_IN.get(config["chat_template"], config["chat_template"])
+        same = {"qwen_25": "qwen", "qwen3_nothink": "chatml", "smollm": "chatml", "yi": "chatml"}.get(name, name)
+        expected = SPOKEN[same]
+        if (tool, name) == ("axolotl", "alpaca"):
+            expected = "<s>### Instruction:\nq\n\n### Response:\na</s>\n\n"
+        assert rendered(text, A_CHAT, eos or "</s>") == expected, name
+        asked = rendered(text, A_CHAT[:1], eos or "</s>", add_generation_prompt=True)
+        assert expected.startswith(asked) and expected[len(asked)] == "a", name
+        assert eos == {"chatml": "<|im_end|>", "qwen": "<|im_end|>", "llama3": "<|eot_id|>"}.get(same), name
+
+
+def test_a_named_template_that_is_the_models_own_stays(translated):
+    """The models' own templates are those that TRL keeps."""
+    spec = importlib.util.find_spec("trl")
+    if spec is None or spec.origin is None:
+        pytest.skip("trl is not installed")
+    for name, model, kept, says in (
+        ("llama3", "meta-llama/Meta-Llama-3-8B-Instruct", "llama3", "llama3"),
+        ("qwen", "Qwen/Qwen2.5-0.5B-Instruct", "qwen2_5", "qwen"),
+        ("qwen3_nothink", "Qwen/Qwen3-4B-Instruct-2507", "qwen3_instruct_2507", "chatml"),
+        ("gemma", "google/gemma-2-9b-it", "gemma", "gemma"),
+        ("gemma3", "google/gemma-3-1b-it", "gemma3", "gemma"),
+    ):
+        found = translated("llamafactory/llama3-full-sft", template=name, model_name_or_path=model)
+        assert [loss.changes_training for loss in found.lost if loss.key == "template"] == [False], name
+        assert "chat_template" not in found.config
+        text = (Path(spec.origin).parent / "chat_templates" / f"{kept}.jinja").read_text(encoding="utf-8")
+        assert rendered(text, A_CHAT) == SPOKEN[says], name
+    for name, model in (("llama3", "meta-llama/Llama-3.1-8B-Instruct"), ("qwen", "Qwen/Qwen2-7B-Instruct")):
+        assert (
+            "chat_template"
+            in translated("llamafactory/llama3-full-sft", template=name, model_name_or_path=model).config
+        )  # their own have a date, and another system message
+    for tool, recipe, changes in (
+        ("llamafactory", "llama3-full-sft", {"template": "vicuna"}),
+        ("llamafactory", "llama3-full-sft", {"template": "gemma", "model_name_or_path": "google/gemma-2b"}),
+        ("axolotl", "llama3-dpo-lora-8b", {"chat_template": "mistral_v1"}),
+    ):
+        (loss,) = [one for one in translated(f"{tool}/{recipe}", **changes).lost if "template" in one.key]
+        assert loss.changes_training and "write it as Jinja text into chat_template" in loss.why
+
+
+def test_a_jinja_template_of_axolotl_is_a_text_or_a_file(translated):
+    for given, key in (("{{ messages }}", "chat_template"), ("chat.jinja", "chat_template_path")):
+        config = translated("axolotl/llama3-dpo-lora-8b", chat_template="jinja", chat_template_jinja=given).config
+        assert config[key] == given
+    odd = translated("axolotl/llama3-dpo-lora-8b", chat_template="chatml", **{"special_tokens.eos_token": "<e>"})
+    assert odd.config["eos_token"] == "<e>" and rendered(odd.config["chat_template"], A_CHAT) == SPOKEN["chatml"]
 
 
 def test_the_batches_of_ppo(translated):

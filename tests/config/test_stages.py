@@ -3,7 +3,8 @@ from __future__ import annotations
 import pydantic
 import pytest
 
-from rlhf_pipeline.config.base import Lengths, moves_optimum, part_of, resolve_lengths
+from rlhf_pipeline.config.base import moves_optimum, part_of
+from rlhf_pipeline.config.lengths import Lengths, resolve_lengths
 from rlhf_pipeline.config.mentions import mentions
 from rlhf_pipeline.config.plan import COMMANDS
 from rlhf_pipeline.config.stages import SCHEMAS, STAGES

@@ -45,7 +45,7 @@ def many(count: int = 40, seed: int = 0) -> list[Example]:
 
 
 def test_trees_in_one_row_by_hand():
-    batch = pack([PAIR, ONE], PAD, row_length=11)
+    batch = pack([PAIR, ONE], row_length=11)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, PAD]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2, 3, 0]]
     assert batch.tree.tolist() == [[0, 0, 0, 0, 0, 0, 1, 1, 1, 1, -1]]
@@ -63,7 +63,7 @@ def test_trees_in_one_row_by_hand():
 
 
 def test_trees_in_rows_of_the_longest_tree_by_hand():
-    batch = pack([ONE, PAIR], PAD)
+    batch = pack([ONE, PAIR])
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, PAD, PAD]]
     # Completions keep the order of the examples, though the longer tree stands first.
     assert batch.lengths.tolist() == [3, 2, 1]
@@ -74,7 +74,7 @@ def test_trees_in_rows_of_the_longest_tree_by_hand():
 
 
 def test_one_flat_row_by_hand():
-    batch = pack([ONE, PAIR], PAD, layout="flat", flat_from=0)
+    batch = pack([ONE, PAIR], layout="flat", flat_from=0)
     assert batch.layout == "flat" and batch.trees == ((1, (3,)), (3, (2, 1)))
     assert batch.input_ids.tolist() == [[11, 12, 13, 14, 5, 6, 7, 8, 9, 10]]  # in the order of the examples
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4, 3]]
@@ -90,16 +90,16 @@ def test_one_flat_row_by_hand():
 def test_trees_that_are_all_short_are_not_laid_out_flat():
     prompt = [1] * (FLAT_FROM - 3)
     shorter, longer = example(prompt, [2], [3]), example(prompt, [2], [3, 4])
-    assert pack([ONE, shorter], PAD, layout="flat").layout == "trees"
-    assert pack([ONE, shorter], PAD, layout="flat").trees == ()
-    assert pack([ONE, longer], PAD, layout="flat").layout == "flat"
-    assert pack([longer], PAD, layout="flat", flat_from=FLAT_FROM + 1).layout == "trees"
-    assert pack([longer], PAD, layout="trees").layout == "trees"
-    assert pack([longer], PAD, layout="rows", flat_from=0).layout == "rows"
+    assert pack([ONE, shorter], layout="flat").layout == "trees"
+    assert pack([ONE, shorter], layout="flat").trees == ()
+    assert pack([ONE, longer], layout="flat").layout == "flat"
+    assert pack([longer], layout="flat", flat_from=FLAT_FROM + 1).layout == "trees"
+    assert pack([longer], layout="trees").layout == "trees"
+    assert pack([longer], layout="rows", flat_from=0).layout == "rows"
 
 
 def test_who_reads_what():
-    batches = {layout: pack([PAIR], PAD, layout=layout, flat_from=0) for layout in LAYOUTS}
+    batches = {layout: pack([PAIR], layout=layout, flat_from=0) for layout in LAYOUTS}
     read = {reader: {layout for layout in LAYOUTS if reads(reader, batches[layout])} for reader in LAYOUTS}
     assert read == {"rows": {"rows"}, "trees": {"rows", "trees"}, "flat": {"rows", "trees", "flat"}}
     assert not any(reads(layout, None) for layout in LAYOUTS)
@@ -109,7 +109,7 @@ def test_who_reads_what():
 
 
 def test_plain_rows_by_hand():
-    batch = pack([PAIR, ONE], PAD, layout="rows")
+    batch = pack([PAIR, ONE], layout="rows")
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9], [5, 6, 7, 10, PAD], [11, 12, 13, 14, PAD]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 0], [0, 1, 2, 3, 0]]
     assert batch.tree.tolist() == [[0] * 5, [0, 0, 0, 0, -1], [0, 0, 0, 0, -1]]
@@ -119,7 +119,7 @@ def test_plain_rows_by_hand():
 
 
 def test_tokens_spread_and_sum_by_completion():
-    batch = pack([PAIR, ONE], PAD)
+    batch = pack([PAIR, ONE])
     values = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     assert batch.per_completion(values).tolist() == [3.0, 3.0, 15.0]
     assert batch.padded(values).tolist() == [[1, 2, 0], [3, 0, 0], [4, 5, 6]]
@@ -129,7 +129,7 @@ def test_tokens_spread_and_sum_by_completion():
 
 
 def test_gradients_flow_through_sums_and_spreading():
-    batch = pack([PAIR, ONE], PAD)
+    batch = pack([PAIR, ONE])
     values = torch.zeros(6, requires_grad=True)
     (batch.per_completion(values) * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
     assert values.grad.tolist() == [1, 1, 2, 3, 3, 3]
@@ -156,7 +156,7 @@ def check(batch: PackedBatch, examples: list[Example]) -> None:
 @pytest.mark.parametrize("row_length", [None, 1, 64, 500])
 def test_everything_can_be_read_back(layout, row_length):
     examples = many()
-    batch = pack(examples, PAD, layout=layout, row_length=row_length, flat_from=0)
+    batch = pack(examples, layout=layout, row_length=row_length, flat_from=0)
     check(batch, examples)
     longest = max(tree_length(e) for e in examples)
     if layout == "trees":
@@ -179,13 +179,13 @@ def test_context_tokens_equal_the_count_of_visible_pairs(layout):
         prompts = len(e.completions) if layout == "rows" else 1
         total += prompts * prompt * (prompt + 1) // 2
         total += sum(prompt + k + 1 for c in e.completions for k in range(len(c)))
-    assert pack(examples, PAD, layout=layout, row_length=64, flat_from=0).context_tokens == total
-    assert pack(examples, PAD, layout=layout, flat_from=0).context_tokens == total
+    assert pack(examples, layout=layout, row_length=64, flat_from=0).context_tokens == total
+    assert pack(examples, layout=layout, flat_from=0).context_tokens == total
 
 
 def test_index_vectors_select_the_same_tokens_in_every_layout():
     examples = many()
-    rows, *others = (pack(examples, PAD, layout=layout, row_length=64, flat_from=0) for layout in LAYOUTS)
+    rows, *others = (pack(examples, layout=layout, row_length=64, flat_from=0) for layout in LAYOUTS)
     for batch in others:
         for name in ("predict_index", "token_index", "last_index"):
             for field in ("input_ids", "position_ids"):
@@ -201,12 +201,12 @@ def test_the_order_of_examples_orders_the_completions_and_nothing_else(layout):
     order = list(range(15))
     random.Random(1).shuffle(order)
     shuffled = [examples[i] for i in order]
-    check(pack(shuffled, PAD, layout=layout, row_length=50, flat_from=0), shuffled)
+    check(pack(shuffled, layout=layout, row_length=50, flat_from=0), shuffled)
 
 
 def test_packing_is_deterministic_and_leaves_little_padding():
     examples = many(300)
-    one, other = (pack(examples, PAD, row_length=128) for _ in range(2))
+    one, other = (pack(examples, row_length=128) for _ in range(2))
     assert torch.equal(one.input_ids, other.input_ids)
     assert one.active_tokens / one.input_ids.numel() > 0.95
 
@@ -223,11 +223,11 @@ def test_micro_batches_hold_every_example_once_with_similar_lengths():
 @pytest.mark.parametrize("bad", [example([], [1]), example([1]), example([1], [2], [])])
 def test_what_has_no_tokens_is_refused_with_its_place(bad):
     with pytest.raises(ValueError, match="row 1"):
-        pack([ONE, bad], PAD)
+        pack([ONE, bad])
 
 
 def test_to_moves_every_tensor_and_keeps_the_rest():
-    batch = pack([PAIR], PAD, layout="flat", flat_from=0)
+    batch = pack([PAIR], layout="flat", flat_from=0)
     moved = batch.to("meta")
     assert moved.input_ids.device.type == moved.last_index.device.type == "meta"
     assert (moved.layout, moved.context_tokens) == (batch.layout, batch.context_tokens)
@@ -257,7 +257,7 @@ def test_neighbours_with_one_prompt_become_one_tree():
         ([1], [[6]], [True]),
         ([1, 2], [[7]], [True]),
     ]
-    one, other = pack(merged, 0), pack(examples, 0)
+    one, other = pack(merged), pack(examples)
     assert torch.equal(one.target_ids, other.target_ids) and torch.equal(one.lengths, other.lengths)
     assert (one.active_tokens, other.active_tokens) == (2 + 3 + 1 + 1 + 2 + 1, 2 + 3 + 1 + 1 + 2 + 1 + 2)
     assert (one.num_predicting, other.num_predicting) == (4, 5)
@@ -267,7 +267,7 @@ def test_neighbours_with_one_prompt_become_one_tree():
 def test_index_vectors_leave_out_tokens_that_are_not_trained(layout):
     turns = example([5, 6], [7, 8, 9, 10])
     turns.trained = [True, False, False, True]
-    batch = pack([ONE, turns, PAIR], PAD, layout=layout, flat_from=1)
+    batch = pack([ONE, turns, PAIR], layout=layout, flat_from=1)
     assert batch.target_ids.tolist() == [12, 13, 14, 7, 10, 8, 9, 10]
     ids = batch.input_ids.view(-1)
     assert ids[batch.token_index].tolist() == batch.target_ids.tolist()

@@ -181,7 +181,7 @@ def test_what_is_not_read_and_labels_are_described(jsonl):
     rows = [{"prompt": "a", "completion": "b", "label": label, "tools": [{}]} for label in (True, False, True)]
     found = check_source(jsonl(*rows))
     assert found["labels"] == {"true": 2, "false": 1}
-    assert (found["not_read"], found["notes"]) == (["tools"], ["not read: tools"])
+    assert (found["not_read"], found["notes"]) == (["tools"], ["not read: tools (except by reward functions)"])
     scored = {"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 1, "score_rejected": 2}
     found = check_source(jsonl(scored, {**scored, "prompt": "b", "score_rejected": 1}))
     assert (found["contradicted"], found["ties"]) == (1, 1)

@@ -49,7 +49,7 @@ def test_siblings_are_packed_as_the_general_packing_does(layout):
     examples = [
         Example(row, [[child] for child in children.tolist()], [True] * 4, str(row), "x") for row in prefixes.tolist()
     ]
-    expected = pack(examples, pad_id=0, layout=layout)
+    expected = pack(examples, layout=layout)
     found = pack_siblings(prefixes, children, layout)
     for field in fields(expected):
         one, other = getattr(found, field.name), getattr(expected, field.name)

@@ -481,8 +481,11 @@ def test_scores_that_contradict_the_label_are_counted():
 
 def test_what_is_not_read_and_what_is_contradicted_is_a_note():
     row = {"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 1, "score_rejected": 2, "margin": 0.5}
-    assert parse([("f:1", row), ("f:2", {**row, "score_rejected": 1})], "f").notes() == [
-        "not read: margin",
+    found = parse([("f:1", row), ("f:2", {**row, "score_rejected": 1})], "f")
+    assert found.notes(functions=False)[0] == "not read: margin"
+    assert found.notes(functions=True)[0] == "read by reward functions only: margin"
+    assert found.notes() == [
+        "not read: margin (except by reward functions)",
         "scores contradict the label in 1 of 2 rows: the label is used, not the scores",
         "scores are equal in 1 of 2 rows: the label is used, not the scores",
     ]

@@ -37,7 +37,7 @@ def test_log_probabilities_are_those_of_each_response_alone(name, horizon):
     policy = Policy(model, inspect_model(model), temperature=1.3)
     example = everything(tree)
     with torch.no_grad():
-        batch = pack([example], 0, layout="rows")
+        batch = pack([example], layout="rows")
         expected = torch.zeros(tree.num_leaves, dtype=torch.float64)
         for row, ids in enumerate(example.completions):  # the model's own forward, one plain row at a time
             logits = model(input_ids=torch.tensor([example.prompt_ids + ids])).logits[0] / 1.3
@@ -58,7 +58,7 @@ def test_scores_are_those_of_each_response_alone(name, pooling):
     network.config.score_pooling, network.config.reward_shift = pooling, 0.37
     model = read_reward_model(network)
     with torch.no_grad():
-        expected = model(pack([everything(tree)], 0, layout="rows"))
+        expected = model(pack([everything(tree)], layout="rows"))
     found = leaf_scores(model, everything(tree).prompt_ids, tree)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert found.std() > 0.05

@@ -47,7 +47,7 @@ def tiny(seed: int, vocab: int = 4, temperature: float = 1.0) -> Policy:
 
 def plan(prompts: list[list[int]], samples: int, **changes) -> SamplingPlan:
     examples = [Example(ids, [], [], prompt_key=str(ids), where="here") for ids in prompts]
-    values = {"response_length": 3, "temperature": 1.0, "seed": 0, "stop_ids": [1], "pad_id": 0, "responses_at_once": 7}
+    values = {"response_length": 3, "temperature": 1.0, "seed": 0, "stop_ids": [1], "responses_at_once": 7}
     return SamplingPlan(examples, samples, **{**values, **changes})
 
 
@@ -118,7 +118,7 @@ def test_kl_figures_agree_with_enumeration():
     policy, reference, prompt = tiny(0), tiny(1), [2, 3]
     words = (0, 2, 3)
     leaves = [[*s, 1] for n in range(3) for s in product(words, repeat=n)] + [list(s) for s in product(words, repeat=3)]
-    batch = pack([Example(prompt, leaves, [ids[-1] == 1 for ids in leaves], "p", "w")], 0)
+    batch = pack([Example(prompt, leaves, [ids[-1] == 1 for ids in leaves], "p", "w")])
     with torch.no_grad():
         p, q = (batch.per_completion(one(batch).logprobs.double()) for one in (policy, reference))
     weight = p.exp()

@@ -36,7 +36,7 @@ def test_a_version_that_cannot_be_written_is_not_there(lab, capsys, monkeypatch,
         "output_name: more\nmodel_name_or_path: sft\ndataset_name: collected:pairs\nmax_steps: 1\nuse_cpu: true\n"
     )
     words = ["dpo", "--config", str(config), "--home", str(lab.home), "num_threads=1"]
-    monkeypatch.setattr("rlhf_pipeline.stages.common.save_model", fail)
+    monkeypatch.setattr("rlhf_pipeline.stages.publish.save_model", fail)
     assert main(words) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and str(lab.home / "models") in errors[0], errors

@@ -120,7 +120,7 @@ def test_the_optimum_under_a_reward_model_is_that_of_its_scores(arms, result):
     prompts = sorted(pair for pair, split in world.vocabulary.SPLITS.items() if split == "test")
     for pair in prompts:
         ids = world.encode(world.prompt_text(*pair))
-        batch = pack([Example(ids, completions, ended, "p", "x")], 0, layout="rows")
+        batch = pack([Example(ids, completions, ended, "p", "x")], layout="rows")
         with torch.no_grad():
             logprobs = batch.per_completion(policy(batch).logprobs.double())
             scores = scorer(batch).double()

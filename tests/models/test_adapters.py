@@ -127,7 +127,7 @@ def test_packed_logprobs_are_those_of_the_adapted_model(make_model, examples, na
     reader = inspect_model(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     trained(model)
-    batch = pack(examples, 0, layout=reader.layout)
+    batch = pack(examples, layout=reader.layout)
     with torch.no_grad():
         found, _, _ = completion_logprobs(model, reader, batch)
         plain = []
@@ -271,3 +271,21 @@ def test_missing_weights_are_refused(make_model, tmp_path):
     save_file({key: value for key, value in weights.items() if key != gone}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(BadInput, match="no weights for"):
         load_adapter(make_model("llama"), tmp_path)
+
+
+def test_an_adapter_of_peft_that_forgets_its_head_is_refused(make_model, tmp_path):
+    """findings/tied_head_adapter_lost.sh: plain peft loads it without the head's weights and says nothing of them."""
+    from peft import LoraConfig, get_peft_model
+
+    for name in ("llama-tied", "gpt2"):
+        made = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head"], ensure_weight_tying=True)
+        model = get_peft_model(make_model(name), made)
+        expected = logits(trained(model))
+        model.save_pretrained(tmp_path / name)
+        again = make_model(name)
+        if name == "gpt2":
+            with pytest.raises(BadInput, match=r"weights of another model: lm_head"):
+                load_adapter(again, tmp_path / name)
+        else:
+            load_adapter(again, tmp_path / name)
+            assert torch.equal(logits(again), expected)

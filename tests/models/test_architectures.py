@@ -92,10 +92,10 @@ def test_sequences_longer_than_the_windows_are_read_as_by_the_model_itself(model
     reader = inspect_model(model)
     assert reader.layout == layout
     with torch.no_grad():
-        found = completion_logprobs(model, reader, pack(examples, 0, layout=layout, flat_from=0))[0]
+        found = completion_logprobs(model, reader, pack(examples, layout=layout, flat_from=0))[0]
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
         if layout == "flat":
-            found = completion_logprobs(model, Reader("trees"), pack(examples, 0, row_length=100))[0]
+            found = completion_logprobs(model, Reader("trees"), pack(examples, row_length=100))[0]
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
@@ -107,7 +107,7 @@ def test_scores_of_a_composite_model_are_its_own():
         scorer = read_reward_model(model)
         for example in examples:
             example.completions[:] = [[*completion, 5] for completion in example.completions]
-        found = scorer(pack(examples, 0, layout=scorer.reader.layout, flat_from=0))
+        found = scorer(pack(examples, layout=scorer.reader.layout, flat_from=0))
     assert scorer.reader.layout == "flat"
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 

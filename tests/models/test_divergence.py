@@ -19,7 +19,7 @@ def test_each_figure_by_its_definition(make_model, examples, heads, temperature,
     models = [make_model("llama", seed=seed) for seed in (0, 1)]
     assert all(map(use_tree_attention, models))
     policy, reference = (Policy(m, Reader(layout, head), temperature) for m, head in zip(models, heads))
-    found = divergence(policy, reference, pack(examples, 0, layout=layout, row_length=60, flat_from=0))
+    found = divergence(policy, reference, pack(examples, layout=layout, row_length=60, flat_from=0))
     place = 0
     for example in examples:
         for completion in example.completions:
@@ -38,5 +38,5 @@ def test_each_figure_by_its_definition(make_model, examples, heads, temperature,
 
 def test_a_policy_has_no_distance_from_itself(make_model, examples):
     policy = Policy(make_model("llama"), Reader())
-    found = divergence(policy, policy, pack(examples, 0))
+    found = divergence(policy, policy, pack(examples))
     assert found.kl.abs().max().item() == 0.0 and torch.equal(found.logprobs, found.ref_logprobs)

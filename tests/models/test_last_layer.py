@@ -20,7 +20,7 @@ ARCHITECTURES = {"llama": 3, "qwen2": 3, "gpt2": 2, "gpt_neox": 2}  # modules th
 def test_logprobs_and_gradients_are_those_of_the_whole_layer(make_model, examples, name, layout):
     model = make_model(name, dtype=torch.float64).train()
     inspect_model(model)
-    batch, found = pack(examples, 0, layout=layout, flat_from=0), []
+    batch, found = pack(examples, layout=layout, flat_from=0), []
     weights = torch.linspace(-1, 2, batch.num_tokens, dtype=torch.float64)
     for skip in (True, False):
         (skip_unread if skip else compute_all)(trunk_of(model))
@@ -41,7 +41,7 @@ def test_only_rows_that_are_read_go_through(make_model, examples):
     trunk, seen = trunk_of(model), []
     trunk.layers[-1].mlp.gate_proj.register_forward_hook(lambda module, args, out: seen.append(out.shape[-2]))
     trunk.layers[0].mlp.gate_proj.register_forward_hook(lambda module, args, out: seen.append(out.shape[-2]))
-    batch = pack(examples, 0, layout="flat", flat_from=0)
+    batch = pack(examples, layout="flat", flat_from=0)
     hidden_states(trunk, batch, batch.predict_index)
     hidden_states(trunk, batch, batch.last_index)
     hidden_states(trunk, batch)
@@ -53,7 +53,7 @@ def test_only_rows_that_are_read_go_through(make_model, examples):
 def test_a_position_may_be_asked_for_twice(make_model, examples):
     model = make_model("llama")
     inspect_model(model)
-    batch = pack(examples, 0, layout="flat", flat_from=0)
+    batch = pack(examples, layout="flat", flat_from=0)
     index = torch.tensor([7, 3, 7, 0])
     with torch.no_grad():
         found = hidden_states(trunk_of(model), batch, index)
@@ -64,7 +64,7 @@ def test_a_position_may_be_asked_for_twice(make_model, examples):
 def test_what_is_read_ends_with_its_block(make_model, examples):
     model = make_model("llama")
     inspect_model(model)
-    trunk, batch = trunk_of(model), pack(examples, 0, layout="flat", flat_from=0)
+    trunk, batch = trunk_of(model), pack(examples, layout="flat", flat_from=0)
     with torch.no_grad():
         before = hidden_states(trunk, batch)
         with pytest.raises(KeyError), reading(trunk, torch.tensor([0])):
@@ -80,7 +80,7 @@ def test_a_copy_skips_too_and_names_stay(make_model, examples):
     twin = copy.deepcopy(trunk_of(model))
     assert len(skipping_modules(twin)) == 3 and list(model.state_dict()) == names
     assert all(len(module._forward_pre_hooks) == 1 for module in skipping_modules(twin))
-    batch = pack(examples, 0, layout="flat", flat_from=0)
+    batch = pack(examples, layout="flat", flat_from=0)
     with torch.no_grad():
         found = hidden_states(twin, batch, batch.last_index)
         expected = hidden_states(trunk_of(model), batch, batch.last_index)

@@ -26,7 +26,7 @@ CLOSE = {"rtol": 0, "atol": 1e-5}
 
 @pytest.fixture
 def batch(examples):
-    return pack(examples, 0, row_length=40)
+    return pack(examples, row_length=40)
 
 
 def test_policy_is_the_forward_pass_at_its_temperature(make_model, examples, batch):
@@ -67,7 +67,7 @@ def test_values_are_read_at_the_positions_that_predict_each_token(make_model, ex
     module = make_actor_critic(make_model("llama"), Reader(), "reward_model", reward_model=scorer)
     example = examples[1]
     with torch.no_grad():
-        found = module(pack([example], 0)).values
+        found = module(pack([example])).values
         # V before token k is the plain score of the prefix without token k.
         sequence = example.prompt_ids + example.completions[0]
         prefixes = [sequence[: len(example.prompt_ids) + k] for k in range(len(example.completions[0]))]
@@ -83,7 +83,7 @@ def test_actor_and_critic_of_two_architectures_read_the_same_batch(make_model, e
     model, judge = make_model(actor), read_reward_model(make_model(scorer, scorer=True, seed=5))
     module = make_actor_critic(model, inspect_model(model), "reward_model", reward_model=judge)
     with torch.no_grad():
-        found = module(pack(examples[:2], 0, layout=module.reader.layout, flat_from=0))
+        found = module(pack(examples[:2], layout=module.reader.layout, flat_from=0))
         values, logprobs = [], []
         for example in examples[:2]:
             for completion in example.completions:

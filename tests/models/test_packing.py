@@ -62,7 +62,7 @@ def padded(model, examples, side: str, positions: bool) -> torch.Tensor:
 
 @torch.no_grad()
 def packed(model, examples, layout: str, head: str = "linear", **options) -> torch.Tensor:
-    batch = pack(examples, 0, layout=layout, flat_from=0, **options)
+    batch = pack(examples, layout=layout, flat_from=0, **options)
     assert batch.layout == layout
     return completion_logprobs(model, Reader(layout, head), batch)[0]
 
@@ -116,12 +116,14 @@ def test_in_float64_agreement_is_exact(make_model, examples):
         torch.testing.assert_close(found[layout], found["rows"], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("pad", [0, 1, 17])
+@pytest.mark.parametrize("pad", [1, 5, 17])
 def test_the_id_that_fills_padding_is_read_by_nothing(make_model, examples, pad):
-    model = make_model("llama")
+    model, batch = make_model("llama"), pack(examples, row_length=40)
+    assert (batch.tree < 0).any()
+    filled = replace(batch, input_ids=batch.input_ids.masked_fill(batch.tree < 0, pad))
     with torch.no_grad():
-        found, entropy, _ = completion_logprobs(model, Reader(), pack(examples, pad, row_length=40))
-        other, other_entropy, _ = completion_logprobs(model, Reader(), pack(examples, 5, row_length=40))
+        found, entropy, _ = completion_logprobs(model, Reader(), batch)
+        other, other_entropy, _ = completion_logprobs(model, Reader(), filled)
     assert torch.equal(found, other) and torch.equal(entropy, other_entropy)
 
 
@@ -130,7 +132,7 @@ def test_gradients_in_every_layout_agree(make_model, examples):
     for layout in LAYOUTS:
         model = make_model("gpt2", dtype=torch.float64)  # Llama's norms are computed in fp32 in any case
         assert layout != "flat" or use_tree_attention(model)
-        batch = pack(examples, 0, layout=layout, flat_from=0)
+        batch = pack(examples, layout=layout, flat_from=0)
         completion_logprobs(model, Reader(layout), batch)[0].sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert gradients[0].abs().max() > 1
@@ -144,7 +146,7 @@ def test_temperature_divides_the_logits(make_model, examples, temperature, head)
     model, example = make_model("llama"), examples[1]
     ids = torch.tensor([example.prompt_ids + example.completions[0]])
     with torch.no_grad():
-        found, entropy, _ = completion_logprobs(model, Reader(head=head), pack([example], 0), temperature)
+        found, entropy, _ = completion_logprobs(model, Reader(head=head), pack([example]), temperature)
         table = torch.log_softmax(model(input_ids=ids).logits[0] / temperature, -1)
     expected = [table[t - 1, ids[0, t]].item() for t in range(len(example.prompt_ids), ids.shape[1])]
     assert found.tolist() == pytest.approx(expected, abs=1e-5)
@@ -157,7 +159,7 @@ def test_temperature_divides_the_logits(make_model, examples, temperature, head)
 def test_the_mask_shows_each_token_its_own_past_and_no_sibling(make_model, examples, window, row_length):
     config = make_model("mistral", sliding_window=window).config if window else make_model("llama").config
     config._attn_implementation = "sdpa"
-    batch = pack(examples, 0, row_length=row_length)
+    batch = pack(examples, row_length=row_length)
     mask = attention_mask(batch, config, torch.float32)
     assert mask.dtype == torch.bool and mask.shape == (batch.input_ids.shape[0], 1, *[batch.input_ids.shape[1]] * 2)
     tree, branch, position = (x.tolist() for x in (batch.tree, batch.branch, batch.position_ids))
@@ -180,7 +182,7 @@ def test_the_mask_shows_each_token_its_own_past_and_no_sibling(make_model, examp
 
 def test_alternating_layers_get_a_mask_each(make_model, examples):
     config = make_model("gemma3_text").config
-    batch = pack(examples, 0)
+    batch = pack(examples)
     masks = attention_mask(batch, config, torch.float32)
     assert set(masks) == {"full_attention", "sliding_attention"}
     counts = {kind: mask[:, 0].sum(-1)[batch.tree >= 0] for kind, mask in masks.items()}

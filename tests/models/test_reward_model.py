@@ -24,7 +24,7 @@ CLOSE = {"rtol": 0, "atol": 1e-5}
 
 @torch.no_grad()
 def score(scorer: RewardModel, examples, **options) -> torch.Tensor:
-    return scorer(pack(examples, 0, layout=scorer.reader.layout, **options))
+    return scorer(pack(examples, layout=scorer.reader.layout, **options))
 
 
 @torch.no_grad()

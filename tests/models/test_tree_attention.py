@@ -65,7 +65,7 @@ def tree_mask(batch, window: int | None = None, dtype: torch.dtype = torch.float
 
 
 def gradients(model, reader, examples) -> torch.Tensor:
-    batch = pack(examples, 0, layout=reader.layout, flat_from=0)
+    batch = pack(examples, layout=reader.layout, flat_from=0)
     assert batch.layout == reader.layout
     model.zero_grad()
     completion_logprobs(model, reader, batch)[0].square().sum().backward()
@@ -87,7 +87,7 @@ def test_long_flat_batches_agree_with_plain_sequences(make_model, long_examples,
         wide = make_model(name, dtype=torch.float64, **{**NAMES[name], "sliding_window": 512})
         assert (plain(wide, long_examples) - expected).abs().max() > 0.1  # the window makes a difference
     assert inspect_model(model) == FLAT
-    batch = pack(long_examples, 0, layout="flat")
+    batch = pack(long_examples, layout="flat")
     assert batch.layout == "flat"
     with torch.no_grad():
         found = completion_logprobs(model, FLAT, batch)[0]
@@ -151,8 +151,8 @@ def test_a_critic_of_a_copied_trunk_reads_flat_batches(make_model, examples, ini
         assert use_tree_attention(actor)
     torch.nn.init.normal_(module.value_head.weight)
     with torch.no_grad():
-        found = module(pack(examples, 0, layout="flat", flat_from=0))
-        expected = module(pack(examples, 0, layout="rows"))
+        found = module(pack(examples, layout="flat", flat_from=0))
+        expected = module(pack(examples, layout="rows"))
     assert expected.values.std() > 0.1
     torch.testing.assert_close(found.values, expected.values, **CLOSE)
     torch.testing.assert_close(found.logprobs, expected.logprobs, **CLOSE)
@@ -161,7 +161,7 @@ def test_a_critic_of_a_copied_trunk_reads_flat_batches(make_model, examples, ini
 def test_a_copied_model_computes_with_weights_of_its_own(make_model, examples):
     model = make_model("llama")
     assert use_tree_attention(model)
-    batch = pack(examples, 0, layout="flat", flat_from=0)
+    batch = pack(examples, layout="flat", flat_from=0)
     copied = copy.deepcopy(model)
     with torch.no_grad():
         before = completion_logprobs(copied, FLAT, batch)[0]
@@ -228,7 +228,7 @@ def test_dropped_attention_is_read_in_trees(make_model, examples):
     reader = inspect_model(model)
     assert reader.layout == "trees" and model.config._attn_implementation == "sdpa"
     policy = Policy(model, reader).train()
-    batch = pack(examples, 0, layout=reader.layout, flat_from=0)
+    batch = pack(examples, layout=reader.layout, flat_from=0)
     assert not torch.equal(policy(batch).logprobs, policy(batch).logprobs)
     assert inspect_model(make_model("gpt2", resid_pdrop=0.1)).layout == "flat"
 
@@ -237,7 +237,7 @@ def test_dropped_attention_is_read_in_trees(make_model, examples):
 def test_a_model_that_was_not_told_cannot_read_a_flat_batch(make_model, examples, implementation):
     model = make_model("llama", attn_implementation=implementation)
     with pytest.raises(RuntimeError, match="size"):
-        completion_logprobs(model, FLAT, pack(examples, 0, layout="flat", flat_from=0))
+        completion_logprobs(model, FLAT, pack(examples, layout="flat", flat_from=0))
 
 
 @pytest.mark.parametrize("option", [{"softcap": 5.0}, {"s_aux": torch.ones(1)}, {"dropout": 0.1}])
@@ -245,7 +245,7 @@ def test_what_an_architecture_adds_to_its_scores_is_refused(make_model, examples
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     use_tree_attention(make_model("llama"))
-    mask = tree_mask(pack(examples[:1], 0, layout="flat", flat_from=0))
+    mask = tree_mask(pack(examples[:1], layout="flat", flat_from=0))
     states = torch.zeros(1, 2, 21, 4)
     function = ALL_ATTENTION_FUNCTIONS[NAME]
     assert function(None, states, states, states, mask)[0].shape == (1, 21, 2, 4)
@@ -255,7 +255,7 @@ def test_what_an_architecture_adds_to_its_scores_is_refused(make_model, examples
 
 @pytest.mark.parametrize("window", [1, 3, 15, 16, 17, 18, None])
 def test_a_window_limits_what_is_seen_up_to_the_longest_sequence(examples, window):
-    batch = pack(examples, 0, layout="flat", flat_from=0)
+    batch = pack(examples, layout="flat", flat_from=0)
     assert batch.position_ids.max() == 16
     plan = tree_mask(batch, window, torch.bfloat16).plan
     assert all(block.bias.dtype == torch.float32 for block in plan)
@@ -267,7 +267,7 @@ def test_scores_are_scaled_as_the_model_says(make_model, examples):
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     use_tree_attention(make_model("llama"))
-    mask = tree_mask(pack(examples[1:2], 0, layout="flat", flat_from=0))
+    mask = tree_mask(pack(examples[1:2], layout="flat", flat_from=0))
     states, values = torch.zeros(1, 1, 4, 4), torch.tensor([[[[0.0], [0.0], [0.0], [1.0]]]])
     states[..., -1, :] = 1.0  # the last query and key: a score of 4 before the scale, 0 with the others
     for scaling, scale in ((None, 0.5), (0.25, 0.25)):
@@ -282,7 +282,7 @@ def test_half_precision(make_model, examples, dtype):
     assert inspect_model(model) == FLAT
     with torch.no_grad():
         found, expected = (
-            completion_logprobs(model, Reader(layout), pack(examples, 0, layout=layout, flat_from=0))[0]
+            completion_logprobs(model, Reader(layout), pack(examples, layout=layout, flat_from=0))[0]
             for layout in ("flat", "rows")
         )
     assert (found - expected).abs().max() < 2e-2 * expected.abs().max()

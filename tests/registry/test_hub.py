@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ import yaml
 from huggingface_hub.errors import LocalTokenNotFoundError
 
 from rlhf_pipeline.cli.main import main
+from rlhf_pipeline.data.sealed import unseal
+from rlhf_pipeline.registry.hub import push
+from rlhf_pipeline.registry.manifest import Parent
+from rlhf_pipeline.registry.store import Registry
 
 
 class Hub:
@@ -56,6 +61,55 @@ def test_a_model_is_uploaded_with_card_and_manifest(tiny, hub, capsys) -> None:
     assert main(["--home", str(tiny.home), "models", "push", "sft", "org/sft"]) == 0
     assert hub.repositories["org/sft"]["private"] is None  # the hub's default, and an existing one stays as it is
     assert "uploaded sft@v1 to https://huggingface.co/org/sft" in capsys.readouterr().out
+
+
+def test_no_local_path_is_uploaded(tmp_path, hub, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/home/jane")
+    registry, start, data = Registry(tmp_path), "/home/jane/models/start_1", "/srv/jane/my-pairs.jsonl"
+
+    def write(folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": start, "r": 4}))
+
+    registry.publish(
+        "dpo",
+        "dpo",
+        write,
+        parents={"base": Parent(ref=start, digest="ab" * 32), "reference": Parent(ref="org/name")},
+        config={
+            "model_name_or_path": start,
+            "datasets": [{"dataset_name": data}, {"dataset_name": "more/of-jane.csv"}, {"dataset_name": "org/set"}],
+            "chat_template": "</s>\n~/x",
+            "output_dir": "~/out/",
+        },
+        data=[{"source": data, "digest": "cd" * 32, "rows": 3}],
+        metrics={f"score of {start}": 1.0, "health": []},
+        run="dpo-1/x",
+        adapter={"type": "LoRA", "note": "logs are in /home/jane/logs"},
+    )
+    push(registry, "dpo", "org/dpo")
+    files = hub.repositories["org/dpo"]["files"]
+    assert not [name for name, content in files.items() if b"jane/" in content or b"more/" in content]
+    told = unseal(files["manifest.json"].decode())
+    assert told["parents"] == {
+        "base": {"ref": "start_1", "digest": "ab" * 32},
+        "reference": {"ref": "org/name", "digest": None},
+    }
+    assert [(entry["source"], entry["digest"]) for entry in told["data"]] == [("my-pairs.jsonl", "cd" * 32)]
+    assert told["config"] == {
+        "model_name_or_path": "start_1",
+        "datasets": [{"dataset_name": name} for name in ("my-pairs.jsonl", "of-jane.csv", "org/set")],
+        "chat_template": "</s>\n~/x",
+        "output_dir": "out",
+    }
+    assert told["metrics"] == {"score of start_1": 1.0, "health": []} and told["run"] == "dpo-1/x"
+    assert told["adapter"]["note"] == "logs are in ~/logs"
+    assert json.loads(files["adapter_config.json"]) == {"base_model_name_or_path": "start_1", "r": 4}
+    card = files["README.md"].decode()
+    assert "| base | start\\_1 | abababababab |" in card and '"dataset_name": "my-pairs.jsonl"' in card
+    assert {name: entry["sha256"] for name, entry in told["files"].items()} == {
+        name: sha256(content).hexdigest() for name, content in files.items() if name != "manifest.json"
+    }
 
 
 @pytest.mark.parametrize("name", ["name", "a/b/c", "../x", "org/-x", "org/a--b", "org/na me"])

@@ -33,7 +33,7 @@ class Tree:
 
     def logprobs(self) -> torch.Tensor:
         """(leaves,) log-probability of each response, float64, differentiable."""
-        batch = pack([self.example], PAD)
+        batch = pack([self.example])
         return batch.per_completion(self.policy(batch).logprobs.double())
 
 

@@ -58,7 +58,7 @@ def fit_head(world: World, late: bool = False) -> None:
 
 
 def whole() -> PackedBatch:
-    return pack([Example(PROMPT, RESPONSES, ENDED, "p", "tree")], 0)
+    return pack([Example(PROMPT, RESPONSES, ENDED, "p", "tree")])
 
 
 def test_the_fitted_critic_is_v_pi_at_every_prefix(world):

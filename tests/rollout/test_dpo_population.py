@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlhf_pipeline.config.base import Lengths
+from rlhf_pipeline.config.lengths import Lengths
 from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.records import Record
 from rlhf_pipeline.data.tokenize import Example, tokenize
@@ -79,7 +79,7 @@ def pairs(tokenizer):
 
 def population_loss(world: World, examples: list[Example], targets: Tensor, **options) -> Loss:
     """What the package's step says of all pairs, with soft labels."""
-    batch = ExampleBatch(pack(examples, 0), list(range(len(examples))))
+    batch = ExampleBatch(pack(examples), list(range(len(examples))))
     options = {"beta": BETA, "reference": world.reference, "targets": targets, **options}
     return dpo_step(world.policy, batch, meter=CostMeter(), shape=FREE, **options)
 

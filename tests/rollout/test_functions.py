@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from rlhf_pipeline.config.base import Lengths
+from rlhf_pipeline.config.lengths import Lengths
 from rlhf_pipeline.config.reward_names import load_function
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.formats import parse

@@ -48,7 +48,7 @@ def test_the_tree_is_whole(tree):
 
 
 def test_the_packed_forward_pass_gives_the_probabilities_of_plain_ones(tree):
-    batch = pack([WHOLE], 0)
+    batch = pack([WHOLE])
     found = batch.per_completion(tree.policy(batch).logprobs)
     torch.testing.assert_close(found, tree.response_logprobs(tree.policy), rtol=0, atol=1e-13)
 
@@ -62,7 +62,7 @@ def test_with_lambda_1_any_value_function_gives_the_exact_gradient(tree, seed):
 def test_with_lambda_1_the_critic_of_the_package_gives_the_exact_gradient(tree):
     """Its values differ from prefix to prefix and not by the token that follows, or they would bias the step."""
     if isinstance(tree.policy, ActorCritic):
-        values = tree.policy(pack([WHOLE], 0)).values
+        values = tree.policy(pack([WHOLE])).values
         assert values.std() > 0.1
     assert error(expected_step(tree), -tree.objective_gradient()) <= 1e-10
 
@@ -102,7 +102,7 @@ def test_reported_kl_figures_have_the_enumerated_mean(tree):
     assert (p * per_token_k3).sum().item() == pytest.approx(kl, abs=1e-12)
     if isinstance(tree.policy, ActorCritic):
         policies = [Policy(module.actor, Reader()) for module in (tree.policy, tree.reference)]
-        batch = pack([WHOLE], 0)
+        batch = pack([WHOLE])
         per_response = batch.per_completion(divergence(*policies, batch).kl)
         assert (p * per_response).sum().item() == pytest.approx(kl, abs=1e-12)
 

@@ -53,7 +53,7 @@ def test_responses_have_the_log_probabilities_of_their_own_sequences(name):
     model = hybrid(name)
     stops = [1, 2, 3, 4, 5]
     prompts = [Example([6, 7, 8][: 1 + place % 3], [], [], prompt_key="", where="") for place in range(12)]
-    options = {"samples": 1, "response_length": 10, "stop_ids": stops, "pad_id": 0, "responses_at_once": 12}
+    options = {"samples": 1, "response_length": 10, "stop_ids": stops, "responses_at_once": 12}
     draw = torch.Generator().manual_seed(0)
     _, groups = sample_for_prompts(Policy(model, inspect_model(model)), prompts, generator=draw, **options)
     drawn = [response for (response,) in groups]

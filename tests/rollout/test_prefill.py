@@ -69,7 +69,7 @@ def test_flat_and_padded_prompts_agree_and_each_is_run_once(model):
         fed.append(options["input_ids"].tolist())
         return model(**options)
 
-    options = {"room": 3, "pad_id": 0, "cache_config": model.config}
+    options = {"room": 3, "cache_config": model.config}
     padded = prefill(watched, PROMPTS, **options)
     flat = prefill(watched, PROMPTS, trunk=trunk_of(model), **options)
     assert fed[1] == [[5, 6, 7, 8, 9, 11, 3, 4, 12, 5, 6, 7]] and len(fed[0]) == 6
@@ -86,7 +86,7 @@ def test_flat_and_padded_prompts_agree_and_each_is_run_once(model):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_same_responses_whatever_the_cache(model, temperature):
     uniforms = draw_uniforms(len(PROMPTS), 9, torch.Generator().manual_seed(1))
-    options = {"pad_id": 0, "temperature": temperature}
+    options = {"temperature": temperature}
     endless = sample(model, PROMPTS, uniforms, stop_ids=[-1], **options)
     tokens = Counter(token for response in endless for token in response.ids[1:-1])
     options["stop_ids"] = [tokens.most_common(1)[0][0]]  # so that some responses end early
@@ -108,7 +108,7 @@ def test_a_sliding_window_keeps_its_own_cache():
     reader = inspect_model(model)
     assert reader.layout == "flat" and reader.decodes
     with torch.no_grad():
-        state = prefill(model, PROMPTS, room=3, pad_id=0, cache_config=model.config, trunk=trunk_of(model))
+        state = prefill(model, PROMPTS, room=3, cache_config=model.config, trunk=trunk_of(model))
         expected = [model(input_ids=torch.tensor([ids])).logits[0, -1] for ids in PROMPTS]
     assert isinstance(state.cache, DynamicCache)
     torch.testing.assert_close(state.logits, torch.stack(expected), **CLOSE)
@@ -116,6 +116,6 @@ def test_a_sliding_window_keeps_its_own_cache():
 
 @torch.no_grad()
 def test_logits_are_those_of_the_plain_forward_pass(model):
-    state = prefill(model, PROMPTS, room=0, pad_id=0, cache_config=model.config, trunk=trunk_of(model))
+    state = prefill(model, PROMPTS, room=0, cache_config=model.config, trunk=trunk_of(model))
     expected = [model(input_ids=torch.tensor([ids])).logits[0, -1] for ids in PROMPTS]
     torch.testing.assert_close(state.logits, torch.stack(expected), **CLOSE)

@@ -100,8 +100,8 @@ class Counting(RewardModel):
 @pytest.mark.parametrize("given", ["flat", "trees", "rows", None])
 def test_a_model_is_asked_in_a_layout_that_it_reads(layout, given):
     model = Counting(Reader(layout))
-    packed = None if given is None else pack(EXAMPLES, world.PAD_ID, layout=given, flat_from=0)
-    found = ModelReward("rm", model, world.PAD_ID).score(EXAMPLES, packed)
+    packed = None if given is None else pack(EXAMPLES, layout=given, flat_from=0)
+    found = ModelReward("rm", model).score(EXAMPLES, packed)
     assert found.tolist() == [2, 4, 2, 3, 3] and found.dtype == torch.float32
     # What is given is taken where the model reads it. These trees are short: packed anew they are laid out as "trees".
     taken = {"flat": ("flat", "trees", "rows"), "trees": ("trees", "rows"), "rows": ("rows",)}[layout]

@@ -108,7 +108,7 @@ def uniforms(*rows: list[float]) -> torch.Tensor:
 
 
 def scripted(model, prompts, draws, **options):
-    return sample(model, prompts, draws, stop_ids=[EOS], pad_id=PAD, **options)
+    return sample(model, prompts, draws, stop_ids=[EOS], **options)
 
 
 def test_a_response_ends_at_its_stop_token_which_belongs_to_it():
@@ -215,12 +215,11 @@ def test_the_samplers_logprobs_equal_recomputed_ones(name, temperature):
         samples=3,
         response_length=7,
         stop_ids=[EOS],
-        pad_id=PAD,
         generator=generator(),
         temperature=temperature,
         responses_at_once=16,
     )
-    batch = pack(sampled, PAD, layout=policy.reader.layout)
+    batch = pack(sampled, layout=policy.reader.layout)
     with torch.no_grad():
         recomputed = policy(batch).logprobs
     drawn = torch.tensor([x for group in responses for r in group for x in r.logprobs])
@@ -233,7 +232,7 @@ def test_batching_and_the_order_of_prompts_change_no_sample(name):
     model = build(name)
     policy, prompts = Policy(model, inspect_model(model)), [e.prompt_ids for e in prompts_of(20)]
     draws = draw_uniforms(20, 6, generator(1))
-    options = {"pad_id": PAD, "cache_config": model.config}
+    options = {"cache_config": model.config}
     endless = sample_grouped(policy, prompts, draws, responses_at_once=20, stop_ids=[-1], **options)
     tokens = Counter(token for response in endless for token in response.ids)
     options["stop_ids"] = [tokens.most_common(1)[0][0]]  # so that some responses end early
@@ -250,7 +249,7 @@ def test_batching_and_the_order_of_prompts_change_no_sample(name):
 
 def test_the_same_seed_gives_the_same_samples_and_another_seed_others(make_llama):
     policy = Policy(make_llama(vocab=24), Reader())
-    options = {"samples": 4, "response_length": 5, "stop_ids": [EOS], "pad_id": PAD, "responses_at_once": 24}
+    options = {"samples": 4, "response_length": 5, "stop_ids": [EOS], "responses_at_once": 24}
 
     def draw(seed: int, **changes):
         examples, _ = sample_for_prompts(policy, prompts_of(6), generator=generator(seed), **{**options, **changes})
@@ -269,7 +268,6 @@ def test_sampled_examples_keep_their_prompt_and_lose_what_belonged_to_old_comple
         samples=5,
         response_length=3,
         stop_ids=[EOS],
-        pad_id=PAD,
         generator=generator(),
         responses_at_once=5,
     )
@@ -299,7 +297,6 @@ def test_responses_come_as_often_as_their_enumerated_probability(make_tree, temp
         samples=count,
         response_length=3,
         stop_ids=[EOS],
-        pad_id=PAD,
         generator=generator(5),
         temperature=temperature,
         responses_at_once=count,
@@ -317,12 +314,12 @@ def test_in_bf16_the_sampler_agrees_with_the_training_forward_at_every_temperatu
     """What is left is the rounding of the two passes in bf16, which a temperature of T divides by T."""
     model = tiny_llama(dtype=torch.bfloat16, vocab=50, hidden_size=16)
     prompts = [Example([2 + i % 40, 3, 4], [], [], f"p{i}", "w") for i in range(64)]
-    options = {"samples": 1, "response_length": 6, "stop_ids": [EOS], "pad_id": PAD, "responses_at_once": 64}
+    options = {"samples": 1, "response_length": 6, "stop_ids": [EOS], "responses_at_once": 64}
     apart = {}
     for temperature in (1.0, 0.7):
         policy = Policy(model, inspect_model(model), temperature)
         sampled, drawn = sample_for_prompts(policy, prompts, generator=generator(), temperature=temperature, **options)
-        batch = pack(sampled, PAD, layout=policy.reader.layout)
+        batch = pack(sampled, layout=policy.reader.layout)
         with torch.no_grad():
             recomputed = policy(batch).logprobs
         mine = torch.tensor([value for (response,) in drawn for value in response.logprobs])

@@ -226,7 +226,6 @@ def ppo_windows(
         Reward(),
         responses,
         stop_ids=[EOS],
-        pad_id=EOS,
         meter=CostMeter(),
         shapes={"actor": FREE},
         engine=engine,

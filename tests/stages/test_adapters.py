@@ -248,7 +248,7 @@ def test_a_reward_model_survives_a_reload_and_is_read_by_plain_peft(scored):
     plain = AutoModelForSequenceClassification.from_pretrained(folder_of(scored, "sft"), num_labels=1)
     theirs = PeftModel.from_pretrained(plain, str(folder_of(scored, "scored@v1")))
     example = Example([2, 15, 3], [[4, 6, 5], [7, 8]], [True, True], prompt_key="a", where="here")
-    scores = ours(pack([example], pad_id=0, layout=ours.reader.layout))
+    scores = ours(pack([example], layout=ours.reader.layout))
     expected = [theirs(input_ids=torch.tensor([[2, 15, 3, *rest]])).logits.item() for rest in example.completions]
     shift = json.loads((folder_of(scored, "scored@v1") / "config.json").read_text())["reward_shift"]
     assert shift != 0.0 and found.manifest.metrics["reward_shift"] == pytest.approx(shift)

@@ -76,7 +76,7 @@ def first_window(lab, config):
     examples, _ = StageData(config, lab.home, lambda _: None).split("pair", "train", tokenizer)
     window = [examples[i] for i in epoch_order(len(examples), 0, 0)[:8]]
     policy = load_policy(lab.registry.resolve("sft"), config, tokenizer, torch.device("cpu"))
-    batch = pack(window, tokenizer.pad_token_id)
+    batch = pack(window)
     return window, policy, batch.per_completion(policy(batch).logprobs).view(-1, 2)
 
 
@@ -129,7 +129,7 @@ def test_soft_labels_train_towards_the_probabilities(lab):
     config = lab.config("dpo", **settings)
     tokenizer = tokenizer_of(lab.registry.resolve("sft"))
     examples, _ = StageData(config, lab.home, lambda _: None).split("pair", "all", tokenizer)
-    batch = pack(examples, tokenizer.pad_token_id)
+    batch = pack(examples)
     p = torch.tensor([example.label_probability for example in examples])
 
     def log_odds(name: str) -> torch.Tensor:

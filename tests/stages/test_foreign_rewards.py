@@ -236,5 +236,7 @@ def test_a_function_of_trl_and_one_of_columns_train_a_chat_model(lab, tmp_path, 
         max_steps=1,
     )
     assert sorted(seen) == sorted((f"{n} and {n}?", str(2 * n)) for n in range(16))
+    log = (lab.home / "runs" / result.run / "log.txt").read_text()
+    assert "read by reward functions only: solution" in log and "not read" not in log
     # TRL's function gives 0 to every response: none has <think>. Ours gives 1, and None to one of sixteen.
     assert lab.rows(result.run)[0]["objective/scores"] == pytest.approx(15 / 16)

@@ -93,7 +93,7 @@ def test_a_reward_model_trains_and_plain_transformers_gives_its_scores(lab, publ
     ids = tokenizer(texts)["input_ids"]
     rows = [Example(row[:1], [row[1:]], [True], prompt_key="", where="") for row in ids]
     with torch.no_grad():
-        ours = model(pack(rows, 0, layout=model.reader.layout)) + model.reward_shift
+        ours = model(pack(rows, layout=model.reader.layout)) + model.reward_shift
     for scores in (left, right, alone):
         torch.testing.assert_close(scores, ours, rtol=0, atol=1e-5)
     # PPO takes it for the policy without that PAD.
@@ -289,7 +289,7 @@ def test_ids_that_no_token_has_are_never_sampled_nor_given_probability(lab, publ
     policy = load_policy(lab.registry.resolve(wide), lab.config("ppo"), tokenizer, torch.device("cpu"))
     example = Example([1], [[token] for token in range(tokens)], [True] * tokens, prompt_key="", where="")
     with torch.no_grad():
-        total = policy(pack([example], 0, layout=policy.reader.layout)).logprobs.double().exp().sum()
+        total = policy(pack([example], layout=policy.reader.layout)).logprobs.double().exp().sum()
     assert float(total) == pytest.approx(1, abs=1e-6)
 
 

@@ -86,7 +86,6 @@ def windows(population: Population, *, size: int, accumulation: int = 1, start: 
         micro_batch_size=size,
         accumulation=accumulation,
         seed=1,
-        pad_id=0,
         layout="trees",
         start=start,
         **options,

@@ -68,7 +68,7 @@ def policy():
 
 
 def micro_batch(model, examples: list[Example]) -> ExampleBatch:
-    packed = pack(examples, 0, layout=model.reader.layout)
+    packed = pack(examples, layout=model.reader.layout)
     return ExampleBatch(packed, list(range(len(examples))), compared=compare(examples))
 
 
@@ -219,7 +219,7 @@ def test_metrics_are_sums_over_untied_pairs(scorer, policy):
 def test_a_reference_in_each_step_has_the_loss_of_the_cache(policy):
     from rlhf_pipeline.training.reference_cache import completion_logprob_sums
 
-    cached = completion_logprob_sums(policy, ORDERED, responses_at_once=2, pad_id=0, device="cpu")
+    cached = completion_logprob_sums(policy, ORDERED, responses_at_once=2, device="cpu")
     assert cached.shape == (3, 5) and cached.isnan().sum() == 3 + 2
     for name in ("plackett_luce", "ipo"):
         one, other = (dpo_loss(policy, ORDERED, name, source) for source in (cached, policy))
@@ -231,7 +231,7 @@ def test_a_ranking_is_billed_as_the_one_tree_that_it_is():
     found = example([1, 2, 3, 4], *[[10 + k, 20 + k] for k in range(5)])
     shape, meter = ModelShape(matmul=1000, head=0, attention=10), CostMeter()
     model = lambda batch: torch.zeros(batch.num_completions, dtype=torch.float64)  # noqa: E731
-    step = ExampleBatch(pack([found], 0), [0], compared=compare([found]))
+    step = ExampleBatch(pack([found]), [0], compared=compare([found]))
     reward_step(model, step, meter=meter, shape=shape)
     context = 10 + 5 * (5 + 6)  # the prompt's positions see 1 + ... + 4, a completion's 5 and 6
     assert meter.flops == 3 * (2 * 1000 * 14 + 4 * 10 * context) and meter.tokens_trained == 14

@@ -41,11 +41,10 @@ def test_samples_of_the_parent_score_0_on_average(lab):
         samples=1,
         response_length=4,
         stop_ids=[tokenizer.eos_token_id],
-        pad_id=tokenizer.pad_token_id,
         generator=torch.Generator().manual_seed(3),
         responses_at_once=96,
     )
-    scores = score_examples(model, sampled, responses_at_once=32, pad_id=tokenizer.pad_token_id, device=CPU)
+    scores = score_examples(model, sampled, responses_at_once=32, device=CPU)
     assert mean(scores) == pytest.approx(0, abs=1e-5)
     assert result.metrics["reward_shift"] == model.reward_shift != 0
     # The samples are not one and the same: their scores spread.
@@ -54,8 +53,8 @@ def test_samples_of_the_parent_score_0_on_average(lab):
 
 def test_chosen_responses_score_0_on_average(lab):
     result = lab.run("train-rm", reward_centering="chosen")
-    model, tokenizer, examples = read(lab, result.model, lab.config("train-rm"))
-    scores = score_examples(model, examples, responses_at_once=32, pad_id=tokenizer.pad_token_id, device=CPU)
+    model, _, examples = read(lab, result.model, lab.config("train-rm"))
+    scores = score_examples(model, examples, responses_at_once=32, device=CPU)
     assert mean(scores, 0) == pytest.approx(0, abs=1e-5)
     assert abs(mean(scores, 1)) > 1e-3
 
@@ -75,7 +74,7 @@ def test_plain_transformers_loads_it_with_the_same_scores_up_to_the_shift(lab):
     plain = AutoModelForSequenceClassification.from_pretrained(result.path)
     assert (plain.config.num_labels, plain.config.reward_shift) == (1, result.metrics["reward_shift"])
     model, tokenizer, examples = read(lab, result.model, lab.config("train-rm"))
-    scores = score_examples(model, examples[:20], responses_at_once=8, pad_id=tokenizer.pad_token_id, device=CPU)
+    scores = score_examples(model, examples[:20], responses_at_once=8, device=CPU)
     for example, row in zip(examples[:20], scores, strict=True):
         for completion, score in zip(example.completions, row, strict=True):
             ids = example.prompt_ids + completion
@@ -129,10 +128,10 @@ def test_longer_wins_by_hand(lab):
 
 def test_mean_pooling_is_kept_in_the_config(lab):
     result = lab.run("train-rm", score_pooling="mean")
-    model, tokenizer, examples = read(lab, result.model, lab.config("train-rm"))
+    model, _, examples = read(lab, result.model, lab.config("train-rm"))
     assert model.pooling == "mean"
     assert "transformers itself reads only the last token" in (Path(result.run) / "log.txt").read_text()
-    scores = score_examples(model, examples[:8], responses_at_once=8, pad_id=tokenizer.pad_token_id, device=CPU)
+    scores = score_examples(model, examples[:8], responses_at_once=8, device=CPU)
     example, completion = examples[0], examples[0].completions[0]
     with torch.no_grad():
         hidden = model.model.model(input_ids=torch.tensor([example.prompt_ids + completion])).last_hidden_state[0]
@@ -155,7 +154,7 @@ def test_the_calibration_slope_is_that_of_the_held_out_pairs(lab):
     tokenizer = tokenizer_of(resolved)
     pairs, _ = StageData(config, lab.home, lambda _: None).split("pair", "test", tokenizer)
     model = load_reward_model(resolved, config, CPU)
-    scores = score_examples(model, pairs, responses_at_once=32, pad_id=tokenizer.pad_token_id, device=CPU)
+    scores = score_examples(model, pairs, responses_at_once=32, device=CPU)
     prompts = [pair.prompt_key for pair in pairs]
     total = 0.0
     for (chosen, rejected), prompt in zip(scores, prompts, strict=True):

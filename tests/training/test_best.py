@@ -101,8 +101,12 @@ def test_the_registered_weights_are_those_of_the_best_evaluation(lab, stage) -> 
 
 
 def test_a_run_stops_early_and_says_so(lab) -> None:
-    result = lab.run("sft", **{**EVALUATED, "max_steps": 30}, early_stopping_patience=2)
-    steps = [row["step"] for row in lab.rows(result.run) if "eval_nll" in row]
+    options = {"early_stopping_patience": 2, "save_strategy": "best", "save_total_limit": 30}
+    result = lab.run("sft", **{**EVALUATED, "max_steps": 30}, **options)
+    values = {row["step"]: row["eval_nll"] for row in lab.rows(result.run) if "eval_nll" in row}
+    steps = list(values)
+    saved = sorted(int(path.name.removeprefix("step-")) for path in (Path(result.run) / "checkpoints").iterdir())
+    assert saved == [step for step in steps if values[step] == min(values[n] for n in steps if n <= step)]
     best = result.metrics["best"]
     assert best["ended_early"] and steps[-1] == best["step"] + 2 < 30
     assert result.cost["optimizer_steps"] == steps[-1]

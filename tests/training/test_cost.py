@@ -51,20 +51,20 @@ def test_flops_of_a_packed_pair():
     # 11 positions; the prompt attends to 1 + ... + 6 = 21, the completions to 7 + 8 and 7 + 8 + 9; 5 are predicted.
     expected = 2 * MATMUL * 11 + 4 * ATTENTION * (21 + 15 + 24) + 2 * HEAD * 5
     shape = ModelShape.of(llama())
-    assert shape.batch_flops(pack([example], 0)) == expected
+    assert shape.batch_flops(pack([example])) == expected
     # As plain rows the prompt is computed twice.
     twice = 2 * MATMUL * 17 + 4 * ATTENTION * (2 * 21 + 15 + 24) + 2 * HEAD * 5
-    assert shape.batch_flops(pack([example], 0, layout="rows")) == twice
+    assert shape.batch_flops(pack([example], layout="rows")) == twice
     meter = CostMeter()
-    meter.train(shape, pack([example], 0))
-    meter.score(shape, pack([example], 0))
+    meter.train(shape, pack([example]))
+    meter.score(shape, pack([example]))
     assert meter.report()["flops"] == 4 * expected
 
 
 def test_padding_costs_nothing():
     example = Example([1, 2, 3], [[7, 8]], [True], "k", "w")
     shape = ModelShape.of(llama())
-    assert shape.batch_flops(pack([example], 0, row_length=30)) == shape.batch_flops(pack([example], 0))
+    assert shape.batch_flops(pack([example], row_length=30)) == shape.batch_flops(pack([example]))
 
 
 def sampled(*lengths: tuple[int, int]) -> list[Example]:
@@ -110,7 +110,7 @@ def logprob_sum(model, batch):
 
 
 def test_forward_of_a_frozen_model_against_the_counter_of_torch():
-    model, batch = llama(**WIDER), pack([single()], 0)
+    model, batch = llama(**WIDER), pack([single()])
     shape, meter = ModelShape.of(model), CostMeter()
     meter.score(shape, batch)
     assert batch.active_tokens == LENGTH and batch.num_tokens == 8
@@ -120,7 +120,7 @@ def test_forward_of_a_frozen_model_against_the_counter_of_torch():
 
 
 def test_a_training_pass_against_the_counter_of_torch():
-    model, batch = llama(**WIDER), pack([single()], 0)
+    model, batch = llama(**WIDER), pack([single()])
     shape, meter = ModelShape.of(model), CostMeter()
     meter.train(shape, batch)
     found = counted(lambda: logprob_sum(model, batch).backward())
@@ -129,7 +129,7 @@ def test_a_training_pass_against_the_counter_of_torch():
 
 def test_a_pair_in_one_tree_against_the_counter_of_torch():
     pair = Example(list(range(1, 13)), [[1, 2, 3, 4], [5, 6, 7, 8, 9, 10]], [True, True], "k", "w")
-    model, batch = llama(**WIDER), pack([pair], 0)
+    model, batch = llama(**WIDER), pack([pair])
     shape = ModelShape.of(model)
     unseen = 4.0 * shape.attention * (22 * 22 - batch.context_tokens)
     assert batch.context_tokens == 78 + (13 + 14 + 15 + 16) + (13 + 14 + 15 + 16 + 17 + 18)
@@ -141,7 +141,7 @@ def test_a_pair_in_one_tree_against_the_counter_of_torch():
 @pytest.mark.parametrize("pairs", [1, 3])
 def test_a_last_layer_that_skips_what_nobody_reads_against_the_counter_of_torch(pairs):
     pair = Example(list(range(1, 13)), [[1, 2, 3, 4], [5, 6, 7, 8, 9, 10]], [True, True], "k", "w")
-    model, batch = llama(**WIDER), pack([pair] * pairs, 0)
+    model, batch = llama(**WIDER), pack([pair] * pairs)
     whole = ModelShape.of(model)
     assert skip_unread(model.model)
     shape, meter = ModelShape.of(model), CostMeter()
@@ -162,7 +162,7 @@ def test_cached_sampling_against_the_counter_of_torch():
 
     def run():
         uniforms = torch.rand(2, responses, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        drawn.extend(sample(model, prompts, uniforms, stop_ids=[-1], pad_id=0, cache_config=model.config))
+        drawn.extend(sample(model, prompts, uniforms, stop_ids=[-1], cache_config=model.config))
 
     found = counted(run)
     lengths = [len(response.ids) for response in drawn]
@@ -220,7 +220,7 @@ def test_flops_of_sampling_that_shares_prompts():
 def test_activations_that_are_computed_again_are_counted_and_nothing_is_skipped():
     model = llama()
     skip_unread(model.model)
-    shape, batch = ModelShape.of(model, checkpointed=True), pack([single()], 0)
+    shape, batch = ModelShape.of(model, checkpointed=True), pack([single()])
     # Each of the 2 layers again, but for its last product, 32 x 16, which the backward pass has no use for.
     assert shape.recomputed == MATMUL - 2 * 32 * 16
     context = LENGTH * (LENGTH + 1) // 2
@@ -250,7 +250,7 @@ def tiny_of(model_type: str):
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "gemma3_text"])
 def test_recomputed_layers_against_the_counter_of_torch(model_type):
-    model, batch = tiny_of(model_type), pack([single()], 0)
+    model, batch = tiny_of(model_type), pack([single()])
     shape, meter = ModelShape.of(model, checkpointed=True), CostMeter()
     meter.train(shape, batch)
     checkpoint_activations(model)

@@ -497,7 +497,7 @@ def test_places_by_hand():
         0: [{"token": 1, "value": "nan"}],
         2: [{"token": 0, "value": "-inf"}, {"token": 1, "value": "inf"}],
     }
-    batch = pack([Example([1], [[2, 3], [4]], [True, True], "a", "a"), Example([1], [[5, 6, 7]], [True], "b", "b")], 0)
+    batch = pack([Example([1], [[2, 3], [4]], [True, True], "a", "a"), Example([1], [[5, 6, 7]], [True], "b", "b")])
     tokens = torch.tensor([0.0, 0.0, math.inf, 0.0, math.nan, 0.0])
     assert bad_completions(batch, tokens) == {
         1: [{"token": 0, "value": "inf"}],

@@ -88,7 +88,7 @@ def test_checkpointing_keeps_less_and_changes_no_gradient(value_init):
         torch.nn.init.normal_(module.value_head.weight, generator=torch.Generator().manual_seed(1))
         if checkpointing:
             checkpoint_activations(module)
-        kept.append(saved_bytes(module, pack([pair], 0, layout="flat", flat_from=0)))
+        kept.append(saved_bytes(module, pack([pair], layout="flat", flat_from=0)))
         found.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]))
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
     assert kept[1] < 0.5 * kept[0]

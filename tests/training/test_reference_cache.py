@@ -12,7 +12,7 @@ from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.training.cost import ModelShape
 from rlhf_pipeline.training.reference_cache import cached_logprobs, completion_logprob_sums, examples_digest
 
-OPTIONS = {"responses_at_once": 16, "pad_id": 0, "device": "cpu"}
+OPTIONS = {"responses_at_once": 16, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -124,4 +124,4 @@ def test_flops_of_one_pass(reference, tmp_path):
 
     shape = ModelShape.of(policy.model)
     found = cached_logprobs(policy, examples, tmp_path, key, **OPTIONS)
-    assert found.flops(shape, examples) == shape.batch_flops(pack(examples, 0))
+    assert found.flops(shape, examples) == shape.batch_flops(pack(examples))

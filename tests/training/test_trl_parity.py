@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf_pipeline.config.base import resolve_lengths
+from rlhf_pipeline.config.lengths import resolve_lengths
 from rlhf_pipeline.data.batch import micro_batches
 from rlhf_pipeline.models.loading import init_reward_model
 from rlhf_pipeline.stages.common import tokenizer_of
@@ -151,7 +151,7 @@ def test_every_step_sees_the_tokens_of_the_native_window(lab, pairs, monkeypatch
 
     examples, tokenizer = examples_of(lab, stage, source)
     assert len(examples) == 23
-    windows = example_windows(examples, steps=8, micro_batch_size=2, accumulation=4, seed=3, pad_id=0)
+    windows = example_windows(examples, steps=8, micro_batch_size=2, accumulation=4, seed=3)
     expected = []
     for window in windows:
         batches = []

@@ -19,7 +19,7 @@ def members(windows) -> list[list[int]]:
 
 
 def windows(count=10, steps=6, size=4, accumulation=1, **options):
-    options = {"seed": 0, "pad_id": 0, **options}
+    options = {"seed": 0, **options}
     return list(
         example_windows(examples(count), steps=steps, micro_batch_size=size, accumulation=accumulation, **options)
     )
