@@ -39,7 +39,7 @@ def emit_plan(plan: Mapping[str, Any], undone: str, *, json: bool) -> None:
         emit_json(plan)
         return
     emit_table(f"dry run: {undone}", ("what", "value"), flat_metrics(plan))
-    emit_lines([*plan.get("data", ()), *(f"note: {note}" for note in plan.get("notes", ()))])
+    emit_lines([*plan.get("data", ()), *plan.get("about", ()), *(f"note: {note}" for note in plan.get("notes", ()))])
 
 
 def printer() -> Console:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ import typer
 from rlhf_pipeline.api import check_models
 from rlhf_pipeline.cli.libraries import load_libraries
 from rlhf_pipeline.cli.options import Common, OverridesArgument, ResumeOption, Settings
-from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_plan, emit_table, flat_metrics
+from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_plan, emit_table, flat_metrics, number
 
 NOT_TRAINED = "nothing was trained"
 
@@ -51,6 +52,9 @@ def run(
         from rlhf_pipeline.experiment.estimate import estimate_experiment
 
         plan = estimate_experiment(experiment, overrides or [], common.home_path)
+        if not common.json:
+            _print_estimates(plan)
+            plan = {key: value for key, value in plan.items() if key not in ("stages", "estimates", "machine")}
         emit_plan(plan, NOT_TRAINED, json=common.json)
         return
     from rlhf_pipeline.experiment.run import run_experiment
@@ -67,6 +71,24 @@ def run(
         print_comparison(result["comparison"])
         return
     _print_runs(result)
+
+
+def _print_estimates(plan: Mapping[str, Any]) -> None:
+    """Print what the runs of an experiment and its comparison will take: one line for each."""
+    from rlhf_pipeline.experiment.progress import spoken
+
+    names = ("optimizer_steps", "tokens_trained", "tokens_sampled")
+    rows = []
+    for name in dict.fromkeys([*plan["stages"], *plan["estimates"]]):
+        found = plan["estimates"].get(name, {})
+        counted = next((found[key] for key in ("rows", "prompts", "records") if key in found), None)
+        amounts = (counted, found.get("episodes"), *(found.get(key) for key in names))
+        tflop = found.get("tflop")
+        time = "-" if "seconds" not in found else spoken(found["seconds"])
+        state = plan["stages"].get(name, "to run")
+        rows.append((name, state, *map(number, amounts), "-" if tflop is None else f"{tflop:,.3g}", time))
+    columns = ("run", "state", "rows", "episodes", "steps", "tokens trained", "tokens sampled", "TFLOP", "time")
+    emit_table("runs", columns, rows)
 
 
 def _print_runs(result: dict[str, Any]) -> None:

@@ -14,8 +14,8 @@ There are three layouts, from the fastest to the one that every model can read. 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, replace
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -38,6 +38,36 @@ def common_layout(*layouts: Layout) -> Layout:
 def reads(layout: Layout, batch: PackedBatch | None) -> bool:
     """Whether a reader of `layout` can read a batch."""
     return batch is not None and LAYOUTS.index(batch.layout) <= LAYOUTS.index(layout)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The counts of examples that are not packed, as trees: what FLOPs depend on; see `PackedBatch` for each."""
+
+    active_tokens: int = 0
+    context_tokens: int = 0
+    num_tokens: int = 0
+    num_completions: int = 0
+    num_predicting: int = 0
+
+    def __add__(self, other: Counted) -> Counted:
+        return Counted(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    def __mul__(self, times: int) -> Counted:
+        return Counted(*(mine * times for mine in astuple(self)))
+
+
+def counted(examples: Iterable[Example]) -> Counted:
+    """Return the counts that `pack` would give these examples in the layouts "flat" and "trees"."""
+    active = context = tokens = completions = prompts = 0
+    for example in examples:
+        prompt, lengths = len(example.prompt_ids), [len(ids) for ids in example.completions]
+        active += prompt + sum(lengths)
+        context += prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in lengths)
+        tokens += example.tokens_trained
+        completions += len(lengths)
+        prompts += 1
+    return Counted(active, context, tokens, completions, tokens - completions + prompts)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.config.experiment import load_experiment
-from rlhf_pipeline.config.grid import expand
+from rlhf_pipeline.config.grid import Node, StageSpec, expand
 from rlhf_pipeline.config.mentions import functions
 from rlhf_pipeline.config.optim import OPTIMIZERS
 from rlhf_pipeline.config.reward import RewardConfig
@@ -18,7 +18,17 @@ from rlhf_pipeline.config.stages import CollectConfig, DpoConfig, PpoConfig, Sft
 from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.world import VOCABULARY
-from rlhf_pipeline.experiment.run import checked
+from rlhf_pipeline.experiment.forecast import (
+    Forecast,
+    about,
+    forecast_comparison,
+    forecast_run,
+    shares,
+    total_of,
+)
+from rlhf_pipeline.experiment.machine import FACTOR
+from rlhf_pipeline.experiment.outlook import Outlook
+from rlhf_pipeline.experiment.run import checked, compared
 from rlhf_pipeline.models.needs import require_kernel, require_needs
 from rlhf_pipeline.registry.adapters import chain_of, require_same_base
 from rlhf_pipeline.registry.lengths import with_lengths
@@ -28,11 +38,13 @@ from rlhf_pipeline.registry.roles import check_role
 from rlhf_pipeline.registry.store import Registry, folder_for_copy
 from rlhf_pipeline.rollout.llm import ChatModel
 from rlhf_pipeline.stages.common import packed_rows, tokenizer_of
-from rlhf_pipeline.stages.data import StageData, prompts_by_split
+from rlhf_pipeline.stages.data import prompts_by_split
 from rlhf_pipeline.stages.reward_sources import check_reward_models
 from rlhf_pipeline.training.optimizer import require_schedule
 from rlhf_pipeline.training.windows import total_steps
 
+COMPARISON = "compare"
+"""The name of the comparison among the estimates of an experiment; no stage has it."""
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}
 
 
@@ -152,6 +164,8 @@ def estimate_stage(config: StageConfig, home: Path) -> dict[str, Any]:
         ChatModel.of(judge, home)
     _check_reward_models(config, parents)
     said: list[str] = []
+    node = Node(StageSpec(config.output_name, config.stage, config), None, {}, {})
+    outlook = Outlook([node], [None], registry, said.append)
     base = next(iter(parents.values()), None)
     if isinstance(config, CollectConfig):
         assert base is not None  # the policy
@@ -160,18 +174,12 @@ def estimate_stage(config: StageConfig, home: Path) -> dict[str, Any]:
         tokenizer = tokenizer_of(base, config.trust_remote_code, config)
         prompts, reports = prompts_by_split(found, config, tokenizer, Style.of(base.config))
         result |= {"prompts": len(prompts), "records": config.num, "responses_each": config.k}
-        return result | {
-            "data": [report.summary() for report in reports] + found.notes(functions=any(functions(config)))
-        }
+        notes = found.notes(functions=any(functions(config)))
+        result |= {"data": [report.summary() for report in reports] + notes}
+        return result | _work_of(outlook, node)
     if config.output_dir is not None:
         folder_for_copy(config.output_dir, config.output_name)
-    stage_data = StageData(config, home, said.append)
-    if base is not None:
-        tokenizer = tokenizer_of(base, config.trust_remote_code, config)
-    else:
-        assert isinstance(config, SftConfig) and config.tokenizer_init is not None  # `check_start` of the config
-        tokenizer = stage_data.new_tokenizer(config.tokenizer_init)
-    examples, _ = stage_data.training(tokenizer)
+    examples = outlook.training(node)
     counted = "prompts" if config.reads_prompts else "rows"
     result |= {counted: len(examples), "lengths": vars(config.lengths()), "data": said}
     if isinstance(config, PpoConfig):
@@ -200,11 +208,22 @@ def estimate_stage(config: StageConfig, home: Path) -> dict[str, Any]:
             adapter = result["trained_parameters"] = _adapter_parameters(config, parents["base"])
         memory = _training_memory(parameters, adapter, config)
         result["memory_mib_without_activations"] = round(memory / 2**20, 1)
+    return result | _work_of(outlook, node)
+
+
+def _work_of(outlook: Outlook, node: Node) -> dict[str, Any]:
+    """The entries of a stage's dry run on its amounts of work and its time."""
+    found = forecast_run(outlook, node)
+    figures = {name: value for name, value in found.figures.items() if name not in ("rows", "prompts", "records")}
+    result: dict[str, Any] = {"estimate": figures, "about": list(found.told)}
+    if found.speed is not None:
+        result["machine"] = found.speed.as_dict() | {"uncertainty_factor": FACTOR}
+        result["about"] = [f"{about(figures['seconds'], found.speed)} ({shares(figures)})", *found.told]
     return result
 
 
-def estimate_experiment(path: Path, overrides: list[str], home: Path) -> dict[str, Any]:
-    """Check an experiment as `rlhf run` does, and report which of its runs are done.
+def estimate_experiment(path: Path, overrides: Sequence[str], home: Path) -> dict[str, Any]:
+    """Check an experiment as `rlhf run` does; report which of its runs are done and what the others will take.
 
     A run that depends on an unfinished run cannot be looked up: its inputs do not exist yet.
     """
@@ -214,11 +233,33 @@ def estimate_experiment(path: Path, overrides: list[str], home: Path) -> dict[st
     done = checked(experiment, nodes, registry)
     states = ["to run" if found is None else f"already done, {found.label}" for found in done]
     finished = sum(found is not None for found in done)
-    return {
+    outlook = Outlook(nodes, done, registry)
+    found = {node.label: forecast_run(outlook, node) for node, ready in zip(nodes, done, strict=True) if ready is None}
+    if experiment.compare is not None and (finished < len(nodes) or not compared(experiment, nodes, done, registry)):
+        try:
+            found[COMPARISON] = forecast_comparison(outlook, experiment.compare)
+        except LookupError as error:
+            found[COMPARISON] = Forecast({}, (f"its time is not known: {error}",))
+    unknown = [name for name, one in found.items() if one.seconds is None]
+    told: dict[str, list[str]] = {}
+    for name, one in found.items():
+        for text in one.told:
+            told.setdefault(text, []).append(name)
+    lines = [f"{', '.join(names)}: {text}" for text, names in told.items()]
+    result: dict[str, Any] = {
         "experiment": experiment.name,
         "runs": len(nodes),
         "done": finished,
         "to_run": len(nodes) - finished,
         "stages": {node.label: f"{node.spec.stage}: {state}" for node, state in zip(nodes, states, strict=True)},
+        "estimates": {name: one.figures for name, one in found.items()},
+        "total": total_of(list(found.values())),
+        "not_estimated": unknown,
         "notes": list(experiment.notes),
     }
+    speed = next((one.speed for one in found.values() if one.speed is not None), None)
+    if speed is not None:
+        result["machine"] = speed.as_dict() | {"uncertainty_factor": FACTOR}
+        left = f"; without {', '.join(unknown)}" if unknown else ""
+        lines.insert(0, f"whole experiment: {about(result['total']['seconds'], speed)}{left}")
+    return result | {"about": lines}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_pipeline.compare.points import points_of
+from rlhf_pipeline.compare.points import Point, points_of
 from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.experiment import load_experiment
 from rlhf_pipeline.config.grid import Experiment, Node, StageSpec, expand, resampled
@@ -260,14 +260,11 @@ def _compared(
     before_work: Callable[[], None],
     **options: Any,
 ) -> Results | None:
-    """Make the experiment's comparison: the config names the first node of each stage, the points are all nodes."""
+    """Make the experiment's comparison, or return the results that it has made already."""
     if experiment.compare is None:
         return None
-    models: dict[str, str] = {}
-    for outcome in outcomes:
-        models.setdefault(outcome.node.name, output_of(outcome.node, outcome.model))
-    config = experiment.compare.resolved(models)
-    points = points_of(experiment.compare, [(o.node, o.model) for o in outcomes], registry)
+    made = [(outcome.node, outcome.model) for outcome in outcomes]
+    config, points = _comparison(experiment.compare, made, registry)
     report = registry.home / "reports" / config.name
     inputs = comparison_inputs(config, points, drawn, registry)
     if inputs is not None and (results := compared_already(report, inputs)) is not None:
@@ -282,3 +279,25 @@ def _compared(
     if inputs is not None:
         note_comparison(report, inputs)
     return results
+
+
+def _comparison(
+    compare: StageSpec[CompareConfig], made: Sequence[tuple[Node, str]], registry: Registry
+) -> tuple[CompareConfig, tuple[Point, ...]]:
+    """The config of a comparison, which names the first node of each stage, and its points, which are all nodes."""
+    models: dict[str, str] = {}
+    for node, model in made:
+        models.setdefault(node.name, output_of(node, model))
+    return compare.resolved(models), points_of(compare, made, registry)
+
+
+def compared(
+    experiment: Experiment, nodes: Sequence[Node], done: Sequence[Resolved | None], registry: Registry
+) -> bool:
+    """Whether the comparison of an experiment has been made from these models."""
+    made = [(node, found.label) for node, found in zip(nodes, done, strict=True) if found is not None]
+    if experiment.compare is None or len(made) < len(nodes):
+        return False
+    config, points = _comparison(experiment.compare, made, registry)
+    inputs = comparison_inputs(config, points, resampled(nodes), registry)
+    return inputs is not None and compared_already(registry.home / "reports" / config.name, inputs) is not None

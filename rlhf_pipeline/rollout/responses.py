@@ -116,6 +116,10 @@ def prompts_run(
     if policy.reader.layout != "flat" or not shares_prompts(policy.language_model.config):
         return None
     prompts = [tuple(example.prompt_ids) for example in sampled for _ in example.completions]
-    size = memory.fitting("sampling", min(responses_at_once, len(prompts)))
-    batches = ({prompts[row] for row in rows} for rows in length_groups(prompts, size))
+    return distinct_prompts(prompts, memory.fitting("sampling", min(responses_at_once, len(prompts))))
+
+
+def distinct_prompts(prompts: Sequence[Sequence[int]], responses_at_once: int) -> list[int]:
+    """Lengths of the prompts that are computed if each batch of responses computes a distinct prompt once."""
+    batches = ({tuple(prompts[row]) for row in rows} for rows in length_groups(prompts, responses_at_once))
     return [len(prompt) for batch in batches for prompt in batch]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from rlhf_pipeline.data.batch import PackedBatch
+from rlhf_pipeline.data.batch import Counted, PackedBatch
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.models.forward import trunk_of
 from rlhf_pipeline.models.last_layer import skipping_modules
@@ -97,14 +97,14 @@ class ModelShape:
         spared = self.frozen * tokens - self.frozen_skipped * unread + self.frozen_head * head_tokens
         return 3.0 * self.forward_flops(tokens, context_tokens, head_tokens, read) - 2.0 * spared + again
 
-    def batch_counts(self, batch: PackedBatch) -> tuple[int, int, int, int | None]:
-        """The arguments of `forward_flops` and `training_flops` for a packed batch."""
+    def batch_counts(self, batch: PackedBatch | Counted) -> tuple[int, int, int, int | None]:
+        """The arguments of `forward_flops` and `training_flops` for a packed batch, or for counts of examples."""
         read = {"predicting": batch.num_predicting, "tokens": batch.num_tokens, "last": batch.num_completions}
         where = None if self.recomputed else read[self.reads]
         return batch.active_tokens, batch.context_tokens, batch.num_tokens, where
 
-    def batch_flops(self, batch: PackedBatch) -> float:
-        """FLOPs of a forward pass over a packed batch."""
+    def batch_flops(self, batch: PackedBatch | Counted) -> float:
+        """FLOPs of a forward pass over a packed batch, or over counted examples."""
         return self.forward_flops(*self.batch_counts(batch))
 
     def decode_flops(

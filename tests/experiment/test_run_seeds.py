@@ -247,7 +247,7 @@ def test_the_command_line(lab, tmp_path, capsys):
     words = ["run", str(file), "dpo.beta=.5", "sweep.dpo.beta=[1, 2]", "--home", str(lab.home)]
     assert main([*words, "--dry-run"]) == 0
     dry = capsys.readouterr().out
-    assert re.search(r"to_run +2 ", dry) and re.search(r"stages dpo seed 1 +dpo: to run ", dry)
+    assert re.search(r"to_run +2 ", dry) and re.search(r"dpo seed 1 +dpo: to run ", dry)
     assert main(words) == 0
     told = capsys.readouterr()
     assert "note: override dpo.beta=.5: replaces the sweep of dpo.beta" in told.err

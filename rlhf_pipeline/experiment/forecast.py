@@ -1,0 +1,111 @@
+"""What runs will take on this machine, in numbers with their units and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_pipeline.config.compare import CompareConfig
+from rlhf_pipeline.config.grid import Node, StageSpec
+from rlhf_pipeline.config.stages import CollectConfig, ModelConfig, PpoConfig
+from rlhf_pipeline.errors import BadInput
+from rlhf_pipeline.experiment.machine import FACTOR, Speed, speed_of
+from rlhf_pipeline.experiment.outlook import Counts, Outlook
+from rlhf_pipeline.experiment.progress import spoken
+from rlhf_pipeline.models.refusals import first_line, refuse_to_hide
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The amounts and the time of a run or a comparison; figures is {} if they are not known."""
+
+    figures: dict[str, Any]
+    told: tuple[str, ...]
+    speed: Speed | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """The estimated time; None if it is not known."""
+        return self.figures.get("seconds")
+
+
+def forecast_run(outlook: Outlook, node: Node) -> Forecast:
+    """The forecast of one run.
+
+    Raises:
+        BadInput: its rows cannot be read.
+    """
+    config = outlook.config(node)
+    found = _forecast(lambda: outlook.counts(node), lambda: outlook.described(node), config)
+    if not found.figures:
+        return found
+    rows = "records" if isinstance(config, CollectConfig) else "prompts" if isinstance(config, PpoConfig) else "rows"
+    figures = {rows: found.figures.pop("rows")}
+    if isinstance(config, PpoConfig):
+        figures |= {"updates": config.updates, "episodes": config.updates * config.rollout_batch_size}
+    return Forecast(figures | found.figures, found.told, found.speed)
+
+
+def forecast_comparison(outlook: Outlook, spec: StageSpec[CompareConfig]) -> Forecast:
+    """The forecast of an experiment's comparison: its samples, their scores and their KL."""
+    kept: list[Node] = []
+
+    def counts() -> Counts:
+        found, node = outlook.comparison(spec)
+        kept.append(node)
+        return found
+
+    found = _forecast(counts, lambda: outlook.described(kept[0]), spec.config)
+    if found.figures:
+        found.figures["prompts"] = found.figures.pop("rows")
+    return found
+
+
+def _forecast(counts: Callable[[], Counts], described: Callable[[], Any], config: ModelConfig) -> Forecast:
+    try:
+        found = counts()
+        if found.work is None:
+            return Forecast({"rows": found.rows}, found.told)
+        speed = speed_of(described(), config)
+    except BadInput:
+        raise
+    except Exception as error:  # an architecture that cannot be made from its config alone
+        refuse_to_hide(error)
+        return Forecast({}, (f"its tokens and its time are not known: {first_line(error)}",))
+    work = found.work
+    parts = {name: value for name, value in speed.seconds(work).items() if value}
+    figures = {
+        "rows": found.rows,
+        "optimizer_steps": work.optimizer_steps,
+        "tokens_trained": work.tokens_trained,
+        "tokens_sampled": work.tokens_sampled,
+        "tflop": work.flops / 1e12,
+        "evaluation_tflop": work.evaluation / 1e12,
+        **{f"{name}_seconds": value for name, value in parts.items()},
+        "seconds": sum(parts.values()),
+    }
+    return Forecast(figures, found.told, speed)
+
+
+SUMMED = ("optimizer_steps", "tokens_trained", "tokens_sampled", "tflop", "evaluation_tflop", "seconds")
+
+
+def total_of(forecasts: Sequence[Forecast]) -> dict[str, Any]:
+    """The sums over all forecasts whose figures are known."""
+    return {name: sum(one.figures.get(name, 0) for one in forecasts) for name in SUMMED}
+
+
+def about(seconds: float, speed: Speed) -> str:
+    """One sentence on a time: `about 3.0 h on this machine at 120 GFLOP/s; a factor of two either way`."""
+    rate = speed.training / 1e9
+    shown = f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
+    said = {2: "two"}[FACTOR]
+    return f"about {spoken(seconds)} on this machine ({speed.device}) at {shown} GFLOP/s; a factor of {said} either way"
+
+
+def shares(figures: Mapping[str, Any]) -> str:
+    """The parts of a time: `training 2.0 h, sampling 40 min`."""
+    names = ("training", "scoring", "sampling", "evaluation")
+    parts = [(name, figures[f"{name}_seconds"]) for name in names if f"{name}_seconds" in figures]
+    return ", ".join(f"{name} {spoken(value)}" for name, value in parts)

@@ -1,0 +1,413 @@
+"""What the runs of an experiment will read before their inputs exist: models, rows, prompts, and the work on them.
+
+Architecture and tokenizer of a stage's model are those of the model at the root of its chain; the rows of a `collect`
+stage are its prompts, with responses of the assumed length.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+from rlhf_pipeline.config.base import LENGTHS
+from rlhf_pipeline.config.compare import CompareConfig
+from rlhf_pipeline.config.grid import Node, StageSpec
+from rlhf_pipeline.config.mentions import set_value
+from rlhf_pipeline.config.reward_names import names_a_model
+from rlhf_pipeline.config.stages import CollectConfig, DpoConfig, ModelConfig, PpoConfig, SftConfig, StageConfig
+from rlhf_pipeline.config.training import TrainingConfig
+from rlhf_pipeline.config.yaml import KeyPath
+from rlhf_pipeline.data.load import examples_of, lowest_hashes, read_records
+from rlhf_pipeline.data.styles import Style
+from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.data.tokenizers import token_count
+from rlhf_pipeline.errors import DataError
+from rlhf_pipeline.experiment.done import output_of
+from rlhf_pipeline.experiment.work import (
+    Models,
+    Work,
+    answered,
+    as_critic,
+    as_scorer,
+    collect_work,
+    compare_work,
+    example_work,
+    ppo_work,
+    shapes_of,
+)
+from rlhf_pipeline.registry.adapters import chain_of
+from rlhf_pipeline.registry.lengths import with_lengths
+from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.stages.common import tokenizer_of
+from rlhf_pipeline.stages.data import StageData, preference_kind, prompts_by_split, training_kind, trains_all_replies
+from rlhf_pipeline.training.cost import ModelShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MODEL_KEYS: tuple[KeyPath, ...] = (("model_name_or_path",), ("policy",))
+DATA_KEYS: tuple[KeyPath, ...] = (("dataset_name",), ("prompts",))
+UNREAD = {"seed", "output_name", "learning_rate", "beta", "kl_coef"}
+"""Keys by which the runs of one stage differ and on which no amount depends."""
+READ = {
+    *LENGTHS,
+    *(f"dataset_{name}" for name in ("name", "config", "train_split", "test_split", "test_name")),
+    *("datasets", "column_mapping", "split_fractions", "test_split_size", "skip_bad_rows", "allow_overlap"),
+    *("instruction_style", "text_as_chat", "chat_template", "chat_template_path", "chat_template_kwargs"),
+    *("eos_token", "stop_token", "train_on"),
+}
+"""Keys that decide which examples a run reads; runs with the same values share them."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What is known of one run before it.
+
+    rows: examples to train on, prompts to sample from, or records to collect. work: None if it cannot be counted.
+    response: the assumed tokens of a sampled response; 0 if none is sampled. told: what was assumed or is not known.
+    """
+
+    rows: int
+    work: Work | None
+    response: int = 0
+    told: tuple[str, ...] = ()
+
+
+class Outlook:
+    """The inputs of the runs of an experiment, as far as they can be known before it.
+
+    Args:
+        nodes: its runs. done: the version that each has already made; None if there is none yet.
+        say: writes a line about the rows of a training split.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        done: Sequence[Resolved | None],
+        registry: Registry,
+        say: Callable[[str], None] = lambda _: None,
+    ):
+        self.nodes, self.registry, self.say = nodes, registry, say
+        self._made = {n: output_of(nodes[n], found.label) for n, found in enumerate(done) if found is not None}
+        self._known: dict[Any, Any] = {}
+
+    # The config and the model of a run.
+
+    def _place(self, node: Node, keys: Sequence[KeyPath]) -> int | None:
+        """The number of the unfinished run that one of these keys names; None if what it names exists."""
+        place = self._linked(node, keys)
+        return None if place in self._made else place
+
+    def _linked(self, node: Node, keys: Sequence[KeyPath]) -> int | None:
+        """The number of the run that one of these keys names."""
+        return next((node.inputs[node.spec.links[key]] for key in keys if key in node.spec.links), None)
+
+    def config(self, node: Node) -> StageConfig:
+        """The config with the outputs of finished runs, and lengths that it inherits; names of unfinished ones stay."""
+        key = ("config", node.label)
+        if key not in self._known:
+            self._known[key] = self._config(node)
+        return self._known[key]
+
+    def _config(self, node: Node) -> StageConfig:
+        spec = node.spec
+        values = spec.config.model_dump()
+        for path, name in spec.links.items():
+            if (output := self._made.get(node.inputs[name])) is not None:
+                set_value(values, path, output)
+        config = type(spec.config).model_validate(values)
+        above = self._place(node, MODEL_KEYS)
+        if above is None:
+            return with_lengths(config, self.registry)[0]
+        if any(getattr(config, key) is not None for key in LENGTHS):
+            return config
+        theirs = self.config(self.nodes[above])
+        return config.model_copy(update={key: getattr(theirs, key) for key in LENGTHS})
+
+    def root(self, node: Node) -> tuple[Node, Resolved | None]:
+        """The first run of a chain of models that has not finished, and the model that it starts from, if any."""
+        above = self._place(node, MODEL_KEYS)
+        if above is not None:
+            return self.root(self.nodes[above])
+        start = next(iter(self.config(node).parents().values()), None)
+        return node, None if start is None else self.registry.resolve(start.reference, revision=start.revision)
+
+    def tokenizer(self, node: Node) -> PreTrainedTokenizerBase:
+        """The tokenizer of a run."""
+        (first, start), config = self.root(node), self.config(node)
+        if start is not None:
+            return tokenizer_of(start, config.trust_remote_code, config)
+        described = self.config(first)
+        assert isinstance(described, SftConfig) and described.tokenizer_init is not None  # `check_start` of the config
+        key = ("tokenizer", first.label)
+        if key not in self._known:
+            self._known[key] = self._data(first, described).new_tokenizer(described.tokenizer_init)
+        return self._known[key]
+
+    def _data(self, node: Node, config: TrainingConfig) -> StageData:
+        """The sources of a run that exist."""
+        key = ("data", node.label)
+        if key not in self._known:
+            self._known[key] = StageData(config, self.registry.home, self.say)
+        return self._known[key]
+
+    def described(self, node: Node) -> Any:
+        """The transformers config of a run's model."""
+        first, start = self.root(node)
+        tokens = token_count(self.tokenizer(node))
+        if start is not None:
+            return described_by(start, self.config(node), tokens)
+        from rlhf_pipeline.models.loading import new_config
+
+        config = self.config(first)
+        assert isinstance(config, SftConfig) and config.model_init is not None
+        return new_config(config.model_init, dropout=config.dropout, vocab_size=tokens)
+
+    # Its rows.
+
+    def training(self, node: Node) -> list[Example]:
+        """The examples of the training split; prompts alone if the stage samples the rest."""
+        config = self.config(node)
+        assert isinstance(config, TrainingConfig)
+        kind, limit = training_kind(config), config.max_train_samples
+        return self._split(node, config, kind, config.dataset_train_split, limit)
+
+    def held_out(self, node: Node) -> list[Example]:
+        """The examples that the run is evaluated on; none for a stage that evaluates on none."""
+        config = self.config(node)
+        assert isinstance(config, TrainingConfig)
+        if isinstance(config, PpoConfig):
+            return []
+        kind = "demonstration" if isinstance(config, SftConfig) else preference_kind(config)
+        return self._split(node, config, kind, config.dataset_test_split, config.max_eval_samples, required=False)
+
+    def _split(
+        self,
+        node: Node,
+        config: TrainingConfig,
+        kind: str,
+        split: str,
+        limit: int | None,
+        *,
+        required: bool = True,
+    ) -> list[Example]:
+        """Some rows of a split, read as the run reads them, or those that an unfinished `collect` run will make."""
+        source = self._place(node, DATA_KEYS)
+        root, start = self.root(node)
+        read = json.dumps(config.model_dump(mode="json", include=READ), sort_keys=True)
+        key = ("rows", source, kind, split, limit, read, root.label if start is None else start.label)
+        if key in self._known:
+            return self._known[key]
+        if source is not None:
+            found = lowest_hashes(self._collected(source, kind, split), limit)
+        else:
+            data, tokenizer = self._data(node, config), self.tokenizer(node)
+            data.say = self.say if required else lambda _: None
+            every = trains_all_replies(config)
+            found, _ = data.split(kind, split, tokenizer, limit=limit, required=required, all_replies=every)
+        self._known[key] = found
+        return found
+
+    def _collected(self, place: int, kind: str, split: str) -> list[Example]:
+        """The rows of a `collect` run, one for each record; identical pairs, which it leaves out, are not known."""
+        rows = [one for one, its in self.draws(self.nodes[place]) if split in (its, "all")]
+        if kind in ("demonstration", "prompt"):
+            rows = [replace(one, completions=one.completions[:1], ended=[True]) for one in rows]
+        if kind == "prompt":
+            rows = list({one.prompt_key: one for one in rows}.values())
+        return rows
+
+    def draws(self, node: Node) -> list[tuple[Example, str]]:
+        """The prompts of a `collect` run with their splits, in its order, each with the responses of a record."""
+        config = self.config(node)
+        assert isinstance(config, CollectConfig)
+        key = ("draws", node.label)
+        if key not in self._known:
+            (data,) = config.sources()
+            options = {"home": self.registry.home, "skip_bad_rows": config.skip_bad_rows, "splits": config.splits}
+            found = read_records(*data, **cast(Any, options))
+            above, (_, start) = self._place(node, MODEL_KEYS), self.root(node)
+            trained = {} if start is None else start.config
+            style = Style.of(trained if above is None else self.config(self.nodes[above]).model_dump())
+            prompts, _ = prompts_by_split(found, config, self.tokenizer(node), style)
+            tokens = self.response(node)[0]
+            chosen = [prompts[n % len(prompts)] for n in range(config.num)]
+            rows = answered([example for example, _ in chosen], tokens, config.k)
+            self._known[key] = list(zip(rows, (split for _, split in chosen), strict=True))
+        return self._known[key]
+
+    def response(self, node: Node) -> tuple[int, str]:
+        """The assumed number of tokens of a response that a run samples, and where it comes from.
+
+        It is the mean of the completions that the policy, or the model that it starts from, is trained on; without
+        these, of the run's own rows; without these too, the longest that the config allows.
+        """
+        config = self.config(node)
+        limit = config.sampled_lengths().response
+        mean, chain = self._typical(node), node
+        while mean is None and (above := self._linked(chain, MODEL_KEYS)) is not None:
+            chain = self.nodes[above]
+            mean = self._typical(chain)
+        if mean is None:
+            return limit, f"responses are counted with their longest length, {limit} tokens: fewer if they end before"
+        tokens = min(limit, max(1, round(mean)))
+        return tokens, f"responses are counted with {tokens} tokens, the mean of the data; {limit} at most"
+
+    def _typical(self, node: Node) -> float | None:
+        """The mean length of the completions that a run's rows have; None if they have none."""
+        config = self.config(node)
+        if not isinstance(config, TrainingConfig) or self._place(node, DATA_KEYS) is not None:
+            return None
+        if isinstance(config, DpoConfig) and config.population:
+            return None
+        kind = "demonstration" if config.reads_prompts else training_kind(config)
+        try:
+            rows = self._split(node, config, kind, config.dataset_train_split, config.max_train_samples)
+        except DataError:  # prompts alone
+            return None
+        return sum(len(one.completions[0]) for one in rows) / len(rows)
+
+    # Its work.
+
+    def models(self, node: Node) -> Models:
+        """The shapes of the models of a run."""
+        config = self.config(node)
+        training = config if isinstance(config, TrainingConfig) else None
+        policy, bare, _, trained = shapes_of(self.described(node), training)
+        rewards, judge = self._scorers(node.spec, node.inputs, config)
+        shared = isinstance(config, PpoConfig) and config.value_init == "shared"
+        critic = as_critic(policy) if isinstance(config, PpoConfig) and not shared else None
+        return Models(policy, bare, critic, rewards, judge, trained)
+
+    def _scorers(
+        self, spec: StageSpec[Any], inputs: Mapping[str, int], config: Any
+    ) -> tuple[tuple[ModelShape, ...], ModelShape | None]:
+        """The shapes of the reward models and of the judge that a config names."""
+        named: dict[KeyPath, str | None] = {("judge",): getattr(config, "judge", None)}
+        named |= {(key,): getattr(config, key, None) for key in ("reward_model_path", "reward_model", "true_reward")}
+        for number, part in enumerate(getattr(config, "reward_functions", None) or ()):
+            named["reward_functions", number, "source"] = part.source
+        found: dict[KeyPath, ModelShape] = {}
+        for path, text in named.items():
+            if text is None or not (path in spec.links or names_a_model(text)):
+                continue
+            place = inputs.get(spec.links[path]) if path in spec.links else None
+            if place is not None and place not in self._made:
+                theirs = self.nodes[place]
+                shape = shapes_of(self.described(theirs), None)[1]
+                found[path] = as_scorer(shape, getattr(theirs.spec.config, "score_pooling", "last"))
+            else:
+                resolved = self.registry.resolve(text if place is None else self._made[place])
+                pooling = resolved.config.get("score_pooling", "last")
+                found[path] = as_scorer(shapes_of(described_by(resolved, config), None)[1], pooling)
+        judge = found.pop(("judge",), None)
+        labels = (judge,) if isinstance(config, CollectConfig) and judge is not None else ()
+        return (*found.values(), *labels), None if labels else judge
+
+    def counts(self, node: Node) -> Counts:
+        """The rows and the work of a run."""
+        key = ("counts", self._alike(node))
+        if key not in self._known:
+            self._known[key] = self._counts(node)
+        return self._known[key]
+
+    def _alike(self, node: Node) -> str:
+        """A text that is equal for runs with the same amounts: those of several seeds, say."""
+        config = self.config(node).model_dump(mode="json", exclude=UNREAD)
+        above = {name: self._alike(self.nodes[place]) for name, place in node.inputs.items()}
+        return json.dumps([node.name, config, above], sort_keys=True)
+
+    def _counts(self, node: Node) -> Counts:
+        config, models = self.config(node), self.models(node)
+        if isinstance(config, CollectConfig):
+            (tokens, told), rows = self.response(node), [example for example, _ in self.draws(node)]
+            return Counts(config.num, collect_work(config, models, rows), tokens, (told,))
+        rows = self.training(node)
+        if isinstance(config, DpoConfig) and config.population:
+            return Counts(len(rows), None, told=("pairs are drawn at every step: their tokens are not known",))
+        if isinstance(config, PpoConfig):
+            tokens, told = self.response(node)
+            return Counts(len(rows), ppo_work(config, models, rows, tokens), tokens, (told,))
+        centred = getattr(config, "reward_centering", None) == "reference_samples"
+        tokens, told = self.response(node) if centred else (0, "")
+        work = example_work(config, models, rows, self.held_out(node), tokens)
+        return Counts(len(rows), work, tokens, (told,) if told else ())
+
+    def comparison(self, spec: StageSpec[CompareConfig]) -> tuple[Counts, Node]:
+        """The prompts and the work of the comparison, and the run whose model and data it reads first.
+
+        Raises:
+            LookupError: no arm is a stage of the experiment.
+        """
+        config = spec.config
+        arms = {name for path, name in spec.links.items() if path[0] == "arms"}
+        made = [node for node in self.nodes if node.name in arms]
+        if not made:
+            raise LookupError("no arm is a stage of this experiment")
+        example = made[0]
+        inputs = {node.name: place for place, node in reversed(list(enumerate(self.nodes)))}
+        rewards, judge = self._scorers(spec, inputs, config)
+        if not rewards:  # each arm is scored by the reward model of PPO
+            used = next((node for node in made if isinstance(node.spec.config, PpoConfig)), None)
+            rewards = () if used is None else self.models(used).rewards
+        lengths = cast(TrainingConfig, self.config(example)).sampled_lengths()
+        limit = config.max_new_tokens or lengths.response
+        tokens, told = self.response(example)
+        tokens = min(tokens, limit)
+        count = len(made) + sum(("arms", n) not in spec.links for n in range(len(config.arms)))
+        count += config.baseline is not None
+        splits = [config.split]
+        swept = any(node.setting for node in made)
+        if swept and config.validation_split and config.prompts is None:
+            splits.append(config.validation_split)
+        shape = shapes_of(self.described(example), None)[0]
+        models = Models(shape, shape, rewards=rewards, judge=judge)
+        work, prompts = Work(), 0
+        for split in splits:
+            chosen = self._prompts(example, config, split)
+            prompts = prompts or len(chosen)
+            work += compare_work(config, models, chosen, count=count, response=tokens, longest=limit)
+        return Counts(prompts, work, tokens, (told,)), example
+
+    def _prompts(self, node: Node, config: CompareConfig, split: str) -> list[Example]:
+        """The prompts of a comparison."""
+        trained = cast(TrainingConfig, self.config(node))
+        source = self._place(node, DATA_KEYS) if config.prompts is None else None
+        if source is not None:
+            return lowest_hashes(self._collected(source, "prompt", split), config.max_prompts)
+        if config.prompts is None:
+            (data, *_), fractions = trained.sources(), trained.split_fractions
+        else:
+            values = {"dataset_name": config.prompts, "dataset_config": config.dataset_config, "datasets": None}
+            (data,) = trained.model_copy(update={**values, "column_mapping": config.column_mapping}).sources()
+            fractions = config.split_fractions
+        skip = config.skip_bad_rows or trained.skip_bad_rows
+        lengths = trained.sampled_lengths()
+        found = read_records(*data, home=self.registry.home, skip_bad_rows=skip, splits={split})
+        examples, _ = examples_of(
+            found,
+            kind="prompt",
+            split=split,
+            tokenizer=self.tokenizer(node),
+            lengths=replace(lengths, prompt=config.max_prompt_length or lengths.prompt),
+            skip_bad_rows=skip,
+            fractions=fractions,
+            style=Style.of(trained.model_dump(include={"instruction_style", "text_as_chat"})),
+        )
+        return lowest_hashes(examples, config.max_prompts)
+
+
+def described_by(resolved: Resolved, config: ModelConfig, tokens: int = 0) -> Any:
+    """The transformers config of a model, or of the model below an adapter, with at least `tokens` outputs."""
+    from transformers import AutoConfig
+
+    whole, _ = chain_of(resolved)
+    options = {"revision": whole.revision, "trust_remote_code": config.trust_remote_code}
+    described: Any = AutoConfig.from_pretrained(whole.location, **options)
+    text = described.get_text_config()
+    text.vocab_size = max(text.vocab_size, tokens)
+    return described
