@@ -24,6 +24,9 @@ def init(
         str | None, typer.Option("--model", help="Model to start from (default: a small one from scratch).")
     ] = None,
     lora: Annotated[bool, typer.Option("--lora", help="Train LoRA adapters on the model in all stages.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Write a first look of at most about an hour: one seed, few pairs.")
+    ] = False,
     out: Annotated[Path, typer.Option("--out", help="File to write; it must not exist.")] = Path("experiment.yaml"),
     seeds: Annotated[int, typer.Option("--seeds", help="Number of seeds.", min=1, max=100)] = 3,
 ) -> None:
@@ -34,19 +37,25 @@ def init(
         raise BadInput(f"{out}: there is no folder {out.parent}; expected one that exists")
     load_libraries()
     from rlhf_pipeline.config.experiment import load_experiment
-    from rlhf_pipeline.experiment.starter import plan_starter
-    from rlhf_pipeline.experiment.starter_file import render_starter
+    from rlhf_pipeline.experiment.estimate import time_of_experiment
+    from rlhf_pipeline.experiment.starter import fitted, plan_starter
+    from rlhf_pipeline.experiment.starter_file import Starter, render_starter
 
-    folder = out.parent.absolute()
-    plan = plan_starter(source, model=model, seeds=seeds, folder=folder, home=common.home_path, lora=lora)
+    where: dict[str, Path] = {"folder": out.parent.absolute(), "home": common.home_path}
+    plan = plan_starter(source, model=model, seeds=seeds, lora=lora, quick=quick, **where)
+
+    def seconds_of(plan: Starter) -> float | None:
+        out.write_text(render_starter(plan), encoding="utf-8")
+        load_experiment(out, known_models=common.registry.models.names())
+        return time_of_experiment(out, common.home_path)
+
     try:
         file = out.open("x", encoding="utf-8")
     except FileExistsError:  # created in the meantime
         raise BadInput(_THERE.format(out)) from None
+    file.close()
     try:
-        with file:
-            file.write(render_starter(plan))
-        load_experiment(out, known_models=common.registry.models.names())
+        plan, seconds = fitted(plan, seconds_of) if quick else (plan, seconds_of(plan))
     except BaseException:
         out.unlink(missing_ok=True)
         raise
@@ -54,7 +63,7 @@ def init(
         lengths = {"max_prompt_length": plan.max_prompt_length, "response_length": plan.response_length}
         emit_json(
             {"path": str(out), "pairs": plan.pairs, "faulty_rows": plan.faulty, "splits": plan.splits, **lengths}
-            | {"warnings": plan.warnings}
+            | {"warnings": plan.warnings, "estimated_seconds": seconds}
         )
         return
     at = "" if common.home is None else f" --home {shlex.quote(str(common.home))}"
@@ -64,6 +73,17 @@ def init(
             f"{out}: {plan.pairs:,} preferences ({splits})",
             f"prompts of up to {plan.max_prompt_length} tokens, responses of up to {plan.response_length}",
             *(f"note: {warning}" for warning in plan.warnings),
+            *([] if seconds is None else [_time(seconds, quick)]),
             f"next: rlhf run {shlex.quote(str(out))} --dry-run{at}",
         ]
     )
+
+
+def _time(seconds: float, quick: bool) -> str:
+    """A line on the time that the experiment takes."""
+    from rlhf_pipeline.experiment.progress import spoken
+
+    told = f"about {spoken(seconds)} on this machine, up to a factor of two either way"
+    if quick:
+        return f"{told}: a first look, which cannot tell which method is better (see the file)"
+    return told if seconds <= 3600 else f"{told}; rlhf init --quick writes a first look of about an hour"

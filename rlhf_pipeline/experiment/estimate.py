@@ -18,8 +18,8 @@ from rlhf_pipeline.config.stages import CollectConfig, DpoConfig, PpoConfig, Sft
 from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.world import VOCABULARY
+from rlhf_pipeline.errors import DataError
 from rlhf_pipeline.experiment.forecast import (
-    Forecast,
     about,
     forecast_comparison,
     forecast_run,
@@ -95,27 +95,6 @@ def _check_reward_models(config: StageConfig, parents: Mapping[str, Resolved]) -
     known = [model.manifest.tokenizer_digest if model.manifest is not None else None for model in rewards.values()]
     if any(digest is None or digest != ours for digest in known):
         check_reward_models(config, policy, rewards)
-
-
-def _adapter_parameters(config: TrainingConfig, parent: Resolved) -> int:
-    """Number of trained parameters of an adapter, counted without allocating it.
-
-    Raises:
-        ConfigError: the architecture has no such modules.
-    """
-    import torch
-    from transformers import AutoConfig
-
-    from rlhf_pipeline.models.adapters import add_adapter
-    from rlhf_pipeline.models.loading import model_of_config
-
-    whole, _ = chain_of(parent)
-    described = AutoConfig.from_pretrained(whole.location, revision=whole.revision)
-    with torch.device("meta"):
-        model = model_of_config(described)
-        add_adapter(model, config, parent.label)
-    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return count + described.get_text_config().hidden_size * isinstance(config, RewardConfig)  # the score head
 
 
 def _training_memory(parameters: int, adapter: int | None, config: TrainingConfig) -> int:
@@ -205,7 +184,7 @@ def estimate_stage(config: StageConfig, home: Path) -> dict[str, Any]:
         result["parameters"] = parameters
         adapter = None
         if config.use_peft:
-            adapter = result["trained_parameters"] = _adapter_parameters(config, parents["base"])
+            adapter = result["trained_parameters"] = outlook.models(node).trained
         memory = _training_memory(parameters, adapter, config)
         result["memory_mib_without_activations"] = round(memory / 2**20, 1)
     return result | _work_of(outlook, node)
@@ -236,10 +215,7 @@ def estimate_experiment(path: Path, overrides: Sequence[str], home: Path) -> dic
     outlook = Outlook(nodes, done, registry)
     found = {node.label: forecast_run(outlook, node) for node, ready in zip(nodes, done, strict=True) if ready is None}
     if experiment.compare is not None and (finished < len(nodes) or not compared(experiment, nodes, done, registry)):
-        try:
-            found[COMPARISON] = forecast_comparison(outlook, experiment.compare)
-        except LookupError as error:
-            found[COMPARISON] = Forecast({}, (f"its time is not known: {error}",))
+        found[COMPARISON] = forecast_comparison(outlook, experiment.compare)
     unknown = [name for name, one in found.items() if one.seconds is None]
     told: dict[str, list[str]] = {}
     for name, one in found.items():
@@ -263,3 +239,12 @@ def estimate_experiment(path: Path, overrides: Sequence[str], home: Path) -> dic
         left = f"; without {', '.join(unknown)}" if unknown else ""
         lines.insert(0, f"whole experiment: {about(result['total']['seconds'], speed)}{left}")
     return result | {"about": lines}
+
+
+def time_of_experiment(path: Path, home: Path) -> float | None:
+    """The estimated seconds of an experiment; None if those of a part are not known, or if its rows are refused."""
+    try:
+        plan = estimate_experiment(path, (), home)
+    except DataError:  # the dry run says what is wrong with them
+        return None
+    return None if plan["not_estimated"] else plan["total"]["seconds"]

@@ -8,8 +8,9 @@ from typing import Any
 
 from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.grid import Node, StageSpec
-from rlhf_pipeline.config.stages import CollectConfig, ModelConfig, PpoConfig
-from rlhf_pipeline.errors import BadInput
+from rlhf_pipeline.config.stages import CollectConfig, ModelConfig, PpoConfig, TrainingConfig
+from rlhf_pipeline.errors import BadInput, ConfigError
+from rlhf_pipeline.experiment.comparison import arms_of, comparison
 from rlhf_pipeline.experiment.machine import FACTOR, Speed, speed_of
 from rlhf_pipeline.experiment.outlook import Counts, Outlook
 from rlhf_pipeline.experiment.progress import spoken
@@ -49,14 +50,10 @@ def forecast_run(outlook: Outlook, node: Node) -> Forecast:
 
 def forecast_comparison(outlook: Outlook, spec: StageSpec[CompareConfig]) -> Forecast:
     """The forecast of an experiment's comparison: its samples, their scores and their KL."""
-    kept: list[Node] = []
-
-    def counts() -> Counts:
-        found, node = outlook.comparison(spec)
-        kept.append(node)
-        return found
-
-    found = _forecast(counts, lambda: outlook.described(kept[0]), spec.config)
+    arms = arms_of(outlook, spec)
+    if not arms:
+        return Forecast({}, ("its time is not known: no arm is a stage of this experiment",))
+    found = _forecast(lambda: comparison(outlook, spec), lambda: outlook.described(arms[0]), spec.config)
     if found.figures:
         found.figures["prompts"] = found.figures.pop("rows")
     return found
@@ -68,9 +65,10 @@ def _forecast(counts: Callable[[], Counts], described: Callable[[], Any], config
         if found.work is None:
             return Forecast({"rows": found.rows}, found.told)
         speed = speed_of(described(), config)
-    except BadInput:
-        raise
-    except Exception as error:  # an architecture that cannot be made from its config alone
+    except Exception as error:
+        # An architecture that cannot be made from its config alone; an adapter that does not fit is refused.
+        if isinstance(error, BadInput) and (not isinstance(error, ConfigError) or adapts(config)):
+            raise
         refuse_to_hide(error)
         return Forecast({}, (f"its tokens and its time are not known: {first_line(error)}",))
     work = found.work
@@ -88,6 +86,11 @@ def _forecast(counts: Callable[[], Counts], described: Callable[[], Any], config
     return Forecast(figures, found.told, speed)
 
 
+def adapts(config: ModelConfig) -> bool:
+    """Whether a run trains an adapter."""
+    return isinstance(config, TrainingConfig) and config.use_peft
+
+
 SUMMED = ("optimizer_steps", "tokens_trained", "tokens_sampled", "tflop", "evaluation_tflop", "seconds")
 
 
@@ -97,11 +100,12 @@ def total_of(forecasts: Sequence[Forecast]) -> dict[str, Any]:
 
 
 def about(seconds: float, speed: Speed) -> str:
-    """One sentence on a time: `about 3.0 h on this machine at 120 GFLOP/s; a factor of two either way`."""
+    """One sentence on a time: `about 3.0 h on this machine at 120 GFLOP/s, ...; a factor of two either way`."""
     rate = speed.training / 1e9
     shown = f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
     said = {2: "two"}[FACTOR]
-    return f"about {spoken(seconds)} on this machine ({speed.device}) at {shown} GFLOP/s; a factor of {said} either way"
+    where = f"on this machine ({speed.device}) at {shown} GFLOP/s, if nothing else runs on it"
+    return f"about {spoken(seconds)} {where}; a factor of {said} either way"
 
 
 def shares(figures: Mapping[str, Any]) -> str:

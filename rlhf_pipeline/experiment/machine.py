@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache, partial
-from statistics import median
 from typing import Any
 
 import torch
@@ -92,7 +92,8 @@ def speed_of(described: Any, config: ModelConfig) -> Speed:
         described: the transformers config of the model.
     """
     bf16 = uses_bf16(config)
-    key = (described.to_json_string(), config.dtype, bf16, config.use_cpu, config.num_threads)
+    sizes = {name: value for name, value in described.to_dict().items() if name != "_name_or_path"}
+    key = (json.dumps(sizes, sort_keys=True, default=str), config.dtype, bf16, config.use_cpu, config.num_threads)
     if key not in _known:
         with _threads(config.num_threads), torch.random.fork_rng():
             _known[key] = _measured(described, config, bf16)
@@ -194,12 +195,12 @@ def _bandwidth(device: torch.device) -> float:
 
 
 def _time(work: Callable[[], Any], device: torch.device) -> float:
-    """The median seconds of a few repetitions, after one that is not counted."""
+    """The least seconds of a few repetitions after a first one: those of a machine that does nothing else."""
     _waited(work, device)
     found: list[float] = []
     while len(found) < 3 or (len(found) < 9 and sum(found) < SECONDS):
         found.append(_waited(work, device))
-    return median(found)
+    return min(found)
 
 
 def _waited(work: Callable[[], Any], device: torch.device) -> float:

@@ -9,17 +9,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlhf_pipeline.config.base import LENGTHS
-from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.grid import Node, StageSpec
 from rlhf_pipeline.config.mentions import set_value
+from rlhf_pipeline.config.reward import RewardConfig
 from rlhf_pipeline.config.reward_names import names_a_model
-from rlhf_pipeline.config.stages import CollectConfig, DpoConfig, ModelConfig, PpoConfig, SftConfig, StageConfig
+from rlhf_pipeline.config.stages import CollectConfig, DpoConfig, PpoConfig, SftConfig, StageConfig
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.config.yaml import KeyPath
-from rlhf_pipeline.data.load import examples_of, lowest_hashes, read_records
+from rlhf_pipeline.data.load import lowest_hashes, read_records
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import token_count
@@ -32,12 +33,11 @@ from rlhf_pipeline.experiment.work import (
     as_critic,
     as_scorer,
     collect_work,
-    compare_work,
+    described_by,
     example_work,
     ppo_work,
     shapes_of,
 )
-from rlhf_pipeline.registry.adapters import chain_of
 from rlhf_pipeline.registry.lengths import with_lengths
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
@@ -48,16 +48,24 @@ from rlhf_pipeline.training.cost import ModelShape
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+T = TypeVar("T")
+
 MODEL_KEYS: tuple[KeyPath, ...] = (("model_name_or_path",), ("policy",))
 DATA_KEYS: tuple[KeyPath, ...] = (("dataset_name",), ("prompts",))
 UNREAD = {"seed", "output_name", "learning_rate", "beta", "kl_coef"}
 """Keys by which the runs of one stage differ and on which no amount depends."""
+TOKENS = {"chat_template", "chat_template_path", "chat_template_kwargs", "eos_token", "stop_token"}
+"""Keys that change a tokenizer."""
+ADAPTED = {
+    *("gradient_checkpointing", "use_peft", "lora_r", "lora_target_modules", "lora_modules_to_save", "use_dora"),
+}
+"""Keys that change which weights a model has and trains."""
 READ = {
+    *TOKENS,
     *LENGTHS,
     *(f"dataset_{name}" for name in ("name", "config", "train_split", "test_split", "test_name")),
     *("datasets", "column_mapping", "split_fractions", "test_split_size", "skip_bad_rows", "allow_overlap"),
-    *("instruction_style", "text_as_chat", "chat_template", "chat_template_path", "chat_template_kwargs"),
-    *("eos_token", "stop_token", "train_on"),
+    *("instruction_style", "text_as_chat", "train_on"),
 }
 """Keys that decide which examples a run reads; runs with the same values share them."""
 
@@ -95,9 +103,13 @@ class Outlook:
         self._made = {n: output_of(nodes[n], found.label) for n, found in enumerate(done) if found is not None}
         self._known: dict[Any, Any] = {}
 
-    # The config and the model of a run.
+    def _once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+        """What `make` returns; it is called once for each key."""
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
 
-    def _place(self, node: Node, keys: Sequence[KeyPath]) -> int | None:
+    def place(self, node: Node, keys: Sequence[KeyPath]) -> int | None:
         """The number of the unfinished run that one of these keys names; None if what it names exists."""
         place = self._linked(node, keys)
         return None if place in self._made else place
@@ -108,10 +120,7 @@ class Outlook:
 
     def config(self, node: Node) -> StageConfig:
         """The config with the outputs of finished runs, and lengths that it inherits; names of unfinished ones stay."""
-        key = ("config", node.label)
-        if key not in self._known:
-            self._known[key] = self._config(node)
-        return self._known[key]
+        return self._once(("config", node.label), lambda: self._config(node))
 
     def _config(self, node: Node) -> StageConfig:
         spec = node.spec
@@ -120,7 +129,7 @@ class Outlook:
             if (output := self._made.get(node.inputs[name])) is not None:
                 set_value(values, path, output)
         config = type(spec.config).model_validate(values)
-        above = self._place(node, MODEL_KEYS)
+        above = self.place(node, MODEL_KEYS)
         if above is None:
             return with_lengths(config, self.registry)[0]
         if any(getattr(config, key) is not None for key in LENGTHS):
@@ -130,7 +139,7 @@ class Outlook:
 
     def root(self, node: Node) -> tuple[Node, Resolved | None]:
         """The first run of a chain of models that has not finished, and the model that it starts from, if any."""
-        above = self._place(node, MODEL_KEYS)
+        above = self.place(node, MODEL_KEYS)
         if above is not None:
             return self.root(self.nodes[above])
         start = next(iter(self.config(node).parents().values()), None)
@@ -139,26 +148,25 @@ class Outlook:
     def tokenizer(self, node: Node) -> PreTrainedTokenizerBase:
         """The tokenizer of a run."""
         (first, start), config = self.root(node), self.config(node)
-        if start is not None:
-            return tokenizer_of(start, config.trust_remote_code, config)
-        described = self.config(first)
-        assert isinstance(described, SftConfig) and described.tokenizer_init is not None  # `check_start` of the config
-        key = ("tokenizer", first.label)
-        if key not in self._known:
-            self._known[key] = self._data(first, described).new_tokenizer(described.tokenizer_init)
-        return self._known[key]
+        if start is None:
+            described = self.config(first)
+            assert isinstance(described, SftConfig) and described.tokenizer_init is not None  # `check_start`
+            made = self._data(first, described)
+            return self._once(("tokenizer", first.label), partial(made.new_tokenizer, described.tokenizer_init))
+        key = ("tokenizer", start.label, json.dumps(config.model_dump(mode="json", include=TOKENS), sort_keys=True))
+        return self._once(key, lambda: tokenizer_of(start, config.trust_remote_code, config))
 
     def _data(self, node: Node, config: TrainingConfig) -> StageData:
         """The sources of a run that exist."""
-        key = ("data", node.label)
-        if key not in self._known:
-            self._known[key] = StageData(config, self.registry.home, self.say)
-        return self._known[key]
+        return self._once(("data", node.label), lambda: StageData(config, self.registry.home, self.say))
 
     def described(self, node: Node) -> Any:
         """The transformers config of a run's model."""
-        first, start = self.root(node)
-        tokens = token_count(self.tokenizer(node))
+        tokenizer = self.tokenizer(node)
+        return self._once(("described", id(tokenizer), node.name), lambda: self._described(node, tokenizer))
+
+    def _described(self, node: Node, tokenizer: PreTrainedTokenizerBase) -> Any:
+        (first, start), tokens = self.root(node), token_count(tokenizer)
         if start is not None:
             return described_by(start, self.config(node), tokens)
         from rlhf_pipeline.models.loading import new_config
@@ -167,14 +175,12 @@ class Outlook:
         assert isinstance(config, SftConfig) and config.model_init is not None
         return new_config(config.model_init, dropout=config.dropout, vocab_size=tokens)
 
-    # Its rows.
-
     def training(self, node: Node) -> list[Example]:
         """The examples of the training split; prompts alone if the stage samples the rest."""
         config = self.config(node)
         assert isinstance(config, TrainingConfig)
-        kind, limit = training_kind(config), config.max_train_samples
-        return self._split(node, config, kind, config.dataset_train_split, limit)
+        kind, split = training_kind(config), config.dataset_train_split
+        return self._split(node, config, kind, split, config.max_train_samples, say=self.say)
 
     def held_out(self, node: Node) -> list[Example]:
         """The examples that the run is evaluated on; none for a stage that evaluates on none."""
@@ -194,25 +200,25 @@ class Outlook:
         limit: int | None,
         *,
         required: bool = True,
+        say: Callable[[str], None] = lambda _: None,
     ) -> list[Example]:
         """Some rows of a split, read as the run reads them, or those that an unfinished `collect` run will make."""
-        source = self._place(node, DATA_KEYS)
+        source = self.place(node, DATA_KEYS)
         root, start = self.root(node)
         read = json.dumps(config.model_dump(mode="json", include=READ), sort_keys=True)
         key = ("rows", source, kind, split, limit, read, root.label if start is None else start.label)
-        if key in self._known:
-            return self._known[key]
-        if source is not None:
-            found = lowest_hashes(self._collected(source, kind, split), limit)
-        else:
-            data, tokenizer = self._data(node, config), self.tokenizer(node)
-            data.say = self.say if required else lambda _: None
-            every = trains_all_replies(config)
-            found, _ = data.split(kind, split, tokenizer, limit=limit, required=required, all_replies=every)
-        self._known[key] = found
-        return found
 
-    def _collected(self, place: int, kind: str, split: str) -> list[Example]:
+        def rows() -> list[Example]:
+            if source is not None:
+                return lowest_hashes(self.collected(source, kind, split), limit)
+            data, tokenizer = self._data(node, config), self.tokenizer(node)
+            data.say = say
+            every = trains_all_replies(config)
+            return data.split(kind, split, tokenizer, limit=limit, required=required, all_replies=every)[0]
+
+        return self._once(key, rows)
+
+    def collected(self, place: int, kind: str, split: str) -> list[Example]:
         """The rows of a `collect` run, one for each record; identical pairs, which it leaves out, are not known."""
         rows = [one for one, its in self.draws(self.nodes[place]) if split in (its, "all")]
         if kind in ("demonstration", "prompt"):
@@ -223,22 +229,20 @@ class Outlook:
 
     def draws(self, node: Node) -> list[tuple[Example, str]]:
         """The prompts of a `collect` run with their splits, in its order, each with the responses of a record."""
+        return self._once(("draws", node.label), lambda: self._draws(node))
+
+    def _draws(self, node: Node) -> list[tuple[Example, str]]:
         config = self.config(node)
         assert isinstance(config, CollectConfig)
-        key = ("draws", node.label)
-        if key not in self._known:
-            (data,) = config.sources()
-            options = {"home": self.registry.home, "skip_bad_rows": config.skip_bad_rows, "splits": config.splits}
-            found = read_records(*data, **cast(Any, options))
-            above, (_, start) = self._place(node, MODEL_KEYS), self.root(node)
-            trained = {} if start is None else start.config
-            style = Style.of(trained if above is None else self.config(self.nodes[above]).model_dump())
-            prompts, _ = prompts_by_split(found, config, self.tokenizer(node), style)
-            tokens = self.response(node)[0]
-            chosen = [prompts[n % len(prompts)] for n in range(config.num)]
-            rows = answered([example for example, _ in chosen], tokens, config.k)
-            self._known[key] = list(zip(rows, (split for _, split in chosen), strict=True))
-        return self._known[key]
+        (data,) = config.sources()
+        found = read_records(*data, home=self.registry.home, skip_bad_rows=config.skip_bad_rows, splits=config.splits)
+        above, (_, start) = self.place(node, MODEL_KEYS), self.root(node)
+        trained = {} if start is None else start.config
+        style = Style.of(trained if above is None else self.config(self.nodes[above]).model_dump())
+        prompts, _ = prompts_by_split(found, config, self.tokenizer(node), style)
+        chosen = [prompts[n % len(prompts)] for n in range(config.num)]
+        rows = answered([example for example, _ in chosen], self.response(node)[0], config.k)
+        return list(zip(rows, (split for _, split in chosen), strict=True))
 
     def response(self, node: Node) -> tuple[int, str]:
         """The assumed number of tokens of a response that a run samples, and where it comes from.
@@ -260,7 +264,7 @@ class Outlook:
     def _typical(self, node: Node) -> float | None:
         """The mean length of the completions that a run's rows have; None if they have none."""
         config = self.config(node)
-        if not isinstance(config, TrainingConfig) or self._place(node, DATA_KEYS) is not None:
+        if not isinstance(config, TrainingConfig) or self.place(node, DATA_KEYS) is not None:
             return None
         if isinstance(config, DpoConfig) and config.population:
             return None
@@ -271,19 +275,24 @@ class Outlook:
             return None
         return sum(len(one.completions[0]) for one in rows) / len(rows)
 
-    # Its work.
-
     def models(self, node: Node) -> Models:
         """The shapes of the models of a run."""
         config = self.config(node)
         training = config if isinstance(config, TrainingConfig) else None
-        policy, bare, _, trained = shapes_of(self.described(node), training)
-        rewards, judge = self._scorers(node.spec, node.inputs, config)
+        policy, bare, trained = self.shapes(self.described(node), training)
+        rewards, judge = self.scorers(node.spec, node.inputs, config)
         shared = isinstance(config, PpoConfig) and config.value_init == "shared"
         critic = as_critic(policy) if isinstance(config, PpoConfig) and not shared else None
         return Models(policy, bare, critic, rewards, judge, trained)
 
-    def _scorers(
+    def shapes(self, described: Any, config: TrainingConfig | None = None) -> tuple[ModelShape, ModelShape, int]:
+        """`shapes_of`, once for models of the same sizes."""
+        head = isinstance(config, RewardConfig)
+        changes = {} if config is None else config.model_dump(mode="json", include=ADAPTED)
+        key = ("shapes", described.to_json_string(), json.dumps(changes, sort_keys=True), head)
+        return self._once(key, lambda: shapes_of(described, config))
+
+    def scorers(
         self, spec: StageSpec[Any], inputs: Mapping[str, int], config: Any
     ) -> tuple[tuple[ModelShape, ...], ModelShape | None]:
         """The shapes of the reward models and of the judge that a config names."""
@@ -298,22 +307,20 @@ class Outlook:
             place = inputs.get(spec.links[path]) if path in spec.links else None
             if place is not None and place not in self._made:
                 theirs = self.nodes[place]
-                shape = shapes_of(self.described(theirs), None)[1]
+                shape, *_ = self.shapes(self.described(theirs))
                 found[path] = as_scorer(shape, getattr(theirs.spec.config, "score_pooling", "last"))
             else:
                 resolved = self.registry.resolve(text if place is None else self._made[place])
                 pooling = resolved.config.get("score_pooling", "last")
-                found[path] = as_scorer(shapes_of(described_by(resolved, config), None)[1], pooling)
+                shape, *_ = self.shapes(described_by(resolved, config))
+                found[path] = as_scorer(shape, pooling)
         judge = found.pop(("judge",), None)
         labels = (judge,) if isinstance(config, CollectConfig) and judge is not None else ()
         return (*found.values(), *labels), None if labels else judge
 
     def counts(self, node: Node) -> Counts:
         """The rows and the work of a run."""
-        key = ("counts", self._alike(node))
-        if key not in self._known:
-            self._known[key] = self._counts(node)
-        return self._known[key]
+        return self._once(("counts", self._alike(node)), lambda: self._counts(node))
 
     def _alike(self, node: Node) -> str:
         """A text that is equal for runs with the same amounts: those of several seeds, say."""
@@ -336,78 +343,3 @@ class Outlook:
         tokens, told = self.response(node) if centred else (0, "")
         work = example_work(config, models, rows, self.held_out(node), tokens)
         return Counts(len(rows), work, tokens, (told,) if told else ())
-
-    def comparison(self, spec: StageSpec[CompareConfig]) -> tuple[Counts, Node]:
-        """The prompts and the work of the comparison, and the run whose model and data it reads first.
-
-        Raises:
-            LookupError: no arm is a stage of the experiment.
-        """
-        config = spec.config
-        arms = {name for path, name in spec.links.items() if path[0] == "arms"}
-        made = [node for node in self.nodes if node.name in arms]
-        if not made:
-            raise LookupError("no arm is a stage of this experiment")
-        example = made[0]
-        inputs = {node.name: place for place, node in reversed(list(enumerate(self.nodes)))}
-        rewards, judge = self._scorers(spec, inputs, config)
-        if not rewards:  # each arm is scored by the reward model of PPO
-            used = next((node for node in made if isinstance(node.spec.config, PpoConfig)), None)
-            rewards = () if used is None else self.models(used).rewards
-        lengths = cast(TrainingConfig, self.config(example)).sampled_lengths()
-        limit = config.max_new_tokens or lengths.response
-        tokens, told = self.response(example)
-        tokens = min(tokens, limit)
-        count = len(made) + sum(("arms", n) not in spec.links for n in range(len(config.arms)))
-        count += config.baseline is not None
-        splits = [config.split]
-        swept = any(node.setting for node in made)
-        if swept and config.validation_split and config.prompts is None:
-            splits.append(config.validation_split)
-        shape = shapes_of(self.described(example), None)[0]
-        models = Models(shape, shape, rewards=rewards, judge=judge)
-        work, prompts = Work(), 0
-        for split in splits:
-            chosen = self._prompts(example, config, split)
-            prompts = prompts or len(chosen)
-            work += compare_work(config, models, chosen, count=count, response=tokens, longest=limit)
-        return Counts(prompts, work, tokens, (told,)), example
-
-    def _prompts(self, node: Node, config: CompareConfig, split: str) -> list[Example]:
-        """The prompts of a comparison."""
-        trained = cast(TrainingConfig, self.config(node))
-        source = self._place(node, DATA_KEYS) if config.prompts is None else None
-        if source is not None:
-            return lowest_hashes(self._collected(source, "prompt", split), config.max_prompts)
-        if config.prompts is None:
-            (data, *_), fractions = trained.sources(), trained.split_fractions
-        else:
-            values = {"dataset_name": config.prompts, "dataset_config": config.dataset_config, "datasets": None}
-            (data,) = trained.model_copy(update={**values, "column_mapping": config.column_mapping}).sources()
-            fractions = config.split_fractions
-        skip = config.skip_bad_rows or trained.skip_bad_rows
-        lengths = trained.sampled_lengths()
-        found = read_records(*data, home=self.registry.home, skip_bad_rows=skip, splits={split})
-        examples, _ = examples_of(
-            found,
-            kind="prompt",
-            split=split,
-            tokenizer=self.tokenizer(node),
-            lengths=replace(lengths, prompt=config.max_prompt_length or lengths.prompt),
-            skip_bad_rows=skip,
-            fractions=fractions,
-            style=Style.of(trained.model_dump(include={"instruction_style", "text_as_chat"})),
-        )
-        return lowest_hashes(examples, config.max_prompts)
-
-
-def described_by(resolved: Resolved, config: ModelConfig, tokens: int = 0) -> Any:
-    """The transformers config of a model, or of the model below an adapter, with at least `tokens` outputs."""
-    from transformers import AutoConfig
-
-    whole, _ = chain_of(resolved)
-    options = {"revision": whole.revision, "trust_remote_code": config.trust_remote_code}
-    described: Any = AutoConfig.from_pretrained(whole.location, **options)
-    text = described.get_text_config()
-    text.vocab_size = max(text.vocab_size, tokens)
-    return described

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from rlhf_pipeline.data.splits import FRACTIONS, assign_splits, carries_splits
 from rlhf_pipeline.data.tokenizers import load_tokenizer, train_byte_level_bpe
 from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.evaluation.data_quality import FEW_JUDGE_PAIRS, FEW_TEST_PROMPTS
-from rlhf_pipeline.experiment.starter_file import POSITIONS, VOCABULARY, Starter
+from rlhf_pipeline.experiment.starter_file import POSITIONS, VOCABULARY, Quick, Starter
 from rlhf_pipeline.registry.lengths import positions_of
 from rlhf_pipeline.registry.references import Resolved, Version
 from rlhf_pipeline.registry.roles import check_role
@@ -66,13 +66,21 @@ def _warnings(splits: dict[str, int], prompts: int, faulty: int, rows: int) -> l
 
 
 def plan_starter(
-    source: str, *, model: str | None, seeds: int, folder: Path, home: Path, lora: bool = False
+    source: str,
+    *,
+    model: str | None,
+    seeds: int,
+    folder: Path,
+    home: Path,
+    lora: bool = False,
+    quick: bool = False,
 ) -> Starter:
     """Read the pairs and choose lengths, splits and sizes.
 
     Args:
         source: preference pairs or rankings. model: the model to start from; None trains one from scratch.
         folder: where the file will be written. lora: train adapters on the model.
+        quick: plan a first look, with one seed and shorter lengths; `fitted` reduces it further.
 
     Raises:
         BadInput: the source has no preferences, or the model does not exist; adapters without a model.
@@ -101,8 +109,9 @@ def plan_starter(
     if not {"prompt", "chosen"} <= measured.keys():
         why = "all are ties" if described["ties"] else f"no pair has a prompt that {model or 'a tokenizer'} can read"
         raise BadInput(f"{source}: found no pair to learn from ({why}); see rlhf data check")
-    longest = max(measured[name]["p99"] for name in ("chosen", "rejected"))
-    prompt, response, told = _lengths(measured["prompt"]["p99"], longest, positions)
+    share = "p95" if quick else "p99"
+    longest = max(measured[name][share] for name in ("chosen", "rejected"))
+    prompt, response, told = _lengths(measured["prompt"][share], longest, positions)
     faulty = max(len({item.fault.where for item in [*found.faults, *blank]}), described["faulty_rows"])
     faulty += len({item.fault.where for item in leaked})
     path = local_path(source)
@@ -111,7 +120,7 @@ def plan_starter(
         name=stem if is_name(stem) else "pairs",
         dataset=source if path is None else _path(path, folder),
         model=_model(resolved, model, folder),
-        seeds=seeds,
+        seeds=1 if quick else seeds,
         pairs=len(records),
         faulty=faulty,
         splits=splits,
@@ -120,9 +129,50 @@ def plan_starter(
         shares=shares,
         max_prompt_length=prompt,
         response_length=response,
+        tested=tested,
         lora=lora,
+        quick=Quick(rows=min(Quick.rows, len(learned))) if quick else None,
         warnings=told + _warnings(splits, tested, faulty, found.rows),
     )
+
+
+FIRST_LOOK_SECONDS = 3600.0
+"""The longest time that a first look is estimated to take."""
+FEWEST, SHORTEST = Quick(rows=64, episodes=32, prompts=16), 64
+"""The least sizes of a first look, and the least length, in tokens, that it shortens prompts and responses to."""
+
+
+def fitted(plan: Starter, seconds_of: Callable[[Starter], float | None]) -> tuple[Starter, float | None]:
+    """Reduce a first look until its estimated time is at most FIRST_LOOK_SECONDS; return it with its time.
+
+    First rows, episodes and prompts are reduced together, to a quarter at least; then the lengths are halved; then the
+    sizes again. A plan whose least sizes take longer, or whose time is not known, says so in its warnings.
+    """
+    seconds = seconds_of(plan)
+    while seconds is not None and seconds > FIRST_LOOK_SECONDS and (less := _reduced(plan, seconds)) != plan:
+        plan, seconds = less, seconds_of(less)
+    if seconds is not None and seconds <= FIRST_LOOK_SECONDS:
+        return plan, seconds
+    told = "its time is not known" if seconds is None else "the least first look takes longer than an hour here"
+    return replace(plan, warnings=[*plan.warnings, told]), seconds
+
+
+def _reduced(plan: Starter, seconds: float) -> Starter:
+    """A smaller first look; the same one if it has the least sizes."""
+    assert plan.quick is not None
+    quick, share = plan.quick, max(0.25, 0.95 * FIRST_LOOK_SECONDS / seconds)
+    limits = (plan.max_prompt_length, plan.response_length)
+    shorter = tuple(min(length, max(SHORTEST, length // 2)) for length in limits)
+    whole = Quick()
+    least = Quick(whole.rows // 4, whole.episodes // 4, whole.prompts // 4) if shorter != limits else FEWEST
+    smaller = Quick(
+        min(quick.rows, max(least.rows, int(quick.rows * share) // 16 * 16)),
+        min(quick.episodes, max(least.episodes, int(quick.episodes * share) // 32 * 32)),
+        min(quick.prompts, max(least.prompts, int(quick.prompts * share))),
+    )
+    if smaller != quick or shorter == limits:
+        return replace(plan, quick=smaller)
+    return replace(plan, max_prompt_length=shorter[0], response_length=shorter[1])
 
 
 def _split(source: str, splits: Mapping[str, int], part: str, carried: bool) -> str:

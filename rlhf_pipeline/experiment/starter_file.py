@@ -11,10 +11,23 @@ POSITIONS = 512
 
 
 @dataclass(frozen=True)
+class Quick:
+    """The sizes of a first look (`rlhf init --quick`).
+
+    rows: most training pairs of a stage. episodes: PPO's responses. prompts: test prompts, and held-out rows.
+    """
+
+    rows: int = 512
+    episodes: int = 256
+    prompts: int = 64
+
+
+@dataclass(frozen=True)
 class Starter:
     """The values of the file. pairs: number of usable preferences. model: None trains one from scratch.
 
-    lora: whether all stages train adapters on the weights of `model`.
+    tested: number of test prompts. lora: whether all stages train adapters on the weights of `model`. quick: the sizes
+    of a first look; None: an experiment of the usual sizes.
     """
 
     name: str
@@ -29,7 +42,9 @@ class Starter:
     shares: dict[str, float] | None
     max_prompt_length: int
     response_length: int
+    tested: int = 0
     lora: bool = False
+    quick: Quick | None = None
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -45,15 +60,20 @@ def _quoted(text: str | None) -> str:
 
 def render_starter(plan: Starter) -> str:
     """The experiment's YAML, with a comment at values that a user may want to change."""
-    scratch, small = plan.model is None, plan.splits[plan.train] < 2000
-    device, parts = (16, 1 if small else 2) if scratch else (4, 4 if small else 8)
-    rollout = 64 if small else 128
+    scratch, quick, small = plan.model is None, plan.quick, plan.splits[plan.train] < 2000
+    device, parts = (16, 1 if small or quick else 2) if scratch else (4, 4 if small or quick else 8)
+    rollout = 32 if quick else 64 if small else 128
+    episodes = quick.episodes if quick else 100 * rollout
+    size = f"    per_device_train_batch_size: {device}\n    gradient_accumulation_steps: {parts}\n"
+    passes = f"    num_train_epochs: {5 if plan.quick is None else 1}\n"
     rates = _RATES["scratch" if scratch else "lora" if plan.lora else "whole"]
     values = {
         "pairs": f"{plan.pairs:,}",
         "name": _quoted(plan.name),
         "seeds": json.dumps(list(range(plan.seeds))),
-        "start": _SCRATCH if scratch else f"    model_name_or_path: {_quoted(plan.model)}\n",
+        "first_look": _FIRST_LOOK.format_map(_cuts(plan, plan.quick)) if plan.quick else "",
+        "limits": _LIMITS.format(plan.quick.rows) if plan.quick else "",
+        "start": _SCRATCH + passes if scratch else f"    model_name_or_path: {_quoted(plan.model)}\n",
         "dataset": _quoted(plan.dataset),
         "parts": "".join(
             f"      {key}: {_quoted(name)}\n"
@@ -67,13 +87,18 @@ def render_starter(plan: Starter) -> str:
         "shares": f"      split_fractions: &shares {json.dumps(plan.shares)}\n" if plan.shares else "",
         "prompt": plan.max_prompt_length,
         "response": plan.response_length,
-        "size": f"    per_device_train_batch_size: {device}\n    gradient_accumulation_steps: {parts}\n",
+        "enough": "" if quick else ", enough for 99 %",
+        "size": size + (f"    max_eval_samples: {quick.prompts}\n" if quick else ""),
         "device": device,
         "rollout": rollout,
-        "episodes": 100 * rollout,
+        "episodes": episodes,
+        "updates": episodes // rollout,
+        "epochs": "    num_ppo_epochs: 2\n" if quick else "",
         "judged": "    judge: judge                             # scores the responses; has no effect on training\n",
-        "again": "    num_train_epochs: 3                      # few pairs: three epochs\n" if small else "",
-        "centred": "" if scratch else _CENTRED,
+        "again": "    num_train_epochs: 3                      # few pairs: three epochs\n"
+        if small and not quick
+        else "",
+        "centred": _CENTRED.format(16 if quick else 64) if quick or not scratch else "",
         "lora": _LORA if plan.lora else "",
         "shared": _SHARED if plan.lora else "",
         **{f"{stage}_rate": rate for stage, rate in zip(("sft", "reward", "ppo", "dpo"), rates, strict=True)},
@@ -84,13 +109,29 @@ def render_starter(plan: Starter) -> str:
                 (f"split: {_quoted(plan.test)}", plan.test != "test"),
                 ("split_fractions: *shares", plan.shares),
                 ("skip_bad_rows: true", plan.faulty),
+                (f"max_prompts: {quick.prompts if quick else 0}", quick),
+                (f"samples: {2 if quick else 4}", True),
             )
             if wanted
         ),
     }
+    values["judge_epochs"] = 1 if quick else 3
     values["judge"] = _JUDGE.format_map(values) if plan.judged else ""
     values["judged"] = values["judged"] if plan.judged else ""
     return _FILE.format_map(values)
+
+
+def _cuts(plan: Starter, quick: Quick) -> dict[str, object]:
+    """What a first look leaves out, and how wide the interval of its win rates is, in percentage points."""
+    tested = min(quick.prompts, plan.tested)
+    return {
+        "rows": f"{min(quick.rows, plan.splits[plan.train]):,}",
+        "pairs": f"{plan.splits[plan.train]:,}",
+        "episodes": quick.episodes,
+        "prompts": f"{tested} of {plan.tested:,}",
+        "response": plan.response_length,
+        "width": round(98 / max(tested, 1) ** 0.5),
+    }
 
 
 _RATES = {
@@ -105,7 +146,18 @@ _LORA = """\
       lora_r: 16
       lora_alpha: 32
 """
-_CENTRED = "    reward_centering_samples: 64             # few, because a large model samples slowly\n"
+_FIRST_LOOK = """\
+# A first look. Compared with the file of `rlhf init` without --quick it has one seed, {rows} of {pairs} training pairs,
+# responses of up to {response} tokens, one epoch, {episodes} PPO episodes (6,400 or more) and {prompts} test prompts.
+# It shows that your data, model and memory fit, and what a report looks like. It cannot tell which method is better:
+# the 95 % interval of a win rate is about ±{width} points, one seed says nothing about the spread between training
+# runs, PPO has hardly begun to learn, and a judge of so few pairs may be no better than "the longer response wins".
+"""
+_LIMITS = """\
+      max_train_samples: {:<19} # pairs (PPO: prompts), by hash
+      bf16: auto                             # if that is faster on this machine
+"""
+_CENTRED = "    reward_centering_samples: {:<14} # few, because a large model samples slowly\n"
 _SHARED = "    shared_base: true                        # one copy of the frozen weights for all four models\n"
 _SCRATCH = f"""\
     # No model was named: a small one from scratch. `rlhf init --model REF` starts from another.
@@ -114,7 +166,6 @@ _SCRATCH = f"""\
       max_position_embeddings: {POSITIONS}, initializer_range: 0.05}}
     tokenizer_init: {{type: byte_level_bpe, vocab_size: {VOCABULARY}}}
     completion_only_loss: false              # the model also has to learn the language
-    num_train_epochs: 5
 """
 _SKIP = "      skip_bad_rows: true                    # faulty rows: {}; `rlhf data check` lists them\n"
 _JUDGE = """\
@@ -123,7 +174,7 @@ _JUDGE = """\
     model_name_or_path: sft
     <<: *data
     dataset_train_split: judge
-    num_train_epochs: 3
+    num_train_epochs: {judge_epochs}
     learning_rate: {reward_rate}
     warmup_steps: 0.1
 {centred}{size}    seed: 1000
@@ -132,15 +183,15 @@ _FILE = """\
 # SFT, reward model, PPO and DPO on {pairs} preferences, compared. Keys: docs/experiments.md, docs/config.md.
 #   rlhf run THIS --dry-run        checks everything and trains nothing
 #   rlhf run THIS                  runs it; finished runs are skipped, stopped runs continue
-name: {name}
+{first_look}name: {name}
 seeds: {seeds}                             # each seed trains its own reward model, PPO and DPO
 stages:
   sft:                                       # trained on the preferred responses
     stage: sft
 {start}    <<: &data
       dataset_name: {dataset}
-{parts}{skip}{shares}{lora}\
-      max_prompt_length: {prompt:<19} # tokens, enough for 99 %; longer prompts are cut on the left
+{parts}{skip}{shares}{limits}{lora}\
+      max_prompt_length: {prompt:<19} # tokens{enough}; longer prompts are cut on the left
       response_length: {response:<21} # tokens with EOS; longer responses are left out
     learning_rate: {sft_rate}
     lr_scheduler_type: cosine
@@ -162,10 +213,10 @@ stages:
     <<: *data
     kl_coef: 0.1                             # PPO's beta: the same as DPO's, so that both have the same optimum
     learning_rate: {ppo_rate}
-    total_episodes: {episodes:<24} # total number of responses: 100 updates
+    total_episodes: {episodes:<24} # total number of responses: {updates} updates
     rollout_batch_size: {rollout:<20} # responses per update
     num_mini_batches: 4
-    per_device_train_batch_size: {device}
+{epochs}    per_device_train_batch_size: {device}
 {shared}    save_steps: 10
   dpo:
     stage: dpo
@@ -180,5 +231,4 @@ stages:
 compare:
   arms: [ppo, dpo]
   baseline: sft
-{compared}  samples: 4
-"""
+{compared}"""

@@ -16,9 +16,12 @@ from rlhf_pipeline.config.dpo import DpoConfig
 from rlhf_pipeline.config.ppo import PpoConfig
 from rlhf_pipeline.config.reward import RewardConfig
 from rlhf_pipeline.config.sft import SftConfig
+from rlhf_pipeline.config.stages import ModelConfig
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.data.batch import counted
 from rlhf_pipeline.data.tokenize import Example, whole_sequence
+from rlhf_pipeline.registry.adapters import chain_of
+from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.rollout.responses import distinct_prompts
 from rlhf_pipeline.stages.common import packed_rows
 from rlhf_pipeline.training.cost import ModelShape
@@ -76,8 +79,20 @@ class Models:
     trained: int = 0
 
 
-def shapes_of(described: Any, config: TrainingConfig | None) -> tuple[ModelShape, ModelShape, int, int]:
-    """The shapes of a language model with and without the adapter of a config, its weights, and those trained.
+def described_by(resolved: Resolved, config: ModelConfig, tokens: int = 0) -> Any:
+    """The transformers config of a model, or of the model below an adapter, with at least `tokens` outputs."""
+    from transformers import AutoConfig
+
+    whole, _ = chain_of(resolved)
+    options = {"revision": whole.revision, "trust_remote_code": config.trust_remote_code}
+    described: Any = AutoConfig.from_pretrained(whole.location, **options)
+    text = described.get_text_config()
+    text.vocab_size = max(text.vocab_size, tokens)
+    return described
+
+
+def shapes_of(described: Any, config: TrainingConfig | None) -> tuple[ModelShape, ModelShape, int]:
+    """The shapes of a language model with and without the adapter of a config, and the number of its trained weights.
 
     The model has no memory. A model is counted with the shortened last layer (models/last_layer.py).
 
@@ -98,7 +113,6 @@ def shapes_of(described: Any, config: TrainingConfig | None) -> tuple[ModelShape
         model: PreTrainedModel = model_of_config(described)
         skip_unread(trunk_of(model))
         bare = ModelShape.of(model)
-        weights = sum(parameter.numel() for parameter in model.parameters())
         compute_all(trunk_of(model))
         if config is not None and config.use_peft:
             add_adapter(model, config, "")
@@ -108,7 +122,7 @@ def shapes_of(described: Any, config: TrainingConfig | None) -> tuple[ModelShape
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if isinstance(config, RewardConfig) and config.use_peft:
         trained += described.get_text_config().hidden_size  # the score head
-    return shape, bare, weights, trained
+    return shape, bare, trained
 
 
 def as_critic(shape: ModelShape) -> ModelShape:

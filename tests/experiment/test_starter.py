@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import product
 
 import pytest
@@ -10,17 +11,28 @@ import yaml
 
 from rlhf_pipeline.cli.main import main
 from rlhf_pipeline.config.experiment import load_experiment
+from rlhf_pipeline.data.tokenizers import train_byte_level_bpe
 from rlhf_pipeline.data.world.vocabulary import ASPECTS, GENRES
+from rlhf_pipeline.experiment.starter import fitted
+from rlhf_pipeline.experiment.starter_file import Quick, Starter
+from rlhf_pipeline.models.loading import init_causal_lm, save_model
+from tests.conftest import TINY_LLAMA
+from tests.stages.test_conversations import CHATML
 from tests.training.conftest import word_pairs
 
 
 @pytest.fixture
 def init(lab, tmp_path, monkeypatch, capsys):
-    """Write rows beside the file and run `rlhf init`; returns the exit code, what was said, and the file's values."""
+    """Write rows beside the file and run `rlhf init`; returns the exit code, what was said, and the file's values.
+
+    seconds: the time that the file is said to take; a function of the file's path, or None for an estimate.
+    """
     monkeypatch.chdir(tmp_path)
 
-    def run(rows, *words, out="experiment.yaml", name="my pairs.jsonl"):
+    def run(rows, *words, out="experiment.yaml", name="my pairs.jsonl", seconds=lambda path, home: 60.0):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if seconds is not None:
+            monkeypatch.setattr("rlhf_pipeline.experiment.estimate.time_of_experiment", seconds)
         code = main(["init", name, "--out", out, "--home", str(lab.home), *words])
         said = capsys.readouterr()
         path = tmp_path / out
@@ -228,3 +240,90 @@ def test_a_file_is_never_written_over(init, tmp_path):
     code, said, _ = init(different(60))
     assert code == 2 and "--out" in said and (tmp_path / "experiment.yaml").read_text() == "mine"
     assert init(different(60), out="no/where.yaml")[0] == 2
+
+
+def test_a_first_look_is_reduced_until_it_takes_an_hour(init):
+    """A machine on which each pair takes 10 s of training, each episode 10 s, and each test prompt 1 s."""
+
+    def seconds(path, home):
+        values = yaml.safe_load(path.read_text())
+        stages = values["stages"]
+        rows, episodes = stages["dpo"]["max_train_samples"], stages["ppo"]["total_episodes"]
+        return 10 * rows + 10 * episodes + values["compare"]["max_prompts"]
+
+    rows = different(1200)  # 720 of them for training
+    code, said, values = init(rows, "--model", "sft", "--quick", seconds=seconds)
+    assert code == 0, said
+    # 512 rows, 256 episodes, 64 prompts take 7,744 s; 3,420 / 7,744 = .4416 of them are 226, 113 and 28: whole sixteens
+    # of rows and rollouts of episodes.
+    stages = values["stages"]
+    assert {one["max_train_samples"] for one in stages.values()} == {224}
+    assert (stages["ppo"]["total_episodes"], stages["ppo"]["rollout_batch_size"]) == (96, 32)
+    assert values["compare"]["max_prompts"] == stages["sft"]["max_eval_samples"] == 28 and values["seeds"] == [0]
+    assert all(one["bf16"] == "auto" for one in stages.values()) and "max_eval_samples" not in stages["ppo"]
+    assert "about 54 min on this machine" in said and "cannot tell which method is better" in said  # 3,228 s
+    code, said, _ = init(rows, "--model", "sft", out="whole.yaml", seconds=lambda path, home: 144_000.0)
+    assert "about 40.0 h on this machine" in said and "rlhf init --quick writes a first look" in said
+
+
+def test_a_first_look_that_cannot_be_short_says_so(init, tmp_path):
+    words = ("--quick", "--model", "sft", "--lora")
+    code, said, values = init(different(300), *words, seconds=lambda path, home: 1e6)
+    assert code == 0 and "takes longer than an hour here" in said
+    stages = values["stages"]
+    assert stages["dpo"]["max_train_samples"] == 64 and stages["ppo"]["total_episodes"] == 32
+    assert values["compare"]["max_prompts"] == 16
+    text = (tmp_path / "experiment.yaml").read_text()
+    assert re.search(r"64 of \d+ training pairs", text) and "32 PPO episodes" in text
+    code, said, _ = init(different(300), *words, out="unknown.yaml", seconds=lambda path, home: None)
+    assert code == 0 and "its time is not known" in said
+
+
+def test_a_first_look_is_shortened_after_its_sizes_and_before_they_are_least():
+    """A machine that takes 1 s for 10 rows x tokens of prompt and response."""
+    splits = {"train": 5000, "test": 500}
+    plan = Starter("x", "x", None, 1, 5500, 0, splits, "train", "test", None, 512, 256, quick=Quick())
+    seen = []
+
+    def seconds(one):
+        seen.append((one.quick.rows, one.max_prompt_length, one.response_length))
+        return one.quick.rows * (one.max_prompt_length + one.response_length) / 10
+
+    found, time = fitted(plan, seconds)
+    # 39,322 s: a quarter of the rows, which is their bound; 9,830 s and 4,915 s: half the lengths each time; 2,458 s.
+    assert seen == [(512, 512, 256), (128, 512, 256), (128, 256, 128), (128, 128, 64)]
+    assert (found.max_prompt_length, found.response_length, time) == (128, 64, 2457.6) and found.warnings == []
+
+
+@pytest.mark.check
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [(), ("--lora",)])
+@pytest.mark.parametrize("conversational", [False, True])
+def test_a_first_look_passes_its_own_dry_run(init, lab, tmp_path, capsys, words, conversational):
+    rows, model = different(80), "sft"
+    if conversational:
+        model = chat_model(tmp_path / "chat")
+        names = ("prompt", "chosen", "rejected")
+        roles = dict(zip(names, ("user", "assistant", "assistant"), strict=True))
+        rows = [
+            {name: [{"role": roles[name], "content": f"{row[name].strip()} {n}"}] for name in names}
+            for n, row in enumerate(rows)
+        ]
+    code, said, _ = init(rows, "--model", model, "--quick", *words, seconds=None)
+    assert code == 0, said
+    assert main(["run", "experiment.yaml", "--home", str(lab.home), "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["not_estimated"] == [] and 0 < told["total"]["seconds"] < 3600
+    found = told["estimates"]
+    assert found["ppo"]["episodes"] == 256 and found["dpo"]["rows"] == found["reward"]["rows"] > 20
+    assert found["dpo"]["optimizer_steps"] == -(-found["dpo"]["rows"] // 16)
+
+
+def chat_model(folder):
+    """A directory with a tiny random model whose tokenizer has a chat template."""
+    tokenizer = train_byte_level_bpe(["user assistant the plot was great"] * 4, 300)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"})
+    tokenizer.chat_template = CHATML
+    settings = {**TINY_LLAMA, "max_position_embeddings": 256}
+    save_model(init_causal_lm(settings, tokenizer, seed=1), tokenizer, folder)
+    return f"./{folder.name}"
