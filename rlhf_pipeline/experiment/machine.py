@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhf_pipeline.config.stages import ModelConfig
-from rlhf_pipeline.data.batch import FILLER, pack
+from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.experiment.work import Work
 from rlhf_pipeline.models.loading import model_of_config
@@ -137,7 +137,7 @@ def _measured(described: Any, config: ModelConfig, bf16: bool) -> Speed:
     # 1. Forward and backward over trees of a prompt and two completions.
     example = Example([1] * CONTEXT, [[2] * 32, [3] * 32], [True, True], "", "")
     examples = [example] * (4 if small else 1)
-    batch = pack(examples, FILLER, layout=policy.reader.layout).to(device)
+    batch = pack(examples, layout=policy.reader.layout).to(device)
     own = ModelShape.of(model)
 
     def forward() -> Tensor:
@@ -178,7 +178,7 @@ def _decoding_step(policy: Policy, rows: int, device: torch.device, precision: C
 
     def drawn(steps: int) -> None:
         uniforms = torch.full((rows, steps), 0.5, dtype=torch.float64)
-        read: dict[str, Any] = {"pad_id": FILLER, "device": device, "cache_config": policy.model.config}
+        read: dict[str, Any] = {"device": device, "cache_config": policy.model.config}
         with precision():
             sample(policy, [[1] * CONTEXT] * rows, uniforms, stop_ids=(), **read)
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rlhf_pipeline.config.base import LENGTHS
 from rlhf_pipeline.config.grid import Node, StageSpec
+from rlhf_pipeline.config.lengths import LENGTHS
 from rlhf_pipeline.config.mentions import set_value
 from rlhf_pipeline.config.reward import RewardConfig
 from rlhf_pipeline.config.reward_names import names_a_model

@@ -31,7 +31,7 @@ def example(prompt: int, *completions: int) -> Example:
 def test_counts_without_packing():
     examples = [example(3, 2, 1), example(5, 4), example(1, 1, 2, 3)]
     examples.append(Example([1, 1], [[2, 3, 4]], [True], "", "", trained=[True, False, True]))
-    found, packed = counted(examples), pack(examples, 0)
+    found, packed = counted(examples), pack(examples)
     assert found.context_tokens == packed.context_tokens == (6 + 9 + 4) + (15 + 30) + (1 + 2 + 5 + 9) + (3 + 12)
     for name in ("active_tokens", "num_tokens", "num_completions", "num_predicting"):
         assert getattr(found, name) == getattr(packed, name), name
