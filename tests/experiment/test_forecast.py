@@ -63,6 +63,8 @@ def test_flops_by_hand(lab, tmp_path):
     assert found["evaluation_tflop"] * 1e12 == pytest.approx(2 * scored, rel=1e-12)
 
 
+@pytest.mark.check
+@pytest.mark.slow
 def test_the_bill_of_the_run_is_the_forecast(lab, tmp_path):
     source = write(tmp_path / "pairs.jsonl", pairs())
     same = {"dataset_name": source, "max_steps": 3, "output_name": "made"}
@@ -92,6 +94,8 @@ def test_time_of_work_by_hand():
     )
 
 
+@pytest.mark.check
+@pytest.mark.slow
 def test_an_experiment_before_its_models_and_data_exist(lab, tmp_path, capsys):
     """Rows of a `collect` stage: `num`, in the splits of its prompts; models: those of the root of the chain."""
     base = {"max_prompt_length": 6, "response_length": 4, "use_cpu": True, "num_threads": 1, "learning_rate": 1e-3}
