@@ -12,8 +12,8 @@ from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.data.load import examples_of, lowest_hashes, read_records
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.tokenize import Example
-from rlhf_pipeline.experiment.outlook import DATA_KEYS, Counts, Outlook
-from rlhf_pipeline.experiment.work import Models, Work, compare_work
+from rlhf_pipeline.experiment.outlook import DATA_KEYS, Outlook
+from rlhf_pipeline.experiment.work import Counts, Models, Work, compare_work
 
 
 def arms_of(outlook: Outlook, spec: StageSpec[CompareConfig]) -> list[Node]:

@@ -12,8 +12,9 @@ from rlhf_pipeline.config.stages import CollectConfig, ModelConfig, PpoConfig, T
 from rlhf_pipeline.errors import BadInput, ConfigError
 from rlhf_pipeline.experiment.comparison import arms_of, comparison
 from rlhf_pipeline.experiment.machine import FACTOR, Speed, speed_of
-from rlhf_pipeline.experiment.outlook import Counts, Outlook
+from rlhf_pipeline.experiment.outlook import MIXED, Outlook
 from rlhf_pipeline.experiment.progress import spoken
+from rlhf_pipeline.experiment.work import Counts
 from rlhf_pipeline.models.refusals import first_line, refuse_to_hide
 
 
@@ -53,6 +54,8 @@ def forecast_comparison(outlook: Outlook, spec: StageSpec[CompareConfig]) -> For
     arms = arms_of(outlook, spec)
     if not arms:
         return Forecast({}, ("its time is not known: no arm is a stage of this experiment",))
+    if outlook.mixes_unmade(arms[0]) and spec.config.prompts is None:
+        return Forecast({}, (MIXED,))
     found = _forecast(lambda: comparison(outlook, spec), lambda: outlook.described(arms[0]), spec.config)
     if found.figures:
         found.figures["prompts"] = found.figures.pop("rows")
@@ -63,7 +66,7 @@ def _forecast(counts: Callable[[], Counts], described: Callable[[], Any], config
     try:
         found = counts()
         if found.work is None:
-            return Forecast({"rows": found.rows}, found.told)
+            return Forecast({} if found.rows is None else {"rows": found.rows}, found.told)
         speed = speed_of(described(), config)
     except Exception as error:
         # An architecture that cannot be made from its config alone; an adapter that does not fit is refused.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,8 +27,8 @@ from rlhf_pipeline.data.tokenizers import token_count
 from rlhf_pipeline.errors import DataError
 from rlhf_pipeline.experiment.done import output_of
 from rlhf_pipeline.experiment.work import (
+    Counts,
     Models,
-    Work,
     answered,
     as_critic,
     as_scorer,
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
+MIXED = "the rows of its mixture are not known before all of its sources exist"
 
 MODEL_KEYS: tuple[KeyPath, ...] = (("model_name_or_path",), ("policy",))
 DATA_KEYS: tuple[KeyPath, ...] = (("dataset_name",), ("prompts",))
@@ -68,20 +69,6 @@ READ = {
     *("instruction_style", "text_as_chat", "train_on"),
 }
 """Keys that decide which examples a run reads; runs with the same values share them."""
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What is known of one run before it.
-
-    rows: examples to train on, prompts to sample from, or records to collect. work: None if it cannot be counted.
-    response: the assumed tokens of a sampled response; 0 if none is sampled. told: what was assumed or is not known.
-    """
-
-    rows: int
-    work: Work | None
-    response: int = 0
-    told: tuple[str, ...] = ()
 
 
 class Outlook:
@@ -117,6 +104,11 @@ class Outlook:
     def _linked(self, node: Node, keys: Sequence[KeyPath]) -> int | None:
         """The number of the run that one of these keys names."""
         return next((node.inputs[node.spec.links[key]] for key in keys if key in node.spec.links), None)
+
+    def mixes_unmade(self, node: Node) -> bool:
+        """Whether a run reads a mixture of which a source does not exist yet."""
+        links = node.spec.links.items()
+        return any(path[0] == "datasets" and node.inputs[name] not in self._made for path, name in links)
 
     def config(self, node: Node) -> StageConfig:
         """The config with the outputs of finished runs, and lengths that it inherits; names of unfinished ones stay."""
@@ -266,7 +258,7 @@ class Outlook:
         config = self.config(node)
         if not isinstance(config, TrainingConfig) or self.place(node, DATA_KEYS) is not None:
             return None
-        if isinstance(config, DpoConfig) and config.population:
+        if self.mixes_unmade(node) or (isinstance(config, DpoConfig) and config.population):
             return None
         kind = "demonstration" if config.reads_prompts else training_kind(config)
         try:
@@ -329,6 +321,8 @@ class Outlook:
         return json.dumps([node.name, config, above], sort_keys=True)
 
     def _counts(self, node: Node) -> Counts:
+        if self.mixes_unmade(node):
+            return Counts(None, None, told=(MIXED,))
         config, models = self.config(node), self.models(node)
         if isinstance(config, CollectConfig):
             (tokens, told), rows = self.response(node), [example for example, _ in self.draws(node)]

@@ -63,6 +63,20 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """What is known of one run before it.
+
+    rows: examples to train on, prompts to sample from, or records to collect. rows, work: None if they are not known.
+    response: the assumed tokens of a sampled response; 0 if none is sampled. told: what was assumed or is not known.
+    """
+
+    rows: int | None
+    work: Work | None
+    response: int = 0
+    told: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Models:
     """The shapes of a run's models.
 

@@ -156,3 +156,18 @@ def test_what_cannot_be_known_is_said(lab, tmp_path):
     )
     told = estimate_stage(config, lab.home)
     assert "machine" not in told and told["about"] == ["pairs are drawn at every step: their tokens are not known"]
+
+
+def test_a_mixture_with_rows_that_are_not_there_is_not_estimated(lab, tmp_path):
+    source = write(tmp_path / "pairs.jsonl", pairs())
+    base = {"max_prompt_length": 6, "response_length": 4, "use_cpu": True, "num_threads": 1}
+    collect = {**base, "stage": "collect", "policy": "sft@v1", "prompts": source, "judge": "world", "num": 6}
+    parts = [{"dataset_name": "fresh"}, {"dataset_name": source}]
+    dpo = {**base, "stage": "dpo", "model_name_or_path": "sft@v1", "datasets": parts, "beta": 0.5}
+    compare = {"arms": ["dpo"], "baseline": "sft@v1", "use_cpu": True}
+    text = {"name": "x", "stages": {"fresh": collect, "dpo": {**dpo, "learning_rate": 1e-3}}, "compare": compare}
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(text, sort_keys=False))
+    told = estimate_experiment(path, [], lab.home)
+    assert told["not_estimated"] == ["dpo", "compare"] and told["estimates"]["fresh"]["records"] == 6
+    assert any(line.startswith("dpo, compare: the rows of its mixture are not known") for line in told["about"])
