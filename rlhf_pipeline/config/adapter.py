@@ -75,6 +75,6 @@ def check_adapter(config: HasAdapter) -> Iterator[Fault]:
         found = "found true, but there is no package bitsandbytes in this environment"
         yield Fault("load_in_4bit", found, "bitsandbytes installed", f"{INSTALL}, or dtype: bfloat16")
     elif not config.load_in_4bit:
-        for key in {"bnb_4bit_quant_type", "use_bnb_nested_quant"} & config.model_fields_set:
-            if getattr(config, key) not in ("nf4", False):
-                yield Fault(key, "found without load_in_4bit", "load_in_4bit: true with it")
+        for key, default in (("bnb_4bit_quant_type", "nf4"), ("use_bnb_nested_quant", False)):
+            if getattr(config, key) != default:
+                yield Fault(key, "found without load_in_4bit, so it has no effect", "load_in_4bit: true with it")

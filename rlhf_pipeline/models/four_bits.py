@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 BLOCK = 64
 """The number of weights that share a scale."""
+# At its import, also by peft, it says that a kernel was not loaded from the hub; `settle` keeps away from that kernel.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 _TRACES = ("is_loaded_in_4bit", "is_quantized", "hf_quantizer", "quantization_method")
 
 
@@ -56,8 +58,6 @@ def require_bitsandbytes(label: object) -> None:
 
 def loading_in(how: FourBits) -> dict[str, Any]:
     """The options of `from_pretrained` that quantise weights as they are read, on the CPU."""
-    # It says at import that a kernel was not loaded from the hub; `settle` keeps away from that kernel.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     return {"quantization_config": _settings(how), "device_map": {"": "cpu"}}
 
 

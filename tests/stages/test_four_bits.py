@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import math
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from rlhf_pipeline.cli.main import app
+from rlhf_pipeline.compare.fairness import facts_of
 from rlhf_pipeline.errors import BadInput, ConfigError, Interrupted, MismatchError
 from rlhf_pipeline.experiment.estimate import _bytes_in_4_bits, _training_memory, estimate_stage
+from rlhf_pipeline.measure.exact import run_exact
 from rlhf_pipeline.models.four_bits import entries, in_four_bits
 from rlhf_pipeline.stages.common import find_model, load_policy, load_reward_model, tokenizer_of
 from rlhf_pipeline.stages.export import export_merged
 from tests.conftest import TINY_LLAMA, sigterm_at
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+pytestmark = [
+    pytest.mark.check,
+    pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes"),
+]
 
 CPU = torch.device("cpu")
 QLORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "load_in_4bit": True}
@@ -122,7 +131,6 @@ SETUPS = {
 }
 
 
-@pytest.mark.check
 @pytest.mark.parametrize("setup", SETUPS)
 def test_ppo_starts_at_a_ratio_of_1_and_a_kl_of_0(scored, tmp_path, setup):
     """Also without gradients, as the sampler and the reference read: bitsandbytes would round to bfloat16 there."""
@@ -135,7 +143,6 @@ def test_ppo_starts_at_a_ratio_of_1_and_a_kl_of_0(scored, tmp_path, setup):
     assert held == (setup != "all weights, critic from 4 bits")
 
 
-@pytest.mark.check
 def test_a_shared_base_gives_the_same_run(scored, tmp_path):
     lab = scored.copy(tmp_path / "home")
     changes = {**QLORA, "model_name_or_path": "tuned", "reward_model_path": "scored"}
@@ -151,7 +158,6 @@ def test_a_shared_base_gives_the_same_run(scored, tmp_path):
         lab.run("ppo", **other)
 
 
-@pytest.mark.check
 def test_a_reward_model_is_read_by_plain_peft_and_its_head_is_not_in_4_bits(on_adapter):
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
@@ -197,7 +203,6 @@ def test_without_bitsandbytes_nothing_is_trained_or_read(on_adapter, monkeypatch
         read(on_adapter, "tuned")
 
 
-@pytest.mark.check
 def test_a_run_resumes_bit_for_bit_and_keeps_only_the_adapter(on_adapter, tmp_path):
     lab = on_adapter
     changes = {**QLORA, "use_bnb_nested_quant": True, "lora_dropout": 0.3, "save_steps": 2}
@@ -213,6 +218,60 @@ def test_a_run_resumes_bit_for_bit_and_keeps_only_the_adapter(on_adapter, tmp_pa
     ours, theirs = lab.weights(whole.model), again.weights(resumed.model)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert lab.rows(whole.run) == again.rows(resumed.run)
+
+
+@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"engine": "trl"}, {"bf16": True}])
+def test_other_ways_of_training_take_the_same_steps(on_adapter, changes):
+    """In bf16 up to the rounding of activations: 8 bits, in layers in 4 bits as in others."""
+    given = {**QLORA, "model_name_or_path": "tuned", "dataset_train_split": "all"}
+    plain = on_adapter.run("dpo", output_name="plain", **given)
+    other = on_adapter.run("dpo", output_name="other", **given, **changes)
+    ours, theirs = on_adapter.weights(plain.model), on_adapter.weights(other.model)
+    assert ours.keys() == theirs.keys() and any("lora_B" in name and value.any() for name, value in ours.items())
+    if "bf16" in changes:
+        first = on_adapter.rows(other.run)[0]
+        assert first["rewards/margins"] == 0.0
+        assert first["grad_norm"] == pytest.approx(on_adapter.rows(plain.run)[0]["grad_norm"], rel=0.05)
+        return
+    for name in ours:
+        torch.testing.assert_close(theirs[name], ours[name], atol=2e-4, rtol=1e-3)
+
+
+def test_every_command_reads_it(scored, tmp_path, undrawn):
+    """compare, evaluate, generate, exact, collect; as arm, reference, judge and reward model; DoRA on 4 bits too."""
+    lab = scored.copy(tmp_path / "home")
+    lab.run("dpo", model_name_or_path="tuned", snapshot_steps=2, use_dora=True, **QLORA)
+    run = CliRunner()
+
+    def call(*words):
+        result = run.invoke(app, ["--home", str(lab.home), "--json", *words], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    cpu = ("use_cpu=true", "num_threads=1")
+    compared = call("compare", "tuned", "dpo@v1#2", "dpo", "--judge", "scored", "--allow-mismatch", "exact=false", *cpu)
+    assert compared["reference"] == "tuned@v1"
+    rows = {row["model"]: row for row in compared["rows"]}
+    assert rows["tuned@v1"]["metrics"]["kl"]["mean"] == 0.0
+    assert call("evaluate", "dpo", "--reward-model", "scored", *cpu)["model"] == "dpo@v1"
+    assert call("generate", "dpo", "--max-prompts", "2", *cpu)
+    assert call("exact", "dpo", "--reward", "scored", *cpu)
+    lab.run("collect", policy="tuned", judge="scored", num=8)
+    assert call("models", "show", "dpo")["adapter"]["load_in_4bit"] is True
+    assert call("models", "export", "dpo", str(tmp_path / "adapter"))
+    assert call("evaluate", str(tmp_path / "adapter"), *cpu)
+
+
+def test_dpo_is_measured_against_the_reference_of_its_training(on_adapter):
+    """From whole weights that training held in 4 bits: a policy that has not moved loses log 2 on every pair."""
+    lab = on_adapter
+    lab.run("dpo", learning_rate=1e-12, max_steps=1, **QLORA)
+    made = run_exact(["dpo"], lab.config("exact", max_new_tokens=1, prompts="world:verdicts"), lab.home)
+    (row,) = [row for row in made.rows if row.name == "dpo@v1"]
+    assert row.training_loss.training_loss == pytest.approx(math.log(2), abs=1e-6)
+    lab.run("dpo", output_name="whole", max_steps=1, use_peft=True)
+    two = facts_of(lab.registry, lab.registry.resolve("dpo")), facts_of(lab.registry, lab.registry.resolve("whole"))
+    assert {name for name in two[0] if two[0][name] != two[1][name]} == {"frozen weights"}
 
 
 @torch.no_grad()
@@ -246,7 +305,6 @@ def test_a_dry_run_counts_the_bytes_of_4_bits(tuned, nested):
     parts = [part for s in states for part in (s.absmax, s.code, *((s.state2.absmax, s.state2.code) if nested else ()))]
     tensors = [*parts, *(weight for weight in model.parameters() if not weight.requires_grad)]
     assert sum(tensor.numel() * tensor.element_size() for tensor in tensors) + 4 * 7 * nested == expected
-    assert (
-        _training_memory(40960 + rest, 1024, config, _bytes_in_4_bits(config, {"base": base})) == expected + 16 * 1024
-    )
+    in_4_bits = _bytes_in_4_bits(config, {"base": base})
+    assert _training_memory(40960 + rest, 1024, config, in_4_bits) == expected + 16 * 1024
     assert estimate_stage(config, tuned.home)["trained_parameters"] == 1024
