@@ -111,7 +111,7 @@ class Bench:
             self.device,
             frozen=True,
             temperature=self.config.temperature if temperature is None else temperature,
-            four_bits=four_bits,
+            **({} if four_bits is None else {"four_bits": four_bits}),
         )
 
     @property
