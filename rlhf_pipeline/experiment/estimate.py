@@ -117,7 +117,8 @@ def _adapter_parameters(config: TrainingConfig, parent: Resolved) -> int:
     with torch.device("meta"):
         add_adapter(model, config, parent.label)
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return count + model.config.get_text_config().hidden_size * isinstance(config, RewardConfig)  # the score head
+    described: Any = model.config.get_text_config()
+    return count + described.hidden_size * isinstance(config, RewardConfig)  # the score head
 
 
 def _bytes_in_4_bits(config: TrainingConfig, parents: Mapping[str, Resolved]) -> dict[str, int]:

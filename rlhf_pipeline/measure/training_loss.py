@@ -51,8 +51,10 @@ def dpo_policies(bench: Bench, resolved: Resolved) -> tuple[Policy, Policy, dict
     reference, base = dpo_reference(bench.registry, resolved), resolved.manifest.parents.get("base")
     held = four_bits_of(resolved) if base is not None and base.digest == reference.digest else None
     temperature = training_temperature(resolved)
-    policy, frozen = bench.policy(resolved, temperature), bench.policy(reference, temperature, four_bits=held)
-    return policy, frozen, {"model": reference.digest, "bf16": False} | ({"held": held.keys} if held else {})
+    key: dict[str, object] = {"model": reference.digest, "bf16": False}
+    if held is not None:
+        key["held"] = held.keys
+    return bench.policy(resolved, temperature), bench.policy(reference, temperature, four_bits=held), key
 
 
 def dpo_config(resolved: Resolved) -> DpoConfig:

@@ -131,8 +131,7 @@ def frozen_bytes(model: PreTrainedModel, width: int, how: FourBits | None) -> in
     whole = sum(parameter.numel() for parameter in model.parameters()) * width
     if how is None:
         return whole
-    model = replace_with_bnb_linear(model, get_keys_to_not_convert(model), _settings(how))
-    for layer in _layers(model):
+    for layer in _layers(replace_with_bnb_linear(model, get_keys_to_not_convert(model), _settings(how))):
         count = layer.in_features * layer.out_features
         blocks = count // BLOCK
         scales = blocks + 4 * -(-blocks // 256) + 1028 if how.nested else 4 * blocks
