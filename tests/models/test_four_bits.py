@@ -70,6 +70,7 @@ def test_a_layer_multiplies_by_its_rounded_weights_in_training_and_in_evaluation
             assert torch.equal(layer(states.detach()), output)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2"])
 @torch.no_grad()
 def test_embeddings_and_heads_stay_and_all_else_is_rounded(in_4_bits, name):
@@ -90,6 +91,7 @@ def test_embeddings_and_heads_stay_and_all_else_is_rounded(in_4_bits, name):
     assert {type(module) for module in model.modules()} == {type(module) for module in plain.modules()}
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("kind", [{}, {"use_dora": True}, {"lora_target_modules": "all-linear"}])
 @torch.no_grad()
@@ -109,6 +111,7 @@ def test_an_adapter_is_merged_into_the_rounded_weights(in_4_bits, name, kind):
     assert torch.equal(model.base_model(input_ids=IDS).last_hidden_state, hidden)
 
 
+@pytest.mark.check
 @torch.no_grad()
 def test_a_second_model_on_the_same_weights_holds_no_scale_twice(in_4_bits):
     _, model = in_4_bits("llama", FourBits(nested=True))
@@ -122,6 +125,7 @@ def test_a_second_model_on_the_same_weights_holds_no_scale_twice(in_4_bits):
     assert torch.equal(apart(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
 @torch.no_grad()
 def test_it_computes_in_the_number_type_of_the_model(in_4_bits, dtype):
