@@ -204,9 +204,7 @@ class TrainingConfig(WithLengths, WithEvaluation):
     use_rslora: bool = option(False, "scale the adapter by lora_alpha / sqrt(lora_r) (Kalajdzievski 2023; TRL: off)")
     use_dora: bool = option(False, "train magnitude and direction of a weight apart (DoRA, Liu et al. 2024; TRL: off)")
     load_in_4bit: bool = option(
-        False,
-        "with use_peft: hold the frozen linear layers in 4 bits; embeddings, output head and score head stay as they "
-        "are (QLoRA, Dettmers et al. 2023; needs bitsandbytes; TRL: off)",
+        False, "with use_peft: hold frozen linear layers, no heads, in 4 bits (QLoRA, Dettmers et al. 2023; TRL: off)"
     )
     bnb_4bit_quant_type: QuantType = option(
         "nf4", "the 16 values of a weight in 4 bits: quantiles of a normal distribution, or floating point (TRL)"
