@@ -165,20 +165,23 @@ def _optional() -> Iterator[Finding]:
     """Packages that only some keys need."""
     for package, what in OPTIONAL.items():
         if importlib.util.find_spec(package) is None:
-            yield Finding(package, "not installed", f"only for {what}")
+            yield Finding(package, "not installed", f"only for {what}: pip install {package}")
         else:
             yield Finding(package, "ok", f"{version_of(package) or 'installed'}: {what}")
 
 
 def _combinations() -> Iterator[Finding]:
     """Versions that do not work together, or have never been tried together."""
-    known: dict[str, Any] = {name: version_of(name) for name in ("vllm", "peft", "trl", "flash_attn", "torchao")}
+    known: dict[str, Any] = {name: version_of(name) for name in ("vllm", "peft", "trl", "flash_attn", "bitsandbytes")}
     if known["vllm"] and (is_older(known["vllm"], "0.22") or not is_older(known["vllm"], "0.32")):
         found = f"vllm {known['vllm']}: TRL 1.16 supports 0.22 to 0.31"
         yield Finding("vllm and trl", "warning", found, "pip install 'vllm>=0.22,<=0.31'")
     if known["peft"] and is_older(known["peft"], "0.21"):
         found = f"peft {known['peft']}: tested with 0.21 and newer"
         yield Finding("peft version", "warning", found, "pip install -U 'peft>=0.21'")
+    if known["bitsandbytes"] and is_older(known["bitsandbytes"], "0.50"):
+        found = f"bitsandbytes {known['bitsandbytes']}: load_in_4bit is tested with 0.50 and newer"
+        yield Finding("bitsandbytes version", "warning", found, "pip install -U 'bitsandbytes>=0.50'")
     if known["flash_attn"] and shutil.which("nvidia-smi") is None:
         found = "flash_attn is installed, but there is no NVIDIA GPU"
         yield Finding("flash_attn and device", "warning", found, "leave attn_implementation out")

@@ -14,6 +14,7 @@ from rlhf_pipeline.config.reward_names import names_a_model
 from rlhf_pipeline.data.tokenizers import stop_ids
 from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.measure.trained_on import training_temperature
+from rlhf_pipeline.registry.adapters import four_bits_of
 from rlhf_pipeline.registry.manifest import Manifest
 from rlhf_pipeline.registry.parents import reward_models_of
 from rlhf_pipeline.registry.references import Resolved
@@ -87,6 +88,7 @@ def facts_of(registry: Registry, resolved: Resolved) -> dict[str, str]:
         "preference data": _preferences_of(registry, resolved, manifest),
         "labels": "their probabilities" if config.get("soft_labels") else "as drawn",
         "prompts": " + ".join(sorted(_short(entry.digest) for entry in manifest.data)) or NONE,
+        "frozen weights": "as stored" if (held := four_bits_of(resolved)) is None else held.keys,
         "training temperature": f"{training_temperature(resolved):g}",
         MOVED: ", ".join(f"{k}={v}" for k, v in sorted(moved.items())) or NONE,
     }

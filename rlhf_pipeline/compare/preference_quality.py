@@ -17,8 +17,8 @@ from rlhf_pipeline.evaluation.preference_metrics import (
     reliability_bins,
 )
 from rlhf_pipeline.measure.bench import Bench
-from rlhf_pipeline.measure.trained_on import owned_by, training_temperature
-from rlhf_pipeline.measure.training_loss import dpo_reference, own_data, trained_by_dpo
+from rlhf_pipeline.measure.trained_on import owned_by
+from rlhf_pipeline.measure.training_loss import dpo_policies, own_data, trained_by_dpo
 from rlhf_pipeline.registry.parents import reward_models_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.report.results import Interval, Preferences, Scorer, ScorerTest
@@ -60,10 +60,8 @@ def held_out_pairs(bench: Bench, config: CompareConfig, sources: Sequence[Resolv
 
 def _implicit(bench: Bench, model: Resolved, pairs: Sequence[Example]) -> list[float]:
     """beta log(pi / pi_ref) of the chosen response minus that of the rejected one."""
-    reference = dpo_reference(bench.registry, model)
-    key = {"model": reference.digest, "dtype": bench.config.dtype, "bf16": False}
-    # Nothing is sampled: both models are evaluated at the temperature that the policy was trained at.
-    policy, frozen = (bench.policy(one, training_temperature(model)) for one in (model, reference))
+    policy, frozen, key = dpo_policies(bench, model)
+    key["dtype"] = bench.config.dtype
     ref_logprobs = cached_logprobs(frozen, pairs, bench.registry.home / "cache", key, **bench.reading).logprobs
     rewards = completion_logprob_sums(policy, pairs, **bench.reading).double() - ref_logprobs.double()
     return (float(model.config["beta"]) * (rewards[:, 0] - rewards[:, 1])).tolist()

@@ -19,12 +19,14 @@ _OLD = {
     "evaluation_strategy": "eval_strategy",
     "max_seq_length": "max_length",
 }
+_QUANT = {"bnb_4bit_use_double_quant": "use_bnb_nested_quant"}
 _RESPONSE = {"max_completion_length": "response_length", "max_new_tokens": "response_length"}
 _SAMPLING = {"torch_dtype": "dtype"}
 ALIASES: dict[str, dict[str, str]] = {
-    **dict.fromkeys(TRAINING, _OLD | _RESPONSE),
+    **dict.fromkeys(TRAINING, _OLD | _QUANT | _RESPONSE),
     "ppo": {
         **_OLD,
+        **_QUANT,
         **_RESPONSE,
         "sft_model_path": "model_name_or_path",
         "beta": "kl_coef",
@@ -98,6 +100,8 @@ FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "num_processes": ((1, None), "start it by accelerate launch --num_processes N"),
     "packing": ((False, None), "batches hold whole examples without padding, and a step keeps its examples"),
     "lora_task_type": (("CAUSAL_LM", "SEQ_CLS", None), "the stage sets the task of its adapter"),
+    "bnb_4bit_quant_storage": (("uint8", None), "weights in 4 bits are stored as bytes"),
+    "bnb_4bit_compute_dtype": ((None,), "set dtype: layers in 4 bits compute in the number type of the model"),
     "kl_estimator": (("k1",), "the KL in the reward is k1: the log-ratio"),
 }
 """Keys with a fixed behaviour: the values that match it, and what to do instead of any other, which is refused."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from rlhf_pipeline.config.adapter import check_adapter
+from rlhf_pipeline.config.adapter import QuantType, check_adapter
 from rlhf_pipeline.config.base import (
     ATTENTION,
     COLUMN_MAPPING,
@@ -204,7 +204,13 @@ class TrainingConfig(WithLengths, WithEvaluation):
     use_rslora: bool = option(False, "scale the adapter by lora_alpha / sqrt(lora_r) (Kalajdzievski 2023; TRL: off)")
     use_dora: bool = option(False, "train magnitude and direction of a weight apart (DoRA, Liu et al. 2024; TRL: off)")
     load_in_4bit: bool = option(
-        False, "hold the frozen weights in 4 bits, NF4 (QLoRA, Dettmers et al. 2023; needs bitsandbytes; TRL: off)"
+        False, "with use_peft: hold frozen linear layers, no heads, in 4 bits (QLoRA, Dettmers et al. 2023; TRL: off)"
+    )
+    bnb_4bit_quant_type: QuantType = option(
+        "nf4", "the 16 values of a weight in 4 bits: quantiles of a normal distribution, or floating point (TRL)"
+    )
+    use_bnb_nested_quant: bool = option(
+        False, "hold the scales of blocks of 64 weights in 8 bits too: .4 bits a weight less (TRL: off)"
     )
 
     seed: Seed = option(0, "random seed for initialisation, data order and sampling (ours)")

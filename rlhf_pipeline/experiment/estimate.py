@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
+from rlhf_pipeline.config.adapter import FourBits
 from rlhf_pipeline.config.experiment import load_experiment
 from rlhf_pipeline.config.grid import Node, StageSpec, expand
 from rlhf_pipeline.config.mentions import functions
@@ -30,7 +32,7 @@ from rlhf_pipeline.experiment.machine import FACTOR
 from rlhf_pipeline.experiment.outlook import Outlook
 from rlhf_pipeline.experiment.run import checked, compared
 from rlhf_pipeline.models.needs import require_kernel, require_needs
-from rlhf_pipeline.registry.adapters import chain_of, require_same_base
+from rlhf_pipeline.registry.adapters import chain_of, four_bits_of, require_same_base
 from rlhf_pipeline.registry.lengths import with_lengths
 from rlhf_pipeline.registry.parents import parents_of
 from rlhf_pipeline.registry.references import Resolved
@@ -42,6 +44,9 @@ from rlhf_pipeline.stages.data import prompts_by_split
 from rlhf_pipeline.stages.reward_sources import check_reward_models
 from rlhf_pipeline.training.optimizer import require_schedule
 from rlhf_pipeline.training.windows import total_steps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 COMPARISON = "compare"
 """The name of the comparison among the estimates of an experiment; no stage has it."""
@@ -97,24 +102,52 @@ def _check_reward_models(config: StageConfig, parents: Mapping[str, Resolved]) -
         check_reward_models(config, policy, rewards)
 
 
-def _training_memory(parameters: int, adapter: int | None, config: TrainingConfig) -> int:
+def _without_weights(parent: Resolved) -> PreTrainedModel:
+    """The whole model below a model, on torch's meta device."""
+    import torch
+    from transformers import AutoConfig
+
+    from rlhf_pipeline.models.loading import model_of_config
+
+    whole, _ = chain_of(parent)
+    described = AutoConfig.from_pretrained(whole.location, revision=whole.revision)
+    with torch.device("meta"):
+        return model_of_config(described)
+
+
+def _bytes_in_4_bits(config: TrainingConfig, parents: Mapping[str, Resolved]) -> dict[str, int]:
+    """Bytes of the frozen weights of the models that are held in 4 bits, by role."""
+    from rlhf_pipeline.models.four_bits import frozen_bytes
+
+    held = {role: four_bits_of(parent) for role, parent in parents.items()}
+    if config.use_peft:
+        held["base"] = FourBits.of(config)
+    width = BYTES[config.dtype]
+    return {role: frozen_bytes(_without_weights(parents[role]), width, how) for role, how in held.items() if how}
+
+
+def _training_memory(
+    parameters: int, adapter: int | None, config: TrainingConfig, in_4_bits: Mapping[str, int] = MappingProxyType({})
+) -> int:
     """Bytes of weights, gradients and the optimizer's state, and of the frozen models, without activations.
 
     adapter: parameters of the adapter that is trained on frozen weights; None: all weights are trained.
+    in_4_bits: bytes of the frozen weights of models held in 4 bits, by role.
     """
     width = BYTES[config.dtype]
     held = 2 + OPTIMIZERS[config.optim].state / 4  # weights, gradients, state
     trained, frozen = round((parameters if adapter is None else adapter) * width * held), 0
+    base, reward, judge = (in_4_bits.get(role, parameters * width) for role in ("base", "reward_model", "judge"))
     if isinstance(config, DpoConfig):
-        frozen = parameters * width
+        frozen = base
     if isinstance(config, PpoConfig):
         # The reference, the reward model and the judge; a reward function is counted as a model (upper bound).
-        frozen = parameters * width * (2 + ("judge" in config.parents()))
+        frozen = base + reward + judge * ("judge" in config.parents())
         trained *= 1 if config.value_init == "shared" else 2
     if adapter is not None:
         # Actor and reference, and critic and reward model, have the same weights; with shared_base all four.
         shared_base = isinstance(config, PpoConfig) and config.shared_base
-        frozen = max(frozen - parameters * width * shared_base, parameters * width)
+        frozen = max(frozen - reward * shared_base, base)
     return trained + frozen
 
 
@@ -136,7 +169,7 @@ def estimate_stage(config: StageConfig, home: Path) -> dict[str, Any]:
     if isinstance(config, PpoConfig) and config.shared_base:
         for role in named:
             if role.startswith("reward_model"):
-                require_same_base(parents["base"], parents[role])
+                require_same_base(parents["base"], parents[role], FourBits.of(config))
     for source in functions(config):
         load_function(source)
     for judge in llm_judges(config):
@@ -185,7 +218,7 @@ def estimate_stage(config: StageConfig, home: Path) -> dict[str, Any]:
         adapter = None
         if config.use_peft:
             adapter = result["trained_parameters"] = outlook.models(node).trained
-        memory = _training_memory(parameters, adapter, config)
+        memory = _training_memory(parameters, adapter, config, _bytes_in_4_bits(config, parents))
         result["memory_mib_without_activations"] = round(memory / 2**20, 1)
     return result | _work_of(outlook, node)
 

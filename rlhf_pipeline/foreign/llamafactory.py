@@ -46,6 +46,8 @@ ENTRIES = {
     "loraplus_lr_ratio": lost("LoRA+ gives the two matrices different learning rates"),
     "pissa_init": lost("there is no PiSSA initialisation", False),
     "quantization_bit": JOINT,
+    "quantization_type": to("bnb_4bit_quant_type"),
+    "double_quantization": to("use_bnb_nested_quant"),
     "quantization_method": lost("4-bit weights are those of bitsandbytes", "bitsandbytes", "bnb"),
     "flash_attn": to("attn_implementation", {"auto": None, "fa2": "flash_attention_2", "sdpa": "sdpa"}),
     "enable_liger_kernel": IDLE,

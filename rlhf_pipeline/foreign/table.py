@@ -154,6 +154,9 @@ class Tool:
             else:
                 _carry(result, entry, key, value)
         self.complete(values, result)
+        if result.config.get("load_in_4bit") and "use_bnb_nested_quant" not in result.config:
+            result.put("use_bnb_nested_quant", True, "")
+            result.notes.append(f"use_bnb_nested_quant True: the default of {self.name}")
         for key, value in self.defaults.get(stage, {}).items():
             if key not in result.config:
                 result.put(key, value, "")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 import torch
 
+from rlhf_pipeline.config.adapter import FourBits
 from rlhf_pipeline.config.base import part_of, renames
 from rlhf_pipeline.config.compare import PromptsConfig
 from rlhf_pipeline.config.lengths import DEFAULT_MAX_LENGTH, Lengths, resolve_lengths
@@ -81,11 +82,14 @@ class Bench:
         at_once, memory = self.plan.responses_at_once, self.plan.memory
         return Reading(responses_at_once=at_once, memory=memory, device=self.device)
 
-    def policy(self, resolved: Resolved, temperature: float | None = None) -> Policy:
+    def policy(
+        self, resolved: Resolved, temperature: float | None = None, *, four_bits: FourBits | None = None
+    ) -> Policy:
         """Load a policy, after checking that it has the same tokenizer as the others, except for PAD.
 
         Args:
             temperature: divides its logits; None uses the sampling temperature.
+            four_bits: how its weights are held, if it has none of its own; see `load_adapted`.
 
         Raises:
             MismatchError: its tokenizer is different.
@@ -107,6 +111,7 @@ class Bench:
             self.device,
             frozen=True,
             temperature=self.config.temperature if temperature is None else temperature,
+            **({} if four_bits is None else {"four_bits": four_bits}),
         )
 
     @property

@@ -14,6 +14,8 @@ from rlhf_pipeline.data import world
 from rlhf_pipeline.data.comparisons import Comparisons
 from rlhf_pipeline.measure.bench import Bench
 from rlhf_pipeline.measure.trained_on import owned_by, training_temperature
+from rlhf_pipeline.models.modules import Policy
+from rlhf_pipeline.registry.adapters import four_bits_of
 from rlhf_pipeline.registry.parents import parent_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
@@ -38,6 +40,21 @@ def dpo_reference(registry: Registry, resolved: Resolved) -> Resolved:
     found = parent_of(registry, resolved, "reference")
     assert found is not None
     return found
+
+
+def dpo_policies(bench: Bench, resolved: Resolved) -> tuple[Policy, Policy, dict[str, object]]:
+    """A model that was `trained_by_dpo`, its reference as it was held in training, and the key of the latter's cache.
+
+    Nothing is sampled: both are evaluated at the temperature that the policy was trained at.
+    """
+    assert resolved.manifest is not None
+    reference, base = dpo_reference(bench.registry, resolved), resolved.manifest.parents.get("base")
+    held = four_bits_of(resolved) if base is not None and base.digest == reference.digest else None
+    temperature = training_temperature(resolved)
+    key: dict[str, object] = {"model": reference.digest, "bf16": False}
+    if held is not None:
+        key["held"] = held.keys
+    return bench.policy(resolved, temperature), bench.policy(reference, temperature, four_bits=held), key
 
 
 def dpo_config(resolved: Resolved) -> DpoConfig:
@@ -74,9 +91,7 @@ def training_loss(bench: Bench, resolved: Resolved) -> float:
     minimum, 0 at the exact optimum.
     """
     config = dpo_config(resolved)
-    reference = dpo_reference(bench.registry, resolved)
-    # Nothing is sampled: both models are evaluated at the temperature that the policy was trained at.
-    policy, frozen = (bench.policy(one, training_temperature(resolved)) for one in (resolved, reference))
+    policy, frozen, key = dpo_policies(bench, resolved)
     data = StageData(config, bench.registry.home, lambda _: None)
     target: Tensor | None
     least = 0.0  # the sum of the losses of the exact optimum, if it is known
@@ -100,7 +115,7 @@ def training_loss(bench: Bench, resolved: Resolved) -> float:
     else:
         examples, _ = data.training(bench.tokenizer)
         bench.compare_data(resolved, data.sources(training_kind(config)))
-        key = {"model": reference.digest, "dtype": config.dtype, "bf16": False}
+        key["dtype"] = config.dtype
         ref_logprobs = cached_logprobs(frozen, examples, bench.registry.home / "cache", key, **bench.reading).logprobs
         target = label_probabilities(examples) if config.soft_labels else None
     logprobs = completion_logprob_sums(policy, examples, **bench.reading).double()

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rlhf_pipeline.config.adapter import FourBits
 from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.models.adapters import load_adapter, remove_adapters, trunk_on_same_weights
+from rlhf_pipeline.models.four_bits import dequantise
 from rlhf_pipeline.models.merging import merge_into
 from rlhf_pipeline.models.modules import sequence_head
-from rlhf_pipeline.registry.adapters import chain_of
+from rlhf_pipeline.registry.adapters import chain_of, four_bits_of
 from rlhf_pipeline.registry.references import Resolved
 
 if TYPE_CHECKING:
@@ -52,26 +54,39 @@ def classifier_on(below: PreTrainedModel, resolved: Resolved) -> PreTrainedModel
 
 
 def load_adapted(
-    load: Callable[..., PreTrainedModel], resolved: Resolved, *, dtype: str, merged: bool = False, **options: Any
+    load: Callable[..., PreTrainedModel],
+    resolved: Resolved,
+    *,
+    dtype: str,
+    merged: bool = False,
+    four_bits: FourBits | None = None,
+    as_stored: bool = False,
+    **options: Any,
 ) -> PreTrainedModel:
     """Load the whole weights below a model by `load` with `options`, and put its adapters on them, frozen.
 
-    merged: add the adapters to the weights, so that all of them can be trained.
+    merged: add the adapters to the weights, so that all of them can be trained. four_bits: how the weights are held for
+    a further adapter; those below an adapter that was trained on 4 bits are always held so. as_stored: all are read as
+    their files hold them.
 
     Raises:
         BadInput: weights of this `dtype` are too coarse for their adapters. The errors of `chain_of`, `load` and
             `load_adapter`.
     """
-    whole, adapters = chain_of(resolved)
+    bottom, adapters = chain_of(resolved)
+    four_bits = None if as_stored else four_bits_of(resolved) or four_bits
     if not adapters:
-        return load(whole.location, dtype=dtype, revision=whole.revision, **options)
+        return load(bottom.location, dtype=dtype, revision=bottom.revision, four_bits=four_bits, **options)
     model = load(
-        whole.location,
+        bottom.location,
         dtype="float32" if merged else dtype,
-        revision=whole.revision,
+        revision=bottom.revision,
         described_by=resolved.path,
+        four_bits=four_bits,
         **options,
     )
+    if merged and four_bits is not None:
+        dequantise(model)
     for adapter in adapters:
         load_adapter(model, Path(adapter.location))
     if merged:

@@ -24,6 +24,7 @@ from torch import nn
 
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.errors import BadInput, ConfigError, Fault
+from rlhf_pipeline.models.four_bits import dequantise, entries, in_four_bits
 from rlhf_pipeline.models.last_layer import compute_all
 from rlhf_pipeline.models.refusals import first_line, refuse_to_hide
 from rlhf_pipeline.registry.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -44,7 +45,9 @@ def on_same_weights(model: Model) -> Model:
 
     The copy computes its last layer at every position: an adapter would stand between its modules and their hooks.
     """
-    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
+    scales = [module.quant_state for module in filter(in_four_bits, model.modules())]
+    kept: Any = chain(model.parameters(), model.buffers(), scales)
+    copied = copy.deepcopy(model, {id(part): part for part in kept})
     compute_all(copied)
     return copied
 
@@ -62,6 +65,8 @@ def trunk_on_same_weights(model: PreTrainedModel) -> PreTrainedModel:
 def whole_trunk(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of the decoder below the head of a model; its adapters are merged, and all weights can be trained."""
     trunk = _with_adapters_of(model, copy.deepcopy(cast("PreTrainedModel", model.base_model)))
+    if any(map(in_four_bits, trunk.modules())):
+        dequantise(trunk)
     remove_adapters(trunk, merge=True)
     return trunk.requires_grad_(True)
 
@@ -95,6 +100,9 @@ def add_adapter(model: PreTrainedModel, config: TrainingConfig, base: str) -> No
     asked = config.lora_target_modules
     whole = [name for name in config.lora_modules_to_save or () if name.rpartition(".")[2] in names]
     head = [name for name in SCORE_HEADS if hasattr(model, name)][:1]
+    if fixed := [n for n, m in model.named_modules() if in_four_bits(m) and {n, n.rpartition(".")[2]} & set(whole)]:
+        found, expected = f"{fixed[0]} is held in 4 bits, which cannot be trained", "embeddings, output head or norms"
+        raise ConfigError(Fault("lora_modules_to_save", found, expected, "give it an adapter by lora_target_modules"))
     settings = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -211,8 +219,15 @@ def adapter_facts(model: PreTrainedModel) -> dict[str, Any]:
         "target_modules": targets if isinstance(targets, str) else sorted(targets),
         "modules_to_save": sorted(settings.modules_to_save or ()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(map(entries, model.parameters())),
+        **_quantised(model),
     }
+
+
+def _quantised(model: PreTrainedModel) -> dict[str, Any]:
+    how: Any = getattr(model.config, "quantization_config", None)
+    keys = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+    return {} if how is None else {key: getattr(how, key) for key in keys}
 
 
 def remove_adapters(model: PreTrainedModel, *, merge: bool) -> None:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from rlhf_pipeline.config.adapter import FourBits
 from rlhf_pipeline.data.tokenizers import stop_ids, token_count
 from rlhf_pipeline.errors import BadInput, ConfigError, Fault, MismatchError, did_you_mean
 from rlhf_pipeline.models.adapters import TRAINED, adapters_of, save_adapter
+from rlhf_pipeline.models.four_bits import loading_in, require_bitsandbytes, settle
 from rlhf_pipeline.models.needs import require_kernel
 from rlhf_pipeline.models.noise import is_noise, without_noise
 from rlhf_pipeline.models.refusals import first_line, refuse_to_hide, require_full_precision, require_sizes
@@ -36,11 +38,13 @@ def _load(
     trust_remote_code: bool = False,
     described_by: Path | None = None,
     new_head: bool = False,
+    four_bits: FourBits | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load a model by an auto class of transformers, with the loading report of transformers.
 
     prepare: checks and changes its config before. described_by: the folder of an adapter on the weights in `path`; its
-    config holds, if it has one. new_head: whether the files may lack the score head.
+    config holds, if it has one. new_head: whether the files may lack the score head. four_bits: how linear layers are
+    quantised.
 
     Raises:
         BadInput: no config or weights that can be used, or weights that the files lack.
@@ -52,12 +56,16 @@ def _load(
         told = str(described_by), None
     try:
         config = AutoConfig.from_pretrained(told[0], revision=told[1], trust_remote_code=trust_remote_code)
+        if told[0] != str(path):  # an adapter's config says how the weights below it were held; their files are plain
+            vars(config).pop("quantization_config", None)
         require_sizes(config)
         require_full_precision(config)
     except Exception as error:  # architectures raise different errors
         refuse_to_hide(error)
         raise BadInput(f"{path}: its config.json cannot be used ({first_line(error)})") from error
     prepare(config)
+    if four_bits is not None:
+        require_bitsandbytes(described_by or path)
     try:
         model, report = auto_class.from_pretrained(
             str(path),
@@ -68,6 +76,7 @@ def _load(
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **({} if four_bits is None else loading_in(four_bits)),
         )
     except Exception as error:  # torch raises various errors for contradictory sizes
         refuse_to_hide(error)
@@ -82,6 +91,8 @@ def _load(
             f"{path}: its files lack weights of {type(model).__name__}: {named}; expected all of them (transformers "
             "would draw them at random); restore the files, or correct architectures and sizes in config.json"
         )
+    if four_bits is not None:
+        settle(model)
     return model, report
 
 
@@ -90,7 +101,7 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """Load a causal language model; with `tokenizer`, extend the embedding to its added tokens.
 
-    options: dtype, attn_implementation, revision, trust_remote_code, described_by (see `_load`).
+    options: dtype, attn_implementation, revision, trust_remote_code, described_by, four_bits (see `_load`).
     """
     from transformers import AutoModelForCausalLM
 

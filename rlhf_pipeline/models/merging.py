@@ -24,11 +24,14 @@ class Merged:
     """The result of a merge, on probe sequences of arbitrary tokens.
 
     distance: root mean square difference between the outputs of the merged model and of the adapter: next-token
-    log-probabilities in nats, or scores. effect: the same between the adapter and its base.
+    log-probabilities in nats, or scores. effect: the same between the adapter and its base. from_4_bits: the adapter
+    was trained and is read on a base in 4 bits, and is merged into the base before: the distance is mostly the rounding
+    of the base to 4 bits, which the adapter was trained to live with and the merged model does not have.
     """
 
     distance: float
     effect: float
+    from_4_bits: bool = False
 
     @property
     def share(self) -> float:
@@ -38,6 +41,12 @@ class Merged:
     @property
     def told(self) -> str:
         """One line for the log."""
+        if self.from_4_bits:
+            return (
+                f"merged into the weights before their rounding to 4 bits: outputs are {self.distance:.2g} from those "
+                f"of the adapter on 4 bits, beside an effect of {self.effect:.2g} of the adapter (root mean squares); "
+                "what was measured of the adapter does not hold of the merged model: evaluate it again"
+            )
         return (
             f"merged outputs are {self.distance:.2g} from those of the adapter, {self.share:.1%} of the adapter's own "
             f"effect of {self.effect:.2g} (root mean squares)"
@@ -47,27 +56,30 @@ class Merged:
         """Check that the merge loses little.
 
         Raises:
-            BadInput: it loses more than `MOST_LOST` of the adapter's effect.
+            BadInput: it loses more than `MOST_LOST` of the adapter's effect, and this is not due to a base in 4 bits.
         """
-        if self.share > MOST_LOST:
+        if self.share > MOST_LOST and not self.from_4_bits:
             raise BadInput(f"{label}: {self.told}; expected at most {MOST_LOST:.0%}: {fix}")
 
 
-def merge_into(model: PreTrainedModel, dtype: torch.dtype) -> Merged:
+def merge_into(model: PreTrainedModel, dtype: torch.dtype, *, in_4_bits: PreTrainedModel | None = None) -> Merged:
     """Merge all adapters of a model in fp32 into its weights, and round these to `dtype`, in place.
 
     The merged model is read in fp32, so that only the rounding of weights counts, not that of activations.
+
+    in_4_bits: the same adapters on the weights in 4 bits on which they were trained.
     """
-    adapted = _outputs(model)
-    with switched_off(model):
-        base = _outputs(model)
+    measured = model if in_4_bits is None else in_4_bits
+    adapted = _outputs(measured)
+    with switched_off(measured):
+        base = _outputs(measured)
     remove_adapters(model, merge=True)
     module = cast(nn.Module, model)
     module.to(dtype).to(torch.float32)
     merged = _outputs(model)
     module.to(dtype)
     model.config.dtype = dtype
-    return Merged(_rms(merged - adapted), _rms(adapted - base))
+    return Merged(_rms(merged - adapted), _rms(adapted - base), in_4_bits is not None)
 
 
 def _rms(difference: Tensor) -> float:

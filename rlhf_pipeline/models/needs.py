@@ -6,11 +6,13 @@ import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from rlhf_pipeline.config.adapter import FourBits
 from rlhf_pipeline.config.stages import StageConfig
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.errors import ConfigError, Fault
+from rlhf_pipeline.models.four_bits import require_bitsandbytes
 from rlhf_pipeline.models.refusals import first_line
-from rlhf_pipeline.registry.adapters import described_by
+from rlhf_pipeline.registry.adapters import described_by, four_bits_of
 from rlhf_pipeline.registry.lengths import require_positions
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import read_json
@@ -20,19 +22,28 @@ if TYPE_CHECKING:
 
 
 def require_needs(config: StageConfig, parents: Mapping[str, Resolved]) -> None:
-    """Check positions, number type and attention kernel of the models of a stage.
+    """Check positions, number type, weights in 4 bits and attention kernel of the models of a stage.
 
     Raises:
-        ConfigError: a model has too few positions, its stored weights cannot be trained, or the kernel cannot be used.
+        ConfigError: a model has too few positions, its stored weights cannot be trained, an adapter would start from
+            weights held in another way than those of its parent, or the kernel cannot be used.
         DamagedFile: a config.json cannot be read.
     """
     for role, parent in parents.items():
         scores = role.startswith("reward_model") or role == "judge"
         if not scores or parent.manifest is not None:  # a reward model from elsewhere may read text: see `load_reward`
             require_positions(config, parent)
+        if four_bits_of(parent) is not None:
+            require_bitsandbytes(parent.label)
         if config.attn_implementation is not None:
             _require_kernel_of(parent, config.attn_implementation, config.trust_remote_code, scores=scores)
     base = parents.get("base")
+    if isinstance(config, TrainingConfig) and config.use_peft and base is not None:
+        trained, asked = four_bits_of(base), FourBits.of(config)
+        if trained not in (None, asked):
+            found = f"{asked.keys if asked else False}, and {base.label} was trained with {trained.keys}"
+            fix = "or start from rlhf models export REF DIR --merge"
+            raise ConfigError(Fault("load_in_4bit", found, trained.keys, fix))
     if isinstance(config, TrainingConfig) and config.dtype == "auto" and base is not None:
         stored = _described(base)
         if stored.get("dtype", stored.get("torch_dtype")) == "float16":

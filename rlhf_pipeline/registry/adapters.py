@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from rlhf_pipeline.config.adapter import FourBits
 from rlhf_pipeline.errors import BadInput, MismatchError
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import read_json
@@ -82,14 +83,35 @@ def chain_of(resolved: Resolved) -> tuple[Resolved, list[Resolved]]:
     return resolved, adapters
 
 
-def require_same_base(policy: Resolved, reward: Resolved) -> None:
+def four_bits_of(resolved: Resolved) -> FourBits | None:
+    """How the weights below an adapter were held in 4 bits when it was trained; None: as they are stored.
+
+    Its config.json says so by transformers' `quantization_config`; the files of the base are those before.
+    """
+    if resolved.path is None or not is_adapter(resolved.path):
+        return None
+    how = read_json(resolved.path / "config.json").get("quantization_config")
+    if not isinstance(how, dict) or how.get("load_in_4bit") is not True:
+        return None
+    return FourBits(how.get("bnb_4bit_quant_type", "nf4"), bool(how.get("bnb_4bit_use_double_quant")))
+
+
+def require_same_base(policy: Resolved, reward: Resolved, four_bits: FourBits | None = None) -> None:
     """Check that policy and reward model are, or are trained as, adapters on the same whole weights.
+
+    four_bits: how the policy's are held.
 
     Raises:
         MismatchError: they are not; the message names both.
     """
     (ours, _), (theirs, adapters) = chain_of(policy), chain_of(reward)
     same = ours.digest == theirs.digest if ours.digest and theirs.digest else ours.label == theirs.label
+    if adapters and same and (trained := four_bits_of(reward)) != four_bits:
+        held, expected = ("load_in_4bit: false" if how is None else how.keys for how in (trained, four_bits))
+        raise MismatchError(
+            f"shared_base: reward model {reward.label} was trained with {held}, expected {expected}, as the policy "
+            f"{policy.label} is: train both alike, or use shared_base: false"
+        )
     if adapters and same:
         return
     found = f"adapters on {theirs.label}" if adapters else "whole weights"

@@ -96,10 +96,15 @@ def _use(manifest: Manifest) -> str:
         )
     else:
         auto, note = "AutoModelForCausalLM", ""
-    load = f"model = {auto}.from_pretrained(folder)"
+    load, name = f"model = {auto}.from_pretrained(folder)", auto
     if manifest.adapter:
         labels = ", num_labels=1" if manifest.stage == "reward" else ""
-        load = f"base = {auto}.from_pretrained(base_folder{labels})\nmodel = PeftModel.from_pretrained(base, folder)"
+        if manifest.adapter.get("load_in_4bit"):
+            auto += ", BitsAndBytesConfig"
+            keys = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+            how = ", ".join(f"{key}={manifest.adapter[key]!r}" for key in keys)
+            labels += f", quantization_config=BitsAndBytesConfig({how})"
+        load = f"base = {name}.from_pretrained(base_folder{labels})\nmodel = PeftModel.from_pretrained(base, folder)"
         load = f"from peft import PeftModel\n{load}"
         base = escape(manifest.parents["base"].ref)
         note += (

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from rlhf_pipeline.config.adapter import FourBits
 from rlhf_pipeline.config.collect import CollectConfig
 from rlhf_pipeline.config.stages import ModelConfig, SftConfig
 from rlhf_pipeline.config.template import HasTemplate
@@ -104,6 +105,13 @@ def loading_options(config: ModelConfig) -> dict[str, Any]:
     return {key: getattr(config, key) for key in ("dtype", "attn_implementation", "trust_remote_code")}
 
 
+def training_options(config: ModelConfig) -> dict[str, Any]:
+    """The options of `load_adapted` for a model that is trained: whole, or below a new adapter."""
+    if isinstance(config, TrainingConfig) and config.use_peft:
+        return {"four_bits": FourBits.of(config)}
+    return {"merged": True}
+
+
 def load_language_model(
     resolved: Resolved, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, **options
 ) -> PreTrainedModel:
@@ -126,8 +134,7 @@ def load_policy(
     Within `sharing_models`, frozen policies of one model share its weights, also at different temperatures.
     """
     if not frozen:
-        merged = not getattr(config, "use_peft", False)
-        model = onto(device, load_language_model(resolved, config, tokenizer, merged=merged, **options))
+        model = onto(device, load_language_model(resolved, config, tokenizer, **training_options(config), **options))
         if not options.get("dropout"):
             require_no_noise(model)
         return policy_to_train(model, config, resolved.label, temperature)

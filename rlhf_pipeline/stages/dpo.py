@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_pipeline.algorithms.preference import OBJECTIVES, correct, smoothed_target
+from rlhf_pipeline.config.adapter import FourBits
 from rlhf_pipeline.config.dpo import DpoConfig
 from rlhf_pipeline.models.modules import Policy, assert_independent
 from rlhf_pipeline.registry.lineage import stands_apart
@@ -126,6 +127,8 @@ def run_dpo(config: DpoConfig, home: Path, **options) -> StageResult:
         known_as = ref_parent.identity
         if known_as is not None and ref_parent.base is not None and not config.use_peft:
             known_as += " merged"  # equal up to rounding
+        elif known_as is not None and ref_parent.label == parent.label and config.load_in_4bit:
+            known_as += f" {FourBits.of(config)}"
         source = fresh_pairs if config.population else recorded_pairs
         pairs = source(run, policy, frozen, known_as, tokenizer)
         parents = {"base": parent, "reference": ref_parent}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.models.adapted import load_adapted
 from rlhf_pipeline.models.loading import load_causal_lm, load_sequence_classifier, save_model
 from rlhf_pipeline.models.merging import merge_into
-from rlhf_pipeline.registry.adapters import chain_of
+from rlhf_pipeline.registry.adapters import chain_of, four_bits_of
 from rlhf_pipeline.registry.integrity import verify_files
 from rlhf_pipeline.registry.roles import role_of
 from rlhf_pipeline.registry.store import Registry
@@ -22,6 +23,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def export_merged(registry: Registry, reference: str, target: Path, dtype: str | None) -> dict[str, Any]:
     """Write a model whose adapters are added to its weights into a new or empty folder.
+
+    The weights are those of the base's files, also where the adapter was trained on them in 4 bits.
 
     dtype: of the weights; None: that of training, or float32.
 
@@ -43,11 +46,12 @@ def export_merged(registry: Registry, reference: str, target: Path, dtype: str |
         trained = resolved.config.get("dtype")
         dtype = trained if trained in DTYPES else "float32"
     tokenizer = tokenizer_of(resolved)
-    if role_of(resolved)[0] == "reward_model":
-        model = load_adapted(load_sequence_classifier, resolved, dtype="float32")
-    else:
-        model = load_adapted(load_causal_lm, resolved, dtype="float32", tokenizer=tokenizer)
-    merged = merge_into(model, getattr(torch, dtype))
+    load: Any = load_sequence_classifier
+    if role_of(resolved)[0] != "reward_model":
+        load = partial(load_causal_lm, tokenizer=tokenizer)
+    model = load_adapted(load, resolved, dtype="float32", as_stored=True)
+    in_4_bits = None if four_bits_of(resolved) is None else load_adapted(load, resolved, dtype="float32")
+    merged = merge_into(model, getattr(torch, dtype), in_4_bits=in_4_bits)
     fix = "use --dtype float32" if dtype != "float32" else "these adapters cannot be merged; read them with peft"
     merged.require(f"{resolved.label} in {dtype}", fix)
     told = {"dtype": dtype, "distance": merged.distance, "effect": merged.effect, "share": merged.share}

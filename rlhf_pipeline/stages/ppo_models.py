@@ -13,6 +13,7 @@ from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import stop_ids
 from rlhf_pipeline.errors import ConfigError, Fault
 from rlhf_pipeline.models.adapters import add_adapter
+from rlhf_pipeline.models.four_bits import entries
 from rlhf_pipeline.models.modules import ActorCritic, assert_independent, describe_critic, make_actor_critic
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.rollout.rewards import CombinedReward
@@ -125,7 +126,7 @@ def load_setup(
 
 def describe_weights(actor_critic: ActorCritic, *frozen: torch.nn.Module) -> str:
     """One line for the log: how many weights are trained, and how many are in memory once."""
-    held = {p.data_ptr(): p.numel() for module in (actor_critic, *frozen) for p in module.parameters()}
+    held = {p.data_ptr(): entries(p) for module in (actor_critic, *frozen) for p in module.parameters()}
     trained = sum(p.numel() for p in actor_critic.parameters() if p.requires_grad)
     return f"weights: {trained:,} are trained, of {sum(held.values()):,} in memory for all models"
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rlhf_pipeline.config.adapter import FourBits
 from rlhf_pipeline.config.collect import CollectConfig
 from rlhf_pipeline.config.ppo import PpoConfig
 from rlhf_pipeline.config.reward_names import WORLD_NAMES, is_function_name, load_function
@@ -104,7 +105,7 @@ def load_reward(
         return LoadedReward(source, resolved)
     _require_positions(config, resolved)
     if below is not None:
-        require_same_base(policy, resolved)
+        require_same_base(policy, resolved, FourBits.of(config) if isinstance(config, PpoConfig) else None)
     model = load_reward_model(resolved, config, device, below)
     return LoadedReward(ModelReward(resolved.label, model, device), resolved, model)
 

@@ -14,6 +14,7 @@ from rlhf_pipeline.config.sft import SftConfig
 from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.shown import trained_text
 from rlhf_pipeline.data.tokenize import Example, whole_sequence
+from rlhf_pipeline.models.four_bits import entries
 from rlhf_pipeline.models.loading import init_causal_lm, new_config
 from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.modules import Policy
@@ -95,7 +96,7 @@ def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
             if not config.dropout:
                 require_no_noise(model)
             policy = Policy(model, inspect_model(model)).train()
-        run.log.say(f"model: {sum(p.numel() for p in policy.parameters()):,} parameters, {policy.reader}")
+        run.log.say(f"model: {sum(map(entries, policy.parameters())):,} parameters, {policy.reader}")
 
         # 2. The data.
         examples, reports = data.training(tokenizer)

@@ -21,6 +21,7 @@ from rlhf_pipeline.stages.common import (
     loading_options,
     onto,
     policy_to_train,
+    training_options,
 )
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def load_policy_and_reference(
         policy = load_policy(parent, config, tokenizer, device, **read)
         read |= {"frozen": True} | ({} if config.use_peft else {"merged": True})
         return policy, load_policy(reference or parent, config, tokenizer, device, **read)
-    model = onto(device, load_language_model(parent, config, tokenizer))
+    model = onto(device, load_language_model(parent, config, tokenizer, **training_options(config)))
     require_no_noise(model)
     below = on_same_weights(model)
     return policy_to_train(model, config, parent.label, temperature), frozen_policy(below, temperature)
@@ -54,7 +55,7 @@ def load_policy_and_reference(
 
 def new_reward_model(parent: Resolved, config: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A reward model to train: the trunk of a language model, or with `use_peft` an adapter on it, and a new head."""
-    how: dict[str, Any] = {"seed": config.seed, "score_pooling": config.score_pooling, "merged": not config.use_peft}
+    how: dict[str, Any] = {"seed": config.seed, "score_pooling": config.score_pooling, **training_options(config)}
     model = load_adapted(init_reward_model, parent, tokenizer=tokenizer, **loading_options(config), **how)
     if config.use_peft:
         add_adapter(model, config, parent.label)

@@ -74,8 +74,9 @@ def replacing(target: Path) -> Iterator[Path]:
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The part of a state dict that training changes: everything except frozen parameters."""
-    frozen = {name for name, value in model.named_parameters(remove_duplicate=False) if not value.requires_grad}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+    kept = {name for name, value in model.named_parameters(remove_duplicate=False) if value.requires_grad}
+    kept.update(name for name, _ in model.named_buffers(remove_duplicate=False))  # not the scales of weights in 4 bits
+    return {name: tensor for name, tensor in model.state_dict().items() if name in kept}
 
 
 def save_checkpoint(

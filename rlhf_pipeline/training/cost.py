@@ -17,6 +17,7 @@ from torch import nn
 from rlhf_pipeline.data.batch import Counted, PackedBatch
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.models.forward import trunk_of
+from rlhf_pipeline.models.four_bits import entries
 from rlhf_pipeline.models.last_layer import skipping_modules
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def _computed(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _sizes(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
+    return sum(map(entries, parameters))
 
 
 def _recomputed_weights(trunk: nn.Module) -> int:
@@ -143,7 +144,7 @@ def _recomputed_weights(trunk: nn.Module) -> int:
 
     total = 0
     for layer in (module for module in trunk.modules() if isinstance(module, GradientCheckpointingLayer)):
-        sizes = [parameter.numel() for parameter in layer.parameters() if parameter.ndim == 2]
+        sizes = [entries(parameter) for parameter in layer.parameters() if parameter.ndim == 2]
         normed = any(name in ("post_feedforward_layernorm", "post_mlp_layernorm") for name, _ in layer.named_children())
         total += sum(sizes if normed else sizes[:-1])
     return total

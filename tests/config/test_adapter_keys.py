@@ -6,6 +6,7 @@ import importlib.util
 
 import pytest
 
+from rlhf_pipeline.config.adapter import FourBits
 from rlhf_pipeline.config.load import load_config
 
 STAGES = ("sft", "train-rm", "dpo", "ppo")
@@ -30,9 +31,22 @@ def test_an_adapter_that_nobody_asked_for_is_refused(faults, load, key, value):
         assert "without use_peft" in faults("dpo", use_peft=False, **{key: value})[key].found
 
 
-def test_4_bits_are_refused_by_name(faults):
-    refused = faults("dpo", use_peft=True, load_in_4bit=True)
-    assert list(refused) == ["load_in_4bit"] and "bitsandbytes" in refused["load_in_4bit"].found
+@pytest.mark.parametrize("stage", STAGES)
+def test_4_bits_have_trls_names_and_need_an_adapter_and_bitsandbytes(faults, load, monkeypatch, stage):
+    found = importlib.util.find_spec
+    given = {"load_in_4bit": True, "bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": "uint8"}
+    for there in (True, False):
+        answers = {"bitsandbytes": object() if there else None}
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, known=answers: known.get(name, found(name)))
+        if there:
+            assert FourBits.of(load(stage, use_peft=True, **given)) == FourBits("nf4", nested=True)
+            assert FourBits.of(load(stage, use_peft=True)) is None
+            assert "so all weights would be trained" in faults(stage, load_in_4bit=True)["load_in_4bit"].found
+            idle = faults(stage, use_peft=True, bnb_4bit_quant_type="fp4")["bnb_4bit_quant_type"]
+            assert "without load_in_4bit" in idle.found
+        else:
+            refused = faults(stage, use_peft=True, load_in_4bit=True)["load_in_4bit"]
+            assert "no package bitsandbytes" in refused.found and "pip install 'bitsandbytes>=0.50'" in refused.fix
 
 
 def test_without_peft_the_key_says_what_to_install(faults, monkeypatch):

@@ -112,6 +112,8 @@ def test_a_key_for_logging_uploading_or_speed_takes_any_value_with_a_note(valid,
         ("num_processes", [1, None], [4, True], "accelerate launch"),
         ("packing", [False, None], [True], "a step keeps its examples"),
         ("lora_task_type", ["CAUSAL_LM", "SEQ_CLS", None], ["SEQ_2_SEQ_LM"], "the stage sets"),
+        ("bnb_4bit_quant_storage", ["uint8", None], ["bfloat16"], "as bytes"),
+        ("bnb_4bit_compute_dtype", [None], ["bfloat16"], "set dtype"),
         ("kl_estimator", ["k1"], ["k3"], "log-ratio"),
     ],
 )

@@ -18,6 +18,7 @@ from tests.conftest import sigterm_at
 
 HAVE_BNB = importlib.util.find_spec("bitsandbytes") is not None
 NAMES = [name for name in get_args(OptimName) if HAVE_BNB or OPTIMIZERS[name].package is None]
+EACH = [pytest.param(name, marks=[pytest.mark.check] if OPTIMIZERS[name].package else []) for name in NAMES]
 ARGUMENTS = {"sgd": {"momentum": 0.9, "nesterov": True}, "adafactor": {"beta1": 0.9}, "rmsprop": {"momentum": 0.5}}
 
 
@@ -119,7 +120,7 @@ def advance(parts, first: int, last: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_a_checkpoint_continues_bit_for_bit(tmp_path, name, dtype) -> None:
     if OPTIMIZERS[name].package and dtype is torch.bfloat16:
         pytest.skip("bitsandbytes keeps its own state in any type of weight")
