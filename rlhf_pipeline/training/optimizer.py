@@ -93,15 +93,16 @@ def _bitsandbytes(
     from bitsandbytes import optim  # type: ignore[import-not-found, unused-ignore]
 
     options: dict[str, Any] = {"lr": lr, "optim_bits": 8 if "8bit" in name else 32}
+    parts: Any = groups  # bitsandbytes declares parameters alone, and reads groups as torch does
     if "rmsprop" in name:
-        return optim.RMSprop(groups, **options, **given)
+        return optim.RMSprop(parts, **options, **given)
     options["is_paged"] = name.startswith("paged")
     if "ademamix" in name:
         three = (given.pop("beta1", betas[0]), given.pop("beta2", betas[1]), given.pop("beta3", 0.9999))
-        return optim.AdEMAMix(groups, betas=three, eps=given.pop("eps", eps), **options, **given)
+        return optim.AdEMAMix(parts, betas=three, eps=given.pop("eps", eps), **options, **given)
     if "lion" in name:
-        return optim.Lion(groups, betas=betas, **options)
-    return optim.AdamW(groups, betas=betas, eps=eps, **options)
+        return optim.Lion(parts, betas=betas, **options)
+    return optim.AdamW(parts, betas=betas, eps=eps, **options)
 
 
 class Lion(Optimizer):
