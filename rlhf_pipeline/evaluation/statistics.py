@@ -265,6 +265,28 @@ def clustered(
     return estimate, replicate_p(mean, replicates, groups, null=null)
 
 
+def difference_of_means(first: Numbers, second: Numbers) -> Estimate:
+    """mean(first) - mean(second) of two independent samples, with the t interval of Welch 1947.
+
+    Its variance is v1 + v2 with v = s^2 / n, and its degrees of freedom are (v1 + v2)^2 / (v1^2 / (n1 - 1) + v2^2 /
+    (n2 - 1)). The ends are infinite if a sample has one value.
+
+    Raises:
+        ValueError: a sample is empty.
+    """
+    if not len(first) or not len(second):
+        raise ValueError("each sample needs at least one value")
+    one, other = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    mean, count = float(one.mean() - other.mean()), len(one) + len(other)
+    variances = [variance_of_mean(one), variance_of_mean(other)]
+    if not math.isfinite(sum(variances)):
+        return Estimate(mean, -math.inf, math.inf, count, count, "t")
+    squares = sum(v**2 / (len(values) - 1) for v, values in zip(variances, (one, other), strict=True))
+    degrees = sum(variances) ** 2 / squares if squares else math.inf
+    half = student_quantile(degrees) * math.sqrt(sum(variances))
+    return Estimate(mean, mean - half, mean + half, count, count, "t")
+
+
 def cluster_mean(
     values: Numbers, clusters: Sequence[Hashable], *, share: bool = False, resamples: int = RESAMPLES
 ) -> Estimate:

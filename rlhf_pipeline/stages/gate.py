@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_pipeline.evaluation.preference_metrics import accuracy
-from rlhf_pipeline.evaluation.statistics import cluster_mean
+from rlhf_pipeline.evaluation.statistics import cluster_mean, difference_of_means
 from rlhf_pipeline.registry.references import Resolved
 
 FEW_PROMPTS = 5
@@ -18,6 +18,9 @@ ROUNDING = 1e-9
 NO_HELD_OUT = "it has no gate: it was trained without held-out pairs or by an earlier release"
 UNKNOWN = "it has no gate: it is not in this registry, so its accuracy on held-out pairs is unknown"
 BELIEVE = "the results of PPO on it mean little"
+CUT = "cut_minus_ended"
+"""The metric of a reward model's manifest that `cut_minus_ended` gives."""
+NO_PENALTY = "missing_eos_penalty of ppo lowers their score, and a larger response_length cuts fewer"
 
 
 def gate_of(
@@ -66,6 +69,39 @@ def _right(differences: Sequence[float]) -> np.ndarray:
     return (np.sign(np.asarray(differences, dtype=np.float64)) + 1) / 2
 
 
+def cut_minus_ended(scores: Sequence[float], ended: Sequence[bool], cut_in_training: int) -> dict[str, float] | None:
+    """How much higher a reward model scores sampled responses that the limit cut than those that ended.
+
+    Recorded pairs seldom have cut responses: longer ones are dropped. What a reward model says of them is then chance,
+    and PPO samples many.
+
+    Args:
+        cut_in_training: the number of cut responses among those it was trained on.
+
+    Returns:
+        mean, low, high of the difference of both means, the numbers `cut` and `ended` of samples, `cut_in_training`;
+        None if there are fewer than 2 samples of a kind.
+    """
+    cut = [score for score, whole in zip(scores, ended, strict=True) if not whole]
+    whole = [score for score, whole in zip(scores, ended, strict=True) if whole]
+    if min(len(cut), len(whole)) < 2:
+        return None
+    found = difference_of_means(cut, whole)
+    counts = {"cut": len(cut), "ended": len(whole), "cut_in_training": cut_in_training}
+    return {"mean": found.mean, "low": found.low, "high": found.high, **counts}
+
+
+def prefers_cut(found: Mapping[str, Any] | None) -> str | None:
+    """What to tell about a reward model that scores cut responses higher and has never learned to; else None."""
+    if found is None or found["low"] <= 0 or found["cut_in_training"]:
+        return None
+    interval = f"[{found['low']:.3g}, {found['high']:.3g}]"
+    return (
+        f"scores responses that the limit cut {found['mean']:.3g} {interval} higher than "
+        "ended ones, though it was trained on none that were cut: PPO on it learns not to end"
+    )
+
+
 def repeat_gates(
     models: Sequence[Resolved], say: Callable[..., None], *, what: str = "reward model", believe: str = BELIEVE
 ) -> None:
@@ -79,3 +115,11 @@ def repeat_gates(
         else:
             why = UNKNOWN if model.manifest is None else NO_HELD_OUT
         say(f"WARNING: {what} {model.label}: {why}; {believe}", style="yellow")
+
+
+def warn_of_cut_responses(models: Sequence[Resolved], say: Callable[..., None]) -> None:
+    """Log one line for each reward model that scores cut responses higher than ended ones."""
+    for model in models:
+        metrics = {} if model.manifest is None else model.manifest.metrics
+        if told := prefers_cut(metrics.get(CUT)):
+            say(f"WARNING: reward model {model.label} {told}; {NO_PENALTY}", style="yellow")

@@ -18,7 +18,7 @@ from rlhf_pipeline.models.modules import ActorCritic, assert_independent, descri
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.rollout.rewards import CombinedReward
 from rlhf_pipeline.rollout.vllm_engine import VllmEngine
-from rlhf_pipeline.stages.gate import repeat_gates
+from rlhf_pipeline.stages.gate import repeat_gates, warn_of_cut_responses
 from rlhf_pipeline.stages.reward_sources import load_judge, load_reward, reads_text
 from rlhf_pipeline.stages.starts import load_policy_and_reference
 from rlhf_pipeline.training.cost import ModelShape
@@ -69,6 +69,8 @@ def load_setup(
     if config.value_init == "reward_model" and not models:
         raise reads_text(named[0])
     repeat_gates(named, run.log.say)
+    if config.missing_eos_penalty is None:
+        warn_of_cut_responses(named, run.log.say)
     actor_critic = make_actor_critic(
         actor.model,
         actor.reader,

@@ -25,7 +25,7 @@ from rlhf_pipeline.rollout.responses import prompts_run, sample_for_prompts
 from rlhf_pipeline.rollout.scoring import most_responses
 from rlhf_pipeline.stages.common import example_schedule, find_base, load_policy, onto, tokenizer_of
 from rlhf_pipeline.stages.data import StageData, preference_kind
-from rlhf_pipeline.stages.gate import gate_of
+from rlhf_pipeline.stages.gate import CUT, NO_PENALTY, cut_minus_ended, gate_of, prefers_cut
 from rlhf_pipeline.stages.publish import StageResult, inputs_of, log_moves, publish
 from rlhf_pipeline.stages.reward_quality import (
     baseline_accuracies,
@@ -149,18 +149,25 @@ def _stored_responses(path: Path, prompts: Sequence[Example]) -> list[Example]:
 
 def center(
     run: Run, model: RewardModel, score: Scores, sampled: Sequence[Example], examples: Sequence[Example]
-) -> float:
-    """Store and return the shift that gives the parent's samples a mean score of 0.
+) -> dict[str, Any]:
+    """Store the shift that gives the parent's samples a mean score of 0.
 
     With `reward_centering: chosen` the chosen responses (in rankings: the best) get the mean score 0.
+
+    Returns:
+        the metrics `reward_shift` and, if the parent's samples were scored, `cut_minus_ended`.
     """
     centering = run.config.reward_centering
     if centering == "none":
-        return 0.0
-    scores = score(examples if centering == "chosen" else sampled)
-    mean = sum(row[0] for row in scores) / len(scores)
+        return {"reward_shift": 0.0}
+    scores = [row[0] for row in score(examples if centering == "chosen" else sampled)]
+    mean = sum(scores) / len(scores)
     store_reward_shift(model.model, mean)
-    return mean
+    trained = sum(not ended for example in examples for ended in example.ended)
+    cut = cut_minus_ended(scores, [example.ended[0] for example in sampled], trained) if sampled else None
+    if told := prefers_cut(cut):
+        run.log.say(f"WARNING: this reward model {told}; {NO_PENALTY}", style="yellow")
+    return {"reward_shift": mean} | ({} if cut is None else {CUT: cut})
 
 
 def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
@@ -223,11 +230,11 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
             last = train(run, model, plan)
 
         # 4. Normalise, evaluate against the baselines, register.
-        shift = center(run, model, scored, sampled, examples)
+        centered = center(run, model, scored, sampled, examples)
         metrics: dict[str, Any] = {
             "train": last,
             "health": plan.health,
-            "reward_shift": shift,
+            **centered,
             "train_pairs": total_pairs(examples),
         }
         if held_out:

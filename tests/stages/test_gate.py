@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from rlhf_pipeline.stages.gate import gate_of
+from rlhf_pipeline.stages.gate import CUT, cut_minus_ended, gate_of, prefers_cut, warn_of_cut_responses
 
 PROMPTS = [f"prompt {number}" for number in range(10)]
 
@@ -163,3 +164,40 @@ def test_a_reward_model_of_elsewhere_has_no_gate(lab, tmp_path):
 def test_a_true_reward_needs_no_gate(lab):
     ppo = lab.run("ppo", reward_model_path=None, reward_functions=["world"], max_steps=1)
     assert not [line for line in log_of(ppo) if "gate" in line]
+
+
+def test_cut_responses_against_ended_ones_by_hand():
+    """Means 4 and 1, squared errors 1 and 1/3, so (4/3)^2 / (1 + 1/18) = 32/19 degrees of freedom (Welch)."""
+    found = cut_minus_ended([3.0, 0.0, 5.0, 1.0, 2.0], [False, True, False, True, True], 0)
+    half = 5.1762316 * (4 / 3) ** 0.5  # t(.975, 32/19)
+    assert found == pytest.approx(
+        {"mean": 3, "low": 3 - half, "high": 3 + half, "cut": 2, "ended": 3, "cut_in_training": 0}, abs=1e-6
+    )
+    assert prefers_cut(found) is None  # the interval contains 0
+    assert cut_minus_ended([3.0, 0.0, 1.0], [False, True, True], 0) is None
+
+
+def test_a_model_that_likes_cut_responses_is_told_so_once_it_is_certain_and_never_learned_to():
+    found = cut_minus_ended([9.0, 9.1, 9.2, 0.0, 0.1, 0.2], [False] * 3 + [True] * 3, 0)
+    assert "scores responses that the limit cut 9 [" in prefers_cut(found)
+    assert prefers_cut({**found, "cut_in_training": 1}) is None and prefers_cut(None) is None
+    said = []
+    for metrics in ({CUT: found}, {}, {CUT: {**found, "low": -1.0}}):
+        model = SimpleNamespace(label="reward@v1", manifest=SimpleNamespace(metrics=metrics))
+        warn_of_cut_responses([model], lambda line, style: said.append(line))
+    assert len(said) == 1 and said[0].startswith(
+        "WARNING: reward model reward@v1 scores responses that the limit cut 9 "
+    )
+    assert "missing_eos_penalty" in said[0]
+
+
+def test_a_run_stores_how_it_scores_cut_responses(lab):
+    found = lab.registry.resolve(lab.run("train-rm", max_steps=1).model).manifest.metrics[CUT]
+    assert found["cut"] + found["ended"] == 64
+    [path] = (lab.home / "data").rglob("*.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    cut = [row[f"{which}_ended"] for row in rows if row["split"] == "train" for which in ("chosen", "rejected")].count(
+        False
+    )
+    assert found["cut_in_training"] == cut > 0
+    assert found["low"] < found["mean"] < found["high"]
