@@ -66,7 +66,9 @@ def test_a_dry_run(path, models, tmp_path, capsys):
     lines = [json.dumps(row | {"split": split}).replace("q", f"q{split}") for split in splits]
     data.write_text("\n".join(lines), encoding="utf-8")
     changes = [f"model_name_or_path={models[ARCHITECTURES[name], False]}", f"dataset_name={data}"]
-    if stage == "ppo":
+    if stage != "ppo":
+        changes.append("max_steps=2")  # one row would be one step, which a warm-up leaves without a learning rate
+    else:
         changes.append(f"reward_model_path={models[ARCHITECTURES[name], True]}")
     code = main(["--home", str(tmp_path / "home"), stage, "--config", str(path), "--dry-run", "--json", *changes])
     plan = json.loads(capsys.readouterr().out)

@@ -241,7 +241,7 @@ def estimate(rollout: Rollout, **changes) -> Estimates:
     """What the package's own PPO makes of a rollout."""
     seen: list[Estimates] = []
     nothing = SimpleNamespace()
-    setup = PpoSetup(config_of(1, **changes), nothing, nothing, nothing, [], EOS, EOS, CostMeter(), {})
+    setup = PpoSetup(config_of(1, **changes), nothing, nothing, nothing, [], EOS, CostMeter(), {})
     steps = {
         "sample_responses": lambda *_: nothing,
         "shuffled_minibatches": lambda *_: [],
