@@ -245,7 +245,7 @@ def test_the_experiment_on_a_pretrained_model(prepared: Path, tmp_path: Path, mo
     for name in ("reward", "preferred", "dpo", "ppo", "ppo_true"):
         changes += [f"{name}.max_steps=2", f"{name}.max_prompt_length=64"]
     changes += [f"{name}.snapshot_steps=1" for name in ("dpo", "ppo", "ppo_true")]
-    changes += ["compare.use_cpu=true", "compare.max_prompts=4", "compare.samples=2", "compare.best_of=[2]"]
+    changes += ["compare.use_cpu=true", "compare.max_prompts=4", "compare.samples=2", "compare.snapshots=true"]
     config = Path(reviews.__file__).parent.parent / "configs" / "real" / "sentiment" / "experiment.yaml"
     found = run_experiment(config, changes, tmp_path / "home", quiet=True)["comparison"]
     assert found.true_reward == "scripts.sentiment:log_odds" and found.primary == "true_reward"
