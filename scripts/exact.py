@@ -55,7 +55,8 @@ def run_seed(seed: int, home: str, overrides: list[str]) -> dict[str, dict[str, 
             found[arm][split]["share"] = row["gap"] / row["attainable"]
         found["optimum"] = {**found.get("optimum", {}), split: rows["optimum"]}
     for arm, model in models.items():
-        found[arm]["seconds"] = call("models", "show", model, "--home", home)["cost"]["wall_seconds"]
+        shown = call("models", "show", model, "--home", home)
+        found[arm] |= {"seconds": shown["cost"]["wall_seconds"], "threads": shown["environment"]["threads"]}
     return found
 
 
@@ -92,6 +93,7 @@ def main() -> int:
     lines, holds = table(seeds)
     beta, best = seeds[0]["dpo"]["train"]["beta"], seeds[0]["optimum"]["train"]
     minutes = (time.perf_counter() - started) / 60
+    threads = sorted({seed[arm]["threads"] for seed in seeds for arm in ARMS})
     text = [
         "# PPO and DPO against the closed-form optimum",
         "",
@@ -103,7 +105,8 @@ def main() -> int:
         "",
         *lines,
         "",
-        f"Made by `make exact` in {minutes:.1f} minutes with 2 threads; finished stages are skipped.",
+        f"Made by `make exact` in {minutes:.1f} minutes; finished stages are skipped.",
+        f"CPU threads of a stage: {', '.join(map(str, threads))}.",
     ]
     print("\n".join(text))
     if options.output:

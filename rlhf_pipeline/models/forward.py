@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+PACKED: dict[Layout, str] = {
+    "flat": "packed without padding",
+    "trees": "packed in rows",
+    "rows": "padded, a row for each completion",
+}
+"""What a layout means, for the log."""
+
+
 @dataclass(frozen=True)
 class Reader:
     """How to read an architecture.
@@ -36,6 +44,14 @@ class Reader:
     head: Literal["linear", "own"] = "linear"
     decodes: bool = True
     tokens: int | None = None
+
+    def __str__(self) -> str:
+        """Return what the log says of a model: its batches, and whatever is not as usual."""
+        said = [f"batches {PACKED[self.layout]}"]
+        said += ["logits by the model's own forward"] if self.head == "own" else []
+        said += [] if self.decodes else ["it cannot sample (cached decoding gives other logits)"]
+        said += [] if self.tokens is None else [f"its first {self.tokens:,} outputs are tokens"]
+        return ", ".join(said)
 
 
 def _allowed(batch: PackedBatch, window: int | None) -> Tensor:

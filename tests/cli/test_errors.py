@@ -167,6 +167,7 @@ def test_arms_with_different_stop_tokens_are_not_compared(capsys, lab) -> None:
     assert "stop token" in error and "great" in error
 
 
+@pytest.mark.check
 def test_values_that_an_architecture_refuses(capsys, write, tmp_path) -> None:
     base = "output_name: x\ntokenizer_init: world\ndataset_name: world:verdicts\nmax_length: 10\nuse_cpu: true\n"
     for values, word in (

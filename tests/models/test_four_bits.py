@@ -15,7 +15,10 @@ from rlhf_pipeline.models.four_bits import dequantise, in_four_bits
 from rlhf_pipeline.models.loading import load_causal_lm
 from rlhf_pipeline.models.selfcheck import inspect_model
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+pytestmark = [
+    pytest.mark.check,
+    pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes"),
+]
 
 IDS = torch.randint(2, 32, (2, 7), generator=torch.Generator().manual_seed(3))
 # Appendix E of the paper; FP4: sign, two bits of exponent, one of mantissa, scaled to 1.

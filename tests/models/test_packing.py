@@ -209,3 +209,11 @@ def test_the_self_check_leaves_the_mode_alone(make_model):
     model = make_model("llama")
     assert inspect_model(model.train()).layout == "flat" and model.training
     assert inspect_model(model.eval()).layout == "flat" and not model.training
+
+
+def test_the_log_says_how_a_model_is_read():
+    assert str(Reader("flat")) == "batches packed without padding"
+    assert str(Reader("rows", "own", decodes=False, tokens=50257)) == (
+        "batches padded, a row for each completion, logits by the model's own forward, "
+        "it cannot sample (cached decoding gives other logits), its first 50,257 outputs are tokens"
+    )

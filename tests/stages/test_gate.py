@@ -191,6 +191,7 @@ def test_a_model_that_likes_cut_responses_is_told_so_once_it_is_certain_and_neve
     assert "missing_eos_penalty" in said[0]
 
 
+@pytest.mark.check
 def test_a_run_stores_how_it_scores_cut_responses(lab):
     found = lab.registry.resolve(lab.run("train-rm", max_steps=1).model).manifest.metrics[CUT]
     assert found["cut"] + found["ended"] == 64
