@@ -29,6 +29,8 @@ from rlhf_pipeline.registry.storage import replace_text
 
 RATE_OVER = 50
 """The number of updates over which the shown rate is averaged."""
+SILENCE = 30.0
+"""Seconds after which the next update is shown, whatever `logging_steps` says: slow runs look dead otherwise."""
 
 
 class _Console(Console):
@@ -101,6 +103,7 @@ class RunLog:
         self._task: Any = None
         self.trackers: Trackers | None = None
         self._times: deque[tuple[float, int]] = deque(maxlen=RATE_OVER)
+        self._shown_at = time.perf_counter()
 
     def rewind(self, step: int) -> None:
         """Remove what was logged after `step`, because a resumed run writes it again."""
@@ -136,8 +139,8 @@ class RunLog:
             self.record(step, metrics)
         if self._live:
             self._show(step, line)
-        elif due and not self.quiet and self._heartbeat(step):
-            rate = self._rate()
+        elif not self.quiet and ((due and self._heartbeat(step)) or self._times[-1][0] - self._shown_at > SILENCE):
+            self._shown_at, rate = self._times[-1][0], self._rate()
             pace = f"{rate:.3g}/s  {(self.total - step) / rate:.0f} s left  " if rate else ""
             console.print(f"{self.title} {step}/{self.total}  {pace}{line}", markup=False)
 

@@ -57,3 +57,17 @@ def test_what_a_terminal_would_obey_is_shown_on_it_and_in_the_file(tmp_path, cap
     said = "failed its gate: \\x1b[2J\\u202e\\ud800\n"
     assert (tmp_path / "log.txt").read_text() == said
     assert capsys.readouterr().err == said + "x\\x9b31m\n"
+
+
+def test_slow_updates_are_shown_between_two_lines_of_the_log(tmp_path, monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(tracking.console, "_file", sys.stderr)
+    monkeypatch.setattr(tracking.time, "perf_counter", lambda: clock[0])
+    log = RunLog(tmp_path, title="x", total=30, shown=("a",), logging_steps=10)
+    for step in range(1, 10):
+        clock[0] += 20.0  # so that every second update comes more than 30 s after the last line
+        log.update(step, {"a": 0.5})
+    log.close()
+    lines = [line.split("  ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["x 1/30", "x 3/30", "x 5/30", "x 7/30", "x 9/30"]
+    assert [json.loads(row)["step"] for row in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1]
