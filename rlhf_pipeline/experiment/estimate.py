@@ -134,14 +134,17 @@ def _training_memory(
     adapter: parameters of the adapter that is trained on frozen weights; None: all weights are trained.
     in_4_bits: bytes of the frozen weights of models held in 4 bits, by role.
     """
-    width = BYTES[config.dtype]
-    held = 2 + OPTIMIZERS[config.optim].state / 4  # weights, gradients, state
-    trained, frozen = round((parameters if adapter is None else adapter) * width * held), 0
-    base, reward, judge = (in_4_bits.get(role, parameters * width) for role in ("base", "reward_model", "judge"))
+    optim, width = OPTIMIZERS[config.optim], BYTES[config.dtype]
+    count, own = (parameters, width) if adapter is None else (adapter, 4)  # adapters are in fp32
+    state = optim.state if optim.package else optim.state * own / 4  # torch's has the type of the weights
+    trained, frozen = round(count * (2 * own + state)), 0  # weights, gradients, state
+    base, judge = (in_4_bits.get(role, parameters * width) for role in ("base", "judge"))
+    # Without reward models, the reward functions are counted as one (upper bound).
+    rewards = [role for role in config.parents() if role.startswith("reward_model")] or ["reward_model"]
+    reward = sum(in_4_bits.get(role, parameters * width) for role in rewards)
     if isinstance(config, DpoConfig):
         frozen = base
-    if isinstance(config, PpoConfig):
-        # The reference, the reward model and the judge; a reward function is counted as a model (upper bound).
+    if isinstance(config, PpoConfig):  # the reference, the reward models and the judge
         frozen = base + reward + judge * ("judge" in config.parents())
         trained *= 1 if config.value_init == "shared" else 2
     if adapter is not None:
