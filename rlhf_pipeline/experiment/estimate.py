@@ -21,14 +21,7 @@ from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.world import VOCABULARY
 from rlhf_pipeline.errors import DataError
-from rlhf_pipeline.experiment.forecast import (
-    about,
-    forecast_comparison,
-    forecast_run,
-    shares,
-    total_of,
-)
-from rlhf_pipeline.experiment.machine import FACTOR
+from rlhf_pipeline.experiment.forecast import about, forecast_comparison, forecast_run, shares, total_of
 from rlhf_pipeline.experiment.outlook import Outlook
 from rlhf_pipeline.experiment.run import checked, compared
 from rlhf_pipeline.models.needs import require_kernel, require_needs
@@ -232,7 +225,7 @@ def _work_of(outlook: Outlook, node: Node) -> dict[str, Any]:
     figures = {name: value for name, value in found.figures.items() if name not in ("rows", "prompts", "records")}
     result: dict[str, Any] = {"estimate": figures, "about": list(found.told)}
     if found.speed is not None:
-        result["machine"] = found.speed.as_dict() | {"uncertainty_factor": FACTOR}
+        result["machine"] = found.speed.as_dict()
         result["about"] = [f"{about(figures['seconds'], found.speed)} ({shares(figures)})", *found.told]
     return result
 
@@ -271,7 +264,7 @@ def estimate_experiment(path: Path, overrides: Sequence[str], home: Path) -> dic
     }
     speed = next((one.speed for one in found.values() if one.speed is not None), None)
     if speed is not None:
-        result["machine"] = speed.as_dict() | {"uncertainty_factor": FACTOR}
+        result["machine"] = speed.as_dict()
         left = f"; without {', '.join(unknown)}" if unknown else ""
         lines.insert(0, f"whole experiment: {about(result['total']['seconds'], speed)}{left}")
     return result | {"about": lines}

@@ -103,12 +103,11 @@ def total_of(forecasts: Sequence[Forecast]) -> dict[str, Any]:
 
 
 def about(seconds: float, speed: Speed) -> str:
-    """One sentence on a time: `about 3.0 h on this machine at 120 GFLOP/s, ...; a factor of two either way`."""
+    """One sentence on a time: `about 3.0 h on this machine at 120 GFLOP/s, ...; up to a factor of 2 either way`."""
     rate = speed.training / 1e9
     shown = f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
-    said = {2: "two"}[FACTOR]
     where = f"on this machine ({speed.device}) at {shown} GFLOP/s, if nothing else runs on it"
-    return f"about {spoken(seconds)} {where}; a factor of {said} either way"
+    return f"about {spoken(seconds)} {where}; up to a factor of {FACTOR} either way"
 
 
 def shares(figures: Mapping[str, Any]) -> str:

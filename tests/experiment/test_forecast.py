@@ -143,7 +143,7 @@ def test_an_experiment_before_its_models_and_data_exist(lab, tmp_path, capsys):
     lab.run("sft", **defaults, **values, output_name="tuned")
     assert main(["run", str(path), "--home", str(lab.home), "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "whole experiment: about" in said and "a factor of two either way" in said
+    assert "whole experiment: about" in said and "up to a factor of 2 either way" in said
     told = estimate_experiment(path, [], lab.home)
     assert told["stages"]["tuned"] == "sft: already done, tuned@v1" and set(found) - set(told["estimates"]) == {"tuned"}
     for name, one in told["estimates"].items():
