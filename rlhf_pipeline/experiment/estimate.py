@@ -23,7 +23,7 @@ from rlhf_pipeline.data.world import VOCABULARY
 from rlhf_pipeline.errors import DataError
 from rlhf_pipeline.experiment.forecast import about, forecast_comparison, forecast_run, shares, total_of
 from rlhf_pipeline.experiment.outlook import Outlook
-from rlhf_pipeline.experiment.run import checked, compared
+from rlhf_pipeline.experiment.run import checked, is_compared
 from rlhf_pipeline.models.needs import require_kernel, require_needs
 from rlhf_pipeline.registry.adapters import chain_of, four_bits_of, require_same_base
 from rlhf_pipeline.registry.lengths import with_lengths
@@ -223,10 +223,10 @@ def _work_of(outlook: Outlook, node: Node) -> dict[str, Any]:
     """The entries of a stage's dry run on its amounts of work and its time."""
     found = forecast_run(outlook, node)
     figures = {name: value for name, value in found.figures.items() if name not in ("rows", "prompts", "records")}
-    result: dict[str, Any] = {"estimate": figures, "about": list(found.told)}
+    result: dict[str, Any] = {"estimate": figures, "about": list(found.notes)}
     if found.speed is not None:
         result["machine"] = found.speed.as_dict()
-        result["about"] = [f"{about(figures['seconds'], found.speed)} ({shares(figures)})", *found.told]
+        result["about"] = [f"{about(figures['seconds'], found.speed)} ({shares(figures)})", *found.notes]
     return result
 
 
@@ -243,12 +243,12 @@ def estimate_experiment(path: Path, overrides: Sequence[str], home: Path) -> dic
     finished = sum(found is not None for found in done)
     outlook = Outlook(nodes, done, registry)
     found = {node.label: forecast_run(outlook, node) for node, ready in zip(nodes, done, strict=True) if ready is None}
-    if experiment.compare is not None and (finished < len(nodes) or not compared(experiment, nodes, done, registry)):
+    if experiment.compare is not None and (finished < len(nodes) or not is_compared(experiment, nodes, done, registry)):
         found[COMPARISON] = forecast_comparison(outlook, experiment.compare)
     unknown = [name for name, one in found.items() if one.seconds is None]
     told: dict[str, list[str]] = {}
     for name, one in found.items():
-        for text in one.told:
+        for text in one.notes:
             told.setdefault(text, []).append(name)
     lines = [f"{', '.join(names)}: {text}" for text, names in told.items()]
     result: dict[str, Any] = {

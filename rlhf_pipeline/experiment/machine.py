@@ -65,7 +65,7 @@ class Speed:
         return {
             "training": work.training / self.training + updates,
             "scoring": work.scoring / self.forward,
-            "sampling": work.prompts / self.forward + decoding,
+            "sampling": work.prefill / self.forward + decoding,
             "evaluation": work.evaluation / self.forward,
         }
 
