@@ -18,7 +18,8 @@ from rlhf_pipeline.cli.output import emit, emit_json, emit_lines, emit_table, in
 from rlhf_pipeline.errors import UnknownReference, did_you_mean
 
 if TYPE_CHECKING:
-    from rlhf_pipeline.report.results import Results, Row, Verdict
+    from rlhf_pipeline.report.figures import Row
+    from rlhf_pipeline.report.results import Results, Verdict
 
 COMPARE_KEYS = ("baseline", "name", *MEASURING_KEYS, "snapshots", "allow_mismatch")
 

@@ -13,7 +13,7 @@ from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_table, number
 from rlhf_pipeline.errors import BadInput
 
 if TYPE_CHECKING:
-    from rlhf_pipeline.report.results import Exact
+    from rlhf_pipeline.report.figures import Exact
 
 EXACT_KEYS = (
     *("beta", "reward", "reward_model", "reward_model_prompts", "long_run", "training_loss"),

@@ -17,7 +17,8 @@ from rlhf_pipeline.evaluation.win_rates import ONE_SAMPLE
 from rlhf_pipeline.measure.bench import Bench
 from rlhf_pipeline.measure.training_loss import trained_by_dpo
 from rlhf_pipeline.registry.parents import reward_models_of
-from rlhf_pipeline.report.results import Interval, JudgedPair, LabelAgreement, LlmFigures, LlmJudged
+from rlhf_pipeline.report.figures import Interval
+from rlhf_pipeline.report.results import JudgedPair, LabelAgreement, LlmFigures, LlmJudged
 from rlhf_pipeline.rollout.llm import ChatModel
 from rlhf_pipeline.rollout.llm_judge import Comparison, Verdicts, verdicts
 from rlhf_pipeline.rollout.texts import answers

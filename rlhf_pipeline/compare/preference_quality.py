@@ -21,7 +21,8 @@ from rlhf_pipeline.measure.trained_on import owned_by
 from rlhf_pipeline.measure.training_loss import dpo_policies, own_data, trained_by_dpo
 from rlhf_pipeline.registry.parents import reward_models_of
 from rlhf_pipeline.registry.references import Resolved
-from rlhf_pipeline.report.results import Interval, Preferences, Scorer, ScorerTest
+from rlhf_pipeline.report.figures import Interval
+from rlhf_pipeline.report.results import Preferences, Scorer, ScorerTest
 from rlhf_pipeline.rollout.scoring import by_example, score
 from rlhf_pipeline.stages.common import find_model
 from rlhf_pipeline.stages.data import StageData

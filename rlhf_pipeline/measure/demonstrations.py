@@ -12,7 +12,8 @@ from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.evaluation.sampled import Samples
 from rlhf_pipeline.measure.bench import Bench, add_rewards
 from rlhf_pipeline.registry.references import Resolved
-from rlhf_pipeline.report.results import Demonstrations, Interval
+from rlhf_pipeline.report.figures import Interval
+from rlhf_pipeline.report.results import Demonstrations
 from rlhf_pipeline.stages.data import StageData
 
 

@@ -25,7 +25,7 @@ from rlhf_pipeline.registry.parents import reference_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import role_of
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.report.results import Interval
+from rlhf_pipeline.report.figures import Interval
 from rlhf_pipeline.rollout.rewards import RewardSource
 from rlhf_pipeline.stages.common import find_model, load_reward_model, tokenizer_of
 from rlhf_pipeline.stages.data import StageData, preference_kind

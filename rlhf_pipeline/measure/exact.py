@@ -31,16 +31,8 @@ from rlhf_pipeline.registry.parents import beta_of, reference_of, reward_model_o
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import role_of
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.report.results import (
-    Exact,
-    ExactBestOfN,
-    ExactPerPrompt,
-    ExactResults,
-    ExactRow,
-    Gap,
-    Gibbs,
-    TrainingLoss,
-)
+from rlhf_pipeline.report.figures import Exact, ExactBestOfN, ExactPerPrompt, ExactRow, Gap, Gibbs, TrainingLoss
+from rlhf_pipeline.report.results import ExactResults
 from rlhf_pipeline.stages.common import find_model
 from rlhf_pipeline.training.open_run import make_accelerator
 from rlhf_pipeline.training.tracking import console

@@ -19,7 +19,7 @@ from rlhf_pipeline.registry.adapters import four_bits_of
 from rlhf_pipeline.registry.parents import parent_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.report.results import TrainingLoss
+from rlhf_pipeline.report.figures import TrainingLoss
 from rlhf_pipeline.stages.data import StageData, training_kind
 from rlhf_pipeline.stages.population import Population
 from rlhf_pipeline.stages.preference_pairs import label_probabilities
