@@ -33,8 +33,10 @@ def compare(
     ] = None,
 ) -> None:
     """Compare policies on the same prompts with the same random numbers, and write reports/NAME/ with index.html."""
+    from rlhf_pipeline.config.compare import CompareConfig
+
     arms, overrides = references_and_overrides(references or [])
-    config = settings.load(overrides, arms=arms or None).config
+    config = settings.load(overrides, arms=arms or None).of(CompareConfig)
     if common.dry_run:
         emit_measuring(common, config, [*config.arms, *([config.baseline] if config.baseline else [])])
         return

@@ -30,10 +30,12 @@ def exact(
     ],
 ) -> None:
     """Exact reward, KL and objective of models of the built-in world, and their distance from the optimum."""
+    from rlhf_pipeline.config.compare import ExactConfig
+
     models, overrides = references_and_overrides(references)
     if not models:
         raise BadInput("rlhf exact: found no model, expected at least one; write rlhf exact REF...")
-    config = settings.load(overrides).config
+    config = settings.load(overrides).of(ExactConfig)
     if common.dry_run:
         emit_measuring(common, config, models)
         return

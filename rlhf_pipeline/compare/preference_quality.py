@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from rlhf_pipeline.compare.points import Point
 from rlhf_pipeline.config.compare import CompareConfig
+from rlhf_pipeline.config.dpo import DpoConfig
 from rlhf_pipeline.config.load import load_config
+from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import UnknownReference
 from rlhf_pipeline.evaluation.preference_metrics import (
@@ -45,8 +47,8 @@ def held_out_pairs(bench: Bench, config: CompareConfig, sources: Sequence[Resolv
         values = own_data(model)
         try:
             with owned_by(model, values, "do without figures on its held-out pairs"):
-                trained = load_config(stage, None, extra=values).config
-                if getattr(trained, "population", False):
+                trained = load_config(stage, None, extra=values).of(TrainingConfig)
+                if isinstance(trained, DpoConfig) and trained.population:
                     continue
                 data = StageData(trained, bench.registry.home, lambda _: None)
                 found, _ = data.split("pair", config.split, bench.tokenizer, limit=PAIRS, required=False)

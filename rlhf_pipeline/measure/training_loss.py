@@ -61,7 +61,7 @@ def dpo_config(resolved: Resolved) -> DpoConfig:
     """The training config of a DPO model."""
     values = own_data(resolved)
     with owned_by(resolved, values, "leave its training loss out (--no-training-loss)"):
-        return load_config("dpo", None, extra=values).config
+        return load_config("dpo", None, extra=values).of(DpoConfig)
 
 
 def own_data(resolved: Resolved) -> dict[str, object]:
