@@ -64,7 +64,6 @@ def held_out_pairs(bench: Bench, config: CompareConfig, sources: Sequence[Resolv
 def _implicit(bench: Bench, model: Resolved, pairs: Sequence[Example]) -> list[float]:
     """beta log(pi / pi_ref) of the chosen response minus that of the rejected one."""
     policy, frozen, key = dpo_policies(bench, model)
-    key["dtype"] = bench.config.dtype
     ref_logprobs = cached_logprobs(frozen, pairs, bench.registry.home / "cache", key, **bench.reading).logprobs
     rewards = completion_logprob_sums(policy, pairs, **bench.reading).double() - ref_logprobs.double()
     return (float(model.config["beta"]) * (rewards[:, 0] - rewards[:, 1])).tolist()
