@@ -127,12 +127,13 @@ def dpo(
 
 def collect(config: Config = None, /, *, home: Home = None, quiet: bool = False, **overrides: Any) -> dict[str, Any]:
     """Sample and label responses of a policy, as `rlhf data collect` does, and publish the pairs; see `sft`."""
+    from rlhf_pipeline.config.collect import CollectConfig
     from rlhf_pipeline.config.load import load_config
 
     loaded, place = load_config("collect", config, extra=overrides), home_directory(home)
     from rlhf_pipeline.stages.collect import run_collect
 
-    return run_collect(loaded.config, place, notes=loaded.notes, quiet=quiet).as_dict()
+    return run_collect(loaded.of(CollectConfig), place, notes=loaded.notes, quiet=quiet).as_dict()
 
 
 def compare(config: Config = None, /, *, home: Home = None, quiet: bool = False, **overrides: Any) -> dict[str, Any]:
@@ -141,12 +142,13 @@ def compare(config: Config = None, /, *, home: Home = None, quiet: bool = False,
     Returns:
         the content of results.json; `load(path of results.json)` gives the same as typed objects.
     """
+    from rlhf_pipeline.config.compare import CompareConfig
     from rlhf_pipeline.config.load import load_config
 
     loaded, place = load_config("compare", config, extra=overrides), home_directory(home)
     from rlhf_pipeline.compare.run import run_compare
 
-    return printable(run_compare(loaded.config, place, quiet=quiet))
+    return printable(run_compare(loaded.of(CompareConfig), place, quiet=quiet))
 
 
 def run(

@@ -18,7 +18,8 @@ from rlhf_pipeline.cli.output import emit, emit_json, emit_lines, emit_table, in
 from rlhf_pipeline.errors import UnknownReference, did_you_mean
 
 if TYPE_CHECKING:
-    from rlhf_pipeline.report.results import Results, Row, Verdict
+    from rlhf_pipeline.report.figures import Row
+    from rlhf_pipeline.report.results import Results, Verdict
 
 COMPARE_KEYS = ("baseline", "name", *MEASURING_KEYS, "snapshots", "allow_mismatch")
 
@@ -32,8 +33,10 @@ def compare(
     ] = None,
 ) -> None:
     """Compare policies on the same prompts with the same random numbers, and write reports/NAME/ with index.html."""
+    from rlhf_pipeline.config.compare import CompareConfig
+
     arms, overrides = references_and_overrides(references or [])
-    config = settings.load(overrides, arms=arms or None).config
+    config = settings.load(overrides, arms=arms or None).of(CompareConfig)
     if common.dry_run:
         emit_measuring(common, config, [*config.arms, *([config.baseline] if config.baseline else [])])
         return

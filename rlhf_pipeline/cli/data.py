@@ -154,6 +154,7 @@ def _tokenizer(
     common: Common, reference: str | None, template: str | None, path: str | None, values: str | None, eos: str | None
 ) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer of a model with the given chat template and EOS; None without a reference."""
+    from rlhf_pipeline.config.compare import EvaluateConfig
     from rlhf_pipeline.config.load import load_config
 
     given = {"chat_template": template, "chat_template_path": path, "eos_token": eos}
@@ -162,9 +163,8 @@ def _tokenizer(
             raise BadInput("--chat-template, --eos-token: they belong to a tokenizer; expected --tokenizer MODEL too")
         return None
     words = [] if values is None else [f"chat_template_kwargs={values}"]
-    config = load_config(
-        "evaluate", None, words, extra={key: value for key, value in given.items() if value is not None}
-    ).config
+    keys = {key: value for key, value in given.items() if value is not None}
+    config = load_config("evaluate", None, words, extra=keys).of(EvaluateConfig)
     from rlhf_pipeline.data.templates import apply_template_keys
     from rlhf_pipeline.data.tokenizers import load_tokenizer
 
@@ -256,17 +256,20 @@ def collect(
     words = list(overrides or [])
     if policy is not None and "=" in policy:
         words, policy = [policy, *words], None
+    from rlhf_pipeline.config.collect import CollectConfig
+
     loaded = settings.load(words, policy=policy)
+    config = loaded.of(CollectConfig)
     if common.dry_run:
         from rlhf_pipeline.experiment.estimate import estimate_stage
 
-        plan = estimate_stage(loaded.config, common.home_path)
+        plan = estimate_stage(config, common.home_path)
         emit_plan(plan, "nothing was collected", json=common.json)
         return
     load_libraries()
     from rlhf_pipeline.stages.collect import run_collect
 
-    result = run_collect(loaded.config, common.home_path, notes=loaded.notes)
+    result = run_collect(config, common.home_path, notes=loaded.notes)
     if common.json:
         emit_json(result.as_dict())
         return

@@ -36,7 +36,7 @@ OPTIONAL = {
 
 
 @dataclass(frozen=True)
-class Finding:
+class Check:
     """One thing that was looked at: a fault stops commands, a warning is about speed, memory or some keys."""
 
     name: str
@@ -77,40 +77,40 @@ def is_older(version: str, least: str) -> bool:
     return numbers(version) < numbers(least)
 
 
-def _packages() -> Iterator[Finding]:
+def _packages() -> Iterator[Check]:
     """Python, this package, and the packages that it requires."""
     ours = version_of("rlhf-pipeline")
-    yield Finding("python", "ok", platform.python_version())
-    yield Finding("rlhf-pipeline", "ok", ours or "not installed by pip: run from its folder")
+    yield Check("python", "ok", platform.python_version())
+    yield Check("rlhf-pipeline", "ok", ours or "not installed by pip: run from its folder")
     for line in importlib.metadata.requires("rlhf-pipeline") or [] if ours else []:
         name, least = re.match(r"([A-Za-z0-9._-]+)(?:>=([0-9.]+))?", line).groups()  # type: ignore[union-attr]
         if "extra ==" in line:
             continue
         found = version_of(name)
         if found is None:
-            yield Finding(name, "fault", "not installed", f"pip install '{name}>={least}'")
+            yield Check(name, "fault", "not installed", f"pip install '{name}>={least}'")
         elif least and is_older(found, least):
-            yield Finding(name, "fault", f"{found}, older than {least}", f"pip install -U '{name}>={least}'")
+            yield Check(name, "fault", f"{found}, older than {least}", f"pip install -U '{name}>={least}'")
         else:
-            yield Finding(name, "ok", found)
+            yield Check(name, "ok", found)
 
 
-def _machine() -> Iterator[Finding]:
+def _machine() -> Iterator[Check]:
     """Processor, memory."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = os.environ.get("OMP_NUM_THREADS", "")
     if threads.isdecimal() and int(threads) > usable:
         found = f"OMP_NUM_THREADS={threads} on {usable} cores"
-        yield Finding("processor", "warning", found, f"set OMP_NUM_THREADS to at most {usable}")
+        yield Check("processor", "warning", found, f"set OMP_NUM_THREADS to at most {usable}")
     else:
-        yield Finding(
+        yield Check(
             "processor", "ok", f"{platform.machine()}, {usable} cores, {threads or 'torch chooses the'} threads"
         )
     total, free = _memory()
     if total is not None and free is not None:
         found = f"{free / GIB:.1f} GiB free of {total / GIB:.1f} GiB"
         fix = "close other programs, or use smaller batches" if free < LEAST_MEMORY * GIB else ""
-        yield Finding("memory", "warning" if fix else "ok", found, fix)
+        yield Check("memory", "warning" if fix else "ok", found, fix)
 
 
 def _memory() -> tuple[int | None, int | None]:
@@ -123,28 +123,28 @@ def _memory() -> tuple[int | None, int | None]:
         return None, None
 
 
-def _torch() -> Iterator[Finding]:
+def _torch() -> Iterator[Check]:
     """The devices that torch sees."""
     try:
         import torch
     except Exception as error:  # a broken installation raises anything
-        yield Finding("torch", "fault", f"does not import: {error}", "install torch again")
+        yield Check("torch", "fault", f"does not import: {error}", "install torch again")
         return
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(index)
             bf16 = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16"
-            yield Finding(f"cuda:{index}", "ok", f"{device.name}, {device.total_memory / GIB:.0f} GiB, {bf16}")
+            yield Check(f"cuda:{index}", "ok", f"{device.name}, {device.total_memory / GIB:.0f} GiB, {bf16}")
     elif torch.backends.mps.is_available():
-        yield Finding("mps", "ok", "Apple's GPU")
+        yield Check("mps", "ok", "Apple's GPU")
     elif torch.version.cuda or shutil.which("nvidia-smi"):
         why = "torch is built for CUDA but finds no GPU" if torch.version.cuda else "torch is a CPU build beside a GPU"
-        yield Finding("gpu", "warning", why, "install the build of torch that fits the driver, or use use_cpu: true")
+        yield Check("gpu", "warning", why, "install the build of torch that fits the driver, or use use_cpu: true")
     else:
-        yield Finding("gpu", "ok", f"none; torch uses the CPU with {torch.get_num_threads()} threads")
+        yield Check("gpu", "ok", f"none; torch uses the CPU with {torch.get_num_threads()} threads")
 
 
-def _home(home: Path) -> Iterator[Finding]:
+def _home(home: Path) -> Iterator[Check]:
     """Whether the home directory, or the nearest folder above it, can be written, and its free disk."""
     place = home.absolute()
     while not place.exists():
@@ -153,35 +153,35 @@ def _home(home: Path) -> Iterator[Finding]:
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
-        yield Finding("home", "fault", f"{home}: not writable ({error.strerror})", "choose another one by --home DIR")
+        yield Check("home", "fault", f"{home}: not writable ({error.strerror})", "choose another one by --home DIR")
         return
-    yield Finding("home", "ok", f"{home}{'' if home.exists() else ', which does not exist yet'}")
+    yield Check("home", "ok", f"{home}{'' if home.exists() else ', which does not exist yet'}")
     free = shutil.disk_usage(place).free
     fix = "free some space, or choose another disk by --home DIR" if free < LEAST_DISK * GIB else ""
-    yield Finding("disk", "warning" if fix else "ok", f"{free / GIB:.1f} GiB free at {place}", fix)
+    yield Check("disk", "warning" if fix else "ok", f"{free / GIB:.1f} GiB free at {place}", fix)
 
 
-def _optional() -> Iterator[Finding]:
+def _optional() -> Iterator[Check]:
     """Packages that only some keys need."""
     for package, what in OPTIONAL.items():
         if importlib.util.find_spec(package) is None:
-            yield Finding(package, "not installed", f"only for {what}: pip install {package}")
+            yield Check(package, "not installed", f"only for {what}: pip install {package}")
         else:
-            yield Finding(package, "ok", f"{version_of(package) or 'installed'}: {what}")
+            yield Check(package, "ok", f"{version_of(package) or 'installed'}: {what}")
 
 
-def _combinations() -> Iterator[Finding]:
+def _combinations() -> Iterator[Check]:
     """Versions that do not work together, or have never been tried together."""
     known: dict[str, Any] = {name: version_of(name) for name in ("vllm", "peft", "trl", "flash_attn", "bitsandbytes")}
     if known["vllm"] and (is_older(known["vllm"], "0.22") or not is_older(known["vllm"], "0.32")):
         found = f"vllm {known['vllm']}: TRL 1.16 supports 0.22 to 0.31"
-        yield Finding("vllm and trl", "warning", found, "pip install 'vllm>=0.22,<=0.31'")
+        yield Check("vllm and trl", "warning", found, "pip install 'vllm>=0.22,<=0.31'")
     if known["peft"] and is_older(known["peft"], "0.21"):
         found = f"peft {known['peft']}: tested with 0.21 and newer"
-        yield Finding("peft version", "warning", found, "pip install -U 'peft>=0.21'")
+        yield Check("peft version", "warning", found, "pip install -U 'peft>=0.21'")
     if known["bitsandbytes"] and is_older(known["bitsandbytes"], "0.50"):
         found = f"bitsandbytes {known['bitsandbytes']}: load_in_4bit is tested with 0.50 and newer"
-        yield Finding("bitsandbytes version", "warning", found, "pip install -U 'bitsandbytes>=0.50'")
+        yield Check("bitsandbytes version", "warning", found, "pip install -U 'bitsandbytes>=0.50'")
     if known["flash_attn"] and shutil.which("nvidia-smi") is None:
         found = "flash_attn is installed, but there is no NVIDIA GPU"
-        yield Finding("flash_attn and device", "warning", found, "leave attn_implementation out")
+        yield Check("flash_attn and device", "warning", found, "leave attn_implementation out")

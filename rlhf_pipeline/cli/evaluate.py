@@ -31,8 +31,10 @@ NAMES = {
 
 def evaluate(common: Common, settings: Settings, words: WordsArgument) -> None:
     """Evaluate one model: a policy on sampled responses, a reward model on held-out pairs."""
+    from rlhf_pipeline.config.compare import EvaluateConfig
+
     model, overrides = one_reference("evaluate", words)
-    config = settings.load(overrides).config
+    config = settings.load(overrides).of(EvaluateConfig)
     if common.dry_run:
         emit_measuring(common, config, [model])
         return
@@ -85,8 +87,10 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Give the model the prompts without its chat template.")] = False,
 ) -> None:
     """Sample responses of a policy to prompts from the command line or from a source."""
+    from rlhf_pipeline.config.compare import GenerateConfig
+
     model, overrides = one_reference("generate", words)
-    config = settings.load(overrides).config
+    config = settings.load(overrides).of(GenerateConfig)
     if common.dry_run:
         emit_measuring(common, config, [model])
         return

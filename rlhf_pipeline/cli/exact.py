@@ -13,7 +13,7 @@ from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_table, number
 from rlhf_pipeline.errors import BadInput
 
 if TYPE_CHECKING:
-    from rlhf_pipeline.report.results import Exact
+    from rlhf_pipeline.report.figures import Exact
 
 EXACT_KEYS = (
     *("beta", "reward", "reward_model", "reward_model_prompts", "long_run", "training_loss"),
@@ -30,10 +30,12 @@ def exact(
     ],
 ) -> None:
     """Exact reward, KL and objective of models of the built-in world, and their distance from the optimum."""
+    from rlhf_pipeline.config.compare import ExactConfig
+
     models, overrides = references_and_overrides(references)
     if not models:
         raise BadInput("rlhf exact: found no model, expected at least one; write rlhf exact REF...")
-    config = settings.load(overrides).config
+    config = settings.load(overrides).of(ExactConfig)
     if common.dry_run:
         emit_measuring(common, config, models)
         return

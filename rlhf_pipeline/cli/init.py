@@ -81,9 +81,10 @@ def init(
 
 def _time(seconds: float, quick: bool) -> str:
     """A line on the time that the experiment takes."""
+    from rlhf_pipeline.experiment.machine import FACTOR
     from rlhf_pipeline.experiment.progress import spoken
 
-    told = f"about {spoken(seconds)} on this machine, up to a factor of two either way"
+    told = f"about {spoken(seconds)} on this machine, up to a factor of {FACTOR} either way"
     if quick:
         return f"{told}: a first look, which cannot tell which method is better (see the file)"
     return told if seconds <= 3600 else f"{told}; rlhf init --quick writes a first look of about an hour"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from rlhf_pipeline.report.results import Interval
+    from rlhf_pipeline.report.figures import Interval
 
 
 def emit_json(value: Any) -> None:

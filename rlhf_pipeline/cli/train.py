@@ -19,25 +19,27 @@ NOT_TRAINED = "nothing was trained"
 
 def train(common: Common, settings: Settings, overrides: OverridesArgument = None, resume: ResumeOption = True) -> None:
     """Train a model and register it."""
-    stage = settings.stage
+    from rlhf_pipeline.config.training import TrainingConfig
+
     loaded = settings.load(overrides)
+    config = loaded.of(TrainingConfig)
     if common.dry_run:
         from rlhf_pipeline.experiment.estimate import estimate_stage
 
-        plan = estimate_stage(loaded.config, common.home_path) | {"notes": list(loaded.notes)}
+        plan = estimate_stage(config, common.home_path) | {"notes": list(loaded.notes)}
         emit_plan(plan, NOT_TRAINED, json=common.json)
         return
-    check_models(loaded.config, common.registry)
+    check_models(config, common.registry)
     load_libraries()
     from rlhf_pipeline.experiment.run import stage_function
 
-    result = stage_function(stage)(loaded.config, common.home_path, resume=resume, notes=loaded.notes)
+    result = stage_function(settings.stage)(config, common.home_path, resume=resume, notes=loaded.notes)
     if not result.model:  # a process that does not register the model
         return
     if common.json:
         emit_json(result.as_dict())
         return
-    emit_table(f"{stage}: {result.model}", ("metric", "value"), flat_metrics(result.metrics))
+    emit_table(f"{settings.stage}: {result.model}", ("metric", "value"), flat_metrics(result.metrics))
     emit_lines([f"model  {result.model}", f"path   {result.path}", f"run    {result.run}"])
 
 

@@ -11,7 +11,7 @@ from rlhf_pipeline.registry.optimum import REWARD_MODEL, carried_moves, own_move
 from rlhf_pipeline.registry.parents import beta_of, parent_of, reward_models_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.report.results import EffectiveBeta, Row, Span
+from rlhf_pipeline.report.figures import EffectiveBeta, Row, Span
 
 OF_THE_LOSS = ("loss_type", "label_smoothing")
 """The options of DPO whose effect on the optimum is declared beside the losses (`algorithms.preference`)."""

@@ -19,7 +19,8 @@ from rlhf_pipeline.evaluation.frontier import Curve, area_between, common_range,
 from rlhf_pipeline.evaluation.sampled import SHARES, Samples
 from rlhf_pipeline.evaluation.seeds import Inference, contrast, holm, infer
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.report.results import ArmEntry, Contrast, ContrastKind, Cost, Exact, Interval, Sides, Summary
+from rlhf_pipeline.report.figures import Cost, Exact, Interval
+from rlhf_pipeline.report.sides import ArmEntry, Contrast, ContrastKind, Sides, Summary
 
 SPREAD = 1.2
 """An arm has a curve of reward against cost if its largest cost is at least this many times its smallest."""

@@ -11,7 +11,8 @@ from rlhf_pipeline.compare.arms import Arm, common_seeds
 from rlhf_pipeline.compare.rows import Measured
 from rlhf_pipeline.evaluation.frontier import common_range, reward_at
 from rlhf_pipeline.evaluation.overoptimisation import fit_gain, overoptimised
-from rlhf_pipeline.report.results import Exact, Frontier, FrontierArm, FrontierPoint, GaoFit, Interval, Overoptimised
+from rlhf_pipeline.report.figures import Exact, Interval
+from rlhf_pipeline.report.sides import Frontier, FrontierArm, FrontierPoint, GaoFit, Overoptimised
 
 BAND_POINTS = 15
 BAND_RESAMPLES = 500

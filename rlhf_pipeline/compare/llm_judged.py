@@ -17,9 +17,10 @@ from rlhf_pipeline.evaluation.win_rates import ONE_SAMPLE
 from rlhf_pipeline.measure.bench import Bench
 from rlhf_pipeline.measure.training_loss import trained_by_dpo
 from rlhf_pipeline.registry.parents import reward_models_of
-from rlhf_pipeline.report.results import Interval, JudgedPair, LabelAgreement, LlmFigures, LlmJudged
+from rlhf_pipeline.report.figures import Interval
+from rlhf_pipeline.report.results import JudgedPair, LabelAgreement, LlmFigures, LlmJudged
 from rlhf_pipeline.rollout.llm import ChatModel
-from rlhf_pipeline.rollout.llm_judge import Comparison, Verdicts, verdicts
+from rlhf_pipeline.rollout.llm_judge import Comparison, PairVerdicts, compare_pairs
 from rlhf_pipeline.rollout.texts import answers
 
 NO_PAIRS = "no held-out labelled pairs are known for these models"
@@ -78,17 +79,17 @@ def _pair(bench: Bench, chat: ChatModel, both: Sequence[tuple[Measured, Measured
     a, b = (next(iter(arm)) if several else side.name for arm, side in zip(names, both[0], strict=True))
     if bench.plan.samples < 2:
         return JudgedPair(
-            a=a, b=b, estimate=None, why_not=ONE_SAMPLE, p=None, **dict(_figures(Verdicts([], None, 0.0, 0)))
+            a=a, b=b, estimate=None, why_not=ONE_SAMPLE, p=None, **dict(_figures(PairVerdicts([], None, 0.0, 0)))
         )
     each = min(chat.config.pairs_per_prompt, bench.plan.samples)
     comparisons = [pair for one, other in both for pair in _comparisons(bench, one, other, each)]
-    found = verdicts(chat, comparisons)
+    found = compare_pairs(chat, comparisons)
     inference = infer(np.array(found.outcomes).reshape(len(both), -1, each).mean(-1), null=0.5, share=True)
     estimate = Interval.of(inference.estimate)
     return JudgedPair(a=a, b=b, estimate=estimate, why_not=None, p=inference.p, **dict(_figures(found)))
 
 
-def _figures(found: Verdicts) -> LlmFigures:
+def _figures(found: PairVerdicts) -> LlmFigures:
     return LlmFigures(
         comparisons=len(found.outcomes),
         ties=found.ties if found.outcomes else None,
@@ -109,7 +110,7 @@ def _agreement(
     if not pairs:
         return None, NO_PAIRS
     sides = [list(answers([pair], bench.tokenizer, rereading=True)) for pair in pairs]
-    found = verdicts(chat, [Comparison(better.prompt, better.response, worse.response) for better, worse in sides])
+    found = compare_pairs(chat, [Comparison(better.prompt, better.response, worse.response) for better, worse in sides])
     clusters = [pair.prompt_key for pair in pairs]
     right = Interval.of(accuracy([outcome - 0.5 for outcome in found.outcomes], clusters))
     return LabelAgreement(pairs=len(pairs), prompts=len(set(clusters)), accuracy=right, **dict(_figures(found))), None

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from rlhf_pipeline.compare.points import Point
 from rlhf_pipeline.config.compare import CompareConfig
+from rlhf_pipeline.config.dpo import DpoConfig
 from rlhf_pipeline.config.load import load_config
+from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import UnknownReference
 from rlhf_pipeline.evaluation.preference_metrics import (
@@ -21,7 +23,8 @@ from rlhf_pipeline.measure.trained_on import owned_by
 from rlhf_pipeline.measure.training_loss import dpo_policies, own_data, trained_by_dpo
 from rlhf_pipeline.registry.parents import reward_models_of
 from rlhf_pipeline.registry.references import Resolved
-from rlhf_pipeline.report.results import Interval, Preferences, Scorer, ScorerTest
+from rlhf_pipeline.report.figures import Interval
+from rlhf_pipeline.report.results import Preferences, Scorer, ScorerTest
 from rlhf_pipeline.rollout.scoring import by_example, score
 from rlhf_pipeline.stages.common import find_model
 from rlhf_pipeline.stages.data import StageData
@@ -44,8 +47,8 @@ def held_out_pairs(bench: Bench, config: CompareConfig, sources: Sequence[Resolv
         values = own_data(model)
         try:
             with owned_by(model, values, "do without figures on its held-out pairs"):
-                trained = load_config(stage, None, extra=values).config
-                if getattr(trained, "population", False):
+                trained = load_config(stage, None, extra=values).of(TrainingConfig)
+                if isinstance(trained, DpoConfig) and trained.population:
                     continue
                 data = StageData(trained, bench.registry.home, lambda _: None)
                 found, _ = data.split("pair", config.split, bench.tokenizer, limit=PAIRS, required=False)
@@ -61,7 +64,6 @@ def held_out_pairs(bench: Bench, config: CompareConfig, sources: Sequence[Resolv
 def _implicit(bench: Bench, model: Resolved, pairs: Sequence[Example]) -> list[float]:
     """beta log(pi / pi_ref) of the chosen response minus that of the rejected one."""
     policy, frozen, key = dpo_policies(bench, model)
-    key["dtype"] = bench.config.dtype
     ref_logprobs = cached_logprobs(frozen, pairs, bench.registry.home / "cache", key, **bench.reading).logprobs
     rewards = completion_logprob_sums(policy, pairs, **bench.reading).double() - ref_logprobs.double()
     return (float(model.config["beta"]) * (rewards[:, 0] - rewards[:, 1])).tolist()

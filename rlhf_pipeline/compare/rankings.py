@@ -19,7 +19,8 @@ from rlhf_pipeline.evaluation.win_rates import (
     tie_share,
     win_rate,
 )
-from rlhf_pipeline.report.results import ArmEntry, Interval, LengthControlled, Ranked, Ranking, WinRate
+from rlhf_pipeline.report.figures import Interval
+from rlhf_pipeline.report.sides import ArmEntry, LengthControlled, Ranked, Ranking, WinRate
 
 MOST_RANKED = 40
 

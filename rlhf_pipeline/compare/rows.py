@@ -19,7 +19,7 @@ from rlhf_pipeline.measure.evaluate import measure
 from rlhf_pipeline.registry.parents import beta_of, parent_of, reward_models_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.report.results import Cost, Diversity, Interval, Row
+from rlhf_pipeline.report.figures import Cost, Diversity, Interval, Row
 from rlhf_pipeline.rollout.rewards import RewardSource
 from rlhf_pipeline.stages.reward_sources import load_reward
 

@@ -36,7 +36,8 @@ from rlhf_pipeline.registry.parents import beta_of, parent_of, reference_of, rew
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.storage import replace_text, staging
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.report.results import Comparable, Exact, Findings, Gate, Results
+from rlhf_pipeline.report.figures import Exact, Gate
+from rlhf_pipeline.report.results import Comparable, Findings, Results
 from rlhf_pipeline.rollout.llm import ChatModel
 from rlhf_pipeline.stages.common import find_model
 from rlhf_pipeline.training.open_run import make_accelerator

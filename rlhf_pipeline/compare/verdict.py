@@ -14,7 +14,9 @@ from rlhf_pipeline.compare.aim import describe_aims
 from rlhf_pipeline.compare.preference_quality import LONGER
 from rlhf_pipeline.evaluation.seeds import needed
 from rlhf_pipeline.evaluation.statistics import Estimate
-from rlhf_pipeline.report.results import Contrast, Findings, Interval, Line, Overoptimised, Verdict
+from rlhf_pipeline.report.figures import Interval
+from rlhf_pipeline.report.results import Findings, Line, Verdict
+from rlhf_pipeline.report.sides import Contrast, Overoptimised
 
 FIGURES = {
     "objective": "the exact objective, reward - beta KL,",

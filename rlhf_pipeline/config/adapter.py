@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from rlhf_pipeline.config.base import no_package
 from rlhf_pipeline.errors import Fault
 
 ADAPTER_KEYS = (
@@ -67,13 +68,11 @@ def check_adapter(config: HasAdapter) -> Iterator[Fault]:
             yield Fault(key, "found without use_peft, so all weights would be trained", "use_peft: true with it")
         return
     if importlib.util.find_spec("peft") is None:
-        found = "found true, but there is no package peft in this environment"
-        yield Fault("use_peft", found, "peft installed", "pip install 'peft>=0.21', or train all weights")
+        yield no_package("use_peft", True, "peft", "pip install 'peft>=0.21', or train all weights")
     if config.model_name_or_path is None:
         yield Fault("use_peft", "found true, but there is no model to put an adapter on", "model_name_or_path")
     if config.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
-        found = "found true, but there is no package bitsandbytes in this environment"
-        yield Fault("load_in_4bit", found, "bitsandbytes installed", f"{INSTALL}, or dtype: bfloat16")
+        yield no_package("load_in_4bit", True, "bitsandbytes", f"{INSTALL}, or dtype: bfloat16")
     elif not config.load_in_4bit:
         for key, default in (("bnb_4bit_quant_type", "nf4"), ("use_bnb_nested_quant", False)):
             if getattr(config, key) != default:

@@ -200,6 +200,12 @@ def part_of(source: str, config: str | None, kind: str) -> str | None:
     return "prompts" if config in (None, "population") and kind == "prompt" and source.startswith("world:") else config
 
 
+def no_package(key: str, value: object, package: str, fix: str) -> Fault:
+    """Return the fault of a value whose package is not installed."""
+    found = f"found {'true' if value is True else repr(value)}, but there is no package {package} in this environment"
+    return Fault(key, found, f"{package} installed", fix)
+
+
 class HasSplits(Protocol):
     """A config with the fractions by which a source without splits is split."""
 

@@ -15,7 +15,8 @@ from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.draft import Draft, Override, parse_overrides
 from rlhf_pipeline.config.grid import C, Experiment, StageSpec
 from rlhf_pipeline.config.load import in_order, validate
-from rlhf_pipeline.config.mentions import DATA_SUFFIXES, Mention, mentions, raw_mentions
+from rlhf_pipeline.config.mentions import Mention, mentions, raw_mentions
+from rlhf_pipeline.config.names import DATA_SUFFIXES
 from rlhf_pipeline.config.plan import ExperimentConfig, drawn_by_seed
 from rlhf_pipeline.config.stages import SCHEMAS, STAGES, TRAINING, StageConfig
 from rlhf_pipeline.config.sweep import Axis, read_sweep, repeated, spelling, swept

@@ -107,6 +107,6 @@ def lengths_told(config: WithLengths) -> tuple[str, str]:
 def check_lengths(config: WithLengths) -> Iterator[Fault]:
     """Yield the fault of lengths that contradict each other."""
     try:
-        resolve_lengths(*(getattr(config, key) for key in LENGTHS))
+        config.lengths()
     except ConfigError as error:
         yield from error.faults

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -20,13 +20,20 @@ from rlhf_pipeline.config.stages import SCHEMAS, schema_class
 from rlhf_pipeline.config.yaml import KeyPath, as_index, dotted, read_document
 from rlhf_pipeline.errors import ConfigError, Fault, did_you_mean
 
+C = TypeVar("C", bound=CommandConfig)
+
 
 @dataclass(frozen=True)
 class Loaded:
     """A valid config, and notes on values that were interpreted differently from the text."""
 
-    config: Any
+    config: CommandConfig
     notes: tuple[str, ...] = ()
+
+    def of(self, kind: type[C]) -> C:
+        """Return the config of a command whose config class is known."""
+        assert isinstance(self.config, kind)
+        return self.config
 
 
 def load_config(

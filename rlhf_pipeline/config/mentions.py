@@ -11,12 +11,12 @@ from pydantic import BaseModel
 
 from rlhf_pipeline.config.base import CommandConfig, renames
 from rlhf_pipeline.config.draft import Draft
+from rlhf_pipeline.config.names import DATA_SUFFIXES
 from rlhf_pipeline.config.reward_names import is_function_name, names_a_model
 from rlhf_pipeline.config.stages import SCHEMAS
 from rlhf_pipeline.config.yaml import KeyPath
 
 _READING = ("dataset_config", "column_mapping")
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
 
 
 @dataclass(frozen=True)

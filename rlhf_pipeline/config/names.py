@@ -1,4 +1,4 @@
-"""Valid names of models, data sets, aliases and reports: they must be file names on every system."""
+"""Names: of models, data sets, aliases and reports (file names on every system), of the hub, and of data files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ NAME_RULE = (
     "a letter or digit, then up to 63 letters, digits, '.', '_' or '-', not with a '.' at the end and not a device of "
     "Windows such as con or nul"
 )
+HUB_ID = r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*"
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
 # A home may be copied to Windows, where these names are devices, with any suffix.
 _DEVICE = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?", re.IGNORECASE)
 

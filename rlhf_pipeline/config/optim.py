@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator
 
-from rlhf_pipeline.config.base import CommandConfig, option, wrong
+from rlhf_pipeline.config.base import CommandConfig, no_package, option, wrong
 from rlhf_pipeline.config.yaml import parse_value
 from rlhf_pipeline.errors import Fault, did_you_mean
 
@@ -43,9 +43,9 @@ OptimName = Literal[
 
 @dataclass(frozen=True)
 class Optim:
-    """What an optimizer takes in `optim_args`, the package it needs, and the bytes of its state per parameter.
+    """What an optimizer takes in `optim_args`, and the package it needs.
 
-    state: bytes per parameter in fp32, an upper bound for matrices.
+    state: bytes of its state per parameter in fp32, an upper bound for matrices.
     """
 
     args: frozenset[str] = frozenset()
@@ -204,8 +204,7 @@ def check_optim(config: WithOptimizer) -> Iterator[Fault]:
     """Yield the faults of an optimizer whose package is missing, and of arguments that it does not take."""
     optim = OPTIMIZERS[config.optim]
     if optim.package and importlib.util.find_spec(optim.package) is None:
-        found = f"found {config.optim!r}, but there is no package {optim.package} in this environment"
-        yield Fault("optim", found, f"{optim.package} installed", f"pip install {optim.package}, or optim: adafactor")
+        yield no_package("optim", config.optim, optim.package, f"pip install {optim.package}, or optim: adafactor")
     yield from _unknown("optim_args", config.optim_args, optim.args, f"optim {config.optim}")
 
 
@@ -222,5 +221,5 @@ def check_schedule(config: WithOptimizer) -> Iterator[Fault]:
 def _unknown(key: str, given: Mapping[str, Any], known: frozenset[str], whose: str) -> Iterator[Fault]:
     for name in given:
         if name not in known:
-            expected = f"{', '.join(sorted(known))}" if known else "no arguments"
+            expected = ", ".join(sorted(known)) or "no arguments"
             yield Fault(f"{key}.{name}", f"{whose} does not take it", expected, did_you_mean(name, sorted(known)))

@@ -8,7 +8,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from rlhf_pipeline.config.base import Count, Fraction, ModelInput, NonNegative, Positive, Text, Warmup, option
+from rlhf_pipeline.config.base import (
+    Count,
+    Fraction,
+    ModelInput,
+    NonNegative,
+    Positive,
+    Text,
+    Warmup,
+    no_package,
+    option,
+)
 from rlhf_pipeline.config.lengths import remark_on_halves
 from rlhf_pipeline.config.reward_names import names_a_model
 from rlhf_pipeline.config.rewards import (
@@ -35,9 +45,8 @@ def check_rollout_engine(config: PpoConfig) -> Iterator[Fault]:
         return
     native = "or rollout_engine: native"
     if importlib.util.find_spec("vllm") is None:
-        found = "found 'vllm', but there is no package vllm in this environment"
         fix = f"pip install 'vllm>=0.22,<=0.31' (the versions that TRL 1.16 supports), {native}"
-        yield Fault("rollout_engine", found, "vllm installed", fix)
+        yield no_package("rollout_engine", "vllm", "vllm", fix)
     if config.use_peft:
         found = "found true with rollout_engine vllm, which would need the adapter's weights merged at every update"
         yield Fault("use_peft", found, "use_peft: false", native)
@@ -73,21 +82,14 @@ def check_reward_sources(config: PpoConfig) -> Iterator[Fault]:
         fix = f"write reward_functions: [{{source: {path}}}]"
         yield Fault("reward_model_path", f"{path!r} is not a reward model", "name, directory or hub id", fix)
     for index, entry in enumerate(config.reward_functions or ()):
-        yield from _check_source(f"reward_functions.{index}.source", entry.source)
         yield from check_source(f"reward_functions.{index}.source", entry.source, entry.llm_judge)
         yield from check_request(f"reward_functions.{index}.llm_judge", entry.llm_judge, RATING_PLACES)
-
-
-def _check_source(where: str, source: str) -> Iterator[Fault]:
-    if ":" in source and names_a_model(source):
-        yield Fault(where, f"found {source!r}", "world, a reward model, or module:function")
 
 
 def check_judge(config: PpoConfig) -> Iterator[Fault]:
     """Yield the faults of a judge that is not a reward source, or that the policy is trained on."""
     if config.judge is None:
         return
-    yield from _check_source("judge", config.judge)
     yield from check_source("judge", config.judge, None)
     if config.judge in [reward.source for reward in config.rewards]:
         found = f"{config.judge!r} is the reward that the policy is trained on"
@@ -154,7 +156,7 @@ def check_batches(config: PpoConfig) -> Iterator[Fault]:
         yield Fault("gradient_accumulation_steps", found, str(follows), "remove it: it is computed")
 
 
-def check_schedule(config: PpoConfig) -> Iterator[Fault]:
+def check_warmups(config: PpoConfig) -> Iterator[Fault]:
     """Yield the faults of warm-ups that are longer than the run."""
     if config.max_steps != -1:
         updates, limit = config.max_steps, "max_steps"
@@ -185,7 +187,7 @@ class PpoConfig(TrainingConfig):
         check_episodes,
         check_epochs,
         check_batches,
-        check_schedule,
+        check_warmups,
     )
     remarks: ClassVar = (remark_on_episodes, remark_on_dropout, remark_on_halves)
     samples: ClassVar[bool] = True

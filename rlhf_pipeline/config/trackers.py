@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Protocol, get_args
 
 from pydantic import BeforeValidator
 
+from rlhf_pipeline.config.base import no_package
 from rlhf_pipeline.errors import Fault
 
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]
@@ -43,5 +44,4 @@ def check_trackers(config: Tracked) -> Iterator[Fault]:
     """Yield the faults of trackers whose package is missing."""
     for index, tracker in enumerate(config.report_to):
         if not is_installed(tracker):
-            found = f"found {tracker!r}, but there is no package {tracker} in this environment"
-            yield Fault(f"report_to.{index}", found, f"{tracker} installed", f"pip install {tracker}, or remove it")
+            yield no_package(f"report_to.{index}", tracker, tracker, f"pip install {tracker}, or remove it")

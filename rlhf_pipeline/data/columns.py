@@ -57,9 +57,9 @@ class SourceRow:
         value = self.value(column)
         return None if value is None else self.as_text(column, value)
 
-    def prompt(self, column: str = "prompt") -> Text | None:
-        """Read a required prompt. A source with a column `system` has messages: its text is their system turn."""
-        text = self.text(column)
+    def prompt(self) -> Text | None:
+        """Read the column `prompt`. A source with a column `system` has messages: its text is their system turn."""
+        text = self.text("prompt")
         return None if text is None else self.with_system(text)
 
     def with_system(self, prompt: Text) -> Text | None:

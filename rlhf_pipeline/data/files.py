@@ -23,7 +23,6 @@ from rlhf_pipeline.data.decoding import (
 )
 from rlhf_pipeline.errors import DataError, Fault
 
-FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz", ".gz")
 CSV_LISTS = ("completions", "ranks", "scores", "messages", "conversations", "answers", "info", "summaries")
 CSV_NUMBERS = (
     *("label_probability", "labels", "choice", "better_response_id", "helpfulness"),

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline.config.names import DATA_SUFFIXES
 from rlhf_pipeline.data.configs import declared_files
-from rlhf_pipeline.data.files import FILE_SUFFIXES, RowFault, read_file
+from rlhf_pipeline.data.files import RowFault, read_file
 from rlhf_pipeline.data.records import Record
 from rlhf_pipeline.data.sealed import unseal
 from rlhf_pipeline.errors import DamagedFile, DataError, Fault, UnknownReference, did_you_mean
@@ -113,7 +114,7 @@ def local_path(source: str) -> Path | None:
     except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, `~` of an unknown user, a NUL byte
         reason = getattr(error, "strerror", None) or str(error)
         raise UnknownReference(f"{source[:80]}: not a path ({reason}); expected a source") from None
-    if source.startswith((".", "/", "~")) or source.lower().endswith(FILE_SUFFIXES):
+    if source.startswith((".", "/", "~")) or source.lower().endswith(DATA_SUFFIXES):
         folder = given.parent if given.parent.is_dir() else Path()
         near = did_you_mean(given.name, [entry.name for entry in folder.iterdir()])
         raise UnknownReference(f"{source}: no such file or directory{'; ' + near if near else ''}")
@@ -191,7 +192,7 @@ def _checked_manifest(records: Path) -> dict[str, Any]:
 
 def data_files(folder: Path) -> list[Path]:
     """Return the data files of a folder, in order; [] for a folder that `datasets` has saved."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name.lower().endswith(FILE_SUFFIXES))
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name.lower().endswith(DATA_SUFFIXES))
     names = {file.name for file in files}
     saved = {"state.json", "dataset_dict.json"} & names or any(folder.glob("*.arrow"))
     return [] if saved else [file for file in files if file.name not in ("dataset_info.json", "dataset_infos.json")]

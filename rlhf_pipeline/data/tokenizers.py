@@ -99,7 +99,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(dict.fromkeys((*named, tokenizer.eos_token_id, *getattr(tokenizer, "model_stop_ids", ()))))
 
 
-def set_stop_token(tokenizer: PreTrainedTokenizerBase, stop_token: str | None, where: str = "stop_token") -> None:
+def set_stop_token(tokenizer: PreTrainedTokenizerBase, stop_token: str | None) -> None:
     """Let `stop_token` end a response too, and be the one that is appended to training targets.
 
     Raises:
@@ -109,7 +109,7 @@ def set_stop_token(tokenizer: PreTrainedTokenizerBase, stop_token: str | None, w
         return
     found = tokenizer.get_vocab().get(stop_token)
     if found is None:
-        raise ConfigError(Fault(where, f"{stop_token!r} is not a token of the policy's tokenizer"))
+        raise ConfigError(Fault("stop_token", f"{stop_token!r} is not a token of the policy's tokenizer"))
     tokenizer.named_stop_ids = (found,)
 
 

@@ -13,27 +13,27 @@ from rlhf_pipeline.data.load import examples_of, lowest_hashes, read_records
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.experiment.outlook import DATA_KEYS, Outlook
-from rlhf_pipeline.experiment.work import Counts, Models, Work, compare_work
+from rlhf_pipeline.experiment.work import Amounts, Models, Work, compare_work
 
 
-def arms_of(outlook: Outlook, spec: StageSpec[CompareConfig]) -> list[Node]:
+def runs_of_arms(outlook: Outlook, spec: StageSpec[CompareConfig]) -> list[Node]:
     """The runs whose models are compared; the first one gives the prompts."""
     arms = {name for path, name in spec.links.items() if path[0] == "arms"}
     return [node for node in outlook.nodes if node.name in arms]
 
 
-def comparison(outlook: Outlook, spec: StageSpec[CompareConfig]) -> Counts:
+def comparison(outlook: Outlook, spec: StageSpec[CompareConfig]) -> Amounts:
     """The prompts and the work of a comparison with at least one arm of the experiment."""
-    config, made = spec.config, arms_of(outlook, spec)
+    config, made = spec.config, runs_of_arms(outlook, spec)
     example = made[0]
     inputs = {node.name: place for place, node in reversed(list(enumerate(outlook.nodes)))}
-    rewards, judge = outlook.scorers(spec, inputs, config)
+    rewards, judge = outlook.scorers(spec.links, inputs, config)
     if not rewards:  # each arm is scored by the reward model of PPO
         used = next((node for node in made if isinstance(node.spec.config, PpoConfig)), None)
         rewards = () if used is None else outlook.models(used).rewards
     lengths = cast(TrainingConfig, outlook.config(example)).sampled_lengths()
     limit = config.max_new_tokens or lengths.response
-    tokens, told = outlook.response(example)
+    tokens, note = outlook.response(example)
     tokens = min(tokens, limit)
     count = len(made) + sum(("arms", n) not in spec.links for n in range(len(config.arms)))
     count += config.baseline is not None
@@ -48,7 +48,7 @@ def comparison(outlook: Outlook, spec: StageSpec[CompareConfig]) -> Counts:
         chosen = _prompts(outlook, example, config, split)
         prompts = prompts or len(chosen)
         work += compare_work(config, models, chosen, count=count, response=tokens, longest=limit)
-    return Counts(prompts, work, tokens, (told,))
+    return Amounts(prompts, work, tokens, (note,))
 
 
 def _prompts(outlook: Outlook, node: Node, config: CompareConfig, split: str) -> list[Example]:

@@ -21,16 +21,9 @@ from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.world import VOCABULARY
 from rlhf_pipeline.errors import DataError
-from rlhf_pipeline.experiment.forecast import (
-    about,
-    forecast_comparison,
-    forecast_run,
-    shares,
-    total_of,
-)
-from rlhf_pipeline.experiment.machine import FACTOR
+from rlhf_pipeline.experiment.forecast import about, forecast_comparison, forecast_run, shares, total_of
 from rlhf_pipeline.experiment.outlook import Outlook
-from rlhf_pipeline.experiment.run import checked, compared
+from rlhf_pipeline.experiment.run import checked, is_compared
 from rlhf_pipeline.models.needs import require_kernel, require_needs
 from rlhf_pipeline.registry.adapters import chain_of, four_bits_of, require_same_base
 from rlhf_pipeline.registry.lengths import with_lengths
@@ -134,14 +127,17 @@ def _training_memory(
     adapter: parameters of the adapter that is trained on frozen weights; None: all weights are trained.
     in_4_bits: bytes of the frozen weights of models held in 4 bits, by role.
     """
-    width = BYTES[config.dtype]
-    held = 2 + OPTIMIZERS[config.optim].state / 4  # weights, gradients, state
-    trained, frozen = round((parameters if adapter is None else adapter) * width * held), 0
-    base, reward, judge = (in_4_bits.get(role, parameters * width) for role in ("base", "reward_model", "judge"))
+    optim, width = OPTIMIZERS[config.optim], BYTES[config.dtype]
+    count, own = (parameters, width) if adapter is None else (adapter, 4)  # adapters are in fp32
+    state = optim.state if optim.package else optim.state * own / 4  # torch's has the type of the weights
+    trained, frozen = round(count * (2 * own + state)), 0  # weights, gradients, state
+    base, judge = (in_4_bits.get(role, parameters * width) for role in ("base", "judge"))
+    # Without reward models, the reward functions are counted as one (upper bound).
+    rewards = [role for role in config.parents() if role.startswith("reward_model")] or ["reward_model"]
+    reward = sum(in_4_bits.get(role, parameters * width) for role in rewards)
     if isinstance(config, DpoConfig):
         frozen = base
-    if isinstance(config, PpoConfig):
-        # The reference, the reward model and the judge; a reward function is counted as a model (upper bound).
+    if isinstance(config, PpoConfig):  # the reference, the reward models and the judge
         frozen = base + reward + judge * ("judge" in config.parents())
         trained *= 1 if config.value_init == "shared" else 2
     if adapter is not None:
@@ -227,10 +223,10 @@ def _work_of(outlook: Outlook, node: Node) -> dict[str, Any]:
     """The entries of a stage's dry run on its amounts of work and its time."""
     found = forecast_run(outlook, node)
     figures = {name: value for name, value in found.figures.items() if name not in ("rows", "prompts", "records")}
-    result: dict[str, Any] = {"estimate": figures, "about": list(found.told)}
+    result: dict[str, Any] = {"estimate": figures, "about": list(found.notes)}
     if found.speed is not None:
-        result["machine"] = found.speed.as_dict() | {"uncertainty_factor": FACTOR}
-        result["about"] = [f"{about(figures['seconds'], found.speed)} ({shares(figures)})", *found.told]
+        result["machine"] = found.speed.as_dict()
+        result["about"] = [f"{about(figures['seconds'], found.speed)} ({shares(figures)})", *found.notes]
     return result
 
 
@@ -247,12 +243,12 @@ def estimate_experiment(path: Path, overrides: Sequence[str], home: Path) -> dic
     finished = sum(found is not None for found in done)
     outlook = Outlook(nodes, done, registry)
     found = {node.label: forecast_run(outlook, node) for node, ready in zip(nodes, done, strict=True) if ready is None}
-    if experiment.compare is not None and (finished < len(nodes) or not compared(experiment, nodes, done, registry)):
+    if experiment.compare is not None and (finished < len(nodes) or not is_compared(experiment, nodes, done, registry)):
         found[COMPARISON] = forecast_comparison(outlook, experiment.compare)
     unknown = [name for name, one in found.items() if one.seconds is None]
     told: dict[str, list[str]] = {}
     for name, one in found.items():
-        for text in one.told:
+        for text in one.notes:
             told.setdefault(text, []).append(name)
     lines = [f"{', '.join(names)}: {text}" for text, names in told.items()]
     result: dict[str, Any] = {
@@ -268,7 +264,7 @@ def estimate_experiment(path: Path, overrides: Sequence[str], home: Path) -> dic
     }
     speed = next((one.speed for one in found.values() if one.speed is not None), None)
     if speed is not None:
-        result["machine"] = speed.as_dict() | {"uncertainty_factor": FACTOR}
+        result["machine"] = speed.as_dict()
         left = f"; without {', '.join(unknown)}" if unknown else ""
         lines.insert(0, f"whole experiment: {about(result['total']['seconds'], speed)}{left}")
     return result | {"about": lines}

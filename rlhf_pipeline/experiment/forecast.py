@@ -10,11 +10,11 @@ from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.grid import Node, StageSpec
 from rlhf_pipeline.config.stages import CollectConfig, ModelConfig, PpoConfig, TrainingConfig
 from rlhf_pipeline.errors import BadInput, ConfigError
-from rlhf_pipeline.experiment.comparison import arms_of, comparison
+from rlhf_pipeline.experiment.comparison import comparison, runs_of_arms
 from rlhf_pipeline.experiment.machine import FACTOR, Speed, speed_of
 from rlhf_pipeline.experiment.outlook import MIXED, Outlook
 from rlhf_pipeline.experiment.progress import spoken
-from rlhf_pipeline.experiment.work import Counts
+from rlhf_pipeline.experiment.work import Amounts
 from rlhf_pipeline.models.refusals import first_line, refuse_to_hide
 
 
@@ -23,7 +23,7 @@ class Forecast:
     """The amounts and the time of a run or a comparison; figures is {} if they are not known."""
 
     figures: dict[str, Any]
-    told: tuple[str, ...]
+    notes: tuple[str, ...]
     speed: Speed | None = None
 
     @property
@@ -39,19 +39,19 @@ def forecast_run(outlook: Outlook, node: Node) -> Forecast:
         BadInput: its rows cannot be read.
     """
     config = outlook.config(node)
-    found = _forecast(lambda: outlook.counts(node), lambda: outlook.described(node), config)
+    found = _forecast(lambda: outlook.amounts(node), lambda: outlook.described(node), config)
     if not found.figures:
         return found
     rows = "records" if isinstance(config, CollectConfig) else "prompts" if isinstance(config, PpoConfig) else "rows"
     figures = {rows: found.figures.pop("rows")}
     if isinstance(config, PpoConfig):
         figures |= {"updates": config.updates, "episodes": config.updates * config.rollout_batch_size}
-    return Forecast(figures | found.figures, found.told, found.speed)
+    return Forecast(figures | found.figures, found.notes, found.speed)
 
 
 def forecast_comparison(outlook: Outlook, spec: StageSpec[CompareConfig]) -> Forecast:
     """The forecast of an experiment's comparison: its samples, their scores and their KL."""
-    arms = arms_of(outlook, spec)
+    arms = runs_of_arms(outlook, spec)
     if not arms:
         return Forecast({}, ("its time is not known: no arm is a stage of this experiment",))
     if outlook.mixes_unmade(arms[0]) and spec.config.prompts is None:
@@ -62,11 +62,11 @@ def forecast_comparison(outlook: Outlook, spec: StageSpec[CompareConfig]) -> For
     return found
 
 
-def _forecast(counts: Callable[[], Counts], described: Callable[[], Any], config: ModelConfig) -> Forecast:
+def _forecast(amounts: Callable[[], Amounts], described: Callable[[], Any], config: ModelConfig) -> Forecast:
     try:
-        found = counts()
+        found = amounts()
         if found.work is None:
-            return Forecast({} if found.rows is None else {"rows": found.rows}, found.told)
+            return Forecast({} if found.rows is None else {"rows": found.rows}, found.notes)
         speed = speed_of(described(), config)
     except Exception as error:
         # An architecture that cannot be made from its config alone; an adapter that does not fit is refused.
@@ -86,7 +86,7 @@ def _forecast(counts: Callable[[], Counts], described: Callable[[], Any], config
         **{f"{name}_seconds": value for name, value in parts.items()},
         "seconds": sum(parts.values()),
     }
-    return Forecast(figures, found.told, speed)
+    return Forecast(figures, found.notes, speed)
 
 
 def adapts(config: ModelConfig) -> bool:
@@ -103,12 +103,11 @@ def total_of(forecasts: Sequence[Forecast]) -> dict[str, Any]:
 
 
 def about(seconds: float, speed: Speed) -> str:
-    """One sentence on a time: `about 3.0 h on this machine at 120 GFLOP/s, ...; a factor of two either way`."""
+    """One sentence on a time: `about 3.0 h on this machine at 120 GFLOP/s, ...; up to a factor of 2 either way`."""
     rate = speed.training / 1e9
     shown = f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
-    said = {2: "two"}[FACTOR]
     where = f"on this machine ({speed.device}) at {shown} GFLOP/s, if nothing else runs on it"
-    return f"about {spoken(seconds)} {where}; a factor of {said} either way"
+    return f"about {spoken(seconds)} {where}; up to a factor of {FACTOR} either way"
 
 
 def shares(figures: Mapping[str, Any]) -> str:

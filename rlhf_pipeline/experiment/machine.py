@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -65,20 +65,20 @@ class Speed:
         return {
             "training": work.training / self.training + updates,
             "scoring": work.scoring / self.forward,
-            "sampling": work.prompts / self.forward + decoding,
+            "sampling": work.prefill / self.forward + decoding,
             "evaluation": work.evaluation / self.forward,
         }
 
     def as_dict(self) -> dict[str, Any]:
         """The figures with their units."""
-        figures = asdict(self)
         return {
             "device": self.device,
-            "training_gflop_per_second": figures["training"] / 1e9,
-            "forward_gflop_per_second": figures["forward"] / 1e9,
-            "memory_gb_per_second": figures["bytes_per_second"] / 1e9,
-            "decoding_step_seconds": figures["decoding_step"],
-            "decoded_token_seconds": figures["decoded_token"],
+            "training_gflop_per_second": self.training / 1e9,
+            "forward_gflop_per_second": self.forward / 1e9,
+            "memory_gb_per_second": self.bytes_per_second / 1e9,
+            "decoding_step_seconds": self.decoding_step,
+            "decoded_token_seconds": self.decoded_token,
+            "uncertainty_factor": FACTOR,
         }
 
 
@@ -154,7 +154,7 @@ def _measured(described: Any, config: ModelConfig, bf16: bool) -> Speed:
     # 2. Decoding steps of the layers, with one response and with several; then the head and the choice of a token.
     bandwidth = _bandwidth(device)
     alone, together = (_decoding_step(policy, rows, device, precision) / layers for rows in (1, ROWS))
-    width, outputs = weight_bytes(dtype), text.vocab_size
+    width, outputs = dtype.itemsize, text.vocab_size
     read = shape.matmul * width / bandwidth
     logits, uniforms = torch.zeros(ROWS, outputs, device=device), torch.full((ROWS,), 0.5, dtype=torch.float64)
     chosen = _time(lambda: pick(logits, uniforms.to(device)), device) / ROWS
@@ -166,11 +166,6 @@ def _measured(described: Any, config: ModelConfig, bf16: bool) -> Speed:
         decoding_step=max(count * alone, read) + shape.head * width / bandwidth,
         decoded_token=count * max(0.0, together - alone) / (ROWS - 1) + 2 * shape.head / scored + chosen,
     )
-
-
-def weight_bytes(dtype: torch.dtype) -> int:
-    """Bytes of a weight."""
-    return torch.empty((), dtype=dtype).element_size()
 
 
 def _decoding_step(policy: Policy, rows: int, device: torch.device, precision: Callable[[], Any]) -> float:

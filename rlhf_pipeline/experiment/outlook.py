@@ -12,12 +12,12 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rlhf_pipeline.config.grid import Node, StageSpec
+from rlhf_pipeline.config.grid import Node
 from rlhf_pipeline.config.lengths import LENGTHS
 from rlhf_pipeline.config.mentions import set_value
 from rlhf_pipeline.config.reward import RewardConfig
 from rlhf_pipeline.config.reward_names import names_a_model
-from rlhf_pipeline.config.stages import CollectConfig, DpoConfig, PpoConfig, SftConfig, StageConfig
+from rlhf_pipeline.config.stages import CollectConfig, DpoConfig, ModelConfig, PpoConfig, SftConfig, StageConfig
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.config.yaml import KeyPath
 from rlhf_pipeline.data.load import lowest_hashes, read_records
@@ -27,16 +27,16 @@ from rlhf_pipeline.data.tokenizers import token_count
 from rlhf_pipeline.errors import DataError
 from rlhf_pipeline.experiment.done import output_of
 from rlhf_pipeline.experiment.work import (
-    Counts,
+    Amounts,
     Models,
-    answered,
     as_critic,
     as_scorer,
     collect_work,
-    described_by,
     example_work,
     ppo_work,
     shapes_of,
+    transformers_config,
+    with_responses,
 )
 from rlhf_pipeline.registry.lengths import with_lengths
 from rlhf_pipeline.registry.references import Resolved
@@ -160,7 +160,7 @@ class Outlook:
     def _described(self, node: Node, tokenizer: PreTrainedTokenizerBase) -> Any:
         (first, start), tokens = self.root(node), token_count(tokenizer)
         if start is not None:
-            return described_by(start, self.config(node), tokens)
+            return transformers_config(start, self.config(node), tokens)
         from rlhf_pipeline.models.loading import new_config
 
         config = self.config(first)
@@ -233,7 +233,7 @@ class Outlook:
         style = Style.of(trained if above is None else self.config(self.nodes[above]).model_dump())
         prompts, _ = prompts_by_split(found, config, self.tokenizer(node), style)
         chosen = [prompts[n % len(prompts)] for n in range(config.num)]
-        rows = answered([example for example, _ in chosen], self.response(node)[0], config.k)
+        rows = with_responses([example for example, _ in chosen], self.response(node)[0], config.k)
         return list(zip(rows, (split for _, split in chosen), strict=True))
 
     def response(self, node: Node) -> tuple[int, str]:
@@ -272,7 +272,7 @@ class Outlook:
         config = self.config(node)
         training = config if isinstance(config, TrainingConfig) else None
         policy, bare, trained = self.shapes(self.described(node), training)
-        rewards, judge = self.scorers(node.spec, node.inputs, config)
+        rewards, judge = self.scorers(node.spec.links, node.inputs, config)
         shared = isinstance(config, PpoConfig) and config.value_init == "shared"
         critic = as_critic(policy) if isinstance(config, PpoConfig) and not shared else None
         return Models(policy, bare, critic, rewards, judge, trained)
@@ -285,7 +285,7 @@ class Outlook:
         return self._once(key, lambda: shapes_of(described, config))
 
     def scorers(
-        self, spec: StageSpec[Any], inputs: Mapping[str, int], config: Any
+        self, links: Mapping[KeyPath, str], inputs: Mapping[str, int], config: ModelConfig
     ) -> tuple[tuple[ModelShape, ...], ModelShape | None]:
         """The shapes of the reward models and of the judge that a config names."""
         named: dict[KeyPath, str | None] = {("judge",): getattr(config, "judge", None)}
@@ -294,9 +294,9 @@ class Outlook:
             named["reward_functions", number, "source"] = part.source
         found: dict[KeyPath, ModelShape] = {}
         for path, text in named.items():
-            if text is None or not (path in spec.links or names_a_model(text)):
+            if text is None or not (path in links or names_a_model(text)):
                 continue
-            place = inputs.get(spec.links[path]) if path in spec.links else None
+            place = inputs.get(links[path]) if path in links else None
             if place is not None and place not in self._made:
                 theirs = self.nodes[place]
                 shape, *_ = self.shapes(self.described(theirs))
@@ -304,15 +304,15 @@ class Outlook:
             else:
                 resolved = self.registry.resolve(text if place is None else self._made[place])
                 pooling = resolved.config.get("score_pooling", "last")
-                shape, *_ = self.shapes(described_by(resolved, config))
+                shape, *_ = self.shapes(transformers_config(resolved, config))
                 found[path] = as_scorer(shape, pooling)
         judge = found.pop(("judge",), None)
         labels = (judge,) if isinstance(config, CollectConfig) and judge is not None else ()
         return (*found.values(), *labels), None if labels else judge
 
-    def counts(self, node: Node) -> Counts:
+    def amounts(self, node: Node) -> Amounts:
         """The rows and the work of a run."""
-        return self._once(("counts", self._alike(node)), lambda: self._counts(node))
+        return self._once(("amounts", self._alike(node)), lambda: self._amounts(node))
 
     def _alike(self, node: Node) -> str:
         """A text that is equal for runs with the same amounts: those of several seeds, say."""
@@ -320,20 +320,20 @@ class Outlook:
         above = {name: self._alike(self.nodes[place]) for name, place in node.inputs.items()}
         return json.dumps([node.name, config, above], sort_keys=True)
 
-    def _counts(self, node: Node) -> Counts:
+    def _amounts(self, node: Node) -> Amounts:
         if self.mixes_unmade(node):
-            return Counts(None, None, told=(MIXED,))
+            return Amounts(None, None, notes=(MIXED,))
         config, models = self.config(node), self.models(node)
         if isinstance(config, CollectConfig):
-            (tokens, told), rows = self.response(node), [example for example, _ in self.draws(node)]
-            return Counts(config.num, collect_work(config, models, rows), tokens, (told,))
+            (tokens, note), rows = self.response(node), [example for example, _ in self.draws(node)]
+            return Amounts(config.num, collect_work(config, models, rows), tokens, (note,))
         rows = self.training(node)
         if isinstance(config, DpoConfig) and config.population:
-            return Counts(len(rows), None, told=("pairs are drawn at every step: their tokens are not known",))
+            return Amounts(len(rows), None, notes=("pairs are drawn at every step: their tokens are not known",))
         if isinstance(config, PpoConfig):
-            tokens, told = self.response(node)
-            return Counts(len(rows), ppo_work(config, models, rows, tokens), tokens, (told,))
+            tokens, note = self.response(node)
+            return Amounts(len(rows), ppo_work(config, models, rows, tokens), tokens, (note,))
         centred = getattr(config, "reward_centering", None) == "reference_samples"
-        tokens, told = self.response(node) if centred else (0, "")
+        tokens, note = self.response(node) if centred else (0, "")
         work = example_work(config, models, rows, self.held_out(node), tokens)
-        return Counts(len(rows), work, tokens, (told,) if told else ())
+        return Amounts(len(rows), work, tokens, (note,) if note else ())

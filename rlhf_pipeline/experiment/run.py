@@ -291,7 +291,7 @@ def _comparison(
     return compare.resolved(models), points_of(compare, made, registry)
 
 
-def compared(
+def is_compared(
     experiment: Experiment, nodes: Sequence[Node], done: Sequence[Resolved | None], registry: Registry
 ) -> bool:
     """Whether the comparison of an experiment has been made from these models."""

@@ -38,7 +38,7 @@ class Work:
 
     tokens_trained: tokens that pass forward and backward. tokens_sampled: tokens of the responses. decoding_steps: each
     reads all weights once and adds a token to every response of its batch. weight_updates: optimizer steps x trained
-    weights. training, scoring, sampling: FLOPs, as the bill counts them. prompts: the part of `sampling` that reads
+    weights. training, scoring, sampling: FLOPs, as the bill counts them. prefill: the part of `sampling` that reads
     prompts. evaluation: FLOPs that the bill leaves out: held-out rows, and the judge.
     """
 
@@ -50,7 +50,7 @@ class Work:
     training: float = 0.0
     scoring: float = 0.0
     sampling: float = 0.0
-    prompts: float = 0.0
+    prefill: float = 0.0
     evaluation: float = 0.0
 
     @property
@@ -61,19 +61,22 @@ class Work:
     def __add__(self, other: Work) -> Work:
         return Work(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
+    def __mul__(self, times: int) -> Work:
+        return Work(*(mine * times for mine in astuple(self)))
+
 
 @dataclass(frozen=True)
-class Counts:
+class Amounts:
     """What is known of one run before it.
 
     rows: examples to train on, prompts to sample from, or records to collect. rows, work: None if they are not known.
-    response: the assumed tokens of a sampled response; 0 if none is sampled. told: what was assumed or is not known.
+    response: the assumed tokens of a sampled response; 0 if none is sampled. notes: what was assumed or is not known.
     """
 
     rows: int | None
     work: Work | None
     response: int = 0
-    told: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class Models:
     trained: int = 0
 
 
-def described_by(resolved: Resolved, config: ModelConfig, tokens: int = 0) -> Any:
+def transformers_config(resolved: Resolved, config: ModelConfig, tokens: int = 0) -> Any:
     """The transformers config of a model, or of the model below an adapter, with at least `tokens` outputs."""
     from transformers import AutoConfig
 
@@ -149,7 +152,7 @@ def as_scorer(shape: ModelShape, pooling: str = "last") -> ModelShape:
     return replace(as_critic(shape), reads="tokens" if pooling == "mean" else "last")
 
 
-def answered(prompts: Sequence[Example], tokens: int, samples: int = 1) -> list[Example]:
+def with_responses(prompts: Sequence[Example], tokens: int, samples: int = 1) -> list[Example]:
     """The prompts with `samples` responses of `tokens` tokens each."""
     responses, ended = [[0] * tokens] * samples, [True] * samples
     return [replace(one, completions=responses, ended=ended, trained=None, ranks=None) for one in prompts]
@@ -168,7 +171,7 @@ def sampled_work(shape: ModelShape, examples: Sequence[Example], *, at_once: int
         tokens_sampled=sum(lengths),
         decoding_steps=-(-len(prompts) // at_once) * longest if prompts else 0,
         sampling=shape.decode_flops([len(prompt) for prompt in prompts], lengths, run),
-        prompts=shape.decode_flops([], [], run),
+        prefill=shape.decode_flops([], [], run),
     )
 
 
@@ -208,7 +211,7 @@ def example_work(
     if isinstance(config, RewardConfig) and config.reward_centering == "reference_samples":
         distinct = list({example.prompt_key: example for example in examples}.values())
         chosen = [distinct[n % len(distinct)] for n in range(config.reward_centering_samples)]
-        drawn, most = answered(chosen, response), max(64, config.per_device_eval_batch_size)
+        drawn, most = with_responses(chosen, response), max(64, config.per_device_eval_batch_size)
         limit = config.sampled_lengths().response
         work += sampled_work(models.reference, drawn, at_once=most, longest=limit)
         work += Work(evaluation=shape.batch_flops(counted(drawn)))
@@ -220,7 +223,7 @@ def ppo_work(config: PpoConfig, models: Models, prompts: Sequence[Example], resp
     episodes = config.updates * config.rollout_batch_size
     whole, rest = divmod(episodes, len(prompts))
     order = epoch_order(len(prompts), config.seed, whole)[:rest] if rest else []
-    everything, last = answered(prompts, response), answered([prompts[index] for index in order], response)
+    everything, last = with_responses(prompts, response), with_responses([prompts[index] for index in order], response)
     seen = counted(everything) * whole + counted(last)
     shapes = [models.policy, models.reference, *models.rewards, *filter(None, [models.critic])]
     warm = min(config.critic_warmup_steps, config.updates) / config.updates  # the actor only runs forward
@@ -228,16 +231,8 @@ def ppo_work(config: PpoConfig, models: Models, prompts: Sequence[Example], resp
     actor += warm * models.policy.batch_flops(seen)
     critic = 0.0 if models.critic is None else models.critic.training_flops(*models.critic.batch_counts(seen))
     steps = config.updates * config.num_ppo_epochs * config.num_mini_batches
-    drawn = Work()
     one = {"at_once": config.rollout_batch_size, "longest": config.lengths().response}
-    for part, times in ((everything, whole), (last, 1)):
-        found = sampled_work(models.policy, part, **one)
-        drawn += replace(
-            found,
-            tokens_sampled=found.tokens_sampled * times,
-            sampling=found.sampling * times,
-            prompts=found.prompts * times,
-        )
+    drawn = sampled_work(models.policy, everything, **one) * whole + sampled_work(models.policy, last, **one)
     judged = 0.0 if models.judge is None else models.judge.batch_flops(seen) / config.logging_steps
     return replace(drawn, decoding_steps=config.updates * config.lengths().response) + Work(
         optimizer_steps=steps,
@@ -261,13 +256,13 @@ def compare_work(
     config: CompareConfig, models: Models, prompts: Sequence[Example], *, count: int, response: int, longest: int
 ) -> Work:
     """The work of a comparison of `count` models: samples, their scores, and their KL to the reference."""
-    drawn = answered(prompts, response, config.samples)
+    drawn = with_responses(prompts, response, config.samples)
     one = sampled_work(models.reference, drawn, at_once=config.per_device_eval_batch_size, longest=longest)
     scored = 2 * models.reference.batch_flops(counted(drawn))
     scored += sum(shape.batch_flops(counted(drawn)) for shape in (*models.rewards, *filter(None, [models.judge])))
-    every = [one + Work(evaluation=scored)] * count
+    work = (one + Work(evaluation=scored)) * count
     further = max(0, max(config.best_of, default=0) - config.samples)  # the baseline alone
     if further:
-        more = answered(prompts, response, further)
-        every.append(sampled_work(models.reference, more, at_once=config.per_device_eval_batch_size, longest=longest))
-    return sum(every, Work())
+        more = with_responses(prompts, response, further)
+        work += sampled_work(models.reference, more, at_once=config.per_device_eval_batch_size, longest=longest)
+    return work

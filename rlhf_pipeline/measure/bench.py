@@ -26,7 +26,7 @@ from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
 from rlhf_pipeline.models.modules import Policy
 from rlhf_pipeline.registry.lengths import limit_of, positions_of
 from rlhf_pipeline.registry.lineage import COLLECTED
-from rlhf_pipeline.registry.parents import reward_model_of
+from rlhf_pipeline.registry.parents import reward_model_keys
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report.results import DataChange, DataReport
@@ -323,7 +323,7 @@ def scored_as_trained(config: C, registry: Registry, models: Sequence[Resolved])
     """
     if config.reward_model is not None:
         return config
-    found = reward_model_of(registry, models)
+    found = reward_model_keys(registry, models)
     if "reward_tokenization" in config.model_fields_set:
         found.pop("reward_tokenization", None)
     return config.model_copy(update=found)

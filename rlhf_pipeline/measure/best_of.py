@@ -9,7 +9,7 @@ from rlhf_pipeline.evaluation.sampled import SHARES, Samples, draw
 from rlhf_pipeline.evaluation.statistics import cluster_mean
 from rlhf_pipeline.measure.bench import Bench, add_rewards
 from rlhf_pipeline.registry.references import Resolved
-from rlhf_pipeline.report.results import BEST_OF_N, Interval, Row
+from rlhf_pipeline.report.figures import BEST_OF_N, Interval, Row
 
 
 def primary_figure(samples: Samples) -> str | None:

@@ -7,12 +7,14 @@ from dataclasses import replace
 import numpy as np
 
 from rlhf_pipeline.config.load import load_config
+from rlhf_pipeline.config.sft import SftConfig
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.evaluation.sampled import Samples
 from rlhf_pipeline.measure.bench import Bench, add_rewards
 from rlhf_pipeline.registry.references import Resolved
-from rlhf_pipeline.report.results import Demonstrations, Interval
+from rlhf_pipeline.report.figures import Interval
+from rlhf_pipeline.report.results import Demonstrations
 from rlhf_pipeline.stages.data import StageData
 
 
@@ -25,7 +27,7 @@ def demonstrations_of(bench: Bench, sft: Resolved | None, split: str) -> Samples
         return None
     values = {key: value for key, value in sft.manifest.config.items() if value is not None}
     try:
-        config = load_config("sft", None, extra=values).config
+        config = load_config("sft", None, extra=values).of(SftConfig)
         data = StageData(config, bench.registry.home, lambda _: None)
         found, _ = data.split("demonstration", split, bench.tokenizer, required=False)
     except BadInput:

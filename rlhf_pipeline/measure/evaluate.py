@@ -12,6 +12,7 @@ import torch
 
 from rlhf_pipeline.config.compare import EvaluateConfig
 from rlhf_pipeline.config.load import load_config
+from rlhf_pipeline.config.reward import RewardConfig
 from rlhf_pipeline.errors import ConfigError, Fault
 from rlhf_pipeline.evaluation.sampled import Samples, add_kl, draw
 from rlhf_pipeline.measure.bench import Bench, add_rewards, scored_as_trained, set_up
@@ -25,7 +26,7 @@ from rlhf_pipeline.registry.parents import reference_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import role_of
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.report.results import Interval
+from rlhf_pipeline.report.figures import Interval
 from rlhf_pipeline.rollout.rewards import RewardSource
 from rlhf_pipeline.stages.common import find_model, load_reward_model, tokenizer_of
 from rlhf_pipeline.stages.data import StageData, preference_kind
@@ -94,7 +95,7 @@ def _evaluate_reward_model(
         read = {"dataset_config": config.dataset_config, "column_mapping": config.column_mapping}
         trained |= {"dataset_name": config.prompts, "dataset_test_name": None, **read}
     with nullcontext() if config.prompts else owned_by(resolved, trained):
-        training = load_config("train-rm", None, extra=trained).config
+        training = load_config("train-rm", None, extra=trained).of(RewardConfig)
         data, kind = StageData(training, registry.home, say), preference_kind(training)
         changed = [] if config.prompts else changes_of(resolved, data.sources(kind))
     tokenizer = tokenizer_of(resolved, config.trust_remote_code, config)

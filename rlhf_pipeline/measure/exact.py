@@ -27,20 +27,12 @@ from rlhf_pipeline.measure.bench import set_up
 from rlhf_pipeline.measure.leaves import TRUTH, Leaves, Reward, trained_reward
 from rlhf_pipeline.measure.training_loss import excess_training_losses, trained_by_dpo
 from rlhf_pipeline.models.sharing import sharing_models
-from rlhf_pipeline.registry.parents import beta_of, reference_of, reward_model_of
+from rlhf_pipeline.registry.parents import beta_of, reference_of, reward_model_keys
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import role_of
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.report.results import (
-    Exact,
-    ExactBestOfN,
-    ExactPerPrompt,
-    ExactResults,
-    ExactRow,
-    Gap,
-    Gibbs,
-    TrainingLoss,
-)
+from rlhf_pipeline.report.figures import Exact, ExactBestOfN, ExactPerPrompt, ExactRow, Gap, Gibbs, TrainingLoss
+from rlhf_pipeline.report.results import ExactResults
 from rlhf_pipeline.stages.common import find_model
 from rlhf_pipeline.training.open_run import make_accelerator
 from rlhf_pipeline.training.tracking import console
@@ -241,7 +233,7 @@ def run_exact(references: list[str], config: ExactConfig, home: Path) -> ExactRe
     usual_beta = betas[0] if betas else config.beta
     if usual_beta is None:
         raise ConfigError(Fault("beta", "none of these models was trained at a beta", "--beta B"))
-    trained_on = reward_model_of(registry, models).get("reward_model")
+    trained_on = reward_model_keys(registry, models).get("reward_model")
     exact = ExactBench(
         Leaves.of(bench),
         reward,

@@ -19,7 +19,7 @@ from rlhf_pipeline.registry.adapters import four_bits_of
 from rlhf_pipeline.registry.parents import parent_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.report.results import TrainingLoss
+from rlhf_pipeline.report.figures import TrainingLoss
 from rlhf_pipeline.stages.data import StageData, training_kind
 from rlhf_pipeline.stages.population import Population
 from rlhf_pipeline.stages.preference_pairs import label_probabilities
@@ -51,9 +51,10 @@ def dpo_policies(bench: Bench, resolved: Resolved) -> tuple[Policy, Policy, dict
     reference, base = dpo_reference(bench.registry, resolved), resolved.manifest.parents.get("base")
     held = four_bits_of(resolved) if base is not None and base.digest == reference.digest else None
     temperature = training_temperature(resolved)
-    key: dict[str, object] = {"model": reference.digest, "bf16": False}
-    if held is not None:
-        key["held"] = held.keys
+    known_as = reference.identity  # as in the DPO stage
+    if known_as is not None and held is not None:
+        known_as += f" {held}"
+    key: dict[str, object] = {"model": known_as, "dtype": bench.config.dtype, "bf16": False}
     return bench.policy(resolved, temperature), bench.policy(reference, temperature, four_bits=held), key
 
 
@@ -61,7 +62,7 @@ def dpo_config(resolved: Resolved) -> DpoConfig:
     """The training config of a DPO model."""
     values = own_data(resolved)
     with owned_by(resolved, values, "leave its training loss out (--no-training-loss)"):
-        return load_config("dpo", None, extra=values).config
+        return load_config("dpo", None, extra=values).of(DpoConfig)
 
 
 def own_data(resolved: Resolved) -> dict[str, object]:
@@ -115,7 +116,6 @@ def training_loss(bench: Bench, resolved: Resolved) -> float:
     else:
         examples, _ = data.training(bench.tokenizer)
         bench.compare_data(resolved, data.sources(training_kind(config)))
-        key["dtype"] = config.dtype
         ref_logprobs = cached_logprobs(frozen, examples, bench.registry.home / "cache", key, **bench.reading).logprobs
         target = label_probabilities(examples) if config.soft_labels else None
     logprobs = completion_logprob_sums(policy, examples, **bench.reading).double()

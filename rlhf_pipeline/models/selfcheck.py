@@ -119,21 +119,17 @@ def _decodes_with_a_cache(model: PreTrainedModel, examples: list[Example]) -> bo
     return agree(logits.float(), expected.float(), next(model.parameters()).dtype)
 
 
+@torch.no_grad()
 def inspect_model(model: PreTrainedModel) -> Reader:
     """Return the fastest way of reading a causal language model that agrees with its own forward pass.
 
     Raises:
         BadInput: no way agrees, or the model is not causal.
     """
-    with stirred(model):
-        return _inspect_model(model)
-
-
-@torch.no_grad()
-def _inspect_model(model: PreTrainedModel) -> Reader:
     was_training = model.training
     model.eval()
     with ExitStack() as after:
+        after.enter_context(stirred(model))
         after.callback(model.train, was_training)
         after.enter_context(short_windows(model))
         dtype = next(model.parameters()).dtype
@@ -157,22 +153,17 @@ def _inspect_model(model: PreTrainedModel) -> Reader:
     )
 
 
+@torch.no_grad()
 def inspect_reward_model(model: PreTrainedModel) -> Reader:
     """Return the fastest way of reading a sequence classifier with one label that agrees with its own logits.
 
     Raises:
         BadInput: no layout agrees.
     """
-    with stirred(model):
-        return _inspect_reward_model(model)
-
-
-@torch.no_grad()
-def _inspect_reward_model(model: PreTrainedModel) -> Reader:
     model.eval()
     dtype, examples = next(model.parameters()).dtype, probe_examples(model)
     device = next(model.parameters()).device
-    with short_windows(model):
+    with stirred(model), short_windows(model):
         sequences = [example.prompt_ids + completion for example in examples for completion in example.completions]
         plain = [model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, 0] for ids in sequences]
         expected = torch.stack(plain).float()

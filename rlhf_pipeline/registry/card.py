@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline.config.names import DATA_SUFFIXES, HUB_ID
 from rlhf_pipeline.registry.manifest import Manifest, plain
 
 _WHAT = {
@@ -16,8 +17,6 @@ _WHAT = {
     "ppo": "A policy trained by PPO against a reward.",
     "dpo": "A policy trained by direct preference optimisation on preference pairs.",
 }
-_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
-_FILES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
 _LICENSE = re.compile(r"^license:[ \t]*[\"']?([a-z0-9][a-z0-9.-]{0,39})[\"']?[ \t]*$", re.MULTILINE)
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$-])")
 
@@ -62,12 +61,11 @@ def _front_matter(manifest: Manifest) -> str:
     from huggingface_hub import ModelCardData
 
     task = "text-classification" if manifest.stage == "reward" else "text-generation"
-    bases = {parent.ref.split("@")[0] for parent in manifest.parents.values() if _HUB_ID.match(parent.ref)}
-    bases = {base for base in bases if _HUB_ID.fullmatch(base)}
-    sources = {entry.source for entry in manifest.data if _HUB_ID.fullmatch(entry.source)}
+    bases = {parent.ref.split("@")[0] for parent in manifest.parents.values()}
+    sources = {entry.source for entry in manifest.data if not entry.source.endswith(DATA_SUFFIXES)}
     fields = ModelCardData(
-        base_model=sorted(bases) or None,
-        datasets=sorted(source for source in sources if not source.endswith(_FILES)) or None,
+        base_model=[base for base in sorted(bases) if re.fullmatch(HUB_ID, base)] or None,
+        datasets=[source for source in sorted(sources) if re.fullmatch(HUB_ID, source)] or None,
         license=manifest.license,
         library_name="peft" if manifest.adapter else "transformers",
         pipeline_tag=task,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.config.mentions import DATA_SUFFIXES
+from rlhf_pipeline.config.names import DATA_SUFFIXES, HUB_ID
 from rlhf_pipeline.errors import BadInput, RunFailed
 from rlhf_pipeline.registry.adapters import ADAPTER_CONFIG
 from rlhf_pipeline.registry.card import escape
@@ -17,7 +17,6 @@ from rlhf_pipeline.registry.digests import CARD, MANIFEST, file_entry, list_file
 from rlhf_pipeline.registry.manifest import Manifest, read_manifest
 from rlhf_pipeline.registry.store import Registry
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _LOCAL = re.compile(r"(~|\.{0,2}/|[A-Za-z]:\\)[^\n]*")
 
 
@@ -31,7 +30,7 @@ def push(registry: Registry, reference: str, name: str, *, private: bool = False
         BadInput: the name is not org/name, or the reference is not a model of the registry.
         DamagedFile: a file differs from the manifest. RunFailed: the hub refused, or could not be reached.
     """
-    if not HUB_NAME.fullmatch(name) or "--" in name or ".." in name:
+    if not re.fullmatch(HUB_ID, name) or "--" in name or ".." in name:
         raise BadInput(f"found {name!r}, expected the name of a repository on the hub: org/name")
     label = registry.resolve(reference).label
     with tempfile.TemporaryDirectory() as folder:

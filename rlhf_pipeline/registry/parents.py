@@ -74,7 +74,7 @@ def reward_models_of(registry: Registry, resolved: Resolved) -> Iterator[Resolve
             yield found
 
 
-def reward_model_of(registry: Registry, models: Sequence[Resolved]) -> dict[str, str]:
+def reward_model_keys(registry: Registry, models: Sequence[Resolved]) -> dict[str, str]:
     """Return the keys of a config that name the first reward model that one of these policies was trained on.
 
     These are `reward_model`, its label, and `reward_tokenization`, how it read the responses; {} without one.

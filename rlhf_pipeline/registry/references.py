@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_pipeline.config.names import NAME_PATTERN
+from rlhf_pipeline.config.names import HUB_ID, NAME_PATTERN
 from rlhf_pipeline.errors import UnknownReference
 from rlhf_pipeline.registry.digests import FileEntry, files_digest, folder_files, snapshot_files
 from rlhf_pipeline.registry.manifest import Manifest, Parent
@@ -18,9 +18,7 @@ from rlhf_pipeline.registry.manifest import Manifest, Parent
 NAME = re.compile(NAME_PATTERN.strip("^$"))
 _VERSION = re.compile(r"v([0-9]{1,15})")
 _REGISTRY = re.compile(rf"(?P<name>{NAME.pattern})(?:@(?P<pick>{NAME.pattern}))?(?:#(?P<step>[0-9]{{1,15}}))?")
-_HUB = re.compile(
-    r"(?P<id>[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)(?:@(?P<revision>[A-Za-z0-9][\w./-]*))?"
-)
+_HUB = re.compile(rf"(?P<id>{HUB_ID})(?:@(?P<revision>[A-Za-z0-9][\w./-]*))?")
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from rlhf_pipeline.report.drawing import Paint, draw
+from rlhf_pipeline.report.figures import BEST_OF_N, Interval
 from rlhf_pipeline.report.markup import Markup, h, join, linked
-from rlhf_pipeline.report.results import BEST_OF_N, Interval
 from rlhf_pipeline.report.style import Look, swatch
 from rlhf_pipeline.report.text import NOTHING, interval_text, short
 from rlhf_pipeline.report.view import View

@@ -12,8 +12,9 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from rlhf_pipeline.report.figures import Row
 from rlhf_pipeline.report.markup import Markup, h
-from rlhf_pipeline.report.results import FrontierPoint, Row
+from rlhf_pipeline.report.sides import FrontierPoint
 from rlhf_pipeline.report.style import LIGHT, Look
 from rlhf_pipeline.report.text import clean, short
 

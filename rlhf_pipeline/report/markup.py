@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from rlhf_pipeline.report.results import EffectiveBeta, Interval
+from rlhf_pipeline.report.figures import EffectiveBeta, Interval
 from rlhf_pipeline.report.text import NOTHING, clean, number
 
 VOID = frozenset({"meta", "br", "hr", "img", "link", "wbr"})

@@ -10,9 +10,11 @@ from rlhf_pipeline.report.markup import Markup, Section, h
 from rlhf_pipeline.report.points import Points
 from rlhf_pipeline.report.results import Results
 from rlhf_pipeline.report.sections.cost import cost_section
-from rlhf_pipeline.report.sections.curves import curves_section, frontier_section, overoptimisation_section
+from rlhf_pipeline.report.sections.curves import curves_section
 from rlhf_pipeline.report.sections.exact import exact_section
+from rlhf_pipeline.report.sections.frontier import frontier_section
 from rlhf_pipeline.report.sections.llm_judge import llm_judge_section
+from rlhf_pipeline.report.sections.overoptimisation import overoptimisation_section
 from rlhf_pipeline.report.sections.provenance import footer, glossary_section, lineage_section, reproduce_section
 from rlhf_pipeline.report.sections.responses import preferences_section, responses_section, samples_section
 from rlhf_pipeline.report.sections.tables import ranking_section, results_section

@@ -7,7 +7,7 @@ import re
 import unicodedata
 
 from rlhf_pipeline.errors import UNSEEN
-from rlhf_pipeline.report.results import Interval
+from rlhf_pipeline.report.figures import Interval
 
 _ENDS_OF_PLANES = "".join(chr(plane << 16 | end) for plane in range(17) for end in (0xFFFE, 0xFFFF))
 _UNFIT = re.compile(f"{UNSEEN.pattern}|[\ufdd0-\ufdef{_ENDS_OF_PLANES}]")

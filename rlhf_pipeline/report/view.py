@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from rlhf_pipeline.report.figures import BEST_OF_N, Row
 from rlhf_pipeline.report.glossary import ENTRIES
-from rlhf_pipeline.report.results import BEST_OF_N, Results, Row, Summary
+from rlhf_pipeline.report.results import Results
+from rlhf_pipeline.report.sides import Summary
 from rlhf_pipeline.report.style import NEUTRAL, Look, looks
 from rlhf_pipeline.report.text import clean, plain, plural, words
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from rlhf_pipeline.config.rewards import PLACES
 from rlhf_pipeline.data.batch import PackedBatch
-from rlhf_pipeline.data.records import Text, plain
+from rlhf_pipeline.data.records import Text
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.rollout.llm import ChatModel
-from rlhf_pipeline.rollout.texts import answers
+from rlhf_pipeline.rollout.texts import answers, as_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,7 +63,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Verdicts:
+class PairVerdicts:
     """The judge's verdicts on some comparisons.
 
     outcomes: 1 where `one` is better, 0 where `other` is, one half for a tie. first_place: share of the single readings
@@ -86,12 +86,7 @@ def filled(template: str, texts: Mapping[str, str]) -> str:
     return PLACES.sub(lambda match: texts.get(match[1], match[0]), template)
 
 
-def _shown(prompt: Text) -> str:
-    """A prompt for the judge: the content of a single turn, else `role: content` paragraphs."""
-    return prompt[0]["content"] if not isinstance(prompt, str) and len(prompt) == 1 else plain(prompt)
-
-
-def verdicts(chat: ChatModel, comparisons: Sequence[Comparison]) -> Verdicts:
+def compare_pairs(chat: ChatModel, comparisons: Sequence[Comparison]) -> PairVerdicts:
     """Compare each pair twice, with the replies in both orders. A reply wins if it wins in both, else it is a tie.
 
     Source of the rule: Zheng et al. 2023 (MT-bench), section 3.4.
@@ -103,7 +98,7 @@ def verdicts(chat: ChatModel, comparisons: Sequence[Comparison]) -> Verdicts:
     requests = []
     for pair in comparisons:
         for first, second in ((pair.one, pair.other), (pair.other, pair.one)):
-            requests.append(filled(template, {"prompt": _shown(pair.prompt), "first": first, "second": second}))
+            requests.append(filled(template, {"prompt": as_text(pair.prompt), "first": first, "second": second}))
     found = [_last(VERDICT, answer) for answer in chat.ask(requests)]
     outcomes, disagreed = [], 0
     for forward, backward in zip(found[::2], found[1::2], strict=True):
@@ -112,7 +107,7 @@ def verdicts(chat: ChatModel, comparisons: Sequence[Comparison]) -> Verdicts:
         outcomes.append(1.0 if wins else 0.0 if losses else 0.5)
     decided = [verdict for verdict in found if verdict in ("A", "B")]
     first_place = decided.count("A") / len(decided) if decided else None
-    return Verdicts(outcomes, first_place, disagreed / max(1, len(comparisons)), found.count(None))
+    return PairVerdicts(outcomes, first_place, disagreed / max(1, len(comparisons)), found.count(None))
 
 
 def copeland(chat: ChatModel, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[float]]:
@@ -122,7 +117,7 @@ def copeland(chat: ChatModel, examples: Sequence[Example], tokenizer: PreTrained
         mine = [next(answered) for _ in example.completions]
         for one, other in combinations(mine, 2):
             comparisons.append(Comparison(one.prompt, one.response, other.response))
-    outcomes = iter(verdicts(chat, comparisons).outcomes)
+    outcomes = iter(compare_pairs(chat, comparisons).outcomes)
     for example in examples:
         count = len(example.completions)
         total = [0.0] * count
@@ -150,7 +145,7 @@ class RatingReward:
     def score(self, examples: Sequence[Example], packed: PackedBatch | None = None) -> Tensor:
         template = self.chat.config.template or RATING_TEMPLATE
         texts = [
-            filled(template, {"prompt": _shown(one.prompt), "response": one.response.strip()})
+            filled(template, {"prompt": as_text(one.prompt), "response": one.response.strip()})
             for one in answers(examples, self.tokenizer, rereading=True)
         ]
         ratings = [_last(RATING, answer) for answer in self.chat.ask(texts)]

@@ -87,7 +87,7 @@ class CombinedReward:
         sum: sum_i s_i    min: min_i s_i    mean_minus_std: mean_i s_i - sqrt(mean_i (s_i - mean_i s_i)^2)
 
     A source that does not apply to a response (score nan, `skips`) is left out; a response to which none applies has
-    the reward 0, which is logged once. Source of min and of mean minus spread: Coste et al. 2024 (reward model
+    the score 0, which is logged once. Source of min and of mean minus spread: Coste et al. 2024 (reward model
     ensembles), section 3, with the standard deviation in place of the variance.
 
     Raises:
@@ -102,12 +102,8 @@ class CombinedReward:
 
     @property
     def label(self) -> str:
-        if len(self.parts) == 1 and self.parts[0][0] == 1.0:
-            return self.parts[0][1].label
         terms = [source.label if weight == 1.0 else f"{weight:g} x {source.label}" for weight, source in self.parts]
-        if self.combination == "sum":
-            return " + ".join(f"{weight:g} x {source.label}" for weight, source in self.parts)
-        return f"{self.combination}({', '.join(terms)})"
+        return " + ".join(terms) if self.combination == "sum" else f"{self.combination}({', '.join(terms)})"
 
     def score(self, examples: Sequence[Example], packed: PackedBatch | None = None) -> Tensor:
         rows = []
@@ -121,7 +117,7 @@ class CombinedReward:
         count = torch.stack(applies).sum(0)
         if not self._said and bool((count == 0).any()):
             self._said = True
-            self.say(f"{self.label}: returned None for a response; its reward is 0, so only the KL acts on it")
+            self.say(f"{self.label}: gave a response no score (None); the response gets the score 0")
         return torch.where(count == 0, 0.0, self._combined(rows, applies, count.clamp_min(1)))
 
     def _combined(self, rows: Sequence[Tensor], applies: Sequence[Tensor], count: Tensor) -> Tensor:

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from rlhf_pipeline.data.batch import PackedBatch
-from rlhf_pipeline.data.records import plain
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import RunFailed
 from rlhf_pipeline.models.refusals import first_line
-from rlhf_pipeline.rollout.texts import Answer, answers
+from rlhf_pipeline.rollout.texts import Answer, answers, as_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -79,7 +78,7 @@ class TextReward:
                     "expected turns that it accepts, or reward_tokenization: text"
                 ) from error
             return self._cut({"input_ids": self.tokenizer(text, add_special_tokens=False)["input_ids"]})
-        prompt = answer.prompt if isinstance(answer.prompt, str) else _as_text(answer)
+        prompt = as_text(answer.prompt)
         if self.form == "pair":
             return self._pair(prompt, answer.response.strip())
         prompt += "" if len(answer.turns) == 1 else "\n\nassistant: "
@@ -148,8 +147,3 @@ def _alike(lengths: Sequence[int]) -> Iterator[list[int]]:
         group.append(place)
     if group:
         yield group
-
-
-def _as_text(answer: Answer) -> str:
-    """A conversation as text: the content of a single user's turn, else `role: content` paragraphs."""
-    return answer.turns[0]["content"] if len(answer.turns) == 1 else plain(answer.turns)

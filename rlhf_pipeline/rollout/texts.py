@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlhf_pipeline.data.records import Messages, Text
+from rlhf_pipeline.data.records import Messages, Text, plain
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import text_of
 
@@ -37,6 +37,11 @@ class Answer:
     def reply(self) -> Messages:
         """The response as an assistant's message."""
         return ({"role": "assistant", "content": self.response},)
+
+
+def as_text(prompt: Text) -> str:
+    """A prompt as text: the content of a single turn, else `role: content` paragraphs."""
+    return prompt[0]["content"] if not isinstance(prompt, str) and len(prompt) == 1 else plain(prompt)
 
 
 def answers(

@@ -184,13 +184,7 @@ def load_classifier(resolved: Resolved, config: ModelConfig, device: torch.devic
     """
 
     def load() -> PreTrainedModel:
-        model = load_sequence_classifier(
-            resolved.location,
-            dtype=config.dtype,
-            attn_implementation=config.attn_implementation,
-            revision=resolved.revision,
-            trust_remote_code=config.trust_remote_code,
-        )
+        model = load_sequence_classifier(resolved.location, revision=resolved.revision, **loading_options(config))
         if getattr(model.config, "score_pooling", None) == "mean":
             raise MismatchError(
                 f"{resolved.label}: found score_pooling mean, which plain transformers cannot compute; expected a "

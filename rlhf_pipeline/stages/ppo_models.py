@@ -19,7 +19,7 @@ from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.rollout.rewards import CombinedReward
 from rlhf_pipeline.rollout.vllm_engine import VllmEngine
 from rlhf_pipeline.stages.gate import repeat_gates, warn_of_cut_responses
-from rlhf_pipeline.stages.reward_sources import load_judge, load_reward, reads_text
+from rlhf_pipeline.stages.reward_sources import load_judge, load_reward, refused_critic
 from rlhf_pipeline.stages.starts import load_policy_and_reference
 from rlhf_pipeline.training.cost import ModelShape
 from rlhf_pipeline.training.open_run import Run
@@ -67,7 +67,7 @@ def load_setup(
     models = [loaded.model for loaded in rewards if loaded.model is not None]
     named = [loaded.resolved for loaded in rewards if loaded.resolved is not None]
     if config.value_init == "reward_model" and not models:
-        raise reads_text(named[0])
+        raise refused_critic(named[0])
     repeat_gates(named, run.log.say)
     if config.missing_eos_penalty is None:
         warn_of_cut_responses(named, run.log.say)

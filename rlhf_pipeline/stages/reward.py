@@ -204,8 +204,6 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
             )
 
         def evaluate() -> dict[str, float]:
-            if not held_out:
-                return {}
             return {f"eval_{k}": v for k, v in describe_pairs(scored(held_out), held_out).items()}
 
         step = functools.partial(

@@ -20,7 +20,7 @@ from rlhf_pipeline.data.tokenizers import chat_template_digest, load_any_tokeniz
 from rlhf_pipeline.errors import ConfigError, Fault, MismatchError
 from rlhf_pipeline.models.modules import RewardModel
 from rlhf_pipeline.registry.adapters import require_same_base
-from rlhf_pipeline.registry.lengths import require_positions
+from rlhf_pipeline.registry.lengths import positions_of, require_positions
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.functions import FunctionReward
@@ -77,10 +77,9 @@ def load_reward(
     """Load one source: "world", module:function, a reference to a reward model, or a language model.
 
     Args:
+        below: the policy without the adapter that is trained; a reward model uses its weights (`shared_base`).
         llm_judge: the language model that rates the responses; `text` is its label.
         say: logs a line. bill: receives the FLOPs of a reward model that reads text, as it computes them.
-
-    below: the policy without the adapter that is trained; a reward model uses its weights (`shared_base`).
 
     Raises:
         MismatchError: the world cannot score this policy's vocabulary, the reference is not a reward model, or the
@@ -116,7 +115,7 @@ def _require_positions(config: RewardConfigs, model: Resolved) -> None:
         require_positions(config, model)
 
 
-def reads_text(model: Resolved) -> ConfigError:
+def refused_critic(model: Resolved) -> ConfigError:
     """The error of a critic that would start from a reward model that reads text."""
     found = f"found 'reward_model', but {model.label} has another tokenizer and reads the responses as text"
     fault = Fault("value_init", found, "sft or shared: the critic reads the policy's tokens", "set value_init: sft")
@@ -135,7 +134,7 @@ def check_reward_models(config: RewardConfigs, policy: Resolved, models: Mapping
         if form is None:
             _require_positions(config, models[role])
     if isinstance(config, PpoConfig) and config.value_init == "reward_model" and forms["reward_model"] is not None:
-        raise reads_text(models["reward_model"])
+        raise refused_critic(models["reward_model"])
 
 
 def form_of(
@@ -186,8 +185,11 @@ def _text_reward(
     theirs = load_any_tokenizer(resolved.location, resolved.revision, config.trust_remote_code)
     theirs.truncation_side = "left"
     shape = ModelShape.of(model, head=False)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limits = [limit for limit in (positions, theirs.model_max_length) if limit is not None and 0 < limit < 1 << 31]
+    limits = [
+        limit
+        for limit in (positions_of(resolved), theirs.model_max_length)
+        if limit is not None and 0 < limit < 1 << 31
+    ]
 
     def count(lengths: Sequence[int]) -> None:
         # The tokens of an encoder see the whole input, those of a decoder only what is before them.

@@ -110,8 +110,6 @@ def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
         windows, total = example_schedule(run, examples, layout=policy.reader.layout)
 
         def evaluate() -> dict[str, float]:
-            if not held_out:
-                return {}
             return mean_nll(
                 policy,
                 held_out,
@@ -139,7 +137,7 @@ def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
         metrics = {
             "train": last,
             "health": plan.health,
-            **evaluate(),
+            **(evaluate() if held_out else {}),
             "train_examples": len(examples),
             "eval_examples": len(held_out),
         }

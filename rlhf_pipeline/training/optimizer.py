@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -229,7 +229,7 @@ def rate_factor(name: str, step: int, *, warmup: int, total: int, offset: int = 
     return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((step - warmup) / left))))
 
 
-class Measured:
+class MetricSchedule:
     """A schedule of transformers that follows a metric (`reduce_lr_on_plateau`, `greedy`); `step` keeps the rate."""
 
     def __init__(self, schedule: Any):
@@ -261,7 +261,7 @@ def make_scheduler(
     offset: int = 0,
     arguments: Mapping[str, Any] | None = None,
     greater_is_better: bool = False,
-) -> LambdaLR | Measured:
+) -> LambdaLR | MetricSchedule:
     """The schedule `name` over `total` steps (see `rate_factor`), with `arguments` for transformers' other schedules.
 
     The warm-up of any schedule is linear and starts at `offset`, unless the schedule defines its own.
@@ -275,24 +275,37 @@ def make_scheduler(
     given, warmup = dict(arguments or {}), resolve_warmup(warmup_steps, total)
     if SCHEDULES[name].measures:
         mode = "max" if greater_is_better else "min"
-        return Measured(_of_transformers(optimizer, name, None, None, {"mode": mode, **given}))
-    if name in OWN and not given:
-        factor: Callable[[int], float] = lambda step: rate_factor(  # noqa: E731
-            name, step, warmup=warmup, total=total, offset=offset
-        )
-    else:
+        return MetricSchedule(_of_transformers(optimizer, name, None, None, {"mode": mode, **given}))
+    own, own_start = name in OWN and not given, {"warmup_type", "warmup_lr_rate"} & given.keys()
+    if not own:
         rate = optimizer.param_groups[0]["lr"]
         stand_in = SGD([nn.Parameter(torch.zeros(1))], lr=rate)  # a schedule changes the rates of its optimizer
         theirs = _of_transformers(stand_in, name, warmup, total, given).lr_lambdas[0]
-        own_start = {"warmup_type", "warmup_lr_rate"} & given.keys()
 
-        def factor(step: int) -> float:
-            return (step + offset) / (warmup + offset) if offset and step < warmup and not own_start else theirs(step)
+    def factor(step: int) -> float:
+        if own:
+            return rate_factor(name, step, warmup=warmup, total=total, offset=offset)
+        return (step + offset) / (warmup + offset) if offset and step < warmup and not own_start else theirs(step)
 
     if total == 1 and factor(0) == 0.0:
         found = f"found {warmup_steps:g} in a run of one step, whose learning rate is then 0"
         raise ConfigError(Fault("warmup_steps", found, "warmup_steps: 0, or a longer run"))
     return LambdaLR(optimizer, factor)
+
+
+def schedule_of(
+    config: TrainingConfig, optimizer: Optimizer, total: int, *, offset: int = 0
+) -> LambdaLR | MetricSchedule:
+    """The schedule of a config for a run of `total` updates; see `make_scheduler`."""
+    return make_scheduler(
+        optimizer,
+        config.lr_scheduler_type,
+        warmup_steps=config.warmup_steps,
+        total=total,
+        offset=offset,
+        arguments=config.lr_scheduler_kwargs,
+        greater_is_better=config.best_is_greatest,
+    )
 
 
 def require_schedule(config: TrainingConfig, total: int) -> None:
@@ -301,15 +314,7 @@ def require_schedule(config: TrainingConfig, total: int) -> None:
     Raises:
         ConfigError: see `make_scheduler`.
     """
-    stand_in = SGD([nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
-    make_scheduler(
-        stand_in,
-        config.lr_scheduler_type,
-        warmup_steps=config.warmup_steps,
-        total=total,
-        arguments=config.lr_scheduler_kwargs,
-        greater_is_better=config.best_is_greatest,
-    )
+    schedule_of(config, SGD([nn.Parameter(torch.zeros(1))], lr=config.learning_rate), total)
 
 
 def _of_transformers(

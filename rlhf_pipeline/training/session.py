@@ -26,7 +26,7 @@ from rlhf_pipeline.training.failure import failed_update, put_aside, told, write
 from rlhf_pipeline.training.finite import NotFinite
 from rlhf_pipeline.training.loop import Step, fit
 from rlhf_pipeline.training.open_run import Run
-from rlhf_pipeline.training.optimizer import Measured, make_scheduler, optimizer_of
+from rlhf_pipeline.training.optimizer import MetricSchedule, optimizer_of, schedule_of
 from rlhf_pipeline.training.precision import checkpoint_activations, uses_bf16
 from rlhf_pipeline.training.rounding import changed_share, sample_weights
 from rlhf_pipeline.training.tracking import tell, tell_all
@@ -139,16 +139,7 @@ def _told(run: Run, error: Exception, plan: Plan, known: Mapping[str, Any]) -> E
 def optimizer_and_schedule(config: TrainingConfig, model: nn.Module, plan: Plan) -> tuple[Optimizer, Any]:
     """The optimizer of a config and the schedule of its learning rate."""
     optimizer = optimizer_of(config, model)
-    schedule = make_scheduler(
-        optimizer,
-        config.lr_scheduler_type,
-        warmup_steps=config.warmup_steps,
-        total=plan.total,
-        offset=plan.warmup_offset,
-        arguments=config.lr_scheduler_kwargs,
-        greater_is_better=config.best_is_greatest,
-    )
-    return optimizer, schedule
+    return optimizer, schedule_of(config, optimizer, plan.total, offset=plan.warmup_offset)
 
 
 def log_update(
@@ -262,7 +253,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
             last["weights/changed"] = changed_share(weights)
         shares = "  ".join(f"{name} {share:.0%}" for name, share in run.meter.shares().items())
         figures = log_update(run, plan, monitor, step, last, window.epoch, shares)
-        if figures and isinstance(scheduler, Measured):
+        if figures and isinstance(scheduler, MetricSchedule):
             scheduler.measured(figures[best.metric])
         if figures and config.follows_metric:
             ended_early = best.consider(step, figures[best.metric], model)

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -26,6 +26,9 @@ from rich.progress import (
 from rlhf_pipeline.errors import visible
 from rlhf_pipeline.health.monitor import Finding
 from rlhf_pipeline.registry.storage import replace_text
+
+if TYPE_CHECKING:
+    from rlhf_pipeline.training.trackers import Trackers
 
 RATE_OVER = 50
 """The number of updates over which the shown rate is averaged."""
@@ -62,14 +65,6 @@ def _step_of(row: str) -> float:
 def logged(step: int, every: int, total: int) -> bool:
     """Whether an update is logged: every `every`-th, the first and the last."""
     return step % every == 0 or step in (1, total)
-
-
-class Trackers(Protocol):
-    """Where metrics go besides metrics.jsonl."""
-
-    def record(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def finish(self) -> None: ...
 
 
 class RunLog:

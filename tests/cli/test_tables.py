@@ -16,7 +16,8 @@ from rich.console import Console
 from rlhf_pipeline.cli import output
 from rlhf_pipeline.cli.compare import print_comparison
 from rlhf_pipeline.cli.output import emit_table, interval
-from rlhf_pipeline.report.results import Cost, Interval, Results, Row, Verdict
+from rlhf_pipeline.report.figures import Cost, Interval, Row
+from rlhf_pipeline.report.results import Results, Verdict
 from tests.compare.test_verdict import NOTHING
 
 NAMES = ("sft@v1", "my-ppo-of-a-long-name@v1", "my-dpo@v1", "best of 16 of sft@v1")

@@ -16,7 +16,8 @@ from rlhf_pipeline.compare.points import Point
 from rlhf_pipeline.compare.rows import Measured
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.evaluation.sampled import Samples
-from rlhf_pipeline.report.results import Contrast, Exact, ExactRow, Gibbs
+from rlhf_pipeline.report.figures import Exact, ExactRow, Gibbs
+from rlhf_pipeline.report.sides import Contrast
 
 PROMPTS, SAMPLES = 6, 4
 

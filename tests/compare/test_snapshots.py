@@ -21,7 +21,8 @@ from rlhf_pipeline.compare.rankings import MOST_RANKED, ranking_section
 from rlhf_pipeline.compare.rows import COST_KEYS, Measured, bill
 from rlhf_pipeline.compare.verdict import verdict
 from rlhf_pipeline.evaluation.frontier import pareto
-from rlhf_pipeline.report.results import Findings, Sides
+from rlhf_pipeline.report.results import Findings
+from rlhf_pipeline.report.sides import Sides
 from tests.compare.test_contrasts import PROMPTS, contrasts, found, samples
 from tests.compare.test_verdict import NOTHING
 

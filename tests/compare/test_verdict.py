@@ -9,30 +9,28 @@ import pytest
 
 from rlhf_pipeline.compare.verdict import say_contrast, verdict
 from rlhf_pipeline.evaluation.seeds import contrast
-from rlhf_pipeline.report.results import (
-    ArmEntry,
-    Comparable,
-    Contrast,
-    DataChange,
-    Difference,
+from rlhf_pipeline.report.figures import (
     EffectiveBeta,
     Exact,
     ExactPerPrompt,
     ExactRow,
-    Findings,
-    GaoFit,
     Gap,
     Gate,
     Gibbs,
     Interval,
-    Overoptimised,
-    Preferences,
     Row,
-    Scorer,
     Span,
-    Summary,
+)
+from rlhf_pipeline.report.results import (
+    Comparable,
+    DataChange,
+    Difference,
+    Findings,
+    Preferences,
+    Scorer,
     Verdict,
 )
+from rlhf_pipeline.report.sides import ArmEntry, Contrast, GaoFit, Overoptimised, Summary
 
 SEEDS, PROMPTS = 5, 24
 

@@ -126,3 +126,9 @@ def test_values_at_the_edge_are_allowed(load):
     load("sft", warmup_steps=8, max_steps=8, max_grad_norm=0)
     load("compare", arms=["a"], baseline="b")
     load("sft", dataset_name=None, datasets=[{"dataset_name": "a", "weight": 0.5}, {"dataset_name": "b"}])
+
+
+def test_a_labeller_that_is_no_source_is_refused_as_ppos_rewards_are(faults):
+    for stage in ("collect", "ppo"):
+        fault = faults(stage, judge="a b:f")["judge"]
+        assert (fault.found, fault.expected) == ("found 'a b:f'", "world, a reward model, or module:function")

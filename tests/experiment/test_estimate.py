@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from rlhf_pipeline.config.sft import SftConfig
 from rlhf_pipeline.errors import ConfigError, DataError
-from rlhf_pipeline.experiment.estimate import estimate_stage
+from rlhf_pipeline.experiment.estimate import _training_memory, estimate_stage
 
 TOTAL = {"max_prompt_length": None, "response_length": None, "max_length": 14}
 
@@ -113,3 +114,10 @@ def test_a_run_without_a_learning_rate_is_refused_before_anything_is_sampled_or_
     for what in (lambda: lab.run(stage, **changes), lambda: estimate_stage(lab.config(stage, **changes), lab.home)):
         with pytest.raises(ConfigError, match=r"warmup_steps: found 0.1 in a run of one step"):
             what()
+
+
+def test_the_state_of_an_8_bit_optimizer_has_no_type_of_the_weights():
+    """By hand, 1000 weights of 2 bytes: weights and gradients 4000 bytes, and AdamW's averages of 8 bits 2100."""
+    keys: dict[str, Any] = {"output_name": "m", "learning_rate": 1e-5, "dtype": "bfloat16"}
+    assert _training_memory(1000, None, SftConfig(**keys, optim="adamw_8bit")) == 6100
+    assert _training_memory(1000, None, SftConfig(**keys)) == 8000

@@ -87,7 +87,7 @@ def test_the_bill_of_the_run_is_the_forecast(lab, tmp_path):
 
 
 def test_time_of_work_by_hand():
-    work = Work(2, 0, 30, 10, 1000, training=50.0, scoring=8.0, sampling=7.0, prompts=4.0, evaluation=2.0)
+    work = Work(2, 0, 30, 10, 1000, training=50.0, scoring=8.0, sampling=7.0, prefill=4.0, evaluation=2.0)
     speed = Speed("cpu", training=10.0, forward=4.0, bytes_per_second=32000.0, decoding_step=0.5, decoded_token=0.1)
     assert speed.seconds(work) == pytest.approx(
         {"training": 5.0 + 1.0, "scoring": 2.0, "sampling": 1.0 + 5.0 + 3.0, "evaluation": 0.5}
@@ -143,7 +143,7 @@ def test_an_experiment_before_its_models_and_data_exist(lab, tmp_path, capsys):
     lab.run("sft", **defaults, **values, output_name="tuned")
     assert main(["run", str(path), "--home", str(lab.home), "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "whole experiment: about" in said and "a factor of two either way" in said
+    assert "whole experiment: about" in said and "up to a factor of 2 either way" in said
     told = estimate_experiment(path, [], lab.home)
     assert told["stages"]["tuned"] == "sft: already done, tuned@v1" and set(found) - set(told["estimates"]) == {"tuned"}
     for name, one in told["estimates"].items():

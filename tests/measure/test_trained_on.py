@@ -6,6 +6,7 @@ import json
 import shutil
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,7 @@ from rlhf_pipeline.cli.main import main
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.load import records_digest
 from rlhf_pipeline.data.records import Record
+from rlhf_pipeline.measure import training_loss
 from rlhf_pipeline.measure.trained_on import changes_of, note_changes
 from tests.conftest import Lab, word_rankings
 
@@ -162,3 +164,14 @@ def test_collected_pairs_that_are_not_there_are_somebodys(capsys, lab):
     shutil.rmtree(lab.home / "data")
     assert main(["evaluate", "reward", "--home", str(lab.home)]) == 2
     assert "these are the data of reward@v1 (named in its manifest)" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_reference_is_cached_by_all_its_weights_and_the_type_they_are_read_in(monkeypatch):
+    """Two bases below equal adapter files are two references; a policy that is read in fp32 has none in bf16."""
+    reference = SimpleNamespace(digest="adapter", identity="adapter on base")
+    monkeypatch.setattr(training_loss, "dpo_reference", lambda *_: reference)
+    monkeypatch.setattr(training_loss, "training_temperature", lambda _: 1.0)
+    bench = SimpleNamespace(registry=None, config=SimpleNamespace(dtype="float32"), policy=lambda *_, **__: None)
+    model = SimpleNamespace(manifest=SimpleNamespace(parents={}), config={"dtype": "bfloat16"})
+    *_, key = training_loss.dpo_policies(bench, model)
+    assert key == {"model": "adapter on base", "dtype": "float32", "bf16": False}

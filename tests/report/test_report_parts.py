@@ -14,10 +14,12 @@ import pytest
 from rlhf_pipeline.errors import RunFailed
 from rlhf_pipeline.report import page as pages
 from rlhf_pipeline.report.drawing import draw, place_labels
+from rlhf_pipeline.report.figures import Interval
 from rlhf_pipeline.report.markup import Markup, estimate, h, join
 from rlhf_pipeline.report.points import Points, cells
-from rlhf_pipeline.report.results import GaoFit, Interval, Results
-from rlhf_pipeline.report.sections.curves import fitted
+from rlhf_pipeline.report.results import Results
+from rlhf_pipeline.report.sections.overoptimisation import fitted
+from rlhf_pipeline.report.sides import GaoFit
 from rlhf_pipeline.report.style import DARK, LIGHT, looks
 from rlhf_pipeline.report.text import (
     clean,

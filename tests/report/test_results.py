@@ -12,7 +12,8 @@ import pytest
 from rlhf_pipeline.errors import DamagedFile
 from rlhf_pipeline.evaluation.statistics import Estimate
 from rlhf_pipeline.report import load
-from rlhf_pipeline.report.results import SCHEMA, Interval, Results, schema
+from rlhf_pipeline.report.figures import Interval
+from rlhf_pipeline.report.results import SCHEMA, Results, schema
 from tests.report.report_fixture import full, plain
 
 

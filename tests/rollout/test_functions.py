@@ -158,7 +158,7 @@ def test_none_is_left_out_of_every_combination_and_said_once():
         reward = CombinedReward(parts, combination, said.append)
         assert reward.score([example("great", "slow", "fine")]).tolist() == scores
         reward.score([example("great", "slow", "fine")])
-        assert len(said) == 1 and "its reward is 0" in said[0]
+        assert len(said) == 1 and "the score 0" in said[0]
     assert CombinedReward(parts, "min").label == "min(one, 2 x two)"
 
 

@@ -406,6 +406,10 @@ def test_a_dry_run_counts_the_adapter_and_the_shared_base(scored):
     # actor with reference, and critic with reward model; or all on one
     assert estimated("ppo", reward_model_path="scored@v1") == (256, 2 * 1000 + 2 * 4 * 256)
     assert estimated("ppo", reward_model_path="scored@v1", shared_base=True) == (256, 1000 + 2 * 4 * 256)
+    two = {"reward_functions": ["scored@v1", {"source": "scored@v1", "weight": 0.5}], "reward_model_path": None}
+    assert estimated("ppo", **two) == (256, 3 * 1000 + 2 * 4 * 256)
+    # in bf16 the weights have 2 bytes; the adapter, its gradient and AdamW's averages keep their 4
+    assert estimated("dpo", dtype="bfloat16") == (256, 1000 // 2 + 4 * 256)
     with pytest.raises(MismatchError, match="whole weights"):
         estimated("ppo", shared_base=True)
     with pytest.raises(ConfigError, match="lora_target_modules"):

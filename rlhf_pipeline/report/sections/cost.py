@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from rlhf_pipeline.report.charts import arm_legend, arm_name, panel, panels, plot
 from rlhf_pipeline.report.drawing import dress, mark, trail
+from rlhf_pipeline.report.figures import Cost, Interval, Row
 from rlhf_pipeline.report.markup import Group, Markup, Section, columns, section, table
 from rlhf_pipeline.report.points import Points, cells
-from rlhf_pipeline.report.results import Cost, Interval, Row
 from rlhf_pipeline.report.text import clean, count, duration, headed, memory, number, scaled, tick
 from rlhf_pipeline.report.view import View, setting_csv
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from rlhf_pipeline.report.charts import arm_legend, named, panel, panels, plot
 from rlhf_pipeline.report.drawing import dress, mark
+from rlhf_pipeline.report.figures import BEST_OF_N, Exact, ExactRow
 from rlhf_pipeline.report.markup import Group, Markup, Section, columns, folded, h, join, section, table
 from rlhf_pipeline.report.points import Points
-from rlhf_pipeline.report.results import BEST_OF_N, Exact, ExactRow
 from rlhf_pipeline.report.text import clean, count, headed, number, percent, plain, plural
 from rlhf_pipeline.report.view import View
 

@@ -46,7 +46,7 @@ def _reading(found: LabelAgreement) -> str:
     low = found.accuracy.low
     if low is not None and low > 0.5:
         return "It agrees with the labels more often than a coin does."
-    return "This is no more than the agreement of a coin: its win rates say nothing about what the labels prefer."
+    return "It may agree no more often than a coin does: its win rates say nothing about what the labels prefer."
 
 
 def _pairs(judged: LlmJudged) -> Markup:

@@ -19,6 +19,7 @@ from rlhf_pipeline.report.charts import (
     span,
 )
 from rlhf_pipeline.report.drawing import Ends, colour, dress, mark
+from rlhf_pipeline.report.figures import Row
 from rlhf_pipeline.report.markup import (
     Column,
     Group,
@@ -33,7 +34,7 @@ from rlhf_pipeline.report.markup import (
     table,
 )
 from rlhf_pipeline.report.points import Points
-from rlhf_pipeline.report.results import Preferences, Response, Row, Shown
+from rlhf_pipeline.report.results import Preferences, Response, Shown
 from rlhf_pipeline.report.style import NEUTRAL
 from rlhf_pipeline.report.text import clean, count, headed, interval_text, number, percent, plural, probability
 from rlhf_pipeline.report.view import View, setting_csv, setting_text

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from rlhf_pipeline.report.charts import arm_name, interval_bar, named, span
+from rlhf_pipeline.report.figures import BEST_OF_N, EffectiveBeta, Interval, Row
 from rlhf_pipeline.report.markup import (
     Column,
     Group,
@@ -20,7 +21,7 @@ from rlhf_pipeline.report.markup import (
     table,
 )
 from rlhf_pipeline.report.points import Points, cells
-from rlhf_pipeline.report.results import BEST_OF_N, Contrast, EffectiveBeta, Interval, Row
+from rlhf_pipeline.report.sides import Contrast
 from rlhf_pipeline.report.text import (
     NOTHING,
     clean,
