@@ -97,7 +97,7 @@ import pytest
             "dpo",
             {"chat_template_kwargs": {"add_generation_prompt": True}},
             "chat_template_kwargs.add_generation_prompt",
-            "no effect",
+            "a variable that is always given",
         ),
         ("compare", {"chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs.messages", "a variable"),
         ("compare", {"arms": ["a", "a", "b"]}, "arms.1", "'a' is named twice"),
