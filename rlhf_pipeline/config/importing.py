@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from rlhf_pipeline.config.dump import RUN_ONLY
 from rlhf_pipeline.config.foreign_files import read_config, with_dataset_info
 from rlhf_pipeline.config.load import validate
 from rlhf_pipeline.config.stages import SCHEMAS, TRAINING
-from rlhf_pipeline.errors import did_you_mean
+from rlhf_pipeline.errors import ConfigError, Fault, did_you_mean
 from rlhf_pipeline.foreign.table import Translation, name_of, refuse
 from rlhf_pipeline.foreign.tools import TOOLS
 
@@ -25,6 +25,8 @@ NOT_TRAINING = RUN_ONLY | {
     "vllm_gpu_memory_utilization",
 }
 """Keys of this package that do not change what is trained, besides those that are only of a run."""
+_UNREADABLE = (TypeError, ValueError, LookupError, AttributeError)
+"""What the tables raise at a value of a kind that they do not know, such as a list for a text."""
 _REFERENCES = frozenset({"model_name_or_path", "dataset_name", "datasets", "reward_model_path", "ref_model"})
 _TRL_DEFAULTS: dict[str, dict[str, Any]] = {
     "sft": {"num_train_epochs": 3.0, "bf16": True, "seed": 42, "dropout": True, "train_on": "all"},
@@ -45,6 +47,36 @@ def import_config(path: Path, tool: str | None = None, stage: str | None = None)
         ConfigError: the file cannot be read or is no config of the tool, or this package has no such stage.
     """
     given = read_config(path)
+    try:
+        return _imported(path, given, tool, stage)
+    except _UNREADABLE as error:
+        raise ConfigError(list(_unreadable(path, given, tool, stage, error))) from error
+
+
+def _unreadable(
+    path: Path, given: Mapping[str, Any], tool: str | None, stage: str | None, error: Exception
+) -> Iterator[Fault]:
+    """Yield a fault for each key without which a config can be read: their values are of a kind that no tool has."""
+    several = True
+    for key, value in given.items():
+        try:
+            _imported(path, {name: kept for name, kept in given.items() if name != key}, tool, stage)
+        except _UNREADABLE:
+            continue
+        except ConfigError:
+            pass
+        several = False
+        shown = str(value)
+        shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+        yield Fault(
+            f"{path}: {key}", f"found {shown}, which cannot be read", "a value of the tool", "or remove it", key
+        )
+    if several:
+        why = f"values of several keys cannot be read ({type(error).__name__}: {error})"
+        yield Fault(str(path), why, f"a config of {tool or 'a tool'} with values that it takes")
+
+
+def _imported(path: Path, given: Mapping[str, Any], tool: str | None, stage: str | None) -> Translation:
     tool = _tool_of(path, given) if tool is None else tool
     if tool not in NAMES:
         raise refuse("--from", f"found {tool!r}", f"one of {', '.join(NAMES)}", did_you_mean(tool, NAMES))

@@ -28,6 +28,15 @@ EOS_TOKEN = option(
     None, "token that ends a response: one of the tokenizer's, which then is its EOS (default: the tokenizer's EOS)"
 )
 
+GIVEN = {
+    "add_generation_prompt": "remove it: prompts have it, and whole conversations do not",
+    "continue_final_message": "remove it: prompts that end in an assistant's turn are continued",
+    "documents": "remove it",
+    "messages": "remove it: they are the rows",
+    "tools": "write a column `tools` into the data",
+}
+"""Variables that every chat template gets, and what to do in place of a value for them."""
+
 
 class HasTemplate(Protocol):
     """A config with the keys of chat templates and of the tokens that end a response."""
@@ -53,5 +62,8 @@ def check_template(config: HasTemplate) -> Iterator[Fault]:
         fix = did_you_mean(named, TEMPLATES) or "write a file's or a tokenizer's path into chat_template_path"
         yield Fault("chat_template", f"found {named!r}", f"{', '.join(TEMPLATES)}, or Jinja text", fix)
     for name in config.chat_template_kwargs or ():
-        if not name.isidentifier():
+        if name in GIVEN:
+            found = "a variable that is always given to a chat template, so this value would have no effect"
+            yield Fault(f"chat_template_kwargs.{name}", found, "another variable", GIVEN.get(name, "remove it"))
+        elif not name.isidentifier():
             yield Fault(f"chat_template_kwargs.{name}", "not the name of a variable", "letters, digits and _")

@@ -27,7 +27,8 @@ def _listed(value: Any) -> Any:
         return ()
     if value == ["all"]:
         return tuple(name for name in get_args(Tracker) if is_installed(name))
-    return tuple(dict.fromkeys(value)) if isinstance(value, list | tuple) else value
+    listed = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+    return tuple(dict.fromkeys(value)) if listed else value
 
 
 ReportTo = Annotated[tuple[Tracker, ...], BeforeValidator(_listed)]

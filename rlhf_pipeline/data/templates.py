@@ -79,7 +79,7 @@ def _literal(value: Any) -> str:
         return f"[{', '.join(map(_literal, value))}]"
     if isinstance(value, dict):
         return f"{{{', '.join(f'{_literal(key)}: {_literal(item)}' for key, item in value.items())}}}"
-    return json.dumps(value)
+    return json.dumps(value, ensure_ascii=False)  # Jinja would read an escaped pair of surrogates as two characters
 
 
 def _at(path: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -41,6 +42,8 @@ class Merged:
     @property
     def told(self) -> str:
         """One line for the log."""
+        if not math.isfinite(self.distance):
+            return "outputs of the merged model are not finite: a weight is beyond the range of its number type"
         if self.from_4_bits:
             return (
                 f"merged into the weights before their rounding to 4 bits: outputs are {self.distance:.2g} from those "
@@ -56,8 +59,11 @@ class Merged:
         """Check that the merge loses little.
 
         Raises:
-            BadInput: it loses more than `MOST_LOST` of the adapter's effect, and this is not due to a base in 4 bits.
+            BadInput: it loses more than `MOST_LOST` of the adapter's effect, and this is not due to a base in 4 bits;
+                or outputs of the merged model are not finite.
         """
+        if not math.isfinite(self.distance):
+            raise BadInput(f"{label}: {self.told}; {fix}")
         if self.share > MOST_LOST and not self.from_4_bits:
             raise BadInput(f"{label}: {self.told}; expected at most {MOST_LOST:.0%}: {fix}")
 

@@ -109,13 +109,13 @@ class TextReward:
     def _forward(self, rows: Sequence[Encoding]) -> Tensor:
         """Scores (R,) of rows, padded on the right.
 
-        Decoders of transformers read the last token that is not `pad_token_id`. A model without one gets an id that no
-        row holds, so that its last token is read, as in a batch of one.
+        Decoders of transformers read the last token that is not `pad_token_id`. A model without one (or with -1, which
+        means the same) gets an id that no row holds, so that its last token is read, as in a batch of one.
         """
         width = max(len(row["input_ids"]) for row in rows)
         config = self.model.config.get_text_config()
         own = config.pad_token_id
-        pad = _unused(rows) if own is None else own
+        pad = _unused(rows) if own is None or own < 0 else own
 
         def padded(name: str, filler: int) -> Tensor:
             return torch.tensor([row[name] + [filler] * (width - len(row[name])) for row in rows], device=self.device)

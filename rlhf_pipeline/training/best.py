@@ -44,6 +44,11 @@ class Best:
             found = f"there are no held-out examples to measure {self.metric} on"
             raise ConfigError(Fault(self.key, found, "a dataset_test_split with examples", f"or remove {self.key}"))
 
+    @property
+    def given_up(self) -> bool:
+        """Whether the run must stop: `early_stopping_patience` evaluations in a row were no better."""
+        return self.patience is not None and self.misses >= self.patience
+
     def consider(self, step: int, value: float, model: nn.Module) -> bool:
         """Keep the weights of a better evaluation; returns whether the run must stop."""
         gain = math.inf if self.value is None else (value - self.value) * (1 if self.greater else -1)
@@ -53,7 +58,7 @@ class Best:
             self.value, self.step = value, step
             if self.keeps and self.writes:
                 self._write(model)
-        return self.patience is not None and self.misses >= self.patience
+        return self.given_up
 
     def _write(self, model: nn.Module) -> None:
         from safetensors.torch import save_file

@@ -203,6 +203,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
         _restore_meter(run, extra["cost"])
         monitor.restore(extra.get("health"))
         best.restore(extra.get("best"))
+        ended_early = best.given_up  # interrupted at the very step that would have been the last
         run.memory.halvings |= extra.get("halvings", {})
         run.log.say(f"resumed at step {start} of {plan.total}")
     run.log.total, run.log.shown = plan.total, plan.shown
@@ -278,7 +279,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
             save(step)
 
     def counted(windows: Iterable[Window]) -> Iterable[Window]:
-        for window in windows:
+        for window in () if ended_early else windows:
             yield window
             run.meter.optimizer_steps += 1  # the loop asks for the next window after its step
             if ended_early:

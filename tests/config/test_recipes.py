@@ -13,6 +13,7 @@ from rlhf_pipeline.cli.main import main
 from rlhf_pipeline.config.foreign_files import read_config, with_dataset_info
 from rlhf_pipeline.config.importing import import_config
 from rlhf_pipeline.config.load import load_config
+from rlhf_pipeline.config.yaml import dump
 from rlhf_pipeline.data.templates import BUILT_IN
 from rlhf_pipeline.errors import ConfigError
 from rlhf_pipeline.foreign.open_instruct import TULU
@@ -364,6 +365,35 @@ def test_a_file_that_is_not_for_this_package(tmp_path, text, name, expected):
     (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=expected):
         import_config(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("tool", "name", "key", "value"),
+    [
+        ("axolotl", "llama3-lora-1b", "datasets", 3.7),
+        ("axolotl", "llama3-lora-1b", "train_on_inputs", [1]),
+        ("axolotl", "qwen2-reward", "datasets", [{"path": []}]),
+        ("llamafactory", "llama3-lora-dpo", "stage", [{}]),
+        ("llamafactory", "llama3-lora-dpo", "template", [1]),
+        ("open-instruct", "dpo-default", "keep_last_n_checkpoints", "true"),
+        ("open-instruct", "olmo2-7b-sft", "checkpointing_steps", "ü"),
+        ("torchtune", "qwen2_5-0_5b-full", "max_steps_per_epoch", [{}]),
+    ],
+)
+def test_a_value_of_another_kind_is_named(recipes, tmp_path, tool, name, key, value):
+    file = recipes[f"{tool}/{name}"].write(tmp_path)
+    file.write_text(dump({**read_config(file), key: value}))
+    with pytest.raises(ConfigError) as error:
+        import_config(file, tool)
+    assert [fault.key for fault in error.value.faults] == [key]
+    assert f"{key}: found {value}, which cannot be read" in str(error.value)
+
+
+def test_values_of_another_kind_at_several_keys(recipes, tmp_path):
+    file = recipes["llamafactory/llama3-lora-dpo"].write(tmp_path)
+    file.write_text(dump({**read_config(file), "stage": [{}], "template": [1]}))
+    with pytest.raises(ConfigError, match="values of several keys cannot be read"):
+        import_config(file)
 
 
 def test_wrong_options_of_import(tmp_path):

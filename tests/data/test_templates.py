@@ -289,10 +289,10 @@ def test_values_are_kept_in_the_template(tmp_path):
 
 def test_values_of_every_kind_reach_the_template():
     tokenizer = family("ChatML")
-    values = {"a": None, "b": [1, 2.5, "x'\"\n"], "c": {"d": True}, "e": "ü"}
+    values = {"a": None, "b": [1, 2.5, "x'\"\n"], "c": {"d": True}, "e": "ü 😀"}
     tokenizer.chat_template = with_values("\n{{ a is none }} {{ b | tojson }} {{ c.d }} {{ e }}", values)
     text = tokenizer.apply_chat_template(list(talk("2?")), tokenize=False)
-    assert text == '\nTrue [1, 2.5, "x\'\\"\\n"] True ü'
+    assert text == '\nTrue [1, 2.5, "x\'\\"\\n"] True ü 😀'
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -249,6 +250,17 @@ def test_a_merge_says_what_it_loses(make_model):
     with pytest.raises(BadInput, match=r"name: merged outputs are .* expected at most 10%: fix"):
         lost.require("name", "fix")
     assert merge_into(exact, torch.float32).share < 1e-3
+
+
+@pytest.mark.parametrize("from_4_bits", [False, True])
+def test_a_merge_beyond_the_range_of_fp16_is_refused(make_model, from_4_bits):
+    model = trained(adapted(make_model, "llama", "lora"), 0.3)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e7)  # the largest number of fp16 is 65504
+    told = replace(merge_into(model, torch.float16), from_4_bits=from_4_bits)
+    assert torch.isinf(model.lm_head.weight).any()
+    with pytest.raises(BadInput, match=r"name: outputs of the merged model are not finite: .* fix"):
+        told.require("name", "fix")
 
 
 def test_unknown_modules_are_refused_by_name(make_model):

@@ -120,6 +120,14 @@ def test_a_decoders_score_is_that_of_prompt_and_response_as_one_text(kind, with_
     assert model.config.pad_token_id == (theirs.eos_token_id if with_pad else None)
 
 
+def test_a_pad_of_minus_1_is_none(policys, theirs):
+    model, scores = classifier("llama", theirs), []
+    for pad in (None, -1):
+        model.config.pad_token_id = pad
+        scores.append(TextReward("rm", model, theirs, policys, "plain").score(examples(policys)).tolist())
+    assert scores[0] == scores[1] and model.config.pad_token_id == -1
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_chat_models_score_is_that_of_its_own_template(kind, policys, theirs):
     theirs.chat_template = CHAT

@@ -113,6 +113,17 @@ def test_a_run_stops_early_and_says_so(lab) -> None:
     assert "stopped early: 2 evaluations in a row" in (Path(result.run) / "log.txt").read_text()
 
 
+def test_a_run_that_is_stopped_at_its_last_step_is_not_trained_further(lab, tmp_path) -> None:
+    options = {**EVALUATED, "max_steps": 30, "early_stopping_patience": 2}
+    other = lab.copy(tmp_path / "other")
+    expected = other.run("sft", **options)
+    with sigterm_at(expected.cost["optimizer_steps"]), pytest.raises(Interrupted):
+        lab.run("sft", **options)
+    found = lab.run("sft", **options)
+    assert found.cost["optimizer_steps"] == expected.cost["optimizer_steps"] < 30
+    assert found.metrics == expected.metrics and found.metrics["best"]["ended_early"]
+
+
 @pytest.mark.parametrize("extra", [{"save_steps": 2}, {"lr_scheduler_type": "reduce_lr_on_plateau"}])
 def test_a_resumed_run_ends_with_the_same_best_weights(lab, tmp_path, monkeypatch, extra) -> None:
     options = {**EVALUATED, "load_best_model_at_end": True, "early_stopping_patience": 3, **extra}
