@@ -22,6 +22,11 @@ def visible(text: str) -> str:
     return UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class name; at most 200 characters."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
 @dataclass(frozen=True)
 class Fault:
     """One thing that is wrong with an input."""

@@ -33,7 +33,7 @@ from rlhf_pipeline.cli.options import (
 )
 from rlhf_pipeline.cli.output import emit_json
 from rlhf_pipeline.cli.train import STAGES, run, train
-from rlhf_pipeline.errors import Fault, RlhfError, faults_of, visible
+from rlhf_pipeline.errors import Fault, RlhfError, faults_of, first_line, visible
 
 app = typer.Typer(
     name="rlhf",
@@ -193,7 +193,7 @@ def _unexpected(error: BaseException, words: Sequence[str]) -> Failure:
     from rlhf_pipeline.registry.storage import failure_of
 
     if "torch" in sys.modules:  # without torch no model is in memory
-        from rlhf_pipeline.models.memory import ADVICE, first_line, ran_out
+        from rlhf_pipeline.models.memory import ADVICE, ran_out
 
         if ran_out(error):
             return _said(1, "run", f"out of memory: {first_line(error)}; {ADVICE}")

@@ -21,7 +21,7 @@ from rlhf_pipeline.data.decoding import (
     not_utf8,
     refuse_encoding,
 )
-from rlhf_pipeline.errors import DataError, Fault
+from rlhf_pipeline.errors import DataError, Fault, first_line
 
 CSV_LISTS = ("completions", "ranks", "scores", "messages", "conversations", "answers", "info", "summaries")
 CSV_NUMBERS = (
@@ -217,8 +217,7 @@ def _parquet(path: Path, name: str) -> tuple[Rows, list[RowFault]]:
     try:
         table = pyarrow.parquet.ParquetFile(path).read()
     except (pyarrow.ArrowException, OSError) as error:
-        found = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(Fault(name, f"not a Parquet file, or a cut one ({found})", "Parquet")) from error
+        raise DataError(Fault(name, f"not a Parquet file, or a cut one ({first_line(error)})", "Parquet")) from error
     _refuse_twice(table.column_names, name)
     rows: Rows = []
     faults: list[RowFault] = []
@@ -229,5 +228,5 @@ def _parquet(path: Path, name: str) -> tuple[Rows, list[RowFault]]:
         except UnicodeDecodeError:
             faults.append(row_fault(where, "not_utf8", "a text that is not UTF-8", "UTF-8"))
         except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # a date beyond Python's, a field twice
-            faults.append(row_fault(where, "wrong_type", str(error).splitlines()[0], "text, numbers and lists"))
+            faults.append(row_fault(where, "wrong_type", first_line(error), "text, numbers and lists"))
     return rows, faults

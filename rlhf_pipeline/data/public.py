@@ -31,27 +31,19 @@ def _choice(row: SourceRow, column: str) -> int | None:
     return None if value is None else int(value)
 
 
-def _strength(row: SourceRow, column: str, names: tuple[str, str], prompt: Text | None) -> Record | None:
-    """Read a pair whose label is a strength: negative if the first response is better, 0 for a tie."""
-    value = row.value(column)
-    strength = None if value is None else row.number(column, value)
-    if strength is None:
-        return None
-    if strength == 0:
-        row.skipped = TIED
-    return _pair(row, prompt, *(names if strength <= 0 else names[::-1]))
+def _by_strength(prompt: str, first: str, second: str, column: str, label: str) -> Schema:
+    """The format of pairs whose label is a strength: negative if the first response is better, 0 for a tie."""
 
+    def read(row: SourceRow) -> Record | None:
+        value = row.value(column)
+        strength = None if value is None else row.number(column, value)
+        if strength is None:
+            return None
+        if strength == 0:
+            row.skipped = TIED
+        return _pair(row, row.text(prompt), *((first, second) if strength <= 0 else (second, first)))
 
-def _helpsteer3(row: SourceRow) -> Record | None:
-    return _strength(row, "overall_preference", ("response1", "response2"), row.text("context"))
-
-
-def _helpsteer2_pair(row: SourceRow) -> Record | None:
-    return _strength(row, "preference_strength", ("response_1", "response_2"), row.text("prompt"))
-
-
-def _response_1_2(row: SourceRow) -> Record | None:
-    return _strength(row, "preference", ("response_1", "response_2"), row.text("prompt"))
+    return Schema((prompt, first, second, column), read, label)
 
 
 def _pku(row: SourceRow) -> Record | None:
@@ -85,32 +77,28 @@ def _tldr(row: SourceRow) -> Record | None:
     return finish_pair(row, f"{prompt}\n\nTL;DR:", better, worse, names)
 
 
-def _ranked(row: SourceRow, prompt: str, column: str, text: str, measure: str, *other: str) -> Record | None:
-    """Read a ranking whose completions are a list of objects, each with its own rank or score."""
-    listed = row.value(column)
-    if row.value(prompt) is None or listed is None:
-        return None
-    if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
-        row.fault("wrong_type", f"{column!r} is not a list of objects", f"objects with {text} and {measure}")
-        return None
-    found = next((name for name in (measure, *other) if all(one.get(name) is not None for one in listed)), measure)
-    ours = {
-        "prompt": row.values[prompt],
-        "completions": [one.get(text) for one in listed],
-        "ranks" if measure == "rank" else "scores": [one.get(found) for one in listed],
-    }
-    read = SourceRow(row.where, ours)
-    record = ranking(read)
-    row.faults += read.faults
-    return record
+def _ranked(prompt: str, column: str, text: str, measures: tuple[str, ...], label: str) -> Schema:
+    """The format of rankings whose completions are a list of objects, each with its own rank or score."""
 
+    def read(row: SourceRow) -> Record | None:
+        listed = row.value(column)
+        if row.value(prompt) is None or listed is None:
+            return None
+        if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
+            row.fault("wrong_type", f"{column!r} is not a list of objects", f"objects with {text} and {measures[0]}")
+            return None
+        measure = next((name for name in measures if all(one.get(name) is not None for one in listed)), measures[0])
+        ours = {
+            "prompt": row.values[prompt],
+            "completions": [one.get(text) for one in listed],
+            "ranks" if measure == "rank" else "scores": [one.get(measure) for one in listed],
+        }
+        inner = SourceRow(row.where, ours)
+        record = ranking(inner)
+        row.faults += inner.faults
+        return record
 
-def _nectar(row: SourceRow) -> Record | None:
-    return _ranked(row, "prompt", "answers", "answer", "rank")
-
-
-def _ultrafeedback(row: SourceRow) -> Record | None:
-    return _ranked(row, "instruction", "completions", "response", "fine-grained_score", "overall_score")
+    return Schema((prompt, column), read, label, objects=column)
 
 
 def _helpsteer2(rows: Rows) -> tuple[Rows, list[RowFault]]:
@@ -187,14 +175,16 @@ def _list(value: Any) -> list[Any]:
 
 _OASST = ("rank", "deleted", "review_result", "replies")
 SCHEMAS = [
-    Schema(("context", "response1", "response2", "overall_preference"), _helpsteer3, "pair, HelpSteer3"),
-    Schema(("prompt", "response_1", "response_2", "preference_strength"), _helpsteer2_pair, "pair, HelpSteer2"),
-    Schema(("prompt", "response_1", "response_2", "preference"), _response_1_2, "pair, two responses with a strength"),
+    _by_strength("context", "response1", "response2", "overall_preference", "pair, HelpSteer3"),
+    _by_strength("prompt", "response_1", "response_2", "preference_strength", "pair, HelpSteer2"),
+    _by_strength("prompt", "response_1", "response_2", "preference", "pair, two responses with a strength"),
     Schema(("prompt", "response_0", "response_1", "better_response_id"), _pku, "pair, PKU-SafeRLHF"),
     Schema(("history", "human_ref_A", "human_ref_B", "labels"), _shp, "pair, SHP"),
     Schema(("info", "summaries", "choice"), _tldr, "pair, TL;DR comparisons"),
-    Schema(("prompt", "answers"), _nectar, "ranking, Nectar", objects="answers"),
-    Schema(("instruction", "completions"), _ultrafeedback, "ranking, UltraFeedback", objects="completions"),
+    _ranked("prompt", "answers", "answer", ("rank",), "ranking, Nectar"),
+    _ranked(
+        "instruction", "completions", "response", ("fine-grained_score", "overall_score"), "ranking, UltraFeedback"
+    ),
     Schema(("prompt", "response", "helpfulness"), _several, "ranking, HelpSteer2 by helpfulness", gather=_helpsteer2),
     Schema(("message_id", "parent_id", "role", "text"), _several, "ranking, OpenAssistant", _OASST, gather=_flat),
     Schema(("message_tree_id", "prompt"), _several, "ranking, OpenAssistant trees", gather=_trees),

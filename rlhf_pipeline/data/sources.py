@@ -19,7 +19,7 @@ from rlhf_pipeline.data.configs import declared_files
 from rlhf_pipeline.data.files import RowFault, read_file
 from rlhf_pipeline.data.records import Record
 from rlhf_pipeline.data.sealed import unseal
-from rlhf_pipeline.errors import DamagedFile, DataError, Fault, UnknownReference, did_you_mean
+from rlhf_pipeline.errors import DamagedFile, DataError, Fault, UnknownReference, did_you_mean, first_line
 
 WORLDS = ("world:verdicts",)
 SHARD = re.compile(r"(.+)-[0-9]{5}-of-[0-9]{5}")
@@ -248,7 +248,7 @@ def _saved(source: str, path: Path, split: str | None) -> Source:
     except DataError:
         raise
     except Exception as error:  # the library passes on the errors of its readers
-        found = f"no data files, and not a complete directory saved by `datasets` ({_first_line(error)})"
+        found = f"no data files, and not a complete directory saved by `datasets` ({first_line(error)})"
         raise DataError(Fault(source, found, "files of .jsonl[.gz], .json, .csv or .parquet")) from error
     return Source(source, rows)
 
@@ -263,7 +263,7 @@ def _hub(source: str, config: str | None, split: str | None) -> Source:
     try:
         loaded = datasets.load_dataset(source, config)
     except Exception as error:  # connection, missing repository, config or credentials
-        found = f"no such local file, and it cannot be loaded from the hub ({_first_line(error)})"
+        found = f"no such local file, and it cannot be loaded from the hub ({first_line(error)})"
         expected = "a local file, a saved directory, or a reachable hub data set"
         fix = "if offline, save the data set elsewhere with `save_to_disk` and name that directory"
         raise DataError(Fault(source, found, expected, fix)) from error
@@ -298,7 +298,3 @@ def _refuse_media(source: str, table: Any) -> None:
     if found := [name for name, feature in features.items() if require_decoding(feature)]:
         columns = f"columns that are not text: {', '.join(found)}"
         raise DataError(Fault(source, columns, "text, numbers and lists", "remove them"))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

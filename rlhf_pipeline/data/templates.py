@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_pipeline.config.template import HasTemplate
-from rlhf_pipeline.errors import ConfigError, Fault
+from rlhf_pipeline.errors import ConfigError, Fault, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,9 +93,8 @@ def _at(path: str) -> str:
     try:
         template = AutoTokenizer.from_pretrained(path).chat_template
     except Exception as error:  # missing files, an unreachable hub, bad JSON: many types of error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            Fault("chat_template_path", f"{path!r} cannot be read ({reason})", "a Jinja file or a tokenizer")
+            Fault("chat_template_path", f"{path!r} cannot be read ({first_line(error)})", "a Jinja file or a tokenizer")
         ) from error
     if not isinstance(template, str):
         raise ConfigError(Fault("chat_template_path", f"the tokenizer {path!r} has no chat template", "one that has"))

@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from rlhf_pipeline.errors import BadInput, ConfigError, Fault
+from rlhf_pipeline.errors import BadInput, ConfigError, Fault, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -64,9 +64,8 @@ def load_any_tokenizer(
         ):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path), **how)
     except Exception as error:  # missing files, unreachable hub, bad JSON: many types of error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(
-            f"{path}: the tokenizer cannot be loaded ({reason}); expected a Hugging Face tokenizer"
+            f"{path}: the tokenizer cannot be loaded ({first_line(error)}); expected a Hugging Face tokenizer"
         ) from error
     return tokenizer
 

@@ -9,13 +9,13 @@ from typing import Any
 from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.grid import Node, StageSpec
 from rlhf_pipeline.config.stages import CollectConfig, ModelConfig, PpoConfig, TrainingConfig
-from rlhf_pipeline.errors import BadInput, ConfigError
+from rlhf_pipeline.errors import BadInput, ConfigError, first_line
 from rlhf_pipeline.experiment.comparison import comparison, runs_of_arms
 from rlhf_pipeline.experiment.machine import FACTOR, Speed, speed_of
 from rlhf_pipeline.experiment.outlook import MIXED, Outlook
 from rlhf_pipeline.experiment.progress import spoken
 from rlhf_pipeline.experiment.work import Amounts
-from rlhf_pipeline.models.refusals import first_line, refuse_to_hide
+from rlhf_pipeline.models.refusals import refuse_to_hide
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ import torch
 from torch import nn
 
 from rlhf_pipeline.config.training import TrainingConfig
-from rlhf_pipeline.errors import BadInput, ConfigError, Fault
+from rlhf_pipeline.errors import BadInput, ConfigError, Fault, first_line
 from rlhf_pipeline.models.four_bits import dequantise, entries, in_four_bits
 from rlhf_pipeline.models.last_layer import compute_all
-from rlhf_pipeline.models.refusals import first_line, refuse_to_hide
+from rlhf_pipeline.models.refusals import refuse_to_hide
 from rlhf_pipeline.registry.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:

@@ -13,12 +13,12 @@ from torch import nn
 
 from rlhf_pipeline.config.adapter import FourBits
 from rlhf_pipeline.data.tokenizers import stop_ids, token_count
-from rlhf_pipeline.errors import BadInput, ConfigError, Fault, MismatchError, did_you_mean
+from rlhf_pipeline.errors import BadInput, ConfigError, Fault, MismatchError, did_you_mean, first_line
 from rlhf_pipeline.models.adapters import TRAINED, adapters_of, save_adapter
 from rlhf_pipeline.models.four_bits import loading_in, require_bitsandbytes, settle
 from rlhf_pipeline.models.needs import require_kernel
 from rlhf_pipeline.models.noise import is_noise, without_noise
-from rlhf_pipeline.models.refusals import first_line, refuse_to_hide, require_full_precision, require_sizes
+from rlhf_pipeline.models.refusals import refuse_to_hide, require_full_precision, require_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

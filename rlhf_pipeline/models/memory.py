@@ -11,8 +11,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from rlhf_pipeline.errors import RunFailed
-from rlhf_pipeline.models.refusals import first_line, ran_out
+from rlhf_pipeline.errors import RunFailed, first_line
+from rlhf_pipeline.models.refusals import ran_out
 
 T = TypeVar("T")
 MOST_HALVINGS = 3

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rlhf_pipeline.config.adapter import FourBits
 from rlhf_pipeline.config.stages import StageConfig
 from rlhf_pipeline.config.training import TrainingConfig
-from rlhf_pipeline.errors import ConfigError, Fault
+from rlhf_pipeline.errors import ConfigError, Fault, first_line
 from rlhf_pipeline.models.four_bits import require_bitsandbytes
-from rlhf_pipeline.models.refusals import first_line
 from rlhf_pipeline.registry.adapters import described_by, four_bits_of
 from rlhf_pipeline.registry.lengths import require_positions
 from rlhf_pipeline.registry.references import Resolved

@@ -51,8 +51,3 @@ def refuse_to_hide(error: Exception) -> None:
     """Raise errors that do not concern the content of the model's files: no memory, disk full, no permission."""
     if ran_out(error) or "allocate memory" in str(error) or failure_of(error, "") is not None:
         raise error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its class name; at most 200 characters."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_pipeline.errors import BadInput
-from rlhf_pipeline.models.refusals import first_line, refuse_to_hide
+from rlhf_pipeline.errors import BadInput, first_line
+from rlhf_pipeline.models.refusals import refuse_to_hide
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.config.names import DATA_SUFFIXES, HUB_ID
-from rlhf_pipeline.errors import BadInput, RunFailed
+from rlhf_pipeline.errors import BadInput, RunFailed, first_line
 from rlhf_pipeline.registry.adapters import ADAPTER_CONFIG
 from rlhf_pipeline.registry.card import escape
 from rlhf_pipeline.registry.digests import CARD, MANIFEST, file_entry, list_files
@@ -54,10 +54,8 @@ def push(registry: Registry, reference: str, name: str, *, private: bool = False
         except LocalTokenNotFoundError:
             raise RunFailed(f"{name}: found no token of the hub; set HF_TOKEN, or run hf auth login") from None
         except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-            said = str(error).strip().splitlines()
-            why = said[0] if said else type(error).__name__
             fix = "check the token (HF_TOKEN, hf auth login), its right to write, and the network"
-            raise RunFailed(f"{name}: the hub did not take {label}: {why}; {fix}") from None
+            raise RunFailed(f"{name}: the hub did not take {label}: {first_line(error)}; {fix}") from None
     return {"model": label, "repository": name, "url": str(url), "private": private, "files": files}
 
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from rlhf_pipeline.data.batch import PackedBatch
 from rlhf_pipeline.data.tokenize import Example
-from rlhf_pipeline.errors import RunFailed
-from rlhf_pipeline.models.refusals import first_line
+from rlhf_pipeline.errors import RunFailed, first_line
 from rlhf_pipeline.rollout.texts import Answer, answers, as_text
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from rlhf_pipeline.errors import RunFailed
+from rlhf_pipeline.errors import RunFailed, first_line
 from rlhf_pipeline.models.modules import ActorCritic, Policy
 from rlhf_pipeline.rollout.sampler import Response
 
@@ -31,8 +31,7 @@ def _failures(doing: str, fix: str) -> Iterator[None]:
     except RunFailed:
         raise
     except Exception as error:
-        told = (str(error).splitlines() or [""])[0]
-        raise RunFailed(f"rollout_engine vllm, {doing}: {type(error).__name__}: {told}; {fix}") from error
+        raise RunFailed(f"rollout_engine vllm, {doing}: {type(error).__name__}: {first_line(error)}; {fix}") from error
 
 
 def actor_weights(policy: Policy | ActorCritic) -> Iterator[tuple[str, torch.Tensor]]:

@@ -30,7 +30,7 @@ from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.templates import apply_template_keys, template_of
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import set_stop_token, train_byte_level_bpe
-from rlhf_pipeline.errors import DataError
+from rlhf_pipeline.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -157,7 +157,7 @@ class StageData:
         except DataError as error:
             if required:
                 raise
-            self.say(f"no examples in the split {split!r}: {str(error).splitlines()[0]}")
+            self.say(f"no examples in the split {split!r}: {first_line(error)}")
             return [], ()
         for report in reports:
             self.say("data: " + report.summary())

@@ -12,12 +12,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rlhf_pipeline.config.training import TrainingConfig
-from rlhf_pipeline.errors import Interrupted, MismatchError, RunFailed
+from rlhf_pipeline.errors import Interrupted, MismatchError, RunFailed, first_line
 from rlhf_pipeline.health.monitor import Monitor, facts_of
 from rlhf_pipeline.health.watches import WATCHES
 from rlhf_pipeline.models.loading import save_model
 from rlhf_pipeline.models.memory import ADVICE
-from rlhf_pipeline.models.refusals import first_line, ran_out
+from rlhf_pipeline.models.refusals import ran_out
 from rlhf_pipeline.models.saving import mend_generation, require_saving
 from rlhf_pipeline.training.best import Best
 from rlhf_pipeline.training.checkpoint import Checkpoint, replacing, restore, save_checkpoint

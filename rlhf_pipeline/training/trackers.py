@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.config.training import TrainingConfig
-from rlhf_pipeline.errors import ConfigError, Fault
-from rlhf_pipeline.models.refusals import first_line
+from rlhf_pipeline.errors import ConfigError, Fault, first_line
 
 PROJECT = "rlhf"
 
