@@ -289,9 +289,8 @@ class PpoConfig(TrainingConfig):
     @model_validator(mode="after")
     def _fill_what_follows(self) -> PpoConfig:
         if self.value_init is None:
-            own_tokens = self.reward_model_path is None or self.reward_tokenization in ("text", "chat")
-            critic = "sft" if own_tokens else "reward_model"
-            object.__setattr__(self, "value_init", critic)
+            unreadable = self.reward_model_path is None or self.reward_tokenization in ("text", "chat")
+            object.__setattr__(self, "value_init", "sft" if unreadable else "reward_model")
         if self.gradient_accumulation_steps is None:
             steps = self.minibatch_size // self.per_device_train_batch_size
             object.__setattr__(self, "gradient_accumulation_steps", max(1, steps))

@@ -161,9 +161,26 @@ def estimate_stage(config: StageConfig, home: Path) -> dict[str, Any]:
         check_role(parent, named[role].role)
         if role != "reference" or named[role] != named["base"]:
             result["model" if role == "base" else role] = parent.label
+    _check_models(config, parents, home)
+    said: list[str] = []
+    node = Node(StageSpec(config.output_name, config.stage, config), None, {}, {})
+    outlook = Outlook([node], [None], registry, said.append)
+    if isinstance(config, CollectConfig):
+        result |= _collect_counts(config, parents["policy"], home)
+    else:
+        result |= _training_counts(config, outlook, node, parents) | {"data": said}
+    return result | _work_of(outlook, node)
+
+
+def _check_models(config: StageConfig, parents: Mapping[str, Resolved], home: Path) -> None:
+    """Check what a stage loads: its models, reward functions and language models.
+
+    Raises:
+        BadInput: what the run itself would refuse.
+    """
     require_needs(config, parents)
     if isinstance(config, PpoConfig) and config.shared_base:
-        for role in named:
+        for role in config.parents():
             if role.startswith("reward_model"):
                 require_same_base(parents["base"], parents[role], FourBits.of(config))
     for source in functions(config):
@@ -171,25 +188,28 @@ def estimate_stage(config: StageConfig, home: Path) -> dict[str, Any]:
     for judge in llm_judges(config):
         ChatModel.of(judge, home)
     _check_reward_models(config, parents)
-    said: list[str] = []
-    node = Node(StageSpec(config.output_name, config.stage, config), None, {}, {})
-    outlook = Outlook([node], [None], registry, said.append)
-    base = next(iter(parents.values()), None)
-    if isinstance(config, CollectConfig):
-        assert base is not None  # the policy
-        (data,) = config.sources()
-        found = read_records(*data, home=home, skip_bad_rows=config.skip_bad_rows, splits=config.splits)
-        tokenizer = tokenizer_of(base, config.trust_remote_code, config)
-        prompts, reports = prompts_by_split(found, config, tokenizer, Style.of(base.config))
-        result |= {"prompts": len(prompts), "records": config.num, "responses_each": config.k}
-        notes = found.notes(functions=any(functions(config)))
-        result |= {"data": [report.summary() for report in reports] + notes}
-        return result | _work_of(outlook, node)
+
+
+def _collect_counts(config: CollectConfig, policy: Resolved, home: Path) -> dict[str, Any]:
+    """The entries of the dry run of `collect` on its prompts."""
+    (data,) = config.sources()
+    found = read_records(*data, home=home, skip_bad_rows=config.skip_bad_rows, splits=config.splits)
+    tokenizer = tokenizer_of(policy, config.trust_remote_code, config)
+    prompts, reports = prompts_by_split(found, config, tokenizer, Style.of(policy.config))
+    notes = found.notes(functions=any(functions(config)))
+    lines = [report.summary() for report in reports] + notes
+    return {"prompts": len(prompts), "records": config.num, "responses_each": config.k, "data": lines}
+
+
+def _training_counts(
+    config: TrainingConfig, outlook: Outlook, node: Node, parents: Mapping[str, Resolved]
+) -> dict[str, Any]:
+    """The entries of a training stage's dry run on its rows, its steps and its memory."""
     if config.output_dir is not None:
         folder_for_copy(config.output_dir, config.output_name)
     examples = outlook.training(node)
     counted = "prompts" if config.reads_prompts else "rows"
-    result |= {counted: len(examples), "lengths": vars(config.lengths()), "data": said}
+    result: dict[str, Any] = {counted: len(examples), "lengths": vars(config.lengths())}
     if isinstance(config, PpoConfig):
         result |= {
             "updates": config.updates,
@@ -216,7 +236,7 @@ def estimate_stage(config: StageConfig, home: Path) -> dict[str, Any]:
             adapter = result["trained_parameters"] = outlook.models(node).trained
         memory = _training_memory(parameters, adapter, config, _bytes_in_4_bits(config, parents))
         result["memory_mib_without_activations"] = round(memory / 2**20, 1)
-    return result | _work_of(outlook, node)
+    return result
 
 
 def _work_of(outlook: Outlook, node: Node) -> dict[str, Any]:

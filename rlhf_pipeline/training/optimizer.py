@@ -55,8 +55,11 @@ def make_optimizer(
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.ndim > 1]
     flat = [parameter for parameter in trained if parameter.ndim <= 1]
-    decays = ((matrices, weight_decay), (flat, 0.0))
-    groups: list[dict[str, Any]] = [{"params": held, "weight_decay": decay} for held, decay in decays if held]
+
+    def grouped(decayed: list[nn.Parameter]) -> list[dict[str, Any]]:
+        return [{"params": held, "weight_decay": rate} for held, rate in ((decayed, weight_decay), (flat, 0.0)) if held]
+
+    groups = grouped(matrices)
     given: dict[str, Any] = dict(arguments or {})
     if name in ("adamw_torch_fused", "adamw_torch"):
         return AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=name == "adamw_torch_fused")
@@ -66,10 +69,8 @@ def make_optimizer(
         apart = {id(parameter) for parameter in vectors}
         hidden = [one for one in matrices if one.ndim == 2 and id(one) not in apart]
         rest = [one for one in matrices if one.ndim != 2 or id(one) in apart]
-        adam = [{"params": held, "weight_decay": decay} for held, decay in ((rest, weight_decay), (flat, 0.0)) if held]
-        return MuonWithAdamW(
-            hidden, adam, lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay, arguments=given
-        )
+        options: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay, "arguments": given}
+        return MuonWithAdamW(hidden, grouped(rest), betas=betas, eps=eps, **options)
     if name == "adafactor":
         from transformers.optimization import Adafactor
 
