@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import typer
 
@@ -55,7 +55,8 @@ def doctor(common: Common) -> None:
         rows = [(finding.name, finding.state, finding.found) for finding in findings]
         emit_table("rlhf doctor", ("what", "state", "found"), rows, folds=("found",))
         emit_lines([f"{one.state}: {one.name}: {one.found}; {one.fix}" for one in findings if one.fix])
-        emit_lines(["all commands can run" if not faults else f"{len(faults)} faults: see above"])
+        counted = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}: see above"
+        emit_lines([counted if faults else "all commands can run"])
     if faults:
         raise typer.Exit(1)
 
@@ -172,16 +173,14 @@ def _optional() -> Iterator[Check]:
 
 def _combinations() -> Iterator[Check]:
     """Versions that do not work together, or have never been tried together."""
-    known: dict[str, Any] = {name: version_of(name) for name in ("vllm", "peft", "trl", "flash_attn", "bitsandbytes")}
-    if known["vllm"] and (is_older(known["vllm"], "0.22") or not is_older(known["vllm"], "0.32")):
-        found = f"vllm {known['vllm']}: TRL 1.16 supports 0.22 to 0.31"
+    vllm = version_of("vllm")
+    if vllm and (is_older(vllm, "0.22") or not is_older(vllm, "0.32")):
+        found = f"vllm {vllm}: TRL 1.16 supports 0.22 to 0.31"
         yield Check("vllm and trl", "warning", found, "pip install 'vllm>=0.22,<=0.31'")
-    if known["peft"] and is_older(known["peft"], "0.21"):
-        found = f"peft {known['peft']}: tested with 0.21 and newer"
-        yield Check("peft version", "warning", found, "pip install -U 'peft>=0.21'")
-    if known["bitsandbytes"] and is_older(known["bitsandbytes"], "0.50"):
-        found = f"bitsandbytes {known['bitsandbytes']}: load_in_4bit is tested with 0.50 and newer"
-        yield Check("bitsandbytes version", "warning", found, "pip install -U 'bitsandbytes>=0.50'")
-    if known["flash_attn"] and shutil.which("nvidia-smi") is None:
+    for package, least, what in (("peft", "0.21", "tested"), ("bitsandbytes", "0.50", "load_in_4bit is tested")):
+        if (version := version_of(package)) and is_older(version, least):
+            found = f"{package} {version}: {what} with {least} and newer"
+            yield Check(f"{package} version", "warning", found, f"pip install -U '{package}>={least}'")
+    if version_of("flash_attn") and shutil.which("nvidia-smi") is None:
         found = "flash_attn is installed, but there is no NVIDIA GPU"
         yield Check("flash_attn and device", "warning", found, "leave attn_implementation out")

@@ -123,8 +123,7 @@ def export(
         from rlhf_pipeline.stages.export import export_merged
 
         done = export_merged(common.registry, reference, directory, dtype)
-        told = done.pop("told")
-        emit(done, [f"exported to {done['path']} in {done['dtype']}", told], json=common.json)
+        emit(done, [f"exported to {done['path']} in {done['dtype']}", done["summary"]], json=common.json)
         return
     target = common.registry.export(reference, directory)
     emit({"path": str(target)}, [f"exported to {target}"], json=common.json)

@@ -93,7 +93,7 @@ def remark_on_halves(config: WithLengths) -> Iterator[str]:
         )
 
 
-def lengths_told(config: WithLengths) -> tuple[str, str]:
+def describe_lengths(config: WithLengths) -> tuple[str, str]:
     """Return the name of a config's only length (else max_length), and all three lengths with their origin."""
     given = [key for key in LENGTHS if getattr(config, key) is not None]
     both = {"max_prompt_length", "response_length"} <= set(given)

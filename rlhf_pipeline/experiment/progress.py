@@ -24,7 +24,7 @@ def spoken(seconds: float) -> str:
     return f"{round(seconds / 60)} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
-def told(waiting: Sequence[str], ended: Sequence[tuple[str, bool, float | None]]) -> str:
+def progress_line(waiting: Sequence[str], ended: Sequence[tuple[str, bool, float | None]]) -> str:
     """Finished runs and the time left: `ran 6, skipped 0; about 12 min left`.
 
     Args:

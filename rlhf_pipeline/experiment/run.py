@@ -27,7 +27,7 @@ from rlhf_pipeline.experiment.done import (
     output_of,
     survey,
 )
-from rlhf_pipeline.experiment.progress import told
+from rlhf_pipeline.experiment.progress import progress_line
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import check_role
 from rlhf_pipeline.registry.store import Registry
@@ -205,7 +205,7 @@ def run_experiment(
         else:
             waiting = [later.name for later, ready in zip(nodes[place:], done[place:], strict=True) if ready is None]
             ended = [(outcome.node.name, outcome.skipped, outcome.seconds) for outcome in outcomes]
-            say(f"[{place + 1}/{len(nodes)}] {node.label} ({told(waiting, ended)})")
+            say(f"[{place + 1}/{len(nodes)}] {node.label} ({progress_line(waiting, ended)})")
             later = sum(ready is not None for ready in done[place + 1 :])
             before_work()
             rest = f"of {len(nodes)} are done; the same command continues from here"

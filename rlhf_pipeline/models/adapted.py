@@ -90,7 +90,7 @@ def load_adapted(
     for adapter in adapters:
         load_adapter(model, Path(adapter.location))
     if merged:
-        told = merge_into(model, torch.float32 if dtype == "auto" else getattr(torch, dtype))
-        told.require(resolved.label, "train with dtype: float32, or with use_peft: true")
+        loss = merge_into(model, torch.float32 if dtype == "auto" else getattr(torch, dtype))
+        loss.require(resolved.label, "train with dtype: float32, or with use_peft: true")
         model.requires_grad_(True)
     return model

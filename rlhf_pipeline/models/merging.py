@@ -40,7 +40,7 @@ class Merged:
         return 0.0 if self.distance <= _ROUNDING else self.distance / max(self.effect, 1e-12)
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """One line for the log."""
         if not math.isfinite(self.distance):
             return "outputs of the merged model are not finite: a weight is beyond the range of its number type"
@@ -65,7 +65,7 @@ class Merged:
         if not math.isfinite(self.distance):
             raise BadInput(f"{label}: {self.told}; {fix}")
         if self.share > MOST_LOST and not self.from_4_bits:
-            raise BadInput(f"{label}: {self.told}; expected at most {MOST_LOST:.0%}: {fix}")
+            raise BadInput(f"{label}: {self.summary}; expected at most {MOST_LOST:.0%}: {fix}")
 
 
 def merge_into(model: PreTrainedModel, dtype: torch.dtype, *, in_4_bits: PreTrainedModel | None = None) -> Merged:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
 from rlhf_pipeline.config.collect import CollectConfig
-from rlhf_pipeline.config.lengths import LENGTHS, lengths_told
+from rlhf_pipeline.config.lengths import LENGTHS, describe_lengths
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.errors import ConfigError, Fault
 from rlhf_pipeline.registry.adapters import described_by
@@ -52,7 +52,7 @@ def require_positions(config: TrainingConfig | CollectConfig, parent: Resolved) 
     """
     positions, limit = limit_of(parent)
     if positions is not None and config.lengths().total > positions:
-        named, told = lengths_told(config)
+        named, told = describe_lengths(config)
         raise ConfigError(
             Fault(
                 named,

@@ -54,6 +54,6 @@ def export_merged(registry: Registry, reference: str, target: Path, dtype: str |
     merged = merge_into(model, getattr(torch, dtype), in_4_bits=in_4_bits)
     fix = "use --dtype float32" if dtype != "float32" else "these adapters cannot be merged; read them with peft"
     merged.require(f"{resolved.label} in {dtype}", fix)
-    told = {"dtype": dtype, "distance": merged.distance, "effect": merged.effect, "share": merged.share}
-    path = registry.export(resolved, target, lambda folder: save_model(model, tokenizer, folder), merge=told)
-    return {"path": str(path), "told": merged.told, **told}
+    loss = {"dtype": dtype, "distance": merged.distance, "effect": merged.effect, "share": merged.share}
+    path = registry.export(resolved, target, lambda folder: save_model(model, tokenizer, folder), merge=loss)
+    return {"path": str(path), **loss, "summary": merged.summary}

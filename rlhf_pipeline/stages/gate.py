@@ -20,7 +20,7 @@ UNKNOWN = "it has no gate: it is not in this registry, so its accuracy on held-o
 BELIEVE = "the results of PPO on it mean little"
 CUT = "cut_minus_ended"
 """The metric of a reward model's manifest that `cut_minus_ended` gives."""
-NO_PENALTY = "missing_eos_penalty of ppo lowers their score, and a larger response_length cuts fewer"
+CUT_REMEDY = "missing_eos_penalty of ppo lowers their score, and a larger response_length cuts fewer"
 
 
 def gate_of(
@@ -122,4 +122,4 @@ def warn_of_cut_responses(models: Sequence[Resolved], say: Callable[..., None]) 
     for model in models:
         metrics = {} if model.manifest is None else model.manifest.metrics
         if told := prefers_cut(metrics.get(CUT)):
-            say(f"WARNING: reward model {model.label} {told}; {NO_PENALTY}", style="yellow")
+            say(f"WARNING: reward model {model.label} {told}; {CUT_REMEDY}", style="yellow")

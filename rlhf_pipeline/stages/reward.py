@@ -25,7 +25,7 @@ from rlhf_pipeline.rollout.responses import prompts_run, sample_for_prompts
 from rlhf_pipeline.rollout.scoring import most_responses
 from rlhf_pipeline.stages.common import example_schedule, find_base, load_policy, onto, tokenizer_of
 from rlhf_pipeline.stages.data import StageData, preference_kind
-from rlhf_pipeline.stages.gate import CUT, NO_PENALTY, cut_minus_ended, gate_of, prefers_cut
+from rlhf_pipeline.stages.gate import CUT, CUT_REMEDY, cut_minus_ended, gate_of, prefers_cut
 from rlhf_pipeline.stages.publish import StageResult, inputs_of, log_moves, publish
 from rlhf_pipeline.stages.reward_quality import (
     baseline_accuracies,
@@ -166,7 +166,7 @@ def center(
     trained = sum(not ended for example in examples for ended in example.ended)
     cut = cut_minus_ended(scores, [example.ended[0] for example in sampled], trained) if sampled else None
     if told := prefers_cut(cut):
-        run.log.say(f"WARNING: this reward model {told}; {NO_PENALTY}", style="yellow")
+        run.log.say(f"WARNING: this reward model {told}; {CUT_REMEDY}", style="yellow")
     return {"reward_shift": mean} | ({} if cut is None else {CUT: cut})
 
 

@@ -132,7 +132,7 @@ def put_aside(directory: Path) -> str:
     return target.name
 
 
-def told(failure: NotFinite, checkpoints: Path, kept: str) -> RunFailed:
+def user_error(failure: NotFinite, checkpoints: Path, kept: str) -> RunFailed:
     """The error for the user: the failure, the last checkpoint, where the batch is stored, what to try."""
     steps = steps_in(checkpoints)
     last = f"the last checkpoint is {checkpoints.name}/{PREFIX}{steps[0]}" if steps else "there is no checkpoint"

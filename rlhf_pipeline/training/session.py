@@ -22,7 +22,7 @@ from rlhf_pipeline.models.saving import mend_generation, require_saving
 from rlhf_pipeline.training.best import Best
 from rlhf_pipeline.training.checkpoint import Checkpoint, replacing, restore, save_checkpoint
 from rlhf_pipeline.training.cost import COUNTS, JUDGE
-from rlhf_pipeline.training.failure import failed_update, put_aside, told, write_failure
+from rlhf_pipeline.training.failure import failed_update, put_aside, user_error, write_failure
 from rlhf_pipeline.training.finite import NotFinite
 from rlhf_pipeline.training.loop import Step, fit
 from rlhf_pipeline.training.open_run import Run
@@ -121,14 +121,14 @@ def _require_same_inputs(run: Run, checkpoint: Checkpoint, inputs: Mapping[str, 
         )
 
 
-def _told(run: Run, error: Exception, plan: Plan, known: Mapping[str, Any]) -> Exception:
+def _user_error(run: Run, error: Exception, plan: Plan, known: Mapping[str, Any]) -> Exception:
     """The error for the user; for a figure that is not finite, its batch is written first."""
     if isinstance(error, NotFinite):
         try:
             kept = f"the batch is stored in {write_failure(run.directory, error, known, plan.tokenizer)}"
         except Exception as unwritten:  # the cause that stopped the run is always reported
             kept = f"the batch could not be stored ({first_line(unwritten)})"
-        error = told(error, run.checkpoints, kept)
+        error = user_error(error, run.checkpoints, kept)
     elif ran_out(error):
         error = RunFailed(f"out of memory: {first_line(error)}; {ADVICE}")
     if isinstance(error, RunFailed) and error.agreed:
@@ -302,7 +302,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
             )
     except Exception as error:
         known = {"learning_rate": scheduler.get_last_lr()[0], "last_metrics": last, "parents": inputs}
-        failed = _told(run, error, plan, known)
+        failed = _user_error(run, error, plan, known)
         if failed is error:
             raise
         raise failed from error

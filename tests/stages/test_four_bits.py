@@ -289,7 +289,7 @@ def test_a_merged_export_stands_on_the_weights_before_and_tells_its_distance(tun
     ids = torch.randint(plain.config.vocab_size, (8, 16), generator=torch.Generator().manual_seed(0))
     apart = [torch.log_softmax(model(input_ids=ids).logits, -1) for model in (plain, read(tuned, "tuned").model)]
     assert told["distance"] == pytest.approx(float((apart[0] - apart[1]).square().mean().sqrt()), rel=1e-3)
-    assert "evaluate it again" in told["told"] and "quantization_config" not in (target / "config.json").read_text()
+    assert "evaluate it again" in told["summary"] and "quantization_config" not in (target / "config.json").read_text()
 
 
 @pytest.mark.parametrize("nested", [False, True])
