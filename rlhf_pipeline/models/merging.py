@@ -63,7 +63,7 @@ class Merged:
                 or outputs of the merged model are not finite.
         """
         if not math.isfinite(self.distance):
-            raise BadInput(f"{label}: {self.told}; {fix}")
+            raise BadInput(f"{label}: {self.summary}; {fix}")
         if self.share > MOST_LOST and not self.from_4_bits:
             raise BadInput(f"{label}: {self.summary}; expected at most {MOST_LOST:.0%}: {fix}")
 
