@@ -34,6 +34,9 @@ from rlhf_pipeline.config.shorthands import ROLLOUT
 from rlhf_pipeline.config.training import COMMON_CHECKS, TrainingConfig, check_model
 from rlhf_pipeline.errors import Fault
 
+WARMUP_OFFSET = 1
+"""The warm-up begins at 1 / (steps + 1): an update is a whole rollout, which a learning rate of 0 would waste."""
+
 
 def _engine(value: Any) -> Any:
     return "native" if value is None else value

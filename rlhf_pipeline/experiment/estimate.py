@@ -13,6 +13,7 @@ from rlhf_pipeline.config.experiment import load_experiment
 from rlhf_pipeline.config.grid import Node, StageSpec, expand
 from rlhf_pipeline.config.mentions import functions
 from rlhf_pipeline.config.optim import OPTIMIZERS
+from rlhf_pipeline.config.ppo import WARMUP_OFFSET
 from rlhf_pipeline.config.reward import RewardConfig
 from rlhf_pipeline.config.reward_names import load_function
 from rlhf_pipeline.config.rewards import LlmJudge
@@ -211,6 +212,7 @@ def _training_counts(
     counted = "prompts" if config.reads_prompts else "rows"
     result: dict[str, Any] = {counted: len(examples), "lengths": vars(config.lengths())}
     if isinstance(config, PpoConfig):
+        require_schedule(config, config.updates, offset=WARMUP_OFFSET)
         result |= {
             "updates": config.updates,
             "episodes": config.updates * config.rollout_batch_size,

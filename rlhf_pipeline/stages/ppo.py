@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rlhf_pipeline.algorithms.advantages import gae, token_rewards
 from rlhf_pipeline.algorithms.masked import whiten
 from rlhf_pipeline.algorithms.policy import PolicyLoss, clipped_policy_loss, clipped_value_loss
-from rlhf_pipeline.config.ppo import PpoConfig
+from rlhf_pipeline.config.ppo import WARMUP_OFFSET, PpoConfig
 from rlhf_pipeline.data.batch import PackedBatch
 from rlhf_pipeline.models.modules import ActorCritic, TokenScores
 from rlhf_pipeline.rollout.rollout import Estimates
@@ -22,6 +22,7 @@ from rlhf_pipeline.stages.ppo_models import check_processes, load_setup
 from rlhf_pipeline.stages.publish import StageResult, inputs_of, log_moves, publish
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.open_run import open_run
+from rlhf_pipeline.training.optimizer import require_schedule
 from rlhf_pipeline.training.ppo_batches import PpoBatch
 from rlhf_pipeline.training.ppo_rollouts import (
     PpoSetup,
@@ -143,6 +144,7 @@ def run_ppo(config: PpoConfig, home: Path, **options) -> StageResult:
         parent = find_base(run, config)
         tokenizer = tokenizer_of(parent, config.trust_remote_code, config)
         check_processes(config, run.accelerator.num_processes)
+        require_schedule(config, config.updates, offset=WARMUP_OFFSET)
         # 1. Prompts.
         data = StageData(config, run.registry.home, run.log.say)
         prompts, reports = data.training(tokenizer)
@@ -162,7 +164,7 @@ def run_ppo(config: PpoConfig, home: Path, **options) -> StageResult:
             tokenizer=tokenizer,
             inputs=inputs_of(parents, reports),
             derive=derive,
-            warmup_offset=1,  # an update is a whole rollout, which a learning rate of 0 would waste
+            warmup_offset=WARMUP_OFFSET,
         )
         last = train(run, setup.actor_critic, plan)
 

@@ -309,13 +309,13 @@ def schedule_of(
     )
 
 
-def require_schedule(config: TrainingConfig, total: int) -> None:
+def require_schedule(config: TrainingConfig, total: int, *, offset: int = 0) -> None:
     """Check the schedule of a run of `total` updates, before anything expensive.
 
     Raises:
         ConfigError: see `make_scheduler`.
     """
-    schedule_of(config, SGD([nn.Parameter(torch.zeros(1))], lr=config.learning_rate), total)
+    schedule_of(config, SGD([nn.Parameter(torch.zeros(1))], lr=config.learning_rate), total, offset=offset)
 
 
 def _of_transformers(

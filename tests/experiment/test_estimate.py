@@ -116,6 +116,13 @@ def test_a_run_without_a_learning_rate_is_refused_before_anything_is_sampled_or_
             what()
 
 
+def test_a_dry_run_of_ppo_refuses_a_schedule_that_transformers_refuses(lab):
+    changes = {"lr_scheduler_type": "warmup_stable_decay", "max_steps": 4}
+    config = lab.config("ppo", **changes, lr_scheduler_kwargs={"num_decay_steps": 1, "decay_type": "steep"})
+    with pytest.raises(ConfigError, match=r"lr_scheduler_kwargs: transformers refuses .*steep"):
+        estimate_stage(config, lab.home)
+
+
 def test_the_state_of_an_8_bit_optimizer_has_no_type_of_the_weights():
     """By hand, 1000 weights of 2 bytes: weights and gradients 4000 bytes, and AdamW's averages of 8 bits 2100."""
     keys: dict[str, Any] = {"output_name": "m", "learning_rate": 1e-5, "dtype": "bfloat16"}
