@@ -20,7 +20,6 @@ from rlhf_pipeline.config.stages import CollectConfig, DpoConfig, PpoConfig, Sft
 from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.world import VOCABULARY
-from rlhf_pipeline.errors import DataError
 from rlhf_pipeline.experiment.forecast import (
     about,
     forecast_comparison,
@@ -275,9 +274,10 @@ def estimate_experiment(path: Path, overrides: Sequence[str], home: Path) -> dic
 
 
 def time_of_experiment(path: Path, home: Path) -> float | None:
-    """The estimated seconds of an experiment; None if those of a part are not known, or if its rows are refused."""
-    try:
-        plan = estimate_experiment(path, (), home)
-    except DataError:  # the dry run says what is wrong with them
-        return None
+    """The estimated seconds of an experiment; None if those of a part are not known.
+
+    Raises:
+        BadInput: what the dry run refuses.
+    """
+    plan = estimate_experiment(path, (), home)
     return None if plan["not_estimated"] else plan["total"]["seconds"]
