@@ -97,7 +97,8 @@ def _check_reward_models(config: StageConfig, parents: Mapping[str, Resolved]) -
         return
     ours = policy.manifest.tokenizer_digest if policy.manifest is not None else None
     known = [model.manifest.tokenizer_digest if model.manifest is not None else None for model in rewards.values()]
-    if any(digest is None or digest != ours for digest in known):
+    changed = config.eos_token is not None  # a policy whose tokenizer is no longer that of its manifest
+    if changed or any(digest is None or digest != ours for digest in known):
         check_reward_models(config, policy, rewards)
 
 
