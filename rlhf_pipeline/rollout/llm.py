@@ -130,6 +130,8 @@ class ChatModel:
         request = urllib.request.Request(f"{self.config.endpoint}/chat/completions", body, headers)
         with self._opener.open(request, timeout=self.config.timeout_seconds) as response:
             answer = json.loads(response.read())["choices"][0]["message"]["content"]
+        if answer is None:  # refused, or no token was left after the reasoning: an answer without a verdict
+            return ""
         if not isinstance(answer, str):
             raise TypeError(f"content is {type(answer).__name__}")
         return answer.encode(errors="replace").decode()  # half of a surrogate pair can be neither stored nor shown

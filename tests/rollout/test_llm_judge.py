@@ -147,6 +147,13 @@ def test_an_answer_in_another_format_is_refused(tmp_path, body):
         assert len(server.requests) == 1
 
 
+def test_a_refusal_of_the_model_is_an_answer_without_a_verdict(tmp_path):
+    refusal = {"choices": [{"message": {"content": None, "refusal": "I can't help with that."}}]}
+    with serving(lambda _: (200, refusal)) as server:
+        found = verdicts(chat(server, tmp_path), PAIRS)
+        assert (found.outcomes, found.unreadable) == ([0.5] * 3, 6)  # each pair is read twice
+
+
 def test_half_of_an_emoji_is_replaced(tmp_path):
     with serving(lambda _: (200, {"choices": [{"message": {"content": "\ud83d [[A]]"}}]})) as server:
         assert chat(server, tmp_path).ask(["x"]) == chat(server, tmp_path).ask(["x"]) == ["? [[A]]"]
