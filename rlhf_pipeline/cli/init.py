@@ -12,7 +12,7 @@ import typer
 from rlhf_pipeline.cli.libraries import load_libraries
 from rlhf_pipeline.cli.options import Common
 from rlhf_pipeline.cli.output import emit_json, emit_lines
-from rlhf_pipeline.errors import BadInput
+from rlhf_pipeline.errors import BadInput, DataError
 
 _THERE = "{}: the file exists already; expected a new file: pass --out FILE"
 
@@ -47,8 +47,13 @@ def init(
     def seconds_of(plan: Starter) -> float | None:
         out.write_text(render_starter(plan), encoding="utf-8")
         load_experiment(out, known_models=common.registry.models.names())
-        return time_of_experiment(out, common.home_path)
+        try:
+            return time_of_experiment(out, common.home_path)
+        except DataError as error:  # the file can be mended by hand
+            refused[:] = [f"rlhf run refuses this file as it is: {str(error).splitlines()[0]}"]
+            return None
 
+    refused: list[str] = []
     try:
         file = out.open("x", encoding="utf-8")
     except FileExistsError:  # created in the meantime
@@ -59,11 +64,12 @@ def init(
     except BaseException:
         out.unlink(missing_ok=True)
         raise
+    warnings = [*plan.warnings, *refused]
     if common.json:
         lengths = {"max_prompt_length": plan.max_prompt_length, "response_length": plan.response_length}
         emit_json(
             {"path": str(out), "pairs": plan.pairs, "faulty_rows": plan.faulty, "splits": plan.splits, **lengths}
-            | {"warnings": plan.warnings, "estimated_seconds": seconds}
+            | {"warnings": warnings, "estimated_seconds": seconds}
         )
         return
     at = "" if common.home is None else f" --home {shlex.quote(str(common.home))}"
@@ -72,7 +78,7 @@ def init(
         [
             f"{out}: {plan.pairs:,} preferences ({splits})",
             f"prompts of up to {plan.max_prompt_length} tokens, responses of up to {plan.response_length}",
-            *(f"note: {warning}" for warning in plan.warnings),
+            *(f"note: {warning}" for warning in warnings),
             *([] if seconds is None else [_time(seconds, quick)]),
             f"next: rlhf run {shlex.quote(str(out))} --dry-run{at}",
         ]

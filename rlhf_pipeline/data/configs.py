@@ -51,7 +51,7 @@ def _declared(card: Path) -> list[dict[str, Any]] | None:
     """The list `configs` of the YAML at the head of a card; None if there is none."""
     if not card.is_file():
         return None
-    with card.open(encoding="utf-8", errors="replace") as file:
+    with card.open(encoding="utf-8-sig", errors="replace") as file:
         head = _FRONT_MATTER.match(file.read(_MOST_CHARACTERS))
     if head is None or not re.search(r"^configs[ \t]*:", head[1], re.MULTILINE):
         return None

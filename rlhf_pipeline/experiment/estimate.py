@@ -23,6 +23,7 @@ from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.world import VOCABULARY
 from rlhf_pipeline.errors import DataError
 from rlhf_pipeline.experiment.forecast import about, forecast_comparison, forecast_run, shares, total_of
+from rlhf_pipeline.experiment.machine import FACTOR
 from rlhf_pipeline.experiment.outlook import Outlook
 from rlhf_pipeline.experiment.run import checked, is_compared
 from rlhf_pipeline.models.needs import require_kernel, require_needs
@@ -92,7 +93,8 @@ def _check_reward_models(config: StageConfig, parents: Mapping[str, Resolved]) -
         return
     ours = policy.manifest.tokenizer_digest if policy.manifest is not None else None
     known = [model.manifest.tokenizer_digest if model.manifest is not None else None for model in rewards.values()]
-    if any(digest is None or digest != ours for digest in known):
+    changed = config.eos_token is not None  # a policy whose tokenizer is no longer that of its manifest
+    if changed or any(digest is None or digest != ours for digest in known):
         check_reward_models(config, policy, rewards)
 
 
@@ -293,9 +295,10 @@ def estimate_experiment(path: Path, overrides: Sequence[str], home: Path) -> dic
 
 
 def time_of_experiment(path: Path, home: Path) -> float | None:
-    """The estimated seconds of an experiment; None if those of a part are not known, or if its rows are refused."""
-    try:
-        plan = estimate_experiment(path, (), home)
-    except DataError:  # the dry run says what is wrong with them
-        return None
+    """The estimated seconds of an experiment; None if those of a part are not known.
+
+    Raises:
+        BadInput: what the dry run refuses.
+    """
+    plan = estimate_experiment(path, (), home)
     return None if plan["not_estimated"] else plan["total"]["seconds"]

@@ -17,10 +17,11 @@ from rlhf_pipeline.data.overlap import evaluation_splits, leaks
 from rlhf_pipeline.data.records import Record, plain
 from rlhf_pipeline.data.sources import local_path
 from rlhf_pipeline.data.splits import FRACTIONS, assign_splits, carries_splits
+from rlhf_pipeline.data.templates import BUILT_IN
 from rlhf_pipeline.data.tokenizers import load_tokenizer, train_byte_level_bpe
 from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.evaluation.data_quality import FEW_JUDGE_PAIRS, FEW_TEST_PROMPTS
-from rlhf_pipeline.experiment.starter_file import POSITIONS, VOCABULARY, Quick, Starter
+from rlhf_pipeline.experiment.starter_file import POSITIONS, TEMPLATE, VOCABULARY, Quick, Starter
 from rlhf_pipeline.registry.lengths import positions_of
 from rlhf_pipeline.registry.references import Resolved, Version
 from rlhf_pipeline.registry.roles import check_role
@@ -97,13 +98,19 @@ def plan_starter(
     assigned = assign_splits(records, shares or FRACTIONS, source)
     splits = dict(Counter(assigned))
     train, test = (_split(source, splits, part, carried) for part in ("train", "test"))
-    tested = len({record.prompt_key for record, split in zip(records, assigned, strict=True) if split == test})
     learned = [record for record, split in zip(records, assigned, strict=True) if split == train]
     leaked = leaks(records, assigned, train, {test, *evaluation_splits(train)}) if carried else []
+    held_out = {
+        record.where: record.prompt_key for record, split in zip(records, assigned, strict=True) if split == test
+    }
+    tested = len({held_out[where] for where in held_out.keys() - {item.fault.where for item in leaked}})
     blank = blank_prompts(found)
 
     resolved = None if model is None else Registry(home).resolve(model)
     tokenizer, positions = _tokenizer(learned, resolved)
+    templated = not tokenizer.chat_template and any(record.conversational for record in records)
+    if templated:
+        tokenizer.chat_template = BUILT_IN[TEMPLATE]
     described = describe(replace(found, records=lowest_hashes(records, MEASURED)), tokenizer=tokenizer)
     measured = described["lengths"]
     if not {"prompt", "chosen"} <= measured.keys():
@@ -129,6 +136,8 @@ def plan_starter(
         shares=shares,
         max_prompt_length=prompt,
         response_length=response,
+        cut=bool(told),
+        templated=templated,
         tested=tested,
         lora=lora,
         quick=Quick(rows=min(Quick.rows, len(learned))) if quick else None,

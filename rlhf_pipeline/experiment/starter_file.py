@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass, field
 
 VOCABULARY = 4096
+TEMPLATE = "chatml"
+"""The chat template of a model that has none, if the data are messages."""
 POSITIONS = 512
 """The longest sequence, in tokens, of a model from scratch."""
 
@@ -26,8 +28,9 @@ class Quick:
 class Starter:
     """The values of the file. pairs: number of usable preferences. model: None trains one from scratch.
 
-    tested: number of test prompts. lora: whether all stages train adapters on the weights of `model`. quick: the sizes
-    of a first look; None: an experiment of the usual sizes.
+    cut: whether lengths were reduced to the positions of the model. templated: whether the experiment gives the model a
+    chat template. tested: number of test prompts that are not in the training split. lora: whether all stages train
+    adapters on the weights of `model`. quick: the sizes of a first look; None: an experiment of the usual sizes.
     """
 
     name: str
@@ -42,6 +45,8 @@ class Starter:
     shares: dict[str, float] | None
     max_prompt_length: int
     response_length: int
+    cut: bool = False
+    templated: bool = False
     tested: int = 0
     lora: bool = False
     quick: Quick | None = None
@@ -84,12 +89,13 @@ def render_starter(plan: Starter) -> str:
             if name != usual
         ),
         "skip": _SKIP.format(plan.faulty) if plan.faulty else "",
+        "template": _TEMPLATE if plan.templated else "",
         "shares": f"      split_fractions: &shares {json.dumps(plan.shares)}\n" if plan.shares else "",
         "prompt": plan.max_prompt_length,
         "response": plan.response_length,
-        "enough": "" if quick else ", enough for 99 %",
+        "enough": "" if quick or plan.cut else ", enough for 99 %",
         "size": size + (f"    max_eval_samples: {quick.prompts}\n" if quick else ""),
-        "device": device,
+        "minibatch": min(device, rollout // 4),
         "rollout": rollout,
         "episodes": episodes,
         "updates": episodes // rollout,
@@ -168,6 +174,7 @@ _SCRATCH = f"""\
     completion_only_loss: false              # the model also has to learn the language
 """
 _SKIP = "      skip_bad_rows: true                    # faulty rows: {}; `rlhf data check` lists them\n"
+_TEMPLATE = f"      chat_template: {TEMPLATE:<23} # the data are messages, and the model has no chat template\n"
 _JUDGE = """\
   judge:                                     # on pairs that no arm is trained on; one judge for all seeds
     stage: train-rm
@@ -190,7 +197,7 @@ stages:
     stage: sft
 {start}    <<: &data
       dataset_name: {dataset}
-{parts}{skip}{shares}{limits}{lora}\
+{parts}{skip}{template}{shares}{limits}{lora}\
       max_prompt_length: {prompt:<19} # tokens{enough}; longer prompts are cut on the left
       response_length: {response:<21} # tokens with EOS; longer responses are left out
     learning_rate: {sft_rate}
@@ -216,7 +223,7 @@ stages:
     total_episodes: {episodes:<24} # total number of responses: {updates} updates
     rollout_batch_size: {rollout:<20} # responses per update
     num_mini_batches: 4
-{epochs}    per_device_train_batch_size: {device}
+{epochs}    per_device_train_batch_size: {minibatch}
 {shared}    save_steps: 10
   dpo:
     stage: dpo

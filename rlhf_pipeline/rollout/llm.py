@@ -61,12 +61,15 @@ class ChatModel:
         """The model of a config, with the key from its environment variable.
 
         Raises:
-            ConfigError: the environment variable is not set.
+            ConfigError: the environment variable is not set, or holds more than a key.
         """
-        key = os.environ.get(config.api_key_env) if config.api_key_env else None
+        key = os.environ.get(config.api_key_env, "").strip() if config.api_key_env else None  # a file's line has an end
         if config.api_key_env and not key:
             found = f"the environment variable {config.api_key_env!r} is not set"
             raise ConfigError(Fault("api_key_env", found, "a variable with the key of the endpoint"))
+        if key and not (key.isascii() and key.isprintable()):
+            found = f"the environment variable {config.api_key_env!r} holds characters that no key has"
+            raise ConfigError(Fault("api_key_env", found, "the key alone: one line of ASCII characters"))
         return cls(config, home / "cache" / "llm", key)
 
     def ask(self, texts: Sequence[str]) -> list[str]:
@@ -111,7 +114,7 @@ class ChatModel:
                     break
             except (OSError, HTTPException) as error:  # unreachable, cut off, too slow
                 failure = str(getattr(error, "reason", None) or error) or type(error).__name__
-            except (ValueError, LookupError, TypeError) as error:  # another format, or no text in it
+            except (ValueError, LookupError, TypeError, RecursionError) as error:  # another format, or no text in it
                 failure = f"no answer in the format of chat completions ({type(error).__name__}: {error})"
                 break
         key = "" if self.key is None else f", key from {config.api_key_env}"
@@ -127,9 +130,11 @@ class ChatModel:
         request = urllib.request.Request(f"{self.config.endpoint}/chat/completions", body, headers)
         with self._opener.open(request, timeout=self.config.timeout_seconds) as response:
             answer = json.loads(response.read())["choices"][0]["message"]["content"]
+        if answer is None:  # refused, or no token was left after the reasoning: an answer without a verdict
+            return ""
         if not isinstance(answer, str):
             raise TypeError(f"content is {type(answer).__name__}")
-        return answer
+        return answer.encode(errors="replace").decode()  # half of a surrogate pair can be neither stored nor shown
 
     def _hidden(self, text: str) -> str:
         """The text without the key, which a server may repeat in an error."""

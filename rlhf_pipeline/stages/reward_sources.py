@@ -128,7 +128,7 @@ def check_reward_models(config: RewardConfigs, policy: Resolved, models: Mapping
     Raises:
         MismatchError, ConfigError: what `load_reward` and PPO would refuse.
     """
-    tokenizer = tokenizer_of(policy, config.trust_remote_code)
+    tokenizer = tokenizer_of(policy, config.trust_remote_code, config)
     forms = {role: form_of(model, config, policy, tokenizer) for role, model in models.items()}
     for role, form in forms.items():
         if form is None:

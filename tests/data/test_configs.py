@@ -73,6 +73,8 @@ def test_the_files_of_a_configuration_and_their_splits(folder):
     for config, expected in ROWS.items():
         assert in_order(read(folder, config)) == in_order(expected), config
     assert read(folder, "prefs", split="test_prefs") == [("test_prefs", "c"), ("test_prefs", "e")]
+    (folder / "README.md").write_text(CARD.replace("\n", "\r\n"), encoding="utf-8-sig")  # as Windows' Notepad writes it
+    assert read(folder, "prefs", split="test_prefs") == [("test_prefs", "c"), ("test_prefs", "e")]
     (folder / "README.md").write_text(CARD.replace("configs:", "files:"))
     with pytest.raises(DataError, match="files of the splits"):  # names of files tell their splits again
         read(folder)

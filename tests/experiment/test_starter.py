@@ -195,6 +195,47 @@ def test_a_source_with_splits_and_no_judge_among_them(init):
     assert "judge" not in values["compare"] and "judge" not in values["stages"]["ppo"]
 
 
+def messages_of(rows):
+    """The rows as messages, each with the role that its column has."""
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    return [{name: [{"role": roles[name], "content": text}] for name, text in row.items()} for row in rows]
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_messages_give_a_model_without_a_chat_template_one(init, tmp_path, base):
+    model = ("--model", chat_model(tmp_path / "base", template=None)) if base else ()
+    code, said, values = init(messages_of(different(60)), *model)
+    assert code == 0, said
+    assert {stage["chat_template"] for stage in values["stages"].values()} == {"chatml"}
+    code, said, values = init(different(60), *model, out="text.yaml")
+    assert code == 0 and not any("chat_template" in stage for stage in values["stages"].values())
+
+
+def test_a_first_look_from_scratch_has_whole_micro_batches(init):
+    """Its rollouts are 32 responses in 4 minibatches of 8; the other stages take 16 at once."""
+    code, said, values = init(different(60), "--quick")
+    assert code == 0, said
+    stages = values["stages"]
+    assert (stages["ppo"]["per_device_train_batch_size"], stages["dpo"]["per_device_train_batch_size"]) == (8, 16)
+
+
+def test_a_file_whose_test_split_holds_nothing_new_says_so(init):
+    rows = different(20)
+    rows = [{**row, "split": split} for split in ("train", "test") for row in rows]
+    code, said, _ = init(rows, "--model", "sft", seconds=None)
+    assert code == 0 and "0 test prompts" in said
+    assert "rlhf run refuses this file as it is" in said and "no row of its evaluation splits is new" in said
+
+
+@pytest.mark.parametrize("word", [" plot", ""])
+def test_the_comment_on_lengths_is_true(init, tmp_path, word):
+    """The model has 32 positions, and 99 % of the prompts have 65 tokens, or 5."""
+    rows = [{**row, "prompt": row["prompt"] + word * 60} for row in different(60)]
+    code, said, _ = init(rows, "--model", "sft")
+    assert code == 0 and ("longer prompts are cut" in said) == bool(word)
+    assert ("enough for 99 %" in (tmp_path / "experiment.yaml").read_text()) != bool(word)
+
+
 def test_the_splits_of_preferences_are_taken(init):
     names = ("train_prefs", "train_prefs", "train_sft", "test_prefs", "test_gen")
     rows = [{**row, "split": names[n % len(names)]} for n, row in enumerate(different(40))]
@@ -303,12 +344,7 @@ def test_a_first_look_passes_its_own_dry_run(init, lab, tmp_path, capsys, words,
     rows, model = different(80), "sft"
     if conversational:
         model = chat_model(tmp_path / "chat")
-        names = ("prompt", "chosen", "rejected")
-        roles = dict(zip(names, ("user", "assistant", "assistant"), strict=True))
-        rows = [
-            {name: [{"role": roles[name], "content": f"{row[name].strip()} {n}"}] for name in names}
-            for n, row in enumerate(rows)
-        ]
+        rows = messages_of([{name: f"{text.strip()} {n}" for name, text in row.items()} for n, row in enumerate(rows)])
     code, said, _ = init(rows, "--model", model, "--quick", *words, seconds=None)
     assert code == 0, said
     assert main(["run", "experiment.yaml", "--home", str(lab.home), "--dry-run", "--json"]) == 0
@@ -319,11 +355,11 @@ def test_a_first_look_passes_its_own_dry_run(init, lab, tmp_path, capsys, words,
     assert found["dpo"]["optimizer_steps"] == -(-found["dpo"]["rows"] // 16)
 
 
-def chat_model(folder):
-    """A directory with a tiny random model whose tokenizer has a chat template."""
+def chat_model(folder, template=CHATML):
+    """A directory with a tiny random model whose tokenizer has a chat template, or None."""
     tokenizer = train_byte_level_bpe(["user assistant the plot was great"] * 4, 300)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"})
-    tokenizer.chat_template = CHATML
+    tokenizer.chat_template = template
     settings = {**TINY_LLAMA, "max_position_embeddings": 256}
     save_model(init_causal_lm(settings, tokenizer, seed=1), tokenizer, folder)
     return f"./{folder.name}"

@@ -136,13 +136,40 @@ def test_a_refusal_is_not_repeated_and_the_key_is_not_shown(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "body", ["no JSON", {"error": "x"}, {"choices": []}, {"choices": [{"message": {"content": 3}}]}]
+    "body",
+    ["no JSON", "[" * 100_000, {"error": "x"}, {"choices": []}, {"choices": [{"message": {"content": 3}}]}],
+    ids=["text", "deep", "error", "empty", "number"],
 )
 def test_an_answer_in_another_format_is_refused(tmp_path, body):
     with serving(lambda _: (200, body) if isinstance(body, dict) else (203, body)) as server:
         with pytest.raises(RunFailed, match="no answer in the format of chat completions"):
             chat(server, tmp_path).ask(["x"])
         assert len(server.requests) == 1
+
+
+def test_a_refusal_of_the_model_is_an_answer_without_a_verdict(tmp_path):
+    refusal = {"choices": [{"message": {"content": None, "refusal": "I can't help with that."}}]}
+    with serving(lambda _: (200, refusal)) as server:
+        found = compare_pairs(chat(server, tmp_path), PAIRS)
+        assert (found.outcomes, found.unreadable) == ([0.5] * 3, 6)  # each pair is read twice
+
+
+def test_half_of_an_emoji_is_replaced(tmp_path):
+    with serving(lambda _: (200, {"choices": [{"message": {"content": "\ud83d [[A]]"}}]})) as server:
+        assert chat(server, tmp_path).ask(["x"]) == chat(server, tmp_path).ask(["x"]) == ["? [[A]]"]
+        assert len(server.requests) == 1
+
+
+def test_a_key_is_sent_without_the_end_of_its_line_and_never_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("KEY_OF_A_TEST", f" {KEY}\n")
+    with serving(lambda _: "ready") as server:
+        chat(server, tmp_path, api_key_env="KEY_OF_A_TEST").probe()
+        assert server.requests[0][0]["Authorization"] == f"Bearer {KEY}"
+        for more in ("\nsecond line", "é", "\x7f"):
+            monkeypatch.setenv("KEY_OF_A_TEST", KEY + more + "x")
+            with pytest.raises(ConfigError, match="holds characters that no key has") as error:
+                chat(server, tmp_path, api_key_env="KEY_OF_A_TEST").ask(["y"])
+            assert KEY not in str(error.value)
 
 
 def test_a_redirect_does_not_carry_the_key_elsewhere(tmp_path, monkeypatch):

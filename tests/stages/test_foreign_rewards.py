@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,23 @@ def test_a_policy_is_measured_by_its_reward_model_as_it_was_trained(lab, tmp_pat
 
     assert mean() == pytest.approx(mean("reward_tokenization=text"), abs=1e-6)
     assert mean() != pytest.approx(mean("reward_tokenization=chat"), abs=1e-3)
+
+
+def test_a_dry_run_compares_it_with_the_tokenizer_that_the_config_makes(lab, tmp_path):
+    """A reward model with the policy's tokenizer and a template of its own reads text, unless it is the policy's."""
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    folder = tmp_path / "with template"
+    shutil.copytree(lab.registry.resolve("reward").path, folder)
+    (folder / "manifest.json").unlink()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    estimate_stage(lab.config("ppo", reward_model_path=str(folder), chat_template=template), lab.home)
+    for own in (None, template + " "):
+        with pytest.raises(ConfigError, match="reads the responses as text"):
+            estimate_stage(lab.config("ppo", reward_model_path=str(folder), chat_template=own), lab.home)
+    with pytest.raises(MismatchError, match="tokenizer"):
+        estimate_stage(lab.config("ppo", eos_token="great"), lab.home)
 
 
 def test_a_critic_cannot_start_from_it(lab, foreign):
