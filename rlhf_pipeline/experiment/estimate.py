@@ -21,9 +21,7 @@ from rlhf_pipeline.config.stages import CollectConfig, DpoConfig, PpoConfig, Sft
 from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.world import VOCABULARY
-from rlhf_pipeline.errors import DataError
 from rlhf_pipeline.experiment.forecast import about, forecast_comparison, forecast_run, shares, total_of
-from rlhf_pipeline.experiment.machine import FACTOR
 from rlhf_pipeline.experiment.outlook import Outlook
 from rlhf_pipeline.experiment.run import checked, is_compared
 from rlhf_pipeline.models.needs import require_kernel, require_needs
