@@ -162,6 +162,7 @@ _FIRST_LOOK = """\
 _LIMITS = """\
       max_train_samples: {:<19} # pairs (PPO: prompts), by hash
       bf16: auto                             # if that is faster on this machine
+      logging_steps: 1                       # every step: there are few
 """
 _CENTRED = "    reward_centering_samples: {:<14} # few, because a large model samples slowly\n"
 _SHARED = "    shared_base: true                        # one copy of the frozen weights for all four models\n"
