@@ -174,7 +174,7 @@ def _apart_in_kl(results: Findings) -> Iterator[Line]:
             continue
         if high.mean > APART * max(low.mean, 0.0) and high.ends[0] > low.ends[1]:
             said.add(arms)
-            figures = " against ".join(f"{kl.mean:.2f} [{kl.low:.2f}, {kl.high:.2f}]" for kl in (high, low))
+            figures = " against ".join(f"{kl.mean:.3g} [{kl.low:.3g}, {kl.high:.3g}]" for kl in (high, low))
             text = f"at the same beta, {one.beta:g}, {far.arm} is much farther from the reference than {near.arm}"
             text += f": KL {figures} nats; part of their difference may come from this distance"
             yield line("limits", text)

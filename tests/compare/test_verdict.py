@@ -316,6 +316,7 @@ def kl_of(arm: str, mean: float, half: float, beta: float | None = 0.5) -> Summa
         (kl_of("ppo", 3.0, 0.5, 0.1), kl_of("dpo", 1.0, 0.5, 0.5), False),  # two prices
         (kl_of("ppo", 3.0, 0.5, None), kl_of("dpo", 1.0, 0.5, None), False),
         (kl_of("ppo", 0.1, 0.05), kl_of("dpo", -0.01, 0.02), True),  # an estimate below 0 has no factor
+        (kl_of("ppo", 0.004, 0.001), kl_of("dpo", 0.001, 0.0005), True),
     ],
 )
 def test_arms_that_one_beta_has_taken_far_apart(one, other, apart):
@@ -327,6 +328,7 @@ def test_arms_that_one_beta_has_taken_far_apart(one, other, apart):
         assert (len(words), len(answers)) == (apart, apart)
         if apart:
             assert "ppo is much farther from the reference than dpo" in words[0]
+            assert "KL 0.00 " not in words[0]
         reached = entry(estimate(0.2, 0.1), kind="matched KL", primary=False)
         found = topics(contrasts=[trained, reached], summary=summary)
         assert not any("compare them at matched KL" in text for text in found.get("next", []))  # it is answered
@@ -335,7 +337,7 @@ def test_arms_that_one_beta_has_taken_far_apart(one, other, apart):
 def test_far_apart_says_both_kls():
     found = topics(summary=[kl_of("ppo", 3.0, 0.5), kl_of("dpo", 1.0, 0.5)])
     assert "at the same beta, 0.5" in found["limits"][0]
-    assert "KL 3.00 [2.50, 3.50] against 1.00 [0.50, 1.50] nats" in found["limits"][0]
+    assert "KL 3 [2.5, 3.5] against 1 [0.5, 1.5] nats" in found["limits"][0]
 
 
 def test_data_that_have_changed_come_first():
