@@ -32,6 +32,7 @@ from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import check_role
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report import Results
+from rlhf_pipeline.training.run_directory import close_run
 from rlhf_pipeline.training.tracking import console
 
 if TYPE_CHECKING:
@@ -188,6 +189,8 @@ def run_experiment(
         say(f"note: {note}")
     nodes = expand(experiment)
     done = checked(experiment, nodes, registry)
+    for node, version in zip(nodes, done, strict=True):
+        _close(version, node.spec.config, registry)
     drawn = resampled(nodes)
     for line in _about(experiment, nodes, drawn):
         say(line)
@@ -235,6 +238,14 @@ def run_experiment(
         **({"points": [o.as_point() for o in outcomes], "resampled": list(drawn)} if several else {}),
         "comparison": _compared(experiment, outcomes, registry, say, drawn, before_work, quiet=quiet, command=command),
     }
+
+
+def _close(found: Resolved | None, config: StageConfig, registry: Registry) -> None:
+    """Do what is left of the run of a version, if it was killed between registering the version and ending."""
+    if found is None or found.manifest is None or not close_run(registry.home, found.manifest.run, found.label):
+        return
+    if isinstance(config, TrainingConfig) and config.output_dir is not None:
+        registry.export(found.label, config.output_dir, replace=True)
 
 
 def _about(experiment: Experiment, nodes: Sequence[Node], drawn: Sequence[str]) -> list[str]:

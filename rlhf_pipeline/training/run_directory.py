@@ -41,6 +41,20 @@ def is_finished(directory: Path) -> bool:
     return read_status(directory).get("status") == "finished"
 
 
+def close_run(home: Path, made_by: str, model: str) -> bool:
+    """End the run that made a model, if its process was killed after registering the model; whether it had to be.
+
+    made_by: the model's `run` in its manifest, NAME/TOKEN.
+    """
+    name, _, token = made_by.partition("/")
+    directory = home / "runs" / name
+    status = read_status(directory) if token else {}
+    if status.get("status") != "running" or status.get("token") != token:
+        return False
+    write_status(directory, status="finished", model=model, token=token)
+    return True
+
+
 def finished_runs(home: Path, name: str, digest: str) -> list[tuple[str, str]]:
     """Runs of a config that have registered their model, each with its model, the newest last."""
     base = home / "runs" / f"{name}-{digest[:10]}"

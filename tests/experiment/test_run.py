@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -115,6 +116,27 @@ def test_other_data_of_the_same_name_run_again_what_was_trained_on_them(lab, exp
     result = run(lab, path)
     assert "start" not in skipped(result)
     assert result["stages"]["start"]["model"] == "start@v2"
+
+
+@pytest.mark.check
+def test_a_run_that_was_killed_after_it_registered_its_model_is_ended(lab, experiment, tmp_path):
+    path = experiment(compare=False)
+    run(lab, path, f"dpo.output_dir={tmp_path / 'copy'}")
+    (directory,) = (lab.home / "runs").glob("dpo-*")
+    ended = json.loads((directory / "run.json").read_text())
+    assert (ended["status"], ended["model"]) == ("finished", "dpo@v1")
+    # As a SIGKILL leaves it while run.json is replaced.
+    (directory / "run.json").write_text(json.dumps({"status": "running", "pid": 1, "token": ended["token"]}))
+    (directory / ".run.json-0123456789ab.tmp").write_text(json.dumps(ended))
+    shutil.rmtree(tmp_path / "copy")
+    assert skipped(run(lab, path, f"dpo.output_dir={tmp_path / 'copy'}")) == set(STAGES)
+    assert json.loads((directory / "run.json").read_text()) == ended
+    assert not list(directory.glob(".*.tmp")) and (tmp_path / "copy" / "model.safetensors").is_file()
+    # A run of another token goes on as it is.
+    other = {"status": "running", "pid": 1, "token": "another"}
+    (directory / "run.json").write_text(json.dumps(other))
+    run(lab, path, f"dpo.output_dir={tmp_path / 'copy'}")
+    assert json.loads((directory / "run.json").read_text()) == other
 
 
 def test_a_stage_that_failed_is_taken_up_again(lab, experiment, monkeypatch):
