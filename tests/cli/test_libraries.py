@@ -130,6 +130,64 @@ def test_an_experiment_that_is_done_imports_no_library(lab, tmp_path) -> None:
     assert "already compared" in second["said"][0]
 
 
+LOADED = """
+import json, sys
+from rlhf_pipeline.cli.libraries import load_libraries
+load_libraries()
+before = [name for name in ("scipy.optimize", "scipy.linalg") if name in sys.modules]
+from transformers.loss import loss_for_object_detection as losses
+rows, columns = losses.linear_sum_assignment([[4.0, 1.0, 3.0], [2.0, 0.0, 5.0], [3.0, 2.0, 2.0]])
+import scipy.optimize._zeros_py
+from scipy.optimize import brentq
+print(json.dumps([before, rows.tolist(), columns.tolist(), brentq(lambda x: x - 2.0, 0.0, 5.0)]))
+"""
+INSIDE = """
+from rlhf_pipeline.cli.libraries import without_scipy_optimize
+with without_scipy_optimize():
+    {inside}
+import scipy.optimize
+assert type(scipy.optimize).__name__ == "module" and {name}({arguments}) is not None
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.check
+def test_scipy_optimize_is_imported_by_the_loss_that_needs_it() -> None:
+    done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=True)
+    before, rows, columns, root = json.loads(done.stdout.splitlines()[-1])
+    assert before == []
+    # By hand, of the six assignments of this matrix: 1 + 2 + 2 = 5 is the least.
+    assert (rows, columns, root) == ([0, 1, 2], [1, 0, 2], 2.0)
+
+
+@pytest.mark.slow
+@pytest.mark.check
+@pytest.mark.parametrize(
+    ("inside", "name", "arguments"),
+    [
+        ("from scipy.optimize import brentq", "brentq", "lambda x: x - 2.0, 0.0, 5.0"),
+        ("from scipy.optimize._zeros_py import bisect", "bisect", "lambda x: x - 2.0, 0.0, 5.0"),
+        ("from scipy.optimize import linear_sum_assignment as least", "least", "[[1.0]]"),
+    ],
+    ids=["another name", "a module below", "the function"],
+)
+def test_whatever_a_library_imports_from_scipy_optimize_meanwhile_is_there(
+    inside: str, name: str, arguments: str
+) -> None:
+    code = INSIDE.format(inside=inside, name=name, arguments=arguments)
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.check
+def test_a_stage_imports_no_other_room_than_its_own(lab) -> None:
+    others = ("experiment", "report", "compare", "measure", "stages.ppo", "stages.collect", "stages.reward")
+    names = (*(f"rlhf_pipeline.{name}" for name in others), "scipy.optimize")
+    found = imported(names, command(lab.home, "dpo"))
+    assert found["codes"] == [0]
+    assert found["found"] == [[]]
+
+
 def test_where_torch_is_imported_the_collector_is_left_alone() -> None:
     import torch  # noqa: F401
 
