@@ -79,7 +79,7 @@ def _train(stage: str, config: Config, home: Home, resume: bool, quiet: bool, ov
 
     loaded, place = load_config(stage, config, extra=overrides), home_directory(home)
     check_models(loaded.config, Registry(place))
-    from rlhf_pipeline.experiment.run import stage_function
+    from rlhf_pipeline.stages.functions import stage_function
 
     result = stage_function(stage)(loaded.config, place, resume=resume, quiet=quiet, notes=loaded.notes)
     return result.as_dict()

@@ -31,7 +31,7 @@ def train(common: Common, settings: Settings, overrides: OverridesArgument = Non
         return
     check_models(config, common.registry)
     load_libraries()
-    from rlhf_pipeline.experiment.run import stage_function
+    from rlhf_pipeline.stages.functions import stage_function
 
     result = stage_function(settings.stage)(config, common.home_path, resume=resume, notes=loaded.notes)
     if not result.model:  # a process that does not register the model

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf_pipeline.compare.points import Point, points_of
 from rlhf_pipeline.config.compare import CompareConfig
@@ -32,25 +32,9 @@ from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import check_role
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report import Results
+from rlhf_pipeline.stages.functions import stage_function
 from rlhf_pipeline.training.run_directory import close_run
 from rlhf_pipeline.training.tracking import console
-
-if TYPE_CHECKING:
-    from rlhf_pipeline.stages.publish import StageResult
-
-
-def stage_function(stage: str) -> Callable[..., StageResult]:
-    """The function that runs a stage, by its command name; imported on demand."""
-    from rlhf_pipeline.stages import collect, dpo, ppo, reward, sft
-
-    functions: dict[str, Callable[..., StageResult]] = {
-        "sft": sft.run_sft,
-        "train-rm": reward.run_reward,
-        "ppo": ppo.run_ppo,
-        "dpo": dpo.run_dpo,
-        "collect": collect.run_collect,
-    }
-    return functions[stage]
 
 
 def checked(experiment: Experiment, nodes: Sequence[Node], registry: Registry) -> list[Resolved | None]:
