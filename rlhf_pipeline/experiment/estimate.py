@@ -24,7 +24,7 @@ from rlhf_pipeline.data.world import VOCABULARY
 from rlhf_pipeline.experiment.forecast import about, forecast_comparison, forecast_run, shares, total_of
 from rlhf_pipeline.experiment.outlook import Outlook
 from rlhf_pipeline.experiment.run import checked, is_compared
-from rlhf_pipeline.models.needs import require_kernel, require_needs
+from rlhf_pipeline.models.needs import remarks_on, require_kernel, require_needs
 from rlhf_pipeline.registry.adapters import chain_of, four_bits_of, require_same_base
 from rlhf_pipeline.registry.lengths import with_lengths
 from rlhf_pipeline.registry.parents import parents_of
@@ -163,7 +163,7 @@ def estimate_stage(config: StageConfig, home: Path) -> dict[str, Any]:
         if role != "reference" or named[role] != named["base"]:
             result["model" if role == "base" else role] = parent.label
     _check_models(config, parents, home)
-    said: list[str] = []
+    said = remarks_on(parents["base"]) if "base" in parents else []
     node = Node(StageSpec(config.output_name, config.stage, config), None, {}, {})
     outlook = Outlook([node], [None], registry, said.append)
     if isinstance(config, CollectConfig):

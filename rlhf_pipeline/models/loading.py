@@ -17,7 +17,7 @@ from rlhf_pipeline.errors import BadInput, ConfigError, Fault, MismatchError, di
 from rlhf_pipeline.models.adapters import TRAINED, adapters_of, save_adapter
 from rlhf_pipeline.models.four_bits import loading_in, require_bitsandbytes, settle
 from rlhf_pipeline.models.needs import require_kernel
-from rlhf_pipeline.models.noise import is_noise, without_noise
+from rlhf_pipeline.models.noise import is_noise, router_loss_as_loaded, without_noise, without_router_loss
 from rlhf_pipeline.models.refusals import refuse_to_hide, require_full_precision, require_sizes
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _load(
         )
     if four_bits is not None:
         settle(model)
-    return model, report
+    return without_router_loss(model), report
 
 
 def load_causal_lm(
@@ -248,7 +248,7 @@ def init_causal_lm(
         config, dtype="float32" if dtype == "auto" else dtype, attn_implementation=attn_implementation
     )
     adopt_tokenizer(model, tokenizer)
-    return model
+    return without_router_loss(model)
 
 
 def init_reward_model(
@@ -320,10 +320,11 @@ def store_reward_shift(model: PreTrainedModel, mean_score: float) -> None:
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Write weights (safetensors), config and tokenizer in the Hugging Face layout; of an adapter its own weights."""
-    if TRAINED in adapters_of(model):
-        save_adapter(model, directory)
-    else:
-        model.save_pretrained(directory, safe_serialization=True)
+    with router_loss_as_loaded(model):
+        if TRAINED in adapters_of(model):
+            save_adapter(model, directory)
+        else:
+            model.save_pretrained(directory, safe_serialization=True)
     tokenizer.save_pretrained(directory)
     config = json.loads((directory / "config.json").read_text())
     if "auto_map" in config:  # never pass on a pointer to code that a user might run unintentionally

@@ -1,9 +1,13 @@
-"""Random noise in a forward pass (dropout, dropped layers, router jitter): switched off, and looked for at load."""
+"""Random noise in a forward pass (dropout, dropped layers, router jitter): switched off, and looked for at load.
+
+Router losses are switched off too: no stage adds them.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,6 +42,32 @@ def without_noise(config: Any) -> Any:
             if is_noise(key, value):
                 setattr(part, key, 0.0)
     return config
+
+
+def without_router_loss(model: PreTrainedModel) -> PreTrainedModel:
+    """Set `output_router_logits` of a model's configs off, in place; returns the model.
+
+    transformers else computes the loss that balances experts in each forward pass, and fails at it when a batch with
+    padding is decoded with a cache.
+    """
+    routed = [part for part in _parts(model.config) if getattr(part, "output_router_logits", None)]
+    for part in routed:
+        part.output_router_logits = False
+    model.routed = routed  # type: ignore[assignment]  # an attribute of ours
+    return model
+
+
+@contextmanager
+def router_loss_as_loaded(model: PreTrainedModel) -> Iterator[None]:
+    """A context in which `output_router_logits` is what it was before `without_router_loss`, to save the configs."""
+    routed: list[Any] = getattr(model, "routed", [])
+    for part in routed:
+        part.output_router_logits = True
+    try:
+        yield
+    finally:
+        for part in routed:
+            part.output_router_logits = False
 
 
 def _random_state(device: torch.device) -> tuple[Any, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -166,6 +168,21 @@ def test_router_noise_is_off(tmp_path, key):
     values = {"model_type": "phimoe", **mixture, "num_key_value_heads": 2, "num_local_experts": 2, key: 0.1}
     save_model(init_causal_lm(values, world.tokenizer(), seed=0, dropout=True), world.tokenizer(), tmp_path)
     assert getattr(load_causal_lm(tmp_path).config, key) == 0
+
+
+@pytest.mark.check
+def test_a_router_loss_is_not_computed_and_its_key_is_published(tmp_path):
+    """transformers computes it in each forward pass, and fails at it when it decodes padded prompts with a cache."""
+    values = TEXT | {"num_local_experts": 2, "num_experts_per_tok": 1, "output_router_logits": True}
+    make("mixtral", values).save_pretrained(tmp_path / "first")
+    model = load_causal_lm(tmp_path / "first")
+    assert inspect_model(model).decodes
+    assert model(input_ids=torch.arange(2, 6)[None]).router_logits is None
+    assert read_reward_model(init_reward_model(tmp_path / "first", world.tokenizer(), seed=0)).reader.layout == "flat"
+    save_model(model, world.tokenizer(), tmp_path / "second")
+    assert not model.config.output_router_logits
+    for folder in ("first", "second"):
+        assert json.loads((tmp_path / folder / "config.json").read_text())["output_router_logits"] is True
 
 
 def test_noise_that_no_key_of_the_config_switches_off_is_refused_by_name():

@@ -121,6 +121,7 @@ def test_a_router_loss_that_is_not_added_is_said(lab, tmp_path):
         f"note: router_aux_loss_coef 0.5 of {folder} has no effect: the loss that balances its experts is not added"
     ]
     assert remarks_on(lab.registry.resolve(folder)) == expected
+    assert expected[0] in estimate_stage(lab.config("dpo", model_name_or_path=folder), lab.home)["data"]
     result = lab.run("dpo", model_name_or_path=folder, max_steps=1)
     assert expected[0] in (lab.home / "runs" / result.run / "log.txt").read_text()
 

@@ -146,3 +146,44 @@ def test_a_model_from_scratch_has_the_template_of_its_config(lab, source) -> Non
     assert resolved.manifest.chat_template_digest is not None
     with pytest.raises(ConfigError, match="eos_token: the tokenizer of tokenizer_init has its own"):
         lab.config("sft", output_name="x", dataset_name=source, eos_token="a", **start)
+
+
+PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+THOUGHT = "<think>\n\n</think>\n\n4"
+
+
+@pytest.mark.check
+@pytest.mark.slow
+@pytest.mark.parametrize("opened", ["", "<think>\n"])
+def test_a_reply_that_is_learnt_is_sampled_where_the_prompt_opens_thinking(lab, tmp_path, opened) -> None:
+    """Two newlines are one token: in the whole text it reaches from the prompt `<think>` and a newline into the reply."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from rlhf_pipeline.measure.generate import run_generate
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {piece: number for number, piece in enumerate([*letters, "ĊĊ"])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ċ", "Ċ")]))
+    cut = pre_tokenizers.Split(Regex(PIECES), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Sequence(list(cut)), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", pad_token="<pad>")
+    turn = "{{ m.role + ':' + ('" + THOUGHT[:-1].replace("\n", "\\n") + "' if m.role == 'assistant' else '') }}"
+    asks = "{% if add_generation_prompt %}{{ 'assistant:" + opened.replace("\n", "\\n") + "' }}{% endif %}"
+    tokenizer.chat_template = "{% for m in messages %}" + turn + "{{ m.content + '<end>' }}{% endfor %}" + asks
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    LlamaForCausalLM(LlamaConfig(**sizes, **ids, initializer_range=0.3)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"messages": talk("2+2?", "4")}) + "\n")
+    lengths = {"max_prompt_length": 48, "response_length": 32}
+    splits = {"dataset_train_split": "all", "dataset_test_split": "all", "eval_strategy": "no"}
+    changes = {"model_name_or_path": str(tmp_path / "model"), "dataset_name": str(rows), "max_steps": 80}
+    result = lab.run("sft", **changes, **lengths, **splits, learning_rate=3e-2, lr_scheduler_type="constant")
+    assert result.metrics["eval_nll_per_sequence"] < 0.003
+    config = lab.config("generate", max_prompt_length=48, max_new_tokens=32, samples=32)
+    (found,) = run_generate("tuned", config, lab.home, texts=["2+2?"])["responses"]
+    expected = (THOUGHT.removeprefix(opened), True)
+    assert [(response["text"], response["ended"]) for response in found["responses"]] == [expected] * 32
