@@ -156,7 +156,7 @@ THOUGHT = "<think>\n\n</think>\n\n4"
 @pytest.mark.slow
 @pytest.mark.parametrize("opened", ["", "<think>\n"])
 def test_a_reply_that_is_learnt_is_sampled_where_the_prompt_opens_thinking(lab, tmp_path, opened) -> None:
-    """Two newlines are one token: in the whole text it reaches from the prompt `<think>` and a newline into the reply."""
+    """Two newlines are one token; in the whole text it would reach from the end of the prompt into the reply."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
