@@ -80,7 +80,7 @@ def read_source(
 
 
 def _no_split(source: str, split: str, names: Iterable[str]) -> DataError:
-    expected = f"one of {', '.join(names)}, or all" if names else "all: the source has no splits"
+    expected = f"one of {', '.join(names)}, or all" if names else "`split: all`: the source has no splits"
     return DataError(Fault(source, f"no split {split!r}", expected, did_you_mean(split, names)))
 
 

@@ -69,7 +69,7 @@ def load_setup(
     if config.value_init == "reward_model" and not models:
         raise refused_critic(named[0])
     repeat_gates(named, run.log.say)
-    if config.missing_eos_penalty is None:
+    if not config.missing_eos_penalty:
         warn_of_cut_responses(named, run.log.say)
     actor_critic = make_actor_critic(
         actor.model,

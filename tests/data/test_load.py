@@ -156,7 +156,7 @@ def test_a_split_of_a_file_is_read_whole(jsonl):
     assert len(read_records(source, split="all").records) == 4
     with pytest.raises(DataError, match="no split 'neu'; expected one of dev, new, test, or all; did you mean 'new'"):
         read_records(source, split="neu")
-    with pytest.raises(DataError, match="expected all: the source has no splits"):
+    with pytest.raises(DataError, match="expected `split: all`: the source has no splits"):
         read_records("world:verdicts", split="train")
 
 
