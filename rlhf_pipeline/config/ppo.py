@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -30,6 +29,7 @@ from rlhf_pipeline.config.rewards import (
     check_request,
     check_source,
 )
+from rlhf_pipeline.config.rollout_engine import COOLEST, HOTTEST, INSTALL, vllm_found
 from rlhf_pipeline.config.shorthands import ROLLOUT
 from rlhf_pipeline.config.training import COMMON_CHECKS, TrainingConfig, check_model
 from rlhf_pipeline.errors import Fault
@@ -47,18 +47,12 @@ def check_rollout_engine(config: PpoConfig) -> Iterator[Fault]:
     if config.rollout_engine == "native":
         return
     native = "or rollout_engine: native"
-    if importlib.util.find_spec("vllm") is None:
-        fix = f"pip install 'vllm>=0.22,<=0.31' (the versions that TRL 1.16 supports), {native}"
-        yield no_package("rollout_engine", "vllm", "vllm", fix)
-    if config.use_peft:
-        found = "found true with rollout_engine vllm, which would need the adapter's weights merged at every update"
-        yield Fault("use_peft", found, "use_peft: false", native)
-    if config.use_cpu:
-        found = "found true with rollout_engine vllm, which needs a GPU and chooses its device itself"
-        yield Fault("use_cpu", found, "use_cpu: false", native)
-    if config.temperature < 0.01:
-        found = f"found {config.temperature:g}, which vllm would raise to 0.01"
-        yield Fault("temperature", found, "at least 0.01", native)
+    if not vllm_found():
+        yield no_package("rollout_engine", "vllm", "vllm", f"{INSTALL}, {native}")
+    if not COOLEST <= config.temperature <= HOTTEST:
+        done = f"would raise to {COOLEST:g}" if config.temperature < COOLEST else "refuses"
+        found = f"found {config.temperature:g}, which vllm {done}"
+        yield Fault("temperature", found, f"{COOLEST:g} to {HOTTEST:g}", native)
 
 
 def check_reward(config: PpoConfig) -> Iterator[Fault]:
@@ -268,8 +262,8 @@ class PpoConfig(TrainingConfig):
     )
     rollout_engine: Annotated[Literal["native", "vllm"], BeforeValidator(_engine)] = option(
         "native",
-        "sampler of the responses (ours: the model itself); vllm: vLLM on the same GPU in one process, with the "
-        "weights of each update; written from its documentation, never run on a GPU or with vLLM itself",
+        "sampler of the responses (ours: the model itself); vllm: vLLM in the same process, with the weights of each "
+        "update; run on a CPU, never on a GPU",
     )
     importance_weight_cap: Positive = option(
         2.0,
@@ -277,7 +271,8 @@ class PpoConfig(TrainingConfig):
         "2025; TRL's cap: 3)",
     )
     vllm_gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = option(
-        0.3, "with vllm: share of the GPU's memory for vLLM's weights and cache (TRL)"
+        0.3,
+        "with vllm: share of the memory of its GPU (without one: of the machine) for vLLM's weights and cache (TRL)",
     )
     shared_base: bool = option(
         False,

@@ -77,7 +77,7 @@ def _with_adapters_of(model: PreTrainedModel, trunk: PreTrainedModel) -> PreTrai
     return trunk
 
 
-def _ties(model: PreTrainedModel) -> bool:
+def ties(model: PreTrainedModel) -> bool:
     """Whether the output head of a language model is its embedding."""
     head = getattr(model, "lm_head", None) and model.get_output_embeddings()
     return head is not None and head.weight is cast(nn.Embedding, model.get_input_embeddings()).weight
@@ -113,7 +113,7 @@ def add_adapter(model: PreTrainedModel, config: TrainingConfig, base: str) -> No
         use_dora=config.use_dora,
         task_type="SEQ_CLS" if head else "CAUSAL_LM",
         base_model_name_or_path=base,
-        ensure_weight_tying=_ties(model) and TIED in {*(asked or ()), *whole},
+        ensure_weight_tying=ties(model) and TIED in {*(asked or ()), *whole},
     )
     try:
         with torch.random.fork_rng():
@@ -255,7 +255,7 @@ def remove_adapters(model: PreTrainedModel, *, merge: bool) -> None:
             model.set_submodule(path, plain)
     if names:
         del model.peft_config
-    if getattr(model, "lm_head", None) is not None and not _ties(model):
+    if getattr(model, "lm_head", None) is not None and not ties(model):
         model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
 
 

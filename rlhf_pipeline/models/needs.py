@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rlhf_pipeline.config.adapter import FourBits
-from rlhf_pipeline.config.stages import StageConfig
+from rlhf_pipeline.config.stages import PpoConfig, StageConfig
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.errors import ConfigError, Fault, first_line
 from rlhf_pipeline.models.four_bits import require_bitsandbytes
+from rlhf_pipeline.models.handover import require_vllm_reads
 from rlhf_pipeline.registry.adapters import described_by, four_bits_of
 from rlhf_pipeline.registry.lengths import require_positions
 from rlhf_pipeline.registry.references import Resolved
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
 
 
 def require_needs(config: StageConfig, parents: Mapping[str, Resolved]) -> None:
-    """Check positions, number type, weights in 4 bits and attention kernel of the models of a stage.
+    """Check positions, number type, weights in 4 bits, attention kernel and sampling engine for the models of a stage.
 
     Raises:
         ConfigError: a model has too few positions, its stored weights cannot be trained, an adapter would start from
-            weights held in another way than those of its parent, or the kernel cannot be used.
+            weights held in another way than those of its parent, the kernel cannot be used, or vLLM is to sample
+            and cannot read the policy.
         DamagedFile: a config.json cannot be read.
     """
     for role, parent in parents.items():
@@ -37,6 +39,8 @@ def require_needs(config: StageConfig, parents: Mapping[str, Resolved]) -> None:
         if config.attn_implementation is not None:
             _require_kernel_of(parent, config.attn_implementation, config.trust_remote_code, scores=scores)
     base = parents.get("base")
+    if isinstance(config, PpoConfig) and config.rollout_engine == "vllm" and base is not None:
+        require_vllm_reads(base, config.trust_remote_code)
     if isinstance(config, TrainingConfig) and config.use_peft and base is not None:
         trained, asked = four_bits_of(base), FourBits.of(config)
         if trained not in (None, asked):

@@ -1,21 +1,26 @@
 """Sampling by vLLM in this process, with the weights of the trained model.
 
-Written from vLLM's documentation and TRL 1.16's use of it (vLLM 0.22 to 0.31); not yet run with vLLM itself. It uses
-only `LLM`, `SamplingParams`, `LLM.generate`, `LLM.apply_model` and a model's `load_weights`. Input and output are token
-ids, so no tokenizer is loaded and training uses exactly the sampled tokens.
+It uses `LLM`, `SamplingParams`, `LLM.generate`, `LLM.apply_model` and the workers' `reload_weights` (vLLM 0.27 to 0.30;
+`make vllm` runs them). Input and output are token ids, so no tokenizer is loaded and training uses exactly the sampled
+tokens.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
+import random
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
+from rlhf_pipeline.config.rollout_engine import vllm_on_cpu, vllm_version
 from rlhf_pipeline.errors import RunFailed, first_line
+from rlhf_pipeline.models.handover import differences_from_files, weights_of_files, without_adapters
 from rlhf_pipeline.models.modules import ActorCritic, Policy
 from rlhf_pipeline.rollout.sampler import Response
 
@@ -34,10 +39,42 @@ def _failures(doing: str, fix: str) -> Iterator[None]:
         raise RunFailed(f"rollout_engine vllm, {doing}: {type(error).__name__}: {first_line(error)}; {fix}") from error
 
 
-def actor_weights(policy: Policy | ActorCritic) -> Iterator[tuple[str, torch.Tensor]]:
-    """The language model's parameters under their Hugging Face names, tied ones once, without a critic."""
-    for name, parameter in policy.language_model.named_parameters():
-        yield name, parameter.detach()
+@contextlib.contextmanager
+def _our_state() -> Iterator[None]:
+    """Give the process back as it was: vLLM seeds all random generators, and takes over torch's threads and LD_PRELOAD.
+
+    On a CPU it replaces `torch.set_num_threads` by a function that does nothing.
+    """
+    python, numpy, threads = random.getstate(), np.random.get_state(), torch.get_num_threads()
+    set_threads, preloaded = torch.set_num_threads, os.environ.get("LD_PRELOAD")
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_num_threads = set_threads
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        os.environ.pop("LD_PRELOAD", None)
+        if preloaded is not None:
+            os.environ["LD_PRELOAD"] = preloaded
+
+
+def pack_shared_weights(model: Any) -> None:
+    """Let vLLM's layers that share a weight with an earlier layer, such as a tied head, prepare it for computing again.
+
+    On a CPU each linear layer computes with a packed copy. `reload_weights` makes the copies of the layers that it
+    loads, and the weight of a tied head is loaded as that of the embedding: its copy would be that of older weights.
+    """
+    seen: set[int] = set()
+    for layer in model.modules():
+        weight, method = layer._parameters.get("weight"), getattr(layer, "quant_method", None)
+        if weight is None:
+            continue
+        if id(weight) in seen and method is not None:
+            method.process_weights_after_loading(layer)
+        seen.add(id(weight))
 
 
 def response_of(output: Any, stop_ids: Sequence[int], response_length: int) -> Response:
@@ -69,11 +106,14 @@ def response_of(output: Any, stop_ids: Sequence[int], response_length: int) -> R
 
 
 class VllmEngine:
-    """vLLM's engine on the same GPU as the trained model.
+    """vLLM's engine in the process of the trained model, on the same GPU, or on the CPU if vLLM is built for it.
+
+    Its weights are arbitrary until the first `load_weights`.
 
     Args:
-        model: folder or hub id of the initial policy. dtype: the dtype of the computation ("bfloat16", ...).
-        max_length: tokens of prompt and response. memory: share of the GPU's memory for the engine.
+        policy: the model to sample from. model: folder or hub id with its config.json. dtype: the dtype of the
+            computation ("bfloat16", ...). max_length: tokens of prompt and response. memory: share of the memory of
+            the GPU (or of the machine) for the engine.
 
     Raises:
         RunFailed: vLLM cannot be imported or started.
@@ -81,6 +121,7 @@ class VllmEngine:
 
     def __init__(
         self,
+        policy: Policy | ActorCritic,
         model: str,
         *,
         dtype: str,
@@ -92,34 +133,45 @@ class VllmEngine:
     ):
         # One process, so that the weights are passed in memory and the order of the work is fixed.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        with _failures("importing it", "install a vllm that fits this torch, or use rollout_engine: native"):
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        fix = "install a vllm that fits this torch, or use rollout_engine: native"
+        with _failures("importing it", fix), _our_state():
             import vllm
 
-            self.version = getattr(vllm, "__version__", "of unknown version")
+            self.version = vllm_version() or getattr(vllm, "__version__", "of unknown version")
             self._parameters = vllm.SamplingParams
         fix = "lower vllm_gpu_memory_utilization, or use rollout_engine: native"
-        with _failures(f"starting {self.version}", fix):
-            self._llm = vllm.LLM(
+        overrides = differences_from_files(without_adapters(policy.language_model))
+        with _failures(f"starting {self.version}", fix), _our_state():
+            self._llm: Any = vllm.LLM(
                 model=model,
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 skip_tokenizer_init=True,
                 dtype=dtype,
+                load_format="dummy",  # the policy's weights follow, and may have more rows than those of the files
+                hf_overrides=overrides,
                 max_model_len=max_length,
                 gpu_memory_utilization=memory,
+                enforce_eager=vllm_on_cpu(),  # compiling takes longer there than it saves
                 logprobs_mode="processed_logprobs",  # of the sampling distribution, including temperature
                 enable_prefix_caching=False,  # keys and values of earlier weights would remain
                 seed=seed,
             )
 
     def load_weights(self, policy: Policy | ActorCritic) -> None:
-        """Copy the current weights of the policy into the engine."""
+        """Copy the current weights of the policy into the engine; adapters are merged into those that they stand on."""
+        weights = weights_of_files(without_adapters(policy.language_model))
+        with _failures("loading the policy's weights", "use rollout_engine: native"), _our_state(), torch.no_grad():
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+            self._llm.apply_model(pack_shared_weights)
 
-        def load(model: Any) -> None:  # vllm's own implementation of the model
-            model.load_weights(actor_weights(policy))
-
-        with _failures("loading the policy's weights", "use rollout_engine: native"), torch.no_grad():
-            self._llm.apply_model(load)
+    def close(self) -> None:
+        """End the engine and free its memory."""
+        with _failures("ending it", "the model is not affected"), _our_state():
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+            gc.collect()
 
     def generate(
         self,
@@ -146,7 +198,7 @@ class VllmEngine:
         """
         asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts for _ in range(samples)]
         seeds = torch.randint(SEEDS, (len(asked),), generator=generator).tolist()
-        with _failures("sampling", "use rollout_engine: native"):
+        with _failures("sampling", "use rollout_engine: native"), _our_state():
             parameters = [
                 self._parameters(
                     n=1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,7 +167,8 @@ def run_ppo(config: PpoConfig, home: Path, **options) -> StageResult:
             derive=derive,
             warmup_offset=WARMUP_OFFSET,
         )
-        last = train(run, setup.actor_critic, plan)
+        with contextlib.closing(setup):
+            last = train(run, setup.actor_critic, plan)
 
         # 4. Register the actor.
         metrics = {"train": last, "health": plan.health, "prompts": len(prompts)}

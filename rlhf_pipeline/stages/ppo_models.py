@@ -15,6 +15,7 @@ from rlhf_pipeline.errors import ConfigError, Fault
 from rlhf_pipeline.models.adapters import add_adapter
 from rlhf_pipeline.models.four_bits import entries
 from rlhf_pipeline.models.modules import ActorCritic, assert_independent, describe_critic, make_actor_critic
+from rlhf_pipeline.registry.adapters import chain_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.rollout.rewards import CombinedReward
 from rlhf_pipeline.rollout.vllm_engine import VllmEngine
@@ -113,7 +114,7 @@ def load_setup(
         stop_ids=stop_ids(tokenizer),
         meter=run.meter,
         shapes=shapes,
-        engine=load_engine(run, config, parent, actor_critic.actor),
+        engine=load_engine(run, config, parent, actor_critic),
         judge=judge,
         memory=run.memory,
         device=run.device,
@@ -147,28 +148,22 @@ def check_processes(config: PpoConfig, count: int) -> None:
         raise ConfigError(Fault("rollout_batch_size", found, f"a minibatch that {count} divides"))
 
 
-def load_engine(run: Run[PpoConfig], config: PpoConfig, policy: Resolved, model: torch.nn.Module) -> VllmEngine | None:
-    """The engine that samples instead of the model; None for the native sampler.
-
-    Raises:
-        ConfigError: the policy starts from an adapter, which the engine cannot load.
-    """
+def load_engine(run: Run[PpoConfig], config: PpoConfig, start: Resolved, policy: ActorCritic) -> VllmEngine | None:
+    """The engine that samples instead of the policy, which comes from `start`; None for the native sampler."""
     if config.rollout_engine == "native":
         return None
-    if policy.base is not None:
-        fix = "start from rlhf models export REF DIR --merge, or use rollout_engine: native"
-        found = f"found 'vllm', but {policy.label} is an adapter"
-        raise ConfigError(Fault("rollout_engine", found, "whole weights", fix))
-    dtype = torch.bfloat16 if uses_bf16(config) else next(model.parameters()).dtype
+    dtype = torch.bfloat16 if uses_bf16(config) else next(policy.actor.parameters()).dtype
+    whole, _ = chain_of(start)
     engine = VllmEngine(
-        policy.location,
+        policy,
+        whole.location,
         dtype=str(dtype).removeprefix("torch."),
         max_length=config.lengths().total,
         memory=config.vllm_gpu_memory_utilization,
         seed=config.seed,
-        revision=policy.revision,
+        revision=whole.revision,
         trust_remote_code=config.trust_remote_code,
     )
     capped = f"importance weights up to {config.importance_weight_cap:g}"
-    run.log.say(f"rollouts by vllm {engine.version} in {dtype}, {capped}; not yet tested with vllm itself")
+    run.log.say(f"rollouts by vllm {engine.version} in {dtype}, {capped}")
     return engine

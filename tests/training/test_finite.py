@@ -335,7 +335,6 @@ def test_the_figures_of_a_rollout(fails, name, figure, bad):
 def test_log_probabilities_of_another_sampler(fails, monkeypatch, bad):
     """A weight of exp(old - -inf) is the cap: without a look at what the engine says the run would go on."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(sys.modules, "vllm", fake_vllm.module())
     answered, spoiled = [], []
 
@@ -358,7 +357,7 @@ def test_log_probabilities_of_another_sampler(fails, monkeypatch, bad):
         patch.setattr(ppo_rollouts, "run_models", watched)
         patch.setattr(fake_vllm.LLM, "answer", staticmethod(answer))
 
-    told = fails("ppo", spoil, "log-probabilities of the sampler", rollout_engine="vllm", use_cpu=False)
+    told = fails("ppo", spoil, "log-probabilities of the sampler", rollout_engine="vllm")
     assert_names(told, spoiled[0], 0, bad, 16)
     assert told["rows"][0]["values"] == [{"token": 0, "value": str(bad)}]
     assert "use rollout_engine: native" in told["message"]
