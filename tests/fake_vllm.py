@@ -2,7 +2,8 @@
 
 Like vLLM it begins with arbitrary weights, keeps those that it is not handed, and takes over the random state and the
 threads of the process. As on a CPU, it computes with a packed copy of a tied head, which it does not make again when
-weights are reloaded. `SamplingParams` and `LLM` take the names that vLLM has and no others. `make vllm` runs vLLM itself.
+weights are reloaded. `SamplingParams` and `LLM` take the names that vLLM has and no others. `make vllm` runs vLLM
+itself.
 """
 
 from __future__ import annotations

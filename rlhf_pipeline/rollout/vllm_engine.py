@@ -25,6 +25,8 @@ from rlhf_pipeline.models.modules import ActorCritic, Policy
 from rlhf_pipeline.rollout.sampler import Response
 
 SEEDS = 2**62
+INHERITED = ("LD_PRELOAD", "LD_LIBRARY_PATH", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "WORLD_SIZE", "RANK")
+"""Variables that vLLM and what it imports set, and that processes started later would inherit."""
 
 
 @contextlib.contextmanager
@@ -41,12 +43,12 @@ def _failures(doing: str, fix: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _our_state() -> Iterator[None]:
-    """Give the process back as it was: vLLM seeds all random generators, and takes over torch's threads and LD_PRELOAD.
+    """Give the process back as it was: vLLM seeds all random generators, and takes over torch's threads.
 
     On a CPU it replaces `torch.set_num_threads` by a function that does nothing.
     """
     python, numpy, threads = random.getstate(), np.random.get_state(), torch.get_num_threads()
-    set_threads, preloaded = torch.set_num_threads, os.environ.get("LD_PRELOAD")
+    set_threads, inherited = torch.set_num_threads, {name: os.environ.get(name) for name in INHERITED}
     try:
         with torch.random.fork_rng():
             yield
@@ -56,9 +58,10 @@ def _our_state() -> Iterator[None]:
         torch.set_num_threads = set_threads
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
-        os.environ.pop("LD_PRELOAD", None)
-        if preloaded is not None:
-            os.environ["LD_PRELOAD"] = preloaded
+        for name, value in inherited.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def pack_shared_weights(model: Any) -> None:
@@ -133,7 +136,7 @@ class VllmEngine:
     ):
         # One process, so that the weights are passed in memory and the order of the work is fixed.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns of each layer that shares its weight
         fix = "install a vllm that fits this torch, or use rollout_engine: native"
         with _failures("importing it", fix), _our_state():
             import vllm
