@@ -19,6 +19,10 @@ import numpy as np
 import torch
 
 
+class VLLMValidationError(Exception):
+    """No ValueError."""
+
+
 @dataclass
 class SamplingParams:
     n: int = 1
@@ -36,7 +40,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if self.temperature > 2:
-            raise ValueError(f"temperature must be in [0, 2], got {self.temperature}.")
+            raise VLLMValidationError(f"temperature must be in [0, 2], got {self.temperature}.")
         self.temperature = max(self.temperature, 0.01)
 
 

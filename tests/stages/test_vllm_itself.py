@@ -69,7 +69,7 @@ def engine(model, folder: Path, *, dtype: str = "float32", max_length: int = 20)
     from rlhf_pipeline.rollout.vllm_engine import VllmEngine
 
     policy = SimpleNamespace(language_model=model)
-    made = VllmEngine(policy, str(folder), dtype=dtype, max_length=max_length, memory=0.2, seed=0)
+    made = VllmEngine(policy, str(folder), dtype=dtype, max_length=max_length, memory=0.12, seed=0)
     try:
         made.load_weights(policy)
         yield made, policy
@@ -210,13 +210,8 @@ def test_the_process_is_given_back_as_it_was(tmp_path):
 
     def state():
         generators = torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
-        torch_itself = (
-            torch.set_num_threads,
-            torch.get_num_threads(),
-            torch.get_default_dtype(),
-            torch.is_grad_enabled(),
-        )
-        return generators, torch_itself, os.environ.get("LD_PRELOAD")
+        torchs = torch.set_num_threads, torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
+        return generators, torchs, os.environ.get("LD_PRELOAD")
 
     model = language_model("gpt2", tmp_path)
     torch.set_num_threads(1)
@@ -233,6 +228,7 @@ def test_the_process_is_given_back_as_it_was(tmp_path):
 
 def test_what_we_refuse_before_is_what_it_refuses():
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     from rlhf_pipeline.config.rollout_engine import COOLEST, HOTTEST
@@ -242,7 +238,7 @@ def test_what_we_refuse_before_is_what_it_refuses():
     for temperature in (COOLEST, HOTTEST):
         assert SamplingParams(temperature=temperature).temperature == temperature
     assert SamplingParams(temperature=COOLEST / 2).temperature == COOLEST
-    with pytest.raises(ValueError, match="temperature"):
+    with pytest.raises(VLLMValidationError, match="temperature"):
         SamplingParams(temperature=HOTTEST + 0.01)
 
 
@@ -263,7 +259,7 @@ PPO = {
     "max_steps": 3,
     "logging_steps": 1,
     "rollout_engine": "vllm",
-    "vllm_gpu_memory_utilization": 0.2,
+    "vllm_gpu_memory_utilization": 0.12,
 }
 SFT = {
     **LENGTHS,
@@ -335,13 +331,13 @@ def test_a_resumed_run_is_that_of_one_go(started, tmp_path):
 def test_an_experiment_by_the_command_line(tmp_path):
     """Two seeds of PPO with vLLM in one process, other stages and the comparison after them."""
 
-    def part(values: dict, *left_out: str) -> dict:
-        return {key: value for key, value in values.items() if key not in ("output_name", *left_out)}
+    def part(values: dict) -> dict:
+        return {key: value for key, value in values.items() if key != "output_name"}
 
     stages = {
         "sft": {"stage": "sft", **part(SFT)},
         "ppo": {"stage": "ppo", **part(PPO)},
-        "native": {"stage": "ppo", **part(PPO, "rollout_engine")},
+        "native": {"stage": "ppo", **part(PPO), "rollout_engine": "native"},
     }
     compare = {"arms": ["ppo", "native"], "baseline": "sft", "judge": "world", "max_prompts": 20, "exact": False, **CPU}
     experiment = {"name": "both", "seeds": [0, 1], "stages": stages, "compare": compare}
