@@ -274,6 +274,7 @@ def test_the_process_is_given_back_as_it_was(lab, fake, monkeypatch):
     assert fake.made[0].closed == 1
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_engine_ends_with_the_run(lab, fake, fails):
     if fails:
@@ -291,6 +292,7 @@ def published(folder, model):
     return str(folder)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("start", ["tied", "fewer rows"])
 def test_a_tied_head_and_an_extended_embedding(lab, fake, tmp_path, start):
     """A tied head computes with a packed copy; an embedding with fewer rows than tokens is extended in memory."""
@@ -310,6 +312,7 @@ def test_a_tied_head_and_an_extended_embedding(lab, fake, tmp_path, start):
     assert max(differences(lab, result)) <= 1e-5
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["all-linear"], ["lm_head", "q_proj"]])
 def test_a_policy_of_adapters(lab, fake, targets):
     """The engine samples from base + adapter: a first run trains one on whole weights, a second on that adapter."""
@@ -323,6 +326,7 @@ def test_a_policy_of_adapters(lab, fake, targets):
     assert abs(moved["objective/kl"]) > 1e-4
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(
     ("model_type", "changes", "on_cpu", "refused"),
     [
