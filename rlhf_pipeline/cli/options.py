@@ -84,6 +84,15 @@ WordsArgument = Annotated[
 ResumeOption = Annotated[
     bool, typer.Option("--resume/--no-resume", help="Resume an unfinished run of the same config, or start a new one.")
 ]
+JobsOption = Annotated[
+    int,
+    typer.Option(
+        "--jobs",
+        min=1,
+        metavar="N",
+        help="Number of stages that run at a time, each in a process of its own with the usable cores // N threads.",
+    ),
+]
 _COMMON: dict[str, tuple[Any, Any]] = {
     "home": (HomeOption, None),
     "json": (JsonOption, False),
