@@ -17,13 +17,14 @@ import yaml
 from rlhf_pipeline.cli.main import main
 from rlhf_pipeline.config.experiment import load_experiment
 from rlhf_pipeline.config.grid import expand
-from rlhf_pipeline.errors import BadInput, RunFailed
+from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.experiment.done import survey
 from rlhf_pipeline.experiment.estimate import estimate_experiment
 from rlhf_pipeline.experiment.jobs import reserve_numbers
 from rlhf_pipeline.experiment.progress import makespan, told_at_once
 from rlhf_pipeline.experiment.run import run_experiment
 from rlhf_pipeline.experiment.workers import threads_each
+from tests.faults import children
 
 ROOT = Path(__file__).parents[2]
 CPU = {"use_cpu": True, "num_threads": 1, "max_prompt_length": 6, "response_length": 4}
@@ -195,20 +196,6 @@ def start(path: Path, home: Path, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen([*command, *words], stderr=subprocess.PIPE, text=True, env=environment)
 
 
-def processes(home: Path) -> list[int]:
-    """The processes that were started for a home and still run."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        try:
-            mark = f"JOBS_TEST={home}\0".encode()
-            state = (folder / "stat").read_text().rpartition(")")[2].split()[0] if folder.name.isdigit() else "Z"
-            if state != "Z" and mark in (folder / "environ").read_bytes():
-                found.append(int(folder.name))
-        except OSError:
-            continue
-    return found
-
-
 def wait_for(condition: Any, seconds: float = 60.0) -> None:
     """Look until a condition holds.
 
@@ -222,7 +209,8 @@ def wait_for(condition: Any, seconds: float = 60.0) -> None:
         time.sleep(0.01)
 
 
-LONG = ("dpo.max_steps=2000", "scorer.max_steps=2000", "compare=null")
+LONG = [f"{stage}.{value}" for stage in ("dpo", "scorer") for value in ("max_steps=2000", "save_steps=2000")]
+LONG += ["dpo.logging_steps=1", "scorer.logging_steps=1", "compare=null"]
 
 
 def rows(home: Path) -> dict[str, int]:
@@ -243,9 +231,13 @@ def test_a_signal_stops_all_and_the_same_command_continues(lab, path, number, co
     _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     assert f"error: stopped by signal {int(number)}: 1 of 9 are done; the same command continues from here" in err
-    assert "Traceback" not in err and processes(lab.home) == []
-    assert len(list(lab.home.glob("runs/*/checkpoints/step-*"))) == 4  # the newest two of each
+    assert "Traceback" not in err and children.gone("JOBS_TEST", str(lab.home), 0)
     before = rows(lab.home)
+    written = {path.parts[-3]: int(path.name[5:]) for path in lab.home.glob("runs/*-*/checkpoints/step-*")}
+    # A checkpoint at the last update of each; save_steps asks for none.
+    assert {name: step for name, step in written.items() if not name.startswith("start")} == {
+        name: count for name, count in before.items() if not name.startswith("start")
+    }
     process = start(path, lab.home, *LONG)
     wait_for(lambda: any(count > before[name] for name, count in rows(lab.home).items() if before[name] < 2000))
     process.send_signal(number)
@@ -259,19 +251,20 @@ def test_a_signal_stops_all_and_the_same_command_continues(lab, path, number, co
 def test_nothing_is_left_of_a_parent_that_was_killed(lab, path):
     process = start(path, lab.home, *LONG)
     wait_for(lambda: two_are_training(lab.home))
-    assert len(processes(lab.home)) == 3
+    assert len(children.processes("JOBS_TEST", str(lab.home))) == 3
     process.kill()
     process.wait()
-    wait_for(lambda: processes(lab.home) == [], 5)
+    assert children.gone("JOBS_TEST", str(lab.home), 5)
 
 
 @pytest.mark.check
-def test_errors_of_python_and_kinds_of_failures(lab, path):
-    """All faults of the input: code 2; from Python, the classes of `rlhf_pipeline.errors`."""
-    small = ["seeds=[0]", "sweep.dpo.beta=[.1]", "compare=null"]
-    with pytest.raises(BadInput, match=r"dpo beta=0\.1: .*"):
-        run_experiment(path, [*small, "dpo.save_steps=0", "dpo.resume_me=1"], lab.home, jobs=2, quiet=True)
-    with pytest.raises(RunFailed):
-        run_experiment(
-            path, [*small, "scorer.learning_rate=1e30", "scorer.max_grad_norm=0"], lab.home, jobs=2, quiet=True
-        )
+def test_faults_of_inputs_that_only_a_stage_finds(lab, tmp_path):
+    """From Python too; the error is that of bad input."""
+    schedule = {
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {"num_decay_steps": 1, "decay_type": "sideways"},
+    }
+    dpo = {**CONTENT["stages"]["dpo"], **schedule, "model_name_or_path": "sft"}
+    content = {"name": "trial", "stages": {"dpo": dpo, "more": {**dpo, "model_name_or_path": "dpo"}}}
+    with pytest.raises(BadInput, match=r"^dpo: lr_scheduler_kwargs: transformers refuses .*sideways"):
+        run_experiment(content, [], lab.home, jobs=2, quiet=True)
