@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
@@ -92,6 +92,10 @@ JobsOption = Annotated[
         metavar="N",
         help="Number of stages that run at a time, each in a process of its own with the usable cores // N threads.",
     ),
+]
+ExecutorOption = Annotated[
+    Literal["local", "ray"],
+    typer.Option("--executor", help="Where stages run: on this machine, or on a Ray cluster that shares the home."),
 ]
 _COMMON: dict[str, tuple[Any, Any]] = {
     "home": (HomeOption, None),

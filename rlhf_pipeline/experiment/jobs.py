@@ -23,7 +23,7 @@ from rlhf_pipeline.config.stages import StageConfig
 from rlhf_pipeline.errors import BadInput, Interrupted, RunFailed
 from rlhf_pipeline.experiment.done import find_done, output_of
 from rlhf_pipeline.experiment.progress import Outcome, told_at_once
-from rlhf_pipeline.experiment.workers import Answer, Crew, Job, threads_each
+from rlhf_pipeline.experiment.workers import Answer, Crew, Job, Team, threads_each
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.shelf import Shelf
 from rlhf_pipeline.registry.store import Registry
@@ -67,10 +67,11 @@ class _Runner:
     nodes: Sequence[Node]
     done: Sequence[Resolved | None]
     registry: Registry
-    crew: Crew
+    crew: Team
     logs: Path
     resume: bool
     say: Callable[[str], None]
+    when_idle: Callable[[], None]
     waiting: list[int] = field(init=False)
     numbers: Mapping[int, int] = field(init=False)
     outputs: dict[int, str] = field(default_factory=dict)
@@ -130,7 +131,7 @@ class _Runner:
             self.skip(place, found)
             return
         values: dict[str, Any] = config.model_dump(mode="json")
-        log, home = self.log(place), str(self.registry.home)
+        log, home = self.log(place), str(self.registry.home.absolute())
         job = Job(node.spec.stage, values, home, self.numbers[place], self.resume, str(log))
         self.started[place] = time.monotonic()
         self.tell(place, f"started; log {log}")
@@ -170,6 +171,8 @@ class _Runner:
                 self.start_ready()
             elif not crew.busy:
                 break
+            if not self.waiting and crew.free and crew.stopped_by is None:
+                self.when_idle()
             if crew.busy:
                 self.finish_one()
         if (number := crew.stopped_by) is not None:
@@ -208,25 +211,27 @@ def run_at_once(
     registry: Registry,
     *,
     jobs: int,
+    executor: str,
     name: str,
     resume: bool,
     say: Callable[[str], None],
+    when_idle: Callable[[], None],
 ) -> list[Outcome]:
     """Run the nodes that are not done, up to `jobs` at a time, each after its inputs; return the outcomes of all.
 
     Args:
+        executor: local (this machine) or ray (a cluster).
         name: of the experiment; the logs are in logs/<name>/ of the home.
+        when_idle: called, once or again, while the last runs leave a core free.
 
     Raises:
         BadInput, RunFailed: runs have failed; all runs that do not need them are done.
         Interrupted: a signal came; the runs have written checkpoints.
     """
-    threads, logs = threads_each(jobs), registry.home / "logs" / name
-    crew = Crew(jobs, threads)
-    runner = _Runner(nodes, done, registry, crew, logs, resume, say)
-    if (count := len(runner.waiting)) == 0:
-        return runner.run()
-    each = "OMP_NUM_THREADS" if threads is None else f"{threads} thread{'s' if threads > 1 else ''}"
+    logs = registry.home.absolute() / "logs" / name
+    crew, each = _team(executor, jobs, registry.home)
+    runner = _Runner(nodes, done, registry, crew, logs, resume, say, when_idle)
+    count = len(runner.waiting)
     say(f"{jobs} runs at a time with {each} each (num_threads of a config comes first); logs in {logs}")
     logs.mkdir(parents=True, exist_ok=True)
     with _stopping(crew, say):
@@ -237,8 +242,23 @@ def run_at_once(
             crew.dismiss()
 
 
+def _team(executor: str, jobs: int, home: Path) -> tuple[Team, str]:
+    """Those who run the jobs, and the threads of each job in words."""
+    if executor == "ray":
+        from rlhf_pipeline.experiment.ray_crew import RayCrew
+
+        cluster = RayCrew(jobs, home)
+        return cluster, _counted(cluster.threads, "thread")
+    threads = threads_each(jobs)
+    return Crew(jobs, threads), "OMP_NUM_THREADS" if threads is None else _counted(threads, "thread")
+
+
+def _counted(count: int, word: str) -> str:
+    return f"{count} {word}{'s' if count != 1 else ''}"
+
+
 @contextmanager
-def _stopping(crew: Crew, say: Callable[[str], None]) -> Iterator[None]:
+def _stopping(crew: Team, say: Callable[[str], None]) -> Iterator[None]:
     """Pass SIGINT and SIGTERM on to the workers, which write checkpoints; a second signal ends everything at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -249,8 +269,7 @@ def _stopping(crew: Crew, say: Callable[[str], None]) -> Iterator[None]:
             crew.kill()
             os._exit(128 + number)
         crew.stop(number)
-        count = len(crew.busy)
-        runs = f"{count} run{'s' if count != 1 else ''}"
+        runs = _counted(len(crew.busy), "run")
         say(f"signal {number}: stopping {runs}, which write their checkpoints (repeat to stop at once)")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

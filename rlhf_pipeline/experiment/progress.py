@@ -49,7 +49,8 @@ def makespan(seconds: Sequence[float], inputs: Sequence[Collection[int]], jobs: 
     Args:
         seconds: the duration of each run. inputs: for each run, the indices of the earlier runs that it needs.
     """
-    waiting, done = list(range(len(seconds))), set()
+    waiting = list(range(len(seconds)))
+    done: set[int] = set()
     running: list[tuple[float, int]] = []
     now = 0.0
     while waiting or running:

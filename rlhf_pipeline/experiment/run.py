@@ -133,6 +133,7 @@ def run_experiment(
     resume: bool = True,
     quiet: bool = False,
     jobs: int = 1,
+    executor: str = "local",
     command: str | None = None,
     before_work: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
@@ -141,6 +142,7 @@ def run_experiment(
     Args:
         path: the experiment's file, or its content. command: the command that reproduces this, for the report.
         jobs: the number of stages that run at a time, each in a process of its own; 1: all in this process.
+        executor: local, or ray: each stage runs on a node of a Ray cluster.
         before_work: called before this process runs a stage or the comparison; not called if everything is done.
     """
 
@@ -162,9 +164,10 @@ def run_experiment(
         say(line)
 
     # 2. Run the rest.
-    if jobs > 1:
-        options: dict[str, Any] = {"jobs": jobs, "name": experiment.name, "resume": resume, "say": say}
-        outcomes = run_at_once(nodes, done, registry, **options)
+    if not all(done) and (jobs > 1 or executor != "local"):
+        options: dict[str, Any] = {"jobs": jobs, "executor": executor, "name": experiment.name, "resume": resume}
+        idle = before_work if experiment.compare is not None else lambda: None
+        outcomes = run_at_once(nodes, done, registry, say=say, when_idle=idle, **options)
     else:
         outcomes = _in_order(nodes, done, registry, say, before_work, resume=resume, quiet=quiet)
 

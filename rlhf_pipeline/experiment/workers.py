@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from selectors import EVENT_READ, DefaultSelector
-from typing import Any
+from typing import Any, Protocol
 
 # The parent's import path: a worker finds the same modules. Nothing is imported before it is set.
 _START = (
@@ -141,8 +141,37 @@ def _told(code: int) -> str:
     return f"its process was killed by signal {-code} ({name}){memory}"
 
 
+class Team(Protocol):
+    """What runs jobs, up to `size` at a time.
+
+    busy: the keys of the jobs that run now. free: whether a further job may be given. stopped_by: the signal that was
+    passed on to the jobs.
+    """
+
+    size: int
+    stopped_by: int | None
+
+    @property
+    def busy(self) -> list[int]: ...
+
+    @property
+    def free(self) -> bool: ...
+
+    def hire(self, count: int) -> None: ...
+
+    def give(self, key: int, job: Job) -> None: ...
+
+    def next_answer(self) -> tuple[int, Answer]: ...
+
+    def stop(self, number: int) -> None: ...
+
+    def kill(self) -> None: ...
+
+    def dismiss(self) -> None: ...
+
+
 class Crew:
-    """Up to `size` workers at a time. stopped_by: the signal that was sent to all of them."""
+    """Up to `size` workers on this machine."""
 
     def __init__(self, size: int, threads: int | None):
         self.size, self._threads = size, threads
@@ -152,12 +181,10 @@ class Crew:
 
     @property
     def busy(self) -> list[int]:
-        """The keys of the jobs that run now."""
         return list(self._busy.values())
 
     @property
     def free(self) -> bool:
-        """Whether a worker is free."""
         return len(self._busy) < self.size
 
     def hire(self, count: int) -> None:
@@ -184,11 +211,10 @@ class Crew:
             for slot in self._busy:
                 selector.register(self._working(slot).answers, EVENT_READ, slot)
             (ready, _), *_ = selector.select()
-        slot: int = ready.data
-        answer = self._working(slot).answer()
+        answer = self._working(ready.data).answer()
         if answer.code:
-            self._slots[slot] = None
-        return self._busy.pop(slot), answer
+            self._slots[ready.data] = None
+        return self._busy.pop(ready.data), answer
 
     def stop(self, number: int) -> None:
         """Send a signal to all workers that have a job; no further job should be given."""

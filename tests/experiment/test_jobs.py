@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from rlhf_pipeline.experiment.done import survey
 from rlhf_pipeline.experiment.estimate import estimate_experiment
 from rlhf_pipeline.experiment.jobs import reserve_numbers
 from rlhf_pipeline.experiment.progress import makespan, told_at_once
+from rlhf_pipeline.experiment.ray_crew import _sees
 from rlhf_pipeline.experiment.run import run_experiment
 from rlhf_pipeline.experiment.workers import threads_each
 from tests.faults import children
@@ -120,6 +123,7 @@ def test_numbers_are_those_of_a_run_in_order(lab, path):
     assert [again[place] for place, node in enumerate(more) if node.name == "dpo"] == [6, 2, 3, 7, 4, 5]
 
 
+@pytest.mark.check
 def test_the_dry_run_knows_the_time_of_several_jobs(lab, path):
     one = estimate_experiment(path, [], lab.home)
     two = estimate_experiment(path, [], lab.home, jobs=2)
@@ -189,14 +193,24 @@ def test_a_failed_run_stops_only_those_that_need_it(lab, path, tmp_path, capfd, 
     assert lab.registry.models.numbers("dpo") == [2, 3, 4, 5]
 
 
-def start(path: Path, home: Path, *words: str) -> subprocess.Popen[str]:
-    """`rlhf run` of two jobs at a time, in a process of its own, that has finished nothing yet."""
-    command = [sys.executable, "-m", "rlhf_pipeline.cli.main", "run", str(path), "--jobs", "2", "--home", str(home)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "JOBS_TEST": str(home)}
-    return subprocess.Popen([*command, *words], stderr=subprocess.PIPE, text=True, env=environment)
+@pytest.fixture
+def start(path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start `rlhf run` of two jobs at a time in a process of its own; what is left at the end of the test is killed."""
+    processes = []
+
+    def begin(home: Path, *words: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "rlhf_pipeline.cli.main", "run", str(path), "--jobs", "2", "--home", str(home)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "JOBS_TEST": str(home)}
+        processes.append(subprocess.Popen([*command, *words], stderr=subprocess.PIPE, text=True, env=environment))
+        return processes[-1]
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
-def wait_for(condition: Any, seconds: float = 60.0) -> None:
+def wait_for(condition: Any, seconds: float = 300.0) -> None:
     """Look until a condition holds.
 
     Raises:
@@ -224,11 +238,11 @@ def two_are_training(home: Path) -> bool:
 
 @pytest.mark.check
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_stops_all_and_the_same_command_continues(lab, path, number, code):
-    process = start(path, lab.home, *LONG)
+def test_a_signal_stops_all_and_the_same_command_continues(lab, start, number, code):
+    process = start(lab.home, *LONG)
     wait_for(lambda: two_are_training(lab.home))
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == code, err
     assert f"error: stopped by signal {int(number)}: 1 of 9 are done; the same command continues from here" in err
     assert "Traceback" not in err and children.gone("JOBS_TEST", str(lab.home), 0)
@@ -238,23 +252,58 @@ def test_a_signal_stops_all_and_the_same_command_continues(lab, path, number, co
     assert {name: step for name, step in written.items() if not name.startswith("start")} == {
         name: count for name, count in before.items() if not name.startswith("start")
     }
-    process = start(path, lab.home, *LONG)
+    process = start(lab.home, *LONG)
     wait_for(lambda: any(count > before[name] for name, count in rows(lab.home).items() if before[name] < 2000))
     process.send_signal(number)
-    assert process.wait(timeout=60) == code
+    assert process.wait(timeout=300) == code
     logs = "".join(log.read_text() for log in (lab.home / "logs/trial").iterdir())
     assert logs.count("resumed at step ") >= 1 and lab.registry.models.numbers("start") == [1]
 
 
 @pytest.mark.check
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
-def test_nothing_is_left_of_a_parent_that_was_killed(lab, path):
-    process = start(path, lab.home, *LONG)
+def test_nothing_is_left_of_a_parent_that_was_killed(lab, start):
+    process = start(lab.home, *LONG)
     wait_for(lambda: two_are_training(lab.home))
     assert len(children.processes("JOBS_TEST", str(lab.home))) == 3
     process.kill()
     process.wait()
     assert children.gone("JOBS_TEST", str(lab.home), 5)
+
+
+def test_what_a_node_sees_of_a_lock(tmp_path):
+    path = tmp_path / "lock"
+    assert _sees(str(path)) == "missing"
+    path.touch()
+    assert _sees(str(path)) == "free"
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert _sees(str(path)) == "locked"
+
+
+def test_without_ray_it_says_how_to_install_it(lab, path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(["run", str(path), "--home", str(lab.home), "--executor", "ray"]) == 2
+    assert "pip install 'rlhf-pipeline[ray]'" in capsys.readouterr().err
+    assert not (lab.home / "models/start").exists()
+
+
+SMALL = ["seeds=[0]", "compare=null", "ppo.max_steps=1", "dpo.max_steps=1", "scorer.max_steps=1"]
+
+
+@pytest.mark.check
+def test_on_a_ray_cluster(lab, tiny, path, tmp_path, capfd):
+    """A cluster of this machine: the same models and numbers as one after another."""
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'rlhf-pipeline[ray]'")
+    there = tiny.copy(tmp_path / "there")
+    words = ["run", str(path), *SMALL, "--home"]
+    assert main([*words, str(lab.home)]) == 0
+    assert main([*words, str(there.home), "--jobs", "2", "--executor", "ray"]) == 0
+    assert ": done in " in capfd.readouterr().err
+    for label in ("start@v1", "scorer@v1", "ppo@v1", "dpo@v1", "dpo@v2"):
+        assert there.registry.resolve(label).digest == lab.registry.resolve(label).digest
+    assert main([*words, str(there.home), "scorer.learning_rate=1e30", "--jobs", "2", "--executor", "ray"]) == 1
+    assert "1 failed, 1 not started because they need one that failed" in capfd.readouterr().err
 
 
 @pytest.mark.check
