@@ -108,12 +108,14 @@ class RayCrew:
             try:
                 if not lock(file.fileno(), fcntl.LOCK_EX):
                     raise BadInput(f"--executor ray: the file system of {home} has no locks; expected flock")
-                look = ray.remote(_sees).options(num_cpus=0)
+                look = ray.remote(_sees)
                 seen = {}
                 for node in ray.nodes():
                     if node["Alive"]:
                         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                        seen[node["NodeManagerAddress"]] = look.options(scheduling_strategy=there).remote(str(path))
+                        seen[node["NodeManagerAddress"]] = look.options(num_cpus=0, scheduling_strategy=there).remote(
+                            str(path)
+                        )
                 found = dict(zip(seen, ray.get(list(seen.values())), strict=True))
             finally:
                 path.unlink(missing_ok=True)
