@@ -22,7 +22,7 @@ from rlhf_pipeline.config.grid import Node
 from rlhf_pipeline.config.stages import StageConfig
 from rlhf_pipeline.errors import BadInput, Interrupted, RunFailed
 from rlhf_pipeline.experiment.done import find_done, output_of
-from rlhf_pipeline.experiment.progress import Outcome, told_at_once
+from rlhf_pipeline.experiment.progress import Outcome, progress_at_once
 from rlhf_pipeline.experiment.workers import Answer, Crew, Job, Team, threads_each
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.shelf import Shelf
@@ -161,7 +161,7 @@ class _Runner:
         left = {place: max(now - since, 1e-9) for place, since in self.started.items()}
         left |= dict.fromkeys(self.waiting, 0.0)
         ended = [(outcome.node.name, outcome.skipped, outcome.seconds) for outcome in self.outcomes.values()]
-        return told_at_once(left, self.nodes, ended, self.crew.size)
+        return progress_at_once(left, self.nodes, ended, self.crew.size)
 
     def run(self) -> list[Outcome]:
         """Run all nodes that can run."""

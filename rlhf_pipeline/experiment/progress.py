@@ -83,7 +83,7 @@ def progress_line(waiting: Sequence[str], ended: Sequence[tuple[str, bool, float
 
 
 def durations(ended: Sequence[tuple[str, bool, float | None]]) -> dict[str, list[float]]:
-    """The known durations of finished runs, by stage; `ended` as for `told`."""
+    """The known durations of finished runs, by stage; `ended` as for `progress_line`."""
     seconds: dict[str, list[float]] = {}
     for name, _, taken in ended:
         if taken is not None:
@@ -91,14 +91,14 @@ def durations(ended: Sequence[tuple[str, bool, float | None]]) -> dict[str, list
     return seconds
 
 
-def told_at_once(
+def progress_at_once(
     left: Mapping[int, float], nodes: Sequence[Node], ended: Sequence[tuple[str, bool, float | None]], jobs: int
 ) -> str:
-    """As `told`, for several runs at a time: `ran 6, skipped 0, running 2; about 12 min left`.
+    """As `progress_line`, for several runs at a time: `ran 6, skipped 0, running 2; about 12 min left`.
 
     Args:
         left: the indices of the nodes that are to end, those that run now first, each with the seconds that it has run
-            already; 0 for those that wait. ended: as for `told`.
+            already; 0 for those that wait. ended: as for `progress_line`.
     """
     known = durations(ended)
     skipped = sum(was_skipped for _, was_skipped, _ in ended)

@@ -23,7 +23,7 @@ from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.experiment.done import survey
 from rlhf_pipeline.experiment.estimate import estimate_experiment
 from rlhf_pipeline.experiment.jobs import reserve_numbers
-from rlhf_pipeline.experiment.progress import makespan, told_at_once
+from rlhf_pipeline.experiment.progress import makespan, progress_at_once
 from rlhf_pipeline.experiment.ray_crew import _sees
 from rlhf_pipeline.experiment.run import run_experiment
 from rlhf_pipeline.experiment.workers import threads_each
@@ -95,9 +95,9 @@ def test_progress_of_runs_side_by_side(path):
     nodes = expand(load_experiment(path, [], known_models=["sft"]))
     ended = [("start", False, 10.0), ("scorer", False, 30.0), ("scorer", True, 10.0), ("dpo", False, 8.0)]
     # PPO has taken no time yet.
-    assert told_at_once({2: 5.0, 4: 0.0}, nodes, ended, 2) == "ran 3, skipped 1, running 1"
+    assert progress_at_once({2: 5.0, 4: 0.0}, nodes, ended, 2) == "ran 3, skipped 1, running 1"
     # A scorer (20 s) runs until 15; beside it one DPO run until 8, the next until 16; the last from 15 to 23.
-    told = told_at_once({5: 5.0, 4: 0.0, 7: 0.0, 8: 0.0}, nodes, ended, 2)
+    told = progress_at_once({5: 5.0, 4: 0.0, 7: 0.0, 8: 0.0}, nodes, ended, 2)
     assert told == "ran 3, skipped 1, running 1; about 23 s left"
 
 
