@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rlhf_pipeline.errors import BadInput
 
@@ -158,6 +158,8 @@ def run(
     home: Home = None,
     resume: bool = True,
     quiet: bool = False,
+    jobs: int = 1,
+    executor: Literal["local", "ray"] = "local",
     **overrides: Any,
 ) -> dict[str, Any]:
     """Run the unfinished stages of an experiment and compare, as `rlhf run` does; see `sft`.
@@ -165,13 +167,16 @@ def run(
     Args:
         experiment: the experiment's YAML file, or its content. In the content, configs of stages are relative to the
             working directory.
+        jobs: the number of stages that run at a time, each in a process of its own; 1: all in this process.
+        executor: local, or ray: each stage runs on a node of a Ray cluster.
         overrides: keys of the experiment, or of a stage: `**{"dpo.beta": 0.3}`.
     """
     words = [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
     from rlhf_pipeline.experiment.run import run_experiment
 
     source = experiment if isinstance(experiment, Mapping) else Path(experiment)
-    return printable(run_experiment(source, words, home_directory(home), resume=resume, quiet=quiet))
+    options: dict[str, Any] = {"resume": resume, "quiet": quiet, "jobs": jobs, "executor": executor}
+    return printable(run_experiment(source, words, home_directory(home), **options))
 
 
 class LoadedModel(NamedTuple):

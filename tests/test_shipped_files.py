@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_pipeline.config.dump import config_digest
 from rlhf_pipeline.config.experiment import load_experiment
+from rlhf_pipeline.config.grid import expand
 from rlhf_pipeline.config.load import load_config
-from rlhf_pipeline.config.stages import SCHEMAS
+from rlhf_pipeline.config.stages import SCHEMAS, STAGES
+from rlhf_pipeline.experiment.workers import Job
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -66,6 +69,16 @@ def test_every_experiment_is_valid(path: Path, beside_data: None) -> None:
     assert {"sft", "ppo", "dpo"} <= arms
     if path.parent.name != "exact":  # whose arms are set against the optimum, by scripts/exact.py
         assert experiment.compare.config.arms[:2] == ("ppo", "dpo")
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_a_worker_reads_the_config_that_it_is_given(path: Path, beside_data: None) -> None:
+    for node in expand(load_experiment(path)):
+        config = node.spec.config
+        job = Job(node.spec.stage, config.model_dump(mode="json"), "home", 1, True, "log")
+        read = Job.read(job.line())
+        found = STAGES[read.stage].model_validate(read.config)
+        assert (read, found) == (job, config) and config_digest(found) == config_digest(config)
 
 
 def test_ppo_and_dpo_have_one_beta_and_no_option_that_moves_the_optimum(beside_data: None) -> None:

@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except (Exception, KeyboardInterrupt) as error:
-        failure = _failure(error, words)
+        failure = described(error, words)
         if "--json" in words and os.environ.get("RANK", "0") == "0":  # one object, even if several processes fail
             with contextlib.suppress(OSError):  # writing to stdout may be what failed
                 faults = [fault.as_dict() for fault in failure.faults]
@@ -129,7 +129,7 @@ class Failure:
     faults: Sequence[Fault] = ()
 
 
-def _failure(error: BaseException, words: Sequence[str]) -> Failure:
+def described(error: BaseException, words: Sequence[str]) -> Failure:
     """Describe an error for the user."""
     if isinstance(error, RlhfError):
         return Failure(error.exit_code, error.kind, str(error), faults_of(error))

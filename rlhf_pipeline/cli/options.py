@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
@@ -83,6 +83,19 @@ WordsArgument = Annotated[
 ]
 ResumeOption = Annotated[
     bool, typer.Option("--resume/--no-resume", help="Resume an unfinished run of the same config, or start a new one.")
+]
+JobsOption = Annotated[
+    int,
+    typer.Option(
+        "--jobs",
+        min=1,
+        metavar="N",
+        help="Number of stages that run at a time, each in a process of its own with the usable cores // N threads.",
+    ),
+]
+ExecutorOption = Annotated[
+    Literal["local", "ray"],
+    typer.Option("--executor", help="Where stages run: on this machine, or on a Ray cluster that shares the home."),
 ]
 _COMMON: dict[str, tuple[Any, Any]] = {
     "home": (HomeOption, None),

@@ -11,7 +11,7 @@ import typer
 
 from rlhf_pipeline.api import check_models
 from rlhf_pipeline.cli.libraries import load_libraries
-from rlhf_pipeline.cli.options import Common, OverridesArgument, ResumeOption, Settings
+from rlhf_pipeline.cli.options import Common, ExecutorOption, JobsOption, OverridesArgument, ResumeOption, Settings
 from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_plan, emit_table, flat_metrics, number
 
 NOT_TRAINED = "nothing was trained"
@@ -48,12 +48,14 @@ def run(
     experiment: Annotated[Path, typer.Argument(help="Experiment YAML.", show_default=False)],
     overrides: OverridesArgument = None,
     resume: ResumeOption = True,
+    jobs: JobsOption = 1,
+    executor: ExecutorOption = "local",
 ) -> None:
     """Run the stages of an experiment, for every seed and setting, then compare; finished runs are skipped."""
     if common.dry_run:
         from rlhf_pipeline.experiment.estimate import estimate_experiment
 
-        plan = estimate_experiment(experiment, overrides or [], common.home_path)
+        plan = estimate_experiment(experiment, overrides or [], common.home_path, jobs=jobs)
         if not common.json:
             _print_estimates(plan)
             plan = {key: value for key, value in plan.items() if key not in ("stages", "estimates", "machine")}
@@ -62,7 +64,8 @@ def run(
     from rlhf_pipeline.experiment.run import run_experiment
 
     again = shlex.join(["rlhf", "run", str(experiment), *(overrides or [])])
-    options: dict[str, Any] = {"resume": resume, "command": again, "before_work": load_libraries}
+    options: dict[str, Any] = {"resume": resume, "jobs": jobs, "executor": executor}
+    options |= {"command": again, "before_work": load_libraries}
     result = run_experiment(experiment, overrides or [], common.home_path, **options)
     if common.json:
         emit_json(result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -21,9 +22,11 @@ from rlhf_pipeline.config.stages import CollectConfig, DpoConfig, PpoConfig, Sft
 from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.world import VOCABULARY
-from rlhf_pipeline.experiment.forecast import about, forecast_comparison, forecast_run, shares, total_of
+from rlhf_pipeline.experiment.forecast import Forecast, about, forecast_comparison, forecast_run, shares, total_of
 from rlhf_pipeline.experiment.outlook import Outlook
+from rlhf_pipeline.experiment.progress import makespan
 from rlhf_pipeline.experiment.run import checked, is_compared
+from rlhf_pipeline.experiment.workers import threads_each
 from rlhf_pipeline.models.needs import remarks_on, require_kernel, require_needs
 from rlhf_pipeline.registry.adapters import chain_of, four_bits_of, require_same_base
 from rlhf_pipeline.registry.lengths import with_lengths
@@ -252,10 +255,13 @@ def _work_of(outlook: Outlook, node: Node) -> dict[str, Any]:
     return result
 
 
-def estimate_experiment(path: Path, overrides: Sequence[str], home: Path) -> dict[str, Any]:
+def estimate_experiment(path: Path, overrides: Sequence[str], home: Path, *, jobs: int = 1) -> dict[str, Any]:
     """Check an experiment as `rlhf run` does; report which of its runs are done and what the others will take.
 
     A run that depends on an unfinished run cannot be looked up: its inputs do not exist yet.
+
+    Args:
+        jobs: the number of runs at a time; each is estimated with its share of the threads.
     """
     registry = Registry(home)
     experiment = load_experiment(path, overrides, known_models=registry.models.names())
@@ -263,6 +269,8 @@ def estimate_experiment(path: Path, overrides: Sequence[str], home: Path) -> dic
     done = checked(experiment, nodes, registry)
     states = ["to run" if found is None else f"already done, {found.label}" for found in done]
     finished = sum(found is not None for found in done)
+    if jobs > 1:
+        nodes = tuple(_with_threads(node, threads_each(jobs)) for node in nodes)
     outlook = Outlook(nodes, done, registry)
     found = {node.label: forecast_run(outlook, node) for node, ready in zip(nodes, done, strict=True) if ready is None}
     if experiment.compare is not None and (finished < len(nodes) or not is_compared(experiment, nodes, done, registry)):
@@ -288,8 +296,30 @@ def estimate_experiment(path: Path, overrides: Sequence[str], home: Path) -> dic
     if speed is not None:
         result["machine"] = speed.as_dict()
         left = f"; without {', '.join(unknown)}" if unknown else ""
-        lines.insert(0, f"whole experiment: {about(result['total']['seconds'], speed)}{left}")
+        if jobs == 1:
+            seconds, what = result["total"]["seconds"], "whole experiment"
+        else:
+            seconds, what = _seconds_at_once(nodes, found, jobs), f"whole experiment, {jobs} runs at a time"
+            result["at_once"] = {"jobs": jobs, "seconds": seconds}
+        lines.insert(0, f"{what}: {about(seconds, speed)}{left}")
     return result | {"about": lines}
+
+
+def _with_threads(node: Node, threads: int | None) -> Node:
+    """The node with this number of threads, unless its config sets one."""
+    config = node.spec.config
+    if config.num_threads or threads is None:
+        return node
+    return replace(node, spec=replace(node.spec, config=config.model_copy(update={"num_threads": threads})))
+
+
+def _seconds_at_once(nodes: Sequence[Node], found: Mapping[str, Forecast], jobs: int) -> float:
+    """The time of an experiment's unfinished runs with up to `jobs` at a time, and of its comparison after them."""
+    left = [place for place, node in enumerate(nodes) if node.label in found]
+    seconds = [found[nodes[place].label].seconds or 0.0 for place in left]
+    inputs = [{left.index(one) for one in nodes[place].inputs.values() if one in left} for place in left]
+    after = found[COMPARISON].seconds if COMPARISON in found else None
+    return makespan(seconds, inputs, jobs) + (after or 0.0)
 
 
 def time_of_experiment(path: Path, home: Path) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from rlhf_pipeline.experiment.done import (
     output_of,
     survey,
 )
-from rlhf_pipeline.experiment.progress import progress_line
+from rlhf_pipeline.experiment.jobs import reserved_number, run_at_once
+from rlhf_pipeline.experiment.progress import Outcome, progress_line
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import check_role
 from rlhf_pipeline.registry.store import Registry
@@ -124,27 +125,6 @@ def _problem(
     return None
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """The result of one node of an experiment."""
-
-    node: Node
-    model: str
-    skipped: bool
-    seconds: float | None
-
-    def as_point(self) -> dict[str, Any]:
-        """The entry of this node in the result of an experiment with several seeds or settings."""
-        return {
-            "stage_name": self.node.name,
-            "seed": self.node.spec.config.seed if self.node.seed is None else self.node.seed,
-            "setting": dict(self.node.setting),
-            "model": self.model,
-            "skipped": self.skipped,
-            "seconds": self.seconds,
-        }
-
-
 def run_experiment(
     path: Mapping[str, Any] | Path,
     overrides: Sequence[str],
@@ -152,6 +132,8 @@ def run_experiment(
     *,
     resume: bool = True,
     quiet: bool = False,
+    jobs: int = 1,
+    executor: str = "local",
     command: str | None = None,
     before_work: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
@@ -159,7 +141,9 @@ def run_experiment(
 
     Args:
         path: the experiment's file, or its content. command: the command that reproduces this, for the report.
-        before_work: called before a stage or the comparison runs; not called if everything is done.
+        jobs: the number of stages that run at a time, each in a process of its own; 1: all in this process.
+        executor: local, or ray: each stage runs on a node of a Ray cluster.
+        before_work: called before this process runs a stage or the comparison; not called if everything is done.
     """
 
     def say(text: str) -> None:
@@ -179,34 +163,13 @@ def run_experiment(
     for line in _about(experiment, nodes, drawn):
         say(line)
 
-    # 2. Run the rest in order. A node whose input was just made may already be done, so it is looked up again.
-    outputs: dict[int, str] = {}
-    outcomes: list[Outcome] = []
-    for place, node in enumerate(nodes):
-        config = node.resolved(outputs)
-        found = done[place] or find_done(config, registry)
-        if found is not None:
-            cost = found.manifest.cost if found.manifest else {}
-            outcomes.append(Outcome(node, found.label, True, cost.get("wall_seconds")))
-            say(f"[{place + 1}/{len(nodes)}] {node.label}: already done, {found.label}")
-        else:
-            waiting = [later.name for later, ready in zip(nodes[place:], done[place:], strict=True) if ready is None]
-            ended = [(outcome.node.name, outcome.skipped, outcome.seconds) for outcome in outcomes]
-            say(f"[{place + 1}/{len(nodes)}] {node.label} ({progress_line(waiting, ended)})")
-            later = sum(ready is not None for ready in done[place + 1 :])
-            before_work()
-            rest = f"of {len(nodes)} are done; the same command continues from here"
-            try:
-                result = stage_function(node.spec.stage)(config, home, resume=resume, quiet=quiet)
-            except Interrupted:
-                say(f"stopped in {node.label}: {place + later} {rest}")
-                raise
-            if (number := result.stopped_by) is not None:
-                raise Interrupted(
-                    f"stopped by signal {number} after {node.label} was done: {place + 1 + later} {rest}", number
-                )
-            outcomes.append(Outcome(node, result.model, False, result.cost.get("wall_seconds")))
-        outputs[place] = output_of(node, outcomes[-1].model)
+    # 2. Run the rest.
+    if not all(done) and (jobs > 1 or executor != "local"):
+        options: dict[str, Any] = {"jobs": jobs, "executor": executor, "name": experiment.name, "resume": resume}
+        idle = before_work if experiment.compare is not None else lambda: None
+        outcomes = run_at_once(nodes, done, registry, say=say, when_idle=idle, **options)
+    else:
+        outcomes = _in_order(nodes, done, registry, say, before_work, resume=resume, quiet=quiet)
 
     # 3. The result: the entry of a stage is that of its first node.
     first: dict[str, Outcome] = {}
@@ -230,6 +193,46 @@ def _close(found: Resolved | None, config: StageConfig, registry: Registry) -> N
         return
     if isinstance(config, TrainingConfig) and config.output_dir is not None:
         registry.export(found.label, config.output_dir, replace=True)
+
+
+def _in_order(
+    nodes: Sequence[Node],
+    done: Sequence[Resolved | None],
+    registry: Registry,
+    say: Callable[[str], None],
+    before_work: Callable[[], None],
+    **options: Any,
+) -> list[Outcome]:
+    """Run the nodes that are not done, one after another in this process."""
+    outputs: dict[int, str] = {}
+    outcomes: list[Outcome] = []
+    for place, node in enumerate(nodes):
+        config = node.resolved(outputs)
+        found = done[place] or find_done(config, registry)  # its inputs were just made: it may be done
+        if found is not None:
+            cost = found.manifest.cost if found.manifest else {}
+            outcomes.append(Outcome(node, found.label, True, cost.get("wall_seconds")))
+            say(f"[{place + 1}/{len(nodes)}] {node.label}: already done, {found.label}")
+        else:
+            waiting = [later.name for later, ready in zip(nodes[place:], done[place:], strict=True) if ready is None]
+            ended = [(outcome.node.name, outcome.skipped, outcome.seconds) for outcome in outcomes]
+            say(f"[{place + 1}/{len(nodes)}] {node.label} ({progress_line(waiting, ended)})")
+            later = sum(ready is not None for ready in done[place + 1 :])
+            before_work()
+            rest = f"of {len(nodes)} are done; the same command continues from here"
+            try:
+                number = reserved_number(config, registry)  # by an earlier run of several at a time
+                result = stage_function(node.spec.stage)(config, registry.home, number=number, **options)
+            except Interrupted:
+                say(f"stopped in {node.label}: {place + later} {rest}")
+                raise
+            if (signalled := result.stopped_by) is not None:
+                raise Interrupted(
+                    f"stopped by signal {signalled} after {node.label} was done: {place + 1 + later} {rest}", signalled
+                )
+            outcomes.append(Outcome(node, result.model, False, result.cost.get("wall_seconds")))
+        outputs[place] = output_of(node, outcomes[-1].model)
+    return outcomes
 
 
 def _about(experiment: Experiment, nodes: Sequence[Node], drawn: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ from rlhf_pipeline.registry.integrity import UNLISTED, problems
 from rlhf_pipeline.registry.lineage import COLLECTED
 from rlhf_pipeline.registry.manifest import read_manifest
 from rlhf_pipeline.registry.references import Resolved, Version, parse_reference
-from rlhf_pipeline.registry.shelf import ALIASES, QUARANTINE, REMOVED, Shelf, in_quarantine
+from rlhf_pipeline.registry.shelf import ALIASES, QUARANTINE, REMOVED, RESERVED, Shelf, in_quarantine
 from rlhf_pipeline.registry.store import Registry
 
 
@@ -121,6 +121,7 @@ def _find(registry: Registry, text: str, *, damaged: bool = False) -> Resolved:
 def _name_faults(shelf: Shelf, name: str) -> list[Fault]:
     try:
         shelf.gone(name)
+        shelf.reserved(name)
         aliases = shelf.aliases(name)  # before the versions: an alias may name one that has just appeared
     except DamagedFile as error:
         return [Fault(name, str(error))]
@@ -147,6 +148,11 @@ def _repair_name(registry: Registry, shelf: Shelf, name: str) -> Iterator[Mended
             known = {int(word[1:]) for word in in_quarantine(registry.home, name)} | _named(registry, name)
             shelf.set_gone(name, known - set(shelf.numbers(name)))
             yield Mended(f"{name}: {REMOVED}", "quarantined; written again from the known versions", place)
+        try:
+            shelf.reserved(name)
+        except DamagedFile:
+            place = _put_aside(registry.home, folder / RESERVED, f"{name}-reserved", ".json")
+            yield Mended(f"{name}: {RESERVED}", "quarantined; unfinished runs get new numbers", place)
         try:
             aliases = shelf.aliases(name)
         except DamagedFile:

@@ -24,8 +24,10 @@ from rlhf_pipeline.registry.roles import read_json
 
 ALIASES = "aliases.json"
 REMOVED = "removed.json"
+RESERVED = "reserved.json"
 QUARANTINE = "quarantine"
 _MEND = "restore it, or use rlhf models verify --repair"
+_MEND_RESERVED = "remove it: unfinished runs then get new numbers"
 _VERSION_FOLDER = re.compile(r"v([1-9][0-9]*)")
 
 
@@ -82,9 +84,13 @@ class Shelf:
         write: Callable[[Path], None],
         *,
         parents: Mapping[str, Resolved | Parent] | None = None,
+        number: int | None = None,
         **fields: Any,
     ) -> Version:
         """Let `write` fill a folder and publish it as the next version; if it fails, nothing is published.
+
+        Args:
+            number: the version number reserved for it; without one, or if it is taken, the next number is used.
 
         Raises:
             BadInput: the name is not allowed.
@@ -106,17 +112,66 @@ class Shelf:
             storage.sweep(self.base / name)
             # Without the lock a version could be published and removed between counting and claiming.
             with storage.locked(self.base / name):
-                # The number of a removed version is not used again: references to it must not change meaning.
-                version = max([0, *self.numbers(name), *self.gone(name)])
+                reserved = self.reserved(name)
+                version = self._last(name, reserved) + 1
+                if number is not None and number in reserved.values():
+                    version = number
                 while True:
-                    version += 1
                     manifest = build_manifest(name=name, version=version, stage=stage, files=files, **fields)
                     if self.kind == "registry":
                         manifest = _with_card(staged, manifest)
                     storage.replace_text(staged / MANIFEST, manifest.to_json())
                     target = self.folder(name, version)
                     if storage.claim(staged, target):
+                        if (self.base / name / RESERVED).exists():
+                            self._set_reserved(name, self.reserved(name))
                         return Version(self.kind, manifest.label, target, name, version, manifest=manifest)
+                    version = max(version, self._last(name, reserved)) + 1
+
+    def _last(self, name: str, reserved: Mapping[str, int]) -> int:
+        """The highest number of a name that is or was used, or is reserved; 0 if there is none."""
+        # The number of a removed version is not used again: references to it must not change meaning.
+        return max([0, *self.numbers(name), *self.gone(name), *reserved.values()])
+
+    def reserve(self, name: str, run: str) -> int:
+        """Return the version number that is reserved for a run: from an earlier call, else the next number.
+
+        A reservation ends when a version has its number.
+
+        Args:
+            run: identifies the run, also when it is started again.
+
+        Raises:
+            BadInput: the name is not allowed.
+        """
+        check_name(name, "name")
+        with storage.locked(self.base / name):
+            reserved = self.reserved(name)
+            if run not in reserved:
+                reserved[run] = self._last(name, reserved) + 1
+                self._set_reserved(name, reserved)
+        return reserved[run]
+
+    def reserved(self, name: str) -> dict[str, int]:
+        """Return the numbers that are reserved and not yet used, by the identifier of their run.
+
+        Raises:
+            DamagedFile: the file of reserved numbers cannot be read.
+        """
+        path = self.base / name / RESERVED
+        found = read_json(path, _MEND_RESERVED)
+        if any(type(number) is not int or number < 1 for number in found.values()):
+            raise DamagedFile(f"{path}: expected the number of a version for each run; {_MEND_RESERVED}")
+        used = {*self.numbers(name), *self.gone(name)} if found else set()
+        return {run: number for run, number in found.items() if number not in used}
+
+    def _set_reserved(self, name: str, reserved: Mapping[str, int]) -> None:
+        """Replace the reserved numbers of a name; the caller holds the lock of its folder."""
+        path = self.base / name / RESERVED
+        if reserved:
+            storage.replace_text(path, json.dumps(reserved, indent=2) + "\n")
+        else:
+            path.unlink(missing_ok=True)
 
     def aliases(self, name: str) -> dict[str, int]:
         """Return the aliases of a name, each with its version.

@@ -103,9 +103,18 @@ def to_row(
 
 
 def run_collect(
-    config: CollectConfig, home: Path, *, notes: Sequence[str] = (), quiet: bool = False, **_options
+    config: CollectConfig,
+    home: Path,
+    *,
+    notes: Sequence[str] = (),
+    quiet: bool = False,
+    number: int | None = None,
+    **_options,
 ) -> StageResult:
-    """Sample and label `num` records and publish them; pairs of identical responses are left out."""
+    """Sample and label `num` records and publish them; pairs of identical responses are left out.
+
+    number: the version number that is reserved for the records.
+    """
 
     def say(text: str) -> None:
         if not quiet:
@@ -197,6 +206,7 @@ def run_collect(
     published = registry.publish_data(
         config.output_name,
         records,
+        number=number,
         config=config.model_dump(mode="json"),
         config_digest=config_digest(config),
         parents=parents,

@@ -93,6 +93,7 @@ def publish(
         run.config.output_name,
         run.stage,
         write,
+        number=run.number,
         run=run.origin,
         config=run.config.model_dump(mode="json"),
         config_digest=config_digest(run.config),

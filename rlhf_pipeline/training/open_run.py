@@ -53,7 +53,10 @@ C = TypeVar("C", bound=TrainingConfig)
 
 @dataclass
 class Run(Generic[C]):
-    """Everything that a stage needs around its own work."""
+    """Everything that a stage needs around its own work.
+
+    number: the version number that is reserved for its model, if there is one.
+    """
 
     stage: str
     config: C
@@ -64,6 +67,7 @@ class Run(Generic[C]):
     checkpoint: Checkpoint | None
     meter: CostMeter
     memory: Memory
+    number: int | None = None
     stopped_by: int | None = None
     phase: Literal["preparing", "updating", "ending"] = "preparing"
 
@@ -157,10 +161,14 @@ def open_run(
     resume: bool = True,
     quiet: bool = False,
     notes: Sequence[str] = (),
+    number: int | None = None,
 ) -> Iterator[Run[C]]:
     """Resume the unfinished run of a config, or start a new one.
 
     Options that follow from the parent model are filled into the config first.
+
+    Args:
+        number: the version number that is reserved for the model of this run.
 
     Yields:
         Run. On exit, signal handlers and log are restored; the run counts as finished only after `finish`.
@@ -212,7 +220,7 @@ def open_run(
             log.trackers = Trackers(config, directory, log.say) if config.report_to else None
         meter = CostMeter(started=started)
         memory = Memory(log.say, meter)
-        run = Run(stage, config, Registry(home), directory, accelerator, log, checkpoint, meter, memory)
+        run = Run(stage, config, Registry(home), directory, accelerator, log, checkpoint, meter, memory, number)
         log.say(f"{stage}: run {run.id}, {accelerator.device}, {torch.get_num_threads()} threads, seed {config.seed}")
         if config.bf16 == "auto":
             log.say(f"bf16 auto: {'on, it is faster on this machine' if uses_bf16(config) else 'off on this machine'}")

@@ -246,6 +246,29 @@ def kill_after(child: Child, seconds: float) -> Outcome:
         timer.cancel()
 
 
+def processes(variable: str, value: str) -> list[int]:
+    """The running processes that were started with this variable in their environment (Linux)."""
+    found, mark = [], f"{variable}={value}\0".encode()
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdigit() and mark in (folder / "environ").read_bytes():
+                state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+                found += [] if state in "ZX" else [int(folder.name)]
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+def gone(variable: str, value: str, seconds: float) -> bool:
+    """Whether no process with this variable runs any more, after waiting for at most so many seconds."""
+    until = time.monotonic() + seconds
+    while found := processes(variable, value):
+        if time.monotonic() > until:
+            break
+        time.sleep(0.01)
+    return not found
+
+
 def draws(seed: int, what: str) -> random.Random:
     """Random numbers of one kind of fault."""
     return random.Random(f"{seed} {what}")

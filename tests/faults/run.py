@@ -71,6 +71,16 @@ def _kills(bench: Bench) -> list[Row]:
     ]
 
 
+def _jobs(bench: Bench) -> list[Row]:
+    from tests.faults.jobs import kills_of_parents
+
+    found = kills_of_parents(bench.folder / "jobs", count=bench.count(30), seed=bench.seed)
+    trials = found["trials"]
+    what = f"SIGKILL of `rlhf run --jobs 2` at {found['hits']} random points of {trials} runs, then the same command"
+    came = f"{trials - len(found['failed'])} of {trials} resumed; no process left; weights, metrics and version numbers"
+    return [Row(what, f"{came} as of runs one after another", found["failed"])]
+
+
 def _stops(bench: Bench) -> list[Row]:
     fresh, folder = bench.count(20), bench.folder / "stops"
     found = kills.stops(bench.stages(), folder, steps=bench.steps(), fresh=fresh, seed=bench.seed)
@@ -234,6 +244,7 @@ def _flips(bench: Bench) -> list[Row]:
 # Those that compute in this process come last: children are forked from one that has not.
 KINDS: dict[str, Callable[[Bench], list[Row]]] = {
     "kills": _kills,
+    "jobs": _jobs,
     "stops": _stops,
     "terminate": _terminate,
     "disks": _disks,

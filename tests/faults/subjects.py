@@ -44,8 +44,8 @@ def stage_config(stage: str, steps: int) -> dict[str, Any]:
     return {**DEFAULTS[stage], **EVERY_STEP, **({} if stage == "ppo" else EVALUATION), "max_steps": steps}
 
 
-def experiment_files(folder: Path, steps: int) -> Path:
-    """An experiment of all stages and a comparison."""
+def experiment_files(folder: Path, steps: int, **changes: Any) -> Path:
+    """An experiment of all stages and a comparison; changes are its keys."""
     linked = ("model_name_or_path", "dataset_name", "reward_model_path", "policy", "output_name")
     configs = {
         "sft": {**SFT, **EVERY_STEP, "max_steps": steps},
@@ -84,7 +84,7 @@ def experiment_files(folder: Path, steps: int) -> Path:
         "stages": stages,
         "compare": {"arms": ["ppo", "dpo"], "baseline": "sft", "config": "compare.yaml"},
     }
-    return _write(folder / "experiment.yaml", whole)
+    return _write(folder / "experiment.yaml", whole | changes)
 
 
 @dataclass(frozen=True)

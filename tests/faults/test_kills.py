@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from tests.faults import children, kills, subjects
+from tests.faults import children, jobs, kills, subjects
 
 pytestmark = pytest.mark.check
 
@@ -62,3 +62,10 @@ def test_the_harness_sees_a_torn_version(disturbed, tmp_path):
     home = subject.home(tmp_path / "home")
     (home / "models/sft/v1/model.safetensors").write_bytes(b"")
     assert any("model.safetensors" in fault for fault in kills.torn(home))
+
+
+def test_the_parent_of_several_runs_at_a_time_is_killed(tmp_path):
+    """No worker is left; the rerun has the weights, metrics and version numbers of runs one after another."""
+    children.prepare()
+    found = jobs.kills_of_parents(tmp_path, count=1)
+    assert (found["trials"], found["hits"], found["failed"]) == (2, 1, [])

@@ -14,7 +14,7 @@ from rlhf_pipeline.errors import BadInput, DamagedFile, UnknownReference
 from rlhf_pipeline.registry import storage
 from rlhf_pipeline.registry.integrity import verify_files
 from rlhf_pipeline.registry.manifest import DataEntry, Parent
-from rlhf_pipeline.registry.repair import registry_faults
+from rlhf_pipeline.registry.repair import registry_faults, repair
 
 
 def everything_under(folder):
@@ -49,6 +49,40 @@ def test_digest_depends_on_files_alone(registry, model):
     other = registry.publish("a", "sft", model("x"))
     assert first.digest == again.digest != other.digest
     assert (first.label, again.label, other.label) == ("a@v1", "b@v1", "a@v2")
+
+
+def test_a_reserved_number_waits_for_its_run(registry, model):
+    shelf = registry.models
+    assert registry.publish("demo", "sft", model()).label == "demo@v1"
+    assert [shelf.reserve("demo", run) for run in ("one", "two", "one", "three")] == [2, 3, 2, 4]
+    # Others pass over them; whichever ends first has its own.
+    assert registry.publish("demo", "sft", model()).label == "demo@v5"
+    assert registry.publish("demo", "sft", model(), number=3).label == "demo@v3"
+    assert shelf.reserved("demo") == {"one": 2, "three": 4}
+    assert registry.publish("demo", "sft", model(), number=3).label == "demo@v6"  # it is taken
+    assert registry.resolve("demo").label == "demo@v6"
+    # The number of a removed version is not given to its run again.
+    registry.publish("demo", "sft", model(), number=2)
+    registry.remove("demo@v2")
+    assert shelf.reserve("demo", "one") == 7
+    registry.publish("demo", "sft", model(), number=7)
+    registry.publish("demo", "sft", model(), number=4)
+    assert not (registry.home / "models/demo/reserved.json").exists()
+    # A number that nobody has reserved is not for the asking.
+    assert registry.publish("demo", "sft", model(), number=40).label == "demo@v8"
+    assert registry.data.reserve("demo", "one") == 1
+
+
+def test_a_damaged_file_of_reserved_numbers_is_put_aside(registry, model):
+    registry.publish("demo", "sft", model())
+    path = registry.home / "models/demo/reserved.json"
+    path.write_text('{"one": 0}')
+    for found in (lambda: registry.models.reserve("demo", "two"), lambda: registry.publish("demo", "sft", model())):
+        with pytest.raises(DamagedFile, match=r"reserved\.json: expected the number of a version.*remove it"):
+            found()
+    assert [fault.where for fault in registry_faults(registry)] == ["demo"]
+    assert [one.what for one in repair(registry)] == ["demo: reserved.json"]
+    assert registry.models.reserve("demo", "two") == 2 and registry_faults(registry) == []
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "a/b", "../a", "x" * 65, "a b", "ä"])
