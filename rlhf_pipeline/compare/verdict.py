@@ -26,6 +26,8 @@ FIGURES = {
 }
 APART = 2.0
 """Arms at one beta are far apart if their KLs differ by more than this factor and the intervals do not overlap."""
+UNMOVED = 0.01
+"""An arm whose KL to the reference is below this, in nats a response, has hardly moved: it writes what SFT writes."""
 NOTABLE_LENGTH = 0.1
 """A difference in mean length is reported if it is above this share of the baseline's mean length."""
 
@@ -62,7 +64,7 @@ def say_contrast(contrast: Contrast, topic: str, caveat: str = "") -> Line:
     more = None
     if estimate.ends is not None:
         more = needed(Estimate(estimate.mean, *estimate.ends, estimate.n, estimate.clusters, estimate.method))
-    if more is not None:
+    if more is not None and not caveat:  # more prompts from a judge that knows nothing settle nothing
         text += f"; about {more['count']:,} {more['unit']} would settle it if the difference stayed the same"
     return line(topic, text, False)
 
@@ -151,6 +153,9 @@ def _limits(results: Findings) -> Iterator[Line]:
     for model, gate in results.gates.items():
         if not gate.passed:
             yield line("limits", f"{model} failed its gate: {gate.reason}; its scores say little about the arms")
+    for arm, kl in _unmoved(results).items():
+        text = f"{arm} has hardly moved from the reference: its KL is below {kl:.2g} nats a response"
+        yield line("limits", f"{text}; its figures are those of the model that it started from")
     yield from (line("limits", text) for text in describe_aims(results.rows))
     yield from _apart_in_kl(results)
     yield from _reward_model(results)
@@ -163,6 +168,16 @@ def _short_of(name: str, beta: float, total: float, own: float) -> str:
     return f"{away}; its distance from the optimum of the reward model is {own:.3f}"
 
 
+def _unmoved(results: Findings) -> dict[str, float]:
+    """The arms that have hardly moved from the reference at any setting, each with its largest KL."""
+    largest: dict[str, float] = {}
+    for entry in results.summary:
+        if entry.beta is not None and "kl" in entry.metrics:
+            kl = entry.metrics["kl"]
+            largest[entry.arm] = max(largest.get(entry.arm, 0.0), kl.ends[1] if kl.ends else kl.mean)
+    return {arm: kl for arm, kl in largest.items() if kl < UNMOVED}
+
+
 def _apart_in_kl(results: Findings) -> Iterator[Line]:
     """Yield a line for arms that one beta has taken to very different KLs: their differences also come from KL."""
     said: set[tuple[str, str]] = set()
@@ -172,7 +187,7 @@ def _apart_in_kl(results: Findings) -> Iterator[Line]:
         low, high, arms = near.metrics["kl"], far.metrics["kl"], (one.arm, other.arm)
         if arms[0] == arms[1] or one.beta != other.beta or arms in said or low.ends is None or high.ends is None:
             continue
-        if high.mean > APART * max(low.mean, 0.0) and high.ends[0] > low.ends[1]:
+        if high.mean > max(APART * low.mean, UNMOVED) and high.ends[0] > low.ends[1]:
             said.add(arms)
             figures = " against ".join(f"{kl.mean:.3g} [{kl.low:.3g}, {kl.high:.3g}]" for kl in (high, low))
             text = f"at the same beta, {one.beta:g}, {far.arm} is much farther from the reference than {near.arm}"
@@ -238,6 +253,8 @@ def _next(results: Findings) -> Iterator[Line]:
     if not matched and any(True for _ in _apart_in_kl(results)):
         text = "sweep beta for every arm, or keep snapshots of the runs, to compare them at matched KL"
         yield line("next", f"{text}: at the same beta their distances from the reference differ")
+    if still := _unmoved(results):
+        yield line("next", f"train {' and '.join(still)} for more steps, or at a larger learning rate")
     trials = {arm: entry.trials for arm, entry in results.arms.items()}
     if len(set(trials.values())) > 1:
         most = max(trials, key=lambda arm: trials[arm])

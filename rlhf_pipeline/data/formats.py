@@ -20,6 +20,10 @@ from rlhf_pipeline.errors import DataError, Fault, did_you_mean
 
 SCHEMAS: list[Schema] = [*public.SCHEMAS, *general.SCHEMAS]
 """All formats, in the order in which they are tried."""
+PLAIN_PROMPTS = (
+    "prompts are plain text: the model reads them without its chat template; with `text_as_chat: true` each is a "
+    "user's turn"
+)
 LABELS = {1: True, 0: False, -1: False, "true": True, "false": False, "1": True, "0": False, "-1": False}
 
 
@@ -39,12 +43,15 @@ class RecordSet:
     not_read: tuple[str, ...] = ()  # columns with content that the format does not read; `Record.columns` has them
     against: Counter[str] = field(default_factory=Counter)  # rows whose scores contradict or do not support the label
 
-    def notes(self, template: str | None = None, functions: bool | None = None) -> list[str]:
+    def notes(
+        self, template: str | None = None, functions: bool | None = None, *, text_as_chat: bool = False
+    ) -> list[str]:
         """Return sentences on what a stage does not read, and on labels that other columns contradict.
 
         Args:
             template: the chat template, if it is known; it may not read the values of `TEMPLATE_VALUES`.
             functions: whether the stage has reward functions, which get all columns; None: no stage is known.
+            text_as_chat: whether prompts of plain text become turns of a user.
         """
         named, said = ", ".join(self.not_read), []
         if named and functions:
@@ -57,6 +64,9 @@ class RecordSet:
         for reason, what in (("contradicted", "contradict the label"), ("equal", "are equal")):
             if count := self.against[reason]:
                 said.append(f"scores {what} in {count} of {self.rows} rows: the label is used, not the scores")
+        first = self.records[0] if self.records else None
+        if template is not None and not text_as_chat and first is not None and isinstance(first.prompt, str):
+            said.append(PLAIN_PROMPTS)
         return said
 
     @property

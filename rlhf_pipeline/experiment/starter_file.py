@@ -99,6 +99,10 @@ def render_starter(plan: Starter) -> str:
         "rollout": rollout,
         "episodes": episodes,
         "updates": episodes // rollout,
+        # The first step of a warm-up has the rate 0: of a first look's few steps none is given away.
+        "sft_warmup": "" if quick else "    warmup_steps: 0.05\n",
+        "warmup": "" if quick else "    warmup_steps: 0.1\n",
+        "ppo_saves": 4 if quick else 10,
         "epochs": "    num_ppo_epochs: 2\n" if quick else "",
         "judged": "    judge: judge                             # scores the responses; has no effect on training\n",
         "again": "    num_train_epochs: 3                      # few pairs: three epochs\n"
@@ -184,8 +188,7 @@ _JUDGE = """\
     dataset_train_split: judge
     num_train_epochs: {judge_epochs}
     learning_rate: {reward_rate}
-    warmup_steps: 0.1
-{centred}{size}    seed: 1000
+{warmup}{centred}{size}    seed: 1000
 """
 _FILE = """\
 # SFT, reward model, PPO and DPO on {pairs} preferences, compared. Keys: docs/experiments.md, docs/config.md.
@@ -203,15 +206,13 @@ stages:
       response_length: {response:<21} # tokens with EOS; longer responses are left out
     learning_rate: {sft_rate}
     lr_scheduler_type: cosine
-    warmup_steps: 0.05
-{size}    save_steps: 100                          # a killed run continues from the last save
+{sft_warmup}{size}    save_steps: 100                          # a killed run continues from the last save
   reward:
     stage: train-rm
     model_name_or_path: sft
     <<: *data
     learning_rate: {reward_rate}
-    warmup_steps: 0.1
-{centred}{again}{size}    save_steps: 100
+{warmup}{centred}{again}{size}    save_steps: 100
 {judge}\
   ppo:
     stage: ppo
@@ -225,15 +226,14 @@ stages:
     rollout_batch_size: {rollout:<20} # responses per update
     num_mini_batches: 4
 {epochs}    per_device_train_batch_size: {minibatch}
-{shared}    save_steps: 10
+{shared}    save_steps: {ppo_saves}
   dpo:
     stage: dpo
     model_name_or_path: sft
     <<: *data
     beta: 0.1
     learning_rate: {dpo_rate}
-    warmup_steps: 0.1
-{again}{size}    save_steps: 100
+{warmup}{again}{size}    save_steps: 100
 # One beta says little about methods that trade reward against KL: try several betas.
 # sweep: {{ppo.kl_coef: [.03, .1, .3], dpo.beta: [.03, .1, .3]}}
 compare:

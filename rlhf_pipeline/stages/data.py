@@ -106,7 +106,8 @@ class StageData:
                     for data in config.sources()
                 ]
             for found in self._read:
-                for note in found.notes(template_of(tokenizer), any(functions(config))):
+                read = {"functions": any(functions(config)), "text_as_chat": config.text_as_chat}
+                for note in found.notes(template_of(tokenizer), **read):
                     self.say(f"data: {found.source}: {note}")
         return self._read
 

@@ -137,6 +137,11 @@ def test_what_would_settle_it_is_said():
     # t over 5 seeds: s = .3 / 2.776 x sqrt 5; the smallest S with t(S - 1) s / sqrt S < .2 is 9.
     assert "about 9 seeds would settle it" in text
     assert "would settle" not in say_contrast(entry(estimate(0.0, 0.3)), "primary").text
+    # More prompts from a judge that knows nothing settle nothing.
+    doubt = ", measured by a judge that is no better than a coin"
+    assert say_contrast(entry(estimate(0.2, 0.3)), "primary", doubt).text == text.split("; about")[0].replace(
+        ": ppo - dpo", f"{doubt}: ppo - dpo"
+    )
 
 
 def test_one_seed_speaks_of_its_runs_only():
@@ -316,7 +321,8 @@ def kl_of(arm: str, mean: float, half: float, beta: float | None = 0.5) -> Summa
         (kl_of("ppo", 3.0, 0.5, 0.1), kl_of("dpo", 1.0, 0.5, 0.5), False),  # two prices
         (kl_of("ppo", 3.0, 0.5, None), kl_of("dpo", 1.0, 0.5, None), False),
         (kl_of("ppo", 0.1, 0.05), kl_of("dpo", -0.01, 0.02), True),  # an estimate below 0 has no factor
-        (kl_of("ppo", 0.004, 0.001), kl_of("dpo", 0.001, 0.0005), True),
+        (kl_of("ppo", 0.04, 0.001), kl_of("dpo", 0.001, 0.0005), True),
+        (kl_of("ppo", 0.004, 0.001), kl_of("dpo", 0.001, 0.0005), False),  # neither has moved
     ],
 )
 def test_arms_that_one_beta_has_taken_far_apart(one, other, apart):
@@ -338,6 +344,18 @@ def test_far_apart_says_both_kls():
     found = topics(summary=[kl_of("ppo", 3.0, 0.5), kl_of("dpo", 1.0, 0.5)])
     assert "at the same beta, 0.5" in found["limits"][0]
     assert "KL 3 [2.5, 3.5] against 1 [0.5, 1.5] nats" in found["limits"][0]
+
+
+def test_arms_that_have_hardly_moved_are_named():
+    found = topics(summary=[kl_of("ppo", 0.003, 0.001), kl_of("dpo", 0.0001, 0.0002), kl_of("ppo", 0.002, 0.001, 1.0)])
+    assert [text.split(" [")[0] for text in found["limits"]] == [
+        f"{arm} has hardly moved from the reference: its KL is below {kl} nats a response; its figures are those of "
+        "the model that it started from"
+        for arm, kl in (("ppo", "0.004"), ("dpo", "0.0003"))
+    ]
+    assert "train ppo and dpo for more steps, or at a larger learning rate" in found["next"]
+    moved = topics(summary=[kl_of("ppo", 0.003, 0.001), kl_of("ppo", 0.02, 0.001, 1.0)])  # at one setting it has
+    assert not any("hardly moved" in text for text in moved.get("limits", []))
 
 
 def test_data_that_have_changed_come_first():

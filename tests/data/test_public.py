@@ -516,6 +516,13 @@ def test_what_the_template_does_not_read_is_a_note():
     assert parsed.notes("{{ messages }}") == ["not read by the chat template: thinking, tools"]
 
 
+def test_plain_prompts_of_a_chat_model_are_named():
+    plain = parse([("f:1", {"prompt": "p", "chosen": "a", "rejected": "b"})], "f")
+    (note,) = plain.notes("{{ messages }}")
+    assert "without its chat template" in note and "`text_as_chat: true`" in note
+    assert plain.notes("{{ messages }}", text_as_chat=True) == plain.notes() == []
+
+
 def test_a_turn_that_calls_a_tool_may_have_no_text():
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "rain", "arguments": {}}}]}
     answer = {"role": "tool", "name": "rain", "content": "wet"}

@@ -302,7 +302,8 @@ def test_a_first_look_is_reduced_until_it_takes_an_hour(init):
     assert (stages["ppo"]["total_episodes"], stages["ppo"]["rollout_batch_size"]) == (96, 32)
     assert values["compare"]["max_prompts"] == stages["sft"]["max_eval_samples"] == 28 and values["seeds"] == [0]
     assert all((one["bf16"], one["logging_steps"]) == ("auto", 1) for one in stages.values())
-    assert "max_eval_samples" not in stages["ppo"]
+    assert "max_eval_samples" not in stages["ppo"] and stages["ppo"]["save_steps"] == 4
+    assert not any("warmup_steps" in one for one in stages.values())  # its first step would train nothing
     assert "about 54 min on this machine" in said and "cannot tell which method is better" in said  # 3,228 s
     code, said, _ = init(rows, "--model", "sft", out="whole.yaml", seconds=lambda path, home: 144_000.0)
     assert "about 40.0 h on this machine" in said and "rlhf init --quick writes a first look" in said
