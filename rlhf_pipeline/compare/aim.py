@@ -71,9 +71,9 @@ def effective_beta_of(registry: Registry, resolved: Resolved) -> EffectiveBeta |
     of PPO on w r at kl_coef b is pi_ref exp(w r / b) = pi_ref exp(s r / (b s / w)): DPO's optimum at beta = b s / w.
 
     Returns:
-        mean, low and high (those of the slope, times b / w), slope and reward_model. Without a finite slope, mean is
-        None and why_not gives the reason. None for a model that was not trained by PPO on one reward model of known
-        slope.
+        mean, low and high (those of the slope, times b / w), slope and reward_model. Without a finite slope, or with
+        one that cannot be told from 0, mean is None and why_not gives the reason. None for a model that was not trained
+        by PPO on one reward model of known slope.
     """
     manifest, beta = resolved.manifest, beta_of(resolved)
     if manifest is None or manifest.stage != "ppo" or beta is None:
@@ -89,6 +89,8 @@ def effective_beta_of(registry: Registry, resolved: Resolved) -> EffectiveBeta |
     found = Span(**{key: slope.get(key) for key in ("mean", "low", "high")})
     scaled = {key: None if end is None else beta * end / weight for key, end in found}
     why_not = str(slope["why_not"]) if slope.get("why_not") else None
+    if why_not is None and found.low is not None and found.low <= 0:  # a beta of 0 or below has no optimum
+        scaled, why_not = dict.fromkeys(scaled), f"the calibration slope, {_ends(found)}, cannot be told from 0"
     return EffectiveBeta(**scaled, slope=found, reward_model=models[0].label, why_not=why_not)
 
 
@@ -106,13 +108,14 @@ def describe_aims(rows: Sequence[Row]) -> Iterator[str]:
             what = "beta on another scale" if kinds == {"scale"} else "another optimum"
             yield f"{arm} has {what} ({listed}): it is compared as trained and at matched KL only, not at one beta"
     for arm, finals in arms.items():
-        clear = [row for row in finals if row.effective_beta is not None and _excludes_one(row.effective_beta.slope)]
+        clear = [row for row in finals if row.effective_beta is not None and _is_off_scale(row.effective_beta)]
         if clear:
             yield _off_scale(arm, clear, len(finals))
 
 
-def _excludes_one(slope: Span) -> bool:
-    return slope.low is not None and slope.high is not None and (slope.low > 1 or slope.high < 1)
+def _is_off_scale(found: EffectiveBeta) -> bool:
+    low, high = found.slope.low, found.slope.high
+    return found.mean is not None and low is not None and high is not None and (low > 1 or high < 1)
 
 
 def _off_scale(arm: str, clear: Sequence[Row], models: int) -> str:

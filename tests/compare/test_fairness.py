@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_pipeline.compare import aim
 from rlhf_pipeline.compare.aim import aim_of
 from rlhf_pipeline.compare.fairness import differences, differences_by_seed, facts_of
 from rlhf_pipeline.compare.run import compared, run_compare
@@ -129,8 +130,28 @@ def test_models_of_an_earlier_release_are_read_by_their_configs(arms, monkeypatc
     assert set(found(arms, a="ppo", b="ipo")) == {"options that move the optimum"}
 
 
-def test_the_effective_beta_is_kl_coef_times_the_slope_of_the_reward_model(arms):
-    slope = arms.registry.resolve("shrunk").manifest.metrics["calibration_slope"]
+def with_slope(monkeypatch, **slope):
+    """Let every reward model have this calibration slope."""
+    found = aim.reward_models_of
+
+    def models(registry, resolved):
+        for model in found(registry, resolved):
+            metrics = {**model.manifest.metrics, "calibration_slope": slope}
+            yield dataclasses.replace(model, manifest=model.manifest.model_copy(update={"metrics": metrics}))
+
+    monkeypatch.setattr(aim, "reward_models_of", models)
+
+
+def test_a_slope_that_cannot_be_told_from_0_gives_no_effective_beta(arms, monkeypatch):
+    with_slope(monkeypatch, mean=-1.6, low=-3.4, high=0.1)
+    beta = aim_of(arms.registry, arms.registry.resolve("shrunk-ppo")).effective_beta
+    assert (beta.mean, beta.low, beta.high, beta.slope.mean) == (None, None, None, -1.6)
+    assert beta.why_not == "the calibration slope, -1.60 [-3.40, 0.10], cannot be told from 0"
+
+
+def test_the_effective_beta_is_kl_coef_times_the_slope_of_the_reward_model(arms, monkeypatch):
+    slope = {"mean": 0.8, "low": 0.5, "high": 1.1}
+    with_slope(monkeypatch, **slope)
     given = {"arms": ["shrunk-ppo", "dpo"], "baseline": "sft", "name": "effective", "allow_mismatch": True}
     result = run_compare(arms.config("compare", **given, samples=1, max_prompts=2), arms.home, quiet=True)
     row = {row.name: row for row in result.rows}
