@@ -281,3 +281,19 @@ def test_what_a_function_scores_is_compared_each_time(lab, experiment, tmp_path,
     counts["loaded"].clear()
     run(lab, path)
     assert counts["loaded"]
+
+
+def test_several_processes_train_and_one_collects(lab, experiment, monkeypatch):
+    """A stand-in for the launcher, which `test_launch.py` tests: it runs the stage here and keeps what it was given."""
+    given = []
+
+    def launched(stage, config, home, *, count, **options):
+        given.append((stage, count))
+        return runner.stage_function(stage)(config, home, **options)
+
+    monkeypatch.setattr(runner, "run_in_processes", launched)
+    path = experiment(compare=False)
+    result = run_experiment(path, (), lab.home, quiet=True, processes=2)
+    assert given == [("sft", 2), ("train-rm", 2), ("ppo", 2), ("dpo", 2)]
+    assert not skipped(result)
+    assert skipped(run_experiment(path, (), lab.home, quiet=True, processes=2)) == set(STAGES)
