@@ -26,6 +26,7 @@ from rlhf_pipeline.experiment.forecast import Forecast, about, forecast_comparis
 from rlhf_pipeline.experiment.outlook import Outlook
 from rlhf_pipeline.experiment.progress import makespan
 from rlhf_pipeline.experiment.run import checked, is_compared
+from rlhf_pipeline.experiment.work import of_processes
 from rlhf_pipeline.experiment.workers import threads_each
 from rlhf_pipeline.models.needs import remarks_on, require_kernel, require_needs
 from rlhf_pipeline.registry.adapters import chain_of, four_bits_of, require_same_base
@@ -37,7 +38,6 @@ from rlhf_pipeline.registry.store import Registry, folder_for_copy
 from rlhf_pipeline.rollout.llm import ChatModel
 from rlhf_pipeline.stages.common import packed_rows, tokenizer_of
 from rlhf_pipeline.stages.data import prompts_by_split
-from rlhf_pipeline.stages.ppo_models import check_processes
 from rlhf_pipeline.stages.reward_sources import check_reward_models
 from rlhf_pipeline.training.optimizer import require_schedule
 from rlhf_pipeline.training.windows import total_steps
@@ -150,20 +150,6 @@ def _training_memory(
         shared_base = isinstance(config, PpoConfig) and config.shared_base
         frozen = max(frozen - reward * shared_base, base)
     return trained + frozen
-
-
-def of_processes(config: StageConfig, processes: int) -> StageConfig:
-    """The config whose windows in one process are those of `config` in several; the estimated work is that of all.
-
-    Raises:
-        ConfigError: PPO cannot divide its minibatches between them.
-    """
-    if isinstance(config, PpoConfig):
-        check_processes(config, processes)
-    if isinstance(config, PpoConfig | CollectConfig) or processes == 1:
-        return config
-    steps = (config.gradient_accumulation_steps or 1) * processes
-    return config.model_copy(update={"gradient_accumulation_steps": steps})
 
 
 def estimate_stage(config: StageConfig, home: Path, *, processes: int = 1) -> dict[str, Any]:

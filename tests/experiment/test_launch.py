@@ -16,7 +16,7 @@ import pytest
 
 from rlhf_pipeline.errors import BadInput, Interrupted, ProcessFailed, RunFailed, faults_of
 from rlhf_pipeline.experiment import launch
-from rlhf_pipeline.experiment.estimate import of_processes
+from rlhf_pipeline.experiment.work import of_processes
 
 RESULT = {"stage": "dpo", "model": "dpo@v1", "path": "p", "run": "r", "metrics": {}, "cost": {}, "stopped_by": None}
 BAD = {"code": 2, "kind": "config", "message": "a: bad", "elsewhere": False}

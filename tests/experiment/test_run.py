@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf_pipeline.errors import ConfigError, Interrupted
+from rlhf_pipeline.errors import BadInput, ConfigError, Interrupted
 from rlhf_pipeline.experiment import done
 from rlhf_pipeline.experiment import run as runner
 from rlhf_pipeline.experiment.run import run_experiment
@@ -297,3 +297,9 @@ def test_several_processes_train_and_one_collects(lab, experiment, monkeypatch):
     assert given == [("sft", 2), ("train-rm", 2), ("ppo", 2), ("dpo", 2)]
     assert not skipped(result)
     assert skipped(run_experiment(path, (), lab.home, quiet=True, processes=2)) == set(STAGES)
+
+
+@pytest.mark.parametrize(("given", "found"), [({"jobs": 2}, "--jobs 2"), ({"executor": "ray"}, "--executor ray")])
+def test_several_runs_at_a_time_have_one_process_each(lab, experiment, given, found):
+    with pytest.raises(BadInput, match=f"found {found} with --num-processes 2, expected one of them"):
+        run_experiment(experiment(compare=False), (), lab.home, quiet=True, processes=2, **given)
