@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 # Characters that a terminal executes instead of showing (control characters except tab and newline, marks that reorder
@@ -126,10 +126,12 @@ class RunFailed(RlhfError):
     """A run that could not continue: diverged, out of memory, disk full.
 
     agreed: whether every process of the run raises this error now. No process may then exit before all have raised it.
+    elsewhere: whether the cause is the error of another process.
     """
 
     kind = "run"
     agreed = False
+    elsewhere = False
 
 
 class Interrupted(RlhfError):
@@ -142,9 +144,22 @@ class Interrupted(RlhfError):
         self.exit_code = 128 + signal_number
 
 
+class ProcessFailed(RlhfError):
+    """The error of one of the processes of a run, as that process has described it."""
+
+    def __init__(self, message: str, kind: str, exit_code: int, faults: Iterable[Mapping[str, str]]):
+        super().__init__(message)
+        self.kind, self.exit_code = kind, exit_code
+        self.faults = [Fault(**fault) for fault in faults]
+
+
 def faults_of(error: RlhfError) -> list[Fault]:
-    """Return the faults of an error: those of a faulty input, else one fault per line of the message."""
-    return error.faults if isinstance(error, FaultyInput) else list(map(Fault.read, str(error).split("\n")))
+    """Return the faults of an error: those that it lists, else one fault per line of the message."""
+    return (
+        error.faults
+        if isinstance(error, FaultyInput | ProcessFailed)
+        else list(map(Fault.read, str(error).split("\n")))
+    )
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

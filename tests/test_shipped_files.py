@@ -15,7 +15,7 @@ from rlhf_pipeline.config.stages import SCHEMAS, STAGES
 from rlhf_pipeline.experiment.workers import Job
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "accelerate")
 EXPERIMENTS = [path for path in CONFIGS if path.name in ("experiment.yaml", "frontier.yaml")]
 STAGE_OF_FILE = {
     "base": "sft",
@@ -60,6 +60,16 @@ def test_every_stage_config_is_valid(path: Path, beside_data: None) -> None:
     extra = {"arms": ["ppo", "dpo"], "baseline": "sft"} if stage == "compare" else None
     loaded = load_config(stage, path, extra=extra)
     assert isinstance(loaded.config, SCHEMAS[stage]) and not loaded.notes
+
+
+@pytest.mark.check
+@pytest.mark.parametrize(("name", "machines", "processes"), [("ddp", 1, 8), ("ddp_nodes", 2, 16)])
+def test_every_config_of_accelerate_is_valid(name: str, machines: int, processes: int) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    found = load_config_from_file(str(ROOT / "configs" / "accelerate" / f"{name}.yaml"))
+    assert found.distributed_type == "MULTI_GPU"
+    assert (found.num_machines, found.num_processes) == (machines, processes)
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: f"{p.parent.name}/{p.name}")

@@ -1,4 +1,4 @@
-"""A program in two processes that know of each other as `torchrun` would have it."""
+"""A program in several processes that know of each other as `torchrun` would have it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from tests.faults import children
 
 
 def in_two_processes(program: str, *arguments: str) -> tuple[list[int | None], list[str]]:
-    """Run a Python program on the CPU as ranks 0 and 1; returns the exit codes and what was said.
+    """`in_processes` with ranks 0 and 1."""
+    return in_processes(2, program, *arguments)
+
+
+def in_processes(count: int, program: str, *arguments: str) -> tuple[list[int | None], list[str]]:
+    """Run a Python program on the CPU as so many ranks; returns the exit codes and what was said.
 
     The processes are forked from this one, which has imported everything already: a new one takes seconds for that.
     """
@@ -21,7 +26,8 @@ def in_two_processes(program: str, *arguments: str) -> tuple[list[int | None], l
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
     def work(rank: str) -> int:
         from accelerate.state import AcceleratorState, PartialState
@@ -37,7 +43,9 @@ def in_two_processes(program: str, *arguments: str) -> tuple[list[int | None], l
         return 0
 
     with tempfile.TemporaryDirectory() as folder:
-        workers = [children.fork_to(lambda rank=rank: work(rank), Path(folder) / rank) for rank in ("0", "1")]
+        workers = [
+            children.fork_to(lambda rank=rank: work(rank), Path(folder) / rank) for rank in map(str, range(count))
+        ]
         try:
             outcomes = [worker.wait() for worker in workers]
         finally:

@@ -87,14 +87,19 @@ def _command() -> Callable[..., Any]:
     return typer.main.get_command(app)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0 done, 1 failed, 2 bad input, 130 / 143 interrupted."""
-    # Progress bars and advice of libraries are not part of the result; settings of the user take precedence.
+def prepare_environment() -> None:
+    """Set the environment that libraries read when they are imported; settings of the user take precedence."""
+    # Progress bars and advice of libraries are not part of the result.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # No library sends usage reports; libraries read these variables when they are imported.
+    # No library sends usage reports.
     for variable in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "VLLM_NO_USAGE_STATS"):
         os.environ.setdefault(variable, "1")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 done, 1 failed, 2 bad input, 130 / 143 interrupted."""
+    prepare_environment()
     words = sys.argv[1:] if arguments is None else arguments
     try:
         result = _command()(args=words, standalone_mode=False, prog_name="rlhf")

@@ -97,6 +97,15 @@ ExecutorOption = Annotated[
     Literal["local", "ray"],
     typer.Option("--executor", help="Where stages run: on this machine, or on a Ray cluster that shares the home."),
 ]
+ProcessesOption = Annotated[
+    int,
+    typer.Option(
+        "--num-processes",
+        min=1,
+        metavar="N",
+        help="Number of processes that train together, one per GPU; on a CPU each has the usable cores // N threads.",
+    ),
+]
 _COMMON: dict[str, tuple[Any, Any]] = {
     "home": (HomeOption, None),
     "json": (JsonOption, False),

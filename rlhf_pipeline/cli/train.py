@@ -11,13 +11,27 @@ import typer
 
 from rlhf_pipeline.api import check_models
 from rlhf_pipeline.cli.libraries import load_libraries
-from rlhf_pipeline.cli.options import Common, ExecutorOption, JobsOption, OverridesArgument, ResumeOption, Settings
+from rlhf_pipeline.cli.options import (
+    Common,
+    ExecutorOption,
+    JobsOption,
+    OverridesArgument,
+    ProcessesOption,
+    ResumeOption,
+    Settings,
+)
 from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_plan, emit_table, flat_metrics, number
 
 NOT_TRAINED = "nothing was trained"
 
 
-def train(common: Common, settings: Settings, overrides: OverridesArgument = None, resume: ResumeOption = True) -> None:
+def train(
+    common: Common,
+    settings: Settings,
+    overrides: OverridesArgument = None,
+    resume: ResumeOption = True,
+    processes: ProcessesOption = 1,
+) -> None:
     """Train a model and register it."""
     from rlhf_pipeline.config.training import TrainingConfig
 
@@ -26,14 +40,21 @@ def train(common: Common, settings: Settings, overrides: OverridesArgument = Non
     if common.dry_run:
         from rlhf_pipeline.experiment.estimate import estimate_stage
 
-        plan = estimate_stage(config, common.home_path) | {"notes": list(loaded.notes)}
+        plan = estimate_stage(config, common.home_path, processes=processes) | {"notes": list(loaded.notes)}
         emit_plan(plan, NOT_TRAINED, json=common.json)
         return
     check_models(config, common.registry)
-    load_libraries()
-    from rlhf_pipeline.stages.functions import stage_function
+    options: dict[str, Any] = {"resume": resume, "notes": loaded.notes}
+    if processes > 1:
+        from rlhf_pipeline.experiment.launch import run_in_processes
 
-    result = stage_function(settings.stage)(config, common.home_path, resume=resume, notes=loaded.notes)
+        options |= {"count": processes, "debug": common.debug}
+        result = run_in_processes(settings.stage, config, common.home_path, **options)
+    else:
+        load_libraries()
+        from rlhf_pipeline.stages.functions import stage_function
+
+        result = stage_function(settings.stage)(config, common.home_path, **options)
     if not result.model:  # a process that does not register the model
         return
     if common.json:
@@ -50,12 +71,14 @@ def run(
     resume: ResumeOption = True,
     jobs: JobsOption = 1,
     executor: ExecutorOption = "local",
+    processes: ProcessesOption = 1,
 ) -> None:
     """Run the stages of an experiment, for every seed and setting, then compare; finished runs are skipped."""
+    options: dict[str, Any] = {"jobs": jobs, "processes": processes}
     if common.dry_run:
         from rlhf_pipeline.experiment.estimate import estimate_experiment
 
-        plan = estimate_experiment(experiment, overrides or [], common.home_path, jobs=jobs)
+        plan = estimate_experiment(experiment, overrides or [], common.home_path, **options)
         if not common.json:
             _print_estimates(plan)
             plan = {key: value for key, value in plan.items() if key not in ("stages", "estimates", "machine")}
@@ -63,9 +86,9 @@ def run(
         return
     from rlhf_pipeline.experiment.run import run_experiment
 
-    again = shlex.join(["rlhf", "run", str(experiment), *(overrides or [])])
-    options: dict[str, Any] = {"resume": resume, "jobs": jobs, "executor": executor}
-    options |= {"command": again, "before_work": load_libraries}
+    several = ["--num-processes", str(processes)] if processes > 1 else []
+    again = shlex.join(["rlhf", "run", str(experiment), *(overrides or []), *several])
+    options |= {"resume": resume, "executor": executor, "command": again, "before_work": load_libraries}
     result = run_experiment(experiment, overrides or [], common.home_path, **options)
     if common.json:
         emit_json(result)

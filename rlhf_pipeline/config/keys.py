@@ -97,7 +97,7 @@ FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "streaming": ((False,), "a stage reads its data once, before it trains"),
     "dataset_kwargs": (_NO_EXTRA_TOKENS, "a chat template already has its special tokens"),
     "average_tokens_across_devices": ((True, None), "a step divides once by the tokens of all processes"),
-    "num_processes": ((1, None), "start it by accelerate launch --num_processes N"),
+    "num_processes": ((1, None), "start it with --num-processes N, or by accelerate launch"),
     "packing": ((False, None), "batches hold whole examples without padding, and a step keeps its examples"),
     "lora_task_type": (("CAUSAL_LM", "SEQ_CLS", None), "the stage sets the task of its adapter"),
     "bnb_4bit_quant_storage": (("uint8", None), "weights in 4 bits are stored as bytes"),

@@ -26,6 +26,7 @@ from rlhf_pipeline.experiment.forecast import Forecast, about, forecast_comparis
 from rlhf_pipeline.experiment.outlook import Outlook
 from rlhf_pipeline.experiment.progress import makespan
 from rlhf_pipeline.experiment.run import checked, is_compared
+from rlhf_pipeline.experiment.work import of_processes
 from rlhf_pipeline.experiment.workers import threads_each
 from rlhf_pipeline.models.needs import remarks_on, require_kernel, require_needs
 from rlhf_pipeline.registry.adapters import chain_of, four_bits_of, require_same_base
@@ -151,14 +152,18 @@ def _training_memory(
     return trained + frozen
 
 
-def estimate_stage(config: StageConfig, home: Path) -> dict[str, Any]:
+def estimate_stage(config: StageConfig, home: Path, *, processes: int = 1) -> dict[str, Any]:
     """Resolve the models, read the data and count updates, parameters and memory.
+
+    Args:
+        processes: how many train together.
 
     Raises:
         BadInput: anything that the run itself would refuse before training.
     """
     registry = Registry(home)
     config, _ = with_lengths(config, registry)
+    config = of_processes(config, processes)
     result: dict[str, Any] = {"stage": config.stage, "output_name": config.output_name}
     named, parents = config.parents(), parents_of(registry, config)
     for role, parent in parents.items():
@@ -255,13 +260,16 @@ def _work_of(outlook: Outlook, node: Node) -> dict[str, Any]:
     return result
 
 
-def estimate_experiment(path: Path, overrides: Sequence[str], home: Path, *, jobs: int = 1) -> dict[str, Any]:
+def estimate_experiment(
+    path: Path, overrides: Sequence[str], home: Path, *, jobs: int = 1, processes: int = 1
+) -> dict[str, Any]:
     """Check an experiment as `rlhf run` does; report which of its runs are done and what the others will take.
 
     A run that depends on an unfinished run cannot be looked up: its inputs do not exist yet.
 
     Args:
-        jobs: the number of runs at a time; each is estimated with its share of the threads.
+        jobs: the number of runs at a time; each is estimated with its share of the threads. processes: how many train
+            each model together.
     """
     registry = Registry(home)
     experiment = load_experiment(path, overrides, known_models=registry.models.names())
@@ -272,7 +280,8 @@ def estimate_experiment(path: Path, overrides: Sequence[str], home: Path, *, job
     if jobs > 1:
         nodes = tuple(_with_threads(node, threads_each(jobs)) for node in nodes)
     outlook = Outlook(nodes, done, registry)
-    found = {node.label: forecast_run(outlook, node) for node, ready in zip(nodes, done, strict=True) if ready is None}
+    waiting = [node for node, ready in zip(nodes, done, strict=True) if ready is None]
+    found = {node.label: forecast_run(outlook, _shared(node, processes)) for node in waiting}
     if experiment.compare is not None and (finished < len(nodes) or not is_compared(experiment, nodes, done, registry)):
         found[COMPARISON] = forecast_comparison(outlook, experiment.compare)
     unknown = [name for name, one in found.items() if one.seconds is None]
@@ -320,6 +329,10 @@ def _seconds_at_once(nodes: Sequence[Node], found: Mapping[str, Forecast], jobs:
     inputs = [{left.index(one) for one in nodes[place].inputs.values() if one in left} for place in left]
     after = found[COMPARISON].seconds if COMPARISON in found else None
     return makespan(seconds, inputs, jobs) + (after or 0.0)
+
+
+def _shared(node: Node, processes: int) -> Node:
+    return replace(node, spec=replace(node.spec, config=of_processes(node.spec.config, processes)))
 
 
 def time_of_experiment(path: Path, home: Path) -> float | None:

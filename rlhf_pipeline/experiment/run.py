@@ -28,6 +28,7 @@ from rlhf_pipeline.experiment.done import (
     survey,
 )
 from rlhf_pipeline.experiment.jobs import reserved_number, run_at_once
+from rlhf_pipeline.experiment.launch import run_in_processes
 from rlhf_pipeline.experiment.progress import Outcome, progress_line
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import check_role
@@ -134,6 +135,7 @@ def run_experiment(
     quiet: bool = False,
     jobs: int = 1,
     executor: str = "local",
+    processes: int = 1,
     command: str | None = None,
     before_work: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
@@ -143,6 +145,7 @@ def run_experiment(
         path: the experiment's file, or its content. command: the command that reproduces this, for the report.
         jobs: the number of stages that run at a time, each in a process of its own; 1: all in this process.
         executor: local, or ray: each stage runs on a node of a Ray cluster.
+        processes: how many train each model together; 1: one. Data are collected and models compared in this process.
         before_work: called before this process runs a stage or the comparison; not called if everything is done.
     """
 
@@ -151,6 +154,9 @@ def run_experiment(
             console.print(text, markup=False, style="bold")
 
     # 1. Check everything, and find what is done.
+    if processes > 1 and (jobs > 1 or executor != "local"):
+        found = f"--jobs {jobs}" if executor == "local" else f"--executor {executor}"
+        raise BadInput(f"found {found} with --num-processes {processes}, expected one of them; leave the other out")
     registry = Registry(home)
     experiment = load_experiment(path, overrides, known_models=registry.models.names())
     for note in experiment.notes:
@@ -169,7 +175,7 @@ def run_experiment(
         idle = before_work if experiment.compare is not None else lambda: None
         outcomes = run_at_once(nodes, done, registry, say=say, when_idle=idle, **options)
     else:
-        outcomes = _in_order(nodes, done, registry, say, before_work, resume=resume, quiet=quiet)
+        outcomes = _in_order(nodes, done, registry, say, before_work, processes, resume=resume, quiet=quiet)
 
     # 3. The result: the entry of a stage is that of its first node.
     first: dict[str, Outcome] = {}
@@ -201,9 +207,10 @@ def _in_order(
     registry: Registry,
     say: Callable[[str], None],
     before_work: Callable[[], None],
+    processes: int,
     **options: Any,
 ) -> list[Outcome]:
-    """Run the nodes that are not done, one after another in this process."""
+    """Run the nodes that are not done, one after another; several processes train, this one does the rest."""
     outputs: dict[int, str] = {}
     outcomes: list[Outcome] = []
     for place, node in enumerate(nodes):
@@ -218,11 +225,14 @@ def _in_order(
             ended = [(outcome.node.name, outcome.skipped, outcome.seconds) for outcome in outcomes]
             say(f"[{place + 1}/{len(nodes)}] {node.label} ({progress_line(waiting, ended)})")
             later = sum(ready is not None for ready in done[place + 1 :])
-            before_work()
             rest = f"of {len(nodes)} are done; the same command continues from here"
             try:
-                number = reserved_number(config, registry)  # by an earlier run of several at a time
-                result = stage_function(node.spec.stage)(config, registry.home, number=number, **options)
+                options["number"] = reserved_number(config, registry)  # by an earlier run of several at a time
+                if processes > 1 and isinstance(config, TrainingConfig):
+                    result = run_in_processes(node.spec.stage, config, registry.home, count=processes, **options)
+                else:
+                    before_work()
+                    result = stage_function(node.spec.stage)(config, registry.home, **options)
             except Interrupted:
                 say(f"stopped in {node.label}: {place + later} {rest}")
                 raise

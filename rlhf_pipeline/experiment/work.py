@@ -16,7 +16,7 @@ from rlhf_pipeline.config.dpo import DpoConfig
 from rlhf_pipeline.config.ppo import PpoConfig
 from rlhf_pipeline.config.reward import RewardConfig
 from rlhf_pipeline.config.sft import SftConfig
-from rlhf_pipeline.config.stages import ModelConfig
+from rlhf_pipeline.config.stages import ModelConfig, StageConfig
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.data.batch import counted
 from rlhf_pipeline.data.tokenize import Example, whole_sequence
@@ -24,6 +24,7 @@ from rlhf_pipeline.registry.adapters import chain_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.rollout.responses import distinct_prompts
 from rlhf_pipeline.stages.common import packed_rows
+from rlhf_pipeline.stages.ppo_models import check_processes
 from rlhf_pipeline.training.cost import ModelShape
 from rlhf_pipeline.training.session import is_due
 from rlhf_pipeline.training.windows import epoch_order, steps_per_epoch, total_steps
@@ -173,6 +174,20 @@ def sampled_work(shape: ModelShape, examples: Sequence[Example], *, at_once: int
         sampling=shape.decode_flops([len(prompt) for prompt in prompts], lengths, run),
         prefill=shape.decode_flops([], [], run),
     )
+
+
+def of_processes(config: StageConfig, processes: int) -> StageConfig:
+    """The config whose windows in one process are those of `config` in several; the estimated work is that of all.
+
+    Raises:
+        ConfigError: PPO cannot divide its minibatches between them.
+    """
+    if isinstance(config, PpoConfig):
+        check_processes(config, processes)
+    if isinstance(config, PpoConfig | CollectConfig) or processes == 1:
+        return config
+    steps = (config.gradient_accumulation_steps or 1) * processes
+    return config.model_copy(update={"gradient_accumulation_steps": steps})
 
 
 def example_work(

@@ -238,7 +238,7 @@ def example_schedule(
         ConfigError: the schedule of the learning rate does not fit that number.
     """
     config, ranks = run.config, run.accelerator.num_processes
-    size = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks
+    size = config.per_device_train_batch_size * config.gradient_accumulation_steps * run.shares
     bins, room = packed_rows(config, examples), config.lengths().total
     if bins is not None:
         run.log.say(f"packing: {len(examples)} examples in {len(bins)} rows of up to {room} tokens")
@@ -257,6 +257,7 @@ def example_schedule(
             start=start,
             rank=run.accelerator.process_index,
             world_size=ranks,
+            shares=run.shares,
             device=run.device,
             bins=bins,
             bin_tokens=room,

@@ -16,7 +16,8 @@ from rlhf_pipeline.models.modules import Policy, assert_independent
 from rlhf_pipeline.registry.lineage import stands_apart
 from rlhf_pipeline.stages.common import find_base, find_model, require_same_tokenizer, tokenizer_of
 from rlhf_pipeline.stages.preference_pairs import Pairs, ReferenceScores, fresh_pairs, recorded_pairs
-from rlhf_pipeline.stages.publish import StageResult, inputs_of, log_moves, publish
+from rlhf_pipeline.stages.publish import inputs_of, log_moves, publish
+from rlhf_pipeline.stages.result import StageResult
 from rlhf_pipeline.stages.starts import load_policy_and_reference
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.open_run import open_run

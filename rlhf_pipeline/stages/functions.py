@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rlhf_pipeline.stages.publish import StageResult
+    from rlhf_pipeline.stages.result import StageResult
 
 FUNCTIONS = {
     "sft": "sft.run_sft",

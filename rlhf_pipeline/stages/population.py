@@ -115,25 +115,30 @@ class Population:
         start: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        shares: int | None = None,
         device: torch.device | str = "cpu",
         micro_batch_tokens: int | None = None,
     ) -> Iterator[Window]:
-        """Windows of fresh pairs; they depend only on seed and step, so resuming needs no state."""
+        """Windows of fresh pairs; they depend only on seed, size and step, so resuming needs no state.
+
+        shares: see `example_windows`.
+        """
 
         def packed(drawn: Sequence[Example]) -> PackedBatch:
             return pack(drawn, layout=layout).to(device)
 
-        size = micro_batch_size * accumulation * world_size
+        size = micro_batch_size * accumulation * (shares or world_size)
+        # With fewer pairs than ranks, every rank must take part in the backward pass.
+        mine, weight = (list(range(rank, size, world_size)), 1.0) if rank < size else ([0], 0.0)
         for step in range(start, steps):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
             examples, facts = self.draw(size, generator)
-            mine = list(range(rank, size, world_size))
             batches = []
             for group in micro_batches([examples[i] for i in mine], micro_batch_size, micro_batch_tokens):
                 members = [mine[i] for i in group]
                 drawn = [examples[i] for i in members]
                 known = PairFacts(facts.ref_logprobs[members].to(device), facts.target[members].to(device))
-                batches.append(ExampleBatch(packed(drawn), members, facts=known, examples=drawn, pack=packed))
+                batches.append(ExampleBatch(packed(drawn), members, weight, facts=known, examples=drawn, pack=packed))
             yield Window(batches, counts_of(examples), epoch=float(step + 1))
 
     def report(self, prompts: SourceReport, pairs: int) -> SourceReport:

@@ -20,7 +20,8 @@ from rlhf_pipeline.rollout.rollout import Estimates
 from rlhf_pipeline.stages.common import find_base, tokenizer_of
 from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.stages.ppo_models import check_processes, load_setup
-from rlhf_pipeline.stages.publish import StageResult, inputs_of, log_moves, publish
+from rlhf_pipeline.stages.publish import inputs_of, log_moves, publish
+from rlhf_pipeline.stages.result import StageResult
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.open_run import open_run
 from rlhf_pipeline.training.optimizer import require_schedule

@@ -144,8 +144,7 @@ def fresh_pairs(
         shape = ModelShape.of(frozen.model)
         counts = (walk_counts(len(prompt.prompt_ids), population.tree) for prompt in prompts)
         run.meter.flops += sum(shape.forward_flops(*count) for count in counts)
-    ranks = run.accelerator.num_processes
-    report = population.report(reports[0], config.max_steps * size * ranks)
+    report = population.report(reports[0], config.max_steps * size * run.shares)
     run.log.say(f"pairs: drawn at every step from {len(prompts)} prompts, proposal {config.population_proposal}")
 
     def windows(_prepared: Any, start: int) -> Iterator[Window]:
@@ -158,7 +157,8 @@ def fresh_pairs(
             layout=policy.reader.layout,
             start=start,
             rank=run.accelerator.process_index,
-            world_size=ranks,
+            world_size=run.accelerator.num_processes,
+            shares=run.shares,
             device=run.device,
         )
 

@@ -1,10 +1,9 @@
-"""What a training stage records: its inputs, the options that move the optimum, its model, its result."""
+"""What a training stage records: its inputs, the options that move the optimum, its model."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +14,10 @@ from rlhf_pipeline.models.adapters import adapter_facts
 from rlhf_pipeline.models.loading import save_model
 from rlhf_pipeline.registry.optimum import optimum_fields
 from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.stages.result import StageResult
 from rlhf_pipeline.training.open_run import Run
 from rlhf_pipeline.training.precision import uses_bf16
 from rlhf_pipeline.training.session import Plan
-from rlhf_pipeline.training.tracking import jsonable
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """What a stage command prints: the model (or data), its path, its metrics and its cost.
-
-    stopped_by: a signal that arrived after the last update; it is not printed.
-    """
-
-    stage: str
-    model: str
-    path: str
-    run: str
-    metrics: dict[str, Any]
-    cost: dict[str, Any]
-    stopped_by: int | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        return jsonable({name: value for name, value in asdict(self).items() if name != "stopped_by"})
 
 
 def inputs_of(parents: Mapping[str, Resolved], reports: Sequence[SourceReport]) -> dict[str, str | None]:
@@ -87,6 +67,8 @@ def publish(
         metrics = {**metrics, "best": plan.best}
     if run.config.bf16 == "auto":
         metrics = {**metrics, "bf16": uses_bf16(run.config)}
+    if run.shares > 1:
+        metrics = {**metrics, "processes": run.shares}
     cost, tokenizer = run.meter.report(), plan.tokenizer
     # A process that was killed between registering and finishing has already registered this model.
     published = run.registry.models.of_run(run.config.output_name, run.origin) or run.registry.publish(

@@ -26,7 +26,8 @@ from rlhf_pipeline.rollout.scoring import most_responses
 from rlhf_pipeline.stages.common import example_schedule, find_base, load_policy, onto, tokenizer_of
 from rlhf_pipeline.stages.data import StageData, preference_kind
 from rlhf_pipeline.stages.gate import CUT, CUT_REMEDY, cut_minus_ended, gate_of, prefers_cut
-from rlhf_pipeline.stages.publish import StageResult, inputs_of, log_moves, publish
+from rlhf_pipeline.stages.publish import inputs_of, log_moves, publish
+from rlhf_pipeline.stages.result import StageResult
 from rlhf_pipeline.stages.reward_quality import (
     baseline_accuracies,
     cached_baseline_differences,

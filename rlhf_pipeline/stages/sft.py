@@ -23,7 +23,8 @@ from rlhf_pipeline.models.selfcheck import inspect_model
 from rlhf_pipeline.rollout.scoring import score
 from rlhf_pipeline.stages.common import example_schedule, find_base, load_policy, onto, tokenizer_of
 from rlhf_pipeline.stages.data import StageData
-from rlhf_pipeline.stages.publish import StageResult, inputs_of, publish
+from rlhf_pipeline.stages.publish import inputs_of, publish
+from rlhf_pipeline.stages.result import StageResult
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.open_run import open_run
 from rlhf_pipeline.training.session import Plan, train

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,6 +81,15 @@ class Run(Generic[C]):
         return self.directory.name
 
     @property
+    def shares(self) -> int:
+        """The number of processes that the run began with.
+
+        A window has the per-device batches of as many, also when fewer or more processes resume the run and divide it.
+        """
+        before = self.checkpoint.state["extra"].get("inputs", {}) if self.checkpoint is not None else {}
+        return int(before.get("processes", self.accelerator.num_processes))
+
+    @property
     def origin(self) -> str:
         """The name of this run in manifests: its folder, and a mark that a later folder of the same name lacks."""
         return f"{self.id}/{read_status(self.directory).get('token')}"
@@ -105,6 +115,9 @@ def make_accelerator(config: ModelConfig) -> Accelerator:
 
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
+    _require_devices(config)
+    # Its successor still copies the buffers once; "broadcast_buffers" is what this package means.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     precision = "bf16" if uses_bf16(config) else "no"
     # Accelerate keeps the precision per process: an earlier run in this process may have had another one.
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
@@ -113,7 +126,28 @@ def make_accelerator(config: ModelConfig) -> Accelerator:
     # and a process that repeats a forward pass must not wait for the buffers of the others.
     frozen_actor = bool(getattr(config, "critic_warmup_steps", 0))
     kept = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=frozen_actor)
-    return Accelerator(cpu=config.use_cpu, mixed_precision=precision, kwargs_handlers=[kept])
+    accelerator = Accelerator(cpu=config.use_cpu, mixed_precision=precision, kwargs_handlers=[kept])
+    kind = accelerator.distributed_type.value
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise BadInput(
+            f"found distributed_type {kind} in the config of accelerate, expected MULTI_GPU (DDP): with weights that "
+            "are divided between processes, a checkpoint would hold a part of them; see docs/scaling.md"
+        )
+    return accelerator
+
+
+def _require_devices(config: ModelConfig) -> None:
+    """Check that each process on this machine has a GPU of its own, unless all train on the CPU.
+
+    Raises:
+        BadInput: there are fewer GPUs.
+    """
+    processes, devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if not config.use_cpu and 0 < devices < processes:
+        raise BadInput(
+            f"found {processes} processes on {devices} GPU{'s' if devices > 1 else ''}, expected at most one per GPU; "
+            f"use --num-processes {devices}, or use_cpu: true"
+        )
 
 
 def seed_everything(seed: int) -> None:
@@ -221,7 +255,9 @@ def open_run(
         meter = CostMeter(started=started)
         memory = Memory(log.say, meter)
         run = Run(stage, config, Registry(home), directory, accelerator, log, checkpoint, meter, memory, number)
-        log.say(f"{stage}: run {run.id}, {accelerator.device}, {torch.get_num_threads()} threads, seed {config.seed}")
+        count, threads = accelerator.num_processes, f"{torch.get_num_threads()} threads"
+        each = threads if count == 1 else f"{count} processes of {threads}"
+        log.say(f"{stage}: run {run.id}, {accelerator.device}, {each}, seed {config.seed}")
         if config.bf16 == "auto":
             log.say(f"bf16 auto: {'on, it is faster on this machine' if uses_bf16(config) else 'off on this machine'}")
         with _signals(run):
@@ -262,8 +298,8 @@ class _Stopped(BaseException):
 def _signals(run: Run):
     """SIGINT and SIGTERM let the current update finish; a second signal ends the process at once.
 
-    Before the first update a single process stops at once, several processes after it. After the last update the model
-    is first evaluated and registered.
+    Before the first update a process stops at once; whatever started several processes then ends the others. After the
+    last update the model is first evaluated and registered.
 
     Raises:
         Interrupted: a signal arrived before the first update.
@@ -276,7 +312,7 @@ def _signals(run: Run):
         if run.stopped_by is not None:
             os._exit(128 + number)
         run.stopped_by = number
-        if run.phase == "preparing" and run.accelerator.num_processes == 1:
+        if run.phase == "preparing":
             raise _Stopped
         if run.phase == "ending":
             run.log.say(f"signal {number}: all updates are done, registering the model (repeat to stop at once)")

@@ -136,5 +136,6 @@ def together(accelerator: Accelerator, memory: Memory, work: Callable[[], T]) ->
 def _agreed(accelerator: Accelerator, failure: RunFailed | None, first: int) -> RunFailed:
     if failure is None or first != accelerator.process_index:
         failure = RunFailed(f"process {first} of this run has failed; see its message")
+        failure.elsewhere = True
     failure.agreed = True
     return failure

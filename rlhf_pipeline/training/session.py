@@ -70,7 +70,7 @@ class Plan:
 
     def monitor(self, run: Run) -> Monitor:
         """The watches of the run's stage."""
-        facts = facts_of(run.config, self.total, run.accelerator.num_processes, self.known, bf16=uses_bf16(run.config))
+        facts = facts_of(run.config, self.total, run.shares, self.known, bf16=uses_bf16(run.config))
         return Monitor(WATCHES[run.stage], facts)
 
 
@@ -186,8 +186,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
         checkpoint_activations(model)
     optimizer, scheduler = optimizer_and_schedule(config, model, plan)
     start = 0
-    # Examples are distributed over the processes: with another number of processes, other examples would follow.
-    inputs = {**plan.inputs, "processes": str(run.accelerator.num_processes)}
+    inputs = {**plan.inputs, "processes": str(run.shares)}
     if config.bf16 == "auto":  # the machine that resumes may decide otherwise
         inputs["precision"] = "bf16" if uses_bf16(config) else config.dtype
     last: Metrics = {}
@@ -205,7 +204,9 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
         best.restore(extra.get("best"))
         ended_early = best.given_up  # interrupted at the very step that would have been the last
         run.memory.halvings |= extra.get("halvings", {})
-        run.log.say(f"resumed at step {start} of {plan.total}")
+        other = run.shares != run.accelerator.num_processes
+        began = f"; it began in {run.shares} processes, and a step keeps its number of examples" if other else ""
+        run.log.say(f"resumed at step {start} of {plan.total}{began}")
     run.log.total, run.log.shown = plan.total, plan.shown
     prepared, prepared_optimizer = run.accelerator.prepare(model, optimizer)
     failed_at = failed_update(run.directory) if run.accelerator.is_main_process else None
@@ -270,6 +271,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
         _agree_to_stop(run)
         if run.stopped_by is not None:
             save(step)
+            run.accelerator.wait_for_everyone()  # a launcher ends all processes when the first one exits
             raise Interrupted(
                 f"stopped by signal {run.stopped_by} at step {step} of {plan.total}; run the same command to resume",
                 run.stopped_by,

@@ -172,12 +172,13 @@ def example_windows(
     start: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    shares: int | None = None,
     device: torch.device | str = "cpu",
     micro_batch_tokens: int | None = None,
     bins: Sequence[Sequence[int]] | None = None,
     bin_tokens: int = 0,
 ) -> Iterator[Window]:
-    """Windows of micro_batch_size x accumulation x world_size examples, shuffled in each epoch.
+    """Windows of micro_batch_size x accumulation x shares examples, shuffled in each epoch; shares: `Run.shares`.
 
     The examples of a window depend only on seed, window size and step. Within a window, examples are grouped by length;
     `micro_batch_tokens` limits the tokens of a micro-batch. With `bins` (indices of examples that fill `bin_tokens`
@@ -187,7 +188,7 @@ def example_windows(
     def packed(chosen: Sequence[Example]) -> PackedBatch:
         return pack(chosen, layout=layout).to(device)
 
-    size = micro_batch_size * accumulation * world_size
+    size = micro_batch_size * accumulation * (shares or world_size)
     units = [(index,) for index in range(len(examples))] if bins is None else bins
     most = micro_batch_size
     if bins is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf_pipeline.errors import ConfigError, Interrupted
+from rlhf_pipeline.errors import BadInput, ConfigError, Interrupted
 from rlhf_pipeline.experiment import done
 from rlhf_pipeline.experiment import run as runner
 from rlhf_pipeline.experiment.run import run_experiment
@@ -281,3 +281,25 @@ def test_what_a_function_scores_is_compared_each_time(lab, experiment, tmp_path,
     counts["loaded"].clear()
     run(lab, path)
     assert counts["loaded"]
+
+
+def test_several_processes_train_and_one_collects(lab, experiment, monkeypatch):
+    """A stand-in for the launcher, which `test_launch.py` tests: it runs the stage here and keeps what it was given."""
+    given = []
+
+    def launched(stage, config, home, *, count, **options):
+        given.append((stage, count))
+        return runner.stage_function(stage)(config, home, **options)
+
+    monkeypatch.setattr(runner, "run_in_processes", launched)
+    path = experiment(compare=False)
+    result = run_experiment(path, (), lab.home, quiet=True, processes=2)
+    assert given == [("sft", 2), ("train-rm", 2), ("ppo", 2), ("dpo", 2)]
+    assert not skipped(result)
+    assert skipped(run_experiment(path, (), lab.home, quiet=True, processes=2)) == set(STAGES)
+
+
+@pytest.mark.parametrize(("given", "found"), [({"jobs": 2}, "--jobs 2"), ({"executor": "ray"}, "--executor ray")])
+def test_several_runs_at_a_time_have_one_process_each(lab, experiment, given, found):
+    with pytest.raises(BadInput, match=f"found {found} with --num-processes 2, expected one of them"):
+        run_experiment(experiment(compare=False), (), lab.home, quiet=True, processes=2, **given)

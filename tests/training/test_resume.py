@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_pipeline.errors import Interrupted, MismatchError
+from rlhf_pipeline.errors import Interrupted
 from rlhf_pipeline.training import session
 
 STAGES = ("sft", "train-rm", "dpo", "ppo")
@@ -194,23 +194,31 @@ def test_a_run_whose_folder_was_removed_is_not_taken_for_the_registered_one(lab)
     assert (second.run, second.model) == (first.run, "tuned@v2")
 
 
-def test_another_number_of_processes_is_refused(lab, monkeypatch):
+def test_a_run_of_two_processes_keeps_the_size_of_its_steps_in_one(lab, monkeypatch):
+    """A checkpoint of 2 processes with 4 examples each, resumed in one: as a run of one with 8."""
+    whole = lab.run("sft", output_name="whole", per_device_train_batch_size=8)
     with monkeypatch.context() as patch:
         interrupt(patch, 2, terminate)
         with pytest.raises(Interrupted):
-            lab.run("sft")
-    (state,) = (lab.home / "runs").glob("*/checkpoints/step-2/state.json")
+            lab.run("sft", per_device_train_batch_size=8)
+    (state,) = (lab.home / "runs").glob("tuned-*/checkpoints/step-2/state.json")
     changed = json.loads(state.read_text())
     assert changed["extra"]["inputs"]["processes"] == "1"
     changed["extra"]["inputs"]["processes"] = "2"
     state.write_text(json.dumps(changed))
+    from rlhf_pipeline.config.dump import config_digest
     from rlhf_pipeline.registry.digests import file_entry
 
     manifest = state.with_name("manifest.json")
     files = json.loads(manifest.read_text())["files"]
     manifest.write_text(json.dumps({"files": {**files, "state.json": file_entry(state).model_dump()}}))
-    with pytest.raises(MismatchError, match=r"processes \(found 1, the checkpoint has 2\)"):
-        lab.run("sft")
+    half = lab.config("sft", per_device_train_batch_size=4)
+    state.parents[2].rename(state.parents[3] / f"tuned-{config_digest(half)[:10]}")
+    resumed = lab.run("sft", per_device_train_batch_size=4)
+    assert "resumed at step 2 of 4; it began in 2 processes" in (Path(resumed.run) / "log.txt").read_text()
+    found, expected = lab.weights("tuned"), lab.weights("whole")
+    assert all((found[name] - expected[name]).abs().max() <= 1e-5 for name in expected)
+    assert lab.rows(resumed.run)[-1]["loss/nll"] == pytest.approx(lab.rows(whole.run)[-1]["loss/nll"], abs=1e-5)
 
 
 def test_two_processes_do_not_train_one_run(lab):
