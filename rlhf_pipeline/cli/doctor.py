@@ -18,7 +18,6 @@ import typer
 
 from rlhf_pipeline.cli.options import Common
 from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_table
-from rlhf_pipeline.config.rollout_engine import INSTALL, RANGE, vllm_version
 
 GIB = 2**30
 LEAST_DISK, LEAST_MEMORY = 1.0, 2.0  # GiB: less is a warning
@@ -165,6 +164,8 @@ def _home(home: Path) -> Iterator[Check]:
 
 def _optional() -> Iterator[Check]:
     """Packages that only some keys need."""
+    from rlhf_pipeline.config.rollout_engine import INSTALL, vllm_version
+
     for package, what in OPTIONAL.items():
         if importlib.util.find_spec(package) is None:
             how = INSTALL if package == "vllm" else f"pip install {package}"
@@ -176,6 +177,8 @@ def _optional() -> Iterator[Check]:
 
 def _combinations() -> Iterator[Check]:
     """Versions that do not work together, or have never been tried together."""
+    from rlhf_pipeline.config.rollout_engine import INSTALL, RANGE, vllm_version
+
     vllm, (oldest, too_new) = vllm_version(), RANGE
     if vllm and (is_older(vllm, oldest) or not is_older(vllm, too_new)):
         found = f"vllm {vllm}: fits this package from {oldest} on and below {too_new}"
