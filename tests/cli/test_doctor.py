@@ -74,7 +74,7 @@ def test_versions_that_do_not_go_together(tmp_path, capsys, monkeypatch) -> None
     real = doctor.version_of
     versions = {"vllm": "0.26.1", "peft": "0.9.0"}
     monkeypatch.setattr(doctor, "version_of", lambda name: versions.get(name) or real(name))
-    monkeypatch.setattr(doctor, "vllm_version", lambda: versions["vllm"])
+    monkeypatch.setattr("rlhf_pipeline.config.rollout_engine.vllm_version", lambda: versions["vllm"])
     found = diagnosed(capsys, tmp_path)
     assert found["vllm version"]["state"] == found["peft version"]["state"] == "warning"
     versions["vllm"], versions["peft"] = "0.30.0+cpu", "0.21.0"
