@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from rlhf_pipeline.data.borders import completion_ids, first_at, offsets_of, token_ids
 from rlhf_pipeline.data.files import RowFault, row_fault
+from rlhf_pipeline.data.pieces import Pieces, is_local, pieces_of
 from rlhf_pipeline.data.records import Record, messages
 from rlhf_pipeline.data.render import REASONING, REWRITTEN, Rendered, TemplateRefusal, as_plain, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH = 2048  # texts handed to the tokenizer at once
+BATCH = 2048  # records whose texts are handed to the tokenizer at once
+MANY = 64  # records from which on it pays to encode piece by piece
 ACROSS = "token_across_border"
 TURNS = "turns_dropped"
 ADVICE = {
@@ -78,6 +81,7 @@ def encode(
         DataError: there are messages, but the tokenizer has no chat template.
     """
     prefix = _prefix(tokenizer)
+    pieces = Pieces(tokenizer) if len(records) >= MANY and is_local(tokenizer) else None
     for start in range(0, len(records), BATCH):
         ready: list[tuple[Record, Rendered, bool]] = []
         for record in records[start : start + BATCH]:
@@ -89,32 +93,73 @@ def encode(
             except TemplateRefusal as refusal:
                 found = f"the chat template refuses these messages: {refusal}"
                 counts.faults.append(row_fault(record.where, "refused_by_template", found))
-        ids = iter(token_ids(tokenizer, [text for _, item, done in ready if not done for text in item.texts()]))
-        groups = [[] if done else [next(ids) for _ in item.texts()] for _, item, done in ready]
-        marked = [item.prompt for (_, item, _), group in zip(ready, groups) if item.replies and None not in group]
+        open_items = [item for _, item, done in ready if not done]
+        encoded = iter(_whole(open_items, tokenizer) if pieces is None else _by_piece(open_items, pieces))
+        groups = [None if done else next(encoded) for _, _, done in ready]
+        marked = [item.prompt for (_, item, _), group in zip(ready, groups) if item.replies and group is not None]
         offsets = iter(offsets_of(tokenizer, marked))
-        for (record, item, done), encoded in zip(ready, groups):
+        for (record, item, done), group in zip(ready, groups):
             if done:
                 completions = [list(tokens) for tokens in record.completion_ids or ()]
                 yield Encoded(record, item, list(record.prompt_ids or ()), completions)
                 continue
-            known = [tokens for tokens in encoded if tokens is not None]
-            if len(known) < len(encoded):
+            if group is None:
                 found = "text that the tokenizer has no token for"
                 counts.faults.append(row_fault(record.where, "unknown_token", found, "text within its vocabulary"))
                 continue
-            prompt, *wholes = known
-            completions = [
-                completion_ids(tokenizer, item.prompt, prompt, text, whole)
-                for text, whole in zip(item.completions, wholes)
-            ]
+            prompt, completions, across = group
             for reason in item.notes:
                 counts.name(reason, record.where)
-            if any(whole[: len(prompt)] != prompt for whole in wholes):
+            if across:
                 counts.name(ACROSS, record.where)
             trained = _within(item.replies, next(offsets)) if item.replies else None
             start_ids = [] if item.templated or prompt[: len(prefix)] == prefix else prefix
             yield Encoded(record, item, start_ids + prompt, completions, trained)
+
+
+Ids = tuple[list[int], list[list[int]], bool]
+"""The ids of a prompt and of its completions, and whether a token of the whole text is across their border."""
+
+
+def _whole(items: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -> Iterator[Ids | None]:
+    """Yield the ids of each item, from its prompt and its prompt with each completion; None if a text has none."""
+    found = iter(token_ids(tokenizer, [text for item in items for text in item.texts()]))
+    for item in items:
+        prompt, *wholes = [next(found) for _ in item.texts()]
+        yield _split(tokenizer, item, [], prompt, wholes)
+
+
+def _by_piece(items: Sequence[Rendered], pieces: Pieces) -> Iterator[Ids | None]:
+    """As `_whole`, from the pieces of the prompt and of what follows its last cut."""
+    parts = []
+    for item in items:
+        *head, last = pieces_of(item.prompt)[:-1] or [""]
+        parts.append((head, [last], [pieces_of(last + completion) for completion in item.completions]))
+    pieces.learn(chain.from_iterable(chain(head, last, *behind) for head, last, behind in parts))
+    for item, (head, last, behind) in zip(items, parts):
+        yield _split(pieces.tokenizer, item, pieces.ids(head), pieces.ids(last), map(pieces.ids, behind))
+
+
+def _split(
+    tokenizer: PreTrainedTokenizerBase,
+    item: Rendered,
+    head: list[int] | None,
+    last: list[int] | None,
+    wholes: Iterable[list[int] | None],
+) -> Ids | None:
+    """Cut the ids of whole texts at the border. Those of the prompt are `head + last`, of a text `head + whole`."""
+    if head is None or last is None:
+        return None
+    completions, across = [], False
+    for text, whole in zip(item.completions, wholes):
+        if whole is None:
+            return None
+        if whole[: len(last)] == last:
+            completions.append(whole[len(last) :])
+        else:
+            across = True
+            completions.append(completion_ids(tokenizer, item.prompt, head + last, text, head + whole))
+    return head + last, completions, across
 
 
 def _within(spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]]) -> list[bool]:
