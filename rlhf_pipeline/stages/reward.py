@@ -13,6 +13,7 @@ import torch
 
 from rlhf_pipeline.algorithms.preference import bradley_terry_loss, centering_loss, correct
 from rlhf_pipeline.config.reward import RewardConfig
+from rlhf_pipeline.data.storage import replace_text
 from rlhf_pipeline.data.tokenize import Example, cut_prompt
 from rlhf_pipeline.data.tokenizers import stop_ids, with_padding
 from rlhf_pipeline.evaluation.preference_metrics import calibration_slope, pair_differences
@@ -20,7 +21,6 @@ from rlhf_pipeline.models.loading import store_reward_shift
 from rlhf_pipeline.models.modules import RewardModel
 from rlhf_pipeline.models.selfcheck import read_reward_model
 from rlhf_pipeline.registry.references import Resolved
-from rlhf_pipeline.registry.storage import replace_text
 from rlhf_pipeline.rollout.responses import prompts_run, sample_for_prompts
 from rlhf_pipeline.rollout.scoring import most_responses
 from rlhf_pipeline.stages.common import example_schedule, find_base, load_policy, onto, tokenizer_of
