@@ -24,7 +24,7 @@ from rlhf_pipeline.compare.rows import Scorers, diversities, measure_points, mea
 from rlhf_pipeline.compare.verdict import verdict
 from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.reward_names import names_a_model
-from rlhf_pipeline.data.storage import replace_text, staging
+from rlhf_pipeline.disk.storage import replace_text, staging
 from rlhf_pipeline.errors import ConfigError, DataError, Fault
 from rlhf_pipeline.measure.bench import Bench, find_policies, knows_data, scored_as_trained, set_up
 from rlhf_pipeline.measure.best_of import best_of_n_rows, enough_samples, primary_figure

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rlhf_pipeline.data.storage import error_number, failure_of
+from rlhf_pipeline.disk.storage import error_number, failure_of
 from rlhf_pipeline.errors import RlhfError
 
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "cublas_status_alloc_failed")

@@ -23,7 +23,7 @@ import yaml
 from rlhf_pipeline.config.dump import config_digest, dump_yaml
 from rlhf_pipeline.config.stages import ModelConfig
 from rlhf_pipeline.config.training import TrainingConfig
-from rlhf_pipeline.data.storage import replace_text
+from rlhf_pipeline.disk.storage import replace_text
 from rlhf_pipeline.errors import BadInput, Interrupted
 from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.needs import remarks_on, require_needs

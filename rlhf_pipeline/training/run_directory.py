@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import yaml
 
-from rlhf_pipeline.data.storage import lock, only_here, replace_text, writing
+from rlhf_pipeline.disk.storage import lock, only_here, replace_text, writing
 from rlhf_pipeline.errors import BadInput
 
 STATUS, CONFIG, LOCK = "run.json", "config.yaml", ".lock"

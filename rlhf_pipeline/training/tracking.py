@@ -23,7 +23,7 @@ from rich.progress import (
     track,
 )
 
-from rlhf_pipeline.data.storage import replace_text
+from rlhf_pipeline.disk.storage import replace_text
 from rlhf_pipeline.errors import visible
 from rlhf_pipeline.health.monitor import Finding
 

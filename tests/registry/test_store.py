@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from rlhf_pipeline.data import storage
+from rlhf_pipeline.disk import storage
 from rlhf_pipeline.errors import BadInput, DamagedFile, UnknownReference
 from rlhf_pipeline.registry.integrity import verify_files
 from rlhf_pipeline.registry.manifest import DataEntry, Parent
