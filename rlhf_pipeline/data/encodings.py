@@ -127,7 +127,9 @@ def _fill(
     batch = list(islice(found, BATCH))
     while batch or not done:
         ids: list[int] = []
-        ends, bits, measures, texts, last, border, trained = [], [], [], [], [], [], bytearray()
+        ends: list[int] = []
+        last: list[int] = []
+        bits, measures, texts, border, trained = [], [], [], [], bytearray()
         for one in batch:
             record = one.record
             whole = record.kind == "text"

@@ -71,7 +71,7 @@ def require_kinds(kinds: Iterable[str], kind: str, where: str) -> None:
         raise DataError(Fault("", found, f"for this stage: {able}", fix or "choose another source"))
 
 
-def tied_rows(records: list[Record]) -> list[RowFault]:
+def tied_rows(records: Sequence[Record]) -> list[RowFault]:
     """Return a fault for each ranking in which two completions are equally good: an order has no ties."""
     faults = []
     for record in records:

@@ -174,8 +174,8 @@ def blank_prompts(
             from the source's own tokenizer.
         kind: kind of record that the stage needs; "text" needs no prompt.
     """
-    stored = isinstance(found.records, Records)
-    blank = found.records.blank() if stored else [record for record in found.records if is_blank(record.prompt)]
+    records = found.records
+    blank = records.blank() if isinstance(records, Records) else [one for one in records if is_blank(one.prompt)]
     if not blank or kind == "text":
         return []
     digest = found.tokenizer_digest
@@ -232,7 +232,8 @@ def examples_of(
         DataError: rows have faults, the split does not exist, its records are of the wrong kind, or none is usable.
     """
     in_it = rows_of(found, split, fractions)
-    counts, options = Counts(), {"source_tokenizer_digest": found.tokenizer_digest, "all_replies": all_replies}
+    options: dict[str, Any] = {"source_tokenizer_digest": found.tokenizer_digest, "all_replies": all_replies}
+    counts = Counts()
     examples: Sequence[Example]
     if isinstance(in_it, Records) and kind != "text":  # from the arrays of the store
         encodings = encodings_of(in_it, tokenizer, style=style, **options)

@@ -206,7 +206,7 @@ def _limited(
     firsts = chosen.first[:-1][pairs]
     same = sizes[sequence[firsts]] == sizes[sequence[firsts + 1]]
     for number, first in zip(np.flatnonzero(pairs)[same].tolist(), firsts[same].tolist()):
-        if np.array_equal(*(encodings.ids(int(one)) for one in sequence[first : first + 2])):
+        if np.array_equal(encodings.ids(int(sequence[first])), encodings.ids(int(sequence[first + 1]))):
             counts.dropped["identical_pair"] += 1
             keep[number] = False
     # 3. Prompts are cut; a BOS at the beginning stays, and stands for a prompt without tokens.

@@ -325,8 +325,8 @@ class Outlook:
             return Amounts(None, None, notes=(MIXED,))
         config, models = self.config(node), self.models(node)
         if isinstance(config, CollectConfig):
-            (tokens, note), rows = self.response(node), [example for example, _ in self.draws(node)]
-            return Amounts(config.num, collect_work(config, models, rows), tokens, (note,))
+            (tokens, note), drawn = self.response(node), [example for example, _ in self.draws(node)]
+            return Amounts(config.num, collect_work(config, models, drawn), tokens, (note,))
         rows = self.training(node)
         if isinstance(config, DpoConfig) and config.population:
             return Amounts(len(rows), None, notes=("pairs are drawn at every step: their tokens are not known",))

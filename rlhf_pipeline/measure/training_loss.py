@@ -109,6 +109,7 @@ def training_loss(bench: Bench, resolved: Resolved) -> float:
             rows_at_once=bench.plan.responses_at_once,
             memory=bench.plan.memory,
         )
+        examples: Sequence[Example]
         examples, facts = population.draw(POPULATION_PAIRS, torch.Generator().manual_seed(0))
         ref_logprobs, target = facts.ref_logprobs, facts.target
         if config.loss_type == "sigmoid":
