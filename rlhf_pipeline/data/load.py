@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from rlhf_pipeline.data.kinds import as_kind, tied_rows
 from rlhf_pipeline.data.parsed import Columns, parsed_once
 from rlhf_pipeline.data.records import Record
 from rlhf_pipeline.data.rows import Records, is_blank
+from rlhf_pipeline.data.samples import lowest_examples, lowest_hashes, lowest_of
 from rlhf_pipeline.data.splits import ALL, FRACTIONS, carries_splits, in_split
 from rlhf_pipeline.data.stored import encodings_of
 from rlhf_pipeline.data.styles import PLAIN, Style
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NO_LIMITS = Lengths(2**31, 2**31, 2**32)
-Item = TypeVar("Item", Record, Example)
 
 
 @dataclass(frozen=True)
@@ -313,59 +312,6 @@ def _mixed(report: SourceReport, used: int) -> SourceReport:
     """Return the report of a source of which a mixture uses only its share."""
     left = {"beyond_its_share": report.kept - used} if used < report.kept else {}
     return replace(report, kept=used, dropped=dict(sorted({**report.dropped, **left}.items())))
-
-
-def hold_out(examples: Sequence[Example], size: float) -> tuple[Sequence[Example], Sequence[Example]]:
-    """Return the examples to train on and those to evaluate on: whole prompts, in the order of their hashes.
-
-    Args:
-        size: how many examples to evaluate on, at least; below 1: a fraction of all.
-
-    Raises:
-        DataError: no example is left to train on.
-    """
-    wanted = int(size) if size >= 1 else math.ceil(size * len(examples))
-    keys = prompt_keys(examples)
-    rows = Counter(keys)
-    held: set[str] = set()
-    for key in sorted(rows, key=lambda key: sha256(f"held out {key}".encode()).hexdigest()):
-        if wanted <= 0:
-            break
-        held.add(key)
-        wanted -= rows[key]
-    train = [number for number, key in enumerate(keys) if key not in held]
-    if not train:
-        found = f"{size:g} leaves none of {len(examples)} examples of {len(rows)} prompts for training"
-        raise DataError(Fault("test_split_size", found, "a smaller number"))
-    return pick(examples, train), pick(examples, [number for number, key in enumerate(keys) if key in held])
-
-
-def lowest_hashes(items: list[Item], limit: int | None) -> list[Item]:
-    """Return the `limit` records or examples with the lowest hashes, in their original order."""
-    if limit is None or len(items) <= limit:
-        return items
-    return [items[index] for index in lowest_of([item.prompt_key for item in items], limit)]
-
-
-def lowest_examples(examples: Sequence[Example], limit: int | None) -> Sequence[Example]:
-    """Return the `limit` examples with the lowest hashes, in their original order."""
-    if limit is None or len(examples) <= limit:
-        return examples
-    return pick(examples, lowest_of(prompt_keys(examples), limit))
-
-
-def lowest_of(keys: Sequence[str], limit: int | None) -> list[int]:
-    """Return the numbers of the `limit` keys with the lowest hashes, in their original order."""
-    if limit is None or len(keys) <= limit:
-        return list(range(len(keys)))
-    # The hash is of the prompt and of the row's number among those of the prompt: the prompt's own hash decides the
-    # split, and a source with many rows per prompt should not lose whole prompts.
-    seen: Counter[str] = Counter()
-    places = []
-    for index, key in enumerate(keys):
-        places.append((sha256(f"sample {key} {seen[key]}".encode()).hexdigest(), index))
-        seen[key] += 1
-    return sorted(index for _, index in sorted(places)[:limit])
 
 
 def records_digest(records: Sequence[Record]) -> str:

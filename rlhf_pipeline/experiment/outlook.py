@@ -20,7 +20,8 @@ from rlhf_pipeline.config.reward_names import names_a_model
 from rlhf_pipeline.config.stages import CollectConfig, DpoConfig, ModelConfig, PpoConfig, SftConfig, StageConfig
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.config.yaml import KeyPath
-from rlhf_pipeline.data.load import lowest_examples, read_records
+from rlhf_pipeline.data.load import read_records
+from rlhf_pipeline.data.samples import lowest_examples
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import token_count

@@ -15,7 +15,8 @@ from rlhf_pipeline.config.compare import PromptsConfig
 from rlhf_pipeline.config.lengths import DEFAULT_MAX_LENGTH, Lengths, resolve_lengths
 from rlhf_pipeline.config.reward_names import WORLD_NAMES
 from rlhf_pipeline.data import world
-from rlhf_pipeline.data.load import RecordSet, examples_of, lowest_examples, read_records
+from rlhf_pipeline.data.load import RecordSet, examples_of, read_records
+from rlhf_pipeline.data.samples import lowest_examples
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.tokenize import Example, prompts_of_texts
 from rlhf_pipeline.data.tokenizers import same_but_for_pad, stop_ids

@@ -11,20 +11,12 @@ from rlhf_pipeline.config.mentions import functions
 from rlhf_pipeline.config.stages import CollectConfig, DpoConfig, PpoConfig, SftConfig, TrainingConfig
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.encode import ADVICE
-from rlhf_pipeline.data.load import (
-    RecordSet,
-    SourceReport,
-    examples_of,
-    hold_out,
-    load_mixture,
-    lowest_examples,
-    read_records,
-    rows_of,
-)
+from rlhf_pipeline.data.load import RecordSet, SourceReport, examples_of, load_mixture, read_records, rows_of
 from rlhf_pipeline.data.overlap import keep_apart
 from rlhf_pipeline.data.parsed import collector_at_rest
 from rlhf_pipeline.data.records import plain
 from rlhf_pipeline.data.render import REASONING, REWRITTEN
+from rlhf_pipeline.data.samples import hold_out, lowest_examples
 from rlhf_pipeline.data.splits import assign_splits
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.templates import apply_template_keys, template_of

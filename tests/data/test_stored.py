@@ -11,8 +11,9 @@ import pytest
 
 from rlhf_pipeline.data import parsed
 from rlhf_pipeline.data.examples import Examples, all_whole, count_cut, count_pairs, first_lengths, tree_lengths
-from rlhf_pipeline.data.load import examples_of, hold_out, load_mixture, lowest_examples, read_records, records_digest
+from rlhf_pipeline.data.load import examples_of, load_mixture, read_records, records_digest
 from rlhf_pipeline.data.rows import Records
+from rlhf_pipeline.data.samples import hold_out, lowest_examples
 from rlhf_pipeline.data.splits import assign_splits
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.errors import DataError
