@@ -15,6 +15,7 @@ ROOT = Path(rlhf_pipeline.__file__).parent
 ROOMS = (
     "foreign",
     "config",
+    "disk",
     "algorithms",
     "data",
     "registry",

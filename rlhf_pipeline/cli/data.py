@@ -93,6 +93,7 @@ def check(
     reader = _tokenizer(common, tokenizer, *keys)
     columns = _columns(column_mapping)
     found = read_records(source, dataset_config, columns=columns, home=common.home_path, skip_bad_rows=True)
+    found.records = list(found.records)  # every figure reads all of them
     result = describe(found, tokenizer=reader, limits=limits) | {"label_noise": label_noise(found.records)}
     result["findings"] = findings(result)
     if common.json:

@@ -195,7 +195,7 @@ def _advice_on_option(error: Any, words: Sequence[str]) -> str:
 
 def _unexpected(error: BaseException, words: Sequence[str]) -> Failure:
     """Describe an error of Python, of the system or of a library for the user."""
-    from rlhf_pipeline.registry.storage import failure_of
+    from rlhf_pipeline.disk.storage import failure_of
 
     if "torch" in sys.modules:  # without torch no model is in memory
         from rlhf_pipeline.models.memory import ADVICE, ran_out

@@ -13,7 +13,7 @@ from typing import Any
 
 from rlhf_pipeline.cli.libraries import load_libraries
 from rlhf_pipeline.cli.main import described, prepare_environment
-from rlhf_pipeline.registry.storage import only_here
+from rlhf_pipeline.disk.storage import only_here
 
 
 def main(answers: int) -> None:

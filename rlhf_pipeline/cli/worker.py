@@ -12,9 +12,9 @@ from queue import SimpleQueue
 
 from rlhf_pipeline.cli.libraries import load_libraries
 from rlhf_pipeline.cli.main import INTERRUPTED, described
+from rlhf_pipeline.disk.storage import only_here
 from rlhf_pipeline.errors import visible
 from rlhf_pipeline.experiment.workers import Answer, Job
-from rlhf_pipeline.registry.storage import only_here
 
 
 def main(answers: int) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from rlhf_pipeline.compare.preference_quality import held_out_pairs
 from rlhf_pipeline.compare.rows import Measured
 from rlhf_pipeline.config.compare import CompareConfig
-from rlhf_pipeline.data.load import lowest_hashes
+from rlhf_pipeline.data.samples import lowest_hashes
 from rlhf_pipeline.evaluation.preference_metrics import accuracy
 from rlhf_pipeline.evaluation.seeds import infer
 from rlhf_pipeline.evaluation.win_rates import ONE_SAMPLE

@@ -57,7 +57,7 @@ def held_out_pairs(bench: Bench, config: CompareConfig, sources: Sequence[Resolv
             continue
         if found:
             bench.compare_data(model, data.sources("pair"))
-            return found
+            return list(found)
     return []
 
 

@@ -24,6 +24,7 @@ from rlhf_pipeline.compare.rows import Scorers, diversities, measure_points, mea
 from rlhf_pipeline.compare.verdict import verdict
 from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.reward_names import names_a_model
+from rlhf_pipeline.disk.storage import replace_text, staging
 from rlhf_pipeline.errors import ConfigError, DataError, Fault
 from rlhf_pipeline.measure.bench import Bench, find_policies, knows_data, scored_as_trained, set_up
 from rlhf_pipeline.measure.best_of import best_of_n_rows, enough_samples, primary_figure
@@ -34,7 +35,6 @@ from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
 from rlhf_pipeline.models.sharing import sharing_models
 from rlhf_pipeline.registry.parents import beta_of, parent_of, reference_of, reward_models_of
 from rlhf_pipeline.registry.references import Resolved
-from rlhf_pipeline.registry.storage import replace_text, staging
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report.figures import Exact, Gate
 from rlhf_pipeline.report.results import Comparable, Findings, Results

@@ -9,10 +9,10 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_pipeline.data.decoding import lone_surrogate
 from rlhf_pipeline.data.files import RowFault, Rows, row_fault
 from rlhf_pipeline.data.records import Messages, Record, Text
 from rlhf_pipeline.data.styles import instruction_prompt
+from rlhf_pipeline.disk.decoding import lone_surrogate
 
 IDENTICAL = "identical_pair"
 TIED = "tied_pair"

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from rlhf_pipeline.data.borders import completion_ids, first_at, offsets_of, token_ids
-from rlhf_pipeline.data.files import RowFault, row_fault
+from rlhf_pipeline.data.files import RowFault
+from rlhf_pipeline.data.pieces import Pieces, is_local, pieces_of
 from rlhf_pipeline.data.records import Record, messages
 from rlhf_pipeline.data.render import REASONING, REWRITTEN, Rendered, TemplateRefusal, as_plain, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH = 2048  # texts handed to the tokenizer at once
+BATCH = 2048  # records whose texts are handed to the tokenizer at once
+MANY = 64  # records from which on it pays to encode piece by piece
 ACROSS = "token_across_border"
 TURNS = "turns_dropped"
 ADVICE = {
@@ -30,6 +33,7 @@ ADVICE = {
 }
 """What a reason in `Counts.rows` means, and what to do."""
 SYSTEM_ROLES = ("system", "developer")
+NOTHING = Rendered("", (), False)
 
 
 @dataclass
@@ -52,24 +56,27 @@ class Counts:
 
 @dataclass
 class Encoded:
-    """One record's texts and ids before the length policy."""
+    """One record's texts and ids before the length policy.
+
+    prompt_ids, completions: None if the tokenizer has no token for part of the text.
+    across: for each completion, whether a token reached across its border with the prompt.
+    trained: of the prompt's tokens in a conversation; None: not asked for, or not a conversation.
+    refused: what the chat template says of messages that it does not accept; there are no texts and ids then.
+    """
 
     record: Record
     texts: Rendered
-    prompt_ids: list[int]
-    completions: list[list[int]]
-    trained: list[bool] | None = None  # of the prompt's tokens, in a conversation
-    truncated: bool = False
+    prompt_ids: list[int] | None
+    completions: list[list[int] | None]
+    across: list[bool] = field(default_factory=list)
+    trained: list[bool] | None = None
+    refused: str | None = None
 
 
 def encode(
-    records: Sequence[Record],
-    tokenizer: PreTrainedTokenizerBase,
-    own_ids: bool,
-    counts: Counts,
-    all_replies: bool = False,
+    records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, own_ids: bool, all_replies: bool = False
 ) -> Iterator[Encoded]:
-    """Yield the token ids of records, in their order; what cannot be encoded or was cut is counted.
+    """Yield the token ids of each record, in their order.
 
     Args:
         own_ids: use the records' own token ids. all_replies: mark the assistant's turns in a conversation's prompt.
@@ -77,44 +84,82 @@ def encode(
     Raises:
         DataError: there are messages, but the tokenizer has no chat template.
     """
-    prefix = _prefix(tokenizer)
-    for start in range(0, len(records), BATCH):
-        ready: list[tuple[Record, Rendered, bool]] = []
-        for record in records[start : start + BATCH]:
-            done = own_ids and _has_ids(record)
-            replies = all_replies and record.turns
-            try:
-                item = as_plain(record) if done else render(record, tokenizer, replies=replies)
-                ready.append((record, item, done))
-            except TemplateRefusal as refusal:
-                found = f"the chat template refuses these messages: {refusal}"
-                counts.faults.append(row_fault(record.where, "refused_by_template", found))
-        ids = iter(token_ids(tokenizer, [text for _, item, done in ready if not done for text in item.texts()]))
-        groups = [[] if done else [next(ids) for _ in item.texts()] for _, item, done in ready]
-        marked = [item.prompt for (_, item, _), group in zip(ready, groups) if item.replies and None not in group]
-        offsets = iter(offsets_of(tokenizer, marked))
-        for (record, item, done), encoded in zip(ready, groups):
-            if done:
-                completions = [list(tokens) for tokens in record.completion_ids or ()]
-                yield Encoded(record, item, list(record.prompt_ids or ()), completions)
-                continue
-            known = [tokens for tokens in encoded if tokens is not None]
-            if len(known) < len(encoded):
-                found = "text that the tokenizer has no token for"
-                counts.faults.append(row_fault(record.where, "unknown_token", found, "text within its vocabulary"))
-                continue
-            prompt, *wholes = known
-            completions = [
-                completion_ids(tokenizer, item.prompt, prompt, text, whole)
-                for text, whole in zip(item.completions, wholes)
-            ]
-            for reason in item.notes:
-                counts.name(reason, record.where)
-            if any(whole[: len(prompt)] != prompt for whole in wholes):
-                counts.name(ACROSS, record.where)
-            trained = _within(item.replies, next(offsets)) if item.replies else None
-            start_ids = [] if item.templated or prompt[: len(prefix)] == prefix else prefix
-            yield Encoded(record, item, start_ids + prompt, completions, trained)
+    prefix, pieces, tried = _prefix(tokenizer), None, False
+    records = iter(records)
+    while batch := list(islice(records, BATCH)):
+        if len(batch) >= MANY and not tried:
+            pieces, tried = Pieces(tokenizer) if is_local(tokenizer) else None, True
+        ready = [_rendered(record, tokenizer, own_ids and _has_ids(record), all_replies) for record in batch]
+        items = [one.texts for one in ready if one.prompt_ids is None and one.refused is None]
+        found = iter(_whole(items, tokenizer) if pieces is None else _by_piece(items, pieces))
+        fresh = [one for one in ready if one.prompt_ids is None and one.refused is None]
+        for one in fresh:
+            one.prompt_ids, one.completions, one.across = next(found)
+        marked = [one for one in fresh if one.texts.replies and one.prompt_ids is not None]
+        for one, offsets in zip(marked, offsets_of(tokenizer, [one.texts.prompt for one in marked])):
+            one.trained = _within(one.texts.replies, offsets)
+        for one in fresh:
+            if one.prompt_ids is not None and not one.texts.templated and one.prompt_ids[: len(prefix)] != prefix:
+                one.prompt_ids = prefix + one.prompt_ids
+        yield from ready
+
+
+def _rendered(record: Record, tokenizer: PreTrainedTokenizerBase, done: bool, all_replies: bool) -> Encoded:
+    """Return a record as text; with its own ids if it is `done`."""
+    if done:
+        prompt, completions = list(record.prompt_ids or ()), [list(ids) for ids in record.completion_ids or ()]
+        return Encoded(record, as_plain(record), prompt, [*completions], [False] * len(completions))
+    try:
+        return Encoded(record, render(record, tokenizer, replies=all_replies and record.turns), None, [])
+    except TemplateRefusal as refusal:
+        return Encoded(record, NOTHING, None, [], refused=str(refusal))
+
+
+Ids = tuple[list[int] | None, list[list[int] | None], list[bool]]
+"""The ids of a prompt and of its completions, and whether a token of the whole text is across each border."""
+
+
+def _whole(items: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -> Iterator[Ids]:
+    """Yield the ids of each item, from its prompt and its prompt with each completion."""
+    found = iter(token_ids(tokenizer, [text for item in items for text in item.texts()]))
+    for item in items:
+        prompt, *wholes = [next(found) for _ in item.texts()]
+        yield _split(tokenizer, item, [], prompt, wholes)
+
+
+def _by_piece(items: Sequence[Rendered], pieces: Pieces) -> Iterator[Ids]:
+    """As `_whole`, from the pieces of the prompt and of what follows its last cut."""
+    parts = []
+    for item in items:
+        *head, last = pieces_of(item.prompt)[:-1] or [""]
+        parts.append((head, [last], [pieces_of(last + completion) for completion in item.completions]))
+    pieces.learn(chain.from_iterable(chain(head, last, *behind) for head, last, behind in parts))
+    for item, (head, last, behind) in zip(items, parts):
+        yield _split(pieces.tokenizer, item, pieces.ids(head), pieces.ids(last), map(pieces.ids, behind))
+
+
+def _split(
+    tokenizer: PreTrainedTokenizerBase,
+    item: Rendered,
+    head: list[int] | None,
+    last: list[int] | None,
+    wholes: Iterable[list[int] | None],
+) -> Ids:
+    """Cut the ids of whole texts at the border. Those of the prompt are `head + last`, of a text `head + whole`."""
+    prompt = None if head is None or last is None else head + last
+    completions: list[list[int] | None] = []
+    across = []
+    for text, whole in zip(item.completions, wholes):
+        reaches = False
+        if whole is None or prompt is None or last is None or head is None:
+            completions.append(None)
+        elif whole[: len(last)] == last:
+            completions.append(whole[len(last) :])
+        else:
+            reaches = True
+            completions.append(completion_ids(tokenizer, item.prompt, prompt, text, head + whole))
+        across.append(reaches)
+    return prompt, completions, across
 
 
 def _within(spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]]) -> list[bool]:
@@ -126,14 +171,11 @@ def _within(spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]]
     return inside
 
 
-def with_fewer_turns(
-    encoded: Encoded, tokenizer: PreTrainedTokenizerBase, longest: int, counts: Counts, all_replies: bool
-) -> Encoded | None:
+def with_fewer_turns(record: Record, tokenizer: PreTrainedTokenizerBase, longest: int) -> Record | None:
     """Return a conversation without its first turns, so that its prompt has at most `longest` tokens.
 
     The system's turn stays, and the first other turn is a user's. None: its last user's turn alone is too long.
     """
-    record = encoded.record
     turns = messages(record.prompt)
     first = next((number for number, turn in enumerate(turns) if turn["role"] not in SYSTEM_ROLES), len(turns))
     starts = [number for number in range(first + 1, len(turns)) if turns[number]["role"] == "user"]
@@ -142,18 +184,11 @@ def with_fewer_turns(
         return replace(record, prompt=(*turns[:first], *turns[start:]))
 
     def fits(start: int) -> bool:
-        prompt = replace(after(start), kind="prompt", completions=(), ended=())
-        made = next(encode([prompt], tokenizer, False, Counts()), None)
-        return made is not None and len(made.prompt_ids) <= longest
+        made = next(encode([replace(after(start), kind="prompt", completions=(), ended=())], tokenizer, False))
+        return made.prompt_ids is not None and len(made.prompt_ids) <= longest
 
     kept = bisect_left(starts, True, key=fits)
-    rest = [after(start) for start in starts[kept : kept + 1]]
-    made = next(encode(rest, tokenizer, False, Counts(), all_replies), None)
-    if made is None:
-        counts.dropped["prompt_too_long"] += 1
-        return None
-    counts.name(TURNS, record.where)
-    return replace(made, record=record, truncated=True)
+    return after(starts[kept]) if kept < len(starts) else None
 
 
 def _has_ids(record: Record) -> bool:

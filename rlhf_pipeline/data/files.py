@@ -7,12 +7,12 @@ import gzip
 import io
 import re
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from rlhf_pipeline.data.decoding import (
+from rlhf_pipeline.disk.decoding import (
     UTF8_MARK,
     BadJsonError,
     bad_json,
@@ -23,6 +23,7 @@ from rlhf_pipeline.data.decoding import (
 )
 from rlhf_pipeline.errors import DataError, Fault, first_line
 
+PIECE = 1 << 20  # bytes of a file that are read at once
 CSV_LISTS = ("completions", "ranks", "scores", "messages", "conversations", "answers", "info", "summaries")
 CSV_NUMBERS = (
     *("label_probability", "labels", "choice", "better_response_id", "helpfulness"),
@@ -30,7 +31,9 @@ CSV_NUMBERS = (
 )
 CSV_FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
-Rows = list[tuple[str, dict[str, Any]]]
+Row = tuple[str, dict[str, Any]]
+"""Where a row is, and its columns."""
+Rows = list[Row]
 _PLACE = re.compile(r"(.*):([0-9]+)(?: \((?:row|prompt) ([0-9]+)\))?", re.DOTALL)
 
 
@@ -77,50 +80,98 @@ def read_file(path: Path, name: str | None = None) -> tuple[Rows, list[RowFault]
 
 
 def _content(path: Path, name: str) -> bytes:
+    return b"".join(_pieces(path, name))
+
+
+def _pieces(path: Path, name: str) -> Iterator[bytes]:
+    """Yield the content of a file, unpacked if it is an archive.
+
+    Raises:
+        DataError: it cannot be read, is a damaged archive, or is in UTF-16 or UTF-32.
+    """
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"  # by content, so that a plain file named .gz is read as well
+            file.seek(0)
+            stream: IO[bytes] = gzip.GzipFile(fileobj=file) if packed else file  # type: ignore[assignment]
+            line, first = 1, True
+            try:
+                while piece := stream.read(PIECE):
+                    if first:
+                        refuse_encoding(piece, name)
+                    first = False
+                    yield piece
+                    line += packed and piece.count(b"\n")
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                where, found = f"{name}:{line}", f"damaged or cut gzip file ({error})"
+                raise DataError(Fault(where, found, "a whole archive", "fetch the file again")) from error
     except OSError as error:
         raise DataError(Fault(name, f"cannot be read: {error.strerror}")) from error
-    if raw[:2] != b"\x1f\x8b":  # by content, so that a plain file named .gz is read as well
-        refuse_encoding(raw, name)
-        return raw
-    content = bytearray()
-    try:
-        with gzip.open(io.BytesIO(raw)) as stream:
-            while piece := stream.read(1 << 20):
-                content += piece
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        line = content.count(b"\n") + 1
-        where, found = f"{name}:{line}", f"damaged or cut gzip file ({error})"
-        raise DataError(Fault(where, found, "a whole archive", "fetch the file again")) from error
-    whole = bytes(content)
-    refuse_encoding(whole, name)
-    return whole
+
+
+@dataclass
+class JsonLines:
+    """The rows of a file of JSON lines, read again at every pass.
+
+    faults: the lines that are no rows, of the last pass.
+    """
+
+    path: Path
+    name: str
+    faults: list[RowFault] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Row]:
+        rows: Rows = []
+        self.faults = []
+        for number, line, is_last in _lines(_pieces(self.path, self.name)):
+            _read_line(rows, self.faults, f"{self.name}:{number}", line, is_last)
+            if rows:
+                yield rows.pop()
+
+
+def _lines(pieces: Iterable[bytes]) -> Iterator[tuple[int, bytes, bool]]:
+    """Yield the lines of a file without their ends: number, line, and whether the file ends within it."""
+    number, rest, first = 0, [b""], True
+    for piece in pieces:
+        if first:
+            piece, first = piece.removeprefix(UTF8_MARK), False
+        begun, *lines = piece.split(b"\n")
+        rest.append(begun)
+        if lines:
+            number += 1
+            yield number, b"".join(rest), False
+            for line in lines[:-1]:
+                number += 1
+                yield number, line, False
+            rest = [lines[-1]]
+    yield number + 1, b"".join(rest), True
 
 
 def _json_lines(content: bytes, name: str) -> tuple[Rows, list[RowFault]]:
     rows: Rows = []
     faults: list[RowFault] = []
-    lines = content.removeprefix(UTF8_MARK).split(b"\n")
-    for number, line in enumerate(lines, 1):
-        where = f"{name}:{number}"
-        if not line.strip():
-            continue
-        text = ""
-        try:
-            text = line.decode("utf-8")
-            row = decode_json(text)
-        except UnicodeDecodeError as error:
-            faults.append(row_fault(where, "not_utf8", not_utf8(line, error.start), "UTF-8"))
-        except (ValueError, RecursionError) as error:
-            bad = bad_json(error, text)
-            # The last line of a complete file ends in a newline, or is complete itself.
-            cut = number == len(lines) and bad.reason == "bad_json"
-            found = f"{bad.found}; the file ends within this row" if cut else bad.found
-            faults.append(row_fault(where, bad.reason, found, bad.expected, "fetch the file again" if cut else ""))
-        else:
-            _keep(rows, faults, where, row)
+    for number, line, is_last in _lines([content]):
+        _read_line(rows, faults, f"{name}:{number}", line, is_last)
     return rows, faults
+
+
+def _read_line(rows: Rows, faults: list[RowFault], where: str, line: bytes, is_last: bool) -> None:
+    if not line.strip():
+        return
+    text = ""
+    try:
+        text = line.decode("utf-8")
+        row = decode_json(text)
+    except UnicodeDecodeError as error:
+        faults.append(row_fault(where, "not_utf8", not_utf8(line, error.start), "UTF-8"))
+    except (ValueError, RecursionError) as error:
+        bad = bad_json(error, text)
+        # The last line of a complete file ends in a newline, or is complete itself.
+        cut = is_last and bad.reason == "bad_json"
+        found = f"{bad.found}; the file ends within this row" if cut else bad.found
+        faults.append(row_fault(where, bad.reason, found, bad.expected, "fetch the file again" if cut else ""))
+    else:
+        _keep(rows, faults, where, row)
 
 
 def _keep(rows: Rows, faults: list[RowFault], where: str, row: Any) -> None:

@@ -6,16 +6,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlhf_pipeline.data import general, preferences, public
 from rlhf_pipeline.data.columns import IDENTICAL, Schema, SourceRow
-from rlhf_pipeline.data.decoding import decode_json
-from rlhf_pipeline.data.files import RowFault, Rows, by_line
+from rlhf_pipeline.data.files import Row, RowFault, by_line
 from rlhf_pipeline.data.records import TEMPLATE_VALUES, Record
+from rlhf_pipeline.data.rows import Records
 from rlhf_pipeline.data.sources import world_digest
+from rlhf_pipeline.disk.decoding import decode_json
 from rlhf_pipeline.errors import DataError, Fault, did_you_mean
 
 SCHEMAS: list[Schema] = [*public.SCHEMAS, *general.SCHEMAS]
@@ -34,7 +35,7 @@ class RecordSet:
     source: str
     format: str
     rows: int  # all rows read
-    records: list[Record]
+    records: Sequence[Record]
     faults: list[RowFault] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)  # valid rows without information
     recorded_digest: str | None = None  # from the manifest of collected data
@@ -42,6 +43,7 @@ class RecordSet:
     unread: str | None = None  # with implicit prompts: a column that looks like the prompt
     not_read: tuple[str, ...] = ()  # columns with content that the format does not read; `Record.columns` has them
     against: Counter[str] = field(default_factory=Counter)  # rows whose scores contradict or do not support the label
+    template_values: frozenset[str] | None = None  # the names of `for_template` in all records; None: not known
 
     def notes(
         self, template: str | None = None, functions: bool | None = None, *, text_as_chat: bool = False
@@ -58,7 +60,9 @@ class RecordSet:
             said.append(f"read by reward functions only: {named}")
         elif named:
             said.append(f"not read: {named}" + (" (except by reward functions)" if functions is None else ""))
-        given = {name for record in self.records if record.extra for name in _for_template(record)}
+        given = self.template_values
+        if given is None:
+            given = frozenset(name for record in self.records if record.extra for name in for_template(record))
         if template is not None and (unread := sorted(name for name in given if name not in template)):
             said.append(f"not read by the chat template: {', '.join(unread)}")
         for reason, what in (("contradicted", "contradict the label"), ("equal", "are equal")):
@@ -77,11 +81,15 @@ class RecordSet:
     def without(self, faults: list[RowFault]) -> RecordSet:
         """Return the set without the rows that have these further faults."""
         out = {item.fault.where for item in faults}
-        records = [record for record in self.records if record.where not in out]
+        records: Sequence[Record]
+        if isinstance(self.records, Records):
+            records = self.records.select([self.records.where(n) not in out for n in range(len(self.records))])
+        else:
+            records = [record for record in self.records if record.where not in out]
         return replace(self, records=records, faults=by_line([*self.faults, *faults]))
 
 
-def _for_template(record: Record) -> list[str]:
+def for_template(record: Record) -> list[str]:
     """Return the names by which a chat template reads a record's own values."""
     tools = ["tools"] if record.extra.get("tools") else []
     return [*tools, *record.extra.get("chat_template_kwargs", ())]
@@ -93,30 +101,101 @@ def count_reasons(faults: list[RowFault]) -> dict[str, int]:
     return dict(sorted(Counter(reason for _, reason in pairs).items()))
 
 
-def parse(rows: Rows, name: str, mapping: Mapping[str, str] | None = None) -> RecordSet:
+@dataclass
+class Survey:
+    """What the rows of a source have in common, found in one pass over them."""
+
+    rows: int = 0
+    shapes: Counter[frozenset[str]] = field(default_factory=Counter)  # the sets of columns of rows
+    columns: dict[str, None] = field(default_factory=dict)  # in the order in which they first occur
+    there: set[str] = field(default_factory=set)  # those that are not null in every row
+    filled: set[str] = field(default_factory=set)  # those that are not empty in every row; an empty `prompt` is not
+    objects: set[str] = field(default_factory=set)  # those of `OBJECTS` with a list of objects
+    transcripts: int = 0  # rows whose two sides are HH transcripts
+    labels: int = 0  # rows with a label
+    good_or_bad: bool = True  # whether every label says if a completion is good
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> Survey:
+        """Return the survey of some rows."""
+        found = cls()
+        for _, row in rows:
+            found.add(row)
+        return found
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add a row."""
+        self.rows += 1
+        self.shapes[frozenset(row)] += 1
+        for column, value in row.items():
+            if column not in self.filled:
+                self.columns.setdefault(column)
+                if value is not None:
+                    self.there.add(column)
+                    if value not in ("", [], {}) or column == "prompt":
+                        self.filled.add(column)
+        for column in OBJECTS:
+            values = row.get(column)
+            if isinstance(values, list) and any(isinstance(one, dict) for one in values[:1]):
+                self.objects.add(column)
+        if "rejected" in row and all(preferences.is_transcript(row.get(side)) for side in ("chosen", "rejected")):
+            self.transcripts += 1
+        if row.get("label") is not None:
+            self.labels += 1
+            self.good_or_bad &= _is_good(row["label"]) is not None
+
+
+OBJECTS = {schema.objects for schema in SCHEMAS if schema.objects is not None}
+"""Columns whose values tell a format from others."""
+
+
+def parse(rows: Iterable[Row], name: str, mapping: Mapping[str, str] | None = None) -> RecordSet:
     """Detect the format of `rows` and turn them into records.
 
     Args:
-        mapping: {our name: their name} of columns to rename first.
+        rows: are read twice. mapping: {our name: their name} of columns to rename first.
 
     Raises:
         DataError: there are no rows, their columns match no known format, or a column of `mapping` does not exist.
     """
-    if not rows:
+    parsed, records = parse_stream(rows, name, mapping)
+    parsed.records = list(records)
+    return parsed
+
+
+def parse_stream(
+    rows: Iterable[Row], name: str, mapping: Mapping[str, str] | None = None
+) -> tuple[RecordSet, Iterator[Record]]:
+    """As `parse`; the records are made one by one, and faults and counts are whole when there are no more of them."""
+    survey = Survey.of(rows)
+    if not survey.rows:
         raise DataError(Fault(name, "no rows", "at least one"))
-    parsed = RecordSet(name, "", len(rows), [])
-    rows = renamed(rows, mapping, name) if mapping else rows
-    columns = _filled(rows)
-    schema = detect(rows, columns, name)
+    if mapping:
+        rows = renamed(rows, mapping, name, survey.columns)
+        survey = Survey.of(rows)
+    columns = survey.filled
+    schema = detect(survey, name)
     not_read = columns - {*schema.columns, *schema.also, "split"}
-    further = sorted(map(str, set().union(*(row for _, row in rows)) - {*schema.columns, *schema.also, "split"}))
+    further = sorted(map(str, {*survey.columns} - {*schema.columns, *schema.also, "split"}))
+    parsed = RecordSet(name, schema.label, survey.rows, [])
     if schema.gather is not None:
         columns, further = set(), []
-        rows, parsed.faults = schema.gather(rows)
-    labelled = schema.read in general.DEMONSTRATIONS and _are_labels(rows)
-    scores = [names for names in preferences.SCORES if columns.issuperset(names)]
+        rows, parsed.faults = schema.gather(list(rows))
+    labelled = schema.read in general.DEMONSTRATIONS and bool(survey.labels) and survey.good_or_bad
     if schema.read is preferences.implicit:
-        parsed.unread = preferences.unread_prompt(dict.fromkeys(column for _, values in rows for column in values))
+        parsed.unread = preferences.unread_prompt(survey.columns)
+    if labelled:
+        parsed.format, not_read = f"{schema.label}, labelled", not_read - {"label"}
+    parsed.not_read = tuple(sorted(map(str, not_read)))
+    return parsed, _records(rows, schema, parsed, columns, further, labelled)
+
+
+def _records(
+    rows: Iterable[Row], schema: Schema, parsed: RecordSet, columns: set[str], further: list[str], labelled: bool
+) -> Iterator[Record]:
+    """Yield the records of rows; add to `parsed` what is faulty, skipped or against its label."""
+    scores = [names for names in preferences.SCORES if columns.issuperset(names)]
+    first = True
     for where, values in rows:
         row = SourceRow(where, values, columns)
         record = schema.read(row)
@@ -134,26 +213,26 @@ def parse(rows: Rows, name: str, mapping: Mapping[str, str] | None = None) -> Re
             record.__dict__.update(where=where, split=split)
             if further:
                 record.__dict__["columns"] = {column: values.get(column) for column in further}
-            parsed.records.append(record)
             if record.completions[1:] and (reason := preferences.against_label(values, scores)):
                 parsed.against[reason] += 1
-    parsed.format = schema.label
-    if labelled:
-        parsed.format, not_read = f"{schema.label}, labelled", not_read - {"label"}
-    if any(record.conversational for record in parsed.records[:1]):
-        parsed.format, not_read = f"{parsed.format}, conversational", not_read - {*TEMPLATE_VALUES}
-    parsed.not_read = tuple(sorted(map(str, not_read)))
-    return parsed
+            if first and record.conversational:
+                parsed.format = f"{parsed.format}, conversational"
+                parsed.not_read = tuple(name for name in parsed.not_read if name not in TEMPLATE_VALUES)
+            first = False
+            yield record
 
 
-def renamed(rows: Rows, mapping: Mapping[str, str], name: str) -> Rows:
+def renamed(rows: Iterable[Row], mapping: Mapping[str, str], name: str, columns: Iterable[str]) -> Renamed:
     """Rename columns of all rows by {our name: their name}; a column that has our name already is left out.
+
+    Args:
+        columns: those that some rows have.
 
     Raises:
         DataError: one of our names is no column of a format, or a column does not exist.
     """
     ours = {column for schema in SCHEMAS for column in (*schema.columns, *schema.also)} | {"label", "split"}
-    theirs = {str(column) for column in dict.fromkeys(column for _, row in rows for column in row)}
+    theirs = {*map(str, columns)}
     faults = [
         Fault(f"{name}: column_mapping.{key}", f"no format has a column {key!r}", fix=did_you_mean(key, ours))
         for key in mapping
@@ -171,31 +250,21 @@ def renamed(rows: Rows, mapping: Mapping[str, str], name: str) -> Rows:
     ]
     if faults:
         raise DataError(faults)
-    gone = {*mapping, *mapping.values()}
-    return [
-        (
-            where,
-            {key: value for key, value in row.items() if key not in gone}
-            | {key: row[column] for key, column in mapping.items() if column in row},
-        )
-        for where, row in rows
-    ]
+    return Renamed(rows, mapping)
 
 
-def _filled(rows: Rows) -> set[str]:
-    """Return the columns that are not empty in every row; an empty `prompt` is one too."""
-    found: set[str] = set()
-    for _, row in rows:
-        for column, value in row.items():
-            if column not in found and value is not None and (value not in ("", [], {}) or column == "prompt"):
-                found.add(column)
-    return found
+@dataclass(frozen=True)
+class Renamed:
+    """Rows with other names for some of their columns."""
 
+    rows: Iterable[Row]
+    mapping: Mapping[str, str]
 
-def _are_labels(rows: Rows) -> bool:
-    """Whether the column `label` says of each completion if it is good: true and false, 1 and 0, or 1 and -1."""
-    labels = [row["label"] for _, row in rows if row.get("label") is not None]
-    return bool(labels) and all(_is_good(label) is not None for label in labels)
+    def __iter__(self) -> Iterator[Row]:
+        gone = {*self.mapping, *self.mapping.values()}
+        for where, row in self.rows:
+            kept = {key: value for key, value in row.items() if key not in gone}
+            yield where, kept | {key: row[column] for key, column in self.mapping.items() if column in row}
 
 
 def _is_good(label: Any) -> bool | None:
@@ -231,20 +300,16 @@ def is_identical(record: Record) -> bool:
     return record.kind == "pair" and ids is not None and ids[0] == ids[1] and record.ended[0] == record.ended[1]
 
 
-def detect(rows: Rows, filled: Collection[str], name: str) -> Schema:
+def detect(survey: Survey, name: str) -> Schema:
     """Return the first schema that at least half of the rows match, else the most frequent one.
-
-    Args:
-        filled: the columns that are not empty in every row.
 
     Raises:
         DataError: the columns match no known format.
     """
-    columns = {column for _, row in rows for column, value in row.items() if value is not None}
-    shapes = Counter(frozenset(row) for _, row in rows)  # rows of a file are alike: few sets of columns
+    columns = survey.there
     counts = [
-        sum(count for shape, count in shapes.items() if columns & shape >= set(schema.columns))
-        if schema.objects is None or _has_objects(rows, schema.objects)
+        sum(count for shape, count in survey.shapes.items() if columns & shape >= set(schema.columns))
+        if schema.objects is None or schema.objects in survey.objects
         else 0
         for schema in SCHEMAS
     ]
@@ -253,26 +318,18 @@ def detect(rows: Rows, filled: Collection[str], name: str) -> Schema:
         there = ", ".join(sorted(map(str, columns))) or "none"
         fix = "name them in column_mapping, for example {prompt: question, completion: answer}, or rename them"
         raise DataError(Fault(name, f"columns {there}", f"one of the column sets: {known}", fix))
-    place = next((i for i, count in enumerate(counts) if 2 * count >= len(rows)), counts.index(max(counts)))
-    return _pairs_of(SCHEMAS[place], filled, rows) if SCHEMAS[place] is general.PAIR else SCHEMAS[place]
+    place = next((i for i, count in enumerate(counts) if 2 * count >= survey.rows), counts.index(max(counts)))
+    return _pairs_of(SCHEMAS[place], survey) if SCHEMAS[place] is general.PAIR else SCHEMAS[place]
 
 
-def _has_objects(rows: Rows, column: str) -> bool:
-    """Whether a value of a column is a list of objects."""
-    lists = (row[column] for _, row in rows if isinstance(row.get(column), list))
-    return any(isinstance(one, dict) for values in lists for one in values[:1])
-
-
-def _pairs_of(schema: Schema, columns: Collection[str], rows: Rows) -> Schema:
+def _pairs_of(schema: Schema, survey: Survey) -> Schema:
     """Return the schema of pairs without a column `prompt`."""
-    prompt = preferences.prompt_column(columns)
+    prompt = preferences.prompt_column(survey.filled)
     if prompt == "prompt":
         return schema
-    sides = ("chosen", "rejected")
-    transcripts = sum(all(preferences.is_transcript(row.get(side)) for side in sides) for _, row in rows)
-    if 2 * transcripts >= len(rows):
+    if 2 * survey.transcripts >= survey.rows:
         return general.HH
     if prompt is None:
         return general.IMPLICIT
-    read = [name for name in ("system", "history", prompt, "input") if name in columns]
+    read = [name for name in ("system", "history", prompt, "input") if name in survey.filled]
     return replace(schema, label=f"pair, the prompt is {' and '.join(map(repr, read))}", also=(*schema.also, *read))

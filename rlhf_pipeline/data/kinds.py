@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import combinations
 
@@ -31,12 +32,7 @@ def as_kind(records: list[Record], kind: str, source: str = "") -> tuple[list[Re
     Raises:
         DataError: some records cannot be converted to `kind`.
     """
-    wrong = sorted({record.kind for record in records if kind not in MAKES[record.kind]})
-    if wrong:
-        able = ", ".join(name for name, made in MAKES.items() if kind in made)
-        found = f"{source or records[0].where} holds records of kind {', '.join(wrong)}"
-        fix = "keep only the rows whose label is true, without the column label" if "labelled" in wrong else ""
-        raise DataError(Fault("", found, f"for this stage: {able}", fix or "choose another source"))
+    require_kinds({record.kind for record in records}, kind, source or (records[0].where if records else ""))
     dropped: Counter[str] = Counter()
     if kind == "prompt":
         first: dict[str, Record] = {}
@@ -49,9 +45,9 @@ def as_kind(records: list[Record], kind: str, source: str = "") -> tuple[list[Re
         if record.kind == kind or record.kind == "text":
             made.append(record)
         elif kind in ("preference", "order"):
-            says = _says(record, ties=kind == "preference")
-            made += [record] if says else []
-            dropped["tied_ranking"] += not says and kind == "preference"
+            prefers = _says(record, ties=kind == "preference")
+            made += [record] if prefers else []
+            dropped["tied_ranking"] += not prefers and kind == "preference"
         elif kind == "pair":
             pairs = _pairs(record)
             made += pairs
@@ -62,13 +58,26 @@ def as_kind(records: list[Record], kind: str, source: str = "") -> tuple[list[Re
     return made, +dropped
 
 
-def tied_rows(records: list[Record]) -> list[RowFault]:
+def require_kinds(kinds: Iterable[str], kind: str, where: str) -> None:
+    """Check that records of some kinds can be converted to `kind`.
+
+    Raises:
+        DataError: they cannot.
+    """
+    if wrong := sorted(name for name in set(kinds) if kind not in MAKES[name]):
+        able = ", ".join(name for name, made in MAKES.items() if kind in made)
+        fix = "keep only the rows whose label is true, without the column label" if "labelled" in wrong else ""
+        found = f"{where} holds records of kind {', '.join(wrong)}"
+        raise DataError(Fault("", found, f"for this stage: {able}", fix or "choose another source"))
+
+
+def tied_rows(records: Sequence[Record]) -> list[RowFault]:
     """Return a fault for each ranking in which two completions are equally good: an order has no ties."""
     faults = []
     for record in records:
         if record.kind == "ranking" and not _says(record, ties=False):
-            goodness, measure = _goodness(record), "score" if "scores" in record.extra else "rank"
-            i, j = next((i, j) for i, j in combinations(range(len(goodness)), 2) if goodness[i] == goodness[j])
+            values, measure = goodness(record), "score" if "scores" in record.extra else "rank"
+            i, j = next((i, j) for i, j in combinations(range(len(values)), 2) if values[i] == values[j])
             found = f"'completions[{i}]' and 'completions[{j}]' have the same {measure}"
             fix = "break the tie, drop the row, or use another loss_type, which ignores tied pairs"
             faults.append(row_fault(record.where, "tied_ranking", found, "an order: plackett_luce has no ties", fix))
@@ -77,22 +86,33 @@ def tied_rows(records: list[Record]) -> list[RowFault]:
 
 def _says(record: Record, ties: bool) -> bool:
     """Whether a record has a preference; without `ties`, whether it orders all completions."""
-    different = len(set(_goodness(record)))
-    return different > 1 if ties else different == len(record.completions)
+    return says(goodness(record), ties)
+
+
+def says(values: Sequence[float], ties: bool) -> bool:
+    """Whether some values differ; without `ties`, whether all do."""
+    different = len(set(values))
+    return different > 1 if ties else different == len(values)
 
 
 def ranks_of(record: Record) -> list[int]:
     """Return the rank of each completion of a ranking: 1 for the best, equal ranks for ties."""
-    goodness = _goodness(record)
-    levels = sorted(set(goodness), reverse=True)
+    return places_of(goodness(record))
+
+
+def places_of(values: Sequence[float]) -> list[int]:
+    """Return the rank of each value: 1 for the highest, equal ranks for equal values."""
+    levels = sorted(set(values), reverse=True)
     places = {value: rank for rank, value in enumerate(levels, start=1)}
-    return [places[value] for value in goodness]
+    return [places[value] for value in values]
 
 
-def _goodness(record: Record) -> list[float]:
+def goodness(record: Record) -> list[float]:
     """Return one number per completion, higher is better: the score, or the negated rank."""
     if record.kind == "pair":
         return [1.0, 0.0]
+    if record.kind != "ranking":
+        return [0.0] * len(record.completions)
     if "scores" in record.extra:
         return list(record.extra["scores"])
     return [-rank for rank in record.extra["ranks"]]
@@ -110,6 +130,11 @@ def _pick(record: Record, kind: str, *indices: int) -> Record:
     )
 
 
+def picked(record: Record, kind: str, *completions: int) -> Record:
+    """Return a record with some of its completions as a record of another kind; a prompt has none of them."""
+    return _prompt(record) if kind == "prompt" else _pick(record, kind, *completions)
+
+
 def _prompt(record: Record) -> Record:
     """Return the prompt of a record; of a pair, the two sides are kept as columns, as reward functions expect them."""
     sides = dict(zip(("chosen", "rejected"), record.completions)) if record.kind == "pair" else {}
@@ -117,15 +142,19 @@ def _prompt(record: Record) -> Record:
 
 
 def _best(record: Record) -> Record:
-    goodness = _goodness(record)
-    return _pick(record, "demonstration", goodness.index(max(goodness)))
+    values = goodness(record)
+    return _pick(record, "demonstration", values.index(max(values)))
 
 
 def _pairs(record: Record) -> list[Record]:
-    goodness = _goodness(record)
-    pairs = combinations(range(len(goodness)), 2)
-    ordered = [(i, j) if goodness[i] > goodness[j] else (j, i) for i, j in pairs if goodness[i] != goodness[j]]
+    ordered = untied_pairs(goodness(record))
     return [_pick(record, "pair", winner, loser) for winner, loser in ordered]
+
+
+def untied_pairs(values: Sequence[float]) -> list[tuple[int, int]]:
+    """Return the pairs (i, j) with value i above value j."""
+    pairs = combinations(range(len(values)), 2)
+    return [(i, j) if values[i] > values[j] else (j, i) for i, j in pairs if values[i] != values[j]]
 
 
 def _as_text(record: Record) -> Record:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from rlhf_pipeline.config.lengths import Lengths
 from rlhf_pipeline.config.training import DatasetEntry
+from rlhf_pipeline.data.choices import choose, ties
+from rlhf_pipeline.data.encode import Counts
+from rlhf_pipeline.data.examples import Example, join, pick, prompt_keys
 from rlhf_pipeline.data.files import RowFault, by_line, row_fault
 from rlhf_pipeline.data.formats import RecordSet, count_reasons
 from rlhf_pipeline.data.kinds import as_kind, tied_rows
 from rlhf_pipeline.data.parsed import Columns, parsed_once
 from rlhf_pipeline.data.records import Record
+from rlhf_pipeline.data.rows import Records, is_blank
+from rlhf_pipeline.data.samples import lowest_examples, lowest_hashes, lowest_of
 from rlhf_pipeline.data.splits import ALL, FRACTIONS, carries_splits, in_split
+from rlhf_pipeline.data.stored import encodings_of
 from rlhf_pipeline.data.styles import PLAIN, Style
-from rlhf_pipeline.data.tokenize import Example, tokenize
+from rlhf_pipeline.data.tokenize import fit, tokenize
 from rlhf_pipeline.errors import DataError, Fault
 
 if TYPE_CHECKING:
@@ -67,6 +74,7 @@ def read_records(
     splits: Collection[str] | None = None,
     kind: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> RecordSet:
     """Read a source and turn its rows into records.
 
@@ -78,14 +86,15 @@ def read_records(
         skip_bad_rows: drop and count faulty rows instead of refusing the source.
         splits: faults in other splits of the source's own are not reported; None: all are.
         kind, tokenizer: those of the stage, if known; empty prompts are then reported with the other faults.
+        say: writes a line on the making of a store (`stored.py`).
 
     Raises:
         DataError: rows have faults (all are listed), or no row is usable.
     """
-    found = parsed_once(str(source), config, None if split == ALL else split, columns, home)
+    found = parsed_once(str(source), config, None if split == ALL else split, columns, home, say)
     found.whole = split
     if test is not None:
-        found = with_test_rows(found, parsed_once(str(test), config, None, columns, home))
+        found = with_test_rows(found, parsed_once(str(test), config, None, columns, home, say))
     if not skip_bad_rows:
         blank = [] if tokenizer is None else blank_prompts(found, tokenizer, kind)
         refuse_faults(_of_splits(found, [*found.faults, *blank], splits), found.source, found.rows)
@@ -164,7 +173,8 @@ def blank_prompts(
             from the source's own tokenizer.
         kind: kind of record that the stage needs; "text" needs no prompt.
     """
-    blank = [one for one in found.records if isinstance(one.prompt, str) and (not one.prompt or one.prompt.isspace())]
+    records = found.records
+    blank = records.blank() if isinstance(records, Records) else [one for one in records if is_blank(one.prompt)]
     if not blank or kind == "text":
         return []
     digest = found.tokenizer_digest
@@ -184,7 +194,7 @@ def blank_prompts(
     return [replace(item, split=splits[where]) for where, item in named.items()]
 
 
-def rows_of(found: RecordSet, split: str, fractions: Mapping[str, float]) -> list[Record]:
+def rows_of(found: RecordSet, split: str, fractions: Mapping[str, float]) -> Sequence[Record]:
     """Return the records of a split; of a source that is used whole, all.
 
     Raises:
@@ -205,7 +215,7 @@ def examples_of(
     max_samples: int | None = None,
     style: Style = PLAIN,
     all_replies: bool = False,
-) -> tuple[list[Example], SourceReport]:
+) -> tuple[Sequence[Example], SourceReport]:
     """Tokenise one split of given records; also report on its rows.
 
     Args:
@@ -221,17 +231,26 @@ def examples_of(
         DataError: rows have faults, the split does not exist, its records are of the wrong kind, or none is usable.
     """
     in_it = rows_of(found, split, fractions)
-    tied = tied_rows(in_it) if kind == "order" else []
+    options: dict[str, Any] = {"source_tokenizer_digest": found.tokenizer_digest, "all_replies": all_replies}
+    counts = Counts()
+    examples: Sequence[Example]
+    if isinstance(in_it, Records) and kind != "text":  # from the arrays of the store
+        encodings = encodings_of(in_it, tokenizer, style=style, **options)
+        tied = tied_rows([encodings.record(row) for row in ties(encodings, in_it.rows)]) if kind == "order" else []
+        chosen = choose(encodings, in_it.rows, kind, counts.dropped, found.source)
+        chosen = chosen.select(np.array(lowest_of(chosen.prompt_keys(encodings), max_samples), np.int64))
+        examples = fit(encodings, chosen, tokenizer, lengths, counts, all_replies)
+    else:
+        tied = tied_rows(in_it) if kind == "order" else []
+        records, left_out = as_kind([style.apply(record) for record in in_it], kind, found.source)
+        examples, counts = tokenize(lowest_hashes(records, max_samples), tokenizer, lengths, **options)
+        counts.dropped += left_out
     if not skip_bad_rows:
         refuse_faults(tied, found.source, len(in_it))
-    records, left_out = as_kind([style.apply(record) for record in in_it], kind, found.source)
-    records = lowest_hashes(records, max_samples)
-    own = found.tokenizer_digest
-    examples, counts = tokenize(records, tokenizer, lengths, source_tokenizer_digest=own, all_replies=all_replies)
-    if not skip_bad_rows:  # of the whole source, unless it has splits of its own
+        # Of the whole source, unless it has splits of its own.
         others = _of_splits(found, [*found.faults, *blank_prompts(found, tokenizer, kind)], {split})
         refuse_faults([*counts.faults, *others], found.source, found.rows)
-    dropped = Counter(count_reasons(found.faults)) + found.skipped + left_out + counts.dropped
+    dropped = Counter(count_reasons(found.faults)) + found.skipped + counts.dropped
     dropped += Counter(count_reasons([*tied, *counts.faults]))
     if not examples:
         none = f"split {split!r}: no example left of {len(in_it)} rows ({_list(dropped)})"
@@ -252,7 +271,7 @@ def examples_of(
 
 def load_mixture(
     found: Sequence[RecordSet], entries: Sequence[DatasetEntry], *, max_samples: int | None = None, **options: Any
-) -> tuple[list[Example], tuple[SourceReport, ...]]:
+) -> tuple[Sequence[Example], tuple[SourceReport, ...]]:
     """Tokenise several sources in the proportion of their weights, or a fraction of each; also report on each.
 
     By weights, the mixture is the largest one without repeated examples: a source with more than its share contributes
@@ -275,16 +294,18 @@ def load_mixture(
         total = min(len(examples) * sum(weights) / weight for examples, weight in zip(sets, weights))
         total = total if max_samples is None else min(total, max_samples)
         shares = [int(total * weight / sum(weights) + 1e-9) for weight in weights]
-    chosen = [lowest_hashes(item, share) for item, share in zip(sets, shares)]
-    examples = lowest_hashes([example for part in chosen for example in part], max_samples)
+    chosen = [lowest_examples(item, share) for item, share in zip(sets, shares)]
+    every, source_of = join(chosen), [number for number, part in enumerate(chosen) for _ in range(len(part))]
+    kept = lowest_of(prompt_keys(every), max_samples)
     if options.get("kind") == "prompt":  # a prompt of two sources is used once
-        examples = list({example.prompt_key: example for example in examples}.values())
-    used = set(map(id, examples))
-    reports = tuple(_mixed(report, sum(id(one) in used for one in part)) for report, part in zip(counted, chosen))
-    if not examples:
+        keys = prompt_keys(every)
+        kept = list({keys[index]: index for index in kept}.values())
+    used = Counter(source_of[index] for index in kept)
+    reports = tuple(_mixed(report, used[number]) for number, report in enumerate(counted))
+    if not kept:
         where = f"datasets: {', '.join(item.source for item in found)}"
         raise DataError(Fault(where, "no example is left at these weights", "at least one", "more samples"))
-    return examples, reports
+    return pick(every, kept), reports
 
 
 def _mixed(report: SourceReport, used: int) -> SourceReport:
@@ -293,47 +314,10 @@ def _mixed(report: SourceReport, used: int) -> SourceReport:
     return replace(report, kept=used, dropped=dict(sorted({**report.dropped, **left}.items())))
 
 
-def hold_out(examples: Sequence[Example], size: float) -> tuple[list[Example], list[Example]]:
-    """Return the examples to train on and those to evaluate on: whole prompts, in the order of their hashes.
-
-    Args:
-        size: how many examples to evaluate on, at least; below 1: a fraction of all.
-
-    Raises:
-        DataError: no example is left to train on.
-    """
-    wanted = int(size) if size >= 1 else math.ceil(size * len(examples))
-    rows = Counter(example.prompt_key for example in examples)
-    held: set[str] = set()
-    for key in sorted(rows, key=lambda key: sha256(f"held out {key}".encode()).hexdigest()):
-        if wanted <= 0:
-            break
-        held.add(key)
-        wanted -= rows[key]
-    train = [example for example in examples if example.prompt_key not in held]
-    if not train:
-        found = f"{size:g} leaves none of {len(examples)} examples of {len(rows)} prompts for training"
-        raise DataError(Fault("test_split_size", found, "a smaller number"))
-    return train, [example for example in examples if example.prompt_key in held]
-
-
-def lowest_hashes(items: list, limit: int | None) -> list:
-    """Return the `limit` records or examples with the lowest hashes, in their original order."""
-    if limit is None or len(items) <= limit:
-        return items
-    # The hash is of the prompt and of the row's number among those of the prompt: the prompt's own hash decides the
-    # split, and a source with many rows per prompt should not lose whole prompts.
-    seen: Counter[str] = Counter()
-    places = []
-    for index, item in enumerate(items):
-        number = seen[item.prompt_key]
-        seen[item.prompt_key] += 1
-        places.append((sha256(f"sample {item.prompt_key} {number}".encode()).hexdigest(), index))
-    return [items[index] for index in sorted(index for _, index in sorted(places)[:limit])]
-
-
 def records_digest(records: Sequence[Record]) -> str:
     """Return the SHA-256 of the content and order of records."""
+    if isinstance(records, Records):
+        return records.digest()
     digest = sha256()
     for record in records:
         digest.update(record.canonical().encode() + b"\n")

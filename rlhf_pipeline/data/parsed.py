@@ -1,23 +1,31 @@
-"""The records of a source: parsed once in a process, as long as its files do not change."""
+"""The records of a source: parsed once in a process, as long as its files do not change.
+
+Those of a large source are in a store of the home directory, so that they are parsed once for all processes.
+"""
 
 from __future__ import annotations
 
 import gc
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from rlhf_pipeline.data.files import by_line
-from rlhf_pipeline.data.formats import RecordSet, parse
-from rlhf_pipeline.data.sources import files_of, read_source
-from rlhf_pipeline.data.stamps import Stamp, stamp
+from rlhf_pipeline.data.files import JsonLines, by_line
+from rlhf_pipeline.data.formats import RecordSet, parse_stream
+from rlhf_pipeline.data.records import Record
+from rlhf_pipeline.data.rows import Unstorable
+from rlhf_pipeline.data.sources import Source, files_of, read_source
+from rlhf_pipeline.data.stored import STORES, source_name, stored_records
+from rlhf_pipeline.disk.stamps import Stamp, stamp
 from rlhf_pipeline.errors import DataError, Fault
 
 Columns = tuple[tuple[str, str], ...]
 KEPT_BYTES = 256 << 20
 """Size of the files whose records are kept in memory for the next part of a command that reads them."""
+STORED_BYTES = 8 << 20
+"""Size of the files of a source from which on its records are stored in the home directory."""
 
 
 def source_stamp(source: str, home: Path | None) -> Stamp | None:
@@ -26,7 +34,14 @@ def source_stamp(source: str, home: Path | None) -> Stamp | None:
     return None if files is None else stamp(files)
 
 
-def parsed_once(source: str, config: str | None, split: str | None, columns: Columns, home: Path | None) -> RecordSet:
+def parsed_once(
+    source: str,
+    config: str | None,
+    split: str | None,
+    columns: Columns,
+    home: Path | None,
+    say: Callable[[str], None] = lambda _: None,
+) -> RecordSet:
     """The records of a source, which this process parses again only where its files have changed since.
 
     Args:
@@ -34,6 +49,14 @@ def parsed_once(source: str, config: str | None, split: str | None, columns: Col
 
     What is returned is the caller's: its lists are copies; records themselves are frozen.
     """
+    files = files_of(source, home=home) or []
+    if home is not None and sum(file.stat().st_size for file in files if file.is_file()) >= STORED_BYTES:
+        read = (config, split, columns)
+        try:
+            folder = home.joinpath(*STORES, source_name(source, files, *read))
+            return stored_records(folder, lambda: _parse_in_passes(source, *read, home), say)
+        except Unstorable:
+            pass  # kept in memory
     if (seen := source_stamp(source, home)) is None:
         return _parse(source, config, split, columns, home)
     key = (source, config, split, columns, seen)
@@ -81,13 +104,34 @@ def _parse(source: str, config: str | None, split: str | None, columns: Columns,
     Raises:
         DataError: no row can be read, and errors of `read_source`.
     """
-    read = read_source(source, config=config, split=split, home=home)
-    if read.records is not None:
-        return RecordSet(read.name, read.records[0].kind, len(read.records), read.records)
-    if read.faults and not read.rows:
-        raise DataError([Fault(read.name, "no row can be read"), *(item.fault for item in read.faults)])
-    found = parse(read.rows, read.name, dict(columns))
-    found.rows += len({item.fault.where for item in read.faults})
-    found.faults = by_line([*read.faults, *found.faults])
-    found.recorded_digest = read.tokenizer_digest
+    found, records = _parsing(read_source(source, config=config, split=split, home=home), columns)
+    found.records = list(records)
     return found
+
+
+def _parse_in_passes(
+    source: str, config: str | None, split: str | None, columns: Columns, home: Path
+) -> tuple[RecordSet, Iterator[Record]]:
+    """As `_parse`, without the records: they are made one by one."""
+    return _parsing(read_source(source, config=config, split=split, home=home, in_passes=True), columns)
+
+
+def _parsing(read: Source, columns: Columns) -> tuple[RecordSet, Iterator[Record]]:
+    """The records of the rows of a source; what is said of all is whole when there are no more of them."""
+    if read.records is not None:
+        return RecordSet(read.name, read.records[0].kind, len(read.records), []), iter(read.records)
+    rows = read.rows
+    some = next(iter(rows), None)
+    faults = rows.faults if isinstance(rows, JsonLines) else read.faults
+    if faults and some is None:
+        raise DataError([Fault(read.name, "no row can be read"), *(item.fault for item in faults)])
+    found, records = parse_stream(rows, read.name, dict(columns))
+    found.recorded_digest = read.tokenizer_digest
+
+    def whole() -> Iterator[Record]:
+        yield from records
+        unread = rows.faults if isinstance(rows, JsonLines) else read.faults
+        found.rows += len({item.fault.where for item in unread})
+        found.faults = by_line([*unread, *found.faults])
+
+    return found, whole()

@@ -32,7 +32,7 @@ class Rendered:
     completions: tuple[str, ...]
     templated: bool  # rendered by a chat template, which writes BOS itself
     replies: tuple[tuple[int, int], ...] = ()  # characters (start, end) of the assistant's turns in the prompt
-    notes: tuple[str, ...] = ()  # what the chat template did: REWRITTEN, REASONING
+    notes: tuple[tuple[str, ...], ...] = ()  # what the chat template did to each completion: REASONING, REWRITTEN
 
     def texts(self) -> list[str]:
         """Return the texts to tokenise: the prompt, and the prompt with each completion."""
@@ -86,7 +86,7 @@ def _templated(record: Record, tokenizer: PreTrainedTokenizerBase, replies: bool
     continued = turns[-1]["role"] == "assistant" and not record.turns
     how = {"continue_final_message": True} if continued else {"add_generation_prompt": True}
     prompt = _apply(tokenizer, turns, record.extra, **how)
-    completions, notes = [], set()
+    completions, notes = [], []
     for completion, ended in zip(record.completions, record.ended):
         reply = messages(completion)
         if continued and reply[0]["role"] == "assistant":  # one turn: its beginning is in the prompt
@@ -95,15 +95,15 @@ def _templated(record: Record, tokenizer: PreTrainedTokenizerBase, replies: bool
         else:
             text = _apply(tokenizer, (*turns, *reply), record.extra)
         border = shared_length(prompt, text)
-        notes |= {REWRITTEN} if border < len(prompt) else set()
-        notes |= {REASONING} if any(part not in text for part in _reasoning(reply)) else set()
+        changed = {REASONING: any(part not in text for part in _reasoning(reply)), REWRITTEN: border < len(prompt)}
+        notes.append(tuple(reason for reason, is_so in changed.items() if is_so))
         completions.append(closed(text[border:], ended))
     spans: tuple[tuple[int, int], ...] = ()
     if replies:
         marks = control_tokens(tokenizer)
         found = _replies(tokenizer, turns, prompt, record.extra)
         spans = tuple((start, start + _to_last_mark(prompt[start:end], marks)) for start, end in found)
-    return Rendered(prompt, tuple(completions), True, spans, tuple(sorted(notes)))
+    return Rendered(prompt, tuple(completions), True, spans, tuple(notes))
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, turns: Messages, values: Mapping[str, Any], **how: Any) -> str:

@@ -6,7 +6,6 @@ This module only reads; `formats` interprets the rows. Rows of a local file keep
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -16,9 +15,10 @@ from typing import Any
 
 from rlhf_pipeline.config.names import DATA_SUFFIXES
 from rlhf_pipeline.data.configs import declared_files
-from rlhf_pipeline.data.files import RowFault, read_file
+from rlhf_pipeline.data.files import JsonLines, RowFault, Rows, read_file
 from rlhf_pipeline.data.records import Record
-from rlhf_pipeline.data.sealed import unseal
+from rlhf_pipeline.disk.arrays import digest_of
+from rlhf_pipeline.disk.sealed import unseal
 from rlhf_pipeline.errors import DamagedFile, DataError, Fault, UnknownReference, did_you_mean, first_line
 
 WORLDS = ("world:verdicts",)
@@ -38,14 +38,19 @@ class Source:
     """The rows of one source, or its records if the source provides them."""
 
     name: str  # for reports; `collected:` names include their version
-    rows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # (where, row)
+    rows: Rows | JsonLines = field(default_factory=list)
     faults: list[RowFault] = field(default_factory=list)  # rows that could not be read
     records: list[Record] | None = None  # of the built-in world, all of one kind
     tokenizer_digest: str | None = None  # tokenizer of collected token ids
 
 
 def read_source(
-    source: str, *, config: str | None = None, split: str | None = None, home: Path | None = None
+    source: str,
+    *,
+    config: str | None = None,
+    split: str | None = None,
+    home: Path | None = None,
+    in_passes: bool = False,
 ) -> Source:
     """Read every row of `source`.
 
@@ -54,6 +59,8 @@ def read_source(
         config: configuration of a hub data set or of a folder whose README.md declares some, or part of the world.
         split: read only this split.
         home: home directory with collected data; default `$RLHF_HOME`, else `./rlhf_home`.
+        in_passes: do not keep the rows of a file of JSON lines: `Source.rows` reads them again at every pass, and has
+            the faults of those that cannot be read.
 
     Raises:
         DataError: the source cannot be read, or has no such split.
@@ -64,12 +71,14 @@ def read_source(
     if source.startswith(("world:", "collected:")):
         if split is not None:
             raise _no_split(source, split, [])
-        return _world(source, config) if source.startswith("world:") else _collected(source, home)
+        return _world(source, config) if source.startswith("world:") else _collected(source, home, in_passes)
     path = local_path(source)
     if path is None:
         return _hub(source, config, split)
     if path.is_dir():
         return _folder(source, path, config, split) if data_files(path) else _saved(source, path, split)
+    if in_passes and split is None and _is_lines(path):
+        return Source(source, JsonLines(path, str(path)))
     rows, faults = read_file(path)
     if split is not None:
         named = {str(row["split"]) for _, row in rows if "split" in row}
@@ -77,6 +86,10 @@ def read_source(
         if not rows:
             raise _no_split(source, split, sorted(named))
     return Source(source, rows, faults)
+
+
+def _is_lines(path: Path) -> bool:
+    return path.name.lower().removesuffix(".gz").endswith(".jsonl")
 
 
 def _no_split(source: str, split: str, names: Iterable[str]) -> DataError:
@@ -162,10 +175,10 @@ def _collected_records(source: str, home: Path | None) -> tuple[str, Path]:
     return f"collected:{match['name']}@v{version}", folder / f"v{version}" / "records.jsonl"
 
 
-def _collected(source: str, home: Path | None) -> Source:
+def _collected(source: str, home: Path | None, in_passes: bool) -> Source:
     name, path = _collected_records(source, home)
     manifest = _checked_manifest(path)
-    rows, faults = read_file(path, name=name)
+    rows, faults = (JsonLines(path, name), []) if in_passes else read_file(path, name=name)
     return Source(name, rows, faults, tokenizer_digest=manifest.get("tokenizer_digest"))
 
 
@@ -173,7 +186,7 @@ def _checked_manifest(records: Path) -> dict[str, Any]:
     path = records.with_name("manifest.json")
     try:
         manifest = unseal(path.read_bytes().decode("utf-8"))
-        content = records.read_bytes()
+        found = digest_of(records)
     except FileNotFoundError as error:
         raise DamagedFile(f"{error.filename}: missing; collect the data again") from None
     except ValueError as error:
@@ -181,7 +194,6 @@ def _checked_manifest(records: Path) -> dict[str, Any]:
     files = manifest.get("files")
     entry = files.get(records.name) if isinstance(files, dict) else None
     expected = entry.get("sha256") if isinstance(entry, dict) else None
-    found = hashlib.sha256(content).hexdigest()
     if expected != found:
         raise DamagedFile(
             f"{records}: found sha256 {found[:12]}..., expected {str(expected)[:12]}... as in manifest.json; "
@@ -231,11 +243,12 @@ def _folder(source: str, folder: Path, config: str | None, split: str | None) ->
         raise DataError(Fault(source, f"files of the splits {named}, and {shown}", expected, "name the files apart"))
     if split is not None and split not in names:
         raise _no_split(source, split, sorted({name for name in names if name}))
-    found = Source(source)
+    kept: Rows = []
+    found = Source(source, kept)
     for file, name in splits:
         if split in (None, name):
             rows, faults = read_file(file)
-            found.rows += [(where, {**row, "split": name}) for where, row in rows] if several else rows
+            kept += [(where, {**row, "split": name}) for where, row in rows] if several else rows
             found.faults += [replace(item, split=name) for item in faults] if several else faults
     return found
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
+from itertools import accumulate
+
+import numpy as np
 
 from rlhf_pipeline.data.records import Record, normalise
+from rlhf_pipeline.data.rows import Records
 from rlhf_pipeline.errors import DataError, Fault, did_you_mean
 
 SPLITS = ("train", "judge", "validation", "test")
@@ -20,30 +24,39 @@ def split_of(prompt: str, fractions: Mapping[str, float] = FRACTIONS) -> str:
     divide this range in the order train, judge, validation, test, then others by name.
     """
     place = int.from_bytes(sha256(normalise(prompt).encode()).digest()[:8], "big") / 2**64
+    names, ends = _ends(fractions)
+    return next((name for name, end in zip(names, ends) if place < end), names[-1])  # they sum to 1 up to rounding
+
+
+def _ends(fractions: Mapping[str, float]) -> tuple[list[str], list[float]]:
+    """Return the splits in their order, and where each of them ends in [0, 1)."""
     names = [name for name in SPLITS if name in fractions] + sorted(set(fractions) - set(SPLITS))
     names = [name for name in names if fractions[name] > 0]
-    end = 0.0
-    for name in names:
-        end += fractions[name]
-        if place < end:
-            return name
-    return names[-1]  # the fractions sum to 1 up to rounding
+    return names, list(accumulate(fractions[name] for name in names))
 
 
-def carries_splits(records: Iterable[Record], source: str = "") -> bool:
+def carries_splits(records: Sequence[Record], source: str = "") -> bool:
     """Whether a source has its own splits: rows of more than one split, or collected data with a split in each row."""
-    named = {record.split for record in records} - {None}
+    found = records.own_splits if isinstance(records, Records) else {record.split for record in records}
+    named = found - {None}
     return len(named) > 1 or (bool(named) and source.startswith("collected:"))
 
 
-def assign_splits(records: list[Record], fractions: Mapping[str, float] = FRACTIONS, source: str = "") -> list[str]:
+def assign_splits(records: Sequence[Record], fractions: Mapping[str, float] = FRACTIONS, source: str = "") -> list[str]:
     """Return the split of each record.
 
     Raises:
         DataError: a source has its own splits, but some rows have none.
     """
     if not carries_splits(records, source):
+        if isinstance(records, Records):  # the key of a record is what `split_of` hashes
+            places = np.ascontiguousarray(records.keys[:, :8]).view(">u8").ravel().astype(np.float64) / 2**64
+            names, ends = _ends(fractions)
+            codes = np.minimum(np.searchsorted(ends, places, side="right"), len(names) - 1)
+            return np.array(names, object)[codes].tolist()
         return [split_of(record.key, fractions) for record in records]
+    if isinstance(records, Records) and None not in records.own_splits:
+        return [split or "" for split in records.splits]
     nameless = [record for record in records if record.split is None]
     if nameless:
         expected = "a split in each row or in none of them"
@@ -52,8 +65,8 @@ def assign_splits(records: list[Record], fractions: Mapping[str, float] = FRACTI
 
 
 def in_split(
-    records: list[Record], split: str, fractions: Mapping[str, float] = FRACTIONS, source: str = ""
-) -> list[Record]:
+    records: Sequence[Record], split: str, fractions: Mapping[str, float] = FRACTIONS, source: str = ""
+) -> Sequence[Record]:
     """Return the records of one split, or every record for "all".
 
     Raises:
@@ -62,8 +75,11 @@ def in_split(
     if split == ALL:
         return records
     assigned = assign_splits(records, fractions, source)
-    chosen = [record for record, name in zip(records, assigned) if name == split]
-    if chosen:
+    if isinstance(records, Records):
+        mask = [name == split for name in assigned]
+        if any(mask):
+            return records.select(mask)
+    elif chosen := [record for record, name in zip(records, assigned) if name == split]:
         return chosen
     carried = carries_splits(records, source)
     names = sorted(set(assigned)) if carried else list(fractions)

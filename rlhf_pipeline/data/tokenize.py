@@ -1,4 +1,4 @@
-"""Records to token ids under one length policy for all stages.
+"""Records to examples under one length policy for all stages.
 
 A prompt longer than `lengths.prompt`, or than its longest completion leaves of `lengths.total`, is cut on the left; one
 of messages loses whole turns there. An example with a completion longer than `lengths.response` (EOS included) is
@@ -8,17 +8,29 @@ none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache
-from itertools import combinations
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from rlhf_pipeline.data.encode import Counts, Encoded, encode, with_fewer_turns
+import numpy as np
+
+from rlhf_pipeline.data.choices import Chosen, choose
+from rlhf_pipeline.data.encode import TURNS, Counts, with_fewer_turns
+from rlhf_pipeline.data.encodings import (
+    ENDED,
+    KINDS,
+    NOTES,
+    REFUSED,
+    TEMPLATED,
+    UNKNOWN,
+    Encodings,
+    encode_all,
+)
+from rlhf_pipeline.data.examples import Example, Examples, View, untied, whole_sequence
 from rlhf_pipeline.data.files import row_fault
-from rlhf_pipeline.data.kinds import as_kind, ranks_of
-from rlhf_pipeline.data.records import Messages, Record, messages
-from rlhf_pipeline.data.tokenizers import stop_ids, text_of, tokenizer_digest
+from rlhf_pipeline.data.kinds import as_kind, places_of
+from rlhf_pipeline.data.records import Record
+from rlhf_pipeline.disk.arrays import Array
 from rlhf_pipeline.errors import DataError
 
 if TYPE_CHECKING:
@@ -26,52 +38,8 @@ if TYPE_CHECKING:
 
     from rlhf_pipeline.config.lengths import Lengths
 
-Closer = Callable[[list[int], bool], list[int]]
-
-
-@dataclass
-class Example:
-    """One prompt and its K completions as token ids; a completion includes its stop token if it `ended`."""
-
-    prompt_ids: list[int]
-    completions: list[list[int]]
-    ended: list[bool]
-    prompt_key: str
-    where: str
-    label_probability: float | None = None  # P(first preferred over second); None: a hard label
-    prompt_text: str = ""
-    completion_texts: tuple[str, ...] = ()
-    ranks: tuple[int, ...] | None = None  # of a ranking, ascending; equal ones are ties. None: best first, no ties
-    prompt_truncated: bool = False
-    trained: list[bool] | None = None  # of the tokens of the only completion: whether SFT trains it; None: all
-    messages: Messages | None = None  # of a chat: the turns of the whole prompt
-    columns: Mapping[str, Any] = field(default_factory=dict)  # of the row; a format reads none of them
-
-    @property
-    def tokens_trained(self) -> int:
-        """The number of completion tokens that SFT trains."""
-        return sum(map(len, self.completions)) if self.trained is None else sum(self.trained)
-
-    def untied(self) -> list[tuple[int, int]]:
-        """Return the pairs (i, j) in which completion i is preferred to j.
-
-        A pair gives [(0, 1)]; a single completion gives [].
-        """
-        if len(self.completions) == 2 and self.ranks is None:
-            return [(0, 1)]
-        return untied(self.completions, self.ranks)
-
-
-def untied(completions: Sequence[list[int]], ranks: Sequence[int] | None = None) -> list[tuple[int, int]]:
-    """Return the pairs (i, j) in which completion i ranks above j; equal responses form no pair.
-
-    Args:
-        ranks: one per completion, 1 for the best; None: completions are ordered best first, without ties.
-    """
-    ranks = range(len(completions)) if ranks is None else ranks
-    pairs = combinations(range(len(completions)), 2)
-    ordered = ((i, j) if ranks[i] < ranks[j] else (j, i) for i, j in pairs if ranks[i] != ranks[j])
-    return [(i, j) for i, j in ordered if completions[i] != completions[j]]
+__all__ = ["Example", "cut_prompt", "fit", "prompts_of_texts", "tokenize", "untied", "whole_sequence"]
+_TEXT, _PAIR, _RANKING = (KINDS.index(kind) for kind in ("text", "pair", "ranking"))
 
 
 def tokenize(
@@ -89,8 +57,7 @@ def tokenize(
         records: all of one kind, or of any kinds that convert to `kind`.
         tokenizer: must have an EOS token.
         lengths: limits in tokens: `prompt`, `response` (with EOS) and `total`.
-        source_tokenizer_digest: digest of the tokenizer of the records' own token ids. The ids are used if it is the
-            digest of `tokenizer`; otherwise the texts are tokenised again.
+        source_tokenizer_digest: as for `encode_all`.
         kind: kind that the records are converted to first; None: no conversion.
         all_replies: of a conversation, also train on the assistant's turns in the prompt. The example's prompt then
             ends at the first of them, and its completion is the rest of the conversation.
@@ -102,20 +69,10 @@ def tokenize(
     if kind is not None:
         records, left_out = as_kind(list(records), kind)
         counts.dropped += left_out
-    own_ids = source_tokenizer_digest is not None and source_tokenizer_digest == tokenizer_digest(tokenizer)
-    examples: list[Example] = []
-    closed = _closer(tokenizer)
-    for encoded in encode(records, tokenizer, own_ids, counts, all_replies):
-        if encoded.record.kind == "text":
-            examples += _chunks(encoded, closed, lengths.total, counts)
-            continue
-        shorter: Encoded | None = encoded
-        room = _room(_ended(encoded, closed), lengths)
-        if encoded.texts.templated and len(encoded.prompt_ids) > room:
-            shorter = with_fewer_turns(encoded, tokenizer, room, counts, all_replies)
-        example = None if shorter is None else _fit(shorter, tokenizer, closed, lengths, counts)
-        examples += [] if example is None else [example]
-    return examples, counts
+    options: dict[str, Any] = {"source_tokenizer_digest": source_tokenizer_digest, "all_replies": all_replies}
+    encodings = encode_all(records, tokenizer, **options)
+    chosen = choose(encodings, np.arange(len(records)), None, counts.dropped)
+    return list(fit(encodings, chosen, tokenizer, lengths, counts, all_replies)), counts
 
 
 def prompts_of_texts(
@@ -137,80 +94,6 @@ def prompts_of_texts(
     return examples
 
 
-def whole_sequence(example: Example) -> Example:
-    """Return the example with all but its first prompt token moved into its one completion.
-
-    Raises:
-        ValueError: it has not exactly one completion.
-    """
-    if len(example.completions) != 1:
-        raise ValueError(f"{example.where}: expected one completion, found {len(example.completions)}")
-    joined = example.prompt_ids[1:] + example.completions[0]
-    return replace(example, prompt_ids=example.prompt_ids[:1], completions=[joined], trained=None)
-
-
-def _fit(
-    encoded: Encoded, tokenizer: PreTrainedTokenizerBase, closed: Closer, lengths: Lengths, counts: Counts
-) -> Example | None:
-    record, prompt, bos = encoded.record, encoded.prompt_ids, tokenizer.bos_token_id
-    completions = _ended(encoded, closed)
-    if not prompt and bos is None:
-        fix = "give a prompt, or a tokenizer with a BOS token"
-        counts.faults.append(row_fault(record.where, "empty_prompt", "the prompt has no token", "a prompt", fix))
-        return None
-    if not all(completions):
-        counts.faults.append(row_fault(record.where, "empty_completion", "a completion has no token", "a response"))
-        return None
-    ended, texts, ranks = list(record.ended), encoded.texts.completions, None
-    shortened = False
-    if record.kind == "ranking":  # completions that are too long are dropped; the others are ordered best first
-        places = ranks_of(record)
-        fitting = [k for k, ids in enumerate(completions) if len(ids) <= lengths.response]
-        shortened = len(fitting) < len(completions)
-        order = sorted(fitting, key=places.__getitem__)
-        completions, ended = [completions[k] for k in order], [ended[k] for k in order]
-        texts, ranks = tuple(texts[k] for k in order), tuple(places[k] for k in order)
-    reason = _left_out(record.kind, completions, ranks, lengths.response)
-    if reason is not None:
-        counts.dropped[reason] += 1
-        return None
-    if shortened:
-        counts.truncated["ranking_shortened"] += 1
-    prompt = prompt or [bos]
-    room = _room(completions, lengths)
-    truncated = encoded.truncated or len(prompt) > room
-    if len(prompt) > room:
-        counts.truncated["prompt_truncated"] += 1
-    prompt = cut_prompt(prompt, room, bos)
-    example = Example(
-        prompt,
-        completions,
-        ended,
-        record.prompt_key,
-        record.where,
-        record.extra.get("label_probability"),
-        encoded.texts.prompt,
-        texts,
-        ranks,
-        truncated,
-        messages=messages(record.prompt) if record.conversational and record.prompt is not None else None,
-        columns=record.columns,
-    )
-    return _with_replies(example, encoded.trained) if encoded.trained and any(encoded.trained) else example
-
-
-def _with_replies(example: Example, trained: list[bool]) -> Example:
-    """Move the border to the first trained token of the prompt."""
-    border = max(trained.index(True), 1)  # at least one token of prompt
-    completion = example.completions[0]
-    return replace(
-        example,
-        prompt_ids=example.prompt_ids[:border],
-        completions=[example.prompt_ids[border:] + completion],
-        trained=trained[border:] + [True] * len(completion),
-    )
-
-
 def cut_prompt(ids: list[int], longest: int, bos: int | None) -> list[int]:
     """Return the last `longest` tokens of a prompt; a BOS at its beginning stays, for models that need it there."""
     if len(ids) <= longest:
@@ -218,64 +101,225 @@ def cut_prompt(ids: list[int], longest: int, bos: int | None) -> list[int]:
     return [ids[0], *ids[1 - longest :]] if ids[0] == bos and longest > 1 else ids[-longest:]
 
 
-def _room(completions: Sequence[list[int]], lengths: Lengths) -> int:
-    """Return the most tokens that a prompt may have before completions; those that are too long do not count."""
-    longest = max((len(ids) for ids in completions if len(ids) <= lengths.response), default=0)
-    return min(lengths.prompt, lengths.total - longest)
+def fit(
+    encodings: Encodings,
+    chosen: Chosen,
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: Lengths,
+    counts: Counts,
+    all_replies: bool = False,
+) -> Examples:
+    """Return the examples of some records within the limits; what is dropped, cut or faulty is counted."""
+    refused = (encodings.table["flags"][chosen.record] & REFUSED) > 0
+    anew = np.flatnonzero(refused & ~chosen.whole)  # a part of the record may be accepted
+    readable = _readable(encodings, chosen, refused, counts)
+    kinds = encodings.table["kinds"][chosen.record]
+    texts, others = np.flatnonzero(readable & (kinds == _TEXT)), np.flatnonzero(readable & (kinds != _TEXT))
+    rest = chosen.select(others)
+    room = _room(encodings, rest, lengths)
+    templated = (encodings.table["flags"][rest.record] & TEMPLATED) > 0
+    long = templated & (encodings.sizes[encodings.first[rest.record]] > room)
+    view, kept = _limited(encodings, rest.select(~long), room[~long], lengths, counts, all_replies)
+    parts = [(Examples.of(view), others[~long][kept])]
+    if len(texts):
+        view, places = _chunks(encodings, chosen.select(texts), lengths.total, counts)
+        parts.append((Examples.of(view), texts[places]))
+    if long.any():
+        options = (tokenizer, lengths, counts, all_replies)
+        view, places = _shorter(encodings, rest.select(long), room[long], *options)
+        parts.append((Examples.of(view), others[long][places]))
+    if len(anew):
+        again = encode_all([chosen.item(encodings, number) for number in anew.tolist()], tokenizer)
+        for place, number in enumerate(anew):
+            one = choose(again, np.array([place]), None, counts.dropped)
+            made = fit(again, one, tokenizer, lengths, counts, all_replies)
+            parts.append((made, np.full(len(made), number)))
+    for counted in (counts.dropped, counts.truncated):
+        for reason in [reason for reason, count in counted.items() if not count]:
+            del counted[reason]
+    if len(parts) == 1:
+        return parts[0][0]
+    order = np.argsort(np.concatenate([places for _, places in parts]), kind="stable")
+    return Examples.joined([examples for examples, _ in parts]).select(order)
 
 
-def _ended(encoded: Encoded, closed: Closer) -> list[list[int]]:
-    """Return the completions with a stop token where they ended."""
-    return [closed(ids, ended) for ids, ended in zip(encoded.completions, encoded.record.ended)]
+def _readable(encodings: Encodings, chosen: Chosen, refused: Array, counts: Counts) -> Array:
+    """Whether each item has ids: (N,). The others are faults, and what happened to some is counted by name."""
+    bits = encodings.table["bits"]
+    mine = bits[chosen.sequence]
+    unknown = ~refused & (((bits[encodings.first[chosen.record]] & UNKNOWN) > 0) | chosen.any((mine & UNKNOWN) > 0))
+    for number in np.flatnonzero(unknown | (refused & chosen.whole)).tolist():
+        where = encodings.where(int(chosen.record[number]))
+        if refused[number]:
+            said = f"the chat template refuses these messages: {encodings.refusal(int(chosen.record[number]))}"
+            counts.faults.append(row_fault(where, "refused_by_template", said))
+        else:
+            found = "text that the tokenizer has no token for"
+            counts.faults.append(row_fault(where, "unknown_token", found, "text within its vocabulary"))
+    readable = ~(unknown | refused)
+    for reason, bit in NOTES.items():
+        for number in np.flatnonzero(readable & chosen.any((mine & bit) > 0)).tolist():
+            counts.name(reason, encodings.where(int(chosen.record[number])))
+    return readable
 
 
-def _left_out(kind: str, completions: list[list[int]], ranks: Sequence[int] | None, longest: int) -> str | None:
-    """Return why an example cannot be used (too long, or no preference); None if it can."""
-    if any(len(ids) > longest for ids in completions):
-        return "completion_too_long"
-    if kind == "pair":
-        return "identical_pair" if completions[0] == completions[1] else None
-    if ranks is None or untied(completions, ranks):
-        return None
-    if len(completions) < 2:
-        return "completion_too_long"  # the others were
-    return "tied_ranking" if len(set(ranks)) == 1 else "identical_pair"
+def _room(encodings: Encodings, chosen: Chosen, lengths: Lengths) -> Array:
+    """Return the most tokens that each prompt may have before its completions; those that are too long do not count."""
+    sizes = encodings.sizes[chosen.sequence]
+    longest = chosen.maximum(np.where(sizes <= lengths.response, sizes, 0))
+    return np.minimum(lengths.prompt, lengths.total - longest)
 
 
-def _closer(tokenizer: PreTrainedTokenizerBase) -> Closer:
-    """The function that gives a completion its end: exactly one stop token if it ended, none if it was cut.
+def _limited(
+    encodings: Encodings, chosen: Chosen, room: Array, lengths: Lengths, counts: Counts, all_replies: bool
+) -> tuple[View, Array]:
+    """Return the examples of prompts that are cut on the left, and the number of the item of each."""
+    sizes, table, bos = encodings.sizes, encodings.table, encodings.bos
+    prompts, sequence = encodings.first[chosen.record], chosen.sequence
+    kinds = table["kinds"][chosen.record]
+    # 1. Prompts and completions that have no token are faults.
+    empty = (sizes[prompts] == 0) & (bos is None)
+    lacking = ~empty & chosen.any(sizes[sequence] == 0)
+    fix = "give a prompt, or a tokenizer with a BOS token"
+    for number in np.flatnonzero(empty | lacking).tolist():
+        where = encodings.where(int(chosen.record[number]))
+        if empty[number]:
+            counts.faults.append(row_fault(where, "empty_prompt", "the prompt has no token", "a prompt", fix))
+        else:
+            counts.faults.append(row_fault(where, "empty_completion", "a completion has no token", "a response"))
+    # 2. Completions that are too long leave a ranking, and are the end of other items; equal ones have no preference.
+    keep = ~(empty | lacking)
+    ranking = chosen.whole & (kinds == _RANKING)
+    ranks = np.zeros(len(sequence), np.int32)
+    stay = np.ones(len(sequence), bool)
+    sequence = sequence.copy()
+    for number in np.flatnonzero(ranking & keep).tolist():
+        span = slice(int(chosen.first[number]), int(chosen.first[number + 1]))
+        reason = _order(encodings, sequence[span], ranks[span], stay[span], lengths.response)
+        keep[number] = reason is None
+        counts.dropped[reason or ""] += reason is not None
+        counts.truncated["ranking_shortened"] += reason is None and not stay[span].all()
+    too_long = keep & ~ranking & chosen.any(sizes[sequence] > lengths.response)
+    counts.dropped["completion_too_long"] += int(too_long.sum())
+    keep &= ~too_long
+    pairs = keep & np.where(chosen.whole, kinds == _PAIR, chosen.kind == "pair")
+    firsts = chosen.first[:-1][pairs]
+    same = sizes[sequence[firsts]] == sizes[sequence[firsts + 1]]
+    for number, first in zip(np.flatnonzero(pairs)[same].tolist(), firsts[same].tolist()):
+        if np.array_equal(encodings.ids(int(sequence[first])), encodings.ids(int(sequence[first + 1]))):
+            counts.dropped["identical_pair"] += 1
+            keep[number] = False
+    # 3. Prompts are cut; a BOS at the beginning stays, and stands for a prompt without tokens.
+    start, end, none = encodings.starts[prompts], encodings.starts[prompts + 1], sizes[prompts] == 0
+    begins = np.zeros(len(prompts), bool)
+    begins[~none] = table["ids"][start[~none]] == (-1 if bos is None else bos)
+    cut = ~none & (sizes[prompts] > room)
+    begun = cut & begins & (room > 1)
+    left = room - begun
+    start = np.where(cut, np.where(left > 0, end - left, start - left), start)
+    truncated = cut | (none & (room < 1))
+    counts.truncated["prompt_truncated"] += int((truncated & keep).sum())
+    # 4. In a conversation whose earlier replies are trained too, the completion begins at the first of them.
+    ranges = np.stack([encodings.starts[sequence], encodings.starts[sequence + 1]], 1)
+    trained = np.zeros(len(prompts), bool)
+    if all_replies:
+        border = table["border"][chosen.record].astype(np.int64)
+        trained = border > 0
+        ranges[chosen.first[:-1][trained], 0] = (start + border)[trained]
+        end = np.where(trained, start + border, end)
+    stay &= np.repeat(keep, np.diff(chosen.first))
+    before = np.concatenate([np.zeros(1, np.int64), np.cumsum(stay)])
+    view = View(
+        encodings,
+        chosen.record[keep],
+        np.stack([start, end], 1)[keep],
+        (none | begun)[keep],
+        truncated[keep],
+        before[np.concatenate([chosen.first[:-1][keep], chosen.first[-1:]])],
+        ranges[stay],
+        sequence[stay],
+        (table["bits"][sequence[stay]] & ENDED) > 0,
+        ranks[stay],
+        trained[keep],
+        chosen.whole[keep],
+        sides=chosen.kind == "prompt",
+    )
+    return view, np.flatnonzero(keep)
 
-    A text that ends in stop tokens, as a template writes them, ends at the first of these; white space between and
-    behind them is dropped. Otherwise the stop token of the config, or EOS, is appended.
+
+def _order(encodings: Encodings, sequence: Array, ranks: Array, stay: Array, longest: int) -> str | None:
+    """Put the completions of a ranking in order, best first, those that are too long last; write ranks and who stays.
+
+    Returns:
+        Why no preference is left; None if there is one.
     """
-    stops = stop_ids(tokenizer)
-    is_blank = cache(lambda token: not text_of(tokenizer, [token]).strip())
-
-    def closed(ids: list[int], ended: bool) -> list[int]:
-        end, place = None, len(ids)
-        while place and (ids[place - 1] in stops or is_blank(ids[place - 1])):
-            place -= 1
-            end = place if ids[place] in stops else end
-        if ended:
-            return [*ids, stops[0]] if end is None else ids[: end + 1]
-        return ids[:end] if end else ids  # a cut response has no stop token, even if its text has one
-
-    return closed
+    fitting = np.flatnonzero(encodings.sizes[sequence] <= longest).tolist()
+    places = places_of(encodings.table["goodness"][sequence].tolist())
+    best = sorted(fitting, key=places.__getitem__)
+    ordered = [places[k] for k in best]
+    sequence[: len(best)], ranks[: len(best)] = sequence[best], ordered
+    stay[len(best) :] = False
+    if untied([encodings.ids(int(one)).tolist() for one in sequence[: len(best)]], ordered):
+        return None
+    if len(best) < 2:
+        return "completion_too_long"  # the others were
+    return "tied_ranking" if len(set(ordered)) == 1 else "identical_pair"
 
 
-def _chunks(encoded: Encoded, closed: Closer, total: int, counts: Counts) -> list[Example]:
-    """Cut a text into sequences of at most `total` tokens; the first token of each is its prompt."""
-    record = encoded.record
-    ended = record.ended[0]
-    ids = closed(encoded.prompt_ids + encoded.completions[0], ended)
-    starts = range(0, len(ids), total)
-    counts.truncated["text_cut_into_chunks"] += len(starts) > 1
-    examples = []
-    for start in starts:
-        chunk = ids[start : start + total]
-        if len(chunk) < 2:
-            counts.dropped["chunk_too_short"] += 1
-            continue
-        last = start + total >= len(ids)
-        examples.append(Example(chunk[:1], [chunk[1:]], [ended and last], record.prompt_key, record.where))
-    return examples
+def _shorter(
+    encodings: Encodings,
+    chosen: Chosen,
+    room: Array,
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: Lengths,
+    counts: Counts,
+    all_replies: bool,
+) -> tuple[View, Array]:
+    """Return the examples of conversations that are too long, without their first turns, and the item of each."""
+    items = [with_fewer_turns(chosen.item(encodings, n), tokenizer, most) for n, most in enumerate(room.tolist())]
+    kept = [number for number, item in enumerate(items) if item is not None]
+    again = encode_all([item for item in items if item is not None], tokenizer, all_replies=all_replies)
+    whole, unsaid = choose(again, np.arange(len(kept)), None, counts.dropped), Counts()
+    refused = (again.table["flags"] & REFUSED) > 0
+    readable = np.flatnonzero(_readable(again, whole, refused, unsaid))
+    counts.dropped["prompt_too_long"] += len(items) - len(readable)
+    numbers = np.array(kept, np.int64)[readable]
+    for number in numbers.tolist():
+        counts.name(TURNS, encodings.where(int(chosen.record[number])))
+    whole = whole.select(readable)
+    view, places = _limited(again, whole, _room(again, whole, lengths), lengths, counts, all_replies)
+    numbers = numbers[places]
+    origin = (encodings, chosen.record[numbers])
+    cut = np.ones(len(numbers), bool)
+    return replace(view, of=origin, truncated=cut, own=chosen.whole[numbers], sides=chosen.kind == "prompt"), numbers
+
+
+def _chunks(encodings: Encodings, chosen: Chosen, total: int, counts: Counts) -> tuple[View, Array]:
+    """Cut texts into sequences of at most `total` tokens; the first token of each is its prompt."""
+    sizes, starts = encodings.sizes[chosen.sequence], encodings.starts[chosen.sequence]
+    pieces = -(-sizes // total)
+    counts.truncated["text_cut_into_chunks"] += int((pieces > 1).sum())
+    of = np.repeat(np.arange(len(sizes)), pieces)
+    number = np.arange(len(of)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    start, length = starts[of] + number * total, np.minimum(total, sizes[of] - number * total)
+    keep = length >= 2
+    counts.dropped["chunk_too_short"] += int((~keep).sum())
+    ended = (encodings.table["bits"][chosen.sequence[of]] & ENDED) > 0
+    ended &= number == pieces[of] - 1
+    of, start, length, ended = of[keep], start[keep], length[keep], ended[keep]
+    no = np.zeros(len(of), bool)
+    view = View(
+        encodings,
+        chosen.record[of],
+        np.stack([start, start + 1], 1),
+        no,
+        no,
+        np.arange(len(of) + 1),
+        np.stack([start + 1, start + length], 1),
+        np.full(len(of), -1),
+        ended,
+        np.zeros(len(of), np.int32),
+        no,
+        no,
+    )
+    return view, of

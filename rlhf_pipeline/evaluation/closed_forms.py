@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from rlhf_pipeline.data import world
-from rlhf_pipeline.data.enumeration import ResponseTree
 from rlhf_pipeline.errors import RunFailed
+from rlhf_pipeline.evaluation.enumeration import ResponseTree
 
 MASS_TOLERANCE = 1e-5
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from rlhf_pipeline.data.encode import ADVICE
 from rlhf_pipeline.data.kinds import as_kind
-from rlhf_pipeline.data.load import lowest_hashes
 from rlhf_pipeline.data.overlap import EVALUATED, loose_key
 from rlhf_pipeline.data.records import Record, plain
+from rlhf_pipeline.data.samples import lowest_hashes
 from rlhf_pipeline.data.splits import SPLITS
 from rlhf_pipeline.evaluation.preference_metrics import accuracy, longer_wins, tfidf_bradley_terry
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhf_pipeline.data.batch import Layout, PackedBatch
-from rlhf_pipeline.data.enumeration import ResponseTree, pack_siblings
+from rlhf_pipeline.evaluation.enumeration import ResponseTree, pack_siblings
 from rlhf_pipeline.models.forward import hidden_states, next_token_logprobs, trunk_of
 from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.modules import Policy, RewardModel

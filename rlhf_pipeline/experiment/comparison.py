@@ -9,7 +9,8 @@ from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.grid import Node, StageSpec
 from rlhf_pipeline.config.stages import PpoConfig
 from rlhf_pipeline.config.training import TrainingConfig
-from rlhf_pipeline.data.load import examples_of, lowest_hashes, read_records
+from rlhf_pipeline.data.load import examples_of, read_records
+from rlhf_pipeline.data.samples import lowest_examples, lowest_hashes
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.experiment.outlook import DATA_KEYS, Outlook
@@ -76,4 +77,4 @@ def _prompts(outlook: Outlook, node: Node, config: CompareConfig, split: str) ->
         fractions=fractions,
         style=Style.of(trained.model_dump(include={"instruction_style", "text_as_chat"})),
     )
-    return lowest_hashes(examples, config.max_prompts)
+    return list(lowest_examples(examples, config.max_prompts))

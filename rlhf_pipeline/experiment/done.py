@@ -27,14 +27,14 @@ from rlhf_pipeline.data.load import read_records, records_digest, rows_of
 from rlhf_pipeline.data.parsed import source_stamp
 from rlhf_pipeline.data.sources import files_of
 from rlhf_pipeline.data.splits import assign_splits
-from rlhf_pipeline.data.stamps import Stamp
+from rlhf_pipeline.disk.stamps import Stamp
+from rlhf_pipeline.disk.storage import replace_text
 from rlhf_pipeline.errors import DamagedFile, UnknownReference
 from rlhf_pipeline.registry.digests import file_sha256, known_sha256
 from rlhf_pipeline.registry.lengths import with_lengths
 from rlhf_pipeline.registry.parents import parents_of
 from rlhf_pipeline.registry.provenance import source_digest
 from rlhf_pipeline.registry.references import Resolved
-from rlhf_pipeline.registry.storage import replace_text
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report import Results, load
 

@@ -20,7 +20,8 @@ from rlhf_pipeline.config.reward_names import names_a_model
 from rlhf_pipeline.config.stages import CollectConfig, DpoConfig, ModelConfig, PpoConfig, SftConfig, StageConfig
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.config.yaml import KeyPath
-from rlhf_pipeline.data.load import lowest_hashes, read_records
+from rlhf_pipeline.data.load import read_records
+from rlhf_pipeline.data.samples import lowest_examples
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import token_count
@@ -167,14 +168,14 @@ class Outlook:
         assert isinstance(config, SftConfig) and config.model_init is not None
         return new_config(config.model_init, dropout=config.dropout, vocab_size=tokens)
 
-    def training(self, node: Node) -> list[Example]:
+    def training(self, node: Node) -> Sequence[Example]:
         """The examples of the training split; prompts alone if the stage samples the rest."""
         config = self.config(node)
         assert isinstance(config, TrainingConfig)
         kind, split = training_kind(config), config.dataset_train_split
         return self._split(node, config, kind, split, config.max_train_samples, say=self.say)
 
-    def held_out(self, node: Node) -> list[Example]:
+    def held_out(self, node: Node) -> Sequence[Example]:
         """The examples that the run is evaluated on; none for a stage that evaluates on none."""
         config = self.config(node)
         assert isinstance(config, TrainingConfig)
@@ -193,16 +194,16 @@ class Outlook:
         *,
         required: bool = True,
         say: Callable[[str], None] = lambda _: None,
-    ) -> list[Example]:
+    ) -> Sequence[Example]:
         """Some rows of a split, read as the run reads them, or those that an unfinished `collect` run will make."""
         source = self.place(node, DATA_KEYS)
         root, start = self.root(node)
         read = json.dumps(config.model_dump(mode="json", include=READ), sort_keys=True)
         key = ("rows", source, kind, split, limit, read, root.label if start is None else start.label)
 
-        def rows() -> list[Example]:
+        def rows() -> Sequence[Example]:
             if source is not None:
-                return lowest_hashes(self.collected(source, kind, split), limit)
+                return lowest_examples(self.collected(source, kind, split), limit)
             data, tokenizer = self._data(node, config), self.tokenizer(node)
             data.say = say
             every = trains_all_replies(config)
@@ -325,8 +326,8 @@ class Outlook:
             return Amounts(None, None, notes=(MIXED,))
         config, models = self.config(node), self.models(node)
         if isinstance(config, CollectConfig):
-            (tokens, note), rows = self.response(node), [example for example, _ in self.draws(node)]
-            return Amounts(config.num, collect_work(config, models, rows), tokens, (note,))
+            (tokens, note), drawn = self.response(node), [example for example, _ in self.draws(node)]
+            return Amounts(config.num, collect_work(config, models, drawn), tokens, (note,))
         rows = self.training(node)
         if isinstance(config, DpoConfig) and config.population:
             return Amounts(len(rows), None, notes=("pairs are drawn at every step: their tokens are not known",))

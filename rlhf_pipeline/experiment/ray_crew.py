@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline.disk.storage import lock
 from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.experiment.workers import Answer, Job, Worker
-from rlhf_pipeline.registry.storage import lock
 
 MISSING = "pip install 'rlhf-pipeline[ray]'"
 POLL = 0.5

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from rlhf_pipeline.config.names import is_name
 from rlhf_pipeline.data.check import describe
-from rlhf_pipeline.data.load import blank_prompts, lowest_hashes, read_records
+from rlhf_pipeline.data.load import blank_prompts, read_records
 from rlhf_pipeline.data.overlap import evaluation_splits, leaks
 from rlhf_pipeline.data.records import Record, plain
+from rlhf_pipeline.data.samples import lowest_hashes
 from rlhf_pipeline.data.sources import local_path
 from rlhf_pipeline.data.splits import FRACTIONS, assign_splits, carries_splits
 from rlhf_pipeline.data.templates import BUILT_IN

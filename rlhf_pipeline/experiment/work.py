@@ -19,7 +19,7 @@ from rlhf_pipeline.config.sft import SftConfig
 from rlhf_pipeline.config.stages import ModelConfig, StageConfig
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.data.batch import counted
-from rlhf_pipeline.data.tokenize import Example, whole_sequence
+from rlhf_pipeline.data.examples import Example, all_whole
 from rlhf_pipeline.registry.adapters import chain_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.rollout.responses import distinct_prompts
@@ -199,7 +199,7 @@ def example_work(
         response: tokens of a response that is sampled to centre the scores of a reward model.
     """
     if isinstance(config, SftConfig) and config.trains_all:
-        examples, held_out = ([whole_sequence(one) for one in part] for part in (examples, held_out))
+        examples, held_out = all_whole(examples), all_whole(held_out)
     bins = packed_rows(config, examples) or [[index] for index in range(len(examples))]
     size = config.per_device_train_batch_size * (config.gradient_accumulation_steps or 1)
     steps = total_steps(len(bins), size, config.num_train_epochs, config.max_steps)

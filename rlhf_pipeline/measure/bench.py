@@ -15,7 +15,8 @@ from rlhf_pipeline.config.compare import PromptsConfig
 from rlhf_pipeline.config.lengths import DEFAULT_MAX_LENGTH, Lengths, resolve_lengths
 from rlhf_pipeline.config.reward_names import WORLD_NAMES
 from rlhf_pipeline.data import world
-from rlhf_pipeline.data.load import RecordSet, examples_of, lowest_hashes, read_records
+from rlhf_pipeline.data.load import RecordSet, examples_of, read_records
+from rlhf_pipeline.data.samples import lowest_examples
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.tokenize import Example, prompts_of_texts
 from rlhf_pipeline.data.tokenizers import same_but_for_pad, stop_ids
@@ -206,7 +207,7 @@ def load_prompts(
         fractions=fractions or config.split_fractions,
         style=Style.of(resolved.config),
     )
-    chosen = lowest_hashes(examples, config.max_prompts)
+    chosen = list(lowest_examples(examples, config.max_prompts))
     return chosen, [DataReport(**report.to_dict())], found if own else None
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from rlhf_pipeline.config.reward_names import WORLD_NAMES, names_a_model
 from rlhf_pipeline.data import world
-from rlhf_pipeline.data.enumeration import ResponseTree
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.evaluation.closed_forms import require_mass, world_reward
 from rlhf_pipeline.evaluation.enumerate import leaf_logprobs, leaf_scores
+from rlhf_pipeline.evaluation.enumeration import ResponseTree
 from rlhf_pipeline.measure.bench import Bench
 from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.modules import Policy, RewardModel

@@ -93,7 +93,7 @@ def changes_of(resolved: Resolved, sources: Sequence[RecordSet]) -> list[DataCha
     return changes
 
 
-def _records(read: RecordSet, split: str, fractions: Mapping[str, float]) -> list[Record]:
+def _records(read: RecordSet, split: str, fractions: Mapping[str, float]) -> Sequence[Record]:
     try:
         return in_split(read.records, split, fractions, read.source)
     except DataError:

@@ -12,6 +12,7 @@ from rlhf_pipeline.config.dpo import DpoConfig
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.comparisons import Comparisons
+from rlhf_pipeline.data.examples import Example
 from rlhf_pipeline.measure.bench import Bench
 from rlhf_pipeline.measure.trained_on import owned_by, training_temperature
 from rlhf_pipeline.models.modules import Policy
@@ -109,6 +110,7 @@ def training_loss(bench: Bench, resolved: Resolved) -> float:
             rows_at_once=bench.plan.responses_at_once,
             memory=bench.plan.memory,
         )
+        examples: Sequence[Example]
         examples, facts = population.draw(POPULATION_PAIRS, torch.Generator().manual_seed(0))
         ref_logprobs, target = facts.ref_logprobs, facts.target
         if config.loss_type == "sigmoid":

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from rlhf_pipeline.disk.storage import error_number, failure_of
 from rlhf_pipeline.errors import RlhfError
-from rlhf_pipeline.registry.storage import error_number, failure_of
 
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "cublas_status_alloc_failed")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rlhf_pipeline.data.stamps import Stamp, stamp
+from rlhf_pipeline.disk.stamps import Stamp, stamp
 
 MANIFEST = "manifest.json"
 CARD = "README.md"

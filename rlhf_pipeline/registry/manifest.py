@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from rlhf_pipeline.data.sealed import seal, unseal
+from rlhf_pipeline.disk.sealed import seal, unseal
 from rlhf_pipeline.errors import DamagedFile
 from rlhf_pipeline.registry.digests import MANIFEST, FileEntry, files_digest
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
+from rlhf_pipeline.disk import storage
 from rlhf_pipeline.errors import BadInput, DamagedFile, Fault, RunFailed, UnknownReference
-from rlhf_pipeline.registry import storage
 from rlhf_pipeline.registry.card import model_card
 from rlhf_pipeline.registry.digests import CARD, MANIFEST, file_entry, list_files
 from rlhf_pipeline.registry.integrity import UNLISTED, problems

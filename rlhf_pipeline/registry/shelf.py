@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_pipeline.config.names import NAME_RULE, is_name
+from rlhf_pipeline.disk import storage
 from rlhf_pipeline.errors import BadInput, DamagedFile, UnknownReference
-from rlhf_pipeline.registry import storage
 from rlhf_pipeline.registry.card import license_of, model_card
 from rlhf_pipeline.registry.digests import CARD, MANIFEST, file_entry, list_files
 from rlhf_pipeline.registry.manifest import Manifest, Parent, build_manifest, read_manifest

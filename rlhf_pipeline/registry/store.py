@@ -13,8 +13,8 @@ from dataclasses import replace as changed
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline.disk import storage
 from rlhf_pipeline.errors import BadInput, DamagedFile, UnknownReference, did_you_mean
-from rlhf_pipeline.registry import storage
 from rlhf_pipeline.registry.adapters import base_of, is_adapter
 from rlhf_pipeline.registry.card import model_card
 from rlhf_pipeline.registry.digests import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from rlhf_pipeline.registry.storage import replace_text, writing
+from rlhf_pipeline.disk.storage import replace_text, writing
 from rlhf_pipeline.report.markup import Markup, Section, h
 from rlhf_pipeline.report.points import Points
 from rlhf_pipeline.report.results import Results

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rlhf_pipeline.registry.storage import replace_text
+from rlhf_pipeline.disk.storage import replace_text
 from rlhf_pipeline.report.figures import Interval
 from rlhf_pipeline.report.text import clean
 

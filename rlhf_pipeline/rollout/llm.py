@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.config.rewards import LlmJudge
-from rlhf_pipeline.data.sealed import seal, unseal
+from rlhf_pipeline.disk.sealed import seal, unseal
+from rlhf_pipeline.disk.storage import replace_text
 from rlhf_pipeline.errors import ConfigError, Fault, RunFailed
-from rlhf_pipeline.registry.storage import replace_text
 
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 """Statuses after which the same request may succeed."""

@@ -13,7 +13,8 @@ from rlhf_pipeline.config.collect import CollectConfig
 from rlhf_pipeline.config.stages import ModelConfig, SftConfig
 from rlhf_pipeline.config.template import HasTemplate
 from rlhf_pipeline.config.training import TrainingConfig
-from rlhf_pipeline.data.batch import Layout, fill_rows, tree_length
+from rlhf_pipeline.data.batch import Layout, fill_rows
+from rlhf_pipeline.data.examples import tree_lengths
 from rlhf_pipeline.data.templates import apply_template_keys
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import (
@@ -226,7 +227,7 @@ def packed_rows(config: TrainingConfig, examples: Sequence[Example]) -> list[lis
     """The examples of each row, by number, if the config packs them; else None."""
     if not isinstance(config, SftConfig) or not config.packing:
         return None
-    return fill_rows([tree_length(example) for example in examples], config.lengths().total)
+    return fill_rows(tree_lengths(examples), config.lengths().total)
 
 
 def example_schedule(

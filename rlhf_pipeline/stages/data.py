@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,20 +11,12 @@ from rlhf_pipeline.config.mentions import functions
 from rlhf_pipeline.config.stages import CollectConfig, DpoConfig, PpoConfig, SftConfig, TrainingConfig
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.encode import ADVICE
-from rlhf_pipeline.data.load import (
-    RecordSet,
-    SourceReport,
-    examples_of,
-    hold_out,
-    load_mixture,
-    lowest_hashes,
-    read_records,
-    rows_of,
-)
+from rlhf_pipeline.data.load import RecordSet, SourceReport, examples_of, load_mixture, read_records, rows_of
 from rlhf_pipeline.data.overlap import keep_apart
 from rlhf_pipeline.data.parsed import collector_at_rest
 from rlhf_pipeline.data.records import plain
 from rlhf_pipeline.data.render import REASONING, REWRITTEN
+from rlhf_pipeline.data.samples import hold_out, lowest_examples
 from rlhf_pipeline.data.splits import assign_splits
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.templates import apply_template_keys, template_of
@@ -100,6 +92,7 @@ class StageData:
             config = self.config
             splits = {config.dataset_train_split, config.dataset_test_split}
             options: dict[str, Any] = {"skip_bad_rows": config.skip_bad_rows, "kind": kind, "tokenizer": tokenizer}
+            options["say"] = self.say
             with collector_at_rest():
                 self._read = [
                     keep_apart(read_records(*data, home=self.home, splits=splits, **options), config)
@@ -120,7 +113,7 @@ class StageData:
         limit: int | None = None,
         required: bool = True,
         all_replies: bool = False,
-    ) -> tuple[list[Example], tuple[SourceReport, ...]]:
+    ) -> tuple[Sequence[Example], tuple[SourceReport, ...]]:
         """Examples of one split, and a report per source.
 
         Raises:
@@ -154,7 +147,7 @@ class StageData:
                 if divided is not None:
                     parts = hold_out(examples, divided)
                     self.say(f"test_split_size: {len(parts[0])} examples to train on, {len(parts[1])} held out")
-                    examples = lowest_hashes(parts[0] if trains else parts[1], limit)
+                    examples = lowest_examples(parts[0] if trains else parts[1], limit)
         except DataError as error:
             if required:
                 raise
@@ -167,7 +160,7 @@ class StageData:
                 self.say(f"note: {ADVICE[reason]}")
         return examples, reports
 
-    def training(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Example], tuple[SourceReport, ...]]:
+    def training(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Sequence[Example], tuple[SourceReport, ...]]:
         """What the stage trains on (its prompts, if it samples the rest), and a report per source.
 
         Raises:
@@ -188,7 +181,9 @@ class StageData:
         set_stop_token(tokenizer, self.config.stop_token)
         return apply_template_keys(tokenizer, self.config)
 
-    def held_out(self, kind: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Example], tuple[SourceReport, ...]]:
+    def held_out(
+        self, kind: str, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[Sequence[Example], tuple[SourceReport, ...]]:
         """Examples to evaluate on, at most `max_eval_samples`; none if the test split has none."""
         config = self.config
         options: dict[str, Any] = {"limit": config.max_eval_samples, "all_replies": trains_all_replies(config)}

@@ -12,6 +12,7 @@ from torch import Tensor
 from rlhf_pipeline.algorithms.preference import OBJECTIVES, correct, smoothed_target
 from rlhf_pipeline.config.adapter import FourBits
 from rlhf_pipeline.config.dpo import DpoConfig
+from rlhf_pipeline.data.examples import first_lengths
 from rlhf_pipeline.models.modules import Policy, assert_independent
 from rlhf_pipeline.registry.lineage import stands_apart
 from rlhf_pipeline.stages.common import find_base, find_model, require_same_tokenizer, tokenizer_of
@@ -102,7 +103,7 @@ def chosen_tokens(pairs: Pairs, config: DpoConfig) -> float:
 
     For pairs that are drawn at every step, the largest possible length.
     """
-    lengths = [len(example.completions[0]) for example in pairs.examples]
+    lengths = first_lengths(pairs.examples)
     return sum(lengths) / len(lengths) if lengths else float(config.sampled_lengths().response)
 
 

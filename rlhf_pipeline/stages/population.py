@@ -20,11 +20,11 @@ from torch import Tensor
 
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.batch import Layout, PackedBatch, micro_batches, pack
-from rlhf_pipeline.data.enumeration import ResponseTree
 from rlhf_pipeline.data.load import SourceReport
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.evaluation.closed_forms import optimum, require_mass, world_reward
 from rlhf_pipeline.evaluation.enumerate import leaf_logprobs
+from rlhf_pipeline.evaluation.enumeration import ResponseTree
 from rlhf_pipeline.models.modules import Policy
 from rlhf_pipeline.training.windows import ExampleBatch, PairFacts, Window, counts_of
 

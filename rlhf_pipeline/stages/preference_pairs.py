@@ -55,7 +55,7 @@ class Pairs:
     on held-out pairs; None without held-out pairs.
     """
 
-    examples: list[Example]
+    examples: Sequence[Example]
     reports: tuple[SourceReport, ...]
     windows: Callable[[Any, int], Iterator[Window]]
     total: int

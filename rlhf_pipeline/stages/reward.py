@@ -13,14 +13,15 @@ import torch
 
 from rlhf_pipeline.algorithms.preference import bradley_terry_loss, centering_loss, correct
 from rlhf_pipeline.config.reward import RewardConfig
-from rlhf_pipeline.data.tokenize import Example, cut_prompt
+from rlhf_pipeline.data.examples import Example, count_cut, pick, prompt_keys
+from rlhf_pipeline.data.tokenize import cut_prompt
 from rlhf_pipeline.data.tokenizers import stop_ids, with_padding
+from rlhf_pipeline.disk.storage import replace_text
 from rlhf_pipeline.evaluation.preference_metrics import calibration_slope, pair_differences
 from rlhf_pipeline.models.loading import store_reward_shift
 from rlhf_pipeline.models.modules import RewardModel
 from rlhf_pipeline.models.selfcheck import read_reward_model
 from rlhf_pipeline.registry.references import Resolved
-from rlhf_pipeline.registry.storage import replace_text
 from rlhf_pipeline.rollout.responses import prompts_run, sample_for_prompts
 from rlhf_pipeline.rollout.scoring import most_responses
 from rlhf_pipeline.stages.common import example_schedule, find_base, load_policy, onto, tokenizer_of
@@ -131,7 +132,8 @@ def responses_to_center(
 
 
 def _prompts_to_center(examples: Sequence[Example], count: int, longest: int, bos: int | None) -> list[Example]:
-    distinct = list({example.prompt_key: example for example in examples}.values())
+    numbers = {key: number for number, key in enumerate(prompt_keys(examples))}
+    distinct = pick(examples, list(numbers.values())[:count])
     distinct = [replace(one, prompt_ids=cut_prompt(one.prompt_ids, longest, bos)) for one in distinct]
     return [distinct[i % len(distinct)] for i in range(count)]
 
@@ -164,7 +166,7 @@ def center(
     scores = [row[0] for row in score(examples if centering == "chosen" else sampled)]
     mean = sum(scores) / len(scores)
     store_reward_shift(model.model, mean)
-    trained = sum(not ended for example in examples for ended in example.ended)
+    trained = count_cut(examples)
     cut = cut_minus_ended(scores, [example.ended[0] for example in sampled], trained) if sampled else None
     if told := prefers_cut(cut):
         run.log.say(f"WARNING: this reward model {told}; {CUT_REMEDY}", style="yellow")

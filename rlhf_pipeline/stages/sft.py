@@ -12,8 +12,8 @@ from torch import Tensor
 from rlhf_pipeline.algorithms.language_model import negative_log_likelihood
 from rlhf_pipeline.config.sft import SftConfig
 from rlhf_pipeline.data.batch import pack
+from rlhf_pipeline.data.examples import Example, all_whole
 from rlhf_pipeline.data.shown import trained_text
-from rlhf_pipeline.data.tokenize import Example, whole_sequence
 from rlhf_pipeline.models.four_bits import entries
 from rlhf_pipeline.models.loading import init_causal_lm, new_config
 from rlhf_pipeline.models.memory import Memory
@@ -103,7 +103,7 @@ def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
         examples, reports = data.training(tokenizer)
         held_out, _ = data.held_out("demonstration", tokenizer)
         if config.trains_all:
-            examples, held_out = ([whole_sequence(e) for e in part] for part in (examples, held_out))
+            examples, held_out = all_whole(examples), all_whole(held_out)
         run.log.say(f"first example: {trained_text(examples[0], tokenizer)}")
 
         # 3. Train.

@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from rlhf_pipeline.disk.storage import staging, sync, sync_tree
 from rlhf_pipeline.errors import DamagedFile, MismatchError
 from rlhf_pipeline.registry.digests import file_entry
-from rlhf_pipeline.registry.storage import staging, sync, sync_tree
 
 PREFIX = "step-"
 STATE, MANIFEST = "state.json", "manifest.json"

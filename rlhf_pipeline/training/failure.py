@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from rlhf_pipeline.data.tokenizers import text_of
+from rlhf_pipeline.disk.storage import sync
 from rlhf_pipeline.errors import RunFailed
-from rlhf_pipeline.registry.storage import sync
 from rlhf_pipeline.training.checkpoint import PREFIX, replacing, steps_in
 from rlhf_pipeline.training.finite import BadRow, NotFinite
 from rlhf_pipeline.training.tracking import jsonable

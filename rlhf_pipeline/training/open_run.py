@@ -23,12 +23,12 @@ import yaml
 from rlhf_pipeline.config.dump import config_digest, dump_yaml
 from rlhf_pipeline.config.stages import ModelConfig
 from rlhf_pipeline.config.training import TrainingConfig
+from rlhf_pipeline.disk.storage import replace_text
 from rlhf_pipeline.errors import BadInput, Interrupted
 from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.needs import remarks_on, require_needs
 from rlhf_pipeline.registry.lengths import with_lengths
 from rlhf_pipeline.registry.parents import parents_of
-from rlhf_pipeline.registry.storage import replace_text
 from rlhf_pipeline.registry.store import Registry, folder_for_copy
 from rlhf_pipeline.training.checkpoint import Checkpoint, clear_leftovers, newest_checkpoint, put_damaged_aside
 from rlhf_pipeline.training.cost import CostMeter, reset_peak_memory

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from rlhf_pipeline.algorithms.preference import Objective, PreferenceLoss
 from rlhf_pipeline.data.comparisons import Comparisons
-from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.data.examples import Example, count_pairs
 
 
 def total_pairs(examples: Sequence[Example]) -> int:
     """The number of untied pairs of all examples."""
-    return sum(len(example.untied()) for example in examples)
+    return count_pairs(examples)
 
 
 def split_pairs(values: Tensor, compared: Comparisons | None = None) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,8 @@ from typing import IO, Any
 
 import yaml
 
+from rlhf_pipeline.disk.storage import lock, only_here, replace_text, writing
 from rlhf_pipeline.errors import BadInput
-from rlhf_pipeline.registry.storage import lock, only_here, replace_text, writing
 
 STATUS, CONFIG, LOCK = "run.json", "config.yaml", ".lock"
 

@@ -23,9 +23,9 @@ from rich.progress import (
     track,
 )
 
+from rlhf_pipeline.disk.storage import replace_text
 from rlhf_pipeline.errors import visible
 from rlhf_pipeline.health.monitor import Finding
-from rlhf_pipeline.registry.storage import replace_text
 
 if TYPE_CHECKING:
     from rlhf_pipeline.training.trackers import Trackers

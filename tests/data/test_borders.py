@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import random
 import re
 from itertools import pairwise, product
 from pathlib import Path
@@ -10,6 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 from rlhf_pipeline.data.borders import decoded
+from rlhf_pipeline.data.pieces import is_local, pieces_of
+from rlhf_pipeline.data.preferences import ASSISTANT
 from rlhf_pipeline.data.records import Record
 from rlhf_pipeline.data.tokenize import tokenize
 
@@ -219,3 +224,97 @@ def test_words_without_an_unknown_token_keep_the_border_too():
     (example,), counts = tokenize(rows, tokenizer, WIDE)
     assert (example.prompt_ids, example.completions) == ([1], [[2, 0], [2, 1, 0]])
     assert [(item.reason, item.fault.where) for item in counts.faults] == [("unknown_token", "f:2")]
+
+
+WORDS = (
+    "wax",
+    "Answer",
+    "the",
+    "don't",
+    "it's",
+    "x",
+    "3",
+    "1234567",
+    "été",
+    "漢字",
+    "U.S.",
+    "a_b",
+    "<eos>",
+    "<unk>",
+    "e.g.",
+)
+MARKS = ("", ".", ",", ":", "?!", " (", ")", '"', "'", "...", " -", "_", "|", "/*", "’", "\t")
+GAPS = (" ", " ", " ", "  ", "\n", "\n\n", " \n", "\n ", "\u00a0", "")
+
+
+def text_of(numbers: random.Random, most: int) -> str:
+    """Words and marks with all kinds of white space between them and at both ends."""
+    parts = []
+    for _ in range(numbers.randrange(most)):
+        parts += [numbers.choice(GAPS), numbers.choice(WORDS), numbers.choice(MARKS)]
+    return "".join([*parts, numbers.choice(GAPS)])
+
+
+def alike_in_a_crowd(rows: list[Record], tokenizer) -> None:
+    """Many rows, encoded piece by piece, and each of them alone, encoded as a whole, give the same examples."""
+    wide = SimpleNamespace(prompt=9999, response=9999, total=19998)
+    examples, counts = tokenize(rows, tokenizer, wide)
+    alone = [tokenize([row], tokenizer, wide) for row in rows]
+    assert examples == [example for made, _ in alone for example in made]
+    for field in ("truncated", "dropped"):
+        assert +getattr(counts, field) == sum((+getattr(one, field) for _, one in alone), start=type(counts.dropped)())
+    assert counts.rows.get("token_across_border", []) == [
+        where for _, one in alone for where in one.rows.get("token_across_border", [])
+    ]
+    assert counts.faults == [item for _, one in alone for item in one.faults]
+
+
+@pytest.mark.parametrize("name", [*EXACT, *WITHOUT_WHITE_SPACE])
+def test_pieces_have_the_ids_of_the_whole_text(name):
+    """Whether a tokenizer is read piece by piece or not, no id may depend on how many rows there are."""
+    tokenizer = (EXACT | WITHOUT_WHITE_SPACE)[name]()
+    assert is_local(tokenizer) == (name in ("byte-level BPE", "WordPiece", "WordLevel"))
+    numbers = random.Random(name)
+    rows = [
+        Record("pair", text_of(numbers, 9), (text_of(numbers, 6), text_of(numbers, 6)), (True, False), f"f:{line}")
+        for line in range(1, 201)
+    ]
+    alike_in_a_crowd(rows, tokenizer)
+
+
+def test_a_piece_begins_at_a_space_between_a_mark_and_a_letter():
+    text = "Yes, we can.  No\n\nHuman: at 3 pm (I  think) é a b"
+    assert pieces_of(text) == ["Yes,", " we", " can.  No\n\nHuman:", " at 3", " pm (I  think) é a", " b", ""]
+    assert pieces_of("") == [""] and "".join(pieces_of("  a b \n")) == "  a b \n"
+
+
+def test_a_token_across_a_cut_makes_a_tokenizer_read_whole_texts():
+    """An added token that takes the white space behind it, or that has a space before a letter in it."""
+    from tokenizers import AddedToken
+
+    for token in (AddedToken("<x>", rstrip=True), AddedToken("<x>", single_word=True), AddedToken("to be")):
+        tokenizer = byte_level()
+        assert is_local(tokenizer)
+        tokenizer.add_tokens([token])
+        assert not is_local(tokenizer)
+
+
+@pytest.mark.check
+def test_pieces_have_the_ids_of_the_whole_text_with_smollm2(hh_file):
+    if not SMOLLM2.is_dir():
+        pytest.skip("build/smollm2 is not there: scripts/smollm2.py makes it")
+    from rlhf_pipeline.data.tokenizers import load_tokenizer
+
+    tokenizer = load_tokenizer(str(SMOLLM2))
+    assert is_local(tokenizer)
+    with gzip.open(hh_file, "rt") as file:
+        given = [json.loads(line) for line in file]
+    pairs = [[row[side].rpartition(ASSISTANT) for side in ("chosen", "rejected")] for row in given]
+    rows = [
+        Record("pair", head + mark, (chosen, other[2]), (True, True), f"f:{line}")
+        for line, ((head, mark, chosen), other) in enumerate(pairs, 1)
+    ]
+    alike_in_a_crowd(rows, tokenizer)
+    numbers = random.Random(0)
+    rows = [Record("demonstration", text_of(numbers, 9), (text_of(numbers, 6),), (True,)) for _ in range(1000)]
+    alike_in_a_crowd(rows, tokenizer)

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from rlhf_pipeline.config.training import DatasetEntry
-from rlhf_pipeline.data.load import examples_of, hold_out, load_mixture, read_records
+from rlhf_pipeline.data.load import examples_of, load_mixture, read_records
+from rlhf_pipeline.data.samples import hold_out
 from rlhf_pipeline.data.splits import split_of
 from rlhf_pipeline.errors import DataError
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from rlhf_pipeline.data import parsed as parsing
-from rlhf_pipeline.data import sources, stamps
+from rlhf_pipeline.data import sources
 from rlhf_pipeline.data.load import read_records
+from rlhf_pipeline.disk import stamps
 from rlhf_pipeline.errors import DataError
 
 ROW = {"prompt": "abc", "chosen": "a", "rejected": "b"}

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from rlhf_pipeline.data import world
-from rlhf_pipeline.data.enumeration import ResponseTree
 from rlhf_pipeline.errors import RunFailed
 from rlhf_pipeline.evaluation.closed_forms import (
     RewardLaw,
@@ -21,6 +20,7 @@ from rlhf_pipeline.evaluation.closed_forms import (
     require_mass,
     world_reward,
 )
+from rlhf_pipeline.evaluation.enumeration import ResponseTree
 
 LOG = torch.log(torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64))
 REWARD = torch.tensor([0.0, math.log(2.0), math.log(4.0)], dtype=torch.float64)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from rlhf_pipeline.data.batch import pack
-from rlhf_pipeline.data.enumeration import ResponseTree
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.evaluation.enumerate import leaf_logprobs, leaf_scores
+from rlhf_pipeline.evaluation.enumeration import ResponseTree
 from rlhf_pipeline.models.modules import Policy
 from rlhf_pipeline.models.selfcheck import inspect_model, read_reward_model
 from tests.models.conftest import build

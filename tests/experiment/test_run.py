@@ -197,7 +197,8 @@ def test_a_signal_when_a_stage_is_done_stops_before_the_next(lab, experiment, mo
 @pytest.fixture
 def counts(monkeypatch):
     """How often files are parsed and hashed, and models loaded, by their name; files count as settled at once."""
-    from rlhf_pipeline.data import sources, stamps
+    from rlhf_pipeline.data import sources
+    from rlhf_pipeline.disk import stamps
     from rlhf_pipeline.models import loading
     from rlhf_pipeline.registry import digests, integrity
 

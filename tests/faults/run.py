@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rlhf_pipeline.data import parsed
 from tests.faults import children, kills, subjects
 from tests.faults.table import Row, document, table
 
@@ -267,6 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--share", type=float, default=1.0, help="do this share of each kind")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args(arguments)
+    parsed.STORED_BYTES = 0  # the small sources of the subjects have stores too, so that kills and full disks hit them
     kinds = [kind for kind in options.only.split(",") if kind]
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         parser.error(f"--only: found {', '.join(unknown)}; expected some of {','.join(KINDS)}")

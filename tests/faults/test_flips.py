@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rlhf_pipeline.data.sealed import seal, unseal
+from rlhf_pipeline.disk.sealed import seal, unseal
 from rlhf_pipeline.registry.manifest import build_manifest, parse_manifest
 from tests.faults.flips import flips, trained
 

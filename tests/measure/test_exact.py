@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from rlhf_pipeline.compare.run import compared
-from rlhf_pipeline.data.enumeration import ResponseTree
 from rlhf_pipeline.errors import ConfigError, MismatchError, RunFailed
 from rlhf_pipeline.evaluation.closed_forms import kl_divergence, optimum
+from rlhf_pipeline.evaluation.enumeration import ResponseTree
 from rlhf_pipeline.measure import exact as module
 from rlhf_pipeline.measure.evaluate import run_evaluate
 from rlhf_pipeline.measure.exact import run_exact

@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub.errors import LocalTokenNotFoundError
 
 from rlhf_pipeline.cli.main import main
-from rlhf_pipeline.data.sealed import unseal
+from rlhf_pipeline.disk.sealed import unseal
 from rlhf_pipeline.registry.hub import push
 from rlhf_pipeline.registry.manifest import Parent
 from rlhf_pipeline.registry.store import Registry

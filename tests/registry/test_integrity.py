@@ -82,7 +82,7 @@ def test_data_are_checked_too(registry):
 
 
 def test_files_are_hashed_once_before_loading_and_each_time_by_verify(registry, made, monkeypatch):
-    from rlhf_pipeline.data import stamps
+    from rlhf_pipeline.disk import stamps
     from rlhf_pipeline.registry import digests, integrity
 
     hashed: Counter[str] = Counter()

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from rlhf_pipeline.disk import storage
 from rlhf_pipeline.errors import BadInput, DamagedFile, UnknownReference
-from rlhf_pipeline.registry import storage
 from rlhf_pipeline.registry.integrity import verify_files
 from rlhf_pipeline.registry.manifest import DataEntry, Parent
 from rlhf_pipeline.registry.repair import registry_faults, repair

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_pipeline.disk import storage
 from rlhf_pipeline.errors import RunFailed
-from rlhf_pipeline.registry import storage
 
 
 def test_only_the_first_claims_a_place(tmp_path):
@@ -72,7 +72,7 @@ def others(tmp_path):
         code = f"""
             import sys
             from pathlib import Path
-            from rlhf_pipeline.registry import storage
+            from rlhf_pipeline.disk import storage
 
             with storage.staging(Path({str(tmp_path)!r}), {name!r}) as folder:
                 (folder / "part").write_text("x")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
 
-from rlhf_pipeline.data.decoding import decode_json
+from rlhf_pipeline.disk.decoding import decode_json
 
 FORMAT, SEAL = "format", "manifest_sha256"
 LATEST = 2

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from rlhf_pipeline.data.batch import pack
-from rlhf_pipeline.data.enumeration import ResponseTree, pack_siblings
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import MismatchError
+from rlhf_pipeline.evaluation.enumeration import ResponseTree, pack_siblings
 
 
 def test_leaves_are_all_responses_once_the_ended_ones_first():

@@ -1,0 +1,218 @@
+"""Records as token ids in flat arrays, before the length policy: made once, for every kind and every length.
+
+A record has a sequence of ids for its prompt and one for each completion. A completion that ended has its stop token
+already. The record itself is read again only for its columns and messages.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rlhf_pipeline.data.encode import ACROSS, BATCH, Encoded, encode
+from rlhf_pipeline.data.kinds import MAKES, goodness
+from rlhf_pipeline.data.records import Record
+from rlhf_pipeline.data.render import REASONING, REWRITTEN
+from rlhf_pipeline.data.styles import Style
+from rlhf_pipeline.data.tokenizers import stop_ids, text_of, token_count, tokenizer_digest
+from rlhf_pipeline.disk.arrays import Array, Table, Writer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+KINDS = tuple(MAKES)
+ENDED, UNKNOWN = 1, 2
+NOTES = {REASONING: 4, REWRITTEN: 8, ACROSS: 16}
+"""Bits of a sequence: it ended, the tokenizer has no token for part of it; and what is said of a completion."""
+REFUSED, TEMPLATED, MESSAGES, COLUMNS = 1, 2, 4, 8
+"""Bits of a record: its chat template refuses it, it was rendered by one, its prompt is messages, it has columns."""
+
+
+@dataclass(frozen=True, eq=False)
+class Encodings:
+    """R records as S sequences.
+
+    records: what was encoded, before `style`.
+    table: of sequences: `ids` (one sequence behind another), `ends` of each in them, `bits`, `goodness`, `texts` (the
+        rendered texts). Of records: `last` (R,) the number of sequences up to each, `kinds`, `flags`, `keys` (R, 32)
+        (the prompt's SHA-256), `probability` of the label. With `all_replies`: `trained`, one for each id, and `border`
+        (R,), the first token of the prompt that is trained, at least 1 (0: none is).
+    """
+
+    records: Sequence[Record]
+    table: Table
+    style: Style | None
+    bos: int | None
+
+    @functools.cached_property
+    def starts(self) -> Array:
+        """Where each sequence begins in `ids`, and where the last one ends: (S + 1,)."""
+        return np.concatenate([np.zeros(1, np.int64), self.table["ends"]])
+
+    @functools.cached_property
+    def sizes(self) -> Array:
+        """The number of ids of each sequence: (S,)."""
+        return np.diff(self.starts)
+
+    @functools.cached_property
+    def first(self) -> Array:
+        """The sequence of each record's prompt, and the number of all sequences: (R + 1,)."""
+        return np.concatenate([np.zeros(1, np.int64), self.table["last"]])
+
+    def ids(self, sequence: int) -> Array:
+        """Return the ids of a sequence."""
+        return self.table["ids"][int(self.starts[sequence]) : int(self.starts[sequence + 1])]
+
+    def record(self, number: int) -> Record:
+        """Return a record in the style of the stage."""
+        record = self.records[number]
+        return record if self.style is None else self.style.apply(record)
+
+    def where(self, number: int) -> str:
+        """Return the place of a record's row."""
+        return self.records[number].where
+
+    def refusal(self, number: int) -> str:
+        """Return what the chat template says of a record that it does not accept."""
+        return str(self.table.about["refused"][str(number)])
+
+
+def encode_all(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    source_tokenizer_digest: str | None = None,
+    style: Style | None = None,
+    all_replies: bool = False,
+    keep: Callable[[Callable[[Writer], Mapping[str, Any]]], Table] | None = None,
+) -> Encodings:
+    """Encode records; `keep` makes the table from a function that fills it, or has it already.
+
+    Args:
+        source_tokenizer_digest: digest of the tokenizer of the records' own ids. They are used if it is the digest of
+            `tokenizer`; else the texts are encoded again.
+        style, all_replies: as for `examples_of`; without a style, the records are in that of the stage.
+
+    Raises:
+        DataError: there are messages, but the tokenizer has no chat template.
+    """
+    own_ids = source_tokenizer_digest is not None and source_tokenizer_digest == tokenizer_digest(tokenizer)
+
+    def fill(writer: Writer) -> Mapping[str, Any]:
+        found = encode(records if style is None else map(style.apply, records), tokenizer, own_ids, all_replies)
+        return _fill(writer, found, tokenizer, own_ids, all_replies)
+
+    if keep is not None:
+        table = keep(fill)
+    else:
+        writer = Writer()
+        table = writer.table(fill(writer))
+    return Encodings(records, table, style, tokenizer.bos_token_id)
+
+
+def _fill(
+    writer: Writer, found: Iterator[Encoded], tokenizer: PreTrainedTokenizerBase, own_ids: bool, all_replies: bool
+) -> Mapping[str, Any]:
+    """Write the arrays of `Encodings`, some records at a time; return the refusals."""
+    closed = closer(tokenizer)
+    small = writer.folder is not None and not own_ids and token_count(tokenizer) <= 2**16
+    refused: dict[str, str] = {}
+    done = sequences = tokens = 0
+    batch = list(islice(found, BATCH))
+    while batch or not done:
+        ids: list[int] = []
+        ends: list[int] = []
+        last: list[int] = []
+        bits, measures, texts, border, trained = [], [], [], [], bytearray()
+        for one in batch:
+            record = one.record
+            whole = record.kind == "text"
+            prompt = one.prompt_ids or []
+            if not whole:
+                ids += prompt
+            ends.append(tokens + len(ids))
+            bits.append(UNKNOWN if one.prompt_ids is None and one.refused is None else 0)
+            texts.append(one.texts.prompt)
+            measures += [0.0, *goodness(record)]
+            notes = one.texts.notes or [()] * len(one.completions)
+            for own, ended, across, said in zip(one.completions, record.ended, one.across, notes):
+                ids += closed([*prompt, *(own or [])] if whole else own or [], ended)
+                ends.append(tokens + len(ids))
+                bit = ENDED * ended + UNKNOWN * (own is None) + NOTES[ACROSS] * across
+                bits.append(bit + sum(NOTES[reason] for reason in said))
+            texts += one.texts.completions
+            if one.refused is not None:
+                refused[str(done + len(last))] = one.refused
+                missing = len(record.completions)
+                ends += [tokens + len(ids)] * missing
+                bits += [ENDED * ended for ended in record.ended]
+                texts += [""] * missing
+            flags = one.trained if one.trained and any(one.trained) and one.completions else None
+            border.append(0 if flags is None else max(flags.index(True), 1))
+            if flags is not None:
+                start = len(ids) - (ends[-1] - ends[-2]) - len(prompt)
+                trained += bytes(start - len(trained)) + bytes(flags) + b"\x01" * (ends[-1] - ends[-2])
+            last.append(sequences + len(ends))
+        trained += bytes(len(ids) - len(trained))
+        records = [one.record for one in batch]
+        writer.add("ids", np.array(ids, np.uint16 if small else np.int64 if own_ids else np.uint32))
+        writer.add("ends", np.array(ends, np.int64))
+        writer.add("bits", np.array(bits, np.uint8))
+        writer.add("goodness", np.array(measures, np.float64))
+        writer.texts("texts", texts)
+        writer.add("last", np.array(last, np.int64))
+        writer.add("border", np.array(border, np.int32))
+        if all_replies:
+            writer.add("trained", np.frombuffer(bytes(trained), np.uint8))
+        writer.add("kinds", np.array([KINDS.index(record.kind) for record in records], np.uint8))
+        writer.add("flags", np.array([_flags(one) for one in batch], np.uint8))
+        keys = bytes.fromhex("".join(record.prompt_key for record in records))
+        writer.add("keys", np.frombuffer(keys, np.uint8).reshape(-1, 32))
+        given = [record.extra.get("label_probability") for record in records]
+        writer.add("probability", np.array([np.nan if one is None else one for one in given], np.float64))
+        done, sequences, tokens = done + len(batch), sequences + len(ends), tokens + len(ids)
+        if not done:
+            break
+        batch = list(islice(found, BATCH))
+    return {"refused": refused}
+
+
+def _flags(one: Encoded) -> int:
+    record = one.record
+    messages = record.prompt is not None and record.conversational
+    return (
+        REFUSED * (one.refused is not None)
+        + TEMPLATED * one.texts.templated
+        + MESSAGES * messages
+        + COLUMNS * bool(record.columns)
+    )
+
+
+Closer = Callable[[list[int], bool], list[int]]
+
+
+def closer(tokenizer: PreTrainedTokenizerBase) -> Closer:
+    """The function that gives a completion its end: exactly one stop token if it ended, none if it was cut.
+
+    A text that ends in stop tokens, as a template writes them, ends at the first of these; white space between and
+    behind them is dropped. Otherwise the stop token of the config, or EOS, is appended.
+    """
+    stops = stop_ids(tokenizer)
+    is_blank = cache(lambda token: not text_of(tokenizer, [token]).strip())
+
+    def closed(ids: list[int], ended: bool) -> list[int]:
+        end, place = None, len(ids)
+        while place and (ids[place - 1] in stops or is_blank(ids[place - 1])):
+            place -= 1
+            end = place if ids[place] in stops else end
+        if ended:
+            return [*ids, stops[0]] if end is None else ids[: end + 1]
+        return ids[:end] if end else ids  # a cut response has no stop token, even if its text has one
+
+    return closed

@@ -1,0 +1,160 @@
+"""The records of a large source: one line of JSON each, in a table on disk, and made when they are asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from rlhf_pipeline.data.records import Record, Text
+from rlhf_pipeline.disk.arrays import Array, Table, Writer
+
+_ROWS = 4096  # records that are written or read at once
+
+
+class Unstorable(Exception):
+    """A record has values that JSON does not have."""
+
+
+@dataclass(frozen=True, eq=False)
+class Records(Sequence[Record]):
+    """Records of a store, each made when it is asked for.
+
+    table: see `write_records`. rows: the numbers of the records in it. folder: of the table.
+    split: the split of all, in place of their own.
+    """
+
+    table: Table
+    rows: Array
+    folder: Path
+    say: Callable[[str], None]
+    split: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> Records: ...
+    def __getitem__(self, index: int | slice) -> Record | Records:
+        if isinstance(index, slice):
+            return replace(self, rows=self.rows[index])
+        row = int(self.rows[index])
+        content = json.loads(self.table.text("lines", row))
+        where, columns, instruction, turns, alone, ordered = json.loads(self.table.text("beside", row))
+        prompt, completions, extra = ordered or (content["prompt"], content["completions"], content["extra"])
+        prompt_ids, completion_ids = content["prompt_ids"], content["completion_ids"]
+        return Record(
+            content["kind"],
+            _text(prompt),
+            tuple(map(_text, completions)),
+            tuple(content["ended"]),
+            where,
+            self.split or alone,
+            None if prompt_ids is None else tuple(prompt_ids),
+            None if completion_ids is None else tuple(map(tuple, completion_ids)),
+            {name: tuple(value) if name in ("ranks", "scores") else value for name, value in extra.items()},
+            None if instruction is None else (instruction[0], instruction[1]),
+            turns,
+            columns,
+        )
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[number] for number in range(len(self)))
+
+    def select(self, mask: Any) -> Records:
+        """Return some of the records, by their numbers or by a mask."""
+        return replace(self, rows=self.rows[mask])
+
+    def where(self, number: int) -> str:
+        """Return the place of a record's row."""
+        return str(json.loads(self.table.text("beside", int(self.rows[number])))[0])
+
+    @property
+    def keys(self) -> Array:
+        """The SHA-256 of each record's prompt: (records, 32)."""
+        return self.table["keys"][self.rows]
+
+    @property
+    def splits(self) -> list[str | None]:
+        """The source's own split of each record."""
+        if self.split is not None:
+            return [self.split] * len(self)
+        names = [*self.table.about["splits"], None]
+        return [names[code] for code in self.table["splits"][self.rows].tolist()]
+
+    @property
+    def own_splits(self) -> set[str | None]:
+        """The source's own splits."""
+        if self.split is not None:
+            return {self.split}
+        names = [*self.table.about["splits"], None]
+        return {names[code] for code in np.unique(self.table["splits"][self.rows]).tolist()}
+
+    def blank(self) -> list[Record]:
+        """Return the records whose prompt is text that is empty or white space."""
+        return [self[number] for number in np.flatnonzero(self.table["blank"][self.rows]).tolist()]
+
+    def digest(self) -> str:
+        """Return `records_digest`."""
+        found, lines, ends = sha256(), self.table["lines"], self.table["lines_ends"]
+        starts = np.concatenate([np.zeros(1, np.int64), ends])
+        breaks = np.flatnonzero(np.diff(self.rows) != 1) + 1
+        for run in np.split(self.rows, breaks):
+            for part in np.split(run, range(_ROWS, len(run), _ROWS)):
+                if len(part):
+                    found.update(lines[int(starts[part[0]]) : int(ends[part[-1]])].data)
+        return found.hexdigest()
+
+
+def _text(content: Any) -> Text:
+    return tuple(content) if isinstance(content, list) else content
+
+
+def write_records(writer: Writer, records: Iterable[Record]) -> list[str]:
+    """Write records and return the names of their splits.
+
+    The arrays are `lines` (the canonical JSON, which digests are made of), `beside` (the rest), `keys` (records, 32)
+    (the prompt's SHA-256), `splits` (numbers of the names that are returned, -1: none) and `blank` (the prompt is text
+    that is empty or white space).
+
+    Raises:
+        Unstorable: a record has values that JSON does not have.
+    """
+    codes: dict[str | None, int] = {None: -1}
+    records, done = iter(records), 0
+    batch = list(islice(records, _ROWS))
+    while batch or not done:
+        writer.texts("lines", [record.canonical() + "\n" for record in batch])
+        writer.texts("beside", [_beside(record) for record in batch])
+        keys = bytes.fromhex("".join(record.prompt_key for record in batch))
+        writer.add("keys", np.frombuffer(keys, np.uint8).reshape(-1, 32))
+        for record in batch:
+            codes.setdefault(record.split, len(codes) - 1)
+        writer.add("splits", np.array([codes[record.split] for record in batch], np.int32))
+        writer.add("blank", np.array([is_blank(record.prompt) for record in batch], bool))
+        done += max(1, len(batch))
+        batch = list(islice(records, _ROWS))
+    return [name for name in codes if name is not None]
+
+
+def is_blank(prompt: Text | None) -> bool:
+    """Whether a prompt is text that is empty or white space."""
+    return isinstance(prompt, str) and (not prompt or prompt.isspace())
+
+
+def _beside(record: Record) -> str:
+    """Return what the canonical JSON does not have, or has in another order: messages and what templates read."""
+    ordered = record.conversational or bool(record.extra)
+    content = [record.prompt, record.completions, dict(record.extra)] if ordered else None
+    try:
+        return json.dumps([record.where, record.columns, record.instruction, record.turns, record.split, content])
+    except (TypeError, ValueError) as error:
+        raise Unstorable(f"{record.where}: {error}") from error

@@ -1,0 +1,209 @@
+"""A large source, read from its store: the records, examples and reports are those of a source in memory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from rlhf_pipeline.data import parsed
+from rlhf_pipeline.data.examples import Examples, all_whole, count_cut, count_pairs, first_lengths, tree_lengths
+from rlhf_pipeline.data.load import examples_of, load_mixture, read_records, records_digest
+from rlhf_pipeline.data.rows import Records
+from rlhf_pipeline.data.samples import hold_out, lowest_examples
+from rlhf_pipeline.data.splits import assign_splits
+from rlhf_pipeline.data.styles import Style
+from rlhf_pipeline.errors import DataError
+
+TIGHT, WIDE = (SimpleNamespace(prompt=p, response=r, total=p + r) for p, r in ((4, 3), (99, 99)))
+PROMPTS = ["a", "ab", "abc", "ba", "bcd", "cab", "dab", "d", "aabb", "abcd", "dcba", "c" * 7]
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
+
+
+SOURCES = {
+    "pair": [
+        {"prompt": prompt, "chosen": "ab"[: n % 2 + 1], "rejected": "cd" * (n % 3 + 1), "chosen_ended": n % 4 > 0}
+        | ({"label_probability": n / 20} if n % 2 else {})
+        | {"note": {"number": n, "text": "é\u2028"}}
+        for n, prompt in enumerate([*PROMPTS, *PROMPTS[:5]])
+    ],
+    "ranking": [
+        {"prompt": prompt, "completions": ["a", "b" * (n % 6 + 1), "cd"], "scores": [n % 3, 1, 0.5 * n]}
+        for n, prompt in enumerate(PROMPTS)
+    ],
+    "ranks": [
+        {"prompt": prompt, "completions": ["a", "b", "a"], "ranks": [1, 1 + n % 2, 1 + n % 3]}
+        for n, prompt in enumerate(PROMPTS)
+    ],
+    "messages": [{"messages": turns("b", "a", prompt, "c" * (n % 5 + 1))} for n, prompt in enumerate(PROMPTS)],
+    "splits": [
+        {"prompt": prompt, "completion": "b" * (n % 3 + 1), "split": ("train", "test")[n % 3 == 0]}
+        for n, prompt in enumerate(PROMPTS)
+    ],
+    "text": [{"text": prompt * 5} for prompt in PROMPTS],
+    "tools": [
+        {"messages": turns(prompt, "b"), "tools": [{"type": "f", "name": str(n), "a": 1}]}
+        for n, prompt in enumerate(PROMPTS)
+    ],
+    "instruction": [{"instruction": prompt, "input": "", "output": "a"} for prompt in PROMPTS],
+}
+KINDS = {
+    "pair": ("pair", "preference", "order", "demonstration", "prompt"),
+    "ranking": ("pair", "preference", "order", "demonstration", "prompt"),
+    "ranks": ("pair", "preference", "order", "demonstration", "prompt"),
+    "messages": ("demonstration", "prompt"),
+    "splits": ("demonstration", "prompt"),
+    "text": ("demonstration",),
+    "tools": ("demonstration", "prompt"),
+    "instruction": ("demonstration", "prompt", "text"),
+}
+
+
+@pytest.fixture
+def both(jsonl, tmp_path, monkeypatch):
+    """Read a source from memory and from a store in a home directory."""
+
+    def read(*rows, name="rows.jsonl", **options):
+        source = jsonl(*rows, name=name)
+        plain = read_records(source, home=tmp_path, skip_bad_rows=True, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(parsed, "STORED_BYTES", 0)
+            from_store = read_records(source, home=tmp_path, skip_bad_rows=True, **options)
+        assert isinstance(from_store.records, Records) and not isinstance(plain.records, Records)
+        return plain, from_store
+
+    return read
+
+
+def made(found, tokenizer, **options):
+    """The examples and the report of a source, or the error."""
+    options = {"split": "all", "skip_bad_rows": True, "lengths": WIDE, "tokenizer": tokenizer, **options}
+    try:
+        examples, report = examples_of(found, **options)
+    except DataError as error:
+        return str(error)
+    return [asdict(example) for example in examples], report
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_records_are_kept(both, name):
+    plain, from_store = both(*SOURCES[name])
+    assert list(from_store.records) == plain.records
+    assert records_digest(from_store.records) == records_digest(plain.records)
+    assert assign_splits(from_store.records) == assign_splits(plain.records)
+    for field in ("source", "format", "rows", "faults", "skipped", "unread", "not_read", "against"):
+        assert getattr(from_store, field) == getattr(plain, field), field
+    assert from_store.notes("tools") == plain.notes("tools") and from_store.notes("") == plain.notes("")
+    # The order of keys in what templates read is kept too.
+    assert json.dumps([record.extra for record in from_store.records]) == json.dumps(
+        [record.extra for record in plain.records]
+    )
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_examples_are_those_of_memory(both, chat, name):
+    plain, from_store = both(*SOURCES[name])
+    for kind in KINDS[name]:
+        for options in (
+            {},
+            {"lengths": TIGHT},
+            {"split": "train"},
+            {"max_samples": 5},
+            {"style": Style(chat=True), "lengths": TIGHT},
+            *([{"all_replies": True}] if kind == "demonstration" else []),
+        ):
+            assert made(from_store, chat, kind=kind, **options) == made(plain, chat, kind=kind, **options), (
+                kind,
+                options,
+            )
+
+
+def test_faults_of_tokens_are_those_of_memory(both, letters, chat):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "", "chosen": "a", "rejected": "b"}]
+    rows += [{"prompt": "a", "chosen": "\n", "rejected": "b"}, {"prompt": "a", "chosen": "zb", "rejected": "b"}]
+    plain, from_store = both(*rows, "{", {"prompt": "a"})
+    for kind in KINDS["pair"]:
+        for skip in (True, False):
+            options = {"kind": kind, "skip_bad_rows": skip}
+            assert made(from_store, letters, **options) == made(plain, letters, **options), options
+    chat.chat_template = (
+        "{% if messages[-1].content == 'no' %}{{ raise_exception('no') }}{% endif %}" + chat.chat_template
+    )
+    plain, from_store = both(
+        *(
+            {"prompt": turns(p), "chosen": turns("", r)[1:], "rejected": turns("", "d")[1:]}
+            for p, r in ("ab", ("b", "no"))
+        )
+    )
+    for kind in ("pair", "demonstration", "prompt"):
+        assert made(from_store, chat, kind=kind) == made(plain, chat, kind=kind), kind
+
+
+def test_a_second_reader_encodes_nothing(both, letters, monkeypatch):
+    _, from_store = both(*SOURCES["pair"])
+    first = made(from_store, letters, kind="pair")
+    monkeypatch.setattr("rlhf_pipeline.data.encodings._fill", lambda *_: pytest.fail("encoded again"))
+    assert made(from_store, letters, kind="pair") == first
+    assert isinstance(made(from_store, letters, kind="prompt", lengths=TIGHT), tuple)  # another kind, other lengths
+
+
+def test_a_changed_source_and_another_tokenizer_have_stores_of_their_own(both, letters, chat, tmp_path):
+    def stores() -> int:
+        return len(list(Path(tmp_path, "cache", "tokens").glob("*/table.json")))
+
+    _, from_store = both(*SOURCES["pair"])
+    made(from_store, letters, kind="pair")
+    assert stores() == 2
+    _, changed = both(*SOURCES["pair"][1:])
+    assert len(changed.records) == len(from_store.records) - 1 and stores() == 3
+    letters.chat_template = None
+    made(from_store, letters, kind="pair")
+    assert stores() == 4
+
+
+def test_figures_of_examples_are_those_of_a_list(both, chat):
+    for name in ("pair", "ranking", "messages"):
+        _, from_store = both(*SOURCES[name])
+        kind = "demonstration" if name == "messages" else "preference"
+        examples, _ = examples_of(from_store, kind=kind, split="all", tokenizer=chat, lengths=WIDE)
+        assert isinstance(examples, Examples)
+        for figure in (tree_lengths, first_lengths, count_cut, count_pairs):
+            assert figure(examples) == figure(list(examples)), (name, figure)
+        if kind == "demonstration":
+            assert list(all_whole(examples)) == all_whole(list(examples))
+            assert first_lengths(all_whole(examples)) == first_lengths(all_whole(list(examples)))
+        for part, known in zip(hold_out(examples, 3), hold_out(list(examples), 3)):
+            assert list(part) == known
+        assert list(lowest_examples(examples, 4)) == lowest_examples(list(examples), 4)
+        assert list(examples[2:5]) == list(examples)[2:5] and examples[-1] == list(examples)[-1]
+
+
+def test_a_mixture_of_stores_is_that_of_lists(both, letters):
+    from rlhf_pipeline.config.training import DatasetEntry
+
+    first, second = both(*SOURCES["pair"], name="a.jsonl"), both(*SOURCES["ranking"], name="b.jsonl")
+    for entries in ([{"weight": 3}, {"weight": 1}], [{"fraction": 0.5}, {}]):
+        named = [DatasetEntry(dataset_name="x", **entry) for entry in entries]
+        for kind in ("preference", "prompt"):
+            options = {"kind": kind, "split": "all", "tokenizer": letters, "lengths": WIDE, "max_samples": 9}
+            lists, mixed = (load_mixture(sources, named, **options) for sources in zip(first, second))
+            assert (list(mixed[0]), mixed[1]) == (list(lists[0]), lists[1])
+
+
+def test_rows_that_no_store_can_hold_are_kept_in_memory(tmp_path, monkeypatch):
+    import datetime
+
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"prompt": ["a"], "completion": ["b"], "when": [datetime.datetime(2026, 1, 1)]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    monkeypatch.setattr(parsed, "STORED_BYTES", 0)
+    (record,) = read_records(str(tmp_path / "rows.parquet"), home=tmp_path).records
+    assert record.columns == {"when": datetime.datetime(2026, 1, 1)}
