@@ -91,6 +91,7 @@ def test_dry_run_trains_and_writes_nothing(capsys, lab, tmp_path: Path) -> None:
         assert sorted(lab.home.rglob("*")) == before
 
 
+@pytest.mark.check
 def test_run_does_everything_once(capsys, request, tmp_path: Path) -> None:
     from tests.conftest import TINY_LLAMA
 

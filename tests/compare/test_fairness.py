@@ -149,6 +149,7 @@ def test_a_slope_that_cannot_be_told_from_0_gives_no_effective_beta(arms, monkey
     assert beta.why_not == "the calibration slope, -1.60 [-3.40, 0.10], cannot be told from 0"
 
 
+@pytest.mark.check
 def test_the_effective_beta_is_kl_coef_times_the_slope_of_the_reward_model(arms, monkeypatch):
     slope = {"mean": 0.8, "low": 0.5, "high": 1.1}
     with_slope(monkeypatch, **slope)

@@ -49,6 +49,7 @@ def words(example, k):
     return [token for token in example.completions[k] if token not in (world.EOS_ID, world.PAD_ID)]
 
 
+@pytest.mark.check
 def test_win_rate_and_agreement_are_those_of_the_rule(trained):
     """The judge prefers more words: both figures are counted here from the sampled tokens and from the pairs."""
     with serving(longer_wins) as server:
@@ -142,6 +143,7 @@ def test_what_is_wrong_is_found_before_anything_is_sampled(trained, monkeypatch)
             compared(trained, server)
 
 
+@pytest.mark.check
 def test_collect_takes_its_verdicts_and_leaves_out_ties(lab):
     with serving(longer_wins) as server:
         result = lab.run("collect", judge=judge(server), num=30, output_name="judged")

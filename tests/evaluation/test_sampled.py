@@ -114,6 +114,7 @@ def test_scores_return_to_the_order_of_the_responses_whatever_the_batches(at_onc
     assert samples.values["first"].tolist() == [100.0 * k + token for k in range(20) for token in (7, 8, 9)]
 
 
+@pytest.mark.check
 def test_kl_figures_agree_with_enumeration():
     policy, reference, prompt = tiny(0), tiny(1), [2, 3]
     words = (0, 2, 3)

@@ -221,6 +221,7 @@ def counts(monkeypatch):
     return found
 
 
+@pytest.mark.check
 def test_the_same_work_is_done_once(lab, experiment, counts):
     run(lab, experiment())
     assert counts["parsed"] == {"pairs/v1/records.jsonl": 1, "chosen/v1/records.jsonl": 1}

@@ -114,6 +114,7 @@ def made(lab) -> Counter:
 ALL = Counter(chosen=1, start=1, scorer=2, ppo=4, dpo=4)
 
 
+@pytest.mark.check
 def test_stopped_and_gone_on_with_every_run_is_made_once(lab, path, handed_over, monkeypatch, capsys):
     from rlhf_pipeline.stages import dpo
 

@@ -4,6 +4,8 @@ import pytest
 
 from tests.faults.fuzz import TARGETS, examine, fuzz
 
+pytestmark = pytest.mark.check
+
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_only_errors_of_ours_come_out_of_random_input(name, tmp_path):

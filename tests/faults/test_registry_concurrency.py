@@ -12,6 +12,8 @@ from rlhf_pipeline.registry.repair import registry_faults
 from rlhf_pipeline.registry.store import Registry
 from tests.faults.registry_load import concurrency
 
+pytestmark = pytest.mark.check
+
 
 def model(folder):
     (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))

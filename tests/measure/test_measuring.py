@@ -24,6 +24,8 @@ from rlhf_pipeline.stages.collect import run_collect
 from rlhf_pipeline.stages.common import load_policy, tokenizer_of
 from rlhf_pipeline.stages.data import StageData
 
+pytestmark = pytest.mark.check
+
 CPU = torch.device("cpu")
 PROMPT = "the plot of this drama was"
 

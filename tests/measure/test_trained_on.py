@@ -58,6 +58,7 @@ def compare(lab: Lab, *words: str) -> int:
     return main(["compare", "ppo", "dpo", "--baseline", "sft", *words, *shared])
 
 
+@pytest.mark.check
 def test_a_comparison_says_once_that_the_data_have_changed(capsys, own):
     cut()
     assert compare(own) == 0

@@ -79,6 +79,7 @@ def hostile(value: Any, key: str = "") -> Any:
     return value + HOSTILE + (LONG if key in ("text", "configs", "prompt", "headline") else "")
 
 
+@pytest.mark.check
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
     results = finals(full())
     keep = {f"{arm}@v{version}" for arm in ("ppo", "dpo") for version in (1, 2)}  # both settings of the first seed
@@ -107,6 +108,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
         assert len(rows_of(path)) > 0 and "\x00" not in path.read_text(encoding="utf-8")
 
 
+@pytest.mark.check
 def test_a_dollar_in_a_figure_is_a_dollar() -> None:
     results = plain()
     results["rows"][0] |= {"name": "a$b$c_{d}", "model": "a$b$c_{d}"}
@@ -140,6 +142,7 @@ def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
     assert dict(files(tmp_path / "a")) == dict(files(tmp_path / "b"))
 
 
+@pytest.mark.check
 def test_the_settings_of_matplotlib_are_put_back() -> None:
     before = dict(matplotlib.rcParams)
     page_of(plain())

@@ -10,7 +10,7 @@ import torch
 
 from tests.two_processes import in_two_processes
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.check]
 
 SETTINGS = {"adam_epsilon": 1e-1, "learning_rate": 1e-1, "max_grad_norm": 1.0, "num_train_epochs": 2, "max_steps": None}
 # 9 pairs in windows of 4: the last window of an epoch has one, fewer than there are processes.

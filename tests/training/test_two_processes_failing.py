@@ -8,7 +8,7 @@ import pytest
 
 from tests.two_processes import in_two_processes
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.check]
 
 SETTINGS = {"adam_epsilon": 1e-1, "learning_rate": 1e-1, "max_grad_norm": 1.0, "max_steps": 3, "save_steps": 1}
 PPO = {**SETTINGS, "per_device_train_batch_size": 4}
