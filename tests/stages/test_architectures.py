@@ -84,4 +84,4 @@ def test_three_steps_of_each_stage(lab, tmp_path, model_type, method):
         for result in (tuned, dpo, ppo):
             AutoModelForCausalLM.from_pretrained(result.path)
         AutoModelForSequenceClassification.from_pretrained(scored.path)
-    assert "layout='flat'" in (lab.home / "runs" / tuned.run / "log.txt").read_text()
+    assert "batches packed without padding" in (lab.home / "runs" / tuned.run / "log.txt").read_text()
