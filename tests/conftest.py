@@ -174,6 +174,26 @@ def rankings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     return write
 
 
+@contextmanager
+def stopped_before(update: int) -> Iterator[None]:
+    """A run in this block ends without warning before an update is recorded, as if its process were killed."""
+    from rlhf_pipeline.training import session
+
+    fit = session.fit
+
+    def ends(*args: Any, on_update: Callable[..., None], **options: Any) -> Any:
+        def hook(step: int, *rest: Any) -> None:
+            if step == update:
+                raise KeyboardInterrupt
+            on_update(step, *rest)
+
+        return fit(*args, on_update=hook, **options)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(session, "fit", ends)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def unsynced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing waits for the disk, but where storage itself is tested: no test cuts the power."""

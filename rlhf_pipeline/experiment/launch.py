@@ -1,10 +1,8 @@
 """Several processes for one stage: `rlhf STAGE --num-processes N`.
 
-Each process runs the whole stage as one rank, with the variables that torchrun sets. It is a new Python process that
-leads a session of its own, so Ctrl-C reaches only the parent, which passes the signal on once. torchrun is not used: it
-kills its processes 30 seconds after a signal, and an update and its checkpoint may take longer.
-
-The standard input of a process is a pipe from the parent: it brings the job, and it ends if the parent dies in any way.
+Each process runs the whole stage as one rank, with the variables that torchrun sets. Ctrl-C reaches only the parent,
+which passes the signal on once. torchrun is not used: it kills its processes 30 seconds after a signal, and an update
+and its checkpoint may take longer.
 """
 
 from __future__ import annotations
@@ -14,55 +12,43 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from selectors import EVENT_READ, DefaultSelector
 from tempfile import TemporaryDirectory
-from typing import IO, Any
+from typing import Any
 
 from rlhf_pipeline.config.stages import StageConfig
 from rlhf_pipeline.errors import BadInput, Interrupted, ProcessFailed, RunFailed
+from rlhf_pipeline.experiment.child import Child, calling_main
 from rlhf_pipeline.experiment.workers import threads_each
 from rlhf_pipeline.stages.result import StageResult
 
 GRACE = 15.0
 """Seconds in which the other processes can end by themselves after one has failed."""
-# The parent's import path: a process finds the same modules. A signal while they are imported ends it silently.
-_START = (
-    "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); sys.path[:] = sys.argv[2:]; "
-    "from rlhf_pipeline.cli.rank import main; main(int(sys.argv[1]))"
-)
+# A signal that arrives while a process imports its modules ends it silently.
+_PROGRAM = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); " + calling_main("rlhf_pipeline.cli.rank")
 
 
-@dataclass
-class Rank:
+class Rank(Child):
     """A process of a stage, as its parent sees it.
 
-    answers: the pipe that its answer comes from. said: its standard error, if it is not that of the parent.
-    answer: {"result": ...} or {"failure": ...}; None if there is none (yet). killed: whether the parent has killed it.
+    said: the file with its output, if that does not go to the parent's standard error.
+    answer: {"result": ...} or {"failure": ...}; None if there is none (yet).
     """
 
-    number: int
-    process: subprocess.Popen[str]
-    answers: IO[str]
-    said: Path | None
-    answer: dict[str, Any] | None = None
-    killed: bool = False
+    def __init__(self, number: int, variables: Mapping[str, str], said: Path | None):
+        environment = {**variables, "RANK": str(number), "LOCAL_RANK": str(number)}
+        super().__init__(_PROGRAM, environment, said)
+        self.number, self.said = number, said
+        self.answer: dict[str, Any] | None = None
 
     @property
     def failure(self) -> dict[str, Any] | None:
         return (self.answer or {}).get("failure")
-
-    def kill(self) -> None:
-        """Kill the process and its children, unless it has ended."""
-        if self.process.poll() is None:
-            self.killed = True
-            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 def run_in_processes(
@@ -103,7 +89,8 @@ def run_in_processes(
         try:
             for number in range(count):
                 said = Path(folder) / f"{number}.txt" if number and not debug else None
-                ranks.append(_start(number, line, variables, said))
+                ranks.append(Rank(number, variables, said))
+                ranks[-1].give(line)
             if signals:  # a process that started later did not get it
                 _send(ranks[-1:], signals[0])
             _wait(ranks, ended)
@@ -111,7 +98,7 @@ def run_in_processes(
             for rank in ranks:
                 rank.kill()
             for rank in ranks:
-                _close(rank)
+                rank.close()
         return _outcome(ended, signals)
 
 
@@ -124,37 +111,6 @@ def _shared_variables(count: int) -> dict[str, str]:
     threads = threads_each(count)
     own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     return {**os.environ, **size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **own}
-
-
-def _start(number: int, line: str, variables: Mapping[str, str], said: Path | None) -> Rank:
-    """Start a process and give it its job."""
-    reading, writing = os.pipe()
-    stderr = None if said is None else said.open("w")
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-c", _START, str(writing), *map(str, sys.path)],
-            stdin=subprocess.PIPE,
-            stdout=2 if stderr is None else stderr,  # standard output carries the result of the parent's command
-            stderr=stderr,
-            pass_fds=(writing,),
-            start_new_session=True,
-            env={**variables, "RANK": str(number), "LOCAL_RANK": str(number)},
-            text=True,
-        )
-    except BaseException:
-        os.close(reading)
-        raise
-    finally:
-        os.close(writing)
-        if stderr is not None:
-            stderr.close()
-    assert process.stdin is not None
-    try:
-        process.stdin.write(line)
-        process.stdin.flush()
-    except BrokenPipeError:  # it has died already: its end is seen later
-        pass
-    return Rank(number, process, os.fdopen(reading), said)
 
 
 @contextmanager
@@ -209,15 +165,6 @@ def _wait(ranks: Sequence[Rank], ended: list[Rank]) -> None:
             rank.process.wait(GRACE)
         except subprocess.TimeoutExpired:
             rank.kill()
-
-
-def _close(rank: Rank) -> None:
-    """Wait for the end of a process, and close its pipes."""
-    rank.process.wait()
-    assert rank.process.stdin is not None
-    with suppress(BrokenPipeError):
-        rank.process.stdin.close()
-    rank.answers.close()
 
 
 def _outcome(ended: Sequence[Rank], signals: Sequence[int]) -> StageResult:

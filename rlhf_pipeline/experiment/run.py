@@ -35,7 +35,7 @@ from rlhf_pipeline.registry.roles import check_role
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report import Results
 from rlhf_pipeline.stages.functions import stage_function
-from rlhf_pipeline.training.run_directory import close_run
+from rlhf_pipeline.training.run_directory import finish_run, left_open
 from rlhf_pipeline.training.tracking import console
 
 
@@ -195,10 +195,13 @@ def run_experiment(
 
 def _close(found: Resolved | None, config: StageConfig, registry: Registry) -> None:
     """Do what is left of the run of a version, if it was killed between registering the version and ending."""
-    if found is None or found.manifest is None or not close_run(registry.home, found.manifest.run, found.label):
+    if found is None or found.manifest is None:
+        return
+    if (directory := left_open(registry.home, found.manifest.run)) is None:
         return
     if isinstance(config, TrainingConfig) and config.output_dir is not None:
         registry.export(found.label, config.output_dir, replace=True)
+    finish_run(directory, found.label)
 
 
 def _in_order(

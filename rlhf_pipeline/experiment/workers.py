@@ -1,8 +1,7 @@
 """Worker processes: each runs one stage after another, so that the libraries are imported once per worker.
 
-A worker is a new Python process, not a fork. It leads a process group of its own, so Ctrl-C reaches only the parent,
-which passes the signal on. Its standard input is a pipe from the parent: it brings the jobs, and it ends if the parent
-dies in any way; the worker then kills its process group.
+Ctrl-C reaches only the parent, which passes the signal on. If the parent dies in any way, a worker kills its process
+group.
 """
 
 from __future__ import annotations
@@ -10,19 +9,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from selectors import EVENT_READ, DefaultSelector
 from typing import Any, Protocol
 
-# The parent's import path: a worker finds the same modules. Nothing is imported before it is set.
-_START = (
-    "import sys; sys.path[:] = sys.argv[2:]; "
-    "from rlhf_pipeline.cli.worker import main; sys.exit(main(int(sys.argv[1])))"
-)
+from rlhf_pipeline.experiment.child import Child, calling_main
 
 
 @dataclass(frozen=True)
@@ -72,36 +64,11 @@ class Answer:
         return cls(**json.loads(line))
 
 
-class Worker:
+class Worker(Child):
     """A worker process, as its parent sees it. variables: of its environment, besides those of the parent."""
 
     def __init__(self, variables: Mapping[str, str]):
-        reading, writing = os.pipe()
-        command = [sys.executable, "-c", _START, str(writing), *map(str, sys.path)]
-        environment = {**os.environ, **variables}
-        try:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=2,  # standard output carries the result of the parent's command
-                pass_fds=(writing,),
-                start_new_session=True,
-                env=environment,
-                text=True,
-            )
-        except BaseException:
-            os.close(reading)
-            raise
-        finally:
-            os.close(writing)
-        self.answers = os.fdopen(reading)
-
-    def give(self, line: str) -> None:
-        """Send a line; a worker that has died gives its answer when it is asked."""
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.write(line)
-            self._process.stdin.flush()
+        super().__init__(calling_main("rlhf_pipeline.cli.worker"), {**os.environ, **variables})
 
     def answer(self) -> Answer:
         """Wait for the answer to a job; a worker with an error has ended afterwards."""
@@ -109,27 +76,13 @@ class Worker:
         answer = Answer.read(line) if line.endswith("\n") else None
         if answer is not None and not answer.code:
             return answer
-        code = self._process.wait()
-        self.end()
+        code = self.process.wait()
+        self.close()
         return answer or Answer(code=code if code > 0 else 128 - code, text=_told(code))
 
     def send(self, number: int) -> None:
         """Send a signal to the process, unless it has ended."""
-        self._process.send_signal(number)
-
-    def kill(self) -> None:
-        """Kill the process and its children."""
-        with suppress(ProcessLookupError, PermissionError):
-            if self._process.poll() is None:
-                os.killpg(self._process.pid, signal.SIGKILL)
-
-    def end(self) -> None:
-        """Wait for the process to end, and close the pipes."""
-        self._process.wait()
-        with suppress(BrokenPipeError):
-            assert self._process.stdin is not None
-            self._process.stdin.close()
-        self.answers.close()
+        self.process.send_signal(number)
 
 
 def _told(code: int) -> str:
@@ -235,7 +188,7 @@ class Crew:
             elif worker is not None:
                 worker.give("\n")
         for worker in filter(None, self._slots):
-            worker.end()
+            worker.close()
 
     def _working(self, slot: int) -> Worker:
         worker = self._slots[slot]

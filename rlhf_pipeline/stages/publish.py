@@ -17,6 +17,7 @@ from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.stages.result import StageResult
 from rlhf_pipeline.training.open_run import Run
 from rlhf_pipeline.training.precision import uses_bf16
+from rlhf_pipeline.training.run_directory import finish_run
 from rlhf_pipeline.training.session import Plan
 
 
@@ -89,9 +90,9 @@ def publish(
         cost=cost,
         adapter=adapter_facts(plan.model),
     )
-    run.finish(published.label)
     run.log.say(f"registered {published.label}")
     if run.config.output_dir is not None:
         run.log.say(f"copied to {run.registry.export(published.label, run.config.output_dir, replace=True)}")
+    finish_run(run.directory, published.label)
     path, directory = str(published.path), str(run.directory)
     return StageResult(run.stage, published.label, path, directory, metrics, cost, run.stopped_by)

@@ -98,10 +98,6 @@ class Run(Generic[C]):
     def checkpoints(self) -> Path:
         return self.directory / "checkpoints"
 
-    def finish(self, model: str) -> None:
-        """Mark the run as finished; the next run of this config creates a new version."""
-        write_status(self.directory, status="finished", model=model, token=read_status(self.directory).get("token"))
-
 
 def make_accelerator(config: ModelConfig) -> Accelerator:
     """An Accelerator with the device and precision of a config; also sets the number of threads if configured."""

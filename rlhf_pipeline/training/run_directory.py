@@ -41,18 +41,20 @@ def is_finished(directory: Path) -> bool:
     return read_status(directory).get("status") == "finished"
 
 
-def close_run(home: Path, made_by: str, model: str) -> bool:
-    """End the run that made a model, if its process was killed after registering the model; whether it had to be.
+def left_open(home: Path, made_by: str) -> Path | None:
+    """The directory of the run that made a model, if its process was killed after it registered the model; else None.
 
     made_by: the model's `run` in its manifest, NAME/TOKEN.
     """
     name, _, token = made_by.partition("/")
     directory = home / "runs" / name
     status = read_status(directory) if token else {}
-    if status.get("status") != "running" or status.get("token") != token:
-        return False
-    write_status(directory, status="finished", model=model, token=token)
-    return True
+    return directory if status.get("status") == "running" and status.get("token") == token else None
+
+
+def finish_run(directory: Path, model: str) -> None:
+    """Mark a run as finished, the last thing that is done; the next run of its config creates a new version."""
+    write_status(directory, status="finished", model=model, token=read_status(directory).get("token"))
 
 
 def finished_runs(home: Path, name: str, digest: str) -> list[tuple[str, str]]:

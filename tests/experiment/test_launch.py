@@ -41,7 +41,7 @@ def play(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
     def run(program: str, count: int = 2, grace: float = 20.0):
-        monkeypatch.setattr(launch, "_START", START + program)
+        monkeypatch.setattr(launch, "_PROGRAM", START + program)
         monkeypatch.setattr(launch, "GRACE", grace)
         config = SimpleNamespace(model_dump=lambda mode: {"beta": 0.5})
         return launch.run_in_processes("dpo", config, Path("home"), count=count)
@@ -147,7 +147,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from rlhf_pipeline.experiment import launch
-launch._START = '''
+launch._PROGRAM = '''
 import os, sys, time
 from rlhf_pipeline.cli import rank
 def work(job):

@@ -15,6 +15,7 @@ from rlhf_pipeline.errors import BadInput, ConfigError, Interrupted
 from rlhf_pipeline.experiment import done
 from rlhf_pipeline.experiment import run as runner
 from rlhf_pipeline.experiment.run import run_experiment
+from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report import load
 
 SHARED = {
@@ -118,6 +119,10 @@ def test_other_data_of_the_same_name_run_again_what_was_trained_on_them(lab, exp
     assert result["stages"]["start"]["model"] == "start@v2"
 
 
+def killed(*args: object, **options: object) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.check
 def test_a_run_that_was_killed_after_it_registered_its_model_is_ended(lab, experiment, tmp_path):
     path = experiment(compare=False)
@@ -129,6 +134,9 @@ def test_a_run_that_was_killed_after_it_registered_its_model_is_ended(lab, exper
     (directory / "run.json").write_text(json.dumps({"status": "running", "pid": 1, "token": ended["token"]}))
     (directory / ".run.json-0123456789ab.tmp").write_text(json.dumps(ended))
     shutil.rmtree(tmp_path / "copy")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):  # killed again before the copy
+        patch.setattr(Registry, "export", killed)
+        run(lab, path, f"dpo.output_dir={tmp_path / 'copy'}")
     assert skipped(run(lab, path, f"dpo.output_dir={tmp_path / 'copy'}")) == set(STAGES)
     assert json.loads((directory / "run.json").read_text()) == ended
     assert not list(directory.glob(".*.tmp")) and (tmp_path / "copy" / "model.safetensors").is_file()
@@ -137,6 +145,17 @@ def test_a_run_that_was_killed_after_it_registered_its_model_is_ended(lab, exper
     (directory / "run.json").write_text(json.dumps(other))
     run(lab, path, f"dpo.output_dir={tmp_path / 'copy'}")
     assert json.loads((directory / "run.json").read_text()) == other
+
+
+@pytest.mark.check
+def test_a_run_that_was_killed_before_its_copy_was_made_is_ended(lab, tmp_path):
+    settings = {"output_dir": str(tmp_path / "copy"), "max_steps": 1}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Registry, "export", killed)
+        lab.run("dpo", **settings)
+    assert lab.run("dpo", **settings).model == "dpo@v1"
+    assert (tmp_path / "copy" / "model.safetensors").is_file()
+    assert lab.run("dpo", **settings).model == "dpo@v2"
 
 
 def test_a_stage_that_failed_is_taken_up_again(lab, experiment, monkeypatch):

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.conftest import CPU, LENGTHS, Lab
+from tests.conftest import CPU, LENGTHS, Lab, stopped_before
 
 pytestmark = [
     pytest.mark.vllm,
@@ -306,22 +306,9 @@ def test_ppo_trains_with_whole_weights_and_with_adapters(started):
 
 def test_a_resumed_run_is_that_of_one_go(started, tmp_path):
     """On one machine with one version the tokens depend on the seeds alone."""
-    from rlhf_pipeline.training import session
-
     other, settings = started.copy(tmp_path / "other"), {"save_steps": 2, "output_name": "resumed"}
     whole = trained(started.home, **settings)
-    fit = session.fit
-
-    def dies(*args, on_update, **options):
-        def hook(step, *rest):
-            if step == 3:
-                raise KeyboardInterrupt
-            on_update(step, *rest)
-
-        return fit(*args, on_update=hook, **options)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(session, "fit", dies)
+    with stopped_before(3):
         trained(other.home, **settings)
     resumed = trained(other.home, **settings)
     ours, theirs = started.weights(whole["model"]), other.weights(resumed["model"])
