@@ -24,7 +24,7 @@ help:
 	@echo "make hh       the experiment of configs/hh on real pairs: make hh HH=FILE"
 	@echo "make reviews  sentiment-controlled text from film reviews, after the DPO paper: make reviews DATA=FOLDER"
 	@echo "make real     SmolLM2-135M with LoRA on human pairs, then on a known reward: make real HH=FILE [DATA=FOLDER]"
-	@echo "make bench    every stage's speed and memory beside TRL's: make bench [HH=FILE]"
+	@echo "make bench    every stage's speed and memory beside TRL's: make bench [HH=FILE] [MODEL=FOLDER [LORA=RANK]]"
 	@echo "make faults   kill, stop, damage, fill up and deceive it, at length: about an hour"
 	@echo "make vllm     install vLLM for a CPU in $(VLLM_VENV) and compare it with the native sampler: about 20 minutes"
 	@echo "make growth   how time and memory grow with length, data, vocabulary, completions and batch"
@@ -128,9 +128,9 @@ ifneq ($(DATA),)
 	$(BIN)/rlhf run configs/real/sentiment/experiment.yaml
 endif
 
-# HH names preference pairs; without it the pairs are made up, with the lengths of HH's.
+# HH names preference pairs; without it the pairs are made up, with the lengths of HH's. MODEL: a pretrained policy.
 bench: $(STAMP)
-	$(BIN)/python scripts/bench.py $(if $(HH),--hh "$(HH)")
+	$(BIN)/python scripts/bench.py $(if $(HH),--hh "$(HH)") $(if $(MODEL),--model "$(MODEL)") $(if $(LORA),--lora $(LORA))
 
 growth: $(STAMP)
 	$(BIN)/python scripts/growth.py

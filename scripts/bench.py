@@ -1,10 +1,12 @@
 """Benchmark every stage against its peer: SFT, reward model and DPO with TRL's trainers, PPO with that of TRL 1.12.
 
     .venv/bin/python scripts/bench.py [--hh FILE] [--stages dpo,reward,sft,ppo,ppo_shared] [--bf16] [--quick]
+                                      [--model FOLDER [--lora RANK]]
 
 Prepares the work once (bench_work.py), runs both sides alternately, each in its own process (bench_ours.py,
 bench_peer.py), at least three times, and writes docs/benchmarks.md and its figures as JSON. It creates the environment
-of TRL 1.12 if that is missing, as scripts/parity_ppo.py does.
+of TRL 1.12 if that is missing, as scripts/parity_ppo.py does. With --model the policy is pretrained, the work is less,
+and the figures go to docs/benchmarks_pretrained.md (with --lora: docs/benchmarks_pretrained_lora.md).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +125,11 @@ def require_same_work(runs: Sequence[dict[str, Any]]) -> None:
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All rounds, and the machine's peak before and after them."""
-    from bench_work import QUICK, Sizes, prepare
+    from bench_work import PRETRAINED, QUICK, Sizes, prepare
 
     # Check everything that can be wrong before the long work.
-    work = prepare(folder / "work", options.hh, QUICK if options.quick else Sizes(), options.threads)
+    sizes = replace(QUICK if options.quick else PRETRAINED if options.model else Sizes(), lora=options.lora)
+    work = prepare(folder / "work", options.hh, sizes, options.threads, options.model)
     needs_ppo = "ppo" in map(peer_stage, options.stages)
     ppo_python = peer_of_ppo(options.environment, options.python) if needs_ppo else sys.executable
     environment = child_environment(options.threads, folder)
@@ -164,7 +168,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "product": PRODUCT,
         "peaks": peaks,
         "work": {key: value for key, value in work.items() if key not in left_out},
-        "rows": summarise(runs, best),
+        "rows": summarise(runs, best, pretrained=options.model is not None),
         "runs": [{key: value for key, value in run.items() if key != "digests"} for run in runs],
     }
 
@@ -173,43 +177,62 @@ def command_of(options: argparse.Namespace) -> str:
     """The command that reproduces these figures, without the folders of this machine."""
     words = ["python", "scripts/bench.py"]
     words += ["--hh", options.hh.name] if options.hh else []
-    words += ["--stages", ",".join(options.stages)] if options.stages != list(TITLES) else []
+    words += ["--model", options.model.name] if options.model else []
+    words += ["--lora", str(options.lora)] if options.lora else []
+    words += ["--stages", ",".join(options.stages)] if options.stages != stages_of(options.lora) else []
     words += [f"--{name}" for name in ("bf16", "quick") if getattr(options, name)]
     words += ["--repeats", str(options.repeats)] if options.repeats != LEAST else []
     words += ["--threads", str(options.threads)] if options.threads != THREADS else []
     return " ".join(words)
 
 
+def stages_of(lora: int) -> list[str]:
+    """The stages that can be measured; the peer's PPO with adapters is not among them."""
+    return [stage for stage in TITLES if not lora or peer_stage(stage) != "ppo"]
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, checked.
 
     Raises:
-        BadInput: a stage does not exist, or there are too few rounds.
+        BadInput: a stage or model does not exist, or there are too few rounds.
     """
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--hh", type=Path, metavar="FILE", help="preference pairs; without it a synthetic set")
-    parser.add_argument("--stages", default=",".join(TITLES), help="default: all")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a pretrained policy; without it random weights")
+    parser.add_argument(
+        "--lora", type=int, default=0, metavar="RANK", help="train adapters of this rank (with --model)"
+    )
+    parser.add_argument("--stages", help="default: all; with --lora those without PPO")
     parser.add_argument("--repeats", type=int, help=f"rounds (default and least {LEAST}; with --quick 1)")
     parser.add_argument("--bf16", action="store_true", help="run everything also with bf16 autocast")
     parser.add_argument("--quick", action="store_true", help="a smoke test on a few examples; its figures mean nothing")
     parser.add_argument("--threads", type=int, default=THREADS)
-    parser.add_argument("--output", type=Path, help="default: docs/benchmarks.md; with --quick build/bench_quick.md")
+    parser.add_argument("--output", type=Path, help="default: see above; with --quick build/bench_quick.md")
     parser.add_argument("--json", type=Path, help="default: the output with the suffix .json")
     parser.add_argument("--environment", type=Path, default=ENVIRONMENT, help="environment of TRL 1.12")
     parser.add_argument("--python", default=sys.executable, help="interpreter that creates the environment")
     options = parser.parse_args(arguments)
-    options.stages = [stage.strip() for stage in options.stages.split(",") if stage.strip()]
-    unknown = [stage for stage in options.stages if stage not in TITLES]
-    if unknown or not options.stages:
-        raise BadInput(f"--stages: found {', '.join(unknown) or 'none'}; expected some of {','.join(TITLES)}")
-    options.stages = [stage for stage in TITLES if stage in options.stages]
+    if options.model is not None and not (options.model / "config.json").is_file():
+        raise BadInput(
+            f"--model {options.model}: no config.json; expected the folder of a model in Hugging Face's form"
+        )
+    if options.lora < 0 or (options.lora and options.model is None):
+        raise BadInput(f"--lora: found {options.lora}; expected a rank above 0, together with --model")
+    known = stages_of(options.lora)
+    given = known if options.stages is None else [stage.strip() for stage in options.stages.split(",") if stage.strip()]
+    unknown = [stage for stage in given if stage not in known]
+    if unknown or not given:
+        raise BadInput(f"--stages: found {', '.join(unknown) or 'none'}; expected some of {','.join(known)}")
+    options.stages = [stage for stage in known if stage in given]
     least = 1 if options.quick else LEAST
     options.repeats = least if options.repeats is None else options.repeats
     if options.repeats < least:
         raise BadInput(f"--repeats: found {options.repeats}; expected at least {least}, for a median and a spread")
     if options.threads < 1:
         raise BadInput(f"--threads: found {options.threads}; expected at least 1")
-    options.output = options.output or ROOT / ("build/bench_quick.md" if options.quick else "docs/benchmarks.md")
+    name = f"benchmarks{'_pretrained' if options.model else ''}{'_lora' if options.lora else ''}"
+    options.output = options.output or ROOT / ("build/bench_quick.md" if options.quick else f"docs/{name}.md")
     options.json = options.json or options.output.with_suffix(".json")
     return options
 

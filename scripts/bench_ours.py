@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from bench_probe import Stopwatch, run_side
+from bench_probe import LORA_TARGETS, Stopwatch, run_side
 
 LOSSES = {"sft": "loss/nll", "reward": "loss/bradley_terry", "dpo": "loss/dpo"}
 STAGES = (*LOSSES, "ppo", "ppo_shared")
@@ -40,6 +40,9 @@ def config_of(stage: str, work: dict[str, Any], bf16: bool) -> tuple[str, Any]:
         "num_threads": work["threads"],
         "output_name": stage,
     }
+    if sizes["lora"]:
+        values |= {"use_peft": True, "lora_r": sizes["lora"], "lora_alpha": 2 * sizes["lora"], "lora_dropout": 0.0}
+        values["lora_target_modules"] = list(LORA_TARGETS)
     if stage == "reward":
         values["reward_centering"] = "none"
     if stage == "dpo":

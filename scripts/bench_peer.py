@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench_probe import Stopwatch, run_side
+from bench_probe import LORA_TARGETS, Stopwatch, run_side
 
 STAGES = ("sft", "reward", "dpo", "ppo")
 
@@ -78,6 +78,17 @@ def noted(collate: Any, watch: Stopwatch) -> Any:
     return collated
 
 
+def adapter(work: dict[str, Any], task: str) -> Any:
+    """The config of the adapters, None if all weights are trained; `task` is peft's word."""
+    rank = work["sizes"]["lora"]
+    if not rank:
+        return None
+    from peft import LoraConfig
+
+    targets = list(LORA_TARGETS)
+    return LoraConfig(task_type=task, r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets)
+
+
 def train_pairs(stage: str, work: dict[str, Any], watch: Stopwatch, directory: str, bf16: bool) -> None:
     """SFT, reward model or DPO with TRL's trainer."""
     import torch
@@ -103,6 +114,7 @@ def train_pairs(stage: str, work: dict[str, Any], watch: Stopwatch, directory: s
         "processing_class": AutoTokenizer.from_pretrained(work["policy"]),
         "callbacks": [make_timing(watch)],
     }
+    options["peft_config"] = adapter(work, "SEQ_CLS" if stage == "reward" else "CAUSAL_LM")
     if stage == "reward":
         model = AutoModelForSequenceClassification.from_pretrained(work["reward"], dtype=torch.float32)
         trainer = trl.RewardTrainer(model=model, args=trl.RewardConfig(**arguments), **options)
@@ -113,7 +125,8 @@ def train_pairs(stage: str, work: dict[str, Any], watch: Stopwatch, directory: s
             trainer = trl.SFTTrainer(model=model, args=args, **options)
         else:
             args = trl.DPOConfig(**arguments, beta=0.1, loss_type=["sigmoid"], precompute_ref_log_probs=False)
-            options["ref_model"] = AutoModelForCausalLM.from_pretrained(work["policy"], dtype=torch.float32)
+            if options["peft_config"] is None:  # else the reference is the model without its adapter
+                options["ref_model"] = AutoModelForCausalLM.from_pretrained(work["policy"], dtype=torch.float32)
             trainer = trl.DPOTrainer(model=model, args=args, **options)
     trainer.data_collator = noted(trainer.data_collator, watch)
     found = trainer.train()

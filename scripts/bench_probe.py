@@ -29,6 +29,8 @@ LOAD_BEFORE = os.getloadavg()[0]
 PACKAGES = ("rlhf-pipeline", "trl", "torch", "transformers", "accelerate", "datasets", "tokenizers")
 PRODUCT = 1024
 ATTEMPTS = 40
+LORA_TARGETS = ("q_proj", "v_proj")
+"""The matrices that get adapters on both sides."""
 
 Rows = Sequence[Sequence[Sequence[int]]]  # examples, each the token ids of its sequences
 

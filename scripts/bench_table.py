@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
+from bench_probe import LORA_TARGETS
+
 TITLES = {
     "dpo": "DPO, reference online",
     "reward": "reward model",
@@ -17,6 +19,15 @@ TITLES = {
 UNITS = {"dpo": "pairs", "reward": "pairs", "sft": "examples", "ppo": "episodes", "ppo_shared": "episodes"}
 # Ratio of our rate to the peer's in fp32: the required minimum, and the aim.
 TARGETS = {"dpo": (4.5, 8.0), "reward": (2.5, 5.0), "sft": (1.8, 3.0), "ppo": (1.8, 3.0), "ppo_shared": (3.0, 5.0)}
+PRETRAINED_TARGETS = {
+    "dpo": (2.5, 4.0),
+    "reward": (2.2, 3.5),
+    "sft": (2.0, 3.0),
+    "ppo": (2.0, 3.0),
+    "ppo_shared": (2.0, 3.0),
+}
+MEMORY_AIM = 0.6
+"""The largest share of the peer's peak memory, with a pretrained model."""
 SETUP = {
     "GFLOP per example": ("gflop_per_example", ".2f"),
     "set-up, s, ours / TRL": ("setup_seconds", ".1f"),
@@ -55,13 +66,14 @@ def _work_flops(runs: Sequence[Run], stage: str) -> float | None:
     return statistics.median(counted) if counted else None
 
 
-def summarise(runs: Sequence[Run], peak: dict[str, float]) -> list[dict[str, Any]]:
+def summarise(runs: Sequence[Run], peak: dict[str, float], *, pretrained: bool = False) -> list[dict[str, Any]]:
     """One row for each stage and precision with the same rounds on both sides; each ratio is taken within one round.
 
     Args:
         runs: reports of both sides, each with its round. peak: FLOP/s of a matrix product, by precision.
+        pretrained: whether the model is; it has other targets.
     """
-    rows = []
+    rows, targets = [], PRETRAINED_TARGETS if pretrained else TARGETS
     for precision, stage in product(("fp32", "bf16"), TITLES):
         ours = _pick(runs, "ours", stage, precision)
         peer = _pick(runs, "peer", peer_stage(stage), precision)
@@ -69,7 +81,7 @@ def summarise(runs: Sequence[Run], peak: dict[str, float]) -> list[dict[str, Any
             continue
         ratio = spread([rate(mine) / rate(theirs) for mine, theirs in zip(ours, peer)])
         row: dict[str, Any] = {"stage": stage, "precision": precision, "ratio": ratio}
-        row["floor"], row["aim"] = TARGETS[stage] if precision == "fp32" else (None, None)
+        row["floor"], row["aim"] = targets[stage] if precision == "fp32" else (None, None)
         for side, found in (("ours", ours), ("peer", peer)):
             flops = _work_flops(runs, stage if side == "ours" else peer_stage(stage))
             rates = spread([rate(run) for run in found])
@@ -138,6 +150,15 @@ def rate_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def memory_shares(rows: Sequence[dict[str, Any]]) -> str:
+    """Our peak memory as a share of the peer's, against the aim."""
+    shares = [
+        f"{TITLES[row['stage']]} ({row['precision']}) {row['ours']['peak_bytes'] / row['peer']['peak_bytes']:.2f}"
+        for row in rows
+    ]
+    return f"Peak memory, our share of TRL's (aim {MEMORY_AIM:g} at most): {', '.join(shares)}."
+
+
 def setup_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Quantities outside the rates, and those that must agree on both sides, as lines of Markdown."""
     lines = ["| stage | | " + " | ".join(SETUP) + " |", "| --- | --- |" + " ---: |" * len(SETUP)]
@@ -153,7 +174,22 @@ def setup_table(rows: Sequence[dict[str, Any]]) -> list[str]:
 def describe_work(work: dict[str, Any], repeats: int) -> list[str]:
     """A description of the work, as paragraphs."""
     sizes, lengths = work["sizes"], work["lengths"]
-    model = sizes["model"]
+    model, lora = sizes["model"], sizes["lora"]
+    if work["model"] is None:
+        described = (
+            f"Byte-level BPE of {sizes['vocab_size']:,} tokens trained on them; {model['model_type']}, hidden "
+            f"{model['hidden_size']}, MLP {model['intermediate_size']}, {model['num_hidden_layers']} layers, "
+            f"{model['num_attention_heads']} heads, tied embeddings: {work['parameters'] / 1e6:.1f} M random weights, "
+            "identical on both sides."
+        )
+    else:
+        trained = f"adapters of rank {lora} on {' and '.join(LORA_TARGETS)}" if lora else "all weights"
+        described = (
+            f"`{work['model']}` and its tokenizer, {work['parameters'] / 1e6:.1f} M pretrained weights; {trained} are "
+            "trained. Both sides read the same files."
+        )
+    random = "A model with random weights rarely ends a response early."
+    ends = random if work["model"] is None else "Each side samples its own responses, and their lengths differ."
     listed = ", ".join(f"{name} {found['median']:g} ({found['p95']:g})" for name, found in lengths.items())
     if work["source"] == "synthetic":
         source = "Synthetic transcripts with lengths from log-normal distributions fitted to HH's"
@@ -163,14 +199,11 @@ def describe_work(work: dict[str, Any], repeats: int) -> list[str]:
         f"{source}: the first {sizes['examples']:,} after {sizes['warmup'] * sizes['batch']} of warm-up, with at most "
         f"{sizes['max_length']} tokens in the prompt and the longer response. "
         f"Tokens, median (95th percentile): {listed}.",
-        f"Byte-level BPE of {sizes['vocab_size']:,} tokens trained on them; {model['model_type']}, hidden "
-        f"{model['hidden_size']}, MLP {model['intermediate_size']}, {model['num_hidden_layers']} layers, "
-        f"{model['num_attention_heads']} heads, tied embeddings: {work['parameters'] / 1e6:.1f} M random weights, "
-        f"identical on both sides. Batch {sizes['batch']}, AdamW, linear schedule.",
+        f"{described} Batch {sizes['batch']}, AdamW, linear schedule.",
         f"PPO: {sizes['episodes']} episodes after {sizes['warmup_updates'] * sizes['rollout']} of warm-up, prompts up "
         f"to {sizes['prompt_length']} tokens, {sizes['new_tokens']} new tokens, rollouts of {sizes['rollout']}, "
-        f"{sizes['ppo_epochs']} epochs of {sizes['minibatches']} minibatches, the same prompts in every rollout. A "
-        "model with random weights rarely ends a response early.",
+        f"{sizes['ppo_epochs']} epochs of {sizes['minibatches']} minibatches, the same prompts in every rollout. "
+        f"{ends}",
         f"{repeats} rounds. In each round both sides run once, each in its own process, in alternating order. The "
         "tables show medians (smallest-largest); each ratio is taken within one round. The benchmark checks that both "
         "sides take the same examples in every step. Evaluation, logging and saving are off or not timed. TRL's "
@@ -192,6 +225,8 @@ def document(found: dict[str, Any]) -> str:
         blocks.append("A smoke test on a tiny model and a few examples: its figures do not measure speed.")
     if plain:
         blocks.append("\n".join(rate_table(plain)))
+    if found["work"]["model"] is not None:
+        blocks.append(memory_shares(rows))
     if bf16:
         but = " (TRL's PPO still samples and scores in fp32)" if any("ppo" in row["stage"] for row in bf16) else ""
         blocks += [f"bf16 autocast on both sides{but}:", "\n".join(rate_table(bf16))]

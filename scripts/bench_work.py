@@ -1,4 +1,4 @@
-"""The work of bench.py for both sides: examples, prompts, a tokenizer and two models with random weights."""
+"""The work of bench.py for both sides: examples, prompts, a tokenizer and two models."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_pipeline.config.lengths import Lengths
 from rlhf_pipeline.data.kinds import as_kind
 from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.data.records import plain
 from rlhf_pipeline.data.tokenize import Example, tokenize
-from rlhf_pipeline.data.tokenizers import train_byte_level_bpe
+from rlhf_pipeline.data.tokenizers import load_tokenizer, train_byte_level_bpe
 from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.training.windows import epoch_order
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SEED = 0
 LEARNING_RATE = 1e-5
@@ -38,7 +41,10 @@ LLAMA = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """The amount of work. Warm-up (in steps; PPO: in updates) is in addition to `examples` and `episodes`."""
+    """The amount of work. Warm-up (in steps; PPO: in updates) is in addition to `examples` and `episodes`.
+
+    model: of random weights; not used with `pretrained`. lora: the rank of the adapters; 0: all weights are trained.
+    """
 
     examples: int = 320
     batch: int = 8
@@ -54,6 +60,8 @@ class Sizes:
     minibatches: int = 4
     synthetic_rows: int = 2300
     model: dict[str, Any] = field(default_factory=lambda: dict(LLAMA))
+    pretrained: bool = False
+    lora: int = 0
 
     @property
     def pairs(self) -> int:
@@ -75,6 +83,10 @@ QUICK = Sizes(
     synthetic_rows=200,
     model={**LLAMA, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1},
 )
+
+
+# For a pretrained model of some hundred million parameters: minutes for each run on two cores.
+PRETRAINED = Sizes(examples=16, batch=4, warmup=1, episodes=8, rollout=8, pretrained=True)
 
 
 def synthetic_pairs(count: int, seed: int = SEED) -> list[dict[str, str]]:
@@ -120,15 +132,22 @@ def length_table(pairs: Sequence[Example], prompts: Sequence[Example]) -> dict[s
     }
 
 
-def make_models(folder: Path, tokenizer: Any, sizes: Sizes) -> dict[str, Any]:
-    """Make a policy and a reward model on its trunk, both with random weights; return their paths and their size."""
+def make_models(folder: Path, tokenizer: PreTrainedTokenizerBase, sizes: Sizes, model: Path | None) -> dict[str, Any]:
+    """Write a policy and a reward model on its trunk; return their paths and the policy's size.
+
+    model: the folder of a pretrained policy; None: random weights.
+    """
+    import torch
     from transformers.utils import logging
 
-    from rlhf_pipeline.models.loading import init_causal_lm, init_reward_model, save_model
+    from rlhf_pipeline.models.loading import init_causal_lm, init_reward_model, load_causal_lm, save_model
 
     logging.set_verbosity_error()  # a head without weights is intended here
     logging.disable_progress_bar()
-    policy = init_causal_lm({**sizes.model, "vocab_size": sizes.vocab_size}, tokenizer, seed=SEED)
+    if model is None:
+        policy = init_causal_lm({**sizes.model, "vocab_size": sizes.vocab_size}, tokenizer, seed=SEED)
+    else:
+        policy = load_causal_lm(model, dtype=torch.float32)
     save_model(policy, tokenizer, folder / "policy")
     # The head that `rlhf train-rm` draws from this seed, so that both sides start from the same weights.
     reward = init_reward_model(folder / "policy", tokenizer, seed=SEED)
@@ -137,11 +156,14 @@ def make_models(folder: Path, tokenizer: Any, sizes: Sizes) -> dict[str, Any]:
         "policy": str(folder / "policy"),
         "reward": str(folder / "reward"),
         "parameters": sum(p.numel() for p in policy.parameters()),
+        "model": None if model is None else model.resolve().name,
     }
 
 
-def prepare(folder: Path, source: Path | None, sizes: Sizes, threads: int) -> dict[str, Any]:
+def prepare(folder: Path, source: Path | None, sizes: Sizes, threads: int, model: Path | None = None) -> dict[str, Any]:
     """Write everything that a run needs into a folder; returns the content of its work.json.
+
+    model: the folder of a pretrained policy and its tokenizer; None: random weights.
 
     Raises:
         BadInput: the file does not exist, or has too few pairs or prompts that fit.
@@ -152,7 +174,7 @@ def prepare(folder: Path, source: Path | None, sizes: Sizes, threads: int) -> di
     path = str(source or write_rows(folder / "synthetic.jsonl", synthetic_pairs(sizes.synthetic_rows)))
     records, _ = as_kind(read_records(path, skip_bad_rows=True).records, "pair", path)
     texts = [plain(text) for record in records for text in (record.prompt, *record.completions)]
-    tokenizer = train_byte_level_bpe(texts, sizes.vocab_size)
+    tokenizer = load_tokenizer(str(model)) if model else train_byte_level_bpe(texts, sizes.vocab_size)
     longest = Lengths(sizes.max_length, sizes.max_length, 2 * sizes.max_length)
     pairs, _ = tokenize(records, tokenizer, longest)
     prompts, _ = tokenize(records, tokenizer, longest, kind="prompt")
@@ -179,7 +201,7 @@ def prepare(folder: Path, source: Path | None, sizes: Sizes, threads: int) -> di
         # The order of the package's loop; the peer gets its rows in the same order.
         "order": epoch_order(len(pairs), SEED, 0),
         "prompt_order": epoch_order(len(prompts), SEED, 0),
-        **make_models(folder, tokenizer, sizes),
+        **make_models(folder, tokenizer, sizes, model),
     }
     (folder / "work.json").write_text(json.dumps(work))
     return work

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +31,14 @@ def work(bench, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     return bench.bench_work.prepare(tmp_path_factory.mktemp("bench") / "work", None, bench.bench_work.QUICK, 1)
+
+
+@pytest.fixture(scope="module")
+def adapted(bench, work, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The same examples for adapters on a model that is there already."""
+    sizes = replace(bench.bench_work.QUICK, pretrained=True, lora=2)
+    folder = tmp_path_factory.mktemp("adapted") / "work"
+    return bench.bench_work.prepare(folder, None, sizes, 1, Path(work["policy"]))
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +100,17 @@ def test_the_peers_side_takes_them_too_and_finds_the_same_loss(bench, work, stag
     assert theirs["loss"] == pytest.approx(ours["loss"], abs=2e-6)
 
 
+@pytest.mark.check
+@pytest.mark.parametrize("stage", ["dpo", "reward", "sft"])
+def test_both_sides_train_adapters_on_the_same_examples(bench, adapted, stage, monkeypatch) -> None:
+    """Every adapter starts at zero, so at this learning rate the losses are almost those of the model."""
+    monkeypatch.setenv("CI", "1")
+    theirs = bench.bench_peer.measure(stage, adapted).report("peer", stage, False)
+    ours = bench.bench_ours.measure(stage, adapted).report("ours", stage, False)
+    assert theirs["digests"] == ours["digests"] and theirs["optimizer_steps"] == ours["optimizer_steps"]
+    assert theirs["loss"] == pytest.approx(ours["loss"], abs=1e-4)
+
+
 def test_the_order_within_a_step_does_not_matter_and_the_step_does(bench) -> None:
     digest = bench.bench_probe.digest
     assert digest([[[1, 2]], [[3]]]) == digest([[[3]], [[1, 2]]]) != digest([[[3]], [[2, 1]]])
@@ -151,6 +170,20 @@ def test_ratios_are_of_one_round_and_shares_of_the_peak(bench) -> None:
     )
 
 
+def test_a_pretrained_model_has_targets_of_its_own(bench) -> None:
+    runs = [run("ours", "dpo", 1, 1.0, peak_bytes=3 * 2**30), run("peer", "dpo", 1, 3.0, peak_bytes=4 * 2**30)]
+    (row,) = bench.bench_table.summarise(runs, {"fp32": 1e11}, pretrained=True)
+    assert (row["floor"], row["aim"]) == (2.5, 4.0) and bench.bench_table.verdict(row) == "above the floor"
+    said = "Peak memory, our share of TRL's (aim 0.6 at most): DPO, reference online (fp32) 0.75."
+    assert bench.bench_table.memory_shares([row]) == said
+
+
+def test_a_model_of_the_user_and_its_tokenizer_are_the_work(bench, adapted, work) -> None:
+    text = " ".join(bench.bench_table.describe_work(adapted, 3))
+    assert "`policy` and its tokenizer, 0.0 M pretrained weights; adapters of rank 2 on q_proj and v_proj" in text
+    assert adapted["parameters"] == work["parameters"] and adapted["lengths"] == work["lengths"]
+
+
 def test_the_shared_trunk_is_set_beside_the_peers_separate_critic(bench) -> None:
     runs = [
         run("ours", "ppo", 1, 1.0),
@@ -203,6 +236,8 @@ def test_other_examples_on_one_side_are_an_error(bench) -> None:
         (["--stages", "dpo,kto"], "--stages: found kto; expected some of dpo,reward,sft,ppo,ppo_shared"),
         (["--repeats", "2"], "--repeats: found 2; expected at least 3"),
         (["--threads", "0"], "--threads: found 0; expected at least 1"),
+        (["--model", "absent"], "--model absent: no config.json; expected the folder of a model"),
+        (["--lora", "4"], "--lora: found 4; expected a rank above 0, together with --model"),
     ],
 )
 def test_a_wrong_option_exits_with_2_and_one_line(bench, capsys, arguments, message) -> None:
