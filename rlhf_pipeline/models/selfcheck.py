@@ -15,6 +15,7 @@ from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.models.adapters import stirred
 from rlhf_pipeline.models.forward import Reader, completion_logprobs, hidden_states, trunk_of
 from rlhf_pipeline.models.last_layer import compute_all, skip_unread
+from rlhf_pipeline.models.lean_layers import use_lean_layers
 from rlhf_pipeline.models.modules import RewardModel, sequence_head
 from rlhf_pipeline.models.noise import require_no_noise
 from rlhf_pipeline.models.probe import agree, has_other_windows, probe_examples, short_windows
@@ -27,11 +28,12 @@ if TYPE_CHECKING:
 def _ways(model: PreTrainedModel, examples: list[Example]) -> Iterator[tuple[list[PackedBatch], bool]]:
     """The ways of reading a model, the fastest first.
 
-    Sets the model up for each way; yields two batches, of all examples and of the last one alone, and whether the last
-    layer skips unread positions.
+    Sets the model up for each way, with lean layers in all of them; yields two batches, of all examples and of the last
+    one alone, and whether the last layer skips unread positions.
     """
     device = next(model.parameters()).device
     # Our masks know only the windows of `sliding_window`; in "rows" the model makes its masks itself.
+    use_lean_layers(model)
     layouts = LAYOUTS[:1] if has_other_windows(model) else LAYOUTS
     for layout in reversed(layouts):
         if layout == "flat":
