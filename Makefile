@@ -13,7 +13,7 @@ TORCH_STAMP := $(VENV)/.torch-index
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check exact mutants parity lint format type hh reviews real bench growth faults vllm clean
+.PHONY: help setup demo test check exact mutants parity lint format type hh reviews real bench bench-data growth faults vllm clean
 
 help:
 	@echo "make demo     SFT, preference pairs, reward model, PPO and DPO on the built-in data, compared"
@@ -25,6 +25,7 @@ help:
 	@echo "make reviews  sentiment-controlled text from film reviews, after the DPO paper: make reviews DATA=FOLDER"
 	@echo "make real     SmolLM2-135M with LoRA on human pairs, then on a known reward: make real HH=FILE [DATA=FOLDER]"
 	@echo "make bench    every stage's speed and memory beside TRL's: make bench [HH=FILE] [MODEL=FOLDER [LORA=RANK]]"
+	@echo "              its last part alone, the set-up of the data: make bench-data [HH=FILE] [MODEL=FOLDER] [ROWS='160000 1000000']"
 	@echo "make faults   kill, stop, damage, fill up and deceive it, at length: about an hour"
 	@echo "make vllm     install vLLM for a CPU in $(VLLM_VENV) and compare it with the native sampler: about 20 minutes"
 	@echo "make growth   how time and memory grow with length, data, vocabulary, completions and batch"
@@ -131,6 +132,11 @@ endif
 # HH names preference pairs; without it the pairs are made up, with the lengths of HH's. MODEL: a pretrained policy.
 bench: $(STAMP)
 	$(BIN)/python scripts/bench.py $(if $(HH),--hh "$(HH)") $(if $(MODEL),--model "$(MODEL)") $(if $(LORA),--lora $(LORA))
+	$(MAKE) bench-data
+
+bench-data: $(STAMP)
+	$(BIN)/python scripts/bench_data.py $(if $(HH),--hh "$(HH)") $(if $(MODEL),--tokenizer "$(MODEL)") \
+		$(if $(ROWS),--rows $(ROWS))
 
 growth: $(STAMP)
 	$(BIN)/python scripts/growth.py

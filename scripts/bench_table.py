@@ -220,7 +220,8 @@ def document(found: dict[str, Any]) -> str:
     start, end = ({name: value / 1e9 for name, value in peaks[place].items()} for place in (0, -1))
     best = {name: max(start[name], end[name]) for name in start}
     machine, loads = found["machine"], [load for run in found["runs"] for load in run["load"]]
-    blocks = ["# Benchmarks", f"Made by `{found['command']}` on {found['date']}."]
+    beside = "The set-up of the data is in [benchmarks_data.md](benchmarks_data.md)."
+    blocks = ["# Benchmarks", f"Made by `{found['command']}` on {found['date']}. {beside}"]
     if found["quick"]:
         blocks.append("A smoke test on a tiny model and a few examples: its figures do not measure speed.")
     if plain:

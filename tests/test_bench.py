@@ -13,7 +13,7 @@ import pytest
 
 from rlhf_pipeline.errors import RlhfError
 
-MODULES = ("bench", "bench_ours", "bench_peer", "bench_probe", "bench_table", "bench_work")
+MODULES = ("bench", "bench_data", "bench_ours", "bench_peer", "bench_probe", "bench_table", "bench_work")
 
 
 @pytest.fixture(scope="module")
@@ -244,3 +244,47 @@ def test_a_wrong_option_exits_with_2_and_one_line(bench, capsys, arguments, mess
     assert bench.bench.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}") and error.count("\n") == 1
+
+
+def test_pairs_are_repeated_with_a_word_more_in_each_text(bench) -> None:
+    pairs = [
+        ("\n\nHuman: one two\n\nAssistant:", " yes yes", " no"),
+        ("\n\nHuman: three\n\nAssistant:", " maybe", " or"),
+    ]
+    rows = list(bench.bench_data.variants(pairs, 6))
+    assert [(row["chosen"], row["rejected"]) for row in rows[:2]] == [(p + c, p + r) for p, c, r in pairs]
+    for number, row in enumerate(rows[2:], 2):
+        prompt, *replies = pairs[number % 2]
+        for text, reply in zip(row.values(), replies):
+            begun, mark, rest = text.partition("\n\nAssistant:")
+            assert mark and len(begun.split()) == len(prompt.split())  # without its mark, with a word more
+            assert len(rest.split()) == len(reply.split()) + 1
+        assert row["chosen"].partition("\n\nAssistant:")[0] == row["rejected"].partition("\n\nAssistant:")[0]
+    assert rows == list(bench.bench_data.variants(pairs, 6))
+
+
+def test_the_aims_of_the_data_are_those_of_the_medians(bench, tmp_path) -> None:
+    def run(side: str, cpu: float, wall: float, memory: float, rows: int = 160_000) -> dict[str, Any]:
+        figures = {"cpu_seconds": cpu, "wall_seconds": wall, "memory_mb": memory, "examples": [rows]}
+        return {"rows": rows, "file_mb": 1.0, "side": side, **figures, **({"trl": "9.9"} if side == "trl" else {})}
+
+    runs = [run("first", cpu, 99, 300) for cpu in (20, 30, 70)] + [run("second", 1, wall, 410) for wall in (1, 2, 9)]
+    runs += [run("trl", cpu, 99, 900) for cpu in (90, 100, 300)] + [run("first", 200, 99, 999, rows=1_000_000)]
+    assert [found[1:3] for found in bench.bench_data.targets(runs, 160_000)] == [(0.3, 0.35), (2, 3.0), (410, 400)]
+    assert [found[1:3] for found in bench.bench_data.targets(runs, 1_000_000)] == [(999, 1000)]
+    options = SimpleNamespace(hh=Path("/x/hh.jsonl"), tokenizer=None, rows=[160_000], peer_rows=160_000, repeats=3)
+    text = bench.bench_data.document(options, runs)
+    assert "`python scripts/bench_data.py --hh hh.jsonl --repeats 3`" in text and "TRL 9.9" in text
+    assert "| 160,000 | nothing stored: CPU seconds / TRL's | 0.30 | 0.35 | reached |" in text
+    assert "| 160,000 | resident memory above that after imports, MB | 410 | 400 | **not reached** |" in text
+
+
+@pytest.mark.slow
+@pytest.mark.check
+def test_both_sides_of_the_data_are_measured(bench, tmp_path, capsys) -> None:
+    assert bench.bench_data.main(["--rows", "50", "--output", str(tmp_path / "data.md")]) == 0
+    rows = [
+        line.split("|")[1:-1] for line in (tmp_path / "data.md").read_text().splitlines() if line.startswith("| 50 ")
+    ]
+    assert [row[1].strip() for row in rows[:3]] == list(bench.bench_data.SIDES.values())
+    assert rows[0][-1] == rows[1][-1] and len(rows) == 6 and rows[2][-1].strip() == "50"
