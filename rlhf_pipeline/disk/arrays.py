@@ -17,7 +17,7 @@ import numpy as np
 
 from rlhf_pipeline.disk.sealed import seal, unseal
 from rlhf_pipeline.disk.stamps import Stamp, stamp
-from rlhf_pipeline.disk.storage import claim, locked, staging, writing
+from rlhf_pipeline.disk.storage import claim, locked, mark_used, staging, writing
 
 TABLE = "table.json"
 _PIECE = 1 << 20
@@ -138,6 +138,7 @@ def _read(folder: Path) -> Table | None:
         arrays = dict(_mapped(folder, described["arrays"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    mark_used(folder / TABLE)
     return Table(arrays, described["about"], sha256(content).hexdigest())
 
 

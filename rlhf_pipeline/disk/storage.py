@@ -202,6 +202,12 @@ def sync_tree(folder: Path) -> None:
     sync(folder)
 
 
+def mark_used(path: Path) -> None:
+    """Note that a file is used now: its time of change is that of its last use."""
+    with contextlib.suppress(OSError):  # not ours to change, or removed
+        os.utime(path)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a text file atomically: readers see the old content or the new one.
 
@@ -234,6 +240,7 @@ def locked(folder: Path) -> Iterator[None]:
     with writing(folder, "its lock"):
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a")
+        only_here(file)  # a child that outlives this process would keep the lock
     with file:
         lock(file.fileno(), fcntl.LOCK_EX)
         yield

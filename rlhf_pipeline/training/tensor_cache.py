@@ -9,6 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from rlhf_pipeline.disk.storage import mark_used
+
 NAME, DIGEST = "values", "sha256"
 
 
@@ -26,7 +28,10 @@ def read_tensor(path: Path) -> Tensor | None:
             tensor, metadata = file.get_tensor(NAME), file.metadata() or {}
     except (SafetensorError, OSError):
         return None
-    return tensor if metadata.get(DIGEST) == _digest(tensor) else None
+    if metadata.get(DIGEST) != _digest(tensor):
+        return None
+    mark_used(path)
+    return tensor
 
 
 def write_tensor(path: Path, tensor: Tensor) -> None:
