@@ -17,7 +17,7 @@ from rlhf_pipeline.errors import BadInput
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-app = typer.Typer(no_args_is_help=True, help="Check, preview, collect, list and export data.")
+app = typer.Typer(no_args_is_help=True, help="Check, preview, fetch, collect, list and export data.")
 
 SourceArgument = Annotated[
     str,
@@ -186,6 +186,22 @@ def _token_lines(tokens: dict[str, Any] | None) -> Iterator[str]:
         yield f"  trained     {sum(flags)} tokens {', '.join(map(repr, texts))}"
     for reason, count in tokens["cut"].items():
         yield f"  cut         {reason} {count}"
+
+
+@command(app, "fetch")
+def fetch(
+    common: Common,
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Hub id.", show_default=False)],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new directory.", show_default=False)],
+    rows: Annotated[int, typer.Option("--rows", "-n", help="Rows of each split, from its first one on.", min=1)],
+    dataset_config: PartOption = None,
+) -> None:
+    """Write the first rows of a hub data set into a directory, which is then a source; the rest is not fetched."""
+    from rlhf_pipeline.data.fetch import fetch as fetch_rows
+
+    counts = fetch_rows(source, directory, rows, dataset_config)
+    said = ", ".join(f"{count:,} rows of {split}" for split, count in counts.items())
+    emit({"path": str(directory), "rows": counts}, [f"wrote {said} to {directory}"], json=common.json)
 
 
 @command(app, "list")

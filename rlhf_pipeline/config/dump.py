@@ -11,7 +11,10 @@ from rlhf_pipeline.config import yaml
 
 # Keys that change how a run is logged, stored or paced, but not its result.
 RUN_ONLY = frozenset(
-    {"logging_steps", "save_strategy", "save_steps", "save_total_limit", "num_threads", "report_to", "output_dir"}
+    {
+        *("logging_steps", "save_strategy", "save_steps", "save_total_limit", "num_threads", "report_to", "output_dir"),
+        "dataset_num_proc",
+    }
 )
 
 

@@ -74,7 +74,7 @@ NOT_USED = frozenset(
         *("run_name", "log_level", "logging_dir", "logging_first_step", "disable_tqdm", "num_sample_generations"),
         *("wandb_project", "wandb_entity", "wandb_run_group", "exp_name", "save_only_model", "save_safetensors"),
         *("do_eval", "overwrite_output_dir", "remove_unused_columns", "padding_free", "gradient_checkpointing_kwargs"),
-        *("dataset_num_proc", "preprocessing_num_workers", "dataloader_num_workers", "dataloader_pin_memory"),
+        *("preprocessing_num_workers", "dataloader_num_workers", "dataloader_pin_memory"),
         *("ddp_timeout", "ddp_find_unused_parameters", "use_liger_kernel", "torch_compile", "packing_strategy"),
         *("accelerate_config", "local_rollout_forward_batch_size", "ds3_gather_for_generation"),
     )
@@ -87,14 +87,15 @@ _NO_EXTRA_TOKENS = (
     {"add_special_tokens": False},
     {"append_concat_token": False},
 )
+FETCH = "fetch the rows that you need with `rlhf data fetch SOURCE DIR --rows N`, and set dataset_name to DIR"
 FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "do_train": ((True, None), "a stage always trains"),
     "fp16": ((False, None), "use bf16"),
     "tf32": ((False, None), "use bf16 for speed"),
     "logging_strategy": (("steps",), "logging_steps sets when metrics are logged"),
     "dataset_text_field": (("text", None), "rename the column of the data to text"),
-    "dataset_streaming": ((False,), "a stage reads its data once, before it trains"),
-    "streaming": ((False,), "a stage reads its data once, before it trains"),
+    "dataset_streaming": ((False,), FETCH),
+    "streaming": ((False,), FETCH),
     "dataset_kwargs": (_NO_EXTRA_TOKENS, "a chat template already has its special tokens"),
     "average_tokens_across_devices": ((True, None), "a step divides once by the tokens of all processes"),
     "num_processes": ((1, None), "start it with --num-processes N, or by accelerate launch"),

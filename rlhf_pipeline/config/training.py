@@ -140,6 +140,7 @@ class TrainingConfig(WithLengths, WithEvaluation):
         "dataset_test_split; below 1: a fraction (TRL)",
     )
     max_train_samples: Count | None = option(None, "maximum number of training examples, in hash order (default: all)")
+    dataset_num_proc: Count | None = option(None, "processes that encode a large source's texts (TRL: one)")
     skip_bad_rows: bool = SKIP_BAD_ROWS
     allow_overlap: bool = option(
         False,

@@ -7,7 +7,7 @@ already. The record itself is read again only for its columns and messages.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -17,6 +17,7 @@ import numpy as np
 
 from rlhf_pipeline.data.encode import ACROSS, BATCH, Encoded, encode
 from rlhf_pipeline.data.kinds import MAKES, goodness
+from rlhf_pipeline.data.processes import taken_in_turns
 from rlhf_pipeline.data.records import Record
 from rlhf_pipeline.data.render import REASONING, REWRITTEN
 from rlhf_pipeline.data.styles import Style
@@ -91,6 +92,8 @@ def encode_all(
     style: Style | None = None,
     all_replies: bool = False,
     keep: Callable[[Callable[[Writer], Mapping[str, Any]]], Table] | None = None,
+    processes: int = 1,
+    tell: Callable[[int], None] = lambda _: None,
 ) -> Encodings:
     """Encode records; `keep` makes the table from a function that fills it, or has it already.
 
@@ -98,15 +101,30 @@ def encode_all(
         source_tokenizer_digest: digest of the tokenizer of the records' own ids. They are used if it is the digest of
             `tokenizer`; else the texts are encoded again.
         style, all_replies: as for `examples_of`; without a style, the records are in that of the stage.
+        processes: how many share the work; the table is the same. tell: is told how many records are encoded.
 
     Raises:
         DataError: there are messages, but the tokenizer has no chat template.
     """
     own_ids = source_tokenizer_digest is not None and source_tokenizer_digest == tokenizer_digest(tokenizer)
+    small = keep is not None and not own_ids and token_count(tokenizer) <= 2**16
+    kind = np.dtype(np.uint16 if small else np.int64 if own_ids else np.uint32)
+
+    def parts(number: int, of: int) -> Iterator[Part]:
+        """Yield every `of`-th part, from that with this number on."""
+        starts = range(number * BATCH, len(records), of * BATCH)
+        rows = (row for at in starts for row in range(at, min(at + BATCH, len(records))))
+        mine = map(records.__getitem__, rows)
+        found = encode(mine if style is None else map(style.apply, mine), tokenizer, own_ids, all_replies)
+        closed = closer(tokenizer)
+        while batch := list(islice(found, BATCH)):
+            yield _part(batch, closed, kind, all_replies)
 
     def fill(writer: Writer) -> Mapping[str, Any]:
-        found = encode(records if style is None else map(style.apply, records), tokenizer, own_ids, all_replies)
-        return _fill(writer, found, tokenizer, own_ids, all_replies)
+        if not len(records):
+            return _fill(writer, [_part([], closer(tokenizer), kind, all_replies)], tell)
+        several = min(processes, -(-len(records) // BATCH))
+        return _fill(writer, taken_in_turns(parts, several) if several > 1 else parts(0, 1), tell)
 
     if keep is not None:
         table = keep(fill)
@@ -116,71 +134,90 @@ def encode_all(
     return Encodings(records, table, style, tokenizer.bos_token_id)
 
 
-def _fill(
-    writer: Writer, found: Iterator[Encoded], tokenizer: PreTrainedTokenizerBase, own_ids: bool, all_replies: bool
-) -> Mapping[str, Any]:
-    """Write the arrays of `Encodings`, some records at a time; return the refusals."""
-    closed = closer(tokenizer)
-    small = writer.folder is not None and not own_ids and token_count(tokenizer) <= 2**16
+@dataclass
+class Part:
+    """Some records as the arrays of `Encodings`; `ends` and `last` begin at 0. refused: what templates say of some."""
+
+    arrays: dict[str, Array]
+    texts: list[str]
+    refused: dict[int, str]
+
+
+def _fill(writer: Writer, parts: Iterable[Part], tell: Callable[[int], None]) -> Mapping[str, Any]:
+    """Write the arrays of `Encodings`, one part behind another; return the refusals."""
     refused: dict[str, str] = {}
     done = sequences = tokens = 0
-    batch = list(islice(found, BATCH))
-    while batch or not done:
-        ids: list[int] = []
-        ends: list[int] = []
-        last: list[int] = []
-        bits, measures, texts, border, trained = [], [], [], [], bytearray()
-        for one in batch:
-            record = one.record
-            whole = record.kind == "text"
-            prompt = one.prompt_ids or []
-            if not whole:
-                ids += prompt
-            ends.append(tokens + len(ids))
-            bits.append(UNKNOWN if one.prompt_ids is None and one.refused is None else 0)
-            texts.append(one.texts.prompt)
-            measures += [0.0, *goodness(record)]
-            notes = one.texts.notes or [()] * len(one.completions)
-            for own, ended, across, said in zip(one.completions, record.ended, one.across, notes):
-                ids += closed([*prompt, *(own or [])] if whole else own or [], ended)
-                ends.append(tokens + len(ids))
-                bit = ENDED * ended + UNKNOWN * (own is None) + NOTES[ACROSS] * across
-                bits.append(bit + sum(NOTES[reason] for reason in said))
-            texts += one.texts.completions
-            if one.refused is not None:
-                refused[str(done + len(last))] = one.refused
-                missing = len(record.completions)
-                ends += [tokens + len(ids)] * missing
-                bits += [ENDED * ended for ended in record.ended]
-                texts += [""] * missing
-            flags = one.trained if one.trained and any(one.trained) and one.completions else None
-            border.append(0 if flags is None else max(flags.index(True), 1))
-            if flags is not None:
-                start = len(ids) - (ends[-1] - ends[-2]) - len(prompt)
-                trained += bytes(start - len(trained)) + bytes(flags) + b"\x01" * (ends[-1] - ends[-2])
-            last.append(sequences + len(ends))
-        trained += bytes(len(ids) - len(trained))
-        records = [one.record for one in batch]
-        writer.add("ids", np.array(ids, np.uint16 if small else np.int64 if own_ids else np.uint32))
-        writer.add("ends", np.array(ends, np.int64))
-        writer.add("bits", np.array(bits, np.uint8))
-        writer.add("goodness", np.array(measures, np.float64))
-        writer.texts("texts", texts)
-        writer.add("last", np.array(last, np.int64))
-        writer.add("border", np.array(border, np.int32))
-        if all_replies:
-            writer.add("trained", np.frombuffer(bytes(trained), np.uint8))
-        writer.add("kinds", np.array([KINDS.index(record.kind) for record in records], np.uint8))
-        writer.add("flags", np.array([_flags(one) for one in batch], np.uint8))
-        keys = bytes.fromhex("".join(record.prompt_key for record in records))
-        writer.add("keys", np.frombuffer(keys, np.uint8).reshape(-1, 32))
-        given = [record.extra.get("label_probability") for record in records]
-        writer.add("probability", np.array([np.nan if one is None else one for one in given], np.float64))
-        done, sequences, tokens = done + len(batch), sequences + len(ends), tokens + len(ids)
-        if not done:
-            break
-        batch = list(islice(found, BATCH))
+    for part in parts:
+        arrays = part.arrays
+        arrays["ends"] += tokens
+        arrays["last"] += sequences
+        for name, rows in arrays.items():
+            writer.add(name, rows)
+        writer.texts("texts", part.texts)
+        refused |= {str(done + number): said for number, said in part.refused.items()}
+        done, sequences, tokens = (
+            done + len(arrays["last"]),
+            sequences + len(arrays["ends"]),
+            tokens + len(arrays["ids"]),
+        )
+        tell(done)
     return {"refused": refused}
+
+
+def _part(batch: Sequence[Encoded], closed: Closer, kind: np.dtype[Any], all_replies: bool) -> Part:
+    """Return the arrays of some records; kind: the type of their ids."""
+    ids: list[int] = []
+    ends: list[int] = []
+    last: list[int] = []
+    refused: dict[int, str] = {}
+    bits, measures, texts, border, trained = [], [], [], [], bytearray()
+    for number, one in enumerate(batch):
+        record = one.record
+        whole = record.kind == "text"
+        prompt = one.prompt_ids or []
+        if not whole:
+            ids += prompt
+        ends.append(len(ids))
+        bits.append(UNKNOWN if one.prompt_ids is None and one.refused is None else 0)
+        texts.append(one.texts.prompt)
+        measures += [0.0, *goodness(record)]
+        notes = one.texts.notes or [()] * len(one.completions)
+        for own, ended, across, said in zip(one.completions, record.ended, one.across, notes):
+            ids += closed([*prompt, *(own or [])] if whole else own or [], ended)
+            ends.append(len(ids))
+            bit = ENDED * ended + UNKNOWN * (own is None) + NOTES[ACROSS] * across
+            bits.append(bit + sum(NOTES[reason] for reason in said))
+        texts += one.texts.completions
+        if one.refused is not None:
+            refused[number] = one.refused
+            missing = len(record.completions)
+            ends += [len(ids)] * missing
+            bits += [ENDED * ended for ended in record.ended]
+            texts += [""] * missing
+        flags = one.trained if one.trained and any(one.trained) and one.completions else None
+        border.append(0 if flags is None else max(flags.index(True), 1))
+        if flags is not None:
+            start = len(ids) - (ends[-1] - ends[-2]) - len(prompt)
+            trained += bytes(start - len(trained)) + bytes(flags) + b"\x01" * (ends[-1] - ends[-2])
+        last.append(len(ends))
+    trained += bytes(len(ids) - len(trained))
+    records = [one.record for one in batch]
+    keys = bytes.fromhex("".join(record.prompt_key for record in records))
+    given = [record.extra.get("label_probability") for record in records]
+    arrays = {
+        "ids": np.array(ids, kind),
+        "ends": np.array(ends, np.int64),
+        "bits": np.array(bits, np.uint8),
+        "goodness": np.array(measures, np.float64),
+        "last": np.array(last, np.int64),
+        "border": np.array(border, np.int32),
+        **({"trained": np.frombuffer(bytes(trained), np.uint8)} if all_replies else {}),
+        "kinds": np.array([KINDS.index(record.kind) for record in records], np.uint8),
+        "flags": np.array([_flags(one) for one in batch], np.uint8),
+        "keys": np.frombuffer(keys, np.uint8).reshape(-1, 32),
+        "probability": np.array([np.nan if one is None else one for one in given], np.float64),
+    }
+    return Part(arrays, texts, refused)
 
 
 def _flags(one: Encoded) -> int:

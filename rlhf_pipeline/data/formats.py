@@ -14,7 +14,7 @@ from rlhf_pipeline.data import general, preferences, public
 from rlhf_pipeline.data.columns import IDENTICAL, Schema, SourceRow
 from rlhf_pipeline.data.files import Row, RowFault, by_line
 from rlhf_pipeline.data.records import TEMPLATE_VALUES, Record
-from rlhf_pipeline.data.rows import Records
+from rlhf_pipeline.data.rows import keep, places_of
 from rlhf_pipeline.data.sources import world_digest
 from rlhf_pipeline.disk.decoding import decode_json
 from rlhf_pipeline.errors import DataError, Fault, did_you_mean
@@ -60,9 +60,7 @@ class RecordSet:
             said.append(f"read by reward functions only: {named}")
         elif named:
             said.append(f"not read: {named}" + (" (except by reward functions)" if functions is None else ""))
-        given = self.template_values
-        if given is None:
-            given = frozenset(name for record in self.records if record.extra for name in for_template(record))
+        given = self.template_names() if template is not None else ()
         if template is not None and (unread := sorted(name for name in given if name not in template)):
             said.append(f"not read by the chat template: {', '.join(unread)}")
         for reason, what in (("contradicted", "contradict the label"), ("equal", "are equal")):
@@ -73,6 +71,12 @@ class RecordSet:
             said.append(PLAIN_PROMPTS)
         return said
 
+    def template_names(self) -> frozenset[str]:
+        """Return the names of `for_template` in all records."""
+        if self.template_values is not None:
+            return self.template_values
+        return frozenset(name for record in self.records if record.extra for name in for_template(record))
+
     @property
     def tokenizer_digest(self) -> str | None:
         """The digest of the tokenizer that the records' token ids belong to; a world's is computed by transformers."""
@@ -81,11 +85,7 @@ class RecordSet:
     def without(self, faults: list[RowFault]) -> RecordSet:
         """Return the set without the rows that have these further faults."""
         out = {item.fault.where for item in faults}
-        records: Sequence[Record]
-        if isinstance(self.records, Records):
-            records = self.records.select([self.records.where(n) not in out for n in range(len(self.records))])
-        else:
-            records = [record for record in self.records if record.where not in out]
+        records = keep(self.records, [place not in out for place in places_of(self.records)])
         return replace(self, records=records, faults=by_line([*self.faults, *faults]))
 
 

@@ -21,7 +21,7 @@ from rlhf_pipeline.data.formats import RecordSet, count_reasons
 from rlhf_pipeline.data.kinds import as_kind, tied_rows
 from rlhf_pipeline.data.parsed import Columns, parsed_once
 from rlhf_pipeline.data.records import Record
-from rlhf_pipeline.data.rows import Records, is_blank
+from rlhf_pipeline.data.rows import Records, blank_records, in_one_split, join_records, keep, own_splits, splits_of
 from rlhf_pipeline.data.samples import lowest_examples, lowest_hashes, lowest_of
 from rlhf_pipeline.data.splits import ALL, FRACTIONS, carries_splits, in_split
 from rlhf_pipeline.data.stored import encodings_of
@@ -121,23 +121,25 @@ def with_test_rows(found: RecordSet, test: RecordSet) -> RecordSet:
     def named(one: RecordSet, split: str) -> RecordSet:
         if carries_splits(one.records, one.source):
             return one
-        records = [replace(record, split=split) for record in one.records]
+        records = in_one_split(one.records, split)
         return replace(one, records=records, faults=[replace(item, split=split) for item in one.faults])
 
     first, second = named(found, "train"), named(test, "test")
-    tested = {record.split for record in second.records if not str(record.split).startswith("train")}
+    tested = {split for split in own_splits(second.records) if not str(split).startswith("train")}
     if not tested:
         raise DataError(Fault(test.source, "all of its rows are of training splits", "rows of a split for evaluation"))
+    kept = keep(first.records, [split not in tested for split in splits_of(first.records)])
+    added = keep(second.records, [split in tested for split in splits_of(second.records)])
     return replace(
         first,
         rows=first.rows + second.rows,
-        records=[record for record in first.records if record.split not in tested]
-        + [record for record in second.records if record.split in tested],
+        records=join_records([kept, added]),
         faults=[item for item in first.faults if item.split not in tested]
         + [item for item in second.faults if item.split is None or item.split in tested],
         skipped=first.skipped + second.skipped,
         against=first.against + second.against,
         not_read=tuple(sorted({*first.not_read, *second.not_read})),
+        template_values=first.template_names() | second.template_names(),
     )
 
 
@@ -173,8 +175,7 @@ def blank_prompts(
             from the source's own tokenizer.
         kind: kind of record that the stage needs; "text" needs no prompt.
     """
-    records = found.records
-    blank = records.blank() if isinstance(records, Records) else [one for one in records if is_blank(one.prompt)]
+    blank = blank_records(found.records)
     if not blank or kind == "text":
         return []
     digest = found.tokenizer_digest
@@ -215,6 +216,7 @@ def examples_of(
     max_samples: int | None = None,
     style: Style = PLAIN,
     all_replies: bool = False,
+    processes: int = 1,
 ) -> tuple[Sequence[Example], SourceReport]:
     """Tokenise one split of given records; also report on its rows.
 
@@ -225,7 +227,7 @@ def examples_of(
         skip_bad_rows: drop and count faulty rows instead of refusing the source.
         fractions: share of each split, if the source has no splits.
         max_samples: maximum number of records, in hash order.
-        style: how text becomes a prompt.
+        style: how text becomes a prompt. processes: how many encode a source that is stored.
 
     Raises:
         DataError: rows have faults, the split does not exist, its records are of the wrong kind, or none is usable.
@@ -235,7 +237,7 @@ def examples_of(
     counts = Counts()
     examples: Sequence[Example]
     if isinstance(in_it, Records) and kind != "text":  # from the arrays of the store
-        encodings = encodings_of(in_it, tokenizer, style=style, **options)
+        encodings = encodings_of(in_it, tokenizer, style=style, processes=processes, **options)
         tied = tied_rows([encodings.record(row) for row in ties(encodings, in_it.rows)]) if kind == "order" else []
         chosen = choose(encodings, in_it.rows, kind, counts.dropped, found.source)
         chosen = chosen.select(np.array(lowest_of(chosen.prompt_keys(encodings), max_samples), np.int64))

@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
-from itertools import combinations, islice
+from itertools import combinations, compress, islice
 from typing import TYPE_CHECKING
 
 from rlhf_pipeline.data.files import RowFault, row_fault
 from rlhf_pipeline.data.formats import RecordSet, count_reasons
 from rlhf_pipeline.data.records import Record, normalise, plain
+from rlhf_pipeline.data.rows import keep
 from rlhf_pipeline.data.splits import ALL, FRACTIONS, assign_splits, carries_splits
 from rlhf_pipeline.errors import DataError, Fault
 
@@ -69,19 +70,21 @@ def leaks(records: Sequence[Record], splits: Sequence[str], train: str, held_out
 
     Reasons: leaked_row (the whole row), leaked_prompt (the prompt), leaked_similar_prompt (see `loose_key`).
     """
-    known: dict[str, dict[str, str]] = {reason: {} for reason in REPEATED}
-    for record, split in zip(records, splits):
-        if split == train:
-            for reason, (_, key) in REPEATED.items():
-                known[reason].setdefault(key(record), record.where)
+    tested = [split in held_out and split != train for split in splits]
+    asked = keep(records, tested)
+    # Only what an evaluation row can ask for: the training rows may be many.
+    known = {reason: dict.fromkeys(map(key, asked), "") for reason, (_, key) in REPEATED.items()}
+    for record in keep(records, [split == train for split in splits]):
+        for reason, (_, key) in REPEATED.items():
+            if known[reason].get(known_as := key(record)) == "":
+                known[reason][known_as] = record.where
     faults = []
-    for record, split in zip(records, splits):
-        if split in held_out and split != train:
-            for reason, (what, key) in REPEATED.items():
-                if there := known[reason].get(key(record)):
-                    found = f"{what} of split {split!r} is also in split {train!r}, {there}"
-                    faults.append(row_fault(record.where, reason, found))
-                    break
+    for record, split in zip(asked, compress(splits, tested)):
+        for reason, (what, key) in REPEATED.items():
+            if there := known[reason][key(record)]:
+                found = f"{what} of split {split!r} is also in split {train!r}, {there}"
+                faults.append(row_fault(record.where, reason, found))
+                break
     return faults
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from rlhf_pipeline.data.files import JsonLines, by_line
+from rlhf_pipeline.data.files import Passes, by_line
 from rlhf_pipeline.data.formats import RecordSet, parse_stream
 from rlhf_pipeline.data.records import Record
 from rlhf_pipeline.data.rows import Unstorable
@@ -49,21 +49,26 @@ def parsed_once(
 
     What is returned is the caller's: its lists are copies; records themselves are frozen.
     """
-    files = files_of(source, home=home) or []
+
+    def read() -> Source:
+        return read_source(source, config=config, split=split, home=home, in_passes=True)
+
+    files = files_of(source, home=home)
+    loaded = read() if files is None else None  # the hub tells its files when it is loaded
+    files = loaded.files if loaded is not None else files or []
     if home is not None and sum(file.stat().st_size for file in files if file.is_file()) >= STORED_BYTES:
-        read = (config, split, columns)
         try:
-            folder = home.joinpath(*STORES, source_name(source, files, *read))
-            return stored_records(folder, lambda: _parse_in_passes(source, *read, home), say)
+            folder = home.joinpath(*STORES, source_name(source, files, config, split, columns))
+            return stored_records(folder, lambda: _parsing(loaded or read(), columns), say)
         except Unstorable:
             pass  # kept in memory
-    if (seen := source_stamp(source, home)) is None:
-        return _parse(source, config, split, columns, home)
+    if (seen := None if loaded else source_stamp(source, home)) is None:
+        return _parse(loaded or read(), columns)
     key = (source, config, split, columns, seen)
     if key in _PARSED:
         _PARSED.move_to_end(key)
     else:
-        found = _parse(source, config, split, columns, home)
+        found = _parse(read(), columns)
         if _size(key) > KEPT_BYTES:
             return found
         for outdated in [known for known in _PARSED if known[:-1] == key[:-1]]:
@@ -98,22 +103,15 @@ def collector_at_rest() -> Iterator[None]:
 
 
 @collector_at_rest()
-def _parse(source: str, config: str | None, split: str | None, columns: Columns, home: Path | None) -> RecordSet:
+def _parse(read: Source, columns: Columns) -> RecordSet:
     """Every record of a source and every row that is none.
 
     Raises:
         DataError: no row can be read, and errors of `read_source`.
     """
-    found, records = _parsing(read_source(source, config=config, split=split, home=home), columns)
+    found, records = _parsing(read.whole(), columns)
     found.records = list(records)
     return found
-
-
-def _parse_in_passes(
-    source: str, config: str | None, split: str | None, columns: Columns, home: Path
-) -> tuple[RecordSet, Iterator[Record]]:
-    """As `_parse`, without the records: they are made one by one."""
-    return _parsing(read_source(source, config=config, split=split, home=home, in_passes=True), columns)
 
 
 def _parsing(read: Source, columns: Columns) -> tuple[RecordSet, Iterator[Record]]:
@@ -122,7 +120,7 @@ def _parsing(read: Source, columns: Columns) -> tuple[RecordSet, Iterator[Record
         return RecordSet(read.name, read.records[0].kind, len(read.records), []), iter(read.records)
     rows = read.rows
     some = next(iter(rows), None)
-    faults = rows.faults if isinstance(rows, JsonLines) else read.faults
+    faults = rows.faults if isinstance(rows, Passes) else read.faults
     if faults and some is None:
         raise DataError([Fault(read.name, "no row can be read"), *(item.fault for item in faults)])
     found, records = parse_stream(rows, read.name, dict(columns))
@@ -130,7 +128,7 @@ def _parsing(read: Source, columns: Columns) -> tuple[RecordSet, Iterator[Record
 
     def whole() -> Iterator[Record]:
         yield from records
-        unread = rows.faults if isinstance(rows, JsonLines) else read.faults
+        unread = rows.faults if isinstance(rows, Passes) else read.faults
         found.rows += len({item.fault.where for item in unread})
         found.faults = by_line([*unread, *found.faults])
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from itertools import islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, overload
 
@@ -116,6 +116,91 @@ class Records(Sequence[Record]):
 
 def _text(content: Any) -> Text:
     return tuple(content) if isinstance(content, list) else content
+
+
+@dataclass(frozen=True, eq=False)
+class Joined(Sequence[Record]):
+    """Records of several sources, one behind another; those of some are in stores."""
+
+    parts: tuple[Sequence[Record], ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        place = range(len(self))[index]
+        for part in self.parts:
+            if place < len(part):
+                return part[place]
+            place -= len(part)
+        raise IndexError(index)
+
+    def __iter__(self) -> Iterator[Record]:
+        return chain.from_iterable(self.parts)
+
+
+def join_records(parts: Sequence[Sequence[Record]]) -> Sequence[Record]:
+    """Return the records of several sources, one behind another."""
+    some = tuple(part for part in parts if len(part))
+    if any(isinstance(part, (Records, Joined)) for part in some):
+        return some[0] if len(some) == 1 else Joined(some)
+    return [record for part in some for record in part]
+
+
+def keep(records: Sequence[Record], mask: Sequence[bool]) -> Sequence[Record]:
+    """Return the records for which a mask is true."""
+    if isinstance(records, Joined):
+        starts = accumulate(map(len, records.parts), initial=0)
+        masks = [mask[start : start + len(part)] for start, part in zip(starts, records.parts)]
+        return join_records([keep(part, own) for part, own in zip(records.parts, masks)])
+    if isinstance(records, Records):
+        return records.select(np.array(mask, bool))
+    return [record for record, kept in zip(records, mask) if kept]
+
+
+def splits_of(records: Sequence[Record]) -> list[str | None]:
+    """Return the source's own split of each record."""
+    if isinstance(records, Joined):
+        return [split for part in records.parts for split in splits_of(part)]
+    return records.splits if isinstance(records, Records) else [record.split for record in records]
+
+
+def own_splits(records: Sequence[Record]) -> set[str | None]:
+    """Return the source's own splits."""
+    if isinstance(records, Joined):
+        return {split for part in records.parts for split in own_splits(part)}
+    return records.own_splits if isinstance(records, Records) else {record.split for record in records}
+
+
+def in_one_split(records: Sequence[Record], split: str) -> Sequence[Record]:
+    """Return the records with a split in place of their own."""
+    return (
+        replace(records, split=split)
+        if isinstance(records, Records)
+        else [replace(one, split=split) for one in records]
+    )
+
+
+def places_of(records: Sequence[Record]) -> Iterator[str]:
+    """Yield the place of each record's row."""
+    if isinstance(records, Joined):
+        return chain.from_iterable(map(places_of, records.parts))
+    if isinstance(records, Records):
+        return map(records.where, range(len(records)))
+    return (record.where for record in records)
+
+
+def blank_records(records: Sequence[Record]) -> list[Record]:
+    """Return the records whose prompt is text that is empty or white space."""
+    if isinstance(records, Joined):
+        return [record for part in records.parts for record in blank_records(part)]
+    return records.blank() if isinstance(records, Records) else [one for one in records if is_blank(one.prompt)]
 
 
 def write_records(writer: Writer, records: Iterable[Record]) -> list[str]:

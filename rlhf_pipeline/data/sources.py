@@ -15,7 +15,7 @@ from typing import Any
 
 from rlhf_pipeline.config.names import DATA_SUFFIXES
 from rlhf_pipeline.data.configs import declared_files
-from rlhf_pipeline.data.files import JsonLines, RowFault, Rows, read_file
+from rlhf_pipeline.data.files import Passes, Row, RowFault, Rows, rows_in
 from rlhf_pipeline.data.records import Record
 from rlhf_pipeline.disk.arrays import digest_of
 from rlhf_pipeline.disk.sealed import unseal
@@ -38,10 +38,16 @@ class Source:
     """The rows of one source, or its records if the source provides them."""
 
     name: str  # for reports; `collected:` names include their version
-    rows: Rows | JsonLines = field(default_factory=list)
+    rows: Rows | Passes = field(default_factory=list)
     faults: list[RowFault] = field(default_factory=list)  # rows that could not be read
     records: list[Record] | None = None  # of the built-in world, all of one kind
     tokenizer_digest: str | None = None  # tokenizer of collected token ids
+    files: list[Path] = field(default_factory=list)  # of a data set of the hub, in the cache of `datasets`
+
+    def whole(self) -> Source:
+        """Return the source with its rows in memory."""
+        rows = list(self.rows)
+        return replace(self, rows=rows, faults=self.rows.faults if isinstance(self.rows, Passes) else self.faults)
 
 
 def read_source(
@@ -59,8 +65,8 @@ def read_source(
         config: configuration of a hub data set or of a folder whose README.md declares some, or part of the world.
         split: read only this split.
         home: home directory with collected data; default `$RLHF_HOME`, else `./rlhf_home`.
-        in_passes: do not keep the rows of a file of JSON lines: `Source.rows` reads them again at every pass, and has
-            the faults of those that cannot be read.
+        in_passes: do not keep the rows: `Source.rows` reads them again at every pass, and has the faults of those that
+            cannot be read. What is wrong with the whole source is then found in a pass.
 
     Raises:
         DataError: the source cannot be read, or has no such split.
@@ -71,25 +77,28 @@ def read_source(
     if source.startswith(("world:", "collected:")):
         if split is not None:
             raise _no_split(source, split, [])
-        return _world(source, config) if source.startswith("world:") else _collected(source, home, in_passes)
-    path = local_path(source)
-    if path is None:
-        return _hub(source, config, split)
-    if path.is_dir():
-        return _folder(source, path, config, split) if data_files(path) else _saved(source, path, split)
-    if in_passes and split is None and _is_lines(path):
-        return Source(source, JsonLines(path, str(path)))
-    rows, faults = read_file(path)
-    if split is not None:
-        named = {str(row["split"]) for _, row in rows if "split" in row}
-        rows = [(where, row) for where, row in rows if row.get("split") == split]
-        if not rows:
-            raise _no_split(source, split, sorted(named))
-    return Source(source, rows, faults)
+        found = _world(source, config) if source.startswith("world:") else _collected(source, home)
+    elif (path := local_path(source)) is None:
+        found = _hub(source, config, split)
+    elif path.is_dir():
+        found = _folder(source, path, config, split) if data_files(path) else _saved(source, path, split)
+    else:
+        found = Source(source, Passes(functools.partial(_of_file, source, path, split)))
+    return found if in_passes else found.whole()
 
 
-def _is_lines(path: Path) -> bool:
-    return path.name.lower().removesuffix(".gz").endswith(".jsonl")
+def _of_file(source: str, path: Path, split: str | None, faults: list[RowFault]) -> Iterator[Row]:
+    """Yield the rows of a file, or those of one split, which their column `split` names."""
+    named: set[str] = set()
+    there = False
+    for where, row in rows_in(path, str(path), faults):
+        if split is not None and "split" in row:
+            named.add(str(row["split"]))
+        if split is None or row.get("split") == split:
+            there = True
+            yield where, row
+    if split is not None and not there:
+        raise _no_split(source, split, sorted(named))
 
 
 def _no_split(source: str, split: str, names: Iterable[str]) -> DataError:
@@ -175,11 +184,11 @@ def _collected_records(source: str, home: Path | None) -> tuple[str, Path]:
     return f"collected:{match['name']}@v{version}", folder / f"v{version}" / "records.jsonl"
 
 
-def _collected(source: str, home: Path | None, in_passes: bool) -> Source:
+def _collected(source: str, home: Path | None) -> Source:
     name, path = _collected_records(source, home)
     manifest = _checked_manifest(path)
-    rows, faults = (JsonLines(path, name), []) if in_passes else read_file(path, name=name)
-    return Source(name, rows, faults, tokenizer_digest=manifest.get("tokenizer_digest"))
+    rows = Passes(functools.partial(rows_in, path, name))
+    return Source(name, rows, tokenizer_digest=manifest.get("tokenizer_digest"))
 
 
 def _checked_manifest(records: Path) -> dict[str, Any]:
@@ -243,30 +252,46 @@ def _folder(source: str, folder: Path, config: str | None, split: str | None) ->
         raise DataError(Fault(source, f"files of the splits {named}, and {shown}", expected, "name the files apart"))
     if split is not None and split not in names:
         raise _no_split(source, split, sorted({name for name in names if name}))
-    kept: Rows = []
-    found = Source(source, kept)
-    for file, name in splits:
-        if split in (None, name):
-            rows, faults = read_file(file)
-            kept += [(where, {**row, "split": name}) for where, row in rows] if several else rows
-            found.faults += [replace(item, split=name) for item in faults] if several else faults
-    return found
+
+    def read(faults: list[RowFault]) -> Iterator[Row]:
+        for file, name in splits:
+            if split in (None, name):
+                own: list[RowFault] = []
+                for where, row in rows_in(file, str(file), own):
+                    yield where, {**row, "split": name} if several else row
+                faults += [replace(item, split=name) for item in own] if several else own
+
+    return Source(source, Passes(read))
 
 
 def _saved(source: str, path: Path, split: str | None) -> Source:
     import datasets
 
-    try:
-        rows = list(_dataset_rows(source, datasets.load_from_disk(str(path)), split))
-    except DataError:
-        raise
-    except Exception as error:  # the library passes on the errors of its readers
-        found = f"no data files, and not a complete directory saved by `datasets` ({first_line(error)})"
-        raise DataError(Fault(source, found, "files of .jsonl[.gz], .json, .csv or .parquet")) from error
-    return Source(source, rows)
+    def read(_faults: list[RowFault]) -> Iterator[Row]:
+        try:
+            yield from _dataset_rows(source, datasets.load_from_disk(str(path)), split)
+        except DataError:
+            raise
+        except Exception as error:  # the library passes on the errors of its readers
+            found = f"no data files, and not a complete directory saved by `datasets` ({first_line(error)})"
+            raise DataError(Fault(source, found, "files of .jsonl[.gz], .json, .csv or .parquet")) from error
+
+    return Source(source, Passes(read))
 
 
 def _hub(source: str, config: str | None, split: str | None) -> Source:
+    loaded = from_hub(source, config)
+    tables = loaded.values() if hasattr(loaded, "keys") else [loaded]
+    files = [Path(file["filename"]) for table in tables for file in table.cache_files]
+    return Source(source, Passes(lambda _faults: _dataset_rows(source, loaded, split)), files=files)
+
+
+def from_hub(source: str, config: str | None, **options: Any) -> Any:
+    """Return a data set of the hub, as `datasets` loads it.
+
+    Raises:
+        UnknownReference: the source is no hub id. DataError: it cannot be loaded.
+    """
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise UnknownReference(
             f"{source}: no such file, and not a hub id; expected a path, org/name, world:verdicts or collected:NAME"
@@ -274,32 +299,31 @@ def _hub(source: str, config: str | None, split: str | None) -> Source:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(source, config)
+        return datasets.load_dataset(source, config, **options)
     except Exception as error:  # connection, missing repository, config or credentials
         found = f"no such local file, and it cannot be loaded from the hub ({first_line(error)})"
         expected = "a local file, a saved directory, or a reachable hub data set"
         fix = "if offline, save the data set elsewhere with `save_to_disk` and name that directory"
         raise DataError(Fault(source, found, expected, fix)) from error
-    return Source(source, list(_dataset_rows(source, loaded, split)))
 
 
 def _dataset_rows(source: str, loaded: Any, split: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     if not hasattr(loaded, "keys"):
         if split is not None:
             raise _no_split(source, split, [])
-        _refuse_media(source, loaded)
+        refuse_media(source, loaded)
         yield from ((f"{source}:{number}", dict(row)) for number, row in enumerate(loaded, 1))
         return
     several = len(loaded) > 1
     if split is not None and split not in loaded:
         raise _no_split(source, split, list(loaded))
     for name, table in loaded.items() if split is None else [(split, loaded[split])]:
-        _refuse_media(source, table)
+        refuse_media(source, table)
         for number, row in enumerate(table, 1):
             yield f"{source}[{name}]:{number}", {**row, "split": name} if several else dict(row)
 
 
-def _refuse_media(source: str, table: Any) -> None:
+def refuse_media(source: str, table: Any) -> None:
     """Refuse columns that the library would decode by opening files or addresses: images, audio.
 
     Raises:

@@ -9,7 +9,7 @@ from itertools import accumulate
 import numpy as np
 
 from rlhf_pipeline.data.records import Record, normalise
-from rlhf_pipeline.data.rows import Records
+from rlhf_pipeline.data.rows import Records, keep, own_splits, places_of, splits_of
 from rlhf_pipeline.errors import DataError, Fault, did_you_mean
 
 SPLITS = ("train", "judge", "validation", "test")
@@ -37,8 +37,7 @@ def _ends(fractions: Mapping[str, float]) -> tuple[list[str], list[float]]:
 
 def carries_splits(records: Sequence[Record], source: str = "") -> bool:
     """Whether a source has its own splits: rows of more than one split, or collected data with a split in each row."""
-    found = records.own_splits if isinstance(records, Records) else {record.split for record in records}
-    named = found - {None}
+    named = own_splits(records) - {None}
     return len(named) > 1 or (bool(named) and source.startswith("collected:"))
 
 
@@ -55,13 +54,12 @@ def assign_splits(records: Sequence[Record], fractions: Mapping[str, float] = FR
             codes = np.minimum(np.searchsorted(ends, places, side="right"), len(names) - 1)
             return np.array(names, object)[codes].tolist()
         return [split_of(record.key, fractions) for record in records]
-    if isinstance(records, Records) and None not in records.own_splits:
-        return [split or "" for split in records.splits]
-    nameless = [record for record in records if record.split is None]
-    if nameless:
+    splits = splits_of(records)
+    if None in splits:
+        nameless = [place for place, split in zip(places_of(records), splits) if split is None]
         expected = "a split in each row or in none of them"
-        raise DataError([Fault(record.where, "no split", expected) for record in nameless])
-    return [record.split or "" for record in records]
+        raise DataError([Fault(place, "no split", expected) for place in nameless])
+    return [str(split) for split in splits]
 
 
 def in_split(
@@ -75,12 +73,9 @@ def in_split(
     if split == ALL:
         return records
     assigned = assign_splits(records, fractions, source)
-    if isinstance(records, Records):
-        mask = [name == split for name in assigned]
-        if any(mask):
-            return records.select(mask)
-    elif chosen := [record for record, name in zip(records, assigned) if name == split]:
-        return chosen
+    mask = [name == split for name in assigned]
+    if any(mask):
+        return keep(records, mask)
     carried = carries_splits(records, source)
     names = sorted(set(assigned)) if carried else list(fractions)
     if split in names:

@@ -7,7 +7,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -18,19 +18,21 @@ import numpy as np
 from rlhf_pipeline.data.encodings import Encodings, encode_all
 from rlhf_pipeline.data.files import RowFault
 from rlhf_pipeline.data.formats import RecordSet, for_template
+from rlhf_pipeline.data.processes import usable_cores
 from rlhf_pipeline.data.records import Record
 from rlhf_pipeline.data.rows import Records, write_records
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.templates import template_of
 from rlhf_pipeline.data.tokenizers import stop_ids, tokenizer_digest
 from rlhf_pipeline.disk.arrays import Writer, digest_of, stored
+from rlhf_pipeline.disk.cache import TOKENS
 from rlhf_pipeline.disk.stamps import Stamp, stamp
 from rlhf_pipeline.errors import Fault
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-STORES = ("cache", "tokens")
+STORES = ("cache", TOKENS)
 """The folder of all stores in the home directory."""
 FORMAT = 1
 TOLD_EVERY = 10.0  # seconds between two lines on the progress
@@ -43,8 +45,12 @@ def encodings_of(
     source_tokenizer_digest: str | None,
     style: Style,
     all_replies: bool,
+    processes: int = 1,
 ) -> Encodings:
-    """Return the encodings of all records of a source, from their store if they are there; `rows` are their numbers."""
+    """Return the encodings of all records of a source, from their store if they are there; `rows` are their numbers.
+
+    processes: how many encode, at most one for each usable core.
+    """
     every = replace(records, rows=np.arange(len(records.table["keys"])), split=None)
     options: dict[str, Any] = {"source_tokenizer_digest": source_tokenizer_digest, "style": style}
     options["all_replies"] = all_replies
@@ -61,33 +67,28 @@ def encodings_of(
         "own": source_tokenizer_digest,
     }
     folder = records.folder.parent / _name(how)
-    told = Told(every, records.say)
-    return replace(
-        encode_all(told, tokenizer, keep=lambda fill: stored(folder, fill, records.say), **options), records=every
+    options |= {"processes": min(processes, usable_cores()), "tell": teller("tokens", len(every), records.say)}
+    about = {"source": records.table.about["source"]}
+    return encode_all(
+        every,
+        tokenizer,
+        keep=lambda fill: stored(folder, lambda writer: {**fill(writer), **about}, records.say),
+        **options,
     )
 
 
-@dataclass(frozen=True)
-class Told(Sequence[Record]):
-    """Records that say how many of them have been read, how fast, and when the last one will be."""
+def teller(what: str, rows: int, say: Callable[[str], None]) -> Callable[[int], None]:
+    """Return a function that is told how many rows are done, and says how fast and when the last one will be."""
+    began = told = time.monotonic()
 
-    records: Records
-    say: Callable[[str], None]
+    def tell(done: int) -> None:
+        nonlocal told
+        if (now := time.monotonic()) - told > TOLD_EVERY:
+            told, rate = now, done / (now - began)
+            left = (rows - done) / rate
+            say(f"{what}: {done:,} of {rows:,} rows, {rate:,.0f} rows a second, {left:,.0f} s left")
 
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.records[index]
-
-    def __iter__(self) -> Iterator[Record]:
-        began = told = time.monotonic()
-        for number, record in enumerate(self.records):
-            if number and (now := time.monotonic()) - told > TOLD_EVERY:
-                told, rate = now, number / (now - began)
-                left = (len(self) - number) / rate
-                self.say(f"tokens: {number:,} of {len(self):,} rows, {rate:,.0f} rows a second, {left:,.0f} s left")
-            yield record
+    return tell
 
 
 def source_name(source: str, files: Sequence[Path], *read: Any) -> str:
@@ -133,7 +134,7 @@ def stored_records(
     Raises:
         Unstorable: a row has columns that are not JSON.
     """
-    table = stored(folder, lambda writer: _fill(writer, *parsed()), say)
+    table = stored(folder, lambda writer: _fill(writer, *parsed(), say), say)
     about = table.about
     return RecordSet(
         about["source"],
@@ -150,12 +151,14 @@ def stored_records(
     )
 
 
-def _fill(writer: Writer, found: RecordSet, records: Iterable[Record]) -> Mapping[str, Any]:
+def _fill(writer: Writer, found: RecordSet, records: Iterable[Record], say: Callable[[str], None]) -> Mapping[str, Any]:
     """Write the records of a source, and return what else is known of it."""
     values: set[str] = set()
+    tell = teller("rows", found.rows, say)
 
     def noted() -> Iterator[Record]:
-        for record in records:
+        for number, record in enumerate(records):
+            tell(number)
             values.update(for_template(record) if record.extra else ())
             yield record
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 from rlhf_pipeline.errors import DataError, Fault
@@ -64,34 +65,68 @@ def bad_json(error: Exception, text: str = "") -> BadJsonError:
     return BadJsonError("bad_json", "a number with too many digits", "a number")
 
 
-def elements(text: str, name: str) -> Iterator[tuple[int, Any]]:
-    """Yield each element of a JSON array with its position, which `json.loads` does not report.
+def elements(texts: Iterable[str], name: str) -> Iterator[tuple[int, Any]]:
+    """Yield each element of a JSON array with its line, which `json.loads` does not report.
 
     An element that can be read but not used is yielded as a `BadJsonError`.
+
+    Args:
+        texts: the parts of the text, the first with the opening bracket; no more of them are held than an element has.
 
     Raises:
         DataError: bad syntax; the rest cannot be separated into rows, so the whole file is refused.
     """
-    position = _skip_space(text, text.index("[") + 1)
+    parts = iter(texts)
+    text = next(parts)
+    place = text.index("[") + 1  # where the next element is looked for, and its line
+    line, wanted = text.count("\n", 0, place) + 1, 1
+    while True:
+        try:
+            start, value, end = _element(text, place)
+            if value is _END:
+                rest = [text[end:], *parts]
+                if any(_skip_space(part, 0) != len(part) for part in rest):
+                    raise json.JSONDecodeError("more text after the array", text, start)
+                return
+        except (ValueError, RecursionError) as error:
+            if added := "".join(islice(parts, wanted)):  # perhaps the element only goes on
+                text, place, wanted = text[place:] + added, 0, 2 * wanted
+                continue
+            if isinstance(error, json.JSONDecodeError):
+                at, found = error.pos, _syntax(error)
+            else:
+                at, found = _skip_space(text, place), bad_json(error).found
+            line += text.count("\n", place, at)
+            raise DataError(Fault(f"{name}:{line}", f"bad_json: {found}", "an array of objects")) from error
+        line += text.count("\n", place, start)
+        yield line, value
+        line += text.count("\n", start, end)
+        place, wanted = end, 1
+
+
+_END = object()
+
+
+def _element(text: str, place: int) -> tuple[int, Any, int]:
+    """Return where the next element of an array begins, its value, and the place behind it and its comma.
+
+    The value is `_END`, and the place behind the bracket, where the array ends.
+
+    Raises:
+        JSONDecodeError: bad syntax, or the text ends before it is clear that the element does.
+    """
+    start = _skip_space(text, place)
+    if text[start : start + 1] == "]":
+        return start, _END, start + 1
     try:
-        while text[position : position + 1] != "]":
-            try:
-                value, end = _STRICT.raw_decode(text, position)
-            except BadJsonError as error:
-                value, end = error, _LOOSE.raw_decode(text, position)[1]
-            yield position, value
-            position = _skip_space(text, end)
-            if text[position : position + 1] == ",":
-                position = _skip_space(text, position + 1)
-            elif text[position : position + 1] != "]":
-                missing = "',' or ']' missing" if position < len(text) else "the file ends within the array"
-                raise json.JSONDecodeError(missing, text, position)
-        if _skip_space(text, position + 1) != len(text):
-            raise json.JSONDecodeError("more text after the array", text, position)
-    except (ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", None) or text.count("\n", 0, position) + 1
-        found = _syntax(error) if isinstance(error, json.JSONDecodeError) else bad_json(error).found
-        raise DataError(Fault(f"{name}:{line}", f"bad_json: {found}", "an array of objects")) from error
+        value, end = _STRICT.raw_decode(text, start)
+    except BadJsonError as error:
+        value, end = error, _LOOSE.raw_decode(text, start)[1]
+    end = _skip_space(text, end)
+    if text[end : end + 1] not in (",", "]"):
+        missing = "',' or ']' missing" if end < len(text) else "the file ends within the array"
+        raise json.JSONDecodeError(missing, text, end)
+    return start, value, end + (text[end] == ",")
 
 
 def _skip_space(text: str, position: int) -> int:
@@ -120,11 +155,11 @@ def refuse_encoding(content: bytes, name: str) -> None:
         raise DataError(Fault(f"{name}:1", f"not_utf8: not UTF-8, looks like {found}", "UTF-8", fix))
 
 
-def not_utf8(raw: bytes, start: int) -> str:
-    """Describe the byte that is not UTF-8, and its Latin-1 character."""
+def not_utf8(raw: bytes, start: int, before: int = 0) -> str:
+    """Describe the byte that is not UTF-8, and its Latin-1 character. before: the bytes in front of `raw`."""
     byte = raw[start]
     guess = f", {bytes([byte]).decode('latin-1')!r} in Latin-1" if byte >= 0xA0 else ""
-    return f"byte {start + 1} (0x{byte:02x}{guess}) is not UTF-8"
+    return f"byte {before + start + 1} (0x{byte:02x}{guess}) is not UTF-8"
 
 
 def lone_surrogate(text: str, start: int) -> str:

@@ -221,7 +221,7 @@ LIKE_HF = {
         *("adam_beta1", "adam_beta2", "adam_epsilon", "gradient_checkpointing", "logging_steps", "eval_steps"),
         *("save_steps", "save_strategy", "save_total_limit", "eval_strategy", "report_to", "optim", "use_peft"),
         *("load_in_4bit", "lora_alpha", "lora_dropout", "lora_r", "lora_target_modules", "attn_implementation"),
-        *("load_best_model_at_end", "metric_for_best_model"),
+        *("load_best_model_at_end", "metric_for_best_model", "dataset_num_proc"),
     )
 } | {"warmup_ratio": to("warmup_steps"), "evaluation_strategy": to("eval_strategy"), "output_dir": JOINT}
 """Keys that have the names and the meaning of transformers and peft."""
@@ -229,7 +229,7 @@ IDLE_HF = dict.fromkeys(
     (
         *("do_train", "do_eval", "overwrite_output_dir", "overwrite_cache", "preprocessing_num_workers", "run_name"),
         *("dataloader_num_workers", "ddp_timeout", "resume_from_checkpoint", "remove_unused_columns", "log_level"),
-        *("gradient_checkpointing_kwargs*", "save_only_model", "push_to_hub", "dataset_num_proc", "disable_tqdm"),
+        *("gradient_checkpointing_kwargs*", "save_only_model", "push_to_hub", "disable_tqdm"),
         *("logging_strategy", "save_safetensors", "torch_compile", "use_liger_kernel", "hub_*", "wandb_*"),
     ),
     IDLE,

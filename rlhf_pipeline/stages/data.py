@@ -131,6 +131,7 @@ class StageData:
             "fractions": config.split_fractions,
             "style": Style.of(config.model_dump(include={"instruction_style", "text_as_chat"})),
             "all_replies": all_replies,
+            "processes": config.dataset_num_proc or 1,
         }
         most = limit if divided is None else None
         try:

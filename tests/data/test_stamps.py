@@ -24,13 +24,13 @@ def parsed(monkeypatch) -> Counter[str]:
     monkeypatch.setattr(stamps, "SETTLED", 0)
     monkeypatch.setattr(parsing, "_PARSED", type(parsing._PARSED)())
     counts: Counter[str] = Counter()
-    read_file = sources.read_file
+    rows_in = sources.rows_in
 
-    def counted(path: Path, name: str | None = None):
+    def counted(path: Path, *rest):
         counts[path.name] += 1
-        return read_file(path, name=name)
+        return rows_in(path, *rest)
 
-    monkeypatch.setattr(sources, "read_file", counted)
+    monkeypatch.setattr(sources, "rows_in", counted)
     return counts
 
 

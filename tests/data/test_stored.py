@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from rlhf_pipeline.data import parsed
+from rlhf_pipeline.data import encodings, parsed, stored
 from rlhf_pipeline.data.examples import Examples, all_whole, count_cut, count_pairs, first_lengths, tree_lengths
-from rlhf_pipeline.data.load import examples_of, load_mixture, read_records, records_digest
-from rlhf_pipeline.data.rows import Records
+from rlhf_pipeline.data.load import examples_of, load_mixture, read_records, records_digest, rows_of
+from rlhf_pipeline.data.overlap import leaks
+from rlhf_pipeline.data.rows import Joined, Records
 from rlhf_pipeline.data.samples import hold_out, lowest_examples
 from rlhf_pipeline.data.splits import assign_splits
 from rlhf_pipeline.data.styles import Style
@@ -207,3 +209,91 @@ def test_rows_that_no_store_can_hold_are_kept_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(parsed, "STORED_BYTES", 0)
     (record,) = read_records(str(tmp_path / "rows.parquet"), home=tmp_path).records
     assert record.columns == {"when": datetime.datetime(2026, 1, 1)}
+
+
+@pytest.mark.parametrize("sizes", [(0, 0), (0, 1 << 30), (1 << 30, 0)], ids=["both", "first", "second"])
+@pytest.mark.parametrize("own", [False, True], ids=["hashed", "own_splits"])
+def test_a_test_source_is_that_of_memory(jsonl, chat, tmp_path, monkeypatch, sizes, own):
+    """Whichever of the two sources has a store."""
+    rows = SOURCES["splits"] if own else SOURCES["messages"]
+    others = [{**row, "split": split} for row in rows[::2] for split in ("test", "judge")] if own else rows[::3]
+    first, second = jsonl(*rows, "{", name="first.jsonl"), jsonl(*others, "[", name="second.jsonl")
+    options = {"test": second, "home": tmp_path, "skip_bad_rows": True}
+    plain = read_records(first, **options)
+    original = parsed.parsed_once
+
+    def by_size(source, *rest):
+        monkeypatch.setattr(parsed, "STORED_BYTES", sizes[source == second])
+        return original(source, *rest)
+
+    monkeypatch.setattr("rlhf_pipeline.data.load.parsed_once", by_size)
+    found = read_records(first, **options)
+    assert isinstance(found.records, (Records, Joined)) and list(found.records) == list(plain.records)
+    assert found.records[-1] == plain.records[-1] and found.records[2:5] == plain.records[2:5]
+    for field in ("source", "format", "rows", "faults", "skipped", "not_read"):
+        assert getattr(found, field) == getattr(plain, field), field
+    assert found.notes("") == plain.notes("")
+    assert assign_splits(found.records) == assign_splits(plain.records)
+    for split in ("train", "test", "all", *(["judge"] if own else [])):
+        for kind in ("demonstration", "prompt"):
+            assert made(found, chat, kind=kind, split=split) == made(plain, chat, kind=kind, split=split), (split, kind)
+    assert isinstance(rows_of(found, "train", {}), Records) == (sizes[0] == 0)
+    leaked = leaks(plain.records, assign_splits(plain.records), "train", {"test"})
+    assert leaked and leaks(found.records, assign_splits(found.records), "train", {"test"}) == leaked
+    assert list(found.without(leaked).records) == list(plain.without(leaked).records)
+
+
+@pytest.mark.parametrize("splits", [("train",), ("train", "test")])
+def test_a_data_set_of_the_hub_is_stored_by_its_content(chat, jsonl, tmp_path, monkeypatch, splits):
+    import datasets
+
+    load = datasets.load_dataset
+
+    def publish(shift: int) -> None:
+        files = {split: jsonl(*SOURCES["pair"][shift:], name=f"{split}{shift}.jsonl") for split in splits}
+        loaded = load("json", data_files=files, cache_dir=str(tmp_path / f"hub{shift}"))
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, config: loaded)
+
+    publish(0)
+    plain = read_records("org/pairs", home=tmp_path)
+    assert not isinstance(plain.records, Records)
+    monkeypatch.setattr(parsed, "STORED_BYTES", 1)
+    found = read_records("org/pairs", home=tmp_path)
+    assert isinstance(found.records, Records) and list(found.records) == list(plain.records)
+    assert made(found, chat, kind="pair") == made(plain, chat, kind="pair")
+    with monkeypatch.context() as patch:
+        patch.setattr(parsed, "_parsing", lambda *_: pytest.fail("parsed again"))
+        assert list(read_records("org/pairs", home=tmp_path).records) == list(plain.records)
+    publish(1)
+    assert len(read_records("org/pairs", home=tmp_path).records) == len(plain.records) - len(splits)
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    """The files of all stores."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob("*/*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["pair", "messages", "tools", "text"])
+def test_several_processes_write_the_same_store(both, chat, tmp_path, monkeypatch, name):
+    for module in ("encode", "encodings"):
+        monkeypatch.setattr(f"rlhf_pipeline.data.{module}.BATCH", 3)
+    monkeypatch.setattr(stored, "usable_cores", lambda: 4)
+    _, found = both(*SOURCES[name])
+    options = {"kind": "demonstration", "all_replies": name == "messages"}
+    folder = tmp_path / "cache" / "tokens"
+    first = made(found, chat, **options)
+    alone = written(folder)
+    for table in folder.glob("*/ids.bin"):
+        shutil.rmtree(table.parent)
+    turns: list[int] = []
+    original = encodings.taken_in_turns
+    monkeypatch.setattr(encodings, "taken_in_turns", lambda work, n: turns.append(n) or original(work, n))
+    assert made(found, chat, processes=4, **options) == first
+    assert written(folder) == alone and turns == [4]
+
+
+def test_no_more_processes_encode_than_there_are_parts(both, chat, monkeypatch):
+    monkeypatch.setattr(stored, "usable_cores", lambda: 4)
+    monkeypatch.setattr(encodings, "taken_in_turns", lambda *_: pytest.fail("one part needs one process"))
+    _, found = both(*SOURCES["pair"])
+    assert isinstance(made(found, chat, kind="pair", processes=4), tuple)

@@ -232,7 +232,7 @@ def counts(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(sources, "read_file", count("parsed", sources.read_file, 0))
+    monkeypatch.setattr(sources, "rows_in", count("parsed", sources.rows_in, 0))
     monkeypatch.setattr(loading, "_load", count("loaded", loading._load, 1))
     reading = count("hashed", digests.file_sha256, 0)
     for module in (digests, integrity):
