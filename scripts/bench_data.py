@@ -263,8 +263,8 @@ def document(options: argparse.Namespace, runs: Sequence[dict[str, Any]]) -> str
         f"The file: {source}, in turn, later ones with a word put into the prompt and each reply; columns "
         f"`chosen` and `rejected`, JSON lines ({files}). Tokenizer: {reader}; `max_length: {MAX_LENGTH}`.\n"
         "Ours: from the file to the examples of `rlhf dpo` (training + evaluation, at most 2,000 of it), as "
-        "`StageData` gives them to the stage. Nothing stored: in a new home, so records and token ids are also written "
-        "to `cache/tokens/`. A second stage: a new process in the same home.\n"
+        "`StageData` gives them to the stage. Nothing stored: in a new home, where records and token ids of 8 MiB or "
+        "more are also written to `cache/tokens/`. A second stage: a new process in the same home.\n"
         f"TRL {version}: `datasets.load_dataset` and `DPOTrainer`'s construction on all rows, with empty caches.",
         "Not counted: imports, tokenizer, models. Every row is a process of its own, on one thread. CPU seconds: user "
         "and system. Memory: the peak of resident memory during the set-up, less that before it; pages of mapped files "
