@@ -44,6 +44,7 @@ def hub(monkeypatch):
 ROWS = [{"prompt": f"question {n}", "chosen": "é", "rejected": "no", "at": datetime.date(2026, 1, 1)} for n in range(9)]
 
 
+@pytest.mark.check
 def test_the_first_rows_of_each_split_are_a_source(hub, tmp_path, capsys):
     read = hub(train=ROWS, math=ROWS[7:])
     folder = tmp_path / "new" / "few"

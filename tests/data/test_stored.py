@@ -243,6 +243,7 @@ def test_a_test_source_is_that_of_memory(jsonl, chat, tmp_path, monkeypatch, siz
     assert list(found.without(leaked).records) == list(plain.without(leaked).records)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("splits", [("train",), ("train", "test")])
 def test_a_data_set_of_the_hub_is_stored_by_its_content(chat, jsonl, tmp_path, monkeypatch, splits):
     import datasets
