@@ -64,7 +64,8 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor]:
-        return _gate_gradients(*ctx.saved_tensors, slope)
+        gate, up = ctx.saved_tensors
+        return _gate_gradients(gate, up, slope)
 
 
 class _GatedLinear(torch.autograd.Function):
@@ -107,5 +108,5 @@ def gated_linear(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None) 
     """
     if torch.is_autocast_enabled(gate.device.type) and gate.dtype != torch.float64:
         low = torch.get_autocast_dtype(gate.device.type)
-        gate, up, weight, bias = (None if part is None else part.to(low) for part in (gate, up, weight, bias))
+        gate, up, weight, bias = gate.to(low), up.to(low), weight.to(low), None if bias is None else bias.to(low)
     return _GatedLinear.apply(gate, up, weight, bias)

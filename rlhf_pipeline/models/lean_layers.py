@@ -6,7 +6,6 @@ so only if its own `forward` is, instruction by instruction, that of Llama's mod
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,19 +30,28 @@ def _mlp(module: Any, x: Tensor) -> Tensor:
     return down(gated(gate, up))
 
 
-@cache
+_made: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _lean(plain: type[nn.Module], forward: Callable[..., Tensor]) -> type[nn.Module]:
-    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "forward": forward}
-    return type(plain.__name__, (plain,), names)
+    """The subclass of a class that computes by `forward`, made once."""
+    if plain not in _made:
+        names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "forward": forward}
+        _made[plain] = type(plain.__name__, (plain,), names)
+    return _made[plain]
+
+
+def _instructions(kind: type[nn.Module]) -> tuple[object, ...]:
+    """What the `forward` of a class does: instructions, constants, names; the function itself if it is not Python's."""
+    code = getattr(kind.forward, "__code__", None)
+    return (kind.forward,) if code is None else (code.co_code, code.co_consts, code.co_names)
 
 
 def _same_code(module: nn.Module, known: type[nn.Module]) -> bool:
     """Whether the `forward` of a module and of a known class are the same instructions on the same names."""
-    codes = [getattr(found, "__code__", None) for found in (type(module).forward, known.forward)]
-    if None in codes or "forward" in vars(module):
-        return False
-    mine, theirs = ((code.co_code, code.co_consts, code.co_names) for code in codes)
-    return mine == theirs
+    if "forward" in vars(module):
+        return False  # a library has patched this one
+    return _instructions(type(module)) == _instructions(known)
 
 
 def use_lean_layers(model: nn.Module) -> None:
