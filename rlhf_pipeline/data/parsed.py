@@ -54,7 +54,7 @@ def parsed_once(
         read = (config, split, columns)
         try:
             folder = home.joinpath(*STORES, source_name(source, files, *read))
-            return stored_records(folder, lambda: _parse_in_passes(source, *read, home), say)
+            return stored_records(folder, lambda: _parse_in_passes(folder.name, source, *read, home), say)
         except Unstorable:
             pass  # kept in memory
     if (seen := source_stamp(source, home)) is None:
@@ -110,10 +110,24 @@ def _parse(source: str, config: str | None, split: str | None, columns: Columns,
 
 
 def _parse_in_passes(
-    source: str, config: str | None, split: str | None, columns: Columns, home: Path
+    name: str, source: str, config: str | None, split: str | None, columns: Columns, home: Path
 ) -> tuple[RecordSet, Iterator[Record]]:
-    """As `_parse`, without the records: they are made one by one."""
-    return _parsing(read_source(source, config=config, split=split, home=home, in_passes=True), columns)
+    """As `_parse`, without the records: they are made one by one.
+
+    Args:
+        name: of the store; the files must still have it behind the last record.
+
+    Raises:
+        Unstorable: they were changed meanwhile.
+    """
+    found, records = _parsing(read_source(source, config=config, split=split, home=home, in_passes=True), columns)
+
+    def unchanged() -> Iterator[Record]:
+        yield from records
+        if source_name(source, files_of(source, home=home) or [], config, split, columns) != name:
+            raise Unstorable(f"{source}: its files were changed while they were read")
+
+    return found, unchanged()
 
 
 def _parsing(read: Source, columns: Columns) -> tuple[RecordSet, Iterator[Record]]:
