@@ -56,10 +56,16 @@ def parsed_once(
     files = files_of(source, home=home)
     loaded = read() if files is None else None  # the hub tells its files when it is loaded
     files = loaded.files if loaded is not None else files or []
+
+    def name() -> str:
+        now = files if loaded is not None else files_of(source, home=home) or []
+        return source_name(source, now, config, split, columns)
+
     if home is not None and sum(file.stat().st_size for file in files if file.is_file()) >= STORED_BYTES:
+        before = name()
         try:
-            folder = home.joinpath(*STORES, source_name(source, files, config, split, columns))
-            return stored_records(folder, lambda: _parsing(loaded or read(), columns), say)
+            folder = home.joinpath(*STORES, before)
+            return stored_records(folder, lambda: _unchanged(_parsing(loaded or read(), columns), before, name), say)
         except Unstorable:
             pass  # kept in memory
     if (seen := None if loaded else source_stamp(source, home)) is None:
@@ -112,6 +118,24 @@ def _parse(read: Source, columns: Columns) -> RecordSet:
     found, records = _parsing(read.whole(), columns)
     found.records = list(records)
     return found
+
+
+def _unchanged(
+    parsing: tuple[RecordSet, Iterator[Record]], before: str, name: Callable[[], str]
+) -> tuple[RecordSet, Iterator[Record]]:
+    """The same records; behind the last one it is checked that the files still have the name that their store has.
+
+    Raises:
+        Unstorable: they were changed meanwhile.
+    """
+    found, records = parsing
+
+    def checked() -> Iterator[Record]:
+        yield from records
+        if name() != before:
+            raise Unstorable(f"{before}: its files were changed while they were read")
+
+    return found, checked()
 
 
 def _parsing(read: Source, columns: Columns) -> tuple[RecordSet, Iterator[Record]]:

@@ -54,7 +54,7 @@ def is_local(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a tokenizer encodes every piece of a text by itself.
 
     Known by its parts: it cuts a text by a regular expression or at white space before the model sees it, and neither
-    its normaliser nor an added token reaches across a cut. Then tried on probes.
+    its normaliser nor a token reaches across a cut (SuperBPE has tokens of several words). Then tried on probes.
     """
     if not tokenizer.is_fast:
         return False
@@ -65,6 +65,7 @@ def is_local(tokenizer: PreTrainedTokenizerBase) -> bool:
     known = all(part["type"] in _PRE_TOKENIZERS for part in cuts) and bool(cutting) and not whole
     known &= all(part["type"] in _NORMALIZERS for part in _parts(backend.normalizer, "normalizers"))
     known &= not getattr(backend.model, "dropout", None)
+    known &= not any(_CUT_IN.search(token.replace("Ġ", " ")) for token in backend.get_vocab(with_added_tokens=False))
     for token in tokenizer.added_tokens_decoder.values():
         known &= not (token.rstrip or token.single_word or _CUT_IN.search(token.content))
         known &= not (token.lstrip and token.content[:1].isalpha())

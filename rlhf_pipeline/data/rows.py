@@ -19,7 +19,7 @@ _ROWS = 4096  # records that are written or read at once
 
 
 class Unstorable(Exception):
-    """A record has values that JSON does not have."""
+    """Records have values that JSON does not have, or their files are changed while they are read."""
 
 
 @dataclass(frozen=True, eq=False)

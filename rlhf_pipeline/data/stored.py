@@ -54,14 +54,16 @@ def encodings_of(
     every = replace(records, rows=np.arange(len(records.table["keys"])), split=None)
     options: dict[str, Any] = {"source_tokenizer_digest": source_tokenizer_digest, "style": style}
     options["all_replies"] = all_replies
-    if not tokenizer.is_fast:  # its digest does not tell its code
+    # The digest of a slow tokenizer does not tell its code; records that are not on disk have no digest.
+    if not tokenizer.is_fast or records.table.digest is None:
         return encode_all(every, tokenizer, **options)
     how = {
         "records": records.table.digest,
         "tokenizer": tokenizer_digest(tokenizer),
         "stops": stop_ids(tokenizer),
         "template": template_of(tokenizer),
-        "eos": tokenizer.eos_token,
+        "special": tokenizer.special_tokens_map,  # for templates; the digest leaves out a PAD, and texts may have one
+        "split": tokenizer.split_special_tokens,
         "style": asdict(style),
         "all_replies": all_replies,
         "own": source_tokenizer_digest,
@@ -117,8 +119,8 @@ def _name(how: Mapping[str, Any]) -> str:
 @functools.cache
 def _code() -> str:
     """The SHA-256 of the modules that make records and ids: a store of other code is another store."""
-    digest = sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    digest, package = sha256(), Path(__file__).parents[1]
+    for path in sorted([*package.glob("data/*.py"), *package.glob("disk/*.py")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

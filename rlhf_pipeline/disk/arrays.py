@@ -17,7 +17,8 @@ import numpy as np
 
 from rlhf_pipeline.disk.sealed import seal, unseal
 from rlhf_pipeline.disk.stamps import Stamp, stamp
-from rlhf_pipeline.disk.storage import claim, locked, mark_used, staging, writing
+from rlhf_pipeline.disk.storage import claim, locked, mark_used, not_permitted, staging, writing
+from rlhf_pipeline.errors import RunFailed
 
 TABLE = "table.json"
 _PIECE = 1 << 20
@@ -106,9 +107,23 @@ def digest_of(path: Path) -> str:
 def stored(folder: Path, make: Callable[[Writer], Mapping[str, Any]], say: Callable[[str], None]) -> Table:
     """Return the table in `folder`; if it is not there or damaged, `make` fills it first and returns `Table.about`.
 
+    Where that folder may not be read or written, the table is made in memory.
+
     Raises:
-        RunFailed: the disk is full, or writing there is not permitted.
+        RunFailed: the disk is full.
     """
+    try:
+        with writing(folder, "a cache of token ids"):
+            return _on_disk(folder, make, say)
+    except RunFailed as error:
+        if not not_permitted(error):
+            raise
+        say(f"note: {folder} cannot be used, token ids are kept in memory ({error.__cause__})")
+        writer = Writer()
+        return writer.table(make(writer))
+
+
+def _on_disk(folder: Path, make: Callable[[Writer], Mapping[str, Any]], say: Callable[[str], None]) -> Table:
     if (found := _read(folder)) is not None:
         return found
     with locked(folder.parent / "locks" / folder.name):  # another process may be writing it
@@ -117,11 +132,11 @@ def stored(folder: Path, make: Callable[[Writer], Mapping[str, Any]], say: Calla
         if folder.exists():
             say(f"note: {folder} is damaged and is made again")
             shutil.rmtree(folder, ignore_errors=True)
-        with writing(folder, "a cache of token ids"), staging(folder.parent, folder.name) as staged:
+        with staging(folder.parent, folder.name) as staged:
             writer = Writer(staged)
             writer.close(make(writer))
+            found = _read(staged)  # its files stay mapped, whatever becomes of the folder
             claim(staged, folder)
-        found = _read(folder)
         assert found is not None, f"{folder}: damaged while it was written"
         return found
 
@@ -136,8 +151,8 @@ def _read(folder: Path) -> Table | None:
         content = (folder / TABLE).read_bytes()
         described = unseal(content.decode("utf-8"))
         arrays = dict(_mapped(folder, described["arrays"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return None  # other errors of the system say nothing about the table
     mark_used(folder / TABLE)
     return Table(arrays, described["about"], sha256(content).hexdigest())
 

@@ -59,6 +59,11 @@ def failure_of(error: BaseException, place: object, what: str = "") -> str | Non
     return None
 
 
+def not_permitted(error: BaseException) -> bool:
+    """Whether an error comes from a missing permission."""
+    return error_number(error) in _CLOSED
+
+
 @contextmanager
 def writing(place: Path, what: str) -> Iterator[None]:
     """Turn errors about a full disk or a missing permission into one line with the place.

@@ -91,8 +91,8 @@ def run_in_processes(
                 said = Path(folder) / f"{number}.txt" if number and not debug else None
                 ranks.append(Rank(number, variables, said))
                 ranks[-1].give(line)
-            if signals:  # a process that started later did not get it
-                _send(ranks[-1:], signals[0])
+                if signals:  # a process that started later did not get it
+                    _send(ranks[-1:], signals[0])
             _wait(ranks, ended)
         finally:
             for rank in ranks:
@@ -173,7 +173,7 @@ def _outcome(ended: Sequence[Rank], signals: Sequence[int]) -> StageResult:
     dead = [rank for rank in ended if rank.answer is None and not rank.killed]
     if not reports and not dead:
         (result,) = (rank.answer["result"] for rank in ended if rank.number == 0 and rank.answer is not None)
-        return StageResult(**result)
+        return StageResult(**{**result, "stopped_by": result["stopped_by"] or next(iter(signals), None)})
     if signals:
         for report in reports:
             if report["kind"] == "interrupted":

@@ -37,7 +37,7 @@ class _Node:
         answer = self._worker.answer()
         if not answer.code:
             self._worker.give("\n")
-            self._worker.end()
+            self._worker.close()
         return answer.line()
 
     def send(self, number: int) -> None:

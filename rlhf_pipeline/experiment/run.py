@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -154,6 +155,9 @@ def run_experiment(
             console.print(text, markup=False, style="bold")
 
     # 1. Check everything, and find what is done.
+    if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        found = f"found a launcher of {count} processes (WORLD_SIZE), expected one process"
+        raise BadInput(f"{found}; use rlhf run FILE --num-processes {count}, without torchrun or accelerate launch")
     if processes > 1 and (jobs > 1 or executor != "local"):
         found = f"--jobs {jobs}" if executor == "local" else f"--executor {executor}"
         raise BadInput(f"found {found} with --num-processes {processes}, expected one of them; leave the other out")

@@ -299,6 +299,26 @@ def test_a_token_across_a_cut_makes_a_tokenizer_read_whole_texts():
         assert not is_local(tokenizer)
 
 
+def test_a_tokenizer_with_tokens_of_several_words_reads_whole_texts():
+    """As SuperBPE: texts are cut at line ends only, and merges reach across words that no probe has side by side."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    lines = pre_tokenizers.Split(Regex("\n"), "isolated")
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [lines, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    core.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<eos>", "<unk>"], initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator(["by and by\n"] * 9, trainer)
+    tokenizer = made(core)
+    assert "byĠandĠby" in tokenizer.get_vocab() and not is_local(tokenizer)
+    alike_in_a_crowd([Record("demonstration", "by and", (" by and by",), (True,), "f:1")] * 64, tokenizer)
+
+
 @pytest.mark.check
 def test_pieces_have_the_ids_of_the_whole_text_with_smollm2(hh_file):
     if not SMOLLM2.is_dir():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,8 @@ from rlhf_pipeline.data.rows import Joined, Records
 from rlhf_pipeline.data.samples import hold_out, lowest_examples
 from rlhf_pipeline.data.splits import assign_splits
 from rlhf_pipeline.data.styles import Style
+from rlhf_pipeline.data.tokenizers import PAD, tokenizer_digest
+from rlhf_pipeline.disk.storage import writing
 from rlhf_pipeline.errors import DataError
 
 TIGHT, WIDE = (SimpleNamespace(prompt=p, response=r, total=p + r) for p, r in ((4, 3), (99, 99)))
@@ -167,6 +171,96 @@ def test_a_changed_source_and_another_tokenizer_have_stores_of_their_own(both, l
     letters.chat_template = None
     made(from_store, letters, kind="pair")
     assert stores() == 4
+
+
+SEPARATED = "{{ sep_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("change", "prompt"),
+    [
+        (lambda one: one.add_special_tokens({"pad_token": PAD}), f"a{PAD}b"),
+        (lambda one: setattr(one, "sep_token", "b"), turns("a")),
+        (lambda one: setattr(one, "split_special_tokens", True), "a<eos>b"),
+    ],
+    ids=["PAD", "what a template reads", "special tokens in a text"],
+)
+def test_tokenizers_of_one_digest_that_differ_have_stores_of_their_own(both, change, prompt):
+    """The digest leaves out a PAD, and what no text without special tokens needs."""
+    completion = "c" if isinstance(prompt, str) else turns("", "c")[1:]
+    plain, from_store = both({"prompt": prompt, "completion": completion})
+    one, other = bytewise(), bytewise()
+    change(other)
+    assert tokenizer_digest(one) == tokenizer_digest(other)
+    found = [made(from_store, tokenizer, kind="demonstration")[0] for tokenizer in (one, other)]
+    assert found == [made(plain, tokenizer, kind="demonstration")[0] for tokenizer in (one, other)]
+    assert found[0] != found[1]
+
+
+def bytewise():
+    """A tokenizer whose tokens are bytes, with a chat template that begins with `sep_token`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    core = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, []))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token="<eos>",
+        sep_token="a",
+        chat_template=SEPARATED,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def test_code_that_reads_json_is_a_part_of_the_name(monkeypatch):
+    before, read = stored._code.__wrapped__(), Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == "decoding.py"))
+    assert stored._code.__wrapped__() != before
+
+
+@pytest.mark.parametrize("then", ["the same size", "longer"])
+def test_a_file_that_changes_while_it_is_read_is_not_stored_under_its_old_content(tmp_path, monkeypatch, then):
+    """Else another reader of the old content would get the new one."""
+    old, new = (
+        f'{{"prompt": "a", "completion": "{reply}"}}\n' for reply in ("b", "c" if then == "the same size" else "cc")
+    )
+    path = tmp_path / "rows.jsonl"
+    path.write_text(old)
+    monkeypatch.setattr(parsed, "STORED_BYTES", 0)
+    read = parsed.read_source
+
+    def changed(*words, **options):
+        path.write_text(new)
+        return read(*words, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parsed, "read_source", changed)
+        (record,) = read_records(str(path), home=tmp_path).records
+        assert record.completions == (json.loads(new)["completion"],)
+    path.write_text(old)
+    (record,) = read_records(str(path), home=tmp_path).records
+    assert record.completions == ("b",)
+    assert isinstance(read_records(str(path), home=tmp_path).records, Records)
+
+
+def test_a_home_that_may_not_be_written_is_no_obstacle(both, letters, monkeypatch):
+    """Records and ids are kept in memory, with a line; ids of such records are not stored later either."""
+
+    @contextmanager
+    def refused(folder):
+        with writing(folder, "its lock"):
+            raise PermissionError(errno.EROFS, "Read-only file system", str(folder))
+        yield
+
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("rlhf_pipeline.disk.arrays.locked", refused)
+        sources = [both(*SOURCES["pair"][first:], say=said.append) for first in (0, 1)]
+    assert len(said) == 2 and "kept in memory ([Errno 30] Read-only file system" in said[0]
+    for plain, in_memory in sources:
+        assert made(in_memory, letters, kind="pair") == made(plain, letters, kind="pair")
 
 
 def test_figures_of_examples_are_those_of_a_list(both, chat):

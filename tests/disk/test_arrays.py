@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import time
 
@@ -85,6 +86,35 @@ def test_what_a_killed_process_leaves_is_not_read_and_is_removed(tmp_path):
     assert list(tmp_path.glob(".one-*.tmp")) and not (tmp_path / "one").exists()
     check(stored(tmp_path / "one", fill, print))
     assert not list(tmp_path.glob(".one-*.tmp"))
+
+
+def test_a_table_that_is_deleted_at_once_can_be_read(tmp_path, monkeypatch):
+    folder, claim = tmp_path / "one", arrays.claim
+
+    def gone(staged, target):
+        claim(staged, target)
+        shutil.rmtree(target)
+
+    monkeypatch.setattr(arrays, "claim", gone)
+    check(stored(folder, fill, print))
+    assert not folder.exists()
+
+
+def test_an_error_of_the_system_is_no_damage(tmp_path, monkeypatch):
+    """Too many open files, or a disk that does not answer: the table stays, and others may read it."""
+    folder, said = tmp_path / "one", []
+    check(stored(folder, fill, said.append))
+    monkeypatch.setattr(arrays, "_VERIFIED", {})
+
+    def fails(path):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(arrays, "digest_of", fails)
+        with pytest.raises(OSError, match="Too many open files"):
+            stored(folder, fill, said.append)
+    check(stored(folder, lambda _: pytest.fail("made again"), said.append))
+    assert not said
 
 
 def test_one_of_several_processes_makes_a_table_and_the_others_wait_for_it(tmp_path):

@@ -24,9 +24,9 @@ from rlhf_pipeline.experiment.done import survey
 from rlhf_pipeline.experiment.estimate import estimate_experiment
 from rlhf_pipeline.experiment.jobs import reserve_numbers
 from rlhf_pipeline.experiment.progress import makespan, progress_at_once
-from rlhf_pipeline.experiment.ray_crew import _sees
+from rlhf_pipeline.experiment.ray_crew import _Node, _sees
 from rlhf_pipeline.experiment.run import run_experiment
-from rlhf_pipeline.experiment.workers import threads_each
+from rlhf_pipeline.experiment.workers import Answer, threads_each
 from tests.faults import children
 
 ROOT = Path(__file__).parents[2]
@@ -286,6 +286,20 @@ def test_without_ray_it_says_how_to_install_it(lab, path, monkeypatch, capsys):
     assert main(["run", str(path), "--home", str(lab.home), "--executor", "ray"]) == 2
     assert "pip install 'rlhf-pipeline[ray]'" in capsys.readouterr().err
     assert not (lab.home / "models/start").exists()
+
+
+def test_a_node_of_a_cluster_ends_its_worker_with_the_run(monkeypatch, tmp_path):
+    """The actor of a run without Ray: a worker that answers one job and then waits for a line."""
+    program = (
+        "import os, sys; job = sys.stdin.readline(); "
+        'os.write(int(sys.argv[1]), b\'{"model": "dpo@v1", "text": "\' + job.strip().encode() + b\'"}\\n\'); '
+        "sys.exit(sys.stdin.readline() != '\\n')"
+    )
+    monkeypatch.setattr("rlhf_pipeline.experiment.workers.calling_main", lambda module: program)
+    monkeypatch.chdir(tmp_path)
+    node = _Node({}, list(sys.path), str(tmp_path))
+    assert Answer.read(node.run("a job\n")) == Answer("dpo@v1", text="a job")
+    assert node._worker.process.returncode == 0 and node._worker.answers.closed
 
 
 SMALL = ["seeds=[0]", "compare=null", "ppo.max_steps=1", "dpo.max_steps=1", "scorer.max_steps=1"]

@@ -134,6 +134,44 @@ def test_a_signal_before_the_stage_has_begun(play, tmp_path):
     assert caught.value.exit_code == 143
 
 
+def test_a_signal_while_processes_are_started_reaches_those_that_start_later(monkeypatch):
+    """It comes while the second of four is made: the handler knows the first one only."""
+    monkeypatch.delenv("RANK", raising=False)
+    got: dict[int, list[int]] = {}
+
+    class Made:
+        def __init__(self, number, variables, said):
+            self.process = SimpleNamespace(send_signal=got.setdefault(number, []).append)
+            if number == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        give = staticmethod(lambda line: None)
+        kill = close = staticmethod(lambda: None)
+
+    monkeypatch.setattr(launch, "Rank", Made)
+    monkeypatch.setattr(launch, "_wait", lambda ranks, ended: None)
+    monkeypatch.setattr(launch, "_outcome", lambda ended, signals: signals)
+    config = SimpleNamespace(model_dump=lambda mode: {})
+    assert launch.run_in_processes("dpo", config, Path("home"), count=4) == [signal.SIGTERM]
+    assert got == {rank: [signal.SIGTERM] for rank in range(4)}
+
+
+def test_a_signal_after_the_answer_is_not_lost(play, tmp_path):
+    """The stage is done; whatever would come after it does not."""
+
+    def send() -> None:
+        while not all((tmp_path / rank).exists() for rank in "01"):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=send, daemon=True).start()
+    found = play(
+        f"signal.signal(signal.SIGTERM, lambda *_: os._exit(0))\nanswer(result={RESULT})\n"
+        f"open({str(tmp_path)!r} + f'/{{rank}}', 'w')\ntime.sleep(60)"
+    )
+    assert (found.model, found.stopped_by) == ("dpo@v1", signal.SIGTERM)
+
+
 def test_under_a_launcher_it_is_refused(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(BadInput, match="--num-processes: found 2 under a launcher"):

@@ -324,3 +324,10 @@ def test_several_processes_train_and_one_collects(lab, experiment, monkeypatch):
 def test_several_runs_at_a_time_have_one_process_each(lab, experiment, given, found):
     with pytest.raises(BadInput, match=f"found {found} with --num-processes 2, expected one of them"):
         run_experiment(experiment(compare=False), (), lab.home, quiet=True, processes=2, **given)
+
+
+def test_an_experiment_is_not_started_by_a_launcher(lab, experiment, monkeypatch):
+    """Each process would run all of it."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BadInput, match=r"found a launcher of 2 processes .* use rlhf run FILE --num-processes 2"):
+        run_experiment(experiment(), ["no_such_key=1"], lab.home)
