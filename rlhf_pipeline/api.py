@@ -136,8 +136,13 @@ def collect(config: Config = None, /, *, home: Home = None, quiet: bool = False,
     return run_collect(loaded.of(CollectConfig), place, notes=loaded.notes, quiet=quiet).as_dict()
 
 
-def compare(config: Config = None, /, *, home: Home = None, quiet: bool = False, **overrides: Any) -> dict[str, Any]:
+def compare(
+    config: Config = None, /, *, home: Home = None, quiet: bool = False, jobs: int = 1, **overrides: Any
+) -> dict[str, Any]:
     """Compare policies (`arms`), as `rlhf compare` does, and write the report; see `sft`.
+
+    Args:
+        jobs: the number of processes that measure.
 
     Returns:
         the content of results.json; `load(path of results.json)` gives the same as typed objects.
@@ -146,9 +151,13 @@ def compare(config: Config = None, /, *, home: Home = None, quiet: bool = False,
     from rlhf_pipeline.config.load import load_config
 
     loaded, place = load_config("compare", config, extra=overrides), home_directory(home)
-    from rlhf_pipeline.compare.run import run_compare
+    from rlhf_pipeline.experiment.helpers import helped
 
-    return printable(run_compare(loaded.of(CompareConfig), place, quiet=quiet))
+    checked = loaded.of(CompareConfig)
+    with helped(checked, place, jobs):
+        from rlhf_pipeline.compare.run import run_compare
+
+        return printable(run_compare(checked, place, quiet=quiet))
 
 
 def run(
@@ -167,7 +176,7 @@ def run(
     Args:
         experiment: the experiment's YAML file, or its content. In the content, configs of stages are relative to the
             working directory.
-        jobs: the number of stages that run at a time, each in a process of its own; 1: all in this process.
+        jobs: the number of processes that run stages and measure for the comparison; 1: all in this process.
         executor: local, or ray: each stage runs on a node of a Ray cluster.
         overrides: keys of the experiment, or of a stage: `**{"dpo.beta": 0.3}`.
     """

@@ -13,7 +13,7 @@ import typer
 from rlhf_pipeline.cli.evaluate import MEASURING_KEYS, NAMES, emit_measuring
 from rlhf_pipeline.cli.exact import print_exact
 from rlhf_pipeline.cli.libraries import load_libraries
-from rlhf_pipeline.cli.options import Common, Settings, references_and_overrides
+from rlhf_pipeline.cli.options import Common, JobsOption, Settings, references_and_overrides
 from rlhf_pipeline.cli.output import emit, emit_json, emit_lines, emit_table, interval, number
 from rlhf_pipeline.errors import UnknownReference, did_you_mean
 
@@ -31,6 +31,7 @@ def compare(
         list[str] | None,
         typer.Argument(metavar="[REF|KEY=VALUE]...", help="Models; overrides of the config.", show_default=False),
     ] = None,
+    jobs: JobsOption = 1,
 ) -> None:
     """Compare policies on the same prompts with the same random numbers, and write reports/NAME/ with index.html."""
     from rlhf_pipeline.config.compare import CompareConfig
@@ -40,10 +41,12 @@ def compare(
     if common.dry_run:
         emit_measuring(common, config, [*config.arms, *([config.baseline] if config.baseline else [])])
         return
-    load_libraries()
-    from rlhf_pipeline.compare.run import run_compare
+    from rlhf_pipeline.experiment.helpers import helped
 
-    results = run_compare(config, common.home_path, command=shlex.join(["rlhf", *sys.argv[1:]]))
+    with helped(config, common.home_path, jobs, load_libraries):
+        from rlhf_pipeline.compare.run import run_compare
+
+        results = run_compare(config, common.home_path, command=shlex.join(["rlhf", *sys.argv[1:]]))
     if common.json:
         emit_json(results)
     else:

@@ -156,8 +156,8 @@ def _said(code: int, kind: str, message: str) -> Failure:
 
 
 INTERRUPTED = 130
-# These commands write their result at the end, in one step.
-MEASURING = ("compare", "evaluate", "exact", "generate")
+# These commands write their result at the end, in one step, and keep nothing on the way.
+MEASURING = ("evaluate", "generate")
 
 
 def _interrupted(words: Sequence[str]) -> str:
@@ -166,6 +166,8 @@ def _interrupted(words: Sequence[str]) -> str:
     command = commands[0] if commands else None
     if command == "run":
         return "interrupted; finished stages are kept, and the same command continues after them"
+    if command in ("compare", "exact"):
+        return f"interrupted: this {command} wrote no result; the same command continues with what it had measured"
     if command in MEASURING:
         return f"interrupted: no result of this {command} was kept; the same command starts again from the beginning"
     return "interrupted before the run had saved anything"

@@ -90,7 +90,7 @@ JobsOption = Annotated[
         "--jobs",
         min=1,
         metavar="N",
-        help="Number of stages that run at a time, each in a process of its own with the usable cores // N threads.",
+        help="Number of processes that run stages, or measure models, each with the usable cores // N threads.",
     ),
 ]
 ExecutorOption = Annotated[

@@ -1,4 +1,4 @@
-"""A worker process of `rlhf run --jobs N`: it runs the stages that its parent gives it, one after another."""
+"""A worker process of `rlhf run --jobs N`: it runs the jobs that its parent gives it, one after another."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from queue import SimpleQueue
 
 from rlhf_pipeline.cli.libraries import load_libraries
 from rlhf_pipeline.cli.main import INTERRUPTED, described
+from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.disk.storage import only_here
 from rlhf_pipeline.errors import visible
 from rlhf_pipeline.experiment.workers import Answer, Job
@@ -53,15 +54,10 @@ def _listen(jobs: SimpleQueue[str]) -> None:
 
 
 def work(job: Job) -> Answer:
-    """Run a stage; all output goes to the log of the job."""
+    """Run a stage, or measure for a comparison; all output goes to the log of the job."""
     _write_to(job.log)
     try:
-        from rlhf_pipeline.config.stages import STAGES
-        from rlhf_pipeline.stages.functions import stage_function
-
-        config = STAGES[job.stage].model_validate(job.config)
-        result = stage_function(job.stage)(config, Path(job.home), resume=job.resume, number=job.number)
-        answer = Answer(result.model, result.cost.get("wall_seconds"), result.stopped_by)
+        answer = _measured(job) if job.stage == CompareConfig.stage else _made(job)
     except (Exception, KeyboardInterrupt) as error:
         failure = described(error, ["run", "--home", job.home])
         text = failure.message
@@ -73,6 +69,24 @@ def work(job: Job) -> Answer:
     sys.stdout.flush()
     sys.stderr.flush()
     return answer
+
+
+def _made(job: Job) -> Answer:
+    from rlhf_pipeline.config.stages import STAGES
+    from rlhf_pipeline.stages.functions import stage_function
+
+    config = STAGES[job.stage].model_validate(job.config)
+    result = stage_function(job.stage)(config, Path(job.home), resume=job.resume, number=job.number)
+    return Answer(result.model, result.cost.get("wall_seconds"), result.stopped_by)
+
+
+def _measured(job: Job) -> Answer:
+    from rlhf_pipeline.compare.ahead import measure_ahead
+    from rlhf_pipeline.compare.points import Point
+
+    points = None if job.points is None else [Point(**values) for values in job.points]
+    measure_ahead(CompareConfig.model_validate(job.config), Path(job.home), points)
+    return Answer()
 
 
 def _write_to(log: str) -> None:

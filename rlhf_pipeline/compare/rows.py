@@ -15,7 +15,7 @@ from rlhf_pipeline.evaluation.sampled import Samples, paired_difference, scores_
 from rlhf_pipeline.evaluation.win_rates import tie_share, win_rate
 from rlhf_pipeline.measure.bench import Bench
 from rlhf_pipeline.measure.best_of import primary_figure
-from rlhf_pipeline.measure.evaluate import measure
+from rlhf_pipeline.measure.evaluate import kept_samples
 from rlhf_pipeline.registry.parents import beta_of, parent_of, reward_models_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
@@ -123,9 +123,9 @@ def measure_points(
     """Sample and score every model with the same plan: same prompts, same random numbers."""
     found = []
     for number, (point, model) in enumerate(points, start=1):
-        policy, scorer = test.policy(model), scorers.get(point.seed)
-        held = None if validation is None else measure(validation, policy, scorer)
-        samples, aim = measure(test, policy, scorer), aim_of(test.registry, model)
+        scorer = scorers.get(point.seed)
+        held = None if validation is None else kept_samples(validation, model, scorer)
+        samples, aim = kept_samples(test, model, scorer), aim_of(test.registry, model)
         found.append(Measured(point, model, samples, held, None if scorer is None else scorer.label, aim=aim))
         test.say(f"[{number}/{len(points)}] measured {model.label}")
     _score_by_all(next(one for one in found if one.point.step is None), scorers, [point for point, _ in points])
@@ -146,14 +146,14 @@ def measured_reference(start: Measured, points: Sequence[Point], scorers: Scorer
     None if there is no reference, or no reward model whose over-optimisation could be assessed.
     """
     bench, own = scorers.bench, start.model
-    reference, policy = bench.reference, bench.reference_policy()
-    if reference is None or policy is None or bench.scorer is None:
+    reference = bench.reference
+    if reference is None or bench.scorer is None:
         return None
     if own.label == reference.label or (own.digest is not None and own.digest == reference.digest):
         return start
     bench.say(f"{reference.label} is also sampled: over-optimisation is a gain over the model that KL is measured to")
     point = Point(reference.label, None, {}, reference.label)
-    found = Measured(point, reference, measure(bench, policy), None, bench.scorer.label)
+    found = Measured(point, reference, kept_samples(bench, reference), None, bench.scorer.label)
     _score_by_all(found, scorers, points)
     return found
 

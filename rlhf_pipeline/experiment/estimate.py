@@ -323,12 +323,13 @@ def _with_threads(node: Node, threads: int | None) -> Node:
 
 
 def _seconds_at_once(nodes: Sequence[Node], found: Mapping[str, Forecast], jobs: int) -> float:
-    """The time of an experiment's unfinished runs with up to `jobs` at a time, and of its comparison after them."""
+    """The time of an experiment's unfinished runs with up to `jobs` at a time, and of its comparison after them, whose
+    models `jobs` processes measure."""
     left = [place for place, node in enumerate(nodes) if node.label in found]
     seconds = [found[nodes[place].label].seconds or 0.0 for place in left]
     inputs = [{left.index(one) for one in nodes[place].inputs.values() if one in left} for place in left]
     after = found[COMPARISON].seconds if COMPARISON in found else None
-    return makespan(seconds, inputs, jobs) + (after or 0.0)
+    return makespan(seconds, inputs, jobs) + (after or 0.0) / jobs
 
 
 def _shared(node: Node, processes: int) -> Node:

@@ -22,7 +22,7 @@ from rlhf_pipeline.config.grid import Node
 from rlhf_pipeline.config.stages import StageConfig
 from rlhf_pipeline.errors import BadInput, Interrupted, RunFailed
 from rlhf_pipeline.experiment.done import find_done, output_of
-from rlhf_pipeline.experiment.progress import Outcome, progress_at_once
+from rlhf_pipeline.experiment.progress import Outcome, progress_at_once, urgency
 from rlhf_pipeline.experiment.workers import Answer, Crew, Job, Team, threads_each
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.shelf import Shelf
@@ -60,8 +60,8 @@ def reserve_numbers(nodes: Sequence[Node], done: Sequence[Resolved | None], regi
 class _Runner:
     """The nodes of an experiment on their way through a crew of workers; all other nodes are named by their index.
 
-    logs: the folder of the log files. waiting: the nodes that may still run, in order. started: when each running node
-    started. failed: the answers of those that failed. lost: those that need a failed one.
+    logs: the folder of the log files. waiting: the nodes that may still run, the most urgent first. started: when each
+    running node started. failed: the answers of those that failed. lost: those that need a failed one.
     """
 
     nodes: Sequence[Node]
@@ -71,7 +71,7 @@ class _Runner:
     logs: Path
     resume: bool
     say: Callable[[str], None]
-    when_idle: Callable[[], None]
+    when_idle: Callable[[Sequence[Outcome]], None]
     waiting: list[int] = field(init=False)
     numbers: Mapping[int, int] = field(init=False)
     outputs: dict[int, str] = field(default_factory=dict)
@@ -81,7 +81,9 @@ class _Runner:
     lost: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.waiting = [place for place, found in enumerate(self.done) if found is None]
+        urgent = urgency([list(node.inputs.values()) for node in self.nodes])
+        left = [place for place, found in enumerate(self.done) if found is None]
+        self.waiting = sorted(left, key=lambda place: -urgent[place])
         self.numbers = reserve_numbers(self.nodes, self.done, self.registry)
         for place, found in enumerate(self.done):
             if found is not None:
@@ -108,7 +110,7 @@ class _Runner:
         self.tell(place, f"already done, {found.label}")
 
     def start_ready(self) -> None:
-        """Give the free workers the first nodes whose inputs exist."""
+        """Give the free workers the most urgent nodes whose inputs exist."""
         for place in list(self.waiting):
             inputs = self.nodes[place].inputs.values()
             if any(one in self.failed or one in self.lost for one in inputs):
@@ -132,7 +134,7 @@ class _Runner:
             return
         values: dict[str, Any] = config.model_dump(mode="json")
         log, home = self.log(place), str(self.registry.home.absolute())
-        job = Job(node.spec.stage, values, home, self.numbers[place], self.resume, str(log))
+        job = Job(node.spec.stage, values, home, str(log), self.numbers[place], self.resume)
         self.started[place] = time.monotonic()
         self.tell(place, f"started; log {log}")
         self.crew.give(place, job)
@@ -144,8 +146,10 @@ class _Runner:
         self.tell(place, f"failed: {first}")
 
     def finish_one(self) -> None:
-        """Wait until a node has ended, and note what became of it."""
+        """Wait until a worker has ended its job, and note what became of the node."""
         place, answer = self.crew.next_answer()
+        if place not in self.started:  # it has measured for the comparison
+            return
         elapsed = time.monotonic() - self.started.pop(place)
         if answer.code >= 128 and self.crew.stopped_by is not None:
             self.tell(place, "stopped")
@@ -166,14 +170,14 @@ class _Runner:
     def run(self) -> list[Outcome]:
         """Run all nodes that can run."""
         crew = self.crew
-        while self.waiting or crew.busy:
+        while self.waiting or self.started:
             if crew.stopped_by is None:
                 self.start_ready()
-            elif not crew.busy:
+            elif not self.started:
                 break
-            if not self.waiting and crew.free and crew.stopped_by is None:
-                self.when_idle()
-            if crew.busy:
+            if self.started and not self.waiting and not self.failed and crew.free and crew.stopped_by is None:
+                self.when_idle([self.outcomes[place] for place in sorted(self.outcomes)])
+            if self.started:
                 self.finish_one()
         if (number := crew.stopped_by) is not None:
             done = f"{len(self.outcomes)} of {len(self.nodes)} are done; the same command continues from here"
@@ -209,48 +213,40 @@ def run_at_once(
     nodes: Sequence[Node],
     done: Sequence[Resolved | None],
     registry: Registry,
+    crew: Team,
     *,
-    jobs: int,
-    executor: str,
-    name: str,
+    logs: Path,
     resume: bool,
     say: Callable[[str], None],
-    when_idle: Callable[[], None],
+    when_idle: Callable[[Sequence[Outcome]], None],
 ) -> list[Outcome]:
-    """Run the nodes that are not done, up to `jobs` at a time, each after its inputs; return the outcomes of all.
+    """Run the nodes that are not done in the workers of a crew, each after its inputs; return the outcomes of all.
 
     Args:
-        executor: local (this machine) or ray (a cluster).
-        name: of the experiment; the logs are in logs/<name>/ of the home.
-        when_idle: called, once or again, while the last runs leave a core free.
+        logs: the folder of the logs, one for each run.
+        when_idle: called, once or again, while the last runs leave a worker free, with what is done.
 
     Raises:
         BadInput, RunFailed: runs have failed; all runs that do not need them are done.
         Interrupted: a signal came; the runs have written checkpoints.
     """
-    logs = registry.home.absolute() / "logs" / name
-    crew, each = _team(executor, jobs, registry.home)
     runner = _Runner(nodes, done, registry, crew, logs, resume, say, when_idle)
     count = len(runner.waiting)
-    say(f"{jobs} runs at a time with {each} each (num_threads of a config comes first); logs in {logs}")
+    each = "OMP_NUM_THREADS" if crew.threads is None else _counted(crew.threads, "thread")
+    say(f"{crew.size} runs at a time with {each} each (num_threads of a config comes first); logs in {logs}")
     logs.mkdir(parents=True, exist_ok=True)
     with _stopping(crew, say):
-        try:
-            crew.hire(count)
-            return runner.run()
-        finally:
-            crew.dismiss()
+        crew.hire(count)
+        return runner.run()
 
 
-def _team(executor: str, jobs: int, home: Path) -> tuple[Team, str]:
-    """Those who run the jobs, and the threads of each job in words."""
+def team(executor: str, jobs: int, home: Path) -> Team:
+    """Those who run up to `jobs` runs at a time: local (this machine) or ray (a cluster)."""
     if executor == "ray":
         from rlhf_pipeline.experiment.ray_crew import RayCrew
 
-        cluster = RayCrew(jobs, home)
-        return cluster, _counted(cluster.threads, "thread")
-    threads = threads_each(jobs)
-    return Crew(jobs, threads), "OMP_NUM_THREADS" if threads is None else _counted(threads, "thread")
+        return RayCrew(jobs, home)
+    return Crew(jobs, threads_each(jobs))
 
 
 def _counted(count: int, word: str) -> str:
@@ -269,7 +265,7 @@ def _stopping(crew: Team, say: Callable[[str], None]) -> Iterator[None]:
             crew.kill()
             os._exit(128 + number)
         crew.stop(number)
-        runs = _counted(len(crew.busy), "run")
+        runs = _counted(sum(key >= 0 for key in crew.busy), "run")
         say(f"signal {number}: stopping {runs}, which write their checkpoints (repeat to stop at once)")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

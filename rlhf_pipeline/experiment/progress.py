@@ -43,13 +43,27 @@ def time_left(waiting: Sequence[str], seconds: Mapping[str, Sequence[float]]) ->
     return sum(fmean(seconds[name]) for name in waiting)
 
 
+def urgency(inputs: Sequence[Collection[int]]) -> list[int]:
+    """For each run the length of the longest chain of runs that need it, one after another.
+
+    Args:
+        inputs: for each run, the indices of the earlier runs that it needs.
+    """
+    found = [0] * len(inputs)
+    for place in reversed(range(len(inputs))):
+        for one in inputs[place]:
+            found[one] = max(found[one], found[place] + 1)
+    return found
+
+
 def makespan(seconds: Sequence[float], inputs: Sequence[Collection[int]], jobs: int) -> float:
-    """The time of runs with up to `jobs` at a time: whenever one may start, the first whose inputs exist does.
+    """The time of runs with up to `jobs` at a time: of those whose inputs exist, the most urgent starts first.
 
     Args:
         seconds: the duration of each run. inputs: for each run, the indices of the earlier runs that it needs.
     """
-    waiting = list(range(len(seconds)))
+    urgent = urgency(inputs)
+    waiting = sorted(range(len(seconds)), key=lambda place: -urgent[place])
     done: set[int] = set()
     running: list[tuple[float, int]] = []
     now = 0.0

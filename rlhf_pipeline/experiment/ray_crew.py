@@ -93,7 +93,7 @@ class RayCrew:
         alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         most = int(max(resources.get("CPU", 1) for resources in alive))
         total = int(sum(resources.get("CPU", 0) for resources in alive))
-        self.threads = min(most, max(1, total // size))
+        self.threads: int | None = min(most, max(1, total // size))
         self._gpus = any(resources.get("GPU", 0) for resources in alive)
         self._running: dict[Any, _Running] = {}  # by Ray's reference to the answer
         self.stopped_by: int | None = None

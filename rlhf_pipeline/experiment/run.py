@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,11 @@ from rlhf_pipeline.experiment.done import (
     output_of,
     survey,
 )
-from rlhf_pipeline.experiment.jobs import reserved_number, run_at_once
+from rlhf_pipeline.experiment.helpers import Helpers
+from rlhf_pipeline.experiment.jobs import reserved_number, run_at_once, team
 from rlhf_pipeline.experiment.launch import run_in_processes
 from rlhf_pipeline.experiment.progress import Outcome, progress_line
+from rlhf_pipeline.experiment.workers import Team, hired
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import check_role
 from rlhf_pipeline.registry.store import Registry
@@ -144,8 +148,8 @@ def run_experiment(
 
     Args:
         path: the experiment's file, or its content. command: the command that reproduces this, for the report.
-        jobs: the number of stages that run at a time, each in a process of its own; 1: all in this process.
-        executor: local, or ray: each stage runs on a node of a Ray cluster.
+        jobs: the number of processes that run stages and measure for the comparison; 1: this process does it all.
+        executor: local, or ray: each stage runs on a node of a Ray cluster; this process compares.
         processes: how many train each model together; 1: one. Data are collected and models compared in this process.
         before_work: called before this process runs a stage or the comparison; not called if everything is done.
     """
@@ -173,13 +177,23 @@ def run_experiment(
     for line in _about(experiment, nodes, drawn):
         say(line)
 
-    # 2. Run the rest.
-    if not all(done) and (jobs > 1 or executor != "local"):
-        options: dict[str, Any] = {"jobs": jobs, "executor": executor, "name": experiment.name, "resume": resume}
-        idle = before_work if experiment.compare is not None else lambda: None
-        outcomes = run_at_once(nodes, done, registry, say=say, when_idle=idle, **options)
-    else:
-        outcomes = _in_order(nodes, done, registry, say, before_work, processes, resume=resume, quiet=quiet)
+    # 2. Run the rest, and compare.
+    logs = registry.home.absolute() / "logs" / experiment.name
+    local = executor == "local"
+    with ExitStack() as stack:
+        crew: Team | None = None
+        if (jobs > 1 and local) or not (local or all(done)):
+            crew = stack.enter_context(hired(team(executor, jobs, registry.home)))
+        # The nodes of a cluster may have other devices than this process.
+        helpers = Helpers(crew, registry.home.absolute(), logs) if crew is not None and local else None
+        if crew is not None and not all(done):
+            idle = partial(_begin_comparison, experiment, registry, helpers, before_work)
+            options: dict[str, Any] = {"logs": logs, "resume": resume, "say": say, "when_idle": idle}
+            outcomes = run_at_once(nodes, done, registry, crew, **options)
+        else:
+            outcomes = _in_order(nodes, done, registry, say, before_work, processes, resume=resume, quiet=quiet)
+        options = {"quiet": quiet, "command": command}
+        compared = _compared(experiment, outcomes, registry, say, drawn, before_work, helpers, **options)
 
     # 3. The result: the entry of a stage is that of its first node.
     first: dict[str, Outcome] = {}
@@ -193,7 +207,7 @@ def run_experiment(
             for name, outcome in first.items()
         },
         **({"points": [o.as_point() for o in outcomes], "resampled": list(drawn)} if several else {}),
-        "comparison": _compared(experiment, outcomes, registry, say, drawn, before_work, quiet=quiet, command=command),
+        "comparison": compared,
     }
 
 
@@ -273,13 +287,13 @@ def _compared(
     say: Callable[[str], None],
     drawn: Sequence[str],
     before_work: Callable[[], None],
+    helpers: Helpers | None,
     **options: Any,
 ) -> Results | None:
     """Make the experiment's comparison, or return the results that it has made already."""
     if experiment.compare is None:
         return None
-    made = [(outcome.node, outcome.model) for outcome in outcomes]
-    config, points = _comparison(experiment.compare, made, registry)
+    config, points = _comparison(experiment.compare, _made(outcomes), registry)
     report = registry.home / "reports" / config.name
     inputs = comparison_inputs(config, points, drawn, registry)
     if inputs is not None and (results := compared_already(report, inputs)) is not None:
@@ -287,13 +301,35 @@ def _compared(
         return results
     against = f" with {config.baseline}" if config.baseline else ""
     say(f"comparing {', '.join(point.model for point in points)}{against}")
-    before_work()
-    from rlhf_pipeline.compare.run import run_compare
+    if helpers is None:
+        before_work()
+    with nullcontext() if helpers is None else helpers.beside(config, points, before_work):
+        from rlhf_pipeline.compare.run import run_compare
 
-    results = run_compare(config, registry.home, points=points, resampled=drawn, **options)
+        results = run_compare(config, registry.home, points=points, resampled=drawn, **options)
     if inputs is not None:
         note_comparison(report, inputs)
     return results
+
+
+def _made(outcomes: Sequence[Outcome]) -> list[tuple[Node, str]]:
+    return [(outcome.node, outcome.model) for outcome in outcomes]
+
+
+def _begin_comparison(
+    experiment: Experiment,
+    registry: Registry,
+    helpers: Helpers | None,
+    before_work: Callable[[], None],
+    outcomes: Sequence[Outcome],
+) -> None:
+    """While the last runs go on: have free workers measure what is done, and get ready to compare."""
+    compare = experiment.compare
+    if compare is None:
+        return
+    if helpers is not None and set(compare.links.values()) <= {outcome.node.name for outcome in outcomes}:
+        helpers.ask(*_comparison(compare, _made(outcomes), registry), helpers.crew.size)
+    before_work()
 
 
 def _comparison(

@@ -9,28 +9,30 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from selectors import EVENT_READ, DefaultSelector
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from rlhf_pipeline.experiment.child import Child, calling_main
 
 
 @dataclass(frozen=True)
 class Job:
-    """One stage for a worker.
+    """One stage for a worker, or the measuring of what a comparison reads.
 
-    config: the keys and values of its config. number: the version number that is reserved for its output. log: the file
-    that gets all output of the stage.
+    config: the keys and values of its config. log: the file that gets all output. number: the version number that is
+    reserved for the output of a stage. points: those of a comparison, as dictionaries; None: the arms of its config.
     """
 
     stage: str
     config: Mapping[str, Any]
     home: str
-    number: int
-    resume: bool
     log: str
+    number: int | None = None
+    resume: bool = True
+    points: Sequence[Mapping[str, Any]] | None = None
 
     def line(self) -> str:
         """One line of JSON, as `read` reads it."""
@@ -97,11 +99,12 @@ def _told(code: int) -> str:
 class Team(Protocol):
     """What runs jobs, up to `size` at a time.
 
-    busy: the keys of the jobs that run now. free: whether a further job may be given. stopped_by: the signal that was
-    passed on to the jobs.
+    threads: those of each job; None: as OMP_NUM_THREADS says. busy: the keys of the jobs that run now. free: whether a
+    further job may be given. stopped_by: the signal that was passed on to the jobs.
     """
 
     size: int
+    threads: int | None
     stopped_by: int | None
 
     @property
@@ -123,11 +126,14 @@ class Team(Protocol):
     def dismiss(self) -> None: ...
 
 
+T = TypeVar("T", bound=Team)
+
+
 class Crew:
     """Up to `size` workers on this machine."""
 
     def __init__(self, size: int, threads: int | None):
-        self.size, self._threads = size, threads
+        self.size, self.threads = size, threads
         self._slots: list[Worker | None] = [None] * size
         self._busy: dict[int, int] = {}  # slot -> what it was given
         self.stopped_by: int | None = None
@@ -197,7 +203,7 @@ class Crew:
 
     def _variables(self, slot: int) -> dict[str, str]:
         """Variables that divide threads and GPUs between the workers."""
-        variables = {} if self._threads is None else {"OMP_NUM_THREADS": str(self._threads)}
+        variables = {} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}
         devices = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
         if len(devices) > 1:
             variables["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
@@ -210,3 +216,12 @@ def threads_each(jobs: int) -> int | None:
         return None
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, usable // jobs)
+
+
+@contextmanager
+def hired(crew: T) -> Iterator[T]:
+    """Dismiss a crew at the end."""
+    try:
+        yield crew
+    finally:
+        crew.dismiss()

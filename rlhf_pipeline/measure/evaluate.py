@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from rlhf_pipeline.config.compare import EvaluateConfig
@@ -17,6 +19,7 @@ from rlhf_pipeline.errors import ConfigError, Fault
 from rlhf_pipeline.evaluation.sampled import Samples, add_kl, draw
 from rlhf_pipeline.measure.bench import Bench, add_rewards, scored_as_trained, set_up
 from rlhf_pipeline.measure.best_of import best_of_n_rows
+from rlhf_pipeline.measure.kept import identity_of, keep
 from rlhf_pipeline.measure.trained_on import changes_of, owned_by
 from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
 from rlhf_pipeline.models.modules import Policy
@@ -43,6 +46,31 @@ def measure(bench: Bench, policy: Policy, scorer: RewardSource | None = None) ->
     if reference is not None:
         add_kl(samples, policy, reference, bench.plan)
     return samples
+
+
+def kept_samples(bench: Bench, resolved: Resolved, scorer: RewardSource | None = None, *, wait: bool = True) -> Samples:
+    """`measure` of a model, from the cache if it is there.
+
+    Raises:
+        Busy: see `keep`.
+    """
+
+    def make() -> dict[str, Any]:
+        made = measure(bench, bench.policy(resolved), scorer)
+        return {
+            "completions": [example.completions for example in made.examples],
+            "ended": [example.ended for example in made.examples],
+            "values": {name: values.tolist() for name, values in made.values.items()},
+        }
+
+    reference, scores = bench.reference, {"score": scorer or bench.scorer, "judge": bench.judge, "truth": bench.truth}
+    models = {name: identity_of(bench, None if one is None else one.label) for name, one in scores.items()}
+    models |= {"policy": resolved.identity, "reference": "none" if reference is None else reference.identity}
+    found: Any = keep(bench, "samples", models, make, wait=wait, samples=bench.plan.samples, seed=bench.plan.seed)
+    responses = zip(bench.plan.prompts, found["completions"], found["ended"], strict=True)
+    examples = [replace(prompt, completions=ids, ended=ended) for prompt, ids, ended in responses]
+    clusters = [example.prompt_key for example in examples for _ in example.completions]
+    return Samples(examples, clusters, {name: np.array(values) for name, values in found["values"].items()})
 
 
 @sharing_models()

@@ -24,6 +24,7 @@ from rlhf_pipeline.evaluation.closed_forms import (
     policy_figures,
 )
 from rlhf_pipeline.measure.bench import set_up
+from rlhf_pipeline.measure.kept import identity_of, keep
 from rlhf_pipeline.measure.leaves import TRUTH, Leaves, Reward, trained_reward
 from rlhf_pipeline.measure.training_loss import excess_training_losses, trained_by_dpo
 from rlhf_pipeline.models.sharing import sharing_models
@@ -57,6 +58,10 @@ class ExactBench:
     few: int
     reward_models: Mapping[str, str] = field(default_factory=dict)  # by policy, if each seed has its own
     frontiers: dict[int, GibbsFrontier] = field(default_factory=dict)
+
+    def beta_of(self, model: Resolved) -> float:
+        """The beta at which a model is measured."""
+        return self.beta or beta_of(model) or self.usual_beta
 
     def count(self, reward: Reward) -> int:
         """Number of prompts of the figures for this reward."""
@@ -127,7 +132,7 @@ def gap_to(exact: ExactBench, logprobs: Sequence[Tensor], reward: Reward, beta: 
     return Gap(value=fmean(values), prompts=count, reward=list(reward))
 
 
-def policy_row(exact: ExactBench, resolved: Resolved, beta: float, loss: TrainingLoss | None = None) -> ExactRow:
+def policy_row(exact: ExactBench, resolved: Resolved, beta: float) -> ExactRow:
     """All exact figures of one policy."""
     policy = exact.leaves.bench.policy(resolved)
     logprobs = [exact.leaves.logprobs(policy, index) for index in range(len(exact.leaves.prompts))]
@@ -140,7 +145,33 @@ def policy_row(exact: ExactBench, resolved: Resolved, beta: float, loss: Trainin
         parts["disagreement"] = gap_to(exact, logprobs, ((1.0, learned),), beta)
     for part in list(parts.values()):  # the total over the same prompts, so that the two can be compared
         parts["gap_true_there"] = gap_to(exact, logprobs[: part.prompts], TRUTH, beta)
-    return exact_row(exact, resolved, logprobs, beta).model_copy(update={**parts, "training_loss": loss})
+    return exact_row(exact, resolved, logprobs, beta).model_copy(update=parts)
+
+
+def kept_row(exact: ExactBench, resolved: Resolved | None, beta: float, *, wait: bool = True) -> ExactRow:
+    """`policy_row` of a policy, or `optimum_row` of the objective (None), from the cache if it is there.
+
+    Raises:
+        Busy: see `keep`.
+    """
+    bench, reference = exact.leaves.bench, exact.leaves.reference_model
+    models = {f"reference {reference.label}": reference.identity}
+    trained_on: Reward | None = None
+    learned: str | None = None
+    if resolved is not None:
+        trained_on = trained_reward(bench.registry, resolved)
+        learned = exact.reward_models.get(resolved.label, exact.reward_model)
+        models[resolved.label] = resolved.identity
+    sources = [source for reward in (exact.reward, trained_on or ()) for _, source in reward]
+    models |= {source: identity_of(bench, source) for source in [*sources, *([learned] if learned else [])]}
+    more = {"policy": resolved and resolved.label, "beta": beta, "reward": exact.reward, "trained_on": trained_on}
+    more |= {"learned": learned, "few": exact.few}
+
+    def make() -> object:
+        row = optimum_row(exact, None, beta) if resolved is None else policy_row(exact, resolved, beta)
+        return row.model_dump(mode="json", exclude_unset=True)
+
+    return ExactRow.model_validate(keep(bench, "exact figures", models, make, wait=wait, **more))
 
 
 def optimum_row(exact: ExactBench, model: Resolved | None, beta: float) -> ExactRow:
@@ -174,19 +205,26 @@ def best_of_n_exactly(exact: ExactBench, sizes: Sequence[int]) -> list[ExactBest
     return rows
 
 
+def measured_exactly(exact: ExactBench, models: Sequence[Resolved]) -> list[tuple[Resolved | None, float]]:
+    """The models that have exact figures, each with its beta; then None, the optimum, with each of these betas."""
+    betas = [exact.beta_of(model) for model in models]
+    return [*zip(models, betas, strict=True), *((None, beta) for beta in sorted(set(betas)))]
+
+
 def exact_figures(
     exact: ExactBench, models: Sequence[Resolved], losses: Mapping[str, TrainingLoss], best_of: Sequence[int] = ()
 ) -> Exact:
     """One row for each model, one for the optimum at each beta, and the exact frontier."""
     bench, rows = exact.leaves.bench, []
-    for model in models:
-        beta = exact.beta or beta_of(model) or exact.usual_beta
+    for model, beta in measured_exactly(exact, models):
+        if model is None:
+            rows.append(kept_row(exact, None, beta))
+            continue
         if role_of(model)[0] == "reward_model":
             rows.append(optimum_row(exact, model, beta))
         else:
-            rows.append(policy_row(exact, model, beta, losses.get(model.label)))
+            rows.append(kept_row(exact, model, beta).model_copy(update={"training_loss": losses.get(model.label)}))
         bench.say(f"measured {model.label} exactly")
-    rows += [optimum_row(exact, None, beta) for beta in sorted({row.beta for row in rows})]
     curve = exact.frontier(exact.count(exact.reward))
     return Exact(
         reward=" + ".join(source if weight == 1 else f"{weight:g} {source}" for weight, source in exact.reward),

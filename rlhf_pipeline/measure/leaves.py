@@ -14,6 +14,7 @@ from torch import Tensor
 from rlhf_pipeline.config.reward_names import WORLD_NAMES, names_a_model
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.disk.kept import claimed
 from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.evaluation.closed_forms import require_mass, world_reward
 from rlhf_pipeline.evaluation.enumerate import leaf_logprobs, leaf_scores
@@ -151,13 +152,23 @@ class Leaves:
         }
         name = sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         path: Path = bench.registry.home / "cache" / f"leaves-{name[:32]}.safetensors"
-        stored = None if resolved.identity is None else read_tensor(path)
-        if stored is not None and stored.shape == (self.tree.num_leaves,):
+        if resolved.identity is None:
+            return self._scored(resolved, index)
+        if (stored := self._stored(path)) is not None:
             return stored
-        scores = leaf_scores(self._model(resolved), self.prompts[index].prompt_ids, self.tree, **self._reading)
-        if resolved.identity is not None:
-            write_tensor(path, scores)
-        return scores
+        with claimed(path):  # a table takes seconds: one process makes it, others wait
+            if (stored := self._stored(path)) is None:
+                stored = self._scored(resolved, index)
+                write_tensor(path, stored)
+        return stored
+
+    def _stored(self, path: Path) -> Tensor | None:
+        """The table of a file; None if it is not there, damaged, or of another tree."""
+        found = read_tensor(path)
+        return found if found is not None and found.shape == (self.tree.num_leaves,) else None
+
+    def _scored(self, resolved: Resolved, index: int) -> Tensor:
+        return leaf_scores(self._model(resolved), self.prompts[index].prompt_ids, self.tree, **self._reading)
 
     def _model(self, resolved: Resolved) -> RewardModel:
         if resolved.label not in self._models:

@@ -121,7 +121,7 @@ def test_a_prompt_that_is_cut_is_said(capsys, tiny) -> None:
     ("words", "line"),
     [
         (["generate", "sft", "--prompt", PROMPT], "error: interrupted: no result of this generate was"),
-        (["compare", "sft", "dpo"], "error: interrupted: no result of this compare was kept"),
+        (["compare", "sft", "dpo"], "error: interrupted: this compare wrote no result; the same"),
         (["run", "experiment.yaml"], "error: interrupted; finished stages are kept"),
         (["dpo"], "error: interrupted before the run had saved anything"),
     ],

@@ -232,12 +232,12 @@ def test_the_verdict_speaks_of_matched_cost_and_matched_kl():
 
 def test_other_reward_models_score_the_first_model_and_no_snapshot(monkeypatch):
     """Without a baseline the first arm's model is what all are set against, by the reward model of each seed."""
-    monkeypatch.setattr(rows, "measure", lambda *_: samples(score=0.0))
+    monkeypatch.setattr(rows, "kept_samples", lambda *_: samples(score=0.0))
     monkeypatch.setattr(rows, "aim_of", lambda *_: Aim())
     monkeypatch.setattr(rows, "scores_of", lambda samples, source, _: np.full(4, float(source.label[3:])))
     steps = [(0, 1), (0, None), (1, 1), (1, None)]
     points = [(Point("a", seed, {}, "a", step), SimpleNamespace(label="a")) for seed, step in steps]
-    bench = SimpleNamespace(policy=lambda _: None, say=lambda _: None, plan=None, scorer=None, registry=None)
+    bench = SimpleNamespace(say=lambda _: None, plan=None, scorer=None, registry=None)
     scorers = SimpleNamespace(bench=bench, get=lambda seed: SimpleNamespace(label=f"rm-{seed}"))
     measured = rows.measure_points(points, bench, None, scorers)
     assert [sorted(one.scores) for one in measured] == [[], ["rm-1"], [], []]

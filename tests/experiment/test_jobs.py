@@ -23,7 +23,7 @@ from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.experiment.done import survey
 from rlhf_pipeline.experiment.estimate import estimate_experiment
 from rlhf_pipeline.experiment.jobs import reserve_numbers
-from rlhf_pipeline.experiment.progress import makespan, progress_at_once
+from rlhf_pipeline.experiment.progress import makespan, progress_at_once, urgency
 from rlhf_pipeline.experiment.ray_crew import _Node, _sees
 from rlhf_pipeline.experiment.run import run_experiment
 from rlhf_pipeline.experiment.workers import Answer, threads_each
@@ -52,7 +52,14 @@ CONTENT: dict[str, Any] = {
         },
         "dpo": {**TRAINING, **DATA, **START, "stage": "dpo"},
     },
-    "compare": {"arms": ["ppo", "dpo"], "baseline": "start", "samples": 2, "max_prompts": 4, "exact": False, **CPU},
+    "compare": {
+        "arms": ["ppo", "dpo"],
+        "baseline": "start",
+        "samples": 2,
+        "max_prompts": 4,
+        "max_new_tokens": 2,
+        **CPU,
+    },
     "sweep": {"dpo.beta": [0.1, 0.5]},
 }
 CONTENT["compare"].pop("max_prompt_length"), CONTENT["compare"].pop("response_length")
@@ -89,6 +96,9 @@ def test_the_time_of_runs_side_by_side():
     assert makespan(seconds, inputs, 3) == 5
     assert makespan([1.0, 1.0, 5.0], [(), (0,), (1,)], 4) == 7  # a chain
     assert makespan([], [], 2) == 0
+    # 2, which 3 needs, starts first, beside 0; 1 from 1 to 3; 3 from 2 to 5. In order it would be 6.
+    assert makespan([2.0, 2.0, 1.0, 3.0], [(), (), (), (2,)], 2) == 5
+    assert urgency([(), (0,), (0,), (1,), (2, 3), ()]) == [3, 2, 1, 1, 0, 0]
 
 
 def test_progress_of_runs_side_by_side(path):
@@ -132,7 +142,7 @@ def test_the_dry_run_knows_the_time_of_several_jobs(lab, path):
     seconds = [two["estimates"][label]["seconds"] for label in RUNS]
     inputs = [(), *((0,), (1,), (0,), (0,)), *((0,), (5,), (0,), (0,))]
     after = two["estimates"]["compare"]["seconds"]
-    assert two["at_once"] == {"jobs": 2, "seconds": pytest.approx(makespan(seconds, inputs, 2) + after)}
+    assert two["at_once"] == {"jobs": 2, "seconds": pytest.approx(makespan(seconds, inputs, 2) + after / 2)}
     assert two["about"][0].startswith("whole experiment, 2 runs at a time: about ")
 
 
@@ -154,6 +164,7 @@ def test_two_at_a_time_are_what_one_after_another_is(lab, tiny, path, tmp_path, 
     assert second.replace(str(beside.home), str(lab.home)) == first
     assert not list(beside.home.glob("models/*/reserved.json"))
     logs = sorted((beside.home / "logs/trial").iterdir())
+    assert logs.pop().name == "compare.txt"
     assert [log.name for log in logs][::4] == ["1-start.txt", "5-dpo_beta=0.5_seed_0.txt", "9-dpo_beta=0.5_seed_1.txt"]
     assert "registered dpo@v4" in logs[8].read_text() and "registered" not in said.err
     assert "2 runs at a time with OMP_NUM_THREADS each" in said.err or "1 thread each" in said.err
@@ -258,6 +269,24 @@ def test_a_signal_stops_all_and_the_same_command_continues(lab, start, number, c
     assert process.wait(timeout=300) == code
     logs = "".join(log.read_text() for log in (lab.home / "logs/trial").iterdir())
     assert logs.count("resumed at step ") >= 1 and lab.registry.models.numbers("start") == [1]
+
+
+@pytest.mark.check
+def test_a_signal_while_models_are_measured_ends_all_and_keeps_what_is_measured(lab, start):
+    # All 954,305 responses to each prompt: a second for each model.
+    words = ["seeds=[0]", "sweep.dpo.beta=[.1]", "compare.max_new_tokens=4", "compare.max_prompts=8"]
+    process = start(lab.home, *words)
+    wait_for(lambda: any(path.stat().st_size for path in lab.home.glob("cache/measured-*.json")))
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err and children.gone("JOBS_TEST", str(lab.home), 5)
+    assert not (lab.home / "reports/trial/results.json").exists()
+    kept = {path: path.read_bytes() for path in lab.home.glob("cache/measured-*.json") if path.stat().st_size}
+    process = start(lab.home, *words)
+    assert process.communicate(timeout=300) and process.returncode == 0
+    assert kept and all(path.read_bytes() == content for path, content in kept.items())
+    assert (lab.home / "reports/trial/results.json").exists()
 
 
 @pytest.mark.check

@@ -163,7 +163,7 @@ def test_a_policy_above_the_frontier_is_an_error(arms, monkeypatch):
         module.ExactBench, "frontier", lambda self, count: type("Low", (), {"bound": lambda s, kl: -9.0})()
     )
     with pytest.raises(RunFailed, match="above the exact frontier"):
-        exact(arms, "dpo", **SHORT)
+        exact(arms, "dpo", **SHORT, max_prompts=3)
 
 
 def test_what_a_ppo_model_was_trained_on(arms):
