@@ -27,6 +27,7 @@ from rlhf_pipeline.experiment.workers import Answer, Crew, Job, Team, threads_ea
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.shelf import Shelf
 from rlhf_pipeline.registry.store import Registry
+from rlhf_pipeline.training.tracking import say_in_handler
 
 TAIL = 5
 """The number of lines of a failed run's log that are shown."""
@@ -266,7 +267,7 @@ def _stopping(crew: Team, say: Callable[[str], None]) -> Iterator[None]:
             os._exit(128 + number)
         crew.stop(number)
         runs = _counted(sum(key >= 0 for key in crew.busy), "run")
-        say(f"signal {number}: stopping {runs}, which write their checkpoints (repeat to stop at once)")
+        say_in_handler(say, f"signal {number}: stopping {runs}, which write their checkpoints (repeat to stop at once)")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -43,7 +43,7 @@ from rlhf_pipeline.training.run_directory import (
     write_status,
 )
 from rlhf_pipeline.training.trackers import Trackers
-from rlhf_pipeline.training.tracking import RunLog
+from rlhf_pipeline.training.tracking import RunLog, say_in_handler
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -311,10 +311,11 @@ def _signals(run: Run):
         if run.phase == "preparing":
             raise _Stopped
         if run.phase == "ending":
-            run.log.say(f"signal {number}: all updates are done, registering the model (repeat to stop at once)")
+            ending = f"signal {number}: all updates are done, registering the model (repeat to stop at once)"
+            say_in_handler(run.log.say, ending)
             return
         then = "writing a checkpoint" if run.config.engine == "native" else "stopping"
-        run.log.say(f"signal {number}: finishing this update, then {then} (repeat to stop at once)")
+        say_in_handler(run.log.say, f"signal {number}: finishing this update, then {then} (repeat to stop at once)")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

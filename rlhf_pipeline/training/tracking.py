@@ -9,6 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -44,6 +45,12 @@ class _Console(Console):
 
 
 console = _Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say_in_handler(say: Callable[[str], None], text: str) -> None:
+    """Say something in a signal handler; it is left out if the signal came while the same stream was written to."""
+    with suppress(RuntimeError):  # Python refuses that: "reentrant call"
+        say(text)
 
 
 def jsonable(value: Any, instead: Callable[[float], Any] = lambda _: None) -> Any:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from rlhf_pipeline.cli.main import main
 from rlhf_pipeline.config.experiment import load_experiment
 from rlhf_pipeline.config.grid import expand
 from rlhf_pipeline.errors import BadInput
+from rlhf_pipeline.experiment import jobs
 from rlhf_pipeline.experiment.done import survey
 from rlhf_pipeline.experiment.estimate import estimate_experiment
 from rlhf_pipeline.experiment.jobs import reserve_numbers
@@ -360,3 +362,16 @@ def test_faults_of_inputs_that_only_a_stage_finds(lab, tmp_path):
     content = {"name": "trial", "stages": {"dpo": dpo, "more": {**dpo, "model_name_or_path": "dpo"}}}
     with pytest.raises(BadInput, match=r"^dpo: lr_scheduler_kwargs: transformers refuses .*sideways"):
         run_experiment(content, [], lab.home, jobs=2, quiet=True)
+
+
+def test_a_signal_within_another_output_stops_the_workers_all_the_same() -> None:
+    """Python refuses to write to a stream in a handler while the interrupted code writes to it."""
+
+    def refused(text: str) -> None:
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+    crew = SimpleNamespace(stopped_by=None, busy=[0, 1])
+    crew.stop = lambda number: setattr(crew, "stopped_by", number)
+    with jobs._stopping(crew, refused):
+        signal.raise_signal(signal.SIGTERM)
+    assert crew.stopped_by == signal.SIGTERM

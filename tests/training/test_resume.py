@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -328,3 +329,17 @@ def test_a_signal_after_the_last_update_lets_the_model_be_registered(whole, lab,
     assert result.stopped_by == signal.SIGTERM and "stopped_by" not in result.as_dict()
     assert "registering the model" in (Path(result.run) / "log.txt").read_text()
     assert_equal_runs(whole_lab, whole_result, lab, result)
+
+
+@pytest.mark.parametrize("phase", ["training", "ending"])
+def test_a_signal_within_another_output_is_noted_all_the_same(phase: str) -> None:
+    from rlhf_pipeline.training.open_run import _signals
+
+    def refused(text: str) -> None:
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+    log, config = SimpleNamespace(say=refused), SimpleNamespace(engine="native")
+    run = SimpleNamespace(stopped_by=None, phase=phase, log=log, config=config)
+    with _signals(run):
+        signal.raise_signal(signal.SIGTERM)
+    assert run.stopped_by == signal.SIGTERM
