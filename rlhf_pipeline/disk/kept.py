@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.disk.storage import lock, replace_text, writing
+from rlhf_pipeline.disk.storage import lock, mark_used, replace_text, writing
 
 
 class Busy(Exception):
@@ -51,6 +51,7 @@ def kept(path: Path, make: Callable[[], Any], *, wait: bool = True) -> Any:
         Busy, RunFailed: see `claimed`.
     """
     if (found := _read(path)) is not None:
+        mark_used(path)
         return found[0]
     with claimed(path, wait=wait):
         if (found := _read(path)) is not None:

@@ -184,10 +184,9 @@ def run_experiment(
         crew: Team | None = None
         if (jobs > 1 and local) or not (local or all(done)):
             crew = stack.enter_context(hired(team(executor, jobs, registry.home)))
-        # The nodes of a cluster may have other devices than this process.
         helpers = Helpers(crew, registry.home.absolute(), logs) if crew is not None and local else None
         if crew is not None and not all(done):
-            idle = partial(_begin_comparison, experiment, registry, helpers, before_work)
+            idle = partial(_begin_comparison, experiment.compare, registry, helpers, before_work)
             options: dict[str, Any] = {"logs": logs, "resume": resume, "say": say, "when_idle": idle}
             outcomes = run_at_once(nodes, done, registry, crew, **options)
         else:
@@ -293,7 +292,8 @@ def _compared(
     """Make the experiment's comparison, or return the results that it has made already."""
     if experiment.compare is None:
         return None
-    config, points = _comparison(experiment.compare, _made(outcomes), registry)
+    made = [(outcome.node, outcome.model) for outcome in outcomes]
+    config, points = _comparison(experiment.compare, made, registry)
     report = registry.home / "reports" / config.name
     inputs = comparison_inputs(config, points, drawn, registry)
     if inputs is not None and (results := compared_already(report, inputs)) is not None:
@@ -312,23 +312,19 @@ def _compared(
     return results
 
 
-def _made(outcomes: Sequence[Outcome]) -> list[tuple[Node, str]]:
-    return [(outcome.node, outcome.model) for outcome in outcomes]
-
-
 def _begin_comparison(
-    experiment: Experiment,
+    compare: StageSpec[CompareConfig] | None,
     registry: Registry,
     helpers: Helpers | None,
     before_work: Callable[[], None],
     outcomes: Sequence[Outcome],
 ) -> None:
     """While the last runs go on: have free workers measure what is done, and get ready to compare."""
-    compare = experiment.compare
     if compare is None:
         return
-    if helpers is not None and set(compare.links.values()) <= {outcome.node.name for outcome in outcomes}:
-        helpers.ask(*_comparison(compare, _made(outcomes), registry), helpers.crew.size)
+    made = [(outcome.node, outcome.model) for outcome in outcomes]
+    if helpers is not None and set(compare.links.values()) <= {node.name for node, _ in made}:
+        helpers.ask(*_comparison(compare, made, registry), helpers.crew.size)
     before_work()
 
 

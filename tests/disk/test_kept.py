@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -25,6 +26,9 @@ def test_what_was_made_is_read_bit_for_bit(tmp_path: Path):
         assert found == {key: part for key, part in value.items() if key != "nan"}
         assert math.copysign(1, found["rows"][2]) == -1
     assert [one.name for one in path.parent.iterdir()] == ["one.json"]
+    os.utime(path, (1, 1))
+    kept(path, unasked)
+    assert path.stat().st_mtime > 1  # `rlhf cache clean` removes what is not used
 
 
 @pytest.mark.parametrize("damage", [b"", b"\xff\xfe", b"{}\n", b"0" * 64 + b"\n[1]\n"])
