@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from datetime import date
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -57,11 +58,13 @@ def encodings_of(
     # The digest of a slow tokenizer does not tell its code; records that are not on disk have no digest.
     if not tokenizer.is_fast or records.table.digest is None:
         return encode_all(every, tokenizer, **options)
+    template = template_of(tokenizer) or ""
     how = {
         "records": records.table.digest,
         "tokenizer": tokenizer_digest(tokenizer),
         "stops": stop_ids(tokenizer),
-        "template": template_of(tokenizer),
+        "template": template,
+        "day": str(date.today()) if "strftime_now" in template else None,  # the template writes the date
         "special": tokenizer.special_tokens_map,  # for templates; the digest leaves out a PAD, and texts may have one
         "split": tokenizer.split_special_tokens,
         "style": asdict(style),

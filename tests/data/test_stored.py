@@ -214,6 +214,19 @@ def bytewise():
     )
 
 
+def test_a_template_that_writes_the_date_has_a_store_for_each_day(both, chat, tmp_path, monkeypatch):
+    """A prompt is trained as it is sampled on that day."""
+    _, from_store = both(*SOURCES["messages"])
+    found = []
+    for template in (chat.chat_template, "{{ strftime_now('%d') }}" + chat.chat_template):
+        chat.chat_template = template
+        for day in ("2026-11-30", "2026-12-01"):
+            monkeypatch.setattr(stored, "date", SimpleNamespace(today=lambda day=day: day))
+            made(from_store, chat, kind="prompt")
+            found.append(len(list(Path(tmp_path, "cache", "tokens").glob("*/table.json"))))
+    assert found == [2, 2, 3, 4]
+
+
 def test_code_that_reads_json_is_a_part_of_the_name(monkeypatch):
     before, read = stored._code.__wrapped__(), Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == "decoding.py"))

@@ -173,10 +173,10 @@ def test_state_of_an_interrupted_run(lab, monkeypatch):
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_killed_between_registering_and_finishing_registers_nothing_twice(lab, monkeypatch, stage):
-    from rlhf_pipeline.training.open_run import Run
+    from rlhf_pipeline.stages import publish
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "finish", lambda run, model: die())
+        patch.setattr(publish, "finish_run", lambda directory, model: die())
         with pytest.raises(Killed):
             lab.run(stage, **SETTINGS)
     result = lab.run(stage, **SETTINGS)
