@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator
 
 from rlhf_pipeline.config.base import ModelInput, Positive, Text, option
+from rlhf_pipeline.config.sharding import OFF
 from rlhf_pipeline.config.training import COMMON_CHECKS, NATIVE, TrainingConfig, check_model
 from rlhf_pipeline.errors import Fault
 
@@ -37,9 +38,12 @@ def check_ranking_loss(config: DpoConfig) -> Iterator[Fault]:
 
 
 def check_population(config: DpoConfig) -> Iterator[Fault]:
-    """Yield the faults of a run on fresh pairs, which has no epochs and no list of pairs to cache."""
+    """Yield the faults of a run on fresh pairs, which has no epochs and a whole reference."""
     if config.population and config.max_steps < 1:
         yield Fault("max_steps", f"found {config.max_steps}", "a number >= 1: fresh pairs have no epochs")
+    if config.population and config.fsdp:
+        found = f"{config.dataset_name}: fresh pairs, which only a whole reference can draw, with fsdp"
+        yield Fault("dataset_name", found, "recorded pairs", OFF)
 
 
 def check_dpo_engine(config: DpoConfig) -> Iterator[Fault]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from rlhf_pipeline.config.base import Count, NonNegative, Positive, option
+from rlhf_pipeline.config.sharding import OFF
 from rlhf_pipeline.config.training import COMMON_CHECKS, NATIVE, TrainingConfig, check_model
 from rlhf_pipeline.errors import Fault
 
@@ -17,11 +18,18 @@ def check_reward_engine(config: RewardConfig) -> Iterator[Fault]:
         yield Fault("score_pooling", found, "'last'", NATIVE)
 
 
+def check_centering(config: RewardConfig) -> Iterator[Fault]:
+    """Yield the fault of samples of the whole parent in a stage that divides its weights."""
+    if config.fsdp and config.reward_centering == "reference_samples":
+        found = "found 'reference_samples' with fsdp, but only a whole parent can sample"
+        yield Fault("reward_centering", found, "'chosen' or 'none'", OFF)
+
+
 class RewardConfig(TrainingConfig):
     """Config of `rlhf train-rm`."""
 
     stage: ClassVar[str] = "train-rm"
-    checks: ClassVar = (check_model, *COMMON_CHECKS, check_reward_engine)
+    checks: ClassVar = (check_model, *COMMON_CHECKS, check_reward_engine, check_centering)
 
     learning_rate: Positive = option(1e-5, "peak learning rate of AdamW (ours: TRL's 1e-4 suits LoRA)")
     reward_centering: Literal["reference_samples", "chosen", "none"] = option(

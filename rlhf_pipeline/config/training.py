@@ -38,9 +38,10 @@ from rlhf_pipeline.config.base import (
     part_of,
     renames,
 )
-from rlhf_pipeline.config.evaluation import Cadence, WithEvaluation, check_eval, check_evaluations, check_metric
+from rlhf_pipeline.config.evaluation import Cadence, check_eval, check_evaluations, check_metric
 from rlhf_pipeline.config.lengths import MAX_LENGTH, WithLengths, check_lengths
 from rlhf_pipeline.config.optim import SCHEDULES, check_optim, check_schedule
+from rlhf_pipeline.config.sharding import WithSharding, check_sharding
 from rlhf_pipeline.config.template import (
     CHAT_TEMPLATE,
     CHAT_TEMPLATE_KWARGS,
@@ -101,7 +102,7 @@ def check_engine(config: TrainingConfig) -> Iterator[Fault]:
         yield Fault("micro_batch_tokens", found, "no micro_batch_tokens", NATIVE)
 
 
-class TrainingConfig(WithLengths, WithEvaluation):
+class TrainingConfig(WithLengths, WithSharding):
     """Keys of every training stage, with the names of Hugging Face and TRL."""
 
     model_name_or_path: Text | None = option(
@@ -154,8 +155,7 @@ class TrainingConfig(WithLengths, WithEvaluation):
         "plain: instruction and input",
     )
     text_as_chat: bool = option(
-        False,
-        "put prompts and completions that are text into the chat template, as turns of user and assistant",
+        False, "put prompts and completions that are text into the chat template, as turns of user and assistant"
     )
     max_prompt_length: Count | None = option(
         None, "maximum prompt length, in tokens; longer prompts are cut on the left, those of messages by whole turns"
@@ -295,9 +295,8 @@ def check_mixture(config: TrainingConfig) -> Iterator[Fault]:
 def check_fractions_of_sources(config: TrainingConfig) -> Iterator[Fault]:
     """Yield the faults of a mixture with fractions and weights, and of an evaluation that has no examples."""
     entries = config.datasets or ()
-    shares = [entry.fraction is not None for entry in entries]
     for index, entry in enumerate(entries):
-        if any(shares) and entry.weight != 1:
+        if entry.weight != 1 and any(other.fraction is not None for other in entries):
             fix = "remove the weights, or the fractions"
             yield Fault(f"datasets.{index}.weight", "other sources have a fraction", "fractions or weights", fix)
     if config.eval_strategy != "no" and any(entry.split for entry in entries) and config.test_split_size is None:
@@ -347,4 +346,5 @@ COMMON_CHECKS = (
     check_metric,
     check_evaluations,
     check_trackers,
+    check_sharding,
 )

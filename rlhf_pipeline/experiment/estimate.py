@@ -125,12 +125,16 @@ def _bytes_in_4_bits(config: TrainingConfig, parents: Mapping[str, Resolved]) ->
 
 
 def _training_memory(
-    parameters: int, adapter: int | None, config: TrainingConfig, in_4_bits: Mapping[str, int] = MappingProxyType({})
-) -> int:
+    parameters: int,
+    adapter: int | None,
+    config: TrainingConfig,
+    in_4_bits: Mapping[str, int] = MappingProxyType({}),
+    parts: int = 1,
+) -> float:
     """Bytes of weights, gradients and the optimizer's state, and of the frozen models, without activations.
 
     adapter: parameters of the adapter that is trained on frozen weights; None: all weights are trained.
-    in_4_bits: bytes of the frozen weights of models held in 4 bits, by role.
+    in_4_bits: bytes of the frozen weights of models held in 4 bits, by role. parts: processes that divide the weights.
     """
     optim, width = OPTIMIZERS[config.optim], BYTES[config.dtype]
     count, own = (parameters, width) if adapter is None else (adapter, 4)  # adapters are in fp32
@@ -146,10 +150,10 @@ def _training_memory(
         frozen = base + reward + judge * ("judge" in config.parents())
         trained *= 1 if config.value_init == "shared" else 2
     if adapter is not None:
-        # Actor and reference, and critic and reward model, have the same weights; with shared_base all four.
+        # Undivided, actor and reference, and critic and reward model, have the same weights; with shared_base all four.
         shared_base = isinstance(config, PpoConfig) and config.shared_base
-        frozen = max(frozen - reward * shared_base, base)
-    return trained + frozen
+        frozen = max(frozen - reward * shared_base, base) + base * (parts > 1 and isinstance(config, DpoConfig))
+    return (trained + frozen) / parts
 
 
 def estimate_stage(config: StageConfig, home: Path, *, processes: int = 1) -> dict[str, Any]:
@@ -177,7 +181,7 @@ def estimate_stage(config: StageConfig, home: Path, *, processes: int = 1) -> di
     if isinstance(config, CollectConfig):
         result |= _collect_counts(config, parents["policy"], home)
     else:
-        result |= _training_counts(config, outlook, node, parents) | {"data": said}
+        result |= _training_counts(config, outlook, node, parents, processes if config.fsdp else 1) | {"data": said}
     return result | _work_of(outlook, node)
 
 
@@ -211,9 +215,9 @@ def _collect_counts(config: CollectConfig, policy: Resolved, home: Path) -> dict
 
 
 def _training_counts(
-    config: TrainingConfig, outlook: Outlook, node: Node, parents: Mapping[str, Resolved]
+    config: TrainingConfig, outlook: Outlook, node: Node, parents: Mapping[str, Resolved], parts: int
 ) -> dict[str, Any]:
-    """The entries of a training stage's dry run on its rows, its steps and its memory."""
+    """The entries of a training stage's dry run on its rows, its steps and its memory in one of `parts` processes."""
     if config.output_dir is not None:
         folder_for_copy(config.output_dir, config.output_name)
     examples = outlook.training(node)
@@ -244,7 +248,7 @@ def _training_counts(
         adapter = None
         if config.use_peft:
             adapter = result["trained_parameters"] = outlook.models(node).trained
-        memory = _training_memory(parameters, adapter, config, _bytes_in_4_bits(config, parents))
+        memory = _training_memory(parameters, adapter, config, _bytes_in_4_bits(config, parents), parts)
         result["memory_mib_without_activations"] = round(memory / 2**20, 1)
     return result
 

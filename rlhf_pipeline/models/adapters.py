@@ -183,8 +183,11 @@ def _inject(model: PreTrainedModel, settings: Any, name: str) -> None:
         set_requires_grad(model, TRAINED)
 
 
-def save_adapter(model: PreTrainedModel, directory: Path) -> None:
-    """Write the trained adapter in peft's format, with the model's config; not the weights it stands on."""
+def save_adapter(model: PreTrainedModel, directory: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Write the trained adapter in peft's format, with the model's config; not the weights it stands on.
+
+    state: see `save_model`.
+    """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -195,7 +198,7 @@ def save_adapter(model: PreTrainedModel, directory: Path) -> None:
             setattr(settings, key, sorted(value))
     directory.mkdir(parents=True, exist_ok=True)
     settings.save_pretrained(str(directory))
-    weights = get_peft_model_state_dict(model, adapter_name=TRAINED, save_embedding_layers=False)
+    weights = get_peft_model_state_dict(model, state, adapter_name=TRAINED, save_embedding_layers=False)
     own = {f"{PREFIX}{key}": tensor.detach().cpu().clone().contiguous() for key, tensor in weights.items()}
     save_file(own, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = copy.deepcopy(model.config)

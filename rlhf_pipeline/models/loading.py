@@ -318,13 +318,21 @@ def store_reward_shift(model: PreTrainedModel, mean_score: float) -> None:
     model.config.reward_shift = float(mean_score)
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write weights (safetensors), config and tokenizer in the Hugging Face layout; of an adapter its own weights."""
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write weights (safetensors), config and tokenizer in the Hugging Face layout; of an adapter its own weights.
+
+    state: the weights, if those of the model are divided; see `whole_state`.
+    """
     with router_loss_as_loaded(model):
         if TRAINED in adapters_of(model):
-            save_adapter(model, directory)
+            save_adapter(model, directory, state)
         else:
-            model.save_pretrained(directory, safe_serialization=True)
+            model.save_pretrained(directory, safe_serialization=True, state_dict=None if state is None else dict(state))
     tokenizer.save_pretrained(directory)
     config = json.loads((directory / "config.json").read_text())
     if "auto_map" in config:  # never pass on a pointer to code that a user might run unintentionally

@@ -122,8 +122,9 @@ def run_dpo(config: DpoConfig, home: Path, **options) -> StageResult:
         tokenizer: PreTrainedTokenizerBase = tokenizer_of(parent, config.trust_remote_code, config)
         if config.ref_model:
             require_same_tokenizer(parent, ref_parent, tokenizer, config.trust_remote_code)
-        policy, frozen = load_policy_and_reference(parent, config, tokenizer, run.device, reference=ref_parent)
+        policy, frozen = load_policy_and_reference(parent, config, tokenizer, run.loads_on, reference=ref_parent)
         assert_independent(policy, frozen)
+        run.placed(policy, frozen)
 
         # 2. The pairs, and their log-probabilities under the reference.
         known_as = ref_parent.identity

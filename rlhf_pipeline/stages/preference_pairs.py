@@ -87,7 +87,7 @@ def recorded_pairs(
         return {"responses_at_once": at_once, "memory": run.memory, "device": run.device}
 
     def referred(rows: Sequence[Example]) -> ReferenceLogprobs:
-        return cached_logprobs(frozen, rows, cache, key, **options(rows))
+        return cached_logprobs(frozen, rows, cache, key, agree=run.everywhere, **options(rows))
 
     def score_reference(batch: PackedBatch) -> TokenScores:
         with run.accelerator.autocast():  # the precision of the policy's training

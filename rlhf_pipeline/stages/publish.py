@@ -12,6 +12,7 @@ from rlhf_pipeline.data.load import SourceReport
 from rlhf_pipeline.data.tokenizers import chat_template_digest, tokenizer_digest
 from rlhf_pipeline.models.adapters import adapter_facts
 from rlhf_pipeline.models.loading import save_model
+from rlhf_pipeline.models.sharding import whole_state
 from rlhf_pipeline.registry.optimum import optimum_fields
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.stages.result import StageResult
@@ -55,12 +56,13 @@ def publish(
 ) -> StageResult:
     """Register the plan's model with its snapshots, end the run, and return the result."""
     run.accelerator.wait_for_everyone()
+    state = whole_state(plan.model)
     if not run.accelerator.is_main_process:
         return StageResult(run.stage, "", "", str(run.directory), metrics, {})
     snapshots = run.directory / "snapshots"
 
     def write(directory: Path) -> None:
-        save_model(plan.model, plan.tokenizer, directory)
+        save_model(plan.model, plan.tokenizer, directory, state)
         if snapshots.is_dir():
             shutil.copytree(snapshots, directory / "snapshots")
 

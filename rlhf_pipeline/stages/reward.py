@@ -181,8 +181,9 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
         parent = find_base(run, config)
         tokenizer: PreTrainedTokenizerBase = tokenizer_of(parent, config.trust_remote_code, config)
         padded = with_padding(tokenizer, new=not config.use_peft)  # an adapter leaves the embedding as it is
-        network = onto(run.device, new_reward_model(parent, config, padded))
+        network = onto(run.loads_on, new_reward_model(parent, config, padded))
         model = read_reward_model(network).train()
+        run.placed(model)
         if config.score_pooling == "mean":
             run.log.say("score_pooling mean: transformers itself reads only the last token and gives other scores")
         log_moves(run, {"base": parent})

@@ -81,7 +81,7 @@ def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
         data = StageData(config, run.registry.home, run.log.say)
         if parents:
             tokenizer = tokenizer_of(parents["base"], config.trust_remote_code, config)
-            policy = load_policy(parents["base"], config, tokenizer, run.device, dropout=config.dropout)
+            policy = load_policy(parents["base"], config, tokenizer, run.loads_on, dropout=config.dropout)
         else:
             assert config.model_init is not None and config.tokenizer_init is not None  # `check_start` of the config
             tokenizer = data.new_tokenizer(config.tokenizer_init)
@@ -93,10 +93,11 @@ def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
                 attn_implementation=config.attn_implementation,
                 dropout=config.dropout,
             )
-            model = onto(run.device, model)
+            model = onto(run.loads_on, model)
             if not config.dropout:
                 require_no_noise(model)
             policy = Policy(model, inspect_model(model)).train()
+        run.placed(policy)
         run.log.say(f"model: {sum(map(entries, policy.parameters())):,} parameters, {policy.reader}")
 
         # 2. The data.

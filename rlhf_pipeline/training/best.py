@@ -12,6 +12,7 @@ from torch import nn
 
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.errors import ConfigError, DamagedFile, Fault
+from rlhf_pipeline.models.sharding import load_state
 from rlhf_pipeline.training.checkpoint import PREFIX, replacing, trained_state, unshared
 
 WEIGHTS, ALIASES = "model.safetensors", "aliases.json"
@@ -56,14 +57,17 @@ class Best:
         self.misses = 0 if better and not gain <= self.threshold else self.misses + 1
         if better and not math.isnan(value):
             self.value, self.step = value, step
-            if self.keeps and self.writes:
+            if self.keeps:
                 self._write(model)
         return self.given_up
 
     def _write(self, model: nn.Module) -> None:
         from safetensors.torch import save_file
 
-        weights, aliases = unshared(trained_state(model))
+        trained = trained_state(model)
+        if not self.writes:
+            return
+        weights, aliases = unshared(trained)
         with replacing(self.folder / f"{PREFIX}{self.step}") as staged:
             save_file(weights, staged / WEIGHTS)
             (staged / ALIASES).write_text(json.dumps(aliases), encoding="utf-8")
@@ -104,4 +108,4 @@ class Best:
             raise DamagedFile(f"{folder}: missing; expected the weights of the best evaluation; run with --no-resume")
         weights = load_file(folder / WEIGHTS)
         aliases = json.loads((folder / ALIASES).read_text(encoding="utf-8"))
-        model.load_state_dict(weights | {alias: weights[name] for alias, name in aliases.items()}, strict=False)
+        load_state(model, weights | {alias: weights[name] for alias, name in aliases.items()})

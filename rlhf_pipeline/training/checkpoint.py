@@ -28,6 +28,7 @@ from torch import nn
 
 from rlhf_pipeline.disk.storage import staging, sync, sync_tree
 from rlhf_pipeline.errors import DamagedFile, MismatchError
+from rlhf_pipeline.models.sharding import as_held, load_state, whole
 from rlhf_pipeline.registry.digests import file_entry
 
 PREFIX = "step-"
@@ -72,11 +73,18 @@ def replacing(target: Path) -> Iterator[Path]:
         shutil.rmtree(before, ignore_errors=True)
 
 
-def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The part of a state dict that training changes: everything except frozen parameters."""
+def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
     kept = {name for name, value in model.named_parameters(remove_duplicate=False) if value.requires_grad}
     kept.update(name for name, _ in model.named_buffers(remove_duplicate=False))  # not the scales of weights in 4 bits
-    return {name: tensor for name, tensor in model.state_dict().items() if name in kept}
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name in kept}
+
+
+def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The part of a state dict that training changes: everything except frozen parameters.
+
+    Divided weights are gathered: every process must call it, and only the first one gets them (see `whole`).
+    """
+    return whole(_trained(model))
 
 
 def save_checkpoint(
@@ -88,8 +96,12 @@ def save_checkpoint(
     scheduler: Any,
     extra: dict[str, Any],
     keep: int | None,
+    writes: bool = True,
 ) -> Path:
     """Write checkpoints/step-<n> under `root` to a temporary name, sync and rename it; then keep the `keep` newest.
+
+    Args:
+        writes: whether this process writes; one that does not takes part in gathering divided weights.
 
     Raises:
         RunFailed: the disk is full; earlier checkpoints are unchanged.
@@ -97,9 +109,11 @@ def save_checkpoint(
     from safetensors.torch import save_file
 
     target = root / f"{PREFIX}{step}"
-    weights, aliases = unshared(trained_state(model))
-    optimizer_state = optimizer.state_dict()
+    trained, optimizer_state = trained_state(model), optimizer.state_dict()
     tensors, values = flat_state(optimizer_state["state"])
+    if not writes:
+        return target
+    weights, aliases = unshared(trained)
     state = {
         "step": step,
         "aliases": aliases,
@@ -238,7 +252,10 @@ def set_random_states(states: dict[str, torch.Tensor]) -> None:
 
 
 def flat_state(state: Mapping[Any, Any], prefix: str = "") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors of an optimizer's state under dotted names, and its other values (numbers, texts, None)."""
+    """The tensors of an optimizer's state under dotted names, and its other values (numbers, texts, None).
+
+    Tensors are whole: see `whole`.
+    """
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {}
     for name, value in state.items():
@@ -247,12 +264,13 @@ def flat_state(state: Mapping[Any, Any], prefix: str = "") -> tuple[dict[str, to
             tensors |= inner
             values |= rest
         elif isinstance(value, torch.Tensor):
-            tensors[f"{prefix}{name}"] = value.detach().cpu().contiguous().clone()
+            (found,) = whole({name: value}).values()
+            tensors[f"{prefix}{name}"] = found.detach().cpu().contiguous().clone()
         elif value is None or isinstance(value, bool | int | float | str):
             values[f"{prefix}{name}"] = value
         else:
-            found = f"{prefix}{name} of the optimizer's state is a {type(value).__name__}"
-            raise TypeError(f"{found}; a checkpoint holds tensors, numbers and texts")
+            kind = f"{prefix}{name} of the optimizer's state is a {type(value).__name__}"
+            raise TypeError(f"{kind}; a checkpoint holds tensors, numbers and texts")
     return tensors, values
 
 
@@ -266,6 +284,20 @@ def nested_state(tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any])
             entry = entry.setdefault(name, {})
         entry[last] = value
     return state
+
+
+def _divided(optimizer: torch.optim.Optimizer, entries: Mapping[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The state of each parameter, with this process's part of every tensor that has the shape of a divided one."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def held(value: Any, parameter: torch.Tensor) -> Any:
+        alike = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+        return as_held(value, parameter) if alike else value
+
+    return {
+        index: {name: held(value, parameters[index]) for name, value in saved.items()}
+        for index, saved in entries.items()
+    }
 
 
 def _keep_types(optimizer: torch.optim.Optimizer, entries: Mapping[int, Mapping[str, Any]]) -> None:
@@ -293,13 +325,14 @@ def restore(
     weights |= {alias: weights[name] for alias, name in checkpoint.state["aliases"].items()}
     try:
         # Frozen weights are those of the models that the run was started with; `Plan.inputs` has their digests.
-        absent = sorted(trained_state(model).keys() - weights.keys())
-        if absent or model.load_state_dict(weights, strict=False).unexpected_keys:
+        absent = sorted(_trained(model).keys() - weights.keys())
+        if absent or load_state(model, weights):
             raise RuntimeError(f"it lacks {absent[0]}" if absent else "it has weights that this model lacks")
     except RuntimeError as error:
         first_lines = " ".join(str(error).split())[:200]
         raise MismatchError(f"{checkpoint.directory}: not a checkpoint of this model: {first_lines}") from error
     entries = nested_state(load_file(checkpoint.directory / FILES[1]), checkpoint.state.get("optimizer_values", {}))
+    entries = _divided(optimizer, entries)
     optimizer.load_state_dict({"state": entries, "param_groups": checkpoint.state["param_groups"]})
     _keep_types(optimizer, entries)
     # The lambdas follow from the config: None keeps those of the scheduler.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rlhf_pipeline.data.batch import PackedBatch
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import RunFailed
+from rlhf_pipeline.models.sharding import local
 from rlhf_pipeline.training.windows import Loss
 
 SHOWN_VALUES = 8
@@ -106,8 +107,8 @@ def bad_completions(batch: PackedBatch, value: Tensor) -> dict[int, list[dict[st
 
 
 def broken_weights(model: nn.Module) -> list[str]:
-    """Names of the parameters that are not finite."""
-    return [name for name, value in model.named_parameters() if not bool(torch.isfinite(value).all())]
+    """Names of the parameters that are not finite; of divided ones, where the part of this process is not."""
+    return [name for name, value in model.named_parameters() if not bool(torch.isfinite(local(value)).all())]
 
 
 def refuse(
@@ -118,13 +119,15 @@ def refuse(
     step: Callable[[nn.Module, Any], Loss],
     counts: Mapping[str, float],
     quiet: Callable[[], AbstractContextManager],
+    alone: bool = True,
     grad_norm: Tensor | None = None,
 ) -> NotFinite:
     """The error for a window that is not finite; it names the first bad figure in the order of the computation.
 
     Args:
         seen: the window's micro-batches. counts: its denominators. quiet: a context in which one example can be
-            computed alone.
+            computed alone. alone: whether this process can compute without the others; else examples are not computed
+            one by one.
     """
     weights = broken_weights(model)
     for what in dict.fromkeys(name for one in seen for name in one.checked):
@@ -139,7 +142,7 @@ def refuse(
     loss = float(sum(one.loss for one in seen))
     what = GRADIENT if all(bool(torch.isfinite(one.loss)) for one in seen) else LOSS
     detail = f"loss {loss}" + ("" if grad_norm is None else f", gradient norm {float(grad_norm)}")
-    rows = _one_by_one(what, seen, model, step, counts, quiet)
+    rows = _one_by_one(what, seen, model, step, counts, quiet) if alone else []
     total = sum(len(getattr(one.micro_batch, "examples", ())) for one in seen)
     return NotFinite(update, what, rows, total, _batches(seen, rows), detail, weights)
 

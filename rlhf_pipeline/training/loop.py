@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rlhf_pipeline.models.memory import Memory
+from rlhf_pipeline.models.sharding import gathered
 from rlhf_pipeline.training.finite import Seen, all_finite, figures, refuse
 from rlhf_pipeline.training.ranks import Ranks, together
 from rlhf_pipeline.training.windows import Loss, Window, cut_micro_batches, size_of
@@ -87,11 +88,11 @@ def fit(
     memory, ranks = memory or Memory(), Ranks(accelerator, model)
     memory.repeats = ranks.alone
     sums, updates, steps = Sums(), start, 0
-    refused = partial(refuse, model=model, step=step, quiet=ranks.accumulating)
+    refused = partial(refuse, model=model, step=step, quiet=ranks.accumulating, alone=ranks.alone)
 
     def accumulate(window: Window, halvings: int) -> tuple[Sums, list[Seen]]:
         """Add up the gradients of a window with its micro-batches halved `halvings` times."""
-        batches = list(cut_micro_batches(window.micro_batches, halvings - window.halvings))
+        batches = ranks.even(list(cut_micro_batches(window.micro_batches, halvings - window.halvings)))
         found, seen = Sums(), []
         for number, micro_batch in enumerate(batches, 1):
             memory.holds(size_of(micro_batch))
@@ -99,7 +100,7 @@ def fit(
                 loss = step(model, micro_batch)
                 total = loss.total(window.counts)
                 found.add_loss(loss)
-                accelerator.backward(total * ranks.factor)
+                accelerator.backward(total)
             checked = {name: value.detach() for name, value in loss.checked.items()}
             seen.append(Seen(micro_batch, total.detach(), checked))
         return found, seen
@@ -117,7 +118,7 @@ def fit(
         sums.count(window.counts)
         found, seen = together(accelerator, memory, partial(computed, window))
         ranks.add_gradients(model.parameters())
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+        grad_norm = gathered(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf))
         if not bool(all_finite([grad_norm, *figures(seen)])):
             optimizer.zero_grad(set_to_none=True)
             failure = refused(updates + 1, seen, counts=window.counts, grad_norm=grad_norm)

@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import torch
 import yaml
+from torch import nn
 
 from rlhf_pipeline.config.dump import config_digest, dump_yaml
 from rlhf_pipeline.config.stages import ModelConfig
@@ -27,6 +28,7 @@ from rlhf_pipeline.disk.storage import replace_text
 from rlhf_pipeline.errors import BadInput, Interrupted
 from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.needs import remarks_on, require_needs
+from rlhf_pipeline.models.sharding import shard
 from rlhf_pipeline.registry.lengths import with_lengths
 from rlhf_pipeline.registry.parents import parents_of
 from rlhf_pipeline.registry.store import Registry, folder_for_copy
@@ -36,7 +38,7 @@ from rlhf_pipeline.training.failure import FOLDER as FAILURE
 from rlhf_pipeline.training.precision import uses_bf16
 from rlhf_pipeline.training.run_directory import (
     CONFIG,
-    finished_runs,
+    made_before,
     open_directory,
     read_status,
     unfinished_with_other_config,
@@ -75,6 +77,33 @@ class Run(Generic[C]):
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the weights are divided between several processes."""
+        return self.config.fsdp and self.accelerator.num_processes > 1
+
+    @property
+    def loads_on(self) -> torch.device:
+        """Where models are loaded: on the run's device, or on the CPU until `placed` divides them."""
+        return torch.device("cpu") if self.sharded else self.device
+
+    def placed(self, *models: nn.Module) -> None:
+        """Divide models between the processes if the run is sharded; see `shard`."""
+        for model in models if self.sharded else ():
+            shard(model, self.device)
+
+    def prepared(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The model and its optimizer for the training loop."""
+        if not self.sharded:
+            return self.accelerator.prepare(model, optimizer)
+        return self.accelerator.prepare_model(model, evaluation_mode=True), self.accelerator.prepare(optimizer)
+
+    def everywhere(self, fact: bool) -> bool:
+        """Whether something holds in every process of a sharded run, in which all must make the same passes."""
+        if not self.sharded:
+            return fact
+        return bool(self.accelerator.gather(torch.tensor([int(fact)], device=self.device)).all())
 
     @property
     def id(self) -> str:
@@ -126,8 +155,8 @@ def make_accelerator(config: ModelConfig) -> Accelerator:
     kind = accelerator.distributed_type.value
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise BadInput(
-            f"found distributed_type {kind} in the config of accelerate, expected MULTI_GPU (DDP): with weights that "
-            "are divided between processes, a checkpoint would hold a part of them; see docs/scaling.md"
+            f"found distributed_type {kind} in the config of accelerate, expected MULTI_GPU (DDP); to divide weights "
+            "between processes, set fsdp: true in the config of the stage; see docs/scaling.md"
         )
     return accelerator
 
@@ -234,7 +263,7 @@ def open_run(
             begun = (directory / CONFIG).exists()
             if not begun:
                 other = unfinished_with_other_config(directory, config.output_name, described)
-                for line in [*_made_before(home, config.output_name, digest), *other]:
+                for line in [*made_before(home, config.output_name, digest), *other]:
                     log.say(f"note: {line}")
             replace_text(directory / CONFIG, dump_yaml(config))
             for place in (directory, directory / "snapshots", directory / "checkpoints"):
@@ -252,7 +281,8 @@ def open_run(
         memory = Memory(log.say, meter)
         run = Run(stage, config, Registry(home), directory, accelerator, log, checkpoint, meter, memory, number)
         count, threads = accelerator.num_processes, f"{torch.get_num_threads()} threads"
-        each = threads if count == 1 else f"{count} processes of {threads}"
+        each = threads if count == 1 else f"{count} processes of {threads}" + run.sharded * ", which divide the weights"
+        memory.repeats = not run.sharded
         log.say(f"{stage}: run {run.id}, {accelerator.device}, {each}, seed {config.seed}")
         if config.bf16 == "auto":
             log.say(f"bf16 auto: {'on, it is faster on this machine' if uses_bf16(config) else 'off on this machine'}")
@@ -267,16 +297,6 @@ def open_run(
         log.close()
         if lock is not None:
             lock.close()
-
-
-def _made_before(home: Path, name: str, digest: str) -> list[str]:
-    """A line about the newest existing version that a finished run of this config has created; [] without one."""
-    versions = {f"{name}@v{number}" for number in Registry(home).models.numbers(name)}
-    made = [(run, model) for run, model in finished_runs(home, name, digest) if model in versions]
-    return [
-        f"run {run} of this config has finished as {model}: this run creates a new version; `{model}` names the old one"
-        for run, model in made[-1:]
-    ]
 
 
 def run_is_empty(directory: Path) -> bool:

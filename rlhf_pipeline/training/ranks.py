@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,19 +28,29 @@ class Ranks:
     """The processes of a run, for the training loop.
 
     Under DDP gradients are added up after the last micro-batch of a window, not within its backward pass. Until then no
-    process waits for another, so a process that runs out of memory can repeat its share alone.
+    process waits for another, so a process that runs out of memory can repeat its share alone. Divided weights
+    (models/sharding.py) are gathered, and their gradients added up, within each pass.
     """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module):
         self.accelerator, self.model = accelerator, model
         self.count = accelerator.num_processes
         self.alone = self.count == 1 or isinstance(model, DistributedDataParallel)
-        # A wrapper that averages gradients divides by the number of processes; a sum does not.
-        self.factor = 1 if self.alone else self.count
 
     def accumulating(self, last: bool = False) -> contextlib.AbstractContextManager:
         """A context for the forward and backward pass of a micro-batch, without communication if possible."""
         return self.accelerator.no_sync(self.model) if self.alone or not last else contextlib.nullcontext()
+
+    def even(self, micro_batches: list[Any]) -> list[Any]:
+        """The micro-batches of a window, with stand-ins of weight 0 up to the largest number of any process.
+
+        With divided weights all processes must make the same number of passes.
+        """
+        if self.alone:
+            return micro_batches
+        mine = torch.tensor([len(micro_batches)], device=self.accelerator.device)
+        missing = int(self.accelerator.gather(mine).max()) - len(micro_batches)
+        return micro_batches + [replace(micro_batches[0].part(slice(0, 1)), weight=0.0) for _ in range(missing)]
 
     def reduce(self, values: Tensor) -> Tensor:
         """Sums over all processes."""
@@ -113,6 +124,9 @@ def _begin_sum(bucket: Sequence[Tensor]) -> Callable[[], None]:
 def together(accelerator: Accelerator, memory: Memory, work: Callable[[], T]) -> T:
     """Run work() on every process; a failure or a halving on one process applies to all.
 
+    With divided weights, a process that runs out of memory leaves at once: the others wait for it within a pass, and
+    end when it has ended.
+
     Raises:
         RunFailed: work() failed on a process; the first such process reports its cause, and the others report that
             another process has failed.
@@ -123,6 +137,8 @@ def together(accelerator: Accelerator, memory: Memory, work: Callable[[], T]) ->
     try:
         result = work()
     except RunFailed as error:
+        if not (memory.repeats or isinstance(error, NotFinite)):
+            raise
         failure = error
     times = memory.halvings.get("training", 0)
     mine = torch.tensor([[float(failure is not None), float(times)]], device=accelerator.device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -88,12 +88,19 @@ def _is_whole(logprobs: Tensor, examples: Sequence[Example]) -> bool:
 
 
 def cached_logprobs(
-    policy: Policy, examples: Sequence[Example], cache: Path, key: dict[str, Any], **options
+    policy: Policy,
+    examples: Sequence[Example],
+    cache: Path,
+    key: dict[str, Any],
+    *,
+    agree: Callable[[bool], bool] = bool,
+    **options,
 ) -> ReferenceLogprobs:
     """`completion_logprob_sums` of a frozen reference, from the cache if possible.
 
     Args:
         key: identifies the reference; without a digest (a model on the hub) nothing is cached.
+        agree: whether something holds in every process that must make the same passes.
         options: options of `completion_logprob_sums`.
     """
     if key.get("model") is None or not examples:
@@ -102,7 +109,8 @@ def cached_logprobs(
     name = sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     path = cache / f"reference-{name[:32]}.safetensors"
     stored = read_tensor(path)  # None also for a damaged entry, which is computed again and replaced
-    if stored is not None and stored.shape[0] == len(examples) and _is_whole(stored, examples):
+    usable = stored is not None and stored.shape[0] == len(examples) and _is_whole(stored, examples)
+    if agree(usable) and stored is not None:
         return ReferenceLogprobs(stored, True)
     logprobs = completion_logprob_sums(policy, examples, **options)
     if not _is_whole(logprobs, examples):  # the run stops at them; the next run must compute them again

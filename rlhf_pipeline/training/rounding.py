@@ -7,14 +7,16 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from rlhf_pipeline.models.sharding import local
+
 SAMPLE = 4096
-"""At most so many weights of each tensor are looked at, or twice as many."""
+"""At most so many weights of each tensor are looked at, or twice as many; of a divided tensor those of this process."""
 
 Sample = list[tuple[Tensor, Tensor]]
 
 
 def _some(parameter: Tensor) -> Tensor:
-    flat = parameter.detach().flatten()
+    flat = local(parameter).flatten()
     return flat[:: max(1, flat.numel() // SAMPLE)]
 
 
@@ -27,4 +29,4 @@ def sample_weights(parameters: Iterable[nn.Parameter]) -> Sample:
 def changed_share(sample: Sample) -> float:
     """The share of the sampled weights that differ from what they were."""
     changed = torch.stack([(_some(parameter) != before).sum() for parameter, before in sample]).sum()
-    return float(changed) / sum(before.numel() for _, before in sample)
+    return float(changed) / max(1, sum(before.numel() for _, before in sample))

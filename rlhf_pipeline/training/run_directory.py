@@ -18,6 +18,7 @@ import yaml
 
 from rlhf_pipeline.disk.storage import lock, only_here, replace_text, writing
 from rlhf_pipeline.errors import BadInput
+from rlhf_pipeline.registry.store import Registry
 
 STATUS, CONFIG, LOCK = "run.json", "config.yaml", ".lock"
 
@@ -62,6 +63,16 @@ def finished_runs(home: Path, name: str, digest: str) -> list[tuple[str, str]]:
     base = home / "runs" / f"{name}-{digest[:10]}"
     found = [(_place(base, number).name, read_status(_place(base, number))) for number in _numbers(base)]
     return [(run, str(status["model"])) for run, status in found if status.get("status") == "finished"]
+
+
+def made_before(home: Path, name: str, digest: str) -> list[str]:
+    """A line about the newest existing version that a finished run of this config has created; [] without one."""
+    versions = {f"{name}@v{number}" for number in Registry(home).models.numbers(name)}
+    made = [(run, model) for run, model in finished_runs(home, name, digest) if model in versions]
+    return [
+        f"run {run} of this config has finished as {model}: this run creates a new version; `{model}` names the old one"
+        for run, model in made[-1:]
+    ]
 
 
 def _numbers(base: Path) -> list[int]:

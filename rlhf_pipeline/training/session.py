@@ -19,6 +19,7 @@ from rlhf_pipeline.models.loading import save_model
 from rlhf_pipeline.models.memory import ADVICE
 from rlhf_pipeline.models.refusals import ran_out
 from rlhf_pipeline.models.saving import mend_generation, require_saving
+from rlhf_pipeline.models.sharding import whole_state
 from rlhf_pipeline.training.best import Best
 from rlhf_pipeline.training.checkpoint import Checkpoint, replacing, restore, save_checkpoint
 from rlhf_pipeline.training.cost import COUNTS, JUDGE
@@ -208,7 +209,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
         began = f"; it began in {run.shares} processes, and a step keeps its number of examples" if other else ""
         run.log.say(f"resumed at step {start} of {plan.total}{began}")
     run.log.total, run.log.shown = plan.total, plan.shown
-    prepared, prepared_optimizer = run.accelerator.prepare(model, optimizer)
+    prepared, prepared_optimizer = run.prepared(model, optimizer)
     failed_at = failed_update(run.directory) if run.accelerator.is_main_process else None
     weights = sample_weights(model.parameters())
 
@@ -226,7 +227,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
 
     def save(step: int) -> None:
         counted = asdict(run.meter) | over_ranks() | {"wall": run.meter.wall_seconds()}
-        if not run.accelerator.is_main_process:
+        if not (run.accelerator.is_main_process or run.sharded):
             return
         counted["optimizer_steps"] += 1  # the window of this update is not counted yet
         run.log.sync()
@@ -245,6 +246,7 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
                 "halvings": run.memory.halvings,
             },
             keep=config.save_total_limit,
+            writes=run.accelerator.is_main_process,
         )
         best.saved()
 
@@ -265,9 +267,10 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
         if _every(config.snapshot_steps, step):
             # Every rank takes part in the count; the window of this update is not counted yet.
             run.meter.mark(step, **over_ranks(), optimizer_steps=run.meter.optimizer_steps + 1)
+            state = whole_state(plan.model)
             if run.accelerator.is_main_process:
                 with replacing(run.directory / "snapshots" / f"step-{step}") as staged:
-                    save_model(plan.model, plan.tokenizer, staged)
+                    save_model(plan.model, plan.tokenizer, staged, state)
         _agree_to_stop(run)
         if run.stopped_by is not None:
             save(step)
