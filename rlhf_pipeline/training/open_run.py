@@ -36,6 +36,7 @@ from rlhf_pipeline.training.checkpoint import Checkpoint, clear_leftovers, newes
 from rlhf_pipeline.training.cost import CostMeter, reset_peak_memory
 from rlhf_pipeline.training.failure import FOLDER as FAILURE
 from rlhf_pipeline.training.precision import uses_bf16
+from rlhf_pipeline.training.ranks import of_the_first
 from rlhf_pipeline.training.run_directory import (
     CONFIG,
     made_before,
@@ -192,23 +193,20 @@ def _agree_on_directory(
     Raises:
         BadInput: another process is training this run.
     """
-    chosen: list[Any] = [None]
+    chosen: str | None = None
     lock, refused = None, None
     if accelerator.is_main_process:
         try:
             directory, lock = open_directory(home, config.output_name, digest, resume=resume)
             token = read_status(directory).get("token") or uuid.uuid4().hex[:12]
             write_status(directory, status="running", pid=os.getpid(), token=token)
-            chosen = [str(directory)]
+            chosen = str(directory)
         except BadInput as error:
             refused = error
-    if accelerator.num_processes > 1:
-        from accelerate.utils import broadcast_object_list
-
-        broadcast_object_list(chosen)
-    if chosen[0] is None:
+    chosen = of_the_first(accelerator, chosen)
+    if chosen is None:
         raise refused or BadInput("the first process could not open the run")
-    return Path(chosen[0]), lock
+    return Path(chosen), lock
 
 
 @contextmanager

@@ -24,6 +24,17 @@ T = TypeVar("T")
 BUCKET_BYTES = 25 * 2**20
 
 
+def of_the_first(accelerator: Accelerator, value: T) -> T:
+    """The value that the first process has, so that all processes decide alike; every process must call it."""
+    if accelerator.num_processes == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    shared = [value]
+    broadcast_object_list(shared)
+    return shared[0]
+
+
 class Ranks:
     """The processes of a run, for the training loop.
 

@@ -29,6 +29,7 @@ from rlhf_pipeline.training.loop import Step, fit
 from rlhf_pipeline.training.open_run import Run
 from rlhf_pipeline.training.optimizer import MetricSchedule, optimizer_of, schedule_of
 from rlhf_pipeline.training.precision import checkpoint_activations, uses_bf16
+from rlhf_pipeline.training.ranks import of_the_first
 from rlhf_pipeline.training.rounding import changed_share, sample_weights
 from rlhf_pipeline.training.tracking import tell, tell_all
 from rlhf_pipeline.training.windows import Window
@@ -151,7 +152,8 @@ def log_update(
     run.log.update(step, metrics | monitor.lasting(), shares)
     config = run.config
     if plan.evaluate is not None and is_due(config.eval_strategy, config.eval_steps, step, plan.total, epoch):
-        figures = plan.evaluate()
+        # The last bits may differ between GPUs, and what follows from these figures must not.
+        figures = of_the_first(run.accelerator, plan.evaluate())
         run.log.record(step, figures)
         tell(run.log, monitor.update(step, figures))
         return figures

@@ -155,3 +155,25 @@ def test_ppo(both):
     # Two epochs, prompts of 6 tokens, which the responses of a micro-batch to one prompt share.
     prompts = cost["tokens_trained"] - 2 * cost["tokens_generated"]
     assert prompts % 6 == 0 and 2 * 3 <= prompts / 6 <= 2 * 16 * 3
+
+
+def test_both_decide_by_the_evaluation_of_the_first():
+    """The second process finds another figure, as another GPU might in the last bits."""
+    program = """
+import os, sys
+from types import SimpleNamespace
+from accelerate import Accelerator
+from rlhf_pipeline.training.session import log_update
+
+found = []
+nothing = lambda *_: []
+monitor = SimpleNamespace(update=nothing, lasting=dict)
+log = SimpleNamespace(update=nothing, record=nothing)
+config = SimpleNamespace(eval_strategy="steps", eval_steps=2)
+run = SimpleNamespace(accelerator=Accelerator(cpu=True), log=log, config=config)
+plan = SimpleNamespace(total=4, evaluate=lambda: {"eval/loss": 1.0 + int(os.environ["RANK"])})
+figures = [log_update(run, plan, monitor, step, {}, 0.0) for step in (1, 2)]
+assert figures == [{}, {"eval/loss": 1.0}], figures
+"""
+    codes, outputs = in_two_processes(program)
+    assert codes == [0, 0], "\n".join(outputs)
