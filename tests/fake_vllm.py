@@ -1,14 +1,13 @@
 """A stand-in for vLLM: the part of its interface that is used, over a plain Hugging Face model.
 
-Like vLLM it begins with arbitrary weights, keeps those that it is not handed, and takes over the random state, the
-threads and the cores of the process. As on a CPU, it computes with a packed copy of a tied head, which it does not make
+Like vLLM it begins with arbitrary weights, keeps those that it is not handed, and takes over the random state and the
+threads of the process. As on a CPU, it computes with a packed copy of a tied head, which it does not make
 again when weights are reloaded. `SamplingParams` and `LLM` take the names that vLLM has and no others. `make vllm` runs
 vLLM itself.
 """
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -144,8 +143,6 @@ class LLM:
         random.seed(seed)
         torch.set_num_threads(2)
         torch.set_num_threads = lambda count: None
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
     def shutdown(self) -> None:
         self.closed += 1

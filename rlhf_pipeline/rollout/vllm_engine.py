@@ -45,20 +45,16 @@ def _failures(doing: str, fix: str) -> Iterator[None]:
 def _our_state() -> Iterator[None]:
     """Give the process back as it was: vLLM seeds all random generators, and takes over torch's threads.
 
-    On a CPU it replaces `torch.set_num_threads` by a function that does nothing, and ties this thread to one core, with
-    all threads and processes that it starts later.
+    On a CPU it replaces `torch.set_num_threads` by a function that does nothing.
     """
     python, numpy, threads = random.getstate(), np.random.get_state(), torch.get_num_threads()
     set_threads, inherited = torch.set_num_threads, {name: os.environ.get(name) for name in INHERITED}
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     try:
         with torch.random.fork_rng():
             yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-        if cores is not None:
-            os.sched_setaffinity(0, cores)
         torch.set_num_threads = set_threads
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
