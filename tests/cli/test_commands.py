@@ -171,6 +171,7 @@ def test_evaluate_a_policy_and_a_reward_model(capsys, tiny) -> None:
     assert "true reward" in capsys.readouterr().out
 
 
+@pytest.mark.check
 def test_compare_by_references(capsys, lab, request) -> None:
     lab.run("dpo", output_name="dpo")
     words = ["compare", "dpo", "--baseline", "sft", "--samples", "2", "--best-of", "1,2", "--home", str(lab.home)]

@@ -69,6 +69,7 @@ def test_the_help_page_does_not_wait_for_the_config_classes() -> None:
     assert found["found"] == [[], ["pydantic", "rlhf_pipeline.config"]]
 
 
+@pytest.mark.check
 def test_checking_data_imports_what_its_estimate_of_noise_needs_and_no_torch(tiny) -> None:
     found = imported(HEAVY, ["--home", str(tiny.home), "data", "check", "collected:pairs"])
     assert found["codes"] == [0]

@@ -7,6 +7,7 @@ import pytest
 COUNTED = {"sft": "eval_examples", "train-rm": "pairs", "dpo": "eval_pairs"}
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("stage", COUNTED)
 def test_at_most_so_many_rows_are_evaluated(lab, stage) -> None:
     data = {} if stage == "sft" else {"dataset_test_split": "all"}
