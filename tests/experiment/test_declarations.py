@@ -65,6 +65,7 @@ def test_every_stage_has_a_case():
     assert {stage for stage, *_ in CASES.values()} == set(STAGES)
 
 
+@pytest.mark.check
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_manifest_has_the_parents_and_data_that_its_config_declares(several, case):

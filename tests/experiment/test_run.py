@@ -91,6 +91,7 @@ def test_the_second_time_everything_is_skipped(lab, experiment, undrawn):
     assert load(lab.home / "reports" / "trial" / "results.json") == second["comparison"]
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(
     ("override", "again"),
     [

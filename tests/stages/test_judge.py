@@ -152,6 +152,7 @@ def test_its_seconds_are_no_part_of_the_wall_time(lab, function, monkeypatch):
     assert result.cost["wall_seconds"] == result.cost["at_step"]["3"]["wall_seconds"] == 0.0
 
 
+@pytest.mark.check
 def test_a_resumed_run_says_and_counts_the_same(judged, lab, monkeypatch):
     whole_lab, _, _ = judged
     lab.run("train-rm", output_name="held", dataset_train_split="judge", max_steps=3, seed=7)

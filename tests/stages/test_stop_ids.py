@@ -139,6 +139,7 @@ def test_every_command_that_samples_ends_a_response_at_any_of_them(lab, model, f
     check(seen)
 
 
+@pytest.mark.check
 def test_arms_of_ppo_and_dpo_are_compared_also_where_one_names_a_stop_token(lab, model, function):
     from rlhf_pipeline.compare.run import run_compare
 

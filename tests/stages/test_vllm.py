@@ -84,6 +84,7 @@ def test_at_another_temperature_the_engine_and_the_model_agree(lab, fake):
     assert max(differences(lab, lab.run("ppo", **VLLM, temperature=0.7))) <= 1e-5
 
 
+@pytest.mark.check
 def test_seeds_depend_on_the_runs_seed_and_on_nothing_else(lab, fake):
     for name, changes in (("a", {}), ("b", {"learning_rate": 1e-3}), ("c", {"seed": 1})):
         lab.run("ppo", **VLLM, output_name=name, **changes)
@@ -119,6 +120,7 @@ def test_rollouts_are_of_the_same_kind_as_native_ones(lab, fake):
     assert abs(ours["objective/scores"] - native["objective/scores"]) < 4 * spread * (2 / 64) ** 0.5
 
 
+@pytest.mark.check
 def test_a_resumed_run_is_bit_equal_to_a_whole_one(lab, fake, tmp_path):
     settings = {**VLLM, "max_steps": 4, "save_steps": 2}
     other = lab.copy(tmp_path / "other")
@@ -131,6 +133,7 @@ def test_a_resumed_run_is_bit_equal_to_a_whole_one(lab, fake, tmp_path):
     assert lab.rows(whole.run) == other.rows(resumed.run)
 
 
+@pytest.mark.check
 def test_a_sampler_that_is_off_moves_the_weights_and_the_model(lab, fake):
     """Log-probabilities that are 1 too low: every weight is e, or the cap where that is less."""
 
