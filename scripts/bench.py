@@ -20,9 +20,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -237,15 +238,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def said(work: Callable[[], str]) -> int:
+    """Print the text that `work` returns, or its error in one line; returns the exit code."""
     try:
-        options = parse(arguments)
-        with tempfile.TemporaryDirectory() as folder:
-            found = measure(options, Path(folder))
-        text = document(found)
-        for path, content in ((options.json, dump(found)), (options.output, text)):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(content, encoding="utf-8")
+        text = work()
     except subprocess.CalledProcessError as error:
         print(f"error: {failure(error)}", file=sys.stderr)
         return 1
@@ -254,6 +250,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     print(text)
     return 0
+
+
+def benchmark(arguments: Sequence[str] | None) -> str:
+    """Measure, write the document and its figures, and return the document."""
+    options = parse(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(options, Path(folder))
+    text = document(found)
+    for path, content in ((options.json, dump(found)), (options.output, text)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return said(partial(benchmark, arguments))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import random
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,10 +27,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bench import ROOT, call, child_environment, machine
-from bench_probe import failure
+from bench import ROOT, call, child_environment, machine, said
 
-from rlhf_pipeline.errors import BadInput, RlhfError
+from rlhf_pipeline.errors import BadInput
 
 ROWS, MAX_LENGTH, VOCABULARY = 160_000, 512, 4096
 SIDES = {"first": "ours, nothing stored", "second": "ours, a second stage", "trl": "TRL's DPOTrainer"}
@@ -291,24 +289,20 @@ def main(words: Sequence[str] | None = None) -> int:
         side, *places = options.side
         print(json.dumps(CHILDREN[side](*places)))
         return 0
-    try:
+
+    def benchmark() -> str:
         if options.tokenizer is not None and not options.tokenizer.is_dir():
             raise BadInput(f"--tokenizer {options.tokenizer}: no such folder; expected a tokenizer, or leave it out")
         if min([*options.rows, options.repeats]) < 1:
             raise BadInput("--rows, --repeats: found a number below 1; expected at least 1")
         with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
             runs = measure(options, Path(folder))
-    except subprocess.CalledProcessError as error:
-        print(f"error: {failure(error)}", file=sys.stderr)
-        return 1
-    except RlhfError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    text = document(options, runs)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(text, encoding="utf-8")
-    print(text)
-    return 0
+        text = document(options, runs)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(text, encoding="utf-8")
+        return text
+
+    return said(benchmark)
 
 
 if __name__ == "__main__":

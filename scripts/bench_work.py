@@ -43,7 +43,7 @@ LLAMA = {
 class Sizes:
     """The amount of work. Warm-up (in steps; PPO: in updates) is in addition to `examples` and `episodes`.
 
-    model: of random weights; not used with `pretrained`. lora: the rank of the adapters; 0: all weights are trained.
+    model: of random weights, if no pretrained one is given. lora: the rank of the adapters; 0: all weights are trained.
     """
 
     examples: int = 320
@@ -60,7 +60,6 @@ class Sizes:
     minibatches: int = 4
     synthetic_rows: int = 2300
     model: dict[str, Any] = field(default_factory=lambda: dict(LLAMA))
-    pretrained: bool = False
     lora: int = 0
 
     @property
@@ -86,7 +85,7 @@ QUICK = Sizes(
 
 
 # For a pretrained model of some hundred million parameters: minutes for each run on two cores.
-PRETRAINED = Sizes(examples=16, batch=4, warmup=1, episodes=8, rollout=8, pretrained=True)
+PRETRAINED = Sizes(examples=16, batch=4, warmup=1, episodes=8, rollout=8)
 
 
 def synthetic_pairs(count: int, seed: int = SEED) -> list[dict[str, str]]:

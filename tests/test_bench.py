@@ -36,7 +36,7 @@ def work(bench, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def adapted(bench, work, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The same examples for adapters on a model that is there already."""
-    sizes = replace(bench.bench_work.QUICK, pretrained=True, lora=2)
+    sizes = replace(bench.bench_work.QUICK, lora=2)
     folder = tmp_path_factory.mktemp("adapted") / "work"
     return bench.bench_work.prepare(folder, None, sizes, 1, Path(work["policy"]))
 

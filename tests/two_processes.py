@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from tests.conftest import Lab
 from tests.faults import children
 
 
 def in_two_processes(program: str, *arguments: str) -> tuple[list[int | None], list[str]]:
     """`in_processes` with ranks 0 and 1."""
     return in_processes(2, program, *arguments)
+
+
+def run_stages(lab: Lab, count: int, program: str, runs: Sequence[tuple[Any, ...]]) -> list[str]:
+    """Run (stage, config, whatever else the program reads) one after another in `count` ranks; returns the outputs."""
+    values = json.dumps([(stage, config.model_dump(mode="json"), *how) for stage, config, *how in runs])
+    codes, outputs = in_processes(count, program, str(lab.home), values)
+    assert codes == [0] * count, "\n".join(outputs)
+    return outputs
 
 
 def in_processes(count: int, program: str, *arguments: str) -> tuple[list[int | None], list[str]]:

@@ -18,6 +18,7 @@ import typer
 
 from rlhf_pipeline.cli.options import Common
 from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_table
+from rlhf_pipeline.data.processes import usable_cores
 
 GIB = 2**30
 LEAST_DISK, LEAST_MEMORY = 1.0, 2.0  # GiB: less is a warning
@@ -98,7 +99,7 @@ def _packages() -> Iterator[Check]:
 
 def _machine() -> Iterator[Check]:
     """Processor, memory."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = usable_cores()
     threads = os.environ.get("OMP_NUM_THREADS", "")
     if threads.isdecimal() and int(threads) > usable:
         found = f"OMP_NUM_THREADS={threads} on {usable} cores"

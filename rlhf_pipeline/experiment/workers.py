@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from selectors import EVENT_READ, DefaultSelector
 from typing import Any, Protocol, TypeVar
 
+from rlhf_pipeline.data.processes import usable_cores
 from rlhf_pipeline.experiment.child import Child, calling_main
 
 
@@ -214,8 +215,7 @@ def threads_each(jobs: int) -> int | None:
     """The threads of each of `jobs` workers: usable cores // jobs, at least 1; None if OMP_NUM_THREADS is set."""
     if os.environ.get("OMP_NUM_THREADS"):
         return None
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, usable // jobs)
+    return max(1, usable_cores() // jobs)
 
 
 @contextmanager

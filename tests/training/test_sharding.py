@@ -16,7 +16,7 @@ from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.sharding import _layers, _own_parameters, _require_groups, whole
 from rlhf_pipeline.training.ranks import together
 from tests.conftest import TINY_LLAMA
-from tests.two_processes import in_processes
+from tests.two_processes import in_processes, run_stages
 
 # 11 examples in windows of 4: of the last three, one process has two micro-batches and the other one.
 SETTINGS = {
@@ -116,10 +116,7 @@ for stage, values, stop_at in runs:
 
 def run_in(lab, count: int, runs: list) -> list[str]:
     """Run (stage, config, step at which the second process gets a signal, 0, or -1 for a failure) in `count` ranks."""
-    values = json.dumps([(stage, config.model_dump(mode="json"), stop_at) for stage, config, stop_at in runs])
-    codes, outputs = in_processes(count, WORKER, str(lab.home), values)
-    assert codes == [0] * count, "\n".join(outputs)
-    return outputs
+    return run_stages(lab, count, WORKER, runs)
 
 
 def told(output: str, what: str) -> list:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.two_processes import in_two_processes
+from tests.two_processes import in_two_processes, run_stages
 
 pytestmark = [pytest.mark.slow, pytest.mark.check]
 
@@ -50,9 +50,7 @@ for stage, values, resume, stop_at in runs:
 
 def run_both(lab, configs) -> None:
     """Run (stage, config, resume, step at which the second process gets a signal or 0) one after another."""
-    values = json.dumps([(stage, config.model_dump(mode="json"), *how) for stage, config, *how in configs])
-    codes, outputs = in_two_processes(WORKER, str(lab.home), values)
-    assert codes == [0, 0], "\n".join(outputs)
+    run_stages(lab, 2, WORKER, configs)
 
 
 @pytest.fixture(scope="module")

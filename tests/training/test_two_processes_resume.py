@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.two_processes import in_processes
+from tests.two_processes import in_processes, run_stages
 
 pytestmark = [pytest.mark.slow, pytest.mark.check]
 
@@ -65,9 +65,7 @@ for stage, values, stop_at in runs:
 
 def run_in(lab, count: int, runs: list) -> None:
     """Run (stage, config, step at which the first process gets a signal or 0) one after another in `count` ranks."""
-    values = json.dumps([(stage, config.model_dump(mode="json"), stop_at) for stage, config, stop_at in runs])
-    codes, outputs = in_processes(count, WORKER, str(lab.home), values)
-    assert codes == [0] * count, "\n".join(outputs)
+    run_stages(lab, count, WORKER, runs)
 
 
 @pytest.fixture(scope="module")
