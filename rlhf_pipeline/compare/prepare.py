@@ -21,7 +21,7 @@ from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report.results import Difference
 from rlhf_pipeline.stages.common import find_model
-from rlhf_pipeline.training.open_run import make_accelerator
+from rlhf_pipeline.training.accelerator import make_accelerator
 
 Entry = tuple[Point, Resolved]
 """A point of an arm, with its model."""

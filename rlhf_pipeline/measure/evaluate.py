@@ -34,7 +34,7 @@ from rlhf_pipeline.rollout.rewards import RewardSource
 from rlhf_pipeline.stages.common import find_model, load_reward_model, tokenizer_of
 from rlhf_pipeline.stages.data import StageData, preference_kind
 from rlhf_pipeline.stages.reward_quality import baselines, describe_pairs, score_examples
-from rlhf_pipeline.training.open_run import make_accelerator
+from rlhf_pipeline.training.accelerator import make_accelerator
 from rlhf_pipeline.training.tracking import console
 
 

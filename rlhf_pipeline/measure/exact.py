@@ -35,7 +35,7 @@ from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report.figures import Exact, ExactBestOfN, ExactPerPrompt, ExactRow, Gap, Gibbs, TrainingLoss
 from rlhf_pipeline.report.results import ExactResults
 from rlhf_pipeline.stages.common import find_model
-from rlhf_pipeline.training.open_run import make_accelerator
+from rlhf_pipeline.training.accelerator import make_accelerator
 from rlhf_pipeline.training.tracking import console
 
 FRONTIER_TOLERANCE = 1e-4

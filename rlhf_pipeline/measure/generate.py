@@ -15,7 +15,7 @@ from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.rewards import WorldReward
 from rlhf_pipeline.stages.common import find_model
-from rlhf_pipeline.training.open_run import make_accelerator
+from rlhf_pipeline.training.accelerator import make_accelerator
 from rlhf_pipeline.training.tracking import console
 
 

@@ -33,8 +33,8 @@ from rlhf_pipeline.stages.common import find_model, load_policy, tokenizer_of
 from rlhf_pipeline.stages.data import prompts_by_split
 from rlhf_pipeline.stages.result import StageResult
 from rlhf_pipeline.stages.reward_sources import load_reward
+from rlhf_pipeline.training.accelerator import make_accelerator, seed_everything
 from rlhf_pipeline.training.cost import CostMeter, ModelShape, reset_peak_memory
-from rlhf_pipeline.training.open_run import make_accelerator, seed_everything
 from rlhf_pipeline.training.tracking import console, progress
 
 if TYPE_CHECKING:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import nn
 
@@ -21,6 +23,16 @@ def uses_bf16(config: ModelConfig) -> bool:
     """Whether a run autocasts to bfloat16; `bf16: auto` means `has_fast_bf16`."""
     asked = getattr(config, "bf16", False)
     return has_fast_bf16(config.use_cpu) if asked == "auto" else bool(asked)
+
+
+def bound_product_cache() -> None:
+    """Let oneDNN, which multiplies bfloat16 on a CPU, keep the code of few products, unless the user says how many.
+
+    It compiles a product for each new number of rows and keeps 1,024 of them, .5 to 1 MB each; batches without padding
+    have a new number of rows at every step (findings/bf16_products_keep_memory.sh). 64 hold those of one step. oneDNN
+    reads the variable at its first product.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def require_checkpointing(model: nn.Module) -> None:

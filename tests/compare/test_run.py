@@ -178,7 +178,7 @@ def test_best_of_n_rows(results):
 def test_best_of_all_samples_is_the_maximum(arms):
     from rlhf_pipeline.evaluation.sampled import draw
     from rlhf_pipeline.measure.bench import find_policies, set_up
-    from rlhf_pipeline.training.open_run import make_accelerator
+    from rlhf_pipeline.training.accelerator import make_accelerator
 
     config = arms.config("compare", arms=["dpo"], baseline="sft", samples=4, best_of=[4], reward_model="reward")
     registry = arms.registry

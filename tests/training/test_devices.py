@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import DistributedType
 
 from rlhf_pipeline.errors import BadInput
-from rlhf_pipeline.training.open_run import make_accelerator
+from rlhf_pipeline.training.accelerator import make_accelerator
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])

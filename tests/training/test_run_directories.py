@@ -120,7 +120,7 @@ def test_a_version_of_an_earlier_release_is_found_by_the_config_as_it_was_given(
 
 
 def test_runs_of_different_precision_in_one_process(tiny):
-    from rlhf_pipeline.training.open_run import make_accelerator
+    from rlhf_pipeline.training.accelerator import make_accelerator
 
     for bf16 in (False, True, False):
         found = make_accelerator(tiny.config("dpo", bf16=bf16))
