@@ -31,6 +31,8 @@ class Chosen:
 
     def select(self, indices: Array) -> Chosen:
         """Return some of the items, by their numbers or by a mask."""
+        if indices.dtype == bool and indices.all():
+            return self
         counts = np.diff(self.first)[indices]
         first = _first(counts)
         sequence = self.sequence[_ranges(self.first[:-1][indices], counts)]

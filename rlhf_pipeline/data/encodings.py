@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -113,8 +113,7 @@ def encode_all(
     def parts(number: int, of: int) -> Iterator[Part]:
         """Yield every `of`-th part, from that with this number on."""
         starts = range(number * BATCH, len(records), of * BATCH)
-        rows = (row for at in starts for row in range(at, min(at + BATCH, len(records))))
-        mine = map(records.__getitem__, rows)
+        mine = chain.from_iterable(records[at : at + BATCH] for at in starts)
         found = encode(mine if style is None else map(style.apply, mine), tokenizer, own_ids, all_replies)
         closed = closer(tokenizer)
         while batch := list(islice(found, BATCH)):

@@ -240,8 +240,11 @@ def examples_of(
         encodings = encodings_of(in_it, tokenizer, style=style, processes=processes, **options)
         tied = tied_rows([encodings.record(row) for row in ties(encodings, in_it.rows)]) if kind == "order" else []
         chosen = choose(encodings, in_it.rows, kind, counts.dropped, found.source)
-        chosen = chosen.select(np.array(lowest_of(chosen.prompt_keys(encodings), max_samples), np.int64))
+        if max_samples is not None and len(chosen.record) > max_samples:
+            chosen = chosen.select(np.array(lowest_of(chosen.prompt_keys(encodings), max_samples), np.int64))
         examples = fit(encodings, chosen, tokenizer, lengths, counts, all_replies)
+        encodings.table.release()
+        in_it.table.release()
     else:
         tied = tied_rows(in_it) if kind == "order" else []
         records, left_out = as_kind([style.apply(record) for record in in_it], kind, found.source)
@@ -298,7 +301,7 @@ def load_mixture(
         shares = [int(total * weight / sum(weights) + 1e-9) for weight in weights]
     chosen = [lowest_examples(item, share) for item, share in zip(sets, shares)]
     every, source_of = join(chosen), [number for number, part in enumerate(chosen) for _ in range(len(part))]
-    kept = lowest_of(prompt_keys(every), max_samples)
+    kept = list(range(len(every))) if max_samples is None else lowest_of(prompt_keys(every), max_samples)
     if options.get("kind") == "prompt":  # a prompt of two sources is used once
         keys = prompt_keys(every)
         kept = list({keys[index]: index for index in kept}.values())

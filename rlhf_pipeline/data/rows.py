@@ -13,9 +13,10 @@ from typing import Any, overload
 import numpy as np
 
 from rlhf_pipeline.data.records import Record, Text
-from rlhf_pipeline.disk.arrays import Array, Table, Writer
+from rlhf_pipeline.disk.arrays import Array, Table, Writer, release
 
-_ROWS = 4096  # records that are written or read at once
+_ROWS = 4096  # records that are written at once, or read before their pages are released
+_PIECE = 1 << 23  # bytes of lines that are read before their pages are released
 
 
 class Unstorable(Exception):
@@ -67,7 +68,9 @@ class Records(Sequence[Record]):
         )
 
     def __iter__(self) -> Iterator[Record]:
-        return (self[number] for number in range(len(self)))
+        for start in range(0, len(self), _ROWS):
+            yield from map(self.__getitem__, range(start, min(start + _ROWS, len(self))))
+            self.table.release()
 
     def select(self, mask: Any) -> Records:
         """Return some of the records, by their numbers or by a mask."""
@@ -76,11 +79,6 @@ class Records(Sequence[Record]):
     def where(self, number: int) -> str:
         """Return the place of a record's row."""
         return str(json.loads(self.table.text("beside", int(self.rows[number])))[0])
-
-    @property
-    def keys(self) -> Array:
-        """The SHA-256 of each record's prompt: (records, 32)."""
-        return self.table["keys"][self.rows]
 
     @property
     def splits(self) -> list[str | None]:
@@ -104,13 +102,23 @@ class Records(Sequence[Record]):
 
     def digest(self) -> str:
         """Return `records_digest`."""
-        found, lines, ends = sha256(), self.table["lines"], self.table["lines_ends"]
-        starts = np.concatenate([np.zeros(1, np.int64), ends])
-        breaks = np.flatnonzero(np.diff(self.rows) != 1) + 1
-        for run in np.split(self.rows, breaks):
-            for part in np.split(run, range(_ROWS, len(run), _ROWS)):
-                if len(part):
-                    found.update(lines[int(starts[part[0]]) : int(ends[part[-1]])].data)
+        found, lines, ends, rows = sha256(), self.table["lines"], self.table["lines_ends"], self.rows
+        if not len(rows):
+            return found.hexdigest()
+        content, seen = lines.data, 0
+        # Rows that are one behind another in the table are one range of bytes.
+        breaks = np.flatnonzero(np.diff(rows) != 1)
+        first, last = rows[np.append(0, breaks + 1)], rows[np.append(breaks, len(rows) - 1)]
+        starts = np.where(first > 0, ends[first - 1], 0)
+        for start, end in zip(starts.tolist(), ends[last].tolist()):
+            for at in range(start, end, _PIECE):
+                part = content[at : min(at + _PIECE, end)]
+                found.update(part)
+                seen += len(part)
+                if seen >= _PIECE:
+                    release(lines)
+                    seen = 0
+        release(lines)
         return found.hexdigest()
 
 

@@ -30,7 +30,7 @@ from rlhf_pipeline.data.examples import Example, Examples, View, untied, whole_s
 from rlhf_pipeline.data.files import row_fault
 from rlhf_pipeline.data.kinds import as_kind, places_of
 from rlhf_pipeline.data.records import Record
-from rlhf_pipeline.disk.arrays import Array
+from rlhf_pipeline.disk.arrays import Array, entries, release
 from rlhf_pipeline.errors import DataError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from rlhf_pipeline.config.lengths import Lengths
 
 __all__ = ["Example", "cut_prompt", "fit", "prompts_of_texts", "tokenize", "untied", "whole_sequence"]
+_PAIRS = 1024  # pairs of one length that are compared before the pages of their ids are released
 _TEXT, _PAIR, _RANKING = (KINDS.index(kind) for kind in ("text", "pair", "ranking"))
 
 
@@ -114,8 +115,8 @@ def fit(
     anew = np.flatnonzero(refused & ~chosen.whole)  # a part of the record may be accepted
     readable = _readable(encodings, chosen, refused, counts)
     kinds = encodings.table["kinds"][chosen.record]
-    texts, others = np.flatnonzero(readable & (kinds == _TEXT)), np.flatnonzero(readable & (kinds != _TEXT))
-    rest = chosen.select(others)
+    mask = readable & (kinds != _TEXT)
+    texts, others, rest = np.flatnonzero(readable & (kinds == _TEXT)), np.flatnonzero(mask), chosen.select(mask)
     room = _room(encodings, rest, lengths)
     templated = (encodings.table["flags"][rest.record] & TEMPLATED) > 0
     long = templated & (encodings.sizes[encodings.first[rest.record]] > room)
@@ -205,16 +206,17 @@ def _limited(
     pairs = keep & np.where(chosen.whole, kinds == _PAIR, chosen.kind == "pair")
     firsts = chosen.first[:-1][pairs]
     same = sizes[sequence[firsts]] == sizes[sequence[firsts + 1]]
-    for number, first in zip(np.flatnonzero(pairs)[same].tolist(), firsts[same].tolist()):
+    for done, (number, first) in enumerate(zip(np.flatnonzero(pairs)[same].tolist(), firsts[same].tolist())):
+        if done % _PAIRS == 0:
+            release(table["ids"])
         if np.array_equal(encodings.ids(int(sequence[first])), encodings.ids(int(sequence[first + 1]))):
             counts.dropped["identical_pair"] += 1
             keep[number] = False
     # 3. Prompts are cut; a BOS at the beginning stays, and stands for a prompt without tokens.
     start, end, none = encodings.starts[prompts], encodings.starts[prompts + 1], sizes[prompts] == 0
-    begins = np.zeros(len(prompts), bool)
-    begins[~none] = table["ids"][start[~none]] == (-1 if bos is None else bos)
     cut = ~none & (sizes[prompts] > room)
-    begun = cut & begins & (room > 1)
+    begun = cut & (room > 1)
+    begun[begun] = entries(table["ids"], start[begun]) == (-1 if bos is None else bos)
     left = room - begun
     start = np.where(cut, np.where(left > 0, end - left, start - left), start)
     truncated = cut | (none & (room < 1))

@@ -6,6 +6,7 @@ digests; a damaged table is made again.
 
 from __future__ import annotations
 
+import mmap
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from rlhf_pipeline.errors import RunFailed
 
 TABLE = "table.json"
 _PIECE = 1 << 20
+_PLACES = 1 << 16  # entries that are read between two calls of `release`
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -45,6 +47,33 @@ class Table:
         ends = self.arrays[f"{name}_ends"]
         start = int(ends[number - 1]) if number else 0
         return self.arrays[name][start : int(ends[number])].tobytes().decode("utf-8", errors="surrogatepass")
+
+    def release(self) -> None:
+        """Let go of the pages of all arrays (`release`)."""
+        for array in self.arrays.values():
+            release(array)
+
+
+def release(array: Array) -> None:
+    """Let go of the pages of a mapped array.
+
+    They count as resident memory of the process as long as it runs, once they were read. Afterwards they are still in
+    the system's cache of files, from where they return when they are read again. Arrays in memory stay as they are.
+    """
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap):
+        base.madvise(mmap.MADV_DONTNEED)
+
+
+def entries(array: Array, places: Array) -> Array:
+    """Return `array[places]` of a mapped array, of which few pages are resident at once if `places` ascend."""
+    found = np.empty((len(places), *array.shape[1:]), array.dtype)
+    for start in range(0, len(places), _PLACES):
+        found[start : start + _PLACES] = array[places[start : start + _PLACES]]
+        release(array)
+    return found
 
 
 @dataclass
