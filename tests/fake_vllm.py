@@ -20,7 +20,10 @@ import torch
 
 
 class VLLMValidationError(Exception):
-    """No ValueError."""
+    """No ValueError. Like the real one it names the parameter in its text."""
+
+    def __init__(self, message: str, parameter: str, value: Any):
+        super().__init__(f"{message} (parameter={parameter}, value={value})")
 
 
 @dataclass
@@ -39,9 +42,14 @@ class SamplingParams:
     detokenize: bool = True
 
     def __post_init__(self) -> None:
+        if self.temperature < 0:
+            said = f"temperature must be non-negative, got {self.temperature}."
+            raise VLLMValidationError(said, "temperature", self.temperature)
         if self.temperature > 2:
-            raise VLLMValidationError(f"temperature must be in [0, 2], got {self.temperature}.")
-        self.temperature = max(self.temperature, 0.01)
+            said = f"temperature must be in [0, 2], got {self.temperature}."
+            raise VLLMValidationError(said, "temperature", self.temperature)
+        if self.temperature > 0:  # 0 asks for the likeliest token
+            self.temperature = max(self.temperature, 0.01)
 
 
 class Layer:
@@ -105,8 +113,8 @@ class LLM:
         trust_remote_code: bool = False,
         dtype: str = "auto",
         revision: str | None = None,
-        seed: int | None = None,
-        gpu_memory_utilization: float = 0.9,
+        seed: int = 0,
+        gpu_memory_utilization: float = 0.92,
         max_model_len: int,
         enable_prefix_caching: bool = True,
         enforce_eager: bool = False,
@@ -136,7 +144,7 @@ class LLM:
         LLM.made.append(self)
 
     @staticmethod
-    def take_over(seed: int | None) -> None:
+    def take_over(seed: int) -> None:
         """What happens to the process in which it runs."""
         torch.manual_seed(seed)
         np.random.seed(seed)
@@ -173,6 +181,7 @@ class LLM:
 
     def sample(self, prompt: list[int], parameters: SamplingParams) -> Any:
         assert (parameters.top_p, parameters.top_k, parameters.min_p, parameters.n) == (1.0, 0, 0.0, 1)
+        assert parameters.temperature > 0
         generator = torch.Generator().manual_seed(parameters.seed)
         stops = set(parameters.stop_token_ids)
         if not parameters.ignore_eos:
@@ -191,6 +200,8 @@ class LLM:
             logprobs.append({token: SimpleNamespace(logprob=said, rank=1, decoded_token=None)})
             if token in stops:
                 reason = "stop"
+                break
+            if len(prompt) + len(tokens) >= self.options["max_model_len"]:
                 break
         told = logprobs if parameters.logprobs is not None else None
         return SimpleNamespace(token_ids=tokens, logprobs=told, finish_reason=reason)

@@ -29,7 +29,7 @@ from rlhf_pipeline.config.rewards import (
     check_request,
     check_source,
 )
-from rlhf_pipeline.config.rollout_engine import COOLEST, HOTTEST, INSTALL, vllm_found
+from rlhf_pipeline.config.rollout_engine import COOLEST, HOTTEST, INSTALL, cpp_compiler, vllm_found, vllm_lacks_compiler
 from rlhf_pipeline.config.shorthands import ROLLOUT
 from rlhf_pipeline.config.training import COMMON_CHECKS, TrainingConfig, check_model
 from rlhf_pipeline.errors import Fault
@@ -49,6 +49,9 @@ def check_rollout_engine(config: PpoConfig) -> Iterator[Fault]:
     native = "or rollout_engine: native"
     if not vllm_found():
         yield no_package("rollout_engine", "vllm", "vllm", f"{INSTALL}, {native}")
+    elif vllm_lacks_compiler():
+        found = f"found 'vllm', but {cpp_compiler()} is not there: vllm compiles a kernel while it samples on a CPU"
+        yield Fault("rollout_engine", found, "a C++ compiler", f"install g++ or set CXX, {native}")
     if not COOLEST <= config.temperature <= HOTTEST:
         done = f"would raise to {COOLEST:g}" if config.temperature < COOLEST else "refuses"
         found = f"found {config.temperature:g}, which vllm {done}"

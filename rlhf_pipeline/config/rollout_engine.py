@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
+import shutil
+import sys
 
 RANGE = ("0.27", "0.31")
 """The oldest version of vLLM that fits, and the first that does not: they need this torch and transformers >= 5.20."""
@@ -32,3 +35,13 @@ def vllm_version() -> str | None:
 def vllm_on_cpu() -> bool:
     """Whether the installed vLLM is one that computes on a CPU, by the rule of vLLM itself."""
     return "cpu" in (vllm_version() or "")
+
+
+def cpp_compiler() -> str:
+    """The C++ compiler that torch.compile calls on a CPU."""
+    return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+
+
+def vllm_lacks_compiler() -> bool:
+    """Whether vLLM would fail at its first rollout: on a CPU it compiles the kernel of its log-probabilities."""
+    return vllm_on_cpu() and shutil.which(cpp_compiler()) is None

