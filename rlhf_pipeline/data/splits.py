@@ -49,10 +49,8 @@ def assign_splits(records: Sequence[Record], fractions: Mapping[str, float] = FR
     """
     if not carries_splits(records, source):
         if isinstance(records, Records):  # the key of a record is what `split_of` hashes
-            places = (
-                np.ascontiguousarray(records.table["keys"][:, :8][records.rows]).view(">u8").ravel().astype(np.float64)
-                / 2**64
-            )
+            heads = np.ascontiguousarray(records.table["keys"][:, :8][records.rows])
+            places = heads.view(">u8").ravel().astype(np.float64) / 2**64
             names, ends = _ends(fractions)
             codes = np.minimum(np.searchsorted(ends, places, side="right"), len(names) - 1)
             return np.array(names, object)[codes].tolist()
