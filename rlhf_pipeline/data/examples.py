@@ -144,7 +144,8 @@ class View:
         spans[completes] = self.ranges[ranges_from(self.first[:-1][places], counts - 1)]
         sizes = spans[:, 1] - spans[:, 0]
         ids = self.encodings.table["ids"][ranges_from(spans[:, 0], sizes)].astype(np.int64)
-        if len(begun := prompts[self.bos[places].astype(bool)]):
+        begun = prompts[self.bos[places].astype(bool)]
+        if self.encodings.bos is not None and len(begun):
             ids = np.insert(ids, (np.cumsum(sizes) - sizes)[begun], self.encodings.bos)
             sizes[begun] += 1
         numbers, at = sizes.tolist(), 0
