@@ -35,7 +35,7 @@ class Chosen:
             return self
         counts = np.diff(self.first)[indices]
         first = _first(counts)
-        sequence = self.sequence[_ranges(self.first[:-1][indices], counts)]
+        sequence = self.sequence[ranges_from(self.first[:-1][indices], counts)]
         return Chosen(self.record[indices], first, sequence, self.whole[indices], self.kind)
 
     def prompt_keys(self, encodings: Encodings) -> list[str]:
@@ -91,7 +91,7 @@ def choose(encodings: Encodings, rows: Array, kind: str | None, dropped: Counter
             keep[number] = says(values, ties=kind == "preference")
         dropped["tied_ranking"] += int((~keep).sum()) if kind == "preference" else 0
         rows, starts, counts = rows[keep], starts[keep], counts[keep]
-        return Chosen(rows, _first(counts), _ranges(starts, counts), np.ones(len(rows), bool), kind)
+        return Chosen(rows, _first(counts), ranges_from(starts, counts), np.ones(len(rows), bool), kind)
     if kind == "pair" and ranking.any():
         return _all_pairs(encodings, rows, ranking, dropped)
     whole = np.ones(len(rows), bool) if kind is None else (kinds == KINDS.index(kind)) | (kinds == _TEXT)
@@ -99,7 +99,7 @@ def choose(encodings: Encodings, rows: Array, kind: str | None, dropped: Counter
         for number in np.flatnonzero(ranking).tolist():
             starts[number] += np.argmax(encodings.table["goodness"][starts[number] : starts[number] + counts[number]])
         counts = np.minimum(counts, 1)
-    return Chosen(rows, _first(counts), _ranges(starts, counts), whole, kind)
+    return Chosen(rows, _first(counts), ranges_from(starts, counts), whole, kind)
 
 
 def ties(encodings: Encodings, rows: Array) -> list[int]:
@@ -141,7 +141,7 @@ def _first(counts: Array) -> Array:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
 
-def _ranges(starts: Array, counts: Array) -> Array:
+def ranges_from(starts: Array, counts: Array) -> Array:
     """Return start, start + 1, ... of each range, one range behind another."""
     behind = np.cumsum(counts)
     total = int(behind[-1]) if len(behind) else 0

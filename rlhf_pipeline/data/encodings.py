@@ -20,6 +20,7 @@ from rlhf_pipeline.data.kinds import MAKES, goodness
 from rlhf_pipeline.data.processes import taken_in_turns
 from rlhf_pipeline.data.records import Record
 from rlhf_pipeline.data.render import REASONING, REWRITTEN
+from rlhf_pipeline.data.rows import Records
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.tokenizers import stop_ids, text_of, token_count, tokenizer_digest
 from rlhf_pipeline.disk.arrays import Array, Table, Writer
@@ -77,7 +78,8 @@ class Encodings:
 
     def where(self, number: int) -> str:
         """Return the place of a record's row."""
-        return self.records[number].where
+        records = self.records
+        return records.where(number) if isinstance(records, Records) else records[number].where
 
     def refusal(self, number: int) -> str:
         """Return what the chat template says of a record that it does not accept."""

@@ -13,10 +13,13 @@ from typing import Any, overload
 
 import numpy as np
 
-from rlhf_pipeline.data.choices import hex_rows
+from rlhf_pipeline.data.choices import hex_rows, ranges_from
 from rlhf_pipeline.data.encodings import COLUMNS, MESSAGES, Encodings
 from rlhf_pipeline.data.records import Messages, messages
 from rlhf_pipeline.disk.arrays import Array
+
+BLOCK = 4096
+"""Examples whose ids are read at once."""
 
 
 @dataclass
@@ -129,6 +132,28 @@ class View:
         two[two] = self.ranks[self.first[:-1][two]] == 0
         return two
 
+    def parts(self, places: Array) -> Iterator[tuple[list[int], Array]]:
+        """Yield `parts_of` some examples, by their numbers; not for a view of whole sequences."""
+        counts = np.diff(self.first)[places] + 1
+        ends = np.cumsum(counts)
+        prompts = ends - counts
+        completes = np.ones(int(ends[-1]), bool)
+        completes[prompts] = False
+        spans = np.empty((len(completes), 2), np.int64)
+        spans[prompts] = self.prompt[places]
+        spans[completes] = self.ranges[ranges_from(self.first[:-1][places], counts - 1)]
+        sizes = spans[:, 1] - spans[:, 0]
+        ids = self.encodings.table["ids"][ranges_from(spans[:, 0], sizes)].astype(np.int64)
+        begun = prompts[self.bos[places].astype(bool)]
+        if self.encodings.bos is not None and len(begun):
+            ids = np.insert(ids, (np.cumsum(sizes) - sizes)[begun], self.encodings.bos)
+            sizes[begun] += 1
+        numbers, at = sizes.tolist(), 0
+        for first, behind in zip(prompts.tolist(), ends.tolist()):
+            mine = numbers[first:behind]
+            yield mine, ids[at : at + sum(mine)]
+            at += sum(mine)
+
     def example(self, n: int) -> Example:
         """Return an example."""
         return whole_sequence(self._made(n)) if self.moved else self._made(n)
@@ -225,6 +250,20 @@ class Examples(Sequence[Example]):
     def whole(self) -> Examples:
         """Return `whole_sequence` of each example."""
         return replace(self, views=tuple(replace(view, moved=True) for view in self.views))
+
+
+def parts_of(examples: Sequence[Example]) -> Iterator[tuple[list[int], Array]]:
+    """Yield of each example the numbers of ids of its prompt and its completions, and these ids (int64) in one array.
+
+    Stored examples are not made for it.
+    """
+    if isinstance(examples, Examples) and len(examples.views) == 1 and not examples.views[0].moved:
+        for start in range(0, len(examples), BLOCK):
+            yield from examples.views[0].parts(examples.place[start : start + BLOCK])
+        return
+    for example in examples:
+        parts = [example.prompt_ids, *example.completions]
+        yield [len(part) for part in parts], np.array([one for part in parts for one in part], np.int64)
 
 
 def pick(examples: Sequence[Example], indices: Any) -> Sequence[Example]:

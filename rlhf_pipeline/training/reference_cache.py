@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rlhf_pipeline.data.batch import pack
-from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.data.examples import Example, parts_of
 from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.modules import Policy
 from rlhf_pipeline.rollout.scoring import most_responses, score
@@ -37,9 +37,7 @@ class ReferenceLogprobs:
     def flops(self, shape: ModelShape, examples: Sequence[Example]) -> float:
         """FLOPs of one forward pass over the examples."""
         total = 0.0
-        for example in examples:
-            prompt = len(example.prompt_ids)
-            lengths = [len(ids) for ids in example.completions]
+        for (prompt, *lengths), _ in parts_of(examples):
             context = prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in lengths)
             read = sum(lengths) - len(lengths) + 1  # the prompt's last token predicts the first of every completion
             total += shape.forward_flops(prompt + sum(lengths), context, sum(lengths), read)
@@ -49,11 +47,9 @@ class ReferenceLogprobs:
 def examples_digest(examples: Sequence[Example]) -> str:
     """SHA-256 over the token ids of examples, with their boundaries."""
     digest = sha256()
-    for example in examples:
-        parts = [example.prompt_ids, *example.completions]
-        digest.update(array("q", [len(parts), *(len(part) for part in parts)]).tobytes())
-        for part in parts:
-            digest.update(array("q", part).tobytes())
+    for sizes, ids in parts_of(examples):
+        digest.update(array("q", [len(sizes), *sizes]).tobytes())
+        digest.update(ids.tobytes())
     return digest.hexdigest()
 
 

@@ -13,7 +13,15 @@ from types import SimpleNamespace
 import pytest
 
 from rlhf_pipeline.data import encodings, parsed, stored
-from rlhf_pipeline.data.examples import Examples, all_whole, count_cut, count_pairs, first_lengths, tree_lengths
+from rlhf_pipeline.data.examples import (
+    Examples,
+    all_whole,
+    count_cut,
+    count_pairs,
+    first_lengths,
+    parts_of,
+    tree_lengths,
+)
 from rlhf_pipeline.data.load import examples_of, load_mixture, read_records, records_digest, rows_of
 from rlhf_pipeline.data.overlap import leaks
 from rlhf_pipeline.data.rows import Joined, Records
@@ -405,3 +413,29 @@ def test_no_more_processes_encode_than_there_are_parts(both, chat, monkeypatch):
     monkeypatch.setattr(encodings, "taken_in_turns", lambda *_: pytest.fail("one part needs one process"))
     _, found = both(*SOURCES["pair"])
     assert isinstance(made(found, chat, kind="pair", processes=4), tuple)
+
+
+@pytest.mark.parametrize("name", ["pair", "ranking", "messages", "text"])
+@pytest.mark.parametrize("lengths", [TIGHT, WIDE], ids=["tight", "wide"])
+def test_the_parts_of_examples_are_their_prompts_and_completions(both, letters, chat, name, lengths, monkeypatch):
+    _, from_store = both(*SOURCES[name])
+    options = {"kind": KINDS[name][0], "split": "all", "skip_bad_rows": True, "lengths": lengths}
+    examples, _ = examples_of(from_store, tokenizer=(chat if name == "messages" else letters), **options)
+    expected = []
+    for example in examples:
+        parts = [example.prompt_ids, *example.completions]
+        expected.append(([len(part) for part in parts], [one for part in parts for one in part]))
+    monkeypatch.setattr("rlhf_pipeline.data.examples.BLOCK", 5)
+    assert [(sizes, ids.tolist()) for sizes, ids in parts_of(list(examples))] == expected
+    if name in ("pair", "ranking"):  # the others are shortened, or whole sequences
+        monkeypatch.setattr("rlhf_pipeline.data.examples.View.example", None)  # no example is made
+    assert [(sizes, ids.tolist()) for sizes, ids in parts_of(examples)] == expected
+
+
+def test_an_example_without_columns_reads_no_record(both, letters, monkeypatch):
+    plain, from_store = both(*SOURCES["ranking"])
+    options = {"kind": "preference", "split": "all", "skip_bad_rows": True, "lengths": WIDE, "tokenizer": letters}
+    expected, _ = examples_of(plain, **options)
+    examples, _ = examples_of(from_store, **options)
+    monkeypatch.setattr(Records, "__getitem__", None)
+    assert [asdict(example) for example in examples] == [asdict(example) for example in expected]
