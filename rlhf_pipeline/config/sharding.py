@@ -48,6 +48,8 @@ class HasSharding(Protocol):
     @property
     def optim(self) -> str: ...
     @property
+    def micro_batch_tokens(self) -> int | None: ...
+    @property
     def load_in_4bit(self) -> bool: ...
     @property
     def attn_implementation(self) -> str | None: ...
@@ -57,9 +59,9 @@ def check_sharding(config: HasSharding) -> Iterator[Fault]:
     """Yield the faults of `fsdp` with what needs whole weights."""
     if not config.fsdp:
         return
-    if config.stage == "ppo":
-        yield Fault("fsdp", "ppo cannot divide its models: it samples from whole weights", "false")
-        return
+    if config.stage == "ppo" and config.micro_batch_tokens is not None:
+        found = f"found {config.micro_batch_tokens} with fsdp, whose processes must score equally many micro-batches"
+        yield Fault("micro_batch_tokens", found, "no micro_batch_tokens", OFF)
     if config.engine == "trl":
         yield Fault("engine", "found 'trl' with fsdp, which only the native loop has", "'native'", OFF)
     if config.load_in_4bit:

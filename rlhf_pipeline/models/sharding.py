@@ -12,7 +12,8 @@ All processes must make the same passes in the same order, or they wait for each
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import contextlib
+from collections.abc import Hashable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.models.adapters import TRAINED, adapters_of
+from rlhf_pipeline.models.modules import ActorCritic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +36,7 @@ def shard(module: nn.Module, device: torch.device) -> None:
     Layers move one at a time, so that a device never holds the whole model.
 
     Args:
-        module: a `Policy` or a `RewardModel`, whole, on the CPU.
+        module: a `Policy`, a `RewardModel` or an `ActorCritic`, whole, on the CPU.
 
     Raises:
         BadInput: its weights cannot be divided.
@@ -43,6 +45,8 @@ def shard(module: nn.Module, device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard
 
     layers = _layers(module)
+    if isinstance(module, ActorCritic) and module.critic is not None:
+        _own_parameters(module.critic)  # with adapters, actor and critic may be on the same weights
     _require_groups(module, layers)
     _own_parameters(module)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
@@ -115,6 +119,39 @@ def _own_parameters(module: nn.Module) -> None:
                 own = nn.Parameter(parameter.detach().contiguous(), parameter.requires_grad)
                 known[id(parameter)] = parameter, own
             setattr(part, name, known[id(parameter)][1])
+
+
+@contextlib.contextmanager
+def gathered_weights(module: nn.Module, part: nn.Module) -> Iterator[None]:
+    """A context in which a part of a divided module (and the module's own group) has whole weights in every process.
+
+    Passes without gradient through the part then need no other process. Every process must enter the context.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    groups = [module, *(one for one in part.modules() if isinstance(one, FSDPModule))]
+    module._get_fsdp_state()._lazy_init()  # a forward pass would do it
+    for group in groups:
+        group.set_reshard_after_forward(False, recurse=False)
+        group.unshard()
+    try:
+        yield
+    finally:
+        for group in groups:
+            group.set_reshard_after_forward(True, recurse=False)
+            group.reshard()
+
+
+def leave_out(module: nn.Module, part: nn.Module, out: bool) -> None:
+    """Whether a part of a divided module is out of the training passes: its weights then get no gradient, not 0."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(module, FSDPModule):
+        for group in (module, *(one for one in part.modules() if isinstance(one, FSDPModule))):
+            group.set_reduce_scatter_unused_params(not out, recurse=False)
 
 
 def is_part(tensor: Tensor) -> bool:

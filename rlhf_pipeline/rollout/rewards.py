@@ -107,8 +107,9 @@ class CombinedReward:
 
     def score(self, examples: Sequence[Example], packed: PackedBatch | None = None) -> Tensor:
         rows = []
-        for weight, source in self.parts:
-            scores = source.score(examples, packed).cpu()
+        # All sources score before one is refused: with divided weights all processes make the same passes.
+        scored = [source.score(examples, packed).cpu() for _, source in self.parts]
+        for (weight, source), scores in zip(self.parts, scored, strict=True):
             if not bool((torch.isfinite(scores) | (torch.isnan(scores) & source.skips)).all()):
                 message = f"reward {source.label}: found scores that are not finite, expected finite ones"
                 raise BadScores(message, source.label, scores)

@@ -48,7 +48,8 @@ def load_setup(
     """
     config, accelerator = run.config, run.accelerator
     assert config.value_init is not None  # the config fills it in
-    actor, reference = load_policy_and_reference(parent, config, tokenizer, run.device, temperature=config.temperature)
+    temperature, place = config.temperature, run.loads_on
+    actor, reference = load_policy_and_reference(parent, config, tokenizer, place, temperature=temperature)
     below = reference.model if config.shared_base else None
     rewards = [
         load_reward(
@@ -59,6 +60,7 @@ def load_setup(
             tokenizer,
             run.device,
             below,
+            loads_on=run.loads_on,
             llm_judge=part.llm_judge,
             say=run.log.say,
             bill=run.meter.count,
@@ -80,7 +82,7 @@ def load_setup(
         start=reference.model,
         adapt=partial(add_adapter, config=config, base=parent.label) if config.use_peft else None,
         temperature=config.temperature,
-    ).to(run.device)
+    ).to(run.loads_on)
     for frozen in (reference, *models):
         assert_independent(actor_critic, frozen)
     run.log.say(describe_critic(config.value_init, named[0].label if models else None))
@@ -105,6 +107,9 @@ def load_setup(
             shapes[role] = ModelShape.of(loaded.model.model, head=False)
     if judge_model is not None:
         parents["judge"] = judge_model
+    engine = load_engine(run, config, parent, actor_critic)
+    # A model may be the reward of several parts. Judges and reward models that read text stay whole.
+    run.placed(actor_critic, reference, *{id(model): model for model in models}.values())
     setup = PpoSetup(
         config,
         actor_critic,
@@ -114,7 +119,7 @@ def load_setup(
         stop_ids=stop_ids(tokenizer),
         meter=run.meter,
         shapes=shapes,
-        engine=load_engine(run, config, parent, actor_critic),
+        engine=engine,
         judge=judge,
         memory=run.memory,
         device=run.device,

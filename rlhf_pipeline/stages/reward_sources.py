@@ -70,6 +70,7 @@ def load_reward(
     device: torch.device,
     below: PreTrainedModel | None = None,
     *,
+    loads_on: torch.device | None = None,
     llm_judge: LlmJudge | None = None,
     say: Callable[[str], None] = lambda text: None,
     bill: Callable[[float], None] = lambda flops: None,
@@ -78,6 +79,7 @@ def load_reward(
 
     Args:
         below: the policy without the adapter that is trained; a reward model uses its weights (`shared_base`).
+        loads_on: where a reward model that reads token ids is loaded, if not on the device.
         llm_judge: the language model that rates the responses; `text` is its label.
         say: logs a line. bill: receives the FLOPs of a reward model that reads text, as it computes them.
 
@@ -105,7 +107,7 @@ def load_reward(
     _require_positions(config, resolved)
     if below is not None:
         require_same_base(policy, resolved, FourBits.of(config) if isinstance(config, PpoConfig) else None)
-    model = load_reward_model(resolved, config, device, below)
+    model = load_reward_model(resolved, config, loads_on or device, below)
     return LoadedReward(ModelReward(resolved.label, model, device), resolved, model)
 
 

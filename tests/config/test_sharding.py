@@ -30,7 +30,7 @@ def test_another_way_to_divide_is_refused(faults, given):
 @pytest.mark.parametrize(
     ("stage", "changes", "key"),
     [
-        ("ppo", {}, "fsdp"),
+        ("ppo", {"micro_batch_tokens": 64}, "micro_batch_tokens"),
         ("sft", {"engine": "trl"}, "engine"),
         ("dpo", {"use_peft": True, "load_in_4bit": True}, "load_in_4bit"),
         ("sft", {"optim": "muon"}, "optim"),
