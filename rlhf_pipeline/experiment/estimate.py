@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf_pipeline.config.adapter import FourBits
 from rlhf_pipeline.config.experiment import load_experiment
 from rlhf_pipeline.config.grid import Node, StageSpec, expand
 from rlhf_pipeline.config.mentions import functions
-from rlhf_pipeline.config.optim import OPTIMIZERS
 from rlhf_pipeline.config.ppo import WARMUP_OFFSET
 from rlhf_pipeline.config.reward import RewardConfig
 from rlhf_pipeline.config.reward_names import load_function
 from rlhf_pipeline.config.rewards import LlmJudge
-from rlhf_pipeline.config.stages import CollectConfig, DpoConfig, PpoConfig, SftConfig, StageConfig, TrainingConfig
+from rlhf_pipeline.config.stages import CollectConfig, PpoConfig, SftConfig, StageConfig, TrainingConfig
 from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.data.styles import Style
-from rlhf_pipeline.data.world import VOCABULARY
 from rlhf_pipeline.experiment.forecast import Forecast, about, forecast_comparison, forecast_run, shares, total_of
 from rlhf_pipeline.experiment.outlook import Outlook
 from rlhf_pipeline.experiment.progress import makespan
 from rlhf_pipeline.experiment.run import checked, is_compared
+from rlhf_pipeline.experiment.weights import bytes_in_4_bits, new_parameters, parameters_of, training_memory
 from rlhf_pipeline.experiment.work import of_processes
 from rlhf_pipeline.experiment.workers import threads_each
-from rlhf_pipeline.models.needs import remarks_on, require_kernel, require_needs
-from rlhf_pipeline.registry.adapters import chain_of, four_bits_of, require_same_base
+from rlhf_pipeline.models.needs import remarks_on, require_needs
+from rlhf_pipeline.registry.adapters import chain_of, require_same_base
 from rlhf_pipeline.registry.lengths import with_lengths
 from rlhf_pipeline.registry.parents import parents_of
 from rlhf_pipeline.registry.references import Resolved
@@ -42,41 +39,8 @@ from rlhf_pipeline.stages.reward_sources import check_reward_models
 from rlhf_pipeline.training.optimizer import require_schedule
 from rlhf_pipeline.training.windows import total_steps
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 COMPARISON = "compare"
 """The name of the comparison among the estimates of an experiment; no stage has it."""
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}
-
-
-def _parameters(resolved: Resolved) -> int | None:
-    """Number of parameters, from the headers of the weight files."""
-    from safetensors import safe_open
-
-    if resolved.path is None:
-        return None
-    count = 0
-    for path in resolved.path.glob("*.safetensors"):
-        with safe_open(path, framework="np") as weights:
-            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
-    return count or None
-
-
-def _new_parameters(config: SftConfig) -> int:
-    """Number of parameters of a model from scratch, counted without allocating it."""
-    import torch
-
-    from rlhf_pipeline.models.loading import model_of_config, new_config
-
-    assert config.model_init is not None and config.tokenizer_init is not None  # `check_start` of the config
-    vocabulary = config.tokenizer_init.get("vocab_size") or len(VOCABULARY)
-    described = new_config(config.model_init, dropout=config.dropout, vocab_size=vocabulary)
-    if config.attn_implementation is not None:
-        require_kernel(described, config.attn_implementation)
-    with torch.device("meta"):
-        model = model_of_config(described)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def llm_judges(config: StageConfig) -> list[LlmJudge]:
@@ -98,62 +62,6 @@ def _check_reward_models(config: StageConfig, parents: Mapping[str, Resolved]) -
     changed = config.eos_token is not None  # a policy whose tokenizer is no longer that of its manifest
     if changed or any(digest is None or digest != ours for digest in known):
         check_reward_models(config, policy, rewards)
-
-
-def _without_weights(parent: Resolved) -> PreTrainedModel:
-    """The whole model below a model, on torch's meta device."""
-    import torch
-    from transformers import AutoConfig
-
-    from rlhf_pipeline.models.loading import model_of_config
-
-    whole, _ = chain_of(parent)
-    described = AutoConfig.from_pretrained(whole.location, revision=whole.revision)
-    with torch.device("meta"):
-        return model_of_config(described)
-
-
-def _bytes_in_4_bits(config: TrainingConfig, parents: Mapping[str, Resolved]) -> dict[str, int]:
-    """Bytes of the frozen weights of the models that are held in 4 bits, by role."""
-    from rlhf_pipeline.models.four_bits import frozen_bytes
-
-    held = {role: four_bits_of(parent) for role, parent in parents.items()}
-    if config.use_peft:
-        held["base"] = FourBits.of(config)
-    width = BYTES[config.dtype]
-    return {role: frozen_bytes(_without_weights(parents[role]), width, how) for role, how in held.items() if how}
-
-
-def _training_memory(
-    parameters: int,
-    adapter: int | None,
-    config: TrainingConfig,
-    in_4_bits: Mapping[str, int] = MappingProxyType({}),
-    parts: int = 1,
-) -> float:
-    """Bytes of weights, gradients and the optimizer's state, and of the frozen models, without activations.
-
-    adapter: parameters of the adapter that is trained on frozen weights; None: all weights are trained.
-    in_4_bits: bytes of the frozen weights of models held in 4 bits, by role. parts: processes that divide the weights.
-    """
-    optim, width = OPTIMIZERS[config.optim], BYTES[config.dtype]
-    count, own = (parameters, width) if adapter is None else (adapter, 4)  # adapters are in fp32
-    state = optim.state if optim.package else optim.state * own / 4  # torch's has the type of the weights
-    trained, frozen = round(count * (2 * own + state)), 0  # weights, gradients, state
-    base, judge = (in_4_bits.get(role, parameters * width) for role in ("base", "judge"))
-    # Without reward models, the reward functions are counted as one (upper bound).
-    rewards = [role for role in config.parents() if role.startswith("reward_model")] or ["reward_model"]
-    reward = sum(in_4_bits.get(role, parameters * width) for role in rewards)
-    if isinstance(config, DpoConfig):
-        frozen = base
-    if isinstance(config, PpoConfig):  # the reference, the reward models and the judge
-        frozen = base + reward + judge * ("judge" in config.parents())
-        trained *= 1 if config.value_init == "shared" else 2
-    if adapter is not None:
-        # Undivided, actor and reference, and critic and reward model, have the same weights; with shared_base all four.
-        shared_base = isinstance(config, PpoConfig) and config.shared_base
-        frozen = max(frozen - reward * shared_base, base) + base * (parts > 1 and isinstance(config, DpoConfig))
-    return (trained + frozen) / parts
 
 
 def estimate_stage(config: StageConfig, home: Path, *, processes: int = 1) -> dict[str, Any]:
@@ -240,15 +148,15 @@ def _training_counts(
         count = config.reward_centering_samples
         result["reward_centering"] = {"responses": count, "tokens_at_most": count * config.sampled_lengths().response}
     if "base" in parents:
-        parameters = _parameters(chain_of(parents["base"])[0])
+        parameters = parameters_of(chain_of(parents["base"])[0])
     else:
-        parameters = _new_parameters(config) if isinstance(config, SftConfig) else None
+        parameters = new_parameters(config) if isinstance(config, SftConfig) else None
     if parameters is not None:
         result["parameters"] = parameters
         adapter = None
         if config.use_peft:
             adapter = result["trained_parameters"] = outlook.models(node).trained
-        memory = _training_memory(parameters, adapter, config, _bytes_in_4_bits(config, parents), parts)
+        memory = training_memory(parameters, adapter, config, bytes_in_4_bits(config, parents), parts)
         result["memory_mib_without_activations"] = round(memory / 2**20, 1)
     return result
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from rlhf_pipeline.config.ppo import PpoConfig
 from rlhf_pipeline.config.sft import SftConfig
 from rlhf_pipeline.errors import ConfigError, DataError
-from rlhf_pipeline.experiment.estimate import _training_memory, estimate_stage
+from rlhf_pipeline.experiment.estimate import estimate_stage
+from rlhf_pipeline.experiment.weights import training_memory
 
 TOTAL = {"max_prompt_length": None, "response_length": None, "max_length": 14}
 
@@ -126,5 +128,21 @@ def test_a_dry_run_of_ppo_refuses_a_schedule_that_transformers_refuses(lab):
 def test_the_state_of_an_8_bit_optimizer_has_no_type_of_the_weights():
     """By hand, 1000 weights of 2 bytes: weights and gradients 4000 bytes, and AdamW's averages of 8 bits 2100."""
     keys: dict[str, Any] = {"output_name": "m", "learning_rate": 1e-5, "dtype": "bfloat16"}
-    assert _training_memory(1000, None, SftConfig(**keys, optim="adamw_8bit")) == 6100
-    assert _training_memory(1000, None, SftConfig(**keys)) == 8000
+    assert training_memory(1000, None, SftConfig(**keys, optim="adamw_8bit")) == 6100
+    assert training_memory(1000, None, SftConfig(**keys)) == 8000
+
+
+def test_ppo_with_divided_weights_holds_the_whole_actor_while_it_samples():
+    """By hand, 1000 weights of 4 bytes, 16 bytes each with gradient and AdamW's averages, on two processes.
+
+    Actor and critic 32,000 and reference and reward model 8,000 are halved, and the actor of 4,000 comes on top. With
+    adapters of 10 weights, the bases of actor, critic, reference and reward model are four times 4,000.
+    """
+    keys: dict[str, Any] = {"output_name": "m", "model_name_or_path": "sft", "reward_model_path": "rm"}
+    whole = PpoConfig(**keys, value_init="reward_model")
+    assert training_memory(1000, None, whole, parts=2) == 40_000 / 2 + 4_000
+    assert training_memory(1000, None, PpoConfig(**keys, value_init="shared"), parts=2) == 24_000 / 2 + 4_000
+    judged = PpoConfig(**keys, value_init="reward_model", judge="other")
+    assert training_memory(1000, None, judged, parts=2) == 40_000 / 2 + 8_000
+    adapted = PpoConfig(**keys, value_init="reward_model", use_peft=True)
+    assert training_memory(1000, 10, adapted, parts=2) == (2 * 160 + 16_000) / 2 + 4_000

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from rlhf_pipeline.cli.main import app
 from rlhf_pipeline.errors import BadInput, ConfigError, Interrupted, MismatchError, UnknownReference
-from rlhf_pipeline.experiment.estimate import _training_memory, estimate_stage
+from rlhf_pipeline.experiment.estimate import estimate_stage
+from rlhf_pipeline.experiment.weights import training_memory
 from rlhf_pipeline.stages.common import find_model, load_policy, load_reward_model, tokenizer_of
 from rlhf_pipeline.stages.export import export_merged
 from rlhf_pipeline.training import session
@@ -399,7 +400,7 @@ def test_a_dry_run_counts_the_adapter_and_the_shared_base(scored):
     def estimated(stage, **changes):
         config = scored.config(stage, **LORA, **changes)
         trained = estimate_stage(config, scored.home)["trained_parameters"]
-        return trained, _training_memory(1000, trained, config) // 4
+        return trained, training_memory(1000, trained, config) // 4
 
     assert estimated("sft") == estimated("dpo") == (256, 1000 + 4 * 256)
     assert estimated("train-rm") == (272, 1000 + 4 * 272)

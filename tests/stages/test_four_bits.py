@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from rlhf_pipeline.cli.main import app
 from rlhf_pipeline.compare.fairness import facts_of
 from rlhf_pipeline.errors import BadInput, ConfigError, Interrupted, MismatchError
-from rlhf_pipeline.experiment.estimate import _bytes_in_4_bits, _training_memory, estimate_stage
+from rlhf_pipeline.experiment.estimate import estimate_stage
+from rlhf_pipeline.experiment.weights import bytes_in_4_bits, training_memory
 from rlhf_pipeline.measure.exact import run_exact
 from rlhf_pipeline.models.four_bits import entries, in_four_bits
 from rlhf_pipeline.stages.common import find_model, load_policy, load_reward_model, tokenizer_of
@@ -305,6 +306,6 @@ def test_a_dry_run_counts_the_bytes_of_4_bits(tuned, nested):
     parts = [part for s in states for part in (s.absmax, s.code, *((s.state2.absmax, s.state2.code) if nested else ()))]
     tensors = [*parts, *(weight for weight in model.parameters() if not weight.requires_grad)]
     assert sum(tensor.numel() * tensor.element_size() for tensor in tensors) + 4 * 7 * nested == expected
-    in_4_bits = _bytes_in_4_bits(config, {"base": base})
-    assert _training_memory(40960 + rest, 1024, config, in_4_bits) == expected + 16 * 1024
+    in_4_bits = bytes_in_4_bits(config, {"base": base})
+    assert training_memory(40960 + rest, 1024, config, in_4_bits) == expected + 16 * 1024
     assert estimate_stage(config, tuned.home)["trained_parameters"] == 1024
