@@ -24,6 +24,7 @@ from rlhf_pipeline.models.adapters import TRAINED, adapters_of
 from rlhf_pipeline.models.modules import ActorCritic
 
 if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
     from transformers import PreTrainedModel
 
 K = TypeVar("K", bound=Hashable)
@@ -121,19 +122,25 @@ def _own_parameters(module: nn.Module) -> None:
             setattr(part, name, known[id(parameter)][1])
 
 
-@contextlib.contextmanager
-def gathered_weights(module: nn.Module, part: nn.Module) -> Iterator[None]:
-    """A context in which a part of a divided module (and the module's own group) has whole weights in every process.
-
-    Passes without gradient through the part then need no other process. Every process must enter the context.
-    """
+def _actor_groups(actor_critic: nn.Module) -> list[FSDPModule]:
+    """The groups of a divided actor-critic that its actor needs, its own first; none if the weights are whole."""
+    if not hasattr(actor_critic, "unshard"):  # torch.distributed.fsdp takes long to import
+        return []
     from torch.distributed.fsdp import FSDPModule
 
-    if not isinstance(module, FSDPModule):
-        yield
-        return
-    groups = [module, *(one for one in part.modules() if isinstance(one, FSDPModule))]
-    module._get_fsdp_state()._lazy_init()  # a forward pass would do it
+    assert isinstance(actor_critic, ActorCritic) and isinstance(actor_critic, FSDPModule)
+    return [actor_critic, *(one for one in actor_critic.actor.modules() if isinstance(one, FSDPModule))]
+
+
+@contextlib.contextmanager
+def whole_actor(actor_critic: nn.Module) -> Iterator[None]:
+    """A context in which every process has all weights of a divided actor.
+
+    Passes without gradient through the actor then need no other process. Every process must enter the context.
+    """
+    groups = _actor_groups(actor_critic)
+    if groups:
+        groups[0]._get_fsdp_state()._lazy_init()  # a forward pass would do it
     for group in groups:
         group.set_reshard_after_forward(False, recurse=False)
         group.unshard()
@@ -145,13 +152,10 @@ def gathered_weights(module: nn.Module, part: nn.Module) -> Iterator[None]:
             group.reshard()
 
 
-def leave_out(module: nn.Module, part: nn.Module, out: bool) -> None:
-    """Whether a part of a divided module is out of the training passes: its weights then get no gradient, not 0."""
-    from torch.distributed.fsdp import FSDPModule
-
-    if isinstance(module, FSDPModule):
-        for group in (module, *(one for one in part.modules() if isinstance(one, FSDPModule))):
-            group.set_reduce_scatter_unused_params(not out, recurse=False)
+def leave_out_actor(actor_critic: nn.Module, out: bool) -> None:
+    """Whether a divided actor is out of the training passes: its weights then get no gradient, in place of 0."""
+    for group in _actor_groups(actor_critic):
+        group.set_reduce_scatter_unused_params(not out, recurse=False)
 
 
 def is_part(tensor: Tensor) -> bool:

@@ -16,7 +16,7 @@ from rlhf_pipeline.algorithms.policy import PolicyLoss, clipped_policy_loss, cli
 from rlhf_pipeline.config.ppo import WARMUP_OFFSET, PpoConfig
 from rlhf_pipeline.data.batch import PackedBatch
 from rlhf_pipeline.models.modules import ActorCritic, TokenScores
-from rlhf_pipeline.models.sharding import leave_out
+from rlhf_pipeline.models.sharding import leave_out_actor
 from rlhf_pipeline.rollout.rollout import Estimates
 from rlhf_pipeline.stages.common import find_base, tokenizer_of
 from rlhf_pipeline.stages.data import StageData
@@ -48,7 +48,7 @@ def ppo_windows(setup: PpoSetup, module: nn.Module, start: int) -> Iterator[Wind
     config, reduce = setup.config, setup.reduce
     for update in range(start, config.updates):
         setup.actor_critic.actor_frozen = update < config.critic_warmup_steps
-        leave_out(setup.actor_critic, setup.actor_critic.actor, setup.actor_critic.actor_frozen)
+        leave_out_actor(setup.actor_critic, setup.actor_critic.actor_frozen)
 
         # 1. Sample a response to each prompt; shuffle the rollout into minibatches for each epoch.
         sampled = sample_responses(setup, module, update)

@@ -15,7 +15,7 @@ from rlhf_pipeline.data.batch import PackedBatch, merge_prompts, micro_batches, 
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.modules import ActorCritic, Policy
-from rlhf_pipeline.models.sharding import gathered_weights
+from rlhf_pipeline.models.sharding import whole_actor
 from rlhf_pipeline.rollout.functions import functions_of
 from rlhf_pipeline.rollout.responses import answered, logprob_matrix, prompts_run, sample_for_prompts
 from rlhf_pipeline.rollout.rewards import BadScores, RewardSource
@@ -132,7 +132,7 @@ def _sample(setup: PpoSetup, module: nn.Module, update: int) -> tuple[Sampled, l
         return Sampled(answered(prompts, drawn)[0], logprob_matrix(drawn, width).to(setup.device)), None
     at_once: dict[str, Any] = {"responses_at_once": len(prompts), "memory": setup.memory}
     options |= {"device": setup.device, "module": module}
-    with gathered_weights(setup.actor_critic, setup.actor_critic.actor):
+    with whole_actor(setup.actor_critic):
         examples, _ = sample_for_prompts(setup.actor_critic, prompts, **options, **at_once)
     return Sampled(examples), prompts_run(setup.actor_critic, examples, **at_once)
 
