@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.conftest import Lab
 from tests.faults import children
 
@@ -27,6 +29,27 @@ def run_stages(lab: Lab, count: int, program: str, runs: Sequence[tuple[Any, ...
     codes, outputs = in_processes(count, program, str(lab.home), values)
     assert codes == [0] * count, "\n".join(outputs)
     return outputs
+
+
+def run_of(lab: Lab, name: str) -> Path:
+    """The directory of the only run of a name."""
+    (run,) = (lab.home / "runs").glob(f"{name}-*")
+    return run
+
+
+def same(lab: Lab, name: str, expected: str, *, within: float = 1e-5, but: Sequence[str] = ()) -> None:
+    """Weights of two runs are the same to 1e-5, all metrics (but some) `within` that, and each step is written once."""
+    found, weights = lab.weights(name), lab.weights(expected)
+    assert found.keys() == weights.keys()
+    assert max(float((found[key] - weights[key]).abs().max()) for key in weights) <= 1e-5
+    mine, theirs = lab.rows(run_of(lab, name)), lab.rows(run_of(lab, expected))
+    assert [row["step"] for row in mine] == [row["step"] for row in theirs]
+    for row, other in zip(mine, theirs, strict=True):
+        left_out = {*but}
+        if row["step"] == 1:  # policy and reference agree: the signs are rounding
+            left_out.add("rewards/accuracies")
+        row, other = ({key: value for key, value in each.items() if key not in left_out} for each in (row, other))
+        assert row == pytest.approx(other, abs=within)
 
 
 def in_processes(count: int, program: str, *arguments: str) -> tuple[list[int | None], list[str]]:

@@ -13,24 +13,14 @@ import torch
 
 from rlhf_pipeline.errors import ConfigError
 from tests.conftest import CPU, LENGTHS, Lab, stopped_before
+from tests.stages.test_vllm_itself import SIZES
 
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make vllm"),
 ]
 
-LLAMA = {  # heads of width 32: vLLM's attention on a CPU has none below
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.25,
-    "tie_word_embeddings": True,
-}
+LLAMA = {"model_type": "llama", **SIZES, "tie_word_embeddings": True}
 
 PPO = {
     **LENGTHS,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +15,7 @@ from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.sharding import _layers, _own_parameters, _require_groups, whole
 from rlhf_pipeline.training.ranks import together
 from tests.conftest import TINY_LLAMA
-from tests.two_processes import in_processes, run_stages
+from tests.two_processes import in_processes, run_of, run_stages, same
 
 # 11 examples in windows of 4: of the last three, one process has two micro-batches and the other one.
 SETTINGS = {
@@ -150,28 +149,8 @@ def sharded(tiny, tmp_path_factory):
     return lab, outputs
 
 
-def run_of(lab, name: str) -> Path:
-    (run,) = (lab.home / "runs").glob(f"{name}-*")
-    return run
-
-
 slow = [pytest.mark.slow, pytest.mark.check]
 each = pytest.mark.parametrize
-
-
-def same(lab, name: str, expected: str, *, but: tuple[str, ...] = ()) -> None:
-    """Weights and all metrics (but some) of two runs are the same to 1e-5, and each step is written once."""
-    found, weights = lab.weights(name), lab.weights(expected)
-    assert found.keys() == weights.keys()
-    assert max(float((found[key] - weights[key]).abs().max()) for key in weights) <= 1e-5
-    mine, theirs = lab.rows(run_of(lab, name)), lab.rows(run_of(lab, expected))
-    assert [row["step"] for row in mine] == [row["step"] for row in theirs]
-    for row, other in zip(mine, theirs, strict=True):
-        left_out = {*but}
-        if row["step"] == 1:  # policy and reference agree: the signs are rounding
-            left_out.add("rewards/accuracies")
-        row, other = ({key: value for key, value in each.items() if key not in left_out} for each in (row, other))
-        assert row == pytest.approx(other, abs=2e-5)
 
 
 class TestTwoProcesses:
@@ -180,7 +159,7 @@ class TestTwoProcesses:
     @each("name", RUNS)
     def test_take_the_steps_of_one(self, sharded, name):
         lab, _ = sharded
-        same(lab, f"{name}-2", f"{name}-1")
+        same(lab, f"{name}-2", f"{name}-1", within=2e-5)
         rows = lab.rows(run_of(lab, f"{name}-1"))
         loss = next(key for key in rows[0] if key.startswith("loss/"))
         losses = [row[loss] for row in rows if loss in row]
@@ -196,7 +175,7 @@ class TestTwoProcesses:
     @each("name", IN_16_BITS)
     def test_compute_in_16_bits_as_with_whole_weights(self, sharded, name):
         lab, _ = sharded
-        same(lab, f"{name}-2", f"{name}-ddp", but=("grad_norm", "weights/changed"))  # of parts
+        same(lab, f"{name}-2", f"{name}-ddp", but=("grad_norm", "weights/changed"), within=2e-5)  # of parts
         norms = [[row["grad_norm"] for row in lab.rows(run_of(lab, f"{name}-{kind}"))] for kind in ("2", "ddp")]
         assert norms[0] == pytest.approx(norms[1], rel=2**-7 if name == "stored" else 1e-5)  # in bfloat16
 
@@ -218,7 +197,7 @@ class TestTwoProcesses:
     @each("name", CUT)
     def test_their_checkpoint_is_resumed_by_one(self, sharded, name):
         lab, _ = sharded
-        same(lab, f"{name}-cut-1", f"{name}-1")
+        same(lab, f"{name}-cut-1", f"{name}-1", within=2e-5)
         log = (run_of(lab, f"{name}-cut-1") / "log.txt").read_text()
         assert f"resumed at step 2 of {STEPS}; it began in 2 processes" in log
 

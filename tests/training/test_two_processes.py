@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.two_processes import in_two_processes, run_stages
+from tests.two_processes import in_two_processes, run_of, run_stages
 
 pytestmark = [pytest.mark.slow, pytest.mark.check]
 
@@ -72,11 +71,6 @@ def both(tiny, tmp_path_factory):
         two.append(("dpo", stopped, True, stop_at))
     run_both(lab, two)
     return lab, one
-
-
-def run_of(lab, name: str) -> Path:
-    (run,) = (lab.home / "runs").glob(f"{name}-*")
-    return run
 
 
 @pytest.mark.check

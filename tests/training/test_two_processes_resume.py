@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
-from tests.two_processes import in_processes, run_stages
+from tests.two_processes import in_processes, run_of, run_stages, same
 
 pytestmark = [pytest.mark.slow, pytest.mark.check]
 
@@ -91,24 +90,6 @@ def several(tiny, tmp_path_factory):
     run_in(lab, 4, [cut(stage, first, 4) for stage in WHOLE for first in (1, 2)])
     run_in(lab, 1, [cut(stage, 2, 1) for stage in WHOLE])
     return lab
-
-
-def run_of(lab, name: str) -> Path:
-    (run,) = (lab.home / "runs").glob(f"{name}-*")
-    return run
-
-
-def same(lab, name: str, expected: str) -> None:
-    """Weights and all metrics of two runs are the same to 1e-5, and each step is written once."""
-    found, weights = lab.weights(name), lab.weights(expected)
-    assert found.keys() == weights.keys()
-    assert max(float((found[key] - weights[key]).abs().max()) for key in weights) <= 1e-5
-    mine, theirs = lab.rows(run_of(lab, name)), lab.rows(run_of(lab, expected))
-    assert [row["step"] for row in mine] == [row["step"] for row in theirs]
-    for row, other in zip(mine, theirs, strict=True):
-        if "rewards/accuracies" in row and row["step"] == 1:  # policy and reference agree: the signs are rounding
-            row, other = ({**one, "rewards/accuracies": None} for one in (row, other))
-        assert row == pytest.approx(other, abs=1e-5)
 
 
 @pytest.mark.parametrize("stage", ADAPTED)
