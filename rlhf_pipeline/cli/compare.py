@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rlhf_pipeline.report.figures import Row
     from rlhf_pipeline.report.results import Results, Verdict
 
-COMPARE_KEYS = ("baseline", "name", *MEASURING_KEYS, "snapshots", "allow_mismatch")
+COMPARE_KEYS = ("baseline", "name", *MEASURING_KEYS, "snapshots", "allow_mismatch", "allow_other_data")
 
 
 def compare(

@@ -24,6 +24,8 @@ from rlhf_pipeline.stages.common import tokenizer_of
 
 NONE = "none"
 MOVED = "options that move the optimum"
+DATA = ("preference data", "prompts")
+"""The facts that may differ with `allow_other_data`."""
 
 
 def _short(digest: str | None) -> str:
@@ -173,6 +175,11 @@ def _identity(name: str, value: str) -> str:
     return " + ".join(sorted(set(parts)))
 
 
+def unexpected(found: Sequence[Difference], *, other_data: bool) -> list[Difference]:
+    """The differences that make a comparison unfair; with `other_data` the data are part of what is compared."""
+    return [one for one in found if not (other_data and one.what in DATA)]
+
+
 def require_comparable(found: Sequence[Difference]) -> None:
     """Refuse arms that differ in more than the way they were trained.
 
@@ -183,5 +190,10 @@ def require_comparable(found: Sequence[Difference]) -> None:
         listed = "\n".join(f"  {difference}" for difference in found)
         raise MismatchError(
             f"these arms differ in more than the way they were trained:\n{listed}\ntrain them "
-            "under the same conditions, or compare them anyway with --allow-mismatch: the report then says so"
+            f"under the same conditions, or compare them anyway with {_flags(found)}: the report then says so"
         )
+
+
+def _flags(found: Sequence[Difference]) -> str:
+    """The option that permits these differences, the narrowest first."""
+    return "--allow-mismatch" if unexpected(found, other_data=True) else "--allow-other-data"

@@ -6,7 +6,13 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rlhf_pipeline.compare.fairness import differences_by_seed, judge_overlap, require_comparable, truth_overlap
+from rlhf_pipeline.compare.fairness import (
+    differences_by_seed,
+    judge_overlap,
+    require_comparable,
+    truth_overlap,
+    unexpected,
+)
 from rlhf_pipeline.compare.points import Point, with_snapshots
 from rlhf_pipeline.compare.rows import Scorers
 from rlhf_pipeline.config.compare import CompareConfig
@@ -85,7 +91,7 @@ def find_entrants(
     differences += judge_overlap(registry, judge, final_models)
     differences += truth_overlap(registry, truth, final_models)
     if not config.allow_mismatch:
-        require_comparable(differences)
+        require_comparable(unexpected(differences, other_data=config.allow_other_data))
     for difference in differences:
         say(f"note: the arms differ in {difference}")
     baseline = find_policies(registry, [config.baseline], say)[0] if config.baseline else None

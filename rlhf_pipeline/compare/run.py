@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from rlhf_pipeline.compare.contrasts import compare_arms
+from rlhf_pipeline.compare.fairness import unexpected
 from rlhf_pipeline.compare.llm_judged import llm_judged
 from rlhf_pipeline.compare.points import Point
 from rlhf_pipeline.compare.preference_quality import preference_quality
@@ -140,7 +141,9 @@ def compared(
         resampled=list(resampled),
         data=bench.data,
         comparable=Comparable(
-            ok=not entrants.differences, differences=entrants.differences, allowed=config.allow_mismatch
+            ok=not unexpected(entrants.differences, other_data=config.allow_other_data),
+            differences=entrants.differences,
+            allowed=config.allow_mismatch,
         ),
         rows=[*rows, *best, *passed],
         exact=exact,

@@ -87,6 +87,12 @@ class CollectConfig(WithLengths):
     )
     num: Count = option(..., "number of records to collect", examples=[1])
     output_name: Name = option(..., "name of the data in the home directory", examples=["data"])
+    first_record: int = option(
+        0,
+        "number of the first record: the prompts follow those of so many records before, and the draws are others; a "
+        "later round of an experiment begins where the one before ended (ours: 0)",
+        ge=0,
+    )
     k: int = option(2, "responses per prompt; more than 2 give rankings (DPO paper: 2)", ge=2)
     labels: Literal["bradley-terry", "rank"] = option(
         "bradley-terry",

@@ -158,6 +158,10 @@ class CompareConfig(EvaluateConfig):
     allow_mismatch: bool = option(
         False, "compare arms that differ in more than their training; the report lists the differences"
     )
+    allow_other_data: bool = option(
+        False,
+        "compare arms on different preference data and prompts if all else is equal (rounds of an experiment: on)",
+    )
     primary_contrast: Literal["auto", "as_trained", "matched_kl", "selected"] = option(
         "auto", "contrast declared in advance; auto: matched_kl in a sweep, else as_trained"
     )

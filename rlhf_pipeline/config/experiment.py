@@ -18,6 +18,7 @@ from rlhf_pipeline.config.load import in_order, validate
 from rlhf_pipeline.config.mentions import Mention, mentions, raw_mentions
 from rlhf_pipeline.config.names import DATA_SUFFIXES
 from rlhf_pipeline.config.plan import ExperimentConfig, drawn_by_seed
+from rlhf_pipeline.config.rounds import Rounds, check_rounds, rounds_of
 from rlhf_pipeline.config.stages import SCHEMAS, STAGES, TRAINING, StageConfig
 from rlhf_pipeline.config.sweep import Axis, read_sweep, repeated, spelling, swept
 from rlhf_pipeline.config.yaml import KeyPath, dotted, read_document
@@ -144,15 +145,21 @@ class _Reader:
             stages += points[:1]
             every[name] = tuple(points)
             links.done(name)
-        compare = self._compare(inner.get("compare", []), links)
+        later = self._rounds(config, stages, axes)
+        for spec in later.stages:
+            stages.append(spec)
+            every[spec.name], commands[spec.name] = (spec,), spec.stage
+            links.done(spec.name)
+        compare = self._compare(inner.get("compare", []), links, later)
         self.plan.faults.extend(_across(stages, every, compare, self.path))
         if config is None:
             return None
         pinned = frozenset(
             name
-            for name in commands
+            for name in entries
             if "seed" in entries[name] or any(override.path == ("seed",) for override in inner.get(name, ()))
         )
+        pinned |= {name for name, first in later.copied.items() if first in pinned}
         return Experiment(
             config.name,
             self.path,
@@ -165,12 +172,20 @@ class _Reader:
             pinned,
         )
 
+    def _rounds(self, config: ExperimentConfig | None, stages: Sequence[StageSpec], axes: Sequence[Axis]) -> Rounds:
+        """Return the stages of later rounds; none if something is wrong with the experiment."""
+        if config is None or self.plan.faults:
+            return Rounds()
+        swept = {axis.stage: axis.key for axis in axes}
+        self.plan.faults += check_rounds(config, stages, swept, self.plan.where)
+        return Rounds() if self.plan.faults or config.rounds == 1 else rounds_of(config, stages)
+
     def _entries(self) -> dict[str, dict[str, Any]]:
         stages = self.plan.values.get("stages")
         entries = stages.items() if isinstance(stages, dict) else ()
         return {str(name): entry for name, entry in entries if isinstance(entry, dict)}
 
-    def _compare(self, overrides: list[Override], links: _Links) -> StageSpec[CompareConfig] | None:
+    def _compare(self, overrides: list[Override], links: _Links, rounds: Rounds) -> StageSpec[CompareConfig] | None:
         entry = self.plan.values.get("compare")
         if not isinstance(entry, dict):
             for override in overrides:
@@ -179,6 +194,7 @@ class _Reader:
         name = self.plan.values.get("name")
         draft = self._draft(("compare",), "compare", entry, {"name": name} if name else {})
         self._complete(draft, ("compare",), entry, overrides)
+        rounds.enter(draft.values)
         return self._spec("compare", draft, links, CompareConfig)
 
     def _draft(self, path: KeyPath, command: str, entry: Mapping[str, Any], default: Mapping[str, Any]) -> Draft:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator
 
-from rlhf_pipeline.config.base import CommandConfig, Name, Seed, option, wrong
+from rlhf_pipeline.config.base import CommandConfig, Count, Name, Seed, option, wrong
 from rlhf_pipeline.errors import Fault, did_you_mean
 
 COMMANDS = ("sft", "train-rm", "ppo", "dpo", "collect")
@@ -87,6 +87,17 @@ class ExperimentConfig(CommandConfig):
     compare: dict[str, Any] | None = option(None, "comparison at the end, as {arms, baseline, judge, config}")
     sweep: dict[str, Any] | None = option(
         None, "values to try, as {stage.key: [value, ...]}; two keys of one stage are crossed (ours: none)"
+    )
+    rounds: Count = option(
+        1,
+        "rounds of collecting and training: from the second on, each arm collects from its own policy of the round "
+        "before, and trains again from its start, as the stages NAME-2, NAME-3, ... (ours: one)",
+    )
+    round_arms: tuple[str, ...] | None = option(
+        None, "ppo and dpo stages that have rounds (default: all on data that the experiment collects)", min_length=1
+    )
+    round_data: Literal["all", "last"] = option(
+        "all", "data that a later round trains on: of all rounds so far, or of the last one (ours)"
     )
 
 

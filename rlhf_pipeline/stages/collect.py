@@ -168,13 +168,14 @@ def run_collect(
         say("labels=rank moves the optimum: labels without errors carry no information on the size of a preference")
 
     # 2. Sample and label in blocks, cycling through the prompts.
-    generator = torch.Generator().manual_seed(config.seed)
+    first, end = config.first_record, config.first_record + config.num
+    generator = torch.Generator().manual_seed((config.seed + first * 1_000_003) % 2**63)
     shape = ModelShape.of(policy.model)
     dropped = {"identical_pair": 0}
 
     records: list[dict[str, Any]] = []
-    for start in progress(range(0, config.num, DRAWS_AT_ONCE), "collecting"):
-        block = [prompts[i % len(prompts)] for i in range(start, min(start + DRAWS_AT_ONCE, config.num))]
+    for start in progress(range(first, end, DRAWS_AT_ONCE), "collecting"):
+        block = [prompts[i % len(prompts)] for i in range(start, min(start + DRAWS_AT_ONCE, end))]
         sampled, _ = sample_for_prompts(
             policy,
             [example for example, _ in block],

@@ -210,6 +210,17 @@ def test_rewards_beside_a_reward_model_are_part_of_the_preferences(arms):
     assert set(found(arms, a="mixed", b="dpo")) == {"preference data"}
 
 
+def test_other_data_can_be_a_part_of_what_is_compared(arms):
+    fewer = arms.run("dpo", output_name="fewest", max_train_samples=6, max_steps=1).model
+    with pytest.raises(MismatchError, match=r"(?s)preference data: .*--allow-other-data: the report"):
+        compare(arms, "dpo", fewer, baseline="sft")
+    result = compare(arms, "dpo", fewer, baseline="sft", allow_other_data=True)
+    assert result.comparable.ok is True
+    assert [difference.what for difference in result.comparable.differences] == ["preference data"]
+    with pytest.raises(MismatchError, match="SFT parent"):
+        compare(arms, "ppo", "other-parent", baseline="sft", allow_other_data=True)
+
+
 def test_fewer_pairs_and_other_labels_are_differences(arms):
     fewer = arms.run("dpo", output_name="fewer", max_train_samples=8, max_steps=1).model
     soft = arms.run("dpo", output_name="soft", soft_labels=True, max_steps=1).model

@@ -96,6 +96,19 @@ def test_prompts_take_turns_and_keep_their_split(lab):
     assert sum(result.metrics["by_split"].values()) == len(rows)
 
 
+def test_a_later_first_record_goes_on_with_the_prompts_and_draws_anew(lab):
+    lab.run("collect", num=36)  # once for each prompt of the world
+    lab.run("collect", num=18, first_record=18, output_name="rest")
+    lab.run("collect", num=18, output_name="again")
+    whole, rest, again = rows_of(lab), rows_of(lab, "rest"), rows_of(lab, "again")
+    place = {row["prompt"]: number for number, row in enumerate(whole)}  # identical pairs are left out of each
+    before, after = ([place[row["prompt"]] for row in rows if row["prompt"] in place] for rows in (again, rest))
+    assert len(before) > 10 and len(after) > 10
+    assert before == sorted(before) and after == sorted(after) and max(before) < min(after)
+    same = [row == whole[place[row["prompt"]]] for row in rest if row["prompt"] in place]
+    assert not all(same)
+
+
 def test_rows_are_read_back_as_pairs_with_their_ids_and_splits(lab):
     lab.run("collect", num=80)
     found = read_records("collected:collected", home=lab.home)

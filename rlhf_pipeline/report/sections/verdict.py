@@ -64,6 +64,8 @@ def fairness(view: View, points: Points) -> Section | None:
     comparable = view.results.comparable
     answer = h("b", "Yes. ", class_="good")
     said = "The arms share the SFT parent, preference data, prompts, tokenizer, length limits and sampling."
+    if comparable.ok and comparable.differences:
+        said = "The arms share all but their preference data and prompts, which are part of what is compared."
     if not comparable.ok:
         answer = h("b", "No. ", class_="bad")
         allowed = " --allow-mismatch was set." if comparable.allowed else ""
