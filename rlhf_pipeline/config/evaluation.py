@@ -13,7 +13,7 @@ from rlhf_pipeline.errors import Fault, did_you_mean
 
 _PAIRS = {"eval_accuracy": True, "eval_nll": False, "eval_brier": False, "eval_ece": False}
 METRICS: dict[str, dict[str, bool]] = {
-    "sft": {"eval_nll": False, "eval_nll_per_sequence": False},
+    "sft": {"eval_nll": False, "eval_nll_per_sequence": False, "eval_reward": True},
     "train-rm": _PAIRS,
     "dpo": _PAIRS,
 }

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, model_validator
 
-from rlhf_pipeline.config.base import NonNegative, Positive, option, wrong
+from rlhf_pipeline.config.base import Count, ModelInput, NonNegative, Positive, Text, option, wrong
 from rlhf_pipeline.config.lengths import check_lengths
+from rlhf_pipeline.config.reward_names import names_a_model
+from rlhf_pipeline.config.rewards import TOKENIZATION, Tokenization, check_source
+from rlhf_pipeline.config.sharding import OFF
 from rlhf_pipeline.config.training import COMMON_CHECKS, TrainingConfig
 from rlhf_pipeline.errors import Fault
 
@@ -76,11 +79,44 @@ def check_positions(config: SftConfig) -> Iterator[Fault]:
             yield Fault(f"model_init.{key}", found, f"at least {total}", "raise it, or lower max_length")
 
 
+SELECTED = {"loss": "eval_nll", "reward": "eval_reward"}
+"""The metric that each value of `select_by` follows."""
+
+
+def check_selection(config: SftConfig) -> Iterator[Fault]:
+    """Yield the faults of `select_by`: without a reward, with another metric, or with what cannot be sampled from."""
+    measured = config.best_metric if config.follows_metric else None
+    if config.select_by is not None and measured != SELECTED[config.select_by]:
+        found = f"select_by is {config.select_by}, but the metric is {measured}"
+        fix = "remove metric_for_best_model and load_best_model_at_end"
+        yield Fault("metric_for_best_model", found, SELECTED[config.select_by], fix)
+    if config.select_by != "reward":
+        if measured == "eval_reward" and config.select_by is None:
+            yield Fault("metric_for_best_model", "'eval_reward' without select_by", "select_by: reward")
+        for key in ("select_reward", "select_prompts"):
+            if getattr(config, key) != SftConfig.model_fields[key].default:
+                yield Fault(key, f"select_by is {config.select_by or 'not set'}", "select_by: reward", f"or no {key}")
+        return
+    if config.select_reward is None:
+        expected = "a reward model, module:function or world"
+        yield Fault("select_reward", "missing, but select_by is reward", expected)
+        return
+    yield from check_source("select_reward", config.select_reward, None)
+    if config.model_init is not None and names_a_model(config.select_reward):
+        found = f"{config.select_reward!r} with model_init, whose tokenizer no reward model reads yet"
+        yield Fault("select_reward", found, "world or module:function", "or model_name_or_path in place of model_init")
+    if config.trains_all:
+        found = "the loss is on all tokens: there is no prompt to sample a response to"
+        yield Fault("select_by", found, "completion_only_loss true and train_on all_assistant or last")
+    if config.fsdp:
+        yield Fault("select_by", "sampling from a model that is divided among processes", "loss", OFF)
+
+
 class SftConfig(TrainingConfig):
     """Config of `rlhf sft`."""
 
     stage: ClassVar[str] = "sft"
-    checks: ClassVar = (check_start, *COMMON_CHECKS, check_trained, check_end, check_positions)
+    checks: ClassVar = (check_start, *COMMON_CHECKS, check_trained, check_end, check_positions, check_selection)
 
     learning_rate: Positive = option(2e-5, "peak learning rate of AdamW (TRL)")
     weight_decay: NonNegative = option(
@@ -106,6 +142,35 @@ class SftConfig(TrainingConfig):
         "examples. Examples of a row do not attend to each other (TRL: bfd)",
     )
     dropout: bool = option(False, "keep the model's own dropout during training (ours: off in every stage)")
+    select_by: Literal["loss", "reward"] | None = option(
+        None,
+        "register the weights of the best evaluation, one after each epoch, on the split validation: by the loss, or "
+        "by the mean reward of responses sampled to held-out prompts (InstructGPT: reward)",
+    )
+    select_reward: Text | None = option(
+        None,
+        "with select_by reward: reward model, module:function or world (InstructGPT: its reward model)",
+        names="reward",
+    )
+    select_prompts: Count = option(
+        256, "with select_by reward: number of held-out prompts, one response to each, with the same random numbers"
+    )
+    reward_tokenization: Tokenization = TOKENIZATION
+
+    @model_validator(mode="before")
+    @classmethod
+    def _selection_follows_a_metric(cls, values: Any) -> Any:
+        metric = SELECTED.get(str(values.get("select_by"))) if isinstance(values, dict) else None
+        if metric is None:
+            return values
+        implied = {"eval_strategy": "epoch", "load_best_model_at_end": True, "metric_for_best_model": metric}
+        return {**implied, "dataset_test_split": "validation", **values}
+
+    def parents(self) -> dict[str, ModelInput]:
+        """Return the start of the model, and the reward model that chooses the evaluation."""
+        found, chooser = super().parents(), self.select_reward
+        named = chooser is not None and names_a_model(chooser)
+        return found | ({"selector": ModelInput(chooser, "reward_model")} if named and chooser is not None else {})
 
     @property
     def trains_all(self) -> bool:

@@ -15,7 +15,7 @@ from rlhf_pipeline.errors import ConfigError, Fault, did_you_mean
 
 ModelConfig = TrainingConfig | CollectConfig | PromptsConfig
 """The config of a command that loads models."""
-RewardConfigs = PpoConfig | CollectConfig | PromptsConfig
+RewardConfigs = PpoConfig | SftConfig | CollectConfig | PromptsConfig
 """The config of a command that loads reward sources."""
 StageConfig = TrainingConfig | CollectConfig
 """The config of a stage: a command that makes a model or data."""

@@ -65,7 +65,7 @@ def load_reward(
     registry: Registry,
     text: str,
     config: RewardConfigs,
-    policy: Resolved,
+    policy: Resolved | None,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     below: PreTrainedModel | None = None,
@@ -78,6 +78,7 @@ def load_reward(
     """Load one source: "world", module:function, a reference to a reward model, or a language model.
 
     Args:
+        policy: None for a policy from random weights, which only the world and functions can score.
         below: the policy without the adapter that is trained; a reward model uses its weights (`shared_base`).
         loads_on: where a reward model that reads token ids is loaded, if not on the device.
         llm_judge: the language model that rates the responses; `text` is its label.
@@ -91,14 +92,16 @@ def load_reward(
         return LoadedReward(RatingReward(text, ChatModel.of(llm_judge, registry.home), tokenizer), say=say)
     if text in WORLD_NAMES:
         if not world.is_world_tokenizer(tokenizer):
+            whose = policy.label if policy is not None else "a new model"
             raise MismatchError(
-                f"reward 'world': found the tokenizer of {policy.label} with {len(tokenizer)} tokens, expected that of "
+                f"reward 'world': found the tokenizer of {whose} with {len(tokenizer)} tokens, expected that of "
                 f"{world.NAME}; the world's true reward can score only its own words"
             )
         return LoadedReward(WorldReward())
     if is_function_name(text):
         return LoadedReward(FunctionReward(text, load_function(text), tokenizer), say=say)
     resolved = find_model(registry, text, "reward_model")
+    assert policy is not None  # `check_selection` of the config
     form = form_of(resolved, config, policy, tokenizer)
     if form is not None:
         source = _text_reward(resolved, form, config, tokenizer, device, say, bill)

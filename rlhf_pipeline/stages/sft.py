@@ -25,6 +25,7 @@ from rlhf_pipeline.stages.common import example_schedule, find_base, load_policy
 from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.stages.publish import inputs_of, publish
 from rlhf_pipeline.stages.result import StageResult
+from rlhf_pipeline.stages.selection import selection_of
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.open_run import open_run
 from rlhf_pipeline.training.session import Plan, train
@@ -107,18 +108,23 @@ def run_sft(config: SftConfig, home: Path, **options) -> StageResult:
             examples, held_out = all_whole(examples), all_whole(held_out)
         run.log.say(f"first example: {trained_text(examples[0], tokenizer)}")
 
+        chosen_by = selection_of(run, policy, data, parents.get("base"), tokenizer) if config.select_by else None
+        if chosen_by is not None and chosen_by.resolved is not None:
+            parents["selector"] = chosen_by.resolved
+
         # 3. Train.
         shape = ModelShape.of(policy.model, checkpointed=config.gradient_checkpointing)
         windows, total = example_schedule(run, examples, layout=policy.reader.layout)
 
         def evaluate() -> dict[str, float]:
-            return mean_nll(
+            loss = mean_nll(
                 policy,
                 held_out,
                 responses_at_once=config.per_device_eval_batch_size,
                 memory=run.memory,
                 device=run.device,
             )
+            return loss if chosen_by is None else loss | chosen_by.measure()
 
         plan = Plan(
             windows,
