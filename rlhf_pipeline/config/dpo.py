@@ -18,11 +18,24 @@ def _single(value: Any) -> Any:
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
+SMOOTHED = ("sigmoid", "robust")
+"""The losses that define `label_smoothing`."""
+
+
 def check_smoothing(config: DpoConfig) -> Iterator[Fault]:
     """Yield the fault of label smoothing with a loss that does not define it."""
-    if config.label_smoothing and config.loss_type != "sigmoid":
+    if config.label_smoothing and config.loss_type not in SMOOTHED:
         found = f"label_smoothing {config.label_smoothing:g} with loss_type {config.loss_type}"
-        yield Fault("label_smoothing", found, "label_smoothing 0, or loss_type sigmoid")
+        yield Fault("label_smoothing", found, f"label_smoothing 0, or loss_type {' or '.join(SMOOTHED)}")
+
+
+def check_minimum(config: DpoConfig) -> Iterator[Fault]:
+    """Yield the fault of a loss without a minimum in a run that nothing stops."""
+    stops = config.early_stopping_patience is not None or config.load_best_model_at_end
+    if config.loss_type == "apo_down" and config.engine == "native" and not stops:
+        found = "found 'apo_down', which has no minimum: it falls until one response has all the probability"
+        fix = "or apo_zero, which raises the chosen response"
+        yield Fault("loss_type", found, "early_stopping_patience or load_best_model_at_end beside it", fix)
 
 
 def check_ranking_loss(config: DpoConfig) -> Iterator[Fault]:
@@ -46,16 +59,22 @@ def check_population(config: DpoConfig) -> Iterator[Fault]:
         yield Fault("dataset_name", found, "recorded pairs", OFF)
 
 
+TRL_LOSSES = "sigmoid, robust, hinge, ipo_mean, sigmoid_norm or apo_zero"
+
+
 def check_dpo_engine(config: DpoConfig) -> Iterator[Fault]:
     """Yield the faults of `engine: trl` for DPO."""
     if config.engine != "trl":
         return
     if config.loss_type == "ipo":
         found = "TRL has no ipo on summed log-probabilities: its 'ipo' averages them over each response's tokens"
-        yield Fault("loss_type", found, "sigmoid, ipo_mean, sigmoid_norm or apo_zero", NATIVE)
+        yield Fault("loss_type", found, TRL_LOSSES, NATIVE)
     if config.loss_type == "plackett_luce":
         found = "found 'plackett_luce', but TRL's trainer accepts only pairs and splits rankings into pairs"
-        yield Fault("loss_type", found, "sigmoid, ipo_mean, sigmoid_norm or apo_zero", NATIVE)
+        yield Fault("loss_type", found, TRL_LOSSES, NATIVE)
+    if config.loss_type == "apo_down":
+        found = "found 'apo_down', which must be stopped early: engine trl keeps no weights of evaluations"
+        yield Fault("loss_type", found, TRL_LOSSES, NATIVE)
     if config.label_smoothing and config.loss_type == "sigmoid":
         found = f"found {config.label_smoothing:g}, which TRL's sigmoid loss ignores silently"
         yield Fault("label_smoothing", found, "0", NATIVE)
@@ -66,7 +85,9 @@ def check_dpo_engine(config: DpoConfig) -> Iterator[Fault]:
         yield Fault("dataset_name", found, "recorded pairs", NATIVE)
 
 
-LossType = Literal["sigmoid", "ipo", "ipo_mean", "sigmoid_norm", "apo_zero", "plackett_luce"]
+LossType = Literal[
+    "sigmoid", "robust", "hinge", "ipo", "ipo_mean", "sigmoid_norm", "apo_zero", "apo_down", "plackett_luce"
+]
 
 
 class DpoConfig(TrainingConfig):
@@ -77,6 +98,7 @@ class DpoConfig(TrainingConfig):
         check_model,
         *COMMON_CHECKS,
         check_smoothing,
+        check_minimum,
         check_ranking_loss,
         check_population,
         check_dpo_engine,
@@ -97,20 +119,23 @@ class DpoConfig(TrainingConfig):
     )
     loss_type: Annotated[LossType, BeforeValidator(_single)] = option(
         "sigmoid",
-        "preference loss (DPO paper); ipo: squared loss on sums of log-probabilities (IPO paper), has another scale of "
-        "beta; ipo_mean: the same on their means (TRL's ipo), depends on lengths; sigmoid_norm: sigmoid on means "
-        "(TRL), depends on lengths; apo_zero: each response by itself (APO paper), losers get probability 0; "
-        "plackett_luce: whole rankings without ties (DPO paper, A.3), has sigmoid's optimum for rankings from the "
-        "Plackett-Luce model, rewards x .91 to .95 for others. The other losses read a ranking's untied pairs in one "
-        "pass, each with weight 1 / their number (InstructGPT)",
+        "preference loss (docs/methods/preference.md): sigmoid (DPO paper); robust: sigmoid that corrects a share "
+        "label_smoothing of flipped labels; hinge: ignores how much a response is preferred; ipo: squared, has another "
+        "scale of beta (IPO paper); ipo_mean: the same on means over tokens (TRL's ipo), depends on lengths; "
+        "sigmoid_norm: sigmoid on means (TRL); apo_zero: each response by itself, losers get probability 0; apo_down: "
+        "has no minimum, needs early stopping; plackett_luce: whole rankings without ties (DPO paper, A.3), has "
+        "sigmoid's optimum for rankings from the Plackett-Luce model, rewards x .91 to .95 for others. Other losses "
+        "read a ranking's untied pairs in one pass, each with weight 1 / their number (InstructGPT)",
         moves_optimum=True,
-        neutral=("sigmoid", "plackett_luce"),
+        neutral=("sigmoid", "robust", "plackett_luce"),
     )
     label_smoothing: float = option(
         0.0,
-        "eps, with sigmoid: trains on p (1 - eps) + (1 - p) eps instead of p (cDPO; DPO paper: 0). It shrinks margins. "
-        "It does not correct flipped labels, but smooths them a second time",
+        "eps; with sigmoid: trains on p (1 - eps) + (1 - p) eps instead of p (cDPO; DPO paper: 0). It shrinks margins. "
+        "It does not correct flipped labels, but smooths them a second time; with robust: the share of labels that are "
+        "flipped, which is corrected",
         moves_optimum=True,
+        unless=("loss_type", "robust"),
         ge=0,
         lt=0.5,
     )

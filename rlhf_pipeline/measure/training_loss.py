@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlhf_pipeline.algorithms.preference import OBJECTIVES, smoothed_target
 from rlhf_pipeline.config.dpo import DpoConfig
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.data import world
@@ -24,7 +23,7 @@ from rlhf_pipeline.report.figures import TrainingLoss
 from rlhf_pipeline.stages.data import StageData, training_kind
 from rlhf_pipeline.stages.population import Population
 from rlhf_pipeline.stages.preference_pairs import label_probabilities
-from rlhf_pipeline.training.pairs import preference_loss
+from rlhf_pipeline.training.pairs import Criterion, preference_loss
 from rlhf_pipeline.training.reference_cache import cached_logprobs, completion_logprob_sums
 
 POPULATION_PAIRS = 4096
@@ -123,13 +122,12 @@ def training_loss(bench: Bench, resolved: Resolved) -> float:
     logprobs = completion_logprob_sums(policy, examples, **bench.reading).double()
     compared = Comparisons.of(examples)
     total = preference_loss(
-        OBJECTIVES[config.loss_type],
+        Criterion.of(config),
         compared.gather(logprobs),
         compared.gather(ref_logprobs.double()),
         torch.tensor([len(ids) for example in examples for ids in example.completions]),
         compared,
-        beta=config.beta,
-        target=smoothed_target(target, config.label_smoothing),
+        target=target,
     ).loss
     return float(total) / len(examples) - least / len(examples)
 

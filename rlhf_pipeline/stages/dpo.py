@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlhf_pipeline.algorithms.preference import OBJECTIVES, correct, smoothed_target
+from rlhf_pipeline.algorithms.preference import correct
 from rlhf_pipeline.config.adapter import FourBits
 from rlhf_pipeline.config.dpo import DpoConfig
 from rlhf_pipeline.data.examples import first_lengths
@@ -22,7 +22,7 @@ from rlhf_pipeline.stages.result import StageResult
 from rlhf_pipeline.stages.starts import load_policy_and_reference
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.open_run import open_run
-from rlhf_pipeline.training.pairs import preference_loss, split_pairs, total_pairs
+from rlhf_pipeline.training.pairs import Criterion, preference_loss, split_pairs, total_pairs
 from rlhf_pipeline.training.session import Plan, train
 from rlhf_pipeline.training.trl_engine.train import train_with_trl
 from rlhf_pipeline.training.windows import ExampleBatch, Loss
@@ -35,12 +35,10 @@ def dpo_step(
     model: Policy,
     micro_batch: ExampleBatch,
     *,
-    beta: float,
+    criterion: Criterion,
     reference: ReferenceScores | None,
     meter: CostMeter,
     shape: ModelShape,
-    loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
     targets: Tensor | None = None,
 ) -> Loss:
     """Preference loss of a micro-batch; its denominator is prompts (equal to pairs if there are no rankings).
@@ -54,7 +52,6 @@ def dpo_step(
         targets: (examples,) probability that the chosen response of each pair is preferred; None: the label is certain.
         A micro-batch with `facts` of its own uses these instead of `reference` and `targets`.
     """
-    objective = OBJECTIVES[loss_type]
     batch, weight, compared = micro_batch.batch, micro_batch.weight, micro_batch.compared
     scores = model(batch)
     meter.train(shape, batch)
@@ -72,15 +69,7 @@ def dpo_step(
         with torch.no_grad():
             ref_logprobs = batch.per_completion(reference(batch).logprobs)
         meter.score(shape, batch)
-    result = preference_loss(
-        objective,
-        logprobs,
-        ref_logprobs,
-        batch.lengths,
-        compared,
-        beta=beta,
-        target=smoothed_target(target, label_smoothing),
-    )
+    result = preference_loss(criterion, logprobs, ref_logprobs, batch.lengths, compared, target=target)
     (chosen, rejected), (ref_chosen, _) = (split_pairs(x, compared) for x in (logprobs.detach(), ref_logprobs))
     chosen_rewards, rejected_rewards = result.chosen_rewards, result.rejected_rewards
     pairs = {
@@ -143,12 +132,10 @@ def run_dpo(config: DpoConfig, home: Path, **options) -> StageResult:
             pairs.windows,
             functools.partial(
                 dpo_step,
-                beta=config.beta,
+                criterion=Criterion.of(config),
                 reference=pairs.reference,
                 meter=run.meter,
                 shape=shape,
-                loss_type=config.loss_type,
-                label_smoothing=config.label_smoothing,
                 targets=pairs.targets,
             ),
             pairs.total,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rlhf_pipeline.algorithms.preference import Objective, PreferenceLoss
+from rlhf_pipeline.algorithms.preference import OBJECTIVES, Objective, PreferenceLoss
+from rlhf_pipeline.config.dpo import DpoConfig
 from rlhf_pipeline.data.comparisons import Comparisons
 from rlhf_pipeline.data.examples import Example, count_pairs
 
@@ -28,14 +30,35 @@ def split_pairs(values: Tensor, compared: Comparisons | None = None) -> tuple[Te
     return chosen, rejected
 
 
+@dataclass(frozen=True)
+class Criterion:
+    """The loss of a DPO run: an objective, and the options of the config that belong to it (of the same names)."""
+
+    beta: float
+    loss_type: str = "sigmoid"
+    label_smoothing: float = 0.0
+
+    @staticmethod
+    def of(config: DpoConfig) -> Criterion:
+        return Criterion(config.beta, config.loss_type, config.label_smoothing)
+
+    @property
+    def objective(self) -> Objective:
+        return OBJECTIVES[self.loss_type]
+
+    def smoothed(self, target: Tensor | None) -> Tensor | None:
+        """The target that the loss reads, from the probability that the chosen response is preferred."""
+        smoothing = self.objective.smoothing
+        return target if smoothing is None else smoothing(target, self.label_smoothing)
+
+
 def preference_loss(
-    objective: Objective,
+    criterion: Criterion,
     logprobs: Tensor,
     ref_logprobs: Tensor,
     lengths: Tensor,
     compared: Comparisons | None,
     *,
-    beta: float,
     target: Tensor | None = None,
 ) -> PreferenceLoss:
     """A preference loss on a batch of pairs and rankings, as a sum over prompts, and the implicit rewards of the pairs.
@@ -43,8 +66,9 @@ def preference_loss(
     Args:
         logprobs, ref_logprobs: (C,) log-probabilities of whole responses, summed over tokens, in nats.
         lengths: (C,) tokens of the responses.
-        compared: see `split_pairs`. target: (P,), see the pair losses.
+        compared: see `split_pairs`. target: (P,), the probability that the chosen response is preferred; None: 1.
     """
+    objective, beta = criterion.objective, criterion.beta
     (chosen, rejected), (ref_chosen, ref_rejected) = (split_pairs(x, compared) for x in (logprobs, ref_logprobs))
     if objective.listwise:
         if compared is None:
@@ -62,7 +86,7 @@ def preference_loss(
         ref_chosen / sizes[0],
         ref_rejected / sizes[1],
         beta=beta,
-        target=target,
+        target=criterion.smoothed(target),
         weight=None if compared is None else compared.weight(logprobs),
     )
     return PreferenceLoss(result.loss, result.chosen_rewards * sizes[0], result.rejected_rewards * sizes[1])

@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
+from rlhf_pipeline.algorithms.preference import OBJECTIVES
 from rlhf_pipeline.config.dpo import DpoConfig
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "ipo", "ipo_mean", "sigmoid_norm", "apo_zero", "plackett_luce"])
+@pytest.mark.parametrize(
+    "name", ["sigmoid", "robust", "hinge", "ipo", "ipo_mean", "sigmoid_norm", "apo_zero", "plackett_luce"]
+)
 def test_a_loss_may_stand_in_a_list_of_one_as_trl_writes_it(load, name):
     assert load("dpo", loss_type=name).loss_type == load("dpo", loss_type=[name]).loss_type == name
 
 
-@pytest.mark.parametrize("value", ["hinge", "robust", "bco_pair", "Sigmoid", ["sigmoid", "ipo"]])
+@pytest.mark.parametrize("value", ["exo_pair", "bco_pair", "Sigmoid", ["sigmoid", "ipo"]])
 def test_a_loss_that_is_not_there_is_refused_with_those_that_are(faults, value):
     refused = faults("dpo", loss_type=value)
     assert list(refused) == ["loss_type"]
     assert repr(value) in refused["loss_type"].found
-    assert refused["loss_type"].expected == "one of sigmoid, ipo, ipo_mean, sigmoid_norm, apo_zero, plackett_luce"
+    assert refused["loss_type"].expected == f"one of {', '.join(OBJECTIVES)}"
 
 
-@pytest.mark.parametrize("name", ["ipo", "ipo_mean", "sigmoid_norm", "apo_zero", "plackett_luce"])
-def test_smoothing_belongs_to_the_sigmoid_loss(load, faults, name):
-    assert load("dpo", label_smoothing=0.1).label_smoothing == 0.1
+@pytest.mark.parametrize("name", ["hinge", "ipo", "ipo_mean", "sigmoid_norm", "apo_zero", "plackett_luce"])
+def test_smoothing_belongs_to_the_losses_that_define_it(load, faults, name):
+    for defined in ("sigmoid", "robust"):
+        assert load("dpo", label_smoothing=0.1, loss_type=defined).label_smoothing == 0.1
+        assert OBJECTIVES[defined].smoothing is not None
+    assert OBJECTIVES[name].smoothing is None
     assert load("dpo", label_smoothing=0, loss_type=name).loss_type == name
     refused = faults("dpo", label_smoothing=0.1, loss_type=name)
     assert refused["label_smoothing"].found == f"label_smoothing 0.1 with loss_type {name}"
-    assert "loss_type sigmoid" in refused["label_smoothing"].expected
+    assert "loss_type sigmoid or robust" in refused["label_smoothing"].expected
+
+
+def test_a_loss_without_a_minimum_needs_early_stopping(load, faults):
+    refused = faults("dpo", loss_type="apo_down")
+    assert list(refused) == ["loss_type"] and "has no minimum" in refused["loss_type"].found
+    assert "early_stopping_patience" in refused["loss_type"].expected
+    for stop in ({"early_stopping_patience": 2}, {"load_best_model_at_end": True}):
+        assert load("dpo", loss_type="apo_down", eval_steps=5, **stop).loss_type == "apo_down"
 
 
 def test_rankings_have_no_label_probabilities(faults):
@@ -43,8 +59,4 @@ def test_smoothing_is_a_rate_of_flips_below_one_half(faults, value):
 
 
 def test_every_loss_of_the_config_is_in_the_table_and_the_reverse():
-    from typing import get_args
-
-    from rlhf_pipeline.algorithms.preference import OBJECTIVES
-
     assert set(get_args(DpoConfig.model_fields["loss_type"].annotation)) == set(OBJECTIVES)

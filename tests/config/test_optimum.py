@@ -30,7 +30,10 @@ MOVES: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
     "dpo": {
         "weight_decay": DECAY,
         "ref_model": ([None], ["other"]),
-        "loss_type": (["sigmoid", "plackett_luce"], ["ipo", "ipo_mean", "sigmoid_norm", "apo_zero"]),
+        "loss_type": (
+            ["sigmoid", "robust", "plackett_luce"],
+            ["hinge", "ipo", "ipo_mean", "sigmoid_norm", "apo_zero"],
+        ),
         "label_smoothing": ([0.0], [0.1]),
     },
     "collect": {"labels": (["bradley-terry"], ["rank"])},
@@ -78,6 +81,10 @@ def test_a_critic_that_is_never_trained_matters_only_below_lambda_1(load):
     assert moves_optimum(load("ppo", vf_coef=0, lam=1)) == {}
 
 
+def test_the_rate_of_flips_that_robust_dpo_corrects_moves_nothing(load):
+    assert moves_optimum(load("dpo", loss_type="robust", label_smoothing=0.2)) == {}
+
+
 def test_a_combination_needs_two_rewards(faults):
     assert "reward_combination" in faults("ppo", reward_combination="min")
 
@@ -91,10 +98,11 @@ def test_values_of_an_earlier_release_are_read_with_todays_defaults():
 
 def test_each_loss_declares_its_optimum():
     declared = {name: objective.optimum for name, objective in OBJECTIVES.items()}
-    others = dict.fromkeys(("ipo_mean", "sigmoid_norm", "apo_zero"), "other")
-    assert declared == {"sigmoid": "same", "plackett_luce": "same", "ipo": "scale", **others}
+    others = dict.fromkeys(("hinge", "ipo_mean", "sigmoid_norm", "apo_zero", "apo_down"), "other")
+    assert declared == {"sigmoid": "same", "robust": "same", "plackett_luce": "same", "ipo": "scale", **others}
     assert set(declared.values()) <= set(get_args(Optimum))
     neutral = STAGES["dpo"].model_fields["loss_type"].json_schema_extra["neutral"]
     assert set(neutral) == {name for name, kind in declared.items() if kind == "same"}
     assert loss_optimum("sigmoid", 0.1) == "scale" and loss_optimum("sigmoid", 0.0) == "same"
     assert loss_optimum("ipo_mean", 0.1) == "other"
+    assert loss_optimum("robust", 0.1) == "same"

@@ -12,6 +12,12 @@ REFUSED = [
     ("train-rm", {"score_pooling": "mean"}, "score_pooling", "the score at the last token"),
     ("dpo", {"loss_type": "ipo"}, "loss_type", "averages them over each response's tokens"),
     ("dpo", {"loss_type": "plackett_luce"}, "loss_type", "accepts only pairs"),
+    (
+        "dpo",
+        {"loss_type": "apo_down", "early_stopping_patience": 1, "eval_steps": 1},
+        "loss_type",
+        "must be stopped early",
+    ),
     ("dpo", {"label_smoothing": 0.1}, "label_smoothing", "ignores silently"),
     ("dpo", {"soft_labels": True}, "soft_labels", "only on hard labels"),
     ("dpo", {"dataset_name": "world:verdicts", "max_steps": 3}, "dataset_name", "fresh pairs at every step"),
@@ -31,7 +37,7 @@ def test_what_trl_cannot_do_is_refused_by_name(faults, load, stage, changes, key
 def test_the_way_out_is_named(faults):
     assert (
         faults("dpo", engine="trl", loss_type="ipo")["loss_type"].expected
-        == "sigmoid, ipo_mean, sigmoid_norm or apo_zero"
+        == "sigmoid, robust, hinge, ipo_mean, sigmoid_norm or apo_zero"
     )
     assert faults("sft", engine="trl", save_steps=5)["save_steps"].fix == "or engine: native"
     assert faults("ppo", engine="trl")["engine"].fix == "engine: trl works for sft, train-rm and dpo"
@@ -48,6 +54,7 @@ def test_another_engine_is_unknown(faults):
         ("train-rm", {"center_rewards_coefficient": 0.01, "bf16": True}),
         ("dpo", {"loss_type": "ipo_mean", "precompute_ref_log_probs": False, "ref_model": "sft"}),
         ("dpo", {"loss_type": ["sigmoid"]}),
+        ("dpo", {"loss_type": "robust", "label_smoothing": 0.2}),
     ],
 )
 def test_what_it_can_do(load, stage, changes):

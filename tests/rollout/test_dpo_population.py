@@ -19,6 +19,7 @@ from rlhf_pipeline.data.tokenize import Example, tokenize
 from rlhf_pipeline.data.tokenizers import tokenizer_digest
 from rlhf_pipeline.stages.dpo import dpo_step
 from rlhf_pipeline.training.cost import CostMeter
+from rlhf_pipeline.training.pairs import Criterion
 from rlhf_pipeline.training.windows import ExampleBatch, Loss
 from tests.rollout.tree import (
     BETA,
@@ -80,8 +81,9 @@ def pairs(tokenizer):
 def population_loss(world: World, examples: list[Example], targets: Tensor, **options) -> Loss:
     """What the package's step says of all pairs, with soft labels."""
     batch = ExampleBatch(pack(examples), list(range(len(examples))))
-    options = {"beta": BETA, "reference": world.reference, "targets": targets, **options}
-    return dpo_step(world.policy, batch, meter=CostMeter(), shape=FREE, **options)
+    known = {"reference": world.reference, "targets": targets}
+    criterion = Criterion(BETA, **options)
+    return dpo_step(world.policy, batch, criterion=criterion, meter=CostMeter(), shape=FREE, **known)
 
 
 def preferences(reward: Tensor) -> Tensor:

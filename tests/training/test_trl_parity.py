@@ -22,6 +22,8 @@ CASES = [
     ("train-rm", {}),
     ("dpo", {"beta": 0.5}),
     ("dpo", {"beta": 0.5, "precompute_ref_log_probs": False}),
+    ("dpo", {"beta": 0.5, "loss_type": "robust", "label_smoothing": 0.2}),
+    ("dpo", {"beta": 0.5, "loss_type": "hinge"}),
     ("dpo", {"beta": 0.5, "loss_type": "ipo_mean"}),
     ("dpo", {"beta": 0.5, "loss_type": "sigmoid_norm"}),
     ("dpo", {"beta": 0.5, "loss_type": "apo_zero"}),

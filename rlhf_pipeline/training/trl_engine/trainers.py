@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 
     from rlhf_pipeline.training.open_run import Run
 
-DPO_LOSSES = {"sigmoid": "sigmoid", "ipo_mean": "ipo", "sigmoid_norm": "sigmoid_norm", "apo_zero": "apo_zero"}
+DPO_LOSSES = {
+    "sigmoid": "sigmoid",
+    "robust": "robust",
+    "hinge": "hinge",
+    "ipo_mean": "ipo",
+    "sigmoid_norm": "sigmoid_norm",
+    "apo_zero": "apo_zero",
+}
 """This package's `loss_type` -> TRL's."""
 
 
@@ -122,6 +129,7 @@ def make_trainer(
             router_aux_loss_coef=0.0,
             beta=config.beta,
             loss_type=[DPO_LOSSES[config.loss_type]],
+            label_smoothing=config.label_smoothing,
             precompute_ref_log_probs=config.precompute_ref_log_probs,
         )
     trainer = type(f"Driven{base.__name__}", (Driven, base), {})(model=model, args=arguments, **options)
