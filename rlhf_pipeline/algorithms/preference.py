@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
+from rlhf_pipeline.algorithms.reference_free import cpo_losses, orpo_losses, simpo_losses
+
 
 def _total(losses: Tensor, weight: Tensor | None) -> Tensor:
     """Sum over pairs of weight x loss. weight: (P,); None: 1 each."""
@@ -259,12 +261,15 @@ class Objective:
     """A preference loss, its minimiser and its inputs.
 
     loss: (chosen, rejected, ref_chosen, ref_rejected, *, beta, target, weight) -> PreferenceLoss; for a listwise loss
-        (logprobs, ref_logprobs, mask, *, beta) -> the sum over prompts.
+        (logprobs, ref_logprobs, mask, *, beta) -> the sum over prompts; without a reference (chosen, rejected, *, beta,
+        and options) -> (P,) losses.
     optimum: the relation of its minimiser to that of DPO and PPO at the same beta; arms are compared at one beta only
         if it is "same".
     length_normalised: whether it takes the mean of the log-probabilities over a response's tokens instead of the sum.
     listwise: whether it reads all completions of a prompt at once, in their order, instead of pairs.
     smoothing: (target, label_smoothing) -> the target that the loss reads; None: label_smoothing is not defined.
+    needs_reference: whether it reads the log-probabilities of the reference.
+    options: names of its options besides beta. odds: whether it compares log-odds instead of log-probabilities.
     """
 
     loss: Callable[..., Any]
@@ -272,6 +277,9 @@ class Objective:
     length_normalised: bool = False
     listwise: bool = False
     smoothing: Callable[[Tensor | None, float], Tensor | None] | None = None
+    needs_reference: bool = True
+    options: tuple[str, ...] = ()
+    odds: bool = False
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -283,6 +291,9 @@ OBJECTIVES: dict[str, Objective] = {
     "sigmoid_norm": Objective(dpo_sigmoid_loss, "other", length_normalised=True),
     "apo_zero": Objective(apo_zero_loss, "other"),
     "apo_down": Objective(apo_down_loss, "other"),
+    "simpo": Objective(simpo_losses, "other", length_normalised=True, needs_reference=False, options=("gamma",)),
+    "orpo": Objective(orpo_losses, "other", length_normalised=True, needs_reference=False, odds=True),
+    "cpo": Objective(cpo_losses, "other", needs_reference=False),
     "plackett_luce": Objective(plackett_luce_loss, "same", listwise=True),
 }
 

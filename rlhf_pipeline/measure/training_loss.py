@@ -9,7 +9,6 @@ from torch import Tensor
 
 from rlhf_pipeline.config.dpo import DpoConfig
 from rlhf_pipeline.config.load import load_config
-from rlhf_pipeline.data import world
 from rlhf_pipeline.data.comparisons import Comparisons
 from rlhf_pipeline.data.examples import Example
 from rlhf_pipeline.measure.bench import Bench
@@ -78,14 +77,22 @@ def problem_of(resolved: Resolved) -> tuple[object, ...]:
     """The data, reference, beta and loss of a DPO model; two models with the same ones can be compared."""
     manifest, config = resolved.manifest, dpo_config(resolved)
     assert manifest is not None
-    keys = ("beta", "loss_type", "label_smoothing", "soft_labels", "population_proposal", "max_train_samples")
+    keys = (
+        *("beta", "loss_type", "label_smoothing", "sft_weight"),
+        *("soft_labels", "population_proposal", "max_train_samples"),
+    )
     data = tuple(entry.digest for entry in manifest.data)
     return (manifest.parents["reference"].digest, data, *(getattr(config, key) for key in keys))
 
 
+def _known_optimum(config: DpoConfig) -> bool:
+    """Whether the loss of the exact optimum is known: of DPO on the population of the built-in world."""
+    return config.population and config.loss_type == "sigmoid" and not config.label_smoothing
+
+
 @torch.no_grad()
 def training_loss(bench: Bench, resolved: Resolved) -> float:
-    """Mean loss of a DPO model over its training pairs and rankings.
+    """Mean loss of a DPO model over its training pairs and rankings, with its SFT term.
 
     On the built-in world's population: over 4,096 pairs of it, drawn from a fixed seed, as the mean of
     KL(Bernoulli(p) || Bernoulli(sigma(h))) for the sigmoid loss without smoothing, which is the excess over the
@@ -112,7 +119,7 @@ def training_loss(bench: Bench, resolved: Resolved) -> float:
         examples: Sequence[Example]
         examples, facts = population.draw(POPULATION_PAIRS, torch.Generator().manual_seed(0))
         ref_logprobs, target = facts.ref_logprobs, facts.target
-        if config.loss_type == "sigmoid":
+        if _known_optimum(config):
             least = float(torch.special.entr(torch.stack([facts.target, 1 - facts.target])).sum())
     else:
         examples, _ = data.training(bench.tokenizer)
@@ -121,15 +128,20 @@ def training_loss(bench: Bench, resolved: Resolved) -> float:
         target = label_probabilities(examples) if config.soft_labels else None
     logprobs = completion_logprob_sums(policy, examples, **bench.reading).double()
     compared = Comparisons.of(examples)
+    criterion = Criterion.of(config)
     total = preference_loss(
-        Criterion.of(config),
+        criterion,
         compared.gather(logprobs),
         compared.gather(ref_logprobs.double()),
         torch.tensor([len(ids) for example in examples for ids in example.completions]),
         compared,
         target=target,
     ).loss
-    return float(total) / len(examples) - least / len(examples)
+    found = float(total) / len(examples) - least / len(examples)
+    if criterion.sft_weight:
+        chosen = sum(len(example.completions[0]) for example in examples)
+        found -= criterion.sft_weight * float(logprobs[:, 0].sum()) / chosen
+    return found
 
 
 def excess_training_losses(
@@ -150,7 +162,7 @@ def excess_training_losses(
             continue
         peers = [other for other in candidates if problem_of(other) == problem_of(model)]
         best = min(peers, key=lambda other: losses[other.label])
-        exact = model.config.get("dataset_name") == world.NAME and dpo_config(model).loss_type == "sigmoid"
+        exact = _known_optimum(dpo_config(model))
         known = exact or len(peers) > 1
         result[model.label] = TrainingLoss(
             training_loss=losses[model.label],

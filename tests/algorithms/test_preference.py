@@ -31,7 +31,7 @@ def slope_of(x: float) -> float:
     return sigmoid(x) * sigmoid(-x)
 
 
-PAIR_LOSSES = [name for name, objective in OBJECTIVES.items() if not objective.listwise]
+PAIR_LOSSES = [name for name, each in OBJECTIVES.items() if not each.listwise and each.needs_reference]
 CHOSEN, REJECTED = vector(1.0, -0.5, 2.0), vector(0.0, 0.5, 2.0)
 
 

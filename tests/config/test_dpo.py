@@ -8,6 +8,7 @@ import pytest
 
 from rlhf_pipeline.algorithms.preference import OBJECTIVES
 from rlhf_pipeline.config.dpo import DpoConfig
+from rlhf_pipeline.config.losses import REFERENCE_FREE
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,9 @@ def test_a_loss_that_is_not_there_is_refused_with_those_that_are(faults, value):
     assert refused["loss_type"].expected == f"one of {', '.join(OBJECTIVES)}"
 
 
-@pytest.mark.parametrize("name", ["hinge", "ipo", "ipo_mean", "sigmoid_norm", "apo_zero", "plackett_luce"])
+@pytest.mark.parametrize(
+    "name", ["hinge", "ipo", "ipo_mean", "sigmoid_norm", "apo_zero", "simpo", "orpo", "cpo", "plackett_luce"]
+)
 def test_smoothing_belongs_to_the_losses_that_define_it(load, faults, name):
     for defined in ("sigmoid", "robust"):
         assert load("dpo", label_smoothing=0.1, loss_type=defined).label_smoothing == 0.1
@@ -43,6 +46,40 @@ def test_a_loss_without_a_minimum_needs_early_stopping(load, faults):
     assert "early_stopping_patience" in refused["loss_type"].expected
     for stop in ({"early_stopping_patience": 2}, {"load_best_model_at_end": True}):
         assert load("dpo", loss_type="apo_down", eval_steps=5, **stop).loss_type == "apo_down"
+
+
+def test_an_option_of_one_loss_is_refused_with_another(load, faults):
+    for key, owner, value in (("simpo_gamma", "simpo", 0.0), ("cpo_alpha", "cpo", 2.0)):
+        assert getattr(load("dpo", loss_type=owner, **{key: value}), key) == value
+        for other in ("sigmoid", "orpo"):
+            refused = faults("dpo", loss_type=other, **{key: value})
+            assert list(refused) == [key] and f"with loss_type {other}" in refused[key].found
+            assert f"loss_type {owner}" in refused[key].expected
+
+
+@pytest.mark.parametrize("name", REFERENCE_FREE)
+def test_a_loss_without_a_reference_refuses_one(load, faults, name):
+    assert not OBJECTIVES[name].needs_reference and set(load("dpo", loss_type=name).parents()) == {"base"}
+    refused = faults("dpo", loss_type=name, ref_model="sft")
+    assert list(refused) == ["ref_model"] and "has no reference" in refused["ref_model"].found
+    refused = faults("dpo", loss_type=name, dataset_name="world:verdicts", max_steps=3)
+    assert list(refused) == ["dataset_name"] and "drawn from the reference" in refused["dataset_name"].found
+
+
+def test_the_weight_of_the_sft_loss(load):
+    """sft_weight, and what the loss itself has of it: 1 in ORPO, cpo_alpha in CPO."""
+    cases = [({}, 0.0), ({"sft_weight": 0.3}, 0.3), ({"loss_type": "orpo"}, 1.0), ({"loss_type": "cpo"}, 1.0)]
+    cases += [({"loss_type": "cpo", "cpo_alpha": 0.0}, 0.0), ({"loss_type": "orpo", "sft_weight": 0.5}, 1.5)]
+    for changes, weight in cases:
+        assert load("dpo", **changes).sft_term == weight
+
+
+def test_an_sft_loss_needs_responses_that_were_chosen(faults):
+    for key, changes in (("sft_weight", {"sft_weight": 0.2}), ("loss_type", {"loss_type": "orpo"})):
+        refused = faults("dpo", soft_labels=True, **changes)
+        assert list(refused) == [key] and "probabilities choose none" in refused[key].found
+    refused = faults("dpo", sft_weight=0.2, dataset_name="world:verdicts", max_steps=3)
+    assert list(refused) == ["sft_weight"]
 
 
 def test_rankings_have_no_label_probabilities(faults):

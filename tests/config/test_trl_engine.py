@@ -12,12 +12,8 @@ REFUSED = [
     ("train-rm", {"score_pooling": "mean"}, "score_pooling", "the score at the last token"),
     ("dpo", {"loss_type": "ipo"}, "loss_type", "averages them over each response's tokens"),
     ("dpo", {"loss_type": "plackett_luce"}, "loss_type", "accepts only pairs"),
-    (
-        "dpo",
-        {"loss_type": "apo_down", "early_stopping_patience": 1, "eval_steps": 1},
-        "loss_type",
-        "must be stopped early",
-    ),
+    ("dpo", {"loss_type": "simpo"}, "loss_type", "DPOTrainer does not have"),
+    ("dpo", {"loss_type": "orpo"}, "loss_type", "DPOTrainer does not have"),
     ("dpo", {"label_smoothing": 0.1}, "label_smoothing", "ignores silently"),
     ("dpo", {"soft_labels": True}, "soft_labels", "only on hard labels"),
     ("dpo", {"dataset_name": "world:verdicts", "max_steps": 3}, "dataset_name", "fresh pairs at every step"),
@@ -32,6 +28,11 @@ def test_what_trl_cannot_do_is_refused_by_name(faults, load, stage, changes, key
     assert list(refused) == [key]
     assert found in refused[key].found
     assert load(stage, **changes).engine == "native"
+
+
+def test_a_loss_that_must_be_stopped_early_is_refused(faults):
+    refused = faults("dpo", engine="trl", loss_type="apo_down")
+    assert list(refused) == ["loss_type"] and "must be stopped early" in refused["loss_type"].found
 
 
 def test_the_way_out_is_named(faults):
@@ -55,6 +56,7 @@ def test_another_engine_is_unknown(faults):
         ("dpo", {"loss_type": "ipo_mean", "precompute_ref_log_probs": False, "ref_model": "sft"}),
         ("dpo", {"loss_type": ["sigmoid"]}),
         ("dpo", {"loss_type": "robust", "label_smoothing": 0.2}),
+        ("dpo", {"sft_weight": 0.2}),
     ],
 )
 def test_what_it_can_do(load, stage, changes):

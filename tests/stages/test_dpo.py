@@ -102,7 +102,6 @@ def first_window(lab, config):
         "soft-cdpo",
         "robust",
         "soft-hinge",
-        "apo-down",
         "ipo",
         "soft-ipo",
         "ipo-mean",

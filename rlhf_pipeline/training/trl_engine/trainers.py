@@ -128,7 +128,8 @@ def make_trainer(
             **dropout,
             router_aux_loss_coef=0.0,
             beta=config.beta,
-            loss_type=[DPO_LOSSES[config.loss_type]],
+            loss_type=[DPO_LOSSES[config.loss_type], *["sft"] * bool(config.sft_weight)],
+            loss_weights=[1.0, *[config.sft_weight] * bool(config.sft_weight)],
             label_smoothing=config.label_smoothing,
             precompute_ref_log_probs=config.precompute_ref_log_probs,
         )
