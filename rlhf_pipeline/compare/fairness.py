@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from rlhf_pipeline.compare.aim import moved_options
 from rlhf_pipeline.config.lengths import resolve_lengths
-from rlhf_pipeline.config.losses import REFERENCE_FREE
+from rlhf_pipeline.config.losses import is_reference_free
 from rlhf_pipeline.config.reward_names import names_a_model
 from rlhf_pipeline.data.tokenizers import stop_ids
 from rlhf_pipeline.errors import MismatchError
@@ -64,7 +64,7 @@ def stop_tokens_of(resolved: Resolved) -> str:
 
 def _reference_of(manifest: Manifest) -> str:
     """The reference of a policy's loss by name and digest."""
-    if manifest.config.get("loss_type") in REFERENCE_FREE:
+    if is_reference_free(manifest.config.get("loss_type")):
         return NONE
     reference = manifest.parents.get("reference")
     return f"{reference.ref} {_short(reference.digest)}" if reference else "unknown"

@@ -9,11 +9,13 @@ from rlhf_pipeline.config.base import ModelInput, Positive, option
 from rlhf_pipeline.config.losses import (
     WithLosses,
     check_chosen,
+    check_divergence,
     check_minimum,
     check_owned,
     check_ranking_loss,
     check_reference_free,
     check_trl_losses,
+    check_weights,
 )
 from rlhf_pipeline.config.sharding import OFF
 from rlhf_pipeline.config.training import COMMON_CHECKS, NATIVE, check_model
@@ -47,7 +49,9 @@ class DpoConfig(WithLosses):
     checks: ClassVar = (
         check_model,
         *COMMON_CHECKS,
+        check_weights,
         check_owned,
+        check_divergence,
         check_minimum,
         check_reference_free,
         check_chosen,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 
-from rlhf_pipeline.config.losses import REFERENCE_FREE
 from rlhf_pipeline.health.monitor import Facts, History, Watch, error, late, mean, width
 
 LOG_2 = math.log(2)
@@ -80,7 +79,7 @@ def margin_negative(h: History, f: Facts) -> float | None:
     A margin within .01 of 0 means that the policy has not moved: its sign comes from rounding and ties. Without a
     reference a margin says nothing of what was learnt.
     """
-    if f.loss_type in REFERENCE_FREE:
+    if not f.needs_reference:
         return None
     margins, right = (h.recent(name, width(f)) for name in ("rewards/margins", "rewards/accuracies"))
     if not late(h, f) or len(margins) < 10 or not right or abs(mean(margins)) < 0.01:
@@ -94,7 +93,7 @@ def margin_exploding(h: History, f: Facts) -> float | None:
 
     A margin of 10 means odds of 22,000 to 1, which no label justifies (but lengths do, without a reference).
     """
-    if f.loss_type in REFERENCE_FREE:
+    if not f.needs_reference:
         return None
     margins, right = h.recent("rewards/margins", 10), h.recent("rewards/accuracies", 10)
     return mean(margins) if margins and right and mean(margins) > 10 and mean(right) >= 0.99 else None
@@ -115,7 +114,7 @@ def nothing_learnt(h: History, f: Facts) -> float | None:
     Without a reference nothing begins at 0.
     """
     margins, losses = (h.recent(name, width(f)) for name in ("rewards/margins", "loss/dpo"))
-    if not late(h, f) or len(margins) < 10 or not losses or f.loss_type in REFERENCE_FREE:
+    if not late(h, f) or len(margins) < 10 or not losses or not f.needs_reference:
         return None
     at_start = f.loss_type != "sigmoid" or abs(mean(losses) - LOG_2) < 0.01
     return mean(losses) if at_start and abs(mean(margins)) < 0.01 else None

@@ -78,7 +78,7 @@ def problem_of(resolved: Resolved) -> tuple[object, ...]:
     manifest, config = resolved.manifest, dpo_config(resolved)
     assert manifest is not None
     keys = (
-        *("beta", "loss_type", "label_smoothing", "sft_weight"),
+        *("beta", "loss_type", "loss_weights", "label_smoothing", "sft_weight", "f_divergence", "f_alpha"),
         *("soft_labels", "population_proposal", "max_train_samples"),
     )
     data = tuple(entry.digest for entry in manifest.data)
@@ -87,7 +87,8 @@ def problem_of(resolved: Resolved) -> tuple[object, ...]:
 
 def _known_optimum(config: DpoConfig) -> bool:
     """Whether the loss of the exact optimum is known: of DPO on the population of the built-in world."""
-    return config.population and config.loss_type == "sigmoid" and not config.label_smoothing
+    plain = config.loss_type == "sigmoid" and not config.label_smoothing and config.f_divergence == "reverse_kl"
+    return config.population and plain
 
 
 @torch.no_grad()

@@ -69,7 +69,7 @@ def dpo_step(
     elif isinstance(reference, Tensor):
         rows = reference[micro_batch.indices].to(logprobs.device)
         ref_logprobs = rows[:, :2].reshape(-1) if compared is None else compared.gather(rows)
-    elif criterion.objective.needs_reference:
+    elif criterion.needs_reference:
         assert reference is not None  # required if the micro-batch has no facts
         with torch.no_grad():
             ref_logprobs = batch.per_completion(reference(batch).logprobs)

@@ -7,8 +7,7 @@ from typing import get_args
 import pytest
 
 from rlhf_pipeline.algorithms.preference import OBJECTIVES
-from rlhf_pipeline.config.dpo import DpoConfig
-from rlhf_pipeline.config.losses import REFERENCE_FREE
+from rlhf_pipeline.config.losses import DIFFERENCES, REFERENCE_FREE, LossType
 
 
 @pytest.mark.parametrize(
@@ -18,7 +17,7 @@ def test_a_loss_may_stand_in_a_list_of_one_as_trl_writes_it(load, name):
     assert load("dpo", loss_type=name).loss_type == load("dpo", loss_type=[name]).loss_type == name
 
 
-@pytest.mark.parametrize("value", ["exo_pair", "bco_pair", "Sigmoid", ["sigmoid", "ipo"]])
+@pytest.mark.parametrize("value", ["exo_pair", "bco_pair", "Sigmoid"])
 def test_a_loss_that_is_not_there_is_refused_with_those_that_are(faults, value):
     refused = faults("dpo", loss_type=value)
     assert list(refused) == ["loss_type"]
@@ -82,6 +81,48 @@ def test_an_sft_loss_needs_responses_that_were_chosen(faults):
     assert list(refused) == ["sft_weight"]
 
 
+def test_a_divergence_belongs_to_losses_of_a_difference_of_rewards(load, faults):
+    assert load("dpo", f_divergence_type="js_divergence").f_divergence == "js"
+    config = load("dpo", f_divergence="alpha_divergence", f_alpha_divergence_coef=0.2)
+    assert (config.f_divergence, config.alpha) == ("alpha", 0.2) and load("dpo", f_divergence="alpha").alpha == 0.5
+    for name in OBJECTIVES:
+        stop = {"load_best_model_at_end": True, "eval_steps": 1} if name == "apo_down" else {}
+        refused = faults("dpo", f_divergence="forward_kl", loss_type=name, **stop) if name not in DIFFERENCES else {}
+        assert list(refused) == ([] if name in DIFFERENCES else ["f_divergence"])
+        if name in DIFFERENCES:
+            assert load("dpo", f_divergence="forward_kl", loss_type=name).f_divergence == "forward_kl"
+    refused = faults("dpo", f_alpha=0.3)
+    assert list(refused) == ["f_alpha"] and "f_divergence alpha" in refused["f_alpha"].expected
+    assert list(faults("dpo", f_divergence="kl")) == ["f_divergence"]
+
+
+def test_a_list_is_a_sum_with_weights(load):
+    config = load("dpo", loss_type=["sigmoid", "hinge", "sft"], loss_weights=[0.8, 0.2, 1.5])
+    assert config.losses == (("sigmoid", 0.8), ("hinge", 0.2)) and config.sft_term == 1.5
+    config = load("dpo", loss_type=["sigmoid", "cpo"], cpo_alpha=0.5, sft_weight=0.1)
+    assert config.losses == (("sigmoid", 1.0), ("cpo", 1.0)) and config.sft_term == 0.6
+    assert config.needs_reference and set(config.parents()) == {"base", "reference"}
+    assert not load("dpo", loss_type=["simpo", "orpo"]).needs_reference
+    assert load("dpo", loss_type=["robust", "hinge"], label_smoothing=0.1).label_smoothing == 0.1
+
+
+@pytest.mark.parametrize(
+    ("key", "changes", "said"),
+    [
+        ("loss_type", {"loss_type": ["sigmoid", "exo_pair"]}, "and sft"),
+        ("loss_type", {"loss_type": ["sigmoid", "sigmoid"]}, "different names"),
+        ("loss_type", {"loss_type": "sft"}, "one of sigmoid"),
+        ("loss_weights", {"loss_weights": [1.0]}, "no loss_weights, or a list"),
+        ("loss_weights", {"loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0]}, "2 weights"),
+        ("label_smoothing", {"loss_type": ["hinge", "ipo"], "label_smoothing": 0.1}, "or loss_type sigmoid"),
+        ("ref_model", {"loss_type": ["simpo", "cpo"], "ref_model": "sft"}, "no ref_model"),
+    ],
+)
+def test_a_list_of_losses_that_makes_no_sense_is_refused(faults, key, changes, said):
+    refused = faults("dpo", **changes)
+    assert list(refused) == [key] and said in refused[key].expected
+
+
 def test_rankings_have_no_label_probabilities(faults):
     refused = faults("dpo", loss_type="plackett_luce", soft_labels=True)
     assert list(refused) == ["soft_labels"] and "loss_type sigmoid" in refused["soft_labels"].expected
@@ -96,4 +137,4 @@ def test_smoothing_is_a_rate_of_flips_below_one_half(faults, value):
 
 
 def test_every_loss_of_the_config_is_in_the_table_and_the_reverse():
-    assert set(get_args(DpoConfig.model_fields["loss_type"].annotation)) == set(OBJECTIVES)
+    assert set(get_args(LossType)) == set(OBJECTIVES)

@@ -32,20 +32,25 @@ MOVES: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
         "ref_model": ([None], ["other"]),
         "loss_type": (
             ["sigmoid", "robust", "plackett_luce"],
-            ["hinge", "ipo", "ipo_mean", "sigmoid_norm", "apo_zero", "simpo", "orpo", "cpo"],
+            ["hinge", "ipo", "ipo_mean", "sigmoid_norm", "apo_zero", "simpo", "orpo", "cpo", ("sigmoid", "robust")],
         ),
+        "loss_weights": ([None], [(1.0, 2.0)]),
         "simpo_gamma": ([None], [1.0]),
         "cpo_alpha": ([None], [0.5]),
         "sft_weight": ([0.0], [0.1]),
         "label_smoothing": ([0.0], [0.1]),
+        "f_divergence": (["reverse_kl"], ["forward_kl", "js", "alpha"]),
+        "f_alpha": ([None], [0.2]),
     },
     "collect": {"labels": (["bradley-terry"], ["rank"])},
 }
 SEVERAL = {"reward_model_path": None, "reward_functions": ["world", "module:function"]}
 BESIDE = {
     "reward_combination": SEVERAL,
+    "loss_weights": {"loss_type": ("sigmoid", "hinge")},
     "simpo_gamma": {"loss_type": "simpo"},
     "cpo_alpha": {"loss_type": "cpo"},
+    "f_alpha": {"f_divergence": "alpha"},
 }
 """Keys that an option needs beside it."""
 MAY_MOVE = {"ppo": {"lam": ([1.0], [0.95, 0.0])}}

@@ -83,7 +83,8 @@ def population_loss(world: World, examples: list[Example], targets: Tensor, **op
     """What the package's step says of all pairs, with soft labels."""
     batch = ExampleBatch(pack(examples), list(range(len(examples))))
     known = {"reference": world.reference, "targets": targets}
-    criterion = Criterion(BETA, **options)
+    losses = ((options.pop("loss_type", "sigmoid"), 1.0),)
+    criterion = Criterion(BETA, losses, **options)
     return dpo_step(world.policy, batch, criterion=criterion, meter=CostMeter(), shape=FREE, **known)
 
 
@@ -262,7 +263,7 @@ def test_the_sft_loss_of_the_chosen_responses_is_a_mean_over_their_tokens(tokeni
     """The gradient of the step's whole loss is that of its formula in the probabilities of the responses."""
     examples, world = drawn(tokenizer), World(Table(1), Table(2))
     batch = ExampleBatch(pack(examples), list(range(len(examples))))
-    criterion = Criterion(BETA, loss_type, sft_weight=weight)
+    criterion = Criterion(BETA, ((loss_type, 1.0),), sft_weight=weight)
     free = loss_type in ("cpo", "orpo")
     known = {"reference": None if free else world.reference, "meter": CostMeter(), "shape": FREE}
     found = dpo_step(world.policy, batch, criterion=criterion, **known)

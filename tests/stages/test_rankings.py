@@ -88,7 +88,7 @@ FREE = ModelShape(0, 0, 0)
 
 def dpo_loss(policy, examples: list[Example], loss_type: str, reference):
     options = {"reference": reference, "meter": CostMeter(), "shape": FREE}
-    return dpo_step(policy, micro_batch(policy, examples), criterion=Criterion(BETA, loss_type), **options)
+    return dpo_step(policy, micro_batch(policy, examples), criterion=Criterion(BETA, ((loss_type, 1.0),)), **options)
 
 
 def plain_scores(scorer, found: Example) -> list[torch.Tensor]:

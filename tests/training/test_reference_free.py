@@ -51,7 +51,7 @@ def normalised(family) -> Tensor:
 
 @pytest.mark.parametrize("soft", [False, True])
 def test_cpo_without_its_sft_term_has_a_uniform_reference(soft):
-    cpo = Criterion(BETA, "cpo")
+    cpo = Criterion(BETA, (("cpo", 1.0),))
     assert slope(cpo, torch.log_softmax(REWARD / BETA, 0), soft=soft) < 1e-15
     assert slope(cpo, torch.zeros(COUNT, dtype=torch.float64), soft=soft) > 1e-2
 
@@ -59,11 +59,11 @@ def test_cpo_without_its_sft_term_has_a_uniform_reference(soft):
 @pytest.mark.parametrize("soft", [False, True])
 def test_simpo_without_a_margin_weighs_the_reward_by_length(soft):
     """pi = exp(L (R / beta + c)), c such that the sum is 1."""
-    simpo = Criterion(BETA, "simpo")
+    simpo = Criterion(BETA, (("simpo", 1.0),))
     best = normalised(lambda c: LENGTHS * (REWARD / BETA + c))
     assert slope(simpo, best, soft=soft) < 1e-14
     assert slope(simpo, torch.log_softmax(REWARD / BETA, 0), soft=soft) > 1e-3
-    assert slope(Criterion(BETA, "simpo", gamma=0.5), best, soft=soft) > 1e-3
+    assert slope(Criterion(BETA, (("simpo", 1.0),), gamma=0.5), best, soft=soft) > 1e-3
 
 
 def test_simpo_with_a_margin_is_the_convex_fit_of_shifted_scores():
@@ -80,8 +80,8 @@ def test_simpo_with_a_margin_is_the_convex_fit_of_shifted_scores():
     scores = torch.from_numpy(np.append(0.0, found.x))
     best = normalised(lambda c: LENGTHS * (scores / BETA + c))
     for soft in (False, True):
-        assert slope(Criterion(BETA, "simpo", gamma=gamma), best, soft=soft) < 1e-12
-    assert slope(Criterion(BETA, "simpo"), best) > 1e-3
+        assert slope(Criterion(BETA, (("simpo", 1.0),), gamma=gamma), best, soft=soft) < 1e-12
+    assert slope(Criterion(BETA, (("simpo", 1.0),)), best) > 1e-3
 
 
 @pytest.mark.parametrize("q", [0.6, 0.9])
@@ -93,7 +93,7 @@ def test_the_margin_of_simpo_over_two_responses(q, gamma):
     m = math.log(((2 * q - 1) * g + root) / (2 * (1 - q)))
     means = torch.tensor([-1.0 + m / BETA, -1.0], dtype=torch.float64, requires_grad=True)
     target = torch.tensor([q], dtype=torch.float64)
-    criterion, ones = Criterion(BETA, "simpo", gamma=gamma), torch.tensor([1, 1])
+    criterion, ones = Criterion(BETA, (("simpo", 1.0),), gamma=gamma), torch.tensor([1, 1])
     loss = preference_loss(criterion, means, None, ones, None, target=target).loss
     assert torch.autograd.grad(loss, means)[0].abs().max().item() < 1e-15
 
@@ -103,8 +103,8 @@ def test_the_odds_term_of_orpo_alone_fits_the_log_odds_of_tokens_to_the_reward(s
     """pi = sigma(R + c)^L, c such that the sum is 1, whatever lambda."""
     best = normalised(lambda c: LENGTHS * torch.nn.functional.logsigmoid(REWARD + c))
     for beta in (0.1, 2.0):
-        assert slope(Criterion(beta, "orpo"), best, soft=soft) < 1e-14
-        assert slope(Criterion(beta, "orpo"), torch.log_softmax(REWARD / beta, 0), soft=soft) > 1e-3
+        assert slope(Criterion(beta, (("orpo", 1.0),)), best, soft=soft) < 1e-14
+        assert slope(Criterion(beta, (("orpo", 1.0),)), torch.log_softmax(REWARD / beta, 0), soft=soft) > 1e-3
 
 
 @pytest.mark.parametrize("q", [0.6, 0.9])
@@ -122,7 +122,7 @@ def test_orpo_over_two_responses_of_one_token(q, lam):
     logit = torch.tensor(math.log(p / (1 - p)), dtype=torch.float64, requires_grad=True)
     logprobs = torch.nn.functional.logsigmoid(torch.stack([logit, -logit]))
     target, ones = torch.tensor([q], dtype=torch.float64), torch.tensor([1, 1])
-    odds = preference_loss(Criterion(lam, "orpo"), logprobs, None, ones, None, target=target).loss
+    odds = preference_loss(Criterion(lam, (("orpo", 1.0),)), logprobs, None, ones, None, target=target).loss
     sft = -(q * logprobs[0] + (1 - q) * logprobs[1])
     assert abs(torch.autograd.grad(odds + sft, logit)[0].item()) < 1e-12
 
@@ -133,7 +133,7 @@ def test_the_losses_by_hand():
     means = [-0.5, -1.0, -2.0, -0.25]
 
     def loss(name, **options):
-        return preference_loss(Criterion(0.5, name, **options), logprobs, None, lengths, None)
+        return preference_loss(Criterion(0.5, ((name, 1.0),), **options), logprobs, None, lengths, None)
 
     def softplus(x):
         return math.log1p(math.exp(x))
@@ -161,6 +161,26 @@ def test_the_odds_of_a_certain_response_are_finite():
         assert torch.isfinite(odds).all() and odds.item() > 15
         assert torch.isfinite(torch.autograd.grad(odds.sum(), certain)[0]).all()
         assert log_odds(torch.tensor([-200.0], dtype=dtype)).item() == -200.0
+
+
+def test_a_list_of_losses_is_their_weighted_sum():
+    draw = torch.Generator().manual_seed(1)
+    logprobs, ref = (-3 * torch.rand(8, generator=draw, dtype=torch.float64) for _ in range(2))
+    lengths, target = torch.tensor([1, 2, 3, 4, 2, 3, 4, 1]), torch.rand(4, generator=draw, dtype=torch.float64)
+    parts = (("sigmoid", 0.8), ("ipo_mean", 0.1), ("simpo", 2.0), ("plackett_luce", 0.5))
+
+    def loss(losses):
+        inputs = [logprobs.clone().requires_grad_(), ref, lengths, None]
+        found = preference_loss(Criterion(BETA, losses, 0.1, 0.3), *inputs, target=target)
+        return found, torch.autograd.grad(found.loss, inputs[0])[0]
+
+    together, slope_together = loss(parts)
+    each = [loss(((name, 1.0),)) for name, _ in parts]
+    expected = sum(weight * found.loss for (found, _), (_, weight) in zip(each, parts, strict=True))
+    slopes = sum(weight * gradient for (_, gradient), (_, weight) in zip(each, parts, strict=True))
+    assert together.loss.item() == pytest.approx(expected.item(), abs=1e-12)
+    torch.testing.assert_close(slope_together, slopes, rtol=0, atol=1e-12)
+    assert together.chosen_rewards.tolist() == pytest.approx((BETA * (logprobs - ref))[::2].tolist(), abs=1e-15)
 
 
 def test_the_first_completion_of_a_pair_is_the_chosen_one():

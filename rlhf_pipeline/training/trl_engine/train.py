@@ -163,7 +163,7 @@ def native_names(stage: str, logs: dict[str, float], config: TrainingConfig) -> 
     chosen and rejected responses follow from their common mean m and their margin d: m + d/2 and m - d/2.
     """
     beside = config.center_rewards_coefficient if isinstance(config, RewardConfig) else None
-    beside = config.sft_weight if isinstance(config, DpoConfig) else beside
+    beside = config.sft_term if isinstance(config, DpoConfig) else beside
     loss = "loss" if beside else _LOSS[stage]
     metrics = {loss: logs["loss"]}
     shared = (*_SHARED[stage], *_SAME)
