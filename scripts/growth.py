@@ -37,6 +37,7 @@ from rlhf_pipeline.stages.reward import reward_step
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.loop import fit
 from rlhf_pipeline.training.optimizer import make_optimizer, make_scheduler
+from rlhf_pipeline.training.pairs import Criterion
 from rlhf_pipeline.training.reference_cache import completion_logprob_sums
 from rlhf_pipeline.training.windows import Loss, example_windows
 
@@ -135,7 +136,9 @@ def dpo(config: Any, pairs: list[Example], steps: int, micro_batch: int, accumul
     model = model_of_config(config, dtype=torch.float32)
     policy = Policy(model, inspect_model(model)).train()
     known = completion_logprob_sums(policy, pairs, responses_at_once=2 * micro_batch, device="cpu")
-    return timed(policy, pairs, partial(dpo_step, beta=0.1, reference=known), steps, micro_batch, accumulation)
+    return timed(
+        policy, pairs, partial(dpo_step, criterion=Criterion(0.1), reference=known), steps, micro_batch, accumulation
+    )
 
 
 def read_and_tokenise(count: int, vocabulary: int) -> Times:

@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, relu
+
+from rlhf_pipeline.algorithms.reference_free import cpo_losses, orpo_losses, simpo_losses
 
 
 def _total(losses: Tensor, weight: Tensor | None) -> Tensor:
@@ -66,6 +68,21 @@ def smoothed_target(target: Tensor | None, label_smoothing: float) -> Tensor | N
         return target
     target = torch.ones((), dtype=torch.float64) if target is None else target  # no dimension: it widens no dtype
     return target * (1.0 - label_smoothing) + (1.0 - target) * label_smoothing
+
+
+def unflipped_target(target: Tensor | None, label_smoothing: float) -> Tensor | None:
+    """Target of robust DPO for labels of which a share eps was flipped: (p - eps) / (1 - 2 eps).
+
+    With it the sigmoid loss is [(1 - eps) l(h) - eps l(-h)] / (1 - 2 eps), l(h) = -log sigma(h). Its mean over the
+    flips is the loss of the labels before they were flipped, so its optimum is DPO's. For a certain label the target is
+    above 1, so the loss of a single pair has no minimum. Source: Chowdhury et al. 2024 (robust DPO).
+
+    Args: see `smoothed_target`.
+    """
+    if label_smoothing == 0.0:
+        return target
+    target = torch.ones((), dtype=torch.float64) if target is None else target
+    return (target - label_smoothing) / (1.0 - 2.0 * label_smoothing)
 
 
 def _log_ratios(
@@ -136,6 +153,31 @@ def ipo_loss(
     return PreferenceLoss(_total(losses, weight), (beta * chosen).detach(), (beta * rejected).detach())
 
 
+def hinge_loss(
+    chosen_logprobs: Tensor,
+    rejected_logprobs: Tensor,
+    ref_chosen_logprobs: Tensor,
+    ref_rejected_logprobs: Tensor,
+    *,
+    beta: float,
+    target: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> PreferenceLoss:
+    """Hinge loss: weighted sum over pairs of p max(0, 1 - h) + (1 - p) max(0, 1 + h), with h of `dpo_sigmoid_loss`.
+
+    It asks for a margin of 1 in the preferred order, and ignores how much it is preferred: at its minimum all margins h
+    are whole numbers, and over two responses the margin is 1 for every p > 1/2. Source: Zhao et al. 2023
+    (SLiC-HF); Liu et al. 2023 (RSO).
+
+    Args: see `dpo_sigmoid_loss`.
+    """
+    chosen, rejected = _log_ratios(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
+    chosen, rejected = beta * chosen, beta * rejected
+    h = chosen - rejected
+    losses = relu(1.0 - h) if target is None else target * relu(1.0 - h) + (1.0 - target) * relu(1.0 + h)
+    return PreferenceLoss(_total(losses, weight), chosen.detach(), rejected.detach())
+
+
 def apo_zero_loss(
     chosen_logprobs: Tensor,
     rejected_logprobs: Tensor,
@@ -159,6 +201,34 @@ def apo_zero_loss(
     fall = torch.sigmoid(rejected) - torch.sigmoid(chosen)
     losses = 1.0 + (fall if target is None else (2.0 * target - 1.0) * fall)
     return PreferenceLoss(_total(losses, weight), chosen.detach(), rejected.detach())
+
+
+def apo_down_loss(
+    chosen_logprobs: Tensor,
+    rejected_logprobs: Tensor,
+    ref_chosen_logprobs: Tensor,
+    ref_rejected_logprobs: Tensor,
+    *,
+    beta: float,
+    target: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> PreferenceLoss:
+    """APO-down: weighted sum over pairs of 1 + p [sigma(s_w) - sigma(h)] + (1 - p) [sigma(s_l) - sigma(-h)].
+
+    s = beta (log pi - log pi_ref), h = s_w - s_l. With p = 1 it lowers the chosen response, and the rejected one more;
+    it is meant for chosen responses that are worse than the model's own. It has no minimum: it falls until one response
+    has all the probability, so what a run returns depends on where it stops. Source: D'Oosterlinck et al. 2024
+    (Anchored Preference Optimization), eq. 8, with p = 1.
+
+    Args: see `dpo_sigmoid_loss`.
+    """
+    chosen, rejected = _log_ratios(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
+    chosen, rejected = beta * chosen, beta * rejected
+    h = chosen - rejected
+    losses = torch.sigmoid(chosen) - torch.sigmoid(h)
+    if target is not None:
+        losses = target * losses + (1.0 - target) * (torch.sigmoid(rejected) - torch.sigmoid(-h))
+    return PreferenceLoss(_total(1.0 + losses, weight), chosen.detach(), rejected.detach())
 
 
 def plackett_luce_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, beta: float) -> Tensor:
@@ -191,33 +261,48 @@ class Objective:
     """A preference loss, its minimiser and its inputs.
 
     loss: (chosen, rejected, ref_chosen, ref_rejected, *, beta, target, weight) -> PreferenceLoss; for a listwise loss
-        (logprobs, ref_logprobs, mask, *, beta) -> the sum over prompts.
+        (logprobs, ref_logprobs, mask, *, beta) -> the sum over prompts; without a reference (chosen, rejected, *, beta,
+        and options) -> (P,) losses.
     optimum: the relation of its minimiser to that of DPO and PPO at the same beta; arms are compared at one beta only
         if it is "same".
     length_normalised: whether it takes the mean of the log-probabilities over a response's tokens instead of the sum.
     listwise: whether it reads all completions of a prompt at once, in their order, instead of pairs.
+    smoothing: (target, label_smoothing) -> the target that the loss reads; None: label_smoothing is not defined.
+    needs_reference: whether it reads the log-probabilities of the reference.
+    options: names of its options besides beta. odds: whether it compares log-odds instead of log-probabilities.
     """
 
     loss: Callable[..., Any]
     optimum: Optimum
     length_normalised: bool = False
     listwise: bool = False
+    smoothing: Callable[[Tensor | None, float], Tensor | None] | None = None
+    needs_reference: bool = True
+    options: tuple[str, ...] = ()
+    odds: bool = False
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "sigmoid": Objective(dpo_sigmoid_loss, "same"),
+    "sigmoid": Objective(dpo_sigmoid_loss, "same", smoothing=smoothed_target),
+    "robust": Objective(dpo_sigmoid_loss, "same", smoothing=unflipped_target),
+    "hinge": Objective(hinge_loss, "other"),
     "ipo": Objective(ipo_loss, "scale"),
     "ipo_mean": Objective(ipo_loss, "other", length_normalised=True),
     "sigmoid_norm": Objective(dpo_sigmoid_loss, "other", length_normalised=True),
     "apo_zero": Objective(apo_zero_loss, "other"),
+    "apo_down": Objective(apo_down_loss, "other"),
+    "simpo": Objective(simpo_losses, "other", length_normalised=True, needs_reference=False, options=("gamma",)),
+    "orpo": Objective(orpo_losses, "other", length_normalised=True, needs_reference=False, odds=True),
+    "cpo": Objective(cpo_losses, "other", needs_reference=False),
     "plackett_luce": Objective(plackett_luce_loss, "same", listwise=True),
 }
 
 
 def loss_optimum(loss_type: str, label_smoothing: float = 0.0) -> Optimum:
-    """The optimum of a loss with label smoothing, which puts DPO's margins on another scale."""
-    found = OBJECTIVES[loss_type].optimum
-    return "scale" if label_smoothing and found == "same" else found
+    """The optimum of a loss with label smoothing, which puts DPO's margins (not robust DPO's) on another scale."""
+    found = OBJECTIVES[loss_type]
+    scaled = bool(label_smoothing) and found.smoothing is smoothed_target and found.optimum == "same"
+    return "scale" if scaled else found.optimum
 
 
 def correct(chosen: Tensor, rejected: Tensor) -> Tensor:

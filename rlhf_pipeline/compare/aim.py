@@ -59,6 +59,8 @@ def _optimum(manifest: Manifest, moved: Mapping[str, object]) -> Optimum:
     if any(name not in OF_THE_LOSS for name in moved):
         return "other"
     loss = manifest.config.get("loss_type")
+    if manifest.stage == "dpo" and isinstance(loss, list):
+        return "other"
     if manifest.stage != "dpo" or loss not in OBJECTIVES:
         return "same"
     return loss_optimum(loss, manifest.config.get("label_smoothing") or 0.0)

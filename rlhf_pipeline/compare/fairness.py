@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from rlhf_pipeline.compare.aim import moved_options
 from rlhf_pipeline.config.lengths import resolve_lengths
+from rlhf_pipeline.config.losses import is_reference_free
 from rlhf_pipeline.config.reward_names import names_a_model
 from rlhf_pipeline.data.tokenizers import stop_ids
 from rlhf_pipeline.errors import MismatchError
@@ -63,6 +64,14 @@ def stop_tokens_of(resolved: Resolved) -> str:
     return " or ".join(sorted(map(str, tokenizer.convert_ids_to_tokens(list(stop_ids(tokenizer))))))
 
 
+def _reference_of(manifest: Manifest) -> str:
+    """The reference of a policy's loss by name and digest."""
+    if is_reference_free(manifest.config.get("loss_type")):
+        return NONE
+    reference = manifest.parents.get("reference")
+    return f"{reference.ref} {_short(reference.digest)}" if reference else "unknown"
+
+
 def facts_of(registry: Registry, resolved: Resolved) -> dict[str, str]:
     """Facts that have to be equal between arms, as text; empty for a model without a manifest.
 
@@ -82,11 +91,11 @@ def facts_of(registry: Registry, resolved: Resolved) -> dict[str, str]:
     }
     if manifest.stage not in ("ppo", "dpo"):
         return facts
-    reference, base = (manifest.parents.get(role) for role in ("reference", "base"))
+    base = manifest.parents.get("base")
     moved = moved_options(registry, resolved)
     return facts | {
         "SFT parent": f"{base.ref} {_short(base.digest)}" if base else "unknown",
-        "reference": f"{reference.ref} {_short(reference.digest)}" if reference else "unknown",
+        "reference": _reference_of(manifest),
         "preference data": _preferences_of(registry, resolved, manifest),
         "labels": "their probabilities" if config.get("soft_labels") else "as drawn",
         "prompts": " + ".join(sorted(_short(entry.digest) for entry in manifest.data)) or NONE,

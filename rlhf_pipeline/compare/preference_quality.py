@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from rlhf_pipeline.compare.points import Point
 from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.dpo import DpoConfig
@@ -20,7 +22,7 @@ from rlhf_pipeline.evaluation.preference_metrics import (
 )
 from rlhf_pipeline.measure.bench import Bench
 from rlhf_pipeline.measure.trained_on import owned_by
-from rlhf_pipeline.measure.training_loss import dpo_policies, own_data, trained_by_dpo
+from rlhf_pipeline.measure.training_loss import dpo_config, dpo_policies, own_data, trained_by_dpo
 from rlhf_pipeline.registry.parents import reward_models_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.report.figures import Interval
@@ -29,6 +31,7 @@ from rlhf_pipeline.rollout.scoring import by_example, score
 from rlhf_pipeline.stages.common import find_model
 from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.stages.reward_sources import load_reward
+from rlhf_pipeline.training.pairs import Criterion
 from rlhf_pipeline.training.reference_cache import cached_logprobs, completion_logprob_sums
 
 PAIRS = 4096
@@ -62,11 +65,13 @@ def held_out_pairs(bench: Bench, config: CompareConfig, sources: Sequence[Resolv
 
 
 def _implicit(bench: Bench, model: Resolved, pairs: Sequence[Example]) -> list[float]:
-    """beta log(pi / pi_ref) of the chosen response minus that of the rejected one."""
+    """Implicit reward of the chosen response, beta log(pi / pi_ref), minus that of the rejected one."""
     policy, frozen, key = dpo_policies(bench, model)
     ref_logprobs = cached_logprobs(frozen, pairs, bench.registry.home / "cache", key, **bench.reading).logprobs
-    rewards = completion_logprob_sums(policy, pairs, **bench.reading).double() - ref_logprobs.double()
-    return (float(model.config["beta"]) * (rewards[:, 0] - rewards[:, 1])).tolist()
+    logprobs = completion_logprob_sums(policy, pairs, **bench.reading).double()
+    lengths = torch.ones_like(logprobs)  # the rewards of losses with a reference are sums
+    rewards = Criterion.of(dpo_config(model)).rewards(logprobs, ref_logprobs.double(), lengths)
+    return (rewards[:, 0] - rewards[:, 1]).tolist()
 
 
 def _explicit(bench: Bench, model: Resolved, pairs: Sequence[Example]) -> list[float]:

@@ -21,7 +21,7 @@ def option(
     moves_optimum: bool = False,
     neutral: Any = None,
     moving: float | None = None,
-    unless: tuple[str, float] | None = None,
+    unless: tuple[str, Any] | None = None,
     condition: str = "",
     names: Literal["policy", "reward", "data"] | None = None,
     **limits: Any,
@@ -44,7 +44,9 @@ def option(
             extra["moving"] = moving
         if unless is not None:
             extra["unless"] = list(unless)
-            description += f" unless {unless[0]} is {unless[1]:g}"
+            description += (
+                f" unless {unless[0]} is {unless[1] if isinstance(unless[1], str) else format(unless[1], 'g')}"
+            )
         description += f" {condition}" if condition else ""
     return Field(default, description=description, json_schema_extra=extra or None, **limits)
 

@@ -32,6 +32,13 @@ ALIASES: dict[str, dict[str, str]] = {
         "beta": "kl_coef",
         "reward_model": "reward_model_path",
     },
+    "dpo": {
+        **_OLD,
+        **_QUANT,
+        **_RESPONSE,
+        "f_divergence_type": "f_divergence",
+        "f_alpha_divergence_coef": "f_alpha",
+    },
     "collect": {
         **_SAMPLING,
         **_RESPONSE,

@@ -94,7 +94,8 @@ def training_memory(
     # Without reward models, the reward functions are counted as one (upper bound).
     rewards = [role for role in config.parents() if role.startswith("reward_model")] or ["reward_model"]
     reward = sum(in_4_bits.get(role, parameters * width) for role in rewards)
-    if isinstance(config, DpoConfig):
+    referred = isinstance(config, PpoConfig) or (isinstance(config, DpoConfig) and config.needs_reference)
+    if isinstance(config, DpoConfig) and referred:
         frozen = base
     if isinstance(config, PpoConfig):  # the reference, the reward models and the judge
         frozen = base + reward + judge * ("judge" in config.parents())
@@ -105,7 +106,7 @@ def training_memory(
         frozen = max(frozen - reward * shared_base, base)
         if parts > 1:  # divided, each model has weights of its own
             critic = isinstance(config, PpoConfig) and config.value_init != "shared"
-            frozen += base * isinstance(config, DpoConfig | PpoConfig) + reward * (shared_base + critic)
+            frozen += base * referred + reward * (shared_base + critic)
     whole = 0
     if isinstance(config, PpoConfig) and parts > 1:  # in every process: the judge, and the actor while it samples
         whole = judge * ("judge" in config.parents())

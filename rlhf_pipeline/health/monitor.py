@@ -27,7 +27,7 @@ class Facts:
 
     total: number of updates. size: responses (ppo) or examples per update, over all ranks. tokens: mean length of a
     chosen response. low_precision: whether weights or forward pass use 16 bits. from_reference: whether
-    the policy starts as its reference (dpo).
+    the policy starts as its reference (dpo). needs_reference: whether the loss reads one (dpo).
     """
 
     total: int
@@ -36,7 +36,8 @@ class Facts:
     low_precision: bool = False
     kl_coef: float = 0.0
     critic_warmup_steps: int = 0
-    loss_type: str = "sigmoid"
+    loss_type: object = "sigmoid"
+    needs_reference: bool = True
     from_reference: bool = False
 
 
@@ -54,6 +55,7 @@ def facts_of(config: TrainingConfig, total: int, ranks: int, known: Mapping[str,
         kl_coef=getattr(config, "kl_coef", 0.0),
         critic_warmup_steps=getattr(config, "critic_warmup_steps", 0),
         loss_type=getattr(config, "loss_type", "sigmoid"),
+        needs_reference=getattr(config, "needs_reference", True),
         **known,
     )
 

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlhf_pipeline.algorithms.preference import OBJECTIVES, smoothed_target
 from rlhf_pipeline.config.dpo import DpoConfig
 from rlhf_pipeline.config.load import load_config
-from rlhf_pipeline.data import world
 from rlhf_pipeline.data.comparisons import Comparisons
 from rlhf_pipeline.data.examples import Example
 from rlhf_pipeline.measure.bench import Bench
@@ -24,7 +22,7 @@ from rlhf_pipeline.report.figures import TrainingLoss
 from rlhf_pipeline.stages.data import StageData, training_kind
 from rlhf_pipeline.stages.population import Population
 from rlhf_pipeline.stages.preference_pairs import label_probabilities
-from rlhf_pipeline.training.pairs import preference_loss
+from rlhf_pipeline.training.pairs import Criterion, preference_loss
 from rlhf_pipeline.training.reference_cache import cached_logprobs, completion_logprob_sums
 
 POPULATION_PAIRS = 4096
@@ -79,14 +77,23 @@ def problem_of(resolved: Resolved) -> tuple[object, ...]:
     """The data, reference, beta and loss of a DPO model; two models with the same ones can be compared."""
     manifest, config = resolved.manifest, dpo_config(resolved)
     assert manifest is not None
-    keys = ("beta", "loss_type", "label_smoothing", "soft_labels", "population_proposal", "max_train_samples")
+    keys = (
+        *("beta", "loss_type", "loss_weights", "label_smoothing", "sft_weight", "f_divergence", "f_alpha"),
+        *("soft_labels", "population_proposal", "max_train_samples"),
+    )
     data = tuple(entry.digest for entry in manifest.data)
     return (manifest.parents["reference"].digest, data, *(getattr(config, key) for key in keys))
 
 
+def _known_optimum(config: DpoConfig) -> bool:
+    """Whether the loss of the exact optimum is known: of DPO on the population of the built-in world."""
+    plain = config.loss_type == "sigmoid" and not config.label_smoothing and config.f_divergence == "reverse_kl"
+    return config.population and plain
+
+
 @torch.no_grad()
 def training_loss(bench: Bench, resolved: Resolved) -> float:
-    """Mean loss of a DPO model over its training pairs and rankings.
+    """Mean loss of a DPO model over its training pairs and rankings, with its SFT term.
 
     On the built-in world's population: over 4,096 pairs of it, drawn from a fixed seed, as the mean of
     KL(Bernoulli(p) || Bernoulli(sigma(h))) for the sigmoid loss without smoothing, which is the excess over the
@@ -113,7 +120,7 @@ def training_loss(bench: Bench, resolved: Resolved) -> float:
         examples: Sequence[Example]
         examples, facts = population.draw(POPULATION_PAIRS, torch.Generator().manual_seed(0))
         ref_logprobs, target = facts.ref_logprobs, facts.target
-        if config.loss_type == "sigmoid":
+        if _known_optimum(config):
             least = float(torch.special.entr(torch.stack([facts.target, 1 - facts.target])).sum())
     else:
         examples, _ = data.training(bench.tokenizer)
@@ -122,16 +129,20 @@ def training_loss(bench: Bench, resolved: Resolved) -> float:
         target = label_probabilities(examples) if config.soft_labels else None
     logprobs = completion_logprob_sums(policy, examples, **bench.reading).double()
     compared = Comparisons.of(examples)
+    criterion = Criterion.of(config)
     total = preference_loss(
-        OBJECTIVES[config.loss_type],
+        criterion,
         compared.gather(logprobs),
         compared.gather(ref_logprobs.double()),
         torch.tensor([len(ids) for example in examples for ids in example.completions]),
         compared,
-        beta=config.beta,
-        target=smoothed_target(target, config.label_smoothing),
+        target=target,
     ).loss
-    return float(total) / len(examples) - least / len(examples)
+    found = float(total) / len(examples) - least / len(examples)
+    if criterion.sft_weight:
+        chosen = sum(len(example.completions[0]) for example in examples)
+        found -= criterion.sft_weight * float(logprobs[:, 0].sum()) / chosen
+    return found
 
 
 def excess_training_losses(
@@ -152,7 +163,7 @@ def excess_training_losses(
             continue
         peers = [other for other in candidates if problem_of(other) == problem_of(model)]
         best = min(peers, key=lambda other: losses[other.label])
-        exact = model.config.get("dataset_name") == world.NAME and dpo_config(model).loss_type == "sigmoid"
+        exact = _known_optimum(dpo_config(model))
         known = exact or len(peers) > 1
         result[model.label] = TrainingLoss(
             training_loss=losses[model.label],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from rlhf_pipeline.config.losses import is_reference_free
 from rlhf_pipeline.config.stages import StageConfig
 from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.registry.references import Resolved
@@ -91,6 +92,8 @@ def reward_model_keys(registry: Registry, models: Sequence[Resolved]) -> dict[st
 
 
 def beta_of(resolved: Resolved) -> float | None:
-    """Return the beta (`kl_coef`) that a model was trained with; None if it is 0 (no optimum) or unknown."""
+    """Return the beta (`kl_coef`) of a model; None if unknown, 0 (no optimum) or no price of KL (no reference)."""
     config = resolved.manifest.config if resolved.manifest is not None else {}
+    if is_reference_free(config.get("loss_type")):
+        return None
     return config.get("kl_coef", config.get("beta")) or None

@@ -39,7 +39,7 @@ def training_kind(config: TrainingConfig) -> str:
         return "demonstration"
     if isinstance(config, PpoConfig) or (isinstance(config, DpoConfig) and config.population):
         return "prompt"
-    if isinstance(config, DpoConfig) and OBJECTIVES[config.loss_type].listwise:
+    if isinstance(config, DpoConfig) and any(OBJECTIVES[name].listwise for name, _ in config.losses):
         return "order"
     return preference_kind(config)
 

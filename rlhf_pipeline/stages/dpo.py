@@ -9,20 +9,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlhf_pipeline.algorithms.preference import OBJECTIVES, correct, smoothed_target
+from rlhf_pipeline.algorithms.preference import correct
 from rlhf_pipeline.config.adapter import FourBits
 from rlhf_pipeline.config.dpo import DpoConfig
 from rlhf_pipeline.data.examples import first_lengths
 from rlhf_pipeline.models.modules import Policy, assert_independent
 from rlhf_pipeline.registry.lineage import stands_apart
-from rlhf_pipeline.stages.common import find_base, find_model, require_same_tokenizer, tokenizer_of
+from rlhf_pipeline.registry.references import Resolved
+from rlhf_pipeline.stages.common import find_base, find_model, load_policy, require_same_tokenizer, tokenizer_of
 from rlhf_pipeline.stages.preference_pairs import Pairs, ReferenceScores, fresh_pairs, recorded_pairs
 from rlhf_pipeline.stages.publish import inputs_of, log_moves, publish
 from rlhf_pipeline.stages.result import StageResult
 from rlhf_pipeline.stages.starts import load_policy_and_reference
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
-from rlhf_pipeline.training.open_run import open_run
-from rlhf_pipeline.training.pairs import preference_loss, split_pairs, total_pairs
+from rlhf_pipeline.training.open_run import Run, open_run
+from rlhf_pipeline.training.pairs import Criterion, first_completions, preference_loss, split_pairs, total_pairs
 from rlhf_pipeline.training.session import Plan, train
 from rlhf_pipeline.training.trl_engine.train import train_with_trl
 from rlhf_pipeline.training.windows import ExampleBatch, Loss
@@ -35,26 +36,26 @@ def dpo_step(
     model: Policy,
     micro_batch: ExampleBatch,
     *,
-    beta: float,
+    criterion: Criterion,
     reference: ReferenceScores | None,
     meter: CostMeter,
     shape: ModelShape,
-    loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
     targets: Tensor | None = None,
 ) -> Loss:
     """Preference loss of a micro-batch; its denominator is prompts (equal to pairs if there are no rankings).
 
+    Beside it, if the criterion has an SFT weight, the SFT loss of the chosen responses (in rankings: the best), whose
+    denominator is their tokens.
+
     Each untied pair of a ranking has the weight 1 / (number of its untied pairs); `plackett_luce` reads the whole
-    ranking. Metrics are means over pairs; rewards/* are beta x summed log-ratio for every loss.
+    ranking. Metrics are means over pairs; rewards/* are `Criterion.rewards`.
 
     Args:
         reference: (examples, K) log-probabilities of all examples, or a function that scores a batch under the frozen
-            reference.
+            reference; None for a loss without one.
         targets: (examples,) probability that the chosen response of each pair is preferred; None: the label is certain.
         A micro-batch with `facts` of its own uses these instead of `reference` and `targets`.
     """
-    objective = OBJECTIVES[loss_type]
     batch, weight, compared = micro_batch.batch, micro_batch.weight, micro_batch.compared
     scores = model(batch)
     meter.train(shape, batch)
@@ -62,26 +63,19 @@ def dpo_step(
     logprobs = batch.per_completion(scores.logprobs)
     known = micro_batch.facts
     target = None if targets is None else targets[micro_batch.indices].to(logprobs)
+    ref_logprobs: Tensor | None = None
     if known is not None:
         ref_logprobs, target = known.ref_logprobs.to(logprobs).view(-1), known.target.to(logprobs)
     elif isinstance(reference, Tensor):
         rows = reference[micro_batch.indices].to(logprobs.device)
         ref_logprobs = rows[:, :2].reshape(-1) if compared is None else compared.gather(rows)
-    else:
+    elif criterion.needs_reference:
         assert reference is not None  # required if the micro-batch has no facts
         with torch.no_grad():
             ref_logprobs = batch.per_completion(reference(batch).logprobs)
         meter.score(shape, batch)
-    result = preference_loss(
-        objective,
-        logprobs,
-        ref_logprobs,
-        batch.lengths,
-        compared,
-        beta=beta,
-        target=smoothed_target(target, label_smoothing),
-    )
-    (chosen, rejected), (ref_chosen, _) = (split_pairs(x, compared) for x in (logprobs.detach(), ref_logprobs))
+    result = preference_loss(criterion, logprobs, ref_logprobs, batch.lengths, compared, target=target)
+    chosen, rejected = split_pairs(logprobs.detach(), compared)
     chosen_rewards, rejected_rewards = result.chosen_rewards, result.rejected_rewards
     pairs = {
         "rewards/chosen": chosen_rewards.sum(),
@@ -90,12 +84,18 @@ def dpo_step(
         "rewards/accuracies": correct(chosen_rewards, rejected_rewards).sum(),
         "logps/chosen": chosen.sum(),
         "logps/rejected": rejected.sum(),
-        "logps/chosen_minus_reference": (chosen - ref_chosen).sum(),
     }
+    checked = {"log-probabilities of the policy": logprobs}
+    if ref_logprobs is not None:
+        checked["log-probabilities of the reference"] = ref_logprobs
+        pairs["logps/chosen_minus_reference"] = (chosen - split_pairs(ref_logprobs, compared)[0]).sum()
     metrics = {name: (value * weight, "pairs") for name, value in pairs.items()}
     metrics["entropy"] = (scores.entropy.sum() * weight, "tokens")
-    checked = {"log-probabilities of the policy": logprobs, "log-probabilities of the reference": ref_logprobs}
-    return Loss({"dpo": (result.loss * weight, "prompts", 1.0)}, metrics, checked)
+    terms = {"dpo": (result.loss * weight, "prompts", 1.0)}
+    if criterion.sft_weight:
+        best = first_completions(batch.num_completions, compared).to(logprobs.device)[batch.completion_index]
+        terms["sft"] = (-(scores.logprobs * best).sum() * weight, "chosen_tokens", criterion.sft_weight)
+    return Loss(terms, metrics, checked)
 
 
 def chosen_tokens(pairs: Pairs, config: DpoConfig) -> float:
@@ -107,48 +107,67 @@ def chosen_tokens(pairs: Pairs, config: DpoConfig) -> float:
     return sum(lengths) / len(lengths) if lengths else float(config.sampled_lengths().response)
 
 
+def find_reference(run: Run, parent: Resolved) -> Resolved:
+    """Find the reference of a run that starts from `parent`; log if PPO would measure KL to another model."""
+    name = run.config.ref_model
+    found = find_model(run.registry, name, "policy") if name else parent
+    if stands_apart(run.registry, found, parent):
+        run.log.say(
+            f"note: ref_model {found.label} is neither {parent.label}, the start of training, nor one of its "
+            f"ancestors; DPO measures KL and implicit reward to {found.label}, PPO to {parent.label}"
+        )
+    return found
+
+
+def reference_identity(config: DpoConfig, reference: Resolved, parent: Resolved) -> str | None:
+    """What the log-probabilities of a reference are cached by, besides the examples; None: not at all."""
+    known_as = reference.identity
+    if known_as is not None and reference.base is not None and not config.use_peft:
+        return f"{known_as} merged"  # equal up to rounding
+    if known_as is not None and reference.label == parent.label and config.load_in_4bit:
+        return f"{known_as} {FourBits.of(config)}"
+    return known_as
+
+
 def run_dpo(config: DpoConfig, home: Path, **options) -> StageResult:
     """Train a policy on preference pairs or rankings with DPO and register it."""
     with open_run("dpo", config, home, **options) as run:
         config = run.config
-        # 1. Policy and frozen reference; they share no weights that are trained.
+        # 1. Policy and, if the loss reads one, frozen reference; they share no weights that are trained.
         parent = find_base(run, config)
-        ref_parent = find_model(run.registry, config.ref_model, "policy") if config.ref_model else parent
-        if stands_apart(run.registry, ref_parent, parent):
-            run.log.say(
-                f"note: ref_model {ref_parent.label} is neither {parent.label}, the start of training, nor one of its "
-                f"ancestors; DPO measures KL and implicit reward to {ref_parent.label}, PPO to {parent.label}"
-            )
+        parents = {"base": parent}
+        frozen, known_as = None, None
+        if config.needs_reference:
+            parents["reference"] = find_reference(run, parent)
         tokenizer: PreTrainedTokenizerBase = tokenizer_of(parent, config.trust_remote_code, config)
-        if config.ref_model:
-            require_same_tokenizer(parent, ref_parent, tokenizer, config.trust_remote_code)
-        policy, frozen = load_policy_and_reference(parent, config, tokenizer, run.loads_on, reference=ref_parent)
-        assert_independent(policy, frozen)
-        run.placed(policy, frozen)
+        if config.needs_reference:
+            ref_parent = parents["reference"]
+            if config.ref_model:
+                require_same_tokenizer(parent, ref_parent, tokenizer, config.trust_remote_code)
+            policy, frozen = load_policy_and_reference(parent, config, tokenizer, run.loads_on, reference=ref_parent)
+            assert_independent(policy, frozen)
+            known_as = reference_identity(config, ref_parent, parent)
+            run.placed(policy, frozen)
+        else:
+            policy = load_policy(parent, config, tokenizer, run.loads_on)
+            run.placed(policy)
 
         # 2. The pairs, and their log-probabilities under the reference.
-        known_as = ref_parent.identity
-        if known_as is not None and ref_parent.base is not None and not config.use_peft:
-            known_as += " merged"  # equal up to rounding
-        elif known_as is not None and ref_parent.label == parent.label and config.load_in_4bit:
-            known_as += f" {FourBits.of(config)}"
         source = fresh_pairs if config.population else recorded_pairs
         pairs = source(run, policy, frozen, known_as, tokenizer)
-        parents = {"base": parent, "reference": ref_parent}
         log_moves(run, parents)
 
         # 3. Train.
+        starts_there = config.needs_reference and parents["reference"].label == parent.label
         shape = ModelShape.of(policy.model, checkpointed=config.gradient_checkpointing)
         plan = Plan(
             pairs.windows,
             functools.partial(
                 dpo_step,
-                beta=config.beta,
+                criterion=Criterion.of(config),
                 reference=pairs.reference,
                 meter=run.meter,
                 shape=shape,
-                loss_type=config.loss_type,
-                label_smoothing=config.label_smoothing,
                 targets=pairs.targets,
             ),
             pairs.total,
@@ -157,10 +176,11 @@ def run_dpo(config: DpoConfig, home: Path, **options) -> StageResult:
             tokenizer=tokenizer,
             inputs=inputs_of(parents, pairs.reports),
             evaluate=pairs.evaluate,
-            known={"tokens": chosen_tokens(pairs, config), "from_reference": ref_parent.label == parent.label},
+            known={"tokens": chosen_tokens(pairs, config), "from_reference": starts_there},
         )
         if config.engine == "trl":
-            last = train_with_trl(run, plan, examples=pairs.examples, shape=shape, reference=frozen.model)
+            reference = None if frozen is None else frozen.model
+            last = train_with_trl(run, plan, examples=pairs.examples, shape=shape, reference=reference)
         else:
             last = train(run, policy, plan)
         fall = last.get("logps/chosen_minus_reference", 0.0)

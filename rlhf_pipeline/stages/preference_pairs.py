@@ -23,6 +23,7 @@ from rlhf_pipeline.stages.data import StageData, preference_kind
 from rlhf_pipeline.stages.population import Population
 from rlhf_pipeline.training.cost import ModelShape
 from rlhf_pipeline.training.open_run import Run
+from rlhf_pipeline.training.pairs import Criterion
 from rlhf_pipeline.training.precision import uses_bf16
 from rlhf_pipeline.training.reference_cache import ReferenceLogprobs, cached_logprobs, completion_logprob_sums
 from rlhf_pipeline.training.windows import Window
@@ -65,29 +66,56 @@ class Pairs:
 
 
 def recorded_pairs(
-    run: Run, policy: Policy, frozen: Policy, frozen_digest: str | None, tokenizer: PreTrainedTokenizerBase
+    run: Run, policy: Policy, frozen: Policy | None, frozen_digest: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> Pairs:
-    """The pairs and rankings of the config's sources, with cached log-probabilities of the reference.
+    """The pairs and rankings of the config's sources, with cached log-probabilities of the reference if there is one.
 
     Raises:
         DataError: a ranking has ties and the loss accepts none, or there is nothing to train on.
     """
-    config = run.config
+    config, criterion = run.config, Criterion.of(run.config)
     data = StageData(config, run.registry.home, run.log.say)
     examples, reports = data.training(tokenizer)
     held_out, _ = data.held_out(preference_kind(config), tokenizer)
     targets = label_probabilities(examples) if config.soft_labels else None
-    layout = common_layout(policy.reader.layout, frozen.reader.layout)
+    layout = common_layout(*(model.reader.layout for model in (policy, frozen) if model is not None))
     windows, total = example_schedule(run, examples, layout=layout)
-    cache = run.registry.home / "cache"
-    key = {"model": frozen_digest, "dtype": config.dtype, "bf16": uses_bf16(config)}
+    reference: ReferenceScores | None = None
+    held_out_reference: Tensor | None = None
+    if frozen is not None:
+        reference, held_out_reference = _read_reference(run, frozen, frozen_digest, examples, held_out)
 
-    def options(rows: Sequence[Example]) -> dict[str, Any]:
-        at_once = config.per_device_eval_batch_size * most_responses(rows)
-        return {"responses_at_once": at_once, "memory": run.memory, "device": run.device}
+    def evaluate() -> dict[str, float]:
+        """Accuracy and sigmoid loss of the implicit rewards on held-out pairs and rankings."""
+        logprobs = completion_logprob_sums(policy, held_out, **_reading(run, held_out))
+        rewards = criterion.rewards(logprobs, held_out_reference, response_lengths(held_out, logprobs.shape[1]))
+        metrics = preference_metrics(*pair_differences(rewards.tolist(), held_out))
+        return {f"eval_{name}": value for name, value in metrics.items()}
+
+    return Pairs(examples, reports, windows, total, reference, targets, evaluate if held_out else None)
+
+
+def response_lengths(examples: Sequence[Example], width: int) -> Tensor:
+    """(examples, width) tokens of the responses, 1 where an example has no more of them."""
+    rows = [[len(ids) for ids in example.completions] for example in examples]
+    return torch.tensor([row + [1] * (width - len(row)) for row in rows])
+
+
+def _reading(run: Run, examples: Sequence[Example]) -> dict[str, Any]:
+    at_once = run.config.per_device_eval_batch_size * most_responses(examples)
+    return {"responses_at_once": at_once, "memory": run.memory, "device": run.device}
+
+
+def _read_reference(
+    run: Run, frozen: Policy, digest: str | None, examples: Sequence[Example], held_out: Sequence[Example]
+) -> tuple[ReferenceScores, Tensor]:
+    """What `dpo_step` reads of the reference, and its log-probabilities of the held-out responses."""
+    config = run.config
+    cache = run.registry.home / "cache"
+    key = {"model": digest, "dtype": config.dtype, "bf16": uses_bf16(config)}
 
     def referred(rows: Sequence[Example]) -> ReferenceLogprobs:
-        return cached_logprobs(frozen, rows, cache, key, agree=run.everywhere, **options(rows))
+        return cached_logprobs(frozen, rows, cache, key, agree=run.everywhere, **_reading(run, rows))
 
     def score_reference(batch: PackedBatch) -> TokenScores:
         with run.accelerator.autocast():  # the precision of the policy's training
@@ -95,32 +123,25 @@ def recorded_pairs(
 
     with run.meter.part("reference"), run.accelerator.autocast():
         held_out_reference = referred(held_out).logprobs
-        reference: ReferenceScores = score_reference
-        if config.precompute_ref_log_probs and config.engine == "native":  # TRL's trainer computes its own
-            found = referred(examples)
-            reference = found.logprobs
-            run.log.say(f"reference log-probabilities: {'from the cache' if found.hit else 'computed and cached'}")
-            # Counted also when the cache had them: the cost of an arm must not depend on earlier runs.
-            shape = ModelShape.of(frozen.model)
-            run.meter.flops += found.flops(shape, examples) if run.checkpoint is None else 0.0
-
-    def evaluate() -> dict[str, float]:
-        """Accuracy and sigmoid loss of the implicit reward beta log(pi / pi_ref) on held-out pairs and rankings."""
-        rewards = config.beta * (completion_logprob_sums(policy, held_out, **options(held_out)) - held_out_reference)
-        metrics = preference_metrics(*pair_differences(rewards.tolist(), held_out))
-        return {f"eval_{name}": value for name, value in metrics.items()}
-
-    return Pairs(examples, reports, windows, total, reference, targets, evaluate if held_out else None)
+        if not config.precompute_ref_log_probs or config.engine != "native":  # TRL's trainer computes its own
+            return score_reference, held_out_reference
+        found = referred(examples)
+        run.log.say(f"reference log-probabilities: {'from the cache' if found.hit else 'computed and cached'}")
+        # Counted also when the cache had them: the cost of an arm must not depend on earlier runs.
+        shape = ModelShape.of(frozen.model)
+        run.meter.flops += found.flops(shape, examples) if run.checkpoint is None else 0.0
+    return found.logprobs, held_out_reference
 
 
 def fresh_pairs(
-    run: Run, policy: Policy, frozen: Policy, frozen_digest: str | None, tokenizer: PreTrainedTokenizerBase
+    run: Run, policy: Policy, frozen: Policy | None, frozen_digest: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> Pairs:
     """Pairs of the built-in world, drawn at every step with their exact label probabilities.
 
     Raises:
         MismatchError: the policy's tokenizer is not that of the world.
     """
+    assert frozen is not None  # the pairs are drawn from it; the config refuses losses without a reference
     config, size = run.config, run.config.per_device_train_batch_size * run.config.gradient_accumulation_steps
     if not world.is_world_tokenizer(tokenizer):
         raise MismatchError(

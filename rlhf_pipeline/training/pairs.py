@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rlhf_pipeline.algorithms.preference import Objective, PreferenceLoss
+from rlhf_pipeline.algorithms.divergences import divergence_scores
+from rlhf_pipeline.algorithms.preference import OBJECTIVES, Objective, PreferenceLoss
+from rlhf_pipeline.algorithms.reference_free import log_odds
+from rlhf_pipeline.config.dpo import DpoConfig
 from rlhf_pipeline.data.comparisons import Comparisons
 from rlhf_pipeline.data.examples import Example, count_pairs
 
@@ -28,41 +32,107 @@ def split_pairs(values: Tensor, compared: Comparisons | None = None) -> tuple[Te
     return chosen, rejected
 
 
+def first_completions(count: int, compared: Comparisons | None = None) -> Tensor:
+    """(C,) bool, true for the first completion of each example: the chosen one, in rankings the best; C = count."""
+    return torch.arange(count) % 2 == 0 if compared is None else compared.place == 0
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """The loss of a DPO run: a sum of objectives and their options; sft_weight is that of the SFT loss beside them.
+
+    losses: name and weight of each objective. divergence, alpha: see `divergence_scores`.
+    """
+
+    beta: float
+    losses: tuple[tuple[str, float], ...] = (("sigmoid", 1.0),)
+    label_smoothing: float = 0.0
+    gamma: float = 0.0
+    sft_weight: float = 0.0
+    divergence: str = "reverse_kl"
+    alpha: float = 0.5
+
+    @staticmethod
+    def of(config: DpoConfig) -> Criterion:
+        weighed = config.f_divergence, config.alpha
+        return Criterion(config.beta, config.losses, config.label_smoothing, config.gamma, config.sft_term, *weighed)
+
+    @property
+    def objectives(self) -> list[tuple[Objective, float]]:
+        return [(OBJECTIVES[name], weight) for name, weight in self.losses]
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(objective.needs_reference for objective, _ in self.objectives)
+
+    def rewards(self, logprobs: Tensor, ref_logprobs: Tensor | None, lengths: Tensor) -> Tensor:
+        """Implicit rewards of responses: beta (log pi - log pi_ref), summed over tokens whatever the loss reads.
+
+        With another divergence beta f'(pi / pi_ref).
+        Without a reference: beta log pi as the first loss reads it (simpo: mean over tokens); for orpo the log-odds.
+        """
+        if self.needs_reference:
+            assert ref_logprobs is not None
+            return self.beta * divergence_scores(logprobs - ref_logprobs, self.divergence, self.alpha)
+        first, _ = self.objectives[0]
+        read = logprobs / lengths if first.length_normalised else logprobs
+        return log_odds(read) if first.odds else self.beta * read
+
+
 def preference_loss(
-    objective: Objective,
+    criterion: Criterion,
     logprobs: Tensor,
-    ref_logprobs: Tensor,
+    ref_logprobs: Tensor | None,
     lengths: Tensor,
     compared: Comparisons | None,
     *,
-    beta: float,
     target: Tensor | None = None,
 ) -> PreferenceLoss:
-    """A preference loss on a batch of pairs and rankings, as a sum over prompts, and the implicit rewards of the pairs.
+    """The preference losses on a batch of pairs and rankings, as a sum over prompts, and the pairs' implicit rewards.
 
     Args:
-        logprobs, ref_logprobs: (C,) log-probabilities of whole responses, summed over tokens, in nats.
+        logprobs, ref_logprobs: (C,) log-probabilities of whole responses, summed over tokens, in nats; the
+            latter is None for losses without a reference.
         lengths: (C,) tokens of the responses.
-        compared: see `split_pairs`. target: (P,), see the pair losses.
+        compared: see `split_pairs`. target: (P,), the probability that the chosen response is preferred; None: 1.
     """
-    (chosen, rejected), (ref_chosen, ref_rejected) = (split_pairs(x, compared) for x in (logprobs, ref_logprobs))
+    inputs = (logprobs, ref_logprobs, lengths, compared, target)
+    losses = [weight * _loss(criterion, objective, *inputs) for objective, weight in criterion.objectives]
+    rewards = criterion.rewards(logprobs.detach(), ref_logprobs, lengths)
+    return PreferenceLoss(torch.stack(losses).sum(), *split_pairs(rewards, compared))
+
+
+def _loss(
+    criterion: Criterion,
+    objective: Objective,
+    logprobs: Tensor,
+    ref_logprobs: Tensor | None,
+    lengths: Tensor,
+    compared: Comparisons | None,
+    target: Tensor | None,
+) -> Tensor:
+    """One objective as a sum over prompts; the arguments are those of `preference_loss`."""
+    sizes = lengths if objective.length_normalised else 1
+    weight = None if compared is None else compared.weight(logprobs)
+    options = {name: getattr(criterion, name) for name in ("beta", *objective.options)}
     if objective.listwise:
+        assert ref_logprobs is not None
         if compared is None:
             rows, ref_rows = logprobs.view(-1, 2), ref_logprobs.view(-1, 2)
-            mask = torch.ones_like(rows, dtype=torch.bool)
-        else:
-            rows, ref_rows, mask = compared.spread(logprobs), compared.spread(ref_logprobs), compared.mask()
-        loss = objective.loss(rows, ref_rows, mask, beta=beta)
-        rewards = [(beta * (x - ref)).detach() for x, ref in ((chosen, ref_chosen), (rejected, ref_rejected))]
-        return PreferenceLoss(loss, *rewards)
-    sizes = split_pairs(lengths, compared) if objective.length_normalised else (1, 1)
-    result: PreferenceLoss = objective.loss(
-        chosen / sizes[0],
-        rejected / sizes[1],
-        ref_chosen / sizes[0],
-        ref_rejected / sizes[1],
-        beta=beta,
-        target=target,
-        weight=None if compared is None else compared.weight(logprobs),
-    )
-    return PreferenceLoss(result.loss, result.chosen_rewards * sizes[0], result.rejected_rewards * sizes[1])
+            return objective.loss(rows, ref_rows, torch.ones_like(rows, dtype=torch.bool), **options)
+        return objective.loss(compared.spread(logprobs), compared.spread(ref_logprobs), compared.mask(), **options)
+    chosen, rejected = split_pairs(logprobs / sizes, compared)
+    if not objective.needs_reference:
+        losses: Tensor = objective.loss(chosen, rejected, **options)
+        if target is not None:
+            losses = target * losses + (1.0 - target) * objective.loss(rejected, chosen, **options)
+        return losses.sum() if weight is None else (weight * losses).sum()
+    assert ref_logprobs is not None
+    reference = split_pairs(ref_logprobs / sizes, compared)
+    if criterion.divergence != "reverse_kl":
+        scores = divergence_scores(logprobs - ref_logprobs, criterion.divergence, criterion.alpha)
+        chosen, rejected = split_pairs(scores / sizes, compared)
+        reference = torch.zeros_like(chosen), torch.zeros_like(rejected)
+    if objective.smoothing is not None:
+        target = objective.smoothing(target, criterion.label_smoothing)
+    return objective.loss(chosen, rejected, *reference, target=target, weight=weight, **options).loss

@@ -153,11 +153,15 @@ def total_steps(count: int, window_size: int, epochs: float, max_steps: int) -> 
 
 
 def counts_of(examples: Sequence[Example]) -> dict[str, float]:
-    """The denominators of a window of examples: its prompts, their untied pairs, its trained tokens."""
+    """The denominators of a window of examples: its prompts, their untied pairs, its trained tokens.
+
+    "chosen_tokens" are those of the first completion of each example.
+    """
     return {
         "prompts": float(len(examples)),
         "pairs": float(sum(len(example.untied()) for example in examples)),
         "tokens": float(sum(example.tokens_trained for example in examples)),
+        "chosen_tokens": float(sum(len(example.completions[0]) for example in examples)),
     }
 
 

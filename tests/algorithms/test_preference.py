@@ -26,7 +26,12 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-PAIR_LOSSES = [name for name, objective in OBJECTIVES.items() if not objective.listwise]
+def slope_of(x: float) -> float:
+    """The derivative of sigma."""
+    return sigmoid(x) * sigmoid(-x)
+
+
+PAIR_LOSSES = [name for name, each in OBJECTIVES.items() if not each.listwise and each.needs_reference]
 CHOSEN, REJECTED = vector(1.0, -0.5, 2.0), vector(0.0, 0.5, 2.0)
 
 
@@ -125,6 +130,20 @@ def test_ipo_is_at_rest_at_its_margin_and_1_over_4_tau_squared_at_the_reference(
     assert ipo_loss(zero, zero, zero, zero, beta=0.25).loss.item() == pytest.approx(4.0, abs=1e-12)
 
 
+def test_hinge_by_hand(logps):
+    found = OBJECTIVES["hinge"].loss(*logps, beta=1.0)  # h = 1.5, -1.5, 1
+    assert found.loss.item() == pytest.approx(0 + 2.5 + 0, abs=1e-12)
+    soft = OBJECTIVES["hinge"].loss(*logps, beta=1.0, target=vector(0.9, 0.2, 0.5)).loss.item()
+    assert soft == pytest.approx(0.1 * 2.5 + 0.2 * 2.5 + 0.5 * 2, abs=1e-12)
+
+
+def test_apo_down_by_hand(logps):
+    found = OBJECTIVES["apo_down"].loss(*logps, beta=0.4)
+    expected = sum(1 + sigmoid(0.4 * w) - sigmoid(0.4 * (w - x)) for w, x in zip(*SIDES, strict=True))
+    assert found.loss.item() == pytest.approx(expected, abs=1e-12)
+    assert found.chosen_rewards.tolist() == pytest.approx([0.4 * w for w in SIDES[0]], abs=1e-12)
+
+
 @pytest.mark.parametrize("targets", [(1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (0.3, 0.9, 0.5)])
 @pytest.mark.parametrize("name", PAIR_LOSSES)
 def test_the_gradient_of_each_loss_by_hand(logps, name, targets):
@@ -139,8 +158,20 @@ def test_the_gradient_of_each_loss_by_hand(logps, name, targets):
         assert rejected.tolist() == pytest.approx(downs, abs=1e-12)
         assert torch.equal(ref_chosen, -chosen) and torch.equal(ref_rejected, -rejected)
         return
-    if name in ("sigmoid", "sigmoid_norm"):  # the means of sigmoid_norm are taken before
+    if name == "apo_down":  # p [sigma(s_w) - sigma(h)] + (1 - p) [sigma(s_l) - sigma(-h)], s = beta x, h = s_w - s_l
+        own = [[slope_of(beta * x) for x in side] for side in SIDES]
+        joint = [(2 * p - 1) * slope_of(beta * d) for d, p in zip(LOG_RATIOS, targets)]
+        ups = [beta * (p * s - j) for p, s, j in zip(targets, own[0], joint)]
+        downs = [beta * ((1 - p) * s + j) for p, s, j in zip(targets, own[1], joint)]
+        assert chosen.tolist() == pytest.approx(ups, abs=1e-12)
+        assert rejected.tolist() == pytest.approx(downs, abs=1e-12)
+        assert torch.equal(ref_chosen, -chosen) and torch.equal(ref_rejected, -rejected)
+        return
+    if name in ("sigmoid", "robust", "sigmoid_norm"):  # the means of sigmoid_norm are taken before
         expected = [beta * (sigmoid(beta * d) - p) for d, p in zip(LOG_RATIOS, targets)]
+    elif name == "hinge":  # within the margin of 1 on both sides
+        assert max(abs(beta * d) for d in LOG_RATIOS) < 1
+        expected = [beta * (1 - 2 * p) for p in targets]
     else:
         expected = [2 * d - (2 * p - 1) / beta for d, p in zip(LOG_RATIOS, targets)]
     assert chosen.tolist() == pytest.approx(expected, abs=1e-12)

@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_pipeline.algorithms.preference import OBJECTIVES, bradley_terry_loss, centering_loss, smoothed_target
+from rlhf_pipeline.algorithms.preference import (
+    OBJECTIVES,
+    bradley_terry_loss,
+    centering_loss,
+    smoothed_target,
+    unflipped_target,
+)
 
 BETA, COUNT = 0.5, 7
 DRAW = torch.Generator().manual_seed(0)
@@ -21,12 +27,21 @@ PREFERENCE = torch.sigmoid(REWARD[:, None] - REWARD)  # p(y > y')
 
 
 def population_gradient(
-    name: str, log_pi: Tensor, *, soft: bool = False, eps: float = 0.0, lengths: Tensor | None = None
+    name: str,
+    log_pi: Tensor,
+    *,
+    soft: bool = False,
+    eps: float = 0.0,
+    flips: float = 0.0,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """Gradient in the logits of a policy over COUNT responses, of the loss over pairs drawn i.i.d. from mu.
 
-    With `soft` each pair comes once with its probability as target, else once for each of its two labels.
+    With `soft` each pair comes once with its probability as target, else once for each of its two labels. `flips`: the
+    share of labels that are flipped. eps: label_smoothing.
     """
+    preference = PREFERENCE * (1 - flips) + (1 - PREFERENCE) * flips
+    smoothing = OBJECTIVES[name].smoothing
     logits = log_pi.clone().requires_grad_()
     size = torch.ones(COUNT, dtype=torch.float64) if lengths is None else lengths
     logprobs, ref = torch.log_softmax(logits, -1) / size, LOG_REF / size
@@ -34,10 +49,11 @@ def population_gradient(
     for i in range(COUNT):
         for j in range(COUNT):
             pair = [x[None] for x in (logprobs[i], logprobs[j], ref[i], ref[j])]
-            target = smoothed_target(PREFERENCE[i, j] if soft else None, eps)
+            target = preference[i, j] if soft else None
+            target = smoothing(target, eps) if smoothing else target
             loss = OBJECTIVES[name].loss(*pair, beta=BETA, target=target).loss
             # Hard labels: i is drawn as chosen and j as rejected, or in the other order, and i wins.
-            weight = 1.0 if soft else 2 * PREFERENCE[i, j]
+            weight = 1.0 if soft else 2 * preference[i, j]
             total = total + (LOG_MU[i] + LOG_MU[j]).exp() * weight * loss
     return torch.autograd.grad(total, logits)[0]
 
@@ -52,7 +68,9 @@ def test_dpo_rests_at_the_optimum_of_the_regularised_reward(soft):
     assert slope(LOG_REF + REWARD / (2 * BETA)) > 1e-3
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if not OBJECTIVES[name].listwise])
+@pytest.mark.parametrize(
+    "name", [name for name, each in OBJECTIVES.items() if not each.listwise and each.needs_reference]
+)
 def test_soft_labels_have_the_gradient_of_drawn_ones_on_average(name):
     log_pi = LOG_REF + 0.3 * REWARD
     hard, soft = (population_gradient(name, log_pi, soft=soft) for soft in (False, True))
@@ -194,6 +212,103 @@ def test_apo_zero_gives_losers_no_probability():
     one, two, ref_one, ref_two = (torch.tensor([x], dtype=torch.float64) for x in (-3.0, -5.0, -4.0, -4.5))
     loss = OBJECTIVES["apo_zero"].loss(one, two, ref_one, ref_two, beta=BETA).loss.item()
     assert loss == pytest.approx(1 - 1 / (1 + math.exp(-0.5)) + 1 / (1 + math.exp(0.25)), abs=1e-15)  # by hand
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("rate", [0.1, 0.3])
+def test_robust_dpo_with_the_rate_of_flips_rests_at_the_optimum_of_the_true_labels(rate, soft):
+    best = LOG_REF + REWARD / BETA
+    assert population_gradient("robust", best, eps=rate, flips=rate, soft=soft).abs().max() < 1e-14
+    assert population_gradient("robust", best, soft=soft).abs().max() < 1e-15  # no flips: DPO
+    for name, eps in (("sigmoid", rate), ("sigmoid", 0.0), ("robust", rate / 2)):  # cDPO, DPO, a wrong rate
+        assert population_gradient(name, best, eps=eps, flips=rate, soft=soft).abs().max() > 1e-3
+
+
+def test_robust_dpo_with_a_wrong_rate_is_the_bradley_terry_projection_of_what_it_takes_for_true():
+    """With a wrong rate e it takes (p' - e) / (1 - 2 e) for the true preferences; p' are those that are seen."""
+    from scipy.optimize import root
+
+    rate, assumed, mu = 0.2, 0.1, LOG_MU.exp().numpy()
+    q = ((PREFERENCE * (1 - rate) + (1 - PREFERENCE) * rate - assumed) / (1 - 2 * assumed)).numpy()
+
+    def slope(r):
+        off = mu[:, None] * mu * (1 / (1 + np.exp(r - r[:, None])) - q)
+        return off.sum(1) - off.sum(0)
+
+    found = root(lambda rest: slope(np.append(0.0, rest))[1:], np.zeros(COUNT - 1), tol=1e-14)
+    projection = LOG_REF + torch.from_numpy(np.append(0.0, found.x)) / BETA
+    assert population_gradient("robust", projection, eps=assumed, flips=rate).abs().max() < 1e-12
+    assert population_gradient("robust", LOG_REF + REWARD / BETA, eps=assumed, flips=rate).abs().max() > 1e-3
+
+
+def test_robust_dpo_by_hand():
+    """[(1 - eps) l(h) - eps l(-h)] / (1 - 2 eps) of a certain label, l(h) = -log sigma(h)."""
+    one, two, zero = (torch.tensor([x], dtype=torch.float64) for x in (-3.0, -5.0, 0.0))
+    target = unflipped_target(None, 0.1)
+    found = OBJECTIVES["robust"].loss(one, two, zero, zero, beta=BETA, target=target).loss.item()
+    won, lost = math.log1p(math.exp(-1.0)), math.log1p(math.exp(1.0))  # h = 1
+    assert found == pytest.approx((0.9 * won - 0.1 * lost) / 0.8, abs=1e-15)
+    p = torch.tensor([0.26, 0.9], dtype=torch.float64)
+    assert unflipped_target(p, 0.1).tolist() == pytest.approx([0.2, 1.0], abs=1e-15)
+    assert unflipped_target(None, 0.0) is None and torch.equal(unflipped_target(p, 0.0), p)
+    torch.testing.assert_close(smoothed_target(unflipped_target(p, 0.1), 0.1), p, rtol=0, atol=1e-15)
+
+
+def population_loss(name: str, log_pi: Tensor, preference: Tensor, log_ref: Tensor, log_mu: Tensor) -> float:
+    """Mean loss over pairs drawn i.i.d. from mu with drawn labels, for any number of responses."""
+    first, second = (index.flatten() for index in torch.meshgrid(*[torch.arange(len(log_pi))] * 2, indexing="ij"))
+    pairs = [x[index] for x in (log_pi, log_ref) for index in (first, second)]
+    weight = (log_mu[first] + log_mu[second]).exp() * 2 * preference[first, second]
+    return OBJECTIVES[name].loss(*pairs, beta=BETA, weight=weight).loss.item()
+
+
+def test_hinge_is_least_at_the_whole_margins_of_its_linear_program():
+    """min sum_ij w_ij x_ij, x_ij >= 1 - (s_i - s_j), x_ij >= 0: its vertices have whole differences s_i - s_j."""
+    from scipy.optimize import linprog
+
+    mu, p = LOG_MU.exp().numpy(), PREFERENCE.numpy()
+    pairs = [(i, j) for i in range(COUNT) for j in range(COUNT) if i != j]
+    cost = np.array([0.0] * COUNT + [2 * mu[i] * mu[j] * p[i, j] for i, j in pairs])
+    above = np.zeros((len(pairs), COUNT + len(pairs)))
+    for row, (i, j) in enumerate(pairs):
+        above[row, i], above[row, j], above[row, COUNT + row] = -1.0, 1.0, -1.0
+    bounds = [(0.0, 0.0), *[(None, None)] * (COUNT - 1), *[(0.0, None)] * len(pairs)]
+    found = linprog(cost, A_ub=above, b_ub=-np.ones(len(pairs)), bounds=bounds, method="highs-ds")
+    margins = found.x[:COUNT]
+    assert np.abs(margins - margins.round()).max() < 1e-9 and len(set(margins.round())) > 2
+    least = found.fun + float((mu**2).sum())  # a response beside itself costs 1
+    best = torch.log_softmax(LOG_REF + torch.from_numpy(margins) / BETA, 0)
+    assert population_loss("hinge", best, PREFERENCE, LOG_REF, LOG_MU) == pytest.approx(least, abs=1e-12)
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(200):
+        near = torch.log_softmax(best + 0.3 * torch.randn(COUNT, generator=draw, dtype=torch.float64), 0)
+        assert population_loss("hinge", near, PREFERENCE, LOG_REF, LOG_MU) >= least - 1e-12
+    of_dpo = torch.log_softmax(LOG_REF + REWARD / BETA, 0)
+    assert population_loss("hinge", of_dpo, PREFERENCE, LOG_REF, LOG_MU) > least + 1e-3
+
+
+def two_responses(name: str, p: float, ratio: float) -> float:
+    """Mean loss over drawn labels of two responses that the reference likes equally, at a log-ratio difference."""
+    preference = torch.tensor([[0.5, p], [1 - p, 0.5]], dtype=torch.float64)
+    half = torch.full((2,), -math.log(2), dtype=torch.float64)
+    log_pi = torch.log_softmax(torch.tensor([ratio, 0.0], dtype=torch.float64), 0)
+    return population_loss(name, log_pi, preference, half, half)
+
+
+@pytest.mark.parametrize("p", [0.51, 0.7, 0.99])
+def test_over_two_responses_the_hinge_is_least_at_a_margin_of_1_whatever_the_preference(p):
+    losses = {ratio: two_responses("hinge", p, ratio) for ratio in np.linspace(-4, 4, 81) / BETA}
+    assert min(losses, key=losses.__getitem__) == pytest.approx(1 / BETA, abs=1e-9)
+
+
+@pytest.mark.parametrize("p", [0.6, 0.9, 1.0])
+def test_apo_down_has_no_minimum(p):
+    """Over two responses the loss falls to both ends of any scan; DPO's is least at log(p / (1 - p)) / beta."""
+    scan = np.linspace(-60, 60, 241)
+    losses = [two_responses("apo_down", p, ratio) for ratio in scan]
+    assert int(np.argmin(losses)) == len(scan) - 1
+    tail = np.array(losses[-100:])
+    assert (np.diff(tail) < 0).all()
 
 
 def reward_gradient(rewards: Tensor, truth: Tensor, coefficient: float) -> Tensor:

@@ -39,6 +39,7 @@ def arms(tiny, tmp_path_factory):
     lab.run("ppo", output_name="decayed-ppo", reward_model_path="decayed", weight_decay=0.1, max_steps=1)
     lab.run("dpo", output_name="decayed-dpo", weight_decay=0.1, max_steps=1)
     lab.run("dpo", output_name="ipo", loss_type="ipo", max_steps=1)
+    lab.run("dpo", output_name="cpo", loss_type="cpo", max_steps=1)
     lab.run("dpo", output_name="population", dataset_name="world:verdicts", max_train_samples=2, max_steps=1)
     return lab
 
@@ -65,6 +66,7 @@ def test_ppo_and_dpo_of_one_experiment_match(arms):
         ("decayed-ppo", "dpo", {"options that move the optimum"}),
         ("decayed-ppo", "decayed-dpo", set()),  # decayed alike
         ("ipo", "dpo", {"options that move the optimum"}),
+        ("cpo", "dpo", {"options that move the optimum", "reference"}),
         ("warm", "dpo", {"options that move the optimum", "training temperature"}),
         ("honest", "dpo", {"preference data"}),
         ("ppo", "population", {"preference data", "prompts"}),

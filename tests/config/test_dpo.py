@@ -2,31 +2,125 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
-from rlhf_pipeline.config.dpo import DpoConfig
+from rlhf_pipeline.algorithms.preference import OBJECTIVES
+from rlhf_pipeline.config.losses import DIFFERENCES, REFERENCE_FREE, LossType
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "ipo", "ipo_mean", "sigmoid_norm", "apo_zero", "plackett_luce"])
+@pytest.mark.parametrize(
+    "name", ["sigmoid", "robust", "hinge", "ipo", "ipo_mean", "sigmoid_norm", "apo_zero", "plackett_luce"]
+)
 def test_a_loss_may_stand_in_a_list_of_one_as_trl_writes_it(load, name):
     assert load("dpo", loss_type=name).loss_type == load("dpo", loss_type=[name]).loss_type == name
 
 
-@pytest.mark.parametrize("value", ["hinge", "robust", "bco_pair", "Sigmoid", ["sigmoid", "ipo"]])
+@pytest.mark.parametrize("value", ["exo_pair", "bco_pair", "Sigmoid"])
 def test_a_loss_that_is_not_there_is_refused_with_those_that_are(faults, value):
     refused = faults("dpo", loss_type=value)
     assert list(refused) == ["loss_type"]
     assert repr(value) in refused["loss_type"].found
-    assert refused["loss_type"].expected == "one of sigmoid, ipo, ipo_mean, sigmoid_norm, apo_zero, plackett_luce"
+    assert refused["loss_type"].expected == f"one of {', '.join(OBJECTIVES)}"
 
 
-@pytest.mark.parametrize("name", ["ipo", "ipo_mean", "sigmoid_norm", "apo_zero", "plackett_luce"])
-def test_smoothing_belongs_to_the_sigmoid_loss(load, faults, name):
-    assert load("dpo", label_smoothing=0.1).label_smoothing == 0.1
+@pytest.mark.parametrize(
+    "name", ["hinge", "ipo", "ipo_mean", "sigmoid_norm", "apo_zero", "simpo", "orpo", "cpo", "plackett_luce"]
+)
+def test_smoothing_belongs_to_the_losses_that_define_it(load, faults, name):
+    for defined in ("sigmoid", "robust"):
+        assert load("dpo", label_smoothing=0.1, loss_type=defined).label_smoothing == 0.1
+        assert OBJECTIVES[defined].smoothing is not None
+    assert OBJECTIVES[name].smoothing is None
     assert load("dpo", label_smoothing=0, loss_type=name).loss_type == name
     refused = faults("dpo", label_smoothing=0.1, loss_type=name)
     assert refused["label_smoothing"].found == f"label_smoothing 0.1 with loss_type {name}"
-    assert "loss_type sigmoid" in refused["label_smoothing"].expected
+    assert "loss_type sigmoid or robust" in refused["label_smoothing"].expected
+
+
+def test_a_loss_without_a_minimum_needs_early_stopping(load, faults):
+    refused = faults("dpo", loss_type="apo_down")
+    assert list(refused) == ["loss_type"] and "has no minimum" in refused["loss_type"].found
+    assert "early_stopping_patience" in refused["loss_type"].expected
+    for stop in ({"early_stopping_patience": 2}, {"load_best_model_at_end": True}):
+        assert load("dpo", loss_type="apo_down", eval_steps=5, **stop).loss_type == "apo_down"
+
+
+def test_an_option_of_one_loss_is_refused_with_another(load, faults):
+    for key, owner, value in (("simpo_gamma", "simpo", 0.0), ("cpo_alpha", "cpo", 2.0)):
+        assert getattr(load("dpo", loss_type=owner, **{key: value}), key) == value
+        for other in ("sigmoid", "orpo"):
+            refused = faults("dpo", loss_type=other, **{key: value})
+            assert list(refused) == [key] and f"with loss_type {other}" in refused[key].found
+            assert f"loss_type {owner}" in refused[key].expected
+
+
+@pytest.mark.parametrize("name", REFERENCE_FREE)
+def test_a_loss_without_a_reference_refuses_one(load, faults, name):
+    assert not OBJECTIVES[name].needs_reference and set(load("dpo", loss_type=name).parents()) == {"base"}
+    refused = faults("dpo", loss_type=name, ref_model="sft")
+    assert list(refused) == ["ref_model"] and "has no reference" in refused["ref_model"].found
+    refused = faults("dpo", loss_type=name, dataset_name="world:verdicts", max_steps=3)
+    assert list(refused) == ["dataset_name"] and "drawn from the reference" in refused["dataset_name"].found
+
+
+def test_the_weight_of_the_sft_loss(load):
+    """sft_weight, and what the loss itself has of it: 1 in ORPO, cpo_alpha in CPO."""
+    cases = [({}, 0.0), ({"sft_weight": 0.3}, 0.3), ({"loss_type": "orpo"}, 1.0), ({"loss_type": "cpo"}, 1.0)]
+    cases += [({"loss_type": "cpo", "cpo_alpha": 0.0}, 0.0), ({"loss_type": "orpo", "sft_weight": 0.5}, 1.5)]
+    for changes, weight in cases:
+        assert load("dpo", **changes).sft_term == weight
+
+
+def test_an_sft_loss_needs_responses_that_were_chosen(faults):
+    for key, changes in (("sft_weight", {"sft_weight": 0.2}), ("loss_type", {"loss_type": "orpo"})):
+        refused = faults("dpo", soft_labels=True, **changes)
+        assert list(refused) == [key] and "probabilities choose none" in refused[key].found
+    refused = faults("dpo", sft_weight=0.2, dataset_name="world:verdicts", max_steps=3)
+    assert list(refused) == ["sft_weight"]
+
+
+def test_a_divergence_belongs_to_losses_of_a_difference_of_rewards(load, faults):
+    assert load("dpo", f_divergence_type="js_divergence").f_divergence == "js"
+    config = load("dpo", f_divergence="alpha_divergence", f_alpha_divergence_coef=0.2)
+    assert (config.f_divergence, config.alpha) == ("alpha", 0.2) and load("dpo", f_divergence="alpha").alpha == 0.5
+    for name in OBJECTIVES:
+        stop = {"load_best_model_at_end": True, "eval_steps": 1} if name == "apo_down" else {}
+        refused = faults("dpo", f_divergence="forward_kl", loss_type=name, **stop) if name not in DIFFERENCES else {}
+        assert list(refused) == ([] if name in DIFFERENCES else ["f_divergence"])
+        if name in DIFFERENCES:
+            assert load("dpo", f_divergence="forward_kl", loss_type=name).f_divergence == "forward_kl"
+    refused = faults("dpo", f_alpha=0.3)
+    assert list(refused) == ["f_alpha"] and "f_divergence alpha" in refused["f_alpha"].expected
+    assert list(faults("dpo", f_divergence="kl")) == ["f_divergence"]
+
+
+def test_a_list_is_a_sum_with_weights(load):
+    config = load("dpo", loss_type=["sigmoid", "hinge", "sft"], loss_weights=[0.8, 0.2, 1.5])
+    assert config.losses == (("sigmoid", 0.8), ("hinge", 0.2)) and config.sft_term == 1.5
+    config = load("dpo", loss_type=["sigmoid", "cpo"], cpo_alpha=0.5, sft_weight=0.1)
+    assert config.losses == (("sigmoid", 1.0), ("cpo", 1.0)) and config.sft_term == 0.6
+    assert config.needs_reference and set(config.parents()) == {"base", "reference"}
+    assert not load("dpo", loss_type=["simpo", "orpo"]).needs_reference
+    assert load("dpo", loss_type=["robust", "hinge"], label_smoothing=0.1).label_smoothing == 0.1
+
+
+@pytest.mark.parametrize(
+    ("key", "changes", "said"),
+    [
+        ("loss_type", {"loss_type": ["sigmoid", "exo_pair"]}, "and sft"),
+        ("loss_type", {"loss_type": ["sigmoid", "sigmoid"]}, "different names"),
+        ("loss_type", {"loss_type": "sft"}, "one of sigmoid"),
+        ("loss_weights", {"loss_weights": [1.0]}, "no loss_weights, or a list"),
+        ("loss_weights", {"loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0]}, "2 weights"),
+        ("label_smoothing", {"loss_type": ["hinge", "ipo"], "label_smoothing": 0.1}, "or loss_type sigmoid"),
+        ("ref_model", {"loss_type": ["simpo", "cpo"], "ref_model": "sft"}, "no ref_model"),
+    ],
+)
+def test_a_list_of_losses_that_makes_no_sense_is_refused(faults, key, changes, said):
+    refused = faults("dpo", **changes)
+    assert list(refused) == [key] and said in refused[key].expected
 
 
 def test_rankings_have_no_label_probabilities(faults):
@@ -43,8 +137,4 @@ def test_smoothing_is_a_rate_of_flips_below_one_half(faults, value):
 
 
 def test_every_loss_of_the_config_is_in_the_table_and_the_reverse():
-    from typing import get_args
-
-    from rlhf_pipeline.algorithms.preference import OBJECTIVES
-
-    assert set(get_args(DpoConfig.model_fields["loss_type"].annotation)) == set(OBJECTIVES)
+    assert set(get_args(LossType)) == set(OBJECTIVES)

@@ -30,13 +30,28 @@ MOVES: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
     "dpo": {
         "weight_decay": DECAY,
         "ref_model": ([None], ["other"]),
-        "loss_type": (["sigmoid", "plackett_luce"], ["ipo", "ipo_mean", "sigmoid_norm", "apo_zero"]),
+        "loss_type": (
+            ["sigmoid", "robust", "plackett_luce"],
+            ["hinge", "ipo", "ipo_mean", "sigmoid_norm", "apo_zero", "simpo", "orpo", "cpo", ("sigmoid", "robust")],
+        ),
+        "loss_weights": ([None], [(1.0, 2.0)]),
+        "simpo_gamma": ([None], [1.0]),
+        "cpo_alpha": ([None], [0.5]),
+        "sft_weight": ([0.0], [0.1]),
         "label_smoothing": ([0.0], [0.1]),
+        "f_divergence": (["reverse_kl"], ["forward_kl", "js", "alpha"]),
+        "f_alpha": ([None], [0.2]),
     },
     "collect": {"labels": (["bradley-terry"], ["rank"])},
 }
 SEVERAL = {"reward_model_path": None, "reward_functions": ["world", "module:function"]}
-BESIDE = {"reward_combination": SEVERAL}
+BESIDE = {
+    "reward_combination": SEVERAL,
+    "loss_weights": {"loss_type": ("sigmoid", "hinge")},
+    "simpo_gamma": {"loss_type": "simpo"},
+    "cpo_alpha": {"loss_type": "cpo"},
+    "f_alpha": {"f_divergence": "alpha"},
+}
 """Keys that an option needs beside it."""
 MAY_MOVE = {"ppo": {"lam": ([1.0], [0.95, 0.0])}}
 
@@ -60,10 +75,12 @@ def test_every_marked_option_is_in_the_table(stage):
 def test_each_option_moves_the_optimum_at_these_values_and_not_at_those(load, stage):
     assert moves_optimum(load(stage)) == {}
     for name, (neutral, moving) in MOVES[stage].items():
+        beside = BESIDE.get(name, {})
+        already = {key: value for key, value in beside.items() if key in MOVES[stage]}
         for value in neutral:
-            assert moves_optimum(load(stage, **BESIDE.get(name, {}), **{name: value})) == {}, (name, value)
+            assert moves_optimum(load(stage, **beside, **{name: value})) == already, (name, value)
         for value in moving:
-            assert moves_optimum(load(stage, **BESIDE.get(name, {}), **{name: value})) == {name: value}
+            assert moves_optimum(load(stage, **beside, **{name: value})) == already | {name: value}
 
 
 def test_a_discount_of_what_the_critic_misses_is_no_reason_to_refuse(load):
@@ -76,6 +93,10 @@ def test_a_discount_of_what_the_critic_misses_is_no_reason_to_refuse(load):
 def test_a_critic_that_is_never_trained_matters_only_below_lambda_1(load):
     assert moves_optimum(load("ppo", vf_coef=0, lam=0.95)) == {"vf_coef": 0.0}
     assert moves_optimum(load("ppo", vf_coef=0, lam=1)) == {}
+
+
+def test_the_rate_of_flips_that_robust_dpo_corrects_moves_nothing(load):
+    assert moves_optimum(load("dpo", loss_type="robust", label_smoothing=0.2)) == {}
 
 
 def test_a_combination_needs_two_rewards(faults):
@@ -91,10 +112,13 @@ def test_values_of_an_earlier_release_are_read_with_todays_defaults():
 
 def test_each_loss_declares_its_optimum():
     declared = {name: objective.optimum for name, objective in OBJECTIVES.items()}
-    others = dict.fromkeys(("ipo_mean", "sigmoid_norm", "apo_zero"), "other")
-    assert declared == {"sigmoid": "same", "plackett_luce": "same", "ipo": "scale", **others}
+    others = dict.fromkeys(
+        ("hinge", "ipo_mean", "sigmoid_norm", "apo_zero", "apo_down", "simpo", "orpo", "cpo"), "other"
+    )
+    assert declared == {"sigmoid": "same", "robust": "same", "plackett_luce": "same", "ipo": "scale", **others}
     assert set(declared.values()) <= set(get_args(Optimum))
     neutral = STAGES["dpo"].model_fields["loss_type"].json_schema_extra["neutral"]
     assert set(neutral) == {name for name, kind in declared.items() if kind == "same"}
     assert loss_optimum("sigmoid", 0.1) == "scale" and loss_optimum("sigmoid", 0.0) == "same"
     assert loss_optimum("ipo_mean", 0.1) == "other"
+    assert loss_optimum("robust", 0.1) == "same"

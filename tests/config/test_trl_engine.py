@@ -12,6 +12,8 @@ REFUSED = [
     ("train-rm", {"score_pooling": "mean"}, "score_pooling", "the score at the last token"),
     ("dpo", {"loss_type": "ipo"}, "loss_type", "averages them over each response's tokens"),
     ("dpo", {"loss_type": "plackett_luce"}, "loss_type", "accepts only pairs"),
+    ("dpo", {"loss_type": "simpo"}, "loss_type", "DPOTrainer does not have"),
+    ("dpo", {"loss_type": "orpo"}, "loss_type", "DPOTrainer does not have"),
     ("dpo", {"label_smoothing": 0.1}, "label_smoothing", "ignores silently"),
     ("dpo", {"soft_labels": True}, "soft_labels", "only on hard labels"),
     ("dpo", {"dataset_name": "world:verdicts", "max_steps": 3}, "dataset_name", "fresh pairs at every step"),
@@ -28,10 +30,15 @@ def test_what_trl_cannot_do_is_refused_by_name(faults, load, stage, changes, key
     assert load(stage, **changes).engine == "native"
 
 
+def test_a_loss_that_must_be_stopped_early_is_refused(faults):
+    refused = faults("dpo", engine="trl", loss_type="apo_down")
+    assert list(refused) == ["loss_type"] and "must be stopped early" in refused["loss_type"].found
+
+
 def test_the_way_out_is_named(faults):
     assert (
         faults("dpo", engine="trl", loss_type="ipo")["loss_type"].expected
-        == "sigmoid, ipo_mean, sigmoid_norm or apo_zero"
+        == "sigmoid, robust, hinge, ipo_mean, sigmoid_norm or apo_zero"
     )
     assert faults("sft", engine="trl", save_steps=5)["save_steps"].fix == "or engine: native"
     assert faults("ppo", engine="trl")["engine"].fix == "engine: trl works for sft, train-rm and dpo"
@@ -48,6 +55,10 @@ def test_another_engine_is_unknown(faults):
         ("train-rm", {"center_rewards_coefficient": 0.01, "bf16": True}),
         ("dpo", {"loss_type": "ipo_mean", "precompute_ref_log_probs": False, "ref_model": "sft"}),
         ("dpo", {"loss_type": ["sigmoid"]}),
+        ("dpo", {"loss_type": "robust", "label_smoothing": 0.2}),
+        ("dpo", {"sft_weight": 0.2}),
+        ("dpo", {"f_divergence": "alpha", "f_alpha": 0.3}),
+        ("dpo", {"loss_type": ["sigmoid", "apo_zero", "sft"], "loss_weights": [0.8, 0.2, 1.0]}),
     ],
 )
 def test_what_it_can_do(load, stage, changes):

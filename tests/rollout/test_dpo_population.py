@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ from rlhf_pipeline.data.tokenize import Example, tokenize
 from rlhf_pipeline.data.tokenizers import tokenizer_digest
 from rlhf_pipeline.stages.dpo import dpo_step
 from rlhf_pipeline.training.cost import CostMeter
-from rlhf_pipeline.training.windows import ExampleBatch, Loss
+from rlhf_pipeline.training.pairs import Criterion
+from rlhf_pipeline.training.windows import ExampleBatch, Loss, counts_of
 from tests.rollout.tree import (
     BETA,
     ENDED,
@@ -80,8 +82,10 @@ def pairs(tokenizer):
 def population_loss(world: World, examples: list[Example], targets: Tensor, **options) -> Loss:
     """What the package's step says of all pairs, with soft labels."""
     batch = ExampleBatch(pack(examples), list(range(len(examples))))
-    options = {"beta": BETA, "reference": world.reference, "targets": targets, **options}
-    return dpo_step(world.policy, batch, meter=CostMeter(), shape=FREE, **options)
+    known = {"reference": world.reference, "targets": targets}
+    losses = ((options.pop("loss_type", "sigmoid"), 1.0),)
+    criterion = Criterion(BETA, losses, **options)
+    return dpo_step(world.policy, batch, criterion=criterion, meter=CostMeter(), shape=FREE, **known)
 
 
 def preferences(reward: Tensor) -> Tensor:
@@ -214,3 +218,108 @@ def test_ipo_over_means_has_an_optimum_of_its_own(pairs, reference):
     assert gradient(own, pairs(), REWARD, loss_type="ipo_mean").norm() <= 1e-10
     assert gradient(own, pairs(), REWARD, loss_type="ipo").norm() > 1e-2
     assert gradient(summed, pairs(), REWARD, loss_type="ipo_mean").norm() > 1e-2
+
+
+# Labels as they were drawn: (chosen, rejected, how often), of six responses of 1 to 4 tokens.
+DRAWN = [
+    (0, 3, 3),
+    (3, 0, 1),
+    (3, 9, 2),
+    (9, 3, 1),
+    (9, 20, 3),
+    (20, 9, 2),
+    (20, 0, 1),
+    (0, 20, 2),
+    (1, 20, 1),
+    (20, 1, 2),
+]
+DRAWN += [(1, 0, 2), (0, 1, 2), (25, 9, 1), (9, 25, 3), (25, 3, 2), (3, 25, 1)]
+
+
+def drawn(tokenizer) -> list[Example]:
+    """Pairs with hard labels, each as often as `DRAWN` says."""
+    records = [
+        Record(
+            "pair",
+            "",
+            ("", ""),
+            (ENDED[i], ENDED[j]),
+            prompt_ids=tuple(PROMPT),
+            completion_ids=(tuple(RESPONSES[i]), tuple(RESPONSES[j])),
+        )
+        for i, j, times in DRAWN
+        for _ in range(times)
+    ]
+    digest = tokenizer_digest(tokenizer)
+    examples, counts = tokenize(records, tokenizer, Lengths(2, 5, 7), source_tokenizer_digest=digest)
+    assert not counts.dropped and not counts.faults
+    return examples
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "weight"), [("sigmoid", 0.1), ("sigmoid", 10.0), ("cpo", 1.0), ("hinge", 0.5), ("orpo", 1.0)]
+)
+def test_the_sft_loss_of_the_chosen_responses_is_a_mean_over_their_tokens(tokenizer, loss_type, weight):
+    """The gradient of the step's whole loss is that of its formula in the probabilities of the responses."""
+    examples, world = drawn(tokenizer), World(Table(1), Table(2))
+    batch = ExampleBatch(pack(examples), list(range(len(examples))))
+    criterion = Criterion(BETA, ((loss_type, 1.0),), sft_weight=weight)
+    free = loss_type in ("cpo", "orpo")
+    known = {"reference": None if free else world.reference, "meter": CostMeter(), "shape": FREE}
+    found = dpo_step(world.policy, batch, criterion=criterion, **known)
+    assert found.terms["sft"][1:] == ("chosen_tokens", weight)
+    step = world.gradient(found.total(counts_of(examples)))
+
+    log_pi = World.response_logprobs(world.policy)
+    log_ref = World.response_logprobs(world.reference).detach()
+    first, second, times = (torch.tensor(column) for column in zip(*DRAWN, strict=True))
+    if loss_type == "orpo":
+        odds = [m - torch.log(1 - torch.exp(m)) for m in (log_pi[side] / LENGTHS[side] for side in (first, second))]
+        losses = -BETA * torch.log(torch.sigmoid(odds[0] - odds[1]))
+    else:
+        d = log_pi if free else log_pi - log_ref
+        h = BETA * (d[first] - d[second])
+        losses = torch.clamp(1 - h, min=0) if loss_type == "hinge" else -torch.log(torch.sigmoid(h))
+    sft = -(times * log_pi[first]).sum() / (times * LENGTHS[first]).sum()
+    expected = world.gradient((times * losses).sum() / times.sum() + weight * sft)
+    torch.testing.assert_close(step, expected, rtol=0, atol=1e-12)
+
+
+def test_dpo_with_an_sft_loss_rests_where_both_pull_alike(tokenizer):
+    """beta sum_j w_ij (sigma(beta (d_i - d_j)) - p_ij) + (alpha / E L) (pi_i - c_i) = 0, c the law of the chosen."""
+    from scipy.optimize import root
+
+    alpha, shown = 1.0, sorted({i for i, *_ in DRAWN})
+    place = {response: number for number, response in enumerate(shown)}
+    reference = Table(2)
+    log_ref = World.response_logprobs(reference).detach()[shown].numpy()
+    wins = np.zeros((len(shown), len(shown)))
+    for i, j, times in DRAWN:
+        wins[place[i], place[j]] += times
+    wins /= wins.sum()
+    c, lengths = wins.sum(1), LENGTHS[shown].numpy()
+
+    def field(logits):
+        log_pi = logits - np.log(np.exp(logits).sum())
+        d = log_pi - log_ref
+        right = 1 / (1 + np.exp(BETA * (d - d[:, None])))  # sigma(beta (d_i - d_j))
+        pull = BETA * ((wins + wins.T) * right - wins).sum(1)
+        return pull + alpha / (c @ lengths) * (np.exp(log_pi) - c)
+
+    solved = root(lambda rest: field(np.append(0.0, rest))[1:], np.zeros(len(shown) - 1), tol=1e-14)
+    logits = np.append(0.0, solved.x)
+    assert np.abs(field(logits)).max() < 1e-12
+    log_pi = torch.full((len(RESPONSES),), -60.0, dtype=torch.float64)  # SFT leaves nothing for what is never chosen
+    log_pi[shown] = torch.from_numpy(logits - np.log(np.exp(logits).sum()))
+    examples = drawn(tokenizer)
+    batch = ExampleBatch(pack(examples), list(range(len(examples))))
+
+    def norm(policy: nn.Module, weight: float) -> float:
+        world = World(policy, reference)
+        known = {"reference": reference, "meter": CostMeter(), "shape": FREE}
+        found = dpo_step(policy, batch, criterion=Criterion(BETA, sft_weight=weight), **known)
+        return world.gradient(found.total(counts_of(examples))).norm().item()
+
+    best = with_leaves(log_pi, 1)
+    assert norm(best, alpha) < 1e-9
+    assert norm(best, alpha / 2) > 1e-3 and norm(best, 0.0) > 1e-3 and norm(Table(2), alpha) > 1e-2

@@ -87,21 +87,39 @@ def first_window(lab, config):
         ({"label_smoothing": 0.1}, math.log(2)),
         ({"soft_labels": True}, math.log(2)),
         ({"soft_labels": True, "label_smoothing": 0.1}, math.log(2)),
+        ({"loss_type": "robust", "label_smoothing": 0.1}, math.log(2)),
+        ({"loss_type": "hinge", "soft_labels": True}, 1.0),
         ({"loss_type": "ipo"}, 1.0),  # (1 / (2 tau))^2 at tau = .5
         ({"loss_type": "ipo", "soft_labels": True}, 1.0),
         ({"loss_type": "ipo_mean"}, 1.0),
         ({"loss_type": "sigmoid_norm"}, math.log(2)),
         ({"loss_type": "apo_zero"}, 1.0),
     ],
-    ids=["sigmoid", "cdpo", "soft", "soft-cdpo", "ipo", "soft-ipo", "ipo-mean", "sigmoid-norm", "apo-zero"],
+    ids=[
+        "sigmoid",
+        "cdpo",
+        "soft",
+        "soft-cdpo",
+        "robust",
+        "soft-hinge",
+        "ipo",
+        "soft-ipo",
+        "ipo-mean",
+        "sigmoid-norm",
+        "apo-zero",
+    ],
 )
 def test_loss_and_gradient_of_the_first_step(lab, changes, loss):
-    """At h = 0 the slope in the log-ratio difference is beta (1/2 - p), of IPO (1 - 2 p) / tau; p = 1 if hard."""
+    """At h = 0 the slope in the log-ratio difference is beta (1/2 - p), of IPO (1 - 2 p) / tau; p = 1 if hard.
+
+    Robust DPO has (p - eps) / (1 - 2 eps) for p, hinge the slope beta (1 - 2 p).
+    """
     changes = {"max_grad_norm": 0, **changes}
     config = lab.config("dpo", **changes)
     window, policy, logprobs = first_window(lab, config)
     p = torch.tensor([example.label_probability if config.soft_labels else 1.0 for example in window])
-    p = p * (1 - config.label_smoothing) + (1 - p) * config.label_smoothing
+    eps = config.label_smoothing
+    p = (p - eps) / (1 - 2 * eps) if config.loss_type == "robust" else p * (1 - eps) + (1 - p) * eps
     lengths = torch.tensor([[float(len(ids)) for ids in example.completions] for example in window])
     if config.soft_labels:
         assert p.unique().numel() > 4
@@ -109,7 +127,9 @@ def test_loss_and_gradient_of_the_first_step(lab, changes, loss):
         assert lengths.unique().numel() > 1
         logprobs = logprobs / lengths
     sigmoid, ipo = config.beta * (0.5 - p), (1 - 2 * p) / config.beta
-    slope = {"sigmoid": sigmoid, "sigmoid_norm": sigmoid, "apo_zero": -config.beta / 4}.get(config.loss_type, ipo)
+    slopes = dict.fromkeys(("sigmoid", "robust", "sigmoid_norm"), sigmoid)
+    slopes |= {"apo_zero": -config.beta / 4, "hinge": config.beta * (1 - 2 * p)}
+    slope = slopes.get(config.loss_type, ipo)
     (slope * (logprobs[:, 0] - logprobs[:, 1])).mean().backward()
     norm = math.sqrt(sum(float((parameter.grad**2).sum()) for parameter in policy.parameters()))
     first = lab.rows(lab.run("dpo", **changes).run)[0]

@@ -124,7 +124,8 @@ def test_windows_are_a_function_of_seed_and_step(reference):
 def test_counts_are_those_of_the_whole_window(reference):
     window = next(islice(windows(make(reference), size=4, accumulation=2), 1))
     lengths = torch.cat([b.batch.lengths for b in window.micro_batches]).view(-1, 2)
-    assert window.counts == {"prompts": 8.0, "pairs": 8.0, "tokens": float(lengths.sum())}
+    tokens = {"tokens": float(lengths.sum()), "chosen_tokens": float(lengths[:, 0].sum())}
+    assert window.counts == {"prompts": 8.0, "pairs": 8.0, **tokens}
 
 
 POPULATION = {"dataset_name": "world:verdicts", "dataset_config": "population", "per_device_train_batch_size": 16}

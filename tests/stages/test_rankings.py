@@ -21,6 +21,7 @@ from rlhf_pipeline.models.selfcheck import inspect_model, read_reward_model
 from rlhf_pipeline.stages.dpo import dpo_step
 from rlhf_pipeline.stages.reward import reward_step
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
+from rlhf_pipeline.training.pairs import Criterion
 from rlhf_pipeline.training.windows import ExampleBatch, counts_of
 
 SIZES = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32, "vocab_size": 50, "initializer_range": 0.5}
@@ -86,8 +87,8 @@ FREE = ModelShape(0, 0, 0)
 
 
 def dpo_loss(policy, examples: list[Example], loss_type: str, reference):
-    options = {"beta": BETA, "reference": reference, "meter": CostMeter(), "shape": FREE}
-    return dpo_step(policy, micro_batch(policy, examples), loss_type=loss_type, **options)
+    options = {"reference": reference, "meter": CostMeter(), "shape": FREE}
+    return dpo_step(policy, micro_batch(policy, examples), criterion=Criterion(BETA, ((loss_type, 1.0),)), **options)
 
 
 def plain_scores(scorer, found: Example) -> list[torch.Tensor]:

@@ -22,6 +22,12 @@ CASES = [
     ("train-rm", {}),
     ("dpo", {"beta": 0.5}),
     ("dpo", {"beta": 0.5, "precompute_ref_log_probs": False}),
+    ("dpo", {"beta": 0.5, "loss_type": "robust", "label_smoothing": 0.2}),
+    ("dpo", {"beta": 0.5, "loss_type": "hinge"}),
+    ("dpo", {"beta": 0.5, "loss_type": ["sigmoid", "apo_zero"], "loss_weights": [0.7, 2.0]}),
+    ("dpo", {"beta": 0.5, "f_divergence": "js", "loss_type": "sigmoid_norm"}),
+    ("dpo", {"beta": 0.5, "f_divergence": "forward_kl"}),
+    ("dpo", {"beta": 0.5, "f_divergence": "alpha", "f_alpha": 0.3}),
     ("dpo", {"beta": 0.5, "loss_type": "ipo_mean"}),
     ("dpo", {"beta": 0.5, "loss_type": "sigmoid_norm"}),
     ("dpo", {"beta": 0.5, "loss_type": "apo_zero"}),
@@ -77,6 +83,48 @@ def test_evaluations_and_final_figures(lab, both, stage):
     ours, other = (result.metrics for result in results)
     assert set(ours) == set(other)
     assert other["train"] == {name: value for name, value in theirs[-2].items() if name != "step"}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"sft_weight": 0.3}, {"loss_type": ["hinge", "sft"], "loss_weights": [1.0, 0.3]}], ids=["key", "list"]
+)
+def test_the_sft_term_is_in_the_one_loss_that_trl_reports(lab, both, changes):
+    """As TRL's "sft" in a list of losses: a mean over the tokens of the chosen responses."""
+    results = both("dpo", max_steps=4, beta=0.5, **changes)
+    for ours, other in zip(*(lab.rows(result.run) for result in results), strict=True):
+        assert other["loss"] == pytest.approx(ours["loss/dpo"] + 0.3 * ours["loss/sft"], abs=AGREE)
+        assert ours["grad_norm"] == pytest.approx(other["grad_norm"], abs=AGREE)
+
+
+@pytest.mark.parametrize("name", ["simpo", "cpo", "orpo"])
+def test_losses_without_a_reference_have_the_formulas_of_trls_experimental_trainers(name):
+    """The trainers read texts; their losses are called with log-probabilities (of means where they take those)."""
+    from types import SimpleNamespace
+
+    from rlhf_pipeline.training.pairs import Criterion, preference_loss
+
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 9, (10,), generator=draw)
+    logprobs = -lengths * (0.05 + torch.rand(10, generator=draw))
+    ours = preference_loss(
+        Criterion(0.7, ((name, 1.0),), gamma=0.4 if name == "simpo" else 0.0), logprobs, None, lengths, None
+    )
+    chosen, rejected = (logprobs if name == "cpo" else logprobs / lengths).view(-1, 2).unbind(1)
+    accelerator = SimpleNamespace(device=torch.device("cpu"))
+    if name == "orpo":
+        from trl.experimental.orpo import ORPOTrainer
+
+        settings = SimpleNamespace(beta=0.7, accelerator=accelerator)
+        theirs = -ORPOTrainer.odds_ratio_loss(settings, chosen, rejected)[0]
+    else:
+        from trl.experimental.cpo import CPOTrainer
+
+        kind = "simpo" if name == "simpo" else "sigmoid"
+        options = {"alpha": 0.0, "label_smoothing": 0.0, "simpo_gamma": 0.4, "loss_type": kind}
+        settings = SimpleNamespace(beta=0.7, accelerator=accelerator, **options)
+        theirs, rewards, _ = CPOTrainer.cpo_loss(settings, chosen, rejected)
+        torch.testing.assert_close(ours.chosen_rewards, rewards, atol=1e-6, rtol=0)
+    assert ours.loss.item() == pytest.approx(theirs.sum().item(), abs=1e-5)
 
 
 def test_the_centering_term_is_in_the_one_loss_that_trl_reports(lab, both):

@@ -86,7 +86,7 @@ def test_a_rank_without_an_example_gets_a_stand_in_of_weight_0():
 
 def test_counts_add_up_over_the_window():
     (window,) = windows(count=6, steps=1, size=2, accumulation=3)
-    assert window.counts == {"prompts": 6, "pairs": 0, "tokens": 2 * (1 + 2 + 3)}
+    assert window.counts == {"prompts": 6, "pairs": 0, **dict.fromkeys(("tokens", "chosen_tokens"), 2 * (1 + 2 + 3))}
     assert window.epoch == 1.0
 
 

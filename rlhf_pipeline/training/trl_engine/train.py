@@ -159,10 +159,12 @@ def _warn_of_final_padding(run: Run, pad_id: int, examples: Sequence[Example]) -
 def native_names(stage: str, logs: dict[str, float], config: TrainingConfig) -> dict[str, float]:
     """One line of TRL's log with the native names; metrics without a native counterpart are under `trl/`.
 
-    TRL reports Bradley-Terry and the centering term as one sum, which is logged as `loss`. The scores of chosen and
-    rejected responses follow from their common mean m and their margin d: m + d/2 and m - d/2.
+    TRL reports the sum of a loss and the term beside it (centering, SFT), which is logged as `loss`. The scores of
+    chosen and rejected responses follow from their common mean m and their margin d: m + d/2 and m - d/2.
     """
-    loss = "loss" if isinstance(config, RewardConfig) and config.center_rewards_coefficient else _LOSS[stage]
+    beside = config.center_rewards_coefficient if isinstance(config, RewardConfig) else None
+    beside = config.sft_term if isinstance(config, DpoConfig) else beside
+    loss = "loss" if beside else _LOSS[stage]
     metrics = {loss: logs["loss"]}
     shared = (*_SHARED[stage], *_SAME)
     metrics |= {name: float(logs[name]) for name in shared if name in logs}

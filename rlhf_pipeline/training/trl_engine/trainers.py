@@ -17,8 +17,18 @@ if TYPE_CHECKING:
 
     from rlhf_pipeline.training.open_run import Run
 
-DPO_LOSSES = {"sigmoid": "sigmoid", "ipo_mean": "ipo", "sigmoid_norm": "sigmoid_norm", "apo_zero": "apo_zero"}
+DPO_LOSSES = {
+    "sigmoid": "sigmoid",
+    "robust": "robust",
+    "hinge": "hinge",
+    "ipo_mean": "ipo",
+    "sigmoid_norm": "sigmoid_norm",
+    "apo_zero": "apo_zero",
+}
 """This package's `loss_type` -> TRL's."""
+
+DIVERGENCES = {"js": "js_divergence", "alpha": "alpha_divergence"}
+"""This package's `f_divergence` -> TRL's, where they differ."""
 
 
 class Driven:
@@ -121,7 +131,11 @@ def make_trainer(
             **dropout,
             router_aux_loss_coef=0.0,
             beta=config.beta,
-            loss_type=[DPO_LOSSES[config.loss_type]],
+            loss_type=[*(DPO_LOSSES[name] for name, _ in config.losses), *["sft"] * bool(config.sft_term)],
+            loss_weights=[*(weight for _, weight in config.losses), *[config.sft_term] * bool(config.sft_term)],
+            label_smoothing=config.label_smoothing,
+            f_divergence_type=DIVERGENCES.get(config.f_divergence, config.f_divergence),
+            f_alpha_divergence_coef=config.alpha,
             precompute_ref_log_probs=config.precompute_ref_log_probs,
         )
     trainer = type(f"Driven{base.__name__}", (Driven, base), {})(model=model, args=arguments, **options)
