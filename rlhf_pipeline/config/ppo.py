@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -136,9 +137,12 @@ def check_epochs(config: PpoConfig) -> Iterator[Fault]:
 
 
 def check_batches(config: PpoConfig) -> Iterator[Fault]:
-    """Yield the fault of batch sizes that do not divide each other."""
+    """Yield the faults of batch sizes that do not divide each other."""
     rollout, parts = config.rollout_batch_size, config.num_mini_batches
-    micro = config.per_device_train_batch_size
+    micro, group = config.per_device_train_batch_size, config.num_generations
+    if rollout % group:
+        found = f"rollout_batch_size {rollout} is not a multiple of num_generations {group}"
+        yield Fault("num_generations", found, "a divisor of rollout_batch_size")
     if rollout % parts:
         found = f"rollout_batch_size {rollout} is not a multiple of num_mini_batches {parts}"
         yield Fault("num_mini_batches", found, "a divisor of rollout_batch_size")
@@ -161,10 +165,7 @@ def check_warmups(config: PpoConfig) -> Iterator[Fault]:
     if config.max_steps != -1:
         updates, limit = config.max_steps, "max_steps"
     else:
-        updates, limit = (
-            (config.total_episodes or 0) // config.rollout_batch_size,
-            "total_episodes / rollout_batch_size",
-        )
+        updates, limit = config.updates, "total_episodes / rollout_batch_size"
         if 1 <= updates < config.warmup_steps:
             found = f"warm-up of {config.warmup_steps} updates in a run of {updates}"
             yield Fault("warmup_steps", found, f"at most {limit}")
@@ -232,6 +233,9 @@ class PpoConfig(TrainingConfig):
     )
     total_episodes: Count | None = option(None, "responses to sample in the whole run; required without max_steps")
     rollout_batch_size: Count = option(ROLLOUT, "responses sampled per update, on all devices together (ours)")
+    num_generations: Count = option(
+        1, "responses to each prompt of a rollout, which has rollout_batch_size / num_generations prompts (PPO: 1)"
+    )
     num_ppo_epochs: Count = option(4, "passes over each rollout (TRL)")
     num_mini_batches: Count = option(
         4, "minibatches per epoch: optimizer steps in one pass over a rollout (PPO's code; TRL: 1)"
@@ -320,6 +324,17 @@ class PpoConfig(TrainingConfig):
     def minibatch_size(self) -> int:
         """The number of responses in one optimizer step, on all devices together."""
         return self.rollout_batch_size // self.num_mini_batches
+
+    @property
+    def prompts_per_rollout(self) -> int:
+        """The number of prompts of a rollout, on all devices together."""
+        return self.rollout_batch_size // self.num_generations
+
+    def responses_per_tree(self, processes: int = 1) -> int:
+        """The number of responses to a prompt that share it in every pass of training, whatever their lengths."""
+        if self.micro_batch_tokens is not None:
+            return 1
+        return math.gcd(self.num_generations, self.per_device_train_batch_size, self.minibatch_size // processes)
 
     @property
     def updates(self) -> int:

@@ -143,7 +143,8 @@ def check_processes(config: PpoConfig, count: int) -> None:
     """Check that `count` processes can share a run.
 
     Raises:
-        ConfigError: `count` does not divide the minibatch, or `rollout_engine: vllm` has several processes.
+        ConfigError: `count` does not divide the minibatch or the prompts of a rollout, or `rollout_engine: vllm` has
+            several processes.
     """
     if config.rollout_engine == "vllm" and count > 1:
         found = f"found 'vllm' on {count} processes"
@@ -151,6 +152,10 @@ def check_processes(config: PpoConfig, count: int) -> None:
     if config.minibatch_size % count:
         found = f"a minibatch of {config.minibatch_size} responses on {count} processes"
         raise ConfigError(Fault("rollout_batch_size", found, f"a minibatch that {count} divides"))
+    if config.prompts_per_rollout % count:
+        found = f"{config.prompts_per_rollout} prompts with {config.num_generations} responses each on {count} processes"
+        expected = f"rollout_batch_size / num_generations that {count} divides: a prompt's responses stay together"
+        raise ConfigError(Fault("num_generations", found, expected))
 
 
 def load_engine(run: Run[PpoConfig], config: PpoConfig, start: Resolved, policy: ActorCritic) -> VllmEngine | None:

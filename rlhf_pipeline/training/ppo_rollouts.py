@@ -17,7 +17,7 @@ from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.modules import ActorCritic, Policy
 from rlhf_pipeline.models.sharding import whole_actor
 from rlhf_pipeline.rollout.functions import functions_of
-from rlhf_pipeline.rollout.responses import answered, logprob_matrix, prompts_run, sample_for_prompts
+from rlhf_pipeline.rollout.responses import answered, logprob_matrix, one_by_one, prompts_run, sample_for_prompts
 from rlhf_pipeline.rollout.rewards import BadScores, RewardSource
 from rlhf_pipeline.rollout.rollout import (
     Estimates,
@@ -92,7 +92,7 @@ class PpoSetup:
 
 def prompts_of(setup: PpoSetup, update: int) -> list[Example]:
     """This process's prompts for an update: consecutive prompts from passes over all prompts, each pass shuffled."""
-    size = setup.config.rollout_batch_size
+    size = setup.config.prompts_per_rollout
     orders: dict[int, list[int]] = {}
     chosen = []
     for place in range(update * size, (update + 1) * size):
@@ -104,7 +104,9 @@ def prompts_of(setup: PpoSetup, update: int) -> list[Example]:
 
 
 def sample_responses(setup: PpoSetup, module: nn.Module, update: int) -> Sampled:
-    """Sample one response from the policy (or the engine with its weights) to each prompt of an update.
+    """Sample `num_generations` responses from the policy (or the engine with its weights) to each prompt of an update.
+
+    The examples have one response each; those to one prompt are neighbours.
 
     Raises:
         RunFailed: memory ran out.
@@ -123,33 +125,39 @@ def _sample(setup: PpoSetup, module: nn.Module, update: int) -> tuple[Sampled, l
     """The responses, and the lengths of the prompts that were run (None: one prompt per response)."""
     config, prompts = setup.config, prompts_of(setup, update)
     width = config.lengths().response
-    options: dict[str, Any] = {"samples": 1, "response_length": width, "stop_ids": setup.stop_ids}
+    options: dict[str, Any] = {"samples": config.num_generations, "response_length": width, "stop_ids": setup.stop_ids}
     options |= {"generator": setup.generator(update, 0), "temperature": config.temperature}
     if setup.engine is not None:
         setup.engine.load_weights(setup.actor_critic)
         tokens = setup.actor_critic.reader.tokens
         drawn = setup.engine.generate([prompt.prompt_ids for prompt in prompts], tokens=tokens, **options)
-        return Sampled(answered(prompts, drawn)[0], logprob_matrix(drawn, width).to(setup.device)), None
-    at_once: dict[str, Any] = {"responses_at_once": len(prompts), "memory": setup.memory}
+        examples, _ = answered(prompts, drawn)
+        return Sampled(one_by_one(examples), logprob_matrix(drawn, width).to(setup.device)), None
+    at_once: dict[str, Any] = {"responses_at_once": len(prompts) * config.num_generations, "memory": setup.memory}
     options |= {"device": setup.device, "module": module}
     with whole_actor(setup.actor_critic):
         examples, _ = sample_for_prompts(setup.actor_critic, prompts, **options, **at_once)
-    return Sampled(examples), prompts_run(setup.actor_critic, examples, **at_once)
+    return Sampled(one_by_one(examples)), prompts_run(setup.actor_critic, examples, **at_once)
 
 
 def shuffled_minibatches(setup: PpoSetup, sampled: Sampled, update: int) -> list[Minibatches]:
-    """A random partition of the responses for each epoch: minibatches of micro-batches of row numbers."""
+    """A random partition of the responses for each epoch: minibatches of micro-batches of row numbers.
+
+    The responses to one prompt stay together: prompts are shuffled, and micro-batches are made of whole trees.
+    """
     config, examples, shuffle = setup.config, sampled.examples, setup.generator(update, 1)
+    group, tree = config.num_generations, config.responses_per_tree(setup.world_size)
     epochs = []
     for _ in range(config.num_ppo_epochs):
-        order = torch.randperm(len(examples), generator=shuffle).tolist()
+        prompts = torch.randperm(len(examples) // group, generator=shuffle).tolist()
+        order = [prompt * group + number for prompt in prompts for number in range(group)]
         size = len(order) // config.num_mini_batches
         minibatches = []
         for start in range(0, len(order), size):
-            members = order[start : start + size]
-            chosen = [examples[i] for i in members]
-            groups = micro_batches(chosen, config.per_device_train_batch_size, config.micro_batch_tokens)
-            rows = [[members[i] for i in group] for group in groups]
+            members = [order[first : first + tree] for first in range(start, start + size, tree)]
+            trees = [merge_prompts([examples[i] for i in rows])[0] for rows in members]
+            groups = micro_batches(trees, config.per_device_train_batch_size // tree, config.micro_batch_tokens)
+            rows = [[i for number in numbers for i in members[number]] for numbers in groups]
             # Responses to one prompt are adjacent, so that they share it.
             minibatches.append([sorted(group, key=lambda row: (examples[row].prompt_ids, row)) for group in rows])
         epochs.append(minibatches)
@@ -303,5 +311,5 @@ def minibatch_window(
         "first_tokens": total_tokens if first else 0.0,
         "first_batches": total_batches if first else 0.0,
     }
-    epochs_done = (scored.update + 1) * config.rollout_batch_size / len(setup.prompts)
+    epochs_done = (scored.update + 1) * config.prompts_per_rollout / len(setup.prompts)
     return Window(batches, counts, last, metrics if last else {}, epochs_done, scored.halvings)
