@@ -1,4 +1,4 @@
-"""Keys of `rlhf ppo`: proximal policy optimisation against a reward model or reward functions."""
+"""Keys of `rlhf ppo`: policy optimisation against a reward model or reward functions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from rlhf_pipeline.config.base import (
     Count,
-    Fraction,
     ModelInput,
     NonNegative,
     Positive,
@@ -20,6 +19,7 @@ from rlhf_pipeline.config.base import (
     option,
 )
 from rlhf_pipeline.config.lengths import remark_on_halves
+from rlhf_pipeline.config.ppo_algorithm import WithAlgorithm, check_algorithm
 from rlhf_pipeline.config.reward_names import names_a_model
 from rlhf_pipeline.config.rewards import (
     RATING_PLACES,
@@ -169,18 +169,19 @@ def check_warmups(config: PpoConfig) -> Iterator[Fault]:
         if 1 <= updates < config.warmup_steps:
             found = f"warm-up of {config.warmup_steps} updates in a run of {updates}"
             yield Fault("warmup_steps", found, f"at most {limit}")
-    if 1 <= updates <= config.critic_warmup_steps:
+    if 1 <= updates <= (config.critic_warmup_steps or 0):
         found = f"the actor is frozen for {config.critic_warmup_steps} updates in a run of {updates}"
         yield Fault("critic_warmup_steps", found, f"less than {limit}")
 
 
-class PpoConfig(TrainingConfig):
+class PpoConfig(WithAlgorithm, TrainingConfig):
     """Config of `rlhf ppo`; steps are updates, one rollout each."""
 
     stage: ClassVar[str] = "ppo"
     checks: ClassVar = (
         check_model,
         *COMMON_CHECKS,
+        check_algorithm,
         check_reward,
         check_reward_sources,
         check_judge,
@@ -227,37 +228,11 @@ class PpoConfig(TrainingConfig):
         "logging_steps updates, is logged as objective/judge, and nothing is trained on it (ours: none)",
         names="reward",
     )
-    value_init: Literal["reward_model", "sft", "shared"] | None = option(
-        None,
-        "initial critic (InstructGPT: reward_model; sft without a reward model); shared: a value head on the actor",
-    )
     total_episodes: Count | None = option(None, "responses to sample in the whole run; required without max_steps")
     rollout_batch_size: Count = option(ROLLOUT, "responses sampled per update, on all devices together (ours)")
-    num_generations: Count = option(
-        1, "responses to each prompt of a rollout, which has rollout_batch_size / num_generations prompts (PPO: 1)"
-    )
-    num_ppo_epochs: Count = option(4, "passes over each rollout (TRL)")
-    num_mini_batches: Count = option(
-        4, "minibatches per epoch: optimizer steps in one pass over a rollout (PPO's code; TRL: 1)"
-    )
     kl_coef: NonNegative = option(
         0.05, "beta: penalty per nat of KL to the reference, in units of reward (TRL)", moves_optimum=True, moving=0.0
     )
-    cliprange: Positive = option(0.2, "clip range of the probability ratio: 1 - cliprange to 1 + cliprange (PPO paper)")
-    cliprange_value: Positive = option(0.2, "clip range of a value's change, in units of reward (TRL)")
-    vf_coef: NonNegative = option(
-        0.1, "weight of the value loss (TRL)", moves_optimum=True, moving=0.0, unless=("lam", 1.0)
-    )
-    gamma: Fraction = option(1.0, "discount per token (TRL)", moves_optimum=True)
-    lam: Fraction = option(
-        0.95,
-        "lambda of GAE: 1 is unbiased; less reduces the variance and discounts what the critic misses (TRL)",
-        moves_optimum=True,
-        neutral=1.0,
-        condition="with a wrong critic",
-    )
-    whiten_advantages: bool = option(True, "normalise advantages to mean 0 and variance 1 over the rollout (TRL)")
-    whiten_rewards: bool = option(False, "scale the rewards per token to variance 1 (TRL: off)", moves_optimum=True)
     missing_eos_penalty: NonNegative | None = option(
         None, "penalty subtracted from the score of a cut response (TRL: none)", moves_optimum=True
     )
@@ -286,14 +261,10 @@ class PpoConfig(TrainingConfig):
         "with use_peft: hold actor, reference, critic and reward model as adapters on one copy of the weights; the "
         "reward model must be an adapter on the weights of model_name_or_path (ours: off)",
     )
-    critic_warmup_steps: int = option(0, "number of first updates that train only the critic (TRL: none)", ge=0)
-    loss_normalization: Literal["tokens", "sequences"] = option(
-        "tokens", "divide the loss by the number of tokens (TRL), or by sequences x response_length (unbiased)"
-    )
 
     @model_validator(mode="after")
     def _fill_what_follows(self) -> PpoConfig:
-        if self.value_init is None:
+        if self.value_init is None and self.has_critic:
             unreadable = self.reward_model_path is None or self.reward_tokenization in ("text", "chat")
             object.__setattr__(self, "value_init", "sft" if unreadable else "reward_model")
         if self.gradient_accumulation_steps is None:

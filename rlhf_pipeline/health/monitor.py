@@ -52,7 +52,7 @@ def facts_of(config: TrainingConfig, total: int, ranks: int, known: Mapping[str,
         size=rollout or examples,
         low_precision=bf16 or config.dtype in ("bfloat16", "float16"),
         kl_coef=getattr(config, "kl_coef", 0.0),
-        critic_warmup_steps=getattr(config, "critic_warmup_steps", 0),
+        critic_warmup_steps=getattr(config, "critic_warmup_steps", None) or 0,
         loss_type=getattr(config, "loss_type", "sigmoid"),
         **known,
     )

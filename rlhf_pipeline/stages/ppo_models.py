@@ -47,7 +47,6 @@ def load_setup(
         MismatchError: models that do not fit together; see `load_reward` and `load_judge`.
     """
     config, accelerator = run.config, run.accelerator
-    assert config.value_init is not None  # the config fills it in
     temperature, place = config.temperature, run.loads_on
     actor, reference = load_policy_and_reference(parent, config, tokenizer, place, temperature=temperature)
     below = reference.model if config.shared_base else None
@@ -153,7 +152,9 @@ def check_processes(config: PpoConfig, count: int) -> None:
         found = f"a minibatch of {config.minibatch_size} responses on {count} processes"
         raise ConfigError(Fault("rollout_batch_size", found, f"a minibatch that {count} divides"))
     if config.prompts_per_rollout % count:
-        found = f"{config.prompts_per_rollout} prompts with {config.num_generations} responses each on {count} processes"
+        found = (
+            f"{config.prompts_per_rollout} prompts with {config.num_generations} responses each on {count} processes"
+        )
         expected = f"rollout_batch_size / num_generations that {count} divides: a prompt's responses stay together"
         raise ConfigError(Fault("num_generations", found, expected))
 

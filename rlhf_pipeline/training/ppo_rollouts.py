@@ -191,7 +191,9 @@ def score_responses(
         named = {rewards: rollout.scores, "log-probabilities of the policy": rollout.logprobs}
         if rollout.sampler_logprobs is not None:
             named["log-probabilities of the sampler"] = rollout.sampler_logprobs
-        named |= {"log-probabilities of the reference": rollout.ref_logprobs, "values": rollout.values}
+        named["log-probabilities of the reference"] = rollout.ref_logprobs
+        if rollout.values is not None:
+            named["values"] = rollout.values
         found.require_finite(named, setup.actor_critic, {rewards: str(refused or "")})
         return found
 
@@ -205,7 +207,7 @@ def run_models(
     """The rollout, and the first error about rewards that are not finite, which `score_responses` raises."""
     examples, width = sampled.examples, setup.config.lengths().response
     count, device = len(examples), setup.device
-    names = ("logprobs", "ref_logprobs", "values", "entropy")
+    names = ("logprobs", "ref_logprobs", "entropy", *(["values"] if setup.config.has_critic else []))
     matrices = {name: torch.zeros(count, width, device=device) for name in names}
     scores = torch.zeros(count, device=device)
     lengths = torch.zeros(count, dtype=torch.long, device=device)
@@ -217,9 +219,9 @@ def run_models(
             policy, layout = module(batch), setup.reference.reader.layout
             readable = batch if reads(layout, batch) else pack(chosen, layout=layout).to(device)
             reference = setup.reference(readable)
-            found = (policy.logprobs, reference.logprobs, policy.values, policy.entropy)
-            for name, value in zip(names, found, strict=True):
-                matrices[name][index] = batch.padded(value, width).to(matrices[name].dtype)
+            found = {**vars(policy), "ref_logprobs": reference.logprobs}
+            for name, matrix in matrices.items():
+                matrix[index] = batch.padded(found[name], width).to(matrix.dtype)
             try:
                 scores[index] = setup.reward.score(chosen, batch).to(scores)
             except BadScores as bad:
@@ -235,7 +237,7 @@ def run_models(
         ended=ended,
         scores=apply_missing_eos_penalty(scores, ended, setup.config.missing_eos_penalty),
         sampler_logprobs=sampled.logprobs,
-        **matrices,
+        **{"values": None, **matrices},
     )
     return rollout, refused
 
@@ -247,7 +249,9 @@ def check_and_describe(setup: PpoSetup, scored: Scored, estimates: Estimates) ->
         NotFinite: an advantage or return is not finite.
     """
     config, rollout = setup.config, scored.rollout
-    named = {"advantages": estimates.advantages, "returns": estimates.returns}
+    named = {"advantages": estimates.advantages}
+    if estimates.returns is not None:
+        named["returns"] = estimates.returns
     setup.together(lambda: scored.require_finite(named, setup.actor_critic))
     metrics = rollout_metrics(rollout, estimates, kl_coef=config.kl_coef, reduce=setup.reduce)
     metrics |= sampler_metrics(rollout.mask, estimates.importance, reduce=setup.reduce)
@@ -280,8 +284,10 @@ def minibatch_window(
 ) -> Window:
     """One minibatch as a window; the last minibatch of the last epoch ends the update and carries the metrics."""
     config, rollout = setup.config, scored.rollout
+    ref_logprobs = rollout.ref_logprobs if config.kl_in == "loss" else None
     first, last = (epoch, number) == (0, 0), (epoch, number) == (len(scored.epochs) - 1, len(scored.epochs[0]) - 1)
     importance = estimates.importance
+    weights = None if importance is None else importance.weights
     batches, tokens, sequences = [], 0, 0
     for place, rows in enumerate(scored.epochs[epoch][number]):
         examples = [rollout.examples[i] for i in rows]
@@ -292,11 +298,12 @@ def minibatch_window(
                 batch,
                 mask=rollout.mask[index],
                 old_logprobs=rollout.logprobs[index],
-                old_values=rollout.values[index],
+                old_values=None if rollout.values is None else rollout.values[index],
                 advantages=estimates.advantages[index],
-                returns=estimates.returns[index],
+                returns=None if estimates.returns is None else estimates.returns[index],
                 first=first,
-                weights=None if importance is None else importance.weights[index],
+                ref_logprobs=None if ref_logprobs is None else ref_logprobs[index],
+                weights=None if weights is None else weights[index],
                 examples=examples,
                 pack=setup.pack,
             )
@@ -308,6 +315,7 @@ def minibatch_window(
     counts = {
         "tokens": total_tokens,
         "sequences": total_sequences * config.lengths().response,
+        "responses": total_sequences,
         "first_tokens": total_tokens if first else 0.0,
         "first_batches": total_batches if first else 0.0,
     }

@@ -26,6 +26,10 @@ MOVES: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
         "missing_eos_penalty": ([None, 0.0], [1.0]),
         "temperature": ([1.0], [0.7]),
         "reward_combination": (["sum"], ["min", "mean_minus_std"]),
+        "kl_in": (["reward"], ["loss"]),
+        "num_generations": ([8], [2, 4]),
+        "scale_rewards": (["none"], ["group"]),
+        "loss_normalization": (["tokens", "sequences"], ["responses"]),
     },
     "dpo": {
         "weight_decay": DECAY,
@@ -36,8 +40,16 @@ MOVES: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
     "collect": {"labels": (["bradley-terry"], ["rank"])},
 }
 SEVERAL = {"reward_model_path": None, "reward_functions": ["world", "module:function"]}
-BESIDE = {"reward_combination": SEVERAL}
+GRPO = {"algorithm": "grpo"}
+PER_TOKEN = {**GRPO, "kl_in": "loss"}
+BESIDE = {
+    "reward_combination": SEVERAL,
+    "kl_in": GRPO,
+    **dict.fromkeys(("num_generations", "scale_rewards", "loss_normalization"), PER_TOKEN),
+}
 """Keys that an option needs beside it."""
+ALONG = {"kl_in": {"num_generations": 8}}
+"""What an option makes others do."""
 MAY_MOVE = {"ppo": {"lam": ([1.0], [0.95, 0.0])}}
 
 
@@ -60,10 +72,29 @@ def test_every_marked_option_is_in_the_table(stage):
 def test_each_option_moves_the_optimum_at_these_values_and_not_at_those(load, stage):
     assert moves_optimum(load(stage)) == {}
     for name, (neutral, moving) in MOVES[stage].items():
+        beside = BESIDE.get(name, {})
+        around = {"kl_in": "loss", "num_generations": 8} if beside == PER_TOKEN else {}
         for value in neutral:
-            assert moves_optimum(load(stage, **BESIDE.get(name, {}), **{name: value})) == {}, (name, value)
+            assert moves_optimum(load(stage, **beside, **{name: value})) == around, (name, value)
         for value in moving:
-            assert moves_optimum(load(stage, **BESIDE.get(name, {}), **{name: value})) == {name: value}
+            found = moves_optimum(load(stage, **beside, **{name: value}))
+            assert found == {**around, **ALONG.get(name, {}), name: value}
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "a2c", "rloo", "grpo"])
+def test_no_algorithm_moves_the_optimum_by_itself(load, algorithm):
+    """With the KL in the return every advantage is 0 there, whatever reshapes advantages."""
+    assert moves_optimum(load("ppo", algorithm=algorithm, num_generations=4)) == {}
+    assert may_move_optimum(load("ppo", algorithm=algorithm)) == (
+        {} if algorithm in ("rloo", "grpo") else {"lam": 0.95}
+    )
+    reshaped = {"scale_rewards": "group", "loss_normalization": "responses"}
+    assert moves_optimum(load("ppo", **GRPO, **reshaped)) == {}
+
+
+def test_the_published_grpo_states_the_size_of_its_groups(load):
+    published = {"kl_in": "loss", "scale_rewards": "group", "loss_normalization": "responses"}
+    assert moves_optimum(load("ppo", **GRPO, **published)) == {**published, "num_generations": 8}
 
 
 def test_a_discount_of_what_the_critic_misses_is_no_reason_to_refuse(load):
