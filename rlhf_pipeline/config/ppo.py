@@ -140,6 +140,10 @@ def check_batches(config: PpoConfig) -> Iterator[Fault]:
     """Yield the faults of batch sizes that do not divide each other."""
     rollout, parts = config.rollout_batch_size, config.num_mini_batches
     micro, group = config.per_device_train_batch_size, config.num_generations
+    if config.kl_horizon is not None and config.kl_horizon < rollout:
+        yield Fault("kl_horizon", f"found {config.kl_horizon}", f"rollout_batch_size, {rollout}, or more")
+    if config.kl_target is not None and not config.kl_coef:
+        yield Fault("kl_coef", "found 0 with kl_target, which multiplies it", "a number > 0 to start with")
     if rollout % group:
         found = f"rollout_batch_size {rollout} is not a multiple of num_generations {group}"
         yield Fault("num_generations", found, "a divisor of rollout_batch_size")
@@ -235,6 +239,14 @@ class PpoConfig(WithAlgorithm, TrainingConfig):
     )
     missing_eos_penalty: NonNegative | None = option(
         None, "penalty subtracted from the score of a cut response (TRL: none)", moves_optimum=True
+    )
+    reward_clip: Positive | None = option(
+        None,
+        "limit of a score: it is clipped to -reward_clip .. reward_clip, before penalties (TRL: none)",
+        moves_optimum=True,
+    )
+    length_penalty: NonNegative | None = option(
+        None, "penalty subtracted from the score for each token of a response (ours: none)", moves_optimum=True
     )
     temperature: Positive = option(
         1.0,

@@ -30,6 +30,8 @@ _DEFAULTS: Mapping[Algorithm, Mapping[str, Any]] = {
     "grpo": {"num_generations": 8, "whiten_advantages": False},
 }
 """Defaults that differ from those of PPO."""
+HORIZON = 10_000
+"""The default of kl_horizon."""
 _UNLESS_IN_REWARD = ("kl_in", "reward")
 
 
@@ -96,6 +98,15 @@ class WithAlgorithm(Keys):
         "(ours); loss: the k3 estimate of each token (GRPO paper), whose optimum depends on num_generations",
         moves_optimum=True,
     )
+    kl_target: Positive | None = option(
+        None,
+        "KL to the reference in nats that an adaptive kl_coef aims at (Ziegler et al. 2019); the optimum is that of the "
+        "kl_coef at which it ends, and a target that no better policy has drives it to 0 (ours: none)",
+        moves_optimum=True,
+    )
+    kl_horizon: Count | None = option(
+        None, "with kl_target: episodes over which kl_coef changes by up to its fifth (Ziegler et al. 2019: 10,000)"
+    )
     scale_rewards: Literal["none", "group"] | None = option(
         "none",
         "with grpo: divide the advantages by the standard deviation of the returns to their prompt plus 1e-4: none "
@@ -122,6 +133,8 @@ class WithAlgorithm(Keys):
         for name, default in _DEFAULTS[self.algorithm].items():
             if name not in self.model_fields_set:
                 object.__setattr__(self, name, default)
+        if self.kl_target is not None and self.kl_horizon is None:
+            object.__setattr__(self, "kl_horizon", HORIZON)
         return self
 
     @property
@@ -154,6 +167,11 @@ def check_algorithm(config: WithAlgorithm) -> Iterator[Fault]:
     if name != "grpo" and config.loss_normalization == "responses":
         found = f"found 'responses' with algorithm {name}"
         yield Fault("loss_normalization", found, "tokens or sequences", "or set algorithm: grpo")
+    if config.kl_horizon is not None and config.kl_target is None:
+        yield Fault("kl_horizon", f"found {config.kl_horizon} without kl_target", "kl_target", "or remove it")
+    if config.kl_in == "loss" and config.kl_target is not None:
+        found = f"found {config.kl_target:g} with kl_in: loss"
+        yield Fault("kl_target", found, "no kl_target: kl_coef is fixed in the loss", "remove it, or set kl_in: reward")
     if config.kl_in == "loss" and config.whiten_advantages:
         found = "found true with kl_in: loss, where it would change the weight of the reward against the KL"
         yield Fault("whiten_advantages", found, "false", "remove it, or set kl_in: reward")

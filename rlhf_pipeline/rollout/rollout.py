@@ -53,6 +53,16 @@ def apply_missing_eos_penalty(scores: Tensor, ended: Tensor, penalty: float | No
     return scores if not penalty else scores - penalty * (~ended).to(scores.dtype)
 
 
+def shape_scores(scores: Tensor, lengths: Tensor, *, clip: float | None, per_token: float | None) -> Tensor:
+    """Scores (C,) clipped to -clip .. clip, minus `per_token` for each token of a response; both move the optimum.
+
+    It is then pi_ref exp(R' / beta) / Z of the shaped score R'. None: not clipped, no penalty.
+    """
+    if clip is not None:
+        scores = scores.clamp(-clip, clip)
+    return scores if not per_token else scores - per_token * lengths.to(scores.dtype)
+
+
 def rollout_metrics(
     rollout: Rollout, estimates: Estimates, *, kl_coef: float, reduce=lambda sums: sums
 ) -> dict[str, float]:

@@ -62,7 +62,7 @@ def ppo_windows(setup: PpoSetup, module: nn.Module, start: int) -> Iterator[Wind
 
         # 3. Token rewards: -beta (log pi - log pi_ref), plus the score at the last token.
         logprobs, ref_logprobs = rollout.logprobs, rollout.ref_logprobs
-        kl_coef = 0.0 if config.kl_in == "loss" else config.kl_coef
+        kl_coef = 0.0 if config.kl_in == "loss" else setup.kl_coef
         rewards = token_rewards(rollout.scores, logprobs, ref_logprobs, mask, kl_coef=kl_coef)
         if config.whiten_rewards:  # off by default: it moves the optimum
             rewards = whiten(rewards, mask, shift_mean=False, reduce=reduce)
@@ -81,6 +81,7 @@ def ppo_windows(setup: PpoSetup, module: nn.Module, start: int) -> Iterator[Wind
             advantages = to_tokens(advantages, mask)
         estimates = Estimates(rewards, advantages, returns, rollout.importance(config.importance_weight_cap))
         metrics = check_and_describe(setup, scored, estimates)
+        setup.adapt(metrics)
 
         # 5. Train: several epochs, each with an optimizer step per minibatch.
         with setup.meter.part("update"):
@@ -195,6 +196,8 @@ def run_ppo(config: PpoConfig, home: Path, **options) -> StageResult:
 
         # 2. Actor, critic if there is one, frozen reference (loaded apart from the actor's files), rewards, judge.
         setup, parents = load_setup(run, parent, tokenizer, prompts)
+        if run.checkpoint is not None:
+            setup.adapt(run.checkpoint.state["extra"]["last"])
         log_moves(run, parents)
 
         # 3. Train.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_pipeline.algorithms.kl import adapted_kl_coef
 from rlhf_pipeline.config.ppo import PpoConfig
 from rlhf_pipeline.data.batch import PackedBatch, merge_prompts, micro_batches, pack, reads
 from rlhf_pipeline.data.tokenize import Example
@@ -25,6 +26,7 @@ from rlhf_pipeline.rollout.rollout import (
     apply_missing_eos_penalty,
     rollout_metrics,
     sampler_metrics,
+    shape_scores,
 )
 from rlhf_pipeline.rollout.vllm_engine import VllmEngine
 from rlhf_pipeline.training.cost import JUDGE, CostMeter, ModelShape
@@ -50,7 +52,8 @@ class PpoSetup:
 
     actor_critic: the module itself; the functions below also get the wrapped one. reward: scores whole responses.
     engine: samples instead of the policy. judge: scores the logged rollouts; nothing is trained on it.
-    shapes: the shapes of the models by role, for the cost. autocast: the precision of training. reduce: sums over all
+    kl_coef: beta of the next rollout, which changes with kl_target. shapes: the shapes of the models by role, for the
+    cost. autocast: the precision of training. reduce: sums over all
     processes. together: runs work on every process; if it fails on one, it fails on all.
     """
 
@@ -71,6 +74,18 @@ class PpoSetup:
     world_size: int = 1
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums
     together: Callable[[Callable[[], Any]], Any] = lambda work: work()
+    kl_coef: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.kl_coef = self.config.kl_coef
+
+    def adapt(self, metrics: Mapping[str, float]) -> None:
+        """With `kl_target`, set the penalty of the rollout that follows the one with these metrics."""
+        config = self.config
+        if config.kl_target is not None and config.kl_horizon is not None:
+            aim: dict[str, Any] = {"target": config.kl_target, "horizon": config.kl_horizon}
+            before, episodes = metrics["objective/kl_coef"], config.rollout_batch_size
+            self.kl_coef = adapted_kl_coef(before, metrics["objective/kl"], episodes=episodes, **aim)
 
     def generator(self, update: int, purpose: int) -> torch.Generator:
         """The generator for one purpose of an update (0: sampling, 1: shuffling), from seed, update and process."""
@@ -231,11 +246,13 @@ def run_models(
             for shape in setup.shapes.values():
                 setup.meter.score(shape, batch)
     ended = torch.tensor([example.ended[0] for example in examples], device=device)
+    config = setup.config
+    scores = shape_scores(scores, lengths, clip=config.reward_clip, per_token=config.length_penalty)
     rollout = Rollout(
         examples=examples,
         mask=torch.arange(width, device=device) < lengths[:, None],
         ended=ended,
-        scores=apply_missing_eos_penalty(scores, ended, setup.config.missing_eos_penalty),
+        scores=apply_missing_eos_penalty(scores, ended, config.missing_eos_penalty),
         sampler_logprobs=sampled.logprobs,
         **{"values": None, **matrices},
     )
@@ -253,7 +270,9 @@ def check_and_describe(setup: PpoSetup, scored: Scored, estimates: Estimates) ->
     if estimates.returns is not None:
         named["returns"] = estimates.returns
     setup.together(lambda: scored.require_finite(named, setup.actor_critic))
-    metrics = rollout_metrics(rollout, estimates, kl_coef=config.kl_coef, reduce=setup.reduce)
+    metrics = rollout_metrics(rollout, estimates, kl_coef=setup.kl_coef, reduce=setup.reduce)
+    if config.kl_target is not None:
+        metrics["objective/kl_coef"] = setup.kl_coef
     metrics |= sampler_metrics(rollout.mask, estimates.importance, reduce=setup.reduce)
     metrics["episodes"] = float((scored.update + 1) * config.rollout_batch_size)
     for function in functions_of(setup.reward):

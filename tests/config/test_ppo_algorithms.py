@@ -92,12 +92,22 @@ def test_a_value_of_null_is_the_default(load):
             "found true with kl_in: loss",
         ),
         ({"algorithm": "reinforce"}, "algorithm", "found 'reinforce'"),
+        ({"kl_horizon": 100}, "kl_horizon", "found 100 without kl_target"),
+        ({"kl_target": 6, "kl_horizon": 63}, "kl_horizon", "found 63"),
+        ({"kl_target": 6, "kl_coef": 0}, "kl_coef", "found 0 with kl_target"),
+        ({"kl_target": 0}, "kl_target", "found 0"),
+        ({"algorithm": "grpo", "kl_in": "loss", "kl_target": 6}, "kl_target", "found 6 with kl_in: loss"),
     ],
 )
 def test_what_an_algorithm_refuses(faults, changes, key, found):
     refused = faults("ppo", **changes)
     assert list(refused) == [key]
     assert refused[key].found.startswith(found)
+
+
+def test_the_horizon_of_an_adaptive_penalty(load):
+    assert load("ppo").kl_horizon is None
+    assert load("ppo", kl_target=6).kl_horizon == 10_000
 
 
 def test_a2c_accumulates_over_the_whole_rollout(load):

@@ -29,6 +29,7 @@ from tests.rollout.tree import (
     World,
     error,
     estimate,
+    expected_step,
     network,
     ppo_windows,
     step,
@@ -97,12 +98,12 @@ def backward(policy: Tensor, leaves: Tensor) -> Tensor:
     return q
 
 
-def optimum(ref: Tensor) -> Table:
+def optimum(ref: Tensor, reward: Tensor = REWARD) -> Table:
     """pi* = ref exp(R / beta) / Z, by soft values from the leaves on."""
     policy, z = torch.zeros_like(ref), torch.zeros(INNER, dtype=torch.float64)
     for node in reversed(range(INNER)):
         after = [(*PREFIXES[node], token) for token in range(WORDS)]
-        weight = torch.stack([(REWARD[LEAF[s]] / BETA).exp() if s in LEAF else z[NUMBER[s]] for s in after])
+        weight = torch.stack([(reward[LEAF[s]] / BETA).exp() if s in LEAF else z[NUMBER[s]] for s in after])
         z[node] = (ref[node] * weight).sum()
         policy[node] = ref[node] * weight / z[node]
     return table_of(policy)
@@ -251,3 +252,19 @@ def test_a2c_clips_nothing():
             logprobs = world.logprobs(world.policy)[row][: LENGTHS[row]]
             expected = -(one.advantages[0, : LENGTHS[row]] * (logprobs - logprobs.detach() + shift).exp()).sum()
             assert error(world.gradient(value), world.gradient(expected)) <= 1e-10
+
+
+@pytest.mark.parametrize(
+    ("changes", "reward"),
+    [
+        ({"length_penalty": 0.3}, REWARD - 0.3 * LENGTHS),
+        ({"reward_clip": 1.0}, REWARD.clamp(-1, 1)),
+        ({"reward_clip": 1.0, "length_penalty": 0.3}, REWARD.clamp(-1, 1) - 0.3 * LENGTHS),
+    ],
+)
+def test_a_shaped_score_has_its_own_optimum(reference, changes, reward):
+    """ref exp(R' / beta) / Z of the shaped score R', and not pi*; with V = 0, which lambda 1 allows."""
+    size = expected_step(World(table_of(conditional(reference)), reference)).norm().item()
+    there = World(optimum(conditional(reference), reward), reference)
+    assert expected_step(there, **changes).norm().item() <= 1e-10 * size
+    assert expected_step(World(optimum(conditional(reference)), reference), **changes).norm().item() > 1e-2 * size
