@@ -98,10 +98,13 @@ class WithAlgorithm(Keys):
         "(ours); loss: the k3 estimate of each token (GRPO paper), whose optimum depends on num_generations",
         moves_optimum=True,
     )
+    entropy_coef: NonNegative = option(
+        0.0, "weight of a bonus for the entropy of each token's distribution, in nats (TRL: 0)", moves_optimum=True
+    )
     kl_target: Positive | None = option(
         None,
-        "KL to the reference in nats that an adaptive kl_coef aims at (Ziegler et al. 2019); the optimum is that of the "
-        "kl_coef at which it ends, and a target that no better policy has drives it to 0 (ours: none)",
+        "KL to the reference in nats that an adaptive kl_coef aims at (Ziegler et al. 2019); the optimum is that of "
+        "the kl_coef at which it ends, and a target that no better policy has drives it to 0 (ours: none)",
         moves_optimum=True,
     )
     kl_horizon: Count | None = option(

@@ -25,7 +25,7 @@ ValueInit = Literal["reward_model", "sft", "shared"]
 
 @dataclass(frozen=True)
 class TokenScores:
-    """logprobs: (N,) in nats; entropy: (N,) in nats, detached, or None if not requested; values: (N,) or None."""
+    """logprobs: (N,) in nats; entropy: (N,) in nats, detached unless trained, or None; values: (N,) or None."""
 
     logprobs: Tensor
     entropy: Tensor | None
@@ -130,7 +130,7 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.actor, self.reader, self.critic, self.value_head = actor, reader, critic, value_head
         self.temperature = temperature
-        self.actor_frozen = False
+        self.actor_frozen, self.trains_entropy = False, False
 
     @property
     def language_model(self) -> PreTrainedModel:
@@ -141,7 +141,8 @@ class ActorCritic(nn.Module):
         if batch is None:
             return self.actor(**decode)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.actor_frozen):
-            logprobs, entropy, hidden = completion_logprobs(self.actor, self.reader, batch, self.temperature)
+            options = {"train_entropy": self.trains_entropy}
+            logprobs, entropy, hidden = completion_logprobs(self.actor, self.reader, batch, self.temperature, **options)
             if self.value_head is None:
                 return TokenScores(logprobs, entropy)
             if self.critic is None and hidden is None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rlhf_pipeline.algorithms.advantages import gae, token_rewards
 from rlhf_pipeline.algorithms.groups import group_advantages, leave_one_out_advantages, to_tokens
-from rlhf_pipeline.algorithms.masked import whiten
+from rlhf_pipeline.algorithms.masked import masked_sum, whiten
 from rlhf_pipeline.algorithms.policy import PolicyLoss, clipped_policy_loss, clipped_value_loss, kl_loss
 from rlhf_pipeline.config.ppo import WARMUP_OFFSET, PpoConfig
 from rlhf_pipeline.data.batch import PackedBatch
@@ -135,6 +135,12 @@ def ppo_step(
         kl = kl_loss(logprobs, micro_batch.ref_logprobs, mask, weights=shares)
         terms["loss/kl_avg"] = (kl, per, config.kl_coef)
 
+    # 9. Entropy bonus: the entropy of each token's distribution, minus as a loss. It moves the optimum.
+    if config.entropy_coef:
+        assert scores.entropy is not None
+        bonus = batch.padded(scores.entropy, mask.shape[1]) * (1.0 if shares is None else shares)
+        terms["loss/entropy_avg"] = (-masked_sum(bonus, mask), per, config.entropy_coef)
+
     # During critic warm-up the actor has no graph, so the policy loss is only reported.
     terms["loss/policy_avg"] = (policy.loss, per, 1.0)
     return Loss(terms, metrics, checked)
@@ -161,7 +167,7 @@ def step_metrics(
     metrics = {
         "policy/approxkl_avg": (policy.approx_kl, "tokens"),
         "policy/clipfrac_avg": (policy.clipped, "tokens"),
-        "policy/entropy_avg": (scores.entropy.sum(), "tokens"),
+        "policy/entropy_avg": (scores.entropy.detach().sum(), "tokens"),
         "val/ratio": (policy.ratio, "tokens"),
         "val/ratio_square": (policy.ratio_square, "tokens"),
     }

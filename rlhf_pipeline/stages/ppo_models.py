@@ -82,6 +82,7 @@ def load_setup(
         adapt=partial(add_adapter, config=config, base=parent.label) if config.use_peft else None,
         temperature=config.temperature,
     ).to(run.loads_on)
+    actor_critic.trains_entropy = config.entropy_coef > 0
     for frozen in (reference, *models):
         assert_independent(actor_critic, frozen)
     run.log.say(describe_critic(config.value_init, named[0].label if models else None))

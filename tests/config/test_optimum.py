@@ -30,6 +30,7 @@ MOVES: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
         "reward_combination": (["sum"], ["min", "mean_minus_std"]),
         "kl_in": (["reward"], ["loss"]),
         "kl_target": ([None], [6.0]),
+        "entropy_coef": ([0.0], [0.01]),
         "num_generations": ([8], [2, 4]),
         "scale_rewards": (["none"], ["group"]),
         "loss_normalization": (["tokens", "sequences"], ["responses"]),

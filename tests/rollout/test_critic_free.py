@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf_pipeline.data.batch import PackedBatch
+from rlhf_pipeline.models.modules import TokenScores
 from rlhf_pipeline.rollout.rollout import Rollout
 from tests.rollout.tree import (
     BETA,
@@ -22,6 +24,7 @@ from tests.rollout.tree import (
     MASK,
     NUMBER,
     PREFIXES,
+    PROMPT,
     RESPONSES,
     REWARD,
     WORDS,
@@ -31,6 +34,7 @@ from tests.rollout.tree import (
     estimate,
     expected_step,
     network,
+    nodes,
     ppo_windows,
     step,
 )
@@ -257,9 +261,9 @@ def test_a2c_clips_nothing():
 @pytest.mark.parametrize(
     ("changes", "reward"),
     [
-        ({"length_penalty": 0.3}, REWARD - 0.3 * LENGTHS),
+        ({"length_penalty": 0.3}, REWARD - 0.3 * LENGTHS.double()),
         ({"reward_clip": 1.0}, REWARD.clamp(-1, 1)),
-        ({"reward_clip": 1.0, "length_penalty": 0.3}, REWARD.clamp(-1, 1) - 0.3 * LENGTHS),
+        ({"reward_clip": 1.0, "length_penalty": 0.3}, REWARD.clamp(-1, 1) - 0.3 * LENGTHS.double()),
     ],
 )
 def test_a_shaped_score_has_its_own_optimum(reference, changes, reward):
@@ -268,3 +272,52 @@ def test_a_shaped_score_has_its_own_optimum(reference, changes, reward):
     there = World(optimum(conditional(reference), reward), reference)
     assert expected_step(there, **changes).norm().item() <= 1e-10 * size
     assert expected_step(World(optimum(conditional(reference)), reference), **changes).norm().item() > 1e-2 * size
+
+
+class WithEntropy(Table):
+    """A table that trains the entropy of its distributions."""
+
+    def forward(self, batch: PackedBatch) -> TokenScores:
+        table = torch.log_softmax(self.logits, -1)[nodes(batch)]
+        return replace(super().forward(batch), entropy=-(table.exp() * table).sum(-1))
+
+
+def entropy_optimum(ref: Tensor, bonus: float) -> Table:
+    """pi ~ ref^(b / (b + c)) exp(Q / (b + c)), with V = sum pi (Q - b log pi / ref): without the bonus."""
+    policy, v, both = torch.zeros_like(ref), torch.zeros(INNER, dtype=torch.float64), BETA + bonus
+    for node in reversed(range(INNER)):
+        after = [(*PREFIXES[node], token) for token in range(WORDS)]
+        q = torch.stack([REWARD[LEAF[s]] if s in LEAF else v[NUMBER[s]] for s in after])
+        policy[node] = torch.softmax((BETA * ref[node].log() + q) / both, 0)
+        v[node] = (policy[node] * (q - BETA * (policy[node] / ref[node]).log())).sum()
+    table = WithEntropy(0)
+    table.logits.data[:INNER] = policy.log()
+    return table
+
+
+def test_an_entropy_bonus_has_its_own_fixed_point(reference):
+    changes = {**RLOO, "entropy_coef": 0.2}
+    start = WithEntropy(0)
+    start.logits.data = reference.logits.detach().clone()
+    size = pair_step(World(start, reference), **changes).norm().item()
+    there = entropy_optimum(conditional(reference), 0.2)
+    assert pair_step(World(there, reference), **changes).norm().item() <= 1e-9 * size
+    best = entropy_optimum(conditional(reference), 0.0)
+    assert pair_step(World(best, reference), **changes).norm().item() > 1e-2 * size
+    assert pair_step(World(best, reference), **RLOO).norm().item() <= 1e-9 * size
+
+
+def test_the_bonus_of_the_package_is_the_gradient_of_the_entropy():
+    """A tiny GPT-2: the gradient of the loss is -c times that of the mean entropy of the tokens' distributions."""
+    module, other = network(1), network(2)
+    plain, with_bonus = (window_gradient(module, other, entropy_coef=c, vf_coef=0.0) for c in (0.0, 0.3))
+    module.trains_entropy = True
+    assert error(window_gradient(module, other, entropy_coef=0.0, vf_coef=0.0), plain) <= 1e-12
+    trained = window_gradient(module, other, entropy_coef=0.3, vf_coef=0.0)
+    assert torch.equal(with_bonus, plain)  # detached: what is reported has no gradient
+    levels = [torch.tensor([PROMPT + ids[:t] for ids in RESPONSES if len(ids) > t]) for t in range(HORIZON)]
+    table = torch.cat([torch.log_softmax(module.actor(input_ids=ids).logits[:, -1], -1) for ids in levels])
+    entropy = -(table.exp() * table).sum(-1).mean()
+    slopes = torch.autograd.grad(entropy, list(module.parameters()), allow_unused=True, materialize_grads=True)
+    expected = -0.3 * torch.cat([slope.flatten() for slope in slopes])
+    assert error(trained - plain, expected) <= 1e-10
