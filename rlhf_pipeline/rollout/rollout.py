@@ -58,8 +58,8 @@ def shape_scores(scores: Tensor, lengths: Tensor, *, clip: float | None, per_tok
 
     It is then pi_ref exp(R' / beta) / Z of the shaped score R'. None: not clipped, no penalty.
     """
-    if clip is not None:
-        scores = scores.clamp(-clip, clip)
+    if clip is not None:  # a score that is not finite is an error, which must stay
+        scores = torch.where(scores.isfinite(), scores.clamp(-clip, clip), scores)
     return scores if not per_token else scores - per_token * lengths.to(scores.dtype)
 
 

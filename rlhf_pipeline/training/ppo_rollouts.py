@@ -246,7 +246,7 @@ def run_models(
             for shape in setup.shapes.values():
                 setup.meter.score(shape, batch)
     ended = torch.tensor([example.ended[0] for example in examples], device=device)
-    config = setup.config
+    config, values = setup.config, matrices.pop("values", None)
     scores = shape_scores(scores, lengths, clip=config.reward_clip, per_token=config.length_penalty)
     rollout = Rollout(
         examples=examples,
@@ -254,7 +254,8 @@ def run_models(
         ended=ended,
         scores=apply_missing_eos_penalty(scores, ended, config.missing_eos_penalty),
         sampler_logprobs=sampled.logprobs,
-        **{"values": None, **matrices},
+        values=values,
+        **matrices,
     )
     return rollout, refused
 
