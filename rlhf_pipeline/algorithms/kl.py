@@ -27,3 +27,16 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     assert logprobs.shape == ref_logprobs.shape
     log_ratio = ref_logprobs - logprobs
     return log_ratio.exp() - 1 - log_ratio
+
+
+def adapted_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, episodes: int) -> float:
+    """The penalty of the next rollout: beta (1 + clip(KL / target - 1, -.2, .2) episodes / horizon).
+
+    Source: Ziegler et al. 2019, section 2.2.
+
+    Args:
+        kl: mean KL to the reference over the responses of this rollout, in nats. target: > 0.
+        episodes: responses of a rollout, at most `horizon`.
+    """
+    error = min(max(kl / target - 1.0, -0.2), 0.2)
+    return kl_coef * (1.0 + error * episodes / horizon)

@@ -60,7 +60,7 @@ class _TokenLogprobs(torch.autograd.Function):
     """log softmax(h W^T / T)[target] with its own backward pass: d logits = slope (onehot(target) - p) / T.
 
     p is the only tensor of size N x V that is kept, in the precision of its computation. Or nothing is kept, and the
-    backward pass computes p again in chunks.
+    backward pass computes p again in chunks. With `trained`, entropies H have gradients: d logits = -p (log p + H) / T.
     """
 
     @staticmethod
@@ -73,20 +73,21 @@ class _TokenLogprobs(torch.autograd.Function):
         temperature: float,
         rows: int,
         entropy: bool,
+        trained: bool,
         keep: bool,
     ) -> tuple[Tensor, Tensor | None]:
         head = OutputHead(weight, bias, temperature)
         logprobs, entropies, kept = _score(head, hidden, targets, rows, entropy=entropy, keep=keep)
-        ctx.save_for_backward(hidden, weight, bias, targets, kept)
+        ctx.save_for_backward(hidden, weight, bias, targets, kept, entropies if trained else None)
         ctx.temperature, ctx.rows = temperature, rows
-        if entropies is not None:
+        if entropies is not None and not trained:
             ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, kept = ctx.saved_tensors
+    def backward(ctx: Any, slope: Tensor, entropy_slope: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, kept, entropies = ctx.saved_tensors
         head, wide = OutputHead(weight, bias, ctx.temperature), slope.dtype
         scale = slope[:, None] / ctx.temperature
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
@@ -97,10 +98,14 @@ class _TokenLogprobs(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], ctx.rows):
                 piece = slice(start, start + ctx.rows)
-                if kept is None:
-                    logits = torch.softmax(head.logits(hidden[piece]), dim=-1).mul_(-scale[piece])
+                probabilities = torch.softmax(head.logits(hidden[piece]), dim=-1) if kept is None else kept[piece]
+                pull = -scale[piece]
+                if entropies is not None and entropy_slope is not None:
+                    surprise = torch.special.xlogy(probabilities, probabilities)
+                    steps = entropy_slope[piece, None] / ctx.temperature
+                    logits = probabilities * (pull - steps * entropies[piece, None]) - steps * surprise
                 else:
-                    logits = kept[piece] * -scale[piece]
+                    logits = probabilities.mul_(pull) if kept is None else probabilities * pull
                 logits.scatter_add_(1, targets[piece, None], scale[piece])
                 if to_bias is not None:
                     to_bias += logits.sum(0)
@@ -115,7 +120,7 @@ class _TokenLogprobs(torch.autograd.Function):
             to_hidden,
             None if to_weight is None else to_weight.to(weight.dtype),
             None if to_bias is None else to_bias.to(weight.dtype),
-            *[None] * 5,
+            *[None] * 6,
         )
 
 
@@ -125,6 +130,7 @@ def token_logprobs(
     targets: Tensor,
     *,
     entropy: bool = True,
+    train_entropy: bool = False,
     chunk_elements: int | None = None,
     kept_elements: int = KEPT_ELEMENTS,
 ) -> tuple[Tensor, Tensor | None]:
@@ -137,11 +143,12 @@ def token_logprobs(
         hidden: (N, D) states at the positions that predict `targets`.
         targets: (N,) token ids.
         entropy: whether to compute the entropy, which costs an exponential of all logits; False for references.
+        train_entropy: whether the entropy has a gradient.
         chunk_elements: the largest positions x vocabulary of a chunk; None: `CHUNK_ELEMENTS` of the device.
         kept_elements: the largest number of probabilities kept for the backward pass.
 
     Returns:
-        logprobs (N,), in nats, differentiable once; entropy (N,), in nats, detached, or None.
+        logprobs (N,), in nats, differentiable once; entropy (N,), in nats, or None.
     """
     assert hidden.ndim == 2 and targets.shape == hidden.shape[:1]
     weight, bias = head.weight, head.bias
@@ -156,7 +163,7 @@ def token_logprobs(
         )
         return logprobs, entropies
     keep = hidden.shape[0] * weight.shape[0] <= kept_elements
-    return _TokenLogprobs.apply(*inputs, targets, head.temperature, rows, entropy, keep)
+    return _TokenLogprobs.apply(*inputs, targets, head.temperature, rows, entropy, train_entropy, keep)
 
 
 @torch.no_grad()

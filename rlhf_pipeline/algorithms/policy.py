@@ -1,4 +1,4 @@
-"""PPO's two losses, as sums over active tokens, and importance weights of tokens that another policy has sampled."""
+"""Losses of PPO and GRPO, as sums over active tokens, and importance weights of tokens of another policy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_pipeline.algorithms.kl import k2
+from rlhf_pipeline.algorithms.kl import k2, k3
 from rlhf_pipeline.algorithms.masked import masked_sum
 
 
@@ -72,7 +72,7 @@ def clipped_policy_loss(
     Args:
         logprobs, old_logprobs, advantages: (C, R); only `logprobs` carries a gradient.
         mask: (C, R) bool.
-        cliprange: eps > 0.
+        cliprange: eps > 0; infinite: rho is not clipped.
         weights: (C, R), w > 0; None: 1. Only the loss uses them, not the other sums.
     """
     assert logprobs.shape == old_logprobs.shape == advantages.shape == mask.shape
@@ -98,6 +98,23 @@ def clipped_policy_loss(
     )
 
 
+def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, weights: Tensor | None = None) -> Tensor:
+    """KL to the reference in the loss: sum over tokens of w k3, k3 = pi_ref / pi - 1 - log(pi_ref / pi).
+
+    Its expected gradient at the policy that sampled is that of KL(pi_ref || pi) of each token's distribution, and a
+    token does not pay for later tokens, so the optimum is not pi_ref exp(r / beta). Source: Shao et al. 2024, eq. 4.
+
+    Args:
+        logprobs, ref_logprobs: (C, R); only `logprobs` carries a gradient. mask: (C, R) bool.
+        weights: (C, R), w > 0; None: 1.
+    """
+    assert logprobs.shape == ref_logprobs.shape == mask.shape
+    # Inactive entries may hold NaN, so they are masked before the exponential.
+    policy, reference = (torch.where(mask, x, torch.zeros_like(x)) for x in (logprobs, ref_logprobs))
+    tokens = k3(policy, reference)
+    return masked_sum(tokens if weights is None else weights.detach() * tokens, mask)
+
+
 def clipped_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, cliprange_value: float
 ) -> tuple[Tensor, Tensor]:
@@ -107,6 +124,7 @@ def clipped_value_loss(
 
     Args:
         values: (C, R), carries the gradient. old_values, returns: (C, R). mask: (C, R) bool.
+        cliprange_value: eps > 0; infinite: V is not clipped.
 
     Returns:
         the sum of the loss and the number of clipped tokens.

@@ -139,6 +139,6 @@ def _state(entry: dict[str, Any]) -> str:
 STAGES = {
     "sft": "Supervised fine-tuning, or pretraining from random weights.",
     "train-rm": "Train a reward model on preference pairs.",
-    "ppo": "PPO with actor, frozen reference, critic and reward.",
+    "ppo": "PPO, A2C, RLOO or GRPO against a reward, with a frozen reference.",
     "dpo": "Direct preference optimisation on preference pairs.",
 }

@@ -16,7 +16,7 @@ from rlhf_pipeline.evaluation.win_rates import tie_share, win_rate
 from rlhf_pipeline.measure.bench import Bench
 from rlhf_pipeline.measure.best_of import primary_figure
 from rlhf_pipeline.measure.evaluate import kept_samples
-from rlhf_pipeline.registry.parents import beta_of, parent_of, reward_models_of
+from rlhf_pipeline.registry.parents import algorithm_of, beta_of, parent_of, reward_models_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report.figures import Cost, Diversity, Interval, Row
@@ -170,6 +170,7 @@ def row_of(registry: Registry, measured: Measured, baseline: Measured, diversity
         model=model.label,
         stage=model.stage,
         digest=model.digest,
+        algorithm=algorithm_of(model),
         beta=beta_of(model),
         effective_beta=measured.aim.effective_beta,
         optimum=measured.aim.optimum,

@@ -70,7 +70,6 @@ def note_on_alias(alias: str, key: str) -> str:
 
 LATER: dict[str, tuple[Any, ...]] = {
     "load_in_8bit": (None, False),
-    "kl_target": (None,),
 }
 """Keys that work in a later version, as every other key that starts with lora_, and the values that mean "off"."""
 
@@ -124,7 +123,7 @@ REFUSED = {
 
 def later(stage: str, key: str) -> tuple[Any, ...] | None:
     """Return the values that mean "off" if the key belongs to a later version, or None."""
-    if stage not in TRAINING or (key == "kl_target" and stage != "ppo"):
+    if stage not in TRAINING:
         return None
     unknown = key.startswith("lora_") and key not in FIXED and key not in ADAPTER_KEYS
     return (None,) if unknown else LATER.get(key)

@@ -1,7 +1,8 @@
-"""Keys of `rlhf ppo`: proximal policy optimisation against a reward model or reward functions."""
+"""Keys of `rlhf ppo`: policy optimisation against a reward model or reward functions."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -9,7 +10,6 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from rlhf_pipeline.config.base import (
     Count,
-    Fraction,
     ModelInput,
     NonNegative,
     Positive,
@@ -19,6 +19,7 @@ from rlhf_pipeline.config.base import (
     option,
 )
 from rlhf_pipeline.config.lengths import remark_on_halves
+from rlhf_pipeline.config.ppo_algorithm import WithAlgorithm, check_algorithm
 from rlhf_pipeline.config.reward_names import names_a_model
 from rlhf_pipeline.config.rewards import (
     RATING_PLACES,
@@ -136,9 +137,16 @@ def check_epochs(config: PpoConfig) -> Iterator[Fault]:
 
 
 def check_batches(config: PpoConfig) -> Iterator[Fault]:
-    """Yield the fault of batch sizes that do not divide each other."""
+    """Yield the faults of batch sizes that do not divide each other."""
     rollout, parts = config.rollout_batch_size, config.num_mini_batches
-    micro = config.per_device_train_batch_size
+    micro, group = config.per_device_train_batch_size, config.num_generations
+    if config.kl_horizon is not None and config.kl_horizon < rollout:
+        yield Fault("kl_horizon", f"found {config.kl_horizon}", f"rollout_batch_size, {rollout}, or more")
+    if config.kl_target is not None and not config.kl_coef:
+        yield Fault("kl_coef", "found 0 with kl_target, which multiplies it", "a number > 0 to start with")
+    if rollout % group:
+        found = f"rollout_batch_size {rollout} is not a multiple of num_generations {group}"
+        yield Fault("num_generations", found, "a divisor of rollout_batch_size")
     if rollout % parts:
         found = f"rollout_batch_size {rollout} is not a multiple of num_mini_batches {parts}"
         yield Fault("num_mini_batches", found, "a divisor of rollout_batch_size")
@@ -161,25 +169,23 @@ def check_warmups(config: PpoConfig) -> Iterator[Fault]:
     if config.max_steps != -1:
         updates, limit = config.max_steps, "max_steps"
     else:
-        updates, limit = (
-            (config.total_episodes or 0) // config.rollout_batch_size,
-            "total_episodes / rollout_batch_size",
-        )
+        updates, limit = config.updates, "total_episodes / rollout_batch_size"
         if 1 <= updates < config.warmup_steps:
             found = f"warm-up of {config.warmup_steps} updates in a run of {updates}"
             yield Fault("warmup_steps", found, f"at most {limit}")
-    if 1 <= updates <= config.critic_warmup_steps:
+    if 1 <= updates <= (config.critic_warmup_steps or 0):
         found = f"the actor is frozen for {config.critic_warmup_steps} updates in a run of {updates}"
         yield Fault("critic_warmup_steps", found, f"less than {limit}")
 
 
-class PpoConfig(TrainingConfig):
+class PpoConfig(WithAlgorithm, TrainingConfig):
     """Config of `rlhf ppo`; steps are updates, one rollout each."""
 
     stage: ClassVar[str] = "ppo"
     checks: ClassVar = (
         check_model,
         *COMMON_CHECKS,
+        check_algorithm,
         check_reward,
         check_reward_sources,
         check_judge,
@@ -226,36 +232,21 @@ class PpoConfig(TrainingConfig):
         "logging_steps updates, is logged as objective/judge, and nothing is trained on it (ours: none)",
         names="reward",
     )
-    value_init: Literal["reward_model", "sft", "shared"] | None = option(
-        None,
-        "initial critic (InstructGPT: reward_model; sft without a reward model); shared: a value head on the actor",
-    )
     total_episodes: Count | None = option(None, "responses to sample in the whole run; required without max_steps")
     rollout_batch_size: Count = option(ROLLOUT, "responses sampled per update, on all devices together (ours)")
-    num_ppo_epochs: Count = option(4, "passes over each rollout (TRL)")
-    num_mini_batches: Count = option(
-        4, "minibatches per epoch: optimizer steps in one pass over a rollout (PPO's code; TRL: 1)"
-    )
     kl_coef: NonNegative = option(
         0.05, "beta: penalty per nat of KL to the reference, in units of reward (TRL)", moves_optimum=True, moving=0.0
     )
-    cliprange: Positive = option(0.2, "clip range of the probability ratio: 1 - cliprange to 1 + cliprange (PPO paper)")
-    cliprange_value: Positive = option(0.2, "clip range of a value's change, in units of reward (TRL)")
-    vf_coef: NonNegative = option(
-        0.1, "weight of the value loss (TRL)", moves_optimum=True, moving=0.0, unless=("lam", 1.0)
-    )
-    gamma: Fraction = option(1.0, "discount per token (TRL)", moves_optimum=True)
-    lam: Fraction = option(
-        0.95,
-        "lambda of GAE: 1 is unbiased; less reduces the variance and discounts what the critic misses (TRL)",
-        moves_optimum=True,
-        neutral=1.0,
-        condition="with a wrong critic",
-    )
-    whiten_advantages: bool = option(True, "normalise advantages to mean 0 and variance 1 over the rollout (TRL)")
-    whiten_rewards: bool = option(False, "scale the rewards per token to variance 1 (TRL: off)", moves_optimum=True)
     missing_eos_penalty: NonNegative | None = option(
         None, "penalty subtracted from the score of a cut response (TRL: none)", moves_optimum=True
+    )
+    reward_clip: Positive | None = option(
+        None,
+        "limit of a score: it is clipped to -reward_clip .. reward_clip, before penalties (TRL: none)",
+        moves_optimum=True,
+    )
+    length_penalty: NonNegative | None = option(
+        None, "penalty subtracted from the score for each token of a response (ours: none)", moves_optimum=True
     )
     temperature: Positive = option(
         1.0,
@@ -282,14 +273,10 @@ class PpoConfig(TrainingConfig):
         "with use_peft: hold actor, reference, critic and reward model as adapters on one copy of the weights; the "
         "reward model must be an adapter on the weights of model_name_or_path (ours: off)",
     )
-    critic_warmup_steps: int = option(0, "number of first updates that train only the critic (TRL: none)", ge=0)
-    loss_normalization: Literal["tokens", "sequences"] = option(
-        "tokens", "divide the loss by the number of tokens (TRL), or by sequences x response_length (unbiased)"
-    )
 
     @model_validator(mode="after")
     def _fill_what_follows(self) -> PpoConfig:
-        if self.value_init is None:
+        if self.value_init is None and self.has_critic:
             unreadable = self.reward_model_path is None or self.reward_tokenization in ("text", "chat")
             object.__setattr__(self, "value_init", "sft" if unreadable else "reward_model")
         if self.gradient_accumulation_steps is None:
@@ -320,6 +307,17 @@ class PpoConfig(TrainingConfig):
     def minibatch_size(self) -> int:
         """The number of responses in one optimizer step, on all devices together."""
         return self.rollout_batch_size // self.num_mini_batches
+
+    @property
+    def prompts_per_rollout(self) -> int:
+        """The number of prompts of a rollout, on all devices together."""
+        return self.rollout_batch_size // self.num_generations
+
+    def responses_per_tree(self, processes: int = 1) -> int:
+        """The number of responses to a prompt that share it in every pass of training, whatever their lengths."""
+        if self.micro_batch_tokens is not None:
+            return 1
+        return math.gcd(self.num_generations, self.per_device_train_batch_size, self.minibatch_size // processes)
 
     @property
     def updates(self) -> int:

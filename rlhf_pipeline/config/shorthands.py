@@ -125,7 +125,7 @@ def _mixer(values: Mapping[str, Any]) -> Expanded:
 
 def _rollout(values: Mapping[str, Any]) -> Iterator[Expanded]:
     micro, steps = values.get("per_device_train_batch_size", 8), values["gradient_accumulation_steps"]
-    parts = values.get("num_mini_batches", 4)
+    parts = values.get("num_mini_batches", 1 if values.get("algorithm") == "a2c" else 4)
     if all(isinstance(part, int) and not isinstance(part, bool) and part > 0 for part in (micro, steps, parts)):
         size = micro * steps * parts
         if size == ROLLOUT:

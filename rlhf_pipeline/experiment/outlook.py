@@ -274,8 +274,7 @@ class Outlook:
         training = config if isinstance(config, TrainingConfig) else None
         policy, bare, trained = self.shapes(self.described(node), training)
         rewards, judge = self.scorers(node.spec.links, node.inputs, config)
-        shared = isinstance(config, PpoConfig) and config.value_init == "shared"
-        critic = as_critic(policy) if isinstance(config, PpoConfig) and not shared else None
+        critic = as_critic(policy) if isinstance(config, PpoConfig) and config.separate_critic else None
         return Models(policy, bare, critic, rewards, judge, trained)
 
     def shapes(self, described: Any, config: TrainingConfig | None = None) -> tuple[ModelShape, ModelShape, int]:

@@ -99,13 +99,13 @@ def training_memory(
         frozen = base
     if isinstance(config, PpoConfig):  # the reference, the reward models and the judge
         frozen = base + reward + judge * ("judge" in config.parents())
-        trained *= 1 if config.value_init == "shared" else 2
+        trained *= 2 if config.separate_critic else 1
     if adapter is not None:
         # Undivided, actor and reference, and critic and reward model, have the same weights; with shared_base all four.
         shared_base = isinstance(config, PpoConfig) and config.shared_base
         frozen = max(frozen - reward * shared_base, base)
         if parts > 1:  # divided, each model has weights of its own
-            critic = isinstance(config, PpoConfig) and config.value_init != "shared"
+            critic = isinstance(config, PpoConfig) and config.separate_critic
             frozen += base * referred + reward * (shared_base + critic)
     whole = 0
     if isinstance(config, PpoConfig) and parts > 1:  # in every process: the judge, and the actor while it samples

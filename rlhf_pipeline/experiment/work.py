@@ -85,8 +85,8 @@ class Models:
     """The shapes of a run's models.
 
     policy: the language model that is trained or samples, with its new adapter. reference: the same model without it.
-    critic: None if the critic is a head on the actor. rewards, judge: the models that score. trained: number of weights
-    that an optimizer step changes.
+    critic: None if the critic is a head on the actor, or if there is none. rewards, judge: the models that score.
+    trained: number of weights that an optimizer step changes.
     """
 
     policy: ModelShape
@@ -234,14 +234,20 @@ def example_work(
 
 
 def ppo_work(config: PpoConfig, models: Models, prompts: Sequence[Example], response: int) -> Work:
-    """The work of PPO whose responses have `response` tokens each; no response shares its prompt in training."""
-    episodes = config.updates * config.rollout_batch_size
-    whole, rest = divmod(episodes, len(prompts))
+    """The work of PPO whose responses have `response` tokens each.
+
+    In training the responses to different prompts share nothing, those to one prompt share it as far as all of them
+    are certain to be in one micro-batch.
+    """
+    whole, rest = divmod(config.updates * config.prompts_per_rollout, len(prompts))
     order = epoch_order(len(prompts), config.seed, whole)[:rest] if rest else []
-    everything, last = with_responses(prompts, response), with_responses([prompts[index] for index in order], response)
-    seen = counted(everything) * whole + counted(last)
+    group, tree = config.num_generations, config.responses_per_tree()
+    parts = (prompts, [prompts[index] for index in order])
+    everything, last = (with_responses(part, response, group) for part in parts)
+    seen, rest_seen = (counted(with_responses(part, response, tree)) * (group // tree) for part in parts)
+    seen = seen * whole + rest_seen
     shapes = [models.policy, models.reference, *models.rewards, *filter(None, [models.critic])]
-    warm = min(config.critic_warmup_steps, config.updates) / config.updates  # the actor only runs forward
+    warm = min(config.critic_warmup_steps or 0, config.updates) / config.updates  # the actor only runs forward
     actor = (1 - warm) * models.policy.training_flops(*models.policy.batch_counts(seen))
     actor += warm * models.policy.batch_flops(seen)
     critic = 0.0 if models.critic is None else models.critic.training_flops(*models.critic.batch_counts(seen))

@@ -35,6 +35,7 @@ class Facts:
     tokens: float = 1.0
     low_precision: bool = False
     kl_coef: float = 0.0
+    kl_target: float | None = None
     critic_warmup_steps: int = 0
     loss_type: object = "sigmoid"
     needs_reference: bool = True
@@ -53,7 +54,8 @@ def facts_of(config: TrainingConfig, total: int, ranks: int, known: Mapping[str,
         size=rollout or examples,
         low_precision=bf16 or config.dtype in ("bfloat16", "float16"),
         kl_coef=getattr(config, "kl_coef", 0.0),
-        critic_warmup_steps=getattr(config, "critic_warmup_steps", 0),
+        kl_target=getattr(config, "kl_target", None),
+        critic_warmup_steps=getattr(config, "critic_warmup_steps", None) or 0,
         loss_type=getattr(config, "loss_type", "sigmoid"),
         needs_reference=getattr(config, "needs_reference", True),
         **known,

@@ -65,6 +65,18 @@ def kl_zero(h: History, f: Facts) -> float | None:
     return 0.0 if not any(kl) and not any(k3) and scores_equal(h, f) is None else None
 
 
+def kl_target_unreachable(h: History, f: Facts) -> float | None:
+    """The adaptive kl_coef is below a hundredth of its start, and the KL is below its target.
+
+    Without a penalty the policy goes wherever the reward is largest. If it is still nearer than the target, no policy
+    with more reward is that far from the reference, or the steps are too small to get there.
+    """
+    coefficient, kl = h.recent("objective/kl_coef", WINDOW), h.recent("objective/kl", WINDOW)
+    if not coefficient or not kl or f.kl_target is None:
+        return None
+    return coefficient[-1] if coefficient[-1] < 0.01 * f.kl_coef and mean(kl) < f.kl_target else None
+
+
 def scores_equal(h: History, f: Facts) -> float | None:
     """The spread of the scores is at most 1e-6 of the score three times in a row: rounding of equal scores."""
     spread, scores = h.recent("objective/scores_std", 3), h.recent("objective/scores", 3)
@@ -220,6 +232,14 @@ PPO = (
         kl_zero,
         "the actor has not moved at all: it is frozen, or its steps vanish in rounding",
         "learning_rate up, dtype float32 (with bf16 true for speed), critic_warmup_steps down",
+    ),
+    Watch(
+        "kl_target_unreachable",
+        ("objective/kl_coef", "objective/kl"),
+        kl_target_unreachable,
+        "kl_coef has fallen to almost 0 and the KL stays below kl_target: no policy with more reward is that far from "
+        "the reference, so nothing holds the policy any more",
+        "kl_target down, or kl_coef without kl_target; learning_rate up if the KL still grows",
     ),
     Watch(
         "scores_equal",

@@ -161,19 +161,26 @@ def next_token_logprobs(
 
 
 def completion_logprobs(
-    model: PreTrainedModel, reader: Reader, batch: PackedBatch, temperature: float = 1.0, *, entropy: bool = True
+    model: PreTrainedModel,
+    reader: Reader,
+    batch: PackedBatch,
+    temperature: float = 1.0,
+    *,
+    entropy: bool = True,
+    train_entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Log-probability of every completion token, entropy of its distribution, and the hidden states behind them.
 
     Returns:
-        logprobs (N,) in nats, differentiable; entropy (N,) in nats, detached, or None if not requested; hidden (N, D),
-        or None if the model's own forward was used.
+        logprobs (N,) in nats, differentiable; entropy (N,) in nats, detached unless `train_entropy`, or None if not
+        requested; hidden (N, D), or None if the model's own forward was used.
     """
     if reader.head == "linear":
         hidden = hidden_states(trunk_of(model), batch, batch.predict_index)
         head = output_head(model, temperature, reader.tokens)
-        return *token_logprobs(head, hidden, batch.target_ids, entropy=entropy), hidden
+        options = {"entropy": entropy, "train_entropy": train_entropy}
+        return *token_logprobs(head, hidden, batch.target_ids, **options), hidden
     all_logprobs = torch.log_softmax(predicting_logits(model, batch, tokens=reader.tokens) / temperature, dim=-1)
-    with torch.no_grad():
+    with torch.set_grad_enabled(torch.is_grad_enabled() and train_entropy):
         entropies = -(all_logprobs.exp() * all_logprobs).sum(-1) if entropy else None
     return all_logprobs.gather(-1, batch.target_ids[:, None]).squeeze(-1), entropies, None

@@ -25,7 +25,7 @@ ValueInit = Literal["reward_model", "sft", "shared"]
 
 @dataclass(frozen=True)
 class TokenScores:
-    """logprobs: (N,) in nats; entropy: (N,) in nats, detached, or None if not requested; values: (N,) or None."""
+    """logprobs: (N,) in nats; entropy: (N,) in nats, detached unless trained, or None; values: (N,) or None."""
 
     logprobs: Tensor
     entropy: Tensor | None
@@ -116,7 +116,7 @@ class ActorCritic(nn.Module):
     """Actor and critic in one module: FSDP and DeepSpeed accept one trainable module.
 
     The critic is a value head on its own trunk, or (`shared`) on the actor's. values[n] is read at the position that
-    predicts token n, so it is V of the prefix before that token.
+    predicts token n, so it is V of the prefix before that token. Without a value head there is no critic and no value.
     """
 
     def __init__(
@@ -124,13 +124,13 @@ class ActorCritic(nn.Module):
         actor: PreTrainedModel,
         reader: Reader,
         critic: PreTrainedModel | None,
-        value_head: nn.Linear,
+        value_head: nn.Linear | None,
         temperature: float,
     ):
         super().__init__()
         self.actor, self.reader, self.critic, self.value_head = actor, reader, critic, value_head
         self.temperature = temperature
-        self.actor_frozen = False
+        self.actor_frozen, self.trains_entropy = False, False
 
     @property
     def language_model(self) -> PreTrainedModel:
@@ -141,7 +141,10 @@ class ActorCritic(nn.Module):
         if batch is None:
             return self.actor(**decode)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.actor_frozen):
-            logprobs, entropy, hidden = completion_logprobs(self.actor, self.reader, batch, self.temperature)
+            options = {"train_entropy": self.trains_entropy}
+            logprobs, entropy, hidden = completion_logprobs(self.actor, self.reader, batch, self.temperature, **options)
+            if self.value_head is None:
+                return TokenScores(logprobs, entropy)
             if self.critic is None and hidden is None:
                 hidden = hidden_states(trunk_of(self.actor), batch, batch.predict_index)
         if self.critic is not None:
@@ -153,7 +156,7 @@ class ActorCritic(nn.Module):
 def make_actor_critic(
     actor: PreTrainedModel,
     reader: Reader,
-    value_init: ValueInit,
+    value_init: ValueInit | None,
     *,
     reward_model: RewardModel | None = None,
     start: PreTrainedModel | None = None,
@@ -166,6 +169,7 @@ def make_actor_critic(
       -reward_shift, so at the last response token it gives the reward model's score.
     * sft: a separate trunk, copied from the actor before training; the head starts at 0.
     * shared: a head on the actor's trunk; it starts at 0, so all values are 0 at step 0.
+    * None: no critic.
 
     Args:
         start: the actor without the adapter that is trained, if it has one.
@@ -182,6 +186,8 @@ def make_actor_critic(
             skip_unread(critic)
         return critic
 
+    if value_init is None:
+        return ActorCritic(actor, reader, None, None, temperature)
     critic: PreTrainedModel | None
     if value_init == "reward_model":
         if reward_model is None:
@@ -202,9 +208,10 @@ def make_actor_critic(
     return ActorCritic(actor, reader, critic, value_head, temperature)
 
 
-def describe_critic(value_init: ValueInit, reward_model: str | None) -> str:
+def describe_critic(value_init: ValueInit | None, reward_model: str | None) -> str:
     """One line for the log: the kind of critic and its initialisation."""
     return {
+        None: "no critic: the baseline of a response is the mean return of responses to its prompt",
         "reward_model": f"critic: a separate trunk, initialised from the reward model {reward_model}",
         "sft": "critic: a separate trunk, initialised from the SFT model; the value head starts at 0",
         "shared": "critic: a value head on the actor's trunk; it starts at 0",

@@ -21,12 +21,18 @@ _LICENSE = re.compile(r"^license:[ \t]*[\"']?([a-z0-9][a-z0-9.-]{0,39})[\"']?[ \
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$-])")
 
 
+def _what(manifest: Manifest) -> str:
+    """What the model is; a policy trained by a relative of PPO names it."""
+    algorithm = str(manifest.config.get("algorithm") or "ppo").upper()
+    return _WHAT.get(manifest.stage, "").replace("PPO", algorithm)
+
+
 def model_card(manifest: Manifest) -> str:
     """Return the model card of a version as markdown."""
     title = f"# {escape(manifest.label)}"
     sections = [
         _front_matter(manifest),
-        f"{title}\n\n{_WHAT.get(manifest.stage, '')}",
+        f"{title}\n\n{_what(manifest)}",
         _use(manifest),
         _table("Adapter", ("what", "value"), _flat(manifest.adapter)),
         _table("Parents", ("role", "model", "digest"), _parents(manifest)),

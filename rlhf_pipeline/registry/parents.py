@@ -91,6 +91,12 @@ def reward_model_keys(registry: Registry, models: Sequence[Resolved]) -> dict[st
     return {}
 
 
+def algorithm_of(resolved: Resolved) -> str | None:
+    """Return the algorithm of `rlhf ppo` that trained a model; None for a model of another stage."""
+    manifest = resolved.manifest
+    return None if manifest is None or manifest.stage != "ppo" else manifest.config.get("algorithm") or "ppo"
+
+
 def beta_of(resolved: Resolved) -> float | None:
     """Return the beta (`kl_coef`) of a model; None if unknown, 0 (no optimum) or no price of KL (no reference)."""
     config = resolved.manifest.config if resolved.manifest is not None else {}

@@ -27,7 +27,7 @@ def named(look: Look, name: str) -> Markup:
 
 def arm_name(view: View, arm: str) -> Markup:
     """An arm's name beside its marker."""
-    return named(view.look(arm), arm)
+    return named(view.look(arm), view.called(arm))
 
 
 def legend(entries: Iterable[Entry]) -> Markup:
@@ -43,7 +43,8 @@ def legend(entries: Iterable[Entry]) -> Markup:
 
 def arm_legend(view: View, arms: Iterable[str], *more: Entry) -> Markup:
     """The legend of the arms and further entries of a figure."""
-    return legend([*((view.look(arm), "best of n" if arm == BEST_OF_N else arm, None) for arm in arms), *more])
+    names = {arm: "best of n" if arm == BEST_OF_N else view.called(arm) for arm in arms}
+    return legend([*((view.look(arm), name, None) for arm, name in names.items()), *more])
 
 
 def both(ident: str, title: str, description: str, paint: Paint) -> Markup:

@@ -124,6 +124,7 @@ class Row(Part):
     setting: dict[str, Any] = {}
     step: int | None = None
     digest: str | None = None
+    algorithm: str | None = None
     beta: Number = None
     effective_beta: EffectiveBeta | None = None
     optimum: Optimum = "same"

@@ -50,11 +50,17 @@ class View:
         stages = {self.arm(row): row.stage or "" for row in reversed(self.rows)}
         self._looks = looks([*self.arms, BEST_OF_N, REWARD_MODEL], stages)
         self._stages = {entry.model: entry.stage for entry in results.lineage}
+        self._algorithms = {self.arm(row): row.algorithm for row in reversed(self.rows)}
 
     @staticmethod
     def arm(row: Row) -> str:
         """The arm that a row belongs to."""
         return BEST_OF_N if row.arm is None else row.arm
+
+    def called(self, arm: str) -> str:
+        """The name of an arm in words: with its algorithm, if that is a relative of PPO that the name does not say."""
+        algorithm = self._algorithms.get(arm) or "ppo"
+        return arm if algorithm == "ppo" or algorithm in arm.lower() else f"{arm} ({algorithm.upper()})"
 
     def is_baseline(self, row: Row) -> bool:
         """Whether the row belongs to the baseline."""

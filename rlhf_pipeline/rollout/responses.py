@@ -95,6 +95,15 @@ def answered(prompts: Sequence[Example], drawn: Sequence[Response]) -> tuple[lis
     return sampled, groups
 
 
+def one_by_one(examples: Sequence[Example]) -> list[Example]:
+    """Examples with one completion each, in order; those of one prompt are neighbours."""
+    return [
+        replace(example, completions=[ids], ended=[ended])
+        for example in examples
+        for ids, ended in zip(example.completions, example.ended, strict=True)
+    ]
+
+
 def logprob_matrix(drawn: Sequence[Response], width: int) -> torch.Tensor:
     """Log-probabilities (C, R) of the sampled tokens under their sampler, in nats; 0 at padding."""
     return torch.tensor([response.logprobs + [0.0] * (width - len(response.logprobs)) for response in drawn])

@@ -23,7 +23,7 @@ class Rollout:
     scores: Tensor  # (C,) scores of the reward source, including penalties
     logprobs: Tensor  # of the sampling policy, recomputed with the training forward
     ref_logprobs: Tensor
-    values: Tensor  # of the critic, at the positions that predict each token
+    values: Tensor | None  # of the critic, at the positions that predict each token; None without a critic
     entropy: Tensor
     sampler_logprobs: Tensor | None = None  # those of the engine that sampled; None: the model itself sampled
 
@@ -38,12 +38,13 @@ class Rollout:
 class Estimates:
     """Values per token, (C, R): rewards including the KL, advantages and returns, whitened if configured.
 
+    returns: what the critic is trained on; None without a critic.
     importance: weights of tokens that another engine has sampled; None: the model itself sampled.
     """
 
     rewards: Tensor
     advantages: Tensor
-    returns: Tensor
+    returns: Tensor | None
     importance: ImportanceWeights | None = None
 
 
@@ -52,19 +53,27 @@ def apply_missing_eos_penalty(scores: Tensor, ended: Tensor, penalty: float | No
     return scores if not penalty else scores - penalty * (~ended).to(scores.dtype)
 
 
+def shape_scores(scores: Tensor, lengths: Tensor, *, clip: float | None, per_token: float | None) -> Tensor:
+    """Scores (C,) clipped to -clip .. clip, minus `per_token` for each token of a response; both move the optimum.
+
+    It is then pi_ref exp(R' / beta) / Z of the shaped score R'. None: not clipped, no penalty.
+    """
+    if clip is not None:  # a score that is not finite is an error, which must stay
+        scores = torch.where(scores.isfinite(), scores.clamp(-clip, clip), scores)
+    return scores if not per_token else scores - per_token * lengths.to(scores.dtype)
+
+
 def rollout_metrics(
     rollout: Rollout, estimates: Estimates, *, kl_coef: float, reduce=lambda sums: sums
 ) -> dict[str, float]:
     """Metrics of a rollout under TRL's names: means over sequences of sums over their tokens.
 
-    explained_variance = 1 - var(return - value) / var(return), over active tokens.
+    With a critic, explained_variance = 1 - var(return - value) / var(return), over active tokens.
     """
     mask, double = rollout.mask, torch.float64
     kl = masked_sum(k1(rollout.logprobs, rollout.ref_logprobs), mask, 1).to(double)
     kl3 = masked_sum(k3(rollout.logprobs, rollout.ref_logprobs), mask, 1).to(double)
     surprise = masked_sum(-rollout.logprobs, mask, 1).to(double)
-    error = (estimates.returns - rollout.values).to(double)
-    returns = estimates.returns.to(double)
     scores, ended = rollout.scores.to(double), rollout.ended.to(double)
     totals = [
         torch.ones_like(scores).sum(),
@@ -75,17 +84,15 @@ def rollout_metrics(
         scores.sum(),
         (scores**2).sum(),
         ended.sum(),
-        masked_sum(error, mask),
-        masked_sum(error**2, mask),
-        masked_sum(returns, mask),
-        masked_sum(returns**2, mask),
     ]
+    if rollout.values is not None and estimates.returns is not None:
+        returns = estimates.returns.to(double)
+        errors = (estimates.returns - rollout.values).to(double)
+        totals += [masked_sum(values**power, mask) for values in (errors, returns) for power in (1, 2)]
     sums = reduce(torch.stack(totals)).tolist()
-    count, tokens, kl_sum, kl3_sum, surprise_sum, score_sum, score_square, ended_sum, e1, e2, g1, g2 = sums
-    variance = max(g2 / tokens - (g1 / tokens) ** 2, 0.0)
-    unexplained = max(e2 / tokens - (e1 / tokens) ** 2, 0.0)
+    count, tokens, kl_sum, kl3_sum, surprise_sum, score_sum, score_square, ended_sum, *of_critic = sums
     mean_kl, mean_score = kl_sum / count, score_sum / count
-    return {
+    metrics = {
         "objective/kl": mean_kl,
         "objective/kl_k3": kl3_sum / count,
         "objective/entropy": surprise_sum / count,
@@ -96,8 +103,13 @@ def rollout_metrics(
         "val/num_eos_tokens": ended_sum,
         "val/ended": ended_sum / count,
         "val/response_length": tokens / count,
-        "val/explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
     }
+    if of_critic:
+        e1, e2, g1, g2 = of_critic
+        variance = max(g2 / tokens - (g1 / tokens) ** 2, 0.0)
+        unexplained = max(e2 / tokens - (e1 / tokens) ** 2, 0.0)
+        metrics["val/explained_variance"] = 1 - unexplained / variance if variance > 0 else 0.0
+    return metrics
 
 
 def sampler_metrics(mask: Tensor, found: ImportanceWeights | None, *, reduce=lambda sums: sums) -> dict[str, float]:

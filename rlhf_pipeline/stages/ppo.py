@@ -1,9 +1,10 @@
-"""PPO: `ppo_windows` and `ppo_step` are the algorithm, `run_ppo` is the stage around it."""
+"""PPO, A2C, RLOO and GRPO: `ppo_windows` and `ppo_step` are the algorithm, `run_ppo` is the stage around it."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_pipeline.algorithms.advantages import gae, token_rewards
-from rlhf_pipeline.algorithms.masked import whiten
-from rlhf_pipeline.algorithms.policy import PolicyLoss, clipped_policy_loss, clipped_value_loss
+from rlhf_pipeline.algorithms.groups import group_advantages, leave_one_out_advantages, to_tokens
+from rlhf_pipeline.algorithms.masked import masked_sum, whiten
+from rlhf_pipeline.algorithms.policy import PolicyLoss, clipped_policy_loss, clipped_value_loss, kl_loss
 from rlhf_pipeline.config.ppo import WARMUP_OFFSET, PpoConfig
 from rlhf_pipeline.data.batch import PackedBatch
 from rlhf_pipeline.models.modules import ActorCritic, TokenScores
@@ -40,17 +42,17 @@ from rlhf_pipeline.training.windows import Loss, Window
 
 
 def ppo_windows(setup: PpoSetup, module: nn.Module, start: int) -> Iterator[Window]:
-    """Yield PPO's minibatches from update `start` on; the loop takes one optimizer step on each, with `ppo_step`.
+    """Yield the minibatches from update `start` on; the loop takes one optimizer step on each, with `ppo_step`.
 
     Source: Ouyang et al. 2022 (InstructGPT), section 3.5; Schulman et al. 2017, algorithm 1. For C responses of at most
     R tokens, scores are (C,) and all other tensors (C, R). `module` is the actor-critic, wrapped or not.
     """
     config, reduce = setup.config, setup.reduce
     for update in range(start, config.updates):
-        setup.actor_critic.actor_frozen = update < config.critic_warmup_steps
+        setup.actor_critic.actor_frozen = update < (config.critic_warmup_steps or 0)
         leave_out_actor(setup.actor_critic, setup.actor_critic.actor_frozen)
 
-        # 1. Sample a response to each prompt; shuffle the rollout into minibatches for each epoch.
+        # 1. Sample responses to each prompt; shuffle the rollout into minibatches for each epoch.
         sampled = sample_responses(setup, module, update)
         epochs = shuffled_minibatches(setup, sampled, update)
 
@@ -60,16 +62,26 @@ def ppo_windows(setup: PpoSetup, module: nn.Module, start: int) -> Iterator[Wind
 
         # 3. Token rewards: -beta (log pi - log pi_ref), plus the score at the last token.
         logprobs, ref_logprobs = rollout.logprobs, rollout.ref_logprobs
-        rewards = token_rewards(rollout.scores, logprobs, ref_logprobs, mask, kl_coef=config.kl_coef)
+        kl_coef = 0.0 if config.kl_in == "loss" else setup.kl_coef
+        rewards = token_rewards(rollout.scores, logprobs, ref_logprobs, mask, kl_coef=kl_coef)
         if config.whiten_rewards:  # off by default: it moves the optimum
             rewards = whiten(rewards, mask, shift_mean=False, reduce=reduce)
 
-        # 4. Advantages and returns by GAE. Whitening the advantages changes only the scale of the step.
-        advantages, returns = gae(rewards, rollout.values, mask, gamma=config.gamma, lam=config.lam)
-        if config.whiten_advantages:
-            advantages = whiten(advantages, mask, reduce=reduce)
+        # 4. Advantages. Whitening them changes only the scale of the step.
+        returns: Tensor | None = None
+        if rollout.values is not None:  # of tokens, by GAE
+            assert config.gamma is not None and config.lam is not None
+            advantages, returns = gae(rewards, rollout.values, mask, gamma=config.gamma, lam=config.lam)
+            if config.whiten_advantages:
+                advantages = whiten(advantages, mask, reduce=reduce)
+        else:  # of responses, by comparing those to one prompt
+            advantages = response_advantages(config, rewards.sum(1))
+            if config.whiten_advantages:
+                advantages = whiten(advantages, torch.ones_like(advantages, dtype=torch.bool), reduce=reduce)
+            advantages = to_tokens(advantages, mask)
         estimates = Estimates(rewards, advantages, returns, rollout.importance(config.importance_weight_cap))
         metrics = check_and_describe(setup, scored, estimates)
+        setup.adapt(metrics)
 
         # 5. Train: several epochs, each with an optimizer step per minibatch.
         with setup.meter.part("update"):
@@ -78,29 +90,65 @@ def ppo_windows(setup: PpoSetup, module: nn.Module, start: int) -> Iterator[Wind
                     yield minibatch_window(setup, scored, estimates, metrics, epoch, number)
 
 
+def response_advantages(config: PpoConfig, returns: Tensor) -> Tensor:
+    """Advantages (C,) of responses without a critic, from their returns (C,)."""
+    if config.algorithm == "rloo":
+        return leave_one_out_advantages(returns, config.num_generations)
+    return group_advantages(returns, config.num_generations, scale=config.scale_rewards == "group")
+
+
 def ppo_step(
     model: ActorCritic, micro_batch: PpoBatch, *, config: PpoConfig, meter: CostMeter, shapes: dict[str, ModelShape]
 ) -> Loss:
-    """Loss of a micro-batch: clipped policy loss + vf_coef x clipped value loss, as sums over its tokens."""
+    """Loss of a micro-batch, as sums over its tokens: clipped policy loss + vf_coef x clipped value loss.
+
+    The value loss is there with a critic only; with `kl_in: loss`, kl_coef x KL is added.
+    """
     batch, mask = micro_batch.batch, micro_batch.mask
     scores = model(batch)
     count_training(meter, shapes, batch, actor=scores.logprobs.requires_grad)
-    logprobs, values = (batch.padded(part, mask.shape[1]) for part in (scores.logprobs, scores.values))
+    logprobs, per = batch.padded(scores.logprobs, mask.shape[1]), config.loss_normalization
+    terms: dict[str, tuple[Tensor, str, float]] = {}
+    checked = {"log-probabilities of the policy": scores.logprobs}
+    weights, shares = micro_batch.weights, None
+    if per == "responses":  # the mean over a response's tokens: its optimum depends on lengths if the KL is in the loss
+        shares = mask.sum(1, keepdim=True).to(logprobs.dtype).reciprocal().expand(mask.shape)
+        weights = shares if weights is None else shares * weights
 
     # 6. Policy loss: max(-A rho, -A clip(rho, 1 - eps, 1 + eps)), rho = pi / pi_old.
-    old, advantages, weights = micro_batch.old_logprobs, micro_batch.advantages, micro_batch.weights
-    policy = clipped_policy_loss(logprobs, old, advantages, mask, cliprange=config.cliprange, weights=weights)
+    old, advantages, eps = micro_batch.old_logprobs, micro_batch.advantages, _limit(config.cliprange)
+    policy = clipped_policy_loss(logprobs, old, advantages, mask, cliprange=eps, weights=weights)
+    metrics = step_metrics(micro_batch, scores, logprobs, policy)
 
     # 7. Value loss: .5 max((V - G)^2, (clip(V, V_old - eps, V_old + eps) - G)^2).
-    old_values, returns = micro_batch.old_values, micro_batch.returns
-    value, clipped = clipped_value_loss(values, old_values, returns, mask, cliprange_value=config.cliprange_value)
+    if micro_batch.old_values is not None:
+        assert scores.values is not None and micro_batch.returns is not None and config.vf_coef is not None
+        values, old_values = batch.padded(scores.values, mask.shape[1]), micro_batch.old_values
+        eps = _limit(config.cliprange_value)
+        value, clipped = clipped_value_loss(values, old_values, micro_batch.returns, mask, cliprange_value=eps)
+        terms["loss/value_avg"] = (value, per, config.vf_coef)
+        metrics["val/clipfrac_avg"] = (clipped, "tokens")
+        checked["values"] = scores.values
+
+    # 8. KL loss of the published GRPO: pi_ref / pi - 1 - log(pi_ref / pi) of each token.
+    if micro_batch.ref_logprobs is not None:
+        kl = kl_loss(logprobs, micro_batch.ref_logprobs, mask, weights=shares)
+        terms["loss/kl_avg"] = (kl, per, config.kl_coef)
+
+    # 9. Entropy bonus: the entropy of each token's distribution, minus as a loss. It moves the optimum.
+    if config.entropy_coef:
+        assert scores.entropy is not None
+        bonus = batch.padded(scores.entropy, mask.shape[1]) * (1.0 if shares is None else shares)
+        terms["loss/entropy_avg"] = (-masked_sum(bonus, mask), per, config.entropy_coef)
 
     # During critic warm-up the actor has no graph, so the policy loss is only reported.
-    per = config.loss_normalization
-    terms: dict[str, tuple[Tensor, str, float]]
-    terms = {"loss/value_avg": (value, per, config.vf_coef), "loss/policy_avg": (policy.loss, per, 1.0)}
-    checked = {"log-probabilities of the policy": scores.logprobs, "values": scores.values}
-    return Loss(terms, step_metrics(micro_batch, scores, logprobs, policy, clipped), checked)
+    terms["loss/policy_avg"] = (policy.loss, per, 1.0)
+    return Loss(terms, metrics, checked)
+
+
+def _limit(cliprange: float | None) -> float:
+    """A clip range; without one nothing is clipped."""
+    return math.inf if cliprange is None else cliprange
 
 
 def count_training(meter: CostMeter, shapes: dict[str, ModelShape], batch: PackedBatch, *, actor: bool) -> None:
@@ -112,17 +160,16 @@ def count_training(meter: CostMeter, shapes: dict[str, ModelShape], batch: Packe
 
 
 def step_metrics(
-    micro_batch: PpoBatch, scores: TokenScores, logprobs: Tensor, policy: PolicyLoss, value_clipped: Tensor
+    micro_batch: PpoBatch, scores: TokenScores, logprobs: Tensor, policy: PolicyLoss
 ) -> dict[str, tuple[Tensor, str]]:
     """Metrics of a micro-batch under TRL's names: sums with the names of their denominators."""
     assert scores.entropy is not None
     metrics = {
         "policy/approxkl_avg": (policy.approx_kl, "tokens"),
         "policy/clipfrac_avg": (policy.clipped, "tokens"),
-        "policy/entropy_avg": (scores.entropy.sum(), "tokens"),
+        "policy/entropy_avg": (scores.entropy.detach().sum(), "tokens"),
         "val/ratio": (policy.ratio, "tokens"),
         "val/ratio_square": (policy.ratio_square, "tokens"),
-        "val/clipfrac_avg": (value_clipped, "tokens"),
     }
     if micro_batch.first:
         with torch.no_grad():
@@ -142,7 +189,7 @@ def derive(metrics: Metrics) -> Metrics:
 
 
 def run_ppo(config: PpoConfig, home: Path, **options) -> StageResult:
-    """Train an actor-critic by PPO and register the actor."""
+    """Train an actor by PPO or one of its relatives, and register it."""
     with open_run("ppo", config, home, **options) as run:
         config = run.config
         parent = find_base(run, config)
@@ -153,8 +200,10 @@ def run_ppo(config: PpoConfig, home: Path, **options) -> StageResult:
         data = StageData(config, run.registry.home, run.log.say)
         prompts, reports = data.training(tokenizer)
 
-        # 2. Actor, critic, frozen reference (loaded separately from the actor's files), rewards, judge.
+        # 2. Actor, critic if there is one, frozen reference (loaded apart from the actor's files), rewards, judge.
         setup, parents = load_setup(run, parent, tokenizer, prompts)
+        if run.checkpoint is not None:
+            setup.adapt(run.checkpoint.state["extra"]["last"])
         log_moves(run, parents)
 
         # 3. Train.

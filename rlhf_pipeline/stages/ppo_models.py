@@ -47,7 +47,6 @@ def load_setup(
         MismatchError: models that do not fit together; see `load_reward` and `load_judge`.
     """
     config, accelerator = run.config, run.accelerator
-    assert config.value_init is not None  # the config fills it in
     temperature, place = config.temperature, run.loads_on
     actor, reference = load_policy_and_reference(parent, config, tokenizer, place, temperature=temperature)
     below = reference.model if config.shared_base else None
@@ -83,6 +82,7 @@ def load_setup(
         adapt=partial(add_adapter, config=config, base=parent.label) if config.use_peft else None,
         temperature=config.temperature,
     ).to(run.loads_on)
+    actor_critic.trains_entropy = config.entropy_coef > 0
     for frozen in (reference, *models):
         assert_independent(actor_critic, frozen)
     run.log.say(describe_critic(config.value_init, named[0].label if models else None))
@@ -143,7 +143,8 @@ def check_processes(config: PpoConfig, count: int) -> None:
     """Check that `count` processes can share a run.
 
     Raises:
-        ConfigError: `count` does not divide the minibatch, or `rollout_engine: vllm` has several processes.
+        ConfigError: `count` does not divide the minibatch or the prompts of a rollout, or `rollout_engine: vllm` has
+            several processes.
     """
     if config.rollout_engine == "vllm" and count > 1:
         found = f"found 'vllm' on {count} processes"
@@ -151,6 +152,12 @@ def check_processes(config: PpoConfig, count: int) -> None:
     if config.minibatch_size % count:
         found = f"a minibatch of {config.minibatch_size} responses on {count} processes"
         raise ConfigError(Fault("rollout_batch_size", found, f"a minibatch that {count} divides"))
+    if config.prompts_per_rollout % count:
+        found = (
+            f"{config.prompts_per_rollout} prompts with {config.num_generations} responses each on {count} processes"
+        )
+        expected = f"rollout_batch_size / num_generations that {count} divides: a prompt's responses stay together"
+        raise ConfigError(Fault("num_generations", found, expected))
 
 
 def load_engine(run: Run[PpoConfig], config: PpoConfig, start: Resolved, policy: ActorCritic) -> VllmEngine | None:

@@ -82,10 +82,11 @@ class PpoBatch:
     batch: PackedBatch
     mask: Tensor
     old_logprobs: Tensor
-    old_values: Tensor
+    old_values: Tensor | None  # None without a critic
     advantages: Tensor
-    returns: Tensor
+    returns: Tensor | None  # None without a critic
     first: bool  # whether it is in the first minibatch of the first epoch, where the ratio must be 1
+    ref_logprobs: Tensor | None = None  # None unless the KL is in the loss
     weights: Tensor | None = None  # importance weights, if another engine has sampled
     examples: Sequence[Example] = ()
     pack: Pack | None = None
@@ -95,12 +96,11 @@ class PpoBatch:
         """Some of its responses as a micro-batch, with their fixed values."""
         assert self.pack is not None
         examples = self.examples[rows]
-        names = ("mask", "old_logprobs", "old_values", "advantages", "returns")
-        fixed = {name: getattr(self, name)[rows] for name in names}
+        names = ("mask", "old_logprobs", "old_values", "advantages", "returns", "ref_logprobs", "weights")
+        fixed = {name: value[rows] for name in names if (value := getattr(self, name)) is not None}
         return replace(
             self,
             batch=self.pack(examples),
-            weights=None if self.weights is None else self.weights[rows],
             examples=examples,
             share=self.share * len(examples) / len(self.examples),
             **fixed,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_pipeline.algorithms.kl import adapted_kl_coef
 from rlhf_pipeline.config.ppo import PpoConfig
 from rlhf_pipeline.data.batch import PackedBatch, merge_prompts, micro_batches, pack, reads
 from rlhf_pipeline.data.tokenize import Example
@@ -17,7 +18,7 @@ from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.modules import ActorCritic, Policy
 from rlhf_pipeline.models.sharding import whole_actor
 from rlhf_pipeline.rollout.functions import functions_of
-from rlhf_pipeline.rollout.responses import answered, logprob_matrix, prompts_run, sample_for_prompts
+from rlhf_pipeline.rollout.responses import answered, logprob_matrix, one_by_one, prompts_run, sample_for_prompts
 from rlhf_pipeline.rollout.rewards import BadScores, RewardSource
 from rlhf_pipeline.rollout.rollout import (
     Estimates,
@@ -25,6 +26,7 @@ from rlhf_pipeline.rollout.rollout import (
     apply_missing_eos_penalty,
     rollout_metrics,
     sampler_metrics,
+    shape_scores,
 )
 from rlhf_pipeline.rollout.vllm_engine import VllmEngine
 from rlhf_pipeline.training.cost import JUDGE, CostMeter, ModelShape
@@ -50,7 +52,8 @@ class PpoSetup:
 
     actor_critic: the module itself; the functions below also get the wrapped one. reward: scores whole responses.
     engine: samples instead of the policy. judge: scores the logged rollouts; nothing is trained on it.
-    shapes: the shapes of the models by role, for the cost. autocast: the precision of training. reduce: sums over all
+    kl_coef: beta of the next rollout, which changes with kl_target. shapes: the shapes of the models by role, for the
+    cost. autocast: the precision of training. reduce: sums over all
     processes. together: runs work on every process; if it fails on one, it fails on all.
     """
 
@@ -71,6 +74,18 @@ class PpoSetup:
     world_size: int = 1
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums
     together: Callable[[Callable[[], Any]], Any] = lambda work: work()
+    kl_coef: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.kl_coef = self.config.kl_coef
+
+    def adapt(self, metrics: Mapping[str, float]) -> None:
+        """With `kl_target`, set the penalty of the rollout that follows the one with these metrics."""
+        config = self.config
+        if config.kl_target is not None and config.kl_horizon is not None:
+            aim: dict[str, Any] = {"target": config.kl_target, "horizon": config.kl_horizon}
+            before, episodes = metrics["objective/kl_coef"], config.rollout_batch_size
+            self.kl_coef = adapted_kl_coef(before, metrics["objective/kl"], episodes=episodes, **aim)
 
     def generator(self, update: int, purpose: int) -> torch.Generator:
         """The generator for one purpose of an update (0: sampling, 1: shuffling), from seed, update and process."""
@@ -92,7 +107,7 @@ class PpoSetup:
 
 def prompts_of(setup: PpoSetup, update: int) -> list[Example]:
     """This process's prompts for an update: consecutive prompts from passes over all prompts, each pass shuffled."""
-    size = setup.config.rollout_batch_size
+    size = setup.config.prompts_per_rollout
     orders: dict[int, list[int]] = {}
     chosen = []
     for place in range(update * size, (update + 1) * size):
@@ -104,7 +119,9 @@ def prompts_of(setup: PpoSetup, update: int) -> list[Example]:
 
 
 def sample_responses(setup: PpoSetup, module: nn.Module, update: int) -> Sampled:
-    """Sample one response from the policy (or the engine with its weights) to each prompt of an update.
+    """Sample `num_generations` responses from the policy (or the engine with its weights) to each prompt of an update.
+
+    The examples have one response each; those to one prompt are neighbours.
 
     Raises:
         RunFailed: memory ran out.
@@ -123,33 +140,39 @@ def _sample(setup: PpoSetup, module: nn.Module, update: int) -> tuple[Sampled, l
     """The responses, and the lengths of the prompts that were run (None: one prompt per response)."""
     config, prompts = setup.config, prompts_of(setup, update)
     width = config.lengths().response
-    options: dict[str, Any] = {"samples": 1, "response_length": width, "stop_ids": setup.stop_ids}
+    options: dict[str, Any] = {"samples": config.num_generations, "response_length": width, "stop_ids": setup.stop_ids}
     options |= {"generator": setup.generator(update, 0), "temperature": config.temperature}
     if setup.engine is not None:
         setup.engine.load_weights(setup.actor_critic)
         tokens = setup.actor_critic.reader.tokens
         drawn = setup.engine.generate([prompt.prompt_ids for prompt in prompts], tokens=tokens, **options)
-        return Sampled(answered(prompts, drawn)[0], logprob_matrix(drawn, width).to(setup.device)), None
-    at_once: dict[str, Any] = {"responses_at_once": len(prompts), "memory": setup.memory}
+        examples, _ = answered(prompts, drawn)
+        return Sampled(one_by_one(examples), logprob_matrix(drawn, width).to(setup.device)), None
+    at_once: dict[str, Any] = {"responses_at_once": len(prompts) * config.num_generations, "memory": setup.memory}
     options |= {"device": setup.device, "module": module}
     with whole_actor(setup.actor_critic):
         examples, _ = sample_for_prompts(setup.actor_critic, prompts, **options, **at_once)
-    return Sampled(examples), prompts_run(setup.actor_critic, examples, **at_once)
+    return Sampled(one_by_one(examples)), prompts_run(setup.actor_critic, examples, **at_once)
 
 
 def shuffled_minibatches(setup: PpoSetup, sampled: Sampled, update: int) -> list[Minibatches]:
-    """A random partition of the responses for each epoch: minibatches of micro-batches of row numbers."""
+    """A random partition of the responses for each epoch: minibatches of micro-batches of row numbers.
+
+    The responses to one prompt stay together: prompts are shuffled, and micro-batches are made of whole trees.
+    """
     config, examples, shuffle = setup.config, sampled.examples, setup.generator(update, 1)
+    group, tree = config.num_generations, config.responses_per_tree(setup.world_size)
     epochs = []
     for _ in range(config.num_ppo_epochs):
-        order = torch.randperm(len(examples), generator=shuffle).tolist()
+        prompts = torch.randperm(len(examples) // group, generator=shuffle).tolist()
+        order = [prompt * group + number for prompt in prompts for number in range(group)]
         size = len(order) // config.num_mini_batches
         minibatches = []
         for start in range(0, len(order), size):
-            members = order[start : start + size]
-            chosen = [examples[i] for i in members]
-            groups = micro_batches(chosen, config.per_device_train_batch_size, config.micro_batch_tokens)
-            rows = [[members[i] for i in group] for group in groups]
+            members = [order[first : first + tree] for first in range(start, start + size, tree)]
+            trees = [merge_prompts([examples[i] for i in rows])[0] for rows in members]
+            groups = micro_batches(trees, config.per_device_train_batch_size // tree, config.micro_batch_tokens)
+            rows = [[i for number in numbers for i in members[number]] for numbers in groups]
             # Responses to one prompt are adjacent, so that they share it.
             minibatches.append([sorted(group, key=lambda row: (examples[row].prompt_ids, row)) for group in rows])
         epochs.append(minibatches)
@@ -183,7 +206,9 @@ def score_responses(
         named = {rewards: rollout.scores, "log-probabilities of the policy": rollout.logprobs}
         if rollout.sampler_logprobs is not None:
             named["log-probabilities of the sampler"] = rollout.sampler_logprobs
-        named |= {"log-probabilities of the reference": rollout.ref_logprobs, "values": rollout.values}
+        named["log-probabilities of the reference"] = rollout.ref_logprobs
+        if rollout.values is not None:
+            named["values"] = rollout.values
         found.require_finite(named, setup.actor_critic, {rewards: str(refused or "")})
         return found
 
@@ -197,7 +222,7 @@ def run_models(
     """The rollout, and the first error about rewards that are not finite, which `score_responses` raises."""
     examples, width = sampled.examples, setup.config.lengths().response
     count, device = len(examples), setup.device
-    names = ("logprobs", "ref_logprobs", "values", "entropy")
+    names = ("logprobs", "ref_logprobs", "entropy", *(["values"] if setup.config.has_critic else []))
     matrices = {name: torch.zeros(count, width, device=device) for name in names}
     scores = torch.zeros(count, device=device)
     lengths = torch.zeros(count, dtype=torch.long, device=device)
@@ -209,9 +234,9 @@ def run_models(
             policy, layout = module(batch), setup.reference.reader.layout
             readable = batch if reads(layout, batch) else pack(chosen, layout=layout).to(device)
             reference = setup.reference(readable)
-            found = (policy.logprobs, reference.logprobs, policy.values, policy.entropy)
-            for name, value in zip(names, found, strict=True):
-                matrices[name][index] = batch.padded(value, width).to(matrices[name].dtype)
+            found = {**vars(policy), "ref_logprobs": reference.logprobs}
+            for name, matrix in matrices.items():
+                matrix[index] = batch.padded(found[name], width).to(matrix.dtype)
             try:
                 scores[index] = setup.reward.score(chosen, batch).to(scores)
             except BadScores as bad:
@@ -221,12 +246,15 @@ def run_models(
             for shape in setup.shapes.values():
                 setup.meter.score(shape, batch)
     ended = torch.tensor([example.ended[0] for example in examples], device=device)
+    config, values = setup.config, matrices.pop("values", None)
+    scores = shape_scores(scores, lengths, clip=config.reward_clip, per_token=config.length_penalty)
     rollout = Rollout(
         examples=examples,
         mask=torch.arange(width, device=device) < lengths[:, None],
         ended=ended,
-        scores=apply_missing_eos_penalty(scores, ended, setup.config.missing_eos_penalty),
+        scores=apply_missing_eos_penalty(scores, ended, config.missing_eos_penalty),
         sampler_logprobs=sampled.logprobs,
+        values=values,
         **matrices,
     )
     return rollout, refused
@@ -239,9 +267,13 @@ def check_and_describe(setup: PpoSetup, scored: Scored, estimates: Estimates) ->
         NotFinite: an advantage or return is not finite.
     """
     config, rollout = setup.config, scored.rollout
-    named = {"advantages": estimates.advantages, "returns": estimates.returns}
+    named = {"advantages": estimates.advantages}
+    if estimates.returns is not None:
+        named["returns"] = estimates.returns
     setup.together(lambda: scored.require_finite(named, setup.actor_critic))
-    metrics = rollout_metrics(rollout, estimates, kl_coef=config.kl_coef, reduce=setup.reduce)
+    metrics = rollout_metrics(rollout, estimates, kl_coef=setup.kl_coef, reduce=setup.reduce)
+    if config.kl_target is not None:
+        metrics["objective/kl_coef"] = setup.kl_coef
     metrics |= sampler_metrics(rollout.mask, estimates.importance, reduce=setup.reduce)
     metrics["episodes"] = float((scored.update + 1) * config.rollout_batch_size)
     for function in functions_of(setup.reward):
@@ -272,8 +304,10 @@ def minibatch_window(
 ) -> Window:
     """One minibatch as a window; the last minibatch of the last epoch ends the update and carries the metrics."""
     config, rollout = setup.config, scored.rollout
+    ref_logprobs = rollout.ref_logprobs if config.kl_in == "loss" else None
     first, last = (epoch, number) == (0, 0), (epoch, number) == (len(scored.epochs) - 1, len(scored.epochs[0]) - 1)
     importance = estimates.importance
+    weights = None if importance is None else importance.weights
     batches, tokens, sequences = [], 0, 0
     for place, rows in enumerate(scored.epochs[epoch][number]):
         examples = [rollout.examples[i] for i in rows]
@@ -284,11 +318,12 @@ def minibatch_window(
                 batch,
                 mask=rollout.mask[index],
                 old_logprobs=rollout.logprobs[index],
-                old_values=rollout.values[index],
+                old_values=None if rollout.values is None else rollout.values[index],
                 advantages=estimates.advantages[index],
-                returns=estimates.returns[index],
+                returns=None if estimates.returns is None else estimates.returns[index],
                 first=first,
-                weights=None if importance is None else importance.weights[index],
+                ref_logprobs=None if ref_logprobs is None else ref_logprobs[index],
+                weights=None if weights is None else weights[index],
                 examples=examples,
                 pack=setup.pack,
             )
@@ -300,8 +335,9 @@ def minibatch_window(
     counts = {
         "tokens": total_tokens,
         "sequences": total_sequences * config.lengths().response,
+        "responses": total_sequences,
         "first_tokens": total_tokens if first else 0.0,
         "first_batches": total_batches if first else 0.0,
     }
-    epochs_done = (scored.update + 1) * config.rollout_batch_size / len(setup.prompts)
+    epochs_done = (scored.update + 1) * config.prompts_per_rollout / len(setup.prompts)
     return Window(batches, counts, last, metrics if last else {}, epochs_done, scored.halvings)

@@ -83,6 +83,23 @@ def test_gradient_is_that_of_the_definition(bias, temperature, chunk_elements, k
 
 
 @KEPT
+@pytest.mark.parametrize("chunk_elements", [2 * V, 2**24])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_trained_entropy_has_the_gradient_of_the_definition(temperature, chunk_elements, kept_elements):
+    inputs = leaves(HIDDEN, WEIGHT, BIAS)
+    bounds = {"chunk_elements": chunk_elements, "kept_elements": kept_elements}
+    head = OutputHead(inputs[1], inputs[2], temperature)
+    logprobs, entropy = token_logprobs(head, inputs[0], TARGETS, train_entropy=True, **bounds)
+    weights, others = numbers(N, seed=4), numbers(N, seed=5)
+    found = torch.autograd.grad(logprobs @ weights + entropy @ others, inputs)
+    plain = torch.log_softmax(torch.nn.functional.linear(*inputs) / temperature, -1)
+    chosen = plain.gather(-1, TARGETS[:, None]).squeeze(-1)
+    expected = torch.autograd.grad(chosen @ weights - (plain.exp() * plain).sum(-1) @ others, inputs)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+
+
+@KEPT
 def test_only_what_is_trained_gets_a_gradient(kept_elements):
     everything = leaves(HIDDEN, WEIGHT, BIAS)
     expected = torch.autograd.grad(

@@ -77,6 +77,8 @@ import pytest
         ("ppo", {"num_train_epochs": 2}, "num_train_epochs", "found 2, but ppo counts episodes"),
         ("ppo", {"eval_strategy": "epoch"}, "eval_strategy", "found 'epoch'"),
         ("ppo", {"num_mini_batches": 3}, "num_mini_batches", "rollout_batch_size 64 is not a multiple"),
+        ("ppo", {"num_generations": 3}, "num_generations", "rollout_batch_size 64 is not a multiple"),
+        ("ppo", {"num_generations": 0}, "num_generations", "found 0"),
         ("ppo", {"per_device_train_batch_size": 5}, "per_device_train_batch_size", "a minibatch of 16"),
         (
             "ppo",

@@ -60,7 +60,6 @@ def test_max_new_tokens_is_a_key_of_evaluate_itself(load):
     [
         ("dpo", "lora_whatever", 1),
         ("dpo", "load_in_8bit", True),
-        ("ppo", "kl_target", 6),
     ],
 )
 def test_keys_of_later_versions_are_refused_by_name(faults, stage, key, value):
@@ -71,7 +70,7 @@ def test_keys_of_later_versions_are_refused_by_name(faults, stage, key, value):
 
 @pytest.mark.parametrize("key", LATER)
 def test_keys_of_later_versions_may_say_off(valid, key):
-    for stage in ("ppo",) if key == "kl_target" else TRAINING:
+    for stage in TRAINING:
         for neutral in LATER[key]:
             load_config(stage, None, extra={**valid[stage], key: neutral} if neutral is not None else valid[stage])
 

@@ -24,8 +24,16 @@ MOVES: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
         "gamma": ([1.0], [0.99, 0.0]),
         "whiten_rewards": ([False], [True]),
         "missing_eos_penalty": ([None, 0.0], [1.0]),
+        "reward_clip": ([None], [5.0]),
+        "length_penalty": ([None, 0.0], [0.1]),
         "temperature": ([1.0], [0.7]),
         "reward_combination": (["sum"], ["min", "mean_minus_std"]),
+        "kl_in": (["reward"], ["loss"]),
+        "kl_target": ([None], [6.0]),
+        "entropy_coef": ([0.0], [0.01]),
+        "num_generations": ([8], [2, 4]),
+        "scale_rewards": (["none"], ["group"]),
+        "loss_normalization": (["tokens", "sequences"], ["responses"]),
     },
     "dpo": {
         "weight_decay": DECAY,
@@ -45,14 +53,20 @@ MOVES: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
     "collect": {"labels": (["bradley-terry"], ["rank"])},
 }
 SEVERAL = {"reward_model_path": None, "reward_functions": ["world", "module:function"]}
+GRPO = {"algorithm": "grpo"}
+PER_TOKEN = {**GRPO, "kl_in": "loss"}
 BESIDE = {
     "reward_combination": SEVERAL,
     "loss_weights": {"loss_type": ("sigmoid", "hinge")},
     "simpo_gamma": {"loss_type": "simpo"},
     "cpo_alpha": {"loss_type": "cpo"},
     "f_alpha": {"f_divergence": "alpha"},
+    "kl_in": GRPO,
+    **dict.fromkeys(("num_generations", "scale_rewards", "loss_normalization"), PER_TOKEN),
 }
 """Keys that an option needs beside it."""
+ALONG = {"kl_in": {"num_generations": 8}}
+"""What an option makes others do."""
 MAY_MOVE = {"ppo": {"lam": ([1.0], [0.95, 0.0])}}
 
 
@@ -76,11 +90,29 @@ def test_each_option_moves_the_optimum_at_these_values_and_not_at_those(load, st
     assert moves_optimum(load(stage)) == {}
     for name, (neutral, moving) in MOVES[stage].items():
         beside = BESIDE.get(name, {})
-        already = {key: value for key, value in beside.items() if key in MOVES[stage]}
+        around = {key: beside[key] for key in beside.keys() & MOVES[stage].keys()}
+        around |= {"num_generations": 8} if beside == PER_TOKEN else {}
         for value in neutral:
-            assert moves_optimum(load(stage, **beside, **{name: value})) == already, (name, value)
+            assert moves_optimum(load(stage, **beside, **{name: value})) == around, (name, value)
         for value in moving:
-            assert moves_optimum(load(stage, **beside, **{name: value})) == already | {name: value}
+            found = moves_optimum(load(stage, **beside, **{name: value}))
+            assert found == {**around, **ALONG.get(name, {}), name: value}
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "a2c", "rloo", "grpo"])
+def test_no_algorithm_moves_the_optimum_by_itself(load, algorithm):
+    """With the KL in the return every advantage is 0 there, whatever reshapes advantages."""
+    assert moves_optimum(load("ppo", algorithm=algorithm, num_generations=4)) == {}
+    assert may_move_optimum(load("ppo", algorithm=algorithm)) == (
+        {} if algorithm in ("rloo", "grpo") else {"lam": 0.95}
+    )
+    reshaped = {"scale_rewards": "group", "loss_normalization": "responses"}
+    assert moves_optimum(load("ppo", **GRPO, **reshaped)) == {}
+
+
+def test_the_published_grpo_states_the_size_of_its_groups(load):
+    published = {"kl_in": "loss", "scale_rewards": "group", "loss_normalization": "responses"}
+    assert moves_optimum(load("ppo", **GRPO, **published)) == {**published, "num_generations": 8}
 
 
 def test_a_discount_of_what_the_critic_misses_is_no_reason_to_refuse(load):

@@ -84,7 +84,7 @@ def test_all_faults_of_a_sweep_at_once_with_their_lines(demo):
   ppo.seed: [1, 2]
   ppo.output_name: [a, b]
   ppo.logging_steps: [1, 2]
-  ppo.kl_target: [1]
+  ppo.load_in_8bit: [true]
   ppo.output_dir: [a]
   ppo.cliprange: [.1]
   sft.learning_rate: [-1, -2]
@@ -105,7 +105,7 @@ def test_all_faults_of_a_sweep_at_once_with_their_lines(demo):
         "expected no sweep of output_name; remove it",
         "experiment.yaml:24: sweep.ppo.logging_steps: logging_steps does not change the result of a run; "
         "expected a key that does; remove it",
-        "experiment.yaml:25: sweep.ppo.kl_target: this key is not available yet in this version; remove it",
+        "experiment.yaml:25: sweep.ppo.load_in_8bit: this key is not available yet in this version; remove it",
         "experiment.yaml:26: sweep.ppo.output_dir: output_dir does not change the result of a run; "
         "expected a key that does; remove it",
         "experiment.yaml:28: sweep.sft.learning_rate.0: found -1; expected a number > 0",

@@ -13,7 +13,7 @@ from rlhf_pipeline.health.watches import WATCHES
 
 LOG_2 = math.log(2)
 EVERY = 5  # steps between two evaluations
-PPO = Facts(total=60, size=64, kl_coef=0.1)
+PPO = Facts(total=60, size=64, kl_coef=0.1, kl_target=6.0)
 EXAMPLES = Facts(total=240, size=32, tokens=20, from_reference=True)
 
 # Healthy runs of 60 updates of PPO and of 240 steps of the others, as functions of the step: no watch says a word.
@@ -111,6 +111,12 @@ PPO_CASES = {
         {"objective/kl": lambda step: 0.0, "objective/kl_k3": lambda step: 0.0},
         {"objective/kl": lambda step: 0.0, "objective/kl_k3": lambda step: 1e-9 if step % 3 == 0 else 0.0},
         4,
+    ),
+    # A hundredth of .1, while the KL is below 6.
+    "kl_target_unreachable": (
+        {"objective/kl_coef": after(11, 9.9e-4, 0.1)},
+        {"objective/kl_coef": after(11, 1.01e-3, 0.1)},
+        11,
     ),
     "scores_equal": (
         {"objective/scores_std": lambda step: 0.0 if step > 9 else 1.0},

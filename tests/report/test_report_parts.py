@@ -258,3 +258,12 @@ def test_stale_tables_go_after_the_page(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(pages, "page", lambda results, points: "page")
     pages.write_report(results, tmp_path)
     assert not (tmp_path / "points/old.csv").exists()
+
+
+def test_an_arm_of_a_relative_of_ppo_says_so() -> None:
+    written = plain_results()
+    for row in written["rows"]:
+        if row.get("arm") == "ppo":
+            row["algorithm"] = "rloo"
+    view = View(Results.model_validate(written))
+    assert (view.called("ppo"), view.called("dpo")) == ("ppo (RLOO)", "dpo")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlhf_pipeline.rollout.rollout import Rollout, apply_missing_eos_penalty, rollout_metrics
+from rlhf_pipeline.rollout.rollout import Rollout, apply_missing_eos_penalty, rollout_metrics, shape_scores
 from tests.rollout.tree import estimate
 
 PLAIN = {"kl_coef": 0.5, "gamma": 1.0, "lam": 1.0, "whiten_advantages": False, "whiten_rewards": False}
@@ -133,3 +133,9 @@ def test_sums_over_two_ranks_are_the_whole(rollout):
 @pytest.mark.parametrize("penalty, expected", [(None, [2.0, -1.0]), (0.0, [2.0, -1.0]), (1.5, [2.0, -2.5])])
 def test_the_missing_eos_penalty_is_subtracted_from_cut_responses(rollout, penalty, expected):
     assert apply_missing_eos_penalty(rollout.scores, rollout.ended, penalty).tolist() == expected
+
+
+def test_scores_are_clipped_before_the_penalty_on_length_and_infinite_ones_stay():
+    scores, lengths = torch.tensor([3.0, -1.0, math.inf]), torch.tensor([2, 4, 1])
+    assert shape_scores(scores, lengths, clip=2.0, per_token=0.5).tolist() == [1.0, -3.0, math.inf]
+    assert shape_scores(scores, lengths, clip=None, per_token=None) is scores

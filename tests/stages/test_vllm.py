@@ -58,6 +58,14 @@ def test_the_engine_samples_with_the_weights_of_each_update(lab, fake):
     assert all(row["sampler/truncated"] == 0 for row in lab.rows(result.run))
 
 
+@pytest.mark.check
+def test_the_engine_samples_several_responses_to_each_prompt(lab, fake):
+    """What the stand-in says of its tokens is put beside the right response."""
+    result = lab.run("ppo", **VLLM, num_generations=4, num_ppo_epochs=4)
+    assert max(differences(lab, result)) <= 1e-5
+    assert [row["episodes"] for row in lab.rows(result.run)] == [16, 32]
+
+
 def test_weights_that_do_not_arrive_are_seen(lab, fake, stuck):
     result = lab.run("ppo", **VLLM, num_ppo_epochs=4)
     first, second = differences(lab, result)

@@ -1,0 +1,70 @@
+"""Groups of responses in two processes: each group lives in one, and both take the step of a single process."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.two_processes import run_of, run_stages, same
+
+pytestmark = [pytest.mark.slow, pytest.mark.check]
+
+ONE_WINDOW = {"adam_epsilon": 1e-1, "learning_rate": 1e-1, "num_ppo_epochs": 1, "num_mini_batches": 1, "max_steps": 1}
+RUNS = {
+    "rloo": {"algorithm": "rloo", "whiten_advantages": True},
+    "grpo": {"algorithm": "grpo", "kl_in": "loss", "scale_rewards": "group", "loss_normalization": "responses"},
+}
+
+WORKER = """
+import json, random, sys
+from dataclasses import replace
+from pathlib import Path
+from rlhf_pipeline.config.load import load_config
+from rlhf_pipeline.stages.functions import stage_function
+from rlhf_pipeline.training import ppo_rollouts
+
+def given(setup, module, update):
+    # Responses of 1 to 4 tokens that are a function of the prompt and of their number; the shorter ones end.
+    examples = []
+    for prompt in ppo_rollouts.prompts_of(setup, update):
+        for number in range(setup.config.num_generations):
+            draw = random.Random(f"{prompt.prompt_ids} {number}")
+            ids = [draw.randrange(5, 25) for _ in range(draw.randint(1, 4))]
+            if ended := len(ids) < 4:
+                ids[-1] = next(iter(setup.stop_ids))
+            examples.append(replace(prompt, completions=[ids], ended=[ended]))
+    return ppo_rollouts.Sampled(examples), None
+
+ppo_rollouts._sample = given
+home, runs = Path(sys.argv[1]), json.loads(sys.argv[2])
+for stage, values in runs:
+    stage_function(stage)(load_config(stage, None, extra=values).config, home, quiet=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def both(tiny, tmp_path_factory):
+    """A home with each run in one process and in two."""
+    lab = tiny.copy(tmp_path_factory.mktemp("both") / "home")
+    for count in (1, 2):
+        configs = [
+            lab.config(
+                "ppo",
+                output_name=f"{name}-{count}",
+                num_generations=4,
+                per_device_train_batch_size=8 // count,
+                **changes,
+                **ONE_WINDOW,
+            )
+            for name, changes in RUNS.items()
+        ]
+        run_stages(lab, count, WORKER, [("ppo", config) for config in configs])
+    return lab
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_take_the_step_of_one(both, name):
+    same(both, f"{name}-2", f"{name}-1")
+    found, start = both.weights(f"{name}-2"), both.weights("sft")
+    assert max(float((found[key] - start[key]).abs().max()) for key in start) > 1e-3
+    (row,) = both.rows(run_of(both, f"{name}-2"))
+    assert row["episodes"] == 16 and row["objective/scores_std"] > 0
