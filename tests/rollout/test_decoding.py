@@ -137,7 +137,7 @@ DECODERS = {
 @pytest.mark.parametrize("given", DECODERS.values(), ids=DECODERS)
 def test_responses_have_the_probabilities_of_the_definition(given):
     """Every response that is drawn has its enumerated log-probability, and the frequencies are theirs (chi-square)."""
-    policy, decoding, prompt, count = policy_of(), Decoding(**given), [2, 3, 2], 3000
+    policy, decoding, prompt, count = policy_of(4), Decoding(**given), [2, 3, 2], 3000
     leaves = [tuple(ids) for ids, _ in all_responses(VOCAB, HORIZON)]
     p = {leaf: probability(policy, prompt, list(leaf), decoding) for leaf in leaves}
     assert sum(p.values()) == pytest.approx(1, abs=1e-9)
