@@ -146,11 +146,12 @@ def print_comparison(results: Results) -> None:
         f"figures: mean and 95 % interval, {spread}: ± half its width, or [low, high] if it is not symmetric",
         *filter(None, ["; ".join(filter(None, legend))]),
     ]
+    few = results.samples < 2 and (results.decoding is None or results.decoding.do_sample)
     if not many:
         notes += [
             "win rate (a tie counts as half a win; ties: share of ties) and gain (in standard deviations of the "
             f"baseline's responses) against {results.baseline}",
-            *(["no win rates with one sample per prompt: set --samples to 2 or more"] if results.samples < 2 else []),
+            *(["no win rates with one sample per prompt: set --samples to 2 or more"] if few else []),
             "cost: the arm's own run and, for PPO, that of its reward model; shared stages are not counted",
         ]
     if _rescaled(shown):

@@ -14,7 +14,22 @@ from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_plan, emit_tabl
 if TYPE_CHECKING:
     from rlhf_pipeline.config.compare import PromptsConfig
 
-SAMPLING_KEYS = ("split", "prompts", "max_prompts", "samples", "temperature", "max_new_tokens", "seed", "reward_model")
+DECODING_KEYS = (
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "num_beams",
+    "length_penalty",
+)
+SAMPLING_KEYS = (
+    *("split", "prompts", "max_prompts", "samples"),
+    *DECODING_KEYS,
+    *("max_new_tokens", "seed", "reward_model"),
+)
 MEASURING_KEYS = (*SAMPLING_KEYS, "reference", "best_of", "judge", "true_reward")
 
 NAMES = {
@@ -32,6 +47,7 @@ NAMES = {
 def evaluate(common: Common, settings: Settings, words: WordsArgument) -> None:
     """Evaluate one model: a policy on sampled responses, a reward model on held-out pairs."""
     from rlhf_pipeline.config.compare import EvaluateConfig
+    from rlhf_pipeline.config.decoding import KL_OF
 
     model, overrides = one_reference("evaluate", words)
     config = settings.load(overrides).of(EvaluateConfig)
@@ -55,7 +71,10 @@ def evaluate(common: Common, settings: Settings, words: WordsArgument) -> None:
     title = f"{result['model']}: {result['prompts']} prompts x {result['samples']} samples"
     emit_table(title, ("metric", "mean and 95 % interval"), rows)
     legend = {"KL to": result["reference"], "RM score by": result["reward_model"], "judge": result["judge"]}
-    emit_lines(["; ".join(f"{what} {who}" for what, who in legend.items() if who)] if any(legend.values()) else [])
+    lines = ["; ".join(f"{what} {who}" for what, who in legend.items() if who)] if any(legend.values()) else []
+    if not config.decoding.is_plain:
+        lines.append(f"responses are made by {config.decoding.text}; {KL_OF}")
+    emit_lines(lines)
 
 
 def emit_measuring(common: Common, config: PromptsConfig, models: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from rlhf_pipeline.compare.points import Point
 from rlhf_pipeline.compare.prepare import exact_bench, find_entrants, set_up_benches
 from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.disk.kept import Busy
-from rlhf_pipeline.measure.evaluate import kept_samples
+from rlhf_pipeline.measure.evaluate import kept_samples, without_decoder
 from rlhf_pipeline.measure.exact import kept_row, measured_exactly
 from rlhf_pipeline.models.sharing import sharing_models
 from rlhf_pipeline.registry.store import Registry
@@ -35,9 +35,11 @@ def measure_ahead(config: CompareConfig, home: Path, points: Sequence[Point] | N
             with suppress(Busy):
                 kept_row(exact, model, beta, wait=False)
                 say(f"measured {f'the optimum at beta {beta:g}' if model is None else model.label} exactly")
+    benches = [bench] if validation is None else [bench, validation]
+    if not config.decoding.is_plain:
+        benches += map(without_decoder, benches)
     for point, model in reversed(found.measured):
-        for one in (bench, validation):
-            if one is not None:
-                with suppress(Busy):
-                    kept_samples(one, model, scorers.get(point.seed), wait=False)
+        for one in benches:
+            with suppress(Busy):
+                kept_samples(one, model, scorers.get(point.seed), wait=False)
         say(f"measured {model.label}")

@@ -49,6 +49,14 @@ class Arm:
         return Arm(self.name, {setting: found for setting, found in self.points.items() if setting.step is None})
 
     @property
+    def sampled(self) -> Arm:
+        """The arm by samples of its policies themselves, which its KL belongs to."""
+        points = self.points.items()
+        return Arm(
+            self.name, {setting: {seed: one.sampled for seed, one in found.items()} for setting, found in points}
+        )
+
+    @property
     def snapshots(self) -> int:
         """Number of snapshots, over all settings and seeds."""
         return sum(len(found) for setting, found in self.points.items() if setting.step is not None)

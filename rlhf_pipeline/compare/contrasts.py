@@ -139,9 +139,12 @@ def _at_equal_cost(a: Arm, b: Arm, seeds: Seeds, figure: str, chooser: str | Non
 
 
 def _matched(a: Arm, b: Arm, seeds: Seeds, figure: str, chooser: str | None, registry: Registry) -> Iterator[Contrast]:
-    """Compare a figure at one KL that both arms reach, on average over their common range of KL, and at equal FLOPs."""
+    """Compare a figure at one KL that both arms reach, on average over their common range of KL, and at equal FLOPs.
+
+    What is at a KL is read from samples of the policies themselves, whatever decoder makes the responses.
+    """
     names = (a.name, b.name)
-    one, other = a.curve(seeds, figure, chooser), b.curve(seeds, figure, chooser)
+    one, other = (arm.sampled.curve(seeds, figure, chooser) for arm in (a, b))
     found = difference_at(one, other, names=names)
     text = "at matched KL" if found.at is None else f"at a KL of {found.at:.2f} nats"
     yield _entry("matched KL", a, b, figure, text, found.inference, found.why_not)

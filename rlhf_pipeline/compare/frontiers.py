@@ -50,7 +50,8 @@ def _arm(arm: Arm, figure: str, chooser: str | None) -> FrontierArm:
 
 
 def frontier_section(arms: Sequence[Arm], figure: str, chooser: str | None, exact: Exact | None) -> Frontier | None:
-    """The frontiers of the arms on the test prompts; None if no KL was measured."""
+    """The frontiers of the arms on the test prompts, by samples of the policies themselves; None without KL."""
+    arms = [arm.sampled for arm in arms]
     if any(
         "kl" not in point.test.values for arm in arms for points in arm.points.values() for point in points.values()
     ):
@@ -85,6 +86,7 @@ def over_optimisation_section(arms: Sequence[Arm], reference: Measured | None) -
     """
     if reference is None:
         return None
+    reference, arms = reference.sampled, [arm.sampled for arm in arms]
     gold = next((name for name in ("true_reward", "judge") if name in reference.test.values), None)
     if gold is None or "score" not in reference.test.values or "kl" not in reference.test.values:
         return None

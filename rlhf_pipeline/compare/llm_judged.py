@@ -77,7 +77,7 @@ def _pair(bench: Bench, chat: ChatModel, both: Sequence[tuple[Measured, Measured
     names = [{side.point.arm for side in sides} for sides in zip(*both, strict=True)]
     several = len(both) > 1
     a, b = (next(iter(arm)) if several else side.name for arm, side in zip(names, both[0], strict=True))
-    if bench.plan.samples < 2:
+    if bench.plan.samples < 2 and bench.plan.decoding.do_sample:
         return JudgedPair(
             a=a, b=b, estimate=None, why_not=ONE_SAMPLE, p=None, **dict(_figures(PairVerdicts([], None, 0.0, 0)))
         )

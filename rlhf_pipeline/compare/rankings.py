@@ -84,8 +84,9 @@ def win_rate_section(
         one, other, seeds = paired_by_seed(a, b)
         if seeds:
             points = [arm.points[_setting(arm, described)] for arm in (one, other)]
+            coupled = points[0][seeds[0]].test.coupled
             mine, theirs = (_side([found[seed].test for seed in seeds], figure) for found in points)
-            entries.append(win_rate_entry((a.name, b.name), figure, mine, theirs, coupled=True))
+            entries.append(win_rate_entry((a.name, b.name), figure, mine, theirs, coupled=coupled))
     for arm in arms:
         found = arm.points[_setting(arm, described)].values()
         if all(point.name == baseline.name for point in found):
@@ -94,7 +95,8 @@ def win_rate_section(
             _side((point.test for point in found), figure),
             _side((baseline.scored_by(point.scorer) for point in found), figure),
         )
-        entries.append(win_rate_entry((arm.name, baseline.name), figure, mine, theirs, coupled=True))
+        names = (arm.name, baseline.name)
+        entries.append(win_rate_entry(names, figure, mine, theirs, coupled=baseline.test.coupled))
         if demonstrations is not None and figure in demonstrations.values:
             shown = _side([demonstrations] * len(found), figure)
             entries.append(win_rate_entry((arm.name, "demonstrations"), figure, mine, shown, coupled=False))
@@ -104,7 +106,7 @@ def win_rate_section(
 def ranking_section(measured: Sequence[Measured], figure: str) -> Ranking | None:
     """Elo of every model with an interval over prompts, the baseline at 1000, and the share of ties in its comparisons.
 
-    None with fewer than two models, or with one sample per prompt (see `win_rates.pairs_of`).
+    None with fewer than two models, or with one random sample per prompt (see `win_rates.pairs_of`).
 
     If there are too many models, final models are kept first, then the best snapshots.
     """
@@ -117,13 +119,14 @@ def ranking_section(measured: Sequence[Measured], figure: str) -> Ranking | None
     if len(distinct) < 2 or (figure == "score" and len({one.scorer for one in distinct}) > 1):
         return None  # scores of different reward models have no common scale
     figures, size = [one.test.by_prompt(figure) for one in distinct], len(distinct)
-    if figures[0].shape[1] < 2:
+    coupled = measured[0].test.coupled
+    if coupled and figures[0].shape[1] < 2:
         return None
     wins, ties = np.zeros((len(figures[0]), size, size)), np.zeros((size, size))
     for i, j in combinations(range(size), 2):
-        wins[:, i, j] = prompt_win_rates(figures[i], figures[j], coupled=True)
+        wins[:, i, j] = prompt_win_rates(figures[i], figures[j], coupled=coupled)
         wins[:, j, i] = 1 - wins[:, i, j]
-        ties[i, j] = ties[j, i] = tie_share(figures[i], figures[j], coupled=True)
+        ties[i, j] = ties[j, i] = tie_share(figures[i], figures[j], coupled=coupled)
     found = rank(wins, baseline=0)
     places = sorted(range(size), key=lambda i: -found[i].elo.mean)
     return Ranking(

@@ -11,11 +11,11 @@ from rlhf_pipeline.compare.aim import Aim, aim_of
 from rlhf_pipeline.compare.points import Point
 from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.evaluation.diversity import distinct, self_bleu, token_budget
-from rlhf_pipeline.evaluation.sampled import Samples, paired_difference, scores_of
+from rlhf_pipeline.evaluation.sampled import Samples, paired_difference, scores_of, take_from_policy
 from rlhf_pipeline.evaluation.win_rates import tie_share, win_rate
 from rlhf_pipeline.measure.bench import Bench
 from rlhf_pipeline.measure.best_of import primary_figure
-from rlhf_pipeline.measure.evaluate import kept_samples
+from rlhf_pipeline.measure.evaluate import kept_samples, without_decoder
 from rlhf_pipeline.registry.parents import algorithm_of, beta_of, parent_of, reward_models_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
@@ -41,6 +41,12 @@ class Measured:
     scorer: str | None = None  # the reward model of `score`
     scores: dict[str, np.ndarray] = field(default_factory=dict)  # the baseline's scores by other reward models
     aim: Aim = field(default_factory=Aim)
+    own: Measured | None = None  # the same point by samples of the policy itself, if a decoder has made `test`
+
+    @property
+    def sampled(self) -> Measured:
+        """The same point by samples of the policy itself: those that its KL belongs to."""
+        return self.own or self
 
     def scored_by(self, scorer: str | None) -> Samples:
         """The samples with the scores of another point's reward model, so that the two points can be compared."""
@@ -123,21 +129,36 @@ def measure_points(
     """Sample and score every model with the same plan: same prompts, same random numbers."""
     found = []
     for number, (point, model) in enumerate(points, start=1):
-        scorer = scorers.get(point.seed)
-        held = None if validation is None else kept_samples(validation, model, scorer)
-        samples, aim = kept_samples(test, model, scorer), aim_of(test.registry, model)
-        found.append(Measured(point, model, samples, held, None if scorer is None else scorer.label, aim=aim))
+        found.append(_measured(point, model, test, validation, scorers.get(point.seed)))
         test.say(f"[{number}/{len(points)}] measured {model.label}")
     _score_by_all(next(one for one in found if one.point.step is None), scorers, [point for point, _ in points])
     return found
 
 
-def _score_by_all(one: Measured, scorers: Scorers, points: Sequence[Point]) -> None:
+def _measured(
+    point: Point, model: Resolved, test: Bench, validation: Bench | None, scorer: RewardSource | None
+) -> Measured:
+    """Sample and score a model. With a decoder its own samples are measured too, and give the figures `OF_POLICY`."""
+    held = None if validation is None else kept_samples(validation, model, scorer)
+    label, aim = None if scorer is None else scorer.label, aim_of(test.registry, model)
+    found = Measured(point, model, kept_samples(test, model, scorer), held, label, aim=aim)
+    if test.plan.decoding.is_plain:
+        return found
+    plain = None if validation is None else without_decoder(validation)
+    own = _measured(point, model, without_decoder(test), plain, scorer)
+    for samples, theirs in ((found.test, own.test), (found.validation, own.validation)):
+        if samples is not None and theirs is not None:
+            take_from_policy(samples, theirs)
+    return replace(found, own=own)
+
+
+def _score_by_all(measured: Measured, scorers: Scorers, points: Sequence[Point]) -> None:
     """Add the scores of a model's responses by the reward model of every seed of these points."""
     for seed in dict.fromkeys(point.seed for point in points):
         source = scorers.get(seed)
-        if source is not None and source.label != one.scorer:
-            one.scores[source.label] = scores_of(one.test, source, scorers.bench.plan)
+        if source is not None and source.label != measured.scorer:
+            for one in (measured, *filter(None, [measured.own])):
+                one.scores[source.label] = scores_of(one.test, source, scorers.bench.plan)
 
 
 def measured_reference(start: Measured, points: Sequence[Point], scorers: Scorers) -> Measured | None:
@@ -153,7 +174,7 @@ def measured_reference(start: Measured, points: Sequence[Point], scorers: Scorer
         return start
     bench.say(f"{reference.label} is also sampled: over-optimisation is a gain over the model that KL is measured to")
     point = Point(reference.label, None, {}, reference.label)
-    found = Measured(point, reference, kept_samples(bench, reference), None, bench.scorer.label)
+    found = _measured(point, reference, bench, None, bench.scorer)
     _score_by_all(found, scorers, points)
     return found
 
@@ -189,10 +210,11 @@ def row_of(registry: Registry, measured: Measured, baseline: Measured, diversity
     theirs = baseline.scored_by(measured.scorer)
     difference, spread = paired_difference(figures, theirs, primary), float(np.std(theirs.values[primary]))
     mine, other = figures.by_prompt(primary), theirs.by_prompt(primary)
-    several = mine.shape[1] > 1  # one sample per prompt gives no win rate: both sides used the same random number
+    coupled = figures.coupled
+    several = mine.shape[1] > 1 or not coupled  # one sample with the same random number on both sides is no win rate
     against = {
-        "win_rate": Interval.of(win_rate(mine, other, coupled=True).estimate) if several else None,
-        "ties": tie_share(mine, other, coupled=True) if several else None,
+        "win_rate": Interval.of(win_rate(mine, other, coupled=coupled).estimate) if several else None,
+        "ties": tie_share(mine, other, coupled=coupled) if several else None,
         "difference": Interval.of(difference),
         "gain_in_sd": difference.mean / spread if spread > 0 else None,
     }

@@ -135,6 +135,7 @@ def compared(
         split=config.split,
         validation_split=config.validation_split if validation is not None else None,
         temperature=config.temperature,
+        decoding=config.decoding,
         response_length=bench.plan.response_length,
         seed=config.seed,
         seeds=sorted({point.seed for point, _ in entrants.trained if point.seed is not None}),

@@ -12,6 +12,7 @@ from math import inf, isfinite
 
 from rlhf_pipeline.compare.aim import describe_aims
 from rlhf_pipeline.compare.preference_quality import LONGER
+from rlhf_pipeline.config.decoding import KL_OF
 from rlhf_pipeline.evaluation.seeds import needed
 from rlhf_pipeline.evaluation.statistics import Estimate
 from rlhf_pipeline.report.figures import Interval
@@ -278,7 +279,8 @@ def _next(results: Findings) -> Iterator[Line]:
 def verdict(results: Findings) -> Verdict:
     """Return the headline and the lines; every line says whether the figures support it."""
     head, text = _primary(results), ""
-    said = [line("data", change.text) for change in results.data_changed]
+    said = [line("decoding", f"responses are made by {results.decoder}; {KL_OF}")] if results.decoder else []
+    said += [line("data", change.text) for change in results.data_changed]
     said += [*_others(results), *_limits(results), *_next(results)]
     if results.primary == "score" and results.contrasts:
         text = " (PPO was trained to maximise this score, so it is not an independent measure)"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
+from pydantic import model_validator
+
 from rlhf_pipeline.config.base import (
     ATTENTION,
     COLUMN_MAPPING,
@@ -30,6 +32,7 @@ from rlhf_pipeline.config.base import (
     check_prompts,
     option,
 )
+from rlhf_pipeline.config.decoding import TEMPERATURE, Decoding, changed
 from rlhf_pipeline.config.rewards import PAIR_PLACES, TOKENIZATION, LlmJudge, Tokenization, check_request
 from rlhf_pipeline.config.template import (
     CHAT_TEMPLATE,
@@ -41,7 +44,7 @@ from rlhf_pipeline.config.template import (
 from rlhf_pipeline.errors import Fault
 
 MOST_PROMPTS = "maximum number of prompts, in hash order"
-SAMPLES = "responses sampled per prompt"
+SAMPLES = "responses sampled per prompt; 1 if do_sample is false"
 REWARD_MODEL_PROMPTS = "maximum number of prompts for exact figures that need a reward model's score of every response"
 
 
@@ -70,6 +73,30 @@ def check_llm_judge(config: CompareConfig) -> Iterator[Fault]:
     return check_request("llm_judge", config.llm_judge, PAIR_PLACES)
 
 
+OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+"""Keys of a decoder that do nothing if it does not sample."""
+
+
+def check_decoding(config: EvaluateConfig) -> Iterator[Fault]:
+    """Yield the faults of keys of the decoder that do nothing together."""
+    given = changed(config)
+    if config.do_sample and config.num_beams > 1:
+        yield Fault(
+            "num_beams", "do_sample is true, and beam search does not sample", "do_sample: false, or num_beams 1"
+        )
+    if config.num_beams == 1 and "length_penalty" in given:
+        yield Fault("length_penalty", "num_beams is 1, so there is no beam search", "num_beams >= 2")
+    if config.do_sample:
+        return
+    for key in OF_SAMPLING:
+        if key in given:
+            yield Fault(key, "do_sample is false, so nothing is sampled", f"do_sample: true, or no {key}")
+    if config.samples > 1:
+        yield Fault("samples", "do_sample is false, so all responses to a prompt are the same", "samples 1")
+    if max(config.best_of, default=1) > 1:
+        yield Fault("best_of", "do_sample is false, so all responses to a prompt are the same", "do_sample: true")
+
+
 class PromptsConfig(CommandConfig):
     """Keys of every evaluation: prompts, a reference, and how to load models."""
 
@@ -80,7 +107,7 @@ class PromptsConfig(CommandConfig):
     dataset_config: Text | None = option(None, "configuration of the prompts' source (default: its own)")
     column_mapping: dict[Text, Text] | None = COLUMN_MAPPING
     max_prompts: Count = option(256, MOST_PROMPTS)
-    temperature: Positive = option(1.0, "temperature of sampling and of the exact figures; 1: the policy itself")
+    temperature: Positive = TEMPERATURE
     max_new_tokens: Count | None = option(
         None, "maximum response length, in tokens, EOS included (default: as trained)"
     )
@@ -106,11 +133,18 @@ class PromptsConfig(CommandConfig):
     use_cpu: bool = USE_CPU
     num_threads: Count | None = NUM_THREADS
 
+    @property
+    def decoding(self) -> Decoding:
+        """How responses are made from a policy."""
+        keys = Decoding.model_fields.keys() & type(self).model_fields.keys()
+        return Decoding(**{key: getattr(self, key) for key in Decoding.model_fields if key in keys})
 
-class EvaluateConfig(PromptsConfig):
+
+class EvaluateConfig(Decoding, PromptsConfig):
     """Config of `rlhf evaluate`."""
 
     stage: ClassVar[str] = "evaluate"
+    checks: ClassVar[Checks] = (*PromptsConfig.checks, check_decoding)
 
     samples: Count = option(4, SAMPLES)
     seed: Seed = option(0, "random seed for sampling")
@@ -123,6 +157,12 @@ class EvaluateConfig(PromptsConfig):
         "source of the labels, if known: module:function or a model (default: world for its own data)",
         names="reward",
     )
+
+    @model_validator(mode="after")
+    def _one_response_without_chance(self) -> EvaluateConfig:
+        if not self.do_sample and "samples" not in self.model_fields_set:
+            object.__setattr__(self, "samples", 1)
+        return self
 
 
 class GenerateConfig(EvaluateConfig):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlhf_pipeline.algorithms.kl import k1, k3
 from rlhf_pipeline.algorithms.logprobs import token_kl, token_logprobs
+from rlhf_pipeline.config.decoding import Decoding
 from rlhf_pipeline.data.batch import PackedBatch, common_layout, pack
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.evaluation.statistics import Estimate, cluster_mean
@@ -22,6 +23,8 @@ from rlhf_pipeline.rollout.rewards import RewardSource, world_verdicts
 from rlhf_pipeline.rollout.scoring import score
 
 SHARES = frozenset({"ended", "well_formed"})
+OF_POLICY = ("kl", "kl_k1", "kl_k3", "entropy")
+"""Figures of the policy itself: they are measured on its own samples, whatever decoder makes the responses."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class SamplingPlan:
     prompts: list[Example]
     samples: int
     response_length: int
-    temperature: float
+    decoding: Decoding
     seed: int
     stop_ids: Sequence[int]
     responses_at_once: int
@@ -41,11 +44,15 @@ class SamplingPlan:
 
 @dataclass
 class Samples:
-    """Sampled responses of one policy and their figures, one array entry per response, prompts in order."""
+    """Responses of one policy and their figures, one array entry per response, prompts in order.
+
+    coupled: whether they were drawn with random numbers, which are the same for every policy with the same plan.
+    """
 
     examples: list[Example]
     clusters: list[str]  # prompt of each response
     values: dict[str, np.ndarray] = field(default_factory=dict)
+    coupled: bool = True
 
     def by_prompt(self, name: str) -> np.ndarray:
         """One figure of each prompt's responses, (P, A)."""
@@ -69,12 +76,13 @@ def draw(policy: Policy, plan: SamplingPlan) -> Samples:
         response_length=plan.response_length,
         stop_ids=plan.stop_ids,
         generator=torch.Generator().manual_seed(plan.seed),
-        temperature=plan.temperature,
+        decoding=plan.decoding,
         responses_at_once=plan.responses_at_once,
         memory=plan.memory,
         device=plan.device,
     )
-    found = Samples(examples, [example.prompt_key for example in examples for _ in example.completions])
+    clusters = [example.prompt_key for example in examples for _ in example.completions]
+    found = Samples(examples, clusters, coupled=plan.decoding.do_sample)
     found.values["length"] = np.array([len(ids) for e in examples for ids in e.completions], dtype=np.float64)
     found.values["ended"] = np.array([flag for e in examples for flag in e.ended], dtype=np.float64)
     return found
@@ -150,8 +158,13 @@ def add_kl(samples: Samples, policy: Policy, reference: Policy, plan: SamplingPl
         return torch.stack([batch.per_completion(column.double()) for column in columns], dim=1)
 
     found = score(sums, samples.examples, responses_at_once=plan.responses_at_once, memory=plan.memory)
-    for name, column in zip(("kl", "kl_k1", "kl_k3", "entropy"), found.numpy().T, strict=True):
+    for name, column in zip(OF_POLICY, found.numpy().T, strict=True):
         samples.values[name] = column
+
+
+def take_from_policy(samples: Samples, own: Samples) -> None:
+    """Add to a decoder's responses the figures of the policy itself, from equally many of its own samples."""
+    samples.values |= {name: own.values[name] for name in OF_POLICY if name in own.values}
 
 
 def paired_difference(mine: Samples, theirs: Samples, name: str) -> Estimate:

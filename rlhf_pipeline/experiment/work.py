@@ -282,6 +282,9 @@ def compare_work(
     scored = 2 * models.reference.batch_flops(counted(drawn))
     scored += sum(shape.batch_flops(counted(drawn)) for shape in (*models.rewards, *filter(None, [models.judge])))
     work = (one + Work(evaluation=scored)) * count
+    if not config.decoding.is_plain:  # the decoder's responses are made and scored beside samples of the policy
+        judged = scored - 2 * models.reference.batch_flops(counted(drawn))
+        work += (one * config.decoding.num_beams + Work(evaluation=judged)) * count
     further = max(0, max(config.best_of, default=0) - config.samples)  # the baseline alone
     if further:
         more = with_responses(prompts, response, further)

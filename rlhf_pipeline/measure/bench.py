@@ -284,7 +284,7 @@ def set_up(
         prompts=prompts,
         samples=samples,
         response_length=lengths.response,
-        temperature=config.temperature,
+        decoding=config.decoding,
         seed=seed,
         stop_ids=tuple(dict.fromkeys(stop for own in stops for stop in own)),
         responses_at_once=config.per_device_eval_batch_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rlhf_pipeline.evaluation.best_of_n import best_of_n, kl_bound
-from rlhf_pipeline.evaluation.sampled import SHARES, Samples, draw
+from rlhf_pipeline.evaluation.sampled import OF_POLICY, SHARES, Samples, draw
 from rlhf_pipeline.evaluation.statistics import cluster_mean
 from rlhf_pipeline.measure.bench import Bench, add_rewards
 from rlhf_pipeline.registry.references import Resolved
@@ -34,7 +34,10 @@ def enough_samples(bench: Bench, baseline: Resolved, drawn: Samples, sizes: tupl
 
 
 def best_of_n_rows(bench: Bench, baseline: Samples, label: str, sizes: tuple[int, ...]) -> list[Row]:
-    """Best-of-n of the baseline: chosen by the reward model if there is one, measured by the true reward."""
+    """Best-of-n of the baseline: chosen by the reward model if there is one, measured by the true reward.
+
+    The bound of its KL holds for the best of n samples of the policy itself: with a decoder there is none.
+    """
     chooser_name = "score" if "score" in baseline.values else primary_figure(baseline)
     if chooser_name is None:
         return []
@@ -44,7 +47,7 @@ def best_of_n_rows(bench: Bench, baseline: Samples, label: str, sizes: tuple[int
     for n in sizes:
         figures = {}
         for name, values in baseline.values.items():
-            if name.startswith("kl") or name == "entropy":
+            if name in OF_POLICY:
                 continue
             best = best_of_n(chooser, values.reshape(len(keys), -1), n)
             figures[name] = Interval.of(cluster_mean(best, keys, share=name in SHARES))
@@ -57,7 +60,7 @@ def best_of_n_rows(bench: Bench, baseline: Samples, label: str, sizes: tuple[int
                 samples=chooser.shape[1],
                 chosen_by=_chooser(bench, chooser_name),
                 metrics=figures,
-                kl_bound=kl_bound(n),
+                kl_bound=kl_bound(n) if bench.plan.decoding.is_plain else None,
                 cost=None,
             )
         )

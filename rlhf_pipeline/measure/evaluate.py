@@ -16,7 +16,7 @@ from rlhf_pipeline.config.compare import EvaluateConfig
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.config.reward import RewardConfig
 from rlhf_pipeline.errors import ConfigError, Fault
-from rlhf_pipeline.evaluation.sampled import Samples, add_kl, draw
+from rlhf_pipeline.evaluation.sampled import Samples, add_kl, draw, take_from_policy
 from rlhf_pipeline.measure.bench import Bench, add_rewards, scored_as_trained, set_up
 from rlhf_pipeline.measure.best_of import best_of_n_rows
 from rlhf_pipeline.measure.kept import identity_of, keep
@@ -39,13 +39,26 @@ from rlhf_pipeline.training.tracking import console
 
 
 def measure(bench: Bench, policy: Policy, scorer: RewardSource | None = None) -> Samples:
-    """Sample a policy by the bench's plan and add every known figure; `scorer` replaces the bench's."""
+    """Sample a policy by the bench's plan and add every known figure; `scorer` replaces the bench's.
+
+    With a decoder, the figures `OF_POLICY` are left out: they belong to samples of the policy (`without_decoder`).
+    """
     samples = draw(policy, bench.plan)
     add_rewards(bench, samples, scorer)
+    if bench.plan.decoding.is_plain:
+        _add_kl(bench, samples, policy)
+    return samples
+
+
+def without_decoder(bench: Bench) -> Bench:
+    """The same bench with samples of the policies themselves, at the temperature."""
+    return replace(bench, plan=replace(bench.plan, decoding=bench.plan.decoding.plain))
+
+
+def _add_kl(bench: Bench, samples: Samples, policy: Policy) -> None:
     reference = bench.reference_policy()
     if reference is not None:
         add_kl(samples, policy, reference, bench.plan)
-    return samples
 
 
 def kept_samples(bench: Bench, resolved: Resolved, scorer: RewardSource | None = None, *, wait: bool = True) -> Samples:
@@ -66,11 +79,14 @@ def kept_samples(bench: Bench, resolved: Resolved, scorer: RewardSource | None =
     reference, scores = bench.reference, {"score": scorer or bench.scorer, "judge": bench.judge, "truth": bench.truth}
     models = {name: identity_of(bench, None if one is None else one.label) for name, one in scores.items()}
     models |= {"policy": resolved.identity, "reference": "none" if reference is None else reference.identity}
-    found: Any = keep(bench, "samples", models, make, wait=wait, samples=bench.plan.samples, seed=bench.plan.seed)
-    responses = zip(bench.plan.prompts, found["completions"], found["ended"], strict=True)
+    plan = bench.plan
+    more = {"samples": plan.samples, "seed": plan.seed, "decoding": plan.decoding.model_dump()}
+    found: Any = keep(bench, "samples", models, make, wait=wait, **more)
+    responses = zip(plan.prompts, found["completions"], found["ended"], strict=True)
     examples = [replace(prompt, completions=ids, ended=ended) for prompt, ids, ended in responses]
     clusters = [example.prompt_key for example in examples for _ in example.completions]
-    return Samples(examples, clusters, {name: np.array(values) for name, values in found["values"].items()})
+    values = {name: np.array(values) for name, values in found["values"].items()}
+    return Samples(examples, clusters, values, coupled=plan.decoding.do_sample)
 
 
 @sharing_models()
@@ -91,7 +107,12 @@ def run_evaluate(reference_text: str, config: EvaluateConfig, home: Path) -> dic
     config = scored_as_trained(config, registry, [resolved])
     drawn = max([config.samples, *config.best_of])
     bench = set_up(registry, config, resolved, device, reference=reference, samples=drawn, seed=config.seed, say=say)
-    samples = measure(bench, bench.policy(resolved))
+    policy = bench.policy(resolved)
+    samples = measure(bench, policy)
+    if not config.decoding.is_plain:
+        own = draw(policy, without_decoder(bench).plan)
+        _add_kl(bench, own, policy)
+        take_from_policy(samples, own)
     return {
         "model": resolved.label,
         "stage": resolved.stage,
@@ -101,6 +122,7 @@ def run_evaluate(reference_text: str, config: EvaluateConfig, home: Path) -> dic
         "true_reward": bench.truth_label,
         "prompts": len(bench.plan.prompts),
         "samples": bench.plan.samples,
+        "decoding": config.decoding.model_dump(),
         "data": bench.data,
         "data_changed": bench.data_changed,
         "metrics": Interval.table(samples.table()),

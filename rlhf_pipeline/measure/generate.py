@@ -72,6 +72,7 @@ def run_generate(
     return {
         "model": resolved.label,
         "temperature": config.temperature,
+        "decoding": config.decoding.model_dump(),
         "seed": config.seed,
         "judge": judge.label if judge is not None else None,
         "data_changed": bench.data_changed,

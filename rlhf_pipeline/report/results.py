@@ -13,6 +13,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, ValidationError
 
+from rlhf_pipeline.config.decoding import Decoding
 from rlhf_pipeline.errors import DamagedFile
 from rlhf_pipeline.report.figures import BEST_OF_N, Exact, Gate, Interval, Number, Part, Row
 from rlhf_pipeline.report.sides import Sides
@@ -226,6 +227,12 @@ class Measurements(Part):
     data_changed: list[DataChange]
     demonstrations: Demonstrations | None
     llm_judge: LlmJudged | None = None
+    decoding: Decoding | None = None  # None: of a version that only sampled the policy itself
+
+    @property
+    def decoder(self) -> str | None:
+        """The decoder in words; None if responses are samples of the policy itself."""
+        return None if self.decoding is None or self.decoding.is_plain else self.decoding.text
 
 
 class Findings(Sides, Measurements):

@@ -51,18 +51,39 @@ class RoomyLayer(DynamicLayer):
         self.stores = kept
         self._show()
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
 
 @dataclass
 class Prefilled:
-    """A filled cache. logits: (S, V) for the token after each prompt. attention: (S, W), 0 at the left padding.
+    """A filled cache. logits: (S, V) for the next token of each row. attention: (S, W), 0 at the left padding.
 
-    positions: (S,) positions of each prompt's last token.
+    positions: (S,) positions of each row's last token.
     """
 
     logits: Tensor
     cache: Cache
     attention: Tensor
     positions: Tensor
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order; a row may be kept several times. `logits` are not changed."""
+        self.cache.reorder_cache(cast(torch.LongTensor, rows))
+        self.attention, self.positions = self.attention[rows], self.positions[rows]
+
+    def advance(self, model: Callable[..., Any], tokens: Tensor) -> None:
+        """Run one more token of each row, (S,), through the model."""
+        self.positions = self.positions + 1
+        self.attention = torch.cat([self.attention, self.attention.new_ones(len(tokens), 1)], dim=1)
+        self.logits = model(
+            input_ids=tokens[:, None],
+            attention_mask=self.attention,
+            position_ids=self.positions[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
 
 
 def can_drop_rows(cache: Cache) -> bool:

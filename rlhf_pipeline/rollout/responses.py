@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from rlhf_pipeline.config.decoding import Decoding
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.models.forward import trunk_of
 from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.modules import ActorCritic, Policy
+from rlhf_pipeline.rollout.decoding import beam_search_grouped, chooser
 from rlhf_pipeline.rollout.sampler import Response, draw_uniforms, length_groups, sample_grouped
 
 
@@ -26,6 +28,7 @@ def sample_for_prompts(
     stop_ids: Sequence[int],
     generator: torch.Generator,
     temperature: float = 1.0,
+    decoding: Decoding | None = None,
     responses_at_once: int,
     memory: Memory | None = None,
     device: torch.device | str = "cpu",
@@ -37,9 +40,10 @@ def sample_for_prompts(
     two policies with the same values use common random numbers.
 
     Args:
-        prompts: examples; their completions are ignored. responses_at_once: the number sampled in one batch, halved
-            when memory runs out. memory: keeps the halvings of a run. module: the wrapped module to call instead of
-            `policy`.
+        prompts: examples; their completions are ignored. decoding: how responses are made where models are measured;
+            it replaces the temperature, at which training samples the policy itself. responses_at_once: the number
+            sampled in one batch (beams in beam search), halved when memory runs out. memory: keeps the halvings of a
+            run. module: the wrapped module to call instead of `policy`.
 
     Raises:
         BadInput: the architecture cannot be decoded in batches. RunFailed: memory ran out after all halvings.
@@ -52,25 +56,27 @@ def sample_for_prompts(
             f"{type(policy.language_model).__name__}: left-padded decoding with a cache gives other logits than the "
             "model's forward pass, so sampling is impossible; expected a model with attention and a key-value cache"
         )
+    decoding = decoding or Decoding(temperature=temperature)
     uniforms = draw_uniforms(len(prompts) * samples, response_length, generator)
     ids = [prompt.prompt_ids for prompt in prompts for _ in range(samples)]
     model = policy.language_model
     training = model.training
     model.eval()  # in training mode a checkpointed model uses no cache
     try:
-        draw = partial(
-            sample_grouped,
-            module if module is not None else policy,
-            ids,
-            uniforms,
-            stop_ids=stop_ids,
-            temperature=temperature,
-            device=device,
-            cache_config=model.config,
-            tokens=policy.reader.tokens,
-            trunk=trunk_of(model) if policy.reader.layout == "flat" else None,
-        )
-        most = min(responses_at_once, len(ids))
+        called = module if module is not None else policy
+        options: dict[str, Any] = {
+            "stop_ids": stop_ids,
+            "device": device,
+            "cache_config": model.config,
+            "tokens": policy.reader.tokens,
+            "trunk": trunk_of(model) if policy.reader.layout == "flat" else None,
+        }
+        most = min(responses_at_once, len(ids) * decoding.num_beams)
+        if decoding.num_beams > 1:
+            draw = partial(beam_search_grouped, called, ids, response_length, decoding, **options)
+        else:
+            options |= {"temperature": decoding.temperature, "choose": chooser(decoding)}
+            draw = partial(sample_grouped, called, ids, uniforms, **options)
         drawn = (memory or Memory()).shrink("sampling", most, lambda size: draw(responses_at_once=size))
     finally:
         model.train(training)

@@ -24,9 +24,18 @@ class Response:
     logprobs: list[float]  # of each token under the sampler at its temperature, in nats
 
 
+Choose = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""A decoder: logits (S, V), the ids so far (S, T), uniforms (S,) -> token ids (S,) and their log-probabilities (S,)."""
+
+
 def draw_uniforms(count: int, response_length: int, generator: torch.Generator) -> Tensor:
     """Uniform numbers in [0, 1), (count, response_length) float64."""
     return torch.rand(count, response_length, generator=generator, dtype=torch.float64)
+
+
+def widened(logits: Tensor) -> Tensor:
+    """Logits in at least fp32."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def pick(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -38,8 +47,7 @@ def pick(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> tuple[Te
     Returns:
         token ids (S,) and their log-probabilities (S,).
     """
-    # Convert to fp32 before dividing, as the training forward does: bf16 would round the quotient.
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = widened(logits)  # before dividing, as the training forward does: bf16 would round the quotient
     logprobs = torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
     cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
     # u is scaled by the total, so u < 1 always falls inside; a token of probability 0 has an empty interval.
@@ -60,6 +68,7 @@ def sample(
     cache_config: Any = None,
     trunk: nn.Module | None = None,
     tokens: int | None = None,
+    choose: Choose | None = None,
 ) -> list[Response]:
     """Sample one response per prompt, until a stop id or the width of `uniforms`.
 
@@ -71,6 +80,7 @@ def sample(
         stop_ids: each ends a response and is a part of it. A stop token in the prompt has no effect.
         cache_config: the model's config, which determines the cache of each layer.
         trunk: see `prefill`. tokens: the number of ids that are tokens; later outputs are never sampled.
+        choose: a decoder that replaces sampling at the temperature.
     """
     from rlhf_pipeline.rollout.prefill import can_drop_rows, prefill  # imports transformers
 
@@ -79,15 +89,19 @@ def sample(
     # The last sampled token is never fed back.
     options = {"device": device, "cache_config": cache_config, "trunk": trunk}
     state = prefill(model, prompts, room=limit - 1, **options)
-    logits, cache, attention, positions = state.logits, state.cache, state.attention, state.positions
-    alive, drops = torch.arange(count, device=device), can_drop_rows(cache)
+    alive, drops = torch.arange(count, device=device), can_drop_rows(state.cache)
     tokens_out = torch.zeros((count, limit), dtype=torch.long, device=device)
+    asked = tokens_out[:, :0] if choose is None else padded_with_own(prompts).to(device)
     logprobs_out = torch.zeros((count, limit), dtype=torch.float32, device=device)
     lengths = torch.full((count,), limit, dtype=torch.long, device=device)
     ended = torch.zeros(count, dtype=torch.bool, device=device)
 
     for step in range(limit):
-        drawn, logprobs = pick(logits[:, :tokens], uniforms[alive, step], temperature)
+        logits, draws = state.logits[:, :tokens], uniforms[alive, step]
+        if choose is None:
+            drawn, logprobs = pick(logits, draws, temperature)
+        else:
+            drawn, logprobs = choose(logits, torch.cat([asked[alive], tokens_out[alive, :step]], dim=1), draws)
         tokens_out[alive, step] = drawn
         logprobs_out[alive, step] = logprobs.float()
         stopped = torch.isin(drawn, stops) & ~ended[alive]
@@ -98,21 +112,18 @@ def sample(
             break
         keep = (~finished).nonzero().squeeze(-1)
         if keep.numel() < alive.numel() and drops:  # finished sequences leave the batch
-            cache.batch_select_indices(keep)
-            alive, drawn, positions, attention = alive[keep], drawn[keep], positions[keep], attention[keep]
-        positions = positions + 1
-        attention = torch.cat([attention, attention.new_ones(attention.shape[0], 1)], dim=1)
-        logits = model(
-            input_ids=drawn[:, None],
-            attention_mask=attention,
-            position_ids=positions[:, None],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+            state.select(keep)
+            alive, drawn = alive[keep], drawn[keep]
+        state.advance(model, drawn)
 
     rows = zip(tokens_out.tolist(), logprobs_out.tolist(), lengths.tolist(), ended.tolist(), strict=True)
     return [Response(ids[:n], end, logs[:n]) for ids, logs, n, end in rows]
+
+
+def padded_with_own(prompts: Sequence[Sequence[int]]) -> Tensor:
+    """The prompts' ids (S, W), padded on the left with each prompt's own first id: no prompt gets an id of another."""
+    width = max(map(len, prompts))
+    return torch.tensor([[ids[0]] * (width - len(ids)) + list(ids) for ids in prompts])
 
 
 def length_groups(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:

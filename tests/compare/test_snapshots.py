@@ -20,6 +20,7 @@ from rlhf_pipeline.compare.points import Point, with_snapshots
 from rlhf_pipeline.compare.rankings import MOST_RANKED, ranking_section
 from rlhf_pipeline.compare.rows import COST_KEYS, Measured, bill
 from rlhf_pipeline.compare.verdict import verdict
+from rlhf_pipeline.config.decoding import Decoding
 from rlhf_pipeline.evaluation.frontier import pareto
 from rlhf_pipeline.report.results import Findings
 from rlhf_pipeline.report.sides import Sides
@@ -237,7 +238,8 @@ def test_other_reward_models_score_the_first_model_and_no_snapshot(monkeypatch):
     monkeypatch.setattr(rows, "scores_of", lambda samples, source, _: np.full(4, float(source.label[3:])))
     steps = [(0, 1), (0, None), (1, 1), (1, None)]
     points = [(Point("a", seed, {}, "a", step), SimpleNamespace(label="a")) for seed, step in steps]
-    bench = SimpleNamespace(say=lambda _: None, plan=None, scorer=None, registry=None)
+    plan = SimpleNamespace(decoding=Decoding())
+    bench = SimpleNamespace(say=lambda _: None, plan=plan, scorer=None, registry=None)
     scorers = SimpleNamespace(bench=bench, get=lambda seed: SimpleNamespace(label=f"rm-{seed}"))
     measured = rows.measure_points(points, bench, None, scorers)
     assert [sorted(one.scores) for one in measured] == [[], ["rm-1"], [], []]

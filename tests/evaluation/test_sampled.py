@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf_pipeline.config.decoding import Decoding
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.tokenize import Example
@@ -47,7 +48,7 @@ def tiny(seed: int, vocab: int = 4, temperature: float = 1.0) -> Policy:
 
 def plan(prompts: list[list[int]], samples: int, **changes) -> SamplingPlan:
     examples = [Example(ids, [], [], prompt_key=str(ids), where="here") for ids in prompts]
-    values = {"response_length": 3, "temperature": 1.0, "seed": 0, "stop_ids": [1], "responses_at_once": 7}
+    values = {"response_length": 3, "decoding": Decoding(), "seed": 0, "stop_ids": [1], "responses_at_once": 7}
     return SamplingPlan(examples, samples, **{**values, **changes})
 
 

@@ -36,7 +36,7 @@ class _Shown:
         self.base = [
             (row.name, row.metrics["kl"], row.metrics[figure])
             for row in view.baseline()
-            if {"kl", figure} <= row.metrics.keys()
+            if {"kl", figure} <= row.metrics.keys() and view.results.decoder is None  # else another policy's reward
         ]
         self.best_of = [
             (row, row.kl_bound, row.metrics[figure])
@@ -86,6 +86,8 @@ def frontier_section(view: View, points: Points) -> Section | None:
 def _frontier_caption(view: View, found: _Shown) -> str:
     frontier, models = found.frontier, sum(map(len, found.points.values()))
     said = [f"Each point is a trained model ({models} in all) with 95 % intervals in both directions. {view.basis()}"]
+    if view.results.decoder:
+        said.append(f"Responses are samples of the policies themselves, not of the decoder ({view.results.decoder}).")
     if passed := sum(map(len, found.passed.values())):
         said.append(
             f"Small light points are {passed} snapshots; a line joins those of one run. The envelope uses them too."

@@ -47,6 +47,8 @@ def reproduce_section(view: View, points: Points) -> Section | None:
     if results.command:
         body.append(h("pre", h("code", results.command), class_="command", tabindex="0"))
         said = f"With evaluation seed {results.seed} and temperature {plain(results.temperature)} every model answers"
+        if results.decoder:
+            said = f"With evaluation seed {results.seed} and the decoder {results.decoder} every model answers"
         body.append(h("p", f"{said} the same prompts with the same random numbers."))
     if configs:
         made = [details(h("code", label), h("pre", h("code", text), tabindex="0")) for label, text in configs.items()]
