@@ -27,9 +27,9 @@ def test_types_and_defaults_in_words(capsys) -> None:
     found = {key.pop("name"): key for key in json.loads(printed(capsys, "config", "keys", "ppo", "--json"))["keys"]}
     kinds = {name: (key["type"], key["default"], key["required"]) for name, key in found.items()}
     assert kinds["learning_rate"] == ("number > 0", 3e-6, False)
-    assert kinds["lam"] == ("number >= 0 and <= 1", 0.95, False)
+    assert kinds["lam"] == ("number >= 0 and <= 1 or null", 0.95, False)
     assert kinds["rollout_batch_size"] == ("whole number >= 1", 64, False)
-    assert kinds["whiten_rewards"] == ("true or false", False, False)
+    assert kinds["whiten_rewards"] == ("true or false or null", False, False)
     assert kinds["value_init"] == ("reward_model, sft or shared or null", None, False)
     assert kinds["output_name"] == ("text", None, True)
     assert kinds["reward_functions"] == ("list (mapping of source, weight, llm_judge) or null", None, False)
@@ -38,7 +38,7 @@ def test_types_and_defaults_in_words(capsys) -> None:
 
 def test_the_table_has_a_line_for_each_key(capsys) -> None:
     out = printed(capsys, "config", "keys", "dpo")
-    (line,) = [line for line in out.splitlines() if line.split()[:1] == ["beta"]]
+    (line,) = [line for line in out.splitlines() if line.split()[:2] == ["beta", "number"]]
     assert line.split()[:6] == ["beta", "number", ">", "0", "0.1", "strength"]
     (line,) = [line for line in out.splitlines() if line.split()[:1] == ["output_name"]]
     assert "required" in line
