@@ -33,7 +33,7 @@ def test_types_and_defaults_in_words(capsys) -> None:
     assert kinds["value_init"] == ("reward_model, sft or shared or null", None, False)
     assert kinds["output_name"] == ("text", None, True)
     assert kinds["reward_functions"] == ("list (mapping of source, weight, llm_judge) or null", None, False)
-    assert found["num_ppo_epochs"]["description"] == "passes over each rollout (TRL)"
+    assert found["num_ppo_epochs"]["description"] == "passes over each rollout (TRL); a2c: 1"
 
 
 def test_the_table_has_a_line_for_each_key(capsys) -> None:
