@@ -21,7 +21,15 @@ if TYPE_CHECKING:
     from rlhf_pipeline.report.figures import Row
     from rlhf_pipeline.report.results import Results, Verdict
 
-COMPARE_KEYS = ("baseline", "name", *MEASURING_KEYS, "snapshots", "allow_mismatch", "allow_other_data")
+COMPARE_KEYS = (
+    "baseline",
+    "name",
+    *MEASURING_KEYS,
+    "snapshots",
+    "allow_mismatch",
+    "allow_other_data",
+    "allow_other_optimum",
+)
 
 
 def compare(

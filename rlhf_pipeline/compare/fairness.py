@@ -6,9 +6,10 @@ A difference in one of these facts would be measured as a difference between PPO
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from rlhf_pipeline.compare.aim import moved_options
+from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.lengths import resolve_lengths
 from rlhf_pipeline.config.losses import is_reference_free
 from rlhf_pipeline.config.reward_names import names_a_model
@@ -25,8 +26,11 @@ from rlhf_pipeline.stages.common import tokenizer_of
 
 NONE = "none"
 MOVED = "options that move the optimum"
-DATA = ("preference data", "prompts")
-"""The facts that may differ with `allow_other_data`."""
+ALLOWED = {
+    "allow_other_data": ("preference data", "prompts"),
+    "allow_other_optimum": (MOVED, "reference"),
+}
+"""The facts that may differ with an option of a comparison."""
 
 
 def _short(digest: str | None) -> str:
@@ -184,9 +188,15 @@ def _identity(name: str, value: str) -> str:
     return " + ".join(sorted(set(parts)))
 
 
-def unexpected(found: Sequence[Difference], *, other_data: bool) -> list[Difference]:
-    """The differences that make a comparison unfair; with `other_data` the data are part of what is compared."""
-    return [one for one in found if not (other_data and one.what in DATA)]
+def unexpected(found: Sequence[Difference], allowed: Collection[str]) -> list[Difference]:
+    """The differences that make a comparison unfair: those that no option in `allowed` makes a part of it."""
+    permitted = {fact for option in allowed for fact in ALLOWED[option]}
+    return [one for one in found if one.what not in permitted]
+
+
+def allowed_by(config: CompareConfig) -> list[str]:
+    """The options of a comparison that permit differences, by name."""
+    return [option for option in ALLOWED if getattr(config, option)]
 
 
 def require_comparable(found: Sequence[Difference]) -> None:
@@ -204,5 +214,7 @@ def require_comparable(found: Sequence[Difference]) -> None:
 
 
 def _flags(found: Sequence[Difference]) -> str:
-    """The option that permits these differences, the narrowest first."""
-    return "--allow-mismatch" if unexpected(found, other_data=True) else "--allow-other-data"
+    """The options that permit these differences, the narrowest that do."""
+    needed = [option for option, facts in ALLOWED.items() if any(one.what in facts for one in found)]
+    needed = ["allow_mismatch"] if unexpected(found, needed) else needed
+    return " ".join(f"--{option.replace('_', '-')}" for option in needed)

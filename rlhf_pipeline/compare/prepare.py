@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rlhf_pipeline.compare.fairness import (
+    allowed_by,
     differences_by_seed,
     judge_overlap,
     require_comparable,
@@ -91,7 +92,7 @@ def find_entrants(
     differences += judge_overlap(registry, judge, final_models)
     differences += truth_overlap(registry, truth, final_models)
     if not config.allow_mismatch:
-        require_comparable(unexpected(differences, other_data=config.allow_other_data))
+        require_comparable(unexpected(differences, allowed_by(config)))
     for difference in differences:
         say(f"note: the arms differ in {difference}")
     baseline = find_policies(registry, [config.baseline], say)[0] if config.baseline else None

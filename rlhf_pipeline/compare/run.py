@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from rlhf_pipeline.compare.contrasts import compare_arms
-from rlhf_pipeline.compare.fairness import unexpected
+from rlhf_pipeline.compare.fairness import allowed_by, unexpected
 from rlhf_pipeline.compare.llm_judged import llm_judged
 from rlhf_pipeline.compare.points import Point
 from rlhf_pipeline.compare.preference_quality import preference_quality
@@ -142,7 +142,7 @@ def compared(
         resampled=list(resampled),
         data=bench.data,
         comparable=Comparable(
-            ok=not unexpected(entrants.differences, other_data=config.allow_other_data),
+            ok=not unexpected(entrants.differences, allowed_by(config)),
             differences=entrants.differences,
             allowed=config.allow_mismatch,
         ),

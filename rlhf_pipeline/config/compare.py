@@ -202,6 +202,10 @@ class CompareConfig(EvaluateConfig):
         False,
         "compare arms on different preference data and prompts if all else is equal (rounds of an experiment: on)",
     )
+    allow_other_optimum: bool = option(
+        False,
+        "compare arms that aim at different optima (loss_type, ...) if all else is equal: as trained and at matched KL",
+    )
     primary_contrast: Literal["auto", "as_trained", "matched_kl", "selected"] = option(
         "auto", "contrast declared in advance; auto: matched_kl in a sweep, else as_trained"
     )

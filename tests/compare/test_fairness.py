@@ -223,6 +223,21 @@ def test_other_data_can_be_a_part_of_what_is_compared(arms):
         compare(arms, "ppo", "other-parent", baseline="sft", allow_other_data=True)
 
 
+def test_the_optimum_can_be_a_part_of_what_is_compared(arms):
+    squared = arms.run("dpo", output_name="squared", loss_type="ipo", max_steps=1).model
+    with pytest.raises(MismatchError, match=r"(?s)loss_type=ipo.* --allow-other-optimum: the report"):
+        compare(arms, "dpo", squared, baseline="sft")
+    with pytest.raises(MismatchError, match=r"(?s)loss_type=ipo.* --allow-other-optimum: the report"):
+        compare(arms, "dpo", squared, baseline="sft", allow_other_data=True)
+    result = compare(arms, "dpo", squared, baseline="sft", allow_other_optimum=True)
+    assert result.comparable.ok is True
+    kinds = {row.arm: row.optimum for row in result.rows}
+    assert kinds[squared] == "scale" and kinds["dpo@v1"] == "same"
+    fewer = arms.run("dpo", output_name="squared-few", loss_type="ipo", max_train_samples=6, max_steps=1).model
+    with pytest.raises(MismatchError, match=r"--allow-other-data --allow-other-optimum: the report"):
+        compare(arms, "dpo", fewer, baseline="sft")
+
+
 def test_fewer_pairs_and_other_labels_are_differences(arms):
     fewer = arms.run("dpo", output_name="fewer", max_train_samples=8, max_steps=1).model
     soft = arms.run("dpo", output_name="soft", soft_labels=True, max_steps=1).model

@@ -67,7 +67,8 @@ def fairness(view: View, points: Points) -> Section | None:
     answer = h("b", "Yes. ", class_="good")
     said = "The arms share the SFT parent, preference data, prompts, tokenizer, length limits and sampling."
     if comparable.ok and comparable.differences:
-        said = "The arms share all but their preference data and prompts, which are part of what is compared."
+        apart = ", ".join(difference.what for difference in comparable.differences)
+        said = f"The arms share all but what is compared on purpose: {apart}."
     if not comparable.ok:
         answer = h("b", "No. ", class_="bad")
         allowed = " --allow-mismatch was set." if comparable.allowed else ""
