@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -132,6 +133,7 @@ class _Reader:
         axes = read_sweep(self.plan, commands, inner)
 
         seeds = (config.seeds or ()) if config is not None else ()
+        shared = Counter(str(entry.get("config")) for entry in entries.values())  # such a file names no single model
         links = _Links(commands, self.known_models)
         stages: list[StageSpec[StageConfig]] = []
         every: dict[str, tuple[StageSpec[StageConfig], ...]] = {}
@@ -140,6 +142,8 @@ class _Reader:
             draft = self._draft(path, command, entries[name], {"output_name": name})
             if seeds:
                 draft.add({"seed": seeds[0]}, lambda _: self.plan.where(("seeds",)))
+            if shared[str(entries[name].get("config"))] > 1 and "output_name" in draft.values:
+                self._name(draft, name)
             self._complete(draft, path, entries[name], inner.get(name, []))
             points = self._points(name, draft, [axis for axis in axes if axis.stage == name], links)
             stages += points[:1]
@@ -216,6 +220,11 @@ class _Reader:
         draft.label = str(source)
         draft.add_document(document, source.parent)
         return draft
+
+    def _name(self, draft: Draft, name: str) -> None:
+        """Give a stage its own name in the registry, in place of that of a file that other stages use too."""
+        where = self.plan.where(("stages", name))
+        draft.add({"output_name": name}, lambda key: f"{where}.{dotted(key)}")
 
     def _complete(self, draft: Draft, path: KeyPath, entry: Mapping[str, Any], overrides: Iterable[Override]) -> None:
         """Add the experiment's own values for a stage or the comparison."""

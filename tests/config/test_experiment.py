@@ -77,6 +77,15 @@ def test_names_and_seeds_of_the_stages(demo):
     assert [spec.config.seed for spec in experiment.stages] == [0, 0, 9, 0, 0]
 
 
+def test_stages_that_share_a_file_have_their_own_names(demo):
+    links = "model_name_or_path: sft, reward_model_path: reward, dataset_name: pairs"
+    again = f"  again: {{stage: ppo, config: ppo.yaml, {links}}}\n"
+    other = f"  named: {{stage: ppo, config: ppo.yaml, output_name: other, {links}}}\n"
+    change(demo, "  dpo:    {", again + other + "  dpo:    {")
+    names = {spec.name: spec.config.output_name for spec in load_experiment(demo).stages}
+    assert (names["ppo"], names["again"], names["named"]) == ("ppo", "again", "other")
+
+
 def test_links_are_replaced_by_the_outputs(demo):
     experiment = load_experiment(demo)
     outputs = {
