@@ -63,11 +63,18 @@ def check_labeller(config: CollectConfig) -> Iterator[Fault]:
         yield Fault("labels", found, "rank", "remove labels")
 
 
+def check_flips(config: CollectConfig) -> Iterator[Fault]:
+    """Yield the fault of flipped labels of rankings."""
+    if config.flip_rate and config.k > 2:
+        found = f"found {config.flip_rate:g} with k {config.k}: a ranking has no label to flip"
+        yield Fault("flip_rate", found, "k 2, or flip_rate 0")
+
+
 class CollectConfig(WithLengths):
     """Config of `rlhf data collect` and of the `collect` stage of an experiment."""
 
     stage: ClassVar[str] = "collect"
-    checks: ClassVar = (check_prompts, check_lengths, check_fractions, check_template, check_labeller)
+    checks: ClassVar = (check_prompts, check_lengths, check_fractions, check_template, check_labeller, check_flips)
     remarks: ClassVar = (remark_on_halves,)
     samples: ClassVar[bool] = True
 
@@ -98,6 +105,14 @@ class CollectConfig(WithLengths):
         "bradley-terry",
         "how to label: draw the winner with odds exp(r_w - r_l), or take the ranks of the scores",
         moves_optimum=True,
+    )
+    flip_rate: float = option(
+        0.0,
+        "share of the pairs whose label is flipped, at random, to study label noise; responses and all other labels "
+        "stay as they are (ours: none)",
+        moves_optimum=True,
+        ge=0,
+        lt=0.5,
     )
     temperature: Positive = option(1.0, "sampling temperature; 1: the policy itself")
     dataset_config: Text | None = option(None, "configuration of the prompts' source (default: its own)")

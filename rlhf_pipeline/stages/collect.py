@@ -72,10 +72,12 @@ def to_row(
     tokenizer: PreTrainedTokenizerBase,
     *,
     ties: bool = False,
+    flip_rate: float = 0.0,
 ) -> dict[str, Any]:
     """One labelled prompt as a row: a pair for K = 2, a ranking for larger K. The row has texts and token ids.
 
-    ties: whether responses with equal scores have equal ranks.
+    ties: whether responses with equal scores have equal ranks. flip_rate: e; a label that is right with probability p
+    and then flipped with probability e has the probability (1 - 2 e) p + e.
     """
 
     def text(k: int) -> str:
@@ -91,7 +93,8 @@ def to_row(
             row[f"{name}_ended"] = example.ended[k]
             row[f"{name}_score"] = scores[k]
         if labels == "bradley-terry":
-            row["label_probability"] = 1 / (1 + math.exp(-(scores[best] - scores[worst])))
+            right = 1 / (1 + math.exp(-(scores[best] - scores[worst])))
+            row["label_probability"] = (1 - 2 * flip_rate) * right + flip_rate
         return row
     ranks = [0] * len(order)
     for rank, k in enumerate(order, start=1):
@@ -164,12 +167,17 @@ def run_collect(
     amount = f"{config.num} x {config.k} responses of {parent.label} to {len(prompts)} prompts"
     say(f"collecting {amount}, judge {config.judge}")
     moved = moves_optimum(config)
-    if moved:
+    if config.labels == "rank":
         say("labels=rank moves the optimum: labels without errors carry no information on the size of a preference")
+    if config.flip_rate:
+        say(f"flip_rate={config.flip_rate:g} moves the optimum, but that of loss_type robust with this label_smoothing")
 
     # 2. Sample and label in blocks, cycling through the prompts.
     first, end = config.first_record, config.first_record + config.num
     generator = torch.Generator().manual_seed((config.seed + first * 1_000_003) % 2**63)
+    flips = torch.Generator().manual_seed(
+        generator.initial_seed() // 2 + 1
+    )  # apart: the rest of the data stays the same
     shape = ModelShape.of(policy.model)
     dropped = {"identical_pair": 0}
 
@@ -190,6 +198,9 @@ def run_collect(
         meter.generate(shape, sampled, prompts_run(policy, sampled, **at_once))
         values = scores_of(sampled)
         orders = preference_order(torch.tensor(values), config.labels, generator).tolist()
+        if config.flip_rate:
+            flipped = torch.rand(len(orders), generator=flips, dtype=torch.float64) < config.flip_rate
+            orders = [order[::-1] if flip else order for order, flip in zip(orders, flipped.tolist(), strict=True)]
         for (_, split), example, scored, order in zip(block, sampled, values, orders, strict=True):
             if config.k == 2 and example.completions[0] == example.completions[1]:
                 dropped["identical_pair"] += 1
@@ -198,7 +209,8 @@ def run_collect(
                 dropped["tie"] = dropped.get("tie", 0) + 1
                 continue
             ties = config.llm_judge is not None
-            records.append(to_row(example, split, scored, order, config.labels, tokenizer, ties=ties))
+            options: dict[str, Any] = {"ties": ties, "flip_rate": config.flip_rate}
+            records.append(to_row(example, split, scored, order, config.labels, tokenizer, **options))
 
     # 3. Publish.
     counts = dict(Counter(row["split"] for row in records))

@@ -50,7 +50,7 @@ MOVES: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
         "f_divergence": (["reverse_kl"], ["forward_kl", "js", "alpha"]),
         "f_alpha": ([None], [0.2]),
     },
-    "collect": {"labels": (["bradley-terry"], ["rank"])},
+    "collect": {"labels": (["bradley-terry"], ["rank"]), "flip_rate": ([0.0], [0.1])},
 }
 SEVERAL = {"reward_model_path": None, "reward_functions": ["world", "module:function"]}
 GRPO = {"algorithm": "grpo"}

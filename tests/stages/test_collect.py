@@ -12,6 +12,7 @@ from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.data.splits import assign_splits
 from rlhf_pipeline.data.world import SPLITS, encode, parse_prompt, verdicts
 from rlhf_pipeline.data.world.vocabulary import ASPECTS, GENRES
+from rlhf_pipeline.errors import ConfigError
 from rlhf_pipeline.stages.collect import preference_order
 
 DRAWS = 20_000
@@ -107,6 +108,23 @@ def test_a_later_first_record_goes_on_with_the_prompts_and_draws_anew(lab):
     assert before == sorted(before) and after == sorted(after) and max(before) < min(after)
     same = [row == whole[place[row["prompt"]]] for row in rest if row["prompt"] in place]
     assert not all(same)
+
+
+def test_flips_change_labels_only(lab):
+    lab.run("collect", num=400)
+    lab.run("collect", num=400, flip_rate=0.3, output_name="flipped")
+    clean, noisy = rows_of(lab), rows_of(lab, "flipped")
+    flips = 0
+    for one, other in zip(clean, noisy, strict=True):
+        same = one["chosen_ids"] == other["chosen_ids"]
+        flips += not same
+        ours, theirs = (one, other) if same else ({**one, "chosen_ids": one["rejected_ids"]}, other)
+        assert ours["chosen_ids"] == theirs["chosen_ids"] and one["prompt_ids"] == other["prompt_ids"]
+        right = 1 / (1 + math.exp(-(other["chosen_score"] - other["rejected_score"])))
+        assert other["label_probability"] == pytest.approx(0.7 * right + 0.3 * (1 - right), abs=1e-12)
+    assert abs(flips / len(clean) - 0.3) <= 4 * math.sqrt(0.3 * 0.7 / len(clean))
+    with pytest.raises(ConfigError, match="a ranking has no label to flip"):
+        lab.config("collect", k=4, flip_rate=0.1)
 
 
 def test_rows_are_read_back_as_pairs_with_their_ids_and_splits(lab):
