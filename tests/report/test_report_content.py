@@ -188,6 +188,17 @@ def test_every_panel_of_training_is_one_that_a_comparison_writes() -> None:
     assert set(PANELS) == written
 
 
+def by_rloo(results: dict[str, Any]) -> dict[str, Any]:
+    """The results, had its arm ppo been trained by RLOO."""
+    for row in results["rows"]:
+        row["algorithm"] = "rloo" if row.get("arm") == "ppo" else None
+    return results
+
+
+def test_an_arm_says_which_relative_of_ppo_it_is() -> None:
+    assert "ppo (RLOO)" in said_by(by_rloo(plain())) and "(RLOO)" not in said_by(plain())
+
+
 def test_the_page_reads_no_field_that_a_comparison_does_not_have() -> None:
     """Every field of the types that the page reads is one of theirs, and one that a fixture has a value for."""
 
@@ -207,7 +218,7 @@ def test_the_page_reads_no_field_that_a_comparison_does_not_have() -> None:
     assert {"rows", "peak", "why_not", "length_controlled", "kl_bound", "may_move_optimum"} <= read
     unknown = judged_by_llm(plain())
     unknown["llm_judge"] |= {"labels": None, "why_no_labels": "no pairs"}
-    given = (full(), plain(), not_comparable(plain()), judged_by_llm(plain()), unknown)
+    given = (full(), plain(), not_comparable(plain()), judged_by_llm(plain()), unknown, by_rloo(plain()))
     assert read <= {name for results in given for name in named(results)} | NEVER_IN_A_FIXTURE
 
 
