@@ -14,6 +14,7 @@ from rlhf_pipeline.config.losses import (
     check_owned,
     check_ranking_loss,
     check_reference_free,
+    check_shared_length,
     check_trl_losses,
     check_weights,
 )
@@ -52,6 +53,7 @@ class DpoConfig(WithLosses):
         check_weights,
         check_owned,
         check_divergence,
+        check_shared_length,
         check_minimum,
         check_reference_free,
         check_chosen,

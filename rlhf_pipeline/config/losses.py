@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator
 
-from rlhf_pipeline.config.base import NonNegative, Positive, Text, option, wrong
+from rlhf_pipeline.config.base import Fraction, NonNegative, Positive, Text, option, wrong
 from rlhf_pipeline.config.training import NATIVE, TrainingConfig
 from rlhf_pipeline.errors import Fault, did_you_mean
 
@@ -139,6 +139,13 @@ class WithLosses(TrainingConfig):
     f_alpha: float | None = option(
         None, "a of the alpha divergence, f'(t) = (t^(a - 1) - 1) / (a - 1) (default: .5, TRL)", moves_optimum=True
     )
+    ld_alpha: Fraction | None = option(
+        None,
+        "weight of the tokens of a response beyond the length of the other one of its pair; 1: as all others "
+        "(LD-DPO; TRL: 1). It turns precompute_ref_log_probs off",
+        moves_optimum=True,
+        neutral=(None, 1.0),
+    )
     soft_labels: bool = option(
         False, "train on the recorded label_probability instead of the drawn label; same optimum (ours: off)"
     )
@@ -161,6 +168,11 @@ class WithLosses(TrainingConfig):
     def needs_reference(self) -> bool:
         """Whether a loss reads the log-probabilities of a reference."""
         return not is_reference_free(self.loss_type)
+
+    @property
+    def caches_reference(self) -> bool:
+        """Whether the native loop computes the log-probabilities of the reference once, before training."""
+        return self.precompute_ref_log_probs and self.ld_alpha is None
 
     @property
     def alpha(self) -> float:
@@ -222,6 +234,17 @@ def check_divergence(config: WithLosses) -> Iterator[Fault]:
     if config.f_alpha is not None and config.f_divergence != "alpha":
         found = f"f_alpha {config.f_alpha:g} with f_divergence {config.f_divergence}"
         yield Fault("f_alpha", found, "no f_alpha, or f_divergence alpha")
+
+
+def check_shared_length(config: WithLosses) -> Iterator[Fault]:
+    """Yield the faults of `ld_alpha` without pairs of whole responses, or without a reference."""
+    others = [name for name in config.loss_names if name in (*REFERENCE_FREE, "plackett_luce")]
+    if config.ld_alpha is not None and others:
+        found = f"ld_alpha {config.ld_alpha:g} with loss_type {others[0]}, which it is not defined for"
+        yield Fault("ld_alpha", found, "no ld_alpha, or a loss on pairs with a reference")
+    if config.ld_alpha is not None and config.population:
+        found = f"{config.dataset_name}: fresh pairs come with log-probabilities of whole responses, with ld_alpha"
+        yield Fault("dataset_name", found, "recorded pairs, or no ld_alpha")
 
 
 def check_minimum(config: WithLosses) -> Iterator[Fault]:

@@ -218,7 +218,7 @@ def example_work(
     due = (is_due(config.eval_strategy, config.eval_steps, n, steps, n / per_epoch) for n in range(1, steps + 1))
     work += Work(evaluation=(1 + sum(due)) * shape.batch_flops(counted(held_out)))
     if isinstance(config, DpoConfig) and config.needs_reference:
-        once = config.precompute_ref_log_probs and config.engine == "native"
+        once = config.caches_reference and config.engine == "native"
         scored = models.reference.batch_flops(everything if once else seen)
         work += Work(scoring=scored, evaluation=models.reference.batch_flops(counted(held_out)))
     if isinstance(config, RewardConfig) and config.reward_centering == "chosen":

@@ -85,6 +85,11 @@ def problem_of(resolved: Resolved) -> tuple[object, ...]:
     return (manifest.parents["reference"].digest, data, *(getattr(config, key) for key in keys))
 
 
+def _has_training_loss(resolved: Resolved) -> bool:
+    """Whether the training loss follows from log-probabilities of whole responses."""
+    return trained_by_dpo(resolved) and dpo_config(resolved).ld_alpha is None
+
+
 def _known_optimum(config: DpoConfig) -> bool:
     """Whether the loss of the exact optimum is known: of DPO on the population of the built-in world."""
     plain = config.loss_type == "sigmoid" and not config.label_smoothing and config.f_divergence == "reverse_kl"
@@ -153,14 +158,13 @@ def excess_training_losses(
     The best known loss is the smallest of the models with the same data, reference, beta and loss, including
     `long_run`; a single model has no excess (None). On the world's population it is the loss of the exact optimum.
     """
-    candidates = [model for model in models if trained_by_dpo(model)]
+    measured = [model for model in models if _has_training_loss(model)]
+    candidates = list(measured)
     if long_run is not None and long_run.label not in {model.label for model in candidates}:
         candidates.append(long_run)
     losses = {model.label: training_loss(bench, model) for model in candidates}
     result = {}
-    for model in models:
-        if not trained_by_dpo(model):
-            continue
+    for model in measured:
         peers = [other for other in candidates if problem_of(other) == problem_of(model)]
         best = min(peers, key=lambda other: losses[other.label])
         exact = _known_optimum(dpo_config(model))

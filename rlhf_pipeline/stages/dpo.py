@@ -23,7 +23,14 @@ from rlhf_pipeline.stages.result import StageResult
 from rlhf_pipeline.stages.starts import load_policy_and_reference
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.open_run import Run, open_run
-from rlhf_pipeline.training.pairs import Criterion, first_completions, preference_loss, split_pairs, total_pairs
+from rlhf_pipeline.training.pairs import (
+    Criterion,
+    first_completions,
+    preference_loss,
+    response_logprobs,
+    split_pairs,
+    total_pairs,
+)
 from rlhf_pipeline.training.session import Plan, train
 from rlhf_pipeline.training.trl_engine.train import train_with_trl
 from rlhf_pipeline.training.windows import ExampleBatch, Loss
@@ -60,7 +67,7 @@ def dpo_step(
     scores = model(batch)
     meter.train(shape, batch)
     meter.tokens_trained += batch.active_tokens
-    logprobs = batch.per_completion(scores.logprobs)
+    logprobs = response_logprobs(criterion, batch, scores.logprobs)
     known = micro_batch.facts
     target = None if targets is None else targets[micro_batch.indices].to(logprobs)
     ref_logprobs: Tensor | None = None
@@ -72,7 +79,7 @@ def dpo_step(
     elif criterion.needs_reference:
         assert reference is not None  # required if the micro-batch has no facts
         with torch.no_grad():
-            ref_logprobs = batch.per_completion(reference(batch).logprobs)
+            ref_logprobs = response_logprobs(criterion, batch, reference(batch).logprobs)
         meter.score(shape, batch)
     result = preference_loss(criterion, logprobs, ref_logprobs, batch.lengths, compared, target=target)
     chosen, rejected = split_pairs(logprobs.detach(), compared)

@@ -48,6 +48,19 @@ def label_probabilities(examples: Sequence[Example]) -> Tensor:
     return torch.tensor([example.label_probability for example in examples], dtype=torch.float64)
 
 
+def require_pairs(examples: Sequence[Example]) -> None:
+    """Check that no example is a ranking, which has no one other response to compare a length with.
+
+    Raises:
+        DataError: an example has more than two responses.
+    """
+    ranked = [example for example in examples if len(example.completions) > 2]
+    if ranked:
+        expected, fix = "pairs: ld_alpha compares the lengths of two responses", "or remove ld_alpha"
+        faults = [Fault(one.where, f"a ranking of {len(one.completions)} responses", expected, fix) for one in ranked]
+        raise DataError(faults)
+
+
 @dataclass(frozen=True)
 class Pairs:
     """The windows of a run, and what is known of its pairs besides their tokens.
@@ -71,12 +84,15 @@ def recorded_pairs(
     """The pairs and rankings of the config's sources, with cached log-probabilities of the reference if there is one.
 
     Raises:
-        DataError: a ranking has ties and the loss accepts none, or there is nothing to train on.
+        DataError: a ranking has ties and the loss accepts none, `ld_alpha` meets a ranking, or there is nothing to
+            train on.
     """
     config, criterion = run.config, Criterion.of(run.config)
     data = StageData(config, run.registry.home, run.log.say)
     examples, reports = data.training(tokenizer)
     held_out, _ = data.held_out(preference_kind(config), tokenizer)
+    if config.ld_alpha is not None:
+        require_pairs(examples)
     targets = label_probabilities(examples) if config.soft_labels else None
     layout = common_layout(*(model.reader.layout for model in (policy, frozen) if model is not None))
     windows, total = example_schedule(run, examples, layout=layout)
@@ -123,7 +139,7 @@ def _read_reference(
 
     with run.meter.part("reference"), run.accelerator.autocast():
         held_out_reference = referred(held_out).logprobs
-        if not config.precompute_ref_log_probs or config.engine != "native":  # TRL's trainer computes its own
+        if not config.caches_reference or config.engine != "native":  # TRL's trainer computes its own
             return score_reference, held_out_reference
         found = referred(examples)
         run.log.say(f"reference log-probabilities: {'from the cache' if found.hit else 'computed and cached'}")

@@ -12,6 +12,7 @@ from rlhf_pipeline.algorithms.divergences import divergence_scores
 from rlhf_pipeline.algorithms.preference import OBJECTIVES, Objective, PreferenceLoss
 from rlhf_pipeline.algorithms.reference_free import log_odds
 from rlhf_pipeline.config.dpo import DpoConfig
+from rlhf_pipeline.data.batch import PackedBatch
 from rlhf_pipeline.data.comparisons import Comparisons
 from rlhf_pipeline.data.examples import Example, count_pairs
 
@@ -41,7 +42,8 @@ def first_completions(count: int, compared: Comparisons | None = None) -> Tensor
 class Criterion:
     """The loss of a DPO run: a sum of objectives and their options; sft_weight is that of the SFT loss beside them.
 
-    losses: name and weight of each objective. divergence, alpha: see `divergence_scores`.
+    losses: name and weight of each objective. divergence, alpha: see `divergence_scores`. ld_alpha: see
+    `response_logprobs`.
     """
 
     beta: float
@@ -51,10 +53,11 @@ class Criterion:
     sft_weight: float = 0.0
     divergence: str = "reverse_kl"
     alpha: float = 0.5
+    ld_alpha: float | None = None
 
     @staticmethod
     def of(config: DpoConfig) -> Criterion:
-        weighed = config.f_divergence, config.alpha
+        weighed = config.f_divergence, config.alpha, config.ld_alpha
         return Criterion(config.beta, config.losses, config.label_smoothing, config.gamma, config.sft_term, *weighed)
 
     @property
@@ -77,6 +80,19 @@ class Criterion:
         first, _ = self.objectives[0]
         read = logprobs / lengths if first.length_normalised else logprobs
         return log_odds(read) if first.odds else self.beta * read
+
+
+def response_logprobs(criterion: Criterion, batch: PackedBatch, logprobs: Tensor) -> Tensor:
+    """(C,) log-probabilities of responses, from those of their tokens (N,).
+
+    With `ld_alpha`, the tokens beyond the length of the other response of the pair have this weight: log pi(y_<=l) +
+    alpha log pi(y_>l), l = min(|y_w|, |y_l|). Source: Liu et al. 2024 (LD-DPO), eq. 9 and 10.
+    """
+    if criterion.ld_alpha is None:
+        return batch.per_completion(logprobs)
+    shared = batch.lengths.view(-1, 2).amin(1).repeat_interleave(2)
+    beyond = batch.offset >= shared[batch.completion_index]
+    return batch.per_completion(torch.where(beyond, criterion.ld_alpha * logprobs, logprobs))
 
 
 def preference_loss(

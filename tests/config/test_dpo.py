@@ -96,6 +96,14 @@ def test_a_divergence_belongs_to_losses_of_a_difference_of_rewards(load, faults)
     assert list(faults("dpo", f_divergence="kl")) == ["f_divergence"]
 
 
+def test_length_desensitised_dpo_needs_pairs_and_a_reference(load, faults):
+    assert not load("dpo", ld_alpha=0.5).caches_reference and load("dpo").caches_reference
+    for name in (*REFERENCE_FREE, "plackett_luce"):
+        assert list(faults("dpo", ld_alpha=0.5, loss_type=name)) == ["ld_alpha"]
+    assert list(faults("dpo", ld_alpha=0.5, dataset_name="world:verdicts", max_steps=3)) == ["dataset_name"]
+    assert list(faults("dpo", ld_alpha=1.5)) == ["ld_alpha"]
+
+
 def test_a_list_is_a_sum_with_weights(load):
     config = load("dpo", loss_type=["sigmoid", "hinge", "sft"], loss_weights=[0.8, 0.2, 1.5])
     assert config.losses == (("sigmoid", 0.8), ("hinge", 0.2)) and config.sft_term == 1.5

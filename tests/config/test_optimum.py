@@ -49,6 +49,7 @@ MOVES: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
         "label_smoothing": ([0.0], [0.1]),
         "f_divergence": (["reverse_kl"], ["forward_kl", "js", "alpha"]),
         "f_alpha": ([None], [0.2]),
+        "ld_alpha": ([None, 1.0], [0.5, 0.0]),
     },
     "collect": {"labels": (["bradley-terry"], ["rank"]), "flip_rate": ([0.0], [0.1])},
 }

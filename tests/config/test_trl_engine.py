@@ -58,6 +58,7 @@ def test_another_engine_is_unknown(faults):
         ("dpo", {"loss_type": "robust", "label_smoothing": 0.2}),
         ("dpo", {"sft_weight": 0.2}),
         ("dpo", {"f_divergence": "alpha", "f_alpha": 0.3}),
+        ("dpo", {"ld_alpha": 0.3}),
         ("dpo", {"loss_type": ["sigmoid", "apo_zero", "sft"], "loss_weights": [0.8, 0.2, 1.0]}),
     ],
 )

@@ -28,6 +28,7 @@ from tests.rollout.tree import (
     FREE,
     INNER,
     LENGTHS,
+    MASK,
     PREFIXES,
     PROMPT,
     RESPONSES,
@@ -323,3 +324,25 @@ def test_dpo_with_an_sft_loss_rests_where_both_pull_alike(tokenizer):
     best = with_leaves(log_pi, 1)
     assert norm(best, alpha) < 1e-9
     assert norm(best, alpha / 2) > 1e-3 and norm(best, 0.0) > 1e-3 and norm(Table(2), alpha) > 1e-2
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_length_desensitised_dpo_weighs_the_tokens_beyond_the_shorter_response(tokenizer, alpha):
+    """The step's gradient is that of log pi(y_<=l) + alpha log pi(y_>l), l the length of the shorter response."""
+    examples, world = drawn(tokenizer), World(Table(1), Table(2))
+    batch = ExampleBatch(pack(examples), list(range(len(examples))))
+    known = {"reference": world.reference, "meter": CostMeter(), "shape": FREE}
+    found = dpo_step(world.policy, batch, criterion=Criterion(BETA, ld_alpha=alpha), **known)
+    plain = dpo_step(world.policy, batch, criterion=Criterion(BETA), **known)
+
+    first, second, times = (torch.tensor(column) for column in zip(*DRAWN, strict=True))
+    ratios = torch.where(MASK, World.logprobs(world.policy) - World.logprobs(world.reference).detach(), 0.0)
+    shared = torch.minimum(LENGTHS[first], LENGTHS[second])[:, None]
+    assert (shared < LENGTHS[first][:, None]).any() and (shared < LENGTHS[second][:, None]).any()
+    weight = torch.where(torch.arange(ratios.shape[1]) < shared, 1.0, torch.tensor(alpha, dtype=torch.float64))
+    h = BETA * ((weight * ratios[first]).sum(1) - (weight * ratios[second]).sum(1))
+    expected = world.gradient(-(times * torch.log(torch.sigmoid(h))).sum())
+    step = world.gradient(found.terms["dpo"][0])
+    torch.testing.assert_close(step, expected, rtol=0, atol=1e-12)
+    difference = (step - world.gradient(plain.terms["dpo"][0])).norm()
+    assert difference < 1e-12 if alpha == 1.0 else difference > 1e-2

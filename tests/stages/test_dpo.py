@@ -212,3 +212,16 @@ def test_rewards_are_beta_times_the_summed_log_ratio_whatever_the_loss(lab):
     for row in rows[1:]:
         for key in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen"):
             assert row[key] == pytest.approx(rows[0][key], abs=1e-6)
+
+
+def test_length_desensitised_dpo_reads_the_reference_at_every_step(lab):
+    result = lab.run("dpo", ld_alpha=0.5, max_grad_norm=0)
+    log = (Path(result.run) / "log.txt").read_text()
+    assert "reference log-probabilities" not in log and "ld_alpha=0.5" in log
+    first = lab.rows(result.run)[0]
+    assert first["loss/dpo"] == pytest.approx(math.log(2), abs=1e-6)
+    whole = lab.rows(lab.run("dpo", ld_alpha=1.0, output_name="whole", max_grad_norm=0).run)
+    plain = lab.rows(lab.run("dpo", output_name="plain", max_grad_norm=0).run)
+    for ours, other in zip(whole, plain, strict=True):
+        assert ours["loss/dpo"] == pytest.approx(other["loss/dpo"], abs=1e-6)
+    assert abs(first["grad_norm"] - plain[0]["grad_norm"]) > 1e-3

@@ -382,3 +382,8 @@ def test_the_training_loss_that_exact_reports_is_that_of_the_log(lab, rankings):
         made = run_exact([name], lab.config("exact", max_new_tokens=1, prompts="world:verdicts"), lab.home)
         (row,) = [row for row in made.rows if row.name == f"{name}@v1"]
         assert row.training_loss.training_loss == pytest.approx(value, abs=1e-5)
+
+
+def test_a_ranking_has_no_one_other_length(lab, rankings):
+    with pytest.raises(DataError, match="ld_alpha compares the lengths of two responses"):
+        lab.run("dpo", dataset_name=rankings(6), **ALL, ld_alpha=0.5)

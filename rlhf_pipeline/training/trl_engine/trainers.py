@@ -136,6 +136,7 @@ def make_trainer(
             label_smoothing=config.label_smoothing,
             f_divergence_type=DIVERGENCES.get(config.f_divergence, config.f_divergence),
             f_alpha_divergence_coef=config.alpha,
+            ld_alpha=config.ld_alpha,
             precompute_ref_log_probs=config.precompute_ref_log_probs,
         )
     trainer = type(f"Driven{base.__name__}", (Driven, base), {})(model=model, args=arguments, **options)
