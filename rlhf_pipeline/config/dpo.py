@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from rlhf_pipeline.config.base import ModelInput, Positive, option
-from rlhf_pipeline.config.losses import (
-    WithLosses,
+from rlhf_pipeline.config.loss_checks import (
     check_chosen,
     check_divergence,
     check_minimum,
+    check_moving_reference,
     check_owned,
     check_ranking_loss,
     check_reference_free,
@@ -18,6 +18,7 @@ from rlhf_pipeline.config.losses import (
     check_trl_losses,
     check_weights,
 )
+from rlhf_pipeline.config.losses import WithLosses
 from rlhf_pipeline.config.sharding import OFF
 from rlhf_pipeline.config.training import COMMON_CHECKS, NATIVE, check_model
 from rlhf_pipeline.errors import Fault
@@ -54,6 +55,7 @@ class DpoConfig(WithLosses):
         check_owned,
         check_divergence,
         check_shared_length,
+        check_moving_reference,
         check_minimum,
         check_reference_free,
         check_chosen,

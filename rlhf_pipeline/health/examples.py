@@ -77,9 +77,9 @@ def margin_negative(h: History, f: Facts) -> float | None:
     """Late, implicit accuracy is below one half or the mean margin below 0, by two standard errors over ten updates.
 
     A margin within .01 of 0 means that the policy has not moved: its sign comes from rounding and ties. Without a
-    reference a margin says nothing of what was learnt.
+    reference that stays a margin says nothing of what was learnt.
     """
-    if not f.needs_reference:
+    if not f.fixed_reference:
         return None
     margins, right = (h.recent(name, width(f)) for name in ("rewards/margins", "rewards/accuracies"))
     if not late(h, f) or len(margins) < 10 or not right or abs(mean(margins)) < 0.01:
@@ -93,7 +93,7 @@ def margin_exploding(h: History, f: Facts) -> float | None:
 
     A margin of 10 means odds of 22,000 to 1, which no label justifies (but lengths do, without a reference).
     """
-    if not f.needs_reference:
+    if not f.fixed_reference:
         return None
     margins, right = h.recent("rewards/margins", 10), h.recent("rewards/accuracies", 10)
     return mean(margins) if margins and right and mean(margins) > 10 and mean(right) >= 0.99 else None
@@ -111,10 +111,10 @@ def dpo_overfit(h: History, f: Facts) -> float | None:
 def nothing_learnt(h: History, f: Facts) -> float | None:
     """Late, the margin is within .01 of 0 (odds of 1.01) and the sigmoid loss within .01 of log 2, its first value.
 
-    Without a reference nothing begins at 0.
+    Without a reference nothing begins at 0; to one that moves the margin returns to 0.
     """
     margins, losses = (h.recent(name, width(f)) for name in ("rewards/margins", "loss/dpo"))
-    if not late(h, f) or len(margins) < 10 or not losses or not f.needs_reference:
+    if not late(h, f) or len(margins) < 10 or not losses or not f.fixed_reference:
         return None
     at_start = f.loss_type != "sigmoid" or abs(mean(losses) - LOG_2) < 0.01
     return mean(losses) if at_start and abs(mean(margins)) < 0.01 else None

@@ -27,7 +27,8 @@ class Facts:
 
     total: number of updates. size: responses (ppo) or examples per update, over all ranks. tokens: mean length of a
     chosen response. low_precision: whether weights or forward pass use 16 bits. from_reference: whether
-    the policy starts as its reference (dpo). needs_reference: whether the loss reads one (dpo).
+    the policy starts as its reference (dpo). fixed_reference: whether the loss
+    reads one that stays (dpo).
     """
 
     total: int
@@ -38,7 +39,7 @@ class Facts:
     kl_target: float | None = None
     critic_warmup_steps: int = 0
     loss_type: object = "sigmoid"
-    needs_reference: bool = True
+    fixed_reference: bool = True
     from_reference: bool = False
 
 
@@ -57,7 +58,7 @@ def facts_of(config: TrainingConfig, total: int, ranks: int, known: Mapping[str,
         kl_target=getattr(config, "kl_target", None),
         critic_warmup_steps=getattr(config, "critic_warmup_steps", None) or 0,
         loss_type=getattr(config, "loss_type", "sigmoid"),
-        needs_reference=getattr(config, "needs_reference", True),
+        fixed_reference=getattr(config, "needs_reference", True) and not getattr(config, "sync_ref_model", False),
         **known,
     )
 

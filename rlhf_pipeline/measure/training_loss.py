@@ -86,8 +86,11 @@ def problem_of(resolved: Resolved) -> tuple[object, ...]:
 
 
 def _has_training_loss(resolved: Resolved) -> bool:
-    """Whether the training loss follows from log-probabilities of whole responses."""
-    return trained_by_dpo(resolved) and dpo_config(resolved).ld_alpha is None
+    """Whether the training loss follows from log-probabilities of whole responses, under a reference that stayed."""
+    if not trained_by_dpo(resolved):
+        return False
+    config = dpo_config(resolved)
+    return config.ld_alpha is None and not config.sync_ref_model
 
 
 def _known_optimum(config: DpoConfig) -> bool:

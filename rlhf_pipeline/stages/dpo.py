@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from rlhf_pipeline.models.modules import Policy, assert_independent
 from rlhf_pipeline.registry.lineage import stands_apart
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.stages.common import find_base, find_model, load_policy, require_same_tokenizer, tokenizer_of
+from rlhf_pipeline.stages.moving_reference import following
 from rlhf_pipeline.stages.preference_pairs import Pairs, ReferenceScores, fresh_pairs, recorded_pairs
 from rlhf_pipeline.stages.publish import inputs_of, log_moves, publish
 from rlhf_pipeline.stages.result import StageResult
@@ -162,6 +164,10 @@ def run_dpo(config: DpoConfig, home: Path, **options) -> StageResult:
         # 2. The pairs, and their log-probabilities under the reference.
         source = fresh_pairs if config.population else recorded_pairs
         pairs = source(run, policy, frozen, known_as, tokenizer)
+        if config.sync_ref_model:
+            assert frozen is not None
+            moving = following(pairs.windows, policy, frozen, share=config.mixup_alpha, every=config.sync_steps)
+            pairs = replace(pairs, windows=moving)
         log_moves(run, parents)
 
         # 3. Train.

@@ -104,6 +104,19 @@ def test_length_desensitised_dpo_needs_pairs_and_a_reference(load, faults):
     assert list(faults("dpo", ld_alpha=1.5)) == ["ld_alpha"]
 
 
+def test_a_reference_that_moves(load, faults):
+    config = load("dpo", sync_ref_model=True)
+    assert (config.mixup_alpha, config.sync_steps, config.caches_reference) == (0.6, 512, False)
+    for key, value in (("ref_model_mixup_alpha", 0.3), ("ref_model_sync_steps", 7)):
+        assert getattr(load("dpo", sync_ref_model=True, **{key: value}), key) == value
+        refused = faults("dpo", **{key: value})
+        assert list(refused) == [key] and "sync_ref_model true" in refused[key].expected
+    for changes in ({"loss_type": "cpo"}, {"use_peft": True}):
+        assert list(faults("dpo", sync_ref_model=True, **changes)) == ["sync_ref_model"]
+    assert list(faults("dpo", sync_ref_model=True, dataset_name="world:verdicts", max_steps=3)) == ["dataset_name"]
+    assert list(faults("dpo", sync_ref_model=True, ref_model_mixup_alpha=0.0)) == ["ref_model_mixup_alpha"]
+
+
 def test_a_list_is_a_sum_with_weights(load):
     config = load("dpo", loss_type=["sigmoid", "hinge", "sft"], loss_weights=[0.8, 0.2, 1.5])
     assert config.losses == (("sigmoid", 0.8), ("hinge", 0.2)) and config.sft_term == 1.5

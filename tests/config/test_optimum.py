@@ -49,6 +49,9 @@ MOVES: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
         "label_smoothing": ([0.0], [0.1]),
         "f_divergence": (["reverse_kl"], ["forward_kl", "js", "alpha"]),
         "f_alpha": ([None], [0.2]),
+        "sync_ref_model": ([False], [True]),
+        "ref_model_mixup_alpha": ([None], [0.3]),
+        "ref_model_sync_steps": ([None], [7]),
         "ld_alpha": ([None, 1.0], [0.5, 0.0]),
     },
     "collect": {"labels": (["bradley-terry"], ["rank"]), "flip_rate": ([0.0], [0.1])},
@@ -64,6 +67,8 @@ BESIDE = {
     "f_alpha": {"f_divergence": "alpha"},
     "kl_in": GRPO,
     **dict.fromkeys(("num_generations", "scale_rewards", "loss_normalization"), PER_TOKEN),
+    "ref_model_mixup_alpha": {"sync_ref_model": True},
+    "ref_model_sync_steps": {"sync_ref_model": True},
 }
 """Keys that an option needs beside it."""
 ALONG = {"kl_in": {"num_generations": 8}}

@@ -59,6 +59,7 @@ def test_another_engine_is_unknown(faults):
         ("dpo", {"sft_weight": 0.2}),
         ("dpo", {"f_divergence": "alpha", "f_alpha": 0.3}),
         ("dpo", {"ld_alpha": 0.3}),
+        ("dpo", {"sync_ref_model": True}),
         ("dpo", {"loss_type": ["sigmoid", "apo_zero", "sft"], "loss_weights": [0.8, 0.2, 1.0]}),
     ],
 )

@@ -453,6 +453,6 @@ def test_ipo_at_its_start_is_known_by_its_margin_alone():
 @pytest.mark.parametrize("cause", ["margin_negative", "margin_exploding", "nothing_learnt"])
 def test_without_a_reference_a_margin_says_nothing_of_what_was_learnt(cause):
     metrics, _, _ = EXAMPLE_CASES["dpo", cause]
-    facts = [Facts(240, 32, 20, needs_reference=needed) for needed in (True, False)]
+    facts = [Facts(240, 32, 20, fixed_reference=needed) for needed in (True, False)]
     causes = [[f.cause for f in watched("dpo", metrics, 240, each).findings] for each in facts]
     assert cause in causes[0] and causes[1] == []

@@ -29,6 +29,7 @@ CASES = [
     ("dpo", {"beta": 0.5, "f_divergence": "forward_kl"}),
     ("dpo", {"beta": 0.5, "f_divergence": "alpha", "f_alpha": 0.3}),
     ("dpo", {"beta": 0.5, "ld_alpha": 0.4}),
+    ("dpo", {"beta": 0.5, "sync_ref_model": True, "ref_model_sync_steps": 3}),
     ("dpo", {"beta": 0.5, "loss_type": "ipo_mean"}),
     ("dpo", {"beta": 0.5, "loss_type": "sigmoid_norm"}),
     ("dpo", {"beta": 0.5, "loss_type": "apo_zero"}),

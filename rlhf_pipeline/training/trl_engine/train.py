@@ -91,7 +91,8 @@ def train_with_trl(
     windows = sampler.all_windows()
     optimizers = optimizer_and_schedule(config, model, plan)
     run.log.total, run.log.shown = plan.total, plan.shown
-    precomputes = reference is not None and config.precompute_ref_log_probs
+    moves = isinstance(config, DpoConfig) and config.sync_ref_model
+    precomputes = reference is not None and config.precompute_ref_log_probs and not moves
     last: Metrics = {}
     monitor = plan.monitor(run)
 

@@ -137,7 +137,10 @@ def make_trainer(
             f_divergence_type=DIVERGENCES.get(config.f_divergence, config.f_divergence),
             f_alpha_divergence_coef=config.alpha,
             ld_alpha=config.ld_alpha,
-            precompute_ref_log_probs=config.precompute_ref_log_probs,
+            precompute_ref_log_probs=config.precompute_ref_log_probs and not config.sync_ref_model,
+            sync_ref_model=config.sync_ref_model,
+            ref_model_mixup_alpha=config.mixup_alpha,
+            ref_model_sync_steps=config.sync_steps,
         )
     trainer = type(f"Driven{base.__name__}", (Driven, base), {})(model=model, args=arguments, **options)
     trainer.remove_callback(PrinterCallback)  # this package writes the log
