@@ -214,6 +214,7 @@ def test_rewards_are_beta_times_the_summed_log_ratio_whatever_the_loss(lab):
             assert row[key] == pytest.approx(rows[0][key], abs=1e-6)
 
 
+@pytest.mark.check
 def test_length_desensitised_dpo_reads_the_reference_at_every_step(lab):
     result = lab.run("dpo", ld_alpha=0.5, max_grad_norm=0)
     log = (Path(result.run) / "log.txt").read_text()

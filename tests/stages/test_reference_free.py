@@ -75,6 +75,7 @@ def test_the_first_step_is_that_of_the_formula_and_there_is_no_reference(lab, ch
     assert 0 <= result.metrics["eval_accuracy"] <= 1
 
 
+@pytest.mark.check
 def test_the_reference_is_not_on_the_bill(lab):
     bills = {name: lab.run("dpo", output_name=name, loss_type=name).cost["flops"] for name in ("sigmoid", "simpo")}
     assert bills["simpo"] < bills["sigmoid"]
@@ -120,11 +121,13 @@ def test_by_the_command_line_and_in_a_comparison(lab, tmp_path, capsys):
     assert not any(contrast["kind"] == "same beta" for contrast in result["contrasts"])
 
 
+@pytest.mark.check
 def test_an_adapter_alone(lab):
     result = lab.run("dpo", loss_type="cpo", use_peft=True, lora_r=2)
     assert lab.registry.resolve(result.model).manifest.adapter["r"] == 2
 
 
+@pytest.mark.check
 def test_a_dry_run_counts_no_reference(lab):
     from rlhf_pipeline.experiment.estimate import estimate_stage
 
