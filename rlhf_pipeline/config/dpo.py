@@ -25,6 +25,23 @@ def check_smoothing(config: DpoConfig) -> Iterator[Fault]:
         yield Fault("label_smoothing", found, "label_smoothing 0, or loss_type sigmoid")
 
 
+def check_margin(config: DpoConfig) -> Iterator[Fault]:
+    """Yield the faults of margins with a loss, labels or data that have none."""
+    if not config.use_margin:
+        return
+    if config.loss_type != "sigmoid":
+        found = f"found true with loss_type {config.loss_type}, which defines no margin"
+        yield Fault("use_margin", found, "use_margin false, or loss_type sigmoid")
+    if config.soft_labels or config.label_smoothing:
+        other = "soft_labels" if config.soft_labels else "label_smoothing"
+        found = f"found true with {other}: a margin belongs to a label that is certain"
+        yield Fault("use_margin", found, f"use_margin or {other}, not both")
+    if config.population:
+        yield Fault("use_margin", f"{config.dataset_name}: fresh pairs have no margin", "false, or recorded pairs")
+    if config.engine == "trl":
+        yield Fault("use_margin", "TRL's DPOTrainer reads no margin", "false", NATIVE)
+
+
 def check_ranking_loss(config: DpoConfig) -> Iterator[Fault]:
     """Yield the faults of a loss on rankings with label probabilities, which only pairs have."""
     if config.loss_type != "plackett_luce":
@@ -78,6 +95,7 @@ class DpoConfig(TrainingConfig):
         *COMMON_CHECKS,
         check_smoothing,
         check_ranking_loss,
+        check_margin,
         check_population,
         check_dpo_engine,
     )
@@ -116,6 +134,12 @@ class DpoConfig(TrainingConfig):
     )
     soft_labels: bool = option(
         False, "train on the recorded label_probability instead of the drawn label; same optimum (ours: off)"
+    )
+    use_margin: bool = option(
+        False,
+        "with sigmoid: subtract the pairs' column `margin` from the difference of the implicit rewards (ODPO, "
+        "arXiv 2402.10571)",
+        moves_optimum=True,
     )
     population_proposal: Literal["mixture", "reference"] = option(
         "mixture",

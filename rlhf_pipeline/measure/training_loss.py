@@ -24,7 +24,7 @@ from rlhf_pipeline.report.figures import TrainingLoss
 from rlhf_pipeline.stages.data import StageData, training_kind
 from rlhf_pipeline.stages.population import Population
 from rlhf_pipeline.stages.preference_pairs import label_probabilities
-from rlhf_pipeline.training.pairs import preference_loss
+from rlhf_pipeline.training.pairs import preference_loss, recorded_margins
 from rlhf_pipeline.training.reference_cache import cached_logprobs, completion_logprob_sums
 
 POPULATION_PAIRS = 4096
@@ -79,7 +79,8 @@ def problem_of(resolved: Resolved) -> tuple[object, ...]:
     """The data, reference, beta and loss of a DPO model; two models with the same ones can be compared."""
     manifest, config = resolved.manifest, dpo_config(resolved)
     assert manifest is not None
-    keys = ("beta", "loss_type", "label_smoothing", "soft_labels", "population_proposal", "max_train_samples")
+    keys = ("beta", "loss_type", "label_smoothing", "soft_labels", "use_margin", "population_proposal")
+    keys += ("max_train_samples",)
     data = tuple(entry.digest for entry in manifest.data)
     return (manifest.parents["reference"].digest, data, *(getattr(config, key) for key in keys))
 
@@ -96,6 +97,7 @@ def training_loss(bench: Bench, resolved: Resolved) -> float:
     policy, frozen, key = dpo_policies(bench, resolved)
     data = StageData(config, bench.registry.home, lambda _: None)
     target: Tensor | None
+    margin: Tensor | None = None
     least = 0.0  # the sum of the losses of the exact optimum, if it is known
     if config.population:
         prompts, _ = data.training(bench.tokenizer)
@@ -120,6 +122,7 @@ def training_loss(bench: Bench, resolved: Resolved) -> float:
         bench.compare_data(resolved, data.sources(training_kind(config)))
         ref_logprobs = cached_logprobs(frozen, examples, bench.registry.home / "cache", key, **bench.reading).logprobs
         target = label_probabilities(examples) if config.soft_labels else None
+        margin = recorded_margins(examples) if config.use_margin else None
     logprobs = completion_logprob_sums(policy, examples, **bench.reading).double()
     compared = Comparisons.of(examples)
     total = preference_loss(
@@ -130,6 +133,7 @@ def training_loss(bench: Bench, resolved: Resolved) -> float:
         compared,
         beta=config.beta,
         target=smoothed_target(target, config.label_smoothing),
+        margin=margin,
     ).loss
     return float(total) / len(examples) - least / len(examples)
 

@@ -100,6 +100,7 @@ class StageData:
                 ]
             for found in self._read:
                 read = {"functions": any(functions(config)), "text_as_chat": config.text_as_chat}
+                read["use_margin"] = getattr(config, "use_margin", None)
                 for note in found.notes(template_of(tokenizer), **read):
                     self.say(f"data: {found.source}: {note}")
         return self._read

@@ -42,6 +42,7 @@ def dpo_step(
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
     targets: Tensor | None = None,
+    margins: Tensor | None = None,
 ) -> Loss:
     """Preference loss of a micro-batch; its denominator is prompts (equal to pairs if there are no rankings).
 
@@ -52,6 +53,7 @@ def dpo_step(
         reference: (examples, K) log-probabilities of all examples, or a function that scores a batch under the frozen
             reference.
         targets: (examples,) probability that the chosen response of each pair is preferred; None: the label is certain.
+        margins: (examples,) margin of each pair; None: 0.
         A micro-batch with `facts` of its own uses these instead of `reference` and `targets`.
     """
     objective = OBJECTIVES[loss_type]
@@ -80,6 +82,7 @@ def dpo_step(
         compared,
         beta=beta,
         target=smoothed_target(target, label_smoothing),
+        margin=None if margins is None else margins[micro_batch.indices].to(logprobs),
     )
     (chosen, rejected), (ref_chosen, _) = (split_pairs(x, compared) for x in (logprobs.detach(), ref_logprobs))
     chosen_rewards, rejected_rewards = result.chosen_rewards, result.rejected_rewards
@@ -150,6 +153,7 @@ def run_dpo(config: DpoConfig, home: Path, **options) -> StageResult:
                 loss_type=config.loss_type,
                 label_smoothing=config.label_smoothing,
                 targets=pairs.targets,
+                margins=pairs.margins,
             ),
             pairs.total,
             shown=("loss/dpo", "rewards/accuracies", "rewards/margins", "logps/chosen", "learning_rate"),

@@ -23,6 +23,7 @@ from rlhf_pipeline.stages.data import StageData, preference_kind
 from rlhf_pipeline.stages.population import Population
 from rlhf_pipeline.training.cost import ModelShape
 from rlhf_pipeline.training.open_run import Run
+from rlhf_pipeline.training.pairs import recorded_margins
 from rlhf_pipeline.training.precision import uses_bf16
 from rlhf_pipeline.training.reference_cache import ReferenceLogprobs, cached_logprobs, completion_logprob_sums
 from rlhf_pipeline.training.windows import Window
@@ -51,8 +52,8 @@ def label_probabilities(examples: Sequence[Example]) -> Tensor:
 class Pairs:
     """The windows of a run, and what is known of its pairs besides their tokens.
 
-    examples: empty if pairs are drawn at every step. reference, targets: see `dpo_step`. evaluate: returns the metrics
-    on held-out pairs; None without held-out pairs.
+    examples: empty if pairs are drawn at every step. reference, targets, margins: see `dpo_step`. evaluate: returns the
+    metrics on held-out pairs; None without held-out pairs.
     """
 
     examples: Sequence[Example]
@@ -62,6 +63,7 @@ class Pairs:
     reference: ReferenceScores | None = None
     targets: Tensor | None = None
     evaluate: Callable[[], dict[str, float]] | None = None
+    margins: Tensor | None = None
 
 
 def recorded_pairs(
@@ -77,6 +79,7 @@ def recorded_pairs(
     examples, reports = data.training(tokenizer)
     held_out, _ = data.held_out(preference_kind(config), tokenizer)
     targets = label_probabilities(examples) if config.soft_labels else None
+    margins = recorded_margins(examples) if config.use_margin else None
     layout = common_layout(policy.reader.layout, frozen.reader.layout)
     windows, total = example_schedule(run, examples, layout=layout)
     cache = run.registry.home / "cache"
@@ -110,7 +113,7 @@ def recorded_pairs(
         metrics = preference_metrics(*pair_differences(rewards.tolist(), held_out))
         return {f"eval_{name}": value for name, value in metrics.items()}
 
-    return Pairs(examples, reports, windows, total, reference, targets, evaluate if held_out else None)
+    return Pairs(examples, reports, windows, total, reference, targets, evaluate if held_out else None, margins)
 
 
 def fresh_pairs(

@@ -10,6 +10,21 @@ from torch import Tensor
 from rlhf_pipeline.algorithms.preference import Objective, PreferenceLoss
 from rlhf_pipeline.data.comparisons import Comparisons
 from rlhf_pipeline.data.examples import Example, count_pairs
+from rlhf_pipeline.errors import DataError, Fault
+
+
+def recorded_margins(examples: Sequence[Example]) -> Tensor:
+    """The recorded margin of each pair, (examples,) float64.
+
+    Raises:
+        DataError: an example has no margin.
+    """
+    lacking = [example for example in examples if example.margin is None]
+    if lacking:
+        found = "no margin, which use_margin needs"
+        expected = "pairs with a column 'margin': how much higher the reward of the chosen response should be"
+        raise DataError([Fault(example.where, found, expected, "or set use_margin: false") for example in lacking])
+    return torch.tensor([example.margin for example in examples], dtype=torch.float64)
 
 
 def total_pairs(examples: Sequence[Example]) -> int:
@@ -37,13 +52,14 @@ def preference_loss(
     *,
     beta: float,
     target: Tensor | None = None,
+    margin: Tensor | None = None,
 ) -> PreferenceLoss:
     """A preference loss on a batch of pairs and rankings, as a sum over prompts, and the implicit rewards of the pairs.
 
     Args:
         logprobs, ref_logprobs: (C,) log-probabilities of whole responses, summed over tokens, in nats.
         lengths: (C,) tokens of the responses.
-        compared: see `split_pairs`. target: (P,), see the pair losses.
+        compared: see `split_pairs`. target: (P,), see the pair losses. margin: (P,), see `dpo_sigmoid_loss`.
     """
     (chosen, rejected), (ref_chosen, ref_rejected) = (split_pairs(x, compared) for x in (logprobs, ref_logprobs))
     if objective.listwise:
@@ -64,5 +80,6 @@ def preference_loss(
         beta=beta,
         target=target,
         weight=None if compared is None else compared.weight(logprobs),
+        **({} if margin is None else {"margin": margin}),
     )
     return PreferenceLoss(result.loss, result.chosen_rewards * sizes[0], result.rejected_rewards * sizes[1])

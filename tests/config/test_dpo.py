@@ -29,6 +29,21 @@ def test_smoothing_belongs_to_the_sigmoid_loss(load, faults, name):
     assert "loss_type sigmoid" in refused["label_smoothing"].expected
 
 
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"loss_type": "ipo"}, "loss_type ipo, which defines no margin"),
+        ({"soft_labels": True}, "soft_labels: a margin belongs to a label that is certain"),
+        ({"label_smoothing": 0.1}, "label_smoothing: a margin belongs to a label that is certain"),
+        ({"dataset_name": "world:verdicts", "max_steps": 3}, "fresh pairs have no margin"),
+    ],
+)
+def test_margins_belong_to_recorded_labels_and_the_sigmoid_loss(load, faults, changes, found):
+    assert load("dpo", use_margin=True).use_margin
+    refused = faults("dpo", use_margin=True, **changes)
+    assert list(refused) == ["use_margin"] and found in refused["use_margin"].found
+
+
 def test_rankings_have_no_label_probabilities(faults):
     refused = faults("dpo", loss_type="plackett_luce", soft_labels=True)
     assert list(refused) == ["soft_labels"] and "loss_type sigmoid" in refused["soft_labels"].expected

@@ -16,7 +16,11 @@ DECAY = ([0.0], [0.01])
 # not. Sources: closed forms of Bradley-Terry, DPO, GAE and the soft Bellman equation; docs/compare.md.
 MOVES: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
     "sft": {},
-    "train-rm": {"weight_decay": DECAY, "center_rewards_coefficient": ([None, 0.0], [0.01, 0.1, 1.0])},
+    "train-rm": {
+        "weight_decay": DECAY,
+        "center_rewards_coefficient": ([None, 0.0], [0.01, 0.1, 1.0]),
+        "use_margin": ([False], [True]),
+    },
     "ppo": {
         "weight_decay": DECAY,
         "kl_coef": ([0.05, 0.5], [0.0]),
@@ -32,6 +36,7 @@ MOVES: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
         "ref_model": ([None], ["other"]),
         "loss_type": (["sigmoid", "plackett_luce"], ["ipo", "ipo_mean", "sigmoid_norm", "apo_zero"]),
         "label_smoothing": ([0.0], [0.1]),
+        "use_margin": ([False], [True]),
     },
     "collect": {"labels": (["bradley-terry"], ["rank"])},
 }

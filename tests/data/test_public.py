@@ -484,6 +484,8 @@ def test_what_is_not_read_and_what_is_contradicted_is_a_note():
     found = parse([("f:1", row), ("f:2", {**row, "score_rejected": 1})], "f")
     assert found.notes(functions=False)[0] == "not read: margin"
     assert found.notes(functions=True)[0] == "read by reward functions only: margin"
+    assert found.notes(functions=False, use_margin=False)[1].startswith("`use_margin: true` subtracts")
+    assert [note for note in found.notes(functions=False, use_margin=True) if "margin" in note] == []
     assert found.notes() == [
         "not read: margin (except by reward functions)",
         "scores contradict the label in 1 of 2 rows: the label is used, not the scores",

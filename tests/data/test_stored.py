@@ -43,7 +43,7 @@ def turns(*texts: str) -> list[dict[str, str]]:
 SOURCES = {
     "pair": [
         {"prompt": prompt, "chosen": "ab"[: n % 2 + 1], "rejected": "cd" * (n % 3 + 1), "chosen_ended": n % 4 > 0}
-        | ({"label_probability": n / 20} if n % 2 else {})
+        | ({"label_probability": n / 20} if n % 2 else {"margin": n / 3 - 1})
         | {"note": {"number": n, "text": "é\u2028"}}
         for n, prompt in enumerate([*PROMPTS, *PROMPTS[:5]])
     ],

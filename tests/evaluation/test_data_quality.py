@@ -75,6 +75,7 @@ def said(**changes) -> str:
         "faults": {},
         "unread_column": None,
         "labels": {},
+        "margins": None,
         "notes": [],
         "leaked_rows": 0,
         "leaks": {},
