@@ -8,8 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator
 
 from rlhf_pipeline.config.base import ModelInput, Positive, Text, option
+from rlhf_pipeline.config.kto import KtoKeys, check_kto
 from rlhf_pipeline.config.sharding import OFF
-from rlhf_pipeline.config.training import COMMON_CHECKS, NATIVE, TrainingConfig, check_model
+from rlhf_pipeline.config.training import COMMON_CHECKS, NATIVE, check_model
 from rlhf_pipeline.errors import Fault
 
 
@@ -83,10 +84,12 @@ def check_dpo_engine(config: DpoConfig) -> Iterator[Fault]:
         yield Fault("dataset_name", found, "recorded pairs", NATIVE)
 
 
-LossType = Literal["sigmoid", "ipo", "ipo_mean", "sigmoid_norm", "apo_zero", "plackett_luce"]
+LossType = Literal[
+    "sigmoid", "ipo", "ipo_mean", "sigmoid_norm", "apo_zero", "plackett_luce", "kto", "apo_zero_unpaired"
+]
 
 
-class DpoConfig(TrainingConfig):
+class DpoConfig(KtoKeys):
     """Config of `rlhf dpo`."""
 
     stage: ClassVar[str] = "dpo"
@@ -96,6 +99,7 @@ class DpoConfig(TrainingConfig):
         check_smoothing,
         check_ranking_loss,
         check_margin,
+        check_kto,
         check_population,
         check_dpo_engine,
     )
@@ -119,7 +123,8 @@ class DpoConfig(TrainingConfig):
         "beta; ipo_mean: the same on their means (TRL's ipo), depends on lengths; sigmoid_norm: sigmoid on means "
         "(TRL), depends on lengths; apo_zero: each response by itself (APO paper), losers get probability 0; "
         "plackett_luce: whole rankings without ties (DPO paper, A.3), has sigmoid's optimum for rankings from the "
-        "Plackett-Luce model, rewards x .91 to .95 for others. The other losses read a ranking's untied pairs in one "
+        "Plackett-Luce model, rewards x .91 to .95 for others; kto and apo_zero_unpaired: responses labelled good or "
+        "bad, or pairs as two of them (KTO and APO papers). The other losses read a ranking's untied pairs in one "
         "pass, each with weight 1 / their number (InstructGPT)",
         moves_optimum=True,
         neutral=("sigmoid", "plackett_luce"),

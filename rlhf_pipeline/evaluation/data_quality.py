@@ -61,8 +61,8 @@ def _stops(found: Mapping[str, Any]) -> Iterator[str]:
         )
     if found["labels"]:
         yield (
-            f"each row has a label ({_counts(found['labels'])}), as for KTO: no stage trains on such rows, and "
-            "`rlhf sft` refuses them, because it would also learn what is labelled false"
+            f"each row has a label ({_counts(found['labels'])}): `rlhf dpo` with loss_type kto trains on such rows and "
+            "needs both labels; other stages refuse them, because they would also learn what is labelled false"
         )
     yield from found["notes"]
     if (margins := found["margins"]) is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlhf_pipeline.algorithms.preference import OBJECTIVES, smoothed_target
 from rlhf_pipeline.config.dpo import DpoConfig
+from rlhf_pipeline.config.kto import UNPAIRED
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.comparisons import Comparisons
@@ -34,6 +35,11 @@ def trained_by_dpo(resolved: Resolved) -> bool:
     """Whether a model was trained by `rlhf dpo` and its manifest has the reference and beta."""
     made = resolved.manifest
     return made is not None and made.stage == "dpo" and "reference" in made.parents and bool(made.config.get("beta"))
+
+
+def _on_pairs(resolved: Resolved) -> bool:
+    """Whether a model was `trained_by_dpo` by a loss on pairs or rankings; another loss has no minimum in common."""
+    return trained_by_dpo(resolved) and resolved.config.get("loss_type") not in UNPAIRED
 
 
 def dpo_reference(registry: Registry, resolved: Resolved) -> Resolved:
@@ -79,8 +85,8 @@ def problem_of(resolved: Resolved) -> tuple[object, ...]:
     """The data, reference, beta and loss of a DPO model; two models with the same ones can be compared."""
     manifest, config = resolved.manifest, dpo_config(resolved)
     assert manifest is not None
-    keys = ("beta", "loss_type", "label_smoothing", "soft_labels", "use_margin", "population_proposal")
-    keys += ("max_train_samples",)
+    losses = ("beta", "loss_type", "label_smoothing", "soft_labels", "use_margin")
+    keys = (*losses, "population_proposal", "max_train_samples")
     data = tuple(entry.digest for entry in manifest.data)
     return (manifest.parents["reference"].digest, data, *(getattr(config, key) for key in keys))
 
@@ -146,14 +152,13 @@ def excess_training_losses(
     The best known loss is the smallest of the models with the same data, reference, beta and loss, including
     `long_run`; a single model has no excess (None). On the world's population it is the loss of the exact optimum.
     """
-    candidates = [model for model in models if trained_by_dpo(model)]
-    if long_run is not None and long_run.label not in {model.label for model in candidates}:
+    models = [model for model in models if _on_pairs(model)]
+    candidates = [*models]
+    if long_run is not None and _on_pairs(long_run) and long_run.label not in {model.label for model in candidates}:
         candidates.append(long_run)
     losses = {model.label: training_loss(bench, model) for model in candidates}
     result = {}
     for model in models:
-        if not trained_by_dpo(model):
-            continue
         peers = [other for other in candidates if problem_of(other) == problem_of(model)]
         best = min(peers, key=lambda other: losses[other.label])
         exact = model.config.get("dataset_name") == world.NAME and dpo_config(model).loss_type == "sigmoid"

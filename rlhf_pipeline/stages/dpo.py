@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,15 +12,18 @@ from torch import Tensor
 from rlhf_pipeline.algorithms.preference import OBJECTIVES, correct, smoothed_target
 from rlhf_pipeline.config.adapter import FourBits
 from rlhf_pipeline.config.dpo import DpoConfig
+from rlhf_pipeline.config.kto import UNPAIRED
 from rlhf_pipeline.data.examples import first_lengths
 from rlhf_pipeline.models.modules import Policy, assert_independent
 from rlhf_pipeline.registry.lineage import stands_apart
 from rlhf_pipeline.stages.common import find_base, find_model, require_same_tokenizer, tokenizer_of
+from rlhf_pipeline.stages.kto import kto_step, labelled_responses, with_margins
 from rlhf_pipeline.stages.preference_pairs import Pairs, ReferenceScores, fresh_pairs, recorded_pairs
 from rlhf_pipeline.stages.publish import inputs_of, log_moves, publish
 from rlhf_pipeline.stages.result import StageResult
 from rlhf_pipeline.stages.starts import load_policy_and_reference
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
+from rlhf_pipeline.training.loop import Step
 from rlhf_pipeline.training.open_run import open_run
 from rlhf_pipeline.training.pairs import preference_loss, split_pairs, total_pairs
 from rlhf_pipeline.training.session import Plan, train
@@ -135,28 +138,33 @@ def run_dpo(config: DpoConfig, home: Path, **options) -> StageResult:
             known_as += " merged"  # equal up to rounding
         elif known_as is not None and ref_parent.label == parent.label and config.load_in_4bit:
             known_as += f" {FourBits.of(config)}"
-        source = fresh_pairs if config.population else recorded_pairs
+        labelled = config.loss_type in UNPAIRED
+        source = labelled_responses if labelled else fresh_pairs if config.population else recorded_pairs
         pairs = source(run, policy, frozen, known_as, tokenizer)
         parents = {"base": parent, "reference": ref_parent}
         log_moves(run, parents)
 
         # 3. Train.
         shape = ModelShape.of(policy.model, checkpointed=config.gradient_checkpointing)
+        read: dict[str, Any] = {"reference": pairs.reference, "meter": run.meter, "shape": shape}
+        step: Step = functools.partial(
+            dpo_step,
+            beta=config.beta,
+            loss_type=config.loss_type,
+            label_smoothing=config.label_smoothing,
+            targets=pairs.targets,
+            margins=pairs.margins,
+            **read,
+        )
+        if labelled:
+            assert pairs.targets is not None
+            step = functools.partial(kto_step, config=config, desirable=pairs.targets, **read)
         plan = Plan(
             pairs.windows,
-            functools.partial(
-                dpo_step,
-                beta=config.beta,
-                reference=pairs.reference,
-                meter=run.meter,
-                shape=shape,
-                loss_type=config.loss_type,
-                label_smoothing=config.label_smoothing,
-                targets=pairs.targets,
-                margins=pairs.margins,
-            ),
+            step,
             pairs.total,
             shown=("loss/dpo", "rewards/accuracies", "rewards/margins", "logps/chosen", "learning_rate"),
+            derive=with_margins if labelled else dict,
             model=policy.model,
             tokenizer=tokenizer,
             inputs=inputs_of(parents, pairs.reports),

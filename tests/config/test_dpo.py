@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from rlhf_pipeline.config.dpo import DpoConfig
+from rlhf_pipeline.config.kto import UNPAIRED
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "ipo", "ipo_mean", "sigmoid_norm", "apo_zero", "plackett_luce"])
+@pytest.mark.parametrize("name", ["sigmoid", "ipo", "ipo_mean", "sigmoid_norm", "apo_zero", "plackett_luce", *UNPAIRED])
 def test_a_loss_may_stand_in_a_list_of_one_as_trl_writes_it(load, name):
     assert load("dpo", loss_type=name).loss_type == load("dpo", loss_type=[name]).loss_type == name
 
@@ -17,7 +18,8 @@ def test_a_loss_that_is_not_there_is_refused_with_those_that_are(faults, value):
     refused = faults("dpo", loss_type=value)
     assert list(refused) == ["loss_type"]
     assert repr(value) in refused["loss_type"].found
-    assert refused["loss_type"].expected == "one of sigmoid, ipo, ipo_mean, sigmoid_norm, apo_zero, plackett_luce"
+    known = "sigmoid, ipo, ipo_mean, sigmoid_norm, apo_zero, plackett_luce, kto, apo_zero_unpaired"
+    assert refused["loss_type"].expected == f"one of {known}"
 
 
 @pytest.mark.parametrize("name", ["ipo", "ipo_mean", "sigmoid_norm", "apo_zero", "plackett_luce"])
@@ -62,4 +64,30 @@ def test_every_loss_of_the_config_is_in_the_table_and_the_reverse():
 
     from rlhf_pipeline.algorithms.preference import OBJECTIVES
 
-    assert set(get_args(DpoConfig.model_fields["loss_type"].annotation)) == set(OBJECTIVES)
+    assert set(get_args(DpoConfig.model_fields["loss_type"].annotation)) == {*OBJECTIVES, *UNPAIRED}
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "found"),
+    [
+        ({"desirable_weight": 2.0}, "desirable_weight", "found 2.0 with loss_type sigmoid, which does not read it"),
+        ({"undesirable_weight": 2.0, "loss_type": "ipo"}, "undesirable_weight", "with loss_type ipo"),
+        ({"kto_kl": "sampled", "loss_type": "apo_zero_unpaired"}, "kto_kl", "with loss_type apo_zero_unpaired"),
+        ({"loss_type": "kto", "soft_labels": True}, "soft_labels", "whose labels are good or bad"),
+        ({"loss_type": "kto", "label_smoothing": 0.1}, "label_smoothing", "with loss_type kto"),
+        ({"loss_type": "kto", "use_margin": True}, "use_margin", "loss_type kto, which defines no margin"),
+        ({"loss_type": "kto", "engine": "trl"}, "loss_type", "engine trl runs only TRL's DPOTrainer"),
+        ({"loss_type": "kto", "dataset_name": "world:verdicts", "max_steps": 3}, "loss_type", "label probabilities"),
+        ({"loss_type": "kto", "per_device_train_batch_size": 1}, "per_device_train_batch_size", "a step of one"),
+        ({"loss_type": "kto", "kto_kl": "sampled", "fsdp": True}, "kto_kl", "only a whole policy can sample"),
+    ],
+)
+def test_kto_and_the_keys_of_others(faults, changes, key, found):
+    refused = faults("dpo", **changes)
+    assert list(refused) == [key] and found in refused[key].found
+
+
+def test_a_window_of_one_response_is_enough_where_z0_is_sampled_or_not_there(load):
+    assert load("dpo", loss_type="kto", per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    assert load("dpo", loss_type="kto", per_device_train_batch_size=1, kto_kl="sampled")
+    assert load("dpo", loss_type="apo_zero_unpaired", per_device_train_batch_size=1)

@@ -8,6 +8,7 @@ import pytest
 
 from rlhf_pipeline.algorithms.preference import OBJECTIVES, Optimum, loss_optimum
 from rlhf_pipeline.config.base import may_move_optimum, moves_optimum, moving_options
+from rlhf_pipeline.config.kto import UNPAIRED
 from rlhf_pipeline.config.stages import STAGES
 
 CRITIC = "with a wrong critic"
@@ -34,7 +35,7 @@ MOVES: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
     "dpo": {
         "weight_decay": DECAY,
         "ref_model": ([None], ["other"]),
-        "loss_type": (["sigmoid", "plackett_luce"], ["ipo", "ipo_mean", "sigmoid_norm", "apo_zero"]),
+        "loss_type": (["sigmoid", "plackett_luce"], ["ipo", "ipo_mean", "sigmoid_norm", "apo_zero", *UNPAIRED]),
         "label_smoothing": ([0.0], [0.1]),
         "use_margin": ([False], [True]),
     },

@@ -55,6 +55,9 @@ SOURCES = {
         {"prompt": prompt, "completions": ["a", "b", "a"], "ranks": [1, 1 + n % 2, 1 + n % 3]}
         for n, prompt in enumerate(PROMPTS)
     ],
+    "labelled": [
+        {"prompt": prompt, "completion": "ab"[: n % 2 + 1], "label": n % 3 == 0} for n, prompt in enumerate(PROMPTS)
+    ],
     "messages": [{"messages": turns("b", "a", prompt, "c" * (n % 5 + 1))} for n, prompt in enumerate(PROMPTS)],
     "splits": [
         {"prompt": prompt, "completion": "b" * (n % 3 + 1), "split": ("train", "test")[n % 3 == 0]}
@@ -68,7 +71,8 @@ SOURCES = {
     "instruction": [{"instruction": prompt, "input": "", "output": "a"} for prompt in PROMPTS],
 }
 KINDS = {
-    "pair": ("pair", "preference", "order", "demonstration", "prompt"),
+    "pair": ("pair", "preference", "order", "demonstration", "prompt", "labelled"),
+    "labelled": ("labelled", "prompt"),
     "ranking": ("pair", "preference", "order", "demonstration", "prompt"),
     "ranks": ("pair", "preference", "order", "demonstration", "prompt"),
     "messages": ("demonstration", "prompt"),
