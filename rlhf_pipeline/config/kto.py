@@ -27,8 +27,9 @@ class KtoKeys(TrainingConfig):
     kto_kl: Literal["mismatched", "sampled"] = option(
         "mismatched",
         "with kto: responses whose mean log pi / pi_ref is z0, at least 0, once for each optimizer step; mismatched: "
-        "each prompt with the response to another one (KTO paper, TRL), nearly always 0; sampled: one response of the "
-        "policy to each prompt, which estimates the KL that the paper defines (costs a rollout)",
+        "each prompt with the response to another one (KTO paper, TRL), no estimate of a KL, 0 once the policy has "
+        "left these responses; sampled: one response of the policy to each prompt, which estimates the KL that the "
+        "paper defines (costs a rollout)",
     )
 
 
