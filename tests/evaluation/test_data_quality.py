@@ -115,6 +115,14 @@ def test_prompts_without_a_finite_best_reward_are_told():
     assert "finite" not in said(win_graphs={"prompts": 240, "connected": 240}) + said(win_graphs=None)
 
 
+def test_margins_and_labels_are_told_with_what_reads_them():
+    text = said(margins={"pairs": 1500, "min": -0.5, "mean": 0.75, "max": 2})
+    assert "1500 of 2000 pairs have a margin, from -0.5 to 2, mean 0.75" in text
+    assert "if `use_margin: true`, which moves the optimum" in text
+    text = said(labels={"true": 5, "false": 3})
+    assert "each row has a label (true 5, false 3): `rlhf dpo` with loss_type kto trains on such rows" in text
+
+
 def test_faults_leakage_and_repeated_rows_are_told():
     lines = said(faulty_rows=2, faults={"null": 2}, leaked_rows=1, leaks={"leaked_row": 1}, unread_column="question")
     assert "2 of 2000 rows stop a stage (null 2)" in lines and "leakage: 1 rows" in lines
