@@ -105,23 +105,26 @@ def dpo_sigmoid_loss(
     beta: float,
     target: Tensor | None = None,
     weight: Tensor | None = None,
+    margin: Tensor | None = None,
 ) -> PreferenceLoss:
     """DPO: weighted sum over pairs of -p log sigma(h) - (1 - p) log sigma(-h).
 
-        h = beta [(log pi - log pi_ref)(y_w) - (log pi - log pi_ref)(y_l)]
+        h = beta [(log pi - log pi_ref)(y_w) - (log pi - log pi_ref)(y_l)] - margin
 
     The gradient of a pair is (sigma(h) - p) grad h. Source: Rafailov et al. 2023, eq. 7, with p = 1; with p = 1 - eps
-    it is the conservative loss of Mitchell 2023 ("A note on DPO with noisy preferences & relationship to IPO").
+    it is the conservative loss of Mitchell 2023 ("A note on DPO with noisy preferences & relationship to IPO"). The
+    margin is the offset of Amini et al. 2024 ("Direct Preference Optimization with an Offset").
 
     Args:
         *_logprobs: (P,) log-probabilities of whole responses, summed over their tokens, in nats, in at least fp32.
         beta: > 0, strength of the KL term of the objective that this loss optimises.
         target: (P,) or a scalar, the probability p that the chosen response is preferred; None: 1.
         weight: (P,); None: 1 each.
+        margin: (P,) in units of the implicit rewards; None: 0.
     """
     chosen, rejected = _log_ratios(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
     chosen, rejected = beta * chosen, beta * rejected
-    h = chosen - rejected
+    h = chosen - rejected if margin is None else chosen - rejected - margin
     losses = -logsigmoid(h) if target is None else -target * logsigmoid(h) - (1.0 - target) * logsigmoid(-h)
     return PreferenceLoss(_total(losses, weight), chosen.detach(), rejected.detach())
 

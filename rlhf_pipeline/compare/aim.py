@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rlhf_pipeline.algorithms.preference import OBJECTIVES, Optimum, loss_optimum
+from rlhf_pipeline.config.kto import UNPAIRED
 from rlhf_pipeline.registry.manifest import Manifest
 from rlhf_pipeline.registry.optimum import REWARD_MODEL, carried_moves, own_moves
 from rlhf_pipeline.registry.parents import beta_of, parent_of, reward_models_of
@@ -59,7 +60,7 @@ def _optimum(manifest: Manifest, moved: Mapping[str, object]) -> Optimum:
     if any(name not in OF_THE_LOSS for name in moved):
         return "other"
     loss = manifest.config.get("loss_type")
-    if manifest.stage == "dpo" and isinstance(loss, list):
+    if manifest.stage == "dpo" and (isinstance(loss, list) or loss in UNPAIRED):
         return "other"
     if manifest.stage != "dpo" or loss not in OBJECTIVES:
         return "same"

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from rlhf_pipeline.config.base import ModelInput, Positive, option
+from rlhf_pipeline.config.kto import check_kto
 from rlhf_pipeline.config.loss_checks import (
     check_chosen,
     check_divergence,
+    check_margin,
     check_minimum,
     check_moving_reference,
     check_owned,
@@ -60,6 +62,8 @@ class DpoConfig(WithLosses):
         check_reference_free,
         check_chosen,
         check_ranking_loss,
+        check_margin,
+        check_kto,
         check_population,
         check_trl_losses,
         check_dpo_engine,

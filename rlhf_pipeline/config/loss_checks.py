@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rlhf_pipeline.config.kto import UNPAIRED
 from rlhf_pipeline.config.losses import DIFFERENCES, REFERENCE_FREE, SMOOTHED, WithLosses
 from rlhf_pipeline.config.sharding import OFF
 from rlhf_pipeline.config.training import NATIVE
@@ -57,7 +58,7 @@ def check_divergence(config: WithLosses) -> Iterator[Fault]:
 
 def check_shared_length(config: WithLosses) -> Iterator[Fault]:
     """Yield the faults of `ld_alpha` without pairs of whole responses, or without a reference."""
-    others = [name for name in config.loss_names if name in (*REFERENCE_FREE, "plackett_luce")]
+    others = [name for name in config.loss_names if name in (*REFERENCE_FREE, *UNPAIRED, "plackett_luce")]
     if config.ld_alpha is not None and others:
         found = f"ld_alpha {config.ld_alpha:g} with loss_type {others[0]}, which it is not defined for"
         yield Fault("ld_alpha", found, "no ld_alpha, or a loss on pairs with a reference")
@@ -75,6 +76,9 @@ def check_moving_reference(config: WithLosses) -> Iterator[Fault]:
         return
     if not config.needs_reference:
         found = f"found true with loss_type {_said(config)}, which has no reference"
+        yield Fault("sync_ref_model", found, "false, or another loss_type")
+    if set(config.loss_names) & set(UNPAIRED):
+        found = f"found true with loss_type {_said(config)}, whose z0 is measured against a reference that stays"
         yield Fault("sync_ref_model", found, "false, or another loss_type")
     if config.use_peft:
         found = "found true with use_peft: the reference is the policy's own weights without the adapter"
@@ -119,6 +123,23 @@ def check_chosen(config: WithLosses) -> Iterator[Fault]:
     if config.population and config.needs_reference:
         found = f"found {value}, but {config.dataset_name} draws pairs with label probabilities, which choose none"
         yield Fault(key, found, "recorded pairs")
+
+
+def check_margin(config: WithLosses) -> Iterator[Fault]:
+    """Yield the faults of margins with a loss, labels or data that have none."""
+    if not config.use_margin:
+        return
+    if config.loss_type != "sigmoid":
+        found = f"found true with loss_type {config.loss_type}, which defines no margin"
+        yield Fault("use_margin", found, "use_margin false, or loss_type sigmoid")
+    if config.soft_labels or config.label_smoothing:
+        other = "soft_labels" if config.soft_labels else "label_smoothing"
+        found = f"found true with {other}: a margin belongs to a label that is certain"
+        yield Fault("use_margin", found, f"use_margin or {other}, not both")
+    if config.population:
+        yield Fault("use_margin", f"{config.dataset_name}: fresh pairs have no margin", "false, or recorded pairs")
+    if config.engine == "trl":
+        yield Fault("use_margin", "TRL's DPOTrainer reads no margin", "false", NATIVE)
 
 
 def check_ranking_loss(config: WithLosses) -> Iterator[Fault]:

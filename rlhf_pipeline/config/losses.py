@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field
 
 from rlhf_pipeline.config.base import Count, Fraction, NonNegative, Positive, Text, option, wrong
-from rlhf_pipeline.config.training import TrainingConfig
+from rlhf_pipeline.config.kto import UNPAIRED, KtoKeys
 from rlhf_pipeline.errors import did_you_mean
 
 LossType = Literal[
@@ -24,6 +24,8 @@ LossType = Literal[
     "orpo",
     "cpo",
     "plackett_luce",
+    "kto",
+    "apo_zero_unpaired",
 ]
 LossTypes = tuple[LossType | Literal["sft"], ...]
 SMOOTHED = ("sigmoid", "robust")
@@ -44,8 +46,9 @@ def _losses(value: Any) -> Any:
         if value not in names:
             raise wrong(f"one of {', '.join(names)}", did_you_mean(str(value), names))
         return value
-    if not all(isinstance(name, str) and name in (*names, "sft") for name in value):
-        raise wrong(f"names among {', '.join(names)} and sft")
+    summed = [name for name in names if name not in UNPAIRED]
+    if not all(isinstance(name, str) and name in (*summed, "sft") for name in value):
+        raise wrong(f"names among {', '.join(summed)} and sft")
     if len(set(value)) < len(value) or not set(value) - {"sft"}:
         raise wrong("different names, among them a preference loss")
     return tuple(value)
@@ -69,7 +72,7 @@ def is_reference_free(loss_type: str | Sequence[str] | None) -> bool:
     return bool(names) and names <= set(REFERENCE_FREE)
 
 
-class WithLosses(TrainingConfig):
+class WithLosses(KtoKeys):
     """A config of a preference loss."""
 
     beta: Positive = option(
@@ -95,8 +98,9 @@ class WithLosses(TrainingConfig):
         "sigmoid_norm: sigmoid on means (TRL); apo_zero: each response by itself, losers get probability 0; apo_down: "
         "has no minimum, needs early stopping; simpo, orpo, cpo: without a reference; plackett_luce: whole rankings "
         "without ties (DPO paper, A.3), has sigmoid's optimum for rankings from the Plackett-Luce model, rewards x .91 "
-        "to .95 for others. Other losses read a ranking's untied pairs in one pass, each with weight 1 / their number "
-        "(InstructGPT). A list is their sum with loss_weights; in it sft is the SFT loss on the chosen responses",
+        "to .95 for others; kto, apo_zero_unpaired: responses labelled good or bad, or a pair as two "
+        "(docs/methods/kto.md). Other losses read a ranking's untied pairs in one pass, each with weight 1 / their "
+        "number (InstructGPT). A list is their sum with loss_weights; in it sft is an SFT loss on chosen responses",
         moves_optimum=True,
         neutral=("sigmoid", "robust", "plackett_luce"),
     )
@@ -157,6 +161,13 @@ class WithLosses(TrainingConfig):
     )
     soft_labels: bool = option(
         False, "train on the recorded label_probability instead of the drawn label; same optimum (ours: off)"
+    )
+
+    use_margin: bool = option(
+        False,
+        "with sigmoid: subtract the pairs' column `margin` from the difference of the implicit rewards (ODPO, "
+        "arXiv 2402.10571)",
+        moves_optimum=True,
     )
 
     @property

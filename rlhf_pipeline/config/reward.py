@@ -45,6 +45,12 @@ class RewardConfig(TrainingConfig):
         "that much more; reward_centering shifts rewards without shrinking them",
         moves_optimum=True,
     )
+    use_margin: bool = option(
+        False,
+        "subtract the pairs' column `margin` from the difference of the scores (Llama 2, eq. 2; TRL does so whenever "
+        "the column is there)",
+        moves_optimum=True,
+    )
     score_pooling: Literal["last", "mean"] = option(
         "last",
         "score at the response's last token, or its mean over the response (InstructGPT: last); same minimiser, if the "

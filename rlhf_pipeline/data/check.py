@@ -17,6 +17,7 @@ from rlhf_pipeline.data.kinds import as_kind
 from rlhf_pipeline.data.load import NO_LIMITS, blank_prompts, read_records, records_digest
 from rlhf_pipeline.data.marks import marked_rows
 from rlhf_pipeline.data.overlap import duplicates, leaked_rows, repeats, shared_prompts
+from rlhf_pipeline.data.preferences import MARGIN
 from rlhf_pipeline.data.records import Record, plain, shared_length
 from rlhf_pipeline.data.render import render
 from rlhf_pipeline.data.shown import token_rows
@@ -92,6 +93,7 @@ def describe(
         "contradicted": found.against["contradicted"],
         "notes": found.notes(template_of(tokenizer)),
         "labels": dict(Counter(str(record.extra["label"]).lower() for record in records if "label" in record.extra)),
+        "margins": _margins([record.extra[MARGIN] for record in records if MARGIN in record.extra]),
         "prompt_overlap": shared_prompts(records, splits),
         "similar_prompt_overlap": shared_prompts(records, splits, near=True),
         "leaked_rows": len(leaked),
@@ -142,6 +144,13 @@ def preview(
         }
         for record, row in zip(first, tokens)
     ]
+
+
+def _margins(values: Sequence[float]) -> dict[str, float] | None:
+    """Return the number, the mean and the ends of the pairs' margins; None without any."""
+    if not values:
+        return None
+    return {"pairs": len(values), "min": min(values), "mean": sum(values) / len(values), "max": max(values)}
 
 
 def _ties(found: RecordSet) -> int:

@@ -94,6 +94,9 @@ def choose(encodings: Encodings, rows: Array, kind: str | None, dropped: Counter
         return Chosen(rows, _first(counts), ranges_from(starts, counts), np.ones(len(rows), bool), kind)
     if kind == "pair" and ranking.any():
         return _all_pairs(encodings, rows, ranking, dropped)
+    if kind == "labelled":  # each completion by itself
+        sequence, whole = ranges_from(starts, counts), np.repeat(kinds == KINDS.index(kind), counts)
+        return Chosen(np.repeat(rows, counts), np.arange(len(sequence) + 1), sequence, whole, kind)
     whole = np.ones(len(rows), bool) if kind is None else (kinds == KINDS.index(kind)) | (kinds == _TEXT)
     if kind == "demonstration":
         for number in np.flatnonzero(ranking).tolist():

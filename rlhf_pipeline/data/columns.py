@@ -181,7 +181,8 @@ class SourceRow:
         elif low <= value <= high and abs(value) <= sys.float_info.max:  # an integer may be beyond every float
             return value
         else:
-            self.fault("wrong_type", f"{name!r} is out of range", f"a number from {low:g} to {high:g}")
+            limits = f"a number from {low:g} to {high:g}" if high < math.inf else "a finite number"
+            self.fault("wrong_type", f"{name!r} is out of range", limits)
         return None
 
     def split(self) -> str | None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from rlhf_pipeline.data.encode import ACROSS, BATCH, Encoded, encode
 from rlhf_pipeline.data.kinds import MAKES, goodness
+from rlhf_pipeline.data.preferences import MARGIN
 from rlhf_pipeline.data.processes import taken_in_turns
 from rlhf_pipeline.data.records import Record
 from rlhf_pipeline.data.render import REASONING, REWRITTEN
@@ -43,8 +44,8 @@ class Encodings:
     records: what was encoded, before `style`.
     table: of sequences: `ids` (one sequence behind another), `ends` of each in them, `bits`, `goodness`, `texts` (the
         rendered texts). Of records: `last` (R,) the number of sequences up to each, `kinds`, `flags`, `keys` (R, 32)
-        (the prompt's SHA-256), `probability` of the label. With `all_replies`: `trained`, one for each id, and `border`
-        (R,), the first token of the prompt that is trained, at least 1 (0: none is).
+        (the prompt's SHA-256), `probability` of the label, `margin`. With `all_replies`: `trained`, one for each id,
+        and `border` (R,), the first token of the prompt that is trained, at least 1 (0: none is).
     """
 
     records: Sequence[Record]
@@ -204,7 +205,6 @@ def _part(batch: Sequence[Encoded], closed: Closer, kind: np.dtype[Any], all_rep
     trained += bytes(len(ids) - len(trained))
     records = [one.record for one in batch]
     keys = bytes.fromhex("".join(record.prompt_key for record in records))
-    given = [record.extra.get("label_probability") for record in records]
     arrays = {
         "ids": np.array(ids, kind),
         "ends": np.array(ends, np.int64),
@@ -216,9 +216,15 @@ def _part(batch: Sequence[Encoded], closed: Closer, kind: np.dtype[Any], all_rep
         "kinds": np.array([KINDS.index(record.kind) for record in records], np.uint8),
         "flags": np.array([_flags(one) for one in batch], np.uint8),
         "keys": np.frombuffer(keys, np.uint8).reshape(-1, 32),
-        "probability": np.array([np.nan if one is None else one for one in given], np.float64),
+        "probability": _numbers(records, "label_probability"),
+        "margin": _numbers(records, MARGIN),
     }
     return Part(arrays, texts, refused)
+
+
+def _numbers(records: Sequence[Record], name: str) -> Array:
+    """Return a number that some records have, NaN for the others."""
+    return np.array([np.nan if (one := record.extra.get(name)) is None else one for record in records], np.float64)
 
 
 def _flags(one: Encoded) -> int:

@@ -14,7 +14,7 @@ from typing import Any, overload
 import numpy as np
 
 from rlhf_pipeline.data.choices import hex_rows, ranges_from
-from rlhf_pipeline.data.encodings import COLUMNS, MESSAGES, Encodings
+from rlhf_pipeline.data.encodings import COLUMNS, KINDS, MESSAGES, Encodings
 from rlhf_pipeline.data.records import Messages, messages
 from rlhf_pipeline.disk.arrays import Array
 
@@ -32,6 +32,8 @@ class Example:
     prompt_key: str
     where: str
     label_probability: float | None = None  # P(first preferred over second); None: a hard label
+    margin: float | None = None  # of a pair: by how much the reward of the first should be higher; None: not known
+    desirable: bool | None = None  # the label of the only completion; None: there is none
     prompt_text: str = ""
     completion_texts: tuple[str, ...] = ()
     ranks: tuple[int, ...] | None = None  # of a ranking, ascending; equal ones are ties. None: best first, no ties
@@ -78,8 +80,9 @@ class View:
     first: (N + 1,) the first completion of each example. ranges (M, 2), sequence, ended, ranks: (M,) of completions;
         sequence -1: a part of a text; rank 0: there are no ranks.
     trained: (N,) whether some tokens of the completion are not trained.
-    own: (N,) whether an example has all of its record, also the probability of its label.
-    sides: whether a pair's sides are columns. moved: whether each is a `whole_sequence`.
+    own: (N,) whether an example has all of its record, also the probability of its label and its margin.
+    sides: whether a pair's sides are columns. moved: whether each is a `whole_sequence`. labelled: whether completions
+        of pairs are good or bad by themselves.
     """
 
     encodings: Encodings
@@ -96,6 +99,7 @@ class View:
     own: Array
     sides: bool = False
     moved: bool = False
+    labelled: bool = False
     of: tuple[Encodings, Array] | None = None
 
     def __len__(self) -> int:
@@ -180,8 +184,11 @@ class View:
         made.prompt_text = table.text("texts", int(encodings.first[number]))
         made.completion_texts = tuple(table.text("texts", one) for one in sequences)
         made.prompt_truncated = bool(self.truncated[n])
-        if self.own[n] and not np.isnan(probability := float(source.table["probability"][place])):
-            made.label_probability = probability
+        if self.own[n]:
+            made.label_probability = _known(source.table["probability"][place])
+            made.margin = _known(source.table["margin"][place])
+        if sequences and (self.labelled or KINDS[encodings.table["kinds"][number]] == "labelled"):
+            made.desirable = bool(encodings.table["goodness"][sequences[0]])
         if sequences and self.ranks[first]:
             made.ranks = tuple(self.ranks[first:behind].tolist())
         if self.trained[n]:
@@ -194,6 +201,11 @@ class View:
             if self.sides and record.kind == "pair":
                 made.columns = {**record.columns, **dict(zip(("chosen", "rejected"), record.completions))}
         return made
+
+
+def _known(number: float) -> float | None:
+    """Return a number of a record; None if the record has none."""
+    return None if np.isnan(number) else float(number)
 
 
 @dataclass(frozen=True, eq=False)

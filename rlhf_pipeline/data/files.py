@@ -29,7 +29,7 @@ PIECE = 1 << 20  # bytes of a file that are read at once
 PARQUET_ROWS = 1024  # rows of a Parquet file that are read at once
 CSV_LISTS = ("completions", "ranks", "scores", "messages", "conversations", "answers", "info", "summaries")
 CSV_NUMBERS = (
-    *("label_probability", "labels", "choice", "better_response_id", "helpfulness"),
+    *("label_probability", "margin", "labels", "choice", "better_response_id", "helpfulness"),
     *("overall_preference", "preference_strength", "preference"),
 )
 CSV_FLAGS = {"true": True, "1": True, "false": False, "0": False}

@@ -25,6 +25,10 @@ PLAIN_PROMPTS = (
     "prompts are plain text: the model reads them without its chat template; with `text_as_chat: true` each is a "
     "user's turn"
 )
+NO_MARGIN = (
+    "`use_margin: true` subtracts the column 'margin' from the difference of the two rewards; it moves the optimum, so "
+    "it is not used unasked (TRL's RewardTrainer uses it whenever it is there)"
+)
 LABELS = {1: True, 0: False, -1: False, "true": True, "false": False, "1": True, "0": False, "-1": False}
 
 
@@ -46,7 +50,12 @@ class RecordSet:
     template_values: frozenset[str] | None = None  # the names of `for_template` in all records; None: not known
 
     def notes(
-        self, template: str | None = None, functions: bool | None = None, *, text_as_chat: bool = False
+        self,
+        template: str | None = None,
+        functions: bool | None = None,
+        *,
+        text_as_chat: bool = False,
+        use_margin: bool | None = None,
     ) -> list[str]:
         """Return sentences on what a stage does not read, and on labels that other columns contradict.
 
@@ -54,12 +63,15 @@ class RecordSet:
             template: the chat template, if it is known; it may not read the values of `TEMPLATE_VALUES`.
             functions: whether the stage has reward functions, which get all columns; None: no stage is known.
             text_as_chat: whether prompts of plain text become turns of a user.
+            use_margin: that of the stage's config; None: it has no such key.
         """
-        named, said = ", ".join(self.not_read), []
+        named, said = ", ".join(name for name in self.not_read if not (use_margin and name == preferences.MARGIN)), []
         if named and functions:
             said.append(f"read by reward functions only: {named}")
         elif named:
             said.append(f"not read: {named}" + (" (except by reward functions)" if functions is None else ""))
+        if use_margin is False and preferences.MARGIN in self.not_read:
+            said.append(NO_MARGIN)
         given = self.template_names() if template is not None else ()
         if template is not None and (unread := sorted(name for name in given if name not in template)):
             said.append(f"not read by the chat template: {', '.join(unread)}")
@@ -231,7 +243,7 @@ def renamed(rows: Iterable[Row], mapping: Mapping[str, str], name: str, columns:
     Raises:
         DataError: one of our names is no column of a format, or a column does not exist.
     """
-    ours = {column for schema in SCHEMAS for column in (*schema.columns, *schema.also)} | {"label", "split"}
+    ours = {column for schema in SCHEMAS for column in (*schema.columns, *schema.also)} | {"label", "margin", "split"}
     theirs = {*map(str, columns)}
     faults = [
         Fault(f"{name}: column_mapping.{key}", f"no format has a column {key!r}", fix=did_you_mean(key, ours))

@@ -15,9 +15,9 @@ from rlhf_pipeline.errors import DataError, Fault
 MAKES = {
     "text": ("text", "demonstration"),
     "prompt": ("prompt",),
-    "labelled": ("prompt",),  # a completion that may be bad is not a demonstration
+    "labelled": ("prompt", "labelled"),  # a completion that may be bad is not a demonstration
     "demonstration": ("text", "prompt", "demonstration"),
-    "pair": ("text", "prompt", "demonstration", "pair", "preference", "order"),
+    "pair": ("text", "prompt", "demonstration", "pair", "preference", "order", "labelled"),
     "ranking": ("text", "prompt", "demonstration", "pair", "ranking", "preference", "order"),
 }
 
@@ -27,7 +27,8 @@ def as_kind(records: list[Record], kind: str, source: str = "") -> tuple[list[Re
 
     "demonstration" takes the best completion of pairs and rankings; a text stays a text and is trained on whole. "pair"
     takes all untied pairs of a ranking. "preference" keeps pairs and rankings whole, except rankings in which all are
-    tied. "order" also drops rankings with any tie: see `tied_rows`. "prompt" gives each prompt once.
+    tied. "order" also drops rankings with any tie: see `tied_rows`. "prompt" gives each prompt once. "labelled" makes a
+    good and a bad response of each pair.
 
     Raises:
         DataError: some records cannot be converted to `kind`.
@@ -48,6 +49,8 @@ def as_kind(records: list[Record], kind: str, source: str = "") -> tuple[list[Re
             prefers = _says(record, ties=kind == "preference")
             made += [record] if prefers else []
             dropped["tied_ranking"] += not prefers and kind == "preference"
+        elif kind == "labelled":
+            made += [_pick(record, kind, place) for place in (0, 1)]
         elif kind == "pair":
             pairs = _pairs(record)
             made += pairs
@@ -66,7 +69,8 @@ def require_kinds(kinds: Iterable[str], kind: str, where: str) -> None:
     """
     if wrong := sorted(name for name in set(kinds) if kind not in MAKES[name]):
         able = ", ".join(name for name, made in MAKES.items() if kind in made)
-        fix = "keep only the rows whose label is true, without the column label" if "labelled" in wrong else ""
+        fix = "keep only the rows whose label is true, without the column label, or use `rlhf dpo` with loss_type kto"
+        fix = fix if "labelled" in wrong else ""
         found = f"{where} holds records of kind {', '.join(wrong)}"
         raise DataError(Fault("", found, f"for this stage: {able}", fix or "choose another source"))
 
@@ -111,6 +115,8 @@ def goodness(record: Record) -> list[float]:
     """Return one number per completion, higher is better: the score, or the negated rank."""
     if record.kind == "pair":
         return [1.0, 0.0]
+    if record.kind == "labelled":
+        return [float(record.extra["label"])]
     if record.kind != "ranking":
         return [0.0] * len(record.completions)
     if "scores" in record.extra:
@@ -120,13 +126,14 @@ def goodness(record: Record) -> list[float]:
 
 def _pick(record: Record, kind: str, *indices: int) -> Record:
     ids = record.completion_ids
+    label = {"label": indices == (0,)} if kind == "labelled" else {}  # of a pair, whose first response is preferred
     return replace(
         record,
         kind=kind,
         completions=tuple(record.completions[i] for i in indices),
         ended=tuple(record.ended[i] for i in indices),
         completion_ids=None if ids is None else tuple(ids[i] for i in indices),
-        extra={name: record.extra[name] for name in TEMPLATE_VALUES if name in record.extra},
+        extra={name: record.extra[name] for name in TEMPLATE_VALUES if name in record.extra} | label,
     )
 
 

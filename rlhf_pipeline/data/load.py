@@ -221,7 +221,7 @@ def examples_of(
     """Tokenise one split of given records; also report on its rows.
 
     Args:
-        kind: the kind that the stage needs: text, prompt, demonstration, pair, preference or order.
+        kind: the kind that the stage needs: text, prompt, demonstration, labelled, pair, preference or order.
         split: name of a split, or "all".
         tokenizer, lengths, all_replies: as for `tokenize`.
         skip_bad_rows: drop and count faulty rows instead of refusing the source.

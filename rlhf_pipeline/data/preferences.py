@@ -23,6 +23,8 @@ SCORES = (
     ("chosen_rating", "rejected_rating"),
 )
 """Columns that other data sets use for the scores behind a label."""
+MARGIN = "margin"
+"""The column with the margin of a pair. It counts as not read, because a stage uses it only if told to."""
 
 
 def is_transcript(value: Any) -> bool:
@@ -134,6 +136,8 @@ def finish_pair(
     extra = {}
     if row.has("label_probability"):
         extra["label_probability"] = row.number("label_probability", row.values["label_probability"], 0, 1)
+    if row.has(MARGIN):
+        extra[MARGIN] = row.number(MARGIN, row.values[MARGIN])
     prompt_ids, completion_ids = (ids[0], ids[1:]) if ids else (None, None)
     return Record("pair", prompt, (chosen, rejected), ended, "", None, prompt_ids, completion_ids, extra)
 

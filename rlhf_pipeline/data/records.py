@@ -36,7 +36,7 @@ class Record:
     split: str | None = None  # the split in the source
     prompt_ids: tuple[int, ...] | None = None
     completion_ids: tuple[tuple[int, ...], ...] | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)  # ranks, scores, label_probability, label, TEMPLATE_VALUES
+    extra: Mapping[str, Any] = field(default_factory=dict)  # ranks, scores, label_probability, margin, label, ...
     instruction: tuple[str, str] | None = None  # instruction and input of an Alpaca row, which the prompt is made of
     turns: bool = False  # the last turn of a conversation, whose earlier assistant's turns may be trained too
     columns: Mapping[str, Any] = field(default_factory=dict)  # what the format does not read, for reward functions

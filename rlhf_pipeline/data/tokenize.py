@@ -245,6 +245,7 @@ def _limited(
         trained[keep],
         chosen.whole[keep],
         sides=chosen.kind == "prompt",
+        labelled=chosen.kind == "labelled",
     )
     return view, np.flatnonzero(keep)
 

@@ -61,10 +61,16 @@ def _stops(found: Mapping[str, Any]) -> Iterator[str]:
         )
     if found["labels"]:
         yield (
-            f"each row has a label ({_counts(found['labels'])}), as for KTO: no stage trains on such rows, and "
-            "`rlhf sft` refuses them, because it would also learn what is labelled false"
+            f"each row has a label ({_counts(found['labels'])}): `rlhf dpo` with loss_type kto trains on such rows and "
+            "needs both labels; other stages refuse them, because they would also learn what is labelled false"
         )
     yield from found["notes"]
+    if (margins := found["margins"]) is not None:
+        yield (
+            f"{margins['pairs']} of {found['kinds'].get('pair', 0)} pairs have a margin, from {margins['min']:g} to "
+            f"{margins['max']:g}, mean {margins['mean']:.3g}: `rlhf train-rm` and `rlhf dpo` subtract it from the "
+            "difference of the two rewards if `use_margin: true`, which moves the optimum"
+        )
     if found["leaked_rows"]:
         yield (
             f"leakage: {found['leaked_rows']} rows of evaluation splits are also in their training split "

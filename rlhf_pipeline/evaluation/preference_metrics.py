@@ -29,6 +29,8 @@ CALIBRATION_BINS = 15
 def pair_differences(scores: Sequence[Sequence[float]], examples: Sequence[Example]) -> tuple[list[float], list[str]]:
     """score(better) - score(worse) of every untied pair of the examples, and the prompt of each.
 
+    A labelled response is set against a score of 0: its score if it is desirable, else the negated score.
+
     Args:
         scores: for each example one score per completion, in its order; further scores are ignored.
     """
@@ -36,6 +38,11 @@ def pair_differences(scores: Sequence[Sequence[float]], examples: Sequence[Examp
         (row[better] - row[worse], example.prompt_key)
         for row, example in zip(scores, examples, strict=True)
         for better, worse in example.untied()
+    ]
+    found += [
+        (row[0] if example.desirable else -row[0], example.prompt_key)
+        for row, example in zip(scores, examples, strict=True)
+        if example.desirable is not None
     ]
     return [difference for difference, _ in found], [prompt for _, prompt in found]
 

@@ -214,6 +214,8 @@ class Outlook:
     def collected(self, place: int, kind: str, split: str) -> list[Example]:
         """The rows of a `collect` run, one for each record; identical pairs, which it leaves out, are not known."""
         rows = [one for one, its in self.draws(self.nodes[place]) if split in (its, "all")]
+        if kind == "labelled":
+            rows = [replace(one, completions=[ids], ended=[True]) for one in rows for ids in one.completions]
         if kind in ("demonstration", "prompt"):
             rows = [replace(one, completions=one.completions[:1], ended=[True]) for one in rows]
         if kind == "prompt":

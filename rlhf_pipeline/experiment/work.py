@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_pipeline.config.collect import CollectConfig
 from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.dpo import DpoConfig
+from rlhf_pipeline.config.kto import KTO
 from rlhf_pipeline.config.ppo import PpoConfig
 from rlhf_pipeline.config.reward import RewardConfig
 from rlhf_pipeline.config.sft import SftConfig
@@ -221,6 +222,8 @@ def example_work(
         once = config.caches_reference and config.engine == "native"
         scored = models.reference.batch_flops(everything if once else seen)
         work += Work(scoring=scored, evaluation=models.reference.batch_flops(counted(held_out)))
+        if config.loss_type == KTO:  # z0 of each step; the prompts with other responses have about the same size
+            work += Work(scoring=2 * models.reference.batch_flops(seen))
     if isinstance(config, RewardConfig) and config.reward_centering == "chosen":
         work += Work(evaluation=shape.batch_flops(everything))
     if isinstance(config, RewardConfig) and config.reward_centering == "reference_samples":

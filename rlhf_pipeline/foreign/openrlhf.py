@@ -82,7 +82,7 @@ ENTRIES = {
     "nll_loss_coef": to("sft_weight", lambda value: value or None),
     "loss": lost("the loss is -log sigmoid of the difference", "sigmoid"),
     "compute_fp32_loss": IDLE,
-    "margin_loss": lost("margins are not used", False),
+    "margin_loss": to("use_margin", {True: True, False: None}),
     "aux_loss_coef": lost("there is no loss that balances experts", 0),
     "value_head_prefix": IDLE,
     "init_kl_coef": to("kl_coef"),

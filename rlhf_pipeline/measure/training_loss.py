@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_pipeline.config.dpo import DpoConfig
+from rlhf_pipeline.config.kto import UNPAIRED
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.data.comparisons import Comparisons
 from rlhf_pipeline.data.examples import Example
@@ -22,7 +23,7 @@ from rlhf_pipeline.report.figures import TrainingLoss
 from rlhf_pipeline.stages.data import StageData, training_kind
 from rlhf_pipeline.stages.population import Population
 from rlhf_pipeline.stages.preference_pairs import label_probabilities
-from rlhf_pipeline.training.pairs import Criterion, preference_loss
+from rlhf_pipeline.training.pairs import Criterion, preference_loss, recorded_margins
 from rlhf_pipeline.training.reference_cache import cached_logprobs, completion_logprob_sums
 
 POPULATION_PAIRS = 4096
@@ -32,6 +33,11 @@ def trained_by_dpo(resolved: Resolved) -> bool:
     """Whether a model was trained by `rlhf dpo` and its manifest has the reference and beta."""
     made = resolved.manifest
     return made is not None and made.stage == "dpo" and "reference" in made.parents and bool(made.config.get("beta"))
+
+
+def _on_pairs(resolved: Resolved) -> bool:
+    """Whether a model was `trained_by_dpo` by a loss on pairs or rankings; another loss has no minimum in common."""
+    return trained_by_dpo(resolved) and resolved.config.get("loss_type") not in UNPAIRED
 
 
 def dpo_reference(registry: Registry, resolved: Resolved) -> Resolved:
@@ -79,7 +85,7 @@ def problem_of(resolved: Resolved) -> tuple[object, ...]:
     assert manifest is not None
     keys = (
         *("beta", "loss_type", "loss_weights", "label_smoothing", "sft_weight", "f_divergence", "f_alpha"),
-        *("soft_labels", "population_proposal", "max_train_samples"),
+        *("soft_labels", "use_margin", "population_proposal", "max_train_samples"),
     )
     data = tuple(entry.digest for entry in manifest.data)
     return (manifest.parents["reference"].digest, data, *(getattr(config, key) for key in keys))
@@ -111,6 +117,7 @@ def training_loss(bench: Bench, resolved: Resolved) -> float:
     policy, frozen, key = dpo_policies(bench, resolved)
     data = StageData(config, bench.registry.home, lambda _: None)
     target: Tensor | None
+    margin: Tensor | None = None
     least = 0.0  # the sum of the losses of the exact optimum, if it is known
     if config.population:
         prompts, _ = data.training(bench.tokenizer)
@@ -135,6 +142,7 @@ def training_loss(bench: Bench, resolved: Resolved) -> float:
         bench.compare_data(resolved, data.sources(training_kind(config)))
         ref_logprobs = cached_logprobs(frozen, examples, bench.registry.home / "cache", key, **bench.reading).logprobs
         target = label_probabilities(examples) if config.soft_labels else None
+        margin = recorded_margins(examples) if config.use_margin else None
     logprobs = completion_logprob_sums(policy, examples, **bench.reading).double()
     compared = Comparisons.of(examples)
     criterion = Criterion.of(config)
@@ -145,6 +153,7 @@ def training_loss(bench: Bench, resolved: Resolved) -> float:
         torch.tensor([len(ids) for example in examples for ids in example.completions]),
         compared,
         target=target,
+        margin=margin,
     ).loss
     found = float(total) / len(examples) - least / len(examples)
     if criterion.sft_weight:
@@ -161,9 +170,9 @@ def excess_training_losses(
     The best known loss is the smallest of the models with the same data, reference, beta and loss, including
     `long_run`; a single model has no excess (None). On the world's population it is the loss of the exact optimum.
     """
-    measured = [model for model in models if _has_training_loss(model)]
+    measured = [model for model in models if _has_training_loss(model) and _on_pairs(model)]
     candidates = list(measured)
-    if long_run is not None and long_run.label not in {model.label for model in candidates}:
+    if long_run is not None and _on_pairs(long_run) and long_run.label not in {model.label for model in candidates}:
         candidates.append(long_run)
     losses = {model.label: training_loss(bench, model) for model in candidates}
     result = {}

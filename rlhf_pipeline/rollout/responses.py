@@ -93,6 +93,7 @@ def answered(prompts: Sequence[Example], drawn: Sequence[Response]) -> tuple[lis
             completions=[response.ids for response in group],
             ended=[response.ended for response in group],
             label_probability=None,
+            margin=None,
             completion_texts=(),
             ranks=None,
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_pipeline.algorithms.preference import OBJECTIVES
+from rlhf_pipeline.config.kto import UNPAIRED
 from rlhf_pipeline.config.mentions import functions
 from rlhf_pipeline.config.stages import CollectConfig, DpoConfig, PpoConfig, SftConfig, TrainingConfig
 from rlhf_pipeline.data import world
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 
 
 def preference_kind(config: TrainingConfig) -> str:
-    """The kind of example that a stage reads: pairs and rankings; TRL's trainers read only pairs."""
+    """The kind of example that a stage reads: pairs and rankings, TRL's trainers only pairs; KTO single responses."""
+    if isinstance(config, DpoConfig) and config.loss_type in UNPAIRED:
+        return "labelled"
     return "pair" if config.engine == "trl" else "preference"
 
 
@@ -39,7 +42,9 @@ def training_kind(config: TrainingConfig) -> str:
         return "demonstration"
     if isinstance(config, PpoConfig) or (isinstance(config, DpoConfig) and config.population):
         return "prompt"
-    if isinstance(config, DpoConfig) and any(OBJECTIVES[name].listwise for name, _ in config.losses):
+    if isinstance(config, DpoConfig) and any(
+        name in OBJECTIVES and OBJECTIVES[name].listwise for name, _ in config.losses
+    ):
         return "order"
     return preference_kind(config)
 
@@ -99,7 +104,8 @@ class StageData:
                     for data in config.sources()
                 ]
             for found in self._read:
-                read = {"functions": any(functions(config)), "text_as_chat": config.text_as_chat}
+                read: dict[str, Any] = {"functions": any(functions(config)), "text_as_chat": config.text_as_chat}
+                read["use_margin"] = getattr(config, "use_margin", None)
                 for note in found.notes(template_of(tokenizer), **read):
                     self.say(f"data: {found.source}: {note}")
         return self._read

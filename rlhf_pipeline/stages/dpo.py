@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,17 +13,20 @@ from torch import Tensor
 from rlhf_pipeline.algorithms.preference import correct
 from rlhf_pipeline.config.adapter import FourBits
 from rlhf_pipeline.config.dpo import DpoConfig
+from rlhf_pipeline.config.kto import UNPAIRED
 from rlhf_pipeline.data.examples import first_lengths
 from rlhf_pipeline.models.modules import Policy, assert_independent
 from rlhf_pipeline.registry.lineage import stands_apart
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.stages.common import find_base, find_model, load_policy, require_same_tokenizer, tokenizer_of
+from rlhf_pipeline.stages.kto import kto_step, labelled_responses, with_margins
 from rlhf_pipeline.stages.moving_reference import following
 from rlhf_pipeline.stages.preference_pairs import Pairs, ReferenceScores, fresh_pairs, recorded_pairs
 from rlhf_pipeline.stages.publish import inputs_of, log_moves, publish
 from rlhf_pipeline.stages.result import StageResult
 from rlhf_pipeline.stages.starts import load_policy_and_reference
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
+from rlhf_pipeline.training.loop import Step
 from rlhf_pipeline.training.open_run import Run, open_run
 from rlhf_pipeline.training.pairs import (
     Criterion,
@@ -50,6 +53,7 @@ def dpo_step(
     meter: CostMeter,
     shape: ModelShape,
     targets: Tensor | None = None,
+    margins: Tensor | None = None,
 ) -> Loss:
     """Preference loss of a micro-batch; its denominator is prompts (equal to pairs if there are no rankings).
 
@@ -63,6 +67,7 @@ def dpo_step(
         reference: (examples, K) log-probabilities of all examples, or a function that scores a batch under the frozen
             reference; None for a loss without one.
         targets: (examples,) probability that the chosen response of each pair is preferred; None: the label is certain.
+        margins: (examples,) margin of each pair; None: 0.
         A micro-batch with `facts` of its own uses these instead of `reference` and `targets`.
     """
     batch, weight, compared = micro_batch.batch, micro_batch.weight, micro_batch.compared
@@ -83,7 +88,8 @@ def dpo_step(
         with torch.no_grad():
             ref_logprobs = response_logprobs(criterion, batch, reference(batch).logprobs)
         meter.score(shape, batch)
-    result = preference_loss(criterion, logprobs, ref_logprobs, batch.lengths, compared, target=target)
+    margin = None if margins is None else margins[micro_batch.indices].to(logprobs)
+    result = preference_loss(criterion, logprobs, ref_logprobs, batch.lengths, compared, target=target, margin=margin)
     chosen, rejected = split_pairs(logprobs.detach(), compared)
     chosen_rewards, rejected_rewards = result.chosen_rewards, result.rejected_rewards
     pairs = {
@@ -162,7 +168,8 @@ def run_dpo(config: DpoConfig, home: Path, **options) -> StageResult:
             run.placed(policy)
 
         # 2. The pairs, and their log-probabilities under the reference.
-        source = fresh_pairs if config.population else recorded_pairs
+        labelled = config.loss_type in UNPAIRED
+        source = labelled_responses if labelled else fresh_pairs if config.population else recorded_pairs
         pairs = source(run, policy, frozen, known_as, tokenizer)
         if config.sync_ref_model:
             assert frozen is not None
@@ -173,18 +180,19 @@ def run_dpo(config: DpoConfig, home: Path, **options) -> StageResult:
         # 3. Train.
         starts_there = config.needs_reference and parents["reference"].label == parent.label
         shape = ModelShape.of(policy.model, checkpointed=config.gradient_checkpointing)
+        read: dict[str, Any] = {"reference": pairs.reference, "meter": run.meter, "shape": shape}
+        if labelled:
+            assert pairs.targets is not None
+            step: Step = functools.partial(kto_step, config=config, desirable=pairs.targets, **read)
+        else:
+            known: dict[str, Any] = {"targets": pairs.targets, "margins": pairs.margins}
+            step = functools.partial(dpo_step, criterion=Criterion.of(config), **known, **read)
         plan = Plan(
             pairs.windows,
-            functools.partial(
-                dpo_step,
-                criterion=Criterion.of(config),
-                reference=pairs.reference,
-                meter=run.meter,
-                shape=shape,
-                targets=pairs.targets,
-            ),
+            step,
             pairs.total,
             shown=("loss/dpo", "rewards/accuracies", "rewards/margins", "logps/chosen", "learning_rate"),
+            derive=with_margins if labelled else dict,
             model=policy.model,
             tokenizer=tokenizer,
             inputs=inputs_of(parents, pairs.reports),

@@ -23,7 +23,7 @@ from rlhf_pipeline.stages.data import StageData, preference_kind
 from rlhf_pipeline.stages.population import Population
 from rlhf_pipeline.training.cost import ModelShape
 from rlhf_pipeline.training.open_run import Run
-from rlhf_pipeline.training.pairs import Criterion
+from rlhf_pipeline.training.pairs import Criterion, recorded_margins
 from rlhf_pipeline.training.precision import uses_bf16
 from rlhf_pipeline.training.reference_cache import ReferenceLogprobs, cached_logprobs, completion_logprob_sums
 from rlhf_pipeline.training.windows import Window
@@ -65,8 +65,8 @@ def require_pairs(examples: Sequence[Example]) -> None:
 class Pairs:
     """The windows of a run, and what is known of its pairs besides their tokens.
 
-    examples: empty if pairs are drawn at every step. reference, targets: see `dpo_step`. evaluate: returns the metrics
-    on held-out pairs; None without held-out pairs.
+    examples: empty if pairs are drawn at every step. reference, targets, margins: see `dpo_step`. evaluate: returns the
+    metrics on held-out pairs; None without held-out pairs.
     """
 
     examples: Sequence[Example]
@@ -76,6 +76,7 @@ class Pairs:
     reference: ReferenceScores | None = None
     targets: Tensor | None = None
     evaluate: Callable[[], dict[str, float]] | None = None
+    margins: Tensor | None = None
 
 
 def recorded_pairs(
@@ -94,6 +95,7 @@ def recorded_pairs(
     if config.ld_alpha is not None:
         require_pairs(examples)
     targets = label_probabilities(examples) if config.soft_labels else None
+    margins = recorded_margins(examples) if config.use_margin else None
     layout = common_layout(*(model.reader.layout for model in (policy, frozen) if model is not None))
     windows, total = example_schedule(run, examples, layout=layout)
     reference: ReferenceScores | None = None
@@ -108,7 +110,7 @@ def recorded_pairs(
         metrics = preference_metrics(*pair_differences(rewards.tolist(), held_out))
         return {f"eval_{name}": value for name, value in metrics.items()}
 
-    return Pairs(examples, reports, windows, total, reference, targets, evaluate if held_out else None)
+    return Pairs(examples, reports, windows, total, reference, targets, evaluate if held_out else None, margins)
 
 
 def response_lengths(examples: Sequence[Example], width: int) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from rlhf_pipeline.algorithms.preference import bradley_terry_loss, centering_loss, correct
 from rlhf_pipeline.config.reward import RewardConfig
@@ -38,7 +39,7 @@ from rlhf_pipeline.stages.reward_quality import (
 from rlhf_pipeline.stages.starts import new_reward_model
 from rlhf_pipeline.training.cost import CostMeter, ModelShape
 from rlhf_pipeline.training.open_run import Run, open_run
-from rlhf_pipeline.training.pairs import split_pairs, total_pairs
+from rlhf_pipeline.training.pairs import recorded_margins, split_pairs, total_pairs
 from rlhf_pipeline.training.session import Plan, train
 from rlhf_pipeline.training.trl_engine.train import train_with_trl
 from rlhf_pipeline.training.windows import ExampleBatch, Loss
@@ -54,11 +55,12 @@ def reward_step(
     meter: CostMeter,
     shape: ModelShape,
     center_rewards_coefficient: float | None = None,
+    margins: Tensor | None = None,
 ) -> Loss:
     """Bradley-Terry loss of a micro-batch; its denominator is prompts (equal to pairs if there are no rankings).
 
     A ranking is one tree, read in one pass; each of its untied pairs has the weight 1 / (number of its untied pairs).
-    Metrics are means over pairs.
+    Metrics are means over pairs. margins: (examples,) margin of each pair; None: 0.
     """
     scores = model(micro_batch.batch)
     meter.train(shape, micro_batch.batch)
@@ -66,7 +68,8 @@ def reward_step(
     chosen, rejected = split_pairs(scores, micro_batch.compared)
     shares = None if micro_batch.compared is None else micro_batch.compared.weight(scores)
     weight = micro_batch.weight
-    terms = {"bradley_terry": (bradley_terry_loss(chosen, rejected, weight=shares) * weight, "prompts", 1.0)}
+    margin = None if margins is None else margins[micro_batch.indices].to(scores)
+    terms = {"bradley_terry": (bradley_terry_loss(chosen, rejected, margin, weight=shares) * weight, "prompts", 1.0)}
     if center_rewards_coefficient:
         centering = centering_loss(chosen, rejected, weight=shares) * weight
         terms["centering"] = (centering, "prompts", center_rewards_coefficient)
@@ -192,6 +195,7 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
         data, kind = StageData(config, run.registry.home, run.log.say), preference_kind(config)
         examples, reports = data.training(tokenizer)
         held_out, _ = data.held_out(kind, tokenizer)
+        margins = recorded_margins(examples) if config.use_margin else None
 
         # 3. Responses to centre the scores on, then training.
         windows, total = example_schedule(run, examples, layout=model.reader.layout)
@@ -215,6 +219,7 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
             meter=run.meter,
             shape=shape,
             center_rewards_coefficient=config.center_rewards_coefficient,
+            margins=margins,
         )
         plan = Plan(
             windows,

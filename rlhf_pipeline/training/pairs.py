@@ -12,9 +12,25 @@ from rlhf_pipeline.algorithms.divergences import divergence_scores
 from rlhf_pipeline.algorithms.preference import OBJECTIVES, Objective, PreferenceLoss
 from rlhf_pipeline.algorithms.reference_free import log_odds
 from rlhf_pipeline.config.dpo import DpoConfig
+from rlhf_pipeline.config.losses import is_reference_free
 from rlhf_pipeline.data.batch import PackedBatch
 from rlhf_pipeline.data.comparisons import Comparisons
 from rlhf_pipeline.data.examples import Example, count_pairs
+from rlhf_pipeline.errors import DataError, Fault
+
+
+def recorded_margins(examples: Sequence[Example]) -> Tensor:
+    """The recorded margin of each pair, (examples,) float64.
+
+    Raises:
+        DataError: an example has no margin.
+    """
+    lacking = [example for example in examples if example.margin is None]
+    if lacking:
+        found = "no margin, which use_margin needs"
+        expected = "pairs with a column 'margin': how much higher the reward of the chosen response should be"
+        raise DataError([Fault(example.where, found, expected, "or set use_margin: false") for example in lacking])
+    return torch.tensor([example.margin for example in examples], dtype=torch.float64)
 
 
 def total_pairs(examples: Sequence[Example]) -> int:
@@ -66,7 +82,7 @@ class Criterion:
 
     @property
     def needs_reference(self) -> bool:
-        return any(objective.needs_reference for objective, _ in self.objectives)
+        return not is_reference_free([name for name, _ in self.losses])
 
     def rewards(self, logprobs: Tensor, ref_logprobs: Tensor | None, lengths: Tensor) -> Tensor:
         """Implicit rewards of responses: beta (log pi - log pi_ref), summed over tokens whatever the loss reads.
@@ -103,6 +119,7 @@ def preference_loss(
     compared: Comparisons | None,
     *,
     target: Tensor | None = None,
+    margin: Tensor | None = None,
 ) -> PreferenceLoss:
     """The preference losses on a batch of pairs and rankings, as a sum over prompts, and the pairs' implicit rewards.
 
@@ -111,8 +128,9 @@ def preference_loss(
             latter is None for losses without a reference.
         lengths: (C,) tokens of the responses.
         compared: see `split_pairs`. target: (P,), the probability that the chosen response is preferred; None: 1.
+        margin: (P,), see `dpo_sigmoid_loss`; only that loss has one.
     """
-    inputs = (logprobs, ref_logprobs, lengths, compared, target)
+    inputs = (logprobs, ref_logprobs, lengths, compared, target, margin)
     losses = [weight * _loss(criterion, objective, *inputs) for objective, weight in criterion.objectives]
     rewards = criterion.rewards(logprobs.detach(), ref_logprobs, lengths)
     return PreferenceLoss(torch.stack(losses).sum(), *split_pairs(rewards, compared))
@@ -126,11 +144,14 @@ def _loss(
     lengths: Tensor,
     compared: Comparisons | None,
     target: Tensor | None,
+    margin: Tensor | None,
 ) -> Tensor:
     """One objective as a sum over prompts; the arguments are those of `preference_loss`."""
     sizes = lengths if objective.length_normalised else 1
     weight = None if compared is None else compared.weight(logprobs)
     options = {name: getattr(criterion, name) for name in ("beta", *objective.options)}
+    if margin is not None:
+        options["margin"] = margin
     if objective.listwise:
         assert ref_logprobs is not None
         if compared is None:

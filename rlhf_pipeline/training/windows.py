@@ -29,6 +29,7 @@ class Window:
         in PPO, where only the last minibatch of a rollout ends an update.
     metrics: metrics that are already known (of a rollout), logged with the update.
     halvings: how often its micro-batches have already been halved for lack of memory.
+    members: the numbers of its examples on all ranks, in the order in which they were drawn.
     """
 
     micro_batches: Sequence[Any]
@@ -37,6 +38,7 @@ class Window:
     metrics: dict[str, float] = field(default_factory=dict)
     epoch: float = 0.0
     halvings: int = 0
+    members: Sequence[int] = ()
 
 
 @dataclass
@@ -206,7 +208,8 @@ def example_windows(
             order = epoch_order(len(units), seed, epoch)
         place = step % per_epoch
         members = [units[unit] for unit in order[place * size : (place + 1) * size]]
-        counts = counts_of([examples[index] for index in chain.from_iterable(members)])
+        every = list(chain.from_iterable(members))
+        counts = counts_of([examples[index] for index in every])
         mine = list(chain.from_iterable(members[rank::world_size]))
         weight = 1.0
         if not mine:  # fewer examples than ranks: every rank must take part in the backward pass
@@ -220,4 +223,4 @@ def example_windows(
             batches.append(
                 ExampleBatch(packed(grouped), numbers, weight, compared=compared, examples=grouped, pack=packed)
             )
-        yield Window(batches, counts, epoch=(step + 1) / per_epoch)
+        yield Window(batches, counts, epoch=(step + 1) / per_epoch, members=every)

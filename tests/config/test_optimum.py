@@ -8,6 +8,7 @@ import pytest
 
 from rlhf_pipeline.algorithms.preference import OBJECTIVES, Optimum, loss_optimum
 from rlhf_pipeline.config.base import may_move_optimum, moves_optimum, moving_options
+from rlhf_pipeline.config.kto import UNPAIRED
 from rlhf_pipeline.config.stages import STAGES
 
 CRITIC = "with a wrong critic"
@@ -16,7 +17,11 @@ DECAY = ([0.0], [0.01])
 # not. Sources: closed forms of Bradley-Terry, DPO, GAE and the soft Bellman equation; docs/compare.md.
 MOVES: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
     "sft": {},
-    "train-rm": {"weight_decay": DECAY, "center_rewards_coefficient": ([None, 0.0], [0.01, 0.1, 1.0])},
+    "train-rm": {
+        "weight_decay": DECAY,
+        "center_rewards_coefficient": ([None, 0.0], [0.01, 0.1, 1.0]),
+        "use_margin": ([False], [True]),
+    },
     "ppo": {
         "weight_decay": DECAY,
         "kl_coef": ([0.05, 0.5], [0.0]),
@@ -40,13 +45,17 @@ MOVES: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
         "ref_model": ([None], ["other"]),
         "loss_type": (
             ["sigmoid", "robust", "plackett_luce"],
-            ["hinge", "ipo", "ipo_mean", "sigmoid_norm", "apo_zero", "simpo", "orpo", "cpo", ("sigmoid", "robust")],
+            [
+                *("hinge", "ipo", "ipo_mean", "sigmoid_norm", "apo_zero", "simpo", "orpo", "cpo", *UNPAIRED),
+                ("sigmoid", "robust"),
+            ],
         ),
         "loss_weights": ([None], [(1.0, 2.0)]),
         "simpo_gamma": ([None], [1.0]),
         "cpo_alpha": ([None], [0.5]),
         "sft_weight": ([0.0], [0.1]),
         "label_smoothing": ([0.0], [0.1]),
+        "use_margin": ([False], [True]),
         "f_divergence": (["reverse_kl"], ["forward_kl", "js", "alpha"]),
         "f_alpha": ([None], [0.2]),
         "sync_ref_model": ([False], [True]),

@@ -16,6 +16,7 @@ REFUSED = [
     ("dpo", {"loss_type": "orpo"}, "loss_type", "DPOTrainer does not have"),
     ("dpo", {"label_smoothing": 0.1}, "label_smoothing", "ignores silently"),
     ("dpo", {"soft_labels": True}, "soft_labels", "only on hard labels"),
+    ("dpo", {"use_margin": True}, "use_margin", "DPOTrainer reads no margin"),
     ("dpo", {"dataset_name": "world:verdicts", "max_steps": 3}, "dataset_name", "fresh pairs at every step"),
     ("ppo", {}, "engine", "TRL 1.16 has no PPO trainer"),
     ("ppo", {"save_steps": 5}, "engine", "TRL 1.16 has no PPO trainer"),

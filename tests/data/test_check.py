@@ -44,6 +44,13 @@ def test_a_source_is_described(jsonl):
     assert len(found["fault_list"]) == 3
 
 
+def test_margins_are_described(jsonl):
+    rows = [{**ROWS[0], "margin": 2}, {**ROWS[2], "margin": -0.5}, {**ROWS[0], "prompt": "b", "margin": None}]
+    found = check_source(jsonl(*rows))
+    assert found["margins"] == {"pairs": 2, "min": -0.5, "mean": 0.75, "max": 2}
+    assert found["not_read"] == ["margin"] and check_source(jsonl(ROWS[0]))["margins"] is None
+
+
 def test_prompts_whose_rewards_have_a_finite_best_value_are_counted(jsonl):
     def pair(prompt: str, chosen: str, rejected: str) -> dict[str, str]:
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected}

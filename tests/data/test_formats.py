@@ -112,6 +112,11 @@ def test_optional_columns_are_kept():
     assert (record.extra, record.split, record.where) == ({"label_probability": 0.25}, "judge", "f:1")
 
 
+def test_a_margin_is_read_and_stays_a_column_of_its_row():
+    (record,) = understand({"prompt": "p", "chosen": "a", "rejected": "b", "margin": -0.5}).records
+    assert (record.extra, record.columns) == ({"margin": -0.5}, {"margin": -0.5})
+
+
 def test_identical_pairs_of_token_ids_are_skipped_and_counted():
     row = {
         "prompt": "p",
@@ -140,6 +145,10 @@ GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
         ({**GOOD, "chosen_ended": "yes"}, "wrong_type"),
         ({**GOOD, "label_probability": 1.5}, "wrong_type"),
         ({**GOOD, "label_probability": float("nan")}, "wrong_type"),
+        ({**GOOD, "margin": "wide"}, "wrong_type"),
+        ({**GOOD, "margin": True}, "wrong_type"),
+        ({**GOOD, "margin": float("nan")}, "wrong_type"),
+        ({**GOOD, "margin": float("inf")}, "wrong_type"),
         ({**GOOD, "split": 3}, "wrong_type"),
         ({**GOOD, "prompt_ids": [1]}, "missing_column"),
         ({**GOOD, "prompt_ids": [1], "chosen_ids": [True], "rejected_ids": [2]}, "wrong_type"),

@@ -433,6 +433,13 @@ def test_labelled_completions_are_no_demonstrations(jsonl):
     with pytest.raises(Exception, match=r"holds records of kind labelled.*keep only the rows whose label is true"):
         as_kind(records, "demonstration")
     assert [record.prompt for record in as_kind(records, "prompt")[0]] == ["Does it rain?"]
+    assert as_kind(records, "labelled") == (records, {})
+    (pair,) = read_records(jsonl({"prompt": "p", "chosen": "a", "rejected": "b", "rejected_ended": False})).records
+    made, _ = as_kind([pair], "labelled")
+    assert [(one.completions, one.ended, one.extra) for one in made] == [
+        (("a",), (True,), {"label": True}),
+        (("b",), (False,), {"label": False}),
+    ]
     chat = [{"messages": [*ASKED, *SAID_YES], "label": 1}, {"messages": [*ASKED, *SAID_NO], "label": 0}]
     assert [record.kind for record in read_records(jsonl(*chat)).records] == ["labelled", "labelled"]
     for good, bad in ((1, -1), ("True", "false"), (1.0, 0.0), ("1", "0")):
@@ -484,6 +491,8 @@ def test_what_is_not_read_and_what_is_contradicted_is_a_note():
     found = parse([("f:1", row), ("f:2", {**row, "score_rejected": 1})], "f")
     assert found.notes(functions=False)[0] == "not read: margin"
     assert found.notes(functions=True)[0] == "read by reward functions only: margin"
+    assert found.notes(functions=False, use_margin=False)[1].startswith("`use_margin: true` subtracts")
+    assert [note for note in found.notes(functions=False, use_margin=True) if "margin" in note] == []
     assert found.notes() == [
         "not read: margin (except by reward functions)",
         "scores contradict the label in 1 of 2 rows: the label is used, not the scores",

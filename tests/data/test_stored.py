@@ -43,7 +43,7 @@ def turns(*texts: str) -> list[dict[str, str]]:
 SOURCES = {
     "pair": [
         {"prompt": prompt, "chosen": "ab"[: n % 2 + 1], "rejected": "cd" * (n % 3 + 1), "chosen_ended": n % 4 > 0}
-        | ({"label_probability": n / 20} if n % 2 else {})
+        | ({"label_probability": n / 20} if n % 2 else {"margin": n / 3 - 1})
         | {"note": {"number": n, "text": "é\u2028"}}
         for n, prompt in enumerate([*PROMPTS, *PROMPTS[:5]])
     ],
@@ -54,6 +54,9 @@ SOURCES = {
     "ranks": [
         {"prompt": prompt, "completions": ["a", "b", "a"], "ranks": [1, 1 + n % 2, 1 + n % 3]}
         for n, prompt in enumerate(PROMPTS)
+    ],
+    "labelled": [
+        {"prompt": prompt, "completion": "ab"[: n % 2 + 1], "label": n % 3 == 0} for n, prompt in enumerate(PROMPTS)
     ],
     "messages": [{"messages": turns("b", "a", prompt, "c" * (n % 5 + 1))} for n, prompt in enumerate(PROMPTS)],
     "splits": [
@@ -68,7 +71,8 @@ SOURCES = {
     "instruction": [{"instruction": prompt, "input": "", "output": "a"} for prompt in PROMPTS],
 }
 KINDS = {
-    "pair": ("pair", "preference", "order", "demonstration", "prompt"),
+    "pair": ("pair", "preference", "order", "demonstration", "prompt", "labelled"),
+    "labelled": ("labelled", "prompt"),
     "ranking": ("pair", "preference", "order", "demonstration", "prompt"),
     "ranks": ("pair", "preference", "order", "demonstration", "prompt"),
     "messages": ("demonstration", "prompt"),

@@ -75,6 +75,7 @@ def said(**changes) -> str:
         "faults": {},
         "unread_column": None,
         "labels": {},
+        "margins": None,
         "notes": [],
         "leaked_rows": 0,
         "leaks": {},
@@ -112,6 +113,14 @@ def test_prompts_without_a_finite_best_reward_are_told():
     text = said(win_graphs={"prompts": 240, "connected": 3})
     assert "3 of 240 prompts have labels with a finite best reward" in text and "when training stops" in text
     assert "finite" not in said(win_graphs={"prompts": 240, "connected": 240}) + said(win_graphs=None)
+
+
+def test_margins_and_labels_are_told_with_what_reads_them():
+    text = said(margins={"pairs": 1500, "min": -0.5, "mean": 0.75, "max": 2})
+    assert "1500 of 2000 pairs have a margin, from -0.5 to 2, mean 0.75" in text
+    assert "if `use_margin: true`, which moves the optimum" in text
+    text = said(labels={"true": 5, "false": 3})
+    assert "each row has a label (true 5, false 3): `rlhf dpo` with loss_type kto trains on such rows" in text
 
 
 def test_faults_leakage_and_repeated_rows_are_told():

@@ -48,6 +48,7 @@ RUNS = {
     "dpo": ("dpo", {"precompute_ref_log_probs": False, "gradient_checkpointing": True}),
     "dpo-lora": ("dpo", {**LORA, "lora_target_modules": "all-linear", "precompute_ref_log_probs": False}),
     "dpo-saved": ("dpo", {"eval_steps": 3}),
+    "kto": ("dpo", {"loss_type": "kto"}),
     **{f"sft-{name}": ("sft", {"optim": name}) for name in ("adamw_torch", "sgd")},
     **{f"sft-{name}": ("sft", {"optim": name, "optim_args": {"eps": 1e-1}}) for name in ("rmsprop", "adagrad")},
     "sft-lion": ("sft", {"optim": "lion", "learning_rate": 1e-2}),

@@ -12,6 +12,7 @@ from rlhf_pipeline.stages.common import tokenizer_of
 from rlhf_pipeline.stages.data import StageData
 from rlhf_pipeline.training.trl_engine import trainers
 from rlhf_pipeline.training.windows import epoch_order, example_windows
+from tests.training.conftest import SETTINGS, word_pairs
 
 pytestmark = pytest.mark.check
 
@@ -134,6 +135,17 @@ def test_the_centering_term_is_in_the_one_loss_that_trl_reports(lab, both):
     for ours, other in zip(*(lab.rows(result.run) for result in results), strict=True):
         assert other["loss"] == pytest.approx(ours["loss/bradley_terry"] + 0.3 * ours["loss/centering"], abs=AGREE)
         assert ours["grad_norm"] == pytest.approx(other["grad_norm"], abs=AGREE)
+
+
+def test_the_reward_models_margins_are_those_of_trl(lab, both, pairs):
+    rows = [{**row, "margin": n % 5 / 2 - 0.5} for n, row in enumerate(word_pairs(22))]
+    cut = {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2}
+    results = both(
+        "train-rm", dataset_name=pairs(rows=rows), num_train_epochs=2.4, max_steps=-1, use_margin=True, **cut
+    )
+    found, _ = assert_same_steps(lab, "train-rm", results, 8)
+    plain = lab.run("train-rm", **{**SETTINGS, "dataset_name": pairs(rows=rows), "max_steps": 3})
+    assert abs(lab.rows(plain.run)[0]["loss/bradley_terry"] - found[0]["loss/bradley_terry"]) > 1e-2
 
 
 @pytest.mark.parametrize("stage", LOSS)

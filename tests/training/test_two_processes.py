@@ -14,6 +14,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.check]
 SETTINGS = {"adam_epsilon": 1e-1, "learning_rate": 1e-1, "max_grad_norm": 1.0, "num_train_epochs": 2, "max_steps": None}
 # 9 pairs in windows of 4: the last window of an epoch has one, fewer than there are processes.
 SHARES = {stage: {**SETTINGS, "max_train_samples": 9} for stage in ("sft", "train-rm", "dpo")}
+SHARES["kto"] = {**SHARES["dpo"], "loss_type": "kto"}
+COMMANDS = {"kto": "dpo"}
 PPO = {"adam_epsilon": 1e-1, "learning_rate": 1e-1, "max_grad_norm": 1.0, "max_steps": 3, "critic_warmup_steps": 1}
 
 WORKER = """
@@ -60,8 +62,9 @@ def both(tiny, tmp_path_factory):
     for stage, changes in SHARES.items():
         whole = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
         half = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-        one[stage] = lab.run(stage, output_name=f"one-{stage}", **changes, **whole)
-        two.append((stage, lab.config(stage, output_name=f"two-{stage}", **changes, **half), True, 0))
+        command = COMMANDS.get(stage, stage)
+        one[stage] = lab.run(command, output_name=f"one-{stage}", **changes, **whole)
+        two.append((command, lab.config(command, output_name=f"two-{stage}", **changes, **half), True, 0))
     # PPO's processes draw other samples than one process would, so only its mechanics can be compared.
     two.append(("ppo", lab.config("ppo", output_name="two-ppo", per_device_train_batch_size=2, **PPO), True, 0))
     two.append(("sft", lab.config("sft", output_name="again", max_steps=1), False, 0))

@@ -7,24 +7,27 @@ from typing import Any
 
 from rlhf_pipeline.data.batch import micro_batches
 from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.training.pairs import recorded_margins
 from rlhf_pipeline.training.windows import epoch_order
 
 IGNORED = -100
 """The label that TRL's losses ignore."""
 
 
-def columns(stage: str, examples: Sequence[Example]) -> dict[str, list[Any]]:
+def columns(stage: str, examples: Sequence[Example], margins: bool = False) -> dict[str, list[Any]]:
     """The columns that TRL's trainer of a stage reads.
 
     sft: prompt and completion as input_ids, with labels only for its trained tokens. reward: the prompt with each
-    response, as chosen_ids and rejected_ids. dpo: prompt_ids, and each response without the prompt.
+    response, as chosen_ids and rejected_ids, with `margins` also their margin. dpo: prompt_ids, and each response
+    without the prompt.
     """
     if stage == "sft":
         labels = [[IGNORED] * len(e.prompt_ids) + _targets(e) for e in examples]
         return {"input_ids": [e.prompt_ids + e.completions[0] for e in examples], "labels": labels}
     pair = (("chosen_ids", 0), ("rejected_ids", 1))
     if stage == "reward":
-        return {name: [e.prompt_ids + e.completions[k] for e in examples] for name, k in pair}
+        sides: dict[str, list[Any]] = {n: [e.prompt_ids + e.completions[k] for e in examples] for n, k in pair}
+        return sides | ({"margin": recorded_margins(examples).tolist()} if margins else {})
     prompts = [e.prompt_ids for e in examples]
     return {"prompt_ids": prompts} | {name: [e.completions[k] for e in examples] for name, k in pair}
 

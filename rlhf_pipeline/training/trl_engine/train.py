@@ -121,7 +121,7 @@ def train_with_trl(
             plan.total,
             model=model,
             reference=reference,
-            train_dataset=Dataset.from_dict(columns(run.stage, examples)),
+            train_dataset=Dataset.from_dict(columns(run.stage, examples, getattr(config, "use_margin", False))),
             processing_class=copy.deepcopy(plan.tokenizer),  # TRL gives it a PAD if it has none
             optimizers=optimizers,
         )
