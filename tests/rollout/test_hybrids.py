@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf_pipeline.config.decoding import Decoding
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.models.modules import Policy
 from rlhf_pipeline.models.selfcheck import inspect_model
+from rlhf_pipeline.rollout.prefill import prefill
 from rlhf_pipeline.rollout.responses import sample_for_prompts
 
 SIZES = {
@@ -71,25 +71,19 @@ def test_responses_have_the_log_probabilities_of_their_own_sequences(name):
         torch.testing.assert_close(torch.tensor(response.logprobs), torch.stack(expected), rtol=0, atol=1e-4)
 
 
-@pytest.mark.check
 @pytest.mark.parametrize("name", ["qwen3_5_text", "jamba", "falcon_h1"])
-def test_a_recurrent_state_follows_its_beam(name):
-    """A beam for every prefix of two tokens finds the likeliest response of all, by plain forward passes."""
-    model, size = hybrid(name), SIZES["vocab_size"]
-    policy, prompt = Policy(model, inspect_model(model)), [6, 7, 8]
+def test_a_recurrent_state_follows_its_row(name):
+    """As beam search moves rows: the logits are those of plain forward passes over each row's own tokens."""
+    model, prompts = hybrid(name), [[6, 7, 8], [9, 10], [11, 12, 13], [14]]
+    kept, first, second = [2, 0, 0, 3, 2], [20, 21, 22, 23], [30, 31, 32, 33, 34]
     with torch.no_grad():
-        first = torch.log_softmax(model(input_ids=torch.tensor([prompt])).logits[0, -1], -1)
-        rows = torch.tensor([[*prompt, token] for token in range(size)])
-        second = torch.log_softmax(model(input_ids=rows).logits[:, -1], -1)
-        rows = torch.cat([rows.repeat_interleave(size, 0), torch.arange(size).repeat(size)[:, None]], 1)
-        third = torch.cat([torch.log_softmax(model(input_ids=part).logits[:, -1], -1) for part in rows.split(size)])
-    totals = first[:, None, None] + second[:, :, None] + third.view(size, size, size)
-    best = [place.item() for place in torch.unravel_index(totals.argmax(), totals.shape)]
-    decoding = Decoding(do_sample=False, num_beams=size * size)
-    options = {"samples": 1, "response_length": 3, "stop_ids": [], "responses_at_once": 4096}
-    example, draw = Example(prompt, [], [], prompt_key="", where=""), torch.Generator()
-    _, [[response]] = sample_for_prompts(policy, [example], generator=draw, decoding=decoding, **options)
-    assert (response.ids, response.ended) == (best, False)
+        state = prefill(model, prompts, room=2, cache_config=model.config)
+        state.advance(model, torch.tensor(first))
+        state.select(torch.tensor(kept))
+        state.advance(model, torch.tensor(second))
+        rows = [[*prompts[row], first[row], token] for row, token in zip(kept, second, strict=True)]
+        expected = [model(input_ids=torch.tensor([row])).logits[0, -1] for row in rows]
+    torch.testing.assert_close(state.logits, torch.stack(expected), rtol=0, atol=1e-4)
 
 
 def test_a_model_that_cannot_be_sampled_from_is_refused_before_its_reward_model_is_trained(lab, monkeypatch):
