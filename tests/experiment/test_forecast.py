@@ -8,11 +8,13 @@ import pytest
 import yaml
 
 from rlhf_pipeline.cli.main import main
+from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.data.batch import counted, pack
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.experiment.estimate import estimate_experiment, estimate_stage
 from rlhf_pipeline.experiment.machine import Speed
-from rlhf_pipeline.experiment.work import Work
+from rlhf_pipeline.experiment.work import Models, Work, compare_work
+from rlhf_pipeline.training.cost import ModelShape
 from tests.experiment.test_estimate import words, write
 
 COUNTS = ("optimizer_steps", "tokens_trained", "tokens_sampled")
@@ -35,6 +37,23 @@ def test_counts_without_packing():
     assert found.context_tokens == packed.context_tokens == (6 + 9 + 4) + (15 + 30) + (1 + 2 + 5 + 9) + (3 + 12)
     for name in ("active_tokens", "num_tokens", "num_completions", "num_predicting"):
         assert getattr(found, name) == getattr(packed, name), name
+
+
+def test_a_decoder_is_counted_beside_the_samples_of_the_policy():
+    """Two models on prompts of 3 and 4 tokens, responses of 5: each is scored twice for its KL and once for its reward;
+    a decoder's responses are made, by three beams, and scored for their reward as well."""
+    shape = ModelShape(1, 0, 0)
+    models, prompts = Models(shape, shape, rewards=(shape,)), [example(3), example(4)]
+
+    def work(**changes):
+        config = load_config("compare", None, extra={"arms": ["a", "b"], "samples": 1, **changes}).config
+        return compare_work(config, models, prompts, count=2, response=5, longest=5)
+
+    plain, greedy, beams = work(), work(do_sample=False), work(do_sample=False, num_beams=3)
+    assert [one.tokens_sampled for one in (plain, greedy, beams)] == [20, 40, 80]
+    assert [one.decoding_steps for one in (plain, greedy, beams)] == [10, 20, 40]
+    once = 2 * 2 * (3 + 4 + 5 + 5)  # 2 FLOPs for each weight and token, two models
+    assert [one.evaluation for one in (plain, greedy, beams)] == [3 * once, 4 * once, 4 * once]
 
 
 def test_flops_by_hand(lab, tmp_path):

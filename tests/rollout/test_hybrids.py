@@ -9,6 +9,7 @@ from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.models.modules import Policy
 from rlhf_pipeline.models.selfcheck import inspect_model
+from rlhf_pipeline.rollout.prefill import prefill
 from rlhf_pipeline.rollout.responses import sample_for_prompts
 
 SIZES = {
@@ -68,6 +69,21 @@ def test_responses_have_the_log_probabilities_of_their_own_sequences(name):
         start = len(prompt.prompt_ids)
         expected = [logprobs[start - 1 + place, token] for place, token in enumerate(response.ids)]
         torch.testing.assert_close(torch.tensor(response.logprobs), torch.stack(expected), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_text", "jamba", "falcon_h1"])
+def test_a_recurrent_state_follows_its_row(name):
+    """As beam search moves rows: the logits are those of plain forward passes over each row's own tokens."""
+    model, prompts = hybrid(name), [[6, 7, 8], [9, 10], [11, 12, 13], [14]]
+    kept, first, second = [2, 0, 0, 3, 2], [20, 21, 22, 23], [30, 31, 32, 33, 34]
+    with torch.no_grad():
+        state = prefill(model, prompts, room=2, cache_config=model.config)
+        state.advance(model, torch.tensor(first))
+        state.select(torch.tensor(kept))
+        state.advance(model, torch.tensor(second))
+        rows = [[*prompts[row], first[row], token] for row, token in zip(kept, second, strict=True)]
+        expected = [model(input_ids=torch.tensor([row])).logits[0, -1] for row in rows]
+    torch.testing.assert_close(state.logits, torch.stack(expected), rtol=0, atol=1e-4)
 
 
 def test_a_model_that_cannot_be_sampled_from_is_refused_before_its_reward_model_is_trained(lab, monkeypatch):
