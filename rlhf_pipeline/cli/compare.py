@@ -61,7 +61,7 @@ def compare(
         print_comparison(results)
 
 
-SHOWN = ("true_reward", "judge", "score", "kl", "well_formed", "ended", "length")
+SHOWN = ("true_reward", "judge", "score", "kl", "well_formed", "ended", "length", "tokens_read")
 
 
 def setting_text(setting: Mapping[str, Any]) -> str:
@@ -134,7 +134,7 @@ def print_comparison(results: Results) -> None:
     """Print the tables, the verdict and the paths of a comparison; snapshots are counted, not shown."""
     passed = Counter(row.arm for row in results.rows if row.step is not None)
     shown = [row for row in results.rows if row.step is None]
-    names = [name for name in SHOWN if name in shown[0].metrics]
+    names = [name for name in SHOWN if any(name in row.metrics for row in shown)]
     summary = results.summary
     many = any(entry.seeds > 1 for entry in summary) or len({entry.arm for entry in summary}) < len(summary)
     columns, rows = (_summary_rows if many else _model_rows)(results, shown, names)

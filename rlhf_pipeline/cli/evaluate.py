@@ -41,6 +41,8 @@ NAMES = {
     "ended": "EOS",
     "well_formed": "well-formed",
     "entropy": "entropy",
+    "context_tokens": "context",
+    "tokens_read": "tokens read",
 }
 
 
@@ -83,14 +85,15 @@ def emit_measuring(common: Common, config: PromptsConfig, models: Sequence[str])
     Raises:
         UnknownReference, MismatchError, DamagedFile.
     """
+    from rlhf_pipeline.config.in_context import name_arm, split_arm
     from rlhf_pipeline.registry.roles import check_role
 
     registry, labels = common.registry, []
-    for text in models:
+    for method, text in map(split_arm, models):
         resolved = registry.resolve(text)
-        if config.stage == "compare":
+        if config.stage == "compare" or method is not None:
             check_role(resolved, "policy")
-        labels.append(resolved.label)
+        labels.append(name_arm(method, resolved.label))
     plan = {"command": config.stage, "models": ", ".join(labels), "config": config.model_dump(mode="json")}
     emit_plan(plan, "nothing was measured", json=common.json)
 

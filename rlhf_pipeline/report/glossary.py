@@ -28,6 +28,12 @@ ENTRIES: dict[str, tuple[str, str, str]] = {
         "P(y ∈ grammar)",
     ),
     "entropy": ("entropy", "Entropy of the policy's responses, in nats.", "−E log π(y|x)"),
+    "context_tokens": ("context", "Tokens of the demonstrations in the context of a prompt.", "|d|"),
+    "tokens_read": (
+        "tokens read",
+        "Tokens that the model reads for one response: demonstrations, prompt and response.",
+        "|d| + |x| + |y|",
+    ),
     "win_rate": (
         "win rate",
         "How often a response scores higher than the other side's response to the same prompt; a tie counts one half. "

@@ -1,0 +1,208 @@
+"""Arms that answer with demonstrations in their context: their figures against plain forward passes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf_pipeline.compare.run import compared
+from rlhf_pipeline.data import world
+from rlhf_pipeline.data.samples import lowest_examples
+from rlhf_pipeline.evaluation.sampled import draw
+from rlhf_pipeline.measure import few_shot
+from rlhf_pipeline.measure.bench import find_policies, set_up
+from rlhf_pipeline.measure.contexts import one_per_prompt, pool_of
+from rlhf_pipeline.measure.few_shot import draw_sets
+from rlhf_pipeline.measure.in_context import measure_in_context
+from rlhf_pipeline.report import Results
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.check
+
+
+@pytest.fixture(scope="module")
+def home(tiny, tmp_path_factory):
+    """A laboratory to write reports and caches into."""
+    return tiny.copy(tmp_path_factory.mktemp("in_context") / "home")
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """Six responses, or demonstrations, choose a set."""
+    monkeypatch.setattr(few_shot, "CHOOSING", 6)
+
+
+def bench_of(lab, arm="few_shot:sft", **changes):
+    config = lab.config("evaluate", **changes)
+    (found,) = find_policies(lab.registry, [arm], lambda _: None)
+    options = {"reference": found.policy, "samples": config.samples, "seed": 0, "say": lambda _: None}
+    return set_up(lab.registry, config, found, CPU, **options), found
+
+
+def log_prob(lab, read: list[int], response: list[int], reference: str = "sft") -> torch.Tensor:
+    """Log-probabilities of the next token at every position of a response, (R, V), by a plain forward pass."""
+    from transformers import AutoModelForCausalLM
+
+    if reference not in _MODELS:
+        _MODELS[reference] = AutoModelForCausalLM.from_pretrained(lab.registry.resolve(reference).path).double().eval()
+    with torch.no_grad():
+        logits = _MODELS[reference](torch.tensor([read + response])).logits[0, len(read) - 1 : -1]
+    return logits.log_softmax(-1)
+
+
+_MODELS: dict = {}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget():
+    yield
+    _MODELS.clear()
+
+
+def joined(demonstrations, prompt: list[int]) -> list[int]:
+    return [token for one in demonstrations for token in [*one.prompt_ids, *one.completions[0]]] + prompt
+
+
+def test_the_set_is_the_one_under_which_validation_demonstrations_are_most_likely(home):
+    bench, arm = bench_of(home, samples=1, max_prompts=2, in_context={"prefixes": 3})
+    found = measure_in_context(bench, arm).facts
+    pool = pool_of(bench, arm)
+    sets = draw_sets(pool.examples, 2, 3, 0)
+    assert len({tuple(one.prompt_key for one in chosen) for chosen in sets}) == 3
+    held = lowest_examples(pool.data.split("demonstration", "validation", bench.tokenizer)[0], 6)
+    assert {
+        world.SPLITS[world.GENRES[g], world.ASPECTS[a]] for g, a in (world.parse_prompt(e.prompt_ids) for e in held)
+    } == {"validation"}
+    figures = []
+    for chosen in sets:
+        sums = []
+        for one in held:
+            (response,) = one.completions
+            logs = log_prob(home, joined(chosen, one.prompt_ids), response)
+            sums.append(float(logs[range(len(response)), response].sum()))
+        figures.append(sum(sums) / 6)
+    assert found["prefixes"] == pytest.approx(figures, abs=1e-4)
+    assert found["chosen"] == figures.index(max(figures)) and max(figures) - min(figures) > 1e-3
+    assert found["chosen_by"] == "likelihood" and found["method"] == "few_shot" and 10 < found["pool"] < 20
+
+
+def test_the_set_is_the_one_whose_responses_the_reward_model_prefers(home, monkeypatch):
+    monkeypatch.setattr(few_shot, "CHOOSING", 64)
+    bench, arm = bench_of(home, samples=1, max_prompts=2, reward_model="reward", in_context={"prefixes": 3})
+    found = measure_in_context(bench, arm).facts
+    assert found["chosen_by"] == "reward@v1" and len(set(found["prefixes"])) == 3
+    assert found["chosen"] == found["prefixes"].index(max(found["prefixes"]))
+    # The figure of a set is what the reward model gives to responses behind it, as read behind the prompt alone.
+    pool = pool_of(bench, arm)
+    (first, *_), policy = draw_sets(pool.examples, 2, 3, 0), bench.policy(arm.policy)
+    held = one_per_prompt(pool.data.split("demonstration", "validation", bench.tokenizer)[0])
+    plain = list(held)
+    read = [replace(one, prompt_ids=joined(first, one.prompt_ids)) for one in plain]
+    drawn = draw(policy, replace(bench.plan, prompts=read, samples=64 // len(plain)))
+    back = [replace(e, prompt_ids=one.prompt_ids) for e, one in zip(drawn.examples, plain, strict=True)]
+    scores = [float(bench.scorer.score([one]).mean()) for one in back]
+    assert found["prefixes"][0] == pytest.approx(sum(scores) / len(scores), abs=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 64])
+def test_kl_is_of_the_policy_behind_demonstrations_to_the_reference_behind_the_prompt(home, at_once):
+    bench, arm = bench_of(home, samples=3, max_prompts=3, per_device_eval_batch_size=at_once)
+    found = measure_in_context(bench, arm)
+    pool = pool_of(bench, arm)
+    chosen = draw_sets(pool.examples, 2, 4, 0)[found.facts["chosen"]]
+    kl, ratio, entropy = [], [], []
+    for example in found.examples:
+        assert len(example.prompt_ids) == 6  # of the prompt alone
+        for response in example.completions:
+            mine = log_prob(home, joined(chosen, example.prompt_ids), response)
+            theirs = log_prob(home, example.prompt_ids, response)
+            kl.append(float((mine.exp() * (mine - theirs)).sum()))
+            ratio.append(float((mine - theirs)[range(len(response)), response].sum()))
+            entropy.append(float(-(mine.exp() * mine).sum()))
+    np.testing.assert_allclose(found.values["kl"], kl, atol=1e-5)
+    np.testing.assert_allclose(found.values["kl_k1"], ratio, atol=1e-5)
+    np.testing.assert_allclose(found.values["entropy"], entropy, atol=1e-5)
+    assert min(kl) > 1e-3
+    size = len(joined(chosen, []))
+    assert set(found.values["context_tokens"]) == {size}
+    assert found.values["tokens_read"].tolist() == [size + 6 + n for n in found.values["length"]]
+    assert {len(one) for one in (found.values["true_reward"], found.values["kl"])} == {9}
+
+
+def test_responses_depend_on_the_demonstrations_and_not_on_the_batch(home):
+    drawn = []
+    for at_once in (1, 4, 64):
+        bench, arm = bench_of(home, samples=4, max_prompts=4, per_device_eval_batch_size=at_once)
+        drawn.append([example.completions for example in measure_in_context(bench, arm).examples])
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert drawn[0] != [example.completions for example in draw(bench.policy(arm.policy), bench.plan).examples]
+
+
+@pytest.fixture(scope="module")
+def results(home) -> Results:
+    config = home.config(
+        "compare", arms=["few_shot:sft"], baseline="sft", samples=4, best_of=[2], reward_model="reward", name="shots"
+    )
+    return compared(config, home.home, quiet=True)
+
+
+def test_a_row_of_the_comparison(home, results):
+    baseline, row = results.rows[:2]
+    assert (row.name, row.arm, row.stage) == ("few_shot:sft@v1", "few_shot:sft@v1", "few_shot")
+    assert (row.beta, row.optimum, row.moves_optimum) == (None, "other", {"in_context": "few_shot"})
+    assert results.reference == "sft@v1" and row.metrics["kl"].mean > 1e-3
+    assert row.in_context.method == "few_shot" and row.in_context.demonstrations == 2
+    assert baseline.in_context is None and "context_tokens" not in baseline.metrics
+    assert row.cost.flops == row.cost.tokens_trained == 0 and baseline.cost.flops > 0
+    assert not list(results.find(primary=True))  # one arm: it is compared with the baseline alone
+    assert any(
+        line.text.startswith("few_shot:sft@v1 is not trained: it answers with 2") for line in results.verdict.lines
+    )
+    (entry,) = (one for one in results.lineage if one.model == "few_shot:sft@v1")
+    assert entry.parents == {"policy": "sft@v1"}
+    assert "few_shot:sft@v1" not in results.configs and results.arms["few_shot:sft@v1"].cost.flops == 0
+
+
+def test_the_comparison_keeps_what_it_measured(home, results, monkeypatch):
+    from rlhf_pipeline.measure import evaluate
+
+    monkeypatch.setattr(evaluate, "measure_in_context", None)
+    config = home.config(
+        "compare", arms=["few_shot:sft"], baseline="sft", samples=4, best_of=[2], reward_model="reward", name="shots"
+    )
+    assert compared(config, home.home, quiet=True).rows == results.rows
+
+
+def test_arms_with_and_without_training_and_a_baseline_with_demonstrations(home):
+    config = home.config("compare", arms=["sft"], baseline="few_shot:sft", samples=2, best_of=[2, 3], name="turned")
+    found = compared(config, home.home, quiet=True)
+    assert found.baseline == "few_shot:sft@v1" and found.reference == "sft@v1"
+    assert found.rows[1].metrics["kl"].mean == pytest.approx(0, abs=1e-6)
+    best = [row for row in found.rows if row.n]
+    assert [row.samples for row in best] == [3, 3] and "tokens_read" in best[0].metrics
+    assert found.rows[1].win_rate is not None
+
+
+@pytest.mark.slow
+def test_the_command_line(home):
+    import subprocess
+    import sys
+
+    rlhf = [sys.executable, "-m", "rlhf_pipeline.cli.main", "--home", str(home.home)]
+    given = ["use_cpu=true", "num_threads=1", "samples=2", "in_context.demonstrations=1"]
+    done = subprocess.run([*rlhf, "evaluate", "few_shot:sft", *given, "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["model"] == "few_shot:sft@v1" and found["in_context"]["demonstrations"] == 1
+    assert found["metrics"]["context_tokens"]["mean"] > 6
+    given = [*given, "exact=false", "name=cli"]
+    done = subprocess.run([*rlhf, "compare", "few_shot:sft", "sft", *given], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "few_shot:sft@v1" in done.stdout and "tokens read" in done.stdout
+    assert (home.home / "reports" / "cli" / "index.html").is_file()
+    done = subprocess.run([*rlhf, "evaluate", "few_shot:sft", "split=all"], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "validation_split" in done.stderr
