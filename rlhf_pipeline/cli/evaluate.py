@@ -43,6 +43,8 @@ NAMES = {
     "entropy": "entropy",
     "context_tokens": "context",
     "tokens_read": "tokens read",
+    "tokens_generated": "tokens generated",
+    "only_copies": "only copies",
 }
 
 
@@ -67,6 +69,7 @@ def evaluate(common: Common, settings: Settings, words: WordsArgument) -> None:
         emit_table(f"reward model {result['model']}", ("metric", "value"), flat_metrics(result["metrics"]))
         return
     rows = [(NAMES.get(name, name), interval(value, 3)) for name, value in result["metrics"].items()]
+    rows += [(f"accuracy of {name}", interval(value, 3)) for name, value in (result["accuracy"] or {}).items()]
     for row in result["best_of_n"]:
         best = row.metrics.get("true_reward") or row.metrics.get("score")
         rows.append((f"best of {row.n} by {row.chosen_by}", interval(best, 3)))

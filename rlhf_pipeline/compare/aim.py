@@ -121,7 +121,12 @@ def describe_aims(rows: Sequence[Row]) -> Iterator[str]:
 
 def _told(found: InContext) -> str:
     """How an arm answers with demonstrations in its context, in words."""
-    text = f"it answers with {found.demonstrations} demonstrations of {found.source} in its context"
+    several = "" if found.demonstrations == 1 else "s"
+    text = f"it answers with {found.demonstrations} demonstration{several} of {found.source} in its context"
+    if found.candidates is not None:
+        text += (
+            f", as the best of {found.candidates} candidates by the {found.score} contrast; its KL is an upper bound"
+        )
     if found.chosen is not None:
         by = (
             "the likelihood of demonstrations" if found.chosen_by == "likelihood" else f"the score of {found.chosen_by}"

@@ -158,7 +158,9 @@ class EvaluateConfig(Decoding, PromptsConfig):
     seed: Seed = option(0, "random seed for sampling")
     best_of: Counts = option((), "report best of n for these n, for example 1,4,16 (default: none)")
     in_context: InContext | None = option(
-        None, "demonstrations in the context of arms few_shot:REF (default: the defaults of its keys)", names="data"
+        None,
+        "demonstrations in the context of arms few_shot:REF and icdpo:REF (default: the defaults of its keys)",
+        names="data",
     )
     judge: Text | None = option(
         None, "held-out reward model, trained on pairs that none of the compared models were trained on", names="reward"
@@ -194,8 +196,8 @@ class CompareConfig(EvaluateConfig):
     name: Name = option("compare", "name of the report")
     arms: Texts = option(
         ...,
-        "models to compare: registry names, directories or hub ids; few_shot:REF answers with demonstrations in its "
-        "context",
+        "models to compare: registry names, directories or hub ids; few_shot:REF and icdpo:REF answer with "
+        "demonstrations in the context",
         names="arm",
         min_length=1,
         examples=[["a", "b"]],

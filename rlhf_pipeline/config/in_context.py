@@ -1,4 +1,4 @@
-"""Keys of arms that answer with demonstrations in their context, without training: `few_shot:REF`."""
+"""Keys of arms that answer with demonstrations in their context, without training: `few_shot:REF` and `icdpo:REF`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Literal, cast
 
 from rlhf_pipeline.config.base import Count, Keys, Text, option
 
-Method = Literal["few_shot"]
+Method = Literal["few_shot", "icdpo"]
 """How a policy answers with demonstrations before the prompt."""
 
-_ARM = re.compile(r"(few_shot):(.+)")
+_ARM = re.compile(r"(few_shot|icdpo):(.+)")
 
 
 def split_arm(text: str) -> tuple[Method | None, str]:
@@ -34,4 +34,10 @@ class InContext(Keys):
     prefixes: Count = option(4, "few_shot: sets of demonstrations that are tried; the best one is used for all prompts")
     validation_split: Text = option(
         "validation", "few_shot: split of the demonstrations on whose prompts the set is chosen"
+    )
+    candidates: Count = option(3, "icdpo: responses that are sampled for each one that is returned")
+    score: Literal["one_sided", "two_sided"] = option(
+        "one_sided",
+        "icdpo: what is subtracted from log pi(y | demonstrations, x): log pi(y | x); two_sided: the same behind the "
+        "rejected responses of a source of pairs",
     )

@@ -71,12 +71,13 @@ def require_unseen(config: EvaluateConfig, models: Sequence[Resolved]) -> None:
             arm that reads it; or there is such an arm and a decoder.
     """
     if config.in_context is not None and all(model.method is None for model in models):
-        named = " and ".join(model.label for model in models)
-        found = f"no arm has demonstrations in its context: found {named}"
-        raise ConfigError(Fault("in_context", found, "few_shot:REF", "remove in_context, or name such an arm"))
-    if not config.decoding.is_plain and (found := next((model.label for model in models if model.method), None)):
+        labels = " and ".join(model.label for model in models)
+        found = f"no arm has demonstrations in its context: found {labels}"
+        expected, fix = "few_shot:REF or icdpo:REF", "remove in_context, or name such an arm"
+        raise ConfigError(Fault("in_context", found, expected, fix))
+    if not config.decoding.is_plain and (named := next((model.label for model in models if model.method), None)):
         expected, fix = "samples of the policy", "leave the decoding out, or the arm"
-        raise ConfigError(Fault("decoding", f"found {config.decoding.text} and the arm {found}", expected, fix))
+        raise ConfigError(Fault("decoding", f"found {config.decoding.text} and the arm {named}", expected, fix))
     chosen = settings_of(config).validation_split
     arm = next((model.label for model in models if model.method == "few_shot"), None)
     if arm is not None and config.prompts is None and config.split in (chosen, "all"):

@@ -21,6 +21,7 @@ from rlhf_pipeline.evaluation.sampled import Samples, add_kl, draw, take_from_po
 from rlhf_pipeline.measure.bench import Bench, add_rewards, find_policies, scored_as_trained, set_up
 from rlhf_pipeline.measure.best_of import best_of_n_rows
 from rlhf_pipeline.measure.contexts import known_as, require_unseen
+from rlhf_pipeline.measure.icdpo import pair_accuracy, pairs_of_source
 from rlhf_pipeline.measure.in_context import measure_in_context
 from rlhf_pipeline.measure.kept import identity_of, keep
 from rlhf_pipeline.measure.trained_on import changes_of, owned_by
@@ -141,8 +142,16 @@ def run_evaluate(reference_text: str, config: EvaluateConfig, home: Path) -> dic
         "data_changed": bench.data_changed,
         "metrics": Interval.table(samples.table()),
         "in_context": samples.facts,
+        "accuracy": _accuracy(bench, resolved),
         "best_of_n": best_of_n_rows(bench, samples, resolved.label, config.best_of),
     }
+
+
+def _accuracy(bench: Bench, resolved: Resolved) -> dict[str, Interval] | None:
+    """Of in-context DPO, the accuracy of its contrast and of other scorers on pairs of its source; else None."""
+    if resolved.method != "icdpo":
+        return None
+    return Interval.table(pair_accuracy(bench, resolved, pairs_of_source(bench, resolved)))
 
 
 def _evaluate_reward_model(

@@ -8,10 +8,14 @@ from rlhf_pipeline.config.in_context import Method
 from rlhf_pipeline.evaluation.sampled import Samples
 from rlhf_pipeline.measure.bench import Bench
 from rlhf_pipeline.measure.few_shot import few_shot
+from rlhf_pipeline.measure.icdpo import icdpo
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.rollout.rewards import RewardSource
 
-METHODS: dict[Method, Callable[[Bench, Resolved, RewardSource | None], Samples]] = {"few_shot": few_shot}
+METHODS: dict[Method, Callable[[Bench, Resolved, RewardSource | None], Samples]] = {
+    "few_shot": few_shot,
+    "icdpo": icdpo,
+}
 
 
 def measure_in_context(bench: Bench, arm: Resolved, scorer: RewardSource | None = None) -> Samples:

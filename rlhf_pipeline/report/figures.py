@@ -115,16 +115,20 @@ class InContext(Part):
 
     pool: demonstrations of the training split from which they are taken. chosen, prefixes, chosen_by: the number of the
     set that few_shot uses, the mean figure of every set on validation prompts, and what the figure is: a reward model's
-    score, or "likelihood" of the validation demonstrations, nats per response.
+    score, or "likelihood" of the validation demonstrations, nats per response. candidates, score: of icdpo, the number
+    for each response and the form of its contrast. kl_is_bound: the KL is an upper bound.
     """
 
-    method: Literal["few_shot"]
+    method: Literal["few_shot", "icdpo"]
     source: str
     demonstrations: int
     pool: int
     chosen: int | None = None
     prefixes: list[float] = []
     chosen_by: str | None = None
+    candidates: int | None = None
+    score: Literal["one_sided", "two_sided"] | None = None
+    kl_is_bound: bool = False
 
 
 class Row(Part):

@@ -77,6 +77,7 @@ def test_one_demonstration_for_each_prompt_and_none_of_the_prompts_of_the_result
         ("few_shot:sft@v1", "few_shot", "sft@v1"),
         ("few_shot:./folder", "few_shot", "./folder"),
         ("sft", None, "sft"),
+        ("icdpo:few_shot:a", "icdpo", "few_shot:a"),
         ("few_shot:", None, "few_shot:"),
         ("fewshot:sft", None, "fewshot:sft"),
     ],

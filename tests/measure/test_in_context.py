@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from rlhf_pipeline.compare.run import compared
+from rlhf_pipeline.compare.run import compared, run_compare
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.samples import lowest_examples
+from rlhf_pipeline.errors import ConfigError
 from rlhf_pipeline.evaluation.sampled import draw
-from rlhf_pipeline.measure import few_shot
+from rlhf_pipeline.measure import few_shot, icdpo
 from rlhf_pipeline.measure.bench import find_policies, set_up
 from rlhf_pipeline.measure.contexts import one_per_prompt, pool_of
 from rlhf_pipeline.measure.few_shot import draw_sets
 from rlhf_pipeline.measure.in_context import measure_in_context
-from rlhf_pipeline.report import Results
+from rlhf_pipeline.report import Results, load
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.check
@@ -204,5 +207,168 @@ def test_the_command_line(home):
     assert done.returncode == 0, done.stderr
     assert "few_shot:sft@v1" in done.stdout and "tokens read" in done.stdout
     assert (home.home / "reports" / "cli" / "index.html").is_file()
+    given = ["use_cpu=true", "num_threads=1", "samples=1", "in_context.source=collected:pairs", "max_prompts=4"]
+    done = subprocess.run([*rlhf, "evaluate", "icdpo:sft", *given, "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert set(found["accuracy"]) == {"icdpo:sft@v1", "log p of sft@v1"} and found["in_context"]["candidates"] == 3
     done = subprocess.run([*rlhf, "evaluate", "few_shot:sft", "split=all"], capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr and "validation_split" in done.stderr
+
+
+# In-context DPO.
+
+
+def shown(text: str) -> list[str]:
+    return text.split()
+
+
+def similar(prompt: list[int], pool, count: int):
+    """The demonstrations of the most similar prompts by BM25, term by term."""
+    documents, query = [shown(world.decode(one.prompt_ids)) for one in pool], shown(world.decode(prompt))
+    mean = sum(map(len, documents)) / len(documents)
+
+    def score(document):
+        total = 0.0
+        for term in set(query):
+            n, f = sum(term in one for one in documents), document.count(term)
+            idf = math.log(1 + (len(documents) - n + 0.5) / (n + 0.5))
+            total += idf * f * 2.5 / (f + 1.5 * (0.25 + 0.75 * len(document) / mean))
+        return total
+
+    order = sorted(range(len(pool)), key=lambda place: (-round(score(documents[place]), 9), place))[:count]
+    return [pool[place] for place in reversed(order)]
+
+
+def total(lab, read: list[int], response: list[int]) -> float:
+    return float(log_prob(lab, read, response)[range(len(response)), response].sum())
+
+
+def bare(ids: list[int]) -> list[int]:
+    return [token for token in ids if token != world.EOS_ID]
+
+
+def by_hand(lab, bench, arm, n: int, rejected: bool):
+    """For each response of the plan: the best candidate, its log-ratio, tokens that are read, and copies."""
+    pool = pool_of(bench, arm, "pair" if rejected else "demonstration").examples
+    policy, samples, rows = bench.policy(arm.policy), bench.plan.samples, []
+    contexts = [
+        replace(one, prompt_ids=joined(similar(one.prompt_ids, pool, 2), one.prompt_ids)) for one in bench.plan.prompts
+    ]
+    drawn = [draw(policy, replace(bench.plan, prompts=contexts, seed=1_000_003 * c)) for c in range(n)]
+    for place, prompt in enumerate(bench.plan.prompts):
+        near = similar(prompt.prompt_ids, pool, 2)
+        behind = joined(near, prompt.prompt_ids)
+        other = prompt.prompt_ids
+        if rejected:
+            other = [token for one in near for token in [*one.prompt_ids, *one.completions[1]]] + prompt.prompt_ids
+        for i in range(samples):
+            candidates = [one.examples[place].completions[i] for one in drawn]
+            scores = [total(lab, behind, ids) - total(lab, other, ids) for ids in candidates]
+            copies = [bare(ids) in [bare(one.completions[0]) for one in near] for ids in candidates]
+            allowed = [k for k in range(n) if not copies[k]] or [0]
+            best = max(allowed, key=lambda k: (scores[k], -k)) if not all(copies) else 0
+            ratio = total(lab, behind, candidates[best]) - total(lab, prompt.prompt_ids, candidates[best])
+            read = sum(2 * len(behind) + len(other) + 3 * len(ids) for ids in candidates)
+            rows.append((candidates[best], ratio, read, sum(copies) / n, sum(map(len, candidates))))
+    return rows
+
+
+@pytest.mark.parametrize("rejected", [False, True], ids=["one_sided", "two_sided"])
+def test_the_best_candidate_by_the_contrast(home, rejected):
+    given = {"score": "two_sided", "source": "collected:pairs"} if rejected else {}
+    bench, arm = bench_of(home, "icdpo:sft", samples=8, in_context=given)
+    found, rows = measure_in_context(bench, arm), by_hand(home, bench, arm, 3, rejected)
+    assert [ids for example in found.examples for ids in example.completions] == [row[0] for row in rows]
+    bound = math.log(3) - 2 / 3
+    np.testing.assert_allclose(found.values["kl"], [bound + row[1] for row in rows], atol=1e-4)
+    assert found.values["tokens_read"].tolist() == [row[2] for row in rows]
+    assert found.values["copies"].tolist() == pytest.approx([row[3] for row in rows])
+    assert found.values["tokens_generated"].tolist() == [row[4] for row in rows]
+    assert found.values["length"].tolist() == [len(row[0]) for row in rows]
+    assert found.facts["kl_is_bound"] and found.facts["candidates"] == 3 and found.facts["method"] == "icdpo"
+    assert found.facts["score"] == ("two_sided" if rejected else "one_sided")
+    assert any(row[3] > 0 for row in rows)  # the guard had something to do
+    first = draw_again(bench, arm)
+    assert [row[0] for row in rows] != first  # and the choice as well
+
+
+def draw_again(bench, arm):
+    """The first candidates."""
+    pool = pool_of(bench, arm, "pair" if bench.config.in_context.score == "two_sided" else "demonstration").examples
+    asked = [
+        replace(one, prompt_ids=joined(similar(one.prompt_ids, pool, 2), one.prompt_ids)) for one in bench.plan.prompts
+    ]
+    drawn = draw(bench.policy(arm.policy), replace(bench.plan, prompts=asked))
+    return [ids for example in drawn.examples for ids in example.completions]
+
+
+def test_candidates_do_not_depend_on_the_batch(home):
+    drawn = []
+    for at_once in (1, 5, 64):
+        bench, arm = bench_of(home, "icdpo:sft", samples=2, max_prompts=3, per_device_eval_batch_size=at_once)
+        drawn.append([example.completions for example in measure_in_context(bench, arm).examples])
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
+def test_where_all_candidates_are_copies_the_first_is_returned(home, monkeypatch):
+    monkeypatch.setattr(icdpo, "is_copy", lambda *_: True)
+    bench, arm = bench_of(home, "icdpo:sft", samples=2, max_prompts=3, in_context={})
+    found = measure_in_context(bench, arm)
+    assert set(found.values["only_copies"]) == set(found.values["copies"]) == {1.0}
+    assert [ids for example in found.examples for ids in example.completions] == draw_again(bench, arm)
+
+
+def test_the_two_sided_contrast_needs_rejected_responses(home):
+    bench, arm = bench_of(home, "icdpo:sft", in_context={"score": "two_sided"})
+    with pytest.raises(
+        ConfigError, match=r"in_context\.score: two_sided reads rejected responses.*set in_context\.source"
+    ):
+        measure_in_context(bench, arm)
+
+
+@pytest.mark.parametrize("score", ["one_sided", "two_sided"])
+def test_accuracy_of_the_contrast_beside_log_p_and_the_reward_model(home, score):
+    given = {"source": "collected:pairs", "score": score}
+    bench, arm = bench_of(home, "icdpo:sft", max_prompts=7, reward_model="reward", in_context=given)
+    read = icdpo.pairs_of_source(bench, arm)
+    found = icdpo.pair_accuracy(bench, arm, read)
+    pool = pool_of(bench, arm, "pair" if score == "two_sided" else "demonstration").examples
+    right: dict[str, dict[str, list[float]]] = {"icdpo:sft@v1": {}, "log p of sft@v1": {}, "reward@v1": {}}
+    for pair in read:
+        near = similar(pair.prompt_ids, pool, 2)
+        behind, against = joined(near, pair.prompt_ids), pair.prompt_ids
+        if score == "two_sided":
+            against = [token for one in near for token in [*one.prompt_ids, *one.completions[1]]] + pair.prompt_ids
+        contrast = [total(home, behind, ids) - total(home, against, ids) for ids in pair.completions]
+        plain = [total(home, pair.prompt_ids, ids) for ids in pair.completions]
+        scores = bench.scorer.score([pair]).tolist()
+        for name, (chosen, other) in zip(right, (contrast, plain, scores), strict=True):
+            right[name].setdefault(pair.prompt_key, []).append((chosen > other) + 0.5 * (chosen == other))
+    assert 3 < len(read) <= 7 and set(found) == set(right)
+    for name, prompts in right.items():
+        assert found[name].mean == pytest.approx(sum(sum(v) / len(v) for v in prompts.values()) / len(prompts)), name
+
+
+def test_a_comparison_of_in_context_dpo(home):
+    config = home.config(
+        "compare",
+        arms=["icdpo:sft", "few_shot:sft"],
+        baseline="sft",
+        samples=2,
+        in_context={"source": "collected:pairs", "candidates": 2},
+        reward_model="reward",
+        name="contrast",
+    )
+    found = run_compare(config, home.home, quiet=True)
+    row = next(one for one in found.rows if one.arm == "icdpo:sft@v1")
+    assert (row.stage, row.beta, row.optimum) == ("icdpo", None, "other")
+    assert row.in_context.candidates == 2 and row.in_context.kl_is_bound and row.in_context.chosen is None
+    assert {"kl", "copies", "only_copies", "tokens_read", "tokens_generated"} <= set(row.metrics)
+    assert {"icdpo:sft@v1", "log p of sft@v1", "reward@v1", "longer wins"} <= set(found.preferences.scorers)
+    assert found.preferences.scorers["icdpo:sft@v1"].nll is None
+    (contrast,) = found.find(figure="true_reward", kind="as trained")
+    assert contrast.at == "as trained, with a different optimum for icdpo:sft@v1 and few_shot:sft@v1"
+    page = Path(found.report).read_text()
+    assert "The KL of icdpo:sft@v1 is an upper bound." in page and "best of 2 candidates" in page
+    assert load(found.path) == found
