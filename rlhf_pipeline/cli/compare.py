@@ -61,7 +61,7 @@ def compare(
         print_comparison(results)
 
 
-SHOWN = ("true_reward", "judge", "score", "kl", "well_formed", "ended", "length")
+SHOWN = ("true_reward", "judge", "score", "kl", "well_formed", "ended", "length", "tokens_read")
 
 
 def setting_text(setting: Mapping[str, Any]) -> str:
@@ -77,8 +77,10 @@ def _rescaled(rows: Sequence[Row]) -> bool:
 
 def _figure(row: Row, name: str) -> str:
     """A figure of a model; the KL of best-of-n is an upper bound."""
-    bound = name == "kl" and row.kl_bound is not None
-    return f"<= {row.kl_bound:.2f}" if bound else interval(row.metrics.get(name))
+    if name == "kl" and row.kl_bound is not None:
+        return f"<= {row.kl_bound:.2f}"
+    bound = name == "kl" and row.in_context is not None and row.in_context.kl_is_bound
+    return f"{'<= ' if bound else ''}{interval(row.metrics.get(name))}"
 
 
 def _model_rows(results: Results, shown: Sequence[Row], names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
@@ -134,7 +136,7 @@ def print_comparison(results: Results) -> None:
     """Print the tables, the verdict and the paths of a comparison; snapshots are counted, not shown."""
     passed = Counter(row.arm for row in results.rows if row.step is not None)
     shown = [row for row in results.rows if row.step is None]
-    names = [name for name in SHOWN if name in shown[0].metrics]
+    names = [name for name in SHOWN if any(name in row.metrics for row in shown)]
     summary = results.summary
     many = any(entry.seeds > 1 for entry in summary) or len({entry.arm for entry in summary}) < len(summary)
     columns, rows = (_summary_rows if many else _model_rows)(results, shown, names)
@@ -149,7 +151,8 @@ def print_comparison(results: Results) -> None:
     scorers = ", ".join(dict.fromkeys(row.scored_by for row in shown if row.scored_by))
     legend = [f"KL to {results.reference}, nats per response" if results.reference else ""]
     legend += [f"RM score by {scorers}" if scorers else "", f"judge {results.judge}" if results.judge else ""]
-    legend += ["<= marks an upper bound" if any(row.kl_bound is not None for row in shown) else ""]
+    bounds = any(row.kl_bound is not None or (row.in_context and row.in_context.kl_is_bound) for row in shown)
+    legend += ["<= marks an upper bound" if bounds else ""]
     notes = [
         f"figures: mean and 95 % interval, {spread}: ± half its width, or [low, high] if it is not symmetric",
         *filter(None, ["; ".join(filter(None, legend))]),

@@ -41,6 +41,10 @@ NAMES = {
     "ended": "EOS",
     "well_formed": "well-formed",
     "entropy": "entropy",
+    "context_tokens": "context",
+    "tokens_read": "tokens read",
+    "tokens_generated": "tokens generated",
+    "only_copies": "only copies",
 }
 
 
@@ -65,6 +69,7 @@ def evaluate(common: Common, settings: Settings, words: WordsArgument) -> None:
         emit_table(f"reward model {result['model']}", ("metric", "value"), flat_metrics(result["metrics"]))
         return
     rows = [(NAMES.get(name, name), interval(value, 3)) for name, value in result["metrics"].items()]
+    rows += [(f"accuracy of {name}", interval(value, 3)) for name, value in (result["accuracy"] or {}).items()]
     for row in result["best_of_n"]:
         best = row.metrics.get("true_reward") or row.metrics.get("score")
         rows.append((f"best of {row.n} by {row.chosen_by}", interval(best, 3)))
@@ -83,14 +88,15 @@ def emit_measuring(common: Common, config: PromptsConfig, models: Sequence[str])
     Raises:
         UnknownReference, MismatchError, DamagedFile.
     """
+    from rlhf_pipeline.config.in_context import name_arm, split_arm
     from rlhf_pipeline.registry.roles import check_role
 
     registry, labels = common.registry, []
-    for text in models:
+    for method, text in map(split_arm, models):
         resolved = registry.resolve(text)
-        if config.stage == "compare":
+        if config.stage == "compare" or method is not None:
             check_role(resolved, "policy")
-        labels.append(resolved.label)
+        labels.append(name_arm(method, resolved.label))
     plan = {"command": config.stage, "models": ", ".join(labels), "config": config.model_dump(mode="json")}
     emit_plan(plan, "nothing was measured", json=common.json)
 

@@ -12,7 +12,7 @@ from rlhf_pipeline.registry.optimum import REWARD_MODEL, carried_moves, own_move
 from rlhf_pipeline.registry.parents import beta_of, parent_of, reward_models_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.report.figures import EffectiveBeta, Row, Span
+from rlhf_pipeline.report.figures import EffectiveBeta, InContext, Row, Span
 
 OF_THE_LOSS = ("loss_type", "label_smoothing")
 """The options of DPO whose effect on the optimum is declared beside the losses (`algorithms.preference`)."""
@@ -38,6 +38,8 @@ class Aim:
 def aim_of(registry: Registry, resolved: Resolved) -> Aim:
     """Read what a model was trained towards from its manifest and those of its reward models."""
     manifest = resolved.manifest
+    if resolved.method is not None:
+        return Aim("other", {"in_context": resolved.method})
     if manifest is None:
         return Aim()
     moved = moved_options(registry, resolved)
@@ -105,7 +107,9 @@ def describe_aims(rows: Sequence[Row]) -> Iterator[str]:
             arms.setdefault(row.arm, []).append(row)
     for arm, finals in arms.items():
         kinds = {row.optimum for row in finals} - {"same"}
-        if kinds:
+        if finals[0].in_context is not None:
+            yield f"{arm} is not trained: {_told(finals[0].in_context)}; it has no beta"
+        elif kinds:
             moved = {name: value for row in finals for name, value in row.moves_optimum.items()}
             listed = ", ".join(f"{name}={value}" for name, value in moved.items())
             what = "beta on another scale" if kinds == {"scale"} else "another optimum"
@@ -114,6 +118,22 @@ def describe_aims(rows: Sequence[Row]) -> Iterator[str]:
         clear = [row for row in finals if row.effective_beta is not None and _is_off_scale(row.effective_beta)]
         if clear:
             yield _off_scale(arm, clear, len(finals))
+
+
+def _told(found: InContext) -> str:
+    """How an arm answers with demonstrations in its context, in words."""
+    several = "" if found.demonstrations == 1 else "s"
+    text = f"it answers with {found.demonstrations} demonstration{several} of {found.source} in its context"
+    if found.candidates is not None:
+        text += (
+            f", as the best of {found.candidates} candidates by the {found.score} contrast; its KL is an upper bound"
+        )
+    if found.chosen is not None:
+        by = (
+            "the likelihood of demonstrations" if found.chosen_by == "likelihood" else f"the score of {found.chosen_by}"
+        )
+        text += f" (set {found.chosen + 1} of {len(found.prefixes)}, chosen on validation prompts by {by})"
+    return text
 
 
 def _is_off_scale(found: EffectiveBeta) -> bool:

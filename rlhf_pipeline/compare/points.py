@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rlhf_pipeline.config.grid import Node, StageSpec
+from rlhf_pipeline.config.in_context import name_arm, split_arm
 from rlhf_pipeline.registry.digests import files_digest, snapshot_files, snapshot_steps
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
@@ -43,17 +44,17 @@ def points_of(compare: StageSpec, made: Sequence[tuple[Node, str]], registry: Re
     points: list[Point] = []
     wanted = compare.config.snapshots
     for index, arm in enumerate(compare.config.arms):
-        stage = compare.links.get(("arms", index))
+        stage, (method, reference) = compare.links.get(("arms", index)), split_arm(arm)
         if stage is None:
-            found = registry.resolve(arm)
+            found = replace(registry.resolve(reference), method=method)
             seed = None if found.manifest is None else found.manifest.seed
             points += with_snapshots(Point(arm, seed, {}, found.label), found, wanted)
             continue
         for node, model in made:
             if node.name == stage:
                 seed = node.spec.config.seed if node.seed is None else node.seed
-                point = Point(stage, seed, dict(node.setting), model)
-                points += with_snapshots(point, registry.resolve(model), wanted) if wanted else [point]
+                point = Point(name_arm(method, stage), seed, dict(node.setting), name_arm(method, model))
+                points += with_snapshots(point, registry.resolve(model)) if wanted and method is None else [point]
     return tuple(points)
 
 
@@ -62,7 +63,7 @@ def with_snapshots(point: Point, model: Resolved, wanted: bool = True) -> list[P
 
     A snapshot with the same files as the model (that of the last step) is left out.
     """
-    if not wanted or model.kind != "registry" or model.step is not None:
+    if not wanted or model.kind != "registry" or model.step is not None or model.method is not None:
         return [point]
     files = model.files
     steps = [step for step in snapshot_steps(files) if files_digest(snapshot_files(files, step)) != model.digest]

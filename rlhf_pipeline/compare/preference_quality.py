@@ -21,6 +21,7 @@ from rlhf_pipeline.evaluation.preference_metrics import (
     reliability_bins,
 )
 from rlhf_pipeline.measure.bench import Bench
+from rlhf_pipeline.measure.icdpo import pair_accuracy, pairs_of_source
 from rlhf_pipeline.measure.trained_on import owned_by
 from rlhf_pipeline.measure.training_loss import dpo_config, dpo_policies, own_data, trained_by_dpo
 from rlhf_pipeline.registry.parents import reward_models_of
@@ -88,6 +89,7 @@ def preference_quality(
 ) -> Preferences | None:
     """Accuracy and calibration of every reward model and, for the first seed, of every DPO policy; None without pairs.
 
+    An arm of in-context DPO has the accuracy of its contrast, beside that of log p alone: see `pair_accuracy`.
     The test compares the first reward model with the first DPO policy on the same pairs.
     """
     known = [(point, model) for point, model in trained if model.manifest is not None]
@@ -96,7 +98,10 @@ def preference_quality(
     policies = list({model.label: model for model in policies}.values())
     labels = [reward.label for _, model in known for reward in reward_models_of(bench.registry, model)]
     models = [find_model(bench.registry, label, "reward_model") for label in dict.fromkeys(labels)]
+    arms = list({model.label: model for _, model in trained if model.method == "icdpo"}.values())
     pairs = held_out_pairs(bench, config, [*policies, *models])
+    if not pairs and arms:
+        pairs = list(pairs_of_source(bench, arms[0]))
     if not pairs:
         return None
     clusters = [pair.prompt_key for pair in pairs]
@@ -111,6 +116,9 @@ def preference_quality(
             **compare_scorers(differences[one], differences[other], clusters),
         )
     scorers = {name: _scorer(name, values, clusters) for name, values in differences.items()}
+    for arm in arms:
+        for name, right in pair_accuracy(bench, arm, pairs).items():
+            scorers.setdefault(name, _uncalibrated(Interval.of(right)))
     return Preferences(pairs=len(pairs), prompts=len(set(clusters)), scorers=scorers, test=test)
 
 
@@ -118,7 +126,12 @@ def _scorer(name: str, values: Sequence[float], clusters: Sequence[str]) -> Scor
     """Accuracy and calibration of a scorer; length has no calibration, since lengths are not log-odds."""
     right = Interval.of(accuracy(values, clusters))
     if name == LONGER:
-        return Scorer(accuracy=right, ece=None, nll=None, brier=None, bins=[])
+        return _uncalibrated(right)
     metrics = preference_metrics(values, clusters)
     figures = {key: metrics[key] for key in ("ece", "nll", "brier")}
     return Scorer(accuracy=right, **figures, bins=reliability_bins(values, clusters))
+
+
+def _uncalibrated(accuracy: Interval) -> Scorer:
+    """A scorer whose differences are no log-odds."""
+    return Scorer(accuracy=accuracy, ece=None, nll=None, brier=None, bins=[])

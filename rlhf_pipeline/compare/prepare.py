@@ -20,6 +20,7 @@ from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.reward_names import names_a_model
 from rlhf_pipeline.errors import ConfigError, DataError, Fault
 from rlhf_pipeline.measure.bench import Bench, find_policies, knows_data, scored_as_trained, set_up
+from rlhf_pipeline.measure.contexts import require_unseen
 from rlhf_pipeline.measure.exact import ExactBench
 from rlhf_pipeline.measure.leaves import TRUTH, Leaves
 from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
@@ -58,8 +59,8 @@ class Entrants:
 
     @property
     def distinct(self) -> list[Resolved]:
-        """The baseline and the final models, each once."""
-        return list({model.label: model for model in self.models}.values())
+        """The baseline and the final models, each once, without arms with demonstrations in their context."""
+        return list({model.label: model for model in self.models if model.method is None}.values())
 
     @property
     def measured(self) -> list[Entry]:
@@ -78,6 +79,7 @@ def find_entrants(
 
     Raises:
         MismatchError: the arms differ in more than the way they were trained, and `allow_mismatch` is not set.
+        ConfigError: see `require_unseen`.
     """
     trained = _find_points(registry, config, points, say)
     finals = [(point, model) for point, model in trained if point.step is None]
@@ -98,6 +100,7 @@ def find_entrants(
     baseline = find_policies(registry, [config.baseline], say)[0] if config.baseline else None
     reference = _reference(registry, config, final_models, baseline, say)
     models = ([baseline] if baseline is not None else []) + final_models
+    require_unseen(config, models)
     scored = scored_as_trained(config, registry, models)
     asked_for = config.reward_model is not None
     return Entrants(registry, scored, trained, finals, baseline, reference, judge, differences, asked_for)
@@ -131,7 +134,7 @@ def _reference(
         return find_policies(registry, [config.reference], say)[0]
     against = {arm.label: parent_of(registry, arm, "reference") for arm in arms}
     known = [found for found in against.values() if found is not None]
-    reference = known[0] if known else baseline or reference_of(registry, arms[0])
+    reference = known[0] if known else baseline.policy if baseline else reference_of(registry, arms[0])
     for label, found in against.items():
         if reference is not None and found is not None and found.digest != reference.digest:
             say(f"note: {label} was trained with {found.label}; KL is measured to {reference.label} for all")

@@ -86,6 +86,8 @@ def lineage(registry: Registry, models: Sequence[Resolved]) -> list[Ancestor]:
             continue
         manifest = model.manifest
         parents = dict(manifest.parents) if manifest is not None else {}
+        if model.method is not None:
+            parents = {"policy": model.policy.parent}
         rows[model.label] = Ancestor(
             model=model.label,
             digest=model.digest,
@@ -107,5 +109,5 @@ def configs(models: Sequence[Resolved]) -> dict[str, str]:
             {key: value for key, value in model.manifest.config.items() if value is not None}, sort_keys=False
         )
         for model in models
-        if model.manifest is not None
+        if model.manifest is not None and model.method is None
     }

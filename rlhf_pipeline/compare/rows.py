@@ -19,7 +19,7 @@ from rlhf_pipeline.measure.evaluate import kept_samples, without_decoder
 from rlhf_pipeline.registry.parents import algorithm_of, beta_of, parent_of, reward_models_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
-from rlhf_pipeline.report.figures import Cost, Diversity, Interval, Row
+from rlhf_pipeline.report.figures import Cost, Diversity, InContext, Interval, Row
 from rlhf_pipeline.rollout.rewards import RewardSource
 from rlhf_pipeline.stages.reward_sources import load_reward
 
@@ -68,10 +68,13 @@ class Measured:
 def bill(registry: Registry, resolved: Resolved) -> Cost | None:
     """Training cost of a model: its own run and, for PPO, those of its reward models; shared stages are not counted.
 
-    The cost of a snapshot is its run up to that step, plus the whole cost of its reward models. Counts and seconds are
+    An SFT model that answers with demonstrations in its context trains nothing: 0. The cost of a snapshot is its run
+    up to that step, plus the whole cost of its reward models. Counts and seconds are
     added; peak memory is that of the largest stage. None if the cost is not known: for a model outside the registry,
     and for a snapshot of an earlier release.
     """
+    if resolved.method is not None and resolved.policy.stage == "sft":
+        return Cost(**dict.fromkeys(Cost.model_fields, 0.0))
     cost = resolved.manifest.cost if resolved.manifest is not None else {}
     if resolved.step is not None:
         cost = cost.get("at_step", {}).get(str(resolved.step), {})
@@ -203,6 +206,7 @@ def row_of(registry: Registry, measured: Measured, baseline: Measured, diversity
         validation=None if measured.validation is None else Interval.table(measured.validation.table()),
         cost=bill(registry, model),
         diversity=diversity,
+        in_context=None if figures.facts is None else InContext.model_validate(figures.facts),
     )
     primary = primary_figure(figures)
     if measured is baseline or primary is None:

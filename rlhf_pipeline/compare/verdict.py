@@ -15,6 +15,7 @@ from rlhf_pipeline.compare.preference_quality import LONGER
 from rlhf_pipeline.config.decoding import KL_OF
 from rlhf_pipeline.evaluation.seeds import needed
 from rlhf_pipeline.evaluation.statistics import Estimate
+from rlhf_pipeline.measure.icdpo import LOG_P
 from rlhf_pipeline.report.figures import Interval
 from rlhf_pipeline.report.results import Findings, Line, Verdict
 from rlhf_pipeline.report.sides import Contrast, Overoptimised
@@ -202,7 +203,7 @@ def _reward_model(results: Findings) -> Iterator[Line]:
     scorers, test = results.preferences.scorers, results.preferences.test
     for name, scorer in scorers.items():
         gate = results.gates.get(name)
-        if name == LONGER or (gate is not None and not gate.passed):
+        if name == LONGER or name.startswith(LOG_P) or (gate is not None and not gate.passed):
             continue  # reported with its gate
         if LONGER in scorers and scorer.accuracy.mean <= scorers[LONGER].accuracy.mean:
             yield line("limits", f"{name} orders held-out pairs no better than 'the longer response wins'")

@@ -23,7 +23,7 @@ def option(
     moving: float | None = None,
     unless: tuple[str, float | str] | None = None,
     condition: str = "",
-    names: Literal["policy", "reward", "data"] | None = None,
+    names: Literal["policy", "arm", "reward", "data"] | None = None,
     **limits: Any,
 ) -> Any:
     """Return a pydantic field; its description states whether the option moves the optimum.
@@ -34,7 +34,8 @@ def option(
         moving: the only value that moves the optimum, if all others are neutral.
         unless: another option, and its value with which (or with null) this option does not move the optimum.
         condition: a property of the run, unknown from the config, that must hold for the optimum to move.
-        names: what the value names: a policy, a reward model or another reward source, or data; see `mentions`.
+        names: what the value names: a policy, an arm of a comparison (a policy, or METHOD:policy), a reward model or
+            another reward source, or data; see `mentions`.
     """
     extra: dict[str, Any] = {} if names is None else {"names": names}
     if moves_optimum:

@@ -58,14 +58,17 @@ def check_labeller(config: CollectConfig) -> Iterator[Fault]:
     """Yield the faults of a language model as the labeller."""
     yield from check_source("judge", config.judge, config.llm_judge)
     yield from check_request("llm_judge", config.llm_judge, PAIR_PLACES)
-    if config.llm_judge is not None and config.labels != "rank":
+    if config.llm_judge is not None and config.labels == "bradley-terry":
         found = f"found {config.labels!r}, but llm_judge decides each pair itself"
         yield Fault("labels", found, "rank", "remove labels")
 
 
 def check_flips(config: CollectConfig) -> Iterator[Fault]:
-    """Yield the fault of flipped labels of rankings."""
-    if config.flip_rate and config.k > 2:
+    """Yield the fault of flipped labels of rankings or of single responses."""
+    if config.flip_rate and config.labels == "best":
+        found = f"found {config.flip_rate:g} with labels best: the best response alone has no label to flip"
+        yield Fault("flip_rate", found, "flip_rate 0, or other labels")
+    elif config.flip_rate and config.k > 2:
         found = f"found {config.flip_rate:g} with k {config.k}: a ranking has no label to flip"
         yield Fault("flip_rate", found, "k 2, or flip_rate 0")
 
@@ -101,9 +104,10 @@ class CollectConfig(WithLengths):
         ge=0,
     )
     k: int = option(2, "responses per prompt; more than 2 give rankings (DPO paper: 2)", ge=2)
-    labels: Literal["bradley-terry", "rank"] = option(
+    labels: Literal["bradley-terry", "rank", "best"] = option(
         "bradley-terry",
-        "how to label: draw the winner with odds exp(r_w - r_l), or take the ranks of the scores",
+        "how to label: draw the winner with odds exp(r_w - r_l), take the ranks of the scores, or (best) keep the best "
+        "of the k responses alone, as a demonstration for rlhf sft (RAFT)",
         moves_optimum=True,
     )
     flip_rate: float = option(

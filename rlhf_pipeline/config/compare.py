@@ -33,6 +33,7 @@ from rlhf_pipeline.config.base import (
     option,
 )
 from rlhf_pipeline.config.decoding import TEMPERATURE, Decoding, changed
+from rlhf_pipeline.config.in_context import InContext, split_arm
 from rlhf_pipeline.config.rewards import PAIR_PLACES, TOKENIZATION, LlmJudge, Tokenization, check_request
 from rlhf_pipeline.config.template import (
     CHAT_TEMPLATE,
@@ -59,6 +60,13 @@ def check_arms(config: CompareConfig) -> Iterator[Fault]:
         yield Fault("baseline", f"{config.baseline!r} is also an arm", "another model, or no baseline")
     elif len(seen) + (config.baseline is not None) < 2:
         yield Fault("arms", f"{config.arms[0]!r} is the only model", "two models or a baseline")
+
+
+def check_reference(config: PromptsConfig) -> Iterator[Fault]:
+    """Yield the fault of a reference with demonstrations in its context."""
+    if config.reference is not None and split_arm(config.reference)[0] is not None:
+        expected = "a policy: KL is measured to the reference on the prompt alone"
+        yield Fault("reference", f"found {config.reference!r}", expected, f"reference {split_arm(config.reference)[1]}")
 
 
 def check_validation(config: CompareConfig) -> Iterator[Fault]:
@@ -100,7 +108,7 @@ def check_decoding(config: EvaluateConfig) -> Iterator[Fault]:
 class PromptsConfig(CommandConfig):
     """Keys of every evaluation: prompts, a reference, and how to load models."""
 
-    checks: ClassVar[Checks] = (check_prompts, check_fractions, check_template)
+    checks: ClassVar[Checks] = (check_prompts, check_fractions, check_template, check_reference)
 
     split: Text = option("test", "split to take the prompts from, or 'all'")
     prompts: Text | None = option(None, "source of the prompts (default: the model's own training data)", names="data")
@@ -149,6 +157,11 @@ class EvaluateConfig(Decoding, PromptsConfig):
     samples: Count = option(4, SAMPLES)
     seed: Seed = option(0, "random seed for sampling")
     best_of: Counts = option((), "report best of n for these n, for example 1,4,16 (default: none)")
+    in_context: InContext | None = option(
+        None,
+        "demonstrations in the context of arms few_shot:REF and icdpo:REF (default: the defaults of its keys)",
+        names="data",
+    )
     judge: Text | None = option(
         None, "held-out reward model, trained on pairs that none of the compared models were trained on", names="reward"
     )
@@ -183,14 +196,13 @@ class CompareConfig(EvaluateConfig):
     name: Name = option("compare", "name of the report")
     arms: Texts = option(
         ...,
-        "models to compare: registry names, directories or hub ids",
-        names="policy",
+        "models to compare: registry names, directories or hub ids; few_shot:REF and icdpo:REF answer with "
+        "demonstrations in the context",
+        names="arm",
         min_length=1,
         examples=[["a", "b"]],
     )
-    baseline: Text | None = option(
-        None, "model that the arms are compared with (default: the first arm)", names="policy"
-    )
+    baseline: Text | None = option(None, "model that the arms are compared with (default: the first arm)", names="arm")
     llm_judge: LlmJudge | None = option(
         None, "language model that compares the responses; its agreement with held-out labels is measured too"
     )

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 from rlhf_pipeline.config.base import CommandConfig
 from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.dump import config_digest
-from rlhf_pipeline.config.mentions import set_value
+from rlhf_pipeline.config.mentions import set_reference
 from rlhf_pipeline.config.stages import StageConfig
 from rlhf_pipeline.config.yaml import KeyPath
 
@@ -39,7 +39,7 @@ class StageSpec(Generic[C]):
         """
         values = self.config.model_dump()
         for path, earlier in self.links.items():
-            set_value(values, path, outputs[earlier])
+            set_reference(values, path, outputs[earlier])
         return type(self.config).model_validate(values)
 
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from rlhf_pipeline.config.base import CommandConfig, renames
 from rlhf_pipeline.config.draft import Draft
+from rlhf_pipeline.config.in_context import name_arm, split_arm
 from rlhf_pipeline.config.names import DATA_SUFFIXES
 from rlhf_pipeline.config.reward_names import is_function_name, names_a_model
 from rlhf_pipeline.config.stages import SCHEMAS
@@ -23,8 +24,8 @@ _READING = ("dataset_config", "column_mapping")
 class Mention:
     """A value of a config that names a model or data.
 
-    role: policy, reward (a reward model or another reward source) or data. part, columns: the requested part of the
-    data, and the columns to rename.
+    role: policy, reward (a reward model or another reward source) or data. text: of an arm, the name of its policy.
+    part, columns: the requested part of the data, and the columns to rename.
     """
 
     path: KeyPath
@@ -63,6 +64,7 @@ def _named(values: Mapping[str, Any], kind: type[BaseModel]) -> Iterator[Mention
             elif isinstance(value, str):
                 part, columns = (values.get(name) if role == "data" else None for name in _READING)
                 named = columns if isinstance(columns, dict) and all(map(_is_text, columns.items())) else None
+                role, value = ("policy", split_arm(value)[1]) if role == "arm" else (role, value)
                 yield Mention(path, role, value, part if isinstance(part, str) else None, renames(named))
 
 
@@ -97,6 +99,14 @@ def set_value(values: Any, path: KeyPath, value: Any) -> None:
     values[path[-1]] = value
 
 
+def set_reference(values: Any, path: KeyPath, reference: str) -> None:
+    """Replace a name at `path`, as a `Mention` has it, by another one; the method of an arm stays."""
+    present = values
+    for part in path:
+        present = present[part]
+    set_value(values, path, name_arm(split_arm(present)[0], reference))
+
+
 def find_local_paths(draft: Draft) -> None:
     """Resolve paths that are relative to a config's folder; a path that does not exist is a fault.
 
@@ -119,7 +129,7 @@ def find_local_paths(draft: Draft) -> None:
             what = "a file or directory" if mention.role == "data" else "a model directory"
             draft.fault(mention.path, f"there is no {mention.text!r}", what, f"looked for {looked}")
         elif str(found) != mention.text:
-            set_value(draft.values, mention.path, str(found))
+            set_reference(draft.values, mention.path, str(found))
 
 
 def _looks_local(mention: Mention) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,12 +48,14 @@ class Samples:
     """Responses of one policy and their figures, one array entry per response, prompts in order.
 
     coupled: whether they were drawn with random numbers, which are the same for every policy with the same plan.
+    facts: how they were made, as JSON has it, if the policy had demonstrations in its context.
     """
 
     examples: list[Example]
     clusters: list[str]  # prompt of each response
     values: dict[str, np.ndarray] = field(default_factory=dict)
     coupled: bool = True
+    facts: dict[str, Any] | None = None
 
     def by_prompt(self, name: str) -> np.ndarray:
         """One figure of each prompt's responses, (P, A)."""
@@ -120,20 +123,24 @@ class Divergence:
 
 
 @torch.no_grad()
-def divergence(policy: Policy, reference: Policy, batch: PackedBatch) -> Divergence:
-    """Score a packed batch under a policy and a reference. Both must be able to read its layout."""
+def divergence(policy: Policy, reference: Policy, batch: PackedBatch, plain: PackedBatch | None = None) -> Divergence:
+    """Score a packed batch under a policy and a reference. Both must be able to read its layout.
+
+    plain: what the reference reads, if it is not `batch`: the same responses to other prompts.
+    """
+    plain = batch if plain is None else plain
     if policy.reader.head == reference.reader.head == "linear":
         scored = []
-        for one in (policy, reference):
-            hidden = hidden_states(trunk_of(one.model), batch, batch.predict_index)
+        for one, read in ((policy, batch), (reference, plain)):
+            hidden = hidden_states(trunk_of(one.model), read, read.predict_index)
             head = output_head(one.model, one.temperature, one.reader.tokens)
-            scored.append((head, hidden, *token_logprobs(head, hidden, batch.target_ids, entropy=one is policy)))
+            scored.append((head, hidden, *token_logprobs(head, hidden, read.target_ids, entropy=one is policy)))
         (head, hidden, logprobs, entropy), (ref_head, ref_hidden, ref_logprobs, _) = scored
         assert entropy is not None  # the policy was asked for it
         return Divergence(logprobs, ref_logprobs, entropy, token_kl(head, hidden, ref_head, ref_hidden))
     mine, theirs = (
-        torch.log_softmax(predicting_logits(one.model, batch, tokens=one.reader.tokens) / one.temperature, -1)
-        for one in (policy, reference)
+        torch.log_softmax(predicting_logits(one.model, read, tokens=one.reader.tokens) / one.temperature, -1)
+        for one, read in ((policy, batch), (reference, plain))
     )
     target = batch.target_ids[:, None]
     return Divergence(
@@ -144,15 +151,31 @@ def divergence(policy: Policy, reference: Policy, batch: PackedBatch) -> Diverge
     )
 
 
-def add_kl(samples: Samples, policy: Policy, reference: Policy, plan: SamplingPlan) -> None:
+def with_prompts(examples: Sequence[Example], prompts: Mapping[str, list[int]]) -> list[Example]:
+    """The examples with other token ids of their prompts, by `prompt_key`."""
+    return [replace(example, prompt_ids=prompts[example.prompt_key]) for example in examples]
+
+
+def add_kl(
+    samples: Samples,
+    policy: Policy,
+    reference: Policy,
+    plan: SamplingPlan,
+    contexts: Mapping[str, list[int]] | None = None,
+) -> None:
     """Add, per response and in nats: `kl` (sum over its positions of the exact KL over the vocabulary, the unbiased
     estimate with the least noise), `kl_k1` (log-ratio of the response), `kl_k3` (sum of k3 over its positions) and
-    `entropy` (summed likewise)."""
+    `entropy` (summed likewise).
+
+    contexts: the prompts that the policy has read in place of the samples' own, which the reference reads; see
+        `with_prompts`.
+    """
     layout = common_layout(policy.reader.layout, reference.reader.layout)
 
     def sums(part: Sequence[Example]) -> Tensor:
-        batch = pack(part, layout=layout).to(plan.device)
-        found = divergence(policy, reference, batch)
+        plain = pack(part, layout=layout).to(plan.device)
+        batch = plain if contexts is None else pack(with_prompts(part, contexts), layout=layout).to(plan.device)
+        found = divergence(policy, reference, batch, plain)
         ratios = k1(found.logprobs, found.ref_logprobs), k3(found.logprobs, found.ref_logprobs)
         columns = [found.kl, *ratios, found.entropy]
         return torch.stack([batch.per_completion(column.double()) for column in columns], dim=1)

@@ -20,6 +20,7 @@ from rlhf_pipeline.config.base import DataInput
 from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.dump import config_digest
 from rlhf_pipeline.config.grid import Node
+from rlhf_pipeline.config.in_context import split_arm
 from rlhf_pipeline.config.reward_names import is_function_name, names_a_model
 from rlhf_pipeline.config.stages import StageConfig
 from rlhf_pipeline.config.training import TrainingConfig
@@ -124,9 +125,11 @@ def comparison_inputs(
     if config.llm_judge is not None or any(source is not None and is_function_name(source) for source in named):
         return None
     texts = [point.model for point in points] + [text for text in (config.baseline, config.reference) if text]
+    texts = [split_arm(text)[1] for text in texts]
     texts += [source for source in named if source is not None and names_a_model(source)]
     models = _with_ancestors([registry.resolve(text) for text in texts], registry)
-    sources = {config.prompts} if config.prompts else set()
+    demonstrations = None if config.in_context is None else config.in_context.source
+    sources = {source for source in (config.prompts, demonstrations) if source}
     for model in models.values():
         values = model.manifest.config if model.manifest is not None else {}
         parts = values.get("datasets") or [values]

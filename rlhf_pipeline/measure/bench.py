@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from rlhf_pipeline.config.adapter import FourBits
 from rlhf_pipeline.config.base import part_of, renames
 from rlhf_pipeline.config.compare import PromptsConfig
+from rlhf_pipeline.config.in_context import split_arm
 from rlhf_pipeline.config.lengths import DEFAULT_MAX_LENGTH, Lengths, resolve_lengths
 from rlhf_pipeline.config.reward_names import WORLD_NAMES
 from rlhf_pipeline.data import world
@@ -342,5 +343,6 @@ def add_rewards(bench: Bench, samples: Samples, scorer: RewardSource | None = No
 
 
 def find_policies(registry: Registry, references: list[str], say: Callable[[str], None]) -> list[Resolved]:
-    """Resolve policies, checking role and files."""
-    return [find_model(registry, text, "policy", say=say) for text in references]
+    """Resolve policies and arms, checking role and files."""
+    arms = map(split_arm, references)
+    return [replace(find_model(registry, model, "policy", say=say), method=method) for method, model in arms]

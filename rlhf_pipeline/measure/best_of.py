@@ -8,6 +8,7 @@ from rlhf_pipeline.evaluation.best_of_n import best_of_n, kl_bound
 from rlhf_pipeline.evaluation.sampled import OF_POLICY, SHARES, Samples, draw
 from rlhf_pipeline.evaluation.statistics import cluster_mean
 from rlhf_pipeline.measure.bench import Bench, add_rewards
+from rlhf_pipeline.measure.in_context import measure_in_context
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.report.figures import BEST_OF_N, Interval, Row
 
@@ -28,6 +29,8 @@ def enough_samples(bench: Bench, baseline: Resolved, drawn: Samples, sizes: tupl
     if needed <= bench.plan.samples:
         return drawn
     more = replace(bench, plan=replace(bench.plan, samples=needed))
+    if baseline.method is not None:
+        return measure_in_context(more, baseline)
     samples = draw(bench.policy(baseline), more.plan)
     add_rewards(more, samples)
     return samples

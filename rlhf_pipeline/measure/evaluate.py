@@ -13,12 +13,16 @@ import numpy as np
 import torch
 
 from rlhf_pipeline.config.compare import EvaluateConfig
+from rlhf_pipeline.config.in_context import split_arm
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.config.reward import RewardConfig
 from rlhf_pipeline.errors import ConfigError, Fault
 from rlhf_pipeline.evaluation.sampled import Samples, add_kl, draw, take_from_policy
-from rlhf_pipeline.measure.bench import Bench, add_rewards, scored_as_trained, set_up
+from rlhf_pipeline.measure.bench import Bench, add_rewards, find_policies, scored_as_trained, set_up
 from rlhf_pipeline.measure.best_of import best_of_n_rows
+from rlhf_pipeline.measure.contexts import known_as, require_unseen
+from rlhf_pipeline.measure.icdpo import pair_accuracy, pairs_of_source
+from rlhf_pipeline.measure.in_context import measure_in_context
 from rlhf_pipeline.measure.kept import identity_of, keep
 from rlhf_pipeline.measure.trained_on import changes_of, owned_by
 from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
@@ -61,19 +65,27 @@ def _add_kl(bench: Bench, samples: Samples, policy: Policy) -> None:
         add_kl(samples, policy, reference, bench.plan)
 
 
+def measured(bench: Bench, resolved: Resolved, scorer: RewardSource | None = None) -> Samples:
+    """`measure` of a model, or of an arm that answers with demonstrations in its context."""
+    if resolved.method is not None:
+        return measure_in_context(bench, resolved, scorer)
+    return measure(bench, bench.policy(resolved), scorer)
+
+
 def kept_samples(bench: Bench, resolved: Resolved, scorer: RewardSource | None = None, *, wait: bool = True) -> Samples:
-    """`measure` of a model, from the cache if it is there.
+    """`measured` of a model or an arm, from the cache if it is there.
 
     Raises:
         Busy: see `keep`.
     """
 
     def make() -> dict[str, Any]:
-        made = measure(bench, bench.policy(resolved), scorer)
+        made = measured(bench, resolved, scorer)
         return {
             "completions": [example.completions for example in made.examples],
             "ended": [example.ended for example in made.examples],
             "values": {name: values.tolist() for name, values in made.values.items()},
+            "facts": made.facts,
         }
 
     reference, scores = bench.reference, {"score": scorer or bench.scorer, "judge": bench.judge, "truth": bench.truth}
@@ -81,12 +93,13 @@ def kept_samples(bench: Bench, resolved: Resolved, scorer: RewardSource | None =
     models |= {"policy": resolved.identity, "reference": "none" if reference is None else reference.identity}
     plan = bench.plan
     more = {"samples": plan.samples, "seed": plan.seed, "decoding": plan.decoding.model_dump()}
-    found: Any = keep(bench, "samples", models, make, wait=wait, **more)
+    own = {} if resolved.method is None else {"in_context": known_as(bench, resolved)}
+    found: Any = keep(bench, "samples", models, make, wait=wait, **more, **own)
     responses = zip(plan.prompts, found["completions"], found["ended"], strict=True)
     examples = [replace(prompt, completions=ids, ended=ended) for prompt, ids, ended in responses]
     clusters = [example.prompt_key for example in examples for _ in example.completions]
     values = {name: np.array(values) for name, values in found["values"].items()}
-    return Samples(examples, clusters, values, coupled=plan.decoding.do_sample)
+    return Samples(examples, clusters, values, plan.decoding.do_sample, found["facts"])
 
 
 @sharing_models()
@@ -95,21 +108,23 @@ def run_evaluate(reference_text: str, config: EvaluateConfig, home: Path) -> dic
     say = partial(console.print, markup=False)
     registry = Registry(home)
     device = make_accelerator(config).device
-    resolved = registry.resolve(reference_text)
+    method, text = split_arm(reference_text)
+    resolved = registry.resolve(text)
     say(resolved.taken)
     role, _ = role_of(resolved)
-    if role == "reward_model":
+    if role == "reward_model" and method is None:
         return _evaluate_reward_model(registry, resolved, config, device, say)
-    resolved = find_model(registry, reference_text, "policy")
+    (resolved,) = find_policies(registry, [reference_text], lambda _: None)
+    require_unseen(config, [resolved])
     reference = (
         find_model(registry, config.reference, "policy") if config.reference else reference_of(registry, resolved)
     )
     config = scored_as_trained(config, registry, [resolved])
     drawn = max([config.samples, *config.best_of])
     bench = set_up(registry, config, resolved, device, reference=reference, samples=drawn, seed=config.seed, say=say)
-    policy = bench.policy(resolved)
-    samples = measure(bench, policy)
+    samples = measured(bench, resolved)
     if not config.decoding.is_plain:
+        policy = bench.policy(resolved)
         own = draw(policy, without_decoder(bench).plan)
         _add_kl(bench, own, policy)
         take_from_policy(samples, own)
@@ -126,8 +141,17 @@ def run_evaluate(reference_text: str, config: EvaluateConfig, home: Path) -> dic
         "data": bench.data,
         "data_changed": bench.data_changed,
         "metrics": Interval.table(samples.table()),
+        "in_context": samples.facts,
+        "accuracy": _accuracy(bench, resolved),
         "best_of_n": best_of_n_rows(bench, samples, resolved.label, config.best_of),
     }
+
+
+def _accuracy(bench: Bench, resolved: Resolved) -> dict[str, Interval] | None:
+    """Of in-context DPO, the accuracy of its contrast and of other scorers on pairs of its source; else None."""
+    if resolved.method != "icdpo":
+        return None
+    return Interval.table(pair_accuracy(bench, resolved, pairs_of_source(bench, resolved)))
 
 
 def _evaluate_reward_model(

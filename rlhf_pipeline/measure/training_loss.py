@@ -31,7 +31,7 @@ POPULATION_PAIRS = 4096
 
 def trained_by_dpo(resolved: Resolved) -> bool:
     """Whether a model was trained by `rlhf dpo` and its manifest has the reference and beta."""
-    made = resolved.manifest
+    made = None if resolved.method is not None else resolved.manifest
     return made is not None and made.stage == "dpo" and "reference" in made.parents and bool(made.config.get("beta"))
 
 

@@ -59,7 +59,7 @@ def reference_of(registry: Registry, resolved: Resolved) -> Resolved | None:
     if "reference" in manifest.parents:
         return parent_of(registry, resolved, "reference")
     if manifest.stage == "sft":
-        return resolved
+        return resolved.policy
     base = parent_of(registry, resolved, "base")
     return reference_of(registry, base) if base is not None else None
 
@@ -98,7 +98,12 @@ def algorithm_of(resolved: Resolved) -> str | None:
 
 
 def beta_of(resolved: Resolved) -> float | None:
-    """Return the beta (`kl_coef`) of a model; None if unknown, 0 (no optimum) or no price of KL (no reference)."""
+    """Return the beta (`kl_coef`) of a model; None if unknown, 0 (no optimum) or no price of KL (no reference).
+
+    An arm with demonstrations in its context has none: it is another policy than the one that was trained.
+    """
+    if resolved.method is not None:
+        return None
     config = resolved.manifest.config if resolved.manifest is not None else {}
     if is_reference_free(config.get("loss_type")):
         return None

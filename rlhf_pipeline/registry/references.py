@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf_pipeline.config.in_context import Method, name_arm
 from rlhf_pipeline.config.names import HUB_ID, NAME_PATTERN
 from rlhf_pipeline.errors import UnknownReference
 from rlhf_pipeline.registry.digests import FileEntry, files_digest, folder_files, snapshot_files
@@ -43,7 +45,8 @@ class Resolved:
     """An existing model or data set: its location and manifest.
 
     `kind` is the meaning of the reference that was chosen; "data" is collected data of the registry. `find_base`
-    resolves the base of an adapter.
+    resolves the base of an adapter. `method` makes it an arm of a comparison that answers with demonstrations in its
+    context.
     """
 
     kind: Literal["registry", "directory", "hub", "data"]
@@ -55,6 +58,12 @@ class Resolved:
     revision: str | None = None
     manifest: Manifest | None = None
     find_base: Callable[[Resolved], Resolved] | None = field(default=None, repr=False, compare=False)
+    method: Method | None = None
+
+    @property
+    def policy(self) -> Resolved:
+        """The model itself, without the method of an arm."""
+        return self if self.method is None else replace(self, method=None)
 
     @cached_property
     def base(self) -> Resolved | None:
@@ -67,7 +76,11 @@ class Resolved:
 
     @property
     def label(self) -> str:
-        """The reference in full: `name@vN[#step]`, the folder, or the hub id with its revision."""
+        """The reference in full: `name@vN[#step]`, the folder, or the hub id with its revision; an arm has METHOD:."""
+        return name_arm(self.method, self._model_label)
+
+    @property
+    def _model_label(self) -> str:
         if self.kind in ("registry", "data"):
             step = "" if self.step is None else f"#{self.step}"
             return f"{self.name}@v{self.version}{step}"
@@ -82,7 +95,9 @@ class Resolved:
 
     @property
     def stage(self) -> str | None:
-        """The stage that made it, if there is a manifest."""
+        """The stage that made it, if there is a manifest; of an arm with a method, the method."""
+        if self.method is not None:
+            return self.method
         return None if self.manifest is None else self.manifest.stage
 
     @property
@@ -101,7 +116,10 @@ class Resolved:
 
     @cached_property
     def digest(self) -> str | None:
-        """The digest of its files: from the manifest, else computed from the folder; None on the hub."""
+        """The digest of its files (from the manifest, else computed from the folder) and method; None on the hub."""
+        if self.method is not None:
+            own = self.policy.digest
+            return None if own is None else sha256(name_arm(self.method, own).encode()).hexdigest()
         if self.manifest is not None:
             return files_digest(self.files)
         return None if self.path is None else files_digest(folder_files(self.path))

@@ -110,6 +110,27 @@ class EffectiveBeta(Span):
     why_not: str | None
 
 
+class InContext(Part):
+    """How an arm without training answered: with demonstrations in its context, before every prompt.
+
+    pool: demonstrations of the training split from which they are taken. chosen, prefixes, chosen_by: the number of the
+    set that few_shot uses, the mean figure of every set on validation prompts, and what the figure is: a reward model's
+    score, or "likelihood" of the validation demonstrations, nats per response. candidates, score: of icdpo, the number
+    for each response and the form of its contrast. kl_is_bound: the KL is an upper bound.
+    """
+
+    method: Literal["few_shot", "icdpo"]
+    source: str
+    demonstrations: int
+    pool: int
+    chosen: int | None = None
+    prefixes: list[float] = []
+    chosen_by: str | None = None
+    candidates: int | None = None
+    score: Literal["one_sided", "two_sided"] | None = None
+    kl_is_bound: bool = False
+
+
 class Row(Part):
     """Figures of one model, or of best-of-n of the baseline (stage "best-of-n")."""
 
@@ -138,6 +159,7 @@ class Row(Part):
     difference: Interval | None = None
     gain_in_sd: Number = None
     diversity: Diversity | None = None
+    in_context: InContext | None = None
     # best-of-n
     n: int | None = None
     samples: int | None = None

@@ -28,6 +28,15 @@ ENTRIES: dict[str, tuple[str, str, str]] = {
         "P(y ∈ grammar)",
     ),
     "entropy": ("entropy", "Entropy of the policy's responses, in nats.", "−E log π(y|x)"),
+    "context_tokens": ("context", "Tokens of the demonstrations in the context of a prompt.", "|d|"),
+    "tokens_read": (
+        "tokens read",
+        "Tokens that the model reads for one response: demonstrations, prompt and response, of all candidates.",
+        "|d| + |x| + |y|",
+    ),
+    "tokens_generated": ("tokens generated", "Tokens of all candidates of one response.", "Σ |y_i|"),
+    "copies": ("copies", "Share of candidates that are equal or nearly equal to a demonstration.", "2 M / (|a| + |b|)"),
+    "only_copies": ("only copies", "Share of responses all of whose candidates are copies.", "P(all are copies)"),
     "win_rate": (
         "win rate",
         "How often a response scores higher than the other side's response to the same prompt; a tie counts one half. "

@@ -47,8 +47,8 @@ def preference_order(scores: Tensor, labels: str, generator: torch.Generator) ->
     """Order the K responses to each prompt, best first.
 
     "bradley-terry" sorts by score plus Gumbel noise, which samples from the Plackett-Luce model at unit scale; for
-    K = 2 the first response wins with probability sigma(r_1 - r_2). "rank" sorts by score; ties keep the order of
-    sampling.
+    K = 2 the first response wins with probability sigma(r_1 - r_2). "rank" and "best" sort by score; ties keep the
+    order of sampling.
 
     Args:
         scores: (P, K).
@@ -56,7 +56,7 @@ def preference_order(scores: Tensor, labels: str, generator: torch.Generator) ->
     Returns:
         (P, K) indices of the responses.
     """
-    if labels == "rank":
+    if labels != "bradley-terry":
         return torch.argsort(scores, dim=1, descending=True, stable=True)
     uniform = torch.rand(scores.shape, generator=generator, dtype=torch.float64)
     gumbel = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
@@ -76,6 +76,7 @@ def to_row(
 ) -> dict[str, Any]:
     """One labelled prompt as a row: a pair for K = 2, a ranking for larger K. The row has texts and token ids.
 
+    With the labels "best" it is a demonstration, the best of the K responses (RAFT, Dong et al. 2023, algorithm 1).
     ties: whether responses with equal scores have equal ranks. flip_rate: e; a label that is right with probability p
     and then flipped with probability e has the probability (1 - 2 e) p + e.
     """
@@ -85,6 +86,10 @@ def to_row(
         return text_of(tokenizer, ids[: len(ids) - int(example.ended[k])])
 
     row: dict[str, Any] = {"prompt": example.prompt_text, "prompt_ids": example.prompt_ids, "split": split}
+    if labels == "best":
+        k = order[0]
+        kept = {"completion": text(k), "completion_ids": example.completions[k], "ended": example.ended[k]}
+        return row | kept | {"score": scores[k]}
     if len(order) == 2:
         best, worst = order
         for name, k in (("chosen", best), ("rejected", worst)):
@@ -202,7 +207,7 @@ def run_collect(
             flipped = torch.rand(len(orders), generator=flips, dtype=torch.float64) < config.flip_rate
             orders = [order[::-1] if flip else order for order, flip in zip(orders, flipped.tolist(), strict=True)]
         for (_, split), example, scored, order in zip(block, sampled, values, orders, strict=True):
-            if config.k == 2 and example.completions[0] == example.completions[1]:
+            if config.k == 2 and config.labels != "best" and example.completions[0] == example.completions[1]:
                 dropped["identical_pair"] += 1
                 continue
             if config.llm_judge is not None and len(set(scored)) == 1:

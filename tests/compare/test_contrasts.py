@@ -36,7 +36,7 @@ def point(arm: str, seed: int | None, beta: float, **figures: Any) -> Measured:
     name = f"{arm}-{beta:g}-{seed}"
     config = {"beta" if arm == "dpo" else "kl_coef": beta}
     manifest = SimpleNamespace(config=config, cost={"flops": 100.0, "wall_seconds": 1.0}, parents={}, seed=seed)
-    model = SimpleNamespace(label=name, manifest=manifest, step=None, stage=arm, digest=name)
+    model = SimpleNamespace(label=name, manifest=manifest, step=None, stage=arm, digest=name, method=None)
     figures = {"length": 3.0, **figures}
     checked = None if validation is None else samples(length=3.0, **validation)
     return Measured(Point(arm, seed, {"beta": beta}, name), model, samples(**figures), checked)

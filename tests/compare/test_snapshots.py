@@ -89,7 +89,7 @@ def test_the_bill_of_a_snapshot_holds_its_reward_model_whole(runs):
 def test_a_snapshot_of_an_earlier_version_has_no_bill(runs):
     resolved = runs.registry.resolve("dpo@v1#1")
     cost = {key: value for key, value in resolved.manifest.cost.items() if key != "at_step"}
-    older = SimpleNamespace(manifest=resolved.manifest.model_copy(update={"cost": cost}), step=1)
+    older = SimpleNamespace(manifest=resolved.manifest.model_copy(update={"cost": cost}), step=1, method=None)
     assert bill(runs.registry, older) is None
 
 
@@ -111,7 +111,7 @@ def point(arm: str, seed: int | None, step: int | None, flops: float | None, bet
     if flops is None:
         cost = {}
     manifest = SimpleNamespace(config={"beta": beta}, cost=cost, parents={}, seed=seed)
-    model = SimpleNamespace(label=name, manifest=manifest, step=step, stage="dpo", digest=name)
+    model = SimpleNamespace(label=name, manifest=manifest, step=step, stage="dpo", digest=name, method=None)
     checked = None if validation is None else samples(length=3.0, **validation)
     return Measured(Point(arm, seed, {"beta": beta}, name, step), model, samples(length=3.0, **figures), checked)
 

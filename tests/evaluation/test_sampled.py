@@ -148,3 +148,28 @@ def test_kl_rows_return_to_the_order_of_the_responses():
         add_kl(samples, policy, reference, sampling)
         tables.append(np.stack([samples.values[name] for name in ("kl", "kl_k1", "entropy")]))
     np.testing.assert_allclose(*tables, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 64])
+def test_kl_of_a_policy_that_reads_other_prompts_than_the_reference(at_once):
+    policy, reference = tiny(0).double(), tiny(1).double()
+    prompts = [[2, 3], [3], [2, 2, 3]]
+    contexts = {str(ids): [3, 2, 2, 1, *ids] for ids in prompts}
+    sampling = plan(prompts, 4, responses_at_once=at_once)
+    samples = draw(policy, sampling)
+    add_kl(samples, policy, reference, sampling, contexts)
+
+    def table(one: Policy, read: list[int], ids: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            return one.model(torch.tensor([read + ids])).logits[0, len(read) - 1 : -1].log_softmax(-1)
+
+    found = []
+    for example in samples.examples:
+        for ids in example.completions:
+            mine, theirs = table(policy, contexts[example.prompt_key], ids), table(reference, example.prompt_ids, ids)
+            ratio = (mine - theirs)[range(len(ids)), ids]
+            k3 = (ratio.neg().exp() - 1 + ratio).sum()
+            found.append([(mine.exp() * (mine - theirs)).sum(), ratio.sum(), k3, -(mine.exp() * mine).sum()])
+    expected = torch.tensor(found, dtype=torch.float64).T.numpy()
+    for name, column in zip(("kl", "kl_k1", "kl_k3", "entropy"), expected, strict=True):
+        np.testing.assert_allclose(samples.values[name], column, rtol=0, atol=1e-10)

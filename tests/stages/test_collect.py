@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -207,3 +208,57 @@ def test_one_seed_gives_one_data_set(lab):
     lab.run("collect", output_name="b")
     lab.run("collect", output_name="c", seed=1)
     assert rows_of(lab, "a") == rows_of(lab, "b") != rows_of(lab, "c")
+
+
+def test_the_law_of_the_best_response_is_that_of_best_of_k():
+    """All 4^3 draws of 3 out of 4 responses: P(best = y) = p(y) / P(r) (F(r)^3 - F(r-)^3), ties by the order."""
+    p, reward = [0.4, 0.3, 0.2, 0.1], [1.0, 0.0, 1.0, 2.0]  # P(0) = .3, P(1) = .6, P(2) = .1
+    law = [0.0] * 4
+    for draw in itertools.product(range(4), repeat=3):
+        scores = torch.tensor([[reward[y] for y in draw]], dtype=torch.float64)
+        (order,) = preference_order(scores, "best", torch.Generator()).tolist()
+        law[draw[order[0]]] += math.prod(p[y] for y in draw)
+    middle = 0.9**3 - 0.3**3
+    assert law == pytest.approx([middle * 0.4 / 0.6, 0.3**3, middle * 0.2 / 0.6, 1 - 0.9**3], abs=1e-12)
+
+
+def test_the_best_of_k_responses_is_a_demonstration(lab):
+    """RAFT: what `rlhf sft` reads of the best alone is what it reads of a ranking by the same scores."""
+    lab.run("collect", k=4, num=36, labels="best", output_name="best")
+    lab.run("collect", k=4, num=36, labels="rank", output_name="ranked")
+    best, ranked = rows_of(lab, "best"), rows_of(lab, "ranked")
+    assert len(best) == len(ranked) == 36
+    for one, every in zip(best, ranked, strict=True):
+        place = every["ranks"].index(1)
+        assert one["score"] == max(every["scores"]) and one["prompt_ids"] == every["prompt_ids"]
+        assert one["completion_ids"] == every["completion_ids"][place]
+        assert (one["completion"], one["ended"]) == (every["completions"][place], every["ended"][place])
+        assert set(one) == {"prompt", "prompt_ids", "split", "completion", "completion_ids", "ended", "score"}
+    found = read_records("collected:best", home=lab.home)
+    assert {record.kind for record in found.records} == {"demonstration"}
+    result = [lab.run("sft", dataset_name=f"collected:{name}", output_name=name) for name in ("best", "ranked")]
+    one, other = (lab.weights(made.model) for made in result)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert lab.registry.resolve("best").manifest.data[0].source.startswith("collected:best")
+
+
+def test_two_equal_responses_have_a_best_one(lab):
+    lab.run("collect", k=2, num=200, labels="best", output_name="best")
+    assert len(rows_of(lab, "best")) == 200
+    lab.run("collect", k=2, num=200, labels="rank", output_name="pairs-by-rank")
+    assert len(rows_of(lab, "pairs-by-rank")) < 200
+
+
+def test_sft_on_the_preferred_responses_reads_no_rejected_one(lab):
+    from rlhf_pipeline.stages.common import tokenizer_of
+    from rlhf_pipeline.stages.data import StageData
+
+    config = lab.config("sft")
+    examples, _ = StageData(config, lab.home, lambda _: None).training(tokenizer_of(lab.registry.resolve("sft")))
+    chosen = [row["chosen_ids"] for row in rows_of(lab, "pairs") if row["split"] == "train"]
+    assert [example.completions for example in examples] == [[ids] for ids in chosen]
+
+
+def test_the_best_response_has_no_label_to_flip(lab):
+    with pytest.raises(ConfigError, match=r"flip_rate: found 0\.1 with labels best"):
+        lab.config("collect", labels="best", flip_rate=0.1)

@@ -12,7 +12,7 @@ from rlhf_pipeline.report.markup import Section, section
 from rlhf_pipeline.report.points import Points, cells
 from rlhf_pipeline.report.sides import Frontier, FrontierPoint
 from rlhf_pipeline.report.style import NEUTRAL
-from rlhf_pipeline.report.text import headed, number, plural, short
+from rlhf_pipeline.report.text import clean, headed, number, plural, short
 from rlhf_pipeline.report.view import Key, View, setting_csv, setting_key, setting_text
 
 if TYPE_CHECKING:
@@ -102,6 +102,9 @@ def _frontier_caption(view: View, found: _Shown) -> str:
         said.append(f"Both arms reach KL {number(left)} to {number(right)} (shaded).")
     if found.gibbs:
         said.append("No policy lies above the exact frontier; a sampled point may lie above it within its interval.")
+    bounded = [row.name for row in view.trained if row.in_context is not None and row.in_context.kl_is_bound]
+    if bounded:
+        said.append(f"The KL of {', '.join(map(clean, bounded))} is an upper bound.")
     if found.best_of:
         said.append("Best of n is drawn at the upper bound of its KL (log n − (n − 1)/n): its KL is at most that.")
     return " ".join(said)
