@@ -92,7 +92,7 @@ def theirs(world: World, algorithm: str, shift: float = 0.0, **settings) -> tupl
     )
     inputs = kind._generate_and_score_completions(made, [{"prompt": "p"}] * len(ROWS))
     if algorithm == "rloo":
-        inputs["old_logps"] = inputs["old_logps"] + shift * LENGTHS[ROWS]
+        inputs["old_logps"] = inputs["old_logps"] + shift * LENGTHS[ROWS].double()
     else:
         inputs["old_per_token_logps"] = world.logprobs(world.policy)[ROWS].detach() + shift
     return inputs["advantages"], world.gradient(kind._compute_loss(made, None, inputs))
