@@ -115,6 +115,21 @@ def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, weights: Te
     return masked_sum(tokens if weights is None else weights.detach() * tokens, mask)
 
 
+def response_kl_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, weights: Tensor | None = None) -> Tensor:
+    """KL to the reference in the loss, by responses: sum over them of w (sum_t log pi_t - log pi_ref_t)^2 / 2.
+
+    Its expected gradient at the policy that sampled is that of KL(pi || pi_ref) over whole responses, so the optimum
+    stays pi_ref exp(r / beta) / Z. Source: J. Schulman, "Approximating KL divergence" (2020), k2.
+
+    Args:
+        logprobs, ref_logprobs: (C, R); only `logprobs` carries a gradient. mask: (C, R) bool.
+        weights: (C, R), w > 0, the same for all tokens of a response; None: 1.
+    """
+    assert logprobs.shape == ref_logprobs.shape == mask.shape
+    squares = k2(masked_sum(logprobs, mask, 1), masked_sum(ref_logprobs, mask, 1))
+    return (squares if weights is None else weights[:, 0].detach() * squares).sum()
+
+
 def clipped_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, cliprange_value: float
 ) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ def option(
     moves_optimum: bool = False,
     neutral: Any = None,
     moving: float | None = None,
-    unless: tuple[str, float | str] | None = None,
+    unless: tuple[str, float | str | tuple[str, ...]] | None = None,
     condition: str = "",
     names: Literal["policy", "arm", "reward", "data"] | None = None,
     **limits: Any,
@@ -32,7 +32,7 @@ def option(
         moves_optimum: whether a value can move the minimiser of a loss (for a reward model, that of PPO on it too).
         neutral: the value, or tuple of values, that does not move the optimum; by default the default.
         moving: the only value that moves the optimum, if all others are neutral.
-        unless: another option, and its value with which (or with null) this option does not move the optimum.
+        unless: another option, and its value or values with which (or with null) this option does not move the optimum.
         condition: a property of the run, unknown from the config, that must hold for the optimum to move.
         names: what the value names: a policy, an arm of a comparison (a policy, or METHOD:policy), a reward model or
             another reward source, or data; see `mentions`.
@@ -45,7 +45,9 @@ def option(
             extra["moving"] = moving
         if unless is not None:
             extra["unless"] = list(unless)
-            description += f" unless {unless[0]} is {unless[1] if isinstance(unless[1], str) else f'{unless[1]:g}'}"
+            values = unless[1] if isinstance(unless[1], tuple) else (unless[1],)
+            said = " or ".join(value if isinstance(value, str) else f"{value:g}" for value in values)
+            description += f" unless {unless[0]} is {said}"
         description += f" {condition}" if condition else ""
     return Field(default, description=description, json_schema_extra=extra or None, **limits)
 
@@ -294,4 +296,7 @@ def _is_neutral(value: Any, extra: Mapping[str, Any]) -> bool:
 
 def _is_idle(given: Mapping[str, Any], extra: Mapping[str, Any]) -> bool:
     """Whether the value of another option removes the effect of this one."""
-    return "unless" in extra and given[extra["unless"][0]] in (extra["unless"][1], None)
+    if "unless" not in extra:
+        return False
+    name, values = extra["unless"]
+    return given[name] is None or given[name] in (values if isinstance(values, tuple) else (values,))

@@ -98,6 +98,13 @@ def check_judge(config: PpoConfig) -> Iterator[Fault]:
         yield Fault("judge", found, "a held-out reward model, module:function or world", fix)
 
 
+def check_freezing(config: PpoConfig) -> Iterator[Fault]:
+    """Yield the fault of frozen layers of weights that are all frozen."""
+    if config.freeze_layers and config.use_peft:
+        found = f"found {config.freeze_layers} with use_peft, which freezes all weights below the adapter"
+        yield Fault("freeze_layers", found, "0", "remove it, or set use_peft: false")
+
+
 def check_episodes(config: PpoConfig) -> Iterator[Fault]:
     """Yield the faults of a run whose length is unknown, or shorter than one rollout."""
     if config.total_episodes is None:
@@ -190,6 +197,7 @@ class PpoConfig(WithAlgorithm, TrainingConfig):
         check_reward_sources,
         check_judge,
         check_rollout_engine,
+        check_freezing,
         check_episodes,
         check_epochs,
         check_batches,
@@ -267,6 +275,9 @@ class PpoConfig(WithAlgorithm, TrainingConfig):
     vllm_gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = option(
         0.3,
         "with vllm: share of the memory of its GPU (without one: of the machine) for vLLM's weights and cache (TRL)",
+    )
+    freeze_layers: int = option(
+        0, "number of the actor's first layers that stay as they are, with its embeddings (ours: none)", ge=0
     )
     shared_base: bool = option(
         False,

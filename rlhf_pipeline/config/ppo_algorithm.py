@@ -18,7 +18,8 @@ _USERS: Mapping[str, tuple[Algorithm, ...]] = {
     **dict.fromkeys(("value_init", "vf_coef", "gamma", "lam", "whiten_rewards", "critic_warmup_steps"), CRITICS),
     "cliprange_value": ("ppo",),
     "cliprange": ("ppo", "rloo", "grpo"),
-    **dict.fromkeys(("kl_in", "scale_rewards"), ("grpo",)),
+    "kl_in": ("rloo", "grpo"),
+    "scale_rewards": ("grpo",),
 }
 """Options that only these algorithms use; with the others they are null."""
 _ONCE = ("num_ppo_epochs", "num_mini_batches")
@@ -32,7 +33,13 @@ _DEFAULTS: Mapping[Algorithm, Mapping[str, Any]] = {
 """Defaults that differ from those of PPO."""
 HORIZON = 10_000
 """The default of kl_horizon."""
-_UNLESS_IN_REWARD = ("kl_in", "reward")
+KL_PLACES: Mapping[str, tuple[Algorithm, ...]] = {
+    "reward": ("rloo", "grpo"),
+    "loss": ("grpo",),
+    "response_loss": ("rloo",),
+}
+"""The values of kl_in, and the algorithms that have them."""
+_UNLESS_IN_LOSS = ("kl_in", ("reward", "response_loss"))
 
 
 class WithAlgorithm(Keys):
@@ -50,7 +57,7 @@ class WithAlgorithm(Keys):
         "responses to each prompt of a rollout, which has rollout_batch_size / num_generations prompts (ppo, a2c: 1; "
         "TRL: rloo 2, grpo 8)",
         moves_optimum=True,
-        unless=_UNLESS_IN_REWARD,
+        unless=_UNLESS_IN_LOSS,
     )
     num_ppo_epochs: Count = option(4, "passes over each rollout (TRL); a2c: 1")
     num_mini_batches: Count = option(
@@ -92,11 +99,13 @@ class WithAlgorithm(Keys):
     whiten_rewards: bool | None = option(
         False, "with ppo and a2c: scale the rewards per token to variance 1 (TRL: off)", moves_optimum=True
     )
-    kl_in: Literal["reward", "loss"] | None = option(
+    kl_in: Literal["reward", "loss", "response_loss"] | None = option(
         "reward",
-        "with grpo: where the penalty of the KL is. reward: the log-ratio in the return, as in the other algorithms "
-        "(ours); loss: the k3 estimate of each token (GRPO paper), whose optimum depends on num_generations",
+        "with rloo and grpo: where the penalty of the KL is. reward: the log-ratio in the return, as in the other "
+        "algorithms (TRL's RLOO); loss, with grpo: the k3 estimate of each token (GRPO paper), whose optimum depends "
+        "on num_generations; response_loss, with rloo: half the square of a response's log-ratio (k2), same optimum",
         moves_optimum=True,
+        neutral=("reward", "response_loss"),
     )
     entropy_coef: NonNegative = option(
         0.0, "weight of a bonus for the entropy of each token's distribution, in nats (TRL: 0)", moves_optimum=True
@@ -115,7 +124,7 @@ class WithAlgorithm(Keys):
         "with grpo: divide the advantages by the standard deviation of the returns to their prompt plus 1e-4: none "
         "(ours), or group (GRPO paper)",
         moves_optimum=True,
-        unless=_UNLESS_IN_REWARD,
+        unless=_UNLESS_IN_LOSS,
     )
     loss_normalization: Literal["tokens", "sequences", "responses"] = option(
         "tokens",
@@ -123,7 +132,7 @@ class WithAlgorithm(Keys):
         "grpo: mean over responses of the means over their tokens (GRPO paper)",
         moves_optimum=True,
         neutral=("tokens", "sequences"),
-        unless=_UNLESS_IN_REWARD,
+        unless=_UNLESS_IN_LOSS,
     )
 
     @model_validator(mode="after")
@@ -172,9 +181,12 @@ def check_algorithm(config: WithAlgorithm) -> Iterator[Fault]:
         yield Fault("loss_normalization", found, "tokens or sequences", "or set algorithm: grpo")
     if config.kl_horizon is not None and config.kl_target is None:
         yield Fault("kl_horizon", f"found {config.kl_horizon} without kl_target", "kl_target", "or remove it")
-    if config.kl_in == "loss" and config.kl_target is not None:
-        found = f"found {config.kl_target:g} with kl_in: loss"
+    if config.kl_in is not None and name in _USERS["kl_in"] and name not in KL_PLACES[config.kl_in]:
+        found, others = f"found {config.kl_in!r} with algorithm {name}", " or ".join(KL_PLACES[config.kl_in])
+        yield Fault("kl_in", found, "reward", f"remove it, or set algorithm: {others}")
+    if config.kl_in in ("loss", "response_loss") and config.kl_target is not None:
+        found = f"found {config.kl_target:g} with kl_in: {config.kl_in}"
         yield Fault("kl_target", found, "no kl_target: kl_coef is fixed in the loss", "remove it, or set kl_in: reward")
-    if config.kl_in == "loss" and config.whiten_advantages:
-        found = "found true with kl_in: loss, where it would change the weight of the reward against the KL"
+    if config.kl_in in ("loss", "response_loss") and config.whiten_advantages:
+        found = f"found true with kl_in: {config.kl_in}, where it would change the weight of the reward against the KL"
         yield Fault("whiten_advantages", found, "false", "remove it, or set kl_in: reward")

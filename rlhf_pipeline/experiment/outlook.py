@@ -60,6 +60,7 @@ TOKENS = {"chat_template", "chat_template_path", "chat_template_kwargs", "eos_to
 """Keys that change a tokenizer."""
 ADAPTED = {
     *("gradient_checkpointing", "use_peft", "lora_r", "lora_target_modules", "lora_modules_to_save", "use_dora"),
+    "freeze_layers",
 }
 """Keys that change which weights a model has and trains."""
 READ = {
@@ -276,7 +277,9 @@ class Outlook:
         training = config if isinstance(config, TrainingConfig) else None
         policy, bare, trained = self.shapes(self.described(node), training)
         rewards, judge = self.scorers(node.spec.links, node.inputs, config)
-        critic = as_critic(policy) if isinstance(config, PpoConfig) and config.separate_critic else None
+        critic = None
+        if isinstance(config, PpoConfig) and config.separate_critic:
+            critic = as_critic(replace(policy, frozen=0, frozen_skipped=0) if config.freeze_layers else policy)
         return Models(policy, bare, critic, rewards, judge, trained)
 
     def shapes(self, described: Any, config: TrainingConfig | None = None) -> tuple[ModelShape, ModelShape, int]:

@@ -125,6 +125,7 @@ def shapes_of(described: Any, config: TrainingConfig | None) -> tuple[ModelShape
 
     from rlhf_pipeline.models.adapters import add_adapter
     from rlhf_pipeline.models.forward import trunk_of
+    from rlhf_pipeline.models.freezing import freeze_layers
     from rlhf_pipeline.models.last_layer import compute_all, skip_unread
     from rlhf_pipeline.models.loading import model_of_config
 
@@ -135,6 +136,8 @@ def shapes_of(described: Any, config: TrainingConfig | None) -> tuple[ModelShape
         compute_all(trunk_of(model))
         if config is not None and config.use_peft:
             add_adapter(model, config, "")
+        if isinstance(config, PpoConfig) and config.freeze_layers:
+            freeze_layers(model, config.freeze_layers)
         skip_unread(trunk_of(model))
         checkpointed = config is not None and config.gradient_checkpointing
         shape = ModelShape.of(model, checkpointed=checkpointed)

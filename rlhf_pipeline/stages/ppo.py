@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from rlhf_pipeline.algorithms.advantages import gae, token_rewards
 from rlhf_pipeline.algorithms.groups import group_advantages, leave_one_out_advantages, to_tokens
 from rlhf_pipeline.algorithms.masked import masked_sum, whiten
-from rlhf_pipeline.algorithms.policy import PolicyLoss, clipped_policy_loss, clipped_value_loss, kl_loss
+from rlhf_pipeline.algorithms.policy import (
+    PolicyLoss,
+    clipped_policy_loss,
+    clipped_value_loss,
+    kl_loss,
+    response_kl_loss,
+)
 from rlhf_pipeline.config.ppo import WARMUP_OFFSET, PpoConfig
 from rlhf_pipeline.data.batch import PackedBatch
 from rlhf_pipeline.models.modules import ActorCritic, TokenScores
@@ -62,7 +68,7 @@ def ppo_windows(setup: PpoSetup, module: nn.Module, start: int) -> Iterator[Wind
 
         # 3. Token rewards: -beta (log pi - log pi_ref), plus the score at the last token.
         logprobs, ref_logprobs = rollout.logprobs, rollout.ref_logprobs
-        kl_coef = 0.0 if config.kl_in == "loss" else setup.kl_coef
+        kl_coef = 0.0 if config.kl_in in ("loss", "response_loss") else setup.kl_coef
         rewards = token_rewards(rollout.scores, logprobs, ref_logprobs, mask, kl_coef=kl_coef)
         if config.whiten_rewards:  # off by default: it moves the optimum
             rewards = whiten(rewards, mask, shift_mean=False, reduce=reduce)
@@ -130,9 +136,10 @@ def ppo_step(
         metrics["val/clipfrac_avg"] = (clipped, "tokens")
         checked["values"] = scores.values
 
-    # 8. KL loss of the published GRPO: pi_ref / pi - 1 - log(pi_ref / pi) of each token.
+    # 8. KL in the loss: k3 of each token (the published GRPO), or k2 of each response.
     if micro_batch.ref_logprobs is not None:
-        kl = kl_loss(logprobs, micro_batch.ref_logprobs, mask, weights=shares)
+        distance = kl_loss if config.kl_in == "loss" else response_kl_loss
+        kl = distance(logprobs, micro_batch.ref_logprobs, mask, weights=shares)
         terms["loss/kl_avg"] = (kl, per, config.kl_coef)
 
     # 9. Entropy bonus: the entropy of each token's distribution, minus as a loss. It moves the optimum.

@@ -14,6 +14,7 @@ from rlhf_pipeline.data.tokenizers import stop_ids
 from rlhf_pipeline.errors import ConfigError, Fault
 from rlhf_pipeline.models.adapters import add_adapter
 from rlhf_pipeline.models.four_bits import entries
+from rlhf_pipeline.models.freezing import freeze_layers
 from rlhf_pipeline.models.modules import ActorCritic, assert_independent, describe_critic, make_actor_critic
 from rlhf_pipeline.registry.adapters import chain_of
 from rlhf_pipeline.registry.references import Resolved
@@ -83,6 +84,9 @@ def load_setup(
         temperature=config.temperature,
     ).to(run.loads_on)
     actor_critic.trains_entropy = config.entropy_coef > 0
+    if config.freeze_layers:
+        freeze_layers(actor_critic.actor, config.freeze_layers)
+        run.log.say(describe_weights(actor_critic, reference))
     for frozen in (reference, *models):
         assert_independent(actor_critic, frozen)
     run.log.say(describe_critic(config.value_init, named[0].label if models else None))

@@ -304,7 +304,7 @@ def minibatch_window(
 ) -> Window:
     """One minibatch as a window; the last minibatch of the last epoch ends the update and carries the metrics."""
     config, rollout = setup.config, scored.rollout
-    ref_logprobs = rollout.ref_logprobs if config.kl_in == "loss" else None
+    ref_logprobs = rollout.ref_logprobs if config.kl_in in ("loss", "response_loss") else None
     first, last = (epoch, number) == (0, 0), (epoch, number) == (len(scored.epochs) - 1, len(scored.epochs[0]) - 1)
     importance = estimates.importance
     weights = None if importance is None else importance.weights

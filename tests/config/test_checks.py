@@ -79,6 +79,7 @@ import pytest
         ("ppo", {"num_mini_batches": 3}, "num_mini_batches", "rollout_batch_size 64 is not a multiple"),
         ("ppo", {"num_generations": 3}, "num_generations", "rollout_batch_size 64 is not a multiple"),
         ("ppo", {"num_generations": 0}, "num_generations", "found 0"),
+        ("ppo", {"freeze_layers": 1, "use_peft": True}, "freeze_layers", "found 1 with use_peft"),
         ("ppo", {"per_device_train_batch_size": 5}, "per_device_train_batch_size", "a minibatch of 16"),
         (
             "ppo",

@@ -125,6 +125,10 @@ def test_no_algorithm_moves_the_optimum_by_itself(load, algorithm):
     assert moves_optimum(load("ppo", **GRPO, **reshaped)) == {}
 
 
+def test_the_kl_of_responses_in_the_loss_moves_nothing(load):
+    assert moves_optimum(load("ppo", algorithm="rloo", kl_in="response_loss", num_generations=4)) == {}
+
+
 def test_the_published_grpo_states_the_size_of_its_groups(load):
     published = {"kl_in": "loss", "scale_rewards": "group", "loss_normalization": "responses"}
     assert moves_optimum(load("ppo", **GRPO, **published)) == {**published, "num_generations": 8}

@@ -12,7 +12,7 @@ CRITIC = {"value_init", "vf_coef", "gamma", "lam", "whiten_rewards", "critic_war
 UNUSED = {
     "ppo": {"kl_in", "scale_rewards"},
     "a2c": {"kl_in", "scale_rewards", "cliprange", "cliprange_value"},
-    "rloo": {"kl_in", "scale_rewards", "cliprange_value", *CRITIC},
+    "rloo": {"scale_rewards", "cliprange_value", *CRITIC},
     "grpo": {"cliprange_value", *CRITIC},
 }
 GIVEN = {
@@ -92,6 +92,13 @@ def test_a_value_of_null_is_the_default(load):
             "found true with kl_in: loss",
         ),
         ({"algorithm": "reinforce"}, "algorithm", "found 'reinforce'"),
+        ({"algorithm": "rloo", "kl_in": "loss"}, "kl_in", "found 'loss' with algorithm rloo"),
+        ({"algorithm": "grpo", "kl_in": "response_loss"}, "kl_in", "found 'response_loss' with algorithm grpo"),
+        (
+            {"algorithm": "rloo", "kl_in": "response_loss", "whiten_advantages": True},
+            "whiten_advantages",
+            "found true with kl_in: response_loss",
+        ),
         ({"kl_horizon": 100}, "kl_horizon", "found 100 without kl_target"),
         ({"kl_target": 6, "kl_horizon": 63}, "kl_horizon", "found 63"),
         ({"kl_target": 6, "kl_coef": 0}, "kl_coef", "found 0 with kl_target"),

@@ -145,6 +145,12 @@ def test_the_baseline_of_rloo_is_unbiased(tree):
     assert error(pair_step(tree, **RLOO), -tree.objective_gradient()) <= 1e-10
 
 
+def test_the_kl_of_a_response_in_the_loss_of_rloo_is_unbiased_too(tree):
+    """The square of a response's log-ratio, halved, has the gradient of the KL; advantages are those of scores."""
+    changes = {**RLOO, "kl_in": "response_loss"}
+    assert error(pair_step(tree, **changes), -tree.objective_gradient()) <= 1e-10
+
+
 def test_the_mean_of_the_group_shrinks_the_step_of_grpo(tree):
     """The response is in its own baseline, so two responses make half the step, in the same direction."""
     assert error(pair_step(tree, **GRPO), -tree.objective_gradient() / 2) <= 1e-10

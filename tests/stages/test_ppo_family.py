@@ -92,3 +92,13 @@ def test_the_estimate_counts_no_critic(lab):
     # Weights, gradients and two moments of the actor; reference and reward model, all in fp32.
     assert training_memory(100, None, rloo) == 100 * 4 * (4 + 2)
     assert training_memory(100, None, own) == 100 * 4 * (2 * 4 + 2)
+
+
+def test_an_entropy_bonus_keeps_a_run_more_uncertain(lab):
+    plain, bonus = (
+        lab.rows(lab.run("ppo", output_name=f"with-{c:g}", entropy_coef=c, max_steps=4).run) for c in (0.0, 5.0)
+    )
+    assert "loss/entropy_avg" not in plain[0]
+    for row in bonus:
+        assert row["loss/entropy_avg"] == pytest.approx(-row["policy/entropy_avg"], rel=1e-5)
+    assert bonus[-1]["policy/entropy_avg"] > plain[-1]["policy/entropy_avg"] + 0.01

@@ -43,28 +43,24 @@ for stage, values in runs:
 
 @pytest.fixture(scope="module")
 def both(tiny, tmp_path_factory):
-    """A home with each run in one process and in two."""
+    """A home with each run in one process, in two, and in two that divide the weights."""
     lab = tiny.copy(tmp_path_factory.mktemp("both") / "home")
-    for count in (1, 2):
-        configs = [
-            lab.config(
-                "ppo",
-                output_name=f"{name}-{count}",
-                num_generations=4,
-                per_device_train_batch_size=8 // count,
-                **changes,
-                **ONE_WINDOW,
-            )
-            for name, changes in RUNS.items()
-        ]
-        run_stages(lab, count, WORKER, [("ppo", config) for config in configs])
+
+    def config(name: str, how: str, count: int, **more):
+        size = {"num_generations": 4, "per_device_train_batch_size": 8 // count}
+        return "ppo", lab.config("ppo", output_name=f"{name}-{how}", **size, **RUNS[name], **ONE_WINDOW, **more)
+
+    run_stages(lab, 1, WORKER, [config(name, "1", 1) for name in RUNS])
+    two = [config(name, "2", 2) for name in RUNS]
+    run_stages(lab, 2, WORKER, [*two, *(config(name, "divided", 2, fsdp=True) for name in RUNS)])
     return lab
 
 
+@pytest.mark.parametrize("how", ["2", "divided"])
 @pytest.mark.parametrize("name", RUNS)
-def test_two_processes_take_the_step_of_one(both, name):
-    same(both, f"{name}-2", f"{name}-1")
-    found, start = both.weights(f"{name}-2"), both.weights("sft")
+def test_two_processes_take_the_step_of_one(both, name, how):
+    same(both, f"{name}-{how}", f"{name}-1", within=2e-5)
+    found, start = both.weights(f"{name}-{how}"), both.weights("sft")
     assert max(float((found[key] - start[key]).abs().max()) for key in start) > 1e-3
-    (row,) = both.rows(run_of(both, f"{name}-2"))
+    (row,) = both.rows(run_of(both, f"{name}-{how}"))
     assert row["episodes"] == 16 and row["objective/scores_std"] > 0
