@@ -195,6 +195,19 @@ def by_rloo(results: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
+def untrained(results: dict[str, Any]) -> dict[str, Any]:
+    """The results, had its arm dpo been in-context DPO."""
+    facts = {"method": "icdpo", "source": "pairs", "demonstrations": 2, "pool": 8, "candidates": 3, "kl_is_bound": True}
+    for row in results["rows"]:
+        row["in_context"] = facts if row.get("arm") == "dpo" else None
+    return results
+
+
+def test_a_kl_that_is_a_bound_says_so() -> None:
+    assert re.search(r"The KL of dpo\S* is an upper bound\.", said_by(untrained(plain())))
+    assert "is an upper bound." not in said_by(plain())
+
+
 def test_an_arm_says_which_relative_of_ppo_it_is() -> None:
     assert "ppo (RLOO)" in said_by(by_rloo(plain())) and "(RLOO)" not in said_by(plain())
 
@@ -218,7 +231,15 @@ def test_the_page_reads_no_field_that_a_comparison_does_not_have() -> None:
     assert {"rows", "peak", "why_not", "length_controlled", "kl_bound", "may_move_optimum"} <= read
     unknown = judged_by_llm(plain())
     unknown["llm_judge"] |= {"labels": None, "why_no_labels": "no pairs"}
-    given = (full(), plain(), not_comparable(plain()), judged_by_llm(plain()), unknown, by_rloo(plain()))
+    given = (
+        full(),
+        plain(),
+        not_comparable(plain()),
+        judged_by_llm(plain()),
+        unknown,
+        by_rloo(plain()),
+        untrained(plain()),
+    )
     assert read <= {name for results in given for name in named(results)} | NEVER_IN_A_FIXTURE
 
 
