@@ -19,7 +19,8 @@ from rlhf_pipeline.errors import Fault
 Spec = StageSpec[StageConfig]
 ARMS = ("ppo", "dpo")
 _ALONE = ("dataset_config", "column_mapping", "dataset_test_name")  # they belong to dataset_name, not to datasets
-_KEPT = ("judge",)  # a judge that watches a run measures all rounds by the same scale
+# A judge that watches a run measures all rounds by the same scale; the start and the reference stay those of round 1.
+_KEPT = ("judge", "model_name_or_path", "ref_model")
 
 
 @dataclass(frozen=True)

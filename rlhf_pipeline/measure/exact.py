@@ -10,6 +10,7 @@ from statistics import fmean
 
 from torch import Tensor
 
+from rlhf_pipeline.algorithms.preference import OBJECTIVES
 from rlhf_pipeline.config.compare import ExactConfig
 from rlhf_pipeline.config.reward_names import WORLD_NAMES
 from rlhf_pipeline.errors import ConfigError, Fault, RunFailed
@@ -28,6 +29,7 @@ from rlhf_pipeline.measure.kept import identity_of, keep
 from rlhf_pipeline.measure.leaves import TRUTH, Leaves, Reward, trained_reward
 from rlhf_pipeline.measure.training_loss import excess_training_losses, trained_by_dpo
 from rlhf_pipeline.models.sharing import sharing_models
+from rlhf_pipeline.registry.optimum import own_moves
 from rlhf_pipeline.registry.parents import beta_of, reference_of, reward_model_keys
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import role_of
@@ -141,11 +143,19 @@ def policy_row(exact: ExactBench, resolved: Resolved, beta: float) -> ExactRow:
     parts: dict[str, Gap] = {}
     if trained_on is not None:
         parts["optimisation_gap"] = gap_to(exact, logprobs, trained_on, beta)
-    if trained_by_dpo(resolved) and learned is not None:
+    if trained_by_dpo(resolved) and learned is not None and not _aims_elsewhere(resolved):
         parts["disagreement"] = gap_to(exact, logprobs, ((1.0, learned),), beta)
     for part in list(parts.values()):  # the total over the same prompts, so that the two can be compared
         parts["gap_true_there"] = gap_to(exact, logprobs[: part.prompts], TRUTH, beta)
     return exact_row(exact, resolved, logprobs, beta).model_copy(update=parts)
+
+
+def _aims_elsewhere(resolved: Resolved) -> bool:
+    """Whether the optimum of a DPO model is of another kind than that of a reward at some beta."""
+    assert resolved.manifest is not None
+    loss = resolved.manifest.config.get("loss_type")
+    known = isinstance(loss, str) and loss in OBJECTIVES and OBJECTIVES[loss].optimum != "other"
+    return not known or bool(own_moves(resolved.manifest).keys() - {"loss_type", "label_smoothing"})
 
 
 def kept_row(exact: ExactBench, resolved: Resolved | None, beta: float, *, wait: bool = True) -> ExactRow:

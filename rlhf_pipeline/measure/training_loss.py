@@ -85,6 +85,7 @@ def problem_of(resolved: Resolved) -> tuple[object, ...]:
     assert manifest is not None
     keys = (
         *("beta", "loss_type", "loss_weights", "label_smoothing", "sft_weight", "f_divergence", "f_alpha"),
+        *("simpo_gamma", "cpo_alpha"),
         *("soft_labels", "use_margin", "population_proposal", "max_train_samples"),
     )
     data = tuple(entry.digest for entry in manifest.data)

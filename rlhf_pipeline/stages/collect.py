@@ -175,14 +175,14 @@ def run_collect(
     if config.labels == "rank":
         say("labels=rank moves the optimum: labels without errors carry no information on the size of a preference")
     if config.flip_rate:
-        say(f"flip_rate={config.flip_rate:g} moves the optimum, but that of loss_type robust with this label_smoothing")
+        rate = f"flip_rate={config.flip_rate:g}"
+        say(f"{rate} moves the optimum, but not that of loss_type robust with this label_smoothing")
 
     # 2. Sample and label in blocks, cycling through the prompts.
     first, end = config.first_record, config.first_record + config.num
     generator = torch.Generator().manual_seed((config.seed + first * 1_000_003) % 2**63)
-    flips = torch.Generator().manual_seed(
-        generator.initial_seed() // 2 + 1
-    )  # apart: the rest of the data stays the same
+    # Apart from the draws of the responses: these and the other labels stay as they are.
+    flips = torch.Generator().manual_seed(((config.seed + first * 1_000_003) * 8 + 1) * 4096 % 2**63)
     shape = ModelShape.of(policy.model)
     dropped = {"identical_pair": 0}
 

@@ -144,6 +144,13 @@ def reference_identity(config: DpoConfig, reference: Resolved, parent: Resolved)
     return known_as
 
 
+def rows_read(pairs: Pairs, labelled: bool) -> int:
+    """The number of pairs of a run; of labelled responses, that of their rows: a pair's two responses are one."""
+    if labelled:
+        return len({example.where for example in pairs.examples})
+    return total_pairs(pairs.examples) or sum(report.kept for report in pairs.reports)
+
+
 def run_dpo(config: DpoConfig, home: Path, **options) -> StageResult:
     """Train a policy on preference pairs or rankings with DPO and register it."""
     with open_run("dpo", config, home, **options) as run:
@@ -216,6 +223,6 @@ def run_dpo(config: DpoConfig, home: Path, **options) -> StageResult:
             "train": last,
             "health": plan.health,
             **(pairs.evaluate() if pairs.evaluate is not None else {}),
-            "train_pairs": total_pairs(pairs.examples) or sum(report.kept for report in pairs.reports),
+            "train_pairs": rows_read(pairs, labelled),
         }
         return publish(run, plan, parents=parents, reports=pairs.reports, metrics=metrics)

@@ -68,14 +68,32 @@ def completion_logprob_sums(
     """
     if not examples:
         return torch.zeros(0, 2)
+    was_training = policy.training
+    policy.eval()  # dropout is for training only
+    try:
+        found = _logprob_sums(policy, examples, responses_at_once=responses_at_once, memory=memory, device=device)
+    finally:
+        policy.train(was_training)
+    most = most_responses(examples)
+    rows = found.split([len(example.completions) for example in examples])
+    return torch.stack([pad(row, (0, most - len(row)), value=torch.nan) for row in rows])
+
+
+def _logprob_sums(
+    policy: Policy,
+    examples: Sequence[Example],
+    *,
+    responses_at_once: int,
+    memory: Memory | None,
+    device: torch.device | str,
+) -> Tensor:
+    """(completions,) log-probabilities of all completions, one example after the other."""
 
     def sums(part: Sequence[Example]) -> Tensor:
         batch = pack(part, layout=policy.reader.layout).to(device)
         return batch.per_completion(policy(batch).logprobs)
 
-    found, most = score(sums, examples, responses_at_once=responses_at_once, memory=memory), most_responses(examples)
-    rows = found.split([len(example.completions) for example in examples])
-    return torch.stack([pad(row, (0, most - len(row)), value=torch.nan) for row in rows])
+    return score(sums, examples, responses_at_once=responses_at_once, memory=memory)
 
 
 def _is_whole(logprobs: Tensor, examples: Sequence[Example]) -> bool:

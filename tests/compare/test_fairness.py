@@ -212,6 +212,7 @@ def test_rewards_beside_a_reward_model_are_part_of_the_preferences(arms):
     assert set(found(arms, a="mixed", b="dpo")) == {"preference data"}
 
 
+@pytest.mark.check
 def test_other_data_can_be_a_part_of_what_is_compared(arms):
     fewer = arms.run("dpo", output_name="fewest", max_train_samples=6, max_steps=1).model
     with pytest.raises(MismatchError, match=r"(?s)preference data: .*--allow-other-data: the report"):
@@ -223,6 +224,7 @@ def test_other_data_can_be_a_part_of_what_is_compared(arms):
         compare(arms, "ppo", "other-parent", baseline="sft", allow_other_data=True)
 
 
+@pytest.mark.check
 def test_the_optimum_can_be_a_part_of_what_is_compared(arms):
     squared = arms.run("dpo", output_name="squared", loss_type="ipo", max_steps=1).model
     with pytest.raises(MismatchError, match=r"(?s)loss_type=ipo.* --allow-other-optimum: the report"):

@@ -18,7 +18,7 @@ from rlhf_pipeline.experiment.outlook import Outlook
 def test_kto_is_compared_as_trained_and_on_held_out_pairs(lab):
     for name, changes in (("dpo", {}), ("kto", {"loss_type": "kto"})):
         lab.run("dpo", output_name=name, max_steps=1, **changes)
-    given = {"arms": ["kto", "dpo"], "baseline": "sft", "name": "labelled", "allow_mismatch": True}
+    given = {"arms": ["kto", "dpo"], "baseline": "sft", "name": "labelled", "allow_other_optimum": True}
     result = run_compare(lab.config("compare", **given, samples=1, max_prompts=2), lab.home, quiet=True)
     assert aim_of(lab.registry, lab.registry.resolve("kto")).optimum == "other"
     assert {entry.at for entry in result.contrasts} == {"as trained, with a different optimum for kto@v1"}

@@ -81,6 +81,17 @@ def test_a_round_trains_on_all_data_so_far_from_the_start_of_round_1(load):
     assert [one.dataset_name for one in ppo.datasets] == ["pairs@v1", "pairs-ppo-2@v1"]
 
 
+def test_the_start_and_the_reference_stay_those_of_round_1(load):
+    best = {**STAGES["pairs"], "output_name": "best"}
+    raft = {"stage": "sft", "model_name_or_path": "sft", "dataset_name": "best"}
+    dpo = {**STAGES["dpo"], "model_name_or_path": "raft", "ref_model": "raft"}
+    order = {"best": best, "raft": raft, "late": dpo}
+    stages = named(load(stages=order, round_arms=["late"]))
+    assert not {"raft-late-2", "best-late-2"} & set(stages)
+    links = stages["late-2"].links
+    assert (links[("model_name_or_path",)], links[("ref_model",)]) == ("raft", "raft")
+
+
 def test_the_last_data_alone(load):
     stages = named(load(round_data="last"))
     assert [one.dataset_name for one in stages["dpo-3"].config.datasets] == ["pairs-dpo-3"]

@@ -17,6 +17,7 @@ SHORT = (
 )
 
 
+@pytest.mark.check
 @pytest.mark.slow
 def test_the_baselines_run_and_are_done_once(tmp_path, undrawn, capsys):
     made = [run_experiment(CONFIG, SHORT.split(), tmp_path, quiet=True) for _ in range(2)]

@@ -400,6 +400,7 @@ def test_fewer_right_than_wrong_are_enough():
         assert [f.cause for f in watched("dpo", right, 240).findings] == found
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("size", [8, 64])
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_noise_alone_raises_no_alarm_in_ppo(size, share):
@@ -419,6 +420,7 @@ def test_noise_alone_raises_no_alarm_in_ppo(size, share):
     assert len(alarms) <= 2, alarms  # of 100 runs, with ten watches each
 
 
+@pytest.mark.check
 def test_noise_alone_raises_no_alarm_in_the_other_stages():
     """100 runs each: accuracies of .6 over 32 pairs, a loss that falls by a tenth with a deviation of 5 %."""
     draw = random.Random(0)

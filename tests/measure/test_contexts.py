@@ -94,6 +94,7 @@ def bench_of(lab, **changes):
     return set_up(lab.registry, config, arm, torch.device("cpu"), **options), arm
 
 
+@pytest.mark.check
 def test_demonstrations_come_from_the_training_split_of_the_sft_model(tiny):
     bench, arm = bench_of(tiny)
     pool = pool_of(bench, arm)
@@ -119,6 +120,7 @@ def test_demonstrations_of_another_source(tiny):
     assert all((tuple(one.prompt_ids), tuple(one.completions[0])) in chosen for one in pool.examples)
 
 
+@pytest.mark.check
 def test_too_many_demonstrations_for_the_positions(tiny):
     bench, arm = bench_of(tiny, in_context={"demonstrations": 4})  # 4 x 7 + 6 + 4 > 32
     with pytest.raises(ConfigError, match=r"in_context\.demonstrations: 0 of 20 demonstrations of world:verdicts have"):
@@ -148,6 +150,7 @@ def test_an_arm_is_another_policy_than_its_model(tiny):
     assert arm.policy == plain and arm.digest != plain.digest and arm.identity != plain.identity
 
 
+@pytest.mark.check
 def test_samples_of_an_arm_are_known_by_its_demonstrations(tiny):
     bench, arm = bench_of(tiny)
     more, _ = bench_of(tiny, in_context={"demonstrations": 1})

@@ -203,11 +203,13 @@ def untrained(results: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
+@pytest.mark.check
 def test_a_kl_that_is_a_bound_says_so() -> None:
     assert re.search(r"The KL of dpo\S* is an upper bound\.", said_by(untrained(plain())))
     assert "is an upper bound." not in said_by(plain())
 
 
+@pytest.mark.check
 def test_an_arm_says_which_relative_of_ppo_it_is() -> None:
     assert "ppo (RLOO)" in said_by(by_rloo(plain())) and "(RLOO)" not in said_by(plain())
 

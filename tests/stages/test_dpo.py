@@ -40,6 +40,7 @@ def test_the_bill_does_not_depend_on_whether_the_cache_was_warm(lab):
     assert cold.cost["seconds"].keys() == warm.cost["seconds"].keys()
 
 
+@pytest.mark.check
 def test_online_the_reference_is_paid_at_every_step(lab):
     """One epoch: the cached reference and the online one see each pair once, so the bills agree."""
     epoch = {"max_steps": None, "num_train_epochs": 1}
@@ -186,6 +187,7 @@ def test_a_loss_with_another_optimum_says_so(lab, changes):
     assert lab.registry.resolve(result.model).manifest.moves_optimum == changes
 
 
+@pytest.mark.check
 def test_another_reference_is_another_optimum_and_the_start_under_another_name_is_not(lab):
     lab.run("sft", output_name="other-sft", max_steps=1, dataset_name="world:verdicts", max_train_samples=64)
     lab.registry.alias("sft", "start")

@@ -36,6 +36,7 @@ def make(reference: Policy, proposal: str = "mixture", response_length: int = 2)
     return Population(reference, prompts, stop_id=1, response_length=response_length, beta=BETA, proposal=proposal)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("proposal", ["mixture", "reference"])
 def test_both_responses_follow_the_declared_proposal(reference, proposal):
     population = make(reference, proposal)
@@ -150,6 +151,7 @@ def test_the_world_means_the_population_to_dpo_and_only_to_it(lab):
         lab.config("dpo", **POPULATION, max_steps=-1)
 
 
+@pytest.mark.check
 def test_a_policy_with_other_words_is_refused(lab):
     lab.run(
         "sft",

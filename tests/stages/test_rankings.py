@@ -275,6 +275,7 @@ def test_held_out_figures_are_those_of_the_pairs(lab, rankings):
     assert whole["baselines"]["longer_wins"] == pytest.approx(split["baselines"]["longer_wins"], abs=1e-9)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("loss_type", ["sigmoid", "plackett_luce"])
 def test_dpo_on_rankings(lab, rankings, loss_type):
     source = rankings(30)
@@ -304,6 +305,7 @@ def test_a_second_run_has_the_references_from_the_cache(lab, rankings):
     assert results[0].cost["flops"] == results[1].cost["flops"]
 
 
+@pytest.mark.check
 def test_a_ranking_costs_a_fraction_of_its_pairs(lab, rankings):
     """On the bill of a step, by the formula: the same rankings natively and, split, in the order of `engine: trl`."""
     row = {"prompt": "the plot of this drama was", "ranks": list(range(1, 9))}
@@ -315,6 +317,7 @@ def test_a_ranking_costs_a_fraction_of_its_pairs(lab, rankings):
     assert whole.metrics["train_pairs"] == split.metrics["train_pairs"] == 28
 
 
+@pytest.mark.check
 def test_collected_rankings_of_a_policy(lab):
     """Four responses to a prompt of which some are drawn twice."""
     lab.run("collect", k=4, num=60, labels="bradley-terry")
@@ -368,6 +371,7 @@ def test_the_command_refuses_ties_of_plackett_luce_with_the_row(capsys, lab, ran
     assert json.loads(capsys.readouterr().out)["metrics"]["train_pairs"] == 6
 
 
+@pytest.mark.check
 def test_the_training_loss_that_exact_reports_is_that_of_the_log(lab, rankings):
     """Read again after training, over all rankings: at the reference, where a step of 1e-12 leaves it."""
     from rlhf_pipeline.measure.exact import run_exact

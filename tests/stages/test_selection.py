@@ -79,6 +79,7 @@ def falling(monkeypatch) -> str:
     return "falling_reward:score"
 
 
+@pytest.mark.check
 def test_the_loss_and_the_reward_choose_different_epochs(lab, falling):
     slow = {**BY_REWARD, "learning_rate": 1e-3}
     by_reward = lab.run("sft", **{**slow, "select_reward": falling})

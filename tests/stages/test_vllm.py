@@ -47,6 +47,7 @@ def differences(lab, result):
     return [row["sampler/logprob_difference"] for row in lab.rows(result.run)]
 
 
+@pytest.mark.check
 def test_the_engine_samples_with_the_weights_of_each_update(lab, fake):
     """What the stand-in says of its tokens agrees with the training forward only if the weights have reached it."""
     result = lab.run("ppo", **VLLM, num_ppo_epochs=4)
@@ -66,12 +67,14 @@ def test_the_engine_samples_several_responses_to_each_prompt(lab, fake):
     assert [row["episodes"] for row in lab.rows(result.run)] == [16, 32]
 
 
+@pytest.mark.check
 def test_weights_that_do_not_arrive_are_seen(lab, fake, stuck):
     result = lab.run("ppo", **VLLM, num_ppo_epochs=4)
     first, second = differences(lab, result)
     assert first <= 1e-5 and second > 1e-2
 
 
+@pytest.mark.check
 def test_stale_weights_are_named_by_the_health_watch(lab, fake, stuck):
     result = lab.run("ppo", **{**VLLM, "max_steps": 4})
     assert "sampler_off" in [found["cause"] for found in result.metrics["health"]]
@@ -111,6 +114,7 @@ def test_another_stop_token_ends_responses_too(lab, fake):
     assert max(differences(lab, result)) <= 1e-5
 
 
+@pytest.mark.check
 def test_rollouts_are_of_the_same_kind_as_native_ones(lab, fake):
     """64 responses each of the first update, where both sample the SFT model."""
     settings = {"max_steps": 1, "rollout_batch_size": 64, "per_device_train_batch_size": 32}
@@ -368,6 +372,7 @@ def cli(lab, tmp_path, *words: str, **changes) -> int:
     return main(["ppo", "--config", str(path), "--home", str(lab.home), *words])
 
 
+@pytest.mark.check
 def test_by_the_command_line(lab, fake, tmp_path, capsys):
     assert cli(lab, tmp_path, "--json", **VLLM) == 0
     result = json.loads(capsys.readouterr().out)
