@@ -109,6 +109,7 @@ def odd(name: str) -> str:
     return page_of(ODD[name]() | {"curves": {}})
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("name", ODD)
 def test_odd_comparisons_have_a_page(name: str) -> None:
     assert faults_of(odd(name)) == set() and sections(odd(name)) >= ALWAYS
@@ -137,6 +138,7 @@ def test_over_optimisation_that_was_found_has_its_peak() -> None:
     assert "α 2.00, β 1.00, peak at KL 2.25." in said
 
 
+@pytest.mark.check
 def test_infinite_intervals_are_drawn_as_points() -> None:
     points = Points()
     page_of(without_intervals(plain()) | {"curves": {}}, points)

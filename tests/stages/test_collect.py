@@ -111,6 +111,7 @@ def test_a_later_first_record_goes_on_with_the_prompts_and_draws_anew(lab):
     assert not all(same)
 
 
+@pytest.mark.check
 def test_flips_change_labels_only(lab):
     lab.run("collect", num=400)
     lab.run("collect", num=400, flip_rate=0.3, output_name="flipped")
@@ -124,6 +125,13 @@ def test_flips_change_labels_only(lab):
         right = 1 / (1 + math.exp(-(other["chosen_score"] - other["rejected_score"])))
         assert other["label_probability"] == pytest.approx(0.7 * right + 0.3 * (1 - right), abs=1e-12)
     assert abs(flips / len(clean) - 0.3) <= 4 * math.sqrt(0.3 * 0.7 / len(clean))
+    flipped = []
+    for seed in (1, 2, 3):  # each seed flips other pairs
+        for rate in (0.0, 0.3):
+            lab.run("collect", num=36, flip_rate=rate, seed=seed, output_name=f"pairs{seed}-{rate:g}")
+        both = zip(rows_of(lab, f"pairs{seed}-0"), rows_of(lab, f"pairs{seed}-0.3"), strict=True)
+        flipped.append([row["prompt"] for row, other in both if row["chosen_ids"] != other["chosen_ids"]])
+    assert flipped[0] != flipped[1] != flipped[2] != flipped[0]
     with pytest.raises(ConfigError, match="a ranking has no label to flip"):
         lab.config("collect", k=4, flip_rate=0.1)
 

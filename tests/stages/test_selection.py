@@ -37,6 +37,7 @@ def evaluations(lab, result, name: str) -> list[float]:
     return [row[name] for row in lab.rows(result.run) if name in row]
 
 
+@pytest.mark.check
 def test_the_reward_is_that_of_the_registered_models_own_samples(lab):
     result = lab.run("sft", **BY_REWARD)
     rewards = evaluations(lab, result, "eval_reward")

@@ -40,6 +40,22 @@ def test_the_second_time_it_comes_from_the_disk(reference, tmp_path):
     assert not list(tmp_path.glob(".*"))  # nothing half-written stays behind
 
 
+def test_dropout_takes_no_part(reference):
+    policy, examples, _ = reference
+    expected = completion_logprob_sums(policy, examples, **OPTIONS)
+    noisy = torch.nn.Dropout(0.5)
+    hook = policy.model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: noisy(output))
+    policy.model.add_module("noisy", noisy)
+    policy.train()
+    try:
+        assert torch.equal(completion_logprob_sums(policy, examples, **OPTIONS), expected)
+        assert policy.training and noisy.training
+    finally:
+        hook.remove()
+        del policy.model.noisy
+        policy.eval()
+
+
 def test_log_probabilities_equal_plain_ones(reference):
     policy, examples, _ = reference
     found = completion_logprob_sums(policy, examples[:6], **OPTIONS)
