@@ -26,6 +26,7 @@ ROOMS = (
     "training",
     "stages",
     "report",
+    "labelling",
     "measure",
     "compare",
     "experiment",

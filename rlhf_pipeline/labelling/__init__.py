@@ -1,0 +1,1 @@
+"""Preferences from people: the page, its storage, the quality of the labels, the arena."""
