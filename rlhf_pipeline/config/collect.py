@@ -73,13 +73,42 @@ def check_flips(config: CollectConfig) -> Iterator[Fault]:
         yield Fault("flip_rate", found, "k 2, or flip_rate 0")
 
 
-class CollectConfig(WithLengths):
+class SamplingConfig(WithLengths):
+    """Keys of a command that samples responses of policies: how to read prompts, load models and sample."""
+
+    samples: ClassVar[bool] = True
+
+    temperature: Positive = option(1.0, "sampling temperature; 1: the policy itself")
+    dataset_config: Text | None = option(None, "configuration of the prompts' source (default: its own)")
+    column_mapping: dict[Text, Text] | None = COLUMN_MAPPING
+    splits: Texts | None = option(None, "splits to take the prompts from (default: all)", min_length=1)
+    split_fractions: dict[str, float] = SPLIT_FRACTIONS
+    skip_bad_rows: bool = SKIP_BAD_ROWS
+    max_prompt_length: Count | None = option(
+        None, "maximum prompt length, in tokens; longer prompts are cut on the left, those of messages by whole turns"
+    )
+    response_length: Count | None = option(None, "maximum response length, in tokens, EOS included")
+    max_length: Count | None = MAX_LENGTH
+    per_device_eval_batch_size: Count = option(256, "responses per batch on one device; halved if memory runs out")
+    dtype: Dtype = DTYPE
+    attn_implementation: Text | None = ATTENTION
+    trust_remote_code: bool = REMOTE_CODE
+    chat_template: Text | None = CHAT_TEMPLATE
+    chat_template_path: Text | None = CHAT_TEMPLATE_PATH
+    chat_template_kwargs: dict[str, Any] | None = CHAT_TEMPLATE_KWARGS
+    eos_token: Text | None = EOS_TOKEN
+    stop_token: StopToken = STOP_TOKEN
+    seed: Seed = option(0, "random seed for sampling and labels")
+    use_cpu: bool = USE_CPU
+    num_threads: Count | None = NUM_THREADS
+
+
+class CollectConfig(SamplingConfig):
     """Config of `rlhf data collect` and of the `collect` stage of an experiment."""
 
     stage: ClassVar[str] = "collect"
     checks: ClassVar = (check_prompts, check_lengths, check_fractions, check_template, check_labeller, check_flips)
     remarks: ClassVar = (remark_on_halves,)
-    samples: ClassVar[bool] = True
 
     policy: Text = option(
         ..., "model that samples the responses: registry name, directory or hub id", names="policy", examples=["model"]
@@ -118,29 +147,6 @@ class CollectConfig(WithLengths):
         ge=0,
         lt=0.5,
     )
-    temperature: Positive = option(1.0, "sampling temperature; 1: the policy itself")
-    dataset_config: Text | None = option(None, "configuration of the prompts' source (default: its own)")
-    column_mapping: dict[Text, Text] | None = COLUMN_MAPPING
-    splits: Texts | None = option(None, "splits to take the prompts from (default: all)", min_length=1)
-    split_fractions: dict[str, float] = SPLIT_FRACTIONS
-    skip_bad_rows: bool = SKIP_BAD_ROWS
-    max_prompt_length: Count | None = option(
-        None, "maximum prompt length, in tokens; longer prompts are cut on the left, those of messages by whole turns"
-    )
-    response_length: Count | None = option(None, "maximum response length, in tokens, EOS included")
-    max_length: Count | None = MAX_LENGTH
-    per_device_eval_batch_size: Count = option(256, "responses per batch on one device; halved if memory runs out")
-    dtype: Dtype = DTYPE
-    attn_implementation: Text | None = ATTENTION
-    trust_remote_code: bool = REMOTE_CODE
-    chat_template: Text | None = CHAT_TEMPLATE
-    chat_template_path: Text | None = CHAT_TEMPLATE_PATH
-    chat_template_kwargs: dict[str, Any] | None = CHAT_TEMPLATE_KWARGS
-    eos_token: Text | None = EOS_TOKEN
-    stop_token: StopToken = STOP_TOKEN
-    seed: Seed = option(0, "random seed for sampling and labels")
-    use_cpu: bool = USE_CPU
-    num_threads: Count | None = NUM_THREADS
 
     @model_validator(mode="before")
     @classmethod
