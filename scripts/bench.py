@@ -1,12 +1,13 @@
 """Benchmark every stage against its peer: SFT, reward model and DPO with TRL's trainers, PPO with that of TRL 1.12.
 
     .venv/bin/python scripts/bench.py [--hh FILE] [--stages dpo,reward,sft,ppo,ppo_shared] [--bf16] [--quick]
-                                      [--model FOLDER [--lora RANK]]
+                                      [--model FOLDER [--lora RANK]] [--methods]
 
 Prepares the work once (bench_work.py), runs both sides alternately, each in its own process (bench_ours.py,
 bench_peer.py), at least three times, and writes docs/benchmarks.md and its figures as JSON. It creates the environment
 of TRL 1.12 if that is missing, as scripts/parity_ppo.py does. With --model the policy is pretrained, the work is less,
-and the figures go to docs/benchmarks_pretrained.md (with --lora: docs/benchmarks_pretrained_lora.md).
+and the figures go to docs/benchmarks_pretrained.md (with --lora: docs/benchmarks_pretrained_lora.md). With --methods
+the stages are DPO and PPO beside KTO, SimPO, ORPO, RLOO and GRPO (docs/benchmarks_methods.md).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_probe import PRODUCT, failure
-from bench_table import TITLES, document, peer_stage, rate, summarise
+from bench_table import METHODS, STAGES, TITLES, document, peer_stage, rate, summarise
 from parity_ppo import ENVIRONMENT, dump, peer_python
 
 from rlhf_pipeline.errors import BadInput, RlhfError
@@ -180,16 +181,19 @@ def command_of(options: argparse.Namespace) -> str:
     words += ["--hh", options.hh.name] if options.hh else []
     words += ["--model", options.model.name] if options.model else []
     words += ["--lora", str(options.lora)] if options.lora else []
-    words += ["--stages", ",".join(options.stages)] if options.stages != stages_of(options.lora) else []
+    words += ["--methods"] if options.methods else []
+    words += (
+        ["--stages", ",".join(options.stages)] if options.stages != stages_of(options.lora, options.methods) else []
+    )
     words += [f"--{name}" for name in ("bf16", "quick") if getattr(options, name)]
     words += ["--repeats", str(options.repeats)] if options.repeats != LEAST else []
     words += ["--threads", str(options.threads)] if options.threads != THREADS else []
     return " ".join(words)
 
 
-def stages_of(lora: int) -> list[str]:
+def stages_of(lora: int, methods: bool = False) -> list[str]:
     """The stages that can be measured; the peer's PPO with adapters is not among them."""
-    return [stage for stage in TITLES if not lora or peer_stage(stage) != "ppo"]
+    return [stage for stage in (METHODS if methods else STAGES) if not lora or peer_stage(stage) != "ppo"]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -205,6 +209,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--lora", type=int, default=0, metavar="RANK", help="train adapters of this rank (with --model)"
     )
     parser.add_argument("--stages", help="default: all; with --lora those without PPO")
+    parser.add_argument("--methods", action="store_true", help="the further methods, beside DPO and PPO")
     parser.add_argument("--repeats", type=int, help=f"rounds (default and least {LEAST}; with --quick 1)")
     parser.add_argument("--bf16", action="store_true", help="run everything also with bf16 autocast")
     parser.add_argument("--quick", action="store_true", help="a smoke test on a few examples; its figures mean nothing")
@@ -220,7 +225,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         )
     if options.lora < 0 or (options.lora and options.model is None):
         raise BadInput(f"--lora: found {options.lora}; expected a rank above 0, together with --model")
-    known = stages_of(options.lora)
+    if options.methods and options.lora:
+        raise BadInput("--methods: found --lora beside it; expected all weights to be trained")
+    known = stages_of(options.lora, options.methods)
     given = known if options.stages is None else [stage.strip() for stage in options.stages.split(",") if stage.strip()]
     unknown = [stage for stage in given if stage not in known]
     if unknown or not given:
@@ -233,6 +240,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.threads < 1:
         raise BadInput(f"--threads: found {options.threads}; expected at least 1")
     name = f"benchmarks{'_pretrained' if options.model else ''}{'_lora' if options.lora else ''}"
+    name += "_methods" if options.methods else ""
     options.output = options.output or ROOT / ("build/bench_quick.md" if options.quick else f"docs/{name}.md")
     options.json = options.json or options.output.with_suffix(".json")
     return options

@@ -16,8 +16,16 @@ from unittest import mock
 
 from bench_probe import LORA_TARGETS, Stopwatch, run_side
 
-LOSSES = {"sft": "loss/nll", "reward": "loss/bradley_terry", "dpo": "loss/dpo"}
-STAGES = (*LOSSES, "ppo", "ppo_shared")
+PREFERENCE = {
+    "dpo": {},
+    "kto": {"loss_type": "kto"},
+    "simpo": {"loss_type": "simpo", "beta": 2.0},
+    "orpo": {"loss_type": "orpo"},
+}
+LOSSES = {"sft": "loss/nll", "reward": "loss/bradley_terry", **dict.fromkeys(PREFERENCE, "loss/dpo")}
+CRITIC_FREE = ("rloo", "grpo")
+SAMPLING = ("ppo", "ppo_shared", *CRITIC_FREE)
+STAGES = (*LOSSES, *SAMPLING)
 
 
 def config_of(stage: str, work: dict[str, Any], bf16: bool) -> tuple[str, Any]:
@@ -45,13 +53,17 @@ def config_of(stage: str, work: dict[str, Any], bf16: bool) -> tuple[str, Any]:
         values["lora_target_modules"] = list(LORA_TARGETS)
     if stage == "reward":
         values["reward_centering"] = "none"
-    if stage == "dpo":
-        values["precompute_ref_log_probs"] = False
-    if stage.startswith("ppo"):
+    if stage in PREFERENCE:
+        values |= {"precompute_ref_log_probs": False, "beta": 0.1} if stage in ("dpo", "kto") else {}
+        values |= PREFERENCE[stage]
+    if stage == "kto":
+        values["dataset_name"] = work["labels"]
+    if stage in CRITIC_FREE:
+        values |= {"algorithm": stage, "num_generations": sizes["group"]}
+    if stage in SAMPLING:
         values |= {
             "dataset_name": work["prompts"],
             "reward_model_path": work["reward"],
-            "value_init": "shared" if stage == "ppo_shared" else "reward_model",
             "max_prompt_length": sizes["prompt_length"],
             "response_length": sizes["new_tokens"],
             "total_episodes": sizes["episodes"] + sizes["warmup_updates"] * sizes["rollout"],
@@ -60,7 +72,9 @@ def config_of(stage: str, work: dict[str, Any], bf16: bool) -> tuple[str, Any]:
             "num_mini_batches": sizes["minibatches"],
             "per_device_train_batch_size": sizes["rollout"] // sizes["minibatches"],
         }
-    command = {"reward": "train-rm", "ppo_shared": "ppo"}.get(stage, stage)
+        if stage not in CRITIC_FREE:
+            values["value_init"] = "shared" if stage == "ppo_shared" else "reward_model"
+    command = "ppo" if stage in SAMPLING else "dpo" if stage in PREFERENCE else {"reward": "train-rm"}.get(stage, stage)
     return command, load_config(command, None, extra=values).config
 
 
@@ -75,7 +89,7 @@ def measure(stage: str, work: dict[str, Any], bf16: bool = False) -> Stopwatch:
     from rlhf_pipeline.stages import common
     from rlhf_pipeline.training import ppo_rollouts, session
 
-    sizes, ppo = work["sizes"], stage.startswith("ppo")
+    sizes, ppo = work["sizes"], stage in SAMPLING
     examples: list[Any] = []
     watch = Stopwatch(
         warmup=sizes["warmup_updates" if ppo else "warmup"], examples=sizes["rollout" if ppo else "batch"]

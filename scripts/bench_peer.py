@@ -14,12 +14,14 @@ import json
 import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench_probe import LORA_TARGETS, Stopwatch, run_side
 
-STAGES = ("sft", "reward", "dpo", "ppo")
+CRITIC_FREE = ("rloo", "grpo")
+STAGES = ("sft", "reward", "dpo", "kto", "simpo", "orpo", "ppo", *CRITIC_FREE)
 
 
 def read_rows(path: str, order: list[int]) -> list[dict[str, Any]]:
@@ -32,7 +34,11 @@ def sequences(row: dict[str, Any]) -> list[list[int]]:
     """The token ids of a row as a trainer collates it: the prompt with each completion, or only the prompt."""
     if "input_ids" in row:
         return [list(row["input_ids"])]
+    if "chosen_input_ids" in row:
+        return [list(row[name]) for name in ("chosen_input_ids", "rejected_input_ids")]
     prompt = list(row.get("prompt_ids", ()))
+    if "completion_ids" in row:
+        return [prompt + list(row["completion_ids"])]
     return [prompt + list(row[name]) for name in ("chosen_ids", "rejected_ids")]
 
 
@@ -90,7 +96,7 @@ def adapter(work: dict[str, Any], task: str) -> Any:
 
 
 def train_pairs(stage: str, work: dict[str, Any], watch: Stopwatch, directory: str, bf16: bool) -> None:
-    """SFT, reward model or DPO with TRL's trainer."""
+    """SFT, a reward model, or a loss on preferences with TRL's trainer."""
     import torch
     import trl
     from datasets import Dataset
@@ -106,7 +112,7 @@ def train_pairs(stage: str, work: dict[str, Any], watch: Stopwatch, directory: s
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": False,
     }
-    rows = read_rows(work["pairs"], work["order"])
+    rows = read_rows(work["labels" if stage == "kto" else "pairs"], work["order"])
     if stage == "sft":
         rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
     options: dict[str, Any] = {
@@ -123,6 +129,12 @@ def train_pairs(stage: str, work: dict[str, Any], watch: Stopwatch, directory: s
         if stage == "sft":
             args = trl.SFTConfig(**arguments, completion_only_loss=True, packing=False)
             trainer = trl.SFTTrainer(model=model, args=args, **options)
+        elif stage in ("simpo", "orpo"):  # no reference
+            trainer = without_reference(stage, arguments)(model=model, **options)
+        elif stage == "kto":
+            args = trl.KTOConfig(**arguments, beta=0.1, loss_type="kto", precompute_ref_log_probs=False)
+            options["ref_model"] = AutoModelForCausalLM.from_pretrained(work["policy"], dtype=torch.float32)
+            trainer = trl.KTOTrainer(model=model, args=args, **options)
         else:
             args = trl.DPOConfig(**arguments, beta=0.1, loss_type=["sigmoid"], precompute_ref_log_probs=False)
             if options["peft_config"] is None:  # else the reference is the model without its adapter
@@ -131,6 +143,75 @@ def train_pairs(stage: str, work: dict[str, Any], watch: Stopwatch, directory: s
     trainer.data_collator = noted(trainer.data_collator, watch)
     found = trainer.train()
     watch.losses.append(found.training_loss)
+
+
+def without_reference(stage: str, arguments: dict[str, Any]) -> Any:
+    """SimPO's or ORPO's trainer with its config; SimPO is a loss of TRL's CPO."""
+    if stage == "simpo":
+        from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+        args: Any = CPOConfig(**arguments, loss_type="simpo", cpo_alpha=0.0, beta=2.0, simpo_gamma=1.0)
+        return partial(CPOTrainer, args=args)
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    return partial(ORPOTrainer, args=ORPOConfig(**arguments, beta=1.0))
+
+
+def train_critic_free(stage: str, work: dict[str, Any], watch: Stopwatch, directory: str, bf16: bool) -> None:
+    """RLOO or GRPO: rollouts of as many responses as PPO's, `group` to each prompt, and as many optimizer steps."""
+    import torch
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+
+    sizes = work["sizes"]
+    minibatch, group = sizes["rollout"] // sizes["minibatches"], sizes["group"]
+    per_update = sizes["ppo_epochs"] * sizes["minibatches"]
+
+    class Updates(TrainerCallback):
+        """Tells the stopwatch of every update: a rollout with all its optimizer steps."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            watch.ready(kwargs.get("optimizer"))
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step % per_update == 0:
+                watch.tick()
+
+    updates = sizes["warmup_updates"] + sizes["episodes"] // sizes["rollout"]
+    rows = read_rows(work["prompts"], work["prompt_order"])[: updates * sizes["rollout"] // group]
+    make = {"rloo": (trl.RLOOConfig, trl.RLOOTrainer), "grpo": (trl.GRPOConfig, trl.GRPOTrainer)}[stage]
+    arguments = make[0](
+        **common_arguments(work, directory, bf16),
+        per_device_train_batch_size=minibatch,
+        gradient_accumulation_steps=1,
+        steps_per_generation=sizes["minibatches"],
+        num_iterations=sizes["ppo_epochs"],
+        num_generations=group,
+        max_completion_length=sizes["new_tokens"],
+        max_steps=updates * per_update,
+        shuffle_dataset=False,
+        temperature=1.0,
+        beta=0.05,
+        logging_strategy="no",
+    )
+    tokenizer = AutoTokenizer.from_pretrained(work["policy"], padding_side="left")
+    trainer = make[1](
+        args=arguments,
+        processing_class=tokenizer,
+        model=AutoModelForCausalLM.from_pretrained(work["policy"], dtype=torch.float32),
+        reward_funcs=AutoModelForSequenceClassification.from_pretrained(work["reward"], dtype=torch.float32),
+        train_dataset=Dataset.from_list(rows),
+        callbacks=[Updates()],
+    )
+    generate = trainer._generate_and_score_completions
+
+    def noted_rollout(inputs: list[dict[str, Any]]) -> Any:
+        watch.saw([[list(row["prompt_ids"])] for row in inputs[::group]])
+        return generate(inputs)
+
+    trainer._generate_and_score_completions = noted_rollout
+    trainer.train()
 
 
 def train_ppo(work: dict[str, Any], watch: Stopwatch, directory: str, bf16: bool) -> None:
@@ -198,12 +279,14 @@ def measure(stage: str, work: dict[str, Any], bf16: bool = False) -> Stopwatch:
     import torch
 
     torch.set_num_threads(work["threads"])
-    sizes, ppo = work["sizes"], stage == "ppo"
+    sizes, ppo = work["sizes"], stage == "ppo" or stage in CRITIC_FREE
     watch = Stopwatch(
         warmup=sizes["warmup_updates" if ppo else "warmup"], examples=sizes["rollout" if ppo else "batch"]
     )
     with tempfile.TemporaryDirectory() as directory:
-        if ppo:
+        if stage in CRITIC_FREE:
+            train_critic_free(stage, work, watch, directory, bf16)
+        elif ppo:
             train_ppo(work, watch, directory, bf16)
         else:
             train_pairs(stage, work, watch, directory, bf16)

@@ -78,12 +78,12 @@ def table(columns: dict[str, dict[str, float]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from bench_table import TITLES
+    from bench_table import STAGES, TITLES
     from bench_work import Sizes, prepare
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--hh", type=Path, metavar="FILE", help="preference pairs; without it a synthetic set")
-    parser.add_argument("--stages", default=",".join(TITLES), help="default: all")
+    parser.add_argument("--stages", default=",".join(STAGES), help="default: all")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument(
         "--examples", type=int, default=160, help="examples for SFT, reward model and DPO; PPO: one rollout of 32"

@@ -16,9 +16,26 @@ TITLES = {
     "ppo": "PPO, separate critic",
     "ppo_shared": "PPO, shared trunk",
 }
-UNITS = {"dpo": "pairs", "reward": "pairs", "sft": "examples", "ppo": "episodes", "ppo_shared": "episodes"}
+STAGES = tuple(TITLES)
+"""What is measured by default."""
+METHODS = ("dpo", "kto", "simpo", "orpo", "ppo", "rloo", "grpo")
+"""What is measured with --methods."""
+TITLES |= {
+    "kto": "KTO, labelled responses",
+    "simpo": "SimPO",
+    "orpo": "ORPO",
+    "rloo": "RLOO, 8 responses a prompt",
+    "grpo": "GRPO, 8 responses a prompt",
+}
+UNITS = {
+    **dict.fromkeys(("dpo", "reward", "simpo", "orpo"), "pairs"),
+    "sft": "examples",
+    "kto": "responses",
+    **dict.fromkeys(("ppo", "ppo_shared", "rloo", "grpo"), "episodes"),
+}
 # Ratio of our rate to the peer's in fp32: the required minimum, and the aim.
 TARGETS = {"dpo": (4.5, 8.0), "reward": (2.5, 5.0), "sft": (1.8, 3.0), "ppo": (1.8, 3.0), "ppo_shared": (3.0, 5.0)}
+TARGETS |= dict.fromkeys(("kto", "simpo", "orpo", "rloo", "grpo"), TARGETS["dpo"])
 PRETRAINED_TARGETS = {
     "dpo": (2.5, 4.0),
     "reward": (2.2, 3.5),
@@ -26,6 +43,7 @@ PRETRAINED_TARGETS = {
     "ppo": (2.0, 3.0),
     "ppo_shared": (2.0, 3.0),
 }
+PRETRAINED_TARGETS |= dict.fromkeys(("kto", "simpo", "orpo", "rloo", "grpo"), PRETRAINED_TARGETS["dpo"])
 MEMORY_AIM = 0.6
 """The largest share of the peer's peak memory, with a pretrained model."""
 SETUP = {
@@ -203,7 +221,7 @@ def describe_work(work: dict[str, Any], repeats: int) -> list[str]:
         f"PPO: {sizes['episodes']} episodes after {sizes['warmup_updates'] * sizes['rollout']} of warm-up, prompts up "
         f"to {sizes['prompt_length']} tokens, {sizes['new_tokens']} new tokens, rollouts of {sizes['rollout']}, "
         f"{sizes['ppo_epochs']} epochs of {sizes['minibatches']} minibatches, the same prompts in every rollout. "
-        f"{ends}",
+        f"RLOO and GRPO: the same, with {sizes['group']} responses to each prompt. {ends}",
         f"{repeats} rounds. In each round both sides run once, each in its own process, in alternating order. The "
         "tables show medians (smallest-largest); each ratio is taken within one round. The benchmark checks that both "
         "sides take the same examples in every step. Evaluation, logging and saving are off or not timed. TRL's "

@@ -43,6 +43,7 @@ LLAMA = {
 class Sizes:
     """The amount of work. Warm-up (in steps; PPO: in updates) is in addition to `examples` and `episodes`.
 
+    group: responses to a prompt of RLOO and GRPO; their rollouts have as many responses as those of PPO.
     model: of random weights, if no pretrained one is given. lora: the rank of the adapters; 0: all weights are trained.
     """
 
@@ -57,6 +58,7 @@ class Sizes:
     prompt_length: int = 128
     new_tokens: int = 48
     ppo_epochs: int = 4
+    group: int = 8
     minibatches: int = 4
     synthetic_rows: int = 2300
     model: dict[str, Any] = field(default_factory=lambda: dict(LLAMA))
@@ -79,6 +81,7 @@ QUICK = Sizes(
     rollout=8,
     new_tokens=4,
     ppo_epochs=2,
+    group=4,
     synthetic_rows=200,
     model={**LLAMA, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1},
 )
@@ -193,6 +196,15 @@ def prepare(folder: Path, source: Path | None, sizes: Sizes, threads: int, model
         "pairs": write_rows(
             folder / "pairs.jsonl",
             [dict(zip(("prompt", "chosen", "rejected"), (e.prompt_text, *e.completion_texts))) for e in pairs],
+        ),
+        # Of every pair both sides, each as a response with its label; as many rows as there are pairs.
+        "labels": write_rows(
+            folder / "labels.jsonl",
+            [
+                {"prompt": e.prompt_text, "completion": text, "label": good}
+                for e in pairs
+                for text, good in zip(e.completion_texts, (True, False))
+            ][: len(pairs)],
         ),
         "prompts": write_rows(
             folder / "prompts.jsonl", [{"prompt": e.prompt_text, "prompt_ids": e.prompt_ids} for e in prompts]
