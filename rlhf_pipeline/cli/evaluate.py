@@ -50,11 +50,12 @@ NAMES = {
 
 def evaluate(common: Common, settings: Settings, words: WordsArgument) -> None:
     """Evaluate one model: a policy on sampled responses, a reward model on held-out pairs."""
-    from rlhf_pipeline.config.compare import EvaluateConfig
+    from rlhf_pipeline.config.compare import EvaluateConfig, require_in_context
     from rlhf_pipeline.config.decoding import KL_OF
 
     model, overrides = one_reference("evaluate", words)
     config = settings.load(overrides).of(EvaluateConfig)
+    require_in_context(config, model)
     if common.dry_run:
         emit_measuring(common, config, [model])
         return

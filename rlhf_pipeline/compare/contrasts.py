@@ -30,6 +30,8 @@ NO_RANGE = (
     "snapshot_steps in training and snapshots: true in the comparison)"
 )
 
+NOT_PAIRED = "no beta is that of exactly one setting of each arm"
+
 NOT_CHOSEN = (
     "several settings cost the same; to choose one of them, the comparison needs validation prompts and a judge or a "
     "reward model"
@@ -76,6 +78,8 @@ def _same_setting(a: Arm, b: Arm, seeds: Seeds, figures: Sequence[str]) -> Itera
     if len(pairs) > 1:  # if more than beta was swept, the settings cannot be paired
         pairs = [(one, other) for one, other in pairs if a.beta(one) is not None and a.beta(one) == b.beta(other)]
         pairs = pairs if len({one for one, _ in pairs}) == len({other for _, other in pairs}) == len(pairs) else []
+        if not pairs and not unlike:
+            yield _entry("same beta", a, b, figures[0], "at one beta", None, NOT_PAIRED)
     kind: ContrastKind = "as trained" if len(pairs) == 1 else "same beta"
     for one, other in pairs:
         for figure in figures:

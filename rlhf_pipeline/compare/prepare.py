@@ -20,7 +20,6 @@ from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.reward_names import names_a_model
 from rlhf_pipeline.errors import ConfigError, DataError, Fault
 from rlhf_pipeline.measure.bench import Bench, find_policies, knows_data, scored_as_trained, set_up
-from rlhf_pipeline.measure.contexts import require_unseen
 from rlhf_pipeline.measure.exact import ExactBench
 from rlhf_pipeline.measure.leaves import TRUTH, Leaves
 from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
@@ -79,7 +78,6 @@ def find_entrants(
 
     Raises:
         MismatchError: the arms differ in more than the way they were trained, and `allow_mismatch` is not set.
-        ConfigError: see `require_unseen`.
     """
     trained = _find_points(registry, config, points, say)
     finals = [(point, model) for point, model in trained if point.step is None]
@@ -99,9 +97,7 @@ def find_entrants(
         say(f"note: the arms differ in {difference}")
     baseline = find_policies(registry, [config.baseline], say)[0] if config.baseline else None
     reference = _reference(registry, config, final_models, baseline, say)
-    models = ([baseline] if baseline is not None else []) + final_models
-    require_unseen(config, models)
-    scored = scored_as_trained(config, registry, models)
+    scored = scored_as_trained(config, registry, [*([] if baseline is None else [baseline]), *final_models])
     asked_for = config.reward_model is not None
     return Entrants(registry, scored, trained, finals, baseline, reference, judge, differences, asked_for)
 

@@ -6,17 +6,16 @@ with the number of seeds or prompts that would settle it if the difference staye
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import combinations
-from math import inf, isfinite
+from collections.abc import Iterator, Sequence
+from math import isfinite
 
 from rlhf_pipeline.compare.aim import describe_aims
+from rlhf_pipeline.compare.apart import apart_in_kl, apart_in_length, say_interval, unmoved
 from rlhf_pipeline.compare.preference_quality import LONGER
 from rlhf_pipeline.config.decoding import KL_OF
 from rlhf_pipeline.evaluation.seeds import needed
 from rlhf_pipeline.evaluation.statistics import Estimate
 from rlhf_pipeline.measure.icdpo import LOG_P
-from rlhf_pipeline.report.figures import Interval
 from rlhf_pipeline.report.results import Findings, Line, Verdict
 from rlhf_pipeline.report.sides import Contrast, Overoptimised
 
@@ -26,23 +25,11 @@ FIGURES = {
     "judge": "the judge's score",
     "score": "the reward model's score",
 }
-APART = 2.0
-"""Arms at one beta are far apart if their KLs differ by more than this factor and the intervals do not overlap."""
-UNMOVED = 0.01
-"""An arm whose KL to the reference is below this, in nats a response, has hardly moved: it writes what SFT writes."""
-NOTABLE_LENGTH = 0.1
-"""A difference in mean length is reported if it is above this share of the baseline's mean length."""
 
 
 def line(topic: str, text: str, certain: bool = True) -> Line:
     """One line of the verdict."""
     return Line(topic=topic, text=text, certain=certain)
-
-
-def _interval(estimate: Interval) -> str:
-    low, high = estimate.ends or (-inf, inf)
-    digits = next((n for n in (3, 4, 5) if all(round(end, n) for end in (low, high) if end and isfinite(end))), 6)
-    return f"{estimate.mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def say_contrast(contrast: Contrast, topic: str, caveat: str = "") -> Line:
@@ -58,11 +45,11 @@ def say_contrast(contrast: Contrast, topic: str, caveat: str = "") -> Line:
         return line(topic, f"cannot tell {a} from {b} in {figure} {at}: {contrast.why_not or 'not measured'}", False)
     if estimate.excludes():
         ahead, behind = (a, b) if estimate.mean > 0 else (b, a)
-        text = f"{ahead} is ahead of {behind} in {figure} {at}: {a} - {b} = {_interval(estimate)}"
+        text = f"{ahead} is ahead of {behind} in {figure} {at}: {a} - {b} = {say_interval(estimate)}"
         if not estimate.method.startswith("t over seeds"):
             text += " (one seed: this holds for these runs and says nothing about other seeds)"
         return line(topic, text)
-    text = f"cannot tell {a} from {b} in {figure} {at}: {a} - {b} = {_interval(estimate)}"
+    text = f"cannot tell {a} from {b} in {figure} {at}: {a} - {b} = {say_interval(estimate)}"
     more = None
     if estimate.ends is not None:
         more = needed(Estimate(estimate.mean, *estimate.ends, estimate.n, estimate.clusters, estimate.method))
@@ -70,6 +57,11 @@ def say_contrast(contrast: Contrast, topic: str, caveat: str = "") -> Line:
         text += f"; about {more['count']:,} {more['unit']} would settle it if the difference stayed the same"
     return line(topic, text, False)
 
+
+NO_FIGURE = (
+    "cannot tell: nothing measures how good a response is; name a reward model, a judge or a true reward "
+    "(--reward-model REF, --judge REF, --true-reward REF)"
+)
 
 RIVALS = {"coin": "a coin", "longer_wins": "'the longer response wins'", "tfidf": "a TF-IDF model of the words"}
 """The baselines of a reward model's gate, in words."""
@@ -93,9 +85,13 @@ def _primary(results: Findings) -> Line:
         return say_contrast(contrast, "primary", _caveat(results, contrast.figure))
     if results.contrasts:
         return line("primary", "cannot tell: none of the contrasts that can be primary could be computed", False)
+    if results.primary is None:
+        return line("primary", NO_FIGURE, False)
     return line("primary", "only one arm: it can be compared with the baseline only", False)
 
 
+MOST_CONTRASTS = 6
+"""The most contrasts of one kind that have a line each: those of four arms."""
 TOPICS = ("as trained", "matched KL", "selected", "cost")
 """The kinds of contrast in the primary figure that the verdict lists, each under its own name."""
 
@@ -116,16 +112,56 @@ def _said_as_trained(results: Findings, contrast: Contrast) -> bool:
 
 
 def _others(results: Findings) -> Iterator[Line]:
-    """Yield the other contrasts; a line says so if Holm's correction removes its significance."""
+    """Yield the other contrasts, those of one kind together: a line for each, or for each arm if they are many."""
+    groups: dict[tuple[str, str, str, str], list[Contrast]] = {}
     for contrast in results.find(primary=False):
         topic = _topic(contrast, results.primary)
-        if topic is None or (topic == "judge" and _said_as_trained(results, contrast)):
-            continue
-        said, holm = say_contrast(contrast, topic), contrast.p_holm
-        if said.certain and holm is not None and holm > 0.05:
-            text = f"{said.text}; not significant after the correction for several contrasts (Holm p = {holm:.2f})"
-            said = line(topic, text, False)
-        yield said
+        if topic is not None and not (topic == "judge" and _said_as_trained(results, contrast)):
+            at = contrast.at if contrast.kind == "exact" else ""  # arms are ahead of others at one beta
+            groups.setdefault((topic, contrast.kind, contrast.figure, at), []).append(contrast)
+    for (topic, kind, figure, at), group in groups.items():
+        if len(group) > MOST_CONTRASTS:
+            first = [one for one in results.find(kind=kind, figure=figure, primary=True) if at in ("", one.at)]
+            yield from _standings(topic, f"{FIGURES.get(figure, figure)} {at}".rstrip(" ,"), [*first, *group])
+        else:
+            yield from (_corrected(contrast, topic) for contrast in group)
+
+
+def _corrected(contrast: Contrast, topic: str) -> Line:
+    """The line of a contrast; it says so if Holm's correction removes its significance."""
+    said, holm = say_contrast(contrast, topic), contrast.p_holm
+    if said.certain and not _significant(contrast):
+        text = f"{said.text}; not significant after the correction for several contrasts (Holm p = {holm:.2f})"
+        return line(topic, text, False)
+    return said
+
+
+def _significant(contrast: Contrast) -> bool:
+    """Whether an interval excludes 0 and Holm's correction, if there is one, leaves it so."""
+    found, holm = contrast.estimate, contrast.p_holm
+    return found is not None and found.excludes() and (holm is None or holm <= 0.05)
+
+
+def _standings(topic: str, figure: str, group: Sequence[Contrast]) -> Iterator[Line]:
+    """Say of many contrasts of one kind how many are certain, and for each arm which arms it is ahead of."""
+    ahead: dict[str, dict[str, None]] = {}
+    for one in group:
+        if _significant(one) and one.estimate is not None:
+            first, second = (one.a, one.b) if one.estimate.mean > 0 else (one.b, one.a)
+            ahead.setdefault(first, {})[second] = None
+    certain, unknown = sum(map(_significant, group)), sum(one.estimate is None for one in group)
+    text = f"{certain} of {len(group)} contrasts of {figure} are certain"
+    text += f", {unknown} could not be computed" if unknown else ""
+    seeds = all(one.estimate is None or one.estimate.method.startswith("t over seeds") for one in group)
+    text += "" if seeds else " (one seed: this holds for these runs and says nothing about other seeds)"
+    yield line(topic, f"{text}; the table of contrasts has every interval", certain > 0)
+    for arm in sorted(ahead, key=lambda name: -len(ahead[name])):
+        yield line(topic, f"{arm} is ahead of {_and([*ahead[arm]])}")
+
+
+def _and(names: Sequence[str]) -> str:
+    """Names in words: `a, b and c`."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _shortfalls(results: Findings, stage: str) -> list[tuple[float, float, float]]:
@@ -155,46 +191,19 @@ def _limits(results: Findings) -> Iterator[Line]:
     for model, gate in results.gates.items():
         if not gate.passed:
             yield line("limits", f"{model} failed its gate: {gate.reason}; its scores say little about the arms")
-    for arm, kl in _unmoved(results).items():
+    for arm, kl in unmoved(results).items():
         text = f"{arm} has hardly moved from the reference: its KL is below {kl:.2g} nats a response"
         yield line("limits", f"{text}; its figures are those of the model that it started from")
     yield from (line("limits", text) for text in describe_aims(results.rows))
-    yield from _apart_in_kl(results)
+    yield from (line("limits", text) for text in apart_in_kl(results))
     yield from _reward_model(results)
     yield from _over_optimisation(results)
-    yield from _length(results)
+    yield from (line("limits", text) for text in apart_in_length(results))
 
 
 def _short_of(name: str, beta: float, total: float, own: float) -> str:
     away = f"{name} at beta {beta:g} is {total:.3f} short of the optimum of the true reward"
     return f"{away}; its distance from the optimum of the reward model is {own:.3f}"
-
-
-def _unmoved(results: Findings) -> dict[str, float]:
-    """The arms that have hardly moved from the reference at any setting, each with its largest KL."""
-    largest: dict[str, float] = {}
-    for entry in results.summary:
-        if entry.beta is not None and "kl" in entry.metrics:
-            kl = entry.metrics["kl"]
-            largest[entry.arm] = max(largest.get(entry.arm, 0.0), kl.ends[1] if kl.ends else kl.mean)
-    return {arm: kl for arm, kl in largest.items() if kl < UNMOVED}
-
-
-def _apart_in_kl(results: Findings) -> Iterator[Line]:
-    """Yield a line for arms that one beta has taken to very different KLs: their differences also come from KL."""
-    said: set[tuple[str, str]] = set()
-    entries = [entry for entry in results.summary if entry.beta is not None and "kl" in entry.metrics]
-    for one, other in combinations(entries, 2):
-        near, far = sorted((one, other), key=lambda entry: entry.metrics["kl"].mean)
-        low, high, arms = near.metrics["kl"], far.metrics["kl"], (one.arm, other.arm)
-        if arms[0] == arms[1] or one.beta != other.beta or arms in said or low.ends is None or high.ends is None:
-            continue
-        if high.mean > max(APART * low.mean, UNMOVED) and high.ends[0] > low.ends[1]:
-            said.add(arms)
-            figures = " against ".join(f"{kl.mean:.3g} [{kl.low:.3g}, {kl.high:.3g}]" for kl in (high, low))
-            text = f"at the same beta, {one.beta:g}, {far.arm} is much farther from the reference than {near.arm}"
-            text += f": KL {figures} nats; part of their difference may come from this distance"
-            yield line("limits", text)
 
 
 def _reward_model(results: Findings) -> Iterator[Line]:
@@ -208,7 +217,7 @@ def _reward_model(results: Findings) -> Iterator[Line]:
         if LONGER in scorers and scorer.accuracy.mean <= scorers[LONGER].accuracy.mean:
             yield line("limits", f"{name} orders held-out pairs no better than 'the longer response wins'")
     if test is not None and test.difference.excludes():
-        yield line("limits", f"accuracy on held-out pairs, {test.name}: {_interval(test.difference)}")
+        yield line("limits", f"accuracy on held-out pairs, {test.name}: {say_interval(test.difference)}")
 
 
 def _over_optimisation(results: Findings) -> Iterator[Line]:
@@ -221,16 +230,6 @@ def _over_optimisation(results: Findings) -> Iterator[Line]:
 def _over_optimised(results: Findings) -> dict[str, Overoptimised]:
     """The arms whose gold reward falls while the optimised one still rises."""
     return {arm: entry for arm, entry in (results.overoptimisation or {}).items() if entry.found}
-
-
-def _length(results: Findings) -> Iterator[Line]:
-    base = next((row.metrics["length"].mean for row in results.rows if "length" in row.metrics), None)
-    for contrast in results.find(figure="length"):
-        estimate = contrast.estimate
-        if estimate and base and estimate.excludes() and abs(estimate.mean) > NOTABLE_LENGTH * base:
-            longer = contrast.a if estimate.mean > 0 else contrast.b
-            text = f"{longer} writes longer responses {contrast.at} ({_interval(estimate)} tokens)"
-            yield line("limits", f"{text}: see the length-controlled win rate")
 
 
 def _two_prices(results: Findings) -> bool:
@@ -252,10 +251,10 @@ def _next(results: Findings) -> Iterator[Line]:
             "next", "the arms were trained at different betas: use one beta, or sweep beta to compare at matched KL"
         )
     matched = any(contrast.estimate is not None for contrast in results.find(kind="matched KL"))
-    if not matched and any(True for _ in _apart_in_kl(results)):
+    if not matched and any(True for _ in apart_in_kl(results)):
         text = "sweep beta for every arm, or keep snapshots of the runs, to compare them at matched KL"
         yield line("next", f"{text}: at the same beta their distances from the reference differ")
-    if still := _unmoved(results):
+    if still := unmoved(results):
         yield line("next", f"train {' and '.join(still)} for more steps, or at a larger learning rate")
     trials = {arm: entry.trials for arm, entry in results.arms.items()}
     if len(set(trials.values())) > 1:

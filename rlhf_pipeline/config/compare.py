@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
@@ -42,7 +42,7 @@ from rlhf_pipeline.config.template import (
     EOS_TOKEN,
     check_template,
 )
-from rlhf_pipeline.errors import Fault
+from rlhf_pipeline.errors import ConfigError, Fault
 
 MOST_PROMPTS = "maximum number of prompts, in hash order"
 SAMPLES = "responses sampled per prompt; 1 if do_sample is false"
@@ -103,6 +103,44 @@ def check_decoding(config: EvaluateConfig) -> Iterator[Fault]:
         yield Fault("samples", "do_sample is false, so all responses to a prompt are the same", "samples 1")
     if max(config.best_of, default=1) > 1:
         yield Fault("best_of", "do_sample is false, so all responses to a prompt are the same", "do_sample: true")
+
+
+def faults_in_context(config: EvaluateConfig, arms: Sequence[str]) -> Iterator[Fault]:
+    """Yield the faults of these arms, as far as they depend on demonstrations in the context.
+
+    They are `in_context` without an arm that reads it, a decoder beside such an arm, and results on the prompts on
+    which an arm chooses its demonstrations.
+    """
+    named = {arm: method for arm in arms if (method := split_arm(arm)[0]) is not None}
+    if not named:
+        if config.in_context is not None:
+            found = f"no arm has demonstrations in its context: found {' and '.join(arms)}"
+            yield Fault("in_context", found, "few_shot:REF or icdpo:REF", "remove in_context, or name such an arm")
+        return
+    for key in sorted(changed(config) - {"temperature"}):
+        found = f"found {str(getattr(config, key)).lower()} with the arm {next(iter(named))}, whose policy is sampled"
+        yield Fault(key, found, f"no {key}, or arms without demonstrations in the context")
+    chosen = (config.in_context or InContext()).validation_split
+    chooses = next((arm for arm, method in named.items() if method == "few_shot"), None)
+    if chooses is not None and config.prompts is None and config.split in (chosen, "all"):
+        found = f"split {config.split!r} has the prompts on which {chooses} chooses its demonstrations"
+        fix = "set split or in_context.validation_split"
+        yield Fault("in_context.validation_split", found, "another split than that of the results", fix)
+
+
+def check_in_context(config: CompareConfig) -> Iterator[Fault]:
+    """Yield the faults of arms and a baseline with demonstrations in the context."""
+    yield from faults_in_context(config, [*([] if config.baseline is None else [config.baseline]), *config.arms])
+
+
+def require_in_context(config: EvaluateConfig, model: str) -> None:
+    """Check the model that is measured with this config, which the config does not name.
+
+    Raises:
+        ConfigError: the faults of `faults_in_context`.
+    """
+    if faults := list(faults_in_context(config, [model])):
+        raise ConfigError(faults)
 
 
 class PromptsConfig(CommandConfig):
@@ -191,7 +229,7 @@ class CompareConfig(EvaluateConfig):
     """Config of `rlhf compare`."""
 
     stage: ClassVar[str] = "compare"
-    checks: ClassVar = (*EvaluateConfig.checks, check_arms, check_validation, check_llm_judge)
+    checks: ClassVar = (*EvaluateConfig.checks, check_arms, check_in_context, check_validation, check_llm_judge)
 
     name: Name = option("compare", "name of the report")
     arms: Texts = option(

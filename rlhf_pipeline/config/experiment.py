@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from rlhf_pipeline.config.collected import check_collected, check_context
 from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.draft import Draft, Override, parse_overrides
 from rlhf_pipeline.config.grid import C, Experiment, StageSpec
@@ -149,12 +150,15 @@ class _Reader:
             stages += points[:1]
             every[name] = tuple(points)
             links.done(name)
+        self.plan.faults += check_collected(every, self.plan.where)
         later = self._rounds(config, stages, axes)
         for spec in later.stages:
             stages.append(spec)
             every[spec.name], commands[spec.name] = (spec,), spec.stage
             links.done(spec.name)
         compare = self._compare(inner.get("compare", []), links, later)
+        if compare is not None:
+            self.plan.faults += check_context(compare, every, self.plan.where)
         self.plan.faults.extend(_across(stages, every, compare, self.path))
         if config is None:
             return None

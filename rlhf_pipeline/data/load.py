@@ -290,6 +290,27 @@ def load_mixture(
     sets, counted = zip(
         *(examples_of(item, max_samples=entry.max_samples, **options) for item, entry in zip(found, entries))
     )
+    every, source_of = mix(sets, entries, max_samples=max_samples, kind=options.get("kind"))
+    used = Counter(source_of)
+    reports = tuple(_mixed(report, used[number]) for number, report in enumerate(counted))
+    if not every:
+        where = f"datasets: {', '.join(item.source for item in found)}"
+        raise DataError(Fault(where, "no example is left at these weights", "at least one", "more samples"))
+    return every, reports
+
+
+def mix(
+    sets: Sequence[Sequence[Example]],
+    entries: Sequence[DatasetEntry],
+    *,
+    max_samples: int | None = None,
+    kind: str | None = None,
+) -> tuple[Sequence[Example], list[int]]:
+    """The examples that a mixture has of each source's, and for each of them the number of its source.
+
+    Args:
+        sets: the examples of each source. The other arguments: as for `load_mixture`.
+    """
     # The small addition keeps rounding errors from reducing a whole share by one.
     if any(entry.fraction is not None for entry in entries):
         fractions = [1.0 if entry.fraction is None else entry.fraction for entry in entries]
@@ -302,15 +323,10 @@ def load_mixture(
     chosen = [lowest_examples(item, share) for item, share in zip(sets, shares)]
     every, source_of = join(chosen), [number for number, part in enumerate(chosen) for _ in range(len(part))]
     kept = list(range(len(every))) if max_samples is None else lowest_of(prompt_keys(every), max_samples)
-    if options.get("kind") == "prompt":  # a prompt of two sources is used once
+    if kind == "prompt":  # a prompt of two sources is used once
         keys = prompt_keys(every)
         kept = list({keys[index]: index for index in kept}.values())
-    used = Counter(source_of[index] for index in kept)
-    reports = tuple(_mixed(report, used[number]) for number, report in enumerate(counted))
-    if not kept:
-        where = f"datasets: {', '.join(item.source for item in found)}"
-        raise DataError(Fault(where, "no example is left at these weights", "at least one", "more samples"))
-    return pick(every, kept), reports
+    return pick(every, kept), [source_of[index] for index in kept]
 
 
 def _mixed(report: SourceReport, used: int) -> SourceReport:

@@ -18,15 +18,27 @@ from rlhf_pipeline.experiment.work import Amounts, Models, Work, compare_work
 
 
 def runs_of_arms(outlook: Outlook, spec: StageSpec[CompareConfig]) -> list[Node]:
-    """The runs whose models are compared; the first one gives the prompts."""
+    """The runs whose models are compared."""
     arms = {name for path, name in spec.links.items() if path[0] == "arms"}
     return [node for node in outlook.nodes if node.name in arms]
 
 
+def run_of_prompts(outlook: Outlook, spec: StageSpec[CompareConfig]) -> Node | None:
+    """The run whose prompts, lengths and shapes the comparison has; None if it has prompts of no run.
+
+    It is the first arm that is trained on one source, else the baseline; with prompts of its own, the first arm.
+    """
+    made, baseline = runs_of_arms(outlook, spec), spec.links.get(("baseline",))
+    if spec.config.prompts is not None:
+        return made[0]
+    known = [*made, *(node for node in outlook.nodes if node.name == baseline)]
+    return next((node for node in known if getattr(node.spec.config, "dataset_name", None) is not None), None)
+
+
 def comparison(outlook: Outlook, spec: StageSpec[CompareConfig]) -> Amounts:
     """The prompts and the work of a comparison with at least one arm of the experiment."""
-    config, made = spec.config, runs_of_arms(outlook, spec)
-    example = made[0]
+    config, made, example = spec.config, runs_of_arms(outlook, spec), run_of_prompts(outlook, spec)
+    assert example is not None  # the caller has looked
     inputs = {node.name: place for place, node in reversed(list(enumerate(outlook.nodes)))}
     rewards, judge = outlook.scorers(spec.links, inputs, config)
     if not rewards:  # each arm is scored by the reward model of PPO

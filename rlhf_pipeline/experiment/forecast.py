@@ -10,9 +10,9 @@ from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.grid import Node, StageSpec
 from rlhf_pipeline.config.stages import CollectConfig, ModelConfig, PpoConfig, TrainingConfig
 from rlhf_pipeline.errors import BadInput, ConfigError, first_line
-from rlhf_pipeline.experiment.comparison import comparison, runs_of_arms
+from rlhf_pipeline.experiment.comparison import comparison, run_of_prompts, runs_of_arms
 from rlhf_pipeline.experiment.machine import FACTOR, Speed, speed_of
-from rlhf_pipeline.experiment.outlook import MIXED, Outlook
+from rlhf_pipeline.experiment.outlook import Outlook
 from rlhf_pipeline.experiment.progress import spoken
 from rlhf_pipeline.experiment.work import Amounts
 from rlhf_pipeline.models.refusals import refuse_to_hide
@@ -54,8 +54,8 @@ def forecast_comparison(outlook: Outlook, spec: StageSpec[CompareConfig]) -> For
     arms = runs_of_arms(outlook, spec)
     if not arms:
         return Forecast({}, ("its time is not known: no arm is a stage of this experiment",))
-    if outlook.mixes_unmade(arms[0]) and spec.config.prompts is None:
-        return Forecast({}, (MIXED,))
+    if run_of_prompts(outlook, spec) is None:
+        return Forecast({}, ("its time is not known: its arms are trained on mixtures, so name its prompts",))
     found = _forecast(lambda: comparison(outlook, spec), lambda: outlook.described(arms[0]), spec.config)
     if found.figures:
         found.figures["prompts"] = found.figures.pop("rows")

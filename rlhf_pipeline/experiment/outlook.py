@@ -21,12 +21,12 @@ from rlhf_pipeline.config.stages import CollectConfig, DpoConfig, ModelConfig, P
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.config.yaml import KeyPath
 from rlhf_pipeline.data.load import read_records
-from rlhf_pipeline.data.samples import lowest_examples
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import token_count
 from rlhf_pipeline.errors import DataError
 from rlhf_pipeline.experiment.done import output_of
+from rlhf_pipeline.experiment.mixtures import rows_that_exist, rows_to_come
 from rlhf_pipeline.experiment.work import (
     Amounts,
     Models,
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
-MIXED = "the rows of its mixture are not known before all of its sources exist"
 
 MODEL_KEYS: tuple[KeyPath, ...] = (("model_name_or_path",), ("policy",))
 DATA_KEYS: tuple[KeyPath, ...] = (("dataset_name",), ("prompts",))
@@ -107,10 +106,14 @@ class Outlook:
         """The number of the run that one of these keys names."""
         return next((node.inputs[node.spec.links[key]] for key in keys if key in node.spec.links), None)
 
-    def mixes_unmade(self, node: Node) -> bool:
-        """Whether a run reads a mixture of which a source does not exist yet."""
-        links = node.spec.links.items()
-        return any(path[0] == "datasets" and node.inputs[name] not in self._made for path, name in links)
+    def unmade(self, node: Node) -> dict[int, int]:
+        """The numbers of the unfinished runs whose data a run reads, by the number of the source; most have one."""
+        found = {
+            path[1] if path[0] == "datasets" else 0: node.inputs[name]
+            for path, name in node.spec.links.items()
+            if path in DATA_KEYS or path[0] == "datasets"
+        }
+        return {int(number): place for number, place in found.items() if place not in self._made}
 
     def config(self, node: Node) -> StageConfig:
         """The config with the outputs of finished runs, and lengths that it inherits; names of unfinished ones stay."""
@@ -197,20 +200,27 @@ class Outlook:
         say: Callable[[str], None] = lambda _: None,
     ) -> Sequence[Example]:
         """Some rows of a split, read as the run reads them, or those that an unfinished `collect` run will make."""
-        source = self.place(node, DATA_KEYS)
+        unmade = self.unmade(node)
         root, start = self.root(node)
         read = json.dumps(config.model_dump(mode="json", include=READ), sort_keys=True)
-        key = ("rows", source, kind, split, limit, read, root.label if start is None else start.label)
+        key = ("rows", *unmade.items(), kind, split, limit, read, root.label if start is None else start.label)
 
         def rows() -> Sequence[Example]:
-            if source is not None:
-                return lowest_examples(self.collected(source, kind, split), limit)
+            if unmade:
+                return rows_to_come(config, split, kind, limit, partial(self._source, node, config, kind))
             data, tokenizer = self._data(node, config), self.tokenizer(node)
             data.say = say
             every = trains_all_replies(config)
             return data.split(kind, split, tokenizer, limit=limit, required=required, all_replies=every)[0]
 
         return self._once(key, rows)
+
+    def _source(self, node: Node, config: TrainingConfig, kind: str, number: int, split: str) -> Sequence[Example]:
+        """The rows of one source of a run, those of an unfinished `collect` run as it will make them."""
+        place = self.unmade(node).get(number)
+        if place is not None:
+            return self.collected(place, kind, split)
+        return rows_that_exist(config, kind, number, split, self.tokenizer(node), self.registry.home)
 
     def collected(self, place: int, kind: str, split: str) -> list[Example]:
         """The rows of a `collect` run, one for each record; identical pairs, which it leaves out, are not known."""
@@ -236,7 +246,7 @@ class Outlook:
         trained = {} if start is None else start.config
         style = Style.of(trained if above is None else self.config(self.nodes[above]).model_dump())
         prompts, _ = prompts_by_split(found, config, self.tokenizer(node), style)
-        chosen = [prompts[n % len(prompts)] for n in range(config.num)]
+        chosen = [prompts[(config.first_record + n) % len(prompts)] for n in range(config.num)]
         rows = with_responses([example for example, _ in chosen], self.response(node)[0], config.k)
         return list(zip(rows, (split for _, split in chosen), strict=True))
 
@@ -260,9 +270,7 @@ class Outlook:
     def _typical(self, node: Node) -> float | None:
         """The mean length of the completions that a run's rows have; None if they have none."""
         config = self.config(node)
-        if not isinstance(config, TrainingConfig) or self.place(node, DATA_KEYS) is not None:
-            return None
-        if self.mixes_unmade(node) or (isinstance(config, DpoConfig) and config.population):
+        if not isinstance(config, TrainingConfig) or self.unmade(node) or getattr(config, "population", False):
             return None
         kind = "demonstration" if config.reads_prompts else training_kind(config)
         try:
@@ -326,8 +334,6 @@ class Outlook:
         return json.dumps([node.name, config, above], sort_keys=True)
 
     def _amounts(self, node: Node) -> Amounts:
-        if self.mixes_unmade(node):
-            return Amounts(None, None, notes=(MIXED,))
         config, models = self.config(node), self.models(node)
         if isinstance(config, CollectConfig):
             (tokens, note), drawn = self.response(node), [example for example, _ in self.draws(node)]

@@ -63,29 +63,6 @@ def settings_of(config: PromptsConfig) -> InContext:
     return InContext() if found is None else found
 
 
-def require_unseen(config: EvaluateConfig, models: Sequence[Resolved]) -> None:
-    """Check that no prompt of the results is one of those on which an arm's demonstrations are chosen.
-
-    Raises:
-        ConfigError: the split of the results is `in_context.validation_split`, or all; or there is `in_context`, and no
-            arm that reads it; or there is such an arm and a decoder.
-    """
-    if config.in_context is not None and all(model.method is None for model in models):
-        labels = " and ".join(model.label for model in models)
-        found = f"no arm has demonstrations in its context: found {labels}"
-        expected, fix = "few_shot:REF or icdpo:REF", "remove in_context, or name such an arm"
-        raise ConfigError(Fault("in_context", found, expected, fix))
-    if not config.decoding.is_plain and (named := next((model.label for model in models if model.method), None)):
-        expected, fix = "samples of the policy", "leave the decoding out, or the arm"
-        raise ConfigError(Fault("decoding", f"found {config.decoding.text} and the arm {named}", expected, fix))
-    chosen = settings_of(config).validation_split
-    arm = next((model.label for model in models if model.method == "few_shot"), None)
-    if arm is not None and config.prompts is None and config.split in (chosen, "all"):
-        found = f"split {config.split!r} has the prompts on which {arm} chooses its demonstrations"
-        fix = "set split or in_context.validation_split"
-        raise ConfigError(Fault("in_context.validation_split", found, "another split than that of the results", fix))
-
-
 def known_as(bench: Bench, arm: Resolved) -> list[object]:
     """What the samples of an arm depend on, besides its policy: the keys of `in_context` and the demonstrations."""
     data, _ = _data_of(bench, arm)

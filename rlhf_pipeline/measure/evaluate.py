@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf_pipeline.config.compare import EvaluateConfig
+from rlhf_pipeline.config.compare import EvaluateConfig, require_in_context
 from rlhf_pipeline.config.in_context import split_arm
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.config.reward import RewardConfig
@@ -20,7 +20,7 @@ from rlhf_pipeline.errors import ConfigError, Fault
 from rlhf_pipeline.evaluation.sampled import Samples, add_kl, draw, take_from_policy
 from rlhf_pipeline.measure.bench import Bench, add_rewards, find_policies, scored_as_trained, set_up
 from rlhf_pipeline.measure.best_of import best_of_n_rows
-from rlhf_pipeline.measure.contexts import known_as, require_unseen
+from rlhf_pipeline.measure.contexts import known_as
 from rlhf_pipeline.measure.icdpo import pair_accuracy, pairs_of_source
 from rlhf_pipeline.measure.in_context import measure_in_context
 from rlhf_pipeline.measure.kept import identity_of, keep
@@ -107,6 +107,7 @@ def run_evaluate(reference_text: str, config: EvaluateConfig, home: Path) -> dic
     """Return the figures of one model by name; intervals and rows have the form of results.json."""
     say = partial(console.print, markup=False)
     registry = Registry(home)
+    require_in_context(config, reference_text)
     device = make_accelerator(config).device
     method, text = split_arm(reference_text)
     resolved = registry.resolve(text)
@@ -115,7 +116,6 @@ def run_evaluate(reference_text: str, config: EvaluateConfig, home: Path) -> dic
     if role == "reward_model" and method is None:
         return _evaluate_reward_model(registry, resolved, config, device, say)
     (resolved,) = find_policies(registry, [reference_text], lambda _: None)
-    require_unseen(config, [resolved])
     reference = (
         find_model(registry, config.reference, "policy") if config.reference else reference_of(registry, resolved)
     )

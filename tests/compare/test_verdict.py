@@ -403,3 +403,73 @@ def test_an_arm_with_another_optimum_is_named_with_what_moved_it():
     assert words.startswith(
         "dpo has beta on another scale (loss_type=ipo): it is compared as trained and at matched KL only"
     )
+
+
+def summary_of(*arms: str, **metrics: float) -> list[Summary]:
+    found = {name: estimate(value, 0.1) for name, value in metrics.items()}
+    return [kl_of(arm, 1.0, 0.5).model_copy(update={"metrics": found}) for arm in arms]
+
+
+def test_two_arms_without_a_figure_are_told_what_is_missing():
+    found = said(summary=summary_of("ppo", "dpo", length=4.0))
+    assert "only one arm" not in found.headline and not found.certain
+    assert found.headline.startswith("cannot tell: nothing measures how good a response is; name a reward model")
+    assert "only one arm" in said(summary=summary_of("ppo", score=1.0), primary="score").headline
+
+
+MANY = [f"arm{n}" for n in range(8)]
+
+
+def of_pairs(figure: str, **changes: Any) -> list[Contrast]:
+    """Contrasts of all pairs of eight arms: arm n is n units below arm 0, and 1.5 units are certain."""
+    return [
+        entry(
+            estimate(float(j - i), 1.5),
+            a=MANY[i],
+            b=MANY[j],
+            figure=figure,
+            primary=False,
+            **{"p_holm": 0.01, **changes},
+        )
+        for i in range(8)
+        for j in range(i + 1, 8)
+    ]
+
+
+def test_many_contrasts_have_a_line_for_each_arm_that_is_ahead():
+    found = topics(primary="true_reward", contrasts=of_pairs("true_reward"), seeds=[0, 1, 2])["as trained"]
+    # 28 pairs, of which the 7 of neighbours (a difference of 1) are not certain.
+    assert found[0].startswith("21 of 28 contrasts of true reward are certain; the table")
+    assert found[1] == "arm0 is ahead of arm2, arm3, arm4, arm5, arm6 and arm7"
+    assert found[-1] == "arm5 is ahead of arm7" and len(found) == 7
+    # Holm's correction takes all of them away.
+    (none,) = topics(primary="true_reward", contrasts=of_pairs("true_reward", p_holm=0.06))["as trained"]
+    assert none.startswith("0 of 28 contrasts")
+    few = topics(primary="true_reward", contrasts=of_pairs("true_reward")[:6])["as trained"]
+    assert len(few) == 6 and few[1].startswith("arm0 is ahead of arm2 in true reward at beta 0.5")
+
+
+def test_many_contrasts_at_two_betas_are_told_apart():
+    given = {"kind": "exact"}
+    contrasts = [*of_pairs("objective", **given, at="at beta 0.1"), *of_pairs("objective", **given, at="at beta 1")]
+    found = topics(primary="true_reward", contrasts=contrasts)["exact"]
+    assert [text for text in found if "21 of 28" in text and "reward - beta KL, at beta 1 are certain" in text]
+    assert found.count("arm5 is ahead of arm7") == 2
+
+
+def test_lengths_of_many_arms_are_one_line():
+    lengths = [one for n, arm in enumerate(MANY) for one in summary_of(arm, length=20.0 - n)]
+    found = topics(
+        contrasts=[entry(estimate(0.1, 0.5)), *of_pairs("length")],
+        rows=[row("sft", metrics={"length": estimate(10.0, 1.0)})],
+        summary=lengths,
+    )["limits"]
+    (words,) = [text for text in found if "length" in text]
+    assert "arm0 20, arm1 19, arm2 18, arm3 17, arm4 16, arm5 15, arm6 14, arm7 13; 21 contrasts" in words
+
+
+def test_kls_of_many_arms_are_one_line():
+    kls = [kl_of(arm, 0.1 * 3.0**n, 0.01) for n, arm in enumerate(MANY)]
+    (words,) = [text for text in topics(summary=kls)["limits"] if "at the same beta" in text]
+    assert "at the same beta, 0.5, the KLs of 28 pairs of arms differ by more than a factor of 2: arm7 219, " in words
+    assert words.count("arm0") == 1

@@ -263,3 +263,54 @@ def test_notes_of_all_stages(demo, write):
     write("dpo.yaml", "torch_dtype: bfloat16\n")
     (note,) = load_experiment(demo).notes
     assert note.endswith("dpo.yaml:1: torch_dtype: an old name of dtype")
+
+
+BEST = "makes one response to each prompt (labels best), and a {} stage reads preferences"
+
+
+def test_preferences_of_the_best_responses_alone_are_refused(demo):
+    (reward, dpo) = refused(demo, "pairs.labels=best", "pairs.k=4")
+    assert reward.startswith("experiment.yaml:6: stages.reward.dataset_name: the stage 'pairs' ")
+    assert BEST.format("train-rm") in reward and BEST.format("dpo") in dpo
+    assert reward.endswith("expected data of a collect stage with labels bradley-terry or rank")
+
+
+def test_a_mixture_with_the_best_responses_is_refused(demo):
+    change(demo, "dataset_name: pairs}\ncompare", "datasets: [{dataset_name: x/y}, {dataset_name: pairs}]}\ncompare")
+    faults = refused(demo, "pairs.labels=best")
+    assert [BEST.format("dpo") in one for one in faults] == [False, True]
+    assert "stages.dpo.datasets.1.dataset_name" in faults[1]
+
+
+def test_one_value_of_a_sweep_makes_the_best_responses(demo):
+    change(demo, "seeds: [3]", "seeds: [3]\nsweep: {pairs.labels: [rank, best]}")
+    assert len(refused(demo)) == 2
+
+
+def test_kto_on_rankings_is_refused_before_the_first_stage(demo):
+    assert load_experiment(demo, ["dpo.loss_type=kto"]) and load_experiment(demo, ["pairs.k=4"])
+    (fault,) = refused(demo, "dpo.loss_type=kto", "pairs.k=4")
+    assert "the stage 'pairs' makes rankings of 4 responses (k 4), and loss_type kto reads pairs or single" in fault
+
+
+def test_demonstrations_and_prompts_may_be_the_best_responses(demo):
+    raft = "  raft: {stage: sft, config: sft.yaml, model_name_or_path: sft, model_init: null, tokenizer_init: null"
+    change(demo, "  reward:", f"{raft}, dataset_name: pairs, output_name: raft}}\n  reward:")
+    change(
+        demo,
+        "config: reward.yaml, model_name_or_path: sft, dataset_name: pairs",
+        "config: reward.yaml, model_name_or_path: sft, dataset_name: x/y",
+    )
+    change(
+        demo,
+        "config: dpo.yaml, model_name_or_path: sft, dataset_name: pairs",
+        "config: dpo.yaml, model_name_or_path: sft, dataset_name: x/y",
+    )
+    assert load_experiment(demo, ["pairs.labels=best"]).stages[-2].links[("dataset_name",)] == "pairs"
+
+
+def test_rejected_responses_of_the_best_ones_alone_are_refused(demo):
+    change(demo, "arms: [ppo, dpo]", "arms: ['icdpo:sft', dpo], in_context: {source: pairs, score: two_sided}")
+    assert load_experiment(demo)
+    (fault,) = [one for one in refused(demo, "pairs.labels=best") if "in_context" in one]
+    assert "compare.in_context.source" in fault and "score two_sided reads rejected ones" in fault

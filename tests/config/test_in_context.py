@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from rlhf_pipeline.config.compare import EvaluateConfig, require_in_context
 from rlhf_pipeline.config.experiment import load_experiment
 from rlhf_pipeline.config.in_context import InContext
 from rlhf_pipeline.config.load import load_config
@@ -83,3 +84,51 @@ def test_a_model_and_the_same_with_demonstrations_are_two_arms():
 def test_wrong_values_are_named(given, said):
     with pytest.raises(ConfigError, match=said):
         load_config("compare", None, extra={"arms": ["few_shot:sft", "sft"], "in_context": given})
+
+
+BOTH = ["few_shot:sft", "dpo"]
+REFUSED = [
+    ({"split": "validation"}, BOTH, "in_context.validation_split", "has the prompts on which few_shot:sft chooses"),
+    ({"split": "all"}, BOTH, "in_context.validation_split", "split 'all' has the prompts"),
+    ({"in_context": {"validation_split": "test"}}, BOTH, "in_context.validation_split", "split 'test' has the prompts"),
+    ({"in_context": {}}, ["sft", "dpo"], "in_context", "no arm has demonstrations in its context: found sft and dpo"),
+    ({"top_k": 5}, BOTH, "top_k", "found 5 with the arm few_shot:sft"),
+    ({"do_sample": False, "num_beams": 2}, ["dpo", "icdpo:sft"], "do_sample", "found false with the arm icdpo:sft"),
+    ({"do_sample": False, "num_beams": 2}, ["dpo", "icdpo:sft"], "num_beams", "found 2 with the arm icdpo:sft"),
+]
+VALIDATION = {"validation_split": None}
+
+
+@pytest.mark.parametrize(("given", "arms", "where", "said"), REFUSED)
+def test_what_does_not_go_with_an_arm_is_a_fault_of_the_config(given, arms, where, said):
+    with pytest.raises(ConfigError) as caught:
+        load_config("compare", None, extra={"arms": arms, **VALIDATION, **given})
+    assert [one for one in caught.value.faults if one.where.endswith(f": {where}") and said in one.found]
+    with pytest.raises(ConfigError) as caught:
+        experiment(arms=arms, **VALIDATION, **given)
+    assert [one for one in caught.value.faults if one.where.endswith(where) and said in one.found]
+
+
+@pytest.mark.parametrize(("given", "arms", "where", "said"), REFUSED[:5])
+def test_a_model_that_is_evaluated_is_checked_alike(given, arms, where, said):
+    config = load_config("evaluate", None, extra=given).of(EvaluateConfig)
+    with pytest.raises(ConfigError) as caught:
+        require_in_context(config, arms[0])
+    (fault,) = caught.value.faults
+    assert fault.where == where and said.split(" and dpo")[0] in fault.found
+    require_in_context(load_config("evaluate", None).of(EvaluateConfig), arms[0])
+
+
+def test_all_that_does_not_go_together_is_said_at_once():
+    given = {"arms": BOTH, "top_k": 5, "min_p": 0.1, "split": "validation", **VALIDATION}
+    with pytest.raises(ConfigError) as caught:
+        load_config("compare", None, extra=given)
+    assert [one.where.split(": ")[-1] for one in caught.value.faults] == [
+        *("min_p", "top_k", "in_context.validation_split"),
+    ]
+    load_config("compare", None, extra={"arms": BOTH, "temperature": 0.7})
+
+
+def test_the_baseline_counts_too():
+    with pytest.raises(ConfigError, match="top_k: found 5 with the arm few_shot:sft"):
+        load_config("compare", None, extra={"arms": ["dpo"], "baseline": "few_shot:sft", "top_k": 5})

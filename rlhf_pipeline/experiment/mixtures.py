@@ -1,0 +1,54 @@
+"""The rows of a run some of whose sources do not exist yet, chosen and mixed as the run will do it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf_pipeline.config.training import TrainingConfig
+from rlhf_pipeline.data.examples import Example
+from rlhf_pipeline.data.load import mix
+from rlhf_pipeline.data.samples import hold_out, lowest_examples
+from rlhf_pipeline.stages.data import StageData, trains_all_replies
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Source = Callable[[int, str], Sequence[Example]]
+"""The rows of a source, by its number, in a split."""
+
+
+def rows_to_come(
+    config: TrainingConfig, split: str, kind: str, limit: int | None, rows_of: Source
+) -> Sequence[Example]:
+    """The rows of a split; none if the mixture has none.
+
+    Args:
+        rows_of: the rows of each source. kind, limit: as for `StageData.split`, which does the same with what exists.
+    """
+    trains = split == config.dataset_train_split
+    divided = config.test_split_size if trains or split == config.dataset_test_split else None
+    read = split if divided is None else config.dataset_train_split
+    entries = config.datasets
+    if entries is None:
+        found = rows_of(0, read)
+    else:
+        if not trains and divided is None:  # a fraction is of the training examples
+            entries = tuple(entry.model_copy(update={"fraction": None}) for entry in entries)
+        sets = [lowest_examples(rows_of(number, read), one.max_samples) for number, one in enumerate(entries)]
+        found, _ = mix(sets, entries, max_samples=limit if divided is None else None, kind=kind)
+    if divided is not None and found:
+        found = hold_out(found, divided)[0 if trains else 1]
+    return lowest_examples(found, limit)
+
+
+def rows_that_exist(
+    config: TrainingConfig, kind: str, number: int, split: str, tokenizer: PreTrainedTokenizerBase, home: Path
+) -> Sequence[Example]:
+    """All rows of a split of one source of a mixture; none if it has no such split."""
+    assert config.datasets is not None
+    whole = config.datasets[number].model_copy(update={"fraction": 1.0, "max_samples": None})
+    alone = config.model_copy(update={"datasets": (whole,), "test_split_size": None})
+    every = trains_all_replies(config)
+    return StageData(alone, home, lambda _: None).split(kind, split, tokenizer, required=False, all_replies=every)[0]
