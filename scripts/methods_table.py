@@ -49,7 +49,7 @@ def table(results: Results) -> list[str]:
         cost = entry.cost if entry is not None else None
         cells = (
             summary.arm,
-            summary.optimum,
+            summary.optimum if summary.beta is not None or summary.optimum != "same" else "-",  # SFT aims at no reward
             interval(summary.metrics[figure]),
             interval(summary.metrics.get("kl")),
             mean_of([row.below_frontier for row in rows if row.below_frontier is not None]),

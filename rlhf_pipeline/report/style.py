@@ -70,6 +70,8 @@ NEUTRAL = Look("muted", "o")
 def looks(names: Sequence[str], stages: Mapping[str, str] | None = None) -> dict[str, Look]:
     """A look for each name: `ppo`, `ppo@v1` or the first arm of stage ppo has PPO's look, others the next free one.
 
+    Up to 64 names all look different.
+
     Args:
         stages: the stage of each arm, if it is known.
     """
@@ -83,8 +85,14 @@ def looks(names: Sequence[str], stages: Mapping[str, str] | None = None) -> dict
     free = [index for index in range(len(MARKERS)) if index not in RESERVED.values()]
     for name in names:
         if name not in places:
-            places[name] = free.pop(0) if free else len(places) % len(MARKERS)
-    return {name: Look(f"hue-{i}", MARKERS[i], filled=name != "best-of-n") for name, i in places.items()}
+            places[name] = free.pop(0) if free else max(len(MARKERS), *(place + 1 for place in places.values()))
+    return {name: Look(*_pair(i), filled=name != "best-of-n") for name, i in places.items()}
+
+
+def _pair(place: int) -> tuple[str, str]:
+    """Hue and marker of a place: both differ within the first eight; after them the markers go on by one a round."""
+    turn, hue = divmod(place, len(MARKERS))
+    return f"hue-{hue}", MARKERS[(hue + turn) % len(MARKERS)]
 
 
 def swatch(look: Look) -> Markup:

@@ -137,6 +137,8 @@ def test_an_arm_looks_the_same_everywhere() -> None:
     assert found["ppo@v1"] == many["ppo"] and found["long"] == many["dpo"]
     assert len({look.hue for look in found.values()}) == 3
     assert len({look.hue for look in looks([str(i) for i in range(8)]).values()}) >= 5
+    crowd = looks([str(i) for i in range(30)])
+    assert len({(look.hue, look.marker) for look in crowd.values()}) == 30  # no two arms of a large family look alike
 
 
 def test_an_interval_as_text_as_markup_and_in_a_csv() -> None:
