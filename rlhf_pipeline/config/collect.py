@@ -84,6 +84,7 @@ class SamplingConfig(WithLengths):
     splits: Texts | None = option(None, "splits to take the prompts from (default: all)", min_length=1)
     split_fractions: dict[str, float] = SPLIT_FRACTIONS
     skip_bad_rows: bool = SKIP_BAD_ROWS
+    reward_tokenization: Tokenization = TOKENIZATION
     max_prompt_length: Count | None = option(
         None, "maximum prompt length, in tokens; longer prompts are cut on the left, those of messages by whole turns"
     )
@@ -101,6 +102,10 @@ class SamplingConfig(WithLengths):
     seed: Seed = option(0, "random seed for sampling and labels")
     use_cpu: bool = USE_CPU
     num_threads: Count | None = NUM_THREADS
+
+    def parents(self) -> dict[str, ModelInput]:
+        """Return the models that the command reads, by their role; the first one's lengths are those of the command."""
+        raise NotImplementedError
 
 
 class CollectConfig(SamplingConfig):
@@ -120,7 +125,6 @@ class CollectConfig(SamplingConfig):
         names="reward",
         examples=["world"],
     )
-    reward_tokenization: Tokenization = TOKENIZATION
     llm_judge: LlmJudge | None = option(
         None, "language model that labels the responses, instead of judge: both orders of each pair, ties are left out"
     )

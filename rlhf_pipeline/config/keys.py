@@ -46,6 +46,7 @@ ALIASES: dict[str, dict[str, str]] = {
         "dataset_name": "prompts",
         "name": "output_name",
     },
+    "label": {**_SAMPLING, **_RESPONSE, "dataset_name": "prompts"},
     "experiment": {},
     **dict.fromkeys(("evaluate", "generate", "compare"), _SAMPLING),
     "exact": {**_SAMPLING, "kl_coef": "beta"},

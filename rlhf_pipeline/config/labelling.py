@@ -11,7 +11,9 @@ from pydantic import Field
 from rlhf_pipeline.config.base import (
     Checks,
     Count,
+    DataInput,
     Keys,
+    ModelInput,
     Name,
     Seed,
     Text,
@@ -19,9 +21,12 @@ from rlhf_pipeline.config.base import (
     check_fractions,
     check_prompts,
     option,
+    part_of,
+    renames,
 )
 from rlhf_pipeline.config.collect import SamplingConfig
 from rlhf_pipeline.config.lengths import check_lengths, remark_on_halves
+from rlhf_pipeline.config.reward_names import names_a_model
 from rlhf_pipeline.config.template import check_template
 from rlhf_pipeline.errors import Fault
 
@@ -104,6 +109,10 @@ def check_label(config: LabelConfig) -> Iterator[Fault]:
             yield Fault("flags", f"the key {key!r} is there {count} times", "each key once")
     if config.order == "uncertain" and config.reward_model is None:
         yield Fault("reward_model", "missing", "the reward model of order uncertain", "set reward_model, or order hash")
+    scorer = config.reward_model
+    if config.responses is not None and scorer is not None and not names_a_model(scorer):
+        found = f"found {scorer!r} with given responses"
+        yield Fault("reward_model", found, "a reward model, which has a tokenizer of its own")
     if config.order == "hash" and config.reward_model is not None:
         yield Fault("reward_model", "order hash uses no reward model", "order uncertain, or no reward_model")
 
@@ -148,6 +157,25 @@ class LabelConfig(SamplingConfig):
     host: Text = option("127.0.0.1", "address to serve the page at; any other than loopback needs the token")
     port: int = option(8765, "port of the page; 0: any free one", ge=0, le=65535)
     token: Text | None = option(None, "token that a browser must give where host is not loopback (default: a new one)")
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models whose responses are compared; none where the responses are given."""
+        return self.policies or self.arena
+
+    def parents(self) -> dict[str, ModelInput]:
+        """Return the models that respond or score, by their role."""
+        found = {f"policy_{n}": ModelInput(model) for n, model in enumerate(self.models, start=1)}
+        if self.reward_model is not None and names_a_model(self.reward_model):
+            found["reward_model"] = ModelInput(self.reward_model, "reward_model")
+        return found
+
+    def sources(self) -> list[DataInput]:
+        """Return the source of the prompts, or of the given responses."""
+        source = self.prompts or self.responses
+        assert source is not None  # `check_label`
+        part = part_of(source, self.dataset_config, "prompt" if self.prompts else "preference")
+        return [DataInput(source, part, None, renames(self.column_mapping))]
 
     @property
     def flag_keys(self) -> tuple[str, ...]:

@@ -46,7 +46,7 @@ def load_config(
     """Return the config of a stage command from a YAML file, extra values, and `key=value` overrides.
 
     Args:
-        stage: sft, train-rm, ppo, dpo, collect, evaluate, compare or exact.
+        stage: sft, train-rm, ppo, dpo, collect, evaluate, compare, exact or label.
         path: the YAML file, or its content, or None.
         overrides: `key=value` texts; they win over everything.
         extra: values from the caller; they win over the file.

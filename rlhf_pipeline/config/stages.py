@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from rlhf_pipeline.config.base import CommandConfig
-from rlhf_pipeline.config.collect import CollectConfig
+from rlhf_pipeline.config.collect import CollectConfig, SamplingConfig
 from rlhf_pipeline.config.compare import CompareConfig, EvaluateConfig, ExactConfig, GenerateConfig, PromptsConfig
 from rlhf_pipeline.config.dpo import DpoConfig
+from rlhf_pipeline.config.labelling import LabelConfig
 from rlhf_pipeline.config.plan import ExperimentConfig
 from rlhf_pipeline.config.ppo import PpoConfig
 from rlhf_pipeline.config.reward import RewardConfig
@@ -13,9 +14,9 @@ from rlhf_pipeline.config.sft import SftConfig
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.errors import ConfigError, Fault, did_you_mean
 
-ModelConfig = TrainingConfig | CollectConfig | PromptsConfig
+ModelConfig = TrainingConfig | SamplingConfig | PromptsConfig
 """The config of a command that loads models."""
-RewardConfigs = PpoConfig | SftConfig | CollectConfig | PromptsConfig
+RewardConfigs = PpoConfig | SftConfig | SamplingConfig | PromptsConfig
 """The config of a command that loads reward sources."""
 StageConfig = TrainingConfig | CollectConfig
 """The config of a stage: a command that makes a model or data."""
@@ -32,6 +33,7 @@ SCHEMAS: dict[str, type[CommandConfig]] = {
     "generate": GenerateConfig,
     "compare": CompareConfig,
     "exact": ExactConfig,
+    "label": LabelConfig,
     "experiment": ExperimentConfig,
 }
 TRAINING = ("sft", "train-rm", "ppo", "dpo")

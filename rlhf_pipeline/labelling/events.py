@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from rlhf_pipeline.config.labelling import LabelConfig
 from rlhf_pipeline.errors import BadInput
@@ -105,7 +106,7 @@ def fold(item: Item, task: Task, events: Iterable[Event]) -> TaskState:
     )
 
 
-def _status(kept: Sequence[Action]) -> str:
+def _status(kept: Sequence[Action]) -> Literal["open", "done", "skipped"]:
     """The status after actions that are not taken back: only the last one can end a task."""
     last = kept[-1] if kept else None
     return "done" if isinstance(last, SubmitAction) else "skipped" if isinstance(last, SkipAction) else "open"

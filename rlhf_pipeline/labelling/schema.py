@@ -14,6 +14,7 @@ from rlhf_pipeline.config.names import NAME_RULE, is_name
 from rlhf_pipeline.disk.storage import sync, writing
 from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.labelling.kinds import Item
+from rlhf_pipeline.labelling.origins import Origin
 from rlhf_pipeline.labelling.rows import add_items
 
 VERSION = "1"
@@ -74,7 +75,9 @@ def database(home: Path, name: str) -> Path:
     return home / "labels" / name / "labels.sqlite"
 
 
-def make(path: Path, config: LabelConfig, items: Sequence[Item], uncertainty: Sequence[float] | None) -> None:
+def make(
+    path: Path, config: LabelConfig, items: Sequence[Item], uncertainty: Sequence[float] | None, origin: Origin
+) -> None:
     """Write the file of a new project beside its place, and put it there when it is whole.
 
     Raises:
@@ -87,7 +90,8 @@ def make(path: Path, config: LabelConfig, items: Sequence[Item], uncertainty: Se
             with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as db:
                 db.executescript(f"PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; BEGIN; {TABLES}")
                 kept = config.model_dump_json(exclude=set(SERVING))
-                db.executemany("INSERT INTO meta VALUES (?, ?)", [("version", VERSION), ("config", kept)])
+                rows = [("version", VERSION), ("config", kept), ("origin", origin.model_dump_json())]
+                db.executemany("INSERT INTO meta VALUES (?, ?)", rows)
                 add_items(db, config, items, uncertainty, 0)
                 db.execute("COMMIT")
             sync(new)

@@ -23,6 +23,7 @@ from rlhf_pipeline.errors import UNSEEN, BadInput, DamagedFile
 from rlhf_pipeline.labelling.commits import GroupCommits, connect
 from rlhf_pipeline.labelling.events import Event, Refused, Task, check, fold, judgement
 from rlhf_pipeline.labelling.kinds import Action, Item, Judgement, Part, TaskState, UndoAction
+from rlhf_pipeline.labelling.origins import Origin
 from rlhf_pipeline.labelling.rows import EVENT, TASK, add_event, add_items, event_of, find_task, read_items, task_of
 from rlhf_pipeline.labelling.schema import VERSION, database, make
 from rlhf_pipeline.labelling.tasks import count_new, next_task, repeats_due
@@ -62,21 +63,28 @@ class LabelStore:
         if version != VERSION:
             raise BadInput(f"{path}: found version {version} of the storage; expected {VERSION}; upgrade this package")
         self.config = LabelConfig.model_validate_json(self._meta("config"))
+        self.origin = Origin.model_validate_json(self._meta("origin"))
 
     # Opening and closing.
 
     @classmethod
     def create(
-        cls, path: Path, config: LabelConfig, items: Sequence[Item], uncertainty: Sequence[float] | None = None
+        cls,
+        path: Path,
+        config: LabelConfig,
+        items: Sequence[Item],
+        uncertainty: Sequence[float] | None = None,
+        origin: Origin | None = None,
     ) -> LabelStore:
         """Make the storage of a new project; it appears whole or not at all. The items must be numbered from 0.
 
         uncertainty: one figure per item; items with the highest come first. By default their order is by hash.
+        origin: where the responses come from.
 
         Raises:
             BadInput: there is a project already, or the items cannot be used.
         """
-        make(path, config, items, uncertainty)
+        make(path, config, items, uncertainty, origin or Origin())
         return cls(path)
 
     @classmethod

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rlhf_pipeline.config.adapter import FourBits
-from rlhf_pipeline.config.stages import PpoConfig, StageConfig
+from rlhf_pipeline.config.collect import SamplingConfig
+from rlhf_pipeline.config.stages import PpoConfig
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.errors import ConfigError, Fault, first_line
 from rlhf_pipeline.models.four_bits import require_bitsandbytes
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-def require_needs(config: StageConfig, parents: Mapping[str, Resolved]) -> None:
+def require_needs(config: TrainingConfig | SamplingConfig, parents: Mapping[str, Resolved]) -> None:
     """Check positions, number type, weights in 4 bits, attention kernel and sampling engine for the models of a stage.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
-from rlhf_pipeline.config.collect import CollectConfig
+from rlhf_pipeline.config.collect import SamplingConfig
 from rlhf_pipeline.config.lengths import LENGTHS, describe_lengths
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.errors import ConfigError, Fault
@@ -17,7 +17,7 @@ from rlhf_pipeline.registry.store import Registry
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_sequence_length")
 """Keys of transformers configs for the number of positions."""
 
-Config = TypeVar("Config", bound=TrainingConfig | CollectConfig)
+Config = TypeVar("Config", bound=TrainingConfig | SamplingConfig)
 
 
 def with_lengths(config: Config, registry: Registry) -> tuple[Config, str | None]:
@@ -43,7 +43,7 @@ def with_lengths(config: Config, registry: Registry) -> tuple[Config, str | None
     return filled, f"lengths from {parent.label}: {told}"
 
 
-def require_positions(config: TrainingConfig | CollectConfig, parent: Resolved) -> None:
+def require_positions(config: TrainingConfig | SamplingConfig, parent: Resolved) -> None:
     """Check that the parent has enough positions for prompt and response.
 
     Raises:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from rlhf_pipeline.config.collect import SamplingConfig
 from rlhf_pipeline.config.losses import is_reference_free
-from rlhf_pipeline.config.stages import StageConfig
+from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.errors import MismatchError
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 
 
-def parents_of(registry: Registry, config: StageConfig) -> dict[str, Resolved]:
+def parents_of(registry: Registry, config: TrainingConfig | SamplingConfig) -> dict[str, Resolved]:
     """Return the models that a stage with this config comes from, by their role in the manifest.
 
     Raises:

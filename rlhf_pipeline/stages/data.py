@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_pipeline.algorithms.preference import OBJECTIVES
+from rlhf_pipeline.config.collect import SamplingConfig
 from rlhf_pipeline.config.kto import UNPAIRED
 from rlhf_pipeline.config.mentions import functions
-from rlhf_pipeline.config.stages import CollectConfig, DpoConfig, PpoConfig, SftConfig, TrainingConfig
+from rlhf_pipeline.config.stages import DpoConfig, PpoConfig, SftConfig, TrainingConfig
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.encode import ADVICE
 from rlhf_pipeline.data.load import RecordSet, SourceReport, examples_of, load_mixture, read_records, rows_of
@@ -55,7 +56,7 @@ def trains_all_replies(config: TrainingConfig) -> bool:
 
 
 def prompts_by_split(
-    found: RecordSet, config: CollectConfig, tokenizer: PreTrainedTokenizerBase, style: Style
+    found: RecordSet, config: SamplingConfig, tokenizer: PreTrainedTokenizerBase, style: Style
 ) -> tuple[list[tuple[Example, str]], tuple[SourceReport, ...]]:
     """Every distinct prompt with its split, in the style that the policy was trained in, and a report per split."""
     prompts: list[tuple[Example, str]] = []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlhf_pipeline.config.adapter import FourBits
-from rlhf_pipeline.config.collect import CollectConfig
+from rlhf_pipeline.config.collect import SamplingConfig
 from rlhf_pipeline.config.ppo import PpoConfig
 from rlhf_pipeline.config.reward_names import WORLD_NAMES, is_function_name, load_function
 from rlhf_pipeline.config.rewards import LlmJudge
@@ -116,7 +116,7 @@ def load_reward(
 
 def _require_positions(config: RewardConfigs, model: Resolved) -> None:
     """Check the positions of a reward model that reads the policy's tokens; evaluations check their own lengths."""
-    if isinstance(config, PpoConfig | CollectConfig):
+    if isinstance(config, PpoConfig | SamplingConfig):
         require_positions(config, model)
 
 

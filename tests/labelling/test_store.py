@@ -208,6 +208,7 @@ def test_an_item_that_was_left_open_goes_to_another_labeler(tmp_path: Path) -> N
         assert store.task(ann) == mine
 
 
+@pytest.mark.check
 def test_items_come_again_for_self_consistency(tmp_path: Path) -> None:
     with made(tmp_path, 20, repeat_share=0.25) as store:
         ann = store.labeler("Ann")
@@ -254,6 +255,7 @@ def test_time_of_an_item(tmp_path: Path) -> None:
         assert (one.seconds, one.at) == (15.0, 65.0)
 
 
+@pytest.mark.check
 def test_threads_and_two_storages_of_one_file_lose_nothing(tmp_path: Path) -> None:
     with made(tmp_path, 8, overlap=8) as store, LabelStore.open(store.path) as other:
         failed: list[BaseException] = []
