@@ -101,22 +101,27 @@ def _ranked(prompt: str, column: str, text: str, measures: tuple[str, ...], labe
     return Schema((prompt, column), read, label, objects=column)
 
 
-def _helpsteer2(rows: Rows) -> tuple[Rows, list[RowFault]]:
-    """Gather the responses to a prompt, which are a row each, into a ranking by helpfulness."""
-    gathered: dict[tuple[Any, Any], tuple[str, dict[str, Any]]] = {}
-    faults: list[RowFault] = []
-    for where, values in rows:
-        row = SourceRow(where, values)
-        prompt, response, split = row.text("prompt"), row.text("response"), row.split()
-        score = row.value("helpfulness")
-        score = None if score is None else row.number("helpfulness", score)
-        faults += [replace(item, split=split) for item in row.faults]
-        if not row.faults:
-            first: dict[str, Any] = {"prompt": prompt, "completions": [], "scores": [], "split": split}
-            _, into = gathered.setdefault((str(prompt), split), (where, first))
-            into["completions"].append(response)
-            into["scores"].append(score)
-    return [*gathered.values()], faults
+def _rated(column: str, label: str) -> Schema:
+    """The format of rated responses, which are a row each: the responses to a prompt are ranked by their ratings."""
+
+    def gather(rows: Rows) -> tuple[Rows, list[RowFault]]:
+        gathered: dict[tuple[Any, Any], tuple[str, dict[str, Any]]] = {}
+        faults: list[RowFault] = []
+        for where, values in rows:
+            row = SourceRow(where, values)
+            prompt, response, split, ended = row.text("prompt"), row.text("response"), row.split(), row.flag("ended")
+            score = row.value(column)
+            score = None if score is None else row.number(column, score)
+            faults += [replace(item, split=split) for item in row.faults]
+            if not row.faults:
+                first: dict[str, Any] = {"prompt": prompt, "completions": [], "scores": [], "ended": [], "split": split}
+                _, into = gathered.setdefault((str(prompt), split), (where, first))
+                into["completions"].append(response)
+                into["scores"].append(score)
+                into["ended"].append(ended)
+        return [*gathered.values()], faults
+
+    return Schema(("prompt", "response", column), _several, label, also=("ended",), gather=gather)
 
 
 def _several(row: SourceRow) -> Record | None:
@@ -185,7 +190,8 @@ SCHEMAS = [
     _ranked(
         "instruction", "completions", "response", ("fine-grained_score", "overall_score"), "ranking, UltraFeedback"
     ),
-    Schema(("prompt", "response", "helpfulness"), _several, "ranking, HelpSteer2 by helpfulness", gather=_helpsteer2),
+    _rated("helpfulness", "ranking, HelpSteer2 by helpfulness"),
+    _rated("rating", "ranking, rated responses"),
     Schema(("message_id", "parent_id", "role", "text"), _several, "ranking, OpenAssistant", _OASST, gather=_flat),
     Schema(("message_tree_id", "prompt"), _several, "ranking, OpenAssistant trees", gather=_trees),
 ]
