@@ -66,7 +66,9 @@ SHOWN = ("true_reward", "judge", "score", "kl", "well_formed", "ended", "length"
 
 def setting_text(setting: Mapping[str, Any]) -> str:
     """`beta 0.1`, or a dash."""
-    texts = (f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in setting.items())
+    from rlhf_pipeline.config.base import spelled
+
+    texts = (f"{key} {f'{value:g}' if isinstance(value, float) else spelled(value)}" for key, value in setting.items())
     return ", ".join(texts) or "-"
 
 

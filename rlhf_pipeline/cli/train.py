@@ -125,9 +125,11 @@ def _print_runs(result: dict[str, Any]) -> None:
         stages = [(name, entry["model"], _state(entry)) for name, entry in result["stages"].items()]
         emit_table(result["experiment"], ("stage", "model", "state"), stages)
         return
+    from rlhf_pipeline.config.base import spelled
+
     rows = []
     for entry in result["points"]:
-        setting = " ".join(f"{key}={value}" for key, value in entry["setting"].items()) or "-"
+        setting = " ".join(f"{key}={spelled(value)}" for key, value in entry["setting"].items()) or "-"
         rows.append((entry["stage_name"], setting, str(entry["seed"]), entry["model"], _state(entry)))
     emit_table(result["experiment"], ("stage", "setting", "seed", "model", "state"), rows)
 

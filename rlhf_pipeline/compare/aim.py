@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rlhf_pipeline.algorithms.preference import OBJECTIVES, Optimum, loss_optimum
+from rlhf_pipeline.config.base import spelled
 from rlhf_pipeline.config.kto import UNPAIRED
 from rlhf_pipeline.registry.manifest import Manifest
 from rlhf_pipeline.registry.optimum import REWARD_MODEL, carried_moves, own_moves
@@ -14,6 +15,7 @@ from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report.figures import EffectiveBeta, InContext, Row, Span
 
+ADAPTIVE = "kl_target"
 OF_THE_LOSS = ("loss_type", "label_smoothing")
 """The options of DPO whose effect on the optimum is declared beside the losses (`algorithms.preference`)."""
 
@@ -43,7 +45,10 @@ def aim_of(registry: Registry, resolved: Resolved) -> Aim:
     if manifest is None:
         return Aim()
     moved = moved_options(registry, resolved)
-    return Aim(_optimum(manifest, moved), moved, manifest.may_move_optimum, effective_beta_of(registry, resolved))
+    # The optimum of an adaptive penalty is that of another beta than kl_coef: the one where it ended, `beta_of`.
+    adapted = {ADAPTIVE} if beta_of(resolved) is not None else set()
+    optimum = _optimum(manifest, moved.keys() - adapted)
+    return Aim(optimum, moved, manifest.may_move_optimum, effective_beta_of(registry, resolved))
 
 
 def moved_options(registry: Registry, resolved: Resolved) -> dict[str, object]:
@@ -58,7 +63,7 @@ def moved_options(registry: Registry, resolved: Resolved) -> dict[str, object]:
     return own_moves(manifest) | carried_moves(found)
 
 
-def _optimum(manifest: Manifest, moved: Mapping[str, object]) -> Optimum:
+def _optimum(manifest: Manifest, moved: Collection[str]) -> Optimum:
     if any(name not in OF_THE_LOSS for name in moved):
         return "other"
     loss = manifest.config.get("loss_type")
@@ -111,9 +116,16 @@ def describe_aims(rows: Sequence[Row]) -> Iterator[str]:
             yield f"{arm} is not trained: {_told(finals[0].in_context)}; it has no beta"
         elif kinds:
             moved = {name: value for row in finals for name, value in row.moves_optimum.items()}
-            listed = ", ".join(f"{name}={value}" for name, value in moved.items())
+            listed = ", ".join(f"{name}={spelled(value)}" for name, value in moved.items())
             what = "beta on another scale" if kinds == {"scale"} else "another optimum"
             yield f"{arm} has {what} ({listed}): it is compared as trained and at matched KL only, not at one beta"
+    for arm, finals in arms.items():
+        ended = [row.beta for row in finals if ADAPTIVE in row.moves_optimum and row.beta is not None]
+        if ended and {row.optimum for row in finals} == {"same"}:
+            low, high = min(ended), max(ended)
+            where = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+            text = f"{arm} has an adaptive kl_coef: the beta is the one where that ended, {where}"
+            yield f"{text}, and its optimum is that of this beta"
     for arm, finals in arms.items():
         clear = [row for row in finals if row.effective_beta is not None and _is_off_scale(row.effective_beta)]
         if clear:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import numpy as np
 
@@ -69,8 +70,15 @@ class Arm:
         return list(self.points[setting])
 
     def beta(self, setting: Setting) -> float | None:
-        """The beta of a setting, the same for all its seeds; None if the optimum is not pi_ref exp(r / beta) / Z."""
-        return beta_of(self._first(setting).model) if self.optimum(setting) == "same" else None
+        """The beta of a setting; None if the optimum is not pi_ref exp(r / beta) / Z.
+
+        It is the same for all seeds, but with an adaptive kl_coef: then it is the mean of those where they ended.
+        """
+        found = [beta_of(one.model) for one in self.points[setting].values()]
+        known = [beta for beta in found if beta is not None]
+        if self.optimum(setting) != "same" or len(known) < len(found):
+            return None
+        return known[0] if len(set(known)) == 1 else fmean(known)
 
     def optimum(self, setting: Setting) -> Optimum:
         """How the optimum of a setting relates to pi_ref exp(r / beta), the same for all its seeds."""

@@ -15,6 +15,7 @@ from rlhf_pipeline.compare.arms import Arm, Seeds, Setting, arms_of, common_seed
 from rlhf_pipeline.compare.frontiers import frontier_section, over_optimisation_section
 from rlhf_pipeline.compare.rankings import ranking_section, win_rate_section
 from rlhf_pipeline.compare.rows import Measured, bill
+from rlhf_pipeline.config.base import spelled
 from rlhf_pipeline.evaluation.frontier import Curve, area_between, common_range, difference_at
 from rlhf_pipeline.evaluation.sampled import SHARES, Samples
 from rlhf_pipeline.evaluation.seeds import Inference, contrast, holm, infer
@@ -108,7 +109,7 @@ def _selected(a: Arm, b: Arm, seeds: Seeds, figure: str, chooser: str) -> Contra
 
 
 def _setting_text(setting: Setting) -> str:
-    return ", ".join(f"{name} {value}" for name, value in setting.values.items()) or "only setting"
+    return ", ".join(f"{name} {spelled(value)}" for name, value in setting.values.items()) or "only setting"
 
 
 def _cost(registry: Registry, arm: Arm, seeds: Seeds, settings: Sequence[Setting]) -> np.ndarray:

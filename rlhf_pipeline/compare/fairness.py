@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 
 from rlhf_pipeline.compare.aim import moved_options
+from rlhf_pipeline.config.base import spelled
 from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.lengths import resolve_lengths
 from rlhf_pipeline.config.losses import is_reference_free
@@ -105,7 +106,7 @@ def facts_of(registry: Registry, resolved: Resolved) -> dict[str, str]:
         "prompts": " + ".join(sorted(_short(entry.digest) for entry in manifest.data)) or NONE,
         "frozen weights": "as stored" if (held := four_bits_of(resolved)) is None else held.keys,
         "training temperature": f"{training_temperature(resolved):g}",
-        MOVED: ", ".join(f"{k}={v}" for k, v in sorted(moved.items())) or NONE,
+        MOVED: ", ".join(f"{k}={spelled(v)}" for k, v in sorted(moved.items())) or NONE,
     }
 
 

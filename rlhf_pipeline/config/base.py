@@ -254,6 +254,13 @@ def check_prompts(config: HasPart) -> Iterator[Fault]:
     return check_world(config, "prompts")
 
 
+def spelled(value: Any) -> str:
+    """Return the value of an option in words: `a + b` for several, `source a weight 2` for one with parts."""
+    if isinstance(value, Mapping):
+        return " ".join(f"{name} {spelled(part)}" for name, part in value.items())
+    return " + ".join(map(spelled, value)) if isinstance(value, list | tuple) else str(value)
+
+
 def moves_optimum(config: BaseModel) -> dict[str, Any]:
     """Return the options whose values move the optimum of the regularised reward, with these values."""
     return moving_options(type(config), config.model_dump())

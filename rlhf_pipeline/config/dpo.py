@@ -19,6 +19,7 @@ from rlhf_pipeline.config.loss_checks import (
     check_shared_length,
     check_trl_losses,
     check_weights,
+    remark_on_flips,
 )
 from rlhf_pipeline.config.losses import WithLosses
 from rlhf_pipeline.config.sharding import OFF
@@ -68,6 +69,7 @@ class DpoConfig(WithLosses):
         check_trl_losses,
         check_dpo_engine,
     )
+    remarks: ClassVar = (remark_on_flips,)
 
     learning_rate: Positive = option(1e-6, "peak learning rate of AdamW (TRL)")
     population_proposal: Literal["mixture", "reference"] = option(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from rlhf_pipeline.config.base import CommandConfig
+from rlhf_pipeline.config.base import CommandConfig, spelled
 from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.config.dump import config_digest
 from rlhf_pipeline.config.mentions import set_reference
@@ -200,4 +200,4 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         short = f"{value:g}"
         return short if float(short) == value else repr(value)
-    return str(value)
+    return spelled(value)

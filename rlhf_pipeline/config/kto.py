@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal, Protocol
 
-from rlhf_pipeline.config.base import Positive, option
+from rlhf_pipeline.config.base import Positive, option, spelled
 from rlhf_pipeline.config.sharding import OFF
 from rlhf_pipeline.config.training import NATIVE, TrainingConfig
 from rlhf_pipeline.errors import Fault
@@ -27,8 +27,8 @@ class KtoKeys(TrainingConfig):
     kto_kl: Literal["mismatched", "sampled"] = option(
         "mismatched",
         "with kto: responses whose mean log pi / pi_ref is z0, at least 0, once for each optimizer step; mismatched: "
-        "each prompt with the response to another one (KTO paper, TRL), no estimate of a KL, 0 once the policy has "
-        "left these responses; sampled: one response of the policy to each prompt, which estimates the KL that the "
+        "each prompt with the response to another one (KTO paper; TRL, which does not look whether it is another one), "
+        "no estimate of a KL, 0 once the policy has left these responses; sampled: one response of the policy to each prompt, which estimates the KL that the "
         "paper defines (costs a rollout)",
     )
 
@@ -66,7 +66,8 @@ def check_kto(config: HasKto) -> Iterator[Fault]:
     for key, losses in (("desirable_weight", UNPAIRED), ("undesirable_weight", UNPAIRED), ("kto_kl", (KTO,))):
         value = getattr(config, key)
         if value != KtoKeys.model_fields[key].default and loss not in losses:
-            yield Fault(key, f"found {value} with loss_type {loss}, which does not read it", f"loss_type {losses[0]}")
+            found = f"found {value} with loss_type {spelled(loss)}, which does not read it"
+            yield Fault(key, found, f"loss_type {losses[0]}")
     if loss not in UNPAIRED:
         return
     if config.soft_labels:

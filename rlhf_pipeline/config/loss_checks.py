@@ -90,6 +90,12 @@ def check_moving_reference(config: WithLosses) -> Iterator[Fault]:
         yield Fault("dataset_name", found, "recorded pairs, or sync_ref_model false")
 
 
+def remark_on_flips(config: WithLosses) -> Iterator[str]:
+    """Yield the note of robust DPO without a share of flipped labels."""
+    if "robust" in config.loss_names and not config.label_smoothing:
+        yield "loss_type robust without label_smoothing is sigmoid: label_smoothing is the share of flipped labels"
+
+
 def check_minimum(config: WithLosses) -> Iterator[Fault]:
     """Yield the fault of a loss without a minimum in a run that nothing stops."""
     stops = config.early_stopping_patience is not None or config.load_best_model_at_end
@@ -130,7 +136,7 @@ def check_margin(config: WithLosses) -> Iterator[Fault]:
     if not config.use_margin:
         return
     if config.loss_type != "sigmoid":
-        found = f"found true with loss_type {config.loss_type}, which defines no margin"
+        found = f"found true with loss_type {_said(config)}, which defines no margin"
         yield Fault("use_margin", found, "use_margin false, or loss_type sigmoid")
     if config.soft_labels or config.label_smoothing:
         other = "soft_labels" if config.soft_labels else "label_smoothing"

@@ -32,6 +32,15 @@ ADVICE = {
     TURNS: "the prompt is too long: its first turns are left out, its system turn stays",
 }
 """What a reason in `Counts.rows` means, and what to do."""
+NEEDED = {
+    "unknown_token": "text within the tokenizer's vocabulary",
+    "refused_by_template": "conversations that the chat template accepts",
+    "empty_prompt": "prompts with text",
+    "tied_ranking": "rankings that prefer one completion to another",
+    "identical_pair": "pairs of two different responses",
+    "chunk_too_short": "longer texts",
+}
+"""What a split needs whose rows were all dropped, most of them for a reason that is not their length."""
 SYSTEM_ROLES = ("system", "developer")
 NOTHING = Rendered("", (), False)
 

@@ -14,7 +14,7 @@ import numpy as np
 from rlhf_pipeline.config.lengths import Lengths
 from rlhf_pipeline.config.training import DatasetEntry
 from rlhf_pipeline.data.choices import choose, ties
-from rlhf_pipeline.data.encode import Counts
+from rlhf_pipeline.data.encode import NEEDED, Counts
 from rlhf_pipeline.data.examples import Example, join, pick, prompt_keys
 from rlhf_pipeline.data.files import RowFault, by_line, row_fault
 from rlhf_pipeline.data.formats import RecordSet, count_reasons
@@ -259,7 +259,8 @@ def examples_of(
     dropped += Counter(count_reasons([*tied, *counts.faults]))
     if not examples:
         none = f"split {split!r}: no example left of {len(in_it)} rows ({_list(dropped)})"
-        expected = f"responses of at most {lengths.response} tokens"
+        most = max(dropped, key=dropped.__getitem__, default="")
+        expected = NEEDED.get(most, f"responses of at most {lengths.response} tokens")
         raise DataError(Fault(found.source, none, expected))
     return examples, SourceReport(
         source=found.source,

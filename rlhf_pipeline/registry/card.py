@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline.config.base import spelled
 from rlhf_pipeline.config.names import DATA_SUFFIXES, HUB_ID
 from rlhf_pipeline.registry.manifest import Manifest, plain
 
@@ -37,7 +38,7 @@ def model_card(manifest: Manifest) -> str:
         _table("Adapter", ("what", "value"), _flat(manifest.adapter)),
         _table("Parents", ("role", "model", "digest"), _parents(manifest)),
         _table("Data", ("source", "split", "rows", "dropped", "digest"), _data(manifest)),
-        _table("Options that move the optimum", ("option", "value"), (manifest.moves_optimum or {}).items()),
+        _table("Options that move the optimum", ("option", "value"), _moved(manifest)),
         _table("Metrics", ("metric", "value"), _flat({k: v for k, v in manifest.metrics.items() if k != "health"})),
         _table("Health", ("cause", "since step", "until step", "value", "meaning", "to try"), _health(manifest)),
         _table("Cost", ("item", "value"), _flat({k: v for k, v in manifest.cost.items() if k != "at_step"})),
@@ -146,6 +147,10 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple]:
             yield from _flat(value, f"{prefix}{key}.")
         elif value is not None:
             yield f"{prefix}{key}", f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _moved(manifest: Manifest) -> Iterable[tuple[str, str]]:
+    return ((name, spelled(value)) for name, value in (manifest.moves_optimum or {}).items())
 
 
 def _table(title: str, head: tuple[str, ...], rows: Iterable[tuple]) -> str:

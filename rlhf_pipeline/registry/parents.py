@@ -101,11 +101,16 @@ def algorithm_of(resolved: Resolved) -> str | None:
 def beta_of(resolved: Resolved) -> float | None:
     """Return the beta (`kl_coef`) of a model; None if unknown, 0 (no optimum) or no price of KL (no reference).
 
-    An arm with demonstrations in its context has none: it is another policy than the one that was trained.
+    With `kl_target` it is the kl_coef of the last rollout, where the adaptive penalty ended; that of a snapshot is not
+    known. An arm with demonstrations in its context has none: it is another policy than the one that was trained.
     """
-    if resolved.method is not None:
+    if resolved.method is not None or resolved.manifest is None:
         return None
-    config = resolved.manifest.config if resolved.manifest is not None else {}
+    config = resolved.manifest.config
     if is_reference_free(config.get("loss_type")):
         return None
+    if config.get("kl_target") is not None:
+        last = resolved.manifest.metrics.get("train")
+        ended = last.get("objective/kl_coef") if isinstance(last, dict) and resolved.step is None else None
+        return float(ended) or None if isinstance(ended, int | float) else None
     return config.get("kl_coef", config.get("beta")) or None

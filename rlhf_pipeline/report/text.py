@@ -6,6 +6,7 @@ import math
 import re
 import unicodedata
 
+from rlhf_pipeline.config.base import spelled
 from rlhf_pipeline.errors import UNSEEN
 from rlhf_pipeline.report.figures import Interval
 
@@ -56,7 +57,7 @@ def count(value: float | None) -> str:
 def plain(value: object) -> str:
     """A setting's value in as few digits as possible: 0.1, 2, 1e-05."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return clean(value)
+        return clean(spelled(value))
     return f"{value:g}".replace("-", "−", 1 if value < 0 else 0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from rlhf_pipeline.algorithms.kto import kto_loss, reference_point
 from rlhf_pipeline.config.dpo import DpoConfig
 from rlhf_pipeline.config.kto import KTO
 from rlhf_pipeline.data.batch import counted
-from rlhf_pipeline.data.examples import Example
+from rlhf_pipeline.data.examples import Example, prompt_keys
 from rlhf_pipeline.data.tokenize import cut_prompt
 from rlhf_pipeline.data.tokenizers import stop_ids
 from rlhf_pipeline.errors import DataError, Fault
@@ -96,18 +97,36 @@ def with_margins(metrics: Metrics) -> Metrics:
     return metrics if None in sides else {**metrics, "rewards/margins": sides[0] - sides[1]}  # type: ignore[operator]
 
 
-def mismatched(examples: Sequence[Example], longest: int, bos: int | None) -> list[Example]:
-    """Each prompt with the response of the example before it, the first prompt with that of the last example.
+def mismatched(examples: Sequence[Example], members: Sequence[int], longest: int, bos: int | None) -> list[Example]:
+    """Each prompt of a window with a response to another prompt.
+
+    It is the response of the example before it in the window, whose first follows its last, or of the nearest one
+    before that with another prompt; in a window of one prompt alone, that of the nearest one before it in the data.
 
     Args:
+        members: the numbers of the window's examples, in order; two prompts at least are among all examples.
         longest: tokens of a prompt with its response; a longer prompt is cut on the left. bos: see `cut_prompt`.
     """
-    found = []
-    for before, one in zip([*examples[-1:], *examples[:-1]], examples, strict=True):
+    window, found = [examples[index] for index in members], []
+    for place, one in enumerate(window):
+        in_window = (window[place - back] for back in range(1, len(window)))
+        in_data = (examples[(members[place] - back) % len(examples)] for back in range(1, len(examples)))
+        before = next(other for other in chain(in_window, in_data) if other.prompt_key != one.prompt_key)
         room = longest - len(before.completions[0])
         ids = cut_prompt(one.prompt_ids, room, bos)
         found.append(replace(one, prompt_ids=ids, completions=before.completions, ended=before.ended))
     return found
+
+
+def require_two_prompts(examples: Sequence[Example], where: str) -> None:
+    """Check that a response to another prompt exists.
+
+    Raises:
+        DataError: all examples have the same prompt.
+    """
+    if len(set(prompt_keys(examples))) < 2:
+        found = f"one prompt in all {len(examples)} rows to train on, so none has a response to another one for z0"
+        raise DataError(Fault(where, found, "two prompts at least, or kto_kl 'sampled'"))
 
 
 def balance(desirable: Tensor, config: DpoConfig, where: str) -> str:
@@ -155,7 +174,7 @@ class ReferencePoint:
 
         def sums() -> Tensor:
             with run.meter.part("reference"):
-                rows = self._responses([examples[index] for index in members], step, divided)
+                rows = self._responses(examples, members, step, divided)
                 ratios = self._log_ratios(rows)
             return torch.tensor([float(ratios.sum()), float(len(rows))], device=run.device)
 
@@ -163,13 +182,16 @@ class ReferencePoint:
         total, count = (accelerator.reduce(found, "sum") if divided else found).tolist()
         return reference_point(total, count)
 
-    def _responses(self, window: list[Example], step: int, divided: bool) -> list[Example]:
+    def _responses(
+        self, examples: Sequence[Example], members: Sequence[int], step: int, divided: bool
+    ) -> list[Example]:
         """This process's share of the responses that z0 is measured on."""
         config, accelerator = self.run.config, self.run.accelerator
         mine = slice(accelerator.process_index, None, accelerator.num_processes) if divided else slice(None)
         if config.kto_kl == "mismatched":
-            return self.mismatched(window)[mine]
-        prompts = window[mine]
+            longest = config.lengths().total
+            return mismatched(examples, members, longest, self.tokenizer.bos_token_id)[mine]
+        prompts = [examples[index] for index in members][mine]
         if not prompts:
             return []
         seed = (config.seed * 1_000_003 + step) * 4096 + accelerator.process_index
@@ -185,11 +207,6 @@ class ReferencePoint:
         at_once = {key: self.options[key] for key in ("responses_at_once", "memory")}
         self.run.meter.generate(self.shape, sampled, prompts_run(self.policy, sampled, **at_once))
         return sampled
-
-    def mismatched(self, examples: Sequence[Example]) -> list[Example]:
-        """`mismatched` within the length limits of the run; of one example there is nothing."""
-        longest = self.run.config.lengths().total
-        return mismatched(examples, longest, self.tokenizer.bos_token_id) if len(examples) > 1 else []
 
     def _log_ratios(self, rows: Sequence[Example]) -> Tensor:
         """log pi / pi_ref of some responses, in the precision of training."""
@@ -213,13 +230,16 @@ def labelled_responses(
     """The labelled responses of the config's sources; `targets` says which are desirable.
 
     Raises:
-        DataError: there is nothing to train on, or all responses have one label.
+        DataError: there is nothing to train on, all responses have one label, or z0 needs a second prompt.
     """
     assert frozen is not None  # these losses read a reference
     pairs = recorded_pairs(run, policy, frozen, frozen_digest, tokenizer)
     config, examples = run.config, pairs.examples
     desirable = labels_of(examples)
-    run.log.say(balance(desirable, config, " + ".join(report.source for report in pairs.reports)))
+    sources = " + ".join(report.source for report in pairs.reports)
+    run.log.say(balance(desirable, config, sources))
+    if config.loss_type == KTO and config.kto_kl == "mismatched":
+        require_two_prompts(examples, sources)
     point = ReferencePoint(run, policy, frozen, tokenizer, ModelShape.of(policy.model))
 
     def windows(prepared: Any, start: int) -> Iterator[Window]:

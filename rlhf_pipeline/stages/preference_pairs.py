@@ -43,8 +43,8 @@ def label_probabilities(examples: Sequence[Example]) -> Tensor:
     lacking = [example for example in examples if example.label_probability is None]
     if lacking:
         expected = "label_probability, as `rlhf data collect` records it for pairs with labels: bradley-terry"
-        found, fix = "no label_probability, which soft_labels needs", "or set soft_labels: false"
-        raise DataError([Fault(example.where, found, expected, fix) for example in lacking])
+        found = f"no label_probability in {len(lacking)} of {len(examples)} rows, which soft_labels needs"
+        raise DataError(Fault(lacking[0].where, found, expected, "or set soft_labels: false"))
     return torch.tensor([example.label_probability for example in examples], dtype=torch.float64)
 
 
@@ -56,9 +56,10 @@ def require_pairs(examples: Sequence[Example]) -> None:
     """
     ranked = [example for example in examples if len(example.completions) > 2]
     if ranked:
+        size = len(ranked[0].completions)
+        found = f"rankings in {len(ranked)} of {len(examples)} rows, the first of {size} responses"
         expected, fix = "pairs: ld_alpha compares the lengths of two responses", "or remove ld_alpha"
-        faults = [Fault(one.where, f"a ranking of {len(one.completions)} responses", expected, fix) for one in ranked]
-        raise DataError(faults)
+        raise DataError(Fault(ranked[0].where, found, expected, fix))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline.config.base import spelled
 from rlhf_pipeline.config.dump import config_digest
 from rlhf_pipeline.data.load import SourceReport
 from rlhf_pipeline.data.tokenizers import chat_template_digest, tokenizer_digest
@@ -31,7 +32,7 @@ def inputs_of(parents: Mapping[str, Resolved], reports: Sequence[SourceReport]) 
 def log_moves(run: Run, parents: Mapping[str, Resolved]) -> None:
     """Log the options of this run and of its reward models that move the optimum."""
     fields = optimum_fields(run.config, parents)
-    moved, may_move = (", ".join(f"{k}={v}" for k, v in fields[name].items()) for name in fields)
+    moved, may_move = (", ".join(f"{k}={spelled(v)}" for k, v in fields[name].items()) for name in fields)
     if moved and run.stage == "reward":
         run.log.say(
             f"these options move the minimiser of the reward model: {moved}; PPO on this model has another optimum "

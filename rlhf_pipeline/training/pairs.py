@@ -27,9 +27,9 @@ def recorded_margins(examples: Sequence[Example]) -> Tensor:
     """
     lacking = [example for example in examples if example.margin is None]
     if lacking:
-        found = "no margin, which use_margin needs"
+        found = f"no margin in {len(lacking)} of {len(examples)} rows, which use_margin needs"
         expected = "pairs with a column 'margin': how much higher the reward of the chosen response should be"
-        raise DataError([Fault(example.where, found, expected, "or set use_margin: false") for example in lacking])
+        raise DataError(Fault(lacking[0].where, found, expected, "or set use_margin: false"))
     return torch.tensor([example.margin for example in examples], dtype=torch.float64)
 
 

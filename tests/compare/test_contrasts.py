@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from rlhf_pipeline.compare.aim import Aim
+from rlhf_pipeline.compare.aim import Aim, aim_of
 from rlhf_pipeline.compare.arms import arms_of, common_seeds, paired_by_seed
 from rlhf_pipeline.compare.contrasts import compare_arms, contrasts_of, selected_setting
 from rlhf_pipeline.compare.points import Point
 from rlhf_pipeline.compare.rows import Measured
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.evaluation.sampled import Samples
+from rlhf_pipeline.registry.parents import beta_of
+from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report.figures import Exact, ExactRow, Gibbs
 from rlhf_pipeline.report.sides import Contrast
 
@@ -173,3 +175,48 @@ def test_exact_objectives_are_set_against_each_other_at_each_common_beta():
         assert entry.estimate.mean == pytest.approx(0.5)
         assert entry.estimate.method == "t over seeds"
     assert made.frontier.gibbs.kl == [0.0, 1.0]
+
+
+def adaptive(seed: int, last: float | None) -> Measured:
+    """PPO that began at beta 1 with an adaptive penalty, which ended at `last`."""
+    one = point("ppo", seed, 1.0, true_reward=1.0, kl=1.0)
+    manifest = one.model.manifest
+    manifest.config["kl_target"], manifest.stage, manifest.may_move_optimum = 6.0, "ppo", {}
+    manifest.metrics, manifest.moves_optimum = {"train": {"objective/kl_coef": last}}, {"kl_target": 6.0}
+    return replace(one, aim=aim_of(cast(Registry, None), one.model))
+
+
+def test_an_adaptive_penalty_has_the_beta_where_it_ended():
+    assert beta_of(adaptive(0, 0.25).model) == 0.25
+    (one,) = arms_of([adaptive(0, 0.25)])
+    (setting,) = one.settings
+    assert (one.optimum(setting), one.beta(setting)) == ("same", 0.25)
+    (two,) = arms_of([adaptive(0, 0.25), adaptive(1, 0.75)])
+    assert two.beta(two.settings[0]) == 0.5
+    unknown = adaptive(0, None)
+    assert unknown.aim.optimum == "other" and beta_of(unknown.model) is None
+    snapshot = adaptive(0, 0.25).model
+    snapshot.step = 3
+    assert beta_of(snapshot) is None
+
+
+def test_an_adaptive_penalty_is_told_from_the_beta_it_began_with():
+    dpo = point("dpo", 0, 1.0, true_reward=0.0, kl=1.0)
+    (entry,) = [one for one in contrasts([adaptive(0, 0.25), dpo]) if one.figure == "true_reward"]
+    assert entry.at == "as trained (ppo at beta 0.25, dpo at 1)"
+    (entry,) = [one for one in contrasts([adaptive(0, 1.0), dpo]) if one.figure == "true_reward"]
+    assert entry.at == "at beta 1"
+
+
+def test_settings_that_cannot_be_paired_and_have_no_kl_are_said():
+    """Two values of another option at one beta in each arm, and no reference to measure KL to."""
+    several = [
+        replace(one, point=replace(one.point, setting={"learning_rate": rate}))
+        for arm in ("ppo", "dpo")
+        for rate in (0.1, 0.2)
+        for one in [point(arm, 0, 1.0, true_reward=1.0)]
+    ]
+    a, b = arms_of(several)
+    (entry,) = contrasts_of(a, b, ["true_reward"], None, True, cast(Registry, None))
+    assert (entry.kind, entry.estimate) == ("same beta", None)
+    assert entry.why_not == "no beta is that of exactly one setting of each arm"

@@ -473,3 +473,10 @@ def test_kls_of_many_arms_are_one_line():
     (words,) = [text for text in topics(summary=kls)["limits"] if "at the same beta" in text]
     assert "at the same beta, 0.5, the KLs of 28 pairs of arms differ by more than a factor of 2: arm7 219, " in words
     assert words.count("arm0") == 1
+
+
+def test_where_an_adaptive_penalty_ended_is_said():
+    moved = {"moves_optimum": {"kl_target": 6.0}}
+    found = topics(rows=[row("ppo", name=f"ppo-{beta}", beta=beta, **moved) for beta in (0.2, 0.4)])["limits"]
+    (words,) = [text for text in found if "adaptive kl_coef" in text]
+    assert "the one where that ended, 0.2 to 0.4, and its optimum is that of this beta" in words

@@ -7,7 +7,9 @@ from typing import get_args
 import pytest
 
 from rlhf_pipeline.algorithms.preference import OBJECTIVES
+from rlhf_pipeline.config.base import spelled
 from rlhf_pipeline.config.kto import UNPAIRED
+from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.config.losses import DIFFERENCES, REFERENCE_FREE, LossType
 
 
@@ -201,3 +203,36 @@ def test_a_window_of_one_response_is_enough_where_z0_is_sampled_or_not_there(loa
     assert load("dpo", loss_type="kto", per_device_train_batch_size=1, gradient_accumulation_steps=2)
     assert load("dpo", loss_type="kto", per_device_train_batch_size=1, kto_kl="sampled")
     assert load("dpo", loss_type="apo_zero_unpaired", per_device_train_batch_size=1)
+
+
+def test_several_losses_are_named_without_brackets(faults):
+    two = {"loss_type": ["sigmoid", "hinge"]}
+    refused = faults("dpo", **two, desirable_weight=2.0)
+    assert refused["desirable_weight"].found == "found 2.0 with loss_type sigmoid + hinge, which does not read it"
+    refused = faults("dpo", **two, use_margin=True)
+    assert refused["use_margin"].found == "found true with loss_type sigmoid, hinge, which defines no margin"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("ipo", "ipo"),
+        (0.1, "0.1"),
+        (True, "True"),
+        (("sigmoid", "hinge"), "sigmoid + hinge"),
+        ([{"source": "a", "weight": 2.0}, {"source": "b"}], "source a weight 2.0 + source b"),
+    ],
+)
+def test_a_value_in_words(value, text):
+    assert spelled(value) == text
+
+
+def test_robust_without_a_share_of_flips_is_told_to_be_sigmoid():
+    def notes(**changes) -> tuple[str, ...]:
+        given = {"model_name_or_path": "sft", "dataset_name": "org/data", "output_name": "m", **changes}
+        return load_config("dpo", None, extra=given).notes
+
+    (note,) = notes(loss_type="robust")
+    assert note == "loss_type robust without label_smoothing is sigmoid: label_smoothing is the share of flipped labels"
+    assert notes(loss_type=["robust", "sft"]) == (note,)
+    assert not notes(loss_type="robust", label_smoothing=0.2) and not notes()

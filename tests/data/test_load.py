@@ -64,6 +64,21 @@ def test_no_rows_left_is_an_error_also_when_skipping(jsonl, letters):
         read_records(jsonl("{"), skip_bad_rows=True)
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason", "said"),
+    [
+        ({"prompt": "xylophone"}, "unknown_token 2", "text within the tokenizer's vocabulary"),
+        ({"chosen": " dull" * 9}, "completion_too_long 2", "responses of at most 4 tokens"),
+    ],
+)
+def test_what_is_advised_is_about_what_the_rows_were_dropped_for(jsonl, changes, reason, said):
+    from rlhf_pipeline.data.world import tokenizer
+
+    row = {"prompt": "the plot", "chosen": " dull", "rejected": " fine", **changes}
+    with pytest.raises(DataError, match=rf"no example left of 2 rows \({reason}\); expected {said}"):
+        load(jsonl(row, {**row, "rejected": " slow"}), tokenizer(), skip_bad_rows=True)
+
+
 def test_faults_of_tokenisation_are_raised_or_counted(jsonl, letters):
     source = jsonl(GOOD, {**GOOD, "prompt": ""})
     with pytest.raises(DataError, match=r"1 of 2 rows cannot be used \(empty_prompt 1\)"):

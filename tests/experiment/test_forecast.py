@@ -177,16 +177,43 @@ def test_what_cannot_be_known_is_said(lab, tmp_path):
     assert "machine" not in told and told["about"] == ["pairs are drawn at every step: their tokens are not known"]
 
 
-def test_a_mixture_with_rows_that_are_not_there_is_not_estimated(lab, tmp_path):
+def forecast(lab, tmp_path, *, num: int, dpo: dict, **changes):
+    """The dry run of an experiment that collects to 2 prompts of test and then 8 of train, and trains DPO on it."""
     source = write(tmp_path / "pairs.jsonl", pairs())
     base = {"max_prompt_length": 6, "response_length": 4, "use_cpu": True, "num_threads": 1}
-    collect = {**base, "stage": "collect", "policy": "sft@v1", "prompts": source, "judge": "world", "num": 6}
-    parts = [{"dataset_name": "fresh"}, {"dataset_name": source}]
-    dpo = {**base, "stage": "dpo", "model_name_or_path": "sft@v1", "datasets": parts, "beta": 0.5}
-    compare = {"arms": ["dpo"], "baseline": "sft@v1", "use_cpu": True}
-    text = {"name": "x", "stages": {"fresh": collect, "dpo": {**dpo, "learning_rate": 1e-3}}, "compare": compare}
+    collect = {**base, "stage": "collect", "policy": "sft@v1", "prompts": source, "judge": "world", "num": num}
+    options = {"beta": 0.5, "learning_rate": 1e-3, "per_device_train_batch_size": 2}
+    trained = {**base, **options, "stage": "dpo", "model_name_or_path": "sft@v1", **dpo}
+    stages = {"fresh": {**collect, **changes.pop("fresh", {})}, "dpo": trained}
+    text = {"name": "x", "stages": stages, "compare": {"arms": ["dpo"], "baseline": "sft@v1", "use_cpu": True}}
     path = tmp_path / "experiment.yaml"
-    path.write_text(yaml.safe_dump(text, sort_keys=False))
-    told = estimate_experiment(path, [], lab.home)
-    assert told["not_estimated"] == ["dpo", "compare"] and told["estimates"]["fresh"]["records"] == 6
-    assert any(line.startswith("dpo, compare: the rows of its mixture are not known") for line in told["about"])
+    path.write_text(yaml.safe_dump({**text, **changes}, sort_keys=False))
+    return estimate_experiment(path, [], lab.home)
+
+
+def test_a_mixture_with_rows_to_come_is_counted(lab, tmp_path):
+    """By hand: 6 records have the 2 prompts of test and 4 of train; the 4 and half of the 8 rows are the mixture."""
+    parts = [{"dataset_name": "fresh"}, {"dataset_name": str(tmp_path / "pairs.jsonl")}]
+    told = forecast(lab, tmp_path, num=6, dpo={"datasets": parts})
+    assert told["estimates"]["fresh"]["records"] == 6
+    dpo = told["estimates"]["dpo"]
+    assert (dpo["rows"], dpo["optimizer_steps"]) == (8, 4)
+    assert dpo["tokens_trained"] == 4 * (3 + 4 + 4) + 4 * (3 + 3 + 2)  # responses to come have the longest length
+    assert told["not_estimated"] == ["compare"]
+    assert any("its arms are trained on mixtures, so name its prompts" in line for line in told["about"])
+    whole = [{**part, "fraction": 1.0} for part in parts]
+    assert forecast(lab, tmp_path, num=6, dpo={"datasets": whole})["estimates"]["dpo"]["rows"] == 4 + 8
+    few = [{**parts[0], "max_samples": 3}, parts[1]]
+    assert forecast(lab, tmp_path, num=6, dpo={"datasets": few})["estimates"]["dpo"]["rows"] == 3 + 3
+
+
+def test_rounds_are_counted_before_their_data_exist(lab, tmp_path):
+    """Round 1 has the prompts of test and two of train, round 2 the next four of train, and trains on all six."""
+    told = forecast(lab, tmp_path, num=4, dpo={"dataset_name": "fresh"}, rounds=2)
+    assert told["estimates"]["dpo"]["rows"] == 2 and told["estimates"]["dpo-2"]["rows"] == 2 + 4
+    assert told["not_estimated"] == []
+
+
+def test_a_later_first_record_has_later_prompts(lab, tmp_path):
+    told = forecast(lab, tmp_path, num=4, dpo={"dataset_name": "fresh"}, fresh={"first_record": 2})
+    assert told["estimates"]["dpo"]["rows"] == 4

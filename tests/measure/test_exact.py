@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from rlhf_pipeline.measure import exact as module
 from rlhf_pipeline.measure.evaluate import run_evaluate
 from rlhf_pipeline.measure.exact import run_exact
 from rlhf_pipeline.measure.leaves import trained_reward
+from rlhf_pipeline.measure.training_loss import problem_of
 
 LEAVES = 31 + 31**2 + 1  # responses of at most two tokens
 SHORT = {"max_new_tokens": 2}
@@ -189,3 +192,75 @@ def test_comparisons_carry_exact_figures(arms):
     found = compared(config, arms.home, quiet=True).exact
     assert [row.name for row in found.rows] == ["sft@v1", "ppo@v1", "dpo@v1", "optimum"]
     assert found.rows[1].optimisation_gap.prompts == 4
+
+
+def dpo_model(**config):
+    """A DPO model with these values of its config, as its manifest tells of it."""
+    given = {
+        "model_name_or_path": "sft",
+        "dataset_name": "collected:pairs@v1",
+        "output_name": "m",
+        "beta": 0.5,
+        **config,
+    }
+    reference, data = SimpleNamespace(digest="r"), SimpleNamespace(digest="d", source="collected:pairs@v1")
+    made = {"parents": {"base": reference, "reference": reference}, "moves_optimum": None, "data": [data]}
+    return SimpleNamespace(config=given, method=None, manifest=SimpleNamespace(stage="dpo", config=given, **made))
+
+
+@pytest.mark.parametrize(
+    ("config", "elsewhere"),
+    [
+        ({}, False),
+        ({"loss_type": "sigmoid", "label_smoothing": 0.1}, False),  # beta on another scale
+        ({"loss_type": "ipo"}, False),
+        ({"loss_type": "robust", "label_smoothing": 0.1}, False),
+        ({"loss_type": "plackett_luce"}, False),
+        ({"loss_type": "hinge"}, True),
+        ({"loss_type": "apo_zero"}, True),
+        ({"loss_type": "kto"}, True),
+        ({"loss_type": ["sigmoid", "hinge"]}, True),
+        ({"loss_type": "of another release"}, True),
+        ({"sft_weight": 0.1}, True),
+        ({"f_divergence": "js"}, True),
+        ({"weight_decay": 0.1}, True),
+        ({"sync_ref_model": True}, True),
+        ({"use_margin": True}, True),
+        ({"ld_alpha": 0.5}, True),
+    ],
+)
+def test_only_a_policy_that_aims_at_the_optimum_of_a_reward_can_disagree_with_it(config, elsewhere):
+    given = {"loss_type": "sigmoid", **config}
+    assert module._aims_elsewhere(dpo_model(**given)) is elsewhere
+
+
+def test_a_model_with_another_optimum_has_no_disagreement(arms, result, monkeypatch):
+    assert rows(result)["dpo@v1"].disagreement is not None
+    monkeypatch.setattr(module, "own_moves", lambda manifest: {"sft_weight": 0.1})
+    (row,) = [
+        row for row in exact(arms, "reward", "longer", **SHORT, reward_model_prompts=1).rows if row.stage == "dpo"
+    ]
+    assert row.disagreement is None and row.gap_true is not None
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        ({"loss_type": ["sigmoid", "simpo"]}, {"simpo_gamma": 1.5}),
+        ({"loss_type": ["sigmoid", "cpo"]}, {"cpo_alpha": 0.2}),
+        ({}, {"beta": 0.1}),
+        ({}, {"loss_type": "hinge"}),
+        ({"loss_type": ["sigmoid", "hinge"]}, {"loss_weights": [1.0, 2.0]}),
+        ({}, {"label_smoothing": 0.1}),
+        ({}, {"sft_weight": 0.1}),
+        ({"f_divergence": "alpha"}, {"f_alpha": 0.2}),
+        ({}, {"f_divergence": "js"}),
+        ({}, {"soft_labels": True}),
+        ({}, {"use_margin": True}),
+        ({}, {"max_train_samples": 8}),
+    ],
+)
+def test_what_makes_two_losses_one_problem(config, changes):
+    one = dpo_model(**config)
+    assert problem_of(one) == problem_of(dpo_model(**config, learning_rate=1e-3, output_name="other"))
+    assert problem_of(one) != problem_of(dpo_model(**config, **changes))

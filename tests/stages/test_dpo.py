@@ -173,9 +173,10 @@ def test_soft_labels_need_recorded_probabilities(lab):
     lab.run("collect", output_name="ranked", labels="rank")
     with pytest.raises(DataError) as caught:
         lab.run("dpo", dataset_name="collected:ranked", soft_labels=True)
-    fault = caught.value.faults[0]
+    (fault,) = caught.value.faults
     assert re.fullmatch(r"collected:ranked@v1:\d+", fault.where)
-    assert "no label_probability" in fault.found and "rlhf data collect" in fault.expected
+    assert re.fullmatch(r"no label_probability in (\d+) of \1 rows, which soft_labels needs", fault.found)
+    assert "rlhf data collect" in fault.expected
     assert "soft_labels: false" in fault.fix
 
 

@@ -106,10 +106,11 @@ def test_the_first_loss_and_gradient_of_labelled_rows(lab, run, monkeypatch, sto
 
 @pytest.mark.parametrize(("size", "accumulation"), [(8, 1), (2, 4)])
 def test_z0_loss_and_metrics_of_a_step_by_hand(lab, run, other, size, accumulation):
-    """z0 is measured once on all 8 responses of a step: each prompt with the response before it in the window."""
+    """z0 is measured once on all 8 responses of a step: each prompt with the last response before it to another one."""
     window = window_of(lab, responses(), 8)
     prompts, answers = [one.prompt_ids for one in window], [one.completions[0] for one in window]
-    mean = float(log_ratios(lab, prompts, answers[-1:] + answers[:-1], other).mean())
+    others = [next(answers[i - n] for n in range(1, 8) if prompts[i - n] != prompts[i]) for i in range(8)]
+    mean = float(log_ratios(lab, prompts, others, other).mean())
     swapped = mean < 0  # z0 is 0 then: ask for the other direction
     cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
     start, reference = (other, "sft") if swapped else ("sft", other)
@@ -223,9 +224,50 @@ def test_prompts_are_cut_to_the_room_that_the_other_response_leaves():
     from rlhf_pipeline.data.examples import Example
 
     examples = [Example(list(range(n, n + 4)), [[9] * n], [True], str(n), "") for n in (1, 2, 3)]
-    found = kto.mismatched(examples, 5, None)
+    found = kto.mismatched(examples, (0, 1, 2), 5, None)
     assert [one.completions for one in found] == [[[9] * 3], [[9]], [[9] * 2]]
     assert [one.prompt_ids for one in found] == [[3, 4], [2, 3, 4, 5], [4, 5, 6]]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "members", "expected"),
+    [
+        ("abc", (0, 1, 2), [2, 0, 1]),
+        ("aab", (0, 1, 2), [2, 2, 1]),  # 1 has the prompt of 0, so it goes one further round
+        ("abba", (3, 1, 2, 0), [2, 3, 3, 2]),
+        ("abc", (1,), [0]),  # alone in its window
+        ("baab", (1, 2), [0, 0]),  # a window of one prompt
+        ("abb", (0,), [2]),  # behind the first of the data is the last
+    ],
+)
+def test_the_other_response_belongs_to_another_prompt(prompts, members, expected):
+    from rlhf_pipeline.data.examples import Example
+
+    examples = [Example([ord(prompt)], [[10 + n]], [True], prompt, "") for n, prompt in enumerate(prompts)]
+    found = kto.mismatched(examples, members, 9, None)
+    assert [one.completions[0][0] - 10 for one in found] == expected
+    assert [one.prompt_ids for one in found] == [examples[n].prompt_ids for n in members]
+
+
+def test_one_prompt_alone_has_no_other_response(run):
+    rows = [{**row, "prompt": responses()[0]["prompt"]} for row in responses()]
+    with pytest.raises(DataError, match=r"one prompt in all 20 rows to train on.*kto_kl 'sampled'"):
+        run(rows)
+
+
+def test_the_last_window_of_one_response_measures_z0(lab, run, other):
+    """Of 9 rows in windows of 8 the second has one: its z0 is measured on the last response before it in the data."""
+    rows, order = responses()[:9], epoch_order(9, 0, 0)
+    by_row = dict(zip(order, window_of(lab, rows, 9), strict=True))
+    alone = by_row[order[8]]
+    before = next(
+        by_row[(order[8] - n) % 9] for n in range(1, 9) if by_row[(order[8] - n) % 9].prompt_ids != alone.prompt_ids
+    )
+    (ratio,) = log_ratios(lab, [alone.prompt_ids], [before.completions[0]], other).tolist()
+    start, reference = ("sft", other) if ratio > 0 else (other, "sft")
+    result = run(rows, model_name_or_path=start, ref_model=reference, max_steps=2, learning_rate=1e-9)
+    kls = [row["kl"] for row in lab.rows(result.run) if "kl" in row]
+    assert len(kls) == 2 and kls[1] == pytest.approx(abs(ratio), abs=1e-5) and abs(ratio) > 1e-3
 
 
 def test_the_log_names_the_labels(lab, run):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,7 @@ def test_a_resumed_run_reads_the_same_margins(lab, source, tmp_path, stage):
 def test_pairs_without_a_margin_are_named(lab, stage):
     with pytest.raises(DataError) as caught:
         lab.run(stage, use_margin=True)
-    fault = caught.value.faults[0]
-    assert fault.where.startswith("collected:pairs@v1:") and "no margin, which use_margin needs" in fault.found
+    (fault,) = caught.value.faults
+    assert re.fullmatch(r"no margin in (\d+) of \1 rows, which use_margin needs", fault.found)
+    assert fault.where.startswith("collected:pairs@v1:")
     assert "use_margin: false" in fault.fix

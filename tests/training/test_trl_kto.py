@@ -52,7 +52,10 @@ def test_loss_metrics_and_gradient_norm_of_every_step(lab, tmp_path, loss_type, 
         answers = [examples[index].completions[0] for index in order]
         columns["prompt_ids"] += [examples[index].prompt_ids for index in order]
         columns["completion_ids"] += answers
-        columns["KL_completion_ids"] += [answers[-1], *answers[:-1]]
+        # TRL's own columns have the answer before it also where that is one to the same prompt.
+        prompts = [examples[index].prompt_ids for index in order]
+        others = [next(n for n in range(1, SIZE) if prompts[place - n] != prompts[place]) for place in range(SIZE)]
+        columns["KL_completion_ids"] += [answers[place - n] for place, n in enumerate(others)]
         columns["label"] += [examples[index].desirable for index in order]
     if loss_type != "kto":
         del columns["KL_completion_ids"]
