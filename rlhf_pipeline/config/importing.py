@@ -28,6 +28,8 @@ NOT_TRAINING = RUN_ONLY | {
 _UNREADABLE = (TypeError, ValueError, LookupError, AttributeError)
 """What the tables raise at a value of a kind that they do not know, such as a list for a text."""
 _REFERENCES = frozenset({"model_name_or_path", "dataset_name", "datasets", "reward_model_path", "ref_model"})
+_OF_KTO = {"desirable_weight", "undesirable_weight"}
+"""Keys that only TRL's KTOConfig has; its loss_type is by default kto."""
 _TRL_DEFAULTS: dict[str, dict[str, Any]] = {
     "sft": {"num_train_epochs": 3.0, "bf16": True, "seed": 42, "dropout": True, "train_on": "all"},
     "train-rm": {"num_train_epochs": 3.0, "bf16": True, "seed": 42, "learning_rate": 1e-4, "reward_centering": "none"},
@@ -125,7 +127,10 @@ def _tool_of(path: Path, given: Mapping[str, Any]) -> str:
 def _trl_stage(given: Mapping[str, Any]) -> str | None:
     program = str(given.get("program", "")).rpartition(".")[2]
     if program:
-        return {"reward": "train-rm"}.get(program, program)
+        stage = {"reward": "train-rm", "kto": "dpo"}.get(program, program)
+        if stage not in TRAINING:
+            raise refuse("program", f"found {program!r}", "sft, reward, ppo, dpo or kto", "its trainer is not here")
+        return stage
     own = {stage: set(SCHEMAS[stage].model_fields) | set(keys.ALIASES[stage]) for stage in TRAINING}
     only = {stage: own[stage].difference(*(own[other] for other in TRAINING if other != stage)) for stage in TRAINING}
     only["dpo"].add("beta")
@@ -149,7 +154,8 @@ def _from_trl(given: Mapping[str, Any], stage: str) -> Translation:
     for key, value in draft.values.items():
         result.put(key, value, key)
     result.notes += draft.notes
-    for key, value in _TRL_DEFAULTS[stage].items():
+    of_kto = str(given.get("program", "")).endswith("kto") or _OF_KTO & set(given)
+    for key, value in (_TRL_DEFAULTS[stage] | ({"loss_type": "kto"} if of_kto and stage == "dpo" else {})).items():
         if key not in result.config:
             result.put(key, value, "")
             result.notes.append(f"{key} {value}: the default of trl")

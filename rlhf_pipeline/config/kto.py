@@ -28,7 +28,8 @@ class KtoKeys(TrainingConfig):
         "mismatched",
         "with kto: responses whose mean log pi / pi_ref is z0, at least 0, once for each optimizer step; mismatched: "
         "each prompt with the response to another one (KTO paper; TRL, which does not look whether it is another one), "
-        "no estimate of a KL, 0 once the policy has left these responses; sampled: one response of the policy to each prompt, which estimates the KL that the "
+        "no estimate of a KL, 0 once the policy has left these responses; sampled: one response of the policy to each "
+        "prompt, which estimates the KL that the "
         "paper defines (costs a rollout)",
     )
 

@@ -21,14 +21,15 @@ from rlhf_pipeline.foreign.table import (
 from rlhf_pipeline.foreign.templates import AXOLOTL, put_template
 
 NAME = "axolotl"
+LOSSES = {"ipo": "ipo_mean", "kto": "kto"}
 
 
 def _stage_of(values: Mapping[str, Any]) -> str | None:
-    if values.get("rl") in ("dpo", "ipo"):
+    if values.get("rl") in ("dpo", "ipo", "kto"):
         return "dpo"
     if values.get("rl") is not None or values.get("process_reward_model"):
         found = f"found {values.get('rl') or 'process_reward_model'!r}"
-        raise refuse("rl", found, "dpo, ipo or none", "this package has no such stage")
+        raise refuse("rl", found, "dpo, ipo, kto or none", "this package has no such stage")
     return "train-rm" if values.get("reward_model") else "sft"
 
 
@@ -64,6 +65,8 @@ ENTRIES = {
     "reward_model": JOINT,
     "rl_beta": to("beta"),
     "dpo_label_smoothing": to("label_smoothing"),
+    "kto_desirable_weight": to("desirable_weight"),
+    "kto_undesirable_weight": to("undesirable_weight"),
     "chat_template": JOINT,
     "chat_template_jinja": JOINT,
     "datasets": JOINT,
@@ -118,8 +121,8 @@ def _complete(values: Mapping[str, Any], result: Translation) -> None:
     if values.get("bf16") in (True, "auto", "full"):  # the weights of a model, and of an adapter's base, are loaded so
         result.put("bf16", values["bf16"] if values["bf16"] == "auto" else True, "bf16")
         result.put("dtype", "bfloat16", "bf16")
-    if values.get("rl") == "ipo":
-        result.put("loss_type", "ipo_mean", "rl")
+    if values.get("rl") in LOSSES:
+        result.put("loss_type", LOSSES[values["rl"]], "rl")
     _template(values, result)
     _data(values, result)
     evals, saves = values.get("evals_per_epoch"), values.get("saves_per_epoch")

@@ -23,7 +23,7 @@ from rlhf_pipeline.foreign.table import (
 from rlhf_pipeline.foreign.templates import LLAMAFACTORY, put_template
 
 NAME = "llamafactory"
-STAGES = {"sft": "sft", "pt": "sft", "rm": "train-rm", "ppo": "ppo", "dpo": "dpo"}
+STAGES = {"sft": "sft", "pt": "sft", "rm": "train-rm", "ppo": "ppo", "dpo": "dpo", "kto": "dpo"}
 
 
 def _stage_of(values: Mapping[str, Any]) -> str | None:
@@ -69,6 +69,8 @@ ENTRIES = {
     "pref_loss": to("loss_type", {"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo_mean"}),
     "pref_ftx": to("sft_weight", lambda value: value or None),
     "dpo_label_smoothing": to("label_smoothing"),
+    "kto_chosen_weight": to("desirable_weight"),
+    "kto_rejected_weight": to("undesirable_weight"),
     "ref_model": to("ref_model"),
     "reward_model": to("reward_model_path"),
     "reward_model_type": idle("a reward model is a reference, with or without an adapter"),
@@ -124,6 +126,8 @@ def _complete(values: Mapping[str, Any], result: Translation) -> None:
     result.put("max_prompt_length" if result.stage == "ppo" else "max_length", cutoff, "cutoff_len")
     if result.stage == "ppo":
         _ppo(values, result)
+    if values.get("stage") == "kto":
+        result.put("loss_type", "kto", "stage")
 
 
 def _data(values: Mapping[str, Any], result: Translation) -> None:
@@ -155,9 +159,9 @@ def _data(values: Mapping[str, Any], result: Translation) -> None:
 
 def _columns(entry: Mapping[str, Any]) -> dict[str, str]:
     """The columns of a source that have other names than those of its format."""
-    ours = {"prompt": "instruction", "query": "input", "response": "output"}
+    ours = {"prompt": "instruction", "query": "input", "response": "output", "kto_tag": "label"}
     if entry.get("formatting") == "sharegpt":
-        ours = {"messages": "conversations"}
+        ours = {"messages": "conversations", "kto_tag": "label"}
     given = entry.get("columns", {})
     if entry.get("ranking"):
         ours |= {"chosen": "chosen", "rejected": "rejected"}

@@ -354,8 +354,9 @@ def test_the_command_writes_yaml_and_what_is_lost(recipes, tmp_path, capsys):
     ("text", "name", "expected"),
     [
         ("a: 1\n", "x.yaml", "found no key that tells the tool"),
-        ("rl: kto\nbase_model: m\n", "x.yaml", "found 'kto'"),
-        ("stage: kto\ncutoff_len: 9\n", "x.yaml", "found 'kto'"),
+        ("rl: grpo\nbase_model: m\n", "x.yaml", "found 'grpo'"),
+        ("stage: mpo\ncutoff_len: 9\n", "x.yaml", "found 'mpo'"),
+        ("trl grpo --model_name_or_path m\n", "x.sh", "found 'grpo'|starts no known program"),
         ("echo hello\n", "x.sh", "starts no known program"),
         ("", "x.yaml", "found no keys"),
     ],
@@ -364,6 +365,39 @@ def test_a_file_that_is_not_for_this_package(tmp_path, text, name, expected):
     (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=expected):
         import_config(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("text", "tool"),
+    [
+        ("model_name_or_path: m\ndesirable_weight: 1.5\nundesirable_weight: 0.5\nbeta: 0.2\n", "trl"),
+        (
+            "stage: kto\ncutoff_len: 9\nkto_chosen_weight: 1.5\nkto_rejected_weight: 0.5\npref_beta: 0.2\n",
+            "llamafactory",
+        ),
+        ("rl: kto\nbase_model: m\nkto_desirable_weight: 1.5\nkto_undesirable_weight: 0.5\nrl_beta: 0.2\n", "axolotl"),
+    ],
+)
+def test_kto_of_each_tool(tmp_path, text, tool):
+    (tmp_path / "x.yaml").write_text(text)
+    result = import_config(tmp_path / "x.yaml")
+    assert (result.tool, result.stage) == (tool, "dpo")
+    keys = ("loss_type", "desirable_weight", "undesirable_weight", "beta")
+    assert [result.config[key] for key in keys] == ["kto", 1.5, 0.5, 0.2]
+    assert not [one.key for one in result.lost if one.changes_training]
+
+
+def test_labels_of_llamafactory_have_their_column(tmp_path):
+    (tmp_path / "data").mkdir()
+    entry = {
+        "hf_hub_url": "org/labels",
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages", "kto_tag": "good"},
+    }
+    (tmp_path / "data/dataset_info.json").write_text(json.dumps({"labels": entry}))
+    (tmp_path / "x.yaml").write_text("stage: kto\ncutoff_len: 9\ndataset: labels\n")
+    (source,) = import_config(tmp_path / "x.yaml").config["datasets"]
+    assert source["column_mapping"] == {"conversations": "messages", "label": "good"}
 
 
 @pytest.mark.parametrize(
