@@ -13,7 +13,7 @@ from rlhf_pipeline.config.yaml import parse_value, read_document
 from rlhf_pipeline.errors import ConfigError, Fault
 from rlhf_pipeline.foreign.table import refuse
 
-_PROGRAM = re.compile(r"\b((?:openrlhf\.cli|verl\.trainer)\.\w+)|\b(train_\w+)\.py\b|\btrl (sft|dpo|reward)\b")
+_PROGRAM = re.compile(r"\b((?:openrlhf\.cli|verl\.trainer)\.\w+)|\b(train_\w+)\.py\b|\btrl (sft|dpo|reward|kto)\b")
 _ASSIGNED = re.compile(r"^\s*(?:export\s+)?(\w+)=(\"[^\"]*\"|'[^']*'|[^\s;]*)\s*$", re.MULTILINE)
 
 

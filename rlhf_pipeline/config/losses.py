@@ -148,7 +148,7 @@ class WithLosses(KtoKeys):
     sync_ref_model: bool = option(
         False,
         "move the reference towards the policy every ref_model_sync_steps (TR-DPO; TRL: off). It turns "
-        "precompute_ref_log_probs off",
+        "precompute_ref_log_probs off; eval_* figures stay measured to the reference that the run begins with",
         moves_optimum=True,
     )
     ref_model_mixup_alpha: Annotated[float, Field(gt=0, le=1)] | None = option(

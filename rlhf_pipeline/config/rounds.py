@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhf_pipeline.config.collect import CollectConfig
 from rlhf_pipeline.config.grid import StageSpec
+from rlhf_pipeline.config.in_context import name_arm, split_arm
 from rlhf_pipeline.config.mentions import set_value
 from rlhf_pipeline.config.plan import ExperimentConfig
 from rlhf_pipeline.config.stages import StageConfig
@@ -37,14 +38,17 @@ class Rounds:
     def enter(self, compare: dict[str, Any]) -> None:
         """Put the later rounds of each arm behind it in the raw `arms` of a comparison that names no later round.
 
-        The data are part of what is compared, unless the comparison says otherwise.
+        An arm with demonstrations in its context, `few_shot:dpo`, has those of its policy. The data are part of what is
+        compared, unless the comparison says otherwise.
         """
         if not self.later:
             return
         compare.setdefault("allow_other_data", True)
         arms = compare.get("arms")
-        if isinstance(arms, list | tuple) and not set(itertools.chain(*self.later.values())) & set(map(str, arms)):
-            compare["arms"] = [name for arm in arms for name in (arm, *self.later.get(str(arm), ()))]
+        named = [split_arm(str(arm)) for arm in arms] if isinstance(arms, list | tuple) else []
+        if named and not set(itertools.chain(*self.later.values())) & {name for _, name in named}:
+            several = [(method, (name, *self.later.get(name, ()))) for method, name in named]
+            compare["arms"] = [name_arm(method, name) for method, names in several for name in names]
 
 
 def in_round(name: str, number: int, arm: str | None = None) -> str:

@@ -48,7 +48,8 @@ def comparison(outlook: Outlook, spec: StageSpec[CompareConfig]) -> Amounts:
     limit = config.max_new_tokens or lengths.response
     tokens, note = outlook.response(example)
     tokens = min(tokens, limit)
-    count = len(made) + sum(("arms", n) not in spec.links for n in range(len(config.arms)))
+    arms = [spec.links.get(("arms", n)) for n in range(len(config.arms))]
+    count = sum(1 if arm is None else sum(node.name == arm for node in made) for arm in arms)
     count += config.baseline is not None
     splits = [config.split]
     swept = any(node.setting for node in made)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from rlhf_pipeline.config.dpo import DpoConfig
 from rlhf_pipeline.config.kto import UNPAIRED
 from rlhf_pipeline.data.examples import first_lengths
 from rlhf_pipeline.models.modules import Policy, assert_independent
-from rlhf_pipeline.registry.lineage import stands_apart
+from rlhf_pipeline.registry.lineage import COLLECTED, stands_apart
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.stages.common import find_base, find_model, load_policy, require_same_tokenizer, tokenizer_of
 from rlhf_pipeline.stages.kto import kto_step, labelled_responses, with_margins
@@ -151,6 +152,20 @@ def rows_read(pairs: Pairs, labelled: bool) -> int:
     return total_pairs(pairs.examples) or sum(report.kept for report in pairs.reports)
 
 
+def say_flips(run: Run[DpoConfig], sources: Iterable[str]) -> None:
+    """Say of which collected sources robust DPO corrects another share of flipped labels than was flipped in them."""
+    rate = run.config.label_smoothing
+    for source in dict.fromkeys(sources) if "robust" in run.config.loss_names else ():
+        if not source.startswith(COLLECTED):
+            continue
+        recorded = run.registry.resolve_data(source.removeprefix(COLLECTED)).config.get("flip_rate") or 0.0
+        if recorded != rate:
+            run.log.say(
+                f"note: loss_type robust corrects a share label_smoothing {rate:g} of flipped labels, but {source} was "
+                f"collected with flip_rate {recorded:g}: only the right share gives DPO's optimum"
+            )
+
+
 def run_dpo(config: DpoConfig, home: Path, **options) -> StageResult:
     """Train a policy on preference pairs or rankings with DPO and register it."""
     with open_run("dpo", config, home, **options) as run:
@@ -182,7 +197,12 @@ def run_dpo(config: DpoConfig, home: Path, **options) -> StageResult:
             assert frozen is not None
             moving = following(pairs.windows, policy, frozen, share=config.mixup_alpha, every=config.sync_steps)
             pairs = replace(pairs, windows=moving)
+            if pairs.evaluate is not None:
+                run.log.say(
+                    "eval_* figures are measured to the reference that the run begins with, which does not move"
+                )
         log_moves(run, parents)
+        say_flips(run, [report.source for report in pairs.reports])
 
         # 3. Train.
         starts_there = config.needs_reference and parents["reference"].label == parent.label

@@ -163,3 +163,13 @@ def test_what_rounds_refuse(load):
     assert [one for one in found if "found 3, but no ppo or dpo stage depends on data" in one]
     renamed = {**STAGES["dpo"], "column_mapping": {"prompt": "question"}}
     assert [one for one in refused(load, stages={"dpo": renamed}) if "column_mapping does not apply" in one]
+
+
+def test_an_arm_with_demonstrations_has_the_rounds_of_its_policy(load):
+    compare = {"arms": ["dpo", "few_shot:dpo", "icdpo:sft"], "baseline": "sft"}
+    arms = load(rounds=2, compare=compare).compare.config.arms
+    assert arms == ("dpo", "dpo-2", "few_shot:dpo", "few_shot:dpo-2", "icdpo:sft")
+    links = load(rounds=2, compare=compare).compare.links
+    assert links[("arms", 3)] == "dpo-2"
+    named = {"arms": ["dpo", "few_shot:dpo-2"], "baseline": "sft"}
+    assert load(rounds=2, compare=named).compare.config.arms == ("dpo", "few_shot:dpo-2")

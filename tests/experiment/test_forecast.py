@@ -212,6 +212,11 @@ def test_rounds_are_counted_before_their_data_exist(lab, tmp_path):
     told = forecast(lab, tmp_path, num=4, dpo={"dataset_name": "fresh"}, rounds=2)
     assert told["estimates"]["dpo"]["rows"] == 2 and told["estimates"]["dpo-2"]["rows"] == 2 + 4
     assert told["not_estimated"] == []
+    # Two rounds of an arm, the same with demonstrations, and the baseline: 4 samples to each of 2 prompts.
+    alone = told["estimates"]["compare"]["tokens_sampled"] / 3
+    compare = {"arms": ["dpo", "few_shot:dpo"], "baseline": "sft@v1", "use_cpu": True}
+    both = forecast(lab, tmp_path, num=4, dpo={"dataset_name": "fresh"}, rounds=2, compare=compare)
+    assert both["estimates"]["compare"]["tokens_sampled"] == 5 * alone > 0
 
 
 def test_a_later_first_record_has_later_prompts(lab, tmp_path):

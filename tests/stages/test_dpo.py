@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from rlhf_pipeline.errors import DataError
+from rlhf_pipeline.stages.dpo import say_flips
 
 SMOOTH = {"adam_epsilon": 1e-1, "learning_rate": 1e-1, "max_grad_norm": 0}
 
@@ -229,3 +231,23 @@ def test_length_desensitised_dpo_reads_the_reference_at_every_step(lab):
     for ours, other in zip(whole, plain, strict=True):
         assert ours["loss/dpo"] == pytest.approx(other["loss/dpo"], abs=1e-6)
     assert abs(first["grad_norm"] - plain[0]["grad_norm"]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("loss", "rate", "told"),
+    [("robust", 0.1, ["pairs", "noisy"]), ("robust", 0.2, ["pairs"]), ("robust", 0.0, ["noisy"]), ("sigmoid", 0.1, [])],
+)
+def test_robust_with_another_rate_than_that_of_the_data_is_said(loss, rate, told):
+    """`pairs` records no flips, `noisy` a rate of .2."""
+    recorded = {"pairs@v1": {}, "noisy@v1": {"flip_rate": 0.2}}
+    lines: list[str] = []
+    run = SimpleNamespace(
+        config=SimpleNamespace(loss_names=(loss,), label_smoothing=rate),
+        registry=SimpleNamespace(resolve_data=lambda name: SimpleNamespace(config=recorded[name])),
+        log=SimpleNamespace(say=lines.append),
+    )
+    say_flips(run, ["collected:pairs@v1", "org/other", "collected:noisy@v1", "collected:noisy@v1"])
+    assert [line.partition("collected:")[2].partition("@")[0] for line in lines] == told
+    if told:
+        flips = {"pairs": "flip_rate 0:", "noisy": "flip_rate 0.2:"}[told[-1]]
+        assert f"corrects a share label_smoothing {rate:g} of flipped labels" in lines[-1] and flips in lines[-1]
