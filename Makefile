@@ -52,7 +52,7 @@ endif
 
 # pip keeps a torch that is there already at the pinned version, whatever its build.
 $(STAMP): pyproject.toml constraints.txt $(TORCH_STAMP) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,peft,qlora,real]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,label,peft,qlora,real]'
 	@touch $@
 
 demo: $(STAMP)
