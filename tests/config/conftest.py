@@ -27,6 +27,7 @@ VALID = {
     "generate": {},
     "compare": {"arms": ["a", "b"]},
     "exact": {},
+    "label": {"policies": ["sft"], "prompts": "org/data"},
     "experiment": {"name": "demo", "stages": {"sft": {"stage": "sft"}}},
 }
 
