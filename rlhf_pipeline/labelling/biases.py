@@ -8,11 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
-from rlhf_pipeline.data.records import plain
 from rlhf_pipeline.evaluation.preference_metrics import accuracy, calibration_slope
 from rlhf_pipeline.evaluation.statistics import Estimate
 from rlhf_pipeline.labelling.kinds import Item, Judgement
-from rlhf_pipeline.labelling.pairs import Pair, share
+from rlhf_pipeline.labelling.pairs import Pair, length, lengths_of, share
 
 FAR = 3.5
 """A modified z-score beyond this is an outlier (Iglewicz and Hoaglin 1993)."""
@@ -93,12 +92,10 @@ def length_bias(pairs: Sequence[Pair], lengths: Mapping[int, Sequence[int]]) -> 
     return LengthBias(accuracy(gaps, items), calibration_slope(gaps, items))
 
 
-def characters(items: Iterable[Item]) -> dict[int, int]:
+def characters(items: Sequence[Item]) -> dict[int, int]:
     """What a labeler has to read of each item: the characters of the prompt and all responses."""
-    return {
-        item.number: len(plain(item.prompt)) + sum(len(plain(response.text)) for response in item.responses)
-        for item in items
-    }
+    prompts = {item.number: item.prompt for item in items}
+    return {number: sum(lengths) + length(prompts[number]) for number, lengths in lengths_of(items).items()}
 
 
 def speed(judgement: Judgement, read: Mapping[int, int]) -> float:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from rlhf_pipeline.data.records import plain
 from rlhf_pipeline.evaluation.statistics import Estimate, cluster_mean
-from rlhf_pipeline.labelling.kinds import Item, Judgement
+from rlhf_pipeline.labelling.kinds import Item, Judgement, Text
 
 
 class Pair(NamedTuple):
@@ -63,9 +63,14 @@ def pairs_of(items: Sequence[Item], judgements: Iterable[Judgement], *, ties: bo
     return found
 
 
+def length(text: Text) -> int:
+    """The characters of a text, or of messages with their roles."""
+    return len(plain(text if isinstance(text, str) else tuple(text)))
+
+
 def lengths_of(items: Sequence[Item]) -> dict[int, list[int]]:
     """The characters of each response of each item, by the item's number."""
-    return {item.number: [len(plain(response.text)) for response in item.responses] for item in items}
+    return {item.number: [length(response.text) for response in item.responses] for item in items}
 
 
 def share(values: Sequence[float], items: Sequence[int]) -> Estimate | None:

@@ -72,6 +72,11 @@ def page(results: Results, points: Points) -> str:
         h("nav", h("ul", *links), aria_label="Contents"),
     )
     main = h("main", headline(view), overview(view), *(found.html for found in made))
+    return document(f"{name} – rlhf report", h("div", header, main, footer()))
+
+
+def document(title: str, body: Markup) -> str:
+    """A page with this title and body: it has the style sheet inside and may load or run nothing."""
     head = h(
         "head",
         h("meta", charset="utf-8"),
@@ -79,11 +84,11 @@ def page(results: Results, points: Points) -> str:
         h("meta", name="viewport", content="width=device-width, initial-scale=1"),
         h("meta", name="color-scheme", content="light dark"),
         h("meta", name="referrer", content="no-referrer"),
-        h("title", f"{name} – rlhf report"),
+        h("title", title),
         h("style", Markup(CSS)),
     )
-    body = h("body", h("div", h("div", header, main, footer()), class_="sheet"))
-    return f"<!DOCTYPE html>\n{h('html', head, body, lang='en')}\n"
+    whole = h("html", head, h("body", h("div", body, class_="sheet")), lang="en")
+    return f"<!DOCTYPE html>\n{whole}\n"
 
 
 def write_report(results: Results, directory: Path) -> Path:
