@@ -12,8 +12,8 @@ likelihood
     L = integral of prod_j sigma(a_j z)^won_j sigma(-a_j z)^(1 - won_j) phi(z) dz,    won_j in {0, 1/2, 1}
 
 over the labelers j of that pair. A tie is half a win for each. The product over the pairs of an item is a composite
-likelihood (Varin, Reid and Firth 2011): its maximum is consistent, and its intervals are by item (sandwich). Measured by
-simulation they cover 93 to 97 %, and 90 % for the best of three labelers of whom one nearly guesses.
+likelihood (Varin, Reid and Firth 2011): its maximum is consistent, and its intervals are by item (sandwich). They
+cover 93 to 97 % in simulations, and 90 % for the best of three labelers of whom one nearly guesses.
 
 Only what labelers say of the same pair counts, so this needs three labelers who meet one another: from the agreement of
 two labelers alone nobody can tell which of the two is right.
