@@ -45,6 +45,21 @@ def write_report(labels: Labels, directory: Path, name: str) -> Quality:
     return found
 
 
+class LivePage:
+    """The page of a project that is being labelled: measured anew only if there are other judgements than before."""
+
+    def __init__(self, labels: Labels, name: str):
+        self._labels, self._name = labels, name
+        self._made: tuple[Sequence[Judgement], str] | None = None
+
+    def text(self) -> str:
+        """The page; it may take seconds."""
+        judgements = self._labels.judgements()
+        if self._made is None or self._made[0] != judgements:
+            self._made = judgements, quality_page(measure_quality(self._labels.items(), judgements), self._name)
+        return self._made[1]
+
+
 def quality_page(found: Quality, name: str) -> str:
     """The page as HTML that is also valid XML; it names labelers by number and shows no source of a response."""
     header = h("header", h("h1", clean(name)), h("p", "Quality of the labels", class_="lead"))

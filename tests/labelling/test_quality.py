@@ -14,7 +14,7 @@ from rlhf_pipeline.labelling.figures import Quality
 from rlhf_pipeline.labelling.kinds import Item, Judgement
 from rlhf_pipeline.labelling.quality import measure_quality
 from rlhf_pipeline.labelling.quality_tables import quality_tables
-from rlhf_pipeline.labelling.report_page import REPORT, quality_page, write_report
+from rlhf_pipeline.labelling.report_page import REPORT, LivePage, quality_page, write_report
 from tests.labelling.worlds import crowd, item, judgement, skipped
 
 pytest.importorskip("krippendorff", reason="the extra label is not installed")
@@ -230,3 +230,16 @@ def test_the_page_draws_reliabilities():
     assert len(bars) == 3
     good = measure_quality(items, said).model_copy(update={"findings": []})
     assert "Nothing stands out." in quality_page(good, "x")
+
+
+def test_a_live_page_is_made_anew_only_for_other_judgements(monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "rlhf_pipeline.labelling.report_page.quality_page", lambda found, name: made.append(name) or "x"
+    )
+    items, said = small()
+    store = Store(items, said)
+    live = LivePage(store, "demo")
+    assert (live.text(), live.text(), made) == ("x", "x", ["demo"])
+    store._judgements = [*said[:-1], skipped(2, 1, reason="another")]  # as many, one of them another
+    assert live.text() == "x" and made == ["demo", "demo"]
