@@ -1,0 +1,1 @@
+"""Project files of other labelling tools: Argilla and Label Studio."""
