@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rlhf_pipeline.evaluation.statistics import WILSON, Estimate, effective_size, student_quantile, wilson_interval
+from rlhf_pipeline.evaluation.statistics import WILSON, Estimate, effective_size, wilson_interval
+from rlhf_pipeline.evaluation.two_way import OVER_BOTH, SHARE_OVER_BOTH, Judged
 
 ELO = 400 / math.log(10)
 """Elo points per unit of log-odds: 400 points are odds of ten to one."""
@@ -86,13 +88,22 @@ def _information(played: np.ndarray, s: np.ndarray) -> np.ndarray:
     return np.diag(curvature.sum(1)) - curvature
 
 
-def rank(wins: ArrayLike, *, baseline: int = 0) -> list[Standing]:
+def rank(
+    wins: ArrayLike,
+    *,
+    baseline: int = 0,
+    prompts: Sequence[Hashable] | None = None,
+    labelers: Sequence[Hashable] | None = None,
+) -> list[Standing]:
     """Elo of k models, 400 / ln 10 points per unit of log-odds, the baseline at 1000.
 
     The interval is Student's t over prompts of the distance to the baseline, with the variance of an M-estimator
     clustered by prompt (P prompts, g_p the score of prompt p, H the information of all; White 1982):
 
         var(s) = P / (P - 1) H^+ (sum_p g_p g_p') H^+
+
+    With several labelers it is clustered by prompt and labeler: the influences H^+ g_n of judgements n take the place
+    of psi_n in `two_way`.
 
     A model without a path of wins from the baseline to it (or from it to the baseline) has no finite Elo. Its standing
     is a bound: every unbroken row of wins over P prompts counts as the lower end of Wilson's interval for P of P. For
@@ -101,7 +112,8 @@ def rank(wins: ArrayLike, *, baseline: int = 0) -> list[Standing]:
 
     Args:
         wins: (P, k, k): the share of comparisons on a prompt that i won against j (`win_rates.prompt_win_rates`),
-            0 where they were not compared.
+            0 where they were not compared. With `prompts`: (N, k, k), one row for each judgement.
+        prompts, labelers: (N,) of each row.
 
     Raises:
         ValueError: wrong shapes, or models that no path of wins joins with the baseline.
@@ -109,44 +121,45 @@ def rank(wins: ArrayLike, *, baseline: int = 0) -> list[Standing]:
     table = np.asarray(wins, dtype=np.float64)
     if table.ndim != 3 or table.shape[1] != table.shape[2] or table.shape[1] < 2:
         raise ValueError(f"found wins of shape {table.shape}, expected (prompts, k, k) with k >= 2")
-    prompts, size = table.shape[:2]
+    rows, size = table.shape[:2]
+    judged = Judged.by(range(rows) if prompts is None else prompts, labelers)
     table = np.where(np.eye(size, dtype=bool), 0.0, table)
     totals = table.sum(0)
     reach = reachable(totals)
     above, below = reach[:, baseline], reach[baseline]
     if not (above | below).all():
         raise ValueError("found models that no path of wins joins with the baseline, expected each to be compared")
-    quantile = student_quantile(prompts - 1)
+    method, bounded = ("t", WILSON) if judged.labelers == 1 else (OVER_BOTH, SHARE_OVER_BOTH)
     found: dict[int, Standing] = {}
     group = np.flatnonzero(above & below)
     inside = table[:, group][:, :, group]
     strengths = bradley_terry(inside.sum(0))
     place = group.tolist().index(baseline)
-    errors = _errors(inside, strengths, place)
+    errors = _errors(inside, strengths, place, judged)
     for i, value, error in zip(group.tolist(), strengths - strengths[place], errors, strict=True):
-        mean, half = ANCHOR + ELO * float(value), quantile * ELO * float(error) if i != baseline else 0.0
-        found[i] = Standing(Estimate(mean, mean - half, mean + half, prompts, prompts, "t"), None)
+        mean, half = ANCHOR + ELO * float(value), judged.quantile * ELO * float(error) if i != baseline else 0.0
+        found[i] = Standing(Estimate(mean, mean - half, mean + half, rows, judged.clusters, method), None)
     if len(found) < size:
-        certain, _ = wilson_interval(1.0, effective_size(1.0, 0.0, prompts), quantile)
-        found |= _bounds(totals, baseline, certain, above, prompts, set(found))
+        certain, _ = wilson_interval(1.0, effective_size(1.0, 0.0, judged.prompts, scale=judged.scale), judged.quantile)
+        ends = _bounds(totals, baseline, certain, above, set(found))
+        for i, (end, low, high) in ends.items():
+            estimate = Estimate(end, low, high, rows, judged.clusters, bounded)
+            found[i] = Standing(estimate, "at least" if above[i] else "at most")
     return [found[i] for i in range(size)]
 
 
-def _errors(table: np.ndarray, s: np.ndarray, baseline: int) -> np.ndarray:
-    """Standard errors of s - s[baseline], clustered by prompt: (P, k, k), (k,) -> (k,)."""
-    prompts, size = table.shape[:2]
-    if prompts < 2:
-        return np.full(size, math.inf)
+def _errors(table: np.ndarray, s: np.ndarray, baseline: int, judged: Judged) -> np.ndarray:
+    """Standard errors of s - s[baseline]: (N, k, k), (k,) -> (k,)."""
     played = table + np.swapaxes(table, 1, 2)
     scores = table.sum(2) - (played * _won_share(s)).sum(2)
     influence = scores @ np.linalg.pinv(_information(played.sum(0), s))
-    return np.sqrt(((influence - influence[:, [baseline]]) ** 2).sum(0) * prompts / (prompts - 1))
+    return np.sqrt(judged.variance(influence - influence[:, [baseline]]))
 
 
 def _bounds(
-    totals: np.ndarray, baseline: int, certain: float, above: np.ndarray, prompts: int, known: set[int]
-) -> dict[int, Standing]:
-    """The ends of the models outside the baseline's group.
+    totals: np.ndarray, baseline: int, certain: float, above: np.ndarray, known: set[int]
+) -> dict[int, tuple[float, float, float]]:
+    """The known end, the low and the high end of the models outside the baseline's group.
 
     certain: the win rate that an unbroken row of wins counts as; 0 if there is only one prompt.
     """
@@ -154,10 +167,8 @@ def _bounds(
     unbroken = (totals > 0) & ~reachable(totals).T
     poorest = np.where(unbroken, certain * played, np.where(unbroken.T, (1 - certain) * played, totals))
     strengths = bradley_terry(poorest) if certain > 0 else np.where(above, -math.inf, math.inf)
-    found: dict[int, Standing] = {}
+    found: dict[int, tuple[float, float, float]] = {}
     for i in set(range(len(totals))) - known:
         end = ANCHOR + ELO * float(strengths[i] - (strengths[baseline] if certain > 0 else 0.0))
-        low, high = (end, math.inf) if above[i] else (-math.inf, end)
-        estimate = Estimate(end, low, high, prompts, prompts, WILSON)
-        found[i] = Standing(estimate, "at least" if above[i] else "at most")
+        found[i] = (end, end, math.inf) if above[i] else (end, -math.inf, end)
     return found
