@@ -25,6 +25,7 @@ COMPARE_KEYS = (
     "baseline",
     "name",
     *MEASURING_KEYS,
+    "human",
     "snapshots",
     "allow_mismatch",
     "allow_other_data",

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from rlhf_pipeline.compare.contrasts import compare_arms
 from rlhf_pipeline.compare.fairness import allowed_by, unexpected
+from rlhf_pipeline.compare.human import human_judged
 from rlhf_pipeline.compare.llm_judged import llm_judged
 from rlhf_pipeline.compare.points import Point
 from rlhf_pipeline.compare.preference_quality import preference_quality
@@ -19,6 +20,7 @@ from rlhf_pipeline.compare.rows import diversities, measure_points, measured_ref
 from rlhf_pipeline.compare.verdict import verdict
 from rlhf_pipeline.config.compare import CompareConfig
 from rlhf_pipeline.disk.storage import replace_text, staging
+from rlhf_pipeline.labelling.arena import read_arena
 from rlhf_pipeline.measure.best_of import best_of_n_rows, enough_samples, primary_figure
 from rlhf_pipeline.measure.demonstrations import demonstrations_of, describe
 from rlhf_pipeline.measure.exact import exact_figures
@@ -70,6 +72,7 @@ def compared(
 
     Raises:
         MismatchError: the arms differ in more than the way they were trained, and `allow_mismatch` is not set.
+        ConfigError: the labelling project compares no two of the models; see `read_arena`.
         RunFailed: the home is not writable; checked before anything is sampled.
     """
 
@@ -84,6 +87,8 @@ def compared(
     registry = Registry(home)
     entrants = find_entrants(config, registry, points, say)
     config, models, reference = entrants.config, entrants.models, entrants.reference
+    labels = list(dict.fromkeys(model.label for model in models))
+    arena = None if config.human is None else read_arena(home, config.human, labels)
     chat = None if config.llm_judge is None else ChatModel.of(config.llm_judge, home)
     if chat is not None:
         chat.probe()
@@ -152,6 +157,7 @@ def compared(
         data_changed=bench.data_changed,
         demonstrations=None if shown is None else describe(shown),
         llm_judge=None if chat is None else llm_judged(bench, config, chat, ended),
+        human=None if arena is None else human_judged(bench, arena, chat),
         **dict(against),
     )
     return Results(

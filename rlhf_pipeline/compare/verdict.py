@@ -11,6 +11,7 @@ from math import isfinite
 
 from rlhf_pipeline.compare.aim import describe_aims
 from rlhf_pipeline.compare.apart import apart_in_kl, apart_in_length, say_interval, unmoved
+from rlhf_pipeline.compare.by_people import by_people
 from rlhf_pipeline.compare.preference_quality import LONGER
 from rlhf_pipeline.config.decoding import KL_OF
 from rlhf_pipeline.evaluation.seeds import needed
@@ -281,7 +282,8 @@ def verdict(results: Findings) -> Verdict:
     head, text = _primary(results), ""
     said = [line("decoding", f"responses are made by {results.decoder}; {KL_OF}")] if results.decoder else []
     said += [line("data", change.text) for change in results.data_changed]
-    said += [*_others(results), *_limits(results), *_next(results)]
+    people = [] if results.human is None else by_people(results.human)
+    said += [*_others(results), *people, *_limits(results), *_next(results)]
     if results.primary == "score" and results.contrasts:
         text = " (PPO was trained to maximise this score, so it is not an independent measure)"
         said.append(line("next", "use a judge that no compared model was trained on (a reward model): --judge REF"))

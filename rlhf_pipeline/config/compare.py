@@ -244,6 +244,11 @@ class CompareConfig(EvaluateConfig):
     llm_judge: LlmJudge | None = option(
         None, "language model that compares the responses; its agreement with held-out labels is measured too"
     )
+    human: Name | None = option(
+        None,
+        "labelling project of the home whose labelers compared responses of these models: their verdicts stand beside "
+        "the judge's, with their agreement",
+    )
     validation_split: Text | None = option("validation", "split whose prompts select settings and snapshots")
     allow_mismatch: bool = option(
         False, "compare arms that differ in more than their training; the report lists the differences"

@@ -148,6 +148,10 @@ def comparison_inputs(
         "data": data,
         "code": source_digest(),
     }
+    if config.human is not None:
+        from rlhf_pipeline.labelling.arena import arena_digest
+
+        content["people"] = arena_digest(registry.home, config.human)
     return sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 

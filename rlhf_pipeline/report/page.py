@@ -13,6 +13,7 @@ from rlhf_pipeline.report.sections.cost import cost_section
 from rlhf_pipeline.report.sections.curves import curves_section
 from rlhf_pipeline.report.sections.exact import exact_section
 from rlhf_pipeline.report.sections.frontier import frontier_section
+from rlhf_pipeline.report.sections.human import human_section
 from rlhf_pipeline.report.sections.llm_judge import llm_judge_section
 from rlhf_pipeline.report.sections.overoptimisation import overoptimisation_section
 from rlhf_pipeline.report.sections.provenance import footer, glossary_section, lineage_section, reproduce_section
@@ -31,6 +32,7 @@ SECTIONS: tuple[Callable[[View, Points], Section | None], ...] = (
     curves_section,
     overoptimisation_section,
     preferences_section,
+    human_section,
     llm_judge_section,
     responses_section,
     cost_section,
@@ -49,6 +51,7 @@ SHORT = {
     "fair": "Fair?",
     "frontier": "Frontier",
     "preferences": "Calibration",
+    "human": "People",
     "llm-judge": "LLM judge",
     "responses": "Responses",
     "exact": "Exact",

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, ValidationError
 from rlhf_pipeline.config.decoding import Decoding
 from rlhf_pipeline.errors import DamagedFile
 from rlhf_pipeline.report.figures import BEST_OF_N, Exact, Gate, Interval, Number, Part, Row
-from rlhf_pipeline.report.sides import Sides
+from rlhf_pipeline.report.sides import HumanJudged, Sides
 
 VERSION: Literal[1] = 1
 SCHEMA = Path(__file__).with_name("results.schema.json")
@@ -227,6 +227,7 @@ class Measurements(Part):
     data_changed: list[DataChange]
     demonstrations: Demonstrations | None
     llm_judge: LlmJudged | None = None
+    human: HumanJudged | None = None
     decoding: Decoding | None = None  # None: of a version that only sampled the policy itself
 
     @property

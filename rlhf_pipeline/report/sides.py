@@ -1,4 +1,4 @@
-"""Arms against each other in results.json: contrasts, win rates, ranking, frontiers, over-optimisation."""
+"""Arms against each other in results.json: contrasts, win rates, ranking, frontiers, human judgement."""
 
 from __future__ import annotations
 
@@ -147,6 +147,69 @@ class Overoptimised(Part):
     found: bool | None
     why: str
     p: Number
+
+
+class HumanPair(Part):
+    """P(people prefer a response of a to one of b), ties one half; `why_not` says why there is none.
+
+    estimate: for prompts and labelers like these. among_these: for these labelers, on prompts like these.
+    judges: the win rate of the same comparisons by each scorer, by its figure, on prompts like these.
+    """
+
+    a: str
+    b: str
+    comparisons: int
+    prompts: int
+    labelers: int
+    estimate: Interval | None
+    among_these: Interval | None
+    why_not: str | None
+    p: Number
+    ties: Number
+    judges: dict[str, Interval] = Field(default={})
+
+
+class HumanStanding(Part):
+    """One model's Elo by Bradley-Terry, the first model at 1000; None if no end of its interval is known."""
+
+    name: str
+    comparisons: int
+    elo: Interval | None
+    bound: Literal["at least", "at most"] | None
+
+
+class HumanAgreement(Part):
+    """The share of people's verdicts that a scorer shares, over the comparisons in which people named a winner.
+
+    A tie by the scorer counts one half, and so a coin has one half. judge: the name of the scorer.
+    """
+
+    figure: str
+    judge: str
+    comparisons: int
+    share: Interval
+    p: Number
+
+
+class HumanJudged(Part):
+    """What people preferred in a labelling project.
+
+    comparisons: verdicts of labelers on two responses; ties are among them. skipped: items that a labeler left out.
+    missing: models of this comparison that the project does not have. agreement: by figure.
+    """
+
+    project: str
+    prompts: int
+    labelers: int
+    comparisons: int
+    ties: Number
+    skipped: int
+    missing: list[str]
+    pairs: list[HumanPair]
+    standings: list[HumanStanding]
+    why_no_standings: str | None
+    agreement: list[HumanAgreement]
+    why_no_agreement: str | None
 
 
 class Sides(Part):

@@ -64,6 +64,78 @@ def judged_by_llm(results: dict[str, Any], low: float = 0.61) -> dict[str, Any]:
     return results
 
 
+def judged_by_people(results: dict[str, Any], low: float = 0.56) -> dict[str, Any]:
+    """The results with people's verdicts; `low`: the lower end of the judge's agreement with them."""
+
+    def interval(mean: float, low: float | None, high: float | None, method: str = "wilson") -> dict[str, Any]:
+        return {"mean": mean, "low": low, "high": high, "n": 90, "clusters": 3, "method": method}
+
+    names = [row["model"] for row in results["rows"] if row["stage"] in ("sft", "ppo", "dpo")][:3]
+    counts = {"comparisons": 90, "prompts": 30, "labelers": 3}
+    results["human"] = {
+        "project": "people",
+        "prompts": 30,
+        "labelers": 3,
+        "comparisons": 180,
+        "ties": 0.125,
+        "skipped": 4,
+        "missing": ["<other>"],
+        "pairs": [
+            {
+                "a": names[1],
+                "b": names[0],
+                **counts,
+                "why_not": None,
+                "p": 0.012,
+                "ties": 0.25,
+                "estimate": interval(0.7, 0.55, 0.81),
+                "among_these": interval(0.7, 0.6, 0.79),
+                "judges": {"judge": interval(0.66, 0.5, 0.8)},
+            },
+            {
+                "a": names[2],
+                "b": names[0],
+                **counts,
+                "why_not": None,
+                "p": 0.4,
+                "ties": 0.0,
+                "estimate": interval(0.45, 0.3, 0.61),
+                "among_these": interval(0.45, 0.35, 0.55),
+                "judges": {"judge": interval(0.52, 0.4, 0.64)},
+            },
+            {
+                "a": names[1],
+                "b": names[2],
+                "comparisons": 0,
+                "prompts": 0,
+                "labelers": 0,
+                "p": None,
+                "estimate": None,
+                "among_these": None,
+                "why_not": "never <compared>",
+                "ties": None,
+            },
+        ],
+        "standings": [
+            {"name": names[1], "comparisons": 90, "elo": interval(1147.2, 1010.0, None), "bound": "at least"},
+            {"name": names[0], "comparisons": 180, "elo": interval(1000.0, 1000.0, 1000.0), "bound": None},
+            {"name": names[2], "comparisons": 90, "elo": None, "bound": "at most"},
+        ],
+        "why_no_standings": None,
+        "agreement": [
+            {
+                "figure": "judge",
+                "judge": "judge@v1",
+                "comparisons": 150,
+                "p": 0.02,
+                "share": interval(0.64, low, 0.72),
+            }
+        ],
+        "why_no_agreement": None,
+    }
+    return results
+
+
 def finals(results: dict[str, Any]) -> dict[str, Any]:
     """The results without the snapshots, their points and their places in the ranking."""
     results["rows"] = [row for row in results["rows"] if row.get("step") is None]

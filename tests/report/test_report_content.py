@@ -19,7 +19,15 @@ from rlhf_pipeline.report import Results, figures, results, sides, write_report
 from rlhf_pipeline.report.points import Points
 from rlhf_pipeline.report.sections.curves import PANELS
 from rlhf_pipeline.report.sections.verdict import TOPICS
-from tests.report.report_fixture import full, judged_by_llm, not_comparable, plain, without_judge, without_kl
+from tests.report.report_fixture import (
+    full,
+    judged_by_llm,
+    judged_by_people,
+    not_comparable,
+    plain,
+    without_judge,
+    without_kl,
+)
 from tests.report.report_fixture_page import SECTIONS, SVG, page_of, parsed, rows_of, sections
 
 
@@ -235,16 +243,42 @@ def test_the_page_reads_no_field_that_a_comparison_does_not_have() -> None:
     assert {"rows", "peak", "why_not", "length_controlled", "kl_bound", "may_move_optimum"} <= read
     unknown = judged_by_llm(plain())
     unknown["llm_judge"] |= {"labels": None, "why_no_labels": "no pairs"}
+    unjudged = judged_by_people(plain())
+    unjudged["human"] |= {"standings": [], "why_no_standings": "none", "agreement": [], "why_no_agreement": "none"}
     given = (
         full(),
         plain(),
         not_comparable(plain()),
         judged_by_llm(plain()),
         unknown,
+        judged_by_people(plain()),
+        unjudged,
         by_rloo(plain()),
         untrained(plain()),
     )
     assert read <= {name for results in given for name in named(results)} | NEVER_IN_A_FIXTURE
+
+
+@pytest.mark.check
+def test_what_people_prefer_stands_beside_the_judges_win_rate_and_agreement() -> None:
+    """Every figure with its interval, in the section and in the table of win rates; no markup of names is markup."""
+    text = said_by(judged_by_people(plain()))
+    assert "3 labelers compared two responses 180 times, on 30 prompts" in text
+    assert "Ties: 12 %. Skipped items: 4. It has no responses of <other>." in text
+    assert text.count("0.700 [0.550, 0.810]") == 1 and "0.660 [0.500, 0.800]" in text and "never <compared>" in text
+    assert "0.70 [0.55, 0.81]" in text  # beside the judge's, among all win rates
+    assert "(judge@v1) shares 0.640 [0.560, 0.720] of people's 150 verdicts with a winner, p 0.020: more often" in text
+    assert "≥ 1,147" in text or "≥ 1147" in text
+    assert "maybe no more often than a coin" in said_by(judged_by_people(plain(), low=0.49))
+    unknown = judged_by_people(plain())
+    unknown["human"] |= {
+        "standings": [],
+        "why_no_standings": "not joined",
+        "agreement": [],
+        "why_no_agreement": "no ids",
+    }
+    assert "There are none: not joined." in said_by(unknown) and "Not known: no ids." in said_by(unknown)
+    assert "Judged by people" not in said_by(plain())
 
 
 @pytest.mark.check

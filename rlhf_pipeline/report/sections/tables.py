@@ -266,6 +266,17 @@ def _win_rates(view: View) -> Markup | None:
         ]
         for one in view.results.win_rates
     ]
+    lines += [
+        [
+            f"{clean(one.a)} against {clean(one.b)}",
+            "people",
+            _or_why(one.estimate, one.why_not),
+            percent(one.ties, 0),
+            interval_bar(one.estimate, 0.0, 1.0, view.look_of(view.by_model.get(one.a)), 0.5),
+            NOTHING,
+        ]
+        for one in (view.results.human.pairs if view.results.human is not None else ())
+    ]
     if not lines:
         return None
     caption = (
@@ -274,6 +285,8 @@ def _win_rates(view: View) -> Markup | None:
         "length: the win rate that a logistic model predicts for responses of equal length; it is an association, not "
         "a cause."
     )
+    if view.results.human is not None:
+        caption += " By people: see the section on their judgement."
     return join([h("h3", "Win rates"), table(WIN_RATES, [Group(lines)], label="Win rates", caption=caption)])
 
 

@@ -13,6 +13,7 @@ TOPICS = {
     "matched KL": "at matched KL",
     "cost": "at equal cost",
     "judge": "by the judge",
+    "human": "by people",
     "selected": "at the chosen settings",
     "exact": "without sampling error",
     "decoding": "how responses are made",
