@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
+from rlhf_pipeline.errors import RlhfError
 from rlhf_pipeline.report import load
 from rlhf_pipeline.report.figures import ExactRow, Interval
 from rlhf_pipeline.report.results import Results
@@ -63,8 +64,12 @@ def table(results: Results) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    for path in arguments:
-        print("\n".join(table(load(Path(path)))), end="\n\n")
+    try:
+        for path in arguments:
+            print("\n".join(table(load(Path(path)))), end="\n\n")
+    except RlhfError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     return 0
 
 
