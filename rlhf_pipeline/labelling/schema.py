@@ -20,7 +20,7 @@ from rlhf_pipeline.labelling.rows import add_items
 VERSION = "1"
 
 TABLES = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE meta (key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;  -- free: items that too few labelers have
 CREATE TABLE items (
     number INTEGER PRIMARY KEY,
     place REAL NOT NULL,                -- items are given out in this order
@@ -61,7 +61,7 @@ CREATE INDEX events_of_task ON events (task, number);
 CREATE TRIGGER events_stay BEFORE UPDATE ON events BEGIN SELECT RAISE(ABORT, 'an event cannot be changed'); END;
 CREATE TRIGGER events_remain BEFORE DELETE ON events BEGIN SELECT RAISE(ABORT, 'an event cannot be removed'); END;
 """
-"""`items.taken`, `tasks.touched`, `status` and `seconds` follow from the events, and are written with them."""
+"""`free`, `items.taken`, `tasks.touched`, `status` and `seconds` follow from the events, and are written with them."""
 
 
 def database(home: Path, name: str) -> Path:

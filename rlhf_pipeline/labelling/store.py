@@ -26,7 +26,7 @@ from rlhf_pipeline.labelling.kinds import Action, Item, Judgement, Part, TaskSta
 from rlhf_pipeline.labelling.origins import Origin
 from rlhf_pipeline.labelling.rows import EVENT, TASK, add_event, add_items, event_of, find_task, read_items, task_of
 from rlhf_pipeline.labelling.schema import VERSION, database, make
-from rlhf_pipeline.labelling.tasks import count_new, next_task, repeats_due
+from rlhf_pipeline.labelling.tasks import count_new, next_task, repeats_due, take
 
 __all__ = ["LabelStore", "Progress", "Refused", "database"]
 
@@ -343,7 +343,7 @@ class LabelStore:
         if task.repeat == 0 and "skipped" in (before.status, after.status) and before.status != after.status:
             # Another labeler gets a skipped item in this one's place.
             change = -1 if after.status == "skipped" else 1
-            db.execute("UPDATE items SET taken = taken + ? WHERE number = ?", (change, task.item))
+            take(db, self.config, task.item, change)
         return after
 
 

@@ -70,13 +70,25 @@ def next_task(db: sqlite3.Connection, config: LabelConfig, labeler: int, now: fl
     insert = "INSERT INTO tasks (labeler, item, repeat, shown, opened, touched) VALUES (?, ?, ?, ?, ?, ?)"
     made = db.execute(insert, (labeler, item, repeat, json.dumps(shown), now, now)).lastrowid
     if not repeat:
-        db.execute("UPDATE items SET taken = taken + 1 WHERE number = ?", (item,))
+        take(db, config, item, 1)
     return made
+
+
+def take(db: sqlite3.Connection, config: LabelConfig, item: int, change: int) -> None:
+    """Count one labeler more or less of an item, and the items that have too few: a count that is kept is fast."""
+    db.execute("UPDATE items SET taken = taken + ? WHERE number = ?", (change, item))
+    (taken,) = db.execute("SELECT taken FROM items WHERE number = ?", (item,)).fetchone()
+    freed = int(taken < config.overlap) - int(taken - change < config.overlap)
+    if freed:
+        db.execute("UPDATE meta SET value = value + ? WHERE key = 'free'", (freed,))
 
 
 def count_new(db: sqlite3.Connection, config: LabelConfig, labeler: int) -> int:
     """Return the number of items that the labeler has not seen and that too few labelers have."""
-    return int(db.execute(f"SELECT count(*) {_NEW}", (config.overlap, labeler)).fetchone()[0])
+    (free,) = db.execute("SELECT value FROM meta WHERE key = 'free'").fetchone()
+    own = "SELECT count(*) FROM tasks JOIN items ON items.number = item WHERE labeler = ? AND repeat = 0 AND taken < ?"
+    (seen,) = db.execute(own, (labeler, config.overlap)).fetchone()
+    return int(free) - int(seen)
 
 
 def _new_item(db: sqlite3.Connection, config: LabelConfig, labeler: int, now: float) -> int | None:

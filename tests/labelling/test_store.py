@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 import sqlite3
 import threading
 from collections import Counter
@@ -318,3 +320,33 @@ def test_nothing_is_acknowledged_that_could_not_be_committed(tmp_path: Path) -> 
         assert store.state(task.task).actions == 1
         store._commits.do(lambda db: db.execute("PRAGMA max_page_count = 1000000") and None)
         assert store.record(ann, task.task, NoteAction(text="n" * 4000), "c2").actions == 2
+
+
+@pytest.mark.check
+def test_what_is_kept_beside_the_events_agrees_with_a_recount(tmp_path: Path) -> None:
+    draw = random.Random(3)
+    with made(tmp_path, 9, overlap=2, repeat_share=0.3) as store:
+        labelers = [store.labeler(name) for name in "abcd"]
+        db = sqlite3.connect(store.path)
+        for step in range(300):
+            labeler = draw.choice(labelers)
+            task = store.task(labeler)
+            if task is not None and draw.random() < 0.9:
+                chosen = draw.choice([NoteAction(text="n"), SkipAction(reason="why"), RANK, RANK])
+                store.record(labeler, task.task, chosen, f"a{step}")
+                if chosen is RANK:
+                    store.record(labeler, task.task, SubmitAction(), f"b{step}")
+            elif own := [n for (n,) in db.execute("SELECT number FROM tasks WHERE labeler = ?", (labeler,))]:
+                again = store.back(labeler, draw.choice(own))
+                store.record(labeler, again.task, SkipAction(reason="why"), f"s{step}")
+            tasks = db.execute("SELECT labeler, item, repeat, status FROM tasks").fetchall()
+            taken = Counter(item for _, item, repeat, status in tasks if repeat == 0 and status != "skipped")
+            assert dict(db.execute("SELECT number, taken FROM items WHERE taken > 0")) == taken
+            for one in labelers:
+                mine = [task for task in tasks if task[0] == one]
+                new = [n for n in range(9) if taken[n] < 2 and n not in {item for _, item, *_ in mine}]
+                firsts = sum(repeat == 0 and status != "skipped" for _, _, repeat, status in mine)
+                repeats = sum(repeat for _, _, repeat, _ in mine)
+                due = max(0, math.floor(0.3 * (firsts + len(new)) + 1e-9) - repeats)
+                still = sum(status == "open" for *_, status in mine)
+                assert store.progress(one).left == still + len(new) + due
