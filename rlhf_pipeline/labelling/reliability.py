@@ -60,14 +60,14 @@ class Fit:
     def right(self, labeler: int) -> Estimate:
         """The probability that a label of this labeler names the better response: E sigma(a |z|), one half for a coin.
 
-        The interval is symmetric in its log-odds: Student's t with the delta method.
+        The interval is symmetric in asinh a, which is like a near 0 and like its log far from it: Student's t with the
+        delta method.
         """
         place = self.labelers.index(labeler)
-        p, slope = right_share(self.raw[place]), right_slope(self.raw[place])
-        half = self._quantile * math.sqrt(self.covariance[place, place]) * slope / (p * (1 - p))
-        middle = math.log(p / (1 - p))
-        low, high = _sigma(np.array([middle - half, middle + half]))
-        return Estimate(p, float(low), float(high), self.pairs, self.clusters, "t")
+        a = float(self.raw[place])
+        half = self._quantile * math.sqrt(self.covariance[place, place] / (1 + a**2))
+        low, high = np.sinh(np.clip([math.asinh(a) - half, math.asinh(a) + half], -700.0, 700.0))
+        return Estimate(right_share(a), right_share(low), right_share(high), self.pairs, self.clusters, "t")
 
     def reliability(self, labeler: int) -> Estimate | None:
         """a_j over the geometric mean of all a that are surely above 0, so that the mean of their logs is 0.

@@ -123,9 +123,9 @@ def test_nominal_alpha_by_hand():
 
 def test_ordinal_alpha_by_hand():
     pytest.importorskip("krippendorff")
-    # n = (3, 2, 3): d_12 = d_23 = (5 - 5/2)^2 = 6.25, d_13 = (8 - 3)^2 = 25; D_o = 2 25 / 8, D_e = 600 / 56.
-    found = alpha(values((1, 1), (2, 2), (3, 3), (1, 3)), "ordinal")
-    assert found.mean == pytest.approx(1 - 6.25 / (600 / 56), abs=1e-12)
+    # n = (5, 2, 1): d_12 = (7 - 7/2)^2, d_23 = (3 - 3/2)^2, d_13 = (8 - 6/2)^2; D_o = 2 25 / 8, D_e = 504 / 56 = 9.
+    found = alpha(values((1, 1), (1, 1), (2, 2), (1, 3)), "ordinal")
+    assert found.mean == pytest.approx(1 - 6.25 / 9, abs=1e-12)
 
 
 def published() -> list[Value]:
@@ -181,3 +181,34 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(BadInput, match=r'pip install "rlhf-pipeline\[label\]"'):
         alpha(values((0, 1), (1, 1)), "nominal")
+
+
+def grades(draw: np.random.Generator, items: int, level: str) -> list[Value]:
+    """Three labelers grade two responses of each item, 1 ... 5, or flag those whose quality they take to be above 1.
+
+    The quality is in part that of the item.
+    """
+    found = []
+    for n in range(items):
+        common = draw.normal()
+        for k in range(2):
+            quality = common + 0.7 * draw.normal()
+            for labeler in range(3):
+                seen = quality + 0.8 * draw.normal()
+                value = float(np.clip(round(3 + seen), 1, 5)) if level == "ordinal" else float(seen > 1)
+                found.append(Value(n, k, labeler, value))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.check
+@pytest.mark.parametrize("level", ["ordinal", "nominal"])
+@pytest.mark.parametrize("items", [25, 100])
+def test_intervals_of_alpha_cover_that_of_a_very_large_sample(level, items):
+    """400 projects; a standard error of the coverage is 1.1 points."""
+    krippendorff = pytest.importorskip("krippendorff")
+    large = [one.value for one in grades(np.random.default_rng(99), 40_000, level)]
+    truth = krippendorff.alpha(np.array(large).reshape(-1, 3).T, level_of_measurement=level)
+    found = [alpha(grades(np.random.default_rng(seed), items, level), level) for seed in range(400)]
+    covered = sum(one.low <= truth <= one.high for one in found) / 400
+    assert 0.91 <= covered <= 0.98, covered

@@ -157,12 +157,10 @@ def test_the_error_of_a_reliability_is_the_sandwich_by_hand():
     own = scores(found.raw)
     inverse = np.linalg.inv(curvature)
     assert found.covariance == pytest.approx(40 / 39 * inverse @ own.T @ own @ inverse, rel=1e-4)
-    # The interval of the share of right labels is symmetric in its log-odds, with Student's t of 39 degrees (tables).
-    p, error = right_share(found.raw[0]), math.sqrt(found.covariance[0, 0]) * right_slope(found.raw[0])
-    high = found.right(0).high
-    assert math.log(high / (1 - high)) - math.log(p / (1 - p)) == pytest.approx(
-        2.022691 * error / (p * (1 - p)), abs=1e-4
-    )
+    # The interval of the share of right labels is symmetric in asinh a, with Student's t of 39 degrees (tables).
+    a, error = found.raw[0], math.sqrt(found.covariance[0, 0])
+    end = math.sinh(math.asinh(a) + 2.022691 * error / math.sqrt(1 + a * a))
+    assert found.right(0).high == pytest.approx(right_share(end), abs=1e-6)
 
 
 def test_who_can_be_told_apart():
@@ -188,7 +186,7 @@ def test_full_agreement_has_a_finite_reliability_and_one_item_no_interval():
     right = found.right(1)
     assert 0.8 < right.mean < 1 and right.low < right.mean
     one = fit(pairs_of(TWO, [judgement(j, 0, [1, 2]) for j in range(3)], ties=True))
-    assert (one.right(0).low, one.right(0).high) == (0.0, 1.0)
+    assert (one.right(0).low, one.right(0).high) == pytest.approx((0, 1), abs=1e-12)
     assert one.reliability(0) is None  # nobody is surely better than a coin
 
 
