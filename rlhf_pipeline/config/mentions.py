@@ -64,8 +64,8 @@ def _named(values: Mapping[str, Any], kind: type[BaseModel]) -> Iterator[Mention
             elif isinstance(value, str):
                 part, columns = (values.get(name) if role == "data" else None for name in _READING)
                 named = columns if isinstance(columns, dict) and all(map(_is_text, columns.items())) else None
-                role, value = ("policy", split_arm(value)[1]) if role == "arm" else (role, value)
-                yield Mention(path, role, value, part if isinstance(part, str) else None, renames(named))
+                meant, text = ("policy", split_arm(value)[1]) if role == "arm" else (role, value)
+                yield Mention(path, meant, text, part if isinstance(part, str) else None, renames(named))
 
 
 def _is_text(item: tuple[Any, Any]) -> bool:

@@ -40,6 +40,13 @@ def test_an_arm_of_an_experiment_names_a_stage():
     assert config.in_context == InContext(source="collected:pairs@v2")
 
 
+def test_every_arm_may_name_a_stage_behind_a_method():
+    compare = experiment(arms=["dpo", "few_shot:dpo", "icdpo:sft"]).compare
+    assert compare.links == {("arms", 0): "dpo", ("arms", 1): "dpo", ("arms", 2): "sft"}
+    with pytest.raises(ConfigError, match=r"arms\.1.*'sfr' names no stage"):
+        experiment(arms=["dpo", "few_shot:sfr"])
+
+
 def test_an_arm_of_an_unknown_model_is_named():
     with pytest.raises(ConfigError, match=r"arms\.0.*'sfr' names no stage.*did you mean 'sft'"):
         experiment(arms=["few_shot:sfr", "dpo"])

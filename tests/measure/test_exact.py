@@ -205,7 +205,9 @@ def dpo_model(**config):
     }
     reference, data = SimpleNamespace(digest="r"), SimpleNamespace(digest="d", source="collected:pairs@v1")
     made = {"parents": {"base": reference, "reference": reference}, "moves_optimum": None, "data": [data]}
-    return SimpleNamespace(config=given, method=None, manifest=SimpleNamespace(stage="dpo", config=given, **made))
+    return SimpleNamespace(
+        label="m@v1", config=given, method=None, manifest=SimpleNamespace(stage="dpo", config=given, **made)
+    )
 
 
 @pytest.mark.parametrize(
