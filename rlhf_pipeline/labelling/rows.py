@@ -57,7 +57,7 @@ def read_items(db: sqlite3.Connection, numbers: Iterable[int]) -> Iterator[Item]
 def add_items(
     db: sqlite3.Connection, config: LabelConfig, items: Sequence[Item], uncertainty: Sequence[float] | None, first: int
 ) -> None:
-    """Write items, which no labeler has yet, numbered from `first` on.
+    """Write items, numbered from `first` on.
 
     Those with the highest uncertainty come first; without uncertainty, the order is by hash.
 
@@ -70,8 +70,6 @@ def add_items(
         places = [float(draw("place", config.seed, item.number)) for item in items]
     else:
         places = [-value for value in uncertainty]
-    db.execute("INSERT INTO meta VALUES ('free', 0) ON CONFLICT DO NOTHING")
-    db.execute("UPDATE meta SET value = value + ? WHERE key = 'free'", (len(items),))
     for item, place in zip(items, places, strict=True):
         body = item.model_dump_json(exclude={"number", "responses"})
         db.execute("INSERT INTO items (number, place, body) VALUES (?, ?, ?)", (item.number, place, body))

@@ -20,13 +20,20 @@ from rlhf_pipeline.labelling.rows import add_items
 VERSION = "1"
 
 TABLES = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;  -- free: items that too few labelers have
+CREATE TABLE meta (key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
 CREATE TABLE items (
     number INTEGER PRIMARY KEY,
     place REAL NOT NULL,                -- items are given out in this order
     body TEXT NOT NULL,
     taken INTEGER NOT NULL DEFAULT 0    -- first tasks of the item that are open or done
 );
+CREATE TRIGGER items_come AFTER INSERT ON items BEGIN
+    UPDATE meta SET value = value + (NEW.taken < (SELECT value FROM meta WHERE key = 'overlap')) WHERE key = 'free';
+END;
+CREATE TRIGGER items_go AFTER UPDATE OF taken ON items BEGIN
+    UPDATE meta SET value = value + (NEW.taken < (SELECT value FROM meta WHERE key = 'overlap'))
+        - (OLD.taken < (SELECT value FROM meta WHERE key = 'overlap')) WHERE key = 'free';
+END;
 CREATE INDEX items_taken ON items (taken, place, number);
 CREATE TABLE responses (
     item INTEGER NOT NULL REFERENCES items (number),
@@ -61,7 +68,8 @@ CREATE INDEX events_of_task ON events (task, number);
 CREATE TRIGGER events_stay BEFORE UPDATE ON events BEGIN SELECT RAISE(ABORT, 'an event cannot be changed'); END;
 CREATE TRIGGER events_remain BEFORE DELETE ON events BEGIN SELECT RAISE(ABORT, 'an event cannot be removed'); END;
 """
-"""`free`, `items.taken`, `tasks.touched`, `status` and `seconds` follow from the events, and are written with them."""
+"""`free` of `meta` is the number of items that fewer than `overlap` labelers have. It, `items.taken`, `tasks.touched`,
+`tasks.status` and `tasks.seconds` follow from the events and are written with them."""
 
 
 def database(home: Path, name: str) -> Path:
@@ -90,7 +98,12 @@ def make(
             with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as db:
                 db.executescript(f"PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; BEGIN; {TABLES}")
                 kept = config.model_dump_json(exclude=set(SERVING))
-                rows = [("version", VERSION), ("config", kept), ("origin", origin.model_dump_json())]
+                rows: list[tuple[str, str | int]] = [
+                    ("version", VERSION),
+                    ("config", kept),
+                    ("origin", origin.model_dump_json()),
+                ]
+                rows += [("overlap", config.overlap), ("free", 0)]
                 db.executemany("INSERT INTO meta VALUES (?, ?)", rows)
                 add_items(db, config, items, uncertainty, 0)
                 db.execute("COMMIT")

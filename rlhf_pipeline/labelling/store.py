@@ -19,31 +19,19 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from rlhf_pipeline.config.labelling import LabelConfig
-from rlhf_pipeline.errors import UNSEEN, BadInput, DamagedFile
+from rlhf_pipeline.errors import UNSEEN, BadInput, DamagedFile, RunFailed, first_line
 from rlhf_pipeline.labelling.commits import GroupCommits, connect
 from rlhf_pipeline.labelling.events import Event, Refused, Task, check, fold, judgement
-from rlhf_pipeline.labelling.kinds import Action, Item, Judgement, Part, TaskState, UndoAction
+from rlhf_pipeline.labelling.kinds import Action, Item, Judgement, TaskState, UndoAction
 from rlhf_pipeline.labelling.origins import Origin
 from rlhf_pipeline.labelling.rows import EVENT, TASK, add_event, add_items, event_of, find_task, read_items, task_of
 from rlhf_pipeline.labelling.schema import VERSION, database, make
-from rlhf_pipeline.labelling.tasks import count_new, next_task, repeats_due, take
+from rlhf_pipeline.labelling.tasks import Progress, next_task, progress_of
 
 __all__ = ["LabelStore", "Progress", "Refused", "database"]
 
 _CACHED = 2048
 _CLIENT = re.compile(r"[A-Za-z0-9_-]{1,64}")
-
-
-class Progress(Part):
-    """How far a labeler is. left: items that wait for the labeler, the open one and repeats among them.
-
-    seconds_per_item: the mean over finished items; None if there is none.
-    """
-
-    done: int
-    skipped: int
-    left: int
-    seconds_per_item: float | None
 
 
 class LabelStore:
@@ -92,15 +80,16 @@ class LabelStore:
         """Open the storage of a project.
 
         Raises:
-            BadInput: there is none. DamagedFile: the file is no storage of labels.
+            BadInput: there is none. DamagedFile: the file is no storage of labels. RunFailed: it cannot be read now.
         """
         if not path.is_file():
             raise BadInput(f"{path}: there is no labelling project; expected one; see rlhf label list")
         try:
             return cls(path)
         except (sqlite3.DatabaseError, ValidationError) as error:
-            what = str(error).splitlines()[0]
-            raise DamagedFile(f"{path}: {what}; expected the storage of a labelling project") from error
+            if isinstance(error, sqlite3.OperationalError) and "no such" not in str(error):
+                raise RunFailed(f"{path}: {error}; nothing was changed; try again") from error  # locked, not permitted
+            raise DamagedFile(f"{path}: {first_line(error)}; expected the storage of a labelling project") from error
 
     def close(self) -> None:
         """Commit what waits, and end the thread that commits."""
@@ -264,17 +253,8 @@ class LabelStore:
 
     def progress(self, labeler: int) -> Progress:
         """Return how far a labeler is."""
-        count = (
-            "SELECT count(*) FILTER (WHERE status = 'done'), count(*) FILTER (WHERE status = 'skipped'), "
-            "count(*) FILTER (WHERE status = 'open'), count(*) FILTER (WHERE repeat = 0 AND status != 'skipped'), "
-            "count(*) FILTER (WHERE repeat = 1), avg(seconds) FILTER (WHERE status = 'done') "
-            "FROM tasks WHERE labeler = ?"
-        )
         with self._read() as db:
-            done, skipped, still_open, firsts, repeats, seconds = db.execute(count, (labeler,)).fetchone()
-            new = count_new(db, self.config, labeler)
-        due = repeats_due(self.config.repeat_share, firsts + new, repeats)
-        return Progress(done=done, skipped=skipped, left=still_open + new + due, seconds_per_item=seconds)
+            return progress_of(db, self.config, labeler)
 
     def judgements(self) -> list[Judgement]:
         """Return the judgements of all finished tasks, in the order in which the tasks were opened."""
@@ -343,7 +323,7 @@ class LabelStore:
         if task.repeat == 0 and "skipped" in (before.status, after.status) and before.status != after.status:
             # Another labeler gets a skipped item in this one's place.
             change = -1 if after.status == "skipped" else 1
-            take(db, self.config, task.item, change)
+            db.execute("UPDATE items SET taken = taken + ? WHERE number = ?", (change, task.item))
         return after
 
 

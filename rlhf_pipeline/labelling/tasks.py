@@ -9,6 +9,7 @@ import sqlite3
 from collections.abc import Collection, Sequence
 
 from rlhf_pipeline.config.labelling import LabelConfig
+from rlhf_pipeline.labelling.kinds import Part
 
 APART = 5
 """Number of other tasks, at least, between an item and its repeat, while there are other items."""
@@ -70,21 +71,37 @@ def next_task(db: sqlite3.Connection, config: LabelConfig, labeler: int, now: fl
     insert = "INSERT INTO tasks (labeler, item, repeat, shown, opened, touched) VALUES (?, ?, ?, ?, ?, ?)"
     made = db.execute(insert, (labeler, item, repeat, json.dumps(shown), now, now)).lastrowid
     if not repeat:
-        take(db, config, item, 1)
+        db.execute("UPDATE items SET taken = taken + 1 WHERE number = ?", (item,))
     return made
 
 
-def take(db: sqlite3.Connection, config: LabelConfig, item: int, change: int) -> None:
-    """Count one labeler more or less of an item, and the items that have too few: a count that is kept is fast."""
-    db.execute("UPDATE items SET taken = taken + ? WHERE number = ?", (change, item))
-    (taken,) = db.execute("SELECT taken FROM items WHERE number = ?", (item,)).fetchone()
-    freed = int(taken < config.overlap) - int(taken - change < config.overlap)
-    if freed:
-        db.execute("UPDATE meta SET value = value + ? WHERE key = 'free'", (freed,))
+class Progress(Part):
+    """How far a labeler is. left: items that wait for the labeler, the open one and repeats among them.
+
+    seconds_per_item: the mean over finished items; None if there is none.
+    """
+
+    done: int
+    skipped: int
+    left: int
+    seconds_per_item: float | None
 
 
-def count_new(db: sqlite3.Connection, config: LabelConfig, labeler: int) -> int:
-    """Return the number of items that the labeler has not seen and that too few labelers have."""
+def progress_of(db: sqlite3.Connection, config: LabelConfig, labeler: int) -> Progress:
+    """Return how far a labeler is."""
+    count = (
+        "SELECT count(*) FILTER (WHERE status = 'done'), count(*) FILTER (WHERE status = 'skipped'), "
+        "count(*) FILTER (WHERE status = 'open'), count(*) FILTER (WHERE repeat = 0 AND status != 'skipped'), "
+        "count(*) FILTER (WHERE repeat = 1), avg(seconds) FILTER (WHERE status = 'done') FROM tasks WHERE labeler = ?"
+    )
+    done, skipped, still_open, firsts, repeats, seconds = db.execute(count, (labeler,)).fetchone()
+    new = _count_new(db, config, labeler)
+    due = repeats_due(config.repeat_share, firsts + new, repeats)
+    return Progress(done=done, skipped=skipped, left=still_open + new + due, seconds_per_item=seconds)
+
+
+def _count_new(db: sqlite3.Connection, config: LabelConfig, labeler: int) -> int:
+    """The number of items that the labeler has not seen and that too few labelers have."""
     (free,) = db.execute("SELECT value FROM meta WHERE key = 'free'").fetchone()
     own = "SELECT count(*) FROM tasks JOIN items ON items.number = item WHERE labeler = ? AND repeat = 0 AND taken < ?"
     (seen,) = db.execute(own, (labeler, config.overlap)).fetchone()
