@@ -197,6 +197,20 @@ def _files(bench: Bench) -> list[Row]:
     return [Row(what, f"{len(found['failed'])} executions, escapes or network requests", found["failed"])]
 
 
+def _labels(bench: Bench) -> list[Row]:
+    from tests.labelling.kill import BROWSERS, kills
+    from tests.labelling.load import load
+
+    found = kills(bench.folder / "labels", bench.count(50), bench.seed)
+    what = f"SIGKILL of the labelling server at {found['kills']} random points while {BROWSERS} browsers label"
+    came = f"{found.get('acknowledged', 0)} acknowledged actions, {len(found['failed'])} lost, doubled or changed; "
+    rows = [Row(what, f"{came}{found.get('resent', 0)} sent again", found["failed"])]
+    found = load(bench.folder / "load", labelers=50, rate=10, seconds=60 * bench.share)
+    what = f"50 labelers, 10 actions a second each: {found.get('actions', 0)} actions"
+    came = f"{len(found['failed'])} lost; saved within {found.get('p99_ms')} ms (99th percentile)"
+    return [*rows, Row(what, came, found["failed"])]
+
+
 def _registry(bench: Bench) -> list[Row]:
     from tests.faults.registry_load import concurrency
 
@@ -250,6 +264,7 @@ KINDS: dict[str, Callable[[Bench], list[Row]]] = {
     "terminate": _terminate,
     "disks": _disks,
     "registry": _registry,
+    "labels": _labels,
     "fresh": _fresh,
     "finite": _finite,
     "memory": _memory,

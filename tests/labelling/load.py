@@ -64,10 +64,9 @@ class Labeler:
 
     async def work(self, start: float, rate: float, seconds: float, labelers: int) -> None:
         """Act at fixed times; an action that is late is late, and is not left out."""
-        due = start + self.number / labelers / rate
         task: int | None = None
-        sent = 0
-        while due < start + seconds:
+        for sent in range(round(rate * seconds)):
+            due = start + (sent + self.number / labelers) / rate
             if task is None:
                 task = (await self.request("GET", "/api/task"))["state"]["task"]
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
@@ -76,9 +75,7 @@ class Labeler:
                 "POST", "/api/events", {"task": task, "client": f"{self.number}-{sent}", "action": action}
             )
             self.waits.append(time.perf_counter() - due)
-            sent += 1
             task = None if action["kind"] == "submit" else task
-            due += 1 / rate
 
 
 def cpu_seconds(pid: int) -> float:
