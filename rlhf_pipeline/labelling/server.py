@@ -230,7 +230,8 @@ def make_app(store: LabelStore, *, token: str | None, hosts: set[str]) -> FastAP
                 orders.clear()
             orders[sent.task] = (await run_in_threadpool(store.state, sent.task)).shown
         saved = store.record_soon(labeler, sent.task, numbered(sent.action, orders[sent.task]), sent.client)
-        return await answer(labeler, await asyncio.wrap_future(saved))
+        state = await asyncio.wrap_future(saved)
+        return await answer(labeler, state)
 
     @app.post("/api/back")
     async def back(request: Request) -> Response:

@@ -24,7 +24,7 @@ def needed() -> None:
 
 
 @contextmanager
-def served(store: Any) -> Iterator[str]:
+def served(store: Any, token: str | None = None) -> Iterator[str]:
     """The address of a server of this store; it stops afterwards."""
     import socket
 
@@ -33,13 +33,13 @@ def served(store: Any) -> Iterator[str]:
     from rlhf_pipeline.labelling.security import allowed_names
     from rlhf_pipeline.labelling.server import address, make_app
 
-    app = make_app(store, token=None, hosts=allowed_names("127.0.0.1"))
+    app = make_app(store, token=token, hosts=allowed_names("127.0.0.1"))
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False, ws="none", lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
-        yield address("127.0.0.1", listener.getsockname()[1], None)
+        yield address("127.0.0.1", listener.getsockname()[1], token)
     finally:
         server.should_exit = True
         thread.join()
@@ -63,14 +63,16 @@ class Tab:
     """A tab, its complaints (console errors, exceptions) and the addresses outside `home` that it asked for."""
 
     def __init__(self, browser: Any, home: str, **look: Any):
-        self.home = home
+        self.home = home.partition("#")[0]
         self.complaints: list[str] = []
         self.outside: list[str] = []
         self.page = browser.new_context(viewport={"width": 1280, "height": 900}, **look).new_page()
         self.page.on("console", lambda m: self.complaints.append(m.text) if m.type in ("error", "warning") else None)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("dialog", lambda dialog: (self.complaints.append(f"dialog {dialog.message}"), dialog.dismiss()))
-        self.page.on("request", lambda r: None if r.url.startswith((home, "data:")) else self.outside.append(r.url))
+        self.page.on(
+            "request", lambda r: None if r.url.startswith((self.home, "data:")) else self.outside.append(r.url)
+        )
         self.page.goto(home)
 
     def join(self, name: str) -> Tab:

@@ -273,6 +273,56 @@ def test_axe_finds_nothing_serious(chrome: Any, axe: Path, tmp_path: Path, schem
         clean(tab)
 
 
+def test_a_token_in_the_address_is_enough(chrome: Any, tmp_path: Path) -> None:
+    with made(tmp_path, 1) as store, served(store, "the-token") as address:
+        home = address.partition("#")[0]
+        tab = Tab(chrome, address)
+        assert tab.page.url == home  # the token has left the address bar
+        assert "labels" not in str(tab.page.text_content("body")) and not tab.page.is_visible("#token")
+        tab.join("Ada")
+        clean(tab)
+        other = Tab(chrome, home)
+        other.page.fill("#name", "Eve")
+        other.page.fill("#token", "a guess")
+        other.page.press("#name", "Enter")
+        other.page.wait_for_selector("#fault:not(:empty)")
+        assert "token" in str(other.page.text_content("#fault")) and not other.page.query_selector("#item")
+        other.page.fill("#token", "the-token")
+        other.join("Eve")
+        assert len(store.labelers()) == 2 and other.outside == []
+
+
+def test_a_finger_drags_chips_and_scrolls_responses(chrome: Any, tmp_path: Path) -> None:
+    look = {"has_touch": True, "is_mobile": True, "device_scale_factor": 2}
+    with made(tmp_path, 1, k=9) as store, served(store) as home:
+        tab = Tab(chrome, home, **look)
+        page = tab.page
+        page.set_viewport_size({"width": 360, "height": 740})
+        tab.join("Ada")
+        assert page.evaluate("document.documentElement.scrollWidth") == 360
+        for _ in range(9):
+            page.tap("#pool .chip")
+        assert tab.order() == list("123456789")
+        touch = page.context.new_cdp_session(page)
+
+        def finger(kind: str, *points: tuple[float, float]) -> None:
+            touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": x, "y": y} for x, y in points]})
+
+        def middle(selector: str) -> tuple[float, float]:
+            box = page.locator(selector).bounding_box()
+            return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+        (x, y), (to_x, to_y) = middle("#groups [data-place='8']"), middle("#groups [data-place='1']")
+        before = page.evaluate("scrollY")
+        finger("touchStart", (x, y))
+        for part in range(1, 9):
+            finger("touchMove", (x + (to_x - x) * part / 8, y + (to_y - y) * part / 8))
+        finger("touchEnd")
+        assert tab.order() == ["1", "2=9", "3", "4", "5", "6", "7", "8"]
+        assert page.evaluate("scrollY") == before
+        clean(tab)
+
+
 def test_changes_are_spoken_and_focus_follows(chrome: Any, tmp_path: Path) -> None:
     with made(tmp_path, 2) as store, served(store) as home:
         tab = Tab(chrome, home).join("Ada")

@@ -4,7 +4,7 @@ import * as flow from "./flow.js";
 import * as ranks from "./ranks.js";
 import * as rates from "./rates.js";
 import { groupOf, move } from "./ranking.js";
-import { find, showPlain } from "./view.js";
+import { find, showPlain, showScale } from "./view.js";
 import { enableDragging } from "./drag.js";
 import { enableKeys } from "./keys.js";
 
@@ -12,6 +12,7 @@ const { acts, now, ready, redraw, say, submit, undo, reopen, noteNow, wire } = f
 const { choose, drop, switchPairs, takeOut, tie, verdict } = ranks;
 const NOTE_PAUSE = 900; // milliseconds without typing before a note is saved
 let noteTimer = null;
+let cameFrom = document.body; // had the focus before the instructions
 
 Object.assign(acts, ranks, rates);
 
@@ -44,8 +45,9 @@ function toggleInstructions(open = find("instructions").hidden) {
   find("instructions").hidden = !open;
   document.querySelector(".frame").classList.toggle("split", open);
   find("show-instructions").setAttribute("aria-expanded", String(open));
-  if (open) find("instructions-title").focus();
-  else find("show-instructions").focus({ preventScroll: true });
+  if (!open) return void (cameFrom === document.body ? document.activeElement.blur() : cameFrom.focus({ preventScroll: true }));
+  cameFrom = document.activeElement;
+  find("instructions-title").focus();
 }
 
 function plain() {
@@ -59,6 +61,10 @@ async function leave() {
   await wire.flush();
   await call("/api/leave", {}, wire.csrf).catch(() => null);
   location.reload();
+}
+
+function follow() {
+  if (now.ui.mode === "rate") showScale(now.ui.current);
 }
 
 enableDragging(drop);
@@ -85,6 +91,7 @@ enableKeys({
       const value = number === 0 ? 10 : number;
       if (value >= now.config.scale.low && value <= now.config.scale.high) rates.rateByKey(value);
     } else if (number > 0) choose(number - 1);
+    follow();
     return true;
   },
   arrow: (step, place) => {
@@ -93,6 +100,7 @@ enableKeys({
     else if (place === null && now.ui.mode === "rate") {
       now.ui.current = (now.ui.current + step + flow.count()) % flow.count();
       redraw();
+      follow();
     } else {
       const moved = place ?? now.ui.current;
       if (moved === null || groupOf(now.state.groups, moved) < 0) return false;

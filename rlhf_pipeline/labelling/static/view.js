@@ -143,7 +143,7 @@ export function drawState(item, state, ui, config, acts) {
     }),
   );
   find("pool").replaceChildren(...unranked(state.groups, count).map(chip));
-  if (focused && focused.isConnected && focused !== document.activeElement) focused.focus();
+  if (focused && focused.isConnected && focused !== document.activeElement) focused.focus({ preventScroll: true });
 
   for (const card of find("cards").children) {
     const place = Number(card.dataset.place);
@@ -163,6 +163,12 @@ export function drawState(item, state, ui, config, acts) {
     card.querySelector(".answered").textContent = answered ? `(${answered} of ${config.flags.length})` : "";
     card.querySelector(".rest").hidden = answered === config.flags.length;
   }
+}
+
+// The scale that the next key grades, in view.
+export function showScale(place) {
+  const scale = find("cards").children[place].querySelector(".likert");
+  scale.scrollIntoView({ block: "nearest" });
 }
 
 // progress: {done, skipped, left, seconds_per_item}
