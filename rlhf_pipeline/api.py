@@ -79,7 +79,7 @@ def _train(stage: str, config: Config, home: Home, resume: bool, quiet: bool, ov
 
     loaded, place = load_config(stage, config, extra=overrides), home_directory(home)
     check_models(loaded.config, Registry(place))
-    from rlhf_pipeline.stages.functions import stage_function
+    from rlhf_pipeline.experiment.functions import stage_function
 
     result = stage_function(stage)(loaded.config, place, resume=resume, quiet=quiet, notes=loaded.notes)
     return result.as_dict()
@@ -131,9 +131,9 @@ def collect(config: Config = None, /, *, home: Home = None, quiet: bool = False,
     from rlhf_pipeline.config.load import load_config
 
     loaded, place = load_config("collect", config, extra=overrides), home_directory(home)
-    from rlhf_pipeline.stages.collect import run_collect
+    from rlhf_pipeline.labelling.people import collect as collect_data
 
-    return run_collect(loaded.of(CollectConfig), place, notes=loaded.notes, quiet=quiet).as_dict()
+    return collect_data(loaded.of(CollectConfig), place, notes=loaded.notes, quiet=quiet).as_dict()
 
 
 def compare(

@@ -284,9 +284,9 @@ def collect(
         emit_plan(plan, "nothing was collected", json=common.json)
         return
     load_libraries()
-    from rlhf_pipeline.stages.collect import run_collect
+    from rlhf_pipeline.labelling.people import collect as collect_data
 
-    result = run_collect(config, common.home_path, notes=loaded.notes)
+    result = collect_data(config, common.home_path, notes=loaded.notes)
     if common.json:
         emit_json(result.as_dict())
         return

@@ -44,7 +44,7 @@ def _work(job: dict[str, Any]) -> dict[str, Any]:
 
     try:
         load_libraries()
-        from rlhf_pipeline.stages.functions import stage_function
+        from rlhf_pipeline.experiment.functions import stage_function
 
         config = STAGES[job["stage"]].model_validate(job["config"])
         result = stage_function(job["stage"])(config, Path(job["home"]), **job["options"])

@@ -52,7 +52,7 @@ def train(
         result = run_in_processes(settings.stage, config, common.home_path, **options)
     else:
         load_libraries()
-        from rlhf_pipeline.stages.functions import stage_function
+        from rlhf_pipeline.experiment.functions import stage_function
 
         result = stage_function(settings.stage)(config, common.home_path, **options)
     if not result.model:  # a process that does not register the model

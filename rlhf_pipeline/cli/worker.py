@@ -73,7 +73,7 @@ def work(job: Job) -> Answer:
 
 def _made(job: Job) -> Answer:
     from rlhf_pipeline.config.stages import STAGES
-    from rlhf_pipeline.stages.functions import stage_function
+    from rlhf_pipeline.experiment.functions import stage_function
 
     config = STAGES[job.stage].model_validate(job.config)
     result = stage_function(job.stage)(config, Path(job.home), resume=job.resume, number=job.number)

@@ -34,7 +34,8 @@ from rlhf_pipeline.config.base import (
     renames,
 )
 from rlhf_pipeline.config.lengths import MAX_LENGTH, WithLengths, check_lengths, remark_on_halves
-from rlhf_pipeline.config.reward_names import names_a_model
+from rlhf_pipeline.config.names import NAME_RULE, is_name
+from rlhf_pipeline.config.reward_names import PEOPLE_PREFIX, names_a_model
 from rlhf_pipeline.config.rewards import (
     PAIR_PLACES,
     TOKENIZATION,
@@ -53,14 +54,33 @@ from rlhf_pipeline.config.template import (
 )
 from rlhf_pipeline.errors import Fault
 
+MOST_RESPONSES = 9
+"""People rank at most so many responses at once."""
+
 
 def check_labeller(config: CollectConfig) -> Iterator[Fault]:
     """Yield the faults of a language model as the labeller."""
+    if config.project is not None and config.llm_judge is None:
+        yield from check_people(config, config.project)
+        return
     yield from check_source("judge", config.judge, config.llm_judge)
     yield from check_request("llm_judge", config.llm_judge, PAIR_PLACES)
     if config.llm_judge is not None and config.labels == "bradley-terry":
         found = f"found {config.labels!r}, but llm_judge decides each pair itself"
         yield Fault("labels", found, "rank", "remove labels")
+
+
+def check_people(config: CollectConfig, project: str) -> Iterator[Fault]:
+    """Yield the faults of people as the labellers: no name of a project, or labels that are not people's own."""
+    if not is_name(project):
+        yield Fault("judge", f"found {config.judge!r}", f"{PEOPLE_PREFIX}NAME, with a name of {NAME_RULE}")
+    if config.k > MOST_RESPONSES:
+        yield Fault("k", f"found {config.k} with judge {config.judge}", f"at most {MOST_RESPONSES}: people rank them")
+    if config.labels != "bradley-terry":
+        found = f"found {config.labels!r}, but people decide themselves"
+        yield Fault("labels", found, "no labels", "remove labels")
+    if config.flip_rate:
+        yield Fault("flip_rate", f"found {config.flip_rate:g} with judge {config.judge}", "labels as people gave them")
 
 
 def check_flips(config: CollectConfig) -> Iterator[Fault]:
@@ -121,7 +141,8 @@ class CollectConfig(SamplingConfig):
     prompts: Text = option(..., "source of the prompts, in any format with prompts", names="data", examples=["data"])
     judge: Text = option(
         ...,
-        "scorer that labels the responses: world, a reward model, or module:function",
+        "what labels the responses: world, a reward model, module:function, or people:NAME, the labelers of the "
+        "labelling project NAME, whose page rlhf label serve NAME opens",
         names="reward",
         examples=["world"],
     )
@@ -157,6 +178,11 @@ class CollectConfig(SamplingConfig):
     def _labelled_by(cls, values: Any) -> Any:
         judged = isinstance(values, Mapping) and values.get("llm_judge") is not None
         return {"labels": "rank", **with_source(values, "judge")} if judged else values
+
+    @property
+    def project(self) -> str | None:
+        """The labelling project whose labelers are the judge; None if people are not."""
+        return self.judge.removeprefix(PEOPLE_PREFIX) if self.judge.startswith(PEOPLE_PREFIX) else None
 
     def parents(self) -> dict[str, ModelInput]:
         """Return the models that produce the data, by their role in the manifest."""

@@ -1,4 +1,4 @@
-"""The meaning of a reward source's name: the built-in world, a Python function, or a reward model."""
+"""The meaning of a reward source's name: the built-in world, a Python function, a reward model, or people."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ LLM_PREFIX = "llm-judge:"
 """Begins the name of a language model as a judge; no module has such a name."""
 
 
+PEOPLE_PREFIX = "people:"
+"""Begins the name of a labelling project whose labelers are the judge; a module of this name is never imported."""
+
+
 def names_a_model(source: str) -> bool:
-    """Whether a reward source is a reference to a model: neither the world, a function nor a language model."""
-    return source not in WORLD_NAMES and not source.startswith(LLM_PREFIX) and not is_function_name(source)
+    """Whether a reward source is a reference to a model: neither the world, a function, a language model nor people."""
+    other = source in WORLD_NAMES or source.startswith((LLM_PREFIX, PEOPLE_PREFIX))
+    return not other and not is_function_name(source)
 
 
 def is_function_name(source: str) -> bool:
     """Whether a reward source is named as module:function."""
-    if source in WORLD_NAMES:
+    if source in WORLD_NAMES or source.startswith(PEOPLE_PREFIX):
         return False
     module, _, function = source.partition(":")
     return function.isidentifier() and all(part.isidentifier() for part in module.split("."))

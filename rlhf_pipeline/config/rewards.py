@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from rlhf_pipeline.config.base import Count, Keys, NonNegative, Positive, Text, option, wrong
-from rlhf_pipeline.config.reward_names import LLM_PREFIX, names_a_model
+from rlhf_pipeline.config.reward_names import LLM_PREFIX, PEOPLE_PREFIX, names_a_model
 from rlhf_pipeline.errors import Fault
 
 Tokenization = Literal["auto", "ids", "text", "chat"]
@@ -104,7 +104,10 @@ RewardFunctions = Annotated[tuple[RewardFunction, ...] | None, BeforeValidator(_
 
 def check_source(where: str, source: str, judge: LlmJudge | None) -> Iterator[Fault]:
     """Yield the fault of a source that is no source, a language model without endpoint, or another one beside it."""
-    if ":" in source and names_a_model(source):
+    if source.startswith(PEOPLE_PREFIX):
+        expected = "world, a reward model, or module:function: people only label data (rlhf data collect)"
+        yield Fault(where, f"found {source!r}", expected)
+    elif ":" in source and names_a_model(source):
         yield Fault(where, f"found {source!r}", "world, a reward model, or module:function")
     if judge is None and source.startswith(LLM_PREFIX):
         fix = f"llm_judge: {{endpoint: http://127.0.0.1:8000/v1, model: {source.removeprefix(LLM_PREFIX)}}}"

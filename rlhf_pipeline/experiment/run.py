@@ -30,6 +30,7 @@ from rlhf_pipeline.experiment.done import (
     output_of,
     survey,
 )
+from rlhf_pipeline.experiment.functions import stage_function
 from rlhf_pipeline.experiment.helpers import Helpers
 from rlhf_pipeline.experiment.jobs import reserved_number, run_at_once, team
 from rlhf_pipeline.experiment.launch import run_in_processes
@@ -39,7 +40,6 @@ from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import check_role
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report import Results
-from rlhf_pipeline.stages.functions import stage_function
 from rlhf_pipeline.training.run_directory import finish_run, left_open
 from rlhf_pipeline.training.tracking import console
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from rlhf_pipeline.config.base import moves_optimum
 from rlhf_pipeline.config.collect import CollectConfig
 from rlhf_pipeline.config.dump import config_digest
 from rlhf_pipeline.config.mentions import functions
-from rlhf_pipeline.data.load import read_records
+from rlhf_pipeline.data.load import SourceReport, read_records
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import chat_template_digest, stop_ids, text_of, tokenizer_digest
@@ -24,6 +25,7 @@ from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
 from rlhf_pipeline.models.needs import require_needs
 from rlhf_pipeline.registry.lengths import with_lengths
 from rlhf_pipeline.registry.parents import parents_of
+from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.rollout.llm import ChatModel
 from rlhf_pipeline.rollout.llm_judge import copeland
@@ -110,6 +112,136 @@ def to_row(
     return row | {"ranks": ranks, "scores": list(scores)}
 
 
+@dataclass(frozen=True)
+class Collection:
+    """What data are collected with: a policy, its tokenizer, and prompts with their splits.
+
+    config: with the policy's lengths. reports: what was read of each split. moved: see `config.base.moves_optimum`.
+    """
+
+    config: CollectConfig
+    registry: Registry
+    policy: Resolved
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[tuple[Example, str]]
+    reports: tuple[SourceReport, ...]
+    device: torch.device
+    meter: CostMeter
+    memory: Memory
+    say: Callable[[str], None]
+
+    @classmethod
+    def of(cls, config: CollectConfig, home: Path, *, notes: Sequence[str] = (), quiet: bool = False) -> Collection:
+        """Find the policy and read the prompts; no weights are loaded.
+
+        Raises:
+            BadInput: the policy or the prompts cannot be used.
+        """
+
+        def say(text: str) -> None:
+            if not quiet:
+                console.print(text, markup=False)
+
+        for note in notes:
+            say(f"note: {note}")
+        reset_peak_memory()
+        meter, registry = CostMeter(), Registry(home)
+        accelerator = make_accelerator(config)
+        if accelerator.num_processes > 1:
+            found = f"found {accelerator.num_processes} processes"
+            raise BadInput(f"data collect: {found}, expected one; start it without a launcher")
+        seed_everything(config.seed)
+        config, told = with_lengths(config, registry)
+        parent = find_model(registry, config.policy, "policy", say=say)
+        if told:
+            say(told)
+        require_needs(config, parents_of(registry, config))
+        tokenizer = tokenizer_of(parent, config.trust_remote_code, config)
+        (data,) = config.sources()
+        read = read_records(*data, home=home, skip_bad_rows=config.skip_bad_rows, splits=config.splits)
+        for note in read.notes(functions=any(functions(config))):
+            say(f"{read.source}: {note}")
+        prompts, reports = prompts_by_split(read, config, tokenizer, Style.of(parent.config))
+        memory = Memory(say, meter, advice=MEASURING_ADVICE)
+        return cls(config, registry, parent, tokenizer, prompts, reports, accelerator.device, meter, memory, say)
+
+    @property
+    def at_once(self) -> dict[str, Any]:
+        """How many responses are sampled or scored at once, with the memory that halves them."""
+        return {"responses_at_once": self.config.per_device_eval_batch_size, "memory": self.memory}
+
+    def generator(self) -> torch.Generator:
+        """The random numbers of the responses, which depend on the seed and the first record."""
+        return torch.Generator().manual_seed((self.config.seed + self.config.first_record * 1_000_003) % 2**63)
+
+    def sample(self, generator: torch.Generator) -> Iterator[tuple[list[str], list[Example]]]:
+        """Sample the responses in blocks, cycling through the prompts: the splits of a block, and its examples.
+
+        The policy is loaded first. The generator may be used between two blocks.
+        """
+        config = self.config
+        amount = f"{config.num} x {config.k} responses of {self.policy.label} to {len(self.prompts)} prompts"
+        self.say(f"collecting {amount}, judge {config.judge}")
+        policy = load_policy(self.policy, config, self.tokenizer, self.device, frozen=True)
+        shape = ModelShape.of(policy.model)
+        first, end = config.first_record, config.first_record + config.num
+        for start in progress(range(first, end, DRAWS_AT_ONCE), "collecting"):
+            block = [self.prompts[i % len(self.prompts)] for i in range(start, min(start + DRAWS_AT_ONCE, end))]
+            sampled, _ = sample_for_prompts(
+                policy,
+                [example for example, _ in block],
+                samples=config.k,
+                response_length=config.lengths().response,
+                stop_ids=stop_ids(self.tokenizer),
+                generator=generator,
+                temperature=config.temperature,
+                **self.at_once,
+                device=self.device,
+            )
+            self.meter.generate(shape, sampled, prompts_run(policy, sampled, **self.at_once))
+            yield [split for _, split in block], sampled
+
+    def publish(
+        self,
+        records: Sequence[Mapping[str, Any]],
+        dropped: Mapping[str, int],
+        parents: Mapping[str, Resolved],
+        *,
+        number: int | None = None,
+        cost: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> StageResult:
+        """Publish the records.
+
+        Args:
+            dropped: what was left out, by reason. parents: besides the policy. number: see `run_collect`.
+            cost: default: what this process has spent. metrics: further ones.
+        """
+        config = self.config
+        counts = dict(Counter(row["split"] for row in records))
+        known = {"records": len(records), "dropped": dict(dropped), "by_split": counts, "judge": config.judge}
+        made = {**known, **(metrics or {})}
+        spent = self.meter.report() if cost is None else dict(cost)
+        published = self.registry.publish_data(
+            config.output_name,
+            records,
+            number=number,
+            config=config.model_dump(mode="json"),
+            config_digest=config_digest(config),
+            parents={"policy": self.policy, **parents},
+            data=[report.to_dict() for report in self.reports],
+            tokenizer_digest=tokenizer_digest(self.tokenizer),
+            chat_template_digest=chat_template_digest(self.tokenizer),
+            seed=config.seed,
+            metrics=made,
+            moves_optimum=moves_optimum(config),
+            cost=spent,
+        )
+        left_out = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+        self.say(f"published {published.label}: {len(records)} records, left out: {left_out}")
+        return StageResult("collect", published.label, str(published.path), "", made, spent)
+
+
 def run_collect(
     config: CollectConfig,
     home: Path,
@@ -123,33 +255,10 @@ def run_collect(
 
     number: the version number that is reserved for the records.
     """
-
-    def say(text: str) -> None:
-        if not quiet:
-            console.print(text, markup=False)
-
-    for note in notes:
-        say(f"note: {note}")
-    # 1. Policy, labeller, prompts.
-    reset_peak_memory()
-    meter, registry = CostMeter(), Registry(home)
-    memory = Memory(say, meter, advice=MEASURING_ADVICE)
-    accelerator = make_accelerator(config)
-    if accelerator.num_processes > 1:
-        raise BadInput(
-            f"data collect: found {accelerator.num_processes} processes, expected one; start it without a launcher"
-        )
-    device = accelerator.device
-    seed_everything(config.seed)
-    config, told = with_lengths(config, registry)
-    parent = find_model(registry, config.policy, "policy", say=say)
-    if told:
-        say(told)
-    require_needs(config, parents_of(registry, config))
-    tokenizer = tokenizer_of(parent, config.trust_remote_code, config)
-    policy = load_policy(parent, config, tokenizer, device, frozen=True)
-    at_once: dict[str, Any] = {"responses_at_once": config.per_device_eval_batch_size, "memory": memory}
-    parents = {"policy": parent}
+    # 1. Policy, prompts, labeller.
+    found = Collection.of(config, home, notes=notes, quiet=quiet)
+    config, tokenizer, say = found.config, found.tokenizer, found.say
+    parents: dict[str, Resolved] = {}
     if config.llm_judge is not None:
         chat = ChatModel.of(config.llm_judge, home)
         chat.probe()
@@ -158,55 +267,31 @@ def run_collect(
             return copeland(chat, sampled, tokenizer)
 
     else:
-        labeller = load_reward(registry, config.judge, config, parent, tokenizer, device, say=say)
-        parents |= {"judge": labeller.resolved} if labeller.resolved is not None else {}
+        labeller = load_reward(found.registry, config.judge, config, found.policy, tokenizer, found.device, say=say)
+        parents = {"judge": labeller.resolved} if labeller.resolved is not None else {}
 
         def scores_of(sampled: list[Example]) -> list[list[float]]:
-            return by_example(score(labeller.scorer.score, sampled, **at_once), sampled)
+            return by_example(score(labeller.scorer.score, sampled, **found.at_once), sampled)
 
-    (data,) = config.sources()
-    found = read_records(*data, home=home, skip_bad_rows=config.skip_bad_rows, splits=config.splits)
-    for note in found.notes(functions=any(functions(config))):
-        say(f"{found.source}: {note}")
-    prompts, reports = prompts_by_split(found, config, tokenizer, Style.of(parent.config))
-    amount = f"{config.num} x {config.k} responses of {parent.label} to {len(prompts)} prompts"
-    say(f"collecting {amount}, judge {config.judge}")
-    moved = moves_optimum(config)
     if config.labels == "rank":
         say("labels=rank moves the optimum: labels without errors carry no information on the size of a preference")
     if config.flip_rate:
         rate = f"flip_rate={config.flip_rate:g}"
         say(f"{rate} moves the optimum, but not that of loss_type robust with this label_smoothing")
 
-    # 2. Sample and label in blocks, cycling through the prompts.
-    first, end = config.first_record, config.first_record + config.num
-    generator = torch.Generator().manual_seed((config.seed + first * 1_000_003) % 2**63)
+    # 2. Sample and label in blocks.
+    generator = found.generator()
     # Apart from the draws of the responses: these and the other labels stay as they are.
-    flips = torch.Generator().manual_seed(((config.seed + first * 1_000_003) * 8 + 1) * 4096 % 2**63)
-    shape = ModelShape.of(policy.model)
+    flips = torch.Generator().manual_seed(((config.seed + config.first_record * 1_000_003) * 8 + 1) * 4096 % 2**63)
     dropped = {"identical_pair": 0}
-
     records: list[dict[str, Any]] = []
-    for start in progress(range(first, end, DRAWS_AT_ONCE), "collecting"):
-        block = [prompts[i % len(prompts)] for i in range(start, min(start + DRAWS_AT_ONCE, end))]
-        sampled, _ = sample_for_prompts(
-            policy,
-            [example for example, _ in block],
-            samples=config.k,
-            response_length=config.lengths().response,
-            stop_ids=stop_ids(tokenizer),
-            generator=generator,
-            temperature=config.temperature,
-            **at_once,
-            device=device,
-        )
-        meter.generate(shape, sampled, prompts_run(policy, sampled, **at_once))
+    for splits, sampled in found.sample(generator):
         values = scores_of(sampled)
         orders = preference_order(torch.tensor(values), config.labels, generator).tolist()
         if config.flip_rate:
             flipped = torch.rand(len(orders), generator=flips, dtype=torch.float64) < config.flip_rate
             orders = [order[::-1] if flip else order for order, flip in zip(orders, flipped.tolist(), strict=True)]
-        for (_, split), example, scored, order in zip(block, sampled, values, orders, strict=True):
+        for split, example, scored, order in zip(splits, sampled, values, orders, strict=True):
             if config.k == 2 and config.labels != "best" and example.completions[0] == example.completions[1]:
                 dropped["identical_pair"] += 1
                 continue
@@ -218,26 +303,4 @@ def run_collect(
             records.append(to_row(example, split, scored, order, config.labels, tokenizer, **options))
 
     # 3. Publish.
-    counts = dict(Counter(row["split"] for row in records))
-    metrics = {"records": len(records), "dropped": dropped, "by_split": counts, "judge": config.judge}
-    cost = meter.report()
-    published = registry.publish_data(
-        config.output_name,
-        records,
-        number=number,
-        config=config.model_dump(mode="json"),
-        config_digest=config_digest(config),
-        parents=parents,
-        data=[report.to_dict() for report in reports],
-        tokenizer_digest=tokenizer_digest(tokenizer),
-        chat_template_digest=chat_template_digest(tokenizer),
-        seed=config.seed,
-        metrics=metrics,
-        moves_optimum=moved,
-        cost=cost,
-    )
-    left_out = f"{dropped['identical_pair']} identical pairs" + (
-        f" and {dropped['tie']} ties" if "tie" in dropped else ""
-    )
-    say(f"published {published.label}: {len(records)} records, {left_out} left out")
-    return StageResult("collect", published.label, str(published.path), "", metrics, cost)
+    return found.publish(records, dropped, parents, number=number)

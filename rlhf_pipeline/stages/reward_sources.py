@@ -12,7 +12,7 @@ import torch
 from rlhf_pipeline.config.adapter import FourBits
 from rlhf_pipeline.config.collect import SamplingConfig
 from rlhf_pipeline.config.ppo import PpoConfig
-from rlhf_pipeline.config.reward_names import WORLD_NAMES, is_function_name, load_function
+from rlhf_pipeline.config.reward_names import PEOPLE_PREFIX, WORLD_NAMES, is_function_name, load_function
 from rlhf_pipeline.config.rewards import LlmJudge
 from rlhf_pipeline.config.stages import RewardConfigs
 from rlhf_pipeline.data import world
@@ -98,6 +98,9 @@ def load_reward(
                 f"{world.NAME}; the world's true reward can score only its own words"
             )
         return LoadedReward(WorldReward())
+    if text.startswith(PEOPLE_PREFIX):
+        expected = "world, a reward model, or module:function: people only label data (rlhf data collect)"
+        raise ConfigError(Fault(text, "no scorer of responses", expected))
     if is_function_name(text):
         return LoadedReward(FunctionReward(text, load_function(text), tokenizer), say=say)
     resolved = find_model(registry, text, "reward_model")

@@ -64,7 +64,7 @@ from pathlib import Path
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.errors import Interrupted, RunFailed
 from rlhf_pipeline.models.sharding import is_part, local
-from rlhf_pipeline.stages.functions import stage_function
+from rlhf_pipeline.experiment.functions import stage_function
 from rlhf_pipeline.training import session
 from rlhf_pipeline.training.open_run import Run
 

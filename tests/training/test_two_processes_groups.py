@@ -19,7 +19,7 @@ import json, random, sys
 from dataclasses import replace
 from pathlib import Path
 from rlhf_pipeline.config.load import load_config
-from rlhf_pipeline.stages.functions import stage_function
+from rlhf_pipeline.experiment.functions import stage_function
 from rlhf_pipeline.training import ppo_rollouts
 
 def given(setup, module, update):

@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.errors import Interrupted
-from rlhf_pipeline.stages.functions import stage_function
+from rlhf_pipeline.experiment.functions import stage_function
 from rlhf_pipeline.training import ppo_rollouts, session
 
 def given(setup, module, update):
@@ -125,7 +125,7 @@ import json, os, signal, sys
 from pathlib import Path
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.errors import Interrupted
-from rlhf_pipeline.stages.functions import stage_function
+from rlhf_pipeline.experiment.functions import stage_function
 from rlhf_pipeline.training import session
 
 make = session.optimizer_of

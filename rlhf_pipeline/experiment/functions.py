@@ -10,15 +10,15 @@ if TYPE_CHECKING:
     from rlhf_pipeline.stages.result import StageResult
 
 FUNCTIONS = {
-    "sft": "sft.run_sft",
-    "train-rm": "reward.run_reward",
-    "ppo": "ppo.run_ppo",
-    "dpo": "dpo.run_dpo",
-    "collect": "collect.run_collect",
+    "sft": "stages.sft.run_sft",
+    "train-rm": "stages.reward.run_reward",
+    "ppo": "stages.ppo.run_ppo",
+    "dpo": "stages.dpo.run_dpo",
+    "collect": "labelling.people.collect",
 }
 
 
 def stage_function(stage: str) -> Callable[..., StageResult]:
     """The function that runs a stage, by its command name; only the module of this stage is imported."""
-    module, _, function = FUNCTIONS[stage].partition(".")
-    return getattr(import_module(f"rlhf_pipeline.stages.{module}"), function)
+    module, _, function = FUNCTIONS[stage].rpartition(".")
+    return getattr(import_module(f"rlhf_pipeline.{module}"), function)
