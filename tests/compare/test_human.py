@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from rlhf_pipeline.cli.main import main
 from rlhf_pipeline.compare.points import Point
 from rlhf_pipeline.compare.run import run_compare
 from rlhf_pipeline.compare.verdict import verdict
@@ -193,3 +195,29 @@ def test_the_verdict_says_what_people_prefer_and_who_agrees_with_them():
         ),
     ]
     assert not [one for one in verdict(base).lines if one.topic == "human"]
+
+
+@pytest.mark.check
+def test_from_the_command_that_samples_an_arena_to_the_verdict(labelled, tmp_path, capsys, undrawn):
+    """`rlhf label --arena` samples responses that scorers read; a decided arena is in the verdict."""
+    lab = labelled[0].copy(tmp_path / "home")
+    sampled = ["use_cpu=true", "num_threads=1", "response_length=4", "max_prompt_length=6", "overlap=2"]
+    command = ["label", "--arena", "dpo", "sft", "--prompts", "world:verdicts", "--num", "20", "--name", "duel"]
+    assert main([*command, "--no-serve", "--home", str(lab.home), *sampled]) == 0
+    capsys.readouterr()
+    with LabelStore.open(database(lab.home, "duel")) as store:
+        sources = [[one.source for one in item.responses] for item in store.items()]
+        assert all(sorted(names) == ["dpo@v1", "sft@v1"] for names in sources) and len(sources) == 20
+        ranks = [[1 + (name == "sft@v1") for name in names] for names in sources]
+        for name in ("Ann", "Bob"):
+            for _ in sources:
+                label(store, name, ranks)
+    command = ["compare", "dpo", "--baseline", "sft", "--human", "duel", "--max-prompts", "4", "--samples", "2"]
+    assert main([*command, "exact=false", "use_cpu=true", "--json", "--home", str(lab.home)]) == 0
+    results = json.loads(capsys.readouterr().out)
+    (pair,) = results["human"]["pairs"]
+    assert (pair["comparisons"], pair["prompts"], pair["estimate"]["mean"]) == (40, 20, 0.0)
+    assert {one["figure"] for one in results["human"]["agreement"]} == {"true_reward"}
+    said = [line["text"] for line in results["verdict"]["lines"] if line["topic"] == "human"]
+    assert said[0].startswith("people prefer dpo@v1 to sft@v1: sft@v1 has the win rate 0.00 [0.00, ")
+    assert results["human"]["standings"][0]["bound"] == "at least"
