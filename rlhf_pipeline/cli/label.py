@@ -118,19 +118,23 @@ def serve_project(
 
 @command(app, "report")
 def report(common: Common, name: NameArgument) -> None:
-    """Quality of the labels of a project: agreement, self-consistency, biases, reliability; writes report.html."""
+    """Quality of the labels of a project, and which models people prefer; writes report.html."""
+    from rlhf_pipeline.labelling.arena import arena_of
+    from rlhf_pipeline.labelling.arena_tables import arena_tables
     from rlhf_pipeline.labelling.project import named
     from rlhf_pipeline.labelling.quality_tables import quality_tables
     from rlhf_pipeline.labelling.report_page import write_report
 
     with named(common.home_path, name) as store:
         found = write_report(store, store.path.parent, name)
+        arena = arena_of(name, store.items(), store.judgements())
         page = str(store.path.parent / "report.html")
     if common.json:
-        emit_json(found.model_dump(mode="json") | {"report": page})
+        people = None if arena is None else arena.judged().model_dump(mode="json")
+        emit_json(found.model_dump(mode="json") | {"arena": people, "report": page})
         return
     emit_lines(found.findings)
-    for one in quality_tables(found):
+    for one in [*([] if arena is None else arena_tables(arena.judged())), *quality_tables(found)]:
         emit_table(one.title, one.columns, one.texts())
         if one.note:
             emit_lines([one.note])

@@ -235,6 +235,13 @@ class Arena:
         )
 
 
+def arena_of(project: str, items: Sequence[Item], judgements: Sequence[Judgement]) -> Arena | None:
+    """The arena of all models of a project, in the order in which its items name them; None without any verdict."""
+    models = list(dict.fromkeys(one.source for item in items for one in item.responses if one.source is not None))
+    found = Arena(project, models, [], list(items), list(judgements))
+    return found if found.verdicts else None
+
+
 def read_arena(home: Path, project: str, models: Sequence[str]) -> Arena:
     """The part of a labelling project that compares some of these models.
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from rlhf_pipeline.disk.storage import replace_text, writing
+from rlhf_pipeline.labelling.arena import arena_of
+from rlhf_pipeline.labelling.arena_tables import arena_tables
 from rlhf_pipeline.labelling.figures import Quality
 from rlhf_pipeline.labelling.kinds import Item, Judgement
 from rlhf_pipeline.labelling.quality import measure_quality
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 REPORT = "report.html"
 LOOK = Look("hue-0", "o")
-TEXTS = frozenset({"figure", "how to read it", "answers", "level", "labelers", "reason"})
+TEXTS = frozenset({"figure", "how to read it", "answers", "level", "labelers", "reason", "pair", "model"})
 """Columns of text; the others have numbers."""
 
 
@@ -38,10 +40,15 @@ class Labels(Protocol):
 
 
 def write_report(labels: Labels, directory: Path, name: str) -> Quality:
-    """Measure the labels of the project `name` and write report.html into its folder; returns the figures."""
-    found = measure_quality(labels.items(), labels.judgements())
+    """Measure the labels of the project `name` and write report.html into its folder; returns the figures.
+
+    The file also says which models people prefer, so it is not for labelers.
+    """
+    items, judgements = labels.items(), labels.judgements()
+    found, arena = measure_quality(items, judgements), arena_of(name, items, judgements)
     with writing(directory, "the report"):
-        replace_text(directory / REPORT, quality_page(found, name))
+        models = [] if arena is None else arena_tables(arena.judged())
+        replace_text(directory / REPORT, quality_page(found, name, models))
     return found
 
 
@@ -60,11 +67,15 @@ class LivePage:
         return self._made[1]
 
 
-def quality_page(found: Quality, name: str) -> str:
-    """The page as HTML that is also valid XML; it names labelers by number and shows no source of a response."""
+def quality_page(found: Quality, name: str, models: Sequence[Table] = ()) -> str:
+    """The page as HTML that is also valid XML; it names labelers by number and shows no source of a response.
+
+    models: tables of an arena, which name the models; labelers must not see them.
+    """
     header = h("header", h("h1", clean(name)), h("p", "Quality of the labels", class_="lead"))
     made = {one.title: one for one in quality_tables(found)}
     parts = [
+        section("models", "Models", *_html({one.title: one for one in models}, *(one.title for one in models))),
         section("all", "All labels", *_html(made, "all labels")),
         section("labelers", "Labelers", _rights(found), *_html(made, "labelers", "agreement of two labelers")),
         section("alpha", "Agreement beyond chance", *_html(made, "Krippendorff's alpha")),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from rlhf_pipeline.cli.main import main
 from rlhf_pipeline.config.labelling import LabelConfig
 from rlhf_pipeline.errors import ConfigError
 from rlhf_pipeline.evaluation.elo import rank
@@ -17,13 +19,16 @@ from rlhf_pipeline.labelling.arena import (
     Verdict,
     agreement,
     arena_digest,
+    arena_of,
     by_scores,
     read_arena,
     standings,
     verdicts,
     win_rates,
 )
+from rlhf_pipeline.labelling.arena_tables import arena_tables
 from rlhf_pipeline.labelling.kinds import Item, Judgement, NoteAction, RankAction, Response, SkipAction, SubmitAction
+from rlhf_pipeline.labelling.report_page import LivePage
 from rlhf_pipeline.labelling.store import LabelStore, database
 
 
@@ -167,3 +172,30 @@ def test_what_cannot_be_read_is_refused_with_what_there_is(tmp_path) -> None:
         read_arena(tmp_path, "peopel", ["A", "B"])
     with pytest.raises(ConfigError, match=r"people compares A, B.*two of the compared models: A, C"):
         read_arena(tmp_path, "people", ["A", "C"])
+
+
+@pytest.mark.check
+def test_the_report_names_the_models_and_the_page_for_labelers_does_not(tmp_path, capsys) -> None:
+    with project(tmp_path, *(item(n, "sft<b>", "dpo") for n in range(3))) as store:
+        for _ in range(3):
+            label(store, "Ann", [2, 1])
+        live = LivePage(store, "people").text()
+    assert main(["label", "report", "people", "--home", str(tmp_path), "--json"]) == 0
+    arena = json.loads(capsys.readouterr().out)["arena"]
+    assert [(one["a"], one["b"], one["estimate"]["mean"]) for one in arena["pairs"]] == [("sft<b>", "dpo", 0.0)]
+    assert main(["label", "report", "people", "--home", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "sft<b> against dpo" in said and "≥ " in said and "for this labeler alone" in said
+    page = (tmp_path / "labels/people/report.html").read_text()
+    assert "sft&lt;b&gt; against dpo" in page and "Models" in page
+    assert "dpo" not in live and "sft" not in live and "Models" not in live
+
+
+def test_tables_of_an_arena_without_standings() -> None:
+    items = [item(0, "A", "B"), item(1, "C", "D")]
+    arena = arena_of("people", items, [judgement(0, [1, 1]), judgement(1, [1, 2])])
+    assert arena is not None
+    (rates,) = arena_tables(arena.judged())
+    assert rates.title == "win rates" and "no standings: some models have never met the others" in rates.note
+    assert rates.texts()[1] == ["A against C", "no labeler has compared these two", "–", "0", "–", "–"]
+    assert arena_of("people", items, []) is None
