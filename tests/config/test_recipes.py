@@ -372,7 +372,8 @@ def test_a_file_that_is_not_for_this_package(tmp_path, text, name, expected):
     [
         ("model_name_or_path: m\ndesirable_weight: 1.5\nundesirable_weight: 0.5\nbeta: 0.2\n", "trl"),
         (
-            "stage: kto\nmodel_name_or_path: m\ncutoff_len: 9\nkto_chosen_weight: 1.5\nkto_rejected_weight: 0.5\npref_beta: 0.2\n",
+            "stage: kto\nmodel_name_or_path: m\ncutoff_len: 9\nkto_chosen_weight: 1.5\nkto_rejected_weight: 0.5\n"
+            "pref_beta: 0.2\n",
             "llamafactory",
         ),
         ("rl: kto\nbase_model: m\nkto_desirable_weight: 1.5\nkto_undesirable_weight: 0.5\nrl_beta: 0.2\n", "axolotl"),
