@@ -217,4 +217,7 @@ def _run(common: Common, store: LabelStore, name: str, serve: Callable[..., None
         _made(common, store, name, address)
         sys.stdout.flush()
 
-    serve(store, host=config.host, port=config.port, token=token, ready=ready)
+    try:
+        serve(store, host=config.host, port=config.port, token=token, ready=ready)
+    except KeyboardInterrupt:  # the way to end it
+        _say()("stopped; every label is saved")
