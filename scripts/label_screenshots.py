@@ -97,6 +97,7 @@ def take(chrome: Any, address: str, name: str, path: Path, act: Callable[[Any], 
     page.wait_for_selector(".card")
     act(page)
     page.wait_for_function("() => document.getElementById('saved').dataset.state === 'saved'")
+    page.evaluate("scrollTo(0, 0)")
     page.wait_for_timeout(300)  # what fades has faded
     page.screenshot(path=path)
     print(path)
@@ -127,13 +128,11 @@ def main() -> None:
     def by_touch(page: Any) -> None:
         page.tap("#pool .chip:nth-child(2)")
         page.tap("#pool .chip:nth-child(1)")
-        page.evaluate("scrollTo(0, 0)")  # tapping has scrolled
 
     def with_questions(page: Any) -> None:
         press("1" + "2" + "6")(page)
         page.locator(".card summary").first.click()
         press("f" + "nn")(page)
-        page.evaluate("scrollTo(0, 0)")
 
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
         chrome = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])

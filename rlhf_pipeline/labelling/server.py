@@ -17,7 +17,8 @@ from pydantic import BaseModel, ValidationError
 from rlhf_pipeline.errors import BadInput, Fault, RlhfError, faults_of
 from rlhf_pipeline.labelling.kinds import MAX_NOTE, TaskState
 from rlhf_pipeline.labelling.markdown import NEEDS_LABEL, render
-from rlhf_pipeline.labelling.security import Guard, allowed_names, fault_json, is_loopback
+from rlhf_pipeline.labelling.report_page import LivePage
+from rlhf_pipeline.labelling.security import REPORT_POLICY, Guard, allowed_names, fault_json, is_loopback
 from rlhf_pipeline.labelling.store import LabelStore
 from rlhf_pipeline.labelling.wire import Answer, Back, Join, Joined, Sent, numbered, placed, project_of, shown_item
 
@@ -112,6 +113,7 @@ def make_app(store: LabelStore, *, token: str | None, hosts: set[str]) -> FastAP
     orders: dict[int, list[int]] = {}  # the responses' order on the page by task, which never changes
     project = store.config.name
     asked = project_of(store.config)
+    quality, one_at_a_time = LivePage(store, project), asyncio.Lock()
     instructions = jinja2.filters.Markup(render(store.config.instructions, breaks=False))
 
     def cookie_name(request: Request) -> str:
@@ -242,6 +244,14 @@ def make_app(store: LabelStore, *, token: str | None, hosts: set[str]) -> FastAP
         if earlier is None:
             raise Declined(422, Fault("task", "the first item", "an item before it"))
         return await answer(labeler, await run_in_threadpool(store.back, labeler, earlier), with_item=True)
+
+    @app.get("/report")
+    async def report(request: Request) -> Response:
+        await signed_in(request)
+        async with one_at_a_time:  # it takes seconds: no more than one thread of the pool
+            text = await run_in_threadpool(quality.text)
+        headers = {"content-security-policy": REPORT_POLICY}
+        return Response(text, media_type="text/html; charset=utf-8", headers=headers)
 
     @app.exception_handler(Declined)
     async def declined(_: Request, error: Declined) -> Response:

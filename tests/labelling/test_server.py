@@ -13,7 +13,7 @@ pytest.importorskip("fastapi", reason="the extra `label` is not installed")
 from rlhf_pipeline.config.labelling import LabelConfig
 from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.labelling.kinds import Item, RankAction, Response
-from rlhf_pipeline.labelling.security import allowed_names
+from rlhf_pipeline.labelling.security import REPORT_POLICY, allowed_names
 from rlhf_pipeline.labelling.server import address, make_app, serve, static_files
 from rlhf_pipeline.labelling.store import LabelStore, Refused, database
 from rlhf_pipeline.labelling.wire import numbered
@@ -139,7 +139,7 @@ def test_the_first_page_and_the_item_page(store: LabelStore) -> None:
     assert not re.findall(r"<script(?![^>]*\bsrc=)", page)  # none inline
     for kind in ("href", "src"):
         for link in re.findall(rf' {kind}="([^"]+)"', page):
-            assert link.startswith(("/static/", "#")), link
+            assert link.startswith(("/static/", "#")) or link == "/report", link
             if link.startswith("/static/"):
                 assert ada.get(link).status == 200, link
 
@@ -156,6 +156,19 @@ def test_what_the_page_asks(tmp_path: Path) -> None:
             "flags": [{"key": "rude", "text": "Is it rude?"}],
             "mode": "pairwise",
         }
+
+
+@pytest.mark.check
+def test_the_quality_page(store: LabelStore) -> None:
+    ada = visitor(store)
+    task = ada.get("/api/task").json["item"]["task"]
+    act(ada, task, "a", kind="rank", ranks=[1, 2, 3])
+    act(ada, task, "b", kind="submit")
+    page = ada.get("/report")
+    assert page.status == 200 and b"Quality of the labels" in page.body and b"<script" not in page.body
+    assert page.headers["content-security-policy"] == REPORT_POLICY
+    assert b"m-zero" not in page.body and b"Ada" not in page.body
+    assert visitor(store, None).get("/report").status == 401
 
 
 def test_scripts_import_only_each_other() -> None:
