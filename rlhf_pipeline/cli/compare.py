@@ -48,6 +48,10 @@ def compare(
     arms, overrides = references_and_overrides(references or [])
     config = settings.load(overrides, arms=arms or None).of(CompareConfig)
     if common.dry_run:
+        if config.human is not None:
+            from rlhf_pipeline.labelling.arena import find_project
+
+            find_project(common.home_path, config.human, config.arms)
         emit_measuring(common, config, [*config.arms, *([config.baseline] if config.baseline else [])])
         return
     from rlhf_pipeline.experiment.helpers import helped

@@ -92,19 +92,18 @@ def _input_faults(experiment: Experiment, registry: Registry) -> list[Fault]:
                 continue
             trains = isinstance(config, TrainingConfig) and mention.path == ("dataset_name",)
             split = config.dataset_train_split if isinstance(config, TrainingConfig) and trains else None
-            key = (
-                mention.role,
-                mention.text,
-                mention.part,
-                mention.columns,
-                config.skip_bad_rows,
-                split,
-                *config.split_fractions.items(),
-            )
+            key = (replace(mention, path=()), config.skip_bad_rows, split, *config.split_fractions.items())
             if key not in checked:
                 checked[key] = _problem(mention, registry, config, split)
             if (problem := checked[key]) is not None:
                 faults.append(Fault(f"{spec.name}.{'.'.join(map(str, mention.path))}", problem))
+        if isinstance(config, CompareConfig) and config.human is not None:
+            from rlhf_pipeline.labelling.arena import find_project
+
+            try:
+                find_project(registry.home, config.human)
+            except ConfigError as error:
+                faults += [replace(fault, where=f"{spec.name}.{fault.where}") for fault in error.faults]
     return faults
 
 

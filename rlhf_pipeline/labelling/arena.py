@@ -242,11 +242,11 @@ def arena_of(project: str, items: Sequence[Item], judgements: Sequence[Judgement
     return found if found.verdicts else None
 
 
-def read_arena(home: Path, project: str, models: Sequence[str]) -> Arena:
-    """The part of a labelling project that compares some of these models.
+def find_project(home: Path, project: str, models: Sequence[str] = ("REF", "REF")) -> Path:
+    """The file of the labelling project of `human`.
 
     Raises:
-        ConfigError: there is no such project, it compares no two of these models, or none of its items is labelled.
+        ConfigError: there is none; the message says how to make an arena of these models.
     """
     path = database(home, project)
     if not path.is_file():
@@ -254,7 +254,16 @@ def read_arena(home: Path, project: str, models: Sequence[str]) -> Arena:
         there = f"one of {', '.join(others)}" if others else "a labelling project; there is none yet"
         fix = f"rlhf label --arena {' '.join(models)} --name {project} --prompts SOURCE"
         raise ConfigError(Fault("human", f"found {project!r}, and no such project in {path.parent.parent}", there, fix))
-    with LabelStore.open(path) as store:
+    return path
+
+
+def read_arena(home: Path, project: str, models: Sequence[str]) -> Arena:
+    """The part of a labelling project that compares some of these models.
+
+    Raises:
+        ConfigError: there is no such project, it compares no two of these models, or none of its items is labelled.
+    """
+    with LabelStore.open(find_project(home, project, models)) as store:
         items, judgements = store.items(), store.judgements()
     theirs = {one.source for item in items for one in item.responses if one.source is not None}
     known = [name for name in models if name in theirs]

@@ -111,6 +111,7 @@ def test_a_new_label_makes_the_comparison_a_new_one(labelled, tmp_path):
     assert before != comparison_inputs(config, points, [], lab.registry)
 
 
+@pytest.mark.check
 def test_a_project_of_other_models_is_refused_before_anything_is_sampled(labelled, monkeypatch):
     lab, *_ = labelled
 
@@ -127,6 +128,18 @@ def test_a_project_of_other_models_is_refused_before_anything_is_sampled(labelle
         config = lab.config("compare", arms=arms, human=project, allow_mismatch=True)
         with pytest.raises(ConfigError, match=message):
             run_compare(config, lab.home, quiet=True)
+
+
+def test_a_project_that_is_not_there_is_found_by_dry_runs_and_before_an_experiment(lab, tmp_path, capsys):
+    assert main(["compare", "sft", "reward", "--human", "people", "--dry-run", "--home", str(lab.home)]) == 2
+    assert "rlhf label --arena sft reward --name people --prompts SOURCE" in " ".join(capsys.readouterr().err.split())
+    stage = {"stage": "dpo", "model_name_or_path": "sft", "dataset_name": "collected:pairs", "max_steps": 1}
+    content = {"name": "trial", "stages": {"dpo": stage}, "compare": {"arms": ["dpo"], "baseline": "sft", "human": "x"}}
+    path = tmp_path / "experiment.yaml"
+    path.write_text(json.dumps(content))
+    assert main(["run", str(path), "--home", str(lab.home)]) == 2
+    assert "compare.human: found 'x', and no such project" in " ".join(capsys.readouterr().err.split())
+    assert lab.registry.models.numbers("dpo") == []
 
 
 def share(mean: float, low: float, high: float) -> Interval:
