@@ -263,7 +263,7 @@ def test_the_page_reads_no_field_that_a_comparison_does_not_have() -> None:
 def test_what_people_prefer_stands_beside_the_judges_win_rate_and_agreement() -> None:
     """Every figure with its interval, in the section and in the table of win rates; no markup of names is markup."""
     text = said_by(judged_by_people(plain()))
-    assert "3 labelers compared two responses 180 times, on 30 prompts" in text
+    assert "In the project people, 3 labelers compared two responses 180 times, on 30 prompts" in text
     assert "Ties: 12 %. Skipped items: 4. It has no responses of <other>." in text
     assert text.count("0.700 [0.550, 0.810]") == 1 and "0.660 [0.500, 0.800]" in text and "never <compared>" in text
     assert "0.70 [0.55, 0.81]" in text  # beside the judge's, among all win rates

@@ -18,7 +18,7 @@ from rlhf_pipeline.report.markup import (
 )
 from rlhf_pipeline.report.points import Points, cells
 from rlhf_pipeline.report.sides import HumanAgreement, HumanJudged, HumanPair
-from rlhf_pipeline.report.text import NOTHING, clean, count, interval_text, percent, plural, probability, words
+from rlhf_pipeline.report.text import NOTHING, clean, count, headed, interval_text, percent, plural, probability, words
 from rlhf_pipeline.report.view import View
 
 PAIRS = (
@@ -47,7 +47,7 @@ def human_section(view: View, points: Points) -> Section | None:
 
 def _basis(judged: HumanJudged) -> Markup:
     text = (
-        f"In the project {clean(judged.project)} {plural(judged.labelers, 'labeler')} compared two responses "
+        f"In the project {clean(judged.project)}, {plural(judged.labelers, 'labeler')} compared two responses "
         f"{count(judged.comparisons)} times, on {plural(judged.prompts, 'prompt')}, without knowing which model wrote "
         f"them. Ties: {percent(judged.ties, 0)}. Skipped items: {count(judged.skipped)}."
     )
@@ -77,6 +77,8 @@ def _pairs(view: View, judged: HumanJudged, points: Points) -> Markup:
         "How often people prefer a response of the first model to one of the second to the same prompt; a tie counts "
         f"one half. The interval is over {over}."
     )
+    if judged.labelers > 1:
+        caption += " These labelers: the interval for them alone, on prompts like these."
     if figures:
         caption += " The last columns: how often a scorer gives the first model's response the higher score."
     return table(heads, [Group(lines)], label="Win rates by people", caption=linked(caption, [file]))
@@ -110,7 +112,7 @@ def _shared(view: View, one: HumanAgreement) -> str:
     low = one.share.low
     reading = "more often than a coin" if low is not None and low > 0.5 else "maybe no more often than a coin"
     return (
-        f"{clean(view.name_of(one.figure))} ({clean(one.judge)}) shares {interval_text(one.share, 3)} of people's "
+        f"{headed(view.name_of(one.figure))} ({clean(one.judge)}) shares {interval_text(one.share, 3)} of people's "
         f"{count(one.comparisons)} verdicts with a winner, p {probability(one.p)}: {reading}."
     )
 
@@ -123,7 +125,7 @@ def _standings(view: View, judged: HumanJudged, points: Points) -> Markup:
     lines = []
     for place, one in enumerate(judged.standings, 1):
         look = view.look_of(view.by_model.get(one.name))
-        elo = join([BOUNDS[one.bound] if one.bound else None, estimate(one.elo, 0)])
+        elo = join([BOUNDS[one.bound] if one.bound and one.elo else None, estimate(one.elo, 0)])
         bar = interval_bar(one.elo, *scale, look)
         lines.append([count(place), named(look, view.title(one.name)), elo, bar, count(one.comparisons)])
     file = points.add(
