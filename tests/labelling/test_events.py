@@ -116,6 +116,7 @@ def test_what_a_labeler_may_do() -> None:
 def test_dense_ranks_and_judgements() -> None:
     assert dense([3, 1, 3, 2]) == [3, 1, 3, 2]
     assert dense([9, 4, 9]) == [2, 1, 2]
+    assert dense([1, 1, 3]) == [1, 1, 2]
     assert judgement(ITEM, TASK, events((101.0, NoteAction(text="n")))) is None
     steps = [(101.0, RankAction(ranks=[3, 1, 3])), (105.0, SubmitAction())]
     done = judgement(ITEM, TASK, events(*steps))
