@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from rlhf_pipeline.cli.label import rewritten
 from rlhf_pipeline.cli.main import main
 
@@ -76,3 +78,23 @@ def test_mistakes_are_said_without_a_traceback(tmp_path: Path, capsys: Any) -> N
 def test_commands_on_a_project_that_is_not_there(tmp_path: Path, capsys: Any) -> None:
     assert main(["--home", str(tmp_path), "label", "serve", "none"]) == 2
     assert "no project 'none'" in capsys.readouterr().err
+
+
+@pytest.mark.check
+def test_responses_of_two_models_become_a_project(lab: Any, tmp_path: Path, capsys: Any) -> None:
+    small = ("use_cpu=true", "num_threads=1", "max_prompt_length=6", "response_length=4", "num=5")
+    words = ["--home", str(lab.home), "label", "--policies", "sft", str(lab.registry.resolve("sft").path)]
+    words += ["--prompts", "world:verdicts", "--k", "3", "--name", "two", "--no-serve", "--json", *small]
+    code, plan = answer(capsys, *words, "--dry-run")
+    assert (code, plan["items"], plan["responses"], len(plan["models"])) == (0, 5, 15, 2)
+    code, made = answer(capsys, *words)
+    assert (code, made["items"]) == (0, 5)
+    from rlhf_pipeline.labelling.store import LabelStore
+
+    with LabelStore.open(Path(made["path"]) / "labels.sqlite") as store:
+        assert len({one.source for item in store.items() for one in item.responses}) == 2
+        assert store.origin.tokenizer_digest is not None
+    yaml = tmp_path / "label.yaml"
+    yaml.write_text("policies: [sft, reward]\nprompts: world:verdicts\nname: three\n")
+    code, failed = answer(capsys, "--home", str(lab.home), "label", "--config", str(yaml), "--no-serve", "--json")
+    assert (code, failed["error"]["kind"]) == (2, "mismatch")  # a reward model does not respond
