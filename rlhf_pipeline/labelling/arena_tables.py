@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlhf_pipeline.labelling.quality_tables import Table
+from rlhf_pipeline.labelling.quality_tables import Cell, Table
 from rlhf_pipeline.report.sides import HumanJudged
 from rlhf_pipeline.report.text import NOTHING, count, interval_text, percent, probability
 
@@ -14,7 +14,7 @@ def arena_tables(judged: HumanJudged) -> list[Table]:
     """The standings, best first, and the win rates of every pair of models."""
     over = "over prompts and labelers" if judged.labelers > 1 else "over prompts, for this labeler alone"
     note = "Elo by Bradley-Terry, the first model of the project at 1000; 400 points are odds of ten to one"
-    places = [
+    places: list[list[Cell]] = [
         [
             one.name,
             NOTHING if one.elo is None else f"{BOUNDS.get(one.bound or '', '')}{interval_text(one.elo, 0)}",
@@ -22,7 +22,7 @@ def arena_tables(judged: HumanJudged) -> list[Table]:
         ]
         for one in judged.standings
     ]
-    rates = [
+    rates: list[list[Cell]] = [
         [
             f"{one.a} against {one.b}",
             one.estimate if one.estimate is not None else one.why_not or NOTHING,
