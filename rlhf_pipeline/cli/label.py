@@ -81,7 +81,7 @@ def new(common: Common, settings: Settings, serve: ServeOption = True, overrides
 
     lists = {key: settings.given[key].split(",") for key in ("policies", "arena") if key in settings.given}
     loaded = settings.load(overrides, **lists)
-    config = settled(loaded.of(LabelConfig))
+    config = settled(loaded.of(LabelConfig), settings.path.parent if settings.path else None)
     if common.dry_run:
         from rlhf_pipeline.labelling.outlook import outlook
 

@@ -38,8 +38,10 @@ def make_items(config: LabelConfig, home: Path, say: Say) -> Made:
     return made
 
 
-def settled(config: LabelConfig) -> LabelConfig:
+def settled(config: LabelConfig, folder: Path | None = None) -> LabelConfig:
     """Return the config with the text of the instructions where it names their file.
+
+    folder: that of the config's own file, in which the file is searched after the working directory.
 
     Raises:
         BadInput: the file is not there, or is no text.
@@ -47,8 +49,11 @@ def settled(config: LabelConfig) -> LabelConfig:
     named = config.instructions.strip()
     if "\n" in named or not named.endswith((".md", ".txt")):
         return config
+    path = Path(named)
+    if folder is not None and not path.exists():
+        path = folder / path
     try:
-        return config.model_copy(update={"instructions": Path(named).read_text(encoding="utf-8")})
+        return config.model_copy(update={"instructions": path.read_text(encoding="utf-8")})
     except (OSError, UnicodeDecodeError) as error:
         what = getattr(error, "strerror", None) or "no UTF-8 text"
         raise BadInput(f"instructions: {named}: {what}; expected a text file, or the text itself") from error

@@ -1,16 +1,21 @@
-"""Where the responses of a labelling project come from, and how sure a reward model is of the best one."""
+"""The responses of a labelling project: whose turn it is, what is drawn again, and how sure a reward model is of the best."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 from pydantic import Field
 
 from rlhf_pipeline.config.labelling import LabelConfig
-from rlhf_pipeline.labelling.kinds import Item, Part
+from rlhf_pipeline.labelling.kinds import Item, Part, Response
+
+REDRAWS = 3
+"""How often a response is drawn again that is like another response of its item."""
+Draw = Callable[[Mapping[int, Sequence[int]]], Iterator[tuple[int, int, Response]]]
 
 
 class Origin(Part):
@@ -56,3 +61,30 @@ def winner_entropy(scores: Sequence[float]) -> float:
     total = math.fsum(weights)
     # -log P(k) = log(total) - (s_k - top)
     return math.fsum(w / total * (math.log(total) - (s - top)) for w, s in zip(weights, scores, strict=True))
+
+
+def give(
+    draw: Draw, todo: Mapping[int, Sequence[int]], drawn: Sequence[dict[int, Response]], redraws: int
+) -> Counter[str]:
+    """Give items their responses; one that is like another of its item is drawn again up to `redraws` times.
+
+    Args:
+        draw: yields (item, k, response) for the wanted k of each item. todo: the wanted k of each item. drawn: the
+            responses of each item by k, to which those that are different are added. redraws: 0 keeps all as they are.
+
+    Returns:
+        How many responses were drawn `again`, and how many were left out as still alike (`merged`).
+    """
+    counts = Counter[str]()
+    for attempt in range(1 + redraws):
+        alike: defaultdict[int, list[int]] = defaultdict(list)
+        for number, k, response in draw(todo):
+            if redraws and response.text in {one.text for one in drawn[number].values()}:
+                alike[number].append(k)
+            else:
+                drawn[number][k] = response
+        counts["again" if attempt < redraws else "merged"] += sum(map(len, alike.values()))
+        todo = alike
+        if not todo:
+            break
+    return counts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -22,7 +22,7 @@ from rlhf_pipeline.data.tokenize import tokenize
 from rlhf_pipeline.data.tokenizers import chat_template_digest, stop_ids, text_of, tokenizer_digest
 from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.labelling.kinds import Item, Response, Text
-from rlhf_pipeline.labelling.origins import Made, Origin, turns, winner_entropy
+from rlhf_pipeline.labelling.origins import REDRAWS, Draw, Made, Origin, give, turns, winner_entropy
 from rlhf_pipeline.models.memory import MEASURING_ADVICE, Memory
 from rlhf_pipeline.models.needs import require_needs
 from rlhf_pipeline.registry.lengths import with_lengths
@@ -40,8 +40,6 @@ from rlhf_pipeline.training.tracking import progress
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-REDRAWS = 3
-"""How often a response is drawn again that is like another response of its item."""
 DRAWS_AT_ONCE = 512
 Say = Callable[[str], None]
 
@@ -62,9 +60,6 @@ class _Model:
     resolved: Resolved
     tokenizer: PreTrainedTokenizerBase
     prompts: dict[str, Example]
-
-    def text(self, ids: Sequence[int], ended: bool) -> str:
-        return text_of(self.tokenizer, ids[: len(ids) - int(ended)])
 
 
 def sample(config: LabelConfig, home: Path, say: Say) -> Made:
@@ -98,63 +93,64 @@ def sample(config: LabelConfig, home: Path, say: Say) -> Made:
     planned = [turns(config, number) for number in range(config.num)]
     drawn: list[dict[int, Response]] = [{} for _ in planned]  # by item, then by k
     scores: list[list[float]] = [[] for _ in planned]
-    left_out = Counter[str]()
-    at_once = _at_once(config, say)
+    counts = Counter[str]()
     for turn, model in enumerate(models):
         todo = {n: [k for k, who in enumerate(plan) if who == turn] for n, plan in enumerate(planned) if turn in plan}
-        policy = load_policy(model.resolved, config, model.tokenizer, device, frozen=True)
-        generator = torch.Generator().manual_seed((config.seed * 1_000_003 + turn) % 2**63)
-        for attempt in range(1 + (0 if config.arena else REDRAWS)):
-            again: dict[int, list[int]] = {}
-            for block in progress(_blocks(todo), f"sampling {model.resolved.label}"):
-                sampled, _ = sample_for_prompts(
-                    policy,
-                    [model.prompts[prompt_of[number]] for number in block],
-                    samples=len(todo[block[0]]),
-                    response_length=config.lengths().response,
-                    stop_ids=stop_ids(model.tokenizer),
-                    generator=generator,
-                    temperature=config.temperature,
-                    **at_once,
-                    device=device,
-                )
-                for number, example in zip(block, sampled, strict=True):
-                    for k, ids, ended in zip(todo[number], example.completions, example.ended, strict=True):
-                        text = model.text(ids, ended)
-                        if not config.arena and text in {one.text for one in drawn[number].values()}:
-                            again.setdefault(number, []).append(k)
-                        else:
-                            source = model.resolved.label
-                            drawn[number][k] = Response(text=text, source=source, ids=list(ids), ended=ended)
-            left_out["drawn again"] += sum(map(len, again.values())) if attempt < REDRAWS else 0
-            todo = again
-            if not todo:
-                break
-        left_out["merged"] += 0 if config.arena else sum(map(len, todo.values()))
+        draw = _drawing(config, model, turn, prompt_of, device, say)
+        counts += give(draw, todo, drawn, 0 if config.arena else REDRAWS)
         if config.reward_model is not None:
             _add_scores(config, registry, model, turn, planned, prompt_of, drawn, scores, device, say)
-        del policy
     same = {(tokenizer_digest(model.tokenizer), chat_template_digest(model.tokenizer)) for model in models}
     made: list[Item] = []
     entropies: list[float] = []
     for number, responses in enumerate(drawn):
         if len(responses) < 2:
-            left_out["items"] += 1
+            counts["items"] += 1
             continue
         place = prompt_of[number]
         kept = [responses[k] for k in sorted(responses)]
         made.append(_item(len(made), config, first[place], splits[place], kept, with_ids=len(same) == 1))
         entropies.append(winner_entropy(scores[number]) if scores[number] else 0.0)
-    if left_out["drawn again"]:
-        say(f"{left_out['drawn again']} responses were like another one of their item and were drawn again")
-    if left_out["merged"]:
-        say(f"{left_out['merged']} responses were still like another one: they are shown once")
-    if left_out["items"]:
-        say(f"{left_out['items']} items left out, of which all responses are alike")
+    for reason, what in (
+        ("again", "responses were like another one of their item, and were drawn again"),
+        ("merged", "responses were still like another one, and are left out"),
+        ("items", "items are left out, because all of their responses are alike"),
+    ):
+        if counts[reason]:
+            say(f"{counts[reason]} {what}")
     shared = next(iter(same)) if len(same) == 1 else (None, None)
     parents = {model.resolved.label: model.resolved.digest for model in models}
     origin = Origin(parents=parents, tokenizer_digest=shared[0], chat_template_digest=shared[1])
     return Made(made, origin, entropies if config.reward_model is not None else None)
+
+
+def _drawing(
+    config: LabelConfig, model: _Model, turn: int, prompt_of: Sequence[str], device: torch.device, say: Say
+) -> Draw:
+    """How a model draws responses; its draws follow from the seed and its place among the models."""
+    policy = load_policy(model.resolved, config, model.tokenizer, device, frozen=True)
+    generator = torch.Generator().manual_seed((config.seed * 1_000_003 + turn) % 2**63)
+    at_once = _at_once(config, say)
+
+    def draw(todo: Mapping[int, Sequence[int]]) -> Iterator[tuple[int, int, Response]]:
+        for block in progress(_blocks(todo), f"sampling {model.resolved.label}"):
+            sampled, _ = sample_for_prompts(
+                policy,
+                [model.prompts[prompt_of[number]] for number in block],
+                samples=len(todo[block[0]]),
+                response_length=config.lengths().response,
+                stop_ids=stop_ids(model.tokenizer),
+                generator=generator,
+                temperature=config.temperature,
+                **at_once,
+                device=device,
+            )
+            for number, example in zip(block, sampled, strict=True):
+                for k, ids, ended in zip(todo[number], example.completions, example.ended, strict=True):
+                    text = text_of(model.tokenizer, ids[: len(ids) - int(ended)])
+                    yield number, k, Response(text=text, source=model.resolved.label, ids=list(ids), ended=ended)
+
+    return draw
 
 
 def _with_prompts(
@@ -179,7 +175,7 @@ def _with_prompts(
     return models, splits
 
 
-def _blocks(todo: dict[int, list[int]]) -> list[list[int]]:
+def _blocks(todo: Mapping[int, Sequence[int]]) -> list[list[int]]:
     """Items in blocks, all of a block with the same number of responses to draw."""
     by_count: defaultdict[int, list[int]] = defaultdict(list)
     for number, wanted in todo.items():

@@ -108,7 +108,14 @@ def make(
                 add_items(db, config, items, uncertainty, 0)
                 db.execute("COMMIT")
             sync(new)
-            os.link(new, path)
+            try:
+                os.link(new, path)
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without links
+                if path.exists():
+                    raise FileExistsError(path) from None
+                os.rename(new, path)
             sync(path.parent)
         except FileExistsError:
             raise BadInput(f"{path}: there is a labelling project already; expected a new name") from None

@@ -14,7 +14,8 @@ from rlhf_pipeline.config.labelling import LabelConfig
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.errors import BadInput, ConfigError, DataError
 from rlhf_pipeline.labelling.items import make_items, settled
-from rlhf_pipeline.labelling.origins import turns, winner_entropy
+from rlhf_pipeline.labelling.kinds import Response
+from rlhf_pipeline.labelling.origins import give, turns, winner_entropy
 from rlhf_pipeline.labelling.project import open_or_make
 
 CPU = {"use_cpu": True, "num_threads": 1}
@@ -41,6 +42,26 @@ def test_the_entropy_of_the_winner() -> None:
     assert winner_entropy([1000.0, 0.0, 0.0]) == pytest.approx(0.0, abs=1e-12)
     # P = (2, 1, 1) / 4: 1.5 bits
     assert winner_entropy([-7.0, math.log(2) - 7, -7.0]) == pytest.approx(1.5 * math.log(2), abs=1e-12)
+
+
+def test_a_response_like_another_is_drawn_again_and_then_left_out() -> None:
+    texts = {(0, 0): "a", (0, 1): "aab", (0, 2): "aaaaaa", (1, 1): "xy"}  # by item and k, one letter a draw
+
+    def run(redraws: int) -> tuple[list[dict[int, str]], dict[str, int]]:
+        left = {place: iter(letters) for place, letters in texts.items()}
+
+        def draw(todo: Any) -> Any:
+            for number, wanted in todo.items():
+                for k in wanted:
+                    yield number, k, Response(text=next(left[number, k]))
+
+        drawn: list[dict[int, Response]] = [{}, {0: Response(text="x")}]
+        counts = give(draw, {0: [0, 1, 2], 1: [1]}, drawn, redraws)
+        return [{k: one.text for k, one in item.items()} for item in drawn], dict(+counts)
+
+    assert run(3) == ([{0: "a", 1: "b"}, {0: "x", 1: "y"}], {"again": 3 + 2 + 1, "merged": 1})
+    assert run(1) == ([{0: "a"}, {0: "x", 1: "y"}], {"again": 3, "merged": 2})
+    assert run(0) == ([{0: "a", 1: "a", 2: "a"}, {0: "x", 1: "x"}], {})
 
 
 FAULTY: list[tuple[dict[str, Any], str]] = [
@@ -79,6 +100,7 @@ def test_instructions_come_from_a_file(tmp_path: Path) -> None:
     path.write_text("Do *this*.\n", encoding="utf-8")
     given = {"policies": ["a"], "prompts": "p"}
     assert settled(config(**given, instructions=str(path))).instructions == "Do *this*.\n"
+    assert settled(config(**given, instructions="how.md"), tmp_path).instructions == "Do *this*.\n"
     assert settled(config(**given, instructions="Rank them.")).instructions == "Rank them."
     with pytest.raises(BadInput, match="No such file"):
         settled(config(**given, instructions=str(tmp_path / "other.md")))
@@ -191,3 +213,30 @@ def test_a_project_is_opened_again_and_another_config_refused(lab: Any) -> None:
         open_or_make(wanted.model_copy(update={"k": 3, "overlap": 2}), lab.home, said.append)
     assert [fault.where for fault in caught.value.faults] == ["k", "overlap"]
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.check
+def test_the_reward_model_reads_given_responses(lab: Any, rankings: Any) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    source = rankings(8)
+    keys = {**CPU, "order": "uncertain", "reward_model": "reward", "max_prompt_length": 6, "response_length": 5}
+    made = make_items(config(**keys, responses=source), lab.home, lambda _: None)
+    path = lab.registry.resolve("reward").path
+    model = AutoModelForSequenceClassification.from_pretrained(path).double().eval()
+    words = AutoTokenizer.from_pretrained(path)
+    assert made.uncertainty is not None
+    for item, entropy in zip(made.items, made.uncertainty, strict=True):
+        scores = []
+        for one in item.responses:
+            ids = words(item.prompt, add_special_tokens=False)["input_ids"][-6:]
+            ids += words(one.text, add_special_tokens=False)["input_ids"] + [words.eos_token_id] * one.ended
+            with torch.no_grad():
+                scores.append(model(torch.tensor([ids])).logits[0, 0])
+        logp = torch.log_softmax(torch.stack(scores), 0)
+        assert entropy == pytest.approx(float(-(logp.exp() * logp).sum()), abs=1e-5)
+    with open_or_make(config(**keys, responses=source), lab.home, lambda _: None) as store:
+        state = store.task(store.labeler("Ann"))
+        assert state is not None
+        assert state.item == max(range(len(made.items)), key=lambda n: made.uncertainty[n])
