@@ -103,7 +103,7 @@ def facts_of(registry: Registry, resolved: Resolved) -> dict[str, str]:
         "reference": _reference_of(manifest),
         "preference data": _preferences_of(registry, resolved, manifest),
         "labels": "their probabilities" if config.get("soft_labels") else "as drawn",
-        "prompts": " + ".join(sorted(_short(entry.digest) for entry in manifest.data)) or NONE,
+        "prompts": " + ".join(sorted(_short(entry.digest) for entry in manifest.data if not entry.is_stream)) or NONE,
         "frozen weights": "as stored" if (held := four_bits_of(resolved)) is None else held.keys,
         "training temperature": f"{training_temperature(resolved):g}",
         MOVED: ", ".join(f"{k}={spelled(v)}" for k, v in sorted(moved.items())) or NONE,

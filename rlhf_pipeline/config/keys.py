@@ -114,7 +114,10 @@ FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 """Keys with a fixed behaviour: the values that match it, and what to do instead of any other, which is refused."""
 
-_ENTRIES: dict[str, type[BaseModel]] = {"reward_functions": RewardFunction, "datasets": DatasetEntry}
+_ENTRIES: dict[str, type[BaseModel]] = {
+    "reward_functions": RewardFunction,
+    **dict.fromkeys(("datasets", "ptx_dataset"), DatasetEntry),
+}
 
 REFUSED = {
     "disable_dropout": "remove it: dropout is off in every stage, unless sft has `dropout: true`",

@@ -20,6 +20,7 @@ from rlhf_pipeline.config.base import (
 )
 from rlhf_pipeline.config.lengths import remark_on_halves
 from rlhf_pipeline.config.ppo_algorithm import WithAlgorithm, check_algorithm
+from rlhf_pipeline.config.ptx import WithStream, check_stream
 from rlhf_pipeline.config.reward_names import names_a_model
 from rlhf_pipeline.config.rewards import (
     RATING_PLACES,
@@ -31,8 +32,9 @@ from rlhf_pipeline.config.rewards import (
     check_source,
 )
 from rlhf_pipeline.config.rollout_engine import COOLEST, HOTTEST, INSTALL, cpp_compiler, vllm_found, vllm_lacks_compiler
+from rlhf_pipeline.config.shaping import WithShapedScores
 from rlhf_pipeline.config.shorthands import ROLLOUT
-from rlhf_pipeline.config.training import COMMON_CHECKS, TrainingConfig, check_model
+from rlhf_pipeline.config.training import COMMON_CHECKS, check_model
 from rlhf_pipeline.errors import Fault
 
 WARMUP_OFFSET = 1
@@ -185,7 +187,7 @@ def check_warmups(config: PpoConfig) -> Iterator[Fault]:
         yield Fault("critic_warmup_steps", found, f"less than {limit}")
 
 
-class PpoConfig(WithAlgorithm, TrainingConfig):
+class PpoConfig(WithAlgorithm, WithShapedScores, WithStream):
     """Config of `rlhf ppo`; steps are updates, one rollout each."""
 
     stage: ClassVar[str] = "ppo"
@@ -193,6 +195,7 @@ class PpoConfig(WithAlgorithm, TrainingConfig):
         check_model,
         *COMMON_CHECKS,
         check_algorithm,
+        check_stream,
         check_reward,
         check_reward_sources,
         check_judge,
@@ -244,17 +247,6 @@ class PpoConfig(WithAlgorithm, TrainingConfig):
     rollout_batch_size: Count = option(ROLLOUT, "responses sampled per update, on all devices together (ours)")
     kl_coef: NonNegative = option(
         0.05, "beta: penalty per nat of KL to the reference, in units of reward (TRL)", moves_optimum=True, moving=0.0
-    )
-    missing_eos_penalty: NonNegative | None = option(
-        None, "penalty subtracted from the score of a cut response (TRL: none)", moves_optimum=True
-    )
-    reward_clip: Positive | None = option(
-        None,
-        "limit of a score: it is clipped to -reward_clip .. reward_clip, before penalties (TRL: none)",
-        moves_optimum=True,
-    )
-    length_penalty: NonNegative | None = option(
-        None, "penalty subtracted from the score for each token of a response (ours: none)", moves_optimum=True
     )
     temperature: Positive = option(
         1.0,
@@ -318,6 +310,15 @@ class PpoConfig(WithAlgorithm, TrainingConfig):
     def minibatch_size(self) -> int:
         """The number of responses in one optimizer step, on all devices together."""
         return self.rollout_batch_size // self.num_mini_batches
+
+    @property
+    def stream_batch_size(self) -> int:
+        """The number of examples of the pretraining stream in one optimizer step, on all devices together."""
+        return self.ptx_batch_size or self.minibatch_size
+
+    def stream_steps(self, updates: int) -> int:
+        """Return how many optimizer steps of the first updates read the stream: all that train the actor."""
+        return max(0, updates - (self.critic_warmup_steps or 0)) * self.num_ppo_epochs * self.num_mini_batches
 
     @property
     def prompts_per_rollout(self) -> int:

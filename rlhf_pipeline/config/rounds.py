@@ -20,8 +20,9 @@ from rlhf_pipeline.errors import Fault
 Spec = StageSpec[StageConfig]
 ARMS = ("ppo", "dpo")
 _ALONE = ("dataset_config", "column_mapping", "dataset_test_name")  # they belong to dataset_name, not to datasets
-# A judge that watches a run measures all rounds by the same scale; the start and the reference stay those of round 1.
-_KEPT = ("judge", "model_name_or_path", "ref_model")
+# A judge that watches a run measures all rounds by the same scale; the start, the reference and the pretraining stream
+# stay those of round 1.
+_KEPT = ("judge", "model_name_or_path", "ref_model", "ptx_dataset")
 
 
 @dataclass(frozen=True)

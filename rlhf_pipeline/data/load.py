@@ -48,17 +48,17 @@ class SourceReport:
     kept: int  # examples
     dropped: dict[str, int]  # faulty or skipped rows of the whole source, and what was dropped from the split
     truncated: dict[str, int]
+    role: str | None = None  # "stream": the data of a pretraining stream, not those of the stage
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data, for a manifest."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "role" or value}
 
     def summary(self) -> str:
         """Return one line for the log."""
         parts = [f"{self.source} ({self.format}), split {self.split}: {self.kept} examples of {self.rows} rows"]
-        for name, counts in (("dropped", self.dropped), ("cut", self.truncated)):
-            if counts:
-                parts.append(f"{name}: " + ", ".join(f"{reason} {count}" for reason, count in counts.items()))
+        named = [(name, counts) for name, counts in (("dropped", self.dropped), ("cut", self.truncated)) if counts]
+        parts += [f"{name}: " + ", ".join(f"{reason} {n}" for reason, n in counts.items()) for name, counts in named]
         return "; ".join(parts)
 
 

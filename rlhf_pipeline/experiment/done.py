@@ -22,7 +22,7 @@ from rlhf_pipeline.config.dump import config_digest
 from rlhf_pipeline.config.grid import Node
 from rlhf_pipeline.config.in_context import split_arm
 from rlhf_pipeline.config.reward_names import is_function_name, names_a_model
-from rlhf_pipeline.config.stages import StageConfig
+from rlhf_pipeline.config.stages import PpoConfig, StageConfig
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.data.load import read_records, records_digest, rows_of
 from rlhf_pipeline.data.parsed import source_stamp
@@ -45,9 +45,10 @@ REGISTRY_STAGE = {"sft": "sft", "train-rm": "reward", "ppo": "ppo", "dpo": "dpo"
 
 def expected_data(config: StageConfig, home: Path) -> list[str]:
     """Digests of the data that a stage with this config would train on (or take prompts from)."""
+    streams = config.streams() if isinstance(config, PpoConfig) else []
     return [
         _split_digest(config, home, data, split)
-        for data in config.sources()
+        for data in [*config.sources(), *streams]
         for split in ([data.split] if data.split else _splits(config, home, data))
     ]
 

@@ -132,6 +132,8 @@ def _training_counts(
     counted = "prompts" if config.reads_prompts else "rows"
     result: dict[str, Any] = {counted: len(examples), "lengths": vars(config.lengths())}
     if isinstance(config, PpoConfig):
+        if stream := outlook.stream(node):
+            result["stream_examples"] = len(stream)
         require_schedule(config, config.updates, offset=WARMUP_OFFSET)
         result |= {
             "updates": config.updates,

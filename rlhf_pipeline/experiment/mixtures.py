@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf_pipeline.config.collect import CollectConfig
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.data.examples import Example
-from rlhf_pipeline.data.load import mix
+from rlhf_pipeline.data.load import mix, read_records
 from rlhf_pipeline.data.samples import hold_out, lowest_examples
-from rlhf_pipeline.stages.data import StageData, trains_all_replies
+from rlhf_pipeline.data.styles import Style
+from rlhf_pipeline.stages.data import StageData, prompts_by_split, trains_all_replies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,6 +44,27 @@ def rows_to_come(
     if divided is not None and found:
         found = hold_out(found, divided)[0 if trains else 1]
     return lowest_examples(found, limit)
+
+
+def as_rows(rows: list[Example], kind: str) -> list[Example]:
+    """The records of a `collect` run, with the responses that it samples, as examples of a kind."""
+    if kind == "labelled":
+        rows = [replace(one, completions=[ids], ended=[True]) for one in rows for ids in one.completions]
+    if kind in ("demonstration", "prompt"):
+        rows = [replace(one, completions=one.completions[:1], ended=[True]) for one in rows]
+    if kind == "prompt":
+        rows = list({one.prompt_key: one for one in rows}.values())
+    return rows
+
+
+def prompts_to_sample(
+    config: CollectConfig, tokenizer: PreTrainedTokenizerBase, style: Style, home: Path
+) -> list[tuple[Example, str]]:
+    """The prompts of a `collect` run with their splits, in its order."""
+    (data,) = config.sources()
+    found = read_records(*data, home=home, skip_bad_rows=config.skip_bad_rows, splits=config.splits)
+    prompts, _ = prompts_by_split(found, config, tokenizer, style)
+    return [prompts[(config.first_record + n) % len(prompts)] for n in range(config.num)]
 
 
 def rows_that_exist(

@@ -20,13 +20,13 @@ from rlhf_pipeline.config.reward_names import names_a_model
 from rlhf_pipeline.config.stages import CollectConfig, DpoConfig, ModelConfig, PpoConfig, SftConfig, StageConfig
 from rlhf_pipeline.config.training import TrainingConfig
 from rlhf_pipeline.config.yaml import KeyPath
-from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import token_count
 from rlhf_pipeline.errors import DataError
 from rlhf_pipeline.experiment.done import output_of
-from rlhf_pipeline.experiment.mixtures import rows_that_exist, rows_to_come
+from rlhf_pipeline.experiment.mixtures import as_rows, prompts_to_sample, rows_that_exist, rows_to_come
+from rlhf_pipeline.experiment.read_keys import ADAPTED, READ, TOKENS, UNREAD
 from rlhf_pipeline.experiment.work import (
     Amounts,
     Models,
@@ -36,6 +36,7 @@ from rlhf_pipeline.experiment.work import (
     example_work,
     ppo_work,
     shapes_of,
+    stream_work,
     transformers_config,
     with_responses,
 )
@@ -43,7 +44,7 @@ from rlhf_pipeline.registry.lengths import with_lengths
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.stages.common import tokenizer_of
-from rlhf_pipeline.stages.data import StageData, preference_kind, prompts_by_split, training_kind, trains_all_replies
+from rlhf_pipeline.stages.data import StageData, preference_kind, stream_data, training_kind, trains_all_replies
 from rlhf_pipeline.training.cost import ModelShape
 
 if TYPE_CHECKING:
@@ -53,23 +54,6 @@ T = TypeVar("T")
 
 MODEL_KEYS: tuple[KeyPath, ...] = (("model_name_or_path",), ("policy",))
 DATA_KEYS: tuple[KeyPath, ...] = (("dataset_name",), ("prompts",))
-UNREAD = {"seed", "output_name", "learning_rate", "beta", "kl_coef"}
-"""Keys by which the runs of one stage differ and on which no amount depends."""
-TOKENS = {"chat_template", "chat_template_path", "chat_template_kwargs", "eos_token", "stop_token"}
-"""Keys that change a tokenizer."""
-ADAPTED = {
-    *("gradient_checkpointing", "use_peft", "lora_r", "lora_target_modules", "lora_modules_to_save", "use_dora"),
-    "freeze_layers",
-}
-"""Keys that change which weights a model has and trains."""
-READ = {
-    *TOKENS,
-    *LENGTHS,
-    *(f"dataset_{name}" for name in ("name", "config", "train_split", "test_split", "test_name")),
-    *("datasets", "column_mapping", "split_fractions", "test_split_size", "skip_bad_rows", "allow_overlap"),
-    *("instruction_style", "text_as_chat", "train_on"),
-}
-"""Keys that decide which examples a run reads; runs with the same values share them."""
 
 
 class Outlook:
@@ -106,12 +90,15 @@ class Outlook:
         """The number of the run that one of these keys names."""
         return next((node.inputs[node.spec.links[key]] for key in keys if key in node.spec.links), None)
 
-    def unmade(self, node: Node) -> dict[int, int]:
-        """The numbers of the unfinished runs whose data a run reads, by the number of the source; most have one."""
+    def unmade(self, node: Node, key: str = "datasets") -> dict[int, int]:
+        """The numbers of the unfinished runs whose data a run reads, by the number of the source; most have one.
+
+        key: ptx_dataset for the sources of its pretraining stream.
+        """
         found = {
-            path[1] if path[0] == "datasets" else 0: node.inputs[name]
+            path[1] if path[0] == key else 0: node.inputs[name]
             for path, name in node.spec.links.items()
-            if path in DATA_KEYS or path[0] == "datasets"
+            if path[0] == key or (key == "datasets" and path in DATA_KEYS)
         }
         return {int(number): place for number, place in found.items() if place not in self._made}
 
@@ -179,6 +166,23 @@ class Outlook:
         kind, split = training_kind(config), config.dataset_train_split
         return self._split(node, config, kind, split, config.max_train_samples, say=self.say)
 
+    def stream(self, node: Node) -> Sequence[Example]:
+        """The examples of a run's pretraining stream, also of sources to come; none without one."""
+        config = self.config(node)
+        found = config.stream() if isinstance(config, PpoConfig) else None
+        if found is None or not isinstance(config, PpoConfig):
+            return []
+        key, kind, split = "ptx_dataset", "demonstration", found.dataset_train_split
+        unmade, tokenizer = self.unmade(node, key), self.tokenizer(node)
+
+        def rows() -> Sequence[Example]:
+            if unmade:
+                return rows_to_come(found, split, kind, None, partial(self._source, node, found, kind, key=key))
+            return stream_data(config, self.registry.home, self.say, tokenizer)[0]
+
+        read = json.dumps(found.model_dump(mode="json", include=READ), sort_keys=True)
+        return self._once((key, read, *unmade.items(), id(tokenizer)), rows)
+
     def held_out(self, node: Node) -> Sequence[Example]:
         """The examples that the run is evaluated on; none for a stage that evaluates on none."""
         config = self.config(node)
@@ -215,23 +219,18 @@ class Outlook:
 
         return self._once(key, rows)
 
-    def _source(self, node: Node, config: TrainingConfig, kind: str, number: int, split: str) -> Sequence[Example]:
+    def _source(
+        self, node: Node, config: TrainingConfig, kind: str, number: int, split: str, key: str = "datasets"
+    ) -> Sequence[Example]:
         """The rows of one source of a run, those of an unfinished `collect` run as it will make them."""
-        place = self.unmade(node).get(number)
+        place = self.unmade(node, key).get(number)
         if place is not None:
             return self.collected(place, kind, split)
         return rows_that_exist(config, kind, number, split, self.tokenizer(node), self.registry.home)
 
     def collected(self, place: int, kind: str, split: str) -> list[Example]:
         """The rows of a `collect` run, one for each record; identical pairs, which it leaves out, are not known."""
-        rows = [one for one, its in self.draws(self.nodes[place]) if split in (its, "all")]
-        if kind == "labelled":
-            rows = [replace(one, completions=[ids], ended=[True]) for one in rows for ids in one.completions]
-        if kind in ("demonstration", "prompt"):
-            rows = [replace(one, completions=one.completions[:1], ended=[True]) for one in rows]
-        if kind == "prompt":
-            rows = list({one.prompt_key: one for one in rows}.values())
-        return rows
+        return as_rows([one for one, its in self.draws(self.nodes[place]) if split in (its, "all")], kind)
 
     def draws(self, node: Node) -> list[tuple[Example, str]]:
         """The prompts of a `collect` run with their splits, in its order, each with the responses of a record."""
@@ -240,13 +239,10 @@ class Outlook:
     def _draws(self, node: Node) -> list[tuple[Example, str]]:
         config = self.config(node)
         assert isinstance(config, CollectConfig)
-        (data,) = config.sources()
-        found = read_records(*data, home=self.registry.home, skip_bad_rows=config.skip_bad_rows, splits=config.splits)
         above, (_, start) = self.place(node, MODEL_KEYS), self.root(node)
         trained = {} if start is None else start.config
         style = Style.of(trained if above is None else self.config(self.nodes[above]).model_dump())
-        prompts, _ = prompts_by_split(found, config, self.tokenizer(node), style)
-        chosen = [prompts[(config.first_record + n) % len(prompts)] for n in range(config.num)]
+        chosen = prompts_to_sample(config, self.tokenizer(node), style, self.registry.home)
         rows = with_responses([example for example, _ in chosen], self.response(node)[0], config.k)
         return list(zip(rows, (split for _, split in chosen), strict=True))
 
@@ -343,7 +339,8 @@ class Outlook:
             return Amounts(len(rows), None, notes=("pairs are drawn at every step: their tokens are not known",))
         if isinstance(config, PpoConfig):
             tokens, note = self.response(node)
-            return Amounts(len(rows), ppo_work(config, models, rows, tokens), tokens, (note,))
+            work = ppo_work(config, models, rows, tokens) + stream_work(config, models, self.stream(node))
+            return Amounts(len(rows), work, tokens, (note,))
         centred = getattr(config, "reward_centering", None) == "reference_samples"
         tokens, note = self.response(node) if centred else (0, "")
         work = example_work(config, models, rows, self.held_out(node), tokens)

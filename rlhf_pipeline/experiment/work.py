@@ -19,7 +19,7 @@ from rlhf_pipeline.config.reward import RewardConfig
 from rlhf_pipeline.config.sft import SftConfig
 from rlhf_pipeline.config.stages import ModelConfig, StageConfig
 from rlhf_pipeline.config.training import TrainingConfig
-from rlhf_pipeline.data.batch import counted
+from rlhf_pipeline.data.batch import Counted, counted
 from rlhf_pipeline.data.examples import Example, all_whole
 from rlhf_pipeline.registry.adapters import chain_of
 from rlhf_pipeline.registry.references import Resolved
@@ -27,6 +27,7 @@ from rlhf_pipeline.rollout.responses import distinct_prompts
 from rlhf_pipeline.stages.common import packed_rows
 from rlhf_pipeline.stages.ppo_models import check_processes
 from rlhf_pipeline.training.cost import ModelShape
+from rlhf_pipeline.training.ptx import SEED
 from rlhf_pipeline.training.session import is_due
 from rlhf_pipeline.training.windows import epoch_order, steps_per_epoch, total_steps
 
@@ -208,10 +209,7 @@ def example_work(
     size = config.per_device_train_batch_size * (config.gradient_accumulation_steps or 1)
     steps = total_steps(len(bins), size, config.num_train_epochs, config.max_steps)
     per_epoch = steps_per_epoch(len(bins), size)
-    whole, rest = divmod(steps, per_epoch)
-    last = epoch_order(len(bins), config.seed, whole)[: rest * size] if rest else []
-    everything = counted(examples)
-    seen = everything * whole + counted(examples[index] for unit in last for index in bins[unit])
+    everything, seen = counted(examples), seen_in(steps, size, examples, bins, config.seed)
     shape = as_scorer(models.policy, config.score_pooling) if isinstance(config, RewardConfig) else models.policy
     work = Work(
         optimizer_steps=steps,
@@ -237,6 +235,23 @@ def example_work(
         work += sampled_work(models.reference, drawn, at_once=most, longest=limit)
         work += Work(evaluation=shape.batch_flops(counted(drawn)))
     return work
+
+
+def seen_in(steps: int, size: int, examples: Sequence[Example], bins: Sequence[Sequence[int]], seed: int) -> Counted:
+    """The counts of `steps` windows of `size` bins; see `example_windows`."""
+    whole, rest = divmod(steps, steps_per_epoch(len(bins), size))
+    last = epoch_order(len(bins), seed, whole)[: rest * size] if rest else []
+    return counted(examples) * whole + counted(examples[index] for unit in last for index in bins[unit])
+
+
+def stream_work(config: PpoConfig, models: Models, examples: Sequence[Example]) -> Work:
+    """The work of training the actor on a pretraining stream; none without examples."""
+    if not examples:
+        return Work()
+    steps, bins = config.stream_steps(config.updates), [[index] for index in range(len(examples))]
+    seen = seen_in(steps, config.stream_batch_size, examples, bins, config.seed + SEED)
+    training = models.policy.training_flops(*models.policy.batch_counts(seen))
+    return Work(tokens_trained=seen.active_tokens, training=training)
 
 
 def ppo_work(config: PpoConfig, models: Models, prompts: Sequence[Example], response: int) -> Work:

@@ -136,10 +136,15 @@ class ActorCritic(nn.Module):
     def language_model(self) -> PreTrainedModel:
         return self.actor
 
-    def forward(self, batch: PackedBatch | None = None, **decode) -> TokenScores:
-        """Score a packed batch; without one, pass `decode` to the actor for generation."""
+    def forward(self, batch: PackedBatch | None = None, *, pretraining: bool = False, **decode) -> TokenScores:
+        """Score a packed batch; without one, pass `decode` to the actor for generation.
+
+        With `pretraining` the actor alone reads the batch, at temperature 1, as SFT does.
+        """
         if batch is None:
             return self.actor(**decode)
+        if pretraining:
+            return TokenScores(completion_logprobs(self.actor, self.reader, batch, entropy=False)[0], None)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.actor_frozen):
             options = {"train_entropy": self.trains_entropy}
             logprobs, entropy, hidden = completion_logprobs(self.actor, self.reader, batch, self.temperature, **options)

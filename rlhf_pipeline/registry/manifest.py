@@ -40,6 +40,11 @@ class DataEntry(BaseModel):
     rows: int = Field(ge=0)
     dropped: dict[str, int] = {}
 
+    @property
+    def is_stream(self) -> bool:
+        """Whether these are the data of a pretraining stream beside the data of the stage."""
+        return (self.model_extra or {}).get("role") == "stream"
+
 
 class Manifest(BaseModel):
     """Name, origin and files of one version; unknown fields of newer releases are ignored."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,23 @@ def prompts_by_split(
         prompts += [(example, split) for example in examples]
         reports += (report,)
     return prompts, reports
+
+
+def stream_data(
+    config: PpoConfig, home: Path, say: Callable[[str], None], tokenizer: PreTrainedTokenizerBase
+) -> tuple[Sequence[Example], tuple[SourceReport, ...]]:
+    """The examples of the pretraining stream beside a run's rollouts, and a report per source; none without a stream.
+
+    Raises:
+        DataError: rows have faults, or none can be used.
+    """
+    found = config.stream()
+    if found is None:
+        return [], ()
+    examples, reports = StageData(found, home, say).training(tokenizer)
+    each = f"{config.stream_batch_size} in each optimizer step, with weight {config.ptx_coef:g}"
+    say(f"pretraining stream: {len(examples)} examples, {each}")
+    return examples, tuple(replace(report, role="stream") for report in reports)
 
 
 class StageData:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rlhf_pipeline.algorithms.advantages import gae, token_rewards
 from rlhf_pipeline.algorithms.groups import group_advantages, leave_one_out_advantages, to_tokens
+from rlhf_pipeline.algorithms.language_model import negative_log_likelihood
 from rlhf_pipeline.algorithms.masked import masked_sum, whiten
 from rlhf_pipeline.algorithms.policy import (
     PolicyLoss,
@@ -27,7 +28,7 @@ from rlhf_pipeline.models.modules import ActorCritic, TokenScores
 from rlhf_pipeline.models.sharding import leave_out_actor
 from rlhf_pipeline.rollout.rollout import Estimates
 from rlhf_pipeline.stages.common import find_base, tokenizer_of
-from rlhf_pipeline.stages.data import StageData
+from rlhf_pipeline.stages.data import StageData, stream_data
 from rlhf_pipeline.stages.ppo_models import check_processes, load_setup
 from rlhf_pipeline.stages.publish import inputs_of, log_moves, publish
 from rlhf_pipeline.stages.result import StageResult
@@ -43,8 +44,9 @@ from rlhf_pipeline.training.ppo_rollouts import (
     score_responses,
     shuffled_minibatches,
 )
+from rlhf_pipeline.training.ptx import stream_windows, with_stream
 from rlhf_pipeline.training.session import Metrics, Plan, train
-from rlhf_pipeline.training.windows import Loss, Window
+from rlhf_pipeline.training.windows import ExampleBatch, Loss, Window
 
 
 def ppo_windows(setup: PpoSetup, module: nn.Module, start: int) -> Iterator[Window]:
@@ -54,6 +56,7 @@ def ppo_windows(setup: PpoSetup, module: nn.Module, start: int) -> Iterator[Wind
     R tokens, scores are (C,) and all other tensors (C, R). `module` is the actor-critic, wrapped or not.
     """
     config, reduce = setup.config, setup.reduce
+    stream = stream_windows(setup, start) if setup.stream else None
     for update in range(start, config.updates):
         setup.actor_critic.actor_frozen = update < (config.critic_warmup_steps or 0)
         leave_out_actor(setup.actor_critic, setup.actor_critic.actor_frozen)
@@ -93,7 +96,10 @@ def ppo_windows(setup: PpoSetup, module: nn.Module, start: int) -> Iterator[Wind
         with setup.meter.part("update"):
             for epoch in range(config.num_ppo_epochs):
                 for number in range(config.num_mini_batches):
-                    yield minibatch_window(setup, scored, estimates, metrics, epoch, number)
+                    window = minibatch_window(setup, scored, estimates, metrics, epoch, number)
+                    if stream is not None and not setup.actor_critic.actor_frozen:
+                        window = with_stream(window, next(stream))
+                    yield window
 
 
 def response_advantages(config: PpoConfig, returns: Tensor) -> Tensor:
@@ -104,12 +110,20 @@ def response_advantages(config: PpoConfig, returns: Tensor) -> Tensor:
 
 
 def ppo_step(
-    model: ActorCritic, micro_batch: PpoBatch, *, config: PpoConfig, meter: CostMeter, shapes: dict[str, ModelShape]
+    model: ActorCritic,
+    micro_batch: PpoBatch | ExampleBatch,
+    *,
+    config: PpoConfig,
+    meter: CostMeter,
+    shapes: dict[str, ModelShape],
 ) -> Loss:
     """Loss of a micro-batch, as sums over its tokens: clipped policy loss + vf_coef x clipped value loss.
 
-    The value loss is there with a critic only; with `kl_in: loss`, kl_coef x KL is added.
+    The value loss is there with a critic only; with `kl_in: loss`, kl_coef x KL is added. Examples of the pretraining
+    stream have their own loss.
     """
+    if isinstance(micro_batch, ExampleBatch):
+        return ptx_step(model, micro_batch, config=config, meter=meter, shape=shapes["actor"])
     batch, mask = micro_batch.batch, micro_batch.mask
     scores = model(batch)
     count_training(meter, shapes, batch, actor=scores.logprobs.requires_grad)
@@ -151,6 +165,22 @@ def ppo_step(
     # During critic warm-up the actor has no graph, so the policy loss is only reported.
     terms["loss/policy_avg"] = (policy.loss, per, 1.0)
     return Loss(terms, metrics, checked)
+
+
+def ptx_step(
+    model: ActorCritic, micro_batch: ExampleBatch, *, config: PpoConfig, meter: CostMeter, shape: ModelShape
+) -> Loss:
+    """Loss of a micro-batch of the pretraining stream: ptx_coef x negative log-likelihood, a sum over its tokens.
+
+    Its denominator is the tokens of the stream's batch. Source: Ouyang et al. 2022 (InstructGPT), eq. 2.
+    """
+    batch = micro_batch.batch
+    logprobs = model(batch, pretraining=True).logprobs
+    meter.train(shape, batch)
+    meter.tokens_trained += batch.active_tokens
+    loss = negative_log_likelihood(logprobs) * micro_batch.weight
+    checked = {"log-probabilities of the pretraining stream": logprobs}
+    return Loss({"loss/ptx_avg": (loss, "ptx_tokens", config.ptx_coef)}, checked=checked)
 
 
 def _limit(cliprange: float | None) -> float:
@@ -206,9 +236,10 @@ def run_ppo(config: PpoConfig, home: Path, **options) -> StageResult:
         # 1. Prompts.
         data = StageData(config, run.registry.home, run.log.say)
         prompts, reports = data.training(tokenizer)
+        stream, read = stream_data(config, run.registry.home, run.log.say, tokenizer)
 
         # 2. Actor, critic if there is one, frozen reference (loaded apart from the actor's files), rewards, judge.
-        setup, parents = load_setup(run, parent, tokenizer, prompts)
+        setup, parents = load_setup(run, parent, tokenizer, prompts, stream)
         if run.checkpoint is not None:
             setup.adapt(run.checkpoint.state["extra"]["last"])
         log_moves(run, parents)
@@ -222,7 +253,7 @@ def run_ppo(config: PpoConfig, home: Path, **options) -> StageResult:
             shown=(*(f"objective/{name}" for name in shown), "val/ended", "val/explained_variance"),
             model=setup.actor_critic.actor,
             tokenizer=tokenizer,
-            inputs=inputs_of(parents, reports),
+            inputs=inputs_of(parents, (*reports, *read)),
             derive=derive,
             warmup_offset=WARMUP_OFFSET,
         )
@@ -231,4 +262,6 @@ def run_ppo(config: PpoConfig, home: Path, **options) -> StageResult:
 
         # 4. Register the actor.
         metrics = {"train": last, "health": plan.health, "prompts": len(prompts)}
-        return publish(run, plan, parents=parents, reports=reports, metrics=metrics)
+        if stream:
+            metrics["stream_examples"] = len(stream)
+        return publish(run, plan, parents=parents, reports=(*reports, *read), metrics=metrics)

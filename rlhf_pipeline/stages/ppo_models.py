@@ -34,7 +34,11 @@ if TYPE_CHECKING:
 
 
 def load_setup(
-    run: Run[PpoConfig], parent: Resolved, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Example]
+    run: Run[PpoConfig],
+    parent: Resolved,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Example],
+    stream: Sequence[Example] = (),
 ) -> tuple[PpoSetup, dict[str, Resolved]]:
     """Load actor, frozen reference, rewards, critic and judge.
 
@@ -125,6 +129,7 @@ def load_setup(
         shapes=shapes,
         engine=engine,
         judge=judge,
+        stream=stream,
         memory=run.memory,
         device=run.device,
         autocast=accelerator.autocast,

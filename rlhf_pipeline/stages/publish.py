@@ -25,7 +25,7 @@ from rlhf_pipeline.training.session import Plan
 
 def inputs_of(parents: Mapping[str, Resolved], reports: Sequence[SourceReport]) -> dict[str, str | None]:
     """Digests of the inputs of a run: its parents by role, and its data."""
-    data = {f"data {report.source} [{report.split}]": report.digest for report in reports}
+    data = {f"{report.role or 'data'} {report.source} [{report.split}]": report.digest for report in reports}
     return {role: resolved.digest for role, resolved in parents.items()} | data
 
 

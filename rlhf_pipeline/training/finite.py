@@ -132,12 +132,13 @@ def refuse(
     weights = broken_weights(model)
     for what in dict.fromkeys(name for one in seen for name in one.checked):
         rows, total = [], 0
-        for number, one in enumerate(seen):
+        having = [(number, one) for number, one in enumerate(seen) if what in one.checked]
+        for number, one in having:
             value, batch = one.checked[what], getattr(one.micro_batch, "batch", None)
             total += len(value) if batch is None else batch.num_completions
             if batch is not None:
                 rows += rows_of(number, one.micro_batch.examples, bad_completions(batch, value))
-        if rows or not all(bool(torch.isfinite(one.checked[what]).all()) for one in seen):
+        if rows or not all(bool(torch.isfinite(one.checked[what]).all()) for _, one in having):
             return NotFinite(update, what, rows, total, _batches(seen, rows), weights=weights)
     loss = float(sum(one.loss for one in seen))
     what = GRADIENT if all(bool(torch.isfinite(one.loss)) for one in seen) else LOSS

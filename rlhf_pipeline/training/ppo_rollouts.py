@@ -51,7 +51,8 @@ class PpoSetup:
     """The models and prompts of a PPO run, and the resources of this process.
 
     actor_critic: the module itself; the functions below also get the wrapped one. reward: scores whole responses.
-    engine: samples instead of the policy. judge: scores the logged rollouts; nothing is trained on it.
+    engine: samples instead of the policy. judge: scores the logged rollouts; nothing is trained on it. stream: the
+    examples of the pretraining stream.
     kl_coef: beta of the next rollout, which changes with kl_target. shapes: the shapes of the models by role, for the
     cost. autocast: the precision of training. reduce: sums over all
     processes. together: runs work on every process; if it fails on one, it fails on all.
@@ -67,6 +68,7 @@ class PpoSetup:
     shapes: dict[str, ModelShape]
     engine: VllmEngine | None = None
     judge: Judge | None = None
+    stream: Sequence[Example] = ()
     memory: Memory = field(default_factory=Memory)
     device: torch.device | str = "cpu"
     autocast: Callable[[], AbstractContextManager] = nullcontext

@@ -53,15 +53,16 @@ class Ranks:
         return self.accelerator.no_sync(self.model) if self.alone or not last else contextlib.nullcontext()
 
     def even(self, micro_batches: list[Any]) -> list[Any]:
-        """The micro-batches of a window, with stand-ins of weight 0 up to the largest number of any process.
+        """The micro-batches of a window, behind stand-ins of weight 0 up to the largest number of any process.
 
-        With divided weights all processes must make the same number of passes.
+        With divided weights all processes must make the same number of passes, of the same kind: only the first
+        micro-batches, which may be those of a pretraining stream, can differ in number.
         """
         if self.alone:
             return micro_batches
         mine = torch.tensor([len(micro_batches)], device=self.accelerator.device)
         missing = int(self.accelerator.gather(mine).max()) - len(micro_batches)
-        return micro_batches + [replace(micro_batches[0].part(slice(0, 1)), weight=0.0) for _ in range(missing)]
+        return [replace(micro_batches[0].part(slice(0, 1)), weight=0.0) for _ in range(missing)] + micro_batches
 
     def reduce(self, values: Tensor) -> Tensor:
         """Sums over all processes."""

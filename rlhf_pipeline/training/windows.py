@@ -183,18 +183,19 @@ def example_windows(
     micro_batch_tokens: int | None = None,
     bins: Sequence[Sequence[int]] | None = None,
     bin_tokens: int = 0,
+    size: int | None = None,
 ) -> Iterator[Window]:
-    """Windows of micro_batch_size x accumulation x shares examples, shuffled in each epoch; shares: `Run.shares`.
+    """Windows of `size` examples, by default micro_batch_size x accumulation x shares, shuffled in each epoch.
 
     The examples of a window depend only on seed, window size and step. Within a window, examples are grouped by length;
     `micro_batch_tokens` limits the tokens of a micro-batch. With `bins` (indices of examples that fill `bin_tokens`
-    tokens together), a window has as many bins in place of examples.
+    tokens together), a window has as many bins in place of examples. shares: `Run.shares`.
     """
 
     def packed(chosen: Sequence[Example]) -> PackedBatch:
         return pack(chosen, layout=layout).to(device)
 
-    size = micro_batch_size * accumulation * (shares or world_size)
+    size = size or micro_batch_size * accumulation * (shares or world_size)
     units = [(index,) for index in range(len(examples))] if bins is None else bins
     most = micro_batch_size
     if bins is not None:

@@ -95,6 +95,7 @@ def test_the_bill_of_the_run_is_the_forecast(lab, tmp_path):
         ("train-rm", {"reward_centering": "none", "gradient_checkpointing": True}),
         ("dpo", lora),
         ("ppo", ppo),  # one token for each response, whatever it is
+        ("ppo", {**ppo, "ptx_coef": 0.1, "ptx_dataset": source, "ptx_batch_size": 3, "ptx_max_length": 12}),
     ]
     for stage, changes in cases:
         config = {**same, **changes}

@@ -85,7 +85,7 @@ class Table(nn.Module):
         super().__init__()
         self.logits = nn.Parameter(numbers(len(PREFIXES), WORDS, seed=seed))
 
-    def forward(self, batch: PackedBatch) -> TokenScores:
+    def forward(self, batch: PackedBatch, pretraining: bool = False) -> TokenScores:
         table = torch.log_softmax(self.logits, -1)
         logprobs = table[nodes(batch), batch.target_ids]
         return TokenScores(logprobs, torch.zeros_like(logprobs).detach(), torch.zeros_like(logprobs).detach())
@@ -216,9 +216,13 @@ def ppo_windows(
     reference: nn.Module,
     responses: Sequence[Example] = EXAMPLES,
     engine: Engine | None = None,
+    stream: Sequence[Example] = (),
     **changes,
 ) -> list[Window]:
-    """The windows of one update of the package's own PPO, had it (or the engine) sampled these responses."""
+    """The windows of one update of the package's own PPO, had it (or the engine) sampled these responses.
+
+    stream: the examples of the pretraining stream.
+    """
     setup = PpoSetup(
         config_of(len(responses), **changes),
         module,
@@ -229,6 +233,7 @@ def ppo_windows(
         meter=CostMeter(),
         shapes={"actor": FREE},
         engine=engine,
+        stream=stream,
     )
     sampled = mock.patch(
         "rlhf_pipeline.training.ppo_rollouts.sample_for_prompts", lambda *_, **__: (list(responses), [])
