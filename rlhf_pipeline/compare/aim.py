@@ -16,6 +16,8 @@ from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report.figures import EffectiveBeta, InContext, Row, Span
 
 ADAPTIVE = "kl_target"
+RESCALED = ("reward_scale", "normalize_rewards")
+"""The options of PPO that only change the unit of its beta."""
 OF_THE_LOSS = ("loss_type", "label_smoothing")
 """The options of DPO whose effect on the optimum is declared beside the losses (`algorithms.preference`)."""
 
@@ -26,7 +28,8 @@ class Aim:
 
     Args:
         optimum: how it relates to pi_ref exp(r / beta).
-        moved: the options that moved it: its own, and those of its reward models (`reward_model.option`).
+        moved: the options that moved it: its own, and those of its reward models (`reward_model.option`); and the beta
+            that a scale of the scores amounts to (`effective_kl_coef`).
         may_move: the options that moved it if the critic was wrong.
         effective_beta: see `effective_beta_of`.
     """
@@ -48,7 +51,19 @@ def aim_of(registry: Registry, resolved: Resolved) -> Aim:
     # The optimum of an adaptive penalty is that of another beta than kl_coef: the one where it ended, `beta_of`.
     adapted = {ADAPTIVE} if beta_of(resolved) is not None else set()
     optimum = _optimum(manifest, moved.keys() - adapted)
-    return Aim(optimum, moved, manifest.may_move_optimum, effective_beta_of(registry, resolved))
+    told = {} if (beta := rescaled_beta(resolved)) is None else {"effective_kl_coef": beta}
+    return Aim(optimum, moved | told, manifest.may_move_optimum, effective_beta_of(registry, resolved))
+
+
+def rescaled_beta(resolved: Resolved) -> float | None:
+    """PPO's beta in units of its reward source's own scores, where it scaled them.
+
+    None where it did not, and for a snapshot of a run that normalised its scores: that of its step is not known.
+    """
+    manifest = resolved.manifest
+    if manifest is None or (resolved.step is not None and manifest.config.get("normalize_rewards")):
+        return None
+    return (manifest.metrics.get("train") or {}).get("objective/effective_kl_coef")
 
 
 def moved_options(registry: Registry, resolved: Resolved) -> dict[str, object]:
@@ -64,8 +79,10 @@ def moved_options(registry: Registry, resolved: Resolved) -> dict[str, object]:
 
 
 def _optimum(manifest: Manifest, moved: Collection[str]) -> Optimum:
-    if any(name not in OF_THE_LOSS for name in moved):
+    if any(name not in (*OF_THE_LOSS, *RESCALED) for name in moved):
         return "other"
+    if any(name in RESCALED for name in moved):
+        return "scale"
     loss = manifest.config.get("loss_type")
     if manifest.stage == "dpo" and (isinstance(loss, list) or loss in UNPAIRED):
         return "other"
@@ -76,6 +93,8 @@ def _optimum(manifest: Manifest, moved: Collection[str]) -> Optimum:
 
 def effective_beta_of(registry: Registry, resolved: Resolved) -> EffectiveBeta | None:
     """PPO's beta in units of the reward that the labels were drawn from: kl_coef x slope / weight.
+
+    Where PPO scaled the scores, kl_coef is `rescaled_beta`.
 
     If the reward model gives r and its calibration slope on held-out pairs is s, the labels' reward is s r. The optimum
     of PPO on w r at kl_coef b is pi_ref exp(w r / b) = pi_ref exp(s r / (b s / w)): DPO's optimum at beta = b s / w.
@@ -88,6 +107,10 @@ def effective_beta_of(registry: Registry, resolved: Resolved) -> EffectiveBeta |
     manifest, beta = resolved.manifest, beta_of(resolved)
     if manifest is None or manifest.stage != "ppo" or beta is None:
         return None
+    scaled_beta = rescaled_beta(resolved)
+    if scaled_beta is None and manifest.config.get("normalize_rewards"):
+        return None
+    beta = scaled_beta or beta
     parts = manifest.config.get("reward_functions") or [{}]
     models = list(reward_models_of(registry, resolved))
     weight = float(parts[0].get("weight", 1.0))

@@ -20,7 +20,7 @@ class Rollout:
     examples: list[Example]  # one completion each
     mask: Tensor  # (C, R) bool
     ended: Tensor  # (C,) bool
-    scores: Tensor  # (C,) scores of the reward source, including penalties
+    scores: Tensor  # (C,) scores of the reward source; scaled, clipped and with penalties once they are shaped
     logprobs: Tensor  # of the sampling policy, recomputed with the training forward
     ref_logprobs: Tensor
     values: Tensor | None  # of the critic, at the positions that predict each token; None without a critic

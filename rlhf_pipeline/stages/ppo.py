@@ -46,6 +46,7 @@ from rlhf_pipeline.training.ppo_rollouts import (
 )
 from rlhf_pipeline.training.ptx import stream_windows, with_stream
 from rlhf_pipeline.training.session import Metrics, Plan, train
+from rlhf_pipeline.training.shaping import restored, shaped
 from rlhf_pipeline.training.windows import ExampleBatch, Loss, Window
 
 
@@ -66,7 +67,7 @@ def ppo_windows(setup: PpoSetup, module: nn.Module, start: int) -> Iterator[Wind
         epochs = shuffled_minibatches(setup, sampled, update)
 
         # 2. Score: log-probabilities of policy and reference, values of the critic, a score for each response.
-        scored = score_responses(setup, module, update, sampled, epochs)
+        scored = shaped(setup, score_responses(setup, module, update, sampled, epochs))
         rollout, mask = scored.rollout, scored.rollout.mask
 
         # 3. Token rewards: -beta (log pi - log pi_ref), plus the score at the last token.
@@ -241,7 +242,9 @@ def run_ppo(config: PpoConfig, home: Path, **options) -> StageResult:
         # 2. Actor, critic if there is one, frozen reference (loaded apart from the actor's files), rewards, judge.
         setup, parents = load_setup(run, parent, tokenizer, prompts, stream)
         if run.checkpoint is not None:
-            setup.adapt(run.checkpoint.state["extra"]["last"])
+            last = run.checkpoint.state["extra"]["last"]
+            setup.adapt(last)
+            setup.moments = restored(last)
         log_moves(run, parents)
 
         # 3. Train.

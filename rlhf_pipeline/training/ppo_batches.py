@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ class Sampled:
 class Scored:
     """The scored rollout of an update.
 
-    first: the packed micro-batches of the first epoch. halvings: the number of halvings of all micro-batches.
+    first: the packed micro-batches of the first epoch. halvings: the number of halvings of all micro-batches. told:
+    metrics of the scale of its scores.
     """
 
     update: int
@@ -38,6 +39,7 @@ class Scored:
     epochs: list[Minibatches]
     first: list[list[PackedBatch]]
     halvings: int
+    told: dict[str, float] = field(default_factory=dict)
 
     @property
     def rows(self) -> list[list[int]]:

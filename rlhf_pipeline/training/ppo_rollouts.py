@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_pipeline.algorithms.kl import adapted_kl_coef
+from rlhf_pipeline.algorithms.moments import Moments
 from rlhf_pipeline.config.ppo import PpoConfig
 from rlhf_pipeline.data.batch import PackedBatch, merge_prompts, micro_batches, pack, reads
 from rlhf_pipeline.data.tokenize import Example
@@ -20,14 +21,7 @@ from rlhf_pipeline.models.sharding import whole_actor
 from rlhf_pipeline.rollout.functions import functions_of
 from rlhf_pipeline.rollout.responses import answered, logprob_matrix, one_by_one, prompts_run, sample_for_prompts
 from rlhf_pipeline.rollout.rewards import BadScores, RewardSource
-from rlhf_pipeline.rollout.rollout import (
-    Estimates,
-    Rollout,
-    apply_missing_eos_penalty,
-    rollout_metrics,
-    sampler_metrics,
-    shape_scores,
-)
+from rlhf_pipeline.rollout.rollout import Estimates, Rollout, rollout_metrics, sampler_metrics
 from rlhf_pipeline.rollout.vllm_engine import VllmEngine
 from rlhf_pipeline.training.cost import JUDGE, CostMeter, ModelShape
 from rlhf_pipeline.training.ppo_batches import Minibatches, PpoBatch, Sampled, Scored, cut_rows
@@ -52,10 +46,10 @@ class PpoSetup:
 
     actor_critic: the module itself; the functions below also get the wrapped one. reward: scores whole responses.
     engine: samples instead of the policy. judge: scores the logged rollouts; nothing is trained on it. stream: the
-    examples of the pretraining stream.
-    kl_coef: beta of the next rollout, which changes with kl_target. shapes: the shapes of the models by role, for the
-    cost. autocast: the precision of training. reduce: sums over all
-    processes. together: runs work on every process; if it fails on one, it fails on all.
+    examples of the pretraining stream. kl_coef: beta of the next rollout, which changes with kl_target. moments: those
+    of all scores before the next rollout, with normalize_rewards. shapes: the shapes of the models by role, for the
+    cost. autocast: the precision of training. reduce: sums over all processes. together: runs work on every process; if
+    it fails on one, it fails on all.
     """
 
     config: PpoConfig
@@ -77,6 +71,7 @@ class PpoSetup:
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums
     together: Callable[[Callable[[], Any]], Any] = lambda work: work()
     kl_coef: float = field(init=False)
+    moments: Moments = field(init=False, default_factory=Moments)
 
     def __post_init__(self) -> None:
         self.kl_coef = self.config.kl_coef
@@ -248,13 +243,12 @@ def run_models(
             for shape in setup.shapes.values():
                 setup.meter.score(shape, batch)
     ended = torch.tensor([example.ended[0] for example in examples], device=device)
-    config, values = setup.config, matrices.pop("values", None)
-    scores = shape_scores(scores, lengths, clip=config.reward_clip, per_token=config.length_penalty)
+    values = matrices.pop("values", None)
     rollout = Rollout(
         examples=examples,
         mask=torch.arange(width, device=device) < lengths[:, None],
         ended=ended,
-        scores=apply_missing_eos_penalty(scores, ended, config.missing_eos_penalty),
+        scores=scores,
         sampler_logprobs=sampled.logprobs,
         values=values,
         **matrices,
@@ -273,7 +267,7 @@ def check_and_describe(setup: PpoSetup, scored: Scored, estimates: Estimates) ->
     if estimates.returns is not None:
         named["returns"] = estimates.returns
     setup.together(lambda: scored.require_finite(named, setup.actor_critic))
-    metrics = rollout_metrics(rollout, estimates, kl_coef=setup.kl_coef, reduce=setup.reduce)
+    metrics = rollout_metrics(rollout, estimates, kl_coef=setup.kl_coef, reduce=setup.reduce) | scored.told
     if config.kl_target is not None:
         metrics["objective/kl_coef"] = setup.kl_coef
     metrics |= sampler_metrics(rollout.mask, estimates.importance, reduce=setup.reduce)

@@ -21,18 +21,16 @@ from tests.rollout.tree import (
     EXAMPLES,
     FREE,
     HORIZON,
-    INNER,
     LENGTHS,
     MASK,
-    PREFIXES,
     RESPONSES,
     REWARD,
-    WORDS,
     Reward,
     Table,
     World,
     config_of,
     error,
+    leaves_of,
     network,
     ppo_windows,
     step,
@@ -72,17 +70,6 @@ def test_the_gradient_is_that_of_ppo_plus_gamma_times_that_of_sft(name):
     assert error(both, ppo + GAMMA * sft) <= 1e-10
 
 
-def table_of(probabilities: Tensor) -> Table:
-    """The table whose responses have these probabilities (31,)."""
-    table = Table(0)
-    for node, prefix in enumerate(PREFIXES[:INNER]):
-        for token in range(WORDS):
-            after = (*prefix, token)
-            below = [row for row, ids in enumerate(RESPONSES) if tuple(ids[: len(after)]) == after]
-            table.logits.data[node, token] = probabilities[below].sum().log()
-    return table
-
-
 def expected(world: World, coef: float, stream: list[Example]) -> Tensor:
     """The expected gradient of a step whose loss is divided by sequences x HORIZON, under the policy's own samples."""
     changes = {"loss_normalization": "sequences", "ptx_coef": coef, "ptx_batch_size": len(stream) or None}
@@ -120,13 +107,13 @@ def test_the_fixed_point_on_the_prompts_of_the_stream():
     for _ in range(200):
         middle = (low + high) / 2
         low, high = (middle, high) if at(middle).sum() > 1 else (low, middle)
-    there = World(table_of(at(low)), reference)
+    there = World(leaves_of(at(low)), reference)
     coef = gamma * float((law * LENGTHS).sum()) / HORIZON
     size = expected(world, coef, stream).norm()
     assert size > 1e-3
     assert expected(there, coef, stream).norm() <= 1e-9 * size
     star = ref * (REWARD / BETA).exp()
-    best = World(table_of(star / star.sum()), reference)
+    best = World(leaves_of(star / star.sum()), reference)
     assert expected(best, coef, stream).norm() > 1e-2 * size
     assert expected(best, 0.0, []).norm() <= 1e-9 * size
 

@@ -91,6 +91,17 @@ class Table(nn.Module):
         return TokenScores(logprobs, torch.zeros_like(logprobs).detach(), torch.zeros_like(logprobs).detach())
 
 
+def leaves_of(probabilities: Tensor) -> Table:
+    """The table whose responses have these probabilities (31,)."""
+    table = Table(0)
+    for node, prefix in enumerate(PREFIXES[:INNER]):
+        for token in range(WORDS):
+            after = (*prefix, token)
+            below = [row for row, ids in enumerate(RESPONSES) if tuple(ids[: len(after)]) == after]
+            table.logits.data[node, token] = probabilities[below].sum().log()
+    return table
+
+
 def network(seed: int, width: int = 8) -> ActorCritic:
     """A tiny GPT-2 with a critic of its own that says something different at every prefix."""
     from transformers import AutoConfig, AutoModelForCausalLM

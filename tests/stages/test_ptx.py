@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlhf_pipeline.data.world.vocabulary import ADJECTIVES
 from rlhf_pipeline.experiment.done import find_done
 from rlhf_pipeline.experiment.estimate import estimate_stage
 from tests.conftest import stopped_before
@@ -41,7 +42,7 @@ def test_a_run_says_what_it_read_and_is_done_once(lab):
 
 def test_a_stream_that_changed_is_another_input(lab, tmp_path):
     source = tmp_path / "texts.jsonl"
-    texts = ["the long drama was good", "the short comedy was bad", "the film was very good"]
+    texts = [f"the music of this comedy was {word}" for word in ADJECTIVES[:3]]
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     changes = {"ptx_coef": 0.5, "ptx_dataset": [{"dataset_name": str(source), "split": "all"}], "max_steps": 2}
     lab.run("ppo", **changes)

@@ -11,6 +11,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.check]
 ONE_WINDOW = {"adam_epsilon": 1e-1, "learning_rate": 1e-1, "num_ppo_epochs": 1, "num_mini_batches": 1, "max_steps": 1}
 RUNS = {
     "rloo": {"algorithm": "rloo", "whiten_advantages": True},
+    "normalised": {"algorithm": "rloo", "normalize_rewards": True, "reward_scale": 2.0},
     "ptx": {"ptx_coef": 0.5, "ptx_dataset": "world:verdicts", "ptx_batch_size": 13},
     "grpo": {"algorithm": "grpo", "kl_in": "loss", "scale_rewards": "group", "loss_normalization": "responses"},
 }
