@@ -77,7 +77,7 @@ ENTRIES = {
     "ppo_epochs": to("num_ppo_epochs"),
     "ppo_buffer_size": JOINT,
     "ppo_target": to("kl_target"),
-    "ppo_score_norm": lost("scores are not normalised", False),
+    "ppo_score_norm": to("normalize_rewards", {True: True, False: None}),
     "ppo_whiten_rewards": to("whiten_rewards"),
     "max_new_tokens": to("response_length"),
     "top_p": lost("responses are sampled from the whole distribution", 1, 1.0),

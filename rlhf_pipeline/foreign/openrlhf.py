@@ -96,9 +96,11 @@ ENTRIES = {
     "temperature": to("temperature"),
     "top_p": lost("responses are sampled from the whole distribution", 1, 1.0),
     "advantage_estimator": to("algorithm", {"gae": None, "rloo": "rloo", "group_norm": "grpo"}),
-    "normalize_reward": lost("rewards are not divided by a running standard deviation", False),
-    "ptx_coef": to("ptx_coef"),
-    "pretrain_data": to("ptx_dataset"),
+    "normalize_reward": to("normalize_rewards", {True: True, False: None}),
+    "ptx_coef": JOINT,
+    "pretrain_data": JOINT,
+    "pretrain_data_probs": JOINT,
+    "pretrain_split": JOINT,
     "freezing_actor_steps": to("critic_warmup_steps", lambda value: max(0, value)),
     "lora_rank": JOINT,
     "lora_alpha": JOINT,
@@ -183,6 +185,24 @@ def _ppo(values: Mapping[str, Any], result: Translation, size: int) -> None:
         )
     else:
         result.lose("num_episodes", passes, "set total_episodes: the number of prompts times the number of passes")
+    if values.get("normalize_reward"):
+        result.notes.append(
+            "normalize_rewards: by the scores of the run; OpenRLHF has mean and deviation in the reward model's files"
+        )
+    _stream(values, result)
+
+
+def _stream(values: Mapping[str, Any], result: Translation) -> None:
+    """The pretraining data beside the prompts, with OpenRLHF's default weight; without data it reads none."""
+    names = listed(values.get("pretrain_data") or [])
+    if not names:
+        return
+    entries = [whole_split(name, values.get("pretrain_split") or "train") for name in names]
+    for entry, share in zip(entries, listed(values.get("pretrain_data_probs") or []), strict=False):
+        entry["weight"] = float(share)
+        entry.pop("fraction", None)
+    result.put("ptx_coef", float(values.get("ptx_coef", 0.05)), "ptx_coef")
+    result.put("ptx_dataset", entries, "pretrain_data")
 
 
 def _data(values: Mapping[str, Any], result: Translation) -> None:

@@ -258,6 +258,23 @@ def test_the_batches_of_ppo(translated):
     assert [config[key] for key in sizes] == [64, 2, 32, 58, 0.01]
 
 
+def test_the_pretraining_stream_and_normalised_scores(translated):
+    """OpenRLHF reads its pretraining data with a weight of .05 unless another is given; without data it has none."""
+    found = translated("openrlhf/llama3-ppo")
+    assert found.config["normalize_rewards"] is True and "ptx_coef" not in found.config
+    assert any(note.startswith("normalize_rewards: by the scores of the run") for note in found.notes)
+    assert "normalize_rewards" not in translated("openrlhf/llama3-ppo", normalize_reward=False).config
+    whole = {"split": "train", "fraction": 1.0}
+    config = translated("openrlhf/llama3-ppo", pretrain_data="org/text").config
+    assert (config["ptx_coef"], config["ptx_dataset"]) == (0.05, [{"dataset_name": "org/text", **whole}])
+    mixture = {"pretrain_data": "a/b,c/d", "pretrain_data_probs": "0.2,0.8", "pretrain_split": "part", "ptx_coef": 0.3}
+    config = translated("openrlhf/llama3-ppo", **mixture).config
+    entries = [(entry["dataset_name"], entry["split"], entry["weight"]) for entry in config["ptx_dataset"]]
+    assert config["ptx_coef"] == 0.3 and entries == [("a/b", "part", 0.2), ("c/d", "part", 0.8)]
+    assert "ptx_coef" not in translated("openrlhf/llama3-ppo", ptx_coef=0.3).config
+    assert translated("llamafactory/llama3-lora-ppo", ppo_score_norm=True).config["normalize_rewards"] is True
+
+
 def test_all_rows_of_a_source_are_trained_on(translated):
     config = translated("open-instruct/sft-default").config
     names = [(entry["dataset_name"], entry["split"], entry["fraction"]) for entry in config["datasets"]]
