@@ -163,6 +163,8 @@ def _told(found: InContext) -> str:
         text += (
             f", as the best of {found.candidates} candidates by the {found.score} contrast; its KL is an upper bound"
         )
+    if found.retrieval == "embeddings":
+        text += "; they are found by the policy's own embeddings"
     if found.chosen is not None:
         by = (
             "the likelihood of demonstrations" if found.chosen_by == "likelihood" else f"the score of {found.chosen_by}"

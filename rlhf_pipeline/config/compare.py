@@ -108,8 +108,8 @@ def check_decoding(config: EvaluateConfig) -> Iterator[Fault]:
 def faults_in_context(config: EvaluateConfig, arms: Sequence[str]) -> Iterator[Fault]:
     """Yield the faults of these arms, as far as they depend on demonstrations in the context.
 
-    They are `in_context` without an arm that reads it, a decoder beside such an arm, and results on the prompts on
-    which an arm chooses its demonstrations.
+    They are `in_context` without an arm that reads it, a decoder beside such an arm, a retrieval without an arm that
+    retrieves, and results on the prompts on which an arm chooses its demonstrations.
     """
     named = {arm: method for arm in arms if (method := split_arm(arm)[0]) is not None}
     if not named:
@@ -120,7 +120,11 @@ def faults_in_context(config: EvaluateConfig, arms: Sequence[str]) -> Iterator[F
     for key in sorted(changed(config) - {"temperature"}):
         found = f"found {str(getattr(config, key)).lower()} with the arm {next(iter(named))}, whose policy is sampled"
         yield Fault(key, found, f"no {key}, or arms without demonstrations in the context")
-    chosen = (config.in_context or InContext()).validation_split
+    settings = config.in_context or InContext()
+    if settings.retrieval != "bm25" and "icdpo" not in named.values():
+        found = f"found {settings.retrieval!r} without an arm icdpo:REF, which alone retrieves"
+        yield Fault("in_context.retrieval", found, "no retrieval", "remove it, or name such an arm")
+    chosen = settings.validation_split
     chooses = next((arm for arm, method in named.items() if method == "few_shot"), None)
     if chooses is not None and config.prompts is None and config.split in (chosen, "all"):
         found = f"split {config.split!r} has the prompts on which {chooses} chooses its demonstrations"

@@ -35,6 +35,11 @@ class InContext(Keys):
     validation_split: Text = option(
         "validation", "few_shot: split of the demonstrations on whose prompts the set is chosen"
     )
+    retrieval: Literal["bm25", "embeddings"] = option(
+        "bm25",
+        "icdpo: how the demonstrations of a prompt are found: by the words of their prompts, or by the cosine of the "
+        "prompts' embeddings, the mean of the policy's last hidden states",
+    )
     candidates: Count = option(3, "icdpo: responses that are sampled for each one that is returned")
     score: Literal["one_sided", "two_sided"] = option(
         "one_sided",

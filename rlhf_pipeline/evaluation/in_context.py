@@ -49,6 +49,13 @@ def bm25(
         yield scores
 
 
+def cosines(queries: np.ndarray, documents: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the cosine of every document (N, D) with each query (P, D), (N,): q . d / (|q| |d|), or 0 for a zero."""
+    sizes = np.linalg.norm(documents, axis=1)
+    for query in queries:
+        yield documents @ query / np.maximum(sizes * np.linalg.norm(query), 1e-300)
+
+
 def nearest(scores: np.ndarray, count: int) -> list[int]:
     """The numbers of the `count` documents with the highest scores, the best last; of equal ones the first."""
     rounded = np.round(scores, 9)  # the order of a sum breaks no tie

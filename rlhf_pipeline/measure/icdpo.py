@@ -21,7 +21,7 @@ from rlhf_pipeline.data.samples import lowest_examples
 from rlhf_pipeline.data.tokenizers import text_of
 from rlhf_pipeline.errors import ConfigError, DataError, Fault, first_line
 from rlhf_pipeline.evaluation.best_of_n import kl_bound
-from rlhf_pipeline.evaluation.in_context import bm25, choose, is_copy, nearest, words
+from rlhf_pipeline.evaluation.in_context import bm25, choose, cosines, is_copy, nearest, words
 from rlhf_pipeline.evaluation.preference_metrics import accuracy
 from rlhf_pipeline.evaluation.sampled import Samples, SamplingPlan, with_prompts
 from rlhf_pipeline.evaluation.statistics import Estimate
@@ -35,6 +35,7 @@ from rlhf_pipeline.measure.contexts import (
     pool_of,
     settings_of,
 )
+from rlhf_pipeline.measure.embeddings import prompt_embeddings
 from rlhf_pipeline.models.modules import Policy
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.rollout.rewards import RewardSource
@@ -58,7 +59,7 @@ def icdpo(bench: Bench, arm: Resolved, scorer: RewardSource | None = None) -> Sa
     """
     policy, plan, settings = bench.policy(arm.policy), bench.plan, settings_of(bench.config)
     pool, n = _pool(bench, arm), settings.candidates
-    demonstrations = retrieved(bench, pool, plan.prompts)
+    demonstrations = retrieved(bench, arm, pool, plan.prompts)
     contexts = contexts_of(bench, arm, plan.prompts, demonstrations)
     against = _against(bench, arm, plan.prompts, demonstrations)
     candidates = draw_candidates(policy, plan, contexts, n)
@@ -87,6 +88,7 @@ def icdpo(bench: Bench, arm: Resolved, scorer: RewardSource | None = None) -> Sa
         "pool": len(pool.examples),
         "candidates": n,
         "score": settings.score,
+        "retrieval": settings.retrieval,
         "kl_is_bound": True,
     }
     return samples
@@ -107,17 +109,19 @@ def _pool(bench: Bench, arm: Resolved) -> Pool:
         raise ConfigError(Fault("in_context.score", found, "a source of pairs", "set in_context.source")) from None
 
 
-def retrieved(bench: Bench, pool: Pool, prompts: Sequence[Example]) -> list[list[Example]]:
-    """The demonstrations of each prompt: those with the most similar prompts by BM25, the most similar one last."""
-
-    def terms(example: Example) -> list[str]:
-        return words(example.prompt_text or text_of(bench.tokenizer, example.prompt_ids))
-
-    count, own = settings_of(bench.config).demonstrations, np.array([one.prompt_key for one in pool.examples])
+def retrieved(bench: Bench, arm: Resolved, pool: Pool, prompts: Sequence[Example]) -> list[list[Example]]:
+    """The demonstrations of each prompt: those with the most similar prompts, the most similar one last."""
+    settings, own = settings_of(bench.config), np.array([one.prompt_key for one in pool.examples])
+    both = prompts, pool.examples
+    if settings.retrieval == "bm25":
+        texts = ([one.prompt_text or text_of(bench.tokenizer, one.prompt_ids) for one in part] for part in both)
+        similar = bm25(*(list(map(words, part)) for part in texts))
+    else:
+        policy = bench.policy(arm.policy)
+        similar = cosines(*(prompt_embeddings(policy, part, **bench.reading).numpy() for part in both))
     found = []
-    documents = [terms(one) for one in pool.examples]
-    for prompt, scores in zip(prompts, bm25(list(map(terms, prompts)), documents), strict=True):
-        places = nearest(np.where(own == prompt.prompt_key, -np.inf, scores), count)
+    for prompt, scores in zip(prompts, similar, strict=True):
+        places = nearest(np.where(own == prompt.prompt_key, -np.inf, scores), settings.demonstrations)
         found.append([pool.examples[place] for place in places])
     return found
 
@@ -194,7 +198,7 @@ def pair_accuracy(bench: Bench, arm: Resolved, pairs: Sequence[Example]) -> dict
     if not read:
         return {}
     policy = bench.policy(arm.policy)
-    demonstrations = retrieved(bench, _pool(bench, arm), read)
+    demonstrations = retrieved(bench, arm, _pool(bench, arm), read)
     mine = _sums(bench, policy, read, contexts_of(bench, arm, read, demonstrations))
     theirs = _sums(bench, policy, read, _against(bench, arm, read, demonstrations))
     plain = completion_logprob_sums(policy, read, **bench.reading)

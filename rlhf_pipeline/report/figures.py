@@ -115,8 +115,9 @@ class InContext(Part):
 
     pool: demonstrations of the training split from which they are taken. chosen, prefixes, chosen_by: the number of the
     set that few_shot uses, the mean figure of every set on validation prompts, and what the figure is: a reward model's
-    score, or "likelihood" of the validation demonstrations, nats per response. candidates, score: of icdpo, the number
-    for each response and the form of its contrast. kl_is_bound: the KL is an upper bound.
+    score, or "likelihood" of the validation demonstrations, nats per response. candidates, score, retrieval: of icdpo,
+    the number for each response, the form of its contrast, and how demonstrations are found. kl_is_bound: the KL is an
+    upper bound.
     """
 
     method: Literal["few_shot", "icdpo"]
@@ -128,6 +129,7 @@ class InContext(Part):
     chosen_by: str | None = None
     candidates: int | None = None
     score: Literal["one_sided", "two_sided"] | None = None
+    retrieval: Literal["bm25", "embeddings"] | None = None
     kl_is_bound: bool = False
 
 

@@ -99,6 +99,12 @@ REFUSED = [
     ({"split": "all"}, BOTH, "in_context.validation_split", "split 'all' has the prompts"),
     ({"in_context": {"validation_split": "test"}}, BOTH, "in_context.validation_split", "split 'test' has the prompts"),
     ({"in_context": {}}, ["sft", "dpo"], "in_context", "no arm has demonstrations in its context: found sft and dpo"),
+    (
+        {"in_context": {"retrieval": "embeddings"}},
+        BOTH,
+        "in_context.retrieval",
+        "found 'embeddings' without an arm icdpo",
+    ),
     ({"top_k": 5}, BOTH, "top_k", "found 5 with the arm few_shot:sft"),
     ({"do_sample": False, "num_beams": 2}, ["dpo", "icdpo:sft"], "do_sample", "found false with the arm icdpo:sft"),
     ({"do_sample": False, "num_beams": 2}, ["dpo", "icdpo:sft"], "num_beams", "found 2 with the arm icdpo:sft"),
@@ -116,7 +122,7 @@ def test_what_does_not_go_with_an_arm_is_a_fault_of_the_config(given, arms, wher
     assert [one for one in caught.value.faults if one.where.endswith(where) and said in one.found]
 
 
-@pytest.mark.parametrize(("given", "arms", "where", "said"), REFUSED[:5])
+@pytest.mark.parametrize(("given", "arms", "where", "said"), REFUSED[:6])
 def test_a_model_that_is_evaluated_is_checked_alike(given, arms, where, said):
     config = load_config("evaluate", None, extra=given).of(EvaluateConfig)
     with pytest.raises(ConfigError) as caught:

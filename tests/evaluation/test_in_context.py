@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlhf_pipeline.evaluation.in_context import bm25, choose, is_copy, nearest, words
+from rlhf_pipeline.evaluation.in_context import bm25, choose, cosines, is_copy, nearest, words
 
 
 def test_bm25_by_hand():
@@ -21,6 +21,14 @@ def test_bm25_by_hand():
     np.testing.assert_allclose(found[3], [*one[:2], c * 2.5 / 3.0625], atol=1e-12)
     np.testing.assert_allclose(found[0][:2], [0.470004, 0.606457], atol=1e-6)
     assert found[4].tolist() == [0, 0, 0]
+
+
+def test_cosines_by_hand():
+    documents = np.array([[3.0, 4.0], [2.0, 0.0], [-1.0, 0.0], [0.0, 0.0]])
+    first, second = cosines(np.array([[1.0, 0.0], [0.0, 10.0]]), documents)
+    np.testing.assert_allclose(first, [0.6, 1, -1, 0], atol=1e-15)
+    np.testing.assert_allclose(second, [0.8, 0, 0, 0], atol=1e-15)
+    assert nearest(first, 2) == [0, 1]
 
 
 def test_the_nearest_document_is_the_last():
