@@ -1,4 +1,4 @@
-"""The responses of a labelling project: turns of the models, responses drawn again, a reward model's doubt about the best."""
+"""The responses of a labelling project: whose turn it is, what is drawn again, where a reward model is in doubt."""
 
 from __future__ import annotations
 
