@@ -113,9 +113,9 @@ class GroupCommits:
             db.execute("SAVEPOINT one")
             try:
                 answers.append((future, write(db), None))
-            except sqlite3.Error:  # of the whole transaction: the disk is full, a lock was lost
-                raise
             except Exception as error:
+                if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError):
+                    raise  # of the whole transaction: the disk is full, a lock was lost
                 db.execute("ROLLBACK TO one")
                 self._on_rollback()
                 answers.append((future, None, error))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_pipeline.config.labelling import LabelConfig, differing
-from rlhf_pipeline.errors import BadInput, ConfigError, Fault
+from rlhf_pipeline.errors import BadInput, ConfigError, Fault, RlhfError
 from rlhf_pipeline.labelling.items import make_items
 from rlhf_pipeline.labelling.store import LabelStore, database
 
@@ -85,7 +85,7 @@ def projects(home: Path) -> Iterator[Project]:
                 kind = "arena" if store.config.arena else store.config.mode
                 counts = (len(store.items()), len(store.labelers()), len(judged) - skipped, skipped)
                 yield Project(name, path, *counts, kind)
-        except BadInput as error:
+        except RlhfError as error:
             yield Project(name, path, damaged=str(error))
 
 

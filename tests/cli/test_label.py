@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 
 from rlhf_pipeline.cli.label import rewritten
 from rlhf_pipeline.cli.main import main
+from tests.faults import children
 
 COMMANDS = ("new", "serve", "list")
 
@@ -67,6 +71,7 @@ def test_mistakes_are_said_without_a_traceback(tmp_path: Path, capsys: Any) -> N
         ([*home, "label", "--no-serve"], "policies"),
         ([*home, "label", "--responses", "none.jsonl", "--no-serve"], "none.jsonl"),
         ([*home, "label", "list", "--name", "x"], "--name"),
+        ([*home, "label", "--policies", "a", "--dtype", "bfloat16"], "dtype=bfloat16"),
     ):
         assert main(words) == 2, words
         error = capsys.readouterr().err
@@ -78,6 +83,35 @@ def test_mistakes_are_said_without_a_traceback(tmp_path: Path, capsys: Any) -> N
 def test_commands_on_a_project_that_is_not_there(tmp_path: Path, capsys: Any) -> None:
     assert main(["--home", str(tmp_path), "label", "serve", "none"]) == 2
     assert "no project 'none'" in capsys.readouterr().err
+
+
+def test_damaged_projects_are_listed(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "labels/torn").mkdir(parents=True)
+    (tmp_path / "labels/torn/labels.sqlite").write_bytes(b"x" * 4096)
+    code, listed = answer(capsys, "label", "list", "--home", str(tmp_path), "--json")
+    assert (code, [one["name"] for one in listed["projects"]]) == (0, ["torn"])
+    assert "not a database" in listed["projects"][0]["damaged"]
+
+
+@pytest.mark.check
+@pytest.mark.slow
+def test_a_project_is_served_until_it_is_interrupted(tmp_path: Path) -> None:
+    pytest.importorskip("fastapi", reason="the extra label is not installed")
+    source = write(tmp_path / "r.jsonl")
+    words = ["--home", str(tmp_path), "label", "--responses", source, "--port", "0", "--json"]
+    server = children.fresh(words, tmp_path / "said")
+    until = time.monotonic() + 120
+    while not server.out.read_text().endswith("\n") and not server.ended() and time.monotonic() < until:
+        time.sleep(0.05)
+    said = json.loads(server.out.read_text())
+    assert said["items"] == 3
+    with urllib.request.urlopen(said["address"]) as answered:
+        assert answered.status == 200
+    server.send(signal.SIGINT)
+    ended = server.wait()
+    assert (ended.code, ended.out.count("\n")) == (0, 1)
+    assert "every label is saved" in ended.err
+    assert "Traceback" not in ended.err
 
 
 @pytest.mark.check

@@ -300,8 +300,10 @@ def test_a_write_that_fails_takes_no_other_with_it(tmp_path: Path) -> None:
         store._commits.soon(lambda db: held.wait() and None)  # those that follow share a commit
         good = store.record_soon(ann, task.task, RANK, "c1")
         refused = store.record_soon(ann, task.task, RankAction(ranks=[9, 9, 9]), "c2")
+        nobody = store._commits.soon(lambda db: db.execute("INSERT INTO sessions VALUES ('x', 999)"))
         late = store.record_soon(ann, task.task, NoteAction(text="n"), "c3")
         held.set()
+        assert isinstance(nobody.exception(), sqlite3.IntegrityError)
         assert isinstance(refused.exception(), Refused)
         assert (good.result().ranks, late.result().note) == ([2, 1, 2], "n")
     with pytest.raises(RunFailed, match="closed"):
