@@ -118,7 +118,8 @@ def make_app(store: LabelStore, *, token: str | None, hosts: set[str]) -> FastAP
 
     def cookie_name(request: Request) -> str:
         # Cookies know no ports: another project at another port of this machine has another cookie.
-        return f"rlhf-label-{request.headers['host'].rpartition(':')[2]}"
+        port = request.headers["host"].rpartition(":")[2]
+        return f"rlhf-label-{port if port.isdigit() else 80}"
 
     def cookie(request: Request) -> str:
         return request.cookies.get(cookie_name(request), "")[:200]

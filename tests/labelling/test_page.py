@@ -105,6 +105,25 @@ def test_ties_moves_and_undo_by_keyboard(chrome: Any, tmp_path: Path) -> None:
         clean(tab)
 
 
+def test_keys_wait_for_an_undo(chrome: Any, tmp_path: Path) -> None:
+    """Else they would send the ranks that were taken back again."""
+    with made(tmp_path, 1) as store, served(store) as home:
+        tab = Tab(chrome, home).join("Ada")
+        tab.press("12")
+        tab.saved()
+        network = tab.page.context.new_cdp_session(tab.page)
+        slow = {"offline": False, "latency": 400, "downloadThroughput": -1, "uploadThroughput": -1}
+        network.send("Network.emulateNetworkConditions", slow)
+        tab.press("z3")
+        tab.page.wait_for_function("() => document.querySelectorAll('#groups li').length === 1")
+        tab.press("4")
+        tab.saved()
+        assert tab.order() == ["1", "4"]
+        state = store.state(1)
+        assert [state.ranks[k] for k in state.shown] == [1, None, None, 2]
+        clean(tab)
+
+
 def test_dragging_and_buttons(chrome: Any, tmp_path: Path) -> None:
     with made(tmp_path, 1) as store, served(store) as home:
         tab = Tab(chrome, home).join("Ada")

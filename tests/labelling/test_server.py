@@ -129,6 +129,14 @@ def test_sessions(store: LabelStore) -> None:
     assert ada.post("/api/leave", {}).headers["set-cookie"].startswith('rlhf-label-8765="";')
 
 
+def test_a_session_for_each_port(store: LabelStore) -> None:
+    app = make_app(store, token=None, hosts=allowed_names("127.0.0.1"))
+    for host, name in {"localhost:81": "81", "127.0.0.1": "80", "[::1]": "80", "[::1]:8765": "8765"}.items():
+        ada = Visitor(app, headers=[("Host", host), ("Origin", f"http://{host}")])
+        assert ada.join("Ada").status == 200
+        assert ada.cookie.startswith(f"rlhf-label-{name}=") and ada.get("/api/task").status == 200, host
+
+
 def test_the_first_page_and_the_item_page(store: LabelStore) -> None:
     stranger = visitor(store, None)
     assert b'id="join"' in stranger.get("/").body and b"helpful" in stranger.get("/").body

@@ -22,6 +22,7 @@ export const wire = new Wire({ project, name, csrf }, {
   retrying: () => mark("retrying", "Not saved, trying again"),
   stranger: () => location.reload(),
   refused: async (error) => {
+    undoing = false;
     await load();
     alarm(error.message);
   },
@@ -33,6 +34,7 @@ export const wire = new Wire({ project, name, csrf }, {
     if (answer.state.status !== "open") return void load();
     adopt(answer.state);
     if (!undone) return;
+    now.busy = false;
     startMode();
     redraw();
     say(`Undone. ${find("hint").textContent}`);
@@ -194,12 +196,14 @@ export async function undo() {
       acts.enterPairs();
       return redraw();
     }
+    now.busy = true; // what follows is to stand on what is left
     await wire.flush();
     if (now.state.actions > 0) {
       undoing = true;
       return void wire.send(now.item.task, { kind: "undo" });
     }
   }
+  now.busy = false;
   if (now.item && !now.item.earlier) return say("Nothing to undo.");
   await reopen();
 }

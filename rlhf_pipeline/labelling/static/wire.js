@@ -84,6 +84,7 @@ export class Wire {
       } catch (error) {
         refusal = error;
       }
+      if (refusal && isStranger(refusal)) return; // it stays in the queue until somebody has signed in again
       this.queue.shift();
       this.keep();
       if (refusal) {
@@ -106,7 +107,7 @@ export class Wire {
         return answer;
       } catch (error) {
         if (isStranger(error)) {
-          if (attempt > 20 || !(await this.rejoin())) throw error;
+          if (!(await this.rejoin(attempt))) throw error;
         } else if (!isLost(error)) throw error;
         else {
           this.away = true;
@@ -117,16 +118,14 @@ export class Wire {
     }
   }
 
-  async rejoin() {
+  async rejoin(attempt) {
     try {
+      if (attempt > 0) await wait(PAUSES[1]);
       const body = { name: this.name, token: sessionStorage.getItem("rlhf-label:token") };
       this.csrf = (await call("/api/session", body)).csrf;
       return true;
     } catch (error) {
-      if (isLost(error)) {
-        await wait(PAUSES[1]);
-        return true;
-      }
+      if (isLost(error)) return true;
       this.told.stranger();
       return false;
     }
