@@ -46,8 +46,8 @@ def _agreement(found: Quality) -> Iterator[str]:
     agreement = found.agreement
     if agreement is None:
         yield (
-            "no pair of responses was ordered by two labelers, so nothing is known of their agreement: set overlap to "
-            "2 or more, best 3, for a part of the items"
+            "no pair of responses was ordered by two labelers, so nothing is known of their agreement: make the next "
+            "project with overlap 3, or a small one beside this"
         )
     elif not agreement.excludes(0.5):
         yield (

