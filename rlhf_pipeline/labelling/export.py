@@ -133,7 +133,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     storage.replace_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
-def publish(
+def publish_rows(
     registry: Registry,
     name: str,
     exported: Exported,

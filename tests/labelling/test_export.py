@@ -11,7 +11,7 @@ import pytest
 from rlhf_pipeline.data.kinds import as_kind, ranks_of
 from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.errors import BadInput
-from rlhf_pipeline.labelling.export import export, mean_ranks, publish, read_answer, write_rows
+from rlhf_pipeline.labelling.export import export, mean_ranks, publish_rows, read_answer, write_rows
 from rlhf_pipeline.labelling.kinds import Item, Judgement, Response
 
 
@@ -252,7 +252,7 @@ def test_published_rows_are_collected_data(tmp_path):
     registry = Registry(tmp_path)
     items = [item(0, split="train"), item(1, split="test")]
     found = export(items, [judged([1, 2, 3]), judged([1, 1, 2], number=1)], "rankings")
-    version = publish(registry, "people", found, project="mine", seed=3)
+    version = publish_rows(registry, "people", found, project="mine", seed=3)
     made = version.manifest
     assert version.label == "people@v1" and made.stage == "collect" and made.seed == 3
     assert made.metrics["judge"] == made.config["judge"] == "people:mine"
@@ -261,4 +261,4 @@ def test_published_rows_are_collected_data(tmp_path):
     assert [ranks_of(record) for record in read.records] == [[1, 2, 3], [1, 1, 2]]
     assert [record.split for record in read.records] == ["train", "test"]
     with pytest.raises(BadInput, match=r"mine: no rankings to publish \(unlabelled 2\)"):
-        publish(registry, "people", export(items, [], "rankings"), project="mine")
+        publish_rows(registry, "people", export(items, [], "rankings"), project="mine")

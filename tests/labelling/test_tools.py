@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from rlhf_pipeline.errors import BadInput, RlhfError
 from rlhf_pipeline.labelling.kinds import Item, Judgement, Response
 from rlhf_pipeline.labelling.tools.argilla import read_argilla
 from rlhf_pipeline.labelling.tools.argilla_write import write_argilla
-from rlhf_pipeline.labelling.tools.form import Form, page_order, prompt_name, ranks_of_choice, response_names
+from rlhf_pipeline.labelling.tools.form import Form, key_of, page_order, prompt_name, ranks_of_choice, response_names
 from rlhf_pipeline.labelling.tools.label_studio import read_label_studio
 from rlhf_pipeline.labelling.tools.label_studio_write import write_label_studio
 
@@ -404,7 +405,16 @@ def test_a_folder_that_is_no_dataset_of_argilla(tmp_path):
         read_argilla(folder)
 
 
+def test_half_a_surrogate_pair_is_refused(tmp_path):
+    folder = label_studio(tmp_path / "data", None, {"data": {"prompt": "\ud800", "answer_1": "a", "answer_2": "b"}})
+    with pytest.raises(BadInput, match="not JSON in UTF-8"):
+        read_label_studio(folder)
+
+
 def test_names_by_hand():
+    keys = [key_of(name) for name in ("Makes it up!", "2 wrong", "\u9519\u8bef", "\u6709\u5bb3", "x" * 80)]
+    assert keys[:2] == ["makes_it_up", "flag_2_wrong"] and len(set(keys)) == 5
+    assert all(re.fullmatch("[a-z][a-z0-9_]{0,63}", key) for key in keys)
     assert response_names(["prompt", "response_1", "response_2"]) == ["response_1", "response_2"]
     assert response_names(["instruction", "Response A", "Response B", "score_1"]) == ["Response A", "Response B"]
     assert response_names(["prompt", "chosen", "rejected"]) == ["chosen", "rejected"]

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from rlhf_pipeline.cli.main import main
-from rlhf_pipeline.labelling.export import export, publish, write_rows
+from rlhf_pipeline.labelling.export import export, publish_rows, write_rows
 from rlhf_pipeline.labelling.kinds import Item, Judgement, Response
 from tests.conftest import word_rankings
 
@@ -54,7 +54,7 @@ def project(count: int = 40) -> tuple[list[Item], list[Judgement]]:
 def test_a_dry_run_reads_them(kind, lab, tmp_path, capsys):
     """No row is left out but rankings with ties, which plackett_luce refuses."""
     found = export(*project(), kind)
-    published = publish(lab.registry, "people", found, project="mine")
+    published = publish_rows(lab.registry, "people", found, project="mine")
     write_rows(tmp_path / "rows.jsonl", found.rows)
     common = {"model_name_or_path": "sft", "max_prompt_length": 6, "response_length": 4, "use_cpu": True}
     for source in (f"collected:{published.label}", str(tmp_path / "rows.jsonl")):
@@ -70,7 +70,7 @@ def test_a_reward_model_dpo_and_kto_train_on_them(lab):
     """One tiny run of each: the losses fall, and the manifests name the labelled data."""
     items, judgements = project()
     for kind in ("rankings", "pairs", "labels"):
-        publish(lab.registry, f"people-{kind}", export(items, judgements, kind), project="mine")
+        publish_rows(lab.registry, f"people-{kind}", export(items, judgements, kind), project="mine")
     options = {"max_steps": 30, "learning_rate": 2e-2, "dataset_test_split": "test"}
     runs = (
         ("train-rm", "rankings", {"reward_centering_samples": None}),

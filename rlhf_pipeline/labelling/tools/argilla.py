@@ -31,7 +31,7 @@ def read_argilla(path: Path) -> Imported:
         BadInput, DataError: there is no dataset, it has no prompt and responses, or its rankings have no ranks.
     """
     projects = read_projects(path)
-    found = Imported(Form(name=projects[0].name, instructions=projects[0].guidelines))
+    found = Imported(Form(name=path.name if path.is_dir() else path.stem, instructions=projects[0].guidelines))
     numbers = forms.Numbers()
     for project in projects:
         _read_project(project, found, numbers, path)

@@ -55,7 +55,6 @@ class Record:
 class Project:
     """The settings and records of one dataset."""
 
-    name: str
     guidelines: str
     fields: list[str]
     questions: list[Question]
@@ -107,8 +106,7 @@ def _settings(file: Path) -> Project:
         raise BadInput(
             f"{file}: found no fields and questions with names and types, expected Argilla's settings"
         ) from None
-    named = file.parent.parent if file.parent.name == ".argilla" else file.parent
-    return Project(named.name, str(found.get("guidelines") or ""), fields, questions)
+    return Project(str(found.get("guidelines") or ""), fields, questions)
 
 
 def _question(found: Mapping[str, Any]) -> Question:

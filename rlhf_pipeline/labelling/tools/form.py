@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections import Counter
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -189,9 +191,12 @@ def is_none(choice: str) -> bool:
 
 
 def key_of(name: str) -> str:
-    """Return a name as the key of a yes/no question."""
+    """Return a name as the key of a yes/no question; names that differ in other letters keep different keys."""
     key = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-    return (key if key[:1].isalpha() else f"flag_{key}").strip("_")[:64]
+    key = key if key[:1].isalpha() else f"flag_{key}".strip("_")
+    if name.isascii() and len(key) <= 64:
+        return key
+    return f"{key[:55]}_{sha256(name.encode(errors='replace')).hexdigest()[:8]}"
 
 
 def response_names(names: Sequence[str]) -> list[str]:
@@ -270,7 +275,9 @@ def read_json(path: Path) -> Any:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise BadInput(f"{path}: {path.stat().st_size} bytes, expected at most {MOST_BYTES}; split the file")
-        return decode_json(path.read_bytes().decode("utf-8-sig"))
+        found = decode_json(path.read_bytes().decode("utf-8-sig"))
+        json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair could not be written again
+        return found
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror}); expected a file of the project") from None
     except (ValueError, RecursionError) as error:
@@ -287,6 +294,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     rows = [row for _, row in rows_in(path, str(path), faults)]
     if faults:
         raise DataError([item.fault for item in faults])
+    try:
+        json.dumps(rows, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(f"{path}: {first_line(error)}; expected text in UTF-8") from None
     return rows
 
 
