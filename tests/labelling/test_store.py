@@ -160,6 +160,7 @@ def test_back_opens_an_earlier_task_and_undo_takes_back(tmp_path: Path) -> None:
         assert [(one.item, one.ranks) for one in store.judgements()] == [(first.item, [1, 1, 1])]
 
 
+@pytest.mark.check
 def test_items_are_given_to_as_many_labelers_as_wanted(tmp_path: Path) -> None:
     with made(tmp_path, 12, overlap=2, seed=5) as store:
         labelers = [store.labeler(name) for name in ("a", "b", "c")]
@@ -330,7 +331,7 @@ def test_what_is_kept_beside_the_events_agrees_with_a_recount(tmp_path: Path) ->
     with made(tmp_path, 9, overlap=2, repeat_share=0.3) as store:
         labelers = [store.labeler(name) for name in "abcd"]
         db = sqlite3.connect(store.path)
-        for step in range(300):
+        for step in range(120):
             labeler = draw.choice(labelers)
             task = store.task(labeler)
             if task is not None and draw.random() < 0.9:
