@@ -87,6 +87,7 @@ def _data_of(bench: Bench, arm: Resolved) -> tuple[StageData, str]:
     if given is not None:
         values = {key: values[key] for key in _READING if key in values}
         values |= {"dataset_name": given, "split_fractions": bench.config.split_fractions, "output_name": "none"}
+        values |= {"skip_bad_rows": True} if bench.config.skip_bad_rows else {}
     if "model_init" not in values:
         values.setdefault("model_name_or_path", policy.label)
     config = load_config("sft", None, extra=values).of(SftConfig)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from rlhf_pipeline.config.in_context import name_arm, split_arm
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.tokenize import Example
-from rlhf_pipeline.errors import ConfigError
+from rlhf_pipeline.errors import ConfigError, DataError
 from rlhf_pipeline.measure.bench import find_policies, set_up
 from rlhf_pipeline.measure.contexts import known_as, one_per_prompt, pool_of, with_demonstrations
 from rlhf_pipeline.measure.evaluate import run_evaluate
@@ -119,6 +121,18 @@ def test_demonstrations_of_another_source(tiny):
     }
     assert pool.source == "collected:pairs" and 0 < len(pool.examples) <= 20
     assert all((tuple(one.prompt_ids), tuple(one.completions[0])) in chosen for one in pool.examples)
+
+
+def test_bad_rows_of_the_source_are_left_out_like_those_of_the_prompts(tiny, tmp_path):
+    rows = [
+        {"prompt": one.prompt, "completion": one.completions[0]} for one in world.records()[:400] if one.completions[0]
+    ]
+    path = tmp_path / "shown.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": 3, "completion": ""}]))
+    with pytest.raises(DataError, match=f"1 of {len(rows) + 1} rows cannot be used"):
+        pool_of(*bench_of(tiny, in_context={"source": str(path)}))
+    pool = pool_of(*bench_of(tiny, in_context={"source": str(path)}, skip_bad_rows=True))
+    assert pool.source == str(path) and len(pool.examples) > 2
 
 
 @pytest.mark.check
