@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from rlhf_pipeline.errors import ConfigError, Fault
-from rlhf_pipeline.evaluation.elo import rank
+from rlhf_pipeline.evaluation.elo import rank, reachable
 from rlhf_pipeline.evaluation.statistics import cluster_mean
 from rlhf_pipeline.evaluation.two_way import two_way_share
 from rlhf_pipeline.labelling.kinds import Item, Judgement
@@ -153,7 +153,8 @@ def standings(found: Sequence[Verdict], models: Sequence[str]) -> tuple[list[Hum
     """Elo of the models that were compared, best first, the first of `models` at 1000; else why there is none.
 
     A verdict weighs 1 / (the verdicts on its prompt and its two models), so that a prompt has weight 1 for each pair of
-    models, however many labelers have judged it.
+    models, however many labelers have judged it. A model with a path of wins to another one, and none back, comes
+    before it: with few prompts the end of its interval would say otherwise.
     """
     counts = Counter(name for one in found for name in (one.a, one.b))
     there = [name for name in models if counts[name]]
@@ -178,7 +179,8 @@ def standings(found: Sequence[Verdict], models: Sequence[str]) -> tuple[list[Hum
         )
         for name, one in zip(there, ranked, strict=True)
     ]
-    order = sorted(range(len(there)), key=lambda i: -ranked[i].elo.mean)
+    beaten = reachable(wins.sum(0)).sum(1)  # a path to another model leads on to all that this one has beaten
+    order = sorted(range(len(there)), key=lambda i: (-beaten[i], -ranked[i].elo.mean))
     return [rows[i] for i in order], None
 
 

@@ -100,6 +100,15 @@ def test_standings_are_logits_and_a_prompt_weighs_the_same_however_many_judge_it
     assert (found[0].elo.low, found[0].elo.method) == (pytest.approx(expected.low), "t over prompts and labelers")
 
 
+def test_a_model_that_only_lost_comes_last_however_few_have_compared_it() -> None:
+    # One prompt of two models: the interval of the loser has no end. Three prompts: its end is above the baseline.
+    assert [one.name for one in standings([verdict("0", 1, "A", "B", 1.0)], ["A", "B"])[0]] == ["A", "B"]
+    assert [one.name for one in standings([verdict("0", 1, "A", "B", 0.0)], ["A", "B"])[0]] == ["B", "A"]
+    chain = [verdict("0", 1, "A", "B", 1.0), verdict("1", 1, "A", "C", 1.0), verdict("2", 1, "B", "C", 0.0)]
+    assert [one.name for one in standings(chain, ["A", "B", "C"])[0]] == ["A", "C", "B"]
+    assert [one.name for one in standings(chain, ["B", "A", "C"])[0]] == ["A", "C", "B"]
+
+
 def test_models_that_never_met_have_no_standings() -> None:
     apart = [verdict("p", 1, "A", "B", 0.5), verdict("p", 1, "C", "D", 0.5)]
     assert standings(apart, ["A", "B", "C", "D"])[0] == []
