@@ -6,8 +6,10 @@ ties, ratings and flags is Krippendorff's alpha.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Literal, NamedTuple
 
@@ -164,7 +166,7 @@ def alpha(values: Iterable[Value], level: Level) -> Estimate | None:
 
     Returns:
         None where no two labelers met at a response, or where all said the same value: then chance has no disagreement
-        and alpha is 0 / 0.
+        and alpha is 0 / 0. Where no two labelers disagree, alpha is 1 and its interval is not known.
     """
     units: dict[tuple[int, int], list[float]] = defaultdict(list)
     for one in values:
@@ -177,7 +179,9 @@ def alpha(values: Iterable[Value], level: Level) -> Estimate | None:
     items = prompt_codes([item for item, _ in met])
     replicates = alpha_replicates(counts, items, level)
     groups = int(items.max()) + 1
-    return replicate_interval(_package(counts, domain, level), replicates, groups, n=int(counts.sum()))
+    found = replicate_interval(_package(counts, domain, level), replicates, groups, n=int(counts.sum()))
+    # Without any disagreement all replicates are 1: how often there may be one, the sample cannot say.
+    return replace(found, low=-math.inf, high=math.inf) if ((counts > 0).sum(1) == 1).all() else found
 
 
 def _package(counts: np.ndarray, domain: Sequence[float], level: Level) -> float:

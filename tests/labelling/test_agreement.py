@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import math
 import sys
 
 import numpy as np
@@ -155,6 +156,13 @@ def test_a_replicate_is_the_alpha_of_the_redrawn_items(level, monkeypatch):
         for block in blocks
     ]
     assert alpha_replicates(counts, items, level) == pytest.approx(expected, abs=1e-12)
+
+
+def test_alpha_without_disagreement_has_no_known_interval():
+    found = alpha(values((1, 1), (2, 2), (1, 1), (2, 2)), "ordinal")
+    assert found.mean == pytest.approx(1.0, abs=1e-12) and (found.low, found.high) == (-math.inf, math.inf)
+    found = alpha(values((1, 1), (2, 2), (1, 1), (2, 1)), "ordinal")
+    assert math.isfinite(found.low) and found.low < found.mean < 1
 
 
 def test_alpha_without_variation_or_without_two_labelers_is_none():
