@@ -12,8 +12,9 @@ class LabelerQuality(Part):
     """One labeler: how much, how fast, and how good. A figure is None where there is nothing to measure it by.
 
     seconds, speed: medians per item, in seconds and in characters read per second. hurried: share of items read faster
-    than anybody reads. agreement: with the others. consistency: with the own first sight. ratings: the better-ranked
-    response has the higher rating. right, reliability: of the labeler-adjusted Bradley-Terry model.
+    than anybody reads. Judgements without a time have no part in these. agreement: with the others. consistency: with
+    the own first sight. ratings: the better-ranked response has the higher rating. right, reliability: of the
+    labeler-adjusted Bradley-Terry model.
     """
 
     labeler: int

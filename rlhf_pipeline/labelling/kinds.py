@@ -117,7 +117,7 @@ class TaskState(Part):
     status: Literal["open", "done", "skipped"] = "open"
     reason: str = ""  # of a skip
     actions: int = 0  # not taken back: what undo can take back
-    seconds: float = 0.0  # from the first sight to the last action, pauses over five minutes left out
+    seconds: float = 0.0  # from the first sight to the last action, five minutes at most of each pause
 
 
 class Judgement(Part):

@@ -148,7 +148,8 @@ def _labelers(
     found = []
     for labeler, said in sorted(by_labeler.items()):
         done = [one for one in said if not one.skipped]
-        speeds = [speed(one, read) for one in done]
+        timed = [one for one in done if one.seconds > 0]  # other tools' projects may say no time
+        speeds = [speed(one, read) for one in timed]
         known = fitted is not None and labeler in fitted.labelers
         agreement, consistency, ratings = (_interval(one.of(labeler)) for one in verdicts)
         found.append(
@@ -156,9 +157,9 @@ def _labelers(
                 labeler=labeler,
                 judgements=len(done),
                 skipped=len(said) - len(done),
-                seconds=median(one.seconds for one in done) if done else None,
-                speed=median(speeds) if done else None,
-                hurried=sum(one > FASTEST for one in speeds) / len(done) if done else 0.0,
+                seconds=median(one.seconds for one in timed) if timed else None,
+                speed=median(speeds) if timed else None,
+                hurried=sum(one > FASTEST for one in speeds) / len(timed) if timed else 0.0,
                 ties=_interval(tied_share(compared[labeler])),
                 agreement=agreement,
                 consistency=consistency,

@@ -66,9 +66,9 @@ def test_undo_takes_back_the_last_action_that_stands() -> None:
 
 def test_time_counts_while_the_task_is_open_and_without_pauses() -> None:
     note = NoteAction(text="")
-    # 10 s, a pause of 301 s, 300 s, then an hour after the submit, 5 s after the undo.
+    # 10 s, a pause of 301 s (of which 300 count), 300 s, then an hour after the submit, 5 s after the undo.
     steps = [(110.0, note), (411.0, note), (711.0, SubmitAction()), (721.0, UndoAction()), (726.0, note)]
-    assert fold(ITEM, TASK, events(*steps)).seconds == 10 + 300 + 5
+    assert fold(ITEM, TASK, events(*steps)).seconds == 10 + 300 + 300 + 5
     assert fold(ITEM, TASK, events((90.0, note))).seconds == 0  # the clock was set back
 
 

@@ -168,6 +168,15 @@ def test_good_labels_have_no_findings():
     assert found.findings == []
 
 
+def test_judgements_without_a_time_are_not_hurried():
+    items = [item(0, "a" * 300, "b"), item(1, "a" * 300, "b")]
+    (one,) = measure_quality(items, [judgement(1, n, [1, 2], seconds=0.0) for n in range(2)]).labelers
+    assert (one.seconds, one.speed, one.hurried) == (None, None, 0.0)
+    said = [judgement(1, 0, [1, 2], seconds=0.0), judgement(1, 1, [1, 2], seconds=2.0)]
+    (one,) = measure_quality(items, said).labelers
+    assert (one.seconds, one.hurried) == (2.0, 1.0)  # 317 characters in two seconds
+
+
 def test_the_json_has_no_number_that_json_cannot_hold():
     found = measure_quality([item(0, "a", "b")], [judgement(j, 0, [1, 2], seconds=0.0) for j in range(3)])
     text = found.model_dump_json()
