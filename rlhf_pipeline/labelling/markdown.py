@@ -21,6 +21,7 @@ MAX_COLOURED = 20_000
 
 # Pygments' kinds of words, by the first letters of their short names, and the classes of label.css.
 COLOURED = {"k": "kw", "s": "st", "c": "co", "m": "nu", "nf": "fn", "nc": "fn", "nb": "kw", "nt": "kw", "na": "fn"}
+SIDES = ("left", "center", "right")
 NEEDS_LABEL = (
     "the labelling page needs packages that are not installed; "
     'expected the extra `label`; run: pip install "rlhf-pipeline[label]"'
@@ -108,6 +109,12 @@ def _table_close(*_: object) -> str:
     return "</table></div>"
 
 
+def _cell_open(_: object, tokens: Sequence[Token], index: int, *rest: object) -> str:
+    # markdown-it aligns by a style, which the page's policy forbids.
+    side = next((one for one in SIDES if str(tokens[index].attrs.get("style", "")).endswith(one)), None)
+    return h(tokens[index].tag, class_=side).removesuffix(f"</{tokens[index].tag}>")
+
+
 def _code(_: object, tokens: Sequence[Token], index: int, *rest: object) -> str:
     token = tokens[index]
     language = next(iter(token.info.split()), "")[:30]
@@ -125,6 +132,8 @@ RULES: dict[str, Callable[..., str]] = {
     "heading_close": _heading,
     "table_open": _table_open,
     "table_close": _table_close,
+    "th_open": _cell_open,
+    "td_open": _cell_open,
     "fence": _code,
     "code_block": _code,
 }

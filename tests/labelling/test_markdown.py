@@ -110,3 +110,10 @@ def test_turns_keep_roles_and_the_plain_text() -> None:
         ("assistant", "<p>b</p>", "b\n"),
     ]
     assert [turn.role for turn in turns("a")] == [""]
+
+
+def test_cells_are_aligned_by_classes_since_the_policy_forbids_styles() -> None:
+    table = render("| a | b | c |\n|:-:|--:|---|\n| 1 | 2 | 3 |")
+    assert "style" not in table
+    for cell in ('<th class="center">a</th>', '<td class="right">2</td>', "<th>c</th>", "<td>3</td>"):
+        assert cell in table
