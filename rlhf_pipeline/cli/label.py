@@ -50,8 +50,10 @@ def rewritten(words: Sequence[str], commands: Collection[str]) -> list[str]:
         is_value = not word.startswith("-") and (not equals or "/" in name)
         if made and made[-1][0] in SEVERAL and is_value:
             made[-1][1].append(word)
-        elif name in SEVERAL:
-            made.append((name, [value] if equals else []))
+        elif name in SEVERAL:  # a second `--policies` adds to the first
+            earlier = [one for known, values in made if known == name for one in values]
+            made = [one for one in made if one[0] != name]
+            made.append((name, earlier + ([value] if equals else [])))
         else:
             made.append((word, []))
     return [word for name, values in made for word in ([name, ",".join(values)] if values else [name])]

@@ -22,10 +22,11 @@ def test_words_without_a_command_are_those_of_new() -> None:
     cases: list[tuple[str, str]] = [
         ("--policies a b --prompts p --k 4", "new --policies a,b --prompts p --k 4"),
         ("new --policies a b", "new --policies a,b"),
+        ("--policies a --k 4 --policies=b c", "new --k 4 --policies a,b,c"),
         ("--arena a b c k=2 num=3", "new --arena a,b,c k=2 num=3"),
         ("--policies=a b --json", "new --policies=a,b --json".replace("=", " ", 1)),
         ("--policies runs/x=1/model b", "new --policies runs/x=1/model,b"),
-        ("--policies a --policies b", "new --policies a --policies b"),
+        ("--policies a --policies b", "new --policies a,b"),
         ("--config f.yaml k=3", "new --config f.yaml k=3"),
         ("serve demo --port 0", "serve demo --port 0"),
         ("--help", "--help"),
