@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf_pipeline.disk.storage import writing
-from rlhf_pipeline.errors import RunFailed
+from rlhf_pipeline.errors import DamagedFile, RunFailed, first_line
 
 T = TypeVar("T")
 Write = tuple[Callable[[sqlite3.Connection], Any], "Future[Any]"]
@@ -132,3 +132,10 @@ def _failure(path: Path, error: Exception) -> RunFailed:
     failure = RunFailed(f"{path}: {error}; what waited was not recorded, all that was recorded is intact; try again")
     failure.__cause__ = error
     return failure
+
+
+def unreadable(path: Path, error: Exception) -> RunFailed | DamagedFile:
+    """Why a storage could not be read: it cannot be now (locked, not permitted), or it is damaged."""
+    if isinstance(error, sqlite3.OperationalError) and "no such" not in str(error):
+        return RunFailed(f"{path}: {error}; nothing was changed; try again")
+    return DamagedFile(f"{path}: {first_line(error)}; expected the storage of a labelling project")

@@ -44,7 +44,8 @@ def write_report(labels: Labels, directory: Path, name: str) -> Quality:
 
     The file also says which models people prefer, so it is not for labelers.
     """
-    items, judgements = labels.items(), labels.judgements()
+    judgements = labels.judgements()
+    items = labels.items()  # read last: items that are added in between have no judgement yet
     found, arena = measure_quality(items, judgements), arena_of(name, items, judgements)
     with writing(directory, "the report"):
         models = [] if arena is None else arena_tables(arena.judged())

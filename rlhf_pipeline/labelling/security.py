@@ -198,7 +198,7 @@ class Guard:
         try:
             await self.app(scope, once, with_headers)
         except Exception:  # a bug: its trace is for the log of the server, not for the client
-            logging.getLogger("rlhf.label").exception("%s %s failed", scope["method"], scope["path"])
+            logging.getLogger("rlhf.label").exception("%s %r failed", scope["method"], scope["path"][:200])
             if not started:
                 await _answer(with_headers, 500, fault_json("bug", [Fault("", "an error in the server")]))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import logging
 import re
 import socket
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from rlhf_pipeline.errors import BadInput, Fault, RlhfError, faults_of
+from rlhf_pipeline.errors import BadInput, DamagedFile, Fault, RlhfError, faults_of
 from rlhf_pipeline.labelling.kinds import MAX_NOTE, TaskState
 from rlhf_pipeline.labelling.markdown import NEEDS_LABEL, render
 from rlhf_pipeline.labelling.report_page import LivePage
@@ -126,7 +127,7 @@ def make_app(store: LabelStore, *, token: str | None, hosts: set[str]) -> FastAP
 
     async def labeler_of(secret: str) -> int | None:
         if secret and secret not in known:
-            found = await run_in_threadpool(store.session, secret)
+            found = await run_in_threadpool(store.session, secret, token)
             if found is None:
                 return None
             if len(known) > 10_000:
@@ -202,7 +203,7 @@ def make_app(store: LabelStore, *, token: str | None, hosts: set[str]) -> FastAP
         labeler = await run_in_threadpool(store.labeler, name)
         secret = cookie(request)
         if await labeler_of(secret) != labeler:
-            secret = await run_in_threadpool(store.new_session, labeler)
+            secret = await run_in_threadpool(store.new_session, labeler, token)
         made = _json(Joined(csrf=csrf_of(secret), name=await run_in_threadpool(store.name, labeler)))
         made.set_cookie(cookie_name(request), secret, httponly=True, samesite="strict", path="/", max_age=90 * 86400)
         return made
@@ -210,6 +211,9 @@ def make_app(store: LabelStore, *, token: str | None, hosts: set[str]) -> FastAP
     @app.post("/api/leave")
     async def leave(request: Request) -> Response:
         await signed_in(request)
+        secret = cookie(request)
+        await run_in_threadpool(store.end_session, secret, token)
+        known.pop(secret, None)
         made = Response("{}", media_type="application/json")
         made.delete_cookie(cookie_name(request), path="/", httponly=True, samesite="strict")
         return made
@@ -273,7 +277,11 @@ def make_app(store: LabelStore, *, token: str | None, hosts: set[str]) -> FastAP
 
     @app.exception_handler(RlhfError)
     async def refused(_: Request, error: RlhfError) -> Response:
-        return _fault(422 if isinstance(error, BadInput) else 503, error.kind, *faults_of(error))
+        if isinstance(error, BadInput) and not isinstance(error, DamagedFile):
+            return _fault(422, error.kind, *faults_of(error))
+        logging.getLogger("rlhf.label").error("%s", error)  # with the place of the file, which is not for the client
+        found, fix = "the server cannot read or write the labels now", "tell whoever runs it; what was saved is safe"
+        return _fault(503, error.kind, Fault("", found, fix=fix))
 
     return app
 
@@ -305,13 +313,13 @@ def serve(store: LabelStore, *, host: str, port: int, token: str | None, ready: 
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(1024)
-    except OSError as error:
+    except (OSError, TypeError, ValueError) as error:  # the latter two: the host is no name at all
         listener.close()
-        raise BadInput(
-            f"{host}:{port}: {error.strerror or error}; expected a free address; give another port"
-        ) from error
+        why = getattr(error, "strerror", None) or error
+        raise BadInput(f"{host}:{port}: {why}; expected a free address; give another host or port") from error
     settings = uvicorn.Config(
         app,
+        http="h11",  # limits the headers; httptools, which other packages bring along, does not
         log_level="error",
         access_log=False,
         server_header=False,

@@ -19,8 +19,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from rlhf_pipeline.config.labelling import LabelConfig
-from rlhf_pipeline.errors import UNSEEN, BadInput, DamagedFile, RunFailed, first_line
-from rlhf_pipeline.labelling.commits import GroupCommits, connect
+from rlhf_pipeline.errors import UNSEEN, BadInput
+from rlhf_pipeline.labelling.commits import GroupCommits, connect, unreadable
 from rlhf_pipeline.labelling.events import Event, Refused, Task, check, fold, judgement
 from rlhf_pipeline.labelling.kinds import Action, Item, Judgement, TaskState, UndoAction
 from rlhf_pipeline.labelling.origins import Origin
@@ -86,10 +86,8 @@ class LabelStore:
             raise BadInput(f"{path}: there is no labelling project; expected one; see rlhf label list")
         try:
             return cls(path)
-        except (sqlite3.DatabaseError, ValidationError) as error:
-            if isinstance(error, sqlite3.OperationalError) and "no such" not in str(error):
-                raise RunFailed(f"{path}: {error}; nothing was changed; try again") from error  # locked, not permitted
-            raise DamagedFile(f"{path}: {first_line(error)}; expected the storage of a labelling project") from error
+        except ValidationError as error:
+            raise unreadable(path, error) from error
 
     def close(self) -> None:
         """Commit what waits, and end the thread that commits."""
@@ -168,17 +166,26 @@ class LabelStore:
             raise Refused(f"labeler {labeler}: there is none")
         return str(row[0])
 
-    def new_session(self, labeler: int) -> str:
-        """Return a secret that stands for a labeler, also after a restart; only its SHA-256 is stored."""
+    def new_session(self, labeler: int, token: str | None = None) -> str:
+        """Return a secret that stands for a labeler, also after a restart; only its SHA-256 is stored.
+
+        token: the access token of the server; the secret is worth nothing beside another one.
+        """
         secret = secrets.token_urlsafe(32)
-        self._commits.do(lambda db: db.execute("INSERT INTO sessions VALUES (?, ?)", (_digest(secret), labeler)))
+        digest = _digest(secret, token)
+        self._commits.do(lambda db: db.execute("INSERT INTO sessions VALUES (?, ?)", (digest, labeler)))
         return secret
 
-    def session(self, secret: str) -> int | None:
+    def session(self, secret: str, token: str | None = None) -> int | None:
         """Return the labeler of a session; None if there is no such session."""
         with self._read() as db:
-            row = db.execute("SELECT labeler FROM sessions WHERE digest = ?", (_digest(secret),)).fetchone()
+            row = db.execute("SELECT labeler FROM sessions WHERE digest = ?", (_digest(secret, token),)).fetchone()
         return None if row is None else int(row[0])
+
+    def end_session(self, secret: str, token: str | None = None) -> None:
+        """Make a secret worthless."""
+        digest = _digest(secret, token)
+        self._commits.do(lambda db: db.execute("DELETE FROM sessions WHERE digest = ?", (digest,)))
 
     # Tasks and actions.
 
@@ -274,18 +281,25 @@ class LabelStore:
 
     @contextlib.contextmanager
     def _read(self) -> Iterator[sqlite3.Connection]:
-        """Yield this thread's connection, in a transaction that sees one moment of the storage."""
+        """Yield this thread's connection, in a transaction that sees one moment of the storage.
+
+        Raises:
+            DamagedFile: what was read is no content of a storage of labels. RunFailed: it cannot be read now.
+        """
         db: sqlite3.Connection | None = getattr(self._threads, "db", None)
-        if db is None:
-            db = self._threads.db = connect(self.path)
-        if db.in_transaction:
+        if db is not None and db.in_transaction:
             yield db
             return
-        db.execute("BEGIN")
         try:
-            yield db
-        finally:
-            db.execute("COMMIT")
+            if db is None:
+                db = self._threads.db = connect(self.path)
+            db.execute("BEGIN")
+            try:
+                yield db
+            finally:
+                db.execute("COMMIT")
+        except (sqlite3.DatabaseError, ValidationError, json.JSONDecodeError) as error:
+            raise unreadable(self.path, error) from error
 
     def _meta(self, key: str) -> str:
         with self._read() as db:
@@ -327,5 +341,6 @@ class LabelStore:
         return after
 
 
-def _digest(secret: str) -> str:
-    return hashlib.sha256(secret.encode(errors="backslashreplace")).hexdigest()
+def _digest(secret: str, token: str | None) -> str:
+    whole = secret if token is None else f"{secret} {token}"
+    return hashlib.sha256(whole.encode(errors="backslashreplace")).hexdigest()

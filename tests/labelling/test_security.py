@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra `label` is not installed")
 
 from rlhf_pipeline.config.labelling import LabelConfig
+from rlhf_pipeline.errors import DamagedFile, RunFailed
 from rlhf_pipeline.labelling.kinds import Item, Response
 from rlhf_pipeline.labelling.security import MAX_BODY, POLICY, allowed_names, is_loopback
 from rlhf_pipeline.labelling.server import make_app
@@ -271,3 +272,43 @@ def test_names_of_a_server() -> None:
     assert "10.1.2.3" in allowed_names("10.1.2.3") and "[fe80::1]" in allowed_names("fe80::1%eth0")
     for host, local in {"127.0.0.1": True, "localhost": True, "::1": True, "0.0.0.0": False, "::": False}.items():
         assert is_loopback(host) is local, host
+
+
+def test_a_session_ends_with_the_token_and_when_its_labeler_leaves(tmp_path: Path) -> None:
+    items = [Item(number=0, prompt="p", responses=[Response(text=t) for t in "ab"])]
+    with LabelStore.create(database(tmp_path, "labels"), LabelConfig(responses="x.jsonl"), items) as store:
+        names = allowed_names("127.0.0.1")
+        ada = Visitor(make_app(store, token="old", hosts=names))
+        ada.join("Ada", "old")
+
+        def status(token: str | None) -> int:
+            return Visitor(make_app(store, token=token, hosts=names), ada.cookie, ada.csrf).get("/api/task").status
+
+        assert [status(token) for token in ("old", "new", None)] == [200, 401, 401]
+        assert ada.post("/api/leave", {}).status == 200
+        assert ada.get("/api/task").status == 401 and status("old") == 401
+
+
+def test_the_log_has_one_line_for_a_path_with_several(
+    ada: Visitor, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr("rlhf_pipeline.labelling.server.static_files", broken)
+    assert ada.get("/static/a\nERROR all labels are lost\x1b[2J").status == 500
+    (line,) = (record.getMessage() for record in caplog.records if record.name == "rlhf.label")
+    assert "\n" not in line and "\x1b" not in line
+
+
+@pytest.mark.parametrize("error", [DamagedFile("/home/ada/labels.sqlite: bad"), RunFailed("/home/ada: disk full")])
+def test_a_storage_that_fails_does_not_say_where_it_is(
+    ada: Visitor, store: LabelStore, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(labeler: int) -> None:
+        raise error
+
+    monkeypatch.setattr(store, "task", broken)
+    reply = ada.get("/api/task")
+    assert reply.status == 503 and b"ada" not in reply.body
+    assert b"what was saved is safe" in reply.body

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -208,3 +209,21 @@ def test_addresses() -> None:
 def test_other_machines_need_a_token(store: LabelStore) -> None:
     with pytest.raises(BadInput, match=r"'0\.0\.0\.0' without a token"):
         serve(store, host="0.0.0.0", port=0, token=None, ready=print)
+
+
+@pytest.mark.parametrize("host", ["ä..b", "x" * 64 + "..y"])
+def test_a_host_that_is_no_name_is_refused(store: LabelStore, host: str) -> None:
+    with pytest.raises(BadInput, match="another host or port"):
+        serve(store, host=host, port=0, token="t", ready=lambda _: None)
+
+
+def test_the_size_of_headers_is_limited_whatever_is_installed(
+    store: LabelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import uvicorn
+
+    made: list[Any] = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: made.append(self.config))
+    serve(store, host="127.0.0.1", port=0, token=None, ready=lambda _: None)
+    (config,) = made
+    assert config.http == "h11" and config.h11_max_incomplete_event_size == 16 * 1024

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import sqlite3
@@ -353,3 +354,21 @@ def test_what_is_kept_beside_the_events_agrees_with_a_recount(tmp_path: Path) ->
                 due = max(0, math.floor(0.3 * (firsts + len(new)) + 1e-9) - repeats)
                 still = sum(status == "open" for *_, status in mine)
                 assert store.progress(one).left == still + len(new) + due
+
+
+def test_damage_inside_the_file_is_said(tmp_path: Path) -> None:
+    with made(tmp_path, 2) as store:
+        path = store.path
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        (root,) = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'responses'").fetchone()
+        (size,) = db.execute("PRAGMA page_size").fetchone()
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: (root - 1) * size] + b"\xff" * size + whole[root * size :])
+    with LabelStore.open(path) as store, pytest.raises(DamagedFile, match="expected the storage of a labelling"):
+        store.items()
+    path.write_bytes(whole)
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        db.execute("UPDATE responses SET body = '{}' WHERE item = 0")
+    with LabelStore.open(path) as store, pytest.raises(DamagedFile):
+        store.items()
