@@ -16,6 +16,7 @@ from rlhf_pipeline.errors import BadInput, visible
 
 if TYPE_CHECKING:
     from rlhf_pipeline.labelling.export import Kind, Several
+    from rlhf_pipeline.labelling.importing import Tool
     from rlhf_pipeline.labelling.store import LabelStore
     from rlhf_pipeline.labelling.tools.form import Imported
 
@@ -63,31 +64,13 @@ def export_project(
     ] = False,
 ) -> None:
     """Write the labels as JSONL, publish them as collected data, or write a project of Argilla or Label Studio."""
-    from rlhf_pipeline.labelling.importing import form_of
     from rlhf_pipeline.labelling.project import named
 
-    if kind not in ("argilla", "label-studio"):
-        with named(common.home_path, name) as store:
-            _export(common, store, name, kind, output, publish, several, bad)
-        return
-    if output is None or publish is not None:
-        raise BadInput(f"--as {kind}: expected --output FOLDER, and no --publish: it is a project, not data")
     with named(common.home_path, name) as store:
-        form, items, judgements = form_of(store.config), store.items(), store.judgements()
-    if kind == "argilla":
-        from rlhf_pipeline.labelling.tools.argilla_write import write_argilla
-
-        labelers = sorted({judgement.labeler for judgement in judgements})
-        judgements = [one.model_copy(update={"labeler": labelers.index(one.labeler)}) for one in judgements]
-        lost = write_argilla(output, items, judgements, form, users=users or (), models=models)
-    else:
-        from rlhf_pipeline.labelling.tools.label_studio_write import write_label_studio
-
-        lost = write_label_studio(output, items, judgements, form, models=models)
-    lost["judgements, of which the time and the order on the page are not kept"] += len(judgements)
-    _tell([f"lost: {count} {reason}" for reason, count in (+lost).items()])
-    written = {"path": str(output), "items": len(items), "lost": dict(+lost)}
-    emit(written, [f"wrote {len(items)} items to {output}"], json=common.json)
+        if kind == "argilla" or kind == "label-studio":  # `in` would not narrow the type
+            _export_project(common, store, kind, output, publish, users or (), models)
+        else:
+            _export(common, store, name, kind, output, publish, several, bad)
 
 
 @command(app, "import")
@@ -167,6 +150,38 @@ def _export(
         write_rows(output, found.rows)
         result |= {"data": str(output), "path": str(output)}
     emit(result, [f"{len(found.rows)} {kind}: {result['data']}"], json=common.json)
+
+
+def _export_project(
+    common: Common,
+    store: LabelStore,
+    tool: Tool,
+    output: Path | None,
+    publish: str | None,
+    users: Sequence[str],
+    models: bool,
+) -> None:
+    """Write a project of another tool, whose labelers are 0, 1, ..."""
+    from rlhf_pipeline.labelling.importing import form_of
+
+    if output is None or publish is not None:
+        raise BadInput(f"--as {tool}: expected --output FOLDER, and no --publish: it is a project, not data")
+    items, form = store.items(), form_of(store.config)
+    given = store.judgements()
+    labelers = sorted({judgement.labeler for judgement in given})
+    judgements = [one.model_copy(update={"labeler": labelers.index(one.labeler)}) for one in given]
+    if tool == "argilla":
+        from rlhf_pipeline.labelling.tools.argilla_write import write_argilla
+
+        lost = write_argilla(output, items, judgements, form, users=users, models=models)
+    else:
+        from rlhf_pipeline.labelling.tools.label_studio_write import write_label_studio
+
+        lost = write_label_studio(output, items, judgements, form, models=models)
+    lost["judgements, of which the time and the order on the page are not kept"] += len(judgements)
+    _tell([f"lost: {count} {reason}" for reason, count in (+lost).items()])
+    written = {"path": str(output), "items": len(items), "lost": dict(+lost)}
+    emit(written, [f"wrote {len(items)} items to {output}"], json=common.json)
 
 
 def _origin(store: LabelStore) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def publish_rows(
     """
     if not exported.rows:
         raise BadInput(f"{project}: no {exported.kind} to publish ({_said(exported.left_out)}); label some items first")
-    config = {"judge": f"people:{project}", "as": exported.kind, "several": several}
+    config: Row = {"judge": f"people:{project}", "as": exported.kind, "several": several}
     config |= {"bad": dict(bad)} if bad is not None else {}
     rows, options = (sha256(json.dumps(part, sort_keys=True).encode()).hexdigest() for part in (exported.rows, config))
     splits = Counter(row["split"] for row in exported.rows if "split" in row)
@@ -179,8 +179,8 @@ def _by_item(
         else:
             first[judgement.item, judgement.labeler] = judgement
     judged: dict[int, list[Judgement]] = {}
-    for (item, _), judgement in first.items():
-        judged.setdefault(item, []).append(judgement)
+    for judgement in first.values():
+        judged.setdefault(judgement.item, []).append(judgement)
     for item in items:
         if item.number in judged:
             yield item, judged[item.number]
@@ -249,7 +249,8 @@ def _ratings(given: Sequence[tuple[Item, Sequence[Judgement]]], several: Several
             if _is_empty(response):
                 found.left_out["empty_response"] += 1
                 continue
-            row = {"prompt": item.prompt, "response": response.text, "rating": fmean(values), "ended": response.ended}
+            row: Row = {"prompt": item.prompt, "response": response.text, "rating": fmean(values)}
+            row["ended"] = response.ended
             for name in names:
                 answers = [judgement.flags[k][name] for judgement in judged if name in judgement.flags[k]]
                 row[_free(name, row)] = fmean(answers) if answers else None

@@ -114,7 +114,8 @@ def _questions(form: Form, size: int) -> list[dict[str, Any]]:
     """Return the questions: a ranking; for each response a grade and which of the yes/no questions apply; a note."""
     places = range(1, size + 1)
     options = [{"value": f"response_{place}", "text": f"Response {place}"} for place in places]
-    asked = [("ranking", "Rank the responses, the best one first", True, {"type": "ranking", "options": options})]
+    ranking = {"type": "ranking", "options": options}
+    asked: list[tuple[str, str, bool, Any]] = [("ranking", "Rank the responses, the best one first", True, ranking)]
     for place in places:
         title = f"Response {place}: overall quality, from {form.lowest} (worst) to {form.highest} (best)"
         grades = [{"value": grade} for grade in range(form.lowest, form.highest + 1)]
@@ -122,7 +123,7 @@ def _questions(form: Form, size: int) -> list[dict[str, Any]]:
         if form.flags:
             flags = [{"value": key, "text": text} for key, text in form.flags.items()]
             flags.append({"value": NONE, "text": "None of these"})
-            settings = {"type": "multi_label_selection", "options": flags, "options_order": "natural"}
+            settings: dict[str, Any] = {"type": "multi_label_selection", "options": flags, "options_order": "natural"}
             settings |= {"visible_options": len(flags)} if len(flags) > 2 else {}
             asked.append((f"flags_{place}", f"Response {place}: which of these apply?", False, settings))
     asked.append(("note", "Note", False, {"type": "text", "use_markdown": False}))

@@ -209,7 +209,7 @@ def _task(row: Mapping[str, Any], interface: Interface, taken: set[int]) -> Task
     if key is not None:
         names = [str(one["id"]) for one in _in_page_order(data[key])]
         by_id = {str(one["id"]): one for one in data[key]}
-        texts = [str(next(by_id[name][part] for part in _TEXTS if by_id[name].get(part))) for name in names]
+        texts = [_text_of(by_id[name]) for name in names]
     else:
         pair = next((objects for objects in interface.about.values() if len(objects) == 2), [])
         names = [interface.data.get(name, name) for name in pair] or forms.response_names([*data])
@@ -228,7 +228,14 @@ def _task(row: Mapping[str, Any], interface: Interface, taken: set[int]) -> Task
 
 
 def _are_items(values: list[Any]) -> bool:
-    return all(isinstance(one, dict) and "id" in one and any(one.get(part) for part in _TEXTS) for one in values)
+    return all(isinstance(one, dict) and "id" in one and any(part in one for part in _TEXTS) for one in values)
+
+
+def _text_of(element: Mapping[str, Any]) -> str:
+    for part in _TEXTS:
+        if isinstance(element.get(part), str):
+            return str(element[part])
+    raise ValueError(f"an element of the list without {' or '.join(_TEXTS[:2])}")
 
 
 def _in_page_order(values: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -295,7 +302,7 @@ def _read_annotation(
         flags=forms.by_number(flags, task.order),
         note="" if reason is not None else note,
         reason=reason,
-        seconds=float(seconds) if type(seconds) in (int, float) and 0 <= seconds < LONGEST else 0.0,
+        seconds=float(seconds) if isinstance(seconds, int | float) and 0 <= seconds < LONGEST else 0.0,
     )
     found.judgements.append(judgement.model_copy(update={"repeat": repeat}))
     return plain
