@@ -10,7 +10,7 @@ from rlhf_pipeline.config.base import spelled
 from rlhf_pipeline.config.kto import UNPAIRED
 from rlhf_pipeline.registry.manifest import Manifest
 from rlhf_pipeline.registry.optimum import REWARD_MODEL, carried_moves, own_moves
-from rlhf_pipeline.registry.parents import beta_of, parent_of, reward_models_of
+from rlhf_pipeline.registry.parents import beta_of, parent_of, rescaled_beta, reward_models_of
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.store import Registry
 from rlhf_pipeline.report.figures import EffectiveBeta, InContext, Row, Span
@@ -53,17 +53,6 @@ def aim_of(registry: Registry, resolved: Resolved) -> Aim:
     optimum = _optimum(manifest, moved.keys() - adapted)
     told = {} if (beta := rescaled_beta(resolved)) is None else {"effective_kl_coef": beta}
     return Aim(optimum, moved | told, manifest.may_move_optimum, effective_beta_of(registry, resolved))
-
-
-def rescaled_beta(resolved: Resolved) -> float | None:
-    """PPO's beta in units of its reward source's own scores, where it scaled them.
-
-    None where it did not, and for a snapshot of a run that normalised its scores: that of its step is not known.
-    """
-    manifest = resolved.manifest
-    if manifest is None or (resolved.step is not None and manifest.config.get("normalize_rewards")):
-        return None
-    return (manifest.metrics.get("train") or {}).get("objective/effective_kl_coef")
 
 
 def moved_options(registry: Registry, resolved: Resolved) -> dict[str, object]:

@@ -30,7 +30,7 @@ from rlhf_pipeline.measure.leaves import TRUTH, Leaves, Reward, trained_reward
 from rlhf_pipeline.measure.training_loss import excess_training_losses, trained_by_dpo
 from rlhf_pipeline.models.sharing import sharing_models
 from rlhf_pipeline.registry.optimum import own_moves
-from rlhf_pipeline.registry.parents import beta_of, reference_of, reward_model_keys
+from rlhf_pipeline.registry.parents import beta_of, reference_of, rescaled_beta, reward_model_keys
 from rlhf_pipeline.registry.references import Resolved
 from rlhf_pipeline.registry.roles import role_of
 from rlhf_pipeline.registry.store import Registry
@@ -62,8 +62,8 @@ class ExactBench:
     frontiers: dict[int, GibbsFrontier] = field(default_factory=dict)
 
     def beta_of(self, model: Resolved) -> float:
-        """The beta at which a model is measured."""
-        return self.beta or beta_of(model) or self.usual_beta
+        """The beta at which a model is measured: in units of the scores as they were before PPO scaled them."""
+        return self.beta or rescaled_beta(model) or beta_of(model) or self.usual_beta
 
     def count(self, reward: Reward) -> int:
         """Number of prompts of the figures for this reward."""

@@ -114,3 +114,14 @@ def beta_of(resolved: Resolved) -> float | None:
         ended = last.get("objective/kl_coef") if isinstance(last, dict) and resolved.step is None else None
         return float(ended) or None if isinstance(ended, int | float) else None
     return config.get("kl_coef", config.get("beta")) or None
+
+
+def rescaled_beta(resolved: Resolved) -> float | None:
+    """PPO's beta in units of its reward source's own scores, where it scaled them.
+
+    None where it did not, and for a snapshot of a run that normalised its scores: that of its step is not known.
+    """
+    manifest = resolved.manifest
+    if manifest is None or (resolved.step is not None and manifest.config.get("normalize_rewards")):
+        return None
+    return (manifest.metrics.get("train") or {}).get("objective/effective_kl_coef")

@@ -266,3 +266,10 @@ def test_what_makes_two_losses_one_problem(config, changes):
     one = dpo_model(**config)
     assert problem_of(one) == problem_of(dpo_model(**config, learning_rate=1e-3, output_name="other"))
     assert problem_of(one) != problem_of(dpo_model(**config, **changes))
+
+
+@pytest.mark.check
+def test_an_arm_with_scaled_scores_is_measured_at_the_beta_that_they_amount_to(arms):
+    arms.run("ppo", output_name="scaled", max_steps=1, reward_scale=4.0, kl_coef=1.0)
+    (row, *_) = exact(arms, "scaled", **SHORT, reward_model_prompts=2).rows
+    assert (row.name, row.beta) == ("scaled@v1", 0.25)
