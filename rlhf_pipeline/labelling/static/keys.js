@@ -32,6 +32,12 @@ export function enableKeys(acts) {
     Backspace: acts.takeOut,
   };
 
+  let pointed = null;
+  document.addEventListener("pointerdown", (event) => (pointed = event.target.closest("button, summary, a")));
+  document.addEventListener("focusin", (event) => {
+    if (event.target !== pointed) pointed = null;
+  });
+
   document.addEventListener("keydown", (event) => {
     const { key, target } = event;
     if (document.querySelector("dialog[open]")) return;
@@ -47,8 +53,9 @@ export function enableKeys(acts) {
     const flag = target.closest(".flag");
     if (flag && (key === "y" || key === "n")) return void used(event, () => acts.answer(flag, key === "y"));
     if (key === "Enter") {
-      // On a button Enter presses it; a response that has its rank already has nothing to press.
-      if (isPressed(target) && !target.closest("#groups, .ranked .badge")) return;
+      // On a button Enter presses it; but not on one that has the focus from a pointer, nor on a response that has its
+      // rank already and so nothing to press.
+      if (isPressed(target) && target !== pointed && !target.closest("#groups, .ranked .badge")) return;
       return void used(event, acts.submit);
     }
     if (event.repeat && key !== "ArrowLeft" && key !== "ArrowRight") return;
