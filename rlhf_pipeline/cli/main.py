@@ -16,7 +16,7 @@ from typer.exceptions import Abort, TyperException
 
 from rlhf_pipeline import __version__
 from rlhf_pipeline.api import DEFAULT_HOME, HOME_VARIABLE
-from rlhf_pipeline.cli import cache, config, data, label_files, models
+from rlhf_pipeline.cli import cache, config, data, label, label_files, models
 from rlhf_pipeline.cli.compare import COMPARE_KEYS, compare, report
 from rlhf_pipeline.cli.doctor import doctor
 from rlhf_pipeline.cli.evaluate import MEASURING_KEYS, SAMPLING_KEYS, evaluate, generate
