@@ -131,7 +131,9 @@ class LabelConfig(SamplingConfig):
     arena: Texts = option(
         (), "models that are compared blind, two responses of different models at a time", names="policy"
     )
-    responses: Text | None = option(None, "source of given responses: rankings or pairs", names="data")
+    responses: Text | None = option(
+        None, "source of given responses: prompts with completions, rankings or pairs", names="data"
+    )
     prompts: Text | None = option(None, "source of the prompts, in any format with prompts", names="data")
     k: int = option(4, "responses per prompt, 2 to 9 (InstructGPT: 4 to 9)", ge=2, le=9)
     num: Count = option(100, "number of items, each a prompt with its responses")

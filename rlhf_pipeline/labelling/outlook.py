@@ -8,6 +8,7 @@ from typing import Any
 from rlhf_pipeline.config.labelling import LabelConfig
 from rlhf_pipeline.data.load import read_records
 from rlhf_pipeline.data.splits import assign_splits
+from rlhf_pipeline.labelling.items import given_items
 from rlhf_pipeline.labelling.project import require_same
 from rlhf_pipeline.labelling.store import LabelStore, database
 from rlhf_pipeline.registry.roles import check_role
@@ -32,12 +33,14 @@ def outlook(config: LabelConfig, home: Path) -> dict[str, Any]:
         resolved = Registry(home).resolve(named.reference, revision=named.revision)
         check_role(resolved, named.role)
         models.append(resolved.label)
+    if config.responses is not None:
+        notes: list[str] = []
+        items, _ = given_items(config, home, notes.append)
+        return found | {"items": len(items), "overlap": config.overlap, "notes": notes}
     (data,) = config.sources()
     read = read_records(*data, home=home, skip_bad_rows=config.skip_bad_rows, splits=config.splits)
     splits = assign_splits(read.records, config.split_fractions, read.source)
     usable = sum(config.splits is None or split in config.splits for split in splits)
-    if config.responses is not None:
-        return found | {"items": min(config.num, usable), "rows": usable, "overlap": config.overlap}
     k = 2 if config.arena else config.k
     return found | {
         "items": config.num,

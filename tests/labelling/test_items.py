@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rlhf_pipeline.errors import BadInput, ConfigError, DataError
 from rlhf_pipeline.labelling.items import make_items, settled
 from rlhf_pipeline.labelling.kinds import Response
 from rlhf_pipeline.labelling.origins import give, turns, winner_entropy
+from rlhf_pipeline.labelling.outlook import outlook
 from rlhf_pipeline.labelling.project import open_or_make
 
 CPU = {"use_cpu": True, "num_threads": 1}
@@ -130,8 +132,8 @@ def test_given_responses_are_read_and_equal_ones_merged(tmp_path: Path) -> None:
     assert all(one.source is None and one.ids is None for item in made.items for one in item.responses)
     assert made.uncertainty is None
     assert sum("one response" in text or "more than 9" in text for text in said) == 2
-    assert any(text.startswith("1 responses are like another") for text in said)
-    with pytest.raises(BadInput, match="no item"):
+    assert any(text.startswith("responses that are like another") and text.endswith("once: 1") for text in said)
+    with pytest.raises(BadInput, match="can be compared"):
         make_items(
             config(
                 responses=write(tmp_path / "b.jsonl", [{"prompt": "b", "completions": ["x", "x"], "ranks": [1, 2]}])
@@ -139,7 +141,7 @@ def test_given_responses_are_read_and_equal_ones_merged(tmp_path: Path) -> None:
             tmp_path,
             said.append,
         )
-    with pytest.raises(DataError, match="rankings or pairs"):
+    with pytest.raises(DataError, match="`completions`"):
         make_items(config(responses=write(tmp_path / "p.jsonl", [{"prompt": "b"}])), tmp_path, said.append)
 
 
@@ -152,6 +154,62 @@ def test_given_chats_stay_chats(tmp_path: Path) -> None:
 
 
 @pytest.mark.check
+def test_responses_without_ranks_are_read(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "why"}]
+    answers = [[{"role": "assistant", "content": text}] for text in ("x", "y")]
+    source = write(
+        tmp_path / "rows.jsonl",
+        [
+            {"prompt": "a", "completions": ["x", "y", "x"], "ended": [True, False, True], "topic": "t"},
+            {"prompt": "b", "completions": ["x", "x"]},
+        ],
+    )
+    said: list[str] = []
+    (item,) = make_items(config(responses=source), tmp_path, said.append).items
+    assert (item.prompt, [(one.text, one.ended) for one in item.responses]) == ("a", [("x", True), ("y", False)])
+    assert item.columns == {"topic": "t"}
+    assert [text for text in said if "not read" in text] == [f"{source}: not read: topic"]
+    chat = write(tmp_path / "chat.jsonl", [{"prompt": turns, "completions": answers}])
+    (item,) = make_items(config(responses=chat), tmp_path, said.append).items
+    assert (item.prompt, [one.text for one in item.responses]) == (turns, answers)
+
+
+FAULTY_RESPONSES: list[tuple[Any, str]] = [
+    ("x", "not a list of two or more"),
+    (["x"], "not a list of two or more"),
+    (["x", 3], r"completions\[1\]' is a number"),
+    (["x", " "], r"completions\[1\]' is empty"),
+]
+
+
+def test_faulty_responses_without_ranks_are_said_by_line(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completions": ["x", "y"]}]
+    rows += [{"prompt": "b", "completions": given} for given, _ in FAULTY_RESPONSES]
+    source = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError) as caught:
+        make_items(config(responses=source), tmp_path, lambda _: None)
+    assert [fault.where.rpartition(":")[2] for fault in caught.value.faults] == ["2", "3", "4", "5"]
+    for fault, (_, found) in zip(caught.value.faults, FAULTY_RESPONSES, strict=True):
+        assert re.search(found, fault.found), fault
+    said: list[str] = []
+    (item,) = make_items(config(responses=source, skip_bad_rows=True), tmp_path, said.append).items
+    assert item.prompt == "a" and any(text.endswith("that can be read: 4") for text in said)
+
+
+def test_a_dry_run_reads_given_responses_as_the_run_does(tmp_path: Path) -> None:
+    good = write(
+        tmp_path / "good.jsonl",
+        [{"prompt": "a", "completions": ["x", "y"]}, {"prompt": "b", "completions": ["x", "x"]}],
+    )
+    assert outlook(config(responses=good), tmp_path)["items"] == 1
+    for rows in ([{"prompt": "b"}], [{"prompt": "b", "completions": ["x", "x"]}]):
+        bad = config(responses=write(tmp_path / "bad.jsonl", rows))
+        with pytest.raises(DataError):
+            outlook(bad, tmp_path)
+        with pytest.raises(DataError):
+            make_items(bad, tmp_path, lambda _: None)
+
+
 def test_responses_are_sampled_from_models_in_turn(lab: Any) -> None:
     other = str(lab.registry.resolve("sft").path)
     said: list[str] = []
