@@ -181,7 +181,7 @@ def _advice_on_option(error: Any, words: Sequence[str]) -> str:
         return ""
     from rlhf_pipeline.config.keys import ALIASES, SCHEMAS
 
-    stage = {"run": "experiment", NEW: "label"}.get(context.info_name, context.info_name)
+    stage = {"run": "experiment", label.NEW: "label"}.get(context.info_name, context.info_name)
     if stage not in SCHEMAS:
         return ""
     key = option.lstrip("-").replace("-", "_")
