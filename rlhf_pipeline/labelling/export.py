@@ -129,7 +129,13 @@ def read_answer(text: str) -> tuple[str, bool]:
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows as JSONL; the file appears whole or not at all."""
+    """Write rows as JSONL; the file appears whole or not at all.
+
+    Raises:
+        BadInput: the path is a folder or a device, which a file would replace.
+    """
+    if path.exists() and not path.is_file():
+        raise BadInput(f"{path}: found a {'folder' if path.is_dir() else 'device'}; expected the path of a file")
     storage.replace_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
@@ -253,8 +259,9 @@ def _ratings(given: Sequence[tuple[Item, Sequence[Judgement]]], several: Several
             row["ended"] = response.ended
             for name in names:
                 answers = [judgement.flags[k][name] for judgement in judged if name in judgement.flags[k]]
-                row[_free(name, row)] = fmean(answers) if answers else None
-            yield row | _rest(item)
+                row[_column(name, names)] = fmean(answers) if answers else None
+            # What labelers answered counts, whatever the source said under the same name.
+            yield row | {name: value for name, value in _rest(item).items() if name not in row}
 
 
 def _labels(
@@ -328,10 +335,14 @@ def _rest(item: Item) -> Row:
     return rest | ({} if item.split is None else {"split": item.split})
 
 
-def _free(name: str, taken: Collection[str]) -> str:
-    if name in taken or name in _READ:
-        raise BadInput(f"the question {name!r} has the name of a column of the export; give it another key")
-    return name
+def _column(name: str, names: Collection[str]) -> str:
+    """Return the column of a question: its key, or `question_KEY` if formats read a column of this name."""
+    if name not in _READ | {"rating", "ended"}:
+        return name
+    column = f"question_{name}"
+    while column in names:
+        column = f"question_{column}"
+    return column
 
 
 def _said(counts: Mapping[str, int]) -> str:

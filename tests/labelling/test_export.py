@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 
@@ -188,8 +190,32 @@ def test_ratings_by_hand(tmp_path):
     assert by_opinion.records[0].extra["scores"] == (0.5, 0.0)
     with pytest.raises(BadInput, match="ranked against each other"):
         export([item()], given, "ratings", several="each")
-    with pytest.raises(BadInput, match="question 'label' has the name of a column"):
-        export([item()], [judged([1, 2, 3], ratings=[1, 2, 3], flags=[{"label": True}, {}, {}])], "ratings")
+
+
+def test_a_question_with_the_name_of_a_column_is_exported_under_another_name():
+    """The keys of a project cannot be changed once people have labelled; the source's columns give way too."""
+    flags = [{"label": True, "prompt": False, "question_prompt": True, "topic": True}, {}, {}]
+    given = judged([1, 2, 3], ratings=[1, 2, 3], flags=flags)
+    row = export([item(columns={"topic": "x", "more": "y"})], [given], "ratings").rows[0]
+    assert row == {
+        "prompt": "p0",
+        "response": " A",
+        "rating": 1.0,
+        "ended": True,
+        "question_label": 1.0,
+        "question_question_prompt": 0.0,
+        "question_prompt": 1.0,
+        "topic": 1.0,
+        "more": "y",
+    }
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_a_folder_or_a_device_is_not_replaced_by_a_file(tmp_path, make):
+    make(tmp_path / "there")
+    with pytest.raises(BadInput, match="expected the path of a file"):
+        write_rows(tmp_path / "there", [{"prompt": "p"}])
+    assert not (tmp_path / "there").is_file()
 
 
 def test_labels_by_hand(tmp_path):

@@ -405,6 +405,15 @@ def test_a_folder_that_is_no_dataset_of_argilla(tmp_path):
         read_argilla(folder)
 
 
+def test_odd_values_of_label_studio(tmp_path):
+    """Two responses with one id are no item: which of them was meant, nobody can say. Nobody counts to 10^5000."""
+    task = {"data": {"prompt": "p", "list": [{"id": 1, "body": "a"}, {"id": 1, "body": "b"}]}}
+    found = read_label_studio(label_studio(tmp_path / "ids", None, task))
+    assert found.items == [] and "two responses with one id" in next(iter(found.lost))
+    rating = f'<View><Rating name="r1" toName="a" maxRating="{"9" * 5000}"/></View>'
+    assert read_label_studio(label_studio(tmp_path / "grades", rating)).form.highest == 5
+
+
 def test_half_a_surrogate_pair_is_refused(tmp_path):
     folder = label_studio(tmp_path / "data", None, {"data": {"prompt": "\ud800", "answer_1": "a", "answer_2": "b"}})
     with pytest.raises(BadInput, match="not JSON in UTF-8"):

@@ -23,6 +23,7 @@ from rlhf_pipeline.labelling.tools.label_studio_write import CONFIG, TASKS, UNRA
 MOST_LABELERS = 1 << 16
 LONGEST = 1e9
 """Seconds: what is more is no time of work."""
+_GRADE = re.compile("[0-9]{1,4}")
 _TEXTS = ("body", "text", "html", "title")
 
 
@@ -144,9 +145,9 @@ def read_interface(path: Path) -> Interface:
             found.listed = value
         if tag.tag in ("Rating", "Number"):
             highest = tag.get("maxRating") or tag.get("max") or ""
-            found.highest = int(highest) if highest.isascii() and highest.isdigit() else found.highest
+            found.highest = int(highest) if _GRADE.fullmatch(highest) else found.highest
             lowest = tag.get("min") or ""
-            found.lowest = int(lowest) if lowest.isascii() and lowest.isdigit() else found.lowest
+            found.lowest = int(lowest) if _GRADE.fullmatch(lowest) else found.lowest
     return found
 
 
@@ -208,6 +209,8 @@ def _task(row: Mapping[str, Any], interface: Interface, taken: set[int]) -> Task
     )
     if key is not None:
         names = [str(one["id"]) for one in _in_page_order(data[key])]
+        if len(set(names)) < len(names):
+            raise ValueError("two responses with one id")
         by_id = {str(one["id"]): one for one in data[key]}
         texts = [_text_of(by_id[name]) for name in names]
     else:
