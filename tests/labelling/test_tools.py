@@ -405,6 +405,23 @@ def test_a_folder_that_is_no_dataset_of_argilla(tmp_path):
         read_argilla(folder)
 
 
+def test_options_that_differ_in_case_alone_are_one_question(tmp_path):
+    options = [{"value": value, "text": value} for value in ("Too long", "too-long")]
+    question = {"name": "flags_1", "title": "1", "settings": {"type": "multi_label_selection", "options": options}}
+    ranking = {"type": "ranking", "options": [{"value": "response_1"}, {"value": "response_2"}]}
+    fields = [{"name": name} for name in ("prompt", "response_1", "response_2")]
+    rank = {"name": "rank", "title": "rank", "settings": ranking}
+    (tmp_path / ".argilla").mkdir()
+    (tmp_path / ".argilla/settings.json").write_text(json.dumps({"fields": fields, "questions": [rank, question]}))
+    ranks = [{"value": "response_1", "rank": 1}, {"value": "response_2", "rank": 2}]
+    values = {"rank": {"value": ranks}, "flags_1": {"value": ["Too long"]}}
+    texts = {"prompt": "p", "response_1": "a", "response_2": "b"}
+    row = {"fields": texts, "responses": [{"user_id": "u", "status": "submitted", "values": values}]}
+    (tmp_path / "records.json").write_text(json.dumps([row]))
+    (found,) = read_argilla(tmp_path).judgements
+    assert found.flags == [{"too_long": True}, {}]
+
+
 def test_odd_values_of_label_studio(tmp_path):
     """Two responses with one id are no item: which of them was meant, nobody can say. Nobody counts to 10^5000."""
     task = {"data": {"prompt": "p", "list": [{"id": 1, "body": "a"}, {"id": 1, "body": "b"}]}}
@@ -423,6 +440,9 @@ def test_half_a_surrogate_pair_is_refused(tmp_path):
 def test_names_by_hand():
     keys = [key_of(name) for name in ("Makes it up!", "2 wrong", "\u9519\u8bef", "\u6709\u5bb3", "x" * 80)]
     assert keys[:2] == ["makes_it_up", "flag_2_wrong"] and len(set(keys)) == 5
+    alike = [key_of(name) for name in ("C", "C++", "C#", "1", "+1", "-1", "<50 %", ">50 %", "50")]
+    assert alike[0] == "c" and len(set(alike)) == len(alike)
+    keys += alike
     assert all(re.fullmatch("[a-z][a-z0-9_]{0,63}", key) for key in keys)
     assert response_names(["prompt", "response_1", "response_2"]) == ["response_1", "response_2"]
     assert response_names(["instruction", "Response A", "Response B", "score_1"]) == ["Response A", "Response B"]

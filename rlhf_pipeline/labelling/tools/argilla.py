@@ -149,7 +149,8 @@ def _read_answers(
             ratings[place] = value
         elif role == "flags" and isinstance(value, list):
             known = [str(key) for key in question.options if not forms.is_none(str(key))]
-            flags[place] = {forms.key_of(key): key in value for key in known}
+            chosen = {forms.key_of(key) for key in known if key in value}
+            flags[place] = {key: key in chosen for key in map(forms.key_of, known)}
         elif role == "note":
             note = str(value)[:MAX_NOTE]
     ranks = ranks or choice or forms.ranks_of_ratings(ratings)

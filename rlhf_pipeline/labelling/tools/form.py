@@ -27,6 +27,8 @@ NONE = "none_of_these"
 FACTS = "rlhf"
 """Where a record or a task keeps what the tool has no place for."""
 MOST_BYTES = 1 << 30
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _.,:;'\"/()-]*[.!?]*")
+"""Names whose other characters say nothing, unlike those of `+1` and `-1`, `C` and `C++`."""
 _PROMPTS = ("prompt", "instruction", "question", "query", "input", "context", "conversation", "chat", "task")
 _RESPONSES = (
     "response",
@@ -191,10 +193,10 @@ def is_none(choice: str) -> bool:
 
 
 def key_of(name: str) -> str:
-    """Return a name as the key of a yes/no question; names that differ in other letters keep different keys."""
+    """Return a name as the key of a yes/no question; names that differ in more than case and spaces differ in keys."""
     key = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
     key = key if key[:1].isalpha() else f"flag_{key}".strip("_")
-    if name.isascii() and len(key) <= 64:
+    if _PLAIN.fullmatch(name) and len(key) <= 64:
         return key
     return f"{key[:55]}_{sha256(name.encode(errors='replace')).hexdigest()[:8]}"
 
