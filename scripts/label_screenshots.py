@@ -130,7 +130,7 @@ def main() -> None:
         page.tap("#pool .chip:nth-child(1)")
 
     def with_questions(page: Any) -> None:
-        press("1" + "2" + "6")(page)
+        press("21" + "2")(page)
         page.locator(".card summary").first.click()
         press("f" + "nn")(page)
 
