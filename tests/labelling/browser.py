@@ -11,8 +11,13 @@ from typing import Any
 
 import pytest
 
+from rlhf_pipeline.config.labelling import LabelConfig
+from rlhf_pipeline.labelling.kinds import Item, Response
+from rlhf_pipeline.labelling.store import LabelStore, database
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)
+TEXTS = ("Four **words** of `code`.", "```python\nx = 1\n```", "- a\n- b", "plain")
 
 
 def needed() -> None:
@@ -21,6 +26,21 @@ def needed() -> None:
         pytest.importorskip(module, reason=f"{module.partition('.')[0]} is not installed")
     if BROWSER is None:
         pytest.skip(f"no browser: none of {', '.join(NAMES)} on the PATH")
+
+
+def made(home: Path, number: int, k: int = 4, kind: str = "rank", **keys: object) -> LabelStore:
+    """The storage of a project of `number` items with k responses each."""
+    items = [
+        Item(
+            number=n,
+            kind=kind,
+            prompt=f"Prompt {n}",
+            responses=[Response(text=TEXTS[i % 4] if i else f"{n}", source=f"m{i}", ended=i != 3) for i in range(k)],
+        )
+        for n in range(number)
+    ]
+    config = LabelConfig.model_validate({"responses": "x.jsonl", **keys})
+    return LabelStore.create(database(home, "labels"), config, items)
 
 
 @contextmanager
@@ -129,3 +149,8 @@ class Tab:
             if one["impact"] in ("serious", "critical")
             for node in one["nodes"]
         ]
+
+
+def clean(tab: Tab) -> None:
+    """Assert that nothing went wrong in the tab and nothing was asked for elsewhere."""
+    assert tab.complaints == [] and tab.outside == []
