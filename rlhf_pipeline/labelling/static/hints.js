@@ -20,7 +20,7 @@ export function hintFor(item, state, ui, config) {
     if (!last)
       return keys ? "Which is best? Press its number, or drag it here." : "Which is best? Choose its number.";
     if (ui.armed) return `The next one is tied with ${last}.`;
-    return keys ? `Which is next best? Press = first for a tie with ${last}.` : "Next best? Drop it on another to tie.";
+    return keys ? `Which is next best? For a tie with ${last}, press = first.` : "Next best? Drop it on another to tie.";
   }
   if (ui.mode === "rate") {
     const rest = state.ratings.filter((rating) => rating === null).length;
