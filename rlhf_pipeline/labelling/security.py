@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import re
+import socket
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,6 +24,12 @@ MAX_SECONDS = 15.0
 """For a whole body to arrive."""
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
+
+EVERY = {
+    "0.0.0.0": (socket.AF_INET, "192.0.2.1", "127.0.0.1"),
+    "::": (socket.AF_INET6, "2001:db8::1", "::1"),
+}
+"""Hosts that are every address: their family, a number elsewhere (RFC 5737, RFC 3849), and loopback."""
 
 # Scripts, styles and requests of the page's own server; nothing inline, nothing from elsewhere, no frame around it.
 POLICY = (
@@ -67,10 +74,9 @@ def allowed_names(host: str) -> set[str]:
 
     A server on every address (0.0.0.0, ::) cannot know its names: it answers to its numbers and to this machine's name.
     """
-    import socket
-
     names = set(LOOPBACK)
-    if host in ("0.0.0.0", "::"):
+    if host in EVERY:
+        names.add(_bracketed(own_number(host)))
         own = socket.gethostname().lower()
         names |= {own, f"{own}.local", socket.getfqdn().lower()}
         try:
@@ -81,6 +87,21 @@ def allowed_names(host: str) -> set[str]:
     else:
         names.add(_bracketed(host.lower()))
     return names
+
+
+def own_number(host: str) -> str:
+    """The number by which others reach a server that listens on every address; that of loopback without a network.
+
+    This machine's name often stands for a loopback number alone. So a UDP socket, which sends nothing when it is
+    connected, is asked from where it would send to a machine elsewhere (a number that is reserved for documentation).
+    """
+    family, elsewhere, alone = EVERY[host]
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as asked:
+            asked.connect((elsewhere, 9))
+            return str(asked.getsockname()[0]).partition("%")[0]
+    except OSError:
+        return alone
 
 
 def is_loopback(host: str) -> bool:

@@ -19,7 +19,15 @@ from rlhf_pipeline.errors import BadInput, DamagedFile, Fault, RlhfError, faults
 from rlhf_pipeline.labelling.kinds import MAX_NOTE, TaskState
 from rlhf_pipeline.labelling.markdown import NEEDS_LABEL, render
 from rlhf_pipeline.labelling.report_page import LivePage
-from rlhf_pipeline.labelling.security import REPORT_POLICY, Guard, allowed_names, fault_json, is_loopback
+from rlhf_pipeline.labelling.security import (
+    EVERY,
+    REPORT_POLICY,
+    Guard,
+    allowed_names,
+    fault_json,
+    is_loopback,
+    own_number,
+)
 from rlhf_pipeline.labelling.store import LabelStore
 from rlhf_pipeline.labelling.wire import Answer, Back, Join, Joined, Sent, numbered, placed, project_of, shown_item
 
@@ -288,7 +296,7 @@ def make_app(store: LabelStore, *, token: str | None, hosts: set[str]) -> FastAP
 
 def address(host: str, port: int, token: str | None) -> str:
     """The address to open. The token stands behind its #, so that no server or log on the way sees it."""
-    shown = "127.0.0.1" if host in ("0.0.0.0", "") else "::1" if host == "::" else host
+    shown = own_number(host) if host in EVERY else host or "127.0.0.1"
     name = f"[{shown}]" if ":" in shown else shown
     return f"http://{name}:{port}/{f'#token={token}' if token else ''}"
 

@@ -196,10 +196,38 @@ def test_places_and_numbers() -> None:
         numbered(RankAction(ranks=[1]), [2, 0, 1])
 
 
+class Elsewhere:
+    """A socket of a machine whose number is 10.0.0.9, or that has no network."""
+
+    there = True
+
+    def __init__(self, *_: Any) -> None: ...
+    def __enter__(self) -> Elsewhere:
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+    def connect(self, _: Any) -> None:
+        if not self.there:
+            raise OSError("Network is unreachable")
+
+    def getsockname(self) -> tuple[str, int]:
+        return "10.0.0.9", 4711
+
+
+def test_a_server_on_every_address_answers_to_the_number_that_others_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_pipeline.labelling.security.socket.socket", Elsewhere)
+    assert address("0.0.0.0", 80, "t") == "http://10.0.0.9:80/#token=t"
+    assert "10.0.0.9" in allowed_names("0.0.0.0") and "10.0.0.9" not in allowed_names("127.0.0.1")
+    monkeypatch.setattr(Elsewhere, "there", False)
+    assert [address(host, 80, "t") for host in ("0.0.0.0", "::")] == [
+        "http://127.0.0.1:80/#token=t",
+        "http://[::1]:80/#token=t",
+    ]
+
+
 def test_addresses() -> None:
     for (host, token), expected in {
         ("127.0.0.1", None): "http://127.0.0.1:80/",
-        ("0.0.0.0", "t"): "http://127.0.0.1:80/#token=t",
         ("::1", None): "http://[::1]:80/",
         ("10.0.0.2", "t"): "http://10.0.0.2:80/#token=t",
     }.items():
