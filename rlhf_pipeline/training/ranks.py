@@ -50,6 +50,8 @@ class Ranks:
 
     def accumulating(self, last: bool = False) -> contextlib.AbstractContextManager:
         """A context for the forward and backward pass of a micro-batch, without communication if possible."""
+        if isinstance(self.model, DistributedDataParallel):
+            return self.model.no_sync()  # accelerate's is no context at all in a single process
         return self.accelerator.no_sync(self.model) if self.alone or not last else contextlib.nullcontext()
 
     def even(self, micro_batches: list[Any]) -> list[Any]:

@@ -135,7 +135,7 @@ def test_an_experiment_that_is_done_imports_no_library(lab, tmp_path) -> None:
 @pytest.mark.slow
 @pytest.mark.check
 def test_a_stage_imports_no_other_room_than_its_own(lab) -> None:
-    others = ("experiment", "report", "compare", "measure", "stages.ppo", "stages.collect", "stages.reward")
+    others = ("experiment.run", "report", "compare", "measure", "stages.ppo", "stages.collect", "stages.reward")
     found = imported([f"rlhf_pipeline.{name}" for name in others], command(lab.home, "dpo"))
     assert found["codes"] == [0]
     assert found["found"] == [[]]

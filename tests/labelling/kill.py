@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline.labelling.events import Refused
 from rlhf_pipeline.labelling.store import LabelStore
 from tests.faults import children
 from tests.labelling.browsers import Browser, make_project
@@ -147,7 +148,11 @@ def compare(path: Path, acknowledged: list[dict[str, list[str]]], told: list[dic
     with LabelStore.open(path) as store:
         for browser in told:
             for task, expected in browser.items():
-                state = store.state(int(task))
+                try:
+                    state = store.state(int(task))
+                except Refused:
+                    faults.append(f"task {task}: lost, and the browser was told {expected}")
+                    continue
                 found: dict[str, Any] = {"note": state.note, "status": state.status, "actions": state.actions}
                 for key in ("ranks", "ratings", "flags"):
                     found[key] = [getattr(state, key)[k] for k in state.shown]
