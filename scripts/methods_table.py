@@ -2,7 +2,7 @@
 
     python scripts/methods_table.py rlhf_home/reports/family/results.json
 
-Prints Markdown; docs/methods/results.md explains the columns.
+Prints Markdown; docs/methods.md explains the columns.
 """
 
 from __future__ import annotations
