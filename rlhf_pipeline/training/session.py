@@ -98,11 +98,12 @@ def is_due(strategy: str, every: float | None, step: int, total: int, epoch: flo
     return step % (math.ceil(every * total) if every < 1 else int(every)) == 0
 
 
-def _agree_to_stop(run: Run) -> None:
-    """Make a signal to one process stop all processes after the same update."""
-    if run.accelerator.num_processes > 1:
-        signals = run.accelerator.gather(torch.tensor([run.stopped_by or 0], device=run.device))
-        run.stopped_by = int(signals.max()) or None
+def _agree_to_stop(run: Run) -> int | None:
+    """The signal to any process before this update's end, which stops all; one that comes later waits for the next."""
+    if run.accelerator.num_processes == 1:
+        return run.stopped_by
+    signals = run.accelerator.gather(torch.tensor([run.stopped_by or 0], device=run.device))
+    return int(signals.max()) or None
 
 
 def _require_same_inputs(run: Run, checkpoint: Checkpoint, inputs: Mapping[str, str | None]) -> None:
@@ -273,13 +274,12 @@ def train(run: Run, model: nn.Module, plan: Plan) -> Metrics:
             if run.accelerator.is_main_process:
                 with replacing(run.directory / "snapshots" / f"step-{step}") as staged:
                     save_model(plan.model, plan.tokenizer, staged, state)
-        _agree_to_stop(run)
-        if run.stopped_by is not None:
+        if (number := _agree_to_stop(run)) is not None:
             save(step)
             run.accelerator.wait_for_everyone()  # a launcher ends all processes when the first one exits
             raise Interrupted(
-                f"stopped by signal {run.stopped_by} at step {step} of {plan.total}; run the same command to resume",
-                run.stopped_by,
+                f"stopped by signal {number} at step {step} of {plan.total}; run the same command to resume",
+                number,
             )
         due = is_due(config.save_strategy, config.save_steps, step, plan.total, window.epoch)
         if step < plan.total and (due or (config.save_strategy == "best" and best.step == step)):
