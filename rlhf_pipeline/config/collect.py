@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -123,9 +124,9 @@ class SamplingConfig(WithLengths):
     use_cpu: bool = USE_CPU
     num_threads: Count | None = NUM_THREADS
 
+    @abstractmethod
     def parents(self) -> dict[str, ModelInput]:
         """Return the models that the command reads, by their role; the first one's lengths are those of the command."""
-        raise NotImplementedError
 
 
 class CollectConfig(SamplingConfig):
