@@ -64,10 +64,12 @@ def run_tests(tests: Sequence[str], mutant: Mutant | None = None) -> tuple[dict[
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         copy, report = Path(folder), Path(folder) / "report.xml"
         shutil.copy(ROOT / "pyproject.toml", copy)
-        for name in ("rlhf_pipeline", "tests"):  # no bytecode, which could be that of the unchanged file
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("rlhf_pipeline", "tests"):  # with their bytecode: compiling takes longer than most tests
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.pyc.*"))  # in work
         if mutant is not None:
             path = copy / mutant.path
+            for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*"):
+                compiled.unlink()
             path.write_text(mutant.apply(path.read_text(encoding="utf-8")), encoding="utf-8")
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
         env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": folder}

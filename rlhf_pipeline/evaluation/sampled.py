@@ -70,15 +70,18 @@ class Samples:
         return {name: self.estimate(name) for name in self.values}
 
 
-def draw(policy: Policy, plan: SamplingPlan) -> Samples:
-    """Sample by a plan; the figures so far: length (tokens with the end token) and ended."""
+def draw(policy: Policy, plan: SamplingPlan, seeds: Sequence[int] | None = None) -> Samples:
+    """Sample by a plan; the figures so far: length (tokens with the end token) and ended.
+
+    seeds: they replace the plan's seed; each draws the plan's samples, see `sample_for_prompts`.
+    """
     examples, _ = sample_for_prompts(
         policy,
         plan.prompts,
         samples=plan.samples,
         response_length=plan.response_length,
         stop_ids=plan.stop_ids,
-        generator=torch.Generator().manual_seed(plan.seed),
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds or (plan.seed,)],
         decoding=plan.decoding,
         responses_at_once=plan.responses_at_once,
         memory=plan.memory,

@@ -154,9 +154,11 @@ def contexts_of(
     return found
 
 
-def draw_in_context(policy: Policy, plan: SamplingPlan, contexts: Contexts) -> Samples:
+def draw_in_context(
+    policy: Policy, plan: SamplingPlan, contexts: Contexts, seeds: Sequence[int] | None = None
+) -> Samples:
     """`draw` from a policy that reads the contexts; the examples of the result have the prompts of the plan."""
-    samples = draw(policy, replace(plan, prompts=with_prompts(plan.prompts, contexts)))
+    samples = draw(policy, replace(plan, prompts=with_prompts(plan.prompts, contexts)), seeds)
     plain = {prompt.prompt_key: prompt.prompt_ids for prompt in plan.prompts}
     samples.examples = with_prompts(samples.examples, plain)
     return samples

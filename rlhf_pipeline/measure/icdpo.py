@@ -140,13 +140,7 @@ def draw_candidates(policy: Policy, plan: SamplingPlan, contexts: Contexts, n: i
 
     Response i depends on the random numbers of response i alone, as in all other arms.
     """
-    drawn = [draw_in_context(policy, replace(plan, seed=plan.seed + STREAM * c), contexts).examples for c in range(n)]
-    made = []
-    for together in zip(*drawn, strict=True):
-        ids = [one.completions[i] for i in range(plan.samples) for one in together]
-        ended = [one.ended[i] for i in range(plan.samples) for one in together]
-        made.append(replace(together[0], completions=ids, ended=ended))
-    return made
+    return draw_in_context(policy, plan, contexts, [plan.seed + STREAM * c for c in range(n)]).examples
 
 
 def _sums(bench: Bench, policy: Policy, examples: Sequence[Example], read: Contexts) -> Tensor:

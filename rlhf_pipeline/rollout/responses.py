@@ -26,7 +26,7 @@ def sample_for_prompts(
     samples: int,
     response_length: int,
     stop_ids: Sequence[int],
-    generator: torch.Generator,
+    generator: torch.Generator | Sequence[torch.Generator],
     temperature: float = 1.0,
     decoding: Decoding | None = None,
     responses_at_once: int,
@@ -40,10 +40,12 @@ def sample_for_prompts(
     two policies with the same values use common random numbers.
 
     Args:
-        prompts: examples; their completions are ignored. decoding: how responses are made where models are measured;
-            it replaces the temperature, at which training samples the policy itself. responses_at_once: the number
-            sampled in one batch (beams in beam search), halved when memory runs out. memory: keeps the halvings of a
-            run. module: the wrapped module to call instead of `policy`.
+        prompts: examples; their completions are ignored. generator: several draw independent sets of `samples` in one
+            pass over the prompts; completion i * n + c of an example is then response i of generator c of n.
+        decoding: how responses are made where models are measured; it replaces the temperature, at which training
+            samples the policy itself. responses_at_once: the number sampled in one batch (beams in beam search), halved
+            when memory runs out. memory: keeps the halvings of a run. module: the wrapped module to call instead of
+            `policy`.
 
     Raises:
         BadInput: the architecture cannot be decoded in batches. RunFailed: memory ran out after all halvings.
@@ -57,8 +59,10 @@ def sample_for_prompts(
             "model's forward pass, so sampling is impossible; expected a model with attention and a key-value cache"
         )
     decoding = decoding or Decoding(temperature=temperature)
-    uniforms = draw_uniforms(len(prompts) * samples, response_length, generator)
-    ids = [prompt.prompt_ids for prompt in prompts for _ in range(samples)]
+    generators = [generator] if isinstance(generator, torch.Generator) else generator
+    each = [draw_uniforms(len(prompts) * samples, response_length, one) for one in generators]
+    uniforms = torch.stack(each, dim=1).flatten(0, 1)
+    ids = [prompt.prompt_ids for prompt in prompts for _ in range(samples * len(generators))]
     model = policy.language_model
     training = model.training
     model.eval()  # in training mode a checkpointed model uses no cache

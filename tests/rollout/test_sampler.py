@@ -259,6 +259,26 @@ def test_the_same_seed_gives_the_same_samples_and_another_seed_others(make_llama
     assert draw(0) != draw(1)
 
 
+def test_several_generators_draw_their_own_sets_and_compute_each_prompt_once(make_llama):
+    model = make_llama(vocab=24)
+    policy, prompts, seeds = Policy(model, inspect_model(model)), prompts_of(6), (0, 5, 9)
+    options = {"samples": 2, "response_length": 5, "stop_ids": [EOS], "responses_at_once": 64}
+    read = []
+
+    def counted(**inputs):
+        read.append(inputs["input_ids"].numel())
+        return policy(**inputs)
+
+    generators = [generator(seed) for seed in seeds]
+    together, _ = sample_for_prompts(policy, prompts, generator=generators, module=counted, **options)
+    apart = [sample_for_prompts(policy, prompts, generator=generator(seed), **options)[0] for seed in seeds]
+    for place, example in enumerate(together):
+        assert example.completions == [one[place].completions[i] for i in range(2) for one in apart]
+        assert example.ended == [one[place].ended[i] for i in range(2) for one in apart]
+    assert read[0] == sum(len(prompt.prompt_ids) for prompt in prompts)
+    assert max(read[1:]) <= 6 * 2 * 3  # afterwards one token of each response
+
+
 def test_sampled_examples_keep_their_prompt_and_lose_what_belonged_to_old_completions(make_llama):
     policy = Policy(make_llama(), Reader())
     old = Example([2, 3], [[2, 1]], [True], "key", "row 7", 0.8, "text", ("old",))
