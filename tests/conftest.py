@@ -68,6 +68,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+# A shell switches SIGINT off for what it starts in the background, and children would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_collection_finish() -> None:
     """Take what was imported out of the garbage collector's sight: each of its runs would look through all of it."""
     gc.collect()

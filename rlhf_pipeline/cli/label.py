@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -219,7 +220,6 @@ def _run(common: Common, store: LabelStore, name: str, serve: Callable[..., None
         _made(common, store, name, address)
         sys.stdout.flush()
 
-    try:
+    with suppress(KeyboardInterrupt):  # the way to end it; where a shell has switched SIGINT off, `serve` returns
         serve(store, host=config.host, port=config.port, token=token, ready=ready)
-    except KeyboardInterrupt:  # the way to end it
-        _say()("stopped; every label is saved")
+    _say()("stopped; every label is saved")
