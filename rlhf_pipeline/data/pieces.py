@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from hashlib import sha256
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,9 @@ _WORDS = (
 _ENDS = ("", ".", ",", ":", "?!", "'", "'s", ")", '"', "...", "-", "_", "1", "12345", "é", "字", "’", "|", "~", "/*")
 
 
+_LOCAL: dict[bytes, bool] = {}  # by the tokenizer's content: the probes take longer than the texts of a small stage
+
+
 def is_local(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a tokenizer encodes every piece of a text by itself.
 
@@ -58,6 +62,14 @@ def is_local(tokenizer: PreTrainedTokenizerBase) -> bool:
     """
     if not tokenizer.is_fast:
         return False
+    described = str(tokenizer.backend_tokenizer.to_str()), *map(str, tokenizer.all_special_tokens)
+    key = sha256("\0".join(described).encode()).digest()
+    if key not in _LOCAL:
+        _LOCAL[key] = _is_local(tokenizer)
+    return _LOCAL[key]
+
+
+def _is_local(tokenizer: PreTrainedTokenizerBase) -> bool:
     backend: Any = tokenizer.backend_tokenizer
     cuts = _parts(backend.pre_tokenizer, "pretokenizers")
     cutting = [part for part in cuts if part["type"] not in ("Digits", "UnicodeScripts")]
