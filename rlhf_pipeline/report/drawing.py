@@ -27,6 +27,9 @@ SVG = "http://www.w3.org/2000/svg"
 SIZES = {"^": 1.3, "v": 1.3, "P": 1.25, "X": 1.2, "D": 0.92}
 """Markers that look smaller or larger than a circle of their size."""
 
+MARGIN = 3.0
+"""Pixels between the labels of a figure and its edge."""
+
 Ends = tuple[float, float] | None
 Paint = Callable[["Axes"], None]
 
@@ -42,7 +45,6 @@ _SETTINGS: dict[RcKeyType, object] = {
     "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the layout is the same on every machine
     "font.size": 12,
     "figure.dpi": 72,  # one unit of a figure is one CSS pixel
-    "figure.constrained_layout.use": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": 12,
@@ -97,7 +99,31 @@ def draw(
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
         paint(axes)
+        fit(axes)
         return _inline(figure, ident, title, description, class_)
+
+
+def fit(axes: Axes) -> None:
+    """Let the only axes of a figure fill it with their title and labels, up to a margin of 3 pixels.
+
+    Measuring all labels is most of the work of drawing. matplotlib's layouts do it four times for each figure, this
+    once, and again only if the axes have other ticks in their new size.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = axes.get_figure(root=True)
+    assert figure is not None and isinstance(figure.canvas, FigureCanvasAgg)  # `draw` made both
+    renderer = figure.canvas.get_renderer()
+    width, height = figure.bbox.width, figure.bbox.height
+    for _ in range(3):
+        ticks = [tick.tolist() for tick in (axes.get_xticks(), axes.get_yticks())]
+        inner, outer = axes.bbox, axes.get_tightbbox(renderer, for_layout_only=True)
+        assert outer is not None  # only invisible axes have no box
+        left, below = MARGIN + inner.x0 - outer.x0, MARGIN + inner.y0 - outer.y0
+        right, top = width - MARGIN - (outer.x1 - inner.x1), height - MARGIN - (outer.y1 - inner.y1)
+        axes.set_position((left / width, below / height, (right - left) / width, (top - below) / height))
+        if ticks == [tick.tolist() for tick in (axes.get_xticks(), axes.get_yticks())]:
+            return
 
 
 def dress(axes: Axes, x: str, y: str) -> None:
@@ -157,9 +183,7 @@ def place_labels(
     """
     from matplotlib.transforms import Bbox
 
-    if (figure := axes.get_figure(root=True)) is not None:
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
+    fit(axes)
     height = 13.0
     where = axes.transData.transform
     taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in map(where, points)]
