@@ -121,7 +121,7 @@ def test_an_experiment_that_is_done_imports_no_library(lab, tmp_path) -> None:
         "new": {"stage": "sft", **training, **new, "tokenizer_init": {"type": "world"}, "output_name": "new"},
         "dpo": {"stage": "dpo", **TINY, "output_name": "dpo"},
     }
-    compare = {"arms": ["dpo"], "baseline": "sft", "samples": 1, **cpu}
+    compare = {"arms": ["dpo"], "baseline": "sft", "samples": 1, "max_prompts": 2, "exact": False, **cpu}
     path = tmp_path / "experiment.json"
     path.write_text(json.dumps({"name": "trial", "stages": stages, "compare": compare}))
     words = ["--home", str(lab.home), "run", str(path)]

@@ -257,6 +257,7 @@ def test_the_same_work_is_done_once(lab, experiment, counts):
 def test_a_comparison_that_is_there_is_not_made_again(lab, experiment, counts, monkeypatch):
     """Nothing is loaded; what it was made of, or what lies there, being another, it is made again."""
     path, report = experiment(compare={"exact": False}), lab.home / "reports" / "trial"
+    monkeypatch.setattr("rlhf_pipeline.report.write_report", lambda _, folder: (folder / "index.html").write_text("x"))
     first, written = run(lab, path), (report / "results.json").read_text()
 
     def again(*overrides: str) -> bool:

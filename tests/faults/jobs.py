@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,13 @@ WITHIN = 5.0
 """Seconds in which the workers of a dead parent must be gone."""
 
 
-def make_subject(folder: Path) -> Subject:
-    """An experiment with two seeds and two betas of DPO, and what it leaves when its runs come one after another.
+def make_subject(folder: Path, seeds: Sequence[int] = (0, 1)) -> Subject:
+    """An experiment with some seeds and two betas of DPO, and what it leaves when its runs come one after another.
 
     Raises:
         RuntimeError: an undisturbed run failed.
     """
-    path = subjects.experiment_files(folder / "experiment", 5, seeds=[0, 1], sweep={"dpo.beta": [0.1, 0.5]})
+    path = subjects.experiment_files(folder / "experiment", 5, seeds=[*seeds], sweep={"dpo.beta": [0.1, 0.5]})
     empty = folder / "empty"
     empty.mkdir(parents=True)
     in_order = Subject(EXPERIMENT, empty, ("run", str(path)))
@@ -70,9 +70,9 @@ def kill_parent(subject: Subject, folder: Path, draw: Any, seconds: float) -> di
     return trial
 
 
-def kills_of_parents(folder: Path, *, count: int, seed: int = 0) -> dict[str, Any]:
+def kills_of_parents(folder: Path, *, count: int, seed: int = 0, seeds: Sequence[int] = (0, 1)) -> dict[str, Any]:
     """SIGKILL to the parent at `count` random points, after one run that nothing disturbs."""
-    subject = make_subject(folder)
+    subject = make_subject(folder, seeds)
     home = subject.home(folder / "undisturbed/home")
     whole = children.run(subject.command(home), folder / "undisturbed/said", before=marked(home))
     trials = [{"kills": [], "faults": judge(subject, home, whole)}]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf_pipeline.cli.main import main
 from rlhf_pipeline.compare.run import compared, run_compare
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.samples import lowest_examples
@@ -191,29 +192,29 @@ def test_arms_with_and_without_training_and_a_baseline_with_demonstrations(home)
 
 
 @pytest.mark.slow
-def test_the_command_line(home):
-    import subprocess
-    import sys
+def test_the_command_line(home, capsys):
+    def rlhf(*words):
+        code = main(["--home", str(home.home), *words])
+        said = capsys.readouterr()
+        return code, said.out, said.err
 
-    rlhf = [sys.executable, "-m", "rlhf_pipeline.cli.main", "--home", str(home.home)]
     given = ["use_cpu=true", "num_threads=1", "samples=2", "in_context.demonstrations=1"]
-    done = subprocess.run([*rlhf, "evaluate", "few_shot:sft", *given, "--json"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    code, out, err = rlhf("evaluate", "few_shot:sft", *given, "--json")
+    assert code == 0, err
+    found = json.loads(out)
     assert found["model"] == "few_shot:sft@v1" and found["in_context"]["demonstrations"] == 1
     assert found["metrics"]["context_tokens"]["mean"] > 6
-    given = [*given, "exact=false", "name=cli"]
-    done = subprocess.run([*rlhf, "compare", "few_shot:sft", "sft", *given], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "few_shot:sft@v1" in done.stdout and "tokens read" in done.stdout
+    code, out, err = rlhf("compare", "few_shot:sft", "sft", *given, "exact=false", "name=cli")
+    assert code == 0, err
+    assert "few_shot:sft@v1" in out and "tokens read" in out
     assert (home.home / "reports" / "cli" / "index.html").is_file()
     given = ["use_cpu=true", "num_threads=1", "samples=1", "in_context.source=collected:pairs", "max_prompts=4"]
-    done = subprocess.run([*rlhf, "evaluate", "icdpo:sft", *given, "--json"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    code, out, err = rlhf("evaluate", "icdpo:sft", *given, "--json")
+    assert code == 0, err
+    found = json.loads(out)
     assert set(found["accuracy"]) == {"icdpo:sft@v1", "log p of sft@v1"} and found["in_context"]["candidates"] == 3
-    done = subprocess.run([*rlhf, "evaluate", "few_shot:sft", "split=all"], capture_output=True, text=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "validation_split" in done.stderr
+    code, out, err = rlhf("evaluate", "few_shot:sft", "split=all")
+    assert code == 2 and "Traceback" not in err and "validation_split" in err
 
 
 # In-context DPO.

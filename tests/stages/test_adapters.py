@@ -385,7 +385,7 @@ def test_every_command_reads_an_adapter(scored, tmp_path, undrawn):
     assert call("evaluate", "dpo", "--reward-model", "scored@v1", *cpu)["model"] == "dpo@v1"
     assert call("evaluate", "scored@v1", *cpu)
     assert call("generate", "dpo", "--max-prompts", "2", *cpu)
-    assert call("exact", "dpo", "--reward", "scored@v2", *cpu)
+    assert call("exact", "dpo", "--reward", "scored@v2", "max_new_tokens=2", *cpu)
     lab.run("collect", policy="tuned", judge="scored@v2", num=8)
     assert call("models", "show", "dpo")["adapter"]["r"] == 4
     assert call("models", "lineage", "dpo") and call("models", "verify")["ok"]

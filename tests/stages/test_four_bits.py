@@ -256,7 +256,7 @@ def test_every_command_reads_it(scored, tmp_path, undrawn):
     assert rows["tuned@v1"]["metrics"]["kl"]["mean"] == 0.0
     assert call("evaluate", "dpo", "--reward-model", "scored", *cpu)["model"] == "dpo@v1"
     assert call("generate", "dpo", "--max-prompts", "2", *cpu)
-    assert call("exact", "dpo", "--reward", "scored", *cpu)
+    assert call("exact", "dpo", "--reward", "scored", "max_new_tokens=2", *cpu)
     lab.run("collect", policy="tuned", judge="scored", num=8)
     assert call("models", "show", "dpo")["adapter"]["load_in_4bit"] is True
     assert call("models", "export", "dpo", str(tmp_path / "adapter"))
