@@ -206,6 +206,23 @@ def unsynced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
+DRAWING = ("test_report.py", "test_report_browser.py", "test_report_parts.py", "test_report_snapshots.py")
+
+
+@pytest.fixture(autouse=True)
+def unrendered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are painted, but laid out and written as SVG only where that is tested: it is most of a page's time."""
+
+    def named(figure: Any, ident: str, title: str, description: str, class_: str | None) -> Any:
+        from rlhf_pipeline.report.markup import h
+
+        return h("svg", h("title", title, id=f"{ident}-title"), h("desc", description, id=f"{ident}-desc"))
+
+    if request.path.name not in DRAWING:
+        monkeypatch.setattr("rlhf_pipeline.report.drawing.fit", lambda axes: None)
+        monkeypatch.setattr("rlhf_pipeline.report.drawing._inline", named)
+
+
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Comparisons write results.json and draw no page, which costs most of their time."""

@@ -15,8 +15,7 @@ import pytest
 
 from rlhf_pipeline import report
 from rlhf_pipeline.cli.main import main
-from rlhf_pipeline.report import Results, drawing, figures, results, sides, write_report
-from rlhf_pipeline.report.markup import h
+from rlhf_pipeline.report import Results, figures, results, sides, write_report
 from rlhf_pipeline.report.points import Points
 from rlhf_pipeline.report.sections.curves import PANELS
 from rlhf_pipeline.report.sections.verdict import TOPICS
@@ -35,17 +34,6 @@ from tests.report.report_fixture_page import SECTIONS, SVG, page_of, parsed, row
 @pytest.fixture(scope="module")
 def text(full_report: Path) -> str:
     return (full_report / "index.html").read_text(encoding="utf-8")
-
-
-@pytest.fixture(autouse=True)
-def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are painted and named, but not laid out and written as SVG, which takes most of the time of a page."""
-
-    def named(figure: Any, ident: str, title: str, description: str, class_: str | None) -> Any:
-        return h("svg", h("title", title, id=f"{ident}-title"), h("desc", description, id=f"{ident}-desc"))
-
-    monkeypatch.setattr(drawing, "fit", lambda axes: None)
-    monkeypatch.setattr(drawing, "_inline", named)
 
 
 ALWAYS = {"verdict", "fair", "results", "responses", "glossary"}
