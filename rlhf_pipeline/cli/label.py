@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,8 @@ from rlhf_pipeline.cli.options import Common, OverridesArgument, Settings, comma
 from rlhf_pipeline.cli.output import emit, emit_json, emit_lines, emit_plan, emit_table
 
 if TYPE_CHECKING:
+    from socket import socket
+
     from rlhf_pipeline.config.labelling import LabelConfig
     from rlhf_pipeline.labelling.store import LabelStore
 
@@ -90,21 +92,22 @@ def new(common: Common, settings: Settings, serve: ServeOption = True, overrides
 
         emit_plan(outlook(config, common.home_path), "nothing was sampled", json=common.json)
         return
-    run = _server() if serve else None  # what is missing is said before anything is sampled
-    from rlhf_pipeline.labelling.project import open_or_make
-    from rlhf_pipeline.labelling.store import database
+    # What is missing, and an address that is taken, are said before anything is sampled.
+    with _bound(config) if serve else nullcontext() as listener:
+        from rlhf_pipeline.labelling.project import open_or_make
+        from rlhf_pipeline.labelling.store import database
 
-    if config.models and not database(common.home_path, config.name).is_file():
-        _check_models(config, common)
-        load_libraries()
-    say = _say()
-    for note in loaded.notes:
-        say(f"note: {note}")
-    with open_or_make(config, common.home_path, say) as store:
-        if run is None:
-            _made(common, store, config.name, None)
-        else:
-            _run(common, store, config.name, run, config)
+        if config.models and not database(common.home_path, config.name).is_file():
+            _check_models(config, common)
+            load_libraries()
+        say = _say()
+        for note in loaded.notes:
+            say(f"note: {note}")
+        with open_or_make(config, common.home_path, say) as store:
+            if listener is None:
+                _made(common, store, config.name, None)
+            else:
+                _run(common, store, config.name, listener, config)
 
 
 @command(app, "serve")
@@ -116,7 +119,9 @@ def serve_project(
 
     given = {key: value for key, value in (("host", host), ("port", port), ("token", token)) if value is not None}
     with named(common.home_path, name) as store:
-        _run(common, store, name, _server(), store.config.model_copy(update=given))
+        config = store.config.model_copy(update=given)
+        with _bound(config) as listener:
+            _run(common, store, name, listener, config)
 
 
 @command(app, "report")
@@ -176,15 +181,15 @@ def _say() -> Callable[[str], None]:
     return partial(console.print, markup=False)
 
 
-def _server() -> Callable[..., None]:
-    """The function that serves a project, if what it needs is installed.
+def _bound(config: LabelConfig) -> socket:
+    """A socket that holds the address of the page.
 
     Raises:
-        BadInput: it is not.
+        BadInput: what serves it is not installed, or the address cannot be had.
     """
-    from rlhf_pipeline.labelling.server import serve
+    from rlhf_pipeline.labelling.server import bound
 
-    return serve
+    return bound(config.host, config.port)
 
 
 def _check_models(config: LabelConfig, common: Common) -> None:
@@ -207,12 +212,13 @@ def _made(common: Common, store: LabelStore, name: str, address: str | None) -> 
     emit(found, lines, json=common.json)
 
 
-def _run(common: Common, store: LabelStore, name: str, serve: Callable[..., None], config: LabelConfig) -> None:
+def _run(common: Common, store: LabelStore, name: str, listener: socket, config: LabelConfig) -> None:
     """Serve a project until it is interrupted."""
     import secrets
     import sys
 
     from rlhf_pipeline.labelling.security import is_loopback
+    from rlhf_pipeline.labelling.server import serve
 
     token = config.token or (None if is_loopback(config.host) else secrets.token_urlsafe(24))
 
@@ -221,5 +227,5 @@ def _run(common: Common, store: LabelStore, name: str, serve: Callable[..., None
         sys.stdout.flush()
 
     with suppress(KeyboardInterrupt):  # the way to end it; where a shell has switched SIGINT off, `serve` returns
-        serve(store, host=config.host, port=config.port, token=token, ready=ready)
+        serve(store, listener, host=config.host, token=token, ready=ready)
     _say()("stopped; every label is saved")

@@ -301,30 +301,47 @@ def address(host: str, port: int, token: str | None) -> str:
     return f"http://{name}:{port}/{f'#token={token}' if token else ''}"
 
 
-def serve(store: LabelStore, *, host: str, port: int, token: str | None, ready: Callable[[str], None]) -> None:
-    """Serve the page until the process is interrupted.
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that holds an address for `serve`; nobody can connect before that.
 
     Args:
         port: 0 takes a free one.
-        ready: called once with the address to open, when a browser can open it.
 
     Raises:
-        BadInput: other machines reach this address and there is no token, or it cannot be listened on.
+        BadInput: the address cannot be had.
     """
-    if token is None and not is_loopback(host):
-        found = f"host: found {host!r} without a token; expected a token where other machines reach the page"
-        raise BadInput(f"{found}; set token, or leave host at 127.0.0.1")
-    app = make_app(store, token=token, hosts=allowed_names(host))
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-        listener.listen(1024)
     except (OSError, TypeError, ValueError) as error:  # the latter two: the host is no name at all
         listener.close()
-        why = getattr(error, "strerror", None) or error
-        raise BadInput(f"{host}:{port}: {why}; expected a free address; give another host or port") from error
+        raise _taken(host, port, error) from error
+    return listener
+
+
+def _taken(host: str, port: int, error: Exception) -> BadInput:
+    why = getattr(error, "strerror", None) or error
+    return BadInput(f"{host}:{port}: {why}; expected a free address; give another host or port")
+
+
+def serve(
+    store: LabelStore, listener: socket.socket, *, host: str, token: str | None, ready: Callable[[str], None]
+) -> None:
+    """Serve the page until the process is interrupted; closes the socket.
+
+    Args:
+        listener: `bound` to the host.
+        ready: called once with the address to open, when a browser can open it.
+
+    Raises:
+        BadInput: other machines reach this address and there is no token, or another process has got it meanwhile.
+    """
+    if token is None and not is_loopback(host):
+        found = f"host: found {host!r} without a token; expected a token where other machines reach the page"
+        raise BadInput(f"{found}; set token, or leave host at 127.0.0.1")
+    app = make_app(store, token=token, hosts=allowed_names(host))
     settings = uvicorn.Config(
         app,
         http="h11",  # limits the headers; httptools, which other packages bring along, does not
@@ -340,5 +357,10 @@ def serve(store: LabelStore, *, host: str, port: int, token: str | None, ready: 
         h11_max_incomplete_event_size=16 * 1024,
     )
     with listener:
-        ready(address(host, listener.getsockname()[1], token))
+        port = listener.getsockname()[1]
+        try:
+            listener.listen(1024)
+        except OSError as error:
+            raise _taken(host, port, error) from error
+        ready(address(host, port, token))
         uvicorn.Server(settings).run(sockets=[listener])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import time
 import urllib.request
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from rlhf_pipeline.cli.label import rewritten
 from rlhf_pipeline.cli.main import main
+from rlhf_pipeline.errors import BadInput
 from tests.faults import children
 
 COMMANDS = ("new", "serve", "list")
@@ -79,6 +81,30 @@ def test_mistakes_are_said_without_a_traceback(tmp_path: Path, capsys: Any) -> N
         assert said in error, (words, error)
         assert "Traceback" not in error
     assert not (tmp_path / "labels").exists() or not list((tmp_path / "labels").iterdir())
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_sampled(tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("fastapi", reason="the extra label is not installed")
+    source = write(tmp_path / "r.jsonl")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        for words in (["--policies", "nobody", "--prompts", "world:verdicts"], ["--responses", source]):
+            assert main(["--home", str(tmp_path), "label", *words, "--port", port]) == 2
+            assert f"127.0.0.1:{port}: Address already in use; expected a free address" in capsys.readouterr().err
+    assert not list((tmp_path / "labels").glob("*"))
+
+
+def test_an_address_that_another_process_gets_meanwhile(tmp_path: Path) -> None:
+    pytest.importorskip("fastapi", reason="the extra label is not installed")
+    from rlhf_pipeline.labelling.project import named
+    from rlhf_pipeline.labelling.server import bound, serve
+
+    words = ["--home", str(tmp_path), "label", "--responses", write(tmp_path / "r.jsonl"), "--no-serve", "--name", "r"]
+    assert main(words) == 0
+    with bound("127.0.0.1", 0) as first, bound("127.0.0.1", first.getsockname()[1]) as second:
+        second.listen()
+        with named(tmp_path, "r") as store, pytest.raises(BadInput, match="Address already in use; expected a free"):
+            serve(store, first, host="127.0.0.1", token=None, ready=lambda _: None)
 
 
 def test_commands_on_a_project_that_is_not_there(tmp_path: Path, capsys: Any) -> None:

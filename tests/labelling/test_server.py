@@ -15,7 +15,7 @@ from rlhf_pipeline.config.labelling import LabelConfig
 from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.labelling.kinds import Item, RankAction, Response
 from rlhf_pipeline.labelling.security import REPORT_POLICY, allowed_names
-from rlhf_pipeline.labelling.server import address, make_app, serve, static_files
+from rlhf_pipeline.labelling.server import address, bound, make_app, serve, static_files
 from rlhf_pipeline.labelling.store import LabelStore, Refused, database
 from rlhf_pipeline.labelling.wire import numbered
 from tests.labelling.asgi import Visitor
@@ -235,14 +235,14 @@ def test_addresses() -> None:
 
 
 def test_other_machines_need_a_token(store: LabelStore) -> None:
-    with pytest.raises(BadInput, match=r"'0\.0\.0\.0' without a token"):
-        serve(store, host="0.0.0.0", port=0, token=None, ready=print)
+    with bound("0.0.0.0", 0) as listener, pytest.raises(BadInput, match=r"'0\.0\.0\.0' without a token"):
+        serve(store, listener, host="0.0.0.0", token=None, ready=print)
 
 
 @pytest.mark.parametrize("host", ["ä..b", "x" * 64 + "..y"])
-def test_a_host_that_is_no_name_is_refused(store: LabelStore, host: str) -> None:
+def test_a_host_that_is_no_name_is_refused(host: str) -> None:
     with pytest.raises(BadInput, match="another host or port"):
-        serve(store, host=host, port=0, token="t", ready=lambda _: None)
+        bound(host, 0)
 
 
 def test_the_size_of_headers_is_limited_whatever_is_installed(
@@ -252,6 +252,6 @@ def test_the_size_of_headers_is_limited_whatever_is_installed(
 
     made: list[Any] = []
     monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: made.append(self.config))
-    serve(store, host="127.0.0.1", port=0, token=None, ready=lambda _: None)
+    serve(store, bound("127.0.0.1", 0), host="127.0.0.1", token=None, ready=lambda _: None)
     (config,) = made
     assert config.http == "h11" and config.h11_max_incomplete_event_size == 16 * 1024
