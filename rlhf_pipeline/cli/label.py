@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,20 +30,20 @@ KEYS = (
 
 
 class Labelling(TyperGroup):
-    """A group whose words are those of `new` where they name no other command."""
+    """A group whose words are those of `new` where they begin with an option or a key."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, rewritten(args, self.commands))
+        return super().parse_args(ctx, rewritten(args))
 
 
-def rewritten(words: Sequence[str], commands: Collection[str]) -> list[str]:
-    """Return the words with the command `new` in front if they name none, and with one value for each option.
+def rewritten(words: Sequence[str]) -> list[str]:
+    """Return the words with the command `new` in front if they begin with none, and with one value for each option.
 
     `--policies A B --k 4` becomes `new --policies A,B --k 4`. A word with `=` sets a key of the config, unless it is a
     path.
     """
     found = list(words)
-    if found and found[0] not in commands and found[0] not in ("--help", "-h"):
+    if found and found[0] not in ("--help", "-h") and (found[0].startswith("-") or "=" in found[0]):
         found.insert(0, NEW)
     if not found or found[0] != NEW:
         return found
