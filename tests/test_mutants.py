@@ -77,7 +77,7 @@ def test_a_patch_is_read_and_fits_at_any_line_and_indentation(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.check
-def test_only_a_failed_assertion_catches_a_fault_and_a_survivor_is_the_exit_code(tmp_path, capsys):
+def test_only_a_failed_assertion_catches_a_fault_and_a_survivor_is_the_exit_code(tmp_path, capsys, monkeypatch):
     faults = {
         "wrong": ("mean = total * count", "caught"),
         "harmless": ("mean = total * (1 / count)", "SURVIVED"),
@@ -96,6 +96,14 @@ def test_only_a_failed_assertion_catches_a_fault_and_a_survivor_is_the_exit_code
     for name, (_, word) in faults.items():
         assert re.search(rf"^{name} .* s  {word}", printed, re.MULTILINE)
     assert "1 of 4 mutants caught" in printed
+    tried = []
+
+    def outcomes(tests, mutant=None):
+        tried.append(mutant and mutant.name)
+        return {test: {"assertion" if mutant else "passed"} for test in tests}, ""
+
+    monkeypatch.setattr(mutants, "run_tests", outcomes)
     assert mutants.main(["--quick"], tmp_path) == 0 and "1 of 1 mutants caught" in capsys.readouterr().out
+    assert tried == [None, "wrong"]
     with pytest.raises(SystemExit):
         mutants.main(["none"], tmp_path)
