@@ -17,6 +17,7 @@ from rlhf_pipeline.config.decoding import KL_OF
 from rlhf_pipeline.evaluation.seeds import needed
 from rlhf_pipeline.evaluation.statistics import Estimate
 from rlhf_pipeline.measure.icdpo import LOG_P
+from rlhf_pipeline.report.figures import Gate
 from rlhf_pipeline.report.results import Findings, Line, Verdict
 from rlhf_pipeline.report.sides import Contrast, Overoptimised
 
@@ -68,22 +69,38 @@ RIVALS = {"coin": "a coin", "longer_wins": "'the longer response wins'", "tfidf"
 """The baselines of a reward model's gate, in words."""
 
 
+def _failed_gate(results: Findings, figure: str) -> Gate | None:
+    """The gate that the model of a figure has failed."""
+    who = {"judge": results.judge, "score": results.reward_model}.get(figure)
+    gate = None if who is None else results.gates.get(who)
+    return None if gate is None or gate.passed else gate
+
+
 def _caveat(results: Findings, figure: str) -> str:
     """Return the caveat of a figure whose model has failed its gate, else an empty string."""
-    who, role = {"judge": (results.judge, "judge"), "score": (results.reward_model, "reward model")}.get(
-        figure, (None, "")
-    )
-    gate = None if who is None else results.gates.get(who)
-    if gate is None or gate.passed:
+    gate = _failed_gate(results, figure)
+    if gate is None:
         return ""
     unbeaten = [text for rival, text in RIVALS.items() if not gate.beats.get(rival, True)]
     why = f"is no better than {' and '.join(unbeaten)}" if unbeaten else "has not passed its gate"
-    return f", measured by a {role} that {why}"
+    return f", measured by a {'judge' if figure == 'judge' else 'reward model'} that {why}"
+
+
+def _is_a_coin(results: Findings, figure: str) -> bool:
+    """Whether the model of a figure may be no better than a coin on held-out pairs: nothing is certain by it."""
+    gate = _failed_gate(results, figure)
+    return gate is not None and not gate.beats.get("coin", True)
+
+
+def _doubted(said: Line) -> Line:
+    """A line of a figure that tells nothing for certain."""
+    return line(said.topic, f"cannot tell: {said.text}", False) if said.certain else said
 
 
 def _primary(results: Findings) -> Line:
     for contrast in results.find(primary=True):
-        return say_contrast(contrast, "primary", _caveat(results, contrast.figure))
+        said = say_contrast(contrast, "primary", _caveat(results, contrast.figure))
+        return _doubted(said) if _is_a_coin(results, contrast.figure) else said
     if results.contrasts:
         return line("primary", "cannot tell: none of the contrasts that can be primary could be computed", False)
     if results.primary is None:
@@ -121,7 +138,13 @@ def _others(results: Findings) -> Iterator[Line]:
             at = contrast.at if contrast.kind == "exact" else ""  # arms are ahead of others at one beta
             groups.setdefault((topic, contrast.kind, contrast.figure, at), []).append(contrast)
     for (topic, kind, figure, at), group in groups.items():
-        if len(group) > MOST_CONTRASTS:
+        coin = _is_a_coin(results, figure)
+        if coin and len(group) > MOST_CONTRASTS:
+            text = f"cannot tell by {len(group)} contrasts of {FIGURES.get(figure, figure)}{_caveat(results, figure)}"
+            yield line(topic, f"{text}; the table of contrasts has every interval", False)
+        elif coin:
+            yield from (_doubted(say_contrast(one, topic, _caveat(results, figure))) for one in group)
+        elif len(group) > MOST_CONTRASTS:
             first = [one for one in results.find(kind=kind, figure=figure, primary=True) if at in ("", one.at)]
             yield from _standings(topic, f"{FIGURES.get(figure, figure)} {at}".rstrip(" ,"), [*first, *group])
         else:

@@ -293,6 +293,20 @@ def test_a_judge_that_failed_its_gate_stands_in_the_headline(found, words):
     assert "by a judge" not in truth  # the truth has judged, not that model
 
 
+@pytest.mark.parametrize(("figure", "role"), [("judge", "judge"), ("score", "reward_model")])
+def test_nothing_is_certain_by_a_model_that_may_be_a_coin(figure, role):
+    results = {role: "m@v1", "gates": {"m@v1": gate("coin")}, "primary": figure}
+    first, other = entry(estimate(0.3, 0.2), figure=figure), entry(estimate(0.3, 0.2), figure=figure, primary=False)
+    found = said(**results, contrasts=[first, other])
+    assert not found.certain and found.headline.startswith("cannot tell: ppo is ahead of dpo in the ")
+    (second,) = [one for one in found.lines if one.topic == "as trained"]
+    assert not second.certain and second.text.startswith("cannot tell: ppo is ahead of dpo in the ")
+    many = [one for one in said(**results, contrasts=[first, *[other] * 7]).lines if one.topic == "as trained"]
+    assert [(one.certain, one.text.split(",")[0][:29]) for one in many] == [(False, "cannot tell by 7 contrasts of")]
+    # It loses to length alone: a caveat, and a difference in its score all the same.
+    assert said(**results | {"gates": {"m@v1": gate("longer_wins")}}, contrasts=[first]).certain
+
+
 def test_a_reward_model_that_failed_its_gate_stands_in_a_headline_by_its_score():
     results = {"reward_model": "reward@v1", "gates": {"reward@v1": gate("longer_wins")}, "primary": "score"}
     found = said(**results, contrasts=[entry(estimate(0.3, 0.2), figure="score")])
