@@ -18,7 +18,7 @@ import typer
 
 from rlhf_pipeline.cli.options import Common
 from rlhf_pipeline.cli.output import emit_json, emit_lines, emit_table
-from rlhf_pipeline.data.processes import usable_cores
+from rlhf_pipeline.data.processes import machine_memory, usable_cores
 
 GIB = 2**30
 LEAST_DISK, LEAST_MEMORY = 1.0, 2.0  # GiB: less is a warning
@@ -108,21 +108,11 @@ def _machine() -> Iterator[Check]:
         yield Check(
             "processor", "ok", f"{platform.machine()}, {usable} cores, {threads or 'torch chooses the'} threads"
         )
-    total, free = _memory()
+    total, free = machine_memory()
     if total is not None and free is not None:
         found = f"{free / GIB:.1f} GiB free of {total / GIB:.1f} GiB"
         fix = "close other programs, or use smaller batches" if free < LEAST_MEMORY * GIB else ""
         yield Check("memory", "warning" if fix else "ok", found, fix)
-
-
-def _memory() -> tuple[int | None, int | None]:
-    """Bytes of memory in all, and available; None where the system does not say."""
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="utf-8")
-        found = {name: int(size) * 1024 for name, size in re.findall(r"^(\w+): +(\d+) kB", text, re.MULTILINE)}
-        return found["MemTotal"], found["MemAvailable"]
-    except (OSError, KeyError):
-        return None, None
 
 
 def _torch() -> Iterator[Check]:

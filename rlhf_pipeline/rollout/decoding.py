@@ -149,11 +149,13 @@ def beam_search_grouped(
     decoding: Decoding,
     *,
     responses_at_once: int,
+    positions: int | None = None,
     **options,
 ) -> list[Response]:
     """`beam_search` in batches of prompts of similar length, with `responses_at_once` beams in all."""
     found: dict[int, Response] = {}
-    for rows in length_groups(prompts, max(1, responses_at_once // decoding.num_beams)):
+    most = None if positions is None else positions // decoding.num_beams
+    for rows in length_groups(prompts, max(1, responses_at_once // decoding.num_beams), response_length, most):
         some = beam_search(model, [prompts[row] for row in rows], response_length, decoding, **options)
         found.update(zip(rows, some, strict=True))
     return [found[row] for row in range(len(prompts))]

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from rlhf_pipeline.data.batch import FILLER
+from rlhf_pipeline.data.processes import machine_memory
 from rlhf_pipeline.models.last_layer import reading
 from rlhf_pipeline.models.tree_attention import TreeMask
 
@@ -98,6 +99,26 @@ def shares_prompts(config: Any) -> bool:
     """Whether every cache layer keeps all tokens, so that a prompt can be run once for several rows."""
     layers = DynamicCache(config=config).layers
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+def cache_positions(config: Any, device: torch.device | str) -> int | None:
+    """The most positions of a batch's key-value cache: those that take a quarter of the machine's memory in fp32.
+
+    On a CPU the system kills a process that takes too much, so there is no error after which a batch could be halved.
+    None: no bound, on other devices and where the config does not say how large a position is.
+    """
+    total, text = machine_memory()[0], config.get_text_config(decoder=True)
+
+    def size(name: str) -> int:
+        found = getattr(text, name, None)
+        return found if isinstance(found, int) else 0
+
+    heads = size("num_attention_heads")
+    width = size("head_dim") or size("hidden_size") // max(1, heads)
+    numbers = 2 * size("num_hidden_layers") * (size("num_key_value_heads") or heads) * width
+    if total is None or not numbers or torch.device(device).type != "cpu":
+        return None
+    return max(1, total // 4 // (4 * numbers))
 
 
 def _roomy_cache(config: Any, room: int) -> Cache:

@@ -53,6 +53,8 @@ def sample_for_prompts(
     Returns:
         the prompts as examples with the sampled completions, and the responses with their log-probabilities.
     """
+    from rlhf_pipeline.rollout.prefill import cache_positions  # imports transformers
+
     if not policy.reader.decodes:
         raise BadInput(
             f"{type(policy.language_model).__name__}: left-padded decoding with a cache gives other logits than the "
@@ -72,6 +74,7 @@ def sample_for_prompts(
             "stop_ids": stop_ids,
             "device": device,
             "cache_config": model.config,
+            "positions": cache_positions(model.config, device),
             "tokens": policy.reader.tokens,
             "trunk": trunk_of(model) if policy.reader.layout == "flat" else None,
         }
@@ -121,25 +124,34 @@ def logprob_matrix(drawn: Sequence[Response], width: int) -> torch.Tensor:
 
 
 def prompts_run(
-    policy: Policy | ActorCritic, sampled: Sequence[Example], responses_at_once: int, memory: Memory
+    policy: Policy | ActorCritic,
+    sampled: Sequence[Example],
+    responses_at_once: int,
+    memory: Memory,
+    *,
+    response_length: int,
+    device: torch.device | str,
 ) -> list[int] | None:
     """Lengths of the prompts that `sample_for_prompts` has computed, for a cost meter.
 
     Each batch computes a distinct prompt once; None if each response computed its own prompt.
 
     Args:
-        sampled: the examples that `sample_for_prompts` has just returned, with the same `responses_at_once` and
-            `memory`.
+        sampled: the examples that `sample_for_prompts` has just returned, with the same values of the others.
     """
-    from rlhf_pipeline.rollout.prefill import shares_prompts  # imports transformers
+    from rlhf_pipeline.rollout.prefill import cache_positions, shares_prompts  # imports transformers
 
     if policy.reader.layout != "flat" or not shares_prompts(policy.language_model.config):
         return None
     prompts = [tuple(example.prompt_ids) for example in sampled for _ in example.completions]
-    return distinct_prompts(prompts, memory.fitting("sampling", min(responses_at_once, len(prompts))))
+    most = memory.fitting("sampling", min(responses_at_once, len(prompts)))
+    return distinct_prompts(prompts, most, response_length, cache_positions(policy.language_model.config, device))
 
 
-def distinct_prompts(prompts: Sequence[Sequence[int]], responses_at_once: int) -> list[int]:
-    """Lengths of the prompts that are computed if each batch of responses computes a distinct prompt once."""
-    batches = ({tuple(prompts[row]) for row in rows} for rows in length_groups(prompts, responses_at_once))
+def distinct_prompts(
+    prompts: Sequence[Sequence[int]], responses_at_once: int, room: int = 0, positions: int | None = None
+) -> list[int]:
+    """Lengths of the prompts that are computed if each batch of `length_groups` computes a distinct prompt once."""
+    groups = length_groups(prompts, responses_at_once, room, positions)
+    batches = ({tuple(prompts[row]) for row in rows} for rows in groups)
     return [len(prompt) for batch in batches for prompt in batch]

@@ -126,10 +126,24 @@ def padded_with_own(prompts: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([[ids[0]] * (width - len(ids)) + list(ids) for ids in prompts])
 
 
-def length_groups(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
-    """Row numbers in batches of prompts of similar length."""
-    order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+def length_groups(
+    prompts: Sequence[Sequence[int]], batch_size: int, room: int = 0, positions: int | None = None
+) -> list[list[int]]:
+    """Row numbers in batches of prompts of similar length.
+
+    Args:
+        positions: the most positions of a batch's cache: its rows times its longest prompt with `room` more tokens. A
+            single row may have more. None: no bound.
+    """
+    groups: list[list[int]] = []
+    for row in sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row)):
+        rows = len(groups[-1]) + 1 if groups else 1
+        fits = positions is None or rows * (len(prompts[row]) + room) <= positions
+        if groups and rows <= batch_size and fits:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
 
 
 def sample_grouped(
@@ -138,11 +152,12 @@ def sample_grouped(
     uniforms: Tensor,
     *,
     responses_at_once: int,
+    positions: int | None = None,
     **options,
 ) -> list[Response]:
-    """`sample` in batches of prompts of similar length; the responses are in the order of the prompts."""
+    """`sample` in the batches of `length_groups`; the responses are in the order of the prompts."""
     drawn: dict[int, Response] = {}
-    for rows in length_groups(prompts, responses_at_once):
+    for rows in length_groups(prompts, responses_at_once, uniforms.shape[1], positions):
         some = sample(model, [prompts[row] for row in rows], uniforms[rows], **options)
         drawn.update(zip(rows, some, strict=True))
     return [drawn[row] for row in range(len(prompts))]

@@ -198,7 +198,8 @@ class Collection:
                 **self.at_once,
                 device=self.device,
             )
-            self.meter.generate(shape, sampled, prompts_run(policy, sampled, **self.at_once))
+            options: dict[str, Any] = {"response_length": config.lengths().response, "device": self.device}
+            self.meter.generate(shape, sampled, prompts_run(policy, sampled, **self.at_once, **options))
             yield [split for _, split in block], sampled
 
     def publish(

@@ -195,17 +195,19 @@ class ReferencePoint:
         if not prompts:
             return []
         seed = (config.seed * 1_000_003 + step) * 4096 + accelerator.process_index
+        length = config.sampled_lengths().response
         sampled, _ = sample_for_prompts(
             self.policy,
             prompts,
             samples=1,
-            response_length=config.sampled_lengths().response,
+            response_length=length,
             stop_ids=stop_ids(self.tokenizer),
             generator=torch.Generator().manual_seed(seed % 2**63),
             **self.options,
         )
-        at_once = {key: self.options[key] for key in ("responses_at_once", "memory")}
-        self.run.meter.generate(self.shape, sampled, prompts_run(self.policy, sampled, **at_once))
+        at_once = {key: self.options[key] for key in ("responses_at_once", "memory", "device")}
+        run = prompts_run(self.policy, sampled, **at_once, response_length=length)
+        self.run.meter.generate(self.shape, sampled, run)
         return sampled
 
     def _log_ratios(self, rows: Sequence[Example]) -> Tensor:

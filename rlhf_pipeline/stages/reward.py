@@ -114,17 +114,17 @@ def responses_to_center(
         policy = load_policy(parent, config, tokenizer, run.device, frozen=True)
         most = max(64, config.per_device_eval_batch_size)
         at_once: dict[str, Any] = {"responses_at_once": most, "memory": run.memory}
+        options: dict[str, Any] = {"response_length": limits.response, "device": run.device}
         sampled, _ = sample_for_prompts(
             policy,
             prompts,
             samples=1,
-            response_length=limits.response,
             stop_ids=stop_ids(tokenizer),
             generator=torch.Generator().manual_seed(config.seed),
             **at_once,
-            device=run.device,
+            **options,
         )
-        run.meter.generate(ModelShape.of(policy.model), sampled, prompts_run(policy, sampled, **at_once))
+        run.meter.generate(ModelShape.of(policy.model), sampled, prompts_run(policy, sampled, **at_once, **options))
     drawn = [len(example.completions[0]) for example in sampled]
     ended = sum(example.ended[0] for example in sampled)
     run.log.say(f"reward_centering: {ended} of {count} responses ended; mean length {sum(drawn) / count:.1f} tokens")

@@ -149,7 +149,9 @@ def _sample(setup: PpoSetup, module: nn.Module, update: int) -> tuple[Sampled, l
     options |= {"device": setup.device, "module": module}
     with whole_actor(setup.actor_critic):
         examples, _ = sample_for_prompts(setup.actor_critic, prompts, **options, **at_once)
-    return Sampled(one_by_one(examples)), prompts_run(setup.actor_critic, examples, **at_once)
+    return Sampled(one_by_one(examples)), prompts_run(
+        setup.actor_critic, examples, **at_once, response_length=width, device=setup.device
+    )
 
 
 def shuffled_minibatches(setup: PpoSetup, sampled: Sampled, update: int) -> list[Minibatches]:

@@ -63,7 +63,7 @@ def test_a_home_on_a_file_system_that_refuses(tmp_path, capsys, monkeypatch) -> 
 
 def test_little_disk_memory_and_too_many_threads_are_warnings(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: SimpleNamespace(free=2**29))
-    monkeypatch.setattr(doctor, "_memory", lambda: (2**34, 2**30))
+    monkeypatch.setattr(doctor, "machine_memory", lambda: (2**34, 2**30))
     monkeypatch.setenv("OMP_NUM_THREADS", "4096")
     found = diagnosed(capsys, tmp_path)
     assert found["disk"]["state"] == found["memory"]["state"] == found["processor"]["state"] == "warning"

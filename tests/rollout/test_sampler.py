@@ -9,14 +9,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoConfig
 
+from rlhf_pipeline.config.decoding import Decoding
 from rlhf_pipeline.data.batch import pack
 from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.models.forward import Reader
+from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.modules import Policy
 from rlhf_pipeline.models.selfcheck import inspect_model
-from rlhf_pipeline.rollout.responses import sample_for_prompts
-from rlhf_pipeline.rollout.sampler import draw_uniforms, pick, sample, sample_grouped
+from rlhf_pipeline.models.tree_attention import TreeMask
+from rlhf_pipeline.rollout import prefill
+from rlhf_pipeline.rollout.responses import prompts_run, sample_for_prompts
+from rlhf_pipeline.rollout.sampler import draw_uniforms, length_groups, pick, sample, sample_grouped
 from tests.rollout.conftest import tiny_llama
 
 PAD, EOS = 0, 1
@@ -245,6 +250,57 @@ def test_batching_and_the_order_of_prompts_change_no_sample(name):
         assert [r.ids for r in found] == [r.ids for r in one_by_one]
         shuffled = sample_grouped(policy, [prompts[i] for i in order], draws[order], responses_at_once=size, **options)
         assert [r.ids for r in shuffled] == [one_by_one[i].ids for i in order]
+
+
+def test_a_batch_has_at_most_so_many_positions():
+    prompts = [[1] * size for size in (3, 1, 9, 2, 3, 1)]
+    assert length_groups(prompts, 4) == [[1, 5, 3, 0], [4, 2]]
+    # With room for 2: two of 3 positions; 4 and 5; another of 5 would make 15; one of 11 is alone.
+    assert length_groups(prompts, 4, 2, 10) == [[1, 5], [3, 0], [4], [2]]
+    assert length_groups(prompts, 1, 2, 100) == [[1], [5], [3], [0], [4], [2]]
+    assert length_groups([], 4, 2, 10) == []
+
+
+def test_the_cache_of_a_batch_takes_a_quarter_of_the_memory(monkeypatch):
+    config = AutoConfig.for_model(
+        "llama", num_hidden_layers=3, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, vocab_size=8
+    )
+    monkeypatch.setattr(prefill, "machine_memory", lambda: (4 * 10_000, 0))
+    # Keys and values, 3 layers, 2 heads of 8 numbers of 4 bytes: 384 bytes a position.
+    assert prefill.cache_positions(config, "cpu") == 10_000 // 384
+    config.head_dim = 16
+    assert prefill.cache_positions(config, "cpu") == 10_000 // 768
+    config.num_key_value_heads = None
+    assert prefill.cache_positions(config, "cpu") == 10_000 // 1536
+    assert prefill.cache_positions(config, "cuda") is None
+    config.num_hidden_layers = 0
+    assert prefill.cache_positions(config, "cpu") is None
+    monkeypatch.setattr(prefill, "machine_memory", lambda: (None, None))
+    assert prefill.cache_positions(config, "cpu") is None
+
+
+def test_a_small_machine_draws_the_same_responses_in_smaller_batches(monkeypatch, make_llama):
+    model = make_llama(vocab=24)
+    policy, prompts = Policy(model, inspect_model(model)), prompts_of(6)
+    options = {"samples": 2, "response_length": 5, "stop_ids": [EOS], "responses_at_once": 64}
+    read = []
+
+    def counted(**inputs):
+        if isinstance(inputs["attention_mask"], TreeMask):  # the prompts of a batch
+            read.append(inputs["input_ids"].numel())
+        return policy(**inputs)
+
+    whole, _ = sample_for_prompts(policy, prompts, generator=generator(), **options)
+    monkeypatch.setattr(prefill, "cache_positions", lambda *_: 26)  # two rows of 13 positions at most
+    found, _ = sample_for_prompts(policy, prompts, generator=generator(), module=counted, **options)
+    assert [one.completions for one in found] == [one.completions for one in whole]
+    run = prompts_run(policy, found, 64, Memory(), response_length=5, device="cpu")
+    assert len(read) >= 6 and sum(run) == sum(read)
+    beams = Decoding(do_sample=False, num_beams=2)
+    one = sample_for_prompts(policy, prompts, generator=generator(), decoding=beams, **options | {"samples": 1})[0]
+    monkeypatch.undo()
+    two = sample_for_prompts(policy, prompts, generator=generator(), decoding=beams, **options | {"samples": 1})[0]
+    assert [example.completions for example in one] == [example.completions for example in two]
 
 
 def test_the_same_seed_gives_the_same_samples_and_another_seed_others(make_llama):
