@@ -4,14 +4,16 @@ A fault is a file of tests/mutants/: a description, `test:` lines, `quick` for s
 a diff. The old lines of the hunk must occur exactly once in the source, at any line and indentation. The named tests
 must pass in an unchanged copy, and each must fail by an assertion in the broken copy. The exit code is 1 if a fault
 survives.
+
+A process that has imported torch and the like, and nothing of ours, is forked for each fault.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -24,6 +26,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "tests/mutants"
+FORKS = multiprocessing.get_context("forkserver")
+LIBRARIES = ["accelerate", "pydantic", "pytest", "safetensors.torch", "torch", "transformers.modeling_utils", "typer"]
+"""What tests import of others."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,24 @@ def read(file: Path) -> Mutant:
     return Mutant(file.stem, path, old, new, tests, ("quick", "", "") in said)
 
 
+def run_pytest(copy: Path, output: Path, arguments: Sequence[str]) -> None:
+    """Run pytest in a copy, in the process of its own that calls this; what it prints goes to a file."""
+    stream = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    os.chdir(copy)
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(copy)}  # for the processes that tests start
+    sys.dont_write_bytecode = True
+    sys.path.insert(0, str(copy))
+    import pytest
+
+    pytest.main(["-q", "-p", "no:cacheprovider", *arguments])
+
+
 def run_tests(tests: Sequence[str], mutant: Mutant | None = None) -> tuple[dict[str, set[str]], str]:
     """Run tests in a copy; return the outcomes per test ("passed", "assertion", "error"), and the output."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
-        copy, report = Path(folder), Path(folder) / "report.xml"
+        copy, report, printed = Path(folder), Path(folder) / "report.xml", Path(folder) / "printed.txt"
         shutil.copy(ROOT / "pyproject.toml", copy)
         for name in ("rlhf_pipeline", "tests"):  # with their bytecode: compiling takes longer than most tests
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.pyc.*"))  # in work
@@ -71,9 +90,10 @@ def run_tests(tests: Sequence[str], mutant: Mutant | None = None) -> tuple[dict[
             for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*"):
                 compiled.unlink()
             path.write_text(mutant.apply(path.read_text(encoding="utf-8")), encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
-        env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": folder}
-        done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True)
+        process = FORKS.Process(target=run_pytest, args=(copy, printed, [f"--junitxml={report}", *tests]))
+        process.start()
+        process.join()
+        output = printed.read_text(encoding="utf-8", errors="replace") if printed.is_file() else "nothing was run"
         cases = list(ElementTree.parse(report).iter("testcase")) if report.is_file() else []
     outcomes: dict[str, set[str]] = {test: set() for test in tests}
     for case in cases:
@@ -83,7 +103,7 @@ def run_tests(tests: Sequence[str], mutant: Mutant | None = None) -> tuple[dict[
         word = "passed" if found is None else "assertion" if asserted else "error"
         for test in {identity, identity.split("[")[0]} & set(outcomes):
             outcomes[test].add(word)
-    return outcomes, done.stdout + done.stderr
+    return outcomes, output
 
 
 def judge(mutant: Mutant) -> tuple[Mutant, str, str, float]:
@@ -107,6 +127,8 @@ def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
     mutants = {file.stem: read(file) for file in sorted(folder.glob("*.patch"))}
     if unknown := set(options.names) - set(mutants):
         parser.error(f"no such mutant: {', '.join(sorted(unknown))}")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    FORKS.set_forkserver_preload(LIBRARIES)
     chosen = [mutants[name] for name in options.names or mutants if mutants[name].quick or not options.quick]
     outcomes, output = run_tests(sorted({test for mutant in chosen for test in mutant.tests}))
     if failing := [test for test, found in outcomes.items() if found != {"passed"}]:

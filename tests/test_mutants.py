@@ -91,6 +91,8 @@ def test_only_a_failed_assertion_catches_a_fault_and_a_survivor_is_the_exit_code
             + "--- a/rlhf_pipeline/algorithms/masked.py\n+++ b/rlhf_pipeline/algorithms/masked.py\n@@\n"
             f"-    mean = total / count\n+    {new}\n"
         )
+    monkeypatch.syspath_prepend(ROOT / "scripts")  # where the processes find what they call
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert mutants.main([], tmp_path) == 1
     printed = capsys.readouterr().out
     for name, (_, word) in faults.items():
