@@ -19,10 +19,11 @@ from bench_probe import LORA_TARGETS, Stopwatch, run_side
 PREFERENCE = {
     "dpo": {},
     "kto": {"loss_type": "kto"},
-    "simpo": {"loss_type": "simpo", "beta": 2.0},
-    "orpo": {"loss_type": "orpo"},
+    "simpo": {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0},
+    "orpo": {"loss_type": "orpo", "beta": 1.0},
 }
 LOSSES = {"sft": "loss/nll", "reward": "loss/bradley_terry", **dict.fromkeys(PREFERENCE, "loss/dpo")}
+LOSSES["orpo"] = ""  # TRL's has the SFT loss over prompt and response in it
 CRITIC_FREE = ("rloo", "grpo")
 SAMPLING = ("ppo", "ppo_shared", *CRITIC_FREE)
 STAGES = (*LOSSES, *SAMPLING)
