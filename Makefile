@@ -50,9 +50,10 @@ ifneq ($(TORCH_INDEX_URL),)
 endif
 	@echo "$(TORCH_INDEX_URL)" > $@
 
-# pip keeps a torch that is there already at the pinned version, whatever its build.
+# pip keeps a torch that is there already at the pinned version, whatever its build. Bytecode is made of what is imported,
+# when it first is: a tenth of what is installed.
 $(STAMP): pyproject.toml constraints.txt $(TORCH_STAMP) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,label,peft,qlora,real]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev,label,peft,qlora,real]'
 	@touch $@
 
 demo: $(STAMP)

@@ -276,7 +276,7 @@ def test_a_signal_stops_all_and_the_same_command_continues(lab, start, number, c
 
 
 @pytest.mark.check
-def test_a_signal_while_models_are_measured_ends_all_and_keeps_what_is_measured(lab, start):
+def test_a_signal_while_models_are_measured_ends_all_and_keeps_what_is_measured(lab, path, start):
     # All 954,305 responses to each prompt: a second for each model.
     words = ["seeds=[0]", "sweep.dpo.beta=[.1]", "compare.max_new_tokens=4", "compare.max_prompts=8"]
     process = start(lab.home, *words)
@@ -287,8 +287,7 @@ def test_a_signal_while_models_are_measured_ends_all_and_keeps_what_is_measured(
     assert "Traceback" not in err and children.gone("JOBS_TEST", str(lab.home), 5)
     assert not (lab.home / "reports/trial/results.json").exists()
     kept = {path: path.read_bytes() for path in lab.home.glob("cache/measured-*.json") if path.stat().st_size}
-    process = start(lab.home, *words)
-    assert process.communicate(timeout=300) and process.returncode == 0
+    assert main(["run", str(path), "--home", str(lab.home), *words]) == 0  # one after another now
     assert kept and all(path.read_bytes() == content for path, content in kept.items())
     assert (lab.home / "reports/trial/results.json").exists()
 
