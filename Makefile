@@ -62,13 +62,16 @@ demo: $(STAMP)
 # A process for each core (or WORKERS=n), with one thread: the models of the tests are tiny. Bytecode is kept, because
 # tests start processes that would compile the package again.
 WORKERS ?= auto
-PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --dist worksteal
 test: $(STAMP)
-	$(PYTEST) -m "not check and not vllm"
+	$(PYTEST) -n $(WORKERS) -m "not check and not vllm"
 
 # `make test check` runs the tests once. Only the files that have such tests are imported: that takes a third of the time.
+# Many of these tests wait for processes and browsers, so there is one more of them than cores.
+CORES = import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+ONE_MORE = $$(($$($(BIN)/python -c '$(CORES)') + 1))
 check: test
-	$(PYTEST) -m check $$(grep -rl "mark\.check" tests --include="test_*.py")
+	$(PYTEST) -n $(if $(filter auto,$(WORKERS)),$(ONE_MORE),$(WORKERS)) -m check $$(grep -rl "mark\.check" tests --include="test_*.py")
 	$(BIN)/python scripts/mutants.py --quick
 
 faults: $(STAMP)
