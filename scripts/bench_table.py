@@ -266,9 +266,9 @@ def document(found: dict[str, Any]) -> str:
         "## Not included in the rates",
         "\n".join(setup_table(rows)),
         "Set-up: imports, loading models, tokenising. Losses are means over all steps and agree if both sides computed "
-        "the same. Where each side samples its own responses there is no loss here, nor for ORPO, in which TRL takes the "
-        "SFT loss over prompt and response. TRL's PPO has no shared trunk, "
-        "so both PPO rows are compared with its separate critic. TRL's PPO does not clip gradients; ours does.",
+        "the same. Where each side samples its own responses there is no loss here, nor for ORPO, in which TRL takes "
+        "the SFT loss over prompt and response. TRL's PPO has no shared trunk, so both PPO rows are compared with its "
+        "separate critic. TRL's PPO does not clip gradients; ours does.",
         "## The machine",
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB, {machine['system']}; "
         f"{found['threads']} threads pinned; the one-minute load average was {min(loads):.1f} to "

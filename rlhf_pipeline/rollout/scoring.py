@@ -19,6 +19,9 @@ Scorer = Callable[[Sequence[Example]], Tensor]
 Place = tuple[int, int]
 """An example and one of its responses, by number."""
 
+TOKENS_AT_ONCE = 32_768
+"""Tokens in one call at most, unless one response has more: on a CPU the system kills a process that takes too much."""
+
 
 @torch.no_grad()
 def score(
@@ -26,8 +29,8 @@ def score(
 ) -> Tensor:
     """Apply a scorer to every response of some examples.
 
-    Responses are scored in the order of their lengths, at most `responses_at_once` in one call; this number is halved
-    when memory runs out.
+    Responses are scored in the order of their lengths, at most `responses_at_once` and TOKENS_AT_ONCE tokens in one
+    call; both are halved when memory runs out.
 
     Args:
         examples: at least one. memory: keeps the halvings of a run.
@@ -46,7 +49,8 @@ def score(
     most, found = min(responses_at_once, len(places)), []
 
     def some(size: int) -> tuple[int, Tensor]:
-        return len(left[:size]), scorer(list(_trees(examples, left[:size]))).cpu()
+        read = _fitting(examples, left[:size], TOKENS_AT_ONCE * size // most)
+        return len(read), scorer(list(_trees(examples, read))).cpu()
 
     while left:
         read, values = memory.shrink("evaluation", most, some)
@@ -54,6 +58,17 @@ def score(
         left = left[read:]
     values = torch.cat(found)
     return torch.empty_like(values).index_copy_(0, torch.tensor(order), values)
+
+
+def _fitting(examples: Sequence[Example], places: Sequence[Place], most: int) -> Sequence[Place]:
+    """The first places whose prompts, each counted once, and responses have at most so many tokens; one at least."""
+    tokens, prompt = 0, -1
+    for count, (number, k) in enumerate(places):
+        tokens += len(examples[number].completions[k]) + (len(examples[number].prompt_ids) if number != prompt else 0)
+        prompt = number
+        if tokens > most and count:
+            return places[:count]
+    return places
 
 
 def _trees(examples: Sequence[Example], places: Sequence[Place]) -> Iterator[Example]:
