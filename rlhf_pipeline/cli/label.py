@@ -187,7 +187,7 @@ def _bound(config: LabelConfig) -> socket:
     Raises:
         BadInput: what serves it is not installed, or the address cannot be had.
     """
-    from rlhf_pipeline.labelling.server import bound
+    from rlhf_pipeline.labelling.serving import bound
 
     return bound(config.host, config.port)
 
@@ -218,7 +218,7 @@ def _run(common: Common, store: LabelStore, name: str, listener: socket, config:
     import sys
 
     from rlhf_pipeline.labelling.security import is_loopback
-    from rlhf_pipeline.labelling.server import serve
+    from rlhf_pipeline.labelling.serving import serve
 
     token = config.token or (None if is_loopback(config.host) else secrets.token_urlsafe(24))
 

@@ -97,7 +97,7 @@ def test_a_port_that_is_taken_is_said_before_anything_is_sampled(tmp_path: Path,
 def test_an_address_that_another_process_gets_meanwhile(tmp_path: Path) -> None:
     pytest.importorskip("fastapi", reason="the extra label is not installed")
     from rlhf_pipeline.labelling.project import named
-    from rlhf_pipeline.labelling.server import bound, serve
+    from rlhf_pipeline.labelling.serving import bound, serve
 
     words = ["--home", str(tmp_path), "label", "--responses", write(tmp_path / "r.jsonl"), "--no-serve", "--name", "r"]
     assert main(words) == 0

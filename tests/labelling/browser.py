@@ -51,7 +51,8 @@ def served(store: Any, token: str | None = None) -> Iterator[str]:
     import uvicorn
 
     from rlhf_pipeline.labelling.security import allowed_names
-    from rlhf_pipeline.labelling.server import address, make_app
+    from rlhf_pipeline.labelling.server import make_app
+    from rlhf_pipeline.labelling.serving import address
 
     app = make_app(store, token=token, hosts=allowed_names("127.0.0.1"))
     listener = socket.create_server(("127.0.0.1", 0))

@@ -50,7 +50,7 @@ def answers(port: int, child: children.Child) -> bool:
 
 def kills(folder: Path, count: int, seed: int) -> dict[str, Any]:
     """Kill `count` servers of one project under browsers that go on labelling; a last one lives until they end."""
-    import rlhf_pipeline.labelling.server  # noqa: F401  forked children have it imported
+    import rlhf_pipeline.labelling.serving  # noqa: F401  forked children have it imported
 
     folder.mkdir(parents=True, exist_ok=True)
     home, stop, noted = folder / "home", folder / "stop", folder / "noted.json"

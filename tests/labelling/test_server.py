@@ -15,7 +15,8 @@ from rlhf_pipeline.config.labelling import LabelConfig
 from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.labelling.kinds import Item, RankAction, Response
 from rlhf_pipeline.labelling.security import REPORT_POLICY, allowed_names
-from rlhf_pipeline.labelling.server import address, bound, make_app, serve, static_files
+from rlhf_pipeline.labelling.server import make_app, static_files
+from rlhf_pipeline.labelling.serving import address, bound, serve
 from rlhf_pipeline.labelling.store import LabelStore, Refused, database
 from rlhf_pipeline.labelling.wire import numbered
 from tests.labelling.asgi import Visitor
