@@ -158,7 +158,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     versions = {"ours and TRL's other trainers": next(run["versions"] for run in runs if run["side"] == "ours")}
     if needs_ppo:
         versions["TRL's PPO"] = next(run["versions"] for run in runs if (run["side"], run["stage"]) == ("peer", "ppo"))
-    left_out = ("policy", "reward", "pairs", "prompts", "order", "prompt_order")
+    left_out = ("policy", "reward", "pairs", "labels", "prompts", "order", "prompt_order")
     return {
         "command": command_of(options),
         "quick": options.quick,
