@@ -139,3 +139,8 @@ def test_the_page_of_config_keys_is_up_to_date() -> None:
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.reference() == (ROOT / "docs/config.md").read_text()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.json")), ids=lambda path: path.name)
+def test_figures_name_no_folder_of_the_machine_that_made_them(path):
+    assert not re.findall(r'"/[^"]*"', path.read_text())
