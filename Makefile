@@ -51,7 +51,7 @@ endif
 	@echo "$(TORCH_INDEX_URL)" > $@
 
 # pip keeps a torch that is there already at the pinned version, whatever its build. Bytecode is made of what is imported,
-# when it first is: a tenth of what is installed.
+# when it first is: the tests import 6,144 of 16,018 files.
 $(STAMP): pyproject.toml constraints.txt $(TORCH_STAMP) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev,label,peft,qlora,real]'
 	@touch $@
@@ -68,7 +68,7 @@ test: $(STAMP)
 
 # `make test check` runs the tests once. Only the files that have such tests are imported: that takes a third of the time.
 # Many of these tests wait for processes and browsers, so there is one more of them than cores.
-CORES = import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+CORES = from rlhf_pipeline.data.processes import usable_cores; print(usable_cores())
 ONE_MORE = $$(($$($(BIN)/python -c '$(CORES)') + 1))
 check: test
 	$(PYTEST) -n $(if $(filter auto,$(WORKERS)),$(ONE_MORE),$(WORKERS)) -m check $$(grep -rl "mark\.check" tests --include="test_*.py")

@@ -46,7 +46,7 @@ def test_tokens_of_one_call_by_hand(monkeypatch, tokens, calls):
 
 
 def test_a_halving_halves_the_tokens_too(monkeypatch):
-    """Four responses of 8 + 6 tokens do not fit into 7: two calls fail, at 8 tokens and none fewer at 4."""
+    """A call of 8 tokens does not fit into 7: from then on 2 responses and 4 tokens, so one response each."""
     monkeypatch.setattr(scoring, "TOKENS_AT_ONCE", 8)
     reader, said = Reader(room=7), []
     found = scoring.score(reader, [SHORT, LONG], responses_at_once=4, memory=Memory(said.append))
