@@ -14,7 +14,7 @@ RUN_ONLY = frozenset(
     {
         *("logging_steps", "save_strategy", "save_steps", "save_total_limit", "num_threads", "report_to", "output_dir"),
         "dataset_num_proc",
-        "fsdp",
+        *("fsdp", "fsdp_reshard_after_forward"),
     }
 )
 

@@ -23,7 +23,7 @@ def _full_shard(value: Any) -> Any:
         return "full_shard" in words or words == ["true"]
     if isinstance(value, bool):
         return value
-    raise wrong("true or false (full_shard means true)")
+    raise wrong("true or false (full_shard means true; shard_grad_op is true with fsdp_reshard_after_forward: false)")
 
 
 class WithSharding(WithEvaluation):
@@ -33,6 +33,11 @@ class WithSharding(WithEvaluation):
         False,
         "divide weights, gradients and optimizer state between the processes of a stage (PyTorch's FSDP2), for models "
         "that do not fit on one GPU; with one process it has no effect (transformers: off)",
+    )
+    fsdp_reshard_after_forward: bool = option(
+        True,
+        "with fsdp: drop gathered weights after a forward pass and gather them again for the backward pass, as ZeRO-3 "
+        "does; false keeps them until the backward pass, as ZeRO-2 does: less communication, more memory (accelerate)",
     )
 
 

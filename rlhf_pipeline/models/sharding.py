@@ -1,8 +1,9 @@
 """Weights divided between processes: each holds a part of every tensor (PyTorch's FSDP2).
 
 A divided module gathers its weights in its forward pass, one decoder layer at a time, and drops what it has gathered
-after each layer. The backward pass gathers them again, adds up the gradients of all processes, and leaves each process
-the gradient of its own part. Between two passes every weight is a part, a `DTensor`.
+after each layer (or, if asked to, keeps it until the backward pass). The backward pass gathers them again, adds up the
+gradients of all processes, and leaves each process the gradient of its own part. Between two passes every weight is a
+part, a `DTensor`.
 
 Embeddings, norms and heads belong to the group of the whole module, whose weights are there from the beginning to the
 end of its forward pass: `models/forward.py` reads the output head itself, not by the head's own forward pass.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Hashable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,15 +30,19 @@ if TYPE_CHECKING:
 
 K = TypeVar("K", bound=Hashable)
 WITHOUT = "train without fsdp"
+HELD = "_actor_is_whole"
+"""The attribute of an actor-critic within `whole_actor`."""
 
 
-def shard(module: nn.Module, device: torch.device) -> None:
+def shard(module: nn.Module, device: torch.device, *, reshard_after_forward: bool = True) -> None:
     """Divide the weights of a module between all processes, in place, and move each part to its device.
 
     Layers move one at a time, so that a device never holds the whole model.
 
     Args:
         module: a `Policy`, a `RewardModel` or an `ActorCritic`, whole, on the CPU.
+        reshard_after_forward: drop gathered weights after a forward pass that a backward pass follows, and gather them
+            again. All other passes drop them.
 
     Raises:
         BadInput: its weights cannot be divided.
@@ -58,6 +63,14 @@ def shard(module: nn.Module, device: torch.device) -> None:
         group.set_force_sum_reduction_for_comms(True)
         # A weight that the examples of one process alone have used (an expert) must not stop the others.
         group.set_reduce_scatter_unused_params(True, recurse=False)
+    if not reshard_after_forward:
+        module.register_forward_pre_hook(_keep_for_backward)
+
+
+def _keep_for_backward(module: nn.Module, _given: object) -> None:
+    """Before a forward pass: keep the weights that it gathers if a backward pass follows, which drops them."""
+    if not getattr(module, HELD, False):
+        cast("FSDPModule", module).set_reshard_after_forward(not torch.is_grad_enabled())
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
@@ -144,9 +157,11 @@ def whole_actor(actor_critic: nn.Module) -> Iterator[None]:
     for group in groups:
         group.set_reshard_after_forward(False, recurse=False)
         group.unshard()
+    setattr(actor_critic, HELD, True)
     try:
         yield
     finally:
+        setattr(actor_critic, HELD, False)
         for group in groups:
             group.set_reshard_after_forward(True, recurse=False)
             group.reshard()

@@ -12,6 +12,7 @@ import torch
 
 from rlhf_pipeline.config.stages import ModelConfig
 from rlhf_pipeline.errors import BadInput
+from rlhf_pipeline.training.launcher import launched
 from rlhf_pipeline.training.precision import bound_product_cache, uses_bf16
 
 if TYPE_CHECKING:
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
 
 
 def make_accelerator(config: ModelConfig) -> Accelerator:
-    """An Accelerator with the device and precision of a config; also sets the number of threads if configured."""
+    """An Accelerator with the device and precision of a config; also sets the number of threads if configured.
+
+    Raises:
+        BadInput: the launcher asks for what no stage has; or there are more processes than GPUs.
+    """
+    launched()  # takes its variables away
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
@@ -42,14 +48,7 @@ def make_accelerator(config: ModelConfig) -> Accelerator:
     # and a process that repeats a forward pass must not wait for the buffers of the others.
     frozen_actor = bool(getattr(config, "critic_warmup_steps", 0))
     kept = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=frozen_actor)
-    accelerator = Accelerator(cpu=config.use_cpu, mixed_precision=precision, kwargs_handlers=[kept])
-    kind = accelerator.distributed_type.value
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise BadInput(
-            f"found distributed_type {kind} in the config of accelerate, expected MULTI_GPU (DDP); to divide weights "
-            "between processes, set fsdp: true in the config of the stage; see docs/scaling.md"
-        )
-    return accelerator
+    return Accelerator(cpu=config.use_cpu, mixed_precision=precision, kwargs_handlers=[kept])
 
 
 def _require_devices(config: ModelConfig) -> None:

@@ -32,6 +32,7 @@ from rlhf_pipeline.training.accelerator import make_accelerator, seed_everything
 from rlhf_pipeline.training.checkpoint import Checkpoint, clear_leftovers, newest_checkpoint, put_damaged_aside
 from rlhf_pipeline.training.cost import CostMeter, reset_peak_memory
 from rlhf_pipeline.training.failure import FOLDER as FAILURE
+from rlhf_pipeline.training.launcher import with_launcher
 from rlhf_pipeline.training.precision import uses_bf16
 from rlhf_pipeline.training.ranks import of_the_first
 from rlhf_pipeline.training.run_directory import (
@@ -89,7 +90,7 @@ class Run(Generic[C]):
     def placed(self, *models: nn.Module) -> None:
         """Divide models between the processes if the run is sharded; see `shard`."""
         for model in models if self.sharded else ():
-            shard(model, self.device)
+            shard(model, self.device, reshard_after_forward=self.config.fsdp_reshard_after_forward)
 
     def prepared(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The model and its optimizer for the training loop."""
@@ -175,6 +176,7 @@ def open_run(
     reset_peak_memory()
     if config.output_dir is not None:
         folder_for_copy(config.output_dir, config.output_name)
+    config, asked = with_launcher(config)
     config, lengths = with_lengths(config, Registry(home))
     parents = parents_of(Registry(home), config)
     require_needs(config, parents)
@@ -193,8 +195,8 @@ def open_run(
     try:
         for note in notes:
             log.say(f"note: {note}")
-        if lengths:
-            log.say(lengths)
+        for line in [*asked, *([lengths] if lengths else [])]:
+            log.say(line)
         for line in remarks_on(parents["base"]) if "base" in parents else ():
             log.say(line)
         if accelerator.is_main_process:

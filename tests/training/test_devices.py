@@ -1,24 +1,12 @@
-"""What a run refuses of the machine and of the launcher that started it."""
+"""What a run refuses of the machine."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
-import accelerate
 import pytest
 import torch
-from accelerate.utils import DistributedType
 
 from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.training.accelerator import make_accelerator
-
-
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
-def test_weights_divided_between_processes_are_refused(lab, monkeypatch, kind):
-    found = SimpleNamespace(distributed_type=DistributedType(kind))
-    monkeypatch.setattr(accelerate, "Accelerator", lambda **options: found)
-    with pytest.raises(BadInput, match=rf"found distributed_type {kind} .*, expected MULTI_GPU \(DDP\)"):
-        make_accelerator(lab.config("dpo"))
 
 
 @pytest.mark.parametrize(("devices", "processes"), [(1, 2), (2, 3)])

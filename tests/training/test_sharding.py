@@ -39,6 +39,7 @@ FRESH = {
 CHOSEN = {"reward_centering": "chosen"}
 BEST = {"eval_steps": 2, "load_best_model_at_end": True}
 STEPS = 6
+SECOND = {"fsdp_reshard_after_forward": False}
 RUNS = {
     "sft": ("sft", {**FRESH, "snapshot_steps": [3]}),
     "sft-lora": ("sft", LORA),
@@ -51,16 +52,20 @@ RUNS = {
     "kto": ("dpo", {"loss_type": "kto"}),
     **{f"sft-{name}": ("sft", {"optim": name}) for name in ("adamw_torch", "sgd")},
     **{f"sft-{name}": ("sft", {"optim": name, "optim_args": {"eps": 1e-1}}) for name in ("rmsprop", "adagrad")},
+    "sft-zero2": ("sft", {**SECOND, "packing": True, "gradient_checkpointing": True}),
+    "train-rm-zero2": ("train-rm", {**SECOND, **CHOSEN, **BEST}),
+    "dpo-zero2": ("dpo", {**SECOND, "precompute_ref_log_probs": False, "eval_steps": 3}),
     "sft-lion": ("sft", {"optim": "lion", "learning_rate": 1e-2}),
 }
 # Nothing is added up in another order: no accumulation, no clipping.
 PLAIN = {"gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
 IN_16_BITS = {"autocast": ("sft", {"bf16": True, **PLAIN}), "stored": ("dpo", {"dtype": "bfloat16", **PLAIN})}
-CUT = {"sft": RUNS["sft"], "dpo-lora": RUNS["dpo-lora"], "train-rm": RUNS["train-rm"]}
+CUT = {name: RUNS[name] for name in ("sft", "dpo-lora", "train-rm", "dpo-zero2")}
 
 WORKER = """
 import json, os, signal, sys
 from pathlib import Path
+import torch.distributed as dist
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.errors import Interrupted, RunFailed
 from rlhf_pipeline.models.sharding import is_part, local
@@ -81,6 +86,13 @@ def counted(self, *models):
         print("MODELS" + json.dumps([self.config.output_name, [held(model.parameters()) for model in models]]))
 
 Run.placed = counted
+gathers, gather = [0], dist.all_gather_single
+
+def counted_gather(*given, **options):
+    gathers[0] += 1
+    return gather(*given, **options)
+
+dist.all_gather_single = counted_gather
 
 def stopping(at):
     def wrapped(model, windows, step, *, on_update, optimizer, **options):
@@ -93,7 +105,9 @@ def stopping(at):
         def hook(done, metrics, window):
             if done == at and os.environ.get("RANK", "0") == "1":
                 os.kill(os.getpid(), signal.SIGTERM)
+            print("GATHERS" + json.dumps([os.environ["RUN"], *gathers]))
             on_update(done, metrics, window)
+            gathers[0] = 0
             if done == 1 and all(map(is_part, model.parameters())):
                 state = [one for kept in optimizer.state.values() for one in kept.values() if one.numel() > 1]
                 print("STATE" + json.dumps([all(map(is_part, state)), *held(state)]))
@@ -101,6 +115,7 @@ def stopping(at):
     return wrapped
 
 for stage, values, stop_at in runs:
+    os.environ["RUN"] = values["output_name"]
     session.fit = stopping(stop_at)
     try:
         stage_function(stage)(load_config(stage, None, extra=values).config, home, quiet=True)
@@ -194,6 +209,17 @@ class TestTwoProcesses:
         for (parts, mine, total), (_, theirs, _) in zip(*states, strict=True):
             assert parts and mine + theirs == total
             assert total == 0 or 0.35 < mine / total < 0.65
+
+    @each(("kept", "dropped", "reference"), [("sft", "sft-packed", 0), ("train-rm", "train-rm", 0), ("dpo", "dpo", 4)])
+    def test_gather_half_as_often_if_weights_are_kept_until_the_backward_pass(self, sharded, kept, dropped, reference):
+        """A layer and the module around it, twice in each of two micro-batches, or once; the reference as before."""
+        _, outputs = sharded
+        for output in outputs:
+            counts = [
+                [count for run, count in told(output, "GATHERS") if run == name][1:]
+                for name in (f"{dropped}-2", f"{kept}-zero2-2")
+            ]
+            assert {*counts[0]} == {8 + reference} and {*counts[1]} == {4 + reference}
 
     @each("name", CUT)
     def test_their_checkpoint_is_resumed_by_one(self, sharded, name):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.training.test_sharding import LORA, told
+from tests.training.test_sharding import LORA, SECOND, told
 from tests.training.test_two_processes_resume import PPO
 from tests.training.test_two_processes_resume import WORKER as GIVEN
 from tests.two_processes import run_of, run_stages, same
@@ -35,6 +35,8 @@ RUNS = {
     "shared": {"value_init": "shared"},
     "lora": {**LORA, "value_init": "sft"},
     "lora-reward": LORA,
+    "zero2": {**SECOND, "num_ppo_epochs": 2},
+    "zero2-warm-up": {**SECOND, "critic_warmup_steps": 1, "max_steps": 2, "value_init": "sft"},
     "warm-up": {"critic_warmup_steps": 1, "max_steps": 2, "weight_decay": 0.1},
 }
 
@@ -64,10 +66,11 @@ def test_two_processes_take_the_first_update_of_one_given_its_rollouts(divided, 
         assert mine + theirs == total and 0.4 < mine / total < 0.6
 
 
-def test_their_samples_are_those_of_whole_weights(tiny, tmp_path):
+@pytest.mark.parametrize("zero", [{}, SECOND], ids=["zero3", "zero2"])
+def test_their_samples_are_those_of_whole_weights(tiny, tmp_path, zero):
     """Each process ends its responses by itself; then two processes resume bit for bit."""
     lab = tiny.copy(tmp_path / "home")
-    three = {"max_steps": 3}
+    three = {"max_steps": 3, **zero}
     first = [ppo(lab, "whole", 2, three, fsdp=False), ppo(lab, "parts", 2, three), ppo(lab, "cut", 2, three, 2)]
     run_stages(lab, 2, SAMPLED, first)
     run_stages(lab, 2, SAMPLED, [ppo(lab, "cut", 2, three)])
