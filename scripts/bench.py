@@ -182,18 +182,16 @@ def command_of(options: argparse.Namespace) -> str:
     words += ["--model", options.model.name] if options.model else []
     words += ["--lora", str(options.lora)] if options.lora else []
     words += ["--methods"] if options.methods else []
-    words += (
-        ["--stages", ",".join(options.stages)] if options.stages != stages_of(options.lora, options.methods) else []
-    )
+    words += ["--stages", ",".join(options.stages)] if options.stages != known_stages(options) else []
     words += [f"--{name}" for name in ("bf16", "quick") if getattr(options, name)]
     words += ["--repeats", str(options.repeats)] if options.repeats != LEAST else []
     words += ["--threads", str(options.threads)] if options.threads != THREADS else []
     return " ".join(words)
 
 
-def stages_of(lora: int, methods: bool = False) -> list[str]:
-    """The stages that can be measured; the peer's PPO with adapters is not among them."""
-    return [stage for stage in (METHODS if methods else STAGES) if not lora or peer_stage(stage) != "ppo"]
+def known_stages(options: argparse.Namespace) -> list[str]:
+    """The stages that can be measured."""
+    return list(METHODS if options.methods else STAGES)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -208,7 +206,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--lora", type=int, default=0, metavar="RANK", help="train adapters of this rank (with --model)"
     )
-    parser.add_argument("--stages", help="default: all; with --lora those without PPO")
+    parser.add_argument("--stages", help="default: all")
     parser.add_argument("--methods", action="store_true", help="the further methods, beside DPO and PPO")
     parser.add_argument("--repeats", type=int, help=f"rounds (default and least {LEAST}; with --quick 1)")
     parser.add_argument("--bf16", action="store_true", help="run everything also with bf16 autocast")
@@ -227,7 +225,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         raise BadInput(f"--lora: found {options.lora}; expected a rank above 0, together with --model")
     if options.methods and options.lora:
         raise BadInput("--methods: found --lora beside it; expected all weights to be trained")
-    known = stages_of(options.lora, options.methods)
+    known = known_stages(options)
     given = known if options.stages is None else [stage.strip() for stage in options.stages.split(",") if stage.strip()]
     unknown = [stage for stage in given if stage not in known]
     if unknown or not given:

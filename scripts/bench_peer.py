@@ -250,13 +250,22 @@ def train_ppo(work: dict[str, Any], watch: Stopwatch, directory: str, bf16: bool
         num_sample_generations=0,
     )
     causal, classifier = AutoModelForCausalLM, AutoModelForSequenceClassification
+    critic = classifier.from_pretrained(work["reward"], dtype=torch.float32)
+    with_adapters = adapter(work, "CAUSAL_LM")
+    if with_adapters is not None:  # the trainer puts adapters into the policy only, and takes no wrapped critic
+        from peft import inject_adapter_in_model
+
+        inject_adapter_in_model(adapter(work, "SEQ_CLS"), critic)
+        critic.score.requires_grad_(True)
     trainer = PPOTrainer(
         args=arguments,
         processing_class=tokenizer,
         model=causal.from_pretrained(work["policy"], dtype=torch.float32),
-        ref_model=causal.from_pretrained(work["policy"], dtype=torch.float32),
+        # With adapters the reference is the policy without its own.
+        ref_model=None if with_adapters else causal.from_pretrained(work["policy"], dtype=torch.float32),
+        peft_config=with_adapters,
         reward_model=classifier.from_pretrained(work["reward"], dtype=torch.float32),
-        value_model=classifier.from_pretrained(work["reward"], dtype=torch.float32),
+        value_model=critic,
         train_dataset=Dataset.from_list(rows),
         data_collator=DataCollatorWithPadding(tokenizer),
         callbacks=[make_timing(watch)],

@@ -42,6 +42,7 @@ PINS = (
     "datasets==5.2.0",
     "tokenizers==0.23.3",
     "safetensors==0.8.0",
+    "peft==0.21.2",
 )
 SEED = 1
 PAD, STOP, OTHER_EOS, RESPONSE_LENGTH = 0, 1, 2, 8
