@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 
 from rlhf_pipeline.report import Results, write_report
+from tests.once import once
 from tests.report.report_fixture import full
 
 
 @pytest.fixture(scope="session")
 def full_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the report of everything; for reading only."""
-    made = tmp_path_factory.mktemp("report")
-    write_report(Results.model_validate(full()), made)
-    return made
+
+    def make(folder: Path) -> Path:
+        write_report(Results.model_validate(full()), folder)
+        return folder
+
+    return once(tmp_path_factory, "report", make)

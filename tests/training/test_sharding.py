@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.sharding import _layers, _own_parameters, _require_groups, whole
 from rlhf_pipeline.training.ranks import together
 from tests.conftest import TINY_LLAMA
+from tests.once import once
 from tests.two_processes import in_processes, run_of, run_stages, same
 
 # 11 examples in windows of 4: of the last three, one process has two micro-batches and the other one.
@@ -52,15 +54,15 @@ RUNS = {
     "kto": ("dpo", {"loss_type": "kto"}),
     **{f"sft-{name}": ("sft", {"optim": name}) for name in ("adamw_torch", "sgd")},
     **{f"sft-{name}": ("sft", {"optim": name, "optim_args": {"eps": 1e-1}}) for name in ("rmsprop", "adagrad")},
-    "sft-zero2": ("sft", {**SECOND, "packing": True, "gradient_checkpointing": True}),
-    "train-rm-zero2": ("train-rm", {**SECOND, **CHOSEN, **BEST}),
-    "dpo-zero2": ("dpo", {**SECOND, "precompute_ref_log_probs": False, "eval_steps": 3}),
     "sft-lion": ("sft", {"optim": "lion", "learning_rate": 1e-2}),
 }
+# Compared with what those of another key do in one process.
+KEPT = {f"{name}-zero2": name for name in ("sft-packed", "train-rm", "dpo")}
+RUNS_OF_TWO = {**RUNS, **{kept: (RUNS[name][0], {**RUNS[name][1], **SECOND}) for kept, name in KEPT.items()}}
 # Nothing is added up in another order: no accumulation, no clipping.
 PLAIN = {"gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
 IN_16_BITS = {"autocast": ("sft", {"bf16": True, **PLAIN}), "stored": ("dpo", {"dtype": "bfloat16", **PLAIN})}
-CUT = {name: RUNS[name] for name in ("sft", "dpo-lora", "train-rm", "dpo-zero2")}
+CUT = {name: RUNS[name] for name in ("sft", "dpo-lora", "train-rm")}
 
 WORKER = """
 import json, os, signal, sys
@@ -142,27 +144,33 @@ def told(output: str, what: str) -> list:
 @pytest.fixture(scope="module")
 def sharded(tiny, tmp_path_factory):
     """A home with runs of one process and of two that divide the weights, and the output of those."""
-    lab = tiny.copy(tmp_path_factory.mktemp("sharded") / "home")
 
-    def run(
-        name: str, count: int, of: tuple, stop_at: int = 0, *, begun: int | None = None, fsdp: bool = True
-    ) -> tuple:
-        stage, changes = of
-        size = {"per_device_train_batch_size": 2 // (begun or count), "output_name": name, "fsdp": fsdp}
-        if changes.get("packing"):
-            size["max_train_samples"] = 23
-        return stage, lab.config(stage, **{**SETTINGS, **changes, **size}), stop_at
+    def make(folder: Path) -> tuple:
+        lab = tiny.copy(folder / "home")
 
-    one = [run(f"{name}-1", 1, of) for name, of in RUNS.items()]
-    run_in(lab, 1, one)
-    two = [run(f"{name}-2", 2, of) for name, of in RUNS.items()]
-    two += [run(f"{name}-{kind}", 2, of, fsdp=kind == "2") for name, of in IN_16_BITS.items() for kind in ("2", "ddp")]
-    two += [run(f"{name}-cut-{then}", 2, of, 2) for name, of in CUT.items() for then in (1, 2)]
-    wild = run("wild", 2, ("sft", {"learning_rate": 1e30, "max_grad_norm": 0.0}), -1)
-    outputs = run_in(lab, 2, [*two, wild])
-    run_in(lab, 1, [run(f"{name}-cut-1", 1, of, begun=2) for name, of in CUT.items()])
-    run_in(lab, 2, [run(f"{name}-cut-2", 2, of) for name, of in CUT.items()])
-    return lab, outputs
+        def run(
+            name: str, count: int, of: tuple, stop_at: int = 0, *, begun: int | None = None, fsdp: bool = True
+        ) -> tuple:
+            stage, changes = of
+            size = {"per_device_train_batch_size": 2 // (begun or count), "output_name": name, "fsdp": fsdp}
+            if changes.get("packing"):
+                size["max_train_samples"] = 23
+            return stage, lab.config(stage, **{**SETTINGS, **changes, **size}), stop_at
+
+        one = [run(f"{name}-1", 1, of) for name, of in RUNS.items()]
+        run_in(lab, 1, one)
+        two = [run(f"{name}-2", 2, of) for name, of in RUNS_OF_TWO.items()]
+        two += [
+            run(f"{name}-{kind}", 2, of, fsdp=kind == "2") for name, of in IN_16_BITS.items() for kind in ("2", "ddp")
+        ]
+        two += [run(f"{name}-cut-{then}", 2, of, 2) for name, of in CUT.items() for then in (1, 2)]
+        wild = run("wild", 2, ("sft", {"learning_rate": 1e30, "max_grad_norm": 0.0}), -1)
+        outputs = run_in(lab, 2, [*two, wild])
+        run_in(lab, 1, [run(f"{name}-cut-1", 1, of, begun=2) for name, of in CUT.items()])
+        run_in(lab, 2, [run(f"{name}-cut-2", 2, of) for name, of in CUT.items()])
+        return lab, outputs
+
+    return once(tmp_path_factory, "sharded", make)
 
 
 slow = [pytest.mark.slow, pytest.mark.check]
@@ -172,11 +180,12 @@ each = pytest.mark.parametrize
 class TestTwoProcesses:
     pytestmark = slow
 
-    @each("name", RUNS)
+    @each("name", RUNS_OF_TWO)
     def test_take_the_steps_of_one(self, sharded, name):
         lab, _ = sharded
-        same(lab, f"{name}-2", f"{name}-1", within=2e-5)
-        rows = lab.rows(run_of(lab, f"{name}-1"))
+        one = f"{KEPT.get(name, name)}-1"
+        same(lab, f"{name}-2", one, within=2e-5)
+        rows = lab.rows(run_of(lab, one))
         loss = next(key for key in rows[0] if key.startswith("loss/"))
         losses = [row[loss] for row in rows if loss in row]
         assert abs(losses[0] - losses[-1]) > 1e-3
@@ -198,26 +207,26 @@ class TestTwoProcesses:
     def test_hold_about_half_of_every_model_and_its_state(self, sharded):
         _, outputs = sharded
         models = [dict(told(output, "MODELS")) for output in outputs]
-        for name, (stage, _) in RUNS.items():
+        for name, (stage, _) in RUNS_OF_TWO.items():
             first, second = (found[f"{name}-2"] for found in models)
             assert len(first) == len(second) == (2 if stage == "dpo" else 1)  # the policy, the reference
             for (mine, total), (theirs, _) in zip(first, second, strict=True):
                 assert mine + theirs == total and total > 1000
                 assert 0.45 < mine / total < 0.55
         states = [told(output, "STATE") for output in outputs]
-        assert len(states[0]) == len(states[1]) >= len(RUNS) - 1  # sgd has none
+        assert len(states[0]) == len(states[1]) >= len(RUNS_OF_TWO) - 1  # sgd has none
         for (parts, mine, total), (_, theirs, _) in zip(*states, strict=True):
             assert parts and mine + theirs == total
             assert total == 0 or 0.35 < mine / total < 0.65
 
-    @each(("kept", "dropped", "reference"), [("sft", "sft-packed", 0), ("train-rm", "train-rm", 0), ("dpo", "dpo", 4)])
-    def test_gather_half_as_often_if_weights_are_kept_until_the_backward_pass(self, sharded, kept, dropped, reference):
+    @each(("name", "reference"), [("sft-packed", 0), ("train-rm", 0), ("dpo", 4)])
+    def test_gather_half_as_often_if_weights_are_kept_until_the_backward_pass(self, sharded, name, reference):
         """A layer and the module around it, twice in each of two micro-batches, or once; the reference as before."""
         _, outputs = sharded
         for output in outputs:
             counts = [
-                [count for run, count in told(output, "GATHERS") if run == name][1:]
-                for name in (f"{dropped}-2", f"{kept}-zero2-2")
+                [count for of, count in told(output, "GATHERS") if of == run][1:]
+                for run in (f"{name}-2", f"{name}-zero2-2")
             ]
             assert {*counts[0]} == {8 + reference} and {*counts[1]} == {4 + reference}
 

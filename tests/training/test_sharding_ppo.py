@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from tests.once import once
 from tests.training.test_sharding import LORA, SECOND, told
 from tests.training.test_two_processes_resume import PPO
 from tests.training.test_two_processes_resume import WORKER as GIVEN
@@ -50,10 +53,14 @@ def ppo(lab, name: str, count: int, changes: dict, stop_at: int = 0, *, begun: i
 @pytest.fixture(scope="module")
 def divided(tiny, tmp_path_factory):
     """A home with runs of one process and of two that divide the weights, given the same rollouts."""
-    lab = tiny.copy(tmp_path_factory.mktemp("divided") / "home")
-    run_stages(lab, 1, GIVEN, [ppo(lab, f"{name}-1", 1, changes) for name, changes in RUNS.items()])
-    two = [ppo(lab, f"{name}-2", 2, changes) for name, changes in RUNS.items()]
-    return lab, run_stages(lab, 2, GIVEN, two)
+
+    def make(folder: Path) -> tuple:
+        lab = tiny.copy(folder / "home")
+        run_stages(lab, 1, GIVEN, [ppo(lab, f"{name}-1", 1, changes) for name, changes in RUNS.items()])
+        two = [ppo(lab, f"{name}-2", 2, changes) for name, changes in RUNS.items()]
+        return lab, run_stages(lab, 2, GIVEN, two)
+
+    return once(tmp_path_factory, "divided", make)
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.once import once
 from tests.two_processes import in_two_processes, run_of, run_stages
 
 pytestmark = [pytest.mark.slow, pytest.mark.check]
@@ -57,23 +59,27 @@ def run_both(lab, configs) -> None:
 @pytest.fixture(scope="module")
 def both(tiny, tmp_path_factory):
     """A home with each stage trained by one process and by two."""
-    lab = tiny.copy(tmp_path_factory.mktemp("both") / "home")
-    one, two = {}, []
-    for stage, changes in SHARES.items():
-        whole = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-        half = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-        command = COMMANDS.get(stage, stage)
-        one[stage] = lab.run(command, output_name=f"one-{stage}", **changes, **whole)
-        two.append((command, lab.config(command, output_name=f"two-{stage}", **changes, **half), True, 0))
-    # PPO's processes draw other samples than one process would, so only its mechanics can be compared.
-    two.append(("ppo", lab.config("ppo", output_name="two-ppo", per_device_train_batch_size=2, **PPO), True, 0))
-    two.append(("sft", lab.config("sft", output_name="again", max_steps=1), False, 0))
-    two.append(("sft", lab.config("sft", output_name="again", max_steps=1), False, 0))
-    for stop_at in (3, 0):  # stopped and resumed
-        stopped = lab.config("dpo", output_name="stopped", snapshot_steps=[2, 6], **SHARES["dpo"], **half)
-        two.append(("dpo", stopped, True, stop_at))
-    run_both(lab, two)
-    return lab, one
+
+    def make(folder: Path) -> tuple:
+        lab = tiny.copy(folder / "home")
+        one, two = {}, []
+        for stage, changes in SHARES.items():
+            whole = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+            half = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+            command = COMMANDS.get(stage, stage)
+            one[stage] = lab.run(command, output_name=f"one-{stage}", **changes, **whole)
+            two.append((command, lab.config(command, output_name=f"two-{stage}", **changes, **half), True, 0))
+        # PPO's processes draw other samples than one process would, so only its mechanics can be compared.
+        two.append(("ppo", lab.config("ppo", output_name="two-ppo", per_device_train_batch_size=2, **PPO), True, 0))
+        two.append(("sft", lab.config("sft", output_name="again", max_steps=1), False, 0))
+        two.append(("sft", lab.config("sft", output_name="again", max_steps=1), False, 0))
+        for stop_at in (3, 0):  # stopped and resumed
+            stopped = lab.config("dpo", output_name="stopped", snapshot_steps=[2, 6], **SHARES["dpo"], **half)
+            two.append(("dpo", stopped, True, stop_at))
+        run_both(lab, two)
+        return lab, one
+
+    return once(tmp_path_factory, "both", make)
 
 
 @pytest.mark.check

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from tests.conftest import Lab
+from tests.once import once
 from tests.two_processes import run_of, run_stages, same
 
 pytestmark = [pytest.mark.slow, pytest.mark.check]
@@ -46,16 +50,20 @@ for stage, values in runs:
 @pytest.fixture(scope="module")
 def both(tiny, tmp_path_factory):
     """A home with each run in one process, in two, and in two that divide the weights."""
-    lab = tiny.copy(tmp_path_factory.mktemp("both") / "home")
 
-    def config(name: str, how: str, count: int, **more):
-        size = {"num_generations": 4, "per_device_train_batch_size": 8 // count}
-        return "ppo", lab.config("ppo", output_name=f"{name}-{how}", **size, **RUNS[name], **ONE_WINDOW, **more)
+    def make(folder: Path) -> Lab:
+        lab = tiny.copy(folder / "home")
 
-    run_stages(lab, 1, WORKER, [config(name, "1", 1) for name in RUNS])
-    two = [config(name, "2", 2) for name in RUNS]
-    run_stages(lab, 2, WORKER, [*two, *(config(name, "divided", 2, fsdp=True) for name in RUNS)])
-    return lab
+        def config(name: str, how: str, count: int, **more):
+            size = {"num_generations": 4, "per_device_train_batch_size": 8 // count}
+            return "ppo", lab.config("ppo", output_name=f"{name}-{how}", **size, **RUNS[name], **ONE_WINDOW, **more)
+
+        run_stages(lab, 1, WORKER, [config(name, "1", 1) for name in RUNS])
+        two = [config(name, "2", 2) for name in RUNS]
+        run_stages(lab, 2, WORKER, [*two, *(config(name, "divided", 2, fsdp=True) for name in RUNS)])
+        return lab
+
+    return once(tmp_path_factory, "groups", make)
 
 
 @pytest.mark.parametrize("how", ["2", "divided"])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
+from tests.conftest import Lab
+from tests.once import once
 from tests.two_processes import in_processes, run_of, run_stages, same
 
 pytestmark = [pytest.mark.slow, pytest.mark.check]
@@ -70,26 +73,30 @@ def run_in(lab, count: int, runs: list) -> None:
 @pytest.fixture(scope="module")
 def several(tiny, tmp_path_factory):
     """A home with the runs of one, two and four processes, and those that one number began and another resumed."""
-    lab = tiny.copy(tmp_path_factory.mktemp("several") / "home")
 
-    def adapted(count: int) -> list:
-        changes = {**SETTINGS, **LORA, "per_device_train_batch_size": EACH[count]}
-        return [(stage, lab.config(stage, output_name=f"{stage}-lora-{count}", **changes), 0) for stage in ADAPTED]
+    def make(folder: Path) -> Lab:
+        lab = tiny.copy(folder / "home")
 
-    def ppo(count: int) -> tuple:
-        changes = {**PPO, "max_steps": 1, "per_device_train_batch_size": 16 // count, "output_name": f"given-{count}"}
-        return "ppo", lab.config("ppo", **changes), 0
+        def adapted(count: int) -> list:
+            changes = {**SETTINGS, **LORA, "per_device_train_batch_size": EACH[count]}
+            return [(stage, lab.config(stage, output_name=f"{stage}-lora-{count}", **changes), 0) for stage in ADAPTED]
 
-    def cut(stage: str, first: int, then: int, stop_at: int = 0) -> tuple:
-        changes = {**WHOLE[stage], "per_device_train_batch_size": EACH[first], "output_name": f"{stage}-{first}-{then}"}
-        return stage, lab.config(stage, **changes), stop_at
+        def ppo(count: int) -> tuple:
+            changes = {**PPO, "max_steps": 1, "per_device_train_batch_size": 16 // count}
+            return "ppo", lab.config("ppo", **changes, output_name=f"given-{count}"), 0
 
-    run_in(lab, 1, [*adapted(1), ppo(1), *(cut(s, 1, then, 2 * (then > 1)) for s in WHOLE for then in EACH)])
-    run_in(lab, 2, [*adapted(2), ppo(2), *(cut(s, 2, then, 2 * (then != 2)) for s in WHOLE for then in EACH)])
-    run_in(lab, 2, [cut(stage, 1, 2) for stage in WHOLE])
-    run_in(lab, 4, [cut(stage, first, 4) for stage in WHOLE for first in (1, 2)])
-    run_in(lab, 1, [cut(stage, 2, 1) for stage in WHOLE])
-    return lab
+        def cut(stage: str, first: int, then: int, stop_at: int = 0) -> tuple:
+            changes = {**WHOLE[stage], "per_device_train_batch_size": EACH[first]}
+            return stage, lab.config(stage, **changes, output_name=f"{stage}-{first}-{then}"), stop_at
+
+        run_in(lab, 1, [*adapted(1), ppo(1), *(cut(s, 1, then, 2 * (then > 1)) for s in WHOLE for then in EACH)])
+        run_in(lab, 2, [*adapted(2), ppo(2), *(cut(s, 2, then, 2 * (then != 2)) for s in WHOLE for then in EACH)])
+        run_in(lab, 2, [cut(stage, 1, 2) for stage in WHOLE])
+        run_in(lab, 4, [cut(stage, first, 4) for stage in WHOLE for first in (1, 2)])
+        run_in(lab, 1, [cut(stage, 2, 1) for stage in WHOLE])
+        return lab
+
+    return once(tmp_path_factory, "several", make)
 
 
 @pytest.mark.parametrize("stage", ADAPTED)
