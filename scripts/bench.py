@@ -1,13 +1,14 @@
 """Benchmark every stage against its peer: SFT, reward model and DPO with TRL's trainers, PPO with that of TRL 1.12.
 
     .venv/bin/python scripts/bench.py [--hh FILE] [--stages dpo,reward,sft,ppo,ppo_shared] [--bf16] [--quick]
-                                      [--model FOLDER [--lora RANK]] [--methods]
+                                      [--model FOLDER [--lora RANK]] [--methods] [--ours]
 
 Prepares the work once (bench_work.py), runs both sides alternately, each in its own process (bench_ours.py,
 bench_peer.py), at least three times, and writes docs/benchmarks.md and its figures as JSON. It creates the environment
 of TRL 1.12 if that is missing, as scripts/parity_ppo.py does. With --model the policy is pretrained, the work is less,
 and the figures go to docs/benchmarks_pretrained.md (with --lora: docs/benchmarks_pretrained_lora.md). With --methods
-the stages are DPO and PPO beside KTO, SimPO, ORPO, RLOO and GRPO (docs/benchmarks_methods.md).
+the stages are DPO and PPO beside KTO, SimPO, ORPO, RLOO and GRPO (docs/benchmarks_methods.md). With --bf16 --ours our
+side runs alone, in bf16 and in fp32 (docs/benchmarks_own_bf16.md).
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     # Check everything that can be wrong before the long work.
     sizes = replace(QUICK if options.quick else PRETRAINED if options.model else Sizes(), lora=options.lora)
     work = prepare(folder / "work", options.hh, sizes, options.threads, options.model)
-    needs_ppo = "ppo" in map(peer_stage, options.stages)
+    needs_ppo = "ppo" in map(peer_stage, options.stages) and not options.ours
     ppo_python = peer_of_ppo(options.environment, options.python) if needs_ppo else sys.executable
     environment = child_environment(options.threads, folder)
 
@@ -144,6 +145,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for number in range(1, options.repeats + 1):
         for bf16 in (False, True) if options.bf16 else (False,):
             for side, stage in turns(options.stages, number):
+                if options.ours and side == "peer":
+                    continue
                 python = ppo_python if (side, stage) == ("peer", "ppo") else sys.executable
                 words = [stage, str(folder / "work/work.json"), *(["--bf16"] if bf16 else [])]
                 run = call(python, f"bench_{side}.py", *words, environment=environment) | {"round": number}
@@ -183,7 +186,7 @@ def command_of(options: argparse.Namespace) -> str:
     words += ["--lora", str(options.lora)] if options.lora else []
     words += ["--methods"] if options.methods else []
     words += ["--stages", ",".join(options.stages)] if options.stages != known_stages(options) else []
-    words += [f"--{name}" for name in ("bf16", "quick") if getattr(options, name)]
+    words += [f"--{name}" for name in ("bf16", "ours", "quick") if getattr(options, name)]
     words += ["--repeats", str(options.repeats)] if options.repeats != LEAST else []
     words += ["--threads", str(options.threads)] if options.threads != THREADS else []
     return " ".join(words)
@@ -210,6 +213,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", action="store_true", help="the further methods, beside DPO and PPO")
     parser.add_argument("--repeats", type=int, help=f"rounds (default and least {LEAST}; with --quick 1)")
     parser.add_argument("--bf16", action="store_true", help="run everything also with bf16 autocast")
+    parser.add_argument("--ours", action="store_true", help="without TRL: bf16 beside fp32 (with --bf16)")
     parser.add_argument("--quick", action="store_true", help="a smoke test on a few examples; its figures mean nothing")
     parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--output", type=Path, help="default: see above; with --quick build/bench_quick.md")
@@ -225,6 +229,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         raise BadInput(f"--lora: found {options.lora}; expected a rank above 0, together with --model")
     if options.methods and options.lora:
         raise BadInput("--methods: found --lora beside it; expected all weights to be trained")
+    if options.ours and not options.bf16:
+        raise BadInput("--ours: found no --bf16; expected both, since the table sets our bf16 beside our fp32")
     known = known_stages(options)
     given = known if options.stages is None else [stage.strip() for stage in options.stages.split(",") if stage.strip()]
     unknown = [stage for stage in given if stage not in known]
@@ -239,6 +245,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         raise BadInput(f"--threads: found {options.threads}; expected at least 1")
     name = f"benchmarks{'_pretrained' if options.model else ''}{'_lora' if options.lora else ''}"
     name += "_methods" if options.methods else ""
+    name += "_own_bf16" if options.ours else ""
     options.output = options.output or ROOT / ("build/bench_quick.md" if options.quick else f"docs/{name}.md")
     options.json = options.json or options.output.with_suffix(".json")
     return options

@@ -46,6 +46,8 @@ PRETRAINED_TARGETS = {
 PRETRAINED_TARGETS |= dict.fromkeys(("kto", "simpo", "orpo", "rloo", "grpo"), PRETRAINED_TARGETS["dpo"])
 MEMORY_AIM = 0.6
 """The largest share of the peer's peak memory, with a pretrained model."""
+BF16_AIM = 1.8
+"""The least ratio of our rate in bf16 to our own in fp32."""
 SETUP = {
     "GFLOP per example": ("gflop_per_example", ".2f"),
     "set-up, s, ours / TRL": ("setup_seconds", ".1f"),
@@ -177,6 +179,25 @@ def memory_shares(rows: Sequence[dict[str, Any]]) -> str:
     return f"Peak memory, our share of TRL's (aim {MEMORY_AIM:g} at most): {', '.join(shares)}."
 
 
+def bf16_table(runs: Sequence[Run]) -> list[str]:
+    """Our rate in bf16 over our own in fp32, each ratio within one round, and peak memory, as lines of Markdown."""
+    lines = [
+        f"| stage | bf16 / fp32, ours | aim {BF16_AIM:g} | peak memory, MiB: ours in fp32, ours in bf16, TRL in bf16 |",
+        "| --- | ---: | --- | ---: |",
+    ]
+    for stage in TITLES:
+        plain, half = (_pick(runs, "ours", stage, precision) for precision in ("fp32", "bf16"))
+        if not half or [run["round"] for run in plain] != [run["round"] for run in half]:
+            continue
+        ratio = spread([rate(mine) / rate(other) for mine, other in zip(half, plain)])
+        sides = (plain, half, _pick(runs, "peer", peer_stage(stage), "bf16"))
+        peaks = (_mib(max((run["peak_bytes"] for run in side), default=None)) for side in sides)
+        reached = "reached" if ratio["median"] >= BF16_AIM else "not reached"
+        cells = (TITLES[stage], f"**{ratio['median']:.2f}** ({ratio['low']:.2f}-{ratio['high']:.2f})", reached)
+        lines.append("| " + " | ".join((*cells, ", ".join(peaks))) + " |")
+    return lines
+
+
 def setup_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Quantities outside the rates, and those that must agree on both sides, as lines of Markdown."""
     lines = ["| stage | | " + " | ".join(SETUP) + " |", "| --- | --- |" + " ---: |" * len(SETUP)]
@@ -230,6 +251,18 @@ def describe_work(work: dict[str, Any], repeats: int) -> list[str]:
     ]
 
 
+def outside_the_rates(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What is not in the rates, as paragraphs."""
+    return [
+        "## Not included in the rates",
+        "\n".join(setup_table(rows)),
+        "Set-up: imports, loading models, tokenising. Losses are means over all steps and agree if both sides computed "
+        "the same. Where each side samples its own responses there is no loss here, nor for ORPO, in which TRL takes "
+        "the SFT loss over prompt and response. TRL's PPO has no shared trunk, so both PPO rows are compared with its "
+        "separate critic. TRL's PPO does not clip gradients; ours does.",
+    ]
+
+
 def document(found: dict[str, Any]) -> str:
     """The text of docs/benchmarks.md. found: the JSON that bench.py writes."""
     rows, peaks = found["rows"], found["peaks"]
@@ -239,16 +272,19 @@ def document(found: dict[str, Any]) -> str:
     best = {name: max(start[name], end[name]) for name in start}
     machine, loads = found["machine"], [load for run in found["runs"] for load in run["load"]]
     beside = "The set-up of the data is in [benchmarks_data.md](benchmarks_data.md)."
+    described = describe_work(found["work"], found["repeats"])
     blocks = ["# Benchmarks", f"Made by `{found['command']}` on {found['date']}. {beside}"]
     if found["quick"]:
         blocks.append("A smoke test on a tiny model and a few examples: its figures do not measure speed.")
     if plain:
         blocks.append("\n".join(rate_table(plain)))
-    if found["work"]["model"] is not None:
+    if found["work"]["model"] is not None and rows:
         blocks.append(memory_shares(rows))
     if bf16:
         but = " (TRL's PPO still samples and scores in fp32)" if any("ppo" in row["stage"] for row in bf16) else ""
         blocks += [f"bf16 autocast on both sides{but}:", "\n".join(rate_table(bf16))]
+    if len(own := bf16_table(found["runs"])) > 2:
+        blocks += ["Our own bf16 autocast beside fp32, in the same rounds:", "\n".join(own)]
     sides = found["versions"].values()
     versions = ["| | " + " | ".join(found["versions"]) + " |", "| --- |" + " --- |" * len(sides)]
     for name in dict.fromkeys(name for side in sides for name in side):
@@ -262,13 +298,8 @@ def document(found: dict[str, Any]) -> str:
         "Peak memory: of the whole process, the largest of all rounds. For training: the part above the memory in use "
         "when the first step began.",
         "## The work",
-        *describe_work(found["work"], found["repeats"]),
-        "## Not included in the rates",
-        "\n".join(setup_table(rows)),
-        "Set-up: imports, loading models, tokenising. Losses are means over all steps and agree if both sides computed "
-        "the same. Where each side samples its own responses there is no loss here, nor for ORPO, in which TRL takes "
-        "the SFT loss over prompt and response. TRL's PPO has no shared trunk, so both PPO rows are compared with its "
-        "separate critic. TRL's PPO does not clip gradients; ours does.",
+        *(described if rows else [*described[:-1], f"{found['repeats']} rounds; each run is a process of its own."]),
+        *(outside_the_rates(rows) if rows else ()),
         "## The machine",
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB, {machine['system']}; "
         f"{found['threads']} threads pinned; the one-minute load average was {min(loads):.1f} to "

@@ -235,6 +235,19 @@ def test_the_document_has_the_machine_the_versions_and_the_command(bench, work) 
     assert "bf16 autocast" not in text and "smoke test" not in text and str(Path(work["policy"]).parent) not in text
 
 
+def test_bf16_is_set_beside_our_own_fp32_of_the_same_round(bench) -> None:
+    # In bf16 20, 10 and 40 examples a second, in fp32 10, 10 and 10: ratios 2, 1 and 4.
+    runs = [run("ours", "dpo", n, 1.0) for n in (1, 2, 3)]
+    runs += [
+        run("ours", "dpo", n, s, precision="bf16", peak_bytes=n * 2**30) for n, s in ((1, 0.5), (2, 1.0), (3, 0.25))
+    ]
+    line = "| DPO, reference online | **2.00** (1.00-4.00) | reached | 300, 3,072, {} |"
+    assert bench.bench_table.bf16_table(runs)[2:] == [line.format("-")]
+    runs += [run("peer", "dpo", 1, 1.0, precision="bf16"), run("ours", "sft", 1, 1.0, precision="bf16")]
+    assert bench.bench_table.bf16_table(runs)[2:] == [line.format("300")]
+    assert len(bench.bench_table.bf16_table(runs[:3])) == 2
+
+
 def test_other_examples_on_one_side_are_an_error(bench) -> None:
     runs = [run("ours", "dpo", 1, 1.0), run("peer", "dpo", 1, 2.0)]
     bench.bench.require_same_work(runs)
@@ -251,6 +264,7 @@ def test_other_examples_on_one_side_are_an_error(bench) -> None:
         (["--repeats", "2"], "--repeats: found 2; expected at least 3"),
         (["--threads", "0"], "--threads: found 0; expected at least 1"),
         (["--model", "absent"], "--model absent: no config.json; expected the folder of a model"),
+        (["--ours"], "--ours: found no --bf16"),
         (["--lora", "4"], "--lora: found 4; expected a rank above 0, together with --model"),
     ],
 )
