@@ -2,9 +2,9 @@
 # accelerate 1.15.0: with FSDP1, `fsdp_reshard_after_forward: SHARD_GRAD_OP` in a config file trains with FULL_SHARD.
 #
 # FSDP1 has two keys for the same thing. The code calls `fsdp_sharding_strategy` deprecated in favour of
-# `fsdp_reshard_after_forward`, whose help names FSDP1's strategies, and TRL's own fsdp1.yaml uses the newer one. But
-# `accelerate launch` always exports the older one, with its default, and the plugin reads the newer one only if the
-# older one is missing. So the newer key has no effect with FSDP1, whatever it says, and nothing warns: gathered weights
+# `fsdp_reshard_after_forward`, whose help names FSDP1's strategies, and TRL's own fsdp1.yaml uses the newer one. But with
+# version 1 the plugin first gives the older key a value, FULL_SHARD if none is set, and reads the newer one only if the
+# older one has none. So the newer key has no effect with FSDP1, whatever it says, and nothing warns: gathered weights
 # are dropped after each forward pass and gathered again (ZeRO-3 in place of ZeRO-2).
 #
 # What one would expect: the key that is set counts, or an error. What helps: `fsdp_sharding_strategy`, or version 2,

@@ -182,7 +182,7 @@ def memory_shares(rows: Sequence[dict[str, Any]]) -> str:
 def bf16_table(runs: Sequence[Run]) -> list[str]:
     """Our rate in bf16 over our own in fp32, each ratio within one round, and peak memory, as lines of Markdown."""
     lines = [
-        f"| stage | bf16 / fp32, ours | aim {BF16_AIM:g} | peak memory, MiB: ours in fp32, ours in bf16, TRL in bf16 |",
+        f"| stage | bf16 / fp32, ours | aim {BF16_AIM:g} | peak memory, MiB: ours in fp32 / in bf16 / TRL's in bf16 |",
         "| --- | ---: | --- | ---: |",
     ]
     for stage in TITLES:
@@ -194,7 +194,7 @@ def bf16_table(runs: Sequence[Run]) -> list[str]:
         peaks = (_mib(max((run["peak_bytes"] for run in side), default=None)) for side in sides)
         reached = "reached" if ratio["median"] >= BF16_AIM else "not reached"
         cells = (TITLES[stage], f"**{ratio['median']:.2f}** ({ratio['low']:.2f}-{ratio['high']:.2f})", reached)
-        lines.append("| " + " | ".join((*cells, ", ".join(peaks))) + " |")
+        lines.append("| " + " | ".join((*cells, " / ".join(peaks))) + " |")
     return lines
 
 

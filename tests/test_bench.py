@@ -241,7 +241,7 @@ def test_bf16_is_set_beside_our_own_fp32_of_the_same_round(bench) -> None:
     runs += [
         run("ours", "dpo", n, s, precision="bf16", peak_bytes=n * 2**30) for n, s in ((1, 0.5), (2, 1.0), (3, 0.25))
     ]
-    line = "| DPO, reference online | **2.00** (1.00-4.00) | reached | 300, 3,072, {} |"
+    line = "| DPO, reference online | **2.00** (1.00-4.00) | reached | 300 / 3,072 / {} |"
     assert bench.bench_table.bf16_table(runs)[2:] == [line.format("-")]
     runs += [run("peer", "dpo", 1, 1.0, precision="bf16"), run("ours", "sft", 1, 1.0, precision="bf16")]
     assert bench.bench_table.bf16_table(runs)[2:] == [line.format("300")]

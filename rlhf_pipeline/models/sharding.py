@@ -1,9 +1,9 @@
 """Weights divided between processes: each holds a part of every tensor (PyTorch's FSDP2).
 
 A divided module gathers its weights in its forward pass, one decoder layer at a time, and drops what it has gathered
-after each layer (or, if asked to, keeps it until the backward pass). The backward pass gathers them again, adds up the
-gradients of all processes, and leaves each process the gradient of its own part. Between two passes every weight is a
-part, a `DTensor`.
+after each layer (or, if asked to, keeps it until the backward pass). The backward pass gathers what was dropped, adds
+up the gradients of all processes, and leaves each process the gradient of its own part. Between two passes every weight
+is a part, a `DTensor`.
 
 Embeddings, norms and heads belong to the group of the whole module, whose weights are there from the beginning to the
 end of its forward pass: `models/forward.py` reads the output head itself, not by the head's own forward pass.

@@ -29,6 +29,7 @@ def make_accelerator(config: ModelConfig) -> Accelerator:
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
+    from accelerate.utils import GradientAccumulationPlugin
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # this package shows its own
@@ -48,7 +49,14 @@ def make_accelerator(config: ModelConfig) -> Accelerator:
     # and a process that repeats a forward pass must not wait for the buffers of the others.
     frozen_actor = bool(getattr(config, "critic_warmup_steps", 0))
     kept = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=frozen_actor)
-    return Accelerator(cpu=config.use_cpu, mixed_precision=precision, kwargs_handlers=[kept])
+    return Accelerator(
+        cpu=config.use_cpu,
+        mixed_precision=precision,
+        kwargs_handlers=[kept],
+        # Else the launcher's config decides: accelerate divides losses by its number of steps, and compiles the model.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_backend="no",
+    )
 
 
 def _require_devices(config: ModelConfig) -> None:
