@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rlhf_pipeline.algorithms.rows import rows_computed
+
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 """The largest positions x vocabulary of a chunk: 16 MiB in fp32 on a CPU, 256 MiB on a GPU."""
 
@@ -155,15 +157,21 @@ def token_logprobs(
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:  # cast once, not per chunk
         low = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(low), weight.to(low), None if bias is None else bias.to(low)
+    count = hidden.shape[0]
+    if more := rows_computed(count, hidden.device, hidden.dtype) - count:
+        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, more))
+        targets = torch.nn.functional.pad(targets, (0, more))
     rows = _rows(chunk_elements, hidden.device, weight.shape[0])
     inputs = (hidden, weight, bias)
     if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
         logprobs, entropies, _ = _score(
             OutputHead(weight, bias, head.temperature), hidden, targets, rows, entropy=entropy, keep=False
         )
-        return logprobs, entropies
-    keep = hidden.shape[0] * weight.shape[0] <= kept_elements
-    return _TokenLogprobs.apply(*inputs, targets, head.temperature, rows, entropy, train_entropy, keep)
+    else:
+        keep = hidden.shape[0] * weight.shape[0] <= kept_elements
+        options = (head.temperature, rows, entropy, train_entropy, keep)
+        logprobs, entropies = _TokenLogprobs.apply(*inputs, targets, *options)
+    return logprobs[:count], None if entropies is None else entropies[:count]
 
 
 @torch.no_grad()

@@ -7,13 +7,14 @@ one does not hold, a slower, equally correct method is used.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_pipeline.algorithms.logprobs import OutputHead, token_logprobs
+from rlhf_pipeline.algorithms.rows import product_dtype, rows_computed
 from rlhf_pipeline.data.batch import Layout, PackedBatch
 from rlhf_pipeline.models.last_layer import reading
 from rlhf_pipeline.models.tree_attention import TreeMask
@@ -123,12 +124,24 @@ def _inputs(batch: PackedBatch, module: nn.Module) -> dict[str, Any]:
     }
 
 
+def _filled_up(batch: PackedBatch, dtype: torch.dtype) -> PackedBatch:
+    """A flat batch with a last tree that nobody reads, if its number of positions is expensive; see `rows_computed`."""
+    ids = batch.input_ids
+    more = rows_computed(ids.numel(), ids.device, product_dtype(ids.device, dtype)) - ids.numel()
+    if batch.layout != "flat" or not more:
+        return batch
+    ids, positions = (nn.functional.pad(held, (0, more)) for held in (ids, batch.position_ids))
+    return replace(batch, input_ids=ids, position_ids=positions, trees=(*batch.trees, (more, ())))
+
+
 def hidden_states(trunk: nn.Module, batch: PackedBatch, index: Tensor | None = None) -> Tensor:
     """Last hidden states of a packed batch at flat positions `index` (K,): (K, D). Without `index`: all, (B * T, D)."""
-    with reading(trunk, index):
+    count = batch.input_ids.numel()
+    batch = _filled_up(batch, next(trunk.parameters()).dtype)
+    with reading(trunk, index, batch.input_ids.numel()):
         output = trunk(**_inputs(batch, trunk))
     flat = output.last_hidden_state.flatten(0, 1)
-    return flat if index is None else flat.index_select(0, index)
+    return flat[:count] if index is None else flat.index_select(0, index)
 
 
 def output_head(model: PreTrainedModel, temperature: float = 1.0, tokens: int | None = None) -> OutputHead:

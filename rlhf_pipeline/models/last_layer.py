@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_pipeline.algorithms.rows import product_dtype, rows_computed
+
 LAYERS = ("layers", "h")
 ATTENTIONS = ("self_attn", "attn", "attention")
 PROJECTIONS = ("q_proj", "o_proj", "out_proj", "c_proj", "dense")
@@ -79,14 +81,27 @@ def _checkpoints(trunk: nn.Module) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in trunk.modules())
 
 
+def _filled(rows: Tensor, positions: int, count: int) -> Tensor:
+    """Different rows (K,) and as many other positions as make them `count`, if there are so many."""
+    free = torch.ones(positions, dtype=torch.bool, device=rows.device).index_fill_(0, rows, False)
+    return torch.cat((rows, free.nonzero().squeeze(1)[: count - rows.shape[0]]))
+
+
 @contextmanager
-def reading(trunk: nn.Module, index: Tensor | None) -> Iterator[None]:
-    """A context in which only the flat positions `index` (repeated or not) of the output of `trunk` are valid."""
+def reading(trunk: nn.Module, index: Tensor | None, positions: int = 0) -> Iterator[None]:
+    """A context in which only the flat positions `index` (repeated or not) of the output of `trunk` are valid.
+
+    positions: how many there are, if more of them may be computed so that the number of rows is a frequent one.
+    """
     # A checkpointed layer runs again in the backward pass, outside this context.
     if index is None or (trunk.training and _checkpoints(trunk)):
         yield
         return
-    token = _read.set(torch.unique(index))  # a repeated row would receive its gradient twice
+    rows = torch.unique(index)  # a repeated row would receive its gradient twice
+    kind = product_dtype(rows.device, next(trunk.parameters()).dtype)
+    if (count := rows_computed(rows.shape[0], rows.device, kind)) > rows.shape[0]:
+        rows = _filled(rows, max(positions, int(rows[-1]) + 1), count)
+    token = _read.set(rows)
     try:
         yield
     finally:

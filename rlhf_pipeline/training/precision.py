@@ -28,11 +28,11 @@ def uses_bf16(config: ModelConfig) -> bool:
 def bound_product_cache() -> None:
     """Let oneDNN, which multiplies bfloat16 on a CPU, keep the code of few products, unless the user says how many.
 
-    It compiles a product for each new number of rows and keeps 1,024 of them, .5 to 1 MB each; batches without padding
-    have a new number of rows at every step (findings/bf16_products_keep_memory.sh). 64 hold those of one step. oneDNN
-    reads the variable at its first product.
+    It compiles a product for each new number of rows and keeps 1,024 of them, .5 to 1 MB each, though batches without
+    padding have a new number at almost every step (findings/bf16_products_keep_memory.sh). `rows_computed` leaves few
+    numbers, and 256 hold the products of the frequent ones. oneDNN reads the variable at its first product.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 
 def require_checkpointing(model: nn.Module) -> None:
