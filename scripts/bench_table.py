@@ -271,7 +271,7 @@ def document(found: dict[str, Any]) -> str:
     start, end = ({name: value / 1e9 for name, value in peaks[place].items()} for place in (0, -1))
     best = {name: max(start[name], end[name]) for name in start}
     machine, loads = found["machine"], [load for run in found["runs"] for load in run["load"]]
-    beside = "The set-up of the data is in [benchmarks_data.md](benchmarks_data.md)."
+    beside = "All targets, and why some are not reached: [targets.md](targets.md)."
     described = describe_work(found["work"], found["repeats"])
     blocks = ["# Benchmarks", f"Made by `{found['command']}` on {found['date']}. {beside}"]
     if found["quick"]:
