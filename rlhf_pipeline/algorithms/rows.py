@@ -21,7 +21,7 @@ def rows_computed(rows: int, device: torch.device, dtype: torch.dtype) -> int:
 
     On a CPU oneDNN compiles a product in bfloat16 for each number of rows, which takes up to ten times as long as the
     product. Batches without padding have a new number at every step, so it is rounded up to one of eight in an octave:
-    at most 1/8 more rows. In all other cases it is `rows`.
+    at most 1/8 more rows, or FEWEST - 1. In all other cases it is `rows`.
     """
     if device.type != "cpu" or dtype != torch.bfloat16 or rows < 1:
         return rows
