@@ -68,15 +68,30 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+TESTS = [0]  # how many this process has run
+
+
 # A shell switches SIGINT off for what it starts in the background, and children would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_finish() -> None:
-    """Take what was imported out of the garbage collector's sight: each of its runs would look through all of it."""
+def out_of_sight() -> None:
+    """Take what there is out of the garbage collector's sight: each of its runs would look through all of it."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    """What the tests import at their top stays."""
+    out_of_sight()
+
+
+def pytest_runtest_teardown() -> None:
+    """So does what the first tests have imported and shared, more and more slowly: look at 50, 100, 200 ... tests."""
+    TESTS[0] += 1
+    if TESTS[0] >= 50 and (TESTS[0] // 50) & (TESTS[0] // 50 - 1) == 0 and TESTS[0] % 50 == 0:
+        out_of_sight()
 
 
 def word_rankings(count: int, *, ties: bool, seed: int = 1) -> list[dict[str, Any]]:

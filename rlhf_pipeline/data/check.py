@@ -23,7 +23,7 @@ from rlhf_pipeline.data.render import render
 from rlhf_pipeline.data.shown import token_rows
 from rlhf_pipeline.data.splits import FRACTIONS, assign_splits, carries_splits
 from rlhf_pipeline.data.templates import template_of
-from rlhf_pipeline.data.tokenize import Example, tokenize
+from rlhf_pipeline.data.tokenize import Example, examples_from
 from rlhf_pipeline.data.tokenizers import text_of
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def describe(
         faults = blank_prompts(found)
     else:
         limit, own = limits or NO_LIMITS, found.tokenizer_digest
-        examples, counts = tokenize(found.records, tokenizer, limit, source_tokenizer_digest=own)
+        examples, counts = examples_from(found.records, tokenizer, limit, source_tokenizer_digest=own)
         faults = counts.faults
     found = found.without(faults)  # the rows that a stage refuses after reading: empty prompts, text without tokens
     records = found.records
@@ -264,8 +264,8 @@ def _texts_of(record: Record) -> Iterator[tuple[str, str]]:
             yield from ((f"{name}, message {i}", message["content"]) for i, message in enumerate(part, 1))
 
 
-def _length_policy(examples: list[Example], counts: Counts, limits: Lengths) -> dict[str, Any]:
-    """Return what `tokenize` drops or cuts at these limits, by reason, and the number of examples kept."""
+def _length_policy(examples: Sequence[Example], counts: Counts, limits: Lengths) -> dict[str, Any]:
+    """Return what `examples_from` drops or cuts at these limits, by reason, and the number of examples kept."""
     return {
         "max_prompt_length": limits.prompt,
         "response_length": limits.response,

@@ -106,6 +106,11 @@ class View:
         return len(self.record)
 
     @functools.cached_property
+    def counts(self) -> Array:
+        """The completions of each example: (N,)."""
+        return np.diff(self.first)
+
+    @functools.cached_property
     def tree_lengths(self) -> Array:
         """The tokens of each example: (N,)."""
         sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.ranges[:, 1] - self.ranges[:, 0])])
@@ -132,13 +137,13 @@ class View:
     @functools.cached_property
     def pairs(self) -> Array:
         """Whether each example is one pair, without ranks: (N,)."""
-        two = np.diff(self.first) == 2
+        two = self.counts == 2
         two[two] = self.ranks[self.first[:-1][two]] == 0
         return two
 
     def parts(self, places: Array) -> Iterator[tuple[list[int], Array]]:
         """Yield `parts_of` some examples, by their numbers; not for a view of whole sequences."""
-        counts = np.diff(self.first)[places] + 1
+        counts = self.counts[places] + 1
         ends = np.cumsum(counts)
         prompts = ends - counts
         completes = np.ones(int(ends[-1]), bool)
@@ -157,6 +162,15 @@ class View:
             mine = numbers[first:behind]
             yield mine, ids[at : at + sum(mine)]
             at += sum(mine)
+
+    def texts_and_ranks(self, n: int) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
+        """Return the texts of an example's completions, none of a part of a text, and their ranks."""
+        first, behind = int(self.first[n]), int(self.first[n + 1])
+        sequences = self.sequence[first:behind].tolist()
+        if not sequences or sequences[0] < 0:
+            return (), None
+        texts = tuple(self.encodings.table.text("texts", one) for one in sequences)
+        return texts, tuple(self.ranks[first:behind].tolist()) if self.ranks[first] else None
 
     def example(self, n: int) -> Example:
         """Return an example."""
@@ -182,15 +196,13 @@ class View:
         if sequences and sequences[0] < 0:
             return made
         made.prompt_text = table.text("texts", int(encodings.first[number]))
-        made.completion_texts = tuple(table.text("texts", one) for one in sequences)
+        made.completion_texts, made.ranks = self.texts_and_ranks(n)
         made.prompt_truncated = bool(self.truncated[n])
         if self.own[n]:
             made.label_probability = _known(source.table["probability"][place])
             made.margin = _known(source.table["margin"][place])
         if sequences and (self.labelled or KINDS[encodings.table["kinds"][number]] == "labelled"):
             made.desirable = bool(encodings.table["goodness"][sequences[0]])
-        if sequences and self.ranks[first]:
-            made.ranks = tuple(self.ranks[first:behind].tolist())
         if self.trained[n]:
             ((a, b),) = ranges
             made.trained = table["trained"][a:b].astype(bool).tolist()
@@ -278,6 +290,15 @@ def parts_of(examples: Sequence[Example]) -> Iterator[tuple[list[int], Array]]:
         yield [len(part) for part in parts], np.array([one for part in parts for one in part], np.int64)
 
 
+def texts_and_ranks(examples: Sequence[Example]) -> Iterator[tuple[tuple[str, ...], tuple[int, ...] | None]]:
+    """Yield the texts of each example's completions and their ranks. Stored examples are not made for it."""
+    if not isinstance(examples, Examples):
+        yield from ((example.completion_texts, example.ranks) for example in examples)
+        return
+    for view, place in zip(examples.view.tolist(), examples.place.tolist()):
+        yield examples.views[view].texts_and_ranks(place)
+
+
 def pick(examples: Sequence[Example], indices: Any) -> Sequence[Example]:
     """Return some examples, by their numbers."""
     return examples.select(indices) if isinstance(examples, Examples) else [examples[index] for index in indices]
@@ -301,6 +322,13 @@ def tree_lengths(examples: Sequence[Example]) -> list[int]:
     if isinstance(examples, Examples):
         return examples.collect("tree_lengths").tolist()
     return [len(example.prompt_ids) + sum(len(ids) for ids in example.completions) for example in examples]
+
+
+def response_counts(examples: Sequence[Example]) -> list[int]:
+    """Return the number of completions of each example."""
+    if isinstance(examples, Examples):
+        return examples.collect("counts").tolist()
+    return [len(example.completions) for example in examples]
 
 
 def first_lengths(examples: Sequence[Example]) -> list[int]:

@@ -26,7 +26,7 @@ from rlhf_pipeline.data.samples import lowest_examples, lowest_hashes, lowest_of
 from rlhf_pipeline.data.splits import ALL, FRACTIONS, carries_splits, in_split
 from rlhf_pipeline.data.stored import encodings_of
 from rlhf_pipeline.data.styles import PLAIN, Style
-from rlhf_pipeline.data.tokenize import fit, tokenize
+from rlhf_pipeline.data.tokenize import examples_from, fit, tokenize
 from rlhf_pipeline.errors import DataError, Fault
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ def examples_of(
     Args:
         kind: the kind that the stage needs: text, prompt, demonstration, labelled, pair, preference or order.
         split: name of a split, or "all".
-        tokenizer, lengths, all_replies: as for `tokenize`.
+        tokenizer, lengths, all_replies: as for `examples_from`.
         skip_bad_rows: drop and count faulty rows instead of refusing the source.
         fractions: share of each split, if the source has no splits.
         max_samples: maximum number of records, in hash order.
@@ -248,7 +248,7 @@ def examples_of(
     else:
         tied = tied_rows(in_it) if kind == "order" else []
         records, left_out = as_kind([style.apply(record) for record in in_it], kind, found.source)
-        examples, counts = tokenize(lowest_hashes(records, max_samples), tokenizer, lengths, **options)
+        examples, counts = examples_from(lowest_hashes(records, max_samples), tokenizer, lengths, **options)
         counts.dropped += left_out
     if not skip_bad_rows:
         refuse_faults(tied, found.source, len(in_it))

@@ -38,12 +38,18 @@ if TYPE_CHECKING:
 
     from rlhf_pipeline.config.lengths import Lengths
 
-__all__ = ["Example", "cut_prompt", "fit", "prompts_of_texts", "tokenize", "untied", "whole_sequence"]
+__all__ = ["Example", "cut_prompt", "examples_from", "fit", "prompts_of_texts", "tokenize", "untied", "whole_sequence"]
 _PAIRS = 1024  # pairs of one length that are compared before the pages of their ids are released
 _TEXT, _PAIR, _RANKING = (KINDS.index(kind) for kind in ("text", "pair", "ranking"))
 
 
-def tokenize(
+def tokenize(records: Sequence[Record], *arguments: Any, **options: Any) -> tuple[list[Example], Counts]:
+    """Turn records into a list of examples, as `examples_from` does."""
+    examples, counts = examples_from(records, *arguments, **options)
+    return list(examples), counts
+
+
+def examples_from(
     records: Sequence[Record],
     tokenizer: PreTrainedTokenizerBase,
     lengths: Lengths,
@@ -51,7 +57,7 @@ def tokenize(
     source_tokenizer_digest: str | None = None,
     kind: str | None = None,
     all_replies: bool = False,
-) -> tuple[list[Example], Counts]:
+) -> tuple[Examples, Counts]:
     """Turn records into examples, in their order.
 
     Args:
@@ -73,7 +79,7 @@ def tokenize(
     options: dict[str, Any] = {"source_tokenizer_digest": source_tokenizer_digest, "all_replies": all_replies}
     encodings = encode_all(records, tokenizer, **options)
     chosen = choose(encodings, np.arange(len(records)), None, counts.dropped)
-    return list(fit(encodings, chosen, tokenizer, lengths, counts, all_replies)), counts
+    return fit(encodings, chosen, tokenizer, lengths, counts, all_replies), counts
 
 
 def prompts_of_texts(

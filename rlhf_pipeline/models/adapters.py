@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -239,10 +239,18 @@ def remove_adapters(model: PreTrainedModel, *, merge: bool) -> None:
     Every weight that changes becomes a tensor of its own, so a tied head and its embedding part if only one has an
     adapter, and models on the same weights do not change.
     """
+    if names := adapters_of(model):  # peft takes more than a second to import
+        _take_out(model, names, merge)
+        del model.peft_config
+    if getattr(model, "lm_head", None) is not None and not ties(model):
+        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+
+
+def _take_out(model: PreTrainedModel, names: Sequence[str], merge: bool) -> None:
+    """Put the modules below peft's layers in their places; `merge`: with the adapters of these names."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    names = adapters_of(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for path, module in list(model.named_modules()):
@@ -256,10 +264,6 @@ def remove_adapters(model: PreTrainedModel, *, merge: bool) -> None:
             else:
                 continue
             model.set_submodule(path, plain)
-    if names:
-        del model.peft_config
-    if getattr(model, "lm_head", None) is not None and not ties(model):
-        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Router losses are switched off too: no stage adds them.
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,9 +72,13 @@ def router_loss_as_loaded(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _random_state(device: torch.device) -> tuple[Any, ...]:
-    states = [torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())]
+    states: list[Any] = [
+        torch.get_rng_state().numpy().tobytes(),
+        random.getstate(),
+        pickle.dumps(np.random.get_state()),
+    ]
     if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device).tolist())
+        states.append(torch.cuda.get_rng_state(device).numpy().tobytes())
     return tuple(states)
 
 

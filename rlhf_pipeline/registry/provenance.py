@@ -28,17 +28,24 @@ PACKAGES = (
 
 
 def code_state() -> dict[str, Any]:
-    """Return the package's version and, in a git checkout, its commit and whether files were modified."""
-    state: dict[str, Any] = {"package": rlhf_pipeline.__version__, "commit": None, "modified": None}
-    package = Path(rlhf_pipeline.__file__).resolve().parent
-    top = _git(package, "rev-parse", "--show-toplevel")
+    """Return the package's version and, in a git checkout, its commit and whether files were modified.
+
+    A process asks git once: it goes on with the code that it has loaded, whatever is changed or committed meanwhile.
+    """
+    commit, modified = _checkout(Path(rlhf_pipeline.__file__).resolve().parent)
+    return {"package": rlhf_pipeline.__version__, "commit": commit, "modified": modified}
+
+
+@functools.cache
+def _checkout(package: Path) -> tuple[str | None, bool | None]:
+    """The commit that a package's folder is at, and whether its files were modified; None: not known."""
+    found = _git(package, "rev-parse", "--show-toplevel", "HEAD")
+    top, _, commit = (found or "").rpartition("\n")
     # An installed copy may be inside another project's checkout, whose commit would be wrong.
-    if top is None or Path(top).resolve() != package.parent:
-        return state
-    state["commit"] = _git(package, "rev-parse", "--verify", "HEAD")
+    if not top or Path(top).resolve() != package.parent:
+        return None, None
     changes = _git(package, "status", "--porcelain", "--", str(package))
-    state["modified"] = None if changes is None else bool(changes)
-    return state
+    return commit, None if changes is None else bool(changes)
 
 
 def source_digest() -> str:

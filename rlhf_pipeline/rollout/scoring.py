@@ -9,8 +9,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from rlhf_pipeline.data.batch import tree_length
-from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.data.examples import Example, parts_of, response_counts
 from rlhf_pipeline.models.memory import Memory
 
 Scorer = Callable[[Sequence[Example]], Tensor]
@@ -42,14 +41,14 @@ def score(
         RunFailed: three halvings were not enough, or a single response does not fit.
     """
     memory = memory or Memory()
-    places = [(number, k) for number, example in enumerate(examples) for k in range(len(example.completions))]
-    lengths = [tree_length(example) for example in examples]
-    order = sorted(range(len(places)), key=lambda index: -lengths[places[index][0]])  # equal ones keep their order
+    sizes = [numbers for numbers, _ in parts_of(examples)]
+    places = [(number, k) for number, (_, *lengths) in enumerate(sizes) for k in range(len(lengths))]
+    order = sorted(range(len(places)), key=lambda index: -sum(sizes[places[index][0]]))  # equal ones keep their order
     left = [places[index] for index in order]
     most, found = min(responses_at_once, len(places)), []
 
     def some(size: int) -> tuple[int, Tensor]:
-        read = _fitting(examples, left[:size], TOKENS_AT_ONCE * size // most)
+        read = _fitting(sizes, left[:size], TOKENS_AT_ONCE * size // most)
         return len(read), scorer(list(_trees(examples, read))).cpu()
 
     while left:
@@ -60,11 +59,14 @@ def score(
     return torch.empty_like(values).index_copy_(0, torch.tensor(order), values)
 
 
-def _fitting(examples: Sequence[Example], places: Sequence[Place], most: int) -> Sequence[Place]:
-    """The first places whose prompts, each counted once, and responses have at most so many tokens; one at least."""
+def _fitting(sizes: Sequence[Sequence[int]], places: Sequence[Place], most: int) -> Sequence[Place]:
+    """The first places whose prompts, each counted once, and responses have at most so many tokens; one at least.
+
+    sizes: the tokens of each example's prompt and of each of its responses.
+    """
     tokens, prompt = 0, -1
     for count, (number, k) in enumerate(places):
-        tokens += len(examples[number].completions[k]) + (len(examples[number].prompt_ids) if number != prompt else 0)
+        tokens += sizes[number][1 + k] + (sizes[number][0] if number != prompt else 0)
         prompt = number
         if tokens > most and count:
             return places[:count]
@@ -84,9 +86,9 @@ def _trees(examples: Sequence[Example], places: Sequence[Place]) -> Iterator[Exa
 
 def by_example(values: Tensor, examples: Sequence[Example]) -> list[list[float]]:
     """Split values (C,) of responses into one list per example."""
-    return [part.tolist() for part in values.split([len(example.completions) for example in examples])]
+    return [part.tolist() for part in values.split(response_counts(examples))]
 
 
 def most_responses(examples: Sequence[Example]) -> int:
     """The largest number of responses of an example; 1 without examples."""
-    return max((len(example.completions) for example in examples), default=1)
+    return max(response_counts(examples), default=1)

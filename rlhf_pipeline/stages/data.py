@@ -14,6 +14,7 @@ from rlhf_pipeline.config.mentions import functions
 from rlhf_pipeline.config.stages import DpoConfig, PpoConfig, SftConfig, TrainingConfig
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.encode import ADVICE
+from rlhf_pipeline.data.examples import BLOCK, Example
 from rlhf_pipeline.data.load import RecordSet, SourceReport, examples_of, load_mixture, read_records, rows_of
 from rlhf_pipeline.data.overlap import keep_apart
 from rlhf_pipeline.data.parsed import collector_at_rest
@@ -23,7 +24,6 @@ from rlhf_pipeline.data.samples import hold_out, lowest_examples
 from rlhf_pipeline.data.splits import assign_splits
 from rlhf_pipeline.data.styles import Style
 from rlhf_pipeline.data.templates import apply_template_keys, template_of
-from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.data.tokenizers import set_stop_token, train_byte_level_bpe
 from rlhf_pipeline.errors import DataError, first_line
 
@@ -213,7 +213,9 @@ class StageData:
         """Examples to evaluate on, at most `max_eval_samples`; none if the test split has none."""
         config = self.config
         options: dict[str, Any] = {"limit": config.max_eval_samples, "all_replies": trains_all_replies(config)}
-        return self.split(kind, config.dataset_test_split, tokenizer, required=False, **options)
+        examples, reports = self.split(kind, config.dataset_test_split, tokenizer, required=False, **options)
+        # A few are made once, because every measure reads each of them several times.
+        return (list(examples) if len(examples) <= BLOCK else examples), reports
 
     def texts(self, split: str) -> list[str]:
         """All texts of a split, for training a tokenizer."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rlhf_pipeline.data.tokenize import Example
+from rlhf_pipeline.data.examples import Example, texts_and_ranks
 from rlhf_pipeline.evaluation.preference_metrics import (
     accuracy,
     bayes_accuracy,
@@ -24,6 +24,7 @@ from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.modules import RewardModel
 from rlhf_pipeline.rollout.rewards import ModelReward
 from rlhf_pipeline.rollout.scoring import by_example, score
+from rlhf_pipeline.training.reference_cache import examples_digest
 from rlhf_pipeline.training.tensor_cache import read_tensor, write_tensor
 
 BASELINES = ("longer_wins", "tfidf")
@@ -58,8 +59,8 @@ def cached_baseline_differences(
     train: Sequence[Example], held_out: Sequence[Example], cache: Path
 ) -> dict[str, list[float]]:
     """`baseline_differences` with a cache: they depend only on the pairs, which many runs share."""
-    content = [[e.completion_texts, e.completions, e.ranks] for e in (*train, *held_out)]
-    key = [version("scikit-learn"), len(train), content]
+    pairs_of = [[examples_digest(examples), list(texts_and_ranks(examples))] for examples in (train, held_out)]
+    key = [version("scikit-learn"), pairs_of]
     name = sha256(json.dumps(key, ensure_ascii=False).encode(errors="surrogatepass")).hexdigest()
     path = cache / f"baselines-{name[:32]}.safetensors"
     stored, pairs = read_tensor(path), sum(len(example.untied()) for example in held_out)

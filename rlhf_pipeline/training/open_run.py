@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import torch
-import yaml
 from torch import nn
 
 from rlhf_pipeline.config.dump import config_digest, dump_yaml
@@ -200,9 +199,9 @@ def open_run(
         for line in remarks_on(parents["base"]) if "base" in parents else ():
             log.say(line)
         if accelerator.is_main_process:
-            described = yaml.safe_load(dump_yaml(config))
             begun = (directory / CONFIG).exists()
             if not begun:
+                described = config.model_dump(mode="json")
                 other = unfinished_with_other_config(directory, config.output_name, described)
                 for line in [*made_before(home, config.output_name, digest), *other]:
                     log.say(f"note: {line}")

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rlhf_pipeline.data.batch import pack
-from rlhf_pipeline.data.examples import Example, parts_of
+from rlhf_pipeline.data.examples import Example, parts_of, response_counts
 from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.modules import Policy
 from rlhf_pipeline.rollout.scoring import most_responses, score
@@ -75,7 +75,7 @@ def completion_logprob_sums(
     finally:
         policy.train(was_training)
     most = most_responses(examples)
-    rows = found.split([len(example.completions) for example in examples])
+    rows = found.split(response_counts(examples))
     return torch.stack([pad(row, (0, most - len(row)), value=torch.nan) for row in rows])
 
 
@@ -98,7 +98,7 @@ def _logprob_sums(
 
 def _is_whole(logprobs: Tensor, examples: Sequence[Example]) -> bool:
     """Whether every completion's log-probability is finite."""
-    return int(torch.isfinite(logprobs).sum()) == sum(len(example.completions) for example in examples)
+    return int(torch.isfinite(logprobs).sum()) == sum(response_counts(examples))
 
 
 def cached_logprobs(

@@ -14,8 +14,7 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
+from rlhf_pipeline.config.yaml import read_document
 from rlhf_pipeline.disk.storage import lock, only_here, replace_text, writing
 from rlhf_pipeline.errors import BadInput
 from rlhf_pipeline.registry.store import Registry
@@ -144,11 +143,8 @@ def unfinished_with_other_config(directory: Path, name: str, config: dict[str, A
     for other in sorted(directory.parent.glob(f"{name}-*")):
         if other == directory or is_finished(other) or not (other / "checkpoints").is_dir():
             continue
-        try:
-            before = yaml.safe_load((other / CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
-            continue
-        if not isinstance(before, dict) or before.get("output_name") != name:
+        before = read_document(other / CONFIG).values  # empty if it cannot be read
+        if before.get("output_name") != name:
             continue
         # Options that a config leaves open are filled in during a run; this is no difference.
         changed = [key for key, value in config.items() if value is not None and before.get(key) != value]

@@ -196,26 +196,27 @@ def example_windows(
         return pack(chosen, layout=layout).to(device)
 
     size = size or micro_batch_size * accumulation * (shares or world_size)
-    units = [(index,) for index in range(len(examples))] if bins is None else bins
+    units = len(examples) if bins is None else len(bins)
     most = micro_batch_size
     if bins is not None:
         most, whole = len(examples), bin_tokens * micro_batch_size
         micro_batch_tokens = min(whole, micro_batch_tokens or whole)
-    per_epoch = steps_per_epoch(len(units), size)
+    per_epoch = steps_per_epoch(units, size)
     epoch, order = -1, []
     for step in range(start, steps):
         if step // per_epoch != epoch:
             epoch = step // per_epoch
-            order = epoch_order(len(units), seed, epoch)
+            order = epoch_order(units, seed, epoch)
         place = step % per_epoch
-        members = [units[unit] for unit in order[place * size : (place + 1) * size]]
+        members = [(unit,) if bins is None else bins[unit] for unit in order[place * size : (place + 1) * size]]
         every = list(chain.from_iterable(members))
-        counts = counts_of([examples[index] for index in every])
+        made = {index: examples[index] for index in every}
+        counts = counts_of([made[index] for index in every])
         mine = list(chain.from_iterable(members[rank::world_size]))
         weight = 1.0
         if not mine:  # fewer examples than ranks: every rank must take part in the backward pass
             mine, weight = list(members[0]), 0.0
-        chosen = [examples[index] for index in mine]
+        chosen = [made[index] for index in mine]
         batches = []
         for group in micro_batches(chosen, most, micro_batch_tokens):
             grouped = [chosen[i] for i in group]

@@ -20,6 +20,8 @@ from rlhf_pipeline.data.examples import (
     count_pairs,
     first_lengths,
     parts_of,
+    response_counts,
+    texts_and_ranks,
     tree_lengths,
 )
 from rlhf_pipeline.data.load import examples_of, load_mixture, read_records, records_digest, rows_of
@@ -294,8 +296,9 @@ def test_figures_of_examples_are_those_of_a_list(both, chat):
         kind = "demonstration" if name == "messages" else "preference"
         examples, _ = examples_of(from_store, kind=kind, split="all", tokenizer=chat, lengths=WIDE)
         assert isinstance(examples, Examples)
-        for figure in (tree_lengths, first_lengths, count_cut, count_pairs):
+        for figure in (response_counts, tree_lengths, first_lengths, count_cut, count_pairs):
             assert figure(examples) == figure(list(examples)), (name, figure)
+        assert list(texts_and_ranks(examples)) == list(texts_and_ranks(list(examples)))
         if kind == "demonstration":
             assert list(all_whole(examples)) == all_whole(list(examples))
             assert first_lengths(all_whole(examples)) == first_lengths(all_whole(list(examples)))

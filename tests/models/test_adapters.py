@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,7 @@ from rlhf_pipeline.models.adapters import (
     save_adapter,
     stirred,
     switched_off,
+    whole_trunk,
 )
 from rlhf_pipeline.models.forward import completion_logprobs
 from rlhf_pipeline.models.merging import merge_into
@@ -153,6 +155,16 @@ def test_stirring_is_large_and_leaves_no_trace(make_model):
     with stirred(model):
         assert (logits(model) - base).abs().max() > 0.1
     assert torch.equal(logits(model), base)
+
+
+def test_a_model_without_adapters_needs_no_peft(make_model, monkeypatch):
+    """peft takes more than a second to import: PPO, which copies the reward model's trunk, has none for it."""
+    for name in ("peft", "peft.tuners.tuners_utils", "peft.utils.other"):
+        monkeypatch.setitem(sys.modules, name, None)
+    model = make_model("llama")
+    trunk = whole_trunk(model.requires_grad_(False))
+    assert all(parameter.requires_grad for parameter in trunk.parameters())
+    assert torch.equal(trunk(input_ids=IDS).last_hidden_state, model.model(input_ids=IDS).last_hidden_state)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

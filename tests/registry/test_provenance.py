@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import rlhf_pipeline
-from rlhf_pipeline.registry.provenance import code_state, environment
+from rlhf_pipeline.registry.provenance import _checkout, code_state, environment
 
 
 def git(folder, *arguments):
@@ -22,10 +22,13 @@ def test_commit_of_a_checkout_and_whether_it_was_modified(tmp_path, monkeypatch)
     git(tmp_path, "init")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-m", "first")
+    _checkout.cache_clear()  # as in a new process
     state = code_state()
     assert (len(state["commit"]), state["modified"]) == (40, False)
     (package / "__init__.py").write_text("x = 1")
-    assert code_state()["modified"] is True
+    assert code_state() == state  # the process still has the code that was committed
+    _checkout.cache_clear()
+    assert code_state() == {**state, "modified": True}
 
 
 def test_commit_of_somebody_elses_checkout_is_not_ours(tmp_path, monkeypatch):

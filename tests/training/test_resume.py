@@ -245,10 +245,10 @@ def test_an_unfinished_run_of_another_config_is_named_with_the_keys_that_differ(
     with monkeypatch.context() as patch:
         interrupt(patch, 3, terminate)
         with pytest.raises(Interrupted):
-            lab.run("sft", **SETTINGS)
+            lab.run("sft", **SETTINGS, learning_rate=1e-5)
     result = lab.run("sft", **SETTINGS, learning_rate=0.5)
     line = next(line for line in (Path(result.run) / "log.txt").read_text().splitlines() if "unfinished" in line)
-    assert "learning_rate 0.01 there, 0.5 here" in line and "max_steps" not in line
+    assert "learning_rate 1e-05 there, 0.5 here" in line and "max_steps" not in line
 
 
 def test_dropout_goes_on_where_it_was(lab, monkeypatch):
