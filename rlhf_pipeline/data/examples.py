@@ -16,6 +16,7 @@ import numpy as np
 from rlhf_pipeline.data.choices import hex_rows, ranges_from
 from rlhf_pipeline.data.encodings import COLUMNS, KINDS, MESSAGES, Encodings
 from rlhf_pipeline.data.records import Messages, messages
+from rlhf_pipeline.data.rows import Records
 from rlhf_pipeline.disk.arrays import Array
 
 BLOCK = 4096
@@ -172,9 +173,20 @@ class View:
         texts = tuple(self.encodings.table.text("texts", one) for one in sequences)
         return texts, tuple(self.ranks[first:behind].tolist()) if self.ranks[first] else None
 
+    @functools.cached_property
+    def _kept(self) -> dict[int, Example] | None:
+        """The examples that have been made, if their records are in memory too; None: they are stored, maybe many."""
+        encodings = self.encodings if self.of is None else self.of[0]
+        return None if isinstance(encodings.records, Records) else {}
+
     def example(self, n: int) -> Example:
         """Return an example."""
-        return whole_sequence(self._made(n)) if self.moved else self._made(n)
+        found = None if self._kept is None else self._kept.get(n)
+        if found is None:
+            found = whole_sequence(self._made(n)) if self.moved else self._made(n)
+            if self._kept is not None:
+                self._kept[n] = found
+        return found
 
     def _made(self, n: int) -> Example:
         encodings, number = self.encodings, int(self.record[n])
