@@ -14,7 +14,7 @@ from rlhf_pipeline.config.mentions import functions
 from rlhf_pipeline.config.stages import DpoConfig, PpoConfig, SftConfig, TrainingConfig
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.encode import ADVICE
-from rlhf_pipeline.data.examples import BLOCK, Example
+from rlhf_pipeline.data.examples import Example
 from rlhf_pipeline.data.load import RecordSet, SourceReport, examples_of, load_mixture, read_records, rows_of
 from rlhf_pipeline.data.overlap import keep_apart
 from rlhf_pipeline.data.parsed import collector_at_rest
@@ -213,9 +213,7 @@ class StageData:
         """Examples to evaluate on, at most `max_eval_samples`; none if the test split has none."""
         config = self.config
         options: dict[str, Any] = {"limit": config.max_eval_samples, "all_replies": trains_all_replies(config)}
-        examples, reports = self.split(kind, config.dataset_test_split, tokenizer, required=False, **options)
-        # A few are made once, because every measure reads each of them several times.
-        return (list(examples) if len(examples) <= BLOCK else examples), reports
+        return self.split(kind, config.dataset_test_split, tokenizer, required=False, **options)
 
     def texts(self, split: str) -> list[str]:
         """All texts of a split, for training a tokenizer."""
