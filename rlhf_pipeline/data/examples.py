@@ -311,6 +311,11 @@ def texts_and_ranks(examples: Sequence[Example]) -> Iterator[tuple[tuple[str, ..
         yield examples.views[view].texts_and_ranks(place)
 
 
+def made_once(examples: Sequence[Example]) -> Sequence[Example]:
+    """Return a list of the examples, for several readings, unless they are many."""
+    return list(examples) if len(examples) <= BLOCK else examples
+
+
 def pick(examples: Sequence[Example], indices: Any) -> Sequence[Example]:
     """Return some examples, by their numbers."""
     return examples.select(indices) if isinstance(examples, Examples) else [examples[index] for index in indices]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from rlhf_pipeline.data import world
 from rlhf_pipeline.data.batch import PackedBatch, common_layout
+from rlhf_pipeline.data.examples import Example, made_once
 from rlhf_pipeline.data.load import SourceReport
-from rlhf_pipeline.data.tokenize import Example
 from rlhf_pipeline.errors import DataError, Fault, MismatchError
 from rlhf_pipeline.evaluation.enumerate import walk_counts
 from rlhf_pipeline.evaluation.preference_metrics import pair_differences, preference_metrics
@@ -106,9 +106,10 @@ def recorded_pairs(
 
     def evaluate() -> dict[str, float]:
         """Accuracy and sigmoid loss of the implicit rewards on held-out pairs and rankings."""
-        logprobs = completion_logprob_sums(policy, held_out, **_reading(run, held_out))
-        rewards = criterion.rewards(logprobs, held_out_reference, response_lengths(held_out, logprobs.shape[1]))
-        metrics = preference_metrics(*pair_differences(rewards.tolist(), held_out))
+        rows = made_once(held_out)
+        logprobs = completion_logprob_sums(policy, rows, **_reading(run, rows))
+        rewards = criterion.rewards(logprobs, held_out_reference, response_lengths(rows, logprobs.shape[1]))
+        metrics = preference_metrics(*pair_differences(rewards.tolist(), rows))
         return {f"eval_{name}": value for name, value in metrics.items()}
 
     return Pairs(examples, reports, windows, total, reference, targets, evaluate if held_out else None, margins)

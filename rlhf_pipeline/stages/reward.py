@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlhf_pipeline.algorithms.preference import bradley_terry_loss, centering_loss, correct
 from rlhf_pipeline.config.reward import RewardConfig
-from rlhf_pipeline.data.examples import Example, count_cut, pick, prompt_keys
+from rlhf_pipeline.data.examples import Example, count_cut, made_once, pick, prompt_keys
 from rlhf_pipeline.data.tokenize import cut_prompt
 from rlhf_pipeline.data.tokenizers import stop_ids, with_padding
 from rlhf_pipeline.disk.storage import replace_text
@@ -245,6 +245,7 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
             "train_pairs": total_pairs(examples),
         }
         if held_out:
+            held_out = made_once(held_out)
             scores = scored(held_out)
             metrics |= describe_pairs(scores, held_out)
             rivals = cached_baseline_differences(examples, held_out, home / "cache")
