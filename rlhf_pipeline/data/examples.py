@@ -1,6 +1,7 @@
 """Examples: a prompt with its completions as token ids, within the length limits.
 
 `Examples` holds many of them as ranges of flat arrays (`encodings.py`) and makes an `Example` when it is asked for one.
+Those of a small source in memory are kept once they are made.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from rlhf_pipeline.disk.arrays import Array
 
 BLOCK = 4096
 """Examples whose ids are read at once."""
+
+KEPT_IDS = 2**20
+"""Ids of a source, at most, whose examples are kept once they are made: about 40 MB of lists."""
 
 
 @dataclass
@@ -142,8 +146,9 @@ class View:
         two[two] = self.ranks[self.first[:-1][two]] == 0
         return two
 
-    def parts(self, places: Array) -> Iterator[tuple[list[int], Array]]:
-        """Yield `parts_of` some examples, by their numbers; not for a view of whole sequences."""
+    def _spans(self, places: Array) -> tuple[Array, Array, Array]:
+        """Return the ranges (P, 2) of the prompts, without a BOS, and completions of some examples, by their numbers,
+        and where in them each example begins and ends."""
         counts = self.counts[places] + 1
         ends = np.cumsum(counts)
         prompts = ends - counts
@@ -152,6 +157,19 @@ class View:
         spans = np.empty((len(completes), 2), np.int64)
         spans[prompts] = self.prompt[places]
         spans[completes] = self.ranges[ranges_from(self.first[:-1][places], counts - 1)]
+        return spans, prompts, ends
+
+    def part_sizes(self, places: Array) -> Iterator[list[int]]:
+        """Yield `part_sizes` of some examples, by their numbers; not for a view of whole sequences."""
+        spans, prompts, ends = self._spans(places)
+        sizes = spans[:, 1] - spans[:, 0]
+        sizes[prompts] += self.bos[places]
+        numbers = sizes.tolist()
+        return (numbers[first:behind] for first, behind in zip(prompts.tolist(), ends.tolist()))
+
+    def parts(self, places: Array) -> Iterator[tuple[list[int], Array]]:
+        """Yield `parts_of` some examples, by their numbers; not for a view of whole sequences."""
+        spans, prompts, ends = self._spans(places)
         sizes = spans[:, 1] - spans[:, 0]
         ids = self.encodings.table["ids"][ranges_from(spans[:, 0], sizes)].astype(np.int64)
         begun = prompts[self.bos[places].astype(bool)]
@@ -175,9 +193,12 @@ class View:
 
     @functools.cached_property
     def _kept(self) -> dict[int, Example] | None:
-        """The examples that have been made, if their records are in memory too; None: they are stored, maybe many."""
+        """The examples that have been made; None: they are made anew each time, because they are stored, or many, or
+        parts of a text, which are read once."""
         encodings = self.encodings if self.of is None else self.of[0]
-        return None if isinstance(encodings.records, Records) else {}
+        few = len(encodings.table["ids"]) <= KEPT_IDS
+        of_text = len(self.sequence) > 0 and self.sequence[0] < 0
+        return {} if few and not of_text and not isinstance(encodings.records, Records) else None
 
     def example(self, n: int) -> Example:
         """Return an example."""
@@ -288,12 +309,24 @@ class Examples(Sequence[Example]):
         return replace(self, views=tuple(replace(view, moved=True) for view in self.views))
 
 
-def parts_of(examples: Sequence[Example]) -> Iterator[tuple[list[int], Array]]:
-    """Yield of each example the numbers of ids of its prompt and its completions, and these ids (int64) in one array.
+def part_sizes(examples: Sequence[Example]) -> Iterator[list[int]]:
+    """Yield of each example the numbers of ids of its prompt and its completions. Most examples are not made for it."""
+    if isinstance(examples, Examples) and _in_one_view(examples):
+        for start in range(0, len(examples), BLOCK):
+            yield from examples.views[0].part_sizes(examples.place[start : start + BLOCK])
+        return
+    for example in examples:
+        yield [len(example.prompt_ids), *map(len, example.completions)]
 
-    Stored examples are not made for it.
-    """
-    if isinstance(examples, Examples) and len(examples.views) == 1 and not examples.views[0].moved:
+
+def _in_one_view(examples: Examples) -> bool:
+    """Whether the ranges of one view say what the parts of all examples are."""
+    return len(examples.views) == 1 and not examples.views[0].moved
+
+
+def parts_of(examples: Sequence[Example]) -> Iterator[tuple[list[int], Array]]:
+    """Yield of each example its `part_sizes`, and these ids (int64) in one array. Most examples are not made for it."""
+    if isinstance(examples, Examples) and _in_one_view(examples):
         for start in range(0, len(examples), BLOCK):
             yield from examples.views[0].parts(examples.place[start : start + BLOCK])
         return

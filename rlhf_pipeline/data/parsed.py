@@ -97,8 +97,8 @@ def _size(key: _Key) -> int:
 
 @contextmanager
 def collector_at_rest() -> Iterator[None]:
-    """Let Python's garbage collector rest while rows become examples: millions of objects that all stay, and that it
-    would walk through again and again."""
+    """Let Python's garbage collector rest while rows become records and token ids: many objects that all stay, and that
+    it would walk through again and again."""
     resting = not gc.isenabled()
     gc.disable()
     try:

@@ -48,8 +48,9 @@ def token_rows(
     `trained_text` (the runs of trained tokens).
 
     Args:
-        records: rows of a source. digest: as for `tokenize`. train_on: as in the config of SFT; "all" concerns records
-            with one completion.
+        records: rows of a source.
+        digest: the `source_tokenizer_digest` of `examples_from`.
+        train_on: as in the config of SFT; "all" concerns records with one completion.
 
     Raises:
         DataError: there are messages, but the tokenizer has no chat template.

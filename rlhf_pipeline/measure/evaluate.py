@@ -16,6 +16,7 @@ from rlhf_pipeline.config.compare import EvaluateConfig, require_in_context
 from rlhf_pipeline.config.in_context import split_arm
 from rlhf_pipeline.config.load import load_config
 from rlhf_pipeline.config.reward import RewardConfig
+from rlhf_pipeline.data.examples import made_once
 from rlhf_pipeline.errors import ConfigError, Fault
 from rlhf_pipeline.evaluation.sampled import Samples, add_kl, draw, take_from_policy
 from rlhf_pipeline.measure.bench import Bench, add_rewards, find_policies, scored_as_trained, set_up
@@ -178,6 +179,7 @@ def _evaluate_reward_model(
     train, _ = data.split(kind, training.dataset_train_split, tokenizer, required=False)
     held_out, reports = data.split(kind, config.split, tokenizer)
     model = load_reward_model(resolved, config, device)
+    held_out = made_once(held_out)
     scores = score_examples(
         model,
         held_out,

@@ -234,7 +234,7 @@ def _quantised(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def remove_adapters(model: PreTrainedModel, *, merge: bool) -> None:
-    """Take peft's layers out of a model in place; `merge` adds the adapters to the weights before.
+    """Take peft's layers out of a model with a `peft_config` in place; `merge` adds the adapters to the weights before.
 
     Every weight that changes becomes a tensor of its own, so a tied head and its embedding part if only one has an
     adapter, and models on the same weights do not change.

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +31,36 @@ PACKAGES = (
 def code_state() -> dict[str, Any]:
     """Return the package's version and, in a git checkout, its commit and whether files were modified.
 
-    A process asks git once: it goes on with the code that it has loaded, whatever is changed or committed meanwhile.
+    It is the state at the first call: a process goes on with the code that it has loaded, whatever is changed or
+    committed meanwhile. An answer that git did not give is None, and git is asked again at the next call.
     """
-    commit, modified = _checkout(Path(rlhf_pipeline.__file__).resolve().parent)
-    return {"package": rlhf_pipeline.__version__, "commit": commit, "modified": modified}
+    package = Path(rlhf_pipeline.__file__).resolve().parent
+    found: dict[str, Any] = {"commit": None, "modified": None}
+    with suppress(OSError, subprocess.SubprocessError):
+        if _is_checkout(package):
+            for name, ask in (("modified", _is_modified), ("commit", _commit)):
+                with suppress(OSError, subprocess.SubprocessError):
+                    found[name] = ask(package)
+    return {"package": rlhf_pipeline.__version__, **found}
+
+
+@functools.cache  # not of an error
+def _is_checkout(package: Path) -> bool:
+    """Return whether the folder above a package is a git checkout. An installed copy may be inside another project's,
+    whose commit would be wrong."""
+    if not (package.parent / ".git").exists():
+        return False
+    return Path(_git(package, "rev-parse", "--show-toplevel")).resolve() == package.parent
 
 
 @functools.cache
-def _checkout(package: Path) -> tuple[str | None, bool | None]:
-    """The commit that a package's folder is at, and whether its files were modified; None: not known."""
-    found = _git(package, "rev-parse", "--show-toplevel", "HEAD")
-    top, _, commit = (found or "").rpartition("\n")
-    # An installed copy may be inside another project's checkout, whose commit would be wrong.
-    if not top or Path(top).resolve() != package.parent:
-        return None, None
-    changes = _git(package, "status", "--porcelain", "--", str(package))
-    return commit, None if changes is None else bool(changes)
+def _is_modified(package: Path) -> bool:
+    return bool(_git(package, "status", "--porcelain", "--", str(package)))
+
+
+@functools.cache
+def _commit(package: Path) -> str:
+    return _git(package, "rev-parse", "HEAD^{commit}")
 
 
 def source_digest() -> str:
@@ -79,10 +94,11 @@ def _installed(package: str) -> str | None:
         return None
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def _git(folder: Path, *arguments: str) -> str:
+    """Return what git prints.
+
+    Raises:
+        OSError: it cannot be started. SubprocessError: it failed, or took too long.
+    """
     command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

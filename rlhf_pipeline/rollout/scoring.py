@@ -9,7 +9,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from rlhf_pipeline.data.examples import Example, parts_of, response_counts
+from rlhf_pipeline.data.examples import Example, part_sizes, response_counts
 from rlhf_pipeline.models.memory import Memory
 
 Scorer = Callable[[Sequence[Example]], Tensor]
@@ -41,9 +41,10 @@ def score(
         RunFailed: three halvings were not enough, or a single response does not fit.
     """
     memory = memory or Memory()
-    sizes = [numbers for numbers, _ in parts_of(examples)]
+    sizes = list(part_sizes(examples))
+    totals = [sum(numbers) for numbers in sizes]
     places = [(number, k) for number, (_, *lengths) in enumerate(sizes) for k in range(len(lengths))]
-    order = sorted(range(len(places)), key=lambda index: -sum(sizes[places[index][0]]))  # equal ones keep their order
+    order = sorted(range(len(places)), key=lambda index: -totals[places[index][0]])  # equal ones keep their order
     left = [places[index] for index in order]
     most, found = min(responses_at_once, len(places)), []
 

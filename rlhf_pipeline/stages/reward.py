@@ -212,7 +212,8 @@ def run_reward(config: RewardConfig, home: Path, **options) -> StageResult:
             )
 
         def evaluate() -> dict[str, float]:
-            return {f"eval_{k}": v for k, v in describe_pairs(scored(held_out), held_out).items()}
+            rows = made_once(held_out)
+            return {f"eval_{k}": v for k, v in describe_pairs(scored(rows), rows).items()}
 
         step = functools.partial(
             reward_step,

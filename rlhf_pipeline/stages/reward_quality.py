@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from importlib.metadata import version
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rlhf_pipeline.data.examples import Example, texts_and_ranks
+from rlhf_pipeline.data.examples import Example, parts_of, texts_and_ranks
 from rlhf_pipeline.evaluation.preference_metrics import (
     accuracy,
     bayes_accuracy,
@@ -24,7 +25,6 @@ from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.modules import RewardModel
 from rlhf_pipeline.rollout.rewards import ModelReward
 from rlhf_pipeline.rollout.scoring import by_example, score
-from rlhf_pipeline.training.reference_cache import examples_digest
 from rlhf_pipeline.training.tensor_cache import read_tensor, write_tensor
 
 BASELINES = ("longer_wins", "tfidf")
@@ -58,8 +58,8 @@ def baseline_differences(train: Sequence[Example], held_out: Sequence[Example]) 
 def cached_baseline_differences(
     train: Sequence[Example], held_out: Sequence[Example], cache: Path
 ) -> dict[str, list[float]]:
-    """`baseline_differences` with a cache: they depend only on the pairs, which many runs share."""
-    pairs_of = [[examples_digest(examples), list(texts_and_ranks(examples))] for examples in (train, held_out)]
+    """`baseline_differences` with a cache: they depend only on the completions, which many runs share."""
+    pairs_of = [[_completions_digest(examples), list(texts_and_ranks(examples))] for examples in (train, held_out)]
     key = [version("scikit-learn"), pairs_of]
     name = sha256(json.dumps(key, ensure_ascii=False).encode(errors="surrogatepass")).hexdigest()
     path = cache / f"baselines-{name[:32]}.safetensors"
@@ -69,6 +69,15 @@ def cached_baseline_differences(
     found = baseline_differences(train, held_out)
     write_tensor(path, torch.tensor([found[name] for name in BASELINES], dtype=torch.float64))
     return found
+
+
+def _completions_digest(examples: Sequence[Example]) -> str:
+    """SHA-256 over the token ids of the completions of examples, with their boundaries."""
+    digest = sha256()
+    for (prompt, *sizes), ids in parts_of(examples):
+        digest.update(array("q", [len(sizes), *sizes]).tobytes())
+        digest.update(ids[prompt:].tobytes())
+    return digest.hexdigest()
 
 
 def baseline_accuracies(

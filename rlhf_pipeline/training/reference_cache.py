@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rlhf_pipeline.data.batch import pack
-from rlhf_pipeline.data.examples import Example, parts_of, response_counts
+from rlhf_pipeline.data.examples import Example, part_sizes, parts_of, response_counts
 from rlhf_pipeline.models.memory import Memory
 from rlhf_pipeline.models.modules import Policy
 from rlhf_pipeline.rollout.scoring import most_responses, score
@@ -37,7 +37,7 @@ class ReferenceLogprobs:
     def flops(self, shape: ModelShape, examples: Sequence[Example]) -> float:
         """FLOPs of one forward pass over the examples."""
         total = 0.0
-        for (prompt, *lengths), _ in parts_of(examples):
+        for prompt, *lengths in part_sizes(examples):
             context = prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in lengths)
             read = sum(lengths) - len(lengths) + 1  # the prompt's last token predicts the first of every completion
             total += shape.forward_flops(prompt + sum(lengths), context, sum(lengths), read)

@@ -19,6 +19,7 @@ from rlhf_pipeline.data.examples import (
     count_cut,
     count_pairs,
     first_lengths,
+    part_sizes,
     parts_of,
     response_counts,
     texts_and_ranks,
@@ -442,9 +443,11 @@ def test_the_parts_of_examples_are_their_prompts_and_completions(both, letters, 
         expected.append(([len(part) for part in parts], [one for part in parts for one in part]))
     monkeypatch.setattr("rlhf_pipeline.data.examples.BLOCK", 5)
     assert [(sizes, ids.tolist()) for sizes, ids in parts_of(list(examples))] == expected
+    assert list(part_sizes(list(examples))) == [sizes for sizes, _ in expected]
     if name in ("pair", "ranking"):  # the others are shortened, or whole sequences
         monkeypatch.setattr("rlhf_pipeline.data.examples.View.example", None)  # no example is made
     assert [(sizes, ids.tolist()) for sizes, ids in parts_of(examples)] == expected
+    assert list(part_sizes(examples)) == [sizes for sizes, _ in expected]
 
 
 def test_an_example_without_columns_reads_no_record(both, letters, monkeypatch):
@@ -454,3 +457,18 @@ def test_an_example_without_columns_reads_no_record(both, letters, monkeypatch):
     examples, _ = examples_of(from_store, **options)
     monkeypatch.setattr(Records, "__getitem__", None)
     assert [asdict(example) for example in examples] == [asdict(example) for example in expected]
+
+
+@pytest.mark.parametrize("name", ["pair", "text"])
+def test_only_examples_of_few_records_in_memory_are_kept(both, letters, name, monkeypatch):
+    options = {"kind": KINDS[name][0], "split": "all", "skip_bad_rows": True, "lengths": WIDE, "tokenizer": letters}
+
+    def kept(found):
+        examples, _ = examples_of(found, **options)
+        return examples[0] is examples[0]
+
+    plain, from_store = both(*SOURCES[name])
+    assert kept(plain) == (name == "pair")  # parts of a text are read once
+    assert not kept(from_store)
+    monkeypatch.setattr("rlhf_pipeline.data.examples.KEPT_IDS", 10)
+    assert not kept(plain)

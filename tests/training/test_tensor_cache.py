@@ -1,5 +1,7 @@
 """Cached tensors: back as they were written, or not at all."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -50,7 +52,9 @@ def test_a_cached_baseline_is_the_computed_one_and_other_pairs_miss_it(lab, monk
     fit = reward_quality.tfidf_bradley_terry
     monkeypatch.setattr(reward_quality, "tfidf_bradley_terry", lambda *sets: (calls.append(1), fit(*sets))[1])
     assert reward_quality.cached_baseline_differences(train, held_out, lab.home / "cache") == first
-    assert not calls
+    prompts_cut = [replace(example, prompt_ids=example.prompt_ids[-1:]) for example in train]
+    assert reward_quality.cached_baseline_differences(prompts_cut, held_out, lab.home / "cache") == first
+    assert not calls  # they do not read prompts
     reward_quality.cached_baseline_differences(train[1:], held_out, lab.home / "cache")
     reward_quality.cached_baseline_differences(train, held_out[1:], lab.home / "cache")
     assert len(calls) == 2
