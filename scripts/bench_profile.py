@@ -1,7 +1,7 @@
 """Profile this package's side of bench.py: torch's profiler over the timed steps of each stage.
 
     .venv/bin/python scripts/bench_profile.py [--hh FILE] [--stages dpo,reward,...] [--bf16] [--examples N]
-                                              [--threads N]
+                                              [--threads N] [--model FOLDER [--lora RANK]]
 
 Adds up the operators' own time by purpose and prints a table of shares of the time that all operators take on the
 calling thread. The profiler itself costs a few percent, mostly between the operators.
@@ -14,6 +14,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -79,16 +80,23 @@ def table(columns: dict[str, dict[str, float]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     from bench_table import STAGES, TITLES
-    from bench_work import Sizes, prepare
+    from bench_work import PRETRAINED, Sizes, prepare
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--hh", type=Path, metavar="FILE", help="preference pairs; without it a synthetic set")
     parser.add_argument("--stages", default=",".join(STAGES), help="default: all")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument(
-        "--examples", type=int, default=160, help="examples for SFT, reward model and DPO; PPO: one rollout of 32"
+        "--examples",
+        type=int,
+        default=160,
+        help="examples for SFT, reward model and DPO; PPO: one rollout of 32 (without --model)",
     )
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a pretrained policy, with its own work")
+    parser.add_argument(
+        "--lora", type=int, default=0, metavar="RANK", help="train adapters of this rank (with --model)"
+    )
     options = parser.parse_args(arguments)
     stages = [stage for stage in options.stages.split(",") if stage]
     if unknown := [stage for stage in stages if stage not in TITLES]:
@@ -99,7 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     columns = {}
     with tempfile.TemporaryDirectory() as folder:
         sizes = Sizes(examples=options.examples, episodes=Sizes().rollout)
-        work = prepare(Path(folder), options.hh, sizes, options.threads)
+        if options.model:
+            sizes = replace(PRETRAINED, lora=options.lora)
+        work = prepare(Path(folder), options.hh, sizes, options.threads, options.model)
         for stage in stages:
             columns[TITLES[stage]], seconds = profile_stage(stage, work, options.bf16)
             print(f"{TITLES[stage]}: {seconds:.1f} s under the profiler", file=sys.stderr)
